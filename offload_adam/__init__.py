@@ -1,0 +1,48 @@
+"""Exact Adam whose state lives sharded in host memory, for models whose state does not fit the GPU."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from offload_adam.errors import (
+        HostMemoryError,
+        ParameterReplacedError,
+        PeerError,
+        RankDisagreementError,
+    )
+    from offload_adam.optimizer import OffloadAdam
+    from offload_adam.step.report import StepReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HostMemoryError",
+    "OffloadAdam",
+    "ParameterReplacedError",
+    "PeerError",
+    "RankDisagreementError",
+    "StepReport",
+    "__version__",
+]
+
+_HOMES = {
+    "HostMemoryError": "offload_adam.errors",
+    "OffloadAdam": "offload_adam.optimizer",
+    "ParameterReplacedError": "offload_adam.errors",
+    "PeerError": "offload_adam.errors",
+    "RankDisagreementError": "offload_adam.errors",
+    "StepReport": "offload_adam.step.report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use, so that the command line answers without torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,42 @@
+"""How many host bytes the optimizer state of a layout takes, before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from offload_adam.layout.flat import BLOCK_NUMEL, Bucket
+
+FLOAT32_NBYTES = 4
+BLOCK_SUM_NBYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class BucketPlanes:
+    """Which host arrays one bucket needs beside its parameters.
+
+    own_master: the parameter is fp32 in host memory, and so its own master weight.
+    landed_itemsize: bytes an element of the landed gradient shard, 0 where gradients are read where
+        autograd left them.
+    """
+
+    own_master: bool
+    amsgrad: bool
+    landed_itemsize: int
+
+
+def shard_nbytes(bucket: Bucket, planes: BucketPlanes) -> int:
+    """Return the host bytes that one rank's shard of one bucket takes.
+
+    4 a parameter for each of master weight (unless the parameter is it), exp_avg, exp_avg_sq and, with
+    amsgrad, max_exp_avg_sq; the landed gradient beside them. Each plane is a whole number of blocks,
+    so that planes cut from one arena stay aligned.
+    """
+    num_state_planes = 2 + (not planes.own_master) + planes.amsgrad
+    return bucket.shard_numel * (num_state_planes * FLOAT32_NBYTES + planes.landed_itemsize)
+
+
+def block_sums_nbytes(buckets: Sequence[Bucket]) -> int:
+    """Return the bytes of the one array of block sums that all buckets share, 1/16 an element."""
+    largest = max((bucket.shard_numel for bucket in buckets), default=0)
+    return largest // BLOCK_NUMEL * BLOCK_SUM_NBYTES

@@ -1,0 +1,158 @@
+"""Flat buckets, and the shard of each that a rank owns.
+
+    bucket   | p3 ........ pad | p2 .. pad | p1 ............... pad | pad |
+    block    |  128 elements each                                         |
+    shard    |       rank 0       |       rank 1       |      rank 2      |
+    segments |     p3[0:...]      | p3 rest, p2, p1[0:]|     p1 rest      |
+
+Parameters stand in the order in which backward produces their gradients: the reverse of the order in
+which they were given. Each starts at a multiple of 128 elements, and a bucket is padded so that
+every rank owns one contiguous shard of whole blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+BLOCK_NUMEL = 128
+"""Elements of a block: the unit of alignment, of sharding and of the gradient norm."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSpec:
+    """One parameter as the layout sees it.
+
+    `family` stands for all that parameters of one bucket must share (dtype and device).
+    """
+
+    index: int
+    numel: int
+    itemsize: int
+    family: str
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one parameter lies in its bucket: elements [start, end)."""
+
+    parameter: int
+    start: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of the parameter, without its padding."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The part of one parameter that lies in one rank's shard.
+
+    `position` is the parameter's place in the bucket's `placements`; `parameter_start` counts from
+    the parameter's first element and `shard_start` from the shard's.
+    """
+
+    position: int
+    parameter_start: int
+    shard_start: int
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Parameters that are reduced and gathered in one collective.
+
+    Owns nothing; `numel` includes all padding and is a multiple of 128 * world_size.
+    """
+
+    index: int
+    family: str
+    itemsize: int
+    numel: int
+    world_size: int
+    placements: tuple[Placement, ...]
+
+    @property
+    def shard_numel(self) -> int:
+        """Elements that each rank owns."""
+        return self.numel // self.world_size
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of one shard."""
+        return self.shard_numel // BLOCK_NUMEL
+
+    def shard_bounds(self, rank: int) -> tuple[int, int]:
+        """Return the half-open range of the bucket's elements that `rank` owns."""
+        return rank * self.shard_numel, (rank + 1) * self.shard_numel
+
+    def segments(self, rank: int) -> tuple[Segment, ...]:
+        """Return the parts of parameters in `rank`'s shard, in the order of the bucket."""
+        low, high = self.shard_bounds(rank)
+        return tuple(
+            Segment(
+                position=position,
+                parameter_start=max(low - placed.start, 0),
+                shard_start=max(placed.start - low, 0),
+                numel=min(placed.end, high) - max(placed.start, low),
+            )
+            for position, placed in enumerate(self.placements)
+            if min(placed.end, high) > max(placed.start, low)
+        )
+
+
+def align(numel: int, multiple: int = BLOCK_NUMEL) -> int:
+    """Round an element count up to a multiple."""
+    return -(-numel // multiple) * multiple
+
+
+def plan_buckets(
+    specs: Sequence[ParameterSpec], *, world_size: int, bucket_nbytes: int, first_index: int = 0
+) -> tuple[Bucket, ...]:
+    """Lay parameters out in buckets, in the order in which backward completes them.
+
+    A bucket is closed when the next parameter would take it past `bucket_nbytes`; a parameter larger
+    than that has one of its own. The result depends on the arguments alone, so every rank computes
+    the same.
+
+    Args:
+        specs: parameters in forward order.
+        world_size: ranks that share each bucket.
+        bucket_nbytes: bytes of parameters at which a bucket is full.
+        first_index: index of the first new bucket, where others exist already.
+    """
+    if world_size < 1 or bucket_nbytes < 1:
+        raise ValueError(f"{world_size=} and {bucket_nbytes=} must be at least 1")
+    groups: list[list[ParameterSpec]] = []
+    open_groups: dict[str, list[ParameterSpec]] = {}
+    filled_nbytes: dict[str, int] = {}
+    for spec in reversed(specs):
+        nbytes = align(spec.numel) * spec.itemsize
+        group = open_groups.get(spec.family)
+        if group is None or filled_nbytes[spec.family] + nbytes > bucket_nbytes:
+            group = []
+            groups.append(group)
+            open_groups[spec.family] = group
+            filled_nbytes[spec.family] = 0
+        group.append(spec)
+        filled_nbytes[spec.family] += nbytes
+    # A bucket is complete with its last gradient: the one of the lowest forward index.
+    position = {spec.index: place for place, spec in enumerate(specs)}
+    groups.sort(key=lambda group: -position[group[-1].index])
+    return tuple(
+        _place(group, first_index + offset, world_size) for offset, group in enumerate(groups)
+    )
+
+
+def _place(group: Iterable[ParameterSpec], index: int, world_size: int) -> Bucket:
+    """Give every parameter of one bucket its range."""
+    placements = []
+    start = 0
+    for spec in group:
+        placements.append(Placement(spec.index, start, start + spec.numel))
+        start = align(start + spec.numel)
+        family, itemsize = spec.family, spec.itemsize
+    numel = align(start, BLOCK_NUMEL * world_size)
+    return Bucket(index, family, itemsize, numel, world_size, tuple(placements))
