@@ -1,0 +1,173 @@
+"""Intrinsics: format conversions that stay in 32 bits, fused multiply-add, and typed addresses.
+
+Numba promotes small integers to 64 bits, which quarters the speed of bit packing, and has no
+bfloat16; these are therefore written as LLVM instructions. Every one is a pure function of its
+operands, so a loop over them gives the same bits vectorised and scalar.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.core.types.misc import CPointer, NoneType
+from numba.extending import intrinsic, overload
+
+_I16 = ir.IntType(16)
+_I32 = ir.IntType(32)
+_F32 = ir.FloatType()
+_F64 = ir.DoubleType()
+
+BLOCK_NUMEL = 128
+"""Elements in one block of the gradient norm, and the unit in which shards are cut."""
+
+_LANES = 16
+
+
+def _constant(value: int) -> ir.Constant:
+    return ir.Constant(_I32, value)
+
+
+def _widen(builder: Any, value: Any, kind: Any, lanes: int | None = None) -> Any:
+    """Emit the exact conversion of a carried element (or vector of them) to float32."""
+
+    def shaped(scalar: Any) -> Any:
+        return scalar if lanes is None else ir.VectorType(scalar, lanes)
+
+    if kind == types.float32:
+        return value
+    if kind == types.int16:
+        return builder.fpext(builder.bitcast(value, shaped(ir.HalfType())), shaped(_F32))
+    sixteen = _constant(16) if lanes is None else ir.Constant(shaped(_I32), [16] * lanes)
+    return builder.bitcast(builder.shl(builder.zext(value, shaped(_I32)), sixteen), shaped(_F32))
+
+
+def _round_to_bfloat16(builder: Any, value: Any) -> Any:
+    """Emit round-to-nearest-even to bfloat16 bits; a NaN stays a NaN (its quiet bit is set)."""
+    bits = builder.bitcast(value, _I32)
+    odd = builder.and_(builder.lshr(bits, _constant(16)), _constant(1))
+    rounded = builder.add(bits, builder.add(odd, _constant(0x7FFF)))
+    quiet = builder.or_(bits, _constant(0x400000))
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    chosen = builder.select(is_nan, quiet, rounded)
+    return builder.trunc(builder.lshr(chosen, _constant(16)), _I16)
+
+
+@intrinsic
+def to_float32(typingctx: Any, value: Any) -> Any:
+    """Widen float32, bfloat16 bits (uint16) or float16 bits (int16) to float32, exactly."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _widen(builder, arguments[0], value)
+
+    return types.float32(value), codegen
+
+
+@intrinsic
+def round_like(typingctx: Any, value: Any, tag: Any) -> Any:
+    """Round a float32 to the format of the array `tag`, to nearest even; NaN stays NaN."""
+    element = tag.dtype
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if element == types.float32:
+            return arguments[0]
+        if element == types.uint16:
+            return _round_to_bfloat16(builder, arguments[0])
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), _I16)
+
+    return element(types.float32, tag), codegen
+
+
+@intrinsic
+def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """Return a * b + c in float32 with one rounding, in vector bodies and scalar tails alike."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fma(*arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), codegen
+
+
+@intrinsic
+def flush_tiny(typingctx: Any, value: Any) -> Any:
+    """Return 0 for a float32 below the smallest normal (2**-126), else the value itself.
+
+    The test is on the exponent's bits: a comparison of floats would itself be slow on denormals.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits = builder.bitcast(arguments[0], _I32)
+        exponent = builder.and_(bits, _constant(0x7F800000))
+        tiny = builder.icmp_unsigned("==", exponent, _constant(0))
+        return builder.select(tiny, ir.Constant(_F32, 0.0), arguments[0])
+
+    return types.float32(types.float32), codegen
+
+
+@intrinsic
+def pointer_to(typingctx: Any, address: Any, tag: Any) -> Any:
+    """Turn an integer address into a typed pointer to elements of the array `tag`."""
+    element = tag.dtype
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(CPointer(element)))
+
+    return CPointer(element)(types.int64, tag), codegen
+
+
+def window(array: Any, low: Any, high: Any) -> Any:
+    """Return array[low:high], or None for an array that this specialisation does not have."""
+    return None if array is None else array[low:high]
+
+
+@overload(window)
+def _window(array: Any, low: Any, high: Any) -> Any:
+    # A conditional expression would be typed Optional, which no intrinsic takes.
+    def absent(array: Any, low: Any, high: Any) -> Any:
+        return None
+
+    def present(array: Any, low: Any, high: Any) -> Any:
+        return array[low:high]
+
+    return absent if isinstance(array, NoneType) else present
+
+
+@intrinsic
+def block_sum_of_squares(typingctx: Any, array: Any, start: Any) -> Any:
+    """Return the sum of squares of 128 elements in float64, in one order whatever the machine.
+
+    Sixteen float64 lanes each take every sixteenth element; the lanes are then folded by halves.
+    The square of a float32 is exact in float64, so fusing the multiply changes nothing.
+    """
+    element = array.dtype
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        view = context.make_array(array)(context, builder, arguments[0])
+        scalar = context.get_data_type(element)
+        wide = ir.VectorType(_F64, _LANES)
+        total = ir.Constant(wide, [0.0] * _LANES)
+        for group in range(BLOCK_NUMEL // _LANES):
+            offset = builder.add(arguments[1], ir.Constant(ir.IntType(64), group * _LANES))
+            place = builder.gep(view.data, [offset])
+            lanes = ir.VectorType(scalar, _LANES)
+            loaded = builder.load(builder.bitcast(place, lanes.as_pointer()), typ=lanes)
+            loaded.align = element.bitwidth // 8
+            value = builder.fpext(_widen(builder, loaded, element, _LANES), wide)
+            total = builder.fadd(total, builder.fmul(value, value))
+        return _fold(builder, total, _LANES)
+
+    return types.float64(array, types.int64), codegen
+
+
+def _fold(builder: Any, vector: Any, lanes: int) -> Any:
+    """Emit the sum of a vector's lanes: halves added until one lane is left."""
+    while lanes > 1:
+        lanes //= 2
+        width = ir.VectorType(_I32, lanes)
+        low = builder.shuffle_vector(vector, vector, ir.Constant(width, list(range(lanes))))
+        high = builder.shuffle_vector(
+            vector, vector, ir.Constant(width, list(range(lanes, 2 * lanes)))
+        )
+        vector = builder.fadd(low, high)
+    return builder.extract_element(vector, _constant(0))

@@ -1,0 +1,72 @@
+"""Compile kernels with a disk cache where one can be written, and say so when it takes long."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+
+logger = logging.getLogger(__name__)
+
+SLOW_COMPILATION_S = 1.0
+"""A compilation that takes longer than this is announced in the log."""
+
+
+def source_fingerprint() -> int:
+    """Return a checksum over the sources of this package.
+
+    Numba invalidates a cached kernel when its own file changes, not when a function that it inlines
+    from another file does. Kernels close over this number, which makes it part of the cache's key.
+    """
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return zlib.crc32(b"\0".join(path.read_bytes() for path in sources))
+
+
+def jit(function: Callable[..., Any], **options: Any) -> Any:
+    """Return Numba's dispatcher for `function`, cached on disk unless no folder can be written.
+
+    `error_model="numpy"` lets division follow IEEE 754 instead of raising; fastmath stays off,
+    since it would promise NaN away.
+    """
+    try:
+        return numba.njit(function, cache=True, error_model="numpy", **options)
+    except RuntimeError:
+        warnings.warn(
+            "no folder for compiled kernels can be written, so they are compiled anew in every "
+            "process; set NUMBA_CACHE_DIR to a writable folder to keep them",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return numba.njit(function, error_model="numpy", **options)
+
+
+def inner(function: Callable[..., Any]) -> Any:
+    """Return the dispatcher of a function that kernels call, cached as a part of them only.
+
+    A cache of its own would outlive a change in what it calls: see `source_fingerprint`.
+    """
+    return numba.njit(function, error_model="numpy")
+
+
+def compile_now(dispatcher: Any, arguments: tuple[Any, ...], label: str) -> None:
+    """Compile (or load from the cache) the specialisation that these example arguments select."""
+    signature = tuple(numba.typeof(argument) for argument in arguments)
+    if signature in dispatcher.overloads:
+        return
+    start_s = time.perf_counter()
+    try:
+        dispatcher.compile(signature)
+    except OSError as error:
+        # A full or vanished cache folder must not stop training: only the cache is given up.
+        warnings.warn(f"compiled kernels cannot be cached: {error}", RuntimeWarning, stacklevel=2)
+        dispatcher._cache.disable()
+        dispatcher.compile(signature)
+    elapsed_s = time.perf_counter() - start_s
+    if elapsed_s > SLOW_COMPILATION_S:
+        logger.info("compiled the %s kernel in %.1f s", label, elapsed_s)

@@ -1,0 +1,94 @@
+"""Block sums of squares of the gradients: the norm, and whether anything in it is not finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from offload_adam.kernels.bits import BLOCK_NUMEL, block_sum_of_squares, pointer_to
+from offload_adam.kernels.compilation import compile_now, inner, jit, source_fingerprint
+from offload_adam.kernels.formats import FloatFormat
+
+
+def _sum_run(gradient: Any, sums: Any, first: Any) -> None:
+    """Write the block sums of one run; a last partial block counts zeros for what it lacks."""
+    whole = gradient.size // BLOCK_NUMEL
+    for block in range(whole):
+        sums[first + block] = block_sum_of_squares(gradient, block * BLOCK_NUMEL)
+    rest = gradient.size - whole * BLOCK_NUMEL
+    if rest > 0:
+        padded = np.zeros(BLOCK_NUMEL, dtype=gradient.dtype)
+        padded[:rest] = gradient[whole * BLOCK_NUMEL :]
+        sums[first + whole] = block_sum_of_squares(padded, 0)
+
+
+_sum_run_compiled = inner(_sum_run)
+
+
+def _build() -> Any:
+    fingerprint = source_fingerprint()
+
+    def sum_segments(
+        tag: Any, addresses: Any, starts: Any, numels: Any, work_starts: Any, sums: Any, pieces: Any
+    ) -> int:
+        total = work_starts[work_starts.size - 1]
+        for piece in numba.prange(pieces):
+            # Work is counted in blocks, so that no block is ever shared by two pieces.
+            position = total * piece // pieces
+            end = total * (piece + 1) // pieces
+            segment = np.searchsorted(work_starts, position, side="right") - 1
+            while position < end:
+                skipped = (position - work_starts[segment]) * BLOCK_NUMEL
+                blocks = min(work_starts[segment + 1], end) - position
+                high = min(skipped + blocks * BLOCK_NUMEL, numels[segment])
+                pointer = pointer_to(addresses[segment], tag)
+                gradient = numba.carray(pointer, high)[skipped:]
+                _sum_run_compiled(gradient, sums, (starts[segment] + skipped) // BLOCK_NUMEL)
+                position += blocks
+                segment += 1
+        return fingerprint
+
+    return jit(sum_segments, parallel=True)
+
+
+_sum_segments = _build()
+
+
+def block_sums(
+    gradient_format: FloatFormat,
+    addresses: npt.NDArray[np.int64],
+    starts: npt.NDArray[np.int64],
+    numels: npt.NDArray[np.int64],
+    sums: npt.NDArray[np.float64],
+    num_pieces: int,
+) -> None:
+    """Write the sum of squares of every 128-element block of the segments.
+
+    A block's sum is not finite exactly where one of its elements is not: the square of the largest
+    float32 is far from the end of float64. Bit-identical for any `num_pieces` and alignment.
+
+    Args:
+        gradient_format: format of all gradients of the table.
+        addresses: (n,) address of each segment's first gradient element.
+        starts: (n,) offset of each segment in the shard, a multiple of 128.
+        numels: (n,) elements of each segment.
+        sums: float64, one for each block of the shard; blocks of no segment are left alone.
+        num_pieces: how many threads share the work.
+
+    Cost: the gradient's bytes, and 1/16 byte an element.
+    Threads: `num_pieces` pieces on the mask that the calling thread has set.
+    """
+    blocks = (numels + (BLOCK_NUMEL - 1)) // BLOCK_NUMEL
+    work_starts = np.zeros(blocks.size + 1, dtype=np.int64)
+    np.cumsum(blocks, out=work_starts[1:])
+    _sum_segments(gradient_format.tag(), addresses, starts, numels, work_starts, sums, num_pieces)
+
+
+def prepare(gradient_format: FloatFormat) -> None:
+    """Compile, or load from the disk cache, the specialisation that `block_sums` will need."""
+    table = np.zeros(0, dtype=np.int64)
+    arguments = (gradient_format.tag(), table, table, table, table, np.zeros(0), 1)
+    compile_now(_sum_segments, arguments, f"norm ({gradient_format.value})")

@@ -1,0 +1,202 @@
+"""The fused Adam update over a table of gradient segments, in one pass over the state.
+
+A segment is a run of one parameter's elements that this rank owns: its gradient lies at an address
+of its own, while master weight, moments and rounded parameter lie at one offset in flat arrays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from offload_adam.kernels import scalars as at
+from offload_adam.kernels.bits import (
+    BLOCK_NUMEL,
+    flush_tiny,
+    fma,
+    pointer_to,
+    round_like,
+    to_float32,
+    window,
+)
+from offload_adam.kernels.compilation import compile_now, inner, jit, source_fingerprint
+from offload_adam.kernels.formats import FloatFormat
+
+Int64Array = npt.NDArray[np.int64]
+Float32Array = npt.NDArray[np.float32]
+ElementArray = npt.NDArray[Any]
+
+
+def _update_range(
+    gradient: Any,
+    master: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    max_exp_avg_sq: Any,
+    rounded: Any,
+    scalars: Any,
+) -> None:
+    """Update one contiguous run of elements; all arrays have its length.
+
+    A stored moment below 2**-126 counts as 0: denormal arithmetic is up to a hundred times slower
+    on some processors, and with any `eps` above 1e-12 the weight does not see the difference.
+    """
+    scale = scalars[at.GRADIENT_SCALE]
+    l2 = scalars[at.L2]
+    beta1, beta1_rest = scalars[at.BETA1], scalars[at.BETA1_REST]
+    beta2, beta2_rest = scalars[at.BETA2], scalars[at.BETA2_REST]
+    fresh1, fresh2 = scalars[at.ONE_MINUS_BETA1], scalars[at.ONE_MINUS_BETA2]
+    decay = scalars[at.DECAY]
+    step_size = scalars[at.STEP_SIZE]
+    moment, fresh = scalars[at.MOMENT], scalars[at.FRESH]
+    denominator_scale, eps = scalars[at.DENOMINATOR_SCALE], scalars[at.EPS]
+    for i in range(gradient.size):
+        w = master[i]
+        m = flush_tiny(exp_avg[i])
+        v = flush_tiny(exp_avg_sq[i])
+        g = fma(scale, to_float32(gradient[i]), l2 * w)
+        m = fma(beta1, m, fma(beta1_rest, m, fresh1 * g))
+        v = fma(beta2, v, fma(beta2_rest, v, (fresh2 * g) * g))
+        exp_avg[i] = m
+        exp_avg_sq[i] = v
+        if max_exp_avg_sq is not None:
+            largest = flush_tiny(max_exp_avg_sq[i])
+            v = v if v > largest else largest
+            max_exp_avg_sq[i] = v
+        direction = fma(moment, m, fresh * g)
+        denominator = fma(denominator_scale, np.sqrt(v), eps)
+        # Divided before it is scaled: a small moment times the step size would be denormal.
+        w = w - fma(decay, w, step_size * (direction / denominator))
+        master[i] = w
+        if rounded is not None:
+            rounded[i] = round_like(w, rounded)
+
+
+update_range = inner(_update_range)
+
+
+def _build() -> Any:
+    fingerprint = source_fingerprint()
+
+    def update_segments(
+        tag: Any,
+        addresses: Any,
+        starts: Any,
+        work_starts: Any,
+        rows: Any,
+        scalars: Any,
+        master: Any,
+        exp_avg: Any,
+        exp_avg_sq: Any,
+        max_exp_avg_sq: Any,
+        rounded: Any,
+        num_pieces: Any,
+    ) -> int:
+        total = work_starts[work_starts.size - 1]
+        for piece in numba.prange(num_pieces):
+            # Pieces are cut at whole blocks whatever the segments; each walks those that it meets.
+            position = total * piece // num_pieces // BLOCK_NUMEL * BLOCK_NUMEL
+            end = total
+            if piece + 1 < num_pieces:
+                end = total * (piece + 1) // num_pieces // BLOCK_NUMEL * BLOCK_NUMEL
+            segment = np.searchsorted(work_starts, position, side="right") - 1
+            while position < end:
+                skipped = position - work_starts[segment]
+                numel = min(work_starts[segment + 1], end) - position
+                low = starts[segment] + skipped
+                high = low + numel
+                pointer = pointer_to(addresses[segment], tag)
+                gradient = numba.carray(pointer, skipped + numel)[skipped:]
+                update_range(
+                    gradient,
+                    master[low:high],
+                    exp_avg[low:high],
+                    exp_avg_sq[low:high],
+                    window(max_exp_avg_sq, low, high),
+                    window(rounded, low, high),
+                    scalars[rows[segment]],
+                )
+                position += numel
+                segment += 1
+        return fingerprint
+
+    return jit(update_segments, parallel=True)
+
+
+_update_segments = _build()
+
+
+def update(
+    gradient_format: FloatFormat,
+    addresses: Int64Array,
+    starts: Int64Array,
+    work_starts: Int64Array,
+    rows: Int64Array,
+    scalars: Float32Array,
+    master: Float32Array,
+    exp_avg: Float32Array,
+    exp_avg_sq: Float32Array,
+    max_exp_avg_sq: Float32Array | None,
+    rounded: ElementArray | None,
+    num_pieces: int,
+) -> None:
+    """Apply one Adam update to every segment of the table.
+
+    Bit-identical for any `num_pieces`, any split into segments and any alignment.
+
+    Args:
+        gradient_format: format of all gradients of the table.
+        addresses: (n,) address of each segment's first gradient element.
+        starts: (n,) offset of each segment in the flat state arrays.
+        work_starts: (n + 1,) running sum of the segments' lengths, from 0.
+        rows: (n,) row of `scalars` for each segment.
+        scalars: (r, NUM_SCALARS) float32, see `scalar_row`.
+        master: float32 weights, updated in place.
+        exp_avg, exp_avg_sq, max_exp_avg_sq: float32 moments, in place; the last for amsgrad.
+        rounded: where the parameter's own 16-bit format is written, or None where `master` is it.
+        num_pieces: how many threads share the work.
+
+    Cost: 24 bytes an element of state, the gradient's 2 or 4, and 2 for a rounded parameter.
+    Threads: `num_pieces` pieces on the mask that the calling thread has set.
+    """
+    _update_segments(
+        gradient_format.tag(),
+        addresses,
+        starts,
+        work_starts,
+        rows,
+        scalars,
+        master,
+        exp_avg,
+        exp_avg_sq,
+        max_exp_avg_sq,
+        rounded,
+        num_pieces,
+    )
+
+
+def prepare(
+    gradient_format: FloatFormat, rounded_format: FloatFormat | None, amsgrad: bool
+) -> None:
+    """Compile, or load from the disk cache, the specialisation that `update` will need."""
+    table = np.zeros(0, dtype=np.int64)
+    state = np.zeros(0, dtype=np.float32)
+    arguments = (
+        gradient_format.tag(),
+        table,
+        table,
+        table,
+        table,
+        np.zeros((0, at.NUM_SCALARS), dtype=np.float32),
+        state,
+        state,
+        state,
+        state if amsgrad else None,
+        None if rounded_format is None else rounded_format.tag(),
+        1,
+    )
+    target = "the master itself" if rounded_format is None else rounded_format.value
+    compile_now(_update_segments, arguments, f"update ({gradient_format.value} -> {target})")
