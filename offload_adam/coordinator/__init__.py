@@ -1,0 +1,1 @@
+"""The control plane: how ranks start, agree and end together."""

@@ -1,0 +1,108 @@
+"""The one small all-reduce of a step: norm, finiteness, presence, and what a rank must refuse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from offload_adam.coordinator.membership import Membership
+
+_SQUARES, _NON_FINITE, _FOUND_INF, _GRAD_SCALE, _CHANGES, _FAILED, _LATE, _SETTINGS = range(8)
+_NUM_FINDINGS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What one rank found in its own shard before the step.
+
+    sum_of_squares: float64, over this rank's shard of the reduced gradients as they are.
+    non_finite: this rank's shard holds a NaN or an infinity.
+    changes: checksum below 2**53 of the parameters changed from outside, 0 for none.
+    failed: this rank has an error to raise once all ranks know.
+    late: gradients were set by hand after their bucket had left.
+    settings: checksum below 2**53 of the hyperparameters that this rank would use.
+    present: (num_parameters,) bool, which parameters have a gradient on this rank.
+    """
+
+    sum_of_squares: float
+    non_finite: bool
+    found_inf: float
+    grad_scale: float
+    changes: int
+    failed: bool
+    late: bool
+    settings: int
+    present: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What all ranks hold of the step; identical on every one of them.
+
+    present_counts: (num_parameters,) int64, on how many ranks each parameter has a gradient.
+    """
+
+    sum_of_squares: float
+    non_finite: bool
+    found_inf: bool
+    grad_scales: tuple[float, ...]
+    changes: tuple[int, ...]
+    failed_ranks: tuple[int, ...]
+    late: bool
+    settings: tuple[int, ...]
+    present_counts: torch.Tensor
+
+
+def agree(membership: Membership, findings: Findings) -> Agreement:
+    """Exchange findings in one all-reduce of 8 float64 a rank and one a parameter. Collective.
+
+    Every rank writes into places of its own, so that the sums over ranks are taken here, in rank
+    order, and not in an order that the collective chooses.
+    """
+    world_size = membership.world_size
+    message = torch.zeros(
+        world_size * _NUM_FINDINGS + findings.present.numel(), dtype=torch.float64
+    )
+    table = message[: world_size * _NUM_FINDINGS].view(world_size, _NUM_FINDINGS)
+    # A sum that is not finite would spread NaN over the reduction's zeros: the flag carries it.
+    own = [0.0] * _NUM_FINDINGS
+    own[_SQUARES] = 0.0 if findings.non_finite else findings.sum_of_squares
+    own[_NON_FINITE] = float(findings.non_finite)
+    own[_FOUND_INF] = float(findings.found_inf != 0.0)
+    own[_GRAD_SCALE] = findings.grad_scale
+    own[_CHANGES] = float(findings.changes)
+    own[_FAILED] = float(findings.failed)
+    own[_LATE] = float(findings.late)
+    own[_SETTINGS] = float(findings.settings)
+    table[membership.rank] = torch.tensor(own, dtype=torch.float64)
+    message[world_size * _NUM_FINDINGS :] = findings.present
+    if world_size > 1:
+        dist.all_reduce(message, group=membership.control)
+    return _read(table, message[world_size * _NUM_FINDINGS :])
+
+
+def _read(table: torch.Tensor, present: torch.Tensor) -> Agreement:
+    """Turn the exchanged table (world_size, 8) into the agreement."""
+    rows = table.tolist()
+    non_finite = any(row[_NON_FINITE] for row in rows)
+    return Agreement(
+        sum_of_squares=float("nan") if non_finite else sum(row[_SQUARES] for row in rows),
+        non_finite=non_finite,
+        found_inf=any(row[_FOUND_INF] for row in rows),
+        grad_scales=tuple(row[_GRAD_SCALE] for row in rows),
+        changes=tuple(int(row[_CHANGES]) for row in rows),
+        failed_ranks=tuple(rank for rank, row in enumerate(rows) if row[_FAILED]),
+        late=any(row[_LATE] for row in rows),
+        settings=tuple(int(row[_SETTINGS]) for row in rows),
+        present_counts=present.to(torch.int64),
+    )
+
+
+def flags_on_any_rank(membership: Membership, flags: torch.Tensor) -> torch.Tensor:
+    """Return, for a bool tensor, where any rank has a True. Collective."""
+    counts = flags.to(torch.int32)
+    if membership.world_size > 1:
+        dist.all_reduce(counts, group=membership.control)
+    return counts > 0

@@ -1,0 +1,123 @@
+"""Which ranks share an optimizer, and the process groups that it uses for itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass
+class Membership:
+    """This process's place among the ranks that share the optimizer state.
+
+    Owns: a gloo group for control messages, and one group a device type for buckets, none of them
+    shared with the user's own collectives. A world of one owns no group at all.
+    Lifecycle: groups are opened by every rank together (`open_membership`); `release` ends them.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    control: dist.ProcessGroup | None = None
+    data: dict[str, dist.ProcessGroup] = field(default_factory=dict)
+    global_ranks: tuple[int, ...] = (0,)
+    timeout: timedelta = timedelta(minutes=30)
+
+    def open_data_groups(self, device_types: Iterable[str]) -> None:
+        """Open the groups for buckets on these device types that are not open yet. Collective."""
+        if self.world_size == 1:
+            return
+        for device_type in sorted(set(device_types) - set(self.data)):
+            backend = "nccl" if device_type == "cuda" else "gloo"
+            self.data[device_type] = _new_group(self.global_ranks, backend, self.timeout)
+
+    def data_group(self, device: torch.device) -> dist.ProcessGroup:
+        """Return the group for collectives on tensors of this device."""
+        return self.data[device.type]
+
+    def release(self) -> None:
+        """End the groups. Idempotent, and safe after the default group has been destroyed."""
+        groups = [group for group in (self.control, *self.data.values()) if group is not None]
+        self.control = None
+        self.data = {}
+        if not dist.is_initialized():
+            return
+        for group in groups:
+            dist.destroy_process_group(group)
+
+
+def is_distributed(process_group: dist.ProcessGroup | None) -> bool:
+    """Tell whether training is distributed by any sign: the given group, the default one, the launcher."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return True
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    if dist.get_world_size() > 1:
+        return True
+    return process_group is not None and dist.get_world_size(process_group) > 1
+
+
+def world_size_of(process_group: dist.ProcessGroup | None) -> int:
+    """Return the size of the group that would be used.
+
+    Raises:
+        RuntimeError: under a launcher with more than one rank and no initialised group: every rank
+            would train a model of its own.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched > 1:
+            raise RuntimeError(
+                f"WORLD_SIZE={launched}, but no process group is initialised, so every rank would "
+                "train alone: call torch.distributed.init_process_group() before the optimizer is made"
+            )
+        return 1
+    return dist.get_world_size(process_group)
+
+
+def open_membership(process_group: dist.ProcessGroup | None) -> Membership:
+    """Open a control group of the optimizer's own over the ranks of `process_group`.
+
+    Collective: every rank of the group calls it.
+
+    Args:
+        process_group: None for the default group.
+    """
+    if world_size_of(process_group) == 1:
+        return Membership()
+    base = process_group if process_group is not None else dist.group.WORLD
+    assert base is not None
+    ranks = tuple(dist.get_process_group_ranks(base))
+    membership = Membership(
+        rank=dist.get_rank(base),
+        world_size=len(ranks),
+        global_ranks=ranks,
+        timeout=_timeout_of(base),
+    )
+    membership.control = _new_group(ranks, "gloo", membership.timeout)
+    return membership
+
+
+def _new_group(ranks: tuple[int, ...], backend: str, timeout: timedelta) -> dist.ProcessGroup:
+    """Open a group over these ranks; those outside a subgroup need not take part."""
+    whole_world = len(ranks) == dist.get_world_size()
+    group = dist.new_group(
+        list(ranks), timeout=timeout, backend=backend, use_local_synchronization=not whole_world
+    )
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def _timeout_of(group: dist.ProcessGroup) -> timedelta:
+    """Return the timeout that the user gave the group, so that our waits are bounded alike."""
+    for device_type in ("cpu", "cuda"):
+        try:
+            options = group._get_backend(torch.device(device_type)).options
+        except RuntimeError:
+            continue
+        return timedelta(seconds=options._timeout.total_seconds())
+    return timedelta(minutes=30)

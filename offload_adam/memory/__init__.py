@@ -1,0 +1,1 @@
+"""Who owns which host bytes: the arena, and the state planes that are cut from it."""

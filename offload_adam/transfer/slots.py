@@ -1,0 +1,41 @@
+"""Buffers in which buckets of gradients are reduced, used again from step to step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+
+
+class SlotPool:
+    """Bucket-sized buffers, handed out without ever waiting.
+
+    A hook that waited for a collective would deadlock where one rank skips its backward, so a pool
+    that has no free slot makes another. It cannot grow past the gradients themselves: a slot is
+    filled from `.grad`, which is freed with it. After the first step nothing is allocated.
+
+    Owns: every buffer it made, by dtype and device, each as large as the largest bucket of its kind.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[torch.dtype, torch.device, int], list[torch.Tensor]] = defaultdict(
+            list
+        )
+        self._capacity: dict[tuple[torch.dtype, torch.device], int] = {}
+
+    def reserve(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Say that buckets of this size will be asked for, so that all slots fit all of them."""
+        key = (dtype, device)
+        self._capacity[key] = max(numel, self._capacity.get(key, 0))
+
+    def acquire(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return a 1-d buffer of `numel` elements with undefined content."""
+        capacity = self._capacity[dtype, device]
+        free = self._free[dtype, device, capacity]
+        whole = free.pop() if free else torch.empty(capacity, dtype=dtype, device=device)
+        return whole[:numel]
+
+    def release(self, slot: torch.Tensor) -> None:
+        """Take a buffer back; nothing may still read or write it."""
+        base = slot._base if slot._base is not None else slot
+        self._free[base.dtype, base.device, base.numel()].append(base)
