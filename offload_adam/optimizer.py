@@ -1,0 +1,524 @@
+"""`OffloadAdam`: Adam whose state lives sharded in host memory, as a `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, overload
+
+import torch
+import torch.distributed as dist
+from torch.optim.optimizer import ParamsT
+
+from offload_adam.coordinator.admission import require_same, together
+from offload_adam.coordinator.membership import (
+    is_distributed,
+    open_membership,
+    world_size_of,
+)
+from offload_adam.kernels.threads import plan_threads
+from offload_adam.parameters.families import check_parameter, memory_strides, refuse_overlaps
+from offload_adam.parameters.groups import check_group, hyperparameters_of, names_of
+from offload_adam.parameters.hooks import BackwardHooks
+from offload_adam.step.construction import NewParameter, Placing
+from offload_adam.step.full_state import gather_bucket
+from offload_adam.step.local_state import local_state, plan_load
+from offload_adam.step.saved_state import STATE_KEY, merge_groups, pack_full, read_saved
+from offload_adam.step.reduction import GradientReduction
+from offload_adam.step.report import StepReport
+from offload_adam.step.sharded_adam import ShardedAdam, StepInputs
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BUCKET_NBYTES = 32 * 1024 * 1024
+
+
+class OffloadAdam(torch.optim.Optimizer):
+    """Adam and AdamW with fp32 state in host memory, sharded over the ranks.
+
+    The update is torch's: `w - lr * m_hat / (sqrt(v_hat) + eps)`, in fp32 from fp32 master weights,
+    whatever the parameters' dtype. Construction moves each parameter into a flat bucket (the objects
+    stay the same) and allocates all state; with more than one rank it is collective, as are `step`,
+    `clip_grad_norm_`, `add_param_group` and `full_state_dict`.
+
+    Drop-in, without `module`: gradients stay in `.grad` until `step()` reads them. Streaming, with
+    `module`: gradients leave during backward, bucket by bucket, and `.grad` is None after it.
+
+    Args:
+        params: parameters, group dicts, or (name, parameter) pairs; fp32, bf16 and fp16 may be mixed.
+            Parameters that do not require a gradient are left out.
+        lr, betas, eps, weight_decay: as in torch; read from the groups at each step. Betas in [0, 1).
+        amsgrad: keep the maximum of exp_avg_sq; with one rank only.
+        nesterov: look ahead with the first moment: `b1 * m + (1 - b1) * g` in its place.
+        maximize: ascend.
+        decoupled_weight_decay: AdamW's decay instead of L2.
+        max_grad_norm: clip gradients to this global 2-norm inside the update.
+        module: the model, for streaming.
+        process_group: ranks that share the state; None for the default group.
+        gradient_reduction: "optimizer": local gradients are averaged here (ZeRO-2); "external": DDP or
+            the caller has averaged them (ZeRO-1). With `module` and not given: external where it is or
+            contains DDP, else optimizer. Must be given with more than one rank and no `module`.
+        reduce_dtype: torch.float32 to average 16-bit gradients in fp32; None for their own dtype.
+        bucket_nbytes: bytes of parameters reduced and gathered at once.
+        state_dtype: torch.float32.
+        num_threads: threads of this rank's kernels; None for allowed cores / ranks on this node.
+        accumulate: "host" reserves fp32 room for gradients, so that several reduced backwards add up.
+        pin_memory: page-lock host state; None where a parameter is on CUDA.
+
+    Owns: process groups of its own, hooks on the parameters, host memory. `close` ends all three.
+
+    Raises:
+        TypeError, ValueError: for arguments and parameters that cannot be used, by name, before
+            anything is allocated.
+        RuntimeError: WORLD_SIZE > 1 and no process group is initialised.
+        HostMemoryError: the state does not fit into this node's memory.
+
+    Source: Kingma and Ba, "Adam" (2015); Loshchilov and Hutter, "Decoupled Weight Decay" (2019); Reddi
+    et al., "On the Convergence of Adam" (2018); Rajbhandari et al., "ZeRO" (2020); Ren et al.,
+    "ZeRO-Offload" (2021).
+    """
+
+    # GradScaler hands grad_scale and found_inf over instead of deciding on this rank alone.
+    _step_supports_amp_scaling = True
+
+    # Tests set it, to run the path of parameters on a device with parameters in host memory.
+    _offloads = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        nesterov: bool = False,
+        maximize: bool = False,
+        decoupled_weight_decay: bool = False,
+        max_grad_norm: float | None = None,
+        module: torch.nn.Module | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        gradient_reduction: str | None = None,
+        reduce_dtype: torch.dtype | None = None,
+        bucket_nbytes: int = DEFAULT_BUCKET_NBYTES,
+        state_dtype: torch.dtype = torch.float32,
+        num_threads: int | None = None,
+        accumulate: str | None = None,
+        pin_memory: bool | None = None,
+    ) -> None:
+        _check_options(reduce_dtype, state_dtype, bucket_nbytes, num_threads, accumulate)
+        self._distributed = is_distributed(process_group)
+        if amsgrad:
+            self._refuse_distributed_amsgrad()
+        kind = _resolve_reduction(gradient_reduction, module, process_group)
+        if accumulate is not None and (module is None or kind == "external"):
+            raise ValueError(
+                "accumulate='host' adds gradients that leave during backward: it needs module= and "
+                "gradient_reduction='optimizer'. Without them .grad accumulates as always"
+            )
+        self.max_grad_norm = _check_max_norm("max_grad_norm", max_grad_norm)
+        self.grad_scale: torch.Tensor | float | None = None
+        self.found_inf: torch.Tensor | float | None = None
+        self.last_step: StepReport | None = None
+        self.skipped_steps = 0
+        self._max_norm_once: float | None = None
+        self._module = module
+        self._core: ShardedAdam | None = None
+        self._indices: dict[torch.nn.Parameter, int] = {}
+        self._options = f"{kind=} {reduce_dtype=} {bucket_nbytes=} {accumulate=} {max_grad_norm=}"
+        self._membership = open_membership(process_group)
+        # At exit too: a process group that outlives the interpreter's modules ends it with an abort.
+        self._release = weakref.finalize(self, self._membership.release)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        try:
+            together(self._membership, "construction", lambda: self._admit(params, defaults))
+            streams = module is not None and kind == "optimizer"
+            reduction = GradientReduction(
+                self._membership,
+                reduces=kind == "optimizer",
+                streams=streams,
+                accumulates=accumulate is not None,
+                reduce_dtype=reduce_dtype,
+            )
+            self._hooks = BackwardHooks(reduction) if streams else None
+            self._core = ShardedAdam(
+                self._membership,
+                reduction,
+                Placing(
+                    bucket_nbytes, self._pins(pin_memory), reduction.landed_dtype, self._offloads
+                ),
+                num_threads=plan_threads(num_threads),
+                module=module,
+                external=kind == "external",
+            )
+            self._take_in(self._core, self.param_groups, 0)
+        except BaseException:
+            self._release()
+            raise
+
+    def _admit(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        """Let torch take the groups in, each checked, with nothing allocated yet."""
+        super().__init__(params, defaults)
+        self._check_parameters(self.param_groups)
+
+    def _check_parameters(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Refuse parameters that cannot be optimized, or that lie over each other or known ones."""
+        names, parameters = [], []
+        for group, group_names in zip(groups, names_of(groups, self._module), strict=True):
+            for name, parameter in zip(group_names, group["params"], strict=True):
+                check_parameter(name, parameter)
+                names.append(name)
+                parameters.append(parameter)
+        known = [] if self._core is None else self._core.parameters
+        known_names = [] if self._core is None else self._core.names
+        refuse_overlaps(names + known_names, parameters + known)
+
+    def _pins(self, pin_memory: bool | None) -> bool:
+        """Tell whether host state is page-locked."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if pin_memory is None:
+            return any(parameter.is_cuda for parameter in parameters)
+        if pin_memory and not torch.cuda.is_available():
+            warnings.warn(
+                "pin_memory=True is ignored: there is no CUDA to pin host memory for",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return False
+        return pin_memory
+
+    def _take_in(
+        self, core: ShardedAdam, groups: Sequence[dict[str, Any]], first_group: int
+    ) -> None:
+        """Build the state of the trainable parameters of these groups. Collective."""
+        new = [
+            NewParameter(0, name, parameter, first_group + offset, group["amsgrad"])
+            for offset, (group, names) in enumerate(
+                zip(groups, names_of(groups, self._module), strict=True)
+            )
+            for name, parameter in zip(names, group["params"], strict=True)
+            if parameter.requires_grad
+        ]
+        new = [replace(item, index=len(self._indices) + place) for place, item in enumerate(new)]
+        require_same(self._membership, "optimizer", [self._options, *_describe(new, groups)])
+        self._membership.open_data_groups(item.parameter.device.type for item in new)
+        with torch.no_grad():
+            core.extend(new)
+        for item in new:
+            self._indices[item.parameter] = item.index
+            self.state[item.parameter] = local_state(*core.place_of(item.index))
+        if self._hooks is not None:
+            self._hooks.attach([i.index for i in new], [i.parameter for i in new])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take a further group in, at any time between steps. Collective once the optimizer is made.
+
+        Raises:
+            TypeError, ValueError: as the constructor; the optimizer is as before then.
+        """
+        if self._core is None:
+            self._admit_group(param_group)
+            return
+        core = self._alive()
+        num_groups = len(self.param_groups)
+        try:
+            together(self._membership, "add_param_group", lambda: self._admit_later(param_group))
+            self._take_in(core, self.param_groups[num_groups:], num_groups)
+        except BaseException:
+            del self.param_groups[num_groups:]
+            raise
+
+    def _admit_later(self, param_group: dict[str, Any]) -> None:
+        num_groups = len(self.param_groups)
+        self._admit_group(param_group)
+        self._check_parameters(self.param_groups[num_groups:])
+
+    def _admit_group(self, param_group: dict[str, Any]) -> None:
+        """Let torch complete and append one group, then check it."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        check_group(group)
+        if group["amsgrad"]:
+            self._refuse_distributed_amsgrad()
+
+    def _refuse_distributed_amsgrad(self) -> None:
+        if self._distributed:
+            raise ValueError(
+                "amsgrad=True is not supported in distributed training (world size > 1): "
+                "pass amsgrad=False, or train on one rank"
+            )
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Average what is still to be averaged, clip, update; or skip, on every rank. Collective.
+
+        `last_step` says what happened. A gradient that is not finite on any rank, or a `found_inf`
+        that is not 0, skips the step: no bit of state, parameters or step counters changes.
+
+        Args:
+            closure: evaluates the loss and calls backward; its result is returned.
+
+        Raises:
+            ValueError: a gradient that cannot be used, by the parameter's name.
+            ParameterReplacedError: a parameter's storage was replaced, by name.
+            RankDisagreementError, PeerError: ranks do not agree on this step.
+        """
+        core = self._alive()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            report = core.step(self._inputs())
+        self._max_norm_once = None
+        self.last_step = report
+        if report.skipped:
+            self.skipped_steps += 1
+            logger.warning(
+                "step skipped (%d so far): %s",
+                self.skipped_steps,
+                f"gradient not finite in {', '.join(report.non_finite[:5])}"
+                if report.non_finite
+                else "found_inf was set",
+            )
+        return loss
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Clip the next step's gradients to this global 2-norm, and return the norm. Collective.
+
+        The norm is that of the mean gradient over all ranks, unscaled; gradients are clipped inside the
+        update, so `.grad` keeps its values.
+        """
+        core = self._alive()
+        limit = _check_max_norm("max_norm", max_norm)
+        with torch.no_grad():
+            total_norm = core.total_norm(self._inputs())
+        self._max_norm_once = limit
+        return torch.tensor(total_norm, dtype=torch.float64)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, also those that have left `.grad` since the last step."""
+        if self._core is not None:
+            self._core.reduction.reset()
+        if self._hooks is not None:
+            self._hooks.forget_tasks()
+        self._max_norm_once = None
+        if not set_to_none:
+            super().zero_grad(set_to_none=False)
+            return
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Keep the gradients of backwards inside in `.grad`, to be added to those of the next one."""
+        hooks = self._hooks
+        if hooks is None:
+            yield
+            return
+        before = hooks.enabled
+        hooks.enabled = False
+        try:
+            yield
+        finally:
+            hooks.enabled = before
+
+    def synchronize(self) -> None:
+        """Return when all parameters hold the result of the last step."""
+        # step() returns only then; the streaming executor that does not will wait here.
+        self._alive()
+
+    def refresh_master(self) -> None:
+        """Let master weights follow parameters written through `.data` or NumPy.
+
+        No version counter sees such writes. Call it on every rank, after the same write on every rank.
+        """
+        with torch.no_grad():
+            self._alive().refresh_master()
+
+    def close(self) -> None:
+        """Take the hooks off and end the process groups. Idempotent; parameters stay usable."""
+        if self._hooks is not None:
+            self._hooks.remove()
+        self._release()
+
+    @property
+    def host_nbytes(self) -> Mapping[str, int]:
+        """Host bytes that this rank's optimizer holds, by what they are for."""
+        return dict(self._alive().host_nbytes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's state: whole tensors with one rank, else this rank's ranges.
+
+        Tensors share memory with the optimizer, as torch's do. It loads into the same rank of the same
+        world; `full_state_dict` gives what loads anywhere.
+        """
+        saved = super().state_dict()
+        saved[STATE_KEY] = {
+            "world_size": self._membership.world_size,
+            "rank": self._membership.rank,
+        }
+        return saved
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """Return a plain `torch.optim.AdamW` state dict on rank 0, an empty dict elsewhere. Collective.
+
+        Moments are fp32 copies in each parameter's shape. The master weights of 16-bit parameters
+        stand under the key "offload_adam", which torch ignores. It loads into an `OffloadAdam` of any
+        world size, when every rank is given it.
+        """
+        core = self._alive()
+        whole: dict[int, dict[str, torch.Tensor]] = {}
+        with torch.no_grad():
+            for state in core.states:
+                whole.update(gather_bucket(state, self._membership) or {})
+        if self._membership.rank != 0:
+            return {}
+        return pack_full(super().state_dict()["param_groups"], self._trainable_ids(), whole)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state in place: this rank's own, a full one, or one of torch's Adam and AdamW.
+
+        Everything is checked before anything is changed.
+
+        Raises:
+            ValueError: another world or rank, other groups, other shapes, by name.
+        """
+        core = self._alive()
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        saved = read_saved(state_dict, self._membership.world_size, self._membership.rank)
+        groups = merge_groups(self.param_groups, saved.groups)
+        entries = {
+            self._indices[parameter]: saved.state.get(saved_id, {})
+            for group, saved_group in zip(self.param_groups, saved.groups, strict=True)
+            for parameter, saved_id in zip(group["params"], saved_group["params"], strict=True)
+            if parameter in self._indices
+        }
+        with torch.no_grad():
+            loads = [plan_load(*core.place_of(index), entry) for index, entry in entries.items()]
+            for load in loads:
+                load.apply()
+        for group, merged in zip(self.param_groups, groups, strict=True):
+            group.update(merged)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _trainable_ids(self) -> dict[int, int]:
+        """Return torch's packed id (position over all groups) of each trainable parameter's index."""
+        every = [parameter for group in self.param_groups for parameter in group["params"]]
+        return {
+            self._indices[parameter]: packed
+            for packed, parameter in enumerate(every)
+            if parameter in self._indices
+        }
+
+    def _inputs(self) -> StepInputs:
+        """Read what this step is told: groups as they are now, and the loss scaler's word."""
+        grad_scale = 1.0 if self.grad_scale is None else float(self.grad_scale)
+        if not (math.isfinite(grad_scale) and grad_scale > 0.0):
+            raise ValueError(f"grad_scale must be finite and above 0, not {grad_scale}")
+        max_norm = self.max_grad_norm if self._max_norm_once is None else self._max_norm_once
+        return StepInputs(
+            hyperparameters=[hyperparameters_of(group) for group in self.param_groups],
+            grad_scale=grad_scale,
+            found_inf=0.0 if self.found_inf is None else float(self.found_inf),
+            max_norm=max_norm,
+        )
+
+    def _alive(self) -> ShardedAdam:
+        """Return the core of an optimizer that has not been closed."""
+        if self._core is None or not self._release.alive:
+            raise RuntimeError("this optimizer has been closed: make a new one to go on training")
+        return self._core
+
+
+def _resolve_reduction(
+    kind: str | None, module: torch.nn.Module | None, process_group: dist.ProcessGroup | None
+) -> str:
+    """Return who averages the gradients over the ranks: "optimizer" or "external"."""
+    if kind not in (None, "optimizer", "external"):
+        raise ValueError(f"gradient_reduction must be 'optimizer' or 'external', not {kind!r}")
+    has_ddp = module is not None and any(
+        isinstance(part, torch.nn.parallel.DistributedDataParallel) for part in module.modules()
+    )
+    if kind == "optimizer" and has_ddp:
+        raise ValueError(
+            "gradient_reduction='optimizer' with a DistributedDataParallel module would take gradients "
+            "away from DDP: pass 'external', or the module without DDP"
+        )
+    if kind is not None:
+        return kind
+    if module is None and world_size_of(process_group) > 1:
+        raise ValueError(
+            "with more than one rank and no module=, gradient_reduction must be given: 'optimizer' if "
+            "this optimizer is to average the gradients, 'external' if DDP or your own code has"
+        )
+    return "external" if has_ddp else "optimizer"
+
+
+def _check_options(
+    reduce_dtype: torch.dtype | None,
+    state_dtype: torch.dtype,
+    bucket_nbytes: int,
+    num_threads: int | None,
+    accumulate: str | None,
+) -> None:
+    """Refuse options that nothing implements, naming what is allowed."""
+    if reduce_dtype not in (None, torch.float32):
+        raise ValueError(f"reduce_dtype must be torch.float32 or None, not {reduce_dtype}")
+    if state_dtype != torch.float32:
+        raise ValueError(f"state_dtype must be torch.float32, not {state_dtype}")
+    if accumulate not in (None, "host"):
+        raise ValueError(f"accumulate must be 'host' or None, not {accumulate!r}")
+    for name, value in (("bucket_nbytes", bucket_nbytes), ("num_threads", num_threads)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{name} must be an int, not {value!r}")
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+def _check_max_norm(name: str, value: float | None) -> float | None:
+    """Return a clipping norm as a float, refusing what cannot be one."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if math.isnan(value) or value <= 0:
+        raise ValueError(f"{name} must be above 0, not {value}")
+    return float(value)
+
+
+def _describe(new: Sequence[NewParameter], groups: Sequence[dict[str, Any]]) -> list[str]:
+    """Describe what every rank must have in common, one line a group and a parameter."""
+    lines = [f"group {hyperparameters_of(group)} amsgrad={group['amsgrad']}" for group in groups]
+    for item in new:
+        parameter = item.parameter
+        lines.append(
+            f"{item.name} {tuple(parameter.shape)} {parameter.dtype} {parameter.device.type} "
+            f"strides {memory_strides(parameter)} group {item.group}"
+        )
+    return lines

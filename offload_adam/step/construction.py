@@ -1,0 +1,146 @@
+"""Build the state of new parameters: layout, device buckets, host planes. One bucket at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from offload_adam.coordinator.admission import together
+from offload_adam.coordinator.membership import Membership
+from offload_adam.layout.budget import BucketPlanes, shard_nbytes
+from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
+from offload_adam.memory.arena import HostArena
+from offload_adam.memory.planes import allocate_planes
+from offload_adam.parameters.buckets import adopt
+from offload_adam.parameters.families import family_of
+from offload_adam.parameters.gradients import GradientReader
+from offload_adam.step.bucket_state import BucketState, segment_arrays
+
+LandedDtype = Callable[[torch.dtype, bool], torch.dtype | None]
+
+
+@dataclass(frozen=True, slots=True)
+class NewParameter:
+    """A trainable parameter that the optimizer is about to take in.
+
+    index counts over all trainable parameters, group into param_groups.
+    """
+
+    index: int
+    name: str
+    parameter: torch.nn.Parameter
+    group: int
+    amsgrad: bool
+
+    @property
+    def family(self) -> str:
+        """What the parameters of one bucket share: dtype, device, and which planes they have."""
+        return family_of(self.parameter) + ("+amsgrad" if self.amsgrad else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Placing:
+    """Where state goes and what it holds.
+
+    landed_dtype: the dtype in which a bucket's gradients land, from its dtype and whether it is
+        offloaded; None where they are read in place.
+    force_offload: treat parameters in host memory as if they were on a device, for tests of that path.
+    """
+
+    bucket_nbytes: int
+    pin: bool
+    landed_dtype: LandedDtype
+    force_offload: bool = False
+
+
+def build_states(
+    new: Sequence[NewParameter], membership: Membership, placing: Placing, first_bucket: int
+) -> tuple[list[BucketState], int]:
+    """Take parameters in, and return their buckets' states and the host bytes these took.
+
+    Every host byte is mapped first, so that a model that does not fit changes nothing; then parameters
+    move one bucket at a time. Rank 0's values become every rank's, as DistributedDataParallel does.
+    """
+    buckets = plan_buckets(
+        [
+            ParameterSpec(n.index, n.parameter.numel(), n.parameter.element_size(), n.family)
+            for n in new
+        ],
+        world_size=membership.world_size,
+        bucket_nbytes=placing.bucket_nbytes,
+        first_index=first_bucket,
+    )
+    by_index = {item.index: item for item in new}
+    members = [[by_index[placed.parameter] for placed in bucket.placements] for bucket in buckets]
+    planes = [_planes_of(items[0], placing) for items in members]
+    nbytes = sum(shard_nbytes(bucket, plane) for bucket, plane in zip(buckets, planes, strict=True))
+    arena = together(membership, "allocating its state", lambda: HostArena(nbytes, pin=placing.pin))
+    states = [
+        _build(bucket, items, plane, arena, membership, placing)
+        for bucket, items, plane in zip(buckets, members, planes, strict=True)
+    ]
+    return states, nbytes
+
+
+def _offloaded(item: NewParameter, placing: Placing) -> bool:
+    return item.parameter.device.type != "cpu" or placing.force_offload
+
+
+def _planes_of(item: NewParameter, placing: Placing) -> BucketPlanes:
+    """Return which host planes a bucket of such parameters needs."""
+    offloaded = _offloaded(item, placing)
+    landed = placing.landed_dtype(item.parameter.dtype, offloaded)
+    return BucketPlanes(
+        own_master=item.parameter.dtype == torch.float32 and not offloaded,
+        amsgrad=item.amsgrad,
+        landed_itemsize=0 if landed is None else landed.itemsize,
+    )
+
+
+def _build(
+    bucket: Bucket,
+    items: Sequence[NewParameter],
+    planes: BucketPlanes,
+    arena: HostArena,
+    membership: Membership,
+    placing: Placing,
+) -> BucketState:
+    """Adopt one bucket's parameters and fill its master weights from them."""
+    parameters = [item.parameter for item in items]
+    names = [item.name for item in items]
+    flat = adopt(bucket, parameters)
+    if membership.world_size > 1 and bucket.numel > 0:
+        group = membership.data_group(flat.device)
+        dist.broadcast(flat, membership.global_ranks[0], group=group)
+    low, high = bucket.shard_bounds(membership.rank)
+    shard = flat[low:high]
+    offloaded = _offloaded(items[0], placing)
+    state_planes = allocate_planes(
+        bucket,
+        planes,
+        arena,
+        own_master=shard if planes.own_master else None,
+        landed_dtype=placing.landed_dtype(flat.dtype, offloaded),
+    )
+    if not planes.own_master:
+        state_planes.master_weight.copy_(shard)
+    return BucketState(
+        layout=bucket,
+        rank=membership.rank,
+        parameters=parameters,
+        names=names,
+        indices=np.array([item.index for item in items], dtype=np.int64),
+        groups=np.array([item.group for item in items], dtype=np.int64),
+        flat=flat,
+        shard=shard,
+        planes=state_planes,
+        step_counts=torch.zeros(len(items), dtype=torch.float32),
+        own_master=planes.own_master,
+        offloaded=offloaded,
+        segments=segment_arrays(bucket, membership.rank),
+        reader=GradientReader(names, parameters),
+    )

@@ -1,0 +1,50 @@
+"""Put the shards of every rank back together into whole tensors, on rank 0."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from offload_adam.coordinator.membership import Membership
+from offload_adam.step.bucket_state import BucketState
+
+
+def gather_bucket(
+    state: BucketState, membership: Membership
+) -> dict[int, dict[str, torch.Tensor]] | None:
+    """Return the whole state of one bucket's parameters by their index, on rank 0 only. Collective.
+
+    Tensors are copies, fp32, in each parameter's shape. One bucket is whole at a time, besides what
+    rank 0 keeps.
+    """
+    whole: dict[int, dict[str, torch.Tensor]] = {
+        index: {"step": state.step_counts[position].clone()}
+        for position, index in enumerate(state.indices.tolist())
+    }
+    planes = state.planes.named(own_master=state.own_master)
+    for key, plane in planes.items():
+        flat = _gather_plane(plane, membership)
+        if flat is None:
+            continue
+        for position, index in enumerate(state.indices.tolist()):
+            placed = state.layout.placements[position]
+            parameter = state.parameters[position]
+            values = torch.empty_strided(parameter.shape, parameter.stride(), dtype=plane.dtype)
+            values.as_strided((placed.numel,), (1,)).copy_(flat[placed.start : placed.end])
+            whole[index][key] = values.contiguous()
+    return whole if membership.rank == 0 else None
+
+
+def _gather_plane(plane: torch.Tensor, membership: Membership) -> torch.Tensor | None:
+    """Return all ranks' shards of one plane end to end, on rank 0 only."""
+    if membership.world_size == 1:
+        return plane
+    if plane.numel() == 0:
+        return plane if membership.rank == 0 else None
+    parts: list[torch.Tensor] | None = None
+    flat = None
+    if membership.rank == 0:
+        flat = torch.empty(plane.numel() * membership.world_size, dtype=plane.dtype)
+        parts = list(flat.chunk(membership.world_size))
+    dist.gather(plane, parts, dst=membership.global_ranks[0], group=membership.control)
+    return flat

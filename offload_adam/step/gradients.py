@@ -1,0 +1,109 @@
+"""Where this step's gradients of one bucket are, as a table that the kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from offload_adam.kernels.formats import FloatFormat
+from offload_adam.parameters.families import float_format
+from offload_adam.step.bucket_state import BucketState, SegmentArrays
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentTable:
+    """Segments of one gradient format: where each gradient lies and which state belongs to it.
+
+    addresses, starts, numels: int64, one entry a segment, see `kernels.update.update`.
+    positions: int64, each segment's parameter in the bucket.
+    """
+
+    gradient_format: FloatFormat
+    addresses: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+    numels: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+
+    def work_starts(self) -> npt.NDArray[np.int64]:
+        """Return the running sum of the segments' lengths, from 0."""
+        sums = np.zeros(self.numels.size + 1, dtype=np.int64)
+        np.cumsum(self.numels, out=sums[1:])
+        return sums
+
+
+class BucketGradients:
+    """One step's gradients of one bucket on this rank.
+
+    Either held where autograd left them, whole and one tensor a parameter, or landed: this rank's
+    shard in one flat host tensor. `present` says which parameters had one on this rank.
+    """
+
+    def __init__(self, state: BucketState) -> None:
+        self.present = np.zeros(len(state.parameters), dtype=np.bool_)
+        self._held: list[torch.Tensor | None] = []
+        self._landed: torch.Tensor | None = None
+        self._complete = False
+
+    @property
+    def readable(self) -> npt.NDArray[np.bool_]:
+        """Which parameters have meaningful elements here: a reduced shard has zeros for the rest."""
+        return np.ones_like(self.present) if self._complete else self.present
+
+    def hold(self, gradients: list[torch.Tensor | None]) -> None:
+        """Keep these tensors, in their parameters' memory order, beside any that are held."""
+        if self._held:
+            gradients = [
+                new if old is None else old for old, new in zip(self._held, gradients, strict=True)
+            ]
+        self._held = gradients
+        self.present[:] = [gradient is not None for gradient in gradients]
+
+    def land(self, shard: torch.Tensor, present: npt.NDArray[np.bool_], *, complete: bool) -> None:
+        """Take this rank's shard of the bucket, on the host, with the parameters `present` here.
+
+        complete: the shard has zeros where this rank had no gradient.
+        """
+        self._landed = shard
+        self._complete = complete
+        self.present |= present
+
+    def tables(self, state: BucketState, active: npt.NDArray[np.bool_]) -> Iterator[SegmentTable]:
+        """Yield the segments of `active` parameters, one table for each gradient format."""
+        segments = state.segments
+        if segments.numels.size == 0:
+            return
+        chosen = active[segments.positions]
+        if self._landed is not None:
+            itemsize = self._landed.element_size()
+            addresses = self._landed.data_ptr() + segments.shard_starts * itemsize
+            yield from _table(state, self._landed.dtype, addresses, chosen)
+            return
+        pointers = np.array([0 if g is None else g.data_ptr() for g in self._held], dtype=np.int64)
+        dtypes = {gradient.dtype for gradient in self._held if gradient is not None}
+        for dtype in sorted(dtypes, key=str):
+            addresses = pointers[segments.positions] + segments.parameter_starts * dtype.itemsize
+            of_dtype = chosen if len(dtypes) == 1 else chosen & self._has_dtype(dtype, segments)
+            yield from _table(state, dtype, addresses, of_dtype)
+
+    def _has_dtype(self, dtype: torch.dtype, segments: SegmentArrays) -> npt.NDArray[np.bool_]:
+        matches = [gradient is not None and gradient.dtype == dtype for gradient in self._held]
+        return np.array(matches, dtype=np.bool_)[segments.positions]
+
+
+def _table(
+    state: BucketState,
+    dtype: torch.dtype,
+    addresses: npt.NDArray[np.int64],
+    chosen: npt.NDArray[np.bool_],
+) -> Iterator[SegmentTable]:
+    """Yield the table of the chosen segments, if there are any."""
+    segments = state.segments
+    columns = [addresses, segments.shard_starts, segments.numels, segments.positions]
+    if not chosen.all():
+        columns = [column[chosen] for column in columns]
+    if columns[0].size > 0:
+        yield SegmentTable(float_format(dtype), *columns)

@@ -1,0 +1,280 @@
+"""Bring gradients to where the update reads them, bucket by bucket, in one order on every rank."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from offload_adam.coordinator.membership import Membership
+from offload_adam.parameters.gradients import in_memory_order
+from offload_adam.step.bucket_state import BucketState
+from offload_adam.step.gradients import BucketGradients
+from offload_adam.transfer.collectives import PendingCollective, mean_over_ranks
+from offload_adam.transfer.slots import SlotPool
+from offload_adam.transfer.staging import wait_for_device
+
+
+class _InFlight(NamedTuple):
+    """A bucket on its way; `adds` to what an earlier backward of this step has landed."""
+
+    state: BucketState
+    pending: PendingCollective
+    present: npt.NDArray[np.bool_]
+    adds: bool
+
+
+class GradientReduction:
+    """Moves each bucket's gradients out of `.grad`: reduced over the ranks, landed on the host.
+
+    During a streaming backward, hooks call `gradient_ready` and buckets leave in their fixed order as
+    soon as all their gradients are there; what is missing at the end of the backward counts zeros.
+    Without hooks, `finish` does all of it inside `step()`. One reduced backward a step is the rule;
+    with `accumulates` a further one adds in fp32 to what has landed.
+
+    Owns: the slots in which buckets are reduced, and this step's `BucketGradients`.
+    Lifecycle: `reset` after each step, and from `zero_grad`.
+
+    Args:
+        reduces: ranks' gradients are averaged here; otherwise `.grad` is final as it stands.
+        streams: gradients leave `.grad`, which is None afterwards.
+        accumulates: landed gradients are fp32 and later backwards add to them.
+        reduce_dtype: dtype of the reduction, None for each bucket's own.
+    """
+
+    def __init__(
+        self,
+        membership: Membership,
+        *,
+        reduces: bool,
+        streams: bool,
+        accumulates: bool,
+        reduce_dtype: torch.dtype | None,
+    ) -> None:
+        self._membership = membership
+        self._reduces = reduces and membership.world_size > 1
+        self.streams = streams
+        self._accumulates = accumulates
+        self._reduce_dtype = reduce_dtype
+        self._slots = SlotPool()
+        self._states: list[BucketState] = []
+        self._place_of: dict[int, tuple[int, int]] = {}
+        self._in_flight: deque[_InFlight] = deque()
+        self._next = 0
+        self.gradients: list[BucketGradients] = []
+        self.reset()
+
+    def landed_dtype(self, dtype: torch.dtype, offloaded: bool) -> torch.dtype | None:
+        """Return the dtype in which gradients of such parameters land, None where they stay put."""
+        if self._accumulates:
+            return torch.float32
+        if self._reduces:
+            return self._reduce_dtype or dtype
+        return dtype if offloaded else None
+
+    def extend(self, states: Sequence[BucketState]) -> None:
+        """Take further buckets into the order, after those that are known."""
+        self.reset()
+        for state in states:
+            self._states.append(state)
+            for position, index in enumerate(state.indices.tolist()):
+                self._place_of[index] = (state.layout.index, position)
+            if self._reduces:
+                dtype = self._reduce_dtype or state.dtype
+                self._slots.reserve(state.layout.numel, dtype, state.device)
+        self.reset()
+
+    def gradient_ready(self, index: int) -> None:
+        """Count a gradient in, and send off every bucket that is complete and next in order.
+
+        Raises:
+            ValueError: a second reduced backward (or a parameter shared by reentrant checkpoints), and
+                no room was reserved to add to what has left.
+        """
+        number, position = self._place_of[index]
+        if number < self._next:
+            self._open_another_round(number, position)
+        ready = self._ready[number]
+        if not ready[position]:
+            ready[position] = True
+            self._missing[number] -= 1
+        while self._next < len(self._states) and self._missing[self._next] == 0:
+            self._send_next()
+
+    def backward_ended(self) -> None:
+        """Send off what this backward left incomplete, so that every rank issues the same order."""
+        while self._next < len(self._states):
+            self._send_next()
+
+    def finish(self) -> Exception | None:
+        """Send off and land everything for this step, and return the first error of this rank.
+
+        The order of collectives is kept even after an error, which the caller must carry to the other
+        ranks: a rank that left the sequence would leave them waiting.
+        """
+        failure: Exception | None = None
+        while self._next < len(self._states):
+            try:
+                self._send_next()
+            except (TypeError, ValueError) as error:
+                failure = failure or error
+            self._retire(wait=not self.streams)
+        self._retire(wait=True)
+        wait_for_device({state.device for state in self._states if state.offloaded})
+        return failure
+
+    def has_late_gradients(self) -> bool:
+        """Tell whether a `.grad` appeared, on this rank, after its bucket had left.
+
+        Raises:
+            ValueError: on a parameter whose gradient has already left.
+        """
+        if not self.streams:
+            return False
+        late = False
+        for state in self._states[: self._next]:
+            present = self.gradients[state.layout.index].present
+            for position, parameter in enumerate(state.parameters):
+                if parameter.grad is None:
+                    continue
+                if present[position]:
+                    raise ValueError(
+                        f"parameter {state.names[position]!r} has a .grad at step(), but its gradient "
+                        "has already left in this step's backward: edit gradients by hooks on the "
+                        "tensors, or make the optimizer without module= to keep them in .grad"
+                    )
+                late = True
+        return late
+
+    def take_late_gradients(self) -> Exception | None:
+        """Send all buckets once more for gradients that were set by hand after the backward.
+
+        Every rank must do it when any has such gradients. They are added to zeros, which is exact in
+        any dtype.
+        """
+        self._num_rounds += 1
+        self._next = 0
+        return self.finish()
+
+    def reset(self) -> None:
+        """Forget this step's gradients; what is in flight is completed first, as peers expect it to be."""
+        if self._in_flight or 0 < self._next < len(self._states):
+            self.finish()
+        self._next = 0
+        self._num_rounds = 0
+        self.gradients = [BucketGradients(state) for state in self._states]
+        self._start_counting()
+
+    def _start_counting(self) -> None:
+        self._missing = [len(state.parameters) for state in self._states]
+        self._ready = [[False] * len(state.parameters) for state in self._states]
+
+    def _open_another_round(self, number: int, position: int) -> None:
+        """Start to add a further backward, where room was reserved and the last one is complete."""
+        if self._accumulates and self._next == len(self._states):
+            self._num_rounds += 1
+            self._next = 0
+            self._start_counting()
+            return
+        name = self._states[number].names[position]
+        raise ValueError(
+            f"the gradient of parameter {name!r} has already been reduced in this step, and this "
+            "backward brings another: run all but the last backward of a step inside no_sync(), or "
+            "make the optimizer with accumulate='host' to add them on the host"
+        )
+
+    def _send_next(self) -> None:
+        """Take the next bucket's gradients out of `.grad` and start them on their way."""
+        with torch.no_grad():
+            self._send(self._next)
+
+    def _send(self, number: int) -> None:
+        self._next = number + 1
+        state = self._states[number]
+        try:
+            gradients = state.reader.read()
+        except (TypeError, ValueError):
+            if self._reduces:
+                self._start_reduction(state, [None] * len(state.parameters))
+            raise
+        if self.streams:
+            for parameter in state.parameters:
+                parameter.grad = None
+        if self._reduces:
+            self._start_reduction(state, gradients)
+            self._retire(wait=False)
+        elif state.planes.landed_gradient is None:
+            self.gradients[number].hold(gradients)
+        else:
+            self._land_directly(number, gradients)
+
+    def _start_reduction(self, state: BucketState, gradients: list[torch.Tensor | None]) -> None:
+        """Pack a bucket, zeros for what is missing, and start its mean over the ranks."""
+        present = np.array([gradient is not None for gradient in gradients], dtype=np.bool_)
+        if state.layout.numel == 0:
+            self.gradients[state.layout.index].present |= present
+            return
+        dtype = self._reduce_dtype or state.dtype
+        slot = self._slots.acquire(state.layout.numel, dtype, state.device)
+        sources, targets = [], []
+        for placed, gradient in zip(state.layout.placements, gradients, strict=True):
+            part = slot[placed.start : placed.end]
+            if gradient is None:
+                part.zero_()
+            elif placed.numel > 0:
+                sources.append(in_memory_order(gradient))
+                targets.append(part)
+        if sources:
+            torch._foreach_copy_(targets, sources)
+        pending = mean_over_ranks(
+            slot,
+            self._membership.data_group(state.device),
+            self._membership.rank,
+            self._membership.world_size,
+        )
+        self._in_flight.append(_InFlight(state, pending, present, self._num_rounds > 0))
+
+    def _retire(self, *, wait: bool) -> None:
+        """Land buckets whose reduction is over, in order; without `wait` only those that already are."""
+        while self._in_flight and (wait or self._in_flight[0].pending.is_completed()):
+            state, pending, present, adds = self._in_flight.popleft()
+            pending.wait()
+            landed = state.planes.landed_gradient
+            assert landed is not None
+            if adds:
+                landed.add_(pending.shard.to(landed.device))
+            else:
+                landed.copy_(pending.shard)
+            self.gradients[state.layout.index].land(landed, present, complete=True)
+            self._slots.release(pending.buffer)
+
+    def _land_directly(self, number: int, gradients: list[torch.Tensor | None]) -> None:
+        """Copy (or add) this rank's segments of gradients that need no reduction."""
+        state = self._states[number]
+        landed = state.planes.landed_gradient
+        assert landed is not None
+        arrived = self.gradients[number].present
+        segments = state.segments
+        rows = zip(
+            segments.positions.tolist(),
+            segments.parameter_starts.tolist(),
+            segments.shard_starts.tolist(),
+            segments.numels.tolist(),
+            strict=True,
+        )
+        for position, parameter_start, shard_start, numel in rows:
+            gradient = gradients[position]
+            if gradient is None:
+                continue
+            source = in_memory_order(gradient)[parameter_start : parameter_start + numel]
+            target = landed[shard_start : shard_start + numel]
+            if arrived[position]:
+                target.add_(source.to(target.device))
+            else:
+                target.copy_(source, non_blocking=True)
+        present = np.array([gradient is not None for gradient in gradients], dtype=np.bool_)
+        self.gradients[number].land(landed, present, complete=False)

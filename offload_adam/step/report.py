@@ -1,0 +1,25 @@
+"""What a step reports about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """The outcome of one `step()`.
+
+    total_norm: 2-norm of the mean gradient of all parameters, unscaled and before clipping; NaN where
+        it is not finite.
+    clip_factor: what every gradient was multiplied by, 1.0 where nothing was clipped.
+    skipped: a gradient was not finite or `found_inf` was set: nothing was changed.
+    non_finite: names of the parameters whose gradient was not finite, on any rank.
+    timings: seconds by phase: reduce, norm, agree, update, gather.
+    """
+
+    total_norm: float
+    clip_factor: float
+    skipped: bool
+    non_finite: tuple[str, ...] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)

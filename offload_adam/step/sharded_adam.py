@@ -1,0 +1,297 @@
+"""The optimizer without torch's conventions: parameters in, one agreed step at a time."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from offload_adam.coordinator.agreement import Agreement, Findings, agree, flags_on_any_rank
+from offload_adam.coordinator.membership import Membership
+from offload_adam.errors import PeerError, RankDisagreementError
+from offload_adam.kernels.scalars import Hyperparameters
+from offload_adam.layout.schedule import plan_schedule
+from offload_adam.observe.spans import Stopwatch
+from offload_adam.parameters.watch import VersionWatch
+from offload_adam.step.bucket_state import BucketState
+from offload_adam.step.clipping import Decision, decide
+from offload_adam.step.construction import NewParameter, Placing, build_states
+from offload_adam.step.executor import SequentialExecutor, UpdateMasks
+from offload_adam.step.following import follow
+from offload_adam.step.reduction import GradientReduction
+from offload_adam.step.report import StepReport
+from offload_adam.step.update import HostUpdate
+from offload_adam.transfer.staging import StagingRing
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """What one step is told by its caller, besides the gradients.
+
+    hyperparameters: one for each parameter group.
+    grad_scale: what the loss was multiplied by; gradients are divided by it.
+    found_inf: not 0 where the caller has seen a gradient that is not finite.
+    max_norm: global 2-norm to clip to, None for no clipping.
+    """
+
+    hyperparameters: Sequence[Hyperparameters]
+    grad_scale: float = 1.0
+    found_inf: float = 0.0
+    max_norm: float | None = None
+
+    def checksum(self) -> int:
+        """Return a checksum of what must be the same on all ranks."""
+        return zlib.crc32(repr((self.hyperparameters, self.max_norm)).encode())
+
+
+class ShardedAdam:
+    """This rank's shard of the Adam state, and the step that all ranks take together.
+
+    Owns: all bucket states, the version watch, the block sums and the staging rings.
+    Lifecycle: `extend` for every set of parameters, `step` any number of times.
+    """
+
+    def __init__(
+        self,
+        membership: Membership,
+        reduction: GradientReduction,
+        placing: Placing,
+        *,
+        num_threads: int,
+        module: torch.nn.Module | None,
+        external: bool,
+    ) -> None:
+        self.membership = membership
+        self.reduction = reduction
+        self.states: list[BucketState] = []
+        self.host_nbytes: dict[str, int] = {"state": 0, "block_sums": 0, "staging": 0}
+        self._placing = placing
+        self._module = module
+        self._external = external
+        self._update = HostUpdate(num_threads)
+        self._rings: dict[torch.dtype, StagingRing] = {}
+        self._places: list[tuple[int, int]] = []
+        self.names: list[str] = []
+        self.parameters: list[torch.nn.Parameter] = []
+
+    def extend(self, new: Sequence[NewParameter]) -> None:
+        """Take further parameters in: adopt, allocate, compile. Collective where ranks share state.
+
+        Raises:
+            HostMemoryError: nothing has been changed then.
+        """
+        states, nbytes = build_states(new, self.membership, self._placing, len(self.states))
+        self._update.prepare(states)
+        self.states += states
+        self.host_nbytes["state"] += nbytes
+        self.host_nbytes["block_sums"] = self._update.nbytes
+        self.names += [item.name for item in new]
+        self.parameters += [item.parameter for item in new]
+        self._places += [(0, 0)] * len(new)
+        for state in states:
+            for position, index in enumerate(state.indices.tolist()):
+                self._places[index] = (state.layout.index, position)
+        self._make_rings()
+        self.reduction.extend(states)
+        offloaded = frozenset(state.layout.index for state in self.states if state.offloaded)
+        schedule = plan_schedule([state.layout for state in self.states], copies_back=offloaded)
+        self._executor = SequentialExecutor(
+            schedule, self.states, self._update, self.membership, self._rings
+        )
+        self._watch = VersionWatch(self.names, self.parameters, self._module)
+
+    def place_of(self, index: int) -> tuple[BucketState, int]:
+        """Return the bucket of a parameter, and its position there."""
+        bucket, position = self._places[index]
+        return self.states[bucket], position
+
+    def step(self, inputs: StepInputs) -> StepReport:
+        """Reduce what is left, agree, and update or skip. Collective.
+
+        Raises:
+            PeerError: another rank refused the step.
+            RankDisagreementError: ranks differ in what they changed from outside or in `grad_scale`.
+        """
+        stopwatch = Stopwatch()
+        agreement, changed = self._agree(inputs, stopwatch)
+        decision = decide(agreement, inputs.max_norm)
+        non_finite: tuple[str, ...] = ()
+        if decision.skip:
+            non_finite = self._names_of_non_finite(agreement)
+        else:
+            self._apply(inputs, agreement, decision, changed, stopwatch)
+        self.reduction.reset()
+        return StepReport(
+            decision.total_norm,
+            decision.clip_factor,
+            decision.skip,
+            non_finite,
+            stopwatch.elapsed_s,
+        )
+
+    def total_norm(self, inputs: StepInputs) -> float:
+        """Reduce what is left and return the global gradient norm, unscaled. Collective."""
+        agreement, _ = self._agree(inputs, Stopwatch())
+        return decide(agreement, None).total_norm
+
+    def refresh_master(self) -> None:
+        """Let every master weight follow its parameter, for writes that no version counter saw."""
+        for state in self.states:
+            follow(state, range(len(state.parameters)))
+        self._watch.settle()
+
+    def _agree(self, inputs: StepInputs, stopwatch: Stopwatch) -> tuple[Agreement, list[int]]:
+        """Bring all gradients to their shards and exchange what each rank found in its own."""
+        if not self.reduction.streams:
+            # `.grad` still holds everything, and may have been edited since it was last read.
+            self.reduction.reset()
+        with stopwatch.span("reduce"):
+            failure = self.reduction.finish()
+        agreement, changed, failure = self._exchange(inputs, failure, stopwatch)
+        if agreement.late and not agreement.failed_ranks:
+            with stopwatch.span("reduce"):
+                failure = self.reduction.take_late_gradients()
+            agreement, changed, failure = self._exchange(inputs, failure, stopwatch)
+        self._refuse(inputs, agreement, changed, failure)
+        return agreement, changed
+
+    def _exchange(
+        self, inputs: StepInputs, failure: Exception | None, stopwatch: Stopwatch
+    ) -> tuple[Agreement, list[int], Exception | None]:
+        """Look at this rank's shard and exchange the findings; an error of its own rides along."""
+        changed: list[int] = []
+        late, sum_of_squares = False, 0.0
+        present = np.zeros(len(self.parameters), dtype=np.bool_)
+        try:
+            if failure is None:
+                late = self.reduction.has_late_gradients()
+                changed = self._watch.changed()
+                for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
+                    present[state.indices] = gradients.present
+                with stopwatch.span("norm"):
+                    sum_of_squares = self._executor.sum_of_squares(self.reduction.gradients)
+        except Exception as error:
+            failure = error
+        findings = Findings(
+            sum_of_squares=sum_of_squares,
+            non_finite=not np.isfinite(sum_of_squares),
+            found_inf=inputs.found_inf,
+            grad_scale=inputs.grad_scale,
+            changes=self._watch.checksum(changed) if self.membership.world_size > 1 else 0,
+            failed=failure is not None,
+            late=late,
+            settings=inputs.checksum(),
+            present=torch.from_numpy(present),
+        )
+        with stopwatch.span("agree"):
+            return agree(self.membership, findings), changed, failure
+
+    def _refuse(
+        self,
+        inputs: StepInputs,
+        agreement: Agreement,
+        changed: Sequence[int],
+        failure: Exception | None,
+    ) -> None:
+        """Raise, on every rank, where any has a reason not to step."""
+        if failure is not None:
+            raise failure
+        if agreement.failed_ranks:
+            raise PeerError(
+                f"rank(s) {list(agreement.failed_ranks)} refused this step; their own error says why"
+            )
+        if len(set(agreement.grad_scales)) > 1:
+            raise RankDisagreementError(
+                f"grad_scale differs between ranks: {list(agreement.grad_scales)}. A loss scaler must "
+                "see the same found_inf on all ranks; all-reduce it before the scaler's update()"
+            )
+        if len(set(agreement.settings)) > 1:
+            ranks = _minority(agreement.settings)
+            raise RankDisagreementError(
+                f"rank(s) {ranks} would step with other hyperparameters than the rest (here: "
+                f"lr {[h.lr for h in inputs.hyperparameters]}): run the same schedule on every rank"
+            )
+        if len(set(agreement.changes)) > 1:
+            self._refuse_changes(agreement, changed)
+        if self._external:
+            self._refuse_partial_presence(agreement)
+
+    def _refuse_changes(self, agreement: Agreement, changed: Sequence[int]) -> None:
+        ranks = _minority(agreement.changes)
+        names = ", ".join(repr(self.names[index]) for index in changed[:5]) or "none on this rank"
+        raise RankDisagreementError(
+            f"parameters were changed from outside on rank(s) {ranks} otherwise than on the rest "
+            f"(changed here: {names}): make the same change on every rank, or broadcast it"
+        )
+
+    def _refuse_partial_presence(self, agreement: Agreement) -> None:
+        counts = agreement.present_counts
+        partial = torch.nonzero((counts > 0) & (counts < self.membership.world_size)).flatten()
+        if partial.numel() > 0:
+            raise RankDisagreementError(
+                f"parameter {self.names[int(partial[0])]!r} has a gradient on "
+                f"{int(counts[partial[0]])} of {self.membership.world_size} ranks, but with "
+                "gradient_reduction='external' gradients must be averaged, and so present, on all"
+            )
+
+    def _apply(
+        self,
+        inputs: StepInputs,
+        agreement: Agreement,
+        decision: Decision,
+        changed: Sequence[int],
+        stopwatch: Stopwatch,
+    ) -> None:
+        """Carry out a step that is not skipped."""
+        self._follow(changed)
+        active = agreement.present_counts.numpy() > 0
+        masks = UpdateMasks(active, inputs.hyperparameters, decision.gradient_scale)
+        self._executor.apply(self.reduction.gradients, masks, stopwatch)
+        # Our writes went through the flat bucket: autograd's check against stale graphs must see them.
+        if active.all():
+            written = self.parameters
+        else:
+            written = [p for p, is_active in zip(self.parameters, active, strict=True) if is_active]
+        torch.autograd.graph.increment_version(written)
+        self._watch.settle()
+
+    def _follow(self, changed: Sequence[int]) -> None:
+        positions: dict[int, set[int]] = {}
+        for index in changed:
+            bucket, position = self._places[index]
+            positions.setdefault(bucket, set()).add(position)
+        for bucket, members in positions.items():
+            follow(self.states[bucket], members)
+
+    def _names_of_non_finite(self, agreement: Agreement) -> tuple[str, ...]:
+        """Return which parameters made the step be skipped, on any rank. Collective if any did."""
+        if not agreement.non_finite:
+            return ()
+        flags = torch.zeros(len(self.parameters), dtype=torch.bool)
+        found = self._executor.non_finite_indices(self.reduction.gradients)
+        flags[torch.from_numpy(found)] = True
+        flags = flags_on_any_rank(self.membership, flags)
+        return tuple(self.names[index] for index in torch.nonzero(flags).flatten().tolist())
+
+    def _make_rings(self) -> None:
+        """Make the staging rings large enough for every shard that goes to a device through them."""
+        for state in self.states:
+            numel = state.layout.shard_numel
+            if not state.offloaded or state.dtype == torch.float32:
+                continue
+            ring = self._rings.get(state.dtype)
+            if ring is None or ring.numel < numel:
+                self._rings[state.dtype] = StagingRing(numel, state.dtype, pin=self._placing.pin)
+        self.host_nbytes["staging"] = sum(ring.nbytes for ring in self._rings.values())
+
+
+def _minority(values: Sequence[int]) -> list[int]:
+    """Return the ranks whose value is not the most common one; of equally common ones, the first."""
+    common = max(values, key=lambda value: (values.count(value), -values.index(value)))
+    return [rank for rank, value in enumerate(values) if value != common]
