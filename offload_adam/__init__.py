@@ -1,4 +1,4 @@
-"""Exact Adam whose state lives sharded in host memory, for models whose state does not fit the GPU."""
+"""Exact Adam with its state sharded in host memory, for models whose state no GPU holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exception types that callers may want to tell apart; plain mistakes are ValueError or TypeError."""
+"""Exceptions that callers may want to tell apart; plain mistakes are ValueError or TypeError."""
 
 from __future__ import annotations
 

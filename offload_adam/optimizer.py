@@ -8,7 +8,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -19,18 +18,18 @@ from offload_adam.coordinator.admission import require_same, together
 from offload_adam.coordinator.membership import (
     is_distributed,
     open_membership,
-    world_size_of,
 )
 from offload_adam.kernels.threads import plan_threads
-from offload_adam.parameters.families import check_parameter, memory_strides, refuse_overlaps
+from offload_adam.parameters.families import check_parameter, refuse_overlaps
 from offload_adam.parameters.groups import check_group, hyperparameters_of, names_of
 from offload_adam.parameters.hooks import BackwardHooks
-from offload_adam.step.construction import NewParameter, Placing
+from offload_adam.parameters.options import check_max_norm, check_options, resolve_reduction
+from offload_adam.step.construction import NewParameter, Placing, describe
 from offload_adam.step.full_state import gather_bucket
 from offload_adam.step.local_state import local_state, plan_load
-from offload_adam.step.saved_state import STATE_KEY, merge_groups, pack_full, read_saved
 from offload_adam.step.reduction import GradientReduction
 from offload_adam.step.report import StepReport
+from offload_adam.step.saved_state import STATE_KEY, merge_groups, pack_full, read_saved
 from offload_adam.step.sharded_adam import ShardedAdam, StepInputs
 
 logger = logging.getLogger(__name__)
@@ -42,17 +41,18 @@ class OffloadAdam(torch.optim.Optimizer):
     """Adam and AdamW with fp32 state in host memory, sharded over the ranks.
 
     The update is torch's: `w - lr * m_hat / (sqrt(v_hat) + eps)`, in fp32 from fp32 master weights,
-    whatever the parameters' dtype. Construction moves each parameter into a flat bucket (the objects
-    stay the same) and allocates all state; with more than one rank it is collective, as are `step`,
-    `clip_grad_norm_`, `add_param_group` and `full_state_dict`.
+    whatever the parameters' dtype. Construction moves each parameter into a flat bucket (the
+    objects stay the same) and allocates all state; with more than one rank it is collective, as are
+    `step`, `clip_grad_norm_`, `add_param_group` and `full_state_dict`.
 
     Drop-in, without `module`: gradients stay in `.grad` until `step()` reads them. Streaming, with
     `module`: gradients leave during backward, bucket by bucket, and `.grad` is None after it.
 
     Args:
-        params: parameters, group dicts, or (name, parameter) pairs; fp32, bf16 and fp16 may be mixed.
-            Parameters that do not require a gradient are left out.
-        lr, betas, eps, weight_decay: as in torch; read from the groups at each step. Betas in [0, 1).
+        params: parameters, group dicts, or (name, parameter) pairs; fp32, bf16 and fp16 may be
+            mixed. Parameters that do not require a gradient are left out.
+        lr, betas, eps, weight_decay: as in torch; read from the groups at each step. Betas in [0,
+            1).
         amsgrad: keep the maximum of exp_avg_sq; with one rank only.
         nesterov: look ahead with the first moment: `b1 * m + (1 - b1) * g` in its place.
         maximize: ascend.
@@ -60,14 +60,16 @@ class OffloadAdam(torch.optim.Optimizer):
         max_grad_norm: clip gradients to this global 2-norm inside the update.
         module: the model, for streaming.
         process_group: ranks that share the state; None for the default group.
-        gradient_reduction: "optimizer": local gradients are averaged here (ZeRO-2); "external": DDP or
-            the caller has averaged them (ZeRO-1). With `module` and not given: external where it is or
-            contains DDP, else optimizer. Must be given with more than one rank and no `module`.
+        gradient_reduction: "optimizer": local gradients are averaged here (ZeRO-2); "external": DDP
+            or the caller has averaged them (ZeRO-1). With `module` and not given: external where it
+            is or contains DDP, else optimizer. Must be given with more than one rank and no
+            `module`.
         reduce_dtype: torch.float32 to average 16-bit gradients in fp32; None for their own dtype.
         bucket_nbytes: bytes of parameters reduced and gathered at once.
         state_dtype: torch.float32.
         num_threads: threads of this rank's kernels; None for allowed cores / ranks on this node.
-        accumulate: "host" reserves fp32 room for gradients, so that several reduced backwards add up.
+        accumulate: "host" reserves fp32 room for gradients, so that several reduced backwards add
+            up.
         pin_memory: page-lock host state; None where a parameter is on CUDA.
 
     Owns: process groups of its own, hooks on the parameters, host memory. `close` ends all three.
@@ -78,9 +80,9 @@ class OffloadAdam(torch.optim.Optimizer):
         RuntimeError: WORLD_SIZE > 1 and no process group is initialised.
         HostMemoryError: the state does not fit into this node's memory.
 
-    Source: Kingma and Ba, "Adam" (2015); Loshchilov and Hutter, "Decoupled Weight Decay" (2019); Reddi
-    et al., "On the Convergence of Adam" (2018); Rajbhandari et al., "ZeRO" (2020); Ren et al.,
-    "ZeRO-Offload" (2021).
+    Source: Kingma and Ba, "Adam" (2015); Loshchilov and Hutter, "Decoupled Weight Decay" (2019);
+    Reddi et al., "On the Convergence of Adam" (2018); Rajbhandari et al., "ZeRO" (2020); Ren et
+    al., "ZeRO-Offload" (2021).
     """
 
     # GradScaler hands grad_scale and found_inf over instead of deciding on this rank alone.
@@ -112,17 +114,17 @@ class OffloadAdam(torch.optim.Optimizer):
         accumulate: str | None = None,
         pin_memory: bool | None = None,
     ) -> None:
-        _check_options(reduce_dtype, state_dtype, bucket_nbytes, num_threads, accumulate)
+        check_options(reduce_dtype, state_dtype, bucket_nbytes, num_threads, accumulate)
         self._distributed = is_distributed(process_group)
         if amsgrad:
             self._refuse_distributed_amsgrad()
-        kind = _resolve_reduction(gradient_reduction, module, process_group)
+        kind = resolve_reduction(gradient_reduction, module, process_group)
         if accumulate is not None and (module is None or kind == "external"):
             raise ValueError(
                 "accumulate='host' adds gradients that leave during backward: it needs module= and "
                 "gradient_reduction='optimizer'. Without them .grad accumulates as always"
             )
-        self.max_grad_norm = _check_max_norm("max_grad_norm", max_grad_norm)
+        self.max_grad_norm = check_max_norm("max_grad_norm", max_grad_norm)
         self.grad_scale: torch.Tensor | float | None = None
         self.found_inf: torch.Tensor | float | None = None
         self.last_step: StepReport | None = None
@@ -133,7 +135,8 @@ class OffloadAdam(torch.optim.Optimizer):
         self._indices: dict[torch.nn.Parameter, int] = {}
         self._options = f"{kind=} {reduce_dtype=} {bucket_nbytes=} {accumulate=} {max_grad_norm=}"
         self._membership = open_membership(process_group)
-        # At exit too: a process group that outlives the interpreter's modules ends it with an abort.
+        # At exit too: a process group that outlives the interpreter's modules ends it with an
+        # abort.
         self._release = weakref.finalize(self, self._membership.release)
         defaults = {
             "lr": lr,
@@ -181,9 +184,10 @@ class OffloadAdam(torch.optim.Optimizer):
         names, parameters = [], []
         for group, group_names in zip(groups, names_of(groups, self._module), strict=True):
             for name, parameter in zip(group_names, group["params"], strict=True):
-                check_parameter(name, parameter)
-                names.append(name)
-                parameters.append(parameter)
+                if parameter.requires_grad:
+                    check_parameter(name, parameter)
+                    names.append(name)
+                    parameters.append(parameter)
         known = [] if self._core is None else self._core.parameters
         known_names = [] if self._core is None else self._core.names
         refuse_overlaps(names + known_names, parameters + known)
@@ -206,19 +210,21 @@ class OffloadAdam(torch.optim.Optimizer):
         self, core: ShardedAdam, groups: Sequence[dict[str, Any]], first_group: int
     ) -> None:
         """Build the state of the trainable parameters of these groups. Collective."""
-        new = [
-            NewParameter(0, name, parameter, first_group + offset, group["amsgrad"])
-            for offset, (group, names) in enumerate(
-                zip(groups, names_of(groups, self._module), strict=True)
-            )
-            for name, parameter in zip(names, group["params"], strict=True)
-            if parameter.requires_grad
-        ]
-        new = [replace(item, index=len(self._indices) + place) for place, item in enumerate(new)]
-        require_same(self._membership, "optimizer", [self._options, *_describe(new, groups)])
+        new: list[NewParameter] = []
+        frozen: list[tuple[str, torch.nn.Parameter]] = []
+        names = names_of(groups, self._module)
+        for offset, (group, group_names) in enumerate(zip(groups, names, strict=True)):
+            number = first_group + offset
+            for name, parameter in zip(group_names, group["params"], strict=True):
+                if parameter.requires_grad:
+                    index = len(self._indices) + len(new)
+                    new.append(NewParameter(index, name, parameter, number, group["amsgrad"]))
+                else:
+                    frozen.append((name, parameter))
+        require_same(self._membership, "optimizer", [self._options, *describe(new, groups)])
         self._membership.open_data_groups(item.parameter.device.type for item in new)
         with torch.no_grad():
-            core.extend(new)
+            core.extend(new, frozen)
         for item in new:
             self._indices[item.parameter] = item.index
             self.state[item.parameter] = local_state(*core.place_of(item.index))
@@ -226,7 +232,7 @@ class OffloadAdam(torch.optim.Optimizer):
             self._hooks.attach([i.index for i in new], [i.parameter for i in new])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take a further group in, at any time between steps. Collective once the optimizer is made.
+        """Take a further group in, at any time between steps; collective then.
 
         Raises:
             TypeError, ValueError: as the constructor; the optimizer is as before then.
@@ -306,11 +312,11 @@ class OffloadAdam(torch.optim.Optimizer):
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Clip the next step's gradients to this global 2-norm, and return the norm. Collective.
 
-        The norm is that of the mean gradient over all ranks, unscaled; gradients are clipped inside the
-        update, so `.grad` keeps its values.
+        The norm is that of the mean gradient over all ranks, unscaled; gradients are clipped inside
+        the update, so `.grad` keeps its values.
         """
         core = self._alive()
-        limit = _check_max_norm("max_norm", max_norm)
+        limit = check_max_norm("max_norm", max_norm)
         with torch.no_grad():
             total_norm = core.total_norm(self._inputs())
         self._max_norm_once = limit
@@ -332,7 +338,7 @@ class OffloadAdam(torch.optim.Optimizer):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Keep the gradients of backwards inside in `.grad`, to be added to those of the next one."""
+        """Keep gradients in `.grad` during backwards inside, to be added to those of the next."""
         hooks = self._hooks
         if hooks is None:
             yield
@@ -352,7 +358,8 @@ class OffloadAdam(torch.optim.Optimizer):
     def refresh_master(self) -> None:
         """Let master weights follow parameters written through `.data` or NumPy.
 
-        No version counter sees such writes. Call it on every rank, after the same write on every rank.
+        No version counter sees such writes. Call it on every rank, after the same write on every
+        rank.
         """
         with torch.no_grad():
             self._alive().refresh_master()
@@ -371,8 +378,8 @@ class OffloadAdam(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's state: whole tensors with one rank, else this rank's ranges.
 
-        Tensors share memory with the optimizer, as torch's do. It loads into the same rank of the same
-        world; `full_state_dict` gives what loads anywhere.
+        Tensors share memory with the optimizer, as torch's do. It loads into the same rank of the
+        same world; `full_state_dict` gives what loads anywhere.
         """
         saved = super().state_dict()
         saved[STATE_KEY] = {
@@ -382,11 +389,11 @@ class OffloadAdam(torch.optim.Optimizer):
         return saved
 
     def full_state_dict(self) -> dict[str, Any]:
-        """Return a plain `torch.optim.AdamW` state dict on rank 0, an empty dict elsewhere. Collective.
+        """Return a plain `torch.optim.AdamW` state dict on rank 0, else {}. Collective.
 
         Moments are fp32 copies in each parameter's shape. The master weights of 16-bit parameters
-        stand under the key "offload_adam", which torch ignores. It loads into an `OffloadAdam` of any
-        world size, when every rank is given it.
+        stand under the key "offload_adam", which torch ignores. It loads into an `OffloadAdam` of
+        any world size, when every rank is given it.
         """
         core = self._alive()
         whole: dict[int, dict[str, torch.Tensor]] = {}
@@ -428,7 +435,7 @@ class OffloadAdam(torch.optim.Optimizer):
             post_hook(self)
 
     def _trainable_ids(self) -> dict[int, int]:
-        """Return torch's packed id (position over all groups) of each trainable parameter's index."""
+        """Return torch's packed id (place over all groups) by each parameter's index."""
         every = [parameter for group in self.param_groups for parameter in group["params"]]
         return {
             self._indices[parameter]: packed
@@ -454,71 +461,3 @@ class OffloadAdam(torch.optim.Optimizer):
         if self._core is None or not self._release.alive:
             raise RuntimeError("this optimizer has been closed: make a new one to go on training")
         return self._core
-
-
-def _resolve_reduction(
-    kind: str | None, module: torch.nn.Module | None, process_group: dist.ProcessGroup | None
-) -> str:
-    """Return who averages the gradients over the ranks: "optimizer" or "external"."""
-    if kind not in (None, "optimizer", "external"):
-        raise ValueError(f"gradient_reduction must be 'optimizer' or 'external', not {kind!r}")
-    has_ddp = module is not None and any(
-        isinstance(part, torch.nn.parallel.DistributedDataParallel) for part in module.modules()
-    )
-    if kind == "optimizer" and has_ddp:
-        raise ValueError(
-            "gradient_reduction='optimizer' with a DistributedDataParallel module would take gradients "
-            "away from DDP: pass 'external', or the module without DDP"
-        )
-    if kind is not None:
-        return kind
-    if module is None and world_size_of(process_group) > 1:
-        raise ValueError(
-            "with more than one rank and no module=, gradient_reduction must be given: 'optimizer' if "
-            "this optimizer is to average the gradients, 'external' if DDP or your own code has"
-        )
-    return "external" if has_ddp else "optimizer"
-
-
-def _check_options(
-    reduce_dtype: torch.dtype | None,
-    state_dtype: torch.dtype,
-    bucket_nbytes: int,
-    num_threads: int | None,
-    accumulate: str | None,
-) -> None:
-    """Refuse options that nothing implements, naming what is allowed."""
-    if reduce_dtype not in (None, torch.float32):
-        raise ValueError(f"reduce_dtype must be torch.float32 or None, not {reduce_dtype}")
-    if state_dtype != torch.float32:
-        raise ValueError(f"state_dtype must be torch.float32, not {state_dtype}")
-    if accumulate not in (None, "host"):
-        raise ValueError(f"accumulate must be 'host' or None, not {accumulate!r}")
-    for name, value in (("bucket_nbytes", bucket_nbytes), ("num_threads", num_threads)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"{name} must be an int, not {value!r}")
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
-
-
-def _check_max_norm(name: str, value: float | None) -> float | None:
-    """Return a clipping norm as a float, refusing what cannot be one."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, not {value!r}")
-    if math.isnan(value) or value <= 0:
-        raise ValueError(f"{name} must be above 0, not {value}")
-    return float(value)
-
-
-def _describe(new: Sequence[NewParameter], groups: Sequence[dict[str, Any]]) -> list[str]:
-    """Describe what every rank must have in common, one line a group and a parameter."""
-    lines = [f"group {hyperparameters_of(group)} amsgrad={group['amsgrad']}" for group in groups]
-    for item in new:
-        parameter = item.parameter
-        lines.append(
-            f"{item.name} {tuple(parameter.shape)} {parameter.dtype} {parameter.device.type} "
-            f"strides {memory_strides(parameter)} group {item.group}"
-        )
-    return lines

@@ -51,7 +51,7 @@ class Membership:
 
 
 def is_distributed(process_group: dist.ProcessGroup | None) -> bool:
-    """Tell whether training is distributed by any sign: the given group, the default one, the launcher."""
+    """Tell whether training is distributed by any sign: either group, or the launcher."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return True
     if not (dist.is_available() and dist.is_initialized()):
@@ -73,7 +73,7 @@ def world_size_of(process_group: dist.ProcessGroup | None) -> int:
         if launched > 1:
             raise RuntimeError(
                 f"WORLD_SIZE={launched}, but no process group is initialised, so every rank would "
-                "train alone: call torch.distributed.init_process_group() before the optimizer is made"
+                "train alone: call torch.distributed.init_process_group() first"
             )
         return 1
     return dist.get_world_size(process_group)

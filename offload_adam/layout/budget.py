@@ -28,9 +28,9 @@ class BucketPlanes:
 def shard_nbytes(bucket: Bucket, planes: BucketPlanes) -> int:
     """Return the host bytes that one rank's shard of one bucket takes.
 
-    4 a parameter for each of master weight (unless the parameter is it), exp_avg, exp_avg_sq and, with
-    amsgrad, max_exp_avg_sq; the landed gradient beside them. Each plane is a whole number of blocks,
-    so that planes cut from one arena stay aligned.
+    4 a parameter for each of master weight (unless the parameter is it), exp_avg, exp_avg_sq and,
+    with amsgrad, max_exp_avg_sq; the landed gradient beside them. Each plane is a whole number of
+    blocks, so that planes cut from one arena stay aligned.
     """
     num_state_planes = 2 + (not planes.own_master) + planes.amsgrad
     return bucket.shard_numel * (num_state_planes * FLOAT32_NBYTES + planes.landed_itemsize)

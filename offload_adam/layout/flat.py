@@ -5,8 +5,8 @@
     shard    |       rank 0       |       rank 1       |      rank 2      |
     segments |     p3[0:...]      | p3 rest, p2, p1[0:]|     p1 rest      |
 
-Parameters stand in the order in which backward produces their gradients: the reverse of the order in
-which they were given. Each starts at a multiple of 128 elements, and a bucket is padded so that
+Parameters stand in the order in which backward produces their gradients: the reverse of the order
+in which they were given. Each starts at a multiple of 128 elements, and a bucket is padded so that
 every rank owns one contiguous shard of whole blocks.
 """
 
@@ -113,9 +113,9 @@ def plan_buckets(
 ) -> tuple[Bucket, ...]:
     """Lay parameters out in buckets, in the order in which backward completes them.
 
-    A bucket is closed when the next parameter would take it past `bucket_nbytes`; a parameter larger
-    than that has one of its own. The result depends on the arguments alone, so every rank computes
-    the same.
+    A bucket is closed when the next parameter would take it past `bucket_nbytes`; a parameter
+    larger than that has one of its own. The result depends on the arguments alone, so every rank
+    computes the same.
 
     Args:
         specs: parameters in forward order.

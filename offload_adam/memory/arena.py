@@ -89,7 +89,7 @@ class HostArena:
             self._bytes.zero_()
 
     def _pin(self) -> None:
-        """Page-lock exactly this mapping; torch's own pinned blocks are rounded to powers of two."""
+        """Page-lock exactly this mapping; torch rounds its pinned blocks to powers of two."""
         runtime = torch.cuda.cudart()
         status = int(runtime.cudaHostRegister(self._bytes.data_ptr(), self.nbytes, 0))
         if status != 0:
@@ -120,6 +120,6 @@ def _require_available(nbytes: int) -> None:
     if 0 < available_nbytes < nbytes:
         raise HostMemoryError(
             f"this rank's optimizer state needs {format_nbytes(nbytes)} of host memory and "
-            f"{format_nbytes(available_nbytes)} is available: use more ranks or nodes, which share it, "
-            "or a smaller model"
+            f"{format_nbytes(available_nbytes)} is available: use more ranks or nodes, which share "
+            "it, or a smaller model"
         )

@@ -15,8 +15,8 @@ def adopt(bucket: Bucket, parameters: Sequence[torch.nn.Parameter]) -> torch.Ten
     """Move the parameters of one bucket into one flat tensor, and return it.
 
     Each parameter is re-pointed through `.data`, so that it stays the same object with its own
-    version counter. It gets a storage of its own over its part of the bucket: what saves or copies a
-    parameter touches its bytes alone.
+    version counter. It gets a storage of its own over its part of the bucket: what saves or copies
+    a parameter touches its bytes alone.
 
     Args:
         parameters: in the order of the bucket's placements; one dtype, one device.

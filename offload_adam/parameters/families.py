@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -31,8 +32,8 @@ def check_parameter(name: str, parameter: torch.Tensor) -> None:
 
     Raises:
         TypeError: a tensor subclass such as DTensor.
-        ValueError: sparse, complex, of another dtype than fp32, bf16 and fp16, on another device than
-            CPU and CUDA, or with elements that share memory.
+        ValueError: sparse, complex, of another dtype than fp32, bf16 and fp16, on another device
+            than CPU and CUDA, or with elements that share memory.
     """
     data = parameter.data
     if type(data) is not torch.Tensor:
@@ -53,12 +54,12 @@ def check_parameter(name: str, parameter: torch.Tensor) -> None:
         stride == 0 and size > 1 for size, stride in zip(data.shape, data.stride(), strict=True)
     ):
         raise ValueError(
-            f"parameter {name!r} is an expanded tensor whose elements share memory: .clone() it first"
+            f"parameter {name!r} is expanded, its elements share memory: .clone() it first"
         )
 
 
 def memory_strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Return the strides a parameter keeps in its bucket: its own where it is dense, else contiguous.
+    """Return the strides a parameter has in its bucket: its own if dense, else contiguous ones.
 
     Dense means that its elements fill one stretch of memory without gaps, as in channels_last.
     """
@@ -92,9 +93,7 @@ def refuse_overlaps(names: Sequence[str], parameters: Sequence[torch.Tensor]) ->
         for name, parameter in zip(names, parameters, strict=True)
         if parameter.numel() > 0
     )
-    for (device, _, end, name), (next_device, start, _, next_name) in zip(
-        extents, extents[1:], strict=False
-    ):
+    for (device, _, end, name), (next_device, start, _, next_name) in pairwise(extents):
         if device == next_device and start < end:
             raise ValueError(
                 f"parameters {name!r} and {next_name!r} overlap in memory: pass one parameter that "

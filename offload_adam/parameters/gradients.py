@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-
 _FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -23,13 +22,14 @@ class GradientReader:
         self._contiguous = [parameter.is_contiguous() for parameter in parameters]
 
     def read(self) -> list[torch.Tensor | None]:
-        """Return each parameter's gradient, dense and in the parameter's own element order, or None.
+        """Return each parameter's gradient in the parameter's own element order, or None.
 
         A gradient whose strides differ from the parameter's is copied; all others are returned as
         they are.
 
         Raises:
-            ValueError: naming the parameter, for a sparse or complex gradient or one on another device.
+            ValueError: naming the parameter, for a sparse or complex gradient or one on another
+                device.
         """
         gradients = [parameter.grad for parameter in self._parameters]
         for position, gradient in enumerate(gradients):
@@ -47,7 +47,7 @@ class GradientReader:
         return gradients
 
     def _conform(self, position: int, gradient: torch.Tensor) -> torch.Tensor:
-        """Return the gradient in its parameter's memory order, without a copy where it is so already."""
+        """Return the gradient in its parameter's memory order, copied only where it is not."""
         parameter = self._parameters[position]
         if gradient.stride() == parameter.stride():
             return gradient
@@ -60,8 +60,8 @@ class GradientReader:
         name = self._names[position]
         if gradient.layout is not torch.strided:
             raise ValueError(
-                f"the gradient of parameter {name!r} is {gradient.layout}: only dense gradients are "
-                "supported (for nn.Embedding pass sparse=False)"
+                f"the gradient of parameter {name!r} is {gradient.layout}: only dense gradients "
+                "are supported (for nn.Embedding pass sparse=False)"
             )
         if gradient.dtype not in _FORMATS:
             raise ValueError(

@@ -14,7 +14,7 @@ _BOOLEANS = ("amsgrad", "nesterov", "maximize", "decoupled_weight_decay")
 
 
 def check_group(group: Mapping[str, Any]) -> None:
-    """Refuse hyperparameters that cannot be right, naming the argument, the value and what is allowed.
+    """Refuse hyperparameters that cannot be right, naming argument, value and what is allowed.
 
     Raises:
         TypeError, ValueError: for the first argument that is wrong.

@@ -25,8 +25,9 @@ class BackwardHooks:
     """Forwards post-accumulate hooks of parameters to a sink.
 
     The end of a backward is a callback queued once for each graph task. A reentrant checkpoint runs
-    nested tasks, and each of their ends calls back too: only the one outside any autograd node counts.
-    State is keyed by task, not by a flag, so that a backward that raised leaves nothing behind.
+    nested tasks, and each of their ends calls back too: only the one outside any autograd node
+    counts. State is keyed by task, not by a flag, so that a backward that raised leaves nothing
+    behind.
 
     Owns: one hook handle a parameter, until `remove`.
     """

@@ -74,9 +74,10 @@ class VersionWatch:
 
     def _refuse(self, position: int, what: str) -> None:
         raise ParameterReplacedError(
-            f"parameter {self._names[position]!r} is no longer what this optimizer updates: {what}. "
-            "Move or cast the model (.to, .half) and load with assign=True before the optimizer is "
-            "made, or make a new optimizer; to change weights in place use copy_() under no_grad"
+            f"parameter {self._names[position]!r} is no longer what this optimizer updates: "
+            f"{what}. Move or cast the model (.to, .half) and load with assign=True before the "
+            "optimizer is made, or make a new one; to change weights in place use copy_() under "
+            "no_grad"
         )
 
 

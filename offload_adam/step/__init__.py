@@ -1,1 +1,1 @@
-"""One step: gradients reduced and landed, clipping and skip, the update of each bucket, the executor."""
+"""One step: gradients reduced and landed, clip or skip, each bucket updated."""

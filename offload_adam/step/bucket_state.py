@@ -28,8 +28,8 @@ class SegmentArrays:
 class BucketState:
     """One rank's part of one bucket.
 
-    parameters, names, indices, groups: in the order of the layout's placements; `indices` count over
-        all parameters of the optimizer and `groups` into its param_groups.
+    parameters, names, indices, groups: in the order of the layout's placements; `indices` count
+        over all parameters of the optimizer and `groups` into its param_groups.
     flat: (numel,) all parameters of the bucket, on their device, in their dtype.
     shard: (shard_numel,) this rank's part of `flat`.
     step_counts: (num parameters,) float32 on the host, completed updates, as torch counts them.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,9 @@ from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
 from offload_adam.memory.arena import HostArena
 from offload_adam.memory.planes import allocate_planes
 from offload_adam.parameters.buckets import adopt
-from offload_adam.parameters.families import family_of
+from offload_adam.parameters.families import family_of, memory_strides
 from offload_adam.parameters.gradients import GradientReader
+from offload_adam.parameters.groups import hyperparameters_of
 from offload_adam.step.bucket_state import BucketState, segment_arrays
 
 LandedDtype = Callable[[torch.dtype, bool], torch.dtype | None]
@@ -48,7 +50,8 @@ class Placing:
 
     landed_dtype: the dtype in which a bucket's gradients land, from its dtype and whether it is
         offloaded; None where they are read in place.
-    force_offload: treat parameters in host memory as if they were on a device, for tests of that path.
+    force_offload: treat parameters in host memory as if they were on a device, for tests of that
+        path.
     """
 
     bucket_nbytes: int
@@ -62,8 +65,9 @@ def build_states(
 ) -> tuple[list[BucketState], int]:
     """Take parameters in, and return their buckets' states and the host bytes these took.
 
-    Every host byte is mapped first, so that a model that does not fit changes nothing; then parameters
-    move one bucket at a time. Rank 0's values become every rank's, as DistributedDataParallel does.
+    Every host byte is mapped first, so that a model that does not fit changes nothing; then
+    parameters move one bucket at a time. Rank 0's values become every rank's, as
+    DistributedDataParallel does.
     """
     buckets = plan_buckets(
         [
@@ -144,3 +148,15 @@ def _build(
         segments=segment_arrays(bucket, membership.rank),
         reader=GradientReader(names, parameters),
     )
+
+
+def describe(new: Sequence[NewParameter], groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Describe what every rank must have in common, one line a group and a parameter."""
+    lines = [f"group {hyperparameters_of(group)} amsgrad={group['amsgrad']}" for group in groups]
+    for item in new:
+        parameter = item.parameter
+        lines.append(
+            f"{item.name} {tuple(parameter.shape)} {parameter.dtype} {parameter.device.type} "
+            f"strides {memory_strides(parameter)} group {item.group}"
+        )
+    return lines

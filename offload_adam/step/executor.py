@@ -56,7 +56,7 @@ class SequentialExecutor:
         self._gathering: list[PendingCollective] = []
 
     def sum_of_squares(self, gradients: Sequence[BucketGradients]) -> float:
-        """Return this rank's sum of squares over all buckets in float64, in the schedule's order."""
+        """Return this rank's sum of squares in float64, bucket by bucket as scheduled."""
         total = 0.0
         for task in self._schedule.before_agreement:
             if task.operation is Operation.SUM_SQUARES:

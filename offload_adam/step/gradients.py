@@ -50,7 +50,7 @@ class BucketGradients:
 
     @property
     def readable(self) -> npt.NDArray[np.bool_]:
-        """Which parameters have meaningful elements here: a reduced shard has zeros for the rest."""
+        """Which parameters can be read here: a reduced shard has zeros for absent ones."""
         return np.ones_like(self.present) if self._complete else self.present
 
     def hold(self, gradients: list[torch.Tensor | None]) -> None:

@@ -1,4 +1,4 @@
-"""The optimizer state of one parameter on one rank, as tensors that share memory with the planes."""
+"""The state of one parameter on one rank, as tensors that share memory with the planes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from offload_adam.step.bucket_state import BucketState
 
 
 def local_range(state: BucketState, position: int) -> tuple[int, int]:
-    """Return the half-open range of a parameter's elements, in memory order, that this rank owns."""
+    """Return the range [start, end) of a parameter, in memory order, that this rank owns."""
     low, high = state.layout.shard_bounds(state.rank)
     placed = state.layout.placements[position]
     start = min(max(placed.start, low), placed.end)
@@ -64,9 +64,10 @@ def plan_load(state: BucketState, position: int, saved: Mapping[str, Any]) -> Pl
     """Check a saved state of one parameter and return the copies that load it.
 
     Args:
-        saved: the keys of `local_state`, with tensors of the parameter's whole shape (from any world,
-            or from torch's own Adam) or of this rank's ranges. What is missing is zero, as torch makes
-            moments at the first step; a missing master weight is left to follow the parameter.
+        saved: the keys of `local_state`, with tensors of the parameter's whole shape (from any
+            world, or from torch's own Adam) or of this rank's ranges. What is missing is zero, as
+            torch makes moments at the first step; a missing master weight is left to follow the
+            parameter.
 
     Raises:
         ValueError: naming the parameter, for a shape that is neither.

@@ -31,10 +31,10 @@ class _InFlight(NamedTuple):
 class GradientReduction:
     """Moves each bucket's gradients out of `.grad`: reduced over the ranks, landed on the host.
 
-    During a streaming backward, hooks call `gradient_ready` and buckets leave in their fixed order as
-    soon as all their gradients are there; what is missing at the end of the backward counts zeros.
-    Without hooks, `finish` does all of it inside `step()`. One reduced backward a step is the rule;
-    with `accumulates` a further one adds in fp32 to what has landed.
+    During a streaming backward, hooks call `gradient_ready` and buckets leave in their fixed order
+    as soon as all their gradients are there; what is missing at the end of the backward counts
+    zeros. Without hooks, `finish` does all of it inside `step()`. One reduced backward a step is
+    the rule; with `accumulates` a further one adds in fp32 to what has landed.
 
     Owns: the slots in which buckets are reduced, and this step's `BucketGradients`.
     Lifecycle: `reset` after each step, and from `zero_grad`.
@@ -92,8 +92,8 @@ class GradientReduction:
         """Count a gradient in, and send off every bucket that is complete and next in order.
 
         Raises:
-            ValueError: a second reduced backward (or a parameter shared by reentrant checkpoints), and
-                no room was reserved to add to what has left.
+            ValueError: a second reduced backward (or a parameter shared by reentrant checkpoints),
+                and no room was reserved to add to what has left.
         """
         number, position = self._place_of[index]
         if number < self._next:
@@ -113,7 +113,8 @@ class GradientReduction:
     def finish(self) -> Exception | None:
         """Send off and land everything for this step, and return the first error of this rank.
 
-        The order of collectives is kept even after an error, which the caller must carry to the other
+        The order of collectives is kept even after an error, which the caller must carry to the
+        other
         ranks: a rank that left the sequence would leave them waiting.
         """
         failure: Exception | None = None
@@ -143,9 +144,9 @@ class GradientReduction:
                     continue
                 if present[position]:
                     raise ValueError(
-                        f"parameter {state.names[position]!r} has a .grad at step(), but its gradient "
-                        "has already left in this step's backward: edit gradients by hooks on the "
-                        "tensors, or make the optimizer without module= to keep them in .grad"
+                        f"parameter {state.names[position]!r} has a .grad at step(), but its "
+                        "gradient has already left in this step's backward: edit gradients by hooks "
+                        "on the tensors, or make the optimizer without module= to keep them in .grad"
                     )
                 late = True
         return late
@@ -153,15 +154,15 @@ class GradientReduction:
     def take_late_gradients(self) -> Exception | None:
         """Send all buckets once more for gradients that were set by hand after the backward.
 
-        Every rank must do it when any has such gradients. They are added to zeros, which is exact in
-        any dtype.
+        Every rank must do it when any has such gradients. They are added to zeros, which is exact
+        in any dtype.
         """
         self._num_rounds += 1
         self._next = 0
         return self.finish()
 
     def reset(self) -> None:
-        """Forget this step's gradients; what is in flight is completed first, as peers expect it to be."""
+        """Forget this step's gradients; what is in flight is completed first, for the peers."""
         if self._in_flight or 0 < self._next < len(self._states):
             self.finish()
         self._next = 0
@@ -239,7 +240,7 @@ class GradientReduction:
         self._in_flight.append(_InFlight(state, pending, present, self._num_rounds > 0))
 
     def _retire(self, *, wait: bool) -> None:
-        """Land buckets whose reduction is over, in order; without `wait` only those that already are."""
+        """Land, in order, buckets whose reduction is over; with `wait` all of them."""
         while self._in_flight and (wait or self._in_flight[0].pending.is_completed()):
             state, pending, present, adds = self._in_flight.popleft()
             pending.wait()

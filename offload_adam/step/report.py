@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 class StepReport:
     """The outcome of one `step()`.
 
-    total_norm: 2-norm of the mean gradient of all parameters, unscaled and before clipping; NaN where
-        it is not finite.
+    total_norm: 2-norm of the mean gradient of all parameters, unscaled and before clipping; NaN
+        where it is not finite.
     clip_factor: what every gradient was multiplied by, 1.0 where nothing was clipped.
     skipped: a gradient was not finite or `found_inf` was set: nothing was changed.
     non_finite: names of the parameters whose gradient was not finite, on any rank.

@@ -39,8 +39,8 @@ def read_saved(state_dict: Mapping[str, Any], world_size: int, rank: int) -> Sav
     marker = state_dict.get(STATE_KEY, {})
     if "world_size" in marker and (marker["world_size"], marker["rank"]) != (world_size, rank):
         raise ValueError(
-            f"this state was saved by rank {marker['rank']} of {marker['world_size']} and holds only "
-            f"its ranges; it cannot be loaded into rank {rank} of {world_size}. Save with "
+            f"this state was saved by rank {marker['rank']} of {marker['world_size']} and holds "
+            f"only its ranges; it cannot be loaded into rank {rank} of {world_size}. Save with "
             "full_state_dict() in the old world and load that here"
         )
     masters = marker.get("master_weight", {})

@@ -77,11 +77,19 @@ class ShardedAdam:
         self._update = HostUpdate(num_threads)
         self._rings: dict[torch.dtype, StagingRing] = {}
         self._places: list[tuple[int, int]] = []
+        self._frozen: list[tuple[str, torch.nn.Parameter]] = []
         self.names: list[str] = []
         self.parameters: list[torch.nn.Parameter] = []
 
-    def extend(self, new: Sequence[NewParameter]) -> None:
+    def extend(
+        self,
+        new: Sequence[NewParameter],
+        frozen: Sequence[tuple[str, torch.nn.Parameter]] = (),
+    ) -> None:
         """Take further parameters in: adopt, allocate, compile. Collective where ranks share state.
+
+        Args:
+            frozen: parameters without state, by name: they must stay without a gradient.
 
         Raises:
             HostMemoryError: nothing has been changed then.
@@ -89,6 +97,7 @@ class ShardedAdam:
         states, nbytes = build_states(new, self.membership, self._placing, len(self.states))
         self._update.prepare(states)
         self.states += states
+        self._frozen += frozen
         self.host_nbytes["state"] += nbytes
         self.host_nbytes["block_sums"] = self._update.nbytes
         self.names += [item.name for item in new]
@@ -116,7 +125,8 @@ class ShardedAdam:
 
         Raises:
             PeerError: another rank refused the step.
-            RankDisagreementError: ranks differ in what they changed from outside or in `grad_scale`.
+            RankDisagreementError: ranks differ in what they changed from outside or in
+                `grad_scale`.
         """
         stopwatch = Stopwatch()
         agreement, changed = self._agree(inputs, stopwatch)
@@ -170,6 +180,7 @@ class ShardedAdam:
         present = np.zeros(len(self.parameters), dtype=np.bool_)
         try:
             if failure is None:
+                self._refuse_unfrozen()
                 late = self.reduction.has_late_gradients()
                 changed = self._watch.changed()
                 for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
@@ -204,12 +215,12 @@ class ShardedAdam:
             raise failure
         if agreement.failed_ranks:
             raise PeerError(
-                f"rank(s) {list(agreement.failed_ranks)} refused this step; their own error says why"
+                f"rank(s) {list(agreement.failed_ranks)} refused this step; their error says why"
             )
         if len(set(agreement.grad_scales)) > 1:
             raise RankDisagreementError(
-                f"grad_scale differs between ranks: {list(agreement.grad_scales)}. A loss scaler must "
-                "see the same found_inf on all ranks; all-reduce it before the scaler's update()"
+                f"grad_scale differs between ranks: {list(agreement.grad_scales)}. A loss scaler "
+                "must see the same found_inf on all ranks: all-reduce it before its update()"
             )
         if len(set(agreement.settings)) > 1:
             ranks = _minority(agreement.settings)
@@ -221,6 +232,15 @@ class ShardedAdam:
             self._refuse_changes(agreement, changed)
         if self._external:
             self._refuse_partial_presence(agreement)
+
+    def _refuse_unfrozen(self) -> None:
+        for name, parameter in self._frozen:
+            if parameter.grad is not None:
+                raise ValueError(
+                    f"parameter {name!r} has a gradient, but did not require one when the "
+                    "optimizer was made, and has no state: make the optimizer before freezing it, "
+                    "or leave it out and add_param_group it when it is unfrozen"
+                )
 
     def _refuse_changes(self, agreement: Agreement, changed: Sequence[int]) -> None:
         ranks = _minority(agreement.changes)
@@ -253,7 +273,8 @@ class ShardedAdam:
         active = agreement.present_counts.numpy() > 0
         masks = UpdateMasks(active, inputs.hyperparameters, decision.gradient_scale)
         self._executor.apply(self.reduction.gradients, masks, stopwatch)
-        # Our writes went through the flat bucket: autograd's check against stale graphs must see them.
+        # Our writes went through the flat bucket: autograd's check against stale graphs must see
+        # them.
         if active.all():
             written = self.parameters
         else:
@@ -280,7 +301,7 @@ class ShardedAdam:
         return tuple(self.names[index] for index in torch.nonzero(flags).flatten().tolist())
 
     def _make_rings(self) -> None:
-        """Make the staging rings large enough for every shard that goes to a device through them."""
+        """Make the staging rings large enough for every shard that goes to a device."""
         for state in self.states:
             numel = state.layout.shard_numel
             if not state.offloaded or state.dtype == torch.float32:
@@ -292,6 +313,6 @@ class ShardedAdam:
 
 
 def _minority(values: Sequence[int]) -> list[int]:
-    """Return the ranks whose value is not the most common one; of equally common ones, the first."""
+    """Return the ranks whose value is not the most common one (of ties, the first)."""
     common = max(values, key=lambda value: (values.count(value), -values.index(value)))
     return [rank for rank, value in enumerate(values) if value != common]

@@ -17,7 +17,6 @@ from offload_adam.parameters.families import float_format
 from offload_adam.step.bucket_state import BucketState, carrier
 from offload_adam.step.gradients import BucketGradients, SegmentTable
 
-
 MIN_PIECE_NUMEL = 32 * 1024
 """Elements below which another thread costs more to wake than it saves; no bit depends on it."""
 
@@ -57,7 +56,7 @@ class HostUpdate:
                 self._block_sums = np.zeros(state.layout.num_blocks, dtype=np.float64)
 
     def sum_of_squares(self, state: BucketState, gradients: BucketGradients) -> float:
-        """Return the sum of squares of this shard's gradients in float64; not finite if one is not."""
+        """Return the float64 sum of squares of this shard's gradients, not finite if one is."""
         return float(np.sum(self._sum_blocks(state, gradients)))
 
     def non_finite_positions(
@@ -109,7 +108,7 @@ class HostUpdate:
             )
 
     def _use_threads(self, table: SegmentTable) -> int:
-        """Set the thread mask for a launch over this table, and return into how many pieces to cut it."""
+        """Set the thread mask for a launch over this table, and return its number of pieces."""
         useful = -(-int(table.numels.sum()) // MIN_PIECE_NUMEL)
         num_pieces = max(1, min(self._num_threads, useful))
         threads.use_threads(num_pieces)

@@ -1,1 +1,1 @@
-"""Who may touch which bytes and when: collectives, the slots they run in, and copies to a device."""
+"""Who may touch which bytes and when: collectives, their slots, copies to a device."""

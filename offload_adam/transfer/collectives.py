@@ -1,7 +1,7 @@
 """The two collectives on a bucket: mean of the gradients, and all-gather of the parameters.
 
-All are issued by the thread that runs backward or `step()`, in one order on every rank, on a process
-group that nobody else uses.
+All are issued by the thread that runs backward or `step()`, in one order on every rank, on a
+process group that nobody else uses.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def mean_over_ranks(
     """Start averaging a bucket's gradients and return where this rank's shard appears.
 
     float16 is divided before it is summed, or the sum of a few large gradients would overflow. On
-    gloo the whole bucket is all-reduced and sliced, which is twice as fast as its reduce-scatter and
-    gives the same bits; elsewhere it is reduce-scattered in place.
+    gloo the whole bucket is all-reduced and sliced, which is twice as fast as its reduce-scatter
+    and gives the same bits; elsewhere it is reduce-scattered in place.
 
     Args:
         buffer: (numel,) gradients of the bucket in the reduce dtype; overwritten.

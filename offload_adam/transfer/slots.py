@@ -14,7 +14,8 @@ class SlotPool:
     that has no free slot makes another. It cannot grow past the gradients themselves: a slot is
     filled from `.grad`, which is freed with it. After the first step nothing is allocated.
 
-    Owns: every buffer it made, by dtype and device, each as large as the largest bucket of its kind.
+    Owns: every buffer it made, by dtype and device, each as large as the largest bucket of its
+    kind.
     """
 
     def __init__(self) -> None:

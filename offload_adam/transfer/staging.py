@@ -27,7 +27,7 @@ class StagingRing:
         self.numel = numel
 
     def acquire(self, numel: int) -> tuple[int, torch.Tensor]:
-        """Return the next slot's number and its first `numel` elements, once its last copy is over."""
+        """Return the next slot's number and its first elements, once its last copy is over."""
         index = self._next
         self._next = (index + 1) % NUM_SLOTS
         event = self._events[index]

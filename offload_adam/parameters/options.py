@@ -1,0 +1,66 @@
+"""The optimizer's options besides the groups': checks, and who averages the gradients."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+
+from offload_adam.coordinator.membership import world_size_of
+
+
+def resolve_reduction(
+    kind: str | None, module: torch.nn.Module | None, process_group: dist.ProcessGroup | None
+) -> str:
+    """Return who averages the gradients over the ranks: "optimizer" or "external"."""
+    if kind not in (None, "optimizer", "external"):
+        raise ValueError(f"gradient_reduction must be 'optimizer' or 'external', not {kind!r}")
+    has_ddp = module is not None and any(
+        isinstance(part, torch.nn.parallel.DistributedDataParallel) for part in module.modules()
+    )
+    if kind == "optimizer" and has_ddp:
+        raise ValueError(
+            "gradient_reduction='optimizer' with a DistributedDataParallel module would take "
+            "gradients away from DDP: pass 'external', or the module without DDP"
+        )
+    if kind is not None:
+        return kind
+    if module is None and world_size_of(process_group) > 1:
+        raise ValueError(
+            "with more than one rank and no module=, gradient_reduction must be given: 'optimizer' "
+            "if this optimizer is to average the gradients, 'external' if DDP or your own code has"
+        )
+    return "external" if has_ddp else "optimizer"
+
+
+def check_options(
+    reduce_dtype: torch.dtype | None,
+    state_dtype: torch.dtype,
+    bucket_nbytes: int,
+    num_threads: int | None,
+    accumulate: str | None,
+) -> None:
+    """Refuse options that nothing implements, naming what is allowed."""
+    if reduce_dtype not in (None, torch.float32):
+        raise ValueError(f"reduce_dtype must be torch.float32 or None, not {reduce_dtype}")
+    if state_dtype != torch.float32:
+        raise ValueError(f"state_dtype must be torch.float32, not {state_dtype}")
+    if accumulate not in (None, "host"):
+        raise ValueError(f"accumulate must be 'host' or None, not {accumulate!r}")
+    for name, value in (("bucket_nbytes", bucket_nbytes), ("num_threads", num_threads)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{name} must be an int, not {value!r}")
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+def check_max_norm(name: str, value: float | None) -> float | None:
+    """Return a clipping norm as a float, refusing what cannot be one."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if math.isnan(value) or value <= 0:
+        raise ValueError(f"{name} must be above 0, not {value}")
+    return float(value)
