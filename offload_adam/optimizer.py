@@ -129,6 +129,7 @@ class OffloadAdam(torch.optim.Optimizer):
         self.found_inf: torch.Tensor | float | None = None
         self.last_step: StepReport | None = None
         self.skipped_steps = 0
+        self._warned_idle = False
         self._max_norm_once: float | None = None
         self._module = module
         self._core: ShardedAdam | None = None
@@ -300,12 +301,12 @@ class OffloadAdam(torch.optim.Optimizer):
         self.last_step = report
         if report.skipped:
             self.skipped_steps += 1
+            logger.warning("step skipped (%d so far): %s", self.skipped_steps, _reason(report))
+        elif report.num_updated == 0 and not self._warned_idle:
+            self._warned_idle = True
             logger.warning(
-                "step skipped (%d so far): %s",
-                self.skipped_steps,
-                f"gradient not finite in {', '.join(report.non_finite[:5])}"
-                if report.non_finite
-                else "found_inf was set",
+                "step() found no gradient on any parameter: was backward() called, on the module "
+                "whose parameters this optimizer has?"
             )
         return loss
 
@@ -461,3 +462,12 @@ class OffloadAdam(torch.optim.Optimizer):
         if self._core is None or not self._release.alive:
             raise RuntimeError("this optimizer has been closed: make a new one to go on training")
         return self._core
+
+
+def _reason(report: StepReport) -> str:
+    """Say why a step was skipped, with at most five names."""
+    if not report.non_finite:
+        return "found_inf was set"
+    more = len(report.non_finite) - 5
+    named = ", ".join(report.non_finite[:5]) + (f" and {more} more" if more > 0 else "")
+    return f"the gradient of {named} is not finite"

@@ -22,18 +22,22 @@ class VersionWatch:
     Cost: about 0.2 us a parameter.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        parameters: Sequence[torch.nn.Parameter],
-        module: torch.nn.Module | None,
-    ) -> None:
-        self._names = list(names)
-        self._parameters = list(parameters)
-        self._registrations = [] if module is None else _registrations(module, parameters)
-        self._addresses = [parameter.data_ptr() for parameter in parameters]
+    def __init__(self, module: torch.nn.Module | None) -> None:
+        self._module = module
+        self._names: list[str] = []
+        self._parameters: list[torch.nn.Parameter] = []
+        self._addresses: list[int] = []
         self._versions: list[int] = []
-        self.settle()
+        self._registrations: list[Registration] = []
+
+    def extend(self, names: Sequence[str], parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Watch further parameters, from how they are now."""
+        self._names += names
+        self._parameters += parameters
+        self._addresses += [parameter.data_ptr() for parameter in parameters]
+        self._versions += [parameter._version for parameter in parameters]
+        if self._module is not None:
+            self._registrations += _registrations(self._module, parameters)
 
     def settle(self) -> None:
         """Take the parameters as they are now for unchanged."""
@@ -49,7 +53,7 @@ class VersionWatch:
             self._refuse_replaced()
         for registry, key, parameter in self._registrations:
             if registry.get(key) is not parameter:
-                self._refuse(self._parameters.index(parameter), "another object took its place")
+                self._refuse(self._position(parameter), "another object took its place")
         versions = [parameter._version for parameter in self._parameters]
         if versions == self._versions:
             return []
@@ -66,6 +70,9 @@ class VersionWatch:
             flat = data.as_strided((data.numel(),), (1,)) if data.numel() else data.flatten()
             checksum = zlib.crc32(flat.view(torch.uint8).numpy().data, checksum)
         return checksum + 1
+
+    def _position(self, parameter: torch.nn.Parameter) -> int:
+        return next(i for i, known in enumerate(self._parameters) if known is parameter)
 
     def _refuse_replaced(self) -> None:
         for position, address in enumerate(self._addresses):

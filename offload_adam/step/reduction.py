@@ -145,8 +145,8 @@ class GradientReduction:
                 if present[position]:
                     raise ValueError(
                         f"parameter {state.names[position]!r} has a .grad at step(), but its "
-                        "gradient has already left in this step's backward: edit gradients by hooks "
-                        "on the tensors, or make the optimizer without module= to keep them in .grad"
+                        "gradient has already left in this step's backward: edit gradients with "
+                        "tensor hooks, or make the optimizer without module= to keep them in .grad"
                     )
                 late = True
         return late

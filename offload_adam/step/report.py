@@ -14,6 +14,7 @@ class StepReport:
         where it is not finite.
     clip_factor: what every gradient was multiplied by, 1.0 where nothing was clipped.
     skipped: a gradient was not finite or `found_inf` was set: nothing was changed.
+    num_updated: parameters that were updated: those with a gradient on any rank.
     non_finite: names of the parameters whose gradient was not finite, on any rank.
     timings: seconds by phase: reduce, norm, agree, update, gather.
     """
@@ -21,5 +22,6 @@ class StepReport:
     total_norm: float
     clip_factor: float
     skipped: bool
+    num_updated: int
     non_finite: tuple[str, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)

@@ -12,7 +12,6 @@ import torch
 
 from offload_adam.coordinator.agreement import Agreement, Findings, agree, flags_on_any_rank
 from offload_adam.coordinator.membership import Membership
-from offload_adam.errors import PeerError, RankDisagreementError
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.layout.schedule import plan_schedule
 from offload_adam.observe.spans import Stopwatch
@@ -23,6 +22,11 @@ from offload_adam.step.construction import NewParameter, Placing, build_states
 from offload_adam.step.executor import SequentialExecutor, UpdateMasks
 from offload_adam.step.following import follow
 from offload_adam.step.reduction import GradientReduction
+from offload_adam.step.refusals import (
+    refuse_disagreement,
+    refuse_partial_presence,
+    refuse_unfrozen,
+)
 from offload_adam.step.report import StepReport
 from offload_adam.step.update import HostUpdate
 from offload_adam.transfer.staging import StagingRing
@@ -72,7 +76,7 @@ class ShardedAdam:
         self.states: list[BucketState] = []
         self.host_nbytes: dict[str, int] = {"state": 0, "block_sums": 0, "staging": 0}
         self._placing = placing
-        self._module = module
+        self._watch = VersionWatch(module)
         self._external = external
         self._update = HostUpdate(num_threads)
         self._rings: dict[torch.dtype, StagingRing] = {}
@@ -113,7 +117,7 @@ class ShardedAdam:
         self._executor = SequentialExecutor(
             schedule, self.states, self._update, self.membership, self._rings
         )
-        self._watch = VersionWatch(self.names, self.parameters, self._module)
+        self._watch.extend([item.name for item in new], [item.parameter for item in new])
 
     def place_of(self, index: int) -> tuple[BucketState, int]:
         """Return the bucket of a parameter, and its position there."""
@@ -141,6 +145,7 @@ class ShardedAdam:
             decision.total_norm,
             decision.clip_factor,
             decision.skip,
+            0 if decision.skip else int((agreement.present_counts > 0).sum()),
             non_finite,
             stopwatch.elapsed_s,
         )
@@ -168,7 +173,12 @@ class ShardedAdam:
             with stopwatch.span("reduce"):
                 failure = self.reduction.take_late_gradients()
             agreement, changed, failure = self._exchange(inputs, failure, stopwatch)
-        self._refuse(inputs, agreement, changed, failure)
+        if failure is not None:
+            raise failure
+        lrs = [hyper.lr for hyper in inputs.hyperparameters]
+        refuse_disagreement(agreement, lrs, [self.names[index] for index in changed])
+        if self._external:
+            refuse_partial_presence(agreement, self.membership.world_size, self.names)
         return agreement, changed
 
     def _exchange(
@@ -180,7 +190,7 @@ class ShardedAdam:
         present = np.zeros(len(self.parameters), dtype=np.bool_)
         try:
             if failure is None:
-                self._refuse_unfrozen()
+                refuse_unfrozen(self._frozen)
                 late = self.reduction.has_late_gradients()
                 changed = self._watch.changed()
                 for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
@@ -202,63 +212,6 @@ class ShardedAdam:
         )
         with stopwatch.span("agree"):
             return agree(self.membership, findings), changed, failure
-
-    def _refuse(
-        self,
-        inputs: StepInputs,
-        agreement: Agreement,
-        changed: Sequence[int],
-        failure: Exception | None,
-    ) -> None:
-        """Raise, on every rank, where any has a reason not to step."""
-        if failure is not None:
-            raise failure
-        if agreement.failed_ranks:
-            raise PeerError(
-                f"rank(s) {list(agreement.failed_ranks)} refused this step; their error says why"
-            )
-        if len(set(agreement.grad_scales)) > 1:
-            raise RankDisagreementError(
-                f"grad_scale differs between ranks: {list(agreement.grad_scales)}. A loss scaler "
-                "must see the same found_inf on all ranks: all-reduce it before its update()"
-            )
-        if len(set(agreement.settings)) > 1:
-            ranks = _minority(agreement.settings)
-            raise RankDisagreementError(
-                f"rank(s) {ranks} would step with other hyperparameters than the rest (here: "
-                f"lr {[h.lr for h in inputs.hyperparameters]}): run the same schedule on every rank"
-            )
-        if len(set(agreement.changes)) > 1:
-            self._refuse_changes(agreement, changed)
-        if self._external:
-            self._refuse_partial_presence(agreement)
-
-    def _refuse_unfrozen(self) -> None:
-        for name, parameter in self._frozen:
-            if parameter.grad is not None:
-                raise ValueError(
-                    f"parameter {name!r} has a gradient, but did not require one when the "
-                    "optimizer was made, and has no state: make the optimizer before freezing it, "
-                    "or leave it out and add_param_group it when it is unfrozen"
-                )
-
-    def _refuse_changes(self, agreement: Agreement, changed: Sequence[int]) -> None:
-        ranks = _minority(agreement.changes)
-        names = ", ".join(repr(self.names[index]) for index in changed[:5]) or "none on this rank"
-        raise RankDisagreementError(
-            f"parameters were changed from outside on rank(s) {ranks} otherwise than on the rest "
-            f"(changed here: {names}): make the same change on every rank, or broadcast it"
-        )
-
-    def _refuse_partial_presence(self, agreement: Agreement) -> None:
-        counts = agreement.present_counts
-        partial = torch.nonzero((counts > 0) & (counts < self.membership.world_size)).flatten()
-        if partial.numel() > 0:
-            raise RankDisagreementError(
-                f"parameter {self.names[int(partial[0])]!r} has a gradient on "
-                f"{int(counts[partial[0]])} of {self.membership.world_size} ranks, but with "
-                "gradient_reduction='external' gradients must be averaged, and so present, on all"
-            )
 
     def _apply(
         self,
@@ -310,9 +263,3 @@ class ShardedAdam:
             if ring is None or ring.numel < numel:
                 self._rings[state.dtype] = StagingRing(numel, state.dtype, pin=self._placing.pin)
         self.host_nbytes["staging"] = sum(ring.nbytes for ring in self._rings.values())
-
-
-def _minority(values: Sequence[int]) -> list[int]:
-    """Return the ranks whose value is not the most common one (of ties, the first)."""
-    common = max(values, key=lambda value: (values.count(value), -values.index(value)))
-    return [rank for rank, value in enumerate(values) if value != common]

@@ -1,0 +1,83 @@
+"""What makes a step impossible: errors that every rank raises, because all read one agreement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from offload_adam.coordinator.agreement import Agreement
+from offload_adam.errors import PeerError, RankDisagreementError
+
+
+def refuse_disagreement(
+    agreement: Agreement, lrs: Sequence[float], changed_names: Sequence[str]
+) -> None:
+    """Raise where a rank failed, or where ranks would not take the same step.
+
+    Args:
+        lrs: this rank's learning rate of each group, for the message.
+        changed_names: the parameters changed from outside on this rank, for the message.
+
+    Raises:
+        PeerError: another rank failed.
+        RankDisagreementError: ranks differ in grad_scale, hyperparameters or outside changes.
+    """
+    if agreement.failed_ranks:
+        raise PeerError(
+            f"rank(s) {list(agreement.failed_ranks)} refused this step; their error says why"
+        )
+    if len(set(agreement.grad_scales)) > 1:
+        raise RankDisagreementError(
+            f"grad_scale differs between ranks: {list(agreement.grad_scales)}. A loss scaler must "
+            "see the same found_inf on all ranks: all-reduce it before its update()"
+        )
+    if len(set(agreement.settings)) > 1:
+        raise RankDisagreementError(
+            f"rank(s) {_minority(agreement.settings)} would step with other hyperparameters than "
+            f"the rest (lr here: {list(lrs)}): run the same schedule on every rank"
+        )
+    if len(set(agreement.changes)) > 1:
+        here = ", ".join(map(repr, changed_names[:5])) or "nothing"
+        raise RankDisagreementError(
+            f"parameters were changed from outside on rank(s) {_minority(agreement.changes)} "
+            f"otherwise than on the rest (changed here: {here}): make the same change on every "
+            "rank, or broadcast it"
+        )
+
+
+def refuse_partial_presence(agreement: Agreement, world_size: int, names: Sequence[str]) -> None:
+    """Raise where gradients that are said to be averaged are not on all ranks.
+
+    Raises:
+        RankDisagreementError: naming the first such parameter.
+    """
+    counts = agreement.present_counts
+    partial = torch.nonzero((counts > 0) & (counts < world_size)).flatten().tolist()
+    if partial:
+        raise RankDisagreementError(
+            f"parameter {names[partial[0]]!r} has a gradient on {int(counts[partial[0]])} of "
+            f"{world_size} ranks, but with gradient_reduction='external' gradients must be "
+            "averaged, and so present, on all of them"
+        )
+
+
+def refuse_unfrozen(frozen: Sequence[tuple[str, torch.nn.Parameter]]) -> None:
+    """Raise where a parameter without state has a gradient.
+
+    Raises:
+        ValueError: naming the parameter.
+    """
+    for name, parameter in frozen:
+        if parameter.grad is not None:
+            raise ValueError(
+                f"parameter {name!r} has a gradient, but did not require one when the optimizer "
+                "was made, and has no state: make the optimizer before freezing it, or leave it "
+                "out and add_param_group it when it is unfrozen"
+            )
+
+
+def _minority(values: Sequence[int]) -> list[int]:
+    """Return the ranks whose value is not the most common one (of ties, the first)."""
+    common = max(values, key=lambda value: (values.count(value), -values.index(value)))
+    return [rank for rank, value in enumerate(values) if value != common]
