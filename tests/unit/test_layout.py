@@ -1,0 +1,117 @@
+"""The layout tiles every parameter exactly once, for any world size, in one process."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload_adam.layout.flat import BLOCK_NUMEL, Bucket, ParameterSpec, plan_buckets
+from offload_adam.layout.schedule import Operation, plan_schedule
+
+SPECS = st.lists(
+    st.tuples(st.integers(0, 5000), st.sampled_from([("bfloat16@cpu", 2), ("float32@cpu", 4)])),
+    max_size=30,
+).map(
+    lambda drawn: [
+        ParameterSpec(index, numel, itemsize, family)
+        for index, (numel, (family, itemsize)) in enumerate(drawn)
+    ]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(specs=SPECS, world_size=st.integers(1, 1024), bucket_nbytes=st.integers(1, 60_000))
+def test_every_element_is_owned_exactly_once(
+    specs: list[ParameterSpec], world_size: int, bucket_nbytes: int
+) -> None:
+    buckets = plan_buckets(specs, world_size=world_size, bucket_nbytes=bucket_nbytes)
+    covered: dict[int, list[tuple[int, int]]] = {spec.index: [] for spec in specs}
+    for bucket in buckets:
+        for rank in range(world_size):
+            _check_shard(bucket, rank, covered)
+    for spec in specs:
+        end = 0
+        for start, stop in sorted(covered[spec.index]):
+            assert start == end
+            end = stop
+        assert end == spec.numel
+
+
+def _check_shard(bucket: Bucket, rank: int, covered: dict[int, list[tuple[int, int]]]) -> None:
+    low, high = bucket.shard_bounds(rank)
+    assert (high - low) % BLOCK_NUMEL == 0
+    end = 0
+    for segment in bucket.segments(rank):
+        placed = bucket.placements[segment.position]
+        assert segment.numel > 0
+        assert segment.shard_start >= end
+        end = segment.shard_start + segment.numel
+        assert end <= bucket.shard_numel
+        # The element at the segment's start is the same one seen from both sides.
+        assert low + segment.shard_start == placed.start + segment.parameter_start
+        # Whole blocks: a block of the norm never lies on two ranks.
+        assert segment.parameter_start % BLOCK_NUMEL == 0
+        covered[placed.parameter].append(
+            (segment.parameter_start, segment.parameter_start + segment.numel)
+        )
+
+
+@settings(max_examples=100, deadline=None)
+@given(specs=SPECS, bucket_nbytes=st.integers(1, 60_000))
+def test_buckets_hold_one_family_in_backward_order_within_their_size(
+    specs: list[ParameterSpec], bucket_nbytes: int
+) -> None:
+    buckets = plan_buckets(specs, world_size=3, bucket_nbytes=bucket_nbytes)
+    families = {spec.index: spec.family for spec in specs}
+    completed = []
+    for bucket in buckets:
+        members = [placed.parameter for placed in bucket.placements]
+        assert {families[member] for member in members} == {bucket.family}
+        assert members == sorted(members, reverse=True)
+        completed.append(members[-1])
+        assert len(members) == 1 or bucket.placements[-1].end * bucket.itemsize <= bucket_nbytes
+        for placed in bucket.placements:
+            assert placed.start % BLOCK_NUMEL == 0
+    assert completed == sorted(completed, reverse=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(specs=SPECS, world_size=st.integers(1, 64))
+def test_padding_is_bounded(specs: list[ParameterSpec], world_size: int) -> None:
+    buckets = plan_buckets(specs, world_size=world_size, bucket_nbytes=8192)
+    for bucket in buckets:
+        numel = sum(placed.numel for placed in bucket.placements)
+        bound = (BLOCK_NUMEL - 1) * len(bucket.placements) + BLOCK_NUMEL * world_size
+        assert numel <= bucket.numel < numel + bound
+
+
+def test_a_parameter_larger_than_a_bucket_has_its_own() -> None:
+    specs = [ParameterSpec(i, numel, 4, "f") for i, numel in enumerate([10, 100_000, 20])]
+    buckets = plan_buckets(specs, world_size=2, bucket_nbytes=4096)
+    assert [[p.parameter for p in bucket.placements] for bucket in buckets] == [[2], [1], [0]]
+
+
+def test_arguments_are_checked() -> None:
+    with pytest.raises(ValueError, match="world_size=0"):
+        plan_buckets([], world_size=0, bucket_nbytes=1)
+
+
+def test_the_schedule_reduces_in_backward_order_and_updates_in_forward_order() -> None:
+    specs = [ParameterSpec(i, 1000, 4, "f") for i in range(3)]
+    buckets = plan_buckets(specs, world_size=2, bucket_nbytes=4096)
+    schedule = plan_schedule(buckets, copies_back=frozenset({1}))
+    before = [(task.operation, task.bucket) for task in schedule.before_agreement]
+    assert before == [(Operation.REDUCE, i) for i in range(3)] + [
+        (Operation.SUM_SQUARES, i) for i in range(3)
+    ]
+    after = [(task.operation, task.bucket) for task in schedule.after_agreement]
+    assert after == [
+        (Operation.UPDATE, 2),
+        (Operation.GATHER, 2),
+        (Operation.UPDATE, 1),
+        (Operation.COPY_BACK, 1),
+        (Operation.GATHER, 1),
+        (Operation.UPDATE, 0),
+        (Operation.GATHER, 0),
+    ]
