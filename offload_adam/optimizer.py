@@ -88,6 +88,10 @@ class OffloadAdam(torch.optim.Optimizer):
     # GradScaler hands grad_scale and found_inf over instead of deciding on this rank alone.
     _step_supports_amp_scaling = True
 
+    # Set by a loss scaler before step() and deleted after it; absent means 1 and 0.
+    grad_scale: torch.Tensor | float | None
+    found_inf: torch.Tensor | float | None
+
     # Tests set it, to run the path of parameters on a device with parameters in host memory.
     _offloads = False
 
@@ -125,8 +129,6 @@ class OffloadAdam(torch.optim.Optimizer):
                 "gradient_reduction='optimizer'. Without them .grad accumulates as always"
             )
         self.max_grad_norm = check_max_norm("max_grad_norm", max_grad_norm)
-        self.grad_scale: torch.Tensor | float | None = None
-        self.found_inf: torch.Tensor | float | None = None
         self.last_step: StepReport | None = None
         self.skipped_steps = 0
         self._warned_idle = False
@@ -446,14 +448,14 @@ class OffloadAdam(torch.optim.Optimizer):
 
     def _inputs(self) -> StepInputs:
         """Read what this step is told: groups as they are now, and the loss scaler's word."""
-        grad_scale = 1.0 if self.grad_scale is None else float(self.grad_scale)
+        grad_scale = _scalar(getattr(self, "grad_scale", None), absent=1.0)
         if not (math.isfinite(grad_scale) and grad_scale > 0.0):
             raise ValueError(f"grad_scale must be finite and above 0, not {grad_scale}")
         max_norm = self.max_grad_norm if self._max_norm_once is None else self._max_norm_once
         return StepInputs(
             hyperparameters=[hyperparameters_of(group) for group in self.param_groups],
             grad_scale=grad_scale,
-            found_inf=0.0 if self.found_inf is None else float(self.found_inf),
+            found_inf=_scalar(getattr(self, "found_inf", None), absent=0.0),
             max_norm=max_norm,
         )
 
@@ -462,6 +464,10 @@ class OffloadAdam(torch.optim.Optimizer):
         if self._core is None or not self._release.alive:
             raise RuntimeError("this optimizer has been closed: make a new one to go on training")
         return self._core
+
+
+def _scalar(value: torch.Tensor | float | None, *, absent: float) -> float:
+    return absent if value is None else float(value)
 
 
 def _reason(report: StepReport) -> str:

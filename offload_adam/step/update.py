@@ -36,6 +36,10 @@ class HostUpdate:
         self._norm = norm
         self._update = update
         self._num_threads = num_threads
+        # Numba's OpenMP pool, when it starts, sets torch's thread count to its own size.
+        num_torch_threads = torch.get_num_threads()
+        threads.use_threads(num_threads)
+        torch.set_num_threads(num_torch_threads)
         self._block_sums = np.zeros(0, dtype=np.float64)
 
     @property
