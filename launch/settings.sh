@@ -1,0 +1,25 @@
+# shellcheck shell=bash disable=SC2034,SC2154  # variables that cross files
+# Sourced by single_node.sh and multi_node.sh after $gpus is known: what a process has to be told before
+# it starts. Everything that can be decided later is in the YAML.
+
+# NUMA: a rank's optimizer state lies in host memory and is read and written at each step, so it
+# belongs in the memory next to the rank's own GPU and cores. "node" rather than "exclusive": ranks
+# of one node share its cores, and the package divides them. torchrun asks the GPU for its node and needs numactl.
+numa_binding=""
+if [[ "$gpus" -gt 0 ]]; then
+  if command -v numactl >/dev/null; then
+    numa_binding="--numa-binding=node"
+  else
+    printf 'warning: no numactl, so ranks are not bound to NUMA nodes; apt-get install numactl\n' >&2
+  fi
+fi
+
+# Threads: 1 is what torchrun would set, with a warning. offload_adam does not take it for a choice: it plans
+# its own and torch's threads from the allowed cores and the ranks of the machine. A rank that is bound to one
+# of several nodes sees that node's cores only and plans low; --optimizer.num_threads=N says better
+# where the update turns out to be short of cores.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+# Allocator: growing segments keep a long run from failing on fragmented device memory. A choice
+# of the user's stands.
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"

@@ -1,0 +1,37 @@
+"""What every test can use: the ranks, and a summary of which kinds of tests ran."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.marker_summary import MarkerSummary
+from tests.ranks import RankPool
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Return the pool of gloo ranks, kept for the session; a test that uses it is `distributed`."""
+    with RankPool() as pool:
+        yield pool
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-marker",
+        metavar="MARKER",
+        help="fail the run if no test with this marker passed",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(MarkerSummary(config))
+
+
+# First, because -m selects by what this adds.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.distributed)

@@ -1,0 +1,199 @@
+"""The launch scripts, with stand-ins for Python and torchrun that note what they are asked."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).parents[2]
+_PYTHON_NAMES = ("python3.14", "python3.13", "python3.12", "python3.11", "python3")
+_STAND_IN = f"""#!/usr/bin/env bash
+printf '%s\\n' "$*" >>"$ASKED"
+case "$*" in
+  *version_info*) exit "${{TOO_OLD:-0}}" ;;
+  *ensurepip*) exit "${{WITHOUT_VENV:-0}}" ;;
+  *hashlib*) exec "{sys.executable}" "$@" ;;
+  *device_count*) echo "${{GPUS:-0}}" ;;
+  "-m venv "*)
+    folder="${{@: -1}}"
+    rm -rf "$folder"
+    mkdir -p "$folder/bin"
+    cp "$0" "$folder/bin/python"
+    printf '#!/usr/bin/env bash\\nprintf "%%s\\\\n" "$@"\\n' >"$folder/bin/torchrun"
+    chmod +x "$folder/bin/torchrun"
+    ;;
+  *"pip install"*) exit "${{PIP_STATUS:-0}}" ;;
+esac
+"""
+
+
+class Checkout:
+    """A copy of the launch scripts at a path with spaces, and the stand-ins on its PATH."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "a path with spaces"
+        self.asked = folder / "asked"
+        self._elsewhere = folder / "elsewhere"
+        self._stand_ins = folder / "bin"
+        for made in (self.root, self._elsewhere, self._stand_ins):
+            made.mkdir()
+        shutil.copytree(_ROOT / "launch", self.root / "launch")
+        shutil.copy(_ROOT / "pyproject.toml", self.root)
+        for name in _PYTHON_NAMES:
+            (self._stand_ins / name).write_text(_STAND_IN)
+            (self._stand_ins / name).chmod(0o755)
+
+    def run(
+        self, script: str, *arguments: str, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a launch script from another folder and return what it printed."""
+        self.asked.write_text("")
+        return subprocess.run(
+            ["bash", self.root / "launch" / script, *arguments],
+            cwd=self._elsewhere,
+            env={
+                "PATH": f"{self._stand_ins}:/usr/bin:/bin",
+                "ASKED": str(self.asked),
+                **(env or {}),
+            },
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+
+    def installs(self) -> list[str]:
+        """Return the installs of the last run, from the first argument that differs on."""
+        lines = self.asked.read_text().splitlines()
+        return [line.split("constraints.txt ")[1] for line in lines if "pip install" in line]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def test_quickstart_runs_two_ranks_on_a_cpu_and_passes_overrides_on(checkout: Checkout) -> None:
+    done = checkout.run("quickstart.sh", "--run.name=a b")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-7:] == [
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "offload_adam",
+        "train",
+        f"{checkout.root}/configs/quickstart.yaml",
+        "--run.name=a b",
+    ]
+
+
+def test_quickstart_runs_a_rank_for_each_gpu(checkout: Checkout) -> None:
+    assert "--nproc-per-node=4\n" in checkout.run("quickstart.sh", env={"GPUS": "4"}).stdout
+
+
+def test_a_second_run_installs_nothing(checkout: Checkout) -> None:
+    checkout.run("quickstart.sh")
+    editable = f"--no-build-isolation --editable {checkout.root}"
+    assert checkout.installs() == ["setuptools", editable]
+    checkout.run("quickstart.sh")
+    assert checkout.installs() == []
+    checkout.run("test.sh")
+    assert checkout.installs() == ["setuptools", f"{editable}[test]"]
+    checkout.run("quickstart.sh")
+    assert checkout.installs() == []
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "launch/constraints.txt"])
+def test_a_change_of_what_is_wanted_installs_again(checkout: Checkout, name: str) -> None:
+    checkout.run("quickstart.sh")
+    with (checkout.root / name).open("a") as file:
+        file.write("# changed\n")
+    checkout.run("quickstart.sh")
+    assert len(checkout.installs()) == 2
+
+
+def test_a_failed_install_is_done_again(checkout: Checkout) -> None:
+    assert checkout.run("quickstart.sh", env={"PIP_STATUS": "1"}).returncode != 0
+    assert checkout.run("quickstart.sh").returncode == 0
+    assert len(checkout.installs()) == 2
+
+
+def test_a_moved_checkout_gets_a_new_environment(checkout: Checkout) -> None:
+    checkout.run("quickstart.sh")
+    checkout.root = checkout.root.rename(checkout.root.with_name("moved"))
+    assert checkout.run("quickstart.sh").returncode == 0
+    assert len(checkout.installs()) == 2
+
+
+def test_no_python_is_said(checkout: Checkout) -> None:
+    done = checkout.run("quickstart.sh", env={"TOO_OLD": "1"})
+    assert done.returncode == 1
+    assert "quickstart.sh: no Python 3.11 or newer found" in done.stderr
+
+
+def test_a_python_without_venv_is_said(checkout: Checkout) -> None:
+    done = checkout.run("test.sh", env={"WITHOUT_VENV": "1"})
+    assert done.returncode == 1
+    assert "apt-get install python3-venv" in done.stderr
+
+
+def test_test_leaves_the_long_kinds_out_unless_all_is_given(checkout: Checkout) -> None:
+    checkout.run("test.sh")
+    whole = checkout.asked.read_text().splitlines()[-1]
+    assert whole == (
+        "-m pytest -m not slow and not fault and not browser and not peers "
+        "--require-marker=distributed"
+    )
+    checkout.run("test.sh", "--all")
+    assert checkout.asked.read_text().splitlines()[-1] == (
+        "-m pytest -m  --require-marker=distributed"
+    )
+    checkout.run("test.sh", "--all", "-k", "kernel")
+    assert checkout.asked.read_text().splitlines()[-1] == "-m pytest -m  -k kernel"
+
+
+@pytest.mark.parametrize(
+    ("script", "env", "arguments", "hint"),
+    [
+        ("single_node.sh", {}, [], "give a configuration"),
+        ("single_node.sh", {}, ["run.yaml"], "set RANKS_PER_NODE"),
+        ("multi_node.sh", {}, ["run.yaml"], "set NUM_NODES"),
+        ("multi_node.sh", {"NUM_NODES": "2"}, ["run.yaml"], "set HEAD_NODE"),
+        ("slurm.sbatch", {}, ["run.yaml"], "submit this with sbatch"),
+    ],
+)
+def test_what_is_missing_is_named(
+    checkout: Checkout, script: str, env: dict[str, str], arguments: list[str], hint: str
+) -> None:
+    checkout.run("quickstart.sh")  # makes the environment, which these do not
+    done = checkout.run(script, *arguments, env=env)
+    assert done.returncode != 0
+    assert hint in done.stderr
+
+
+def test_multi_node_meets_at_the_head_node(checkout: Checkout) -> None:
+    checkout.run("quickstart.sh")
+    done = checkout.run(
+        "multi_node.sh",
+        "run.yaml",
+        "--train.num_steps=5",
+        env={"NUM_NODES": "2", "HEAD_NODE": "first", "RANKS_PER_NODE": "3", "JOB_ID": "7"},
+    )
+    assert done.stdout.split() == [
+        "--nnodes=2",
+        "--nproc-per-node=3",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=first:29500",
+        "--rdzv-id=7",
+        "-m",
+        "offload_adam",
+        "train",
+        "run.yaml",
+        "--train.num_steps=5",
+    ]
