@@ -1,0 +1,127 @@
+"""Every mistake in the arguments has an error that names it, before anything is touched."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from offload_adam import OffloadAdam
+from offload_adam.errors import HostMemoryError
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"lr": -1.0}, ValueError, "lr must be finite and at least 0, not -1.0"),
+        ({"lr": math.nan}, ValueError, "lr must be finite"),
+        ({"lr": "fast"}, TypeError, "lr must be a number, not 'fast'"),
+        ({"eps": -1e-8}, ValueError, "eps must be"),
+        ({"weight_decay": math.inf}, ValueError, "weight_decay must be"),
+        ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\] must lie in \[0, 1\), not 1.0"),
+        ({"betas": (-0.1, 0.9)}, ValueError, r"betas\[0\]"),
+        ({"betas": 0.9}, ValueError, "betas must be two numbers"),
+        ({"amsgrad": 1}, TypeError, "amsgrad must be a bool, not 1"),
+        ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm must be above 0"),
+        ({"max_grad_norm": "1"}, TypeError, "max_grad_norm must be a number"),
+        ({"bucket_nbytes": 0}, ValueError, "bucket_nbytes must be at least 1"),
+        ({"num_threads": 1.5}, TypeError, "num_threads must be an int"),
+        ({"reduce_dtype": torch.float16}, ValueError, "reduce_dtype must be torch.float32 or None"),
+        ({"state_dtype": torch.bfloat16}, ValueError, "state_dtype must be torch.float32"),
+        ({"accumulate": "device"}, ValueError, "accumulate must be 'host' or None"),
+        ({"accumulate": "host"}, ValueError, "needs module="),
+        ({"gradient_reduction": "ddp"}, ValueError, "'optimizer' or 'external', not 'ddp'"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    address = parameter.data_ptr()
+    with pytest.raises(error, match=words):
+        OffloadAdam([parameter], **options)
+    assert parameter.data_ptr() == address
+
+
+def test_parameters_are_checked_by_name() -> None:
+    def refuse(tensor: torch.Tensor, error: type[Exception], words: str) -> None:
+        with pytest.raises(error, match=words):
+            OffloadAdam([("p", torch.nn.Parameter(tensor))])
+
+    refuse(torch.ones(3, dtype=torch.float64), ValueError, "'p' has dtype torch.float64")
+    refuse(torch.ones(3, dtype=torch.complex64), ValueError, "'p' has dtype torch.complex64")
+    refuse(torch.ones(3, device="meta"), ValueError, "'p' is on device 'meta'")
+    refuse(torch.ones(1).expand(3), ValueError, r"'p' is expanded.*clone\(\)")
+    refuse(torch.eye(3).to_sparse(), ValueError, "'p' is torch.sparse_coo")
+    with pytest.raises(ValueError, match="empty parameter list"):
+        OffloadAdam([])
+    frozen_bytes = torch.nn.Parameter(torch.ones(3, dtype=torch.uint8), requires_grad=False)
+    OffloadAdam([frozen_bytes, torch.nn.Parameter(torch.ones(2))])
+
+
+def test_names_come_from_the_module_or_the_position() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2).double())
+    with pytest.raises(ValueError, match=r"parameter '0.weight'"):
+        OffloadAdam(model.parameters(), module=model)
+    with pytest.raises(ValueError, match=r"\"param_groups\[0\]\['params'\]\[0\]\""):
+        OffloadAdam(model.parameters())
+
+
+def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = OffloadAdam([parameter], lr=0.1)
+    for group in (
+        {"params": [torch.nn.Parameter(torch.ones(2))], "lr": -1.0},
+        {"params": [torch.nn.Parameter(torch.ones(2).double())]},
+    ):
+        with pytest.raises(ValueError, match=r"lr must be|has dtype"):
+            optimizer.add_param_group(group)
+        assert len(optimizer.param_groups) == 1
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.allclose(parameter.detach(), torch.full((3,), 0.9))
+
+
+def test_state_that_does_not_fit_is_refused_before_anything_moves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    address = parameter.data_ptr()
+
+    def refuse(nbytes: int) -> None:
+        raise HostMemoryError("needs 12 GiB")
+
+    monkeypatch.setattr("offload_adam.memory.arena._require_available", refuse)
+    with pytest.raises(HostMemoryError, match="12 GiB"):
+        OffloadAdam([parameter])
+    assert parameter.data_ptr() == address
+
+
+def test_pinning_without_cuda_is_a_warning() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("pinning works here")
+    with pytest.warns(RuntimeWarning, match="pin_memory=True is ignored"):
+        OffloadAdam([torch.nn.Parameter(torch.ones(3))], pin_memory=True)
+
+
+def test_torchs_thread_count_is_left_alone() -> None:
+    code = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from offload_adam import OffloadAdam\n"
+        "p = torch.nn.Parameter(torch.ones(100_000)); o = OffloadAdam([p], num_threads=2)\n"
+        "p.grad = torch.ones(100_000); o.step(); o.step()\n"
+        "assert torch.get_num_threads() == 1, torch.get_num_threads()\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+
+
+def test_the_package_is_quick_to_import() -> None:
+    code = (
+        "import sys, torch\n"
+        "import offload_adam\n"
+        "offload_adam.OffloadAdam\n"
+        "assert 'numba' not in sys.modules and 'pydantic' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,164 @@
+"""State dicts: our own, a full one, and torch's, in both directions."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from offload_adam import OffloadAdam
+
+
+def make_parameters(dtype: torch.dtype = torch.bfloat16) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 5), (), (0, 4), (140,)]
+    return [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+
+
+def train(optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                gradient = torch.randn(parameter.shape, generator=generator)
+                parameter.grad = gradient.to(parameter.dtype)
+        optimizer.step()
+
+
+def bits(optimizer: OffloadAdam) -> list[list[Any]]:
+    return [
+        [parameter.tolist(), *(value.tolist() for value in entry.values())]
+        for parameter, entry in optimizer.state.items()
+    ]
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_training_goes_on_to_the_same_bits_after_a_load(full: bool, dtype: torch.dtype) -> None:
+    parameters = make_parameters(dtype)
+    optimizer = OffloadAdam(parameters, lr=1e-2, weight_decay=0.1)
+    train(optimizer, range(3))
+    buffer = io.BytesIO()
+    saved = optimizer.full_state_dict() if full else optimizer.state_dict()
+    torch.save([saved, [p.detach() for p in parameters]], buffer)
+    optimizer.param_groups[0]["lr"] = 3e-3
+    train(optimizer, range(3, 6))
+
+    buffer.seek(0)
+    loaded, weights = torch.load(buffer, weights_only=True)
+    others = make_parameters(dtype)
+    fresh = OffloadAdam(others, lr=7.0)
+    with torch.no_grad():
+        for parameter, weight in zip(others, weights, strict=True):
+            parameter.copy_(weight)
+    fresh.load_state_dict(loaded)
+    assert fresh.param_groups[0]["lr"] == 1e-2
+    assert fresh.param_groups[0]["weight_decay"] == 0.1
+    fresh.param_groups[0]["lr"] = 3e-3
+    train(fresh, range(3, 6))
+    assert bits(fresh) == bits(optimizer)
+
+
+def test_loading_its_own_state_dict_changes_nothing() -> None:
+    optimizer = OffloadAdam(make_parameters())
+    train(optimizer, range(2))
+    before = bits(optimizer)
+    addresses = [v.data_ptr() for entry in optimizer.state.values() for v in entry.values()]
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert bits(optimizer) == before
+    after = [v.data_ptr() for entry in optimizer.state.values() for v in entry.values()]
+    assert after == addresses
+
+
+def test_a_full_state_loads_into_torchs_adamw_and_goes_on_like_it() -> None:
+    parameters = make_parameters(torch.float32)
+    optimizer = OffloadAdam(parameters, lr=1e-2, decoupled_weight_decay=True, weight_decay=0.1)
+    train(optimizer, range(3))
+    references = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+    adamw = torch.optim.AdamW(references, foreach=False)
+    adamw.load_state_dict(optimizer.full_state_dict())
+    assert adamw.param_groups[0]["lr"] == 1e-2
+    assert adamw.param_groups[0]["weight_decay"] == 0.1
+    train(adamw, range(3, 6))
+    train(optimizer, range(3, 6))
+    for parameter, reference in zip(parameters, references, strict=True):
+        assert adamw.state[reference]["step"] == 6
+        assert torch.allclose(parameter, reference, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_torchs_state_loads_and_goes_on_like_torch(amsgrad: bool) -> None:
+    references = make_parameters(torch.float32)
+    adam = torch.optim.Adam(references, lr=1e-2, amsgrad=amsgrad, foreach=False)
+    train(adam, range(3))
+    parameters = [torch.nn.Parameter(p.detach().clone()) for p in references]
+    optimizer = OffloadAdam(parameters, amsgrad=amsgrad)
+    optimizer.load_state_dict(copy.deepcopy(adam.state_dict()))
+    train(adam, range(3, 6))
+    train(optimizer, range(3, 6))
+    for parameter, reference in zip(parameters, references, strict=True):
+        assert optimizer.state[parameter]["step"] == 6
+        assert torch.allclose(parameter, reference, rtol=0, atol=1e-6)
+
+
+def test_state_is_filled_from_construction_with_the_same_keys_as_later() -> None:
+    """Invariant 10."""
+    parameters = make_parameters()
+    optimizer = OffloadAdam(parameters, amsgrad=True)
+    keys = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_weight"}
+    for parameter in parameters:
+        entry = optimizer.state[parameter]
+        assert entry.keys() == keys
+        assert all(value.shape == parameter.shape for k, value in entry.items() if k != "step")
+    nbytes = dict(optimizer.host_nbytes)
+    train(optimizer, range(2))
+    assert optimizer.host_nbytes == nbytes
+    assert all(optimizer.state[parameter].keys() == keys for parameter in parameters)
+
+
+def test_what_does_not_fit_is_refused_and_nothing_changes() -> None:
+    optimizer = OffloadAdam(make_parameters())
+    train(optimizer, range(2))
+    before = bits(optimizer)
+    good = copy.deepcopy(optimizer.state_dict())
+    broken = copy.deepcopy(good)
+    broken["state"][3]["exp_avg"] = torch.zeros(7)
+    with pytest.raises(ValueError, match=r"exp_avg of parameter .*shape \(7,\), expected \(140,\)"):
+        optimizer.load_state_dict(broken)
+    other_world = copy.deepcopy(good)
+    other_world["offload_adam"] = {"world_size": 4, "rank": 1}
+    with pytest.raises(ValueError, match=r"rank 1 of 4 .* full_state_dict\(\)"):
+        optimizer.load_state_dict(other_world)
+    fewer = copy.deepcopy(good)
+    fewer["param_groups"][0]["params"] = [0, 1]
+    with pytest.raises(ValueError, match=r"\[2\] parameters, this optimizer of \[4\]"):
+        optimizer.load_state_dict(fewer)
+    amsgrad = copy.deepcopy(good)
+    amsgrad["param_groups"][0]["amsgrad"] = True
+    with pytest.raises(ValueError, match="amsgrad=True"):
+        optimizer.load_state_dict(amsgrad)
+    bad_lr = copy.deepcopy(good)
+    bad_lr["param_groups"][0]["lr"] = math.nan
+    with pytest.raises(ValueError, match="lr must be finite"):
+        optimizer.load_state_dict(bad_lr)
+    with pytest.raises(ValueError, match="not an optimizer's state dict"):
+        optimizer.load_state_dict({"model": 1})
+    assert bits(optimizer) == before
+    optimizer.load_state_dict(good)
+    assert bits(optimizer) == before
+
+
+def test_state_dict_hooks_run() -> None:
+    optimizer = OffloadAdam(make_parameters())
+    calls: list[str] = []
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: calls.append("pre"))
+    optimizer.register_load_state_dict_post_hook(lambda _: calls.append("post"))
+    optimizer.register_state_dict_post_hook(lambda _, state: calls.append("saved"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("step"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert calls == ["saved", "pre", "post", "step"]

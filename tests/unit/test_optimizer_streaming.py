@@ -1,0 +1,285 @@
+"""Gradients that leave during backward: accumulation, checkpoints, errors, late gradients."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from offload_adam import OffloadAdam
+
+
+class Offloading(OffloadAdam):
+    """The path of parameters on a device, with parameters in host memory."""
+
+    _offloads = True
+
+
+class Blocks(torch.nn.Module):
+    """A few layers, optionally run under reentrant checkpoints, with one layer shared by all."""
+
+    def __init__(self, *, checkpointed: bool = False, shared: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(6, 6) for _ in range(4))
+        self.shared = torch.nn.Linear(6, 6) if shared else None
+        self.checkpointed = checkpointed
+
+    def block(self, layer: torch.nn.Module, data: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = layer(data)
+        return torch.tanh(result if self.shared is None else self.shared(result))
+
+    def forward(self, data: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            if self.checkpointed:
+                data = checkpoint(self.block, layer, data, use_reentrant=True)
+            else:
+                data = self.block(layer, data)
+        return data
+
+
+def batch(step: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(5, 6, generator=generator).requires_grad_()
+
+
+def train_reference(model: torch.nn.Module, batches: list[list[int]]) -> list[torch.Tensor]:
+    """Train a float64 copy with torch's Adam; each step sums over its batches."""
+    reference = copy.deepcopy(model).double()
+    if isinstance(reference, Blocks):
+        reference.checkpointed = False
+    oracle = torch.optim.Adam(reference.parameters(), lr=1e-2, foreach=False)
+    for members in batches:
+        for member in members:
+            reference(batch(member).double()).square().sum().backward()
+        oracle.step()
+        oracle.zero_grad()
+    return [parameter.detach() for parameter in reference.parameters()]
+
+
+def assert_close(model: torch.nn.Module, expected: list[torch.Tensor]) -> None:
+    for parameter, reference in zip(model.parameters(), expected, strict=True):
+        assert (parameter - reference).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("maker", [OffloadAdam, Offloading])
+def test_gradients_leave_during_backward_and_the_result_is_torchs(
+    maker: type[OffloadAdam],
+) -> None:
+    model = Blocks()
+    expected = train_reference(model, [[0], [1], [2]])
+    optimizer = maker(model.parameters(), lr=1e-2, module=model, bucket_nbytes=600)
+    for step in range(3):
+        model(batch(step)).square().sum().backward()
+        assert all(parameter.grad is None for parameter in model.parameters())
+        optimizer.step()
+    assert_close(model, expected)
+
+
+def test_no_sync_keeps_gradients_in_grad_until_the_last_backward() -> None:
+    model = Blocks()
+    expected = train_reference(model, [[0, 1, 2], [3, 4, 5]])
+    optimizer = OffloadAdam(model.parameters(), lr=1e-2, module=model, bucket_nbytes=600)
+    for first in (0, 3):
+        with optimizer.no_sync():
+            model(batch(first)).square().sum().backward()
+            with optimizer.no_sync():
+                model(batch(first + 1)).square().sum().backward()
+            assert all(parameter.grad is not None for parameter in model.parameters())
+        model(batch(first + 2)).square().sum().backward()
+        optimizer.step()
+    assert_close(model, expected)
+
+
+def test_a_backward_inside_no_sync_alone_is_enough_for_a_step() -> None:
+    model = Blocks()
+    expected = train_reference(model, [[0], [1]])
+    optimizer = OffloadAdam(model.parameters(), lr=1e-2, module=model)
+    for step in range(2):
+        with optimizer.no_sync():
+            model(batch(step)).square().sum().backward()
+        optimizer.step()
+        assert all(parameter.grad is None for parameter in model.parameters())
+    assert_close(model, expected)
+
+
+def test_a_second_backward_without_room_is_an_error_that_names_both_ways() -> None:
+    model = Blocks()
+    expected = train_reference(model, [[2]])
+    optimizer = OffloadAdam(model.named_parameters(), lr=1e-2, module=model)
+    model(batch(0)).square().sum().backward()
+    with pytest.raises(ValueError, match=r"'layers.3.*no_sync\(\).*accumulate='host'"):
+        model(batch(1)).square().sum().backward()
+    optimizer.zero_grad()
+    model(batch(2)).square().sum().backward()
+    optimizer.step()
+    assert_close(model, expected)
+
+
+@pytest.mark.parametrize("maker", [OffloadAdam, Offloading])
+def test_accumulate_on_host_adds_in_fp32(maker: type[OffloadAdam]) -> None:
+    parameter = torch.nn.Parameter(torch.ones(300, dtype=torch.bfloat16))
+    other = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    model = torch.nn.ParameterList([parameter, other])
+    optimizer = maker(model.parameters(), module=model, accumulate="host", betas=(0.5, 0.5))
+    for _ in range(2):
+        # 256 + 1 + 1 is 256 in bfloat16, and 258 only in fp32.
+        for value in (256.0, 1.0, 1.0):
+            (parameter.sum() * value).backward()
+        (other.sum() * 3.0).backward()
+        optimizer.step()
+    # b1 = 0.5: after two steps of the same gradient exp_avg is 3/4 of it.
+    assert torch.equal(optimizer.state[parameter]["exp_avg"], torch.full((300,), 258 * 0.75))
+    assert torch.equal(optimizer.state[other]["exp_avg"], torch.full((3,), 3 * 0.75))
+
+
+def test_accumulate_on_host_trains_like_torch() -> None:
+    model = Blocks()
+    expected = train_reference(model, [[0, 1], [2, 3, 4]])
+    optimizer = OffloadAdam(
+        model.parameters(), lr=1e-2, module=model, accumulate="host", bucket_nbytes=600
+    )
+    for members in ([0, 1], [2, 3, 4]):
+        for member in members:
+            model(batch(member)).square().sum().backward()
+        optimizer.step()
+    assert_close(model, expected)
+
+
+def test_reentrant_checkpoints_are_settled_at_the_outermost_end() -> None:
+    model = Blocks(checkpointed=True)
+    expected = train_reference(model, [[0], [1], [2]])
+    optimizer = OffloadAdam(model.parameters(), lr=1e-2, module=model, bucket_nbytes=600)
+    for step in range(3):
+        model(batch(step)).square().sum().backward()
+        optimizer.step()
+    assert_close(model, expected)
+
+
+def test_a_parameter_shared_across_reentrant_checkpoints_is_never_silently_wrong() -> None:
+    model = Blocks(checkpointed=True, shared=True)
+    expected = train_reference(model, [[0], [1]])
+    optimizer = OffloadAdam(model.named_parameters(), lr=1e-2, module=model, bucket_nbytes=100)
+    try:
+        model(batch(0)).square().sum().backward()
+    except ValueError as error:
+        assert "'shared." in str(error)  # noqa: PT017
+    else:
+        optimizer.step()
+        model(batch(1)).square().sum().backward()
+        optimizer.step()
+        assert_close(model, expected)
+
+
+def test_a_backward_that_raised_leaves_nothing_behind() -> None:
+    model = Blocks()
+    expected = train_reference(model, [[1]])
+    optimizer = OffloadAdam(model.parameters(), lr=1e-2, module=model, bucket_nbytes=100)
+
+    def fail(gradient: torch.Tensor) -> None:
+        raise KeyError("in the middle of backward")
+
+    handle = model.layers[1].weight.register_hook(fail)
+    with pytest.raises(KeyError):
+        model(batch(0)).square().sum().backward()
+    handle.remove()
+    optimizer.zero_grad()
+    model(batch(1)).square().sum().backward()
+    optimizer.step()
+    assert_close(model, expected)
+
+
+def test_parameters_without_a_gradient_are_left_alone() -> None:
+    model = Blocks()
+    unused = torch.nn.Parameter(torch.ones(4))
+    model.register_parameter("unused", unused)
+    optimizer = OffloadAdam(model.parameters(), lr=1e-2, module=model)
+    model(batch(0)).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(unused, torch.ones(4))
+    assert optimizer.state[unused]["step"] == 0
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.num_updated == 8
+
+
+def test_gradients_set_by_hand_after_the_backward_count() -> None:
+    model = Blocks()
+    late = torch.nn.Parameter(torch.zeros(4))
+    model.register_parameter("late", late)
+    for maker, accumulate in ((OffloadAdam, None), (Offloading, None), (OffloadAdam, "host")):
+        with torch.no_grad():
+            late.zero_()
+        optimizer = maker(model.parameters(), lr=1e-2, module=model, accumulate=accumulate)
+        model(batch(0)).square().sum().backward()
+        late.grad = torch.tensor([1.0, -2.0, 3.0, -4.0])
+        optimizer.step()
+        assert torch.allclose(late.detach(), torch.tensor([-1.0, 1.0, -1.0, 1.0]) * 1e-2)
+        assert optimizer.state[model.layers[0].weight]["step"] == 1
+        optimizer.close()
+
+
+def test_a_grad_on_a_parameter_whose_gradient_has_left_is_refused() -> None:
+    model = Blocks()
+    optimizer = OffloadAdam(model.named_parameters(), module=model)
+    model(batch(0)).square().sum().backward()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    model.layers[2].bias.grad = torch.ones(6)
+    with pytest.raises(ValueError, match=r"'layers.2.bias' has a .grad at step\(\)"):
+        optimizer.step()
+    for parameter, expected in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, expected)
+
+
+def test_zero_grad_drops_gradients_that_have_left() -> None:
+    model = Blocks()
+    expected = train_reference(model, [[1]])
+    optimizer = OffloadAdam(model.parameters(), lr=1e-2, module=model)
+    model(batch(0)).square().sum().backward()
+    optimizer.zero_grad()
+    model(batch(1)).square().sum().backward()
+    optimizer.step()
+    assert_close(model, expected)
+
+
+def test_clip_grad_norm_sees_gradients_that_have_left() -> None:
+    model = Blocks()
+    reference = copy.deepcopy(model).double()
+    oracle = torch.optim.Adam(reference.parameters(), lr=1e-2, foreach=False)
+    optimizer = OffloadAdam(model.parameters(), lr=1e-2, module=model)
+    for step in range(3):
+        reference(batch(step).double()).square().sum().backward()
+        expected = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.3)
+        oracle.step()
+        oracle.zero_grad()
+        model(batch(step)).square().sum().backward()
+        norm = optimizer.clip_grad_norm_(0.3)
+        # The gradients themselves are fp32 in one model and fp64 in the other.
+        assert float(norm) == pytest.approx(float(expected), rel=1e-5)
+        optimizer.step()
+    assert_close(model, [parameter.detach() for parameter in reference.parameters()])
+
+
+def test_parameters_of_a_new_group_stream_too() -> None:
+    model = Blocks()
+    expected = train_reference(model, [[0], [1]])
+    members = list(model.parameters())
+    optimizer = OffloadAdam(members[:4], lr=1e-2, module=model)
+    optimizer.add_param_group({"params": members[4:]})
+    for step in range(2):
+        model(batch(step)).square().sum().backward()
+        assert all(parameter.grad is None for parameter in members)
+        optimizer.step()
+    assert_close(model, expected)
+
+
+def test_close_takes_the_hooks_off() -> None:
+    model = Blocks()
+    optimizer = OffloadAdam(model.parameters(), module=model)
+    optimizer.close()
+    optimizer.close()
+    model(batch(0)).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    with pytest.raises(RuntimeError, match="has been closed"):
+        optimizer.step()
