@@ -19,7 +19,6 @@ from offload_adam.coordinator.membership import (
     is_distributed,
     open_membership,
 )
-from offload_adam.kernels.threads import plan_threads
 from offload_adam.parameters.families import check_parameter, refuse_overlaps
 from offload_adam.parameters.groups import check_group, hyperparameters_of, names_of
 from offload_adam.parameters.hooks import BackwardHooks
@@ -168,7 +167,7 @@ class OffloadAdam(torch.optim.Optimizer):
                 Placing(
                     bucket_nbytes, self._pins(pin_memory), reduction.landed_dtype, self._offloads
                 ),
-                num_threads=plan_threads(num_threads),
+                num_threads=num_threads,
                 module=module,
                 external=kind == "external",
             )

@@ -25,7 +25,7 @@ def _sum_run(gradient: Any, sums: Any, first: Any) -> None:
         sums[first + whole] = block_sum_of_squares(padded, 0)
 
 
-_sum_run_compiled = inner(_sum_run)
+sum_run = inner(_sum_run)
 
 
 def _build() -> Any:
@@ -46,7 +46,7 @@ def _build() -> Any:
                 high = min(skipped + blocks * BLOCK_NUMEL, numels[segment])
                 pointer = pointer_to(addresses[segment], tag)
                 gradient = numba.carray(pointer, high)[skipped:]
-                _sum_run_compiled(gradient, sums, (starts[segment] + skipped) // BLOCK_NUMEL)
+                sum_run(gradient, sums, (starts[segment] + skipped) // BLOCK_NUMEL)
                 position += blocks
                 segment += 1
         return fingerprint

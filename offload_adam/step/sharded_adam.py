@@ -67,7 +67,7 @@ class ShardedAdam:
         reduction: GradientReduction,
         placing: Placing,
         *,
-        num_threads: int,
+        num_threads: int | None,
         module: torch.nn.Module | None,
         external: bool,
     ) -> None:

@@ -28,18 +28,18 @@ class HostUpdate:
     Lifecycle: `prepare` for every set of buckets, at construction, compiles and allocates.
     """
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int | None) -> None:
+        # Numba's OpenMP pool sets torch's thread count to its own size when it starts.
+        num_torch_threads = torch.get_num_threads()
+        self._num_threads = threads.plan_threads(num_threads)
+        threads.use_threads(self._num_threads)
+        torch.set_num_threads(num_torch_threads)
         # Numba takes longer to import than the rest of the package: it is loaded with the first
         # optimizer, not with `import offload_adam`.
         from offload_adam.kernels import norm, update
 
         self._norm = norm
         self._update = update
-        self._num_threads = num_threads
-        # Numba's OpenMP pool, when it starts, sets torch's thread count to its own size.
-        num_torch_threads = torch.get_num_threads()
-        threads.use_threads(num_threads)
-        torch.set_num_threads(num_torch_threads)
         self._block_sums = np.zeros(0, dtype=np.float64)
 
     @property
