@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ import torch
 from offload_adam.errors import ParameterReplacedError
 
 Registration = tuple[dict[str, torch.nn.Parameter | None], str, torch.nn.Parameter]
+
+
+_version = attrgetter("_version")
 
 
 class VersionWatch:
@@ -41,7 +45,7 @@ class VersionWatch:
 
     def settle(self) -> None:
         """Take the parameters as they are now for unchanged."""
-        self._versions = [parameter._version for parameter in self._parameters]
+        self._versions = list(map(_version, self._parameters))
 
     def changed(self) -> list[int]:
         """Return the positions of parameters written to since `settle`.
@@ -49,12 +53,12 @@ class VersionWatch:
         Raises:
             ParameterReplacedError: naming a parameter whose storage or object was replaced.
         """
-        if [parameter.data_ptr() for parameter in self._parameters] != self._addresses:
+        if list(map(torch.Tensor.data_ptr, self._parameters)) != self._addresses:
             self._refuse_replaced()
         for registry, key, parameter in self._registrations:
             if registry.get(key) is not parameter:
                 self._refuse(self._position(parameter), "another object took its place")
-        versions = [parameter._version for parameter in self._parameters]
+        versions = list(map(_version, self._parameters))
         if versions == self._versions:
             return []
         pairs = enumerate(zip(versions, self._versions, strict=True))

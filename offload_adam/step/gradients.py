@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,8 @@ import torch
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.parameters.families import float_format
 from offload_adam.step.bucket_state import BucketState, SegmentArrays
+
+_dtype = attrgetter("dtype")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,8 @@ class BucketGradients:
     def __init__(self, state: BucketState) -> None:
         self.present = np.zeros(len(state.parameters), dtype=np.bool_)
         self._held: list[torch.Tensor | None] = []
+        self._dtypes: list[torch.dtype] = []
+        self._pointers = np.zeros(len(state.parameters), dtype=np.int64)
         self._landed: torch.Tensor | None = None
         self._complete = False
 
@@ -60,7 +65,15 @@ class BucketGradients:
                 new if old is None else old for old, new in zip(self._held, gradients, strict=True)
             ]
         self._held = gradients
-        self.present[:] = [gradient is not None for gradient in gradients]
+        tensors = [gradient for gradient in gradients if gradient is not None]
+        self._dtypes = sorted(set(map(_dtype, tensors)), key=str)
+        if len(tensors) == len(gradients):
+            self.present[:] = True
+            self._pointers = np.array(list(map(torch.Tensor.data_ptr, tensors)), dtype=np.int64)
+        else:
+            self.present[:] = [gradient is not None for gradient in gradients]
+            self._pointers = np.zeros(len(gradients), dtype=np.int64)
+            self._pointers[self.present] = list(map(torch.Tensor.data_ptr, tensors))
 
     def land(self, shard: torch.Tensor, present: npt.NDArray[np.bool_], *, complete: bool) -> None:
         """Take this rank's shard of the bucket, on the host, with the parameters `present` here.
@@ -82,11 +95,11 @@ class BucketGradients:
             addresses = self._landed.data_ptr() + segments.shard_starts * itemsize
             yield from _table(state, self._landed.dtype, addresses, chosen)
             return
-        pointers = np.array([0 if g is None else g.data_ptr() for g in self._held], dtype=np.int64)
-        dtypes = {gradient.dtype for gradient in self._held if gradient is not None}
-        for dtype in sorted(dtypes, key=str):
-            addresses = pointers[segments.positions] + segments.parameter_starts * dtype.itemsize
-            of_dtype = chosen if len(dtypes) == 1 else chosen & self._has_dtype(dtype, segments)
+        for dtype in self._dtypes:
+            offsets = segments.parameter_starts * dtype.itemsize
+            addresses = self._pointers[segments.positions] + offsets
+            alone = len(self._dtypes) == 1
+            of_dtype = chosen if alone else chosen & self._has_dtype(dtype, segments)
             yield from _table(state, dtype, addresses, of_dtype)
 
     def _has_dtype(self, dtype: torch.dtype, segments: SegmentArrays) -> npt.NDArray[np.bool_]:
