@@ -58,6 +58,7 @@ class GradientReader:
             )
             and list(map(torch.Tensor.numel, gradients)) == self._numels
             and all(map(torch.Tensor.is_contiguous, gradients))
+            and not any(map(torch.Tensor.is_neg, gradients))
         )
 
     def _is_usable(self, gradient: torch.Tensor, numel: int) -> bool:
@@ -71,6 +72,8 @@ class GradientReader:
     def _conform(self, position: int, gradient: torch.Tensor) -> torch.Tensor:
         """Return the gradient in its parameter's memory order, copied only where it is not."""
         parameter = self._parameters[position]
+        # A view of a conjugate's imaginary part is negated only when it is read by torch.
+        gradient = gradient.resolve_neg()
         if parameter.is_contiguous() and gradient.is_contiguous():
             return gradient
         if gradient.stride() == parameter.stride():

@@ -117,6 +117,17 @@ def test_a_gradient_in_another_float_format_than_its_parameter_is_read_as_it_is(
     assert (optimizer.state[other]["exp_avg"] - 0.1).abs().max() < 1e-8
 
 
+def test_a_lazily_negated_gradient_is_read_with_its_sign() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = OffloadAdam([parameter])
+    values = torch.tensor([1.0, -2.0, 3.0])
+    gradient = torch.complex(torch.zeros(3), values).conj().imag
+    assert gradient.is_neg()
+    parameter.grad = gradient
+    optimizer.step()
+    assert torch.allclose(optimizer.state[parameter]["exp_avg"], -0.1 * values)
+
+
 def test_a_sparse_gradient_is_refused_by_name_and_nothing_changes() -> None:
     embedding = torch.nn.Embedding(10, 4, sparse=True)
     optimizer = OffloadAdam(embedding.named_parameters())
