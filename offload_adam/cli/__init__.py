@@ -1,0 +1,1 @@
+"""The commands `offload-adam` and `python -m offload_adam`."""

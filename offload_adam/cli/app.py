@@ -1,0 +1,44 @@
+"""The commands; each imports what it needs when it runs, so that help and mistakes come at once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from offload_adam import __version__
+from offload_adam.cli.train import train
+
+app = typer.Typer(
+    name="offload-adam",
+    help="Train with Adam whose state lives sharded in host memory.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+# An override begins with -- and is none of typer's options.
+app.command(context_settings={"ignore_unknown_options": True})(train)
+# Further commands join here: app.add_typer(bench_app, name="bench")
+
+
+def main() -> None:
+    """Run the command line; the entry point of the console script."""
+    app(prog_name="offload-adam")
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    typer.echo(f"offload-adam {__version__}")
+    raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Train with Adam whose state lives sharded in host memory."""

@@ -1,0 +1,71 @@
+"""`offload-adam train`: read the configuration, run the job, say with which code it ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from offload_adam.config import ConfigError, RunConfig
+
+EXIT_BAD_CONFIGURATION = 2
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+_WAIT_FOR_FIRST_RANK_S = 5.0
+
+
+def train(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="--section.key=value", help="What to change of it."),
+    ] = None,
+) -> None:
+    """Train a language model as CONFIG says, alone or under torchrun.
+
+    Exit codes: 0 done, 2 bad configuration, 130 interrupted, 1 anything else.
+    """
+    from offload_adam.config import ConfigError
+
+    try:
+        _run(_load([config, *(overrides or [])]))
+    except ConfigError as error:
+        _report(error)
+        raise typer.Exit(EXIT_BAD_CONFIGURATION) from None
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo("interrupted; the metrics written so far are kept", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _load(arguments: list[str]) -> RunConfig:
+    """Return the configuration; the file may stand before, between or after the overrides."""
+    from offload_adam.config import ConfigError, Mistake, load_config
+
+    overrides = [argument for argument in arguments if argument.startswith("-")]
+    files = [argument for argument in arguments if not argument.startswith("-")]
+    if len(files) != 1:
+        problem = "name one configuration file" if not files else f"one file, not {files}"
+        hint = f"{problem}; an override is one word, --section.key=value"
+        raise ConfigError("command line", [Mistake("", hint)])
+    return load_config(files[0], overrides)
+
+
+def _run(config: RunConfig) -> None:
+    from offload_adam.train.job import run_job  # with torch, which takes seconds
+
+    run_job(config)
+
+
+def _report(error: ConfigError) -> None:
+    """Print a mistake that all ranks have found, once a node.
+
+    torchrun ends every rank as soon as one has ended, so the others wait for the first one to
+    speak; one that is still there afterwards speaks for itself.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_WAIT_FOR_FIRST_RANK_S)
+    typer.echo(f"offload-adam: {error}", err=True)

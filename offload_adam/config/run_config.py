@@ -1,0 +1,104 @@
+"""The configuration as a whole, and the rules that tie keys of different places together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pydantic import model_validator
+
+from offload_adam.config.sections import (
+    DataSection,
+    MemorySection,
+    ModelSection,
+    OptimizerSection,
+    RunSection,
+    ScheduleSection,
+    Section,
+    TrainSection,
+)
+
+
+class Conflict(NamedTuple):
+    """Keys that are each in range and still do not go together; the first is the one to blame."""
+
+    paths: tuple[str, ...]
+    problem: str
+
+
+class ConflictError(ValueError):
+    """Carries every conflict out of pydantic's validation, which passes on one error only."""
+
+    def __init__(self, conflicts: tuple[Conflict, ...]) -> None:
+        self.conflicts = conflicts
+        super().__init__("; ".join(f"{c.paths[0]}: {c.problem}" for c in conflicts))
+
+
+class RunConfig(Section):
+    """Everything a run is told; each section is a mapping of the YAML file."""
+
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    train: TrainSection = TrainSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    memory: MemorySection = MemorySection()
+
+    @model_validator(mode="after")
+    def _refuse_conflicts(self) -> RunConfig:
+        conflicts = tuple(find_conflicts(self))
+        if conflicts:
+            raise ConflictError(conflicts)
+        return self
+
+
+def find_conflicts(config: RunConfig) -> Iterator[Conflict]:
+    """Yield every pair of keys that contradict each other."""
+    yield from _model_conflicts(config.model)
+    yield from _data_conflicts(config.data)
+    yield from _optimizer_conflicts(config.optimizer)
+
+
+def _model_conflicts(model: ModelSection) -> Iterator[Conflict]:
+    if (model.sizes is None) == (model.factory is None):
+        yield Conflict(
+            ("model.factory", "model.sizes"),
+            "give either model.sizes or model.factory, the other one null or left out",
+        )
+    if model.arguments and model.factory is None:
+        yield Conflict(
+            ("model.arguments", "model.factory"),
+            "these go to model.factory, which is not given",
+        )
+    if model.sizes is not None and model.sizes.width % model.sizes.num_heads:
+        yield Conflict(
+            ("model.sizes.width", "model.sizes.num_heads"),
+            f"must be a multiple of model.sizes.num_heads ({model.sizes.num_heads}), "
+            f"got {model.sizes.width}",
+        )
+
+
+def _data_conflicts(data: DataSection) -> Iterator[Conflict]:
+    if (data.source is None) == (data.path is None):
+        yield Conflict(
+            ("data.path", "data.source"),
+            "give either data.source or data.path, the other one null or left out",
+        )
+
+
+def _optimizer_conflicts(optimizer: OptimizerSection) -> Iterator[Conflict]:
+    if optimizer.accumulate is None:
+        return
+    if not optimizer.streaming:
+        yield Conflict(
+            ("optimizer.accumulate", "optimizer.streaming"),
+            "host accumulation needs optimizer.streaming: true, "
+            "for without it gradients stay in .grad until step()",
+        )
+    if optimizer.gradient_reduction == "external":
+        yield Conflict(
+            ("optimizer.accumulate", "optimizer.gradient_reduction"),
+            "host accumulation needs optimizer.gradient_reduction: optimizer, "
+            "for DistributedDataParallel adds up in .grad",
+        )

@@ -1,0 +1,147 @@
+"""The sections of a run's configuration: every key, its type, its range and its default.
+
+Only keys that something reads stand here: a key without effect would be worse than an unknown one.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PositiveInt,
+    StringConstraints,
+    model_validator,
+)
+
+Beta = Annotated[FiniteFloat, Field(ge=0, lt=1)]
+# A name that YAML reads as a number (`--run.name=7`) is still a name.
+Name = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]
+FACTORY_PATTERN = r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*$"
+
+_TORCH_DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+def _short_dtype(name: object) -> object:
+    """Return the short form of torch's own dtype names, and everything else unchanged."""
+    return _TORCH_DTYPE_NAMES.get(name, name) if isinstance(name, str) else name
+
+
+class Section(BaseModel):
+    """A mapping of the YAML file that admits no unknown key and no value of another type."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RunSection(Section):
+    """Where the run writes (`<dir>/<name>/`) and what it draws its random numbers from."""
+
+    name: Annotated[Name, StringConstraints(pattern=r"^\w[\w.-]*$")] = "run"
+    dir: Annotated[Name, StringConstraints(min_length=1)] = "runs"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+class ModelSizes(Section):
+    """The sizes of the byte-level GPT; `width` is that of the residual stream."""
+
+    num_layers: PositiveInt = 4
+    width: PositiveInt = 128
+    num_heads: PositiveInt = 4
+    tied_head: bool = True
+
+
+class ModelSection(Section):
+    """Either the sizes of the built-in model or the import path of the user's own.
+
+    `factory` is `package.module:function`, called with `arguments` as keywords.
+    """
+
+    sizes: ModelSizes | None = None
+    factory: Annotated[str, StringConstraints(pattern=FACTORY_PATTERN)] | None = None
+    arguments: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_to_the_built_in_model(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("factory") is None:
+            return {"sizes": {}, **values}
+        return values
+
+
+class DataSection(Section):
+    """Either a named source or a glob over the user's own files, read as bytes."""
+
+    source: Literal["python-stdlib"] | None = None
+    path: Annotated[str, StringConstraints(min_length=1)] | None = None
+    validation_fraction: Annotated[FiniteFloat, Field(gt=0, lt=1)] = 0.1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_to_the_standard_library(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("path") is None:
+            return {"source": "python-stdlib", **values}
+        return values
+
+
+class TrainSection(Section):
+    """How long and in what portions to train.
+
+    `batch_size` counts the sequences of one rank's microbatch, `sequence_length` is in tokens.
+    `eval_every` is in steps, and 0 evaluates at the end only; `eval_sequences` is over all ranks.
+    """
+
+    num_steps: PositiveInt = 100
+    batch_size: PositiveInt = 8
+    sequence_length: PositiveInt = 128
+    gradient_accumulation_steps: PositiveInt = 1
+    dtype: Annotated[Literal["fp32", "bf16"], BeforeValidator(_short_dtype)] = "fp32"
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    eval_sequences: PositiveInt = 256
+
+
+class OptimizerSection(Section):
+    """The hyperparameters of the optimizer and how it is run.
+
+    `streaming` lets gradients leave during backward; without it they stay in `.grad` until
+    `step()`. `accumulate: host` sends every microbatch's gradient at once and adds them up in
+    fp32 on the host; without it they add up in `.grad` and only the sum is sent.
+    `gradient_reduction: external` wraps the model in DistributedDataParallel.
+    """
+
+    name: Literal["offload_adam"] = "offload_adam"
+    lr: Annotated[FiniteFloat, Field(gt=0)] = 1e-3
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
+    eps: Annotated[FiniteFloat, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[FiniteFloat, Field(ge=0)] = 0.0
+    decoupled_weight_decay: bool = False
+    max_grad_norm: Annotated[FiniteFloat, Field(gt=0)] | None = None
+    amsgrad: bool = False
+    nesterov: bool = False
+    maximize: bool = False
+    streaming: bool = True
+    gradient_reduction: Literal["optimizer", "external"] = "optimizer"
+    reduce_dtype: Annotated[Literal["fp32"], BeforeValidator(_short_dtype)] | None = None
+    accumulate: Literal["host"] | None = None
+    bucket_nbytes: PositiveInt | None = None
+    num_threads: PositiveInt | None = None
+
+
+class ScheduleSection(Section):
+    """The learning rate: `warmup_steps` upwards in a line, then a cosine down to a floor.
+
+    The floor is `min_lr_ratio` times `optimizer.lr`; 1 keeps the rate constant after the warmup.
+    A run that is shorter than its warmup ends within it.
+    """
+
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    min_lr_ratio: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.1
+
+
+class MemorySection(Section):
+    """Whether host buffers are pinned; null leaves the choice to the optimizer."""
+
+    pin: bool | None = None

@@ -1,0 +1,109 @@
+"""Join the ranks that torchrun started, and leave them cleanly whatever happens in between."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks; alone it is rank 0 of 1."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
+        """Return the place that torchrun's variables give, or that of a process alone."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        defaults = ("0", "1", "0", "1")
+        return cls(*(int(environment.get(*pair)) for pair in zip(names, defaults, strict=True)))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank's model: the GPU of its local rank, or the CPU."""
+        if torch.cuda.is_available():
+            return torch.device("cuda", self.local_rank)
+        return torch.device("cpu")
+
+
+@contextmanager
+def joined_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[World]:
+    """Open the default process group for the block under torchrun, and destroy all groups after it.
+
+    A process alone joins nothing. `timeout` bounds every collective of the default group.
+
+    Lifecycle: whatever holds a process group (an optimizer) is closed inside the block, for an
+    object that outlives the groups aborts the process at its exit.
+    """
+    world = World.from_environment()
+    if world.device.type == "cuda":
+        _use_own_gpu(world)
+    if "WORLD_SIZE" not in os.environ:
+        yield world
+        return
+    end_with_parent()
+    _open_default_group(world, timeout)
+    try:
+        yield world
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def end_with_parent() -> None:
+    """Have Linux send this process SIGTERM when torchrun's agent ends, however that ends.
+
+    A killed agent cannot stop its workers, and they would go on alone.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the request stood, and no signal will come
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _use_own_gpu(world: World) -> None:
+    num_gpus = torch.cuda.device_count()
+    if world.local_rank >= num_gpus:
+        raise RuntimeError(
+            f"local rank {world.local_rank} has no GPU of its own, for there are {num_gpus}: "
+            f"start torchrun with --nproc-per-node={num_gpus}, or hide the GPUs from the run "
+            "with CUDA_VISIBLE_DEVICES="
+        )
+    torch.cuda.set_device(world.device)
+
+
+def _open_default_group(world: World, timeout: timedelta) -> None:
+    """Initialise the default group over a store that no earlier attempt has written to.
+
+    torchrun's agent keeps one store through its restarts. Without a prefix of their own,
+    restarted ranks read the addresses of the attempt that died.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    on_cuda = world.device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+        store=dist.PrefixStore(f"attempt-{attempt}", store),
+        rank=world.rank,
+        world_size=world.world_size,
+        timeout=timeout,
+        device_id=world.device if on_cuda else None,
+    )

@@ -1,0 +1,130 @@
+"""The training loop: microbatches, one optimizer step, its record."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
+
+from offload_adam.config import RunConfig
+from offload_adam.coordinator.startup import World
+from offload_adam.optimizer import OffloadAdam
+from offload_adam.train.corpus import Corpus
+from offload_adam.train.evaluation import evaluate
+from offload_adam.train.loss import next_token_loss
+from offload_adam.train.records import StepRecord
+from offload_adam.train.sampling import Batch, sample_batch
+from offload_adam.train.stopwatch import Stopwatch
+
+
+@dataclass(frozen=True)
+class Job:
+    """The parts of a run; `parallel_model` is `model`, or DistributedDataParallel around it."""
+
+    config: RunConfig
+    world: World
+    corpus: Corpus
+    model: nn.Module
+    parallel_model: nn.Module
+    optimizer: OffloadAdam
+    schedule: LRScheduler
+
+    @property
+    def tokens_per_step(self) -> int:
+        """The tokens that all ranks together train on in one step."""
+        train = self.config.train
+        per_rank = train.batch_size * train.sequence_length * train.gradient_accumulation_steps
+        return per_rank * self.world.world_size
+
+
+def run_steps(job: Job) -> Iterator[StepRecord]:
+    """Train, and yield a record after every step; all ranks do so together."""
+    train = job.config.train
+    for step in range(1, train.num_steps + 1):
+        record = _run_step(job, step)
+        if step == train.num_steps or (train.eval_every and step % train.eval_every == 0):
+            val_loss = evaluate(job.model, job.corpus.validation, train, job.world)
+            record = dataclasses.replace(record, val_loss=val_loss)
+        yield record
+
+
+def _run_step(job: Job, step: int) -> StepRecord:
+    """Do one optimizer step; one that is skipped counts as a step and leaves the schedule alone.
+
+    Nothing was updated then, so neither the rate nor Adam's bias correction moves on.
+    """
+    watch = Stopwatch()
+    lr = job.optimizer.param_groups[0]["lr"]
+    loss = _accumulate_gradients(job, step, watch)
+    with watch.phase("step"):
+        job.optimizer.step()
+        job.optimizer.zero_grad()
+    with watch.phase("loss"):
+        mean_loss = _mean_over_ranks(loss, job.world)
+    outcome = job.optimizer.last_step
+    assert outcome is not None, "step() has run"
+    if not outcome.skipped:
+        job.schedule.step()
+    step_ms = watch.elapsed_ms()
+    phases = {f"optimizer.{name}": seconds * 1e3 for name, seconds in outcome.timings.items()}
+    return StepRecord(
+        step=step,
+        loss=mean_loss,
+        lr=float(lr),
+        grad_norm=outcome.total_norm,
+        skipped=outcome.skipped,
+        step_ms=step_ms,
+        tokens_per_s=job.tokens_per_step / step_ms * 1e3,
+        timings_ms=watch.timings_ms | phases,
+        non_finite=outcome.non_finite,
+    )
+
+
+def _accumulate_gradients(job: Job, step: int, watch: Stopwatch) -> torch.Tensor:
+    """Run forward and backward over the step's microbatches; return their mean loss, 0-d.
+
+    Only the last one's backward reduces, unless the host adds up: then each of them does.
+    """
+    num_microbatches = job.config.train.gradient_accumulation_steps
+    total = torch.zeros((), device=job.world.device)
+    for microbatch in range(num_microbatches):
+        is_last = microbatch == num_microbatches - 1
+        with ExitStack() as stack:
+            if not is_last and job.config.optimizer.accumulate is None:
+                _without_reduction(job, stack)
+            with watch.phase("data"):
+                batch = _next_batch(job, step, microbatch)
+            with watch.phase("forward"):
+                loss = next_token_loss(job.parallel_model, batch) / num_microbatches
+            with watch.phase("backward"):
+                loss.backward()
+            total += loss.detach()
+    return total
+
+
+def _without_reduction(job: Job, stack: ExitStack) -> None:
+    """Keep gradients on this rank until the stack unwinds."""
+    stack.enter_context(job.optimizer.no_sync())
+    if isinstance(job.parallel_model, DistributedDataParallel):
+        stack.enter_context(job.parallel_model.no_sync())
+
+
+def _next_batch(job: Job, step: int, microbatch: int) -> Batch:
+    train = job.config.train
+    place = (job.config.run.seed, step, microbatch, job.world.rank)
+    batch = sample_batch(job.corpus.training, train.batch_size, train.sequence_length, place)
+    return batch.to(job.world.device)
+
+
+def _mean_over_ranks(loss: torch.Tensor, world: World) -> float:
+    """Return the mean of a 0-d tensor over all ranks."""
+    if world.world_size > 1:
+        dist.all_reduce(loss)
+    return float(loss) / world.world_size

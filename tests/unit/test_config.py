@@ -1,0 +1,225 @@
+"""The configuration: what is read, what is refused, and that all mistakes come at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from offload_adam.config import ConfigError, RunConfig, dump_config, load_config
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
+    path = tmp_path / "case.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path, overrides)
+
+
+def mistakes(tmp_path: Path, text: str, *overrides: str) -> dict[str, str]:
+    """Return path -> problem of everything that is wrong."""
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, *overrides)
+    assert str(caught.value).count("\n") >= len(caught.value.mistakes)
+    return {mistake.path: mistake.problem for mistake in caught.value.mistakes}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_file_in_configs_loads(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    assert load(tmp_path, dump_config(config)) == config
+
+
+def test_an_empty_mapping_is_a_run_named_after_its_file(tmp_path: Path) -> None:
+    config = load(tmp_path, "{}")
+    assert config.run.name == "case"
+    assert config.data.source == "python-stdlib"
+    assert config.model.sizes is not None
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.e-4", "1.0e-04", "0.0001", "+1e-4"])
+def test_floats_are_read_in_every_notation(tmp_path: Path, text: str) -> None:
+    assert load(tmp_path, f"optimizer: {{lr: {text}}}").optimizer.lr == 1e-4
+    assert load(tmp_path, "{}", f"--optimizer.lr={text}").optimizer.lr == 1e-4
+
+
+def test_overrides_are_laid_over_the_file_and_the_last_one_holds(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        "train: {num_steps: 3, batch_size: 2}",
+        "--train.num_steps=5",
+        "--train.num_steps=7",
+        "--optimizer.betas=[0, 0.5]",
+        "--optimizer.max_grad_norm=null",
+        "--run.name=2024-01-01",
+    )
+    assert (config.train.num_steps, config.train.batch_size) == (7, 2)
+    assert config.optimizer.betas == (0.0, 0.5)
+    assert config.optimizer.max_grad_norm is None
+    assert config.run.name == "2024-01-01"
+
+
+def test_an_override_replaces_the_alternative_in_the_file(tmp_path: Path) -> None:
+    text = "model: {sizes: {width: 64}}\ndata: {source: python-stdlib}"
+    config = load(tmp_path, text, "--data.path=**/*.txt", "--model.factory=my.package:make")
+    assert (config.data.source, config.data.path) == (None, "**/*.txt")
+    assert (config.model.sizes, config.model.factory) == (None, "my.package:make")
+
+
+def test_arguments_of_a_factory_are_passed_as_they_are(tmp_path: Path) -> None:
+    text = "model: {factory: 'm:f', arguments: {depth: 3, rate: 1e-2}}"
+    arguments = load(tmp_path, text, "--model.arguments.name=x").model.arguments
+    assert arguments == {"depth": 3, "rate": 0.01, "name": "x"}
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "nearest"),
+    [
+        ("trian: {num_steps: 3}", "trian", "train"),
+        ("train: {num_stepz: 3}", "train.num_stepz", "train.num_steps"),
+        ("train: {lr: 3}", "train.lr", "optimizer.lr"),
+        ("model: {sizes: {layers: 3}}", "model.sizes.layers", "model.sizes.num_layers"),
+        ("optimizer: {learning_rate: 3}", "optimizer.learning_rate", "weight_decay"),
+    ],
+)
+def test_an_unknown_key_is_named_beside_the_nearest(
+    tmp_path: Path, text: str, path: str, nearest: str
+) -> None:
+    assert nearest in mistakes(tmp_path, text)[path]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("run.name", "a/b"),
+        ("run.name", ".."),
+        ("run.seed", "-1"),
+        ("run.seed", "1.5"),
+        ("model.sizes.num_layers", "0"),
+        ("model.factory", "package.module"),
+        ("model.factory", "package module:f"),
+        ("data.source", "wikipedia"),
+        ("data.validation_fraction", "1"),
+        ("train.num_steps", "0"),
+        ("train.num_steps", "true"),
+        ("train.num_steps", "many"),
+        ("train.batch_size", "2.0"),
+        ("train.dtype", "fp8"),
+        ("train.eval_every", "-1"),
+        ("optimizer.name", "sgd"),
+        ("optimizer.lr", "0"),
+        ("optimizer.lr", ".nan"),
+        ("optimizer.lr", "'1e-3'"),
+        ("optimizer.betas", "[0.9]"),
+        ("optimizer.betas", "[0.9, 0.99, 0.999]"),
+        ("optimizer.betas", "0.9"),
+        ("optimizer.weight_decay", "-0.1"),
+        ("optimizer.max_grad_norm", "0"),
+        ("optimizer.amsgrad", "1"),
+        ("optimizer.bucket_nbytes", "0"),
+        ("schedule.warmup_steps", "-1"),
+        ("schedule.min_lr_ratio", "1.5"),
+        ("memory.pin", "maybe"),
+    ],
+)
+def test_a_value_out_of_range_or_of_another_type_is_refused(
+    tmp_path: Path, path: str, value: str
+) -> None:
+    found = mistakes(tmp_path, "{}", f"--{path}={value}")
+    assert [key for key in found if key.startswith(path)] == list(found)
+
+
+def test_a_beta_out_of_range_is_named_by_its_place(tmp_path: Path) -> None:
+    assert set(mistakes(tmp_path, "optimizer: {betas: [0.9, 1.0]}")) == {"optimizer.betas.1"}
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("model: {sizes: {width: 100, num_heads: 3}}", "model.sizes.width"),
+        ("model: {sizes: {}, factory: 'm:f'}", "model.factory"),
+        ("model: {sizes: null}", "model.factory"),
+        ("model: {arguments: {x: 1}}", "model.arguments"),
+        ("data: {source: python-stdlib, path: '*.txt'}", "data.path"),
+        ("optimizer: {accumulate: host, streaming: false}", "optimizer.accumulate"),
+        ("optimizer: {accumulate: host, gradient_reduction: external}", "optimizer.accumulate"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused(tmp_path: Path, text: str, path: str) -> None:
+    assert set(mistakes(tmp_path, text)) == {path}
+
+
+def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
+    text = """
+run: {seed: -1}
+run: {nme: x}
+model: {sizes: {width: 100, num_heads: 3, depth: 2}}
+train: {num_steps: 0, batch_size: x}
+optimizer: {betas: [2, 0.9]}
+memory:
+"""
+    found = mistakes(tmp_path, text, "--optimizer.lrr=1", "--train.num_steps.x=1", "--eps=1", "-x")
+    assert set(found) == {
+        "run",
+        "run.nme",
+        "model.sizes.depth",
+        "model.sizes.width",
+        "train.num_steps",
+        "train.num_steps.x",
+        "train.batch_size",
+        "optimizer.betas.0",
+        "optimizer.lrr",
+        "memory",
+        "",
+    }
+
+
+def test_a_conflict_with_a_value_that_is_itself_wrong_is_left_out(tmp_path: Path) -> None:
+    text = "model: {factory: 'no factory', arguments: {x: 1}}"
+    assert set(mistakes(tmp_path, text)) == {"model.factory"}
+
+
+def test_a_key_that_stands_twice_is_named_with_its_lines(tmp_path: Path) -> None:
+    found = mistakes(tmp_path, "train:\n  num_steps: 3\n  batch_size: 1\n  num_steps: 4\n")
+    assert "lines 2 and 4" in found["train.num_steps"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["train.num_steps=3", "--train.num_steps", "--num_steps=3", "--train.=3", "--=3", "-s.k=3"],
+)
+def test_a_malformed_override_is_shown_with_the_right_form(tmp_path: Path, override: str) -> None:
+    problem = mistakes(tmp_path, "{}", override)[""]
+    assert override in problem
+    assert "--section.key=value" in problem
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"- a\n- b\n", b"3", b"a: [", b"\xff\xfe\x00", b"a: b: c"]
+)
+def test_a_file_that_holds_no_mapping_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "case.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"case\.yaml"):
+        load_config(path)
+
+
+def test_a_missing_file_and_bad_overrides_come_together(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "missing.yaml", ["--x"])
+    assert len(caught.value.mistakes) == 2
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path)
+
+
+def test_yaml_that_would_build_objects_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load(tmp_path, "run: !!python/object/apply:os.getcwd []")
+
+
+def test_the_configuration_is_read_without_torch() -> None:
+    script = "import sys, offload_adam.config; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

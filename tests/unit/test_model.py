@@ -1,0 +1,164 @@
+"""The models: the built-in GPT's shapes and causality, and the contract of the user's own."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from offload_adam.config import ConfigError, RunConfig
+from offload_adam.config.sections import ModelSizes
+from offload_adam.train.gpt import GPT
+from offload_adam.train.loss import next_token_loss
+from offload_adam.train.model import build_model
+from offload_adam.train.sampling import Batch
+
+
+def small_gpt(*, tied_head: bool = True) -> GPT:
+    torch.manual_seed(0)
+    return GPT(ModelSizes(num_layers=2, width=32, num_heads=4, tied_head=tied_head), max_length=16)
+
+
+@pytest.mark.parametrize("tied_head", [True, False])
+def test_shapes_and_number_of_parameters(tied_head: bool) -> None:
+    model = small_gpt(tied_head=tied_head)
+    assert model(torch.zeros(3, 11, dtype=torch.int64)).shape == (3, 11, 256)
+    width = 32
+    block = 12 * width**2 + 4 * width + width + 4 * width  # matrices, biases, two norms
+    embeddings = 256 * width + 16 * width
+    head = 0 if tied_head else 256 * width
+    expected = 2 * block + embeddings + head + 2 * width
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+
+
+def test_no_logit_depends_on_a_later_byte() -> None:
+    model = small_gpt()
+    tokens = torch.randint(256, (1, 16))
+    changed = tokens.clone()
+    changed[0, 9:] = (changed[0, 9:] + 1) % 256
+    before, after = model(tokens), model(changed)
+    torch.testing.assert_close(before[:, :9], after[:, :9])
+    assert not torch.allclose(before[:, 9], after[:, 9])
+
+
+def test_an_untrained_model_knows_nothing() -> None:
+    tokens = torch.randint(256, (8, 16))
+    loss = next_token_loss(small_gpt(), Batch(tokens, tokens.roll(-1, 1)))
+    assert loss.item() == pytest.approx(5.545, abs=0.1)  # the logarithm of 256
+
+
+def test_the_loss_is_the_mean_over_tokens_in_fp32() -> None:
+    logits = torch.randn(2, 3, 300, dtype=torch.bfloat16)
+    targets = torch.randint(256, (2, 3))
+    loss = next_token_loss(Fixed(logits), Batch(targets, targets))
+    exact = logits.double().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).mean()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(-exact.item(), rel=1e-6)
+
+
+class Fixed(nn.Module):
+    """Returns what it was given, whatever it is asked."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, tokens: torch.Tensor) -> Any:
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "got"),
+    [
+        (None, "NoneType"),
+        ({"logits": torch.zeros(2, 3, 256)}, "dict"),
+        (torch.zeros(2, 256), "shape (2, 256)"),
+        (torch.zeros(2, 4, 256), "shape (2, 4, 256)"),
+        (torch.zeros(2, 3, 255), "shape (2, 3, 255)"),
+        (torch.zeros(2, 3, 256, dtype=torch.int64), "torch.int64"),
+    ],
+)
+def test_anything_but_logits_is_an_error_with_both_shapes(answer: Any, got: str) -> None:
+    tokens = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ConfigError, match=rf"\(2, 3, 256 or more\), got .*{re.escape(got)}"):
+        next_token_loss(Fixed(answer), Batch(tokens, tokens))
+
+
+OWN_MODULE = """
+import torch
+
+def scaled(width=4, scale=1.0):
+    return torch.nn.Sequential(torch.nn.Embedding(256, width), torch.nn.Linear(width, 256))
+
+class Nested:
+    make = staticmethod(scaled)
+
+def fails():
+    raise KeyError("no weights")
+
+def frozen():
+    return scaled().requires_grad_(False)
+
+def nothing():
+    return 3
+
+number = 4
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = f"own_{abs(hash(tmp_path))}"
+    (tmp_path / f"{name}.py").write_text(OWN_MODULE, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+def config_for(factory: str, **arguments: Any) -> RunConfig:
+    model = {"factory": factory, "arguments": arguments}
+    return RunConfig.model_validate({"model": model, "train": {"dtype": "bf16"}})
+
+
+def test_the_users_own_model_is_made_with_its_arguments(own_module: str) -> None:
+    for function in ("scaled", "Nested.make"):
+        model = build_model(config_for(f"{own_module}:{function}", width=7))
+        shapes = [tuple(parameter.shape) for parameter in model.parameters()]
+        assert shapes == [(256, 7), (256, 7), (256,)]
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_seed_makes_the_same_model_again(own_module: str) -> None:
+    config = config_for(f"{own_module}:scaled")
+    first, second = build_model(config).state_dict(), build_model(config).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("function", "problem"),
+    [
+        ("missing", "has no missing"),
+        ("number", "is not a function"),
+        ("nothing", "must return a torch.nn.Module, got int"),
+        ("frozen", "no parameter that requires a gradient"),
+        ("fails", "KeyError: 'no weights' .*line 11"),
+    ],
+)
+def test_a_factory_that_does_not_keep_the_contract(
+    own_module: str, function: str, problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.factory: .*{problem}"):
+        build_model(config_for(f"{own_module}:{function}"))
+
+
+def test_arguments_that_the_factory_does_not_take(own_module: str) -> None:
+    with pytest.raises(ConfigError, match=r"scaled\(depth=3\) failed: TypeError"):
+        build_model(config_for(f"{own_module}:scaled", depth=3))
+
+
+def test_a_module_that_is_missing_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="cannot import no_such_package"):
+        build_model(config_for("no_such_package.models:make"))

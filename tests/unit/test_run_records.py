@@ -1,0 +1,115 @@
+"""What a run leaves behind: records that read back exactly, and folders that never mix two runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+from rich.console import Console
+
+from offload_adam.config import RunConfig, load_config
+from offload_adam.train.progress import step_display
+from offload_adam.train.records import MetricsFile, StepRecord
+from offload_adam.train.run_folder import prepare_run_folder
+from offload_adam.train.summary import RunTotals, summary_table
+
+
+def record(step: int = 1, loss: float = 0.1 + 0.2, val_loss: float | None = None) -> StepRecord:
+    return StepRecord(
+        step=step,
+        loss=loss,
+        lr=1e-4 / 3,
+        grad_norm=math.pi,
+        skipped=False,
+        step_ms=20.0,
+        tokens_per_s=1e5 / 7,
+        timings_ms={"forward": 5.0, "step": 15.0, "optimizer.update": 10.0},
+        val_loss=val_loss,
+    )
+
+
+def test_floats_read_back_exactly() -> None:
+    values = json.loads(record(val_loss=2 / 3).to_json())
+    assert values["loss"] == 0.1 + 0.2
+    assert values["lr"] == 1e-4 / 3
+    assert values["grad_norm"] == math.pi
+    assert values["tokens_per_s"] == 1e5 / 7
+    assert values["val_loss"] == 2 / 3
+    assert values["timings_ms"] == {"forward": 5.0, "step": 15.0, "optimizer.update": 10.0}
+
+
+def test_what_was_not_measured_is_left_out() -> None:
+    assert "val_loss" not in json.loads(record().to_json())
+    assert "non_finite" not in json.loads(record().to_json())
+
+
+def test_what_is_not_finite_is_null_and_the_line_is_still_json() -> None:
+    def refuse(name: str) -> float:
+        raise AssertionError(f"{name} is not JSON")
+
+    broken = StepRecord(3, math.nan, 0.1, math.inf, True, 1.0, 1.0, {"a": -math.inf}, ("w", "b"))
+    values = json.loads(broken.to_json(), parse_constant=refuse)
+    assert (values["loss"], values["grad_norm"], values["timings_ms"]["a"]) == (None, None, None)
+    assert values["skipped"] is True
+    assert values["non_finite"] == ["w", "b"]
+
+
+def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path) as metrics:
+        for step in (1, 2):
+            metrics.write(record(step))
+            steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+            assert steps == list(range(1, step + 1))
+
+
+def test_files_of_earlier_runs_move_aside(tmp_path: Path) -> None:
+    def prepare(seed: int) -> list[str]:
+        values = {"run": {"name": "x", "dir": str(tmp_path), "seed": seed}}
+        return prepare_run_folder(RunConfig.model_validate(values))
+
+    assert prepare(0) == []
+    (tmp_path / "x" / "metrics.jsonl").write_text("first")
+    assert "metrics-1.jsonl and config-1.yaml" in prepare(1)[0]
+    (tmp_path / "x" / "metrics.jsonl").write_text("second")
+    assert "metrics-2.jsonl and config-2.yaml" in prepare(2)[0]
+    assert not (tmp_path / "x" / "metrics.jsonl").exists()
+    assert (tmp_path / "x" / "metrics-1.jsonl").read_text() == "first"
+    assert (tmp_path / "x" / "metrics-2.jsonl").read_text() == "second"
+    for seed, name in enumerate(("config-1.yaml", "config-2.yaml", "config.yaml")):
+        assert load_config(tmp_path / "x" / name).run.seed == seed
+
+
+def test_the_summary_adds_up() -> None:
+    totals = RunTotals(tokens_per_step=100)
+    totals.add(record(1))
+    totals.add(record(2, val_loss=1.75))
+    text = io.StringIO()
+    console = Console(file=text, width=100)
+    console.print(summary_table(totals, bigram_loss=2.5, folder=Path("runs/x")))
+    lines = text.getvalue().splitlines()
+
+    def row(name: str) -> str:
+        return next(line for line in lines if name in line)
+
+    assert "1.7500 nats" in row("final validation loss")
+    assert "2.5000 nats" in row("bigram")
+    assert "2 (0)" in row("steps (")
+    assert "5,000 tokens/s" in row("throughput")  # 200 tokens in 40 ms
+    assert "15.00 ms a step   75%" in row("│ step ")
+    assert "runs/x" in row("run folder")
+
+
+def test_both_displays_show_loss_and_skips() -> None:
+    skipped = StepRecord(2, math.nan, 0.1, math.nan, True, 1.0, 1.0, {}, ("head.weight",))
+    for terminal in (False, True):
+        text = io.StringIO()
+        display = step_display(Console(file=text, force_terminal=terminal, width=200), 3)
+        with display.shown():
+            for shown in (record(1), skipped, record(3, loss=1.25, val_loss=1.5)):
+                display.show(shown)
+        assert "loss 1.2500" in text.getvalue()
+        assert "validation loss 1.5000" in text.getvalue()
+        assert "step 2 was skipped: not finite in head.weight" in text.getvalue()

@@ -1,0 +1,136 @@
+"""The job alone, in this process: what a run writes, what a skipped step does, and mixed ways."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from offload_adam.config import ConfigError, RunConfig
+from offload_adam.train.job import run_job
+
+SMALL: dict[str, dict[str, Any]] = {
+    "model": {"sizes": {"num_layers": 1, "width": 16, "num_heads": 2}},
+    "train": {"num_steps": 30, "batch_size": 4, "sequence_length": 16, "eval_sequences": 8},
+    "optimizer": {"lr": 1e-2},
+}
+
+
+def run(folder: Path, **sections: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """Train with `SMALL` changed by sections; return the records and what was printed."""
+    values: dict[str, Any] = {name: dict(section) for name, section in SMALL.items()}
+    for name, section in sections.items():
+        values[name] = values.get(name, {}) | section
+    values["run"] = {"name": "case", "dir": str(folder)}
+    text = io.StringIO()
+    run_job(RunConfig.model_validate(values), Console(file=text, width=120))
+    lines = (folder / "case" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines], text.getvalue()
+
+
+def test_a_run_repeats_to_the_bit(tmp_path: Path) -> None:
+    first, printed = run(tmp_path / "a")
+    second, _ = run(tmp_path / "b")
+    for name in ("step", "loss", "lr", "grad_norm", "skipped"):
+        assert [record[name] for record in first] == [record[name] for record in second]
+    assert first[-1]["val_loss"] == second[-1]["val_loss"]
+    assert first[-1]["val_loss"] < first[0]["loss"] - 1.0
+    assert f"{first[-1]['val_loss']:.4f} nats" in printed
+
+
+def test_evaluations_stand_where_they_were_asked_for(tmp_path: Path) -> None:
+    records, _ = run(tmp_path, train=SMALL["train"] | {"num_steps": 8, "eval_every": 3})
+    assert [record["step"] for record in records if "val_loss" in record] == [3, 6, 8]
+
+
+def test_the_phases_of_a_step_add_up(tmp_path: Path) -> None:
+    records, _ = run(tmp_path)
+    for record in records[1:]:
+        phases = [ms for name, ms in record["timings_ms"].items() if "." not in name]
+        assert 0.5 * record["step_ms"] < sum(phases) <= record["step_ms"]
+
+
+@pytest.mark.parametrize(
+    ("train", "optimizer"),
+    [
+        ({"dtype": "bf16"}, {}),
+        ({"gradient_accumulation_steps": 2}, {"accumulate": "host"}),
+        ({"gradient_accumulation_steps": 2}, {"streaming": False}),
+        ({}, {"gradient_reduction": "external"}),
+        ({}, {"amsgrad": True, "weight_decay": 0.1, "max_grad_norm": 0.5}),
+    ],
+)
+def test_every_way_of_running_learns(
+    tmp_path: Path, train: dict[str, Any], optimizer: dict[str, Any]
+) -> None:
+    records, _ = run(
+        tmp_path, train=SMALL["train"] | train, optimizer=SMALL["optimizer"] | optimizer
+    )
+    assert records[-1]["val_loss"] < 4.6
+    assert not any(record["skipped"] for record in records)
+
+
+def test_accumulating_is_the_same_in_grad_and_on_the_host(tmp_path: Path) -> None:
+    train = SMALL["train"] | {"gradient_accumulation_steps": 3, "num_steps": 10}
+    in_grad, _ = run(tmp_path / "a", train=train)
+    on_host, _ = run(
+        tmp_path / "b", train=train, optimizer=SMALL["optimizer"] | {"accumulate": "host"}
+    )
+    for one, other in zip(in_grad, on_host, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+class BreaksOnce(nn.Module):
+    """A bigram table whose fifth training forward is not a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(256, 256)
+        self.num_forwards = 0
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.table(tokens)
+        if self.training:
+            self.num_forwards += 1
+            if self.num_forwards == 5:
+                return logits * float("nan")
+        return logits
+
+
+def test_a_skipped_step_counts_and_leaves_the_schedule_alone(tmp_path: Path) -> None:
+    records, printed = run(
+        tmp_path,
+        model={"sizes": None, "factory": f"{__name__}:BreaksOnce"},
+        train=SMALL["train"] | {"num_steps": 8},
+        schedule={"warmup_steps": 7},
+    )
+    assert [record["skipped"] for record in records] == [step == 5 for step in range(1, 9)]
+    assert [record["loss"] for record in records if record["skipped"]] == [None]
+    assert records[4]["grad_norm"] is None
+    assert records[4]["non_finite"] == ["table.weight"]
+    rates = [0.01 * update / 8 for update in (1, 2, 3, 4, 5, 5, 6, 7)]
+    assert [record["lr"] for record in records] == pytest.approx(rates)
+    assert records[5]["loss"] < records[0]["loss"]
+    assert "step 5 was skipped: not finite in table.weight" in printed
+    assert "8 (1)" in printed
+
+
+def test_a_model_that_returns_no_logits_is_a_mistake_of_the_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.factory"):
+        run(tmp_path, model={"sizes": None, "factory": f"{__name__}:returns_tokens"})
+
+
+class ReturnsTokens(BreaksOnce):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens
+
+
+def returns_tokens() -> nn.Module:
+    return ReturnsTokens()
