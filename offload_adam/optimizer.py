@@ -7,7 +7,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, overload
 
 import torch
@@ -22,7 +22,12 @@ from offload_adam.coordinator.membership import (
 from offload_adam.parameters.families import check_parameter, refuse_overlaps
 from offload_adam.parameters.groups import check_group, hyperparameters_of, names_of
 from offload_adam.parameters.hooks import BackwardHooks
-from offload_adam.parameters.options import check_max_norm, check_options, resolve_reduction
+from offload_adam.parameters.options import (
+    check_accumulate,
+    check_max_norm,
+    check_options,
+    resolve_reduction,
+)
 from offload_adam.step.construction import NewParameter, Placing, describe
 from offload_adam.step.full_state import gather_bucket
 from offload_adam.step.local_state import local_state, plan_load
@@ -117,29 +122,21 @@ class OffloadAdam(torch.optim.Optimizer):
         accumulate: str | None = None,
         pin_memory: bool | None = None,
     ) -> None:
-        check_options(reduce_dtype, state_dtype, bucket_nbytes, num_threads, accumulate)
         self._distributed = is_distributed(process_group)
-        if amsgrad:
-            self._refuse_distributed_amsgrad()
-        kind = resolve_reduction(gradient_reduction, module, process_group)
-        if accumulate is not None and (module is None or kind == "external"):
-            raise ValueError(
-                "accumulate='host' adds gradients that leave during backward: it needs module= and "
-                "gradient_reduction='optimizer'. Without them .grad accumulates as always"
-            )
-        self.max_grad_norm = check_max_norm("max_grad_norm", max_grad_norm)
         self.last_step: StepReport | None = None
         self.skipped_steps = 0
         self._warned_idle = False
         self._max_norm_once: float | None = None
         self._module = module
         self._core: ShardedAdam | None = None
+        self._hooks: BackwardHooks | None = None
         self._indices: dict[torch.nn.Parameter, int] = {}
-        self._options = f"{kind=} {reduce_dtype=} {bucket_nbytes=} {accumulate=} {max_grad_norm=}"
         self._membership = open_membership(process_group)
+        resources = ExitStack()
+        resources.callback(self._membership.release)
         # At exit too: a process group that outlives the interpreter's modules ends it with an
         # abort.
-        self._release = weakref.finalize(self, self._membership.release)
+        self._release = weakref.finalize(self, resources.close)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -150,8 +147,20 @@ class OffloadAdam(torch.optim.Optimizer):
             "maximize": maximize,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
+
+        def admit() -> str:
+            check_options(reduce_dtype, state_dtype, bucket_nbytes, num_threads, accumulate)
+            self.max_grad_norm = check_max_norm("max_grad_norm", max_grad_norm)
+            self._admit(params, defaults)
+            kind = resolve_reduction(gradient_reduction, module, process_group)
+            check_accumulate(accumulate, module, kind)
+            return kind
+
         try:
-            together(self._membership, "construction", lambda: self._admit(params, defaults))
+            kind = together(self._membership, "construction", admit)
+            self._options = (
+                f"{kind=} {reduce_dtype=} {bucket_nbytes=} {accumulate=} {max_grad_norm=}"
+            )
             streams = module is not None and kind == "optimizer"
             reduction = GradientReduction(
                 self._membership,
@@ -160,7 +169,9 @@ class OffloadAdam(torch.optim.Optimizer):
                 accumulates=accumulate is not None,
                 reduce_dtype=reduce_dtype,
             )
-            self._hooks = BackwardHooks(reduction) if streams else None
+            if streams:
+                self._hooks = BackwardHooks(reduction)
+                resources.callback(self._hooks.remove)
             self._core = ShardedAdam(
                 self._membership,
                 reduction,
@@ -178,6 +189,8 @@ class OffloadAdam(torch.optim.Optimizer):
 
     def _admit(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         """Let torch take the groups in, each checked, with nothing allocated yet."""
+        if defaults["amsgrad"]:
+            self._refuse_distributed_amsgrad()
         super().__init__(params, defaults)
         self._check_parameters(self.param_groups)
 
@@ -368,8 +381,6 @@ class OffloadAdam(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Take the hooks off and end the process groups. Idempotent; parameters stay usable."""
-        if self._hooks is not None:
-            self._hooks.remove()
         self._release()
 
     @property
@@ -446,7 +457,14 @@ class OffloadAdam(torch.optim.Optimizer):
         }
 
     def _inputs(self) -> StepInputs:
-        """Read what this step is told: groups as they are now, and the loss scaler's word."""
+        """Read what this step is told; what cannot be read is raised once all ranks know of it."""
+        try:
+            return self._read_inputs()
+        except Exception as error:
+            return StepInputs(hyperparameters=[], failure=error)
+
+    def _read_inputs(self) -> StepInputs:
+        """Read the groups as they are now, and the loss scaler's word."""
         grad_scale = _scalar(getattr(self, "grad_scale", None), absent=1.0)
         if not (math.isfinite(grad_scale) and grad_scale > 0.0):
             raise ValueError(f"grad_scale must be finite and above 0, not {grad_scale}")

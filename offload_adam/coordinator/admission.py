@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import TypeVar
 
 import torch
@@ -91,7 +92,11 @@ def _decode(buffer: torch.Tensor) -> str:
 
 def _first_difference(reference: list[str], lines: list[str]) -> str:
     """Say where a description first parts from rank 0's."""
-    for expected, found in zip(reference, lines, strict=False):
+    for expected, found in zip_longest(reference, lines):
         if expected != found:
-            return f"{found!r} where rank 0 has {expected!r}"
-    return f"{len(lines)} entries where rank 0 has {len(reference)}"
+            return f"{_quoted(found)} where rank 0 has {_quoted(expected)}"
+    return "nothing"
+
+
+def _quoted(line: str | None) -> str:
+    return "nothing" if line is None else repr(line)

@@ -106,3 +106,11 @@ def flags_on_any_rank(membership: Membership, flags: torch.Tensor) -> torch.Tens
     if membership.world_size > 1:
         dist.all_reduce(counts, group=membership.control)
     return counts > 0
+
+
+def largest_on_any_rank(membership: Membership, value: int) -> int:
+    """Return the largest of all ranks' values. Collective."""
+    largest = torch.tensor([value])
+    if membership.world_size > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=membership.control)
+    return int(largest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -47,14 +48,16 @@ class Membership:
         if not dist.is_initialized():
             return
         for group in groups:
-            dist.destroy_process_group(group)
+            # Already destroyed with the default group, where that has been opened anew since.
+            with suppress(ValueError):
+                dist.destroy_process_group(group)
 
 
 def is_distributed(process_group: dist.ProcessGroup | None) -> bool:
     """Tell whether training is distributed by any sign: either group, or the launcher."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return True
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _is_initialized():
         return False
     if dist.get_world_size() > 1:
         return True
@@ -68,7 +71,7 @@ def world_size_of(process_group: dist.ProcessGroup | None) -> int:
         RuntimeError: under a launcher with more than one rank and no initialised group: every rank
             would train a model of its own.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _is_initialized():
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched > 1:
             raise RuntimeError(
@@ -85,10 +88,17 @@ def open_membership(process_group: dist.ProcessGroup | None) -> Membership:
     Collective: every rank of the group calls it.
 
     Args:
-        process_group: None for the default group.
+        process_group: None for the default group. Without any group this is a world of one.
+
+    Raises:
+        ValueError: this process is not in `process_group`.
     """
-    if world_size_of(process_group) == 1:
+    if not _is_initialized() or dist.get_world_size(process_group) == 1:
         return Membership()
+    if dist.get_world_size(process_group) < 1:
+        raise ValueError(
+            f"rank {dist.get_rank()} is not in process_group: make the optimizer on its ranks only"
+        )
     base = process_group if process_group is not None else dist.group.WORLD
     assert base is not None
     ranks = tuple(dist.get_process_group_ranks(base))
@@ -100,6 +110,10 @@ def open_membership(process_group: dist.ProcessGroup | None) -> Membership:
     )
     membership.control = _new_group(ranks, "gloo", membership.timeout)
     return membership
+
+
+def _is_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _new_group(ranks: tuple[int, ...], backend: str, timeout: timedelta) -> dist.ProcessGroup:

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch.utils.hooks import RemovableHandle
 
+_NO_TASK = -1
+
 
 class GradientSink(Protocol):
     """What listens to a backward pass."""
@@ -36,6 +38,7 @@ class BackwardHooks:
         self._sink = sink
         self._handles: list[RemovableHandle] = []
         self._tasks: set[int] = set()
+        self._last_task = _NO_TASK
         self.enabled = True
 
     def attach(self, indices: Sequence[int], parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -53,6 +56,7 @@ class BackwardHooks:
     def forget_tasks(self) -> None:
         """Drop what a backward that raised has left."""
         self._tasks.clear()
+        self._last_task = _NO_TASK
 
     def _hook(self, index: int) -> Callable[[torch.Tensor], None]:
         ready = self._sink.gradient_ready
@@ -62,19 +66,21 @@ class BackwardHooks:
             if not self.enabled:
                 return
             task = current_task()
-            if task not in self._tasks:
-                self._open_task(task)
+            if task != self._last_task:
+                self._enter_task(task)
             ready(index)
 
         return gradient_accumulated
 
-    def _open_task(self, task: int) -> None:
-        engine = torch.autograd.Variable._execution_engine
-        engine.queue_callback(self._task_ended)
-        self._tasks.add(task)
+    def _enter_task(self, task: int) -> None:
+        self._last_task = task
+        if task not in self._tasks:
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._task_ended)
+            self._tasks.add(task)
 
     def _task_ended(self) -> None:
         if torch._C._current_autograd_node() is not None:
             return
-        self._tasks.clear()
+        self.forget_tasks()
         self._sink.backward_ended()

@@ -13,7 +13,13 @@ from offload_adam.coordinator.membership import world_size_of
 def resolve_reduction(
     kind: str | None, module: torch.nn.Module | None, process_group: dist.ProcessGroup | None
 ) -> str:
-    """Return who averages the gradients over the ranks: "optimizer" or "external"."""
+    """Return who averages the gradients over the ranks: "optimizer" or "external".
+
+    Raises:
+        ValueError: it is not known, or not possible.
+        RuntimeError: WORLD_SIZE > 1 and no process group is initialised.
+    """
+    world_size = world_size_of(process_group)
     if kind not in (None, "optimizer", "external"):
         raise ValueError(f"gradient_reduction must be 'optimizer' or 'external', not {kind!r}")
     has_ddp = module is not None and any(
@@ -26,7 +32,7 @@ def resolve_reduction(
         )
     if kind is not None:
         return kind
-    if module is None and world_size_of(process_group) > 1:
+    if module is None and world_size > 1:
         raise ValueError(
             "with more than one rank and no module=, gradient_reduction must be given: 'optimizer' "
             "if this optimizer is to average the gradients, 'external' if DDP or your own code has"
@@ -53,6 +59,15 @@ def check_options(
             raise TypeError(f"{name} must be an int, not {value!r}")
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+def check_accumulate(accumulate: str | None, module: torch.nn.Module | None, kind: str) -> None:
+    """Refuse room for gradients that never leave `.grad`."""
+    if accumulate is not None and (module is None or kind == "external"):
+        raise ValueError(
+            "accumulate='host' adds gradients that leave during backward: it needs module= and "
+            "gradient_reduction='optimizer'. Without them .grad accumulates as always"
+        )
 
 
 def check_max_norm(name: str, value: float | None) -> float | None:

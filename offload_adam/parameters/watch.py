@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from operator import attrgetter
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from offload_adam.errors import ParameterReplacedError
@@ -15,6 +16,7 @@ Registration = tuple[dict[str, torch.nn.Parameter | None], str, torch.nn.Paramet
 
 
 _version = attrgetter("_version")
+_CHUNK = 256
 
 
 class VersionWatch:
@@ -47,22 +49,40 @@ class VersionWatch:
         """Take the parameters as they are now for unchanged."""
         self._versions = list(map(_version, self._parameters))
 
+    def count_writes(self, written: npt.NDArray[np.bool_]) -> None:
+        """Bump the versions of the parameters that we are about to write, and settle.
+
+        Args:
+            written: (n,) bool, by position.
+        """
+        if written.all():
+            parameters = self._parameters
+        else:
+            parameters = [self._parameters[position] for position in np.flatnonzero(written)]
+        torch.autograd.graph.increment_version(parameters)
+        self.settle()
+
     def changed(self) -> list[int]:
         """Return the positions of parameters written to since `settle`.
 
         Raises:
             ParameterReplacedError: naming a parameter whose storage or object was replaced.
         """
-        if list(map(torch.Tensor.data_ptr, self._parameters)) != self._addresses:
-            self._refuse_replaced()
+        # A few hundred at a time, so that the second look at each finds it in the cache.
+        changed: list[int] = []
+        for start in range(0, len(self._parameters), _CHUNK):
+            end = start + _CHUNK
+            parameters = self._parameters[start:end]
+            if list(map(torch.Tensor.data_ptr, parameters)) != self._addresses[start:end]:
+                self._refuse_replaced()
+            versions = list(map(_version, parameters))
+            before = self._versions[start:end]
+            if versions != before:
+                changed += [start + i for i, v in enumerate(versions) if v != before[i]]
         for registry, key, parameter in self._registrations:
             if registry.get(key) is not parameter:
                 self._refuse(self._position(parameter), "another object took its place")
-        versions = list(map(_version, self._parameters))
-        if versions == self._versions:
-            return []
-        pairs = enumerate(zip(versions, self._versions, strict=True))
-        return [position for position, (now, before) in pairs if now != before]
+        return changed
 
     def checksum(self, positions: Sequence[int]) -> int:
         """Return a checksum below 2**53 over which parameters changed and to what, 0 for none."""

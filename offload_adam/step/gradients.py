@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +11,8 @@ import torch
 
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.parameters.families import float_format
+from offload_adam.parameters.gradients import GradientsInPlace
 from offload_adam.step.bucket_state import BucketState, SegmentArrays
-
-_dtype = attrgetter("dtype")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +45,8 @@ class BucketGradients:
 
     def __init__(self, state: BucketState) -> None:
         self.present = np.zeros(len(state.parameters), dtype=np.bool_)
-        self._held: list[torch.Tensor | None] = []
-        self._dtypes: list[torch.dtype] = []
-        self._pointers = np.zeros(len(state.parameters), dtype=np.int64)
+        self._held: list[GradientsInPlace] = []
+        self._addresses = np.zeros(len(state.parameters), dtype=np.int64)
         self._landed: torch.Tensor | None = None
         self._complete = False
 
@@ -58,22 +55,13 @@ class BucketGradients:
         """Which parameters can be read here: a reduced shard has zeros for absent ones."""
         return np.ones_like(self.present) if self._complete else self.present
 
-    def hold(self, gradients: list[torch.Tensor | None]) -> None:
-        """Keep these tensors, in their parameters' memory order, beside any that are held."""
-        if self._held:
-            gradients = [
-                new if old is None else old for old, new in zip(self._held, gradients, strict=True)
-            ]
-        self._held = gradients
-        tensors = [gradient for gradient in gradients if gradient is not None]
-        self._dtypes = sorted(set(map(_dtype, tensors)), key=str)
-        if len(tensors) == len(gradients):
-            self.present[:] = True
-            self._pointers = np.array(list(map(torch.Tensor.data_ptr, tensors)), dtype=np.int64)
-        else:
-            self.present[:] = [gradient is not None for gradient in gradients]
-            self._pointers = np.zeros(len(gradients), dtype=np.int64)
-            self._pointers[self.present] = list(map(torch.Tensor.data_ptr, tensors))
+    def hold(self, found: GradientsInPlace) -> None:
+        """Keep these gradients until the step is over, beside any that are held."""
+        addresses = np.array(found.addresses, dtype=np.int64)
+        arrived = np.array([tensor is not None for tensor in found.tensors], dtype=np.bool_)
+        self._held.append(found)
+        self._addresses[arrived] = addresses[arrived]
+        self.present |= arrived
 
     def land(self, shard: torch.Tensor, present: npt.NDArray[np.bool_], *, complete: bool) -> None:
         """Take this rank's shard of the bucket, on the host, with the parameters `present` here.
@@ -95,16 +83,21 @@ class BucketGradients:
             addresses = self._landed.data_ptr() + segments.shard_starts * itemsize
             yield from _table(state, self._landed.dtype, addresses, chosen)
             return
-        for dtype in self._dtypes:
-            offsets = segments.parameter_starts * dtype.itemsize
-            addresses = self._pointers[segments.positions] + offsets
-            alone = len(self._dtypes) == 1
-            of_dtype = chosen if alone else chosen & self._has_dtype(dtype, segments)
-            yield from _table(state, dtype, addresses, of_dtype)
+        for found in self._held:
+            for dtype in found.dtypes:
+                offsets = segments.parameter_starts * dtype.itemsize
+                addresses = self._addresses[segments.positions] + offsets
+                alone = len(self._held) == 1 and len(found.dtypes) == 1
+                mask = chosen if alone else chosen & _has_dtype(found, dtype, segments)
+                yield from _table(state, dtype, addresses, mask)
 
-    def _has_dtype(self, dtype: torch.dtype, segments: SegmentArrays) -> npt.NDArray[np.bool_]:
-        matches = [gradient is not None and gradient.dtype == dtype for gradient in self._held]
-        return np.array(matches, dtype=np.bool_)[segments.positions]
+
+def _has_dtype(
+    found: GradientsInPlace, dtype: torch.dtype, segments: SegmentArrays
+) -> npt.NDArray[np.bool_]:
+    """Return which segments' gradients are among those found, and of this dtype."""
+    matches = [tensor is not None and tensor.dtype == dtype for tensor in found.tensors]
+    return np.array(matches, dtype=np.bool_)[segments.positions]
 
 
 def _table(

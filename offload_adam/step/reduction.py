@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from offload_adam.coordinator.agreement import largest_on_any_rank
 from offload_adam.coordinator.membership import Membership
 from offload_adam.parameters.gradients import in_memory_order
 from offload_adam.step.bucket_state import BucketState
@@ -65,8 +66,10 @@ class GradientReduction:
         self._place_of: dict[int, tuple[int, int]] = {}
         self._in_flight: deque[_InFlight] = deque()
         self._next = 0
+        self._num_rounds = 0
+        self._missing: list[int] = []
+        self._ready: list[list[bool]] = []
         self.gradients: list[BucketGradients] = []
-        self.reset()
 
     def landed_dtype(self, dtype: torch.dtype, offloaded: bool) -> torch.dtype | None:
         """Return the dtype in which gradients of such parameters land, None where they stay put."""
@@ -77,16 +80,17 @@ class GradientReduction:
         return dtype if offloaded else None
 
     def extend(self, states: Sequence[BucketState]) -> None:
-        """Take further buckets into the order, after those that are known."""
-        self.reset()
+        """Take further buckets into the order, after those that are known or have left already."""
         for state in states:
             self._states.append(state)
+            self._missing.append(len(state.parameters))
+            self._ready.append([False] * len(state.parameters))
+            self.gradients.append(BucketGradients(state))
             for position, index in enumerate(state.indices.tolist()):
                 self._place_of[index] = (state.layout.index, position)
             if self._reduces:
                 dtype = self._reduce_dtype or state.dtype
                 self._slots.reserve(state.layout.numel, dtype, state.device)
-        self.reset()
 
     def gradient_ready(self, index: int) -> None:
         """Count a gradient in, and send off every bucket that is complete and next in order.
@@ -97,7 +101,7 @@ class GradientReduction:
         """
         number, position = self._place_of[index]
         if number < self._next:
-            self._open_another_round(number, position)
+            self._add_round(number, position)
         ready = self._ready[number]
         if not ready[position]:
             ready[position] = True
@@ -113,19 +117,17 @@ class GradientReduction:
     def finish(self) -> Exception | None:
         """Send off and land everything for this step, and return the first error of this rank.
 
-        The order of collectives is kept even after an error, which the caller must carry to the
-        other
-        ranks: a rank that left the sequence would leave them waiting.
+        Collective. The order of collectives is kept even after an error, which the caller must
+        carry to the other ranks: a rank that left the sequence would leave them waiting.
         """
-        failure: Exception | None = None
-        while self._next < len(self._states):
-            try:
-                self._send_next()
-            except (TypeError, ValueError) as error:
-                failure = failure or error
-            self._retire(wait=not self.streams)
-        self._retire(wait=True)
-        wait_for_device({state.device for state in self._states if state.offloaded})
+        failure = self._send_rest()
+        if self._accumulates and self._reduces:
+            # Ranks may have run different numbers of backwards; the others wait for every bucket.
+            most = largest_on_any_rank(self._membership, self._num_rounds)
+            while self._num_rounds < most:
+                self._open_round()
+                failure = self._send_rest() or failure
+        self._land_all()
         return failure
 
     def has_late_gradients(self) -> bool:
@@ -154,17 +156,17 @@ class GradientReduction:
     def take_late_gradients(self) -> Exception | None:
         """Send all buckets once more for gradients that were set by hand after the backward.
 
-        Every rank must do it when any has such gradients. They are added to zeros, which is exact
-        in any dtype.
+        Every rank must do it when any has such gradients. They are added to what other ranks sent
+        in time, or else to zeros, which is exact in any dtype.
         """
-        self._num_rounds += 1
-        self._next = 0
+        self._open_round()
         return self.finish()
 
     def reset(self) -> None:
         """Forget this step's gradients; what is in flight is completed first, for the peers."""
         if self._in_flight or 0 < self._next < len(self._states):
-            self.finish()
+            self._send_rest()
+            self._land_all()
         self._next = 0
         self._num_rounds = 0
         self.gradients = [BucketGradients(state) for state in self._states]
@@ -174,12 +176,17 @@ class GradientReduction:
         self._missing = [len(state.parameters) for state in self._states]
         self._ready = [[False] * len(state.parameters) for state in self._states]
 
-    def _open_another_round(self, number: int, position: int) -> None:
-        """Start to add a further backward, where room was reserved and the last one is complete."""
-        if self._accumulates and self._next == len(self._states):
-            self._num_rounds += 1
-            self._next = 0
-            self._start_counting()
+    def _open_round(self) -> None:
+        """Start over with the first bucket, to add to what has landed."""
+        self._num_rounds += 1
+        self._next = 0
+        self._start_counting()
+
+    def _add_round(self, number: int, position: int) -> None:
+        """Make way for a gradient whose bucket has left, where room was reserved to add it."""
+        if self._accumulates:
+            self.backward_ended()
+            self._open_round()
             return
         name = self._states[number].names[position]
         raise ValueError(
@@ -187,6 +194,22 @@ class GradientReduction:
             "backward brings another: run all but the last backward of a step inside no_sync(), or "
             "make the optimizer with accumulate='host' to add them on the host"
         )
+
+    def _send_rest(self) -> Exception | None:
+        """Send off every bucket that has not left yet, and return the first error of this rank."""
+        failure: Exception | None = None
+        while self._next < len(self._states):
+            try:
+                self._send_next()
+            except (TypeError, ValueError) as error:
+                failure = failure or error
+            self._retire(wait=not self.streams)
+        return failure
+
+    def _land_all(self) -> None:
+        """Wait until everything that was sent has landed."""
+        self._retire(wait=True)
+        wait_for_device({state.device for state in self._states if state.offloaded})
 
     def _send_next(self) -> None:
         """Take the next bucket's gradients out of `.grad` and start them on their way."""
@@ -197,7 +220,7 @@ class GradientReduction:
         self._next = number + 1
         state = self._states[number]
         try:
-            gradients = state.reader.read()
+            found = state.reader.read()
         except (TypeError, ValueError):
             if self._reduces:
                 self._start_reduction(state, [None] * len(state.parameters))
@@ -206,12 +229,12 @@ class GradientReduction:
             for parameter in state.parameters:
                 parameter.grad = None
         if self._reduces:
-            self._start_reduction(state, gradients)
+            self._start_reduction(state, found.tensors)
             self._retire(wait=False)
         elif state.planes.landed_gradient is None:
-            self.gradients[number].hold(gradients)
+            self.gradients[number].hold(found)
         else:
-            self._land_directly(number, gradients)
+            self._land_directly(number, found.tensors)
 
     def _start_reduction(self, state: BucketState, gradients: list[torch.Tensor | None]) -> None:
         """Pack a bucket, zeros for what is missing, and start its mean over the ranks."""

@@ -40,7 +40,7 @@ def refuse_disagreement(
     if len(set(agreement.changes)) > 1:
         here = ", ".join(map(repr, changed_names[:5])) or "nothing"
         raise RankDisagreementError(
-            f"parameters were changed from outside on rank(s) {_minority(agreement.changes)} "
+            f"parameters were changed from outside on rank(s) {_changed(agreement.changes)} "
             f"otherwise than on the rest (changed here: {here}): make the same change on every "
             "rank, or broadcast it"
         )
@@ -75,6 +75,13 @@ def refuse_unfrozen(frozen: Sequence[tuple[str, torch.nn.Parameter]]) -> None:
                 "was made, and has no state: make the optimizer before freezing it, or leave it "
                 "out and add_param_group it when it is unfrozen"
             )
+
+
+def _changed(checksums: Sequence[int]) -> list[int]:
+    """Return the ranks that changed something where others did not; else those that differ."""
+    if 0 in checksums:
+        return [rank for rank, checksum in enumerate(checksums) if checksum != 0]
+    return _minority(checksums)
 
 
 def _minority(values: Sequence[int]) -> list[int]:

@@ -14,7 +14,7 @@ from offload_adam.coordinator.agreement import Agreement, Findings, agree, flags
 from offload_adam.coordinator.membership import Membership
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.layout.schedule import plan_schedule
-from offload_adam.observe.spans import Stopwatch
+from offload_adam.observe.spans import NullSpans, Spans, Stopwatch
 from offload_adam.parameters.watch import VersionWatch
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.clipping import Decision, decide
@@ -42,12 +42,14 @@ class StepInputs:
     grad_scale: what the loss was multiplied by; gradients are divided by it.
     found_inf: not 0 where the caller has seen a gradient that is not finite.
     max_norm: global 2-norm to clip to, None for no clipping.
+    failure: why they could not be read on this rank; the other ranks must hear of it.
     """
 
     hyperparameters: Sequence[Hyperparameters]
     grad_scale: float = 1.0
     found_inf: float = 0.0
     max_norm: float | None = None
+    failure: Exception | None = None
 
     def checksum(self) -> int:
         """Return a checksum of what must be the same on all ranks."""
@@ -152,7 +154,7 @@ class ShardedAdam:
 
     def total_norm(self, inputs: StepInputs) -> float:
         """Reduce what is left and return the global gradient norm, unscaled. Collective."""
-        agreement, _ = self._agree(inputs, Stopwatch())
+        agreement, _ = self._agree(inputs, NullSpans())
         return decide(agreement, None).total_norm
 
     def refresh_master(self) -> None:
@@ -161,18 +163,18 @@ class ShardedAdam:
             follow(state, range(len(state.parameters)))
         self._watch.settle()
 
-    def _agree(self, inputs: StepInputs, stopwatch: Stopwatch) -> tuple[Agreement, list[int]]:
+    def _agree(self, inputs: StepInputs, spans: Spans) -> tuple[Agreement, list[int]]:
         """Bring all gradients to their shards and exchange what each rank found in its own."""
         if not self.reduction.streams:
             # `.grad` still holds everything, and may have been edited since it was last read.
             self.reduction.reset()
-        with stopwatch.span("reduce"):
-            failure = self.reduction.finish()
-        agreement, changed, failure = self._exchange(inputs, failure, stopwatch)
+        with spans.span("reduce"):
+            failure = self.reduction.finish() or inputs.failure
+        agreement, changed, failure = self._exchange(inputs, failure, spans)
         if agreement.late and not agreement.failed_ranks:
-            with stopwatch.span("reduce"):
+            with spans.span("reduce"):
                 failure = self.reduction.take_late_gradients()
-            agreement, changed, failure = self._exchange(inputs, failure, stopwatch)
+            agreement, changed, failure = self._exchange(inputs, failure, spans)
         if failure is not None:
             raise failure
         lrs = [hyper.lr for hyper in inputs.hyperparameters]
@@ -182,7 +184,7 @@ class ShardedAdam:
         return agreement, changed
 
     def _exchange(
-        self, inputs: StepInputs, failure: Exception | None, stopwatch: Stopwatch
+        self, inputs: StepInputs, failure: Exception | None, spans: Spans
     ) -> tuple[Agreement, list[int], Exception | None]:
         """Look at this rank's shard and exchange the findings; an error of its own rides along."""
         changed: list[int] = []
@@ -195,7 +197,7 @@ class ShardedAdam:
                 changed = self._watch.changed()
                 for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
                     present[state.indices] = gradients.present
-                with stopwatch.span("norm"):
+                with spans.span("norm"):
                     sum_of_squares = self._executor.sum_of_squares(self.reduction.gradients)
         except Exception as error:
             failure = error
@@ -210,7 +212,7 @@ class ShardedAdam:
             settings=inputs.checksum(),
             present=torch.from_numpy(present),
         )
-        with stopwatch.span("agree"):
+        with spans.span("agree"):
             return agree(self.membership, findings), changed, failure
 
     def _apply(
@@ -219,21 +221,16 @@ class ShardedAdam:
         agreement: Agreement,
         decision: Decision,
         changed: Sequence[int],
-        stopwatch: Stopwatch,
+        spans: Spans,
     ) -> None:
         """Carry out a step that is not skipped."""
         self._follow(changed)
         active = agreement.present_counts.numpy() > 0
         masks = UpdateMasks(active, inputs.hyperparameters, decision.gradient_scale)
-        self._executor.apply(self.reduction.gradients, masks, stopwatch)
-        # Our writes went through the flat bucket: autograd's check against stale graphs must see
-        # them.
-        if active.all():
-            written = self.parameters
-        else:
-            written = [p for p, is_active in zip(self.parameters, active, strict=True) if is_active]
-        torch.autograd.graph.increment_version(written)
-        self._watch.settle()
+        # Our writes go through the flat bucket: autograd's check against stale graphs must see
+        # them. Counted before they happen, while `changed()` has the parameters in the cache.
+        self._watch.count_writes(active)
+        self._executor.apply(self.reduction.gradients, masks, spans)
 
     def _follow(self, changed: Sequence[int]) -> None:
         positions: dict[int, set[int]] = {}

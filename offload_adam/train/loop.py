@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,13 +16,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from offload_adam.config import RunConfig
 from offload_adam.coordinator.startup import World
+from offload_adam.observe.spans import Stopwatch
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.train.corpus import Corpus
 from offload_adam.train.evaluation import evaluate
 from offload_adam.train.loss import next_token_loss
 from offload_adam.train.records import StepRecord
 from offload_adam.train.sampling import Batch, sample_batch
-from offload_adam.train.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -60,20 +61,22 @@ def _run_step(job: Job, step: int) -> StepRecord:
 
     Nothing was updated then, so neither the rate nor Adam's bias correction moves on.
     """
+    start_s = time.perf_counter()
     watch = Stopwatch()
     lr = job.optimizer.param_groups[0]["lr"]
     loss = _accumulate_gradients(job, step, watch)
-    with watch.phase("step"):
+    with watch.span("step"):
         job.optimizer.step()
         job.optimizer.zero_grad()
-    with watch.phase("loss"):
+    with watch.span("loss"):
         mean_loss = _mean_over_ranks(loss, job.world)
     outcome = job.optimizer.last_step
     assert outcome is not None, "step() has run"
     if not outcome.skipped:
         job.schedule.step()
-    step_ms = watch.elapsed_ms()
-    phases = {f"optimizer.{name}": seconds * 1e3 for name, seconds in outcome.timings.items()}
+    step_ms = (time.perf_counter() - start_s) * 1e3
+    within = {f"optimizer.{name}": seconds for name, seconds in outcome.timings.items()}
+    timings_s = watch.elapsed_s | within
     return StepRecord(
         step=step,
         loss=mean_loss,
@@ -82,7 +85,7 @@ def _run_step(job: Job, step: int) -> StepRecord:
         skipped=outcome.skipped,
         step_ms=step_ms,
         tokens_per_s=job.tokens_per_step / step_ms * 1e3,
-        timings_ms=watch.timings_ms | phases,
+        timings_ms={name: seconds * 1e3 for name, seconds in timings_s.items()},
         non_finite=outcome.non_finite,
     )
 
@@ -99,11 +102,11 @@ def _accumulate_gradients(job: Job, step: int, watch: Stopwatch) -> torch.Tensor
         with ExitStack() as stack:
             if not is_last and job.config.optimizer.accumulate is None:
                 _without_reduction(job, stack)
-            with watch.phase("data"):
+            with watch.span("data"):
                 batch = _next_batch(job, step, microbatch)
-            with watch.phase("forward"):
+            with watch.span("forward"):
                 loss = next_token_loss(job.parallel_model, batch) / num_microbatches
-            with watch.phase("backward"):
+            with watch.span("backward"):
                 loss.backward()
             total += loss.detach()
     return total

@@ -26,8 +26,10 @@ class SlotPool:
 
     def reserve(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
         """Say that buckets of this size will be asked for, so that all slots fit all of them."""
-        key = (dtype, device)
-        self._capacity[key] = max(numel, self._capacity.get(key, 0))
+        known = self._capacity.get((dtype, device), 0)
+        if numel > known:
+            self._free.pop((dtype, device, known), None)
+            self._capacity[dtype, device] = numel
 
     def acquire(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return a 1-d buffer of `numel` elements with undefined content."""
@@ -39,4 +41,5 @@ class SlotPool:
     def release(self, slot: torch.Tensor) -> None:
         """Take a buffer back; nothing may still read or write it."""
         base = slot._base if slot._base is not None else slot
-        self._free[base.dtype, base.device, base.numel()].append(base)
+        if base.numel() == self._capacity[base.dtype, base.device]:  # else too small by now
+            self._free[base.dtype, base.device, base.numel()].append(base)
