@@ -1,0 +1,136 @@
+"""Compiled kernels: vectorised, cached where possible, and never stale."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding
+import numpy as np
+import pytest
+from numba.core import caching
+
+from offload_adam.kernels import compilation, norm, update
+from offload_adam.kernels.bits import block_sum_of_squares
+from offload_adam.kernels.formats import FloatFormat
+from tests.unit.kernel_subprocess import CHECKOUT, ONE_UPDATE, run_python
+
+
+def double(values: Any) -> Any:
+    """Serve as a kernel that compiles at once."""
+    return values * 2
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return an empty folder that Numba caches in, rather than beside the sources."""
+    monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_without_any_cache_folder_a_kernel_warns_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    with pytest.warns(RuntimeWarning, match="NUMBA_CACHE_DIR"):
+        kernel = compilation.jit(double)
+    compilation.compile_now(kernel, (3.0,), "double")
+    assert kernel(3.0) == 6.0
+
+
+def test_a_cache_that_cannot_be_written_warns_and_is_given_up(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    kernel = compilation.jit(double)
+    monkeypatch.setattr(caching.IndexDataCacheFile, "save", refuse)
+    with pytest.warns(RuntimeWarning, match="no space left"):
+        compilation.compile_now(kernel, (3.0,), "double")
+    assert kernel(3.0) == 6.0
+    assert kernel(3) == 6  # a second specialisation does not try the disk again
+    assert not list(cache_folder.rglob("*.nbc"))
+
+
+def test_the_cache_is_used(cache_folder: Path) -> None:
+    compilation.compile_now(compilation.jit(double), (3.0,), "double")
+    assert list(cache_folder.rglob("*.nbc"))
+    again = compilation.jit(double)
+    compilation.compile_now(again, (3.0,), "double")
+    assert sum(again.stats.cache_hits.values()) == 1
+
+
+def test_a_slow_compilation_is_announced(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compilation, "SLOW_COMPILATION_S", 0.0)
+    kernel = compilation.jit(double)
+    with caplog.at_level(logging.INFO, logger="offload_adam.kernels.compilation"):
+        compilation.compile_now(kernel, (3.0,), "double")
+        compilation.compile_now(kernel, (3.0,), "double")
+    assert len(re.findall(r"compiled the double kernel in [\d.]+ s", caplog.text)) == 1
+
+
+def test_inner_functions_have_no_cache_of_their_own() -> None:
+    # It would be keyed by their own file, and outlive a change in the intrinsics that they inline.
+    for function in (update.update_range, norm.sum_run):
+        assert isinstance(function._cache, caching.NullCache)
+
+
+@pytest.mark.slow
+def test_a_change_in_an_inlined_file_reaches_the_cached_kernel(tmp_path: Path) -> None:
+    kernels = tmp_path / "offload_adam" / "kernels"
+    shutil.copytree(
+        CHECKOUT / "offload_adam" / "kernels",
+        kernels,
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    (kernels.parent / "__init__.py").touch()
+    source = ONE_UPDATE + "run_one_update(); print(weight[0])"
+    assert float(run_python(source, root=tmp_path)) == pytest.approx(-0.1)
+    bits = kernels / "bits.py"
+    text = bits.read_text(encoding="utf-8")
+    changed = text.replace("return builder.fma(*arguments)", "return arguments[2]")
+    assert changed != text
+    bits.write_text(changed, encoding="utf-8")
+    assert float(run_python(source, root=tmp_path)) != pytest.approx(-0.1)
+
+
+def vector_instructions(assembly: str, mnemonic: str) -> int:
+    """Return how often a packed instruction on 256- or 512-bit registers occurs."""
+    return len(re.findall(rf"\b{mnemonic}\b[^\n]*%[yz]mm", assembly))
+
+
+has_avx2 = platform.machine() == "x86_64" and all(
+    llvmlite.binding.get_host_cpu_features().get(feature) for feature in ("avx2", "fma")
+)
+
+
+@pytest.mark.skipif(not has_avx2, reason="looks for AVX2's instructions")
+@pytest.mark.parametrize("gradient_format", FloatFormat)
+def test_the_update_vectorises(gradient_format: FloatFormat) -> None:
+    state = np.zeros(0, dtype=np.float32)
+    rounded = FloatFormat.BFLOAT16.tag()
+    arguments = (gradient_format.tag(), state, state, state, None, rounded, state)
+    # Compiled here, for Numba shows no assembly of what came from its cache.
+    kernel = compilation.inner(update.update_range.py_func)
+    compilation.compile_now(kernel, arguments, "update")
+    (assembly,) = kernel.inspect_asm().values()
+    assert vector_instructions(assembly, "vsqrtps") > 0
+    assert vector_instructions(assembly, "vdivps") > 0
+    assert vector_instructions(assembly, r"vfn?madd\d+ps") >= 5
+
+
+def _first_block_sum(gradient: Any) -> Any:
+    return block_sum_of_squares(gradient, 0)
+
+
+@pytest.mark.skipif(not has_avx2, reason="looks for AVX2's instructions")
+def test_the_block_sum_vectorises() -> None:
+    kernel = compilation.inner(_first_block_sum)
+    compilation.compile_now(kernel, (FloatFormat.BFLOAT16.tag(),), "norm")
+    (assembly,) = kernel.inspect_asm().values()
+    assert vector_instructions(assembly, "vmulpd") + vector_instructions(assembly, "vfmadd.*pd") > 0

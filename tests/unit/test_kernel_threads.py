@@ -1,0 +1,159 @@
+"""The thread plan: cores from mask and cgroup, shared by local ranks; the layer is checked."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from offload_adam.kernels import threads
+from tests.unit.kernel_subprocess import ONE_UPDATE, run_python
+
+
+def write(path: Path, text: str) -> Path:
+    """Write a file and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="ascii")
+    return path
+
+
+def test_a_version_2_quota_is_read(tmp_path: Path) -> None:
+    own = write(tmp_path / "cgroup", "0::/jobs/ours\n")
+    write(tmp_path / "fs/jobs/ours/cpu.max", "250000 100000\n")
+    assert threads.cgroup_cores(own, tmp_path / "fs") == 2.5
+
+
+def test_the_tightest_ancestor_holds(tmp_path: Path) -> None:
+    own = write(tmp_path / "cgroup", "0::/jobs/ours/step\n")
+    write(tmp_path / "fs/jobs/ours/step/cpu.max", "max 100000\n")
+    write(tmp_path / "fs/jobs/ours/cpu.max", "800000 100000\n")
+    write(tmp_path / "fs/jobs/cpu.max", "300000 100000\n")
+    assert threads.cgroup_cores(own, tmp_path / "fs") == 3
+
+
+def test_a_container_sees_its_own_cgroup_as_the_root(tmp_path: Path) -> None:
+    own = write(tmp_path / "cgroup", "0::/docker/0123abc\n")
+    write(tmp_path / "fs/cpu.max", "400000 100000\n")
+    assert threads.cgroup_cores(own, tmp_path / "fs") == 4
+
+
+def test_a_cgroup_outside_the_namespace_ends_at_the_root(tmp_path: Path) -> None:
+    own = write(tmp_path / "cgroup", "0::/../../other\n")
+    write(tmp_path / "fs/cpu.max", "400000 100000\n")
+    assert threads.cgroup_cores(own, tmp_path / "fs") == 4
+
+
+@pytest.mark.parametrize("mount", ["cpu", "cpu,cpuacct"])
+@pytest.mark.parametrize("place", ["jobs/ours", "jobs", "."])
+def test_a_version_1_quota_is_read(tmp_path: Path, mount: str, place: str) -> None:
+    own = write(tmp_path / "cgroup", "5:memory:/jobs\n4:cpu,cpuacct:/jobs/ours\n1:name=systemd:/\n")
+    write(tmp_path / "fs" / mount / place / "cpu.cfs_quota_us", "150000\n")
+    write(tmp_path / "fs" / mount / place / "cpu.cfs_period_us", "50000\n")
+    assert threads.cgroup_cores(own, tmp_path / "fs") == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("cpu.max", "max 100000\n"), ("cpu.max", ""), ("cpu.cfs_quota_us", "-1\n")],
+)
+def test_no_quota_is_no_limit(tmp_path: Path, name: str, text: str) -> None:
+    own = write(tmp_path / "cgroup", "1:cpu:/\n0::/\n")
+    write(tmp_path / "fs" / name, text)
+    write(tmp_path / "fs/cpu" / name, text)
+    assert threads.cgroup_cores(own, tmp_path / "fs") is None
+
+
+def test_no_cgroup_at_all_is_no_limit(tmp_path: Path) -> None:
+    assert threads.cgroup_cores(tmp_path / "missing", tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("mask", "quota", "allowed"), [(8, None, 8), (8, 2.5, 2), (8, 0.5, 1), (2, 16.0, 2)]
+)
+def test_allowed_cores_are_the_mask_bounded_by_the_quota(
+    monkeypatch: pytest.MonkeyPatch, mask: int, quota: float | None, allowed: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(mask)), raising=False)
+    monkeypatch.setattr(threads, "cgroup_cores", lambda: quota)
+    assert threads.allowed_cores() == allowed
+
+
+@pytest.mark.parametrize(
+    ("local_world_size", "share"), [(None, 8), ("1", 8), ("3", 2), ("8", 1), ("16", 1)]
+)
+def test_ranks_share_the_cores_whatever_torchrun_says(
+    monkeypatch: pytest.MonkeyPatch, local_world_size: str | None, share: int
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(threads, "allowed_cores", lambda: 8)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local_world_size is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world_size)
+    assert threads.threads_per_rank() == share
+    assert threads.threads_per_rank(4) == 2
+
+
+def test_a_plan_larger_than_numbas_pool_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_owner_pid", None)
+    with pytest.warns(RuntimeWarning, match="num_threads=1000 is more than"):
+        assert threads.plan_threads(1000) == 1000
+
+
+def test_the_plan_ignores_torchruns_one_and_names_the_layer() -> None:
+    output = run_python(
+        """
+        import logging, sys, warnings
+        logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+        warnings.simplefilter("error")
+        import numba
+        from offload_adam.kernels import threads
+        assert threads.plan_threads(None) == threads.allowed_cores()
+        assert numba.threading_layer() == "omp"
+        """,
+        OMP_NUM_THREADS="1",
+        LOCAL_WORLD_SIZE="1",
+    )
+    assert "thread(s) on the omp threading layer" in output
+
+
+def test_workqueue_is_kept_where_the_user_asks_for_it_and_warns() -> None:
+    output = run_python(
+        """
+        import warnings
+        from offload_adam.kernels import threads
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            print(threads.select_threading_layer(), [str(one.message) for one in caught])
+        """,
+        NUMBA_THREADING_LAYER="workqueue",
+    )
+    assert (
+        output.startswith("workqueue ['only Numba's workqueue") or "workqueue threading" in output
+    )
+    assert "libgomp" in output
+
+
+def test_a_forked_child_is_told_instead_of_ended() -> None:
+    output = run_python(
+        ONE_UPDATE
+        + """
+import os
+threads.plan_threads(1)
+run_one_update()
+child = os.fork()
+if child == 0:
+    for refused in (lambda: threads.use_threads(1), lambda: threads.plan_threads(1)):
+        try:
+            refused()
+        except RuntimeError as error:
+            assert "spawn" in str(error)
+        else:
+            os._exit(1)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0, "the child ran on"
+run_one_update()  # the parent's threads are still there
+print("both as they should")
+"""
+    )
+    assert output.endswith("both as they should\n")
