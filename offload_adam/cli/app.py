@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from offload_adam import __version__
+from offload_adam.cli.bench import bench_app
 from offload_adam.cli.train import train
 
 app = typer.Typer(
@@ -17,7 +18,7 @@ app = typer.Typer(
 )
 # An override begins with -- and is none of typer's options.
 app.command(context_settings={"ignore_unknown_options": True})(train)
-# Further commands join here: app.add_typer(bench_app, name="bench")
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:

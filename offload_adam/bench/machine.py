@@ -1,0 +1,77 @@
+"""Say what was measured on: a number without its machine says nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numba
+import psutil
+import torch
+
+from offload_adam.kernels import threads
+from offload_adam.units import format_nbytes
+
+_PACKAGES = ("torch", "numba", "numpy", "deepspeed")
+_BUSY_LOAD_PER_CORE = 0.25
+
+
+def describe_machine(num_threads: int) -> dict[str, Any]:
+    """Return the machine as a JSON object, and warn where others are using it."""
+    cores = threads.allowed_cores()
+    load = os.getloadavg()
+    busy = load[0] > _BUSY_LOAD_PER_CORE * cores
+    if busy:
+        warnings.warn(
+            f"the machine is busy (load average {load[0]:.2f} on {cores} cores): times will be "
+            "long and ratios uncertain",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return {
+        "cpu": _cpu_model(),
+        "cores_allowed": cores,
+        "num_threads": num_threads,
+        "threading_layer": str(numba.threading_layer()),
+        "memory": format_nbytes(psutil.virtual_memory().total),
+        "transparent_hugepage": _transparent_hugepage(),
+        "load_average": list(load),
+        "busy": busy,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _transparent_hugepage() -> str | None:
+    """Return the kernel's setting, None where it has none; /sys shows the chosen word in []."""
+    try:
+        path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+        text = path.read_text(encoding="ascii")
+    except OSError:
+        return None
+    return text.partition("[")[2].partition("]")[0] or text.strip()
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,173 @@
+"""Every contender computes the same AdamW: a benchmark of wrong arithmetic is worth nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from offload_adam.bench.contender import ADAMW, MAX_GRAD_NORM
+from offload_adam.bench.limit import NumbaLimit, PlainCopy, TorchLimit
+from offload_adam.bench.peers import deepspeed_cpu_adam, torch_fused
+from offload_adam.bench.planes import (
+    HUGE_PAGES,
+    ORDINARY,
+    Planes,
+    fill_with_noise,
+    make_planes,
+    named,
+)
+from offload_adam.bench.step_contenders import (
+    BlockedStep,
+    ClippedStep,
+    OffloadStep,
+    ScaledStep,
+    StepStreams,
+    divisor,
+    step_streams,
+)
+from offload_adam.bench.update_contenders import OffloadUpdate, OptimizerUpdate
+from offload_adam.kernels.reference import Float64Array, ReferenceState, reference_update
+
+NUMEL, NUM_STEPS = 5000, 5
+# Weights of up to 4 are rounded to fp32 in every step, by 2**-23 at most, and changed by 1e-3 each
+# time: a mistake of one part in 1000 in the update would show.
+TOLERANCE = NUM_STEPS * 2.0**-23 + 1e-6
+
+MakeOptimizer = Callable[[Planes], torch.optim.Optimizer]
+
+
+@pytest.fixture(autouse=True)
+def _torch_threads() -> Iterator[None]:
+    """Leave torch's threads as they were."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[HUGE_PAGES, ORDINARY])
+def planes(request: pytest.FixtureRequest) -> Planes:
+    """Return planes in either kind of memory."""
+    return make_planes(NUMEL, request.param)
+
+
+@pytest.fixture
+def streams() -> StepStreams:
+    """Return streams in memory from torch, with a norm that is clipped."""
+    made = step_streams(NUMEL, ORDINARY)
+    made.gradient.mul_(100.0)
+    assert float(made.gradient.float().norm()) > 10 * MAX_GRAD_NORM
+    return made
+
+
+def expected_master(
+    weight: torch.Tensor, gradient: torch.Tensor, clip_factor: float = 1.0
+) -> Float64Array:
+    """Return the reference's weights after the steps."""
+    zero = np.zeros(weight.numel())
+    state = ReferenceState(weight.double().numpy().copy(), zero, zero)
+    for step in range(1, NUM_STEPS + 1):
+        reference_update(state, gradient.double().numpy(), ADAMW, step, clip_factor)
+    return state.master_weight
+
+
+def expected_after_clipping(streams: StepStreams) -> Float64Array:
+    """Return the reference's weights after clipped steps."""
+    norm = float(streams.gradient.double().norm())
+    clip_factor = min(1.0, MAX_GRAD_NORM / (norm + 1e-6))
+    return expected_master(streams.wide.master_weight, streams.gradient, clip_factor)
+
+
+def test_this_packages_kernel_is_adamw(planes: Planes) -> None:
+    expected = expected_master(planes.master_weight, planes.gradient)
+    contender = OffloadUpdate(planes, num_threads=2)
+    for _ in range(NUM_STEPS):
+        contender.run()
+    np.testing.assert_allclose(planes.master_weight.numpy(), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "make", [torch_fused, pytest.param(deepspeed_cpu_adam, marks=pytest.mark.peers)]
+)
+def test_a_peers_update_is_the_same_adamw(planes: Planes, make: MakeOptimizer) -> None:
+    skip_where_missing(make)
+    expected = expected_master(planes.master_weight, planes.gradient)
+    contender = OptimizerUpdate("peer", make(planes), planes)
+    for _ in range(NUM_STEPS):
+        contender.run()
+    np.testing.assert_allclose(planes.master_weight.numpy(), expected, rtol=0, atol=TOLERANCE)
+    assert contender.name == named("peer", planes.memory)
+
+
+def test_this_packages_step_is_clipped_adamw(streams: StepStreams) -> None:
+    expected = expected_after_clipping(streams)
+    contender = OffloadStep(streams, num_threads=2)
+    for _ in range(NUM_STEPS):
+        contender.run()
+    master = contender.optimizer.state[contender.parameter]["master_weight"]
+    np.testing.assert_allclose(master.numpy(), expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(contender.parameter.detach(), master.bfloat16(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda streams: ClippedStep("clipped", torch_fused(streams.wide), streams),
+        lambda streams: ScaledStep(torch_fused(streams.wide), streams),
+        lambda streams: BlockedStep(streams, block_numel=1024),
+        pytest.param(
+            lambda streams: ClippedStep("peer", deepspeed_cpu_adam(streams.wide), streams),
+            marks=pytest.mark.peers,
+        ),
+    ],
+    ids=["clip_grad_norm", "grad_scale", "blocked", "deepspeed"],
+)
+def test_a_peers_step_is_the_same_clipped_adamw(
+    streams: StepStreams,
+    make: Callable[[StepStreams], ClippedStep | ScaledStep | BlockedStep],
+    request: pytest.FixtureRequest,
+) -> None:
+    if request.node.get_closest_marker("peers"):
+        pytest.importorskip("deepspeed")
+    expected = expected_after_clipping(streams)
+    gradient = streams.gradient.clone()
+    with torch.no_grad():
+        contender = make(streams)
+        for _ in range(NUM_STEPS):
+            contender.run()
+    master = streams.wide.master_weight
+    np.testing.assert_allclose(master.numpy(), expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(streams.parameter, master.bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(streams.gradient, gradient, rtol=0, atol=0)
+
+
+def skip_where_missing(make: MakeOptimizer) -> None:
+    """Skip the test of a peer that is not installed."""
+    if make is deepspeed_cpu_adam:
+        pytest.importorskip("deepspeed")
+
+
+def test_small_gradients_are_not_scaled_up() -> None:
+    assert float(divisor(torch.tensor(MAX_GRAD_NORM / 2))) == 1.0
+    assert float(divisor(torch.tensor(4 * MAX_GRAD_NORM))) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("make", [lambda planes: NumbaLimit(planes, 2), TorchLimit, PlainCopy])
+def test_a_limit_changes_no_bit(
+    planes: Planes, make: Callable[[Planes], NumbaLimit | TorchLimit | PlainCopy]
+) -> None:
+    fill_with_noise(planes.exp_avg)
+    every = (planes.gradient, planes.master_weight, planes.exp_avg, planes.exp_avg_sq)
+    before = [stream.clone() for stream in every]
+    make(planes).run()
+    for stream, kept in zip(every, before, strict=True):
+        torch.testing.assert_close(stream, kept, rtol=0, atol=0)
+
+
+def test_noise_fills_all_of_a_stream() -> None:
+    target = torch.zeros((1 << 20) + 5)
+    fill_with_noise(target, scale=2.0)
+    assert float(target.std()) == pytest.approx(2.0, rel=0.01)
+    torch.testing.assert_close(target[-5:], target[:5])
