@@ -37,43 +37,68 @@ class GradientReader:
         self._numels = [parameter.numel() for parameter in parameters]
         self._all_contiguous = all(parameter.is_contiguous() for parameter in parameters)
         self._on_cuda = parameters[0].is_cuda
+        self._taken: list[torch.Tensor | None] = [None] * len(self._parameters)
+        self._addresses = [0] * len(self._parameters)
 
-    def read(self) -> GradientsInPlace:
+    def take(self, position: int) -> None:
+        """Take one gradient out of `.grad` while it is still warm from backward.
+
+        What needs a second look is left to `read`. A second gradient before that is added, as
+        autograd would have added it in `.grad`.
+        """
+        parameter = self._parameters[position]
+        gradient = parameter.grad
+        if gradient is None or not self._is_plain(gradient, self._numels[position]):
+            return
+        parameter.grad = None
+        before = self._taken[position]
+        if before is not None:
+            gradient = before.add_(gradient)
+        self._taken[position] = gradient
+        self._addresses[position] = gradient.data_ptr()
+
+    def read(self, *, keep: bool) -> GradientsInPlace:
         """Return each parameter's gradient in the parameter's own element order, or None.
 
         A gradient whose strides differ from the parameter's is copied; all others are returned as
-        they are.
+        they are, those that have been taken first.
+
+        Args:
+            keep: leave `.grad` as it is; else it is None afterwards where it was read.
 
         Raises:
             ValueError: naming the parameter, for a sparse or complex gradient or one on another
-                device.
+                device; nothing is taken then.
         """
-        tensors: list[torch.Tensor | None] = []
-        addresses: list[int] = []
-        dtypes: set[torch.dtype] = set()
-        plain = self._all_contiguous
-        for parameter, numel in zip(self._parameters, self._numels, strict=True):
-            gradient = parameter.grad
+        tensors, addresses = list(self._taken), list(self._addresses)
+        rest = [position for position, tensor in enumerate(tensors) if tensor is None]
+        for position in rest:
+            gradient = self._parameters[position].grad
             if gradient is None:
-                tensors.append(None)
-                addresses.append(0)
                 continue
-            if not (
-                plain
-                and gradient.layout is torch.strided
-                and gradient.is_contiguous()
-                and gradient.numel() == numel
-                and gradient.is_cuda == self._on_cuda
-                and not gradient.is_neg()
-            ):
-                gradient = self._conform(len(tensors), gradient)
-            dtypes.add(gradient.dtype)
-            tensors.append(gradient)
-            addresses.append(gradient.data_ptr())
-        for dtype in dtypes.difference(_FORMATS):
-            position = next(i for i, t in enumerate(tensors) if t is not None and t.dtype == dtype)
-            self._refuse(position, tensors[position])
+            if not self._is_plain(gradient, self._numels[position]):
+                gradient = self._conform(position, gradient)
+            tensors[position] = gradient
+            addresses[position] = gradient.data_ptr()
+        self._taken = [None] * len(tensors)
+        self._addresses = [0] * len(tensors)
+        if not keep:
+            for position in rest:
+                self._parameters[position].grad = None
+        dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
         return GradientsInPlace(tensors, addresses, sorted(dtypes, key=str))
+
+    def _is_plain(self, gradient: torch.Tensor, numel: int) -> bool:
+        """Tell whether a gradient can be read as it lies in memory."""
+        return (
+            self._all_contiguous
+            and gradient.layout is torch.strided
+            and gradient.dtype in _FORMATS
+            and gradient.is_contiguous()
+            and gradient.numel() == numel
+            and gradient.is_cuda == self._on_cuda
+            and not gradient.is_neg()
+        )
 
     def _conform(self, position: int, gradient: torch.Tensor) -> torch.Tensor:
         """Return the gradient in its parameter's memory order, copied only where it is not."""

@@ -67,6 +67,7 @@ class GradientReduction:
         self._in_flight: deque[_InFlight] = deque()
         self._next = 0
         self._num_rounds = 0
+        self._begun = False
         self._missing: list[int] = []
         self._ready: list[list[bool]] = []
         self.gradients: list[BucketGradients] = []
@@ -100,8 +101,10 @@ class GradientReduction:
                 and no room was reserved to add to what has left.
         """
         number, position = self._place_of[index]
+        self._begun = True
         if number < self._next:
             self._add_round(number, position)
+        self._states[number].reader.take(position)
         ready = self._ready[number]
         if not ready[position]:
             ready[position] = True
@@ -163,10 +166,15 @@ class GradientReduction:
         return self.finish()
 
     def reset(self) -> None:
-        """Forget this step's gradients; what is in flight is completed first, for the peers."""
-        if self._in_flight or 0 < self._next < len(self._states):
+        """Forget this step's gradients; a backward that was begun is completed, for the peers.
+
+        It may have raised on this rank alone, and the others wait for all of its buckets.
+        """
+        unfinished = self._next < len(self._states) and (self._begun or self._next > 0)
+        if self._in_flight or unfinished:
             self._send_rest()
             self._land_all()
+        self._begun = False
         self._next = 0
         self._num_rounds = 0
         self.gradients = [BucketGradients(state) for state in self._states]
@@ -220,14 +228,11 @@ class GradientReduction:
         self._next = number + 1
         state = self._states[number]
         try:
-            found = state.reader.read()
+            found = state.reader.read(keep=not self.streams)
         except (TypeError, ValueError):
             if self._reduces:
                 self._start_reduction(state, [None] * len(state.parameters))
             raise
-        if self.streams:
-            for parameter in state.parameters:
-                parameter.grad = None
         if self._reduces:
             self._start_reduction(state, found.tensors)
             self._retire(wait=False)
