@@ -181,7 +181,7 @@ def test_a_backward_that_raised_leaves_nothing_behind() -> None:
     def fail(gradient: torch.Tensor) -> None:
         raise KeyError("in the middle of backward")
 
-    handle = model.layers[1].weight.register_hook(fail)
+    handle = model.get_parameter("layers.1.weight").register_hook(fail)
     with pytest.raises(KeyError):
         model(batch(0)).square().sum().backward()
     handle.remove()
@@ -216,7 +216,7 @@ def test_gradients_set_by_hand_after_the_backward_count() -> None:
         late.grad = torch.tensor([1.0, -2.0, 3.0, -4.0])
         optimizer.step()
         assert torch.allclose(late.detach(), torch.tensor([-1.0, 1.0, -1.0, 1.0]) * 1e-2)
-        assert optimizer.state[model.layers[0].weight]["step"] == 1
+        assert optimizer.state[model.get_parameter("layers.0.weight")]["step"] == 1
         optimizer.close()
 
 
@@ -225,7 +225,7 @@ def test_a_grad_on_a_parameter_whose_gradient_has_left_is_refused() -> None:
     optimizer = OffloadAdam(model.named_parameters(), module=model)
     model(batch(0)).square().sum().backward()
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    model.layers[2].bias.grad = torch.ones(6)
+    model.get_parameter("layers.2.bias").grad = torch.ones(6)
     with pytest.raises(ValueError, match=r"'layers.2.bias' has a .grad at step\(\)"):
         optimizer.step()
     for parameter, expected in zip(model.parameters(), before, strict=True):

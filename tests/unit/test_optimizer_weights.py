@@ -33,7 +33,7 @@ def masters(optimizer: OffloadAdam) -> list[torch.Tensor]:
 def test_clamp_moves_exactly_the_masters_whose_rounding_changed() -> None:
     model, optimizer = make()
     train(model, optimizer, 5)
-    weight = model[0].weight
+    weight = model.get_parameter("0.weight")
     before = optimizer.state[weight]["master_weight"].clone()
     with torch.no_grad():
         weight.clamp_(-0.1, 0.1)
@@ -81,44 +81,44 @@ def test_new_weights_are_taken_over_by_the_masters() -> None:
     model, optimizer = make()
     train(model, optimizer, 2)
     with torch.no_grad():
-        model[1].weight.fill_(0.25)
-    model[1].weight.grad = torch.zeros_like(model[1].weight)
+        model.get_parameter("1.weight").fill_(0.25)
+    model.get_parameter("1.weight").grad = torch.zeros_like(model.get_parameter("1.weight"))
     optimizer.param_groups[0]["lr"] = 0.0
     optimizer.step()
-    master = optimizer.state[model[1].weight]["master_weight"]
+    master = optimizer.state[model.get_parameter("1.weight")]["master_weight"]
     assert torch.equal(master, torch.full_like(master, 0.25))
 
 
 def test_a_skipped_step_leaves_an_outside_change_to_the_next_one() -> None:
     model, optimizer = make()
     with torch.no_grad():
-        model[1].bias.fill_(0.5)
-    model[1].bias.grad = torch.full((4,), torch.nan, dtype=torch.bfloat16)
+        model.get_parameter("1.bias").fill_(0.5)
+    model.get_parameter("1.bias").grad = torch.full((4,), torch.nan, dtype=torch.bfloat16)
     before = masters(optimizer)
     optimizer.step()
     for found, wanted in zip(masters(optimizer), before, strict=True):
         assert torch.equal(found, wanted)
-    model[1].bias.grad = torch.zeros(4, dtype=torch.bfloat16)
+    model.get_parameter("1.bias").grad = torch.zeros(4, dtype=torch.bfloat16)
     optimizer.step()
-    master = optimizer.state[model[1].bias]["master_weight"]
+    master = optimizer.state[model.get_parameter("1.bias")]["master_weight"]
     assert torch.equal(master, torch.full((4,), 0.5))
 
 
 def test_a_new_group_does_not_hide_an_outside_change() -> None:
     model, optimizer = make()
     with torch.no_grad():
-        model[1].bias.fill_(0.5)
+        model.get_parameter("1.bias").fill_(0.5)
     optimizer.add_param_group({"params": [("new", torch.nn.Parameter(torch.ones(3)))]})
-    model[1].bias.grad = torch.zeros(4, dtype=torch.bfloat16)
+    model.get_parameter("1.bias").grad = torch.zeros(4, dtype=torch.bfloat16)
     optimizer.step()
-    master = optimizer.state[model[1].bias]["master_weight"]
+    master = optimizer.state[model.get_parameter("1.bias")]["master_weight"]
     assert torch.equal(master, torch.full((4,), 0.5))
 
 
 def test_refresh_master_sees_writes_that_no_version_counter_sees() -> None:
     model, optimizer = make()
     train(model, optimizer, 2)
-    weight = model[0].weight
+    weight = model.get_parameter("0.weight")
     before = optimizer.state[weight]["master_weight"].clone()
     weight.data[0, 0] = 3.0
     optimizer.refresh_master()
@@ -130,7 +130,7 @@ def test_refresh_master_sees_writes_that_no_version_counter_sees() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_replaced_storage_is_refused_by_name(dtype: torch.dtype) -> None:
     model, optimizer = make(dtype)
-    model[0].bias.data = torch.zeros_like(model[0].bias)
+    model.get_parameter("0.bias").data = torch.zeros_like(model.get_parameter("0.bias"))
     with pytest.raises(ParameterReplacedError, match=r"'0.bias'.*storage was replaced.*\.to"):
         optimizer.step()
     model, optimizer = make(dtype)
@@ -173,16 +173,16 @@ def test_a_parameter_that_was_not_updated_keeps_its_version() -> None:
 def test_saving_a_model_or_one_parameter_writes_no_whole_bucket(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(500, 500), torch.nn.Linear(500, 2))
     optimizer = OffloadAdam(model.parameters())
-    torch.save(model[1].bias, tmp_path / "bias.pt")
+    torch.save(model.get_parameter("1.bias"), tmp_path / "bias.pt")
     torch.save(model[1].state_dict(), tmp_path / "layer.pt")
-    torch.save(optimizer.state[model[1].bias], tmp_path / "state.pt")
+    torch.save(optimizer.state[model.get_parameter("1.bias")], tmp_path / "state.pt")
     for name in ("bias", "layer", "state"):
         assert (tmp_path / f"{name}.pt").stat().st_size < 20_000, name
     torch.save(model.state_dict(), tmp_path / "model.pt")
     num_bytes = sum(p.numel() * 4 for p in model.parameters())
     assert (tmp_path / "model.pt").stat().st_size < num_bytes + 20_000
     loaded = torch.load(tmp_path / "layer.pt", weights_only=True)
-    assert torch.equal(loaded["bias"], model[1].bias)
+    assert torch.equal(loaded["bias"], model.get_parameter("1.bias"))
 
 
 def test_tied_weights_stay_tied_and_are_updated_once() -> None:
@@ -200,8 +200,8 @@ def test_tied_weights_stay_tied_and_are_updated_once() -> None:
         optimizer.step()
         oracle.step()
         oracle.zero_grad()
-    assert model[1].weight is model[0].weight
-    assert (model[0].weight - reference).abs().max() < 1e-5
+    assert model.get_parameter("1.weight") is model.get_parameter("0.weight")
+    assert (model.get_parameter("0.weight") - reference).abs().max() < 1e-5
 
 
 def test_parameters_that_overlap_in_memory_are_refused_by_both_names() -> None:
