@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -57,7 +58,15 @@ def _load(arguments: list[str]) -> RunConfig:
 def _run(config: RunConfig) -> None:
     from offload_adam.train.job import run_job  # with torch, which takes seconds
 
+    _show_log()
     run_job(config)
+
+
+def _show_log() -> None:
+    """Print the package's log on stderr: on rank 0 also what it has planned, elsewhere warnings."""
+    logging.basicConfig(format="%(name)s: %(message)s")
+    is_first = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("offload_adam").setLevel(logging.INFO if is_first else logging.WARNING)
 
 
 def _report(error: ConfigError) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
+import threading
 import warnings
 import zlib
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import numba
 logger = logging.getLogger(__name__)
 
 SLOW_COMPILATION_S = 1.0
-"""A compilation that takes longer than this is announced in the log."""
+"""A compilation that is still running after this is announced in the log."""
 
 
 def source_fingerprint() -> int:
@@ -59,14 +59,24 @@ def compile_now(dispatcher: Any, arguments: tuple[Any, ...], label: str) -> None
     signature = tuple(numba.typeof(argument) for argument in arguments)
     if signature in dispatcher.overloads:
         return
-    start_s = time.perf_counter()
+    announcement = threading.Timer(SLOW_COMPILATION_S, _announce, [label])
+    announcement.daemon = True
+    announcement.start()
+    try:
+        _compile(dispatcher, signature)
+    finally:
+        announcement.cancel()
+
+
+def _announce(label: str) -> None:
+    logger.info("compiling the %s kernel for this machine; it is kept for the next start", label)
+
+
+def _compile(dispatcher: Any, signature: tuple[Any, ...]) -> None:
     try:
         dispatcher.compile(signature)
     except OSError as error:
         # A full or vanished cache folder must not stop training: only the cache is given up.
-        warnings.warn(f"compiled kernels cannot be cached: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"compiled kernels cannot be cached: {error}", RuntimeWarning, stacklevel=3)
         dispatcher._cache.disable()
         dispatcher.compile(signature)
-    elapsed_s = time.perf_counter() - start_s
-    if elapsed_s > SLOW_COMPILATION_S:
-        logger.info("compiled the %s kernel in %.1f s", label, elapsed_s)

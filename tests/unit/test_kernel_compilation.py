@@ -71,7 +71,7 @@ def test_a_slow_compilation_is_announced(
     with caplog.at_level(logging.INFO, logger="offload_adam.kernels.compilation"):
         compilation.compile_now(kernel, (3.0,), "double")
         compilation.compile_now(kernel, (3.0,), "double")
-    assert len(re.findall(r"compiled the double kernel in [\d.]+ s", caplog.text)) == 1
+    assert caplog.text.count("compiling the double kernel") == 1
 
 
 def test_inner_functions_have_no_cache_of_their_own() -> None:
