@@ -6,7 +6,7 @@ import logging
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, overload
 
@@ -19,8 +19,7 @@ from offload_adam.coordinator.membership import (
     is_distributed,
     open_membership,
 )
-from offload_adam.parameters.families import check_parameter, refuse_overlaps
-from offload_adam.parameters.groups import check_group, hyperparameters_of, names_of
+from offload_adam.parameters.groups import check_group, hyperparameters_of
 from offload_adam.parameters.hooks import BackwardHooks
 from offload_adam.parameters.options import (
     check_accumulate,
@@ -28,7 +27,13 @@ from offload_adam.parameters.options import (
     check_options,
     resolve_reduction,
 )
-from offload_adam.step.construction import NewParameter, Placing, describe
+from offload_adam.parameters.selection import (
+    Selection,
+    check_parameters,
+    describe,
+    select_parameters,
+)
+from offload_adam.step.construction import Placing
 from offload_adam.step.full_state import gather_bucket
 from offload_adam.step.local_state import local_state, plan_load
 from offload_adam.step.reduction import GradientReduction
@@ -182,7 +187,7 @@ class OffloadAdam(torch.optim.Optimizer):
                 module=module,
                 external=kind == "external",
             )
-            self._take_in(self._core, self.param_groups, 0)
+            self._take_in(self._core, 0)
         except BaseException:
             self._release()
             raise
@@ -192,20 +197,16 @@ class OffloadAdam(torch.optim.Optimizer):
         if defaults["amsgrad"]:
             self._refuse_distributed_amsgrad()
         super().__init__(params, defaults)
-        self._check_parameters(self.param_groups)
+        check_parameters(self._select(0).new, [])
 
-    def _check_parameters(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Refuse parameters that cannot be optimized, or that lie over each other or known ones."""
-        names, parameters = [], []
-        for group, group_names in zip(groups, names_of(groups, self._module), strict=True):
-            for name, parameter in zip(group_names, group["params"], strict=True):
-                if parameter.requires_grad:
-                    check_parameter(name, parameter)
-                    names.append(name)
-                    parameters.append(parameter)
-        known = [] if self._core is None else self._core.parameters
-        known_names = [] if self._core is None else self._core.names
-        refuse_overlaps(names + known_names, parameters + known)
+    def _select(self, first_group: int) -> Selection:
+        """Return the parameters of the groups from this one on."""
+        return select_parameters(
+            self.param_groups[first_group:],
+            self._module,
+            first_index=len(self._indices),
+            first_group=first_group,
+        )
 
     def _pins(self, pin_memory: bool | None) -> bool:
         """Tell whether host state is page-locked."""
@@ -221,25 +222,15 @@ class OffloadAdam(torch.optim.Optimizer):
             return False
         return pin_memory
 
-    def _take_in(
-        self, core: ShardedAdam, groups: Sequence[dict[str, Any]], first_group: int
-    ) -> None:
-        """Build the state of the trainable parameters of these groups. Collective."""
-        new: list[NewParameter] = []
-        frozen: list[tuple[str, torch.nn.Parameter]] = []
-        names = names_of(groups, self._module)
-        for offset, (group, group_names) in enumerate(zip(groups, names, strict=True)):
-            number = first_group + offset
-            for name, parameter in zip(group_names, group["params"], strict=True):
-                if parameter.requires_grad:
-                    index = len(self._indices) + len(new)
-                    new.append(NewParameter(index, name, parameter, number, group["amsgrad"]))
-                else:
-                    frozen.append((name, parameter))
-        require_same(self._membership, "optimizer", [self._options, *describe(new, groups)])
+    def _take_in(self, core: ShardedAdam, first_group: int) -> None:
+        """Build the state of the trainable parameters of the groups from this one on. Collective."""
+        selection = self._select(first_group)
+        new = selection.new
+        lines = [self._options, *describe(new, self.param_groups[first_group:])]
+        require_same(self._membership, "optimizer", lines)
         self._membership.open_data_groups(item.parameter.device.type for item in new)
         with torch.no_grad():
-            core.extend(new, frozen)
+            core.extend(new, selection.frozen)
         for item in new:
             self._indices[item.parameter] = item.index
             self.state[item.parameter] = local_state(*core.place_of(item.index))
@@ -259,7 +250,7 @@ class OffloadAdam(torch.optim.Optimizer):
         num_groups = len(self.param_groups)
         try:
             together(self._membership, "add_param_group", lambda: self._admit_later(param_group))
-            self._take_in(core, self.param_groups[num_groups:], num_groups)
+            self._take_in(core, num_groups)
         except BaseException:
             del self.param_groups[num_groups:]
             raise
@@ -267,7 +258,7 @@ class OffloadAdam(torch.optim.Optimizer):
     def _admit_later(self, param_group: dict[str, Any]) -> None:
         num_groups = len(self.param_groups)
         self._admit_group(param_group)
-        self._check_parameters(self.param_groups[num_groups:])
+        check_parameters(self._select(num_groups).new, self._alive().named_parameters())
 
     def _admit_group(self, param_group: dict[str, Any]) -> None:
         """Let torch complete and append one group, then check it."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,31 +16,11 @@ from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
 from offload_adam.memory.arena import HostArena
 from offload_adam.memory.planes import allocate_planes
 from offload_adam.parameters.buckets import adopt
-from offload_adam.parameters.families import family_of, memory_strides
 from offload_adam.parameters.gradients import GradientReader
-from offload_adam.parameters.groups import hyperparameters_of
+from offload_adam.parameters.selection import NewParameter
 from offload_adam.step.bucket_state import BucketState, segment_arrays
 
 LandedDtype = Callable[[torch.dtype, bool], torch.dtype | None]
-
-
-@dataclass(frozen=True, slots=True)
-class NewParameter:
-    """A trainable parameter that the optimizer is about to take in.
-
-    index counts over all trainable parameters, group into param_groups.
-    """
-
-    index: int
-    name: str
-    parameter: torch.nn.Parameter
-    group: int
-    amsgrad: bool
-
-    @property
-    def family(self) -> str:
-        """What the parameters of one bucket share: dtype, device, and which planes they have."""
-        return family_of(self.parameter) + ("+amsgrad" if self.amsgrad else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,15 +127,3 @@ def _build(
         segments=segment_arrays(bucket, membership.rank),
         reader=GradientReader(names, parameters),
     )
-
-
-def describe(new: Sequence[NewParameter], groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Describe what every rank must have in common, one line a group and a parameter."""
-    lines = [f"group {hyperparameters_of(group)} amsgrad={group['amsgrad']}" for group in groups]
-    for item in new:
-        parameter = item.parameter
-        lines.append(
-            f"{item.name} {tuple(parameter.shape)} {parameter.dtype} {parameter.device.type} "
-            f"strides {memory_strides(parameter)} group {item.group}"
-        )
-    return lines

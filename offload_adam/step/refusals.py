@@ -8,6 +8,7 @@ import torch
 
 from offload_adam.coordinator.agreement import Agreement
 from offload_adam.errors import PeerError, RankDisagreementError
+from offload_adam.parameters.selection import Named
 
 
 def refuse_disagreement(
@@ -62,7 +63,7 @@ def refuse_partial_presence(agreement: Agreement, world_size: int, names: Sequen
         )
 
 
-def refuse_unfrozen(frozen: Sequence[tuple[str, torch.nn.Parameter]]) -> None:
+def refuse_unfrozen(frozen: Sequence[Named]) -> None:
     """Raise where a parameter without state has a gradient.
 
     Raises:

@@ -15,10 +15,11 @@ from offload_adam.coordinator.membership import Membership
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.layout.schedule import plan_schedule
 from offload_adam.observe.spans import NullSpans, Spans, Stopwatch
+from offload_adam.parameters.selection import Named, NewParameter
 from offload_adam.parameters.watch import VersionWatch
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.clipping import Decision, decide
-from offload_adam.step.construction import NewParameter, Placing, build_states
+from offload_adam.step.construction import Placing, build_states
 from offload_adam.step.executor import SequentialExecutor, UpdateMasks
 from offload_adam.step.following import follow
 from offload_adam.step.reduction import GradientReduction
@@ -83,14 +84,14 @@ class ShardedAdam:
         self._update = HostUpdate(num_threads)
         self._rings: dict[torch.dtype, StagingRing] = {}
         self._places: list[tuple[int, int]] = []
-        self._frozen: list[tuple[str, torch.nn.Parameter]] = []
-        self.names: list[str] = []
-        self.parameters: list[torch.nn.Parameter] = []
+        self._frozen: list[Named] = []
+        self._names: list[str] = []
+        self._parameters: list[torch.nn.Parameter] = []
 
     def extend(
         self,
         new: Sequence[NewParameter],
-        frozen: Sequence[tuple[str, torch.nn.Parameter]] = (),
+        frozen: Sequence[Named] = (),
     ) -> None:
         """Take further parameters in: adopt, allocate, compile. Collective where ranks share state.
 
@@ -106,8 +107,8 @@ class ShardedAdam:
         self._frozen += frozen
         self.host_nbytes["state"] += nbytes
         self.host_nbytes["block_sums"] = self._update.nbytes
-        self.names += [item.name for item in new]
-        self.parameters += [item.parameter for item in new]
+        self._names += [item.name for item in new]
+        self._parameters += [item.parameter for item in new]
         self._places += [(0, 0)] * len(new)
         for state in states:
             for position, index in enumerate(state.indices.tolist()):
@@ -120,6 +121,10 @@ class ShardedAdam:
             schedule, self.states, self._update, self.membership, self._rings
         )
         self._watch.extend([item.name for item in new], [item.parameter for item in new])
+
+    def named_parameters(self) -> list[Named]:
+        """Return every parameter that has state, with its name."""
+        return list(zip(self._names, self._parameters, strict=True))
 
     def place_of(self, index: int) -> tuple[BucketState, int]:
         """Return the bucket of a parameter, and its position there."""
@@ -178,9 +183,9 @@ class ShardedAdam:
         if failure is not None:
             raise failure
         lrs = [hyper.lr for hyper in inputs.hyperparameters]
-        refuse_disagreement(agreement, lrs, [self.names[index] for index in changed])
+        refuse_disagreement(agreement, lrs, [self._names[index] for index in changed])
         if self._external:
-            refuse_partial_presence(agreement, self.membership.world_size, self.names)
+            refuse_partial_presence(agreement, self.membership.world_size, self._names)
         return agreement, changed
 
     def _exchange(
@@ -189,7 +194,7 @@ class ShardedAdam:
         """Look at this rank's shard and exchange the findings; an error of its own rides along."""
         changed: list[int] = []
         late, sum_of_squares = False, 0.0
-        present = np.zeros(len(self.parameters), dtype=np.bool_)
+        present = np.zeros(len(self._parameters), dtype=np.bool_)
         try:
             if failure is None:
                 refuse_unfrozen(self._frozen)
@@ -244,11 +249,11 @@ class ShardedAdam:
         """Return which parameters made the step be skipped, on any rank. Collective if any did."""
         if not agreement.non_finite:
             return ()
-        flags = torch.zeros(len(self.parameters), dtype=torch.bool)
+        flags = torch.zeros(len(self._parameters), dtype=torch.bool)
         found = self._executor.non_finite_indices(self.reduction.gradients)
         flags[torch.from_numpy(found)] = True
         flags = flags_on_any_rank(self.membership, flags)
-        return tuple(self.names[index] for index in torch.nonzero(flags).flatten().tolist())
+        return tuple(self._names[index] for index in torch.nonzero(flags).flatten().tolist())
 
     def _make_rings(self) -> None:
         """Make the staging rings large enough for every shard that goes to a device."""

@@ -1,0 +1,91 @@
+"""Which parameters an optimizer takes in, checked and described before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from offload_adam.parameters.families import (
+    check_parameter,
+    family_of,
+    memory_strides,
+    refuse_overlaps,
+)
+from offload_adam.parameters.groups import hyperparameters_of, names_of
+
+Named = tuple[str, torch.nn.Parameter]
+
+
+@dataclass(frozen=True, slots=True)
+class NewParameter:
+    """A trainable parameter that the optimizer is about to take in.
+
+    index counts over all trainable parameters, group into param_groups.
+    """
+
+    index: int
+    name: str
+    parameter: torch.nn.Parameter
+    group: int
+    amsgrad: bool
+
+    @property
+    def family(self) -> str:
+        """What the parameters of one bucket share: dtype, device, and which planes they have."""
+        return family_of(self.parameter) + ("+amsgrad" if self.amsgrad else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The parameters of some groups: those that get state, and by name those that do not."""
+
+    new: list[NewParameter]
+    frozen: list[Named]
+
+
+def select_parameters(
+    groups: Sequence[Mapping[str, Any]],
+    module: torch.nn.Module | None,
+    *,
+    first_index: int,
+    first_group: int,
+) -> Selection:
+    """Tell the trainable parameters of these groups from the frozen ones, and number them."""
+    selection = Selection([], [])
+    names = names_of(groups, module)
+    for number, (group, group_names) in enumerate(zip(groups, names, strict=True), first_group):
+        for name, parameter in zip(group_names, group["params"], strict=True):
+            if parameter.requires_grad:
+                index = first_index + len(selection.new)
+                selection.new.append(NewParameter(index, name, parameter, number, group["amsgrad"]))
+            else:
+                selection.frozen.append((name, parameter))
+    return selection
+
+
+def check_parameters(new: Iterable[NewParameter], known: Iterable[Named]) -> None:
+    """Refuse parameters that cannot be optimized, or that lie over each other or known ones.
+
+    Raises:
+        TypeError, ValueError: naming the parameter.
+    """
+    members = [(item.name, item.parameter) for item in new]
+    for name, parameter in members:
+        check_parameter(name, parameter)
+    members += known
+    refuse_overlaps([name for name, _ in members], [parameter for _, parameter in members])
+
+
+def describe(new: Sequence[NewParameter], groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Describe what every rank must have in common, one line a group and a parameter."""
+    lines = [f"group {hyperparameters_of(group)} amsgrad={group['amsgrad']}" for group in groups]
+    for item in new:
+        parameter = item.parameter
+        lines.append(
+            f"{item.name} {tuple(parameter.shape)} {parameter.dtype} {parameter.device.type} "
+            f"strides {memory_strides(parameter)} group {item.group}"
+        )
+    return lines
