@@ -223,7 +223,7 @@ class OffloadAdam(torch.optim.Optimizer):
         return pin_memory
 
     def _take_in(self, core: ShardedAdam, first_group: int) -> None:
-        """Build the state of the trainable parameters of the groups from this one on. Collective."""
+        """Build the state of the groups from this one on. Collective."""
         selection = self._select(first_group)
         new = selection.new
         lines = [self._options, *describe(new, self.param_groups[first_group:])]
