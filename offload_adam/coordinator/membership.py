@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 
 
 @dataclass
@@ -34,7 +37,8 @@ class Membership:
             return
         for device_type in sorted(set(device_types) - set(self.data)):
             backend = "nccl" if device_type == "cuda" else "gloo"
-            self.data[device_type] = _new_group(self.global_ranks, backend, self.timeout)
+            assert self.control is not None
+            self.data[device_type] = _new_group(self.control, backend, self.timeout)
 
     def data_group(self, device: torch.device) -> dist.ProcessGroup:
         """Return the group for collectives on tensors of this device."""
@@ -108,7 +112,7 @@ def open_membership(process_group: dist.ProcessGroup | None) -> Membership:
         global_ranks=ranks,
         timeout=_timeout_of(base),
     )
-    membership.control = _new_group(ranks, "gloo", membership.timeout)
+    membership.control = _new_group(base, "gloo", membership.timeout)
     return membership
 
 
@@ -116,12 +120,37 @@ def _is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _new_group(ranks: tuple[int, ...], backend: str, timeout: timedelta) -> dist.ProcessGroup:
-    """Open a group over these ranks; those outside a subgroup need not take part."""
-    whole_world = len(ranks) == dist.get_world_size()
-    group = dist.new_group(
-        list(ranks), timeout=timeout, backend=backend, use_local_synchronization=not whole_world
+def _new_group(base: dist.ProcessGroup, backend: str, timeout: timedelta) -> dist.ProcessGroup:
+    """Open another group over the ranks of `base`. Collective for these alone."""
+    ranks = dist.get_process_group_ranks(base)
+    if len(ranks) < dist.get_world_size():
+        return _new_subgroup(base, ranks, backend, timeout)
+    group = dist.new_group(ranks, timeout=timeout, backend=backend)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def _new_subgroup(
+    base: dist.ProcessGroup, ranks: list[int], backend: str, timeout: timedelta
+) -> dist.ProcessGroup:
+    """Open a group over some ranks under a name that has never been used, without the others.
+
+    `new_group(use_local_synchronization=True)` would take its name from the number of groups that
+    this process is in: ranks that are in different numbers of groups would never meet, and after a
+    group that has been closed they would find the addresses that it has left in the store.
+    """
+    name: list[Any] = [uuid.uuid4().hex]
+    dist.broadcast_object_list(name, src=ranks[0], group=base)
+    group, _ = c10d._new_process_group_helper(
+        len(ranks),
+        dist.get_rank(base),
+        ranks,
+        dist.Backend(backend),
+        c10d._get_default_store(),
+        name[0],
+        timeout=timeout,
     )
+    c10d._world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(ranks)}
     assert isinstance(group, dist.ProcessGroup)
     return group
 

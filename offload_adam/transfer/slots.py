@@ -11,8 +11,9 @@ class SlotPool:
     """Bucket-sized buffers, handed out without ever waiting.
 
     A hook that waited for a collective would deadlock where one rank skips its backward, so a pool
-    that has no free slot makes another. It cannot grow past the gradients themselves: a slot is
-    filled from `.grad`, which is freed with it. After the first step nothing is allocated.
+    that has no free slot makes another. A slot is filled from `.grad`, which is freed with it, so
+    there is at most one a bucket for each backward in flight. Once the pool has as many as the pace
+    of the ranks asks for, nothing is allocated.
 
     Owns: every buffer it made, by dtype and device, each as large as the largest bucket of its
     kind.

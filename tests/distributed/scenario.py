@@ -1,8 +1,9 @@
 """One training run that any number of ranks performs to the same bits.
 
-Every gradient is a small multiple of 1/64 times a weight that depends on the rank, and the weights of
-all ranks add up to their number. Sums, means and squares are then exact in every dtype used here, so
-that the mean over the ranks is the same bits whatever the order in which a collective adds.
+Every gradient is a small multiple of 1/64 times a weight that depends on the rank, and the weights
+of all ranks add up to their number. Sums, means and squares are then exact in every dtype used
+here, so that the mean over the ranks is the same bits whatever the order in which a collective
+adds.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def _weights(world_size: int) -> list[int]:
 
 
 def train(rank: int, world_size: int, scenario: Scenario) -> tuple[list[bytes], list[float], Any]:
-    """Run the scenario, and return the parameters' bits, the norms, and the full state on rank 0."""
+    """Run the scenario; return the parameters' bits, the norms, and the full state on rank 0."""
     model = Model()
     optimizer = make_optimizer(model, scenario)
     norms = []
@@ -109,7 +110,8 @@ def train(rank: int, world_size: int, scenario: Scenario) -> tuple[list[bytes], 
         gradients = gradients_of(model, step, *place, scenario)
         backward(model, optimizer, gradients, scenario)
         optimizer.step()
-        assert optimizer.last_step is not None and not optimizer.last_step.skipped
+        assert optimizer.last_step is not None
+        assert not optimizer.last_step.skipped
         norms.append(optimizer.last_step.total_norm)
         optimizer.zero_grad()
     full = optimizer.full_state_dict()
@@ -121,7 +123,7 @@ def train(rank: int, world_size: int, scenario: Scenario) -> tuple[list[bytes], 
 def make_optimizer(model: Model, scenario: Scenario) -> OffloadAdam:
     """Make the scenario's optimizer, with two groups of different hyperparameters."""
     weights = list(model.weights)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": weights[:4], "lr": 1e-2, "weight_decay": 0.1},
         {"params": [*weights[4:], model.unused, model.frozen], "betas": (0.8, 0.95)},
     ]

@@ -26,9 +26,18 @@ SCENARIOS = {
     "offloaded_external": Scenario("external", offloads=True),
 }
 
+# Every scenario with uneven shards; in the other worlds one of each way of use.
+CASES = [
+    *((name, 3) for name in SCENARIOS),
+    *(
+        (name, world_size)
+        for name in ("external", "streaming", "drop_in_uneven_presence")
+        for world_size in (2, 4)
+    ),
+]
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("name", SCENARIOS)
+
+@pytest.mark.parametrize(("name", "world_size"), CASES)
 def test_equal_reduced_gradients_give_equal_bits(
     ranks: RankPool, name: str, world_size: int
 ) -> None:

@@ -1,0 +1,126 @@
+"""A full state goes to any world and on to the same bits; a rank's own only back to that rank."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from offload_adam import OffloadAdam
+from tests.distributed.reference import Outcome, bits, outcome_of
+from tests.distributed.scenario import Model, Scenario, gradients_of, make_optimizer, tensors_in
+from tests.ranks import RankPool
+
+SCENARIO = Scenario("streaming", max_grad_norm=0.5)
+NUM_BEFORE = 2
+NUM_AFTER = 2
+
+
+class Run(NamedTuple):
+    """Where a run stands: the model, the full state (on rank 0) and this rank's own."""
+
+    model: dict[str, torch.Tensor]
+    full: dict[str, Any]
+    local: dict[str, Any]
+
+
+def advance(model: Model, optimizer: OffloadAdam, steps: range, rank: int, world_size: int) -> None:
+    for step in steps:
+        model(gradients_of(model, step, rank, world_size, SCENARIO)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def standing(model: Model, optimizer: OffloadAdam) -> Run:
+    """Return copies, cut loose from the optimizer's memory."""
+    full = optimizer.full_state_dict()
+    local = optimizer.state_dict()
+    local["state"] = {
+        packed: {key: value.clone() for key, value in entry.items()}
+        for packed, entry in local["state"].items()
+    }
+    return Run({k: v.clone() for k, v in model.state_dict().items()}, full, local)
+
+
+def run_from_the_start(rank: int, world_size: int, num_steps: int) -> Run:
+    model = Model()
+    optimizer = make_optimizer(model, SCENARIO)
+    advance(model, optimizer, range(num_steps), rank, world_size)
+    run = standing(model, optimizer)
+    optimizer.close()
+    return run
+
+
+def go_on(rank: int, world_size: int, run: Run, model_first: bool) -> Run:
+    """Load the model and a full state, in either order, and train on."""
+    model = Model()
+    optimizer = make_optimizer(model, SCENARIO)
+    if model_first:
+        model.load_state_dict(run.model)
+    optimizer.load_state_dict(run.full)
+    if not model_first:
+        model.load_state_dict(run.model)
+    advance(model, optimizer, range(NUM_BEFORE, NUM_BEFORE + NUM_AFTER), rank, world_size)
+    result = standing(model, optimizer)
+    optimizer.close()
+    return result
+
+
+def assert_same(found: Run, expected: Run) -> None:
+    assert bits(list(found.model.values())) == bits(list(expected.model.values()))
+    tensors, expected_tensors = dict(tensors_in(found.full)), dict(tensors_in(expected.full))
+    assert tensors.keys() == expected_tensors.keys()
+    for key, tensor in tensors.items():
+        assert torch.equal(tensor, expected_tensors[key]), key
+
+
+def test_a_full_state_goes_on_in_any_world(ranks: RankPool) -> None:
+    uninterrupted = run_from_the_start(0, 1, NUM_BEFORE + NUM_AFTER)
+    assert_same(ranks.run(run_from_the_start, 3, NUM_BEFORE + NUM_AFTER)[0], uninterrupted)
+    for saving in (2, 3):
+        run = ranks.run(run_from_the_start, saving, NUM_BEFORE)[0]
+        assert_same(go_on(0, 1, run, model_first=True), uninterrupted)
+        later = ranks.run(go_on, 4, run._replace(local={}), saving == 3)
+        assert_same(later[0], uninterrupted)
+        for other in later[1:]:
+            assert bits(list(other.model.values())) == bits(list(uninterrupted.model.values()))
+
+
+def load_own_state(rank: int, world_size: int) -> tuple[Run, list[Outcome]]:
+    """Save on every rank, try the neighbour's state, then go on from one's own."""
+    run = run_from_the_start(rank, world_size, NUM_BEFORE)
+    neighbours: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(neighbours, run.local)
+    model = Model()
+    optimizer = make_optimizer(model, SCENARIO)
+    before = bits(list(model.state_dict().values()))
+    outcomes = [outcome_of(lambda: optimizer.load_state_dict(neighbours[rank - 1]))]
+    halved = {**run.local, "offload_adam": {"rank": 0, "world_size": 2 * world_size}}
+    outcomes.append(outcome_of(lambda: optimizer.load_state_dict(halved)))
+    assert all(float(entry["step"]) == 0.0 for entry in optimizer.state.values())
+    assert bits(list(model.state_dict().values())) == before
+    optimizer.load_state_dict(run.local)
+    model.load_state_dict(run.model)
+    advance(model, optimizer, range(NUM_BEFORE, NUM_BEFORE + NUM_AFTER), rank, world_size)
+    result = standing(model, optimizer)
+    optimizer.close()
+    return result, outcomes
+
+
+def test_a_ranks_own_state_goes_back_to_that_rank_alone(ranks: RankPool) -> None:
+    world_size = 3
+    uninterrupted = run_from_the_start(0, 1, NUM_BEFORE + NUM_AFTER)
+    results = ranks.run(load_own_state, world_size)
+    assert_same(results[0][0], uninterrupted)
+    for rank, (_, outcomes) in enumerate(results):
+        for outcome in outcomes:
+            assert outcome.error == "ValueError"
+            assert "full_state_dict()" in outcome.message
+        saved_by = f"saved by rank {(rank - 1) % world_size} of {world_size}"
+        assert saved_by in outcomes[0].message
+        assert f"into rank {rank} of {world_size}" in outcomes[0].message
+    alone = Model()
+    optimizer = make_optimizer(alone, SCENARIO)
+    outcome = outcome_of(lambda: optimizer.load_state_dict(results[1][0].local))
+    assert "saved by rank 1 of 3" in outcome.message
+    assert "into rank 0 of 1" in outcome.message

@@ -1,0 +1,186 @@
+"""Invariant 3: a step that is skipped for one rank changes no bit on any, and training goes on."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from offload_adam import OffloadAdam
+from tests.distributed.reference import (
+    Outcome,
+    Weights,
+    adam_in_float64,
+    bits,
+    exact_gradients,
+    mean_of,
+    outcome_of,
+)
+from tests.ranks import RankPool
+
+SHAPES: list[tuple[int, ...]] = [(200,), (3, 50), (), (500,)]
+BAD_STEP = 1
+BAD_RANK = 2
+
+
+class Skipped(NamedTuple):
+    """What one rank saw of a run with a bad step: bits before and after it, and at the end."""
+
+    before: list[bytes]
+    after: list[bytes]
+    names: tuple[str, ...]
+    num_skipped: int
+    bad_rank_owns_it: bool
+    end: list[bytes]
+
+
+def everything(model: Weights, optimizer: OffloadAdam) -> list[bytes]:
+    """Return the bits of all parameters, moments, master weights and step counters held here."""
+    held = [model.w0.new_zeros(0)]
+    for parameter in model.all:
+        held += [parameter, *optimizer.state[parameter].values()]
+    return bits(held)
+
+
+def make(model: Weights, *, streams: bool) -> OffloadAdam:
+    return OffloadAdam(
+        model.named_parameters(),
+        lr=1e-2,
+        max_grad_norm=1.0,
+        module=model if streams else None,
+        gradient_reduction="optimizer",
+        bucket_nbytes=1024,
+        num_threads=1,
+    )
+
+
+def train_with_a_bad_step(
+    rank: int, world_size: int, dtype: torch.dtype, bad: float, streams: bool
+) -> Skipped:
+    model = Weights(SHAPES, dtype)
+    optimizer = make(model, streams=streams)
+    for step in (0, BAD_STEP, 2):
+        gradients = exact_gradients(model.all, 10 * step + rank, world_size)
+        if step == BAD_STEP:
+            before = everything(model, optimizer)
+            if rank == BAD_RANK:
+                gradients[3][0] = bad
+        model(gradients).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == BAD_STEP:
+            assert optimizer.last_step is not None
+            assert optimizer.last_step.skipped
+            assert math.isnan(optimizer.last_step.total_norm)
+            after = everything(model, optimizer)
+            names = optimizer.last_step.non_finite
+    owned = optimizer.state[model.w3]["exp_avg"].numel() > 0 and rank == BAD_RANK
+    result = (before, after, names, optimizer.skipped_steps, owned, everything(model, optimizer))
+    optimizer.close()
+    return Skipped(*result)
+
+
+def train_without_it(rank: int, world_size: int, dtype: torch.dtype) -> list[bytes]:
+    model = Weights(SHAPES, dtype)
+    optimizer = make(model, streams=False)
+    for step in (0, 2):
+        model(exact_gradients(model.all, 10 * step + rank, world_size)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    end = everything(model, optimizer)
+    optimizer.close()
+    return end
+
+
+def train_each_way(
+    rank: int, world_size: int, dtype: torch.dtype
+) -> tuple[list[Skipped], list[bytes]]:
+    ways = [(math.nan, True), (math.inf, False), (-math.inf, True)]
+    runs = [train_with_a_bad_step(rank, world_size, dtype, *way) for way in ways]
+    return runs, train_without_it(rank, world_size, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(
+    ranks: RankPool, dtype: torch.dtype
+) -> None:
+    for runs, expected in ranks.run(train_each_way, 3, dtype):
+        for run in runs:
+            assert not run.bad_rank_owns_it
+            assert run.after == run.before
+            assert run.names == ("w3",)
+            assert run.num_skipped == 1
+            assert run.end == expected
+
+
+def scale_and_skip(rank: int, world_size: int, streams: bool) -> tuple[list[bytes], list[Outcome]]:
+    """Train with scaled gradients, skip where rank 1 alone says so, refuse unequal scales."""
+    model = Weights(SHAPES)
+    optimizer = make(model, streams=streams)
+    outcomes = []
+    for step in range(3):
+        scale = 2.0 ** (5 + step)
+        gradients = exact_gradients(model.all, 10 * step + rank, world_size)
+        scaled = [gradient * scale for gradient in gradients]
+        optimizer.grad_scale = scale
+        if step == 1:
+            before = everything(model, optimizer)
+            optimizer.found_inf = torch.tensor(2.0 if rank == 1 else 0.0)
+            model(scaled).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert optimizer.last_step is not None
+            assert optimizer.last_step.skipped
+            assert optimizer.last_step.non_finite == ()
+            optimizer.found_inf = 0.0
+            optimizer.grad_scale = scale * (1 + rank)
+            model(scaled).backward()
+            outcomes.append(outcome_of(optimizer.step))
+            optimizer.grad_scale = math.nan if rank == 1 else scale
+            outcomes.append(outcome_of(optimizer.step))
+            assert everything(model, optimizer) == before
+            # What was refused can be mended: these gradients are still there.
+            optimizer.grad_scale = torch.tensor(scale)
+        else:
+            model(scaled).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.skipped_steps == 1
+    result = bits(model.all), outcomes
+    optimizer.close()
+    return result
+
+
+def train_unscaled(rank: int, world_size: int) -> tuple[list[bytes], list[torch.Tensor]]:
+    model = Weights(SHAPES)
+    optimizer = make(model, streams=False)
+    for step in range(3):
+        model(exact_gradients(model.all, 10 * step + rank, world_size)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    result = bits(model.all), [weight.detach().clone() for weight in model.all]
+    optimizer.close()
+    return result
+
+
+def test_scaling_by_a_power_of_two_changes_no_bit(ranks: RankPool) -> None:
+    world_size = 2
+    unscaled = ranks.run(train_unscaled, world_size)
+    for streams in (False, True):
+        for rank, (end, outcomes) in enumerate(ranks.run(scale_and_skip, world_size, streams)):
+            assert end == unscaled[rank][0]
+            assert outcomes[0].error == "RankDisagreementError"
+            assert "grad_scale differs between ranks: [64.0, 128.0]" in outcomes[0].message
+            assert outcomes[1].error == ("ValueError" if rank == 1 else "PeerError")
+
+    model = Weights(SHAPES)
+    steps = [
+        mean_of([exact_gradients(model.all, 10 * s + r, world_size) for r in range(world_size)])
+        for s in range(3)
+    ]
+    expected = adam_in_float64(model.all, steps, lr=1e-2, max_grad_norm=1.0)
+    for weight, exact in zip(unscaled[0][1], expected, strict=True):
+        # Three fp32 roundings of a weight below 4, and of updates of at most lr each.
+        assert torch.allclose(weight.double(), exact, rtol=0.0, atol=1e-6)
