@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -40,22 +40,27 @@ class GradientReader:
         self._taken: list[torch.Tensor | None] = [None] * len(self._parameters)
         self._addresses = [0] * len(self._parameters)
 
-    def take(self, position: int) -> None:
-        """Take one gradient out of `.grad` while it is still warm from backward.
+    def taker(self, position: int) -> Callable[[], None]:
+        """Return a function that takes one gradient out of `.grad`, while it is still warm.
 
         What needs a second look is left to `read`. A second gradient before that is added, as
         autograd would have added it in `.grad`.
         """
-        parameter = self._parameters[position]
-        gradient = parameter.grad
-        if gradient is None or not self._is_plain(gradient, self._numels[position]):
-            return
-        parameter.grad = None
-        before = self._taken[position]
-        if before is not None:
-            gradient = before.add_(gradient)
-        self._taken[position] = gradient
-        self._addresses[position] = gradient.data_ptr()
+        parameter, numel = self._parameters[position], self._numels[position]
+        taken, addresses = self._taken, self._addresses
+
+        def take() -> None:
+            gradient = parameter.grad
+            if gradient is None or not self._is_plain(gradient, numel):
+                return
+            parameter.grad = None
+            before = taken[position]
+            if before is not None:
+                gradient = before.add_(gradient)
+            taken[position] = gradient
+            addresses[position] = gradient.data_ptr()
+
+        return take
 
     def read(self, *, keep: bool) -> GradientsInPlace:
         """Return each parameter's gradient in the parameter's own element order, or None.
@@ -80,8 +85,8 @@ class GradientReader:
                 gradient = self._conform(position, gradient)
             tensors[position] = gradient
             addresses[position] = gradient.data_ptr()
-        self._taken = [None] * len(tensors)
-        self._addresses = [0] * len(tensors)
+        self._taken[:] = [None] * len(tensors)
+        self._addresses[:] = [0] * len(tensors)
         if not keep:
             for position in rest:
                 self._parameters[position].grad = None

@@ -14,8 +14,8 @@ _NO_TASK = -1
 class GradientSink(Protocol):
     """What listens to a backward pass."""
 
-    def gradient_ready(self, index: int) -> None:
-        """A parameter's `.grad` now holds all that this backward has for it."""
+    def listener(self, index: int) -> Callable[[], None]:
+        """Return what to call when a parameter's `.grad` holds all that a backward has for it."""
         ...
 
     def backward_ended(self) -> None:
@@ -59,7 +59,7 @@ class BackwardHooks:
         self._last_task = _NO_TASK
 
     def _hook(self, index: int) -> Callable[[torch.Tensor], None]:
-        ready = self._sink.gradient_ready
+        gradient_ready = self._sink.listener(index)
         current_task = torch._C._current_graph_task_id
 
         def gradient_accumulated(parameter: torch.Tensor) -> None:
@@ -68,7 +68,7 @@ class BackwardHooks:
             task = current_task()
             if task != self._last_task:
                 self._enter_task(task)
-            ready(index)
+            gradient_ready()
 
         return gradient_accumulated
 

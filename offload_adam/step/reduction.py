@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,10 +29,24 @@ class _InFlight(NamedTuple):
     adds: bool
 
 
+class _Arrivals:
+    """Which gradients of one bucket a backward has brought so far."""
+
+    __slots__ = ("num_missing", "ready")
+
+    def __init__(self, num_parameters: int) -> None:
+        self.ready = [False] * num_parameters
+        self.num_missing = num_parameters
+
+    def start_over(self) -> None:
+        self.num_missing = len(self.ready)
+        self.ready[:] = [False] * self.num_missing
+
+
 class GradientReduction:
     """Moves each bucket's gradients out of `.grad`: reduced over the ranks, landed on the host.
 
-    During a streaming backward, hooks call `gradient_ready` and buckets leave in their fixed order
+    During a streaming backward, hooks call their `listener` and buckets leave in their fixed order
     as soon as all their gradients are there; what is missing at the end of the backward counts
     zeros. Without hooks, `finish` does all of it inside `step()`. One reduced backward a step is
     the rule; with `accumulates` a further one adds in fp32 to what has landed.
@@ -68,8 +82,7 @@ class GradientReduction:
         self._next = 0
         self._num_rounds = 0
         self._begun = False
-        self._missing: list[int] = []
-        self._ready: list[list[bool]] = []
+        self._arrivals: list[_Arrivals] = []
         self.gradients: list[BucketGradients] = []
 
     def landed_dtype(self, dtype: torch.dtype, offloaded: bool) -> torch.dtype | None:
@@ -84,8 +97,7 @@ class GradientReduction:
         """Take further buckets into the order, after those that are known or have left already."""
         for state in states:
             self._states.append(state)
-            self._missing.append(len(state.parameters))
-            self._ready.append([False] * len(state.parameters))
+            self._arrivals.append(_Arrivals(len(state.parameters)))
             self.gradients.append(BucketGradients(state))
             for position, index in enumerate(state.indices.tolist()):
                 self._place_of[index] = (state.layout.index, position)
@@ -93,23 +105,35 @@ class GradientReduction:
                 dtype = self._reduce_dtype or state.dtype
                 self._slots.reserve(state.layout.numel, dtype, state.device)
 
-    def gradient_ready(self, index: int) -> None:
-        """Count a gradient in, and send off every bucket that is complete and next in order.
+    def listener(self, index: int) -> Callable[[], None]:
+        """Return what a parameter's hook calls when its `.grad` holds all of a backward.
 
-        Raises:
+        It takes the gradient, counts it in, and sends off every bucket that is complete and next in
+        order. A closure, because ten thousand hooks a backward leave no time for looking things up.
+
+        The call raises:
             ValueError: a second reduced backward (or a parameter shared by reentrant checkpoints),
                 and no room was reserved to add to what has left.
         """
         number, position = self._place_of[index]
-        self._begun = True
-        if number < self._next:
-            self._add_round(number, position)
-        self._states[number].reader.take(position)
-        ready = self._ready[number]
-        if not ready[position]:
-            ready[position] = True
-            self._missing[number] -= 1
-        while self._next < len(self._states) and self._missing[self._next] == 0:
+        arrivals = self._arrivals[number]
+        take = self._states[number].reader.taker(position)
+
+        def gradient_ready() -> None:
+            self._begun = True
+            if number < self._next:
+                self._add_round(number, position)
+            take()
+            if not arrivals.ready[position]:
+                arrivals.ready[position] = True
+                arrivals.num_missing -= 1
+                if arrivals.num_missing == 0:
+                    self._send_complete()
+
+        return gradient_ready
+
+    def _send_complete(self) -> None:
+        while self._next < len(self._states) and self._arrivals[self._next].num_missing == 0:
             self._send_next()
 
     def backward_ended(self) -> None:
@@ -181,8 +205,8 @@ class GradientReduction:
         self._start_counting()
 
     def _start_counting(self) -> None:
-        self._missing = [len(state.parameters) for state in self._states]
-        self._ready = [[False] * len(state.parameters) for state in self._states]
+        for arrivals in self._arrivals:
+            arrivals.start_over()
 
     def _open_round(self) -> None:
         """Start over with the first bucket, to add to what has landed."""
