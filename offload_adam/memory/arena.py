@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import weakref
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ class HostArena:
 
     Owns: an anonymous private mapping, backed by huge pages where the kernel grants them (private,
     because shared mappings get none by default), committed at construction.
-    Lifecycle: lives as long as any tensor that was taken from it; never returns or moves bytes.
+    Lifecycle: the bytes live as long as any tensor taken from them, and are pinned as long
+        as this object lives: whoever takes tensors keeps it. Never returns or moves bytes.
     """
 
     def __init__(self, nbytes: int, *, pin: bool = False, survives_fork: bool = False) -> None:
@@ -42,7 +44,6 @@ class HostArena:
         """
         self.nbytes = nbytes
         self._used_nbytes = 0
-        self._pinned = False
         if nbytes == 0:
             self._mapping = None
             return
@@ -97,11 +98,8 @@ class HostArena:
                 f"CUDA could not pin {format_nbytes(self.nbytes)} of host memory (error {status}): "
                 "raise the locked-memory limit (ulimit -l) or pass pin_memory=False"
             )
-        self._pinned = True
-
-    def __del__(self) -> None:
-        if self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
+        # Not at exit: the driver may be gone by then, and takes its registrations with it.
+        weakref.finalize(self, runtime.cudaHostUnregister, self._bytes.data_ptr()).atexit = False
 
 
 def padded_nbytes(numel: int, dtype: torch.dtype) -> int:

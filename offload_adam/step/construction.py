@@ -41,8 +41,8 @@ class Placing:
 
 def build_states(
     new: Sequence[NewParameter], membership: Membership, placing: Placing, first_bucket: int
-) -> tuple[list[BucketState], int]:
-    """Take parameters in, and return their buckets' states and the host bytes these took.
+) -> tuple[list[BucketState], HostArena]:
+    """Take parameters in, and return their buckets' states and the memory these lie in.
 
     Every host byte is mapped first, so that a model that does not fit changes nothing; then
     parameters move one bucket at a time. Rank 0's values become every rank's, as
@@ -66,7 +66,7 @@ def build_states(
         _build(bucket, items, plane, arena, membership, placing)
         for bucket, items, plane in zip(buckets, members, planes, strict=True)
     ]
-    return states, nbytes
+    return states, arena
 
 
 def _offloaded(item: NewParameter, placing: Placing) -> bool:

@@ -14,6 +14,7 @@ from offload_adam.coordinator.agreement import Agreement, Findings, agree, flags
 from offload_adam.coordinator.membership import Membership
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.layout.schedule import plan_schedule
+from offload_adam.memory.arena import HostArena
 from offload_adam.observe.spans import NullSpans, Spans, Stopwatch
 from offload_adam.parameters.selection import Named, NewParameter
 from offload_adam.parameters.watch import VersionWatch
@@ -82,6 +83,7 @@ class ShardedAdam:
         self._watch = VersionWatch(module)
         self._external = external
         self._update = HostUpdate(num_threads)
+        self._arenas: list[HostArena] = []
         self._rings: dict[torch.dtype, StagingRing] = {}
         self._places: list[tuple[int, int]] = []
         self._frozen: list[Named] = []
@@ -101,11 +103,12 @@ class ShardedAdam:
         Raises:
             HostMemoryError: nothing has been changed then.
         """
-        states, nbytes = build_states(new, self.membership, self._placing, len(self.states))
+        states, arena = build_states(new, self.membership, self._placing, len(self.states))
         self._update.prepare(states)
         self.states += states
         self._frozen += frozen
-        self.host_nbytes["state"] += nbytes
+        self._arenas.append(arena)
+        self.host_nbytes["state"] += arena.nbytes
         self.host_nbytes["block_sums"] = self._update.nbytes
         self._names += [item.name for item in new]
         self._parameters += [item.parameter for item in new]

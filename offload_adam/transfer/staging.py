@@ -19,11 +19,11 @@ class StagingRing:
     """
 
     def __init__(self, numel: int, dtype: torch.dtype, *, pin: bool) -> None:
-        arena = HostArena(NUM_SLOTS * padded_nbytes(numel, dtype), pin=pin)
-        self._slots = [arena.take(numel, dtype) for _ in range(NUM_SLOTS)]
+        self._arena = HostArena(NUM_SLOTS * padded_nbytes(numel, dtype), pin=pin)
+        self._slots = [self._arena.take(numel, dtype) for _ in range(NUM_SLOTS)]
         self._events: list[torch.cuda.Event | None] = [None] * NUM_SLOTS
         self._next = 0
-        self.nbytes = arena.nbytes
+        self.nbytes = self._arena.nbytes
         self.numel = numel
 
     def acquire(self, numel: int) -> tuple[int, torch.Tensor]:
