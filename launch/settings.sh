@@ -15,9 +15,8 @@ if [[ "$gpus" -gt 0 ]]; then
 fi
 
 # Threads: 1 is what torchrun would set, with a warning. offload_adam does not take it for a choice: it plans
-# its own and torch's threads from the allowed cores and the ranks of the machine. A rank that is bound to one
-# of several nodes sees that node's cores only and plans low; --optimizer.num_threads=N says better
-# where the update turns out to be short of cores.
+# its own and torch's threads from the cores that torchrun may use, the ranks that share them, and the cores
+# that a rank is bound to. --optimizer.num_threads=N says otherwise.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 # Allocator: growing segments keep a long run from failing on fragmented device memory. A choice

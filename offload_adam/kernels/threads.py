@@ -13,11 +13,17 @@ logger = logging.getLogger(__name__)
 _owner_pid: int | None = None
 
 
-def allowed_cores() -> int:
-    """Return how many cores this process may use: affinity mask, bounded by the cgroup's quota."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
+def allowed_cores(pid: int = 0) -> int:
+    """Return how many cores a process may use: affinity mask, bounded by this cgroup's quota.
+
+    Args:
+        pid: 0 for this process; one that has ended counts as allowed a single core.
+    """
+    try:
+        cores = len(os.sched_getaffinity(pid))
+    except ProcessLookupError:
+        cores = 1
+    except AttributeError:  # not on every platform
         cores = os.cpu_count() or 1
     quota = cgroup_cores()
     return cores if quota is None else max(1, min(cores, int(quota)))
@@ -27,15 +33,19 @@ def threads_per_rank(local_world_size: int | None = None) -> int:
     """Return the cores of this process's share of the node, at least 1.
 
     torchrun exports OMP_NUM_THREADS=1 and Numba would take every core for every rank; both are
-    wrong, so neither is asked. Where ranks are bound to different cores the masks do not say with
-    how many others they are shared: give `num_threads` then.
+    wrong, so neither is asked. Where torchrun has bound each rank to a part of the node, the ranks
+    share all that the agent itself may use, and none gets more than its own part.
 
     Args:
         local_world_size: ranks on this node; LOCAL_WORLD_SIZE, or 1, where None.
     """
     if local_world_size is None:
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, allowed_cores() // max(1, local_world_size))
+    own = allowed_cores()
+    shared = own
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        shared = max(own, allowed_cores(os.getppid()))
+    return max(1, min(own, shared // max(1, local_world_size)))
 
 
 def cgroup_cores(

@@ -86,7 +86,7 @@ def test_ranks_share_the_cores_whatever_torchrun_says(
     monkeypatch: pytest.MonkeyPatch, local_world_size: str | None, share: int
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(threads, "allowed_cores", lambda: 8)
+    monkeypatch.setattr(threads, "allowed_cores", lambda pid=0: 8)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if local_world_size is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world_size)
@@ -157,3 +157,17 @@ print("both as they should")
 """
     )
     assert output.endswith("both as they should\n")
+
+
+@pytest.mark.parametrize(
+    ("agent", "rank", "local_world_size", "share"),
+    [(64, 64, 8, 8), (64, 32, 8, 8), (64, 8, 8, 8), (64, 4, 8, 4), (1, 8, 2, 4)],
+)
+def test_ranks_that_torchrun_has_bound_share_the_agents_cores(
+    monkeypatch: pytest.MonkeyPatch, agent: int, rank: int, local_world_size: int, share: int
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setattr(threads, "cgroup_cores", lambda: None)
+    cores = {0: rank, os.getppid(): agent}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores[pid])), raising=False)
+    assert threads.threads_per_rank(local_world_size) == share
