@@ -6,8 +6,8 @@ import logging
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, overload
 
 import torch
@@ -229,13 +229,15 @@ class OffloadAdam(torch.optim.Optimizer):
         lines = [self._options, *describe(new, self.param_groups[first_group:])]
         require_same(self._membership, "optimizer", lines)
         self._membership.open_data_groups(item.parameter.device.type for item in new)
+        num_buckets = len(core.states)
         with torch.no_grad():
             core.extend(new, selection.frozen)
         for item in new:
             self._indices[item.parameter] = item.index
             self.state[item.parameter] = local_state(*core.place_of(item.index))
         if self._hooks is not None:
-            self._hooks.attach([i.index for i in new], [i.parameter for i in new])
+            for state in core.states[num_buckets:]:
+                self._hooks.attach(state.parameters)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take a further group in, at any time between steps; collective then.
@@ -333,7 +335,7 @@ class OffloadAdam(torch.optim.Optimizer):
         if self._core is not None:
             self._core.reduction.reset()
         if self._hooks is not None:
-            self._hooks.forget_tasks()
+            self._hooks.forget()
         self._max_norm_once = None
         if not set_to_none:
             super().zero_grad(set_to_none=False)
@@ -342,19 +344,9 @@ class OffloadAdam(torch.optim.Optimizer):
             for parameter in group["params"]:
                 parameter.grad = None
 
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """Keep gradients in `.grad` during backwards inside, to be added to those of the next."""
-        hooks = self._hooks
-        if hooks is None:
-            yield
-            return
-        before = hooks.enabled
-        hooks.enabled = False
-        try:
-            yield
-        finally:
-            hooks.enabled = before
+        return nullcontext() if self._hooks is None else self._hooks.paused()
 
     def synchronize(self) -> None:
         """Return when all parameters hold the result of the last step."""

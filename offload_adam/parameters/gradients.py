@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -40,27 +40,24 @@ class GradientReader:
         self._taken: list[torch.Tensor | None] = [None] * len(self._parameters)
         self._addresses = [0] * len(self._parameters)
 
-    def taker(self, position: int) -> Callable[[], None]:
-        """Return a function that takes one gradient out of `.grad`, while it is still warm.
+    def take(self, positions: Sequence[int]) -> None:
+        """Take gradients out of `.grad` while they are still warm from backward.
 
-        What needs a second look is left to `read`. A second gradient before that is added, as
-        autograd would have added it in `.grad`.
+        What needs a second look is left to `read`. A gradient that comes again before that is
+        added, as autograd would have added it in `.grad`.
         """
-        parameter, numel = self._parameters[position], self._numels[position]
-        taken, addresses = self._taken, self._addresses
-
-        def take() -> None:
+        taken = self._taken
+        for position in positions:
+            parameter = self._parameters[position]
             gradient = parameter.grad
-            if gradient is None or not self._is_plain(gradient, numel):
-                return
+            if gradient is None or not self._is_plain(gradient, self._numels[position]):
+                continue
             parameter.grad = None
             before = taken[position]
             if before is not None:
                 gradient = before.add_(gradient)
             taken[position] = gradient
-            addresses[position] = gradient.data_ptr()
-
-        return take
+            self._addresses[position] = gradient.data_ptr()
 
     def read(self, *, keep: bool) -> GradientsInPlace:
         """Return each parameter's gradient in the parameter's own element order, or None.

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
 _NO_TASK = -1
+_ALL_DELIVER_UP_TO = 64
+_DELIVER_EVERY = 16
 
 
 class GradientSink(Protocol):
     """What listens to a backward pass."""
 
-    def listener(self, index: int) -> Callable[[], None]:
-        """Return what to call when a parameter's `.grad` holds all that a backward has for it."""
+    def gradients_ready(self, parameters: Sequence[torch.Tensor]) -> None:
+        """The `.grad` of these, in order of arrival, holds all that a backward has for them."""
         ...
 
     def backward_ended(self) -> None:
@@ -24,7 +27,11 @@ class GradientSink(Protocol):
 
 
 class BackwardHooks:
-    """Forwards post-accumulate hooks of parameters to a sink.
+    """Forwards post-accumulate hooks of parameters to a sink, a few at a time.
+
+    In a bucket of many small parameters most hooks only note the arrival: ten thousand deliveries
+    would cost more than the update. Every sixteenth parameter, and the one that backward brings
+    last, delivers what has been noted. What is never delivered stays in `.grad`.
 
     The end of a backward is a callback queued once for each graph task. A reentrant checkpoint runs
     nested tasks, and each of their ends calls back too: only the one outside any autograd node
@@ -37,14 +44,17 @@ class BackwardHooks:
     def __init__(self, sink: GradientSink) -> None:
         self._sink = sink
         self._handles: list[RemovableHandle] = []
+        self._arrived: list[torch.Tensor] = []
         self._tasks: set[int] = set()
         self._last_task = _NO_TASK
-        self.enabled = True
+        self._enabled = True
 
-    def attach(self, indices: Sequence[int], parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Hook these parameters; the sink is told their `indices`."""
-        for index, parameter in zip(indices, parameters, strict=True):
-            hook = self._hook(index)
+    def attach(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Hook the parameters of one bucket, given in the order in which backward brings them."""
+        every = 1 if len(parameters) <= _ALL_DELIVER_UP_TO else _DELIVER_EVERY
+        for position, parameter in enumerate(parameters):
+            delivers = position % every == 0 or position == len(parameters) - 1
+            hook = self._deliver if delivers else self._arrived.append
             self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
 
     def remove(self) -> None:
@@ -52,25 +62,39 @@ class BackwardHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.forget()
 
-    def forget_tasks(self) -> None:
+    def forget(self) -> None:
         """Drop what a backward that raised has left."""
+        self._arrived.clear()
         self._tasks.clear()
         self._last_task = _NO_TASK
 
-    def _hook(self, index: int) -> Callable[[torch.Tensor], None]:
-        gradient_ready = self._sink.listener(index)
-        current_task = torch._C._current_graph_task_id
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Tell the sink nothing of the backwards inside."""
+        before = self._enabled
+        self._enabled = False
+        try:
+            yield
+        finally:
+            self._enabled = before
+            self._arrived.clear()
 
-        def gradient_accumulated(parameter: torch.Tensor) -> None:
-            if not self.enabled:
-                return
-            task = current_task()
-            if task != self._last_task:
-                self._enter_task(task)
-            gradient_ready()
+    def _deliver(self, parameter: torch.Tensor) -> None:
+        if not self._enabled:
+            return
+        task = torch._C._current_graph_task_id()
+        if task != self._last_task:
+            self._enter_task(task)
+        self._arrived.append(parameter)
+        self._pass_on()
 
-        return gradient_accumulated
+    def _pass_on(self) -> None:
+        arrived = self._arrived[:]
+        # In place: the hooks of most parameters are bound to this very list.
+        self._arrived.clear()
+        self._sink.gradients_ready(arrived)
 
     def _enter_task(self, task: int) -> None:
         self._last_task = task
@@ -82,5 +106,7 @@ class BackwardHooks:
     def _task_ended(self) -> None:
         if torch._C._current_autograd_node() is not None:
             return
-        self.forget_tasks()
+        if self._arrived:
+            self._pass_on()
+        self.forget()
         self._sink.backward_ended()

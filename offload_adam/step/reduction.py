@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +40,16 @@ class _Arrivals:
         self.ready = [False] * num_parameters
         self.num_missing = num_parameters
 
+    def count(self, positions: Sequence[int]) -> None:
+        """Count gradients in; one that comes again counts once."""
+        ready = self.ready
+        for position in positions:
+            if not ready[position]:
+                ready[position] = True
+                self.num_missing -= 1
+
     def start_over(self) -> None:
+        """Wait for every gradient again."""
         self.num_missing = len(self.ready)
         self.ready[:] = [False] * self.num_missing
 
@@ -46,7 +57,7 @@ class _Arrivals:
 class GradientReduction:
     """Moves each bucket's gradients out of `.grad`: reduced over the ranks, landed on the host.
 
-    During a streaming backward, hooks call their `listener` and buckets leave in their fixed order
+    During a streaming backward, hooks call `gradients_ready` and buckets leave in their fixed order
     as soon as all their gradients are there; what is missing at the end of the backward counts
     zeros. Without hooks, `finish` does all of it inside `step()`. One reduced backward a step is
     the rule; with `accumulates` a further one adds in fp32 to what has landed.
@@ -99,38 +110,28 @@ class GradientReduction:
             self._states.append(state)
             self._arrivals.append(_Arrivals(len(state.parameters)))
             self.gradients.append(BucketGradients(state))
-            for position, index in enumerate(state.indices.tolist()):
-                self._place_of[index] = (state.layout.index, position)
+            for position, parameter in enumerate(state.parameters):
+                self._place_of[id(parameter)] = (state.layout.index, position)
             if self._reduces:
                 dtype = self._reduce_dtype or state.dtype
                 self._slots.reserve(state.layout.numel, dtype, state.device)
 
-    def listener(self, index: int) -> Callable[[], None]:
-        """Return what a parameter's hook calls when its `.grad` holds all of a backward.
+    def gradients_ready(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Take gradients in the order of their arrival, and send off every bucket that is complete.
 
-        It takes the gradient, counts it in, and sends off every bucket that is complete and next in
-        order. A closure, because ten thousand hooks a backward leave no time for looking things up.
-
-        The call raises:
+        Raises:
             ValueError: a second reduced backward (or a parameter shared by reentrant checkpoints),
                 and no room was reserved to add to what has left.
         """
-        number, position = self._place_of[index]
-        arrivals = self._arrivals[number]
-        take = self._states[number].reader.taker(position)
-
-        def gradient_ready() -> None:
-            self._begun = True
+        self._begun = True
+        places = [self._place_of[id(parameter)] for parameter in parameters]
+        for number, members in groupby(places, key=itemgetter(0)):
+            positions = [position for _, position in members]
             if number < self._next:
-                self._add_round(number, position)
-            take()
-            if not arrivals.ready[position]:
-                arrivals.ready[position] = True
-                arrivals.num_missing -= 1
-                if arrivals.num_missing == 0:
-                    self._send_complete()
-
-        return gradient_ready
+                self._add_round(number, positions[0])
+            self._states[number].reader.take(positions)
+            self._arrivals[number].count(positions)
+            self._send_complete()
 
     def _send_complete(self) -> None:
         while self._next < len(self._states) and self._arrivals[self._next].num_missing == 0:

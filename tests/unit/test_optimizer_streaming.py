@@ -283,3 +283,42 @@ def test_close_takes_the_hooks_off() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
     with pytest.raises(RuntimeError, match="has been closed"):
         optimizer.step()
+
+
+def many_small() -> torch.nn.ParameterList:
+    torch.manual_seed(0)
+    return torch.nn.ParameterList(torch.nn.Parameter(torch.randn(3)) for _ in range(200))
+
+
+def backward_of(parameters: torch.nn.ParameterList, used: range, factor: float) -> None:
+    torch.stack([(parameters[i].square() * (factor + i)).sum() for i in used]).sum().backward()
+
+
+@pytest.mark.parametrize("accumulate", [None, "host"])
+@pytest.mark.parametrize("used", [range(200), range(3, 200, 7), range(199, -1, -2), range(20, 31)])
+def test_a_bucket_of_many_small_parameters_streams_whatever_is_used(
+    used: range, accumulate: str | None
+) -> None:
+    model = many_small()
+    reference = copy.deepcopy(model).double()
+    oracle = torch.optim.Adam(reference.parameters(), lr=1e-2, foreach=False)
+    optimizer = OffloadAdam(model.parameters(), lr=1e-2, module=model, accumulate=accumulate)
+    for step in range(3):
+        with optimizer.no_sync():
+            backward_of(model, range(0, 200, 3), 0.5)
+        backward_of(model, used, 1.0 + step)
+        if accumulate == "host":
+            backward_of(model, range(200), 2.0)
+        elif len(used) == 200:
+            assert all(parameter.grad is None for parameter in model)
+        optimizer.step()
+        assert all(parameter.grad is None for parameter in model)
+        for members, factor in ((range(0, 200, 3), 0.5), (used, 1.0 + step)):
+            backward_of(reference, members, factor)
+        if accumulate == "host":
+            backward_of(reference, range(200), 2.0)
+        oracle.step()
+        oracle.zero_grad()
+    for parameter, expected in zip(model, reference, strict=True):
+        assert optimizer.state[parameter]["step"] == oracle.state[expected].get("step", 0)
+    assert_close(model, [parameter.detach() for parameter in reference])
