@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from itertools import groupby
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,9 @@ from offload_adam.step.gradients import BucketGradients
 from offload_adam.transfer.collectives import PendingCollective, mean_over_ranks
 from offload_adam.transfer.slots import SlotPool
 from offload_adam.transfer.staging import wait_for_device
+
+
+_grad = attrgetter("grad")
 
 
 class _InFlight(NamedTuple):
@@ -168,6 +171,8 @@ class GradientReduction:
             return False
         late = False
         for state in self._states[: self._next]:
+            if set(map(_grad, state.parameters)) == {None}:
+                continue
             present = self.gradients[state.layout.index].present
             for position, parameter in enumerate(state.parameters):
                 if parameter.grad is None:
