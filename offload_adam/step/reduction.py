@@ -21,7 +21,6 @@ from offload_adam.transfer.collectives import PendingCollective, mean_over_ranks
 from offload_adam.transfer.slots import SlotPool
 from offload_adam.transfer.staging import wait_for_device
 
-
 _grad = attrgetter("grad")
 
 
