@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -290,7 +291,7 @@ def many_small() -> torch.nn.ParameterList:
     return torch.nn.ParameterList(torch.nn.Parameter(torch.randn(3)) for _ in range(200))
 
 
-def backward_of(parameters: torch.nn.ParameterList, used: range, factor: float) -> None:
+def backward_of(parameters: torch.nn.ParameterList, used: Iterable[int], factor: float) -> None:
     torch.stack([(parameters[i].square() * (factor + i)).sum() for i in used]).sum().backward()
 
 
@@ -321,4 +322,22 @@ def test_a_bucket_of_many_small_parameters_streams_whatever_is_used(
         oracle.zero_grad()
     for parameter, expected in zip(model, reference, strict=True):
         assert optimizer.state[parameter]["step"] == oracle.state[expected].get("step", 0)
+    assert_close(model, [parameter.detach() for parameter in reference])
+
+
+def test_arrivals_inside_no_sync_do_not_count_for_the_next_backward() -> None:
+    model = many_small()
+    reference = copy.deepcopy(model).double()
+    oracle = torch.optim.Adam(reference.parameters(), lr=1e-2, foreach=False)
+    optimizer = OffloadAdam(model.parameters(), lr=1e-2, module=model)
+    # Backward brings first what was used last: here the parameters whose hooks deliver, so that
+    # the bucket would seem complete before most of its gradients are there.
+    order = sorted(range(200), key=lambda i: (199 - i) % 16 == 0 or i == 0)
+    with optimizer.no_sync():
+        backward_of(model, order, 0.5)
+    backward_of(model, order, 1.0)
+    optimizer.step()
+    for factor in (0.5, 1.0):
+        backward_of(reference, order, factor)
+    oracle.step()
     assert_close(model, [parameter.detach() for parameter in reference])
