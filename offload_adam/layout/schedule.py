@@ -12,7 +12,6 @@ from offload_adam.layout.flat import Bucket
 class Operation(Enum):
     """One kind of work on one bucket."""
 
-    REDUCE = "reduce"
     SUM_SQUARES = "sum_squares"
     UPDATE = "update"
     COPY_BACK = "copy_back"
@@ -31,8 +30,9 @@ class Task:
 class Schedule:
     """The tasks of a step on both sides of its one agreement.
 
-    Before it, buckets are reduced and measured in the order in which backward completes them; after
-    it, they are updated in forward order, so that the next forward can start on the first ones.
+    Before it, reduced buckets are measured in the order in which backward completes them; after it,
+    they are updated in forward order, so that the next forward can start on the first ones. The
+    reduction itself is driven by backward, not by this list.
     """
 
     before_agreement: tuple[Task, ...]
@@ -46,8 +46,7 @@ def plan_schedule(buckets: Sequence[Bucket], *, copies_back: frozenset[int]) -> 
         buckets: in the order in which backward completes them.
         copies_back: indices of the buckets whose parameters live on a device.
     """
-    before = [Task(Operation.REDUCE, bucket.index) for bucket in buckets]
-    before += [Task(Operation.SUM_SQUARES, bucket.index) for bucket in buckets]
+    before = [Task(Operation.SUM_SQUARES, bucket.index) for bucket in buckets]
     after = []
     for bucket in reversed(buckets):
         after.append(Task(Operation.UPDATE, bucket.index))

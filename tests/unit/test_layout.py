@@ -97,14 +97,12 @@ def test_arguments_are_checked() -> None:
         plan_buckets([], world_size=0, bucket_nbytes=1)
 
 
-def test_the_schedule_reduces_in_backward_order_and_updates_in_forward_order() -> None:
+def test_the_schedule_measures_in_backward_order_and_updates_in_forward_order() -> None:
     specs = [ParameterSpec(i, 1000, 4, "f") for i in range(3)]
     buckets = plan_buckets(specs, world_size=2, bucket_nbytes=4096)
     schedule = plan_schedule(buckets, copies_back=frozenset({1}))
     before = [(task.operation, task.bucket) for task in schedule.before_agreement]
-    assert before == [(Operation.REDUCE, i) for i in range(3)] + [
-        (Operation.SUM_SQUARES, i) for i in range(3)
-    ]
+    assert before == [(Operation.SUM_SQUARES, i) for i in range(3)]
     after = [(task.operation, task.bucket) for task in schedule.after_agreement]
     assert after == [
         (Operation.UPDATE, 2),
