@@ -1,0 +1,471 @@
+"""What every optimizer of this package is beneath its arguments: shards, hooks, collective steps."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+import weakref
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+import torch.distributed as dist
+from torch.optim.optimizer import ParamsT
+
+from offload_adam.coordinator.admission import require_same, together
+from offload_adam.coordinator.membership import is_distributed, open_membership
+from offload_adam.kernels.scalars import Hyperparameters
+from offload_adam.parameters.hooks import BackwardHooks
+from offload_adam.parameters.options import (
+    check_accumulate,
+    check_max_norm,
+    check_options,
+    resolve_reduction,
+)
+from offload_adam.parameters.selection import (
+    Selection,
+    check_parameters,
+    describe,
+    select_parameters,
+)
+from offload_adam.step.construction import Placing
+from offload_adam.step.full_state import gather_bucket
+from offload_adam.step.local_state import local_state, plan_load
+from offload_adam.step.reduction import GradientReduction
+from offload_adam.step.report import StepReport
+from offload_adam.step.saved_state import STATE_KEY, merge_groups, pack_full, read_saved
+from offload_adam.step.sharded_adam import ShardedAdam, StepInputs
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BUCKET_NBYTES = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """How an optimizer holds its state and takes its steps, whatever its formula.
+
+    Each field is the argument of the same name of `OffloadAdam`.
+    """
+
+    module: torch.nn.Module | None = None
+    process_group: dist.ProcessGroup | None = None
+    gradient_reduction: str | None = None
+    reduce_dtype: torch.dtype | None = None
+    bucket_nbytes: int = DEFAULT_BUCKET_NBYTES
+    state_dtype: torch.dtype = torch.float32
+    num_threads: int | None = None
+    accumulate: str | None = None
+    pin_memory: bool | None = None
+
+    def check(self) -> str:
+        """Refuse what cannot be right, and return who averages gradients.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+            RuntimeError: WORLD_SIZE > 1 and no process group is initialised.
+        """
+        check_options(
+            self.reduce_dtype,
+            self.state_dtype,
+            self.bucket_nbytes,
+            self.num_threads,
+            self.accumulate,
+        )
+        kind = resolve_reduction(self.gradient_reduction, self.module, self.process_group)
+        check_accumulate(self.accumulate, self.module, kind)
+        return kind
+
+    def describe(self, kind: str) -> str:
+        """Return what must be the same on every rank."""
+        return (
+            f"gradient_reduction={kind} reduce_dtype={self.reduce_dtype} "
+            f"bucket_nbytes={self.bucket_nbytes} accumulate={self.accumulate}"
+        )
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """A `torch.optim.Optimizer` over a `ShardedAdam`: the base of the public faces.
+
+    A face checks its arguments and groups, says each group's hyperparameters at each step, and may
+    add to what is saved. All else is here: taking parameters in, hooks, the step with its errors
+    and reports, state dicts.
+
+    Owns: process groups of its own, hooks on the parameters, host memory. `close` ends all three.
+    Lifecycle: a face's constructor calls `_construct` once.
+    """
+
+    # GradScaler hands grad_scale and found_inf over instead of deciding on this rank alone.
+    _step_supports_amp_scaling = True
+
+    # Set by a loss scaler before step() and deleted after it; absent means 1 and 0.
+    grad_scale: torch.Tensor | float | None
+    found_inf: torch.Tensor | float | None
+
+    # Tests set it, to run the path of parameters on a device with parameters in host memory.
+    _offloads = False
+
+    def _construct(
+        self, execution: Execution, admit: Callable[[], None], description: Sequence[str] = ()
+    ) -> None:
+        """Check everything, then allocate and build, or leave nothing behind. Collective.
+
+        Args:
+            admit: the face's own checks; it lets torch take the groups in.
+            description: what ranks must have in common, besides parameters, groups and execution.
+        """
+        module = execution.module
+        self._distributed = is_distributed(execution.process_group)
+        self.last_step: StepReport | None = None
+        self.skipped_steps = 0
+        self._warned_idle = False
+        self._max_norm_once: float | None = None
+        self._module = module
+        self._core: ShardedAdam | None = None
+        self._hooks: BackwardHooks | None = None
+        self._indices: dict[torch.nn.Parameter, int] = {}
+        self._membership = open_membership(execution.process_group)
+        resources = ExitStack()
+        resources.callback(self._membership.release)
+        # At exit too: a process group that outlives the interpreter's modules ends it with an
+        # abort.
+        self._release = weakref.finalize(self, resources.close)
+
+        def check() -> str:
+            admit()
+            return execution.check()
+
+        try:
+            kind = together(self._membership, "construction", check)
+            self._description = [execution.describe(kind), *description]
+            streams = module is not None and kind == "optimizer"
+            reduction = GradientReduction(
+                self._membership,
+                reduces=kind == "optimizer",
+                streams=streams,
+                accumulates=execution.accumulate is not None,
+                reduce_dtype=execution.reduce_dtype,
+            )
+            if streams:
+                self._hooks = BackwardHooks(reduction)
+                resources.callback(self._hooks.remove)
+            self._core = ShardedAdam(
+                self._membership,
+                reduction,
+                Placing(
+                    execution.bucket_nbytes,
+                    self._pins(execution.pin_memory),
+                    reduction.landed_dtype,
+                    self._offloads,
+                ),
+                num_threads=execution.num_threads,
+                module=module,
+                external=kind == "external",
+            )
+            self._take_in(self._core, 0)
+        except BaseException:
+            self._release()
+            raise
+
+    @abstractmethod
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Refuse a completed group's hyperparameters, naming the argument."""
+
+    @abstractmethod
+    def _hyperparameters(self) -> list[Hyperparameters]:
+        """Return each group's hyperparameters as they are at this step."""
+
+    def _admit(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        """Let torch take the groups in, each checked, with nothing allocated yet."""
+        if defaults["amsgrad"]:
+            self._refuse_distributed_amsgrad()
+        torch.optim.Optimizer.__init__(self, params, defaults)
+        check_parameters(self._select(0).new, [])
+
+    @property
+    def _max_norm(self) -> float | None:
+        """The norm that every step clips to."""
+        return None
+
+    def _select(self, first_group: int) -> Selection:
+        """Return the parameters of the groups from this one on."""
+        return select_parameters(
+            self.param_groups[first_group:],
+            self._module,
+            first_index=len(self._indices),
+            first_group=first_group,
+        )
+
+    def _pins(self, pin_memory: bool | None) -> bool:
+        """Tell whether host state is page-locked."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if pin_memory is None:
+            return any(parameter.is_cuda for parameter in parameters)
+        if pin_memory and not torch.cuda.is_available():
+            warnings.warn(
+                "pin_memory=True is ignored: there is no CUDA to pin host memory for",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return False
+        return pin_memory
+
+    def _take_in(self, core: ShardedAdam, first_group: int) -> None:
+        """Build the state of the groups from this one on. Collective."""
+        selection = self._select(first_group)
+        new = selection.new
+        lines = [*self._description, *describe(new, self.param_groups[first_group:])]
+        require_same(self._membership, "optimizer", lines)
+        self._membership.open_data_groups(item.parameter.device.type for item in new)
+        num_buckets = len(core.states)
+        with torch.no_grad():
+            core.extend(new, selection.frozen)
+        for item in new:
+            self._indices[item.parameter] = item.index
+            self.state[item.parameter] = local_state(*core.place_of(item.index))
+        if self._hooks is not None:
+            for state in core.states[num_buckets:]:
+                self._hooks.attach(state.parameters)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take a further group in, at any time between steps; collective then.
+
+        Raises:
+            TypeError, ValueError: as the constructor; the optimizer is as before then.
+        """
+        if self._core is None:
+            self._admit_group(param_group)
+            return
+        core = self._alive()
+        num_groups = len(self.param_groups)
+        try:
+            together(self._membership, "add_param_group", lambda: self._admit_later(param_group))
+            self._take_in(core, num_groups)
+        except BaseException:
+            del self.param_groups[num_groups:]
+            raise
+
+    def _admit_later(self, param_group: dict[str, Any]) -> None:
+        num_groups = len(self.param_groups)
+        self._admit_group(param_group)
+        check_parameters(self._select(num_groups).new, self._alive().named_parameters())
+
+    def _admit_group(self, param_group: dict[str, Any]) -> None:
+        """Let torch complete and append one group, then check it."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        self._check_group(group)
+        if group["amsgrad"]:
+            self._refuse_distributed_amsgrad()
+
+    def _refuse_distributed_amsgrad(self) -> None:
+        if self._distributed:
+            raise ValueError(
+                "amsgrad=True is not supported in distributed training (world size > 1): "
+                "pass amsgrad=False, or train on one rank"
+            )
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Average what is still to be averaged, clip, update; or skip, on every rank. Collective.
+
+        `last_step` says what happened. A gradient that is not finite on any rank, or a `found_inf`
+        that is not 0, skips the step: no bit of state, parameters or step counters changes.
+
+        Args:
+            closure: evaluates the loss and calls backward; its result is returned.
+
+        Raises:
+            ValueError: a gradient that cannot be used, by the parameter's name.
+            ParameterReplacedError: a parameter's storage was replaced, by name.
+            RankDisagreementError, PeerError: ranks do not agree on this step.
+        """
+        core = self._alive()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            report = core.step(self._inputs())
+        self._max_norm_once = None
+        self.last_step = report
+        if report.skipped:
+            self.skipped_steps += 1
+            logger.warning("step skipped (%d so far): %s", self.skipped_steps, _reason(report))
+        elif report.num_updated == 0 and not self._warned_idle:
+            self._warned_idle = True
+            logger.warning(
+                "step() found no gradient on any parameter: was backward() called, on the module "
+                "whose parameters this optimizer has?"
+            )
+        return loss
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Clip the next step's gradients to this global 2-norm, and return the norm. Collective.
+
+        The norm is that of the mean gradient over all ranks, unscaled; gradients are clipped inside
+        the update, so `.grad` keeps its values.
+        """
+        core = self._alive()
+        limit = check_max_norm("max_norm", max_norm)
+        with torch.no_grad():
+            total_norm = core.total_norm(self._inputs())
+        self._max_norm_once = limit
+        return torch.tensor(total_norm, dtype=torch.float64)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, also those that have left `.grad` since the last step."""
+        if self._core is not None:
+            self._core.reduction.reset()
+        if self._hooks is not None:
+            self._hooks.forget()
+        self._max_norm_once = None
+        if not set_to_none:
+            super().zero_grad(set_to_none=False)
+            return
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Keep gradients in `.grad` during backwards inside, to be added to those of the next."""
+        return nullcontext() if self._hooks is None else self._hooks.paused()
+
+    def synchronize(self) -> None:
+        """Return when all parameters hold the result of the last step."""
+        # step() returns only then; the streaming executor that does not will wait here.
+        self._alive()
+
+    def refresh_master(self) -> None:
+        """Let master weights follow parameters written through `.data` or NumPy.
+
+        No version counter sees such writes. Call it on every rank, after the same write on every
+        rank.
+        """
+        with torch.no_grad():
+            self._alive().refresh_master()
+
+    def close(self) -> None:
+        """Take the hooks off and end the process groups. Idempotent; parameters stay usable."""
+        self._release()
+
+    @property
+    def host_nbytes(self) -> Mapping[str, int]:
+        """Host bytes that this rank's optimizer holds, by what they are for."""
+        return dict(self._alive().host_nbytes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's state: whole tensors with one rank, else this rank's ranges.
+
+        Tensors share memory with the optimizer, as torch's do. It loads into the same rank of the
+        same world; `full_state_dict` gives what loads anywhere.
+        """
+        saved = super().state_dict()
+        saved[STATE_KEY] = {
+            "world_size": self._membership.world_size,
+            "rank": self._membership.rank,
+        }
+        return saved
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """Return a plain `torch.optim.AdamW` state dict on rank 0, else {}. Collective.
+
+        Moments are fp32 copies in each parameter's shape. The master weights of 16-bit parameters
+        stand under the key "offload_adam", which torch ignores. It loads into an `OffloadAdam` of
+        any world size, when every rank is given it.
+        """
+        core = self._alive()
+        whole: dict[int, dict[str, torch.Tensor]] = {}
+        with torch.no_grad():
+            for state in core.states:
+                whole.update(gather_bucket(state, self._membership) or {})
+        if self._membership.rank != 0:
+            return {}
+        return pack_full(super().state_dict()["param_groups"], self._trainable_ids(), whole)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state in place: this rank's own, a full one, or one of torch's Adam and AdamW.
+
+        Everything is checked before anything is changed.
+
+        Raises:
+            ValueError: another world or rank, other groups, other shapes, by name.
+        """
+        core = self._alive()
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        saved = read_saved(state_dict, self._membership.world_size, self._membership.rank)
+        groups = merge_groups(self.param_groups, saved.groups)
+        entries = {
+            self._indices[parameter]: saved.state.get(saved_id, {})
+            for group, saved_group in zip(self.param_groups, saved.groups, strict=True)
+            for parameter, saved_id in zip(group["params"], saved_group["params"], strict=True)
+            if parameter in self._indices
+        }
+        with torch.no_grad():
+            loads = [plan_load(*core.place_of(index), entry) for index, entry in entries.items()]
+            for load in loads:
+                load.apply()
+        for group, merged in zip(self.param_groups, groups, strict=True):
+            group.update(merged)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _trainable_ids(self) -> dict[int, int]:
+        """Return torch's packed id (place over all groups) by each parameter's index."""
+        every = [parameter for group in self.param_groups for parameter in group["params"]]
+        return {
+            self._indices[parameter]: packed
+            for packed, parameter in enumerate(every)
+            if parameter in self._indices
+        }
+
+    def _inputs(self) -> StepInputs:
+        """Read what this step is told; what cannot be read is raised once all ranks know of it."""
+        try:
+            return self._read_inputs()
+        except Exception as error:
+            return StepInputs(hyperparameters=[], failure=error)
+
+    def _read_inputs(self) -> StepInputs:
+        """Read the groups as they are now, and the loss scaler's word."""
+        grad_scale = _scalar(getattr(self, "grad_scale", None), absent=1.0)
+        if not (math.isfinite(grad_scale) and grad_scale > 0.0):
+            raise ValueError(f"grad_scale must be finite and above 0, not {grad_scale}")
+        max_norm = self._max_norm if self._max_norm_once is None else self._max_norm_once
+        return StepInputs(
+            hyperparameters=self._hyperparameters(),
+            grad_scale=grad_scale,
+            found_inf=_scalar(getattr(self, "found_inf", None), absent=0.0),
+            max_norm=max_norm,
+        )
+
+    def _alive(self) -> ShardedAdam:
+        """Return the core of an optimizer that has not been closed."""
+        if self._core is None or not self._release.alive:
+            raise RuntimeError("this optimizer has been closed: make a new one to go on training")
+        return self._core
+
+
+def _scalar(value: torch.Tensor | float | None, *, absent: float) -> float:
+    return absent if value is None else float(value)
+
+
+def _reason(report: StepReport) -> str:
+    """Say why a step was skipped, with at most five names."""
+    if not report.non_finite:
+        return "found_inf was set"
+    more = len(report.non_finite) - 5
+    named = ", ".join(report.non_finite[:5]) + (f" and {more} more" if more > 0 else "")
+    return f"the gradient of {named} is not finite"
