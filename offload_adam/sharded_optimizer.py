@@ -1,4 +1,4 @@
-"""What every optimizer of this package is beneath its arguments: shards, hooks, collective steps."""
+"""What every optimizer of this package is beneath its arguments: shards, hooks, the step."""
 
 from __future__ import annotations
 
