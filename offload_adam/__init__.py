@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from offload_adam.contract.adam import Adam
     from offload_adam.errors import (
         HostMemoryError,
         ParameterReplacedError,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adam",
     "HostMemoryError",
     "OffloadAdam",
     "ParameterReplacedError",
@@ -28,6 +30,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Adam": "offload_adam.contract.adam",
     "HostMemoryError": "offload_adam.errors",
     "OffloadAdam": "offload_adam.optimizer",
     "ParameterReplacedError": "offload_adam.errors",

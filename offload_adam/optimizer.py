@@ -10,7 +10,6 @@ from torch.optim.optimizer import ParamsT
 
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.parameters.groups import check_group, hyperparameters_of
-from offload_adam.parameters.options import check_max_norm
 from offload_adam.sharded_optimizer import DEFAULT_BUCKET_NBYTES, Execution, ShardedOptimizer
 
 
@@ -95,6 +94,7 @@ class OffloadAdam(ShardedOptimizer):
             num_threads=num_threads,
             accumulate=accumulate,
             pin_memory=pin_memory,
+            max_grad_norm=max_grad_norm,
         )
         defaults = {
             "lr": lr,
@@ -107,18 +107,10 @@ class OffloadAdam(ShardedOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
         }
 
-        def admit() -> None:
-            self.max_grad_norm = check_max_norm("max_grad_norm", max_grad_norm)
-            self._admit(params, defaults)
-
-        self._construct(execution, admit, [f"max_grad_norm={max_grad_norm}"])
+        self._construct(execution, lambda: self._admit(params, defaults))
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_group(group)
 
     def _hyperparameters(self) -> list[Hyperparameters]:
         return [hyperparameters_of(group) for group in self.param_groups]
-
-    @property
-    def _max_norm(self) -> float | None:
-        return self.max_grad_norm

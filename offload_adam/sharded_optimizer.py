@@ -9,7 +9,7 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import torch
@@ -49,7 +49,10 @@ DEFAULT_BUCKET_NBYTES = 32 * 1024 * 1024
 class Execution:
     """How an optimizer holds its state and takes its steps, whatever its formula.
 
-    Each field is the argument of the same name of `OffloadAdam`.
+    Each field is the argument of the same name of `OffloadAdam`, but for two:
+
+    beside: state lies beside its parameter, whole on every rank; `module` then gives names only.
+    takes_rows: gradients may be sparse.
     """
 
     module: torch.nn.Module | None = None
@@ -61,6 +64,14 @@ class Execution:
     num_threads: int | None = None
     accumulate: str | None = None
     pin_memory: bool | None = None
+    max_grad_norm: float | None = None
+    beside: bool = False
+    takes_rows: bool = False
+
+    @property
+    def streamed_module(self) -> torch.nn.Module | None:
+        """The module whose gradients leave during backward, if any does."""
+        return None if self.beside else self.module
 
     def check(self) -> str:
         """Refuse what cannot be right, and return who averages gradients.
@@ -76,15 +87,17 @@ class Execution:
             self.num_threads,
             self.accumulate,
         )
+        check_max_norm("max_grad_norm", self.max_grad_norm)
         kind = resolve_reduction(self.gradient_reduction, self.module, self.process_group)
-        check_accumulate(self.accumulate, self.module, kind)
+        check_accumulate(self.accumulate, self.streamed_module, kind)
         return kind
 
     def describe(self, kind: str) -> str:
         """Return what must be the same on every rank."""
         return (
             f"gradient_reduction={kind} reduce_dtype={self.reduce_dtype} "
-            f"bucket_nbytes={self.bucket_nbytes} accumulate={self.accumulate}"
+            f"bucket_nbytes={self.bucket_nbytes} accumulate={self.accumulate} "
+            f"max_grad_norm={self.max_grad_norm} beside={self.beside}"
         )
 
 
@@ -109,14 +122,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
     # Tests set it, to run the path of parameters on a device with parameters in host memory.
     _offloads = False
 
-    def _construct(
-        self, execution: Execution, admit: Callable[[], None], description: Sequence[str] = ()
-    ) -> None:
+    def _construct(self, execution: Execution, admit: Callable[[], Sequence[str]]) -> None:
         """Check everything, then allocate and build, or leave nothing behind. Collective.
 
         Args:
-            admit: the face's own checks; it lets torch take the groups in.
-            description: what ranks must have in common, besides parameters, groups and execution.
+            admit: the face's own checks; it lets torch take the groups in, and returns what ranks
+                must have in common besides parameters, groups and execution.
         """
         module = execution.module
         self._distributed = is_distributed(execution.process_group)
@@ -136,32 +147,37 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._release = weakref.finalize(self, resources.close)
 
         def check() -> str:
-            admit()
+            self._description = list(admit())
             return execution.check()
 
         try:
             kind = together(self._membership, "construction", check)
-            self._description = [execution.describe(kind), *description]
-            streams = module is not None and kind == "optimizer"
+            self._description.append(execution.describe(kind))
+            self.max_grad_norm = execution.max_grad_norm
+            streams = execution.streamed_module is not None and kind == "optimizer"
             reduction = GradientReduction(
                 self._membership,
                 reduces=kind == "optimizer",
                 streams=streams,
                 accumulates=execution.accumulate is not None,
                 reduce_dtype=execution.reduce_dtype,
+                takes_rows=execution.takes_rows,
             )
             if streams:
                 self._hooks = BackwardHooks(reduction)
                 resources.callback(self._hooks.remove)
+            self._placing = Placing(
+                execution.bucket_nbytes,
+                not execution.beside and self._pins(execution.pin_memory),
+                reduction.landed_dtype,
+                beside=execution.beside,
+                takes_rows=execution.takes_rows,
+                force_offload=self._offloads,
+            )
             self._core = ShardedAdam(
                 self._membership,
                 reduction,
-                Placing(
-                    execution.bucket_nbytes,
-                    self._pins(execution.pin_memory),
-                    reduction.landed_dtype,
-                    self._offloads,
-                ),
+                self._placing,
                 num_threads=execution.num_threads,
                 module=module,
                 external=kind == "external",
@@ -177,19 +193,41 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @abstractmethod
     def _hyperparameters(self) -> list[Hyperparameters]:
-        """Return each group's hyperparameters as they are at this step."""
+        """Return the hyperparameters that the parameters' groups count over, as they are now."""
 
-    def _admit(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        """Let torch take the groups in, each checked, with nothing allocated yet."""
+    def _admit(self, params: ParamsT, defaults: dict[str, Any]) -> list[str]:
+        """Let torch take the groups in, each checked, with nothing allocated yet.
+
+        Returns:
+            Nothing that ranks must have in common besides: what an `admit` without more returns.
+        """
         if defaults["amsgrad"]:
             self._refuse_distributed_amsgrad()
         torch.optim.Optimizer.__init__(self, params, defaults)
         check_parameters(self._select(0).new, [])
+        return []
 
-    @property
-    def _max_norm(self) -> float | None:
-        """The norm that every step clips to."""
-        return None
+    def _step_inputs(self) -> StepInputs:
+        """Return what the face tells every step, to which a loss scaler and clipping are added."""
+        return StepInputs(hyperparameters=self._hyperparameters())
+
+    def _stepped(self, report: StepReport) -> None:
+        """Hear that a step is over, skipped or not."""
+
+    def _further_state(self) -> dict[str, Any]:
+        """Return what a saved state holds besides torch's entries."""
+        return {}
+
+    def _plan_further_state(
+        self, further: Mapping[str, Any], entries: Mapping[int, Mapping[str, Any]]
+    ) -> Callable[[], None]:
+        """Check what `_further_state` saved, and return what loads it and cannot fail.
+
+        Args:
+            further: empty where another optimizer saved the state.
+            entries: the saved state of each parameter, by index.
+        """
+        return lambda: None
 
     def _select(self, first_group: int) -> Selection:
         """Return the parameters of the groups from this one on."""
@@ -298,6 +336,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             report = core.step(self._inputs())
         self._max_norm_once = None
         self.last_step = report
+        self._stepped(report)
         if report.skipped:
             self.skipped_steps += 1
             logger.warning("step skipped (%d so far): %s", self.skipped_steps, _reason(report))
@@ -370,11 +409,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         same world; `full_state_dict` gives what loads anywhere.
         """
         saved = super().state_dict()
-        saved[STATE_KEY] = {
-            "world_size": self._membership.world_size,
-            "rank": self._membership.rank,
-        }
+        rank, world_size = self._share()
+        saved[STATE_KEY] = {"world_size": world_size, "rank": rank, **self._further_state()}
         return saved
+
+    def _share(self) -> tuple[int, int]:
+        """Return this rank's place among those that the state is divided over."""
+        return self._placing.share_of(self._membership)
 
     def full_state_dict(self) -> dict[str, Any]:
         """Return a plain `torch.optim.AdamW` state dict on rank 0, else {}. Collective.
@@ -390,7 +431,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 whole.update(gather_bucket(state, self._membership) or {})
         if self._membership.rank != 0:
             return {}
-        return pack_full(super().state_dict()["param_groups"], self._trainable_ids(), whole)
+        groups = super().state_dict()["param_groups"]
+        return pack_full(groups, self._trainable_ids(), whole, self._further_state())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state in place: this rank's own, a full one, or one of torch's Adam and AdamW.
@@ -405,8 +447,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        saved = read_saved(state_dict, self._membership.world_size, self._membership.rank)
-        groups = merge_groups(self.param_groups, saved.groups)
+        rank, world_size = self._share()
+        saved = read_saved(state_dict, world_size, rank)
+        groups = merge_groups(self.param_groups, saved.groups, self._check_group)
         entries = {
             self._indices[parameter]: saved.state.get(saved_id, {})
             for group, saved_group in zip(self.param_groups, saved.groups, strict=True)
@@ -415,8 +458,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         }
         with torch.no_grad():
             loads = [plan_load(*core.place_of(index), entry) for index, entry in entries.items()]
+            load_further = self._plan_further_state(saved.further, entries)
             for load in loads:
                 load.apply()
+        load_further()
         for group, merged in zip(self.param_groups, groups, strict=True):
             group.update(merged)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -443,12 +488,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         grad_scale = _scalar(getattr(self, "grad_scale", None), absent=1.0)
         if not (math.isfinite(grad_scale) and grad_scale > 0.0):
             raise ValueError(f"grad_scale must be finite and above 0, not {grad_scale}")
-        max_norm = self._max_norm if self._max_norm_once is None else self._max_norm_once
-        return StepInputs(
-            hyperparameters=self._hyperparameters(),
-            grad_scale=grad_scale,
+        inputs = self._step_inputs()
+        return replace(
+            inputs,
+            grad_scale=inputs.grad_scale * grad_scale,
             found_inf=_scalar(getattr(self, "found_inf", None), absent=0.0),
-            max_norm=max_norm,
+            max_norm=self.max_grad_norm if self._max_norm_once is None else self._max_norm_once,
         )
 
     def _alive(self) -> ShardedAdam:

@@ -7,11 +7,15 @@ from typing import NamedTuple
 
 from pydantic import model_validator
 
+from offload_adam.config.optimizer_sections import (
+    AdamSection,
+    OffloadAdamSection,
+    OptimizerSection,
+)
 from offload_adam.config.sections import (
     DataSection,
     MemorySection,
     ModelSection,
-    OptimizerSection,
     RunSection,
     ScheduleSection,
     Section,
@@ -41,7 +45,7 @@ class RunConfig(Section):
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
-    optimizer: OptimizerSection = OptimizerSection()
+    optimizer: OptimizerSection = OffloadAdamSection()
     schedule: ScheduleSection = ScheduleSection()
     memory: MemorySection = MemorySection()
 
@@ -57,7 +61,9 @@ def find_conflicts(config: RunConfig) -> Iterator[Conflict]:
     """Yield every pair of keys that contradict each other."""
     yield from _model_conflicts(config.model)
     yield from _data_conflicts(config.data)
-    yield from _optimizer_conflicts(config.optimizer)
+    yield from _accumulation_conflicts(config.optimizer)
+    if isinstance(config.optimizer, AdamSection):
+        yield from _adam_conflicts(config.optimizer, config.schedule)
 
 
 def _model_conflicts(model: ModelSection) -> Iterator[Conflict]:
@@ -87,13 +93,35 @@ def _data_conflicts(data: DataSection) -> Iterator[Conflict]:
         )
 
 
-def _optimizer_conflicts(optimizer: OptimizerSection) -> Iterator[Conflict]:
+def _adam_conflicts(adam: AdamSection, schedule: ScheduleSection) -> Iterator[Conflict]:
+    exclusive = (("use_lazy", "use_offload"), ("use_amsgrad", "use_lazy"))
+    for one, other in (*exclusive, ("use_amsgrad", "use_offload")):
+        if getattr(adam, one) and getattr(adam, other):
+            yield Conflict(
+                (f"optimizer.{one}", f"optimizer.{other}"),
+                f"excludes optimizer.{other}: set one of them to false",
+            )
+    if adam.use_nesterov and adam.use_amsgrad and not adam.epsilon_hat:
+        yield Conflict(
+            ("optimizer.use_nesterov", "optimizer.use_amsgrad"),
+            "excludes optimizer.use_amsgrad: set one of them to false",
+        )
+    if adam.schedules_itself and schedule != ScheduleSection():
+        yield Conflict(
+            ("schedule", "optimizer.learning_rate"),
+            "optimizer.learning_rate changes with the step by itself: leave out this section, or "
+            "give a single number there",
+        )
+
+
+def _accumulation_conflicts(optimizer: OffloadAdamSection | AdamSection) -> Iterator[Conflict]:
     if optimizer.accumulate is None:
         return
-    if not optimizer.streaming:
+    if not optimizer.streams:
+        key = "use_offload" if isinstance(optimizer, AdamSection) else "streaming"
         yield Conflict(
-            ("optimizer.accumulate", "optimizer.streaming"),
-            "host accumulation needs optimizer.streaming: true, "
+            ("optimizer.accumulate", f"optimizer.{key}"),
+            f"host accumulation needs optimizer.{key}: true, "
             "for without it gradients stay in .grad until step()",
         )
     if optimizer.gradient_reduction == "external":

@@ -18,7 +18,6 @@ from pydantic import (
     model_validator,
 )
 
-Beta = Annotated[FiniteFloat, Field(ge=0, lt=1)]
 # A name that YAML reads as a number (`--run.name=7`) is still a name.
 Name = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]
 FACTORY_PATTERN = r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*$"
@@ -29,6 +28,9 @@ _TORCH_DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16"}
 def _short_dtype(name: object) -> object:
     """Return the short form of torch's own dtype names, and everything else unchanged."""
     return _TORCH_DTYPE_NAMES.get(name, name) if isinstance(name, str) else name
+
+
+ShortDtype = Annotated[Literal["fp32"], BeforeValidator(_short_dtype)]
 
 
 class Section(BaseModel):
@@ -101,33 +103,6 @@ class TrainSection(Section):
     dtype: Annotated[Literal["fp32", "bf16"], BeforeValidator(_short_dtype)] = "fp32"
     eval_every: Annotated[int, Field(ge=0)] = 0
     eval_sequences: PositiveInt = 256
-
-
-class OptimizerSection(Section):
-    """The hyperparameters of the optimizer and how it is run.
-
-    `streaming` lets gradients leave during backward; without it they stay in `.grad` until
-    `step()`. `accumulate: host` sends every microbatch's gradient at once and adds them up in
-    fp32 on the host; without it they add up in `.grad` and only the sum is sent.
-    `gradient_reduction: external` wraps the model in DistributedDataParallel.
-    """
-
-    name: Literal["offload_adam"] = "offload_adam"
-    lr: Annotated[FiniteFloat, Field(gt=0)] = 1e-3
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
-    eps: Annotated[FiniteFloat, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[FiniteFloat, Field(ge=0)] = 0.0
-    decoupled_weight_decay: bool = False
-    max_grad_norm: Annotated[FiniteFloat, Field(gt=0)] | None = None
-    amsgrad: bool = False
-    nesterov: bool = False
-    maximize: bool = False
-    streaming: bool = True
-    gradient_reduction: Literal["optimizer", "external"] = "optimizer"
-    reduce_dtype: Annotated[Literal["fp32"], BeforeValidator(_short_dtype)] | None = None
-    accumulate: Literal["host"] | None = None
-    bucket_nbytes: PositiveInt | None = None
-    num_threads: PositiveInt | None = None
 
 
 class ScheduleSection(Section):

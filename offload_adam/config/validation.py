@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from offload_adam.config.key_names import keys_beside, nearest_key
 from offload_adam.config.mistakes import Mistake
+from offload_adam.config.optimizer_sections import TAGS
 from offload_adam.config.run_config import ConflictError, RunConfig
 from offload_adam.config.sections import FACTORY_PATTERN
 
@@ -37,7 +38,7 @@ def validate(values: dict[str, Any]) -> tuple[RunConfig | None, list[Mistake]]:
     wrong = {mistake.path for mistake in mistakes}
     mended = copy.deepcopy(values)
     for detail in details:
-        _remove(mended, detail["loc"])
+        _remove(mended, _place(detail))
     try:
         RunConfig.model_validate(mended)
     except ValidationError as error:
@@ -59,10 +60,16 @@ def _mistakes_of(detail: ErrorDetails) -> list[Mistake]:
     conflicts = _conflicts_of(detail)
     if conflicts:
         return [Mistake(conflict.paths[0], conflict.problem) for conflict in conflicts]
-    path = ".".join(str(part) for part in detail["loc"])
+    path = ".".join(map(str, _place(detail)))
     if detail["type"] == "extra_forbidden":
-        return [Mistake(path, _unknown_key(path))]
+        tag = next((part for part in detail["loc"] if part in TAGS), TAGS[0])
+        return [Mistake(path, _unknown_key(path, str(tag)))]
     return [Mistake(path, f"{_problem(detail)}, got {_shown(detail['input'])}")]
+
+
+def _place(detail: ErrorDetails) -> tuple[int | str, ...]:
+    """Return where a mistake stands, without what pydantic adds to tell sections apart."""
+    return tuple(part for part in detail["loc"] if part not in TAGS)
 
 
 def _conflicts_of(detail: ErrorDetails) -> tuple[Any, ...]:
@@ -70,11 +77,11 @@ def _conflicts_of(detail: ErrorDetails) -> tuple[Any, ...]:
     return raised.conflicts if isinstance(raised, ConflictError) else ()
 
 
-def _unknown_key(path: str) -> str:
-    nearest = nearest_key(RunConfig, path)
+def _unknown_key(path: str, tag: str) -> str:
+    nearest = nearest_key(RunConfig, path, tag)
     if nearest is not None:
         return f"no such key; did you mean {nearest}?"
-    return f"no such key; here you can set {', '.join(keys_beside(RunConfig, path))}"
+    return f"no such key; here you can set {', '.join(keys_beside(RunConfig, path, tag))}"
 
 
 def _problem(detail: ErrorDetails) -> str:
@@ -86,7 +93,7 @@ def _problem(detail: ErrorDetails) -> str:
         return _PATTERN_ADVICE[context["pattern"]]
     if detail["type"] in ("missing", "too_long"):
         return "has the wrong number of values"
-    return detail["msg"].replace("Input should be", "must be")
+    return detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
 
 
 def _shown(value: object) -> str:

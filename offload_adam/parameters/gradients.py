@@ -7,6 +7,8 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
+from offload_adam.parameters.rows import GradientRows, read_rows
+
 _FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -17,11 +19,13 @@ class GradientsInPlace(NamedTuple):
         the memory alive that `addresses` point to.
     addresses: of the first element, 0 where there is none.
     dtypes: all that occur, in a fixed order.
+    rows: sparse gradients, by position; they have no entry in `tensors`.
     """
 
     tensors: list[torch.Tensor | None]
     addresses: list[int]
     dtypes: list[torch.dtype]
+    rows: dict[int, GradientRows]
 
 
 class GradientReader:
@@ -29,9 +33,19 @@ class GradientReader:
 
     Each gradient is looked at once, all of it together: among ten thousand small ones every object
     is a cache miss, and those cost more than the interpreter.
+
+    Args:
+        takes_rows: sparse gradients are read as rows instead of refused.
     """
 
-    def __init__(self, names: Sequence[str], parameters: Sequence[torch.nn.Parameter]) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        parameters: Sequence[torch.nn.Parameter],
+        *,
+        takes_rows: bool = False,
+    ) -> None:
+        self._takes_rows = takes_rows
         self._names = list(names)
         self._parameters = list(parameters)
         self._numels = [parameter.numel() for parameter in parameters]
@@ -74,11 +88,15 @@ class GradientReader:
         """
         tensors, addresses = list(self._taken), list(self._addresses)
         rest = [position for position, tensor in enumerate(tensors) if tensor is None]
+        rows: dict[int, GradientRows] = {}
         for position in rest:
             gradient = self._parameters[position].grad
             if gradient is None:
                 continue
             if not self._is_plain(gradient, self._numels[position]):
+                if gradient.is_sparse and self._takes_rows:
+                    rows[position] = self._rows_of(position, gradient)
+                    continue
                 gradient = self._conform(position, gradient)
             tensors[position] = gradient
             addresses[position] = gradient.data_ptr()
@@ -88,7 +106,7 @@ class GradientReader:
             for position in rest:
                 self._parameters[position].grad = None
         dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
-        return GradientsInPlace(tensors, addresses, sorted(dtypes, key=str))
+        return GradientsInPlace(tensors, addresses, sorted(dtypes, key=str), rows)
 
     def _is_plain(self, gradient: torch.Tensor, numel: int) -> bool:
         """Tell whether a gradient can be read as it lies in memory."""
@@ -123,13 +141,24 @@ class GradientReader:
         )
         return ordered.copy_(gradient)
 
+    def _rows_of(self, position: int, gradient: torch.Tensor) -> GradientRows:
+        parameter = self._parameters[position]
+        if (
+            gradient.dtype not in _FORMATS
+            or gradient.shape != parameter.shape
+            or gradient.is_cuda != self._on_cuda
+        ):
+            self._refuse(position, gradient)
+        return read_rows(self._names[position], parameter, gradient)
+
     def _refuse(self, position: int, gradient: torch.Tensor | None) -> NoReturn:
         assert gradient is not None
         name = self._names[position]
-        if gradient.layout is not torch.strided:
+        known = (torch.strided, torch.sparse_coo) if self._takes_rows else (torch.strided,)
+        if gradient.layout not in known:
             raise ValueError(
-                f"the gradient of parameter {name!r} is {gradient.layout}: only dense gradients "
-                "are supported (for nn.Embedding pass sparse=False)"
+                f"the gradient of parameter {name!r} is {gradient.layout}: OffloadAdam "
+                "takes dense ones only, and so does amsgrad (for nn.Embedding pass sparse=False)"
             )
         if gradient.dtype not in _FORMATS:
             raise ValueError(

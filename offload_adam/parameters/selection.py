@@ -23,7 +23,11 @@ Named = tuple[str, torch.nn.Parameter]
 class NewParameter:
     """A trainable parameter that the optimizer is about to take in.
 
-    index counts over all trainable parameters, group into param_groups.
+    index counts over all trainable parameters.
+
+    group: place of its hyperparameters among those that a step is given; its parameter group,
+        unless the optimizer keeps several for one group.
+    centralized: the mean over all dimensions but the first is taken from its gradients.
     """
 
     index: int
@@ -31,6 +35,7 @@ class NewParameter:
     parameter: torch.nn.Parameter
     group: int
     amsgrad: bool
+    centralized: bool = False
 
     @property
     def family(self) -> str:
@@ -60,7 +65,10 @@ def select_parameters(
         for name, parameter in zip(group_names, group["params"], strict=True):
             if parameter.requires_grad:
                 index = first_index + len(selection.new)
-                selection.new.append(NewParameter(index, name, parameter, number, group["amsgrad"]))
+                centralized = group.get("grad_centralization", False) and parameter.dim() > 1
+                selection.new.append(
+                    NewParameter(index, name, parameter, number, group["amsgrad"], centralized)
+                )
             else:
                 selection.frozen.append((name, parameter))
     return selection
@@ -86,6 +94,6 @@ def describe(new: Sequence[NewParameter], groups: Sequence[Mapping[str, Any]]) -
         parameter = item.parameter
         lines.append(
             f"{item.name} {tuple(parameter.shape)} {parameter.dtype} {parameter.device.type} "
-            f"strides {memory_strides(parameter)} group {item.group}"
+            f"strides {memory_strides(parameter)} group {item.group} centralized {item.centralized}"
         )
     return lines

@@ -28,12 +28,15 @@ class SegmentArrays:
 class BucketState:
     """One rank's part of one bucket.
 
+    rank: this rank's place among those that the bucket is divided over.
     parameters, names, indices, groups: in the order of the layout's placements; `indices` count
-        over all parameters of the optimizer and `groups` into its param_groups.
+        over all parameters of the optimizer, `groups` over what a step is given hyperparameters of.
     flat: (numel,) all parameters of the bucket, on their device, in their dtype.
     shard: (shard_numel,) this rank's part of `flat`.
     step_counts: (num parameters,) float32 on the host, completed updates, as torch counts them.
-    offloaded: parameters live on a device, so gradients come down and results go up in copies.
+    offloaded: parameters live on a device and their state does not, so gradients come down and
+        results go up in copies.
+    centralized: (num parameters,) whose gradients are centralized.
 
     Lifecycle: made once; tensors are written in place and never replaced.
     """
@@ -50,6 +53,7 @@ class BucketState:
     step_counts: torch.Tensor
     own_master: bool
     offloaded: bool
+    centralized: npt.NDArray[np.bool_]
     segments: SegmentArrays
     reader: GradientReader
 

@@ -29,6 +29,8 @@ class Placing:
 
     landed_dtype: the dtype in which a bucket's gradients land, from its dtype and whether it is
         offloaded; None where they are read in place.
+    beside: state lies beside its parameter, whole on every rank, instead of sharded on the host.
+    takes_rows: gradients may be sparse.
     force_offload: treat parameters in host memory as if they were on a device, for tests of that
         path.
     """
@@ -36,7 +38,13 @@ class Placing:
     bucket_nbytes: int
     pin: bool
     landed_dtype: LandedDtype
+    beside: bool = False
+    takes_rows: bool = False
     force_offload: bool = False
+
+    def share_of(self, membership: Membership) -> tuple[int, int]:
+        """Return this rank's place among those that a bucket's state is divided over."""
+        return (0, 1) if self.beside else (membership.rank, membership.world_size)
 
 
 def build_states(
@@ -53,7 +61,7 @@ def build_states(
             ParameterSpec(n.index, n.parameter.numel(), n.parameter.element_size(), n.family)
             for n in new
         ],
-        world_size=membership.world_size,
+        world_size=placing.share_of(membership)[1],
         bucket_nbytes=placing.bucket_nbytes,
         first_index=first_bucket,
     )
@@ -70,7 +78,8 @@ def build_states(
 
 
 def _offloaded(item: NewParameter, placing: Placing) -> bool:
-    return item.parameter.device.type != "cpu" or placing.force_offload
+    on_device = item.parameter.device.type != "cpu" or placing.force_offload
+    return on_device and not placing.beside
 
 
 def _planes_of(item: NewParameter, placing: Placing) -> BucketPlanes:
@@ -99,7 +108,8 @@ def _build(
     if membership.world_size > 1 and bucket.numel > 0:
         group = membership.data_group(flat.device)
         dist.broadcast(flat, membership.global_ranks[0], group=group)
-    low, high = bucket.shard_bounds(membership.rank)
+    rank, _ = placing.share_of(membership)
+    low, high = bucket.shard_bounds(rank)
     shard = flat[low:high]
     offloaded = _offloaded(items[0], placing)
     state_planes = allocate_planes(
@@ -113,7 +123,7 @@ def _build(
         state_planes.master_weight.copy_(shard)
     return BucketState(
         layout=bucket,
-        rank=membership.rank,
+        rank=rank,
         parameters=parameters,
         names=names,
         indices=np.array([item.index for item in items], dtype=np.int64),
@@ -124,6 +134,9 @@ def _build(
         step_counts=torch.zeros(len(items), dtype=torch.float32),
         own_master=planes.own_master,
         offloaded=offloaded,
-        segments=segment_arrays(bucket, membership.rank),
-        reader=GradientReader(names, parameters),
+        centralized=np.array([item.centralized for item in items], dtype=np.bool_),
+        segments=segment_arrays(bucket, rank),
+        reader=GradientReader(
+            names, parameters, takes_rows=placing.takes_rows and not planes.amsgrad
+        ),
     )

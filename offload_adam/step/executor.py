@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from offload_adam.coordinator.membership import Membership
-from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.layout.schedule import Operation, Schedule, Task
 from offload_adam.observe.spans import Spans
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.gradients import BucketGradients
+from offload_adam.step.masks import UpdateMasks
 from offload_adam.step.update import HostUpdate
 from offload_adam.transfer.collectives import PendingCollective, gather_shards
 from offload_adam.transfer.staging import StagingRing, record_event, wait_for_device
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateMasks:
-    """What one step adds to the fixed schedule.
-
-    active: (num parameters,) bool, those with a gradient on any rank.
-    """
-
-    active: npt.NDArray[np.bool_]
-    hyperparameters: Sequence[Hyperparameters]
-    gradient_scale: float
 
 
 class SequentialExecutor:
@@ -72,6 +59,7 @@ class SequentialExecutor:
             if not math.isfinite(self._update.sum_of_squares(state, bucket_gradients)):
                 positions = self._update.non_finite_positions(state, bucket_gradients)
                 found.append(state.indices[positions])
+            found.append(state.indices[bucket_gradients.non_finite_rows()])
         return np.concatenate(found)
 
     def apply(self, gradients: Sequence[BucketGradients], masks: UpdateMasks, spans: Spans) -> None:
@@ -81,7 +69,7 @@ class SequentialExecutor:
             active = masks.active[state.indices]
             if not active.any() or state.layout.numel == 0:
                 if task.operation is Operation.UPDATE:
-                    state.step_counts.numpy()[active] += 1.0
+                    masks.count(state, active)
                 continue
             self._run(task, state, gradients[task.bucket], active, masks, spans)
         with spans.span("gather"):
@@ -102,14 +90,7 @@ class SequentialExecutor:
         if task.operation is Operation.UPDATE:
             with spans.span("update"):
                 rounded = self._target(state)
-                self._update.update(
-                    state,
-                    gradients,
-                    active,
-                    masks.hyperparameters,
-                    masks.gradient_scale,
-                    rounded,
-                )
+                self._update.update(state, gradients, active, masks, rounded)
         elif task.operation is Operation.COPY_BACK:
             with spans.span("update"):
                 self._copy_back(state, active)

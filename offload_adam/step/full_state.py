@@ -23,7 +23,7 @@ def gather_bucket(
     }
     planes = state.planes.named(own_master=state.own_master)
     for key, plane in planes.items():
-        flat = _gather_plane(plane, membership)
+        flat = _gather_plane(plane, membership, state.layout.world_size)
         if flat is None:
             continue
         for position, index in enumerate(state.indices.tolist()):
@@ -35,9 +35,11 @@ def gather_bucket(
     return whole if membership.rank == 0 else None
 
 
-def _gather_plane(plane: torch.Tensor, membership: Membership) -> torch.Tensor | None:
+def _gather_plane(
+    plane: torch.Tensor, membership: Membership, num_shards: int
+) -> torch.Tensor | None:
     """Return all ranks' shards of one plane end to end, on rank 0 only."""
-    if membership.world_size == 1:
+    if num_shards == 1:
         return plane
     if plane.numel() == 0:
         return plane if membership.rank == 0 else None

@@ -11,7 +11,8 @@ import torch
 
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.parameters.families import float_format
-from offload_adam.parameters.gradients import GradientsInPlace
+from offload_adam.parameters.gradients import GradientsInPlace, in_memory_order
+from offload_adam.parameters.rows import GradientRows, sum_duplicates
 from offload_adam.step.bucket_state import BucketState, SegmentArrays
 
 
@@ -40,20 +41,35 @@ class BucketGradients:
     """One step's gradients of one bucket on this rank.
 
     Either held where autograd left them, whole and one tensor a parameter, or landed: this rank's
-    shard in one flat host tensor. `present` says which parameters had one on this rank.
+    shard in one flat host tensor. Sparse ones stand apart, as rows of the whole parameter.
+    Attributes:
+        dense: which parameters had a dense gradient on this rank.
+        local_rows: sparse gradients of this rank, by position, still to be averaged.
+        rows: those that are final.
     """
 
     def __init__(self, state: BucketState) -> None:
-        self.present = np.zeros(len(state.parameters), dtype=np.bool_)
+        self.dense = np.zeros(len(state.parameters), dtype=np.bool_)
         self._held: list[GradientsInPlace] = []
         self._addresses = np.zeros(len(state.parameters), dtype=np.int64)
         self._landed: torch.Tensor | None = None
         self._complete = False
+        self.local_rows: dict[int, GradientRows] = {}
+        self.rows: dict[int, GradientRows] = {}
+
+    @property
+    def present(self) -> npt.NDArray[np.bool_]:
+        """Which parameters have a gradient here."""
+        if not self.rows and not self.local_rows:
+            return self.dense
+        present = self.dense.copy()
+        present[[*self.rows, *self.local_rows]] = True
+        return present
 
     @property
     def readable(self) -> npt.NDArray[np.bool_]:
         """Which parameters can be read here: a reduced shard has zeros for absent ones."""
-        return np.ones_like(self.present) if self._complete else self.present
+        return np.ones_like(self.dense) if self._complete else self.dense
 
     def hold(self, found: GradientsInPlace) -> None:
         """Keep these gradients until the step is over, beside any that are held."""
@@ -61,7 +77,42 @@ class BucketGradients:
         arrived = np.array([tensor is not None for tensor in found.tensors], dtype=np.bool_)
         self._held.append(found)
         self._addresses[arrived] = addresses[arrived]
-        self.present |= arrived
+        self.dense |= arrived
+
+    def add_rows(self, found: GradientsInPlace) -> None:
+        """Take sparse gradients in, beside those of an earlier backward."""
+        for position, rows in found.rows.items():
+            before = self.local_rows.get(position)
+            self.local_rows[position] = rows if before is None else before.joined(rows)
+
+    def settle_rows(self) -> None:
+        """Take this rank's sparse gradients for final, where nobody averages them."""
+        self.rows, self.local_rows = self.local_rows, {}
+
+    def refuse_both(self, state: BucketState) -> None:
+        """Refuse a parameter that one backward gave a sparse, another a dense gradient.
+
+        Raises:
+            ValueError: naming the parameter.
+        """
+        for position in (*self.rows, *self.local_rows):
+            if self.dense[position]:
+                raise ValueError(
+                    f"parameter {state.names[position]!r} has a sparse gradient from one backward "
+                    "of this step and a dense one from another"
+                )
+
+    def rows_sum_of_squares(self) -> float:
+        """Return the float64 sum of squares of the sparse gradients, duplicates summed before."""
+        total = 0.0
+        for rows, values in self.rows.values():
+            summed = sum_duplicates(GradientRows(rows, values.double()))
+            total += float(summed.values.square().sum())
+        return total
+
+    def non_finite_rows(self) -> list[int]:
+        """Return the positions of sparse gradients with a value that is not finite."""
+        return [p for p, rows in self.rows.items() if not torch.isfinite(rows.values).all()]
 
     def land(self, shard: torch.Tensor, present: npt.NDArray[np.bool_], *, complete: bool) -> None:
         """Take this rank's shard of the bucket, on the host, with the parameters `present` here.
@@ -70,13 +121,19 @@ class BucketGradients:
         """
         self._landed = shard
         self._complete = complete
-        self.present |= present
+        self.dense |= present
 
     def tables(self, state: BucketState, active: npt.NDArray[np.bool_]) -> Iterator[SegmentTable]:
-        """Yield the segments of `active` parameters, one table for each gradient format."""
+        """Yield the segments of `active` parameters, one table for each gradient format.
+
+        Parameters with a sparse gradient are left out.
+        """
         segments = state.segments
         if segments.numels.size == 0:
             return
+        if self.rows:
+            active = active.copy()
+            active[list(self.rows)] = False
         chosen = active[segments.positions]
         if self._landed is not None:
             itemsize = self._landed.element_size()
@@ -90,6 +147,20 @@ class BucketGradients:
                 alone = len(self._held) == 1 and len(found.dtypes) == 1
                 mask = chosen if alone else chosen & _has_dtype(found, dtype, segments)
                 yield from _table(state, dtype, addresses, mask)
+
+    def segment_of(self, state: BucketState, segment: int) -> torch.Tensor:
+        """Return one segment's dense gradient, 1-d, where it lies."""
+        segments = state.segments
+        numel = int(segments.numels[segment])
+        if self._landed is not None:
+            start = int(segments.shard_starts[segment])
+            return self._landed[start : start + numel]
+        position, start = int(segments.positions[segment]), int(segments.parameter_starts[segment])
+        for found in reversed(self._held):
+            gradient = found.tensors[position]
+            if gradient is not None:
+                return in_memory_order(gradient)[start : start + numel]
+        raise LookupError(f"no gradient is held for {state.names[position]!r}")
 
 
 def _has_dtype(

@@ -14,9 +14,10 @@ import torch
 
 from offload_adam.coordinator.agreement import largest_on_any_rank
 from offload_adam.coordinator.membership import Membership
-from offload_adam.parameters.gradients import in_memory_order
+from offload_adam.parameters.gradients import GradientsInPlace, in_memory_order
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.gradients import BucketGradients
+from offload_adam.step.row_exchange import RowExchange
 from offload_adam.transfer.collectives import PendingCollective, mean_over_ranks
 from offload_adam.transfer.slots import SlotPool
 from offload_adam.transfer.staging import wait_for_device
@@ -72,6 +73,7 @@ class GradientReduction:
         streams: gradients leave `.grad`, which is None afterwards.
         accumulates: landed gradients are fp32 and later backwards add to them.
         reduce_dtype: dtype of the reduction, None for each bucket's own.
+        takes_rows: gradients may be sparse.
     """
 
     def __init__(
@@ -82,12 +84,14 @@ class GradientReduction:
         streams: bool,
         accumulates: bool,
         reduce_dtype: torch.dtype | None,
+        takes_rows: bool = False,
     ) -> None:
         self._membership = membership
         self._reduces = reduces and membership.world_size > 1
         self.streams = streams
         self._accumulates = accumulates
         self._reduce_dtype = reduce_dtype
+        self._rows = RowExchange(membership) if takes_rows and self._reduces else None
         self._slots = SlotPool()
         self._states: list[BucketState] = []
         self._place_of: dict[int, tuple[int, int]] = {}
@@ -150,7 +154,10 @@ class GradientReduction:
         Collective. The order of collectives is kept even after an error, which the caller must
         carry to the other ranks: a rank that left the sequence would leave them waiting.
         """
-        failure = self._send_rest()
+        failure: Exception | None = None
+        if self._rows is not None and not self.streams:
+            failure = self._rows.read_ahead(self._states)
+        failure = self._send_rest() or failure
         if self._accumulates and self._reduces:
             # Ranks may have run different numbers of backwards; the others wait for every bucket.
             most = largest_on_any_rank(self._membership, self._num_rounds)
@@ -158,6 +165,21 @@ class GradientReduction:
                 self._open_round()
                 failure = self._send_rest() or failure
         self._land_all()
+        rows_failure = self._finish_rows()
+        return failure or rows_failure
+
+    def _finish_rows(self) -> Exception | None:
+        """Make sparse gradients final, and return this rank's error."""
+        failure: Exception | None = None
+        for state, gradients in zip(self._states, self.gradients, strict=True):
+            try:
+                gradients.refuse_both(state)
+            except ValueError as error:
+                failure = failure or error
+            if self._rows is None:
+                gradients.settle_rows()
+        if self._rows is not None:
+            failure = self._rows.finish(self._states, self.gradients) or failure
         return failure
 
     def has_late_gradients(self) -> bool:
@@ -207,6 +229,8 @@ class GradientReduction:
         self._next = 0
         self._num_rounds = 0
         self.gradients = [BucketGradients(state) for state in self._states]
+        if self._rows is not None:
+            self._rows.forget()
         self._start_counting()
 
     def _start_counting(self) -> None:
@@ -257,11 +281,12 @@ class GradientReduction:
         self._next = number + 1
         state = self._states[number]
         try:
-            found = state.reader.read(keep=not self.streams)
+            found = self._read(state)
         except (TypeError, ValueError):
             if self._reduces:
                 self._start_reduction(state, [None] * len(state.parameters))
             raise
+        self.gradients[number].add_rows(found)
         if self._reduces:
             self._start_reduction(state, found.tensors)
             self._retire(wait=False)
@@ -270,11 +295,16 @@ class GradientReduction:
         else:
             self._land_directly(number, found.tensors)
 
+    def _read(self, state: BucketState) -> GradientsInPlace:
+        found = None if self._rows is None else self._rows.take(state.layout.index)
+        return found or state.reader.read(keep=not self.streams)
+
     def _start_reduction(self, state: BucketState, gradients: list[torch.Tensor | None]) -> None:
         """Pack a bucket, zeros for what is missing, and start its mean over the ranks."""
         present = np.array([gradient is not None for gradient in gradients], dtype=np.bool_)
-        if state.layout.numel == 0:
-            self.gradients[state.layout.index].present |= present
+        idle = self._rows is not None and self._rows.is_without_dense(state)
+        if state.layout.numel == 0 or idle:
+            self.gradients[state.layout.index].dense |= present
             return
         dtype = self._reduce_dtype or state.dtype
         slot = self._slots.acquire(state.layout.numel, dtype, state.device)
@@ -291,8 +321,7 @@ class GradientReduction:
         pending = mean_over_ranks(
             slot,
             self._membership.data_group(state.device),
-            self._membership.rank,
-            self._membership.world_size,
+            state.layout.shard_bounds(state.rank),
         )
         self._in_flight.append(_InFlight(state, pending, present, self._num_rounds > 0))
 
@@ -315,7 +344,7 @@ class GradientReduction:
         state = self._states[number]
         landed = state.planes.landed_gradient
         assert landed is not None
-        arrived = self.gradients[number].present
+        arrived = self.gradients[number].dense
         segments = state.segments
         rows = zip(
             segments.positions.tolist(),

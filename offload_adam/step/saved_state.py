@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from offload_adam.parameters.groups import check_group
 
 STATE_KEY = "offload_adam"
 """The entry of a state dict that torch ignores, and that says where a state belongs."""
@@ -22,10 +20,12 @@ class SavedState:
     """A state dict, read and found to belong here.
 
     state: torch's keys by packed id, with `master_weight` where one was saved.
+    further: what stands under `STATE_KEY`, empty where another optimizer saved it.
     """
 
     state: Mapping[int, Mapping[str, Any]]
     groups: Sequence[Mapping[str, Any]]
+    further: Mapping[str, Any]
 
 
 def read_saved(state_dict: Mapping[str, Any], world_size: int, rank: int) -> SavedState:
@@ -48,13 +48,18 @@ def read_saved(state_dict: Mapping[str, Any], world_size: int, rank: int) -> Sav
         packed: {**entry, **({"master_weight": masters[packed]} if packed in masters else {})}
         for packed, entry in state_dict["state"].items()
     }
-    return SavedState(state, state_dict["param_groups"])
+    return SavedState(state, state_dict["param_groups"], marker)
 
 
 def merge_groups(
-    groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]
+    groups: Sequence[Mapping[str, Any]],
+    saved: Sequence[Mapping[str, Any]],
+    check: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
     """Return each group's options as saved; options that the saved ones lack keep their values.
+
+    Args:
+        check: refuses a completed group.
 
     Raises:
         ValueError: another number of groups or parameters, or another `amsgrad`.
@@ -77,7 +82,7 @@ def merge_groups(
             for key, value in saved_group.items()
             if key not in ("params", "param_names", *_TORCH_DEFAULTS)
         }
-        check_group({**group, **kept})
+        check({**group, **kept})
         merged.append(kept)
     return merged
 
@@ -86,6 +91,7 @@ def pack_full(
     groups: Sequence[dict[str, Any]],
     packed_ids: Mapping[int, int],
     whole: Mapping[int, dict[str, torch.Tensor]],
+    further: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return a plain `torch.optim.AdamW` state dict, master weights under a key of their own.
 
@@ -93,6 +99,7 @@ def pack_full(
         groups: packed groups, as `Optimizer.state_dict` gives them.
         packed_ids: torch's packed id by the parameter's index.
         whole: torch's keys by the parameter's index.
+        further: what torch ignores.
     """
     masters = {}
     state = {}
@@ -104,5 +111,5 @@ def pack_full(
     return {
         "state": state,
         "param_groups": [{**_TORCH_DEFAULTS, **group} for group in groups],
-        STATE_KEY: {"master_weight": masters},
+        STATE_KEY: {"master_weight": masters, **further},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from offload_adam.parameters.watch import VersionWatch
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.clipping import Decision, decide
 from offload_adam.step.construction import Placing, build_states
-from offload_adam.step.executor import SequentialExecutor, UpdateMasks
+from offload_adam.step.executor import SequentialExecutor
 from offload_adam.step.following import follow
+from offload_adam.step.gradients import BucketGradients
+from offload_adam.step.masks import UpdateMasks
 from offload_adam.step.reduction import GradientReduction
 from offload_adam.step.refusals import (
     refuse_disagreement,
@@ -40,10 +43,12 @@ logger = logging.getLogger(__name__)
 class StepInputs:
     """What one step is told by its caller, besides the gradients.
 
-    hyperparameters: one for each parameter group.
+    hyperparameters: what the groups of `NewParameter` count over.
     grad_scale: what the loss was multiplied by; gradients are divided by it.
     found_inf: not 0 where the caller has seen a gradient that is not finite.
     max_norm: global 2-norm to clip to, None for no clipping.
+    step: step count of all parameters, this step included; None where each counts its own updates.
+    lazy: sparse gradients update the rows they touch and no others.
     failure: why they could not be read on this rank; the other ranks must hear of it.
     """
 
@@ -51,11 +56,13 @@ class StepInputs:
     grad_scale: float = 1.0
     found_inf: float = 0.0
     max_norm: float | None = None
+    step: int | None = None
+    lazy: bool = False
     failure: Exception | None = None
 
     def checksum(self) -> int:
         """Return a checksum of what must be the same on all ranks."""
-        return zlib.crc32(repr((self.hyperparameters, self.max_norm)).encode())
+        return zlib.crc32(repr((self.hyperparameters, self.max_norm, self.step)).encode())
 
 
 class ShardedAdam:
@@ -78,7 +85,7 @@ class ShardedAdam:
         self.membership = membership
         self.reduction = reduction
         self.states: list[BucketState] = []
-        self.host_nbytes: dict[str, int] = {"state": 0, "block_sums": 0, "staging": 0}
+        self.host_nbytes: dict[str, int] = {"state": 0, "staging": 0}
         self._placing = placing
         self._watch = VersionWatch(module)
         self._external = external
@@ -109,7 +116,7 @@ class ShardedAdam:
         self._frozen += frozen
         self._arenas.append(arena)
         self.host_nbytes["state"] += arena.nbytes
-        self.host_nbytes["block_sums"] = self._update.nbytes
+        self.host_nbytes |= self._update.nbytes
         self._names += [item.name for item in new]
         self._parameters += [item.parameter for item in new]
         self._places += [(0, 0)] * len(new)
@@ -205,8 +212,10 @@ class ShardedAdam:
                 changed = self._watch.changed()
                 for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
                     present[state.indices] = gradients.present
+                    self._update.reserve(state, gradients, lazy=inputs.lazy)
+                self.host_nbytes |= self._update.nbytes
                 with spans.span("norm"):
-                    sum_of_squares = self._executor.sum_of_squares(self.reduction.gradients)
+                    sum_of_squares = self._sum_of_squares()
         except Exception as error:
             failure = error
         findings = Findings(
@@ -223,6 +232,21 @@ class ShardedAdam:
         with spans.span("agree"):
             return agree(self.membership, findings), changed, failure
 
+    def _sum_of_squares(self) -> float:
+        """Return this rank's share of the sum; not finite if one of its gradients is not.
+
+        What every rank has whole is counted by rank 0: sparse gradients, and all of them where
+        state lies beside its parameter.
+        """
+        gradients = self.reduction.gradients
+        dense = self._executor.sum_of_squares(gradients)
+        rows = sum(map(BucketGradients.rows_sum_of_squares, gradients))
+        if not math.isfinite(dense + rows):
+            return math.nan
+        if self.membership.rank == 0:
+            return dense + rows
+        return 0.0 if self._placing.beside else dense
+
     def _apply(
         self,
         inputs: StepInputs,
@@ -234,7 +258,9 @@ class ShardedAdam:
         """Carry out a step that is not skipped."""
         self._follow(changed)
         active = agreement.present_counts.numpy() > 0
-        masks = UpdateMasks(active, inputs.hyperparameters, decision.gradient_scale)
+        masks = UpdateMasks(
+            active, inputs.hyperparameters, decision.gradient_scale, inputs.step, inputs.lazy
+        )
         # Our writes go through the flat bucket: autograd's check against stale graphs must see
         # them. Counted before they happen, while `changed()` has the parameters in the cache.
         self._watch.count_writes(active)

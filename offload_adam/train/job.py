@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from offload_adam.config import ConfigError, RunConfig
+from offload_adam.config.optimizer_sections import AdamSection
 from offload_adam.coordinator.startup import World, joined_world
 from offload_adam.kernels.threads import threads_per_rank
 from offload_adam.train.bigram import bigram_loss
@@ -47,9 +48,11 @@ def run_job(config: RunConfig, console: Console | None = None) -> None:
 
 
 def _refuse_unshardable(config: RunConfig, world: World) -> None:
-    if config.optimizer.amsgrad and world.world_size > 1:
+    section = config.optimizer
+    key = "use_amsgrad" if isinstance(section, AdamSection) else "amsgrad"
+    if getattr(section, key) and world.world_size > 1:
         raise ConfigError.at(
-            "optimizer.amsgrad", f"works on one rank only, and there are {world.world_size}"
+            f"optimizer.{key}", f"works on one rank only, and there are {world.world_size}"
         )
 
 
@@ -66,12 +69,7 @@ def _assembled(config: RunConfig, world: World, corpus: Corpus, model: nn.Module
     with closing(build_optimizer(config, parallel_model)) as optimizer:
         # Not before: where Numba starts its OpenMP threads it also sets how many torch uses.
         torch.set_num_threads(threads_per_rank(world.local_world_size))
-        schedule = build_schedule(
-            optimizer,
-            config.schedule,
-            lr=config.optimizer.lr,
-            num_steps=config.train.num_steps,
-        )
+        schedule = build_schedule(optimizer, config)
         yield Job(config, world, corpus, model, parallel_model, optimizer, schedule)
 
 

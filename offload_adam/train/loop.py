@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
 from offload_adam.config import RunConfig
+from offload_adam.config.optimizer_sections import AdamSection
+from offload_adam.contract.adam import Adam
 from offload_adam.coordinator.startup import World
 from offload_adam.observe.spans import Stopwatch
 from offload_adam.optimizer import OffloadAdam
@@ -34,8 +36,8 @@ class Job:
     corpus: Corpus
     model: nn.Module
     parallel_model: nn.Module
-    optimizer: OffloadAdam
-    schedule: LRScheduler
+    optimizer: OffloadAdam | Adam
+    schedule: LRScheduler | None
 
     @property
     def tokens_per_step(self) -> int:
@@ -63,16 +65,17 @@ def _run_step(job: Job, step: int) -> StepRecord:
     """
     start_s = time.perf_counter()
     watch = Stopwatch()
-    lr = job.optimizer.param_groups[0]["lr"]
     loss = _accumulate_gradients(job, step, watch)
     with watch.span("step"):
         job.optimizer.step()
         job.optimizer.zero_grad()
+    # Read between the step and the schedule: a rate that moves by itself is shown from then on.
+    lr = job.optimizer.param_groups[0]["lr"]
     with watch.span("loss"):
         mean_loss = _mean_over_ranks(loss, job.world)
     outcome = job.optimizer.last_step
     assert outcome is not None, "step() has run"
-    if not outcome.skipped:
+    if not outcome.skipped and job.schedule is not None:
         job.schedule.step()
     step_ms = (time.perf_counter() - start_s) * 1e3
     within = {f"optimizer.{name}": seconds for name, seconds in outcome.timings.items()}
@@ -96,6 +99,8 @@ def _accumulate_gradients(job: Job, step: int, watch: Stopwatch) -> torch.Tensor
     Only the last one's backward reduces, unless the host adds up: then each of them does.
     """
     num_microbatches = job.config.train.gradient_accumulation_steps
+    section = job.config.optimizer
+    scale = section.loss_scale if isinstance(section, AdamSection) else 1.0
     total = torch.zeros((), device=job.world.device)
     for microbatch in range(num_microbatches):
         is_last = microbatch == num_microbatches - 1
@@ -107,7 +112,7 @@ def _accumulate_gradients(job: Job, step: int, watch: Stopwatch) -> torch.Tensor
             with watch.span("forward"):
                 loss = next_token_loss(job.parallel_model, batch) / num_microbatches
             with watch.span("backward"):
-                loss.backward()
+                (loss * scale).backward()
             total += loss.detach()
     return total
 

@@ -1,4 +1,4 @@
-"""The job's `OffloadAdam`, made from the configuration."""
+"""The job's optimizer, made from the configuration."""
 
 from __future__ import annotations
 
@@ -9,13 +9,24 @@ import torch
 from torch import nn
 
 from offload_adam.config import RunConfig
-from offload_adam.config.sections import OptimizerSection
+from offload_adam.config.optimizer_sections import AdamSection, ExecutionKeys, OffloadAdamSection
+from offload_adam.contract.adam import Adam
 from offload_adam.optimizer import OffloadAdam
+from offload_adam.schedules import schedule_from_state
 
 
-def build_optimizer(config: RunConfig, model: nn.Module) -> OffloadAdam:
+def build_optimizer(config: RunConfig, model: nn.Module) -> OffloadAdam | Adam:
     """Return the optimizer of `model`'s trainable parameters."""
     section = config.optimizer
+    execution = _execution(section, config.memory.pin)
+    if isinstance(section, AdamSection):
+        return _adam(section, model, execution)
+    return _offload_adam(section, model, execution)
+
+
+def _offload_adam(
+    section: OffloadAdamSection, model: nn.Module, execution: dict[str, Any]
+) -> OffloadAdam:
     return OffloadAdam(
         list(decay_groups(model, section.weight_decay)),
         lr=section.lr,
@@ -26,15 +37,46 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> OffloadAdam:
         nesterov=section.nesterov,
         maximize=section.maximize,
         decoupled_weight_decay=section.decoupled_weight_decay,
-        max_grad_norm=section.max_grad_norm,
         module=model if section.streaming else None,
-        gradient_reduction=section.gradient_reduction,
-        reduce_dtype=torch.float32 if section.reduce_dtype else None,
-        accumulate=section.accumulate,
-        num_threads=section.num_threads,
-        pin_memory=config.memory.pin,
-        **_bucket_size(section),
+        **execution,
     )
+
+
+def _adam(section: AdamSection, model: nn.Module, execution: dict[str, Any]) -> Adam:
+    rate = section.learning_rate
+    return Adam(
+        [(name, p) for name, p in model.named_parameters() if p.requires_grad],
+        learning_rate=schedule_from_state(rate) if isinstance(rate, dict) else rate,
+        beta1=section.beta1,
+        beta2=section.beta2,
+        eps=section.eps,
+        use_locking=section.use_locking,
+        use_nesterov=section.use_nesterov,
+        weight_decay=section.weight_decay,
+        loss_scale=section.loss_scale,
+        use_amsgrad=section.use_amsgrad,
+        use_lazy=section.use_lazy,
+        use_offload=section.use_offload,
+        epsilon_hat=section.epsilon_hat,
+        decay_norms=section.decay_norms,
+        module=model,
+        **execution,
+    )
+
+
+def _execution(section: ExecutionKeys, pin_memory: bool | None) -> dict[str, Any]:
+    """Return the arguments that both optimizers take; what is not given keeps its default."""
+    arguments = {
+        "max_grad_norm": section.max_grad_norm,
+        "gradient_reduction": section.gradient_reduction,
+        "reduce_dtype": torch.float32 if section.reduce_dtype else None,
+        "accumulate": section.accumulate,
+        "num_threads": section.num_threads,
+        "pin_memory": pin_memory,
+    }
+    if section.bucket_nbytes is not None:
+        arguments["bucket_nbytes"] = section.bucket_nbytes
+    return arguments
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> Iterator[dict[str, Any]]:
@@ -49,8 +91,3 @@ def decay_groups(model: nn.Module, weight_decay: float) -> Iterator[dict[str, An
         yield {"params": matrices, "weight_decay": weight_decay}
     if others:
         yield {"params": others, "weight_decay": 0.0}
-
-
-def _bucket_size(section: OptimizerSection) -> dict[str, Any]:
-    """Return the bucket size where one is given, and leave the optimizer's default alone else."""
-    return {} if section.bucket_nbytes is None else {"bucket_nbytes": section.bucket_nbytes}

@@ -37,23 +37,26 @@ class PendingCollective:
 
 
 def mean_over_ranks(
-    buffer: torch.Tensor, group: dist.ProcessGroup, rank: int, world_size: int
+    buffer: torch.Tensor, group: dist.ProcessGroup, part: tuple[int, int]
 ) -> PendingCollective:
-    """Start averaging a bucket's gradients and return where this rank's shard appears.
+    """Start averaging a bucket's gradients and return where this rank's part appears.
 
     float16 is divided before it is summed, or the sum of a few large gradients would overflow. On
     gloo the whole bucket is all-reduced and sliced, which is twice as fast as its reduce-scatter
-    and gives the same bits; elsewhere it is reduce-scattered in place.
+    and gives the same bits; elsewhere it is reduce-scattered in place, unless every rank needs all
+    of it.
 
     Args:
         buffer: (numel,) gradients of the bucket in the reduce dtype; overwritten.
+        part: the range [start, end) that this rank needs: its shard, or the whole.
     """
+    world_size = dist.get_world_size(group)
     operation = dist.ReduceOp.AVG
     if buffer.dtype == torch.float16:
         buffer.div_(world_size)
         operation = dist.ReduceOp.SUM
-    shard = buffer.chunk(world_size)[rank]
-    if dist.get_backend(group) == "gloo":
+    shard = buffer[part[0] : part[1]]
+    if dist.get_backend(group) == "gloo" or shard.numel() == buffer.numel():
         work = dist.all_reduce(buffer, operation, group=group, async_op=True)
     else:
         work = _reduce_scatter(shard, buffer, operation, group=group, async_op=True)

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from offload_adam.config import RunConfig, load_config
+from offload_adam.config.optimizer_sections import OffloadAdamSection
 from offload_adam.train.corpus import load_corpus
 from offload_adam.train.loss import next_token_loss
 from offload_adam.train.model import build_model
@@ -65,6 +66,7 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 def learning_rate(config: RunConfig, update: int) -> float:
+    assert isinstance(config.optimizer, OffloadAdamSection)
     warmup, num_steps = config.schedule.warmup_steps, config.train.num_steps
     lr, floor = config.optimizer.lr, config.optimizer.lr * config.schedule.min_lr_ratio
     if update < warmup:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from offload_adam.config import ConfigError, RunConfig, dump_config, load_config
+from offload_adam.config.optimizer_sections import AdamSection, OffloadAdamSection
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -42,8 +43,12 @@ def test_an_empty_mapping_is_a_run_named_after_its_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.e-4", "1.0e-04", "0.0001", "+1e-4"])
 def test_floats_are_read_in_every_notation(tmp_path: Path, text: str) -> None:
-    assert load(tmp_path, f"optimizer: {{lr: {text}}}").optimizer.lr == 1e-4
-    assert load(tmp_path, "{}", f"--optimizer.lr={text}").optimizer.lr == 1e-4
+    for config in (
+        load(tmp_path, f"optimizer: {{lr: {text}}}"),
+        load(tmp_path, "{}", f"--optimizer.lr={text}"),
+    ):
+        assert isinstance(config.optimizer, OffloadAdamSection)
+        assert config.optimizer.lr == 1e-4
 
 
 def test_overrides_are_laid_over_the_file_and_the_last_one_holds(tmp_path: Path) -> None:
@@ -57,6 +62,7 @@ def test_overrides_are_laid_over_the_file_and_the_last_one_holds(tmp_path: Path)
         "--run.name=2024-01-01",
     )
     assert (config.train.num_steps, config.train.batch_size) == (7, 2)
+    assert isinstance(config.optimizer, OffloadAdamSection)
     assert config.optimizer.betas == (0.0, 0.5)
     assert config.optimizer.max_grad_norm is None
     assert config.run.name == "2024-01-01"
@@ -150,6 +156,65 @@ def test_a_beta_out_of_range_is_named_by_its_place(tmp_path: Path) -> None:
 )
 def test_keys_that_contradict_each_other_are_refused(tmp_path: Path, text: str, path: str) -> None:
     assert set(mistakes(tmp_path, text)) == {path}
+
+
+ADAM = "optimizer: {name: Adam, use_offload: true, learning_rate: 1e-2}"
+
+
+def test_either_optimizer_is_configured_with_its_own_arguments(tmp_path: Path) -> None:
+    adam = load(tmp_path, ADAM, "--optimizer.beta1=0.8", "--optimizer.use_nesterov=true").optimizer
+    assert isinstance(adam, AdamSection)
+    assert (adam.learning_rate, adam.beta1, adam.use_nesterov) == (0.01, 0.8, True)
+    for name in ("OffloadAdam", "offload_adam"):
+        section = load(tmp_path, f"optimizer: {{name: {name}, lr: 0.5}}").optimizer
+        assert isinstance(section, OffloadAdamSection)
+        assert (section.name, section.lr) == ("OffloadAdam", 0.5)
+
+
+@pytest.mark.parametrize(
+    "rate",
+    [0.5, [0.1, 0.2], {"name": "WarmUpLR", "learning_rate": 0.1, "warmup_steps": 3}],
+)
+def test_a_learning_rate_has_three_forms_that_survive_writing(tmp_path: Path, rate: object) -> None:
+    config = load(tmp_path, f"optimizer: {{name: Adam, learning_rate: {rate}}}")
+    assert isinstance(config.optimizer, AdamSection)
+    assert config.optimizer.learning_rate == rate
+    assert load(tmp_path, dump_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "path"),
+    [
+        ("optimizer.learning_rate=-1", "optimizer.learning_rate"),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate"),
+        ("optimizer.learning_rate=[0.1, -1]", "optimizer.learning_rate"),
+        ("optimizer.learning_rate=[]", "optimizer.learning_rate"),
+        ("optimizer.learning_rate={name: NoSuchLR}", "optimizer.learning_rate"),
+        ("optimizer.learning_rate={name: WarmUpLR, steps: 1}", "optimizer.learning_rate"),
+        ("optimizer.beta1=1.0", "optimizer.beta1"),
+        ("optimizer.beta2=0.0", "optimizer.beta2"),
+        ("optimizer.loss_scale=0", "optimizer.loss_scale"),
+        ("optimizer.lr=0.1", "optimizer.lr"),
+        ("optimizer.streaming=true", "optimizer.streaming"),
+        ("optimizer.use_lazy=true", "optimizer.use_lazy"),
+        ("optimizer.use_amsgrad=true", "optimizer.use_amsgrad"),
+    ],
+)
+def test_mistakes_in_the_arguments_of_adam_are_named(
+    tmp_path: Path, override: str, path: str
+) -> None:
+    assert set(mistakes(tmp_path, ADAM, f"--{override}")) == {path}
+
+
+def test_keys_of_the_other_optimizer_are_not_suggested(tmp_path: Path) -> None:
+    assert "optimizer.lr" not in mistakes(tmp_path, ADAM, "--optimizer.lr=1")["optimizer.lr"]
+    problem = mistakes(tmp_path, ADAM, "--optimizer.lerning_rate=1")["optimizer.lerning_rate"]
+    assert "did you mean optimizer.learning_rate?" in problem
+
+
+def test_a_rate_that_moves_by_itself_has_no_schedule_beside_it(tmp_path: Path) -> None:
+    text = "optimizer: {name: Adam, learning_rate: [0.1, 0.2]}\nschedule: {warmup_steps: 1}"
+    assert set(mistakes(tmp_path, text)) == {"schedule"}
 
 
 def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:

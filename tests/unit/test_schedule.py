@@ -8,13 +8,16 @@ import warnings
 import pytest
 import torch
 
-from offload_adam.config.sections import ScheduleSection
+from offload_adam.config import RunConfig
+from offload_adam.config.sections import ScheduleSection, TrainSection
 from offload_adam.train.schedule import build_schedule
 
 
 def rates(schedule: ScheduleSection, lr: float, num_steps: int) -> list[float]:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
-    scheduler = build_schedule(optimizer, schedule, lr=lr, num_steps=num_steps)
+    config = RunConfig(schedule=schedule, train=TrainSection(num_steps=num_steps))
+    scheduler = build_schedule(optimizer, config)
+    assert scheduler is not None
     used = []
     for _ in range(num_steps):
         used.append(optimizer.param_groups[0]["lr"])

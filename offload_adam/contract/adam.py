@@ -1,0 +1,487 @@
+"""`Adam` by the specification of `mindspore.nn.Adam`, for PyTorch's parameters."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, overload
+
+import torch
+import torch.distributed as dist
+
+from offload_adam.contract.arguments import (
+    check_amsgrad,
+    check_beta,
+    check_eps,
+    check_flag,
+    check_kwargs,
+    check_loss_scale,
+    requested,
+)
+from offload_adam.contract.decay_filter import is_decayed, norm_parameters, warn_if_all_decay
+from offload_adam.contract.dynamic import (
+    Dynamic,
+    load_dynamic,
+    read_learning_rate,
+    read_weight_decay,
+)
+from offload_adam.contract.given_gradients import check_given, in_place_of_grad
+from offload_adam.contract.groups import (
+    AdamGroup,
+    GroupDefaults,
+    Groups,
+    read_group,
+    read_groups,
+    refuse_repeated,
+    vector_lengths,
+)
+from offload_adam.coordinator.admission import together
+from offload_adam.kernels.scalars import Hyperparameters
+from offload_adam.parameters.groups import check_group, hyperparameters_of
+from offload_adam.parameters.selection import Selection
+from offload_adam.sharded_optimizer import DEFAULT_BUCKET_NBYTES, Execution, ShardedOptimizer
+from offload_adam.step.report import StepReport
+from offload_adam.step.sharded_adam import StepInputs
+
+_DYNAMIC_KEYS = ("lr", "weight_decay")
+
+
+class Adam(ShardedOptimizer):
+    """Adam with the arguments, groups, modes and order of operations of `mindspore.nn.Adam`.
+
+    One update, with `t` the number of updates of this optimizer, this one included:
+    `m = b1 m + (1 - b1) g`, `v = b2 v + (1 - b2) g^2`,
+    `w -= lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)`, where g is
+    `gradient / loss_scale + weight_decay * w`. All of it is fp32 whatever the parameter's dtype.
+
+    Give gradients in a tuple, `opt(gradients)`, or torch's way in `.grad` with `opt.step()`. With
+    more than one rank both are collective, and so is construction.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or group dicts with the keys `params`, `lr`,
+            `weight_decay`, `grad_centralization` and, in a dict of its own, `order_params`.
+        learning_rate: a number or 0-d tensor; a 1-d tensor or an iterable, one value a step, read
+            once; or a callable of the 0-based step, such as the `offload_adam.schedules`.
+        beta1, beta2: floats in the open interval (0.0, 1.0).
+        eps: a float above 0.
+        use_locking: calls from several threads are serialised; here they always are.
+        use_nesterov: `b1 m + (1 - b1) g` stands for m in the last line.
+        weight_decay: L2, a number or a callable of the 0-based step. Without groups it leaves out
+            parameters with beta or gamma in their names and, with `module`, torch's norm layers.
+        loss_scale: gradients are divided by it.
+        use_amsgrad: the largest v so far stands for v; with one rank only.
+        epsilon_hat: `w -= lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)`, the arithmetic
+            that MindSpore was observed to use.
+        decay_norms: weight decay acts on the norm layers of `module`, too.
+        module: the model: it gives names and, with `use_offload`, streams gradients as they arise.
+        max_grad_norm, process_group, gradient_reduction, reduce_dtype, bucket_nbytes, num_threads,
+        accumulate, pin_memory: as for `OffloadAdam`.
+        **kwargs: `use_lazy`: a sparse gradient updates only the rows it touches; `use_offload`:
+            state lies sharded in host memory, instead of beside its parameter on every rank.
+
+    Raises:
+        KeyError, TypeError, ValueError, RuntimeError: by argument, before anything is allocated.
+
+    Source: the documentation of `mindspore.nn.Adam` (MindSpore 2.10); Kingma and Ba, "Adam"
+    (2015); Dozat, "Incorporating Nesterov Momentum into Adam" (2016); Reddi et al., "On the
+    Convergence of Adam" (2018).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        learning_rate: Any = 1e-3,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        use_locking: bool = False,
+        use_nesterov: bool = False,
+        weight_decay: Any = 0.0,
+        loss_scale: float = 1.0,
+        use_amsgrad: bool = False,
+        *,
+        epsilon_hat: bool = False,
+        decay_norms: bool = False,
+        module: torch.nn.Module | None = None,
+        max_grad_norm: float | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        gradient_reduction: str | None = None,
+        reduce_dtype: torch.dtype | None = None,
+        bucket_nbytes: int = DEFAULT_BUCKET_NBYTES,
+        num_threads: int | None = None,
+        accumulate: str | None = None,
+        pin_memory: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._lock = threading.RLock()
+        self._global_step = 0
+        execution = Execution(
+            module=module,
+            process_group=process_group,
+            gradient_reduction=gradient_reduction,
+            reduce_dtype=reduce_dtype,
+            bucket_nbytes=bucket_nbytes,
+            num_threads=num_threads,
+            accumulate=accumulate,
+            pin_memory=pin_memory,
+            max_grad_norm=max_grad_norm,
+            beside=not requested(kwargs, "use_offload"),
+            takes_rows=True,
+        )
+
+        def admit() -> list[str]:
+            for name, value in (
+                ("use_locking", use_locking),
+                ("use_nesterov", use_nesterov),
+                ("use_amsgrad", use_amsgrad),
+                ("epsilon_hat", epsilon_hat),
+                ("decay_norms", decay_norms),
+            ):
+                check_flag(name, value)
+            self.use_lazy, self.use_offload = check_kwargs(kwargs)
+            check_amsgrad(amsgrad=use_amsgrad, lazy=self.use_lazy, offload=self.use_offload)
+            betas = check_beta("beta1", beta1), check_beta("beta2", beta2)
+            self.loss_scale = check_loss_scale(loss_scale)
+            self._group_defaults = GroupDefaults(
+                read_learning_rate("learning_rate", learning_rate),
+                read_weight_decay("weight_decay", weight_decay),
+            )
+            defaults = {
+                "lr": _first(self._group_defaults.lr),
+                "betas": betas,
+                "eps": check_eps(eps),
+                "weight_decay": _first(self._group_defaults.weight_decay),
+                "amsgrad": use_amsgrad,
+                "nesterov": use_nesterov
+                and not _ignores_nesterov(use_nesterov, use_amsgrad, epsilon_hat),
+                "maximize": False,
+                "decoupled_weight_decay": False,
+                "epsilon_hat": epsilon_hat,
+                "grad_centralization": False,
+            }
+            self._read(params, defaults, module, decay_norms)
+            return [f"loss_scale={self.loss_scale} use_lazy={self.use_lazy}"]
+
+        self._construct(execution, admit)
+
+    def _read(
+        self,
+        params: object,
+        defaults: dict[str, Any],
+        module: torch.nn.Module | None,
+        decay_norms: bool,
+    ) -> None:
+        """Read the groups and let torch take them in."""
+        groups = read_groups(params, self._group_defaults)
+        vector_lengths(groups.members)
+        self._norms = set() if decay_norms else norm_parameters(module)
+        self._order = groups.order
+        self._grouped = groups.grouped
+        self._admit(groups.members, defaults)
+        if self.use_offload and any(group["grad_centralization"] for group in self.param_groups):
+            warnings.warn(
+                "grad_centralization has no effect with use_offload=True", UserWarning, stacklevel=2
+            )
+        self._warn_of_decay(groups, module)
+
+    def _warn_of_decay(self, groups: Groups, module: torch.nn.Module | None) -> None:
+        group = groups.members[0]
+        decays = group["weight_decay"] > 0 or "weight_decay" in group.dynamic
+        if not groups.grouped and module is None and decays:
+            warn_if_all_decay(item.group % 2 == 0 for item in self._select(0).new)
+
+    def __call__(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """Take one step with these gradients, whatever `.grad` holds. Collective.
+
+        Args:
+            gradients: one for each of `parameters`, in that order: its shape, dtype and device,
+                dense or sparse COO; None for none. They are read during the call only.
+
+        Returns:
+            A tensor holding True, also for a skipped step (`last_step.skipped`).
+
+        Raises:
+            TypeError, ValueError: naming the parameter; on every rank, and nothing is changed.
+            PeerError: another rank refused its gradients.
+        """
+        with self._lock:
+            core = self._alive()
+            names = {id(parameter): name for name, parameter in core.named_parameters()}
+            parameters = self.parameters
+            named = [names.get(id(p), "a frozen one") for p in parameters]
+            checked = together(
+                self._membership,
+                "reading the given gradients",
+                lambda: check_given(gradients, named, parameters),
+            )
+            # A backward may have sent gradients off already: the given ones stand for them.
+            core.reduction.reset()
+            if self._hooks is not None:
+                self._hooks.forget()
+            with in_place_of_grad(parameters, checked):
+                self.step()
+        return torch.tensor(True)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step with the gradients in `.grad`. Collective.
+
+        A learning rate and a weight decay that change are read for the 0-based step first. A
+        gradient that is not finite on any rank skips the step: then neither the step counter nor a
+        schedule moves on.
+
+        Raises:
+            ValueError: a gradient that cannot be used; values of a learning rate that have run out.
+            ParameterReplacedError, RankDisagreementError, PeerError: as `OffloadAdam.step`.
+        """
+        with self._lock:
+            return super().step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients."""
+        with self._lock:
+            super().zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state dict with the global step and what learning rates need to go on."""
+        with self._lock:
+            return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state in place: one of this class, a full one, or one of torch's `Adam`.
+
+        Schedules of this package and vectors are loaded whole; callables of the user's own are not
+        saved, the optimizer must have been made with them.
+
+        Raises:
+            ValueError: as `OffloadAdam.load_state_dict`; a decoupled weight decay.
+        """
+        with self._lock:
+            super().load_state_dict(state_dict)
+
+    @property
+    def parameters(self) -> tuple[torch.nn.Parameter, ...]:
+        """All parameters in walking order: the order in which `opt(gradients)` takes gradients.
+
+        That is the order of `order_params`, else that of the groups, with `use_offload` reversed.
+        """
+        if self._order is not None:
+            later = [p for p in self._in_group_order() if id(p) not in set(map(id, self._order))]
+            return (*self._order, *later)
+        walked = list(self._in_group_order())
+        return tuple(reversed(walked) if self.use_offload else walked)
+
+    def _in_group_order(self) -> Iterator[torch.nn.Parameter]:
+        for group in self.param_groups:
+            yield from group["params"]
+
+    @property
+    def global_step(self) -> int:
+        """How many updates have been made; skipped steps are none."""
+        return self._global_step
+
+    @property
+    def is_group(self) -> bool:
+        """Whether parameters were given in groups."""
+        return self._grouped
+
+    @property
+    def is_group_lr(self) -> bool:
+        """Whether a group has a learning rate of its own."""
+        return any("lr" in group.own for group in self._groups())
+
+    @property
+    def is_group_params_ordered(self) -> bool:
+        """Whether `order_params` was given."""
+        return self._order is not None
+
+    @property
+    def dynamic_lr(self) -> bool:
+        """Whether a learning rate changes with the step."""
+        return any("lr" in group.dynamic for group in self._groups())
+
+    @property
+    def dynamic_weight_decay(self) -> bool:
+        """Whether a weight decay changes with the step."""
+        return any("weight_decay" in group.dynamic for group in self._groups())
+
+    def get_lr(self) -> float | tuple[float, ...]:
+        """Return the learning rate of the coming step, one a parameter where groups have their own.
+
+        Where a vector has run out it is the last one.
+        """
+        return self._in_force("lr", self.is_group_lr)
+
+    def get_weight_decay(self) -> float | tuple[float, ...]:
+        """Return the weight decay of the coming step, one a parameter where groups differ in it."""
+        grouped = any("weight_decay" in group.own for group in self._groups())
+        return self._in_force("weight_decay", grouped)
+
+    def get_lr_parameter(self, param: Any) -> float | list[float]:
+        """Return the learning rate of the coming step for a parameter, or for each of a list.
+
+        Raises:
+            TypeError: neither a parameter nor a list of them.
+            ValueError: a parameter of no group.
+        """
+        rates = self._by_parameter("lr")
+        if isinstance(param, torch.Tensor):
+            return self._rate_of(param, rates)
+        if not isinstance(param, (list, tuple)):
+            raise TypeError(f"param must be a parameter or a list of them, not {param!r}")
+        for position, item in enumerate(param):
+            if not isinstance(item, torch.Tensor):
+                raise TypeError(f"param has at {position} a {type(item).__name__}, not a parameter")
+        return [self._rate_of(item, rates) for item in param]
+
+    @staticmethod
+    def _rate_of(parameter: torch.Tensor, rates: Mapping[int, float]) -> float:
+        if id(parameter) not in rates:
+            raise ValueError("param is in no group of this optimizer")
+        return rates[id(parameter)]
+
+    def _in_force(self, key: str, by_parameter: bool) -> float | tuple[float, ...]:
+        values = self._by_parameter(key)
+        if by_parameter:
+            return tuple(values[id(parameter)] for parameter in self.parameters)
+        return next(iter(values.values()))
+
+    def _by_parameter(self, key: str) -> dict[int, float]:
+        with self._lock:
+            shown = [(group, group.shown_at(self._global_step)[key]) for group in self._groups()]
+        return {id(parameter): value for group, value in shown for parameter in group["params"]}
+
+    @property
+    def target(self) -> str:
+        """Where updates are computed: "CPU", or "GPU" for state beside parameters on a GPU."""
+        on_host = self.use_offload or all(p.device.type == "cpu" for p in self._in_group_order())
+        return "CPU" if on_host else "GPU"
+
+    @target.setter
+    def target(self, value: str) -> None:
+        if not isinstance(value, str):
+            raise TypeError(f"target must be a str, not {value!r}")
+        if value != "CPU":
+            raise ValueError(f"target must be 'CPU', not {value!r}")
+        if self.target != "CPU":
+            raise ValueError(
+                "target cannot become 'CPU' for parameters on a GPU: make the optimizer with "
+                "use_offload=True"
+            )
+
+    def _groups(self) -> list[AdamGroup]:
+        return self.param_groups  # type: ignore[return-value]
+
+    def _admit_group(self, param_group: dict[str, Any]) -> None:
+        if not isinstance(param_group, AdamGroup):
+            param_group = read_group(param_group, self._group_defaults, "the new group")
+            refuse_repeated([param_group], self.param_groups)
+            vector_lengths([*self._groups(), param_group])
+        super()._admit_group(param_group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_group(group)
+        check_eps(group["eps"])
+        for name, beta in zip(("beta1", "beta2"), group["betas"], strict=True):
+            check_beta(name, beta)
+        for name in ("maximize", "decoupled_weight_decay"):
+            if group[name]:
+                raise ValueError(
+                    f"{name}=True is not part of this Adam's update: use OffloadAdam for it"
+                )
+
+    def _select(self, first_group: int) -> Selection:
+        """Number parameters by group and by whether weight decay acts on them."""
+        selection = super()._select(first_group)
+        new = []
+        for item in selection.new:
+            group = self._groups()[item.group]
+            decays = not group.filtered or is_decayed(item.name, item.parameter, self._norms)
+            centralized = item.centralized and not self.use_offload
+            new.append(replace(item, group=2 * item.group + (not decays), centralized=centralized))
+        return Selection(new, selection.frozen)
+
+    def _hyperparameters(self) -> list[Hyperparameters]:
+        every = []
+        for group in self._groups():
+            decayed = hyperparameters_of({**group, **group.values_at(self._global_step)})
+            every += [decayed, replace(decayed, weight_decay=0.0)]
+        return every
+
+    def _step_inputs(self) -> StepInputs:
+        return StepInputs(
+            hyperparameters=self._hyperparameters(),
+            grad_scale=self.loss_scale,
+            step=self._global_step + 1,
+            lazy=self.use_lazy,
+        )
+
+    def _stepped(self, report: StepReport) -> None:
+        if report.skipped:
+            return
+        for group in self._groups():
+            if group.dynamic:
+                group.show(group.shown_at(self._global_step))
+        self._global_step += 1
+
+    def _further_state(self) -> dict[str, Any]:
+        return {
+            "global_step": self._global_step,
+            "dynamic": [
+                {key: value.to_state() for key, value in group.dynamic.items()}
+                for group in self._groups()
+            ],
+        }
+
+    def _plan_further_state(
+        self, further: Mapping[str, Any], entries: Mapping[int, Mapping[str, Any]]
+    ) -> Callable[[], None]:
+        if "global_step" not in further:
+            # Another optimizer's: its parameters count their own updates.
+            steps = [int(entry["step"]) for entry in entries.values() if "step" in entry]
+            return lambda: setattr(self, "_global_step", max(steps, default=0))
+        loaded = [
+            {
+                key: load_dynamic(key, saved.get(key), group.dynamic.get(key))
+                for key in _DYNAMIC_KEYS
+            }
+            for group, saved in zip(self._groups(), further["dynamic"], strict=True)
+        ]
+
+        def load() -> None:
+            self._global_step = int(further["global_step"])
+            for group, functions in zip(self._groups(), loaded, strict=True):
+                group.dynamic = {k: f for k, (f, _) in functions.items() if f is not None}
+                for _, load_function in functions.values():
+                    load_function()
+
+        return load
+
+
+def _first(value: float | Dynamic) -> float:
+    """Return what a group shows before the first step."""
+    return value.at(0) if isinstance(value, Dynamic) else value
+
+
+def _ignores_nesterov(use_nesterov: bool, use_amsgrad: bool, epsilon_hat: bool) -> bool:
+    """Tell whether nesterov has no effect beside amsgrad.
+
+    Raises:
+        ValueError: both, in the specified arithmetic, which says nothing of the pair.
+    """
+    if not (use_nesterov and use_amsgrad):
+        return False
+    if not epsilon_hat:
+        raise ValueError(
+            "use_nesterov=True and use_amsgrad=True exclude each other: pass one of them "
+            "(with epsilon_hat=True nesterov is ignored, as MindSpore does)"
+        )
+    warnings.warn("use_nesterov has no effect together with use_amsgrad", UserWarning, stacklevel=2)
+    return True

@@ -1,0 +1,102 @@
+"""Checks of the arguments of `Adam`, one by one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+_KWARGS = ("use_lazy", "use_offload")
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Return a bool, and nothing else.
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, not {value!r}")
+    return value
+
+
+def check_beta(name: str, value: object) -> float:
+    """Return a float between 0 and 1, both excluded.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if not isinstance(value, float):
+        raise TypeError(f"{name} must be a float, not {value!r}")
+    if not 0.0 < value < 1.0:
+        raise ValueError(f"{name} must lie in the open interval (0.0, 1.0), not {value}")
+    return value
+
+
+def check_eps(value: object) -> float:
+    """Return a finite float above 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if not isinstance(value, float):
+        raise TypeError(f"eps must be a float, not {value!r}")
+    return _positive("eps", value)
+
+
+def check_loss_scale(value: object) -> float:
+    """Return a finite number above 0 as a float.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"loss_scale must be a float, not {value!r}")
+    return _positive("loss_scale", float(value))
+
+
+def check_kwargs(kwargs: Mapping[str, object]) -> tuple[bool, bool]:
+    """Return `use_lazy` and `use_offload`.
+
+    Raises:
+        KeyError: another keyword.
+        TypeError: a value that is not a bool.
+        ValueError: both.
+    """
+    for name in kwargs:
+        if name not in _KWARGS:
+            raise KeyError(
+                f"Adam takes no argument {name!r}; further ones are use_lazy, use_offload"
+            )
+    lazy = check_flag("use_lazy", kwargs.get("use_lazy", False))
+    offload = check_flag("use_offload", kwargs.get("use_offload", False))
+    if lazy and offload:
+        raise ValueError(
+            "use_lazy=True and use_offload=True exclude each other: lazy updates need whole rows "
+            "beside the parameter; pass one of them"
+        )
+    return lazy, offload
+
+
+def check_amsgrad(*, amsgrad: bool, lazy: bool, offload: bool) -> None:
+    """Refuse amsgrad where it has no meaning.
+
+    Raises:
+        ValueError: naming both arguments.
+    """
+    for name, given in (("use_lazy", lazy), ("use_offload", offload)):
+        if amsgrad and given:
+            raise ValueError(
+                f"use_amsgrad=True and {name}=True exclude each other: pass one of them"
+            )
+
+
+def requested(kwargs: Mapping[str, Any], name: str) -> bool:
+    """Tell whether a keyword is True, before it is checked."""
+    return kwargs.get(name) is True
+
+
+def _positive(name: str, value: float) -> float:
+    if not (math.isfinite(value) and value > 0.0):
+        raise ValueError(f"{name} must be finite and above 0, not {value}")
+    return value

@@ -1,0 +1,73 @@
+"""Sparse gradients as rows of a table: which rows, and one value a column for each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class GradientRows(NamedTuple):
+    """The entries of a sparse gradient, in no order and with repetitions.
+
+    rows: (k,) int64, each in [0, number of rows).
+    values: (k, width) floating point, on the same device; entry by entry, still to be summed.
+    """
+
+    rows: torch.Tensor
+    values: torch.Tensor
+
+    def joined(self, other: GradientRows) -> GradientRows:
+        """Return the entries of both."""
+        return GradientRows(*map(torch.cat, zip(self, other, strict=True)))
+
+
+def width_of(parameter: torch.Tensor) -> int:
+    """Return how many elements one row of a table has; a vector's rows have one."""
+    width = 1
+    for size in parameter.shape[1:]:
+        width *= size
+    return width
+
+
+def read_rows(name: str, parameter: torch.Tensor, gradient: torch.Tensor) -> GradientRows:
+    """Return the entries of a COO gradient whose sparse dimension is the parameter's first.
+
+    Args:
+        gradient: torch.sparse_coo of the parameter's shape and device; it need not be coalesced.
+
+    Raises:
+        ValueError: naming the parameter, where the gradient is not that, or an index lies outside.
+    """
+    if not parameter.is_contiguous():
+        raise ValueError(
+            f"the gradient of parameter {name!r} is sparse, but the parameter is not contiguous: "
+            "its rows do not lie together in memory"
+        )
+    if gradient.sparse_dim() != 1:
+        raise ValueError(
+            f"the gradient of parameter {name!r} is sparse in {gradient.sparse_dim()} dimensions; "
+            "only the first may be, as in nn.Embedding(sparse=True)"
+        )
+    rows, values = gradient._indices()[0], gradient._values()
+    if rows.numel() > 0:
+        low, high = (int(bound) for bound in torch.aminmax(rows))
+        if low < 0 or high >= parameter.shape[0]:
+            raise ValueError(
+                f"the gradient of parameter {name!r} has an index of "
+                f"{low if low < 0 else high}; its rows are 0 to {parameter.shape[0] - 1}"
+            )
+    return GradientRows(rows, values.reshape(rows.numel(), width_of(parameter)))
+
+
+def sum_duplicates(entries: GradientRows) -> GradientRows:
+    """Return each row that occurs once, ascending, with the sum of its entries."""
+    rows, values = entries
+    if rows.numel() == 0:
+        return entries
+    # Coalescing sorts; so its sums have one order, on a device too, where index_add_ has none.
+    size = (int(rows.max()) + 1, values.shape[1])
+    summed = torch.sparse_coo_tensor(
+        rows[None], values, size=size, check_invariants=False
+    ).coalesce()
+    return GradientRows(summed.indices()[0], summed.values())

@@ -1,0 +1,244 @@
+"""Learning rates as functions of the 0-based step, under MindSpore's names.
+
+    Adam(parameters, learning_rate=CosineDecayLR(1e-5, 1e-3, 10_000))
+    LambdaLR(OffloadAdam(parameters, lr=1.0), CosineDecayLR(1e-5, 1e-3, 10_000))
+
+All arithmetic is Python's float64.
+
+Source: the documentation of `mindspore.nn`'s learning rate schedules (MindSpore 2.10).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+class LearningRateSchedule(ABC):
+    """A learning rate for every step. Derive from it, or give any callable, for one of your own."""
+
+    @abstractmethod
+    def __call__(self, step: int) -> float:
+        """Return the learning rate of the 0-based step."""
+
+
+@dataclass(frozen=True)
+class BuiltInSchedule(LearningRateSchedule):
+    """A schedule that its name and its arguments say all of, so that it can be saved."""
+
+    def to_state(self) -> dict[str, Any]:
+        """Return the name and the arguments, as plain values."""
+        arguments = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"name": type(self).__name__, **arguments}
+
+
+def schedule_from_state(state: Mapping[str, Any]) -> BuiltInSchedule:
+    """Return the schedule that a mapping of its name and its arguments describes.
+
+    Raises:
+        TypeError: a missing or unknown argument, or one of another type.
+        ValueError: an unknown name, or an argument out of its range.
+    """
+    arguments = dict(state)
+    name = arguments.pop("name", None)
+    schedule = _BY_NAME.get(name) if isinstance(name, str) else None
+    if schedule is None:
+        raise ValueError(f"there is no schedule {name!r}: name one of {', '.join(_BY_NAME)}")
+    known = [field.name for field in fields(schedule)]
+    unknown = [argument for argument in arguments if argument not in known]
+    if unknown:
+        raise TypeError(f"{name} has no argument {unknown[0]!r}; it has {', '.join(known)}")
+    try:
+        return schedule(**arguments)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from error
+
+
+@dataclass(frozen=True)
+class ExponentialDecayLR(BuiltInSchedule):
+    """`learning_rate * decay_rate ** (step / decay_steps)`.
+
+    Args:
+        learning_rate: above 0.
+        decay_rate: above 0.
+        decay_steps: above 0.
+        is_stair: the exponent is rounded down.
+
+    Raises:
+        TypeError, ValueError: naming the argument; so do all schedules here.
+    """
+
+    learning_rate: float
+    decay_rate: float
+    decay_steps: int
+    is_stair: bool = False
+
+    def __post_init__(self) -> None:
+        _check_decay(self.learning_rate, self.decay_rate, self.decay_steps, self.is_stair)
+
+    def __call__(self, step: int) -> float:
+        """Return the learning rate of the 0-based step."""
+        elapsed = step // self.decay_steps if self.is_stair else step / self.decay_steps
+        return float(self.learning_rate * self.decay_rate**elapsed)
+
+
+@dataclass(frozen=True)
+class NaturalExpDecayLR(BuiltInSchedule):
+    """`learning_rate * exp(-decay_rate * step)`; a stair goes down every `decay_steps` steps."""
+
+    learning_rate: float
+    decay_rate: float
+    decay_steps: int
+    is_stair: bool = False
+
+    def __post_init__(self) -> None:
+        _check_decay(self.learning_rate, self.decay_rate, self.decay_steps, self.is_stair)
+
+    def __call__(self, step: int) -> float:
+        """Return the learning rate of the 0-based step."""
+        elapsed = step // self.decay_steps * self.decay_steps if self.is_stair else step
+        return self.learning_rate * math.exp(-self.decay_rate * elapsed)
+
+
+@dataclass(frozen=True)
+class InverseDecayLR(BuiltInSchedule):
+    """`learning_rate / (1 + decay_rate * step / decay_steps)`; a stair rounds the quotient down."""
+
+    learning_rate: float
+    decay_rate: float
+    decay_steps: int
+    is_stair: bool = False
+
+    def __post_init__(self) -> None:
+        _check_decay(self.learning_rate, self.decay_rate, self.decay_steps, self.is_stair)
+
+    def __call__(self, step: int) -> float:
+        """Return the learning rate of the 0-based step."""
+        elapsed = step // self.decay_steps if self.is_stair else step / self.decay_steps
+        return self.learning_rate / (1.0 + self.decay_rate * elapsed)
+
+
+@dataclass(frozen=True)
+class CosineDecayLR(BuiltInSchedule):
+    """Half a cosine from `max_lr` down to `min_lr` within `decay_steps`, and `min_lr` from there.
+
+    Args:
+        min_lr: at least 0.
+        max_lr: above `min_lr`.
+        decay_steps: above 0.
+    """
+
+    min_lr: float
+    max_lr: float
+    decay_steps: int
+
+    def __post_init__(self) -> None:
+        _check_number("min_lr", self.min_lr, zero=True)
+        _check_number("max_lr", self.max_lr)
+        _check_steps("decay_steps", self.decay_steps)
+        if self.max_lr <= self.min_lr:
+            raise ValueError(f"max_lr must be above min_lr ({self.min_lr}), not {self.max_lr}")
+
+    def __call__(self, step: int) -> float:
+        """Return the learning rate of the 0-based step."""
+        done = min(step, self.decay_steps) / self.decay_steps
+        return self.min_lr + (self.max_lr - self.min_lr) / 2.0 * (1.0 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class PolynomialDecayLR(BuiltInSchedule):
+    """`(learning_rate - end) * (1 - step / decay_steps) ** power + end` within `decay_steps`.
+
+    Args:
+        learning_rate: above 0.
+        end_learning_rate: at least 0, kept from `decay_steps` on.
+        decay_steps: above 0.
+        power: above 0.
+        update_decay_steps: past `decay_steps` go on with the next multiple of them instead.
+    """
+
+    learning_rate: float
+    end_learning_rate: float
+    decay_steps: int
+    power: float
+    update_decay_steps: bool = False
+
+    def __post_init__(self) -> None:
+        _check_number("learning_rate", self.learning_rate)
+        _check_number("end_learning_rate", self.end_learning_rate, zero=True)
+        _check_steps("decay_steps", self.decay_steps)
+        _check_number("power", self.power)
+        _check_flag("update_decay_steps", self.update_decay_steps)
+
+    def __call__(self, step: int) -> float:
+        """Return the learning rate of the 0-based step."""
+        decay_steps = self.decay_steps
+        if self.update_decay_steps:
+            decay_steps *= max(-(-step // decay_steps), 1)
+        left = 1.0 - min(step, decay_steps) / decay_steps
+        span = self.learning_rate - self.end_learning_rate
+        return float(span * left**self.power + self.end_learning_rate)
+
+
+@dataclass(frozen=True)
+class WarmUpLR(BuiltInSchedule):
+    """A line from 0 at the first step to `learning_rate` at step `warmup_steps` and after it.
+
+    Args:
+        learning_rate: at least 0.
+        warmup_steps: above 0.
+    """
+
+    learning_rate: float
+    warmup_steps: int
+
+    def __post_init__(self) -> None:
+        _check_number("learning_rate", self.learning_rate, zero=True)
+        _check_steps("warmup_steps", self.warmup_steps)
+
+    def __call__(self, step: int) -> float:
+        """Return the learning rate of the 0-based step."""
+        return self.learning_rate * min(step, self.warmup_steps) / self.warmup_steps
+
+
+_BY_NAME: dict[str, type[BuiltInSchedule]] = {
+    schedule.__name__: schedule
+    for schedule in (
+        ExponentialDecayLR,
+        NaturalExpDecayLR,
+        InverseDecayLR,
+        CosineDecayLR,
+        PolynomialDecayLR,
+        WarmUpLR,
+    )
+}
+
+
+def _check_decay(learning_rate: float, decay_rate: float, decay_steps: int, is_stair: bool) -> None:
+    _check_number("learning_rate", learning_rate)
+    _check_number("decay_rate", decay_rate)
+    _check_steps("decay_steps", decay_steps)
+    _check_flag("is_stair", is_stair)
+
+
+def _check_number(name: str, value: float, *, zero: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        least = "at least" if zero else "above"
+        raise ValueError(f"{name} must be finite and {least} 0, not {value}")
+
+
+def _check_steps(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+def _check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, not {value!r}")
