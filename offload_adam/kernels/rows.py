@@ -1,4 +1,8 @@
-"""The lazy update of a table: the fused update on the rows that a sparse gradient touches."""
+"""The lazy update of a table: only rows that have a gradient change, and no other one is read.
+
+This is what an embedding's sparse gradient asks for. The arithmetic is the dense kernel's own, so a
+touched row gets the bits that the dense update would have given it.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,21 @@ from typing import Any
 
 import numba
 import numpy as np
-import numpy.typing as npt
 
+from offload_adam.kernels import scalars as at
 from offload_adam.kernels.bits import window
 from offload_adam.kernels.compilation import compile_now, jit, source_fingerprint
 from offload_adam.kernels.formats import FloatFormat
-from offload_adam.kernels.scalars import NUM_SCALARS
-from offload_adam.kernels.update import update_range
+from offload_adam.kernels.update import ElementArray, Float32Array, Int64Array, update_range
 
 
 def _build() -> Any:
     fingerprint = source_fingerprint()
 
-    def update_touched_rows(
+    def update_touched(
         rows: Any,
         values: Any,
+        width: Any,
         scalars: Any,
         master: Any,
         exp_avg: Any,
@@ -28,15 +32,14 @@ def _build() -> Any:
         rounded: Any,
         num_pieces: Any,
     ) -> int:
-        num_rows, width = values.shape
         for piece in numba.prange(num_pieces):
-            for place in range(
-                num_rows * piece // num_pieces, num_rows * (piece + 1) // num_pieces
-            ):
-                low = rows[place] * width
+            first = rows.size * piece // num_pieces
+            last = rows.size * (piece + 1) // num_pieces
+            for touched in range(first, last):
+                low = rows[touched] * width
                 high = low + width
                 update_range(
-                    values[place],
+                    values[touched * width : (touched + 1) * width],
                     master[low:high],
                     exp_avg[low:high],
                     exp_avg_sq[low:high],
@@ -46,47 +49,67 @@ def _build() -> Any:
                 )
         return fingerprint
 
-    return jit(update_touched_rows, parallel=True)
+    return jit(update_touched, parallel=True)
 
 
-_update_touched_rows = _build()
+_update_touched = _build()
 
 
 def update_rows(
-    rows: npt.NDArray[np.int64],
-    values: npt.NDArray[np.float32],
-    scalars: npt.NDArray[np.float32],
-    master: npt.NDArray[np.float32],
-    exp_avg: npt.NDArray[np.float32],
-    exp_avg_sq: npt.NDArray[np.float32],
-    rounded: npt.NDArray[Any] | None,
+    gradient_format: FloatFormat,
+    rows: Int64Array,
+    values: ElementArray,
+    width: int,
+    scalars: Float32Array,
+    master: Float32Array,
+    exp_avg: Float32Array,
+    exp_avg_sq: Float32Array,
+    rounded: ElementArray | None,
     num_pieces: int,
 ) -> None:
-    """Apply one Adam update to some rows of a table, and touch no other byte of it.
+    """Apply one Adam update to the touched rows of a table of n rows; no other row changes.
 
-    A row gets the same bits as from `update.update`, for any `num_pieces`. Indices are taken as
-    they are: the caller has checked them, and given each row once, since pieces run at one time.
+    Bit-identical for any `num_pieces` and any order of the rows, and equal to `update` on the same
+    elements. Nothing is checked here: a row outside [0, n) writes outside the arrays, and a row
+    that occurs twice is updated twice, by two threads at once. The caller refuses the one and sums
+    the other.
 
     Args:
-        rows: (k,) places in the table, in [0, n), no two the same.
-        values: (k, width) float32 gradient of each row, contiguous.
+        gradient_format: format of the gradient.
+        rows: (k,) contiguous, distinct row numbers, in any order; k may be 0.
+        values: (k, width) contiguous, the rows' gradient as `gradient_format.carrier`.
+        width: elements in a row.
         scalars: (NUM_SCALARS,) float32, see `scalar_row`.
-        master, exp_avg, exp_avg_sq: (n * width,) float32, updated in place.
-        rounded: (n * width,) where the parameter's own 16-bit format is written, or None.
-        num_pieces: how many threads share the rows.
+        master: (n * width,) float32 weights, updated in place.
+        exp_avg, exp_avg_sq: (n * width,) float32 moments, updated in place.
+        rounded: (n * width,) where the parameter's own 16-bit format is written, or None where
+            `master` is it.
+        num_pieces: how many threads share the work.
 
-    Cost: as `update.update` for each touched element, and nothing for the others.
+    Cost: for an element of a touched row what `update` costs, and nothing for the other rows.
+    Threads: `num_pieces` pieces on the mask that the calling thread has set.
     """
-    _update_touched_rows(rows, values, scalars, master, exp_avg, exp_avg_sq, rounded, num_pieces)
+    _update_touched(
+        rows,
+        values.reshape(-1).view(gradient_format.carrier),
+        width,
+        scalars,
+        master,
+        exp_avg,
+        exp_avg_sq,
+        rounded,
+        num_pieces,
+    )
 
 
-def prepare(rounded_format: FloatFormat | None) -> None:
+def prepare(gradient_format: FloatFormat, rounded_format: FloatFormat | None) -> None:
     """Compile, or load from the disk cache, the specialisation that `update_rows` will need."""
     state = np.zeros(0, dtype=np.float32)
     arguments = (
         np.zeros(0, dtype=np.int64),
-        np.zeros((0, 1), dtype=np.float32),
-        np.zeros(NUM_SCALARS, dtype=np.float32),
+        gradient_format.tag(),
+        1,
+        np.zeros(at.NUM_SCALARS, dtype=np.float32),
         state,
         state,
         state,
@@ -94,4 +117,4 @@ def prepare(rounded_format: FloatFormat | None) -> None:
         1,
     )
     target = "the master itself" if rounded_format is None else rounded_format.value
-    compile_now(_update_touched_rows, arguments, f"rows (-> {target})")
+    compile_now(_update_touched, arguments, f"row update ({gradient_format.value} -> {target})")

@@ -52,7 +52,7 @@ class Kernels:
 
     def prepare_rows(self, state: BucketState) -> None:
         """Compile for `update_rows`."""
-        self._rows.prepare(rounded_format(state))
+        self._rows.prepare(FloatFormat.FLOAT32, rounded_format(state))
 
     def sum_blocks(self, table: SegmentTable, sums: npt.NDArray[np.float64]) -> None:
         """Add the sum of squares of each block of the table's segments."""
@@ -108,8 +108,10 @@ class Kernels:
         """Update the touched rows, each given once, of a parameter that this rank holds whole."""
         planes = state.planes
         self._rows.update_rows(
-            touched.rows.numpy(),
+            FloatFormat.FLOAT32,
+            touched.rows.contiguous().numpy(),
             touched.values.contiguous().numpy(),
+            touched.values.shape[1],
             scalars,
             _float32(segment.of(planes.master_weight)),
             _float32(segment.of(planes.exp_avg)),
