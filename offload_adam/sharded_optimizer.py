@@ -119,8 +119,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
     grad_scale: torch.Tensor | float | None
     found_inf: torch.Tensor | float | None
 
-    # Tests set it, to run the path of parameters on a device with parameters in host memory.
+    # Tests set them, to run the paths of parameters on a device with parameters in host memory:
+    # state on the host, and state beside the parameters.
     _offloads = False
+    _updates_on_device = False
 
     def _construct(self, execution: Execution, admit: Callable[[], Sequence[str]]) -> None:
         """Check everything, then allocate and build, or leave nothing behind. Collective.
@@ -173,6 +175,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 beside=execution.beside,
                 takes_rows=execution.takes_rows,
                 force_offload=self._offloads,
+                force_device=self._updates_on_device,
             )
             self._core = ShardedAdam(
                 self._membership,

@@ -1,14 +1,33 @@
-"""The state planes of one bucket's shard: flat host tensors that share one element index."""
+"""The state planes of one bucket's shard: flat tensors that share one element index."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from offload_adam.layout.budget import BucketPlanes
 from offload_adam.layout.flat import Bucket
-from offload_adam.memory.arena import HostArena
+
+
+class Memory(Protocol):
+    """Something that planes are taken from."""
+
+    def take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return (numel,) zeros."""
+        ...
+
+
+class DeviceMemory:
+    """Memory of a device, for state beside its parameters; torch gives and frees it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return (numel,) zeros."""
+        return torch.zeros(numel, dtype=dtype, device=self._device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +62,23 @@ class StatePlanes:
 def allocate_planes(
     bucket: Bucket,
     planes: BucketPlanes,
-    arena: HostArena,
+    memory: Memory,
     *,
     own_master: torch.Tensor | None,
     landed_dtype: torch.dtype | None,
 ) -> StatePlanes:
-    """Take one bucket's planes from the arena, zeroed.
+    """Take one bucket's planes from an arena or a device, zeroed.
 
     Args:
         own_master: the parameter's own shard where it is the master weight.
         landed_dtype: dtype of the landed gradient, None where none is kept.
     """
     numel = bucket.shard_numel
-    master = arena.take(numel, torch.float32) if own_master is None else own_master
+    master = memory.take(numel, torch.float32) if own_master is None else own_master
     return StatePlanes(
         master_weight=master,
-        exp_avg=arena.take(numel, torch.float32),
-        exp_avg_sq=arena.take(numel, torch.float32),
-        max_exp_avg_sq=arena.take(numel, torch.float32) if planes.amsgrad else None,
-        landed_gradient=None if landed_dtype is None else arena.take(numel, landed_dtype),
+        exp_avg=memory.take(numel, torch.float32),
+        exp_avg_sq=memory.take(numel, torch.float32),
+        max_exp_avg_sq=memory.take(numel, torch.float32) if planes.amsgrad else None,
+        landed_gradient=None if landed_dtype is None else memory.take(numel, landed_dtype),
     )

@@ -36,6 +36,7 @@ class BucketState:
     step_counts: (num parameters,) float32 on the host, completed updates, as torch counts them.
     offloaded: parameters live on a device and their state does not, so gradients come down and
         results go up in copies.
+    hosted: the state is in host memory, where the kernels update it.
     centralized: (num parameters,) whose gradients are centralized.
 
     Lifecycle: made once; tensors are written in place and never replaced.
@@ -53,6 +54,7 @@ class BucketState:
     step_counts: torch.Tensor
     own_master: bool
     offloaded: bool
+    hosted: bool
     centralized: npt.NDArray[np.bool_]
     segments: SegmentArrays
     reader: GradientReader

@@ -14,7 +14,7 @@ from offload_adam.coordinator.membership import Membership
 from offload_adam.layout.budget import BucketPlanes, shard_nbytes
 from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
 from offload_adam.memory.arena import HostArena
-from offload_adam.memory.planes import allocate_planes
+from offload_adam.memory.planes import DeviceMemory, allocate_planes
 from offload_adam.parameters.buckets import adopt
 from offload_adam.parameters.gradients import GradientReader
 from offload_adam.parameters.selection import NewParameter
@@ -31,8 +31,8 @@ class Placing:
         offloaded; None where they are read in place.
     beside: state lies beside its parameter, whole on every rank, instead of sharded on the host.
     takes_rows: gradients may be sparse.
-    force_offload: treat parameters in host memory as if they were on a device, for tests of that
-        path.
+    force_offload, force_device: treat parameters in host memory as if they were on a device, their
+        state on the host or beside them, for tests of those paths.
     """
 
     bucket_nbytes: int
@@ -41,6 +41,7 @@ class Placing:
     beside: bool = False
     takes_rows: bool = False
     force_offload: bool = False
+    force_device: bool = False
 
     def share_of(self, membership: Membership) -> tuple[int, int]:
         """Return this rank's place among those that a bucket's state is divided over."""
@@ -68,7 +69,11 @@ def build_states(
     by_index = {item.index: item for item in new}
     members = [[by_index[placed.parameter] for placed in bucket.placements] for bucket in buckets]
     planes = [_planes_of(items[0], placing) for items in members]
-    nbytes = sum(shard_nbytes(bucket, plane) for bucket, plane in zip(buckets, planes, strict=True))
+    nbytes = sum(
+        shard_nbytes(bucket, plane)
+        for bucket, plane, items in zip(buckets, planes, members, strict=True)
+        if _hosted(items[0], placing)
+    )
     arena = together(membership, "allocating its state", lambda: HostArena(nbytes, pin=placing.pin))
     states = [
         _build(bucket, items, plane, arena, membership, placing)
@@ -82,8 +87,14 @@ def _offloaded(item: NewParameter, placing: Placing) -> bool:
     return on_device and not placing.beside
 
 
+def _hosted(item: NewParameter, placing: Placing) -> bool:
+    """Tell whether the state of such a parameter is in host memory."""
+    on_device = item.parameter.device.type != "cpu" or placing.force_device
+    return not (placing.beside and on_device)
+
+
 def _planes_of(item: NewParameter, placing: Placing) -> BucketPlanes:
-    """Return which host planes a bucket of such parameters needs."""
+    """Return which planes a bucket of such parameters needs."""
     offloaded = _offloaded(item, placing)
     landed = placing.landed_dtype(item.parameter.dtype, offloaded)
     return BucketPlanes(
@@ -112,10 +123,11 @@ def _build(
     low, high = bucket.shard_bounds(rank)
     shard = flat[low:high]
     offloaded = _offloaded(items[0], placing)
+    hosted = _hosted(items[0], placing)
     state_planes = allocate_planes(
         bucket,
         planes,
-        arena,
+        arena if hosted else DeviceMemory(flat.device),
         own_master=shard if planes.own_master else None,
         landed_dtype=placing.landed_dtype(flat.dtype, offloaded),
     )
@@ -134,6 +146,7 @@ def _build(
         step_counts=torch.zeros(len(items), dtype=torch.float32),
         own_master=planes.own_master,
         offloaded=offloaded,
+        hosted=hosted,
         centralized=np.array([item.centralized for item in items], dtype=np.bool_),
         segments=segment_arrays(bucket, rank),
         reader=GradientReader(

@@ -15,7 +15,7 @@ from offload_adam.observe.spans import Spans
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.gradients import BucketGradients
 from offload_adam.step.masks import UpdateMasks
-from offload_adam.step.update import HostUpdate
+from offload_adam.step.updates import Updates
 from offload_adam.transfer.collectives import PendingCollective, gather_shards
 from offload_adam.transfer.staging import StagingRing, record_event, wait_for_device
 
@@ -30,13 +30,13 @@ class SequentialExecutor:
         self,
         schedule: Schedule,
         states: Sequence[BucketState],
-        update: HostUpdate,
+        updates: Updates,
         membership: Membership,
         rings: Mapping[torch.dtype, StagingRing],
     ) -> None:
         self._schedule = schedule
         self._states = states
-        self._update = update
+        self._updates = updates
         self._membership = membership
         self._rings = rings
         self._staged: dict[int, tuple[int, torch.Tensor]] = {}
@@ -47,17 +47,17 @@ class SequentialExecutor:
         total = 0.0
         for task in self._schedule.before_agreement:
             if task.operation is Operation.SUM_SQUARES:
-                total += self._update.sum_of_squares(
-                    self._states[task.bucket], gradients[task.bucket]
-                )
+                state = self._states[task.bucket]
+                total += self._updates.of(state).sum_of_squares(state, gradients[task.bucket])
         return total
 
     def non_finite_indices(self, gradients: Sequence[BucketGradients]) -> npt.NDArray[np.int64]:
         """Return the indices of parameters whose gradient, in this rank's shard, is not finite."""
         found = [np.zeros(0, dtype=np.int64)]
         for state, bucket_gradients in zip(self._states, gradients, strict=True):
-            if not math.isfinite(self._update.sum_of_squares(state, bucket_gradients)):
-                positions = self._update.non_finite_positions(state, bucket_gradients)
+            update = self._updates.of(state)
+            if not math.isfinite(update.sum_of_squares(state, bucket_gradients)):
+                positions = update.non_finite_positions(state, bucket_gradients)
                 found.append(state.indices[positions])
             found.append(state.indices[bucket_gradients.non_finite_rows()])
         return np.concatenate(found)
@@ -90,7 +90,7 @@ class SequentialExecutor:
         if task.operation is Operation.UPDATE:
             with spans.span("update"):
                 rounded = self._target(state)
-                self._update.update(state, gradients, active, masks, rounded)
+                self._updates.of(state).update(state, gradients, active, masks, rounded)
         elif task.operation is Operation.COPY_BACK:
             with spans.span("update"):
                 self._copy_back(state, active)

@@ -64,6 +64,15 @@ def segment_of(state: BucketState, position: int) -> Segment | None:
     )
 
 
+def every_segment(state: BucketState, chosen: npt.NDArray[np.bool_]) -> list[Segment]:
+    """Return the segments of the chosen parameters in this rank's shard."""
+    segments = state.segments
+    columns = (segments.positions, segments.parameter_starts, segments.shard_starts)
+    rows = np.flatnonzero(chosen[segments.positions])
+    table = np.stack([rows, *(column[rows] for column in (*columns, segments.numels))], axis=1)
+    return [Segment(*values) for values in table.tolist()]
+
+
 def needs_preparation(state: BucketState, gradients: BucketGradients) -> npt.NDArray[np.bool_]:
     """Return which of the bucket's parameters have a gradient that is prepared."""
     if not gradients.rows:

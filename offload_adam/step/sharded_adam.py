@@ -33,7 +33,7 @@ from offload_adam.step.refusals import (
     refuse_unfrozen,
 )
 from offload_adam.step.report import StepReport
-from offload_adam.step.update import HostUpdate
+from offload_adam.step.updates import Updates
 from offload_adam.transfer.staging import StagingRing
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class ShardedAdam:
         self._placing = placing
         self._watch = VersionWatch(module)
         self._external = external
-        self._update = HostUpdate(num_threads)
+        self._updates = Updates(num_threads)
         self._arenas: list[HostArena] = []
         self._rings: dict[torch.dtype, StagingRing] = {}
         self._places: list[tuple[int, int]] = []
@@ -111,12 +111,12 @@ class ShardedAdam:
             HostMemoryError: nothing has been changed then.
         """
         states, arena = build_states(new, self.membership, self._placing, len(self.states))
-        self._update.prepare(states)
+        self._updates.prepare(states)
         self.states += states
         self._frozen += frozen
         self._arenas.append(arena)
         self.host_nbytes["state"] += arena.nbytes
-        self.host_nbytes |= self._update.nbytes
+        self.host_nbytes |= self._updates.nbytes
         self._names += [item.name for item in new]
         self._parameters += [item.parameter for item in new]
         self._places += [(0, 0)] * len(new)
@@ -128,7 +128,7 @@ class ShardedAdam:
         offloaded = frozenset(state.layout.index for state in self.states if state.offloaded)
         schedule = plan_schedule([state.layout for state in self.states], copies_back=offloaded)
         self._executor = SequentialExecutor(
-            schedule, self.states, self._update, self.membership, self._rings
+            schedule, self.states, self._updates, self.membership, self._rings
         )
         self._watch.extend([item.name for item in new], [item.parameter for item in new])
 
@@ -212,8 +212,8 @@ class ShardedAdam:
                 changed = self._watch.changed()
                 for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
                     present[state.indices] = gradients.present
-                    self._update.reserve(state, gradients, lazy=inputs.lazy)
-                self.host_nbytes |= self._update.nbytes
+                    self._updates.of(state).reserve(state, gradients, lazy=inputs.lazy)
+                self.host_nbytes |= self._updates.nbytes
                 with spans.span("norm"):
                     sum_of_squares = self._sum_of_squares()
         except Exception as error:
