@@ -87,7 +87,7 @@ def require_memory(nbytes: int) -> None:
     if nbytes > available_nbytes:
         raise HostMemoryError(
             f"this benchmark needs about {format_nbytes(nbytes)} of memory and "
-            f"{format_nbytes(available_nbytes)} is available: give a smaller --numel"
+            f"{format_nbytes(available_nbytes)} is available: measure fewer parameters"
         )
 
 

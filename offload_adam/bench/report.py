@@ -18,8 +18,8 @@ def write_json(report: Mapping[str, Any], path: Path) -> None:
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
     """Print the table of a report, and below it what was measured on."""
-    tensors = report["benchmark"] == "tensors"
-    console.print(_tensors_table(report) if tensors else _comparison_table(report))
+    tables = {"tensors": _tensors_table, "rows": _rows_table}
+    console.print(tables.get(report["benchmark"], _comparison_table)(report))
     for name, reason in report.get("left_out", {}).items():
         console.print(f"left out: {name} ({reason})", highlight=False)
     console.print(_machine_line(report["machine"]), highlight=False)
@@ -86,6 +86,19 @@ def _tensors_table(report: Mapping[str, Any]) -> Table:
         table.add_row(
             use, f"{found['many_ms']:.1f}", f"{found['one_ms']:.1f}", f"{found['ratio']:.3f}"
         )
+    return table
+
+
+def _rows_table(report: Mapping[str, Any]) -> Table:
+    table = Table(
+        title=f"bench rows: {report['touched']:,} rows of {report['num_rows']:,} x "
+        f"{report['width']:,}, {report['machine']['num_threads']} thread(s), "
+        f"{report['num_pairs']} pairs",
+        caption="medians; ratio: lazy / dense, over the pairs",
+    )
+    for header in ("lazy, ms", "dense, ms", "ratio"):
+        table.add_column(header, justify="right")
+    table.add_row(f"{report['lazy_ms']:.3f}", f"{report['dense_ms']:.1f}", f"{report['ratio']:.5f}")
     return table
 
 

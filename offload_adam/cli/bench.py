@@ -100,6 +100,31 @@ def bench_tensors(
     )
 
 
+@bench_app.command("rows")
+def bench_rows(
+    num_rows: Annotated[int, typer.Option("--num-rows", min=1, help="Rows of the table.")] = (
+        1_000_000
+    ),
+    width: Annotated[int, typer.Option("--width", min=1, help="Parameters in a row.")] = 64,
+    touched: Annotated[int, typer.Option("--touched", min=1, help="Rows with a gradient.")] = 1_000,
+    threads: Threads = None,
+    pairs: Pairs = LEAST_PAIRS,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure the lazy update of a table's touched rows against the dense update of all rows.
+
+    Exit codes: 0 done, 2 a wrong option, 3 not enough memory, 1 anything else.
+    """
+    if touched > num_rows:
+        raise typer.BadParameter(
+            f"{touched} is more than the {num_rows} rows of the table", param_hint="--touched"
+        )
+    num_threads = _prepare(threads, json_file)
+    from offload_adam.bench.rows import measure_rows
+
+    _show(lambda: measure_rows(num_rows, width, touched, num_threads, pairs), json_file)
+
+
 def _prepare(threads: int | None, json_file: Path | None) -> int:
     """Check what typer cannot, and return the number of threads, before torch is imported."""
     from offload_adam.kernels.threads import allowed_cores

@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
-from offload_adam.bench import comparison, kernel, machine, planes, step, tensors
+from offload_adam.bench import comparison, kernel, machine, planes, rows, step, tensors
 from offload_adam.bench.comparison import Yardsticks, compare
 from offload_adam.bench.interleave import WARMUP_ROUNDS, Turn, interleave
 from offload_adam.bench.limit import LimitRefusedError, choose_limit, gb_per_s
 from offload_adam.bench.peers import available_peers
+from offload_adam.bench.report import print_report
 from offload_adam.bench.results import BASELINE, median_ratio, pair_up
 from offload_adam.bench.step_contenders import CLIPPED, SCALED
 from offload_adam.cli.app import app
@@ -163,7 +165,7 @@ def test_an_overhead_is_what_comes_on_top_of_plain_backward() -> None:
 
 
 def test_memory_is_asked_for_before_it_is_taken() -> None:
-    with pytest.raises(HostMemoryError, match="smaller --numel"):
+    with pytest.raises(HostMemoryError, match="measure fewer parameters"):
         planes.require_memory(1 << 60)
 
 
@@ -246,6 +248,21 @@ def test_the_report_on_tensors_holds_both_uses() -> None:
         assert len(found["pairs"]) == 7
 
 
+def test_the_lazy_updates_ratio_is_the_median_over_the_pairs() -> None:
+    found = rows.compare_rows({rows.LAZY: [1.0, 2.0, 9.0], rows.DENSE: [100.0, 50.0, 300.0]})
+    assert (found["lazy_ms"], found["dense_ms"], found["ratio"]) == (2.0, 100.0, 0.03)
+    assert found["pairs"][1] == {"lazy_ms": 2.0, "dense_ms": 50.0, "ratio": 0.04}
+
+
+@pytest.mark.filterwarnings("ignore:the machine is busy")
+def test_the_report_on_rows_is_complete_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    report = json.loads(json.dumps(rows.measure_rows(500, 3, 20, 1, 7)))
+    assert (report["num_rows"], report["width"], report["touched"]) == (500, 3, 20)
+    assert len(report["pairs"]) == 7
+    print_report(report, Console(width=100))
+    assert "20 rows of 500 x 3" in capsys.readouterr().out
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
     """Return what runs `offload-adam bench` and gives its exit code and all that it printed."""
@@ -283,6 +300,7 @@ def test_the_command_prints_a_table_and_writes_a_file(
         (["tensors", "--dtype", "int8"], "int8"),
         (["tensors", "--json", "/proc/missing/a.json"], "there is no folder"),
         (["kernel", "--json", "/"], "cannot be written"),
+        (["rows", "--num-rows", "10", "--touched", "11"], "11 is more than the 10 rows"),
     ],
 )
 def test_a_wrong_option_ends_with_2_before_anything_is_measured(
@@ -294,7 +312,7 @@ def test_a_wrong_option_ends_with_2_before_anything_is_measured(
     def measured(*_: object) -> None:
         raise AssertionError("measured all the same")
 
-    for module, name in ((kernel, "kernel"), (step, "step"), (tensors, "tensors")):
+    for module, name in ((kernel, "kernel"), (step, "step"), (tensors, "tensors"), (rows, "rows")):
         monkeypatch.setattr(module, f"measure_{name}", measured)
     code, output = run(*arguments)
     assert code == 2, output

@@ -1,0 +1,121 @@
+"""`bench rows`: the lazy update of a table's touched rows against the dense update of all of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from offload_adam.bench.comparison import use_threads
+from offload_adam.bench.contender import ADAMW
+from offload_adam.bench.interleave import Clock, Turn, interleave
+from offload_adam.bench.machine import describe_machine
+from offload_adam.bench.planes import HUGE_PAGES, Planes, make_planes, require_memory
+from offload_adam.bench.results import median_ratio, pair_up
+from offload_adam.bench.update_contenders import OffloadUpdate
+from offload_adam.kernels import rows, threads
+from offload_adam.kernels.formats import FloatFormat
+from offload_adam.kernels.scalars import scalar_row
+
+LAZY, DENSE = "lazy", "dense"
+DEFINITIONS = {
+    "lazy_ms": "the update of the touched rows alone, other random ones in each round; median",
+    "dense_ms": "the update of every row, whose gradient is 0 where none is touched; median",
+    "ratio": "the lazy update's time / the dense one's, median over the pairs",
+    "pairs": "one for each round, in milliseconds",
+}
+
+
+@dataclass(frozen=True)
+class RowPair:
+    """One round, in milliseconds; `ratio` is lazy_ms / dense_ms."""
+
+    lazy_ms: float
+    dense_ms: float
+    ratio: float
+
+
+class LazyUpdate:
+    """Launches the row kernel on rows that are drawn anew before each run."""
+
+    def __init__(self, planes: Planes, width: int, num_touched: int, num_threads: int) -> None:
+        rows.prepare(FloatFormat.FLOAT32, None)
+        self._planes = planes
+        self._width = width
+        self._num_threads = num_threads
+        self._num_steps = 0
+        self._rng = np.random.default_rng(0)
+        self._values = self._rng.normal(0, 0.01, (num_touched, width)).astype(np.float32)
+        self._rows = np.zeros(0, dtype=np.int64)
+
+    def prepare(self) -> None:
+        """Draw distinct rows, which is not timed."""
+        num_rows = self._planes.numel // self._width
+        self._rows = self._rng.choice(num_rows, len(self._values), replace=False)
+
+    def run(self) -> None:
+        """Apply one update."""
+        self._num_steps += 1
+        threads.use_threads(self._num_threads)
+        rows.update_rows(
+            FloatFormat.FLOAT32,
+            self._rows,
+            self._values,
+            self._width,
+            scalar_row(ADAMW, self._num_steps, 1.0),
+            self._planes.master_weight.numpy(),
+            self._planes.exp_avg.numpy(),
+            self._planes.exp_avg_sq.numpy(),
+            None,
+            self._num_threads,
+        )
+
+
+def measure_rows(
+    num_rows: int,
+    width: int,
+    num_touched: int,
+    num_threads: int,
+    num_pairs: int,
+    *,
+    clock: Clock = time.perf_counter,
+) -> dict[str, Any]:
+    """Return the report of `bench rows`, a JSON object.
+
+    Raises:
+        HostMemoryError: the node does not have enough memory available.
+    """
+    require_memory(num_rows * width * 16)
+    use_threads(num_threads)
+    machine = describe_machine(num_threads)
+    planes = make_planes(num_rows * width, HUGE_PAGES)
+    # Both work on one table, so that the dense update leaves none of the rows in a cache.
+    planes.gradient[num_touched * width :] = 0.0
+    lazy = LazyUpdate(planes, width, num_touched, num_threads)
+    dense = OffloadUpdate(planes, num_threads)
+    turns = [Turn(LAZY, lazy.run, lazy.prepare), Turn(DENSE, dense.run)]
+    return {
+        "benchmark": "rows",
+        "num_pairs": num_pairs,
+        "num_rows": num_rows,
+        "width": width,
+        "touched": num_touched,
+        "machine": machine,
+        **compare_rows(interleave(turns, num_pairs, clock=clock)),
+        "definitions": DEFINITIONS,
+    }
+
+
+def compare_rows(timings: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Return medians and pairs of the two updates' milliseconds."""
+    pairs = pair_up(timings[DENSE], timings[LAZY])
+    return {
+        "lazy_ms": median(timings[LAZY]),
+        "dense_ms": median(timings[DENSE]),
+        "ratio": median_ratio(pairs),
+        "pairs": [asdict(RowPair(pair.ms, pair.this_ms, pair.ratio)) for pair in pairs],
+    }
