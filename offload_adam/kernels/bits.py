@@ -117,6 +117,26 @@ def pointer_to(typingctx: Any, address: Any, tag: Any) -> Any:
     return CPointer(element)(types.int64, tag), codegen
 
 
+@intrinsic
+def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
+    """Ask the processor for the cache line of array[index], which is about to be written.
+
+    A hint: nothing waits for it, and no address can make it fail.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(array)(context, builder, arguments[0]).data
+        byte = ir.IntType(8).as_pointer()
+        address = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
+        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        for_writing, keep_close, is_data = _constant(1), _constant(3), _constant(1)
+        builder.call(function, [address, for_writing, keep_close, is_data])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), codegen
+
+
 def window(array: Any, low: Any, high: Any) -> Any:
     """Return array[low:high], or None for an array that this specialisation does not have."""
     return None if array is None else array[low:high]

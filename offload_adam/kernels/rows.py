@@ -12,10 +12,16 @@ import numba
 import numpy as np
 
 from offload_adam.kernels import scalars as at
-from offload_adam.kernels.bits import window
+from offload_adam.kernels.bits import prefetch, window
 from offload_adam.kernels.compilation import compile_now, jit, source_fingerprint
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.update import ElementArray, Float32Array, Int64Array, update_range
+
+_ROWS_AHEAD = 4
+"""Rows lie anywhere in the table, where no processor foresees them: so many are asked for early."""
+
+_LINE_NUMEL = 16  # float32 in a cache line of 64 bytes
+_PREFETCH_NUMEL = 256  # of a longer row the processor itself foresees the rest
 
 
 def _build() -> Any:
@@ -36,6 +42,12 @@ def _build() -> Any:
             first = rows.size * piece // num_pieces
             last = rows.size * (piece + 1) // num_pieces
             for touched in range(first, last):
+                if touched + _ROWS_AHEAD < last:
+                    ahead = rows[touched + _ROWS_AHEAD] * width
+                    for position in range(ahead, ahead + min(width, _PREFETCH_NUMEL), _LINE_NUMEL):
+                        prefetch(master, position)
+                        prefetch(exp_avg, position)
+                        prefetch(exp_avg_sq, position)
                 low = rows[touched] * width
                 high = low + width
                 update_range(
