@@ -17,3 +17,7 @@ class ParameterReplacedError(RuntimeError):
 
 class HostMemoryError(MemoryError):
     """The optimizer state does not fit into this node's memory; nothing was allocated."""
+
+
+class MissingExtraError(ImportError):
+    """An optional package is not installed; the message says which extra brings it."""

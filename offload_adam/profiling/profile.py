@@ -1,0 +1,80 @@
+"""What profiling has found on every rank, as plain values that the trace and the report draw."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from offload_adam.observe.spans import NO_BUCKET, Span
+
+
+@dataclass(frozen=True)
+class RankProfile:
+    """One rank's spans and memory samples, with times in nanoseconds of rank 0's clock.
+
+    samples: the lines of `memory.jsonl`.
+    peaks: the largest bytes of each category of the ledger.
+    num_dropped: spans that found no room.
+    """
+
+    rank: int
+    host: str
+    spans: list[Span]
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    peaks: Mapping[str, int] = field(default_factory=dict)
+    num_dropped: int = 0
+
+    def to_json(self) -> str:
+        """Return the profile as JSON."""
+        return json.dumps({**asdict(self), "spans": [list(span) for span in self.spans]})
+
+    @staticmethod
+    def from_json(text: str | bytes) -> RankProfile:
+        """Return what `to_json` wrote."""
+        values = json.loads(text)
+        return RankProfile(**{**values, "spans": [Span(*span) for span in values["spans"]]})
+
+    def shifted(self, offset_ns: int) -> RankProfile:
+        """Return it with `offset_ns` added to every time."""
+        return RankProfile(
+            self.rank,
+            self.host,
+            [
+                span._replace(start_ns=span.start_ns + offset_ns, end_ns=span.end_ns + offset_ns)
+                for span in self.spans
+            ],
+            [{**sample, "time_ns": sample["time_ns"] + offset_ns} for sample in self.samples],
+            self.peaks,
+            self.num_dropped,
+        )
+
+
+STEP = "train step"
+"""The span that encloses a whole step; everything else of its thread lies within one."""
+
+
+def self_times_ns(spans: Sequence[Span]) -> list[tuple[Span, int]]:
+    """Return each span with the time in it that no span within it, on its thread, accounts for."""
+    own = [span.end_ns - span.start_ns for span in spans]
+    open_spans: dict[str, list[int]] = {}
+    order = sorted(range(len(spans)), key=lambda i: (spans[i].start_ns, -spans[i].end_ns))
+    for i in order:
+        stack = open_spans.setdefault(spans[i].thread, [])
+        while stack and spans[stack[-1]].end_ns <= spans[i].start_ns:
+            stack.pop()
+        if stack:
+            own[stack[-1]] -= spans[i].end_ns - spans[i].start_ns
+        stack.append(i)
+    return list(zip(spans, own, strict=True))
+
+
+def steps_of(spans: Sequence[Span]) -> list[Span]:
+    """Return the spans of whole steps, in order."""
+    return [span for span in spans if span.name == STEP]
+
+
+def label_of(span: Span) -> str:
+    """Return the name that a span is drawn with."""
+    return span.name if span.bucket == NO_BUCKET else f"{span.name} #{span.bucket}"

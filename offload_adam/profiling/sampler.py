@@ -1,0 +1,87 @@
+"""A thread that notes at a set rate how much memory the process, the node and the device use."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+logger = logging.getLogger(__name__)
+
+Ledger = Callable[[], Mapping[str, int]]
+
+_CGROUP_FILES = (
+    Path("/sys/fs/cgroup/memory.current"),
+    Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+class MemorySampler:
+    """Writes `memory.jsonl` while it runs: one JSON object a sample, bytes and seconds.
+
+    Each has `time_ns` (`perf_counter_ns`), `rss` (with shared memory), `uss` (this process's own;
+    read every tenth time, since it walks all mappings), `available` (the node's), `cgroup` (what
+    the container is charged with), `device_allocated` and `device_reserved` where there is CUDA,
+    and the ledger's bytes by category under `ledger`.
+
+    Owns: a thread and an open file, until it is left as a context.
+    """
+
+    def __init__(self, path: Path, ledger: Ledger, *, interval_s: float) -> None:
+        self._file = path.open("w", encoding="utf-8")
+        self._ledger = ledger
+        self._interval_s = interval_s
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="memory sampler", daemon=True)
+        self._process = psutil.Process()
+        self._cgroup = next((path for path in _CGROUP_FILES if path.is_file()), None)
+        self._num_samples = 0
+        self.busy_s = 0.0
+
+    def __enter__(self) -> MemorySampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._file.close()
+
+    def _run(self) -> None:
+        """Sample until told to stop, and once more at the end; a failure ends the samples only."""
+        try:
+            while not self._over.wait(self._interval_s):
+                self._write()
+            self._write()
+        except Exception:
+            logger.exception("memory is no longer sampled; training goes on")
+
+    def _write(self) -> None:
+        start_s = time.thread_time()
+        self._file.write(json.dumps(self._sample()) + "\n")
+        self._file.flush()
+        self.busy_s += time.thread_time() - start_s
+
+    def _sample(self) -> dict[str, Any]:
+        sample: dict[str, Any] = {
+            "time_ns": time.perf_counter_ns(),
+            "rss": self._process.memory_info().rss,
+            "available": psutil.virtual_memory().available,
+        }
+        if self._num_samples % 10 == 0:
+            sample["uss"] = self._process.memory_full_info().uss
+        if self._cgroup is not None:
+            sample["cgroup"] = int(self._cgroup.read_text())
+        if torch.cuda.is_initialized():
+            sample["device_allocated"] = torch.cuda.memory_allocated()
+            sample["device_reserved"] = torch.cuda.memory_reserved()
+        sample["ledger"] = dict(self._ledger())
+        self._num_samples += 1
+        return sample

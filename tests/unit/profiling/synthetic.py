@@ -1,0 +1,32 @@
+"""Profiles with known answers: steps of two ranks, in whole milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from offload_adam.observe.spans import NO_BUCKET, Span
+from offload_adam.profiling.profile import STEP, RankProfile
+
+MS = 1_000_000
+PHASES = {"data": 1, "forward": 8, "backward": 14, "update": 9, "gather": 2}
+NUM_STEPS = 5
+
+
+def profile(rank: int = 0, phases: Mapping[str, int] = PHASES, *, start_ms: int = 0) -> RankProfile:
+    """Return steps of these phases one after the other; the last 3 ms of backward are reduce."""
+    spans = []
+    now = start_ms * MS
+    for _ in range(NUM_STEPS):
+        begin = now
+        for name, length_ms in phases.items():
+            spans.append(Span(name, NO_BUCKET, "MainThread", now, now + length_ms * MS))
+            now += length_ms * MS
+            if name == "backward":
+                spans.append(Span("reduce", 0, "MainThread", now - 3 * MS, now))
+        spans.append(Span(STEP, NO_BUCKET, "MainThread", begin, now))
+    samples = [
+        {"time_ns": i * MS, "rss": 2**30, "available": 2**33, "ledger": {"state": 2**20 * i}}
+        for i in range(10)
+    ]
+    spans.sort(key=lambda span: span.start_ns)
+    return RankProfile(rank, "host", spans, samples, {"state": 9 * 2**20})

@@ -1,0 +1,130 @@
+"""The trace and the report: what stands in them, and that a browser draws it."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offload_adam.errors import MissingExtraError
+from offload_adam.profiling.profile import RankProfile
+from offload_adam.profiling.report import ReportInputs, write_report
+from offload_adam.profiling.trace import write_trace
+from tests.unit.profiling.synthetic import MS, NUM_STEPS, PHASES, profile
+
+PROFILES = [profile(0), profile(1, start_ms=2)]
+RECORDS = [{"step": n, "loss": 5.0 / n, "skipped": n == 3} for n in range(1, 6)]
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def inputs(**changes: Any) -> ReportInputs:
+    values: dict[str, Any] = {
+        "title": "Profile of <quickstart>",
+        "profiles": PROFILES,
+        "diagnosis": None,
+        "records": RECORDS,
+        "predicted": {"state": 9 * 2**20, "staging": 5},
+        "achieved": 15.0,
+        "limit": 30.0,
+    }
+    return ReportInputs(**{**values, **changes})
+
+
+def test_the_trace_has_a_track_a_thread_and_a_counter_a_rank(tmp_path: Path) -> None:
+    write_trace(PROFILES, tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    spans = [event for event in events if event["ph"] == "X"]
+    assert len(spans) == 2 * NUM_STEPS * (len(PHASES) + 2)
+    assert min(event["ts"] for event in spans) == 0.0
+    reduce = next(e for e in spans if e["pid"] == 1 and e["name"] == "reduce #0")
+    assert (reduce["ts"], reduce["dur"]) == ((2 + 1 + 8 + 11) * 1e3, 3e3)
+    names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert names == {0: "rank 0 on host", 1: "rank 1 on host"}
+    counters = [event for event in events if event["ph"] == "C"]
+    assert [e["args"]["state"] for e in counters if e["pid"] == 1] == [2**20 * i for i in range(10)]
+
+
+def test_a_profile_survives_its_way_to_rank_0() -> None:
+    assert RankProfile.from_json(PROFILES[1].to_json()) == PROFILES[1]
+    moved = PROFILES[1].shifted(5 * MS)
+    assert moved.spans[0].start_ns == PROFILES[1].spans[0].start_ns + 5 * MS
+    assert moved.samples[3]["time_ns"] == PROFILES[1].samples[3]["time_ns"] + 5 * MS
+
+
+def test_the_report_loads_nothing_and_marks_what_differs(tmp_path: Path) -> None:
+    write_report(inputs(predicted={"state": 2**20}), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    without_scripts = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", without_scripts)
+    assert "Profile of &lt;quickstart&gt;" in page
+    assert "<tr class=differs><td>state</td>" in page
+    assert "50% of the 30.0 GB/s" in page
+    write_report(inputs(), tmp_path / "report.html")
+    assert "class=differs" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_without_plotly_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    imported = builtins.__import__
+
+    def refuse(name: str, *arguments: Any, **keywords: Any) -> Any:
+        if name.startswith("plotly"):
+            raise ImportError(name)
+        return imported(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(MissingExtraError, match=r"offload-adam\[report\]"):
+        write_report(inputs(), tmp_path / "report.html")
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(BROWSER is None, reason="chromium is not installed")
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 500)])
+def test_a_browser_draws_every_mark(tmp_path: Path, scheme: str, width: int) -> None:
+    assert BROWSER is not None
+    path = tmp_path / "report.html"
+    write_report(inputs(), path)
+    common = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'browser'}",
+        f"--window-size={width},2400",
+        f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}",
+        "--virtual-time-budget=10000",
+        "--enable-logging=stderr",
+    ]
+    picture = tmp_path / f"report-{scheme}.png"
+    dumped = subprocess.run(
+        [*common, "--dump-dom", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    subprocess.run(
+        [*common, f"--screenshot={picture}", path.as_uri()],
+        capture_output=True,
+        timeout=100,
+        check=True,
+    )
+    assert picture.stat().st_size > 20_000
+    assert "CONSOLE" not in dumped.stderr
+    drawn = dumped.stdout
+    charts = {
+        key: part
+        for part in drawn.split("<section><h2>")[2:]
+        for key in re.findall(r'id="chart-(\w+)"', part)
+    }
+    assert set(charts) == {"gantt", "split", "memory", "loss"}
+    # One bar a span but the enclosing one; one a phase and rank; a line or an area a series.
+    assert charts["gantt"].count('class="point"') == 2 * (len(PHASES) + 1)
+    assert charts["split"].count('class="point"') == 2 * (len(PHASES) + 2)
+    assert charts["memory"].count('class="trace scatter') == 3
+    assert charts["loss"].count('class="trace scatter') == 2
