@@ -6,7 +6,7 @@ set -euo pipefail
 
 # shellcheck source=launch/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
-prepare_environment runtime
+prepare_environment runtime report
 find_torchrun
 
 # A rank for each GPU. Without one, two ranks: the least that shards anything.

@@ -88,14 +88,14 @@ class SequentialExecutor:
         spans: Spans,
     ) -> None:
         if task.operation is Operation.UPDATE:
-            with spans.span("update"):
+            with spans.span("update", task.bucket):
                 rounded = self._target(state)
                 self._updates.of(state).update(state, gradients, active, masks, rounded)
         elif task.operation is Operation.COPY_BACK:
-            with spans.span("update"):
+            with spans.span("copy up", task.bucket):
                 self._copy_back(state, active)
         elif task.operation is Operation.GATHER:
-            with spans.span("gather"):
+            with spans.span("gather", task.bucket):
                 self._gathering.append(
                     gather_shards(
                         state.flat,

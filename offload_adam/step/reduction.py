@@ -14,6 +14,7 @@ import torch
 
 from offload_adam.coordinator.agreement import largest_on_any_rank
 from offload_adam.coordinator.membership import Membership
+from offload_adam.observe.spans import span
 from offload_adam.parameters.gradients import GradientsInPlace, in_memory_order
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.gradients import BucketGradients
@@ -307,6 +308,19 @@ class GradientReduction:
             self.gradients[state.layout.index].dense |= present
             return
         dtype = self._reduce_dtype or state.dtype
+        with span("pack", state.layout.index):
+            slot = self._pack(state, dtype, gradients)
+        pending = mean_over_ranks(
+            slot,
+            self._membership.data_group(state.device),
+            state.layout.shard_bounds(state.rank),
+        )
+        self._in_flight.append(_InFlight(state, pending, present, self._num_rounds > 0))
+
+    def _pack(
+        self, state: BucketState, dtype: torch.dtype, gradients: list[torch.Tensor | None]
+    ) -> torch.Tensor:
+        """Return a slot with a bucket's gradients, zeros for what is missing."""
         slot = self._slots.acquire(state.layout.numel, dtype, state.device)
         sources, targets = [], []
         for placed, gradient in zip(state.layout.placements, gradients, strict=True):
@@ -318,24 +332,21 @@ class GradientReduction:
                 targets.append(part)
         if sources:
             torch._foreach_copy_(targets, sources)
-        pending = mean_over_ranks(
-            slot,
-            self._membership.data_group(state.device),
-            state.layout.shard_bounds(state.rank),
-        )
-        self._in_flight.append(_InFlight(state, pending, present, self._num_rounds > 0))
+        return slot
 
     def _retire(self, *, wait: bool) -> None:
         """Land, in order, buckets whose reduction is over; with `wait` all of them."""
         while self._in_flight and (wait or self._in_flight[0].pending.is_completed()):
             state, pending, present, adds = self._in_flight.popleft()
-            pending.wait()
+            with span("reduce", state.layout.index):
+                pending.wait()
             landed = state.planes.landed_gradient
             assert landed is not None
-            if adds:
-                landed.add_(pending.shard.to(landed.device))
-            else:
-                landed.copy_(pending.shard)
+            with span("copy down", state.layout.index):
+                if adds:
+                    landed.add_(pending.shard.to(landed.device))
+                else:
+                    landed.copy_(pending.shard)
             self.gradients[state.layout.index].land(landed, present, complete=True)
             self._slots.release(pending.buffer)
 

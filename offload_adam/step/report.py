@@ -16,7 +16,7 @@ class StepReport:
     skipped: a gradient was not finite or `found_inf` was set: nothing was changed.
     num_updated: parameters that were updated: those with a gradient on any rank.
     non_finite: names of the parameters whose gradient was not finite, on any rank.
-    timings: seconds by phase: reduce, norm, agree, update, gather.
+    timings: seconds by phase: reduce, norm, agree, update, copy up, gather.
     """
 
     total_norm: float
