@@ -5,18 +5,19 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from offload_adam.version import __version__
+
 if TYPE_CHECKING:
     from offload_adam.contract.adam import Adam
     from offload_adam.errors import (
         HostMemoryError,
         ParameterReplacedError,
         PeerError,
+        PeerFailedError,
         RankDisagreementError,
     )
     from offload_adam.optimizer import OffloadAdam
     from offload_adam.step.report import StepReport
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Adam",
@@ -24,6 +25,7 @@ __all__ = [
     "OffloadAdam",
     "ParameterReplacedError",
     "PeerError",
+    "PeerFailedError",
     "RankDisagreementError",
     "StepReport",
     "__version__",
@@ -35,6 +37,7 @@ _HOMES = {
     "OffloadAdam": "offload_adam.optimizer",
     "ParameterReplacedError": "offload_adam.errors",
     "PeerError": "offload_adam.errors",
+    "PeerFailedError": "offload_adam.errors",
     "RankDisagreementError": "offload_adam.errors",
     "StepReport": "offload_adam.step.report",
 }

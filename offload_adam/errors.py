@@ -11,6 +11,20 @@ class PeerError(RuntimeError):
     """Another rank refused the step or the construction; its own traceback says why."""
 
 
+class PeerFailedError(PeerError):
+    """Ranks that the others waited for have died, stopped, or left.
+
+    ranks: their global ranks; empty where it is the store that cannot be reached.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+
+    def __reduce__(self) -> tuple[type[PeerFailedError], tuple[str, tuple[int, ...]]]:
+        return type(self), (str(self), self.ranks)
+
+
 class ParameterReplacedError(RuntimeError):
     """A parameter's storage is no longer the one that the optimizer updates."""
 

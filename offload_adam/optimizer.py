@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
+from offload_adam.coordinator.watch import DEAD_AFTER_S, STUCK_AFTER_S
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.parameters.groups import check_group, hyperparameters_of
 from offload_adam.sharded_optimizer import DEFAULT_BUCKET_NBYTES, Execution, ShardedOptimizer
@@ -47,6 +48,8 @@ class OffloadAdam(ShardedOptimizer):
         accumulate: "host" reserves fp32 room for gradients, so that several reduced backwards add
             up.
         pin_memory: page-lock host state; None where a parameter is on CUDA.
+        dead_after: seconds without a heartbeat after which a rank counts as dead.
+        stuck_after: seconds that the others wait for a live rank that does not get on.
 
     Owns: process groups of its own, hooks on the parameters, host memory. `close` ends all three.
 
@@ -55,6 +58,7 @@ class OffloadAdam(ShardedOptimizer):
             anything is allocated.
         RuntimeError: WORLD_SIZE > 1 and no process group is initialised.
         HostMemoryError: the state does not fit into this node's memory.
+        PeerFailedError: ranks never come; from any collective later, ranks that die or hang.
 
     Source: Kingma and Ba, "Adam" (2015); Loshchilov and Hutter, "Decoupled Weight Decay" (2019);
     Reddi et al., "On the Convergence of Adam" (2018); Rajbhandari et al., "ZeRO" (2020); Ren et
@@ -83,6 +87,8 @@ class OffloadAdam(ShardedOptimizer):
         num_threads: int | None = None,
         accumulate: str | None = None,
         pin_memory: bool | None = None,
+        dead_after: float = DEAD_AFTER_S,
+        stuck_after: float = STUCK_AFTER_S,
     ) -> None:
         execution = Execution(
             module=module,
@@ -95,6 +101,8 @@ class OffloadAdam(ShardedOptimizer):
             accumulate=accumulate,
             pin_memory=pin_memory,
             max_grad_norm=max_grad_norm,
+            dead_after=dead_after,
+            stuck_after=stuck_after,
         )
         defaults = {
             "lr": lr,

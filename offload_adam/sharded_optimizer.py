@@ -10,14 +10,17 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from importlib import metadata
 from typing import Any, overload
 
 import torch
 import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
-from offload_adam.coordinator.admission import require_same, together
+from offload_adam.coordinator.admission import Fact, require_same, together
+from offload_adam.coordinator.agreement import Notice
 from offload_adam.coordinator.membership import is_distributed, open_membership
+from offload_adam.coordinator.watch import DEAD_AFTER_S, STUCK_AFTER_S, Patience
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.parameters.hooks import BackwardHooks
 from offload_adam.parameters.options import (
@@ -39,6 +42,7 @@ from offload_adam.step.reduction import GradientReduction
 from offload_adam.step.report import StepReport
 from offload_adam.step.saved_state import STATE_KEY, merge_groups, pack_full, read_saved
 from offload_adam.step.sharded_adam import ShardedAdam, StepInputs
+from offload_adam.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +68,8 @@ class Execution:
     num_threads: int | None = None
     accumulate: str | None = None
     pin_memory: bool | None = None
+    dead_after: float = DEAD_AFTER_S
+    stuck_after: float = STUCK_AFTER_S
     max_grad_norm: float | None = None
     beside: bool = False
     takes_rows: bool = False
@@ -88,17 +94,29 @@ class Execution:
             self.accumulate,
         )
         check_max_norm("max_grad_norm", self.max_grad_norm)
+        Patience(self.dead_after, self.stuck_after)
         kind = resolve_reduction(self.gradient_reduction, self.module, self.process_group)
         check_accumulate(self.accumulate, self.streamed_module, kind)
         return kind
 
-    def describe(self, kind: str) -> str:
+    def patience(self) -> Patience:
+        """Return the patience with peers; the default's in place of one that `check` refuses."""
+        try:
+            return Patience(self.dead_after, self.stuck_after)
+        except (TypeError, ValueError):
+            return Patience()
+
+    def facts(self, kind: str) -> list[Fact]:
         """Return what must be the same on every rank."""
-        return (
-            f"gradient_reduction={kind} reduce_dtype={self.reduce_dtype} "
-            f"bucket_nbytes={self.bucket_nbytes} accumulate={self.accumulate} "
-            f"max_grad_norm={self.max_grad_norm} beside={self.beside}"
-        )
+        return [
+            ("gradient_reduction", kind),
+            ("reduce_dtype", str(self.reduce_dtype)),
+            ("bucket_nbytes", str(self.bucket_nbytes)),
+            ("accumulate", str(self.accumulate)),
+            ("max_grad_norm", str(self.max_grad_norm)),
+            ("streaming", str(self.streamed_module is not None and kind == "optimizer")),
+            ("state beside the parameters", str(self.beside)),
+        ]
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -124,7 +142,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     _offloads = False
     _updates_on_device = False
 
-    def _construct(self, execution: Execution, admit: Callable[[], Sequence[str]]) -> None:
+    def _construct(self, execution: Execution, admit: Callable[[], Sequence[Fact]]) -> None:
         """Check everything, then allocate and build, or leave nothing behind. Collective.
 
         Args:
@@ -135,13 +153,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._distributed = is_distributed(execution.process_group)
         self.last_step: StepReport | None = None
         self.skipped_steps = 0
+        self.notice = Notice()
         self._warned_idle = False
         self._max_norm_once: float | None = None
         self._module = module
         self._core: ShardedAdam | None = None
         self._hooks: BackwardHooks | None = None
         self._indices: dict[torch.nn.Parameter, int] = {}
-        self._membership = open_membership(execution.process_group)
+        self._membership = open_membership(execution.process_group, execution.patience())
         resources = ExitStack()
         resources.callback(self._membership.release)
         # At exit too: a process group that outlives the interpreter's modules ends it with an
@@ -149,12 +168,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._release = weakref.finalize(self, resources.close)
 
         def check() -> str:
-            self._description = list(admit())
+            self._facts = list(admit())
             return execution.check()
 
         try:
             kind = together(self._membership, "construction", check)
-            self._description.append(execution.describe(kind))
+            self._facts = [*_versions(), *execution.facts(kind), *self._facts]
             self.max_grad_norm = execution.max_grad_norm
             streams = execution.streamed_module is not None and kind == "optimizer"
             reduction = GradientReduction(
@@ -198,7 +217,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _hyperparameters(self) -> list[Hyperparameters]:
         """Return the hyperparameters that the parameters' groups count over, as they are now."""
 
-    def _admit(self, params: ParamsT, defaults: dict[str, Any]) -> list[str]:
+    def _admit(self, params: ParamsT, defaults: dict[str, Any]) -> list[Fact]:
         """Let torch take the groups in, each checked, with nothing allocated yet.
 
         Returns:
@@ -259,8 +278,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Build the state of the groups from this one on. Collective."""
         selection = self._select(first_group)
         new = selection.new
-        lines = [*self._description, *describe(new, self.param_groups[first_group:])]
-        require_same(self._membership, "optimizer", lines)
+        facts = [*self._facts, *describe(selection, self.param_groups[first_group:])]
+        require_same(self._membership, "optimizer", facts)
         self._membership.open_data_groups(item.parameter.device.type for item in new)
         num_buckets = len(core.states)
         with torch.no_grad():
@@ -401,6 +420,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._release()
 
     @property
+    def num_steps(self) -> int:
+        """Calls of `step()` so far, skipped ones included; set it where a saved run goes on."""
+        return self._alive().num_steps
+
+    @num_steps.setter
+    def num_steps(self, num_steps: int) -> None:
+        self._alive().num_steps = num_steps
+
+    @property
     def host_nbytes(self) -> Mapping[str, int]:
         """Host bytes that this rank's optimizer holds, by what they are for."""
         return dict(self._alive().host_nbytes)
@@ -497,6 +525,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             grad_scale=inputs.grad_scale * grad_scale,
             found_inf=_scalar(getattr(self, "found_inf", None), absent=0.0),
             max_norm=self.max_grad_norm if self._max_norm_once is None else self._max_norm_once,
+            notice=self.notice,
         )
 
     def _alive(self) -> ShardedAdam:
@@ -504,6 +533,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self._core is None or not self._release.alive:
             raise RuntimeError("this optimizer has been closed: make a new one to go on training")
         return self._core
+
+
+def _versions() -> list[Fact]:
+    """Return the versions that give the same bits."""
+    return [
+        ("the version of offload_adam", __version__),
+        ("the version of torch", str(torch.__version__)),
+        ("the version of numba", metadata.version("numba")),
+    ]
 
 
 def _scalar(value: torch.Tensor | float | None, *, absent: float) -> float:

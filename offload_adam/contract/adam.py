@@ -37,7 +37,7 @@ from offload_adam.contract.groups import (
     refuse_repeated,
     vector_lengths,
 )
-from offload_adam.coordinator.admission import together
+from offload_adam.coordinator.admission import Fact, together
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.parameters.groups import check_group, hyperparameters_of
 from offload_adam.parameters.selection import Selection
@@ -131,7 +131,7 @@ class Adam(ShardedOptimizer):
             takes_rows=True,
         )
 
-        def admit() -> list[str]:
+        def admit() -> list[Fact]:
             for name, value in (
                 ("use_locking", use_locking),
                 ("use_nesterov", use_nesterov),
@@ -162,7 +162,7 @@ class Adam(ShardedOptimizer):
                 "grad_centralization": False,
             }
             self._read(params, defaults, module, decay_norms)
-            return [f"loss_scale={self.loss_scale} use_lazy={self.use_lazy}"]
+            return [("loss_scale", str(self.loss_scale)), ("use_lazy", str(self.use_lazy))]
 
         self._construct(execution, admit)
 

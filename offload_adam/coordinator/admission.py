@@ -1,27 +1,34 @@
-"""Admission: every rank builds the same optimizer, or none does."""
+"""Admission: every rank builds the same optimizer, or none does and all say why."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 
 from offload_adam.coordinator.membership import Membership
-from offload_adam.errors import PeerError, RankDisagreementError
+from offload_adam.errors import HostMemoryError, PeerError, RankDisagreementError
 
-_MESSAGE_NBYTES = 512
 T = TypeVar("T")
+
+Fact = tuple[str, str]
+"""A field that all ranks must have in common, and its value on this one."""
+
+_SHARED_ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (TypeError, ValueError, RankDisagreementError, HostMemoryError)
+}
 
 
 def together(membership: Membership, phase: str, action: Callable[[], T]) -> T:
     """Run `action` on every rank, and raise on all of them when it raised on any.
 
-    Collective, one small all-gather. The failing ranks raise their own error, the others a
-    `PeerError` that names those ranks and quotes the first error.
+    Collective, two small all-gathers. A mistake (TypeError, ValueError and the like) is the same
+    error on every rank, and names the ranks that made it, unless all made the same. What fails
+    otherwise is raised as it is where it happened, and as a `PeerError` that quotes it elsewhere.
     """
     if membership.world_size == 1:
         return action()
@@ -32,71 +39,85 @@ def together(membership: Membership, phase: str, action: Callable[[], T]) -> T:
         failure = error
     message = "" if failure is None else f"{type(failure).__name__}: {failure}"
     messages = gather_texts(membership, message)
-    if failure is not None:
-        raise failure
     failed = [rank for rank, text in enumerate(messages) if text]
-    if failed:
-        raise PeerError(f"rank(s) {failed} failed in {phase}: {messages[failed[0]]}")
-    return result
+    if not failed:
+        return result
+    kind_name, _, problem = messages[failed[0]].partition(": ")
+    kind = _SHARED_ERRORS.get(kind_name)
+    if failure is not None and (kind is None or len(set(messages)) == 1):
+        raise failure
+    text = f"rank(s) {failed} failed in {phase}: "
+    raise (PeerError(text + messages[failed[0]]) if kind is None else kind(text + problem)) from (
+        failure
+    )
 
 
-def require_same(membership: Membership, what: str, lines: list[str]) -> None:
-    """Refuse, on every rank, where ranks describe different optimizers.
+def require_same(membership: Membership, what: str, facts: Sequence[Fact]) -> None:
+    """Refuse, on every rank alike, where ranks differ in a fact.
 
-    Collective. Digests are compared first; only where they differ is rank 0's description sent, and
-    the error quotes the first line in which each rank parts from it.
+    Collective. Digests are compared first; only where they differ are rank 0's facts sent, and the
+    error quotes for each rank the first field in which it parts from them.
 
     Raises:
-        RankDisagreementError: naming the ranks and the first difference.
+        RankDisagreementError: naming the ranks, the field, and both values.
     """
     if membership.world_size == 1:
         return
-    text = "\n".join(lines)
+    text = json.dumps(facts)
     digests = gather_texts(membership, hashlib.sha256(text.encode()).hexdigest())
     different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if not different:
         return
-    reference = _broadcast_text(membership, text).split("\n")
-    differences = gather_texts(membership, _first_difference(reference, lines))
+    reference = [(field, value) for field, value in json.loads(_broadcast_text(membership, text))]
+    differences = gather_texts(membership, _first_difference(reference, facts))
+    ranks_by_difference: dict[str, list[int]] = {}
+    for rank in different:
+        ranks_by_difference.setdefault(differences[rank], []).append(rank)
     raise RankDisagreementError(
-        f"rank(s) {different} have another {what} than rank 0: {differences[different[0]]}"
+        "; ".join(
+            f"rank(s) {ranks} have another {what} than rank 0: {difference}"
+            for difference, ranks in ranks_by_difference.items()
+        )
     )
 
 
 def gather_texts(membership: Membership, text: str) -> list[str]:
-    """Return every rank's text in rank order, each cut to 512 bytes. Collective."""
-    encoded = text.encode()[:_MESSAGE_NBYTES]
-    own = torch.zeros(_MESSAGE_NBYTES, dtype=torch.uint8)
+    """Return every rank's text in rank order. Collective."""
+    encoded = text.encode()
+    lengths = [int(n) for n in membership.all_gather(torch.tensor([len(encoded)]))]
+    if max(lengths) == 0:
+        return [""] * len(lengths)
+    own = torch.zeros(max(lengths), dtype=torch.uint8)
     own[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
-    gathered = [torch.zeros_like(own) for _ in range(membership.world_size)]
-    dist.all_gather(gathered, own, group=membership.control)
-    return [_decode(buffer) for buffer in gathered]
+    buffers = membership.all_gather(own)
+    return [
+        bytes(buffer[:length].tolist()).decode()
+        for buffer, length in zip(buffers, lengths, strict=True)
+    ]
 
 
 def _broadcast_text(membership: Membership, text: str) -> str:
     """Return rank 0's text. Collective."""
     encoded = text.encode()
     length = torch.tensor([len(encoded)])
-    source = membership.global_ranks[0]
-    dist.broadcast(length, source, group=membership.control)
+    membership.broadcast(length)
     buffer = torch.zeros(int(length), dtype=torch.uint8)
     if membership.rank == 0:
         buffer.copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
-    dist.broadcast(buffer, source, group=membership.control)
-    return _decode(buffer)
+    membership.broadcast(buffer)
+    return bytes(buffer.tolist()).decode()
 
 
-def _decode(buffer: torch.Tensor) -> str:
-    return bytes(buffer.tolist()).rstrip(b"\0").decode(errors="ignore")
-
-
-def _first_difference(reference: list[str], lines: list[str]) -> str:
-    """Say where a description first parts from rank 0's."""
-    for expected, found in zip_longest(reference, lines):
-        if expected != found:
-            return f"{_quoted(found)} where rank 0 has {_quoted(expected)}"
+def _first_difference(reference: Sequence[Fact], facts: Sequence[Fact]) -> str:
+    """Say where a rank's facts first part from rank 0's."""
+    for expected, found in zip_longest(reference, facts):
+        if expected == found:
+            continue
+        if expected is None or found is None:
+            present, where = (found, "here") if expected is None else (expected, "on rank 0")
+            assert present is not None
+            return f"{present[0]} is {present[1]} {where} only"
+        if expected[0] != found[0]:
+            return f"it has {found[0]} where rank 0 has {expected[0]}"
+        return f"{found[0]} is {found[1]} where rank 0 has {expected[1]}"
     return "nothing"
-
-
-def _quoted(line: str | None) -> str:
-    return "nothing" if line is None else repr(line)

@@ -9,8 +9,32 @@ import torch.distributed as dist
 
 from offload_adam.coordinator.membership import Membership
 
-_SQUARES, _NON_FINITE, _FOUND_INF, _GRAD_SCALE, _CHANGES, _FAILED, _LATE, _SETTINGS = range(8)
-_NUM_FINDINGS = 8
+(
+    _SQUARES,
+    _NON_FINITE,
+    _FOUND_INF,
+    _GRAD_SCALE,
+    _CHANGES,
+    _FAILED,
+    _LATE,
+    _SETTINGS,
+    _STEP,
+    _STOP,
+    _SAVED,
+) = range(11)
+_NUM_FINDINGS = 11
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """What the training loop tells the other ranks with a step, and hears from all of them.
+
+    stop: this rank is to end after this step; agreed, any rank is, and so all do.
+    saved: newest step whose checkpoint this rank has written; agreed, all ranks have written it.
+    """
+
+    stop: bool = False
+    saved: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +47,7 @@ class Findings:
     failed: this rank has an error to raise once all ranks know.
     late: gradients were set by hand after their bucket had left.
     settings: checksum below 2**53 of the hyperparameters that this rank would use.
+    step: the number of this step, from 1 on.
     present: (num_parameters,) bool, which parameters have a gradient on this rank.
     """
 
@@ -34,6 +59,8 @@ class Findings:
     failed: bool
     late: bool
     settings: int
+    step: int
+    notice: Notice
     present: torch.Tensor
 
 
@@ -52,11 +79,13 @@ class Agreement:
     failed_ranks: tuple[int, ...]
     late: bool
     settings: tuple[int, ...]
+    steps: tuple[int, ...]
+    notice: Notice
     present_counts: torch.Tensor
 
 
 def agree(membership: Membership, findings: Findings) -> Agreement:
-    """Exchange findings in one all-reduce of 8 float64 a rank and one a parameter. Collective.
+    """Exchange findings in one all-reduce of 11 float64 a rank and one a parameter. Collective.
 
     Every rank writes into places of its own, so that the sums over ranks are taken here, in rank
     order, and not in an order that the collective chooses.
@@ -76,15 +105,17 @@ def agree(membership: Membership, findings: Findings) -> Agreement:
     own[_FAILED] = float(findings.failed)
     own[_LATE] = float(findings.late)
     own[_SETTINGS] = float(findings.settings)
+    own[_STEP] = float(findings.step)
+    own[_STOP] = float(findings.notice.stop)
+    own[_SAVED] = float(findings.notice.saved)
     table[membership.rank] = torch.tensor(own, dtype=torch.float64)
     message[world_size * _NUM_FINDINGS :] = findings.present
-    if world_size > 1:
-        dist.all_reduce(message, group=membership.control)
+    membership.all_reduce(message)
     return _read(table, message[world_size * _NUM_FINDINGS :])
 
 
 def _read(table: torch.Tensor, present: torch.Tensor) -> Agreement:
-    """Turn the exchanged table (world_size, 8) into the agreement."""
+    """Turn the exchanged table (world_size, 11) into the agreement."""
     rows = table.tolist()
     non_finite = any(row[_NON_FINITE] for row in rows)
     return Agreement(
@@ -96,6 +127,10 @@ def _read(table: torch.Tensor, present: torch.Tensor) -> Agreement:
         failed_ranks=tuple(rank for rank, row in enumerate(rows) if row[_FAILED]),
         late=any(row[_LATE] for row in rows),
         settings=tuple(int(row[_SETTINGS]) for row in rows),
+        steps=tuple(int(row[_STEP]) for row in rows),
+        notice=Notice(
+            stop=any(row[_STOP] for row in rows), saved=min(int(row[_SAVED]) for row in rows)
+        ),
         present_counts=present.to(torch.int64),
     )
 
@@ -103,14 +138,12 @@ def _read(table: torch.Tensor, present: torch.Tensor) -> Agreement:
 def flags_on_any_rank(membership: Membership, flags: torch.Tensor) -> torch.Tensor:
     """Return, for a bool tensor, where any rank has a True. Collective."""
     counts = flags.to(torch.int32)
-    if membership.world_size > 1:
-        dist.all_reduce(counts, group=membership.control)
+    membership.all_reduce(counts)
     return counts > 0
 
 
 def largest_on_any_rank(membership: Membership, value: int) -> int:
     """Return the largest of all ranks' values. Collective."""
     largest = torch.tensor([value])
-    if membership.world_size > 1:
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=membership.control)
+    membership.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+import logging
 import os
 import uuid
+import weakref
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,13 +18,21 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
+from offload_adam.coordinator.watch import Patience, PeerWatch, roll_call
+from offload_adam.observe.place import HERE
+
+logger = logging.getLogger(__name__)
+
+_SLICE = timedelta(seconds=0.5)
+"""How long a wait is deaf: to peers that fail, and to Ctrl-C."""
+
 
 @dataclass
 class Membership:
     """This process's place among the ranks that share the optimizer state.
 
     Owns: a gloo group for control messages, and one group a device type for buckets, none of them
-    shared with the user's own collectives. A world of one owns no group at all.
+    shared with the user's own collectives; and the watch over the peers. A world of one owns none.
     Lifecycle: groups are opened by every rank together (`open_membership`); `release` ends them.
     """
 
@@ -30,6 +42,8 @@ class Membership:
     data: dict[str, dist.ProcessGroup] = field(default_factory=dict)
     global_ranks: tuple[int, ...] = (0,)
     timeout: timedelta = timedelta(minutes=30)
+    watch: PeerWatch | None = None
+    _is_broken: bool = False
 
     def open_data_groups(self, device_types: Iterable[str]) -> None:
         """Open the groups for buckets on these device types that are not open yet. Collective."""
@@ -44,11 +58,61 @@ class Membership:
         """Return the group for collectives on tensors of this device."""
         return self.data[device.type]
 
+    def wait(self, work: dist.Work | None) -> None:
+        """Wait for a collective on host memory, as long as all peers live and get on.
+
+        It costs nothing beside `work.wait()`: the wait ends with the work, and only one that takes
+        long is cut into slices, between which peers are looked after and signals are served.
+
+        Raises:
+            PeerFailedError: naming the ranks that have failed, where they were, and what to do.
+        """
+        assert work is not None
+        with HERE.waits():
+            while True:
+                try:
+                    work.wait(_SLICE)
+                    return
+                except RuntimeError as error:
+                    self._settle(work, error)
+
+    def all_reduce(self, tensor: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
+        """Reduce a host tensor over the ranks, in place. Collective."""
+        if self.world_size > 1:
+            self.wait(dist.all_reduce(tensor, operation, group=self.control, async_op=True))
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Return every rank's host tensor of one shape, in rank order. Collective."""
+        if self.world_size == 1:
+            return [tensor]
+        gathered = [torch.zeros_like(tensor) for _ in range(self.world_size)]
+        self.wait(dist.all_gather(gathered, tensor, group=self.control, async_op=True))
+        return gathered
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Give every rank the first one's host tensor, in place. Collective."""
+        if self.world_size > 1:
+            source = self.global_ranks[0]
+            self.wait(dist.broadcast(tensor, source, group=self.control, async_op=True))
+
+    def _settle(self, work: dist.Work, error: RuntimeError) -> None:
+        """Return where only a slice of the wait is over; raise where the collective has failed."""
+        self._is_broken = True  # also where Ctrl-C comes in here
+        if work.is_completed():
+            raise error if self.watch is None else self.watch.explain(error) from error
+        if self.watch is not None:
+            self.watch.raise_failure()
+        self._is_broken = False
+
     def release(self) -> None:
         """End the groups. Idempotent, and safe after the default group has been destroyed."""
         groups = [group for group in (self.control, *self.data.values()) if group is not None]
         self.control = None
         self.data = {}
+        if self.watch is not None:
+            self.watch.leave()
+        if self._is_broken:
+            _abandon(groups)
         if not dist.is_initialized():
             return
         for group in groups:
@@ -86,16 +150,20 @@ def world_size_of(process_group: dist.ProcessGroup | None) -> int:
     return dist.get_world_size(process_group)
 
 
-def open_membership(process_group: dist.ProcessGroup | None) -> Membership:
+def open_membership(
+    process_group: dist.ProcessGroup | None, patience: Patience | None = None
+) -> Membership:
     """Open a control group of the optimizer's own over the ranks of `process_group`.
 
     Collective: every rank of the group calls it.
 
     Args:
         process_group: None for the default group. Without any group this is a world of one.
+        patience: with peers that are silent or do not get on; None for the defaults.
 
     Raises:
         ValueError: this process is not in `process_group`.
+        PeerFailedError: ranks did not come, by number.
     """
     if not _is_initialized() or dist.get_world_size(process_group) == 1:
         return Membership()
@@ -112,8 +180,55 @@ def open_membership(process_group: dist.ProcessGroup | None) -> Membership:
         global_ranks=ranks,
         timeout=_timeout_of(base),
     )
+    membership.watch = _open_watch(membership, patience or Patience())
     membership.control = _new_group(base, "gloo", membership.timeout)
     return membership
+
+
+def _open_watch(membership: Membership, patience: Patience) -> PeerWatch | None:
+    """Meet the other ranks in the store, and begin to watch them."""
+    try:
+        # A connection of its own: a store's client that waits keeps every other thread waiting.
+        default: Any = c10d._get_default_store()
+        connection = default.clone()
+        connection.set_timeout(timedelta(seconds=patience.dead_after))
+    except (AttributeError, NotImplementedError, RuntimeError) as error:
+        logger.warning("ranks that fail will not be named: this store has no clone() (%s)", error)
+        return None
+    store = dist.PrefixStore(_meeting_place(membership.global_ranks), connection)
+    watch = PeerWatch(store, membership.rank, membership.global_ranks, patience)
+    watch.announce()
+    stay = min(membership.timeout, timedelta(seconds=patience.stuck_after))
+    roll_call(store, membership.rank, membership.global_ranks, stay, "the making of the optimizer")
+    watch.start()
+    return watch
+
+
+def _meeting_place(ranks: tuple[int, ...]) -> str:
+    """Return a prefix that these ranks, and no earlier ones, find without talking.
+
+    They open their memberships in one order, so each counts to the same number, beginning anew with
+    every default group.
+    """
+    counts = _openings.setdefault(dist.group.WORLD, {})
+    number = next(counts.setdefault(ranks, itertools.count()))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return f"offload_adam/{attempt}/{'-'.join(map(str, ranks))}/{number}"
+
+
+_openings: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], itertools.count[int]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _abandon(groups: Iterable[dist.ProcessGroup]) -> None:
+    """Keep groups with a broken collective for ever.
+
+    gloo's destructor waits, with the interpreter locked, until collectives that were begun have run
+    into their timeout: a process whose peer has stopped would hang for as long.
+    """
+    for group in groups:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def _is_initialized() -> bool:

@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from offload_adam.observe.place import HERE
+
 NO_BUCKET = -1
 _NOTHING = nullcontext()
 
@@ -134,6 +136,8 @@ def recorded_by(recorder: Spans) -> Iterator[None]:
 class Stopwatch:
     """Wall time in seconds, summed for each name; the process's recorder keeps each stretch.
 
+    A span is also where this process is meanwhile.
+
     Lifecycle: one for each step; read `elapsed_s` when the step is over.
     """
 
@@ -145,7 +149,7 @@ class Stopwatch:
         """Add the time inside the context to `name`, also where it raises."""
         start_s = time.perf_counter()
         try:
-            with span(name, bucket):
+            with HERE.at(name, None if bucket == NO_BUCKET else bucket), span(name, bucket):
                 yield
         finally:
             spent_s = time.perf_counter() - start_s

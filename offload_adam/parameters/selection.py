@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -87,13 +87,25 @@ def check_parameters(new: Iterable[NewParameter], known: Iterable[Named]) -> Non
     refuse_overlaps([name for name, _ in members], [parameter for _, parameter in members])
 
 
-def describe(new: Sequence[NewParameter], groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Describe what every rank must have in common, one line a group and a parameter."""
-    lines = [f"group {hyperparameters_of(group)} amsgrad={group['amsgrad']}" for group in groups]
-    for item in new:
+def describe(selection: Selection, groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Describe what every rank must have in common, field by field."""
+    facts = [
+        ("the number of parameter groups", str(len(groups))),
+        ("the number of trainable parameters", str(len(selection.new))),
+        ("the frozen parameters", ", ".join(name for name, _ in selection.frozen) or "none"),
+    ]
+    for item in selection.new:
         parameter = item.parameter
-        lines.append(
-            f"{item.name} {tuple(parameter.shape)} {parameter.dtype} {parameter.device.type} "
-            f"strides {memory_strides(parameter)} group {item.group} centralized {item.centralized}"
-        )
-    return lines
+        facts += [
+            (f"the name of parameter {item.index}", item.name),
+            (f"the shape of {item.name!r}", str(tuple(parameter.shape))),
+            (f"the dtype of {item.name!r}", str(parameter.dtype)),
+            (f"the device type of {item.name!r}", parameter.device.type),
+            (f"the strides of {item.name!r}", str(memory_strides(parameter))),
+            (f"the group of {item.name!r}", str(item.group)),
+            (f"the centralization of {item.name!r}", str(item.centralized)),
+        ]
+    for number, group in enumerate(groups):
+        values = asdict(hyperparameters_of(group)) | {"amsgrad": group["amsgrad"]}
+        facts += [(f"{name} of group {number}", repr(value)) for name, value in values.items()]
+    return facts

@@ -19,6 +19,7 @@ from offload_adam.parameters.buckets import adopt
 from offload_adam.parameters.gradients import GradientReader
 from offload_adam.parameters.selection import NewParameter
 from offload_adam.step.bucket_state import BucketState, segment_arrays
+from offload_adam.transfer.collectives import PendingCollective
 
 LandedDtype = Callable[[torch.dtype, bool], torch.dtype | None]
 
@@ -118,7 +119,8 @@ def _build(
     flat = adopt(bucket, parameters)
     if membership.world_size > 1 and bucket.numel > 0:
         group = membership.data_group(flat.device)
-        dist.broadcast(flat, membership.global_ranks[0], group=group)
+        work = dist.broadcast(flat, membership.global_ranks[0], group=group, async_op=True)
+        PendingCollective(work, flat, flat).wait(membership)
     rank, _ = placing.share_of(membership)
     low, high = bucket.shard_bounds(rank)
     shard = flat[low:high]

@@ -11,6 +11,7 @@ import torch
 
 from offload_adam.coordinator.membership import Membership
 from offload_adam.layout.schedule import Operation, Schedule, Task
+from offload_adam.observe.place import HERE
 from offload_adam.observe.spans import Spans
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.gradients import BucketGradients
@@ -40,7 +41,7 @@ class SequentialExecutor:
         self._membership = membership
         self._rings = rings
         self._staged: dict[int, tuple[int, torch.Tensor]] = {}
-        self._gathering: list[PendingCollective] = []
+        self._gathering: list[tuple[int, PendingCollective]] = []
 
     def sum_of_squares(self, gradients: Sequence[BucketGradients]) -> float:
         """Return this rank's sum of squares in float64, bucket by bucket as scheduled."""
@@ -73,8 +74,9 @@ class SequentialExecutor:
                 continue
             self._run(task, state, gradients[task.bucket], active, masks, spans)
         with spans.span("gather"):
-            for pending in self._gathering:
-                pending.wait()
+            for bucket, pending in self._gathering:
+                with HERE.at("gather", bucket):
+                    pending.wait(self._membership)
             self._gathering.clear()
             wait_for_device({state.device for state in self._states if state.offloaded})
 
@@ -96,14 +98,13 @@ class SequentialExecutor:
                 self._copy_back(state, active)
         elif task.operation is Operation.GATHER:
             with spans.span("gather", task.bucket):
-                self._gathering.append(
-                    gather_shards(
-                        state.flat,
-                        self._membership.data_group(state.device),
-                        self._membership.rank,
-                        self._membership.world_size,
-                    )
+                pending = gather_shards(
+                    state.flat,
+                    self._membership.data_group(state.device),
+                    self._membership.rank,
+                    self._membership.world_size,
                 )
+                self._gathering.append((task.bucket, pending))
 
     def _target(self, state: BucketState) -> torch.Tensor | None:
         """Return where the kernel writes the rounded parameters, None for an fp32 bucket."""

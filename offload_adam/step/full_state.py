@@ -48,5 +48,6 @@ def _gather_plane(
     if membership.rank == 0:
         flat = torch.empty(plane.numel() * membership.world_size, dtype=plane.dtype)
         parts = list(flat.chunk(membership.world_size))
-    dist.gather(plane, parts, dst=membership.global_ranks[0], group=membership.control)
+    rank_0 = membership.global_ranks[0]
+    membership.wait(dist.gather(plane, parts, dst=rank_0, group=membership.control, async_op=True))
     return flat

@@ -14,6 +14,7 @@ import torch
 
 from offload_adam.coordinator.agreement import largest_on_any_rank
 from offload_adam.coordinator.membership import Membership
+from offload_adam.observe.place import HERE
 from offload_adam.observe.spans import span
 from offload_adam.parameters.gradients import GradientsInPlace, in_memory_order
 from offload_adam.step.bucket_state import BucketState
@@ -338,8 +339,9 @@ class GradientReduction:
         """Land, in order, buckets whose reduction is over; with `wait` all of them."""
         while self._in_flight and (wait or self._in_flight[0].pending.is_completed()):
             state, pending, present, adds = self._in_flight.popleft()
-            with span("reduce", state.layout.index):
-                pending.wait()
+            index = state.layout.index
+            with HERE.at("reduce", index), span("reduce", index):
+                pending.wait(self._membership)
             landed = state.planes.landed_gradient
             assert landed is not None
             with span("copy down", state.layout.index):

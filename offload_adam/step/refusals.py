@@ -22,11 +22,16 @@ def refuse_disagreement(
 
     Raises:
         PeerError: another rank failed.
-        RankDisagreementError: ranks differ in grad_scale, hyperparameters or outside changes.
+        RankDisagreementError: ranks differ in step, grad_scale, hyperparameters or outside changes.
     """
     if agreement.failed_ranks:
         raise PeerError(
             f"rank(s) {list(agreement.failed_ranks)} refused this step; their error says why"
+        )
+    if len(set(agreement.steps)) > 1:
+        raise RankDisagreementError(
+            f"ranks are at different steps: {list(agreement.steps)}, by rank. Load the same "
+            "checkpoint on every rank, and call step() equally often"
         )
     if len(set(agreement.grad_scales)) > 1:
         raise RankDisagreementError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from offload_adam.coordinator.agreement import Notice
+
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
@@ -17,6 +19,7 @@ class StepReport:
     num_updated: parameters that were updated: those with a gradient on any rank.
     non_finite: names of the parameters whose gradient was not finite, on any rank.
     timings: seconds by phase: reduce, norm, agree, update, copy up, gather.
+    notice: what all ranks have agreed on beside the step, from their `notice`.
     """
 
     total_norm: float
@@ -25,3 +28,4 @@ class StepReport:
     num_updated: int
     non_finite: tuple[str, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
+    notice: Notice = field(default_factory=Notice)

@@ -15,6 +15,7 @@ from offload_adam.parameters.gradients import GradientsInPlace
 from offload_adam.parameters.rows import GradientRows, width_of
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.gradients import BucketGradients
+from offload_adam.transfer.collectives import PendingCollective
 
 _NONE, _DENSE, _NO_ENTRIES = 0, -1, 1
 """What a rank has for a parameter: nothing, a dense gradient, or a sparse one of n - 1 entries."""
@@ -89,9 +90,7 @@ class RowExchange:
     def _exchange(self, kinds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return every rank's kinds, (world_size, num_parameters) in rank order."""
         own = torch.from_numpy(kinds)
-        gathered = [torch.empty_like(own) for _ in range(self._membership.world_size)]
-        dist.all_gather(gathered, own, group=self._membership.control)
-        return torch.stack(gathered).numpy()
+        return torch.stack(self._membership.all_gather(own)).numpy()
 
     def _gather(
         self,
@@ -102,10 +101,10 @@ class RowExchange:
     ) -> None:
         """Gather the entries of one parameter, `counts` from each rank."""
         own = gradients.local_rows.pop(position, None) or _no_entries(state, position)
-        group = self._membership.data_group(state.device)
         values = own.values.float() / self._membership.world_size
         entries = GradientRows(
-            _all_entries(own.rows, counts, group), _all_entries(values, counts, group)
+            _all_entries(own.rows, counts, self._membership),
+            _all_entries(values, counts, self._membership),
         )
         before = gradients.rows.get(position)
         gradients.rows[position] = entries if before is None else before.joined(entries)
@@ -148,13 +147,16 @@ def _no_entries(state: BucketState, position: int) -> GradientRows:
 
 
 def _all_entries(
-    own: torch.Tensor, counts: npt.NDArray[np.int64], group: dist.ProcessGroup
+    own: torch.Tensor, counts: npt.NDArray[np.int64], membership: Membership
 ) -> torch.Tensor:
     """Return all ranks' entries one after the other; each is sent padded to the largest."""
     padded = own.new_zeros((int(counts.max()), *own.shape[1:]))
     padded[: own.shape[0]] = own
     gathered = [torch.empty_like(padded) for _ in counts]
     if padded.numel() > 0:
-        dist.all_gather(gathered, padded, group=group)
+        group = membership.data_group(own.device)
+        work = dist.all_gather(gathered, padded, group=group, async_op=True)
+        assert work is not None
+        PendingCollective(work, padded, padded).wait(membership)
     parts = [part[:count] for part, count in zip(gathered, counts.tolist(), strict=True)]
     return torch.cat(parts)

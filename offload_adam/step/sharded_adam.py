@@ -6,16 +6,17 @@ import logging
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from offload_adam.coordinator.agreement import Agreement, Findings, agree, flags_on_any_rank
+from offload_adam.coordinator.agreement import Agreement, Findings, Notice, agree, flags_on_any_rank
 from offload_adam.coordinator.membership import Membership
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.layout.schedule import plan_schedule
 from offload_adam.memory.arena import HostArena
+from offload_adam.observe.place import HERE
 from offload_adam.observe.spans import NullSpans, Spans, Stopwatch
 from offload_adam.parameters.selection import Named, NewParameter
 from offload_adam.parameters.watch import VersionWatch
@@ -50,6 +51,7 @@ class StepInputs:
     step: step count of all parameters, this step included; None where each counts its own updates.
     lazy: sparse gradients update the rows they touch and no others.
     failure: why they could not be read on this rank; the other ranks must hear of it.
+    notice: what rides along for the training loop.
     """
 
     hyperparameters: Sequence[Hyperparameters]
@@ -59,6 +61,7 @@ class StepInputs:
     step: int | None = None
     lazy: bool = False
     failure: Exception | None = None
+    notice: Notice = field(default_factory=Notice)
 
     def checksum(self) -> int:
         """Return a checksum of what must be the same on all ranks."""
@@ -83,6 +86,7 @@ class ShardedAdam:
         external: bool,
     ) -> None:
         self.membership = membership
+        self.num_steps = 0
         self.reduction = reduction
         self.states: list[BucketState] = []
         self.host_nbytes: dict[str, int] = {"state": 0, "staging": 0}
@@ -111,7 +115,8 @@ class ShardedAdam:
             HostMemoryError: nothing has been changed then.
         """
         states, arena = build_states(new, self.membership, self._placing, len(self.states))
-        self._updates.prepare(states)
+        with HERE.at("compilation", patient=True):
+            self._updates.prepare(states)
         self.states += states
         self._frozen += frozen
         self._arenas.append(arena)
@@ -150,6 +155,7 @@ class ShardedAdam:
                 `grad_scale`.
         """
         stopwatch = Stopwatch()
+        HERE.begin_step(self.num_steps + 1)
         agreement, changed = self._agree(inputs, stopwatch)
         decision = decide(agreement, inputs.max_norm)
         non_finite: tuple[str, ...] = ()
@@ -158,6 +164,7 @@ class ShardedAdam:
         else:
             self._apply(inputs, agreement, decision, changed, stopwatch)
         self.reduction.reset()
+        self.num_steps += 1
         return StepReport(
             decision.total_norm,
             decision.clip_factor,
@@ -165,6 +172,7 @@ class ShardedAdam:
             0 if decision.skip else int((agreement.present_counts > 0).sum()),
             non_finite,
             stopwatch.elapsed_s,
+            agreement.notice,
         )
 
     def total_norm(self, inputs: StepInputs) -> float:
@@ -227,6 +235,8 @@ class ShardedAdam:
             failed=failure is not None,
             late=late,
             settings=inputs.checksum(),
+            step=self.num_steps + 1,
+            notice=inputs.notice,
             present=torch.from_numpy(present),
         )
         with spans.span("agree"):

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from offload_adam.coordinator.membership import Membership
+
 # The `*_single` names replace the `*_tensor` ones from torch 2.13 on; 2.11 has only the latter.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -31,9 +33,16 @@ class PendingCollective:
         """Tell, without waiting, whether `shard` may be read."""
         return bool(self.work.is_completed())
 
-    def wait(self) -> None:
-        """Wait for the collective; on a device only its stream waits."""
-        self.work.wait()
+    def wait(self, membership: Membership) -> None:
+        """Wait for the collective, as long as all peers live; on a device only its stream waits.
+
+        Raises:
+            PeerFailedError: naming the ranks that have failed.
+        """
+        if self.buffer.device.type == "cpu":
+            membership.wait(self.work)
+        else:
+            self.work.wait()
 
 
 def mean_over_ranks(

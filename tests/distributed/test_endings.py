@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from offload_adam import OffloadAdam
+from offload_adam import OffloadAdam, PeerFailedError
 from tests.distributed.reference import Weights, exact_gradients, outcome_of
 from tests.ranks import RankDied, RankError, RankPool
 
@@ -59,7 +59,9 @@ def test_a_killed_rank_ends_the_step_of_the_others(own_ranks: RankPool) -> None:
             if rank == 1:
                 assert outcome.type is RankDied
             else:
-                assert outcome.type is not TimeoutError
+                assert outcome.type is PeerFailedError
+                assert "rank 1 is dead: process " in outcome.message
+                assert f"(This is rank {rank}, in " in outcome.message
 
 
 def drop_and_start_again(rank: int, world_size: int, store: str) -> list[torch.Tensor]:
@@ -100,7 +102,10 @@ def wait_for_a_late_rank(rank: int, world_size: int) -> float:
     )
     start_s = time.monotonic()
     if rank == 0:
-        assert outcome_of(optimizer.step).error == "RuntimeError"
+        outcome = outcome_of(optimizer.step)
+        assert outcome.error == "PeerFailedError"
+        assert "Timed out" in outcome.message
+        assert "; rank 1 is in " in outcome.message
     else:
         time.sleep(3.0)
     waited_s = time.monotonic() - start_s

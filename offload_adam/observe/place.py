@@ -1,0 +1,66 @@
+"""Where this process is: what its peers read while they wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass
+class Place:
+    """The training thread's place in the run, written by that thread and read by any other.
+
+    step: the optimizer step that was last begun, from 1 on.
+    phase: what is being done; bucket: with which bucket, None for none.
+    waiting: in a collective of ours, for the other ranks.
+    patient: in work that may take long without a sign: compilation, a slow disk.
+    moves: how often any of this has changed. A process that stands still shows by it.
+    """
+
+    step: int = 0
+    phase: str = "start"
+    bucket: int | None = None
+    waiting: bool = False
+    patient: bool = False
+    moves: int = 0
+
+    @contextmanager
+    def at(self, phase: str, bucket: int | None = None, *, patient: bool = False) -> Iterator[None]:
+        """Be in `phase` inside the context; where it raises, the place of the error stays."""
+        outer = self.phase, self.bucket, self.patient
+        self._move(phase, bucket, self.patient or patient)
+        try:
+            yield
+        except BaseException:
+            self.patient = outer[2]
+            raise
+        self._move(*outer)
+
+    @contextmanager
+    def waits(self) -> Iterator[None]:
+        """Wait for the other ranks inside the context."""
+        self.waiting = True
+        self.moves += 1
+        try:
+            yield
+        finally:
+            self.waiting = False
+            self.moves += 1
+
+    def move(self) -> None:
+        """Show that long work gets on."""
+        self.moves += 1
+
+    def begin_step(self, step: int) -> None:
+        """Begin the optimizer step of this number."""
+        self.step = step
+        self.moves += 1
+
+    def _move(self, phase: str, bucket: int | None, patient: bool) -> None:
+        self.phase, self.bucket, self.patient = phase, bucket, patient
+        self.moves += 1
+
+
+HERE = Place()
+"""This process's place: one process trains one model, by one thread."""

@@ -1,0 +1,138 @@
+"""Ranks that stop, hang, leave or never come: the others are told who, where, and what to do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from offload_adam import OffloadAdam, PeerFailedError
+from offload_adam.observe.place import HERE
+from tests.distributed.reference import Weights, exact_gradients
+from tests.ranks import RankError, RankPool
+
+pytestmark = [pytest.mark.distributed, pytest.mark.fault]
+
+PATIENCE_S = 3.0
+BOUND_S = 30.0
+
+
+@pytest.fixture
+def own_ranks() -> Iterator[RankPool]:
+    """Return a pool whose ranks may die or hang."""
+    with RankPool() as pool:
+        yield pool
+
+
+def stumble(rank: int, world_size: int, how: str) -> float:
+    """Take steps until rank 1 stumbles; return how long the failing step took the others."""
+    model = Weights([(300,), (2000,)])
+    optimizer = OffloadAdam(
+        model.parameters(),
+        module=model,
+        bucket_nbytes=1024,
+        num_threads=1,
+        dead_after=PATIENCE_S,
+        stuck_after=PATIENCE_S,
+    )
+    for step in range(3):
+        model(exact_gradients(model.all, 10 * step + rank, world_size)).backward()
+        if step == 2 and rank == 1:
+            _stumble(how)
+            if how == "leave":
+                optimizer.close()
+                return 0.0
+        start_s = time.monotonic()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.close()
+    return time.monotonic() - start_s
+
+
+def _stumble(how: str) -> None:
+    if how == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif how == "hang":
+        time.sleep(60)
+    elif how == "evaluate":
+        for _ in range(16):
+            time.sleep(PATIENCE_S / 8)
+            HERE.move()
+    elif how == "compile":
+        with HERE.at("compilation", patient=True):
+            time.sleep(2 * PATIENCE_S)
+
+
+def failures(pool: RankPool, how: str) -> list[RankError]:
+    """Return how ranks 0 and 2 failed, within the bound."""
+    start_s = time.monotonic()
+    outcomes = pool.run(stumble, 3, how, timeout=15.0, expect_errors=True)
+    assert time.monotonic() - start_s < BOUND_S
+    others = [outcomes[0], outcomes[2]]
+    for other in others:
+        assert isinstance(other, RankError)
+        assert other.type is PeerFailedError, other.traceback
+    return [other for other in others if isinstance(other, RankError)]
+
+
+def test_a_stopped_rank_is_dead(own_ranks: RankPool) -> None:
+    for error in failures(own_ranks, "stop"):
+        assert "rank 1 is dead: process " in error.message
+        assert "has given no sign for " in error.message
+        assert "last seen in " in error.message
+
+
+def test_a_rank_that_hangs_is_stuck_though_its_heart_beats(own_ranks: RankPool) -> None:
+    for error in failures(own_ranks, "hang"):
+        assert "stuck while others waited for more than 3 s: rank 1 (process " in error.message
+        assert "step 3" in error.message
+
+
+def test_a_rank_that_leaves_is_named(own_ranks: RankPool) -> None:
+    for error in failures(own_ranks, "leave"):
+        assert "rank 1 has left: process " in error.message
+        assert "All ranks must take the same steps" in error.message
+
+
+@pytest.mark.parametrize("how", ["evaluate", "compile"])
+def test_long_work_is_no_failure(own_ranks: RankPool, how: str) -> None:
+    waited_s = own_ranks.run(stumble, 3, how)
+    assert waited_s[0] > 1.5 * PATIENCE_S
+
+
+def never_come(rank: int, world_size: int) -> str:
+    model = Weights([(3,)])
+    if rank == 1:
+        time.sleep(6)
+        return ""
+    with pytest.raises(PeerFailedError) as caught:
+        OffloadAdam(
+            model.parameters(), gradient_reduction="optimizer", stuck_after=1.0, num_threads=1
+        )
+    assert caught.value.ranks == (1,)
+    return str(caught.value)
+
+
+def test_a_rank_that_never_comes_is_named(own_ranks: RankPool) -> None:
+    messages = own_ranks.run(never_come, 3)
+    for message in (messages[0], messages[2]):
+        assert message.startswith("rank(s) [1] have not come to the making of the optimizer")
+
+
+def differ(rank: int, world_size: int, name: str, value: object) -> str:
+    model = Weights([(3,)])
+    options = {name: value if rank == 1 else 5.0}
+    with pytest.raises((TypeError, ValueError)) as caught:
+        OffloadAdam(model.parameters(), gradient_reduction="optimizer", **options)  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["dead_after", "stuck_after"])
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "long", True])
+def test_patience_is_checked_on_every_rank(ranks: RankPool, name: str, value: object) -> None:
+    for message in ranks.run(differ, 2, name, value):
+        assert f"{name} must be a" in message
+        assert repr(value) in message
