@@ -37,6 +37,7 @@ from offload_adam.parameters.selection import (
 )
 from offload_adam.step.construction import Placing
 from offload_adam.step.full_state import gather_bucket
+from offload_adam.step.ledger import LedgerEntry
 from offload_adam.step.local_state import local_state, plan_load
 from offload_adam.step.reduction import GradientReduction
 from offload_adam.step.report import StepReport
@@ -432,6 +433,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def host_nbytes(self) -> Mapping[str, int]:
         """Host bytes that this rank's optimizer holds, by what they are for."""
         return dict(self._alive().host_nbytes)
+
+    def memory_ledger(self) -> list[LedgerEntry]:
+        """Return who holds which bytes of this rank now, on the host and on devices."""
+        return self._alive().ledger()
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's state: whole tensors with one rank, else this rank's ranges.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
@@ -103,6 +103,11 @@ class GradientReduction:
         self._begun = False
         self._arrivals: list[_Arrivals] = []
         self.gradients: list[BucketGradients] = []
+
+    @property
+    def slot_nbytes(self) -> Mapping[torch.device, int]:
+        """Bytes of the slots in which buckets are reduced, by device."""
+        return self._slots.nbytes
 
     def landed_dtype(self, dtype: torch.dtype, offloaded: bool) -> torch.dtype | None:
         """Return the dtype in which gradients of such parameters land, None where they stay put."""

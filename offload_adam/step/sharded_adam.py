@@ -26,6 +26,7 @@ from offload_adam.step.construction import Placing, build_states
 from offload_adam.step.executor import SequentialExecutor
 from offload_adam.step.following import follow
 from offload_adam.step.gradients import BucketGradients
+from offload_adam.step.ledger import LedgerEntry, bucket_entries
 from offload_adam.step.masks import UpdateMasks
 from offload_adam.step.reduction import GradientReduction
 from offload_adam.step.refusals import (
@@ -136,6 +137,15 @@ class ShardedAdam:
             schedule, self.states, self._updates, self.membership, self._rings
         )
         self._watch.extend([item.name for item in new], [item.parameter for item in new])
+
+    def ledger(self) -> list[LedgerEntry]:
+        """Return who holds which bytes now, on the host and on devices."""
+        entries = [entry for state in self.states for entry in bucket_entries(state)]
+        shared = {k: n for k, n in self.host_nbytes.items() if k != "state"}
+        entries += [LedgerEntry(name, None, "cpu", nbytes) for name, nbytes in shared.items()]
+        slots = list(self.reduction.slot_nbytes.items())
+        entries += [LedgerEntry("slots", None, str(device), nbytes) for device, nbytes in slots]
+        return entries
 
     def named_parameters(self) -> list[Named]:
         """Return every parameter that has state, with its name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
 
@@ -24,23 +25,35 @@ class SlotPool:
             list
         )
         self._capacity: dict[tuple[torch.dtype, torch.device], int] = {}
+        self._nbytes: dict[torch.device, int] = defaultdict(int)
+
+    @property
+    def nbytes(self) -> Mapping[torch.device, int]:
+        """Bytes of all slots, in use or free, by device."""
+        return self._nbytes
 
     def reserve(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
         """Say that buckets of this size will be asked for, so that all slots fit all of them."""
         known = self._capacity.get((dtype, device), 0)
         if numel > known:
-            self._free.pop((dtype, device, known), None)
+            outgrown = self._free.pop((dtype, device, known), [])
+            self._nbytes[device] -= sum(slot.nbytes for slot in outgrown)
             self._capacity[dtype, device] = numel
 
     def acquire(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return a 1-d buffer of `numel` elements with undefined content."""
         capacity = self._capacity[dtype, device]
         free = self._free[dtype, device, capacity]
-        whole = free.pop() if free else torch.empty(capacity, dtype=dtype, device=device)
+        if free:
+            return free.pop()[:numel]
+        whole = torch.empty(capacity, dtype=dtype, device=device)
+        self._nbytes[device] += whole.nbytes
         return whole[:numel]
 
     def release(self, slot: torch.Tensor) -> None:
         """Take a buffer back; nothing may still read or write it."""
         base = slot._base if slot._base is not None else slot
-        if base.numel() == self._capacity[base.dtype, base.device]:  # else too small by now
+        if base.numel() == self._capacity[base.dtype, base.device]:
             self._free[base.dtype, base.device, base.numel()].append(base)
+        else:
+            self._nbytes[base.device] -= base.nbytes

@@ -1,0 +1,44 @@
+"""Who holds which bytes: every allocation of an optimizer by category, bucket and device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from offload_adam.step.bucket_state import BucketState
+
+
+class LedgerEntry(NamedTuple):
+    """Bytes that one thing takes now.
+
+    category: a plane by torch's key, `parameters`, `landed_gradient`, or a buffer that all buckets
+        share: `staging`, `slots`, `block_sums`, `prepared`.
+    bucket: None for what all buckets share.
+    device: "cpu", "cuda:0" and so on.
+    """
+
+    category: str
+    bucket: int | None
+    device: str
+    nbytes: int
+
+
+def bucket_entries(state: BucketState) -> Iterator[LedgerEntry]:
+    """Yield what one bucket takes: its parameters and this rank's planes."""
+    index = state.layout.index
+    yield LedgerEntry("parameters", index, str(state.device), state.flat.nbytes)
+    planes = state.planes.named(own_master=state.own_master)
+    if state.planes.landed_gradient is not None:
+        planes["landed_gradient"] = state.planes.landed_gradient
+    for category, plane in planes.items():
+        yield LedgerEntry(category, index, str(plane.device), plane.nbytes)
+
+
+def by_category(entries: Iterable[LedgerEntry]) -> dict[str, int]:
+    """Return bytes by category; what lies on a device stands apart, as `category on cuda:0`."""
+    totals: Counter[str] = Counter()
+    for entry in entries:
+        where = "" if entry.device == "cpu" else f" on {entry.device}"
+        totals[entry.category + where] += entry.nbytes
+    return dict(totals)
