@@ -92,6 +92,8 @@ def run_part(
             optimizer.step()
     assert optimizer.global_step == NUM_STEPS
     found = results(model, optimizer)
+    assert optimizer.last_step is not None
+    found.append(torch.tensor(optimizer.last_step.total_norm))
     optimizer.close()
     return found
 
@@ -110,7 +112,8 @@ def test_ranks_do_what_one_does_with_the_mean(
     for step in range(NUM_STEPS):
         parts = [gradients_of(model, step, part, world_size) for part in range(world_size)]
         alone(walked(alone, mean_of(parts)))
-    expected = results(model, alone)
+    assert alone.last_step is not None
+    expected = [*results(model, alone), torch.tensor(alone.last_step.total_norm)]
     for rank in range(world_size):
         for mine, first, value in zip(found[rank], found[0], expected, strict=True):
             assert torch.equal(mine, first)
