@@ -25,8 +25,12 @@ fi
 
 # --rdzv-backend=c10d: the machines find each other over TCP and agree on the ranks; no machine has a
 #   number of its own, so the line is the same on all.
+# MAX_RESTARTS: how often a run that has failed is started again, from its newest checkpoint.
+# LOCAL_ADDRESS: where the other machines reach this one, if its name does not resolve to that.
 # --rdzv-id: keeps two jobs apart that share a head node.
 exec "$TORCHRUN" --nnodes="$NUM_NODES" --nproc-per-node="$ranks" \
   --rdzv-backend=c10d --rdzv-endpoint="$HEAD_NODE:${HEAD_PORT:-29500}" \
   --rdzv-id="${JOB_ID:-offload-adam}" \
+  "$passed_on" ${MAX_RESTARTS:+--max-restarts="$MAX_RESTARTS"} \
+  ${LOCAL_ADDRESS:+--local-addr="$LOCAL_ADDRESS"} \
   ${numa_binding:+"$numa_binding"} -m offload_adam train "$@"

@@ -22,3 +22,10 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # Allocator: growing segments keep a long run from failing on fragmented device memory. A choice
 # of the user's stands.
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+
+# Preemption: a scheduler that wants its machine back sends SIGTERM or SIGUSR1. torchrun passes it on to
+# the ranks, which end after their step and save; it kills those that have not ended after this many
+# seconds, so it has to be more than a step and a checkpoint take.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}"
+# Left alone, torchrun would end at SIGUSR1 without a word to its ranks.
+passed_on="--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"

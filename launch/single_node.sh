@@ -15,5 +15,7 @@ ranks="${RANKS_PER_NODE:-$gpus}"
 source "$ROOT/launch/settings.sh"
 
 # --standalone: a store on a free port, so that two jobs on one machine do not meet.
-exec "$TORCHRUN" --standalone --nproc-per-node="$ranks" ${numa_binding:+"$numa_binding"} \
+# MAX_RESTARTS: how often a run that has failed is started again, from its newest checkpoint.
+exec "$TORCHRUN" --standalone --nproc-per-node="$ranks" \
+  "$passed_on" ${MAX_RESTARTS:+--max-restarts="$MAX_RESTARTS"} ${numa_binding:+"$numa_binding"} \
   -m offload_adam train "$@"

@@ -35,3 +35,7 @@ class HostMemoryError(MemoryError):
 
 class MissingExtraError(ImportError):
     """An optional package is not installed; the message says which extra brings it."""
+
+
+class NotRetriedError(RuntimeError):
+    """A restarted run meets the mark of an error that no restart can mend."""

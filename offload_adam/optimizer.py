@@ -50,6 +50,7 @@ class OffloadAdam(ShardedOptimizer):
         pin_memory: page-lock host state; None where a parameter is on CUDA.
         dead_after: seconds without a heartbeat after which a rank counts as dead.
         stuck_after: seconds that the others wait for a live rank that does not get on.
+        allow_overcommit: make it though this node's memory seems too small for all of its ranks.
 
     Owns: process groups of its own, hooks on the parameters, host memory. `close` ends all three.
 
@@ -89,6 +90,7 @@ class OffloadAdam(ShardedOptimizer):
         pin_memory: bool | None = None,
         dead_after: float = DEAD_AFTER_S,
         stuck_after: float = STUCK_AFTER_S,
+        allow_overcommit: bool = False,
     ) -> None:
         execution = Execution(
             module=module,
@@ -103,6 +105,7 @@ class OffloadAdam(ShardedOptimizer):
             max_grad_norm=max_grad_norm,
             dead_after=dead_after,
             stuck_after=stuck_after,
+            allow_overcommit=allow_overcommit,
         )
         defaults = {
             "lr": lr,

@@ -71,6 +71,7 @@ class Execution:
     pin_memory: bool | None = None
     dead_after: float = DEAD_AFTER_S
     stuck_after: float = STUCK_AFTER_S
+    allow_overcommit: bool = False
     max_grad_norm: float | None = None
     beside: bool = False
     takes_rows: bool = False
@@ -194,6 +195,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 reduction.landed_dtype,
                 beside=execution.beside,
                 takes_rows=execution.takes_rows,
+                allow_overcommit=execution.allow_overcommit,
                 force_offload=self._offloads,
                 force_device=self._updates_on_device,
             )

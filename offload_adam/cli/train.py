@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from offload_adam.config import ConfigError, RunConfig
+    from offload_adam.config import RunConfig
 
 EXIT_BAD_CONFIGURATION = 2
+EXIT_DOES_NOT_FIT = 3
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 _WAIT_FOR_FIRST_RANK_S = 5.0
 
@@ -27,15 +28,35 @@ def train(
 ) -> None:
     """Train a language model as CONFIG says, alone or under torchrun.
 
-    Exit codes: 0 done, 2 bad configuration, 130 interrupted, 1 anything else.
+    SIGTERM and SIGUSR1 ask it to end after the step that it is in.
+
+    Exit codes: 0 done, 2 bad configuration, 3 does not fit into memory, 130 interrupted, 1 anything
+    else.
     """
     from offload_adam.config import ConfigError
+    from offload_adam.errors import (
+        HostMemoryError,
+        NotRetriedError,
+        PeerError,
+        PeerFailedError,
+        RankDisagreementError,
+    )
 
     try:
         _run(_load([config, *(overrides or [])]))
     except ConfigError as error:
         _report(error)
         raise typer.Exit(EXIT_BAD_CONFIGURATION) from None
+    except HostMemoryError as error:
+        _report(error)
+        raise typer.Exit(EXIT_DOES_NOT_FIT) from None
+    except (NotRetriedError, RankDisagreementError) as error:
+        _report(error)
+        raise typer.Exit(1) from None
+    except (PeerError, PeerFailedError) as error:
+        # Each surviving rank speaks: which one is first is not known, nor who lives to be second.
+        typer.echo(f"offload-adam: {error}", err=True)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             typer.echo("interrupted; the metrics written so far are kept", err=True)
@@ -69,12 +90,13 @@ def _show_log() -> None:
     logging.getLogger("offload_adam").setLevel(logging.INFO if is_first else logging.WARNING)
 
 
-def _report(error: ConfigError) -> None:
-    """Print a mistake that all ranks have found, once a node.
+def _report(error: Exception) -> None:
+    """Print what all ranks have found, once a node.
 
     torchrun ends every rank as soon as one has ended, so the others wait for the first one to
     speak; one that is still there afterwards speaks for itself.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_WAIT_FOR_FIRST_RANK_S)
     typer.echo(f"offload-adam: {error}", err=True)

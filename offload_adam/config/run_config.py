@@ -13,6 +13,7 @@ from offload_adam.config.optimizer_sections import (
     OptimizerSection,
 )
 from offload_adam.config.sections import (
+    CoordinatorSection,
     DataSection,
     MemorySection,
     ModelSection,
@@ -48,6 +49,7 @@ class RunConfig(Section):
     optimizer: OptimizerSection = OffloadAdamSection()
     schedule: ScheduleSection = ScheduleSection()
     memory: MemorySection = MemorySection()
+    coordinator: CoordinatorSection = CoordinatorSection()
 
     @model_validator(mode="after")
     def _refuse_conflicts(self) -> RunConfig:

@@ -117,6 +117,21 @@ class ScheduleSection(Section):
 
 
 class MemorySection(Section):
-    """Whether host buffers are pinned; null leaves the choice to the optimizer."""
+    """Whether host buffers are pinned; null leaves the choice to the optimizer.
+
+    `allow_overcommit` starts a run whose state the node seems to have no memory for.
+    """
 
     pin: bool | None = None
+    allow_overcommit: bool = False
+
+
+class CoordinatorSection(Section):
+    """How long ranks bear with each other, in seconds.
+
+    A rank without a heartbeat for `dead_after` is dead. One that lives, but does not get on while
+    others have waited for it for `stuck_after`, is stuck. Either ends the run on all of them.
+    """
+
+    dead_after: Annotated[FiniteFloat, Field(gt=0)] = 10.0
+    stuck_after: Annotated[FiniteFloat, Field(gt=0)] = 300.0

@@ -38,6 +38,7 @@ from offload_adam.contract.groups import (
     vector_lengths,
 )
 from offload_adam.coordinator.admission import Fact, together
+from offload_adam.coordinator.watch import DEAD_AFTER_S, STUCK_AFTER_S
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.parameters.groups import check_group, hyperparameters_of
 from offload_adam.parameters.selection import Selection
@@ -77,7 +78,7 @@ class Adam(ShardedOptimizer):
         decay_norms: weight decay acts on the norm layers of `module`, too.
         module: the model: it gives names and, with `use_offload`, streams gradients as they arise.
         max_grad_norm, process_group, gradient_reduction, reduce_dtype, bucket_nbytes, num_threads,
-        accumulate, pin_memory: as for `OffloadAdam`.
+        accumulate, pin_memory, allow_overcommit, dead_after, stuck_after: as for `OffloadAdam`.
         **kwargs: `use_lazy`: a sparse gradient updates only the rows it touches; `use_offload`:
             state lies sharded in host memory, instead of beside its parameter on every rank.
 
@@ -113,6 +114,9 @@ class Adam(ShardedOptimizer):
         num_threads: int | None = None,
         accumulate: str | None = None,
         pin_memory: bool | None = None,
+        allow_overcommit: bool = False,
+        dead_after: float = DEAD_AFTER_S,
+        stuck_after: float = STUCK_AFTER_S,
         **kwargs: Any,
     ) -> None:
         self._lock = threading.RLock()
@@ -127,6 +131,9 @@ class Adam(ShardedOptimizer):
             accumulate=accumulate,
             pin_memory=pin_memory,
             max_grad_norm=max_grad_norm,
+            allow_overcommit=allow_overcommit,
+            dead_after=dead_after,
+            stuck_after=stuck_after,
             beside=not requested(kwargs, "use_offload"),
             takes_rows=True,
         )

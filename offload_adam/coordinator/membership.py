@@ -69,12 +69,11 @@ class Membership:
         """
         assert work is not None
         with HERE.waits():
-            while True:
-                try:
-                    work.wait(_SLICE)
-                    return
-                except RuntimeError as error:
-                    self._settle(work, error)
+            self._is_broken = True  # whatever ends the wait early, Ctrl-C too, leaves it so
+            while not self._is_over(work):
+                if self.watch is not None:
+                    self.watch.raise_failure()
+            self._is_broken = False
 
     def all_reduce(self, tensor: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
         """Reduce a host tensor over the ranks, in place. Collective."""
@@ -95,14 +94,15 @@ class Membership:
             source = self.global_ranks[0]
             self.wait(dist.broadcast(tensor, source, group=self.control, async_op=True))
 
-    def _settle(self, work: dist.Work, error: RuntimeError) -> None:
-        """Return where only a slice of the wait is over; raise where the collective has failed."""
-        self._is_broken = True  # also where Ctrl-C comes in here
-        if work.is_completed():
+    def _is_over(self, work: dist.Work) -> bool:
+        """Wait for one slice; raise where the collective has failed."""
+        try:
+            work.wait(_SLICE)
+        except RuntimeError as error:
+            if not work.is_completed():
+                return False  # only the slice is over
             raise error if self.watch is None else self.watch.explain(error) from error
-        if self.watch is not None:
-            self.watch.raise_failure()
-        self._is_broken = False
+        return True
 
     def release(self) -> None:
         """End the groups. Idempotent, and safe after the default group has been destroyed."""

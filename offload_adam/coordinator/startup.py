@@ -8,11 +8,16 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from offload_adam.coordinator.membership import Membership, open_membership
+from offload_adam.coordinator.records import Process
+from offload_adam.coordinator.restarts import attempt, refuse_retry
+from offload_adam.coordinator.watch import Patience, roll_call
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _PR_SET_PDEATHSIG = 1
@@ -20,19 +25,26 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the ranks; alone it is rank 0 of 1."""
+    """This process's place among the ranks; alone it is rank 0 of 1.
+
+    membership: for collectives of the job itself; watched, once the ranks have joined.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+    membership: Membership = field(default_factory=Membership, compare=False)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
         """Return the place that torchrun's variables give, or that of a process alone."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        defaults = ("0", "1", "0", "1")
-        return cls(*(int(environment.get(*pair)) for pair in zip(names, defaults, strict=True)))
+        return cls(
+            rank=int(environment.get("RANK", "0")),
+            world_size=int(environment.get("WORLD_SIZE", "1")),
+            local_rank=int(environment.get("LOCAL_RANK", "0")),
+            local_world_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
+        )
 
     @property
     def device(self) -> torch.device:
@@ -43,13 +55,19 @@ class World:
 
 
 @contextmanager
-def joined_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[World]:
+def joined_world(
+    timeout: timedelta = COLLECTIVE_TIMEOUT, patience: Patience | None = None
+) -> Iterator[World]:
     """Open the default process group for the block under torchrun, and destroy all groups after it.
 
     A process alone joins nothing. `timeout` bounds every collective of the default group.
 
     Lifecycle: whatever holds a process group (an optimizer) is closed inside the block, for an
     object that outlives the groups aborts the process at its exit.
+
+    Raises:
+        PeerFailedError: naming the ranks that do not come.
+        NotRetriedError: an earlier attempt ended with what a restart cannot mend.
     """
     world = World.from_environment()
     if world.device.type == "cuda":
@@ -58,9 +76,14 @@ def joined_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[World]:
         yield world
         return
     end_with_parent()
-    _open_default_group(world, timeout)
+    patience = patience or Patience()
+    _open_default_group(world, timeout, patience)
     try:
-        yield world
+        membership = open_membership(None, patience)
+        try:
+            yield replace(world, membership=membership)
+        finally:
+            membership.release()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -90,18 +113,24 @@ def _use_own_gpu(world: World) -> None:
     torch.cuda.set_device(world.device)
 
 
-def _open_default_group(world: World, timeout: timedelta) -> None:
+def _open_default_group(world: World, timeout: timedelta, patience: Patience) -> None:
     """Initialise the default group over a store that no earlier attempt has written to.
 
     torchrun's agent keeps one store through its restarts. Without a prefix of their own,
-    restarted ranks read the addresses of the attempt that died.
+    restarted ranks read the addresses of the attempt that died. Ranks meet in the store first,
+    because gloo and NCCL do not say which of them is missing.
     """
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    refuse_retry(store)
+    store = dist.PrefixStore(f"attempt-{attempt()}", store)
+    meeting = dist.PrefixStore("meeting", store)
+    meeting.set(f"rank/{world.rank}", Process.own().host)
+    stay = min(timeout, timedelta(seconds=patience.stuck_after))
+    roll_call(meeting, world.rank, tuple(range(world.world_size)), stay, "the start of the run")
     on_cuda = world.device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-        store=dist.PrefixStore(f"attempt-{attempt}", store),
+        store=store,
         rank=world.rank,
         world_size=world.world_size,
         timeout=timeout,

@@ -7,6 +7,7 @@ import math
 import sys
 import threading
 import time
+import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -74,6 +75,7 @@ class PeerWatch:
         self._process = Process.own()
         self._verdict: Verdict | None = None
         self._broken: str | None = None
+        self._accusation: Verdict | None = None
         self._wake = threading.Event()
         self._judged = threading.Event()
         self._ending = threading.Event()
@@ -90,6 +92,7 @@ class PeerWatch:
 
     def start(self) -> None:
         """Begin to beat."""
+        _watches.add(self)
         self._thread.start()
 
     def leave(self) -> None:
@@ -135,8 +138,8 @@ class PeerWatch:
         failure = self.failure or judgement.Verdict((), f"a collective failed: {problem}")
         return self._error(failure)
 
-    def condemn(self, verdict: Verdict) -> None:
-        """End the run on all ranks with this verdict, unless another stands already."""
+    def _condemn(self, verdict: Verdict) -> None:
+        """Write the verdict where all ranks read it, unless another stands already."""
         try:
             written = self._store.compare_set(_VERDICT, "", verdict.to_json())
             verdict = Verdict.from_json(written)
@@ -193,8 +196,9 @@ class PeerWatch:
             found = self._look_at_all()
         else:
             found = self._look_at_next()
+        found = found or self._accusation
         if found is not None:
-            self.condemn(found)
+            self._condemn(found)
 
     def _look_at_next(self) -> Verdict | None:
         """Look at the first rank behind this one that has not left."""
@@ -236,8 +240,8 @@ class PeerWatch:
     def _lose_store(self, error: RuntimeError) -> None:
         silence_s = time.monotonic() - self._reached_s
         logger.debug("the store does not answer: %s", error)
-        if silence_s > self.patience.dead_after:
-            self._verdict = self._unreachable(silence_s)
+        if self._accusation is not None or silence_s > self.patience.dead_after:
+            self._verdict = self._accusation or self._unreachable(silence_s)
             self._judged.set()
 
     def _unreachable(self, silence_s: float) -> Verdict:
@@ -246,6 +250,16 @@ class PeerWatch:
             f"the store has been out of reach for {silence_s:.0f} s: the process that keeps it "
             "(under torchrun the agent on the first machine), or the network to it, is down.",
         )
+
+
+_watches: weakref.WeakSet[PeerWatch] = weakref.WeakSet()
+
+
+def accuse(verdict: Verdict) -> None:
+    """End the run on all ranks with this verdict, whatever this process waits for."""
+    for watch in list(_watches):
+        watch._accusation = verdict
+        watch._wake.set()
 
 
 def roll_call(

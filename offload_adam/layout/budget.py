@@ -25,15 +25,26 @@ class BucketPlanes:
     landed_itemsize: int
 
 
-def shard_nbytes(bucket: Bucket, planes: BucketPlanes) -> int:
-    """Return the host bytes that one rank's shard of one bucket takes.
+def plane_nbytes(bucket: Bucket, planes: BucketPlanes) -> dict[str, int]:
+    """Return the host bytes of one rank's shard of one bucket, plane by plane.
 
     4 a parameter for each of master weight (unless the parameter is it), exp_avg, exp_avg_sq and,
     with amsgrad, max_exp_avg_sq; the landed gradient beside them. Each plane is a whole number of
     blocks, so that planes cut from one arena stay aligned.
     """
-    num_state_planes = 2 + (not planes.own_master) + planes.amsgrad
-    return bucket.shard_numel * (num_state_planes * FLOAT32_NBYTES + planes.landed_itemsize)
+    itemsizes = {
+        "master_weight": 0 if planes.own_master else FLOAT32_NBYTES,
+        "exp_avg": FLOAT32_NBYTES,
+        "exp_avg_sq": FLOAT32_NBYTES,
+        "max_exp_avg_sq": FLOAT32_NBYTES if planes.amsgrad else 0,
+        "landed gradients": planes.landed_itemsize,
+    }
+    return {name: bucket.shard_numel * size for name, size in itemsizes.items() if size}
+
+
+def shard_nbytes(bucket: Bucket, planes: BucketPlanes) -> int:
+    """Return the host bytes that one rank's shard of one bucket takes."""
+    return sum(plane_nbytes(bucket, planes).values())
 
 
 def block_sums_nbytes(buckets: Sequence[Bucket]) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import mmap
 import weakref
-from pathlib import Path
 
 import torch
 
@@ -40,16 +39,20 @@ class HostArena:
                 data loader must not copy it.
 
         Raises:
-            HostMemoryError: when the node does not have that much memory available.
+            HostMemoryError: the kernel does not grant that much, or CUDA does not pin it.
         """
         self.nbytes = nbytes
         self._used_nbytes = 0
         if nbytes == 0:
             self._mapping = None
             return
-        _require_available(nbytes)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._mapping = mmap.mmap(-1, nbytes, flags=flags)
+        try:
+            self._mapping = mmap.mmap(-1, nbytes, flags=flags)
+        except OSError as error:
+            raise HostMemoryError(
+                f"{format_nbytes(nbytes)} of host memory cannot be mapped: {error.strerror}"
+            ) from error
         self._advise("MADV_HUGEPAGE")
         if not survives_fork:
             self._advise("MADV_DONTFORK")
@@ -105,19 +108,3 @@ class HostArena:
 def padded_nbytes(numel: int, dtype: torch.dtype) -> int:
     """Return the bytes that `take` uses up for these elements."""
     return align(numel * dtype.itemsize, ALIGNMENT_NBYTES)
-
-
-def _require_available(nbytes: int) -> None:
-    """Refuse what the node cannot hold, before the kernel ends a process for it."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    available_nbytes = int(fields.get("MemAvailable", "0 kB").split()[0]) * 1024
-    if 0 < available_nbytes < nbytes:
-        raise HostMemoryError(
-            f"this rank's optimizer state needs {format_nbytes(nbytes)} of host memory and "
-            f"{format_nbytes(available_nbytes)} is available: use more ranks or nodes, which share "
-            "it, or a smaller model"
-        )

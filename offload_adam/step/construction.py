@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ import torch.distributed as dist
 
 from offload_adam.coordinator.admission import together
 from offload_adam.coordinator.membership import Membership
-from offload_adam.layout.budget import BucketPlanes, shard_nbytes
+from offload_adam.coordinator.node_memory import admit_memory, report_locked_memory
+from offload_adam.layout.budget import BucketPlanes, plane_nbytes, shard_nbytes
 from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
 from offload_adam.memory.arena import HostArena
 from offload_adam.memory.planes import DeviceMemory, allocate_planes
@@ -32,6 +34,7 @@ class Placing:
         offloaded; None where they are read in place.
     beside: state lies beside its parameter, whole on every rank, instead of sharded on the host.
     takes_rows: gradients may be sparse.
+    allow_overcommit: take memory that the node does not seem to have.
     force_offload, force_device: treat parameters in host memory as if they were on a device, their
         state on the host or beside them, for tests of those paths.
     """
@@ -41,6 +44,7 @@ class Placing:
     landed_dtype: LandedDtype
     beside: bool = False
     takes_rows: bool = False
+    allow_overcommit: bool = False
     force_offload: bool = False
     force_device: bool = False
 
@@ -70,11 +74,16 @@ def build_states(
     by_index = {item.index: item for item in new}
     members = [[by_index[placed.parameter] for placed in bucket.placements] for bucket in buckets]
     planes = [_planes_of(items[0], placing) for items in members]
-    nbytes = sum(
-        shard_nbytes(bucket, plane)
-        for bucket, plane, items in zip(buckets, planes, members, strict=True)
-        if _hosted(items[0], placing)
-    )
+    hosted = [_hosted(items[0], placing) for items in members]
+    nbytes = 0
+    needed: Counter[str] = Counter()
+    for bucket, plane, is_hosted in zip(buckets, planes, hosted, strict=True):
+        if is_hosted:
+            nbytes += shard_nbytes(bucket, plane)
+            needed.update(plane_nbytes(bucket, plane))
+    admit_memory(membership, needed, allow_overcommit=placing.allow_overcommit)
+    if placing.pin:
+        report_locked_memory(nbytes)
     arena = together(membership, "allocating its state", lambda: HostArena(nbytes, pin=placing.pin))
     states = [
         _build(bucket, items, plane, arena, membership, placing)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from offload_adam.config.sections import TrainSection
 from offload_adam.coordinator.startup import World
+from offload_adam.observe.place import HERE
 from offload_adam.train.corpus import ByteTokens
 from offload_adam.train.loss import next_token_loss
 from offload_adam.train.sampling import cut_batch, evaluation_starts
@@ -29,7 +29,7 @@ def evaluate(model: nn.Module, tokens: ByteTokens, train: TrainSection, world: W
         batch = cut_batch(tokens, chosen, train.sequence_length).to(world.device)
         loss = next_token_loss(model, batch)
         total += torch.tensor([loss.item() * len(chosen), len(chosen)], dtype=torch.float64)
+        HERE.move()
     model.train(was_training)
-    if world.world_size > 1:
-        dist.all_reduce(total)
+    world.membership.all_reduce(total)
     return float(total[0] / total[1])

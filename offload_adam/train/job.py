@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from datetime import timedelta
 from itertools import chain
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from offload_adam.config import ConfigError, RunConfig
 from offload_adam.config.optimizer_sections import AdamSection
-from offload_adam.coordinator.startup import World, joined_world
+from offload_adam.contract.adam import Adam
+from offload_adam.coordinator.admission import Fact, require_same
+from offload_adam.coordinator.ending import EndingGuard
+from offload_adam.coordinator.preemption import preemptible
+from offload_adam.coordinator.restarts import final
+from offload_adam.coordinator.startup import COLLECTIVE_TIMEOUT, World, joined_world
+from offload_adam.coordinator.watch import Patience
+from offload_adam.errors import HostMemoryError, RankDisagreementError
 from offload_adam.kernels.threads import threads_per_rank
+from offload_adam.observe.place import HERE
+from offload_adam.optimizer import OffloadAdam
 from offload_adam.train.bigram import bigram_loss
 from offload_adam.train.corpus import Corpus, load_corpus
-from offload_adam.train.loop import Job, run_steps
+from offload_adam.train.loop import Job, Saver, run_steps
 from offload_adam.train.model import build_model
 from offload_adam.train.optimizer import build_optimizer
 from offload_adam.train.progress import step_display
@@ -28,18 +37,38 @@ from offload_adam.train.schedule import build_schedule
 from offload_adam.train.summary import RunTotals, summary_table
 
 
-def run_job(config: RunConfig, console: Console | None = None) -> None:
+def run_job(config: RunConfig, console: Console | None = None, saver: Saver | None = None) -> None:
     """Train as configured, alone or as one of torchrun's ranks; rank 0 writes and reports.
 
     Everything that can be wrong with the configuration is tried before the ranks join.
 
-    Raises: ConfigError where data, model or world do not fit the configuration.
+    Args:
+        saver: writes the checkpoint with which a preempted run ends.
+
+    Raises:
+        ConfigError: data, model or world do not fit the configuration.
+        HostMemoryError: the state does not fit into a node's memory.
+        PeerFailedError: ranks have died, hung, or never come. Where the training thread cannot
+            raise it, because it is in a collective that is not ours, the process is ended.
     """
     world = World.from_environment()
     _refuse_unshardable(config, world)
     corpus = load_corpus(config.data, config.train.sequence_length)
     model = build_model(config)
-    with joined_world() as world, _assembled(config, world, corpus, model) as job:
+    patience = Patience(config.coordinator.dead_after, config.coordinator.stuck_after)
+    timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=2 * patience.stuck_after))
+    guard = EndingGuard()
+    with (
+        joined_world(timeout, patience) as world,
+        guard.guarding(world.membership),
+        preemptible(world.membership) as preemption,
+        _assembled(config, world, corpus, model) as (parallel_model, optimizer),
+        guard.hurried(),
+    ):
+        schedule = build_schedule(optimizer, config)
+        job = Job(
+            config, world, corpus, model, parallel_model, optimizer, schedule, preemption, saver
+        )
         if world.rank == 0:
             _train_and_report(job, console or Console())
         else:
@@ -57,20 +86,44 @@ def _refuse_unshardable(config: RunConfig, world: World) -> None:
 
 
 @contextmanager
-def _assembled(config: RunConfig, world: World, corpus: Corpus, model: nn.Module) -> Iterator[Job]:
-    """Put the job together on this rank's device, and close the optimizer after the block."""
+def _assembled(
+    config: RunConfig, world: World, corpus: Corpus, model: nn.Module
+) -> Iterator[tuple[nn.Module, OffloadAdam | Adam]]:
+    """Make the optimizer on this rank's device, and close it after the block.
+
+    Yields the model as the ranks train it, in DistributedDataParallel or as it is, and the
+    optimizer. What goes wrong here goes wrong at every start.
+    """
+    with final(TypeError, ValueError, RankDisagreementError, HostMemoryError):
+        require_same(world.membership, "configuration", _facts(config, corpus))
+        parallel_model = _distributed(config, world, model)
+        optimizer = build_optimizer(config, parallel_model)
+    with closing(optimizer):
+        # Not before: where Numba starts its OpenMP threads it also sets how many torch uses.
+        torch.set_num_threads(threads_per_rank(world.local_world_size))
+        yield parallel_model, optimizer
+
+
+def _facts(config: RunConfig, corpus: Corpus) -> list[Fact]:
+    """Return what the ranks of a run must have in common before they make the optimizer."""
+    sections = config.model_dump(mode="json")
+    facts = [
+        (f"{section}.{key}", repr(value))
+        for section, values in sections.items()
+        for key, value in values.items()
+    ]
+    return [*facts, ("the data", corpus.description)]
+
+
+def _distributed(config: RunConfig, world: World, model: nn.Module) -> nn.Module:
+    """Put the model on this rank's device, with rank 0's weights, in DDP where that reduces."""
     model = model.to(world.device)
     _copy_from_rank_0(model, world)
     # From here on each rank draws for itself: two ranks must not drop the same activations.
     torch.manual_seed(config.run.seed + world.rank)
-    parallel_model = model
     if config.optimizer.gradient_reduction == "external" and world.world_size > 1:
-        parallel_model = DistributedDataParallel(model)
-    with closing(build_optimizer(config, parallel_model)) as optimizer:
-        # Not before: where Numba starts its OpenMP threads it also sets how many torch uses.
-        torch.set_num_threads(threads_per_rank(world.local_world_size))
-        schedule = build_schedule(optimizer, config)
-        yield Job(config, world, corpus, model, parallel_model, optimizer, schedule)
+        return DistributedDataParallel(model)
+    return model
 
 
 @torch.no_grad()
@@ -79,15 +132,16 @@ def _copy_from_rank_0(model: nn.Module, world: World) -> None:
     if world.world_size == 1:
         return
     for tensor in chain(model.parameters(), model.buffers()):
-        received = tensor.detach().clone(memory_format=torch.contiguous_format)
-        dist.broadcast(received, src=0)
+        received = tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+        world.membership.broadcast(received)
         tensor.copy_(received)
 
 
 def _train_and_report(job: Job, console: Console) -> None:
     """Run the steps on rank 0, which shows and writes them, and close with the summary."""
     config = job.config
-    baseline = bigram_loss(job.corpus.training, job.corpus.validation)
+    with HERE.at("the bigram baseline", patient=True):
+        baseline = bigram_loss(job.corpus.training, job.corpus.validation)
     for line in [*prepare_run_folder(config), *_introduction(job, baseline)]:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     folder = run_folder(config)
@@ -97,6 +151,9 @@ def _train_and_report(job: Job, console: Console) -> None:
         for record in run_steps(job):
             _take(record, metrics, totals)
             display.show(record)
+    if totals.num_steps < config.train.num_steps:
+        saved = "without a checkpoint" if job.saver is None else "with a checkpoint"
+        console.print(f"preempted: ended after step {totals.num_steps}, {saved}", highlight=False)
     console.print(summary_table(totals, baseline, folder))
 
 

@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
@@ -17,7 +17,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from offload_adam.config import RunConfig
 from offload_adam.config.optimizer_sections import AdamSection
 from offload_adam.contract.adam import Adam
+from offload_adam.coordinator.agreement import Notice
+from offload_adam.coordinator.preemption import Preemption
 from offload_adam.coordinator.startup import World
+from offload_adam.observe.place import HERE
 from offload_adam.observe.spans import Stopwatch
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.train.corpus import Corpus
@@ -27,9 +30,19 @@ from offload_adam.train.records import StepRecord
 from offload_adam.train.sampling import Batch, sample_batch
 
 
+class Saver(Protocol):
+    """Writes checkpoints of the run."""
+
+    def save(self, step: int) -> None:
+        """Write and commit a checkpoint of the state after this step. Collective."""
+
+
 @dataclass(frozen=True)
 class Job:
-    """The parts of a run; `parallel_model` is `model`, or DistributedDataParallel around it."""
+    """The parts of a run; `parallel_model` is `model`, or DistributedDataParallel around it.
+
+    preemption: asks for an early end; saver: writes the checkpoint that it ends with.
+    """
 
     config: RunConfig
     world: World
@@ -38,6 +51,8 @@ class Job:
     parallel_model: nn.Module
     optimizer: OffloadAdam | Adam
     schedule: LRScheduler | None
+    preemption: Preemption
+    saver: Saver | None = None
 
     @property
     def tokens_per_step(self) -> int:
@@ -48,14 +63,23 @@ class Job:
 
 
 def run_steps(job: Job) -> Iterator[StepRecord]:
-    """Train, and yield a record after every step; all ranks do so together."""
+    """Train, and yield a record after every step; all ranks do so together.
+
+    A preempted run saves and ends after the step in which the ranks have agreed on it.
+    """
     train = job.config.train
     for step in range(1, train.num_steps + 1):
         record = _run_step(job, step)
         if step == train.num_steps or (train.eval_every and step % train.eval_every == 0):
-            val_loss = evaluate(job.model, job.corpus.validation, train, job.world)
+            with HERE.at("evaluation"):
+                val_loss = evaluate(job.model, job.corpus.validation, train, job.world)
             record = dataclasses.replace(record, val_loss=val_loss)
         yield record
+        outcome = job.optimizer.last_step
+        if outcome is not None and outcome.notice.stop:
+            if job.saver is not None:
+                job.saver.save(step)
+            return
 
 
 def _run_step(job: Job, step: int) -> StepRecord:
@@ -65,7 +89,9 @@ def _run_step(job: Job, step: int) -> StepRecord:
     """
     start_s = time.perf_counter()
     watch = Stopwatch()
+    HERE.begin_step(job.optimizer.num_steps + 1)
     loss = _accumulate_gradients(job, step, watch)
+    job.optimizer.notice = Notice(stop=job.preemption.is_requested)
     with watch.span("step"):
         job.optimizer.step()
         job.optimizer.zero_grad()
@@ -133,6 +159,6 @@ def _next_batch(job: Job, step: int, microbatch: int) -> Batch:
 
 def _mean_over_ranks(loss: torch.Tensor, world: World) -> float:
     """Return the mean of a 0-d tensor over all ranks."""
-    if world.world_size > 1:
-        dist.all_reduce(loss)
-    return float(loss) / world.world_size
+    total = loss.cpu()
+    world.membership.all_reduce(total)
+    return float(total) / world.world_size

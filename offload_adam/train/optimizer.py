@@ -18,7 +18,7 @@ from offload_adam.schedules import schedule_from_state
 def build_optimizer(config: RunConfig, model: nn.Module) -> OffloadAdam | Adam:
     """Return the optimizer of `model`'s trainable parameters."""
     section = config.optimizer
-    execution = _execution(section, config.memory.pin)
+    execution = _execution(section, config)
     if isinstance(section, AdamSection):
         return _adam(section, model, execution)
     return _offload_adam(section, model, execution)
@@ -64,7 +64,7 @@ def _adam(section: AdamSection, model: nn.Module, execution: dict[str, Any]) -> 
     )
 
 
-def _execution(section: ExecutionKeys, pin_memory: bool | None) -> dict[str, Any]:
+def _execution(section: ExecutionKeys, config: RunConfig) -> dict[str, Any]:
     """Return the arguments that both optimizers take; what is not given keeps its default."""
     arguments = {
         "max_grad_norm": section.max_grad_norm,
@@ -72,7 +72,10 @@ def _execution(section: ExecutionKeys, pin_memory: bool | None) -> dict[str, Any
         "reduce_dtype": torch.float32 if section.reduce_dtype else None,
         "accumulate": section.accumulate,
         "num_threads": section.num_threads,
-        "pin_memory": pin_memory,
+        "pin_memory": config.memory.pin,
+        "allow_overcommit": config.memory.allow_overcommit,
+        "dead_after": config.coordinator.dead_after,
+        "stuck_after": config.coordinator.stuck_after,
     }
     if section.bucket_nbytes is not None:
         arguments["bucket_nbytes"] = section.bucket_nbytes

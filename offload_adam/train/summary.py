@@ -32,14 +32,17 @@ class RunTotals:
 
 
 def summary_table(totals: RunTotals, bigram_loss: float, folder: Path) -> Table:
-    """Return the table of a finished run; losses are in nats a token."""
+    """Return the table of a run that has ended; losses are in nats a token.
+
+    One that was preempted has no final validation loss.
+    """
     last = totals.last
     assert last is not None, "a run has a step"
-    assert last.val_loss is not None, "a run ends with an evaluation"
     table = Table(title=f"{folder.name}: {totals.num_steps} steps", show_header=False)
     table.add_column("what")
     table.add_column("value", justify="right", overflow="fold")
-    table.add_row("final validation loss", f"{last.val_loss:.4f} nats")
+    if last.val_loss is not None:
+        table.add_row("final validation loss", f"{last.val_loss:.4f} nats")
     table.add_row("bigram baseline, same split", f"{bigram_loss:.4f} nats")
     table.add_row("final training loss", f"{last.loss:.4f} nats")
     table.add_row("steps (of these skipped)", f"{totals.num_steps} ({totals.num_skipped})")

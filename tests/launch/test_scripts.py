@@ -183,7 +183,8 @@ def test_multi_node_meets_at_the_head_node(checkout: Checkout) -> None:
         "multi_node.sh",
         "run.yaml",
         "--train.num_steps=5",
-        env={"NUM_NODES": "2", "HEAD_NODE": "first", "RANKS_PER_NODE": "3", "JOB_ID": "7"},
+        env={"NUM_NODES": "2", "HEAD_NODE": "first", "RANKS_PER_NODE": "3", "JOB_ID": "7"}
+        | {"MAX_RESTARTS": "2"},
     )
     assert done.stdout.split() == [
         "--nnodes=2",
@@ -191,6 +192,8 @@ def test_multi_node_meets_at_the_head_node(checkout: Checkout) -> None:
         "--rdzv-backend=c10d",
         "--rdzv-endpoint=first:29500",
         "--rdzv-id=7",
+        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        "--max-restarts=2",
         "-m",
         "offload_adam",
         "train",

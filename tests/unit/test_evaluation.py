@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from offload_adam.config.sections import ModelSizes, TrainSection
+from offload_adam.coordinator.membership import open_membership
 from offload_adam.coordinator.startup import World
 from offload_adam.train.evaluation import evaluate
 from offload_adam.train.gpt import GPT
@@ -40,7 +41,11 @@ def test_it_is_the_mean_over_the_whole_split() -> None:
 
 
 def evaluate_on_rank(rank: int, world_size: int) -> float:
-    return evaluate(make_model(), TOKENS, TRAIN, World(rank, world_size, rank, world_size))
+    membership = open_membership(None)
+    world = World(rank, world_size, rank, world_size, membership)
+    loss = evaluate(make_model(), TOKENS, TRAIN, world)
+    membership.release()
+    return loss
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import subprocess
 import sys
@@ -90,13 +91,23 @@ def test_state_that_does_not_fit_is_refused_before_anything_moves(
     parameter = torch.nn.Parameter(torch.ones(3))
     address = parameter.data_ptr()
 
-    def refuse(nbytes: int) -> None:
-        raise HostMemoryError("needs 12 GiB")
-
-    monkeypatch.setattr("offload_adam.memory.arena._require_available", refuse)
-    with pytest.raises(HostMemoryError, match="12 GiB"):
+    available = "offload_adam.coordinator.node_memory.available_memory"
+    monkeypatch.setattr(available, lambda: (1023, "of the machine"))
+    with pytest.raises(HostMemoryError, match=r"available \(of the machine\) +1023 B"):
         OffloadAdam([parameter])
     assert parameter.data_ptr() == address
+    OffloadAdam([parameter], allow_overcommit=True)
+    monkeypatch.setattr(available, lambda: (1024, "of the machine"))
+    OffloadAdam([torch.nn.Parameter(torch.ones(3))])  # exp_avg and exp_avg_sq, a block of each
+
+
+def test_memory_that_the_kernel_does_not_grant_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("offload_adam.memory.arena.mmap.mmap", refuse)
+    with pytest.raises(HostMemoryError, match=r"1\.00 KiB .* mapped: Cannot allocate memory"):
+        OffloadAdam([torch.nn.Parameter(torch.ones(3))])
 
 
 def test_pinning_without_cuda_is_a_warning() -> None:

@@ -1,0 +1,193 @@
+"""Whether what the ranks of a node need together fits into its memory, said before it is taken."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from offload_adam.coordinator.admission import gather_texts
+from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.records import Process
+from offload_adam.errors import HostMemoryError
+from offload_adam.units import format_nbytes
+
+logger = logging.getLogger(__name__)
+
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+_UNLIMITED_NBYTES = 1 << 60
+
+
+@dataclass(frozen=True, slots=True)
+class NodeNeed:
+    """What the ranks of one node need together, and what that node has left.
+
+    nbytes: bytes by what they are for, over all ranks of the node.
+    """
+
+    host: str
+    ranks: tuple[int, ...]
+    nbytes: Mapping[str, int]
+    available_nbytes: int
+    limit: str
+
+    @property
+    def total_nbytes(self) -> int:
+        """Bytes that the node's ranks need."""
+        return sum(self.nbytes.values())
+
+    def table(self) -> str:
+        """Return what needs what, one line each."""
+        rows = [*self.nbytes.items(), ("together", self.total_nbytes)]
+        rows.append((f"available ({self.limit})", self.available_nbytes))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"  {name:<{width}}  {format_nbytes(size):>10}" for name, size in rows)
+
+
+def admit_memory(
+    membership: Membership, nbytes: Mapping[str, int], *, allow_overcommit: bool
+) -> None:
+    """Refuse, on every rank alike, state that does not fit into some node's memory. Collective.
+
+    Args:
+        nbytes: bytes that this rank is about to take, by what they are for.
+        allow_overcommit: warn instead.
+
+    Raises:
+        HostMemoryError: with the table of what needs what, on the first such node.
+    """
+    needs = _needs(membership, nbytes)
+    lacking = [need for need in needs if need.total_nbytes > need.available_nbytes]
+    if not lacking:
+        return
+    need = lacking[0]
+    message = (
+        f"the optimizer state of rank(s) {list(need.ranks)} does not fit into the memory of "
+        f"{need.host}:\n{need.table()}\nUse more nodes, which share the state, or a smaller model; "
+        "allow_overcommit=True (memory.allow_overcommit) tries it nevertheless"
+    )
+    if not allow_overcommit:
+        raise HostMemoryError(message)
+    logger.warning("%s", message)
+
+
+def _needs(membership: Membership, nbytes: Mapping[str, int]) -> list[NodeNeed]:
+    """Exchange every rank's need, and add them up by node, in the order of their first ranks."""
+    process = Process.own()
+    available_nbytes, limit = available_memory()
+    own = json.dumps([process.machine, process.host, dict(nbytes), available_nbytes, limit])
+    texts = gather_texts(membership, own) if membership.world_size > 1 else [own]
+    nodes: dict[str, list[tuple[int, list[object]]]] = {}
+    for place, text in enumerate(texts):
+        machine, *rest = json.loads(text)
+        nodes.setdefault(machine, []).append((membership.global_ranks[place], rest))
+    return [_sum_of(members) for members in nodes.values()]
+
+
+def _sum_of(members: Sequence[tuple[int, list[object]]]) -> NodeNeed:
+    total: dict[str, int] = {}
+    available: list[tuple[int, str]] = []
+    for _, (_, nbytes, available_nbytes, limit) in members:
+        assert isinstance(nbytes, dict)
+        for name, size in nbytes.items():
+            total[name] = total.get(name, 0) + size
+        assert isinstance(available_nbytes, int)
+        available.append((available_nbytes, str(limit)))
+    # Each rank looked at another moment: the least that any has seen counts.
+    smallest, limit = min(available)
+    ranks = tuple(rank for rank, _ in members)
+    return NodeNeed(str(members[0][1][0]), ranks, total, smallest, limit)
+
+
+def available_memory() -> tuple[int, str]:
+    """Return the bytes that this process may still take, and what sets that limit.
+
+    The least of the machine's available memory and of what is left in each control group, version 1
+    or 2, that this process is in. Page cache that can be dropped counts as left.
+    """
+    found = [(int(psutil.virtual_memory().available), "of the machine")]
+    found += control_group_memory(CGROUP_ROOT, _own_groups())
+    return min(found)
+
+
+def control_group_memory(root: Path, groups: Mapping[str, str]) -> list[tuple[int, str]]:
+    """Return what is left in each limited memory group from this process's up to the root.
+
+    Args:
+        groups: this process's path by controller, "" for version 2.
+    """
+    found = []
+    if "memory" in groups:
+        files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        found += _left_upwards(root / "memory", groups["memory"], files)
+    if "" in groups:
+        files = ("memory.max", "memory.current", "inactive_file")
+        found += _left_upwards(root, groups[""], files)
+    return found
+
+
+def _left_upwards(root: Path, group: str, files: tuple[str, str, str]) -> list[tuple[int, str]]:
+    limit_name, usage_name, cache_name = files
+    folder = root / group.strip("/")
+    if not folder.is_dir():
+        folder = root  # a container sees its own group as the root
+    found = []
+    for level in [folder, *folder.parents]:
+        limit, usage = _number(level / limit_name), _number(level / usage_name)
+        if limit is not None and usage is not None and limit < _UNLIMITED_NBYTES:
+            cache = _statistic(level / "memory.stat", cache_name)
+            found.append((max(0, limit - usage + cache), f"control group, {limit_name}"))
+        if level == root:
+            break
+    return found
+
+
+def _own_groups() -> dict[str, str]:
+    """Return this process's control groups: its path by controller, "" for version 2."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    groups: dict[str, str] = {}
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        groups |= dict.fromkeys(controllers.split(","), path)
+    return groups
+
+
+def _number(path: Path) -> int | None:
+    """Return the number in a file; None where there is none, as for `max`."""
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def _statistic(path: Path, name: str) -> int:
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)
+
+
+def report_locked_memory(nbytes: int) -> None:
+    """Warn where the limit of locked memory is below what is about to be pinned."""
+    try:
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    except (ImportError, OSError):
+        return
+    # CUDA's driver locks pages for its users, and mostly past this limit: no reason to refuse.
+    if limit != resource.RLIM_INFINITY and limit < nbytes and os.geteuid() != 0:
+        logger.warning(
+            "%s of host memory is to be pinned, and the limit of locked memory (ulimit -l) is %s",
+            format_nbytes(nbytes),
+            format_nbytes(limit),
+        )

@@ -1,0 +1,153 @@
+"""SIGTERM and SIGUSR1: a request to save and end, where all ranks are there to do so."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+
+from offload_adam.coordinator.judgement import Verdict
+from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.watch import accuse
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+ANSWER_WITHIN_S = 5.0
+_POLL_S = 0.5
+_PREFIX = "offload_adam/preemption"
+
+
+class Preemption:
+    """Whether this run is to save and end after its step.
+
+    A signal may also be the end of a failure: torchrun's agent sends SIGTERM to the survivors. So
+    it counts only once every rank has answered through the store; else the run has failed.
+
+    Owns: a thread, and a connection to the store that only this thread uses.
+    Threads: signals reach the thread through a wakeup descriptor, which works while the main thread
+        is in a collective, and leaves no signal blocked in other threads and child processes.
+    """
+
+    def __init__(self, membership: Membership) -> None:
+        self.is_requested = False
+        self._membership = membership
+        self._store = _own_store() if membership.world_size > 1 else None
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._ending = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, name="offload_adam-preemption", daemon=True
+        )
+
+    def start(self) -> None:
+        """Begin to listen. By the main thread, as Python demands of whoever takes signals."""
+        self._previous_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._previous = {number: signal.signal(number, _wake_only) for number in SIGNALS}
+        self._thread.start()
+
+    def stop(self, *, deaf: bool) -> None:
+        """Stop to listen; put the signals back as they were, or stay `deaf` to them."""
+        self._ending.set()
+        signal.set_wakeup_fd(self._previous_fd)
+        if not deaf:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+        os.write(self._writer, b"\0")
+        self._thread.join(ANSWER_WITHIN_S + 2 * _POLL_S)
+        if not self._thread.is_alive():
+            os.close(self._reader)
+            os.close(self._writer)
+
+    def _run(self) -> None:
+        while not self._ending.is_set():
+            name = self._received()
+            if self._ending.is_set():
+                return
+            try:
+                if name is not None or self._is_asked():
+                    self._decide(name or "a signal to another rank")
+                    return
+            except RuntimeError as error:
+                # Peers that cannot be asked are the watch's business; a signal ends this run.
+                if name is not None:
+                    self._fail(f"{name} came, and the store does not answer ({error})")
+                    return
+
+    def _received(self) -> str | None:
+        """Wait a while for a signal of ours and return its name."""
+        ready, _, _ = select.select([self._reader], [], [], _POLL_S)
+        numbers = os.read(self._reader, 64) if ready else b""
+        names = [signal.Signals(n).name for n in numbers if n in SIGNALS]
+        return names[0] if names else None
+
+    def _is_asked(self) -> bool:
+        return self._store is not None and self._store.check(["asked"])
+
+    def _decide(self, name: str) -> None:
+        """Answer, wait for all answers, and tell preemption from failure."""
+        silent = self._ranks_that_do_not_answer()
+        if silent:
+            self._fail(
+                f"{name} came, and rank(s) {silent} did not answer within {ANSWER_WITHIN_S:g} s: "
+                "this run has failed and is not saved",
+                tuple(silent),
+            )
+            return
+        logger.info("%s: ending after this step", name)
+        self.is_requested = True
+
+    def _ranks_that_do_not_answer(self) -> list[int]:
+        if self._store is None:
+            return []
+        self._store.set("asked", "")
+        self._store.set(f"answer/{self._membership.rank}", "")
+        silent = list(range(self._membership.world_size))
+        deadline_s = time.monotonic() + ANSWER_WITHIN_S
+        while True:
+            silent = [rank for rank in silent if not self._store.check([f"answer/{rank}"])]
+            if not silent or time.monotonic() > deadline_s:
+                return silent
+            time.sleep(0.05)
+
+    def _fail(self, text: str, ranks: tuple[int, ...] = ()) -> None:
+        accuse(Verdict(ranks, text))
+
+
+@contextmanager
+def preemptible(membership: Membership) -> Iterator[Preemption]:
+    """Take SIGTERM and SIGUSR1 as requests to save and end, within the block."""
+    preemption = Preemption(membership)
+    if threading.current_thread() is not threading.main_thread():
+        yield preemption  # Python gives signals to the main thread only
+        return
+    preemption.start()
+    try:
+        yield preemption
+    except BaseException:
+        # The agent's SIGTERM to the survivors of a failure must not cut off their last words.
+        preemption.stop(deaf=membership.world_size > 1)
+        raise
+    preemption.stop(deaf=False)
+
+
+def _wake_only(number: int, frame: FrameType | None) -> None:
+    """Do nothing: the wakeup descriptor has told the thread already."""
+
+
+def _own_store() -> dist.Store:
+    default = c10d._get_default_store()
+    connection = default.clone()  # type: ignore[attr-defined]
+    connection.set_timeout(timedelta(seconds=ANSWER_WITHIN_S))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"{_PREFIX}/{attempt}", connection)

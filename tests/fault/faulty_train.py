@@ -1,0 +1,140 @@
+"""The command line with one fault in it: `faulty_train.py ACTION@PLACE[/STEP] train CONFIG ...`.
+
+Run under torchrun. The fault happens once, on rank 1 of the first attempt, at PLACE of STEP.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from offload_adam.cli.app import main
+from offload_adam.coordinator import agreement, startup
+from offload_adam.observe.place import HERE
+from offload_adam.transfer import collectives
+
+RANK = os.environ.get("RANK", "0")
+IS_FAULTY = RANK == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+
+
+class Fault:
+    """What happens, and at which step; it happens once."""
+
+    def __init__(self, action: str, step: int) -> None:
+        self._action = action
+        self._step = step
+        self._is_due = IS_FAULTY
+
+    def __call__(self) -> None:
+        if not self._is_due or HERE.step < self._step:
+            return
+        self._is_due = False
+        print(f"fault on rank {RANK}: {self._action} in {HERE.phase}", flush=True)
+        if self._action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self._action == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif self._action == "hang":
+            time.sleep(300)
+        elif self._action == "raise":
+            raise RuntimeError("a fault of the test's")
+
+
+def before(owner: Any, name: str, fault: Callable[[], None]) -> None:
+    """Have `fault` happen before each call of a function, for every later import of it, too."""
+    original = getattr(owner, name)
+
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        fault()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, faulty)
+
+
+def spoil_loss(value: float, step: int) -> None:
+    """Multiply one loss with a number that is not finite."""
+    loop: Any = importlib.import_module("offload_adam.train.loop")
+    original = loop.next_token_loss
+
+    def spoiled(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        loss: torch.Tensor = original(model, batch)
+        return loss * value if IS_FAULTY and HERE.step == step else loss
+
+    loop.next_token_loss = spoiled
+
+
+def differ(kind: str) -> None:
+    """Give rank 1 another model or another configuration."""
+    if not IS_FAULTY:
+        return
+    from offload_adam.train import job
+
+    if kind == "configuration":
+        sys.argv.append("--train.batch_size=3")
+        return
+    original = job._distributed
+
+    def changed(config: Any, world: Any, model: torch.nn.Module) -> torch.nn.Module:
+        model = original(config, world, model)
+        if kind == "dtype":
+            return model.to(torch.bfloat16)
+        longer = torch.zeros(33)
+        next(
+            m for m in model.modules() if isinstance(m, torch.nn.LayerNorm)
+        ).weight = torch.nn.Parameter(longer)
+        return model
+
+    job._distributed = changed
+
+
+def lack_memory() -> None:
+    """Let this machine look smaller than any state, to rank 1."""
+    if not IS_FAULTY:
+        return
+    node_memory: Any = importlib.import_module("offload_adam.coordinator.node_memory")
+    node_memory.available_memory = lambda: (100_000, "of a small machine")
+
+
+def install(action: str, place: str, step: int) -> None:
+    """Put the fault where it belongs."""
+    if action == "differ":
+        differ(place)
+    elif action in ("nan", "inf"):
+        spoil_loss(math.nan if action == "nan" else math.inf, step)
+    elif action == "lack":
+        lack_memory()
+    elif place == "start":
+        before(startup, "_open_default_group", Fault(action, 0))
+    elif place == "reduce":
+        before(collectives, "mean_over_ranks", Fault(action, step))
+    elif place == "gather":
+        before(collectives, "gather_shards", Fault(action, step))
+    elif place == "agree":
+        before(agreement, "agree", Fault(action, step))
+    elif place == "update":
+        from offload_adam.step.update import HostUpdate
+
+        before(HostUpdate, "update", Fault(action, step))
+    elif place == "backward":
+        from offload_adam.step.reduction import GradientReduction
+
+        before(GradientReduction, "gradients_ready", Fault(action, step))
+    elif place == "forward":
+        from offload_adam.train import loop
+
+        before(loop, "next_token_loss", Fault(action, step))
+
+
+if __name__ == "__main__":
+    what, _, where = sys.argv.pop(1).partition("@")
+    where, _, number = where.partition("/")
+    install(what, where, int(number or 3))
+    main()

@@ -1,0 +1,117 @@
+"""How the training command ends when it is asked to, and that restarts go on or stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.fault.runs import finish, processes_of, run, start, wait_for, wait_for_steps
+
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(200)]
+
+LONG = "--train.num_steps=100000"
+
+
+def worker(folder: Path, rank: int) -> psutil.Process:
+    """Return the process of a rank."""
+    return next(
+        process for process in processes_of(folder) if process.environ().get("RANK") == str(rank)
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_ends_all_after_one_step(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    process = start(tmp_path, "", LONG, ranks=3)
+    wait_for_steps(tmp_path, process)
+    worker(tmp_path, 1).send_signal(number)
+    ended = finish(tmp_path, process)
+    assert ended.code == 0, ended.printed
+    assert ended.took_s < 20
+    last = ended.records[-1]["step"]
+    assert f"preempted: ended after step {last}, without a checkpoint" in ended.printed
+    assert f"tiny: {last} steps" in ended.printed
+
+
+def test_a_signal_to_the_agent_ends_all_after_one_step(tmp_path: Path) -> None:
+    process = start(tmp_path, "", LONG)
+    wait_for_steps(tmp_path, process)
+    process.send_signal(signal.SIGTERM)
+    ended = finish(tmp_path, process)
+    assert ended.code == 1  # torchrun's own, whatever its workers say
+    assert ended.took_s < 20
+    assert "preempted: ended after step " in ended.printed
+
+
+def test_a_signal_to_the_survivors_of_a_failure_is_no_preemption(tmp_path: Path) -> None:
+    """Rank 1 is stopped and cannot answer; the others must not take it for a request."""
+    process = start(tmp_path, "", LONG, "--coordinator.dead_after=60", ranks=3)
+    wait_for_steps(tmp_path, process)
+    os.kill(worker(tmp_path, 1).pid, signal.SIGSTOP)
+    os.kill(worker(tmp_path, 0).pid, signal.SIGTERM)
+    ended = finish(tmp_path, process)
+    assert ended.code == 1
+    assert ended.took_s < 45  # of these, torchrun gives the stopped one 30
+    assert "SIGTERM came, and rank(s) [1] did not answer within 5 s" in ended.printed
+    assert "preempted" not in ended.printed
+
+
+def test_ctrl_c_ends_without_a_traceback_of_ours(tmp_path: Path) -> None:
+    process = start(tmp_path, "", LONG)
+    wait_for_steps(tmp_path, process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    ended = finish(tmp_path, process)
+    assert ended.code != 0
+    assert ended.took_s < 20
+    assert "interrupted; the metrics written so far are kept" in ended.printed
+    assert "offload_adam/" not in ended.printed
+
+
+def test_workers_end_with_a_killed_agent(tmp_path: Path) -> None:
+    process = start(tmp_path, "", LONG)
+    wait_for_steps(tmp_path, process)
+    workers = processes_of(tmp_path)
+    process.kill()
+    _, alive = psutil.wait_procs([w for w in workers if w.pid != process.pid], timeout=30)
+    for survivor in alive:
+        survivor.kill()
+    assert not alive
+
+
+def test_a_restart_goes_on_after_a_failure(tmp_path: Path) -> None:
+    ended = run(tmp_path, "kill@update", options=("--max-restarts=1",))
+    assert ended.code == 0, ended.printed
+    assert "rank 1 is dead" in ended.printed
+    assert [record["step"] for record in ended.records] == list(range(1, 41))
+
+
+def test_what_a_restart_cannot_mend_is_not_retried(tmp_path: Path) -> None:
+    """The fault is gone at the second attempt, which must not be a try."""
+    ended = run(tmp_path, "differ@shape", options=("--max-restarts=2",))
+    assert ended.code == 1
+    assert ended.records == []
+    assert "not tried again, for a restart cannot mend it: RankDisagreementError: " in ended.printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_twenty_runs_of_eight_ranks_end_with_0(tmp_path: Path) -> None:
+    for number in range(20):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        options = ("--train.num_steps=2", "--train.eval_every=0", "--train.eval_sequences=8")
+        patient = ("--coordinator.dead_after=60", "--coordinator.stuck_after=60")
+        ended = run(folder, "", *options, *patient, ranks=8)
+        assert ended.code == 0, ended.printed
+
+
+def test_a_run_that_is_asked_during_its_start_ends(tmp_path: Path) -> None:
+    process = start(tmp_path, "", LONG)
+    wait_for(tmp_path, "kernels use", process)
+    process.send_signal(signal.SIGTERM)
+    assert finish(tmp_path, process).took_s < 30

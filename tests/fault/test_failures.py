@@ -1,0 +1,105 @@
+"""Ranks that fail in the training command: what the user sees, and that nothing is left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.fault.runs import run
+
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(200)]
+
+BOUND_S = 30.0
+TORCHRUN_S = 35.0
+"""What torchrun takes to kill a rank that is stopped, after the others have ended."""
+
+
+@pytest.mark.parametrize("place", ["forward", "backward", "reduce", "agree", "update", "gather"])
+def test_a_killed_rank_is_named_and_ends_the_run(tmp_path: Path, place: str) -> None:
+    ended = run(tmp_path, f"kill@{place}")
+    assert ended.code == 1
+    assert ended.took_s < BOUND_S
+    assert "offload-adam: rank 1 is dead: process " in ended.printed
+    assert "(This is rank 0, in " in ended.printed
+    assert "offload_adam/" not in ended.printed  # no traceback of ours
+    assert [record["step"] for record in ended.records] in ([1, 2], [1, 2, 3])
+
+
+def test_a_stopped_rank_is_dead_to_the_others(tmp_path: Path) -> None:
+    ended = run(tmp_path, "stop@forward")
+    assert ended.code == 1
+    assert ended.took_s < BOUND_S + TORCHRUN_S
+    assert "rank 1 is dead: process " in ended.printed
+    assert "has given no sign for " in ended.printed
+    assert ", last seen in " in ended.printed
+
+
+def test_a_rank_that_hangs_is_named_with_its_place(tmp_path: Path) -> None:
+    ended = run(tmp_path, "hang@update")
+    assert ended.code == 1
+    assert ended.took_s < BOUND_S
+    assert "stuck while others waited for more than 3 s: rank 1 (process " in ended.printed
+    assert "in update of bucket 0, step 3" in ended.printed
+
+
+@pytest.mark.parametrize("place", ["forward", "update"])
+def test_an_error_on_one_rank_is_told_to_the_others(tmp_path: Path, place: str) -> None:
+    ended = run(tmp_path, f"raise@{place}")
+    assert ended.code == 1
+    assert ended.took_s < BOUND_S
+    assert "RuntimeError: a fault of the test's" in ended.printed  # its own traceback
+    assert "rank 1 has left with RuntimeError: a fault of the test's" in ended.printed
+
+
+def test_a_hang_in_a_collective_that_is_not_ours_ends_the_run(tmp_path: Path) -> None:
+    """DistributedDataParallel waits where nothing can be raised."""
+    ended = run(tmp_path, "stop@forward", "--optimizer.gradient_reduction=external")
+    assert ended.code == 1
+    assert ended.took_s < BOUND_S + TORCHRUN_S
+    assert "offload-adam: rank 0: rank 1 is dead: process " in ended.printed
+
+
+def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
+    ended = run(tmp_path, "hang@start")
+    assert ended.code == 1
+    assert ended.took_s < BOUND_S
+    assert "rank(s) [1] have not come to the start of the run within 3 s" in ended.printed
+
+
+@pytest.mark.parametrize(
+    ("kind", "difference"),
+    [
+        ("configuration", "train.batch_size is 3 where rank 0 has 8"),
+        ("dtype", "is torch.bfloat16 where rank 0 has torch.float32"),
+        ("shape", "is (33,) where rank 0 has (32,)"),
+    ],
+)
+def test_ranks_that_differ_are_told_where(tmp_path: Path, kind: str, difference: str) -> None:
+    ended = run(tmp_path, f"differ@{kind}")
+    assert ended.code == 1
+    assert ended.records == []
+    assert "rank(s) [1] have another " in ended.printed
+    assert difference in ended.printed
+
+
+def test_state_that_does_not_fit_is_refused_with_its_table(tmp_path: Path) -> None:
+    """Both ranks look at the machine; only one of them sees how small it is."""
+    ended = run(tmp_path, "lack@memory")
+    assert ended.code == 1  # torchrun's own
+    assert "exitcode  : 3 " in ended.printed
+    assert "the optimizer state of rank(s) [0, 1] does not fit into the memory of " in ended.printed
+    assert ended.records == []
+    assert ended.printed.count("  together ") == 1  # said once
+    allowed = tmp_path / "allowed"
+    allowed.mkdir()
+    ended = run(allowed, "lack@memory", "--memory.allow_overcommit=true", "--train.num_steps=2")
+    assert ended.code == 0, ended.printed
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_what_is_not_finite_on_one_rank_skips_the_step_on_all(tmp_path: Path, value: str) -> None:
+    ended = run(tmp_path, f"{value}@loss", "--train.num_steps=6")
+    assert ended.code == 0, ended.printed
+    assert [record["skipped"] for record in ended.records] == [False, False, True] + [False] * 3
+    assert ended.records[2]["non_finite"]
