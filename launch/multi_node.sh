@@ -23,6 +23,13 @@ if [[ -n "${NETWORK_INTERFACE:-}" ]]; then
   export NCCL_SOCKET_IFNAME="$NETWORK_INTERFACE" GLOO_SOCKET_IFNAME="$NETWORK_INTERFACE"
 fi
 
+# torchrun takes this machine for the head node only where its own name resolves to that address; binding
+# to the address tells in every case.
+is_head=false
+if "$TORCH_PYTHON" -c 'import socket, sys; socket.create_server((sys.argv[1], 0))' "$HEAD_NODE" 2>/dev/null; then
+  is_head=true
+fi
+
 # --rdzv-backend=c10d: the machines find each other over TCP and agree on the ranks; no machine has a
 #   number of its own, so the line is the same on all.
 # MAX_RESTARTS: how often a run that has failed is started again, from its newest checkpoint.
@@ -30,7 +37,7 @@ fi
 # --rdzv-id: keeps two jobs apart that share a head node.
 exec "$TORCHRUN" --nnodes="$NUM_NODES" --nproc-per-node="$ranks" \
   --rdzv-backend=c10d --rdzv-endpoint="$HEAD_NODE:${HEAD_PORT:-29500}" \
-  --rdzv-id="${JOB_ID:-offload-adam}" \
+  --rdzv-conf="is_host=$is_head" --rdzv-id="${JOB_ID:-offload-adam}" \
   "$passed_on" ${MAX_RESTARTS:+--max-restarts="$MAX_RESTARTS"} \
   ${LOCAL_ADDRESS:+--local-addr="$LOCAL_ADDRESS"} \
   ${numa_binding:+"$numa_binding"} -m offload_adam train "$@"

@@ -191,6 +191,7 @@ def test_multi_node_meets_at_the_head_node(checkout: Checkout) -> None:
         "--nproc-per-node=3",
         "--rdzv-backend=c10d",
         "--rdzv-endpoint=first:29500",
+        "--rdzv-conf=is_host=true",
         "--rdzv-id=7",
         "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         "--max-restarts=2",
