@@ -22,6 +22,7 @@ from offload_adam.coordinator.agreement import Notice
 from offload_adam.coordinator.membership import is_distributed, open_membership
 from offload_adam.coordinator.watch import DEAD_AFTER_S, STUCK_AFTER_S, Patience
 from offload_adam.kernels.scalars import Hyperparameters
+from offload_adam.observe.place import HERE
 from offload_adam.parameters.hooks import BackwardHooks
 from offload_adam.parameters.options import (
     check_accumulate,
@@ -408,6 +409,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Return when all parameters hold the result of the last step."""
         # step() returns only then; the streaming executor that does not will wait here.
         self._alive()
+
+    def busy(self, what: str) -> AbstractContextManager[None]:
+        """Do work inside that may keep the other ranks waiting for longer than `stuck_after`.
+
+        An evaluation on one rank alone, or a slow disk. `what` is named if this rank dies in it.
+        """
+        return HERE.at(what, patient=True)
 
     def refresh_master(self) -> None:
         """Let master weights follow parameters written through `.data` or NumPy.

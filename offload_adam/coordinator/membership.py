@@ -68,12 +68,15 @@ class Membership:
             PeerFailedError: naming the ranks that have failed, where they were, and what to do.
         """
         assert work is not None
-        with HERE.waits():
-            self._is_broken = True  # whatever ends the wait early, Ctrl-C too, leaves it so
+        HERE.wait(True)
+        self._is_broken = True  # whatever ends the wait early, Ctrl-C too, leaves it so
+        try:
             while not self._is_over(work):
                 if self.watch is not None:
                     self.watch.raise_failure()
             self._is_broken = False
+        finally:
+            HERE.wait(False)
 
     def all_reduce(self, tensor: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
         """Reduce a host tensor over the ranks, in place. Collective."""

@@ -273,15 +273,14 @@ def roll_call(
     deadline_s = time.monotonic() + timeout.total_seconds()
     pause_s = 0.001
     missing = [place for place in range(len(global_ranks)) if place != rank]
-    with HERE.at(what), HERE.waits():
-        while missing := [place for place in missing if not store.check([f"rank/{place}"])]:
-            if time.monotonic() > deadline_s:
-                absent = tuple(global_ranks[place] for place in missing)
-                raise PeerFailedError(
-                    f"rank(s) {list(absent)} have not come to {what} within "
-                    f"{timeout.total_seconds():g} s, and the others wait for them: their own "
-                    "output says where they are",
-                    absent,
-                )
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, 0.2)
+    while missing := [place for place in missing if not store.check([f"rank/{place}"])]:
+        if time.monotonic() > deadline_s:
+            absent = tuple(global_ranks[place] for place in missing)
+            raise PeerFailedError(
+                f"rank(s) {list(absent)} have not come to {what} within "
+                f"{timeout.total_seconds():g} s, and the others wait for them: their own "
+                "output says where they are",
+                absent,
+            )
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 0.2)

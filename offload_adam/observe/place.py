@@ -37,16 +37,10 @@ class Place:
             raise
         self._move(*outer)
 
-    @contextmanager
-    def waits(self) -> Iterator[None]:
-        """Wait for the other ranks inside the context."""
-        self.waiting = True
+    def wait(self, waiting: bool) -> None:
+        """Begin, or end, to wait for the other ranks."""
+        self.waiting = waiting
         self.moves += 1
-        try:
-            yield
-        finally:
-            self.waiting = False
-            self.moves += 1
 
     def move(self) -> None:
         """Show that long work gets on."""

@@ -35,12 +35,16 @@ def stumble(rank: int, world_size: int, how: str) -> float:
         module=model,
         bucket_nbytes=1024,
         num_threads=1,
-        dead_after=PATIENCE_S,
+        # On a busy machine a heartbeat may be late: only where one is to be missed is it short.
+        dead_after=PATIENCE_S if how == "stop" else 20.0,
         stuck_after=PATIENCE_S,
     )
     for step in range(3):
         model(exact_gradients(model.all, 10 * step + rank, world_size)).backward()
         if step == 2 and rank == 1:
+            if how == "busy":
+                with optimizer.busy("evaluation"):
+                    time.sleep(2 * PATIENCE_S)
             _stumble(how)
             if how == "leave":
                 optimizer.close()
@@ -56,7 +60,7 @@ def _stumble(how: str) -> None:
     if how == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif how == "hang":
-        time.sleep(60)
+        time.sleep(15)
     elif how == "evaluate":
         for _ in range(16):
             time.sleep(PATIENCE_S / 8)
@@ -66,11 +70,14 @@ def _stumble(how: str) -> None:
             time.sleep(2 * PATIENCE_S)
 
 
+def start(rank: int, world_size: int) -> None:
+    """Let the processes start, so that the bound is for what follows."""
+
+
 def failures(pool: RankPool, how: str) -> list[RankError]:
     """Return how ranks 0 and 2 failed, within the bound."""
-    start_s = time.monotonic()
-    outcomes = pool.run(stumble, 3, how, timeout=15.0, expect_errors=True)
-    assert time.monotonic() - start_s < BOUND_S
+    pool.run(start, 3)
+    outcomes = pool.run(stumble, 3, how, timeout=BOUND_S, expect_errors=True)
     others = [outcomes[0], outcomes[2]]
     for other in others:
         assert isinstance(other, RankError)
@@ -97,7 +104,7 @@ def test_a_rank_that_leaves_is_named(own_ranks: RankPool) -> None:
         assert "All ranks must take the same steps" in error.message
 
 
-@pytest.mark.parametrize("how", ["evaluate", "compile"])
+@pytest.mark.parametrize("how", ["evaluate", "compile", "busy"])
 def test_long_work_is_no_failure(own_ranks: RankPool, how: str) -> None:
     waited_s = own_ranks.run(stumble, 3, how)
     assert waited_s[0] > 1.5 * PATIENCE_S

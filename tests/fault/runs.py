@@ -14,7 +14,7 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "tiny.yaml"
-PATIENCE = ("--coordinator.dead_after=3", "--coordinator.stuck_after=3")
+PATIENCE = ("--coordinator.dead_after=6", "--coordinator.stuck_after=3")
 
 
 class Ended(NamedTuple):
