@@ -33,6 +33,11 @@ def train(
     Exit codes: 0 done, 2 bad configuration, 3 does not fit into memory, 130 interrupted, 1 anything
     else.
     """
+    run_to_exit_code([config, *(overrides or [])])
+
+
+def run_to_exit_code(arguments: list[str]) -> None:
+    """Run the job of these arguments, and end with the exit code of how it went."""
     from offload_adam.config import ConfigError
     from offload_adam.errors import (
         HostMemoryError,
@@ -43,7 +48,7 @@ def train(
     )
 
     try:
-        _run(_load([config, *(overrides or [])]))
+        _run(_load(arguments))
     except ConfigError as error:
         _report(error)
         raise typer.Exit(EXIT_BAD_CONFIGURATION) from None

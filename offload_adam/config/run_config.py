@@ -17,6 +17,8 @@ from offload_adam.config.sections import (
     DataSection,
     MemorySection,
     ModelSection,
+    ObserveSection,
+    ProfileSection,
     RunSection,
     ScheduleSection,
     Section,
@@ -50,6 +52,8 @@ class RunConfig(Section):
     schedule: ScheduleSection = ScheduleSection()
     memory: MemorySection = MemorySection()
     coordinator: CoordinatorSection = CoordinatorSection()
+    profile: ProfileSection = ProfileSection()
+    observe: ObserveSection = ObserveSection()
 
     @model_validator(mode="after")
     def _refuse_conflicts(self) -> RunConfig:

@@ -135,3 +135,26 @@ class CoordinatorSection(Section):
 
     dead_after: Annotated[FiniteFloat, Field(gt=0)] = 10.0
     stuck_after: Annotated[FiniteFloat, Field(gt=0)] = 300.0
+
+
+class ProfileSection(Section):
+    """Whether spans and memory are recorded, and how often memory is sampled.
+
+    A profiled run writes `report.html`, `trace.json` and `memory.jsonl`.
+    """
+
+    enabled: bool = False
+    interval_ms: Annotated[FiniteFloat, Field(ge=1)] = 100.0
+
+
+class ObserveSection(Section):
+    """Where metrics go besides `metrics.jsonl`.
+
+    `http_port` serves `/status`, `/metrics` and a live page on rank 0, on loopback unless
+    `http_host` says otherwise; 0 lets the system choose a port.
+    """
+
+    http_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    http_host: Annotated[str, StringConstraints(min_length=1)] = "127.0.0.1"
+    tensorboard: bool = False
+    wandb_project: Annotated[str, StringConstraints(min_length=1)] | None = None

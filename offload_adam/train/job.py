@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from itertools import chain
 
@@ -30,11 +31,13 @@ from offload_adam.train.corpus import Corpus, load_corpus
 from offload_adam.train.loop import Job, Saver, run_steps
 from offload_adam.train.model import build_model
 from offload_adam.train.optimizer import build_optimizer
+from offload_adam.train.profiled import profiled_job
 from offload_adam.train.progress import step_display
 from offload_adam.train.records import MetricsFile, StepRecord
 from offload_adam.train.run_folder import METRICS_NAME, prepare_run_folder, run_folder
 from offload_adam.train.schedule import build_schedule
 from offload_adam.train.summary import RunTotals, summary_table
+from offload_adam.train.watched import refuse_missing_extras, watched
 
 
 def run_job(config: RunConfig, console: Console | None = None, saver: Saver | None = None) -> None:
@@ -53,6 +56,7 @@ def run_job(config: RunConfig, console: Console | None = None, saver: Saver | No
     """
     world = World.from_environment()
     _refuse_unshardable(config, world)
+    refuse_missing_extras(config)
     corpus = load_corpus(config.data, config.train.sequence_length)
     model = build_model(config)
     patience = Patience(config.coordinator.dead_after, config.coordinator.stuck_after)
@@ -72,8 +76,9 @@ def run_job(config: RunConfig, console: Console | None = None, saver: Saver | No
         if world.rank == 0:
             _train_and_report(job, console or Console())
         else:
-            for _ in run_steps(job):
-                pass
+            with profiled_job(job):
+                for _ in run_steps(job):
+                    pass
 
 
 def _refuse_unshardable(config: RunConfig, world: World) -> None:
@@ -147,9 +152,15 @@ def _train_and_report(job: Job, console: Console) -> None:
     folder = run_folder(config)
     totals = RunTotals(job.tokens_per_step)
     display = step_display(console, config.train.num_steps)
-    with MetricsFile(folder / METRICS_NAME) as metrics, display.shown():
+    with (
+        watched(job) as sinks,
+        MetricsFile(folder / METRICS_NAME) as metrics,
+        display.shown(),
+        profiled_job(job),
+    ):
         for record in run_steps(job):
             _take(record, metrics, totals)
+            sinks.write(asdict(record))
             display.show(record)
     if totals.num_steps < config.train.num_steps:
         saved = "without a checkpoint" if job.saver is None else "with a checkpoint"

@@ -21,8 +21,9 @@ from offload_adam.coordinator.agreement import Notice
 from offload_adam.coordinator.preemption import Preemption
 from offload_adam.coordinator.startup import World
 from offload_adam.observe.place import HERE
-from offload_adam.observe.spans import Stopwatch
+from offload_adam.observe.spans import Stopwatch, span
 from offload_adam.optimizer import OffloadAdam
+from offload_adam.profiling.profile import STEP
 from offload_adam.train.corpus import Corpus
 from offload_adam.train.evaluation import evaluate
 from offload_adam.train.loss import next_token_loss
@@ -69,7 +70,8 @@ def run_steps(job: Job) -> Iterator[StepRecord]:
     """
     train = job.config.train
     for step in range(1, train.num_steps + 1):
-        record = _run_step(job, step)
+        with span(STEP):
+            record = _run_step(job, step)
         if step == train.num_steps or (train.eval_every and step % train.eval_every == 0):
             with HERE.at("evaluation"):
                 val_loss = evaluate(job.model, job.corpus.validation, train, job.world)

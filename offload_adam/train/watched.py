@@ -1,0 +1,78 @@
+"""The sinks that the configuration asks for, fed on rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+from offload_adam.config import ConfigError, RunConfig
+from offload_adam.observe.place import HERE
+from offload_adam.sinks.server import StatusServer
+from offload_adam.sinks.sink import GuardedSinks, MetricSink
+from offload_adam.sinks.tensorboard import TensorBoardSink
+from offload_adam.sinks.wandb import WandbSink
+from offload_adam.train.loop import Job
+from offload_adam.train.run_folder import run_folder
+
+_PACKAGES = {
+    "http_port": ("prometheus_client", "watch"),
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "wandb_project": ("wandb", "wandb"),
+}
+
+
+def refuse_missing_extras(config: RunConfig) -> None:
+    """Refuse sinks whose package is not installed, before the ranks join.
+
+    Raises:
+        ConfigError: naming the key and the extra.
+    """
+    for key, (package, extra) in _PACKAGES.items():
+        wanted = getattr(config.observe, key)
+        # Port 0 is a wish as well, and equals False.
+        if wanted is not None and wanted is not False and find_spec(package) is None:
+            raise ConfigError.at(
+                f"observe.{key}", f"needs {package}: pip install 'offload-adam[{extra}]'"
+            )
+
+
+@contextmanager
+def watched(job: Job) -> Iterator[GuardedSinks]:
+    """Open the sinks, and close them after the block.
+
+    Raises:
+        OSError: `observe.http_port` is taken.
+    """
+    section, folder = job.config.observe, run_folder(job.config)
+    sinks: list[MetricSink] = []
+    with ExitStack() as stack:
+        if section.http_port is not None:
+            sinks.append(StatusServer(section.http_port, section.http_host, lambda: _status(job)))
+            stack.callback(sinks[-1].close)
+        if section.tensorboard:
+            sinks.append(TensorBoardSink(folder / "tensorboard"))
+            stack.callback(sinks[-1].close)
+        if section.wandb_project is not None:
+            values = job.config.model_dump(mode="json")
+            sinks.append(WandbSink(section.wandb_project, job.config.run.name, folder, values))
+        # From here on each is closed by the guard, also where closing fails.
+        stack.pop_all()
+    guarded = GuardedSinks(sinks)
+    try:
+        yield guarded
+    finally:
+        guarded.close()
+
+
+def _status(job: Job) -> Mapping[str, Any]:
+    """Return what `/status` shows beside the last record."""
+    return {
+        "run": job.config.run.name,
+        "of_steps": job.config.train.num_steps,
+        "world_size": job.world.world_size,
+        "phase": HERE.phase,
+        "bucket": HERE.bucket,
+        "host_bytes": dict(job.optimizer.host_nbytes),
+    }

@@ -1,0 +1,105 @@
+"""A profiled and watched run: what it writes, that it adds up, and that it changes no bit."""
+
+from __future__ import annotations
+
+import io
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from offload_adam.config import ConfigError, RunConfig
+from offload_adam.sinks import server
+from offload_adam.train import watched
+from offload_adam.train.job import run_job
+from tests.unit.test_train_alone import SMALL, run
+
+COSINE = {"min_lr": 0.001, "max_lr": 0.01, "decay_steps": 8}
+STEPS = SMALL["train"] | {"num_steps": 8}
+
+
+def bits(records: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    return [(record["loss"], record["grad_norm"]) for record in records]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {},
+        {"streaming": False},
+        {"name": "Adam", "learning_rate": 0.01, "use_offload": True},
+        {
+            "name": "Adam",
+            "learning_rate": {"name": "WarmUpLR", "learning_rate": 0.01, "warmup_steps": 4},
+        },
+        {"name": "Adam", "loss_scale": 64.0, "weight_decay": 0.1, "max_grad_norm": 1.0},
+    ],
+    ids=str,
+)
+def test_a_profiled_run_is_the_same_run(tmp_path: Path, optimizer: dict[str, Any]) -> None:
+    sections: dict[str, Any] = {**SMALL, "train": STEPS, "optimizer": optimizer}
+    plain = run_with(tmp_path / "plain", sections)
+    recorded = run_with(tmp_path / "recorded", {**sections, "profile": {"enabled": True}})
+    assert bits(plain) == bits(recorded)
+    folder = tmp_path / "recorded" / "case"
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    spans = [event for event in events if event["ph"] == "X"]
+    steps = [event for event in spans if event["name"] == "train step"]
+    assert len(steps) == 8
+    for step in steps:
+        end = step["ts"] + step["dur"]
+        inside = [s for s in spans if step["ts"] <= s["ts"] and s["ts"] + s["dur"] <= end]
+        names = {event["cat"] for event in inside}
+        assert {"data", "forward", "backward", "step", "norm", "update", "loss"} <= names
+        phases = [s for s in inside if s["cat"] in ("data", "forward", "backward", "step", "loss")]
+        covered = sum(event["dur"] for event in phases)
+        assert 0.5 * step["dur"] < covered <= step["dur"] + 1.0
+    samples = [json.loads(line) for line in (folder / "memory.jsonl").read_text().splitlines()]
+    assert samples[-1]["ledger"]["exp_avg"] > 0
+    assert samples[-1]["rss"] > samples[-1]["ledger"]["exp_avg"]
+    pytest.importorskip("plotly")
+    assert "A step takes" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def run_with(folder: Path, sections: dict[str, Any]) -> list[dict[str, Any]]:
+    """Train with exactly these sections, and return the records."""
+    values = {**sections, "run": {"name": "case", "dir": str(folder)}}
+    run_job(RunConfig.model_validate(values), Console(file=io.StringIO()))
+    lines = (folder / "case" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_without_profiling_nothing_is_written(tmp_path: Path) -> None:
+    run(tmp_path, train=STEPS)
+    assert {path.name for path in (tmp_path / "case").iterdir()} == {"config.yaml", "metrics.jsonl"}
+
+
+def test_a_watched_run_answers_while_it_trains(tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    answers: list[dict[str, Any]] = []
+
+    class Asking(server.StatusServer):
+        def write(self, record: Any) -> None:
+            super().write(record)
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/status", timeout=10) as got:
+                answers.append(json.loads(got.read()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watched, "StatusServer", Asking)
+        run(tmp_path, train=STEPS, observe={"http_port": 0})
+    assert [answer["last"]["step"] for answer in answers] == list(range(1, 9))
+    assert answers[0]["of_steps"] == 8
+    assert answers[0]["host_bytes"]["state"] > 0
+
+
+def test_a_sink_without_its_package_is_a_mistake_of_the_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watched, "find_spec", lambda name: None)
+    for key, value in (("http_port", 0), ("tensorboard", True), ("wandb_project", "p")):
+        with pytest.raises(ConfigError, match=rf"observe\.{key}.*pip install"):
+            run(tmp_path, observe={key: value})
+    assert not (tmp_path / "case").exists()
