@@ -23,21 +23,21 @@ _COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F
 
 
 _OTHER = "#999999"
-_PHASES = (
-    "forward",
-    "data",
-    "backward",
-    "reduce",
-    "update",
-    "gather",
-    "copy down",
-    "norm",
-    "copy up",
-    "loss",
-    "agree",
-    "pack",
-)
-"""In the order of `_COLORS`, so that phases that stand side by side differ."""
+_PHASE_COLORS = {
+    "data": "#E69F00",
+    "forward": "#0072B2",
+    "backward": "#009E73",
+    "loss": "#8BC9B4",
+    "pack": "#F2D29B",
+    "reduce": "#D55E00",
+    "agree": "#F0A875",
+    "gather": "#CC79A7",
+    "copy down": "#C9B400",
+    "copy up": "#F0E442",
+    "norm": "#A9D8F5",
+    "update": "#56B4E9",
+}
+"""What waits for one resource has shades of one color."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,4 @@ def _within(spans: Sequence[Span], step: Span) -> Iterator[Span]:
 
 def _color_of(phase: str) -> str:
     """Return a phase's color, the same in every chart and every report."""
-    if phase in _PHASES:
-        return _COLORS[_PHASES.index(phase) % len(_COLORS)]
-    return _OTHER
+    return _PHASE_COLORS.get(phase, _OTHER)

@@ -93,7 +93,12 @@ def _bandwidth(inputs: ReportInputs) -> str:
 def _bytes_table(inputs: ReportInputs) -> str:
     """Return predicted beside measured bytes, those that differ marked."""
     measured = inputs.profiles[0].peaks if inputs.profiles else {}
-    rows = []
+    if not inputs.predicted:
+        rows = [
+            f"<tr><td>{html.escape(k)}</td><td>{_shown(n)}</td></tr>" for k, n in measured.items()
+        ]
+        return "<tr><th>category</th><th>at the peak</th></tr>" + "".join(rows)
+    rows = ["<tr><th>category</th><th>predicted</th><th>at the peak</th><th></th></tr>"]
     for category in dict.fromkeys([*inputs.predicted, *measured]):
         found, planned = measured.get(category), inputs.predicted.get(category)
         differs = found is not None and planned is not None and not _close(found, planned)
@@ -142,8 +147,7 @@ tr.differs td {{ color: var(--mark); font-weight: 600; }}
 <p class="finding">{sentence}</p>
 <p>{bandwidth}</p>
 <section><h2>Bytes on rank 0</h2>
-<table><thead><tr><th>category</th><th>predicted</th><th>at the peak</th><th></th></tr></thead>
-<tbody>{table}</tbody></table></section>
+<table>{table}</table></section>
 {charts}
 <script>
 // Charts have no background of their own: their ink follows the page's.
