@@ -48,7 +48,7 @@ def run_to_exit_code(arguments: list[str]) -> None:
     )
 
     try:
-        _run(_load(arguments))
+        _run(load_arguments(arguments))
     except ConfigError as error:
         _report(error)
         raise typer.Exit(EXIT_BAD_CONFIGURATION) from None
@@ -68,7 +68,7 @@ def run_to_exit_code(arguments: list[str]) -> None:
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
-def _load(arguments: list[str]) -> RunConfig:
+def load_arguments(arguments: list[str]) -> RunConfig:
     """Return the configuration; the file may stand before, between or after the overrides."""
     from offload_adam.config import ConfigError, Mistake, load_config
 

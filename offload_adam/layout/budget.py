@@ -25,6 +25,24 @@ class BucketPlanes:
     landed_itemsize: int
 
 
+def landed_itemsize(
+    itemsize: int, *, offloaded: bool, accumulates: bool, reduces: bool, reduce_fp32: bool
+) -> int:
+    """Return the bytes an element in which gradients land, 0 where they are read in place.
+
+    Args:
+        itemsize: bytes of an element of the parameter.
+        offloaded: parameters live on a device, their state on the host.
+        accumulates: several backwards of a step add up where they land, in fp32.
+        reduces: gradients are averaged over the ranks here, in fp32 if `reduce_fp32`.
+    """
+    if accumulates:
+        return FLOAT32_NBYTES
+    if reduces:
+        return FLOAT32_NBYTES if reduce_fp32 else itemsize
+    return itemsize if offloaded else 0
+
+
 def plane_nbytes(bucket: Bucket, planes: BucketPlanes) -> dict[str, int]:
     """Return the host bytes of one rank's shard of one bucket, plane by plane.
 

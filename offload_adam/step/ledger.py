@@ -12,7 +12,7 @@ from offload_adam.step.bucket_state import BucketState
 class LedgerEntry(NamedTuple):
     """Bytes that one thing takes now.
 
-    category: a plane by torch's key, `parameters`, `landed_gradient`, or a buffer that all buckets
+    category: a plane by torch's key, `parameters`, `landed gradients`, or a buffer that all buckets
         share: `staging`, `slots`, `block_sums`, `prepared`.
     bucket: None for what all buckets share.
     device: "cpu", "cuda:0" and so on.
@@ -30,7 +30,7 @@ def bucket_entries(state: BucketState) -> Iterator[LedgerEntry]:
     yield LedgerEntry("parameters", index, str(state.device), state.flat.nbytes)
     planes = state.planes.named(own_master=state.own_master)
     if state.planes.landed_gradient is not None:
-        planes["landed_gradient"] = state.planes.landed_gradient
+        planes["landed gradients"] = state.planes.landed_gradient
     for category, plane in planes.items():
         yield LedgerEntry(category, index, str(plane.device), plane.nbytes)
 

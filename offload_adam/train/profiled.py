@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from torch.distributed.distributed_c10d import _get_default_store
 from offload_adam.config.optimizer_sections import OffloadAdamSection
 from offload_adam.errors import MissingExtraError
 from offload_adam.kernels.threads import threads_per_rank
+from offload_adam.plan.prediction import predict
 from offload_adam.profiling.diagnosis import Diagnosis, RunFacts, diagnose
 from offload_adam.profiling.profile import RankProfile
 from offload_adam.profiling.report import ReportInputs, write_report
 from offload_adam.profiling.session import ProfiledRank, profiled
 from offload_adam.step.ledger import by_category
 from offload_adam.train.loop import Job
+from offload_adam.train.planned import specs_of, training_of
 from offload_adam.train.run_folder import METRICS_NAME, run_folder
 
 logger = logging.getLogger(__name__)
@@ -87,8 +90,26 @@ def _inputs(
     name = "Adam" if not isinstance(job.config.optimizer, OffloadAdamSection) else "OffloadAdam"
     title = f"Profile of {job.config.run.name}: {name} on {job.world.world_size} rank(s)"
     return ReportInputs(
-        title, profiles, found, records, achieved=_achieved_gb_per_s(job, profiles[0])
+        title,
+        profiles,
+        found,
+        records,
+        predicted=_predicted(job, profiles[0]),
+        achieved=_achieved_gb_per_s(job, profiles[0]),
     )
+
+
+def _predicted(job: Job, profile: RankProfile) -> dict[str, int]:
+    """Return what the plan says of the categories that the ledger knows."""
+    training = replace(
+        training_of(job.config, job.world.device.type == "cuda"),
+        world_size=job.world.world_size,
+        local_world_size=job.world.local_world_size,
+    )
+    plan = predict(specs_of(job.model), training)
+    on_device = {f"{name} on {job.world.device}": n for name, n in plan.device.items()}
+    every = {**plan.host, **on_device}
+    return {name: every.get(name, 0) for name in profile.peaks}
 
 
 def _achieved_gb_per_s(job: Job, profile: RankProfile) -> float | None:

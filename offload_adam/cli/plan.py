@@ -1,0 +1,168 @@
+"""`offload-adam plan`: the bytes and the time of a run, without starting it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from offload_adam.cli.train import EXIT_BAD_CONFIGURATION, EXIT_DOES_NOT_FIT
+from offload_adam.units import parse_nbytes
+
+if TYPE_CHECKING:
+    from offload_adam.layout.flat import ParameterSpec
+    from offload_adam.plan.inputs import Machine, Training
+
+_ITEMSIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def plan(
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; or give --params.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[--section.key=value]", help="What to change of it."),
+    ] = None,
+    params: Annotated[
+        float | None, typer.Option(help="Parameters, such as 7e9, instead of CONFIG.")
+    ] = None,
+    param_dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; with --params.")] = "bf16",
+    world_size: Annotated[int, typer.Option(help="Ranks.")] = 1,
+    local_world_size: Annotated[
+        int | None, typer.Option(help="Ranks of a node; all of them by default.")
+    ] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Of one GPU, such as 80GiB.")
+    ] = None,
+    host_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Of one node; what is free here by default.")
+    ] = None,
+    host_bandwidth: Annotated[
+        float | None, typer.Option(metavar="GB/S", help="Of a node's memory.")
+    ] = None,
+    bus_bandwidth: Annotated[
+        float | None, typer.Option(metavar="GB/S", help="Of one GPU's copies in one direction.")
+    ] = None,
+    network_bandwidth: Annotated[
+        float | None, typer.Option(metavar="GB/S", help="Of a rank's collectives.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write everything to this file.")
+    ] = None,
+) -> None:
+    """Say what each rank would hold, whether it fits, and how long the optimizer's part would take.
+
+    Nothing is allocated. With --gpu-memory, or where there is CUDA, parameters live on a GPU.
+
+    Exit codes: 0 it fits, 2 a wrong option or configuration, 3 it does not fit, 1 anything else.
+    """
+    from offload_adam.config import ConfigError
+
+    try:
+        specs, training = _subject(config, overrides or [], params, param_dtype, gpu_memory)
+        training = _with_world(training, world_size, local_world_size)
+        machine = _machine(
+            gpu_memory, host_memory, host_bandwidth, bus_bandwidth, network_bandwidth
+        )
+    except (ConfigError, ValueError) as error:
+        _refuse(error)
+    if not _report(specs, training, machine, json_file):
+        raise typer.Exit(EXIT_DOES_NOT_FIT)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    typer.echo(f"offload-adam: {error}", err=True)
+    raise typer.Exit(EXIT_BAD_CONFIGURATION)
+
+
+def _subject(
+    config: str | None,
+    overrides: list[str],
+    params: float | None,
+    param_dtype: str,
+    gpu_memory: str | None,
+) -> tuple[list[ParameterSpec], Training]:
+    """Return the parameters and how they are trained, from a file or from the options alone."""
+    from offload_adam.plan.inputs import Training, synthetic_specs
+
+    if (config is None) == (params is None):
+        raise ValueError("give either CONFIG or --params")
+    if params is None:
+        from offload_adam.cli.train import load_arguments
+        from offload_adam.train.planned import subject_of
+
+        return subject_of(
+            load_arguments([str(config), *overrides]), on_device=gpu_memory is not None
+        )
+    if param_dtype not in _ITEMSIZES:
+        raise ValueError(f"--param-dtype must be fp32, bf16 or fp16, not {param_dtype!r}")
+    return synthetic_specs(int(params), _ITEMSIZES[param_dtype]), Training()
+
+
+def _with_world(training: Training, world_size: int, local_world_size: int | None) -> Training:
+    from dataclasses import replace
+
+    local = world_size if local_world_size is None else local_world_size
+    return replace(training, world_size=world_size, local_world_size=local)
+
+
+def _machine(
+    gpu_memory: str | None,
+    host_memory: str | None,
+    host_bandwidth: float | None,
+    bus_bandwidth: float | None,
+    network_bandwidth: float | None,
+) -> Machine:
+    from offload_adam.coordinator.node_memory import available_memory
+    from offload_adam.plan.inputs import Machine
+
+    bandwidths = (host_bandwidth, bus_bandwidth, network_bandwidth)
+    if any(value is not None and not value > 0 for value in bandwidths):
+        raise ValueError("a bandwidth must be above 0 GB/s")
+    return Machine(
+        host_nbytes=available_memory()[0] if host_memory is None else parse_nbytes(host_memory),
+        device_nbytes=None if gpu_memory is None else parse_nbytes(gpu_memory),
+        host_gb_per_s=host_bandwidth,
+        bus_gb_per_s=bus_bandwidth,
+        network_gb_per_s=network_bandwidth,
+    )
+
+
+def _report(
+    specs: list[ParameterSpec], training: Training, machine: Machine, json_file: Path | None
+) -> bool:
+    """Print the plan, write it where asked, and tell whether it fits."""
+    from rich.console import Console
+
+    from offload_adam.plan.advice import fits, largest_model, options
+    from offload_adam.plan.inputs import total_numel
+    from offload_adam.plan.prediction import predict
+    from offload_adam.plan.tables import plan_tables
+    from offload_adam.plan.timing import predict_time
+
+    found = predict(specs, training)
+    timing = predict_time(specs, training, machine)
+    changes = list(options(specs, training))
+    largest = largest_model(max(spec.itemsize for spec in specs), training, machine)
+    fit = fits(found, training, machine)
+    console = Console()
+    for part in plan_tables(found, training, machine, timing, changes, largest, fit):
+        console.print(part)
+    if json_file is not None:
+        values: dict[str, Any] = {
+            "num_parameters": total_numel(specs),
+            "training": asdict(training),
+            "machine": asdict(machine),
+            "bytes_per_rank": asdict(found),
+            "seconds": None if timing is None else dict(timing.seconds),
+            "bound": None if timing is None else timing.bound,
+            "options": [asdict(option) for option in changes],
+            "largest_model": largest,
+            "fits": fit,
+        }
+        json_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return fit

@@ -1,0 +1,82 @@
+"""Whether a plan fits, what would change it, and how large a model may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from offload_adam.layout.flat import ParameterSpec
+from offload_adam.plan.inputs import Machine, Training, synthetic_specs
+from offload_adam.plan.prediction import Prediction, predict
+
+_MOST_NUMEL = 10**14
+
+
+def fits(plan: Prediction, training: Training, machine: Machine) -> bool:
+    """Tell whether a node holds all of its ranks, as far as its memory is known."""
+    on_node = plan.host_nbytes * training.local_world_size
+    host = machine.host_nbytes is None or on_node <= machine.host_nbytes
+    device = machine.device_nbytes is None or plan.device_nbytes <= machine.device_nbytes
+    return host and device
+
+
+def largest_model(itemsize: int, training: Training, machine: Machine) -> int | None:
+    """Return how many parameters fit, to three digits; None where no memory is known."""
+    if machine.host_nbytes is None and machine.device_nbytes is None:
+        return None
+
+    def holds(numel: int) -> bool:
+        return fits(predict(synthetic_specs(numel, itemsize), training), training, machine)
+
+    low, high = 0, 1
+    while high < _MOST_NUMEL and holds(high):
+        low, high = high, high * 2
+    while high - low > max(1, low // 1000):
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A setting and what it would change, in bytes of one rank; below 0 is saved."""
+
+    setting: str
+    host: int
+    device: int
+
+
+def options(specs: Sequence[ParameterSpec], training: Training) -> Iterator[Option]:
+    """Yield the settings that would change the bytes of a rank."""
+    now = predict(specs, training)
+    for setting, change in _changes(specs, training):
+        then = change()
+        host, device = then.host_nbytes - now.host_nbytes, then.device_nbytes - now.device_nbytes
+        if host or device:
+            yield Option(setting, host, device)
+
+
+def _changes(
+    specs: Sequence[ParameterSpec], training: Training
+) -> Iterator[tuple[str, Callable[[], Prediction]]]:
+    def with_training(**changes: object) -> Callable[[], Prediction]:
+        return lambda: predict(specs, replace(training, **changes))  # type: ignore[arg-type]
+
+    if any(spec.itemsize == 4 for spec in specs):
+        halves = [replace(spec, itemsize=2, family=f"{spec.family} halved") for spec in specs]
+        yield "train.dtype: bf16", lambda: predict(halves, training)
+    if not training.streams:
+        yield "optimizer.streaming: true", with_training(streams=True)
+    if training.accumulates:
+        yield "optimizer.accumulate: null", with_training(accumulates=False)
+    if training.reduce_fp32:
+        yield "optimizer.reduce_dtype: null", with_training(reduce_fp32=False)
+    if training.beside:
+        yield "optimizer.use_offload: true", with_training(beside=False)
+    if training.amsgrad:
+        yield "without amsgrad", with_training(amsgrad=False)
+    yield (
+        "half of optimizer.bucket_nbytes",
+        with_training(bucket_nbytes=max(1, training.bucket_nbytes // 2)),
+    )
+    yield "twice as many ranks", with_training(world_size=2 * training.world_size)

@@ -1,0 +1,80 @@
+"""What a plan is made of: the parameters' sizes, the way they are trained, and the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from offload_adam.layout.flat import ParameterSpec
+
+SYNTHETIC_NUMEL = 50_000_000
+"""Elements of one parameter of a model of which only the size is known."""
+
+DEFAULT_BUCKET_NBYTES = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """How a model is trained, as far as memory and time depend on it.
+
+    on_device: parameters live on a GPU, their state on the host.
+    streams: gradients leave during backward, bucket by bucket.
+    reduces: this package averages the gradients.
+    beside: state lies beside its parameter, whole on every rank.
+    """
+
+    world_size: int = 1
+    local_world_size: int = 1
+    on_device: bool = True
+    streams: bool = True
+    reduces: bool = True
+    accumulates: bool = False
+    reduce_fp32: bool = False
+    amsgrad: bool = False
+    beside: bool = False
+    bucket_nbytes: int = DEFAULT_BUCKET_NBYTES
+
+    def __post_init__(self) -> None:
+        for name in ("world_size", "local_world_size", "bucket_nbytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.world_size % self.local_world_size:
+            raise ValueError(
+                f"world_size ({self.world_size}) must be a multiple of local_world_size "
+                f"({self.local_world_size})"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What one node has; None where it is not known.
+
+    host_nbytes, device_nbytes: memory that is free for a run, of the node and of one GPU.
+    host_gb_per_s: what all of a node's cores together read and write, in 1e9 bytes a second.
+    bus_gb_per_s: one GPU's copies in one direction; network_gb_per_s: a rank's collectives.
+    measured: the bandwidths were measured where the plan is for.
+    """
+
+    host_nbytes: int | None = None
+    device_nbytes: int | None = None
+    host_gb_per_s: float | None = None
+    bus_gb_per_s: float | None = None
+    network_gb_per_s: float | None = None
+    measured: bool = False
+
+
+def synthetic_specs(numel: int, itemsize: int) -> list[ParameterSpec]:
+    """Return the parameters of a model of which only the number of elements is known.
+
+    They are alike but for the last: tens of thousands of objects for 1e12 elements.
+    """
+    if numel < 1:
+        raise ValueError(f"the number of parameters must be at least 1, not {numel}")
+    whole, rest = divmod(numel, SYNTHETIC_NUMEL)
+    sizes = [SYNTHETIC_NUMEL] * whole + ([rest] if rest else [])
+    return [ParameterSpec(i, size, itemsize, f"{itemsize} bytes") for i, size in enumerate(sizes)]
+
+
+def total_numel(specs: Sequence[ParameterSpec]) -> int:
+    """Return the number of elements of all parameters."""
+    return sum(spec.numel for spec in specs)

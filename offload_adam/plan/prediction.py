@@ -1,0 +1,117 @@
+"""The bytes that a run takes on each rank, from the layout that the optimizer itself would use."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from offload_adam.layout.budget import (
+    BucketPlanes,
+    block_sums_nbytes,
+    landed_itemsize,
+    plane_nbytes,
+)
+from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
+from offload_adam.plan.inputs import Training
+
+NUM_STAGING_SLOTS = 2
+NUM_SLOTS_IN_FLIGHT = 2
+"""Buckets that are reduced at once while backward goes on. A pool makes more where ranks drift."""
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Bytes of one rank by category; activations and the framework's own are not in it.
+
+    host, device: what lies where.
+    num_buckets: how many collectives a step has in each direction.
+    """
+
+    host: Mapping[str, int]
+    device: Mapping[str, int]
+    num_buckets: int
+
+    @property
+    def host_nbytes(self) -> int:
+        """Host bytes of one rank."""
+        return sum(self.host.values())
+
+    @property
+    def device_nbytes(self) -> int:
+        """Device bytes of one rank."""
+        return sum(self.device.values())
+
+
+def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
+    """Return what a rank holds, without allocating anything.
+
+    The state is laid out by `plan_buckets` and counted by `plane_nbytes`, as the optimizer does it;
+    so it is exact. Slots are an estimate: two buckets.
+    """
+    shards = 1 if training.beside else training.world_size
+    buckets = plan_buckets(specs, world_size=shards, bucket_nbytes=training.bucket_nbytes)
+    state: Counter[str] = Counter()
+    for bucket in buckets:
+        state.update(plane_nbytes(bucket, planes_of(bucket, training)))
+    parameters = sum(bucket.numel * bucket.itemsize for bucket in buckets)
+    host: Counter[str] = Counter()
+    device: Counter[str] = Counter()
+    side = device if training.on_device else host
+    side["parameters"] = parameters
+    side["gradients"] = _gradients(buckets, training)
+    side["slots"] = _slots(buckets, training)
+    (device if training.on_device and training.beside else host).update(state)
+    if not (training.on_device and training.beside):
+        host["block_sums"] = block_sums_nbytes(buckets)
+    if training.on_device and not training.beside:
+        host["staging"] = _staging(buckets)
+    return Prediction(_positive(host), _positive(device), len(buckets))
+
+
+def planes_of(bucket: Bucket, training: Training) -> BucketPlanes:
+    """Return which planes a bucket needs."""
+    offloaded = training.on_device and not training.beside
+    reduces = training.reduces and training.world_size > 1
+    return BucketPlanes(
+        own_master=bucket.itemsize == FLOAT32 and not offloaded,
+        amsgrad=training.amsgrad,
+        landed_itemsize=landed_itemsize(
+            bucket.itemsize,
+            offloaded=offloaded,
+            accumulates=training.accumulates,
+            reduces=reduces,
+            reduce_fp32=training.reduce_fp32,
+        ),
+    )
+
+
+def _gradients(buckets: Sequence[Bucket], training: Training) -> int:
+    """Return what `.grad` takes at its peak: all of it, or one bucket while the rest has left."""
+    sizes = [bucket.numel * bucket.itemsize for bucket in buckets]
+    return max(sizes, default=0) if training.streams and not training.beside else sum(sizes)
+
+
+def _slots(buckets: Sequence[Bucket], training: Training) -> int:
+    if not training.reduces or training.world_size == 1:
+        return 0
+    sizes = [
+        bucket.numel * (FLOAT32 if training.reduce_fp32 else bucket.itemsize) for bucket in buckets
+    ]
+    return min(len(sizes), NUM_SLOTS_IN_FLIGHT) * max(sizes, default=0)
+
+
+def _staging(buckets: Sequence[Bucket]) -> int:
+    """Return two shards of the largest bucket in each 16-bit format."""
+    largest: dict[str, int] = {}
+    for bucket in buckets:
+        if bucket.itemsize < FLOAT32:
+            nbytes = bucket.shard_numel * bucket.itemsize
+            largest[bucket.family] = max(largest.get(bucket.family, 0), nbytes)
+    return NUM_STAGING_SLOTS * sum(largest.values())
+
+
+def _positive(totals: Mapping[str, int]) -> dict[str, int]:
+    return {name: nbytes for name, nbytes in totals.items() if nbytes}

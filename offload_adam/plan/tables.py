@@ -1,0 +1,88 @@
+"""A plan as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.table import Table
+
+from offload_adam.plan.advice import Option
+from offload_adam.plan.inputs import Machine, Training
+from offload_adam.plan.prediction import Prediction
+from offload_adam.plan.timing import StepTime
+from offload_adam.units import format_nbytes
+
+
+def plan_tables(
+    plan: Prediction,
+    training: Training,
+    machine: Machine,
+    timing: StepTime | None,
+    changes: Sequence[Option],
+    largest: int | None,
+    fit: bool,
+) -> Iterator[Table | str]:
+    """Yield what is printed, in order."""
+    yield _bytes(plan, training, machine)
+    if not fit:
+        yield "It does not fit."
+    if largest is not None:
+        yield f"The largest model that fits like this has {largest:.2e} parameters."
+    if timing is not None:
+        yield _times(timing)
+    if changes:
+        yield _changes(changes)
+
+
+def _bytes(plan: Prediction, training: Training, machine: Machine) -> Table:
+    nodes = training.world_size // training.local_world_size
+    title = f"{training.world_size} rank(s) on {nodes} node(s), {plan.num_buckets} bucket(s)"
+    table = Table("", "host of a rank", "host of a node", "device of a rank", title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    local = training.local_world_size
+    for name in dict.fromkeys([*plan.host, *plan.device]):
+        host, device = plan.host.get(name, 0), plan.device.get(name, 0)
+        table.add_row(name, _shown(host), _shown(host * local), _shown(device))
+    table.add_section()
+    table.add_row(
+        "together",
+        _shown(plan.host_nbytes),
+        _shown(plan.host_nbytes * local),
+        _shown(plan.device_nbytes),
+    )
+    available = machine.host_nbytes, machine.device_nbytes
+    known = ["?" if nbytes is None else format_nbytes(nbytes) for nbytes in available]
+    table.add_row("there is", "", *known)
+    return table
+
+
+def _times(timing: StepTime) -> Table:
+    quality = "rough: bandwidths were given, not measured" if timing.rough else "measured"
+    table = Table("", "seconds a step", title=f"The optimizer's part of a step ({quality})")
+    table.columns[1].justify = "right"
+    for name, seconds in timing.seconds.items():
+        marked = f"{name} (bounds it)" if name == timing.bound else name
+        table.add_row(marked, f"{seconds:.4g}")
+    table.add_section()
+    table.add_row("one after the other", f"{timing.total_s:.4g}")
+    return table
+
+
+def _changes(changes: Sequence[Option]) -> Table:
+    table = Table("setting", "host of a rank", "device of a rank", title="What would change it")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for option in changes:
+        table.add_row(option.setting, _signed(option.host), _signed(option.device))
+    return table
+
+
+def _shown(nbytes: int) -> str:
+    return format_nbytes(nbytes) if nbytes else ""
+
+
+def _signed(nbytes: int) -> str:
+    if nbytes == 0:
+        return ""
+    return ("+" if nbytes > 0 else "-") + format_nbytes(abs(nbytes))

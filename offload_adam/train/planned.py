@@ -1,0 +1,48 @@
+"""What a configuration would train, for a plan: the model's sizes without its memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from offload_adam.config import RunConfig
+from offload_adam.config.optimizer_sections import AdamSection
+from offload_adam.layout.flat import ParameterSpec
+from offload_adam.parameters.families import family_of
+from offload_adam.plan.inputs import DEFAULT_BUCKET_NBYTES, Training
+from offload_adam.train.model import build_model
+
+
+def subject_of(config: RunConfig, *, on_device: bool) -> tuple[list[ParameterSpec], Training]:
+    """Return the trainable parameters, built on the meta device, and how they are trained.
+
+    Raises:
+        ConfigError: the model cannot be built.
+    """
+    with torch.device("meta"):
+        model = build_model(config)
+    return specs_of(model), training_of(config, on_device or torch.cuda.is_available())
+
+
+def specs_of(model: nn.Module) -> list[ParameterSpec]:
+    """Return a model's trainable parameters as the layout sees them."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        ParameterSpec(i, p.numel(), p.element_size(), family_of(p)) for i, p in enumerate(trainable)
+    ]
+
+
+def training_of(config: RunConfig, on_device: bool) -> Training:
+    """Return how a configuration trains, for one rank: the world is not part of it."""
+    section = config.optimizer
+    is_adam = isinstance(section, AdamSection)
+    return Training(
+        on_device=on_device,
+        streams=section.streams,
+        reduces=section.gradient_reduction == "optimizer",
+        accumulates=section.accumulate is not None,
+        reduce_fp32=section.reduce_dtype is not None,
+        amsgrad=section.use_amsgrad if isinstance(section, AdamSection) else section.amsgrad,
+        beside=is_adam and not section.streams,
+        bucket_nbytes=section.bucket_nbytes or DEFAULT_BUCKET_NBYTES,
+    )

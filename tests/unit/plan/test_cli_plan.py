@@ -1,0 +1,114 @@
+"""`offload-adam plan`: what it prints, writes and exits with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from offload_adam.cli.app import app
+from offload_adam.plan.advice import largest_model, options
+from offload_adam.plan.inputs import Machine, Training, synthetic_specs
+from offload_adam.units import parse_nbytes
+
+CONFIG = str(Path(__file__).parents[3] / "configs" / "tiny.yaml")
+GIB = 2**30
+
+
+def plan(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["plan", *arguments])
+    return result.exit_code, result.output
+
+
+def planned(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    path = tmp_path / "plan.json"
+    code, output = plan(*arguments, f"--json={path}")
+    values: dict[str, Any] = json.loads(path.read_text())
+    assert code == (0 if values["fits"] else 3), output
+    return values
+
+
+MACHINE = ("--gpu-memory=80GiB", "--host-memory=512GiB")
+
+
+def test_sixteen_bytes_a_parameter_are_divided_over_the_ranks(tmp_path: Path) -> None:
+    values = planned(tmp_path, "--params=13e9", "--world-size=4", *MACHINE)
+    host, device = values["bytes_per_rank"]["host"], values["bytes_per_rank"]["device"]
+    assert host["master_weight"] == pytest.approx(4 * 13e9 / 4, rel=0.01)
+    assert host["landed gradients"] == pytest.approx(2 * 13e9 / 4, rel=0.01)
+    assert device["parameters"] == pytest.approx(2 * 13e9, rel=0.01)
+    assert values["fits"]
+    assert values["seconds"] is None
+    # 14 bytes an element on the node, 2 on each GPU: the host is full first.
+    assert values["largest_model"] == pytest.approx(512 * GIB / 14, rel=0.02)
+
+
+@pytest.mark.parametrize("memory", [("--gpu-memory=24GiB",), ("--host-memory=100GiB",)])
+def test_what_does_not_fit_exits_with_3(memory: tuple[str, ...]) -> None:
+    code, output = plan("--params=13e9", "--world-size=4", *MACHINE, *memory)
+    assert code == 3
+    assert "It does not fit." in output
+
+
+def test_a_configuration_is_planned_without_its_memory(tmp_path: Path) -> None:
+    values = planned(tmp_path, CONFIG, "--world-size=2", "--model.sizes.width=4096")
+    assert values["training"]["on_device"] is False
+    assert values["num_parameters"] > 100_000_000
+
+
+def test_bandwidths_give_times_that_are_marked_as_rough(tmp_path: Path) -> None:
+    given = ("--host-bandwidth=100", "--bus-bandwidth=20", "--network-bandwidth=1")
+    values = planned(tmp_path, "--params=1e9", "--world-size=2", *MACHINE, *given)
+    assert values["bound"] == "network"
+    assert values["seconds"]["network"] == pytest.approx(1e9 * 0.5 * 4 / 1e9)
+    _, output = plan("--params=1e9", "--world-size=2", *MACHINE, *given)
+    assert "rough" in output
+    assert "network (bounds it)" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "give either CONFIG or --params"),
+        ((CONFIG, "--params=1e9"), "give either CONFIG or --params"),
+        (("--params=0",), "at least 1"),
+        (("--params=1e9", "--param-dtype=fp8"), "fp32, bf16 or fp16"),
+        (("--params=1e9", "--gpu-memory=80 bananas"), "is no size"),
+        (("--params=1e9", "--host-memory=-1GiB"), "is no size"),
+        (("--params=1e9", "--world-size=0"), "world_size must be at least 1"),
+        (("--params=1e9", "--world-size=6", "--local-world-size=4"), "multiple of local_world"),
+        (("--params=1e9", "--host-bandwidth=0"), "above 0"),
+        ((CONFIG, "--train.num_stepz=3"), "did you mean train.num_steps"),
+        (("missing.yaml",), "no such file"),
+    ],
+)
+def test_a_wrong_option_exits_with_2(arguments: tuple[str, ...], words: str) -> None:
+    code, output = plan(*arguments)
+    assert code == 2, output
+    assert words in output
+
+
+def test_options_say_what_they_would_save() -> None:
+    training = Training(world_size=2, accumulates=True, reduce_fp32=True, amsgrad=True)
+    found = {o.setting: o for o in options(synthetic_specs(10**9, 4), training)}
+    assert found["without amsgrad"].host == pytest.approx(-4 * 10**9 / 2, rel=0.01)
+    assert found["train.dtype: bf16"].device < 0
+    assert found["twice as many ranks"].host < 0
+    beside = {o.setting: o for o in options(synthetic_specs(10**9, 2), Training(beside=True))}
+    assert beside["optimizer.use_offload: true"].device < 0
+
+
+def test_the_largest_model_needs_a_known_memory() -> None:
+    assert largest_model(2, Training(), Machine()) is None
+    assert largest_model(2, Training(), Machine(device_nbytes=0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("80GiB", 80 * GIB), ("512 GB", 512 * 10**9), ("1e9", 10**9), ("1.5kib", 1536), ("0", 0)],
+)
+def test_sizes_are_read(text: str, nbytes: int) -> None:
+    assert parse_nbytes(text) == nbytes

@@ -1,0 +1,150 @@
+"""The plan against real optimizers, to the byte, and for worlds that cannot be run here."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from offload_adam import Adam, OffloadAdam
+from offload_adam.layout.flat import ParameterSpec
+from offload_adam.parameters.families import family_of
+from offload_adam.plan.inputs import Machine, Training, synthetic_specs
+from offload_adam.plan.prediction import predict
+from offload_adam.plan.timing import predict_time
+from tests.ranks import RankPool
+
+STATE = ("master_weight", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "landed gradients")
+BUCKET_NBYTES = 4096
+
+
+def make_model(dtypes: tuple[torch.dtype, ...]) -> nn.ModuleList:
+    shapes = [(300, 7), (11,), (64, 64), (1,), (129, 3)]
+    return nn.ModuleList(
+        nn.ParameterList([nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes])
+        for dtype in dtypes
+    )
+
+
+def specs_of(model: nn.Module) -> list[ParameterSpec]:
+    return [
+        ParameterSpec(i, p.numel(), p.element_size(), family_of(p))
+        for i, p in enumerate(model.parameters())
+    ]
+
+
+class Offloading(OffloadAdam):
+    _offloads = True
+
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+CASES: dict[str, tuple[type[OffloadAdam], tuple[torch.dtype, ...], dict[str, Any], Training]] = {
+    "fp32": (OffloadAdam, (FP32,), {}, Training(on_device=False)),
+    "bf16": (OffloadAdam, (BF16,), {}, Training(on_device=False)),
+    "mixed": (OffloadAdam, (FP32, BF16, FP16), {}, Training(on_device=False)),
+    "amsgrad": (OffloadAdam, (BF16,), {"amsgrad": True}, Training(on_device=False, amsgrad=True)),
+    "offloaded": (Offloading, (FP32, BF16), {}, Training()),
+}
+
+
+def with_buckets(training: Training, world_size: int = 1) -> Training:
+    values = {name: getattr(training, name) for name in Training.__slots__}
+    return Training(**{**values, "bucket_nbytes": BUCKET_NBYTES, "world_size": world_size})
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_the_host_bytes_are_those_of_the_optimizer(name: str) -> None:
+    kind, dtypes, options, training = CASES[name]
+    model = make_model(dtypes)
+    specs = specs_of(model)
+    optimizer = kind(model.parameters(), bucket_nbytes=BUCKET_NBYTES, **options)
+    plan = predict(specs, with_buckets(training))
+    held = optimizer.host_nbytes
+    assert sum(plan.host.get(key, 0) for key in STATE) == held["state"]
+    assert plan.host.get("block_sums", 0) == held["block_sums"]
+    assert plan.host.get("staging", 0) == held["staging"]
+    parameters = plan.device if training.on_device else plan.host
+    ledger = [e.nbytes for e in optimizer.memory_ledger() if e.category == "parameters"]
+    assert parameters["parameters"] == sum(ledger)
+    assert plan.num_buckets == len(ledger)
+
+
+def held_by_rank(rank: int, world_size: int, options: dict[str, Any], adam: bool) -> dict[str, int]:
+    model = make_model((FP32, BF16))
+    kind: Any = Adam if adam else OffloadAdam
+    optimizer = kind(
+        model.parameters(), gradient_reduction="optimizer", bucket_nbytes=BUCKET_NBYTES, **options
+    )
+    held = dict(optimizer.host_nbytes)
+    optimizer.close()
+    return held
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("options", [{}, {"reduce_dtype": torch.float32}], ids=["own", "fp32"])
+def test_every_rank_holds_what_was_planned(
+    ranks: RankPool, world_size: int, options: dict[str, Any]
+) -> None:
+    training = with_buckets(Training(on_device=False, reduce_fp32=bool(options)), world_size)
+    plan = predict(specs_of(make_model((FP32, BF16))), training)
+    for held in ranks.run(held_by_rank, world_size, options, False, timeout=60.0):
+        assert sum(plan.host.get(key, 0) for key in STATE) == held["state"]
+        assert plan.host["block_sums"] == held["block_sums"]
+
+
+@pytest.mark.distributed
+def test_state_beside_the_parameters_is_whole_on_every_rank(ranks: RankPool) -> None:
+    training = with_buckets(Training(on_device=False, beside=True), 2)
+    plan = predict(specs_of(make_model((FP32, BF16))), training)
+    for held in ranks.run(held_by_rank, 2, {}, True, timeout=60.0):
+        assert sum(plan.host.get(key, 0) for key in STATE) == held["state"]
+
+
+def test_a_world_that_cannot_be_run_here_is_planned_at_once() -> None:
+    training = Training(world_size=4096, local_world_size=8)
+    machine = Machine(host_gb_per_s=400.0, bus_gb_per_s=50.0, network_gb_per_s=40.0)
+    start_s = time.process_time()
+    plan = predict(synthetic_specs(10**12, 2), training)
+    timing = predict_time(synthetic_specs(10**12, 2), training, machine)
+    spent_s = time.process_time() - start_s
+    tracemalloc.start()
+    assert predict(synthetic_specs(10**12, 2), training) == plan
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert spent_s < 2.0
+    assert peak < 500 * 2**20
+    # 12 bytes of state and 2 of landed gradient an element, over 4,096 ranks.
+    state = sum(plan.host[key] for key in STATE if key in plan.host)
+    assert state == pytest.approx(14 * 10**12 / 4096, rel=0.01)
+    assert plan.device["parameters"] == pytest.approx(2 * 10**12, rel=0.01)
+    assert timing is not None
+    assert timing.bound == "network"
+    assert timing.rough
+
+
+def test_times_are_bytes_over_bandwidths() -> None:
+    training = Training(world_size=2, local_world_size=2)
+    machine = Machine(host_gb_per_s=10.0, bus_gb_per_s=4.0, network_gb_per_s=2.0, measured=True)
+    timing = predict_time(synthetic_specs(10**9, 2), training, machine)
+    assert timing is not None
+    # Both ranks of the node: 24 of state, 4 of gradient, 2 of rounded parameter, an element.
+    assert timing.seconds["update"] == pytest.approx(30 / 10)
+    assert timing.seconds["bus"] == pytest.approx(2 * 0.5 * 2 / 4)
+    assert timing.seconds["network"] == pytest.approx(0.5 * (2 + 2) / 2)
+    assert timing.bound == "update"
+    assert not timing.rough
+    assert predict_time(synthetic_specs(5, 2), training, Machine()) is None
+
+
+def test_a_world_must_divide_into_nodes() -> None:
+    with pytest.raises(ValueError, match="multiple of local_world_size"):
+        Training(world_size=6, local_world_size=4)
+    with pytest.raises(ValueError, match="world_size must be at least 1"):
+        Training(world_size=0)
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        synthetic_specs(0, 2)
