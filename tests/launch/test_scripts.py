@@ -104,7 +104,7 @@ def test_a_second_run_installs_nothing(checkout: Checkout) -> None:
     checkout.run("quickstart.sh")
     assert checkout.installs() == []
     checkout.run("test.sh")
-    assert checkout.installs() == ["setuptools", f"{editable}[test]"]
+    assert checkout.installs() == ["setuptools", f"{editable}[test,watch]"]
     checkout.run("quickstart.sh")
     assert checkout.installs() == []
 
