@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 from offload_adam.version import __version__
 
 if TYPE_CHECKING:
+    from offload_adam.checkpoint.load import load_checkpoint
+    from offload_adam.checkpoint.save import save_checkpoint
     from offload_adam.contract.adam import Adam
     from offload_adam.errors import (
+        CheckpointError,
         HostMemoryError,
         ParameterReplacedError,
         PeerError,
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adam",
+    "CheckpointError",
     "HostMemoryError",
     "OffloadAdam",
     "ParameterReplacedError",
@@ -29,9 +33,14 @@ __all__ = [
     "RankDisagreementError",
     "StepReport",
     "__version__",
+    "load_checkpoint",
+    "save_checkpoint",
 ]
 
 _HOMES = {
+    "CheckpointError": "offload_adam.errors",
+    "load_checkpoint": "offload_adam.checkpoint.load",
+    "save_checkpoint": "offload_adam.checkpoint.save",
     "Adam": "offload_adam.contract.adam",
     "HostMemoryError": "offload_adam.errors",
     "OffloadAdam": "offload_adam.optimizer",

@@ -39,3 +39,7 @@ class MissingExtraError(ImportError):
 
 class NotRetriedError(RuntimeError):
     """A restarted run meets the mark of an error that no restart can mend."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read, does not fit, or is damaged; the message says where."""

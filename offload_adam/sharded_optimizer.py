@@ -7,7 +7,7 @@ import math
 import warnings
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -19,8 +19,9 @@ from torch.optim.optimizer import ParamsT
 
 from offload_adam.coordinator.admission import Fact, require_same, together
 from offload_adam.coordinator.agreement import Notice
-from offload_adam.coordinator.membership import is_distributed, open_membership
+from offload_adam.coordinator.membership import Membership, is_distributed, open_membership
 from offload_adam.coordinator.watch import DEAD_AFTER_S, STUCK_AFTER_S, Patience
+from offload_adam.errors import CheckpointError
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.observe.place import HERE
 from offload_adam.parameters.hooks import BackwardHooks
@@ -40,6 +41,7 @@ from offload_adam.step.construction import Placing
 from offload_adam.step.full_state import gather_bucket
 from offload_adam.step.ledger import LedgerEntry
 from offload_adam.step.local_state import local_state, plan_load
+from offload_adam.step.parameter_shard import ParameterShard, shards_of
 from offload_adam.step.reduction import GradientReduction
 from offload_adam.step.report import StepReport
 from offload_adam.step.saved_state import STATE_KEY, merge_groups, pack_full, read_saved
@@ -48,6 +50,7 @@ from offload_adam.version import __version__
 
 logger = logging.getLogger(__name__)
 
+_NOT_PLAIN = ("params", "param_names")
 DEFAULT_BUCKET_NBYTES = 32 * 1024 * 1024
 
 
@@ -443,6 +446,74 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def host_nbytes(self) -> Mapping[str, int]:
         """Host bytes that this rank's optimizer holds, by what they are for."""
         return dict(self._alive().host_nbytes)
+
+    @property
+    def membership(self) -> Membership:
+        """The ranks that share this optimizer."""
+        return self._membership
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds a part of the state, or all of it."""
+        return not self._placing.beside
+
+    def shards(self) -> Iterator[ParameterShard]:
+        """Yield this rank's range of every trained parameter and its state."""
+        for state in self._alive().states:
+            yield from shards_of(state)
+
+    def plain_state(self) -> dict[str, Any]:
+        """Return what is no tensor: groups, step counts by parameter, and the face's own state."""
+        groups = [
+            {
+                key: float(value) if isinstance(value, torch.Tensor) else value
+                for key, value in group.items()
+                if key not in _NOT_PLAIN
+            }
+            for group in self.param_groups
+        ]
+        counts = {self._indices[shard.parameter]: float(shard.step) for shard in self.shards()}
+        steps = [counts[index] for index in range(len(counts))]
+        return {"groups": groups, "steps": steps, "further": self._further_state()}
+
+    def check_plain_state(self, saved: Mapping[str, Any]) -> None:
+        """Refuse what `load_plain_state` could not load.
+
+        Raises:
+            CheckpointError: another number of groups or parameters, or other hyperparameters than
+                this optimizer can have.
+        """
+        try:
+            self._plan_plain_state(saved)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the saved optimizer does not fit this one: {error}") from error
+
+    def load_plain_state(self, saved: Mapping[str, Any]) -> None:
+        """Load what `plain_state` returned."""
+        groups, load_further = self._plan_plain_state(saved)
+        for shard in self.shards():
+            shard.step.fill_(saved["steps"][self._indices[shard.parameter]])
+        load_further()
+        for group, kept in zip(self.param_groups, groups, strict=True):
+            group.update(kept)
+
+    def _plan_plain_state(
+        self, saved: Mapping[str, Any]
+    ) -> tuple[list[dict[str, Any]], Callable[[], None]]:
+        """Check a plain state; return the groups' options and what loads the rest."""
+        if len(saved["groups"]) != len(self.param_groups):
+            raise ValueError(f"it has {len(saved['groups'])} groups, not {len(self.param_groups)}")
+        num_parameters = sum(1 for _ in self.shards())
+        if len(saved["steps"]) != num_parameters:
+            raise ValueError(f"it has {len(saved['steps'])} parameters, not {num_parameters}")
+        groups = []
+        for group, saved_group in zip(self.param_groups, saved["groups"], strict=True):
+            kept = {**saved_group, "betas": tuple(saved_group["betas"])}
+            if kept["amsgrad"] != group["amsgrad"]:
+                raise ValueError(f"it has amsgrad={kept['amsgrad']}")
+            self._check_group({**group, **kept})
+            groups.append(kept)
+        return groups, self._plan_further_state(saved["further"], {})
 
     def memory_ledger(self) -> list[LedgerEntry]:
         """Return who holds which bytes of this rank now, on the host and on devices."""

@@ -96,7 +96,9 @@ def load_dynamic(
     if saved is None:
         return None, _nothing
     if "values" in saved:
-        return Dynamic(name, ValueVector(torch.as_tensor(saved["values"]).clone())), _nothing
+        return Dynamic(
+            name, ValueVector(torch.as_tensor(saved["values"], dtype=torch.float64).clone())
+        ), _nothing
     if "schedule" in saved:
         return Dynamic(name, schedule_from_state(saved["schedule"])), _nothing
     if present is None or isinstance(present.function, (ValueVector, BuiltInSchedule)):

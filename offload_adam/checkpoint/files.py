@@ -1,0 +1,205 @@
+"""The files of a checkpoint: safetensors, streamed out with checksums and read back verified."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import RawIOBase
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from offload_adam.checkpoint.manifest import BLOCK_NBYTES, FileEntry
+from offload_adam.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """One entry of a file: a name, safetensors' dtype, sizes, and the bytes where they lie."""
+
+    name: str
+    dtype: str
+    sizes: tuple[int, ...]
+    data: memoryview
+
+
+class _SummedFile:
+    """Writes through to a file and keeps the checksum of each block."""
+
+    def __init__(self, file: RawIOBase) -> None:
+        self._file = file
+        self._checksum = 0
+        self._filled = 0
+        self.checksums: list[int] = []
+        self.nbytes = 0
+
+    def write(self, data: memoryview) -> None:
+        for start in range(0, len(data), BLOCK_NBYTES):
+            self._write_some(data[start : start + BLOCK_NBYTES])
+
+    def _write_some(self, data: memoryview) -> None:
+        while data:
+            # A write may take less than it is given: on a disk that fills up it first does.
+            part = data[: BLOCK_NBYTES - self._filled]
+            part = part[: self._file.write(part)]
+            self._checksum = zlib.crc32(part, self._checksum)
+            self._filled += len(part)
+            self.nbytes += len(part)
+            data = data[len(part) :]
+            if self._filled == BLOCK_NBYTES:
+                self.finish_block()
+
+    def finish_block(self) -> None:
+        if self._filled:
+            self.checksums.append(self._checksum)
+            self._checksum = self._filled = 0
+
+
+def write_file(path: Path, blobs: Sequence[Blob]) -> tuple[FileEntry, dict[str, int]]:
+    """Write a safetensors file from memory as it lies, and flush it to the disk.
+
+    Returns:
+        The file's entry in the manifest, and the byte at which each blob starts.
+
+    Source: Hugging Face, the safetensors format.
+    """
+    header: dict[str, object] = {}
+    offset = 0
+    for blob in blobs:
+        end = offset + blob.data.nbytes
+        header[blob.name] = {
+            "dtype": blob.dtype,
+            "shape": list(blob.sizes),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    starts, position = {}, 8 + len(text)
+    with path.open("xb", buffering=0) as raw:
+        file = _SummedFile(raw)
+        file.write(memoryview(len(text).to_bytes(8, "little")))
+        file.write(memoryview(text))
+        for blob in blobs:
+            starts[blob.name] = position
+            if blob.data.nbytes:  # a view with a zero in its shape cannot be cast
+                file.write(blob.data.cast("B"))
+            position += blob.data.nbytes
+        file.finish_block()
+        os.fsync(raw.fileno())
+        if os.fstat(raw.fileno()).st_size != file.nbytes:
+            raise OSError(errno.EIO, "the file is shorter than what was written to it", str(path))
+    return FileEntry(nbytes=file.nbytes, checksums=file.checksums), starts
+
+
+def open_regular(path: Path) -> int:
+    """Open a plain file for reading, without following a link or waiting at a pipe.
+
+    Raises:
+        CheckpointError: it is none, or cannot be opened.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be opened: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{path} is no plain file")
+    return descriptor
+
+
+class VerifiedFile:
+    """Reads parts of one file, every byte checked against the manifest before it is handed out.
+
+    Owns: a descriptor and one block, the one that was verified last.
+    """
+
+    def __init__(self, folder: Path, name: str, entry: FileEntry) -> None:
+        self._path = folder / name
+        self._entry = entry
+        self._block = bytearray(min(BLOCK_NBYTES, max(entry.nbytes, 1)))
+        self._loaded = -1
+        self._descriptor = open_regular(self._path)
+        nbytes = os.fstat(self._descriptor).st_size
+        if nbytes != entry.nbytes:
+            self.close()
+            raise CheckpointError(f"{self._path} has {nbytes} bytes, expected {entry.nbytes}")
+
+    def read_into(self, target: memoryview, start: int) -> None:
+        """Fill `target`, a view of bytes, from byte `start` of the file.
+
+        Raises:
+            CheckpointError: a block does not have its checksum, or cannot be read.
+        """
+        if not 0 <= start <= start + len(target) <= self._entry.nbytes:
+            raise CheckpointError(f"{self._path} has no bytes {start} to {start + len(target)}")
+        done = 0
+        while done < len(target):
+            number, skipped = divmod(start + done, BLOCK_NBYTES)
+            block = self._verified(number)
+            part = block[skipped : skipped + len(target) - done]
+            target[done : done + len(part)] = part
+            done += len(part)
+
+    def verify(self) -> None:
+        """Check every block."""
+        for number in range(len(self._entry.checksums)):
+            self._verified(number)
+
+    def close(self) -> None:
+        """Close the file. Idempotent."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _verified(self, number: int) -> memoryview:
+        start = number * BLOCK_NBYTES
+        length = min(BLOCK_NBYTES, self._entry.nbytes - start)
+        view = memoryview(self._block)[:length]
+        if number != self._loaded:
+            self._loaded = -1
+            self._fill(view, start)
+            if zlib.crc32(view) != self._entry.checksums[number]:
+                raise CheckpointError(
+                    f"{self._path} is damaged between byte {start} and {start + length}: its "
+                    "checksum is another"
+                )
+            self._loaded = number
+        return view
+
+    def _fill(self, view: memoryview, start: int) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self._descriptor, [view[done:]], start + done)
+            except OSError as error:
+                raise CheckpointError(f"{self._path} cannot be read: {error.strerror}") from error
+            if count == 0:
+                raise CheckpointError(f"{self._path} ends before byte {start + len(view)}")
+            done += count
+
+
+def flush_folder(folder: Path) -> None:
+    """Let the names in a folder survive a crash of the machine."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,206 @@
+"""`manifest.json`: what a checkpoint holds, where, and how to know that it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from offload_adam.checkpoint.boxes import Box, range_of_box
+from offload_adam.errors import CheckpointError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+BLOCK_NBYTES = 4 * 1024 * 1024
+"""Bytes of a file that have one checksum: so a part can be verified without reading the rest."""
+
+ITEMSIZES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+"""safetensors' names of the dtypes that a checkpoint may hold."""
+
+_PLAIN_NAME = re.compile(r"[\w-][\w.-]*")
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Piece(_Part):
+    """One contiguous box of a tensor: its elements start at byte `start` of a file."""
+
+    offsets: list[Count]
+    sizes: list[Count]
+    file: str
+    start: Count
+
+
+class TensorEntry(_Part):
+    """One tensor. Boxes count in its dimensions as they lie in memory, the outermost first.
+
+    order: which logical dimension each of these is; shape is the logical one.
+    """
+
+    dtype: str
+    shape: list[Count]
+    order: list[Count]
+    pieces: list[Piece]
+
+    @property
+    def memory_shape(self) -> list[int]:
+        """The sizes of the dimensions as they lie in memory."""
+        return [self.shape[dim] for dim in self.order]
+
+
+class FileEntry(_Part):
+    """One file: its length, and the CRC-32 of each 4 MiB of it."""
+
+    nbytes: Count
+    checksums: list[Count]
+
+
+class Manifest(_Part):
+    """All of a checkpoint but the tensors' bytes.
+
+    state: what is no tensor, as JSON: groups, counters, schedules, random states.
+    """
+
+    format_version: Count
+    step: Count
+    world_size: Count
+    tensors: dict[str, TensorEntry]
+    files: dict[str, FileEntry]
+    state: dict[str, Any]
+
+    def to_json(self) -> str:
+        """Return the text of `manifest.json`."""
+        return sealed(self.model_dump(mode="json"))
+
+
+def sealed(values: dict[str, Any]) -> str:
+    """Return a mapping as JSON that holds its own SHA-256, so that a flipped bit is seen.
+
+    Raises:
+        ValueError: a number in it is not finite.
+    """
+    return json.dumps({"sha256": _digest(values), **values}, allow_nan=False)
+
+
+def _digest(values: dict[str, Any]) -> str:
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check a manifest: nothing in it leads out of the folder, overlaps or is missing.
+
+    Raises:
+        CheckpointError: saying what is wrong with which entry.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.exists():
+        raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST_NAME}")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no plain file")
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return parse_manifest(text, str(path))
+
+
+def parse_manifest(text: str | bytes, origin: str) -> Manifest:
+    """Parse the text of a manifest.
+
+    Raises:
+        CheckpointError: as `read_manifest`.
+    """
+    try:
+        values = json.loads(text, object_pairs_hook=_without_repetition)
+        if isinstance(values, dict):
+            digest = values.pop("sha256", None)
+            if digest != _digest(values):
+                raise CheckpointError(f"{origin} is damaged: its checksum is another")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{origin} is not JSON: {error}") from error
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{origin} has format version {version}, and this package reads up to "
+            f"{FORMAT_VERSION}: use the version of offload_adam that wrote it, or a newer one"
+        )
+    try:
+        manifest = Manifest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"{origin}: {where or 'all of it'}: {first['msg']}") from error
+    _check_files(manifest, origin)
+    for name, entry in manifest.tensors.items():
+        try:
+            _check_tensor(manifest, entry)
+        except ValueError as error:
+            raise CheckpointError(f"{origin}: tensor {name!r}: {error}") from error
+    return manifest
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, refusing a key that stands twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _check_files(manifest: Manifest, origin: str) -> None:
+    for name, entry in manifest.files.items():
+        if not _PLAIN_NAME.fullmatch(name) or name == MANIFEST_NAME:
+            raise CheckpointError(f"{origin}: {name!r} is no plain file name")
+        if len(entry.checksums) != -(-entry.nbytes // BLOCK_NBYTES):
+            raise CheckpointError(f"{origin}: {name} has not one checksum for each 4 MiB")
+
+
+def _check_tensor(manifest: Manifest, entry: TensorEntry) -> None:
+    """Refuse a tensor whose pieces do not cover it once, or lie outside of their files."""
+    if entry.dtype not in ITEMSIZES:
+        raise ValueError(f"unknown dtype {entry.dtype!r}")
+    if sorted(entry.order) != list(range(len(entry.shape))):
+        raise ValueError(f"{entry.order} is no order of {len(entry.shape)} dimensions")
+    shape = entry.memory_shape
+    ranges = []
+    for piece in entry.pieces:
+        file = manifest.files.get(piece.file)
+        if file is None:
+            raise ValueError(f"{piece.file!r} is none of the checkpoint's files")
+        box = Box(tuple(piece.offsets), tuple(piece.sizes))
+        start, end = range_of_box(shape, box)
+        if piece.start + (end - start) * ITEMSIZES[entry.dtype] > file.nbytes:
+            raise ValueError(f"a piece ends behind the end of {piece.file}")
+        if end > start:
+            ranges.append((start, end))
+    ranges.sort()
+    ends = [0, *(end for _, end in ranges)]
+    starts = [*(start for start, _ in ranges), prod(shape)]
+    for end, start in zip(ends, starts, strict=True):
+        if start > end:
+            raise ValueError(f"elements {end} to {start - 1} are missing")
+        if start < end:
+            raise ValueError(f"element {start} stands twice")
+
+
+def sorted_pieces(entry: TensorEntry) -> list[tuple[int, int, Piece]]:
+    """Return the flat range [start, end) of every piece that has elements, ascending."""
+    shape = entry.memory_shape
+    found = []
+    for piece in entry.pieces:
+        start, end = range_of_box(shape, Box(tuple(piece.offsets), tuple(piece.sizes)))
+        if end > start:
+            found.append((start, end, piece))
+    found.sort(key=lambda item: item[:2])
+    assert all(one[1] == other[0] for one, other in pairwise(found))
+    return found

@@ -1,0 +1,296 @@
+"""The format: boxes, files and manifests, and that whatever is wrong with them is a clean error."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload_adam.checkpoint.boxes import Box, boxes_of_range, range_of_box
+from offload_adam.checkpoint.files import Blob, VerifiedFile, write_file
+from offload_adam.checkpoint.manifest import (
+    BLOCK_NBYTES,
+    FileEntry,
+    Manifest,
+    Piece,
+    TensorEntry,
+    parse_manifest,
+    sealed,
+)
+from offload_adam.errors import CheckpointError
+
+shapes = st.lists(st.integers(1, 5), max_size=4)
+
+
+@settings(max_examples=300, deadline=None)
+@given(shapes, st.data())
+def test_boxes_are_few_contiguous_and_cover_the_range_once(
+    shape: list[int], data: st.DataObject
+) -> None:
+    numel = prod(shape)
+    start = data.draw(st.integers(0, numel))
+    end = data.draw(st.integers(start, numel))
+    boxes = boxes_of_range(shape, start, end)
+    assert len(boxes) <= max(1, 2 * len(shape) - 1)
+    tensor = np.arange(numel).reshape(shape)
+    found: list[int] = []
+    for box in boxes:
+        part = tensor[tuple(slice(o, o + s) for o, s in zip(*box, strict=True))].reshape(-1)
+        assert range_of_box(shape, box) == (part[0], part[-1] + 1)
+        found += part.tolist()
+    assert found == list(range(start, end))
+
+
+@pytest.mark.parametrize(
+    ("offsets", "sizes"), [((0, 1), (2, 2)), ((0, 0), (5, 4)), ((0, 3), (1, 2)), ((0,), (1,))]
+)
+def test_a_box_that_is_no_contiguous_part_is_refused(
+    offsets: tuple[int, ...], sizes: tuple[int, ...]
+) -> None:
+    with pytest.raises(ValueError, match="Box"):
+        range_of_box((4, 4), Box(offsets, sizes))
+
+
+def some_bytes(count: int) -> memoryview:
+    return memoryview(np.random.default_rng(count).bytes(count))
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> tuple[Path, FileEntry, dict[str, int], list[Blob]]:
+    blobs = [
+        Blob("a", "U8", (3,), some_bytes(3)),
+        Blob("b", "U8", (BLOCK_NBYTES + 77,), some_bytes(BLOCK_NBYTES + 77)),
+        Blob("empty", "U8", (0,), some_bytes(0)),
+        Blob("c", "U8", (1000,), some_bytes(1000)),
+    ]
+    entry, starts = write_file(tmp_path / "rank.safetensors", blobs)
+    return tmp_path, entry, starts, blobs
+
+
+def test_what_is_written_is_read_back_in_any_part(
+    written: tuple[Path, FileEntry, dict[str, int], list[Blob]],
+) -> None:
+    folder, entry, starts, blobs = written
+    with VerifiedFile(folder, "rank.safetensors", entry) as file:
+        file.verify()
+        for blob in blobs:
+            for low, high in ((0, len(blob.data)), (1, 2), (len(blob.data) // 2, len(blob.data))):
+                target = bytearray(max(0, min(high, len(blob.data)) - low))
+                file.read_into(memoryview(target), starts[blob.name] + low)
+                assert bytes(target) == bytes(blob.data[low : low + len(target)])
+
+
+def test_the_file_is_safetensors(
+    written: tuple[Path, FileEntry, dict[str, int], list[Blob]],
+) -> None:
+    safetensors = pytest.importorskip("safetensors")
+    folder, _, _, blobs = written
+    with safetensors.safe_open(folder / "rank.safetensors", "numpy") as file:
+        for blob in blobs:
+            assert file.get_tensor(blob.name).tobytes() == bytes(blob.data)
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        path.write_bytes(content[:-1])
+    elif how == "longer":
+        path.write_bytes(content + b"x")
+    elif how == "flipped":
+        content[BLOCK_NBYTES + 9] ^= 1
+        path.write_bytes(content)
+    elif how == "missing":
+        path.unlink()
+    elif how == "a pipe":
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        target = path.rename(path.with_name("elsewhere"))
+        path.symlink_to(target)
+
+
+@pytest.mark.parametrize("how", ["truncated", "longer", "flipped", "missing", "a link", "a pipe"])
+def test_a_damaged_file_is_refused(
+    written: tuple[Path, FileEntry, dict[str, int], list[Blob]], how: str
+) -> None:
+    folder, entry, _, _ = written
+    damage(folder / "rank.safetensors", how)
+    with (
+        pytest.raises(CheckpointError, match=r"rank\.safetensors"),
+        VerifiedFile(folder, "rank.safetensors", entry) as file,
+    ):
+        file.verify()
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from offload_adam.checkpoint.files import Blob, write_file
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+try:
+    write_file(Path(sys.argv[1]), [Blob("a", "U8", (3 * 2**19,), memoryview(bytes(3 * 2**19)))])
+except OSError as error:
+    sys.exit(error.errno)
+"""
+
+
+def test_a_disk_that_fills_up_is_an_error(tmp_path: Path) -> None:
+    """Before it is full a disk takes a part of what it is given, and says so only in a count."""
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "f")]
+    assert subprocess.run(command, timeout=100, check=False).returncode == errno.EFBIG
+
+
+def test_nothing_is_read_past_the_end(tmp_path: Path) -> None:
+    blob = Blob("a", "F32", (0, 3), memoryview(np.zeros((0, 3), dtype=np.float32)))
+    entry, _ = write_file(tmp_path / "f", [blob])
+    with VerifiedFile(tmp_path, "f", entry) as file:
+        file.read_into(memoryview(bytearray(1)), entry.nbytes - 1)
+        with pytest.raises(CheckpointError, match="has no bytes"):
+            file.read_into(memoryview(bytearray(2)), entry.nbytes - 1)
+
+
+def test_a_file_is_never_written_over(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"kept")
+    with pytest.raises(FileExistsError):
+        write_file(tmp_path / "f", [])
+    assert (tmp_path / "f").read_bytes() == b"kept"
+
+
+def manifest(**changes: Any) -> dict[str, Any]:
+    pieces = [
+        Piece(offsets=[0, 0], sizes=[1, 3], file="r0", start=100),
+        Piece(offsets=[1, 0], sizes=[1, 2], file="r0", start=112),
+        Piece(offsets=[1, 2], sizes=[1, 1], file="r1", start=0),
+    ]
+    tensor = TensorEntry(dtype="F32", shape=[2, 3], order=[0, 1], pieces=pieces)
+    values = Manifest(
+        format_version=1,
+        step=5,
+        world_size=2,
+        tensors={"w": tensor},
+        files={
+            "r0": FileEntry(nbytes=120, checksums=[1]),
+            "r1": FileEntry(nbytes=4, checksums=[2]),
+        },
+        state={"a": [1, None]},
+    ).model_dump(mode="json")
+    for path, value in changes.items():
+        at: Any = values
+        *keys, last = [int(key) if key.isdigit() else key for key in path.split("__")]
+        for key in keys:
+            at = at[key]
+        if value is ...:
+            del at[last]
+        else:
+            at[last] = value
+    return values
+
+
+def test_a_manifest_survives_its_text() -> None:
+    text = sealed(manifest())
+    assert parse_manifest(text, "m").to_json() == text
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('"start": 112', '"start": 113'), ('"step": 5', '"step": 7')]
+)
+def test_a_changed_digit_of_a_manifest_is_seen(old: str, new: str) -> None:
+    text = sealed(manifest())
+    assert old in text
+    with pytest.raises(CheckpointError, match="m is damaged"):
+        parse_manifest(text.replace(old, new), "m")
+    with pytest.raises(CheckpointError, match="a key stands twice"):
+        parse_manifest(text.replace('"step": 5', '"step": 5, "step": 5'), "m")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format_version": 2}, "format version 2"),
+        ({"format_version": ...}, "format_version"),
+        ({"step": -1}, "step"),
+        ({"surprise": 1}, "surprise"),
+        ({"tensors__w__pieces__2": ...}, "element"),
+        ({"tensors__w__pieces__1": ...}, "elements 3 to 4 are missing"),
+        ({"tensors__w__pieces__1__offsets": [0, 0]}, "stands twice"),
+        ({"tensors__w__pieces__1__sizes": [1, 3]}, "ends behind the end of r0"),
+        ({"tensors__w__pieces__1__sizes": [2, 2]}, "leaves"),
+        ({"tensors__w__pieces__0__start": 10**30}, "ends behind"),
+        ({"tensors__w__pieces__0__file": "r9"}, "none of the checkpoint's files"),
+        ({"tensors__w__pieces__0__file": "../r0"}, "none of the checkpoint's files"),
+        ({"tensors__w__dtype": "F128"}, "unknown dtype"),
+        ({"tensors__w__order": [0, 0]}, "no order"),
+        ({"tensors__w__shape": [2, 10**12]}, "missing"),
+        ({"files__r0__nbytes": 10**15}, "one checksum"),
+        ({"files__r0__checksums": []}, "one checksum"),
+        ({"files": {"../r0": {"nbytes": 0, "checksums": []}}}, "no plain file name"),
+        ({"files": {"/etc/passwd": {"nbytes": 0, "checksums": []}}}, "no plain file name"),
+        ({"files": {"..": {"nbytes": 0, "checksums": []}}}, "no plain file name"),
+        ({"files": {"a/b": {"nbytes": 0, "checksums": []}}}, "no plain file name"),
+        ({"files": {"manifest.json": {"nbytes": 0, "checksums": []}}}, "no plain file name"),
+    ],
+    ids=str,
+)
+def test_a_manifest_that_cannot_be_right_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        parse_manifest(sealed(manifest(**changes)), "m")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 10**20) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    found = [path]
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        found += places(inner, (*path, key))
+    return found
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_any_manifest_is_read_or_refused(data: st.DataObject) -> None:
+    """Whatever is put at whatever place: a manifest, or a CheckpointError, and nothing else."""
+    values: Any = manifest()
+    for _ in range(data.draw(st.integers(1, 3))):
+        path = data.draw(st.sampled_from(places(values)))
+        replacement = data.draw(JSON)
+        if not path:
+            values = replacement
+            continue
+        at = values
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] = replacement
+    try:
+        text = sealed(values) if isinstance(values, dict) else json.dumps(values)
+        found = parse_manifest(text, "m")
+    except CheckpointError:
+        return
+    assert all(os.sep not in name and name not in ("", ".", "..") for name in found.files)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=60))
+def test_any_bytes_are_refused(content: bytes) -> None:
+    with pytest.raises(CheckpointError):
+        parse_manifest(content, "m")
