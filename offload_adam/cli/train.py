@@ -40,6 +40,7 @@ def run_to_exit_code(arguments: list[str]) -> None:
     """Run the job of these arguments, and end with the exit code of how it went."""
     from offload_adam.config import ConfigError
     from offload_adam.errors import (
+        CheckpointError,
         HostMemoryError,
         NotRetriedError,
         PeerError,
@@ -55,7 +56,7 @@ def run_to_exit_code(arguments: list[str]) -> None:
     except HostMemoryError as error:
         _report(error)
         raise typer.Exit(EXIT_DOES_NOT_FIT) from None
-    except (NotRetriedError, RankDisagreementError) as error:
+    except (CheckpointError, NotRetriedError, RankDisagreementError) as error:
         _report(error)
         raise typer.Exit(1) from None
     except (PeerError, PeerFailedError) as error:

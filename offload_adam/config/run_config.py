@@ -13,6 +13,7 @@ from offload_adam.config.optimizer_sections import (
     OptimizerSection,
 )
 from offload_adam.config.sections import (
+    CheckpointSection,
     CoordinatorSection,
     DataSection,
     MemorySection,
@@ -52,6 +53,7 @@ class RunConfig(Section):
     schedule: ScheduleSection = ScheduleSection()
     memory: MemorySection = MemorySection()
     coordinator: CoordinatorSection = CoordinatorSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     profile: ProfileSection = ProfileSection()
     observe: ObserveSection = ObserveSection()
 

@@ -158,3 +158,18 @@ class ObserveSection(Section):
     http_host: Annotated[str, StringConstraints(min_length=1)] = "127.0.0.1"
     tensorboard: bool = False
     wandb_project: Annotated[str, StringConstraints(min_length=1)] | None = None
+
+
+class CheckpointSection(Section):
+    """When checkpoints are written (`every` steps, 0 for never) and which are kept.
+
+    `keep_last` of them stay, and those whose step is a multiple of `keep_every`. `resume: auto`
+    goes on from the newest whole one of the run's folder, a path from that one, `never` begins.
+    A checkpoint that cannot be written ends the run only where it is `required`.
+    """
+
+    every: Annotated[int, Field(ge=0)] = 0
+    keep_last: PositiveInt = 2
+    keep_every: PositiveInt | None = None
+    required: bool = False
+    resume: Annotated[Name, StringConstraints(min_length=1)] = "auto"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from itertools import chain
 
@@ -22,7 +23,7 @@ from offload_adam.coordinator.preemption import preemptible
 from offload_adam.coordinator.restarts import final
 from offload_adam.coordinator.startup import COLLECTIVE_TIMEOUT, World, joined_world
 from offload_adam.coordinator.watch import Patience
-from offload_adam.errors import HostMemoryError, RankDisagreementError
+from offload_adam.errors import CheckpointError, HostMemoryError, RankDisagreementError
 from offload_adam.kernels.threads import threads_per_rank
 from offload_adam.observe.place import HERE
 from offload_adam.optimizer import OffloadAdam
@@ -34,10 +35,18 @@ from offload_adam.train.optimizer import build_optimizer
 from offload_adam.train.profiled import profiled_job
 from offload_adam.train.progress import step_display
 from offload_adam.train.records import MetricsFile, StepRecord
-from offload_adam.train.run_folder import METRICS_NAME, prepare_run_folder, run_folder
+from offload_adam.train.run_folder import (
+    METRICS_NAME,
+    continue_run_folder,
+    prepare_run_folder,
+    run_folder,
+)
+from offload_adam.train.saving import CheckpointSaver, resume
 from offload_adam.train.schedule import build_schedule
 from offload_adam.train.summary import RunTotals, summary_table
 from offload_adam.train.watched import refuse_missing_extras, watched
+
+logger = logging.getLogger(__name__)
 
 
 def run_job(config: RunConfig, console: Console | None = None, saver: Saver | None = None) -> None:
@@ -46,7 +55,7 @@ def run_job(config: RunConfig, console: Console | None = None, saver: Saver | No
     Everything that can be wrong with the configuration is tried before the ranks join.
 
     Args:
-        saver: writes the checkpoint with which a preempted run ends.
+        saver: writes the checkpoints, in place of the job's own.
 
     Raises:
         ConfigError: data, model or world do not fit the configuration.
@@ -70,10 +79,13 @@ def run_job(config: RunConfig, console: Console | None = None, saver: Saver | No
         guard.hurried(),
     ):
         schedule = build_schedule(optimizer, config)
-        job = Job(
-            config, world, corpus, model, parallel_model, optimizer, schedule, preemption, saver
-        )
-        if world.rank == 0:
+        job = Job(config, world, corpus, model, parallel_model, optimizer, schedule, preemption)
+        with final(CheckpointError, ConfigError):
+            first_step = resume(job) + 1
+        job = replace(job, saver=saver or CheckpointSaver(job), first_step=first_step)
+        if first_step > config.train.num_steps:
+            logger.info("all %d steps have been taken: nothing is left to do", first_step - 1)
+        elif world.rank == 0:
             _train_and_report(job, console or Console())
         else:
             with profiled_job(job):
@@ -147,14 +159,18 @@ def _train_and_report(job: Job, console: Console) -> None:
     config = job.config
     with HERE.at("the bigram baseline", patient=True):
         baseline = bigram_loss(job.corpus.training, job.corpus.validation)
-    for line in [*prepare_run_folder(config), *_introduction(job, baseline)]:
+    if job.first_step > 1:
+        notes = continue_run_folder(config, job.first_step - 1)
+    else:
+        notes = prepare_run_folder(config)
+    for line in [*notes, *_introduction(job, baseline)]:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     folder = run_folder(config)
     totals = RunTotals(job.tokens_per_step)
     display = step_display(console, config.train.num_steps)
     with (
         watched(job) as sinks,
-        MetricsFile(folder / METRICS_NAME) as metrics,
+        MetricsFile(folder / METRICS_NAME, goes_on=job.first_step > 1) as metrics,
         display.shown(),
         profiled_job(job),
     ):
@@ -162,9 +178,9 @@ def _train_and_report(job: Job, console: Console) -> None:
             _take(record, metrics, totals)
             sinks.write(asdict(record))
             display.show(record)
-    if totals.num_steps < config.train.num_steps:
-        saved = "without a checkpoint" if job.saver is None else "with a checkpoint"
-        console.print(f"preempted: ended after step {totals.num_steps}, {saved}", highlight=False)
+    last = 0 if totals.last is None else totals.last.step
+    if last < config.train.num_steps:
+        console.print(f"preempted: ended after step {last}", highlight=False)
     console.print(summary_table(totals, baseline, folder))
 
 

@@ -42,7 +42,8 @@ class Saver(Protocol):
 class Job:
     """The parts of a run; `parallel_model` is `model`, or DistributedDataParallel around it.
 
-    preemption: asks for an early end; saver: writes the checkpoint that it ends with.
+    preemption: asks for an early end; saver: writes checkpoints; first_step: where
+    a run begins, or goes on.
     """
 
     config: RunConfig
@@ -54,6 +55,7 @@ class Job:
     schedule: LRScheduler | None
     preemption: Preemption
     saver: Saver | None = None
+    first_step: int = 1
 
     @property
     def tokens_per_step(self) -> int:
@@ -68,8 +70,8 @@ def run_steps(job: Job) -> Iterator[StepRecord]:
 
     A preempted run saves and ends after the step in which the ranks have agreed on it.
     """
-    train = job.config.train
-    for step in range(1, train.num_steps + 1):
+    train, every = job.config.train, job.config.checkpoint.every
+    for step in range(job.first_step, train.num_steps + 1):
         with span(STEP):
             record = _run_step(job, step)
         if step == train.num_steps or (train.eval_every and step % train.eval_every == 0):
@@ -78,9 +80,12 @@ def run_steps(job: Job) -> Iterator[StepRecord]:
             record = dataclasses.replace(record, val_loss=val_loss)
         yield record
         outcome = job.optimizer.last_step
-        if outcome is not None and outcome.notice.stop:
-            if job.saver is not None:
+        stops = outcome is not None and outcome.notice.stop
+        is_due = every > 0 and (step % every == 0 or step == train.num_steps)
+        if job.saver is not None and (stops or is_due):
+            with span("checkpoint"):
                 job.saver.save(step)
+        if stops:
             return
 
 

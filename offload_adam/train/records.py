@@ -50,8 +50,9 @@ class MetricsFile:
     `write` returns, so that a run that is cut short keeps what it said.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8")
+    def __init__(self, path: Path, *, goes_on: bool = False) -> None:
+        """Open the file, anew or behind the records that it has."""
+        self._file = path.open("a" if goes_on else "w", encoding="utf-8")
 
     def write(self, record: StepRecord) -> None:
         """Append one record."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 from offload_adam.config import RunConfig, dump_config
@@ -25,6 +27,29 @@ def prepare_run_folder(config: RunConfig) -> list[str]:
     notes = _move_aside(folder)
     (folder / CONFIG_NAME).write_text(dump_config(config), encoding="utf-8")
     return notes
+
+
+def continue_run_folder(config: RunConfig, step: int) -> list[str]:
+    """Keep the records up to `step`, drop what came after it, and return what should be said.
+
+    A run that goes on writes those steps again, with the same values.
+    """
+    folder = run_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_NAME).write_text(dump_config(config), encoding="utf-8")
+    path = folder / METRICS_NAME
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    kept = [line for line in lines if _step_of(line) <= step]
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    return [f"goes on after step {step}"]
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a record; one that was cut short counts as later than all."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _move_aside(folder: Path) -> list[str]:

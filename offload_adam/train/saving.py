@@ -1,0 +1,202 @@
+"""Checkpoints of the job: written as it trains, kept as many as wanted, found at the next start."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offload_adam.checkpoint.load import load_checkpoint, verify_checkpoint
+from offload_adam.checkpoint.manifest import read_manifest
+from offload_adam.checkpoint.save import save_checkpoint
+from offload_adam.config import ConfigError, RunConfig
+from offload_adam.coordinator.admission import gather_texts, together
+from offload_adam.errors import CheckpointError, PeerError
+from offload_adam.observe.place import HERE
+from offload_adam.train.loop import Job
+from offload_adam.train.run_folder import run_folder
+
+logger = logging.getLogger(__name__)
+
+FOLDER_NAME = "checkpoints"
+_STEP_NAME = re.compile(r"step-(\d+)")
+
+MAY_CHANGE = (
+    "run.",
+    "train.num_steps",
+    "train.eval_every",
+    "train.eval_sequences",
+    "optimizer.num_threads",
+    "optimizer.bucket_nbytes",
+    "memory.",
+    "coordinator.",
+    "profile.",
+    "observe.",
+    "checkpoint.",
+)
+"""Keys (a dot at the end stands for a section) that a resumed run may have otherwise."""
+
+
+class CheckpointSaver:
+    """Writes checkpoints of one job under `<run folder>/checkpoints/step-<n>`.
+
+    num_failed counts what could not be written: a run goes on without, unless
+    `checkpoint.required`.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.num_failed = 0
+
+    def save(self, step: int) -> None:
+        """Write and commit a checkpoint of the state after this step. Collective.
+
+        Raises:
+            CheckpointError, PeerError, OSError: where `checkpoint.required`.
+        """
+        folder = run_folder(self._job.config) / FOLDER_NAME
+        path = folder / f"step-{step}"
+        if path.exists():
+            return  # a resumed run comes past it again, with the same bytes
+        job = self._job
+        extra = {"step": step, "config": job.config.model_dump(mode="json"), "train": _state(job)}
+        try:
+            save_checkpoint(path, model=job.model, optimizer=job.optimizer, extra=extra)
+            if job.world.rank == 0:
+                self._drop_old(folder)
+        except (OSError, CheckpointError, PeerError):
+            self.num_failed += 1
+            if job.config.checkpoint.required:
+                raise
+            logger.exception(
+                "checkpoint %s cannot be written (%d so far); training goes on without it",
+                path,
+                self.num_failed,
+            )
+
+    def _drop_old(self, folder: Path) -> None:
+        """Remove checkpoints that are neither among the last nor to be kept for good."""
+        section = self._job.config.checkpoint
+        steps = sorted(steps_in(folder))
+        for step in steps[: -section.keep_last]:
+            if section.keep_every is None or step % section.keep_every:
+                shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
+
+
+def steps_in(folder: Path) -> Iterator[int]:
+    """Yield the steps of the committed checkpoints in a folder."""
+    for path in folder.glob("step-*"):
+        match = _STEP_NAME.fullmatch(path.name)
+        if match is not None and path.is_dir():
+            yield int(match[1])
+
+
+def find_checkpoint(config: RunConfig) -> Path | None:
+    """Return the checkpoint that a run goes on from, None to begin.
+
+    With `checkpoint.resume: auto` it is the newest whole one of the run's folder: each is read
+    to its last byte before it is taken, and a damaged one is passed over with a warning.
+
+    Raises:
+        ConfigError: `checkpoint.resume` names one that is not whole.
+    """
+    resume = config.checkpoint.resume
+    if resume == "never":
+        return None
+    if resume != "auto":
+        try:
+            verify_checkpoint(resume)
+        except CheckpointError as error:
+            raise ConfigError.at("checkpoint.resume", str(error)) from error
+        return Path(resume)
+    folder = run_folder(config) / FOLDER_NAME
+    for step in sorted(steps_in(folder), reverse=True):
+        path = folder / f"step-{step}"
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            logger.warning("%s is passed over: %s", path, error)
+        else:
+            return path
+    return None
+
+
+def resume(job: Job) -> int:
+    """Load the checkpoint to go on from, if there is one, and return its step. Collective.
+
+    Rank 0 looks for it. Random states are restored where the world is as large as it was;
+    otherwise each rank has drawn its own from the seed, and what depends on them differs.
+
+    Raises:
+        ConfigError: a key has changed that may not; the checkpoint named is damaged.
+        CheckpointError: it is of another model.
+    """
+    membership = job.optimizer.membership
+    with HERE.at("checkpoint", patient=True):
+        own = together(
+            membership,
+            "looking for a checkpoint",
+            lambda: find_checkpoint(job.config) if job.world.rank == 0 else None,
+        )
+        found = gather_texts(membership, "" if own is None else str(own))[0]
+    if not found:
+        return 0
+    _refuse_changes(job.config, read_manifest(Path(found)).state["extra"]["config"])
+    extra = load_checkpoint(found, model=job.model, optimizer=job.optimizer)
+    _load_state(job, extra["train"])
+    step: int = extra["step"]
+    if job.world.rank == 0:
+        logger.info("goes on from %s, after step %d", found, step)
+    return step
+
+
+def _refuse_changes(config: RunConfig, saved: dict[str, Any]) -> None:
+    """Refuse a run that is not the one that was saved.
+
+    Raises:
+        ConfigError: naming the key and both values.
+    """
+    now = config.model_dump(mode="json")
+    for section in sorted({*now, *saved}):
+        values, before = now.get(section, {}), saved.get(section, {})
+        for key in sorted({*values, *before}):
+            path = f"{section}.{key}"
+            if values.get(key) != before.get(key) and not path.startswith(MAY_CHANGE):
+                raise ConfigError.at(
+                    path,
+                    f"was {json.dumps(before.get(key))} in the checkpoint, and is "
+                    f"{json.dumps(values.get(key))}: set it back, or begin anew with "
+                    "checkpoint.resume=never and another run.name",
+                )
+
+
+def _state(job: Job) -> dict[str, Any]:
+    """Return the schedule, and every rank's random state. Collective."""
+    random = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode("ascii")
+    every = gather_texts(job.optimizer.membership, random)
+    schedule = None if job.schedule is None else plain_schedule(job.schedule.state_dict())
+    return {"schedule": schedule, "random": every}
+
+
+def plain_schedule(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a scheduler's state without what it keeps of its optimizer."""
+    return json.loads(json.dumps(state, default=_refuse_object))  # type: ignore[no-any-return]
+
+
+def _refuse_object(value: object) -> Any:
+    raise CheckpointError(f"a schedule with a {type(value).__name__} in it cannot be saved")
+
+
+def _load_state(job: Job, state: dict[str, Any]) -> None:
+    if job.schedule is not None and state["schedule"] is not None:
+        job.schedule.load_state_dict(state["schedule"])
+    if len(state["random"]) == job.world.world_size:
+        content = bytearray(base64.b64decode(state["random"][job.world.rank]))
+        torch.set_rng_state(torch.frombuffer(content, dtype=torch.uint8))

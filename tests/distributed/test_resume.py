@@ -1,0 +1,194 @@
+"""A run that goes on from a checkpoint: the same losses and weights, what is kept and refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from offload_adam.checkpoint.manifest import read_manifest
+from offload_adam.config import ConfigError, RunConfig
+from offload_adam.errors import CheckpointError
+from offload_adam.train import saving
+from offload_adam.train.job import run_job
+from tests.distributed.test_train_job import command, environment
+from tests.unit.test_train_alone import SMALL
+
+KINDS: dict[str, dict[str, Any]] = {
+    "streaming": {"lr": 0.01},
+    "drop_in": {"lr": 0.01, "streaming": False, "weight_decay": 0.1},
+    "adam": {"name": "Adam", "learning_rate": 0.01, "use_offload": True},
+    "scheduled": {
+        "name": "Adam",
+        "learning_rate": {
+            "name": "CosineDecayLR",
+            "min_lr": 0.0,
+            "max_lr": 0.01,
+            "decay_steps": 12,
+        },
+    },
+}
+
+
+def values(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    chosen: dict[str, Any] = {
+        "model": SMALL["model"],
+        "train": SMALL["train"] | {"num_steps": 12},
+        "optimizer": {"lr": 0.01},
+        "checkpoint": {"every": 4, "keep_last": 10},
+    }
+    for name, section in sections.items():
+        replaces = name == "optimizer"
+        chosen[name] = section if replaces else chosen.get(name, {}) | section
+    return {**chosen, "run": {"name": "case", "dir": str(folder)}}
+
+
+def run(folder: Path, **sections: dict[str, Any]) -> list[dict[str, Any]]:
+    run_job(RunConfig.model_validate(values(folder, **sections)), Console(file=io.StringIO()))
+    return records(folder)
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "case" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def bits(found: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [(r["step"], r["loss"], r["lr"], r["grad_norm"], r.get("val_loss")) for r in found]
+
+
+def checksums(folder: Path, step: int) -> Any:
+    """Return the checksums of all tensor bytes of a checkpoint."""
+    manifest = read_manifest(folder / "case" / "checkpoints" / f"step-{step}")
+    return {name: entry.checksums for name, entry in manifest.files.items()}
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(saving.steps_in(folder / "case" / "checkpoints"))
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Leave a run as it was when it was cut off some steps after this checkpoint."""
+    for later in steps(folder):
+        if later > step:
+            shutil.rmtree(folder / "case" / "checkpoints" / f"step-{later}")
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, kind: str) -> None:
+    optimizer = KINDS[kind]
+    whole = run(tmp_path / "whole", optimizer=optimizer)
+    again = run(tmp_path / "again", optimizer=optimizer)
+    assert bits(whole) == bits(again)
+    assert steps(tmp_path / "again") == [4, 8, 12]
+    forget_after(tmp_path / "again", 4)
+    resumed = run(tmp_path / "again", optimizer=optimizer)
+    assert bits(resumed) == bits(whole)
+    assert steps(tmp_path / "again") == [4, 8, 12]
+    for step in (8, 12):
+        assert checksums(tmp_path / "again", step) == checksums(tmp_path / "whole", step)
+
+
+def run_on_ranks(folder: Path, world_size: int) -> None:
+    path = folder / "case.yaml"
+    path.write_text(yaml.safe_dump(values(folder)), encoding="utf-8")
+    done = subprocess.run(
+        [*command(world_size), "train", str(path)],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_is_damaged_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = run(tmp_path)
+    folder = tmp_path / "case" / "checkpoints"
+    for step, name in ((12, "manifest.json"), (8, "rank-00000-of-00001.safetensors")):
+        path = folder / f"step-{step}" / name
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    (folder / "step-16.partial").mkdir()
+    with caplog.at_level(logging.WARNING):
+        found = saving.find_checkpoint(RunConfig.model_validate(values(tmp_path)))
+    assert found == folder / "step-4"
+    assert caplog.text.count("is passed over") == 2
+    for step in (8, 12):
+        (folder / f"step-{step}").rename(tmp_path / f"damaged-{step}")
+    assert bits(run(tmp_path)) == bits(whole)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
+    whole = run(tmp_path)
+    before = {p: p.read_bytes() for p in (tmp_path / "case").rglob("*") if p.is_file()}
+    assert bits(run(tmp_path)) == bits(whole)
+    assert {p: p.read_bytes() for p in (tmp_path / "case").rglob("*") if p.is_file()} == before
+
+
+def test_keys_that_may_not_change_are_named(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.lr.*was 0.01 in the checkpoint, and is 0.02"
+    ):
+        run(tmp_path, optimizer={"lr": 0.02})
+    with pytest.raises(ConfigError, match=r"train\.batch_size"):
+        run(tmp_path, train={"batch_size": 2})
+    longer = run(tmp_path, train={"num_steps": 14}, observe={"tensorboard": False})
+    assert [record["step"] for record in longer] == list(range(1, 15))
+
+
+def test_resume_never_and_by_path(tmp_path: Path) -> None:
+    whole = run(tmp_path / "a")
+    source = tmp_path / "a" / "case" / "checkpoints" / "step-8"
+    resumed = run(tmp_path / "b", checkpoint={"resume": str(source)})
+    assert bits(resumed) == bits(whole)[8:]
+    with pytest.raises(ConfigError, match=r"checkpoint\.resume"):
+        run(tmp_path / "c", checkpoint={"resume": str(tmp_path)})
+    anew = run(tmp_path / "a", checkpoint={"resume": "never"})
+    assert bits(anew) == bits(whole)
+
+
+def test_old_checkpoints_go_and_some_stay(tmp_path: Path) -> None:
+    run(tmp_path, checkpoint={"every": 1, "keep_last": 2, "keep_every": 5})
+    assert steps(tmp_path) == [5, 10, 11, 12]
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_a_checkpoint_that_cannot_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, required: bool
+) -> None:
+    (tmp_path / "case").mkdir(parents=True)
+    (tmp_path / "case" / "checkpoints").write_text("not a folder")
+    if required:
+        with pytest.raises((OSError, CheckpointError)):
+            run(tmp_path, checkpoint={"required": True})
+        return
+    found = run(tmp_path)
+    assert len(found) == 12
+    assert "(3 so far); training goes on without it" in caplog.text
+
+
+@pytest.mark.distributed
+def test_a_run_goes_on_in_another_world(tmp_path: Path) -> None:
+    run_on_ranks(tmp_path, 2)
+    two = checksums(tmp_path, 12)
+    assert len(two) == 2
+    forget_after(tmp_path, 8)
+    run_on_ranks(tmp_path, 2)
+    assert checksums(tmp_path, 12) == two
+    forget_after(tmp_path, 4)
+    run(tmp_path)
+    assert len(checksums(tmp_path, 8)) == 1
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, 13))
