@@ -42,8 +42,9 @@ RATES: dict[str, Callable[[], Any]] = {
 class Case:
     """What is varied.
 
-    grouped: the table in one group, with a rate, a decay and centralization of its own, the others
-        in another; else one list, whose third parameter is called gamma.
+    grouped: the table in one group, with a rate and a decay of its own, the others in another; else
+        one list, whose third parameter is called gamma.
+    centralized: in both groups, so that tensors of every number of dims are.
     sparse: the table's gradients are sparse, with repeated rows.
     """
 
@@ -55,6 +56,8 @@ class Case:
     centralized: bool = False
     sparse: bool = False
     loss_scale: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
     options: tuple[str, ...] = ()
     seed: int = 0
 
@@ -83,11 +86,14 @@ def build(case: Case, kind: type[Adam] = Adam) -> Adam:
     names = ["table", "bias", "gamma", "scale"]
     params: list[Any] = list(zip(names, parameters, strict=True))
     if case.grouped:
-        own = {"lr": 0.03, "weight_decay": 0.2, "grad_centralization": case.centralized}
-        params = [{"params": params[:1], **own}, {"params": params[1:]}]
+        own = {"lr": 0.03, "weight_decay": 0.2}
+        members = ({"params": params[:1], **own}, {"params": params[1:]})
+        params = [{**group, "grad_centralization": case.centralized} for group in members]
     return kind(
         params,
         RATES[case.rate](),
+        *case.betas,
+        case.eps,
         weight_decay=decay_of(case),
         loss_scale=case.loss_scale,
         bucket_nbytes=64,
@@ -103,16 +109,18 @@ def build_reference(case: Case) -> ReferenceAdam:
         rate = values.__getitem__
     parameters = []
     for place, weight in enumerate(initial_weights(case)):
-        parameter = Parameter(weight.double().numpy(), rate, decay_of(case))
+        centralized = case.grouped and case.centralized
+        parameter = Parameter(weight.double().numpy(), rate, decay_of(case), centralized)
         if case.grouped and place == 0:
             parameter.lr, parameter.weight_decay = 0.03, 0.2
-            parameter.centralized = case.centralized
         if not case.grouped and place == 2:
             parameter.weight_decay = 0.0
         parameters.append(parameter)
     flags = case.flags
     return ReferenceAdam(
         parameters,
+        *case.betas,
+        case.eps,
         loss_scale=case.loss_scale,
         nesterov=flags.get("use_nesterov", False),
         amsgrad=flags.get("use_amsgrad", False),
@@ -182,6 +190,9 @@ def check(optimizer: Adam, reference: ReferenceAdam, num_steps: int) -> None:
             np.abs(state["exp_avg_sq"].double().numpy() - expected.v).max()
             <= 8 * unit * scale * scale
         )
+        if "max_exp_avg_sq" in state:
+            found = state["max_exp_avg_sq"].double().numpy()
+            assert np.abs(found - expected.vhat).max() <= 8 * unit * scale * scale
         master = state.get("master_weight", parameter.detach()).double().numpy()
         largest = float(np.abs(expected.weight).max(initial=0.0)) + 1.0
         tolerance = num_steps * unit * largest * 4

@@ -47,6 +47,8 @@ def cases(draw: st.DrawFn) -> Case:
         centralized=draw(st.booleans()),
         sparse="use_amsgrad" not in options and draw(st.booleans()),
         loss_scale=draw(st.sampled_from([1.0, 8.0])),
+        betas=draw(st.sampled_from([(0.9, 0.999), (0.5, 0.9)])),
+        eps=draw(st.sampled_from([1e-8, 1e-2])),
         options=options,
         seed=draw(st.integers(0, 10_000)),
     )
@@ -54,6 +56,8 @@ def cases(draw: st.DrawFn) -> Case:
 
 def run(case: Case, kind: type[Adam]) -> None:
     optimizer, reference = build(case, kind), build_reference(case)
+    amsgrad = "use_amsgrad" in case.options
+    assert all(("max_exp_avg_sq" in optimizer.state[p]) == amsgrad for p in optimizer.parameters)
     for step in range(NUM_STEPS):
         given_now = gradients(case, step)
         assert bool(optimizer(in_walking_order(optimizer, given_now)))
