@@ -11,6 +11,7 @@ Source: the documentation of `mindspore.nn`'s learning rate schedules (MindSpore
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -227,7 +228,8 @@ def _check_decay(learning_rate: float, decay_rate: float, decay_steps: int, is_s
 def _check_number(name: str, value: float, *, zero: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, not {value!r}")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+    # A range, not isfinite, which cannot be asked of an integer that no float can hold.
+    if not 0 <= value <= sys.float_info.max or (value == 0 and not zero):
         least = "at least" if zero else "above"
         raise ValueError(f"{name} must be finite and {least} 0, not {value}")
 

@@ -580,7 +580,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 load.apply()
         load_further()
         for group, merged in zip(self.param_groups, groups, strict=True):
-            group.update(merged)
+            dict.update(group, merged)  # a saved value may be one that users cannot set
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,7 +52,7 @@ def check_loss_scale(value: object) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"loss_scale must be a float, not {value!r}")
-    return _positive("loss_scale", float(value))
+    return _positive("loss_scale", value)
 
 
 def check_kwargs(kwargs: Mapping[str, object]) -> tuple[bool, bool]:
@@ -97,6 +97,7 @@ def requested(kwargs: Mapping[str, Any], name: str) -> bool:
 
 
 def _positive(name: str, value: float) -> float:
-    if not (math.isfinite(value) and value > 0.0):
+    # A range, not isfinite, which cannot be asked of an integer that no float can hold.
+    if not 0.0 < value <= sys.float_info.max:
         raise ValueError(f"{name} must be finite and above 0, not {value}")
-    return value
+    return float(value)

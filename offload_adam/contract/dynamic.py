@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import numbers
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from offload_adam.schedules import BuiltInSchedule, schedule_from_state
@@ -122,6 +123,8 @@ def read_learning_rate(name: str, value: object) -> float | Dynamic:
     """
     if isinstance(value, torch.Tensor):
         return _read_tensor(name, value)
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
     if callable(value):
         return Dynamic(name, value)
     if _is_number(value):
@@ -147,7 +150,7 @@ def read_weight_decay(name: str, value: object) -> float | Dynamic:
     return check_amount(name, value)
 
 
-def check_amount(name: str, value: object) -> float:
+def check_amount(name: str, value: Any) -> float:
     """Return a finite number of at least 0 as a float.
 
     Raises:
@@ -155,10 +158,11 @@ def check_amount(name: str, value: object) -> float:
     """
     if not _is_number(value):
         raise TypeError(f"{name} must be a number, not {value!r}")
-    number = float(value)  # type: ignore[arg-type]
-    if not (math.isfinite(number) and number >= 0.0):
-        raise ValueError(f"{name} must be finite and at least 0, not {number}")
-    return number
+    # An integer or a fraction may be more than a float can hold; what else there is, is a float.
+    number: Any = value if isinstance(value, numbers.Rational) else float(value)
+    if not 0.0 <= number <= sys.float_info.max:
+        raise ValueError(f"{name} must be finite and at least 0, not {value}")
+    return float(number)
 
 
 def _read_tensor(name: str, value: torch.Tensor) -> float | Dynamic:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 
@@ -32,12 +32,26 @@ class AdamGroup(dict[str, Any]):
     _shown: ClassVar = ("lr", "weight_decay")
 
     def __setitem__(self, key: str, value: Any) -> None:
+        self._refuse_dynamic(key, value)
+        super().__setitem__(key, value)
+
+    def update(self, *others: Any, **values: Any) -> None:
+        """Set several entries; a dict's own `update` would go past `__setitem__`."""
+        merged = dict(*others, **values)
+        for key, value in merged.items():
+            self._refuse_dynamic(key, value)
+        super().update(merged)
+
+    def __ior__(self, other: Any) -> Self:  # type: ignore[override,misc]
+        self.update(other)
+        return self
+
+    def _refuse_dynamic(self, key: str, value: Any) -> None:
         if key in self.dynamic and self.get(key, value) != value:
             raise ValueError(
                 f"{key} of this group changes with the step and cannot be set to {value!r}: make "
                 "the optimizer with a fixed one to let a torch scheduler or your code move it"
             )
-        super().__setitem__(key, value)
 
     def values_at(self, step: int) -> dict[str, float]:
         """Return learning rate and weight decay for a step."""
@@ -55,7 +69,7 @@ class AdamGroup(dict[str, Any]):
 
     def show(self, values: Mapping[str, float]) -> None:
         """Let the entries show the values that a step has used."""
-        self.update({key: values[key] for key in self.dynamic})
+        super().update({key: values[key] for key in self.dynamic})
 
 
 @dataclass(frozen=True)

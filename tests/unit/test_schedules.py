@@ -65,6 +65,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("WarmUpLR", {"learning_rate": 0.1}, TypeError, "warmup_steps"),
     ("WarmUpLR", {"learning_rate": 0.1, "steps": 3}, TypeError, "no argument 'steps'"),
     ("WarmUpLR", {"learning_rate": -0.1, "warmup_steps": 3}, ValueError, "learning_rate"),
+    ("WarmUpLR", {"learning_rate": 10**400, "warmup_steps": 3}, ValueError, "learning_rate"),
     ("WarmUpLR", {"learning_rate": "x", "warmup_steps": 3}, TypeError, "learning_rate"),
     ("WarmUpLR", {"learning_rate": True, "warmup_steps": 3}, TypeError, "learning_rate"),
     ("WarmUpLR", {"learning_rate": 0.1, "warmup_steps": 0}, ValueError, "warmup_steps"),

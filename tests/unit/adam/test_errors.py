@@ -6,6 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,13 @@ ARGUMENTS: list[tuple[str, Any, type[Exception]]] = [
     ("learning_rate", [0.1, True], TypeError),
     ("learning_rate", -0.1, ValueError),
     ("learning_rate", NAN, ValueError),
+    ("learning_rate", np.float32(INF), ValueError),
+    ("learning_rate", Fraction(10**400), ValueError),
+    ("learning_rate", 10**400, ValueError),
+    ("learning_rate", -(10**400), ValueError),
+    ("learning_rate", np.array("fast"), TypeError),
+    ("learning_rate", np.array(True), TypeError),
+    ("learning_rate", np.array(-0.1), ValueError),
     ("learning_rate", INF, ValueError),
     ("learning_rate", [], ValueError),
     ("learning_rate", [0.1, -0.1], ValueError),
@@ -89,9 +97,9 @@ ARGUMENTS: list[tuple[str, Any, type[Exception]]] = [
         for value in (0, 1, None, "yes", 1.0)
     ],
     *[("weight_decay", value, TypeError) for value in (True, "x", None, [0.1])],
-    *[("weight_decay", value, ValueError) for value in (-0.1, NAN, INF)],
+    *[("weight_decay", value, ValueError) for value in (-0.1, NAN, INF, 10**400)],
     *[("loss_scale", value, TypeError) for value in (True, "x", None)],
-    *[("loss_scale", value, ValueError) for value in (0.0, -1.0, 0, INF, NAN)],
+    *[("loss_scale", value, ValueError) for value in (0.0, -1.0, 0, INF, NAN, 10**400)],
     ("momentum", 0.9, KeyError),
 ]
 
@@ -160,6 +168,7 @@ ACCEPTED: list[tuple[str, Callable[[], Any]]] = [
     ("learning_rate", lambda: torch.tensor(0.1)),
     ("learning_rate", lambda: torch.tensor([0.1, 0.2])),
     ("learning_rate", lambda: np.array([0.1, 0.2])),
+    ("learning_rate", lambda: np.array(0.1)),
     ("learning_rate", lambda: [0.1, 1]),
     ("learning_rate", lambda: (v for v in (0.1, 0.2))),
     ("learning_rate", lambda: range(3)),
@@ -296,9 +305,15 @@ def test_writing_to_what_changes_by_itself() -> None:
     for key, value in (("lr", 0.3), ("weight_decay", 0.1)):
         with pytest.raises(ValueError, match=f"{key} of this group changes with the step"):
             group[key] = value
+        with pytest.raises(ValueError, match=f"{key} of this group changes with the step"):
+            group.update({"eps": 1e-4, key: value})
+        with pytest.raises(ValueError, match=f"{key} of this group changes with the step"):
+            group |= {key: value}
     with pytest.raises(ValueError, match="changes with the step"):
         torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5).step()
-    assert (group["lr"], group["weight_decay"]) == (0.1, 0.5)
+    assert (group["lr"], group["weight_decay"], group["eps"]) == (0.1, 0.5, 1e-8)
+    group.update(eps=1e-4, lr=0.1)
+    assert group["eps"] == 1e-4
 
 
 def test_decay_that_filters_nothing_is_said_once() -> None:
