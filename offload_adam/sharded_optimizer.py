@@ -495,7 +495,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             shard.step.fill_(saved["steps"][self._indices[shard.parameter]])
         load_further()
         for group, kept in zip(self.param_groups, groups, strict=True):
-            group.update(kept)
+            dict.update(group, kept)  # a saved value may be one that users cannot set
 
     def _plan_plain_state(
         self, saved: Mapping[str, Any]

@@ -41,7 +41,7 @@ from offload_adam.train.run_folder import (
     prepare_run_folder,
     run_folder,
 )
-from offload_adam.train.saving import CheckpointSaver, resume
+from offload_adam.train.saving import CheckpointSaver, checkpoint_path, resume
 from offload_adam.train.schedule import build_schedule
 from offload_adam.train.summary import RunTotals, summary_table
 from offload_adam.train.watched import refuse_missing_extras, watched
@@ -180,7 +180,9 @@ def _train_and_report(job: Job, console: Console) -> None:
             display.show(record)
     last = 0 if totals.last is None else totals.last.step
     if last < config.train.num_steps:
-        console.print(f"preempted: ended after step {last}", highlight=False)
+        saved = checkpoint_path(config, last).is_dir()
+        words = "with a checkpoint" if saved else "without a checkpoint"
+        console.print(f"preempted: ended after step {last}, {words}", highlight=False)
     console.print(summary_table(totals, baseline, folder))
 
 

@@ -61,8 +61,7 @@ class CheckpointSaver:
         Raises:
             CheckpointError, PeerError, OSError: where `checkpoint.required`.
         """
-        folder = run_folder(self._job.config) / FOLDER_NAME
-        path = folder / f"step-{step}"
+        path = checkpoint_path(self._job.config, step)
         if path.exists():
             return  # a resumed run comes past it again, with the same bytes
         job = self._job
@@ -70,7 +69,7 @@ class CheckpointSaver:
         try:
             save_checkpoint(path, model=job.model, optimizer=job.optimizer, extra=extra)
             if job.world.rank == 0:
-                self._drop_old(folder)
+                self._drop_old(path.parent)
         except (OSError, CheckpointError, PeerError):
             self.num_failed += 1
             if job.config.checkpoint.required:
@@ -88,6 +87,11 @@ class CheckpointSaver:
         for step in steps[: -section.keep_last]:
             if section.keep_every is None or step % section.keep_every:
                 shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
+
+
+def checkpoint_path(config: RunConfig, step: int) -> Path:
+    """Return where the checkpoint after a step is."""
+    return run_folder(config) / FOLDER_NAME / f"step-{step}"
 
 
 def steps_in(folder: Path) -> Iterator[int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from offload_adam.checkpoint.load import verify_checkpoint
 from tests.fault.runs import finish, processes_of, run, start, wait_for, wait_for_steps
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(200)]
@@ -34,8 +35,13 @@ def test_a_signal_to_one_rank_ends_all_after_one_step(
     assert ended.code == 0, ended.printed
     assert ended.took_s < 20
     last = ended.records[-1]["step"]
-    assert f"preempted: ended after step {last}, without a checkpoint" in ended.printed
+    assert f"preempted: ended after step {last}, with a checkpoint" in ended.printed
     assert f"tiny: {last} steps" in ended.printed
+    (path,) = tmp_path.rglob(f"step-{last}")
+    assert verify_checkpoint(path).step == last
+    resumed = run(tmp_path, "", f"--train.num_steps={last + 2}", ranks=2)
+    assert resumed.code == 0, resumed.printed
+    assert [record["step"] for record in resumed.records] == list(range(1, last + 3))
 
 
 def test_a_signal_to_the_agent_ends_all_after_one_step(tmp_path: Path) -> None:
