@@ -9,18 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
-import numba
-import numpy as np
 import torch
 
 from offload_adam.bench.contender import Contender
 from offload_adam.bench.planes import Planes
-from offload_adam.kernels import threads
-from offload_adam.kernels.compilation import jit
+from offload_adam.kernels.streams import STREAM_NBYTES, pass_over
 
-LIMIT_BYTES_PER_PARAM = 28
+LIMIT_BYTES_PER_PARAM = STREAM_NBYTES
 """Gradient, master weight and both moments read, the last three written, 4 bytes each."""
 _COPY_BYTES_PER_PARAM = 8
 LEAST_SHARE_OF_COPY = 0.9
@@ -28,24 +24,6 @@ LEAST_SHARE_OF_COPY = 0.9
 
 class LimitRefusedError(RuntimeError):
     """The limit lies under 0.9 of a plain copy's bandwidth: the machine was disturbed."""
-
-
-def _read_modify_write(
-    gradient: Any, first: Any, second: Any, third: Any, factor: Any, addend: Any, num_pieces: Any
-) -> None:
-    total = gradient.size
-    for piece in numba.prange(num_pieces):
-        low = total * piece // num_pieces
-        high = total * (piece + 1) // num_pieces
-        # Loops over slices vectorise, loops over ranges of a shared array do not.
-        g, a, b, c = gradient[low:high], first[low:high], second[low:high], third[low:high]
-        for i in range(g.size):
-            a[i] = a[i] * factor
-            b[i] = b[i] * factor
-            c[i] = c[i] + g[i] * addend
-
-
-_kernel = jit(_read_modify_write, parallel=True)
 
 
 class NumbaLimit:
@@ -62,8 +40,8 @@ class NumbaLimit:
 
     def run(self) -> None:
         """Multiply by 1 and add 0, which the compiler does not know."""
-        threads.use_threads(self._num_threads)
-        _kernel(*self._streams, np.float32(1.0), np.float32(0.0), self._num_threads)
+        gradient, first, second, third = self._streams
+        pass_over(gradient, first, second, third, self._num_threads)
 
 
 class TorchLimit:

@@ -1,0 +1,113 @@
+"""All findings about a machine, in the order in which they are shown."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from offload_adam.doctor import devices, host_memory, kept, processors, storage
+from offload_adam.doctor.bandwidth import counts_to_try, measure_bandwidth
+from offload_adam.doctor.finding import Finding, Status, failed, ok, warning, worst
+from offload_adam.errors import HostMemoryError
+from offload_adam.kernels.threads import allowed_cores
+
+GOOD_SHARE = 0.8
+BUSY_LOAD_PER_CORE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """What was found.
+
+    gb_per_s: measured bandwidth by number of threads; empty where it was not measured.
+    """
+
+    findings: tuple[Finding, ...]
+    gb_per_s: Mapping[int, float]
+
+    @property
+    def status(self) -> Status:
+        """The gravest of all."""
+        return worst(self.findings)
+
+
+def examine(local_world_size: int, folder: Path, *, measure: bool = True) -> Examination:
+    """Look at everything that a run depends on; a look that fails is a finding of its own.
+
+    Args:
+        local_world_size: ranks that are to run on this node.
+        folder: where runs are to be written.
+        measure: measure memory and bus, for some seconds, and keep the result for training.
+    """
+    gb_per_s: dict[int, float] = {}
+
+    def bandwidth() -> Iterator[Finding]:
+        load_average = os.getloadavg()[0]  # before the measurement has its part in it
+        gb_per_s.update(measure_bandwidth(counts_to_try(allowed_cores())))
+        yield from bandwidth_findings(gb_per_s, load_average)
+        path = kept.keep(gb_per_s)
+        if path is not None:
+            yield ok("bandwidth kept", f"in {path}, for the runs to compare with")
+
+    looks: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
+        ("cores", lambda: processors.core_findings(local_world_size)),
+        ("threading layer", lambda: [processors.threading_layer()]),
+        ("vector width", lambda: [processors.vector_width()]),
+        ("host memory", lambda: [host_memory.available()]),
+        ("locked memory", _locked_limit),
+        ("huge pages", lambda: [host_memory.huge_pages()]),
+        ("NUMA", lambda: [host_memory.numa(local_world_size)]),
+        *([("bandwidth", bandwidth)] if measure else []),
+        ("CUDA", lambda: devices.device_findings(local_world_size, measure=measure)),
+        ("disk", lambda: [storage.free_disk(folder)]),
+    ]
+    findings = [finding for topic, look in looks for finding in looked(topic, look)]
+    return Examination(tuple(findings), gb_per_s)
+
+
+def _locked_limit() -> list[Finding]:
+    return [host_memory.locked_limit(needed=torch.cuda.is_available())]
+
+
+def looked(topic: str, look: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """Return what a look finds, and its exception as a last finding where it raises one."""
+    findings: list[Finding] = []
+    try:
+        findings.extend(look())
+    except HostMemoryError as error:
+        findings.append(failed(topic, str(error), "free memory: a run needs more than this"))
+    except Exception as error:
+        found = f"cannot be looked at: {type(error).__name__}: {error}"
+        findings.append(warning(topic, found, "a run may fail at the same place"))
+    return findings
+
+
+def bandwidth_findings(gb_per_s: Mapping[int, float], load_average: float) -> Iterator[Finding]:
+    """Yield the bandwidth by thread count; the largest count is what a node's ranks use together.
+
+    Args:
+        gb_per_s: by number of threads.
+        load_average: of the last minute before.
+    """
+    most = max(gb_per_s)
+    best = max(gb_per_s, key=lambda count: gb_per_s[count])
+    for count, measured in gb_per_s.items():
+        topic, found = f"bandwidth, {count} thread(s)", f"{measured:.1f} GB/s"
+        if count == most and measured < GOOD_SHARE * gb_per_s[best]:
+            yield warning(
+                topic,
+                f"{found}, and {best} thread(s) have more",
+                f"set optimizer.num_threads: {best} for all ranks of a node together",
+            )
+        else:
+            yield ok(topic, found)
+    if load_average > BUSY_LOAD_PER_CORE * most:
+        yield warning(
+            "load",
+            f"{load_average:.1f} on {most} core(s): the bandwidth was shared with something else",
+            "measure again when the machine is idle",
+        )

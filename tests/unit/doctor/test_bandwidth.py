@@ -1,0 +1,85 @@
+"""The measured bandwidth, and where it is kept."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from offload_adam.doctor import bandwidth, kept
+from offload_adam.kernels.streams import pass_over
+
+
+def test_a_pass_leaves_its_streams_as_they_are() -> None:
+    generator = np.random.default_rng(0)
+    streams = [generator.standard_normal(1001).astype(np.float32) for _ in range(4)]
+    before = [stream.copy() for stream in streams]
+    pass_over(streams[0], streams[1], streams[2], streams[3], 2)
+    for stream, original in zip(streams, before, strict=True):
+        np.testing.assert_array_equal(stream, original)
+
+
+def test_bandwidth_is_bytes_over_the_median_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Passes of 9 s (compiling, not counted), 2 s, 1 s and 4 s.
+    times = iter([0.0, 9.0, 10.0, 12.0, 20.0, 21.0, 30.0, 34.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
+    found = bandwidth.measure_bandwidth([1], numel=1000, num_passes=3)
+    assert found == {1: pytest.approx(28 * 1000 / 2.0 / 1e9)}
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "counts"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])]
+)
+def test_thread_counts_reach_all_cores(num_cores: int, counts: list[int]) -> None:
+    assert bandwidth.counts_to_try(num_cores) == counts
+
+
+@pytest.fixture
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_what_is_kept_reads_back(cache_home: Path) -> None:
+    assert kept.recall() == {}
+    path = kept.keep({1: 0.1 + 0.2, 2: 40.0})
+    assert path == cache_home / "offload_adam" / "bandwidth.json"
+    assert kept.recall() == {1: 0.1 + 0.2, 2: 40.0}
+    assert [one.name for one in path.parent.iterdir()] == ["bandwidth.json"]
+
+
+def test_the_bandwidth_of_another_machine_is_not_used(
+    cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept.keep({1: 20.0})
+    monkeypatch.setattr(kept, "allowed_cores", lambda: 12345)
+    assert kept.recall() == {}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["", "[]", "null", "{}", '{"machine": 3}', "\x00", '{"machine": MACHINE, "gb_per_s": [1]}'],
+)
+def test_a_damaged_file_is_as_none(cache_home: Path, damage: str) -> None:
+    path = kept.keep({1: 20.0})
+    assert path is not None
+    machine = json.dumps(json.loads(path.read_text())["machine"])
+    path.write_text(damage.replace("MACHINE", machine))
+    assert kept.recall() == {}
+
+
+def test_values_that_cannot_be_are_left_out(cache_home: Path) -> None:
+    kept.keep({0: 5.0, 1: -1.0, 2: float("nan"), 3: float("inf"), 4: 8.0})
+    assert kept.recall() == {4: 8.0}
+
+
+def test_a_folder_that_cannot_be_written_is_survived(
+    cache_home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (cache_home / "offload_adam").write_text("a file")
+    assert kept.keep({1: 20.0}) is None
+    assert "cannot be kept" in caplog.text
+    assert kept.recall() == {}

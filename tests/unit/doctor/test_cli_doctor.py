@@ -1,0 +1,94 @@
+"""`offload-adam doctor`: what it prints, writes and exits with."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from offload_adam.cli.app import app
+from offload_adam.doctor import examination, kept
+from offload_adam.doctor.bandwidth import measure_bandwidth
+from offload_adam.doctor.finding import failed, ok, warning
+from offload_adam.doctor.tables import findings_table, summary
+
+
+def doctor(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["doctor", *arguments])
+    return result.exit_code, result.output
+
+
+@pytest.fixture(autouse=True)
+def small_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        examination, "measure_bandwidth", lambda counts: measure_bandwidth(counts, numel=100_000)
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_everything_found_is_shown_and_written(tmp_path: Path) -> None:
+    path = tmp_path / "doctor.json"
+    code, output = doctor("--local-world-size=2", f"--dir={tmp_path}", f"--json={path}")
+    values = json.loads(path.read_text())
+    assert code == (1 if values["status"] == "failed" else 0), output
+    topics = [finding["topic"] for finding in values["findings"]]
+    assert [topic for topic in topics if topic.startswith("local rank")] == [
+        "local rank 0",
+        "local rank 1",
+    ]
+    for topic in topics:
+        assert topic in output
+    for finding in values["findings"]:
+        assert (finding["status"] == "ok") == (finding["advice"] == "")
+    measured = {int(count): value for count, value in values["bandwidth_gb_per_s"].items()}
+    assert 1 in measured
+    assert all(value > 0.0 for value in measured.values())
+    assert kept.recall() == measured
+
+
+def test_what_has_failed_exits_with_1(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, output = doctor("--no-measure", f"--dir={tmp_path / 'file' / 'runs'}")
+    assert code == 1
+    assert "1 failed" in output
+    assert kept.recall() == {}
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--local-world-size=0",), ("--json=missing/folder/x.json",), ("--fast",)]
+)
+def test_a_wrong_option_exits_with_2(arguments: tuple[str, ...]) -> None:
+    assert doctor(*arguments)[0] == 2
+
+
+@pytest.mark.parametrize("told", ["0", "two", "-1"])
+def test_a_wrong_number_of_ranks_exits_with_2(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", told)
+    code, output = doctor("--no-measure")
+    assert code == 2
+    assert f"LOCAL_WORLD_SIZE must be an int of at least 1, not '{told}'" in output
+
+
+def test_one_rank_of_a_node_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert doctor() == (0, "")
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_the_table_keeps_to_its_width_and_loses_no_word(width: int) -> None:
+    findings = [
+        ok("huge pages", "set to [madvise]"),
+        warning("locked memory", "a limit " * 20, "raise it " * 20 + "last"),
+        failed("disk", "/a/very/long/path" * 8, "choose another"),
+    ]
+    text = io.StringIO()
+    Console(file=text, width=width).print(findings_table(findings))
+    lines = text.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert "[madvise]" in text.getvalue()
+    assert "last" in text.getvalue()
+    assert summary(findings) == "1 ok, 1 warning, 1 failed"

@@ -1,0 +1,222 @@
+"""What doctor makes of machines that are not this one, and of files that describe them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from offload_adam.doctor import devices, host_memory, processors, storage
+from offload_adam.doctor.examination import bandwidth_findings, examine, looked
+from offload_adam.doctor.finding import Finding, Status, failed, ok, warning, worst
+from offload_adam.errors import HostMemoryError
+
+
+def test_the_gravest_status_counts() -> None:
+    fine, costly, broken = ok("a", "b"), warning("a", "b", "c"), failed("a", "b", "c")
+    assert worst([]) is Status.OK
+    assert worst([fine, costly, fine]) is Status.WARNING
+    assert worst([costly, broken, fine]) is Status.FAILED
+
+
+def test_what_is_not_right_comes_with_advice() -> None:
+    with pytest.raises(AssertionError, match="advice"):
+        Finding("disk", Status.WARNING, "full")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [([0, 1, 2, 3, 8], "0-3,8"), ([5], "5"), ([], ""), ([1, 3, 4], "1,3-4")],
+)
+def test_cores_are_told_as_ranges(numbers: list[int], text: str) -> None:
+    assert processors.ranges(numbers) == text
+
+
+def test_a_quota_below_one_core_is_a_warning() -> None:
+    assert processors._quota(None).status is Status.OK
+    assert processors._quota(2.5).found.endswith("2.5 core(s)")
+    assert processors._quota(0.5).status is Status.WARNING
+
+
+def test_ranks_without_a_core_of_their_own_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processors, "allowed_cores", lambda: 2)
+    plan = list(processors.thread_plan(2, [4, 5], 1))
+    assert [(one.topic, one.status) for one in plan] == [
+        ("local rank 0", Status.OK),
+        ("local rank 1", Status.OK),
+    ]
+    assert plan[1].found == "1 thread(s) on core(s) 4-5"
+    assert {one.status for one in processors.thread_plan(3, [4, 5], 1)} == {Status.WARNING}
+
+
+@pytest.mark.parametrize(
+    ("assembly", "bits"),
+    [
+        ("vmulps\t(%rax), %zmm0, %zmm1\n vmulps %xmm0, %xmm1, %xmm2", 512),
+        ("\tvmulps\t%ymm0, %ymm1, %ymm2\n\tvmovaps %zmm3, %zmm4", 256),
+        ("mulps %xmm0, %xmm1", 128),
+        ("fmul v0.4s, v1.4s, v0.4s", None),
+    ],
+)
+def test_the_width_is_that_of_the_arithmetic(assembly: str, bits: int | None) -> None:
+    assert processors.widest_register(assembly) == bits
+
+
+def test_narrow_vectors_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processors, "_compiled_loop", lambda: "mulps %xmm0, %xmm1")
+    assert processors.vector_width().status is Status.WARNING
+
+
+def test_the_workqueue_layer_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processors, "select_threading_layer", lambda: "workqueue")
+    found = processors.threading_layer()
+    assert found.status is Status.WARNING
+    assert "libgomp" in found.advice
+
+
+SMAPS = """\
+7f0000000000-7f0000200000 rw-p 00000000 00:00 0
+Size:               2048 kB
+AnonHugePages:         0 kB
+VmFlags: rd wr
+7f0000200000-7f0004200000 rw-p 00000000 00:00 0
+Size:              65536 kB
+AnonHugePages:     40960 kB
+"""
+
+
+def test_huge_pages_are_those_of_the_mapping() -> None:
+    assert host_memory.huge_nbytes(SMAPS, 0x7F0000200000) == 40 * 2**20
+    assert host_memory.huge_nbytes(SMAPS, 0x7F00001FFFFF) == 0
+    assert host_memory.huge_nbytes(SMAPS, 0x7F0004200000) is None
+
+
+def test_huge_pages_that_are_off_or_not_granted_are_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = tmp_path / "enabled"
+    assert host_memory.huge_pages(setting).status is Status.WARNING
+    setting.write_text("always madvise [never]\n")
+    assert "echo madvise" in host_memory.huge_pages(setting).advice
+    setting.write_text("always [madvise] never\n")
+    for share, status in ((0.2, Status.WARNING), (1.0, Status.OK), (None, Status.OK)):
+        monkeypatch.setattr(host_memory, "granted_share", lambda share=share: share)
+        assert host_memory.huge_pages(setting).status is status
+
+
+def test_one_rank_over_two_numa_nodes_is_a_warning(tmp_path: Path) -> None:
+    for node, cores in (("node0", "0-15"), ("node1", "16-31"), ("node2", "")):
+        (tmp_path / node).mkdir()
+        (tmp_path / node / "cpulist").write_text(f"{cores}\n")
+    alone = host_memory.numa(1, tmp_path)
+    assert alone.status is Status.WARNING
+    assert "node 1: core(s) 16-31; node 2: core(s) none" in alone.found
+    assert "start 2 ranks" in alone.advice
+    assert host_memory.numa(2, tmp_path).status is Status.OK
+    assert host_memory.numa(1, tmp_path / "none").status is Status.OK
+
+
+def test_a_low_limit_of_locked_memory_matters_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (8 * 2**20, 8 * 2**20))
+    assert host_memory.locked_limit(needed=False).status is Status.OK
+    low = host_memory.locked_limit(needed=True)
+    assert low.status is Status.WARNING
+    assert "8.00 MiB" in low.found
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
+    assert host_memory.locked_limit(needed=True).found == "unlimited"
+
+
+def test_little_available_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "available_memory", lambda: (2**20, "control group"))
+    found = host_memory.available()
+    assert found.status is Status.WARNING
+    assert found.found.startswith("1.00 MiB available (control group)")
+
+
+def test_a_folder_that_cannot_be_written_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert storage.free_disk(tmp_path / "file" / "runs").status is Status.FAILED
+    usage = shutil.disk_usage(tmp_path)
+    for free, status in ((2**30, Status.WARNING), (32 * 2**30, Status.OK)):
+        found_usage = usage._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, u=found_usage: u)
+        assert storage.free_disk(tmp_path / "still" / "to be made").status is status
+    assert f"{32 * 2**30 / 16:.2g} parameters" in storage.free_disk(tmp_path).found
+
+
+def test_a_driver_without_a_usable_torch_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert devices.without_cuda(False).status is Status.OK
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "install torch" in devices.without_cuda(True).advice
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "nvidia-smi" in devices.without_cuda(True).advice
+
+
+class FakeGpus:
+    """Two GPUs, the second one in use by others and on a slow link."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gib = 2**30
+        free = {0: 70 * gib, 1: 10 * gib}
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free[index], 80 * gib))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU model {index}")
+
+
+def test_gpus_in_use_or_too_few_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeGpus(monkeypatch)
+    found = list(devices.device_findings(4, measure=False))
+    assert [one.status for one in found] == [Status.FAILED, Status.OK, Status.WARNING]
+    assert found[0].found == "2 GPU(s) for 4 local ranks"
+    assert found[2].found == "GPU model 1: 10.00 GiB free of 80.00 GiB"
+
+
+def test_memory_that_cannot_be_pinned_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(nbytes: int, *, pin: bool) -> None:
+        raise HostMemoryError("CUDA could not pin it")
+
+    monkeypatch.setattr(devices, "HostArena", refuse)
+    assert devices.bus(0).status is Status.FAILED
+
+
+def test_more_threads_that_give_less_are_a_warning() -> None:
+    rising = list(bandwidth_findings({1: 10.0, 2: 20.0, 4: 19.0}, 0.1))
+    assert {one.status for one in rising} == {Status.OK}
+    assert rising[0].topic == "bandwidth, 1 thread(s)"
+    falling = list(bandwidth_findings({1: 10.0, 2: 20.0, 4: 11.0}, 3.0))
+    assert [one.status for one in falling] == [Status.OK, Status.OK, *[Status.WARNING] * 2]
+    assert "2 for all ranks" in falling[2].advice
+    assert falling[3].topic == "load"
+
+
+def test_a_look_that_raises_does_not_stop_the_others() -> None:
+    def look() -> Iterator[Finding]:
+        yield ok("first", "seen")
+        raise OSError("gone")
+
+    first, second = looked("cores", look)
+    assert first.found == "seen"
+    assert second.status is Status.WARNING
+    assert "OSError: gone" in second.found
+
+    def lacking() -> Iterator[Finding]:
+        raise HostMemoryError("no room")
+
+    assert looked("bandwidth", lacking)[0].status is Status.FAILED
+
+
+def test_this_machine_can_be_looked_at_without_measuring(tmp_path: Path) -> None:
+    found = examine(1, tmp_path, measure=False)
+    topics = [one.topic for one in found.findings]
+    expected = "affinity, CPU quota, local rank 0, Numba's threads, threading layer, vector width, "
+    expected += "host memory, locked memory, huge pages, NUMA"
+    assert topics[:10] == expected.split(", ")
+    assert not any("cannot be looked at" in one.found for one in found.findings)
+    assert not any(topic.startswith("bandwidth") for topic in topics)
