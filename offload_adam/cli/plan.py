@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -50,13 +51,17 @@ def plan(
     network_bandwidth: Annotated[
         float | None, typer.Option(metavar="GB/S", help="Of a rank's collectives.")
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this machine's bandwidths for the time.")
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write everything to this file.")
     ] = None,
 ) -> None:
     """Say what each rank would hold, whether it fits, and how long the optimizer's part would take.
 
-    Nothing is allocated. With --gpu-memory, or where there is CUDA, parameters live on a GPU.
+    Nothing is allocated. With --gpu-memory, or where there is CUDA, parameters live on a GPU. The
+    time is that of this machine where `offload-adam doctor` has measured it, or with --measure.
 
     Exit codes: 0 it fits, 2 a wrong option or configuration, 3 it does not fit, 1 anything else.
     """
@@ -65,9 +70,9 @@ def plan(
     try:
         specs, training = _subject(config, overrides or [], params, param_dtype, gpu_memory)
         training = _with_world(training, world_size, local_world_size)
-        machine = _machine(
-            gpu_memory, host_memory, host_bandwidth, bus_bandwidth, network_bandwidth
-        )
+        given = (host_bandwidth, bus_bandwidth, network_bandwidth)
+        machine = _machine(gpu_memory, host_memory, given, training.on_device, measure=measure)
+        _require_folder(json_file)
     except (ConfigError, ValueError) as error:
         _refuse(error)
     if not _report(specs, training, machine, json_file):
@@ -100,6 +105,8 @@ def _subject(
         )
     if param_dtype not in _ITEMSIZES:
         raise ValueError(f"--param-dtype must be fp32, bf16 or fp16, not {param_dtype!r}")
+    if not math.isfinite(params):
+        raise ValueError(f"--params must be a finite number, not {params}")
     return synthetic_specs(int(params), _ITEMSIZES[param_dtype]), Training()
 
 
@@ -113,23 +120,62 @@ def _with_world(training: Training, world_size: int, local_world_size: int | Non
 def _machine(
     gpu_memory: str | None,
     host_memory: str | None,
-    host_bandwidth: float | None,
-    bus_bandwidth: float | None,
-    network_bandwidth: float | None,
+    given: tuple[float | None, float | None, float | None],
+    on_device: bool,
+    *,
+    measure: bool,
 ) -> Machine:
-    from offload_adam.coordinator.node_memory import available_memory
+    """Return the machine that the options describe, and of this one what they leave open.
+
+    Args:
+        given: GB/s of host memory, bus and network.
+        measure: measure what of the first two is not given.
+    """
     from offload_adam.plan.inputs import Machine
 
-    bandwidths = (host_bandwidth, bus_bandwidth, network_bandwidth)
-    if any(value is not None and not value > 0 for value in bandwidths):
-        raise ValueError("a bandwidth must be above 0 GB/s")
+    if any(value is not None and not 0 < value < math.inf for value in given):
+        raise ValueError("a bandwidth must be above 0 GB/s, and finite")
+    host, bus, network = given
+    described = gpu_memory is not None or host_memory is not None
+    if measure and described:
+        raise ValueError("--measure is of this machine: leave out --gpu-memory and --host-memory")
+    measured = host is bus is None and not described
+    if measured:
+        host, bus = _bandwidths_here(on_device, measure=measure)
     return Machine(
-        host_nbytes=available_memory()[0] if host_memory is None else parse_nbytes(host_memory),
+        host_nbytes=_free_here() if host_memory is None else parse_nbytes(host_memory),
         device_nbytes=None if gpu_memory is None else parse_nbytes(gpu_memory),
-        host_gb_per_s=host_bandwidth,
-        bus_gb_per_s=bus_bandwidth,
-        network_gb_per_s=network_bandwidth,
+        host_gb_per_s=host,
+        bus_gb_per_s=bus,
+        network_gb_per_s=network,
+        measured=measured,
     )
+
+
+def _free_here() -> int:
+    from offload_adam.coordinator.node_memory import available_memory  # with torch
+
+    return available_memory()[0]
+
+
+def _bandwidths_here(on_device: bool, *, measure: bool) -> tuple[float | None, float | None]:
+    """Return the GB/s of this machine's memory and bus: measured now, or kept, or not known."""
+    from offload_adam.doctor import kept
+
+    if not measure:
+        found = kept.recall()
+        return (found[max(found)] if found else None), None
+    from offload_adam.doctor.bandwidth import measure_bandwidth
+    from offload_adam.doctor.devices import bus_gb_per_s
+    from offload_adam.kernels.threads import allowed_cores
+
+    most = allowed_cores()
+    return measure_bandwidth([most])[most], min(bus_gb_per_s(0)) if on_device else None
+
+
+def _require_folder(json_file: Path | None) -> None:
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise ValueError(f"--json {json_file}: there is no folder {json_file.absolute().parent}")
 
 
 def _report(
@@ -160,6 +206,7 @@ def _report(
             "bytes_per_rank": asdict(found),
             "seconds": None if timing is None else dict(timing.seconds),
             "bound": None if timing is None else timing.bound,
+            "rough": None if timing is None else list(timing.doubts),
             "options": [asdict(option) for option in changes],
             "largest_model": largest,
             "fits": fit,

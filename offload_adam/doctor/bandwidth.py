@@ -14,8 +14,9 @@ from offload_adam.kernels.streams import STREAM_NBYTES, pass_over
 from offload_adam.memory.arena import HostArena, padded_nbytes
 
 NUM_STREAMS = 4
-STREAM_NUMEL = 32 * 1024 * 1024
-"""Four streams of 128 MiB each: more than the caches that several cores share."""
+STREAM_NUMEL = 32_000_000
+"""Four streams of 128 MB each: more than the caches that several cores share. Streams that lie a
+power of two apart compete for the same lines of the caches, and take twice the time."""
 NUM_PASSES = 7
 
 

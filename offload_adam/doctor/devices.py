@@ -68,16 +68,25 @@ def bus(index: int) -> Finding:
     """Measure the copies between pinned host memory and one GPU, in both directions."""
     topic = f"bus of GPU {index}"
     try:
-        arena = HostArena(COPY_NBYTES, pin=True)
+        up, down = bus_gb_per_s(index)
     except HostMemoryError as error:
         return failed(topic, str(error), "ulimit -l unlimited; in Docker: --ulimit memlock=-1")
-    host = arena.take(COPY_NBYTES, torch.uint8)
-    device = torch.empty(COPY_NBYTES, dtype=torch.uint8, device=f"cuda:{index}")
-    up, down = copy_gb_per_s(host, device), copy_gb_per_s(device, host)
     found = f"{up:.1f} GB/s up, {down:.1f} GB/s down"
     if min(up, down) < LEAST_GB_PER_S:
         return warning(topic, found, "compare the link's width and speed: nvidia-smi -q")
     return ok(topic, found)
+
+
+def bus_gb_per_s(index: int) -> tuple[float, float]:
+    """Return the bandwidth of copies from pinned memory to one GPU, and of those back.
+
+    Raises:
+        HostMemoryError: the memory is not there, or cannot be pinned.
+    """
+    arena = HostArena(COPY_NBYTES, pin=True)
+    host = arena.take(COPY_NBYTES, torch.uint8)
+    device = torch.empty(COPY_NBYTES, dtype=torch.uint8, device=f"cuda:{index}")
+    return copy_gb_per_s(host, device), copy_gb_per_s(device, host)
 
 
 def copy_gb_per_s(source: torch.Tensor, target: torch.Tensor) -> float:

@@ -65,6 +65,27 @@ def shard_nbytes(bucket: Bucket, planes: BucketPlanes) -> int:
     return sum(plane_nbytes(bucket, planes).values())
 
 
+def traffic_nbytes(bucket: Bucket, planes: BucketPlanes) -> int:
+    """Return the bytes that norm and update of one rank's shard of one bucket read and write.
+
+    The gradient is read by the norm and by the update, which reads and writes each plane of state
+    (a parameter that is its own master weight, too) and writes the rounded parameter.
+    """
+    return update_traffic_nbytes(bucket, planes) + bucket.shard_numel * _gradient(bucket, planes)
+
+
+def update_traffic_nbytes(bucket: Bucket, planes: BucketPlanes) -> int:
+    """Return the bytes that the update alone reads and writes."""
+    state = 2 * FLOAT32_NBYTES * (3 + planes.amsgrad)
+    rounded = 0 if bucket.itemsize == FLOAT32_NBYTES else bucket.itemsize
+    return bucket.shard_numel * (_gradient(bucket, planes) + state + rounded)
+
+
+def _gradient(bucket: Bucket, planes: BucketPlanes) -> int:
+    """Return the bytes of an element of the gradient where it is read."""
+    return planes.landed_itemsize or bucket.itemsize
+
+
 def block_sums_nbytes(buckets: Sequence[Bucket]) -> int:
     """Return the bytes of the one array of block sums that all buckets share, 1/16 an element."""
     largest = max((bucket.shard_numel for bucket in buckets), default=0)

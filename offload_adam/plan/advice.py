@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from offload_adam.layout.flat import ParameterSpec
-from offload_adam.plan.inputs import Machine, Training, synthetic_specs
+from offload_adam.plan.inputs import MOST_NUMEL, Machine, Training, synthetic_specs
 from offload_adam.plan.prediction import Prediction, predict
 
-_MOST_NUMEL = 10**14
+_PROBE_NUMEL = 10**10
 
 
 def fits(plan: Prediction, training: Training, machine: Machine) -> bool:
@@ -28,13 +28,33 @@ def largest_model(itemsize: int, training: Training, machine: Machine) -> int | 
     def holds(numel: int) -> bool:
         return fits(predict(synthetic_specs(numel, itemsize), training), training, machine)
 
-    low, high = 0, 1
-    while high < _MOST_NUMEL and holds(high):
-        low, high = high, high * 2
+    # Bytes are nearly proportional to parameters, so the answer is near to what that would give.
+    guess = _guess(predict(synthetic_specs(_PROBE_NUMEL, itemsize), training), training, machine)
+    low, high = guess * 99 // 100, min(guess * 101 // 100 + 1, MOST_NUMEL)
+    while low > 0 and not holds(low):
+        low, high = low // 2, low
+    while holds(high):
+        if high == MOST_NUMEL:
+            return high
+        low, high = high, min(2 * high, MOST_NUMEL)
     while high - low > max(1, low // 1000):
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return low
+
+
+def _guess(probe: Prediction, training: Training, machine: Machine) -> int:
+    """Return how many parameters would fit if each took as many bytes as those of the probe."""
+    shares = [
+        (machine.host_nbytes, probe.host_nbytes * training.local_world_size),
+        (machine.device_nbytes, probe.device_nbytes),
+    ]
+    found = [
+        _PROBE_NUMEL * there_is // taken
+        for there_is, taken in shares
+        if there_is is not None and taken > 0
+    ]
+    return min([*found, MOST_NUMEL])
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +76,13 @@ def options(specs: Sequence[ParameterSpec], training: Training) -> Iterator[Opti
             yield Option(setting, host, device)
 
 
+def _reduced_by(reducer: str) -> dict[str, bool]:
+    """Return what changes with the reducer; where it is not ours, it averages in place."""
+    if reducer == "external":
+        return {"reduces": False, "accumulates": False, "reduce_fp32": False}
+    return {"reduces": True}
+
+
 def _changes(
     specs: Sequence[ParameterSpec], training: Training
 ) -> Iterator[tuple[str, Callable[[], Prediction]]]:
@@ -75,6 +102,9 @@ def _changes(
         yield "optimizer.use_offload: true", with_training(beside=False)
     if training.amsgrad:
         yield "without amsgrad", with_training(amsgrad=False)
+    if training.world_size > 1 and not training.beside:
+        other = "external" if training.reduces else "optimizer"
+        yield f"optimizer.gradient_reduction: {other}", with_training(**_reduced_by(other))
     yield (
         "half of optimizer.bucket_nbytes",
         with_training(bucket_nbytes=max(1, training.bucket_nbytes // 2)),

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from offload_adam.layout.flat import ParameterSpec
 
 SYNTHETIC_NUMEL = 50_000_000
-"""Elements of one parameter of a model of which only the size is known."""
+"""Elements of one parameter of a model of which only the size is known, or more, so that there are
+no more than MOST_SYNTHETIC parameters."""
+MOST_SYNTHETIC = 4_000
+MOST_NUMEL = 10**15
 
 DEFAULT_BUCKET_NBYTES = 32 * 1024 * 1024
 
@@ -66,12 +69,15 @@ class Machine:
 def synthetic_specs(numel: int, itemsize: int) -> list[ParameterSpec]:
     """Return the parameters of a model of which only the number of elements is known.
 
-    They are alike but for the last: tens of thousands of objects for 1e12 elements.
+    They are alike but for the last.
     """
-    if numel < 1:
-        raise ValueError(f"the number of parameters must be at least 1, not {numel}")
-    whole, rest = divmod(numel, SYNTHETIC_NUMEL)
-    sizes = [SYNTHETIC_NUMEL] * whole + ([rest] if rest else [])
+    if not 1 <= numel <= MOST_NUMEL:
+        raise ValueError(
+            f"the number of parameters must be at least 1 and at most {MOST_NUMEL:.0e}, not {numel}"
+        )
+    each = max(SYNTHETIC_NUMEL, -(-numel // MOST_SYNTHETIC))
+    whole, rest = divmod(numel, each)
+    sizes = [each] * whole + ([rest] if rest else [])
     return [ParameterSpec(i, size, itemsize, f"{itemsize} bytes") for i, size in enumerate(sizes)]
 
 

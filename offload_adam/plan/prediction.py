@@ -89,9 +89,14 @@ def planes_of(bucket: Bucket, training: Training) -> BucketPlanes:
 
 
 def _gradients(buckets: Sequence[Bucket], training: Training) -> int:
-    """Return what `.grad` takes at its peak: all of it, or one bucket while the rest has left."""
+    """Return what `.grad` takes at its peak: all of it, or one bucket while the rest has left.
+
+    Gradients stay where they are read in place, and where someone else averages them.
+    """
+    leaves = training.streams and training.reduces and not training.beside
     sizes = [bucket.numel * bucket.itemsize for bucket in buckets]
-    return max(sizes, default=0) if training.streams and not training.beside else sum(sizes)
+    landed = [planes_of(bucket, training).landed_itemsize > 0 for bucket in buckets]
+    return max(sizes, default=0) if leaves and all(landed) else sum(sizes)
 
 
 def _slots(buckets: Sequence[Bucket], training: Training) -> int:

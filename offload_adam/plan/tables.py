@@ -30,6 +30,8 @@ def plan_tables(
         yield f"The largest model that fits like this has {largest:.2e} parameters."
     if timing is not None:
         yield _times(timing)
+        for doubt in timing.doubts:
+            yield f"rough: {doubt}"
     if changes:
         yield _changes(changes)
 
@@ -37,19 +39,21 @@ def plan_tables(
 def _bytes(plan: Prediction, training: Training, machine: Machine) -> Table:
     nodes = training.world_size // training.local_world_size
     title = f"{training.world_size} rank(s) on {nodes} node(s), {plan.num_buckets} bucket(s)"
-    table = Table("", "host of a rank", "host of a node", "device of a rank", title=title)
+    places = ("host: rank", "host: node", "device: rank", "devices: node")
+    table = Table("", *places, title=title)
     for column in table.columns[1:]:
         column.justify = "right"
     local = training.local_world_size
     for name in dict.fromkeys([*plan.host, *plan.device]):
         host, device = plan.host.get(name, 0), plan.device.get(name, 0)
-        table.add_row(name, _shown(host), _shown(host * local), _shown(device))
+        table.add_row(name, *map(_shown, (host, host * local, device, device * local)))
     table.add_section()
     table.add_row(
         "together",
         _shown(plan.host_nbytes),
         _shown(plan.host_nbytes * local),
         _shown(plan.device_nbytes),
+        _shown(plan.device_nbytes * local),
     )
     available = machine.host_nbytes, machine.device_nbytes
     known = ["?" if nbytes is None else format_nbytes(nbytes) for nbytes in available]
@@ -58,8 +62,8 @@ def _bytes(plan: Prediction, training: Training, machine: Machine) -> Table:
 
 
 def _times(timing: StepTime) -> Table:
-    quality = "rough: bandwidths were given, not measured" if timing.rough else "measured"
-    table = Table("", "seconds a step", title=f"The optimizer's part of a step ({quality})")
+    title = "Beside forward and backward"
+    table = Table("", "seconds a step", title=title)
     table.columns[1].justify = "right"
     for name, seconds in timing.seconds.items():
         marked = f"{name} (bounds it)" if name == timing.bound else name

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from offload_adam.layout.flat import ParameterSpec
+from offload_adam.layout.budget import FLOAT32_NBYTES, traffic_nbytes
+from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
 from offload_adam.plan.inputs import Machine, Training, total_numel
+from offload_adam.plan.prediction import planes_of
 
 GB = 1e9
+COMPARED_NUMEL = (8_000_000, 64_000_000)
+"""Elements of a node's shards for which predictions were compared with measured steps. Below them
+the fixed costs of a step count, which are not in the prediction."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
     """Seconds that a step spends on each resource, were it used alone.
 
-    rough: a bandwidth was given rather than measured where the run will be.
+    doubts: why the times are rough; empty where they are as good as those that were compared with
+        measured steps.
     """
 
     seconds: Mapping[str, float]
-    rough: bool
+    doubts: tuple[str, ...] = ()
+
+    @property
+    def rough(self) -> bool:
+        """Whether something speaks against the times."""
+        return bool(self.doubts)
 
     @property
     def bound(self) -> str:
@@ -37,35 +48,88 @@ def predict_time(
 ) -> StepTime | None:
     """Return the optimizer's part of a step, None where no bandwidth is known.
 
-    update: the state is read and written once, the gradient is read twice (norm and update); the
-    ranks of a node share its memory. bus: gradients down, parameters up. network: the average and
-    the gather each send (N - 1) / N of the model over a ring, twice for an all-reduce.
+    update: norm and update read and write the state of all ranks of a node through its one memory.
+    bus: gradients down, parameters up. network: what a rank sends and receives over a ring.
     """
-    numel = total_numel(specs)
-    itemsize = max(spec.itemsize for spec in specs)
-    share = numel if training.beside else numel / training.world_size
-    seconds: dict[str, float] = {}
-    if machine.host_gb_per_s is not None:
-        on_node = share * training.local_world_size
-        seconds["update"] = (
-            on_node * _update_nbytes(itemsize, training) / GB / machine.host_gb_per_s
+    shards = 1 if training.beside else training.world_size
+    buckets = plan_buckets(specs, world_size=shards, bucket_nbytes=training.bucket_nbytes)
+    nbytes = {
+        "update": _host_nbytes(buckets, training),
+        "bus": _bus_nbytes(buckets, training),
+        "network": _network_nbytes(buckets, training),
+    }
+    bandwidths = {
+        "update": machine.host_gb_per_s,
+        "bus": machine.bus_gb_per_s,
+        "network": machine.network_gb_per_s,
+    }
+    seconds = {
+        name: nbytes[name] / GB / bandwidth
+        for name, bandwidth in bandwidths.items()
+        if bandwidth is not None and nbytes[name] > 0
+    }
+    if not seconds:
+        return None
+    unknown = [name for name, size in nbytes.items() if size > 0 and name not in seconds]
+    return StepTime(seconds, tuple(_doubts(specs, training, machine, unknown)))
+
+
+def _doubts(
+    specs: Sequence[ParameterSpec], training: Training, machine: Machine, unknown: Sequence[str]
+) -> Iterator[str]:
+    """Yield what makes a prediction rough."""
+    if not machine.measured:
+        yield "bandwidths were given, not measured"
+    for name in unknown:
+        yield f"no bandwidth is known for the {name}"
+    shards = 1 if training.beside else training.world_size
+    on_node = total_numel(specs) * training.local_world_size // shards
+    least, most = COMPARED_NUMEL
+    if not least <= on_node <= most:
+        yield (
+            f"a node updates {on_node:.2g} parameters, and {least:.2g} to {most:.2g} were compared "
+            "with measured steps"
         )
-    if machine.bus_gb_per_s is not None and training.on_device and not training.beside:
-        seconds["bus"] = 2 * share * itemsize / GB / machine.bus_gb_per_s
-    if machine.network_gb_per_s is not None and training.world_size > 1:
-        around = (training.world_size - 1) / training.world_size
-        reduced = FLOAT32 if training.reduce_fp32 else itemsize
-        sent = numel * around * ((reduced if training.reduces else 0) + itemsize)
-        seconds["network"] = sent / GB / machine.network_gb_per_s
-    return StepTime(seconds, rough=not machine.measured) if seconds else None
+    if training.on_device or training.world_size > 1:
+        yield "only steps of one rank on a CPU were compared with measured ones"
 
 
-FLOAT32 = 4
+def _host_nbytes(buckets: Sequence[Bucket], training: Training) -> int:
+    """Return the traffic of a node's memory; none where state lies on the devices."""
+    if training.on_device and training.beside:
+        return 0
+    of_rank = sum(traffic_nbytes(bucket, planes_of(bucket, training)) for bucket in buckets)
+    return of_rank * training.local_world_size
 
 
-def _update_nbytes(itemsize: int, training: Training) -> float:
-    """Return the bytes of memory traffic of one element's norm and update."""
-    planes = 3 + training.amsgrad
-    gradient = 2 * itemsize
-    rounded = 0 if itemsize == FLOAT32 else itemsize
-    return planes * 2 * FLOAT32 + gradient + rounded
+def _bus_nbytes(buckets: Sequence[Bucket], training: Training) -> int:
+    """Return what one GPU copies, in both directions, one after the other."""
+    if not training.on_device or training.beside:
+        return 0
+    return sum(
+        bucket.shard_numel * (_sent_itemsize(bucket, training) + bucket.itemsize)
+        for bucket in buckets
+    )
+
+
+def _network_nbytes(buckets: Sequence[Bucket], training: Training) -> float:
+    """Return what a rank sends: (N - 1) / N of the model for each pass around a ring.
+
+    A reduce-scatter is one pass and an all-reduce two: gloo, on CPUs, has no reduce-scatter worth
+    its name, and state beside the parameters needs the whole average.
+    """
+    if training.world_size == 1:
+        return 0.0
+    passes = 0 if not training.reduces else 2 if training.beside or not training.on_device else 1
+    around = (training.world_size - 1) / training.world_size
+    return around * sum(
+        bucket.numel
+        * (passes * _sent_itemsize(bucket, training) + (0 if training.beside else bucket.itemsize))
+        for bucket in buckets
+    )
+
+
+def _sent_itemsize(bucket: Bucket, training: Training) -> int:
+    """Return the bytes of an element of an averaged gradient."""
+    widened = training.reduces and training.world_size > 1 and training.reduce_fp32
+    return FLOAT32_NBYTES if widened else bucket.itemsize
