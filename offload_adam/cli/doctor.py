@@ -53,7 +53,8 @@ def doctor(
         values = {
             "status": found.status.value,
             "findings": [asdict(finding) for finding in found.findings],
-            "bandwidth_gb_per_s": {str(count): value for count, value in found.gb_per_s.items()},
+            "bandwidth_gb_per_s": {str(n): value for n, value in found.bandwidth.memory.items()},
+            "step_gb_per_s": found.bandwidth.step,
         }
         json_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if found.status is Status.FAILED:

@@ -159,18 +159,16 @@ def _free_here() -> int:
 
 
 def _bandwidths_here(on_device: bool, *, measure: bool) -> tuple[float | None, float | None]:
-    """Return the GB/s of this machine's memory and bus: measured now, or kept, or not known."""
+    """Return the GB/s of a step and of the bus of this machine: measured now, kept or not known."""
     from offload_adam.doctor import kept
 
     if not measure:
-        found = kept.recall()
-        return (found[max(found)] if found else None), None
-    from offload_adam.doctor.bandwidth import measure_bandwidth
+        return kept.recall().step, None
     from offload_adam.doctor.devices import bus_gb_per_s
+    from offload_adam.doctor.step import measure_step
     from offload_adam.kernels.threads import allowed_cores
 
-    most = allowed_cores()
-    return measure_bandwidth([most])[most], min(bus_gb_per_s(0)) if on_device else None
+    return measure_step(allowed_cores()), min(bus_gb_per_s(0)) if on_device else None
 
 
 def _require_folder(json_file: Path | None) -> None:

@@ -12,10 +12,13 @@ import torch
 from offload_adam.doctor import devices, host_memory, kept, processors, storage
 from offload_adam.doctor.bandwidth import counts_to_try, measure_bandwidth
 from offload_adam.doctor.finding import Finding, Status, failed, ok, warning, worst
+from offload_adam.doctor.kept import Bandwidth
+from offload_adam.doctor.step import can_step, measure_step
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import allowed_cores
 
 GOOD_SHARE = 0.8
+STEP_SHARE = 0.5
 BUSY_LOAD_PER_CORE = 0.5
 
 
@@ -23,11 +26,11 @@ BUSY_LOAD_PER_CORE = 0.5
 class Examination:
     """What was found.
 
-    gb_per_s: measured bandwidth by number of threads; empty where it was not measured.
+    bandwidth: what was measured of the memory.
     """
 
     findings: tuple[Finding, ...]
-    gb_per_s: Mapping[int, float]
+    bandwidth: Bandwidth
 
     @property
     def status(self) -> Status:
@@ -43,15 +46,19 @@ def examine(local_world_size: int, folder: Path, *, measure: bool = True) -> Exa
         folder: where runs are to be written.
         measure: measure memory and bus, for some seconds, and keep the result for training.
     """
-    gb_per_s: dict[int, float] = {}
+    measured: list[Bandwidth] = []
 
     def bandwidth() -> Iterator[Finding]:
         load_average = os.getloadavg()[0]  # before the measurement has its part in it
-        gb_per_s.update(measure_bandwidth(counts_to_try(allowed_cores())))
-        yield from bandwidth_findings(gb_per_s, load_average)
-        path = kept.keep(gb_per_s)
+        memory = measure_bandwidth(counts_to_try(allowed_cores()))
+        yield from bandwidth_findings(memory, load_average)
+        step = measure_step(allowed_cores()) if can_step() else None
+        measured.append(Bandwidth(memory, step))
+        if step is not None:
+            yield step_finding(step, memory[allowed_cores()])
+        path = kept.keep(measured[-1])
         if path is not None:
-            yield ok("bandwidth kept", f"in {path}, for the runs to compare with")
+            yield ok("bandwidth kept", f"in {path}, for runs and plans to compare with")
 
     looks: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
         ("cores", lambda: processors.core_findings(local_world_size)),
@@ -66,7 +73,7 @@ def examine(local_world_size: int, folder: Path, *, measure: bool = True) -> Exa
         ("disk", lambda: [storage.free_disk(folder)]),
     ]
     findings = [finding for topic, look in looks for finding in looked(topic, look)]
-    return Examination(tuple(findings), gb_per_s)
+    return Examination(tuple(findings), measured[-1] if measured else Bandwidth())
 
 
 def _locked_limit() -> list[Finding]:
@@ -111,3 +118,13 @@ def bandwidth_findings(gb_per_s: Mapping[int, float], load_average: float) -> It
             f"{load_average:.1f} on {most} core(s): the bandwidth was shared with something else",
             "measure again when the machine is idle",
         )
+
+
+def step_finding(step: float, memory: float) -> Finding:
+    """Judge what a step gets of the memory's bandwidth, both in GB/s with the same threads."""
+    found = f"{step:.1f} GB/s, {step / memory:.0%} of the memory's"
+    if step < STEP_SHARE * memory:
+        return warning(
+            "bandwidth of a step", found, "measure again when the machine is idle; see the threads"
+        )
+    return ok("bandwidth of a step", found)

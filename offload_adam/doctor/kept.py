@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,24 @@ def cache_folder() -> Path:
     return base / "offload_adam"
 
 
-def keep(gb_per_s: Mapping[int, float]) -> Path | None:
+@dataclass(frozen=True, slots=True)
+class Bandwidth:
+    """What was measured, in 1e9 bytes a second.
+
+    memory: by number of threads; empty where it is not known.
+    step: what a whole step of the optimizer gets with all cores, None where it is not known.
+    """
+
+    memory: Mapping[int, float] = field(default_factory=dict)
+    step: float | None = None
+
+
+def keep(bandwidth: Bandwidth) -> Path | None:
     """Write what was measured for later runs; return the file, None where it cannot be written."""
     values = {
         "machine": _machine(),
-        "gb_per_s": {str(threads): value for threads, value in gb_per_s.items()},
+        "memory_gb_per_s": {str(threads): value for threads, value in bandwidth.memory.items()},
+        "step_gb_per_s": bandwidth.step,
     }
     # Path.home() has no answer for a user without an entry and without HOME.
     try:
@@ -43,18 +57,25 @@ def keep(gb_per_s: Mapping[int, float]) -> Path | None:
     return path
 
 
-def recall() -> dict[int, float]:
-    """Return what was kept, GB/s by number of threads; empty where it is of another machine."""
+def recall() -> Bandwidth:
+    """Return what was kept; nothing is known where it is of another machine."""
     try:
         text = (cache_folder() / FILE_NAME).read_text(encoding="utf-8")
         values: Any = json.loads(text)
         if values["machine"] != _machine():
-            return {}
-        found = {int(count): float(value) for count, value in values["gb_per_s"].items()}
+            return Bandwidth()
+        memory = {int(count): float(value) for count, value in values["memory_gb_per_s"].items()}
+        step = values["step_gb_per_s"]
+        step = None if step is None else float(step)
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         logger.debug("no bandwidth was kept: %s", error)
-        return {}
-    return {count: value for count, value in found.items() if count > 0 and 0 < value < 1e9}
+        return Bandwidth()
+    possible = {count: value for count, value in memory.items() if count > 0 and _possible(value)}
+    return Bandwidth(possible, step if step is not None and _possible(step) else None)
+
+
+def _possible(gb_per_s: float) -> bool:
+    return 0 < gb_per_s < 1e9
 
 
 def _machine() -> dict[str, Any]:

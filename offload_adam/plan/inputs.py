@@ -53,7 +53,8 @@ class Machine:
     """What one node has; None where it is not known.
 
     host_nbytes, device_nbytes: memory that is free for a run, of the node and of one GPU.
-    host_gb_per_s: what all of a node's cores together read and write, in 1e9 bytes a second.
+    host_gb_per_s: what a step on all of a node's cores together reads and writes, in 1e9 bytes a
+        second.
     bus_gb_per_s: one GPU's copies in one direction; network_gb_per_s: a rank's collectives.
     measured: the bandwidths were measured where the plan is for.
     """

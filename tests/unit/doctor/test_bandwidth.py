@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offload_adam.doctor import bandwidth, kept
+from offload_adam.doctor import bandwidth, kept, step
+from offload_adam.doctor.kept import Bandwidth
 from offload_adam.kernels.streams import pass_over
 
 
@@ -44,42 +45,64 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_is_kept_reads_back(cache_home: Path) -> None:
-    assert kept.recall() == {}
-    path = kept.keep({1: 0.1 + 0.2, 2: 40.0})
+    assert kept.recall() == Bandwidth()
+    path = kept.keep(Bandwidth({1: 0.1 + 0.2, 2: 40.0}, 1 / 3))
     assert path == cache_home / "offload_adam" / "bandwidth.json"
-    assert kept.recall() == {1: 0.1 + 0.2, 2: 40.0}
+    assert kept.recall() == Bandwidth({1: 0.1 + 0.2, 2: 40.0}, 1 / 3)
     assert [one.name for one in path.parent.iterdir()] == ["bandwidth.json"]
 
 
 def test_the_bandwidth_of_another_machine_is_not_used(
     cache_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept.keep({1: 20.0})
+    kept.keep(Bandwidth({1: 20.0}))
     monkeypatch.setattr(kept, "allowed_cores", lambda: 12345)
-    assert kept.recall() == {}
+    assert kept.recall() == Bandwidth()
 
 
 @pytest.mark.parametrize(
     "damage",
-    ["", "[]", "null", "{}", '{"machine": 3}', "\x00", '{"machine": MACHINE, "gb_per_s": [1]}'],
+    [
+        "",
+        "[]",
+        "null",
+        "{}",
+        '{"machine": 3}',
+        "\x00",
+        '{"machine": MACHINE, "memory_gb_per_s": [1]}',
+    ],
 )
 def test_a_damaged_file_is_as_none(cache_home: Path, damage: str) -> None:
-    path = kept.keep({1: 20.0})
+    path = kept.keep(Bandwidth({1: 20.0}))
     assert path is not None
     machine = json.dumps(json.loads(path.read_text())["machine"])
     path.write_text(damage.replace("MACHINE", machine))
-    assert kept.recall() == {}
+    assert kept.recall() == Bandwidth()
 
 
 def test_values_that_cannot_be_are_left_out(cache_home: Path) -> None:
-    kept.keep({0: 5.0, 1: -1.0, 2: float("nan"), 3: float("inf"), 4: 8.0})
-    assert kept.recall() == {4: 8.0}
+    memory = {0: 5.0, 1: -1.0, 2: float("nan"), 3: float("inf"), 4: 8.0}
+    kept.keep(Bandwidth(memory, float("inf")))
+    assert kept.recall() == Bandwidth({4: 8.0})
 
 
 def test_a_folder_that_cannot_be_written_is_survived(
     cache_home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (cache_home / "offload_adam").write_text("a file")
-    assert kept.keep({1: 20.0}) is None
+    assert kept.keep(Bandwidth({1: 20.0})) is None
     assert "cannot be kept" in caplog.text
-    assert kept.recall() == {}
+    assert kept.recall() == Bandwidth()
+
+
+def test_a_step_counts_every_byte_that_it_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "_step_s", lambda _: 0.5)
+    # 24 of state, 2 twice of gradient, 2 of parameter, for 8 times 1,024 elements.
+    assert step.measure_step(1, numel=8192, num_steps=1) == pytest.approx(8192 * 30 / 0.5 / 1e9)
+
+
+def test_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert step.measure_step(1, numel=8192, num_steps=3) > 0.0
+    assert step.can_step()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not step.can_step()

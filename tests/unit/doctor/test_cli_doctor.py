@@ -14,6 +14,7 @@ from offload_adam.cli.app import app
 from offload_adam.doctor import examination, kept
 from offload_adam.doctor.bandwidth import measure_bandwidth
 from offload_adam.doctor.finding import failed, ok, warning
+from offload_adam.doctor.step import measure_step
 from offload_adam.doctor.tables import findings_table, summary
 
 
@@ -27,6 +28,7 @@ def small_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         examination, "measure_bandwidth", lambda counts: measure_bandwidth(counts, numel=100_000)
     )
+    monkeypatch.setattr(examination, "measure_step", lambda threads: measure_step(threads, numel=9))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -47,7 +49,8 @@ def test_everything_found_is_shown_and_written(tmp_path: Path) -> None:
     measured = {int(count): value for count, value in values["bandwidth_gb_per_s"].items()}
     assert 1 in measured
     assert all(value > 0.0 for value in measured.values())
-    assert kept.recall() == measured
+    assert kept.recall() == kept.Bandwidth(measured, values["step_gb_per_s"])
+    assert values["step_gb_per_s"] > 0.0
 
 
 def test_what_has_failed_exits_with_1(tmp_path: Path) -> None:
@@ -55,7 +58,7 @@ def test_what_has_failed_exits_with_1(tmp_path: Path) -> None:
     code, output = doctor("--no-measure", f"--dir={tmp_path / 'file' / 'runs'}")
     assert code == 1
     assert "1 failed" in output
-    assert kept.recall() == {}
+    assert kept.recall() == kept.Bandwidth()
 
 
 @pytest.mark.parametrize(

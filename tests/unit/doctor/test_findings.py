@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload_adam.doctor import devices, host_memory, processors, storage
+from offload_adam.doctor import devices, examination, host_memory, processors, storage
 from offload_adam.doctor.examination import bandwidth_findings, examine, looked
 from offload_adam.doctor.finding import Finding, Status, failed, ok, warning, worst
 from offload_adam.errors import HostMemoryError
@@ -194,6 +194,13 @@ def test_more_threads_that_give_less_are_a_warning() -> None:
     assert [one.status for one in falling] == [Status.OK, Status.OK, *[Status.WARNING] * 2]
     assert "2 for all ranks" in falling[2].advice
     assert falling[3].topic == "load"
+
+
+def test_a_step_that_gets_less_than_half_is_a_warning() -> None:
+    assert examination.step_finding(20.0, 40.0).status is Status.OK
+    slow = examination.step_finding(19.0, 40.0)
+    assert slow.status is Status.WARNING
+    assert slow.found == "19.0 GB/s, 48% of the memory's"
 
 
 def test_a_look_that_raises_does_not_stop_the_others() -> None:

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from offload_adam.cli.app import app
-from offload_adam.doctor import bandwidth, kept
+from offload_adam.doctor import kept, step
 from offload_adam.plan.advice import fits, largest_model, options
 from offload_adam.plan.inputs import MOST_NUMEL, Machine, Training, synthetic_specs
 from offload_adam.plan.prediction import predict
@@ -120,6 +120,8 @@ def test_the_largest_model_is_the_last_that_fits() -> None:
         ),
         (Training(on_device=False, accumulates=True), Machine(host_nbytes=10**6)),
         (Training(), Machine(host_nbytes=10**18)),
+        # Padding is most of it: a model in proportion would be too large.
+        (Training(world_size=4096, local_world_size=8), Machine(host_nbytes=10**5)),
     ):
         most = largest_model(2, training, machine)
         assert most is not None
@@ -134,7 +136,7 @@ def test_a_bandwidth_that_doctor_has_kept_is_used(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert planned(tmp_path, CONFIG)["seconds"] is None
-    kept.keep({1: 20.0, 2: 40.0})
+    kept.keep(kept.Bandwidth({1: 20.0, 2: 50.0}, 40.0))
     values = planned(tmp_path, CONFIG)
     assert values["machine"]["host_gb_per_s"] == 40.0
     assert values["machine"]["measured"]
@@ -146,10 +148,7 @@ def test_a_bandwidth_that_doctor_has_kept_is_used(
 def test_a_bandwidth_is_measured_when_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measured(counts: list[int]) -> dict[int, float]:
-        return dict.fromkeys(counts, 33.0)
-
-    monkeypatch.setattr(bandwidth, "measure_bandwidth", measured)
+    monkeypatch.setattr(step, "measure_step", lambda _: 33.0)
     values = planned(tmp_path, CONFIG, "--measure")
     assert values["machine"]["host_gb_per_s"] == 33.0
     assert values["machine"]["measured"]
