@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from offload_adam.layout.budget import FLOAT32_NBYTES, traffic_nbytes
+from offload_adam.layout.budget import FLOAT32_NBYTES, traffic_nbytes, update_traffic_nbytes
 from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
 from offload_adam.plan.inputs import Machine, Training, total_numel
 from offload_adam.plan.prediction import planes_of
@@ -72,6 +72,15 @@ def predict_time(
         return None
     unknown = [name for name, size in nbytes.items() if size > 0 and name not in seconds]
     return StepTime(seconds, tuple(_doubts(specs, training, machine, unknown)))
+
+
+def update_nbytes(specs: Sequence[ParameterSpec], training: Training) -> int:
+    """Return what the updates of one rank read and write in host memory, without the norm."""
+    if training.on_device and training.beside:
+        return 0
+    shards = 1 if training.beside else training.world_size
+    buckets = plan_buckets(specs, world_size=shards, bucket_nbytes=training.bucket_nbytes)
+    return sum(update_traffic_nbytes(bucket, planes_of(bucket, training)) for bucket in buckets)
 
 
 def _doubts(

@@ -43,6 +43,7 @@ from offload_adam.train.run_folder import (
 )
 from offload_adam.train.saving import CheckpointSaver, checkpoint_path, resume
 from offload_adam.train.schedule import build_schedule
+from offload_adam.train.slowness import update_speed
 from offload_adam.train.summary import RunTotals, summary_table
 from offload_adam.train.watched import refuse_missing_extras, watched
 
@@ -167,6 +168,7 @@ def _train_and_report(job: Job, console: Console) -> None:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     folder = run_folder(config)
     totals = RunTotals(job.tokens_per_step)
+    speed = update_speed(job)
     display = step_display(console, config.train.num_steps)
     with (
         watched(job) as sinks,
@@ -176,6 +178,8 @@ def _train_and_report(job: Job, console: Console) -> None:
     ):
         for record in run_steps(job):
             _take(record, metrics, totals)
+            if speed is not None:
+                speed.take(record)
             sinks.write(asdict(record))
             display.show(record)
     last = 0 if totals.last is None else totals.last.step

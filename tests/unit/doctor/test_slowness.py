@@ -1,0 +1,115 @@
+"""The warning of a run whose updates get less than half of what the memory gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from offload_adam.doctor import kept
+from offload_adam.errors import HostMemoryError
+from offload_adam.kernels.threads import allowed_cores
+from offload_adam.train import slowness
+from offload_adam.train.records import StepRecord
+from offload_adam.train.slowness import NUM_STEPS, NUM_WARMUP, UpdateSpeed
+from tests.unit.test_train_alone import SMALL, run
+
+
+def record(update_ms: float, *, skipped: bool = False) -> StepRecord:
+    return StepRecord(
+        step=1,
+        loss=1.0,
+        lr=0.1,
+        grad_norm=1.0,
+        skipped=skipped,
+        step_ms=100.0,
+        tokens_per_s=1.0,
+        timings_ms={"step": 90.0, "optimizer.update": update_ms},
+    )
+
+
+def warnings_after(speed: UpdateSpeed, log: pytest.LogCaptureFixture, *times_ms: float) -> int:
+    log.clear()
+    for update_ms in times_ms:
+        speed.take(record(update_ms))
+    return len([one for one in log.records if "less than half" in one.getMessage()])
+
+
+def test_less_than_half_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    # 1e9 bytes at 40 GB/s take 25 ms: half of it is 50 ms.
+    every = NUM_WARMUP + NUM_STEPS
+    assert warnings_after(UpdateSpeed(10**9, 40.0), caplog, *[49.0] * every) == 0
+    assert warnings_after(UpdateSpeed(10**9, 40.0), caplog, *[51.0] * 3 * every) == 1
+    assert "moves 19.6 GB/s" in caplog.text
+    assert "40.0 GB/s" in caplog.text
+
+
+def test_slow_first_steps_and_single_ones_do_not_count(caplog: pytest.LogCaptureFixture) -> None:
+    times_ms = [500.0] * NUM_WARMUP + [500.0] * (NUM_STEPS // 2 - 1) + [30.0] * NUM_STEPS
+    assert warnings_after(UpdateSpeed(10**9, 40.0), caplog, *times_ms) == 0
+
+
+def test_steps_without_an_update_do_not_count(caplog: pytest.LogCaptureFixture) -> None:
+    speed = UpdateSpeed(10**9, 40.0)
+    for _ in range(50):
+        speed.take(record(500.0, skipped=True))
+        speed.take(record(0.0))
+    assert caplog.text == ""
+    assert warnings_after(speed, caplog, *[500.0] * (NUM_WARMUP + NUM_STEPS)) == 1
+
+
+@pytest.fixture
+def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judge every run, however small, and keep nothing of this machine."""
+    monkeypatch.setattr(slowness, "LEAST_NBYTES", 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("judged")
+@pytest.mark.parametrize("optimizer", [{}, {"streaming": False}], ids=["streaming", "drop-in"])
+@pytest.mark.parametrize(("gb_per_s", "num_warnings"), [(1e6, 1), (1e-6, 0)])
+def test_a_run_compares_itself_with_what_doctor_kept(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    optimizer: dict[str, object],
+    gb_per_s: float,
+    num_warnings: int,
+) -> None:
+    kept.keep(kept.Bandwidth({1: gb_per_s}))
+    run(tmp_path, optimizer=optimizer)
+    warned = [one for one in caplog.records if "less than half" in one.getMessage()]
+    assert len(warned) == num_warnings
+
+
+@pytest.mark.usefixtures("judged")
+def test_without_doctor_a_run_measures_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+
+    def measure(counts: list[int], *, numel: int) -> dict[int, float]:
+        measured.extend(counts)
+        return dict.fromkeys(counts, 30.0)
+
+    monkeypatch.setattr(slowness, "measure_bandwidth", measure)
+    assert slowness._limit_gb_per_s(1) == 30.0
+    assert measured == [1]
+    kept.keep(kept.Bandwidth({1: 20.0}))
+    assert slowness._limit_gb_per_s(1) == 20.0
+    assert slowness._limit_gb_per_s(allowed_cores() + 1) is None
+    assert measured == [1]
+
+
+@pytest.mark.usefixtures("judged")
+def test_no_room_for_a_measurement_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lack(counts: list[int], *, numel: int) -> dict[int, float]:
+        raise HostMemoryError("no room")
+
+    monkeypatch.setattr(slowness, "measure_bandwidth", lack)
+    assert slowness._limit_gb_per_s(1) is None
+
+
+def test_small_models_are_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(num_threads: int) -> float:
+        raise AssertionError("nothing is to be measured")
+
+    monkeypatch.setattr(slowness, "_limit_gb_per_s", fail)
+    run(tmp_path, train=SMALL["train"] | {"num_steps": 2})
