@@ -202,6 +202,10 @@ def _report(
             "training": asdict(training),
             "machine": asdict(machine),
             "bytes_per_rank": asdict(found),
+            "bytes_per_node": {
+                place: {name: nbytes * training.local_world_size for name, nbytes in held.items()}
+                for place, held in (("host", found.host), ("device", found.device))
+            },
             "seconds": None if timing is None else dict(timing.seconds),
             "bound": None if timing is None else timing.bound,
             "rough": None if timing is None else list(timing.doubts),

@@ -44,6 +44,8 @@ def test_sixteen_bytes_a_parameter_are_divided_over_the_ranks(tmp_path: Path) ->
     assert host["master_weight"] == pytest.approx(4 * 13e9 / 4, rel=0.01)
     assert host["landed gradients"] == pytest.approx(2 * 13e9 / 4, rel=0.01)
     assert device["parameters"] == pytest.approx(2 * 13e9, rel=0.01)
+    assert values["bytes_per_node"]["host"]["exp_avg"] == 4 * host["exp_avg"]
+    assert values["bytes_per_node"]["device"]["parameters"] == 4 * device["parameters"]
     assert values["fits"]
     assert values["seconds"] is None
     # 14 bytes an element on the node, 2 on each GPU: the host is full first.
