@@ -32,10 +32,13 @@ def jit(function: Callable[..., Any], **options: Any) -> Any:
     """Return Numba's dispatcher for `function`, cached on disk unless no folder can be written.
 
     `error_model="numpy"` lets division follow IEEE 754 instead of raising; fastmath stays off,
-    since it would promise NaN away.
+    since it would promise NaN away. The interpreter lock is released while a kernel runs (parallel
+    loops do that unasked, `nogil` asks for it), so that backward goes on beside it: the caller
+    keeps alive, and to itself, all memory that it was given.
     """
+    options = {"error_model": "numpy", "nogil": True, **options}
     try:
-        return numba.njit(function, cache=True, error_model="numpy", **options)
+        return numba.njit(function, cache=True, **options)
     except RuntimeError:
         warnings.warn(
             "no folder for compiled kernels can be written, so they are compiled anew in every "
@@ -43,7 +46,7 @@ def jit(function: Callable[..., Any], **options: Any) -> Any:
             RuntimeWarning,
             stacklevel=2,
         )
-        return numba.njit(function, error_model="numpy", **options)
+        return numba.njit(function, **options)
 
 
 def inner(function: Callable[..., Any]) -> Any:
