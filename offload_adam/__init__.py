@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         PeerError,
         PeerFailedError,
         RankDisagreementError,
+        UnreadyParameterError,
     )
     from offload_adam.optimizer import OffloadAdam
     from offload_adam.step.report import StepReport
@@ -32,6 +33,7 @@ __all__ = [
     "PeerFailedError",
     "RankDisagreementError",
     "StepReport",
+    "UnreadyParameterError",
     "__version__",
     "load_checkpoint",
     "save_checkpoint",
@@ -49,6 +51,7 @@ _HOMES = {
     "PeerFailedError": "offload_adam.errors",
     "RankDisagreementError": "offload_adam.errors",
     "StepReport": "offload_adam.step.report",
+    "UnreadyParameterError": "offload_adam.errors",
 }
 
 

@@ -29,6 +29,10 @@ class ParameterReplacedError(RuntimeError):
     """A parameter's storage is no longer the one that the optimizer updates."""
 
 
+class UnreadyParameterError(RuntimeError):
+    """A parameter was read while its update was still under way, in a way that does not wait."""
+
+
 class HostMemoryError(MemoryError):
     """The optimizer state does not fit into this node's memory; nothing was allocated."""
 

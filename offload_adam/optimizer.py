@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,6 +51,10 @@ class OffloadAdam(ShardedOptimizer):
         pin_memory: page-lock host state; None where a parameter is on CUDA.
         dead_after: seconds without a heartbeat after which a rank counts as dead.
         stuck_after: seconds that the others wait for a live rank that does not get on.
+        overlap: let `step()` return before the updates are over, and each part of `module` wait for
+            its own parameters. What reads parameters otherwise calls `synchronize` first. None for
+            parameters on a GPU and `module` given; on a CPU there is nothing to hide updates under.
+        units: the parts; None for the children of every ModuleList in `module`.
         allow_overcommit: make it though this node's memory seems too small for all of its ranks.
 
     Owns: process groups of its own, hooks on the parameters, host memory. `close` ends all three.
@@ -91,6 +96,8 @@ class OffloadAdam(ShardedOptimizer):
         dead_after: float = DEAD_AFTER_S,
         stuck_after: float = STUCK_AFTER_S,
         allow_overcommit: bool = False,
+        overlap: bool | None = None,
+        units: Sequence[torch.nn.Module] | None = None,
     ) -> None:
         execution = Execution(
             module=module,
@@ -106,6 +113,8 @@ class OffloadAdam(ShardedOptimizer):
             dead_after=dead_after,
             stuck_after=stuck_after,
             allow_overcommit=allow_overcommit,
+            overlap=overlap,
+            units=units,
         )
         defaults = {
             "lr": lr,

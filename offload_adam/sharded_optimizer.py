@@ -7,7 +7,7 @@ import math
 import warnings
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -15,7 +15,7 @@ from typing import Any, overload
 
 import torch
 import torch.distributed as dist
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks
 
 from offload_adam.coordinator.admission import Fact, require_same, together
 from offload_adam.coordinator.agreement import Notice
@@ -29,6 +29,7 @@ from offload_adam.parameters.options import (
     check_accumulate,
     check_max_norm,
     check_options,
+    check_overlap,
     resolve_reduction,
 )
 from offload_adam.parameters.selection import (
@@ -37,6 +38,7 @@ from offload_adam.parameters.selection import (
     describe,
     select_parameters,
 )
+from offload_adam.step.backend import Backend
 from offload_adam.step.construction import Placing
 from offload_adam.step.full_state import gather_bucket
 from offload_adam.step.ledger import LedgerEntry
@@ -77,6 +79,8 @@ class Execution:
     stuck_after: float = STUCK_AFTER_S
     allow_overcommit: bool = False
     max_grad_norm: float | None = None
+    overlap: bool | None = None
+    units: Sequence[torch.nn.Module] | None = None
     beside: bool = False
     takes_rows: bool = False
 
@@ -103,7 +107,33 @@ class Execution:
         Patience(self.dead_after, self.stuck_after)
         kind = resolve_reduction(self.gradient_reduction, self.module, self.process_group)
         check_accumulate(self.accumulate, self.streamed_module, kind)
+        check_overlap(self.overlap, self.units, self.streamed_module)
         return kind
+
+    def overlaps(self, kind: str, parameters: Iterable[torch.Tensor], *, offloads: bool) -> bool:
+        """Tell whether updates run beside the next forward.
+
+        Gradients that others have averaged stay in `.grad`, where the next backward may write: out
+        of host memory they would be read too late.
+
+        Args:
+            kind: who averages gradients.
+            offloads: parameters in host memory are treated as if they were on a device.
+        """
+        if self.streamed_module is None or self.overlap is False:
+            return False
+        on_device = all(parameter.is_cuda for parameter in parameters)
+        if self.overlap is None:
+            return on_device
+        if kind == "external" and not (on_device or offloads):
+            warnings.warn(
+                "overlap=True has no effect where gradients in host memory are averaged by others: "
+                "let this optimizer do it (gradient_reduction='optimizer')",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            return False
+        return True
 
     def patience(self) -> Patience:
         """Return the patience with peers; the default's in place of one that `check` refuses."""
@@ -147,6 +177,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     # state on the host, and state beside the parameters.
     _offloads = False
     _updates_on_device = False
+    _backend = Backend()
 
     def _construct(self, execution: Execution, admit: Callable[[], Sequence[Fact]]) -> None:
         """Check everything, then allocate and build, or leave nothing behind. Collective.
@@ -163,6 +194,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._warned_idle = False
         self._max_norm_once: float | None = None
         self._module = module
+        self._units = execution.units
         self._core: ShardedAdam | None = None
         self._hooks: BackwardHooks | None = None
         self._indices: dict[torch.nn.Parameter, int] = {}
@@ -210,7 +242,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 num_threads=execution.num_threads,
                 module=module,
                 external=kind == "external",
+                overlaps=execution.overlaps(
+                    kind,
+                    [parameter for group in self.param_groups for parameter in group["params"]],
+                    offloads=self._offloads,
+                ),
+                backend=self._backend,
             )
+            resources.callback(self._core.close)
             self._take_in(self._core, 0)
         except BaseException:
             self._release()
@@ -297,6 +336,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self._hooks is not None:
             for state in core.states[num_buckets:]:
                 self._hooks.attach(state.parameters)
+        if core.overlaps and self._module is not None:
+            core.hook_forward(self._module, self._units)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take a further group in, at any time between steps; collective then.
@@ -307,7 +348,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self._core is None:
             self._admit_group(param_group)
             return
-        core = self._alive()
+        core = self._settled()
         num_groups = len(self.param_groups)
         try:
             together(self._membership, "add_param_group", lambda: self._admit_later(param_group))
@@ -366,6 +407,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._max_norm_once = None
         self.last_step = report
         self._stepped(report)
+        if self._optimizer_step_post_hooks or _global_optimizer_post_hooks:
+            core.synchronize()  # they run when this returns, and may read parameters
         if report.skipped:
             self.skipped_steps += 1
             logger.warning("step skipped (%d so far): %s", self.skipped_steps, _reason(report))
@@ -409,9 +452,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return nullcontext() if self._hooks is None else self._hooks.paused()
 
     def synchronize(self) -> None:
-        """Return when all parameters hold the result of the last step."""
-        # step() returns only then; the streaming executor that does not will wait here.
-        self._alive()
+        """Return when all parameters and all state hold the result of the last step.
+
+        For whatever reads parameters in another way than through the model's forward or a state
+        dict: on a device the current stream waits, so that what it is given from now on sees them.
+        Collective where `step()` leaves updates running.
+
+        Raises:
+            Exception: what an update has raised beside this thread.
+        """
+        self._settled()
 
     def busy(self, what: str) -> AbstractContextManager[None]:
         """Do work inside that may keep the other ranks waiting for longer than `stuck_after`.
@@ -427,11 +477,19 @@ class ShardedOptimizer(torch.optim.Optimizer):
         rank.
         """
         with torch.no_grad():
-            self._alive().refresh_master()
+            self._settled().refresh_master()
 
     def close(self) -> None:
-        """Take the hooks off and end the process groups. Idempotent; parameters stay usable."""
-        self._release()
+        """Take the hooks off and end the process groups. Idempotent; parameters stay usable.
+
+        Raises:
+            Exception: what an update has raised beside this thread.
+        """
+        try:
+            if self._core is not None and self._release.alive:
+                self._core.synchronize()
+        finally:
+            self._release()
 
     @property
     def num_steps(self) -> int:
@@ -459,7 +517,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def shards(self) -> Iterator[ParameterShard]:
         """Yield this rank's range of every trained parameter and its state."""
-        for state in self._alive().states:
+        for state in self._settled().states:
             yield from shards_of(state)
 
     def plain_state(self) -> dict[str, Any]:
@@ -525,6 +583,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Tensors share memory with the optimizer, as torch's do. It loads into the same rank of the
         same world; `full_state_dict` gives what loads anywhere.
         """
+        if self._core is not None:
+            self._core.synchronize()
         saved = super().state_dict()
         rank, world_size = self._share()
         saved[STATE_KEY] = {"world_size": world_size, "rank": rank, **self._further_state()}
@@ -541,7 +601,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         stand under the key "offload_adam", which torch ignores. It loads into an `OffloadAdam` of
         any world size, when every rank is given it.
         """
-        core = self._alive()
+        core = self._settled()
         whole: dict[int, dict[str, torch.Tensor]] = {}
         with torch.no_grad():
             for state in core.states:
@@ -559,7 +619,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: another world or rank, other groups, other shapes, by name.
         """
-        core = self._alive()
+        core = self._settled()
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
@@ -613,6 +673,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
             max_norm=self.max_grad_norm if self._max_norm_once is None else self._max_norm_once,
             notice=self.notice,
         )
+
+    def _settled(self) -> ShardedAdam:
+        """Return the core, when nothing of it is under way."""
+        core = self._alive()
+        core.synchronize()
+        return core
 
     def _alive(self) -> ShardedAdam:
         """Return the core of an optimizer that has not been closed."""

@@ -78,7 +78,8 @@ class Adam(ShardedOptimizer):
         decay_norms: weight decay acts on the norm layers of `module`, too.
         module: the model: it gives names and, with `use_offload`, streams gradients as they arise.
         max_grad_norm, process_group, gradient_reduction, reduce_dtype, bucket_nbytes, num_threads,
-        accumulate, pin_memory, allow_overcommit, dead_after, stuck_after: as for `OffloadAdam`.
+        accumulate, pin_memory, allow_overcommit, overlap, units, dead_after, stuck_after: as for
+            `OffloadAdam`.
         **kwargs: `use_lazy`: a sparse gradient updates only the rows it touches; `use_offload`:
             state lies sharded in host memory, instead of beside its parameter on every rank.
 
@@ -115,6 +116,8 @@ class Adam(ShardedOptimizer):
         accumulate: str | None = None,
         pin_memory: bool | None = None,
         allow_overcommit: bool = False,
+        overlap: bool | None = None,
+        units: Sequence[torch.nn.Module] | None = None,
         dead_after: float = DEAD_AFTER_S,
         stuck_after: float = STUCK_AFTER_S,
         **kwargs: Any,
@@ -132,6 +135,8 @@ class Adam(ShardedOptimizer):
             pin_memory=pin_memory,
             max_grad_norm=max_grad_norm,
             allow_overcommit=allow_overcommit,
+            overlap=overlap,
+            units=units,
             dead_after=dead_after,
             stuck_after=stuck_after,
             beside=not requested(kwargs, "use_offload"),

@@ -34,6 +34,7 @@ class Membership:
     Owns: a gloo group for control messages, and one group a device type for buckets, none of them
     shared with the user's own collectives; and the watch over the peers. A world of one owns none.
     Lifecycle: groups are opened by every rank together (`open_membership`); `release` ends them.
+    Threads: any may `wait`, each for work of its own.
     """
 
     rank: int = 0
@@ -43,7 +44,7 @@ class Membership:
     global_ranks: tuple[int, ...] = (0,)
     timeout: timedelta = timedelta(minutes=30)
     watch: PeerWatch | None = None
-    _is_broken: bool = False
+    _unfinished: set[dist.Work] = field(default_factory=set)
 
     def open_data_groups(self, device_types: Iterable[str]) -> None:
         """Open the groups for buckets on these device types that are not open yet. Collective."""
@@ -69,14 +70,23 @@ class Membership:
         """
         assert work is not None
         HERE.wait(True)
-        self._is_broken = True  # whatever ends the wait early, Ctrl-C too, leaves it so
+        # Whatever ends the wait early, Ctrl-C too, leaves its work here.
+        self._unfinished.add(work)
         try:
             while not self._is_over(work):
-                if self.watch is not None:
-                    self.watch.raise_failure()
-            self._is_broken = False
+                self.raise_failure()
+            self._unfinished.discard(work)
         finally:
             HERE.wait(False)
+
+    def raise_failure(self) -> None:
+        """Raise where a peer has failed.
+
+        Raises:
+            PeerFailedError: naming the ranks that have failed, where they were, and what to do.
+        """
+        if self.watch is not None:
+            self.watch.raise_failure()
 
     def all_reduce(self, tensor: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
         """Reduce a host tensor over the ranks, in place. Collective."""
@@ -114,7 +124,7 @@ class Membership:
         self.data = {}
         if self.watch is not None:
             self.watch.leave()
-        if self._is_broken:
+        if self._unfinished:
             _abandon(groups)
         if not dist.is_initialized():
             return

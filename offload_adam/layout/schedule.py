@@ -1,25 +1,87 @@
-"""What one step does, in which order: fixed for a layout; each step adds only masks to it."""
+"""What one step does, on which lane, and what each task waits for: a value, fixed for a layout.
+
+    lane      who works there              tasks of bucket b
+    compute   the model's own stream       GRADIENT  PACK              RELEASE          USE
+    reduce    the collective of gradients            REDUCE
+    down      copies to the host                       COPY_DOWN
+    update    the update thread                           SUM_SQUARES   UPDATE
+    up        copies to the device                                        COPY_UP
+    gather    the collective of parameters                                  GATHER
+
+Tasks of one lane run in the order in which they are issued. Between lanes nothing is ordered but by
+a wait of this schedule, or by the one agreement of the step: it comes after every SUM_SQUARES and
+before every UPDATE. Where parameters are in host memory there are no copies and no streams, and the
+same tasks run on threads.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from offload_adam.layout.flat import Bucket
 
 
-class Operation(Enum):
-    """One kind of work on one bucket."""
+class Lane(Enum):
+    """A place where tasks run one after the other."""
 
-    SUM_SQUARES = "sum_squares"
+    COMPUTE = "compute"
+    REDUCE = "reduce"
+    DOWN = "copy down"
     UPDATE = "update"
-    COPY_BACK = "copy_back"
+    UP = "copy up"
     GATHER = "gather"
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Operation(Enum):
+    """One kind of work on one bucket.
+
+    GRADIENT: backward writes the gradients, as autograd left them.
+    PACK: they are copied, end to end, into a slot of the reduction.
+    REDUCE: the slot is averaged over the ranks.
+    COPY_DOWN: this rank's shard of them lands on the host.
+    SUM_SQUARES: its block sums are taken.
+    RELEASE: `step()` is reached: the model has done its last reading of the parameters.
+    UPDATE: the shard's state and parameters are updated on the host.
+    COPY_UP: this rank's shard of the parameters goes to the device.
+    GATHER: the other ranks' shards come.
+    USE: the next forward reads the parameters.
+    """
+
+    GRADIENT = "gradient"
+    PACK = "pack"
+    REDUCE = "reduce"
+    COPY_DOWN = "copy_down"
+    SUM_SQUARES = "sum_squares"
+    RELEASE = "release"
+    UPDATE = "update"
+    COPY_UP = "copy_up"
+    GATHER = "gather"
+    USE = "use"
+
+    @property
+    def lane(self) -> Lane:
+        """Where it runs."""
+        return _LANES[self]
+
+
+_LANES = {
+    Operation.GRADIENT: Lane.COMPUTE,
+    Operation.PACK: Lane.COMPUTE,
+    Operation.REDUCE: Lane.REDUCE,
+    Operation.COPY_DOWN: Lane.DOWN,
+    Operation.SUM_SQUARES: Lane.UPDATE,
+    Operation.RELEASE: Lane.COMPUTE,
+    Operation.UPDATE: Lane.UPDATE,
+    Operation.COPY_UP: Lane.UP,
+    Operation.GATHER: Lane.GATHER,
+    Operation.USE: Lane.COMPUTE,
+}
+
+
+class Task(NamedTuple):
     """One operation on one bucket."""
 
     operation: Operation
@@ -27,31 +89,150 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
-    """The tasks of a step on both sides of its one agreement.
+class Route:
+    """Which way the gradients and parameters of one bucket take.
 
-    Before it, reduced buckets are measured in the order in which backward completes them; after it,
-    they are updated in forward order, so that the next forward can start on the first ones. The
-    reduction itself is driven by backward, not by this list.
+    reduces, gathers: over the ranks, by this optimizer.
+    offloaded: parameters live on a device and their state does not: copies go down and up.
+    staged: parameters go up from a slot of the staging ring, not from their master weights.
+    hosted: the state is in host memory, where the update thread works on it.
+    in_ring: it is reduced in a slot of a ring, and not in one of a pool that grows.
+    kind: buckets of one kind (dtype and device) share slots.
+    """
+
+    bucket: Bucket
+    reduces: bool
+    gathers: bool
+    offloaded: bool
+    staged: bool
+    hosted: bool
+    in_ring: bool
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The tasks of one step on both sides of its one agreement, and what they wait for.
+
+    before_agreement, after_agreement: every task, in an order that satisfies all waits; run as it
+        stands, it is the sequential step. Buckets leave in the order in which backward completes
+        them, and are updated in forward order, so that the next forward can start on the first.
+    waits: for each task the tasks of other lanes that must be over. A wait for a task that comes
+        later in the order is one for the previous step's. One for an UPDATE is made by the thread
+        that issues the waiting task, all others by the task's own lane.
+    reduce_slots, staging_slots: which slot of its kind's ring a bucket uses.
     """
 
     before_agreement: tuple[Task, ...]
     after_agreement: tuple[Task, ...]
+    waits: Mapping[Task, tuple[Task, ...]]
+    reduce_slots: Mapping[int, int]
+    staging_slots: Mapping[int, int]
+
+    @property
+    def forward_order(self) -> tuple[int, ...]:
+        """The buckets as the next forward needs them."""
+        return tuple(t.bucket for t in self.after_agreement if t.operation is Operation.USE)
+
+    def without(self, task: Task, waited: Task) -> Schedule:
+        """Return this schedule less one wait, to show what would go wrong."""
+        waits = dict(self.waits)
+        waits[task] = tuple(other for other in waits[task] if other != waited)
+        return Schedule(
+            self.before_agreement,
+            self.after_agreement,
+            waits,
+            self.reduce_slots,
+            self.staging_slots,
+        )
 
 
-def plan_schedule(buckets: Sequence[Bucket], *, copies_back: frozenset[int]) -> Schedule:
+def plan_schedule(
+    routes: Sequence[Route], *, num_reduce_slots: int, num_staging_slots: int
+) -> Schedule:
     """Return the schedule for these buckets.
 
     Args:
-        buckets: in the order in which backward completes them.
-        copies_back: indices of the buckets whose parameters live on a device.
+        routes: in the order in which backward completes the buckets.
+        num_reduce_slots, num_staging_slots: slots of each kind's rings.
     """
-    before = [Task(Operation.SUM_SQUARES, bucket.index) for bucket in buckets]
-    after = []
-    for bucket in reversed(buckets):
-        after.append(Task(Operation.UPDATE, bucket.index))
-        if bucket.index in copies_back:
-            after.append(Task(Operation.COPY_BACK, bucket.index))
-        if bucket.world_size > 1:
-            after.append(Task(Operation.GATHER, bucket.index))
-    return Schedule(tuple(before), tuple(after))
+    forward = routes[::-1]
+    reduce_slots, earlier_packed = _rings(
+        [route for route in routes if route.in_ring], num_reduce_slots
+    )
+    staging_slots, earlier_staged = _rings(
+        [route for route in forward if route.staged], num_staging_slots
+    )
+    before: list[Task] = []
+    after: list[Task] = []
+    waits: dict[Task, tuple[Task, ...]] = {}
+    for route in routes:
+        number = route.bucket.index
+        for operation, waited in _arrival(route, earlier_packed.get(number)):
+            before.append(Task(operation, number))
+            waits[Task(operation, number)] = tuple(waited)
+    for route in forward:
+        number = route.bucket.index
+        for operation, waited in _departure(route, earlier_staged.get(number)):
+            after.append(Task(operation, number))
+            waits[Task(operation, number)] = tuple(waited)
+    return Schedule(tuple(before), tuple(after), waits, reduce_slots, staging_slots)
+
+
+def _rings(routes: Sequence[Route], num_slots: int) -> tuple[dict[int, int], dict[int, int]]:
+    """Deal slots out in turn; return each bucket's, and the bucket that had it before.
+
+    The first buckets take slots over from the last ones of the previous step.
+    """
+    slots: dict[int, int] = {}
+    earlier: dict[int, int] = {}
+    for kind in dict.fromkeys(route.kind for route in routes):
+        members = [route.bucket.index for route in routes if route.kind == kind]
+        for position, number in enumerate(members):
+            slots[number] = position % num_slots
+            users = members[position % num_slots :: num_slots]
+            earlier[number] = users[users.index(number) - 1]
+    return slots, earlier
+
+
+def _arrival(route: Route, earlier: int | None) -> list[tuple[Operation, list[Task]]]:
+    """Return a bucket's tasks before the agreement, each with what it waits for."""
+    number = route.bucket.index
+    tasks: list[tuple[Operation, list[Task]]] = [(Operation.GRADIENT, [])]
+    source = Task(Operation.GRADIENT, number)
+    if route.reduces:
+        emptied = [] if earlier is None else [Task(Operation.COPY_DOWN, earlier)]
+        tasks.append((Operation.PACK, emptied))
+        tasks.append((Operation.REDUCE, [Task(Operation.PACK, number)]))
+        source = Task(Operation.REDUCE, number)
+    if route.offloaded:
+        # What landed for the step before has been read by its update.
+        tasks.append((Operation.COPY_DOWN, [source, Task(Operation.UPDATE, number)]))
+        source = Task(Operation.COPY_DOWN, number)
+    tasks.append((Operation.SUM_SQUARES, [source]))
+    return tasks
+
+
+def _departure(route: Route, earlier: int | None) -> list[tuple[Operation, list[Task]]]:
+    """Return a bucket's tasks after the agreement, each with what it waits for.
+
+    The copy up is issued by the thread that has made the update, and so needs no wait for it.
+    """
+    number = route.bucket.index
+    tasks: list[tuple[Operation, list[Task]]] = []
+    ready = [Task(Operation.UPDATE, number)]
+    if route.offloaded:
+        # The copy before this one reads the same slot, or the master weight where it goes up
+        # from there.
+        emptied = Task(Operation.COPY_UP, number if earlier is None else earlier)
+        tasks.append((Operation.RELEASE, []))
+        tasks.append((Operation.UPDATE, [emptied]))
+        tasks.append((Operation.COPY_UP, [Task(Operation.RELEASE, number)]))
+        ready.append(Task(Operation.COPY_UP, number))
+    else:
+        tasks.append((Operation.UPDATE, []))
+    if route.gathers:
+        tasks.append((Operation.GATHER, ready))
+        ready = [Task(Operation.GATHER, number)]
+    tasks.append((Operation.USE, ready))
+    return tasks

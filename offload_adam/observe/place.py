@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+_thread = threading.local()
 
 
 @dataclass
 class Place:
     """The training thread's place in the run, written by that thread and read by any other.
+
+    What a thread does beside it moves no place: see `beside`.
 
     step: the optimizer step that was last begun, from 1 on.
     phase: what is being done; bucket: with which bucket, None for none.
@@ -33,12 +38,36 @@ class Place:
         try:
             yield
         except BaseException:
-            self.patient = outer[2]
+            if not _is_beside():
+                self.patient = outer[2]
             raise
         self._move(*outer)
 
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Let nothing that the calling thread does inside be taken for the training thread's."""
+        _thread.is_beside = True
+        try:
+            yield
+        finally:
+            _thread.is_beside = False
+
+    @contextmanager
+    def awaiting(self, *, peers: bool) -> Iterator[None]:
+        """Wait inside for a thread beside this one, which itself waits for the other ranks."""
+        if not peers:
+            yield
+            return
+        self.wait(True)
+        try:
+            yield
+        finally:
+            self.wait(False)
+
     def wait(self, waiting: bool) -> None:
         """Begin, or end, to wait for the other ranks."""
+        if _is_beside():
+            return
         self.waiting = waiting
         self.moves += 1
 
@@ -52,8 +81,14 @@ class Place:
         self.moves += 1
 
     def _move(self, phase: str, bucket: int | None, patient: bool) -> None:
+        if _is_beside():
+            return
         self.phase, self.bucket, self.patient = phase, bucket, patient
         self.moves += 1
+
+
+def _is_beside() -> bool:
+    return getattr(_thread, "is_beside", False)
 
 
 HERE = Place()

@@ -138,11 +138,18 @@ class Stopwatch:
 
     A span is also where this process is meanwhile.
 
-    Lifecycle: one for each step; read `elapsed_s` when the step is over.
+    Lifecycle: one for each step, whose `elapsed_s` is read when the step is over; or one for what
+        runs beside the steps, of which `take` gives what has been added since.
+    Threads: several may add, each to names of its own.
     """
 
     def __init__(self) -> None:
         self.elapsed_s: dict[str, float] = {}
+
+    def take(self) -> dict[str, float]:
+        """Return the sums so far and begin anew; nothing may be adding meanwhile."""
+        taken, self.elapsed_s = self.elapsed_s, {}
+        return taken
 
     @contextmanager
     def span(self, name: str, bucket: int = NO_BUCKET) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -68,6 +69,25 @@ def check_accumulate(accumulate: str | None, module: torch.nn.Module | None, kin
             "accumulate='host' adds gradients that leave during backward: it needs module= and "
             "gradient_reduction='optimizer'. Without them .grad accumulates as always"
         )
+
+
+def check_overlap(
+    overlap: bool | None,
+    units: Sequence[torch.nn.Module] | None,
+    module: torch.nn.Module | None,
+) -> None:
+    """Refuse what only a model with hooks can do."""
+    if overlap not in (None, True, False):
+        raise TypeError(f"overlap must be a bool or None, not {overlap!r}")
+    if module is None and (overlap or units is not None):
+        name = "overlap=True" if overlap else "units="
+        raise ValueError(
+            f"{name} lets the parts of a model wait for their own parameters: it needs module= and "
+            "state in host memory"
+        )
+    for unit in units or ():
+        if not isinstance(unit, torch.nn.Module):
+            raise TypeError(f"units must be modules of module=, not {unit!r}")
 
 
 def check_max_norm(name: str, value: float | None) -> float | None:

@@ -1,136 +1,174 @@
-"""The sequential executor: one task after the other, as the schedule lists them."""
+"""What runs a schedule, and the sequential way: one task after the other, as it lists them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from offload_adam.coordinator.membership import Membership
-from offload_adam.layout.schedule import Operation, Schedule, Task
-from offload_adam.observe.place import HERE
+from offload_adam.layout.schedule import Operation, Route, Schedule, Task
 from offload_adam.observe.spans import Spans
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.gradients import BucketGradients
+from offload_adam.step.landing import Flight
 from offload_adam.step.masks import UpdateMasks
-from offload_adam.step.updates import Updates
-from offload_adam.transfer.collectives import PendingCollective, gather_shards
-from offload_adam.transfer.staging import StagingRing, record_event, wait_for_device
+from offload_adam.step.tasks import Tasks
 
 
-class SequentialExecutor:
-    """Runs the two halves of a schedule, waiting for each task before the next.
+class Executor(ABC):
+    """Runs the tasks of a schedule.
 
-    Owns: the staging rings through which 16-bit parameters go to a device.
+    Before the agreement backward drives it, bucket by bucket (`send`, `hold`); after the agreement
+    it is given the rest at once (`apply`). Both executors give the same bits.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        states: Sequence[BucketState],
-        updates: Updates,
-        membership: Membership,
-        rings: Mapping[torch.dtype, StagingRing],
+    def __init__(self, tasks: Tasks) -> None:
+        self.tasks = tasks
+
+    def extend(
+        self, states: Sequence[BucketState], routes: Sequence[Route], schedule: Schedule
     ) -> None:
-        self._schedule = schedule
-        self._states = states
-        self._updates = updates
-        self._membership = membership
-        self._rings = rings
-        self._staged: dict[int, tuple[int, torch.Tensor]] = {}
-        self._gathering: list[tuple[int, PendingCollective]] = []
+        """Take further buckets in, and routes and a schedule for all of them."""
+        self.land(wait=True)
+        self.settle()
+        self.tasks.extend(states, routes, schedule, self._wait_for_update)
 
+    @abstractmethod
+    def send(self, flight: Flight) -> None:
+        """Take over a bucket whose gradients are on their way to the host. Never waits."""
+
+    @abstractmethod
+    def hold(self, number: int, gradients: BucketGradients) -> None:
+        """Hear that a bucket's gradients are read where autograd left them. Never waits."""
+
+    @abstractmethod
+    def land(self, *, wait: bool) -> None:
+        """Land, in order, the flights that have come; with `wait` all of them."""
+
+    @abstractmethod
     def sum_of_squares(self, gradients: Sequence[BucketGradients]) -> float:
-        """Return this rank's sum of squares in float64, bucket by bucket as scheduled."""
-        total = 0.0
-        for task in self._schedule.before_agreement:
-            if task.operation is Operation.SUM_SQUARES:
-                state = self._states[task.bucket]
-                total += self._updates.of(state).sum_of_squares(state, gradients[task.bucket])
-        return total
+        """Return this rank's sum of squares in float64, added up bucket by bucket as scheduled."""
 
+    @abstractmethod
     def non_finite_indices(self, gradients: Sequence[BucketGradients]) -> npt.NDArray[np.int64]:
         """Return the indices of parameters whose gradient, in this rank's shard, is not finite."""
-        found = [np.zeros(0, dtype=np.int64)]
-        for state, bucket_gradients in zip(self._states, gradients, strict=True):
-            update = self._updates.of(state)
-            if not math.isfinite(update.sum_of_squares(state, bucket_gradients)):
-                positions = update.non_finite_positions(state, bucket_gradients)
-                found.append(state.indices[positions])
-            found.append(state.indices[bucket_gradients.non_finite_rows()])
-        return np.concatenate(found)
+
+    @abstractmethod
+    def apply(self, gradients: Sequence[BucketGradients], masks: UpdateMasks, spans: Spans) -> None:
+        """Update, copy up and gather every bucket that has an active parameter."""
+
+    @property
+    @abstractmethod
+    def is_pending(self) -> bool:
+        """Whether some parameters may not be read yet."""
+
+    @abstractmethod
+    def need(self, buckets: Collection[int]) -> None:
+        """Return when these buckets' parameters may be read. By the model's own thread.
+
+        On a device the stream waits, not the host, for what has been issued.
+        """
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Return when all parameters may be read, and no update is under way.
+
+        Raises:
+            Exception: what an update has raised.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End what runs beside the caller. Idempotent."""
+
+    @abstractmethod
+    def _wait_for_update(self, task: Task) -> None:
+        """Block until an update that runs beside the caller is over."""
+
+
+class SequentialExecutor(Executor):
+    """Runs the two halves of a schedule on the calling thread."""
+
+    def __init__(self, tasks: Tasks) -> None:
+        super().__init__(tasks)
+        self._in_flight: deque[Flight] = deque()
+
+    def send(self, flight: Flight) -> None:
+        """Queue it, and land those that have come meanwhile."""
+        self.tasks.depart(flight)
+        self._in_flight.append(flight)
+        self.land(wait=False)
+
+    def hold(self, number: int, gradients: BucketGradients) -> None:
+        """Leave the sum for the step."""
+
+    def land(self, *, wait: bool) -> None:
+        """Land in the order of departure."""
+        while self._in_flight and (wait or self._in_flight[0].is_ready()):
+            self.tasks.land(self._in_flight.popleft())
+
+    def sum_of_squares(self, gradients: Sequence[BucketGradients]) -> float:
+        """Take the sums now, one bucket after the other."""
+        return sum_as_scheduled(self.tasks, gradients)
+
+    def non_finite_indices(self, gradients: Sequence[BucketGradients]) -> npt.NDArray[np.int64]:
+        """Look now, one bucket after the other."""
+        return find_non_finite(self.tasks, range(len(gradients)), gradients)
 
     def apply(self, gradients: Sequence[BucketGradients], masks: UpdateMasks, spans: Spans) -> None:
-        """Update, copy back and gather every bucket that has an active parameter."""
-        for task in self._schedule.after_agreement:
-            state = self._states[task.bucket]
+        """Run the second half, and return when it is done."""
+        self.tasks.release()
+        for operation, number in self.tasks.schedule.after_agreement:
+            state = self.tasks.states[number]
             active = masks.active[state.indices]
-            if not active.any() or state.layout.numel == 0:
-                if task.operation is Operation.UPDATE:
+            if is_idle(state, active):
+                if operation is Operation.UPDATE:
                     masks.count(state, active)
-                continue
-            self._run(task, state, gradients[task.bucket], active, masks, spans)
-        with spans.span("gather"):
-            for bucket, pending in self._gathering:
-                with HERE.at("gather", bucket):
-                    pending.wait(self._membership)
-            self._gathering.clear()
-            wait_for_device({state.device for state in self._states if state.offloaded})
+            elif operation is Operation.UPDATE:
+                self.tasks.update(number, gradients[number], active, masks, spans)
+            elif operation is Operation.GATHER:
+                self.tasks.gather(number, spans)
+        for number in self.tasks.schedule.forward_order:
+            self.tasks.use(number, spans)
 
-    def _run(
-        self,
-        task: Task,
-        state: BucketState,
-        gradients: BucketGradients,
-        active: npt.NDArray[np.bool_],
-        masks: UpdateMasks,
-        spans: Spans,
-    ) -> None:
-        if task.operation is Operation.UPDATE:
-            with spans.span("update", task.bucket):
-                rounded = self._target(state)
-                self._updates.of(state).update(state, gradients, active, masks, rounded)
-        elif task.operation is Operation.COPY_BACK:
-            with spans.span("copy up", task.bucket):
-                self._copy_back(state, active)
-        elif task.operation is Operation.GATHER:
-            with spans.span("gather", task.bucket):
-                pending = gather_shards(
-                    state.flat,
-                    self._membership.data_group(state.device),
-                    self._membership.rank,
-                    self._membership.world_size,
-                )
-                self._gathering.append((task.bucket, pending))
+    @property
+    def is_pending(self) -> bool:
+        """Nothing ever is when `apply` has returned."""
+        return False
 
-    def _target(self, state: BucketState) -> torch.Tensor | None:
-        """Return where the kernel writes the rounded parameters, None for an fp32 bucket."""
-        if state.dtype == torch.float32:
-            return None
-        if not state.offloaded:
-            return state.shard
-        slot = self._rings[state.dtype].acquire(state.layout.shard_numel)
-        self._staged[state.layout.index] = slot
-        return slot[1]
+    def need(self, buckets: Collection[int]) -> None:
+        """Return: they may be read."""
 
-    def _copy_back(self, state: BucketState, active: npt.NDArray[np.bool_]) -> None:
-        """Copy the updated parameters of this shard to the device."""
-        staged = self._staged.pop(state.layout.index, None)
-        source = state.planes.master_weight if staged is None else staged[1]
-        for start, end in _runs(state, active):
-            state.shard[start:end].copy_(source[start:end], non_blocking=True)
-        if staged is not None:
-            self._rings[state.dtype].copied(staged[0], record_event(state.device))
+    def settle(self) -> None:
+        """Return: all may be read."""
+
+    def close(self) -> None:
+        """Return: nothing runs beside the caller."""
+
+    def _wait_for_update(self, task: Task) -> None:
+        """Return: the calling thread has made it."""
 
 
-def _runs(state: BucketState, active: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """Return the stretches of the shard that hold active parameters; one where all are."""
-    if active.all():
-        return [(0, state.layout.shard_numel)]
-    segments = state.segments
-    chosen = active[segments.positions]
-    starts, numels = segments.shard_starts[chosen], segments.numels[chosen]
-    return [(int(start), int(start + numel)) for start, numel in zip(starts, numels, strict=True)]
+def is_idle(state: BucketState, active: npt.NDArray[np.bool_]) -> bool:
+    """Tell whether a step leaves a bucket as it is: no active parameter, or no element."""
+    return not active.any() or state.layout.numel == 0
+
+
+def sum_as_scheduled(tasks: Tasks, gradients: Sequence[BucketGradients]) -> float:
+    """Add up the buckets' sums of squares in one order, whenever each was taken."""
+    total = 0.0
+    for operation, number in tasks.schedule.before_agreement:
+        if operation is Operation.SUM_SQUARES:
+            total += tasks.sum_of_squares(number, gradients[number])
+    return total
+
+
+def find_non_finite(
+    tasks: Tasks, buckets: Iterable[int], gradients: Sequence[BucketGradients]
+) -> npt.NDArray[np.int64]:
+    """Return the indices of these buckets' parameters whose gradient here is not finite."""
+    found = [tasks.non_finite(number, gradients[number]) for number in buckets]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *found])

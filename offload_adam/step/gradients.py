@@ -46,6 +46,7 @@ class BucketGradients:
         dense: which parameters had a dense gradient on this rank.
         local_rows: sparse gradients of this rank, by position, still to be averaged.
         rows: those that are final.
+        squares: the sum of squares of the dense ones in this rank's shard, None until it is taken.
     """
 
     def __init__(self, state: BucketState) -> None:
@@ -54,6 +55,7 @@ class BucketGradients:
         self._addresses = np.zeros(len(state.parameters), dtype=np.int64)
         self._landed: torch.Tensor | None = None
         self._complete = False
+        self.squares: float | None = None
         self.local_rows: dict[int, GradientRows] = {}
         self.rows: dict[int, GradientRows] = {}
 
@@ -75,6 +77,7 @@ class BucketGradients:
         """Keep these gradients until the step is over, beside any that are held."""
         addresses = np.array(found.addresses, dtype=np.int64)
         arrived = np.array([tensor is not None for tensor in found.tensors], dtype=np.bool_)
+        self.squares = None
         self._held.append(found)
         self._addresses[arrived] = addresses[arrived]
         self.dense |= arrived
@@ -114,14 +117,18 @@ class BucketGradients:
         """Return the positions of sparse gradients with a value that is not finite."""
         return [p for p, rows in self.rows.items() if not torch.isfinite(rows.values).all()]
 
-    def land(self, shard: torch.Tensor, present: npt.NDArray[np.bool_], *, complete: bool) -> None:
-        """Take this rank's shard of the bucket, on the host, with the parameters `present` here.
+    def expect(self, present: npt.NDArray[np.bool_]) -> None:
+        """Hear which parameters had a dense gradient on this rank in a bucket that is leaving."""
+        self.dense |= present
+
+    def land(self, shard: torch.Tensor, *, complete: bool) -> None:
+        """Take this rank's shard of the bucket, where it has landed.
 
         complete: the shard has zeros where this rank had no gradient.
         """
+        self.squares = None
         self._landed = shard
         self._complete = complete
-        self.dense |= present
 
     def tables(self, state: BucketState, active: npt.NDArray[np.bool_]) -> Iterator[SegmentTable]:
         """Yield the segments of `active` parameters, one table for each gradient format.

@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from operator import attrgetter, itemgetter
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from offload_adam.coordinator.agreement import largest_on_any_rank
 from offload_adam.coordinator.membership import Membership
-from offload_adam.observe.place import HERE
-from offload_adam.observe.spans import span
 from offload_adam.parameters.gradients import GradientsInPlace, in_memory_order
 from offload_adam.step.bucket_state import BucketState
+from offload_adam.step.executor import Executor
 from offload_adam.step.gradients import BucketGradients
+from offload_adam.step.landing import Flight, Piece, local_pieces
 from offload_adam.step.row_exchange import RowExchange
-from offload_adam.transfer.collectives import PendingCollective, mean_over_ranks
 from offload_adam.transfer.slots import SlotPool
-from offload_adam.transfer.staging import wait_for_device
 
 _grad = attrgetter("grad")
-
-
-class _InFlight(NamedTuple):
-    """A bucket on its way; `adds` to what an earlier backward of this step has landed."""
-
-    state: BucketState
-    pending: PendingCollective
-    present: npt.NDArray[np.bool_]
-    adds: bool
 
 
 class _Arrivals:
@@ -67,8 +53,8 @@ class GradientReduction:
     zeros. Without hooks, `finish` does all of it inside `step()`. One reduced backward a step is
     the rule; with `accumulates` a further one adds in fp32 to what has landed.
 
-    Owns: the slots in which buckets are reduced, and this step's `BucketGradients`.
-    Lifecycle: `reset` after each step, and from `zero_grad`.
+    Owns: the slots in which buckets in host memory are reduced, and this step's `BucketGradients`.
+    Lifecycle: `bind` once; `reset` after each step, and from `zero_grad`.
 
     Args:
         reduces: ranks' gradients are averaged here; otherwise `.grad` is final as it stands.
@@ -94,20 +80,44 @@ class GradientReduction:
         self._accumulates = accumulates
         self._reduce_dtype = reduce_dtype
         self._rows = RowExchange(membership) if takes_rows and self._reduces else None
-        self._slots = SlotPool()
+        self.slots = SlotPool()
         self._states: list[BucketState] = []
         self._place_of: dict[int, tuple[int, int]] = {}
-        self._in_flight: deque[_InFlight] = deque()
+        self._executor: Executor | None = None
         self._next = 0
         self._num_rounds = 0
         self._begun = False
         self._arrivals: list[_Arrivals] = []
         self.gradients: list[BucketGradients] = []
 
+    def bind(self, executor: Executor) -> None:
+        """Hand every bucket that leaves over to this executor."""
+        self._executor = executor
+
+    @property
+    def executor(self) -> Executor:
+        """What takes buckets over."""
+        assert self._executor is not None
+        return self._executor
+
     @property
     def slot_nbytes(self) -> Mapping[torch.device, int]:
-        """Bytes of the slots in which buckets are reduced, by device."""
-        return self._slots.nbytes
+        """Bytes of the slots in which buckets in host memory are reduced, by device."""
+        return self.slots.nbytes
+
+    @property
+    def reduces(self) -> bool:
+        """Whether gradients are averaged over several ranks here."""
+        return self._reduces
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether several backwards of a step add up where they land."""
+        return self._accumulates
+
+    def arrival_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype in which gradients of such parameters reach the host."""
+        return self._reduce_dtype or dtype if self._reduces else dtype
 
     def landed_dtype(self, dtype: torch.dtype, offloaded: bool) -> torch.dtype | None:
         """Return the dtype in which gradients of such parameters land, None where they stay put."""
@@ -126,8 +136,8 @@ class GradientReduction:
             for position, parameter in enumerate(state.parameters):
                 self._place_of[id(parameter)] = (state.layout.index, position)
             if self._reduces:
-                dtype = self._reduce_dtype or state.dtype
-                self._slots.reserve(state.layout.numel, dtype, state.device)
+                dtype = self.arrival_dtype(state.dtype)
+                self.slots.reserve(state.layout.numel, dtype, state.device)
 
     def gradients_ready(self, parameters: Sequence[torch.Tensor]) -> None:
         """Take gradients in the order of their arrival, and send off every bucket that is complete.
@@ -136,6 +146,10 @@ class GradientReduction:
             ValueError: a second reduced backward (or a parameter shared by reentrant checkpoints),
                 and no room was reserved to add to what has left.
         """
+        if not self._begun:
+            # Parameters that no forward has read may still be on their way, and landed gradients
+            # still be read by their update.
+            self.executor.settle()
         self._begun = True
         places = [self._place_of[id(parameter)] for parameter in parameters]
         for number, members in groupby(places, key=itemgetter(0)):
@@ -171,7 +185,7 @@ class GradientReduction:
             while self._num_rounds < most:
                 self._open_round()
                 failure = self._send_rest() or failure
-        self._land_all()
+        self.executor.land(wait=True)
         rows_failure = self._finish_rows()
         return failure or rows_failure
 
@@ -229,9 +243,9 @@ class GradientReduction:
         It may have raised on this rank alone, and the others wait for all of its buckets.
         """
         unfinished = self._next < len(self._states) and (self._begun or self._next > 0)
-        if self._in_flight or unfinished:
+        if unfinished:
             self._send_rest()
-            self._land_all()
+        self.executor.land(wait=True)
         self._begun = False
         self._next = 0
         self._num_rounds = 0
@@ -271,13 +285,10 @@ class GradientReduction:
                 self._send_next()
             except (TypeError, ValueError) as error:
                 failure = failure or error
-            self._retire(wait=not self.streams)
+            # What is added to what has landed is not copied at once, as slots of a ring must be.
+            late = self._num_rounds > 0 and not self._accumulates
+            self.executor.land(wait=late or not self.streams)
         return failure
-
-    def _land_all(self) -> None:
-        """Wait until everything that was sent has landed."""
-        self._retire(wait=True)
-        wait_for_device({state.device for state in self._states if state.offloaded})
 
     def _send_next(self) -> None:
         """Take the next bucket's gradients out of `.grad` and start them on their way."""
@@ -296,11 +307,11 @@ class GradientReduction:
         self.gradients[number].add_rows(found)
         if self._reduces:
             self._start_reduction(state, found.tensors)
-            self._retire(wait=False)
         elif state.planes.landed_gradient is None:
             self.gradients[number].hold(found)
+            self.executor.hold(number, self.gradients[number])
         else:
-            self._land_directly(number, found.tensors)
+            self._land_directly(state, found.tensors)
 
     def _read(self, state: BucketState) -> GradientsInPlace:
         found = None if self._rows is None else self._rows.take(state.layout.index)
@@ -308,78 +319,40 @@ class GradientReduction:
 
     def _start_reduction(self, state: BucketState, gradients: list[torch.Tensor | None]) -> None:
         """Pack a bucket, zeros for what is missing, and start its mean over the ranks."""
+        number = state.layout.index
         present = np.array([gradient is not None for gradient in gradients], dtype=np.bool_)
         idle = self._rows is not None and self._rows.is_without_dense(state)
+        self.gradients[number].expect(present)
         if state.layout.numel == 0 or idle:
-            self.gradients[state.layout.index].dense |= present
             return
-        dtype = self._reduce_dtype or state.dtype
-        with span("pack", state.layout.index):
-            slot = self._pack(state, dtype, gradients)
-        pending = mean_over_ranks(
-            slot,
-            self._membership.data_group(state.device),
-            state.layout.shard_bounds(state.rank),
-        )
-        self._in_flight.append(_InFlight(state, pending, present, self._num_rounds > 0))
-
-    def _pack(
-        self, state: BucketState, dtype: torch.dtype, gradients: list[torch.Tensor | None]
-    ) -> torch.Tensor:
-        """Return a slot with a bucket's gradients, zeros for what is missing."""
-        slot = self._slots.acquire(state.layout.numel, dtype, state.device)
-        sources, targets = [], []
+        slot, pooled = self._slot(state)
+        sources, targets, holes = [], [], []
         for placed, gradient in zip(state.layout.placements, gradients, strict=True):
             part = slot[placed.start : placed.end]
             if gradient is None:
-                part.zero_()
+                holes.append(part)
             elif placed.numel > 0:
                 sources.append(in_memory_order(gradient))
                 targets.append(part)
-        if sources:
-            torch._foreach_copy_(targets, sources)
-        return slot
+        pending = self.executor.tasks.reduce(number, slot, sources, targets, holes)
+        pieces = [Piece(pending.shard, 0, self._num_rounds > 0)]
+        self.executor.send(Flight(state, self.gradients[number], pieces, True, pending, pooled))
 
-    def _retire(self, *, wait: bool) -> None:
-        """Land, in order, buckets whose reduction is over; with `wait` all of them."""
-        while self._in_flight and (wait or self._in_flight[0].pending.is_completed()):
-            state, pending, present, adds = self._in_flight.popleft()
-            index = state.layout.index
-            with HERE.at("reduce", index), span("reduce", index):
-                pending.wait(self._membership)
-            landed = state.planes.landed_gradient
-            assert landed is not None
-            with span("copy down", state.layout.index):
-                if adds:
-                    landed.add_(pending.shard.to(landed.device))
-                else:
-                    landed.copy_(pending.shard)
-            self.gradients[state.layout.index].land(landed, present, complete=True)
-            self._slots.release(pending.buffer)
+    def _slot(self, state: BucketState) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return memory for a bucket's reduction, and what of it goes back to the pool."""
+        dtype = self.arrival_dtype(state.dtype)
+        if self.executor.tasks.routes[state.layout.index].in_ring:
+            return self.executor.tasks.reduction_slot(state.layout.index, dtype), None
+        slot = self.slots.acquire(state.layout.numel, dtype, state.device)
+        return slot, slot
 
-    def _land_directly(self, number: int, gradients: list[torch.Tensor | None]) -> None:
+    def _land_directly(self, state: BucketState, gradients: list[torch.Tensor | None]) -> None:
         """Copy (or add) this rank's segments of gradients that need no reduction."""
-        state = self._states[number]
-        landed = state.planes.landed_gradient
-        assert landed is not None
-        arrived = self.gradients[number].dense
-        segments = state.segments
-        rows = zip(
-            segments.positions.tolist(),
-            segments.parameter_starts.tolist(),
-            segments.shard_starts.tolist(),
-            segments.numels.tolist(),
-            strict=True,
-        )
-        for position, parameter_start, shard_start, numel in rows:
-            gradient = gradients[position]
-            if gradient is None:
-                continue
-            source = in_memory_order(gradient)[parameter_start : parameter_start + numel]
-            target = landed[shard_start : shard_start + numel]
-            if arrived[position]:
-                target.add_(source.to(target.device))
-            else:
-                target.copy_(source, non_blocking=True)
+        number = state.layout.index
+        given = self.gradients[number]
+        pieces = local_pieces(state, gradients, given.dense)
         present = np.array([gradient is not None for gradient in gradients], dtype=np.bool_)
-        self.gradients[number].land(landed, present, complete=False)
+        given.expect(present)
+        if pieces:
+            self.executor.tasks.gradient(number)
+            self.executor.send(Flight(state, given, pieces, False))

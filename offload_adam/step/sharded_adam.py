@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,20 +14,24 @@ import torch
 from offload_adam.coordinator.agreement import Agreement, Findings, Notice, agree, flags_on_any_rank
 from offload_adam.coordinator.membership import Membership
 from offload_adam.kernels.scalars import Hyperparameters
-from offload_adam.layout.schedule import plan_schedule
+from offload_adam.layout.schedule import Route, plan_schedule
 from offload_adam.memory.arena import HostArena
 from offload_adam.observe.place import HERE
 from offload_adam.observe.spans import NullSpans, Spans, Stopwatch
+from offload_adam.parameters.forward_hooks import ForwardHooks
 from offload_adam.parameters.selection import Named, NewParameter
 from offload_adam.parameters.watch import VersionWatch
+from offload_adam.step.backend import Backend
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.clipping import Decision, decide
 from offload_adam.step.construction import Placing, build_states
-from offload_adam.step.executor import SequentialExecutor
+from offload_adam.step.executor import Executor, SequentialExecutor
 from offload_adam.step.following import follow
 from offload_adam.step.gradients import BucketGradients
+from offload_adam.step.landing import Landing
 from offload_adam.step.ledger import LedgerEntry, bucket_entries
 from offload_adam.step.masks import UpdateMasks
+from offload_adam.step.overlapped import OverlappedExecutor
 from offload_adam.step.reduction import GradientReduction
 from offload_adam.step.refusals import (
     refuse_disagreement,
@@ -35,8 +39,10 @@ from offload_adam.step.refusals import (
     refuse_unfrozen,
 )
 from offload_adam.step.report import StepReport
+from offload_adam.step.tasks import Tasks
 from offload_adam.step.updates import Updates
-from offload_adam.transfer.staging import StagingRing
+from offload_adam.transfer.rings import NUM_REDUCE_SLOTS, NUM_STAGING_SLOTS, Rings
+from offload_adam.transfer.streams import StreamsByDevice
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +78,7 @@ class StepInputs:
 class ShardedAdam:
     """This rank's shard of the Adam state, and the step that all ranks take together.
 
-    Owns: all bucket states, the version watch, the block sums and the staging rings.
+    Owns: all bucket states, the version watch, the block sums, the rings and the executor.
     Lifecycle: `extend` for every set of parameters, `step` any number of times.
     """
 
@@ -85,7 +91,15 @@ class ShardedAdam:
         num_threads: int | None,
         module: torch.nn.Module | None,
         external: bool,
+        overlaps: bool,
+        backend: Backend,
     ) -> None:
+        """Begin without parameters.
+
+        Args:
+            overlaps: `step` returns before the updates are over; `executor` tells when they are.
+            backend: what all of it runs on.
+        """
         self.membership = membership
         self.num_steps = 0
         self.reduction = reduction
@@ -94,9 +108,18 @@ class ShardedAdam:
         self._placing = placing
         self._watch = VersionWatch(module)
         self._external = external
+        self.overlaps = overlaps
         self._updates = Updates(num_threads)
         self._arenas: list[HostArena] = []
-        self._rings: dict[torch.dtype, StagingRing] = {}
+        self._beside_steps = Stopwatch()
+        self._landing = Landing(
+            membership, reduction.slots, lands_pinned=placing.pin, make_arena=self._make_buffer
+        )
+        self._rings = Rings(self._make_buffer)
+        self._streams = StreamsByDevice(backend.make_streams)
+        self.executor = self._make_executor(overlaps, backend)
+        self.forward_hooks: ForwardHooks | None = None
+        reduction.bind(self.executor)
         self._places: list[tuple[int, int]] = []
         self._frozen: list[Named] = []
         self._names: list[str] = []
@@ -129,23 +152,98 @@ class ShardedAdam:
         for state in states:
             for position, index in enumerate(state.indices.tolist()):
                 self._places[index] = (state.layout.index, position)
-        self._make_rings()
         self.reduction.extend(states)
-        offloaded = frozenset(state.layout.index for state in self.states if state.offloaded)
-        schedule = plan_schedule([state.layout for state in self.states], copies_back=offloaded)
-        self._executor = SequentialExecutor(
-            schedule, self.states, self._updates, self.membership, self._rings
-        )
+        self._make_schedule(states)
         self._watch.extend([item.name for item in new], [item.parameter for item in new])
+
+    def _make_executor(self, overlaps: bool, backend: Backend) -> Executor:
+        collectives = backend.make_collectives(self.membership)
+        tasks = Tasks(
+            self.membership, self._updates, collectives, self._streams, self._landing, self._rings
+        )
+        if not overlaps:
+            return SequentialExecutor(tasks)
+        worker = backend.make_worker()
+        return OverlappedExecutor(tasks, worker, self.membership, self._beside_steps)
+
+    def _make_schedule(self, new: Sequence[BucketState]) -> None:
+        """Plan the schedule of all buckets, and make what new ones need for it."""
+        routes = [self._route(state) for state in self.states]
+        schedule = plan_schedule(
+            routes, num_reduce_slots=NUM_REDUCE_SLOTS, num_staging_slots=NUM_STAGING_SLOTS
+        )
+        for state, route in zip(self.states, routes, strict=True):
+            arrives = self.reduction.arrival_dtype(state.dtype)
+            if route.in_ring:
+                self._rings.fit_reduction(arrives, state.device, state.layout.numel)
+            elif state.offloaded and self._streams.of(state.device).is_asynchronous:
+                self._landing.reserve(state, arrives)
+            if route.staged:
+                self._rings.fit_staging(state.dtype, state.layout.shard_numel)
+        self.host_nbytes["staging"] = self._rings.staging_nbytes + self._landing.nbytes
+        self.executor.extend(new, routes, schedule)
+
+    def _route(self, state: BucketState) -> Route:
+        layout = state.layout
+        arrives = self.reduction.arrival_dtype(state.dtype)
+        reduces = self.reduction.reduces and layout.numel > 0
+        # A slot of a ring is emptied by a copy that is issued at once: the next bucket that uses it
+        # could not wait for any other.
+        at_once = (
+            state.offloaded
+            and self._streams.of(state.device).is_asynchronous
+            and self._landing.goes_straight(state, arrives, adds=self.reduction.accumulates)
+        )
+        return Route(
+            layout,
+            reduces=reduces,
+            gathers=layout.world_size > 1 and layout.numel > 0,
+            offloaded=state.offloaded,
+            staged=state.offloaded and state.dtype != torch.float32,
+            hosted=state.hosted,
+            in_ring=reduces and at_once,
+            kind=f"{state.dtype}@{state.device}",
+        )
+
+    def _make_buffer(self, nbytes: int) -> HostArena:
+        """Return host memory for copies."""
+        arena = HostArena(nbytes, pin=self._placing.pin)
+        self._arenas.append(arena)
+        return arena
 
     def ledger(self) -> list[LedgerEntry]:
         """Return who holds which bytes now, on the host and on devices."""
         entries = [entry for state in self.states for entry in bucket_entries(state)]
         shared = {k: n for k, n in self.host_nbytes.items() if k != "state"}
         entries += [LedgerEntry(name, None, "cpu", nbytes) for name, nbytes in shared.items()]
-        slots = list(self.reduction.slot_nbytes.items())
+        slots = [*self.reduction.slot_nbytes.items(), *self._rings.reduction_nbytes.items()]
         entries += [LedgerEntry("slots", None, str(device), nbytes) for device, nbytes in slots]
         return entries
+
+    def hook_forward(
+        self, module: torch.nn.Module, units: Sequence[torch.nn.Module] | None
+    ) -> None:
+        """Let the forward of this model wait for its parameters, part by part.
+
+        Args:
+            units: the parts, None for the children of every ModuleList.
+        """
+        if self.forward_hooks is None:
+            self.forward_hooks = ForwardHooks(module, self.executor, units)
+        places = zip(self._parameters, self._places, strict=True)
+        self.forward_hooks.attach({parameter: bucket for parameter, (bucket, _) in places})
+
+    def synchronize(self) -> None:
+        """Return when all parameters and all state hold the result of the last step."""
+        if self.forward_hooks is not None:
+            self.forward_hooks.settle()
+        self.executor.settle()
+
+    def close(self) -> None:
+        """End what runs beside the caller, and take hooks off the model. Idempotent."""
+        if self.forward_hooks is not None:
+            self.forward_hooks.remove()
+        self.executor.close()
 
     def named_parameters(self) -> list[Named]:
         """Return every parameter that has state, with its name."""
@@ -166,6 +264,10 @@ class ShardedAdam:
         """
         stopwatch = Stopwatch()
         HERE.begin_step(self.num_steps + 1)
+        if self.forward_hooks is not None:
+            self.forward_hooks.step_begins()
+        self.executor.settle()
+        beside = self._beside_steps.take()
         agreement, changed = self._agree(inputs, stopwatch)
         decision = decide(agreement, inputs.max_norm)
         non_finite: tuple[str, ...] = ()
@@ -174,6 +276,8 @@ class ShardedAdam:
         else:
             self._apply(inputs, agreement, decision, changed, stopwatch)
         self.reduction.reset()
+        if self.forward_hooks is not None:
+            self.forward_hooks.step_ended()
         self.num_steps += 1
         return StepReport(
             decision.total_norm,
@@ -181,7 +285,7 @@ class ShardedAdam:
             decision.skip,
             0 if decision.skip else int((agreement.present_counts > 0).sum()),
             non_finite,
-            stopwatch.elapsed_s,
+            _added(beside, stopwatch.elapsed_s),
             agreement.notice,
         )
 
@@ -228,6 +332,7 @@ class ShardedAdam:
                 refuse_unfrozen(self._frozen)
                 late = self.reduction.has_late_gradients()
                 changed = self._watch.changed()
+                self._refuse_unready()
                 for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
                     present[state.indices] = gradients.present
                     self._updates.of(state).reserve(state, gradients, lazy=inputs.lazy)
@@ -252,6 +357,13 @@ class ShardedAdam:
         with spans.span("agree"):
             return agree(self.membership, findings), changed, failure
 
+    def _refuse_unready(self) -> None:
+        """Refuse gradients of a forward that did not wait for its parameters."""
+        if self.forward_hooks is not None:
+            given = zip(self.states, self.reduction.gradients, strict=True)
+            brought = [state.layout.index for state, gradients in given if gradients.present.any()]
+            self.forward_hooks.check(brought, lambda number: self.states[number].names[0])
+
     def _sum_of_squares(self) -> float:
         """Return this rank's share of the sum; not finite if one of its gradients is not.
 
@@ -259,7 +371,7 @@ class ShardedAdam:
         state lies beside its parameter.
         """
         gradients = self.reduction.gradients
-        dense = self._executor.sum_of_squares(gradients)
+        dense = self.executor.sum_of_squares(gradients)
         rows = sum(map(BucketGradients.rows_sum_of_squares, gradients))
         if not math.isfinite(dense + rows):
             return math.nan
@@ -284,7 +396,7 @@ class ShardedAdam:
         # Our writes go through the flat bucket: autograd's check against stale graphs must see
         # them. Counted before they happen, while `changed()` has the parameters in the cache.
         self._watch.count_writes(active)
-        self._executor.apply(self.reduction.gradients, masks, spans)
+        self.executor.apply(self.reduction.gradients, masks, spans)
 
     def _follow(self, changed: Sequence[int]) -> None:
         positions: dict[int, set[int]] = {}
@@ -299,18 +411,12 @@ class ShardedAdam:
         if not agreement.non_finite:
             return ()
         flags = torch.zeros(len(self._parameters), dtype=torch.bool)
-        found = self._executor.non_finite_indices(self.reduction.gradients)
+        found = self.executor.non_finite_indices(self.reduction.gradients)
         flags[torch.from_numpy(found)] = True
         flags = flags_on_any_rank(self.membership, flags)
         return tuple(self._names[index] for index in torch.nonzero(flags).flatten().tolist())
 
-    def _make_rings(self) -> None:
-        """Make the staging rings large enough for every shard that goes to a device."""
-        for state in self.states:
-            numel = state.layout.shard_numel
-            if not state.offloaded or state.dtype == torch.float32:
-                continue
-            ring = self._rings.get(state.dtype)
-            if ring is None or ring.numel < numel:
-                self._rings[state.dtype] = StagingRing(numel, state.dtype, pin=self._placing.pin)
-        self.host_nbytes["staging"] = sum(ring.nbytes for ring in self._rings.values())
+
+def _added(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    """Return the sums of both by name."""
+    return {name: first.get(name, 0.0) + second.get(name, 0.0) for name in {**first, **second}}

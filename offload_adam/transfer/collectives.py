@@ -1,17 +1,21 @@
 """The two collectives on a bucket: mean of the gradients, and all-gather of the parameters.
 
-All are issued by the thread that runs backward or `step()`, in one order on every rank, on a
-process group that nobody else uses.
+All are issued by the thread that runs forward, backward or `step()`, in one order on every rank, on
+a process group that nobody else uses.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from offload_adam.coordinator.membership import Membership
+from offload_adam.layout.schedule import Lane
+from offload_adam.transfer.streams import Streams
 
 # The `*_single` names replace the `*_tensor` ones from torch 2.13 on; 2.11 has only the latter.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -22,66 +26,105 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 class PendingCollective:
     """A collective in flight, the memory it works on, and where this rank's part will lie.
 
-    Holding `buffer` keeps the memory alive until the work is done.
+    Holding `buffer` keeps the memory alive until the work is done. `work` is None where a lane of a
+    device waits for it: whoever waits for the lane needs no more.
     """
 
-    work: dist.Work
+    work: dist.Work | None
     buffer: torch.Tensor
     shard: torch.Tensor
 
     def is_completed(self) -> bool:
-        """Tell, without waiting, whether `shard` may be read."""
-        return bool(self.work.is_completed())
+        """Tell, without waiting, whether the host has nothing to wait for."""
+        return self.work is None or bool(self.work.is_completed())
 
     def wait(self, membership: Membership) -> None:
-        """Wait for the collective, as long as all peers live; on a device only its stream waits.
+        """Block until a collective on host memory is over, as long as all peers live.
 
         Raises:
             PeerFailedError: naming the ranks that have failed.
         """
-        if self.buffer.device.type == "cpu":
+        if self.work is not None:
             membership.wait(self.work)
-        else:
-            self.work.wait()
 
 
-def mean_over_ranks(
-    buffer: torch.Tensor, group: dist.ProcessGroup, part: tuple[int, int]
+class Collectives(Protocol):
+    """What runs the collectives of one optimizer."""
+
+    def mean(
+        self, streams: Streams, buffer: torch.Tensor, part: tuple[int, int]
+    ) -> PendingCollective:
+        """Start averaging a bucket's gradients; return where this rank's part appears.
+
+        Args:
+            buffer: (numel,) gradients of the bucket in the reduce dtype; overwritten.
+            part: the range [start, end) that this rank needs: its shard, or the whole.
+        """
+        ...
+
+    def gather(self, streams: Streams, flat: torch.Tensor) -> PendingCollective:
+        """Start gathering every rank's shard of a bucket's parameters, in place.
+
+        Args:
+            flat: (numel,) the bucket; this rank's shard of it is up to date.
+        """
+        ...
+
+
+class GroupCollectives:
+    """The collectives of torch.distributed on the groups of a membership."""
+
+    def __init__(self, membership: Membership) -> None:
+        self._membership = membership
+
+    def mean(
+        self, streams: Streams, buffer: torch.Tensor, part: tuple[int, int]
+    ) -> PendingCollective:
+        """Start the mean over the ranks.
+
+        float16 is divided before it is summed, or the sum of a few large gradients would overflow.
+        On gloo the whole bucket is all-reduced and sliced, which is twice as fast as its
+        reduce-scatter and gives the same bits; elsewhere it is reduce-scattered in place, unless
+        every rank needs all of it.
+        """
+        group = self._membership.data_group(buffer.device)
+        shard = buffer[part[0] : part[1]]
+
+        def start() -> Any:
+            operation = dist.ReduceOp.AVG
+            if buffer.dtype == torch.float16:
+                buffer.div_(self._membership.world_size)
+                operation = dist.ReduceOp.SUM
+            if dist.get_backend(group) == "gloo" or shard.numel() == buffer.numel():
+                return dist.all_reduce(buffer, operation, group=group, async_op=True)
+            return _reduce_scatter(shard, buffer, operation, group=group, async_op=True)
+
+        return _issue(Lane.REDUCE, streams, start, buffer, shard)
+
+    def gather(self, streams: Streams, flat: torch.Tensor) -> PendingCollective:
+        """Start the all-gather."""
+        group = self._membership.data_group(flat.device)
+        shard = flat.chunk(self._membership.world_size)[self._membership.rank]
+
+        def start() -> Any:
+            return _all_gather(flat, shard, group=group, async_op=True)
+
+        return _issue(Lane.GATHER, streams, start, flat, shard)
+
+
+def _issue(
+    lane: Lane,
+    streams: Streams,
+    start: Callable[[], Any],
+    buffer: torch.Tensor,
+    shard: torch.Tensor,
 ) -> PendingCollective:
-    """Start averaging a bucket's gradients and return where this rank's part appears.
+    """Start a collective on its lane, which on a device then waits for it; the host does not."""
+    if not buffer.is_cuda:
+        return PendingCollective(start(), buffer, shard)
 
-    float16 is divided before it is summed, or the sum of a few large gradients would overflow. On
-    gloo the whole bucket is all-reduced and sliced, which is twice as fast as its reduce-scatter
-    and gives the same bits; elsewhere it is reduce-scattered in place, unless every rank needs all
-    of it.
+    def start_and_wait() -> None:
+        start().wait()
 
-    Args:
-        buffer: (numel,) gradients of the bucket in the reduce dtype; overwritten.
-        part: the range [start, end) that this rank needs: its shard, or the whole.
-    """
-    world_size = dist.get_world_size(group)
-    operation = dist.ReduceOp.AVG
-    if buffer.dtype == torch.float16:
-        buffer.div_(world_size)
-        operation = dist.ReduceOp.SUM
-    shard = buffer[part[0] : part[1]]
-    if dist.get_backend(group) == "gloo" or shard.numel() == buffer.numel():
-        work = dist.all_reduce(buffer, operation, group=group, async_op=True)
-    else:
-        work = _reduce_scatter(shard, buffer, operation, group=group, async_op=True)
-    assert work is not None
-    return PendingCollective(work, buffer, shard)
-
-
-def gather_shards(
-    flat: torch.Tensor, group: dist.ProcessGroup, rank: int, world_size: int
-) -> PendingCollective:
-    """Start gathering every rank's shard of a bucket's parameters, in place.
-
-    Args:
-        flat: (numel,) the bucket; this rank's shard of it is up to date.
-    """
-    shard = flat.chunk(world_size)[rank]
-    work = _all_gather(flat, shard, group=group, async_op=True)
-    assert work is not None
-    return PendingCollective(work, flat, shard)
+    streams.launch(lane, start_and_wait, reads=[buffer], writes=[buffer])
+    return PendingCollective(None, buffer, shard)

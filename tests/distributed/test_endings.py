@@ -186,7 +186,7 @@ def hold_memory(rank: int, world_size: int, streams: bool) -> tuple[int, list[in
         model(gradients).backward()
         optimizer.step()
         optimizer.zero_grad()
-        slots.append(sum(map(len, core.reduction._slots._free.values())))
+        slots.append(sum(map(len, core.reduction.slots._free.values())))
         if step == 4:
             resident = process.memory_info().rss
     grown = process.memory_info().rss - resident

@@ -10,6 +10,8 @@ from tests.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
 
+OVERLAP = (("overlap", True),)
+
 SCENARIOS = {
     "drop_in": Scenario(),
     "by_hand": Scenario("by_hand"),
@@ -24,6 +26,12 @@ SCENARIOS = {
     "nesterov_maximize": Scenario(options=(("nesterov", True), ("maximize", True))),
     "offloaded": Scenario("streaming", max_grad_norm=0.5, offloads=True),
     "offloaded_external": Scenario("external", offloads=True),
+    "overlapped": Scenario("streaming", max_grad_norm=0.5, options=OVERLAP),
+    "overlapped_one_bucket": Scenario("streaming", bucket_nbytes=1 << 30, options=OVERLAP),
+    "overlapped_uneven_presence": Scenario("streaming", uneven_presence=True, options=OVERLAP),
+    "overlapped_no_sync": Scenario("no_sync", max_grad_norm=0.5, options=OVERLAP),
+    "overlapped_accumulate": Scenario("accumulate", max_grad_norm=0.5, options=OVERLAP),
+    "overlapped_offloaded": Scenario("streaming", offloads=True, options=OVERLAP),
 }
 
 # Every scenario with uneven shards; in the other worlds one of each way of use.
@@ -31,7 +39,7 @@ CASES = [
     *((name, 3) for name in SCENARIOS),
     *(
         (name, world_size)
-        for name in ("external", "streaming", "drop_in_uneven_presence")
+        for name in ("external", "streaming", "drop_in_uneven_presence", "overlapped")
         for world_size in (2, 4)
     ),
 ]

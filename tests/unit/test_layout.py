@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_adam.layout.flat import BLOCK_NUMEL, Bucket, ParameterSpec, plan_buckets
-from offload_adam.layout.schedule import Operation, plan_schedule
+from offload_adam.layout.schedule import Operation, Route, Task, plan_schedule
 
 SPECS = st.lists(
     st.tuples(st.integers(0, 5000), st.sampled_from([("bfloat16@cpu", 2), ("float32@cpu", 4)])),
@@ -97,19 +97,80 @@ def test_arguments_are_checked() -> None:
         plan_buckets([], world_size=0, bucket_nbytes=1)
 
 
+def routes_of(
+    num_buckets: int, *, world_size: int = 2, offloaded: frozenset[int] = frozenset()
+) -> list[Route]:
+    specs = [ParameterSpec(i, 1000, 2, "f") for i in range(num_buckets)]
+    buckets = plan_buckets(specs, world_size=world_size, bucket_nbytes=2048)
+    assert len(buckets) == num_buckets
+    return [
+        Route(
+            bucket,
+            reduces=world_size > 1,
+            gathers=world_size > 1,
+            offloaded=bucket.index in offloaded,
+            staged=bucket.index in offloaded,
+            hosted=True,
+            in_ring=world_size > 1 and bucket.index in offloaded,
+            kind="f",
+        )
+        for bucket in buckets
+    ]
+
+
 def test_the_schedule_measures_in_backward_order_and_updates_in_forward_order() -> None:
-    specs = [ParameterSpec(i, 1000, 4, "f") for i in range(3)]
-    buckets = plan_buckets(specs, world_size=2, bucket_nbytes=4096)
-    schedule = plan_schedule(buckets, copies_back=frozenset({1}))
-    before = [(task.operation, task.bucket) for task in schedule.before_agreement]
-    assert before == [(Operation.SUM_SQUARES, i) for i in range(3)]
-    after = [(task.operation, task.bucket) for task in schedule.after_agreement]
+    routes = routes_of(3, offloaded=frozenset({1}))
+    schedule = plan_schedule(routes, num_reduce_slots=2, num_staging_slots=2)
+    before = [tuple(task) for task in schedule.before_agreement]
+    arriving = [Operation.GRADIENT, Operation.PACK, Operation.REDUCE, Operation.SUM_SQUARES]
+    copied = [*arriving[:3], Operation.COPY_DOWN, arriving[3]]
+    assert before == [
+        *((operation, 0) for operation in arriving),
+        *((operation, 1) for operation in copied),
+        *((operation, 2) for operation in arriving),
+    ]
+    after = [tuple(task) for task in schedule.after_agreement]
     assert after == [
         (Operation.UPDATE, 2),
         (Operation.GATHER, 2),
+        (Operation.USE, 2),
+        (Operation.RELEASE, 1),
         (Operation.UPDATE, 1),
-        (Operation.COPY_BACK, 1),
+        (Operation.COPY_UP, 1),
         (Operation.GATHER, 1),
+        (Operation.USE, 1),
         (Operation.UPDATE, 0),
         (Operation.GATHER, 0),
+        (Operation.USE, 0),
     ]
+    assert schedule.forward_order == (2, 1, 0)
+
+
+def test_slots_are_dealt_in_turn_and_taken_over_from_who_had_them_before() -> None:
+    routes = routes_of(5, offloaded=frozenset(range(5)))
+    schedule = plan_schedule(routes, num_reduce_slots=2, num_staging_slots=3)
+    assert schedule.reduce_slots == {0: 0, 1: 1, 2: 0, 3: 1, 4: 0}
+    packs = {b: schedule.waits[Task(Operation.PACK, b)] for b in range(5)}
+    # The first two wait for the step before: bucket 4 had slot 0 last, bucket 3 slot 1.
+    earlier = {0: 4, 1: 3, 2: 0, 3: 1, 4: 2}
+    assert packs == {b: (Task(Operation.COPY_DOWN, e),) for b, e in earlier.items()}
+    assert schedule.staging_slots == {4: 0, 3: 1, 2: 2, 1: 0, 0: 1}
+    updates = {b: schedule.waits[Task(Operation.UPDATE, b)] for b in range(5)}
+    earlier = {4: 1, 3: 0, 2: 2, 1: 4, 0: 3}
+    assert updates == {b: (Task(Operation.COPY_UP, e),) for b, e in earlier.items()}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("offloaded", [frozenset[int](), frozenset({0, 1, 2})])
+def test_every_wait_is_for_a_task_of_another_lane_that_comes_before_or_in_the_last_step(
+    world_size: int, offloaded: frozenset[int]
+) -> None:
+    routes = routes_of(3, world_size=world_size, offloaded=offloaded)
+    schedule = plan_schedule(routes, num_reduce_slots=2, num_staging_slots=2)
+    order = [*schedule.before_agreement, *schedule.after_agreement]
+    assert len(order) == len(set(order))
+    for task, waits in schedule.waits.items():
+        assert task in order
+        for waited in waits:
+            assert waited in order
+            assert waited.operation.lane is not task.operation.lane

@@ -1,0 +1,253 @@
+"""Forward hooks: let each part of a model wait for its own parameters, and for no others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from offload_adam.errors import UnreadyParameterError
+from offload_adam.parameters.first_use import FirstUse
+from offload_adam.parameters.units import BucketOf, Unit, find_units, is_compiled, outside
+
+logger = logging.getLogger(__name__)
+
+
+class Arrivals(Protocol):
+    """What knows which buckets' parameters have arrived; see `step.executor.Executor`."""
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether some parameters may not be read yet."""
+        ...
+
+    def need(self, buckets: Collection[int]) -> None:
+        """Return when these may be read."""
+        ...
+
+    def settle(self) -> None:
+        """Return when all may be read."""
+        ...
+
+
+class ForwardHooks:
+    """Waits, before the forward of each unit of a model, for the unit's own buckets.
+
+    The root without gradients (an evaluation), a unit that is called outside of the root's forward,
+    and `state_dict` and `load_state_dict` of any module wait for everything: nothing would notice
+    there what was read too early. Where gradients flow, `check` does: a bucket that brings one and
+    was waited for by nobody was read by a way that no hook sees.
+
+    The first forward is traced, while nothing is under way yet: a parameter that is read before any
+    unit has waited for its bucket is from then on waited for by the unit that was entered last.
+
+    Owns: hooks on the model until `remove`. Copies and pickles of the model have none.
+    """
+
+    def __init__(
+        self, root: nn.Module, arrivals: Arrivals, chosen: Sequence[nn.Module] | None
+    ) -> None:
+        """Prepare for a model; `attach` puts the hooks on.
+
+        Args:
+            chosen: the units, None for the children of every ModuleList.
+        """
+        self._root = root
+        self._arrivals = arrivals
+        self._chosen = chosen
+        self._bucket_of: BucketOf = {}
+        self._always: set[int] = set()
+        self._removals: list[Callable[[], None]] = []
+        self._depth = 0
+        self._waited: set[int] = set()
+        self._latest: Unit | None = None
+        self._tracing: FirstUse | None = None
+        self._is_traced = False
+        self._has_overlapped = False
+        self._was_pending = False
+
+    def attach(self, bucket_of: BucketOf) -> None:
+        """Put hooks on for these parameters, in place of earlier ones. Nothing is under way."""
+        self.remove()
+        self._bucket_of = bucket_of
+        self._always = outside(self._root, bucket_of)
+        inner = [module for module in self._root.modules() if module is not self._root]
+        self._is_traced = any(map(is_compiled, (self._root, *inner)))
+        units = find_units(self._root, bucket_of, self._chosen, whole=self._is_traced)
+        if is_compiled(self._root):
+            logger.warning(
+                "the model is compiled as a whole, so its forward waits for all of its parameters "
+                "at once: compile its layers one by one to hide the updates under it"
+            )
+            units[0].buckets |= set(bucket_of.values())
+        for unit in units:
+            self._attach_to(unit)
+        leave = _Hook(self, self._leave)
+        self._keep(self._root.register_forward_hook(leave, always_call=True))
+        settle = _Hook(self, self._settle)
+        for module in self._root.modules():
+            self._keep(module.register_state_dict_pre_hook(settle))
+            self._keep(module.register_load_state_dict_pre_hook(settle))
+
+    def _attach_to(self, unit: Unit) -> None:
+        hook = _Hook(self, lambda: self._enter(unit))
+        compiled = getattr(unit.module, "_compiled_call_impl", None)
+        if compiled is None:
+            self._keep(unit.module.register_forward_pre_hook(hook, prepend=True))
+            return
+
+        # A hook would be compiled into the module, or be left out: its caller waits.
+        def call(*args: Any, **kwargs: Any) -> Any:
+            hook()
+            return compiled(*args, **kwargs)
+
+        module: Any = unit.module
+        module._compiled_call_impl = call
+        self._removals.append(lambda: setattr(module, "_compiled_call_impl", compiled))
+
+    def _keep(self, handle: RemovableHandle) -> None:
+        self._removals.append(handle.remove)
+
+    def remove(self) -> None:
+        """Take every hook off. Idempotent."""
+        for removal in self._removals:
+            removal()
+        self._removals.clear()
+
+    def step_begins(self) -> None:
+        """Hear that the forward and backward of a step are over."""
+        self._leave_tracing()
+        self._depth = 0
+
+    def step_ended(self) -> None:
+        """Hear that `step()` has left updates running, or not."""
+        if self._arrivals.is_pending and self._always:
+            self._arrivals.need(self._always)
+        self._was_pending = self._arrivals.is_pending
+        self._has_overlapped |= self._was_pending
+        self._waited = set(self._always)
+
+    def settle(self) -> None:
+        """Wait for everything."""
+        self._arrivals.settle()
+        self._waited.update(self._bucket_of.values())
+
+    def check(self, brought: Iterable[int], name_of: Callable[[int], str]) -> None:
+        """Look whether the buckets that brought gradients had been waited for.
+
+        In the first step nothing was under way, so nothing wrong was read: such buckets are waited
+        for inside `step()` from then on, with a warning.
+
+        Args:
+            brought: buckets with a gradient since the last step.
+            name_of: gives the name of a bucket's first parameter.
+
+        Raises:
+            UnreadyParameterError: a gradient was computed from parameters that may not have
+                arrived.
+        """
+        missed = sorted(set(brought) - self._waited)
+        if not missed:
+            return
+        if self._was_pending:
+            raise UnreadyParameterError(
+                f"parameter {name_of(missed[0])!r} (and its bucket) has a gradient, but the "
+                "forward that used it did not wait for the last step's update: it was called in a "
+                "way that skips hooks. Call synchronize() after step(), call the model instead of "
+                "its forward(), or make the optimizer with overlap=False"
+            )
+        if not self._has_overlapped:
+            self._always.update(missed)
+            logger.warning(
+                "step() waits for %d of %d buckets, such as that of %r: the forward that used them "
+                "ran no hook (a model compiled as a whole, or a direct call of forward())",
+                len(missed),
+                len(set(self._bucket_of.values())),
+                name_of(missed[0]),
+            )
+
+    def _enter(self, unit: Unit) -> None:
+        """Wait for what a unit's forward is about to read."""
+        if torch.compiler.is_compiling():
+            return  # compiled away: then nobody waits, and `check` notices
+        if unit.module is self._root:
+            self._depth += 1
+            if not torch.is_grad_enabled():
+                self.settle()
+                return
+            self._begin_tracing()
+        if self._depth == 0:
+            self.settle()
+            return
+        self._latest = unit
+        self._arrivals.need(unit.buckets)
+        self._waited |= unit.buckets
+
+    def _leave(self) -> None:
+        """Leave the root's forward, also where it has raised."""
+        self._depth = max(0, self._depth - 1)
+        if self._depth == 0:
+            self._leave_tracing()
+
+    def _settle(self) -> None:
+        self.settle()
+
+    def _begin_tracing(self) -> None:
+        if self._is_traced or self._arrivals.is_pending:
+            return
+        self._is_traced = True
+        buckets = {id(parameter): bucket for parameter, bucket in self._bucket_of.items()}
+        self._tracing = FirstUse(self._bucket_of, lambda found: self._used(buckets[found]))
+        self._tracing.begin()
+
+    def _leave_tracing(self) -> None:
+        if self._tracing is not None:
+            self._tracing.end()
+            self._tracing = None
+
+    def _used(self, bucket: int) -> None:
+        """Let the unit that was entered last wait for a bucket that nobody has waited for."""
+        if bucket not in self._waited and self._latest is not None:
+            self._latest.buckets.add(bucket)
+            self._waited.add(bucket)
+
+
+class _Hook:
+    """A hook of the optimizer's, of which copies of the model have nothing.
+
+    A copy that kept it would copy the optimizer with it, or wait for updates of another model.
+    """
+
+    def __init__(self, owner: ForwardHooks, action: Callable[[], None]) -> None:
+        self._owner = owner
+        self._action = action
+
+    def __call__(self, *_: Any) -> None:
+        self._action()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        self._refuse_torn()
+        return _nothing
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._refuse_torn()
+        return _make_nothing, ()
+
+    def _refuse_torn(self) -> None:
+        if self._owner._arrivals.is_pending:
+            raise UnreadyParameterError(
+                "the model is copied while its parameters are being updated: call synchronize() on "
+                "the optimizer first"
+            )
+
+
+def _nothing(*_: Any) -> None:
+    """Do nothing, in the place of a hook."""
+
+
+def _make_nothing() -> Callable[..., None]:
+    return _nothing

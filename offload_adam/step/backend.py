@@ -1,0 +1,23 @@
+"""What an optimizer's work runs on: streams, collectives, the update thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from offload_adam.coordinator.membership import Membership
+from offload_adam.step.overlapped import Worker
+from offload_adam.step.update_thread import UpdateThread
+from offload_adam.transfer.collectives import Collectives, GroupCollectives
+from offload_adam.transfer.streams import Streams, streams_for
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """How each of them is made; tests put a simulated machine in its place."""
+
+    make_streams: Callable[[torch.device], Streams] = streams_for
+    make_collectives: Callable[[Membership], Collectives] = GroupCollectives
+    make_worker: Callable[[], Worker] = UpdateThread

@@ -1,0 +1,73 @@
+"""Carry out the waits of a schedule between lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Protocol
+
+from offload_adam.layout.schedule import Lane, Operation, Schedule, Task
+from offload_adam.transfer.streams import Mark, Streams
+
+
+class HostWait(Protocol):
+    """Blocks the calling thread until a task of the update thread is over."""
+
+    def __call__(self, task: Task) -> None:
+        """Return at once where there is no such task under way."""
+        ...
+
+
+class Crossing:
+    """Keeps each task's latest mark, and makes other lanes wait for it as the schedule says.
+
+    Nothing else orders lanes: a wait that is missing in the schedule is made by nobody.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        streams: Mapping[int, Streams],
+        on_device: Collection[int],
+        wait_for_update: HostWait,
+    ) -> None:
+        """Begin with nothing under way.
+
+        Args:
+            streams: of each bucket's device.
+            on_device: buckets whose state is on their device: what the update thread does for
+                others is done for them on the model's own lane.
+            wait_for_update: for the tasks that leave no mark since a thread runs them.
+        """
+        self._schedule = schedule
+        self._streams = streams
+        self._on_device = frozenset(on_device)
+        self._wait_for_update = wait_for_update
+        self._marks: dict[Task, Mark] = {}
+
+    def begin(self, operation: Operation, bucket: int) -> None:
+        """Let this task's lane wait for all that the task waits for."""
+        task = Task(operation, bucket)
+        streams = self._streams[bucket]
+        lane = operation.lane
+        if lane is Lane.UPDATE and bucket in self._on_device:
+            lane = Lane.COMPUTE
+        for waited in self._schedule.waits[task]:
+            if waited.operation is Operation.UPDATE:
+                self._wait_for_update(waited)
+                continue
+            mark = self._marks.get(waited)
+            if mark is None:
+                continue  # no step has come so far yet
+            if lane is Lane.UPDATE:
+                streams.synchronize(mark)
+            else:
+                streams.wait(lane, mark)
+
+    def end(self, operation: Operation, bucket: int) -> None:
+        """Remember that this task has been issued."""
+        mark = self._streams[bucket].mark(operation.lane)
+        self._marks[Task(operation, bucket)] = mark
+
+    def adopt(self, earlier: Crossing) -> None:
+        """Go on from the marks of the crossing that this one replaces."""
+        self._marks.update(earlier._marks)

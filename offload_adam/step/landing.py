@@ -1,0 +1,198 @@
+"""Bring one bucket's gradients to the host shard that the update reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from offload_adam.coordinator.membership import Membership
+from offload_adam.layout.schedule import Operation
+from offload_adam.memory.arena import HostArena, padded_nbytes
+from offload_adam.observe.spans import span
+from offload_adam.parameters.gradients import in_memory_order
+from offload_adam.step.bucket_state import BucketState
+from offload_adam.step.crossing import Crossing
+from offload_adam.step.gradients import BucketGradients
+from offload_adam.transfer.collectives import PendingCollective
+from offload_adam.transfer.slots import SlotPool
+from offload_adam.transfer.streams import Streams
+
+
+class Piece(NamedTuple):
+    """One stretch of a shard and where its gradient comes from; `adds` to what landed before."""
+
+    source: torch.Tensor
+    start: int
+    adds: bool
+
+    def of(self, shard: torch.Tensor) -> torch.Tensor:
+        """Return the piece's part of a plane of the shard."""
+        return shard[self.start : self.start + self.source.numel()]
+
+
+@dataclass
+class Flight:
+    """A bucket's gradients on their way to the shard.
+
+    complete: the pieces cover the whole shard, with zeros for what is missing.
+    pending: the reduction that the pieces come out of; `pooled_slot` its memory, if a pool gave it.
+    is_issued: the copies to the host are on their way.
+    """
+
+    state: BucketState
+    gradients: BucketGradients
+    pieces: list[Piece]
+    complete: bool
+    pending: PendingCollective | None = None
+    pooled_slot: torch.Tensor | None = None
+    is_issued: bool = False
+
+    def is_ready(self) -> bool:
+        """Tell, without waiting, whether the host could land it."""
+        return self.pending is None or self.pending.is_completed()
+
+
+def local_pieces(
+    state: BucketState, gradients: Sequence[torch.Tensor | None], arrived: npt.NDArray[np.bool_]
+) -> list[Piece]:
+    """Return this rank's segments of gradients that need no reduction.
+
+    Args:
+        arrived: (num parameters,) bool, which add to what has landed.
+    """
+    segments = state.segments
+    rows = zip(
+        segments.positions.tolist(),
+        segments.parameter_starts.tolist(),
+        segments.shard_starts.tolist(),
+        segments.numels.tolist(),
+        strict=True,
+    )
+    pieces = []
+    for position, parameter_start, shard_start, numel in rows:
+        gradient = gradients[position]
+        if gradient is not None:
+            source = in_memory_order(gradient)[parameter_start : parameter_start + numel]
+            pieces.append(Piece(source, shard_start, bool(arrived[position])))
+    return pieces
+
+
+class Landing:
+    """Lands flights: straight in the landed gradient where that can be, else through a buffer.
+
+    A copy from a device goes straight where the host need do nothing but wait: the dtypes are
+    equal, nothing is added, and the landed gradient is page-locked. Such a copy is issued when the
+    bucket departs, any other by whoever lands the flight.
+
+    Owns: one buffer for each dtype that gradients arrive in and cannot go straight from.
+    """
+
+    def __init__(
+        self,
+        membership: Membership,
+        slots: SlotPool,
+        *,
+        lands_pinned: bool,
+        make_arena: Callable[[int], HostArena],
+    ) -> None:
+        """Begin without buffers.
+
+        Args:
+            slots: where buckets in host memory are reduced.
+            lands_pinned: landed gradients are page-locked.
+            make_arena: gives host memory of so many bytes for a buffer.
+        """
+        self._membership = membership
+        self._slots = slots
+        self._lands_pinned = lands_pinned
+        self._make_arena = make_arena
+        self._buffers: dict[torch.dtype, torch.Tensor] = {}
+        self._arenas: list[HostArena] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Host bytes of the buffers."""
+        return sum(arena.nbytes for arena in self._arenas)
+
+    def goes_straight(self, state: BucketState, dtype: torch.dtype, *, adds: bool) -> bool:
+        """Tell whether gradients of this dtype are copied from a device to where they land."""
+        landed = state.planes.landed_gradient
+        assert landed is not None
+        return self._lands_pinned and not adds and dtype == landed.dtype
+
+    def reserve(self, state: BucketState, dtype: torch.dtype) -> None:
+        """Make the buffer through which gradients of this dtype go large enough for a bucket's."""
+        self._buffer(dtype, state.layout.shard_numel)
+
+    def depart(self, flight: Flight, streams: Streams, crossing: Crossing) -> None:
+        """Issue the copy of a flight whose source is on its way, if the host has no part in it."""
+        state = flight.state
+        if not state.offloaded or not streams.is_asynchronous:
+            return
+        if all(self.goes_straight(state, p.source.dtype, adds=p.adds) for p in flight.pieces):
+            landed = state.planes.landed_gradient
+            assert landed is not None
+            self._issue(flight, landed, streams, crossing)
+
+    def land(self, flight: Flight, streams: Streams, crossing: Crossing) -> None:
+        """Block until the flight has landed. By one thread, flight by flight."""
+        state = flight.state
+        number = state.layout.index
+        landed = state.planes.landed_gradient
+        assert landed is not None
+        if flight.pending is not None:
+            with span("reduce", number):
+                flight.pending.wait(self._membership)
+        with span("copy down", number):
+            through = None
+            if state.offloaded and streams.is_asynchronous and not flight.is_issued:
+                through = self._buffer(flight.pieces[0].source.dtype, landed.numel())
+                self._issue(flight, through, streams, crossing)
+            crossing.begin(Operation.SUM_SQUARES, number)
+            if not flight.is_issued or through is not None:
+                _fold(flight.pieces, landed, through)
+        flight.gradients.land(landed, complete=flight.complete)
+        if flight.pooled_slot is not None:
+            self._slots.release(flight.pooled_slot)
+        flight.pieces.clear()
+
+    def _issue(
+        self, flight: Flight, target: torch.Tensor, streams: Streams, crossing: Crossing
+    ) -> None:
+        """Copy the pieces to their places in `target`, on the lane of copies to the host."""
+        number = flight.state.layout.index
+        pieces = list(flight.pieces)
+
+        def copy() -> None:
+            for piece in pieces:
+                piece.of(target).copy_(piece.source, non_blocking=True)
+
+        crossing.begin(Operation.COPY_DOWN, number)
+        sources = [piece.source for piece in pieces]
+        streams.launch(Operation.COPY_DOWN.lane, copy, reads=sources, writes=[target])
+        crossing.end(Operation.COPY_DOWN, number)
+        flight.is_issued = True
+
+    def _buffer(self, dtype: torch.dtype, numel: int) -> torch.Tensor:
+        """Return a host buffer of at least so many elements."""
+        buffer = self._buffers.get(dtype)
+        if buffer is None or buffer.numel() < numel:
+            arena = self._make_arena(padded_nbytes(numel, dtype))
+            self._arenas.append(arena)
+            buffer = self._buffers[dtype] = arena.take(numel, dtype)
+        return buffer
+
+
+def _fold(pieces: Sequence[Piece], landed: torch.Tensor, through: torch.Tensor | None) -> None:
+    """Copy or add pieces to what has landed, out of the buffer that they came through, if any."""
+    for piece in pieces:
+        source = piece.source if through is None else piece.of(through)
+        if piece.adds:
+            piece.of(landed).add_(source)
+        else:
+            piece.of(landed).copy_(source)

@@ -1,0 +1,226 @@
+"""The overlapped executor: sums beside backward, updates beside the next forward."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from offload_adam.coordinator.membership import Membership
+from offload_adam.layout.schedule import Task
+from offload_adam.observe.place import HERE
+from offload_adam.observe.spans import Spans, span
+from offload_adam.step.executor import Executor, find_non_finite, is_idle, sum_as_scheduled
+from offload_adam.step.gradients import BucketGradients
+from offload_adam.step.landing import Flight
+from offload_adam.step.masks import UpdateMasks
+from offload_adam.step.tasks import Tasks
+
+_SLICE_S = 0.5
+"""How long a wait for the update thread is deaf to peers that fail."""
+
+
+class Job(Protocol):
+    """One job under way; see `update_thread.Ticket`."""
+
+    what: str
+
+    def is_over(self) -> bool: ...
+
+    def wait(self, timeout_s: float) -> bool: ...
+
+
+class Worker(Protocol):
+    """What runs jobs beside the caller, in order; see `update_thread.UpdateThread`."""
+
+    def submit(self, what: str, job: Callable[[], None]) -> Job: ...
+
+    def close(self) -> None: ...
+
+
+class OverlappedExecutor(Executor):
+    """Gives landings, sums and updates to a worker, and waits only for what is needed.
+
+    The worker alone launches kernels, and issues copies; the calling thread issues every
+    collective. After `apply` the updates run in forward order, and `need`, called before a part of
+    the model reads its parameters, waits for the buckets of that part alone: it issues all gathers
+    before them that have not been, so that ranks which skip layers keep one order, and the next
+    one ahead where its bucket is ready.
+
+    Owns: the worker, and what is still to be waited for.
+    """
+
+    def __init__(self, tasks: Tasks, worker: Worker, membership: Membership, spans: Spans) -> None:
+        """Begin with nothing under way.
+
+        Args:
+            spans: told of work that is done on the worker, and of waits in `need`.
+        """
+        super().__init__(tasks)
+        self._worker = worker
+        self._membership = membership
+        self._spans = spans
+        self._landings: deque[Job] = deque()
+        self._own_flights: deque[Flight] = deque()
+        self._updates: dict[int, Job] = {}
+        self._to_gather: deque[int] = deque()
+        self._to_use: dict[int, int] = {}
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether some parameters may not be read yet."""
+        return bool(self._to_use)
+
+    def send(self, flight: Flight) -> None:
+        """Let the worker land it, and take its sum of squares."""
+        number = flight.state.layout.index
+        self.tasks.depart(flight)
+        if not flight.state.hosted:
+            self._own_flights.append(flight)  # for the model's own lane, when it may wait
+            return
+
+        def land() -> None:
+            self.tasks.land(flight)
+            self._sum(number, flight.gradients)
+
+        self._landings.append(self._give(f"the landing of bucket {number}", land))
+
+    def hold(self, number: int, gradients: BucketGradients) -> None:
+        """Let the worker take the sum of squares while backward goes on."""
+        if self.tasks.states[number].hosted:
+            job = self._give(f"the norm of bucket {number}", lambda: self._sum(number, gradients))
+            self._landings.append(job)
+
+    def _sum(self, number: int, gradients: BucketGradients) -> None:
+        with span("norm", number):
+            self.tasks.sum_of_squares(number, gradients)
+
+    def land(self, *, wait: bool) -> None:
+        """Wait for the worker, with `wait`; its flights land without the caller."""
+        while wait and self._landings:
+            self._await(self._landings.popleft(), "reduce")
+        while wait and self._own_flights:
+            self.tasks.land(self._own_flights.popleft())
+
+    def sum_of_squares(self, gradients: Sequence[BucketGradients]) -> float:
+        """Add up what the worker has taken, or takes now."""
+        for number in self._numbers(hosted=False):
+            self.tasks.sum_of_squares(number, gradients[number])
+        found: list[float] = []
+        self._call("the norm", lambda: found.append(sum_as_scheduled(self.tasks, gradients)))
+        return found[0]
+
+    def non_finite_indices(self, gradients: Sequence[BucketGradients]) -> npt.NDArray[np.int64]:
+        """Let the worker look, but on a device."""
+        found = [find_non_finite(self.tasks, self._numbers(hosted=False), gradients)]
+        hosted = self._numbers(hosted=True)
+        self._call(
+            "the search for what is not finite",
+            lambda: found.append(find_non_finite(self.tasks, hosted, gradients)),
+        )
+        return np.concatenate(found)
+
+    def _numbers(self, *, hosted: bool) -> list[int]:
+        states = self.tasks.states
+        return [state.layout.index for state in states if state.hosted is hosted]
+
+    def apply(self, gradients: Sequence[BucketGradients], masks: UpdateMasks, spans: Spans) -> None:
+        """Give the worker every update, in forward order, and return."""
+        self.tasks.release()
+        routes = self.tasks.routes
+        for position, number in enumerate(self.tasks.schedule.forward_order):
+            state = self.tasks.states[number]
+            active = masks.active[state.indices]
+            if is_idle(state, active):
+                masks.count(state, active)
+                continue
+            if routes[number].hosted:
+                self._updates[number] = self._give_update(number, gradients[number], active, masks)
+            else:
+                self.tasks.update(number, gradients[number], active, masks, spans)
+            if routes[number].gathers:
+                self._to_gather.append(number)
+            self._to_use[number] = position
+
+    def _give_update(
+        self,
+        number: int,
+        gradients: BucketGradients,
+        active: npt.NDArray[np.bool_],
+        masks: UpdateMasks,
+    ) -> Job:
+        return self._give(
+            f"the update of bucket {number}",
+            lambda: self.tasks.update(number, gradients, active, masks, self._spans),
+        )
+
+    def need(self, buckets: Collection[int]) -> None:
+        """Wait for these buckets, and issue the gathers up to them, and one ahead."""
+        if not self._to_use:
+            return
+        needed = [number for number in buckets if number in self._to_use]
+        if not needed:
+            return
+        with self._spans.span("wait"):
+            last = max(self._to_use[number] for number in needed)
+            while self._to_gather and self._to_use[self._to_gather[0]] <= last:
+                self._gather_next()
+            for number in sorted(needed, key=self._to_use.__getitem__):
+                self.tasks.use(number, self._spans)
+                del self._to_use[number]
+        self._gather_ahead()
+
+    def settle(self) -> None:
+        """Wait for everything."""
+        self.need(list(self._to_use))
+        assert not self._to_gather, "what is gathered is used"
+        self._updates.clear()
+
+    def close(self) -> None:
+        """End the worker when it has done what it was given."""
+        self._worker.close()
+
+    def _gather_next(self) -> None:
+        with torch.no_grad():
+            self.tasks.gather(self._to_gather.popleft(), self._spans)
+
+    def _gather_ahead(self) -> None:
+        """Issue the next gather if nothing need be waited for."""
+        if self._to_gather:
+            job = self._updates.get(self._to_gather[0])
+            if job is None or job.is_over():
+                self._gather_next()
+
+    def _wait_for_update(self, task: Task) -> None:
+        job = self._updates.get(task.bucket)
+        if job is not None:
+            self._await(job, "update", task.bucket)
+
+    def _give(self, what: str, job: Callable[[], None]) -> Job:
+        def run() -> None:
+            # Gradients are on by default in every thread.
+            with torch.no_grad(), HERE.beside():
+                job()
+
+        return self._worker.submit(what, run)
+
+    def _call(self, what: str, job: Callable[[], None]) -> None:
+        """Let the worker do something, and wait for it."""
+        self._await(self._give(what, job), "norm")
+
+    def _await(self, job: Job, phase: str, bucket: int | None = None) -> None:
+        """Wait for a job as long as all peers live.
+
+        Raises:
+            Exception: what the job raised.
+            PeerFailedError: naming the ranks that have failed.
+        """
+        if job.wait(0.0):
+            return
+        with HERE.at(phase, bucket), HERE.awaiting(peers=phase == "reduce"):
+            while not job.wait(_SLICE_S):
+                self._membership.raise_failure()

@@ -1,0 +1,228 @@
+"""The tasks of a step on one bucket, each with the waits that the schedule gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from offload_adam.coordinator.membership import Membership
+from offload_adam.layout.schedule import Operation, Route, Schedule
+from offload_adam.observe.place import HERE
+from offload_adam.observe.spans import Spans, span
+from offload_adam.step.bucket_state import BucketState
+from offload_adam.step.crossing import Crossing, HostWait
+from offload_adam.step.gradients import BucketGradients
+from offload_adam.step.landing import Flight, Landing
+from offload_adam.step.masks import UpdateMasks
+from offload_adam.step.updates import Updates
+from offload_adam.transfer.collectives import Collectives, PendingCollective
+from offload_adam.transfer.rings import Rings
+from offload_adam.transfer.streams import StreamsByDevice
+
+
+class Tasks:
+    """Runs single tasks; an executor decides when, and on which thread.
+
+    Owns: the gathers that are under way.
+    """
+
+    def __init__(
+        self,
+        membership: Membership,
+        updates: Updates,
+        collectives: Collectives,
+        streams: StreamsByDevice,
+        landing: Landing,
+        rings: Rings,
+    ) -> None:
+        self._membership = membership
+        self.updates = updates
+        self.landing = landing
+        self.rings = rings
+        self.states: list[BucketState] = []
+        self.routes: list[Route] = []
+        self._collectives = collectives
+        self._streams = streams
+        self._crossing: Crossing | None = None
+        self._schedule: Schedule | None = None
+        self._gathering: dict[int, PendingCollective] = {}
+
+    def extend(
+        self,
+        states: Sequence[BucketState],
+        routes: Sequence[Route],
+        schedule: Schedule,
+        wait_for_update: HostWait,
+    ) -> None:
+        """Take further buckets in; nothing is under way.
+
+        Args:
+            states: the new buckets.
+            routes, schedule: of all buckets.
+        """
+        self.states += states
+        self.routes = list(routes)
+        streams = {s.layout.index: self._streams.of(s.device) for s in self.states}
+        on_device = [s.layout.index for s in self.states if not s.hosted]
+        crossing = Crossing(schedule, streams, on_device, wait_for_update)
+        if self._crossing is not None:
+            crossing.adopt(self._crossing)
+        self._crossing = crossing
+        self._schedule = schedule
+
+    @property
+    def crossing(self) -> Crossing:
+        """The waits of the schedule in force."""
+        assert self._crossing is not None
+        return self._crossing
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule in force."""
+        assert self._schedule is not None
+        return self._schedule
+
+    def gradient(self, number: int) -> None:
+        """Note on the model's own lane that a bucket's gradients have been brought."""
+        self.crossing.end(Operation.GRADIENT, number)
+
+    def reduce(
+        self,
+        number: int,
+        slot: torch.Tensor,
+        sources: Sequence[torch.Tensor],
+        targets: Sequence[torch.Tensor],
+        holes: Sequence[torch.Tensor],
+    ) -> PendingCollective:
+        """Pack a bucket's gradients into a slot and start their mean over the ranks.
+
+        Args:
+            sources, targets: gradients, and their places in the slot.
+            holes: the places of gradients that are missing, and count zeros.
+        """
+        state = self.states[number]
+        streams = self._streams.of(state.device)
+
+        def pack() -> None:
+            for hole in holes:
+                hole.zero_()
+            if sources:
+                torch._foreach_copy_(list(targets), list(sources))
+
+        with span("pack", number):
+            self.crossing.begin(Operation.PACK, number)
+            streams.launch(Operation.PACK.lane, pack, reads=sources, writes=[slot])
+            self.crossing.end(Operation.PACK, number)
+        self.crossing.begin(Operation.REDUCE, number)
+        pending = self._collectives.mean(streams, slot, state.layout.shard_bounds(state.rank))
+        self.crossing.end(Operation.REDUCE, number)
+        return pending
+
+    def reduction_slot(self, number: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return the slot on its device in which a bucket is reduced."""
+        state = self.states[number]
+        slot = self.schedule.reduce_slots[number]
+        return self.rings.reduction_slot(dtype, state.device, slot, state.layout.numel)
+
+    def depart(self, flight: Flight) -> None:
+        """Start the copy of a bucket's gradients to the host where that needs no host."""
+        self.landing.depart(flight, self._streams.of(flight.state.device), self.crossing)
+
+    def land(self, flight: Flight) -> None:
+        """Block until a bucket's gradients are where the update reads them."""
+        self.landing.land(flight, self._streams.of(flight.state.device), self.crossing)
+
+    def sum_of_squares(self, number: int, gradients: BucketGradients) -> float:
+        """Return the sum of squares of this rank's shard; it is taken once for what has landed."""
+        if gradients.squares is None:
+            state = self.states[number]
+            gradients.squares = self.updates.of(state).sum_of_squares(state, gradients)
+        return gradients.squares
+
+    def non_finite(self, number: int, gradients: BucketGradients) -> npt.NDArray[np.int64]:
+        """Return the indices of a bucket's parameters whose gradient, here, is not finite."""
+        state = self.states[number]
+        rows = state.indices[gradients.non_finite_rows()]
+        if np.isfinite(self.sum_of_squares(number, gradients)):
+            return rows
+        positions = self.updates.of(state).non_finite_positions(state, gradients)
+        return np.concatenate([state.indices[positions], rows])
+
+    def release(self) -> None:
+        """Note on the model's own lane that it has done its last reading of the parameters."""
+        for state in self.states:
+            if state.offloaded:
+                self.crossing.end(Operation.RELEASE, state.layout.index)
+
+    def update(
+        self,
+        number: int,
+        gradients: BucketGradients,
+        active: npt.NDArray[np.bool_],
+        masks: UpdateMasks,
+        spans: Spans,
+    ) -> None:
+        """Update this rank's shard of a bucket, and start it on its way up to its device."""
+        state = self.states[number]
+        with spans.span("update", number):
+            self.crossing.begin(Operation.UPDATE, number)
+            rounded = self._target(state)
+            self.updates.of(state).update(state, gradients, active, masks, rounded)
+        if state.offloaded:
+            with spans.span("copy up", number):
+                self._copy_up(state, active, rounded)
+
+    def _target(self, state: BucketState) -> torch.Tensor | None:
+        """Return where the kernel writes the rounded parameters, None for an fp32 bucket."""
+        if state.dtype == torch.float32:
+            return None
+        if not state.offloaded:
+            return state.shard
+        slot = self.schedule.staging_slots[state.layout.index]
+        return self.rings.staging_slot(state.dtype, slot, state.layout.shard_numel)
+
+    def _copy_up(
+        self, state: BucketState, active: npt.NDArray[np.bool_], rounded: torch.Tensor | None
+    ) -> None:
+        """Copy the updated parameters of this shard to the device."""
+        source = state.planes.master_weight if rounded is None else rounded
+        number = state.layout.index
+
+        def copy() -> None:
+            for start, end in _runs(state, active):
+                state.shard[start:end].copy_(source[start:end], non_blocking=True)
+
+        self.crossing.begin(Operation.COPY_UP, number)
+        streams = self._streams.of(state.device)
+        streams.launch(Operation.COPY_UP.lane, copy, reads=[source], writes=[state.shard])
+        self.crossing.end(Operation.COPY_UP, number)
+
+    def gather(self, number: int, spans: Spans) -> None:
+        """Start bringing the other ranks' shards of a bucket."""
+        state = self.states[number]
+        with spans.span("gather", number):
+            self.crossing.begin(Operation.GATHER, number)
+            streams = self._streams.of(state.device)
+            self._gathering[number] = self._collectives.gather(streams, state.flat)
+            self.crossing.end(Operation.GATHER, number)
+
+    def use(self, number: int, spans: Spans) -> None:
+        """Let the model's own lane read a bucket's parameters from now on."""
+        pending = self._gathering.pop(number, None)
+        if pending is not None:
+            with HERE.at("gather", number), spans.span("gather", number):
+                pending.wait(self._membership)
+        self.crossing.begin(Operation.USE, number)
+
+
+def _runs(state: BucketState, active: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Return the stretches of the shard that hold active parameters; one where all are."""
+    if active.all():
+        return [(0, state.layout.shard_numel)]
+    segments = state.segments
+    chosen = active[segments.positions]
+    starts, numels = segments.shard_starts[chosen], segments.numels[chosen]
+    return [(int(start), int(start + numel)) for start, numel in zip(starts, numels, strict=True)]

@@ -1,0 +1,128 @@
+"""The one thread on which an overlapped step's updates run, one after the other."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+
+_NAME = "offload_adam update"
+
+
+class Ticket:
+    """One job of the update thread, to be waited for."""
+
+    __slots__ = ("_error", "_over", "what")
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._over = threading.Event()
+        self._error: BaseException | None = None
+
+    def is_over(self) -> bool:
+        """Tell, without waiting, whether the job has ended, well or not."""
+        return self._over.is_set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the job to end; tell whether it has.
+
+        Raises:
+            BaseException: what the job raised, with the traceback from its own thread.
+        """
+        if not self._over.wait(timeout_s):
+            return False
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def _end(self, error: BaseException | None) -> None:
+        self._error = error
+        self._over.set()
+
+
+class _Jobs:
+    """What the thread and its owner share, so that the thread does not keep the owner alive.
+
+    Jobs are bounded by their nature: a landing for each bucket of each backward, an update for each
+    bucket of a step, and a step begins when that before it is over.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: deque[tuple[Callable[[], None], Ticket]] = deque()
+        self.changed = threading.Condition()
+        self.is_closed = False
+        self.failure: BaseException | None = None
+
+    def next(self) -> tuple[Callable[[], None], Ticket] | None:
+        with self.changed:
+            while not self.waiting:
+                if self.is_closed:
+                    return None
+                self.changed.wait()
+            return self.waiting.popleft()
+
+
+class UpdateThread:
+    """Runs jobs one after the other, beside the thread that gives them.
+
+    After a job that raised no other runs: what it left half done, nobody may build on. Every later
+    ticket raises the same error.
+
+    Owns: a daemon thread, started with the first job.
+    Lifecycle: ends with `close`, or when this object is collected.
+    """
+
+    def __init__(self) -> None:
+        self._jobs = _Jobs()
+        self._thread: threading.Thread | None = None
+        self._end = weakref.finalize(self, _close, self._jobs)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What the first job that failed has raised."""
+        return self._jobs.failure
+
+    def submit(self, what: str, job: Callable[[], None]) -> Ticket:
+        """Give the thread a job; never blocks.
+
+        Args:
+            what: for messages, such as "update of bucket 3".
+        """
+        ticket = Ticket(what)
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=_run, args=(self._jobs,), name=_NAME, daemon=True
+            )
+            self._thread.start()
+        with self._jobs.changed:
+            self._jobs.waiting.append((job, ticket))
+            self._jobs.changed.notify()
+        return ticket
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """End the thread when it has done what it was given. Idempotent."""
+        self._end()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+
+
+def _close(jobs: _Jobs) -> None:
+    with jobs.changed:
+        jobs.is_closed = True
+        jobs.changed.notify()
+
+
+def _run(jobs: _Jobs) -> None:
+    while True:
+        found = jobs.next()
+        if found is None:
+            return
+        job, ticket = found
+        if jobs.failure is None:
+            try:
+                job()
+            except BaseException as error:
+                jobs.failure = error
+        ticket._end(jobs.failure)
+        del found, job, ticket
