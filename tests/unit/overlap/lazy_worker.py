@@ -1,0 +1,76 @@
+"""An update thread that is as late as can be: a job runs when somebody waits for it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from offload_adam import OffloadAdam
+from offload_adam.step.backend import Backend
+
+
+class LazyJob:
+    """A job that has not begun before it is waited for."""
+
+    def __init__(self, worker: LazyWorker, what: str, run: Callable[[], None]) -> None:
+        self.what = what
+        self.run = run
+        self.worker = worker
+        self.ended = False
+        self.error: BaseException | None = None
+
+    def is_over(self) -> bool:
+        return self.ended
+
+    def wait(self, timeout_s: float) -> bool:
+        while not self.ended:
+            self.worker.run_next()
+        if self.error is not None:
+            raise self.error
+        return True
+
+
+class LazyWorker:
+    """Whatever reads a parameter without waiting for it reads the old one, each time."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[LazyJob] = deque()
+        self.done: list[str] = []
+        self.failure: BaseException | None = None
+        latest.append(self)
+
+    def submit(self, what: str, job: Callable[[], None]) -> LazyJob:
+        given = LazyJob(self, what, job)
+        self.waiting.append(given)
+        return given
+
+    def run_next(self) -> None:
+        job = self.waiting.popleft()
+        try:
+            if self.failure is None:
+                job.run()
+        except BaseException as error:
+            self.failure = error
+        job.error = self.failure
+        job.ended = True
+        self.done.append(job.what)
+
+    def close(self) -> None:
+        while self.waiting:
+            self.run_next()
+
+
+latest: list[LazyWorker] = []
+"""Workers in the order in which they were made."""
+
+
+class Lazy(OffloadAdam):
+    """Overlapped, with updates that come at the last moment."""
+
+    _backend = Backend(make_worker=LazyWorker)
+
+
+class LazyOffloading(Lazy):
+    """The path of parameters on a device, with parameters in host memory."""
+
+    _offloads = True
