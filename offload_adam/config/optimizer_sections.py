@@ -37,7 +37,8 @@ class ExecutionKeys(Section):
 
     `accumulate: host` sends every microbatch's gradient at once and adds them up in fp32 on the
     host; without it they add up in `.grad` and only the sum is sent. `gradient_reduction: external`
-    wraps the model in DistributedDataParallel.
+    wraps the model in DistributedDataParallel. `overlap` hides updates under the next forward; null
+    does so on a GPU.
     """
 
     max_grad_norm: Positive | None = None
@@ -46,6 +47,7 @@ class ExecutionKeys(Section):
     accumulate: Literal["host"] | None = None
     bucket_nbytes: PositiveInt | None = None
     num_threads: PositiveInt | None = None
+    overlap: bool | None = None
 
 
 class OffloadAdamSection(ExecutionKeys):

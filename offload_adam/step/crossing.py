@@ -9,6 +9,14 @@ from offload_adam.layout.schedule import Lane, Operation, Schedule, Task
 from offload_adam.transfer.streams import Mark, Streams
 
 
+class MarkWait(Protocol):
+    """Blocks the calling thread until a mark is reached."""
+
+    def __call__(self, streams: Streams, mark: Mark) -> None:
+        """Raise where it never will be."""
+        ...
+
+
 class HostWait(Protocol):
     """Blocks the calling thread until a task of the update thread is over."""
 
@@ -29,6 +37,7 @@ class Crossing:
         streams: Mapping[int, Streams],
         on_device: Collection[int],
         wait_for_update: HostWait,
+        wait_for_mark: MarkWait,
     ) -> None:
         """Begin with nothing under way.
 
@@ -42,6 +51,7 @@ class Crossing:
         self._streams = streams
         self._on_device = frozenset(on_device)
         self._wait_for_update = wait_for_update
+        self._wait_for_mark = wait_for_mark
         self._marks: dict[Task, Mark] = {}
 
     def begin(self, operation: Operation, bucket: int) -> None:
@@ -59,7 +69,7 @@ class Crossing:
             if mark is None:
                 continue  # no step has come so far yet
             if lane is Lane.UPDATE:
-                streams.synchronize(mark)
+                self._wait_for_mark(streams, mark)
             else:
                 streams.wait(lane, mark)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,10 @@ from offload_adam.parameters.rows import GradientRows
 from offload_adam.step.bucket_state import BucketState, carrier
 from offload_adam.step.gradients import SegmentTable
 from offload_adam.step.prepared import Segment
+
+# Numba's workqueue layer ends the process when two threads launch at once, as those of two
+# optimizers would.
+_launching = threading.Lock()
 
 MIN_PIECE_NUMEL = 32 * 1024
 """Elements below which another thread costs more to wake than it saves; no bit depends on it."""
@@ -56,14 +61,15 @@ class Kernels:
 
     def sum_blocks(self, table: SegmentTable, sums: npt.NDArray[np.float64]) -> None:
         """Add the sum of squares of each block of the table's segments."""
-        self._norm.block_sums(
-            table.gradient_format,
-            table.addresses,
-            table.starts,
-            table.numels,
-            sums,
-            self._use_threads(int(table.numels.sum())),
-        )
+        with _launching:
+            self._norm.block_sums(
+                table.gradient_format,
+                table.addresses,
+                table.starts,
+                table.numels,
+                sums,
+                self._use_threads(int(table.numels.sum())),
+            )
 
     def update(
         self,
@@ -81,21 +87,21 @@ class Kernels:
         """
         planes = state.planes
         largest = planes.max_exp_avg_sq
-        num_pieces = self._use_threads(int(table.numels.sum()))
-        self._update.update(
-            table.gradient_format,
-            table.addresses,
-            table.starts,
-            table.work_starts(),
-            rows,
-            scalars,
-            _float32(planes.master_weight),
-            _float32(planes.exp_avg),
-            _float32(planes.exp_avg_sq),
-            None if largest is None else _float32(largest),
-            None if rounded is None else carrier(rounded),
-            num_pieces,
-        )
+        with _launching:
+            self._update.update(
+                table.gradient_format,
+                table.addresses,
+                table.starts,
+                table.work_starts(),
+                rows,
+                scalars,
+                _float32(planes.master_weight),
+                _float32(planes.exp_avg),
+                _float32(planes.exp_avg_sq),
+                None if largest is None else _float32(largest),
+                None if rounded is None else carrier(rounded),
+                self._use_threads(int(table.numels.sum())),
+            )
 
     def update_rows(
         self,
@@ -107,18 +113,19 @@ class Kernels:
     ) -> None:
         """Update the touched rows, each given once, of a parameter that this rank holds whole."""
         planes = state.planes
-        self._rows.update_rows(
-            FloatFormat.FLOAT32,
-            touched.rows.contiguous().numpy(),
-            touched.values.contiguous().numpy(),
-            touched.values.shape[1],
-            scalars,
-            _float32(segment.of(planes.master_weight)),
-            _float32(segment.of(planes.exp_avg)),
-            _float32(segment.of(planes.exp_avg_sq)),
-            None if rounded is None else carrier(segment.of(rounded)),
-            self._use_threads(touched.values.numel()),
-        )
+        with _launching:
+            self._rows.update_rows(
+                FloatFormat.FLOAT32,
+                touched.rows.contiguous().numpy(),
+                touched.values.contiguous().numpy(),
+                touched.values.shape[1],
+                scalars,
+                _float32(segment.of(planes.master_weight)),
+                _float32(segment.of(planes.exp_avg)),
+                _float32(segment.of(planes.exp_avg_sq)),
+                None if rounded is None else carrier(segment.of(rounded)),
+                self._use_threads(touched.values.numel()),
+            )
 
     def _use_threads(self, numel: int) -> int:
         """Set the thread mask for a launch over so many elements; return its number of pieces."""

@@ -165,7 +165,7 @@ class OverlappedExecutor(Executor):
         needed = [number for number in buckets if number in self._to_use]
         if not needed:
             return
-        with self._spans.span("wait"):
+        with self._spans.span("update wait"):
             last = max(self._to_use[number] for number in needed)
             while self._to_gather and self._to_use[self._to_gather[0]] <= last:
                 self._gather_next()

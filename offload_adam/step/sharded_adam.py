@@ -291,6 +291,7 @@ class ShardedAdam:
 
     def total_norm(self, inputs: StepInputs) -> float:
         """Reduce what is left and return the global gradient norm, unscaled. Collective."""
+        self.executor.settle()
         agreement, _ = self._agree(inputs, NullSpans())
         return decide(agreement, None).total_norm
 

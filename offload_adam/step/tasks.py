@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,7 +21,9 @@ from offload_adam.step.masks import UpdateMasks
 from offload_adam.step.updates import Updates
 from offload_adam.transfer.collectives import Collectives, PendingCollective
 from offload_adam.transfer.rings import Rings
-from offload_adam.transfer.streams import StreamsByDevice
+from offload_adam.transfer.streams import Mark, Streams, StreamsByDevice
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 1e-3
 
 
 class Tasks:
@@ -67,11 +70,24 @@ class Tasks:
         self.routes = list(routes)
         streams = {s.layout.index: self._streams.of(s.device) for s in self.states}
         on_device = [s.layout.index for s in self.states if not s.hosted]
-        crossing = Crossing(schedule, streams, on_device, wait_for_update)
+        crossing = Crossing(schedule, streams, on_device, wait_for_update, self._wait_for)
         if self._crossing is not None:
             crossing.adopt(self._crossing)
         self._crossing = crossing
         self._schedule = schedule
+
+    def _wait_for(self, streams: Streams, mark: Mark) -> None:
+        """Block until a mark is reached, as long as all peers live.
+
+        What a device waits for may be a collective that a dead peer will never join. In a world of
+        one there is none, and the thread sleeps until the device wakes it.
+        """
+        pause_s = _FIRST_PAUSE_S
+        while self._membership.world_size > 1 and not mark.query():
+            self._membership.raise_failure()
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        streams.synchronize(mark)
 
     @property
     def crossing(self) -> Crossing:

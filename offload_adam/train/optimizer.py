@@ -72,6 +72,7 @@ def _execution(section: ExecutionKeys, config: RunConfig) -> dict[str, Any]:
         "reduce_dtype": torch.float32 if section.reduce_dtype else None,
         "accumulate": section.accumulate,
         "num_threads": section.num_threads,
+        "overlap": section.overlap if config.optimizer.streams else None,
         "pin_memory": config.memory.pin,
         "allow_overcommit": config.memory.allow_overcommit,
         "dead_after": config.coordinator.dead_after,

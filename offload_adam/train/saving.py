@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "train.eval_sequences",
     "optimizer.num_threads",
     "optimizer.bucket_nbytes",
+    "optimizer.overlap",
     "memory.",
     "coordinator.",
     "profile.",

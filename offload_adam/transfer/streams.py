@@ -156,7 +156,8 @@ class CudaStreams:
 
     def mark(self, lane: Lane) -> Mark:
         """Record an event; let go of what earlier events have freed."""
-        event = torch.cuda.Event()
+        # Whoever waits for it on the host sleeps: a thread that spins takes a core from the kernel.
+        event = torch.cuda.Event(blocking=True)
         event.record(self._stream(lane))
         with self._lock:
             tensors, self._unmarked[lane] = self._unmarked[lane], []
