@@ -7,7 +7,7 @@ import math
 import warnings
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -520,53 +520,62 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for state in self._settled().states:
             yield from shards_of(state)
 
-    def plain_state(self) -> dict[str, Any]:
-        """Return what is no tensor: groups, step counts by parameter, and the face's own state."""
+    def plain_state(self, name_of: Callable[[torch.Tensor], str]) -> dict[str, Any]:
+        """Return what is no tensor: groups, step counts by name, and the face's own state."""
         groups = [
             {
-                key: float(value) if isinstance(value, torch.Tensor) else value
-                for key, value in group.items()
-                if key not in _NOT_PLAIN
+                "parameters": [name_of(parameter) for parameter in group["params"]],
+                "options": {
+                    key: float(value) if isinstance(value, torch.Tensor) else value
+                    for key, value in group.items()
+                    if key not in _NOT_PLAIN
+                },
             }
             for group in self.param_groups
         ]
-        counts = {self._indices[shard.parameter]: float(shard.step) for shard in self.shards()}
-        steps = [counts[index] for index in range(len(counts))]
+        steps = {name_of(shard.parameter): float(shard.step) for shard in self.shards()}
         return {"groups": groups, "steps": steps, "further": self._further_state()}
 
-    def check_plain_state(self, saved: Mapping[str, Any]) -> None:
+    def check_plain_state(
+        self, saved: Mapping[str, Any], name_of: Callable[[torch.Tensor], str]
+    ) -> None:
         """Refuse what `load_plain_state` could not load.
 
         Raises:
-            CheckpointError: another number of groups or parameters, or other hyperparameters than
-                this optimizer can have.
+            CheckpointError: other groups or parameters, or hyperparameters that this optimizer
+                cannot have.
         """
         try:
-            self._plan_plain_state(saved)
-        except (KeyError, TypeError, ValueError) as error:
+            self._plan_plain_state(saved, name_of)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the saved optimizer does not fit this one: {error}") from error
 
-    def load_plain_state(self, saved: Mapping[str, Any]) -> None:
+    def load_plain_state(
+        self, saved: Mapping[str, Any], name_of: Callable[[torch.Tensor], str]
+    ) -> None:
         """Load what `plain_state` returned."""
-        groups, load_further = self._plan_plain_state(saved)
+        groups, load_further = self._plan_plain_state(saved, name_of)
         for shard in self.shards():
-            shard.step.fill_(saved["steps"][self._indices[shard.parameter]])
+            shard.step.fill_(saved["steps"][name_of(shard.parameter)])
         load_further()
         for group, kept in zip(self.param_groups, groups, strict=True):
             dict.update(group, kept)  # a saved value may be one that users cannot set
 
     def _plan_plain_state(
-        self, saved: Mapping[str, Any]
+        self, saved: Mapping[str, Any], name_of: Callable[[torch.Tensor], str]
     ) -> tuple[list[dict[str, Any]], Callable[[], None]]:
         """Check a plain state; return the groups' options and what loads the rest."""
         if len(saved["groups"]) != len(self.param_groups):
             raise ValueError(f"it has {len(saved['groups'])} groups, not {len(self.param_groups)}")
-        num_parameters = sum(1 for _ in self.shards())
-        if len(saved["steps"]) != num_parameters:
-            raise ValueError(f"it has {len(saved['steps'])} parameters, not {num_parameters}")
+        steps = {name_of(shard.parameter) for shard in self.shards()}
+        _refuse_other_names("its step counts", saved["steps"], steps)
         groups = []
-        for group, saved_group in zip(self.param_groups, saved["groups"], strict=True):
-            kept = {**saved_group, "betas": tuple(saved_group["betas"])}
+        for number, (group, entry) in enumerate(
+            zip(self.param_groups, saved["groups"], strict=True)
+        ):
+            names = {name_of(parameter) for parameter in group["params"]}
+            _refuse_other_names(f"its group {number}", entry["parameters"], names)
+            kept = {**entry["options"], "betas": tuple(entry["options"]["betas"])}
             if kept["amsgrad"] != group["amsgrad"]:
                 raise ValueError(f"it has amsgrad={kept['amsgrad']}")
             self._check_group({**group, **kept})
@@ -694,6 +703,13 @@ def _versions() -> list[Fact]:
         ("the version of torch", str(torch.__version__)),
         ("the version of numba", metadata.version("numba")),
     ]
+
+
+def _refuse_other_names(where: str, saved: Iterable[str], here: Collection[str]) -> None:
+    """Refuse names that differ, whatever their order."""
+    for name in sorted({*saved} ^ {*here}):
+        which = "this optimizer alone has" if name in here else "this optimizer does not have"
+        raise ValueError(f"{where}: {which} {name!r}")
 
 
 def _scalar(value: torch.Tensor | float | None, *, absent: float) -> float:

@@ -12,9 +12,9 @@ from torch import nn
 
 from offload_adam.checkpoint.boxes import boxes_of_range
 from offload_adam.checkpoint.files import Blob
+from offload_adam.checkpoint.manifest import BLOCK_NBYTES
 from offload_adam.errors import CheckpointError
 from offload_adam.sharded_optimizer import ShardedOptimizer
-from offload_adam.step.parameter_shard import ParameterShard
 
 DTYPE_NAMES = {
     torch.float32: "F32",
@@ -37,6 +37,7 @@ class Part:
 
     shape, order: of the whole tensor, see `manifest.TensorEntry`.
     data: 1-d, on any device; elements [start, end) in memory order.
+    bucket: whose update writes to it, None for none.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Part:
     start: int
     end: int
     data: torch.Tensor
+    bucket: int | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -53,19 +55,29 @@ class Part:
 
     def blobs(self) -> Iterator[tuple[Blob, tuple[int, ...]]]:
         """Yield the boxes that the range is cut into, as they lie, with their offsets."""
-        host = self.data if self.data.device.type == "cpu" else self.data.cpu()
-        view = as_bytes(host)
-        itemsize = host.element_size()
         memory_shape = [self.shape[dim] for dim in self.order]
         done = 0
         for box in boxes_of_range(memory_shape, self.start, self.end):
-            numel = 1
-            for size in box.sizes:
-                numel *= size
-            data = view[done * itemsize : (done + numel) * itemsize]
+            numel = math.prod(box.sizes)
+            data = HostBytes(self.data[done : done + numel])
             label = ",".join(map(str, box.offsets))
             yield Blob(f"{self.name}@{label}", self.dtype_name, box.sizes, data), box.offsets
             done += numel
+
+
+@dataclass(frozen=True, slots=True)
+class HostBytes:
+    """The bytes of a 1-d tensor, on the host: where they lie, or in copies of one block each."""
+
+    data: torch.Tensor
+
+    def __iter__(self) -> Iterator[memoryview]:
+        """Yield views that together are all of it, each valid until the next."""
+        if self.data.device.type == "cpu":
+            yield as_bytes(self.data)
+            return
+        for piece in self.data.split(BLOCK_NBYTES // self.data.element_size()):
+            yield as_bytes(piece.cpu())
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
@@ -81,48 +93,68 @@ def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(sorted(range(tensor.dim()), key=lambda dim: (-tensor.stride()[dim], dim)))
 
 
-def parameter_names(model: nn.Module) -> dict[int, str]:
-    """Return the name of each parameter of a model, a tied one under its first."""
-    return {id(parameter): name for name, parameter in model.named_parameters()}
+class ParameterNames:
+    """A model's names of its parameters, a tied one under its first."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
 
-def name_of(shard: ParameterShard, names: Mapping[int, str]) -> str:
-    """Return the model's name of an optimizer's parameter.
+    def __call__(self, parameter: torch.Tensor) -> str:
+        """Return the name of an optimizer's parameter.
 
-    Raises:
-        CheckpointError: it is not the model's.
-    """
-    name = names.get(id(shard.parameter))
-    if name is None:
-        raise CheckpointError(
-            f"the optimizer has a parameter of shape {tuple(shard.parameter.shape)} that is not "
-            "among the model's: give the model that the optimizer trains"
-        )
-    return name
+        Raises:
+            CheckpointError: it is not the model's.
+        """
+        name = self._names.get(id(parameter))
+        if name is None:
+            raise CheckpointError(
+                f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not "
+                "among the model's: give the model that the optimizer trains"
+            )
+        return name
 
 
 def sharded_parts(model: nn.Module, optimizer: ShardedOptimizer) -> Iterator[Part]:
-    """Yield this rank's ranges of all trained parameters and their state."""
-    names = parameter_names(model)
+    """Yield this rank's ranges of all trained parameters and their state, bucket by bucket."""
+    name_of = ParameterNames(model)
     for shard in optimizer.shards():
-        name = name_of(shard, names)
+        name = name_of(shard.parameter)
         shape, order = tuple(shard.parameter.shape), memory_order(shard.parameter)
-        yield Part(f"model/{name}", shape, order, shard.start, shard.end, shard.weight)
-        for key, plane in shard.planes.items():
-            yield Part(f"optimizer/{name}/{key}", shape, order, shard.start, shard.end, plane)
+        tensors = {f"model/{name}": shard.weight}
+        tensors |= {f"optimizer/{name}/{key}": plane for key, plane in shard.planes.items()}
+        for full_name, data in tensors.items():
+            yield Part(full_name, shape, order, shard.start, shard.end, data, shard.bucket)
 
 
 def whole_tensors(model: nn.Module, optimizer: ShardedOptimizer) -> dict[str, torch.Tensor]:
     """Return by name what the optimizer does not train: frozen parameters and saved buffers."""
     trained = {id(shard.parameter) for shard in optimizer.shards()}
     saved = model.state_dict(keep_vars=True)
-    seen: set[int] = set()
-    found = {}
+    own = _first_names(model, saved)
+    return {
+        f"model/{name}": value.detach()
+        for name, value in saved.items()
+        if isinstance(value, torch.Tensor) and id(value) not in trained and own[id(value)] == name
+    }
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Return the further names of the model's saved tensors, each with the one it is saved by."""
+    saved = model.state_dict(keep_vars=True)
+    own = _first_names(model, saved)
+    return {
+        f"model/{name}": f"model/{own[id(value)]}"
+        for name, value in saved.items()
+        if isinstance(value, torch.Tensor) and own[id(value)] != name
+    }
+
+
+def _first_names(model: nn.Module, saved: Mapping[str, Any]) -> dict[int, str]:
+    """Return the name under which each tensor of a model's state dict is saved."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, value in saved.items():
-        if isinstance(value, torch.Tensor) and id(value) not in trained | seen:
-            seen.add(id(value))
-            found[f"model/{name}"] = value.detach()
-    return found
+        names.setdefault(id(value), name)
+    return names
 
 
 def whole_part(name: str, tensor: torch.Tensor) -> Part:

@@ -7,25 +7,34 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import RawIOBase
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from offload_adam.checkpoint.manifest import BLOCK_NBYTES, FileEntry
+from offload_adam.checkpoint.manifest import BLOCK_NBYTES, ITEMSIZES, FileEntry
 from offload_adam.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """One entry of a file: a name, safetensors' dtype, sizes, and the bytes where they lie."""
+    """One entry of a file: a name, safetensors' dtype and sizes, and where its bytes come from.
+
+    data: iterated once, when it is written; the views together are `nbytes` long.
+    """
 
     name: str
     dtype: str
     sizes: tuple[int, ...]
-    data: memoryview
+    data: Iterable[memoryview]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that it takes in a file."""
+        return ITEMSIZES[self.dtype] * prod(self.sizes)
 
 
 class _SummedFile:
@@ -60,41 +69,67 @@ class _SummedFile:
             self._checksum = self._filled = 0
 
 
-def write_file(path: Path, blobs: Sequence[Blob]) -> tuple[FileEntry, dict[str, int]]:
-    """Write a safetensors file from memory as it lies, and flush it to the disk.
+class FileWriter:
+    """Writes a safetensors file, blob after blob, from memory as it lies.
 
-    Returns:
-        The file's entry in the manifest, and the byte at which each blob starts.
+    starts: the byte at which each blob starts, by name, known from the beginning.
+
+    Owns: the file, until `finish` or `close`.
+    Lifecycle: `write` for every blob in the order of the constructor's, then `finish`.
 
     Source: Hugging Face, the safetensors format.
     """
-    header: dict[str, object] = {}
-    offset = 0
-    for blob in blobs:
-        end = offset + blob.data.nbytes
-        header[blob.name] = {
-            "dtype": blob.dtype,
-            "shape": list(blob.sizes),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    starts, position = {}, 8 + len(text)
-    with path.open("xb", buffering=0) as raw:
-        file = _SummedFile(raw)
-        file.write(memoryview(len(text).to_bytes(8, "little")))
-        file.write(memoryview(text))
+
+    def __init__(self, path: Path, blobs: Sequence[Blob]) -> None:
+        header: dict[str, object] = {}
+        offset = 0
         for blob in blobs:
-            starts[blob.name] = position
-            if blob.data.nbytes:  # a view with a zero in its shape cannot be cast
-                file.write(blob.data.cast("B"))
-            position += blob.data.nbytes
-        file.finish_block()
-        os.fsync(raw.fileno())
-        if os.fstat(raw.fileno()).st_size != file.nbytes:
-            raise OSError(errno.EIO, "the file is shorter than what was written to it", str(path))
-    return FileEntry(nbytes=file.nbytes, checksums=file.checksums), starts
+            end = offset + blob.nbytes
+            header[blob.name] = {
+                "dtype": blob.dtype,
+                "shape": list(blob.sizes),
+                "data_offsets": [offset, end],
+            }
+            offset = end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self.starts: dict[str, int] = {}
+        position = 8 + len(text)
+        for blob in blobs:
+            self.starts[blob.name] = position
+            position += blob.nbytes
+        self._path = path
+        self._expected_nbytes = position
+        self._raw = path.open("xb", buffering=0)
+        self._file = _SummedFile(self._raw)
+        try:
+            self._file.write(memoryview(len(text).to_bytes(8, "little")))
+            self._file.write(memoryview(text))
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, blob: Blob) -> None:
+        """Write the next blob."""
+        assert self._file.nbytes == self.starts[blob.name], "blobs come in the header's order"
+        for view in blob.data:
+            if view.nbytes:  # a view with a zero in its shape cannot be cast
+                self._file.write(view.cast("B"))
+
+    def finish(self) -> FileEntry:
+        """Flush all of it to the disk, and return the file's entry in the manifest."""
+        self._file.finish_block()
+        assert self._file.nbytes == self._expected_nbytes, "every blob has been written"
+        os.fsync(self._raw.fileno())
+        if os.fstat(self._raw.fileno()).st_size != self._file.nbytes:
+            message = "the file is shorter than what was written to it"
+            raise OSError(errno.EIO, message, str(self._path))
+        self.close()
+        return FileEntry(nbytes=self._file.nbytes, checksums=self._file.checksums)
+
+    def close(self) -> None:
+        """Close the file, whole or not. Idempotent."""
+        self._raw.close()
 
 
 def open_regular(path: Path) -> int:

@@ -14,10 +14,9 @@ from torch import nn
 
 from offload_adam.checkpoint.content import (
     DTYPE_NAMES,
+    ParameterNames,
     as_bytes,
     memory_order,
-    name_of,
-    parameter_names,
     whole_tensors,
 )
 from offload_adam.checkpoint.files import VerifiedFile
@@ -48,13 +47,14 @@ def load_checkpoint(
     """
     folder = Path(path)
     membership = optimizer.membership
+    name_of = ParameterNames(model)
     with HERE.at("checkpoint", patient=True), ExitStack() as stack:
 
         def check() -> tuple[Manifest, CheckpointReader]:
             manifest = read_manifest(folder)
             reader = stack.enter_context(CheckpointReader(folder, manifest))
             _check(manifest, model, optimizer)
-            optimizer.check_plain_state(manifest.state["optimizer"])
+            optimizer.check_plain_state(manifest.optimizer.model_dump(), name_of)
             return manifest, reader
 
         manifest, reader = together(membership, "reading a checkpoint", check)
@@ -62,12 +62,11 @@ def load_checkpoint(
         def load() -> None:
             with torch.no_grad():
                 _load(reader, model, optimizer)
-                optimizer.load_plain_state(manifest.state["optimizer"])
+                optimizer.load_plain_state(manifest.optimizer.model_dump(), name_of)
                 optimizer.num_steps = manifest.step
 
         together(membership, "loading a checkpoint", load)
-    extra: dict[str, Any] = manifest.state["extra"]
-    return extra
+    return manifest.extra
 
 
 def verify_checkpoint(path: str | os.PathLike[str]) -> Manifest:
@@ -148,10 +147,10 @@ class CheckpointReader:
 
 def _check(manifest: Manifest, model: nn.Module, optimizer: ShardedOptimizer) -> None:
     """Refuse a checkpoint of another model."""
-    names = parameter_names(model)
+    name_of = ParameterNames(model)
     expected: dict[str, torch.Tensor] = {}
     for shard in optimizer.shards():
-        name = name_of(shard, names)
+        name = name_of(shard.parameter)
         expected[f"model/{name}"] = shard.parameter
         for key, plane in shard.planes.items():
             saved = f"optimizer/{name}/{key}"
@@ -194,10 +193,10 @@ def _compare(
 
 
 def _load(reader: CheckpointReader, model: nn.Module, optimizer: ShardedOptimizer) -> None:
-    names = parameter_names(model)
+    name_of = ParameterNames(model)
     loaded = set()
     for shard in optimizer.shards():
-        name = name_of(shard, names)
+        name = name_of(shard.parameter)
         for key, plane in shard.planes.items():
             saved = f"optimizer/{name}/{key}"
             if saved not in reader.manifest.tensors:

@@ -10,12 +10,12 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from offload_adam.checkpoint.boxes import Box, range_of_box
 from offload_adam.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 BLOCK_NBYTES = 4 * 1024 * 1024
 """Bytes of a file that have one checksum: so a part can be verified without reading the rest."""
@@ -64,10 +64,30 @@ class FileEntry(_Part):
     checksums: list[Count]
 
 
+class GroupEntry(_Part):
+    """One group of the optimizer: the names of its parameters, and its options."""
+
+    parameters: list[str]
+    options: dict[str, Any]
+
+
+class OptimizerEntry(_Part):
+    """What of an optimizer is no tensor.
+
+    steps: completed updates by the name of each trained parameter.
+    further: what the kind of optimizer adds.
+    """
+
+    groups: list[GroupEntry]
+    steps: dict[str, Annotated[FiniteFloat, Field(ge=0)]]
+    further: dict[str, Any]
+
+
 class Manifest(_Part):
     """All of a checkpoint but the tensors' bytes.
 
-    state: what is no tensor, as JSON: groups, counters, schedules, random states.
+    tied: further names of the model's tensors, each with the one that the tensor stands under.
+    extra: what the caller of `save_checkpoint` gave.
     """
 
     format_version: Count
@@ -75,7 +95,9 @@ class Manifest(_Part):
     world_size: Count
     tensors: dict[str, TensorEntry]
     files: dict[str, FileEntry]
-    state: dict[str, Any]
+    optimizer: OptimizerEntry
+    tied: dict[str, str]
+    extra: dict[str, Any]
 
     def to_json(self) -> str:
         """Return the text of `manifest.json`."""
@@ -129,10 +151,11 @@ def parse_manifest(text: str | bytes, origin: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{origin} is not JSON: {error}") from error
     version = values.get("format_version") if isinstance(values, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        other = "or a newer one" if version > FORMAT_VERSION else "or begin anew"
         raise CheckpointError(
-            f"{origin} has format version {version}, and this package reads up to "
-            f"{FORMAT_VERSION}: use the version of offload_adam that wrote it, or a newer one"
+            f"{origin} has format version {version}, and this package reads {FORMAT_VERSION}: use "
+            f"the version of offload_adam that wrote it, {other}"
         )
     try:
         manifest = Manifest.model_validate(values)
@@ -146,6 +169,9 @@ def parse_manifest(text: str | bytes, origin: str) -> Manifest:
             _check_tensor(manifest, entry)
         except ValueError as error:
             raise CheckpointError(f"{origin}: tensor {name!r}: {error}") from error
+    for alias, name in manifest.tied.items():
+        if name not in manifest.tensors or alias in manifest.tensors:
+            raise CheckpointError(f"{origin}: {alias!r} cannot be another name of {name!r}")
     return manifest
 
 

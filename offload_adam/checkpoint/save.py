@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from offload_adam.checkpoint.content import Part, sharded_parts, to_plain, whole_part, whole_tensors
-from offload_adam.checkpoint.files import Blob, flush_folder, write_file
+from offload_adam.checkpoint.content import (
+    ParameterNames,
+    Part,
+    sharded_parts,
+    tied_names,
+    to_plain,
+    whole_part,
+    whole_tensors,
+)
+from offload_adam.checkpoint.files import flush_folder
 from offload_adam.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
-    FileEntry,
     Manifest,
-    Piece,
+    OptimizerEntry,
     TensorEntry,
     parse_manifest,
 )
+from offload_adam.checkpoint.rank_file import RankEntry, RankFile, rank_file_name
 from offload_adam.coordinator.admission import gather_texts, together
 from offload_adam.coordinator.membership import Membership
-from offload_adam.errors import CheckpointError
+from offload_adam.errors import CheckpointError, PeerFailedError
 from offload_adam.observe.place import HERE
 from offload_adam.sharded_optimizer import ShardedOptimizer
 
@@ -43,7 +52,7 @@ def save_checkpoint(
     """Write model and optimizer into a new folder that every rank sees. Collective.
 
     Each rank writes the ranges that it owns, straight from where they lie; a device's in copies of
-    one range. All of it goes to `<path>.partial`, and one rename makes it a checkpoint when every
+    4 MiB. All of it goes to `<path>.partial`, and one rename makes it a checkpoint when every
     rank's bytes are on the disk: a crash at any moment leaves earlier checkpoints as they are.
 
     Args:
@@ -52,33 +61,141 @@ def save_checkpoint(
     Raises:
         CheckpointError: the path exists, the folder is not shared by all ranks, or something of
             `extra` cannot be written. On every rank.
-        OSError: on the rank where writing failed, a PeerError on the others.
+        OSError: on the rank where writing failed, a PeerError on the others. Nothing is left.
     """
-    target = Path(path)
-    partial = target.with_name(target.name + PARTIAL_SUFFIX)
-    membership = optimizer.membership
+    optimizer.synchronize()
     with HERE.at("checkpoint", patient=True):
-        state = together(
-            membership,
-            "preparing a checkpoint",
-            lambda: to_plain({"optimizer": optimizer.plain_state(), "extra": extra or {}}),
-        )
-        _open_folder(target, partial, membership)
-        written = together(
-            membership, "writing a checkpoint", lambda: _write(partial, model, optimizer)
-        )
-        texts = gather_texts(membership, json.dumps(written))
+        save = open_save(Path(path), model, optimizer, extra)
+        with save.discarding():
+            entry = together(save.membership, "writing a checkpoint", save.write)
+            save.commit(entry)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What of a checkpoint is no tensor, as it was when the save began."""
+
+    step: int
+    optimizer: OptimizerEntry
+    tied: dict[str, str]
+    extra: dict[str, Any]
+
+
+class Save:
+    """A checkpoint that is being written, and is none yet.
+
+    Owns: this rank's file, until `finish`, `close` or an error.
+    Lifecycle: `write` at once; or `write_whole` and `write_bucket` for every one of `buckets`, and
+    `finish`; then `commit`.
+    """
+
+    def __init__(
+        self, target: Path, membership: Membership, parts: Sequence[Part], plain: Written
+    ) -> None:
+        self.membership = membership
+        self._target = target
+        self._partial = partial_of(target)
+        self._plain = plain
+        self._whole = [part for part in parts if part.bucket is None]
+        self._buckets: dict[int, list[Part]] = {}
+        for part in parts:
+            if part.bucket is not None:
+                self._buckets.setdefault(part.bucket, []).append(part)
+        # The bucket that the next update writes to comes first.
+        self._buckets = dict(sorted(self._buckets.items(), reverse=True))
+        name = rank_file_name(membership.rank, membership.world_size)
+        in_order = [*self._whole, *(part for some in self._buckets.values() for part in some)]
+        self._file = RankFile(self._partial, name, in_order)
+
+    @property
+    def buckets(self) -> list[int]:
+        """The buckets that are read, in that order."""
+        return list(self._buckets)
+
+    def write(self) -> RankEntry:
+        """Write all of this rank's file."""
+        self.write_whole()
+        for bucket in self._buckets:
+            self.write_bucket(bucket)
+        return self.finish()
+
+    def write_whole(self) -> None:
+        """Write what no update of the optimizer guards: frozen parameters and buffers."""
+        self._file.write(self._whole)
+
+    def write_bucket(self, bucket: int) -> None:
+        """Write this rank's part of a bucket."""
+        self._file.write(self._buckets[bucket])
+
+    def finish(self) -> RankEntry:
+        """Flush the file."""
+        return self._file.finish()
+
+    def close(self) -> None:
+        """Close the file as it is."""
+        self._file.close()
+
+    def remove(self) -> None:
+        """Remove this rank's file, of a checkpoint that nobody will commit."""
+        self.close()
+        name = rank_file_name(self.membership.rank, self.membership.world_size)
+        (self._partial / name).unlink(missing_ok=True)
+
+    def commit(self, entry: RankEntry) -> None:
+        """Make it a checkpoint, once every rank has written. Collective."""
+        texts = gather_texts(self.membership, entry.model_dump_json())
 
         def commit() -> None:
-            if membership.rank == 0:
-                step = optimizer.num_steps
-                _commit(target, partial, [json.loads(text) for text in texts], state, step)
+            if self.membership.rank == 0:
+                entries = [RankEntry.model_validate_json(text) for text in texts]
+                _commit(self._target, manifest_of(entries, self._plain))
 
-        together(membership, "committing a checkpoint", commit)
+        together(self.membership, "committing a checkpoint", commit)
+
+    @contextmanager
+    def discarding(self) -> Iterator[None]:
+        """Remove all of it when every rank knows that it cannot become a checkpoint."""
+        try:
+            yield
+        except BaseException as error:
+            self.close()
+            if self.membership.rank == 0 and not isinstance(error, PeerFailedError):
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise
 
 
-def _open_folder(target: Path, partial: Path, membership: Membership) -> None:
+def open_save(
+    target: Path, model: nn.Module, optimizer: ShardedOptimizer, extra: Mapping[str, Any] | None
+) -> Save:
+    """Check what is to be saved, and make the folder and every rank's file in it. Collective."""
+    membership = optimizer.membership
+
+    def describe() -> Written:
+        plain = to_plain(optimizer.plain_state(ParameterNames(model)))
+        return Written(
+            step=optimizer.num_steps,
+            optimizer=OptimizerEntry.model_validate(plain),
+            tied=tied_names(model),
+            extra=to_plain(extra or {}),
+        )
+
+    plain = together(membership, "preparing a checkpoint", describe)
+    _open_folder(target, membership)
+    return together(
+        membership,
+        "opening a checkpoint's files",
+        lambda: Save(target, membership, _parts(model, optimizer), plain),
+    )
+
+
+def partial_of(target: Path) -> Path:
+    """Return the folder that a checkpoint is written in before it is one."""
+    return target.with_name(target.name + PARTIAL_SUFFIX)
+
+
+def _open_folder(target: Path, membership: Membership) -> None:
     """Make the folder on rank 0, and see on every rank that it is the same one."""
+    partial = partial_of(target)
     token = uuid.uuid4().hex
 
     def make() -> None:
@@ -105,63 +222,45 @@ def _open_folder(target: Path, partial: Path, membership: Membership) -> None:
         (partial / _TOKEN_NAME).unlink(missing_ok=True)
 
 
-def _write(partial: Path, model: nn.Module, optimizer: ShardedOptimizer) -> dict[str, Any]:
-    """Write this rank's file, and return what the manifest has to say of it."""
-    membership = optimizer.membership
-    parts: list[Part] = []
-    if membership.rank == 0 or optimizer.is_sharded:
-        parts += [part for part in sharded_parts(model, optimizer) if part.end > part.start]
-    if membership.rank == 0:
+def _parts(model: nn.Module, optimizer: ShardedOptimizer) -> list[Part]:
+    """Return what this rank writes; what all have whole, and names without bytes, rank 0."""
+    rank = optimizer.membership.rank
+    if rank != 0 and not optimizer.is_sharded:
+        return []
+    sharded = list(sharded_parts(model, optimizer))
+    parts = [part for part in sharded if part.end > part.start]
+    if rank == 0:
         whole = whole_tensors(model, optimizer)
         parts += [whole_part(name, tensor) for name, tensor in whole.items()]
         known = {part.name for part in parts}
-        empty = (part for part in sharded_parts(model, optimizer) if part.name not in known)
-        parts += empty
-    name = f"rank-{membership.rank:05d}-of-{membership.world_size:05d}.safetensors"
-    blobs: list[Blob] = []
-    tensors: dict[str, Any] = {}
-    for part in parts:
-        entry = tensors.setdefault(
-            part.name,
-            {
-                "dtype": part.dtype_name,
-                "shape": list(part.shape),
-                "order": list(part.order),
-                "pieces": [],
-            },
-        )
-        for blob, offsets in part.blobs():
-            blobs.append(blob)
-            entry["pieces"].append([blob.name, list(offsets), list(blob.sizes)])
-    file, starts = write_file(partial / name, blobs)
-    for entry in tensors.values():
-        entry["pieces"] = [
-            Piece(offsets=offsets, sizes=sizes, file=name, start=starts[label]).model_dump()
-            for label, offsets, sizes in entry["pieces"]
-        ]
-    return {"file": name, "entry": file.model_dump(), "tensors": tensors}
+        parts += [part for part in sharded if part.name not in known]
+    return parts
 
 
-def _commit(
-    target: Path, partial: Path, written: list[dict[str, Any]], state: dict[str, Any], step: int
-) -> None:
-    """Put the ranks' parts together, check that nothing is missing, and rename."""
+def manifest_of(entries: Sequence[RankEntry], plain: Written) -> Manifest:
+    """Put the ranks' parts together."""
     tensors: dict[str, TensorEntry] = {}
-    for rank in written:
-        for name, values in rank["tensors"].items():
-            entry = TensorEntry.model_validate(values)
+    for entry in entries:
+        for name, tensor in entry.tensors.items():
             before = tensors.get(name)
             if before is not None:
-                entry = before.model_copy(update={"pieces": [*before.pieces, *entry.pieces]})
-            tensors[name] = entry
-    manifest = Manifest(
+                tensor = before.model_copy(update={"pieces": [*before.pieces, *tensor.pieces]})
+            tensors[name] = tensor
+    return Manifest(
         format_version=FORMAT_VERSION,
-        step=step,
-        world_size=len(written),
+        step=plain.step,
+        world_size=len(entries),
         tensors=tensors,
-        files={rank["file"]: FileEntry.model_validate(rank["entry"]) for rank in written},
-        state=state,
+        files={entry.name: entry.file for entry in entries},
+        optimizer=plain.optimizer,
+        tied=plain.tied,
+        extra=plain.extra,
     )
+
+
+def _commit(target: Path, manifest: Manifest) -> None:
+    """Check that nothing is missing, write the manifest, and rename."""
+    partial = partial_of(target)
     text = manifest.to_json()
     parse_manifest(text, str(target))
     with (partial / MANIFEST_NAME).open("x", encoding="utf-8") as file:

@@ -15,6 +15,7 @@ from offload_adam.step.local_state import local_range
 class ParameterShard:
     """This rank's range of one parameter, in the order in which its elements lie in memory.
 
+    bucket: the index of the bucket that it is in.
     start, end: elements [start, end) of the parameter.
     weight: (end - start,) view of the parameter itself, in its dtype, on its device.
     planes: (end - start,) float32 views of the state by torch's keys.
@@ -22,6 +23,7 @@ class ParameterShard:
     """
 
     parameter: torch.nn.Parameter
+    bucket: int
     start: int
     end: int
     weight: torch.Tensor
@@ -39,6 +41,7 @@ def shards_of(state: BucketState) -> Iterator[ParameterShard]:
         planes = state.planes.named(own_master=state.own_master)
         yield ParameterShard(
             parameter,
+            state.layout.index,
             start,
             end,
             state.shard[part],

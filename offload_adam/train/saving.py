@@ -153,13 +153,30 @@ def resume(job: Job) -> int:
         found = gather_texts(membership, "" if own is None else str(own))[0]
     if not found:
         return 0
-    _refuse_changes(job.config, read_manifest(Path(found)).state["extra"]["config"])
+    _refuse_changes(job.config, _config_of(Path(found)))
     extra = load_checkpoint(found, model=job.model, optimizer=job.optimizer)
     _load_state(job, extra["train"])
     step: int = extra["step"]
     if job.world.rank == 0:
         logger.info("goes on from %s, after step %d", found, step)
     return step
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    """Return the configuration of the run that wrote a checkpoint.
+
+    Raises:
+        ConfigError: no training run wrote it.
+    """
+    extra = read_manifest(path).extra
+    if not {"step", "config", "train"} <= set(extra):
+        raise ConfigError.at(
+            "checkpoint.resume",
+            f"{path} was not written by a training run: load it with load_checkpoint in a loop "
+            "of your own",
+        )
+    config: dict[str, Any] = extra["config"]
+    return config
 
 
 def _refuse_changes(config: RunConfig, saved: dict[str, Any]) -> None:

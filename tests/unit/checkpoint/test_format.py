@@ -17,11 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_adam.checkpoint.boxes import Box, boxes_of_range, range_of_box
-from offload_adam.checkpoint.files import Blob, VerifiedFile, write_file
+from offload_adam.checkpoint.files import Blob, FileWriter, VerifiedFile
 from offload_adam.checkpoint.manifest import (
     BLOCK_NBYTES,
+    FORMAT_VERSION,
     FileEntry,
+    GroupEntry,
     Manifest,
+    OptimizerEntry,
     Piece,
     TensorEntry,
     parse_manifest,
@@ -61,8 +64,21 @@ def test_a_box_that_is_no_contiguous_part_is_refused(
         range_of_box((4, 4), Box(offsets, sizes))
 
 
-def some_bytes(count: int) -> memoryview:
-    return memoryview(np.random.default_rng(count).bytes(count))
+def some_bytes(count: int) -> tuple[memoryview, ...]:
+    """Return random bytes in two views, of which one may be empty."""
+    content = memoryview(np.random.default_rng(count).bytes(count))
+    return content[: count // 3], content[count // 3 :]
+
+
+def content_of(blob: Blob) -> bytes:
+    return b"".join(blob.data)
+
+
+def write_file(path: Path, blobs: list[Blob]) -> tuple[FileEntry, dict[str, int]]:
+    file = FileWriter(path, blobs)
+    for blob in blobs:
+        file.write(blob)
+    return file.finish(), file.starts
 
 
 @pytest.fixture
@@ -84,10 +100,11 @@ def test_what_is_written_is_read_back_in_any_part(
     with VerifiedFile(folder, "rank.safetensors", entry) as file:
         file.verify()
         for blob in blobs:
-            for low, high in ((0, len(blob.data)), (1, 2), (len(blob.data) // 2, len(blob.data))):
-                target = bytearray(max(0, min(high, len(blob.data)) - low))
+            content = content_of(blob)
+            for low, high in ((0, len(content)), (1, 2), (len(content) // 2, len(content))):
+                target = bytearray(max(0, min(high, len(content)) - low))
                 file.read_into(memoryview(target), starts[blob.name] + low)
-                assert bytes(target) == bytes(blob.data[low : low + len(target)])
+                assert bytes(target) == content[low : low + len(target)]
 
 
 def test_the_file_is_safetensors(
@@ -97,7 +114,7 @@ def test_the_file_is_safetensors(
     folder, _, _, blobs = written
     with safetensors.safe_open(folder / "rank.safetensors", "numpy") as file:
         for blob in blobs:
-            assert file.get_tensor(blob.name).tobytes() == bytes(blob.data)
+            assert file.get_tensor(blob.name).tobytes() == content_of(blob)
 
 
 def damage(path: Path, how: str) -> None:
@@ -135,12 +152,13 @@ def test_a_damaged_file_is_refused(
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-from offload_adam.checkpoint.files import Blob, write_file
+from offload_adam.checkpoint.files import Blob, FileWriter
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 try:
-    write_file(Path(sys.argv[1]), [Blob("a", "U8", (3 * 2**19,), memoryview(bytes(3 * 2**19)))])
+    blob = Blob("a", "U8", (3 * 2**19,), [memoryview(bytes(3 * 2**19))])
+    FileWriter(Path(sys.argv[1]), [blob]).write(blob)
 except OSError as error:
     sys.exit(error.errno)
 """
@@ -153,7 +171,7 @@ def test_a_disk_that_fills_up_is_an_error(tmp_path: Path) -> None:
 
 
 def test_nothing_is_read_past_the_end(tmp_path: Path) -> None:
-    blob = Blob("a", "F32", (0, 3), np.zeros((0, 3), dtype=np.float32).data)
+    blob = Blob("a", "F32", (0, 3), [np.zeros((0, 3), dtype=np.float32).data])
     entry, _ = write_file(tmp_path / "f", [blob])
     with VerifiedFile(tmp_path, "f", entry) as file:
         file.read_into(memoryview(bytearray(1)), entry.nbytes - 1)
@@ -164,7 +182,7 @@ def test_nothing_is_read_past_the_end(tmp_path: Path) -> None:
 def test_a_file_is_never_written_over(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"kept")
     with pytest.raises(FileExistsError):
-        write_file(tmp_path / "f", [])
+        FileWriter(tmp_path / "f", [])
     assert (tmp_path / "f").read_bytes() == b"kept"
 
 
@@ -176,7 +194,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
     ]
     tensor = TensorEntry(dtype="F32", shape=[2, 3], order=[0, 1], pieces=pieces)
     values = Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         step=5,
         world_size=2,
         tensors={"w": tensor},
@@ -184,7 +202,11 @@ def manifest(**changes: Any) -> dict[str, Any]:
             "r0": FileEntry(nbytes=120, checksums=[1]),
             "r1": FileEntry(nbytes=4, checksums=[2]),
         },
-        state={"a": [1, None]},
+        optimizer=OptimizerEntry(
+            groups=[GroupEntry(parameters=["w"], options={"lr": 0.5})], steps={"w": 3.0}, further={}
+        ),
+        tied={"u": "w"},
+        extra={"a": [1, None]},
     ).model_dump(mode="json")
     for path, value in changes.items():
         at: Any = values
@@ -218,10 +240,15 @@ def test_a_changed_digit_of_a_manifest_is_seen(old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format_version": 2}, "format version 2"),
+        ({"format_version": 3}, "format version 3.*or a newer one"),
+        ({"format_version": 1}, "format version 1.*or begin anew"),
         ({"format_version": ...}, "format_version"),
         ({"step": -1}, "step"),
         ({"surprise": 1}, "surprise"),
+        ({"tied__u": "v"}, "another name"),
+        ({"tied__w": "w"}, "another name"),
+        ({"optimizer__steps__w": -1}, "steps"),
+        ({"optimizer__groups__0__parameters": "w"}, "parameters"),
         ({"tensors__w__pieces__2": ...}, "element"),
         ({"tensors__w__pieces__1": ...}, "elements 3 to 4 are missing"),
         ({"tensors__w__pieces__1__offsets": [0, 0]}, "stands twice"),
