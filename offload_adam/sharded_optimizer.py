@@ -580,7 +580,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"it has amsgrad={kept['amsgrad']}")
             self._check_group({**group, **kept})
             groups.append(kept)
-        return groups, self._plan_further_state(saved["further"], {})
+        entries = {
+            self._indices[shard.parameter]: {"step": saved["steps"][name_of(shard.parameter)]}
+            for shard in self.shards()
+        }
+        return groups, self._plan_further_state(saved["further"], entries)
 
     def memory_ledger(self) -> list[LedgerEntry]:
         """Return who holds which bytes of this rank now, on the host and on devices."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,9 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,11 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
     """Return a dense tensor's dimensions as they lie in memory, the outermost first."""
     return tuple(sorted(range(tensor.dim()), key=lambda dim: (-tensor.stride()[dim], dim)))
+
+
+def inverse_order(order: Sequence[int]) -> list[int]:
+    """Return what permutes dimensions as they lie in memory back into logical ones."""
+    return [order.index(dim) for dim in range(len(order))]
 
 
 class ParameterNames:

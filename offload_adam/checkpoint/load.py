@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,8 +15,10 @@ from torch import nn
 
 from offload_adam.checkpoint.content import (
     DTYPE_NAMES,
+    DTYPES,
     ParameterNames,
     as_bytes,
+    inverse_order,
     memory_order,
     whole_tensors,
 )
@@ -125,13 +128,12 @@ class CheckpointReader:
         if host is not target:
             target.copy_(host)
 
-    def whole(self, name: str, like: torch.Tensor) -> torch.Tensor:
+    def whole(self, name: str) -> torch.Tensor:
         """Return a whole tensor in its logical shape, in the saved order in memory."""
         entry = self.manifest.tensors[name]
-        flat = torch.empty(like.numel(), dtype=like.dtype)
+        flat = torch.empty(prod(entry.shape), dtype=DTYPES[entry.dtype])
         self.fill(name, flat, 0)
-        inverse = [entry.order.index(dim) for dim in range(len(entry.order))]
-        return flat.view(entry.memory_shape).permute(inverse)
+        return flat.view(entry.memory_shape).permute(inverse_order(entry.order))
 
     def __enter__(self) -> Self:
         return self
@@ -218,7 +220,7 @@ def _load_range(
     if list(order) == reader.manifest.tensors[name].order:
         reader.fill(name, target, shard.start)
         return
-    whole = reader.whole(name, torch.empty(shard.parameter.shape, dtype=target.dtype))
+    whole = reader.whole(name)
     target.copy_(whole.permute(order).reshape(-1)[shard.start : shard.end])
 
 
@@ -229,4 +231,4 @@ def _load_whole(reader: CheckpointReader, name: str, target: torch.Tensor) -> No
     if flat.is_contiguous() and list(order) == reader.manifest.tensors[name].order:
         reader.fill(name, flat.view(-1), 0)
     else:
-        target.copy_(reader.whole(name, target))
+        target.copy_(reader.whole(name))

@@ -148,7 +148,7 @@ class Save:
         def commit() -> None:
             if self.membership.rank == 0:
                 entries = [RankEntry.model_validate_json(text) for text in texts]
-                _commit(self._target, manifest_of(entries, self._plain))
+                commit_files(self._target, manifest_of(entries, self._plain))
 
         together(self.membership, "committing a checkpoint", commit)
 
@@ -258,7 +258,7 @@ def manifest_of(entries: Sequence[RankEntry], plain: Written) -> Manifest:
     )
 
 
-def _commit(target: Path, manifest: Manifest) -> None:
+def commit_files(target: Path, manifest: Manifest) -> None:
     """Check that nothing is missing, write the manifest, and rename."""
     partial = partial_of(target)
     text = manifest.to_json()

@@ -35,7 +35,7 @@ if where == "in the middle of the file":
         killed() if count[0] == 4 else write(self, data)
     files._SummedFile.write = some
 elif where == "before the manifest":
-    save._commit = killed
+    save.commit_files = killed
 elif where == "before the rename":
     Path.rename = killed
 elif where == "after the rename":

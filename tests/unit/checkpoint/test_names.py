@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,19 +20,17 @@ class Model(nn.Module):
         self.second = nn.Linear(2, 3)
         self.tied = self.second
         self.register_buffer("counter", torch.tensor(7))
-        self.again = self.counter
 
 
 def trained() -> tuple[Model, OffloadAdam]:
     """Return a model whose parameters have taken 1, 2, 3 and 4 steps."""
     torch.manual_seed(3)
     model = Model()
-    optimizer = OffloadAdam(
-        [
-            {"params": [model.first.weight, model.first.bias], "lr": 0.5},
-            {"params": [model.second.weight, model.second.bias]},
-        ]
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": [model.first.weight, model.first.bias], "lr": 0.5},
+        {"params": [model.second.weight, model.second.bias]},
+    ]
+    optimizer = OffloadAdam(groups)
     for step in range(4):
         for number, parameter in enumerate(model.parameters()):
             parameter.grad = torch.randn(parameter.shape) if step <= number else None
@@ -43,12 +42,11 @@ def test_the_order_of_parameters_may_change(tmp_path: Path) -> None:
     model, optimizer = trained()
     save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     other = Model()
-    reordered = OffloadAdam(
-        [
-            {"params": [other.first.bias, other.first.weight]},
-            {"params": [other.second.bias, other.second.weight]},
-        ]
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": [other.first.bias, other.first.weight]},
+        {"params": [other.second.bias, other.second.weight]},
+    ]
+    reordered = OffloadAdam(groups)
     load_checkpoint(tmp_path / "c", model=other, optimizer=reordered)
     assert [group["lr"] for group in reordered.param_groups] == [0.5, 1e-3]
     for number, (one, two) in enumerate(zip(model.parameters(), other.parameters(), strict=True)):
@@ -61,12 +59,11 @@ def test_the_order_of_parameters_may_change(tmp_path: Path) -> None:
 def test_a_parameter_in_another_group_is_named(tmp_path: Path) -> None:
     model, optimizer = trained()
     save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
-    moved = OffloadAdam(
-        [
-            {"params": [model.first.weight]},
-            {"params": [model.first.bias, *model.second.parameters()]},
-        ]
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": [model.first.weight]},
+        {"params": [model.first.bias, *model.second.parameters()]},
+    ]
+    moved = OffloadAdam(groups)
     before = [parameter.clone() for parameter in model.parameters()]
     with pytest.raises(
         CheckpointError, match=r"group 0: this optimizer does not have 'first\.bias'"

@@ -1,0 +1,187 @@
+"""A checkpoint in torch's own forms: one plain file, or a `torch.distributed.checkpoint` folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from offload_adam.checkpoint.boxes import Box, range_of_box
+from offload_adam.checkpoint.content import DTYPES, inverse_order
+from offload_adam.checkpoint.dcp import BoxSource, BoxTensor, logical_box, plain_text
+from offload_adam.checkpoint.load import CheckpointReader
+from offload_adam.checkpoint.manifest import Manifest, OptimizerEntry, read_manifest
+from offload_adam.checkpoint.save import partial_of
+from offload_adam.errors import CheckpointError
+from offload_adam.step.saved_state import pack_full
+
+_MODEL, _OPTIMIZER = "model/", "optimizer/"
+
+
+def export_torch(path: Path, out: Path) -> str:
+    """Write a checkpoint as one file that `torch.load(out, weights_only=True)` reads.
+
+    It is a dict: "model" and "optimizer" are plain state dicts, of the model and of
+    `torch.optim.AdamW` over the same groups; "step" and "extra" are as they were saved. All of it
+    is in memory at once.
+
+    Returns:
+        Which of torch's optimizers takes it, and what that one does otherwise.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or `out` exists.
+        OSError: `out` cannot be written.
+    """
+    _refuse_existing(out)
+    manifest = read_manifest(path)
+    with CheckpointReader(path, manifest) as reader:
+        model = {name: reader.whole(saved) for name, saved in _model_names(manifest).items()}
+        optimizer = _torch_state(reader, manifest)
+    content = {
+        "model": {name: tensor.contiguous() for name, tensor in model.items()},
+        "optimizer": optimizer,
+        "step": manifest.step,
+        "extra": manifest.extra,
+    }
+    with _appearing(out) as unfinished:
+        torch.save(content, unfinished)
+    return taken_by(manifest.optimizer)
+
+
+def export_dcp(path: Path, out: Path) -> str:
+    """Write a checkpoint as a folder that `torch.distributed.checkpoint.load` reads.
+
+    The keys are those of `{"model": model.state_dict(), "optimizer": OptimizerState(model,
+    optimizer)}`, for any world. Boxes are read, verified and written one after the other.
+
+    Returns:
+        What loads it.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or `out` exists.
+    """
+    _refuse_existing(out)
+    manifest = read_manifest(path)
+    with CheckpointReader(path, manifest) as reader:
+        plain = plain_text(manifest.step, manifest.optimizer.model_dump())
+        state = {
+            name: {key: _lazy(reader, saved) for key, saved in planes.items()}
+            for name, planes in _state_names(manifest).items()
+        }
+        names = _model_names(manifest)
+        content = {
+            "model": {name: _lazy(reader, saved) for name, saved in names.items()},
+            "optimizer": {"state": state, "plain": plain},
+        }
+        with _appearing(out) as unfinished:
+            _dcp_save(content, unfinished)
+    return 'dcp.load({"model": model.state_dict(), "optimizer": OptimizerState(model, optimizer)})'
+
+
+def taken_by(optimizer: OptimizerEntry) -> str:
+    """Say which of torch's optimizers goes on with a state, and what none of them has."""
+    every = [group.options for group in optimizer.groups]
+    decoupled = {bool(options.get("decoupled_weight_decay")) for options in every}
+    words = "torch.optim.AdamW" if decoupled == {True} else "torch.optim.Adam"
+    if any(options.get("nesterov") for options in every):
+        words += ", which has no nesterov"
+    return words
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """Yield where to write; it is renamed to `out` when it is whole, and removed otherwise."""
+    unfinished = partial_of(out)
+    try:
+        yield unfinished
+        os.replace(unfinished, out)
+    except BaseException:
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _dcp_save(content: dict[str, Any], folder: Path) -> None:
+    """Let torch write a folder, and find the error of ours in what it raises."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is ", category=UserWarning)
+        try:
+            dcp.save(content, checkpoint_id=folder, no_dist=True)
+        except CheckpointException as error:
+            failure, _ = next(iter(error.failures.values()))
+            raise failure from None
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise CheckpointError(f"{out} exists, and is not written over: choose another name")
+
+
+def _model_names(manifest: Manifest) -> dict[str, str]:
+    """Return the tensors of the model's state dict by their names, tied ones under each."""
+    own = {name: name for name in manifest.tensors if name.startswith(_MODEL)}
+    return {name.removeprefix(_MODEL): saved for name, saved in (own | manifest.tied).items()}
+
+
+def _state_names(manifest: Manifest) -> dict[str, dict[str, str]]:
+    """Return the saved planes of each parameter, by parameter and key."""
+    found: dict[str, dict[str, str]] = {name: {} for name in manifest.optimizer.steps}
+    for saved in manifest.tensors:
+        name, _, key = saved.removeprefix(_OPTIMIZER).rpartition("/")
+        if saved.startswith(_OPTIMIZER) and name in found:
+            found[name][key] = saved
+    return found
+
+
+def _torch_state(reader: CheckpointReader, manifest: Manifest) -> dict[str, Any]:
+    """Return a plain state dict of torch's, master weights beside it under a key of our own."""
+    planes = _state_names(manifest)
+    names: list[str] = []
+    groups = []
+    for group in manifest.optimizer.groups:
+        packed = list(range(len(names), len(names) + len(group.parameters)))
+        names += group.parameters
+        groups.append({**_torch_options(group.options), "params": packed})
+        groups[-1]["param_names"] = list(group.parameters)
+    whole = {
+        packed: {
+            "step": torch.tensor(manifest.optimizer.steps[name]),
+            **{key: reader.whole(saved).contiguous() for key, saved in planes[name].items()},
+        }
+        for packed, name in enumerate(names)
+        if name in planes
+    }
+    packed_ids = {packed: packed for packed in whole}
+    return pack_full(groups, packed_ids, whole, manifest.optimizer.further)
+
+
+def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group's options, with the pair that JSON has made a list."""
+    return {key: tuple(value) if key == "betas" else value for key, value in options.items()}
+
+
+def _lazy(reader: CheckpointReader, saved: str) -> BoxTensor:
+    """Return a saved tensor whose boxes are read when they are asked for."""
+    entry = reader.manifest.tensors[saved]
+
+    def read(box: Box) -> torch.Tensor:
+        start, end = range_of_box(entry.memory_shape, box)
+        flat = torch.empty(end - start, dtype=DTYPES[entry.dtype])
+        reader.fill(saved, flat, start)
+        return flat.view(box.sizes).permute(inverse_order(entry.order))
+
+    boxes = [Box(tuple(piece.offsets), tuple(piece.sizes)) for piece in entry.pieces]
+    if not boxes:  # it has no elements
+        boxes = [Box((0,) * len(entry.shape), tuple(entry.memory_shape))]
+    sources = [BoxSource(logical_box(box, entry.order), partial(read, box)) for box in boxes]
+    return BoxTensor(entry.shape, DTYPES[entry.dtype], sources)
