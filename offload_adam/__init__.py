@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from offload_adam.version import __version__
 
 if TYPE_CHECKING:
+    from offload_adam.checkpoint.background import PendingCheckpoint, begin_checkpoint
     from offload_adam.checkpoint.load import load_checkpoint
     from offload_adam.checkpoint.save import save_checkpoint
     from offload_adam.contract.adam import Adam
@@ -31,16 +32,20 @@ __all__ = [
     "ParameterReplacedError",
     "PeerError",
     "PeerFailedError",
+    "PendingCheckpoint",
     "RankDisagreementError",
     "StepReport",
     "UnreadyParameterError",
     "__version__",
+    "begin_checkpoint",
     "load_checkpoint",
     "save_checkpoint",
 ]
 
 _HOMES = {
     "CheckpointError": "offload_adam.errors",
+    "PendingCheckpoint": "offload_adam.checkpoint.background",
+    "begin_checkpoint": "offload_adam.checkpoint.background",
     "load_checkpoint": "offload_adam.checkpoint.load",
     "save_checkpoint": "offload_adam.checkpoint.save",
     "Adam": "offload_adam.contract.adam",

@@ -44,6 +44,7 @@ from offload_adam.step.full_state import gather_bucket
 from offload_adam.step.ledger import LedgerEntry
 from offload_adam.step.local_state import local_state, plan_load
 from offload_adam.step.parameter_shard import ParameterShard, shards_of
+from offload_adam.step.read_gate import ReadGate
 from offload_adam.step.reduction import GradientReduction
 from offload_adam.step.report import StepReport
 from offload_adam.step.saved_state import STATE_KEY, merge_groups, pack_full, read_saved
@@ -250,6 +251,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 backend=self._backend,
             )
             resources.callback(self._core.close)
+            resources.callback(self._core.gate.abandon)
             self._take_in(self._core, 0)
         except BaseException:
             self._release()
@@ -482,11 +484,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def close(self) -> None:
         """Take the hooks off and end the process groups. Idempotent; parameters stay usable.
 
+        A checkpoint that is being written in the background is abandoned.
+
         Raises:
             Exception: what an update has raised beside this thread.
         """
         try:
             if self._core is not None and self._release.alive:
+                self._core.gate.abandon()
                 self._core.synchronize()
         finally:
             self._release()
@@ -586,6 +591,19 @@ class ShardedOptimizer(torch.optim.Optimizer):
         }
         return groups, self._plan_further_state(saved["further"], entries)
 
+    @property
+    def is_being_read(self) -> bool:
+        """Whether a checkpoint is being written in the background, or waits to be committed."""
+        return self._alive().gate.is_open
+
+    def begin_reading(self, buckets: Iterable[int]) -> ReadGate:
+        """Keep updates off buckets that a thread is about to read, and return who lets them go."""
+        return self._alive().begin_reading(buckets)
+
+    def finish_reading(self) -> None:
+        """Return when no thread reads the state any more: it is about to be written."""
+        self._alive().finish_reading()
+
     def memory_ledger(self) -> list[LedgerEntry]:
         """Return who holds which bytes of this rank now, on the host and on devices."""
         return self._alive().ledger()
@@ -649,6 +667,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             loads = [plan_load(*core.place_of(index), entry) for index, entry in entries.items()]
             load_further = self._plan_further_state(saved.further, entries)
+            core.finish_reading()
             for load in loads:
                 load.apply()
         load_further()
@@ -684,7 +703,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             grad_scale=inputs.grad_scale * grad_scale,
             found_inf=_scalar(getattr(self, "found_inf", None), absent=0.0),
             max_norm=self.max_grad_norm if self._max_norm_once is None else self._max_norm_once,
-            notice=self.notice,
+            notice=replace(self.notice, saved=self._alive().gate.num_finished),
         )
 
     def _settled(self) -> ShardedAdam:

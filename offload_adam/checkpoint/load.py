@@ -64,6 +64,7 @@ def load_checkpoint(
 
         def load() -> None:
             with torch.no_grad():
+                optimizer.finish_reading()
                 _load(reader, model, optimizer)
                 optimizer.load_plain_state(manifest.optimizer.model_dump(), name_of)
                 optimizer.num_steps = manifest.step

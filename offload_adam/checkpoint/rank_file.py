@@ -28,7 +28,7 @@ def rank_file_name(rank: int, world_size: int) -> str:
 
 
 class RankFile:
-    """Writes the parts of one rank into its file.
+    """Writes the parts of one rank into its file, `path`.
 
     Owns: the file, until `finish` or `close`.
     Lifecycle: `write` for all parts in the order of the constructor's, in as many calls as suit,
@@ -36,7 +36,7 @@ class RankFile:
     """
 
     def __init__(self, folder: Path, name: str, parts: Sequence[Part]) -> None:
-        self._name = name
+        self.path = folder / name
         self._blobs: dict[str, list[Blob]] = {}
         self._tensors: dict[str, TensorEntry] = {}
         pieces: dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...]]]] = {}
@@ -44,7 +44,7 @@ class RankFile:
             cut = list(part.blobs())
             self._blobs[part.name] = [blob for blob, _ in cut]
             pieces[part.name] = [(blob.name, offsets, blob.sizes) for blob, offsets in cut]
-        self._file = FileWriter(folder / name, [b for blobs in self._blobs.values() for b in blobs])
+        self._file = FileWriter(self.path, [b for blobs in self._blobs.values() for b in blobs])
         for part in parts:
             self._tensors[part.name] = TensorEntry(
                 dtype=part.dtype_name,
@@ -69,7 +69,7 @@ class RankFile:
 
     def finish(self) -> RankEntry:
         """Flush the file to the disk, and return this rank's part of the manifest."""
-        return RankEntry(name=self._name, file=self._file.finish(), tensors=self._tensors)
+        return RankEntry(name=self.path.name, file=self._file.finish(), tensors=self._tensors)
 
     def close(self) -> None:
         """Close the file, whole or not. Idempotent."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,9 +123,15 @@ class Save:
         """Write what no update of the optimizer guards: frozen parameters and buffers."""
         self._file.write(self._whole)
 
-    def write_bucket(self, bucket: int) -> None:
-        """Write this rank's part of a bucket."""
-        self._file.write(self._buckets[bucket])
+    def write_bucket(self, bucket: int, before_each: Callable[[], None] = lambda: None) -> None:
+        """Write this rank's part of a bucket.
+
+        Args:
+            before_each: called before each tensor of it.
+        """
+        for part in self._buckets[bucket]:
+            before_each()
+            self._file.write([part])
 
     def finish(self) -> RankEntry:
         """Flush the file."""
@@ -138,8 +144,7 @@ class Save:
     def remove(self) -> None:
         """Remove this rank's file, of a checkpoint that nobody will commit."""
         self.close()
-        name = rank_file_name(self.membership.rank, self.membership.world_size)
-        (self._partial / name).unlink(missing_ok=True)
+        self._file.path.unlink(missing_ok=True)
 
     def commit(self, entry: RankEntry) -> None:
         """Make it a checkpoint, once every rank has written. Collective."""
@@ -171,6 +176,10 @@ def open_save(
     membership = optimizer.membership
 
     def describe() -> Written:
+        if optimizer.is_being_read:
+            raise CheckpointError(
+                "another checkpoint is being written in the background: wait for it first"
+            )
         plain = to_plain(optimizer.plain_state(ParameterNames(model)))
         return Written(
             step=optimizer.num_steps,

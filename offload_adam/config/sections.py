@@ -163,12 +163,15 @@ class ObserveSection(Section):
 class CheckpointSection(Section):
     """When checkpoints are written (`every` steps, 0 for never) and which are kept.
 
-    `keep_last` of them stay, and those whose step is a multiple of `keep_every`. `resume: auto`
-    goes on from the newest whole one of the run's folder, a path from that one, `never` begins.
-    A checkpoint that cannot be written ends the run only where it is `required`.
+    `mode: async` lets training go on while one is written, at no further memory: updates wait
+    for what has not been written yet. `keep_last` of them stay, and those whose step is a multiple
+    of `keep_every`. `resume: auto` goes on from the newest whole one of the run's folder, a path
+    from that one, `never` begins. A checkpoint that cannot be written ends the run only where it
+    is `required`.
     """
 
     every: Annotated[int, Field(ge=0)] = 0
+    mode: Literal["sync", "async"] = "sync"
     keep_last: PositiveInt = 2
     keep_every: PositiveInt | None = None
     required: bool = False

@@ -27,10 +27,12 @@ _NUM_FINDINGS = 11
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """What the training loop tells the other ranks with a step, and hears from all of them.
+    """What a rank tells the others with a step besides its findings, and hears from all of them.
 
-    stop: this rank is to end after this step; agreed, any rank is, and so all do.
-    saved: newest step whose checkpoint this rank has written; agreed, all ranks have written it.
+    stop: this rank is to end after this step; agreed, any rank is, and so all do. From the
+        training loop.
+    saved: how many checkpoints this rank has written in the background, failed ones included;
+        agreed, all ranks have written so many. From the optimizer.
     """
 
     stop: bool = False

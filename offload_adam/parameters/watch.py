@@ -34,6 +34,7 @@ class VersionWatch:
         self._parameters: list[torch.nn.Parameter] = []
         self._addresses: list[int] = []
         self._versions: list[int] = []
+        self._marked: list[int] = []
         self._registrations: list[Registration] = []
 
     def extend(self, names: Sequence[str], parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -48,6 +49,19 @@ class VersionWatch:
     def settle(self) -> None:
         """Take the parameters as they are now for unchanged."""
         self._versions = list(map(_version, self._parameters))
+
+    def mark(self) -> None:
+        """Remember the parameters as they are now, for `since_mark`."""
+        self._marked = list(map(_version, self._parameters))
+
+    def since_mark(self, changed: Sequence[int]) -> list[int]:
+        """Return those of what `changed` returned that were written to after `mark`."""
+        known = len(self._marked)
+        return [
+            position
+            for position in changed
+            if position >= known or _version(self._parameters[position]) != self._marked[position]
+        ]
 
     def count_writes(self, written: npt.NDArray[np.bool_]) -> None:
         """Bump the versions of the parameters that we are about to write, and settle.

@@ -25,6 +25,7 @@ from offload_adam.step.prepared import (
     prepare_dense,
     prepare_whole_rows,
 )
+from offload_adam.step.read_gate import ReadGate
 
 
 class DeviceUpdate:
@@ -32,6 +33,9 @@ class DeviceUpdate:
 
     State beside its parameter is never divided: every parameter is one segment.
     """
+
+    def __init__(self, gate: ReadGate) -> None:
+        self._gate = gate
 
     def reserve(self, state: BucketState, gradients: BucketGradients, *, lazy: bool) -> None:
         """Temporaries come from torch's own cache of device memory."""
@@ -59,9 +63,12 @@ class DeviceUpdate:
     ) -> None:
         """Update the `active` parameters and count the step for them.
 
+        It waits for a checkpoint that is still reading the bucket.
+
         Args:
             rounded: where the 16-bit parameters are written, None where the master is it.
         """
+        self._gate.wait_until_free(state.layout.index)
         counts = masks.count(state, active)
         prepared = active & needs_preparation(state, gradients)
         alike: dict[tuple[int, int], list[tuple[Segment, torch.Tensor]]] = defaultdict(list)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,6 +32,7 @@ from offload_adam.step.landing import Landing
 from offload_adam.step.ledger import LedgerEntry, bucket_entries
 from offload_adam.step.masks import UpdateMasks
 from offload_adam.step.overlapped import OverlappedExecutor
+from offload_adam.step.read_gate import ReadGate
 from offload_adam.step.reduction import GradientReduction
 from offload_adam.step.refusals import (
     refuse_disagreement,
@@ -109,7 +110,8 @@ class ShardedAdam:
         self._watch = VersionWatch(module)
         self._external = external
         self.overlaps = overlaps
-        self._updates = Updates(num_threads)
+        self.gate = ReadGate()
+        self._updates = Updates(num_threads, self.gate)
         self._arenas: list[HostArena] = []
         self._beside_steps = Stopwatch()
         self._landing = Landing(
@@ -295,8 +297,27 @@ class ShardedAdam:
         agreement, _ = self._agree(inputs, NullSpans())
         return decide(agreement, None).total_norm
 
+    def begin_reading(self, buckets: Iterable[int]) -> ReadGate:
+        """Keep updates off these buckets until the gate says that they have been read."""
+        self._watch.mark()
+        self.gate.begin(buckets)
+        return self.gate
+
+    def finish_reading(self) -> None:
+        """Return when nothing is being read, having looked for changes from outside until then."""
+        if self.gate.is_open:
+            self._note_changes(self._watch.changed())
+            self.gate.wait_until_all_free()
+
+    def _note_changes(self, changed: Sequence[int]) -> None:
+        if self.gate.is_open:
+            since = self._watch.since_mark(changed)
+            self.gate.note_changes({self._places[index][0] for index in since})
+
     def refresh_master(self) -> None:
         """Let every master weight follow its parameter, for writes that no version counter saw."""
+        self.gate.note_changes([state.layout.index for state in self.states])
+        self.gate.wait_until_all_free()
         for state in self.states:
             follow(state, range(len(state.parameters)))
         self._watch.settle()
@@ -333,6 +354,7 @@ class ShardedAdam:
                 refuse_unfrozen(self._frozen)
                 late = self.reduction.has_late_gradients()
                 changed = self._watch.changed()
+                self._note_changes(changed)
                 self._refuse_unready()
                 for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
                     present[state.indices] = gradients.present
@@ -400,6 +422,8 @@ class ShardedAdam:
         self.executor.apply(self.reduction.gradients, masks, spans)
 
     def _follow(self, changed: Sequence[int]) -> None:
+        if changed:
+            self.gate.wait_until_all_free()
         positions: dict[int, set[int]] = {}
         for index in changed:
             bucket, position = self._places[index]

@@ -16,6 +16,7 @@ from offload_adam.step.launch import Kernels
 from offload_adam.step.masks import UpdateMasks
 from offload_adam.step.prepared import needs_preparation
 from offload_adam.step.prepared_update import PreparedUpdate
+from offload_adam.step.read_gate import ReadGate
 
 
 class HostUpdate:
@@ -25,7 +26,8 @@ class HostUpdate:
     Lifecycle: `prepare` for every set of buckets, at construction, compiles and allocates.
     """
 
-    def __init__(self, num_threads: int | None) -> None:
+    def __init__(self, num_threads: int | None, gate: ReadGate) -> None:
+        self._gate = gate
         self._kernels = Kernels(num_threads)
         self._prepared = PreparedUpdate(self._kernels)
         self._block_sums = np.zeros(0, dtype=np.float64)
@@ -75,9 +77,12 @@ class HostUpdate:
     ) -> None:
         """Update the shard's segments of `active` parameters and count the step for them.
 
+        It waits for a checkpoint that is still reading the bucket.
+
         Args:
             rounded: where the 16-bit parameter shard is written, None where the master is it.
         """
+        self._gate.wait_until_free(state.layout.index)
         counts = masks.count(state, active)
         prepared = active & needs_preparation(state, gradients)
         plain = active & ~prepared

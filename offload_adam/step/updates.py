@@ -13,6 +13,7 @@ from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.device_update import DeviceUpdate
 from offload_adam.step.gradients import BucketGradients
 from offload_adam.step.masks import UpdateMasks
+from offload_adam.step.read_gate import ReadGate
 from offload_adam.step.update import HostUpdate
 
 
@@ -48,10 +49,11 @@ class BucketUpdate(Protocol):
 class Updates:
     """Both updates; that of the host, with Numba, is made with the first bucket that needs it."""
 
-    def __init__(self, num_threads: int | None) -> None:
+    def __init__(self, num_threads: int | None, gate: ReadGate) -> None:
         self._num_threads = num_threads
+        self._gate = gate
         self._host: HostUpdate | None = None
-        self._device = DeviceUpdate()
+        self._device = DeviceUpdate(gate)
 
     @property
     def nbytes(self) -> Mapping[str, int]:
@@ -62,7 +64,7 @@ class Updates:
         """Compile and allocate what these buckets need."""
         hosted = [state for state in states if state.hosted]
         if hosted and self._host is None:
-            self._host = HostUpdate(self._num_threads)
+            self._host = HostUpdate(self._num_threads, self._gate)
         if self._host is not None:
             self._host.prepare(hosted)
 

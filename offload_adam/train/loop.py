@@ -34,8 +34,11 @@ from offload_adam.train.sampling import Batch, sample_batch
 class Saver(Protocol):
     """Writes checkpoints of the run."""
 
-    def save(self, step: int) -> None:
-        """Write and commit a checkpoint of the state after this step. Collective."""
+    def save(self, step: int, *, last: bool) -> None:
+        """Write a checkpoint of the state after this step, committed where it is the last."""
+
+    def commit_written(self) -> None:
+        """Commit what has been written beside the training since the last step."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,12 @@ def run_steps(job: Job) -> Iterator[StepRecord]:
         yield record
         outcome = job.optimizer.last_step
         stops = outcome is not None and outcome.notice.stop
-        is_due = every > 0 and (step % every == 0 or step == train.num_steps)
-        if job.saver is not None and (stops or is_due):
-            with span("checkpoint"):
-                job.saver.save(step)
+        is_last = stops or step == train.num_steps
+        if job.saver is not None:
+            job.saver.commit_written()
+            if stops or (every > 0 and (is_last or step % every == 0)):
+                with span("checkpoint"):
+                    job.saver.save(step, last=is_last)
         if stops:
             return
 

@@ -8,17 +8,19 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from offload_adam.checkpoint.background import PendingCheckpoint, begin_checkpoint
 from offload_adam.checkpoint.load import load_checkpoint, verify_checkpoint
 from offload_adam.checkpoint.manifest import read_manifest
-from offload_adam.checkpoint.save import save_checkpoint
+from offload_adam.checkpoint.save import PARTIAL_SUFFIX, save_checkpoint
 from offload_adam.config import ConfigError, RunConfig
 from offload_adam.coordinator.admission import gather_texts, together
-from offload_adam.errors import CheckpointError, PeerError
+from offload_adam.errors import CheckpointError, PeerError, PeerFailedError
 from offload_adam.observe.place import HERE
 from offload_adam.train.loop import Job
 from offload_adam.train.run_folder import run_folder
@@ -48,32 +50,84 @@ MAY_CHANGE = (
 class CheckpointSaver:
     """Writes checkpoints of one job under `<run folder>/checkpoints/step-<n>`.
 
+    With `checkpoint.mode: async` training goes on meanwhile, but for the last one of a run. One is
+    written at a time: where the next is due before it has ended, the training thread waits for it.
+
     num_failed counts what could not be written: a run goes on without, unless
     `checkpoint.required`.
     """
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        self._pending: tuple[Path, PendingCheckpoint] | None = None
         self.num_failed = 0
 
-    def save(self, step: int) -> None:
-        """Write and commit a checkpoint of the state after this step. Collective.
+    def save(self, step: int, *, last: bool) -> None:
+        """Write a checkpoint of the state after this step, or begin to. Collective.
+
+        Args:
+            last: nothing follows it; it is committed when this returns.
 
         Raises:
             CheckpointError, PeerError, OSError: where `checkpoint.required`.
         """
+        self._finish_pending()
         path = checkpoint_path(self._job.config, step)
         if path.exists():
             return  # a resumed run comes past it again, with the same bytes
         job = self._job
-        extra = {"step": step, "config": job.config.model_dump(mode="json"), "train": _state(job)}
-        try:
-            save_checkpoint(path, model=job.model, optimizer=job.optimizer, extra=extra)
-            if job.world.rank == 0:
+        with self._tolerating(path):
+            extra = {
+                "step": step,
+                "config": job.config.model_dump(mode="json"),
+                "train": _state(job),
+            }
+            if job.config.checkpoint.mode == "async" and not last:
+                self._pending = (
+                    path,
+                    begin_checkpoint(path, model=job.model, optimizer=job.optimizer, extra=extra),
+                )
+            else:
+                save_checkpoint(path, model=job.model, optimizer=job.optimizer, extra=extra)
                 self._drop_old(path.parent)
+
+    def commit_written(self) -> None:
+        """Commit what all ranks have written meanwhile, as the last step has told. Collective then.
+
+        Raises:
+            CheckpointError, PeerError, OSError: where `checkpoint.required`.
+        """
+        if self._pending is None:
+            return
+        path, pending = self._pending
+        with self._tolerating(path):
+            if not pending.commit_if_written():
+                return
+            self._drop_old(path.parent)
+        self._pending = None
+
+    def _finish_pending(self) -> None:
+        """Wait for the checkpoint that is being written in the background. Collective."""
+        if self._pending is None:
+            return
+        path, pending = self._pending
+        self._pending = None
+        logger.info("waiting for checkpoint %s to be written", path)
+        with self._tolerating(path):
+            pending.wait()
+            self._drop_old(path.parent)
+
+    @contextmanager
+    def _tolerating(self, path: Path) -> Iterator[None]:
+        """Let a checkpoint fail inside, unless it is required; the ranks' verdicts are the same."""
+        try:
+            yield
+        except PeerFailedError:
+            raise
         except (OSError, CheckpointError, PeerError):
+            self._pending = None
             self.num_failed += 1
-            if job.config.checkpoint.required:
+            if self._job.config.checkpoint.required:
                 raise
             logger.exception(
                 "checkpoint %s cannot be written (%d so far); training goes on without it",
@@ -82,12 +136,16 @@ class CheckpointSaver:
             )
 
     def _drop_old(self, folder: Path) -> None:
-        """Remove checkpoints that are neither among the last nor to be kept for good."""
+        """Remove checkpoints that are not to be kept, and what killed runs have left unfinished."""
+        if self._job.world.rank != 0:
+            return
         section = self._job.config.checkpoint
         steps = sorted(steps_in(folder))
         for step in steps[: -section.keep_last]:
             if section.keep_every is None or step % section.keep_every:
                 shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
+        for unfinished in folder.glob(f"step-*{PARTIAL_SUFFIX}"):
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def checkpoint_path(config: RunConfig, step: int) -> Path:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
 import shutil
 import subprocess
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,9 @@ import pytest
 import yaml
 from rich.console import Console
 
+from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.checkpoint.manifest import read_manifest
+from offload_adam.checkpoint.rank_file import RankEntry, RankFile
 from offload_adam.config import ConfigError, RunConfig
 from offload_adam.errors import CheckpointError
 from offload_adam.train import saving
@@ -178,6 +183,75 @@ def test_a_checkpoint_that_cannot_be_written(
     found = run(tmp_path)
     assert len(found) == 12
     assert "(3 so far); training goes on without it" in caplog.text
+
+
+def test_a_checkpoint_beside_the_training_is_the_same(tmp_path: Path) -> None:
+    """Written at every second step, so that many a save is still under way at the next one."""
+    often = {"every": 2, "keep_last": 10}
+    whole = run(tmp_path / "sync", checkpoint=often)
+    beside = run(tmp_path / "async", checkpoint=often | {"mode": "async"})
+    assert bits(beside) == bits(whole)
+    for step in range(2, 13, 2):
+        assert checksums(tmp_path / "async", step) == checksums(tmp_path / "sync", step)
+    assert steps(tmp_path / "async") == [2, 4, 6, 8, 10, 12]
+    forget_after(tmp_path / "async", 6)
+    resumed = run(tmp_path / "async", checkpoint=often | {"mode": "async"})
+    assert bits(resumed) == bits(whole)
+    assert checksums(tmp_path / "async", 12) == checksums(tmp_path / "sync", 12)
+
+
+def test_a_slow_disk_is_waited_for_by_the_next_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one under way is committed first; the run's last one is there when the run has ended."""
+    finish = RankFile.finish
+
+    def slow(file: RankFile) -> RankEntry:
+        time.sleep(0.3)
+        return finish(file)
+
+    monkeypatch.setattr(RankFile, "finish", slow)
+    run(tmp_path, checkpoint={"every": 1, "keep_last": 20, "mode": "async"})
+    assert steps(tmp_path) == list(range(1, 13))
+    assert not list(tmp_path.rglob("*.partial"))
+    for step in (1, 7, 12):
+        verify_checkpoint(tmp_path / "case" / "checkpoints" / f"step-{step}")
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_a_disk_that_fills_up_beside_the_training(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    required: bool,
+) -> None:
+    """Training goes on and counts; the older checkpoint stays, and nothing is left of the new."""
+    finish = RankFile.finish
+
+    def full(file: RankFile) -> RankEntry:
+        if threading.current_thread().name == "checkpoint" and "step-8" in str(file.path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return finish(file)
+
+    monkeypatch.setattr(RankFile, "finish", full)
+    how = {"mode": "async", "required": required}
+    if required:
+        with pytest.raises(OSError, match="No space left"):
+            run(tmp_path, checkpoint=how)
+        assert steps(tmp_path) == [4]
+    else:
+        assert len(run(tmp_path, checkpoint=how)) == 12
+        assert steps(tmp_path) == [4, 12]
+        assert "(1 so far); training goes on without it" in caplog.text
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_what_killed_runs_have_left_is_removed(tmp_path: Path) -> None:
+    unfinished = tmp_path / "case" / "checkpoints" / "step-3.partial"
+    unfinished.mkdir(parents=True)
+    (unfinished / "rank-00000-of-00001.safetensors").write_bytes(b"half")
+    run(tmp_path)
+    assert not unfinished.exists()
 
 
 @pytest.mark.distributed

@@ -1,0 +1,120 @@
+"""What keeps updates off the state that a checkpoint is still reading."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterable
+
+from offload_adam.errors import CheckpointError
+from offload_adam.observe.place import HERE
+
+_LOOK_S = 0.5
+
+
+class ReadGate:
+    """The buckets that one checkpoint in the background has still to read, and who waits for them.
+
+    A reader takes the buckets one by one as they lie, so no copy of them is made: whoever updates
+    one waits until it is free.
+
+    num_begun, num_finished: how many readings have begun, and how many are over, well or not; on
+        the latter the ranks agree in each step.
+
+    Lifecycle: `begin` by the training thread; `free` for each bucket and `finish` by the reader,
+    whatever happens to it; `settle` by the training thread, and the next may begin.
+    Threads: `wait_until_free` by any; the reader calls `free`, `finish` and `raise_if_spoiled`;
+    all else the training thread.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._held: set[int] = set()
+        self._unread_before: set[int] = set()
+        self._spoiled_by = ""
+        self._reader = 0
+        self._num_settled = 0
+        self.num_begun = 0
+        self.num_finished = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a reading has begun that is not settled."""
+        return self.num_begun > self._num_settled
+
+    def begin(self, buckets: Iterable[int]) -> None:
+        """Hold these buckets; the reading's number is `num_begun` from now on."""
+        assert not self.is_open, "one reading at a time"
+        self._held = set(buckets)
+        self._unread_before = set(self._held)
+        self._spoiled_by = ""
+        self.num_begun += 1
+
+    def wait_until_free(self, bucket: int) -> None:
+        """Return when a bucket may be written."""
+        if bucket not in self._held:
+            return
+        with self._changed:
+            while bucket in self._held:
+                self._changed.wait(_LOOK_S)
+                HERE.move()  # a slow disk is no rank that is stuck
+
+    def wait_until_all_free(self) -> None:
+        """Return when nothing is being read."""
+        with self._changed:
+            while self._held:
+                self._changed.wait(_LOOK_S)
+                HERE.move()
+        self._unread_before = set()
+
+    def free(self, bucket: int) -> None:
+        """Let updates of a bucket go on: it has been read."""
+        with self._changed:
+            self._held.discard(bucket)
+            self._changed.notify_all()
+
+    def begin_reader(self) -> None:
+        """Say that the calling thread is the reader."""
+        self._reader = threading.get_ident()
+
+    def finish(self) -> None:
+        """Let everything go on: the reading is over."""
+        with self._changed:
+            self._held.clear()
+            self.num_finished = self.num_begun
+            self._changed.notify_all()
+
+    def settle(self) -> None:
+        """Take the reading for done with; another may begin."""
+        self._num_settled = self.num_finished
+
+    def note_changes(self, buckets: Collection[int]) -> None:
+        """Hear which buckets' parameters the user has changed since the last call.
+
+        What was still to be read then may have been read half before and half after the change.
+        """
+        if not self._unread_before.isdisjoint(buckets):
+            self._spoiled_by = (
+                "parameters were changed from outside while they were being written: wait for the "
+                "checkpoint before you change them, or write it without the background"
+            )
+        self._unread_before = set(self._held)
+
+    def raise_if_spoiled(self) -> None:
+        """Raise what a reading was spoiled by.
+
+        Raises:
+            CheckpointError: saying what.
+        """
+        if self._spoiled_by:
+            raise CheckpointError(self._spoiled_by)
+
+    def abandon(self) -> None:
+        """Let the reading end soon, and wait for that: the state is about to go."""
+        if self.num_finished == self.num_begun:
+            return
+        self._spoiled_by = "the optimizer was closed before the checkpoint was written"
+        if self._reader == threading.get_ident():
+            return  # the last owner of the optimizer has gone on the reader's own thread
+        with self._changed:
+            while self.num_finished < self.num_begun:
+                self._changed.wait(_LOOK_S)

@@ -1,0 +1,266 @@
+"""Checkpoints that are written while training goes on: the bytes of one step, and how they end."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offload_adam import (
+    Adam,
+    CheckpointError,
+    begin_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from offload_adam.checkpoint.load import verify_checkpoint
+from offload_adam.checkpoint.save import Save
+from tests.distributed.reference import outcome_of
+from tests.distributed.test_checkpoints import KINDS, assert_same, make, train, whole_state
+from tests.ranks import RankPool
+
+WAIT_S = 30.0
+
+
+class Held:
+    """Lets the thread that writes take its first bucket, and the others when it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached = threading.Event()
+        self.go = threading.Event()
+        write = Save.write_bucket
+
+        def write_bucket(save: Save, bucket: int, *rest: Callable[[], None]) -> None:
+            if bucket != save.buckets[0] and threading.current_thread().name == "checkpoint":
+                self.reached.set()
+                assert self.go.wait(WAIT_S)
+            write(save, bucket, *rest)
+
+        monkeypatch.setattr(Save, "write_bucket", write_bucket)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Held:
+    return Held(monkeypatch)
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_are_those_of_one_step(tmp_path: Path, held: Held, kind: str) -> None:
+    """An update comes while half is written: it waits, and the file is that of a plain save."""
+    model, optimizer = make(kind, seed=1)
+    train(model, optimizer, 0, 3)
+    save_checkpoint(tmp_path / "plain", model=model, optimizer=optimizer)
+    pending = begin_checkpoint(tmp_path / "beside", model=model, optimizer=optimizer)
+    assert held.reached.wait(WAIT_S)
+    step = threading.Thread(target=train, args=(model, optimizer, 3, 4))
+    step.start()
+    step.join(0.3)
+    assert step.is_alive()  # in an update of a bucket that is not written yet
+    assert not (tmp_path / "beside").exists()
+    held.go.set()
+    step.join(WAIT_S)
+    assert not step.is_alive()
+    after = [parameter.detach().clone() for parameter in model.parameters()]
+    for number in range(4, 30):
+        train(model, optimizer, number, number + 1)
+        if pending.commit_if_written():
+            break
+    assert files(tmp_path / "beside") == files(tmp_path / "plain")
+    assert verify_checkpoint(tmp_path / "beside").step == 3
+    assert pending.commit_if_written()  # again it does nothing
+    # And training has lost nothing by it.
+    other_model, other = make(kind, seed=1)
+    train(other_model, other, 0, 4)
+    assert all(map(torch.equal, after, other_model.parameters()))
+
+
+@pytest.mark.parametrize("place", ["_offloads", "_updates_on_device"])
+def test_updates_of_a_device_wait_as_well(
+    tmp_path: Path, held: Held, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setattr(Adam, place, True)
+    kind = "adam_offload" if place == "_offloads" else "adam_beside"
+    test_the_bytes_are_those_of_one_step(tmp_path, held, kind)
+
+
+def test_a_bucket_is_free_when_it_is_written(held: Held, tmp_path: Path) -> None:
+    """The bucket that is updated first is written first: its update need not wait for the rest."""
+    model, optimizer = make("fp32", seed=1)
+    train(model, optimizer, 0, 1)
+    begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
+    assert held.reached.wait(WAIT_S)
+    gate = optimizer._alive().gate
+    last = max(shard.bucket for shard in optimizer.shards())
+    assert last > 0
+    gate.wait_until_free(last)
+    assert gate._held == set(range(last))
+    held.go.set()
+    gate.wait_until_free(0)
+    optimizer.close()
+
+
+def commit_together(rank: int, world_size: int, folder: str) -> tuple[int, dict[str, Any], Any]:
+    """Commit when both have written, rank 1 being slow; return after which step it was."""
+    go = threading.Event()
+    write = Save.write_bucket
+
+    def slow(save: Save, bucket: int, *rest: Callable[[], None]) -> None:
+        if rank == 1 and bucket == save.buckets[-1]:
+            assert go.wait(WAIT_S)
+        write(save, bucket, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Save, "write_bucket", slow)
+        model, optimizer = make("bf16", seed=1)
+        train(model, optimizer, 0, 2)
+        before = whole_state(model, optimizer)
+        pending = begin_checkpoint(folder, model=model, optimizer=optimizer, extra={"at": 2})
+        stop = threading.Timer(0.5, go.set)
+        stop.start()
+        at = next(step for step in range(2, 10**6) if committed(model, optimizer, pending, step))
+    load_checkpoint(folder, model=model, optimizer=optimizer)
+    after = whole_state(model, optimizer)
+    optimizer.close()
+    return at, before, after
+
+
+def committed(model: Any, optimizer: Any, pending: Any, step: int) -> bool:
+    assert not pending.commit_if_written()
+    train(model, optimizer, step, step + 1)
+    return bool(pending.commit_if_written())
+
+
+def test_all_ranks_commit_after_the_same_step(ranks: RankPool, tmp_path: Path) -> None:
+    (one, before, after), (two, _, _) = ranks.run(commit_together, 2, str(tmp_path / "c"))
+    assert one == two
+    assert_same(before, after)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def fail_on_one(rank: int, world_size: int, folder: str) -> list[Any]:
+    """A disk that fills up on rank 1, beside the training."""
+    write = Save.write_bucket
+
+    def failing(save: Save, bucket: int, *rest: Callable[[], None]) -> None:
+        if rank == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(save, bucket, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Save, "write_bucket", failing)
+        model, optimizer = make("fp32", seed=1)
+        pending = begin_checkpoint(f"{folder}/c", model=model, optimizer=optimizer)
+        found = []
+        for step in range(10**6):
+            train(model, optimizer, step, step + 1)
+            outcome = outcome_of(pending.commit_if_written)
+            if outcome.error:
+                found += [step, outcome]
+                break
+        assert pending.commit_if_written()
+    # It is over: the next one is written, and the failed one has left nothing.
+    begin_checkpoint(f"{folder}/d", model=model, optimizer=optimizer).wait()
+    optimizer.close()
+    return found
+
+
+def test_a_writer_that_fails_is_told_to_all(ranks: RankPool, tmp_path: Path) -> None:
+    (step, first), (other_step, second) = ranks.run(fail_on_one, 2, str(tmp_path))
+    assert step == other_step
+    assert first.error == "PeerError"
+    assert "No space left on device" in first.message
+    assert (second.error, "No space left" in second.message) == ("OSError", True)
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+    verify_checkpoint(tmp_path / "d")
+
+
+def test_one_is_written_at_a_time(tmp_path: Path, held: Held) -> None:
+    model, optimizer = make("fp32", seed=1)
+    pending = begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
+    for begin in (begin_checkpoint, save_checkpoint):
+        with pytest.raises(CheckpointError, match="wait for it first"):
+            begin(tmp_path / "d", model=model, optimizer=optimizer)
+    held.go.set()
+    pending.wait()
+    pending.wait()
+    save_checkpoint(tmp_path / "d", model=model, optimizer=optimizer)
+    assert files(tmp_path / "c") == files(tmp_path / "d")
+
+
+def test_close_abandons_it(tmp_path: Path, held: Held) -> None:
+    model, optimizer = make("fp32", seed=1)
+    pending = begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
+    assert held.reached.wait(WAIT_S)
+    threading.Timer(0.2, held.go.set).start()
+    optimizer.close()
+    with pytest.raises(CheckpointError, match="closed before"):
+        pending.wait()
+    assert not list(tmp_path.iterdir())
+    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+
+
+@pytest.mark.parametrize("how", ["clamp", "load", "refresh"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_a_change_from_outside_is_no_checkpoint(
+    tmp_path: Path, held: Held, how: str, kind: str
+) -> None:
+    model, optimizer = make(kind, seed=1)
+    train(model, optimizer, 0, 1)
+    with torch.no_grad():
+        model.scale.mul_(0.5)  # before it begins: part of it
+    pending = begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
+    assert held.reached.wait(WAIT_S)
+    threading.Timer(0.2, held.go.set).start()
+    with torch.no_grad():
+        if how == "clamp":
+            model.head.bias.clamp_(-0.01, 0.01)
+        elif how == "load":
+            model.load_state_dict(model.state_dict())
+        else:
+            model.scale.data.mul_(2.0)
+            optimizer.refresh_master()
+    with pytest.raises(CheckpointError, match="changed from outside"):
+        pending.wait()
+    assert not list(tmp_path.iterdir())
+    save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
+
+
+def test_changes_before_and_after_are_none_of_it(tmp_path: Path, held: Held) -> None:
+    model, optimizer = make("bf16", seed=1)
+    train(model, optimizer, 0, 1)
+    with torch.no_grad():
+        model.scale.mul_(0.5)
+    save_checkpoint(tmp_path / "plain", model=model, optimizer=optimizer)
+    held.go.set()
+    pending = begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
+    optimizer.finish_reading()
+    with torch.no_grad():
+        model.scale.mul_(0.5)
+    train(model, optimizer, 1, 2)
+    pending.wait()
+    assert files(tmp_path / "c") == files(tmp_path / "plain")
+
+
+def test_loading_waits_until_it_is_read(tmp_path: Path, held: Held) -> None:
+    model, optimizer = make("fp32", seed=1)
+    train(model, optimizer, 0, 1)
+    save_checkpoint(tmp_path / "one", model=model, optimizer=optimizer)
+    train(model, optimizer, 1, 2)
+    save_checkpoint(tmp_path / "two", model=model, optimizer=optimizer)
+    pending = begin_checkpoint(tmp_path / "beside", model=model, optimizer=optimizer)
+    start_s = time.monotonic()
+    threading.Timer(0.3, held.go.set).start()
+    load_checkpoint(tmp_path / "one", model=model, optimizer=optimizer)
+    assert time.monotonic() - start_s > 0.3
+    pending.wait()
+    assert files(tmp_path / "beside") == files(tmp_path / "two")
