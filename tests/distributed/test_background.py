@@ -15,6 +15,7 @@ import torch
 from offload_adam import (
     Adam,
     CheckpointError,
+    OffloadAdam,
     begin_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -22,7 +23,7 @@ from offload_adam import (
 from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.checkpoint.save import Save
 from tests.distributed.reference import outcome_of
-from tests.distributed.test_checkpoints import KINDS, assert_same, make, train, whole_state
+from tests.distributed.test_checkpoints import KINDS, Model, assert_same, make, train, whole_state
 from tests.ranks import RankPool
 
 WAIT_S = 30.0
@@ -91,6 +92,45 @@ def test_updates_of_a_device_wait_as_well(
     monkeypatch.setattr(Adam, place, True)
     kind = "adam_offload" if place == "_offloads" else "adam_beside"
     test_the_bytes_are_those_of_one_step(tmp_path, held, kind)
+
+
+def test_updates_beside_the_forward_wait_as_well(tmp_path: Path, held: Held) -> None:
+    """`step()` returns, and the forward waits for updates that wait for the writer."""
+    models, optimizers = [], []
+    for _ in range(2):
+        torch.manual_seed(1)
+        models.append(Model())
+        trained = [p for p in models[-1].parameters() if p.requires_grad]
+        optimizers.append(
+            OffloadAdam(trained, lr=0.05, module=models[-1], overlap=True, bucket_nbytes=512)
+        )
+        train(models[-1], optimizers[-1], 0, 2)
+    (model, _), (optimizer, other) = models, optimizers
+    save_checkpoint(tmp_path / "plain", model=model, optimizer=optimizer)
+    pending = begin_checkpoint(tmp_path / "beside", model=model, optimizer=optimizer)
+    assert held.reached.wait(WAIT_S)
+    train(model, optimizer, 2, 3)
+    assert not pending.commit_if_written()
+    threading.Timer(0.2, held.go.set).start()
+    train(model, optimizer, 3, 5)
+    pending.wait()
+    assert files(tmp_path / "beside") == files(tmp_path / "plain")
+    train(models[1], other, 2, 5)
+    assert_same(whole_state(model, optimizer), whole_state(models[1], other))
+    optimizer.close()
+    other.close()
+
+
+def test_closing_frees_updates_beside_the_forward(tmp_path: Path, held: Held) -> None:
+    model = Model()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = OffloadAdam(trained, module=model, overlap=True, bucket_nbytes=512)
+    begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
+    assert held.reached.wait(WAIT_S)
+    train(model, optimizer, 0, 1)
+    threading.Timer(0.2, held.go.set).start()
+    optimizer.close()
+    assert not list(tmp_path.glob("*/*"))
 
 
 def test_a_bucket_is_free_when_it_is_written(held: Held, tmp_path: Path) -> None:
