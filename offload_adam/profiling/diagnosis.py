@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from offload_adam.profiling.profile import RankProfile, self_times_ns, steps_of
+from offload_adam.observe.spans import Span
+from offload_adam.profiling.profile import RankProfile, inside_steps, self_times_ns, steps_of
 
 
 class Resource(Enum):
@@ -26,16 +28,21 @@ RESOURCE_OF = {
     "loss": Resource.COMPUTE,
     "norm": Resource.UPDATE,
     "update": Resource.UPDATE,
-    "update wait": Resource.UPDATE,
+    "wait": Resource.UPDATE,
     "copy down": Resource.COPIES,
     "copy up": Resource.COPIES,
     "pack": Resource.COPIES,
     "reduce": Resource.COLLECTIVES,
     "agree": Resource.COLLECTIVES,
     "gather": Resource.COLLECTIVES,
+    "all-reduce": Resource.COLLECTIVES,
     "data": Resource.DATA,
 }
 """Whom each span's time is charged to; what stands nowhere here is not charged."""
+
+WAITS = frozenset({"wait", "reduce", "norm"})
+"""Spans of the training thread that may be waits for another thread of its rank: where there is
+one that works, they are charged to what it does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,25 +95,47 @@ def diagnose(profiles: Sequence[RankProfile], facts: RunFacts) -> Diagnosis | No
     charged: Counter[Resource] = Counter()
     total_ns = num_steps = 0
     for profile in profiles:
-        steps = steps_of(profile.spans)
-        steps = steps[1:] or steps
-        for start_ns, end_ns, thread in ((s.start_ns, s.end_ns, s.thread) for s in steps):
-            total_ns += end_ns - start_ns
+        background = _Background(profile.spans)
+        for step, inside in inside_steps(profile.spans):
+            total_ns += step.end_ns - step.start_ns
             num_steps += 1
-            inside = [
-                span
-                for span in profile.spans
-                if span.thread == thread and start_ns <= span.start_ns and span.end_ns <= end_ns
-            ]
             for span, own_ns in self_times_ns(inside):
                 if span.name in RESOURCE_OF:
-                    charged[RESOURCE_OF[span.name]] += own_ns
+                    charged.update(background.charge(span, own_ns))
     if num_steps == 0 or total_ns == 0:
         return None
     shares = {resource: charged[resource] / total_ns for resource in Resource}
     resource = max(shares, key=lambda key: shares[key])
     setting, advice = _advice(resource, facts)
     return Diagnosis(resource, shares, total_ns / num_steps / 1e6, setting, advice)
+
+
+class _Background:
+    """What the threads beside the training thread do, to be charged for its waits."""
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        training = {step.thread for step in steps_of(spans)}
+        self._spans = [s for s in spans if s.thread not in training and s.name in RESOURCE_OF]
+        self._starts = [span.start_ns for span in self._spans]
+        self._longest_ns = max((s.end_ns - s.start_ns for s in self._spans), default=0)
+
+    def charge(self, span: Span, own_ns: int) -> Mapping[Resource, int]:
+        """Return whom a span of the training thread costs its time."""
+        shared = self._beside(span) if span.name in WAITS else {}
+        total_ns = sum(shared.values())
+        if total_ns == 0:
+            return {RESOURCE_OF[span.name]: own_ns}
+        return {resource: own_ns * part // total_ns for resource, part in shared.items()}
+
+    def _beside(self, span: Span) -> Mapping[Resource, int]:
+        """Return the nanoseconds of each resource on other threads during a span."""
+        first = bisect_left(self._starts, span.start_ns - self._longest_ns)
+        last = bisect_left(self._starts, span.end_ns)
+        shared: Counter[Resource] = Counter()
+        for other in self._spans[first:last]:
+            common_ns = min(other.end_ns, span.end_ns) - max(other.start_ns, span.start_ns)
+            shared[RESOURCE_OF[other.name]] += max(0, common_ns)
+        return shared
 
 
 def _advice(resource: Resource, facts: RunFacts) -> tuple[str, str]:

@@ -52,7 +52,8 @@ class RankProfile:
 
 
 STEP = "train step"
-"""The span that encloses a whole step; everything else of its thread lies within one."""
+"""The span that encloses a whole step; everything else of its thread lies within one. In place of a
+bucket it has the step's number."""
 
 
 def self_times_ns(spans: Sequence[Span]) -> list[tuple[Span, int]]:
@@ -68,6 +69,29 @@ def self_times_ns(spans: Sequence[Span]) -> list[tuple[Span, int]]:
             own[stack[-1]] -= spans[i].end_ns - spans[i].start_ns
         stack.append(i)
     return list(zip(spans, own, strict=True))
+
+
+def inside_steps(spans: Sequence[Span]) -> list[tuple[Span, list[Span]]]:
+    """Return each step with all spans that lie within it on its thread, itself among them.
+
+    The first step, which compiles and allocates, is left out where there are others.
+
+    Args:
+        spans: by start, as a recorder gives them.
+    """
+    steps = steps_of(spans)
+    counted = steps[1:] or steps
+    inside: list[tuple[Span, list[Span]]] = [(step, []) for step in counted]
+    number = 0
+    for span in spans:
+        while number < len(counted) and counted[number].end_ns <= span.start_ns:
+            number += 1
+        if number == len(counted):
+            break
+        step = counted[number]
+        if span.thread == step.thread and step.start_ns <= span.start_ns <= step.end_ns:
+            inside[number][1].append(span)
+    return inside
 
 
 def steps_of(spans: Sequence[Span]) -> list[Span]:

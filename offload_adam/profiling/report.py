@@ -11,11 +11,13 @@ from typing import Any
 from offload_adam.errors import MissingExtraError
 from offload_adam.profiling import charts
 from offload_adam.profiling.diagnosis import Diagnosis
+from offload_adam.profiling.peak import Peak, peaks_of, place_of
 from offload_adam.profiling.profile import RankProfile
 from offload_adam.units import format_nbytes
 
 TOLERANCE = 0.02
 """Measured bytes may differ this much from the predicted ones before the report marks them."""
+_DIFFERS = "differs by more than 2%"
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,9 @@ class ReportInputs:
 
     predicted: bytes by category of the ledger, as planned, for one rank.
     records: the lines of `metrics.jsonl`.
-    achieved, limit: GB/s of the update, and those that this machine's memory gives; None if not
-        measured.
+    achieved: GB/s of rank 0's updates; limit: its share of what this machine's memory gives. None
+        where they are not known.
+    buckets: bytes by bucket and category on rank 0.
     """
 
     title: str
@@ -35,6 +38,12 @@ class ReportInputs:
     predicted: Mapping[str, int] = field(default_factory=dict)
     achieved: float | None = None
     limit: float | None = None
+    buckets: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def peaks(self) -> list[Peak]:
+        """Where most memory was held: on the host, and on a device."""
+        return peaks_of(self.profiles)
 
 
 def write_report(inputs: ReportInputs, path: Path) -> None:
@@ -57,7 +66,8 @@ def write_report(inputs: ReportInputs, path: Path) -> None:
             chart.figure,
             full_html=False,
             include_plotlyjs=False,
-            config={"responsive": True, "displaylogo": False},
+            # A double click resets what a drag has enlarged; the bar would lie on the legend.
+            config={"responsive": True, "displayModeBar": False},
             div_id=f"chart-{chart.key}",
         )
         + "</section>"
@@ -66,8 +76,8 @@ def write_report(inputs: ReportInputs, path: Path) -> None:
     page = _PAGE.format(
         title=html.escape(inputs.title),
         sentence=html.escape(_sentence(inputs)),
-        bandwidth=html.escape(_bandwidth(inputs)),
-        table=_bytes_table(inputs),
+        notes=_notes(inputs),
+        tables=_bytes_tables(inputs) + _buckets(inputs),
         charts="\n".join(parts),
         script=get_plotlyjs(),
     )
@@ -80,34 +90,76 @@ def _sentence(inputs: ReportInputs) -> str:
     return inputs.diagnosis.sentence
 
 
+def _notes(inputs: ReportInputs) -> str:
+    """Return the further sentences, each a paragraph."""
+    sentences = [_bandwidth(inputs), _dropped(inputs), *(p.sentence for p in inputs.peaks)]
+    return "\n".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences if sentence)
+
+
 def _bandwidth(inputs: ReportInputs) -> str:
     if inputs.achieved is None:
         return ""
-    text = f"The update moved {inputs.achieved:.1f} GB/s on rank 0"
+    text = f"Updates move {inputs.achieved:.1f} GB/s on rank 0"
     if inputs.limit is None:
-        return text + "."
+        return text + "; what the memory gives is not known: offload-adam doctor measures it."
     share = 100.0 * inputs.achieved / inputs.limit
-    return f"{text}, {share:.0f}% of the {inputs.limit:.1f} GB/s that this machine gives."
+    return (
+        f"{text}, {share:.0f}% of the {inputs.limit:.1f} GB/s that were measured of this machine's "
+        "memory with as many threads."
+    )
 
 
-def _bytes_table(inputs: ReportInputs) -> str:
-    """Return predicted beside measured bytes, those that differ marked."""
-    measured = inputs.profiles[0].peaks if inputs.profiles else {}
-    if not inputs.predicted:
-        rows = [
-            f"<tr><td>{html.escape(k)}</td><td>{_shown(n)}</td></tr>" for k, n in measured.items()
-        ]
-        return "<tr><th>category</th><th>at the peak</th></tr>" + "".join(rows)
-    rows = ["<tr><th>category</th><th>predicted</th><th>at the peak</th><th></th></tr>"]
-    for category in dict.fromkeys([*inputs.predicted, *measured]):
-        found, planned = measured.get(category), inputs.predicted.get(category)
-        differs = found is not None and planned is not None and not _close(found, planned)
-        rows.append(
-            f"<tr{' class=differs' if differs else ''}><td>{html.escape(category)}</td>"
-            f"<td>{_shown(planned)}</td><td>{_shown(found)}</td>"
-            f"<td>{'differs by more than 2%' if differs else ''}</td></tr>"
-        )
-    return "".join(rows)
+def _dropped(inputs: ReportInputs) -> str:
+    """Say of which ranks only the latest spans were kept."""
+    ranks = [str(profile.rank) for profile in inputs.profiles if profile.num_dropped]
+    if not ranks:
+        return ""
+    return f"The run was long: only the latest spans of rank(s) {', '.join(ranks)} are in here."
+
+
+def _bytes_tables(inputs: ReportInputs) -> str:
+    """Return one table for each peak: predicted beside measured bytes, those that differ marked."""
+    return "\n".join(_bytes_table(inputs, peak) for peak in inputs.peaks)
+
+
+def _bytes_table(inputs: ReportInputs, peak: Peak) -> str:
+    held = inputs.profiles[0].peaks
+    title = f"rank {peak.rank}, {peak.where}"
+    rows = [
+        f"<tr><th>{html.escape(title)}</th><th>at the peak</th><th></th><th>most of it ever</th>"
+        "<th>predicted</th><th></th></tr>"
+    ]
+    planned = {n: size for n, size in inputs.predicted.items() if place_of(n) == peak.where}
+    unseen = [name for name in (*held, *planned) if place_of(name) == peak.where]
+    for category in dict.fromkeys([*peak.parts, *unseen]):
+        found, expected = held.get(category), planned.get(category)
+        if not (peak.parts.get(category) or found or expected):
+            continue
+        differs = expected is not None and found is not None and not _close(found, expected)
+        part = peak.parts.get(category, 0)
+        cells = [category, format_nbytes(part), f"{part / peak.nbytes:.1%}", _shown(found)]
+        cells += [_shown(expected), _DIFFERS if differs else ""]
+        row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        rows.append(f"<tr{' class=differs' if differs else ''}>{row}</tr>")
+    total = format_nbytes(peak.nbytes)
+    rows.append(f"<tr class=total><td>together</td><td>{total}</td><td></td><td></td></tr>")
+    return f'<div class="wide"><table>{"".join(rows)}</table></div>'
+
+
+def _buckets(inputs: ReportInputs) -> str:
+    """Return a folded table of what lies in each bucket; its bytes are the same all along."""
+    if not inputs.buckets:
+        return ""
+    names = list(dict.fromkeys(name for held in inputs.buckets.values() for name in held))
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ["bucket", *names])
+    rows = [
+        f"<tr><td>{number}</td>" + "".join(f"<td>{_shown(held.get(n))}</td>" for n in names)
+        for number, held in sorted(inputs.buckets.items())
+    ]
+    return (
+        "<details><summary>By bucket, on rank 0</summary><div class=wide>"
+        f"<table><tr>{head}</tr>{'</tr>'.join(rows)}</tr></table></div></details>"
+    )
 
 
 def _close(found: int, planned: int) -> bool:
@@ -115,7 +167,7 @@ def _close(found: int, planned: int) -> bool:
 
 
 def _shown(nbytes: int | None) -> str:
-    return "" if nbytes is None else html.escape(format_nbytes(nbytes))
+    return "" if nbytes is None else format_nbytes(nbytes)
 
 
 _PAGE = """<!doctype html>
@@ -136,8 +188,13 @@ body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var
 h1 {{ font-size: 1.4rem; }} h2 {{ font-size: 1.1rem; margin-bottom: 0; }}
 section {{ border-top: 1px solid var(--line); margin-top: 1.5rem; padding-top: .5rem; }}
 .finding {{ font-size: 1.15rem; }}
-table {{ border-collapse: collapse; }} td, th {{ padding: .2rem .8rem .2rem 0; text-align: left;
-  border-bottom: 1px solid var(--line); }}
+.wide {{ overflow-x: auto; margin-top: .5rem; }}
+table {{ border-collapse: collapse; }}
+td, th {{ padding: .2rem 1.2rem .2rem 0; text-align: left; border-bottom: 1px solid var(--line); }}
+td:nth-child(n+2):nth-child(-n+5), th:nth-child(n+2):nth-child(-n+5) {{ text-align: right;
+  font-variant-numeric: tabular-nums; }}
+td:nth-child(n+2) {{ white-space: nowrap; }}
+tr.total td {{ font-weight: 600; }}
 tr.differs td {{ color: var(--mark); font-weight: 600; }}
 </style>
 <script>{script}</script>
@@ -145,9 +202,9 @@ tr.differs td {{ color: var(--mark); font-weight: 600; }}
 <body>
 <h1>{title}</h1>
 <p class="finding">{sentence}</p>
-<p>{bandwidth}</p>
-<section><h2>Bytes on rank 0</h2>
-<table>{table}</table></section>
+{notes}
+<section><h2>What used the memory</h2>
+{tables}</section>
 {charts}
 <script>
 // Charts have no background of their own: their ink follows the page's.

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 Ledger = Callable[[], Mapping[str, int]]
 
+_USS_SHARE = 0.002
+"""Of the time, spent on reading the USS."""
 _CGROUP_FILES = (
     Path("/sys/fs/cgroup/memory.current"),
     Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -26,10 +28,10 @@ _CGROUP_FILES = (
 class MemorySampler:
     """Writes `memory.jsonl` while it runs: one JSON object a sample, bytes and seconds.
 
-    Each has `time_ns` (`perf_counter_ns`), `rss` (with shared memory), `uss` (this process's own;
-    read every tenth time, since it walks all mappings), `available` (the node's), `cgroup` (what
-    the container is charged with), `device_allocated` and `device_reserved` where there is CUDA,
-    and the ledger's bytes by category under `ledger`.
+    Each has `time_ns` (`perf_counter_ns`), `rss` (with shared memory), `available` (the node's),
+    `cgroup` (what the container is charged with), `device_allocated` and `device_reserved` where
+    there is CUDA, and the ledger's bytes by category under `ledger`. Some have `uss`, this
+    process's own: reading it walks all pages, so it is read as rarely as it is slow.
 
     Owns: a thread and an open file, until it is left as a context.
     """
@@ -42,7 +44,7 @@ class MemorySampler:
         self._thread = threading.Thread(target=self._run, name="memory sampler", daemon=True)
         self._process = psutil.Process()
         self._cgroup = next((path for path in _CGROUP_FILES if path.is_file()), None)
-        self._num_samples = 0
+        self._next_uss_s = 0.0
         self.busy_s = 0.0
 
     def __enter__(self) -> MemorySampler:
@@ -59,6 +61,7 @@ class MemorySampler:
         try:
             while not self._over.wait(self._interval_s):
                 self._write()
+            self._next_uss_s = 0.0
             self._write()
         except Exception:
             logger.exception("memory is no longer sampled; training goes on")
@@ -75,13 +78,15 @@ class MemorySampler:
             "rss": self._process.memory_info().rss,
             "available": psutil.virtual_memory().available,
         }
-        if self._num_samples % 10 == 0:
+        start_s = time.monotonic()
+        if start_s >= self._next_uss_s:
             sample["uss"] = self._process.memory_full_info().uss
+            end_s = time.monotonic()
+            self._next_uss_s = end_s + (end_s - start_s) / _USS_SHARE
         if self._cgroup is not None:
             sample["cgroup"] = int(self._cgroup.read_text())
         if torch.cuda.is_initialized():
             sample["device_allocated"] = torch.cuda.memory_allocated()
             sample["device_reserved"] = torch.cuda.memory_reserved()
         sample["ledger"] = dict(self._ledger())
-        self._num_samples += 1
         return sample

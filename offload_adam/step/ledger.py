@@ -39,6 +39,18 @@ def by_category(entries: Iterable[LedgerEntry]) -> dict[str, int]:
     """Return bytes by category; what lies on a device stands apart, as `category on cuda:0`."""
     totals: Counter[str] = Counter()
     for entry in entries:
-        where = "" if entry.device == "cpu" else f" on {entry.device}"
-        totals[entry.category + where] += entry.nbytes
+        totals[_label(entry)] += entry.nbytes
     return dict(totals)
+
+
+def by_bucket(entries: Iterable[LedgerEntry]) -> dict[int, dict[str, int]]:
+    """Return the bytes of each bucket by category, without what all buckets share."""
+    buckets: dict[int, dict[str, int]] = {}
+    for entry in entries:
+        if entry.bucket is not None:
+            buckets.setdefault(entry.bucket, {})[_label(entry)] = entry.nbytes
+    return buckets
+
+
+def _label(entry: LedgerEntry) -> str:
+    return entry.category if entry.device == "cpu" else f"{entry.category} on {entry.device}"

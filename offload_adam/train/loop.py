@@ -75,10 +75,10 @@ def run_steps(job: Job) -> Iterator[StepRecord]:
     """
     train, every = job.config.train, job.config.checkpoint.every
     for step in range(job.first_step, train.num_steps + 1):
-        with span(STEP):
+        with span(STEP, step):
             record = _run_step(job, step)
         if step == train.num_steps or (train.eval_every and step % train.eval_every == 0):
-            with HERE.at("evaluation"):
+            with HERE.at("evaluation"), span("evaluation"):
                 val_loss = evaluate(job.model, job.corpus.validation, train, job.world)
             record = dataclasses.replace(record, val_loss=val_loss)
         yield record
@@ -172,5 +172,7 @@ def _next_batch(job: Job, step: int, microbatch: int) -> Batch:
 def _mean_over_ranks(loss: torch.Tensor, world: World) -> float:
     """Return the mean of a 0-d tensor over all ranks."""
     total = loss.cpu()
-    world.membership.all_reduce(total)
+    if world.world_size > 1:
+        with span("all-reduce"):
+            world.membership.all_reduce(total)
     return float(total) / world.world_size

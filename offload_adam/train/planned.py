@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -10,6 +12,7 @@ from offload_adam.config.optimizer_sections import AdamSection
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.parameters.families import family_of
 from offload_adam.plan.inputs import DEFAULT_BUCKET_NBYTES, Training
+from offload_adam.train.loop import Job
 from offload_adam.train.model import build_model
 
 
@@ -30,6 +33,13 @@ def specs_of(model: nn.Module) -> list[ParameterSpec]:
     return [
         ParameterSpec(i, p.numel(), p.element_size(), family_of(p)) for i, p in enumerate(trainable)
     ]
+
+
+def training_of_job(job: Job) -> Training:
+    """Return how a job trains, its world as it is."""
+    training = training_of(job.config, job.world.device.type == "cuda")
+    world = job.world
+    return replace(training, world_size=world.world_size, local_world_size=world.local_world_size)
 
 
 def training_of(config: RunConfig, on_device: bool) -> Training:

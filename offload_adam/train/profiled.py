@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from offload_adam.config.optimizer_sections import OffloadAdamSection
+from offload_adam.config.optimizer_sections import AdamSection, OffloadAdamSection
 from offload_adam.errors import MissingExtraError
 from offload_adam.kernels.threads import threads_per_rank
+from offload_adam.observe.spans import NO_BUCKET
 from offload_adam.plan.prediction import predict
+from offload_adam.plan.timing import update_nbytes
 from offload_adam.profiling.diagnosis import Diagnosis, RunFacts, diagnose
+from offload_adam.profiling.peak import peaks_of
 from offload_adam.profiling.profile import RankProfile
 from offload_adam.profiling.report import ReportInputs, write_report
 from offload_adam.profiling.session import ProfiledRank, profiled
-from offload_adam.step.ledger import by_category
+from offload_adam.step.ledger import LedgerEntry, by_bucket, by_category
 from offload_adam.train.loop import Job
-from offload_adam.train.planned import specs_of, training_of
+from offload_adam.train.planned import specs_of, training_of_job
 from offload_adam.train.run_folder import METRICS_NAME, run_folder
+from offload_adam.train.slowness import limit_gb_per_s
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +47,7 @@ def profiled_job(job: Job) -> Iterator[None]:
     place = ProfiledRank(job.world.rank, job.world.world_size, run_folder(job.config), store)
 
     def ledger() -> Mapping[str, int]:
-        return by_category(job.optimizer.memory_ledger())
+        return by_category([*job.optimizer.memory_ledger(), *_gradients(job)])
 
     def finish(profiles: list[RankProfile]) -> None:
         _report(job, profiles)
@@ -51,12 +56,21 @@ def profiled_job(job: Job) -> Iterator[None]:
         yield
 
 
+def _gradients(job: Job) -> Iterator[LedgerEntry]:
+    """Yield what `.grad` holds now; the optimizer's own ledger has what has left it."""
+    for parameter in job.model.parameters():
+        gradient = parameter.grad
+        nbytes = 0 if gradient is None or gradient.is_sparse else gradient.nbytes
+        yield LedgerEntry("gradients", None, str(parameter.device), nbytes)
+
+
 def _report(job: Job, profiles: Sequence[RankProfile]) -> None:
     """Write the report, and say what bounds the run even where it cannot be drawn."""
     folder = run_folder(job.config)
     found = diagnose(profiles, facts_of(job))
-    if found is not None:
-        logger.info("%s", found.sentence)
+    for said in [found, *peaks_of(profiles)]:
+        if said is not None:
+            logger.info("%s", said.sentence)
     try:
         write_report(_inputs(job, profiles, found, folder), folder / REPORT_NAME)
     except MissingExtraError as error:
@@ -89,42 +103,45 @@ def _inputs(
     records: list[dict[str, Any]] = [json.loads(line) for line in lines]
     name = "Adam" if not isinstance(job.config.optimizer, OffloadAdamSection) else "OffloadAdam"
     title = f"Profile of {job.config.run.name}: {name} on {job.world.world_size} rank(s)"
+    achieved = _achieved_gb_per_s(job, profiles[0])
     return ReportInputs(
         title,
         profiles,
         found,
         records,
         predicted=_predicted(job, profiles[0]),
-        achieved=_achieved_gb_per_s(job, profiles[0]),
+        achieved=achieved,
+        limit=None if achieved is None else limit_gb_per_s(job),
+        buckets=by_bucket(job.optimizer.memory_ledger()),
     )
 
 
 def _predicted(job: Job, profile: RankProfile) -> dict[str, int]:
-    """Return what the plan says of the categories that the ledger knows."""
-    training = replace(
-        training_of(job.config, job.world.device.type == "cuda"),
-        world_size=job.world.world_size,
-        local_world_size=job.world.local_world_size,
-    )
+    """Return what the plan says of the categories that the ledger knows.
+
+    Not of gradients that leave `.grad` during backward: no sample catches them at their most.
+    """
+    training = training_of_job(job)
     plan = predict(specs_of(job.model), training)
+    leaves = training.streams and training.reduces
     on_device = {f"{name} on {job.world.device}": n for name, n in plan.device.items()}
     every = {**plan.host, **on_device}
-    return {name: every.get(name, 0) for name in profile.peaks}
+    known = [name for name in profile.peaks if not (leaves and name.startswith("gradients"))]
+    return {name: every.get(name, 0) for name in known}
 
 
 def _achieved_gb_per_s(job: Job, profile: RankProfile) -> float | None:
-    """Return the bytes of state that rank 0's updates have read and written, by their time.
+    """Return the traffic of rank 0's updates by their time, the median of each bucket.
 
-    Each update reads and writes every plane of its bucket once; the gradient's 2 or 4 bytes an
-    element, and the rounded parameter's 2, are not counted.
+    None where it is not known: on a device, and where a lazy update moves what it needs only.
     """
-    planes = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_weight"}
-    nbytes: dict[int, int] = {}
-    for entry in job.optimizer.memory_ledger():
-        if entry.bucket is not None and entry.category in planes:
-            nbytes[entry.bucket] = nbytes.get(entry.bucket, 0) + 2 * entry.nbytes
-    updates = [span for span in profile.spans if span.name == "update" and span.bucket in nbytes]
-    busy_ns = sum(span.end_ns - span.start_ns for span in updates)
-    if busy_ns == 0:
+    section = job.config.optimizer
+    nbytes = update_nbytes(specs_of(job.model), training_of_job(job))
+    if nbytes == 0 or (isinstance(section, AdamSection) and section.use_lazy):
         return None
-    return sum(nbytes[span.bucket] for span in updates) / busy_ns
+    lengths_ns: dict[int, list[int]] = defaultdict(list)
+    for span in profile.spans:
+        if span.name == "update" and span.bucket != NO_BUCKET:
+            lengths_ns[span.bucket].append(span.end_ns - span.start_ns)
+    busy_ns = sum(median(lengths) for lengths in lengths_ns.values())
+    return nbytes / busy_ns if busy_ns > 0 else None

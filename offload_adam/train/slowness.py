@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from statistics import median
 
 from offload_adam.doctor import kept
@@ -12,7 +11,7 @@ from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import allowed_cores, threads_per_rank
 from offload_adam.plan.timing import update_nbytes
 from offload_adam.train.loop import Job
-from offload_adam.train.planned import specs_of, training_of
+from offload_adam.train.planned import specs_of, training_of_job
 from offload_adam.train.records import StepRecord
 
 logger = logging.getLogger(__name__)
@@ -63,24 +62,25 @@ class UpdateSpeed:
 
 
 def update_speed(job: Job) -> UpdateSpeed | None:
-    """Return what judges this rank's updates, None where they are small, or nothing is known.
-
-    The limit is what doctor has kept for all threads of the node's ranks; else it is measured here,
-    briefly. Ranks that are bound to cores of their own are not judged unless doctor ran in the same
-    binding: alone they see more of the memory than is theirs.
-    """
-    world = job.world
-    training = replace(
-        training_of(job.config, world.device.type == "cuda"),
-        world_size=world.world_size,
-        local_world_size=world.local_world_size,
-    )
-    nbytes = update_nbytes(specs_of(job.model), training)
+    """Return what judges this rank's updates, None where they are small, or nothing is known."""
+    nbytes = update_nbytes(specs_of(job.model), training_of_job(job))
     if nbytes < LEAST_NBYTES:
         return None
-    of_rank = job.config.optimizer.num_threads or threads_per_rank(world.local_world_size)
-    limit = _limit_gb_per_s(of_rank * world.local_world_size)
-    return None if limit is None else UpdateSpeed(nbytes, limit / world.local_world_size)
+    limit = limit_gb_per_s(job)
+    return None if limit is None else UpdateSpeed(nbytes, limit)
+
+
+def limit_gb_per_s(job: Job) -> float | None:
+    """Return this rank's share of what the memory gives to the node's ranks, None if not known.
+
+    It is what doctor has kept for all threads of the node's ranks; else it is measured here,
+    briefly. Ranks that are bound to cores of their own have no limit unless doctor ran in the same
+    binding: alone they see more of the memory than is theirs.
+    """
+    local = job.world.local_world_size
+    of_rank = job.config.optimizer.num_threads or threads_per_rank(local)
+    limit = _limit_gb_per_s(of_rank * local)
+    return None if limit is None else limit / local
 
 
 def _limit_gb_per_s(num_threads: int) -> float | None:

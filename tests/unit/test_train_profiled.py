@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import urllib.request
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from offload_adam.config import ConfigError, RunConfig
+from offload_adam.doctor import kept
 from offload_adam.sinks import server
 from offload_adam.train import watched
 from offload_adam.train.job import run_job
+from offload_adam.train.model import build_model
 from tests.unit.test_train_alone import SMALL, run
 
 COSINE = {"min_lr": 0.001, "max_lr": 0.01, "decay_steps": 8}
@@ -47,8 +51,8 @@ def test_a_profiled_run_is_the_same_run(tmp_path: Path, optimizer: dict[str, Any
     folder = tmp_path / "recorded" / "case"
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     spans = [event for event in events if event["ph"] == "X"]
-    steps = [event for event in spans if event["name"] == "train step"]
-    assert len(steps) == 8
+    steps = [event for event in spans if event["cat"] == "train step"]
+    assert [step["name"] for step in steps] == [f"train step #{n}" for n in range(1, 9)]
     for step in steps:
         end = step["ts"] + step["dur"]
         inside = [s for s in spans if step["ts"] <= s["ts"] and s["ts"] + s["dur"] <= end]
@@ -103,3 +107,23 @@ def test_a_sink_without_its_package_is_a_mistake_of_the_configuration(
         with pytest.raises(ConfigError, match=rf"observe\.{key}.*pip install"):
             run(tmp_path, observe={key: value})
     assert not (tmp_path / "case").exists()
+
+
+def test_the_report_compares_updates_with_what_doctor_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("plotly")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kept.keep(kept.Bandwidth({1: 20.0}))
+    run_with(tmp_path, {**SMALL, "train": STEPS, "profile": {"enabled": True}})
+    page = (tmp_path / "case" / "report.html").read_text(encoding="utf-8")
+    said = re.search(r"move ([\d.]+) GB/s on rank 0, (\d+)% of the 20\.0 GB/s", page)
+    assert said is not None
+    events = json.loads((tmp_path / "case" / "trace.json").read_text())["traceEvents"]
+    update_us = median(event["dur"] for event in events if event.get("name") == "update #0")
+    # fp32 in one bucket: 4 bytes of gradient, and 3 times 8 of state.
+    model = build_model(RunConfig.model_validate(SMALL))
+    numel = sum(-(-p.numel() // 128) * 128 for p in model.parameters())
+    expected = 28 * numel / update_us / 1e3
+    assert float(said[1]) == pytest.approx(expected, abs=0.06)
+    assert float(said[2]) == pytest.approx(100 * expected / 20.0, abs=0.6)

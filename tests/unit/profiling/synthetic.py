@@ -16,14 +16,14 @@ def profile(rank: int = 0, phases: Mapping[str, int] = PHASES, *, start_ms: int 
     """Return steps of these phases one after the other; the last 3 ms of backward are reduce."""
     spans = []
     now = start_ms * MS
-    for _ in range(NUM_STEPS):
+    for number in range(1, 1 + NUM_STEPS):
         begin = now
         for name, length_ms in phases.items():
             spans.append(Span(name, NO_BUCKET, "MainThread", now, now + length_ms * MS))
             now += length_ms * MS
             if name == "backward":
                 spans.append(Span("reduce", 0, "MainThread", now - 3 * MS, now))
-        spans.append(Span(STEP, NO_BUCKET, "MainThread", begin, now))
+        spans.append(Span(STEP, number, "MainThread", begin, now))
     samples = [
         {"time_ns": i * MS, "rss": 2**30, "available": 2**33, "ledger": {"state": 2**20 * i}}
         for i in range(10)

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from offload_adam.observe.spans import Span
 from offload_adam.profiling.diagnosis import Resource, RunFacts, diagnose
 from offload_adam.profiling.profile import RankProfile
-from tests.unit.profiling.synthetic import PHASES, profile
+from tests.unit.profiling.synthetic import MS, PHASES, profile
 
 FACTS = RunFacts(
     num_threads=2,
@@ -66,3 +67,51 @@ def test_shares_are_of_the_whole_step() -> None:
 
 def test_nothing_recorded_is_nothing_said() -> None:
     assert diagnose([RankProfile(0, "host", [])], FACTS) is None
+
+
+@pytest.mark.parametrize(
+    ("beside", "resource"),
+    [
+        ("update", Resource.UPDATE),
+        ("copy up", Resource.COPIES),
+        ("reduce", Resource.COLLECTIVES),
+        (None, Resource.UPDATE),
+    ],
+)
+def test_a_wait_is_charged_to_what_goes_on_meanwhile(
+    beside: str | None, resource: Resource
+) -> None:
+    found = profile(0, {**PHASES, "wait": 60})
+    spans = list(found.spans)
+    for wait in (span for span in found.spans if span.name == "wait"):
+        if beside is not None:
+            # Half of it, from before its begin; and a copy for a sixth.
+            middle_ns = (wait.start_ns + wait.end_ns) // 2
+            spans.append(Span(beside, 0, "worker", wait.start_ns - 5 * MS, middle_ns))
+            spans.append(Span("norm", 0, "worker", middle_ns, middle_ns + 10 * MS))
+    spans.sort(key=lambda span: span.start_ns)
+    diagnosis = diagnose([replace(found, spans=spans)], FACTS)
+    assert diagnosis is not None
+    assert diagnosis.resource is resource
+    step = sum(PHASES.values()) + 60
+    expected = {Resource.UPDATE: 9.0, Resource.COPIES: 0.0, Resource.COLLECTIVES: 5.0}
+    expected[resource] += 60.0 if beside is None else 45.0
+    expected[Resource.UPDATE] += 0.0 if beside is None else 15.0
+    for each, ms in expected.items():
+        assert diagnosis.shares[each] == pytest.approx(ms / step)
+
+
+def test_what_ends_in_the_next_step_hides_nothing() -> None:
+    """A span of another thread that goes on past a step leaves the rest of the step counted."""
+    found = profile()
+    long = [
+        Span("update", 0, "worker", span.start_ns + 1, span.end_ns + 5 * MS)
+        for span in found.spans
+        if span.name == "train step"
+    ]
+    spans = sorted([*found.spans, *long], key=lambda span: span.start_ns)
+    plain, disturbed = diagnose([found], FACTS), diagnose([replace(found, spans=spans)], FACTS)
+    assert plain is not None
+    assert disturbed is not None
+    for resource in (Resource.COMPUTE, Resource.DATA):
+        assert disturbed.shares[resource] == plain.shares[resource] > 0

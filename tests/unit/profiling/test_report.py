@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,33 @@ def test_a_profile_survives_its_way_to_rank_0() -> None:
 
 
 def test_the_report_loads_nothing_and_marks_what_differs(tmp_path: Path) -> None:
-    write_report(inputs(predicted={"state": 2**20}), tmp_path / "report.html")
+    write_report(inputs(predicted={"state": int(9 * 2**20 / 1.03)}), tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     without_scripts = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", without_scripts)
     assert "Profile of &lt;quickstart&gt;" in page
     assert "<tr class=differs><td>state</td>" in page
+    assert "differs by more than 2%" in page
     assert "50% of the 30.0 GB/s" in page
-    write_report(inputs(), tmp_path / "report.html")
-    assert "class=differs" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    write_report(inputs(predicted={"state": int(9 * 2**20 / 1.01)}), tmp_path / "report.html")
+    assert "<tr class=differs" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_report_says_what_used_the_most_memory(tmp_path: Path) -> None:
+    write_report(inputs(buckets={0: {"state": 5 * 2**20}}), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    cells = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in re.findall(r"<tr.*?</tr>", page)]
+    # All samples have 1 GiB resident, so the first one counts, when the state was 0.
+    assert ["the rest of the process", "1.00 GiB", "100.0%", "", "", ""] in cells
+    assert ["state", "0 B", "0.0%", "9.00 MiB", "9.00 MiB", ""] in cells
+    assert ["0", "5.00 MiB"] in cells
+    assert "with 1.00 GiB resident on rank 0. The most of it: the rest of the process" in page
+
+
+def test_what_was_written_over_is_said(tmp_path: Path) -> None:
+    profiles = [PROFILES[0], replace(PROFILES[1], num_dropped=7)]
+    write_report(inputs(profiles=profiles), tmp_path / "report.html")
+    assert "latest spans of rank(s) 1 are" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_without_plotly_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,11 +139,13 @@ def test_a_browser_draws_every_mark(tmp_path: Path, scheme: str, width: int) -> 
     charts = {
         key: part
         for part in drawn.split("<section><h2>")[2:]
-        for key in re.findall(r'id="chart-(\w+)"', part)
+        for key in re.findall(r'id="chart-([\w-]+)"', part)
     }
-    assert set(charts) == {"gantt", "split", "memory", "loss"}
-    # One bar a span but the enclosing one; one a phase and rank; a line or an area a series.
+    assert set(charts) == {"gantt", "split", "memory", "process", "loss"}
+    # One bar a span but the enclosing one, of rank 1 the end of the step before in place of that of
+    # this one; one a phase and rank; a line or an area a series.
     assert charts["gantt"].count('class="point"') == 2 * (len(PHASES) + 1)
     assert charts["split"].count('class="point"') == 2 * (len(PHASES) + 2)
-    assert charts["memory"].count('class="trace scatter') == 3
+    assert charts["memory"].count('class="trace scatter') == 2
+    assert charts["process"].count('class="trace scatter') == 2
     assert charts["loss"].count('class="trace scatter') == 2
