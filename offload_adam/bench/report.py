@@ -18,7 +18,7 @@ def write_json(report: Mapping[str, Any], path: Path) -> None:
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
     """Print the table of a report, and below it what was measured on."""
-    tables = {"tensors": _tensors_table, "rows": _rows_table}
+    tables = {"tensors": _tensors_table, "rows": _rows_table, "profile": _profile_table}
     console.print(tables.get(report["benchmark"], _comparison_table)(report))
     for name, reason in report.get("left_out", {}).items():
         console.print(f"left out: {name} ({reason})", highlight=False)
@@ -99,6 +99,24 @@ def _rows_table(report: Mapping[str, Any]) -> Table:
     for header in ("lazy, ms", "dense, ms", "ratio"):
         table.add_column(header, justify="right")
     table.add_row(f"{report['lazy_ms']:.3f}", f"{report['dense_ms']:.1f}", f"{report['ratio']:.5f}")
+    return table
+
+
+def _profile_table(report: Mapping[str, Any]) -> Table:
+    table = Table(
+        title=f"bench profile: steps of {report['numel']:,} parameters, "
+        f"{report['machine']['num_threads']} thread(s), {report['num_pairs']} pairs",
+        caption="medians; ratio: on / off, over the pairs",
+    )
+    for header in ("off, ms", "on, ms", "ratio", "spans a step", "a span when off, ns"):
+        table.add_column(header, justify="right")
+    table.add_row(
+        f"{report['off_ms']:.2f}",
+        f"{report['on_ms']:.2f}",
+        f"{report['ratio']:.4f}",
+        f"{report['spans_per_step']:.1f}",
+        f"{report['null_span_ns']:.0f}",
+    )
     return table
 
 

@@ -125,6 +125,23 @@ def bench_rows(
     _show(lambda: measure_rows(num_rows, width, touched, num_threads, pairs), json_file)
 
 
+@bench_app.command("profile")
+def bench_profile(
+    width: Annotated[int, typer.Option("--width", min=16, help="Of 8 square layers.")] = 512,
+    threads: Threads = None,
+    pairs: Pairs = 21,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure steps whose spans and memory are recorded against the same steps unwatched.
+
+    Exit codes: 0 done, 2 a wrong option, 3 not enough memory, 1 anything else.
+    """
+    num_threads = _prepare(threads, json_file)
+    from offload_adam.bench.profile import measure_profile
+
+    _show(lambda: measure_profile(width, num_threads, pairs), json_file)
+
+
 def _prepare(threads: int | None, json_file: Path | None) -> int:
     """Check what typer cannot, and return the number of threads, before torch is imported."""
     from offload_adam.kernels.threads import allowed_cores

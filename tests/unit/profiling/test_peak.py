@@ -29,7 +29,8 @@ def test_the_peak_is_the_fullest_sample_of_the_fullest_rank() -> None:
     (peak,) = peaks_of([sampled(0, 500, 700), sampled(1, 1000, 500, 600, 700, 2000, 800)])
     assert (peak.rank, peak.where, peak.nbytes) == (1, "host", 2000)
     assert list(peak.parts.items()) == [(REST, 1600), ("parameters", 300), ("exp_avg", 100)]
-    assert (peak.seconds, peak.step, peak.phase) == (pytest.approx(0.04), 2, "forward")
+    assert peak.seconds == pytest.approx(0.04)
+    assert (peak.step, peak.phase) == (2, "forward")
     assert peak.sentence == (
         "Memory peaked in forward of step 2, 0.0 s after the first sample, with 1.95 KiB resident "
         "on rank 1. The most of it: the rest of the process (1.56 KiB, 80%), parameters (300 B, "
