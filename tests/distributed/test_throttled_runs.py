@@ -1,0 +1,95 @@
+"""Real runs with one slow resource: the report names it, and the setting that helps."""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offload_adam.kernels.threads import allowed_cores
+from offload_adam.sharded_optimizer import ShardedOptimizer
+from tests.distributed import throttled_train
+from tests.unit.test_train_alone import SMALL, run
+
+pytest.importorskip("plotly")
+
+ROOT = Path(__file__).parents[2]
+TRAIN = SMALL["train"] | {"num_steps": 4}
+COMPUTE = "is spent on the model's own forward and backward"
+
+
+def finding(folder: Path) -> str:
+    """Return the sentence at the top of a run's report."""
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    found = re.search(r'<p class="finding">(.*?)</p>', page, re.DOTALL)
+    assert found is not None
+    return html.unescape(found[1])
+
+
+def run_throttled(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, what: str | None, **optimizer: Any
+) -> str:
+    """Profile a small run with one resource throttled, or none, and return the sentence."""
+    if what is not None:
+        owner, name, delay_s = throttled_train.USED_BY[what]
+        monkeypatch.setattr(owner, name, throttled_train.slowed(getattr(owner, name), delay_s))
+    # Gradients and parameters are copied as they are between a device and the host.
+    monkeypatch.setattr(ShardedOptimizer, "_offloads", True)
+    run(folder, train=TRAIN, optimizer=optimizer, profile={"enabled": True})
+    return finding(folder / "case")
+
+
+def test_an_unhindered_run_is_bound_by_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sentence = run_throttled(tmp_path, monkeypatch, None)
+    assert COMPUTE in sentence
+    assert "no setting of it makes steps faster" in sentence
+
+
+def test_a_slow_update_asks_for_more_threads_or_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sentence = run_throttled(tmp_path / "all", monkeypatch, "cpu")
+    assert "is spent on the update on the host. All cores are busy with it" in sentence
+    if allowed_cores() > 1:
+        sentence = run_throttled(tmp_path / "one", monkeypatch, None, num_threads=1)
+        assert f"The update runs on 1 of {allowed_cores()} cores: raise optimizer.num" in sentence
+
+
+def test_slow_copies_ask_for_narrower_parameters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sentence = run_throttled(tmp_path, monkeypatch, "copies")
+    assert "is spent on copies between host and device. train.dtype: bf16 halves" in sentence
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_slow_collectives_ask_for_rarer_ones(tmp_path: Path) -> None:
+    train(tmp_path, "collectives")
+    sentence = finding(tmp_path / "tiny")
+    assert "is spent on other ranks. Raise train.gradient_accumulation_steps" in sentence
+
+
+def train(folder: Path, what: str) -> None:
+    """Profile the tiny run on two ranks with one resource throttled."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    settings = [str(ROOT / "configs" / "tiny.yaml"), f"--run.dir={folder}"]
+    settings += ["--train.num_steps=6", "--train.eval_sequences=8", "--schedule.warmup_steps=0"]
+    done = subprocess.run(
+        [*torchrun, throttled_train.__file__, what, "profile", *settings],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,43 @@
+"""The command line with one slow resource: `throttled_train.py WHAT profile CONFIG ...`.
+
+Every use of it takes longer, where the package itself calls what uses it. The delays of a step are
+long enough that a busy machine's forward and backward are still short beside them.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from offload_adam.cli.app import main
+from offload_adam.coordinator.membership import Membership
+from offload_adam.kernels import update
+
+USED_BY: dict[str, tuple[Any, str, float]] = {
+    "cpu": (update, "update", 0.5),
+    "copies": (torch.Tensor, "copy_", 0.05),
+    "collectives": (Membership, "wait", 0.15),
+}
+"""What is called for each resource, and the seconds that a call takes longer."""
+
+
+def slowed(function: Callable[..., Any], delay_s: float) -> Callable[..., Any]:
+    """Return the function with the delay before it."""
+
+    @functools.wraps(function)
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(delay_s)
+        return function(*args, **kwargs)
+
+    return slow
+
+
+if __name__ == "__main__":
+    owner, name, delay_s = USED_BY[sys.argv.pop(1)]
+    setattr(owner, name, slowed(getattr(owner, name), delay_s))
+    main()
