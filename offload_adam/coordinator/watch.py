@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -84,6 +85,8 @@ class PeerWatch:
         self._moves, self._moved_s = -1, 0.0
         self._reached_s = time.monotonic()
         self._seen: dict[int, tuple[int, float]] = {}
+        self._askers: deque[threading.Event] = deque()
+        self._places: tuple[PeerRecord, ...] = ()
         self._thread = threading.Thread(target=self._run, name="offload_adam-watch", daemon=True)
 
     def announce(self) -> None:
@@ -106,6 +109,17 @@ class PeerWatch:
         self._wake.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(_JOIN_S)
+
+    def places(self, wait_s: float = 1.0) -> tuple[PeerRecord, ...]:
+        """Return every rank's last record, as they were a moment ago, or when last asked.
+
+        Only the watch's own thread reads the store: it is asked, and waited for at most `wait_s`.
+        """
+        answered = threading.Event()
+        self._askers.append(answered)
+        self._wake.set()
+        answered.wait(wait_s)
+        return self._places
 
     @property
     def failure(self) -> Verdict | None:
@@ -161,6 +175,7 @@ class PeerWatch:
             try:
                 self._publish(None)
                 self._listen()
+                self._answer()
                 self._reached_s = time.monotonic()
             except RuntimeError as error:
                 self._lose_store(error)
@@ -172,6 +187,13 @@ class PeerWatch:
             self._publish(self._left)
         except RuntimeError:
             logger.debug("the store was gone before this rank had left")
+
+    def _answer(self) -> None:
+        """Read all records where somebody has asked for them."""
+        if self._askers:
+            self._places = tuple(self._read(rank) for rank in range(len(self._ranks)))
+        while self._askers:
+            self._askers.popleft().set()
 
     def _publish(self, left: str | None) -> None:
         now_s = time.monotonic()

@@ -7,14 +7,19 @@ from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import Any
 
+import psutil
+import torch
+
 from offload_adam.config import ConfigError, RunConfig
 from offload_adam.observe.place import HERE
 from offload_adam.sinks.server import StatusServer
 from offload_adam.sinks.sink import GuardedSinks, MetricSink
 from offload_adam.sinks.tensorboard import TensorBoardSink
 from offload_adam.sinks.wandb import WandbSink
+from offload_adam.step.ledger import by_category
 from offload_adam.train.loop import Job
 from offload_adam.train.run_folder import run_folder
+from offload_adam.train.saving import FOLDER_NAME, steps_in
 
 _PACKAGES = {
     "http_port": ("prometheus_client", "watch"),
@@ -72,7 +77,36 @@ def _status(job: Job) -> Mapping[str, Any]:
         "run": job.config.run.name,
         "of_steps": job.config.train.num_steps,
         "world_size": job.world.world_size,
-        "phase": HERE.phase,
-        "bucket": HERE.bucket,
-        "host_bytes": dict(job.optimizer.host_nbytes),
+        "last_checkpoint": max(steps_in(run_folder(job.config) / FOLDER_NAME), default=None),
+        "memory_bytes": _memory(job),
+        "ranks": _ranks(job),
     }
+
+
+def _memory(job: Job) -> dict[str, int]:
+    """Return bytes of rank 0: by category, of its process and its device, and what its node has."""
+    memory = by_category(job.optimizer.memory_ledger())
+    memory["resident"] = psutil.Process().memory_info().rss
+    memory["available on the node"] = psutil.virtual_memory().available
+    if torch.cuda.is_initialized():
+        memory["allocated on the device"] = torch.cuda.memory_allocated()
+    return {name: nbytes for name, nbytes in memory.items() if nbytes}
+
+
+def _ranks(job: Job) -> list[dict[str, Any]]:
+    """Return where each rank is, as it said itself a moment ago."""
+    watch = job.world.membership.watch
+    if watch is None:
+        return [{"rank": 0, "step": HERE.step, "phase": HERE.phase, "bucket": HERE.bucket}]
+    return [
+        {
+            "rank": record.rank,
+            "host": record.process.host,
+            "step": record.step,
+            "phase": record.phase,
+            "bucket": record.bucket,
+            "waiting": record.waiting,
+            "still_s": round(record.still_s, 1),
+        }
+        for record in watch.places()
+    ]

@@ -93,10 +93,15 @@ def test_a_watched_run_answers_while_it_trains(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(watched, "StatusServer", Asking)
-        run(tmp_path, train=STEPS, observe={"http_port": 0})
+        run(tmp_path, train=STEPS, observe={"http_port": 0}, checkpoint={"every": 3})
     assert [answer["last"]["step"] for answer in answers] == list(range(1, 9))
     assert answers[0]["of_steps"] == 8
-    assert answers[0]["host_bytes"]["state"] > 0
+    assert answers[0]["memory_bytes"]["exp_avg"] > 0
+    assert answers[0]["memory_bytes"]["resident"] > answers[0]["memory_bytes"]["exp_avg"]
+    assert [answer["last_checkpoint"] for answer in answers[2:]] == [None, 3, 3, 3, 6, 6]
+    assert [answer["ranks"] for answer in answers] == [
+        [{"rank": 0, "step": n, "phase": "start", "bucket": None}] for n in range(1, 9)
+    ]
 
 
 def test_a_sink_without_its_package_is_a_mistake_of_the_configuration(

@@ -1,0 +1,87 @@
+"""Where every rank is, as one of them sees it: through the store, and in `/status` of a run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offload_adam.coordinator.membership import open_membership
+from offload_adam.observe.place import HERE
+from tests.distributed.test_train_job import TINY, command, environment
+from tests.ranks import RankPool
+
+Seen = list[tuple[int, int, str, int | None]]
+
+
+def look(rank: int, world_size: int) -> Seen:
+    """Be somewhere, and return where all are, once it is known of all."""
+    import torch
+
+    membership = open_membership(None)
+    assert membership.watch is not None
+    with HERE.at(f"phase of {rank}", rank):
+        HERE.begin_step(10 + rank)
+        deadline_s = time.monotonic() + 20
+        seen: Seen = []
+        while not all(phase.startswith("phase of") for _, _, phase, _ in seen) or not seen:
+            assert time.monotonic() < deadline_s, seen
+            places = membership.watch.places()
+            seen = [(place.rank, place.step, place.phase, place.bucket) for place in places]
+        membership.all_reduce(torch.zeros(1))
+    membership.release()
+    return seen
+
+
+def test_every_rank_sees_where_all_are(ranks: RankPool) -> None:
+    expected = [(rank, 10 + rank, f"phase of {rank}", rank) for rank in range(3)]
+    assert ranks.run(look, 3) == [expected] * 3
+
+
+def status(port: int) -> dict[str, Any] | None:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/status", timeout=10) as answer:
+            found: dict[str, Any] = json.loads(answer.read())
+            return found
+    except (urllib.error.URLError, ConnectionError):
+        return None
+
+
+def on_their_way(places: list[dict[str, Any]]) -> bool:
+    """Tell whether both ranks have said that they are past the first step."""
+    return len(places) == 2 and all(place["step"] > 1 for place in places)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_run_on_two_ranks_shows_both(tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    settings = [f"--run.dir={tmp_path}", "--train.num_steps=100000", "--checkpoint.every=5"]
+    port = 18_000 + hash(str(tmp_path)) % 10_000
+    process = subprocess.Popen(
+        [*command(2), "train", str(TINY), *settings, f"--observe.http_port={port}"],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        found: dict[str, Any] | None = None
+        deadline_s = time.monotonic() + 90
+        while found is None or not found["last_checkpoint"] or not on_their_way(found["ranks"]):
+            assert time.monotonic() < deadline_s, found
+            assert process.poll() is None
+            time.sleep(0.2)
+            found = status(port)
+    finally:
+        process.terminate()
+        process.wait(60)
+    assert [rank["rank"] for rank in found["ranks"]] == [0, 1]
+    assert all(rank["phase"] for rank in found["ranks"])
+    assert found["last_checkpoint"] % 5 == 0
+    assert found["last"]["loss"] > 0
