@@ -167,7 +167,7 @@ NUM_BUCKETS = 4
 BUCKET_NUMEL = 512 * 1024
 
 
-def hold_memory(rank: int, world_size: int, streams: bool) -> tuple[int, list[int]]:
+def hold_memory(rank: int, world_size: int, streams: bool, overlap: bool) -> tuple[int, list[int]]:
     """Return the bytes by which this process grew over 20 steps, and the slots after each."""
     model = Weights([(BUCKET_NUMEL,)] * NUM_BUCKETS, torch.bfloat16)
     optimizer = OffloadAdam(
@@ -176,6 +176,7 @@ def hold_memory(rank: int, world_size: int, streams: bool) -> tuple[int, list[in
         gradient_reduction="optimizer",
         bucket_nbytes=2 * BUCKET_NUMEL,
         num_threads=1,
+        overlap=overlap,
     )
     core = optimizer._core
     assert core is not None
@@ -194,9 +195,11 @@ def hold_memory(rank: int, world_size: int, streams: bool) -> tuple[int, list[in
     return grown, slots
 
 
-@pytest.mark.parametrize("streams", [False, True])
-def test_steps_after_the_first_hold_no_more_memory(ranks: RankPool, streams: bool) -> None:
-    for grown, slots in ranks.run(hold_memory, 2, streams):
+@pytest.mark.parametrize(("streams", "overlap"), [(False, False), (True, False), (True, True)])
+def test_steps_after_the_first_hold_no_more_memory(
+    ranks: RankPool, streams: bool, overlap: bool
+) -> None:
+    for grown, slots in ranks.run(hold_memory, 2, streams, overlap):
         # Less than half a bucket a step: the allocator and gloo's records of the last collectives
         # take some, but none of our buffers is made anew.
         assert grown < 20 * BUCKET_NUMEL

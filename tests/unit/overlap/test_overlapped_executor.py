@@ -1,0 +1,147 @@
+"""The order in which the overlapped executor gathers, waits and looks ahead."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from offload_adam.coordinator.membership import Membership
+from offload_adam.layout.flat import ParameterSpec, plan_buckets
+from offload_adam.layout.schedule import Operation, Route, Task, plan_schedule
+from offload_adam.observe.spans import NullSpans, Stopwatch
+from offload_adam.step.masks import UpdateMasks
+from offload_adam.step.overlapped import OverlappedExecutor
+from offload_adam.step.tasks import Tasks
+from offload_adam.step.update_thread import UpdateThread
+from tests.unit.overlap.lazy_worker import LazyJob, LazyWorker
+
+NUM_BUCKETS = 4
+
+
+class EagerWorker(LazyWorker):
+    """An update thread that is always done already."""
+
+    def submit(self, what: str, job: Callable[[], None]) -> LazyJob:
+        given = super().submit(what, job)
+        self.run_next()
+        return given
+
+
+class RecordedTasks:
+    """Tasks that only write down that they ran; a gather waits for its update, as scheduled."""
+
+    def __init__(self) -> None:
+        specs = [ParameterSpec(i, 128, 2, "f") for i in range(NUM_BUCKETS)]
+        buckets = plan_buckets(specs, world_size=2, bucket_nbytes=1)
+        self.routes = [
+            Route(b, True, True, False, staged=False, hosted=True, in_ring=False, kind="f")
+            for b in buckets
+        ]
+        self.schedule = plan_schedule(self.routes, num_reduce_slots=2, num_staging_slots=2)
+        self.states = [
+            SimpleNamespace(indices=np.array([b.index]), layout=b, hosted=True) for b in buckets
+        ]
+        self.done: list[tuple[str, int]] = []
+        self.wait_for_update: Callable[[Task], None] = lambda task: None
+
+    def release(self) -> None:
+        pass
+
+    def update(self, number: int, *_: Any) -> None:
+        self.done.append(("update", number))
+
+    def gather(self, number: int, *_: Any) -> None:
+        self.wait_for_update(Task(Operation.UPDATE, number))
+        self.done.append(("gather", number))
+
+    def use(self, number: int, *_: Any) -> None:
+        self.done.append(("use", number))
+
+
+def begin(worker: Any) -> tuple[OverlappedExecutor, RecordedTasks]:
+    """Return an executor that has been given a step's updates. Forward order is 3, 2, 1, 0."""
+    tasks = RecordedTasks()
+    executor = OverlappedExecutor(cast(Tasks, tasks), worker, Membership(), Stopwatch())
+    tasks.wait_for_update = executor._wait_for_update
+    masks = UpdateMasks(np.ones(NUM_BUCKETS, dtype=np.bool_), [], 1.0)
+    gradients: list[Any] = [None] * NUM_BUCKETS
+    executor.apply(gradients, masks, NullSpans())
+    return executor, tasks
+
+
+def names(tasks: RecordedTasks, name: str) -> list[int]:
+    return [number for what, number in tasks.done if what == name]
+
+
+def test_apply_returns_before_any_update_and_need_runs_no_more_than_it_must() -> None:
+    executor, tasks = begin(LazyWorker())
+    assert tasks.done == []
+    assert executor.is_pending
+    executor.need([3])
+    assert tasks.done == [("update", 3), ("gather", 3), ("use", 3)]
+    executor.need([3])
+    assert tasks.done == [("update", 3), ("gather", 3), ("use", 3)]
+
+
+def test_every_earlier_gather_is_issued_first_and_its_bucket_stays_to_be_used() -> None:
+    executor, tasks = begin(LazyWorker())
+    executor.need([1])
+    assert names(tasks, "gather") == [3, 2, 1]
+    assert names(tasks, "use") == [1]
+    executor.settle()
+    assert names(tasks, "gather") == [3, 2, 1, 0]
+    assert names(tasks, "use") == [1, 3, 2, 0]
+    assert not executor.is_pending
+
+
+def test_the_next_gather_is_issued_ahead_where_its_update_is_over() -> None:
+    executor, tasks = begin(EagerWorker())
+    executor.need([3])
+    assert names(tasks, "gather") == [3, 2]
+    executor.need([2])
+    assert names(tasks, "gather") == [3, 2, 1]
+    assert names(tasks, "use") == [3, 2]
+
+
+def test_a_true_thread_makes_the_updates_in_forward_order_without_being_waited_for() -> None:
+    thread = UpdateThread()
+    over = threading.Event()
+    _, tasks = begin(thread)
+    thread.submit("a last job", over.set)
+    assert over.wait(20.0)
+    assert names(tasks, "update") == [3, 2, 1, 0]
+    thread.close()
+
+
+def test_a_job_that_raised_stops_all_later_ones_and_every_ticket_says_why() -> None:
+    thread = UpdateThread()
+    ran: list[int] = []
+
+    def fail() -> None:
+        raise KeyError("first")
+
+    tickets = [thread.submit("a job", job) for job in (fail, lambda: ran.append(1))]
+    for ticket in tickets:
+        with pytest.raises(KeyError, match="first"):
+            ticket.wait(20.0)
+    with pytest.raises(KeyError, match="first"):
+        thread.submit("a later one", lambda: ran.append(2)).wait(20.0)
+    assert ran == []
+    thread.close()
+    thread.close()
+
+
+def test_the_thread_ends_with_its_owner() -> None:
+    thread = UpdateThread()
+    thread.submit("a job", lambda: None).wait(20.0)
+    running = thread._thread
+    assert running is not None
+    assert running.name == "offload_adam update"
+    del thread
+    running.join(20.0)
+    assert not running.is_alive()
