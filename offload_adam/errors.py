@@ -30,7 +30,7 @@ class ParameterReplacedError(RuntimeError):
 
 
 class UnreadyParameterError(RuntimeError):
-    """A parameter was read while its update was still under way, in a way that does not wait."""
+    """A parameter was read or written beside its update, in a way that does not wait for it."""
 
 
 class HostMemoryError(MemoryError):

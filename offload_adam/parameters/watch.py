@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.errors import ParameterReplacedError
+from offload_adam.errors import ParameterReplacedError, UnreadyParameterError
 
 Registration = tuple[dict[str, torch.nn.Parameter | None], str, torch.nn.Parameter]
 
@@ -97,6 +97,20 @@ class VersionWatch:
             if registry.get(key) is not parameter:
                 self._refuse(self._position(parameter), "another object took its place")
         return changed
+
+    def refuse_written(self, positions: Iterable[int]) -> None:
+        """Refuse writes to parameters whose update was under way: it has written over them.
+
+        Raises:
+            UnreadyParameterError: naming a parameter written to since `settle`.
+        """
+        for position in positions:
+            if self._parameters[position]._version != self._versions[position]:
+                raise UnreadyParameterError(
+                    f"parameter {self._names[position]!r} was written to while its update was "
+                    "under way, which has overwritten it: call synchronize() on the optimizer "
+                    "before you change weights"
+                )
 
     def checksum(self, positions: Sequence[int]) -> int:
         """Return a checksum below 2**53 over which parameters changed and to what, 0 for none."""

@@ -54,16 +54,25 @@ class OverlappedExecutor(Executor):
     Owns: the worker, and what is still to be waited for.
     """
 
-    def __init__(self, tasks: Tasks, worker: Worker, membership: Membership, spans: Spans) -> None:
+    def __init__(
+        self,
+        tasks: Tasks,
+        worker: Worker,
+        membership: Membership,
+        spans: Spans,
+        arrived: Callable[[int], None],
+    ) -> None:
         """Begin with nothing under way.
 
         Args:
             spans: told of work that is done on the worker, and of waits in `need`.
+            arrived: told of each bucket when its parameters may be read again.
         """
         super().__init__(tasks)
         self._worker = worker
         self._membership = membership
         self._spans = spans
+        self._arrived = arrived
         self._landings: deque[Job] = deque()
         self._own_flights: deque[Flight] = deque()
         self._updates: dict[int, Job] = {}
@@ -172,6 +181,7 @@ class OverlappedExecutor(Executor):
             for number in sorted(needed, key=self._to_use.__getitem__):
                 self.tasks.use(number, self._spans)
                 del self._to_use[number]
+                self._arrived(number)
         self._gather_ahead()
 
     def settle(self) -> None:

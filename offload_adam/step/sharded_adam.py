@@ -165,8 +165,13 @@ class ShardedAdam:
         )
         if not overlaps:
             return SequentialExecutor(tasks)
+        watch, states = self._watch, self.states  # no reference to what owns the executor
+
+        def arrived(number: int) -> None:
+            watch.refuse_written(states[number].indices.tolist())
+
         worker = backend.make_worker()
-        return OverlappedExecutor(tasks, worker, self.membership, self._beside_steps)
+        return OverlappedExecutor(tasks, worker, self.membership, self._beside_steps, arrived)
 
     def _make_schedule(self, new: Sequence[BucketState]) -> None:
         """Plan the schedule of all buckets, and make what new ones need for it."""

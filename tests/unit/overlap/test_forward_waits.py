@@ -394,6 +394,26 @@ def test_weights_loaded_right_after_a_step_stay() -> None:
     assert all((p - 1).abs().max() <= 0.0101 for p in model.parameters())
 
 
+@pytest.mark.parametrize("optimizer_class", [Lazy, LazyOffloading])
+def test_a_write_beside_an_update_is_refused_and_one_after_it_is_followed(
+    optimizer_class: type[OffloadAdam],
+) -> None:
+    model = make_model(Plain)
+    optimizer = make(optimizer_class, model)
+    step_once(model, optimizer)
+    optimizer.synchronize()
+    with torch.no_grad():
+        model.get_parameter("head.bias").fill_(7.0)
+    step_once(model, optimizer, 1)
+    optimizer.synchronize()
+    assert (model.get_parameter("head.bias") - 7.0).abs().max() <= 0.0101
+    step_once(model, optimizer, 2)
+    with torch.no_grad():
+        model.get_parameter("head.bias").clamp_(-1.0, 1.0)
+    with pytest.raises(UnreadyParameterError, match=r"'head.bias' was written to.*synchronize"):
+        model(batch(3))
+
+
 def test_copies_of_the_model_know_nothing_of_the_optimizer() -> None:
     model = make_model(Plain)
     optimizer = make(Lazy, model)

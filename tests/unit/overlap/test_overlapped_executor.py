@@ -66,7 +66,9 @@ class RecordedTasks:
 def begin(worker: Any) -> tuple[OverlappedExecutor, RecordedTasks]:
     """Return an executor that has been given a step's updates. Forward order is 3, 2, 1, 0."""
     tasks = RecordedTasks()
-    executor = OverlappedExecutor(cast(Tasks, tasks), worker, Membership(), Stopwatch())
+    executor = OverlappedExecutor(
+        cast(Tasks, tasks), worker, Membership(), Stopwatch(), lambda number: None
+    )
     tasks.wait_for_update = executor._wait_for_update
     masks = UpdateMasks(np.ones(NUM_BUCKETS, dtype=np.bool_), [], 1.0)
     gradients: list[Any] = [None] * NUM_BUCKETS
