@@ -169,6 +169,7 @@ class OverlappedExecutor(Executor):
 
     def need(self, buckets: Collection[int]) -> None:
         """Wait for these buckets, and issue the gathers up to them, and one ahead."""
+        self._bound_backlog()
         if not self._to_use:
             return
         needed = [number for number in buckets if number in self._to_use]
@@ -183,6 +184,14 @@ class OverlappedExecutor(Executor):
                 del self._to_use[number]
                 self._arrived(number)
         self._gather_ahead()
+
+    def _bound_backlog(self) -> None:
+        """Let no more than two backwards' gradients be on their way.
+
+        Backward never waits, so a forward does where several of them add up on the host.
+        """
+        while len(self._landings) > 2 * len(self.tasks.states):
+            self._await(self._landings.popleft(), "reduce")
 
     def settle(self) -> None:
         """Wait for everything."""

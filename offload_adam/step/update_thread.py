@@ -44,8 +44,8 @@ class Ticket:
 class _Jobs:
     """What the thread and its owner share, so that the thread does not keep the owner alive.
 
-    Jobs are bounded by their nature: a landing for each bucket of each backward, an update for each
-    bucket of a step, and a step begins when that before it is over.
+    The queue is bounded by who fills it: a step's updates are over before the next one's begin, and
+    a forward waits where more than two backwards are still landing. A hook could not wait here.
     """
 
     def __init__(self) -> None:

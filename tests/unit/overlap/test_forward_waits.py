@@ -507,6 +507,19 @@ def test_accumulation_and_zero_grad_at_any_moment(sync: bool) -> None:
     assert run(Lazy, overlap=True) == run(OffloadAdam, overlap=False)
 
 
+def test_no_more_than_two_backwards_are_on_their_way_however_slow_the_thread_is() -> None:
+    model = make_model(Plain)
+    optimizer = make(Lazy, model, accumulate="host")
+    model(batch(0)).square().sum().backward()
+    num_buckets = len(latest[-1].waiting)
+    counts = []
+    for step in range(6):
+        model(batch(step)).square().sum().backward()
+        counts.append(len(latest[-1].waiting))
+    assert max(counts) <= 3 * num_buckets
+    optimizer.step()
+
+
 def test_groups_that_are_added_right_after_a_step_stream_and_overlap_too() -> None:
     def run(optimizer_class: type[OffloadAdam], *, overlap: bool) -> list[bytes]:
         model = make_model(Plain)
