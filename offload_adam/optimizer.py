@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from offload_adam.coordinator.watch import DEAD_AFTER_S, STUCK_AFTER_S
 from offload_adam.kernels.scalars import Hyperparameters
+from offload_adam.memory.pinning import Pin
 from offload_adam.parameters.groups import check_group, hyperparameters_of
 from offload_adam.sharded_optimizer import DEFAULT_BUCKET_NBYTES, Execution, ShardedOptimizer
 
@@ -48,7 +49,9 @@ class OffloadAdam(ShardedOptimizer):
         num_threads: threads of this rank's kernels; None for allowed cores / ranks on this node.
         accumulate: "host" reserves fp32 room for gradients, so that several reduced backwards add
             up.
-        pin_memory: page-lock host state; None where a parameter is on CUDA.
+        pin: what is page-locked where a parameter is on CUDA: "all" host state, only the buffers
+            that copies are "staging" in, or "none". Where CUDA refuses the first, a warning says
+            why, and it is the second.
         dead_after: seconds without a heartbeat after which a rank counts as dead.
         stuck_after: seconds that the others wait for a live rank that does not get on.
         overlap: let `step()` return before the updates are over, and each part of `module` wait for
@@ -92,7 +95,7 @@ class OffloadAdam(ShardedOptimizer):
         state_dtype: torch.dtype = torch.float32,
         num_threads: int | None = None,
         accumulate: str | None = None,
-        pin_memory: bool | None = None,
+        pin: Pin = "all",
         dead_after: float = DEAD_AFTER_S,
         stuck_after: float = STUCK_AFTER_S,
         allow_overcommit: bool = False,
@@ -108,7 +111,7 @@ class OffloadAdam(ShardedOptimizer):
             state_dtype=state_dtype,
             num_threads=num_threads,
             accumulate=accumulate,
-            pin_memory=pin_memory,
+            pin=pin,
             max_grad_norm=max_grad_norm,
             dead_after=dead_after,
             stuck_after=stuck_after,

@@ -23,6 +23,7 @@ from offload_adam.coordinator.membership import Membership, is_distributed, open
 from offload_adam.coordinator.watch import DEAD_AFTER_S, STUCK_AFTER_S, Patience
 from offload_adam.errors import CheckpointError
 from offload_adam.kernels.scalars import Hyperparameters
+from offload_adam.memory.pinning import CudaRuntime, Pin, cuda_runtime
 from offload_adam.observe.place import HERE
 from offload_adam.parameters.hooks import BackwardHooks
 from offload_adam.parameters.options import (
@@ -75,7 +76,7 @@ class Execution:
     state_dtype: torch.dtype = torch.float32
     num_threads: int | None = None
     accumulate: str | None = None
-    pin_memory: bool | None = None
+    pin: Pin = "all"
     dead_after: float = DEAD_AFTER_S
     stuck_after: float = STUCK_AFTER_S
     allow_overcommit: bool = False
@@ -103,6 +104,7 @@ class Execution:
             self.bucket_nbytes,
             self.num_threads,
             self.accumulate,
+            self.pin,
         )
         check_max_norm("max_grad_norm", self.max_grad_norm)
         Patience(self.dead_after, self.stuck_after)
@@ -175,10 +177,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
     found_inf: torch.Tensor | float | None
 
     # Tests set them, to run the paths of parameters on a device with parameters in host memory:
-    # state on the host, and state beside the parameters.
+    # state on the host, state beside the parameters, and memory that a stand-in for CUDA pins.
     _offloads = False
     _updates_on_device = False
     _backend = Backend()
+    _runtime: CudaRuntime | None = None
 
     def _construct(self, execution: Execution, admit: Callable[[], Sequence[Fact]]) -> None:
         """Check everything, then allocate and build, or leave nothing behind. Collective.
@@ -226,10 +229,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if streams:
                 self._hooks = BackwardHooks(reduction)
                 resources.callback(self._hooks.remove)
-            self._placing = Placing(
+            placing = Placing(
                 execution.bucket_nbytes,
-                not execution.beside and self._pins(execution.pin_memory),
                 reduction.landed_dtype,
+                pin=execution.pin,
+                runtime=None if execution.beside else self._pinning_runtime(),
                 beside=execution.beside,
                 takes_rows=execution.takes_rows,
                 allow_overcommit=execution.allow_overcommit,
@@ -239,7 +243,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._core = ShardedAdam(
                 self._membership,
                 reduction,
-                self._placing,
+                placing,
                 num_threads=execution.num_threads,
                 module=module,
                 external=kind == "external",
@@ -250,7 +254,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 ),
                 backend=self._backend,
             )
-            resources.callback(self._core.close)
+            resources.callback(self._core.resources.close)
             resources.callback(self._core.gate.abandon)
             self._take_in(self._core, 0)
         except BaseException:
@@ -308,19 +312,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
             first_group=first_group,
         )
 
-    def _pins(self, pin_memory: bool | None) -> bool:
-        """Tell whether host state is page-locked."""
+    def _pinning_runtime(self) -> CudaRuntime | None:
+        """Return what pins host memory, None where no parameter is on a GPU to copy to."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        if pin_memory is None:
-            return any(parameter.is_cuda for parameter in parameters)
-        if pin_memory and not torch.cuda.is_available():
-            warnings.warn(
-                "pin_memory=True is ignored: there is no CUDA to pin host memory for",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-            return False
-        return pin_memory
+        if any(parameter.is_cuda for parameter in parameters):
+            return cuda_runtime()
+        return self._runtime
 
     def _take_in(self, core: ShardedAdam, first_group: int) -> None:
         """Build the state of the groups from this one on. Collective."""
@@ -347,7 +344,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: as the constructor; the optimizer is as before then.
         """
-        if self._core is None:
+        if self._core is None and self._release.alive:
             self._admit_group(param_group)
             return
         core = self._settled()
@@ -482,7 +479,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._settled().refresh_master()
 
     def close(self) -> None:
-        """Take the hooks off and end the process groups. Idempotent; parameters stay usable.
+        """Take the hooks off, end the process groups, free host memory. Idempotent.
+
+        Parameters stay usable; a tensor of the state that the caller still holds keeps its bytes.
 
         A checkpoint that is being written in the background is abandoned.
 
@@ -495,6 +494,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 self._core.synchronize()
         finally:
             self._release()
+            self._core = None
+            self._hooks = None
+            self.state.clear()
 
     @property
     def num_steps(self) -> int:
@@ -511,6 +513,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return dict(self._alive().host_nbytes)
 
     @property
+    def pinned_nbytes(self) -> int:
+        """Host bytes that are page-locked, exactly; 0 where no parameter is on a GPU."""
+        return self._alive().pinned_nbytes
+
+    @property
     def membership(self) -> Membership:
         """The ranks that share this optimizer."""
         return self._membership
@@ -518,7 +525,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     @property
     def is_sharded(self) -> bool:
         """Whether each rank holds a part of the state, or all of it."""
-        return not self._placing.beside
+        return self._alive().is_sharded
 
     def shards(self) -> Iterator[ParameterShard]:
         """Yield this rank's range of every trained parameter and its state."""
@@ -614,16 +621,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Tensors share memory with the optimizer, as torch's do. It loads into the same rank of the
         same world; `full_state_dict` gives what loads anywhere.
         """
-        if self._core is not None:
-            self._core.synchronize()
-        saved = super().state_dict()
+        self._settled()
         rank, world_size = self._share()
+        saved = super().state_dict()
         saved[STATE_KEY] = {"world_size": world_size, "rank": rank, **self._further_state()}
         return saved
 
     def _share(self) -> tuple[int, int]:
         """Return this rank's place among those that the state is divided over."""
-        return self._placing.share_of(self._membership)
+        return self._alive().share
 
     def full_state_dict(self) -> dict[str, Any]:
         """Return a plain `torch.optim.AdamW` state dict on rank 0, else {}. Collective.

@@ -117,12 +117,12 @@ class ScheduleSection(Section):
 
 
 class MemorySection(Section):
-    """Whether host buffers are pinned; null leaves the choice to the optimizer.
+    """What is page-locked for a GPU: all state, the buffers of copies only, or nothing.
 
     `allow_overcommit` starts a run whose state the node seems to have no memory for.
     """
 
-    pin: bool | None = None
+    pin: Literal["all", "staging", "none"] = "all"
     allow_overcommit: bool = False
 
 

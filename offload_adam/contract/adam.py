@@ -40,6 +40,7 @@ from offload_adam.contract.groups import (
 from offload_adam.coordinator.admission import Fact, together
 from offload_adam.coordinator.watch import DEAD_AFTER_S, STUCK_AFTER_S
 from offload_adam.kernels.scalars import Hyperparameters
+from offload_adam.memory.pinning import Pin
 from offload_adam.parameters.groups import check_group, hyperparameters_of
 from offload_adam.parameters.selection import Selection
 from offload_adam.sharded_optimizer import DEFAULT_BUCKET_NBYTES, Execution, ShardedOptimizer
@@ -78,7 +79,7 @@ class Adam(ShardedOptimizer):
         decay_norms: weight decay acts on the norm layers of `module`, too.
         module: the model: it gives names and, with `use_offload`, streams gradients as they arise.
         max_grad_norm, process_group, gradient_reduction, reduce_dtype, bucket_nbytes, num_threads,
-        accumulate, pin_memory, allow_overcommit, overlap, units, dead_after, stuck_after: as for
+        accumulate, pin, allow_overcommit, overlap, units, dead_after, stuck_after: as for
             `OffloadAdam`.
         **kwargs: `use_lazy`: a sparse gradient updates only the rows it touches; `use_offload`:
             state lies sharded in host memory, instead of beside its parameter on every rank.
@@ -114,7 +115,7 @@ class Adam(ShardedOptimizer):
         bucket_nbytes: int = DEFAULT_BUCKET_NBYTES,
         num_threads: int | None = None,
         accumulate: str | None = None,
-        pin_memory: bool | None = None,
+        pin: Pin = "all",
         allow_overcommit: bool = False,
         overlap: bool | None = None,
         units: Sequence[torch.nn.Module] | None = None,
@@ -132,7 +133,7 @@ class Adam(ShardedOptimizer):
             bucket_nbytes=bucket_nbytes,
             num_threads=num_threads,
             accumulate=accumulate,
-            pin_memory=pin_memory,
+            pin=pin,
             max_grad_norm=max_grad_norm,
             allow_overcommit=allow_overcommit,
             overlap=overlap,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,20 +173,3 @@ def _statistic(path: Path, name: str) -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)
-
-
-def report_locked_memory(nbytes: int) -> None:
-    """Warn where the limit of locked memory is below what is about to be pinned."""
-    try:
-        import resource
-
-        limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    except (ImportError, OSError):
-        return
-    # CUDA's driver locks pages for its users, and mostly past this limit: no reason to refuse.
-    if limit != resource.RLIM_INFINITY and limit < nbytes and os.geteuid() != 0:
-        logger.warning(
-            "%s of host memory is to be pinned, and the limit of locked memory (ulimit -l) is %s",
-            format_nbytes(nbytes),
-            format_nbytes(limit),
-        )

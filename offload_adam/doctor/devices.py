@@ -83,7 +83,8 @@ def bus_gb_per_s(index: int) -> tuple[float, float]:
     Raises:
         HostMemoryError: the memory is not there, or cannot be pinned.
     """
-    arena = HostArena(COPY_NBYTES, pin=True)
+    arena = HostArena(COPY_NBYTES)
+    arena.pin()
     host = arena.take(COPY_NBYTES, torch.uint8)
     device = torch.empty(COPY_NBYTES, dtype=torch.uint8, device=f"cuda:{index}")
     return copy_gb_per_s(host, device), copy_gb_per_s(device, host)

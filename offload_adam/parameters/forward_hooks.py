@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
@@ -45,7 +46,8 @@ class ForwardHooks:
     The first forward is traced, while nothing is under way yet: a parameter that is read before any
     unit has waited for its bucket is from then on waited for by the unit that was entered last.
 
-    Owns: hooks on the model until `remove`. Copies and pickles of the model have none.
+    Owns: hooks on the model until `remove`. Copies and pickles of the model have none. `removals`
+        takes them off, too, and holds the model only where it is compiled.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class ForwardHooks:
         self._chosen = chosen
         self._bucket_of: BucketOf = {}
         self._always: set[int] = set()
-        self._removals: list[Callable[[], None]] = []
+        self.removals = ExitStack()
         self._depth = 0
         self._waited: set[int] = set()
         self._latest: Unit | None = None
@@ -107,16 +109,14 @@ class ForwardHooks:
 
         module: Any = unit.module
         module._compiled_call_impl = call
-        self._removals.append(lambda: setattr(module, "_compiled_call_impl", compiled))
+        self.removals.callback(setattr, module, "_compiled_call_impl", compiled)
 
     def _keep(self, handle: RemovableHandle) -> None:
-        self._removals.append(handle.remove)
+        self.removals.callback(handle.remove)
 
     def remove(self) -> None:
         """Take every hook off. Idempotent."""
-        for removal in self._removals:
-            removal()
-        self._removals.clear()
+        self.removals.close()
 
     def step_begins(self) -> None:
         """Hear that the forward and backward of a step are over."""

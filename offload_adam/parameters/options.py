@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from offload_adam.coordinator.membership import world_size_of
+from offload_adam.memory.pinning import PINS
 
 
 def resolve_reduction(
@@ -47,6 +48,7 @@ def check_options(
     bucket_nbytes: int,
     num_threads: int | None,
     accumulate: str | None,
+    pin: str,
 ) -> None:
     """Refuse options that nothing implements, naming what is allowed."""
     if reduce_dtype not in (None, torch.float32):
@@ -55,6 +57,8 @@ def check_options(
         raise ValueError(f"state_dtype must be torch.float32, not {state_dtype}")
     if accumulate not in (None, "host"):
         raise ValueError(f"accumulate must be 'host' or None, not {accumulate!r}")
+    if pin not in PINS:
+        raise ValueError(f"pin must be one of {', '.join(map(repr, PINS))}, not {pin!r}")
     for name, value in (("bucket_nbytes", bucket_nbytes), ("num_threads", num_threads)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise TypeError(f"{name} must be an int, not {value!r}")

@@ -50,6 +50,7 @@ class RunFacts:
     """The settings that a diagnosis may ask to change, as the run had them.
 
     num_cores: those that a rank may use; num_threads those that its update did.
+    pinned: all host state is.
     """
 
     num_threads: int
@@ -154,7 +155,10 @@ def _advice(resource: Resource, facts: RunFacts) -> tuple[str, str]:
                 "share; train.gradient_accumulation_steps makes updates rarer."
             )
         case Resource.COPIES if facts.on_device and not facts.pinned:
-            return "memory.pin", "Host memory is not pinned: set memory.pin: true."
+            return "memory.pin", (
+                "Host state is not pinned: set memory.pin: all, and lift the limit of locked "
+                "memory (ulimit -l)."
+            )
         case Resource.COPIES if facts.dtype == "fp32":
             return "train.dtype", "train.dtype: bf16 halves the bytes that are copied."
         case Resource.COPIES:

@@ -37,6 +37,7 @@ class BucketState:
     offloaded: parameters live on a device and their state does not, so gradients come down and
         results go up in copies.
     hosted: the state is in host memory, where the kernels update it.
+    pinned: the state is in page-locked host memory.
     centralized: (num parameters,) whose gradients are centralized.
 
     Lifecycle: made once; tensors are written in place and never replaced.
@@ -55,6 +56,7 @@ class BucketState:
     own_master: bool
     offloaded: bool
     hosted: bool
+    pinned: bool
     centralized: npt.NDArray[np.bool_]
     segments: SegmentArrays
     reader: GradientReader

@@ -12,10 +12,11 @@ import torch.distributed as dist
 
 from offload_adam.coordinator.admission import together
 from offload_adam.coordinator.membership import Membership
-from offload_adam.coordinator.node_memory import admit_memory, report_locked_memory
-from offload_adam.layout.budget import BucketPlanes, plane_nbytes, shard_nbytes
+from offload_adam.coordinator.node_memory import admit_memory
+from offload_adam.layout.budget import BucketPlanes, plane_nbytes
 from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
-from offload_adam.memory.arena import HostArena
+from offload_adam.memory.arena import HostArena, Touch, arena_nbytes
+from offload_adam.memory.pinning import CudaRuntime, Pin
 from offload_adam.memory.planes import DeviceMemory, allocate_planes
 from offload_adam.parameters.buckets import adopt
 from offload_adam.parameters.gradients import GradientReader
@@ -30,6 +31,7 @@ LandedDtype = Callable[[torch.dtype, bool], torch.dtype | None]
 class Placing:
     """Where state goes and what it holds.
 
+    pin, runtime: what is page-locked, and by what; nothing where there is no runtime.
     landed_dtype: the dtype in which a bucket's gradients land, from its dtype and whether it is
         offloaded; None where they are read in place.
     beside: state lies beside its parameter, whole on every rank, instead of sharded on the host.
@@ -40,8 +42,9 @@ class Placing:
     """
 
     bucket_nbytes: int
-    pin: bool
     landed_dtype: LandedDtype
+    pin: Pin = "all"
+    runtime: CudaRuntime | None = None
     beside: bool = False
     takes_rows: bool = False
     allow_overcommit: bool = False
@@ -54,13 +57,20 @@ class Placing:
 
 
 def build_states(
-    new: Sequence[NewParameter], membership: Membership, placing: Placing, first_bucket: int
+    new: Sequence[NewParameter],
+    membership: Membership,
+    placing: Placing,
+    first_bucket: int,
+    touch: Touch | None,
 ) -> tuple[list[BucketState], HostArena]:
     """Take parameters in, and return their buckets' states and the memory these lie in.
 
     Every host byte is mapped first, so that a model that does not fit changes nothing; then
     parameters move one bucket at a time. Rank 0's values become every rank's, as
     DistributedDataParallel does.
+
+    Args:
+        touch: see `HostArena`.
     """
     buckets = plan_buckets(
         [
@@ -75,16 +85,25 @@ def build_states(
     members = [[by_index[placed.parameter] for placed in bucket.placements] for bucket in buckets]
     planes = [_planes_of(items[0], placing) for items in members]
     hosted = [_hosted(items[0], placing) for items in members]
-    nbytes = 0
+    parts: list[int] = []
     needed: Counter[str] = Counter()
     for bucket, plane, is_hosted in zip(buckets, planes, hosted, strict=True):
         if is_hosted:
-            nbytes += shard_nbytes(bucket, plane)
-            needed.update(plane_nbytes(bucket, plane))
+            of_planes = plane_nbytes(bucket, plane)
+            parts += of_planes.values()
+            needed.update(of_planes)
     admit_memory(membership, needed, allow_overcommit=placing.allow_overcommit)
-    if placing.pin:
-        report_locked_memory(nbytes)
-    arena = together(membership, "allocating its state", lambda: HostArena(nbytes, pin=placing.pin))
+    arena = together(
+        membership,
+        "allocating its state",
+        lambda: HostArena(arena_nbytes(parts), parts=parts, touch=touch),
+    )
+    if placing.pin == "all" and placing.runtime is not None:
+        arena.pin_or_warn(
+            placing.runtime,
+            "State stays pageable and is copied through pinned buffers, which is slower: lift the "
+            "limit, or pass pin='staging' (memory.pin: staging)",
+        )
     states = [
         _build(bucket, items, plane, arena, membership, placing)
         for bucket, items, plane in zip(buckets, members, planes, strict=True)
@@ -158,6 +177,7 @@ def _build(
         own_master=planes.own_master,
         offloaded=offloaded,
         hosted=hosted,
+        pinned=hosted and arena.pinned_nbytes > 0,
         centralized=np.array([item.centralized for item in items], dtype=np.bool_),
         segments=segment_arrays(bucket, rank),
         reader=GradientReader(

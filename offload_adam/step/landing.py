@@ -97,33 +97,30 @@ class Landing:
         membership: Membership,
         slots: SlotPool,
         *,
-        lands_pinned: bool,
         make_arena: Callable[[int], HostArena],
     ) -> None:
         """Begin without buffers.
 
         Args:
             slots: where buckets in host memory are reduced.
-            lands_pinned: landed gradients are page-locked.
             make_arena: gives host memory of so many bytes for a buffer.
         """
         self._membership = membership
         self._slots = slots
-        self._lands_pinned = lands_pinned
         self._make_arena = make_arena
         self._buffers: dict[torch.dtype, torch.Tensor] = {}
-        self._arenas: list[HostArena] = []
+        self._arenas: dict[torch.dtype, HostArena] = {}
 
     @property
     def nbytes(self) -> int:
         """Host bytes of the buffers."""
-        return sum(arena.nbytes for arena in self._arenas)
+        return sum(arena.nbytes for arena in self._arenas.values())
 
     def goes_straight(self, state: BucketState, dtype: torch.dtype, *, adds: bool) -> bool:
         """Tell whether gradients of this dtype are copied from a device to where they land."""
         landed = state.planes.landed_gradient
         assert landed is not None
-        return self._lands_pinned and not adds and dtype == landed.dtype
+        return state.pinned and not adds and dtype == landed.dtype
 
     def reserve(self, state: BucketState, dtype: torch.dtype) -> None:
         """Make the buffer through which gradients of this dtype go large enough for a bucket's."""
@@ -182,8 +179,9 @@ class Landing:
         """Return a host buffer of at least so many elements."""
         buffer = self._buffers.get(dtype)
         if buffer is None or buffer.numel() < numel:
-            arena = self._make_arena(padded_nbytes(numel, dtype))
-            self._arenas.append(arena)
+            if dtype in self._arenas:
+                self._arenas[dtype].close()
+            arena = self._arenas[dtype] = self._make_arena(padded_nbytes(numel, dtype))
             buffer = self._buffers[dtype] = arena.take(numel, dtype)
         return buffer
 

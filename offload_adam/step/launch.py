@@ -25,6 +25,9 @@ MIN_PIECE_NUMEL = 32 * 1024
 """Elements below which another thread costs more to wake than it saves; no bit depends on it."""
 
 
+_FLOAT32_NBYTES = 4
+
+
 class Kernels:
     """The kernels on this rank's threads.
 
@@ -40,10 +43,11 @@ class Kernels:
         torch.set_num_threads(num_torch_threads)
         # Numba takes longer to import than the rest of the package: it is loaded with the first
         # optimizer, not with `import offload_adam`.
-        from offload_adam.kernels import norm, rows, update
+        from offload_adam.kernels import norm, rows, touch, update
 
         self._norm = norm
         self._rows = rows
+        self._touch = touch
         self._update = update
 
     def prepare_sum(self, gradient_format: FloatFormat) -> None:
@@ -58,6 +62,10 @@ class Kernels:
     def prepare_rows(self, state: BucketState) -> None:
         """Compile for `update_rows`."""
         self._rows.prepare(FloatFormat.FLOAT32, rounded_format(state))
+
+    def touch(self, memory: torch.Tensor) -> None:
+        """Write to every page of (n,) uint8, each from the thread that updates float32 there."""
+        self._touch.touch(memory.numpy(), self._use_threads(memory.numel() // _FLOAT32_NBYTES))
 
     def sum_blocks(self, table: SegmentTable, sums: npt.NDArray[np.float64]) -> None:
         """Add the sum of squares of each block of the table's segments."""

@@ -6,6 +6,7 @@ import logging
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +16,8 @@ from offload_adam.coordinator.agreement import Agreement, Findings, Notice, agre
 from offload_adam.coordinator.membership import Membership
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.layout.schedule import Route, plan_schedule
-from offload_adam.memory.arena import HostArena
+from offload_adam.memory.arena import HostArena, close_all
+from offload_adam.memory.numa import spans_nodes
 from offload_adam.observe.place import HERE
 from offload_adam.observe.spans import NullSpans, Spans, Stopwatch
 from offload_adam.parameters.forward_hooks import ForwardHooks
@@ -80,6 +82,8 @@ class ShardedAdam:
     """This rank's shard of the Adam state, and the step that all ranks take together.
 
     Owns: all bucket states, the version watch, the block sums, the rings and the executor.
+        `resources` ends what runs beside the caller, takes hooks off the model and unpins memory,
+        in this order, and holds neither this object nor the model.
     Lifecycle: `extend` for every set of parameters, `step` any number of times.
     """
 
@@ -112,14 +116,15 @@ class ShardedAdam:
         self.overlaps = overlaps
         self.gate = ReadGate()
         self._updates = Updates(num_threads, self.gate)
-        self._arenas: list[HostArena] = []
+        self.arenas: list[HostArena] = []
+        self.resources = ExitStack()
+        self.resources.callback(close_all, self.arenas)
         self._beside_steps = Stopwatch()
-        self._landing = Landing(
-            membership, reduction.slots, lands_pinned=placing.pin, make_arena=self._make_buffer
-        )
+        self._landing = Landing(membership, reduction.slots, make_arena=self._make_buffer)
         self._rings = Rings(self._make_buffer)
         self._streams = StreamsByDevice(backend.make_streams)
         self.executor = self._make_executor(overlaps, backend)
+        self.resources.callback(self.executor.close)
         self.forward_hooks: ForwardHooks | None = None
         reduction.bind(self.executor)
         self._places: list[tuple[int, int]] = []
@@ -140,12 +145,13 @@ class ShardedAdam:
         Raises:
             HostMemoryError: nothing has been changed then.
         """
-        states, arena = build_states(new, self.membership, self._placing, len(self.states))
+        touch = self._updates.touch if spans_nodes() else None
+        states, arena = build_states(new, self.membership, self._placing, len(self.states), touch)
+        self.arenas.append(arena)
         with HERE.at("compilation", patient=True):
             self._updates.prepare(states)
         self.states += states
         self._frozen += frozen
-        self._arenas.append(arena)
         self.host_nbytes["state"] += arena.nbytes
         self.host_nbytes |= self._updates.nbytes
         self._names += [item.name for item in new]
@@ -214,8 +220,10 @@ class ShardedAdam:
 
     def _make_buffer(self, nbytes: int) -> HostArena:
         """Return host memory for copies."""
-        arena = HostArena(nbytes, pin=self._placing.pin)
-        self._arenas.append(arena)
+        arena = HostArena(nbytes)
+        if self._placing.pin != "none" and self._placing.runtime is not None:
+            arena.pin_or_warn(self._placing.runtime, "These copies go through pageable memory")
+        self.arenas.append(arena)
         return arena
 
     def ledger(self) -> list[LedgerEntry]:
@@ -237,6 +245,7 @@ class ShardedAdam:
         """
         if self.forward_hooks is None:
             self.forward_hooks = ForwardHooks(module, self.executor, units)
+            self.resources.callback(self.forward_hooks.removals.close)
         places = zip(self._parameters, self._places, strict=True)
         self.forward_hooks.attach({parameter: bucket for parameter, (bucket, _) in places})
 
@@ -246,11 +255,20 @@ class ShardedAdam:
             self.forward_hooks.settle()
         self.executor.settle()
 
-    def close(self) -> None:
-        """End what runs beside the caller, and take hooks off the model. Idempotent."""
-        if self.forward_hooks is not None:
-            self.forward_hooks.remove()
-        self.executor.close()
+    @property
+    def share(self) -> tuple[int, int]:
+        """This rank's place among those that the state is divided over."""
+        return self._placing.share_of(self.membership)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds a part of the state, or all of it."""
+        return not self._placing.beside
+
+    @property
+    def pinned_nbytes(self) -> int:
+        """Host bytes that are page-locked now."""
+        return sum(arena.pinned_nbytes for arena in self.arenas)
 
     def named_parameters(self) -> list[Named]:
         """Return every parameter that has state, with its name."""

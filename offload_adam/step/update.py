@@ -37,6 +37,10 @@ class HostUpdate:
         """Host bytes by what they are for."""
         return {"block_sums": self._block_sums.nbytes, "prepared": self._prepared.nbytes}
 
+    def touch(self, memory: torch.Tensor) -> None:
+        """Write to every page of one plane, each from the thread that will update it."""
+        self._kernels.touch(memory)
+
     def prepare(self, states: Iterable[BucketState]) -> None:
         """Compile what these buckets will launch, and make room for their block sums."""
         for state in states:

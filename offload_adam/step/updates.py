@@ -63,10 +63,17 @@ class Updates:
     def prepare(self, states: Sequence[BucketState]) -> None:
         """Compile and allocate what these buckets need."""
         hosted = [state for state in states if state.hosted]
-        if hosted and self._host is None:
+        if hosted:
+            self._made().prepare(hosted)
+
+    def touch(self, memory: torch.Tensor) -> None:
+        """Commit (n,) uint8 of a plane in host memory from the threads that will update it."""
+        self._made().touch(memory)
+
+    def _made(self) -> HostUpdate:
+        if self._host is None:
             self._host = HostUpdate(self._num_threads, self._gate)
-        if self._host is not None:
-            self._host.prepare(hosted)
+        return self._host
 
     def of(self, state: BucketState) -> BucketUpdate:
         """Return the update of a bucket that `prepare` was given."""

@@ -73,7 +73,7 @@ def _execution(section: ExecutionKeys, config: RunConfig) -> dict[str, Any]:
         "accumulate": section.accumulate,
         "num_threads": section.num_threads,
         "overlap": section.overlap if config.optimizer.streams else None,
-        "pin_memory": config.memory.pin,
+        "pin": config.memory.pin,
         "allow_overcommit": config.memory.allow_overcommit,
         "dead_after": config.coordinator.dead_after,
         "stuck_after": config.coordinator.stuck_after,

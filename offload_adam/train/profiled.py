@@ -86,7 +86,7 @@ def facts_of(job: Job) -> RunFacts:
     return RunFacts(
         num_threads=optimizer.num_threads or num_cores,
         num_cores=num_cores,
-        pinned=job.config.memory.pin is not False,
+        pinned=job.optimizer.pinned_nbytes >= job.optimizer.host_nbytes["state"],
         on_device=job.world.device.type == "cuda",
         streams=optimizer.streams,
         reduce_dtype=optimizer.reduce_dtype,

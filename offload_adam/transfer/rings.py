@@ -31,6 +31,7 @@ class Rings:
             make_arena: gives host memory of so many bytes, page-locked where that was asked for.
         """
         self._make_arena = make_arena
+        self._arenas: dict[torch.dtype, HostArena] = {}
         self._staging: dict[torch.dtype, list[torch.Tensor]] = {}
         self._reduction: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
 
@@ -54,7 +55,10 @@ class Rings:
         """Make the host slots of a dtype large enough for such a shard."""
         slots = self._staging.get(dtype)
         if slots is None or slots[0].numel() < numel:
+            if dtype in self._arenas:
+                self._arenas[dtype].close()
             arena = self._make_arena(NUM_STAGING_SLOTS * padded_nbytes(numel, dtype))
+            self._arenas[dtype] = arena
             self._staging[dtype] = [arena.take(numel, dtype) for _ in range(NUM_STAGING_SLOTS)]
 
     def fit_reduction(self, dtype: torch.dtype, device: torch.device, numel: int) -> None:

@@ -110,13 +110,6 @@ def test_memory_that_the_kernel_does_not_grant_is_named(monkeypatch: pytest.Monk
         OffloadAdam([torch.nn.Parameter(torch.ones(3))])
 
 
-def test_pinning_without_cuda_is_a_warning() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("pinning works here")
-    with pytest.warns(RuntimeWarning, match="pin_memory=True is ignored"):
-        OffloadAdam([torch.nn.Parameter(torch.ones(3))], pin_memory=True)
-
-
 def test_torchs_thread_count_is_left_alone() -> None:
     code = (
         "import torch; torch.set_num_threads(1)\n"

@@ -13,6 +13,7 @@ from offload_adam.doctor import devices, examination, host_memory, processors, s
 from offload_adam.doctor.examination import bandwidth_findings, examine, looked
 from offload_adam.doctor.finding import Finding, Status, failed, ok, warning, worst
 from offload_adam.errors import HostMemoryError
+from offload_adam.memory.arena import HostArena
 
 
 def test_the_gravest_status_counts() -> None:
@@ -179,10 +180,10 @@ def test_gpus_in_use_or_too_few_are_told(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_memory_that_cannot_be_pinned_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(nbytes: int, *, pin: bool) -> None:
+    def refuse(arena: object) -> None:
         raise HostMemoryError("CUDA could not pin it")
 
-    monkeypatch.setattr(devices, "HostArena", refuse)
+    monkeypatch.setattr(HostArena, "pin", refuse)
     assert devices.bus(0).status is Status.FAILED
 
 

@@ -1,0 +1,41 @@
+"""The first write to fresh memory, which decides the NUMA node that each page lies on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from offload_adam.kernels import threads
+from offload_adam.kernels.compilation import jit
+
+PAGE_NBYTES = 4096
+
+
+def _write_pages(memory: Any, num_pieces: Any) -> None:
+    total = memory.size
+    for piece in numba.prange(num_pieces):
+        # One piece a thread, in the order of the update's own pieces.
+        part = memory[total * piece // num_pieces : total * (piece + 1) // num_pieces]
+        for at in range(0, part.size, PAGE_NBYTES):
+            part[at] = 0
+        if part.size > 0:
+            part[part.size - 1] = 0
+
+
+_kernel = jit(_write_pages, parallel=True)
+
+
+def touch(memory: npt.NDArray[np.uint8], num_threads: int) -> None:
+    """Write a zero to every page of fresh memory, each from the thread that will update it.
+
+    Memory is divided as `kernels.update` divides a shard, to within a block of 128 elements and the
+    padding between parameters.
+
+    Cost: one write a page of 4 KiB.
+    Threads: `num_threads`, each over one contiguous piece.
+    """
+    threads.use_threads(num_threads)
+    _kernel(memory, num_threads)

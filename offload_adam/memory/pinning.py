@@ -1,0 +1,148 @@
+"""Page-locking of host memory for CUDA, exactly the bytes that are asked for, and its end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+
+from offload_adam.errors import HostMemoryError
+from offload_adam.units import format_nbytes
+
+Pin = Literal["all", "staging", "none"]
+"""What is pinned: state and the buffers of copies, the latter alone, or nothing."""
+PINS: tuple[str, ...] = get_args(Pin)
+
+PIECE_NBYTES = 64 * 1024**3
+"""Most that is registered at once: one call for all of a large mapping is refused by some drivers,
+and a copy may not cross from one registered piece into the next."""
+
+
+class PinRefusedError(HostMemoryError):
+    """CUDA did not pin memory; none of it is pinned then."""
+
+
+class CudaRuntime(Protocol):
+    """What pinning needs of CUDA's runtime; statuses are its error numbers, 0 for success."""
+
+    def register(self, address: int, nbytes: int) -> int:
+        """Page-lock memory and return the status."""
+        ...
+
+    def unregister(self, address: int) -> int:
+        """Unlock what was registered at this address and return the status."""
+        ...
+
+    def clear_error(self) -> None:
+        """Forget the error of an earlier call, so that no later one reports it."""
+        ...
+
+    def finish_copies(self) -> None:
+        """Wait for everything issued so far, which may still read or write pinned memory."""
+        ...
+
+    def describe(self, status: int) -> str:
+        """Return what a status means."""
+        ...
+
+
+class TorchRuntime:
+    """CUDA's runtime as far as torch exposes it."""
+
+    def __init__(self) -> None:
+        self._cudart: Any = torch.cuda.cudart()
+
+    def register(self, address: int, nbytes: int) -> int:
+        """Page-lock memory and return the status."""
+        return int(self._cudart.cudaHostRegister(address, nbytes, 0))
+
+    def unregister(self, address: int) -> int:
+        """Unlock what was registered at this address and return the status."""
+        return int(self._cudart.cudaHostUnregister(address))
+
+    def clear_error(self) -> None:
+        """Forget the error of an earlier call.
+
+        torch does not expose cudaGetLastError, and looking it up in a library of one's own choice
+        may find another copy of the runtime. But torch asks it after each launch of a kernel, and
+        raises what it says: so one launch takes the old error out.
+        """
+        with suppress(RuntimeError):
+            torch.empty(1, device="cuda").fill_(0.0)
+
+    def finish_copies(self) -> None:
+        """Wait for every device that this process uses."""
+        with suppress(RuntimeError):
+            for index in range(torch.cuda.device_count()):
+                # A context where there is none would cost memory on a device of another rank.
+                if torch.cuda.memory_reserved(index) > 0:
+                    torch.cuda.synchronize(index)
+
+    def describe(self, status: int) -> str:
+        """Return CUDA's own text."""
+        error = self._cudart.cudaError(status)
+        return f"error {status}, {self._cudart.cudaGetErrorString(error)}"
+
+
+class Registration:
+    """Memory that is page-locked, piece by piece.
+
+    Owns: the registrations, not the memory, which must outlive them.
+    Lifecycle: pinned from construction to the first `release`; further ones do nothing.
+    """
+
+    def __init__(self, runtime: CudaRuntime, pieces: Sequence[tuple[int, int]]) -> None:
+        """Pin pieces of (address, bytes), all or none.
+
+        Raises:
+            PinRefusedError: saying which piece, CUDA's error and the limit of locked memory.
+        """
+        self._runtime = runtime
+        self._pid = os.getpid()
+        self._addresses: list[int] = []
+        self.nbytes = 0
+        for number, (address, nbytes) in enumerate(pieces, 1):
+            status = runtime.register(address, nbytes)
+            if status != 0:
+                runtime.clear_error()
+                self.release()
+                total = format_nbytes(sum(size for _, size in pieces))
+                raise PinRefusedError(
+                    f"CUDA did not pin {total} of host memory ({runtime.describe(status)}; piece "
+                    f"{number} of {len(pieces)}, {format_nbytes(nbytes)}); the limit of locked "
+                    f"memory (ulimit -l) is {locked_limit()}"
+                )
+            self._addresses.append(address)
+            self.nbytes += nbytes
+
+    def release(self) -> None:
+        """Wait for copies under way and unlock everything. Idempotent.
+
+        A status is of no use here: at exit the driver may have unlocked all of it already. A forked
+        child that ends leaves it alone, for neither memory nor driver are its own.
+        """
+        addresses, self._addresses, self.nbytes = self._addresses, [], 0
+        if not addresses or os.getpid() != self._pid:
+            return
+        self._runtime.finish_copies()
+        statuses = [self._runtime.unregister(address) for address in reversed(addresses)]
+        if any(statuses):
+            self._runtime.clear_error()
+
+
+def cuda_runtime() -> CudaRuntime | None:
+    """Return CUDA's runtime, None where there is no CUDA to pin memory for."""
+    return TorchRuntime() if torch.cuda.is_available() else None
+
+
+def locked_limit() -> str:
+    """Return this process's limit of locked memory, for people."""
+    try:
+        import resource
+    except ImportError:  # not on every platform
+        return "not known"
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return "unlimited" if limit == resource.RLIM_INFINITY else format_nbytes(limit)

@@ -1,0 +1,53 @@
+"""A stand-in for CUDA's runtime: it notes what is pinned, and finds what would do harm."""
+
+from __future__ import annotations
+
+OUT_OF_MEMORY = 2
+NOT_REGISTERED = 62
+
+
+class StandInRuntime:
+    """Pins nothing, but keeps the books of a driver that does.
+
+    calls: what it was asked, in order.
+    registered: bytes by the address that they were registered at.
+    refuse_after: registrations that are granted before one is refused.
+    """
+
+    def __init__(self, refuse_after: int | None = None) -> None:
+        self.calls: list[str] = []
+        self.registered: dict[int, int] = {}
+        self.refuse_after = refuse_after
+        self.has_error = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are pinned now."""
+        return sum(self.registered.values())
+
+    def register(self, address: int, nbytes: int) -> int:
+        self.calls.append(f"register {nbytes}")
+        for other, size in self.registered.items():
+            assert address + nbytes <= other or other + size <= address, "registered twice"
+        if self.refuse_after is not None and len(self.registered) >= self.refuse_after:
+            self.has_error = True
+            return OUT_OF_MEMORY
+        self.registered[address] = nbytes
+        return 0
+
+    def unregister(self, address: int) -> int:
+        self.calls.append("unregister")
+        if self.registered.pop(address, None) is None:
+            self.has_error = True
+            return NOT_REGISTERED
+        return 0
+
+    def clear_error(self) -> None:
+        self.calls.append("clear_error")
+        self.has_error = False
+
+    def finish_copies(self) -> None:
+        self.calls.append("finish_copies")
+
+    def describe(self, status: int) -> str:
+        return f"error {status}"

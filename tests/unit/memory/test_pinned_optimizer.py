@@ -1,0 +1,145 @@
+"""What an optimizer pins, and that it is over with the optimizer, however that ends."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from offload_adam import Adam, OffloadAdam
+from tests.cuda_runtime import StandInRuntime
+
+NUMEL = 1024
+
+
+def make(pin: str, runtime: StandInRuntime, dtype: torch.dtype = torch.bfloat16) -> OffloadAdam:
+    class Offloading(OffloadAdam):
+        _offloads = True
+        _runtime = runtime
+
+    parameters = [torch.nn.Parameter(torch.ones(NUMEL, dtype=dtype)) for _ in range(2)]
+    return Offloading(parameters, bucket_nbytes=2 * NUMEL, pin=pin)  # type: ignore[arg-type]
+
+
+# fp32 master weight and moments, and the landed gradient; two slots of one bucket's parameters.
+STATE_NBYTES = 2 * NUMEL * (12 + 2)
+STAGING_NBYTES = 2 * NUMEL * 2
+
+
+@pytest.mark.parametrize(
+    ("pin", "nbytes"),
+    [("all", STATE_NBYTES + STAGING_NBYTES), ("staging", STAGING_NBYTES), ("none", 0)],
+)
+def test_what_is_asked_for_is_pinned_to_the_byte(pin: str, nbytes: int) -> None:
+    runtime = StandInRuntime()
+    optimizer = make(pin, runtime)
+    assert optimizer.pinned_nbytes == runtime.nbytes == nbytes
+    assert optimizer.host_nbytes["state"] == STATE_NBYTES
+    assert optimizer.host_nbytes["staging"] == STAGING_NBYTES
+
+
+def test_refused_state_falls_back_to_the_buffers_with_a_warning() -> None:
+    class RefusesLarge(StandInRuntime):
+        def register(self, address: int, nbytes: int) -> int:
+            self.refuse_after = 0 if nbytes > STAGING_NBYTES else None
+            return super().register(address, nbytes)
+
+    runtime = RefusesLarge()
+    with pytest.warns(RuntimeWarning, match=r"ulimit -l.*pin='staging'"):
+        optimizer = make("all", runtime)
+    assert not runtime.has_error
+    assert optimizer.pinned_nbytes == runtime.nbytes == STAGING_NBYTES
+    parameter = optimizer.param_groups[0]["params"][0]
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert float(optimizer.state[parameter]["master_weight"].max()) < 1.0
+
+
+def test_nothing_pins_for_parameters_on_a_cpu_and_nobody_is_warned() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = OffloadAdam([torch.nn.Parameter(torch.ones(3))], pin="all")
+    assert optimizer.pinned_nbytes == 0
+
+
+@pytest.mark.parametrize("kind", [OffloadAdam, Adam])
+def test_an_unknown_way_is_refused(kind: Any) -> None:
+    with pytest.raises(ValueError, match="pin must be one of 'all', 'staging', 'none', not 'yes'"):
+        kind([torch.nn.Parameter(torch.ones(3))], pin="yes")
+
+
+def test_a_closed_optimizer_frees_its_memory_though_it_lives() -> None:
+    runtime = StandInRuntime()
+    optimizer = make("all", runtime)
+    parameters = optimizer.param_groups[0]["params"]
+    plane = weakref.ref(optimizer._alive().states[0].planes.exp_avg)
+    optimizer.close()
+    optimizer.close()
+    gc.collect()
+    assert runtime.registered == {}
+    assert plane() is None
+    assert float(parameters[0].detach().sum()) == NUMEL
+    for use in (optimizer.step, optimizer.state_dict, lambda: optimizer.pinned_nbytes):
+        with pytest.raises(RuntimeError, match="has been closed"):
+            use()
+    with pytest.raises(RuntimeError, match="has been closed"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+
+
+def test_a_collected_optimizer_frees_its_memory() -> None:
+    runtime = StandInRuntime()
+    optimizer = make("all", runtime)
+    plane = weakref.ref(optimizer._alive().states[0].planes.exp_avg)
+    exp_avg = optimizer.state[optimizer.param_groups[0]["params"][0]]["exp_avg"]
+    del optimizer
+    gc.collect()
+    assert runtime.registered == {}
+    assert plane() is None
+    assert float(exp_avg.fill_(1.0).sum()) == NUMEL  # who holds a tensor has its bytes
+
+
+def test_a_module_that_holds_its_optimizer_is_collected_with_it() -> None:
+    class Offloading(OffloadAdam):
+        _offloads = True
+        _runtime = StandInRuntime()
+
+    module = torch.nn.Linear(4, 4)
+    object.__setattr__(module, "held", Offloading(module.parameters(), module=module))
+    assert Offloading._runtime.nbytes > 0
+    del module
+    gc.collect()
+    assert Offloading._runtime.registered == {}
+
+
+def test_larger_buffers_take_the_place_of_smaller_ones() -> None:
+    runtime = StandInRuntime()
+    optimizer = make("staging", runtime)
+    larger = torch.nn.Parameter(torch.ones(2 * NUMEL, dtype=torch.bfloat16))
+    optimizer.add_param_group({"params": [larger]})
+    assert optimizer.pinned_nbytes == runtime.nbytes == 2 * STAGING_NBYTES
+    optimizer.close()
+    assert runtime.registered == {}
+
+
+def test_planes_are_touched_by_their_threads_where_there_are_several_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from offload_adam.kernels import touch
+
+    touched: list[int] = []
+    original = touch.touch
+    monkeypatch.setattr("offload_adam.step.sharded_adam.spans_nodes", lambda: True)
+
+    def note(memory: npt.NDArray[np.uint8], num_threads: int) -> None:
+        touched.append(memory.nbytes)
+        original(memory, num_threads)
+
+    monkeypatch.setattr(touch, "touch", note)
+    make("none", StandInRuntime())
+    assert touched == 2 * [4 * NUMEL, 4 * NUMEL, 4 * NUMEL, 2 * NUMEL]
