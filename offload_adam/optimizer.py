@@ -52,6 +52,9 @@ class OffloadAdam(ShardedOptimizer):
         pin: what is page-locked where a parameter is on CUDA: "all" host state, only the buffers
             that copies are "staging" in, or "none". Where CUDA refuses the first, a warning says
             why, and it is the second.
+        offload_fraction: of the elements of parameters on CUDA, bucket by bucket, that have their
+            state on the host; the state of those that are updated last stays on the GPU and is
+            updated there, within 2 ULP of the host's result.
         dead_after: seconds without a heartbeat after which a rank counts as dead.
         stuck_after: seconds that the others wait for a live rank that does not get on.
         overlap: let `step()` return before the updates are over, and each part of `module` wait for
@@ -96,6 +99,7 @@ class OffloadAdam(ShardedOptimizer):
         num_threads: int | None = None,
         accumulate: str | None = None,
         pin: Pin = "all",
+        offload_fraction: float = 1.0,
         dead_after: float = DEAD_AFTER_S,
         stuck_after: float = STUCK_AFTER_S,
         allow_overcommit: bool = False,
@@ -112,6 +116,7 @@ class OffloadAdam(ShardedOptimizer):
             num_threads=num_threads,
             accumulate=accumulate,
             pin=pin,
+            offload_fraction=offload_fraction,
             max_grad_norm=max_grad_norm,
             dead_after=dead_after,
             stuck_after=stuck_after,

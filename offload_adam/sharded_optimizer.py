@@ -77,6 +77,7 @@ class Execution:
     num_threads: int | None = None
     accumulate: str | None = None
     pin: Pin = "all"
+    offload_fraction: float = 1.0
     dead_after: float = DEAD_AFTER_S
     stuck_after: float = STUCK_AFTER_S
     allow_overcommit: bool = False
@@ -105,6 +106,7 @@ class Execution:
             self.num_threads,
             self.accumulate,
             self.pin,
+            self.offload_fraction,
         )
         check_max_norm("max_grad_norm", self.max_grad_norm)
         Patience(self.dead_after, self.stuck_after)
@@ -155,6 +157,7 @@ class Execution:
             ("max_grad_norm", str(self.max_grad_norm)),
             ("streaming", str(self.streamed_module is not None and kind == "optimizer")),
             ("state beside the parameters", str(self.beside)),
+            ("offload_fraction", str(self.offload_fraction)),
         ]
 
 
@@ -217,6 +220,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             kind = together(self._membership, "construction", check)
             self._facts = [*_versions(), *execution.facts(kind), *self._facts]
             self.max_grad_norm = execution.max_grad_norm
+            self._warn_without_effect(execution)
             streams = execution.streamed_module is not None and kind == "optimizer"
             reduction = GradientReduction(
                 self._membership,
@@ -234,6 +238,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 reduction.landed_dtype,
                 pin=execution.pin,
                 runtime=None if execution.beside else self._pinning_runtime(),
+                offload_fraction=execution.offload_fraction,
                 beside=execution.beside,
                 takes_rows=execution.takes_rows,
                 allow_overcommit=execution.allow_overcommit,
@@ -311,6 +316,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
             first_index=len(self._indices),
             first_group=first_group,
         )
+
+    def _warn_without_effect(self, execution: Execution) -> None:
+        """Warn where offload_fraction is given and no parameter's state could stay on a GPU."""
+        if execution.offload_fraction == 1.0:
+            return
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        on_device = self._offloads or any(parameter.is_cuda for parameter in parameters)
+        if execution.beside or not on_device:
+            why = "all of it stays there" if on_device else "no parameter is on one"
+            warnings.warn(
+                f"offload_fraction={execution.offload_fraction} has no effect: it says how much "
+                f"state leaves the GPU, and {why}",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def _pinning_runtime(self) -> CudaRuntime | None:
         """Return what pins host memory, None where no parameter is on a GPU to copy to."""

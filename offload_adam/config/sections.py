@@ -119,10 +119,12 @@ class ScheduleSection(Section):
 class MemorySection(Section):
     """What is page-locked for a GPU: all state, the buffers of copies only, or nothing.
 
+    `offload_fraction` of the elements have their state on the host, the others on the GPU.
     `allow_overcommit` starts a run whose state the node seems to have no memory for.
     """
 
     pin: Literal["all", "staging", "none"] = "all"
+    offload_fraction: Annotated[FiniteFloat, Field(ge=0, le=1)] = 1.0
     allow_overcommit: bool = False
 
 

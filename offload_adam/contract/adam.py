@@ -79,8 +79,8 @@ class Adam(ShardedOptimizer):
         decay_norms: weight decay acts on the norm layers of `module`, too.
         module: the model: it gives names and, with `use_offload`, streams gradients as they arise.
         max_grad_norm, process_group, gradient_reduction, reduce_dtype, bucket_nbytes, num_threads,
-        accumulate, pin, allow_overcommit, overlap, units, dead_after, stuck_after: as for
-            `OffloadAdam`.
+        accumulate, pin, offload_fraction, allow_overcommit, overlap, units, dead_after,
+            stuck_after: as for `OffloadAdam`.
         **kwargs: `use_lazy`: a sparse gradient updates only the rows it touches; `use_offload`:
             state lies sharded in host memory, instead of beside its parameter on every rank.
 
@@ -116,6 +116,7 @@ class Adam(ShardedOptimizer):
         num_threads: int | None = None,
         accumulate: str | None = None,
         pin: Pin = "all",
+        offload_fraction: float = 1.0,
         allow_overcommit: bool = False,
         overlap: bool | None = None,
         units: Sequence[torch.nn.Module] | None = None,
@@ -134,6 +135,7 @@ class Adam(ShardedOptimizer):
             num_threads=num_threads,
             accumulate=accumulate,
             pin=pin,
+            offload_fraction=offload_fraction,
             max_grad_norm=max_grad_norm,
             allow_overcommit=allow_overcommit,
             overlap=overlap,

@@ -49,6 +49,7 @@ def check_options(
     num_threads: int | None,
     accumulate: str | None,
     pin: str,
+    offload_fraction: float,
 ) -> None:
     """Refuse options that nothing implements, naming what is allowed."""
     if reduce_dtype not in (None, torch.float32):
@@ -59,6 +60,10 @@ def check_options(
         raise ValueError(f"accumulate must be 'host' or None, not {accumulate!r}")
     if pin not in PINS:
         raise ValueError(f"pin must be one of {', '.join(map(repr, PINS))}, not {pin!r}")
+    if isinstance(offload_fraction, bool) or not isinstance(offload_fraction, (int, float)):
+        raise TypeError(f"offload_fraction must be a number, not {offload_fraction!r}")
+    if not 0.0 <= offload_fraction <= 1.0:
+        raise ValueError(f"offload_fraction must lie in [0, 1], not {offload_fraction}")
     for name, value in (("bucket_nbytes", bucket_nbytes), ("num_threads", num_threads)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise TypeError(f"{name} must be an int, not {value!r}")

@@ -102,6 +102,8 @@ def _changes(
         yield "optimizer.use_offload: true", with_training(beside=False)
     if training.amsgrad:
         yield "without amsgrad", with_training(amsgrad=False)
+    if training.on_device and not training.beside and training.offload_fraction > 0.5:
+        yield "memory.offload_fraction: 0.5", with_training(offload_fraction=0.5)
     if training.world_size > 1 and not training.beside:
         other = "external" if training.reduces else "optimizer"
         yield f"optimizer.gradient_reduction: {other}", with_training(**_reduced_by(other))

@@ -24,6 +24,7 @@ class Training:
     streams: gradients leave during backward, bucket by bucket.
     reduces: this package averages the gradients.
     beside: state lies beside its parameter, whole on every rank.
+    offload_fraction: of the elements on a GPU that have their state on the host.
     """
 
     world_size: int = 1
@@ -35,12 +36,15 @@ class Training:
     reduce_fp32: bool = False
     amsgrad: bool = False
     beside: bool = False
+    offload_fraction: float = 1.0
     bucket_nbytes: int = DEFAULT_BUCKET_NBYTES
 
     def __post_init__(self) -> None:
         for name in ("world_size", "local_world_size", "bucket_nbytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0.0 <= self.offload_fraction <= 1.0:
+            raise ValueError(f"offload_fraction must lie in [0, 1], not {self.offload_fraction}")
         if self.world_size % self.local_world_size:
             raise ValueError(
                 f"world_size ({self.world_size}) must be a multiple of local_world_size "

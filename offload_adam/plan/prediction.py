@@ -13,6 +13,7 @@ from offload_adam.layout.budget import (
     plane_nbytes,
 )
 from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
+from offload_adam.layout.placing import kept_on_device
 from offload_adam.plan.inputs import Training
 
 NUM_STAGING_SLOTS = 2
@@ -53,9 +54,7 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
     """
     shards = 1 if training.beside else training.world_size
     buckets = plan_buckets(specs, world_size=shards, bucket_nbytes=training.bucket_nbytes)
-    state: Counter[str] = Counter()
-    for bucket in buckets:
-        state.update(plane_nbytes(bucket, planes_of(bucket, training)))
+    on_host = hosted(buckets, training)
     parameters = sum(bucket.numel * bucket.itemsize for bucket in buckets)
     host: Counter[str] = Counter()
     device: Counter[str] = Counter()
@@ -63,20 +62,37 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
     side["parameters"] = parameters
     side["gradients"] = _gradients(buckets, training)
     side["slots"] = _slots(buckets, training)
-    (device if training.on_device and training.beside else host).update(state)
-    if not (training.on_device and training.beside):
-        host["block_sums"] = block_sums_nbytes(buckets)
-    if training.on_device and not training.beside:
-        host["staging"] = _staging(buckets)
+    indices = {bucket.index for bucket in on_host}
+    for bucket in buckets:
+        home = host if bucket.index in indices else device
+        home.update(plane_nbytes(bucket, planes_of(bucket, training, hosted=home is host)))
+    host["block_sums"] = block_sums_nbytes(on_host)
+    if training.on_device:
+        host["staging"] = _staging(on_host)
     return Prediction(_positive(host), _positive(device), len(buckets))
 
 
-def planes_of(bucket: Bucket, training: Training) -> BucketPlanes:
-    """Return which planes a bucket needs."""
+def hosted(buckets: Sequence[Bucket], training: Training) -> list[Bucket]:
+    """Return the buckets whose state lies on the host."""
+    if not training.on_device:
+        return list(buckets)
+    if training.beside:
+        return []
+    on_device = {bucket.index for bucket in buckets}
+    kept = kept_on_device(buckets, on_device, training.offload_fraction)
+    return [bucket for bucket in buckets if bucket.index not in kept]
+
+
+def planes_of(bucket: Bucket, training: Training, *, hosted: bool = True) -> BucketPlanes:
+    """Return which planes a bucket needs.
+
+    Args:
+        hosted: its state lies on the host.
+    """
     offloaded = training.on_device and not training.beside
     reduces = training.reduces and training.world_size > 1
     return BucketPlanes(
-        own_master=bucket.itemsize == FLOAT32 and not offloaded,
+        own_master=bucket.itemsize == FLOAT32 and not (offloaded and hosted),
         amsgrad=training.amsgrad,
         landed_itemsize=landed_itemsize(
             bucket.itemsize,

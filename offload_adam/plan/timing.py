@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from offload_adam.layout.budget import FLOAT32_NBYTES, traffic_nbytes, update_traffic_nbytes
 from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
 from offload_adam.plan.inputs import Machine, Training, total_numel
-from offload_adam.plan.prediction import planes_of
+from offload_adam.plan.prediction import hosted, planes_of
 
 GB = 1e9
 COMPARED_NUMEL = (8_000_000, 64_000_000)
@@ -76,11 +76,12 @@ def predict_time(
 
 def update_nbytes(specs: Sequence[ParameterSpec], training: Training) -> int:
     """Return what the updates of one rank read and write in host memory, without the norm."""
-    if training.on_device and training.beside:
-        return 0
     shards = 1 if training.beside else training.world_size
     buckets = plan_buckets(specs, world_size=shards, bucket_nbytes=training.bucket_nbytes)
-    return sum(update_traffic_nbytes(bucket, planes_of(bucket, training)) for bucket in buckets)
+    return sum(
+        update_traffic_nbytes(bucket, planes_of(bucket, training))
+        for bucket in hosted(buckets, training)
+    )
 
 
 def _doubts(
@@ -105,19 +106,19 @@ def _doubts(
 
 def _host_nbytes(buckets: Sequence[Bucket], training: Training) -> int:
     """Return the traffic of a node's memory; none where state lies on the devices."""
-    if training.on_device and training.beside:
-        return 0
-    of_rank = sum(traffic_nbytes(bucket, planes_of(bucket, training)) for bucket in buckets)
+    of_rank = sum(
+        traffic_nbytes(bucket, planes_of(bucket, training)) for bucket in hosted(buckets, training)
+    )
     return of_rank * training.local_world_size
 
 
 def _bus_nbytes(buckets: Sequence[Bucket], training: Training) -> int:
     """Return what one GPU copies, in both directions, one after the other."""
-    if not training.on_device or training.beside:
+    if not training.on_device:
         return 0
     return sum(
         bucket.shard_numel * (_sent_itemsize(bucket, training) + bucket.itemsize)
-        for bucket in buckets
+        for bucket in hosted(buckets, training)
     )
 
 

@@ -36,7 +36,8 @@ class BucketState:
     step_counts: (num parameters,) float32 on the host, completed updates, as torch counts them.
     offloaded: parameters live on a device and their state does not, so gradients come down and
         results go up in copies.
-    hosted: the state is in host memory, where the kernels update it.
+    hosted: the state is in host memory, where the kernels update it; else it is on the device of
+        the parameters, where torch's operations do.
     pinned: the state is in page-locked host memory.
     centralized: (num parameters,) whose gradients are centralized.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from offload_adam.coordinator.membership import Membership
 from offload_adam.coordinator.node_memory import admit_memory
 from offload_adam.layout.budget import BucketPlanes, plane_nbytes
 from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
+from offload_adam.layout.placing import kept_on_device
 from offload_adam.memory.arena import HostArena, Touch, arena_nbytes
 from offload_adam.memory.pinning import CudaRuntime, Pin
 from offload_adam.memory.planes import DeviceMemory, allocate_planes
@@ -32,8 +34,10 @@ class Placing:
     """Where state goes and what it holds.
 
     pin, runtime: what is page-locked, and by what; nothing where there is no runtime.
-    landed_dtype: the dtype in which a bucket's gradients land, from its dtype and whether it is
-        offloaded; None where they are read in place.
+    landed_dtype: the dtype in which a bucket's gradients land, from its dtype and whether they have
+        a place to land in any case; None where they are read in place.
+    offload_fraction: of the elements on a device that have their state on the host; the others'
+        shards of it stay on the device.
     beside: state lies beside its parameter, whole on every rank, instead of sharded on the host.
     takes_rows: gradients may be sparse.
     allow_overcommit: take memory that the node does not seem to have.
@@ -45,6 +49,7 @@ class Placing:
     landed_dtype: LandedDtype
     pin: Pin = "all"
     runtime: CudaRuntime | None = None
+    offload_fraction: float = 1.0
     beside: bool = False
     takes_rows: bool = False
     allow_overcommit: bool = False
@@ -83,12 +88,14 @@ def build_states(
     )
     by_index = {item.index: item for item in new}
     members = [[by_index[placed.parameter] for placed in bucket.placements] for bucket in buckets]
-    planes = [_planes_of(items[0], placing) for items in members]
-    hosted = [_hosted(items[0], placing) for items in members]
+    homes = _homes(buckets, members, placing)
+    planes = [
+        _planes_of(items[0], home, placing) for items, home in zip(members, homes, strict=True)
+    ]
     parts: list[int] = []
     needed: Counter[str] = Counter()
-    for bucket, plane, is_hosted in zip(buckets, planes, hosted, strict=True):
-        if is_hosted:
+    for bucket, plane, home in zip(buckets, planes, homes, strict=True):
+        if home.hosted:
             of_planes = plane_nbytes(bucket, plane)
             parts += of_planes.values()
             needed.update(of_planes)
@@ -105,29 +112,57 @@ def build_states(
             "limit, or pass pin='staging' (memory.pin: staging)",
         )
     states = [
-        _build(bucket, items, plane, arena, membership, placing)
-        for bucket, items, plane in zip(buckets, members, planes, strict=True)
+        _build(bucket, items, plane, home, arena, membership, placing)
+        for bucket, items, plane, home in zip(buckets, members, planes, homes, strict=True)
     ]
     return states, arena
 
 
-def _offloaded(item: NewParameter, placing: Placing) -> bool:
-    on_device = item.parameter.device.type != "cpu" or placing.force_offload
-    return on_device and not placing.beside
+class _Home(Enum):
+    """Where the state of one bucket lies, and where its parameters do."""
+
+    HOST = "both on the host"
+    OFFLOADED = "parameters on a device, state on the host"
+    KEPT = "both on a device, the state sharded"
+    BESIDE = "both on a device, the state whole"
+
+    @property
+    def hosted(self) -> bool:
+        return self in (_Home.HOST, _Home.OFFLOADED)
+
+    @property
+    def lands(self) -> bool:
+        """Whether gradients have a plane of their own even where nobody averages them."""
+        return self in (_Home.OFFLOADED, _Home.KEPT)
 
 
-def _hosted(item: NewParameter, placing: Placing) -> bool:
-    """Tell whether the state of such a parameter is in host memory."""
-    on_device = item.parameter.device.type != "cpu" or placing.force_device
-    return not (placing.beside and on_device)
+def _homes(
+    buckets: Sequence[Bucket], members: Sequence[Sequence[NewParameter]], placing: Placing
+) -> list[_Home]:
+    """Return the home of each bucket."""
+    forced = placing.force_device if placing.beside else placing.force_offload
+    on_device = {
+        bucket.index
+        for bucket, items in zip(buckets, members, strict=True)
+        if items[0].parameter.device.type != "cpu" or forced
+    }
+    kept = kept_on_device(buckets, on_device, placing.offload_fraction)
+    homes = []
+    for bucket in buckets:
+        if bucket.index not in on_device:
+            homes.append(_Home.HOST)
+        elif placing.beside:
+            homes.append(_Home.BESIDE)
+        else:
+            homes.append(_Home.KEPT if bucket.index in kept else _Home.OFFLOADED)
+    return homes
 
 
-def _planes_of(item: NewParameter, placing: Placing) -> BucketPlanes:
+def _planes_of(item: NewParameter, home: _Home, placing: Placing) -> BucketPlanes:
     """Return which planes a bucket of such parameters needs."""
-    offloaded = _offloaded(item, placing)
-    landed = placing.landed_dtype(item.parameter.dtype, offloaded)
+    landed = placing.landed_dtype(item.parameter.dtype, home.lands)
     return BucketPlanes(
-        own_master=item.parameter.dtype == torch.float32 and not offloaded,
+        own_master=item.parameter.dtype == torch.float32 and home is not _Home.OFFLOADED,
         amsgrad=item.amsgrad,
         landed_itemsize=0 if landed is None else landed.itemsize,
     )
@@ -137,6 +172,7 @@ def _build(
     bucket: Bucket,
     items: Sequence[NewParameter],
     planes: BucketPlanes,
+    home: _Home,
     arena: HostArena,
     membership: Membership,
     placing: Placing,
@@ -152,14 +188,12 @@ def _build(
     rank, _ = placing.share_of(membership)
     low, high = bucket.shard_bounds(rank)
     shard = flat[low:high]
-    offloaded = _offloaded(items[0], placing)
-    hosted = _hosted(items[0], placing)
     state_planes = allocate_planes(
         bucket,
         planes,
-        arena if hosted else DeviceMemory(flat.device),
+        arena if home.hosted else DeviceMemory(flat.device),
         own_master=shard if planes.own_master else None,
-        landed_dtype=placing.landed_dtype(flat.dtype, offloaded),
+        landed_dtype=placing.landed_dtype(flat.dtype, home.lands),
     )
     if not planes.own_master:
         state_planes.master_weight.copy_(shard)
@@ -175,9 +209,9 @@ def _build(
         planes=state_planes,
         step_counts=torch.zeros(len(items), dtype=torch.float32),
         own_master=planes.own_master,
-        offloaded=offloaded,
-        hosted=hosted,
-        pinned=hosted and arena.pinned_nbytes > 0,
+        offloaded=home is _Home.OFFLOADED,
+        hosted=home.hosted,
+        pinned=home.hosted and arena.pinned_nbytes > 0,
         centralized=np.array([item.centralized for item in items], dtype=np.bool_),
         segments=segment_arrays(bucket, rank),
         reader=GradientReader(

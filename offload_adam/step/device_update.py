@@ -1,4 +1,4 @@
-"""One bucket's work where its state lies beside the parameters on a device."""
+"""One bucket's work where its state lies on the device of its parameters."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from offload_adam.step.prepared import (
     once_prepared,
     preparation_of,
     prepare_dense,
+    prepare_rows,
     prepare_whole_rows,
 )
 from offload_adam.step.read_gate import ReadGate
@@ -31,7 +32,8 @@ from offload_adam.step.read_gate import ReadGate
 class DeviceUpdate:
     """Does with torch's operations what `HostUpdate` does with the kernels.
 
-    State beside its parameter is never divided: every parameter is one segment.
+    State beside its parameter is never divided: every parameter is one segment there. Of sharded
+    state the segments are what this rank owns.
     """
 
     def __init__(self, gate: ReadGate) -> None:
@@ -98,8 +100,10 @@ class DeviceUpdate:
         step = int(counts[position])
         weight = segment.of(state.planes.master_weight)
         entries = gradients.rows.get(position)
-        if entries is not None:
+        if entries is not None and state.layout.world_size == 1:
             entries = prepare_whole_rows(entries, weight, how)
+        elif entries is not None:
+            entries = prepare_rows(entries, weight, segment, how)
         if entries is not None and masks.lazy:
             _update_rows(state, segment, sum_duplicates(entries), hyper, step, rounded)
             return
@@ -144,7 +148,7 @@ def _spread(
     entries: GradientRows | None,
     how: Preparation,
 ) -> torch.Tensor:
-    """Return a parameter's prepared gradient, whole."""
+    """Return the prepared gradient of a segment."""
     weight = segment.of(state.planes.master_weight)
     out = torch.zeros_like(weight)
     if entries is None:

@@ -43,6 +43,7 @@ def _gather_plane(
         return plane
     if plane.numel() == 0:
         return plane if membership.rank == 0 else None
+    plane = plane.cpu()  # the control group's collectives are of host memory
     parts: list[torch.Tensor] | None = None
     flat = None
     if membership.rank == 0:

@@ -74,6 +74,7 @@ def _execution(section: ExecutionKeys, config: RunConfig) -> dict[str, Any]:
         "num_threads": section.num_threads,
         "overlap": section.overlap if config.optimizer.streams else None,
         "pin": config.memory.pin,
+        "offload_fraction": config.memory.offload_fraction,
         "allow_overcommit": config.memory.allow_overcommit,
         "dead_after": config.coordinator.dead_after,
         "stuck_after": config.coordinator.stuck_after,

@@ -53,6 +53,7 @@ def training_of(config: RunConfig, on_device: bool) -> Training:
         accumulates=section.accumulate is not None,
         reduce_fp32=section.reduce_dtype is not None,
         amsgrad=section.use_amsgrad if isinstance(section, AdamSection) else section.amsgrad,
+        offload_fraction=config.memory.offload_fraction,
         beside=is_adam and not section.streams,
         bucket_nbytes=section.bucket_nbytes or DEFAULT_BUCKET_NBYTES,
     )

@@ -32,6 +32,12 @@ SCENARIOS = {
     "overlapped_no_sync": Scenario("no_sync", max_grad_norm=0.5, options=OVERLAP),
     "overlapped_accumulate": Scenario("accumulate", max_grad_norm=0.5, options=OVERLAP),
     "overlapped_offloaded": Scenario("streaming", offloads=True, options=OVERLAP),
+    "partly_offloaded": Scenario(
+        "streaming", max_grad_norm=0.5, offloads=True, options=(("offload_fraction", 0.6),)
+    ),
+    "overlapped_partly_offloaded": Scenario(
+        "streaming", offloads=True, options=(*OVERLAP, ("offload_fraction", 0.6))
+    ),
 }
 
 # Every scenario with uneven shards; in the other worlds one of each way of use.

@@ -129,6 +129,8 @@ def test_an_unknown_key_is_named_beside_the_nearest(
         ("schedule.warmup_steps", "-1"),
         ("schedule.min_lr_ratio", "1.5"),
         ("memory.pin", "maybe"),
+        ("memory.pin", "true"),
+        ("memory.offload_fraction", "1.5"),
     ],
 )
 def test_a_value_out_of_range_or_of_another_type_is_refused(

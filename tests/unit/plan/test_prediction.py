@@ -48,6 +48,13 @@ CASES: dict[str, tuple[type[OffloadAdam], tuple[torch.dtype, ...], dict[str, Any
     "mixed": (OffloadAdam, (FP32, BF16, FP16), {}, Training(on_device=False)),
     "amsgrad": (OffloadAdam, (BF16,), {"amsgrad": True}, Training(on_device=False, amsgrad=True)),
     "offloaded": (Offloading, (FP32, BF16), {}, Training()),
+    "partly": (
+        Offloading,
+        (FP32, BF16),
+        {"offload_fraction": 0.5},
+        Training(offload_fraction=0.5),
+    ),
+    "kept": (Offloading, (FP32, BF16), {"offload_fraction": 0.0}, Training(offload_fraction=0.0)),
 }
 
 
@@ -67,6 +74,10 @@ def test_the_host_bytes_are_those_of_the_optimizer(name: str) -> None:
     assert sum(plan.host.get(key, 0) for key in STATE) == held["state"]
     assert plan.host.get("block_sums", 0) == held["block_sums"]
     assert plan.host.get("staging", 0) == held["staging"]
+    everywhere = sum(e.nbytes for e in optimizer.memory_ledger() if e.category in STATE)
+    on_device = sum(plan.device.get(key, 0) for key in STATE)
+    assert everywhere == held["state"] + on_device
+    assert (on_device > 0) == (training.offload_fraction < 1.0)
     parameters = plan.device if training.on_device else plan.host
     ledger = [e.nbytes for e in optimizer.memory_ledger() if e.category == "parameters"]
     assert parameters["parameters"] == sum(ledger)
