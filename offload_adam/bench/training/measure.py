@@ -1,0 +1,248 @@
+"""One contender in a process of its own: how long its steps take, and what memory they hold."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import TypeVar
+
+import psutil
+import torch
+
+from offload_adam.bench.peers import PeerUnavailableError
+from offload_adam.bench.training.contenders import CONTENDERS, Offloading, TrainContender
+from offload_adam.bench.training.model import Decoder, Sizes, make_model, make_tokens
+
+_Found = TypeVar("_Found")
+
+NUM_WARMUPS = 3
+"""Steps before the timed ones: the first compile and allocate, the second fill caches."""
+NUM_UPDATES = 3
+"""Updates that are timed by themselves."""
+PRECEDING = ("reduce", "norm", "agree")
+"""Phases of a step that come before its updates."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What a process is to measure.
+
+    contender: a name of CONTENDERS, None for the model alone.
+    batches: numbers of sequences, each measured by itself.
+    """
+
+    contender: str | None
+    sizes: Sizes
+    device: str
+    batches: tuple[int, ...]
+    num_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alone:
+    """The model's own work at one batch, milliseconds: medians."""
+
+    forward_ms: float
+    forward_backward_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """A contender's training steps at one batch.
+
+    steps_ms: each timed step, from the end of the one before, the device included.
+    update_ms: its update after a backward that is over, until all of it is over; median.
+    updates_only_ms: of the above what is left without reduction, norm and agreement, None where the
+        contender does not tell.
+    peak_gpu_nbytes: most that torch's allocator held, None without a GPU.
+    host_nbytes: what the process's resident memory grew by since before the optimizer was made.
+    """
+
+    steps_ms: tuple[float, ...]
+    update_ms: float
+    updates_only_ms: float | None
+    peak_gpu_nbytes: int | None
+    host_nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What a process found.
+
+    alone, steps: by batch, whichever the task asked for; without those too large for the GPU.
+    num_parameters: elements of the model.
+    buckets: bytes that go down and up for each bucket of this package's, in no order.
+    unavailable: why the contender does not work here; everything else is empty then.
+    """
+
+    num_parameters: int = 0
+    buckets: tuple[int, ...] = ()
+    alone: Mapping[int, Alone] | None = None
+    steps: Mapping[int, Steps] | None = None
+    unavailable: str | None = None
+
+
+def measure(task: Task) -> Measured:
+    """Carry out a task."""
+    device = torch.device(task.device)
+    model = make_model(task.sizes, device)
+    numel = sum(parameter.numel() for parameter in model.parameters())
+    if task.contender is None:
+        alone = _while_it_fits(task.batches, lambda batch: _alone(model, task, batch))
+        return Measured(num_parameters=numel, alone=alone)
+    before_nbytes = resident_nbytes()
+    try:
+        contender = CONTENDERS[task.contender](model)
+    except PeerUnavailableError as error:
+        return Measured(unavailable=str(error))
+    try:
+        steps = _while_it_fits(
+            task.batches, lambda batch: _steps(contender, task, batch, before_nbytes)
+        )
+        return Measured(num_parameters=numel, buckets=_buckets(contender), steps=steps)
+    finally:
+        contender.close()
+
+
+def _while_it_fits(batches: Sequence[int], work: Callable[[int], _Found]) -> dict[int, _Found]:
+    """Return what the work finds at each batch, up to the first that the GPU has no memory for."""
+    found: dict[int, _Found] = {}
+    for batch in sorted(batches):
+        try:
+            found[batch] = work(batch)
+        except torch.OutOfMemoryError:
+            break
+    return found
+
+
+def _alone(model: Decoder, task: Task, batch: int) -> Alone:
+    """Time the model without an optimizer."""
+    device = torch.device(task.device)
+    tokens = make_tokens(task.sizes, batch, device)
+
+    def forward() -> None:
+        model(tokens)
+
+    def both() -> None:
+        model.zero_grad()
+        model(tokens).backward()
+
+    return Alone(
+        forward_ms=median(_timed(forward, task.num_steps, device)),
+        forward_backward_ms=median(_timed(both, task.num_steps, device)),
+    )
+
+
+def _steps(contender: TrainContender, task: Task, batch: int, before_nbytes: int) -> Steps:
+    device = torch.device(task.device)
+    tokens = make_tokens(task.sizes, batch, device)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def step() -> None:
+        contender.backward(tokens)
+        contender.update()
+
+    def finish() -> None:
+        contender.finish()
+        synchronize(device)
+
+    steps_ms = _in_a_row(step, task.num_steps, device)
+    finish()
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    host_nbytes = max(0, resident_nbytes() - before_nbytes)
+    updates = [_one_update(contender, tokens, finish) for _ in range(NUM_UPDATES)]
+    only = [own for _, own in updates if own is not None]
+    return Steps(
+        steps_ms=tuple(steps_ms),
+        update_ms=median(whole for whole, _ in updates),
+        updates_only_ms=median(only) if only else None,
+        peak_gpu_nbytes=peak,
+        host_nbytes=host_nbytes,
+    )
+
+
+def _in_a_row(step: Callable[[], None], num_steps: int, device: torch.device) -> list[float]:
+    """Time steps that follow each other without a wait, as training does.
+
+    Marks are set where a step has been issued, on the device in the model's own stream. What a step
+    leaves running is so in the time of the next one, as far as that waits for it.
+    """
+    for _ in range(NUM_WARMUPS):
+        step()
+    marks = [_Mark(device)]
+    for _ in range(num_steps):
+        step()
+        marks.append(_Mark(device))
+    synchronize(device)
+    return [later.ms_since(earlier) for earlier, later in pairwise(marks)]
+
+
+class _Mark:
+    """A moment: of the device's current stream, or of the host where there is none."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record(torch.cuda.current_stream(device))
+        self._time_s = time.perf_counter()
+
+    def ms_since(self, earlier: _Mark) -> float:
+        """Return the milliseconds from the earlier mark, when both are reached."""
+        if self._event is not None and earlier._event is not None:
+            return float(earlier._event.elapsed_time(self._event))
+        return (self._time_s - earlier._time_s) * 1e3
+
+
+def _one_update(
+    contender: TrainContender, tokens: torch.Tensor, finish: Callable[[], None]
+) -> tuple[float, float | None]:
+    """Return the milliseconds of one update by itself, and of what follows the agreement in it."""
+    contender.backward(tokens)
+    synchronize(tokens.device)
+    start_s = time.perf_counter()
+    contender.update()
+    finish()
+    whole_ms = (time.perf_counter() - start_s) * 1e3
+    if not isinstance(contender, Offloading) or contender.optimizer.last_step is None:
+        return whole_ms, None
+    timings = contender.optimizer.last_step.timings
+    return whole_ms, whole_ms - 1e3 * sum(timings.get(phase, 0.0) for phase in PRECEDING)
+
+
+def _timed(work: Callable[[], None], num_times: int, device: torch.device) -> Sequence[float]:
+    milliseconds = []
+    for number in range(NUM_WARMUPS + num_times):
+        synchronize(device)
+        start_s = time.perf_counter()
+        work()
+        synchronize(device)
+        if number >= NUM_WARMUPS:
+            milliseconds.append((time.perf_counter() - start_s) * 1e3)
+    return milliseconds
+
+
+def _buckets(contender: TrainContender) -> tuple[int, ...]:
+    """Return the bytes of parameters in each bucket of this package's."""
+    if not isinstance(contender, Offloading):
+        return ()
+    entries = contender.optimizer.memory_ledger()
+    return tuple(entry.nbytes for entry in entries if entry.category == "parameters")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, if it is one."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def resident_nbytes() -> int:
+    """Return this process's resident memory; pinned memory is in it."""
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,93 @@
+"""The model of the benchmark: a plain decoder, of which only sizes and dtype matter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What a measured model is made of.
+
+    width: of the residual stream, a multiple of `num_heads`.
+    sequence_length: tokens of each sequence; batches differ in the number of sequences.
+    dtype: of the parameters, as torch spells it.
+    """
+
+    num_layers: int = 8
+    width: int = 1536
+    num_heads: int = 12
+    vocabulary: int = 1024
+    sequence_length: int = 512
+    dtype: str = "bfloat16"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Return the dtype of the parameters."""
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
+
+class Block(nn.Module):
+    """Attention and a GELU network, each normalised first and added to the residual stream."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.attention_output = nn.Linear(width, width, bias=False)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp_input = nn.Linear(width, 4 * width, bias=False)
+        self.mlp_output = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = self.query_key_value(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.attention_output(mixed.transpose(1, 2).flatten(2))
+        inner = F.gelu(self.mlp_input(self.mlp_norm(x)))
+        return x + self.mlp_output(inner)  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """Maps (batch, time) tokens to the mean cross entropy of the next ones.
+
+    Blocks are computed again in backward: so batches that are large enough for a forward as long as
+    the update fit into a GPU. It is the same for every contender.
+    """
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(sizes.vocabulary, sizes.width)
+        self.blocks = nn.ModuleList(
+            Block(sizes.width, sizes.num_heads) for _ in range(sizes.num_layers)
+        )
+        self.norm = nn.LayerNorm(sizes.width)
+        self.head = nn.Linear(sizes.width, sizes.vocabulary, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens[:, :-1])
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        logits = self.head(self.norm(x))
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def make_model(sizes: Sizes, device: torch.device) -> Decoder:
+    """Return the model with the same weights each time."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return Decoder(sizes).to(sizes.torch_dtype)
+
+
+def make_tokens(sizes: Sizes, num_sequences: int, device: torch.device) -> torch.Tensor:
+    """Return (num_sequences, sequence_length + 1) tokens, the same each time."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (num_sequences, sizes.sequence_length + 1)
+    return torch.randint(sizes.vocabulary, shape, generator=generator).to(device)
