@@ -1,0 +1,1 @@
+"""What only a GPU can show; `tests/gpu/run.sh` runs all of it, and fails where none ran."""

@@ -1,0 +1,96 @@
+"""Pinned bytes to the byte, what happens where CUDA refuses, and memory that never grows."""
+
+from __future__ import annotations
+
+import gc
+
+import psutil
+import pytest
+import torch
+
+from offload_adam.memory.arena import HostArena
+from offload_adam.memory.pinning import PinRefusedError, TorchRuntime
+from tests.gpu.layers import gradients_of, make, train
+
+
+@pytest.mark.parametrize("pin", ["all", "staging", "none"])
+def test_exactly_what_was_asked_for_is_pinned(pin: str) -> None:
+    _, optimizer = make("cuda", pin=pin)
+    held = optimizer.host_nbytes
+    expected = {"all": held["state"] + held["staging"], "staging": held["staging"], "none": 0}
+    assert optimizer.pinned_nbytes == expected[pin]
+    planes = [state.planes.exp_avg for state in optimizer._alive().states]
+    landed = [state.planes.landed_gradient for state in optimizer._alive().states]
+    for plane in (*planes, *landed):
+        assert plane is not None
+        assert plane.is_pinned() == (pin == "all")
+        assert plane[-1:].is_pinned() == (pin == "all")
+    optimizer.close()
+    assert not any(plane.is_pinned() for plane in planes)
+    gc.collect()
+
+
+def test_a_real_refusal_leaves_no_error_behind() -> None:
+    arena = HostArena(3 * 4096, piece_nbytes=4096)
+    tensor = arena.take(4096, torch.uint8)
+    runtime = TorchRuntime()
+    second = tensor.data_ptr() + 4096
+    assert runtime.register(second, 4096) == 0
+    with pytest.raises(PinRefusedError, match=r"piece 2 of 3.*ulimit -l"):
+        arena.pin()
+    assert not tensor.is_pinned()
+    assert arena.pinned_nbytes == 0
+    assert runtime.unregister(second) == 0
+    # A launch that found an old error would raise it.
+    assert float(torch.ones(10, device="cuda").sum()) == 10.0
+    arena.pin()
+    assert tensor.is_pinned()
+    arena.close()
+    assert not tensor.is_pinned()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_nothing_is_allocated_after_the_first_steps(overlap: bool) -> None:
+    model, optimizer = make("cuda", overlap=overlap)
+    train(model, optimizer, range(3), "cuda")
+    given = gradients_of(model, 0, "cuda")
+
+    def allocations() -> int:
+        return int(torch.cuda.memory_stats()["allocation.all.allocated"])
+
+    def backward() -> int:
+        before = allocations()
+        model(given).backward()
+        return allocations() - before
+
+    first = backward()
+    optimizer.step()
+    optimizer.synchronize()
+    torch.cuda.synchronize()
+    gc.collect()
+    segments = torch.cuda.memory_stats()["segment.all.allocated"]
+    resident = psutil.Process().memory_info().rss
+    for _ in range(20):
+        assert backward() == first
+        before = allocations()
+        optimizer.step()
+        optimizer.synchronize()
+        assert allocations() == before
+        optimizer.zero_grad()
+    assert torch.cuda.memory_stats()["segment.all.allocated"] == segments
+    # Python's own objects come and go; a buffer of the optimizer's would come in every step.
+    assert psutil.Process().memory_info().rss - resident < 2 * 2**20
+
+
+def test_backward_never_waits_for_the_device() -> None:
+    model, optimizer = make("cuda", overlap=True)
+    train(model, optimizer, range(3), "cuda")
+    for step in range(3, 6):
+        loss = model(gradients_of(model, step, "cuda"))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        optimizer.step()
+        optimizer.zero_grad()

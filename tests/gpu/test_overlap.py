@@ -1,0 +1,118 @@
+"""Updates and copies run beside the model's work: intervals of torch's profiler, intersected."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from offload_adam import OffloadAdam
+from offload_adam.bench.training.model import Sizes, make_model, make_tokens
+from offload_adam.observe.spans import SpanRecorder, recorded_by
+from tests.gpu.intervals import Interval, shared, total, within
+
+SIZES = Sizes(num_layers=6, width=1024, num_heads=8, sequence_length=512)
+NUM_STEPS = 4
+LEAST_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What ran when, in microseconds of the profiler's clock.
+
+    forwards, backwards: kernels of the model.
+    down, up: copies; updates: spans of the update thread.
+    """
+
+    forwards: list[Interval]
+    backwards: list[Interval]
+    down: list[Interval]
+    up: list[Interval]
+    updates: list[Interval]
+
+
+def record(overlap: bool) -> Timeline:
+    """Profile some steps of a model whose forward takes about as long as its update."""
+    device = torch.device("cuda")
+    model = make_model(SIZES, device)
+    optimizer = OffloadAdam(model.parameters(), module=model, overlap=overlap)
+    tokens = make_tokens(SIZES, 64, device)
+
+    def step() -> None:
+        with record_function("forward"):
+            loss = model(tokens)
+        with record_function("backward"):
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(3):
+        step()
+    optimizer.synchronize()
+    torch.cuda.synchronize()
+    recorder = SpanRecorder()
+    with (
+        profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler,
+        recorded_by(recorder),
+    ):
+        with record_function("clock"):
+            clock_us = time.perf_counter_ns() / 1e3
+        for _ in range(NUM_STEPS):
+            step()
+        optimizer.synchronize()
+        torch.cuda.synchronize()
+    return timeline(list(profiler.events()), recorder, clock_us)
+
+
+def timeline(events: list[Any], recorder: SpanRecorder, clock_us: float) -> Timeline:
+    """Sort the profiler's events and the optimizer's spans.
+
+    Annotations are shown for the device as well, from the first to the last kernel inside: they say
+    which kernels are whose.
+    """
+    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+
+    def named(text: str) -> list[Interval]:
+        return [_interval(e) for e in on_device if text in e.name]
+
+    copies = ("Memcpy", "Memset")
+    annotations = ("forward", "backward", "clock")
+    kernels = [
+        _interval(e)
+        for e in on_device
+        if not any(word in e.name for word in copies) and e.name not in annotations
+    ]
+    shift = next(e.time_range.start for e in events if e.name == "clock") - clock_us
+    spans = [s for s in recorder.spans() if s.name == "update"]
+    return Timeline(
+        forwards=within(kernels, [_interval(e) for e in on_device if e.name == "forward"]),
+        backwards=within(kernels, [_interval(e) for e in on_device if e.name == "backward"]),
+        down=named("Memcpy DtoH"),
+        up=named("Memcpy HtoD"),
+        updates=[Interval(s.start_ns / 1e3 + shift, s.end_ns / 1e3 + shift) for s in spans],
+    )
+
+
+def _interval(event: Any) -> Interval:
+    return Interval(event.time_range.start, event.time_range.end)
+
+
+def test_updates_and_copies_run_beside_forward_and_backward() -> None:
+    found = record(overlap=True)
+    assert found.forwards
+    assert found.backwards
+    # Of one update's time the last forward can hide none: nothing follows it.
+    hideable = min(total(found.updates), total(found.forwards)) * (NUM_STEPS - 1) / NUM_STEPS
+    assert shared(found.updates, found.forwards) >= LEAST_SHARE * hideable
+    up = total(found.up) * (NUM_STEPS - 1) / NUM_STEPS
+    hideable = min(up, total(found.forwards))
+    assert shared(found.up, found.forwards) >= LEAST_SHARE * hideable
+    assert shared(found.down, found.backwards) >= LEAST_SHARE * total(found.down)
+
+
+def test_without_overlap_updates_stand_alone() -> None:
+    found = record(overlap=False)
+    assert shared(found.updates, found.forwards) <= 0.02 * total(found.updates)
