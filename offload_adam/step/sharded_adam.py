@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -119,9 +120,11 @@ class ShardedAdam:
         self.arenas: list[HostArena] = []
         self.resources = ExitStack()
         self.resources.callback(close_all, self.arenas)
+        # Not a method of this object: what ends with it must not hold it, nor so the model.
+        make_buffer = partial(_make_buffer, placing, self.arenas)
         self._beside_steps = Stopwatch()
-        self._landing = Landing(membership, reduction.slots, make_arena=self._make_buffer)
-        self._rings = Rings(self._make_buffer)
+        self._landing = Landing(membership, reduction.slots, make_arena=make_buffer)
+        self._rings = Rings(make_buffer)
         self._streams = StreamsByDevice(backend.make_streams)
         self.executor = self._make_executor(overlaps, backend)
         self.resources.callback(self.executor.close)
@@ -217,14 +220,6 @@ class ShardedAdam:
             in_ring=reduces and at_once,
             kind=f"{state.dtype}@{state.device}",
         )
-
-    def _make_buffer(self, nbytes: int) -> HostArena:
-        """Return host memory for copies."""
-        arena = HostArena(nbytes)
-        if self._placing.pin != "none" and self._placing.runtime is not None:
-            arena.pin_or_warn(self._placing.runtime, "These copies go through pageable memory")
-        self.arenas.append(arena)
-        return arena
 
     def ledger(self) -> list[LedgerEntry]:
         """Return who holds which bytes now, on the host and on devices."""
@@ -468,3 +463,12 @@ class ShardedAdam:
 def _added(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
     """Return the sums of both by name."""
     return {name: first.get(name, 0.0) + second.get(name, 0.0) for name in {**first, **second}}
+
+
+def _make_buffer(placing: Placing, arenas: list[HostArena], nbytes: int) -> HostArena:
+    """Return host memory for copies, page-locked where that was asked for."""
+    arena = HostArena(nbytes)
+    if placing.pin != "none" and placing.runtime is not None:
+        arena.pin_or_warn(placing.runtime, "These copies go through pageable memory")
+    arenas.append(arena)
+    return arena
