@@ -1,0 +1,177 @@
+"""`CudaStreams` against a stand-in for torch.cuda that writes down what is issued on what."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from offload_adam.coordinator.membership import Membership
+from offload_adam.layout.schedule import Lane
+from offload_adam.transfer import collectives
+from offload_adam.transfer.collectives import GroupCollectives
+from offload_adam.transfer.streams import CudaStreams
+
+
+class FakeEvent:
+    """An event that happens when the test says so."""
+
+    def __init__(self, blocking: bool = False) -> None:
+        self.blocking = blocking
+        self.recorded_on: str | None = None
+        self.happened = False
+
+    def record(self, stream: FakeStream) -> None:
+        self.recorded_on = stream.name
+
+    def query(self) -> bool:
+        return self.happened
+
+    def synchronize(self) -> None:
+        self.happened = True
+
+
+class FakeStream:
+    """A stream with a name, and the events that it waits for."""
+
+    made = 0
+
+    def __init__(self, device: Any = None, name: str | None = None) -> None:
+        FakeStream.made += 1
+        self.name = name or f"stream {FakeStream.made}"
+        self.waits: list[FakeEvent] = []
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.waits.append(event)
+
+
+class FakeCuda:
+    """What `CudaStreams` uses of torch.cuda."""
+
+    Stream = FakeStream
+    Event = FakeEvent
+
+    def __init__(self) -> None:
+        self.current = FakeStream(name="the model's")
+
+    def current_stream(self, device: Any = None) -> FakeStream:
+        return self.current
+
+    @contextmanager
+    def stream(self, stream: FakeStream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda()
+    for name in ("Stream", "Event", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    return fake
+
+
+DEVICE = torch.device("cuda", 0)
+
+
+def test_each_lane_has_a_stream_and_the_models_lane_is_the_current_one(cuda: FakeCuda) -> None:
+    streams = CudaStreams(DEVICE)
+    used: dict[Lane, str] = {}
+
+    def note(lane: Lane) -> None:
+        used[lane] = cuda.current.name
+
+    for lane in Lane:
+        streams.launch(lane, partial(note, lane))
+    assert used[Lane.COMPUTE] == "the model's"
+    own = [used[lane] for lane in (Lane.REDUCE, Lane.DOWN, Lane.UP, Lane.GATHER)]
+    assert len({*own, "the model's"}) == 5
+    assert cuda.current.name == "the model's"
+    for lane, name in used.items():
+        assert cast(FakeEvent, streams.mark(lane)).recorded_on == name
+
+
+def test_a_wait_is_stream_on_stream_and_a_synchronize_blocks_without_spinning(
+    cuda: FakeCuda,
+) -> None:
+    streams = CudaStreams(DEVICE)
+    mark = cast(FakeEvent, streams.mark(Lane.DOWN))
+    # The stand-in is no torch.cuda.Event to isinstance but where both names are the same class.
+    streams.wait(Lane.COMPUTE, cast(Any, mark))
+    assert cuda.current.waits == [mark]
+    assert not mark.happened
+    assert mark.blocking
+    streams.synchronize(cast(Any, mark))
+    assert mark.happened
+
+
+def test_tensors_that_another_stream_reads_are_held_until_its_event(cuda: FakeCuda) -> None:
+    streams = CudaStreams(DEVICE)
+    tensor = torch.ones(3)
+    alive = weakref.ref(tensor)
+    streams.launch(Lane.DOWN, lambda: None, reads=[tensor])
+    del tensor
+    event = cast(FakeEvent, streams.mark(Lane.DOWN))
+    streams.mark(Lane.UP)
+    gc.collect()
+    assert alive() is not None
+    event.happened = True
+    streams.mark(Lane.UP)
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_collective_on_a_device_is_waited_for_by_its_lane_and_not_by_the_host(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, str]] = []
+
+    def issue(name: str) -> Any:
+        def start(*_: Any, **__: Any) -> Any:
+            done.append((name, cuda.current.name))
+            return SimpleNamespace(wait=lambda: done.append((f"{name} waits", cuda.current.name)))
+
+        return start
+
+    monkeypatch.setattr(collectives, "_reduce_scatter", issue("reduce-scatter"))
+    monkeypatch.setattr(collectives, "_all_gather", issue("all-gather"))
+    monkeypatch.setattr(dist, "all_reduce", issue("all-reduce"))
+    monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
+    monkeypatch.setattr(Membership, "data_group", lambda self, device: None)
+
+    class OnDevice(torch.Tensor):
+        """A host tensor that says that it is on a GPU."""
+
+        is_cuda = True
+
+    membership = Membership(rank=1, world_size=2)
+    group = GroupCollectives(membership)
+    streams = CudaStreams(DEVICE)
+    buffer = torch.ones(8).as_subclass(OnDevice)
+    reduced = group.mean(streams, buffer, (4, 8))
+    gathered = group.gather(streams, buffer)
+    whole = group.mean(streams, buffer, (0, 8))
+    for pending in (reduced, gathered, whole):
+        assert pending.is_completed()
+        pending.wait(membership)
+    assert [name for name, _ in done] == [
+        "reduce-scatter",
+        "reduce-scatter waits",
+        "all-gather",
+        "all-gather waits",
+        "all-reduce",
+        "all-reduce waits",
+    ]
+    lanes = [stream for _, stream in done]
+    assert lanes[0] == lanes[1] == lanes[4] == lanes[5] != lanes[2] == lanes[3]
+    assert "the model's" not in lanes
+    assert reduced.shard.numel() == 4
