@@ -1,0 +1,144 @@
+"""An optimizer around its core: what of the core callers may see and ask for."""
+
+from __future__ import annotations
+
+import weakref
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from offload_adam.coordinator.membership import Membership
+from offload_adam.observe.place import HERE
+from offload_adam.step.ledger import LedgerEntry
+from offload_adam.step.parameter_shard import ParameterShard, shards_of
+from offload_adam.step.read_gate import ReadGate
+from offload_adam.step.sharded_adam import ShardedAdam
+
+
+class CoreOptimizer(torch.optim.Optimizer):
+    """A `torch.optim.Optimizer` over a `ShardedAdam`, once that has been made.
+
+    Lifecycle: `_core` is None before construction is over, and after `close`.
+    """
+
+    _core: ShardedAdam | None
+    _indices: dict[torch.nn.Parameter, int]
+    _membership: Membership
+    _release: weakref.finalize[Any, Any]
+
+    @abstractmethod
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Refuse a completed group's hyperparameters, naming the argument."""
+
+    def _further_state(self) -> dict[str, Any]:
+        """Return what a saved state holds besides torch's entries."""
+        return {}
+
+    def _plan_further_state(
+        self, further: Mapping[str, Any], entries: Mapping[int, Mapping[str, Any]]
+    ) -> Callable[[], None]:
+        """Check what `_further_state` saved, and return what loads it and cannot fail.
+
+        Args:
+            further: empty where another optimizer saved the state.
+            entries: the saved state of each parameter, by index.
+        """
+        return lambda: None
+
+    def synchronize(self) -> None:
+        """Return when all parameters and all state hold the result of the last step.
+
+        For whatever reads parameters in another way than through the model's forward or a state
+        dict: on a device the current stream waits, so that what it is given from now on sees them.
+        Collective where `step()` leaves updates running.
+
+        Raises:
+            Exception: what an update has raised beside this thread.
+        """
+        self._settled()
+
+    def busy(self, what: str) -> AbstractContextManager[None]:
+        """Do work inside that may keep the other ranks waiting for longer than `stuck_after`.
+
+        An evaluation on one rank alone, or a slow disk. `what` is named if this rank dies in it.
+        """
+        return HERE.at(what, patient=True)
+
+    def refresh_master(self) -> None:
+        """Let master weights follow parameters written through `.data` or NumPy.
+
+        No version counter sees such writes. Call it on every rank, after the same write on every
+        rank.
+        """
+        with torch.no_grad():
+            self._settled().refresh_master()
+
+    @property
+    def num_steps(self) -> int:
+        """Calls of `step()` so far, skipped ones included; set it where a saved run goes on."""
+        return self._alive().num_steps
+
+    @num_steps.setter
+    def num_steps(self, num_steps: int) -> None:
+        self._alive().num_steps = num_steps
+
+    @property
+    def host_nbytes(self) -> Mapping[str, int]:
+        """Host bytes that this rank's optimizer holds, by what they are for."""
+        return dict(self._alive().host_nbytes)
+
+    @property
+    def pinned_nbytes(self) -> int:
+        """Host bytes that are page-locked, exactly; 0 where no parameter is on a GPU."""
+        return self._alive().pinned_nbytes
+
+    @property
+    def membership(self) -> Membership:
+        """The ranks that share this optimizer."""
+        return self._membership
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds a part of the state, or all of it."""
+        return self._alive().is_sharded
+
+    def shards(self) -> Iterator[ParameterShard]:
+        """Yield this rank's range of every trained parameter and its state."""
+        for state in self._settled().states:
+            yield from shards_of(state)
+
+    @property
+    def is_being_read(self) -> bool:
+        """Whether a checkpoint is being written in the background, or waits to be committed."""
+        return self._alive().gate.is_open
+
+    def begin_reading(self, buckets: Iterable[int]) -> ReadGate:
+        """Keep updates off buckets that a thread is about to read, and return who lets them go."""
+        return self._alive().begin_reading(buckets)
+
+    def finish_reading(self) -> None:
+        """Return when no thread reads the state any more: it is about to be written."""
+        self._alive().finish_reading()
+
+    def memory_ledger(self) -> list[LedgerEntry]:
+        """Return who holds which bytes of this rank now, on the host and on devices."""
+        return self._alive().ledger()
+
+    def _share(self) -> tuple[int, int]:
+        """Return this rank's place among those that the state is divided over."""
+        return self._alive().share
+
+    def _settled(self) -> ShardedAdam:
+        """Return the core, when nothing of it is under way."""
+        core = self._alive()
+        core.synchronize()
+        return core
+
+    def _alive(self) -> ShardedAdam:
+        """Return the core of an optimizer that has not been closed."""
+        if self._core is None or not self._release.alive:
+            raise RuntimeError("this optimizer has been closed: make a new one to go on training")
+        return self._core

@@ -1,0 +1,396 @@
+"""The base of the public faces: construction, groups, hooks, the step with its errors."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+import weakref
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
+from importlib import metadata
+from typing import Any, overload
+
+import torch
+from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks
+
+from offload_adam.coordinator.admission import Fact, require_same, together
+from offload_adam.coordinator.agreement import Notice
+from offload_adam.coordinator.membership import is_distributed, open_membership
+from offload_adam.kernels.scalars import Hyperparameters
+from offload_adam.memory.pinning import CudaRuntime, cuda_runtime
+from offload_adam.parameters.hooks import BackwardHooks
+from offload_adam.parameters.options import check_max_norm
+from offload_adam.parameters.selection import (
+    Selection,
+    check_parameters,
+    describe,
+    select_parameters,
+)
+from offload_adam.sharded_optimizer.execution import Execution
+from offload_adam.sharded_optimizer.state_dicts import StateDicts
+from offload_adam.step.backend import Backend
+from offload_adam.step.construction import Placing
+from offload_adam.step.local_state import local_state
+from offload_adam.step.reduction import GradientReduction
+from offload_adam.step.report import StepReport
+from offload_adam.step.sharded_adam import ShardedAdam, StepInputs
+from offload_adam.version import __version__
+
+logger = logging.getLogger(__name__)
+
+
+class ShardedOptimizer(StateDicts):
+    """A `torch.optim.Optimizer` over a `ShardedAdam`: the base of the public faces.
+
+    A face checks its arguments and groups, says each group's hyperparameters at each step, and may
+    add to what is saved. All else is here: taking parameters in, hooks, the step with its errors
+    and reports, state dicts.
+
+    Owns: process groups of its own, hooks on the parameters, host memory. `close` ends all three.
+    Lifecycle: a face's constructor calls `_construct` once.
+    """
+
+    # GradScaler hands grad_scale and found_inf over instead of deciding on this rank alone.
+    _step_supports_amp_scaling = True
+
+    # Set by a loss scaler before step() and deleted after it; absent means 1 and 0.
+    grad_scale: torch.Tensor | float | None
+    found_inf: torch.Tensor | float | None
+
+    # Tests set them, to run the paths of parameters on a device with parameters in host memory:
+    # state on the host, state beside the parameters, and memory that a stand-in for CUDA pins.
+    _offloads = False
+    _updates_on_device = False
+    _backend = Backend()
+    _runtime: CudaRuntime | None = None
+
+    def _construct(self, execution: Execution, admit: Callable[[], Sequence[Fact]]) -> None:
+        """Check everything, then allocate and build, or leave nothing behind. Collective.
+
+        Args:
+            admit: the face's own checks; it lets torch take the groups in, and returns what ranks
+                must have in common besides parameters, groups and execution.
+        """
+        module = execution.module
+        self._distributed = is_distributed(execution.process_group)
+        self.last_step: StepReport | None = None
+        self.skipped_steps = 0
+        self.notice = Notice()
+        self._warned_idle = False
+        self._max_norm_once: float | None = None
+        self._module = module
+        self._units = execution.units
+        self._core: ShardedAdam | None = None
+        self._hooks: BackwardHooks | None = None
+        self._indices: dict[torch.nn.Parameter, int] = {}
+        self._membership = open_membership(execution.process_group, execution.patience())
+        resources = ExitStack()
+        resources.callback(self._membership.release)
+        # At exit too: a process group that outlives the interpreter's modules ends it with an
+        # abort.
+        self._release = weakref.finalize(self, resources.close)
+
+        def check() -> str:
+            self._facts = list(admit())
+            return execution.check()
+
+        try:
+            kind = together(self._membership, "construction", check)
+            self._facts = [*_versions(), *execution.facts(kind), *self._facts]
+            self.max_grad_norm = execution.max_grad_norm
+            self._warn_without_effect(execution)
+            streams = execution.streamed_module is not None and kind == "optimizer"
+            reduction = GradientReduction(
+                self._membership,
+                reduces=kind == "optimizer",
+                streams=streams,
+                accumulates=execution.accumulate is not None,
+                reduce_dtype=execution.reduce_dtype,
+                takes_rows=execution.takes_rows,
+            )
+            if streams:
+                self._hooks = BackwardHooks(reduction)
+                resources.callback(self._hooks.remove)
+            placing = Placing(
+                execution.bucket_nbytes,
+                reduction.landed_dtype,
+                pin=execution.pin,
+                runtime=None if execution.beside else self._pinning_runtime(),
+                offload_fraction=execution.offload_fraction,
+                beside=execution.beside,
+                takes_rows=execution.takes_rows,
+                allow_overcommit=execution.allow_overcommit,
+                force_offload=self._offloads,
+                force_device=self._updates_on_device,
+            )
+            self._core = ShardedAdam(
+                self._membership,
+                reduction,
+                placing,
+                num_threads=execution.num_threads,
+                module=module,
+                external=kind == "external",
+                overlaps=execution.overlaps(
+                    kind,
+                    [parameter for group in self.param_groups for parameter in group["params"]],
+                    offloads=self._offloads,
+                ),
+                backend=self._backend,
+            )
+            resources.callback(self._core.resources.close)
+            resources.callback(self._core.gate.abandon)
+            self._take_in(self._core, 0)
+        except BaseException:
+            self._release()
+            raise
+
+    @abstractmethod
+    def _hyperparameters(self) -> list[Hyperparameters]:
+        """Return the hyperparameters that the parameters' groups count over, as they are now."""
+
+    def _admit(self, params: ParamsT, defaults: dict[str, Any]) -> list[Fact]:
+        """Let torch take the groups in, each checked, with nothing allocated yet.
+
+        Returns:
+            Nothing that ranks must have in common besides: what an `admit` without more returns.
+        """
+        if defaults["amsgrad"]:
+            self._refuse_distributed_amsgrad()
+        torch.optim.Optimizer.__init__(self, params, defaults)
+        check_parameters(self._select(0).new, [])
+        return []
+
+    def _step_inputs(self) -> StepInputs:
+        """Return what the face tells every step, to which a loss scaler and clipping are added."""
+        return StepInputs(hyperparameters=self._hyperparameters())
+
+    def _stepped(self, report: StepReport) -> None:
+        """Hear that a step is over, skipped or not."""
+
+    def _select(self, first_group: int) -> Selection:
+        """Return the parameters of the groups from this one on."""
+        return select_parameters(
+            self.param_groups[first_group:],
+            self._module,
+            first_index=len(self._indices),
+            first_group=first_group,
+        )
+
+    def _warn_without_effect(self, execution: Execution) -> None:
+        """Warn where offload_fraction is given and no parameter's state could stay on a GPU."""
+        if execution.offload_fraction == 1.0:
+            return
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        on_device = self._offloads or any(parameter.is_cuda for parameter in parameters)
+        if execution.beside or not on_device:
+            why = "all of it stays there" if on_device else "no parameter is on one"
+            warnings.warn(
+                f"offload_fraction={execution.offload_fraction} has no effect: it says how much "
+                f"state leaves the GPU, and {why}",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _pinning_runtime(self) -> CudaRuntime | None:
+        """Return what pins host memory, None where no parameter is on a GPU to copy to."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if any(parameter.is_cuda for parameter in parameters):
+            return cuda_runtime()
+        return self._runtime
+
+    def _take_in(self, core: ShardedAdam, first_group: int) -> None:
+        """Build the state of the groups from this one on. Collective."""
+        selection = self._select(first_group)
+        new = selection.new
+        facts = [*self._facts, *describe(selection, self.param_groups[first_group:])]
+        require_same(self._membership, "optimizer", facts)
+        self._membership.open_data_groups(item.parameter.device.type for item in new)
+        num_buckets = len(core.states)
+        with torch.no_grad():
+            core.extend(new, selection.frozen)
+        for item in new:
+            self._indices[item.parameter] = item.index
+            self.state[item.parameter] = local_state(*core.place_of(item.index))
+        if self._hooks is not None:
+            for state in core.states[num_buckets:]:
+                self._hooks.attach(state.parameters)
+        if core.overlaps and self._module is not None:
+            core.hook_forward(self._module, self._units)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take a further group in, at any time between steps; collective then.
+
+        Raises:
+            TypeError, ValueError: as the constructor; the optimizer is as before then.
+        """
+        if self._core is None and self._release.alive:
+            self._admit_group(param_group)
+            return
+        core = self._settled()
+        num_groups = len(self.param_groups)
+        try:
+            together(self._membership, "add_param_group", lambda: self._admit_later(param_group))
+            self._take_in(core, num_groups)
+        except BaseException:
+            del self.param_groups[num_groups:]
+            raise
+
+    def _admit_later(self, param_group: dict[str, Any]) -> None:
+        num_groups = len(self.param_groups)
+        self._admit_group(param_group)
+        check_parameters(self._select(num_groups).new, self._alive().named_parameters())
+
+    def _admit_group(self, param_group: dict[str, Any]) -> None:
+        """Let torch complete and append one group, then check it."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        self._check_group(group)
+        if group["amsgrad"]:
+            self._refuse_distributed_amsgrad()
+
+    def _refuse_distributed_amsgrad(self) -> None:
+        if self._distributed:
+            raise ValueError(
+                "amsgrad=True is not supported in distributed training (world size > 1): "
+                "pass amsgrad=False, or train on one rank"
+            )
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Average what is still to be averaged, clip, update; or skip, on every rank. Collective.
+
+        `last_step` says what happened. A gradient that is not finite on any rank, or a `found_inf`
+        that is not 0, skips the step: no bit of state, parameters or step counters changes.
+
+        Args:
+            closure: evaluates the loss and calls backward; its result is returned.
+
+        Raises:
+            ValueError: a gradient that cannot be used, by the parameter's name.
+            ParameterReplacedError: a parameter's storage was replaced, by name.
+            RankDisagreementError, PeerError: ranks do not agree on this step.
+        """
+        core = self._alive()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            report = core.step(self._inputs())
+        self._max_norm_once = None
+        self.last_step = report
+        self._stepped(report)
+        if self._optimizer_step_post_hooks or _global_optimizer_post_hooks:
+            core.synchronize()  # they run when this returns, and may read parameters
+        if report.skipped:
+            self.skipped_steps += 1
+            logger.warning("step skipped (%d so far): %s", self.skipped_steps, _reason(report))
+        elif report.num_updated == 0 and not self._warned_idle:
+            self._warned_idle = True
+            logger.warning(
+                "step() found no gradient on any parameter: was backward() called, on the module "
+                "whose parameters this optimizer has?"
+            )
+        return loss
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Clip the next step's gradients to this global 2-norm, and return the norm. Collective.
+
+        The norm is that of the mean gradient over all ranks, unscaled; gradients are clipped inside
+        the update, so `.grad` keeps its values.
+        """
+        core = self._alive()
+        limit = check_max_norm("max_norm", max_norm)
+        with torch.no_grad():
+            total_norm = core.total_norm(self._inputs())
+        self._max_norm_once = limit
+        return torch.tensor(total_norm, dtype=torch.float64)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, also those that have left `.grad` since the last step."""
+        if self._core is not None:
+            self._core.reduction.reset()
+        if self._hooks is not None:
+            self._hooks.forget()
+        self._max_norm_once = None
+        if not set_to_none:
+            super().zero_grad(set_to_none=False)
+            return
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Keep gradients in `.grad` during backwards inside, to be added to those of the next."""
+        return nullcontext() if self._hooks is None else self._hooks.paused()
+
+    def close(self) -> None:
+        """Take the hooks off, end the process groups, free host memory. Idempotent.
+
+        Parameters stay usable; a tensor of the state that the caller still holds keeps its bytes.
+
+        A checkpoint that is being written in the background is abandoned.
+
+        Raises:
+            Exception: what an update has raised beside this thread.
+        """
+        try:
+            if self._core is not None and self._release.alive:
+                self._core.gate.abandon()
+                self._core.synchronize()
+        finally:
+            self._release()
+            self._core = None
+            self._hooks = None
+            self.state.clear()
+
+    def _inputs(self) -> StepInputs:
+        """Read what this step is told; what cannot be read is raised once all ranks know of it."""
+        try:
+            return self._read_inputs()
+        except Exception as error:
+            return StepInputs(hyperparameters=[], failure=error)
+
+    def _read_inputs(self) -> StepInputs:
+        """Read the groups as they are now, and the loss scaler's word."""
+        grad_scale = _scalar(getattr(self, "grad_scale", None), absent=1.0)
+        if not (math.isfinite(grad_scale) and grad_scale > 0.0):
+            raise ValueError(f"grad_scale must be finite and above 0, not {grad_scale}")
+        inputs = self._step_inputs()
+        return replace(
+            inputs,
+            grad_scale=inputs.grad_scale * grad_scale,
+            found_inf=_scalar(getattr(self, "found_inf", None), absent=0.0),
+            max_norm=self.max_grad_norm if self._max_norm_once is None else self._max_norm_once,
+            notice=replace(self.notice, saved=self._alive().gate.num_finished),
+        )
+
+
+def _versions() -> list[Fact]:
+    """Return the versions that give the same bits."""
+    return [
+        ("the version of offload_adam", __version__),
+        ("the version of torch", str(torch.__version__)),
+        ("the version of numba", metadata.version("numba")),
+    ]
+
+
+def _scalar(value: torch.Tensor | float | None, *, absent: float) -> float:
+    return absent if value is None else float(value)
+
+
+def _reason(report: StepReport) -> str:
+    """Say why a step was skipped, with at most five names."""
+    if not report.non_finite:
+        return "found_inf was set"
+    more = len(report.non_finite) - 5
+    named = ", ".join(report.non_finite[:5]) + (f" and {more} more" if more > 0 else "")
+    return f"the gradient of {named} is not finite"

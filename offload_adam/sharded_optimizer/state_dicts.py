@@ -1,0 +1,169 @@
+"""An optimizer's state as dicts: this rank's, the whole of it, and what is no tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from offload_adam.errors import CheckpointError
+from offload_adam.sharded_optimizer.base import CoreOptimizer
+from offload_adam.step.full_state import gather_bucket
+from offload_adam.step.local_state import plan_load
+from offload_adam.step.saved_state import STATE_KEY, merge_groups, pack_full, read_saved
+
+_NOT_PLAIN = ("params", "param_names")
+
+
+class StateDicts(CoreOptimizer):
+    """Gives and takes state: in torch's form, local or full, and as a checkpoint keeps it.
+
+    What stands at an index there is the index of `_indices`: a parameter's place among all that are
+    trained.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's state: whole tensors with one rank, else this rank's ranges.
+
+        Tensors share memory with the optimizer, as torch's do. It loads into the same rank of the
+        same world; `full_state_dict` gives what loads anywhere.
+        """
+        self._settled()
+        rank, world_size = self._share()
+        saved = super().state_dict()
+        saved[STATE_KEY] = {"world_size": world_size, "rank": rank, **self._further_state()}
+        return saved
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """Return a plain `torch.optim.AdamW` state dict on rank 0, else {}. Collective.
+
+        Moments are fp32 copies in each parameter's shape. The master weights of 16-bit parameters
+        stand under the key "offload_adam", which torch ignores. It loads into an `OffloadAdam` of
+        any world size, when every rank is given it.
+        """
+        core = self._settled()
+        whole: dict[int, dict[str, torch.Tensor]] = {}
+        with torch.no_grad():
+            for state in core.states:
+                whole.update(gather_bucket(state, self._membership) or {})
+        if self._membership.rank != 0:
+            return {}
+        groups = super().state_dict()["param_groups"]
+        return pack_full(groups, self._trainable_ids(), whole, self._further_state())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state in place: this rank's own, a full one, or one of torch's Adam and AdamW.
+
+        Everything is checked before anything is changed.
+
+        Raises:
+            ValueError: another world or rank, other groups, other shapes, by name.
+        """
+        core = self._settled()
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        rank, world_size = self._share()
+        saved = read_saved(state_dict, world_size, rank)
+        groups = merge_groups(self.param_groups, saved.groups, self._check_group)
+        entries = {
+            self._indices[parameter]: saved.state.get(saved_id, {})
+            for group, saved_group in zip(self.param_groups, saved.groups, strict=True)
+            for parameter, saved_id in zip(group["params"], saved_group["params"], strict=True)
+            if parameter in self._indices
+        }
+        with torch.no_grad():
+            loads = [plan_load(*core.place_of(index), entry) for index, entry in entries.items()]
+            load_further = self._plan_further_state(saved.further, entries)
+            core.finish_reading()
+            for load in loads:
+                load.apply()
+        load_further()
+        for group, merged in zip(self.param_groups, groups, strict=True):
+            dict.update(group, merged)  # a saved value may be one that users cannot set
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _trainable_ids(self) -> dict[int, int]:
+        """Return torch's packed id (place over all groups) by each parameter's index."""
+        every = [parameter for group in self.param_groups for parameter in group["params"]]
+        return {
+            self._indices[parameter]: packed
+            for packed, parameter in enumerate(every)
+            if parameter in self._indices
+        }
+
+    def plain_state(self, name_of: Callable[[torch.Tensor], str]) -> dict[str, Any]:
+        """Return what is no tensor: groups, step counts by name, and the face's own state."""
+        groups = [
+            {
+                "parameters": [name_of(parameter) for parameter in group["params"]],
+                "options": {
+                    key: float(value) if isinstance(value, torch.Tensor) else value
+                    for key, value in group.items()
+                    if key not in _NOT_PLAIN
+                },
+            }
+            for group in self.param_groups
+        ]
+        steps = {name_of(shard.parameter): float(shard.step) for shard in self.shards()}
+        return {"groups": groups, "steps": steps, "further": self._further_state()}
+
+    def check_plain_state(
+        self, saved: Mapping[str, Any], name_of: Callable[[torch.Tensor], str]
+    ) -> None:
+        """Refuse what `load_plain_state` could not load.
+
+        Raises:
+            CheckpointError: other groups or parameters, or hyperparameters that this optimizer
+                cannot have.
+        """
+        try:
+            self._plan_plain_state(saved, name_of)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the saved optimizer does not fit this one: {error}") from error
+
+    def load_plain_state(
+        self, saved: Mapping[str, Any], name_of: Callable[[torch.Tensor], str]
+    ) -> None:
+        """Load what `plain_state` returned."""
+        groups, load_further = self._plan_plain_state(saved, name_of)
+        for shard in self.shards():
+            shard.step.fill_(saved["steps"][name_of(shard.parameter)])
+        load_further()
+        for group, kept in zip(self.param_groups, groups, strict=True):
+            dict.update(group, kept)  # a saved value may be one that users cannot set
+
+    def _plan_plain_state(
+        self, saved: Mapping[str, Any], name_of: Callable[[torch.Tensor], str]
+    ) -> tuple[list[dict[str, Any]], Callable[[], None]]:
+        """Check a plain state; return the groups' options and what loads the rest."""
+        if len(saved["groups"]) != len(self.param_groups):
+            raise ValueError(f"it has {len(saved['groups'])} groups, not {len(self.param_groups)}")
+        steps = {name_of(shard.parameter) for shard in self.shards()}
+        _refuse_other_names("its step counts", saved["steps"], steps)
+        groups = []
+        for number, (group, entry) in enumerate(
+            zip(self.param_groups, saved["groups"], strict=True)
+        ):
+            names = {name_of(parameter) for parameter in group["params"]}
+            _refuse_other_names(f"its group {number}", entry["parameters"], names)
+            kept = {**entry["options"], "betas": tuple(entry["options"]["betas"])}
+            if kept["amsgrad"] != group["amsgrad"]:
+                raise ValueError(f"it has amsgrad={kept['amsgrad']}")
+            self._check_group({**group, **kept})
+            groups.append(kept)
+        entries = {
+            self._indices[shard.parameter]: {"step": saved["steps"][name_of(shard.parameter)]}
+            for shard in self.shards()
+        }
+        return groups, self._plan_further_state(saved["further"], entries)
+
+
+def _refuse_other_names(where: str, saved: Iterable[str], here: Collection[str]) -> None:
+    """Refuse names that differ, whatever their order."""
+    for name in sorted({*saved} ^ {*here}):
+        which = "this optimizer alone has" if name in here else "this optimizer does not have"
+        raise ValueError(f"{where}: {which} {name!r}")
