@@ -1,9 +1,4 @@
-"""Intrinsics: format conversions that stay in 32 bits, fused multiply-add, and typed addresses.
-
-Numba promotes small integers to 64 bits, which quarters the speed of bit packing, and has no
-bfloat16; these are therefore written as LLVM instructions. Every one is a pure function of its
-operands, so a loop over them gives the same bits vectorised and scalar.
-"""
+"""Intrinsics: typed addresses, prefetching, and block sums in one order whatever the machine."""
 
 from __future__ import annotations
 
@@ -14,6 +9,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.types.misc import CPointer, NoneType
 from numba.extending import intrinsic, overload
+
+from offload_adam.kernels.vectors import Vectors
 
 _I16 = ir.IntType(16)
 _I32 = ir.IntType(32)
@@ -28,82 +25,6 @@ _LANES = 16
 
 def _constant(value: int) -> ir.Constant:
     return ir.Constant(_I32, value)
-
-
-def _widen(builder: Any, value: Any, kind: Any, lanes: int | None = None) -> Any:
-    """Emit the exact conversion of a carried element (or vector of them) to float32."""
-
-    def shaped(scalar: Any) -> Any:
-        return scalar if lanes is None else ir.VectorType(scalar, lanes)
-
-    if kind == types.float32:
-        return value
-    if kind == types.int16:
-        return builder.fpext(builder.bitcast(value, shaped(ir.HalfType())), shaped(_F32))
-    sixteen = _constant(16) if lanes is None else ir.Constant(shaped(_I32), [16] * lanes)
-    return builder.bitcast(builder.shl(builder.zext(value, shaped(_I32)), sixteen), shaped(_F32))
-
-
-def _round_to_bfloat16(builder: Any, value: Any) -> Any:
-    """Emit round-to-nearest-even to bfloat16 bits; a NaN stays a NaN (its quiet bit is set)."""
-    bits = builder.bitcast(value, _I32)
-    odd = builder.and_(builder.lshr(bits, _constant(16)), _constant(1))
-    rounded = builder.add(bits, builder.add(odd, _constant(0x7FFF)))
-    quiet = builder.or_(bits, _constant(0x400000))
-    is_nan = builder.fcmp_unordered("uno", value, value)
-    chosen = builder.select(is_nan, quiet, rounded)
-    return builder.trunc(builder.lshr(chosen, _constant(16)), _I16)
-
-
-@intrinsic
-def to_float32(typingctx: Any, value: Any) -> Any:
-    """Widen float32, bfloat16 bits (uint16) or float16 bits (int16) to float32, exactly."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _widen(builder, arguments[0], value)
-
-    return types.float32(value), codegen
-
-
-@intrinsic
-def round_like(typingctx: Any, value: Any, tag: Any) -> Any:
-    """Round a float32 to the format of the array `tag`, to nearest even; NaN stays NaN."""
-    element = tag.dtype
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if element == types.float32:
-            return arguments[0]
-        if element == types.uint16:
-            return _round_to_bfloat16(builder, arguments[0])
-        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), _I16)
-
-    return element(types.float32, tag), codegen
-
-
-@intrinsic
-def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
-    """Return a * b + c in float32 with one rounding, in vector bodies and scalar tails alike."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.fma(*arguments)
-
-    return types.float32(types.float32, types.float32, types.float32), codegen
-
-
-@intrinsic
-def flush_tiny(typingctx: Any, value: Any) -> Any:
-    """Return 0 for a float32 below the smallest normal (2**-126), else the value itself.
-
-    The test is on the exponent's bits: a comparison of floats would itself be slow on denormals.
-    """
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        bits = builder.bitcast(arguments[0], _I32)
-        exponent = builder.and_(bits, _constant(0x7F800000))
-        tiny = builder.icmp_unsigned("==", exponent, _constant(0))
-        return builder.select(tiny, ir.Constant(_F32, 0.0), arguments[0])
-
-    return types.float32(types.float32), codegen
 
 
 @intrinsic
@@ -190,7 +111,7 @@ def _load_block(builder: Any, block: Any, element: Any) -> Iterator[Any]:
         return
     kind = _F32 if element == types.float32 else _I16
     for loaded in _load_vectors(builder, block, kind, BLOCK_NUMEL, element.bitwidth // 8):
-        yield _widen(builder, loaded, element, _LANES)
+        yield Vectors(builder, _LANES).widen(loaded, element)
 
 
 def _load_vectors(builder: Any, block: Any, kind: Any, count: int, align: int) -> Iterator[Any]:

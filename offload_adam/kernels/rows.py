@@ -15,6 +15,7 @@ from offload_adam.kernels import scalars as at
 from offload_adam.kernels.bits import prefetch, window
 from offload_adam.kernels.compilation import compile_now, jit, source_fingerprint
 from offload_adam.kernels.formats import FloatFormat
+from offload_adam.kernels.run import finish_stores
 from offload_adam.kernels.update import ElementArray, Float32Array, Int64Array, update_range
 
 _ROWS_AHEAD = 4
@@ -59,6 +60,7 @@ def _build() -> Any:
                     window(rounded, low, high),
                     scalars,
                 )
+            finish_stores()
         return fingerprint
 
     return jit(update_touched, parallel=True)

@@ -13,17 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from offload_adam.kernels import scalars as at
-from offload_adam.kernels.bits import (
-    BLOCK_NUMEL,
-    flush_tiny,
-    fma,
-    pointer_to,
-    round_like,
-    to_float32,
-    window,
-)
+from offload_adam.kernels.bits import BLOCK_NUMEL, pointer_to, window
 from offload_adam.kernels.compilation import compile_now, inner, jit, source_fingerprint
 from offload_adam.kernels.formats import FloatFormat
+from offload_adam.kernels.run import finish_stores, update_run
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
@@ -39,40 +32,8 @@ def _update_range(
     rounded: Any,
     scalars: Any,
 ) -> None:
-    """Update one contiguous run of elements; all arrays have its length.
-
-    A stored moment below 2**-126 counts as 0: denormal arithmetic is up to a hundred times slower
-    on some processors, and with any `eps` above 1e-12 the weight does not see the difference.
-    """
-    scale = scalars[at.GRADIENT_SCALE]
-    l2 = scalars[at.L2]
-    beta1, beta1_rest = scalars[at.BETA1], scalars[at.BETA1_REST]
-    beta2, beta2_rest = scalars[at.BETA2], scalars[at.BETA2_REST]
-    fresh1, fresh2 = scalars[at.ONE_MINUS_BETA1], scalars[at.ONE_MINUS_BETA2]
-    decay = scalars[at.DECAY]
-    step_size = scalars[at.STEP_SIZE]
-    moment, fresh = scalars[at.MOMENT], scalars[at.FRESH]
-    denominator_scale, eps = scalars[at.DENOMINATOR_SCALE], scalars[at.EPS]
-    for i in range(gradient.size):
-        w = master[i]
-        m = flush_tiny(exp_avg[i])
-        v = flush_tiny(exp_avg_sq[i])
-        g = fma(scale, to_float32(gradient[i]), l2 * w)
-        m = fma(beta1, m, fma(beta1_rest, m, fresh1 * g))
-        v = fma(beta2, v, fma(beta2_rest, v, (fresh2 * g) * g))
-        exp_avg[i] = m
-        exp_avg_sq[i] = v
-        if max_exp_avg_sq is not None:
-            largest = flush_tiny(max_exp_avg_sq[i])
-            v = v if v > largest else largest
-            max_exp_avg_sq[i] = v
-        direction = fma(moment, m, fresh * g)
-        denominator = fma(denominator_scale, np.sqrt(v), eps)
-        # Divided before it is scaled: a small moment times the step size would be denormal.
-        w = w - fma(decay, w, step_size * (direction / denominator))
-        master[i] = w
-        if rounded is not None:
-            rounded[i] = round_like(w, rounded)
+    """Update one contiguous run of elements; all arrays have its length."""
+    update_run(gradient, master, exp_avg, exp_avg_sq, max_exp_avg_sq, rounded, scalars)
 
 
 update_range = inner(_update_range)
@@ -121,6 +82,7 @@ def _build() -> Any:
                 )
                 position += numel
                 segment += 1
+            finish_stores()
         return fingerprint
 
     return jit(update_segments, parallel=True)

@@ -8,26 +8,40 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from numba.core import types
+from numba.extending import intrinsic
 
-from offload_adam.kernels.bits import round_like, to_float32
 from offload_adam.kernels.compilation import inner
 from offload_adam.kernels.formats import FloatFormat
+from offload_adam.kernels.vectors import Vectors
 
 SIXTEEN_BITS = [FloatFormat.BFLOAT16, FloatFormat.FLOAT16]
 
 
-def _round_all(values: Any, rounded: Any) -> None:
-    for i in range(values.size):
-        rounded[i] = round_like(values[i], rounded)
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def convert(typingctx: Any, source: Any, target: Any, index: Any, lanes: Any) -> Any:
+    """Load so many elements of one array and store them to the other, in its format."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        before = context.make_array(source)(context, builder, arguments[0]).data
+        after = context.make_array(target)(context, builder, arguments[1]).data
+        vectors = Vectors(builder, lanes.literal_value)
+        value = vectors.load(before, arguments[2], source.dtype)
+        vectors.store(value, after, arguments[2], target.dtype)
+        return context.get_dummy_value()
+
+    return types.void(source, target, index, lanes), codegen
 
 
-def _widen_all(narrow: Any, values: Any) -> None:
-    for i in range(narrow.size):
-        values[i] = to_float32(narrow[i])
+def _convert_all(source: Any, target: Any) -> None:
+    whole = source.size // 16 * 16
+    for i in range(0, whole, 16):
+        convert(source, target, i, 16)
+    for i in range(whole, source.size):
+        convert(source, target, i, 1)
 
 
-round_all = inner(_round_all)
-widen_all = inner(_widen_all)
+convert_all = inner(_convert_all)
 
 
 def torch_dtype(target: FloatFormat) -> torch.dtype:
@@ -39,7 +53,7 @@ def torch_dtype(target: FloatFormat) -> torch.dtype:
 def rounded_by_kernel(values: npt.NDArray[np.float32], target: FloatFormat) -> npt.NDArray[Any]:
     """Return the kernel's bits of the values in the format."""
     out = np.empty(values.size, dtype=target.carrier)
-    round_all(values, out)
+    convert_all(values, out)
     return out
 
 
@@ -52,7 +66,7 @@ def rounded_by_torch(values: npt.NDArray[np.float32], target: FloatFormat) -> np
 def widened(narrow: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """Return the kernel's float32 of carried bits."""
     out = np.empty(narrow.size, dtype=np.float32)
-    widen_all(narrow, out)
+    convert_all(narrow, out)
     return out
 
 

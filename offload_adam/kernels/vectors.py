@@ -1,0 +1,126 @@
+"""Emit float32 arithmetic on vectors: the same bits for one lane as for many.
+
+Only plain IEEE 754 instructions are emitted, and none may be contracted or reordered.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+
+_I16 = ir.IntType(16)
+_I32 = ir.IntType(32)
+_F32 = ir.FloatType()
+
+
+class Vectors:
+    """The instructions on vectors of `lanes` float32, emitted at the builder's place.
+
+    Carried elements are float32, bfloat16 bits (uint16) or float16 bits (int16), by Numba's type.
+    """
+
+    def __init__(self, builder: Any, lanes: int) -> None:
+        self.lanes = lanes
+        self.kind = self._vector(_F32)
+        self._builder = builder
+
+    def splat(self, value: Any) -> Any:
+        """Return a scalar float32 in every lane."""
+        empty = ir.Constant(self.kind, ir.Undefined)
+        first = self._builder.insert_element(empty, value, ir.Constant(_I32, 0))
+        return self._builder.shuffle_vector(first, empty, self._constant(_I32, 0))
+
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        """Return a * b + c with one rounding."""
+        return self._call("fma", a, b, c)
+
+    def sqrt(self, a: Any) -> Any:
+        """Return the square root."""
+        return self._call("sqrt", a)
+
+    def larger(self, a: Any, b: Any) -> Any:
+        """Return a where it is above b, else b."""
+        return self._builder.select(self._builder.fcmp_ordered(">", a, b), a, b)
+
+    def flush_tiny(self, a: Any) -> Any:
+        """Return 0 for what lies below the smallest normal (2**-126), else the value itself.
+
+        The test is on the exponent's bits: a comparison of floats would itself be slow on
+        denormals.
+        """
+        exponent = self._builder.and_(self._bits(a), self._constant(_I32, 0x7F800000))
+        tiny = self._builder.icmp_unsigned("==", exponent, self._constant(_I32, 0))
+        return self._builder.select(tiny, self._constant(_F32, 0.0), a)
+
+    def load(self, stream: Any, index: Any, element: Any) -> Any:
+        """Return carried elements from stream[index] on, widened to float32, exactly."""
+        pointer = self._address(stream, index, element)
+        loaded = self._builder.load(pointer)
+        loaded.align = element.bitwidth // 8
+        return self.widen(loaded, element)
+
+    def store(self, value: Any, stream: Any, index: Any, element: Any) -> None:
+        """Write to stream[index] and what follows, rounded to carried elements."""
+        pointer = self._address(stream, index, element)
+        self._builder.store(self.round(value, element), pointer).align = element.bitwidth // 8
+
+    def store_past_caches(self, value: Any, stream: Any, index: Any, element: Any) -> None:
+        """Write like `store`, to an address aligned to the whole vector, straight to memory.
+
+        Nothing is read for it, as an ordinary store reads the line that it writes to.
+        """
+        pointer = self._address(stream, index, element)
+        stored = self._builder.store(self.round(value, element), pointer)
+        stored.align = element.bitwidth // 8 * self.lanes
+        one = self._builder.module.add_metadata([ir.Constant(_I32, 1)])
+        stored.set_metadata("nontemporal", one)
+
+    def widen(self, carried: Any, element: Any) -> Any:
+        """Return carried elements as float32, exactly."""
+        builder = self._builder
+        if element == types.float32:
+            return carried
+        if element == types.int16:
+            half = builder.bitcast(carried, self._vector(ir.HalfType()))
+            return builder.fpext(half, self.kind)
+        wide = builder.zext(carried, self._vector(_I32))
+        return builder.bitcast(builder.shl(wide, self._constant(_I32, 16)), self.kind)
+
+    def round(self, value: Any, element: Any) -> Any:
+        """Return float32 rounded to carried elements, to nearest even; a NaN stays a NaN."""
+        builder = self._builder
+        if element == types.float32:
+            return value
+        if element == types.int16:
+            half = builder.fptrunc(value, self._vector(ir.HalfType()))
+            return builder.bitcast(half, self._vector(_I16))
+        bits = self._bits(value)
+        odd = builder.and_(builder.lshr(bits, self._constant(_I32, 16)), self._constant(_I32, 1))
+        rounded = builder.add(builder.add(bits, self._constant(_I32, 0x7FFF)), odd)
+        quiet = builder.or_(bits, self._constant(_I32, 0x400000))
+        is_nan = builder.fcmp_unordered("uno", value, value)
+        chosen = builder.select(is_nan, quiet, rounded)
+        return builder.trunc(builder.lshr(chosen, self._constant(_I32, 16)), self._vector(_I16))
+
+    def _bits(self, value: Any) -> Any:
+        return self._builder.bitcast(value, self._vector(_I32))
+
+    def _vector(self, scalar: Any) -> Any:
+        return ir.VectorType(scalar, self.lanes)
+
+    def _constant(self, scalar: Any, value: float) -> ir.Constant:
+        return ir.Constant(self._vector(scalar), [value] * self.lanes)
+
+    def _address(self, stream: Any, index: Any, element: Any) -> Any:
+        carried = _F32 if element == types.float32 else _I16
+        pointer = self._builder.gep(stream, [index])
+        return self._builder.bitcast(pointer, self._vector(carried).as_pointer())
+
+    def _call(self, operation: str, *operands: Any) -> Any:
+        kind = ir.FunctionType(self.kind, [self.kind] * len(operands))
+        name = f"llvm.{operation}.v{self.lanes}f32"
+        return self._builder.call(
+            cgutils.get_or_insert_function(self._builder.module, kind, name), operands
+        )
