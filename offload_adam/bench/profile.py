@@ -28,8 +28,8 @@ OFF, ON = "off", "on"
 INTERVAL_MS = 100.0
 """Between two samples of memory: the default of `profile.interval_ms`."""
 NUM_LAYERS = 8
-NUM_STEPS = 20
-"""Steps in one turn: together they take as long as several samples are apart."""
+NUM_STEPS = 10
+"""Steps in one turn: together they take longer than two samples are apart."""
 _BATCH_SIZE = 64
 _NUM_NULL_SPANS = 100_000
 DEFINITIONS = {

@@ -126,7 +126,7 @@ def bench_rows(
 def bench_profile(
     width: Annotated[int, typer.Option("--width", min=16, help="Of 8 square layers.")] = 512,
     threads: Threads = None,
-    pairs: Pairs = 21,
+    pairs: Pairs = 41,
     json_file: JsonFile = None,
 ) -> None:
     """Measure steps whose spans and memory are recorded against the same steps unwatched.
