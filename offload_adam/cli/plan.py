@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -51,6 +51,14 @@ def plan(
     network_bandwidth: Annotated[
         float | None, typer.Option(metavar="GB/S", help="Of a rank's collectives.")
     ] = None,
+    tera_flops: Annotated[
+        float | None,
+        typer.Option("--tflops", help="1e12 operations a second that a rank computes with."),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of a rank's step, for --tflops; CONFIG's own by default."),
+    ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure this machine's bandwidths for the time.")
     ] = False,
@@ -58,10 +66,11 @@ def plan(
         Path | None, typer.Option("--json", help="Write everything to this file.")
     ] = None,
 ) -> None:
-    """Say what each rank would hold, whether it fits, and how long the optimizer's part would take.
+    """Say what each rank would hold, whether it fits, and how long a step would take.
 
     Nothing is allocated. With --gpu-memory, or where there is CUDA, parameters live on a GPU. The
-    time is that of this machine where `offload-adam doctor` has measured it, or with --measure.
+    time is that of this machine where `offload-adam doctor` has measured it, or with --measure;
+    forward and backward are part of it where --tflops says how fast they are.
 
     Exit codes: 0 it fits, 2 a wrong option or configuration, 3 it does not fit, 1 anything else.
     """
@@ -70,13 +79,23 @@ def plan(
     try:
         specs, training = _subject(config, overrides or [], params, param_dtype, gpu_memory)
         training = _with_world(training, world_size, local_world_size)
+        training = replace(training, num_tokens=tokens or training.num_tokens)
+        if tera_flops is not None and training.num_tokens is None:
+            raise ValueError("--tflops needs --tokens, how many a rank trains on in a step")
         given = (host_bandwidth, bus_bandwidth, network_bandwidth)
         machine = _machine(gpu_memory, host_memory, given, training.on_device, measure=measure)
+        machine = replace(machine, tera_flops=_positive(tera_flops))
         _require_folder(json_file)
     except (ConfigError, ValueError) as error:
         _refuse(error)
     if not _report(specs, training, machine, json_file):
         raise typer.Exit(EXIT_DOES_NOT_FIT)
+
+
+def _positive(tera_flops: float | None) -> float | None:
+    if tera_flops is not None and not 0 < tera_flops < math.inf:
+        raise ValueError("--tflops must be above 0, and finite")
+    return tera_flops
 
 
 def _refuse(error: Exception) -> NoReturn:
@@ -107,12 +126,10 @@ def _subject(
         raise ValueError(f"--param-dtype must be fp32, bf16 or fp16, not {param_dtype!r}")
     if not math.isfinite(params):
         raise ValueError(f"--params must be a finite number, not {params}")
-    return synthetic_specs(int(params), _ITEMSIZES[param_dtype]), Training()
+    return synthetic_specs(int(params), _ITEMSIZES[param_dtype]), Training(saves=True)
 
 
 def _with_world(training: Training, world_size: int, local_world_size: int | None) -> Training:
-    from dataclasses import replace
-
     local = world_size if local_world_size is None else local_world_size
     return replace(training, world_size=world_size, local_world_size=local)
 
@@ -206,6 +223,8 @@ def _report(
                 place: {name: nbytes * training.local_world_size for name, nbytes in held.items()}
                 for place, held in (("host", found.host), ("device", found.device))
             },
+            "seconds_at_least": None if timing is None else timing.least_s,
+            "seconds_at_most": None if timing is None else timing.total_s,
             "seconds": None if timing is None else dict(timing.seconds),
             "bound": None if timing is None else timing.bound,
             "rough": None if timing is None else list(timing.doubts),

@@ -25,6 +25,8 @@ class Training:
     reduces: this package averages the gradients.
     beside: state lies beside its parameter, whole on every rank.
     offload_fraction: of the elements on a GPU that have their state on the host.
+    saves: checkpoints are written.
+    num_tokens: of one rank's step, all microbatches together; None where they are not known.
     """
 
     world_size: int = 1
@@ -38,6 +40,8 @@ class Training:
     beside: bool = False
     offload_fraction: float = 1.0
     bucket_nbytes: int = DEFAULT_BUCKET_NBYTES
+    saves: bool = False
+    num_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("world_size", "local_world_size", "bucket_nbytes"):
@@ -60,6 +64,7 @@ class Machine:
     host_gb_per_s: what a step on all of a node's cores together reads and writes, in 1e9 bytes a
         second.
     bus_gb_per_s: one GPU's copies in one direction; network_gb_per_s: a rank's collectives.
+    tera_flops: what a rank computes of forward and backward, in 1e12 operations a second.
     measured: the bandwidths were measured where the plan is for.
     """
 
@@ -68,6 +73,7 @@ class Machine:
     host_gb_per_s: float | None = None
     bus_gb_per_s: float | None = None
     network_gb_per_s: float | None = None
+    tera_flops: float | None = None
     measured: bool = False
 
 

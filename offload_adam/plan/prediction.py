@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from offload_adam.checkpoint.manifest import BLOCK_NBYTES
 from offload_adam.layout.budget import (
     BucketPlanes,
     block_sums_nbytes,
@@ -69,6 +70,9 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
     host["block_sums"] = block_sums_nbytes(on_host)
     if training.on_device:
         host["staging"] = _staging(on_host)
+    if training.on_device and training.saves:
+        # What lies in host memory is written from where it lies.
+        host["checkpoint writer"] = BLOCK_NBYTES
     return Prediction(_positive(host), _positive(device), len(buckets))
 
 

@@ -24,14 +24,18 @@ def plan_tables(
 ) -> Iterator[Table | str]:
     """Yield what is printed, in order."""
     yield _bytes(plan, training, machine)
-    if not fit:
-        yield "It does not fit."
+    yield _fits(fit, machine)
     if largest is not None:
         yield f"The largest model that fits like this has {largest:.2e} parameters."
     if timing is not None:
         yield _times(timing)
         for doubt in timing.doubts:
             yield f"rough: {doubt}"
+    else:
+        yield (
+            "The time of a step is not known: give --host-bandwidth, --bus-bandwidth and "
+            "--network-bandwidth in GB/s, or run offload-adam doctor where it is to train."
+        )
     if changes:
         yield _changes(changes)
 
@@ -61,14 +65,30 @@ def _bytes(plan: Prediction, training: Training, machine: Machine) -> Table:
     return table
 
 
+def _fits(fit: bool, machine: Machine) -> str:
+    """Say whether it fits, and what was not asked."""
+    if not fit:
+        return "It does not fit."
+    unknown = [
+        name
+        for name, nbytes in (("host", machine.host_nbytes), ("GPU", machine.device_nbytes))
+        if nbytes is None
+    ]
+    if unknown:
+        return f"It fits, as far as is known: the memory of the {' and the '.join(unknown)} is not."
+    return "It fits, before activations and what CUDA takes for itself."
+
+
 def _times(timing: StepTime) -> Table:
-    title = "Beside forward and backward"
-    table = Table("", "seconds a step", title=title)
+    whole = "compute" in timing.seconds
+    title = "A step" if whole else "A step, beside forward and backward"
+    table = Table("", "seconds", title=title)
     table.columns[1].justify = "right"
     for name, seconds in timing.seconds.items():
         marked = f"{name} (bounds it)" if name == timing.bound else name
         table.add_row(marked, f"{seconds:.4g}")
     table.add_section()
+    table.add_row("all at once, at least", f"{timing.least_s:.4g}")
     table.add_row("one after the other", f"{timing.total_s:.4g}")
     return table
 

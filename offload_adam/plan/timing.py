@@ -1,4 +1,4 @@
-"""How long a step is apart from the model's own forward and backward, and what bounds it."""
+"""How long a step is, of which forward and backward need to be told, and what bounds it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from offload_adam.plan.inputs import Machine, Training, total_numel
 from offload_adam.plan.prediction import hosted, planes_of
 
 GB = 1e9
+FLOPS_PER_PARAMETER = 6
+"""Operations for each parameter and token: two forward, four backward."""
 COMPARED_NUMEL = (8_000_000, 64_000_000)
 """Elements of a node's shards for which predictions were compared with measured steps. Below them
 the fixed costs of a step count, which are not in the prediction."""
@@ -42,12 +44,19 @@ class StepTime:
         """The time without any overlap, as the sequential executor takes it."""
         return sum(self.seconds.values())
 
+    @property
+    def least_s(self) -> float:
+        """The time with perfect overlap: that of what bounds it."""
+        return max(self.seconds.values())
+
 
 def predict_time(
     specs: Sequence[ParameterSpec], training: Training, machine: Machine
 ) -> StepTime | None:
-    """Return the optimizer's part of a step, None where no bandwidth is known.
+    """Return the time of a step, None where no bandwidth is known.
 
+    compute: forward and backward, where tokens and speed are known; else only the optimizer's part
+    is in it.
     update: norm and update read and write the state of all ranks of a node through its one memory.
     bus: gradients down, parameters up. network: what a rank sends and receives over a ring.
     """
@@ -70,6 +79,9 @@ def predict_time(
     }
     if not seconds:
         return None
+    if machine.tera_flops is not None and training.num_tokens is not None:
+        flops = FLOPS_PER_PARAMETER * total_numel(specs) * training.num_tokens
+        seconds = {"compute": flops / 1e12 / machine.tera_flops, **seconds}
     unknown = [name for name, size in nbytes.items() if size > 0 and name not in seconds]
     return StepTime(seconds, tuple(_doubts(specs, training, machine, unknown)))
 

@@ -44,7 +44,7 @@ def training_of_job(job: Job) -> Training:
 
 def training_of(config: RunConfig, on_device: bool) -> Training:
     """Return how a configuration trains, for one rank: the world is not part of it."""
-    section = config.optimizer
+    section, train = config.optimizer, config.train
     is_adam = isinstance(section, AdamSection)
     return Training(
         on_device=on_device,
@@ -56,4 +56,6 @@ def training_of(config: RunConfig, on_device: bool) -> Training:
         offload_fraction=config.memory.offload_fraction,
         beside=is_adam and not section.streams,
         bucket_nbytes=section.bucket_nbytes or DEFAULT_BUCKET_NBYTES,
+        saves=config.checkpoint.every > 0,
+        num_tokens=train.batch_size * train.sequence_length * train.gradient_accumulation_steps,
     )

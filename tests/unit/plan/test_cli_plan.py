@@ -188,3 +188,30 @@ def test_the_largest_model_needs_a_known_memory() -> None:
 )
 def test_sizes_are_read(text: str, nbytes: int) -> None:
     assert parse_nbytes(text) == nbytes
+
+
+def test_forward_and_backward_are_part_of_a_step_where_their_speed_is_told(tmp_path: Path) -> None:
+    arguments = ("--params=1e9", "--world-size=2", *MACHINE, "--host-bandwidth=100")
+    rest = ("--bus-bandwidth=10", "--network-bandwidth=50")
+    plain = planned(tmp_path, *arguments, *rest)
+    told = planned(tmp_path, *arguments, *rest, "--tflops=200", "--tokens=100_000")
+    # 6 operations a parameter and token: 6e14 at 2e14 a second.
+    assert told["seconds"]["compute"] == pytest.approx(3.0)
+    assert {name: s for name, s in told["seconds"].items() if name != "compute"} == plain["seconds"]
+    assert told["bound"] == "compute"
+    assert told["seconds_at_least"] == pytest.approx(3.0)
+    assert told["seconds_at_most"] == pytest.approx(3.0 + sum(plain["seconds"].values()))
+
+
+def test_the_tokens_of_a_configuration_are_its_own(tmp_path: Path) -> None:
+    values = planned(tmp_path, CONFIG, "--host-bandwidth=50", "--tflops=0.1")
+    flops = 6 * values["num_parameters"] * 8 * 32 * 2  # sequences, tokens, microbatches
+    assert values["seconds"]["compute"] == pytest.approx(flops / 1e11)
+
+
+def test_what_is_not_known_of_the_time_is_said() -> None:
+    _, output = plan("--params=1e9", *MACHINE)
+    assert "It fits, before activations" in output
+    assert "The time of a step is not known: give --host-bandwidth" in " ".join(output.split())
+    _, output = plan("--params=1e6", "--host-memory=1GiB", "--gpu-memory=1GiB", "--tflops=100")
+    assert "--tflops needs --tokens" in output
