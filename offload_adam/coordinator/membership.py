@@ -117,6 +117,13 @@ class Membership:
             raise error if self.watch is None else self.watch.explain(error) from error
         return True
 
+    def broadcast_data(self, tensor: torch.Tensor) -> None:
+        """Give every rank the first one's tensor of any device, in place. Collective."""
+        if self.world_size > 1:
+            group = self.data_group(tensor.device)
+            source = self.global_ranks[0]
+            self.wait(dist.broadcast(tensor, source, group=group, async_op=True))
+
     def release(self) -> None:
         """End the groups. Idempotent, and safe after the default group has been destroyed."""
         groups = [group for group in (self.control, *self.data.values()) if group is not None]

@@ -9,7 +9,6 @@ from enum import Enum
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from offload_adam.coordinator.admission import together
 from offload_adam.coordinator.membership import Membership
@@ -24,7 +23,6 @@ from offload_adam.parameters.buckets import adopt
 from offload_adam.parameters.gradients import GradientReader
 from offload_adam.parameters.selection import NewParameter
 from offload_adam.step.bucket_state import BucketState, segment_arrays
-from offload_adam.transfer.collectives import PendingCollective
 
 LandedDtype = Callable[[torch.dtype, bool], torch.dtype | None]
 
@@ -181,10 +179,8 @@ def _build(
     parameters = [item.parameter for item in items]
     names = [item.name for item in items]
     flat = adopt(bucket, parameters)
-    if membership.world_size > 1 and bucket.numel > 0:
-        group = membership.data_group(flat.device)
-        work = dist.broadcast(flat, membership.global_ranks[0], group=group, async_op=True)
-        PendingCollective(work, flat, flat).wait(membership)
+    if bucket.numel > 0:
+        membership.broadcast_data(flat)
     rank, _ = placing.share_of(membership)
     low, high = bucket.shard_bounds(rank)
     shard = flat[low:high]

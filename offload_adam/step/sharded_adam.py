@@ -45,7 +45,7 @@ from offload_adam.step.refusals import (
 from offload_adam.step.report import StepReport
 from offload_adam.step.tasks import Tasks
 from offload_adam.step.updates import Updates
-from offload_adam.transfer.rings import NUM_REDUCE_SLOTS, NUM_STAGING_SLOTS, Rings
+from offload_adam.transfer.rings import Rings
 from offload_adam.transfer.streams import StreamsByDevice
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,11 @@ class ShardedAdam:
         make_buffer = partial(_make_buffer, placing, self.arenas)
         self._beside_steps = Stopwatch()
         self._landing = Landing(membership, reduction.slots, make_arena=make_buffer)
-        self._rings = Rings(make_buffer)
+        self._rings = Rings(
+            make_buffer,
+            num_staging=backend.num_staging_slots,
+            num_reduction=backend.num_reduce_slots,
+        )
         self._streams = StreamsByDevice(backend.make_streams)
         self.executor = self._make_executor(overlaps, backend)
         self.resources.callback(self.executor.close)
@@ -186,7 +190,9 @@ class ShardedAdam:
         """Plan the schedule of all buckets, and make what new ones need for it."""
         routes = [self._route(state) for state in self.states]
         schedule = plan_schedule(
-            routes, num_reduce_slots=NUM_REDUCE_SLOTS, num_staging_slots=NUM_STAGING_SLOTS
+            routes,
+            num_reduce_slots=self._rings.num_reduction,
+            num_staging_slots=self._rings.num_staging,
         )
         for state, route in zip(self.states, routes, strict=True):
             arrives = self.reduction.arrival_dtype(state.dtype)

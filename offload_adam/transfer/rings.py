@@ -24,14 +24,19 @@ class Rings:
     Lifecycle: the `fit_*` while nothing is under way; nothing is allocated later.
     """
 
-    def __init__(self, make_arena: Callable[[int], HostArena]) -> None:
+    def __init__(
+        self, make_arena: Callable[[int], HostArena], *, num_staging: int, num_reduction: int
+    ) -> None:
         """Begin without slots.
 
         Args:
             make_arena: gives host memory of so many bytes, page-locked where that was asked for.
+            num_staging, num_reduction: slots of each kind, at least 1.
         """
         self._make_arena = make_arena
         self._arenas: dict[torch.dtype, HostArena] = {}
+        self.num_staging = num_staging
+        self.num_reduction = num_reduction
         self._staging: dict[torch.dtype, list[torch.Tensor]] = {}
         self._reduction: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
 
@@ -57,16 +62,16 @@ class Rings:
         if slots is None or slots[0].numel() < numel:
             if dtype in self._arenas:
                 self._arenas[dtype].close()
-            arena = self._make_arena(NUM_STAGING_SLOTS * padded_nbytes(numel, dtype))
+            arena = self._make_arena(self.num_staging * padded_nbytes(numel, dtype))
             self._arenas[dtype] = arena
-            self._staging[dtype] = [arena.take(numel, dtype) for _ in range(NUM_STAGING_SLOTS)]
+            self._staging[dtype] = [arena.take(numel, dtype) for _ in range(self.num_staging)]
 
     def fit_reduction(self, dtype: torch.dtype, device: torch.device, numel: int) -> None:
         """Make the slots on a device large enough for such a bucket."""
         slots = self._reduction.get((dtype, device))
         if slots is None or slots[0].numel() < numel:
             self._reduction[dtype, device] = [
-                torch.empty(numel, dtype=dtype, device=device) for _ in range(NUM_REDUCE_SLOTS)
+                torch.empty(numel, dtype=dtype, device=device) for _ in range(self.num_reduction)
             ]
 
     def staging_slot(self, dtype: torch.dtype, slot: int, numel: int) -> torch.Tensor:
