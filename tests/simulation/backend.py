@@ -1,0 +1,232 @@
+"""The simulated machine as what an optimizer runs on: streams, collectives, a worker."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from offload_adam.layout.schedule import Lane
+from offload_adam.transfer.collectives import PendingCollective
+from offload_adam.transfer.streams import DONE, Mark, Streams
+from tests.simulation.detector import Clock
+from tests.simulation.machine import TRAINING, UPDATE, Machine, SimulatedMark
+from tests.simulation.memory import poison
+
+
+class _Held(NamedTuple):
+    mark: SimulatedMark
+    tensors: list[torch.Tensor]
+
+
+class SimulatedStreams:
+    """The lanes of the machine's device, with the rules of `CudaStreams` for who holds what."""
+
+    is_asynchronous = True
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._unmarked: dict[Lane, list[torch.Tensor]] = {lane: [] for lane in Lane}
+        self._held: list[_Held] = []
+
+    def launch(
+        self,
+        lane: Lane,
+        action: Callable[[], object],
+        *,
+        reads: Iterable[torch.Tensor] = (),
+        writes: Iterable[torch.Tensor] = (),
+    ) -> None:
+        """Queue it, under the name of the task that has last begun on this thread."""
+        reads, writes = list(reads), list(writes)
+        self._machine.launch(lane, action, self._machine.task, reads=reads, writes=writes)
+        if lane is not Lane.COMPUTE:
+            self._unmarked[lane] += (*reads, *writes)
+
+    def mark(self, lane: Lane) -> Mark:
+        """Return the point after all that is queued, and free what is over."""
+        mark = self._machine.mark(lane)
+        tensors, self._unmarked[lane] = self._unmarked[lane], []
+        if tensors:
+            self._held.append(_Held(mark, tensors))
+        self._machine.elapse()
+        for held in self._held:
+            if held.mark.at is not None:
+                self._machine.saw(held.mark)
+        self._held = [held for held in self._held if held.mark.at is None]
+        return mark
+
+    def wait(self, lane: Lane, mark: Mark) -> None:
+        """Let the lane wait."""
+        assert isinstance(mark, SimulatedMark)
+        self._machine.wait(lane, mark)
+
+    def synchronize(self, mark: Mark) -> None:
+        """Let the clock run until the mark is reached."""
+        mark.synchronize()
+
+
+class HostLanes:
+    """Lanes of parameters in host memory: what is launched is done at once, by the thread."""
+
+    is_asynchronous = False
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def launch(
+        self,
+        lane: Lane,
+        action: Callable[[], object],
+        *,
+        reads: Iterable[torch.Tensor] = (),
+        writes: Iterable[torch.Tensor] = (),
+    ) -> None:
+        """Do it."""
+        self._machine.elapse()
+        self._machine.touch(self._machine.task, reads, writes)
+        action()
+
+    def mark(self, lane: Lane) -> Mark:
+        """Return a point that is behind us."""
+        return DONE
+
+    def wait(self, lane: Lane, mark: Mark) -> None:
+        """Return: it is over."""
+
+    def synchronize(self, mark: Mark) -> None:
+        """Return: it is over."""
+
+
+class SimulatedCollective:
+    """The handle of a collective on host memory, in the place of `torch.distributed.Work`."""
+
+    def __init__(self, mark: SimulatedMark) -> None:
+        self._mark = mark
+
+    def is_completed(self) -> bool:
+        """Tell, without waiting, whether it is over."""
+        return self._mark.at is not None
+
+    def wait(self) -> None:
+        """Let the clock run until it is."""
+        self._mark.synchronize()
+
+
+class Peers(Protocol):
+    """What stands for the other ranks of a world."""
+
+    def fill(self, flat: torch.Tensor) -> Callable[[], None]:
+        """Return what brings the other ranks' shards of a bucket, as they are now."""
+        ...
+
+
+class SimulatedCollectives:
+    """Collectives with peers that are mirrors: the mean of equal gradients is each of them."""
+
+    def __init__(self, machine: Machine, peers: Peers) -> None:
+        self._machine = machine
+        self._peers = peers
+
+    def mean(
+        self, streams: Streams, buffer: torch.Tensor, part: tuple[int, int]
+    ) -> PendingCollective:
+        """Leave this rank's part as it is, and nothing of use elsewhere."""
+
+        def scatter() -> None:
+            poison(buffer[: part[0]])
+            poison(buffer[part[1] :])
+
+        return self._issue(Lane.REDUCE, streams, scatter, buffer, buffer[part[0] : part[1]])
+
+    def gather(self, streams: Streams, flat: torch.Tensor) -> PendingCollective:
+        """Bring the other ranks' shards."""
+        return self._issue(Lane.GATHER, streams, self._peers.fill(flat), flat, flat)
+
+    def _issue(
+        self,
+        lane: Lane,
+        streams: Streams,
+        action: Callable[[], None],
+        buffer: torch.Tensor,
+        shard: torch.Tensor,
+    ) -> PendingCollective:
+        if streams.is_asynchronous:
+            streams.launch(lane, action, reads=[buffer], writes=[buffer])
+            return PendingCollective(None, buffer, shard)
+        self._machine.launch(lane, action, self._machine.task, reads=[buffer], writes=[buffer])
+        handle: Any = SimulatedCollective(self._machine.mark(lane))
+        return PendingCollective(handle, buffer, shard)
+
+
+class SimulatedJob:
+    """One job of the update thread."""
+
+    def __init__(self, worker: SimulatedWorker, what: str, job: Callable[[], None]) -> None:
+        self.what = what
+        self.given: Clock = worker.machine.release()
+        self.ended: Clock | None = None
+        self.job: Callable[[], None] | None = job
+        self._worker = worker
+
+    def is_over(self) -> bool:
+        """Tell whether it has ended."""
+        self._worker.machine.elapse()
+        return self.ended is not None
+
+    def wait(self, timeout_s: float) -> bool:
+        """Run jobs up to this one if there is time; raise what a job has raised."""
+        while timeout_s > 0.0 and self.ended is None:
+            assert self._worker.run_next()
+        if self.ended is None:
+            return False
+        self._worker.machine.join(self.ended)
+        if self._worker.failure is not None:
+            raise self._worker.failure
+        return True
+
+
+class SimulatedWorker:
+    """Runs jobs as the update thread: when somebody waits for them, or at drawn moments before."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.failure: BaseException | None = None
+        self._waiting: deque[SimulatedJob] = deque()
+        machine.beside = self.run_next
+
+    def submit(self, what: str, job: Callable[[], None]) -> SimulatedJob:
+        """Queue a job."""
+        given = SimulatedJob(self, what, job)
+        self._waiting.append(given)
+        self.machine.elapse()
+        return given
+
+    def run_next(self) -> bool:
+        """Run one job; tell whether there was any. Jobs are not interrupted by others."""
+        if not self._waiting or self.machine.thread == UPDATE:
+            return False
+        job = self._waiting.popleft()
+        assert job.job is not None
+        task = self.machine.task
+        with ExitStack() as back:
+            back.callback(setattr, self.machine, "thread", TRAINING)
+            back.callback(setattr, self.machine, "task", task)
+            self.machine.thread, self.machine.task = UPDATE, job.what
+            self.machine.join(job.given)
+            if self.failure is None:
+                try:
+                    job.job()
+                except BaseException as error:
+                    self.failure = error
+            job.job = None
+            job.ended = self.machine.release()
+        return True
+
+    def close(self) -> None:
+        """Do what was given."""
+        while self.run_next():
+            pass

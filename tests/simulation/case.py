@@ -1,0 +1,157 @@
+"""One random training run: a model without arithmetic, and what happens in each of its steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from hypothesis import strategies as st
+
+from offload_adam.memory.pinning import Pin
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Step(NamedTuple):
+    """One step.
+
+    rounds: for each backward the layers that its forward uses, in this order.
+    evaluates: parameters are read once more between the backward and the step.
+    non_finite: a layer whose first gradient is not finite, None for a step that is taken.
+    drops: gradients are forgotten (zero_grad) and the backward is done again.
+    """
+
+    rounds: tuple[tuple[int, ...], ...]
+    evaluates: bool
+    non_finite: int | None
+    drops: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """All that a run depends on, but for the times of the simulated machine.
+
+    layers: for each layer its parameters, as (number of elements, name of the dtype).
+    on_device: parameters are on the simulated device, else in host memory.
+    """
+
+    layers: tuple[tuple[tuple[int, str], ...], ...]
+    steps: tuple[Step, ...]
+    world_size: int = 1
+    rank: int = 0
+    bucket_nbytes: int = 1024
+    num_reduce_slots: int = 3
+    num_staging_slots: int = 2
+    on_device: bool = True
+    pin: Pin = "all"
+    accumulates: bool = False
+    overlaps: bool = True
+    max_norm: float | None = None
+    seed: int = 0
+
+    @property
+    def parameters(self) -> list[tuple[int, str]]:
+        """All parameters, layer by layer."""
+        return [parameter for layer in self.layers for parameter in layer]
+
+    def members(self, layer: int) -> range:
+        """Return the indices of a layer's parameters."""
+        start = sum(map(len, self.layers[:layer]))
+        return range(start, start + len(self.layers[layer]))
+
+    def weights(self) -> list[torch.nn.Parameter]:
+        """Return the parameters at the start."""
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = [torch.randn(numel, generator=generator) for numel, _ in self.parameters]
+        return [
+            torch.nn.Parameter(values.to(DTYPES[name]))
+            for values, (_, name) in zip(drawn, self.parameters, strict=True)
+        ]
+
+    def gradient(self, step: int, round_: int, parameter: int) -> torch.Tensor:
+        """Return a gradient of few-bit numbers, so that sums and sums of squares are exact."""
+        numel, name = self.parameters[parameter]
+        place = ((self.seed * 100 + step) * 10 + round_) * 1000 + parameter
+        generator = torch.Generator().manual_seed(place)
+        values = torch.randint(-4, 5, (numel,), generator=generator) / 16
+        spoiled = self.steps[step].non_finite
+        if spoiled is not None and numel > 0 and parameter == self.members(spoiled)[0]:
+            values[numel // 2] = math.nan
+        return values.to(DTYPES[name])
+
+    def sum_of_squares(self, step: int) -> float:
+        """Return the exact sum of squares of the step's gradients; NaN where one is not finite."""
+        total = 0.0
+        rounds = self.steps[step].rounds
+        for parameter in range(len(self.parameters)):
+            layer = next(k for k in range(len(self.layers)) if parameter in self.members(k))
+            given = [
+                self.gradient(step, number, parameter).double()
+                for number, used in enumerate(rounds)
+                if layer in used
+            ]
+            if given:
+                total += float(torch.stack(given).sum(0).square().sum())
+        return total
+
+
+_SIZES = st.sampled_from([0, 1, 100, 128, 200, 300, 513, 900])
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Draw everything at random."""
+    names = draw(st.sampled_from([("fp32",), ("bf16",), ("fp16",), ("bf16", "fp32"), (*DTYPES,)]))
+    parameters = st.tuples(_SIZES, st.sampled_from(names))
+    layers = draw(st.lists(st.lists(parameters, min_size=1, max_size=3), min_size=1, max_size=9))
+    world_size = draw(st.sampled_from([1, 1, 2, 3, 4]))
+    accumulates = draw(st.sampled_from([False, False, False, True]))
+    return Case(
+        layers=tuple(map(tuple, layers)),
+        steps=tuple(draw(st.lists(_steps(len(layers), accumulates), min_size=2, max_size=5))),
+        world_size=world_size,
+        rank=draw(st.integers(0, world_size - 1)),
+        bucket_nbytes=draw(st.sampled_from([256, 600, 1200, 4096])),
+        num_reduce_slots=draw(st.integers(1, 4)),
+        num_staging_slots=draw(st.integers(1, 3)),
+        on_device=draw(st.sampled_from([True, True, True, False])),
+        pin=draw(st.sampled_from(["all", "all", "staging", "none"])),
+        accumulates=accumulates,
+        overlaps=draw(st.sampled_from([True, True, True, False])),
+        max_norm=draw(st.sampled_from([None, 0.5, 20.0])),
+        seed=draw(st.integers(0, 1 << 20)),
+    )
+
+
+@st.composite
+def _steps(draw: st.DrawFn, num_layers: int, accumulates: bool) -> Step:
+    every = list(range(num_layers))
+    layers = st.one_of(
+        st.just(every), st.permutations(every), st.lists(st.sampled_from(every), unique=True)
+    )
+    used = st.lists(
+        layers.map(lambda chosen: tuple(chosen or every[:1])),
+        min_size=1,
+        max_size=3 if accumulates else 1,
+    )
+    rounds = tuple(draw(used))
+    spoiled = draw(st.sampled_from([None, None, None, None, None, rounds[0][0]]))
+    drops = draw(st.sampled_from([False, False, False, False, True]))
+    return Step(rounds, draw(st.booleans()), spoiled, drops)
+
+
+def simple_case(num_layers: int, dtype: str, **options: Any) -> Case:
+    """Return a case of layers of one parameter and one bucket each, that uses all in turn.
+
+    After a step of all layers there is one of each alone, so that each is once the first.
+    """
+    every = tuple(range(num_layers))
+    uses = [every, *((layer,) for layer in every), every]
+    return Case(
+        layers=tuple(((300, dtype),) for _ in every),
+        steps=tuple(Step((used,), evaluates=True, non_finite=None, drops=False) for used in uses),
+        bucket_nbytes=100,
+        **options,
+    )

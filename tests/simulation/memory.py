@@ -1,0 +1,83 @@
+"""Memory of the simulated machine that is worth nothing once it has been given back."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+
+import torch
+
+from offload_adam.layout.schedule import Lane
+from offload_adam.transfer.slots import SlotPool
+from tests.simulation.machine import Machine
+
+
+def poison(tensor: torch.Tensor) -> None:
+    """Make every element of a tensor NaN."""
+    tensor.fill_(float("nan"))
+
+
+class GradientMemory:
+    """What autograd takes gradients from.
+
+    A tensor's memory is free when its last holder lets go, and from then on full of NaN. On the
+    host that is after all who held it. That of a device goes by the rule of a caching allocator: it
+    is free for work on COMPUTE, whatever other lanes are still to read.
+
+    Owns: every byte until the end, so that no address comes to stand for something else.
+    """
+
+    def __init__(self, machine: Machine, *, on_device: bool) -> None:
+        self._machine = machine
+        self._on_device = on_device
+        self._free: defaultdict[int, list[bytearray]] = defaultdict(list)
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return memory with undefined content; that of a device is for work on COMPUTE."""
+        numel = torch.Size(shape).numel()
+        if numel == 0:
+            return torch.empty(shape, dtype=dtype)
+        free = self._free[numel * dtype.itemsize]
+        memory = free.pop() if free else bytearray(numel * dtype.itemsize)
+        lease = memoryview(memory)
+        tensor = torch.frombuffer(lease, dtype=dtype)
+        weakref.finalize(lease, self._freed, name, memory, dtype).atexit = False
+        return tensor.view(shape)
+
+    def _freed(self, name: str, memory: bytearray, dtype: torch.dtype) -> None:
+        again = torch.frombuffer(memory, dtype=dtype)
+        name = f"the next use of the memory of {name}"
+        self._free[len(memory)].append(memory)
+        if self._on_device:
+            after = self._machine.freed_at()
+            self._machine.launch(
+                Lane.COMPUTE, lambda: poison(again), name, writes=[again], after=after
+            )
+        else:
+            self._machine.detector.forget(again)
+            poison(again)
+
+
+class SimulatedSlots(SlotPool):
+    """A pool whose slots are worth nothing once released.
+
+    What is done after `acquire` comes after what was done before `release`, by the threads' own
+    order: a slot is in the list that both of them use, or it is not.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__()
+        self._machine = machine
+
+    def acquire(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return a slot with nothing in it."""
+        slot = super().acquire(numel, dtype, device)
+        poison(slot)
+        return slot
+
+    def release(self, slot: torch.Tensor) -> None:
+        """Take it back; all reading must be over."""
+        self._machine.touch("the release of a slot", writes=[slot])
+        self._machine.detector.forget(slot)
+        poison(slot)
+        super().release(slot)

@@ -1,0 +1,142 @@
+"""Let the detector see what the host does with memory, which no stream is told of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from offload_adam.layout.schedule import Operation, Task
+from offload_adam.step.bucket_state import BucketState
+from offload_adam.step.crossing import Crossing
+from offload_adam.step.gradients import BucketGradients
+from offload_adam.step.landing import Flight, Landing
+from offload_adam.step.masks import UpdateMasks
+from offload_adam.step.updates import BucketUpdate, Updates
+from offload_adam.transfer.streams import Streams
+from tests.simulation.machine import Machine
+from tests.simulation.memory import poison
+
+
+class WatchedUpdates(Updates):
+    """Updates whose reading and writing of a bucket's planes is noted."""
+
+    def __init__(self, inner: Updates, machine: Machine) -> None:
+        self._inner = inner
+        self._machine = machine
+
+    @property
+    def nbytes(self) -> Mapping[str, int]:
+        """Host bytes by what they are for."""
+        return self._inner.nbytes
+
+    def prepare(self, states: Sequence[BucketState]) -> None:
+        """Compile and allocate."""
+        self._inner.prepare(states)
+
+    def of(self, state: BucketState) -> BucketUpdate:
+        """Return the update of a bucket, watched."""
+        return _WatchedUpdate(self._inner.of(state), self._machine)
+
+
+class _WatchedUpdate:
+    def __init__(self, inner: BucketUpdate, machine: Machine) -> None:
+        self._inner = inner
+        self._machine = machine
+
+    def reserve(self, state: BucketState, gradients: BucketGradients, *, lazy: bool) -> None:
+        self._inner.reserve(state, gradients, lazy=lazy)
+
+    def sum_of_squares(self, state: BucketState, gradients: BucketGradients) -> float:
+        found = _gradients(state, gradients, gradients.readable)
+        self._machine.touch(f"sum of squares of bucket {state.layout.index}", found)
+        return self._inner.sum_of_squares(state, gradients)
+
+    def non_finite_positions(
+        self, state: BucketState, gradients: BucketGradients
+    ) -> npt.NDArray[np.int64]:
+        found = _gradients(state, gradients, gradients.readable)
+        self._machine.touch(f"search in bucket {state.layout.index}", found)
+        return self._inner.non_finite_positions(state, gradients)
+
+    def update(
+        self,
+        state: BucketState,
+        gradients: BucketGradients,
+        active: npt.NDArray[np.bool_],
+        masks: UpdateMasks,
+        rounded: torch.Tensor | None,
+    ) -> None:
+        planes = state.planes
+        written = _parts(state, active, planes.master_weight, planes.exp_avg, planes.exp_avg_sq)
+        slot = [] if rounded is None else _parts(state, active, rounded)
+        reads = _gradients(state, gradients, active)
+        name = f"update of bucket {state.layout.index}"
+        self._machine.touch(name, reads=[*reads, *written], writes=[*written, *slot])
+        for part in slot:
+            poison(part)
+        self._inner.update(state, gradients, active, masks, rounded)
+
+
+def _parts(
+    state: BucketState, active: npt.NDArray[np.bool_], *planes: torch.Tensor
+) -> list[torch.Tensor]:
+    """Return the parts of planes that an update of the active parameters touches."""
+    segments = state.segments
+    chosen = active[segments.positions]
+    starts, numels = segments.shard_starts[chosen].tolist(), segments.numels[chosen].tolist()
+    places = list(zip(starts, numels, strict=True))
+    return [plane[start : start + numel] for plane in planes for start, numel in places]
+
+
+def _gradients(
+    state: BucketState, gradients: BucketGradients, chosen: npt.NDArray[np.bool_]
+) -> list[torch.Tensor]:
+    """Return the gradients of the chosen parameters' segments, where they lie."""
+    rows = np.flatnonzero(chosen[state.segments.positions]).tolist()
+    return [gradients.segment_of(state, row) for row in rows]
+
+
+class WatchedLanding(Landing):
+    """A landing whose folding, by the host, is noted.
+
+    Owns nothing of its own: everything is the inner landing's.
+    """
+
+    def __init__(self, inner: Landing, machine: Machine) -> None:
+        self.__dict__.update(inner.__dict__)
+        self._machine = machine
+
+    def land(self, flight: Flight, streams: Streams, crossing: Crossing) -> None:
+        """Land the flight; what the host reads and writes is ordered as it is when it returns."""
+        folds, pieces, in_pool = not flight.is_issued, list(flight.pieces), flight.pooled_slot
+        through = self._buffer(pieces[0].source.dtype, 0) if streams.is_asynchronous else None
+        super().land(flight, streams, crossing)
+        landed = flight.state.planes.landed_gradient
+        assert landed is not None
+        if folds:
+            # A slot of the pool has gone back meanwhile, and was noted then.
+            direct = [] if in_pool is not None else [piece.source for piece in pieces]
+            read = direct if through is None else [through]
+            name = f"fold of bucket {flight.state.layout.index}"
+            self._machine.touch(name, reads=read, writes=[landed])
+        if folds and through is not None:
+            poison(through)
+
+
+def name_tasks(crossing: Crossing, machine: Machine) -> None:
+    """Let what is launched bear the name of the task that has begun last on its thread."""
+    begin = crossing.begin
+
+    def named(operation: Operation, bucket: int) -> None:
+        machine.task = name_of(Task(operation, bucket))
+        begin(operation, bucket)
+
+    crossing.begin = named  # type: ignore[method-assign]
+
+
+def name_of(task: Task) -> str:
+    """Return a task's name in reports."""
+    return f"{task.operation.value} of bucket {task.bucket}"
