@@ -127,6 +127,7 @@ class SequentialExecutor(Executor):
             if is_idle(state, active):
                 if operation is Operation.UPDATE:
                     masks.count(state, active)
+                    self.tasks.pass_by(number)
             elif operation is Operation.UPDATE:
                 self.tasks.update(number, gradients[number], active, masks, spans)
             elif operation is Operation.GATHER:

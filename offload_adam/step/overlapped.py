@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -146,6 +147,8 @@ class OverlappedExecutor(Executor):
             active = masks.active[state.indices]
             if is_idle(state, active):
                 masks.count(state, active)
+                if routes[number].staged:
+                    self._give(f"the turn of bucket {number}", partial(self.tasks.pass_by, number))
                 continue
             if routes[number].hosted:
                 self._updates[number] = self._give_update(number, gradients[number], active, masks)

@@ -216,6 +216,15 @@ class Tasks:
         streams.launch(Operation.COPY_UP.lane, copy, reads=[source], writes=[state.shard])
         self.crossing.end(Operation.COPY_UP, number)
 
+    def pass_by(self, number: int) -> None:
+        """Mark, in its turn, the copy up of a bucket that this step leaves as it is.
+
+        Whoever waits for it, to use its slot, waits for all copies before it instead: the slot may
+        still be read for the bucket that had it last.
+        """
+        if self.routes[number].staged:
+            self.crossing.end(Operation.COPY_UP, number)
+
     def gather(self, number: int, spans: Spans) -> None:
         """Start bringing the other ranks' shards of a bucket."""
         state = self.states[number]

@@ -1,0 +1,51 @@
+"""On a machine whose work ends late and out of order, the bits are those of the plain host."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.simulation.case import Case, Step, cases
+from tests.simulation.training import Simulation, reference_of
+
+
+def run_beside_the_reference(case: Case, seed: int) -> None:
+    simulation = Simulation(case, reference_of(case), seed)
+    assert simulation.run() == []
+    # Who reads nothing finds nothing.
+    read = {(step, index) for step, index, _ in simulation.outcome.reads}
+    assert {(len(case.steps), index) for index in range(len(case.parameters))} <= read
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(case=cases(), seed=st.integers(0, 1 << 30))
+def test_the_bits_are_those_of_the_sequential_host(case: Case, seed: int) -> None:
+    run_beside_the_reference(case, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@settings(max_examples=1000, deadline=None)
+@given(case=cases(), seed=st.integers(0, 1 << 30))
+def test_the_bits_are_those_of_the_sequential_host_in_many_runs(case: Case, seed: int) -> None:
+    run_beside_the_reference(case, seed)
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_a_slot_serves_the_bucket_that_had_it_last_while_others_are_passed_by(
+    overlaps: bool,
+) -> None:
+    every = (0, 1, 2, 3, 4, 5)
+    # In the second step, the slot of layer 0 comes to layer 4 by way of layer 2, which is not used.
+    rounds = [every, (0, 4, 5), (0, 5), every]
+    case = Case(
+        layers=tuple(((300, "bf16"),) for _ in every),
+        steps=tuple(Step((used,), False, None, False) for used in rounds),
+        bucket_nbytes=100,
+        world_size=2,
+        overlaps=overlaps,
+    )
+    reference = reference_of(case)
+    for seed in range(4):
+        assert Simulation(case, reference, seed).run() == []
