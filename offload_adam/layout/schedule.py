@@ -12,6 +12,10 @@ Tasks of one lane run in the order in which they are issued. Between lanes nothi
 a wait of this schedule, or by the one agreement of the step: it comes after every SUM_SQUARES and
 before every UPDATE. Where parameters are in host memory there are no copies and no streams, and the
 same tasks run on threads.
+
+No wait reaches into the step before. A backward begins when every USE has been waited for, so that
+on the compute lane all of them come before the first GRADIENT; and every UPDATE comes after a
+COPY_DOWN that has waited for a GRADIENT.
 """
 
 from __future__ import annotations
@@ -117,9 +121,8 @@ class Schedule:
     before_agreement, after_agreement: every task, in an order that satisfies all waits; run as it
         stands, it is the sequential step. Buckets leave in the order in which backward completes
         them, and are updated in forward order, so that the next forward can start on the first.
-    waits: for each task the tasks of other lanes that must be over. A wait for a task that comes
-        later in the order is one for the previous step's. One for an UPDATE is made by the thread
-        that issues the waiting task, all others by the task's own lane.
+    waits: for each task the earlier tasks of other lanes that must be over. One for an UPDATE is
+        made by the thread that issues the waiting task, all others by the task's own lane.
     reduce_slots, staging_slots: which slot of its kind's ring a bucket uses.
     """
 
@@ -180,18 +183,15 @@ def plan_schedule(
 
 
 def _rings(routes: Sequence[Route], num_slots: int) -> tuple[dict[int, int], dict[int, int]]:
-    """Deal slots out in turn; return each bucket's, and the bucket that had it before.
-
-    The first buckets take slots over from the last ones of the previous step.
-    """
+    """Deal slots out in turn; return each bucket's, and the bucket that had it before, if any."""
     slots: dict[int, int] = {}
     earlier: dict[int, int] = {}
     for kind in dict.fromkeys(route.kind for route in routes):
         members = [route.bucket.index for route in routes if route.kind == kind]
         for position, number in enumerate(members):
             slots[number] = position % num_slots
-            users = members[position % num_slots :: num_slots]
-            earlier[number] = users[users.index(number) - 1]
+            if position >= num_slots:
+                earlier[number] = members[position - num_slots]
     return slots, earlier
 
 
@@ -206,8 +206,7 @@ def _arrival(route: Route, earlier: int | None) -> list[tuple[Operation, list[Ta
         tasks.append((Operation.REDUCE, [Task(Operation.PACK, number)]))
         source = Task(Operation.REDUCE, number)
     if route.offloaded:
-        # What landed for the step before has been read by its update.
-        tasks.append((Operation.COPY_DOWN, [source, Task(Operation.UPDATE, number)]))
+        tasks.append((Operation.COPY_DOWN, [source]))
         source = Task(Operation.COPY_DOWN, number)
     tasks.append((Operation.SUM_SQUARES, [source]))
     return tasks
@@ -222,11 +221,10 @@ def _departure(route: Route, earlier: int | None) -> list[tuple[Operation, list[
     tasks: list[tuple[Operation, list[Task]]] = []
     ready = [Task(Operation.UPDATE, number)]
     if route.offloaded:
-        # The copy before this one reads the same slot, or the master weight where it goes up
-        # from there.
-        emptied = Task(Operation.COPY_UP, number if earlier is None else earlier)
+        emptied = [] if earlier is None else [Task(Operation.COPY_UP, earlier)]
         tasks.append((Operation.RELEASE, []))
-        tasks.append((Operation.UPDATE, [emptied]))
+        tasks.append((Operation.UPDATE, emptied))
+        # Only the first copy of a step needs it, but which one that is, each step says anew.
         tasks.append((Operation.COPY_UP, [Task(Operation.RELEASE, number)]))
         ready.append(Task(Operation.COPY_UP, number))
     else:

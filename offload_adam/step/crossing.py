@@ -67,7 +67,7 @@ class Crossing:
                 continue
             mark = self._marks.get(waited)
             if mark is None:
-                continue  # no step has come so far yet
+                continue  # no step has had anything to do for it yet
             if lane is Lane.UPDATE:
                 self._wait_for_mark(streams, mark)
             else:
