@@ -62,10 +62,11 @@ def test_a_timeline_sorts_what_a_profiler_saw() -> None:
     found = timeline(
         [
             event("clock", 100.0, 101.0, cpu),
-            event("forward", 0.0, 1.0, cpu),
-            event("forward", 102.0, 110.0),
-            event("backward", 110.0, 130.0),
+            event("at::cuda::spin_kernel(long)", 110.0, 110.5),
+            event("at::cuda::spin_kernel(long)", 101.0, 102.0),
+            event("at::cuda::spin_kernel(long)", 130.0, 131.0),
             event("ampere_gemm", 103.0, 106.0),
+            event("ampere_gemm", 140.0, 141.0),
             event("ampere_gemm", 112.0, 128.0),
             event("Memcpy HtoD (Pinned -> Device)", 104.0, 105.0),
             event("Memcpy DtoH (Device -> Pinned)", 120.0, 121.0),

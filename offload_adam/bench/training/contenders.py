@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -146,7 +147,6 @@ class _DeepSpeed(TrainContender):
                 "fp16": {"enabled": dtype == torch.float16},
                 "zero_allow_untested_optimizer": True,
             },
-            dist_init_required=False,
         )
         super().__init__(self._engine, optimizer)
 
@@ -170,6 +170,8 @@ def _require_gpu(model: nn.Module) -> None:
 
 def _init_alone() -> None:
     """Make this process a world of its own, for peers that know no other way."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    torch.cuda.set_device(0)
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
 
 
