@@ -90,7 +90,8 @@ class OverlappedExecutor(Executor):
         number = flight.state.layout.index
         self.tasks.depart(flight)
         if not flight.state.hosted:
-            self._own_flights.append(flight)  # for the model's own lane, when it may wait
+            self._own_flights.append(flight)  # for the model's own lane, which must not wait here
+            self._land_own(wait=False)
             return
 
         def land() -> None:
@@ -113,7 +114,11 @@ class OverlappedExecutor(Executor):
         """Wait for the worker, with `wait`; its flights land without the caller."""
         while wait and self._landings:
             self._await(self._landings.popleft(), "reduce")
-        while wait and self._own_flights:
+        self._land_own(wait=wait)
+
+    def _land_own(self, *, wait: bool) -> None:
+        """Land what has come for buckets whose state is on the device, in order, and let it go."""
+        while self._own_flights and (wait or self._own_flights[0].is_ready()):
             self.tasks.land(self._own_flights.popleft())
 
     def sum_of_squares(self, gradients: Sequence[BucketGradients]) -> float:

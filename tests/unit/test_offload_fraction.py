@@ -5,6 +5,7 @@ Parameters in host memory stand for those on a device, as elsewhere.
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,36 @@ def test_a_gradient_that_is_not_finite_changes_no_bit_and_is_named() -> None:
     for number, expected in enumerate(before):
         for key, value in state_of(model, optimizer, number).items():
             assert torch.equal(value, expected[key])
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_gradients_that_stay_are_let_go_while_backward_goes_on(overlap: bool) -> None:
+    model = Layers(torch.bfloat16)
+    seen: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def look(weight: torch.Tensor) -> None:  # before the optimizer's own hook takes it
+        assert weight.grad is not None
+        alive.append(sum(one() is not None for one in seen))
+        seen.append(weakref.ref(weight.grad))
+
+    for weight in model.weights:
+        weight.register_post_accumulate_grad_hook(look)
+    optimizer = Offloading(
+        model.parameters(),
+        module=model,
+        bucket_nbytes=2 * NUMEL,
+        offload_fraction=0.0,
+        overlap=overlap,
+    )
+    for step in range(2):
+        alive.clear()
+        seen.clear()
+        model(gradients_of(step, torch.bfloat16)).backward()
+        assert len(seen) == 4
+        assert max(alive) <= 1
+        assert not any(one() is not None for one in seen)
+        optimizer.step()
 
 
 def test_accumulated_gradients_add_up_where_they_stay() -> None:
