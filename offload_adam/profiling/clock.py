@@ -3,12 +3,48 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
 
 NUM_PROBES = 16
 _PREFIX = "offload_adam/clock"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What to add to this process's clock to have rank 0's, and when that was found, in ns."""
+
+    at_ns: int
+    offset_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClockMap:
+    """Takes times of this process's clock to rank 0's; two hosts' clocks drift apart meanwhile."""
+
+    begin: Reading
+    end: Reading
+
+    def __call__(self, time_ns: int) -> int:
+        """Return the time on rank 0's clock, as if the drift were even."""
+        passed_ns = self.end.at_ns - self.begin.at_ns
+        drift_ns = self.end.offset_ns - self.begin.offset_ns
+        if passed_ns <= 0:
+            return time_ns + self.end.offset_ns
+        return time_ns + self.begin.offset_ns + drift_ns * (time_ns - self.begin.at_ns) // passed_ns
+
+
+def read_clock(store: dist.Store | None, rank: int, world_size: int, *, label: str) -> Reading:
+    """Return how far this process's clock is from rank 0's now. Collective.
+
+    Args: as `clock_offset_ns`; without a store this process is alone.
+    """
+    if store is None or world_size == 1:
+        return Reading(time.perf_counter_ns(), 0)
+    offset_ns = clock_offset_ns(store, rank, world_size, label=label)
+    return Reading(time.perf_counter_ns(), offset_ns)
 
 
 def clock_offset_ns(store: dist.Store, rank: int, world_size: int, *, label: str) -> int:

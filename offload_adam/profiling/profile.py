@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from offload_adam.observe.spans import NO_BUCKET, Span
@@ -36,18 +36,15 @@ class RankProfile:
         values = json.loads(text)
         return RankProfile(**{**values, "spans": [Span(*span) for span in values["spans"]]})
 
-    def shifted(self, offset_ns: int) -> RankProfile:
-        """Return it with `offset_ns` added to every time."""
-        return RankProfile(
-            self.rank,
-            self.host,
-            [
-                span._replace(start_ns=span.start_ns + offset_ns, end_ns=span.end_ns + offset_ns)
+    def on_clock(self, clock: Callable[[int], int]) -> RankProfile:
+        """Return it with every time taken to another clock."""
+        return replace(
+            self,
+            spans=[
+                span._replace(start_ns=clock(span.start_ns), end_ns=clock(span.end_ns))
                 for span in self.spans
             ],
-            [{**sample, "time_ns": sample["time_ns"] + offset_ns} for sample in self.samples],
-            self.peaks,
-            self.num_dropped,
+            samples=[{**sample, "time_ns": clock(sample["time_ns"])} for sample in self.samples],
         )
 
 

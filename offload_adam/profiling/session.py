@@ -15,7 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from offload_adam.observe.spans import SpanRecorder, recorded_by
-from offload_adam.profiling.clock import clock_offset_ns
+from offload_adam.profiling.clock import ClockMap, read_clock
 from offload_adam.profiling.profile import RankProfile
 from offload_adam.profiling.sampler import Ledger, MemorySampler
 from offload_adam.profiling.trace import write_trace
@@ -51,7 +51,7 @@ def profiled(
 ) -> Iterator[SpanRecorder]:
     """Record spans and memory inside; afterwards rank 0 writes the trace and calls `finish`.
 
-    Collective at its end. A failure to write is logged and does not end the run.
+    Collective at its begin and its end. A failure to write is logged and does not end the run.
 
     Args:
         ledger: returns the bytes held now, by category.
@@ -62,6 +62,8 @@ def profiled(
     memory = place.folder / (MEMORY_NAME if place.rank == 0 else f"memory-rank-{place.rank}.jsonl")
     place.folder.mkdir(parents=True, exist_ok=True)
     sampler = MemorySampler(memory, ledger, interval_s=interval_s)
+    store = _meeting_place(place)
+    begin = read_clock(store, place.rank, place.world_size, label="begin")
     with recorded_by(recorder), sampler:
         yield recorder
     logger.info("sampling memory took %.3f s of processor time", sampler.busy_s)
@@ -74,7 +76,8 @@ def profiled(
         _peaks(samples),
         recorder.num_dropped,
     )
-    profiles = _collect(place, own)
+    end = read_clock(store, place.rank, place.world_size, label="end")
+    profiles = _collect(place, store, own.on_clock(ClockMap(begin, end)))
     if place.rank != 0:
         memory.unlink(missing_ok=True)
         return
@@ -85,18 +88,15 @@ def profiled(
         logger.exception("the profile cannot be written to %s", place.folder)
 
 
-def _collect(place: ProfiledRank, own: RankProfile) -> list[RankProfile]:
-    """Return every rank's profile on rank 0, on its clock; [] elsewhere. Collective."""
-    if place.store is None or place.world_size == 1:
+def _collect(place: ProfiledRank, store: dist.Store | None, own: RankProfile) -> list[RankProfile]:
+    """Return every rank's profile on rank 0; [] elsewhere. Collective."""
+    if store is None:
         return [own]
-    store = dist.PrefixStore(f"offload_adam/profile/{_label(place)}", place.store)
-    offset_ns = clock_offset_ns(store, place.rank, place.world_size, label="end")
-    shifted = own.shifted(offset_ns)
     if place.rank != 0:
-        store.set(f"rank/{place.rank}", shifted.to_json())
+        store.set(f"rank/{place.rank}", own.to_json())
         store.wait(["collected"], _COLLECTION)
         return []
-    profiles = [shifted]
+    profiles = [own]
     for rank in range(1, place.world_size):
         store.wait([f"rank/{rank}"], _COLLECTION)
         profiles.append(RankProfile.from_json(store.get(f"rank/{rank}")))
@@ -105,15 +105,16 @@ def _collect(place: ProfiledRank, own: RankProfile) -> list[RankProfile]:
     return profiles
 
 
-def _label(place: ProfiledRank) -> str:
-    """Return a name that all ranks share and no earlier profile of this store had. Collective."""
-    assert place.store is not None
+def _meeting_place(place: ProfiledRank) -> dist.Store | None:
+    """Return a store that all ranks share and no earlier profile has used. Collective."""
+    if place.store is None or place.world_size == 1:
+        return None
     number = place.store.add(f"offload_adam/profile/entered/{place.rank}", 1)
     key = f"offload_adam/profile/label/{number}"
     if place.rank == 0:
         place.store.set(key, uuid.uuid4().hex)
     place.store.wait([key], _COLLECTION)
-    return str(place.store.get(key), "ascii")
+    return dist.PrefixStore(f"offload_adam/profile/{place.store.get(key).decode()}", place.store)
 
 
 def _peaks(samples: list[Mapping[str, Mapping[str, int]]]) -> dict[str, int]:

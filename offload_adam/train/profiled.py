@@ -38,7 +38,7 @@ REPORT_NAME = "report.html"
 
 @contextmanager
 def profiled_job(job: Job) -> Iterator[None]:
-    """Record the steps inside where `profile.enabled` is set. Collective at its end."""
+    """Record the steps inside where `profile.enabled` is set. Collective at its begin and end."""
     section = job.config.profile
     if not section.enabled:
         yield

@@ -53,7 +53,7 @@ def test_the_trace_has_a_track_a_thread_and_a_counter_a_rank(tmp_path: Path) -> 
 
 def test_a_profile_survives_its_way_to_rank_0() -> None:
     assert RankProfile.from_json(PROFILES[1].to_json()) == PROFILES[1]
-    moved = PROFILES[1].shifted(5 * MS)
+    moved = PROFILES[1].on_clock(lambda time_ns: time_ns + 5 * MS)
     assert moved.spans[0].start_ns == PROFILES[1].spans[0].start_ns + 5 * MS
     assert moved.samples[3]["time_ns"] == PROFILES[1].samples[3]["time_ns"] + 5 * MS
 
