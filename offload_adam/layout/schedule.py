@@ -11,7 +11,8 @@
 Tasks of one lane run in the order in which they are issued. Between lanes nothing is ordered but by
 a wait of this schedule, or by the one agreement of the step: it comes after every SUM_SQUARES and
 before every UPDATE. Where parameters are in host memory there are no copies and no streams, and the
-same tasks run on threads.
+same tasks run on threads: what is launched is over, a collective is waited for by its own handle,
+and of these waits only those for an UPDATE have something left to do.
 
 No wait reaches into the step before. A backward begins when every USE has been waited for, so that
 on the compute lane all of them come before the first GRADIENT; and every UPDATE comes after a

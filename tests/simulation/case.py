@@ -143,12 +143,12 @@ def _steps(draw: st.DrawFn, num_layers: int, accumulates: bool) -> Step:
 
 
 def simple_case(num_layers: int, dtype: str, **options: Any) -> Case:
-    """Return a case of layers of one parameter and one bucket each, that uses all in turn.
+    """Return a case of layers of one parameter and one bucket each.
 
-    After a step of all layers there is one of each alone, so that each is once the first.
+    After two steps of all layers there is one of each alone, so that each is once the first.
     """
     every = tuple(range(num_layers))
-    uses = [every, *((layer,) for layer in every), every]
+    uses = [every, every, *((layer,) for layer in every), every]
     return Case(
         layers=tuple(((300, dtype),) for _ in every),
         steps=tuple(Step((used,), evaluates=True, non_finite=None, drops=False) for used in uses),

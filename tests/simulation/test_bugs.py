@@ -1,0 +1,171 @@
+"""Errors of order that are more than one wait too few are found as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from offload_adam.layout.schedule import Lane, Operation, Schedule, Task
+from offload_adam.step.overlapped import OverlappedExecutor
+from tests.simulation.case import Case, Step, simple_case
+from tests.simulation.training import Simulation, reference_of
+
+NUM_SEEDS = 6
+
+ALONE = simple_case(4, "bf16")
+TWO = simple_case(4, "bf16", world_size=2, rank=1)
+POOLED = simple_case(4, "bf16", world_size=2, pin="staging")
+# Without a bucket between, none but the copy itself says that a slot is free.
+PASSED_BY = Case(
+    layers=tuple(((300, "bf16"),) for _ in range(6)),
+    steps=(Step(((0, 4, 5),), False, None, False), Step(((0, 5),), False, None, False)),
+    bucket_nbytes=100,
+)
+
+Patch = pytest.MonkeyPatch
+
+
+def _change(simulation: Simulation, change: Callable[[Schedule], Schedule]) -> None:
+    simulation.with_schedule(change(simulation.core.executor.tasks.schedule))
+
+
+def one_staging_slot_for_all(simulation: Simulation, patch: Patch) -> None:
+    _change(simulation, lambda s: replace(s, staging_slots=dict.fromkeys(s.staging_slots, 0)))
+
+
+def one_reduction_slot_for_all(simulation: Simulation, patch: Patch) -> None:
+    _change(simulation, lambda s: replace(s, reduce_slots=dict.fromkeys(s.reduce_slots, 0)))
+
+
+def pooled_slot_released_before_its_copy(simulation: Simulation, patch: Patch) -> None:
+    landing = simulation.core.executor.tasks.landing
+    depart = landing.depart
+
+    def hasty(flight: Any, *rest: Any) -> None:
+        depart(flight, *rest)
+        simulation.core.reduction.slots.release(flight.pooled_slot)
+        flight.pooled_slot = None
+
+    patch.setattr(landing, "depart", hasty)
+
+
+def slot_kept_by_nobody_where_buckets_are_passed_by(simulation: Simulation, patch: Patch) -> None:
+    patch.setattr(simulation.core.executor.tasks, "pass_by", lambda number: None)
+
+
+def gather_before_its_copy_up(simulation: Simulation, patch: Patch) -> None:
+    _begin_nothing_of(simulation, patch, Operation.GATHER)
+
+
+def _begin_nothing_of(simulation: Simulation, patch: Patch, skipped: Operation) -> None:
+    crossing = simulation.core.executor.tasks.crossing
+    begin = crossing.begin
+
+    def hasty(operation: Operation, bucket: int) -> None:
+        if operation is not skipped:
+            begin(operation, bucket)
+
+    patch.setattr(crossing, "begin", hasty)
+
+
+def copy_down_without_an_edge_from_compute(simulation: Simulation, patch: Patch) -> None:
+    tasks = simulation.core.executor.tasks
+    start = simulation.machine.mark(Lane.COMPUTE)
+
+    def early(number: int) -> None:
+        tasks.crossing._marks[Task(Operation.GRADIENT, number)] = start
+
+    patch.setattr(tasks, "gradient", early)
+
+
+def update_that_nobody_waits_for(simulation: Simulation, patch: Patch) -> None:
+    crossing = simulation.core.executor.tasks.crossing
+    patch.setattr(crossing, "_wait_for_update", lambda task: None)
+
+
+def release_at_the_end_of_backward(simulation: Simulation, patch: Patch) -> None:
+    tasks, reduction = simulation.core.executor.tasks, simulation.core.reduction
+    ended, release = reduction.backward_ended, tasks.release
+
+    def early() -> None:
+        ended()
+        release()
+
+    patch.setattr(reduction, "backward_ended", early)
+    patch.setattr(tasks, "release", lambda: None)
+
+
+def look_ahead_to_an_update_that_is_not_over(simulation: Simulation, patch: Patch) -> None:
+    executor = simulation.core.executor
+    assert isinstance(executor, OverlappedExecutor)
+    crossing = executor.tasks.crossing
+
+    def hasty() -> None:
+        with patch.context() as inner:
+            inner.setattr(crossing, "_wait_for_update", lambda task: None)
+            if executor._to_gather:
+                executor._gather_next()
+
+    patch.setattr(executor, "_gather_ahead", hasty)
+
+
+def backward_begun_before_all_is_settled(simulation: Simulation, patch: Patch) -> None:
+    reduction = simulation.core.reduction
+    ready = reduction.gradients_ready
+
+    def hasty(parameters: Any) -> None:
+        reduction._begun = True
+        ready(parameters)
+
+    patch.setattr(reduction, "gradients_ready", hasty)
+
+
+def step_begun_before_all_is_settled(simulation: Simulation, patch: Patch) -> None:
+    backward_begun_before_all_is_settled(simulation, patch)
+    patch.setattr(simulation.core.executor, "settle", lambda: None)
+
+
+BUGS: list[tuple[Callable[[Simulation, Patch], None], Case]] = [
+    (one_staging_slot_for_all, ALONE),
+    (one_reduction_slot_for_all, TWO),
+    (pooled_slot_released_before_its_copy, POOLED),
+    (slot_kept_by_nobody_where_buckets_are_passed_by, PASSED_BY),
+    (gather_before_its_copy_up, TWO),
+    (copy_down_without_an_edge_from_compute, ALONE),
+    (update_that_nobody_waits_for, TWO),
+    (update_that_nobody_waits_for, ALONE),
+    (release_at_the_end_of_backward, ALONE),
+    (look_ahead_to_an_update_that_is_not_over, TWO),
+    (backward_begun_before_all_is_settled, TWO),
+    (step_begun_before_all_is_settled, ALONE),
+]
+
+
+@pytest.mark.parametrize(("bug", "case"), BUGS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_bug_is_found(bug: Callable[[Simulation, Patch], None], case: Case) -> None:
+    reference = reference_of(case)
+    assert Simulation(case, reference, 0).run() == []
+    num_found = 0
+    for seed in range(NUM_SEEDS):
+        with pytest.MonkeyPatch.context() as patch:
+            simulation = Simulation(case, reference, seed)
+            bug(simulation, patch)
+            simulation.run()
+        num_found += bool(simulation.races)
+    assert num_found >= NUM_SEEDS // 2
+
+
+@pytest.mark.parametrize("case", [ALONE, TWO], ids=["alone", "two"])
+def test_without_a_vector_clock_the_bits_tell_of_a_bug(case: Case) -> None:
+    reference = reference_of(case)
+    bits = []
+    for seed in range(NUM_SEEDS):
+        with pytest.MonkeyPatch.context() as patch:
+            simulation = Simulation(case, reference, seed)
+            one_staging_slot_for_all(simulation, patch)
+            found = simulation.run()
+        bits.append(any("read" in text or "sent" in text for text in found))
+    assert any(bits)

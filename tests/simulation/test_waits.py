@@ -1,0 +1,102 @@
+"""Every wait of a schedule is needed: without any one of them, something unordered is found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+import pytest
+
+from offload_adam.layout.flat import ParameterSpec, plan_buckets
+from offload_adam.layout.schedule import Operation, Route, Schedule, Task, plan_schedule
+from tests.simulation.case import Case, simple_case
+from tests.simulation.training import Outcome, Simulation, reference_of
+
+ON_DEVICE = {
+    "rings": simple_case(4, "bf16", world_size=2, rank=1, num_reduce_slots=2),
+    "alone": simple_case(3, "fp32"),
+    "through a buffer": simple_case(3, "bf16", world_size=2, pin="staging"),
+}
+ON_HOST = {
+    "host": simple_case(3, "bf16", world_size=2, on_device=False),
+    "host alone": simple_case(3, "fp32", on_device=False),
+}
+NUM_SEEDS = 4
+
+Kind = tuple[Operation, Operation]
+
+
+def schedule_of(case: Case, reference: Outcome) -> Schedule:
+    return Simulation(case, reference, 0).core.executor.tasks.schedule
+
+
+def waits_of(schedule: Schedule) -> Iterator[tuple[Task, Task]]:
+    for task, waits in schedule.waits.items():
+        for waited in waits:
+            yield task, waited
+
+
+def kinds_of(schedule: Schedule) -> set[Kind]:
+    return {(task.operation, waited.operation) for task, waited in waits_of(schedule)}
+
+
+def is_caught(case: Case, reference: Outcome, task: Task, waited: Task) -> bool:
+    """Tell whether the vector clock reports the missing wait, whatever the bits are."""
+    for seed in range(NUM_SEEDS):
+        simulation = Simulation(case, reference, seed)
+        simulation.with_schedule(simulation.core.executor.tasks.schedule.without(task, waited))
+        simulation.run()
+        if simulation.races:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("name", ON_DEVICE)
+def test_each_wait_that_is_removed_is_caught(name: str) -> None:
+    case = ON_DEVICE[name]
+    reference = reference_of(case)
+    assert Simulation(case, reference, 0).run() == []
+    waits = list(waits_of(schedule_of(case, reference)))
+    assert [wait for wait in waits if not is_caught(case, reference, *wait)] == []
+
+
+@pytest.mark.parametrize("name", ON_HOST)
+def test_on_the_host_each_wait_for_an_update_that_is_removed_is_caught(name: str) -> None:
+    case = ON_HOST[name]
+    reference = reference_of(case)
+    assert Simulation(case, reference, 0).run() == []
+    waits = list(waits_of(schedule_of(case, reference)))
+    # What is launched there is over, and a collective is waited for by its own handle.
+    real = [wait for wait in waits if wait[1].operation is Operation.UPDATE]
+    assert real != []
+    assert [wait for wait in real if not is_caught(case, reference, *wait)] == []
+
+
+def test_these_are_all_kinds_of_waits_that_there_are() -> None:
+    tried: set[Kind] = set()
+    for case in ON_DEVICE.values():
+        tried |= kinds_of(schedule_of(case, reference_of(case)))
+    assert tried == all_kinds(offloaded=True)
+
+
+def all_kinds(*, offloaded: bool) -> set[Kind]:
+    """Return the kinds of waits of every route that buckets can take, all of them alike."""
+    specs = [ParameterSpec(index, 100, 2, "f") for index in range(6)]
+    buckets = plan_buckets(specs, world_size=1, bucket_nbytes=1)
+    kinds = set()
+    for reduces, gathers, staged, in_ring in product([True, False], repeat=4):
+        routes = [
+            Route(
+                bucket,
+                reduces=reduces,
+                gathers=gathers,
+                offloaded=offloaded,
+                staged=staged and offloaded,
+                hosted=True,
+                in_ring=in_ring and reduces and offloaded,
+                kind="f",
+            )
+            for bucket in buckets
+        ]
+        kinds |= kinds_of(plan_schedule(routes, num_reduce_slots=2, num_staging_slots=2))
+    return kinds
