@@ -19,6 +19,7 @@ from offload_adam.errors import CheckpointError
 
 _PLANES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _NO_OPTIONS = ("params", "param_names", "foreach", "capturable", "differentiable", "fused")
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _WIDENED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -133,9 +134,11 @@ def _optimizer_state(
                 saved = optimizer["state"].get(packed, {})
                 steps[name] = float(saved.get("step", 0.0))
                 tensors |= _planes(name, model[name], saved, amsgrad=bool(group["amsgrad"]))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return OptimizerEntry(groups=entries, steps=steps, further={}), tensors
+    except CheckpointError:
+        raise
+    except _MALFORMED as error:
         raise CheckpointError(f"not a state of torch's Adam or AdamW: {error!r}") from error
-    return OptimizerEntry(groups=entries, steps=steps, further={}), tensors
 
 
 def _names(

@@ -25,6 +25,8 @@ ITEMSIZES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8, "I64": 8, "I32": 4, "U8": 
 
 _PLAIN_NAME = re.compile(r"[\w-][\w.-]*")
 Count = Annotated[int, Field(ge=0)]
+StepCount = Annotated[FiniteFloat, Field(ge=0, le=2**24)]
+"""torch counts in float32, which goes no further than this."""
 
 
 class _Part(BaseModel):
@@ -79,7 +81,7 @@ class OptimizerEntry(_Part):
     """
 
     groups: list[GroupEntry]
-    steps: dict[str, Annotated[FiniteFloat, Field(ge=0)]]
+    steps: dict[str, StepCount]
     further: dict[str, Any]
 
 

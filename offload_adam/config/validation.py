@@ -68,8 +68,9 @@ def _mistakes_of(detail: ErrorDetails) -> list[Mistake]:
 
 
 def _place(detail: ErrorDetails) -> tuple[int | str, ...]:
-    """Return where a mistake stands, without what pydantic adds to tell sections apart."""
-    return tuple(part for part in detail["loc"] if part not in TAGS)
+    """Return where a mistake stands, without what pydantic adds to tell optimizers apart."""
+    first, *rest = detail["loc"] or ("",)
+    return (first, *(rest[1:] if first == "optimizer" and rest[:1] and rest[0] in TAGS else rest))
 
 
 def _conflicts_of(detail: ErrorDetails) -> tuple[Any, ...]:

@@ -45,6 +45,10 @@ def read_yaml(text: str) -> tuple[Any, list[Mistake]]:
             return None, []
         duplicates = list(_duplicate_keys(root, "", set()))
         return loader.construct_document(root), duplicates
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except ValueError as error:  # a number of a form that YAML knows and Python does not
+        raise yaml.YAMLError(str(error)) from error
     finally:
         loader.dispose()
 

@@ -470,8 +470,12 @@ class Adam(ShardedOptimizer):
             for group, saved in zip(self._groups(), further["dynamic"], strict=True)
         ]
 
+        global_step = further["global_step"]
+        if not isinstance(global_step, int) or global_step < 0:
+            raise ValueError(f"the saved global_step is {global_step!r}, no count of steps")
+
         def load() -> None:
-            self._global_step = int(further["global_step"])
+            self._global_step = global_step
             for group, functions in zip(self._groups(), loaded, strict=True):
                 group.dynamic = {k: f for k, (f, _) in functions.items() if f is not None}
                 for _, load_function in functions.values():

@@ -8,6 +8,9 @@ import torch
 
 from offload_adam.step.bucket_state import BucketState
 
+_PIECE = 2**18
+"""Elements at a time: loading a checkpoint ends with this, and must not copy what it has loaded."""
+
 
 def follow(state: BucketState, positions: Collection[int]) -> None:
     """Give exactly those master elements the parameter's value whose rounding differs from it.
@@ -30,9 +33,14 @@ def follow(state: BucketState, positions: Collection[int]) -> None:
     for position, start, numel in rows:
         if position in positions:
             master = state.planes.master_weight[start : start + numel]
-            parameter = state.shard[start : start + numel].to(master.device)
-            differs = _bits(master.to(parameter.dtype)) != _bits(parameter)
-            master[differs] = parameter[differs].float()
+            parameter = state.shard[start : start + numel]
+            for part, given in zip(master.split(_PIECE), parameter.split(_PIECE), strict=True):
+                _follow_piece(part, given.to(part.device))
+
+
+def _follow_piece(master: torch.Tensor, parameter: torch.Tensor) -> None:
+    differs = _bits(master.to(parameter.dtype)) != _bits(parameter)
+    master[differs] = parameter[differs].float()
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The command line with one fault in it: `faulty_train.py ACTION@PLACE[/STEP] train CONFIG ...`.
 
-Run under torchrun. The fault happens once, on rank 1 of the first attempt, at PLACE of STEP.
+Run under torchrun. The fault happens once, on rank 1 of the first attempt, at PLACE of STEP; where
+rank 0 alone comes to PLACE, on that one.
 """
 
 from __future__ import annotations
@@ -8,12 +9,15 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import resource
 import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from offload_adam.cli.app import main
@@ -22,16 +26,17 @@ from offload_adam.observe.place import HERE
 from offload_adam.transfer import collectives
 
 RANK = os.environ.get("RANK", "0")
-IS_FAULTY = RANK == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+IS_FIRST_ATTEMPT = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+IS_FAULTY = RANK == "1" and IS_FIRST_ATTEMPT
 
 
 class Fault:
     """What happens, and at which step; it happens once."""
 
-    def __init__(self, action: str, step: int) -> None:
+    def __init__(self, action: str, step: int, rank: str = "1") -> None:
         self._action = action
         self._step = step
-        self._is_due = IS_FAULTY
+        self._is_due = rank == RANK and IS_FIRST_ATTEMPT
 
     def __call__(self) -> None:
         if not self._is_due or HERE.step < self._step:
@@ -46,6 +51,9 @@ class Fault:
             time.sleep(300)
         elif self._action == "raise":
             raise RuntimeError("a fault of the test's")
+        elif self._action == "fill":
+            # What a disk that is full does: it takes a part, and then nothing.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
 
 def before(owner: Any, name: str, fault: Callable[[], None]) -> None:
@@ -103,6 +111,41 @@ def lack_memory() -> None:
     node_memory.available_memory = lambda: (100_000, "of a small machine")
 
 
+def take_memory() -> None:
+    """Leave this rank no address space for its state, which admission does not see."""
+    if not IS_FAULTY:
+        return
+    construction: Any = importlib.import_module("offload_adam.step.construction")
+    arena = construction.HostArena
+
+    def lacking(nbytes: int, **options: Any) -> Any:
+        held_nbytes = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (held_nbytes, resource.RLIM_INFINITY))
+        try:
+            return arena(nbytes, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+
+    construction.HostArena = lacking
+
+
+def install_in_save(action: str, place: str, step: int) -> None:
+    """Put the fault into the saving of a checkpoint, after STEP at the earliest."""
+    from offload_adam.checkpoint import save
+    from offload_adam.train import loop
+
+    if place == "write":
+        before(save.Save, "write_bucket", Fault(action, step))
+    elif place == "written":
+        before(save.Save, "commit", Fault(action, step))
+    elif place == "commit":
+        before(save, "commit_files", Fault(action, step, rank="0"))
+    elif place == "rename":
+        before(Path, "rename", Fault(action, step, rank="0"))
+    elif place == "committed":
+        before(loop, "_run_step", Fault(action, step))
+
+
 def install(action: str, place: str, step: int) -> None:
     """Put the fault where it belongs."""
     if action == "differ":
@@ -111,6 +154,10 @@ def install(action: str, place: str, step: int) -> None:
         spoil_loss(math.nan if action == "nan" else math.inf, step)
     elif action == "lack":
         lack_memory()
+    elif action == "take":
+        take_memory()
+    elif place in ("write", "written", "commit", "rename", "committed"):
+        install_in_save(action, place, step)
     elif place == "start":
         before(startup, "_open_default_group", Fault(action, 0))
     elif place == "reduce":

@@ -97,6 +97,25 @@ def test_state_that_does_not_fit_is_refused_with_its_table(tmp_path: Path) -> No
     assert ended.code == 0, ended.printed
 
 
+def test_memory_that_is_gone_at_construction_is_said_on_all(tmp_path: Path) -> None:
+    """Admission has found room enough; the kernel then does not give it to one of the ranks."""
+    ended = run(tmp_path, "take@memory", "--coordinator.stuck_after=30")
+    assert ended.code == 1
+    assert "exitcode  : 3 " in ended.printed
+    assert "of host memory cannot be mapped: Cannot allocate memory" in ended.printed
+    assert "rank(s) [1] failed in allocating its state" in ended.printed
+    assert "offload_adam/" not in ended.printed  # no traceback of ours
+    assert ended.records == []
+
+
+def test_an_error_in_the_update_thread_is_told_to_the_others(tmp_path: Path) -> None:
+    ended = run(tmp_path, "raise@update", "--optimizer.overlap=true")
+    assert ended.code == 1
+    assert ended.took_s < BOUND_S
+    assert "RuntimeError: a fault of the test's" in ended.printed
+    assert "rank 1 has left with RuntimeError: a fault of the test's" in ended.printed
+
+
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_what_is_not_finite_on_one_rank_skips_the_step_on_all(tmp_path: Path, value: str) -> None:
     ended = run(tmp_path, f"{value}@loss", "--train.num_steps=6")

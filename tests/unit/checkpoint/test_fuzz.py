@@ -1,0 +1,132 @@
+"""Checkpoints of any content: loaded, or refused with a clean error, and never half."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from offload_adam import (
+    Adam,
+    CheckpointError,
+    OffloadAdam,
+    load_checkpoint,
+    save_checkpoint,
+)
+from offload_adam.checkpoint.importing import import_torch_pickle
+from offload_adam.checkpoint.manifest import MANIFEST_NAME, sealed
+from offload_adam.schedules import CosineDecayLR
+from tests.unit.checkpoint.test_format import JSON, places
+
+
+class Saved:
+    """A checkpoint, what trains it, and its files as they were."""
+
+    def __init__(self, folder: Path, *, adam: bool) -> None:
+        torch.manual_seed(0)
+        self.folder = folder
+        self.model = nn.Linear(4, 3)
+        self.optimizer: Adam | OffloadAdam = (
+            Adam(self.model.parameters(), CosineDecayLR(0.0, 0.1, 5))
+            if adam
+            else OffloadAdam(self.model.parameters())
+        )
+        self.model(torch.ones(4)).sum().backward()
+        self.optimizer.step()
+        save_checkpoint(folder, model=self.model, optimizer=self.optimizer, extra={"a": [1]})
+        self.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def restore(self) -> None:
+        for name, content in self.files.items():
+            (self.folder / name).write_bytes(content)
+
+    def load(self) -> bool:
+        """Tell whether it could be loaded; where not, by nothing but a CheckpointError."""
+        try:
+            load_checkpoint(self.folder, model=self.model, optimizer=self.optimizer)
+        except CheckpointError:
+            return False
+        return True
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["OffloadAdam", "Adam"])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Saved:
+    return Saved(tmp_path_factory.mktemp("fuzz") / "c", adam=request.param)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_damage_is_refused(saved: Saved, data: st.DataObject) -> None:
+    """Bytes that are flipped, cut off or put in: no checkpoint is any of these."""
+    name = data.draw(st.sampled_from(sorted(saved.files)))
+    content = bytearray(saved.files[name])
+    at = data.draw(st.integers(0, len(content) - 1))
+    how = data.draw(st.sampled_from(["flip", "cut", "put in"]))
+    if how == "flip":
+        content[at] ^= 1 << data.draw(st.integers(0, 7))
+    elif how == "cut":
+        del content[at:]
+    else:
+        content[at:at] = data.draw(st.binary(min_size=1, max_size=9))
+    (saved.folder / name).write_bytes(content)
+    same = name == MANIFEST_NAME and _same(bytes(content), saved.files[name])
+    assert saved.load() is same
+    saved.restore()
+    assert saved.load()
+
+
+def _same(content: bytes, original: bytes) -> bool:
+    """Tell whether a manifest says the same, with more blanks for example."""
+    try:
+        return bool(json.loads(content) == json.loads(original))
+    except ValueError:
+        return False
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_sealed_manifest_is_loaded_or_refused(saved: Saved, data: st.DataObject) -> None:
+    """Whatever stands at whatever place, with a checksum that is right."""
+    values = json.loads(saved.files[MANIFEST_NAME])
+    del values["sha256"]
+    for _ in range(data.draw(st.integers(1, 2))):
+        *path, last = data.draw(st.sampled_from([p for p in places(values) if p]))
+        at = values
+        for key in path:
+            at = at[key]
+        at[last] = data.draw(JSON | st.floats(allow_nan=False, allow_infinity=False))
+    (saved.folder / MANIFEST_NAME).write_text(sealed(values))
+    saved.load()
+    saved.restore()
+    assert saved.load()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_pickled_file_is_imported_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("import")
+    model = nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    content: Any = {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}
+    *path, last = data.draw(st.sampled_from([p for p in places(content) if p]))
+    at = content
+    for key in path:
+        at = at[key]
+    at[last] = data.draw(JSON | st.floats() | st.builds(torch.zeros, st.just((3, 2))))
+    torch.save(content, folder / "t.pt")
+    with suppress(CheckpointError):
+        import_torch_pickle(folder / "t.pt", folder / "c")
+    if (folder / "c").exists():
+        with suppress(CheckpointError):
+            load_checkpoint(folder / "c", model=model, optimizer=OffloadAdam(model.parameters()))

@@ -1,0 +1,97 @@
+"""What a checkpoint takes beyond the state: the peaks of saving, at once or beside, and loading.
+
+Measured: the largest resident memory of the process while it runs, over what it had before. Files
+are written and read with plain calls, so the page cache is no part of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STATED_NBYTES = 4 * 2**20
+"""One block, of one file."""
+SLACK_NBYTES = 4 * 2**20
+"""Objects of Python's and what the allocator keeps."""
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""What the allocator is told, so that freed memory is gone and cannot hide what is taken."""
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+import torch
+from offload_adam import OffloadAdam, begin_checkpoint, load_checkpoint, save_checkpoint
+
+folder = Path(sys.argv[1])
+
+
+def resident(key):
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[key].split()[0]) * 1024
+
+
+def peak(action):
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    action()
+    return resident("VmHWM") - before
+
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(*[torch.nn.Linear(2048, 2048, bias=False) for _ in range(4)])
+model = model.to(torch.bfloat16)
+optimizer = OffloadAdam(model.parameters(), bucket_nbytes=8 * 2**20)
+of = {"model": model, "optimizer": optimizer}
+
+
+def step():
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+step()
+save_checkpoint(folder / "first", **of)  # what is imported and kept is there by now
+load_checkpoint(folder / "first", **of)
+pending = []
+
+
+def beside():
+    pending.append(begin_checkpoint(folder / "beside", **of))
+    optimizer.finish_reading()
+    pending[0].wait()
+
+
+found = {
+    "sync": peak(lambda: save_checkpoint(folder / "sync", **of)),
+    "async": peak(beside),
+    "load": peak(lambda: load_checkpoint(folder / "sync", **of)),
+    "a tensor's copy": peak(lambda: optimizer.state[next(model.parameters())]["exp_avg"].clone()),
+}
+print(json.dumps({"peaks": found, "state": sum(optimizer.host_nbytes.values())}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc of Linux's")
+def test_no_copy_of_the_state_is_made(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])} | GIVES_BACK,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["state"] > 10 * (STATED_NBYTES + SLACK_NBYTES)
+    peaks = found["peaks"]
+    assert peaks["a tensor's copy"] > STATED_NBYTES + SLACK_NBYTES  # one would be seen
+    for what in ("sync", "async", "load"):
+        assert peaks[what] < STATED_NBYTES + SLACK_NBYTES, (what, peaks)
