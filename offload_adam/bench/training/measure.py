@@ -59,7 +59,9 @@ class Steps:
     updates_only_ms: of the above what is left without reduction, norm and agreement, None where the
         contender does not tell.
     peak_gpu_nbytes: most that torch's allocator held, None without a GPU.
-    host_nbytes: what the process's resident memory grew by since before the optimizer was made.
+    host_nbytes: what host memory this contender took since before its optimizer was made: by what
+        the node's available memory fell, on a GPU, and else by what the process's resident memory
+        grew. Memory that CUDA allocates and pins is not always resident for the kernel's books.
     """
 
     steps_ms: tuple[float, ...]
@@ -94,7 +96,8 @@ def measure(task: Task) -> Measured:
     if task.contender is None:
         alone = _while_it_fits(task.batches, lambda batch: _alone(model, task, batch))
         return Measured(num_parameters=numel, alone=alone)
-    before_nbytes = resident_nbytes()
+    gc.collect()
+    before_nbytes = taken_nbytes(device)
     try:
         contender = CONTENDERS[task.contender](model)
     except PeerUnavailableError as error:
@@ -156,7 +159,7 @@ def _steps(contender: TrainContender, task: Task, batch: int, before_nbytes: int
     steps_ms = _in_a_row(step, task.num_steps, device)
     finish()
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    host_nbytes = max(0, resident_nbytes() - before_nbytes)
+    host_nbytes = max(0, taken_nbytes(device) - before_nbytes)
     updates = [_one_update(contender, tokens, finish) for _ in range(NUM_UPDATES)]
     only = [own for _, own in updates if own is not None]
     return Steps(
@@ -243,6 +246,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def resident_nbytes() -> int:
-    """Return this process's resident memory; pinned memory is in it."""
+def taken_nbytes(device: torch.device) -> int:
+    """Return the host memory in use: of the node, on a GPU, else of this process."""
+    if device.type == "cuda":
+        memory = psutil.virtual_memory()
+        return int(memory.total - memory.available)
     return int(psutil.Process().memory_info().rss)

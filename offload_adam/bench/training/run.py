@@ -36,7 +36,8 @@ _DEFINITIONS = {
     "step_ms": "one training step among others, median; steps follow each other without a wait",
     "exposed_ms": "step_ms less forward_backward_ms",
     "peak_gpu_gib": "most that torch's allocator held during the steps",
-    "host_gib": "what resident host memory grew by since before the optimizer was made",
+    "host_gib": "host memory taken since before the optimizer was made: by what the node's "
+    "available memory fell on a GPU, by what the process's resident memory grew without one",
 }
 
 Runner = Callable[[Task], Measured]
