@@ -42,6 +42,10 @@ def plan(
     host_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Of one node; what is free here by default.")
     ] = None,
+    offload_fraction: Annotated[
+        float | None,
+        typer.Option(help="Share of the state on the host; CONFIG's own, or all, by default."),
+    ] = None,
     host_bandwidth: Annotated[
         float | None, typer.Option(metavar="GB/S", help="Of a node's memory.")
     ] = None,
@@ -80,6 +84,8 @@ def plan(
         specs, training = _subject(config, overrides or [], params, param_dtype, gpu_memory)
         training = _with_world(training, world_size, local_world_size)
         training = replace(training, num_tokens=tokens or training.num_tokens)
+        if offload_fraction is not None:
+            training = replace(training, offload_fraction=offload_fraction)
         if tera_flops is not None and training.num_tokens is None:
             raise ValueError("--tflops needs --tokens, how many a rank trains on in a step")
         given = (host_bandwidth, bus_bandwidth, network_bandwidth)

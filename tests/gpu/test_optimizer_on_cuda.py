@@ -36,6 +36,7 @@ def test_masters_follow_torchs_adam_in_float64(dtype: torch.dtype, streams: bool
         optimizer.step()
         optimizer.zero_grad()
         oracle.step()
+    optimizer.synchronize()
     for parameter, master in zip(model.parameters(), masters, strict=True):
         held = optimizer.state[parameter]["master_weight"]
         assert (held - master).abs().max() < 1e-6
@@ -59,6 +60,7 @@ def test_streaming_and_drop_in_give_the_same_bits() -> None:
             model(data).float().square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
+        optimizer.synchronize()
         results.append([parameter.detach().cpu() for parameter in model.parameters()])
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)

@@ -52,6 +52,18 @@ def test_sixteen_bytes_a_parameter_are_divided_over_the_ranks(tmp_path: Path) ->
     assert values["largest_model"] == pytest.approx(512 * GIB / 14, rel=0.02)
 
 
+def test_a_share_of_the_state_stays_on_the_gpus(tmp_path: Path) -> None:
+    arguments = ("--params=13e9", "--world-size=4", *MACHINE)
+    values = planned(tmp_path, *arguments, "--offload-fraction=0.75")
+    host, device = values["bytes_per_rank"]["host"], values["bytes_per_rank"]["device"]
+    assert host["exp_avg"] == pytest.approx(0.75 * 4 * 13e9 / 4, rel=0.01)
+    assert device["exp_avg"] == pytest.approx(0.25 * 4 * 13e9 / 4, rel=0.02)
+    assert device["landed gradients"] == pytest.approx(0.25 * 2 * 13e9 / 4, rel=0.02)
+    code, output = plan(*arguments, "--offload-fraction=1.5")
+    assert code == 2
+    assert "offload_fraction must lie in [0, 1]" in output
+
+
 @pytest.mark.parametrize("memory", [("--gpu-memory=24GiB",), ("--host-memory=100GiB",)])
 def test_what_does_not_fit_exits_with_3(memory: tuple[str, ...]) -> None:
     code, output = plan("--params=13e9", "--world-size=4", *MACHINE, *memory)
