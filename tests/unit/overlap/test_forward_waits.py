@@ -590,7 +590,6 @@ def test_an_error_in_the_update_thread_surfaces_at_the_next_call_and_at_every_la
         optimizer.close()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["layers", "whole", "wrapped_layers", "wrapped_whole"])
 def test_compiled_models_are_waited_for(how: str, caplog: pytest.LogCaptureFixture) -> None:
     expected = expect(Plain)
