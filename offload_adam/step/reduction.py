@@ -324,6 +324,7 @@ class GradientReduction:
         idle = self._rows is not None and self._rows.is_without_dense(state)
         self.gradients[number].expect(present)
         if state.layout.numel == 0 or idle:
+            self.executor.tasks.pass_by_reduction(number)
             return
         slot, pooled = self._slot(state)
         sources, targets, holes = [], [], []
@@ -340,9 +341,9 @@ class GradientReduction:
 
     def _slot(self, state: BucketState) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return memory for a bucket's reduction, and what of it goes back to the pool."""
-        dtype = self.arrival_dtype(state.dtype)
         if self.executor.tasks.routes[state.layout.index].in_ring:
-            return self.executor.tasks.reduction_slot(state.layout.index, dtype), None
+            return self.executor.tasks.reduction_slot(state.layout.index), None
+        dtype = self.arrival_dtype(state.dtype)
         slot = self.slots.acquire(state.layout.numel, dtype, state.device)
         return slot, slot
 

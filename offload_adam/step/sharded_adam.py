@@ -197,11 +197,12 @@ class ShardedAdam:
         for state, route in zip(self.states, routes, strict=True):
             arrives = self.reduction.arrival_dtype(state.dtype)
             if route.in_ring:
-                self._rings.fit_reduction(arrives, state.device, state.layout.numel)
+                numel = state.layout.numel
+                self._rings.fit_reduction(route.kind, arrives, state.device, numel)
             elif state.offloaded and self._streams.of(state.device).is_asynchronous:
                 self._landing.reserve(state, arrives)
             if route.staged:
-                self._rings.fit_staging(state.dtype, state.layout.shard_numel)
+                self._rings.fit_staging(route.kind, state.dtype, state.layout.shard_numel)
         self.host_nbytes["staging"] = self._rings.staging_nbytes + self._landing.nbytes
         self.executor.extend(new, routes, schedule)
 

@@ -137,11 +137,16 @@ class Tasks:
         self.crossing.end(Operation.REDUCE, number)
         return pending
 
-    def reduction_slot(self, number: int, dtype: torch.dtype) -> torch.Tensor:
+    def reduction_slot(self, number: int) -> torch.Tensor:
         """Return the slot on its device in which a bucket is reduced."""
-        state = self.states[number]
         slot = self.schedule.reduce_slots[number]
-        return self.rings.reduction_slot(dtype, state.device, slot, state.layout.numel)
+        numel = self.states[number].layout.numel
+        return self.rings.reduction_slot(self.routes[number].kind, slot, numel)
+
+    def pass_by_reduction(self, number: int) -> None:
+        """Mark, in its turn, the copy down of a bucket that is not reduced; see `pass_by`."""
+        if self.routes[number].in_ring:
+            self.crossing.end(Operation.COPY_DOWN, number)
 
     def depart(self, flight: Flight) -> None:
         """Start the copy of a bucket's gradients to the host where that needs no host."""
@@ -198,7 +203,8 @@ class Tasks:
         if not state.offloaded:
             return state.shard
         slot = self.schedule.staging_slots[state.layout.index]
-        return self.rings.staging_slot(state.dtype, slot, state.layout.shard_numel)
+        kind = self.routes[state.layout.index].kind
+        return self.rings.staging_slot(kind, slot, state.layout.shard_numel)
 
     def _copy_up(
         self, state: BucketState, active: npt.NDArray[np.bool_], rounded: torch.Tensor | None

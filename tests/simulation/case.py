@@ -47,6 +47,7 @@ class Case:
     on_device: bool = True
     pin: Pin = "all"
     accumulates: bool = False
+    reduces_in_fp32: bool = False
     overlaps: bool = True
     max_norm: float | None = None
     seed: int = 0
@@ -119,6 +120,7 @@ def cases(draw: st.DrawFn) -> Case:
         on_device=draw(st.sampled_from([True, True, True, False])),
         pin=draw(st.sampled_from(["all", "all", "staging", "none"])),
         accumulates=accumulates,
+        reduces_in_fp32=draw(st.sampled_from([False, False, True])),
         overlaps=draw(st.sampled_from([True, True, True, False])),
         max_norm=draw(st.sampled_from([None, 0.5, 20.0])),
         seed=draw(st.integers(0, 1 << 20)),

@@ -49,3 +49,21 @@ def test_a_slot_serves_the_bucket_that_had_it_last_while_others_are_passed_by(
     reference = reference_of(case)
     for seed in range(4):
         assert Simulation(case, reference, seed).run() == []
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_kinds_that_are_reduced_in_one_dtype_share_no_slot(overlaps: bool) -> None:
+    layers = tuple(((300, name),) for name in ("bf16", "fp32", "fp16") * 3)
+    every = tuple(range(len(layers)))
+    case = Case(
+        layers=layers,
+        steps=tuple(Step((every,), False, None, False) for _ in range(3)),
+        bucket_nbytes=100,
+        world_size=2,
+        num_reduce_slots=1,
+        reduces_in_fp32=True,
+        overlaps=overlaps,
+    )
+    reference = reference_of(case)
+    for seed in range(4):
+        assert Simulation(case, reference, seed).run() == []

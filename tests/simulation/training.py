@@ -370,7 +370,7 @@ def _make_reduction(case: Case, membership: Membership) -> GradientReduction:
         reduces=True,
         streams=True,
         accumulates=case.accumulates,
-        reduce_dtype=None,
+        reduce_dtype=torch.float32 if case.reduces_in_fp32 else None,
     )
 
 
