@@ -1,0 +1,52 @@
+"""`offload-adam profile`: what it writes, also without the report's extra, and a wrong setting."""
+
+from __future__ import annotations
+
+import builtins
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from offload_adam.cli.app import app
+
+TINY = str(Path(__file__).parents[3] / "configs" / "tiny.yaml")
+SHORT = ("--train.num_steps=3", "--train.eval_sequences=2", "--schedule.warmup_steps=0")
+ALWAYS = {"config.yaml", "metrics.jsonl", "memory.jsonl", "trace.json"}
+
+
+def profile(folder: Path, *overrides: str) -> tuple[int, set[str]]:
+    """Profile the tiny run, and return the exit code and the names of what was written."""
+    settings = [TINY, f"--run.dir={folder}", *SHORT, *overrides]
+    result = CliRunner().invoke(app, ["profile", *settings])
+    written = {path.name for path in (folder / "tiny").glob("*")}
+    return result.exit_code, written
+
+
+def test_the_command_profiles_a_run(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    assert profile(tmp_path) == (0, ALWAYS | {"report.html"})
+
+
+def test_without_the_extra_all_else_is_written_and_the_extra_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    imported = builtins.__import__
+
+    def refuse(name: str, *arguments: Any, **keywords: Any) -> Any:
+        if name.startswith("plotly"):
+            raise ImportError(name)
+        return imported(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with caplog.at_level(logging.INFO):
+        assert profile(tmp_path) == (0, ALWAYS)
+    assert "pip install 'offload-adam[report]'" in caplog.text
+    assert "A step takes" in caplog.text
+    assert "Memory peaked" in caplog.text
+
+
+def test_a_wrong_setting_ends_with_2_and_writes_nothing(tmp_path: Path) -> None:
+    assert profile(tmp_path, "--profile.interval_ms=0") == (2, set())
