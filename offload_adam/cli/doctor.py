@@ -23,8 +23,12 @@ def doctor(
         Path, typer.Option("--dir", help="Where runs are to be written (run.dir).")
     ] = Path("runs"),
     measure: Annotated[
-        bool, typer.Option(help="Measure memory and bus, which takes some seconds.")
+        bool, typer.Option(help="Measure memory, bus and disk, which takes some seconds.")
     ] = True,
+    params: Annotated[
+        float | None,
+        typer.Option(min=1, help="Parameters that this node's ranks save, for the last save."),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write everything found to this file.")
     ] = None,
@@ -45,7 +49,7 @@ def doctor(
     from offload_adam.doctor.finding import Status
     from offload_adam.doctor.tables import findings_table, summary
 
-    found = examine(_ranks(local_world_size), folder, measure=measure)
+    found = examine(_ranks(local_world_size), folder, measure=measure, num_parameters=params)
     console = Console()
     console.print(findings_table(found.findings))
     console.print(summary(found.findings), highlight=False)

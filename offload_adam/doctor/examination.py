@@ -38,13 +38,21 @@ class Examination:
         return worst(self.findings)
 
 
-def examine(local_world_size: int, folder: Path, *, measure: bool = True) -> Examination:
+def examine(
+    local_world_size: int,
+    folder: Path,
+    *,
+    measure: bool = True,
+    num_parameters: float | None = None,
+) -> Examination:
     """Look at everything that a run depends on; a look that fails is a finding of its own.
 
     Args:
         local_world_size: ranks that are to run on this node.
         folder: where runs are to be written.
-        measure: measure memory and bus, for some seconds, and keep the result for training.
+        measure: measure memory, bus and disk, for some seconds, and keep the memory's bandwidth for
+            training.
+        num_parameters: those that this node's ranks are to save.
     """
     measured: list[Bandwidth] = []
 
@@ -71,6 +79,7 @@ def examine(local_world_size: int, folder: Path, *, measure: bool = True) -> Exa
         *([("bandwidth", bandwidth)] if measure else []),
         ("CUDA", lambda: devices.device_findings(local_world_size, measure=measure)),
         ("disk", lambda: [storage.free_disk(folder)]),
+        *([("last save", lambda: [storage.last_save(folder, num_parameters)])] if measure else []),
     ]
     findings = [finding for topic, look in looks for finding in looked(topic, look)]
     return Examination(tuple(findings), measured[-1] if measured else Bandwidth())

@@ -228,3 +228,28 @@ def test_this_machine_can_be_looked_at_without_measuring(tmp_path: Path) -> None
     assert topics[:10] == expected.split(", ")
     assert not any("cannot be looked at" in one.found for one in found.findings)
     assert not any(topic.startswith("bandwidth") for topic in topics)
+
+
+def test_a_save_that_torchrun_would_cut_off() -> None:
+    """16 bytes a parameter: at 2 GB/s, 30 s are enough for 3.75e9 of them."""
+    finding = storage.save_in_time(2.0, 30.0, None)
+    assert finding.status is Status.OK
+    assert "3.8e+09 parameters in the 30 s" in finding.found
+    assert storage.save_in_time(2.0, 30.0, 3.74e9).status is Status.OK
+    finding = storage.save_in_time(2.0, 30.0, 7.5e9)
+    assert finding.status is Status.WARNING
+    assert "a save of 7.5e+09 takes 60 s and would be killed" in finding.found
+    assert "--shutdown-timeout=120" in finding.advice
+
+
+def test_the_disk_is_measured_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "7")
+    monkeypatch.setattr(storage, "WRITE_NBYTES", 8 * 2**20)
+    finding = storage.last_save(tmp_path / "to be made", 1e15)
+    assert finding.status is Status.WARNING
+    assert "in the 7 s that torchrun gives" in finding.found
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "soon")
+    assert storage.last_save(tmp_path, None).status is Status.WARNING
