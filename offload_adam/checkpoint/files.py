@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import RawIOBase
@@ -17,6 +18,9 @@ from typing import Self
 
 from offload_adam.checkpoint.manifest import BLOCK_NBYTES, ITEMSIZES, FileEntry
 from offload_adam.errors import CheckpointError
+
+NUM_BLOCKS = 4
+"""Blocks that are kept while a checkpoint is read: a tensor's pieces lie in one or two files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,17 +153,48 @@ def open_regular(path: Path) -> int:
     return descriptor
 
 
+class BlockMemory:
+    """Room for a few blocks, shared by all files of a checkpoint: what was verified last.
+
+    Owns: at most `NUM_BLOCKS` blocks.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: OrderedDict[tuple[int, int], bytearray] = OrderedDict()
+
+    def find(self, file: int, number: int) -> bytearray | None:
+        """Return a block that is verified, if it is still here."""
+        block = self._blocks.get((file, number))
+        if block is not None:
+            self._blocks.move_to_end((file, number))
+        return block
+
+    def make_room(self) -> bytearray:
+        """Return memory for another block, that of the one that was used longest ago."""
+        if len(self._blocks) < NUM_BLOCKS:
+            return bytearray(BLOCK_NBYTES)
+        return self._blocks.popitem(last=False)[1]
+
+    def keep(self, file: int, number: int, block: bytearray) -> None:
+        """Remember a block that is verified now."""
+        self._blocks[file, number] = block
+
+
 class VerifiedFile:
     """Reads parts of one file, every byte checked against the manifest before it is handed out.
 
-    Owns: a descriptor and one block, the one that was verified last.
+    Owns: a descriptor.
+
+    Args:
+        memory: for blocks, its own where the file is read alone.
     """
 
-    def __init__(self, folder: Path, name: str, entry: FileEntry) -> None:
+    def __init__(
+        self, folder: Path, name: str, entry: FileEntry, memory: BlockMemory | None = None
+    ) -> None:
         self._path = folder / name
         self._entry = entry
-        self._block = bytearray(min(BLOCK_NBYTES, max(entry.nbytes, 1)))
-        self._loaded = -1
+        self._memory = memory or BlockMemory()
         self._descriptor = open_regular(self._path)
         nbytes = os.fstat(self._descriptor).st_size
         if nbytes != entry.nbytes:
@@ -207,16 +242,18 @@ class VerifiedFile:
     def _verified(self, number: int) -> memoryview:
         start = number * BLOCK_NBYTES
         length = min(BLOCK_NBYTES, self._entry.nbytes - start)
-        view = memoryview(self._block)[:length]
-        if number != self._loaded:
-            self._loaded = -1
-            self._fill(view, start)
-            if zlib.crc32(view) != self._entry.checksums[number]:
-                raise CheckpointError(
-                    f"{self._path} is damaged between byte {start} and {start + length}: its "
-                    "checksum is another"
-                )
-            self._loaded = number
+        known = self._memory.find(id(self), number)
+        if known is not None:
+            return memoryview(known)[:length]
+        block = self._memory.make_room()
+        view = memoryview(block)[:length]
+        self._fill(view, start)
+        if zlib.crc32(view) != self._entry.checksums[number]:
+            raise CheckpointError(
+                f"{self._path} is damaged between byte {start} and {start + length}: its checksum "
+                "is another"
+            )
+        self._memory.keep(id(self), number, block)
         return view
 
     def _fill(self, view: memoryview, start: int) -> None:

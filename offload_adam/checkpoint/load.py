@@ -22,7 +22,7 @@ from offload_adam.checkpoint.content import (
     memory_order,
     whole_tensors,
 )
-from offload_adam.checkpoint.files import VerifiedFile
+from offload_adam.checkpoint.files import BlockMemory, VerifiedFile
 from offload_adam.checkpoint.manifest import Manifest, TensorEntry, read_manifest, sorted_pieces
 from offload_adam.coordinator.admission import together
 from offload_adam.errors import CheckpointError
@@ -38,8 +38,8 @@ def load_checkpoint(
 
     Names, shapes, dtypes and groups are compared before anything is changed, and nothing is cast.
     Bytes go from the files into the state as it lies, block by verified block: besides the state
-    itself a rank needs one block of 4 MiB for each file, and one tensor where the order of its
-    elements in memory has changed.
+    itself a rank needs 4 blocks of 4 MiB, and one tensor where the order of its elements in memory
+    has changed.
 
     Returns:
         What was given as `extra`.
@@ -89,7 +89,7 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> Manifest:
 class CheckpointReader:
     """The open files of a checkpoint.
 
-    Owns: one descriptor and one block a file, until it is left as a context.
+    Owns: one descriptor a file and a few blocks, until it is left as a context.
 
     Raises:
         CheckpointError: a file is missing or has another length than the manifest says.
@@ -99,9 +99,11 @@ class CheckpointReader:
         self.manifest = manifest
         self._stack = ExitStack()
         self._files: dict[str, VerifiedFile] = {}
+        memory = BlockMemory()
         try:
             for name, entry in manifest.files.items():
-                self._files[name] = self._stack.enter_context(VerifiedFile(folder, name, entry))
+                file = VerifiedFile(folder, name, entry, memory)
+                self._files[name] = self._stack.enter_context(file)
         except BaseException:
             self._stack.close()
             raise

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-STATED_NBYTES = 4 * 2**20
-"""One block, of one file."""
+STATED_NBYTES = 4 * 2**22
+"""Four blocks, to load; to save nothing of a state on the host."""
 SLACK_NBYTES = 4 * 2**20
 """Objects of Python's and what the allocator keeps."""
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -43,7 +43,7 @@ def peak(action):
 
 
 torch.manual_seed(0)
-model = torch.nn.Sequential(*[torch.nn.Linear(2048, 2048, bias=False) for _ in range(4)])
+model = torch.nn.Sequential(*[torch.nn.Linear(4096, 2048, bias=False) for _ in range(3)])
 model = model.to(torch.bfloat16)
 optimizer = OffloadAdam(model.parameters(), bucket_nbytes=8 * 2**20)
 of = {"model": model, "optimizer": optimizer}
@@ -90,8 +90,9 @@ def test_no_copy_of_the_state_is_made(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["state"] > 10 * (STATED_NBYTES + SLACK_NBYTES)
+    assert found["state"] > 8 * (STATED_NBYTES + SLACK_NBYTES)
     peaks = found["peaks"]
-    assert peaks["a tensor's copy"] > STATED_NBYTES + SLACK_NBYTES  # one would be seen
-    for what in ("sync", "async", "load"):
-        assert peaks[what] < STATED_NBYTES + SLACK_NBYTES, (what, peaks)
+    assert peaks["a tensor's copy"] > STATED_NBYTES + SLACK_NBYTES  # it would be seen
+    assert peaks["sync"] < SLACK_NBYTES, peaks
+    assert peaks["async"] < SLACK_NBYTES, peaks
+    assert peaks["load"] < STATED_NBYTES + SLACK_NBYTES, peaks
