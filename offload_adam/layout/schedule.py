@@ -176,6 +176,10 @@ def plan_schedule(
             before.append(Task(operation, number))
             waits[Task(operation, number)] = tuple(waited)
     for route in forward:
+        if route.offloaded:
+            after.append(Task(Operation.RELEASE, route.bucket.index))
+            waits[after[-1]] = ()
+    for route in forward:
         number = route.bucket.index
         for operation, waited in _departure(route, earlier_staged.get(number)):
             after.append(Task(operation, number))
@@ -214,7 +218,7 @@ def _arrival(route: Route, earlier: int | None) -> list[tuple[Operation, list[Ta
 
 
 def _departure(route: Route, earlier: int | None) -> list[tuple[Operation, list[Task]]]:
-    """Return a bucket's tasks after the agreement, each with what it waits for.
+    """Return a bucket's tasks after the agreement and RELEASE, each with what it waits for.
 
     The copy up is issued by the thread that has made the update, and so needs no wait for it.
     """
@@ -223,7 +227,6 @@ def _departure(route: Route, earlier: int | None) -> list[tuple[Operation, list[
     ready = [Task(Operation.UPDATE, number)]
     if route.offloaded:
         emptied = [] if earlier is None else [Task(Operation.COPY_UP, earlier)]
-        tasks.append((Operation.RELEASE, []))
         tasks.append((Operation.UPDATE, emptied))
         # Only the first copy of a step needs it, but which one that is, each step says anew.
         tasks.append((Operation.COPY_UP, [Task(Operation.RELEASE, number)]))

@@ -26,7 +26,7 @@ def test_the_bits_are_those_of_the_sequential_host(case: Case, seed: int) -> Non
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(case=cases(), seed=st.integers(0, 1 << 30))
 def test_the_bits_are_those_of_the_sequential_host_in_many_runs(case: Case, seed: int) -> None:
     run_beside_the_reference(case, seed)

@@ -131,10 +131,10 @@ def test_the_schedule_measures_in_backward_order_and_updates_in_forward_order() 
     ]
     after = [tuple(task) for task in schedule.after_agreement]
     assert after == [
+        (Operation.RELEASE, 1),
         (Operation.UPDATE, 2),
         (Operation.GATHER, 2),
         (Operation.USE, 2),
-        (Operation.RELEASE, 1),
         (Operation.UPDATE, 1),
         (Operation.COPY_UP, 1),
         (Operation.GATHER, 1),
