@@ -15,6 +15,7 @@ from offload_adam.units import parse_nbytes
 
 if TYPE_CHECKING:
     from offload_adam.layout.flat import ParameterSpec
+    from offload_adam.layout.timeline import Timeline
     from offload_adam.plan.inputs import Machine, Training
 
 _ITEMSIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -69,12 +70,17 @@ def plan(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write everything to this file.")
     ] = None,
+    timeline_file: Annotated[
+        Path | None,
+        typer.Option("--timeline", help="Draw a step to this file: who works when, as text."),
+    ] = None,
 ) -> None:
     """Say what each rank would hold, whether it fits, and how long a step would take.
 
     Nothing is allocated. With --gpu-memory, or where there is CUDA, parameters live on a GPU. The
     time is that of this machine where `offload-adam doctor` has measured it, or with --measure;
-    forward and backward are part of it where --tflops says how fast they are.
+    forward and backward are part of it where --tflops says how fast they are, and then so is what
+    the optimizer leaves exposed beside them.
 
     Exit codes: 0 it fits, 2 a wrong option or configuration, 3 it does not fit, 1 anything else.
     """
@@ -91,10 +97,12 @@ def plan(
         given = (host_bandwidth, bus_bandwidth, network_bandwidth)
         machine = _machine(gpu_memory, host_memory, given, training.on_device, measure=measure)
         machine = replace(machine, tera_flops=_positive(tera_flops))
-        _require_folder(json_file)
+        _require_folder("--json", json_file)
+        _require_folder("--timeline", timeline_file)
     except (ConfigError, ValueError) as error:
         _refuse(error)
-    if not _report(specs, training, machine, json_file):
+    timeline = _timeline(specs, training, machine, timeline_file)
+    if not _report(specs, training, machine, timeline, json_file):
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
 
@@ -194,13 +202,38 @@ def _bandwidths_here(on_device: bool, *, measure: bool) -> tuple[float | None, f
     return measure_step(allowed_cores()), min(bus_gb_per_s(0)) if on_device else None
 
 
-def _require_folder(json_file: Path | None) -> None:
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise ValueError(f"--json {json_file}: there is no folder {json_file.absolute().parent}")
+def _require_folder(option: str, file: Path | None) -> None:
+    if file is not None and not file.absolute().parent.is_dir():
+        raise ValueError(f"{option} {file}: there is no folder {file.absolute().parent}")
+
+
+def _timeline(
+    specs: list[ParameterSpec], training: Training, machine: Machine, file: Path | None
+) -> Timeline | None:
+    """Return the timeline of a step, drawn to a file where asked; refuse where none is known."""
+    from offload_adam.plan.overlap import predict_overlap
+
+    timeline = predict_overlap(specs, training, machine)
+    if file is None:
+        return timeline
+    if timeline is None:
+        _refuse(
+            ValueError(
+                "--timeline needs a step that overlaps (parameters on a GPU, gradients streamed "
+                "and averaged by the optimizer) and every speed: --tflops and --tokens, "
+                "--host-bandwidth, --bus-bandwidth, and with more ranks --network-bandwidth"
+            )
+        )
+    file.write_text(timeline.draw(), encoding="utf-8")
+    return timeline
 
 
 def _report(
-    specs: list[ParameterSpec], training: Training, machine: Machine, json_file: Path | None
+    specs: list[ParameterSpec],
+    training: Training,
+    machine: Machine,
+    timeline: Timeline | None,
+    json_file: Path | None,
 ) -> bool:
     """Print the plan, write it where asked, and tell whether it fits."""
     from rich.console import Console
@@ -217,7 +250,7 @@ def _report(
     largest = largest_model(max(spec.itemsize for spec in specs), training, machine)
     fit = fits(found, training, machine)
     console = Console()
-    for part in plan_tables(found, training, machine, timing, changes, largest, fit):
+    for part in plan_tables(found, training, machine, timing, timeline, changes, largest, fit):
         console.print(part)
     if json_file is not None:
         values: dict[str, Any] = {
@@ -231,6 +264,8 @@ def _report(
             },
             "seconds_at_least": None if timing is None else timing.least_s,
             "seconds_at_most": None if timing is None else timing.total_s,
+            "seconds_overlapped": None if timeline is None else timeline.end_s,
+            "seconds_exposed": None if timeline is None else timeline.exposed_s,
             "seconds": None if timing is None else dict(timing.seconds),
             "bound": None if timing is None else timing.bound,
             "rough": None if timing is None else list(timing.doubts),

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
+from offload_adam.layout.timeline import Timeline
 from offload_adam.plan.advice import Option
 from offload_adam.plan.inputs import Machine, Training
 from offload_adam.plan.prediction import Prediction
@@ -18,6 +19,7 @@ def plan_tables(
     training: Training,
     machine: Machine,
     timing: StepTime | None,
+    timeline: Timeline | None,
     changes: Sequence[Option],
     largest: int | None,
     fit: bool,
@@ -28,7 +30,7 @@ def plan_tables(
     if largest is not None:
         yield f"The largest model that fits like this has {largest:.2e} parameters."
     if timing is not None:
-        yield _times(timing)
+        yield _times(timing, timeline)
         for doubt in timing.doubts:
             yield f"rough: {doubt}"
     else:
@@ -79,7 +81,7 @@ def _fits(fit: bool, machine: Machine) -> str:
     return "It fits, before activations and what CUDA takes for itself."
 
 
-def _times(timing: StepTime) -> Table:
+def _times(timing: StepTime, timeline: Timeline | None) -> Table:
     whole = "compute" in timing.seconds
     title = "A step" if whole else "A step, beside forward and backward"
     table = Table("", "seconds", title=title)
@@ -89,6 +91,9 @@ def _times(timing: StepTime) -> Table:
         table.add_row(marked, f"{seconds:.4g}")
     table.add_section()
     table.add_row("all at once, at least", f"{timing.least_s:.4g}")
+    if timeline is not None:
+        table.add_row("overlapped as scheduled", f"{timeline.end_s:.4g}")
+        table.add_row("of which the optimizer is exposed", f"{timeline.exposed_s:.4g}")
     table.add_row("one after the other", f"{timing.total_s:.4g}")
     return table
 

@@ -79,11 +79,21 @@ def predict_time(
     }
     if not seconds:
         return None
-    if machine.tera_flops is not None and training.num_tokens is not None:
-        flops = FLOPS_PER_PARAMETER * total_numel(specs) * training.num_tokens
-        seconds = {"compute": flops / 1e12 / machine.tera_flops, **seconds}
+    compute = compute_seconds(specs, training, machine)
+    if compute is not None:
+        seconds = {"compute": compute, **seconds}
     unknown = [name for name, size in nbytes.items() if size > 0 and name not in seconds]
     return StepTime(seconds, tuple(_doubts(specs, training, machine, unknown)))
+
+
+def compute_seconds(
+    specs: Sequence[ParameterSpec], training: Training, machine: Machine
+) -> float | None:
+    """Return the time of forward and backward, None where tokens or speed are not known."""
+    if machine.tera_flops is None or training.num_tokens is None:
+        return None
+    flops = FLOPS_PER_PARAMETER * total_numel(specs) * training.num_tokens
+    return flops / 1e12 / machine.tera_flops
 
 
 def update_nbytes(specs: Sequence[ParameterSpec], training: Training) -> int:
@@ -129,7 +139,7 @@ def _bus_nbytes(buckets: Sequence[Bucket], training: Training) -> int:
     if not training.on_device:
         return 0
     return sum(
-        bucket.shard_numel * (_sent_itemsize(bucket, training) + bucket.itemsize)
+        bucket.shard_numel * (sent_itemsize(bucket, training) + bucket.itemsize)
         for bucket in hosted(buckets, training)
     )
 
@@ -143,15 +153,19 @@ def _network_nbytes(buckets: Sequence[Bucket], training: Training) -> float:
     if training.world_size == 1:
         return 0.0
     passes = 0 if not training.reduces else 2 if training.beside or not training.on_device else 1
-    around = (training.world_size - 1) / training.world_size
-    return around * sum(
-        bucket.numel
-        * (passes * _sent_itemsize(bucket, training) + (0 if training.beside else bucket.itemsize))
+    return sum(
+        passes * pass_nbytes(bucket, training, sent_itemsize(bucket, training))
+        + pass_nbytes(bucket, training, 0 if training.beside else bucket.itemsize)
         for bucket in buckets
     )
 
 
-def _sent_itemsize(bucket: Bucket, training: Training) -> int:
+def pass_nbytes(bucket: Bucket, training: Training, itemsize: int) -> float:
+    """Return what a rank sends in one pass of a bucket around the ring."""
+    return (training.world_size - 1) / training.world_size * bucket.numel * itemsize
+
+
+def sent_itemsize(bucket: Bucket, training: Training) -> int:
     """Return the bytes of an element of an averaged gradient."""
     widened = training.reduces and training.world_size > 1 and training.reduce_fp32
     return FLOAT32_NBYTES if widened else bucket.itemsize

@@ -1,0 +1,117 @@
+"""When each task of one step runs, if its tasks take as long as they are said to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from offload_adam.layout.schedule import Lane, Operation, Schedule, Task
+
+_MODEL = (Operation.GRADIENT, Operation.USE)
+_MARKS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+class Interval(NamedTuple):
+    """One task on its lane, in seconds from the start of the backward."""
+
+    task: Task
+    lane: Lane
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """One step: the backward, the agreement, the updates and the next forward.
+
+    intervals: in the order of the schedule; tasks that take no time are in it, too.
+    agreed_s: when `step()` goes on from its one agreement.
+    """
+
+    intervals: tuple[Interval, ...]
+    agreed_s: float
+
+    @property
+    def end_s(self) -> float:
+        """How long the step takes: the next begins when the forward is over."""
+        return max((interval.end_s for interval in self.intervals), default=0.0)
+
+    @property
+    def model_s(self) -> float:
+        """How long forward and backward alone take."""
+        return sum(i.end_s - i.start_s for i in self.intervals if i.task.operation in _MODEL)
+
+    @property
+    def exposed_s(self) -> float:
+        """How much longer a step is than forward and backward alone."""
+        return max(0.0, self.end_s - self.model_s)
+
+    def draw(self, width: int = 100) -> str:
+        """Return a line of text for each lane, with `width` characters for the whole step.
+
+        A character stands for the bucket that its time goes to, in turn 0-9, a-z, A-Z, or for the
+        one that takes most of it; "." for none.
+        """
+        lines = []
+        for lane in Lane:
+            members = [interval for interval in self.intervals if interval.lane is lane]
+            if any(interval.end_s > interval.start_s for interval in members):
+                lines.append(f"{lane.value:>9} {_drawn(members, self.end_s, width)}")
+        scale = f"0 s{f'{self.end_s:.4g} s':>{width - 3}}"
+        return "\n".join([*lines, f"{'':>9} {scale}"]) + "\n"
+
+
+def predict_timeline(
+    schedule: Schedule,
+    seconds_of: Callable[[Task], float],
+    *,
+    on_device: Collection[int] = (),
+) -> Timeline:
+    """Let every task begin as soon as its lane, its bucket and its waits allow.
+
+    A task begins after the one before it on its lane and the one before it of its bucket, as the
+    threads issue them, and, after the agreement, when all sums of squares and the backward are
+    over.
+
+    Args:
+        seconds_of: how long a task takes. GRADIENT and USE are the bucket's parts of the model's
+            backward and forward.
+        on_device: buckets whose state is on the device: the model's own lane updates them.
+
+    Source: list scheduling (Graham, "Bounds on multiprocessing timing anomalies").
+    """
+    ends: dict[Task, float] = {}
+    free: dict[Lane, float] = dict.fromkeys(Lane, 0.0)
+    of_bucket: dict[int, float] = {}
+    intervals: list[Interval] = []
+
+    def run(tasks: Sequence[Task], earliest: float) -> None:
+        for task in tasks:
+            lane = task.operation.lane
+            if lane is Lane.UPDATE and task.bucket in on_device:
+                lane = Lane.COMPUTE
+            before = of_bucket.get(task.bucket, 0.0)
+            waits = [ends[waited] for waited in schedule.waits[task]]
+            start = max([earliest, free[lane], before, *waits])
+            end = start + seconds_of(task)
+            ends[task] = free[lane] = of_bucket[task.bucket] = end
+            intervals.append(Interval(task, lane, start, end))
+
+    run(schedule.before_agreement, 0.0)
+    agreed = max(free.values())
+    run(schedule.after_agreement, agreed)
+    return Timeline(tuple(intervals), agreed)
+
+
+def _drawn(members: Sequence[Interval], end_s: float, width: int) -> str:
+    """Return one lane."""
+    cells, most = ["."] * width, [0.0] * width
+    for task, _, start_s, stop_s in members:
+        start, stop = start_s / end_s * width, stop_s / end_s * width
+        for cell in range(int(start), min(width, math.ceil(stop))):
+            share = min(stop, cell + 1) - max(start, cell)
+            if share > most[cell]:
+                cells[cell], most[cell] = _MARKS[task.bucket % len(_MARKS)], share
+    return "".join(cells)

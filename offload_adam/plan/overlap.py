@@ -1,0 +1,106 @@
+"""How much of a step the optimizer leaves exposed, by the schedule that it would run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from offload_adam.layout.budget import FLOAT32_NBYTES, traffic_nbytes, update_traffic_nbytes
+from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
+from offload_adam.layout.schedule import Operation, Route, Task, plan_schedule
+from offload_adam.layout.timeline import Timeline, predict_timeline
+from offload_adam.plan.inputs import Machine, Training, total_numel
+from offload_adam.plan.prediction import NUM_STAGING_SLOTS, hosted, planes_of
+from offload_adam.plan.timing import GB, compute_seconds, pass_nbytes, sent_itemsize
+
+FORWARD_SHARE = 1 / 3
+"""Of forward and backward together: two of six operations for each parameter and token."""
+NUM_REDUCE_SLOTS = 3
+
+
+def predict_overlap(
+    specs: Sequence[ParameterSpec], training: Training, machine: Machine
+) -> Timeline | None:
+    """Return one step's timeline, None where it is not overlapped or a speed is not known.
+
+    Forward and backward are divided over the buckets by their elements. Copies in both directions,
+    collectives and updates do not slow each other down here; what takes place on the device beside
+    the model (packing, and the update of state that stays there) takes no time.
+    """
+    compute = compute_seconds(specs, training, machine)
+    overlaps = training.on_device and training.streams and training.reduces and not training.beside
+    distributed = training.world_size > 1
+    if compute is None or machine.host_gb_per_s is None or machine.bus_gb_per_s is None:
+        return None
+    if not overlaps or (distributed and machine.network_gb_per_s is None):
+        return None
+    buckets = plan_buckets(
+        specs, world_size=training.world_size, bucket_nbytes=training.bucket_nbytes
+    )
+    on_host = {bucket.index for bucket in hosted(buckets, training)}
+    schedule = plan_schedule(
+        [_route(bucket, training, bucket.index in on_host) for bucket in buckets],
+        num_reduce_slots=NUM_REDUCE_SLOTS,
+        num_staging_slots=NUM_STAGING_SLOTS,
+    )
+    seconds_of = _durations(buckets, training, machine, compute / total_numel(specs))
+    on_device = {bucket.index for bucket in buckets} - on_host
+    return predict_timeline(schedule, seconds_of, on_device=on_device)
+
+
+def _route(bucket: Bucket, training: Training, on_host: bool) -> Route:
+    reduces = training.world_size > 1 and bucket.numel > 0
+    return Route(
+        bucket,
+        reduces=reduces,
+        gathers=reduces,
+        offloaded=on_host,
+        staged=on_host and bucket.itemsize < FLOAT32_NBYTES,
+        hosted=on_host,
+        in_ring=reduces and on_host and not training.accumulates,
+        kind=bucket.family,
+    )
+
+
+def _durations(
+    buckets: Sequence[Bucket], training: Training, machine: Machine, compute_s: float
+) -> Callable[[Task], float]:
+    """Return how long each task takes.
+
+    Args:
+        compute_s: of forward and backward, for each element.
+    """
+    by_index = {bucket.index: bucket for bucket in buckets}
+    on_host = {bucket.index for bucket in hosted(buckets, training)}
+    host, bus = machine.host_gb_per_s, machine.bus_gb_per_s
+    network = machine.network_gb_per_s or 1.0
+    assert host is not None
+    assert bus is not None
+
+    def seconds_of(task: Task) -> float:
+        bucket = by_index[task.bucket]
+        numel = sum(placed.numel for placed in bucket.placements)
+        planes = planes_of(bucket, training)
+        update = update_traffic_nbytes(bucket, planes) * training.local_world_size
+        both = traffic_nbytes(bucket, planes) * training.local_world_size
+        sent = sent_itemsize(bucket, training)
+        match task.operation:
+            case Operation.GRADIENT:
+                return compute_s * (1 - FORWARD_SHARE) * numel
+            case Operation.USE:
+                return compute_s * FORWARD_SHARE * numel
+            case Operation.REDUCE:
+                return pass_nbytes(bucket, training, sent) / GB / network
+            case Operation.GATHER:
+                return pass_nbytes(bucket, training, bucket.itemsize) / GB / network
+            case Operation.COPY_DOWN:
+                return bucket.shard_numel * sent / GB / bus
+            case Operation.COPY_UP:
+                return bucket.shard_numel * bucket.itemsize / GB / bus
+            case Operation.SUM_SQUARES if task.bucket in on_host:
+                return (both - update) / GB / host
+            case Operation.UPDATE if task.bucket in on_host:
+                return update / GB / host
+            case _:
+                return 0.0
+
+    return seconds_of

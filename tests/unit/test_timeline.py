@@ -1,0 +1,128 @@
+"""The timeline of a schedule: nothing begins too early, and the exposed time is the formula's."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload_adam.layout.flat import ParameterSpec, plan_buckets
+from offload_adam.layout.schedule import Lane, Operation, Route, Schedule, Task, plan_schedule
+from offload_adam.layout.timeline import Timeline, predict_timeline
+
+
+def schedule_of(num_buckets: int, *, world_size: int, num_slots: int = 2) -> Schedule:
+    specs = [ParameterSpec(index, 100, 2, "f") for index in range(num_buckets)]
+    buckets = plan_buckets(specs, world_size=world_size, bucket_nbytes=1)
+    routes = [
+        Route(
+            bucket,
+            reduces=world_size > 1,
+            gathers=world_size > 1,
+            offloaded=True,
+            staged=True,
+            hosted=True,
+            in_ring=world_size > 1,
+            kind="f",
+        )
+        for bucket in buckets
+    ]
+    return plan_schedule(routes, num_reduce_slots=num_slots, num_staging_slots=num_slots)
+
+
+def equal_buckets(num_buckets: int, seconds: dict[Operation, float]) -> Timeline:
+    schedule = schedule_of(num_buckets, world_size=1)
+    return predict_timeline(schedule, lambda task: seconds.get(task.operation, 0.0))
+
+
+DOWN, NORM, UPDATE, UP, BACKWARD = 0.3, 0.1, 1.0, 0.4, 2.0
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0, 2.0, 4.0])
+def test_exposed_is_what_the_updates_are_longer_than_the_forward_and_one_bucket(
+    ratio: float,
+) -> None:
+    num_buckets = 20
+    seconds = {
+        Operation.GRADIENT: BACKWARD,
+        Operation.COPY_DOWN: DOWN,
+        Operation.SUM_SQUARES: NORM,
+        Operation.UPDATE: UPDATE,
+        Operation.COPY_UP: UP,
+        Operation.USE: ratio * UPDATE,
+    }
+    exposed = equal_buckets(num_buckets, seconds).exposed_s
+    forward, updates = num_buckets * ratio * UPDATE, num_buckets * UPDATE
+    one_bucket = DOWN + NORM + UPDATE + UP
+    # Where updates are the longer ones the last bucket's own forward comes after them.
+    own = min(ratio * UPDATE, UPDATE)
+    exact = max(0.0, updates - forward) + one_bucket - UPDATE + own
+    assert exposed == pytest.approx(exact, rel=1e-12)
+    assert exposed <= max(0.0, updates - forward) + one_bucket + 1e-9
+
+
+def test_a_step_on_nothing_but_the_model_exposes_nothing() -> None:
+    seconds = {Operation.GRADIENT: 2.0, Operation.USE: 1.0}
+    timeline = equal_buckets(3, seconds)
+    assert (timeline.end_s, timeline.model_s, timeline.exposed_s) == (9.0, 9.0, 0.0)
+    assert timeline.agreed_s == 6.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_buckets=st.integers(1, 8),
+    world_size=st.sampled_from([1, 4]),
+    num_slots=st.integers(1, 3),
+    drawn=st.lists(st.integers(0, 9), min_size=80, max_size=80),
+)
+def test_nothing_begins_before_what_it_waits_for(
+    num_buckets: int, world_size: int, num_slots: int, drawn: list[int]
+) -> None:
+    schedule = schedule_of(num_buckets, world_size=world_size, num_slots=num_slots)
+    tasks = [*schedule.before_agreement, *schedule.after_agreement]
+    seconds = {task: float(drawn[place % 80]) for place, task in enumerate(tasks)}
+    timeline = predict_timeline(schedule, seconds.__getitem__)
+    found = {interval.task: interval for interval in timeline.intervals}
+    assert list(found) == tasks
+    for task, interval in found.items():
+        assert interval.end_s == interval.start_s + seconds[task]
+        for waited in schedule.waits[task]:
+            assert found[waited].end_s <= interval.start_s
+    for task in schedule.before_agreement:
+        assert found[task].end_s <= timeline.agreed_s
+    for task in schedule.after_agreement:
+        assert timeline.agreed_s <= found[task].start_s
+    for lane in Lane:
+        members = [interval for interval in timeline.intervals if interval.lane is lane]
+        for one, next_one in pairwise(members):
+            assert one.end_s <= next_one.start_s
+    assert timeline.end_s <= sum(seconds.values())
+
+
+def test_state_on_the_device_is_updated_on_the_models_own_lane() -> None:
+    schedule = schedule_of(2, world_size=1)
+    timeline = predict_timeline(schedule, lambda task: 1.0, on_device={1})
+    lanes = {interval.task: interval.lane for interval in timeline.intervals}
+    assert lanes[Task(Operation.UPDATE, 1)] is Lane.COMPUTE
+    assert lanes[Task(Operation.UPDATE, 0)] is Lane.UPDATE
+
+
+def test_it_is_drawn_lane_by_lane() -> None:
+    seconds = {
+        Operation.GRADIENT: 2.0,
+        Operation.COPY_DOWN: 1.0,
+        Operation.UPDATE: 2.0,
+        Operation.COPY_UP: 1.0,
+        Operation.USE: 1.0,
+    }
+    drawn = equal_buckets(2, seconds).draw(width=11)
+    # Backward to 4, the last gradient down to 5, updates to 7 and 9, copies up to 8 and 10.
+    assert drawn.splitlines() == [
+        "  compute 0011....1.0",
+        "copy down ..0.1......",
+        "   update .....1100..",
+        "  copy up .......1.0.",
+        "          0 s    11 s",
+    ]
