@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +81,10 @@ class Executor(ABC):
         """
 
     @abstractmethod
+    def run_with_updates(self, what: str, job: Callable[[], None]) -> None:
+        """Do something on the thread that launches the updates, and return when it is done."""
+
+    @abstractmethod
     def close(self) -> None:
         """End what runs beside the caller. Idempotent."""
 
@@ -145,6 +149,10 @@ class SequentialExecutor(Executor):
 
     def settle(self) -> None:
         """Return: all may be read."""
+
+    def run_with_updates(self, what: str, job: Callable[[], None]) -> None:
+        """Do it here."""
+        job()
 
     def close(self) -> None:
         """Return: nothing runs beside the caller."""

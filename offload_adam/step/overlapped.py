@@ -235,6 +235,10 @@ class OverlappedExecutor(Executor):
 
         return self._worker.submit(what, run)
 
+    def run_with_updates(self, what: str, job: Callable[[], None]) -> None:
+        """Let the worker do it, and wait for it."""
+        self._call(what, job)
+
     def _call(self, what: str, job: Callable[[], None]) -> None:
         """Let the worker do something, and wait for it."""
         self._await(self._give(what, job), "norm")

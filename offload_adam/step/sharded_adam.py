@@ -152,7 +152,7 @@ class ShardedAdam:
         Raises:
             HostMemoryError: nothing has been changed then.
         """
-        touch = self._updates.touch if spans_nodes() else None
+        touch = self._updates.touch_from(self.executor.run_with_updates) if spans_nodes() else None
         states, arena = build_states(new, self.membership, self._placing, len(self.states), touch)
         self.arenas.append(arena)
         with HERE.at("compilation", patient=True):

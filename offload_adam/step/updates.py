@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from offload_adam.memory.arena import Touch
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.device_update import DeviceUpdate
 from offload_adam.step.gradients import BucketGradients
@@ -66,9 +67,18 @@ class Updates:
         if hosted:
             self._made().prepare(hosted)
 
-    def touch(self, memory: torch.Tensor) -> None:
-        """Commit (n,) uint8 of a plane in host memory from the threads that will update it."""
-        self._made().touch(memory)
+    def touch_from(self, run: Callable[[str, Callable[[], None]], None]) -> Touch:
+        """Return what commits a plane in host memory from the threads that will update it.
+
+        Args:
+            run: does something, of which it is told the name, on the thread that launches updates.
+        """
+
+        def touch(memory: torch.Tensor) -> None:
+            host = self._made()
+            run("the first touch of its memory", lambda: host.touch(memory))
+
+        return touch
 
     def _made(self) -> HostUpdate:
         if self._host is None:

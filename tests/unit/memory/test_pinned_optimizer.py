@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import warnings
 import weakref
 from typing import Any
@@ -18,13 +19,21 @@ from tests.cuda_runtime import StandInRuntime
 NUMEL = 1024
 
 
-def make(pin: str, runtime: StandInRuntime, dtype: torch.dtype = torch.bfloat16) -> OffloadAdam:
+def make(
+    pin: str,
+    runtime: StandInRuntime,
+    dtype: torch.dtype = torch.bfloat16,
+    overlap: bool | None = None,
+) -> OffloadAdam:
     class Offloading(OffloadAdam):
         _offloads = True
         _runtime = runtime
 
     parameters = [torch.nn.Parameter(torch.ones(NUMEL, dtype=dtype)) for _ in range(2)]
-    return Offloading(parameters, bucket_nbytes=2 * NUMEL, pin=pin)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"pin": pin, "overlap": overlap}
+    if overlap:
+        options["module"] = torch.nn.ParameterList(parameters)
+    return Offloading(parameters, bucket_nbytes=2 * NUMEL, **options)
 
 
 # fp32 master weight and moments, and the landed gradient; two slots of one bucket's parameters.
@@ -127,19 +136,34 @@ def test_larger_buffers_take_the_place_of_smaller_ones() -> None:
     assert runtime.registered == {}
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 def test_planes_are_touched_by_their_threads_where_there_are_several_nodes(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, overlap: bool
 ) -> None:
-    from offload_adam.kernels import touch
+    from offload_adam.kernels import touch, update
 
+    launched: list[tuple[str, int]] = []
     touched: list[int] = []
-    original = touch.touch
     monkeypatch.setattr("offload_adam.step.sharded_adam.spans_nodes", lambda: True)
+    original_touch, original_update = touch.touch, update.update
 
     def note(memory: npt.NDArray[np.uint8], num_threads: int) -> None:
+        launched.append(("touch", threading.get_ident()))
         touched.append(memory.nbytes)
-        original(memory, num_threads)
+        original_touch(memory, num_threads)
+
+    def note_update(*arguments: Any) -> None:
+        launched.append(("update", threading.get_ident()))
+        original_update(*arguments)
 
     monkeypatch.setattr(touch, "touch", note)
-    make("none", StandInRuntime())
+    monkeypatch.setattr(update, "update", note_update)
+    optimizer = make("none", StandInRuntime(), overlap=overlap)
     assert touched == 2 * [4 * NUMEL, 4 * NUMEL, 4 * NUMEL, 2 * NUMEL]
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.synchronize()
+    assert {what for what, _ in launched} == {"touch", "update"}
+    assert len({ident for _, ident in launched}) == 1
+    assert (launched[0][1] == threading.get_ident()) is not overlap
