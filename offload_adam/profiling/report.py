@@ -104,8 +104,8 @@ def _bandwidth(inputs: ReportInputs) -> str:
         return text + "; what the memory gives is not known: offload-adam doctor measures it."
     share = 100.0 * inputs.achieved / inputs.limit
     return (
-        f"{text}, {share:.0f}% of the {inputs.limit:.1f} GB/s that were measured of this machine's "
-        "memory with as many threads."
+        f"{text}, {share:.0f}% of the {inputs.limit:.1f} GB/s that are its share of what was "
+        "measured of this machine's memory."
     )
 
 
