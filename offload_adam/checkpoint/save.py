@@ -160,13 +160,12 @@ class Save:
     @contextmanager
     def discarding(self) -> Iterator[None]:
         """Remove all of it when every rank knows that it cannot become a checkpoint."""
-        try:
-            yield
-        except BaseException as error:
-            self.close()
-            if self.membership.rank == 0 and not isinstance(error, PeerFailedError):
-                shutil.rmtree(self._partial, ignore_errors=True)
-            raise
+        with _discarding(self._partial, self.membership):
+            try:
+                yield
+            except BaseException:
+                self.close()
+                raise
 
 
 def open_save(
@@ -189,12 +188,24 @@ def open_save(
         )
 
     plain = together(membership, "preparing a checkpoint", describe)
-    _open_folder(target, membership)
-    return together(
-        membership,
-        "opening a checkpoint's files",
-        lambda: Save(target, membership, _parts(model, optimizer), plain),
-    )
+    with _discarding(partial_of(target), membership):
+        _open_folder(target, membership)
+        return together(
+            membership,
+            "opening a checkpoint's files",
+            lambda: Save(target, membership, _parts(model, optimizer), plain),
+        )
+
+
+@contextmanager
+def _discarding(partial: Path, membership: Membership) -> Iterator[None]:
+    """Remove a folder when every rank knows that nothing will come of it."""
+    try:
+        yield
+    except BaseException as error:
+        if membership.rank == 0 and not isinstance(error, PeerFailedError):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def partial_of(target: Path) -> Path:

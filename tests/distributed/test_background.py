@@ -304,3 +304,19 @@ def test_loading_waits_until_it_is_read(tmp_path: Path, held: Held) -> None:
     assert time.monotonic() - start_s > 0.3
     pending.wait()
     assert files(tmp_path / "beside") == files(tmp_path / "two")
+
+
+def test_a_disk_without_room_for_a_header_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("offload_adam.checkpoint.files._SummedFile.write", full)
+    model, optimizer = make("fp32", seed=1)
+    for begin in (begin_checkpoint, save_checkpoint):
+        with pytest.raises(OSError, match="No space left"):
+            begin(tmp_path / "c", model=model, optimizer=optimizer)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)

@@ -24,11 +24,16 @@ def worker(folder: Path, rank: int) -> psutil.Process:
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("number", "mode"),
+    [(signal.SIGTERM, "sync"), (signal.SIGUSR1, "sync"), (signal.SIGTERM, "async")],
+)
 def test_a_signal_to_one_rank_ends_all_after_one_step(
-    tmp_path: Path, number: signal.Signals
+    tmp_path: Path, number: signal.Signals, mode: str
 ) -> None:
-    process = start(tmp_path, "", LONG, ranks=3)
+    """With `async` a checkpoint is under way at every moment: it and the last one are committed."""
+    saving = (f"--checkpoint.mode={mode}", "--checkpoint.every=2") if mode == "async" else ()
+    process = start(tmp_path, "", LONG, *saving, ranks=3)
     wait_for_steps(tmp_path, process)
     worker(tmp_path, 1).send_signal(number)
     ended = finish(tmp_path, process)
@@ -39,6 +44,7 @@ def test_a_signal_to_one_rank_ends_all_after_one_step(
     assert f"tiny: {last} steps" in ended.printed
     (path,) = tmp_path.rglob(f"step-{last}")
     assert verify_checkpoint(path).step == last
+    assert not list(tmp_path.rglob("*.partial"))
     resumed = run(tmp_path, "", f"--train.num_steps={last + 2}", ranks=2)
     assert resumed.code == 0, resumed.printed
     assert [record["step"] for record in resumed.records] == list(range(1, last + 3))
