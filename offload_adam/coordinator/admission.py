@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from offload_adam.coordinator.membership import Membership
-from offload_adam.errors import HostMemoryError, PeerError, RankDisagreementError
+from offload_adam.errors import CheckpointError, HostMemoryError, PeerError, RankDisagreementError
 
 T = TypeVar("T")
 
@@ -19,7 +19,8 @@ Fact = tuple[str, str]
 """A field that all ranks must have in common, and its value on this one."""
 
 _SHARED_ERRORS: dict[str, type[Exception]] = {
-    kind.__name__: kind for kind in (TypeError, ValueError, RankDisagreementError, HostMemoryError)
+    kind.__name__: kind
+    for kind in (TypeError, ValueError, RankDisagreementError, HostMemoryError, CheckpointError)
 }
 
 

@@ -21,6 +21,7 @@ from offload_adam import (
     save_checkpoint,
 )
 from offload_adam.checkpoint.load import verify_checkpoint
+from offload_adam.checkpoint.rank_file import RankEntry
 from offload_adam.checkpoint.save import Save
 from tests.distributed.reference import outcome_of
 from tests.distributed.test_checkpoints import KINDS, Model, assert_same, make, train, whole_state
@@ -152,22 +153,23 @@ def test_a_bucket_is_free_when_it_is_written(held: Held, tmp_path: Path) -> None
 def commit_together(rank: int, world_size: int, folder: str) -> tuple[int, dict[str, Any], Any]:
     """Commit when both have written, rank 1 being slow; return after which step it was."""
     go = threading.Event()
-    write = Save.write_bucket
+    finish = Save.finish
 
-    def slow(save: Save, bucket: int, *rest: Callable[[], None]) -> None:
-        if rank == 1 and bucket == save.buckets[-1]:
+    def slow(save: Save) -> RankEntry:
+        if rank == 1:
             assert go.wait(WAIT_S)
-        write(save, bucket, *rest)
+        return finish(save)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Save, "write_bucket", slow)
+        patch.setattr(Save, "finish", slow)
         model, optimizer = make("bf16", seed=1)
         train(model, optimizer, 0, 2)
         before = whole_state(model, optimizer)
         pending = begin_checkpoint(folder, model=model, optimizer=optimizer, extra={"at": 2})
-        stop = threading.Timer(0.5, go.set)
-        stop.start()
-        at = next(step for step in range(2, 10**6) if committed(model, optimizer, pending, step))
+        for step in range(2, 6):  # training goes on while rank 1 is not done
+            assert not committed(model, optimizer, pending, step)
+        go.set()
+        at = next(step for step in range(6, 10**6) if committed(model, optimizer, pending, step))
     load_checkpoint(folder, model=model, optimizer=optimizer)
     after = whole_state(model, optimizer)
     optimizer.close()

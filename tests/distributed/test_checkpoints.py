@@ -217,6 +217,26 @@ def test_what_does_not_fit_is_refused_on_every_rank(ranks: RankPool, tmp_path: P
     assert {path.name for path in tmp_path.iterdir()} <= {"c", "d.partial"}
 
 
+def save_apart(rank: int, world_size: int, folder: str) -> Outcome:
+    """Save to one name on two disks."""
+    model, optimizer = make("fp32", seed=1)
+    path = f"{folder}/disk-{rank}/c"
+    outcome = outcome_of(lambda: save_checkpoint(path, model=model, optimizer=optimizer))
+    optimizer.close()
+    return outcome
+
+
+def test_a_folder_that_is_not_shared_is_found_before_anything_is_written(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    for number in range(2):
+        (tmp_path / f"disk-{number}").mkdir()
+    found = ranks.run(save_apart, 2, str(tmp_path))
+    assert [outcome.error for outcome in found] == ["CheckpointError"] * 2
+    assert all("is not shared: this rank does not see" in outcome.message for outcome in found)
+    assert not list(tmp_path.glob("disk-*/*"))
+
+
 @pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "swapped"])
 def test_damage_is_found(tmp_path: Path, how: str) -> None:
     model, optimizer = make("fp32", seed=1)
