@@ -17,8 +17,13 @@ def notify(rank: int, world_size: int) -> list[Notice]:
     model = Weights([(300,)])
     optimizer = OffloadAdam(model.parameters(), gradient_reduction="optimizer", num_threads=1)
     agreed = []
-    for notice in (Notice(), Notice(rank == 1, 7 - rank), Notice(saved=7)):
-        optimizer.notice = notice
+    gate = optimizer._alive().gate
+    for stop, num_saved in ((False, 0), (rank == 1, 7 - rank), (False, 7)):
+        optimizer.notice = Notice(stop)
+        while gate.num_finished < num_saved:
+            gate.begin([])
+            gate.finish()
+            gate.settle()
         model(exact_gradients(model.all, rank, world_size)).backward()
         optimizer.step()
         optimizer.zero_grad()
