@@ -121,13 +121,15 @@ class Machine:
         """Queue work.
 
         Args:
-            after: the only host work that is ordered before it, where it is not all of this thread.
+            after: host work that is ordered before this work, but not before what follows it on the
+                lane; else that is all of this thread, and before both.
         """
         if after is None:
             self.elapse()
-            after = self.release()
-        clock = _ticked(_joined(self._clocks[lane.value], after), lane.value)
-        self._clocks[lane.value] = clock
+            self._clocks[lane.value] = _joined(self._clocks[lane.value], self.release())
+        clock = self._clocks[lane.value] = _ticked(self._clocks[lane.value], lane.value)
+        if after is not None:
+            clock = _joined(clock, after)
         self.detector.access(lane.value, clock, name, reads, writes)
         queue = self._queues[lane]
         duration = self.random.expovariate(1.0) * queue.pace

@@ -54,30 +54,33 @@ class GradientMemory:
                 Lane.COMPUTE, lambda: poison(again), name, writes=[again], after=after
             )
         else:
-            self._machine.detector.forget(again)
             poison(again)
+        self._machine.detector.forget(again)
 
 
 class SimulatedSlots(SlotPool):
     """A pool whose slots are worth nothing once released.
 
     What is done after `acquire` comes after what was done before `release`, by the threads' own
-    order: a slot is in the list that both of them use, or it is not.
+    order: a slot is in the list that both of them use, or it is not. On a device the next to use it
+    is work on COMPUTE.
     """
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, *, on_device: bool) -> None:
         super().__init__()
         self._machine = machine
-
-    def acquire(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return a slot with nothing in it."""
-        slot = super().acquire(numel, dtype, device)
-        poison(slot)
-        return slot
+        self._on_device = on_device
 
     def release(self, slot: torch.Tensor) -> None:
         """Take it back; all reading must be over."""
-        self._machine.touch("the release of a slot", writes=[slot])
+        name = "the next use of a slot"
+        if self._on_device:
+            after = self._machine.freed_at()
+            self._machine.launch(
+                Lane.COMPUTE, lambda: poison(slot), name, writes=[slot], after=after
+            )
+        else:
+            self._machine.touch(name, writes=[slot])
+            poison(slot)
         self._machine.detector.forget(slot)
-        poison(slot)
         super().release(slot)

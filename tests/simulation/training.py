@@ -235,7 +235,7 @@ class Simulation:
             num_staging_slots=case.num_staging_slots,
         )
         reduction = _make_reduction(case, self._membership)
-        reduction.slots = SimulatedSlots(self.machine)
+        reduction.slots = SimulatedSlots(self.machine, on_device=case.on_device)
         self.core = _make_core(
             case, self._membership, reduction, backend, self.parameters, simulated=True
         )
