@@ -22,7 +22,7 @@ COPY_DOWN that has waited for a GRADIENT.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
 
@@ -68,7 +68,7 @@ class Operation(Enum):
 
     @property
     def lane(self) -> Lane:
-        """Where it runs."""
+        """Where it runs, but see `Schedule.lane_of`."""
         return _LANES[self]
 
 
@@ -124,6 +124,8 @@ class Schedule:
         them, and are updated in forward order, so that the next forward can start on the first.
     waits: for each task the earlier tasks of other lanes that must be over. One for an UPDATE is
         made by the thread that issues the waiting task, all others by the task's own lane.
+    kept: buckets whose state is on the device of their parameters. What the update thread does for
+        others, the compute lane does for them.
     reduce_slots, staging_slots: which slot of its kind's ring a bucket uses.
     """
 
@@ -132,6 +134,12 @@ class Schedule:
     waits: Mapping[Task, tuple[Task, ...]]
     reduce_slots: Mapping[int, int]
     staging_slots: Mapping[int, int]
+    kept: frozenset[int]
+
+    def lane_of(self, task: Task) -> Lane:
+        """Return where a task runs."""
+        lane = task.operation.lane
+        return Lane.COMPUTE if lane is Lane.UPDATE and task.bucket in self.kept else lane
 
     @property
     def forward_order(self) -> tuple[int, ...]:
@@ -142,13 +150,7 @@ class Schedule:
         """Return this schedule less one wait, to show what would go wrong."""
         waits = dict(self.waits)
         waits[task] = tuple(other for other in waits[task] if other != waited)
-        return Schedule(
-            self.before_agreement,
-            self.after_agreement,
-            waits,
-            self.reduce_slots,
-            self.staging_slots,
-        )
+        return replace(self, waits=waits)
 
 
 def plan_schedule(
@@ -184,7 +186,15 @@ def plan_schedule(
         for operation, waited in _departure(route, earlier_staged.get(number)):
             after.append(Task(operation, number))
             waits[Task(operation, number)] = tuple(waited)
-    return Schedule(tuple(before), tuple(after), waits, reduce_slots, staging_slots)
+    kept = frozenset(route.bucket.index for route in routes if not route.hosted)
+    schedule = Schedule(tuple(before), tuple(after), waits, reduce_slots, staging_slots, kept)
+    return replace(schedule, waits={task: _of_others(schedule, task) for task in waits})
+
+
+def _of_others(schedule: Schedule, task: Task) -> tuple[Task, ...]:
+    """Return the waits of a task that its own lane does not make needless."""
+    lane = schedule.lane_of(task)
+    return tuple(w for w in schedule.waits[task] if schedule.lane_of(w) is not lane)
 
 
 def _rings(routes: Sequence[Route], num_slots: int) -> tuple[dict[int, int], dict[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,12 +63,7 @@ class Timeline:
         return "\n".join([*lines, f"{'':>9} {scale}"]) + "\n"
 
 
-def predict_timeline(
-    schedule: Schedule,
-    seconds_of: Callable[[Task], float],
-    *,
-    on_device: Collection[int] = (),
-) -> Timeline:
+def predict_timeline(schedule: Schedule, seconds_of: Callable[[Task], float]) -> Timeline:
     """Let every task begin as soon as its lane, its bucket and its waits allow.
 
     A task begins after the one before it on its lane and the one before it of its bucket, as the
@@ -78,7 +73,6 @@ def predict_timeline(
     Args:
         seconds_of: how long a task takes. GRADIENT and USE are the bucket's parts of the model's
             backward and forward.
-        on_device: buckets whose state is on the device: the model's own lane updates them.
 
     Source: list scheduling (Graham, "Bounds on multiprocessing timing anomalies").
     """
@@ -89,9 +83,7 @@ def predict_timeline(
 
     def run(tasks: Sequence[Task], earliest: float) -> None:
         for task in tasks:
-            lane = task.operation.lane
-            if lane is Lane.UPDATE and task.bucket in on_device:
-                lane = Lane.COMPUTE
+            lane = schedule.lane_of(task)
             before = of_bucket.get(task.bucket, 0.0)
             waits = [ends[waited] for waited in schedule.waits[task]]
             start = max([earliest, free[lane], before, *waits])

@@ -43,8 +43,7 @@ def predict_overlap(
         num_staging_slots=NUM_STAGING_SLOTS,
     )
     seconds_of = _durations(buckets, training, machine, compute / total_numel(specs))
-    on_device = {bucket.index for bucket in buckets} - on_host
-    return predict_timeline(schedule, seconds_of, on_device=on_device)
+    return predict_timeline(schedule, seconds_of)
 
 
 def _route(bucket: Bucket, training: Training, on_host: bool) -> Route:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 from offload_adam.layout.schedule import Lane, Operation, Schedule, Task
@@ -35,7 +35,6 @@ class Crossing:
         self,
         schedule: Schedule,
         streams: Mapping[int, Streams],
-        on_device: Collection[int],
         wait_for_update: HostWait,
         wait_for_mark: MarkWait,
     ) -> None:
@@ -43,13 +42,10 @@ class Crossing:
 
         Args:
             streams: of each bucket's device.
-            on_device: buckets whose state is on their device: what the update thread does for
-                others is done for them on the model's own lane.
             wait_for_update: for the tasks that leave no mark since a thread runs them.
         """
         self._schedule = schedule
         self._streams = streams
-        self._on_device = frozenset(on_device)
         self._wait_for_update = wait_for_update
         self._wait_for_mark = wait_for_mark
         self._marks: dict[Task, Mark] = {}
@@ -58,11 +54,9 @@ class Crossing:
         """Let this task's lane wait for all that the task waits for."""
         task = Task(operation, bucket)
         streams = self._streams[bucket]
-        lane = operation.lane
-        if lane is Lane.UPDATE and bucket in self._on_device:
-            lane = Lane.COMPUTE
+        lane = self._schedule.lane_of(task)
         for waited in self._schedule.waits[task]:
-            if waited.operation is Operation.UPDATE:
+            if self._schedule.lane_of(waited) is Lane.UPDATE:
                 self._wait_for_update(waited)
                 continue
             mark = self._marks.get(waited)
@@ -75,8 +69,8 @@ class Crossing:
 
     def end(self, operation: Operation, bucket: int) -> None:
         """Remember that this task has been issued."""
-        mark = self._streams[bucket].mark(operation.lane)
-        self._marks[Task(operation, bucket)] = mark
+        task = Task(operation, bucket)
+        self._marks[task] = self._streams[bucket].mark(self._schedule.lane_of(task))
 
     def adopt(self, earlier: Crossing) -> None:
         """Go on from the marks of the crossing that this one replaces."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from offload_adam.coordinator.membership import Membership
-from offload_adam.layout.schedule import Operation
+from offload_adam.layout.schedule import Lane, Operation
 from offload_adam.memory.arena import HostArena, padded_nbytes
 from offload_adam.observe.spans import span
 from offload_adam.parameters.gradients import in_memory_order
@@ -152,7 +153,12 @@ class Landing:
                 self._issue(flight, through, streams, crossing)
             crossing.begin(Operation.SUM_SQUARES, number)
             if not flight.is_issued or through is not None:
-                _fold(flight.pieces, landed, through)
+                fold = partial(_fold, tuple(flight.pieces), landed, through)
+                if state.hosted:
+                    fold()
+                else:
+                    sources = [piece.source for piece in flight.pieces]
+                    streams.launch(Lane.COMPUTE, fold, reads=sources, writes=[landed])
         flight.gradients.land(landed, complete=flight.complete)
         if flight.pooled_slot is not None:
             self._slots.release(flight.pooled_slot)

@@ -69,8 +69,7 @@ class Tasks:
         self.states += states
         self.routes = list(routes)
         streams = {s.layout.index: self._streams.of(s.device) for s in self.states}
-        on_device = [s.layout.index for s in self.states if not s.hosted]
-        crossing = Crossing(schedule, streams, on_device, wait_for_update, self._wait_for)
+        crossing = Crossing(schedule, streams, wait_for_update, self._wait_for)
         if self._crossing is not None:
             crossing.adopt(self._crossing)
         self._crossing = crossing
@@ -192,6 +191,8 @@ class Tasks:
             self.crossing.begin(Operation.UPDATE, number)
             rounded = self._target(state)
             self.updates.of(state).update(state, gradients, active, masks, rounded)
+            if not state.hosted:
+                self.crossing.end(Operation.UPDATE, number)
         if state.offloaded:
             with spans.span("copy up", number):
                 self._copy_up(state, active, rounded)

@@ -48,6 +48,7 @@ class Case:
     pin: Pin = "all"
     accumulates: bool = False
     reduces_in_fp32: bool = False
+    offload_fraction: float = 1.0
     overlaps: bool = True
     max_norm: float | None = None
     seed: int = 0
@@ -120,6 +121,7 @@ def cases(draw: st.DrawFn) -> Case:
         on_device=draw(st.sampled_from([True, True, True, False])),
         pin=draw(st.sampled_from(["all", "all", "staging", "none"])),
         accumulates=accumulates,
+        offload_fraction=draw(st.sampled_from([1.0, 1.0, 1.0, 0.6, 0.3, 0.0])),
         reduces_in_fp32=draw(st.sampled_from([False, False, True])),
         overlaps=draw(st.sampled_from([True, True, True, False])),
         max_norm=draw(st.sampled_from([None, 0.5, 20.0])),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.simulation.case import Case, Step, cases
+from tests.simulation.case import Case, Step, cases, simple_case
 from tests.simulation.training import Simulation, reference_of
 
 
@@ -67,3 +67,16 @@ def test_kinds_that_are_reduced_in_one_dtype_share_no_slot(overlaps: bool) -> No
     reference = reference_of(case)
     for seed in range(4):
         assert Simulation(case, reference, seed).run() == []
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_the_device_updates_is_gathered_after_its_update(
+    world_size: int, overlaps: bool
+) -> None:
+    case = simple_case(4, "bf16", world_size=world_size, offload_fraction=0.5, overlaps=overlaps)
+    reference = reference_of(case)
+    for seed in range(4):
+        simulation = Simulation(case, reference, seed)
+        assert {state.hosted for state in simulation.core.states} == {True, False}
+        assert simulation.run() == []

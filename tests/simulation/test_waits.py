@@ -16,6 +16,7 @@ ON_DEVICE = {
     "rings": simple_case(4, "bf16", world_size=2, rank=1, num_reduce_slots=2),
     "alone": simple_case(3, "fp32"),
     "through a buffer": simple_case(3, "bf16", world_size=2, pin="staging"),
+    "kept": simple_case(3, "bf16", world_size=2, offload_fraction=0.0),
 }
 ON_HOST = {
     "host": simple_case(3, "bf16", world_size=2, on_device=False),
@@ -76,15 +77,15 @@ def test_these_are_all_kinds_of_waits_that_there_are() -> None:
     tried: set[Kind] = set()
     for case in ON_DEVICE.values():
         tried |= kinds_of(schedule_of(case, reference_of(case)))
-    assert tried == all_kinds(offloaded=True)
+    assert tried == all_kinds()
 
 
-def all_kinds(*, offloaded: bool) -> set[Kind]:
-    """Return the kinds of waits of every route that buckets can take, all of them alike."""
+def all_kinds() -> set[Kind]:
+    """Return the kinds of waits of every route that buckets on a device can take, all alike."""
     specs = [ParameterSpec(index, 100, 2, "f") for index in range(6)]
     buckets = plan_buckets(specs, world_size=1, bucket_nbytes=1)
     kinds = set()
-    for reduces, gathers, staged, in_ring in product([True, False], repeat=4):
+    for reduces, gathers, offloaded, staged, in_ring in product([True, False], repeat=5):
         routes = [
             Route(
                 bucket,
@@ -92,7 +93,7 @@ def all_kinds(*, offloaded: bool) -> set[Kind]:
                 gathers=gathers,
                 offloaded=offloaded,
                 staged=staged and offloaded,
-                hosted=True,
+                hosted=offloaded,
                 in_ring=in_ring and reduces and offloaded,
                 kind="f",
             )

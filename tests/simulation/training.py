@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -68,12 +68,27 @@ class Outcome:
     reads: what the model read, of a simulated run only.
     state: at the end, of this rank's shard.
     reports: whether each step was skipped, and its clip factor.
+    kept: the same with all state updated by the device's own operations, which round otherwise.
     """
 
     weights: list[list[torch.Tensor]] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
     state: dict[StateKey, torch.Tensor] = field(default_factory=dict)
     reports: list[tuple[bool, float]] = field(default_factory=list)
+    kept: Outcome | None = None
+
+    def with_kept(self, parameters: Collection[int]) -> Outcome:
+        """Return the outcome where the state of these parameters is kept on the device."""
+        assert self.kept is not None
+        weights = [
+            [others[i] if i in parameters else own[i] for i in range(len(own))]
+            for own, others in zip(self.weights, self.kept.weights, strict=True)
+        ]
+        state = {
+            key: (self.kept if key.parameter in parameters else self).state[key]
+            for key in self.state
+        }
+        return replace(self, weights=weights, state=state)
 
 
 class Device(Protocol):
@@ -237,8 +252,18 @@ class Simulation:
         reduction = _make_reduction(case, self._membership)
         reduction.slots = SimulatedSlots(self.machine, on_device=case.on_device)
         self.core = _make_core(
-            case, self._membership, reduction, backend, self.parameters, simulated=True
+            case,
+            self._membership,
+            reduction,
+            backend,
+            self.parameters,
+            simulated=True,
+            offload_fraction=case.offload_fraction if case.on_device else 1.0,
         )
+        if reference.kept is not None:
+            states = {i: self.core.place_of(i)[0] for i in range(len(self.parameters))}
+            kept = {index for index, state in states.items() if not state.hosted}
+            self._reference = reference.with_kept(kept)
         tasks = self.core.executor.tasks
         tasks.updates = WatchedUpdates(tasks.updates, self.machine)
         tasks.landing = WatchedLanding(tasks.landing, self.machine)
@@ -337,11 +362,26 @@ class Simulation:
 
 def reference_of(case: Case) -> Outcome:
     """Run a case in a world of one on the plain host, by the sequential executor."""
+    outcome = _plain(case, offload_fraction=1.0)
+    if case.on_device and case.offload_fraction < 1.0:
+        outcome.kept = _plain(case, offload_fraction=0.0)
+    return outcome
+
+
+def _plain(case: Case, *, offload_fraction: float) -> Outcome:
     outcome = Outcome()
     parameters = case.weights()
     membership = Membership()
     reduction = _make_reduction(case, membership)
-    core = _make_core(case, membership, reduction, Backend(), parameters, simulated=False)
+    core = _make_core(
+        case,
+        membership,
+        reduction,
+        Backend(),
+        parameters,
+        simulated=False,
+        offload_fraction=offload_fraction,
+    )
     outcome.reports = train(case, core, parameters, _Host(parameters, outcome))
     outcome.state = state_of(core)
     core.executor.close()
@@ -382,6 +422,7 @@ def _make_core(
     parameters: list[torch.nn.Parameter],
     *,
     simulated: bool,
+    offload_fraction: float,
 ) -> ShardedAdam:
     on_device = simulated and case.on_device
     placing = Placing(
@@ -389,7 +430,8 @@ def _make_core(
         reduction.landed_dtype,
         pin=case.pin,
         runtime=StandInRuntime() if on_device else None,
-        force_offload=on_device,
+        offload_fraction=offload_fraction,
+        force_offload=on_device or offload_fraction < 1.0,
     )
     core = ShardedAdam(
         membership,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.layout.schedule import Operation, Task
+from offload_adam.layout.schedule import Lane, Operation, Task
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.crossing import Crossing
 from offload_adam.step.gradients import BucketGradients
@@ -50,16 +51,24 @@ class _WatchedUpdate:
         self._inner.reserve(state, gradients, lazy=lazy)
 
     def sum_of_squares(self, state: BucketState, gradients: BucketGradients) -> float:
-        found = _gradients(state, gradients, gradients.readable)
-        self._machine.touch(f"sum of squares of bucket {state.layout.index}", found)
+        self._look("sum of squares", state, gradients)
         return self._inner.sum_of_squares(state, gradients)
 
     def non_finite_positions(
         self, state: BucketState, gradients: BucketGradients
     ) -> npt.NDArray[np.int64]:
-        found = _gradients(state, gradients, gradients.readable)
-        self._machine.touch(f"search in bucket {state.layout.index}", found)
+        self._look("search", state, gradients)
         return self._inner.non_finite_positions(state, gradients)
+
+    def _look(self, what: str, state: BucketState, gradients: BucketGradients) -> None:
+        """Note a reading whose result the host has when it returns."""
+        name = f"{what} of bucket {state.layout.index}"
+        found = _gradients(state, gradients, gradients.readable)
+        if state.hosted:
+            self._machine.touch(name, found)
+        else:
+            self._machine.launch(Lane.COMPUTE, lambda: None, name, reads=found)
+            self._machine.mark(Lane.COMPUTE).synchronize()
 
     def update(
         self,
@@ -74,7 +83,12 @@ class _WatchedUpdate:
         slot = [] if rounded is None else _parts(state, active, rounded)
         reads = _gradients(state, gradients, active)
         name = f"update of bucket {state.layout.index}"
-        self._machine.touch(name, reads=[*reads, *written], writes=[*written, *slot])
+        reads, writes = [*reads, *written], [*written, *slot]
+        if not state.hosted:
+            update = partial(self._inner.update, state, gradients, active, masks, rounded)
+            self._machine.launch(Lane.COMPUTE, update, name, reads=reads, writes=writes)
+            return
+        self._machine.touch(name, reads, writes)
         for part in slot:
             poison(part)
         self._inner.update(state, gradients, active, masks, rounded)
@@ -111,6 +125,9 @@ class WatchedLanding(Landing):
 
     def land(self, flight: Flight, streams: Streams, crossing: Crossing) -> None:
         """Land the flight; what the host reads and writes is ordered as it is when it returns."""
+        if not flight.state.hosted:
+            super().land(flight, streams, crossing)
+            return
         folds, pieces, in_pool = not flight.is_issued, list(flight.pieces), flight.pooled_slot
         through = self._buffer(pieces[0].source.dtype, 0) if streams.is_asynchronous else None
         super().land(flight, streams, crossing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -102,8 +103,8 @@ def test_nothing_begins_before_what_it_waits_for(
 
 
 def test_state_on_the_device_is_updated_on_the_models_own_lane() -> None:
-    schedule = schedule_of(2, world_size=1)
-    timeline = predict_timeline(schedule, lambda task: 1.0, on_device={1})
+    schedule = replace(schedule_of(2, world_size=1), kept=frozenset({1}))
+    timeline = predict_timeline(schedule, lambda task: 1.0)
     lanes = {interval.task: interval.lane for interval in timeline.intervals}
     assert lanes[Task(Operation.UPDATE, 1)] is Lane.COMPUTE
     assert lanes[Task(Operation.UPDATE, 0)] is Lane.UPDATE
