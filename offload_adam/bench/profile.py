@@ -28,16 +28,17 @@ OFF, ON = "off", "on"
 INTERVAL_MS = 100.0
 """Between two samples of memory: the default of `profile.interval_ms`."""
 NUM_LAYERS = 8
-NUM_STEPS = 10
-"""Steps in one turn: together they take longer than two samples are apart."""
 _BATCH_SIZE = 64
 _NUM_NULL_SPANS = 100_000
 DEFINITIONS = {
-    "off_ms": "a step that nothing records; median",
-    "on_ms": "the same step while spans are recorded and memory is sampled every "
-    f"{INTERVAL_MS:.0f} ms; median",
-    "ratio": "on_ms / off_ms, median over the pairs; 1.02 is an overhead of 2%",
+    "off_ms": "processor time of a step on one thread that nothing records, which is disturbed less "
+    "by what else runs than its length is; median",
+    "on_ms": "the same step while its spans are recorded; median",
+    "ratio": "on_ms / off_ms, median over the pairs",
     "pairs": "one for each round: milliseconds of a step, off and on",
+    "sampler_share": "processor time, for each second, of the thread that samples memory every "
+    f"{INTERVAL_MS:.0f} ms: at most this part of a step can be lost to it",
+    "overhead": "ratio - 1 + sampler_share; 0.02 is 2%",
     "spans_per_step": "what was recorded of each step, mean",
     "null_span_ns": "what a span costs that nobody records",
 }
@@ -46,10 +47,10 @@ DEFINITIONS = {
 class Steps:
     """Forward, backward and step of a stack of linear layers, one bucket a layer, as a job does it.
 
-    Owns: the sampler of memory, between `watch` and `unwatch`.
+    Owns: what records while it is `watched`.
     """
 
-    def __init__(self, width: int, num_threads: int, folder: Path) -> None:
+    def __init__(self, width: int) -> None:
         torch.manual_seed(0)
         layers = (nn.Linear(width, width, bias=False) for _ in range(NUM_LAYERS))
         self._model = nn.Sequential(*layers)
@@ -58,34 +59,26 @@ class Steps:
             lr=1e-4,
             max_grad_norm=1.0,
             module=self._model,
-            num_threads=num_threads,
+            num_threads=1,
             bucket_nbytes=4 * width * width,
         )
         self._input = torch.randn(_BATCH_SIZE, width)
-        self._path = folder / "memory.jsonl"
         self._watching = ExitStack()
-        self._is_watched = False
         self.recorder = SpanRecorder()
 
     def watch(self) -> None:
-        """Record from now on; the first sample, which is slow, is not for the step to pay."""
-        if not self._is_watched:
-            sampler = MemorySampler(self._path, self._ledger, interval_s=INTERVAL_MS / 1e3)
-            self._watching.enter_context(sampler)
-            self._watching.enter_context(recorded_by(self.recorder))
-            time.sleep(1.5 * INTERVAL_MS / 1e3)
-            self._is_watched = True
+        """Record from now on."""
+        self._watching.close()
+        self._watching.enter_context(recorded_by(self.recorder))
 
     def unwatch(self) -> None:
         """Record no longer."""
         self._watching.close()
-        self._is_watched = False
 
     def run(self) -> None:
-        """Do `NUM_STEPS` steps."""
-        for number in range(NUM_STEPS):
-            with span("train step", number):
-                self._step()
+        """Do one step."""
+        with span("train step"):
+            self._step()
 
     def _step(self) -> None:
         watch = Stopwatch()
@@ -97,12 +90,13 @@ class Steps:
             self._optimizer.step()
             self._optimizer.zero_grad()
 
-    def _ledger(self) -> Mapping[str, int]:
+    def ledger(self) -> Mapping[str, int]:
+        """Return what the optimizer holds."""
         return by_category(self._optimizer.memory_ledger())
 
 
 def measure_profile(
-    width: int, num_threads: int, num_pairs: int, *, clock: Clock = time.perf_counter
+    width: int, num_pairs: int, *, clock: Clock = time.thread_time
 ) -> dict[str, Any]:
     """Return the report of `bench profile`, a JSON object.
 
@@ -113,46 +107,49 @@ def measure_profile(
         HostMemoryError: the node does not have enough memory available.
     """
     require_memory(20 * NUM_LAYERS * width**2)
-    use_threads(num_threads)
-    machine = describe_machine(num_threads)
-    with _steps(width, num_threads) as steps:
-        turns = [Turn(OFF, steps.run, steps.unwatch), Turn(ON, steps.run, steps.watch)]
+    use_threads(1)
+    machine = describe_machine(1)
+    steps = Steps(width)
+    turns = [Turn(OFF, steps.run, steps.unwatch), Turn(ON, steps.run, steps.watch)]
+    with _sampled(steps) as sampler:
+        start_s = time.perf_counter()
         timings = interleave(turns, num_pairs, clock=clock)
-        num_spans = len(steps.recorder.spans()) + steps.recorder.num_dropped
-        steps.unwatch()
-    num_recorded = num_spans / sum(s.name == "train step" for s in steps.recorder.spans())
+        sampler_share = sampler.busy_s / (time.perf_counter() - start_s)
+    steps.unwatch()
+    spans = steps.recorder.spans()
+    found = compare_steps(timings)
     return {
         "benchmark": "profile",
         "num_pairs": num_pairs,
         "numel": NUM_LAYERS * width**2,
         "machine": machine,
-        **compare_steps(timings),
-        "spans_per_step": num_recorded,
+        **found,
+        "sampler_share": sampler_share,
+        "overhead": found["ratio"] - 1.0 + sampler_share,
+        "spans_per_step": len(spans) / sum(one.name == "train step" for one in spans),
         "null_span_ns": _null_span_ns(),
         "definitions": DEFINITIONS,
     }
 
 
 def compare_steps(timings: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Return medians and pairs of one step's milliseconds, from those of the turns."""
-    each = {name: [ms / NUM_STEPS for ms in turns_ms] for name, turns_ms in timings.items()}
-    pairs = pair_up(each[OFF], each[ON])
+    """Return medians and pairs of the steps' milliseconds."""
+    pairs = pair_up(timings[OFF], timings[ON])
     return {
-        "off_ms": median(each[OFF]),
-        "on_ms": median(each[ON]),
+        "off_ms": median(timings[OFF]),
+        "on_ms": median(timings[ON]),
         "ratio": median_ratio(pairs),
         "pairs": [asdict(pair) for pair in pairs],
     }
 
 
 @contextmanager
-def _steps(width: int, num_threads: int) -> Iterator[Steps]:
+def _sampled(steps: Steps) -> Iterator[MemorySampler]:
+    """Sample memory inside, beside steps of both kinds."""
     with tempfile.TemporaryDirectory(prefix="bench-profile-") as folder:
-        steps = Steps(width, num_threads, Path(folder))
-        try:
-            yield steps
-        finally:
-            steps.unwatch()
+        path = Path(folder) / "memory.jsonl"
+        with MemorySampler(path, steps.ledger, interval_s=INTERVAL_MS / 1e3) as sampler:
+            yield sampler
 
 
 def _null_span_ns() -> float:

@@ -106,14 +106,25 @@ def _profile_table(report: Mapping[str, Any]) -> Table:
     table = Table(
         title=f"bench profile: steps of {report['numel']:,} parameters, "
         f"{report['machine']['num_threads']} thread(s), {report['num_pairs']} pairs",
-        caption="medians; ratio: on / off, over the pairs",
+        caption="medians; on / off: over the pairs; overhead: what that and sampling memory add",
     )
-    for header in ("off, ms", "on, ms", "ratio", "spans a step", "a span when off, ns"):
+    headers = (
+        "off, ms",
+        "on, ms",
+        "on / off",
+        "sampling",
+        "overhead",
+        "spans a step",
+        "off, ns each",
+    )
+    for header in headers:
         table.add_column(header, justify="right")
     table.add_row(
         f"{report['off_ms']:.2f}",
         f"{report['on_ms']:.2f}",
         f"{report['ratio']:.4f}",
+        f"{report['sampler_share']:.2%}",
+        f"{report['overhead']:.2%}",
         f"{report['spans_per_step']:.1f}",
         f"{report['null_span_ns']:.0f}",
     )

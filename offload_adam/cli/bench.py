@@ -125,18 +125,17 @@ def bench_rows(
 @bench_app.command("profile")
 def bench_profile(
     width: Annotated[int, typer.Option("--width", min=16, help="Of 8 square layers.")] = 512,
-    threads: Threads = None,
-    pairs: Pairs = 41,
+    pairs: Pairs = 301,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure steps whose spans and memory are recorded against the same steps unwatched.
+    """Measure steps, on one thread, whose spans and memory are recorded against the same unwatched.
 
     Exit codes: 0 done, 2 a wrong option, 3 not enough memory, 1 anything else.
     """
-    num_threads = _prepare(threads, json_file)
+    _prepare(1, json_file)
     from offload_adam.bench.profile import measure_profile
 
-    _show(lambda: measure_profile(width, num_threads, pairs), json_file)
+    _show(lambda: measure_profile(width, pairs), json_file)
 
 
 @bench_app.command("train")

@@ -13,7 +13,6 @@ import pytest
 
 from offload_adam import OffloadAdam
 from offload_adam.bench.profile import compare_steps, measure_profile
-from offload_adam.kernels.threads import allowed_cores
 from offload_adam.observe.spans import SpanRecorder, recorded_by, span
 from offload_adam.profiling.sampler import MemorySampler
 from offload_adam.step.ledger import by_category
@@ -81,11 +80,13 @@ def test_recorded_steps_leave_nothing_allocated(tmp_path: Path) -> None:
 
 
 def test_the_report_on_profiling_is_complete() -> None:
-    report = json.loads(json.dumps(measure_profile(16, 1, 7)))
+    report = json.loads(json.dumps(measure_profile(16, 7)))
     assert (report["num_pairs"], report["numel"], len(report["pairs"])) == (7, 8 * 16 * 16, 7)
     # The whole step, forward, backward, step(), and in it a norm and eight updates.
     assert report["spans_per_step"] > 12
-    assert compare_steps({"off": [10.0, 20.0], "on": [15.0, 20.0]}) == {
+    assert report["overhead"] == report["ratio"] - 1.0 + report["sampler_share"]
+    assert report["sampler_share"] > 0.0
+    assert compare_steps({"off": [1.0, 2.0], "on": [1.5, 2.0]}) == {
         "off_ms": 1.5,
         "on_ms": 1.75,
         "ratio": 1.25,
@@ -100,11 +101,11 @@ def test_the_report_on_profiling_is_complete() -> None:
 @pytest.mark.timeout(400)
 def test_profiling_takes_less_than_two_hundredths_of_a_step() -> None:
     """What else runs here disturbs a measurement: at most three times."""
-    ratios: list[float] = []
+    overheads: list[float] = []
     for _ in range(NUM_ATTEMPTS):
-        report = measure_profile(512, allowed_cores(), 31)
-        ratios.append(report["ratio"])
+        report = measure_profile(512, 251)
+        overheads.append(report["overhead"])
         off_share = report["null_span_ns"] * report["spans_per_step"] / 1e6 / report["off_ms"]
-        if ratios[-1] < 1.0 + MOST_OVERHEAD and off_share < MOST_OVERHEAD / 10:
+        if overheads[-1] < MOST_OVERHEAD and off_share < MOST_OVERHEAD / 10:
             return
-    pytest.fail(f"profiled over plain steps: {ratios}")
+    pytest.fail(f"overheads of profiling: {overheads}")
