@@ -31,8 +31,8 @@ NUM_LAYERS = 8
 _BATCH_SIZE = 64
 _NUM_NULL_SPANS = 100_000
 DEFINITIONS = {
-    "off_ms": "processor time of a step on one thread that nothing records, which is disturbed less "
-    "by what else runs than its length is; median",
+    "off_ms": "processor time of a step on one thread that nothing records, disturbed less by "
+    "what else runs than its length would be; median",
     "on_ms": "the same step while its spans are recorded; median",
     "ratio": "on_ms / off_ms, median over the pairs",
     "pairs": "one for each round: milliseconds of a step, off and on",
