@@ -16,7 +16,6 @@ import torch
 from offload_adam.coordinator.agreement import Agreement, Findings, Notice, agree, flags_on_any_rank
 from offload_adam.coordinator.membership import Membership
 from offload_adam.kernels.scalars import Hyperparameters
-from offload_adam.layout.schedule import Route, plan_schedule
 from offload_adam.memory.arena import HostArena, close_all
 from offload_adam.memory.numa import spans_nodes
 from offload_adam.observe.place import HERE
@@ -31,7 +30,6 @@ from offload_adam.step.construction import Placing, build_states
 from offload_adam.step.executor import Executor, SequentialExecutor
 from offload_adam.step.following import follow
 from offload_adam.step.gradients import BucketGradients
-from offload_adam.step.landing import Landing
 from offload_adam.step.ledger import LedgerEntry, bucket_entries
 from offload_adam.step.masks import UpdateMasks
 from offload_adam.step.overlapped import OverlappedExecutor
@@ -43,10 +41,9 @@ from offload_adam.step.refusals import (
     refuse_unfrozen,
 )
 from offload_adam.step.report import StepReport
+from offload_adam.step.routing import Routing
 from offload_adam.step.tasks import Tasks
 from offload_adam.step.updates import Updates
-from offload_adam.transfer.rings import Rings
-from offload_adam.transfer.streams import StreamsByDevice
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +79,7 @@ class StepInputs:
 class ShardedAdam:
     """This rank's shard of the Adam state, and the step that all ranks take together.
 
-    Owns: all bucket states, the version watch, the block sums, the rings and the executor.
+    Owns: all bucket states, the version watch, the block sums, the routing and the executor.
         `resources` ends what runs beside the caller, takes hooks off the model and unpins memory,
         in this order, and holds neither this object nor the model.
     Lifecycle: `extend` for every set of parameters, `step` any number of times.
@@ -123,13 +120,7 @@ class ShardedAdam:
         # Not a method of this object: what ends with it must not hold it, nor so the model.
         make_buffer = partial(_make_buffer, placing, self.arenas)
         self._beside_steps = Stopwatch()
-        self._landing = Landing(membership, reduction.slots, make_arena=make_buffer)
-        self._rings = Rings(
-            make_buffer,
-            num_staging=backend.num_staging_slots,
-            num_reduction=backend.num_reduce_slots,
-        )
-        self._streams = StreamsByDevice(backend.make_streams)
+        self._routing = Routing(membership, reduction, backend, make_buffer)
         self.executor = self._make_executor(overlaps, backend)
         self.resources.callback(self.executor.close)
         self.forward_hooks: ForwardHooks | None = None
@@ -168,13 +159,16 @@ class ShardedAdam:
             for position, index in enumerate(state.indices.tolist()):
                 self._places[index] = (state.layout.index, position)
         self.reduction.extend(states)
-        self._make_schedule(states)
+        routes, schedule = self._routing.plan(self.states)
+        self.host_nbytes["staging"] = self._routing.host_nbytes
+        self.executor.extend(states, routes, schedule)
         self._watch.extend([item.name for item in new], [item.parameter for item in new])
 
     def _make_executor(self, overlaps: bool, backend: Backend) -> Executor:
         collectives = backend.make_collectives(self.membership)
+        ways = self._routing
         tasks = Tasks(
-            self.membership, self._updates, collectives, self._streams, self._landing, self._rings
+            self.membership, self._updates, collectives, ways.streams, ways.landing, ways.rings
         )
         if not overlaps:
             return SequentialExecutor(tasks)
@@ -186,54 +180,12 @@ class ShardedAdam:
         worker = backend.make_worker()
         return OverlappedExecutor(tasks, worker, self.membership, self._beside_steps, arrived)
 
-    def _make_schedule(self, new: Sequence[BucketState]) -> None:
-        """Plan the schedule of all buckets, and make what new ones need for it."""
-        routes = [self._route(state) for state in self.states]
-        schedule = plan_schedule(
-            routes,
-            num_reduce_slots=self._rings.num_reduction,
-            num_staging_slots=self._rings.num_staging,
-        )
-        for state, route in zip(self.states, routes, strict=True):
-            arrives = self.reduction.arrival_dtype(state.dtype)
-            if route.in_ring:
-                numel = state.layout.numel
-                self._rings.fit_reduction(route.kind, arrives, state.device, numel)
-            elif state.offloaded and self._streams.of(state.device).is_asynchronous:
-                self._landing.reserve(state, arrives)
-            if route.staged:
-                self._rings.fit_staging(route.kind, state.dtype, state.layout.shard_numel)
-        self.host_nbytes["staging"] = self._rings.staging_nbytes + self._landing.nbytes
-        self.executor.extend(new, routes, schedule)
-
-    def _route(self, state: BucketState) -> Route:
-        layout = state.layout
-        arrives = self.reduction.arrival_dtype(state.dtype)
-        reduces = self.reduction.reduces and layout.numel > 0
-        # A slot of a ring is emptied by a copy that is issued at once: the next bucket that uses it
-        # could not wait for any other.
-        at_once = (
-            state.offloaded
-            and self._streams.of(state.device).is_asynchronous
-            and self._landing.goes_straight(state, arrives, adds=self.reduction.accumulates)
-        )
-        return Route(
-            layout,
-            reduces=reduces,
-            gathers=layout.world_size > 1 and layout.numel > 0,
-            offloaded=state.offloaded,
-            staged=state.offloaded and state.dtype != torch.float32,
-            hosted=state.hosted,
-            in_ring=reduces and at_once,
-            kind=f"{state.dtype}@{state.device}",
-        )
-
     def ledger(self) -> list[LedgerEntry]:
         """Return who holds which bytes now, on the host and on devices."""
         entries = [entry for state in self.states for entry in bucket_entries(state)]
         shared = {k: n for k, n in self.host_nbytes.items() if k != "state"}
         entries += [LedgerEntry(name, None, "cpu", nbytes) for name, nbytes in shared.items()]
-        slots = [*self.reduction.slot_nbytes.items(), *self._rings.reduction_nbytes.items()]
+        slots = [*self.reduction.slot_nbytes.items(), *self._routing.slot_nbytes.items()]
         entries += [LedgerEntry("slots", None, str(device), nbytes) for device, nbytes in slots]
         return entries
 
