@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.simulation.case import Case, Step, cases, simple_case
-from tests.simulation.training import Simulation, reference_of
+from tests.simulation.simulation import Simulation
+from tests.simulation.training import reference_of
 
 
 def run_beside_the_reference(case: Case, seed: int) -> None:

@@ -11,7 +11,8 @@ import pytest
 from offload_adam.layout.schedule import Lane, Operation, Schedule, Task
 from offload_adam.step.overlapped import OverlappedExecutor
 from tests.simulation.case import Case, Step, simple_case
-from tests.simulation.training import Simulation, reference_of
+from tests.simulation.simulation import Simulation
+from tests.simulation.training import reference_of
 
 NUM_SEEDS = 6
 

@@ -10,7 +10,9 @@ import pytest
 from offload_adam.layout.flat import ParameterSpec, plan_buckets
 from offload_adam.layout.schedule import Operation, Route, Schedule, Task, plan_schedule
 from tests.simulation.case import Case, simple_case
-from tests.simulation.training import Outcome, Simulation, reference_of
+from tests.simulation.outcome import Outcome
+from tests.simulation.simulation import Simulation
+from tests.simulation.training import reference_of
 
 ON_DEVICE = {
     "rings": simple_case(4, "bf16", world_size=2, rank=1, num_reduce_slots=2),
