@@ -82,8 +82,9 @@ def run_job(config: RunConfig, console: Console | None = None, saver: Saver | No
         schedule = build_schedule(optimizer, config)
         job = Job(config, world, corpus, model, parallel_model, optimizer, schedule, preemption)
         with final(CheckpointError, ConfigError):
-            first_step = resume(job) + 1
-        job = replace(job, saver=saver or CheckpointSaver(job), first_step=first_step)
+            job = resume(job)
+        first_step = job.first_step
+        job = replace(job, saver=saver or CheckpointSaver(job))
         if first_step > config.train.num_steps:
             logger.info("all %d steps have been taken: nothing is left to do", first_step - 1)
         elif world.rank == 0:

@@ -46,7 +46,7 @@ class Job:
     """The parts of a run; `parallel_model` is `model`, or DistributedDataParallel around it.
 
     preemption: asks for an early end; saver: writes checkpoints; first_step: where
-    a run begins, or goes on.
+    a run begins, or goes on; first_sample: how many samples all ranks together have seen before it.
     """
 
     config: RunConfig
@@ -59,13 +59,22 @@ class Job:
     preemption: Preemption
     saver: Saver | None = None
     first_step: int = 1
+    first_sample: int = 0
+
+    @property
+    def samples_per_step(self) -> int:
+        """The sequences that all ranks together train on in one step."""
+        train = self.config.train
+        return train.batch_size * train.gradient_accumulation_steps * self.world.world_size
+
+    def samples_before(self, step: int) -> int:
+        """Return how many samples the run has seen before a step, whatever its worlds were."""
+        return self.first_sample + (step - self.first_step) * self.samples_per_step
 
     @property
     def tokens_per_step(self) -> int:
         """The tokens that all ranks together train on in one step."""
-        train = self.config.train
-        per_rank = train.batch_size * train.sequence_length * train.gradient_accumulation_steps
-        return per_rank * self.world.world_size
+        return self.samples_per_step * self.config.train.sequence_length
 
 
 def run_steps(job: Job) -> Iterator[StepRecord]:
@@ -163,10 +172,13 @@ def _without_reduction(job: Job, stack: ExitStack) -> None:
 
 
 def _next_batch(job: Job, step: int, microbatch: int) -> Batch:
-    train = job.config.train
-    place = (job.config.run.seed, step, microbatch, job.world.rank)
-    batch = sample_batch(job.corpus.training, train.batch_size, train.sequence_length, place)
-    return batch.to(job.world.device)
+    train, world = job.config.train, job.world
+    number = microbatch * world.world_size + world.rank
+    first = job.samples_before(step) + number * train.batch_size
+    seed = job.config.run.seed
+    tokens = job.corpus.training
+    batch = sample_batch(tokens, train.batch_size, train.sequence_length, seed=seed, first=first)
+    return batch.to(world.device)
 
 
 def _mean_over_ranks(loss: torch.Tensor, world: World) -> float:

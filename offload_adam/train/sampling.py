@@ -1,4 +1,4 @@
-"""Which sequences a rank sees: a function of seed, step, microbatch and rank alone."""
+"""Which sequences a rank sees: a function of the seed and of how many all ranks have seen."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ class Batch(NamedTuple):
 
 
 def sample_batch(
-    tokens: ByteTokens, batch_size: int, sequence_length: int, place: tuple[int, int, int, int]
+    tokens: ByteTokens, batch_size: int, sequence_length: int, *, seed: int, first: int
 ) -> Batch:
-    """Draw sequences uniformly; `place` is (seed, step, microbatch, rank).
+    """Draw the run's samples number `first` and following, uniformly.
 
-    Being a pure function of its place, the draw repeats in every run and needs no state to resume.
+    Each is a pure function of seed and number, so a run that goes on needs to know no more than how
+    many have been drawn, whichever rank of however many ranks draws them.
     """
-    generator = np.random.default_rng(place)
-    starts = generator.integers(tokens.size - sequence_length, size=batch_size)
-    return cut_batch(tokens, starts, sequence_length)
+    numbers = range(first, first + batch_size)
+    most = tokens.size - sequence_length
+    starts = [int(np.random.default_rng((seed, number)).integers(most)) for number in numbers]
+    return cut_batch(tokens, np.array(starts, dtype=np.int64), sequence_length)
 
 
 def evaluation_starts(

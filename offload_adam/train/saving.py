@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class CheckpointSaver:
         with self._tolerating(path):
             extra = {
                 "step": step,
+                "samples": job.samples_before(step + 1),
                 "config": job.config.model_dump(mode="json"),
                 "train": _state(job),
             }
@@ -191,8 +193,8 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     return None
 
 
-def resume(job: Job) -> int:
-    """Load the checkpoint to go on from, if there is one, and return its step. Collective.
+def resume(job: Job) -> Job:
+    """Load the checkpoint to go on from, if there is one, and return the job after it. Collective.
 
     Rank 0 looks for it. Random states are restored where the world is as large as it was;
     otherwise each rank has drawn its own from the seed, and what depends on them differs.
@@ -210,14 +212,14 @@ def resume(job: Job) -> int:
         )
         found = gather_texts(membership, "" if own is None else str(own))[0]
     if not found:
-        return 0
+        return job
     _refuse_changes(job.config, _config_of(Path(found)))
     extra = load_checkpoint(found, model=job.model, optimizer=job.optimizer)
     _load_state(job, extra["train"])
     step: int = extra["step"]
     if job.world.rank == 0:
         logger.info("goes on from %s, after step %d", found, step)
-    return step
+    return replace(job, first_step=step + 1, first_sample=extra["samples"])
 
 
 def _config_of(path: Path) -> dict[str, Any]:
@@ -227,7 +229,7 @@ def _config_of(path: Path) -> dict[str, Any]:
         ConfigError: no training run wrote it.
     """
     extra = read_manifest(path).extra
-    if not {"step", "config", "train"} <= set(extra):
+    if not {"step", "samples", "config", "train"} <= set(extra):
         raise ConfigError.at(
             "checkpoint.resume",
             f"{path} was not written by a training run: load it with load_checkpoint in a loop "

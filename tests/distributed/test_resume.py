@@ -266,3 +266,8 @@ def test_a_run_goes_on_in_another_world(tmp_path: Path) -> None:
     run(tmp_path)
     assert len(checksums(tmp_path, 8)) == 1
     assert [record["step"] for record in records(tmp_path)] == list(range(1, 13))
+    # No sample is left out or seen again: 4 steps of two ranks, 8 of one.
+    manifests = [read_manifest(tmp_path / "case" / "checkpoints" / f"step-{n}") for n in (4, 8, 12)]
+    size = manifests[0].extra["samples"] // 8
+    assert size > 0
+    assert [manifest.extra["samples"] for manifest in manifests] == [8 * size, 12 * size, 16 * size]

@@ -83,12 +83,14 @@ def reference_run(config: RunConfig, world_size: int) -> tuple[list[float], list
     optimizer = torch.optim.Adam(model.parameters(), foreach=False)
     losses, norms = [], []
     num_batches = world_size * train.gradient_accumulation_steps
+    size, seed = train.batch_size, config.run.seed
     for step in range(1, train.num_steps + 1):
         total = 0.0
         for rank in range(world_size):
             for microbatch in range(train.gradient_accumulation_steps):
-                place = (config.run.seed, step, microbatch, rank)
-                batch = sample_batch(tokens, train.batch_size, train.sequence_length, place)
+                number = (step - 1) * num_batches + microbatch * world_size + rank
+                first = number * size
+                batch = sample_batch(tokens, size, train.sequence_length, seed=seed, first=first)
                 loss = next_token_loss(model, batch) / num_batches
                 loss.backward()
                 total += loss.item()

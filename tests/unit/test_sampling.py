@@ -19,17 +19,25 @@ def test_targets_are_the_tokens_that_follow() -> None:
     assert batch.inputs.dtype == batch.targets.dtype == torch.int64
 
 
-def test_a_draw_repeats_and_differs_in_every_part_of_its_place() -> None:
-    places = list(itertools.product((0, 1), (1, 2), (0, 1), (0, 1, 2)))
-    draws = [sample_batch(TOKENS, 4, 16, place).inputs for place in places]
-    again = [sample_batch(TOKENS, 4, 16, place).inputs for place in places]
+def test_a_draw_repeats_and_differs_by_seed_and_number() -> None:
+    places = list(itertools.product((0, 1), (0, 4, 8, 10**12)))
+    draws = [sample_batch(TOKENS, 4, 16, seed=s, first=f).inputs for s, f in places]
+    again = [sample_batch(TOKENS, 4, 16, seed=s, first=f).inputs for s, f in places]
     assert all(torch.equal(a, b) for a, b in zip(draws, again, strict=True))
     assert len({tuple(draw.flatten().tolist()) for draw in draws}) == len(places)
 
 
+def test_samples_are_the_same_however_they_are_divided() -> None:
+    whole = sample_batch(TOKENS, 12, 16, seed=3, first=100).inputs
+    for size in (1, 3, 4):
+        firsts = range(100, 112, size)
+        parts = [sample_batch(TOKENS, size, 16, seed=3, first=first).inputs for first in firsts]
+        assert torch.equal(torch.cat(parts), whole)
+
+
 def test_every_sequence_that_fits_is_drawn() -> None:
     tokens = np.arange(12, dtype=np.uint8)
-    starts = sample_batch(tokens, 500, 8, (0, 1, 0, 0)).inputs[:, 0]
+    starts = sample_batch(tokens, 500, 8, seed=0, first=0).inputs[:, 0]
     assert sorted(set(starts.tolist())) == [0, 1, 2, 3]  # the last one's target is the last token
 
 
