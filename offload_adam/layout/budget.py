@@ -10,6 +10,12 @@ from offload_adam.layout.flat import BLOCK_NUMEL, Bucket
 FLOAT32_NBYTES = 4
 BLOCK_SUM_NBYTES = 8
 
+NUM_STAGING_SLOTS = 2
+"""Host slots for parameters on their way up: the kernel writes one while the other is copied."""
+
+NUM_REDUCE_SLOTS = 3
+"""Slots on a device for gradients: one is packed, one reduced, and one on its way to the host."""
+
 
 @dataclass(frozen=True, slots=True)
 class BucketPlanes:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from offload_adam.layout.budget import FLOAT32_NBYTES, traffic_nbytes, update_traffic_nbytes
+from offload_adam.layout.budget import (
+    FLOAT32_NBYTES,
+    NUM_STAGING_SLOTS,
+    traffic_nbytes,
+    update_traffic_nbytes,
+)
 from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
 from offload_adam.layout.schedule import Operation, Route, Task, plan_schedule
 from offload_adam.layout.timeline import Timeline, predict_timeline
 from offload_adam.plan.inputs import Machine, Training, total_numel
-from offload_adam.plan.prediction import NUM_STAGING_SLOTS, hosted, planes_of
+from offload_adam.plan.prediction import hosted, planes_of
 from offload_adam.plan.timing import GB, compute_seconds, pass_nbytes, sent_itemsize
 
 FORWARD_SHARE = 1 / 3

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from offload_adam.checkpoint.manifest import BLOCK_NBYTES
 from offload_adam.layout.budget import (
+    NUM_REDUCE_SLOTS,
+    NUM_STAGING_SLOTS,
     BucketPlanes,
     block_sums_nbytes,
     landed_itemsize,
@@ -17,7 +19,6 @@ from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
 from offload_adam.layout.placing import kept_on_device
 from offload_adam.plan.inputs import Training
 
-NUM_STAGING_SLOTS = 2
 NUM_SLOTS_IN_FLIGHT = 2
 """Buckets that are reduced at once while backward goes on. A pool makes more where ranks drift."""
 
@@ -122,10 +123,13 @@ def _gradients(buckets: Sequence[Bucket], training: Training) -> int:
 def _slots(buckets: Sequence[Bucket], training: Training) -> int:
     if not training.reduces or training.world_size == 1:
         return 0
-    sizes = [
-        bucket.numel * (FLOAT32 if training.reduce_fp32 else bucket.itemsize) for bucket in buckets
-    ]
-    return min(len(sizes), NUM_SLOTS_IN_FLIGHT) * max(sizes, default=0)
+    largest: dict[str, int] = {}
+    for bucket in buckets:
+        nbytes = bucket.numel * (FLOAT32 if training.reduce_fp32 else bucket.itemsize)
+        largest[bucket.family] = max(largest.get(bucket.family, 0), nbytes)
+    if training.on_device and not training.accumulates:
+        return NUM_REDUCE_SLOTS * sum(largest.values())  # a ring for each kind
+    return min(len(buckets), NUM_SLOTS_IN_FLIGHT) * max(largest.values(), default=0)
 
 
 def _staging(buckets: Sequence[Bucket]) -> int:

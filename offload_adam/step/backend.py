@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from offload_adam.coordinator.membership import Membership
+from offload_adam.layout.budget import NUM_REDUCE_SLOTS, NUM_STAGING_SLOTS
 from offload_adam.step.overlapped import Worker
 from offload_adam.step.update_thread import UpdateThread
 from offload_adam.transfer.collectives import Collectives, GroupCollectives
-from offload_adam.transfer.rings import NUM_REDUCE_SLOTS, NUM_STAGING_SLOTS
 from offload_adam.transfer.streams import Streams, streams_for
 
 

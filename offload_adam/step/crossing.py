@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from offload_adam.layout.schedule import Lane, Operation, Schedule, Task
@@ -71,6 +71,15 @@ class Crossing:
         """Remember that this task has been issued."""
         task = Task(operation, bucket)
         self._marks[task] = self._streams[bucket].mark(self._schedule.lane_of(task))
+
+    def end_all(self, operation: Operation, buckets: Iterable[int]) -> None:
+        """Remember that this task has been issued for all of these, with one mark a device."""
+        marks: dict[Streams, Mark] = {}
+        for bucket in buckets:
+            streams = self._streams[bucket]
+            if streams not in marks:
+                marks[streams] = streams.mark(operation.lane)
+            self._marks[Task(operation, bucket)] = marks[streams]
 
     def adopt(self, earlier: Crossing) -> None:
         """Go on from the marks of the crossing that this one replaces."""

@@ -173,9 +173,8 @@ class Tasks:
 
     def release(self) -> None:
         """Note on the model's own lane that it has done its last reading of the parameters."""
-        for state in self.states:
-            if state.offloaded:
-                self.crossing.end(Operation.RELEASE, state.layout.index)
+        offloaded = [state.layout.index for state in self.states if state.offloaded]
+        self.crossing.end_all(Operation.RELEASE, offloaded)
 
     def update(
         self,

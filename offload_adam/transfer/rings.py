@@ -9,12 +9,6 @@ import torch
 
 from offload_adam.memory.arena import HostArena, padded_nbytes
 
-NUM_STAGING_SLOTS = 2
-"""One is written by the kernel while the other is on its way to the device."""
-
-NUM_REDUCE_SLOTS = 3
-"""One is packed, one reduced, and one on its way to the host."""
-
 
 class Rings:
     """Slots of each kind, every one as large as the largest bucket (or shard) of its kind.
