@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import logging
 import os
+import time
 import uuid
 import weakref
 from collections.abc import Iterable
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 _SLICE = timedelta(seconds=0.5)
 """How long a wait is deaf: to peers that fail, and to Ctrl-C."""
+
+_POLL_S = 1e-3
 
 
 @dataclass
@@ -59,11 +62,12 @@ class Membership:
         """Return the group for collectives on tensors of this device."""
         return self.data[device.type]
 
-    def wait(self, work: dist.Work | None) -> None:
-        """Wait for a collective on host memory, as long as all peers live and get on.
+    def wait(self, work: dist.Work | None, *, on_device: bool = False) -> None:
+        """Wait for a collective, as long as all peers live and get on.
 
-        It costs nothing beside `work.wait()`: the wait ends with the work, and only one that takes
-        long is cut into slices, between which peers are looked after and signals are served.
+        On host memory it costs nothing beside `work.wait()`: the wait ends with the work, and only
+        one that takes long is cut into slices, between which peers are looked after and signals are
+        served. On a device it is polled.
 
         Raises:
             PeerFailedError: naming the ranks that have failed, where they were, and what to do.
@@ -73,7 +77,7 @@ class Membership:
         # Whatever ends the wait early, Ctrl-C too, leaves its work here.
         self._unfinished.add(work)
         try:
-            while not self._is_over(work):
+            while not self._is_over(work, on_device):
                 self.raise_failure()
             self._unfinished.discard(work)
         finally:
@@ -107,10 +111,17 @@ class Membership:
             source = self.global_ranks[0]
             self.wait(dist.broadcast(tensor, source, group=self.control, async_op=True))
 
-    def _is_over(self, work: dist.Work) -> bool:
+    def _is_over(self, work: dist.Work, on_device: bool) -> bool:
         """Wait for one slice; raise where the collective has failed."""
         try:
-            work.wait(_SLICE)
+            if not on_device:
+                work.wait(_SLICE)
+            elif work.is_completed():
+                work.wait()  # lets the current stream come after it
+            else:
+                # NCCL takes the end of a timeout for the end of its communicator.
+                time.sleep(_POLL_S)
+                return False
         except RuntimeError as error:
             if not work.is_completed():
                 return False  # only the slice is over
@@ -122,7 +133,23 @@ class Membership:
         if self.world_size > 1:
             group = self.data_group(tensor.device)
             source = self.global_ranks[0]
-            self.wait(dist.broadcast(tensor, source, group=group, async_op=True))
+            work = dist.broadcast(tensor, source, group=group, async_op=True)
+            self.wait(work, on_device=tensor.is_cuda)
+
+    def abort_devices(self) -> None:
+        """End collectives on devices that a failed peer will never join.
+
+        Whoever waits for such a device, to unpin memory or to exit, would wait for the backend's
+        own timeout.
+        """
+        if self.watch is None or self.watch.failure is None:
+            return
+        for device_type, group in self.data.items():
+            if device_type != "cpu":
+                # Not in every version; without it the timeout has to do.
+                with suppress(AttributeError, RuntimeError):
+                    backend: Any = group._get_backend(torch.device(device_type))
+                    backend.abort()
 
     def release(self) -> None:
         """End the groups. Idempotent, and safe after the default group has been destroyed."""

@@ -28,7 +28,8 @@ def adopt(bucket: Bucket, parameters: Sequence[torch.nn.Parameter]) -> torch.Ten
     flat = _allocate(bucket.numel, first.dtype, first.device)
     for placed, parameter in zip(bucket.placements, parameters, strict=True):
         if placed.numel > 0:
-            part = torch.from_dlpack(flat[placed.start : placed.end])
+            with torch.cuda.device_of(flat):  # DLPack exports from the current device alone
+                part = torch.from_dlpack(flat[placed.start : placed.end])
             view = part.as_strided(parameter.shape, memory_strides(parameter))
             view.copy_(parameter.data)
             parameter.data = view

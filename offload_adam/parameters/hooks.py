@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -48,6 +49,8 @@ class BackwardHooks:
         self._tasks: set[int] = set()
         self._last_task = _NO_TASK
         self._enabled = True
+        # Autograd has a thread for each device: buckets leave one after the other all the same.
+        self._lock = threading.RLock()
 
     def attach(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Hook the parameters of one bucket, given in the order in which backward brings them."""
@@ -84,16 +87,18 @@ class BackwardHooks:
     def _deliver(self, parameter: torch.Tensor) -> None:
         if not self._enabled:
             return
-        task = torch._C._current_graph_task_id()
-        if task != self._last_task:
-            self._enter_task(task)
-        self._arrived.append(parameter)
-        self._pass_on()
+        with self._lock:
+            task = torch._C._current_graph_task_id()
+            if task != self._last_task:
+                self._enter_task(task)
+            self._arrived.append(parameter)
+            self._pass_on()
 
     def _pass_on(self) -> None:
         arrived = self._arrived[:]
-        # In place: the hooks of most parameters are bound to this very list.
-        self._arrived.clear()
+        # In place: the hooks of most parameters are bound to this very list, and another device's
+        # thread may have added to it meanwhile.
+        del self._arrived[: len(arrived)]
         self._sink.gradients_ready(arrived)
 
     def _enter_task(self, task: int) -> None:
@@ -106,7 +111,8 @@ class BackwardHooks:
     def _task_ended(self) -> None:
         if torch._C._current_autograd_node() is not None:
             return
-        if self._arrived:
-            self._pass_on()
-        self.forget()
-        self._sink.backward_ended()
+        with self._lock:
+            if self._arrived:
+                self._pass_on()
+            self.forget()
+            self._sink.backward_ended()

@@ -142,6 +142,7 @@ class ShardedOptimizer(StateDicts):
             )
             resources.callback(self._core.resources.close)
             resources.callback(self._core.gate.abandon)
+            resources.callback(self._membership.abort_devices)
             self._take_in(self._core, 0)
         except BaseException:
             self._release()

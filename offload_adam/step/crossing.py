@@ -72,6 +72,10 @@ class Crossing:
         task = Task(operation, bucket)
         self._marks[task] = self._streams[bucket].mark(self._schedule.lane_of(task))
 
+    def is_over(self, operation: Operation, bucket: int) -> bool:
+        """Tell, without waiting, whether this task, which has been issued, is over."""
+        return self._marks[Task(operation, bucket)].query()
+
     def end_all(self, operation: Operation, buckets: Iterable[int]) -> None:
         """Remember that this task has been issued for all of these, with one mark a device."""
         marks: dict[Streams, Mark] = {}

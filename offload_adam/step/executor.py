@@ -111,7 +111,7 @@ class SequentialExecutor(Executor):
 
     def land(self, *, wait: bool) -> None:
         """Land in the order of departure."""
-        while self._in_flight and (wait or self._in_flight[0].is_ready()):
+        while self._in_flight and (wait or self.tasks.has_arrived(self._in_flight[0])):
             self.tasks.land(self._in_flight.popleft())
 
     def sum_of_squares(self, gradients: Sequence[BucketGradients]) -> float:

@@ -92,6 +92,13 @@ class BucketGradients:
         """Take this rank's sparse gradients for final, where nobody averages them."""
         self.rows, self.local_rows = self.local_rows, {}
 
+    def bring_rows_to_host(self) -> None:
+        """Copy final sparse gradients to where the kernels read them; on the host nothing moves."""
+        self.rows = {
+            position: GradientRows(rows.cpu(), values.cpu())
+            for position, (rows, values) in self.rows.items()
+        }
+
     def refuse_both(self, state: BucketState) -> None:
         """Refuse a parameter that one backward gave a sparse, another a dense gradient.
 

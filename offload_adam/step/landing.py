@@ -125,7 +125,7 @@ class Landing:
 
     def reserve(self, state: BucketState, dtype: torch.dtype) -> None:
         """Make the buffer through which gradients of this dtype go large enough for a bucket's."""
-        self._buffer(dtype, state.layout.shard_numel)
+        self._buffer(dtype, state.layout.shard_numel, self._make_arena)
 
     def depart(self, flight: Flight, streams: Streams, crossing: Crossing) -> None:
         """Issue the copy of a flight whose source is on its way, if the host has no part in it."""
@@ -149,7 +149,11 @@ class Landing:
         with span("copy down", number):
             through = None
             if state.offloaded and streams.is_asynchronous and not flight.is_issued:
-                through = self._buffer(flight.pieces[0].source.dtype, landed.numel())
+                dtypes = {piece.source.dtype for piece in flight.pieces}
+                dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+                # Where none was reserved, as for gradients set by hand, it is not page-locked:
+                # CUDA may deadlock with a collective that is under way.
+                through = self._buffer(dtype, landed.numel(), HostArena)
                 self._issue(flight, through, streams, crossing)
             crossing.begin(Operation.SUM_SQUARES, number)
             if not flight.is_issued or through is not None:
@@ -181,13 +185,15 @@ class Landing:
         crossing.end(Operation.COPY_DOWN, number)
         flight.is_issued = True
 
-    def _buffer(self, dtype: torch.dtype, numel: int) -> torch.Tensor:
-        """Return a host buffer of at least so many elements."""
+    def _buffer(
+        self, dtype: torch.dtype, numel: int, make_arena: Callable[[int], HostArena]
+    ) -> torch.Tensor:
+        """Return a host buffer of at least so many elements, a new one where there is none."""
         buffer = self._buffers.get(dtype)
         if buffer is None or buffer.numel() < numel:
             if dtype in self._arenas:
                 self._arenas[dtype].close()
-            arena = self._arenas[dtype] = self._make_arena(padded_nbytes(numel, dtype))
+            arena = self._arenas[dtype] = make_arena(padded_nbytes(numel, dtype))
             buffer = self._buffers[dtype] = arena.take(numel, dtype)
         return buffer
 

@@ -42,7 +42,8 @@ def _view(state: BucketState, position: int, plane: torch.Tensor) -> torch.Tenso
         return torch.empty(parameter.shape if whole else 0, dtype=plane.dtype)
     low, _ = state.layout.shard_bounds(state.rank)
     offset = state.layout.placements[position].start + start - low
-    part = torch.from_dlpack(plane[offset : offset + end - start])
+    with torch.cuda.device_of(plane):  # DLPack exports from the current device alone
+        part = torch.from_dlpack(plane[offset : offset + end - start])
     if state.layout.world_size == 1:
         return part.as_strided(parameter.shape, parameter.stride())
     return part

@@ -201,6 +201,9 @@ class GradientReduction:
                 gradients.settle_rows()
         if self._rows is not None:
             failure = self._rows.finish(self._states, self.gradients) or failure
+        for state, gradients in zip(self._states, self.gradients, strict=True):
+            if state.hosted:
+                gradients.bring_rows_to_host()
         return failure
 
     def has_late_gradients(self) -> bool:

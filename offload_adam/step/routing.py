@@ -30,11 +30,14 @@ class Routing:
         reduction: GradientReduction,
         backend: Backend,
         make_buffer: Callable[[int], HostArena],
+        *,
+        pins_buffers: bool,
     ) -> None:
         """Begin without buckets.
 
         Args:
             make_buffer: gives host memory of so many bytes, page-locked where that was asked for.
+            pins_buffers: it was: then what is not page-locked itself is copied through a buffer.
         """
         self.streams = StreamsByDevice(backend.make_streams)
         self.landing = Landing(membership, reduction.slots, make_arena=make_buffer)
@@ -44,6 +47,7 @@ class Routing:
             num_reduction=backend.num_reduce_slots,
         )
         self._reduction = reduction
+        self._pins_buffers = pins_buffers
 
     @property
     def host_nbytes(self) -> int:
@@ -83,17 +87,17 @@ class Routing:
         reduces = self._reduction.reduces and layout.numel > 0
         # A slot of a ring is emptied by a copy that is issued at once: the next bucket that uses it
         # could not wait for any other.
-        at_once = (
-            state.offloaded
-            and self.streams.of(state.device).is_asynchronous
-            and self.landing.goes_straight(state, arrives, adds=self._reduction.accumulates)
+        to_device = state.offloaded and self.streams.of(state.device).is_asynchronous
+        at_once = to_device and self.landing.goes_straight(
+            state, arrives, adds=self._reduction.accumulates
         )
         return Route(
             layout,
             reduces=reduces,
             gathers=layout.world_size > 1 and layout.numel > 0,
             offloaded=state.offloaded,
-            staged=state.offloaded and state.dtype != torch.float32,
+            staged=(state.offloaded and state.dtype != torch.float32)
+            or (to_device and self._pins_buffers and not state.pinned),
             hosted=state.hosted,
             in_ring=reduces and at_once,
             kind=f"{state.dtype}@{state.device}",

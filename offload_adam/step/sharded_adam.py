@@ -120,7 +120,9 @@ class ShardedAdam:
         # Not a method of this object: what ends with it must not hold it, nor so the model.
         make_buffer = partial(_make_buffer, placing, self.arenas)
         self._beside_steps = Stopwatch()
-        self._routing = Routing(membership, reduction, backend, make_buffer)
+        self._routing = Routing(
+            membership, reduction, backend, make_buffer, pins_buffers=placing.pin != "none"
+        )
         self.executor = self._make_executor(overlaps, backend)
         self.resources.callback(self.executor.close)
         self.forward_hooks: ForwardHooks | None = None
@@ -277,6 +279,9 @@ class ShardedAdam:
     def begin_reading(self, buckets: Iterable[int]) -> ReadGate:
         """Keep updates off these buckets until the gate says that they have been read."""
         self._watch.mark()
+        for device in {state.device for state in self.states if state.device.type == "cuda"}:
+            # Who reads what lies there does so on a stream of its own.
+            torch.cuda.current_stream(device).synchronize()
         self.gate.begin(buckets)
         return self.gate
 

@@ -151,6 +151,15 @@ class Tasks:
         """Start the copy of a bucket's gradients to the host where that needs no host."""
         self.landing.depart(flight, self._streams.of(flight.state.device), self.crossing)
 
+    def has_arrived(self, flight: Flight) -> bool:
+        """Tell, without waiting, whether landing it would not wait."""
+        state = flight.state
+        if not flight.is_ready():
+            return False
+        if not state.offloaded or not self._streams.of(state.device).is_asynchronous:
+            return True
+        return flight.is_issued and self.crossing.is_over(Operation.COPY_DOWN, state.layout.index)
+
     def land(self, flight: Flight) -> None:
         """Block until a bucket's gradients are where the update reads them."""
         self.landing.land(flight, self._streams.of(flight.state.device), self.crossing)
@@ -200,8 +209,10 @@ class Tasks:
         """Return where the kernel writes the rounded parameters, None for an fp32 bucket."""
         if state.dtype == torch.float32:
             return None
-        if not state.offloaded:
-            return state.shard
+        return self._staging_slot(state) if state.offloaded else state.shard
+
+    def _staging_slot(self, state: BucketState) -> torch.Tensor:
+        """Return the host slot from which a bucket's parameters go up."""
         slot = self.schedule.staging_slots[state.layout.index]
         kind = self.routes[state.layout.index].kind
         return self.rings.staging_slot(kind, slot, state.layout.shard_numel)
@@ -210,8 +221,11 @@ class Tasks:
         self, state: BucketState, active: npt.NDArray[np.bool_], rounded: torch.Tensor | None
     ) -> None:
         """Copy the updated parameters of this shard to the device."""
-        source = state.planes.master_weight if rounded is None else rounded
         number = state.layout.index
+        source = state.planes.master_weight if rounded is None else rounded
+        if rounded is None and self.routes[number].staged:
+            # A copy to a device out of memory that is not page-locked would wait for it.
+            source = self._staging_slot(state).copy_(source)
 
         def copy() -> None:
             for start, end in _runs(state, active):

@@ -39,13 +39,13 @@ class PendingCollective:
         return self.work is None or bool(self.work.is_completed())
 
     def wait(self, membership: Membership) -> None:
-        """Block until a collective on host memory is over, as long as all peers live.
+        """Block until it is over, as long as all peers live.
 
         Raises:
             PeerFailedError: naming the ranks that have failed.
         """
         if self.work is not None:
-            membership.wait(self.work)
+            membership.wait(self.work, on_device=self.buffer.is_cuda)
 
 
 class Collectives(Protocol):

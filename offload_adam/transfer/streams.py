@@ -133,7 +133,7 @@ class CudaStreams:
         lanes = (Lane.REDUCE, Lane.DOWN, Lane.UP, Lane.GATHER)
         self._streams = {lane: torch.cuda.Stream(device) for lane in lanes}
         self._unmarked: dict[Lane, list[torch.Tensor]] = {lane: [] for lane in Lane}
-        self._held: deque[_Held] = deque()
+        self._held: dict[Lane, deque[_Held]] = {lane: deque() for lane in Lane}
         self._lock = threading.Lock()
 
     def _stream(self, lane: Lane) -> torch.cuda.Stream:
@@ -148,26 +148,51 @@ class CudaStreams:
         writes: Iterable[torch.Tensor] = (),
     ) -> None:
         """Issue it on the lane's stream."""
-        with torch.cuda.stream(self._stream(lane)):
+        # The device first: on leaving, a thread that has never used this device would else be left
+        # with a context on the first one, half a GiB for each rank.
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream(lane)):
             action()
         if lane is not Lane.COMPUTE:
             with self._lock:
                 self._unmarked[lane] += (*reads, *writes)
 
     def mark(self, lane: Lane) -> Mark:
-        """Record an event; let go of what earlier events have freed."""
+        """Record an event; let go of what earlier events have freed.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured.
+        """
+        self._refuse_capture(lane)
+        # Taken before the event, so that it covers them all, whatever other threads issue now.
+        with self._lock:
+            tensors, self._unmarked[lane] = self._unmarked[lane], []
         # Whoever waits for it on the host sleeps: a thread that spins takes a core from the kernel.
         event = torch.cuda.Event(blocking=True)
         event.record(self._stream(lane))
         with self._lock:
-            tensors, self._unmarked[lane] = self._unmarked[lane], []
             if tensors:
-                self._held.append(_Held(event, tensors))
-            self._held = deque(held for held in self._held if not held.mark.query())
+                self._held[lane].append(_Held(event, tensors))
+            for held in self._held.values():
+                while held and held[0].mark.query():
+                    held.popleft()
         return event
 
+    def _refuse_capture(self, lane: Lane) -> None:
+        """Refuse to be captured: a replay would run none of what orders and issues the copies."""
+        if lane is Lane.COMPUTE and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph is being captured, and its replays would run no hook of the "
+                "optimizer's: capture forward and backward with an optimizer made without module=, "
+                "whose step() stays outside of the graph"
+            )
+
     def wait(self, lane: Lane, mark: Mark) -> None:
-        """Let the lane's stream wait for the event."""
+        """Let the lane's stream wait for the event.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured.
+        """
+        self._refuse_capture(lane)
         if isinstance(mark, torch.cuda.Event):
             self._stream(lane).wait_event(mark)
 

@@ -65,7 +65,7 @@ class Mirrors(Membership):
         """Return what every rank has."""
         return [tensor.clone() for _ in range(self.world_size)]
 
-    def wait(self, work: Any) -> None:
+    def wait(self, work: Any, *, on_device: bool = False) -> None:
         """Let the clock run until a collective is over."""
         work.wait()
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from offload_adam.layout.schedule import Lane, Operation, Task
+from offload_adam.memory.arena import HostArena
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.crossing import Crossing
 from offload_adam.step.gradients import BucketGradients
@@ -129,7 +130,9 @@ class WatchedLanding(Landing):
             super().land(flight, streams, crossing)
             return
         folds, pieces, in_pool = not flight.is_issued, list(flight.pieces), flight.pooled_slot
-        through = self._buffer(pieces[0].source.dtype, 0) if streams.is_asynchronous else None
+        through = None
+        if streams.is_asynchronous:
+            through = self._buffer(pieces[0].source.dtype, 0, HostArena)
         super().land(flight, streams, crossing)
         landed = flight.state.planes.landed_gradient
         assert landed is not None

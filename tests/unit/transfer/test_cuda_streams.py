@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -61,6 +61,7 @@ class FakeCuda:
 
     def __init__(self) -> None:
         self.current = FakeStream(name="the model's")
+        self.captures = False
 
     def current_stream(self, device: Any = None) -> FakeStream:
         return self.current
@@ -77,6 +78,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
     for name in ("Stream", "Event", "current_stream", "stream"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fake.captures)
     return fake
 
 
@@ -128,6 +131,59 @@ def test_tensors_that_another_stream_reads_are_held_until_its_event(cuda: FakeCu
     streams.mark(Lane.UP)
     gc.collect()
     assert alive() is None
+
+
+def test_what_is_issued_between_two_marks_is_held_by_the_second(cuda: FakeCuda) -> None:
+    """Another thread issues a copy while the first mark's event is being recorded."""
+    streams = CudaStreams(DEVICE)
+    waiting = [torch.ones(3)]
+    alive = weakref.ref(waiting[0])
+
+    class Overtaken(FakeEvent):
+        def record(self, stream: FakeStream) -> None:
+            super().record(stream)
+            streams.launch(Lane.DOWN, lambda: None, reads=waiting)
+            waiting.clear()
+
+    cast(Any, torch.cuda).Event = Overtaken
+    first = cast(FakeEvent, streams.mark(Lane.DOWN))
+    cast(Any, torch.cuda).Event = FakeEvent
+    second = cast(FakeEvent, streams.mark(Lane.DOWN))
+    first.happened = True
+    streams.mark(Lane.UP)
+    gc.collect()
+    assert alive() is not None
+    second.happened = True
+    streams.mark(Lane.UP)
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_capture_is_refused_before_it_is_spoiled(cuda: FakeCuda) -> None:
+    streams = CudaStreams(DEVICE)
+    mark = streams.mark(Lane.DOWN)
+    cuda.captures = True
+    with pytest.raises(RuntimeError, match="CUDA graph is being captured"):
+        streams.mark(Lane.COMPUTE)
+    with pytest.raises(RuntimeError, match="CUDA graph is being captured"):
+        streams.wait(Lane.COMPUTE, mark)
+
+
+def test_nccl_is_never_waited_for_with_a_timeout() -> None:
+    """It would take the end of the timeout for the end of its communicator."""
+    asked: list[tuple[object, ...]] = []
+    polls = iter([False, False, True])
+
+    class Work:
+        def is_completed(self) -> bool:
+            return next(polls)
+
+        def wait(self, *timeout: object) -> bool:
+            asked.append(timeout)
+            return True
+
+    Membership(world_size=2).wait(cast(Any, Work()), on_device=True)
+    assert asked == [()]
 
 
 def test_a_collective_on_a_device_is_waited_for_by_its_lane_and_not_by_the_host(
