@@ -136,7 +136,8 @@ def _alone(model: Decoder, task: Task, batch: int) -> Alone:
 
     return Alone(
         forward_ms=median(_timed(forward, task.num_steps, device)),
-        forward_backward_ms=median(_timed(both, task.num_steps, device)),
+        # As contenders are timed: a synchronisation after each would count gaps in this alone.
+        forward_backward_ms=median(_in_a_row(both, task.num_steps, device)),
     )
 
 
