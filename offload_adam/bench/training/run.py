@@ -36,8 +36,8 @@ _DEFINITIONS = {
     "bucket_ms": "b: the largest bucket's share of U, and of its gradients' copy to the host",
     "step_ms": "one training step among others, median; steps follow each other without a wait",
     "exposed_ms": "step_ms less forward_backward_ms",
-    "state": "this package keeps fp32 master weights and moments; plain AdamW, torchao and FSDP2 keep "
-    "moments in the model's dtype and no master weights",
+    "state": "this package keeps fp32 master weights and moments; plain AdamW, torchao and FSDP2 "
+    "keep moments in the model's dtype and no master weights",
     "peak_gpu_gib": "most that torch's allocator held during the steps",
     "host_gib": "host memory taken since before the optimizer was made: by what the node's "
     "available memory fell on a GPU, by what the process's resident memory grew without one",
