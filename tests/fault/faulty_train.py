@@ -161,9 +161,9 @@ def install(action: str, place: str, step: int) -> None:
     elif place == "start":
         before(startup, "_open_default_group", Fault(action, 0))
     elif place == "reduce":
-        before(collectives, "mean_over_ranks", Fault(action, step))
+        before(collectives.GroupCollectives, "mean", Fault(action, step))
     elif place == "gather":
-        before(collectives, "gather_shards", Fault(action, step))
+        before(collectives.GroupCollectives, "gather", Fault(action, step))
     elif place == "agree":
         before(agreement, "agree", Fault(action, step))
     elif place == "update":
