@@ -14,6 +14,7 @@ from offload_adam.coordinator.membership import Membership
 from offload_adam.layout.flat import ParameterSpec, plan_buckets
 from offload_adam.layout.schedule import Operation, Route, Task, plan_schedule
 from offload_adam.observe.spans import NullSpans, Stopwatch
+from offload_adam.step.executor import SequentialExecutor
 from offload_adam.step.masks import UpdateMasks
 from offload_adam.step.overlapped import OverlappedExecutor
 from offload_adam.step.tasks import Tasks
@@ -147,3 +148,34 @@ def test_the_thread_ends_with_its_owner() -> None:
     del thread
     running.join(20.0)
     assert not running.is_alive()
+
+
+class Arriving:
+    """Tasks whose flights have arrived, or not, as the test says; landing is written down."""
+
+    def __init__(self) -> None:
+        self.arrived: set[str] = set()
+        self.landed: list[str] = []
+
+    def depart(self, flight: Any) -> None:
+        pass
+
+    def has_arrived(self, flight: Any) -> bool:
+        return flight in self.arrived
+
+    def land(self, flight: Any) -> None:
+        self.landed.append(flight)
+
+
+def test_a_sequential_backward_lands_what_has_come_in_order_and_waits_for_nothing() -> None:
+    tasks = Arriving()
+    executor = SequentialExecutor(cast(Tasks, tasks))
+    executor.send(cast(Any, "first"))
+    tasks.arrived.add("second")
+    executor.send(cast(Any, "second"))
+    assert tasks.landed == []
+    tasks.arrived.add("first")
+    executor.send(cast(Any, "third"))
+    assert tasks.landed == ["first", "second"]
+    executor.land(wait=True)
+    assert tasks.landed == ["first", "second", "third"]
