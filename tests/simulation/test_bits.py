@@ -81,3 +81,18 @@ def test_what_the_device_updates_is_gathered_after_its_update(
         simulation = Simulation(case, reference, seed)
         assert {state.hosted for state in simulation.core.states} == {True, False}
         assert simulation.run() == []
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_fp32_parameters_go_up_through_slots_where_state_is_not_pinned(overlaps: bool) -> None:
+    every = tuple(range(5))
+    case = Case(
+        layers=tuple(((300, "fp32"),) for _ in every),
+        steps=tuple(Step((every,), False, None, False) for _ in range(3)),
+        bucket_nbytes=100,
+        pin="staging",
+        overlaps=overlaps,
+    )
+    reference = reference_of(case)
+    for seed in range(4):
+        assert Simulation(case, reference, seed).run() == []
