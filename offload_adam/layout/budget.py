@@ -66,11 +66,6 @@ def plane_nbytes(bucket: Bucket, planes: BucketPlanes) -> dict[str, int]:
     return {name: bucket.shard_numel * size for name, size in itemsizes.items() if size}
 
 
-def shard_nbytes(bucket: Bucket, planes: BucketPlanes) -> int:
-    """Return the host bytes that one rank's shard of one bucket takes."""
-    return sum(plane_nbytes(bucket, planes).values())
-
-
 def traffic_nbytes(bucket: Bucket, planes: BucketPlanes) -> int:
     """Return the bytes that norm and update of one rank's shard of one bucket read and write.
 
