@@ -18,6 +18,8 @@ from offload_adam.config import ConfigError, RunConfig
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.train import loop
 from offload_adam.train.job import run_job
+from offload_adam.train.loss import next_token_loss
+from offload_adam.train.sampling import sample_batch
 
 SMALL: dict[str, dict[str, Any]] = {
     "model": {"sizes": {"num_layers": 1, "width": 16, "num_heads": 2}},
@@ -74,8 +76,8 @@ def test_the_phases_of_a_step_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """All that takes time in a step lies in a phase, and none of it in two."""
     clock = Clock()
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now_s)
-    monkeypatch.setattr(loop, "sample_batch", clock.after(loop.sample_batch, 1.0))
-    forward = clock.after(loop.next_token_loss, 2.0)
+    monkeypatch.setattr(loop, "sample_batch", clock.after(sample_batch, 1.0))
+    forward = clock.after(next_token_loss, 2.0)
 
     def forward_and_backward(*args: Any) -> torch.Tensor:
         loss: torch.Tensor = forward(*args)
