@@ -36,7 +36,8 @@ Ts = TypeVarTuple("Ts")
 
 _START_S = 100.0
 _GRACE_S = 10.0
-_TEARDOWN_S = 10.0
+_TEARDOWN_S = 30.0
+_STACKS_S = 10.0
 
 
 class RankDied(Exception):
@@ -241,8 +242,15 @@ class _Worker:
         """Return where the threads of a process that hangs stand, as far as it can still say."""
         if self.process.pid is not None and self.process.is_alive():
             os.kill(self.process.pid, signal.SIGUSR1)
-            time.sleep(0.3)
+            self._await_stacks(time.monotonic() + _STACKS_S)
         return self._stacks.read_text()
+
+    def _await_stacks(self, deadline_s: float) -> None:
+        """Wait until the process has begun to write its stacks, and no longer writes."""
+        before = -1
+        while time.monotonic() < deadline_s and before != (now := self._stacks.stat().st_size):
+            before = now or -1
+            time.sleep(0.3)
 
     def kill(self) -> None:
         self.idle = False

@@ -51,7 +51,7 @@ def refuse_everywhere(rank: int, world_size: int) -> list[Outcome]:
 def test_amsgrad_and_an_unnamed_reduction_are_refused_before_anything_is_allocated(
     ranks: RankPool,
 ) -> None:
-    for outcomes in ranks.run(refuse_everywhere, 2, timeout=30.0):
+    for outcomes in ranks.run(refuse_everywhere, 2):
         for position in (0, 1, 2, 4):
             assert outcomes[position].error == "ValueError"
             assert outcomes[position].message.startswith(AMSGRAD)
@@ -115,7 +115,7 @@ def refuse_on_one(rank: int, world_size: int) -> list[Outcome]:
 
 
 def test_a_mistake_on_one_rank_is_an_error_on_all(ranks: RankPool) -> None:
-    first, second, third = ranks.run(refuse_on_one, 3, timeout=30.0)
+    first, second, third = ranks.run(refuse_on_one, 3)
     assert first == second == third
     problems = [
         "lr must be finite and at least 0, not -1.0",
@@ -147,7 +147,7 @@ def fail_alone(rank: int, world_size: int) -> Outcome:
 
 
 def test_what_is_no_mistake_keeps_its_own_error_where_it_happened(ranks: RankPool) -> None:
-    first, second, third = ranks.run(fail_alone, 3, timeout=30.0)
+    first, second, third = ranks.run(fail_alone, 3)
     assert first == third
     assert second == Outcome("OSError", "no space")
     assert first.error == "PeerError"
@@ -190,7 +190,7 @@ def make_different_models(rank: int, world_size: int) -> list[Outcome]:
 
 
 def test_ranks_with_different_models_are_told_the_first_difference(ranks: RankPool) -> None:
-    first, second, third = ranks.run(make_different_models, 3, timeout=30.0)
+    first, second, third = ranks.run(make_different_models, 3)
     assert first == second == third
     expected = [
         "the name of parameter 1 is other where rank 0 has w1",
@@ -218,7 +218,7 @@ def differ_each_in_its_way(rank: int, world_size: int) -> Outcome:
 
 
 def test_each_differing_rank_is_told_apart(ranks: RankPool) -> None:
-    first, *others = ranks.run(differ_each_in_its_way, 4, timeout=30.0)
+    first, *others = ranks.run(differ_each_in_its_way, 4)
     assert all(other == first for other in others)
     name = "\"param_groups[0]['params'][0]\""
     assert first.message == (

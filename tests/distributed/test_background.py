@@ -27,7 +27,7 @@ from tests.distributed.reference import outcome_of
 from tests.distributed.test_checkpoints import KINDS, Model, assert_same, make, train, whole_state
 from tests.ranks import RankPool
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 class Held:

@@ -108,7 +108,7 @@ def skip_backward_on_one(
 @pytest.mark.parametrize("options", [{}, {"accumulate": "host"}], ids=["once", "accumulate"])
 def test_a_rank_may_run_no_backward_or_fewer(ranks: RankPool, options: dict[str, Any]) -> None:
     world_size = 3
-    results = ranks.run(skip_backward_on_one, world_size, options, timeout=20.0)
+    results = ranks.run(skip_backward_on_one, world_size, options)
     assert [total for _, total in results] == [18.0 if options else 6.0] * 3
     weights = Weights(SHAPES).all
     nothing: list[torch.Tensor | None] = [None] * len(weights)
@@ -155,7 +155,7 @@ def raise_in_backward(rank: int, world_size: int, raising: dict[int, int]) -> li
 def test_a_backward_that_raises_leaves_nothing_behind(
     ranks: RankPool, raising: dict[int, int]
 ) -> None:
-    found = ranks.run(raise_in_backward, 3, raising, timeout=20.0)[0]
+    found = ranks.run(raise_in_backward, 3, raising)[0]
     weights = Weights(SHAPES).all
     assert_means(found, mean_of([exact_gradients(weights, 10 + rank, 3) for rank in range(3)]))
 

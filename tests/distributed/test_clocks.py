@@ -11,30 +11,44 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from offload_adam.observe.spans import span
+from offload_adam.profiling.clock import NUM_PROBES
 from offload_adam.profiling.profile import RankProfile
 from offload_adam.profiling.session import ProfiledRank, profiled
 from tests.ranks import RankPool
 
 NUM_COLLECTIVES = 20
-TOLERANCE_NS = 20_000_000
-"""Half of the quickest round trip through the store, on a machine that is busy."""
+TICK_NS = 1_000_000
+DRIFT = 10
+"""Rank r's clock gains r ticks in so many."""
+# A rank's offset is that of a probe, and is taken to be that of the moment after the last one.
+# A probe reads the clock three times, beside a few readings of the threads that sample memory.
+TOLERANCE_NS = 4 * NUM_PROBES * 2 * TICK_NS // DRIFT
 
 
 def profile_collectives(rank: int, world_size: int, folder: str) -> list[RankProfile]:
-    """Profile some collectives with a clock of this rank's own, and return all profiles."""
+    """Profile some collectives with a clock of this rank's own, and return all profiles.
+
+    The time is one number in the ranks' store, so that none can lose the core for a while: every
+    reading on any rank takes a tick of it, and work as many as it says.
+    """
     collected: list[RankProfile] = []
-    original = time.perf_counter_ns
-    origin_ns = original()
-    # Minutes ahead, and a tenth of a second more with each second.
-    time.perf_counter_ns = lambda: (
-        original() + rank * (100_000_000_000 + (original() - origin_ns) // 10)
-    )
+    original, store = time.perf_counter_ns, _get_default_store()
+
+    def pass_ticks(num_ticks: int) -> int:
+        return int(store.add("now", num_ticks)) * TICK_NS
+
+    def own_clock() -> int:
+        now_ns = pass_ticks(1)
+        return now_ns + rank * (100_000_000_000 + now_ns // DRIFT)
+
+    time.perf_counter_ns = own_clock
     chance = random.Random(rank)
     try:
-        place = ProfiledRank(rank, world_size, Path(folder), _get_default_store())
+        place = ProfiledRank(rank, world_size, Path(folder), store)
         with profiled(place, dict, collected.extend, interval_s=10.0):
             for number in range(NUM_COLLECTIVES):
-                time.sleep(chance.uniform(0.0, 0.1))
+                dist.barrier()  # so that no rank's work falls between the others' probes
+                pass_ticks(chance.randrange(100))
                 with span("all-reduce", number):
                     dist.all_reduce(torch.zeros(1))
     finally:
@@ -55,4 +69,4 @@ def test_collectives_overlap_on_one_clock(ranks: RankPool, tmp_path: Path) -> No
         assert last_come <= first_gone + TOLERANCE_NS
     # And the ranks took their time between them: without the drift the last would be far off.
     begin = min(span.start_ns for span in profiles[0].spans)
-    assert max(span.end_ns for span in profiles[2].spans) - begin > 15 * TOLERANCE_NS
+    assert max(span.end_ns for span in profiles[2].spans) - begin > 2 * DRIFT * TOLERANCE_NS

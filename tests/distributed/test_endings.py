@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from offload_adam import OffloadAdam, PeerFailedError
 from tests.distributed.reference import Weights, exact_gradients, outcome_of
@@ -93,28 +94,29 @@ def test_a_lost_optimizer_takes_no_gradients(ranks: RankPool, tmp_path: Path) ->
         assert not torch.equal(weight, before)
 
 
-def wait_for_a_late_rank(rank: int, world_size: int) -> float:
-    """Return how long a step took whose peer never came, where the group's timeout is 1 s."""
-    group = dist.new_group(list(range(world_size)), timeout=timedelta(seconds=1))
+def wait_for_a_late_rank(rank: int, world_size: int) -> None:
+    """Take a step whose peer comes only when it is over, where the group's timeout is 2 s."""
+    over = dist.PrefixStore("over", _get_default_store())
+    group = dist.new_group(list(range(world_size)), timeout=timedelta(seconds=2))
     model = Weights([(300,)])
     optimizer = OffloadAdam(
         model.parameters(), gradient_reduction="optimizer", process_group=group, num_threads=1
     )
-    start_s = time.monotonic()
     if rank == 0:
+        start_s = time.monotonic()
         outcome = outcome_of(optimizer.step)
+        assert time.monotonic() - start_s > 1.8
+        over.set("step", "")
         assert outcome.error == "PeerFailedError"
         assert "Timed out" in outcome.message
         assert "; rank 1 is in " in outcome.message
     else:
-        time.sleep(3.0)
-    waited_s = time.monotonic() - start_s
+        over.wait(["step"], timedelta(seconds=60))
     optimizer.close()
-    return waited_s
 
 
 def test_waits_end_with_the_timeout_of_the_given_group(ranks: RankPool) -> None:
-    assert 0.9 < ranks.run(wait_for_a_late_rank, 2)[0] < 2.9
+    ranks.run(wait_for_a_late_rank, 2)
 
 
 LEAVE = """

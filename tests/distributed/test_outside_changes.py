@@ -223,7 +223,7 @@ def make_mistakes(rank: int, world_size: int, streams: bool) -> list[Mended]:
 def test_a_mistake_on_one_rank_ends_the_step_on_all_and_can_be_mended(
     ranks: RankPool, streams: bool
 ) -> None:
-    results = ranks.run(make_mistakes, 3, streams, timeout=30.0)
+    results = ranks.run(make_mistakes, 3, streams)
     for rank, mended in enumerate(results):
         for result, (_, error, words, peer_error) in zip(mended, MISTAKES.values(), strict=True):
             assert result.outcome.error == (error if rank == 1 else peer_error)
@@ -274,7 +274,7 @@ def use_a_sparse_gradient(
 def test_a_sparse_gradient_on_one_rank_is_named_there_and_hangs_none(
     ranks: RankPool, streams: bool
 ) -> None:
-    first, second = ranks.run(use_a_sparse_gradient, 2, streams, timeout=30.0)
+    first, second = ranks.run(use_a_sparse_gradient, 2, streams)
     for outcome in second[:2] if streams else second[1:2]:
         assert outcome.error == "ValueError"
         assert "'table.weight'" in outcome.message

@@ -207,7 +207,7 @@ def test_a_slow_disk_is_waited_for_by_the_next_checkpoint(
     finish = RankFile.finish
 
     def slow(file: RankFile) -> RankEntry:
-        time.sleep(0.3)
+        time.sleep(0.05)
         return finish(file)
 
     monkeypatch.setattr(RankFile, "finish", slow)

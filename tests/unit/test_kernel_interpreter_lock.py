@@ -93,7 +93,7 @@ def ticks() -> Iterator[list[float]]:
         yield seen
     finally:
         stop.set()
-        thread.join(timeout=10.0)
+        thread.join(timeout=60.0)
         sys.setswitchinterval(before)
     assert not thread.is_alive()
 
@@ -127,7 +127,7 @@ def test_another_thread_runs_while_a_kernel_does(
         during.append(len(ticks) - before)
 
     monkeypatch.setattr(module, dispatcher, counted)
-    deadline = time.monotonic() + 5.0
+    deadline = time.monotonic() + 60.0
     while not any(during) and time.monotonic() < deadline:
         launch()
     assert any(during)

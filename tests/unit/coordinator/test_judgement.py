@@ -73,6 +73,6 @@ def test_a_process_is_gone_when_it_has_ended_or_its_pid_is_anothers() -> None:
     while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
         pass
     assert theirs.is_gone(own)  # a zombie
-    child.wait(10)
+    child.wait(60)
     assert theirs.is_gone(own)
     assert not replace(theirs, machine="two").is_gone(own)

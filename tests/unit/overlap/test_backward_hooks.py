@@ -44,6 +44,6 @@ def test_deliveries_of_several_threads_take_turns_and_none_is_lost() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30.0)
+        thread.join(60.0)
     assert not sink.collided
     assert sorted(sink.arrived) == sorted(map(id, parameters))

@@ -116,7 +116,7 @@ def test_a_true_thread_makes_the_updates_in_forward_order_without_being_waited_f
     over = threading.Event()
     _, tasks = begin(thread)
     thread.submit("a last job", over.set)
-    assert over.wait(20.0)
+    assert over.wait(60.0)
     assert names(tasks, "update") == [3, 2, 1, 0]
     thread.close()
 
@@ -131,9 +131,9 @@ def test_a_job_that_raised_stops_all_later_ones_and_every_ticket_says_why() -> N
     tickets = [thread.submit("a job", job) for job in (fail, lambda: ran.append(1))]
     for ticket in tickets:
         with pytest.raises(KeyError, match="first"):
-            ticket.wait(20.0)
+            ticket.wait(60.0)
     with pytest.raises(KeyError, match="first"):
-        thread.submit("a later one", lambda: ran.append(2)).wait(20.0)
+        thread.submit("a later one", lambda: ran.append(2)).wait(60.0)
     assert ran == []
     thread.close()
     thread.close()
@@ -141,12 +141,12 @@ def test_a_job_that_raised_stops_all_later_ones_and_every_ticket_says_why() -> N
 
 def test_the_thread_ends_with_its_owner() -> None:
     thread = UpdateThread()
-    thread.submit("a job", lambda: None).wait(20.0)
+    thread.submit("a job", lambda: None).wait(60.0)
     running = thread._thread
     assert running is not None
     assert running.name == "offload_adam update"
     del thread
-    running.join(20.0)
+    running.join(60.0)
     assert not running.is_alive()
 
 

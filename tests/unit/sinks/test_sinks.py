@@ -65,7 +65,7 @@ def server() -> Iterator[StatusServer]:
 
 
 def fetch(server: StatusServer, path: str) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}{path}", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}{path}", timeout=60) as answer:
         text: bytes = answer.read()
     return text.decode()
 
