@@ -35,6 +35,7 @@ def run_quickstart(folder: Path, timeout_s: float, *overrides: str) -> tuple[flo
     return float(json.loads(records[-1])["val_loss"]), float(found[1])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(150)
 def test_a_short_quickstart_is_past_the_bigram(tmp_path: Path) -> None:
     val_loss, bigram = run_quickstart(
