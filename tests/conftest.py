@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -27,6 +28,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(MarkerSummary(config))
+
+
+def pytest_collection_finish() -> None:
+    """Spare the tests' many collections what has been imported by now, and lives on."""
+    gc.collect()
+    gc.freeze()
 
 
 # First, because -m selects by what this adds.

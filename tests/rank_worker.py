@@ -64,8 +64,6 @@ def serve(connection: Connection, store_port: int, stacks: Path) -> None:
     os.environ["NUMBA_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", store_port, is_master=False)
-    gc.collect()
-    gc.freeze()  # what is imported by now need not be looked at after each call
     try:
         connection.send_bytes(IDLE)
         while True:
@@ -84,6 +82,9 @@ def _serve_one(connection: Connection, store: dist.Store) -> None:
         connection.send_bytes(_outcome(call, store))
         connection.recv_bytes()
         gc.collect()
+        # What is alive now is modules and what they keep, above all Numba's: to look at it after
+        # each call takes longer than most calls.
+        gc.freeze()
         if dist.is_initialized():
             dist.destroy_process_group()
     finally:
