@@ -66,7 +66,7 @@ def test_the_bytes_are_those_of_one_step(tmp_path: Path, held: Held, kind: str) 
     assert held.reached.wait(WAIT_S)
     step = threading.Thread(target=train, args=(model, optimizer, 3, 4))
     step.start()
-    step.join(0.3)
+    step.join(0.1)
     assert step.is_alive()  # in an update of a bucket that is not written yet
     assert not (tmp_path / "beside").exists()
     held.go.set()

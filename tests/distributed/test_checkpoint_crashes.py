@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -49,32 +50,62 @@ save_checkpoint(Path(folder) / "step-8", model=model, optimizer=optimizer)
 """
 
 
-@pytest.mark.parametrize(
-    ("where", "newest"),
-    [
-        ("in the middle of the file", 4),
-        ("before the manifest", 4),
-        ("before the rename", 4),
-        ("after the rename", 8),
-    ],
-)
-def test_a_kill_leaves_the_newest_whole_checkpoint(tmp_path: Path, where: str, newest: int) -> None:
-    folder = tmp_path / "case" / "checkpoints"
+NEWEST = {
+    "in the middle of the file": 4,
+    "before the manifest": 4,
+    "before the rename": 4,
+    "after the rename": 8,
+}
+"""The step of the newest checkpoint where the process is killed there."""
+
+
+def make() -> tuple[torch.nn.Module, OffloadAdam]:
     model = torch.nn.Linear(40, 30)
-    optimizer = OffloadAdam(model.parameters())
-    save_checkpoint(folder / "step-4", model=model, optimizer=optimizer)
-    before = {path.name: path.read_bytes() for path in (folder / "step-4").iterdir()}
-    done = subprocess.run(
-        [sys.executable, "-c", SAVE, where, str(folder)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL
-    config = RunConfig.model_validate({"run": {"name": "case", "dir": str(tmp_path)}})
+    return model, OffloadAdam(model.parameters())
+
+
+def saved(folder: Path) -> dict[str, bytes]:
+    """Return the content of the files of step 4."""
+    return {path.name: path.read_bytes() for path in (folder / "step-4").iterdir()}
+
+
+class Killed(NamedTuple):
+    """A run that was killed: its folder, and what step 4 held before."""
+
+    folder: Path
+    before: dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Killed]:
+    """Return the runs by where they were killed; their processes start side by side."""
+    runs, processes = {}, []
+    for where in NEWEST:
+        root = tmp_path_factory.mktemp("run")
+        folder = root / "case" / "checkpoints"
+        model, optimizer = make()
+        save_checkpoint(folder / "step-4", model=model, optimizer=optimizer)
+        runs[where] = Killed(root, saved(folder))
+        command = [sys.executable, "-c", SAVE, where, str(folder)]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        processes.append(subprocess.Popen(command, env=environment))
+    try:
+        assert [process.wait(100) for process in processes] == [-signal.SIGKILL] * len(NEWEST)
+    finally:
+        for process in processes:
+            process.kill()
+    return runs
+
+
+@pytest.mark.parametrize("where", NEWEST)
+def test_a_kill_leaves_the_newest_whole_checkpoint(killed: dict[str, Killed], where: str) -> None:
+    (root, before), newest = killed[where], NEWEST[where]
+    folder = root / "case" / "checkpoints"
+    model, optimizer = make()
+    config = RunConfig.model_validate({"run": {"name": "case", "dir": str(root)}})
     found = find_checkpoint(config)
     assert found == folder / f"step-{newest}"
-    assert {path.name: path.read_bytes() for path in (folder / "step-4").iterdir()} == before
+    assert saved(folder) == before
     load_checkpoint(found, model=model, optimizer=optimizer)
     assert optimizer.num_steps == (1 if newest == 8 else 0)
     # What the killed process has left is in nobody's way.

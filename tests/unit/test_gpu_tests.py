@@ -103,6 +103,7 @@ def test_the_model_of_the_bits_trains_alike_where_its_state_is_taken_away(overla
         assert_same_bits(*results)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_script_fails_where_no_test_ran() -> None:
     script = ROOT / "tests" / "gpu" / "run.sh"

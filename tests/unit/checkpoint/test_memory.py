@@ -43,7 +43,7 @@ def peak(action):
 
 
 torch.manual_seed(0)
-model = torch.nn.Sequential(*[torch.nn.Linear(4096, 2048, bias=False) for _ in range(3)])
+model = torch.nn.Sequential(*[torch.nn.Linear(4096, 2048, bias=False) for _ in range(2)])
 model = model.to(torch.bfloat16)
 optimizer = OffloadAdam(model.parameters(), bucket_nbytes=8 * 2**20)
 of = {"model": model, "optimizer": optimizer}
