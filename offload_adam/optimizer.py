@@ -61,6 +61,8 @@ class OffloadAdam(ShardedOptimizer):
             its own parameters. What reads parameters otherwise calls `synchronize` first. None for
             parameters on a GPU and `module` given; on a CPU there is nothing to hide updates under.
         units: the parts; None for the children of every ModuleList in `module`.
+        checkpoint_room_nbytes: host memory, at most, that is kept for `begin_checkpoint`: as much
+            of what it has still to write is copied, so that updates need not wait for the disk.
         allow_overcommit: make it though this node's memory seems too small for all of its ranks.
 
     Owns: process groups of its own, hooks on the parameters, host memory. `close` ends all three.
@@ -102,6 +104,7 @@ class OffloadAdam(ShardedOptimizer):
         offload_fraction: float = 1.0,
         dead_after: float = DEAD_AFTER_S,
         stuck_after: float = STUCK_AFTER_S,
+        checkpoint_room_nbytes: int = 0,
         allow_overcommit: bool = False,
         overlap: bool | None = None,
         units: Sequence[torch.nn.Module] | None = None,
@@ -120,6 +123,7 @@ class OffloadAdam(ShardedOptimizer):
             max_grad_norm=max_grad_norm,
             dead_after=dead_after,
             stuck_after=stuck_after,
+            checkpoint_room_nbytes=checkpoint_room_nbytes,
             allow_overcommit=allow_overcommit,
             overlap=overlap,
             units=units,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ def begin_checkpoint(
 ) -> PendingCheckpoint:
     """Begin a checkpoint of the state as it is now, and let training go on. Collective.
 
-    A thread writes the state as it lies, the buckets that are updated first coming first, and an
-    update waits for a bucket that has not been written yet: so the bytes are those of this step,
-    and no copy of them is made. Beyond the state a rank needs 4 MiB, for what lies on a device.
-    Frozen parameters and buffers, which forwards may change, are written before this returns.
+    A thread copies the buckets that are updated first, as many as the optimizer's
+    `checkpoint_room_nbytes` hold, and then writes the others as they lie. An update waits for a
+    bucket that has neither been copied nor written yet: so the bytes are those of this step. Beyond
+    the state and that room a rank needs 4 MiB, for what lies on a device. Frozen parameters and
+    buffers, which forwards may change, are written before this returns.
 
     It becomes a checkpoint with `commit_if_written`, asked after every step, or with `wait`. A
     change of parameters from outside while it is being written (`load_state_dict`, `clamp_`) makes
@@ -45,7 +46,7 @@ def begin_checkpoint(
     """
     optimizer.synchronize()
     with HERE.at("checkpoint", patient=True):
-        save = open_save(Path(path), model, optimizer, extra)
+        save = open_save(Path(path), model, optimizer, extra, optimizer.checkpoint_rooms)
         with save.discarding():
             together(save.membership, "writing a checkpoint", save.write_whole)
         return PendingCheckpoint(save, optimizer)
@@ -53,6 +54,9 @@ def begin_checkpoint(
 
 class PendingCheckpoint:
     """A checkpoint that is being written beside training, and is none until it is committed.
+
+    num_waits, waited_s: how often updates of this rank have waited for it, and for how long in all;
+        known when it is over.
 
     Owns: the thread that writes, until the optimizer is closed at the latest: that abandons it.
     Lifecycle: `commit_if_written` after every step, or `wait`, by every rank alike.
@@ -65,6 +69,8 @@ class PendingCheckpoint:
         self._number = self._gate.num_begun
         self._writer = _Writer(save, self._gate)
         self._is_over = False
+        self.num_waits = 0
+        self.waited_s = 0.0
 
     def commit_if_written(self) -> bool:
         """Make it a checkpoint if all ranks have written theirs, as the last step has agreed.
@@ -98,6 +104,7 @@ class PendingCheckpoint:
                 entry = together(self._save.membership, "writing a checkpoint", self._result)
             finally:
                 self._gate.settle()
+                self.num_waits, self.waited_s = self._gate.num_waits, self._gate.waited_s
             self._save.commit(entry)
 
     def _result(self) -> RankEntry:
@@ -130,9 +137,8 @@ class _Writer:
     def _run(self) -> None:
         try:
             self._gate.begin_reader()
-            for bucket in self._save.buckets:
-                self._save.write_bucket(bucket, self._gate.raise_if_spoiled)
-                self._gate.free(bucket)
+            self._read(self._gate.raise_if_spoiled)
+            self._save.write_copies(self._gate.raise_if_spoiled)
             self._gate.raise_if_spoiled()
             self._entry = self._save.finish()
         except Exception as error:
@@ -141,3 +147,12 @@ class _Writer:
                 self._save.remove()
         finally:
             self._gate.finish()
+
+    def _read(self, before_each: Callable[[], None]) -> None:
+        """Copy what there is room for, and write the rest, letting updates at what is read."""
+        for bucket in self._save.buckets:
+            if self._save.copy_bucket(bucket, before_each):
+                self._gate.free(bucket)
+        for bucket in self._save.buckets:
+            self._save.write_bucket(bucket, before_each)
+            self._gate.free(bucket)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from offload_adam.checkpoint.content import (
@@ -32,6 +33,7 @@ from offload_adam.checkpoint.manifest import (
     parse_manifest,
 )
 from offload_adam.checkpoint.rank_file import RankEntry, RankFile, rank_file_name
+from offload_adam.checkpoint.room import copy_bytes, places_in
 from offload_adam.coordinator.admission import gather_texts, together
 from offload_adam.coordinator.membership import Membership
 from offload_adam.errors import CheckpointError, PeerFailedError
@@ -85,12 +87,20 @@ class Save:
     """A checkpoint that is being written, and is none yet.
 
     Owns: this rank's file, until `finish`, `close` or an error.
-    Lifecycle: `write` at once; or `write_whole` and `write_bucket` for every one of `buckets`, and
-    `finish`; then `commit`.
+    Lifecycle: `write` at once; or `write_whole`, then `copy_bucket` and `write_bucket` for every
+    one of `buckets`, `write_copies` and `finish`; then `commit`.
+
+    Args:
+        rooms: for copies of the buckets that are updated first; they come last in the file.
     """
 
     def __init__(
-        self, target: Path, membership: Membership, parts: Sequence[Part], plain: Written
+        self,
+        target: Path,
+        membership: Membership,
+        parts: Sequence[Part],
+        plain: Written,
+        rooms: Sequence[torch.Tensor] = (),
     ) -> None:
         self.membership = membership
         self._target = target
@@ -103,9 +113,11 @@ class Save:
                 self._buckets.setdefault(part.bucket, []).append(part)
         # The bucket that the next update writes to comes first.
         self._buckets = dict(sorted(self._buckets.items(), reverse=True))
+        in_order = [part for some in self._buckets.values() for part in some]
+        self._copies = places_in(rooms, in_order)
+        direct = [part for part in in_order if part.name not in self._copies]
         name = rank_file_name(membership.rank, membership.world_size)
-        in_order = [*self._whole, *(part for some in self._buckets.values() for part in some)]
-        self._file = RankFile(self._partial, name, in_order)
+        self._file = RankFile(self._partial, name, [*self._whole, *direct, *self._copies.values()])
 
     @property
     def buckets(self) -> list[int]:
@@ -116,22 +128,46 @@ class Save:
         """Write all of this rank's file."""
         self.write_whole()
         for bucket in self._buckets:
+            self.copy_bucket(bucket)
             self.write_bucket(bucket)
+        self.write_copies()
         return self.finish()
 
     def write_whole(self) -> None:
         """Write what no update of the optimizer guards: frozen parameters and buffers."""
         self._file.write(self._whole)
 
+    def copy_bucket(self, bucket: int, before_each: Callable[[], None] = lambda: None) -> bool:
+        """Copy what there is room for of this rank's part of a bucket.
+
+        Args:
+            before_each: called before each tensor of it.
+
+        Returns:
+            Whether that is all of it: nobody reads the bucket any more.
+        """
+        copied = [part for part in self._buckets[bucket] if part.name in self._copies]
+        for part in copied:
+            before_each()
+            copy_bytes(part, self._copies[part.name])
+        return len(copied) == len(self._buckets[bucket])
+
     def write_bucket(self, bucket: int, before_each: Callable[[], None] = lambda: None) -> None:
-        """Write this rank's part of a bucket.
+        """Write from where it lies what has not been copied of this rank's part of a bucket.
 
         Args:
             before_each: called before each tensor of it.
         """
         for part in self._buckets[bucket]:
+            if part.name not in self._copies:
+                before_each()
+                self._file.write([part])
+
+    def write_copies(self, before_each: Callable[[], None] = lambda: None) -> None:
+        """Write what has been copied, when all the rest has been written."""
+        for copy in self._copies.values():
             before_each()
-            self._file.write([part])
+            self._file.write([copy])
 
     def finish(self) -> RankEntry:
         """Flush the file."""
@@ -169,9 +205,17 @@ class Save:
 
 
 def open_save(
-    target: Path, model: nn.Module, optimizer: ShardedOptimizer, extra: Mapping[str, Any] | None
+    target: Path,
+    model: nn.Module,
+    optimizer: ShardedOptimizer,
+    extra: Mapping[str, Any] | None,
+    rooms: Sequence[torch.Tensor] = (),
 ) -> Save:
-    """Check what is to be saved, and make the folder and every rank's file in it. Collective."""
+    """Check what is to be saved, and make the folder and every rank's file in it. Collective.
+
+    Args:
+        rooms: see `Save`.
+    """
     membership = optimizer.membership
 
     def describe() -> Written:
@@ -193,7 +237,7 @@ def open_save(
         return together(
             membership,
             "opening a checkpoint's files",
-            lambda: Save(target, membership, _parts(model, optimizer), plain),
+            lambda: Save(target, membership, _parts(model, optimizer), plain, rooms),
         )
 
 

@@ -165,16 +165,22 @@ class ObserveSection(Section):
 class CheckpointSection(Section):
     """When checkpoints are written (`every` steps, 0 for never) and which are kept.
 
-    `mode: async` lets training go on while one is written, at no further memory: updates wait
-    for what has not been written yet. `keep_last` of them stay, and those whose step is a multiple
-    of `keep_every`. `resume: auto` goes on from the newest whole one of the run's folder, a path
-    from that one, `never` begins. A checkpoint that cannot be written ends the run only where it
-    is `required`.
+    `mode: async` lets training go on while one is written. Updates wait for what has neither been
+    written yet nor been copied: `room_nbytes` is the host memory of a rank for copies, at most.
+    `keep_last` of them stay, and those whose step is a multiple of `keep_every`. `resume: auto`
+    goes on from the newest whole one of the run's folder, a path from that one, `never` begins. A
+    checkpoint that cannot be written ends the run only where it is `required`.
     """
 
     every: Annotated[int, Field(ge=0)] = 0
     mode: Literal["sync", "async"] = "sync"
+    room_nbytes: Annotated[int, Field(ge=0)] = 256 * 1024 * 1024
     keep_last: PositiveInt = 2
     keep_every: PositiveInt | None = None
     required: bool = False
     resume: Annotated[Name, StringConstraints(min_length=1)] = "auto"
+
+    @property
+    def held_nbytes(self) -> int:
+        """Host bytes that a rank keeps for copies, at most: 0 where nothing is written beside."""
+        return self.room_nbytes if self.mode == "async" and self.every > 0 else 0

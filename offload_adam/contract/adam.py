@@ -79,8 +79,8 @@ class Adam(ShardedOptimizer):
         decay_norms: weight decay acts on the norm layers of `module`, too.
         module: the model: it gives names and, with `use_offload`, streams gradients as they arise.
         max_grad_norm, process_group, gradient_reduction, reduce_dtype, bucket_nbytes, num_threads,
-        accumulate, pin, offload_fraction, allow_overcommit, overlap, units, dead_after,
-            stuck_after: as for `OffloadAdam`.
+        accumulate, pin, offload_fraction, checkpoint_room_nbytes, allow_overcommit, overlap, units,
+            dead_after, stuck_after: as for `OffloadAdam`.
         **kwargs: `use_lazy`: a sparse gradient updates only the rows it touches; `use_offload`:
             state lies sharded in host memory, instead of beside its parameter on every rank.
 
@@ -117,6 +117,7 @@ class Adam(ShardedOptimizer):
         accumulate: str | None = None,
         pin: Pin = "all",
         offload_fraction: float = 1.0,
+        checkpoint_room_nbytes: int = 0,
         allow_overcommit: bool = False,
         overlap: bool | None = None,
         units: Sequence[torch.nn.Module] | None = None,
@@ -137,6 +138,7 @@ class Adam(ShardedOptimizer):
             pin=pin,
             offload_fraction=offload_fraction,
             max_grad_norm=max_grad_norm,
+            checkpoint_room_nbytes=checkpoint_room_nbytes,
             allow_overcommit=allow_overcommit,
             overlap=overlap,
             units=units,

@@ -16,6 +16,9 @@ NUM_STAGING_SLOTS = 2
 NUM_REDUCE_SLOTS = 3
 """Slots on a device for gradients: one is packed, one reduced, and one on its way to the host."""
 
+ROOM_ALIGNMENT_NBYTES = 128
+"""Copies start at multiples of this, which is no more than the padding of what they are made of."""
+
 
 @dataclass(frozen=True, slots=True)
 class BucketPlanes:
@@ -64,6 +67,26 @@ def plane_nbytes(bucket: Bucket, planes: BucketPlanes) -> dict[str, int]:
         "landed gradients": planes.landed_itemsize,
     }
     return {name: bucket.shard_numel * size for name, size in itemsizes.items() if size}
+
+
+def saved_nbytes(bucket: Bucket, planes: BucketPlanes) -> int:
+    """Return the bytes of one rank's shard of one bucket that a checkpoint holds.
+
+    Parameters and planes of state; the padding between them counted in.
+    """
+    num_planes = 2 + planes.amsgrad + (not planes.own_master)
+    return bucket.shard_numel * (bucket.itemsize + num_planes * FLOAT32_NBYTES)
+
+
+def copy_room_nbytes(
+    buckets: Sequence[Bucket], planes: Sequence[BucketPlanes], limit_nbytes: int
+) -> int:
+    """Return the bytes of one rank's room for copies of what a checkpoint has still to write.
+
+    All that these buckets could fill, or as many as are allowed, less than 128 of them aside.
+    """
+    nbytes = sum(saved_nbytes(bucket, held) for bucket, held in zip(buckets, planes, strict=True))
+    return min(nbytes, limit_nbytes // ROOM_ALIGNMENT_NBYTES * ROOM_ALIGNMENT_NBYTES)
 
 
 def traffic_nbytes(bucket: Bucket, planes: BucketPlanes) -> int:

@@ -71,6 +71,14 @@ def check_options(
             raise ValueError(f"{name} must be at least 1, not {value}")
 
 
+def check_room(nbytes: int) -> None:
+    """Refuse a room for copies that is no number of bytes."""
+    if isinstance(nbytes, bool) or not isinstance(nbytes, int):
+        raise TypeError(f"checkpoint_room_nbytes must be an int, not {nbytes!r}")
+    if nbytes < 0:
+        raise ValueError(f"checkpoint_room_nbytes must be at least 0, not {nbytes}")
+
+
 def check_accumulate(accumulate: str | None, module: torch.nn.Module | None, kind: str) -> None:
     """Refuse room for gradients that never leave `.grad`."""
     if accumulate is not None and (module is None or kind == "external"):

@@ -26,6 +26,7 @@ class Training:
     beside: state lies beside its parameter, whole on every rank.
     offload_fraction: of the elements on a GPU that have their state on the host.
     saves: checkpoints are written.
+    checkpoint_room_nbytes: for copies of what is updated before it is written, at most.
     num_tokens: of one rank's step, all microbatches together; None where they are not known.
     """
 
@@ -41,6 +42,7 @@ class Training:
     offload_fraction: float = 1.0
     bucket_nbytes: int = DEFAULT_BUCKET_NBYTES
     saves: bool = False
+    checkpoint_room_nbytes: int = 0
     num_tokens: int | None = None
 
     def __post_init__(self) -> None:

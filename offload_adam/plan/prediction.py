@@ -12,6 +12,7 @@ from offload_adam.layout.budget import (
     NUM_STAGING_SLOTS,
     BucketPlanes,
     block_sums_nbytes,
+    copy_room_nbytes,
     landed_itemsize,
     plane_nbytes,
 )
@@ -65,12 +66,14 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
     side["gradients"] = _gradients(buckets, training)
     side["slots"] = _slots(buckets, training)
     indices = {bucket.index for bucket in on_host}
-    for bucket in buckets:
+    planes = [planes_of(bucket, training, hosted=bucket.index in indices) for bucket in buckets]
+    for bucket, held in zip(buckets, planes, strict=True):
         home = host if bucket.index in indices else device
-        home.update(plane_nbytes(bucket, planes_of(bucket, training, hosted=home is host)))
+        home.update(plane_nbytes(bucket, held))
     host["block_sums"] = block_sums_nbytes(on_host)
     if training.on_device:
         host["staging"] = _staging(on_host)
+    host["checkpoint room"] = copy_room_nbytes(buckets, planes, training.checkpoint_room_nbytes)
     if training.on_device and training.saves:
         # What lies in host memory is written from where it lies.
         host["checkpoint writer"] = BLOCK_NBYTES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -114,6 +114,11 @@ class CoreOptimizer(torch.optim.Optimizer):
     def is_being_read(self) -> bool:
         """Whether a checkpoint is being written in the background, or waits to be committed."""
         return self._alive().gate.is_open
+
+    @property
+    def checkpoint_rooms(self) -> Sequence[torch.Tensor]:
+        """Host memory for what a checkpoint in the background copies, uint8."""
+        return self._alive().gate.rooms
 
     def begin_reading(self, buckets: Iterable[int]) -> ReadGate:
         """Keep updates off buckets that a thread is about to read, and return who lets them go."""

@@ -17,6 +17,7 @@ from offload_adam.parameters.options import (
     check_max_norm,
     check_options,
     check_overlap,
+    check_room,
     resolve_reduction,
 )
 
@@ -45,6 +46,7 @@ class Execution:
     offload_fraction: float = 1.0
     dead_after: float = DEAD_AFTER_S
     stuck_after: float = STUCK_AFTER_S
+    checkpoint_room_nbytes: int = 0
     allow_overcommit: bool = False
     max_grad_norm: float | None = None
     overlap: bool | None = None
@@ -73,6 +75,7 @@ class Execution:
             self.pin,
             self.offload_fraction,
         )
+        check_room(self.checkpoint_room_nbytes)
         check_max_norm("max_grad_norm", self.max_grad_norm)
         Patience(self.dead_after, self.stuck_after)
         kind = resolve_reduction(self.gradient_reduction, self.module, self.process_group)

@@ -122,6 +122,7 @@ class ShardedOptimizer(StateDicts):
                 offload_fraction=execution.offload_fraction,
                 beside=execution.beside,
                 takes_rows=execution.takes_rows,
+                checkpoint_room_nbytes=execution.checkpoint_room_nbytes,
                 allow_overcommit=execution.allow_overcommit,
                 force_offload=self._offloads,
                 force_device=self._updates_on_device,

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ import torch
 from offload_adam.coordinator.admission import together
 from offload_adam.coordinator.membership import Membership
 from offload_adam.coordinator.node_memory import admit_memory
-from offload_adam.layout.budget import BucketPlanes, plane_nbytes
+from offload_adam.layout.budget import BucketPlanes, copy_room_nbytes, plane_nbytes
 from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
 from offload_adam.layout.placing import kept_on_device
 from offload_adam.memory.arena import HostArena, Touch, arena_nbytes
@@ -38,6 +39,8 @@ class Placing:
         shards of it stay on the device.
     beside: state lies beside its parameter, whole on every rank, instead of sharded on the host.
     takes_rows: gradients may be sparse.
+    checkpoint_room_nbytes: host memory, at most, for copies that a checkpoint in the background
+        makes of what is updated before it is written.
     allow_overcommit: take memory that the node does not seem to have.
     force_offload, force_device: treat parameters in host memory as if they were on a device, their
         state on the host or beside them, for tests of those paths.
@@ -50,6 +53,7 @@ class Placing:
     offload_fraction: float = 1.0
     beside: bool = False
     takes_rows: bool = False
+    checkpoint_room_nbytes: int = 0
     allow_overcommit: bool = False
     force_offload: bool = False
     force_device: bool = False
@@ -59,14 +63,28 @@ class Placing:
         return (0, 1) if self.beside else (membership.rank, membership.world_size)
 
 
+class Built(NamedTuple):
+    """What parameters that are taken in get.
+
+    arena: the memory that the states lie in.
+    room: for copies of them; it has no bytes where nothing is copied.
+    """
+
+    states: list[BucketState]
+    arena: HostArena
+    room: HostArena
+
+
 def build_states(
     new: Sequence[NewParameter],
     membership: Membership,
     placing: Placing,
     first_bucket: int,
     touch: Touch | None,
-) -> tuple[list[BucketState], HostArena]:
-    """Take parameters in, and return their buckets' states and the memory these lie in.
+    *,
+    room_nbytes: int = 0,
+) -> Built:
+    """Take parameters in: their buckets' states, and the memory for these.
 
     Every host byte is mapped first, so that a model that does not fit changes nothing; then
     parameters move one bucket at a time. Rank 0's values become every rank's, as
@@ -74,6 +92,7 @@ def build_states(
 
     Args:
         touch: see `HostArena`.
+        room_nbytes: for copies, at most; no more is taken than these states could fill.
     """
     buckets = plan_buckets(
         [
@@ -97,11 +116,19 @@ def build_states(
             of_planes = plane_nbytes(bucket, plane)
             parts += of_planes.values()
             needed.update(of_planes)
+    if placing.beside and membership.rank != 0:
+        room_nbytes = 0  # rank 0 writes what all have whole
+    room_nbytes = copy_room_nbytes(buckets, planes, room_nbytes)
+    if room_nbytes > 0:
+        needed["checkpoint room"] = room_nbytes
     admit_memory(membership, needed, allow_overcommit=placing.allow_overcommit)
-    arena = together(
+    arena, room = together(
         membership,
         "allocating its state",
-        lambda: HostArena(arena_nbytes(parts), parts=parts, touch=touch),
+        lambda: (
+            HostArena(arena_nbytes(parts), parts=parts, touch=touch),
+            HostArena(room_nbytes),
+        ),
     )
     if placing.pin == "all" and placing.runtime is not None:
         arena.pin_or_warn(
@@ -113,7 +140,7 @@ def build_states(
         _build(bucket, items, plane, home, arena, membership, placing)
         for bucket, items, plane, home in zip(buckets, members, planes, homes, strict=True)
     ]
-    return states, arena
+    return Built(states, arena, room)
 
 
 class _Home(Enum):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Collection, Iterable
+
+import torch
 
 from offload_adam.errors import CheckpointError
 from offload_adam.observe.place import HERE
@@ -14,9 +17,11 @@ _LOOK_S = 0.5
 class ReadGate:
     """The buckets that one checkpoint in the background has still to read, and who waits for them.
 
-    A reader takes the buckets one by one as they lie, so no copy of them is made: whoever updates
-    one waits until it is free.
+    A reader takes the buckets one by one as they lie, or from copies that it has room for: whoever
+    updates one waits until it is free.
 
+    rooms: host memory for the reader's copies, uint8; a reading's for as long as it lasts.
+    num_waits, waited_s: how often and how long updates have waited since `begin`.
     num_begun, num_finished: how many readings have begun, and how many are over, well or not; on
         the latter the ranks agree in each step.
 
@@ -35,6 +40,14 @@ class ReadGate:
         self._num_settled = 0
         self.num_begun = 0
         self.num_finished = 0
+        self.num_waits = 0
+        self.waited_s = 0.0
+        self.rooms: list[torch.Tensor] = []
+
+    @property
+    def room_nbytes(self) -> int:
+        """Bytes of all rooms."""
+        return sum(room.nbytes for room in self.rooms)
 
     @property
     def is_open(self) -> bool:
@@ -47,16 +60,22 @@ class ReadGate:
         self._held = set(buckets)
         self._unread_before = set(self._held)
         self._spoiled_by = ""
+        self.num_waits, self.waited_s = 0, 0.0
         self.num_begun += 1
 
     def wait_until_free(self, bucket: int) -> None:
         """Return when a bucket may be written."""
         if bucket not in self._held:
             return
+        start_s = time.monotonic()
         with self._changed:
+            if bucket not in self._held:
+                return
+            self.num_waits += 1
             while bucket in self._held:
                 self._changed.wait(_LOOK_S)
                 HERE.move()  # a slow disk is no rank that is stuck
+            self.waited_s += time.monotonic() - start_s
 
     def wait_until_all_free(self) -> None:
         """Return when nothing is being read."""

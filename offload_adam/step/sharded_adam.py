@@ -107,7 +107,7 @@ class ShardedAdam:
         self.num_steps = 0
         self.reduction = reduction
         self.states: list[BucketState] = []
-        self.host_nbytes: dict[str, int] = {"state": 0, "staging": 0}
+        self.host_nbytes: dict[str, int] = {"state": 0, "staging": 0, "checkpoint room": 0}
         self._placing = placing
         self._watch = VersionWatch(module)
         self._external = external
@@ -146,13 +146,22 @@ class ShardedAdam:
             HostMemoryError: nothing has been changed then.
         """
         touch = self._updates.touch_from(self.executor.run_with_updates) if spans_nodes() else None
-        states, arena = build_states(new, self.membership, self._placing, len(self.states), touch)
-        self.arenas.append(arena)
+        states, arena, room = build_states(
+            new,
+            self.membership,
+            self._placing,
+            len(self.states),
+            touch,
+            room_nbytes=self._placing.checkpoint_room_nbytes - self.gate.room_nbytes,
+        )
+        self.arenas += [arena, room]
+        self.gate.rooms.append(room.take(room.nbytes, torch.uint8))
         with HERE.at("compilation", patient=True):
             self._updates.prepare(states)
         self.states += states
         self._frozen += frozen
         self.host_nbytes["state"] += arena.nbytes
+        self.host_nbytes["checkpoint room"] = self.gate.room_nbytes
         self.host_nbytes |= self._updates.nbytes
         self._names += [item.name for item in new]
         self._parameters += [item.parameter for item in new]

@@ -75,6 +75,7 @@ def _execution(section: ExecutionKeys, config: RunConfig) -> dict[str, Any]:
         "overlap": section.overlap if config.optimizer.streams else None,
         "pin": config.memory.pin,
         "offload_fraction": config.memory.offload_fraction,
+        "checkpoint_room_nbytes": config.checkpoint.held_nbytes,
         "allow_overcommit": config.memory.allow_overcommit,
         "dead_after": config.coordinator.dead_after,
         "stuck_after": config.coordinator.stuck_after,

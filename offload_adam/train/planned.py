@@ -57,5 +57,6 @@ def training_of(config: RunConfig, on_device: bool) -> Training:
         beside=is_adam and not section.streams,
         bucket_nbytes=section.bucket_nbytes or DEFAULT_BUCKET_NBYTES,
         saves=config.checkpoint.every > 0,
+        checkpoint_room_nbytes=config.checkpoint.held_nbytes,
         num_tokens=train.batch_size * train.sequence_length * train.gradient_accumulation_steps,
     )

@@ -105,7 +105,7 @@ class CheckpointSaver:
         with self._tolerating(path):
             if not pending.commit_if_written():
                 return
-            self._drop_old(path.parent)
+            self._committed(path, pending)
         self._pending = None
 
     def _finish_pending(self) -> None:
@@ -117,7 +117,19 @@ class CheckpointSaver:
         logger.info("waiting for checkpoint %s to be written", path)
         with self._tolerating(path):
             pending.wait()
-            self._drop_old(path.parent)
+            self._committed(path, pending)
+
+    def _committed(self, path: Path, pending: PendingCheckpoint) -> None:
+        """Say what it has cost, and remove what is too old."""
+        if pending.num_waits > 0 and self._job.world.rank == 0:
+            logger.info(
+                "updates waited for checkpoint %s %d times, %.2f s together: with a larger "
+                "checkpoint.room_nbytes more of it is copied, and need not be waited for",
+                path,
+                pending.num_waits,
+                pending.waited_s,
+            )
+        self._drop_old(path.parent)
 
     @contextmanager
     def _tolerating(self, path: Path) -> Iterator[None]:
