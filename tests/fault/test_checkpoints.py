@@ -38,7 +38,7 @@ def test_a_killed_save_costs_no_more_than_that_checkpoint(
 ) -> None:
     """A kill -9 in the write, after it, before the manifest, before the rename, and after all."""
     if mode == "async" and place == "committed":
-        place, newest = "committed/10", 8  # step 8's is on the disk two steps later
+        place, newest = "committed/11", 8  # step 8's is on the disk three steps later
     else:
         place = f"{place}/8"
     options = ("--max-restarts=1",)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 STATED_NBYTES = 4 * 2**22
-"""Four blocks, to load; to save nothing of a state on the host."""
+"""Four blocks, to load; to save nothing of a state on the host, besides room for copies."""
 SLACK_NBYTES = 4 * 2**20
 """Objects of Python's and what the allocator keeps."""
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -45,7 +45,9 @@ def peak(action):
 torch.manual_seed(0)
 model = torch.nn.Sequential(*[torch.nn.Linear(4096, 2048, bias=False) for _ in range(2)])
 model = model.to(torch.bfloat16)
-optimizer = OffloadAdam(model.parameters(), bucket_nbytes=8 * 2**20)
+optimizer = OffloadAdam(
+    model.parameters(), bucket_nbytes=8 * 2**20, checkpoint_room_nbytes=64 * 2**20
+)
 of = {"model": model, "optimizer": optimizer}
 
 
