@@ -8,7 +8,7 @@ import os
 import stat
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import RawIOBase
 from math import prod
@@ -21,6 +21,10 @@ from offload_adam.errors import CheckpointError
 
 NUM_BLOCKS = 4
 """Blocks that are kept while a checkpoint is read: a tensor's pieces lie in one or two files."""
+
+NUM_OPEN_FILES = 8
+"""Files of a checkpoint that are open at once: a process may open no more than 1,024 on many a
+machine, and a checkpoint has one for each rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +164,9 @@ class BlockMemory:
     """
 
     def __init__(self) -> None:
-        self._blocks: OrderedDict[tuple[int, int], bytearray] = OrderedDict()
+        self._blocks: OrderedDict[tuple[Path, int], bytearray] = OrderedDict()
 
-    def find(self, file: int, number: int) -> bytearray | None:
+    def find(self, file: Path, number: int) -> bytearray | None:
         """Return a block that is verified, if it is still here."""
         block = self._blocks.get((file, number))
         if block is not None:
@@ -175,7 +179,7 @@ class BlockMemory:
             return bytearray(BLOCK_NBYTES)
         return self._blocks.popitem(last=False)[1]
 
-    def keep(self, file: int, number: int, block: bytearray) -> None:
+    def keep(self, file: Path, number: int, block: bytearray) -> None:
         """Remember a block that is verified now."""
         self._blocks[file, number] = block
 
@@ -242,7 +246,7 @@ class VerifiedFile:
     def _verified(self, number: int) -> memoryview:
         start = number * BLOCK_NBYTES
         length = min(BLOCK_NBYTES, self._entry.nbytes - start)
-        known = self._memory.find(id(self), number)
+        known = self._memory.find(self._path, number)
         if known is not None:
             return memoryview(known)[:length]
         block = self._memory.make_room()
@@ -253,7 +257,7 @@ class VerifiedFile:
                 f"{self._path} is damaged between byte {start} and {start + length}: its checksum "
                 "is another"
             )
-        self._memory.keep(id(self), number, block)
+        self._memory.keep(self._path, number, block)
         return view
 
     def _fill(self, view: memoryview, start: int) -> None:
@@ -266,6 +270,51 @@ class VerifiedFile:
             if count == 0:
                 raise CheckpointError(f"{self._path} ends before byte {start + len(view)}")
             done += count
+
+
+class VerifiedFiles:
+    """The files of a checkpoint, few of them open at once, and those that were read last.
+
+    Owns: at most `NUM_OPEN_FILES` descriptors and `NUM_BLOCKS` blocks, until `close`.
+
+    Raises:
+        CheckpointError: a file is missing or has another length than it should.
+    """
+
+    def __init__(self, folder: Path, entries: Mapping[str, FileEntry]) -> None:
+        self._folder = folder
+        self._entries = entries
+        self._memory = BlockMemory()
+        self._open: OrderedDict[str, VerifiedFile] = OrderedDict()
+        try:
+            for name in entries:
+                self[name]
+        except BaseException:
+            self.close()
+            raise
+
+    def __getitem__(self, name: str) -> VerifiedFile:
+        """Return a file, open until `NUM_OPEN_FILES` others have been asked for."""
+        file = self._open.get(name)
+        if file is None:
+            if len(self._open) == NUM_OPEN_FILES:
+                _, oldest = self._open.popitem(last=False)
+                oldest.close()
+            file = VerifiedFile(self._folder, name, self._entries[name], self._memory)
+            self._open[name] = file
+        self._open.move_to_end(name)
+        return file
+
+    def verify(self) -> None:
+        """Check every block of every file."""
+        for name in self._entries:
+            self[name].verify()
+
+    def close(self) -> None:
+        """Close what is open. Idempotent."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
 
 
 def flush_folder(folder: Path) -> None:

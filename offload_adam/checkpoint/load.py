@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from math import prod
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -22,8 +23,14 @@ from offload_adam.checkpoint.content import (
     memory_order,
     whole_tensors,
 )
-from offload_adam.checkpoint.files import BlockMemory, VerifiedFile
-from offload_adam.checkpoint.manifest import Manifest, TensorEntry, read_manifest, sorted_pieces
+from offload_adam.checkpoint.files import VerifiedFiles
+from offload_adam.checkpoint.manifest import (
+    BLOCK_NBYTES,
+    Manifest,
+    TensorEntry,
+    read_manifest,
+    sorted_pieces,
+)
 from offload_adam.coordinator.admission import together
 from offload_adam.errors import CheckpointError
 from offload_adam.observe.place import HERE
@@ -37,9 +44,9 @@ def load_checkpoint(
     """Load what `save_checkpoint` wrote, whatever the world size then and now. Collective.
 
     Names, shapes, dtypes and groups are compared before anything is changed, and nothing is cast.
-    Bytes go from the files into the state as it lies, block by verified block: besides the state
-    itself a rank needs 4 blocks of 4 MiB, and one tensor where the order of its elements in memory
-    has changed.
+    Bytes go from the files into the state as it lies, file by file and block by verified block:
+    besides the state itself a rank needs 4 blocks of 4 MiB, one more for what lies on a device, and
+    one tensor where the order of its elements in memory has changed. Few files are open at once.
 
     Returns:
         What was given as `extra`.
@@ -86,10 +93,20 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> Manifest:
     return manifest
 
 
-class CheckpointReader:
-    """The open files of a checkpoint.
+class Read(NamedTuple):
+    """What of a file goes where: elements [low, high) of `target`, from byte `start` on."""
 
-    Owns: one descriptor a file and a few blocks, until it is left as a context.
+    file: str
+    start: int
+    target: torch.Tensor
+    low: int
+    high: int
+
+
+class CheckpointReader:
+    """The files of a checkpoint.
+
+    Owns: a few descriptors and blocks, until it is left as a context.
 
     Raises:
         CheckpointError: a file is missing or has another length than the manifest says.
@@ -97,39 +114,41 @@ class CheckpointReader:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.manifest = manifest
-        self._stack = ExitStack()
-        self._files: dict[str, VerifiedFile] = {}
-        memory = BlockMemory()
-        try:
-            for name, entry in manifest.files.items():
-                file = VerifiedFile(folder, name, entry, memory)
-                self._files[name] = self._stack.enter_context(file)
-        except BaseException:
-            self._stack.close()
-            raise
+        self._files = VerifiedFiles(folder, manifest.files)
 
     def verify(self) -> None:
         """Check every byte."""
-        for file in self._files.values():
-            file.verify()
+        self._files.verify()
 
-    def fill(self, name: str, target: torch.Tensor, start: int) -> None:
-        """Read elements [start, start + n) of a tensor, in its saved order.
+    def reads(self, name: str, target: torch.Tensor, start: int) -> Iterator[Read]:
+        """Yield what brings elements [start, start + n) of a tensor, in its saved order.
 
         Args:
             target: (n,) of the saved dtype, on any device.
         """
-        entry = self.manifest.tensors[name]
-        host = target if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
-        view, itemsize = as_bytes(host), target.element_size()
-        end = start + target.numel()
-        for low, high, piece in sorted_pieces(entry):
+        itemsize, end = target.element_size(), start + target.numel()
+        for low, high, piece in sorted_pieces(self.manifest.tensors[name]):
             first, last = max(low, start), min(high, end)
             if first < last:
-                part = view[(first - start) * itemsize : (last - start) * itemsize]
-                self._files[piece.file].read_into(part, piece.start + (first - low) * itemsize)
-        if host is not target:
-            target.copy_(host)
+                at = piece.start + (first - low) * itemsize
+                yield Read(piece.file, at, target, first - start, last - start)
+
+    def read(self, reads: Iterable[Read]) -> None:
+        """Read all of this, one file after the other from its start: no block is read twice."""
+        for file, start, target, low, high in sorted(reads, key=itemgetter(0, 1)):
+            part = target[low:high]
+            for piece in part.split(BLOCK_NBYTES // part.element_size()):
+                host = (
+                    piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu")
+                )
+                self._files[file].read_into(as_bytes(host), start)
+                start += host.nbytes
+                if host is not piece:
+                    piece.copy_(host)
+
+    def fill(self, name: str, target: torch.Tensor, start: int) -> None:
+        """Read elements [start, start + n) of a tensor, see `reads`."""
+        self.read(self.reads(name, target, start))
 
     def whole(self, name: str) -> torch.Tensor:
         """Return a whole tensor in its logical shape, in the saved order in memory."""
@@ -147,7 +166,7 @@ class CheckpointReader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stack.close()
+        self._files.close()
 
 
 def _check(manifest: Manifest, model: nn.Module, optimizer: ShardedOptimizer) -> None:
@@ -198,40 +217,46 @@ def _compare(
 
 
 def _load(reader: CheckpointReader, model: nn.Module, optimizer: ShardedOptimizer) -> None:
+    """Read everything: what lies as it was saved in one pass over the files, at the end."""
     name_of = ParameterNames(model)
     loaded = set()
+    reads: list[Read] = []
     for shard in optimizer.shards():
         name = name_of(shard.parameter)
         for key, plane in shard.planes.items():
             saved = f"optimizer/{name}/{key}"
             if saved not in reader.manifest.tensors:
                 saved = f"model/{name}"
-            _load_range(reader, saved, shard, plane)
+            reads += _range_reads(reader, saved, shard, plane)
         if name not in loaded:
             loaded.add(name)
-            _load_whole(reader, f"model/{name}", shard.parameter.detach())
+            reads += _whole_reads(reader, f"model/{name}", shard.parameter.detach())
     for name, tensor in whole_tensors(model, optimizer).items():
-        _load_whole(reader, name, tensor)
+        reads += _whole_reads(reader, name, tensor)
+    reader.read(reads)
     optimizer.refresh_master()
 
 
-def _load_range(
+def _range_reads(
     reader: CheckpointReader, name: str, shard: ParameterShard, target: torch.Tensor
-) -> None:
-    """Read a shard's range; through a whole tensor where elements lie in another order now."""
+) -> Iterable[Read]:
+    """Return what brings a shard's range.
+
+    Nothing where elements lie in another order now: it is read here, through a whole tensor.
+    """
     order = memory_order(shard.parameter)
     if list(order) == reader.manifest.tensors[name].order:
-        reader.fill(name, target, shard.start)
-        return
+        return reader.reads(name, target, shard.start)
     whole = reader.whole(name)
     target.copy_(whole.permute(order).reshape(-1)[shard.start : shard.end])
+    return ()
 
 
-def _load_whole(reader: CheckpointReader, name: str, target: torch.Tensor) -> None:
-    """Read a whole tensor, straight into its memory where it lies as it was saved."""
+def _whole_reads(reader: CheckpointReader, name: str, target: torch.Tensor) -> Iterable[Read]:
+    """Return what brings a whole tensor straight into its memory, as `_range_reads`."""
     order = memory_order(target)
     flat = target.permute(order)
     if flat.is_contiguous() and list(order) == reader.manifest.tensors[name].order:
-        reader.fill(name, flat.view(-1), 0)
-    else:
-        target.copy_(reader.whole(name))
+        return reader.reads(name, flat.view(-1), 0)
+    target.copy_(reader.whole(name))
+    return ()

@@ -1,0 +1,173 @@
+"""A checkpoint of many ranks: more files than a process may open, and each of them read once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from offload_adam import OffloadAdam, load_checkpoint
+from offload_adam.checkpoint.content import ParameterNames, Part, sharded_parts, to_plain
+from offload_adam.checkpoint.files import NUM_OPEN_FILES, VerifiedFile
+from offload_adam.checkpoint.load import verify_checkpoint
+from offload_adam.checkpoint.manifest import OptimizerEntry
+from offload_adam.checkpoint.rank_file import RankEntry, RankFile, rank_file_name
+from offload_adam.checkpoint.save import Written, commit_files, manifest_of, partial_of
+from offload_adam.errors import CheckpointError
+
+NUM_RANKS = 48
+
+
+def make(seed: int) -> tuple[nn.Module, OffloadAdam]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(61, 40), nn.Linear(40, 33)).to(torch.bfloat16)
+    return model, OffloadAdam(model.parameters(), lr=0.1, bucket_nbytes=2048)
+
+
+def state_of(model: nn.Module, optimizer: OffloadAdam) -> list[torch.Tensor]:
+    planes = ("master_weight", "exp_avg", "exp_avg_sq", "step")
+    found = [optimizer.state[p][key] for p in model.parameters() for key in planes]
+    return [*found, *(p.detach() for p in model.parameters())]
+
+
+def cut(part: Part, rank: int) -> Part:
+    """Return what of a part a rank of many would have."""
+    numel = part.end - part.start
+    low, high = rank * numel // NUM_RANKS, (rank + 1) * numel // NUM_RANKS
+    return replace(part, start=low, end=high, data=part.data[low:high])
+
+
+def write_file(folder: Path, rank: int, parts: list[Part]) -> RankEntry:
+    own = [cut(part, rank) for part in parts]
+    own = [part for part in own if part.end > part.start]
+    file = RankFile(folder, rank_file_name(rank, NUM_RANKS), own)
+    file.write(own)
+    return file.finish()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Tensor]]:
+    """Write a checkpoint as if by so many ranks, and return what it holds, too."""
+    target = tmp_path_factory.mktemp("many") / "c"
+    partial_of(target).mkdir()
+    model, optimizer = make(seed=1)
+    for step in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter) + step
+        optimizer.step()
+    parts = list(sharded_parts(model, optimizer))
+    entries = [write_file(partial_of(target), rank, parts) for rank in range(NUM_RANKS)]
+    plain = to_plain(optimizer.plain_state(ParameterNames(model)))
+    optimizer_entry = OptimizerEntry.model_validate(plain)
+    written = Written(optimizer.num_steps, optimizer_entry, tied={}, extra={})
+    commit_files(target, manifest_of(entries, written))
+    return target, [tensor.clone() for tensor in state_of(model, optimizer)]
+
+
+class Watched:
+    """Counts the blocks that are read, by file, and how many files are open at once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.blocks: list[tuple[Path, int]] = []
+        self.most_open = 0
+        fill = VerifiedFile._fill
+
+        def counted(file: VerifiedFile, view: memoryview, start: int) -> None:
+            self.blocks.append((file._path, start))
+            links = [os.readlink(f"/proc/self/fd/{n}") for n in _descriptors()]
+            found = sum(link.endswith(".safetensors") for link in links)
+            self.most_open = max(self.most_open, found)
+            fill(file, view, start)
+
+        monkeypatch.setattr(VerifiedFile, "_fill", counted)
+
+
+def _descriptors() -> list[str]:
+    return [name for name in os.listdir("/proc/self/fd") if Path("/proc/self/fd", name).exists()]
+
+
+def test_every_block_is_read_once_and_few_files_are_open(
+    saved: tuple[Path, list[torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, expected = saved
+    model, optimizer = make(seed=2)
+    watched = Watched(monkeypatch)
+    load_checkpoint(folder, model=model, optimizer=optimizer)
+    assert all(map(torch.equal, state_of(model, optimizer), expected))
+    assert len(watched.blocks) == len(set(watched.blocks)) == NUM_RANKS
+    assert watched.most_open == NUM_OPEN_FILES
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "flipped"])
+def test_damage_of_any_file_is_found(saved: tuple[Path, list[torch.Tensor]], how: str) -> None:
+    folder, _ = saved
+    path = folder / rank_file_name(NUM_RANKS // 2, NUM_RANKS)
+    content = path.read_bytes()
+    model, optimizer = make(seed=2)
+    before = [tensor.clone() for tensor in state_of(model, optimizer)]
+    try:
+        if how == "missing":
+            path.unlink()
+        else:
+            damaged = content[:-1] if how == "truncated" else content[:-1] + b"\x7f"
+            path.write_bytes(damaged)
+        for action in (lambda: verify_checkpoint(folder), lambda: _load(folder, model, optimizer)):
+            with pytest.raises(CheckpointError, match=path.name):
+                action()
+    finally:
+        path.write_bytes(content)
+    if how != "flipped":  # seen before anything is read
+        assert all(map(torch.equal, state_of(model, optimizer), before))
+    verify_checkpoint(folder)
+
+
+def _load(folder: Path, model: Any, optimizer: Any) -> None:
+    load_checkpoint(folder, model=model, optimizer=optimizer)
+
+
+FEW = """
+import os, resource, sys
+from pathlib import Path
+import torch
+from offload_adam import load_checkpoint
+from offload_adam.checkpoint.export import export_dcp, export_torch
+from offload_adam.checkpoint.load import verify_checkpoint
+from tests.unit.checkpoint.test_many_files import make, state_of
+
+folder, out = map(Path, sys.argv[1:])
+model, optimizer = make(seed=2)
+most = max(int(name) for name in os.listdir("/proc/self/fd")) + 16
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+assert most < len(list(folder.glob("*.safetensors")))
+verify_checkpoint(folder)
+load_checkpoint(folder, model=model, optimizer=optimizer)
+export_torch(folder, out / "t.pt")
+export_dcp(folder, out / "dcp")
+torch.save(state_of(model, optimizer), out / "loaded.pt")
+"""
+
+
+def test_a_process_may_open_fewer_files_than_there_are(
+    saved: tuple[Path, list[torch.Tensor]], tmp_path: Path
+) -> None:
+    folder, expected = saved
+    done = subprocess.run(
+        [sys.executable, "-c", FEW, str(folder), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(map(torch.equal, torch.load(tmp_path / "loaded.pt"), expected))
+    exported = torch.load(tmp_path / "t.pt", weights_only=True)["model"]
+    names = [name for name, _ in make(seed=2)[0].named_parameters()]
+    assert all(torch.equal(exported[n], t) for n, t in zip(names, expected[-4:], strict=True))
