@@ -66,6 +66,12 @@ def _caption(report: Mapping[str, Any]) -> str:
         for result in report["results"]
         if result["variant"] is not None
     ]
+    if "bound" in report:
+        bound = report["bound"]
+        lines.append(
+            f"at the limit's bandwidth this step's bytes take {bound['ms']:.1f} ms, "
+            f"{bound['ratio_to_torch_fused']:.2f} of torch_fused's time"
+        )
     if "denormal_ratio" in report:
         lines.append(f"denormal moments against normal ones: {report['denormal_ratio']:.3f}")
     return "\n".join(lines)

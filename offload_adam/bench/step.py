@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from offload_adam.bench.comparison import compare, use_threads, yardsticks
 from offload_adam.bench.contender import Contender
 from offload_adam.bench.interleave import Clock
+from offload_adam.bench.limit import Limit
 from offload_adam.bench.machine import describe_machine
 from offload_adam.bench.peers import available_peers, torch_fused
 from offload_adam.bench.planes import HUGE_PAGES, ORDINARY, named, require_memory
@@ -31,6 +33,14 @@ from offload_adam.bench.step_contenders import (
 # Two sets of planes with the copies' targets and bf16 streams; this package's state and its
 # parameter, which stands twice while it moves into its bucket.
 _HOST_BYTES_PER_PARAM = 2 * (16 + 4 + 4) + 12 + 4
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What this machine's bandwidth leaves for a step of so many bytes to reach."""
+
+    ms: float
+    ratio_to_torch_fused: float
 
 
 def measure_step(
@@ -55,15 +65,19 @@ def measure_step(
             num_pairs,
             clock=clock,
         )
+    results = with_torch_fused(comparison.results)
     return {
         "benchmark": "step",
         "numel": numel,
         "num_pairs": num_pairs,
         "machine": machine,
-        **asdict(replace(comparison, results=with_torch_fused(comparison.results))),
+        **asdict(replace(comparison, results=results)),
+        "bound": asdict(bandwidth_bound(comparison.limit, results[0], results[1])),
         "left_out": left_out,
         "definitions": {
             **DEFINITIONS,
+            "bound": "this step's bytes at the limit's bandwidth, and their share of torch_fused's "
+            "time, median over the rounds: what a step could reach that had nothing to compute",
             "torch_fused": f"the faster of {CLIPPED} and {SCALED}",
             CLIPPED: "gradient converted to fp32, clip_grad_norm_, fused AdamW, rounded to bf16",
             SCALED: "the same with fused AdamW fed the clip factor through grad_scale",
@@ -71,6 +85,13 @@ def measure_step(
             "loop that torch does not come with",
         },
     }
+
+
+def bandwidth_bound(limit: Limit, ours: Result, torch_fused: Result) -> Bound:
+    """Return the time of this package's step if it ran at the limit's bandwidth."""
+    share = ours.bytes_per_param / limit.bytes_per_param
+    rounds = zip(limit.pairs_ms, torch_fused.pairs, strict=True)
+    return Bound(limit.ms_median * share, median(ms * share / pair.ms for ms, pair in rounds))
 
 
 def peer_steps(every_streams: Sequence[StepStreams]) -> tuple[list[Contender], dict[str, str]]:

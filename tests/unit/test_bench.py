@@ -211,6 +211,18 @@ def test_a_report_holds_what_was_measured_and_on_what(
     for key in ("cpu", "cores_allowed", "num_threads", "threading_layer", "versions"):
         assert report["machine"][key]
     assert ("denormal_ratio" in report) == (report["benchmark"] == "kernel")
+    assert ("bound" in report) == (report["benchmark"] == "step")
+
+
+def test_the_bound_is_this_steps_bytes_at_the_limits_bandwidth() -> None:
+    clock = FakeClock()
+    ours = FakeContender(BASELINE, clock, 12.0, bytes_per_param=30)
+    torchs = FakeContender(SCALED, clock, 20.0, bytes_per_param=48)
+    _, measures = contenders_and_yardsticks(clock, 8.4)  # 28 bytes
+    found = compare([ours, torchs], measures, 10**6, 7, clock=clock)
+    bound = step.bandwidth_bound(found.limit, *found.results)
+    assert bound.ms == pytest.approx(9.0)
+    assert bound.ratio_to_torch_fused == pytest.approx(0.45)
 
 
 def test_torchs_baseline_is_the_faster_of_its_ways_in_each_memory() -> None:
