@@ -16,11 +16,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from offload_adam.checkpoint.boxes import Box, range_of_box
-from offload_adam.checkpoint.content import DTYPES, inverse_order
+from offload_adam.checkpoint.content import DTYPES, as_bytes, inverse_order
 from offload_adam.checkpoint.dcp import BoxSource, BoxTensor, logical_box, plain_text
 from offload_adam.checkpoint.load import CheckpointReader
 from offload_adam.checkpoint.manifest import Manifest, OptimizerEntry, read_manifest
 from offload_adam.checkpoint.save import partial_of
+from offload_adam.checkpoint.torch_file import Streamed, write_torch_file
 from offload_adam.errors import CheckpointError
 from offload_adam.step.saved_state import pack_full
 
@@ -31,8 +32,8 @@ def export_torch(path: Path, out: Path) -> str:
     """Write a checkpoint as one file that `torch.load(out, weights_only=True)` reads.
 
     It is a dict: "model" and "optimizer" are plain state dicts, of the model and of
-    `torch.optim.AdamW` over the same groups; "step" and "extra" are as they were saved. All of it
-    is in memory at once.
+    `torch.optim.AdamW` over the same groups; "step" and "extra" are as they were saved. Tensors are
+    read, verified and written block by block, and lie in memory as they did when they were saved.
 
     Returns:
         Which of torch's optimizers takes it, and what that one does otherwise.
@@ -44,16 +45,15 @@ def export_torch(path: Path, out: Path) -> str:
     _refuse_existing(out)
     manifest = read_manifest(path)
     with CheckpointReader(path, manifest) as reader:
-        model = {name: reader.whole(saved) for name, saved in _model_names(manifest).items()}
-        optimizer = _torch_state(reader, manifest)
-    content = {
-        "model": {name: tensor.contiguous() for name, tensor in model.items()},
-        "optimizer": optimizer,
-        "step": manifest.step,
-        "extra": manifest.extra,
-    }
-    with _appearing(out) as unfinished:
-        torch.save(content, unfinished)
+        names = _model_names(manifest)
+        content = {
+            "model": {name: _streamed(reader, saved) for name, saved in names.items()},
+            "optimizer": _torch_state(reader, manifest),
+            "step": manifest.step,
+            "extra": manifest.extra,
+        }
+        with _appearing(out) as unfinished:
+            write_torch_file(unfinished, content)
     return taken_by(manifest.optimizer)
 
 
@@ -155,14 +155,31 @@ def _torch_state(reader: CheckpointReader, manifest: Manifest) -> dict[str, Any]
         groups[-1]["param_names"] = list(group.parameters)
     whole = {
         packed: {
-            "step": torch.tensor(manifest.optimizer.steps[name]),
-            **{key: reader.whole(saved).contiguous() for key, saved in planes[name].items()},
+            "step": _step(name, manifest.optimizer.steps[name]),
+            **{key: _streamed(reader, saved) for key, saved in planes[name].items()},
         }
         for packed, name in enumerate(names)
         if name in planes
     }
     packed_ids = {packed: packed for packed in whole}
     return pack_full(groups, packed_ids, whole, manifest.optimizer.further)
+
+
+def _streamed(reader: CheckpointReader, saved: str) -> Streamed:
+    """Return a saved tensor for torch's file, its dimensions as they lay in memory."""
+    entry = reader.manifest.tensors[saved]
+    strides, step = [0] * len(entry.shape), 1
+    for dim in reversed(entry.order):
+        strides[dim] = step
+        step *= entry.shape[dim]
+    dtype, shape = DTYPES[entry.dtype], tuple(entry.shape)
+    return Streamed(saved, dtype, shape, tuple(strides), partial(reader.blocks, saved))
+
+
+def _step(name: str, count: float) -> Streamed:
+    """Return a step count as torch keeps it."""
+    value = torch.tensor([count], dtype=torch.float32)
+    return Streamed(f"step of {name}", value.dtype, (), (), lambda: [as_bytes(value)])
 
 
 def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -150,6 +150,16 @@ class CheckpointReader:
         """Read elements [start, start + n) of a tensor, see `reads`."""
         self.read(self.reads(name, target, start))
 
+    def blocks(self, name: str) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor in its saved order, each view valid until the next."""
+        entry = self.manifest.tensors[name]
+        numel, dtype = prod(entry.shape), DTYPES[entry.dtype]
+        buffer = torch.empty(min(numel, BLOCK_NBYTES // dtype.itemsize), dtype=dtype)
+        for start in range(0, numel, max(1, buffer.numel())):
+            part = buffer[: numel - start]
+            self.fill(name, part, start)
+            yield as_bytes(part)
+
     def whole(self, name: str) -> torch.Tensor:
         """Return a whole tensor in its logical shape, in the saved order in memory."""
         entry = self.manifest.tensors[name]

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 STATE_KEY = "offload_adam"
 """The entry of a state dict that torch ignores, and that says where a state belongs."""
 
@@ -90,7 +88,7 @@ def merge_groups(
 def pack_full(
     groups: Sequence[dict[str, Any]],
     packed_ids: Mapping[int, int],
-    whole: Mapping[int, dict[str, torch.Tensor]],
+    whole: Mapping[int, Mapping[str, Any]],
     further: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return a plain `torch.optim.AdamW` state dict, master weights under a key of their own.
@@ -98,7 +96,7 @@ def pack_full(
     Args:
         groups: packed groups, as `Optimizer.state_dict` gives them.
         packed_ids: torch's packed id by the parameter's index.
-        whole: torch's keys by the parameter's index.
+        whole: torch's keys by the parameter's index, with tensors or what will be one.
         further: what torch ignores.
     """
     masters = {}
