@@ -44,8 +44,8 @@ from offload_adam.memory.pinning import Pin
 from offload_adam.parameters.groups import check_group, hyperparameters_of
 from offload_adam.parameters.selection import Selection
 from offload_adam.sharded_optimizer import DEFAULT_BUCKET_NBYTES, Execution, ShardedOptimizer
+from offload_adam.step.inputs import StepInputs
 from offload_adam.step.report import StepReport
-from offload_adam.step.sharded_adam import StepInputs
 
 _DYNAMIC_KEYS = ("lr", "weight_decay")
 

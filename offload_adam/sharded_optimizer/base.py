@@ -74,7 +74,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         rank.
         """
         with torch.no_grad():
-            self._settled().refresh_master()
+            self._settled().outside_writes.follow_all()
 
     @property
     def num_steps(self) -> int:
@@ -122,11 +122,11 @@ class CoreOptimizer(torch.optim.Optimizer):
 
     def begin_reading(self, buckets: Iterable[int]) -> ReadGate:
         """Keep updates off buckets that a thread is about to read, and return who lets them go."""
-        return self._alive().begin_reading(buckets)
+        return self._alive().outside_writes.begin_reading(buckets)
 
     def finish_reading(self) -> None:
         """Return when no thread reads the state any more: it is about to be written."""
-        self._alive().finish_reading()
+        self._alive().outside_writes.finish_reading()
 
     def memory_ledger(self) -> list[LedgerEntry]:
         """Return who holds which bytes of this rank now, on the host and on devices."""

@@ -33,10 +33,11 @@ from offload_adam.sharded_optimizer.execution import Execution
 from offload_adam.sharded_optimizer.state_dicts import StateDicts
 from offload_adam.step.backend import Backend
 from offload_adam.step.construction import Placing
+from offload_adam.step.inputs import StepInputs
 from offload_adam.step.local_state import local_state
 from offload_adam.step.reduction import GradientReduction
 from offload_adam.step.report import StepReport
-from offload_adam.step.sharded_adam import ShardedAdam, StepInputs
+from offload_adam.step.sharded_adam import ShardedAdam
 from offload_adam.version import __version__
 
 logger = logging.getLogger(__name__)

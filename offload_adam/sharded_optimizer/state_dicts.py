@@ -77,7 +77,7 @@ class StateDicts(CoreOptimizer):
         with torch.no_grad():
             loads = [plan_load(*core.place_of(index), entry) for index, entry in entries.items()]
             load_further = self._plan_further_state(saved.further, entries)
-            core.finish_reading()
+            core.outside_writes.finish_reading()
             for load in loads:
                 load.apply()
         load_further()

@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import logging
 import math
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import torch
 
-from offload_adam.coordinator.agreement import Agreement, Findings, Notice, agree, flags_on_any_rank
+from offload_adam.coordinator.agreement import Agreement, Findings, agree, flags_on_any_rank
 from offload_adam.coordinator.membership import Membership
-from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.memory.arena import HostArena, close_all
 from offload_adam.memory.numa import spans_nodes
 from offload_adam.observe.place import HERE
 from offload_adam.observe.spans import NullSpans, Spans, Stopwatch
 from offload_adam.parameters.forward_hooks import ForwardHooks
 from offload_adam.parameters.selection import Named, NewParameter
-from offload_adam.parameters.watch import VersionWatch
 from offload_adam.step.backend import Backend
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.clipping import Decision, decide
 from offload_adam.step.construction import Placing, build_states
 from offload_adam.step.executor import Executor, SequentialExecutor
-from offload_adam.step.following import follow
 from offload_adam.step.gradients import BucketGradients
+from offload_adam.step.inputs import StepInputs
 from offload_adam.step.ledger import LedgerEntry, bucket_entries
 from offload_adam.step.masks import UpdateMasks
+from offload_adam.step.outside_writes import OutsideWrites
 from offload_adam.step.overlapped import OverlappedExecutor
 from offload_adam.step.read_gate import ReadGate
 from offload_adam.step.reduction import GradientReduction
@@ -48,38 +45,10 @@ from offload_adam.step.updates import Updates
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """What one step is told by its caller, besides the gradients.
-
-    hyperparameters: what the groups of `NewParameter` count over.
-    grad_scale: what the loss was multiplied by; gradients are divided by it.
-    found_inf: not 0 where the caller has seen a gradient that is not finite.
-    max_norm: global 2-norm to clip to, None for no clipping.
-    step: step count of all parameters, this step included; None where each counts its own updates.
-    lazy: sparse gradients update the rows they touch and no others.
-    failure: why they could not be read on this rank; the other ranks must hear of it.
-    notice: what rides along for the training loop.
-    """
-
-    hyperparameters: Sequence[Hyperparameters]
-    grad_scale: float = 1.0
-    found_inf: float = 0.0
-    max_norm: float | None = None
-    step: int | None = None
-    lazy: bool = False
-    failure: Exception | None = None
-    notice: Notice = field(default_factory=Notice)
-
-    def checksum(self) -> int:
-        """Return a checksum of what must be the same on all ranks."""
-        return zlib.crc32(repr((self.hyperparameters, self.max_norm, self.step)).encode())
-
-
 class ShardedAdam:
     """This rank's shard of the Adam state, and the step that all ranks take together.
 
-    Owns: all bucket states, the version watch, the block sums, the routing and the executor.
+    Owns: all bucket states, what notices writes from outside, the routing and the executor.
         `resources` ends what runs beside the caller, takes hooks off the model and unpins memory,
         in this order, and holds neither this object nor the model.
     Lifecycle: `extend` for every set of parameters, `step` any number of times.
@@ -109,10 +78,10 @@ class ShardedAdam:
         self.states: list[BucketState] = []
         self.host_nbytes: dict[str, int] = {"state": 0, "staging": 0, "checkpoint room": 0}
         self._placing = placing
-        self._watch = VersionWatch(module)
         self._external = external
         self.overlaps = overlaps
-        self.gate = ReadGate()
+        self._places: list[tuple[int, int]] = []
+        self.outside_writes = OutsideWrites(module, self.states, self._places)
         self._updates = Updates(num_threads, self.gate)
         self.arenas: list[HostArena] = []
         self.resources = ExitStack()
@@ -127,7 +96,6 @@ class ShardedAdam:
         self.resources.callback(self.executor.close)
         self.forward_hooks: ForwardHooks | None = None
         reduction.bind(self.executor)
-        self._places: list[tuple[int, int]] = []
         self._frozen: list[Named] = []
         self._names: list[str] = []
         self._parameters: list[torch.nn.Parameter] = []
@@ -173,7 +141,7 @@ class ShardedAdam:
         routes, schedule = self._routing.plan(self.states)
         self.host_nbytes["staging"] = self._routing.host_nbytes
         self.executor.extend(states, routes, schedule)
-        self._watch.extend([item.name for item in new], [item.parameter for item in new])
+        self.outside_writes.extend(new)
 
     def _make_executor(self, overlaps: bool, backend: Backend) -> Executor:
         collectives = backend.make_collectives(self.membership)
@@ -183,12 +151,8 @@ class ShardedAdam:
         )
         if not overlaps:
             return SequentialExecutor(tasks)
-        watch, states = self._watch, self.states  # no reference to what owns the executor
-
-        def arrived(number: int) -> None:
-            watch.refuse_written(states[number].indices.tolist())
-
         worker = backend.make_worker()
+        arrived = self.outside_writes.refuse_during_update
         return OverlappedExecutor(tasks, worker, self.membership, self._beside_steps, arrived)
 
     def ledger(self) -> list[LedgerEntry]:
@@ -219,6 +183,11 @@ class ShardedAdam:
         if self.forward_hooks is not None:
             self.forward_hooks.settle()
         self.executor.settle()
+
+    @property
+    def gate(self) -> ReadGate:
+        """What keeps updates off the state that a checkpoint is still reading."""
+        return self.outside_writes.gate
 
     @property
     def share(self) -> tuple[int, int]:
@@ -285,34 +254,6 @@ class ShardedAdam:
         agreement, _ = self._agree(inputs, NullSpans())
         return decide(agreement, None).total_norm
 
-    def begin_reading(self, buckets: Iterable[int]) -> ReadGate:
-        """Keep updates off these buckets until the gate says that they have been read."""
-        self._watch.mark()
-        for device in {state.device for state in self.states if state.device.type == "cuda"}:
-            # Who reads what lies there does so on a stream of its own.
-            torch.cuda.current_stream(device).synchronize()
-        self.gate.begin(buckets)
-        return self.gate
-
-    def finish_reading(self) -> None:
-        """Return when nothing is being read, having looked for changes from outside until then."""
-        if self.gate.is_open:
-            self._note_changes(self._watch.changed())
-            self.gate.wait_until_all_free()
-
-    def _note_changes(self, changed: Sequence[int]) -> None:
-        if self.gate.is_open:
-            since = self._watch.since_mark(changed)
-            self.gate.note_changes({self._places[index][0] for index in since})
-
-    def refresh_master(self) -> None:
-        """Let every master weight follow its parameter, for writes that no version counter saw."""
-        self.gate.note_changes([state.layout.index for state in self.states])
-        self.gate.wait_until_all_free()
-        for state in self.states:
-            follow(state, range(len(state.parameters)))
-        self._watch.settle()
-
     def _agree(self, inputs: StepInputs, spans: Spans) -> tuple[Agreement, list[int]]:
         """Bring all gradients to their shards and exchange what each rank found in its own."""
         if not self.reduction.streams:
@@ -344,8 +285,7 @@ class ShardedAdam:
             if failure is None:
                 refuse_unfrozen(self._frozen)
                 late = self.reduction.has_late_gradients()
-                changed = self._watch.changed()
-                self._note_changes(changed)
+                changed = self.outside_writes.find()
                 self._refuse_unready()
                 for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
                     present[state.indices] = gradients.present
@@ -360,7 +300,7 @@ class ShardedAdam:
             non_finite=not np.isfinite(sum_of_squares),
             found_inf=inputs.found_inf,
             grad_scale=inputs.grad_scale,
-            changes=self._watch.checksum(changed) if self.membership.world_size > 1 else 0,
+            changes=self.outside_writes.checksum(changed) if self.membership.world_size > 1 else 0,
             failed=failure is not None,
             late=late,
             settings=inputs.checksum(),
@@ -402,25 +342,13 @@ class ShardedAdam:
         spans: Spans,
     ) -> None:
         """Carry out a step that is not skipped."""
-        self._follow(changed)
+        self.outside_writes.follow(changed)
         active = agreement.present_counts.numpy() > 0
         masks = UpdateMasks(
             active, inputs.hyperparameters, decision.gradient_scale, inputs.step, inputs.lazy
         )
-        # Our writes go through the flat bucket: autograd's check against stale graphs must see
-        # them. Counted before they happen, while `changed()` has the parameters in the cache.
-        self._watch.count_writes(active)
+        self.outside_writes.count_our_own(active)
         self.executor.apply(self.reduction.gradients, masks, spans)
-
-    def _follow(self, changed: Sequence[int]) -> None:
-        if changed:
-            self.gate.wait_until_all_free()
-        positions: dict[int, set[int]] = {}
-        for index in changed:
-            bucket, position = self._places[index]
-            positions.setdefault(bucket, set()).add(position)
-        for bucket, members in positions.items():
-            follow(self.states[bucket], members)
 
     def _names_of_non_finite(self, agreement: Agreement) -> tuple[str, ...]:
         """Return which parameters made the step be skipped, on any rank. Collective if any did."""

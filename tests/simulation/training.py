@@ -13,8 +13,9 @@ from offload_adam.parameters.selection import NewParameter
 from offload_adam.step.backend import Backend
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.construction import Placing
+from offload_adam.step.inputs import StepInputs
 from offload_adam.step.reduction import GradientReduction
-from offload_adam.step.sharded_adam import ShardedAdam, StepInputs
+from offload_adam.step.sharded_adam import ShardedAdam
 from tests.cuda_runtime import StandInRuntime
 from tests.simulation.case import Case
 from tests.simulation.outcome import Outcome, state_of
