@@ -364,6 +364,7 @@ class ShardedOptimizer(StateDicts):
 
     def _read_inputs(self) -> StepInputs:
         """Read the groups as they are now, and the loss scaler's word."""
+        self._refuse_blind_scaler()
         grad_scale = _scalar(getattr(self, "grad_scale", None), absent=1.0)
         if not (math.isfinite(grad_scale) and grad_scale > 0.0):
             raise ValueError(f"grad_scale must be finite and above 0, not {grad_scale}")
@@ -375,6 +376,22 @@ class ShardedOptimizer(StateDicts):
             max_norm=self.max_grad_norm if self._max_norm_once is None else self._max_norm_once,
             notice=replace(self.notice, saved=self._alive().gate.num_finished),
         )
+
+    def _refuse_blind_scaler(self) -> None:
+        """Refuse what a GradScaler says that saw no gradient, for those have left `.grad`.
+
+        It hands over the sum of its checks, of which there are none: the int 0, and no tensor. Its
+        `unscale_` has unscaled nothing then.
+        """
+        found_inf = getattr(self, "found_inf", None)
+        if self._hooks is None or type(found_inf) is not int or found_inf != 0:
+            return
+        if isinstance(getattr(self, "grad_scale", 0.0), torch.Tensor | None):
+            raise ValueError(
+                "a GradScaler reads .grad, which gradients leave during backward here: make the "
+                "optimizer without module=, or scale the loss yourself and set grad_scale, and "
+                "found_inf as a float or a tensor (a gradient that is not finite is noticed anyway)"
+            )
 
 
 def _versions() -> list[Fact]:

@@ -250,6 +250,33 @@ def test_grad_scaler_works_drop_in() -> None:
     assert scaler.get_scale() == 32.0
 
 
+@pytest.mark.parametrize("unscales", [False, True])
+def test_a_grad_scaler_that_sees_no_gradient_is_refused(unscales: bool) -> None:
+    model = torch.nn.Linear(8, 4)
+    optimizer = OffloadAdam(model.parameters(), module=model)
+    before = snapshot(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scaler.scale(model(torch.ones(5, 8)).sum()).backward()
+    if unscales:
+        scaler.unscale_(optimizer)
+    with pytest.raises(ValueError, match=r"a GradScaler reads \.grad.*without module="):
+        scaler.step(optimizer)
+    assert snapshot(optimizer) == before
+
+
+def test_a_streaming_optimizer_is_told_the_scale_by_hand() -> None:
+    results = []
+    for scale in (1.0, 64.0):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(8, 4)
+        optimizer = OffloadAdam(model.parameters(), module=model)
+        (scale * model(torch.ones(5, 8)).square().sum()).backward()
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), 0.0
+        optimizer.step()
+        results.append(model.weight.detach().clone())
+    assert torch.equal(*results)
+
+
 def test_a_step_without_any_gradient_does_nothing_and_says_so_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
