@@ -7,14 +7,14 @@ import io
 import json
 import logging
 import shutil
-import subprocess
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+import torch
+import torch.distributed as dist
 from rich.console import Console
 
 from offload_adam.checkpoint.load import verify_checkpoint
@@ -24,7 +24,7 @@ from offload_adam.config import ConfigError, RunConfig
 from offload_adam.errors import CheckpointError
 from offload_adam.train import saving
 from offload_adam.train.job import run_job
-from tests.distributed.test_train_job import command, environment
+from tests.ranks import RankPool
 from tests.unit.test_train_alone import SMALL
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -102,19 +102,22 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, kind: str) -> No
         assert checksums(tmp_path / "again", step) == checksums(tmp_path / "whole", step)
 
 
-def run_on_ranks(folder: Path, world_size: int) -> None:
-    path = folder / "case.yaml"
-    path.write_text(yaml.safe_dump(values(folder)), encoding="utf-8")
-    done = subprocess.run(
-        [*command(world_size), "train", str(path)],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def train_as_a_rank(rank: int, world_size: int, sections: dict[str, Any]) -> None:
+    dist.destroy_process_group()  # the job opens its own
+    run_job(RunConfig.model_validate(sections), Console(file=io.StringIO()))
+    torch.set_num_threads(1)  # as the pool has it
+
+
+def run_on_ranks(ranks: RankPool, folder: Path, world_size: int) -> None:
+    """Run the job on ranks that meet as under torchrun, in a store of its agent's."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    agent = {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+    }
+    sections = values(folder, optimizer={"lr": 0.01, "num_threads": 1})
+    ranks.run(train_as_a_rank, world_size, sections, env=agent)
 
 
 def test_what_is_damaged_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -255,12 +258,12 @@ def test_what_killed_runs_have_left_is_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_a_run_goes_on_in_another_world(tmp_path: Path) -> None:
-    run_on_ranks(tmp_path, 2)
+def test_a_run_goes_on_in_another_world(ranks: RankPool, tmp_path: Path) -> None:
+    run_on_ranks(ranks, tmp_path, 2)
     two = checksums(tmp_path, 12)
     assert len(two) == 2
     forget_after(tmp_path, 8)
-    run_on_ranks(tmp_path, 2)
+    run_on_ranks(ranks, tmp_path, 2)
     assert checksums(tmp_path, 12) == two
     forget_after(tmp_path, 4)
     run(tmp_path)
