@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Iterator
 
@@ -9,6 +10,15 @@ import pytest
 
 from tests.marker_summary import MarkerSummary
 from tests.ranks import RankPool
+
+with contextlib.suppress(ImportError):  # the tests for a GPU do without it
+    import hypothesis
+
+    # How long an example takes, to make or to try, is up to what else runs here.
+    hypothesis.settings.register_profile(
+        "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

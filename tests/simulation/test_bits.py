@@ -19,7 +19,7 @@ def run_beside_the_reference(case: Case, seed: int) -> None:
     assert {(len(case.steps), index) for index in range(len(case.parameters))} <= read
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(case=cases(), seed=st.integers(0, 1 << 30))
 def test_the_bits_are_those_of_the_sequential_host(case: Case, seed: int) -> None:
     run_beside_the_reference(case, seed)
@@ -27,7 +27,7 @@ def test_the_bits_are_those_of_the_sequential_host(case: Case, seed: int) -> Non
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(case=cases(), seed=st.integers(0, 1 << 30))
 def test_the_bits_are_those_of_the_sequential_host_in_many_runs(case: Case, seed: int) -> None:
     run_beside_the_reference(case, seed)

@@ -53,7 +53,7 @@ def read_or_refuse(text: str | bytes, *overrides: str) -> None:
     assert str(refused)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(FILES)
 @example({"Adam": {}})
 @example({"optimizer": {"Adam": {}}})
@@ -61,7 +61,7 @@ def test_any_mapping_is_read_or_refused(values: dict[str, Any]) -> None:
     read_or_refuse(yaml.safe_dump(values))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(max_size=60) | st.binary(max_size=40))
 @example("a: &a [*a]")
 @example("&a {a: *a}")
@@ -76,7 +76,7 @@ def test_any_text_is_read_or_refused(text: str | bytes) -> None:
     read_or_refuse(text)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.text(max_size=12)

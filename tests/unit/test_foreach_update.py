@@ -109,7 +109,7 @@ def assert_close(
 
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["", "amsgrad"])
 @pytest.mark.parametrize("mode", MODES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 2**32 - 1),
     numels=st.lists(st.sampled_from([0, 1, 5, 64, 301]), max_size=5),

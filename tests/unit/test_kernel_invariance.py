@@ -76,7 +76,7 @@ def test_pieces_and_threads_change_no_bit(
             assert bits == expected
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     cuts=st.lists(st.integers(0, NUMEL), max_size=6),
     state_offset=st.integers(0, 17),

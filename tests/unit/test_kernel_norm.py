@@ -83,7 +83,7 @@ def test_pieces_and_threads_change_no_bit(gradient_format: FloatFormat) -> None:
         assert sums.tobytes() == expected
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     blocks=st.lists(st.integers(0, 23), max_size=4),
     offset=st.integers(0, 33),

@@ -20,7 +20,7 @@ SPECS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(specs=SPECS, world_size=st.integers(1, 1024), bucket_nbytes=st.integers(1, 60_000))
 def test_every_element_is_owned_exactly_once(
     specs: list[ParameterSpec], world_size: int, bucket_nbytes: int
@@ -57,7 +57,7 @@ def _check_shard(bucket: Bucket, rank: int, covered: dict[int, list[tuple[int, i
         )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(specs=SPECS, bucket_nbytes=st.integers(1, 60_000))
 def test_buckets_hold_one_family_in_backward_order_within_their_size(
     specs: list[ParameterSpec], bucket_nbytes: int
@@ -76,7 +76,7 @@ def test_buckets_hold_one_family_in_backward_order_within_their_size(
     assert completed == sorted(completed, reverse=True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(specs=SPECS, world_size=st.integers(1, 64))
 def test_padding_is_bounded(specs: list[ParameterSpec], world_size: int) -> None:
     buckets = plan_buckets(specs, world_size=world_size, bucket_nbytes=8192)

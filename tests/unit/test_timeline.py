@@ -71,7 +71,7 @@ def test_a_step_on_nothing_but_the_model_exposes_nothing() -> None:
     assert timeline.agreed_s == 6.0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     num_buckets=st.integers(1, 8),
     world_size=st.sampled_from([1, 4]),

@@ -66,7 +66,7 @@ def run(case: Case, kind: type[Adam]) -> None:
     assert optimizer.global_step == NUM_STEPS
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases())
 def test_every_case_follows_the_reference(case: Case) -> None:
     run(case, Adam)
@@ -76,7 +76,7 @@ class OnDevice(Adam):
     _updates_on_device = True
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases())
 def test_state_on_a_device_follows_it_as_well(case: Case) -> None:
     run(case, OnDevice)

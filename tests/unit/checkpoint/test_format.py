@@ -35,7 +35,7 @@ from offload_adam.errors import CheckpointError
 shapes = st.lists(st.integers(1, 5), max_size=4)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(shapes, st.data())
 def test_boxes_are_few_contiguous_and_cover_the_range_once(
     shape: list[int], data: st.DataObject
@@ -293,7 +293,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_any_manifest_is_read_or_refused(data: st.DataObject) -> None:
     """Whatever is put at whatever place: a manifest, or a CheckpointError, and nothing else."""
@@ -316,7 +316,7 @@ def test_any_manifest_is_read_or_refused(data: st.DataObject) -> None:
     assert all(os.sep not in name and name not in ("", ".", "..") for name in found.files)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_refused(content: bytes) -> None:
     with pytest.raises(CheckpointError):

@@ -61,7 +61,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Saved:
     return Saved(tmp_path_factory.mktemp("fuzz") / "c", adam=request.param)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_any_damage_is_refused(saved: Saved, data: st.DataObject) -> None:
     """Bytes that are flipped, cut off or put in: no checkpoint is any of these."""
@@ -90,7 +90,7 @@ def _same(content: bytes, original: bytes) -> bool:
         return False
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_any_sealed_manifest_is_loaded_or_refused(saved: Saved, data: st.DataObject) -> None:
     """Whatever stands at whatever place, with a checksum that is right."""
@@ -108,7 +108,7 @@ def test_any_sealed_manifest_is_loaded_or_refused(saved: Saved, data: st.DataObj
     assert saved.load()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_any_pickled_file_is_imported_or_refused(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
