@@ -23,7 +23,7 @@ from offload_adam.checkpoint.content import (
     whole_part,
     whole_tensors,
 )
-from offload_adam.checkpoint.files import flush_folder
+from offload_adam.checkpoint.files import VerifiedFile, flush_folder
 from offload_adam.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -323,10 +323,17 @@ def manifest_of(entries: Sequence[RankEntry], plain: Written) -> Manifest:
 
 
 def commit_files(target: Path, manifest: Manifest) -> None:
-    """Check that nothing is missing, write the manifest, and rename."""
+    """Check that nothing is missing, write the manifest, and rename.
+
+    Raises:
+        CheckpointError: a file is not there: some rank has written to another disk, or to one that
+            has gone since.
+    """
     partial = partial_of(target)
     text = manifest.to_json()
     parse_manifest(text, str(target))
+    for name, entry in manifest.files.items():
+        VerifiedFile(partial, name, entry).close()
     with (partial / MANIFEST_NAME).open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -11,6 +11,7 @@ import math
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -54,6 +55,10 @@ class Fault:
         elif self._action == "fill":
             # What a disk that is full does: it takes a part, and then nothing.
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        elif self._action == "unmount":
+            (folder,) = (word.partition("=")[2] for word in sys.argv if "--run.dir=" in word)
+            place = f"{folder}/tiny/checkpoints"
+            subprocess.run(["umount", "--lazy", place], check=True, timeout=20)
 
 
 def before(owner: Any, name: str, fault: Callable[[], None]) -> None:

@@ -27,10 +27,19 @@ class Ended(NamedTuple):
 
 
 def start(
-    folder: Path, fault: str, *overrides: str, ranks: int = 2, options: tuple[str, ...] = ()
+    folder: Path,
+    fault: str,
+    *overrides: str,
+    ranks: int = 2,
+    options: tuple[str, ...] = (),
+    within: tuple[str, ...] = (),
 ) -> subprocess.Popen[str]:
-    """Start the tiny job; its output goes to `folder/printed`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    """Start the tiny job; its output goes to `folder/printed`.
+
+    Args:
+        within: the words of a command that runs the one that follows them.
+    """
+    command = [*within, sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={ranks}", "--shutdown-timeout=5", *options]
     command += [str(ROOT / "tests" / "fault" / "faulty_train.py"), fault or "none@none"]
     command += ["train", str(TINY), f"--run.dir={folder}", *PATIENCE, *overrides]
@@ -84,10 +93,15 @@ def finish(folder: Path, process: subprocess.Popen[str], timeout_s: float = 90) 
 
 
 def run(
-    folder: Path, fault: str, *overrides: str, ranks: int = 2, options: tuple[str, ...] = ()
+    folder: Path,
+    fault: str,
+    *overrides: str,
+    ranks: int = 2,
+    options: tuple[str, ...] = (),
+    within: tuple[str, ...] = (),
 ) -> Ended:
     """Run the tiny job with a fault to its end, and return how long it took after the fault."""
-    process = start(folder, fault, *overrides, ranks=ranks, options=options)
+    process = start(folder, fault, *overrides, ranks=ranks, options=options, within=within)
     if fault.partition("@")[0] in ("kill", "stop", "hang", "raise"):
         wait_for(folder, "fault on rank", process)
     return finish(folder, process)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,71 @@ def test_a_disk_that_is_full_on_one_rank(
     folder = tmp_path / "tiny" / "checkpoints"
     assert [path.name for path in folder.iterdir()] == ["step-4"]
     verify_checkpoint(folder / "step-4")
+
+
+def with_mounts(*mounts: str, after: str = "true") -> tuple[str, ...]:
+    """Return what runs a command where these have been mounted, seen by nobody else.
+
+    Args:
+        after: what is done there when the command has ended well.
+    """
+    within = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-ec")
+    commands = [f"mount {words}" for words in mounts]
+    try:
+        tried = [*within, "; ".join(commands)]
+        subprocess.run(tried, check=True, capture_output=True, timeout=20)
+    except (subprocess.SubprocessError, OSError) as error:
+        pytest.skip(f"no mount namespaces here: {error}")
+    return (*within, "; ".join([*commands, '"$@"', after]), "mounted")
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_mount_that_vanishes_in_the_middle(
+    tmp_path: Path, uninterrupted: list[tuple[Any, ...]], mode: str
+) -> None:
+    """What is under it is read-only. Training goes on, and a later start from what the disk has."""
+    disk, place = tmp_path / "disk", tmp_path / "tiny" / "checkpoints"
+    disk.mkdir()
+    place.mkdir(parents=True)
+    within = with_mounts(f"-t tmpfs -o ro none {place}", f"--bind {disk} {place}")
+    saving = (*SHORT, f"--checkpoint.mode={mode}")
+    ended = run(tmp_path, "unmount@write/8", *saving, within=within)
+    assert ended.code == 0, ended.printed
+    assert bits(ended) == uninterrupted
+    assert "step-8 cannot be written (1 so far); training goes on" in ended.printed.replace(
+        "\n", ""
+    )
+    assert "step-12 cannot be written (2 so far)" in ended.printed.replace("\n", "")
+    assert "Read-only file system" in ended.printed
+    assert list(steps_in(disk)) == [4]
+    verify_checkpoint(disk / "step-4")
+    ended = run(tmp_path, "", *saving, within=within)
+    assert "after step 4" in ended.printed.replace("\n", "")
+    assert ended.code == 0, ended.printed
+    assert bits(ended) == uninterrupted
+    assert sorted(path.name for path in disk.iterdir()) == ["step-12", "step-4", "step-8"]
+    assert not list(place.iterdir())  # nothing was written beside the disk
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_disk_of_its_own_that_is_full(
+    tmp_path: Path, uninterrupted: list[tuple[Any, ...]], mode: str
+) -> None:
+    """There is room for two checkpoints of 0.4 MiB on it, and not for a third."""
+    disk, place = tmp_path / "disk", tmp_path / "tiny" / "checkpoints"
+    disk.mkdir()
+    place.mkdir(parents=True)
+    within = with_mounts(f"-t tmpfs -o size=1m none {place}", after=f"cp -r {place} {disk}")
+    ended = run(tmp_path, "", *SHORT, f"--checkpoint.mode={mode}", within=within)
+    assert ended.code == 0, ended.printed
+    assert bits(ended) == uninterrupted
+    assert "No space left on device" in ended.printed
+    assert "step-12 cannot be written (1 so far); training goes on" in ended.printed.replace(
+        "\n", ""
+    )
+    assert sorted(path.name for path in (disk / "checkpoints").iterdir()) == ["step-4", "step-8"]
+    for step in (4, 8):
+        verify_checkpoint(disk / "checkpoints" / f"step-{step}")
 
 
 def test_a_checkpoint_that_is_required_ends_the_run(tmp_path: Path) -> None:
