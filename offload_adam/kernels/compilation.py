@@ -6,16 +6,22 @@ import logging
 import threading
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numba
+from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
 SLOW_COMPILATION_S = 1.0
 """A compilation that is still running after this is announced in the log."""
+
+
+LOCK_S = 120.0
+"""How long a process waits for another that compiles the same kernel, before it does so itself."""
 
 
 def source_fingerprint() -> int:
@@ -58,7 +64,10 @@ def inner(function: Callable[..., Any]) -> Any:
 
 
 def compile_now(dispatcher: Any, arguments: tuple[Any, ...], label: str) -> None:
-    """Compile (or load from the cache) the specialisation that these example arguments select."""
+    """Compile (or load from the cache) the specialisation that these example arguments select.
+
+    Of several processes that need it one compiles, and the others load what it has left.
+    """
     signature = tuple(numba.typeof(argument) for argument in arguments)
     if signature in dispatcher.overloads:
         return
@@ -66,9 +75,35 @@ def compile_now(dispatcher: Any, arguments: tuple[Any, ...], label: str) -> None
     announcement.daemon = True
     announcement.start()
     try:
-        _compile(dispatcher, signature)
+        with _alone(dispatcher):
+            _compile(dispatcher, signature)
     finally:
         announcement.cancel()
+
+
+@contextmanager
+def _alone(dispatcher: Any) -> Iterator[None]:
+    """Keep other processes from compiling this kernel meanwhile, where they share its cache.
+
+    Numba's index does not bear two writers: each may give the next free name to a specialisation
+    of its own, and one would later load the other's code.
+    """
+    folder = dispatcher.stats.cache_path
+    if folder is None:
+        yield
+        return
+    lock = FileLock(Path(folder) / f"{dispatcher.py_func.__name__}.lock", timeout=LOCK_S)
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError, Timeout) as error:
+        # A folder without locks, or a process that is stopped: better compiled twice than never.
+        logger.warning("compiling without a lock on the kernels' cache: %s", error)
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _announce(label: str) -> None:

@@ -6,12 +6,14 @@ import logging
 import platform
 import re
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import llvmlite.binding
 import numpy as np
 import pytest
+from filelock import FileLock
 from numba.core import caching
 
 from offload_adam.kernels import compilation, norm, update
@@ -61,6 +63,31 @@ def test_the_cache_is_used(cache_folder: Path) -> None:
     again = compilation.jit(double)
     compilation.compile_now(again, (3.0,), "double")
     assert sum(again.stats.cache_hits.values()) == 1
+
+
+def test_a_kernel_waits_for_the_process_that_compiles_it(cache_folder: Path) -> None:
+    kernel = compilation.jit(double)
+    lock = FileLock(Path(kernel.stats.cache_path) / "double.lock")
+    lock.acquire()
+    waiting = threading.Thread(target=compilation.compile_now, args=(kernel, (3.0,), "double"))
+    waiting.start()
+    waiting.join(0.5)
+    assert not kernel.overloads
+    lock.release()
+    waiting.join(60)
+    assert kernel(3.0) == 6.0
+    assert len(kernel.overloads) == 1
+
+
+def test_a_lock_that_is_never_given_back_stops_nobody(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compilation, "LOCK_S", 0.0)
+    kernel = compilation.jit(double)
+    with FileLock(Path(kernel.stats.cache_path) / "double.lock"):
+        compilation.compile_now(kernel, (3.0,), "double")
+    assert kernel(3.0) == 6.0
+    assert "compiling without a lock" in caplog.text
 
 
 def test_a_slow_compilation_is_announced(
