@@ -57,6 +57,9 @@ def save_checkpoint(
     4 MiB. All of it goes to `<path>.partial`, and one rename makes it a checkpoint when every
     rank's bytes are on the disk: a crash at any moment leaves earlier checkpoints as they are.
 
+    Gradients are no part of it: of an accumulation in progress the weights and the state before it
+    are saved, so save after a step.
+
     Args:
         extra: anything that JSON can hold, for `load_checkpoint` to return.
 

@@ -168,8 +168,9 @@ class CheckpointSection(Section):
     `mode: async` lets training go on while one is written. Updates wait for what has neither been
     written yet nor been copied: `room_nbytes` is the host memory of a rank for copies, at most.
     `keep_last` of them stay, and those whose step is a multiple of `keep_every`. `resume: auto`
-    goes on from the newest whole one of the run's folder, a path from that one, `never` begins. A
-    checkpoint that cannot be written ends the run only where it is `required`.
+    goes on from the newest whole one of the run's folder, a path from that one, `never` begins;
+    what torchrun restarts goes on from the newest in any case. A checkpoint that cannot be written
+    ends the run only where it is `required`.
     """
 
     every: Annotated[int, Field(ge=0)] = 0

@@ -21,6 +21,7 @@ from offload_adam.checkpoint.manifest import read_manifest
 from offload_adam.checkpoint.save import PARTIAL_SUFFIX, save_checkpoint
 from offload_adam.config import ConfigError, RunConfig
 from offload_adam.coordinator.admission import gather_texts, together
+from offload_adam.coordinator.restarts import attempt
 from offload_adam.errors import CheckpointError, PeerError, PeerFailedError
 from offload_adam.observe.place import HERE
 from offload_adam.train.loop import Job
@@ -75,7 +76,7 @@ class CheckpointSaver:
         self._finish_pending()
         path = checkpoint_path(self._job.config, step)
         if path.exists():
-            return  # a resumed run comes past it again, with the same bytes
+            return  # written after this very step: what an earlier run left has been set aside
         job = self._job
         with self._tolerating(path):
             extra = {
@@ -178,22 +179,28 @@ def steps_in(folder: Path) -> Iterator[int]:
 def find_checkpoint(config: RunConfig) -> Path | None:
     """Return the checkpoint that a run goes on from, None to begin.
 
-    With `checkpoint.resume: auto` it is the newest whole one of the run's folder: each is read
-    to its last byte before it is taken, and a damaged one is passed over with a warning.
+    With `checkpoint.resume: auto`, and whenever torchrun has restarted the run, it is the newest
+    whole one of the run's folder: each is read to its last byte before it is taken, and a damaged
+    one is passed over with a warning.
 
     Raises:
         ConfigError: `checkpoint.resume` names one that is not whole.
     """
     resume = config.checkpoint.resume
-    if resume == "never":
+    if resume == "auto" or attempt() > 0:
+        found = _newest_whole(run_folder(config) / FOLDER_NAME)
+        if found is not None:
+            return found
+    if resume in ("auto", "never"):
         return None
-    if resume != "auto":
-        try:
-            verify_checkpoint(resume)
-        except CheckpointError as error:
-            raise ConfigError.at("checkpoint.resume", str(error)) from error
-        return Path(resume)
-    folder = run_folder(config) / FOLDER_NAME
+    try:
+        verify_checkpoint(resume)
+    except CheckpointError as error:
+        raise ConfigError.at("checkpoint.resume", str(error)) from error
+    return Path(resume)
+
+
+def _newest_whole(folder: Path) -> Path | None:
     for step in sorted(steps_in(folder), reverse=True):
         path = folder / f"step-{step}"
         try:
@@ -203,6 +210,34 @@ def find_checkpoint(config: RunConfig) -> Path | None:
         else:
             return path
     return None
+
+
+def set_aside(config: RunConfig, first_step: int) -> None:
+    """Move checkpoints of this step and later ones out of the way of those that the run will write.
+
+    They are damaged, or another run's: were they left, this one could not write its own, and a
+    later start would go on from theirs. They stay in a folder beside the others.
+    """
+    folder = run_folder(config) / FOLDER_NAME
+    later = [step for step in sorted(steps_in(folder)) if step >= first_step]
+    if not later:
+        return
+    number = 1
+    while (aside := folder / f"earlier-{number}").exists():
+        number += 1
+    try:
+        aside.mkdir()
+        for step in later:
+            (folder / f"step-{step}").rename(aside / f"step-{step}")
+    except OSError:
+        logger.exception("%s holds checkpoints of an earlier run, which cannot be moved", folder)
+        return
+    logger.warning(
+        "%s holds checkpoints of step(s) %s that this run does not go on from: they are in %s now",
+        folder,
+        ", ".join(map(str, later)),
+        aside.name,
+    )
 
 
 def resume(job: Job) -> Job:
@@ -224,6 +259,8 @@ def resume(job: Job) -> Job:
         )
         found = gather_texts(membership, "" if own is None else str(own))[0]
     if not found:
+        if job.world.rank == 0:
+            set_aside(job.config, job.first_step)
         return job
     _refuse_changes(job.config, _config_of(Path(found)))
     extra = load_checkpoint(found, model=job.model, optimizer=job.optimizer)
@@ -231,6 +268,7 @@ def resume(job: Job) -> Job:
     step: int = extra["step"]
     if job.world.rank == 0:
         logger.info("goes on from %s, after step %d", found, step)
+        set_aside(job.config, step + 1)
     return replace(job, first_step=step + 1, first_sample=extra["samples"])
 
 

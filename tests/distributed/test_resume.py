@@ -133,9 +133,12 @@ def test_what_is_damaged_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptur
         found = saving.find_checkpoint(RunConfig.model_validate(values(tmp_path)))
     assert found == folder / "step-4"
     assert caplog.text.count("is passed over") == 2
-    for step in (8, 12):
-        (folder / f"step-{step}").rename(tmp_path / f"damaged-{step}")
     assert bits(run(tmp_path)) == bits(whole)
+    # They are out of the way, and the run has written its own.
+    assert steps(tmp_path) == [4, 8, 12]
+    for step in (8, 12):
+        verify_checkpoint(folder / f"step-{step}")
+        assert (folder / "earlier-1" / f"step-{step}").is_dir()
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
@@ -166,6 +169,43 @@ def test_resume_never_and_by_path(tmp_path: Path) -> None:
         run(tmp_path / "c", checkpoint={"resume": str(tmp_path)})
     anew = run(tmp_path / "a", checkpoint={"resume": "never"})
     assert bits(anew) == bits(whole)
+
+
+def test_what_another_run_has_left_is_not_gone_on_from(tmp_path: Path) -> None:
+    """One of another seed, that began anew and was cut off before it came as far."""
+    run(tmp_path)
+    folder = tmp_path / "case" / "checkpoints"
+    foreign = {step: checksums(tmp_path, step) for step in (4, 8, 12)}
+    other = {"optimizer": {"lr": 0.02}, "checkpoint": {"resume": "never"}}
+    run(tmp_path, train={"num_steps": 6}, **other)
+    assert steps(tmp_path) == [4, 6]
+    assert checksums(tmp_path, 4) != foreign[4]
+    assert saving.find_checkpoint(RunConfig.model_validate(values(tmp_path))) == folder / "step-6"
+    # Once more: what is set aside is kept, each time in a folder of its own.
+    run(tmp_path, **other)
+    assert steps(tmp_path) == [4, 8, 12]
+    aside = {path.name: sorted(saving.steps_in(path)) for path in folder.glob("earlier-*")}
+    assert aside == {"earlier-1": [4, 8, 12], "earlier-2": [4, 6]}
+    for step, expected in foreign.items():
+        found = read_manifest(folder / "earlier-1" / f"step-{step}").files
+        assert {name: entry.checksums for name, entry in found.items()} == expected
+
+
+@pytest.mark.parametrize("how", ["never", "path"])
+def test_a_restart_goes_on_from_the_newest_however_the_run_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    run(tmp_path / "a")
+    source = tmp_path / "a" / "case" / "checkpoints" / "step-4"
+    resume = "never" if how == "never" else str(source)
+    config = RunConfig.model_validate(values(tmp_path / "b", checkpoint={"resume": resume}))
+    first = None if how == "never" else source
+    assert saving.find_checkpoint(config) == first
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert saving.find_checkpoint(config) == first  # it came to no checkpoint of its own
+    run(tmp_path / "b", train={"num_steps": 8})
+    newest = tmp_path / "b" / "case" / "checkpoints" / "step-8"
+    assert saving.find_checkpoint(config) == newest
 
 
 def test_old_checkpoints_go_and_some_stay(tmp_path: Path) -> None:
