@@ -176,7 +176,7 @@ def test_what_another_run_has_left_is_not_gone_on_from(tmp_path: Path) -> None:
     run(tmp_path)
     folder = tmp_path / "case" / "checkpoints"
     foreign = {step: checksums(tmp_path, step) for step in (4, 8, 12)}
-    other = {"optimizer": {"lr": 0.02}, "checkpoint": {"resume": "never"}}
+    other: dict[str, Any] = {"optimizer": {"lr": 0.02}, "checkpoint": {"resume": "never"}}
     run(tmp_path, train={"num_steps": 6}, **other)
     assert steps(tmp_path) == [4, 6]
     assert checksums(tmp_path, 4) != foreign[4]

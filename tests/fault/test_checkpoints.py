@@ -29,6 +29,28 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, .
     return bits(ended)
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [f"kill@{place}" for place in ("forward", "backward", "reduce", "agree", "update", "gather")]
+    + ["hang@update", "raise@forward", "raise@update"],
+)
+def test_the_curve_goes_on_exactly_after_any_failure(
+    tmp_path: Path, uninterrupted: list[tuple[Any, ...]], fault: str
+) -> None:
+    """In step 7, after one of two checkpoints that are due before it; an update beside it, too."""
+    overlap = ("--optimizer.overlap=true",) if fault == "raise@update" else ()
+    options = ("--max-restarts=1",)
+    ended = run(tmp_path, f"{fault}/7", *SHORT, *overlap, options=options)
+    assert ended.code == 0, ended.printed
+    assert "fault on rank 1: " in ended.printed
+    assert "after step 4" in ended.printed
+    assert bits(ended) == uninterrupted
+    folder = tmp_path / "tiny" / "checkpoints"
+    assert sorted(steps_in(folder)) == [4, 8, 12]
+    for step in (4, 8, 12):
+        assert verify_checkpoint(folder / f"step-{step}").step == step
+
+
 @pytest.mark.parametrize("mode", ["sync", "async"])
 @pytest.mark.parametrize(
     ("place", "newest"),

@@ -110,6 +110,16 @@ def test_what_a_restart_cannot_mend_is_not_retried(tmp_path: Path) -> None:
     assert "not tried again, for a restart cannot mend it: RankDisagreementError: " in ended.printed
 
 
+def test_a_foreign_checkpoint_is_not_tried_again(tmp_path: Path) -> None:
+    assert run(tmp_path, "", "--train.num_steps=2", "--checkpoint.every=2").code == 0
+    larger = "--model.sizes.width=64"
+    ended = run(tmp_path, "", larger, "--checkpoint.every=2", options=("--max-restarts=2",))
+    assert ended.code == 1
+    assert "model.sizes: was " in ended.printed
+    assert "not tried again, for a restart cannot mend it: ConfigError: " in ended.printed
+    assert [record["step"] for record in ended.records] == [1, 2]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_twenty_runs_of_eight_ranks_end_with_0(tmp_path: Path) -> None:
