@@ -260,10 +260,38 @@ def partial_of(target: Path) -> Path:
     return target.with_name(target.name + PARTIAL_SUFFIX)
 
 
+def require_shared(folder: Path, membership: Membership) -> None:
+    """See on every rank a file that rank 0 writes into a folder, which it makes. Collective.
+
+    Raises:
+        CheckpointError: on every rank, naming those that do not see it.
+        OSError: on rank 0 where it cannot be written, a PeerError on the others.
+    """
+    path = folder / _TOKEN_NAME
+    token = uuid.uuid4().hex
+
+    def show() -> None:
+        if membership.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(token, encoding="ascii")
+
+    together(membership, "opening a checkpoint", show)
+    expected = gather_texts(membership, token)[0]
+
+    def look() -> None:
+        if not path.is_file() or path.read_text(encoding="ascii") != expected:
+            raise CheckpointError(
+                f"{folder.parent} is not shared: this rank does not see what rank 0 has written"
+            )
+
+    together(membership, "looking for rank 0's folder", look)
+    if membership.rank == 0:
+        path.unlink(missing_ok=True)
+
+
 def _open_folder(target: Path, membership: Membership) -> None:
     """Make the folder on rank 0, and see on every rank that it is the same one."""
     partial = partial_of(target)
-    token = uuid.uuid4().hex
 
     def make() -> None:
         if target.exists():
@@ -272,21 +300,9 @@ def _open_folder(target: Path, membership: Membership) -> None:
             # What an interrupted save has left is of no use to anybody.
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            (partial / _TOKEN_NAME).write_text(token, encoding="ascii")
 
     together(membership, "opening a checkpoint", make)
-    expected = gather_texts(membership, token)[0]
-
-    def look() -> None:
-        path = partial / _TOKEN_NAME
-        if not path.is_file() or path.read_text(encoding="ascii") != expected:
-            raise CheckpointError(
-                f"{partial.parent} is not shared: this rank does not see what rank 0 has written"
-            )
-
-    together(membership, "looking for rank 0's folder", look)
-    if membership.rank == 0:
-        (partial / _TOKEN_NAME).unlink(missing_ok=True)
+    require_shared(partial, membership)
 
 
 def _parts(model: nn.Module, optimizer: ShardedOptimizer) -> list[Part]:

@@ -41,7 +41,7 @@ from offload_adam.train.run_folder import (
     prepare_run_folder,
     run_folder,
 )
-from offload_adam.train.saving import CheckpointSaver, checkpoint_path, resume
+from offload_adam.train.saving import CheckpointSaver, checkpoint_path, require_place, resume
 from offload_adam.train.schedule import build_schedule
 from offload_adam.train.slowness import update_speed
 from offload_adam.train.summary import RunTotals, summary_table
@@ -83,6 +83,7 @@ def run_job(config: RunConfig, console: Console | None = None, saver: Saver | No
         job = Job(config, world, corpus, model, parallel_model, optimizer, schedule, preemption)
         with final(CheckpointError, ConfigError):
             job = resume(job)
+            require_place(job)
         first_step = job.first_step
         job = replace(job, saver=saver or CheckpointSaver(job))
         if first_step > config.train.num_steps:

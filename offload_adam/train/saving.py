@@ -18,7 +18,7 @@ import torch
 from offload_adam.checkpoint.background import PendingCheckpoint, begin_checkpoint
 from offload_adam.checkpoint.load import load_checkpoint, verify_checkpoint
 from offload_adam.checkpoint.manifest import read_manifest
-from offload_adam.checkpoint.save import PARTIAL_SUFFIX, save_checkpoint
+from offload_adam.checkpoint.save import PARTIAL_SUFFIX, require_shared, save_checkpoint
 from offload_adam.config import ConfigError, RunConfig
 from offload_adam.coordinator.admission import gather_texts, together
 from offload_adam.coordinator.restarts import attempt
@@ -161,6 +161,30 @@ class CheckpointSaver:
                 shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
         for unfinished in folder.glob(f"step-*{PARTIAL_SUFFIX}"):
             shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def require_place(job: Job) -> None:
+    """Find before the first step that the ranks do not write to one disk. Collective.
+
+    A place that cannot be written may be mended before the first is due, and is only logged.
+
+    Raises:
+        CheckpointError: the folder is not shared by all ranks.
+        PeerError, OSError: it cannot be written, where `checkpoint.required`.
+    """
+    section = job.config.checkpoint
+    if section.every == 0 or job.world.world_size == 1:
+        return
+    folder = run_folder(job.config) / FOLDER_NAME
+    try:
+        with HERE.at("checkpoint", patient=True):
+            require_shared(folder, job.optimizer.membership)
+    except PeerFailedError:
+        raise
+    except (OSError, PeerError):
+        if section.required:
+            raise
+        logger.exception("no checkpoint could be written into %s now; training begins", folder)
 
 
 def checkpoint_path(config: RunConfig, step: int) -> Path:

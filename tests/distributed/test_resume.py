@@ -6,10 +6,13 @@ import errno
 import io
 import json
 import logging
+import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +24,12 @@ from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.checkpoint.manifest import read_manifest
 from offload_adam.checkpoint.rank_file import RankEntry, RankFile
 from offload_adam.config import ConfigError, RunConfig
+from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.startup import World
 from offload_adam.errors import CheckpointError
 from offload_adam.train import saving
 from offload_adam.train.job import run_job
+from tests.distributed.reference import Outcome, outcome_of
 from tests.ranks import RankPool
 from tests.unit.test_train_alone import SMALL
 
@@ -108,7 +114,12 @@ def train_as_a_rank(rank: int, world_size: int, sections: dict[str, Any]) -> Non
     torch.set_num_threads(1)  # as the pool has it
 
 
-def run_on_ranks(ranks: RankPool, folder: Path, world_size: int) -> None:
+def run_on_ranks(
+    ranks: RankPool,
+    folder: Path,
+    world_size: int,
+    train: Callable[[int, int, dict[str, Any]], Any] = train_as_a_rank,
+) -> list[Any]:
     """Run the job on ranks that meet as under torchrun, in a store of its agent's."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     agent = {
@@ -117,7 +128,7 @@ def run_on_ranks(ranks: RankPool, folder: Path, world_size: int) -> None:
         "MASTER_PORT": str(store.port),
     }
     sections = values(folder, optimizer={"lr": 0.01, "num_threads": 1})
-    ranks.run(train_as_a_rank, world_size, sections, env=agent)
+    return ranks.run(train, world_size, sections, env=agent)
 
 
 def test_what_is_damaged_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -287,6 +298,52 @@ def test_a_disk_that_fills_up_beside_the_training(
         assert steps(tmp_path) == [4, 12]
         assert "(1 so far); training goes on without it" in caplog.text
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def train_apart(rank: int, world_size: int, sections: dict[str, Any]) -> Outcome:
+    """Run the job where its folder's name means another folder on each rank."""
+    before = Path.cwd()
+    os.chdir(Path(sections["run"]["dir"]) / f"disk-{rank}")
+    try:
+        own = {**sections, "run": {"name": "case", "dir": "runs"}}
+        return outcome_of(lambda: train_as_a_rank(rank, world_size, own))
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.distributed
+def test_a_folder_that_is_not_shared_is_found_before_the_first_step(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    for rank in range(2):
+        (tmp_path / f"disk-{rank}").mkdir()
+    found = run_on_ranks(ranks, tmp_path, 2, train_apart)
+    assert [outcome.error for outcome in found] == ["CheckpointError"] * 2
+    for outcome in found:
+        assert "rank(s) [1] failed in looking for rank 0's folder: runs/case is not shared" in (
+            outcome.message
+        )
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_a_place_that_cannot_be_written_is_said_before_the_first_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, required: bool
+) -> None:
+    """Ranks that are not alone look first; here there is one, which is told of two."""
+    section = {"every": 4, "required": required}
+    config = RunConfig.model_validate(values(tmp_path, checkpoint=section))
+    (tmp_path / "case").write_text("not a folder")
+    job: Any = SimpleNamespace(
+        config=config, world=World(world_size=2), optimizer=SimpleNamespace(membership=Membership())
+    )
+    if required:
+        with pytest.raises(OSError, match="Not a directory"):
+            saving.require_place(job)
+    else:
+        saving.require_place(job)
+        assert "no checkpoint could be written into" in caplog.text
+        assert "Not a directory" in caplog.text
 
 
 def test_what_killed_runs_have_left_is_removed(tmp_path: Path) -> None:
