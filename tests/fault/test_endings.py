@@ -50,10 +50,15 @@ def test_a_signal_to_one_rank_ends_all_after_one_step(
     assert [record["step"] for record in resumed.records] == list(range(1, last + 3))
 
 
-def test_a_signal_to_the_agent_ends_all_after_one_step(tmp_path: Path) -> None:
-    process = start(tmp_path, "", LONG)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_agent_ends_all_after_one_step(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """Of itself torchrun would end at SIGUSR1, without a word to its ranks."""
+    options = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",)
+    process = start(tmp_path, "", LONG, options=options if number == signal.SIGUSR1 else ())
     wait_for_steps(tmp_path, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     ended = finish(tmp_path, process)
     assert ended.code == 1  # torchrun's own, whatever its workers say
     assert ended.took_s < 20
