@@ -87,6 +87,8 @@ def plan(
     from offload_adam.config import ConfigError
 
     try:
+        _require_folder("--json", json_file)
+        _require_folder("--timeline", timeline_file)
         specs, training = _subject(config, overrides or [], params, param_dtype, gpu_memory)
         training = _with_world(training, world_size, local_world_size)
         training = replace(training, num_tokens=tokens or training.num_tokens)
@@ -94,11 +96,11 @@ def plan(
             training = replace(training, offload_fraction=offload_fraction)
         if tera_flops is not None and training.num_tokens is None:
             raise ValueError("--tflops needs --tokens, how many a rank trains on in a step")
+        described = gpu_memory is not None or host_memory is not None
+        speeds = _speeds(training, described=described, measure=measure)
         given = (host_bandwidth, bus_bandwidth, network_bandwidth)
-        machine = _machine(gpu_memory, host_memory, given, training.on_device, measure=measure)
-        machine = replace(machine, tera_flops=_positive(tera_flops))
-        _require_folder("--json", json_file)
-        _require_folder("--timeline", timeline_file)
+        machine = _with_given(speeds, given, _positive(tera_flops))
+        machine = _with_memory(machine, gpu_memory, host_memory)
     except (ConfigError, ValueError) as error:
         _refuse(error)
     timeline = _timeline(specs, training, machine, timeline_file)
@@ -148,38 +150,53 @@ def _with_world(training: Training, world_size: int, local_world_size: int | Non
     return replace(training, world_size=world_size, local_world_size=local)
 
 
-def _machine(
-    gpu_memory: str | None,
-    host_memory: str | None,
+def _speeds(training: Training, *, described: bool, measure: bool) -> Machine:
+    """Return what is known of this machine's speeds; nothing where another is described."""
+    if measure and described:
+        raise ValueError("--measure is of this machine: leave out --gpu-memory and --host-memory")
+    from offload_adam.plan.inputs import Machine
+
+    if described:
+        return Machine()
+    from offload_adam.train.speeds import known_speeds, measured_speeds
+
+    return measured_speeds(training) if measure else known_speeds(training)
+
+
+def _with_given(
+    machine: Machine,
     given: tuple[float | None, float | None, float | None],
-    on_device: bool,
-    *,
-    measure: bool,
+    tera_flops: float | None,
 ) -> Machine:
-    """Return the machine that the options describe, and of this one what they leave open.
+    """Return a machine with the speeds that options give in place of what is known of them.
 
     Args:
         given: GB/s of host memory, bus and network.
-        measure: measure what of the first two is not given.
     """
-    from offload_adam.plan.inputs import Machine
+    from offload_adam.layout.ring import RingSpeed
+    from offload_adam.plan.inputs import Source
 
     if any(value is not None and not 0 < value < math.inf for value in given):
         raise ValueError("a bandwidth must be above 0 GB/s, and finite")
     host, bus, network = given
-    described = gpu_memory is not None or host_memory is not None
-    if measure and described:
-        raise ValueError("--measure is of this machine: leave out --gpu-memory and --host-memory")
-    measured = host is bus is None and not described
-    if measured:
-        host, bus = _bandwidths_here(on_device, measure=measure)
-    return Machine(
+    names = ("update", "bus", "network")
+    told = {n: Source.GIVEN for n, value in zip(names, given, strict=True) if value is not None}
+    return replace(
+        machine,
+        host_gb_per_s=machine.host_gb_per_s if host is None else host,
+        bus_gb_per_s=machine.bus_gb_per_s if bus is None else bus,
+        network=machine.network if network is None else RingSpeed.uniform(network),
+        tera_flops=tera_flops,
+        sources={**machine.sources, **told},
+    )
+
+
+def _with_memory(machine: Machine, gpu_memory: str | None, host_memory: str | None) -> Machine:
+    """Return a machine with the memory that options give it, and of the host what is free here."""
+    return replace(
+        machine,
         host_nbytes=_free_here() if host_memory is None else parse_nbytes(host_memory),
         device_nbytes=None if gpu_memory is None else parse_nbytes(gpu_memory),
-        host_gb_per_s=host,
-        bus_gb_per_s=bus,
-        network_gb_per_s=network,
-        measured=measured,
     )
 
 
@@ -187,19 +204,6 @@ def _free_here() -> int:
     from offload_adam.coordinator.node_memory import available_memory  # with torch
 
     return available_memory()[0]
-
-
-def _bandwidths_here(on_device: bool, *, measure: bool) -> tuple[float | None, float | None]:
-    """Return the GB/s of a step and of the bus of this machine: measured now, kept or not known."""
-    from offload_adam.doctor import kept
-
-    if not measure:
-        return kept.recall().step, None
-    from offload_adam.doctor.devices import bus_gb_per_s
-    from offload_adam.doctor.step import measure_step
-    from offload_adam.kernels.threads import allowed_cores
-
-    return measure_step(allowed_cores()), min(bus_gb_per_s(0)) if on_device else None
 
 
 def _require_folder(option: str, file: Path | None) -> None:

@@ -13,6 +13,7 @@ from offload_adam.doctor import devices, host_memory, kept, processors, storage
 from offload_adam.doctor.bandwidth import counts_to_try, measure_bandwidth
 from offload_adam.doctor.finding import Finding, Status, failed, ok, warning, worst
 from offload_adam.doctor.kept import Bandwidth
+from offload_adam.doctor.network import Network, network_findings
 from offload_adam.doctor.step import can_step, measure_step
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import allowed_cores
@@ -26,7 +27,7 @@ BUSY_LOAD_PER_CORE = 0.5
 class Examination:
     """What was found.
 
-    bandwidth: what was measured of the memory.
+    bandwidth: what was measured of memory and network.
     """
 
     findings: tuple[Finding, ...]
@@ -44,16 +45,21 @@ def examine(
     *,
     measure: bool = True,
     num_parameters: float | None = None,
+    network: Network | None = None,
 ) -> Examination:
     """Look at everything that a run depends on; a look that fails is a finding of its own.
 
     Args:
         local_world_size: ranks that are to run on this node.
         folder: where runs are to be written.
-        measure: measure memory, bus and disk, for some seconds, and keep the memory's bandwidth for
-            training.
+        measure: measure memory, bus and disk, for some seconds, and keep the bandwidths for
+            training and plans.
         num_parameters: those that this node's ranks are to save.
+        network: what the ranks have found together, before this one was left to look alone.
     """
+    found_network = (
+        {} if network is None or network.speed is None else {network.ranks: network.speed}
+    )
     measured: list[Bandwidth] = []
 
     def bandwidth() -> Iterator[Finding]:
@@ -61,7 +67,7 @@ def examine(
         memory = measure_bandwidth(counts_to_try(allowed_cores()))
         yield from bandwidth_findings(memory, load_average)
         step = measure_step(allowed_cores()) if can_step() else None
-        measured.append(Bandwidth(memory, step))
+        measured.append(Bandwidth(memory, step, found_network))
         if step is not None:
             yield step_finding(step, memory[allowed_cores()])
         path = kept.keep(measured[-1])
@@ -77,6 +83,7 @@ def examine(
         ("huge pages", lambda: [host_memory.huge_pages()]),
         ("NUMA", lambda: [host_memory.numa(local_world_size)]),
         *([("bandwidth", bandwidth)] if measure else []),
+        ("network", lambda: network_findings(network, kept.recall(), local_world_size)),
         ("CUDA", lambda: devices.device_findings(local_world_size, measure=measure)),
         ("disk", lambda: [storage.free_disk(folder)]),
         *([("last save", lambda: [storage.last_save(folder, num_parameters)])] if measure else []),

@@ -1,4 +1,4 @@
-"""The bandwidth that was measured on this machine, kept in the user's cache folder."""
+"""The bandwidths that were measured on this machine, kept in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import logging
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from offload_adam.kernels.threads import allowed_cores
+from offload_adam.layout.ring import RingSpeed
 
 logger = logging.getLogger(__name__)
 
@@ -26,23 +27,68 @@ def cache_folder() -> Path:
 
 
 @dataclass(frozen=True, slots=True)
+class Ranks:
+    """Which ranks a network was measured with; it is that of no others.
+
+    backend: of torch's collectives. device: the type of the device that buckets lie on.
+    """
+
+    world_size: int
+    local_world_size: int
+    backend: str
+    device: str
+
+    @property
+    def num_nodes(self) -> int:
+        """How many nodes they are on."""
+        return self.world_size // self.local_world_size
+
+    def __str__(self) -> str:
+        return (
+            f"{self.world_size} ranks on {self.num_nodes} node(s), {self.backend} on {self.device}"
+        )
+
+
+def ranks_like(world_size: int, local_world_size: int, device: str) -> Ranks:
+    """Return the ranks of a world with the backend that training uses there."""
+    return Ranks(world_size, local_world_size, "nccl" if device == "cuda" else "gloo", device)
+
+
+@dataclass(frozen=True, slots=True)
 class Bandwidth:
     """What was measured, in 1e9 bytes a second.
 
     memory: by number of threads; empty where it is not known.
     step: what a whole step of the optimizer gets with all cores, None where it is not known.
+    network: of the ranks that it was measured with.
     """
 
     memory: Mapping[int, float] = field(default_factory=dict)
     step: float | None = None
+    network: Mapping[Ranks, RingSpeed] = field(default_factory=dict)
+
+    def updated(self, newer: Bandwidth) -> Bandwidth:
+        """Return it with all that is known of a newer one."""
+        return Bandwidth(
+            newer.memory or self.memory,
+            self.step if newer.step is None else newer.step,
+            {**self.network, **newer.network},
+        )
 
 
 def keep(bandwidth: Bandwidth) -> Path | None:
-    """Write what was measured for later runs; return the file, None where it cannot be written."""
+    """Write what was measured for later runs, and leave what was not as it is kept.
+
+    Returns the file, None where it cannot be written.
+    """
+    known = recall().updated(bandwidth)
     values = {
         "machine": _machine(),
-        "memory_gb_per_s": {str(threads): value for threads, value in bandwidth.memory.items()},
-        "step_gb_per_s": bandwidth.step,
+        "memory_gb_per_s": {str(threads): value for threads, value in known.memory.items()},
+        "step_gb_per_s": known.step,
+        "network_gb_per_s": [
+            {**asdict(ranks), **asdict(speed)} for ranks, speed in known.network.items()
+        ],
     }
     # Path.home() has no answer for a user without an entry and without HOME.
     try:
@@ -67,11 +113,31 @@ def recall() -> Bandwidth:
         memory = {int(count): float(value) for count, value in values["memory_gb_per_s"].items()}
         step = values["step_gb_per_s"]
         step = None if step is None else float(step)
+        # Files of earlier versions have none.
+        network = dict(map(_network, values.get("network_gb_per_s", ())))
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         logger.debug("no bandwidth was kept: %s", error)
         return Bandwidth()
-    possible = {count: value for count, value in memory.items() if count > 0 and _possible(value)}
-    return Bandwidth(possible, step if step is not None and _possible(step) else None)
+    return Bandwidth(
+        {count: value for count, value in memory.items() if count > 0 and _possible(value)},
+        step if step is not None and _possible(step) else None,
+        {
+            ranks: speed
+            for ranks, speed in network.items()
+            if all(map(_possible, asdict(speed).values()))
+        },
+    )
+
+
+def _network(entry: Mapping[str, Any]) -> tuple[Ranks, RingSpeed]:
+    ranks = Ranks(
+        int(entry["world_size"]),
+        int(entry["local_world_size"]),
+        str(entry["backend"]),
+        str(entry["device"]),
+    )
+    speeds = (float(entry[name]) for name in ("mean_16bit", "mean_32bit", "gather"))
+    return ranks, RingSpeed(*speeds)
 
 
 def _possible(gb_per_s: float) -> bool:

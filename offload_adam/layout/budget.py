@@ -105,6 +105,15 @@ def update_traffic_nbytes(bucket: Bucket, planes: BucketPlanes) -> int:
     return bucket.shard_numel * (_gradient(bucket, planes) + state + rounded)
 
 
+def exchange_traffic_nbytes(bucket: Bucket, sent_itemsize: int) -> int:
+    """Return the bytes that one rank copies in host memory around the mean of one bucket.
+
+    All gradients are packed into a slot, in the dtype of the mean; this rank's shard lands.
+    """
+    packed = bucket.numel * (bucket.itemsize + sent_itemsize)
+    return packed + bucket.shard_numel * 2 * sent_itemsize
+
+
 def _gradient(bucket: Bucket, planes: BucketPlanes) -> int:
     """Return the bytes of an element of the gradient where it is read."""
     return planes.landed_itemsize or bucket.itemsize

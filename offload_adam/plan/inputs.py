@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
 
 from offload_adam.layout.flat import ParameterSpec
+from offload_adam.layout.ring import RingSpeed
 
 SYNTHETIC_NUMEL = 50_000_000
 """Elements of one parameter of a model of which only the size is known, or more, so that there are
@@ -58,6 +60,14 @@ class Training:
             )
 
 
+class Source(StrEnum):
+    """Where a speed is known from."""
+
+    GIVEN = "given"
+    MEASURED = "measured now"
+    KEPT = "measured by doctor"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """What one node has; None where it is not known.
@@ -65,18 +75,23 @@ class Machine:
     host_nbytes, device_nbytes: memory that is free for a run, of the node and of one GPU.
     host_gb_per_s: what a step on all of a node's cores together reads and writes, in 1e9 bytes a
         second.
-    bus_gb_per_s: one GPU's copies in one direction; network_gb_per_s: a rank's collectives.
+    bus_gb_per_s: one GPU's copies in one direction.
+    network: what a rank sends in a collective.
     tera_flops: what a rank computes of forward and backward, in 1e12 operations a second.
-    measured: the bandwidths were measured where the plan is for.
+    sources: of the bandwidths of "update", "bus" and "network"; given where nothing is said.
     """
 
     host_nbytes: int | None = None
     device_nbytes: int | None = None
     host_gb_per_s: float | None = None
     bus_gb_per_s: float | None = None
-    network_gb_per_s: float | None = None
+    network: RingSpeed | None = None
     tera_flops: float | None = None
-    measured: bool = False
+    sources: Mapping[str, Source] = field(default_factory=dict)
+
+    def source_of(self, resource: str) -> Source:
+        """Return where the speed of a resource is known from."""
+        return self.sources.get(resource, Source.GIVEN)
 
 
 def synthetic_specs(numel: int, itemsize: int) -> list[ParameterSpec]:

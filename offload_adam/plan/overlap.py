@@ -11,11 +11,12 @@ from offload_adam.layout.budget import (
     update_traffic_nbytes,
 )
 from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
+from offload_adam.layout.ring import RingSpeed
 from offload_adam.layout.schedule import Operation, Route, Task, plan_schedule
 from offload_adam.layout.timeline import Timeline, predict_timeline
 from offload_adam.plan.inputs import Machine, Training, total_numel
 from offload_adam.plan.prediction import hosted, planes_of
-from offload_adam.plan.timing import GB, compute_seconds, pass_nbytes, sent_itemsize
+from offload_adam.plan.timing import GB, compute_seconds, gather_s, mean_pass_s, sent_itemsize
 
 FORWARD_SHARE = 1 / 3
 """Of forward and backward together: two of six operations for each parameter and token."""
@@ -36,7 +37,7 @@ def predict_overlap(
     distributed = training.world_size > 1
     if compute is None or machine.host_gb_per_s is None or machine.bus_gb_per_s is None:
         return None
-    if not overlaps or (distributed and machine.network_gb_per_s is None):
+    if not overlaps or (distributed and machine.network is None):
         return None
     buckets = plan_buckets(
         specs, world_size=training.world_size, bucket_nbytes=training.bucket_nbytes
@@ -76,7 +77,7 @@ def _durations(
     by_index = {bucket.index: bucket for bucket in buckets}
     on_host = {bucket.index for bucket in hosted(buckets, training)}
     host, bus = machine.host_gb_per_s, machine.bus_gb_per_s
-    network = machine.network_gb_per_s or 1.0
+    network = machine.network or RingSpeed.uniform(1.0)  # of one rank, which sends nothing
     assert host is not None
     assert bus is not None
 
@@ -93,9 +94,9 @@ def _durations(
             case Operation.USE:
                 return compute_s * FORWARD_SHARE * numel
             case Operation.REDUCE:
-                return pass_nbytes(bucket, training, sent) / GB / network
+                return mean_pass_s(bucket, training, network)
             case Operation.GATHER:
-                return pass_nbytes(bucket, training, bucket.itemsize) / GB / network
+                return gather_s(bucket, training, network)
             case Operation.COPY_DOWN:
                 return bucket.shard_numel * sent / GB / bus
             case Operation.COPY_UP:

@@ -30,13 +30,14 @@ def plan_tables(
     if largest is not None:
         yield f"The largest model that fits like this has {largest:.2e} parameters."
     if timing is not None:
-        yield _times(timing, timeline)
+        yield _times(timing, timeline, machine)
         for doubt in timing.doubts:
             yield f"rough: {doubt}"
     else:
         yield (
             "The time of a step is not known: give --host-bandwidth, --bus-bandwidth and "
-            "--network-bandwidth in GB/s, or run offload-adam doctor where it is to train."
+            "--network-bandwidth in GB/s, or run offload-adam doctor where it is to train, alone "
+            "and under torchrun."
         )
     if changes:
         yield _changes(changes)
@@ -81,14 +82,14 @@ def _fits(fit: bool, machine: Machine) -> str:
     return "It fits, before activations and what CUDA takes for itself."
 
 
-def _times(timing: StepTime, timeline: Timeline | None) -> Table:
+def _times(timing: StepTime, timeline: Timeline | None, machine: Machine) -> Table:
     whole = "compute" in timing.seconds
     title = "A step" if whole else "A step, beside forward and backward"
-    table = Table("", "seconds", title=title)
+    table = Table("", "seconds", "with", title=title)
     table.columns[1].justify = "right"
     for name, seconds in timing.seconds.items():
         marked = f"{name} (bounds it)" if name == timing.bound else name
-        table.add_row(marked, f"{seconds:.4g}")
+        table.add_row(marked, f"{seconds:.4g}", _speed(name, machine))
     table.add_section()
     table.add_row("all at once, at least", f"{timing.least_s:.4g}")
     if timeline is not None:
@@ -96,6 +97,27 @@ def _times(timing: StepTime, timeline: Timeline | None) -> Table:
         table.add_row("of which the optimizer is exposed", f"{timeline.exposed_s:.4g}")
     table.add_row("one after the other", f"{timing.total_s:.4g}")
     return table
+
+
+def _speed(resource: str, machine: Machine) -> str:
+    """Return how fast a resource is, and where that is known from."""
+    match resource:
+        case "compute":
+            speed = f"{machine.tera_flops:g} TFLOPS"
+        case "update":
+            speed = f"{machine.host_gb_per_s:.4g} GB/s"
+        case "bus":
+            speed = f"{machine.bus_gb_per_s:.4g} GB/s"
+        case _:
+            assert machine.network is not None
+            mean, gather = machine.network.mean_16bit, machine.network.gather
+            wide = machine.network.mean_32bit
+            speed = (
+                f"{gather:.3g} GB/s"
+                if mean == wide == gather
+                else f"{mean:.3g} (bf16) and {wide:.3g} (fp32) GB/s averaged, {gather:.3g} gathered"
+            )
+    return f"{speed}, {machine.source_of(resource)}"
 
 
 def _changes(changes: Sequence[Option]) -> Table:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from offload_adam.layout.budget import FLOAT32_NBYTES, traffic_nbytes, update_traffic_nbytes
+from offload_adam.layout.budget import (
+    FLOAT32_NBYTES,
+    exchange_traffic_nbytes,
+    traffic_nbytes,
+    update_traffic_nbytes,
+)
 from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
-from offload_adam.plan.inputs import Machine, Training, total_numel
+from offload_adam.layout.ring import ALL_REDUCE_PASSES, RingSpeed, pass_nbytes
+from offload_adam.plan.inputs import Machine, Source, Training, total_numel
 from offload_adam.plan.prediction import hosted, planes_of
 
 GB = 1e9
@@ -16,6 +22,12 @@ FLOPS_PER_PARAMETER = 6
 COMPARED_NUMEL = (8_000_000, 64_000_000)
 """Elements of a node's shards for which predictions were compared with measured steps. Below them
 the fixed costs of a step count, which are not in the prediction."""
+MOST_COMPARED_RANKS = 2
+_HOW_TO_MEASURE = {
+    "update": "run offload-adam doctor where it is to train",
+    "bus": "give --bus-bandwidth, or measure it there with plan --measure",
+    "network": "run offload-adam doctor under torchrun, with the ranks of the run",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,28 +74,19 @@ def predict_time(
     """
     shards = 1 if training.beside else training.world_size
     buckets = plan_buckets(specs, world_size=shards, bucket_nbytes=training.bucket_nbytes)
-    nbytes = {
-        "update": _host_nbytes(buckets, training),
-        "bus": _bus_nbytes(buckets, training),
-        "network": _network_nbytes(buckets, training),
+    found = {
+        "update": _moved_s(_host_nbytes(buckets, training), machine.host_gb_per_s),
+        "bus": _moved_s(_bus_nbytes(buckets, training), machine.bus_gb_per_s),
+        "network": _network_s(buckets, training, machine.network),
     }
-    bandwidths = {
-        "update": machine.host_gb_per_s,
-        "bus": machine.bus_gb_per_s,
-        "network": machine.network_gb_per_s,
-    }
-    seconds = {
-        name: nbytes[name] / GB / bandwidth
-        for name, bandwidth in bandwidths.items()
-        if bandwidth is not None and nbytes[name] > 0
-    }
+    seconds = {name: known_s for name, known_s in found.items() if known_s}
     if not seconds:
         return None
     compute = compute_seconds(specs, training, machine)
     if compute is not None:
         seconds = {"compute": compute, **seconds}
-    unknown = [name for name, size in nbytes.items() if size > 0 and name not in seconds]
-    return StepTime(seconds, tuple(_doubts(specs, training, machine, unknown)))
+    unknown = [name for name, known_s in found.items() if known_s is None]
+    return StepTime(seconds, tuple(_doubts(specs, training, machine, seconds, unknown)))
 
 
 def compute_seconds(
@@ -107,13 +110,22 @@ def update_nbytes(specs: Sequence[ParameterSpec], training: Training) -> int:
 
 
 def _doubts(
-    specs: Sequence[ParameterSpec], training: Training, machine: Machine, unknown: Sequence[str]
+    specs: Sequence[ParameterSpec],
+    training: Training,
+    machine: Machine,
+    known: Collection[str],
+    unknown: Collection[str],
 ) -> Iterator[str]:
-    """Yield what makes a prediction rough."""
-    if not machine.measured:
-        yield "bandwidths were given, not measured"
+    """Yield what makes a prediction rough.
+
+    Args:
+        known, unknown: the resources whose speeds are, and are not.
+    """
+    given = [name for name in known if machine.source_of(name) is Source.GIVEN]
+    if given:
+        yield f"speeds were given, not measured: {', '.join(given)}"
     for name in unknown:
-        yield f"no bandwidth is known for the {name}"
+        yield f"no bandwidth is known for the {name}: {_HOW_TO_MEASURE[name]}"
     shards = 1 if training.beside else training.world_size
     on_node = total_numel(specs) * training.local_world_size // shards
     least, most = COMPARED_NUMEL
@@ -122,15 +134,32 @@ def _doubts(
             f"a node updates {on_node:.2g} parameters, and {least:.2g} to {most:.2g} were compared "
             "with measured steps"
         )
-    if training.on_device or training.world_size > 1:
-        yield "only steps of one rank on a CPU were compared with measured ones"
+    if training.on_device or training.world_size > MOST_COMPARED_RANKS:
+        yield "only steps of one and two ranks on a CPU were compared with measured ones"
+    elif training.local_world_size < training.world_size:
+        yield "only steps of ranks on one node were compared with measured ones"
+
+
+def _moved_s(nbytes: int, gb_per_s: float | None) -> float | None:
+    """Return the seconds that bytes take, None where the speed is not known."""
+    if nbytes == 0:
+        return 0.0
+    return None if gb_per_s is None else nbytes / GB / gb_per_s
 
 
 def _host_nbytes(buckets: Sequence[Bucket], training: Training) -> int:
-    """Return the traffic of a node's memory; none where state lies on the devices."""
+    """Return the traffic of a node's memory; none where state lies on the devices.
+
+    Parameters in host memory have their gradients there, too, and these are packed and landed.
+    """
+    exchanged = not training.on_device and training.reduces and training.world_size > 1
     of_rank = sum(
         traffic_nbytes(bucket, planes_of(bucket, training)) for bucket in hosted(buckets, training)
     )
+    if exchanged and not training.beside:
+        of_rank += sum(
+            exchange_traffic_nbytes(bucket, sent_itemsize(bucket, training)) for bucket in buckets
+        )
     return of_rank * training.local_world_size
 
 
@@ -144,25 +173,38 @@ def _bus_nbytes(buckets: Sequence[Bucket], training: Training) -> int:
     )
 
 
-def _network_nbytes(buckets: Sequence[Bucket], training: Training) -> float:
-    """Return what a rank sends: (N - 1) / N of the model for each pass around a ring.
+def _network_s(
+    buckets: Sequence[Bucket], training: Training, network: RingSpeed | None
+) -> float | None:
+    """Return the seconds of a step's collectives, None where their speed is not known.
 
     A reduce-scatter is one pass and an all-reduce two: gloo, on CPUs, has no reduce-scatter worth
-    its name, and state beside the parameters needs the whole average.
+    its name, and state beside the parameters needs the whole average. It gathers nothing.
     """
-    if training.world_size == 1:
+    if training.world_size == 1 or (training.beside and not training.reduces):
         return 0.0
-    passes = 0 if not training.reduces else 2 if training.beside or not training.on_device else 1
+    if network is None:
+        return None
+    all_reduces = training.beside or not training.on_device
+    passes = 0 if not training.reduces else ALL_REDUCE_PASSES if all_reduces else 1
     return sum(
-        passes * pass_nbytes(bucket, training, sent_itemsize(bucket, training))
-        + pass_nbytes(bucket, training, 0 if training.beside else bucket.itemsize)
+        passes * mean_pass_s(bucket, training, network)
+        + (0.0 if training.beside else gather_s(bucket, training, network))
         for bucket in buckets
     )
 
 
-def pass_nbytes(bucket: Bucket, training: Training, itemsize: int) -> float:
-    """Return what a rank sends in one pass of a bucket around the ring."""
-    return (training.world_size - 1) / training.world_size * bucket.numel * itemsize
+def mean_pass_s(bucket: Bucket, training: Training, network: RingSpeed) -> float:
+    """Return the seconds of one pass of a bucket's gradients around the ring."""
+    itemsize = sent_itemsize(bucket, training)
+    nbytes = pass_nbytes(bucket.numel * itemsize, training.world_size)
+    return nbytes / GB / network.mean(itemsize)
+
+
+def gather_s(bucket: Bucket, training: Training, network: RingSpeed) -> float:
+    """Return the seconds in which a bucket's parameters are gathered."""
+    nbytes = pass_nbytes(bucket.numel * bucket.itemsize, training.world_size)
+    return nbytes / GB / network.gather
 
 
 def sent_itemsize(bucket: Bucket, training: Training) -> int:

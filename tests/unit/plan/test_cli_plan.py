@@ -12,10 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from offload_adam.cli.app import app
-from offload_adam.doctor import kept, step
+from offload_adam.doctor import kept
 from offload_adam.plan.advice import fits, largest_model, options
 from offload_adam.plan.inputs import MOST_NUMEL, Machine, Training, synthetic_specs
 from offload_adam.plan.prediction import predict
+from offload_adam.train import speeds
 from offload_adam.units import parse_nbytes
 
 CONFIG = str(Path(__file__).parents[3] / "configs" / "tiny.yaml")
@@ -153,7 +154,7 @@ def test_a_bandwidth_that_doctor_has_kept_is_used(
     kept.keep(kept.Bandwidth({1: 20.0, 2: 50.0}, 40.0))
     values = planned(tmp_path, CONFIG)
     assert values["machine"]["host_gb_per_s"] == 40.0
-    assert values["machine"]["measured"]
+    assert values["machine"]["sources"]["update"] == "measured by doctor"
     assert values["bound"] == "update"
     # A machine that is described is not this one.
     assert planned(tmp_path, CONFIG, "--host-memory=1TiB")["seconds"] is None
@@ -162,10 +163,10 @@ def test_a_bandwidth_that_doctor_has_kept_is_used(
 def test_a_bandwidth_is_measured_when_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step, "measure_step", lambda _: 33.0)
+    monkeypatch.setattr(speeds, "measure_step", lambda _: 33.0)
     values = planned(tmp_path, CONFIG, "--measure")
     assert values["machine"]["host_gb_per_s"] == 33.0
-    assert values["machine"]["measured"]
+    assert values["machine"]["sources"]["update"] == "measured now"
 
 
 def test_the_whole_command_plans_large_worlds_at_once() -> None:

@@ -12,7 +12,7 @@ from offload_adam import OffloadAdam
 from offload_adam.doctor.step import measure_step
 from offload_adam.kernels.threads import allowed_cores
 from offload_adam.layout.flat import ParameterSpec
-from offload_adam.plan.inputs import Machine, Training
+from offload_adam.plan.inputs import Machine, Source, Training
 from offload_adam.plan.timing import COMPARED_NUMEL, predict_time
 
 NUM_PARAMETERS = 10
@@ -52,7 +52,7 @@ def compare(optimizer: OffloadAdam, each: int, itemsize: int) -> tuple[float, fl
             optimizer.step()
             seconds.append(time.perf_counter() - start_s)
     specs = [ParameterSpec(i, each, itemsize, "one") for i in range(NUM_PARAMETERS)]
-    machine = Machine(host_gb_per_s=max(bandwidths), measured=True)
+    machine = Machine(host_gb_per_s=max(bandwidths), sources={"update": Source.MEASURED})
     timing = predict_time(specs, Training(on_device=False), machine)
     assert timing is not None
     assert not timing.rough

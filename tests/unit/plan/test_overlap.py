@@ -11,13 +11,15 @@ from typer.testing import CliRunner
 
 from offload_adam.cli.app import app
 from offload_adam.layout.flat import ParameterSpec
+from offload_adam.layout.ring import RingSpeed
 from offload_adam.layout.schedule import Operation
 from offload_adam.plan.inputs import Machine, Training
 from offload_adam.plan.overlap import predict_overlap
 
 NUMEL = 1_280_000
 SPECS = [ParameterSpec(index, NUMEL, 2, "bf16") for index in range(50)]
-MACHINE = Machine(host_gb_per_s=100.0, bus_gb_per_s=20.0, network_gb_per_s=10.0, tera_flops=100.0)
+NETWORK = RingSpeed.uniform(10.0)
+MACHINE = Machine(host_gb_per_s=100.0, bus_gb_per_s=20.0, network=NETWORK, tera_flops=100.0)
 # Enough tokens that backward takes longer than the copies beside it.
 TRAINING = Training(bucket_nbytes=2 * NUMEL, num_tokens=3000)
 
@@ -70,7 +72,7 @@ def test_state_that_stays_on_the_device_is_not_updated_on_the_host() -> None:
         (TRAINING, replace(MACHINE, tera_flops=None)),
         (TRAINING, replace(MACHINE, host_gb_per_s=None)),
         (TRAINING, replace(MACHINE, bus_gb_per_s=None)),
-        (replace(TRAINING, world_size=2), replace(MACHINE, network_gb_per_s=None)),
+        (replace(TRAINING, world_size=2), replace(MACHINE, network=None)),
         (replace(TRAINING, num_tokens=None), MACHINE),
         (replace(TRAINING, on_device=False), MACHINE),
         (replace(TRAINING, streams=False), MACHINE),

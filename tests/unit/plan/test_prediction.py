@@ -13,8 +13,9 @@ from torch import nn
 
 from offload_adam import Adam, OffloadAdam
 from offload_adam.layout.flat import ParameterSpec
+from offload_adam.layout.ring import RingSpeed
 from offload_adam.parameters.families import family_of
-from offload_adam.plan.inputs import Machine, Training, synthetic_specs
+from offload_adam.plan.inputs import Machine, Source, Training, synthetic_specs
 from offload_adam.plan.prediction import predict
 from offload_adam.plan.timing import predict_time
 from tests.ranks import RankPool
@@ -121,7 +122,7 @@ def test_state_beside_the_parameters_is_whole_on_every_rank(ranks: RankPool) -> 
 
 def test_a_world_that_cannot_be_run_here_is_planned_at_once() -> None:
     training = Training(world_size=4096, local_world_size=8)
-    machine = Machine(host_gb_per_s=400.0, bus_gb_per_s=50.0, network_gb_per_s=40.0)
+    machine = Machine(host_gb_per_s=400.0, bus_gb_per_s=50.0, network=RingSpeed.uniform(40.0))
     start_s = time.process_time()
     plan = predict(synthetic_specs(10**12, 2), training)
     timing = predict_time(synthetic_specs(10**12, 2), training, machine)
@@ -143,7 +144,7 @@ def test_a_world_that_cannot_be_run_here_is_planned_at_once() -> None:
 
 def test_times_are_bytes_over_bandwidths() -> None:
     training = Training(world_size=2, local_world_size=2)
-    machine = Machine(host_gb_per_s=10.0, bus_gb_per_s=4.0, network_gb_per_s=2.0, measured=True)
+    machine = Machine(host_gb_per_s=10.0, bus_gb_per_s=4.0, network=RingSpeed.uniform(2.0))
     timing = predict_time(synthetic_specs(10**9, 2), training, machine)
     assert timing is not None
     # Both ranks of the node: 24 of state, 4 of gradient, 2 of rounded parameter, an element.
@@ -157,7 +158,7 @@ def test_times_are_bytes_over_bandwidths() -> None:
 def test_the_times_of_every_way_are_those_of_its_bytes() -> None:
     numel = 16_000_000
     specs = synthetic_specs(numel, 2) + synthetic_specs(numel, 4)
-    machine = Machine(host_gb_per_s=1.0, bus_gb_per_s=1.0, network_gb_per_s=1.0)
+    machine = Machine(host_gb_per_s=1.0, bus_gb_per_s=1.0, network=RingSpeed.uniform(1.0))
 
     def nbytes(**ways: Any) -> dict[str, float]:
         timing = predict_time(specs, Training(**ways), machine)
@@ -176,12 +177,15 @@ def test_the_times_of_every_way_are_those_of_its_bytes() -> None:
     assert nbytes(**two, on_device=False)["network"] == 0.5 * (3 * 2 + 3 * 4)
     assert nbytes(**two, reduces=False)["network"] == 0.5 * (2 + 4)
     assert nbytes(**two, reduce_fp32=True)["network"] == 0.5 * (4 + 4 + 2 + 4)
+    # On a CPU each of both ranks packs all gradients and lands half, reading and writing them.
+    assert nbytes(**two, on_device=False)["update"] == 62 + 2 * (2 * 2 + 2 + 2 * 4 + 4)
+    assert nbytes(**two, on_device=False, reduces=False)["update"] == 62
     assert nbytes(**two, beside=True) == {"network": 0.5 * 2 * (2 + 4)}
     assert nbytes(**two, beside=True, on_device=False)["update"] == 2 * 62
 
 
 def test_doubts_say_what_a_time_is_not_based_on() -> None:
-    measured = Machine(host_gb_per_s=10.0, measured=True)
+    measured = Machine(host_gb_per_s=10.0, sources={"update": Source.MEASURED})
     specs = synthetic_specs(16_000_000, 2)
     timing = predict_time(specs, Training(on_device=False), measured)
     assert timing is not None

@@ -1,0 +1,38 @@
+"""What has been measured of this machine, for plans of what is to train on it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from offload_adam.doctor import kept
+from offload_adam.doctor.devices import bus_gb_per_s
+from offload_adam.doctor.step import measure_step
+from offload_adam.kernels.threads import allowed_cores
+from offload_adam.plan.inputs import Machine, Source, Training
+
+
+def known_speeds(training: Training) -> Machine:
+    """Return what doctor has kept: of a step, and of the network of exactly these ranks."""
+    known = kept.recall()
+    device = "cuda" if training.on_device else "cpu"
+    ranks = kept.ranks_like(training.world_size, training.local_world_size, device)
+    return Machine(
+        host_gb_per_s=known.step,
+        network=known.network.get(ranks),
+        sources={"update": Source.KEPT, "network": Source.KEPT},
+    )
+
+
+def measured_speeds(training: Training) -> Machine:
+    """Measure a step and, for parameters on a GPU, the bus; the network is as doctor has kept it.
+
+    Raises:
+        HostMemoryError: a measurement does not fit.
+    """
+    known = known_speeds(training)
+    return replace(
+        known,
+        host_gb_per_s=measure_step(allowed_cores()),
+        bus_gb_per_s=min(bus_gb_per_s(0)) if training.on_device else None,
+        sources={**known.sources, "update": Source.MEASURED, "bus": Source.MEASURED},
+    )

@@ -1,0 +1,174 @@
+"""What ranks measure of their network, how it is judged, and that a plan is made of it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from offload_adam.cli.app import app
+from offload_adam.coordinator.membership import open_membership
+from offload_adam.doctor import kept, network
+from offload_adam.doctor.finding import Status
+from offload_adam.doctor.kept import Bandwidth, Ranks
+from offload_adam.doctor.network import Network, judged, measure_network, network_findings
+from offload_adam.layout.ring import RingSpeed
+from tests.ranks import RankPool
+
+ROOT = Path(__file__).parents[3]
+CPU = torch.device("cpu")
+TWO = Ranks(2, 2, "gloo", "cpu")
+SPEED = RingSpeed(0.5, 0.75, 0.25)
+
+
+@pytest.fixture
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def measure(rank: int, world_size: int, clock_steps_s: list[float] | None) -> RingSpeed:
+    """Measure small buckets; with a clock of this rank's own that a round takes so long on."""
+    membership = open_membership(None)
+    if clock_steps_s is not None:
+        each = itertools.accumulate(itertools.cycle([0.0, clock_steps_s[rank]]))
+        fake: Any = SimpleNamespace(perf_counter=lambda: next(each), sleep=None)
+        network.time = fake  # type: ignore[attr-defined]
+    try:
+        return measure_network(membership, CPU, nbytes=6144)
+    finally:
+        network.time = time  # type: ignore[attr-defined]
+        membership.release()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_measure_the_same_and_something_that_can_be(ranks: RankPool, world_size: int) -> None:
+    speeds = ranks.run(measure, world_size, None)
+    assert len(set(speeds)) == 1
+    assert 0.0 < speeds[0].least < max(speeds[0].mean_32bit, speeds[0].gather, 1e3) < 1e4
+
+
+def test_a_speed_is_what_a_rank_sends_over_the_slowest_ranks_time(ranks: RankPool) -> None:
+    speeds = ranks.run(measure, 3, [1.0, 4.0, 2.0])
+    # Of 6,144 bytes a rank sends two thirds in each pass: two passes for a mean, one for a gather.
+    one_pass = 6144 * 2 / 3 / 4.0 / 1e9
+    assert speeds == [RingSpeed(2 * one_pass, 2 * one_pass, one_pass)] * 3
+
+
+def test_what_is_kept_of_a_network_reads_back_beside_the_rest(cache_home: Path) -> None:
+    kept.keep(Bandwidth({1: 20.0}, 12.0))
+    eight = Ranks(8, 4, "nccl", "cuda")
+    kept.keep(Bandwidth(network={TWO: RingSpeed(1 / 3, 0.1 + 0.2, 2.0), eight: SPEED}))
+    kept.keep(Bandwidth(network={TWO: SPEED}))
+    known = Bandwidth({1: 20.0}, 12.0, {TWO: SPEED, eight: SPEED})
+    assert kept.recall() == known
+    kept.keep(Bandwidth({2: 30.0}))
+    assert kept.recall() == replace(known, memory={2: 30.0})
+
+
+def test_a_network_that_cannot_be_is_left_out_and_a_file_without_one_is_read(
+    cache_home: Path,
+) -> None:
+    path = kept.keep(Bandwidth({1: 20.0}, network={TWO: replace(SPEED, gather=float("nan"))}))
+    assert path is not None
+    assert kept.recall() == Bandwidth({1: 20.0})
+    values = json.loads(path.read_text())
+    del values["network_gb_per_s"]
+    path.write_text(json.dumps(values))
+    assert kept.recall() == Bandwidth({1: 20.0})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "least"),
+    [
+        (TWO, 0.1),
+        (Ranks(4, 2, "gloo", "cpu"), 0.5),
+        (Ranks(8, 8, "nccl", "cuda"), 5.0),
+        (Ranks(16, 8, "nccl", "cuda"), 1.0),
+    ],
+)
+def test_a_slow_network_is_a_warning_with_what_to_do(ranks: Ranks, least: float) -> None:
+    enough = RingSpeed.uniform(least)
+    assert judged(ranks, enough).status is Status.OK
+    for name in ("mean_16bit", "mean_32bit", "gather"):
+        found = judged(ranks, replace(enough, **{name: 0.99 * least}))
+        assert found.status is Status.WARNING
+        assert f"less than {least} GB/s a rank" in found.advice
+
+
+def test_trouble_is_a_failure_and_a_process_alone_says_how_to_measure() -> None:
+    (found,) = network_findings(Network(TWO, None, "connection refused"), Bandwidth(), 2)
+    assert found.status is Status.FAILED
+    assert "connection refused" in found.found
+    (found,) = network_findings(None, Bandwidth(network={TWO: SPEED}), 1)
+    assert found.status is Status.OK
+    assert "2 ranks on 1 node(s), gloo on cpu: a rank sends 0.50 GB/s averaging bf16" in found.found
+    assert "torchrun --nproc-per-node=2 -m offload_adam doctor" in found.found
+
+
+def planned(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    path = folder / "plan.json"
+    result = CliRunner().invoke(app, ["plan", *arguments, f"--json={path}"])
+    assert result.exit_code == 0, result.output
+    return json.loads(path.read_text()), " ".join(result.output.split())
+
+
+def test_a_plan_uses_the_network_of_its_own_ranks_alone(tmp_path: Path, cache_home: Path) -> None:
+    kept.keep(Bandwidth({1: 20.0}, 10.0, {TWO: SPEED}))
+    config = (str(ROOT / "configs" / "tiny.yaml"), "--train.dtype=bf16")
+    values, _ = planned(tmp_path, *config, "--world-size=2")
+    numel = -(-values["num_parameters"] // 256) * 256
+    # Half of the model: twice to average it, once to gather it.
+    expected_s = numel * 2 / 2 * (2 / 0.5 + 1 / 0.25) / 1e9
+    assert values["seconds"]["network"] == pytest.approx(expected_s, rel=0.05)
+    assert values["machine"]["sources"]["network"] == "measured by doctor"
+    assert not any("given" in doubt for doubt in values["rough"])
+    for other in (("--world-size=4",), ("--world-size=2", "--local-world-size=1")):
+        values, output = planned(tmp_path, *config, *other)
+        assert "network" not in values["seconds"]
+        assert "no bandwidth is known for the network: run offload-adam doctor under" in output
+    values, output = planned(tmp_path, *config, "--world-size=2", "--network-bandwidth=7")
+    assert values["machine"]["network"] == {"mean_16bit": 7, "mean_32bit": 7, "gather": 7}
+    assert "speeds were given, not measured: network" in output
+    assert "7 GB/s, given" in output
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(200)
+def test_doctor_under_torchrun_measures_and_keeps_what_a_plan_uses(
+    tmp_path: Path, cache_home: Path
+) -> None:
+    path = tmp_path / "doctor.json"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "offload_adam", "doctor", f"--json={path}", f"--dir={tmp_path}"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("What this machine gives a run") == 1
+    values = json.loads(path.read_text())
+    ranks, speed = values["network"]["ranks"], RingSpeed(**values["network"]["speed"])
+    assert ranks == {"world_size": 2, "local_world_size": 2, "backend": "gloo", "device": "cpu"}
+    assert speed.least > 0.0
+    assert values["step_gb_per_s"] > 0.0
+    assert kept.recall().network == {TWO: speed}
+    plan, _ = planned(tmp_path, str(ROOT / "configs" / "tiny.yaml"), "--world-size=2")
+    assert plan["machine"]["network"] == values["network"]["speed"]
+    assert {"update", "network"} <= plan["seconds"].keys()
