@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -22,9 +22,13 @@ from offload_adam.transfer.collectives import GroupCollectives, PendingCollectiv
 from offload_adam.transfer.streams import Streams, streams_for
 
 BUCKET_NBYTES = 32 * 1024 * 1024
+NUM_IN_FLIGHT = 2
+"""Buckets at once: a step begins one while another is under way, which hides some of its work."""
 NUM_ROUNDS = 7
 _TIMEOUT = timedelta(seconds=60)
 _PAUSE_S = 5e-5
+
+_Start = Callable[[], PendingCollective]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +62,8 @@ def measure_network(
 ) -> RingSpeed:
     """Return how fast buckets of `nbytes` are averaged and gathered, the same on all ranks.
 
-    One bucket at a time, by the very calls and on a group like that of a step. A round lasts as
-    long as the slowest rank takes; of each kind the median round counts. Collective.
+    By the very calls and on a group like that of a step. A round lasts as long as the slowest rank
+    takes; of each kind the median round counts. Collective.
     """
     membership.open_data_groups([device.type])
     streams = streams_for(device)
@@ -67,20 +71,24 @@ def measure_network(
     rank, world_size = membership.rank, membership.world_size
     passes = _passes_of_mean(membership, device)
 
-    def mean(dtype: torch.dtype) -> float:
+    def buffers(dtype: torch.dtype) -> list[torch.Tensor]:
         numel = nbytes // dtype.itemsize // world_size * world_size
-        buffer = torch.zeros(numel, dtype=dtype, device=device)
-        part = (rank * numel // world_size, (rank + 1) * numel // world_size)
-        start = partial(collectives.mean, streams, buffer, part)
-        seconds = _median_s(membership, streams, Lane.REDUCE, start)
-        return passes * pass_nbytes(buffer.nbytes, world_size) / seconds / 1e9
+        return [torch.zeros(numel, dtype=dtype, device=device) for _ in range(NUM_IN_FLIGHT)]
+
+    def speed(lane: Lane, starts: Sequence[_Start], sent_nbytes: float) -> float:
+        return NUM_IN_FLIGHT * sent_nbytes / _median_s(membership, streams, lane, starts) / 1e9
+
+    def mean(dtype: torch.dtype) -> float:
+        buckets = buffers(dtype)
+        shard_numel = buckets[0].numel() // world_size
+        part = (rank * shard_numel, (rank + 1) * shard_numel)
+        starts = [partial(collectives.mean, streams, bucket, part) for bucket in buckets]
+        return speed(Lane.REDUCE, starts, passes * pass_nbytes(buckets[0].nbytes, world_size))
 
     def gather() -> float:
-        flat = torch.zeros(nbytes // 2 // world_size * world_size, dtype=torch.bfloat16)
-        flat = flat.to(device)
-        start = partial(collectives.gather, streams, flat)
-        seconds = _median_s(membership, streams, Lane.GATHER, start)
-        return pass_nbytes(flat.nbytes, world_size) / seconds / 1e9
+        buckets = buffers(torch.bfloat16)
+        starts = [partial(collectives.gather, streams, bucket) for bucket in buckets]
+        return speed(Lane.GATHER, starts, pass_nbytes(buckets[0].nbytes, world_size))
 
     return RingSpeed(mean(torch.bfloat16), mean(torch.float32), gather())
 
@@ -92,21 +100,22 @@ def _passes_of_mean(membership: Membership, device: torch.device) -> int:
 
 
 def _median_s(
-    membership: Membership, streams: Streams, lane: Lane, start: Callable[[], PendingCollective]
+    membership: Membership, streams: Streams, lane: Lane, starts: Sequence[_Start]
 ) -> float:
     """Return the median seconds of a round; the first, which connects the ranks, is left out."""
-    rounds = [_round_s(membership, streams, lane, start) for _ in range(1 + NUM_ROUNDS)]
+    rounds = [_round_s(membership, streams, lane, starts) for _ in range(1 + NUM_ROUNDS)]
     slowest = torch.tensor(rounds[1:], dtype=torch.float64)
     membership.all_reduce(slowest, dist.ReduceOp.MAX)
     return float(slowest.median())
 
 
 def _round_s(
-    membership: Membership, streams: Streams, lane: Lane, start: Callable[[], PendingCollective]
+    membership: Membership, streams: Streams, lane: Lane, starts: Sequence[_Start]
 ) -> float:
     membership.all_reduce(torch.zeros(1))  # they begin together
     start_s = time.perf_counter()
-    start().wait(membership)
+    for pending in [start() for start in starts]:
+        pending.wait(membership)
     over = streams.mark(lane)
     while not over.query():  # on a device; a host's collective is over
         membership.raise_failure()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from offload_adam.observe.spans import Span
+from offload_adam.profiling.lateness import LATE
 from offload_adam.profiling.memory_charts import by_category, of_process, places_of
 from offload_adam.profiling.profile import (
     STEP,
@@ -35,7 +36,8 @@ _PHASE_COLORS = {
     "copy up": "#F0E442",
     "norm": "#A9D8F5",
     "update": "#56B4E9",
-    "wait": "#D8E8F2",
+    "update wait": "#D8E8F2",
+    LATE: "#B2182B",
 }
 """What waits for one resource has shades of one color."""
 

@@ -248,8 +248,8 @@ class Tasks:
     def gather(self, number: int, spans: Spans) -> None:
         """Start bringing the other ranks' shards of a bucket."""
         state = self.states[number]
+        self.crossing.begin(Operation.GATHER, number)  # may wait for an update, which is no gather
         with spans.span("gather", number):
-            self.crossing.begin(Operation.GATHER, number)
             streams = self._streams.of(state.device)
             self._gathering[number] = self._collectives.gather(streams, state.flat)
             self.crossing.end(Operation.GATHER, number)

@@ -75,7 +75,20 @@ def test_slow_copies_ask_for_narrower_parameters(
 def test_slow_collectives_ask_for_rarer_ones(tmp_path: Path) -> None:
     train(tmp_path, "collectives")
     sentence = finding(tmp_path / "tiny")
-    assert "is spent on other ranks. Raise train.gradient_accumulation_steps" in sentence
+    assert "is spent on transfers between ranks. Raise train.gradient_accumulation" in sentence
+    assert "Rank" not in sentence
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_slow_rank_is_named_and_what_it_is_slow_in(tmp_path: Path) -> None:
+    train(tmp_path, "forward@1")
+    sentence = finding(tmp_path / "tiny")
+    assert "is spent on waiting for ranks that come later. Rank 1, on " in sentence
+    late = re.search(r"comes ([\d.]+) ms later than the others: its forward takes", sentence)
+    assert late is not None
+    # Two microbatches a step, of 150 ms more each.
+    assert float(late[1]) == pytest.approx(300.0, rel=0.2)
 
 
 def train(folder: Path, what: str) -> None:

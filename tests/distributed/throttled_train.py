@@ -1,4 +1,4 @@
-"""The command line with one slow resource: `throttled_train.py WHAT profile CONFIG ...`.
+"""The command line with one slow resource: `throttled_train.py WHAT[@RANK] profile CONFIG ...`.
 
 Every use of it takes longer, where the package itself calls what uses it. The delays of a step are
 long enough that a busy machine's forward and backward are still short beside them.
@@ -7,6 +7,7 @@ long enough that a busy machine's forward and backward are still short beside th
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,8 +18,10 @@ import torch
 from offload_adam.cli.app import main
 from offload_adam.coordinator.membership import Membership
 from offload_adam.kernels import update
+from offload_adam.train import loop
 
 USED_BY: dict[str, tuple[Any, str, float]] = {
+    "forward": (loop, "next_token_loss", 0.15),
     "cpu": (update, "update", 0.5),
     "copies": (torch.Tensor, "copy_", 0.05),
     "collectives": (Membership, "wait", 0.15),
@@ -38,6 +41,8 @@ def slowed(function: Callable[..., Any], delay_s: float) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
-    owner, name, delay_s = USED_BY[sys.argv.pop(1)]
-    setattr(owner, name, slowed(getattr(owner, name), delay_s))
+    what, _, rank = sys.argv.pop(1).partition("@")
+    owner, name, delay_s = USED_BY[what]
+    if rank in ("", os.environ["RANK"]):
+        setattr(owner, name, slowed(getattr(owner, name), delay_s))
     main()

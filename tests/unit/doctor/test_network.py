@@ -62,7 +62,7 @@ def test_ranks_measure_the_same_and_something_that_can_be(ranks: RankPool, world
 def test_a_speed_is_what_a_rank_sends_over_the_slowest_ranks_time(ranks: RankPool) -> None:
     speeds = ranks.run(measure, 3, [1.0, 4.0, 2.0])
     # Of 6,144 bytes a rank sends two thirds in each pass: two passes for a mean, one for a gather.
-    one_pass = 6144 * 2 / 3 / 4.0 / 1e9
+    one_pass = network.NUM_IN_FLIGHT * 6144 * 2 / 3 / 4.0 / 1e9
     assert speeds == [RingSpeed(2 * one_pass, 2 * one_pass, one_pass)] * 3
 
 

@@ -36,10 +36,10 @@ FACTS = RunFacts(
         (
             "gather",
             replace(FACTS, reduce_dtype="fp32"),
-            Resource.COLLECTIVES,
+            Resource.TRANSFERS,
             "optimizer.reduce_dtype",
         ),
-        ("gather", FACTS, Resource.COLLECTIVES, "train.gradient_accumulation_steps"),
+        ("gather", FACTS, Resource.TRANSFERS, "train.gradient_accumulation_steps"),
         ("data", FACTS, Resource.DATA, "data"),
     ],
 )
@@ -59,7 +59,7 @@ def test_shares_are_of_the_whole_step() -> None:
     found = diagnose([profile()], FACTS)
     assert found is not None
     assert found.shares[Resource.COMPUTE] == pytest.approx(19 / 34)
-    assert found.shares[Resource.COLLECTIVES] == pytest.approx(5 / 34)
+    assert found.shares[Resource.TRANSFERS] == pytest.approx(5 / 34)
     assert sum(found.shares.values()) == pytest.approx(1.0)
     assert "34.0 ms" in found.sentence
     assert "56%" in found.sentence
@@ -74,16 +74,16 @@ def test_nothing_recorded_is_nothing_said() -> None:
     [
         ("update", Resource.UPDATE),
         ("copy up", Resource.COPIES),
-        ("reduce", Resource.COLLECTIVES),
+        ("reduce", Resource.TRANSFERS),
         (None, Resource.UPDATE),
     ],
 )
 def test_a_wait_is_charged_to_what_goes_on_meanwhile(
     beside: str | None, resource: Resource
 ) -> None:
-    found = profile(0, {**PHASES, "wait": 60})
+    found = profile(0, {**PHASES, "update wait": 60})
     spans = list(found.spans)
-    for wait in (span for span in found.spans if span.name == "wait"):
+    for wait in (span for span in found.spans if span.name == "update wait"):
         if beside is not None:
             # Half of it, from before its begin; and a copy for a sixth.
             middle_ns = (wait.start_ns + wait.end_ns) // 2
@@ -94,7 +94,7 @@ def test_a_wait_is_charged_to_what_goes_on_meanwhile(
     assert diagnosis is not None
     assert diagnosis.resource is resource
     step = sum(PHASES.values()) + 60
-    expected = {Resource.UPDATE: 9.0, Resource.COPIES: 0.0, Resource.COLLECTIVES: 5.0}
+    expected = {Resource.UPDATE: 9.0, Resource.COPIES: 0.0, Resource.TRANSFERS: 5.0}
     expected[resource] += 60.0 if beside is None else 45.0
     expected[Resource.UPDATE] += 0.0 if beside is None else 15.0
     for each, ms in expected.items():

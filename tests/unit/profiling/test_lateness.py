@@ -1,0 +1,165 @@
+"""Waits for a slower rank are told from transfers, and the rank is named."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+
+from offload_adam.observe.spans import NO_BUCKET, Span
+from offload_adam.profiling.diagnosis import Resource, diagnose
+from offload_adam.profiling.lateness import LATE, with_late_ranks
+from offload_adam.profiling.profile import STEP, RankProfile
+from tests.unit.profiling.synthetic import MS
+from tests.unit.profiling.test_diagnosis import FACTS
+
+MAIN = "MainThread"
+
+
+def rank_profile(
+    rank: int, compute_ms: list[int], slowest_ms: list[int], transfer_ms: int
+) -> RankProfile:
+    """Return steps of forward, a mean that all ranks end together, an update of 2 and a gather.
+
+    Args:
+        compute_ms: of this rank, a step; slowest_ms: of the slowest one.
+    """
+    spans, now = [], 0
+    for number, (own_ms, last_ms) in enumerate(zip(compute_ms, slowest_ms, strict=True), start=1):
+        begin = now
+        over = begin + (last_ms + 1 + transfer_ms) * MS
+
+        def add(name: str, bucket: int, start: int, end: int) -> None:
+            spans.append(Span(name, bucket, MAIN, start, end))
+
+        packed = begin + own_ms * MS
+        add("forward", NO_BUCKET, begin, packed)
+        add("pack", 0, packed, packed + MS)
+        add("reduce", 0, packed + MS, over)
+        add("update", 0, over, over + 2 * MS)
+        add("gather", 0, over + 2 * MS, over + 2 * MS)
+        add("gather", 0, over + 2 * MS, over + (2 + transfer_ms) * MS)
+        now = over + (2 + transfer_ms) * MS
+        add(STEP, number, begin, now)
+    spans.sort(key=lambda span: span.start_ns)
+    return RankProfile(rank, f"host-{rank}", spans)
+
+
+def world(compute_ms: Mapping[int, list[int]], transfer_ms: int) -> list[RankProfile]:
+    slowest = [max(step) for step in zip(*compute_ms.values(), strict=True)]
+    return [rank_profile(r, own, slowest, transfer_ms) for r, own in compute_ms.items()]
+
+
+def times_ms(profile: RankProfile) -> Counter[tuple[str, int]]:
+    total: Counter[tuple[str, int]] = Counter()
+    for span in profile.spans:
+        total[span.name, span.bucket] += (span.end_ns - span.start_ns) // MS
+    return total
+
+
+def test_a_wait_is_divided_where_the_last_rank_begins() -> None:
+    profiles = world({0: [10, 10], 1: [30, 20], 2: [20, 10]}, transfer_ms=4)
+    found = [times_ms(profile) for profile in with_late_ranks(profiles)]
+    assert [times[LATE, 1] for times in found] == [30, 0, 20]
+    assert [times["reduce", 0] for times in found] == [8, 8, 8]
+    assert [times["gather", 0] for times in found] == [8, 8, 8]
+    for times, profile in zip(found, profiles, strict=True):
+        assert times.total() == times_ms(profile).total()
+        assert times["forward", NO_BUCKET] == times_ms(profile)["forward", NO_BUCKET]
+
+
+def test_a_mean_that_is_over_before_the_last_ranks_own_wait_is_a_transfer() -> None:
+    """The last rank begins it in its backward, and goes on with that while it is under way."""
+    first = [Span("pack", 0, MAIN, 0, 1), Span("reduce", 0, MAIN, 1, 60)]
+    last = [Span("pack", 0, MAIN, 20, 30), Span("reduce", 0, MAIN, 90, 91)]
+    found, other = with_late_ranks([RankProfile(0, "", first), RankProfile(3, "", last)])
+    assert found.spans[1:] == [Span(LATE, 3, MAIN, 1, 30), Span("reduce", 0, MAIN, 30, 60)]
+    assert other.spans == last
+
+
+def test_of_a_long_run_the_latest_spans_are_matched() -> None:
+    whole = world({0: [10, 10, 10], 1: [30, 20, 15]}, transfer_ms=4)
+    cut = replace(whole[0], spans=whole[0].spans[9:])  # as the oldest are written over
+    found = with_late_ranks([cut, whole[1]])[0]
+    assert times_ms(found)[LATE, 1] == 10 + 5
+
+
+def test_what_one_rank_alone_has_recorded_stays_whole() -> None:
+    whole = world({0: [10], 1: [30]}, transfer_ms=4)
+    assert with_late_ranks(whole[:1]) == whole[:1]
+    bare = replace(whole[1], spans=[])
+    assert with_late_ranks([whole[0], bare]) == [whole[0], bare]
+
+
+def test_a_rank_that_is_late_alone_is_named_with_its_phase() -> None:
+    profiles = world({0: [10] * 4, 1: [10] * 4, 2: [10] * 4, 3: [50] * 4}, transfer_ms=4)
+    found = diagnose(profiles, FACTS)
+    assert found is not None
+    assert (found.resource, found.setting) == (Resource.LATENESS, "")
+    # Three ranks wait 40 of 61 ms, and the fourth spends them on what the others do in 10.
+    assert found.step_ms == pytest.approx(61.0)
+    assert found.shares[Resource.LATENESS] == pytest.approx(40 / 61)
+    assert found.shares[Resource.TRANSFERS] == pytest.approx(
+        (3 * 8 + 8 * 21 / 61) / (4 * 61), rel=1e-6
+    )
+    assert sum(found.shares.values()) == pytest.approx(1.0)
+    assert "Rank 3, on host-3, comes 40.0 ms later than the others: its forward takes" in (
+        found.sentence
+    )
+    assert "takes 40.0 ms more" in found.sentence
+
+
+def test_a_slow_network_is_no_rank() -> None:
+    profiles = world({0: [10] * 4, 1: [12] * 4}, transfer_ms=40)
+    found = diagnose(profiles, FACTS)
+    assert found is not None
+    assert (found.resource, found.setting) == (
+        Resource.TRANSFERS,
+        "train.gradient_accumulation_steps",
+    )
+    assert found.shares[Resource.TRANSFERS] == pytest.approx(80 / 95, abs=0.02)
+    assert "Rank" not in found.sentence
+
+
+def test_ranks_that_are_late_by_turns_are_told_so() -> None:
+    profiles = world({0: [10, 10, 70, 10, 70], 1: [10, 70, 10, 70, 10]}, transfer_ms=1)
+    found = diagnose(profiles, FACTS)
+    assert found is not None
+    # Each waits half of the time, and nobody longer than the other.
+    assert found.shares[Resource.LATENESS] == pytest.approx(30 / 75)
+    assert found.late is None
+    assert found.resource is Resource.COMPUTE
+
+
+def test_a_late_rank_is_told_of_beside_what_bounds_the_run() -> None:
+    profiles = world({0: [80] * 4, 1: [100] * 4}, transfer_ms=1)
+    found = diagnose(profiles, FACTS)
+    assert found is not None
+    assert found.resource is Resource.COMPUTE
+    assert "Rank 1, on host-1, comes 20.0 ms later than the others" in found.sentence
+    profiles = world({0: [95] * 4, 1: [100] * 4}, transfer_ms=1)
+    found = diagnose(profiles, FACTS)
+    assert found is not None
+    assert found.late is None
+
+
+def test_lateness_on_another_thread_is_charged_to_the_rank() -> None:
+    """Rank 0's landing thread waits for rank 1 while the training thread waits for it."""
+    spans = {
+        rank: [
+            Span(STEP, 1, MAIN, 0, 100 * MS),
+            Span("forward", NO_BUCKET, MAIN, 0, begun * MS),
+            Span("pack", 0, MAIN, begun * MS, begun * MS),
+            Span("reduce", NO_BUCKET, MAIN, begun * MS, 100 * MS),
+            Span("reduce", 0, "update", begun * MS, 100 * MS),
+        ]
+        for rank, begun in ((0, 10), (1, 90))
+    }
+    found = diagnose([RankProfile(rank, "h", own) for rank, own in spans.items()], FACTS)
+    assert found is not None
+    assert found.resource is Resource.LATENESS
+    assert found.late is not None
+    assert found.late.rank == 1
+    assert found.late.late_ms == pytest.approx(80.0)
