@@ -36,6 +36,8 @@ _PHASE_COLORS = {
     "copy up": "#F0E442",
     "norm": "#A9D8F5",
     "update": "#56B4E9",
+    "device update": "#86C9EF",
+    "checkpoint wait": "#7F6A5A",
     "update wait": "#D8E8F2",
     LATE: "#B2182B",
 }

@@ -21,6 +21,7 @@ class Resource(Enum):
     COPIES = "copies between host and device"
     LATENESS = "waiting for ranks that come later"
     TRANSFERS = "transfers between ranks"
+    CHECKPOINTS = "checkpoints that are still being written"
     DATA = "the data"
 
 
@@ -30,6 +31,7 @@ RESOURCE_OF = {
     "loss": Resource.COMPUTE,
     "norm": Resource.UPDATE,
     "update": Resource.UPDATE,
+    "device update": Resource.UPDATE,
     "update wait": Resource.UPDATE,
     "copy down": Resource.COPIES,
     "copy up": Resource.COPIES,
@@ -38,6 +40,7 @@ RESOURCE_OF = {
     "agree": Resource.TRANSFERS,
     "gather": Resource.TRANSFERS,
     "all-reduce": Resource.TRANSFERS,
+    "checkpoint wait": Resource.CHECKPOINTS,
     LATE: Resource.LATENESS,
     "data": Resource.DATA,
 }
@@ -304,6 +307,11 @@ def _advice(resource: Resource, facts: RunFacts, late: LateRank | None) -> tuple
             return "train.gradient_accumulation_steps", (
                 "They take turns in it: raise train.gradient_accumulation_steps, for they wait for "
                 "each other once a step, and start no more ranks than there are cores."
+            )
+        case Resource.CHECKPOINTS:
+            return "checkpoint.every", (
+                "Updates wait until their bucket is on the disk: raise checkpoint.every, or let "
+                "run.dir be on a faster disk."
             )
         case Resource.DATA:
             return "data", "Reading the data takes longest: a faster disk or smaller batches help."

@@ -13,12 +13,13 @@ from offload_adam.profiling.profile import RankProfile, label_of
 def write_trace(profiles: Sequence[RankProfile], path: Path) -> None:
     """Write one track a thread and rank, and one counter a rank.
 
-    Times are microseconds since the first span of any rank, on rank 0's clock.
+    Times are microseconds since the first span or sample of any rank, on rank 0's clock.
 
     Source: Google, "Trace Event Format".
     """
-    starts = [profile.spans[0].start_ns for profile in profiles if profile.spans]
-    origin_ns = min(starts, default=0)
+    spans = [profile.spans[0].start_ns for profile in profiles if profile.spans]
+    samples = [profile.samples[0]["time_ns"] for profile in profiles if profile.samples]
+    origin_ns = min([*spans, *samples], default=0)
     events = [event for profile in profiles for event in _events(profile, origin_ns)]
     text = json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
     path.write_text(text, encoding="utf-8")

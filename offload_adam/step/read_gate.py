@@ -63,6 +63,10 @@ class ReadGate:
         self.num_waits, self.waited_s = 0, 0.0
         self.num_begun += 1
 
+    def holds(self, bucket: int) -> bool:
+        """Whether whoever writes a bucket would have to wait."""
+        return bucket in self._held
+
     def wait_until_free(self, bucket: int) -> None:
         """Return when a bucket may be written."""
         if bucket not in self._held:

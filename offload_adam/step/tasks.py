@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -195,8 +196,8 @@ class Tasks:
     ) -> None:
         """Update this rank's shard of a bucket, and start it on its way up to its device."""
         state = self.states[number]
-        with spans.span("update", number):
-            self.crossing.begin(Operation.UPDATE, number)
+        self._await_turn(state, spans)
+        with spans.span("update" if state.hosted else "device update", number):
             rounded = self._target(state)
             self.updates.of(state).update(state, gradients, active, masks, rounded)
             if not state.hosted:
@@ -204,6 +205,15 @@ class Tasks:
         if state.offloaded:
             with spans.span("copy up", number):
                 self._copy_up(state, active, rounded)
+
+    def _await_turn(self, state: BucketState, spans: Spans) -> None:
+        """Wait for the slot that the update writes, and for a checkpoint that reads the bucket."""
+        number = state.layout.index
+        with spans.span("copy up", number) if state.offloaded else nullcontext():
+            self.crossing.begin(Operation.UPDATE, number)
+        if self.updates.gate.holds(number):
+            with spans.span("checkpoint wait", number):
+                self.updates.gate.wait_until_free(number)
 
     def _target(self, state: BucketState) -> torch.Tensor | None:
         """Return where the kernel writes the rounded parameters, None for an fp32 bucket."""

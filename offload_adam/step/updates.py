@@ -48,11 +48,14 @@ class BucketUpdate(Protocol):
 
 
 class Updates:
-    """Both updates; that of the host, with Numba, is made with the first bucket that needs it."""
+    """Both updates; that of the host, with Numba, is made with the first bucket that needs it.
+
+    gate: keeps them off what a checkpoint still reads.
+    """
 
     def __init__(self, num_threads: int | None, gate: ReadGate) -> None:
         self._num_threads = num_threads
-        self._gate = gate
+        self.gate = gate
         self._host: HostUpdate | None = None
         self._device = DeviceUpdate(gate)
 
@@ -82,7 +85,7 @@ class Updates:
 
     def _made(self) -> HostUpdate:
         if self._host is None:
-            self._host = HostUpdate(self._num_threads, self._gate)
+            self._host = HostUpdate(self._num_threads, self.gate)
         return self._host
 
     def of(self, state: BucketState) -> BucketUpdate:

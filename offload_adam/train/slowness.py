@@ -28,7 +28,11 @@ _SHORT_NUMEL = 8_000_000
 class UpdateSpeed:
     """Warns once when the median update moves less than half of what it could.
 
-    nbytes: traffic of one update of this rank.
+    An update's time stands in its own step's record or, where updates overlap, in the next one's,
+    which may be a skipped step's. So what counts is that there is a time.
+
+    nbytes: traffic of one update of this rank; one that leaves parameters out has less, and seems
+        faster.
     limit_gb_per_s: this rank's share of the memory's bandwidth.
     """
 
@@ -41,7 +45,7 @@ class UpdateSpeed:
     def take(self, record: StepRecord) -> None:
         """Count one step in; the last that counts may bring the warning."""
         update_ms = record.timings_ms.get("optimizer.update", 0.0)
-        if record.skipped or update_ms <= 0.0 or len(self._updates_ms) == NUM_STEPS:
+        if update_ms <= 0.0 or len(self._updates_ms) == NUM_STEPS:
             return
         self._num_seen += 1
         if self._num_seen <= NUM_WARMUP:
@@ -62,7 +66,13 @@ class UpdateSpeed:
 
 
 def update_speed(job: Job) -> UpdateSpeed | None:
-    """Return what judges this rank's updates, None where they are small, or nothing is known."""
+    """Return what judges this rank's updates, None where they are small, or nothing is known.
+
+    Nor are those judged that share cores and memory with a forward on the same CPU: they are slow
+    for a reason that doctor does not know.
+    """
+    if job.world.device.type == "cpu" and job.config.optimizer.overlap:
+        return None
     nbytes = update_nbytes(specs_of(job.model), training_of_job(job))
     if nbytes < LEAST_NBYTES:
         return None

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from offload_adam import OffloadAdam
 from offload_adam.doctor import kept
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import allowed_cores
+from offload_adam.step.update import HostUpdate
 from offload_adam.train import slowness
 from offload_adam.train.records import StepRecord
 from offload_adam.train.slowness import NUM_STEPS, NUM_WARMUP, UpdateSpeed
@@ -52,10 +58,71 @@ def test_slow_first_steps_and_single_ones_do_not_count(caplog: pytest.LogCapture
 def test_steps_without_an_update_do_not_count(caplog: pytest.LogCaptureFixture) -> None:
     speed = UpdateSpeed(10**9, 40.0)
     for _ in range(50):
-        speed.take(record(500.0, skipped=True))
+        speed.take(record(0.0, skipped=True))
         speed.take(record(0.0))
     assert caplog.text == ""
     assert warnings_after(speed, caplog, *[500.0] * (NUM_WARMUP + NUM_STEPS)) == 1
+
+
+def overlapping(num_layers: int) -> tuple[torch.nn.Module, OffloadAdam]:
+    layers = torch.nn.ModuleList(torch.nn.Linear(64, 64, bias=False) for _ in range(num_layers))
+    model = torch.nn.Sequential(*layers)
+    optimizer = OffloadAdam(
+        model.parameters(), module=model, overlap=True, num_threads=1, bucket_nbytes=4 * 64 * 64
+    )
+    return model, optimizer
+
+
+def test_the_time_of_an_update_stands_once_in_the_next_record_skipped_or_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each of three buckets' updates takes 20 ms more; the step before a skipped one counts."""
+    update = HostUpdate.update
+
+    def slow(*arguments: Any, **keywords: Any) -> None:
+        time.sleep(0.02)
+        update(*arguments, **keywords)
+
+    monkeypatch.setattr(HostUpdate, "update", slow)
+    model, optimizer = overlapping(3)
+    found: list[tuple[bool, float]] = []
+    for factor in (1.0, 1.0, float("inf"), float("inf"), 1.0, 1.0):
+        (model(torch.randn(2, 64)).sum() * factor).backward()
+        optimizer.step()
+        report = optimizer.last_step
+        assert report is not None
+        found.append((report.skipped, report.timings.get("update", 0.0)))
+    optimizer.close()
+    assert [skipped for skipped, _ in found] == [False, False, True, True, False, False]
+    # A first step has none yet, and after a skipped one there is none.
+    assert [spent_s > 0.0 for _, spent_s in found] == [False, True, True, False, False, True]
+    for _, spent_s in found:
+        assert spent_s == 0.0 or 0.06 <= spent_s < 0.6
+
+
+def test_waiting_for_a_checkpoint_is_no_update() -> None:
+    model, optimizer = overlapping(2)
+    model(torch.randn(2, 64)).sum().backward()
+    gate = optimizer.begin_reading([0, 1])
+    threading.Timer(0.3, gate.finish).start()
+    optimizer.step()
+    optimizer.synchronize()
+    model(torch.randn(2, 64)).sum().backward()
+    optimizer.step()
+    report = optimizer.last_step
+    assert report is not None
+    optimizer.close()
+    assert report.timings["checkpoint wait"] >= 0.2
+    assert report.timings["update"] < 0.2
+
+
+def test_updates_beside_a_forward_on_the_same_cores_are_not_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(slowness, "LEAST_NBYTES", 1)
+    monkeypatch.setattr(slowness, "_limit_gb_per_s", lambda num_threads: 1e6)
+    run(tmp_path, optimizer={"overlap": True})
+    assert "less than half" not in caplog.text
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from offload_adam.errors import MissingExtraError
 from offload_adam.profiling.profile import RankProfile
 from offload_adam.profiling.report import ReportInputs, write_report
 from offload_adam.profiling.trace import write_trace
+from tests.unit.profiling.chrome_trace import read_trace
 from tests.unit.profiling.synthetic import MS, NUM_STEPS, PHASES, profile
 
 PROFILES = [profile(0), profile(1, start_ms=2)]
@@ -49,6 +50,39 @@ def test_the_trace_has_a_track_a_thread_and_a_counter_a_rank(tmp_path: Path) -> 
     assert names == {0: "rank 0 on host", 1: "rank 1 on host"}
     counters = [event for event in events if event["ph"] == "C"]
     assert [e["args"]["state"] for e in counters if e["pid"] == 1] == [2**20 * i for i in range(10)]
+
+
+def test_the_trace_is_one_that_the_format_allows(tmp_path: Path) -> None:
+    early = replace(PROFILES[1], samples=[{**PROFILES[1].samples[0], "time_ns": -7 * MS}])
+    write_trace([PROFILES[0], early], tmp_path / "trace.json")
+    trace = read_trace(tmp_path / "trace.json")
+    assert trace.threads == {(0, 0): "MainThread", (1, 0): "MainThread"}
+    assert trace.counters[1, "memory, bytes"][0][0] == 0.0
+    assert trace.spans[0, 0][0][0] == 7e3
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"ph": "X", "name": "a", "cat": "a", "pid": 0, "tid": 0, "ts": 1.0, "dur": -0.5},
+        {"ph": "X", "name": "a", "cat": "a", "pid": 0, "tid": 0, "ts": 500.0, "dur": 1e4},
+        {"ph": "X", "name": "a", "cat": "a", "pid": 0, "tid": 7, "ts": 1.0, "dur": 1.0},
+        {"ph": "B", "name": "a", "cat": "a", "pid": 0, "tid": 0, "ts": 1.0},
+        {"ph": "C", "name": "memory, bytes", "pid": 0, "ts": 9e9, "args": {"rss": "5"}},
+        {"ph": "C", "name": "memory, bytes", "pid": 0, "ts": 0.0, "args": {"rss": 5}},
+        {"ph": "M", "name": "process_name", "pid": 0, "tid": 0, "args": {"name": "again"}},
+    ],
+)
+def test_the_reader_refuses_what_the_format_does_not_allow(
+    tmp_path: Path, event: dict[str, Any]
+) -> None:
+    path = tmp_path / "trace.json"
+    write_trace(PROFILES, path)
+    values = json.loads(path.read_text())
+    values["traceEvents"].append(event)
+    path.write_text(json.dumps(values))
+    with pytest.raises(AssertionError):
+        read_trace(path)
 
 
 def test_a_profile_survives_its_way_to_rank_0() -> None:
