@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from offload_adam.errors import MissingExtraError
 from offload_adam.profiling import charts
-from offload_adam.profiling.diagnosis import Diagnosis
+from offload_adam.profiling.diagnosis import Diagnosis, Resource
 from offload_adam.profiling.peak import Peak, peaks_of, place_of
 from offload_adam.profiling.profile import RankProfile
 from offload_adam.units import format_nbytes
@@ -29,6 +29,7 @@ class ReportInputs:
     achieved: GB/s of rank 0's updates; limit: its share of what this machine's memory gives. None
         where they are not known.
     buckets: bytes by bucket and category on rank 0.
+    planned_ms: what a step was planned to spend on a resource, and where its speed is known from.
     """
 
     title: str
@@ -39,6 +40,7 @@ class ReportInputs:
     achieved: float | None = None
     limit: float | None = None
     buckets: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    planned_ms: Mapping[Resource, tuple[float, str]] = field(default_factory=dict)
 
     @property
     def peaks(self) -> list[Peak]:
@@ -92,7 +94,8 @@ def _sentence(inputs: ReportInputs) -> str:
 
 def _notes(inputs: ReportInputs) -> str:
     """Return the further sentences, each a paragraph."""
-    sentences = [_bandwidth(inputs), _dropped(inputs), *(p.sentence for p in inputs.peaks)]
+    sentences = [_bandwidth(inputs), *_times(inputs), _dropped(inputs)]
+    sentences += [peak.sentence for peak in inputs.peaks]
     return "\n".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences if sentence)
 
 
@@ -107,6 +110,18 @@ def _bandwidth(inputs: ReportInputs) -> str:
         f"{text}, {share:.0f}% of the {inputs.limit:.1f} GB/s that are its share of what was "
         "measured of this machine's memory."
     )
+
+
+def _times(inputs: ReportInputs) -> Iterator[str]:
+    """Yield what the training thread spent on each resource that a time was planned for."""
+    if inputs.diagnosis is None:
+        return
+    for resource, (planned_ms, source) in inputs.planned_ms.items():
+        found_ms = inputs.diagnosis.shares[resource] * inputs.diagnosis.step_ms
+        yield (
+            f"The training thread spends {found_ms:.1f} ms of a step on {resource.value}; planned "
+            f"were {planned_ms:.1f} ms where nothing hides them, by the speed {source}."
+        )
 
 
 def _dropped(inputs: ReportInputs) -> str:

@@ -19,8 +19,8 @@ from offload_adam.errors import MissingExtraError
 from offload_adam.kernels.threads import threads_per_rank
 from offload_adam.observe.spans import NO_BUCKET
 from offload_adam.plan.prediction import predict
-from offload_adam.plan.timing import update_nbytes
-from offload_adam.profiling.diagnosis import Diagnosis, RunFacts, diagnose
+from offload_adam.plan.timing import predict_time, update_nbytes
+from offload_adam.profiling.diagnosis import Diagnosis, Resource, RunFacts, diagnose
 from offload_adam.profiling.peak import peaks_of
 from offload_adam.profiling.profile import RankProfile
 from offload_adam.profiling.report import ReportInputs, write_report
@@ -30,6 +30,7 @@ from offload_adam.train.loop import Job
 from offload_adam.train.planned import specs_of, training_of_job
 from offload_adam.train.run_folder import METRICS_NAME, run_folder
 from offload_adam.train.slowness import limit_gb_per_s
+from offload_adam.train.speeds import known_speeds
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,23 @@ def _inputs(
         achieved=achieved,
         limit=None if achieved is None else limit_gb_per_s(job),
         buckets=by_bucket(job.optimizer.memory_ledger()),
+        planned_ms=_planned_ms(job),
     )
+
+
+def _planned_ms(job: Job) -> dict[Resource, tuple[float, str]]:
+    """Return what a step is planned to spend on updates and transfers, as far as it is known."""
+    training = training_of_job(job)
+    machine = known_speeds(training)
+    timing = predict_time(specs_of(job.model), training, machine)
+    if timing is None:
+        return {}
+    resources = {"update": Resource.UPDATE, "network": Resource.TRANSFERS}
+    return {
+        resource: (timing.seconds[name] * 1e3, machine.source_of(name).value)
+        for name, resource in resources.items()
+        if name in timing.seconds
+    }
 
 
 def _predicted(job: Job, profile: RankProfile) -> dict[str, int]:

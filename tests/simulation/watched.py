@@ -28,6 +28,7 @@ class WatchedUpdates(Updates):
     def __init__(self, inner: Updates, machine: Machine) -> None:
         self._inner = inner
         self._machine = machine
+        self.gate = inner.gate
 
     @property
     def nbytes(self) -> Mapping[str, int]:

@@ -124,7 +124,7 @@ def test_the_report_compares_updates_with_what_doctor_kept(
 ) -> None:
     pytest.importorskip("plotly")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    kept.keep(kept.Bandwidth({1: 20.0}))
+    kept.keep(kept.Bandwidth({1: 20.0}, 2.0))
     run_with(tmp_path, {**SMALL, "train": STEPS, "profile": {"enabled": True}})
     page = (tmp_path / "case" / "report.html").read_text(encoding="utf-8")
     said = re.search(r"move ([\d.]+) GB/s on rank 0, (\d+)% of the 20\.0 GB/s", page)
@@ -137,3 +137,7 @@ def test_the_report_compares_updates_with_what_doctor_kept(
     expected = 28 * numel / update_us / 1e3
     assert float(said[1]) == pytest.approx(expected, abs=0.06)
     assert float(said[2]) == pytest.approx(100 * expected / 20.0, abs=0.6)
+    # The norm reads 4 bytes more, at what a step was measured to get.
+    planned = re.search(r"update on the host; planned were ([\d.]+) ms .* by doctor", page)
+    assert planned is not None
+    assert float(planned[1]) == pytest.approx(32 * numel / 2.0 / 1e6, abs=0.06)
