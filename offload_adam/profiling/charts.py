@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from offload_adam.observe.spans import Span
-from offload_adam.profiling.lateness import LATE
+from offload_adam.profiling.lateness import LATE, with_late_ranks
 from offload_adam.profiling.memory_charts import by_category, of_process, places_of
 from offload_adam.profiling.profile import (
     STEP,
@@ -61,8 +61,9 @@ def all_charts(
 ) -> Iterator[Chart]:
     """Yield the charts that there are values for."""
     if profiles and steps_of(profiles[0].spans):
-        yield _gantt(profiles)
-        yield _split(profiles)
+        divided = with_late_ranks(profiles)
+        yield _gantt(divided)
+        yield _split(divided)
     if profiles and profiles[0].samples:
         yield from _memory(profiles[0], predicted)
     if records:
@@ -119,7 +120,7 @@ def _gantt(profiles: Sequence[RankProfile]) -> Chart:
     figure.update_yaxes(categoryorder="array", categoryarray=order[::-1])
     caption = (
         f"Step {step.bucket}, of median length on rank 0, and what all others did meanwhile; "
-        "clocks are aligned to rank 0's."
+        "clocks are aligned to rank 0's. Where it waits for a late rank, the number is that rank's."
     )
     return Chart("gantt", "One step on every rank and thread", caption, figure)
 

@@ -25,6 +25,9 @@ class Resource(Enum):
     DATA = "the data"
 
 
+BETWEEN_RANKS = (Resource.LATENESS, Resource.TRANSFERS)
+"""What rarer collectives help against, whichever takes more of it."""
+
 RESOURCE_OF = {
     "forward": Resource.COMPUTE,
     "backward": Resource.COMPUTE,
@@ -120,12 +123,25 @@ class Diagnosis:
     @property
     def sentence(self) -> str:
         """Say it."""
-        share = 100.0 * self.shares[self.resource]
-        said = (
-            f"A step takes {self.step_ms:.1f} ms, and {share:.0f}% of it is spent on "
-            f"{self.resource.value}. {self.advice}"
-        )
+        said = f"A step takes {self.step_ms:.1f} ms, and {self._spent()}. {self.advice}"
         return said if self.late is None else f"{said} {self.late.sentence}".replace("  ", " ")
+
+    def _spent(self) -> str:
+        """Say what it is spent on; what takes place between ranks in its two parts."""
+        if self.resource not in BETWEEN_RANKS:
+            return f"{self.shares[self.resource]:.0%} of it is spent on {self.resource.value}"
+        parts = sorted(BETWEEN_RANKS, key=lambda part: part is not self.resource)
+        together = sum(self.shares[part] for part in parts)
+        named = ", ".join(f"{self.shares[part]:.0%} on {part.value}" for part in parts)
+        return f"{together:.0%} of it is spent on other ranks: {named}"
+
+
+def _bounding(shares: Mapping[Resource, float]) -> Resource:
+    """Return what takes most; the two parts of what takes place between ranks count together."""
+    within = max((r for r in Resource if r not in BETWEEN_RANKS), key=lambda r: shares[r])
+    if sum(shares[part] for part in BETWEEN_RANKS) > shares[within]:
+        return max(BETWEEN_RANKS, key=lambda part: shares[part])
+    return within
 
 
 def diagnose(profiles: Sequence[RankProfile], facts: RunFacts) -> Diagnosis | None:
@@ -143,7 +159,7 @@ def diagnose(profiles: Sequence[RankProfile], facts: RunFacts) -> Diagnosis | No
         slow = next(rank for rank in found if rank.rank == late.rank)
         slow.blame(round(late.late_ms * 1e6) * slow.num_steps)
     shares = {each: sum(rank.charged[each] for rank in found) / total_ns for each in Resource}
-    resource = max(shares, key=lambda key: shares[key])
+    resource = _bounding(shares)
     setting, advice = _advice(resource, facts, late)
     step_ms = total_ns / num_steps / 1e6
     notable = late is not None and late.late_ms >= NOTABLE_SHARE * step_ms

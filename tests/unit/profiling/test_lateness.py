@@ -133,6 +133,24 @@ def test_ranks_that_are_late_by_turns_are_told_so() -> None:
     assert found.resource is Resource.COMPUTE
 
 
+def test_what_takes_place_between_ranks_counts_together() -> None:
+    """Neither part takes as much as the model, and both together do."""
+    profiles = world({0: [20, 10, 30, 10, 30], 1: [20, 30, 10, 30, 10]}, transfer_ms=9)
+    found = diagnose(profiles, FACTS)
+    assert found is not None
+    step = 30 + 1 + 9 + 2 + 9
+    assert found.step_ms == pytest.approx(step)
+    assert found.shares[Resource.COMPUTE] == pytest.approx(20 / step)
+    assert found.shares[Resource.LATENESS] == pytest.approx(10 / step)
+    assert found.shares[Resource.TRANSFERS] == pytest.approx(18 / step)
+    assert found.resource is Resource.TRANSFERS
+    assert found.setting == "train.gradient_accumulation_steps"
+    assert (
+        "55% of it is spent on other ranks: 35% on transfers between ranks, 20% on waiting for "
+        "ranks that come later. Raise train.gradient_accumulation_steps" in found.sentence
+    )
+
+
 def test_a_late_rank_is_told_of_beside_what_bounds_the_run() -> None:
     profiles = world({0: [80] * 4, 1: [100] * 4}, transfer_ms=1)
     found = diagnose(profiles, FACTS)
