@@ -82,7 +82,8 @@ class LateRank:
     """The rank that the others wait for, for most of what they wait for each other.
 
     late_ms: how much longer they wait for it than it waits itself, mean over them and the steps.
-    phase: in what it spends more time than the others do, and how much more in a step.
+    phase: in what it spends more time than the others do, and how much more in a step; "" where
+        that does not account for half of it.
     """
 
     rank: int
@@ -235,7 +236,7 @@ def _latest(profiles: Sequence[RankProfile], found: Sequence[_Charges]) -> LateR
         for phase, spent_ns in slow.by_phase.items()
     }
     phase = max(excess_ms, key=lambda name: excess_ms[name], default="")
-    if not phase or excess_ms[phase] <= 0.0:
+    if not phase or excess_ms[phase] < 0.5 * late_ms(slow):
         phase = ""
     host = next(profile.host for profile in profiles if profile.rank == slow.rank)
     return LateRank(slow.rank, host, late_ms(slow), phase, excess_ms.get(phase, 0.0))

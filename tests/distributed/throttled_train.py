@@ -30,12 +30,13 @@ USED_BY: dict[str, tuple[Any, str, float]] = {
 
 
 def slowed(function: Callable[..., Any], delay_s: float) -> Callable[..., Any]:
-    """Return the function with the delay before it."""
+    """Return the function with the delay after it: ranks leave a slow collective together, too."""
 
     @functools.wraps(function)
     def slow(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
         time.sleep(delay_s)
-        return function(*args, **kwargs)
+        return result
 
     return slow
 

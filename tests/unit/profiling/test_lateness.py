@@ -163,6 +163,20 @@ def test_a_late_rank_is_told_of_beside_what_bounds_the_run() -> None:
     assert found.late is None
 
 
+def test_a_phase_that_does_not_account_for_it_is_not_named() -> None:
+    profiles = world({0: [10] * 4, 1: [40] * 4}, transfer_ms=1)
+    # Rank 1 does something before its forward that nothing records.
+    spans = [
+        span._replace(start_ns=span.start_ns + 25 * MS) if span.name == "forward" else span
+        for span in profiles[1].spans
+    ]
+    found = diagnose([profiles[0], replace(profiles[1], spans=spans)], FACTS)
+    assert found is not None
+    assert found.late is not None
+    assert (found.late.rank, found.late.phase) == (1, "")
+    assert "later than the others. Compare what runs there" in found.sentence
+
+
 def test_lateness_on_another_thread_is_charged_to_the_rank() -> None:
     """Rank 0's landing thread waits for rank 1 while the training thread waits for it."""
     spans = {
