@@ -43,9 +43,8 @@ def with_late_ranks(profiles: Sequence[RankProfile]) -> list[RankProfile]:
         for members in zip(*(reversed(part[key]) for part in parts), strict=False):
             last = max(range(len(members)), key=lambda i: members[i].begun_ns)
             for i, member in enumerate(members):
-                if i != last:
-                    rank = profiles[last].rank
-                    until[i][member.wait] = (members[last].begun_ns, rank)
+                # The last one waits from its own begin on: for it there is nothing to divide.
+                until[i][member.wait] = (members[last].begun_ns, profiles[last].rank)
     return [
         replace(profile, spans=list(_divided(profile.spans, ends)))
         for profile, ends in zip(profiles, until, strict=True)

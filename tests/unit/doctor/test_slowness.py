@@ -64,6 +64,16 @@ def test_steps_without_an_update_do_not_count(caplog: pytest.LogCaptureFixture) 
     assert warnings_after(speed, caplog, *[500.0] * (NUM_WARMUP + NUM_STEPS)) == 1
 
 
+def test_a_skipped_steps_record_may_hold_the_update_before_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    speed = UpdateSpeed(10**9, 40.0)
+    for _ in range(NUM_WARMUP + NUM_STEPS):
+        speed.take(record(500.0, skipped=True))
+        speed.take(record(0.0))
+    assert caplog.text.count("less than half") == 1
+
+
 def overlapping(num_layers: int) -> tuple[torch.nn.Module, OffloadAdam]:
     layers = torch.nn.ModuleList(torch.nn.Linear(64, 64, bias=False) for _ in range(num_layers))
     model = torch.nn.Sequential(*layers)
