@@ -20,8 +20,12 @@ LEAST_GB_PER_S = 10.0
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def device_findings(local_world_size: int, *, measure: bool) -> Iterator[Finding]:
-    """Yield whether there is CUDA, and for each GPU its memory and, if measured, its bus."""
+def device_findings(local_world_size: int, speeds: list[float] | None) -> Iterator[Finding]:
+    """Yield whether there is CUDA, and for each GPU its memory and its bus.
+
+    Args:
+        speeds: gets the GB/s of each bus in its slower direction; None to measure none.
+    """
     if not torch.cuda.is_available():
         yield without_cuda(_DRIVER.exists())
         return
@@ -34,8 +38,8 @@ def device_findings(local_world_size: int, *, measure: bool) -> Iterator[Finding
         )
     for index in range(count):
         yield _memory(index)
-        if measure:
-            yield bus(index)
+        if speeds is not None:
+            yield bus(index, speeds)
 
 
 def without_cuda(has_driver: bool) -> Finding:
@@ -64,13 +68,18 @@ def _memory(index: int) -> Finding:
     return ok(f"GPU {index}", found)
 
 
-def bus(index: int) -> Finding:
-    """Measure the copies between pinned host memory and one GPU, in both directions."""
+def bus(index: int, speeds: list[float]) -> Finding:
+    """Measure the copies between pinned host memory and one GPU, in both directions.
+
+    Args:
+        speeds: gets the GB/s of the slower one.
+    """
     topic = f"bus of GPU {index}"
     try:
         up, down = bus_gb_per_s(index)
     except HostMemoryError as error:
         return failed(topic, str(error), "ulimit -l unlimited; in Docker: --ulimit memlock=-1")
+    speeds.append(min(up, down))
     found = f"{up:.1f} GB/s up, {down:.1f} GB/s down"
     if min(up, down) < LEAST_GB_PER_S:
         return warning(topic, found, "compare the link's width and speed: nvidia-smi -q")

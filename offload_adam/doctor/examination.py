@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ BUSY_LOAD_PER_CORE = 0.5
 class Examination:
     """What was found.
 
-    bandwidth: what was measured of memory and network.
+    bandwidth: what was measured of memory, network and bus.
     """
 
     findings: tuple[Finding, ...]
@@ -57,22 +58,33 @@ def examine(
         num_parameters: those that this node's ranks are to save.
         network: what the ranks have found together, before this one was left to look alone.
     """
-    found_network = (
-        {} if network is None or network.speed is None else {network.ranks: network.speed}
-    )
     measured: list[Bandwidth] = []
+
+    def keep(found: Bandwidth) -> Path | None:
+        measured.append(found)
+        return kept.keep(found)
 
     def bandwidth() -> Iterator[Finding]:
         load_average = os.getloadavg()[0]  # before the measurement has its part in it
         memory = measure_bandwidth(counts_to_try(allowed_cores()))
         yield from bandwidth_findings(memory, load_average)
         step = measure_step(allowed_cores()) if can_step() else None
-        measured.append(Bandwidth(memory, step, found_network))
         if step is not None:
             yield step_finding(step, memory[allowed_cores()])
-        path = kept.keep(measured[-1])
+        path = keep(Bandwidth(memory, step))
         if path is not None:
             yield ok("bandwidth kept", f"in {path}, for runs and plans to compare with")
+
+    def ranks() -> Iterator[Finding]:
+        yield from network_findings(network, kept.recall(), local_world_size)
+        if network is not None and network.speed is not None:
+            keep(Bandwidth(network={network.ranks: network.speed}))
+
+    def gpus() -> Iterator[Finding]:
+        speeds: list[float] = []
+        yield from devices.device_findings(local_world_size, speeds if measure else None)
+        if speeds:
+            keep(Bandwidth(bus=min(speeds)))
 
     looks: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
         ("cores", lambda: processors.core_findings(local_world_size)),
@@ -83,13 +95,13 @@ def examine(
         ("huge pages", lambda: [host_memory.huge_pages()]),
         ("NUMA", lambda: [host_memory.numa(local_world_size)]),
         *([("bandwidth", bandwidth)] if measure else []),
-        ("network", lambda: network_findings(network, kept.recall(), local_world_size)),
-        ("CUDA", lambda: devices.device_findings(local_world_size, measure=measure)),
+        ("network", ranks),
+        ("CUDA", gpus),
         ("disk", lambda: [storage.free_disk(folder)]),
         *([("last save", lambda: [storage.last_save(folder, num_parameters)])] if measure else []),
     ]
     findings = [finding for topic, look in looks for finding in looked(topic, look)]
-    return Examination(tuple(findings), measured[-1] if measured else Bandwidth())
+    return Examination(tuple(findings), reduce(Bandwidth.updated, measured, Bandwidth()))
 
 
 def _locked_limit() -> list[Finding]:

@@ -61,11 +61,13 @@ class Bandwidth:
     memory: by number of threads; empty where it is not known.
     step: what a whole step of the optimizer gets with all cores, None where it is not known.
     network: of the ranks that it was measured with.
+    bus: the slowest GPU's copies in their slower direction, None where it is not known.
     """
 
     memory: Mapping[int, float] = field(default_factory=dict)
     step: float | None = None
     network: Mapping[Ranks, RingSpeed] = field(default_factory=dict)
+    bus: float | None = None
 
     def updated(self, newer: Bandwidth) -> Bandwidth:
         """Return it with all that is known of a newer one."""
@@ -73,6 +75,7 @@ class Bandwidth:
             newer.memory or self.memory,
             self.step if newer.step is None else newer.step,
             {**self.network, **newer.network},
+            self.bus if newer.bus is None else newer.bus,
         )
 
 
@@ -86,6 +89,7 @@ def keep(bandwidth: Bandwidth) -> Path | None:
         "machine": _machine(),
         "memory_gb_per_s": {str(threads): value for threads, value in known.memory.items()},
         "step_gb_per_s": known.step,
+        "bus_gb_per_s": known.bus,
         "network_gb_per_s": [
             {**asdict(ranks), **asdict(speed)} for ranks, speed in known.network.items()
         ],
@@ -111,21 +115,22 @@ def recall() -> Bandwidth:
         if values["machine"] != _machine():
             return Bandwidth()
         memory = {int(count): float(value) for count, value in values["memory_gb_per_s"].items()}
-        step = values["step_gb_per_s"]
-        step = None if step is None else float(step)
-        # Files of earlier versions have none.
+        step = _number(values["step_gb_per_s"])
+        # Files of earlier versions have neither of these.
+        bus = _number(values.get("bus_gb_per_s"))
         network = dict(map(_network, values.get("network_gb_per_s", ())))
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         logger.debug("no bandwidth was kept: %s", error)
         return Bandwidth()
     return Bandwidth(
         {count: value for count, value in memory.items() if count > 0 and _possible(value)},
-        step if step is not None and _possible(step) else None,
+        step if _possible(step) else None,
         {
             ranks: speed
             for ranks, speed in network.items()
             if all(map(_possible, asdict(speed).values()))
         },
+        bus if _possible(bus) else None,
     )
 
 
@@ -140,8 +145,12 @@ def _network(entry: Mapping[str, Any]) -> tuple[Ranks, RingSpeed]:
     return ranks, RingSpeed(*speeds)
 
 
-def _possible(gb_per_s: float) -> bool:
-    return 0 < gb_per_s < 1e9
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _possible(gb_per_s: float | None) -> bool:
+    return gb_per_s is not None and 0 < gb_per_s < 1e9
 
 
 def _machine() -> dict[str, Any]:

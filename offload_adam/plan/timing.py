@@ -25,7 +25,7 @@ the fixed costs of a step count, which are not in the prediction."""
 MOST_COMPARED_RANKS = 2
 _HOW_TO_MEASURE = {
     "update": "run offload-adam doctor where it is to train",
-    "bus": "give --bus-bandwidth, or measure it there with plan --measure",
+    "bus": "give --bus-bandwidth, or run offload-adam doctor where it is to train",
     "network": "run offload-adam doctor under torchrun, with the ranks of the run",
 }
 

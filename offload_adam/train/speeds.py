@@ -12,14 +12,15 @@ from offload_adam.plan.inputs import Machine, Source, Training
 
 
 def known_speeds(training: Training) -> Machine:
-    """Return what doctor has kept: of a step, and of the network of exactly these ranks."""
+    """Return what doctor has kept: of a step, the bus, and the network of exactly these ranks."""
     known = kept.recall()
     device = "cuda" if training.on_device else "cpu"
     ranks = kept.ranks_like(training.world_size, training.local_world_size, device)
     return Machine(
         host_gb_per_s=known.step,
+        bus_gb_per_s=known.bus,
         network=known.network.get(ranks),
-        sources={"update": Source.KEPT, "network": Source.KEPT},
+        sources=dict.fromkeys(("update", "bus", "network"), Source.KEPT),
     )
 
 

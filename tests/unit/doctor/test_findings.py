@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload_adam.doctor import devices, examination, host_memory, processors, storage
+from offload_adam.doctor import devices, examination, host_memory, kept, processors, storage
 from offload_adam.doctor.examination import bandwidth_findings, examine, looked
 from offload_adam.doctor.finding import Finding, Status, failed, ok, warning, worst
 from offload_adam.errors import HostMemoryError
 from offload_adam.memory.arena import HostArena
+from offload_adam.plan.inputs import Source, Training
+from offload_adam.train.speeds import known_speeds
 
 
 def test_the_gravest_status_counts() -> None:
@@ -173,7 +175,7 @@ class FakeGpus:
 
 def test_gpus_in_use_or_too_few_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeGpus(monkeypatch)
-    found = list(devices.device_findings(4, measure=False))
+    found = list(devices.device_findings(4, None))
     assert [one.status for one in found] == [Status.FAILED, Status.OK, Status.WARNING]
     assert found[0].found == "2 GPU(s) for 4 local ranks"
     assert found[2].found == "GPU model 1: 10.00 GiB free of 80.00 GiB"
@@ -184,7 +186,28 @@ def test_memory_that_cannot_be_pinned_is_a_failure(monkeypatch: pytest.MonkeyPat
         raise HostMemoryError("CUDA could not pin it")
 
     monkeypatch.setattr(HostArena, "pin", refuse)
-    assert devices.bus(0).status is Status.FAILED
+    speeds: list[float] = []
+    assert devices.bus(0, speeds).status is Status.FAILED
+    assert speeds == []
+
+
+def test_the_slowest_bus_is_kept_beside_the_rest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    FakeGpus(monkeypatch)
+    monkeypatch.setattr(devices, "bus_gb_per_s", lambda index: ((25.0, 24.0), (9.0, 12.0))[index])
+    monkeypatch.setattr(examination, "measure_bandwidth", lambda counts: dict.fromkeys(counts, 8.0))
+    monkeypatch.setattr(examination, "measure_step", lambda threads: 7.0)
+    monkeypatch.setattr(storage, "write_gb_per_s", lambda folder: 1.0)
+    found = examine(2, tmp_path)
+    assert found.bandwidth.bus == 9.0
+    statuses = {one.topic: one.status for one in found.findings if one.topic.startswith("bus")}
+    assert statuses == {"bus of GPU 0": Status.OK, "bus of GPU 1": Status.WARNING}
+    assert kept.recall() == found.bandwidth
+    machine = known_speeds(Training())
+    assert (machine.bus_gb_per_s, machine.host_gb_per_s) == (9.0, 7.0)
+    assert machine.source_of("bus") is Source.KEPT
 
 
 def test_more_threads_that_give_less_are_a_warning() -> None:
