@@ -64,7 +64,8 @@ class FirstUse(TorchFunctionMode):
     ) -> Any:
         """Look at the arguments, and call the function."""
         kwargs = kwargs or {}
-        if func not in self._harmless:
+        # What is being compiled would be compiled with this very look into it.
+        if not torch.compiler.is_compiling() and func not in self._harmless:
             self._look(args)
             self._look(kwargs.values())
         return func(*args, **kwargs)

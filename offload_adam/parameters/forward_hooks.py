@@ -75,6 +75,9 @@ class ForwardHooks:
     def attach(self, bucket_of: BucketOf) -> None:
         """Put hooks on for these parameters, in place of earlier ones. Nothing is under way."""
         self.remove()
+        if self._bucket_of:
+            # The later ones may have a gradient of a backward before they were attached.
+            self._waited |= set(bucket_of.values()) - set(self._bucket_of.values())
         self._bucket_of = bucket_of
         self._always = outside(self._root, bucket_of)
         inner = [module for module in self._root.modules() if module is not self._root]
@@ -157,8 +160,9 @@ class ForwardHooks:
             raise UnreadyParameterError(
                 f"parameter {name_of(missed[0])!r} (and its bucket) has a gradient, but the "
                 "forward that used it did not wait for the last step's update: it was called in a "
-                "way that skips hooks. Call synchronize() after step(), call the model instead of "
-                "its forward(), or make the optimizer with overlap=False"
+                "way that skips hooks, or the gradient was set by hand. Call synchronize() after "
+                "step(), call the model instead of its forward(), or make the optimizer with "
+                "overlap=False"
             )
         if not self._has_overlapped:
             self._always.update(missed)
@@ -197,9 +201,12 @@ class ForwardHooks:
         self.settle()
 
     def _begin_tracing(self) -> None:
-        if self._is_traced or self._arrivals.is_pending:
+        if self._is_traced:
             return
         self._is_traced = True
+        if self._arrivals.is_pending:
+            self.settle()  # the first reader of parameters that were attached later is to be seen
+        self._waited = set(self._always)
         buckets = {id(parameter): bucket for parameter, bucket in self._bucket_of.items()}
         self._tracing = FirstUse(self._bucket_of, lambda found: self._used(buckets[found]))
         self._tracing.begin()

@@ -76,6 +76,12 @@ class VersionWatch:
         torch.autograd.graph.increment_version(parameters)
         self.settle()
 
+    def recount(self, positions: Sequence[int]) -> None:
+        """Bump the versions of these parameters, and take them for unchanged."""
+        torch.autograd.graph.increment_version([self._parameters[p] for p in positions])
+        for position in positions:
+            self._versions[position] = self._parameters[position]._version
+
     def changed(self) -> list[int]:
         """Return the positions of parameters written to since `settle`.
 

@@ -14,6 +14,8 @@ from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.following import follow
 from offload_adam.step.read_gate import ReadGate
 
+_NO_BACKWARD = -1
+
 
 class OutsideWrites:
     """Tells the step which parameters were written to, and a checkpoint being written what it lost.
@@ -89,13 +91,20 @@ class OutsideWrites:
         """
         self._watch.count_writes(written)
 
-    def refuse_during_update(self, bucket: int) -> None:
-        """Refuse writes to parameters whose update was under way.
+    def arrived(self, bucket: int) -> None:
+        """Count our writes to a bucket once more, as its parameters may be read from now on.
+
+        So autograd refuses the gradients of what has read them since `step()`, which was the old
+        values. A backward that is running already is left alone: who waited for what is looked at
+        when its gradients are taken, and that error says more.
 
         Raises:
-            UnreadyParameterError: naming a parameter of this bucket.
+            UnreadyParameterError: naming a parameter that was written to in the meantime.
         """
-        self._watch.refuse_written(self._states[bucket].indices.tolist())
+        positions = self._states[bucket].indices.tolist()
+        self._watch.refuse_written(positions)
+        if torch._C._current_graph_task_id() == _NO_BACKWARD:
+            self._watch.recount(positions)
 
     def begin_reading(self, buckets: Iterable[int]) -> ReadGate:
         """Keep updates off these buckets until the gate says that they have been read."""

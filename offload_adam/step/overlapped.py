@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import logging
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -12,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from offload_adam.coordinator.membership import Membership
+from offload_adam.errors import UnreadyParameterError
 from offload_adam.layout.schedule import Task
 from offload_adam.observe.place import HERE
 from offload_adam.observe.spans import Spans, span
@@ -20,6 +26,10 @@ from offload_adam.step.gradients import BucketGradients
 from offload_adam.step.landing import Flight
 from offload_adam.step.masks import UpdateMasks
 from offload_adam.step.tasks import Tasks
+
+logger = logging.getLogger(__name__)
+
+_exiting = threading.Event()
 
 _SLICE_S = 0.5
 """How long a wait for the update thread is deaf to peers that fail."""
@@ -79,6 +89,8 @@ class OverlappedExecutor(Executor):
         self._updates: dict[int, Job] = {}
         self._to_gather: deque[int] = deque()
         self._to_use: dict[int, int] = {}
+        self._pid = os.getpid()
+        _notice_exit()
 
     @property
     def is_pending(self) -> bool:
@@ -183,6 +195,7 @@ class OverlappedExecutor(Executor):
         needed = [number for number in buckets if number in self._to_use]
         if not needed:
             return
+        self._refuse_forked()
         with self._spans.span("update wait"):
             last = max(self._to_use[number] for number in needed)
             while self._to_gather and self._to_use[self._to_gather[0]] <= last:
@@ -192,6 +205,13 @@ class OverlappedExecutor(Executor):
                 del self._to_use[number]
                 self._arrived(number)
         self._gather_ahead()
+
+    def _refuse_forked(self) -> None:
+        if os.getpid() != self._pid:
+            raise UnreadyParameterError(
+                "this process was forked while parameters were being updated, by a thread that it "
+                "has not: call synchronize() on the optimizer before you fork, or spawn"
+            )
 
     def _bound_backlog(self) -> None:
         """Let no more than two backwards' gradients be on their way.
@@ -210,10 +230,17 @@ class OverlappedExecutor(Executor):
     def close(self) -> None:
         """End the worker when it has done what it was given."""
         self._worker.close()
+        if self._to_gather and not _exiting.is_set():
+            logger.error(
+                "the optimizer was dropped before all parameters were gathered, so they differ "
+                "between ranks now: call synchronize() or close() before"
+            )
 
     def _gather_next(self) -> None:
+        # Forgotten only when it is issued: after an interrupt it is still to come on this rank too.
         with torch.no_grad():
-            self.tasks.gather(self._to_gather.popleft(), self._spans)
+            self.tasks.gather(self._to_gather[0], self._spans)
+        self._to_gather.popleft()
 
     def _gather_ahead(self) -> None:
         """Issue the next gather if nothing need be waited for."""
@@ -255,3 +282,9 @@ class OverlappedExecutor(Executor):
         with HERE.at(phase, bucket), HERE.awaiting(peers=phase == "reduce"):
             while not job.wait(_SLICE_S):
                 self._membership.raise_failure()
+
+
+@functools.cache
+def _notice_exit() -> None:
+    """Know of the interpreter's exit before what was made earlier is finalized by it."""
+    atexit.register(_exiting.set)

@@ -152,7 +152,7 @@ class ShardedAdam:
         if not overlaps:
             return SequentialExecutor(tasks)
         worker = backend.make_worker()
-        arrived = self.outside_writes.refuse_during_update
+        arrived = self.outside_writes.arrived
         return OverlappedExecutor(tasks, worker, self.membership, self._beside_steps, arrived)
 
     def ledger(self) -> list[LedgerEntry]:

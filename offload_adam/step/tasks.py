@@ -256,20 +256,22 @@ class Tasks:
             self.crossing.end(Operation.COPY_UP, number)
 
     def gather(self, number: int, spans: Spans) -> None:
-        """Start bringing the other ranks' shards of a bucket."""
+        """Start bringing the other ranks' shards of a bucket, once."""
         state = self.states[number]
         self.crossing.begin(Operation.GATHER, number)  # may wait for an update, which is no gather
         with spans.span("gather", number):
-            streams = self._streams.of(state.device)
-            self._gathering[number] = self._collectives.gather(streams, state.flat)
+            if number not in self._gathering:  # else an interrupt came before its end was marked
+                streams = self._streams.of(state.device)
+                self._gathering[number] = self._collectives.gather(streams, state.flat)
             self.crossing.end(Operation.GATHER, number)
 
     def use(self, number: int, spans: Spans) -> None:
         """Let the model's own lane read a bucket's parameters from now on."""
-        pending = self._gathering.pop(number, None)
+        pending = self._gathering.get(number)
         if pending is not None:
             with HERE.at("gather", number), spans.span("gather", number):
                 pending.wait(self._membership)
+            del self._gathering[number]
         self.crossing.begin(Operation.USE, number)
 
 

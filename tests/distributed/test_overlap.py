@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import logging
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
 from offload_adam import OffloadAdam, PeerFailedError
+from offload_adam.layout.schedule import Operation
 from tests.distributed.scenario import bits_of
 from tests.ranks import RankError, RankPool
 from tests.unit.overlap.lazy_worker import Lazy
@@ -99,6 +103,66 @@ def test_ranks_that_part_keep_one_order_and_the_sequential_bits(
 def test_three_ranks_that_part(ranks: RankPool) -> None:
     expected = ranks.run(train, 3, "apart", OffloadAdam, False, "bfloat16")
     assert ranks.run(train, 3, "apart", Lazy, True, "bfloat16") == expected
+
+
+def train_interrupted(rank: int, world_size: int, at: str | None) -> list[bytes]:
+    """Interrupt rank 0's wait for the first gather, or in it, and let it go on."""
+    model = Blocks()
+    optimizer = Lazy(model.parameters(), lr=1e-2, module=model, overlap=True, bucket_nbytes=4096)
+    interrupts = iter([True] if rank == 0 and at is not None else [])
+
+    def interrupted(operation: str, original: Callable[..., None]) -> Callable[..., None]:
+        def call(*given: object) -> None:
+            if operation == at and given[0] is Operation.GATHER and next(interrupts, False):
+                raise KeyboardInterrupt
+            original(*given)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        crossing = optimizer._alive().executor.tasks.crossing
+        for operation in ("begin", "end"):
+            original = getattr(crossing, operation)
+            patch.setattr(crossing, operation, interrupted(operation, original))
+        for step in range(NUM_STEPS):
+            x = batch(rank, step)
+            try:
+                loss = model(x, set()).square().mean()
+            except KeyboardInterrupt:
+                loss = model(x, set()).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.synchronize()
+    found = [bits_of(parameter) for parameter in model.parameters()]
+    optimizer.close()
+    return found
+
+
+@pytest.mark.parametrize("at", ["begin", "end"])
+def test_an_interrupted_wait_forgets_no_gather(ranks: RankPool, at: str) -> None:
+    expected = ranks.run(train_interrupted, 2, None)
+    assert ranks.run(train_interrupted, 2, at) == expected
+
+
+def drop_in_the_middle(rank: int, world_size: int) -> str:
+    """Drop an optimizer whose parameters are still to be gathered; return what was logged."""
+    model = Blocks()
+    optimizer = Lazy(model.parameters(), module=model, overlap=True, bucket_nbytes=4096)
+    model(batch(rank, 0), set()).square().mean().backward()
+    optimizer.step()
+    logged = io.StringIO()
+    handler = logging.StreamHandler(logged)
+    logging.getLogger("offload_adam").addHandler(handler)
+    del optimizer
+    gc.collect()
+    logging.getLogger("offload_adam").removeHandler(handler)
+    return logged.getvalue()
+
+
+def test_ranks_that_drop_an_optimizer_too_early_are_told(ranks: RankPool) -> None:
+    for logged in ranks.run(drop_in_the_middle, 2):
+        assert "they differ between ranks now: call synchronize() or close()" in logged
 
 
 def train_with_one_fallen_back(rank: int, world_size: int) -> tuple[list[bytes], bool]:

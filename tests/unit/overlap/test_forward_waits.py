@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import pytest
 import torch
@@ -445,6 +447,102 @@ def test_a_forward_that_skips_hooks_is_an_error_before_any_bad_update() -> None:
     # The next forward is as it should be again.
     model(batch(2)).square().sum().backward()
     optimizer.step()
+
+
+class LaterReadEarly(Plain):
+    """From its second forward on reads the head's weight long before the head is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_forwards = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.num_forwards += 1
+        early = self.head.weight.square().sum() if self.num_forwards > 1 else 0.0
+        return super().forward(x) + early
+
+
+def test_the_gradient_of_a_read_before_its_update_is_refused() -> None:
+    model = make_model(LaterReadEarly)
+    optimizer = make(Lazy, model)
+    step_once(model, optimizer)
+    loss = model(batch(1)).square().sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_penalty_on_weights_of_the_last_step_is_refused() -> None:
+    model = make_model(Plain)
+    optimizer = make(Lazy, model)
+    step_once(model, optimizer)
+    penalty = sum(parameter.square().sum() for parameter in model.parameters())
+    loss = model(batch(1)).square().sum() + penalty
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    optimizer.zero_grad()
+    optimizer.synchronize()
+    penalty = sum(parameter.square().sum() for parameter in model.parameters())
+    (model(batch(1)).square().sum() + penalty).backward()
+    optimizer.step()
+
+
+class CallsCompiled(nn.Module):
+    """Calls a compiled function, and a higher-order operator, between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.compiled = torch.compile(lambda x: torch.tanh(x) * 2, backend="eager")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = self.compiled(block(x))
+        return cast(torch.Tensor, torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)))
+
+
+def test_what_a_forward_compiles_in_its_first_run_is_not_traced() -> None:
+    expected = expect(CallsCompiled)
+    model = make_model(CallsCompiled)
+    optimizer = make(Lazy, model)
+    found = losses(model, optimizer)
+    optimizer.synchronize()
+    assert (found, bits(model)) == expected
+
+
+def test_a_group_added_between_backward_and_step_keeps_its_gradient() -> None:
+    results = []
+    for kind in (OffloadAdam, Lazy):
+        model = make_model(Plain)
+        assert isinstance(model, Plain)
+        head = {id(parameter) for parameter in model.head.parameters()}
+        rest = [(n, p) for n, p in model.named_parameters() if id(p) not in head]
+        optimizer = kind(rest, module=model, overlap=kind is Lazy, lr=1e-2, bucket_nbytes=300)
+        model(batch(0)).square().sum().backward()
+        optimizer.step()
+        model.zero_grad()
+        model(batch(1)).square().sum().backward()
+        optimizer.add_param_group({"params": list(model.head.named_parameters("head"))})
+        optimizer.step()
+        model.zero_grad()
+        losses(model, optimizer, 3)
+        optimizer.synchronize()
+        results.append(bits(model))
+    assert results[0] == results[1]
+
+
+def test_a_forked_worker_that_reads_parameters_under_way_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make_model(Plain)
+    optimizer = make(Lazy, model)
+    step_once(model, optimizer)
+    with monkeypatch.context() as forked:
+        forked.setattr(os, "getpid", lambda: -1)
+        with pytest.raises(UnreadyParameterError, match="was forked while parameters were being"):
+            model(batch(1))
+    optimizer.synchronize()
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    model(batch(1))
 
 
 def test_a_first_forward_that_skips_hooks_falls_back_to_waiting_in_step(
