@@ -34,6 +34,8 @@ def check_group(group: Mapping[str, Any]) -> None:
     for name in _BOOLEANS:
         if not isinstance(group[name], bool):
             raise TypeError(f"{name} must be a bool, not {group[name]!r}")
+    if not isinstance(group.get("epsilon_hat", False), bool):
+        raise TypeError(f"epsilon_hat must be a bool, not {group['epsilon_hat']!r}")
 
 
 def hyperparameters_of(group: Mapping[str, Any]) -> Hyperparameters:

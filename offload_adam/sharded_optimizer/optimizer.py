@@ -21,6 +21,7 @@ from offload_adam.coordinator.agreement import Notice
 from offload_adam.coordinator.membership import is_distributed, open_membership
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.memory.pinning import CudaRuntime, cuda_runtime
+from offload_adam.parameters.group_watch import GroupWatch
 from offload_adam.parameters.hooks import BackwardHooks
 from offload_adam.parameters.options import check_max_norm
 from offload_adam.parameters.selection import (
@@ -84,6 +85,7 @@ class ShardedOptimizer(StateDicts):
         self._max_norm_once: float | None = None
         self._module = module
         self._units = execution.units
+        self._group_watch = GroupWatch(module)
         self._core: ShardedAdam | None = None
         self._hooks: BackwardHooks | None = None
         self._indices: dict[torch.nn.Parameter, int] = {}
@@ -146,6 +148,7 @@ class ShardedOptimizer(StateDicts):
             resources.callback(self._core.gate.abandon)
             resources.callback(self._membership.abort_devices)
             self._take_in(self._core, 0)
+            self._state_made = self.state
         except BaseException:
             self._release()
             raise
@@ -222,6 +225,7 @@ class ShardedOptimizer(StateDicts):
                 self._hooks.attach(state.parameters)
         if core.overlaps and self._module is not None:
             core.hook_forward(self._module, self._units)
+        self._group_watch.extend(self.param_groups[first_group:])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take a further group in, at any time between steps; collective then.
@@ -242,6 +246,7 @@ class ShardedOptimizer(StateDicts):
             raise
 
     def _admit_later(self, param_group: dict[str, Any]) -> None:
+        self._check_edits()
         num_groups = len(self.param_groups)
         self._admit_group(param_group)
         check_parameters(self._select(num_groups).new, self._alive().named_parameters())
@@ -355,6 +360,19 @@ class ShardedOptimizer(StateDicts):
             self._hooks = None
             self.state.clear()
 
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The global 2-norm that every step clips to, None for no clipping; the same on all ranks.
+
+        Raises:
+            TypeError, ValueError: where it is set to what cannot be one.
+        """
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        self._max_grad_norm = check_max_norm("max_grad_norm", value)
+
     def _inputs(self) -> StepInputs:
         """Read what this step is told; what cannot be read is raised once all ranks know of it."""
         try:
@@ -364,6 +382,7 @@ class ShardedOptimizer(StateDicts):
 
     def _read_inputs(self) -> StepInputs:
         """Read the groups as they are now, and the loss scaler's word."""
+        self._check_edits()
         self._refuse_blind_scaler()
         grad_scale = _scalar(getattr(self, "grad_scale", None), absent=1.0)
         if not (math.isfinite(grad_scale) and grad_scale > 0.0):
@@ -376,6 +395,15 @@ class ShardedOptimizer(StateDicts):
             max_norm=self.max_grad_norm if self._max_norm_once is None else self._max_norm_once,
             notice=replace(self.notice, saved=self._alive().gate.num_finished),
         )
+
+    def _check_edits(self) -> None:
+        """Refuse what was done to groups and state, and cannot be followed or cannot be right."""
+        self._group_watch.check(self.param_groups, self._check_group)
+        if self.state is not self._state_made or len(self.state) < len(self._indices):
+            raise ValueError(
+                "optimizer.state was replaced or has lost entries: they show the state, which lies "
+                "elsewhere. Use load_state_dict(), or make a new optimizer to begin anew"
+            )
 
     def _refuse_blind_scaler(self) -> None:
         """Refuse what a GradScaler says that saw no gradient, for those have left `.grad`.

@@ -184,10 +184,31 @@ def clip_otherwise(model: Weights, optimizer: OffloadAdam) -> Callable[[], None]
     return mend
 
 
+def set_a_beta_of_one(model: Weights, optimizer: OffloadAdam) -> Callable[[], None]:
+    optimizer.param_groups[0]["betas"] = (1.0, 0.9)
+
+    def mend() -> None:
+        optimizer.param_groups[0]["betas"] = (0.9, 0.999)
+
+    return mend
+
+
+def take_a_parameter_out(model: Weights, optimizer: OffloadAdam) -> Callable[[], None]:
+    ours = list(optimizer.param_groups[0]["params"])
+    del optimizer.param_groups[0]["params"][1]
+
+    def mend() -> None:
+        optimizer.param_groups[0]["params"] = ours
+
+    return mend
+
+
 MISTAKES: dict[str, tuple[Mistake, str, str, str]] = {
     "storage": (replace_storage, "ParameterReplacedError", "'w1'", "PeerError"),
     "lr": (set_another_lr, "RankDisagreementError", "lr here: [0.5]", "RankDisagreementError"),
-    "no_lr": (set_no_lr, "TypeError", "NoneType", "PeerError"),
+    "no_lr": (set_no_lr, "TypeError", "lr must be a number, not None", "PeerError"),
+    "beta": (set_a_beta_of_one, "ValueError", "betas[0] must lie in [0, 1)", "PeerError"),
+    "taken_out": (take_a_parameter_out, "ValueError", "'w1' was taken out", "PeerError"),
     "max_norm": (clip_otherwise, "RankDisagreementError", "rank(s) [1]", "RankDisagreementError"),
 }
 

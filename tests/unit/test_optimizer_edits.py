@@ -1,0 +1,198 @@
+"""What is done to an optimizer after it was made is followed, or refused with nothing changed."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from offload_adam import Adam, OffloadAdam
+
+
+def parameter(value: float = 0.0) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.full((2,), value))
+
+
+def made(optimizer_type: Any = OffloadAdam) -> Any:
+    """Return an optimizer of two groups, with "a" and "b", and "c"; all have gradients."""
+    optimizer = optimizer_type(
+        [
+            {"params": [("a", parameter(1.0)), ("b", parameter(2.0))]},
+            {"params": [("c", parameter(3.0))]},
+        ]
+    )
+    for member in members(optimizer):
+        member.grad = torch.ones(2)
+    return optimizer
+
+
+def members(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [member for group in optimizer.param_groups for member in group["params"]]
+
+
+def everything(parameters: list[torch.nn.Parameter], optimizer: OffloadAdam) -> list[Any]:
+    held = [part.parameter for part in optimizer.shards()]
+    state = [tensor for part in optimizer.shards() for tensor in part.planes.values()]
+    steps = [part.step for part in optimizer.shards()]
+    return [tensor.tolist() for tensor in (*parameters, *held, *state, *steps)]
+
+
+def refuse(
+    optimizer: OffloadAdam, edit: Callable[[], object], error: type[Exception], words: str
+) -> None:
+    """Edit, and expect that the next step names it and changes nothing."""
+    parameters = members(optimizer)
+    before = everything(parameters, optimizer)
+    edit()
+    for use in (optimizer.step, lambda: optimizer.clip_grad_norm_(1.0)):
+        with pytest.raises(error, match=words):
+            use()
+    assert everything(parameters, optimizer) == before
+
+
+@pytest.mark.parametrize("optimizer_type", [OffloadAdam, Adam])
+@pytest.mark.parametrize(
+    ("key", "value", "error", "words"),
+    [
+        ("lr", math.nan, ValueError, "lr must be finite and at least 0, not nan"),
+        ("lr", -1.0, ValueError, "lr must be finite and at least 0, not -1.0"),
+        ("lr", torch.tensor(math.inf), ValueError, "lr must be finite"),
+        ("lr", "x", TypeError, "lr must be a number, not 'x'"),
+        ("eps", -1.0, ValueError, "eps must be"),
+        ("weight_decay", -0.1, ValueError, "weight_decay must be"),
+        ("betas", (1.0, 0.9), ValueError, r"betas\[0\] must lie in \[0, 1\), not 1.0"),
+        ("betas", (0.9, 2.0), ValueError, r"betas\[1\] must lie"),
+        ("betas", 0.9, ValueError, "betas must be two numbers"),
+        ("maximize", "no", TypeError, "maximize must be a bool, not 'no'"),
+        ("epsilon_hat", 1, TypeError, "epsilon_hat must be a bool, not 1"),
+    ],
+)
+def test_a_hyperparameter_that_cannot_be_is_refused_at_the_step(
+    optimizer_type: Any, key: str, value: Any, error: type[Exception], words: str
+) -> None:
+    optimizer = made(optimizer_type)
+    good = optimizer.param_groups[1].get(key)
+    edit = lambda: optimizer.param_groups[1].update({key: value})  # noqa: E731
+    refuse(optimizer, edit, error, r"param_groups\[1\]: " + words)
+    optimizer.param_groups[1][key] = False if good is None else good
+    optimizer.step()
+    assert optimizer.last_step.num_updated == 3
+
+
+def test_a_tensor_that_is_changed_in_place_is_checked_again() -> None:
+    member = parameter()
+    optimizer = OffloadAdam([member], lr=torch.tensor(0.1))
+    member.grad = torch.ones(2)
+    optimizer.step()
+    refuse(optimizer, lambda: optimizer.param_groups[0]["lr"].neg_(), ValueError, "lr must be")
+
+
+def test_a_hyperparameter_that_is_missing_is_named() -> None:
+    optimizer = made()
+    edit = lambda: optimizer.param_groups[1].pop("eps")  # noqa: E731
+    refuse(optimizer, edit, ValueError, r"param_groups\[1\] has no 'eps'")
+
+
+@pytest.mark.parametrize("bad", [-1.0, 0, math.nan, "1", True])
+def test_max_grad_norm_is_checked_when_it_is_set(bad: Any) -> None:
+    member = parameter()
+    optimizer = OffloadAdam([member], max_grad_norm=2.0)
+    with pytest.raises((TypeError, ValueError), match="max_grad_norm must be"):
+        optimizer.max_grad_norm = bad
+    assert optimizer.max_grad_norm == 2.0
+    optimizer.max_grad_norm = 1
+    member.grad = torch.tensor([3.0, 4.0])
+    optimizer.step()
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.clip_factor == pytest.approx(0.2, rel=1e-6)
+    optimizer.max_grad_norm = None
+    optimizer.step()
+    assert optimizer.last_step.clip_factor == 1.0
+
+
+def test_parameters_that_come_or_go_are_refused_by_name() -> None:
+    def edited(edit: Callable[[list[dict[str, Any]]], object], words: str) -> None:
+        optimizer = made()
+        refuse(optimizer, lambda: edit(optimizer.param_groups), ValueError, words)
+
+    other = parameter()
+    edited(
+        lambda groups: groups[0]["params"].append(other),
+        r"\['params'\]\[2\] was put there .* add_param_group\(\)",
+    )
+    edited(lambda groups: groups[0]["params"].pop(), "'b' was taken out of param_groups.0.")
+    edited(
+        # An equal scalar in its place is another parameter all the same.
+        lambda groups: groups[1].update(
+            params=[torch.nn.Parameter(groups[1]["params"][0].clone())]
+        ),
+        r"param_groups\[1\]\['params'\]\[0\] was put there",
+    )
+    edited(
+        lambda groups: groups[1]["params"].append(groups[0]["params"].pop(0)),
+        r"'a' was moved from param_groups\[0\] to param_groups\[1\]\['params'\]\[1\]",
+    )
+    edited(lambda groups: groups[1].pop("params"), r"param_groups\[1\] has no 'params'")
+    edited(lambda groups: groups.pop(), "there are 1 parameter groups, .* state for 2")
+    edited(lambda groups: groups.append({**groups[0], "params": [other]}), "add_param_group")
+    edited(lambda groups: groups.reverse(), "'c' was moved from")
+
+
+def test_an_equal_scalar_is_another_parameter() -> None:
+    scalar = torch.nn.Parameter(torch.ones(()))
+    optimizer = OffloadAdam([("s", scalar)])
+    scalar.grad = torch.ones(())
+    same = torch.nn.Parameter(torch.ones(()))
+    edit = lambda: optimizer.param_groups[0].update(params=[same])  # noqa: E731
+    refuse(optimizer, edit, ValueError, "was put there after the optimizer had been made")
+
+
+def test_an_edit_is_refused_before_a_further_group_is_taken_in() -> None:
+    optimizer = made()
+    optimizer.param_groups[0]["params"].append(parameter())
+    with pytest.raises(ValueError, match="was put there after"):
+        optimizer.add_param_group({"params": [("d", parameter())]})
+    assert len(optimizer.param_groups) == 2
+    optimizer.param_groups[0]["params"].pop()
+    optimizer.add_param_group({"params": [("d", parameter())]})
+    optimizer.step()
+    assert optimizer.last_step.num_updated == 3
+
+
+def test_another_order_of_a_group_is_no_edit() -> None:
+    optimizer, reference = made(), made()
+    for _ in range(2):
+        optimizer.param_groups[0]["params"].reverse()
+        optimizer.step()
+        reference.step()
+    assert optimizer.param_groups[0]["params"][0].tolist() == members(reference)[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("optimizer_type", "key"), [(OffloadAdam, "amsgrad"), (Adam, "grad_centralization")]
+)
+def test_options_that_lay_out_the_state_stay(optimizer_type: Any, key: str) -> None:
+    optimizer = made(optimizer_type)
+    edit = lambda: optimizer.param_groups[1].update({key: True})  # noqa: E731
+    refuse(optimizer, edit, ValueError, rf"param_groups\[1\]\['{key}'\] is True, .* {key}=True")
+
+
+def test_state_that_is_replaced_is_refused() -> None:
+    def replaced(edit: Callable[[Any], object]) -> None:
+        optimizer = made()
+        parameters = members(optimizer)
+        before = everything(parameters, optimizer)
+        edit(optimizer)
+        with pytest.raises(
+            ValueError, match=r"optimizer.state was replaced .* load_state_dict\(\)"
+        ):
+            optimizer.step()
+        assert everything(parameters, optimizer) == before
+
+    replaced(lambda optimizer: setattr(optimizer, "state", defaultdict(dict)))
+    replaced(lambda optimizer: optimizer.state.clear())
+    replaced(lambda optimizer: optimizer.state.pop(members(optimizer)[0]))
