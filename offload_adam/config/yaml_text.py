@@ -36,13 +36,14 @@ ConfigLoader.add_implicit_resolver(_FLOAT_TAG, _FLOAT_PATTERN, list("-+.01234567
 def read_yaml(text: str) -> tuple[Any, list[Mistake]]:
     """Return the value of one YAML document and a mistake for each key that stands twice.
 
-    Raises: yaml.YAMLError where the text is not YAML.
+    Raises: yaml.YAMLError where the text is not YAML, or holds a value that contains itself.
     """
     loader = ConfigLoader(text)
     try:
         root = loader.get_single_node()
         if root is None:
             return None, []
+        _refuse_endless(root, set(), set())
         duplicates = list(_duplicate_keys(root, "", set()))
         return loader.construct_document(root), duplicates
     except RecursionError:
@@ -53,9 +54,25 @@ def read_yaml(text: str) -> tuple[Any, list[Mistake]]:
         loader.dispose()
 
 
+def _refuse_endless(node: yaml.Node, around: set[int], finished: set[int]) -> None:
+    """Refuse an alias that leads back to a node around it: such a value cannot be written out."""
+    if id(node) in around:
+        raise yaml.YAMLError(
+            f"the anchor in line {node.start_mark.line + 1} stands for a value that contains itself"
+        )
+    if isinstance(node, yaml.ScalarNode) or id(node) in finished:
+        return
+    around.add(id(node))
+    for item in node.value:
+        for inner in item if isinstance(item, tuple) else (item,):
+            _refuse_endless(inner, around, finished)
+    around.discard(id(node))
+    finished.add(id(node))
+
+
 def _duplicate_keys(node: yaml.Node, path: str, seen: set[int]) -> Iterator[Mistake]:
     """Yield a mistake for every repeated key below `node`, which stands at the dotted `path`."""
-    if id(node) in seen:  # an alias may lead back to a node that contains it
+    if id(node) in seen:  # an alias stands for a node that has been looked at
         return
     seen.add(id(node))
     if isinstance(node, yaml.SequenceNode):

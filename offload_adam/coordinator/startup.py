@@ -21,6 +21,9 @@ from offload_adam.coordinator.watch import Patience, roll_call
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _PR_SET_PDEATHSIG = 1
+# What other launchers leave out of torchrun's variables has a default; these have none.
+_REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,26 @@ class World:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
-        """Return the place that torchrun's variables give, or that of a process alone."""
+        """Return the place that torchrun's variables give, or that of a process alone.
+
+        Without WORLD_SIZE it is alone, whatever else is set.
+
+        Raises:
+            ValueError: naming the variables that are missing or make no sense, and what to do.
+        """
+        if "WORLD_SIZE" not in environment:
+            return cls()
+        problems = list(_problems_of(environment))
+        if problems:
+            raise ValueError(
+                f"{'; '.join(problems)}: start the ranks with torchrun, which sets all of these "
+                "in the environment, or unset WORLD_SIZE to run one process alone"
+            )
         return cls(
-            rank=int(environment.get("RANK", "0")),
-            world_size=int(environment.get("WORLD_SIZE", "1")),
-            local_rank=int(environment.get("LOCAL_RANK", "0")),
-            local_world_size=int(environment.get("LOCAL_WORLD_SIZE", "1")),
+            rank=int(environment["RANK"]),
+            world_size=int(environment["WORLD_SIZE"]),
+            local_rank=int(environment.get("LOCAL_RANK") or 0),
+            local_world_size=int(environment.get("LOCAL_WORLD_SIZE") or 1),
         )
 
     @property
@@ -100,6 +117,19 @@ def end_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:  # it ended before the request stood, and no signal will come
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _problems_of(environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield what keeps the variables from saying where this rank is and where it meets others."""
+    missing = [name for name in _REQUIRED if not environment.get(name)]
+    if missing:
+        yield f"WORLD_SIZE asks for ranks that join, but {', '.join(missing)} is not set"
+    given = {name: environment[name] for name in _NUMBERS if environment.get(name)}
+    wrong = [f"{name}={value!r}" for name, value in given.items() if not value.isdecimal()]
+    if wrong:
+        yield f"{', '.join(wrong)} is not a whole number"
+    elif not missing and int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        yield f"RANK={given['RANK']} must be below WORLD_SIZE={given['WORLD_SIZE']}"
 
 
 def _use_own_gpu(world: World) -> None:

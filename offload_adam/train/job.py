@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from offload_adam.config import ConfigError, RunConfig
+from offload_adam.config import ConfigError, Mistake, RunConfig
 from offload_adam.config.optimizer_sections import AdamSection
 from offload_adam.contract.adam import Adam
 from offload_adam.coordinator.admission import Fact, require_same
@@ -39,6 +39,7 @@ from offload_adam.train.run_folder import (
     METRICS_NAME,
     continue_run_folder,
     prepare_run_folder,
+    require_writable,
     run_folder,
 )
 from offload_adam.train.saving import CheckpointSaver, checkpoint_path, require_place, resume
@@ -64,9 +65,11 @@ def run_job(config: RunConfig, console: Console | None = None, saver: Saver | No
         PeerFailedError: ranks have died, hung, or never come. Where the training thread cannot
             raise it, because it is in a collective that is not ours, the process is ended.
     """
-    world = World.from_environment()
+    world = _world()
     _refuse_unshardable(config, world)
     refuse_missing_extras(config)
+    if world.rank == 0:
+        require_writable(config)
     corpus = load_corpus(config.data, config.train.sequence_length)
     model = build_model(config)
     patience = Patience(config.coordinator.dead_after, config.coordinator.stuck_after)
@@ -94,6 +97,13 @@ def run_job(config: RunConfig, console: Console | None = None, saver: Saver | No
             with profiled_job(job):
                 for _ in run_steps(job):
                     pass
+
+
+def _world() -> World:
+    try:
+        return World.from_environment()
+    except ValueError as error:
+        raise ConfigError("environment", [Mistake("", str(error))]) from error
 
 
 def _refuse_unshardable(config: RunConfig, world: World) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import tempfile
 from pathlib import Path
 
-from offload_adam.config import RunConfig, dump_config
+from offload_adam.config import ConfigError, RunConfig, dump_config
 
 CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.jsonl"
@@ -15,6 +17,25 @@ METRICS_NAME = "metrics.jsonl"
 def run_folder(config: RunConfig) -> Path:
     """Return `<run.dir>/<run.name>`."""
     return Path(config.run.dir) / config.run.name
+
+
+def require_writable(config: RunConfig) -> None:
+    """Try to make the run's folder, and leave nothing behind.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+    """
+    folder = run_folder(config)
+    present = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    try:
+        # A rehearsal beside the real place: whether one may is for the file system to say.
+        with tempfile.TemporaryDirectory(prefix=".offload-adam-", dir=present) as place:
+            (place / folder.relative_to(present)).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError.at(
+            "run.dir",
+            f"{folder} cannot be written to ({error}): name a folder in which files may be made",
+        ) from error
 
 
 def prepare_run_folder(config: RunConfig) -> list[str]:

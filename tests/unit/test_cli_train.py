@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -59,10 +60,58 @@ def test_what_needs_one_rank_is_refused_before_the_ranks_join(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (ALONE | {"WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
     code, output = train(TINY, "--optimizer.amsgrad=true")
     assert code == 2
     assert "optimizer.amsgrad: works on one rank only" in output
+
+
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"WORLD_SIZE": "1", "RANK": "0"}, "but MASTER_ADDR, MASTER_PORT is not set"),
+        ({"WORLD_SIZE": "2"}, "but RANK, MASTER_ADDR, MASTER_PORT is not set"),
+        (ALONE | {"WORLD_SIZE": "abc"}, "WORLD_SIZE='abc' is not a whole number"),
+        (ALONE | {"WORLD_SIZE": ""}, "but WORLD_SIZE is not set"),
+        (ALONE | {"RANK": "-1", "MASTER_PORT": "x"}, "RANK='-1', MASTER_PORT='x' is not a"),
+        (ALONE | {"RANK": "1"}, "RANK=1 must be below WORLD_SIZE=1"),
+    ],
+)
+def test_an_environment_that_no_launcher_makes_ends_with_2(
+    given: dict[str, str], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    code, output = train(TINY, f"--run.dir={tmp_path}", "--train.num_steps=1")
+    assert code == 2, output
+    assert problem in output
+    assert "start the ranks with torchrun" in output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["a-file", "a-file/below", "new/" + 300 * "x", "new/a\0b"])
+def test_a_folder_that_cannot_be_made_ends_with_2_before_the_model_is_built(
+    place: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a-file").touch()
+    code, output = train(TINY, f"--run.dir={tmp_path}/{place}", "--model.factory=no_such:make")
+    assert code == 2, output
+    assert "run.dir: " in output
+    assert "cannot be written to" in output
+    assert [path.name for path in tmp_path.iterdir()] == ["a-file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_ends_with_2(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    code, output = train(TINY, f"--run.dir={closed}/runs")
+    assert code == 2, output
+    assert "Permission denied" in output
 
 
 def test_the_first_rank_of_a_node_speaks_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,6 +282,24 @@ def test_a_missing_file_and_bad_overrides_come_together(tmp_path: Path) -> None:
         load_config(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train: &a {num_steps: *a}",
+        "model: {factory: 'm:f', arguments: &a {x: [1, *a]}}",
+        "run: &a\n  ? *a\n  : 3",
+        "&a [*a]",
+    ],
+)
+def test_a_value_that_contains_itself_is_refused_with_its_line(tmp_path: Path, text: str) -> None:
+    assert "line 1 stands for a value that contains itself" in mistakes(tmp_path, text)[""]
+
+
+def test_an_alias_beside_its_anchor_is_a_copy(tmp_path: Path) -> None:
+    text = "model: {factory: 'm:f', arguments: {a: &a [1, [2]], b: *a, c: {d: *a}}}"
+    assert load(tmp_path, text).model.arguments["c"] == {"d": [1, [2]]}
+
+
 def test_yaml_that_would_build_objects_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not YAML"):
         load(tmp_path, "run: !!python/object/apply:os.getcwd []")
