@@ -46,7 +46,11 @@ def dump_config(config: RunConfig) -> str:
 
 
 def _read_mapping(path: Path) -> tuple[dict[str, Any], list[Mistake]]:
-    """Return the mapping in a file and its duplicate keys; any other content is a ConfigError."""
+    """Return the mapping in a file and what is wrong with it.
+
+    A file without keys is read as {}, so that the overrides are judged as well. Where the content
+    cannot be known they cannot be, and it is a ConfigError.
+    """
     try:
         values, duplicates = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -55,7 +59,9 @@ def _read_mapping(path: Path) -> tuple[dict[str, Any], list[Mistake]]:
         raise ConfigError(str(path), [Mistake("", f"cannot be read: {error}")]) from error
     except yaml.YAMLError as error:
         raise ConfigError(str(path), [Mistake("", f"is not YAML: {error}")]) from error
-    if not isinstance(values, dict):
-        problem = f"must hold a mapping of sections, got {type(values).__name__}"
-        raise ConfigError(str(path), [Mistake("", problem)])
-    return values, duplicates
+    if isinstance(values, dict):
+        return values, duplicates
+    if values is None:
+        return {}, [Mistake("", "is empty: write {} for a run of defaults and overrides alone")]
+    problem = f"must hold a mapping of sections, got {type(values).__name__}"
+    return {}, [Mistake("", problem), *duplicates]

@@ -14,8 +14,7 @@ from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from offload_adam.config import ConfigError, Mistake, RunConfig
-from offload_adam.config.optimizer_sections import AdamSection
+from offload_adam.config import ConfigError, RunConfig
 from offload_adam.contract.adam import Adam
 from offload_adam.coordinator.admission import Fact, require_same
 from offload_adam.coordinator.ending import EndingGuard
@@ -28,10 +27,10 @@ from offload_adam.kernels.threads import threads_per_rank
 from offload_adam.observe.place import HERE
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.train.bigram import bigram_loss
-from offload_adam.train.corpus import Corpus, load_corpus
+from offload_adam.train.corpus import Corpus
 from offload_adam.train.loop import Job, Saver, run_steps
-from offload_adam.train.model import build_model
 from offload_adam.train.optimizer import build_optimizer
+from offload_adam.train.preparation import prepare
 from offload_adam.train.profiled import profiled_job
 from offload_adam.train.progress import step_display
 from offload_adam.train.records import MetricsFile, StepRecord
@@ -39,14 +38,13 @@ from offload_adam.train.run_folder import (
     METRICS_NAME,
     continue_run_folder,
     prepare_run_folder,
-    require_writable,
     run_folder,
 )
 from offload_adam.train.saving import CheckpointSaver, checkpoint_path, require_place, resume
 from offload_adam.train.schedule import build_schedule
 from offload_adam.train.slowness import update_speed
 from offload_adam.train.summary import RunTotals, summary_table
-from offload_adam.train.watched import refuse_missing_extras, watched
+from offload_adam.train.watched import watched
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +63,7 @@ def run_job(config: RunConfig, console: Console | None = None, saver: Saver | No
         PeerFailedError: ranks have died, hung, or never come. Where the training thread cannot
             raise it, because it is in a collective that is not ours, the process is ended.
     """
-    world = _world()
-    _refuse_unshardable(config, world)
-    refuse_missing_extras(config)
-    if world.rank == 0:
-        require_writable(config)
-    corpus = load_corpus(config.data, config.train.sequence_length)
-    model = build_model(config)
+    corpus, model = prepare(config)
     patience = Patience(config.coordinator.dead_after, config.coordinator.stuck_after)
     timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=2 * patience.stuck_after))
     guard = EndingGuard()
@@ -97,22 +89,6 @@ def run_job(config: RunConfig, console: Console | None = None, saver: Saver | No
             with profiled_job(job):
                 for _ in run_steps(job):
                     pass
-
-
-def _world() -> World:
-    try:
-        return World.from_environment()
-    except ValueError as error:
-        raise ConfigError("environment", [Mistake("", str(error))]) from error
-
-
-def _refuse_unshardable(config: RunConfig, world: World) -> None:
-    section = config.optimizer
-    key = "use_amsgrad" if isinstance(section, AdamSection) else "amsgrad"
-    if getattr(section, key) and world.world_size > 1:
-        raise ConfigError.at(
-            f"optimizer.{key}", f"works on one rank only, and there are {world.world_size}"
-        )
 
 
 @contextmanager

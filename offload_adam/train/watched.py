@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from offload_adam.config import ConfigError, RunConfig
+from offload_adam.config import ConfigError, Mistake, RunConfig
 from offload_adam.observe.place import HERE
 from offload_adam.sinks.server import StatusServer
 from offload_adam.sinks.sink import GuardedSinks, MetricSink
@@ -32,15 +32,17 @@ def refuse_missing_extras(config: RunConfig) -> None:
     """Refuse sinks whose package is not installed, before the ranks join.
 
     Raises:
-        ConfigError: naming the key and the extra.
+        ConfigError: naming each key and its extra.
     """
+    missing = []
     for key, (package, extra) in _PACKAGES.items():
         wanted = getattr(config.observe, key)
         # Port 0 is a wish as well, and equals False.
         if wanted is not None and wanted is not False and find_spec(package) is None:
-            raise ConfigError.at(
-                f"observe.{key}", f"needs {package}: pip install 'offload-adam[{extra}]'"
-            )
+            advice = f"needs {package}: pip install 'offload-adam[{extra}]'"
+            missing.append(Mistake(f"observe.{key}", advice))
+    if missing:
+        raise ConfigError("configuration", missing)
 
 
 @contextmanager

@@ -114,6 +114,48 @@ def test_a_folder_without_permission_ends_with_2(tmp_path: Path) -> None:
     assert "Permission denied" in output
 
 
+def test_what_can_be_found_without_a_start_is_found_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload_adam.train.watched.find_spec", lambda _: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "taken").touch()
+    code, output = train(
+        TINY,
+        f"--run.dir={tmp_path}/taken",
+        "--optimizer.amsgrad=true",
+        "--observe.http_port=0",
+        "--observe.tensorboard=true",
+        "--data.path=no/such/*.txt",
+        "--model.factory=no_such_module:make",
+    )
+    assert code == 2
+    assert "7 mistakes" in output
+    lines = [line.split(": ")[0] for line in output.splitlines()[1:]]
+    assert lines == [
+        "  environment",
+        "  optimizer.amsgrad",
+        "  observe.http_port",
+        "  observe.tensorboard",
+        "  run.dir",
+        "  data.path",
+        "  model.factory",
+    ]
+
+
+def test_a_factory_is_not_called_for_a_run_that_cannot_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow_factory.py").write_text("def make():\n    raise SystemError('called')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    factory = "--model.factory=slow_factory:make"
+    assert "called" in train(TINY, f"--run.dir={tmp_path}", factory)[1]
+    code, output = train(TINY, f"--run.dir={tmp_path}", factory, "--data.path=no/such/*.txt")
+    assert code == 2
+    assert "called" not in output
+    assert "data.path" in output
+
+
 def test_the_first_rank_of_a_node_speaks_first(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)

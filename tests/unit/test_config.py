@@ -274,6 +274,20 @@ def test_a_file_that_holds_no_mapping_is_refused(tmp_path: Path, content: bytes)
         load_config(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [("", "is empty"), ("# to be done\n", "is empty"), ("---\n", "is empty"), ("[3]", "got list")],
+)
+def test_overrides_are_judged_beside_a_file_that_holds_no_mapping(
+    tmp_path: Path, text: str, problem: str
+) -> None:
+    found = mistakes(
+        tmp_path, text, "--train.num_steps=abc", "--foo.bar=1", "--model.arguments.x=1"
+    )
+    assert set(found) == {"", "train.num_steps", "foo", "model.arguments"}
+    assert problem in found[""]
+
+
 def test_a_missing_file_and_bad_overrides_come_together(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(tmp_path / "missing.yaml", ["--x"])
