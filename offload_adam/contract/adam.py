@@ -326,6 +326,7 @@ class Adam(InspectableAdam):
             grad_scale=self.loss_scale,
             step=self._global_step + 1,
             lazy=self.use_lazy,
+            num_per_group=2,  # with weight decay and without
         )
 
     def _stepped(self, report: StepReport) -> None:

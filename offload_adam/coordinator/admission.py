@@ -53,11 +53,16 @@ def together(membership: Membership, phase: str, action: Callable[[], T]) -> T:
     )
 
 
-def require_same(membership: Membership, what: str, facts: Sequence[Fact]) -> None:
+def require_same(
+    membership: Membership, what: str, facts: Sequence[Fact], *, remedy: str = ""
+) -> None:
     """Refuse, on every rank alike, where ranks differ in a fact.
 
     Collective. Digests are compared first; only where they differ are rank 0's facts sent, and the
     error quotes for each rank the first field in which it parts from them.
+
+    Args:
+        remedy: what the error ends with.
 
     Raises:
         RankDisagreementError: naming the ranks, the field, and both values.
@@ -79,6 +84,7 @@ def require_same(membership: Membership, what: str, facts: Sequence[Fact]) -> No
             f"rank(s) {ranks} have another {what} than rank 0: {difference}"
             for difference, ranks in ranks_by_difference.items()
         )
+        + remedy
     )
 
 

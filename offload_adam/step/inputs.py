@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
+from offload_adam.coordinator.admission import Fact
 from offload_adam.coordinator.agreement import Notice
 from offload_adam.kernels.scalars import Hyperparameters
 
@@ -15,6 +16,7 @@ class StepInputs:
     """What one step is told by its caller, besides the gradients.
 
     hyperparameters: what the groups of `NewParameter` count over.
+    num_per_group: how many of these there are for each parameter group.
     grad_scale: what the loss was multiplied by; gradients are divided by it.
     found_inf: not 0 where the caller has seen a gradient that is not finite.
     max_norm: global 2-norm to clip to, None for no clipping.
@@ -32,7 +34,17 @@ class StepInputs:
     lazy: bool = False
     failure: Exception | None = None
     notice: Notice = field(default_factory=Notice)
+    num_per_group: int = 1
 
     def checksum(self) -> int:
         """Return a checksum of what must be the same on all ranks."""
         return zlib.crc32(repr((self.hyperparameters, self.max_norm, self.step)).encode())
+
+    def facts(self) -> list[Fact]:
+        """Return what `checksum` is taken over, field by field."""
+        facts = [
+            (f"{name} of group {number // self.num_per_group}", repr(value))
+            for number, hyper in enumerate(self.hyperparameters)
+            for name, value in asdict(hyper).items()
+        ]
+        return [*facts, ("the norm to clip to", str(self.max_norm)), ("the step", str(self.step))]

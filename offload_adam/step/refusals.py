@@ -6,18 +6,31 @@ from collections.abc import Sequence
 
 import torch
 
+from offload_adam.coordinator.admission import require_same
 from offload_adam.coordinator.agreement import Agreement
+from offload_adam.coordinator.membership import Membership
 from offload_adam.errors import PeerError, RankDisagreementError
 from offload_adam.parameters.selection import Named
+from offload_adam.step.inputs import StepInputs
+
+_SAME_SETTINGS = (
+    ". Set the same on every rank: run the same schedule, and make the same edits of param_groups "
+    "and calls of clip_grad_norm_"
+)
 
 
 def refuse_disagreement(
-    agreement: Agreement, lrs: Sequence[float], changed_names: Sequence[str]
+    agreement: Agreement,
+    membership: Membership,
+    inputs: StepInputs,
+    changed_names: Sequence[str],
 ) -> None:
     """Raise where a rank failed, or where ranks would not take the same step.
 
+    Collective where hyperparameters differ, which all ranks see: they tell each other which.
+
     Args:
-        lrs: this rank's learning rate of each group, for the message.
+        inputs: what this rank would step with.
         changed_names: the parameters changed from outside on this rank, for the message.
 
     Raises:
@@ -39,10 +52,8 @@ def refuse_disagreement(
             "see the same found_inf on all ranks: all-reduce it before its update()"
         )
     if len(set(agreement.settings)) > 1:
-        raise RankDisagreementError(
-            f"rank(s) {_minority(agreement.settings)} would step with other hyperparameters than "
-            f"the rest (lr here: {list(lrs)}): run the same schedule on every rank"
-        )
+        require_same(membership, "setting", inputs.facts(), remedy=_SAME_SETTINGS)
+        raise AssertionError("settings differ, but none of what they are made of")
     if len(set(agreement.changes)) > 1:
         here = ", ".join(map(repr, changed_names[:5])) or "nothing"
         raise RankDisagreementError(

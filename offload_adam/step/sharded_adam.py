@@ -268,8 +268,8 @@ class ShardedAdam:
             agreement, changed, failure = self._exchange(inputs, failure, spans)
         if failure is not None:
             raise failure
-        lrs = [hyper.lr for hyper in inputs.hyperparameters]
-        refuse_disagreement(agreement, lrs, [self._names[index] for index in changed])
+        changed_names = [self._names[index] for index in changed]
+        refuse_disagreement(agreement, self.membership, inputs, changed_names)
         if self._external:
             refuse_partial_presence(agreement, self.membership.world_size, self._names)
         return agreement, changed

@@ -169,6 +169,15 @@ def set_another_lr(model: Weights, optimizer: OffloadAdam) -> Callable[[], None]
     return mend
 
 
+def set_another_eps(model: Weights, optimizer: OffloadAdam) -> Callable[[], None]:
+    optimizer.param_groups[0]["eps"] = 1e-3
+
+    def mend() -> None:
+        optimizer.param_groups[0]["eps"] = 1e-8
+
+    return mend
+
+
 def set_no_lr(model: Weights, optimizer: OffloadAdam) -> Callable[[], None]:
     mend = set_another_lr(model, optimizer)
     optimizer.param_groups[0]["lr"] = None
@@ -205,11 +214,22 @@ def take_a_parameter_out(model: Weights, optimizer: OffloadAdam) -> Callable[[],
 
 MISTAKES: dict[str, tuple[Mistake, str, str, str]] = {
     "storage": (replace_storage, "ParameterReplacedError", "'w1'", "PeerError"),
-    "lr": (set_another_lr, "RankDisagreementError", "lr here: [0.5]", "RankDisagreementError"),
+    "lr": (
+        set_another_lr,
+        "RankDisagreementError",
+        "rank(s) [1] have another setting than rank 0: lr of group 0 is 0.5 where rank 0 has 0.01",
+        "RankDisagreementError",
+    ),
+    "eps": (set_another_eps, "RankDisagreementError", "eps of group 0", "RankDisagreementError"),
     "no_lr": (set_no_lr, "TypeError", "lr must be a number, not None", "PeerError"),
     "beta": (set_a_beta_of_one, "ValueError", "betas[0] must lie in [0, 1)", "PeerError"),
     "taken_out": (take_a_parameter_out, "ValueError", "'w1' was taken out", "PeerError"),
-    "max_norm": (clip_otherwise, "RankDisagreementError", "rank(s) [1]", "RankDisagreementError"),
+    "max_norm": (
+        clip_otherwise,
+        "RankDisagreementError",
+        "the norm to clip to is 0.5 where rank 0 has None. Set the same on every rank",
+        "RankDisagreementError",
+    ),
 }
 
 
