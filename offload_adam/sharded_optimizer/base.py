@@ -6,7 +6,7 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Never, SupportsIndex
 
 import torch
 
@@ -32,6 +32,20 @@ class CoreOptimizer(torch.optim.Optimizer):
     @abstractmethod
     def _check_group(self, group: dict[str, Any]) -> None:
         """Refuse a completed group's hyperparameters, naming the argument."""
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Never:
+        """Refuse `copy.copy`, `copy.deepcopy` and pickling.
+
+        Raises:
+            TypeError: naming what copies and saves the state.
+        """
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled: it is tied to its model's "
+            "parameters, hooks, process groups and memory of its own. Save full_state_dict() "
+            "(whole, on rank 0), state_dict() (this rank's part) or a checkpoint "
+            "(offload_adam.save_checkpoint), and load that into an optimizer that is made anew; "
+            "copy the model without it"
+        )
 
     def _further_state(self) -> dict[str, Any]:
         """Return what a saved state holds besides torch's entries."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import math
+import pickle
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -196,3 +199,44 @@ def test_state_that_is_replaced_is_refused() -> None:
     replaced(lambda optimizer: setattr(optimizer, "state", defaultdict(dict)))
     replaced(lambda optimizer: optimizer.state.clear())
     replaced(lambda optimizer: optimizer.state.pop(members(optimizer)[0]))
+
+
+@pytest.mark.parametrize("optimizer_type", [OffloadAdam, Adam])
+@pytest.mark.parametrize(
+    "how", [copy.copy, copy.deepcopy, pickle.dumps, lambda made: torch.save(made, io.BytesIO())]
+)
+def test_an_optimizer_is_not_copied(optimizer_type: Any, how: Callable[[Any], object]) -> None:
+    optimizer = made(optimizer_type)
+    with pytest.raises(TypeError, match=r"full_state_dict\(\).* state_dict\(\).*save_checkpoint"):
+        how(optimizer)
+    optimizer.step()
+    assert optimizer.last_step.num_updated == 3
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5),
+        lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer),
+        lambda optimizer: torch.optim.lr_scheduler.SequentialLR(
+            optimizer,
+            [
+                torch.optim.lr_scheduler.ConstantLR(optimizer),
+                torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
+            ],
+            [1],
+        ),
+    ],
+)
+def test_schedulers_save_their_state_all_the_same(schedule: Callable[[Any], Any]) -> None:
+    optimizer = made()
+    scheduler = schedule(optimizer)
+    optimizer.step()
+    scheduler.step(*([1.0] if hasattr(scheduler, "patience") else []))
+    saved = pickle.loads(pickle.dumps(scheduler.state_dict()))
+    schedule(made()).load_state_dict(saved)
+    assert copy.deepcopy(optimizer.state_dict())["param_groups"] == saved_groups(optimizer)
+
+
+def saved_groups(optimizer: OffloadAdam) -> Any:
+    return optimizer.state_dict()["param_groups"]
