@@ -8,10 +8,17 @@ from typing import Any
 import torch
 
 from offload_adam.errors import CheckpointError
+from offload_adam.parameters.group_watch import LAID_OUT
 from offload_adam.sharded_optimizer.base import CoreOptimizer
 from offload_adam.step.full_state import gather_bucket
 from offload_adam.step.local_state import plan_load
-from offload_adam.step.saved_state import STATE_KEY, merge_groups, pack_full, read_saved
+from offload_adam.step.saved_state import (
+    STATE_KEY,
+    check_step_count,
+    merge_groups,
+    pack_full,
+    read_saved,
+)
 
 _NOT_PLAIN = ("params", "param_names")
 
@@ -144,6 +151,8 @@ class StateDicts(CoreOptimizer):
             raise ValueError(f"it has {len(saved['groups'])} groups, not {len(self.param_groups)}")
         steps = {name_of(shard.parameter) for shard in self.shards()}
         _refuse_other_names("its step counts", saved["steps"], steps)
+        for name, count in saved["steps"].items():
+            check_step_count(f"the step count of {name!r}", count)
         groups = []
         for number, (group, entry) in enumerate(
             zip(self.param_groups, saved["groups"], strict=True)
@@ -151,8 +160,9 @@ class StateDicts(CoreOptimizer):
             names = {name_of(parameter) for parameter in group["params"]}
             _refuse_other_names(f"its group {number}", entry["parameters"], names)
             kept = {**entry["options"], "betas": tuple(entry["options"]["betas"])}
-            if kept["amsgrad"] != group["amsgrad"]:
-                raise ValueError(f"it has amsgrad={kept['amsgrad']}")
+            for key in LAID_OUT:
+                if kept.get(key, False) != group.get(key, False):
+                    raise ValueError(f"it has {key}={kept.get(key, False)} in group {number}")
             self._check_group({**group, **kept})
             groups.append(kept)
         entries = {

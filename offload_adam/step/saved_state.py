@@ -7,8 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from offload_adam.parameters.group_watch import LAID_OUT
+
 STATE_KEY = "offload_adam"
 """The entry of a state dict that torch ignores, and that says where a state belongs."""
+
+_PLANES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_weight")
+_STATE_KEYS = ("step", *_PLANES)
+_GROUP_KEYS = ("lr", "betas", "eps", "weight_decay", "amsgrad")
 
 _TORCH_DEFAULTS = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
 
@@ -30,7 +36,8 @@ def read_saved(state_dict: Mapping[str, Any], world_size: int, rank: int) -> Sav
     """Read a state dict, refusing another rank's.
 
     Raises:
-        ValueError: not a state dict, or one that holds the ranges of another rank or world.
+        ValueError: not a state dict, one that holds the ranges of another rank or world, or one of
+            an optimizer that is no Adam.
     """
     if "state" not in state_dict or "param_groups" not in state_dict:
         raise ValueError("not an optimizer's state dict: 'state' and 'param_groups' are missing")
@@ -46,7 +53,43 @@ def read_saved(state_dict: Mapping[str, Any], world_size: int, rank: int) -> Sav
         packed: {**entry, **({"master_weight": masters[packed]} if packed in masters else {})}
         for packed, entry in state_dict["state"].items()
     }
+    _refuse_foreign(state, state_dict["param_groups"])
     return SavedState(state, state_dict["param_groups"], marker)
+
+
+def _refuse_foreign(
+    state: Mapping[Any, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Refuse what another optimizer than Adam and AdamW saved: its moments mean something else.
+
+    A group may hold more than is known here: schedulers and users put keys of their own there.
+    """
+    for number, group in enumerate(groups):
+        for key in _GROUP_KEYS:
+            if key not in group:
+                raise ValueError(
+                    f"the saved group {number} has no {key!r}, which every state of Adam and AdamW "
+                    "has: it is another optimizer's, and cannot be loaded"
+                )
+    for packed, entry in state.items():
+        for key in entry:
+            if key not in _STATE_KEYS:
+                raise ValueError(
+                    f"the saved state of parameter {packed} has {key!r}, which Adam and AdamW do "
+                    "not have: it is another optimizer's, and cannot be loaded"
+                )
+        check_step_count(f"the saved step of parameter {packed}", entry.get("step", 0))
+
+
+def check_step_count(what: str, value: Any) -> None:
+    """Refuse what is no count of updates.
+
+    Raises:
+        ValueError: saying what it is.
+    """
+    count = float(value)
+    if not (count >= 0.0 and count.is_integer()):
+        raise ValueError(f"{what} is {count}, no count of updates")
 
 
 def merge_groups(
@@ -60,7 +103,7 @@ def merge_groups(
         check: refuses a completed group.
 
     Raises:
-        ValueError: another number of groups or parameters, or another `amsgrad`.
+        ValueError: another number of groups or parameters, or another of `LAID_OUT`.
     """
     counts = [len(group["params"]) for group in groups]
     saved_counts = [len(group["params"]) for group in saved]
@@ -70,11 +113,13 @@ def merge_groups(
         )
     merged = []
     for number, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
-        if saved_group.get("amsgrad", False) != group["amsgrad"]:
-            raise ValueError(
-                f"group {number} was saved with amsgrad={saved_group.get('amsgrad')} and this "
-                f"optimizer has amsgrad={group['amsgrad']}: make it with the same"
-            )
+        for key in LAID_OUT:
+            made_with = group.get(key, False)
+            if saved_group.get(key, made_with) != made_with:
+                raise ValueError(
+                    f"group {number} was saved with {key}={saved_group[key]} and this optimizer "
+                    f"has {key}={made_with}: make it with the same"
+                )
         kept = {
             key: copy.deepcopy(value)
             for key, value in saved_group.items()

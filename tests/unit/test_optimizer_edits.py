@@ -184,6 +184,15 @@ def test_options_that_lay_out_the_state_stay(optimizer_type: Any, key: str) -> N
     refuse(optimizer, edit, ValueError, rf"param_groups\[1\]\['{key}'\] is True, .* {key}=True")
 
 
+def test_a_loaded_centralization_must_be_the_same() -> None:
+    optimizer = made(Adam)
+    saved = optimizer.full_state_dict()
+    saved["param_groups"][1]["grad_centralization"] = True
+    with pytest.raises(ValueError, match="group 1 was saved with grad_centralization=True"):
+        optimizer.load_state_dict(saved)
+    optimizer.step()
+
+
 def test_state_that_is_replaced_is_refused() -> None:
     def replaced(edit: Callable[[Any], object]) -> None:
         optimizer = made()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -162,3 +163,69 @@ def test_state_dict_hooks_run() -> None:
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.step()
     assert calls == ["saved", "pre", "post", "step"]
+
+
+def trained_state(make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]) -> Any:
+    optimizer = make(make_parameters(torch.float32))
+    train(optimizer, range(1))
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9), "group 0 has no 'betas'"),
+        (torch.optim.Adagrad, "group 0 has no 'betas'"),
+        (torch.optim.NAdam, "group 0 has no 'amsgrad'"),
+        (torch.optim.RAdam, "group 0 has no 'amsgrad'"),
+        (torch.optim.Adamax, "group 0 has no 'amsgrad'"),
+    ],
+)
+def test_another_optimizers_state_is_refused(make: Any, words: str) -> None:
+    optimizer = OffloadAdam(make_parameters(torch.float32))
+    train(optimizer, range(1))
+    before = bits(optimizer)
+    saved = trained_state(make)
+    with pytest.raises(ValueError, match=f"{words}.*another optimizer's"):
+        optimizer.load_state_dict(saved)
+    saved["param_groups"][0] |= optimizer.state_dict()["param_groups"][0]
+    if set(saved["state"][0]) != {"step", "exp_avg", "exp_avg_sq"}:
+        with pytest.raises(ValueError, match=r"state of parameter 0 has '\w+', which Adam"):
+            optimizer.load_state_dict(saved)
+    assert bits(optimizer) == before
+
+
+@pytest.mark.parametrize("count", [-1.0, 0.5, math.nan, math.inf])
+def test_a_step_that_is_no_count_is_refused(count: float) -> None:
+    optimizer = OffloadAdam(make_parameters())
+    train(optimizer, range(1))
+    before = bits(optimizer)
+    saved = copy.deepcopy(optimizer.full_state_dict())
+    saved["state"][1]["step"] = torch.tensor(count)
+    with pytest.raises(ValueError, match=f"step of parameter 1 is {count}, no count of updates"):
+        optimizer.load_state_dict(saved)
+    assert bits(optimizer) == before
+
+
+@pytest.mark.parametrize("adam_type", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fused": True},
+        {"foreach": True},
+        {"lr": torch.tensor(1e-3), "foreach": False},
+        {"decoupled_weight_decay": True, "weight_decay": 0.1},
+        {"amsgrad": True, "maximize": True},
+    ],
+)
+def test_every_adam_of_torch_loads(adam_type: Any, options: dict[str, Any]) -> None:
+    if adam_type is torch.optim.AdamW:
+        options = {key: value for key, value in options.items() if "decoupled" not in key}
+    saved = trained_state(lambda params: adam_type(params, **options))
+    saved["param_groups"][0] |= {"initial_lr": 1e-3, "capturable": True, "a user's": "own"}
+    optimizer = OffloadAdam(make_parameters(torch.float32), amsgrad=options.get("amsgrad", False))
+    optimizer.load_state_dict(saved)
+    for index, entry in enumerate(optimizer.state_dict()["state"].values()):
+        assert entry.keys() - {"master_weight"} == saved["state"][index].keys()
+        for key, value in saved["state"][index].items():
+            assert torch.equal(entry[key], value)
