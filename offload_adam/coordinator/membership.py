@@ -168,6 +168,26 @@ class Membership:
                 dist.destroy_process_group(group)
 
 
+def check_process_group(process_group: object) -> None:
+    """Refuse what is no process group; what `new_group` returns outside of one passes.
+
+    Raises:
+        TypeError: saying what was given.
+    """
+    if process_group is None or (
+        dist.is_available()
+        and (
+            isinstance(process_group, dist.ProcessGroup)
+            or process_group == dist.GroupMember.NON_GROUP_MEMBER
+        )
+    ):
+        return
+    raise TypeError(
+        "process_group must be a torch.distributed.ProcessGroup, as new_group() returns it, or "
+        f"None for the default group, not {process_group!r}"
+    )
+
+
 def is_distributed(process_group: dist.ProcessGroup | None) -> bool:
     """Tell whether training is distributed by any sign: either group, or the launcher."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

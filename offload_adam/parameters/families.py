@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from offload_adam.kernels.formats import FloatFormat
 
@@ -32,9 +33,20 @@ def check_parameter(name: str, parameter: torch.Tensor) -> None:
 
     Raises:
         TypeError: a tensor subclass such as DTensor.
-        ValueError: sparse, complex, of another dtype than fp32, bf16 and fp16, on another device
-            than CPU and CUDA, or with elements that share memory.
+        ValueError: not initialised yet, made in inference mode, sparse, complex, of another dtype
+            than fp32, bf16 and fp16, on another device than CPU and CUDA, or with elements that
+            share memory.
     """
+    if is_lazy(parameter):
+        raise ValueError(
+            f"parameter {name!r} is not initialised yet: run a forward of the model, which gives "
+            "lazy modules their shapes, before the optimizer is made"
+        )
+    if parameter.is_inference():
+        raise ValueError(
+            f"parameter {name!r} was made in inference mode, and cannot be written: make the model "
+            "outside of torch.inference_mode()"
+        )
     data = parameter.data
     if type(data) is not torch.Tensor:
         raise TypeError(

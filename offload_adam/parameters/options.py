@@ -79,6 +79,12 @@ def check_room(nbytes: int) -> None:
         raise ValueError(f"checkpoint_room_nbytes must be at least 0, not {nbytes}")
 
 
+def check_module(module: object) -> None:
+    """Refuse a module that is none."""
+    if module is not None and not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module or None, not {module!r}")
+
+
 def check_accumulate(accumulate: str | None, module: torch.nn.Module | None, kind: str) -> None:
     """Refuse room for gradients that never leave `.grad`."""
     if accumulate is not None and (module is None or kind == "external"):
@@ -94,7 +100,7 @@ def check_overlap(
     module: torch.nn.Module | None,
 ) -> None:
     """Refuse what only a model with hooks can do."""
-    if overlap not in (None, True, False):
+    if overlap is not None and not isinstance(overlap, bool):
         raise TypeError(f"overlap must be a bool or None, not {overlap!r}")
     if module is None and (overlap or units is not None):
         name = "overlap=True" if overlap else "units="

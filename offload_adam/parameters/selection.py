@@ -87,6 +87,22 @@ def check_parameters(new: Iterable[NewParameter], known: Iterable[Named]) -> Non
     refuse_overlaps([name for name, _ in members], [parameter for _, parameter in members])
 
 
+def refuse_unrelated(module: torch.nn.Module | None, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a module that holds none of the parameters: it is another one than was meant.
+
+    Raises:
+        ValueError: naming the module's type.
+    """
+    if module is None:
+        return
+    held = set(map(id, module.parameters()))
+    if not any(id(parameter) in held for group in groups for parameter in group["params"]):
+        raise ValueError(
+            f"module= is a {type(module).__name__} that holds none of the parameters: pass the "
+            "model whose parameters these are, as it is now, or leave module= out"
+        )
+
+
 def describe(selection: Selection, groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Describe what every rank must have in common, field by field."""
     facts = [

@@ -119,6 +119,10 @@ class CoreOptimizer(torch.optim.Optimizer):
         """Whether each rank holds a part of the state, or all of it."""
         return self._alive().is_sharded
 
+    def holds(self, parameter: torch.nn.Parameter) -> bool:
+        """Tell whether this optimizer, not closed yet, has state for this parameter."""
+        return self._release.alive and parameter in self._indices
+
     def shards(self) -> Iterator[ParameterShard]:
         """Yield this rank's range of every trained parameter and its state."""
         for state in self._settled().states:

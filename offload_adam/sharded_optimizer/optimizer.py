@@ -18,19 +18,25 @@ from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks
 
 from offload_adam.coordinator.admission import Fact, require_same, together
 from offload_adam.coordinator.agreement import Notice
-from offload_adam.coordinator.membership import is_distributed, open_membership
+from offload_adam.coordinator.membership import (
+    check_process_group,
+    is_distributed,
+    open_membership,
+)
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.memory.pinning import CudaRuntime, cuda_runtime
 from offload_adam.parameters.group_watch import GroupWatch
 from offload_adam.parameters.hooks import BackwardHooks
-from offload_adam.parameters.options import check_max_norm
+from offload_adam.parameters.options import check_max_norm, check_module
 from offload_adam.parameters.selection import (
     Selection,
     check_parameters,
     describe,
+    refuse_unrelated,
     select_parameters,
 )
 from offload_adam.sharded_optimizer.execution import Execution
+from offload_adam.sharded_optimizer.owners import add_owner, refuse_owned
 from offload_adam.sharded_optimizer.state_dicts import StateDicts
 from offload_adam.step.backend import Backend
 from offload_adam.step.construction import Placing
@@ -77,6 +83,7 @@ class ShardedOptimizer(StateDicts):
                 must have in common besides parameters, groups and execution.
         """
         module = execution.module
+        check_process_group(execution.process_group)
         self._distributed = is_distributed(execution.process_group)
         self.last_step: StepReport | None = None
         self.skipped_steps = 0
@@ -97,8 +104,11 @@ class ShardedOptimizer(StateDicts):
         self._release = weakref.finalize(self, resources.close)
 
         def check() -> str:
+            check_module(module)
             self._facts = list(admit())
-            return execution.check()
+            kind = execution.check()
+            refuse_unrelated(module, self.param_groups)
+            return kind
 
         try:
             kind = together(self._membership, "construction", check)
@@ -149,6 +159,7 @@ class ShardedOptimizer(StateDicts):
             resources.callback(self._membership.abort_devices)
             self._take_in(self._core, 0)
             self._state_made = self.state
+            add_owner(self)
         except BaseException:
             self._release()
             raise
@@ -166,7 +177,9 @@ class ShardedOptimizer(StateDicts):
         if defaults["amsgrad"]:
             self._refuse_distributed_amsgrad()
         torch.optim.Optimizer.__init__(self, params, defaults)
-        check_parameters(self._select(0).new, [])
+        new = self._select(0).new
+        check_parameters(new, [])
+        refuse_owned(new)
         return []
 
     def _step_inputs(self) -> StepInputs:
@@ -249,7 +262,9 @@ class ShardedOptimizer(StateDicts):
         self._check_edits()
         num_groups = len(self.param_groups)
         self._admit_group(param_group)
-        check_parameters(self._select(num_groups).new, self._alive().named_parameters())
+        new = self._select(num_groups).new
+        check_parameters(new, self._alive().named_parameters())
+        refuse_owned(new)
 
     def _admit_group(self, param_group: dict[str, Any]) -> None:
         """Let torch complete and append one group, then check it."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from offload_adam import OffloadAdam
+from offload_adam import Adam, OffloadAdam
 from offload_adam.errors import HostMemoryError
 
 
@@ -36,6 +36,14 @@ from offload_adam.errors import HostMemoryError
         ({"state_dtype": torch.bfloat16}, ValueError, "state_dtype must be torch.float32"),
         ({"accumulate": "device"}, ValueError, "accumulate must be 'host' or None"),
         ({"accumulate": "host"}, ValueError, "needs module="),
+        ({"module": 5}, TypeError, "module must be a torch.nn.Module or None, not 5"),
+        (
+            {"module": torch.nn.Linear(2, 2)},
+            ValueError,
+            "module= is a Linear that holds none of the parameters",
+        ),
+        ({"process_group": 5}, TypeError, "process_group must be .* not 5"),
+        ({"overlap": 1}, TypeError, "overlap must be a bool or None, not 1"),
         ({"gradient_reduction": "ddp"}, ValueError, "'optimizer' or 'external', not 'ddp'"),
     ],
 )
@@ -57,6 +65,15 @@ def test_parameters_are_checked_by_name() -> None:
     refuse(torch.ones(3, device="meta"), ValueError, "'p' is on device 'meta'")
     refuse(torch.ones(1).expand(3), ValueError, r"'p' is expanded.*clone\(\)")
     refuse(torch.eye(3).to_sparse(), ValueError, "'p' is torch.sparse_coo")
+    with torch.inference_mode():
+        made_there = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="'p' was made in inference mode"):
+        OffloadAdam([("p", made_there)])
+    lazy = torch.nn.LazyLinear(3)
+    with pytest.raises(ValueError, match="'weight' is not initialised yet: run a forward"):
+        OffloadAdam(lazy.named_parameters())
+    lazy(torch.ones(1, 2))
+    OffloadAdam(lazy.named_parameters())
     with pytest.raises(ValueError, match="empty parameter list"):
         OffloadAdam([])
     frozen_bytes = torch.nn.Parameter(torch.ones(3, dtype=torch.uint8), requires_grad=False)
@@ -109,6 +126,32 @@ def test_memory_that_the_kernel_does_not_grant_is_named(monkeypatch: pytest.Monk
     monkeypatch.setattr("offload_adam.memory.arena.mmap.mmap", refuse)
     with pytest.raises(HostMemoryError, match=r"1\.00 KiB .* mapped: Cannot allocate memory"):
         OffloadAdam([torch.nn.Parameter(torch.ones(3))])
+
+
+def test_a_parameter_has_one_optimizer_at_a_time() -> None:
+    shared = torch.nn.Parameter(torch.ones(3))
+    first = OffloadAdam([("shared", shared)], lr=0.1)
+    for make in (OffloadAdam, Adam):
+        with pytest.raises(ValueError, match=r"'q' is trained by another optimizer .* close\(\)"):
+            make([("p", torch.nn.Parameter(torch.ones(3))), ("q", shared)])
+    other = OffloadAdam([("other", torch.nn.Parameter(torch.ones(3)))])
+    with pytest.raises(ValueError, match="'q' is trained by another"):
+        other.add_param_group({"params": [("q", shared)]})
+    shared.grad = torch.ones(3)
+    first.step()
+    assert torch.allclose(shared.detach(), torch.full((3,), 0.9))
+    first.close()
+    second = OffloadAdam([shared], lr=0.1)
+    second.step()
+    assert torch.allclose(shared.detach(), torch.full((3,), 0.8))
+
+
+def test_an_optimizer_that_nobody_holds_owns_nothing() -> None:
+    shared = torch.nn.Parameter(torch.ones(3))
+    optimizer: Any = OffloadAdam([shared])
+    optimizer.itself = optimizer  # it goes with the next collection of cycles only
+    del optimizer
+    OffloadAdam([shared]).step()
 
 
 @pytest.fixture(scope="module")

@@ -140,7 +140,8 @@ def test_replaced_storage_is_refused_by_name(dtype: torch.dtype) -> None:
 
 
 def test_an_object_replaced_in_the_module_is_refused_by_name() -> None:
-    model, _ = make()
+    model, drop_in = make()
+    drop_in.close()
     optimizer = OffloadAdam(model.parameters(), module=model)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     model.load_state_dict(state, assign=True)

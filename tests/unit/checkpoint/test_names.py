@@ -59,6 +59,7 @@ def test_the_order_of_parameters_may_change(tmp_path: Path) -> None:
 def test_a_parameter_in_another_group_is_named(tmp_path: Path) -> None:
     model, optimizer = trained()
     save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
+    optimizer.close()
     groups: list[dict[str, Any]] = [
         {"params": [model.first.weight]},
         {"params": [model.first.bias, *model.second.parameters()]},
