@@ -227,6 +227,10 @@ class Tasks:
         kind = self.routes[state.layout.index].kind
         return self.rings.staging_slot(kind, slot, state.layout.shard_numel)
 
+    def stage(self, state: BucketState) -> torch.Tensor:
+        """Let this thread copy a shard's fp32 parameters to the slot from which they go up."""
+        return self._staging_slot(state).copy_(state.planes.master_weight)
+
     def _copy_up(
         self, state: BucketState, active: npt.NDArray[np.bool_], rounded: torch.Tensor | None
     ) -> None:
@@ -235,7 +239,7 @@ class Tasks:
         source = state.planes.master_weight if rounded is None else rounded
         if rounded is None and self.routes[number].staged:
             # A copy to a device out of memory that is not page-locked would wait for it.
-            source = self._staging_slot(state).copy_(source)
+            source = self.stage(state)
 
         def copy() -> None:
             for start, end in _runs(state, active):

@@ -25,7 +25,7 @@ from tests.simulation.machine import ACTORS, Machine
 from tests.simulation.memory import GradientMemory, SimulatedSlots
 from tests.simulation.outcome import Outcome, Read, state_of
 from tests.simulation.training import make_core, make_reduction, train
-from tests.simulation.watched import WatchedLanding, WatchedUpdates, name_tasks
+from tests.simulation.watched import WatchedLanding, WatchedUpdates, name_tasks, watch_staging
 
 
 class Mirrors(Membership):
@@ -120,6 +120,7 @@ class Simulation:
         tasks = self.core.executor.tasks
         tasks.updates = WatchedUpdates(tasks.updates, self.machine)
         tasks.landing = WatchedLanding(tasks.landing, self.machine)
+        watch_staging(tasks, self.machine)
         name_tasks(tasks.crossing, self.machine)
 
     def with_schedule(self, schedule: Schedule) -> None:

@@ -16,6 +16,7 @@ from offload_adam.step.crossing import Crossing
 from offload_adam.step.gradients import BucketGradients
 from offload_adam.step.landing import Flight, Landing
 from offload_adam.step.masks import UpdateMasks
+from offload_adam.step.tasks import Tasks
 from offload_adam.step.updates import BucketUpdate, Updates
 from offload_adam.transfer.streams import Streams
 from tests.simulation.machine import Machine
@@ -63,12 +64,15 @@ class _WatchedUpdate:
         return self._inner.non_finite_positions(state, gradients)
 
     def _look(self, what: str, state: BucketState, gradients: BucketGradients) -> None:
-        """Note a reading whose result the host has when it returns."""
+        """Note a reading whose result the host has when it returns.
+
+        Where there is nothing to read on a device, the host does not wait for it.
+        """
         name = f"{what} of bucket {state.layout.index}"
         found = _gradients(state, gradients, gradients.readable)
         if state.hosted:
             self._machine.touch(name, found)
-        else:
+        elif found:
             self._machine.launch(Lane.COMPUTE, lambda: None, name, reads=found)
             self._machine.mark(Lane.COMPUTE).synchronize()
 
@@ -145,6 +149,19 @@ class WatchedLanding(Landing):
             self._machine.touch(name, reads=read, writes=[landed])
         if folds and through is not None:
             poison(through)
+
+
+def watch_staging(tasks: Tasks, machine: Machine) -> None:
+    """Let copies of fp32 parameters to their slots, which the host makes, be noted."""
+    stage = tasks.stage
+
+    def watched(state: BucketState) -> torch.Tensor:
+        slot = stage(state)
+        name = f"staging of bucket {state.layout.index}"
+        machine.touch(name, reads=[state.planes.master_weight], writes=[slot])
+        return slot
+
+    tasks.stage = watched  # type: ignore[method-assign]
 
 
 def name_tasks(crossing: Crossing, machine: Machine) -> None:
