@@ -238,7 +238,9 @@ def _departure(route: Route, earlier: int | None) -> list[tuple[Operation, list[
     if route.offloaded:
         emptied = [] if earlier is None else [Task(Operation.COPY_UP, earlier)]
         tasks.append((Operation.UPDATE, emptied))
-        # Only the first copy of a step needs it, but which one that is, each step says anew.
+        # Only the first copy of a step needs it, but which one that is, each step says anew. The
+        # sum of squares of a bucket kept on this device, for which the host waits, stands in for
+        # it; but not every step, nor every rank, has one to take.
         tasks.append((Operation.COPY_UP, [Task(Operation.RELEASE, number)]))
         ready.append(Task(Operation.COPY_UP, number))
     else:

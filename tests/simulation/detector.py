@@ -61,14 +61,16 @@ class Detector:
         """Note accesses by an actor's work at `clock`, after a look at all before."""
         access = _Access(clock[self._places[actor]], name)
         for tensor in reads:
-            for stretch in self._of(tensor):
+            own, overlapping = self._stretches_of(tensor)
+            for stretch in overlapping:
                 self._compare(actor, clock, name, stretch.writes)
-            self._own(tensor).reads[actor] = access
+            own.reads[actor] = access
         for tensor in writes:
-            for stretch in self._of(tensor):
+            own, overlapping = self._stretches_of(tensor)
+            for stretch in overlapping:
                 self._compare(actor, clock, name, stretch.writes)
                 self._compare(actor, clock, name, stretch.reads)
-            self._own(tensor).writes[actor] = access
+            own.writes[actor] = access
 
     def forget(self, tensor: torch.Tensor) -> None:
         """Begin anew with memory that its allocator has taken back and hands out again."""
@@ -81,18 +83,12 @@ class Detector:
                 if race not in self.races:
                     self.races.append(race)
 
-    def _of(self, tensor: torch.Tensor) -> list[_Stretch]:
-        """Return the known stretches that overlap with a tensor."""
-        start, end = _bounds(tensor)
-        known = self._stretches[tensor.untyped_storage().data_ptr()].values()
-        return [stretch for stretch in known if stretch.start < end and start < stretch.end]
-
-    def _own(self, tensor: torch.Tensor) -> _Stretch:
-        bounds = _bounds(tensor)
+    def _stretches_of(self, tensor: torch.Tensor) -> tuple[_Stretch, list[_Stretch]]:
+        """Return a tensor's own stretch, and all known ones that overlap with it."""
+        start = tensor.data_ptr()
+        end = start + tensor.nbytes
         known = self._stretches[tensor.untyped_storage().data_ptr()]
-        return known.setdefault(bounds, _Stretch(*bounds))
-
-
-def _bounds(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return where a tensor lies, from its first byte to after its last."""
-    return tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
+        own = known.get((start, end))
+        if own is None:
+            own = known[start, end] = _Stretch(start, end)
+        return own, [s for s in known.values() if s.start < end and start < s.end]

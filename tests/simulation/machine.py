@@ -209,10 +209,11 @@ class Machine:
 
     def _first_end(self) -> float:
         """Return when the next work ends, infinity where there is none."""
-        while sum(self._pass_marks(queue) for queue in self._queues.values()) > 0:
+        busy = [queue for queue in self._queues.values() if queue.items]
+        while any(self._pass_marks(queue) for queue in busy):
             pass
         ends = [float("inf")]
-        for queue in self._queues.values():
+        for queue in busy:
             head = queue.items[0] if queue.items else None
             if isinstance(head, _Work):
                 if head.end is None:
@@ -237,7 +238,7 @@ class Machine:
 
 
 def _joined(first: Clock, second: Clock) -> Clock:
-    return tuple(map(max, first, second))
+    return tuple([a if a > b else b for a, b in zip(first, second, strict=True)])
 
 
 def _ticked(clock: Clock, actor: str) -> Clock:

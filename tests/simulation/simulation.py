@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from tests.simulation.detector import Detector, Race
 from tests.simulation.machine import ACTORS, Machine
 from tests.simulation.memory import GradientMemory, SimulatedSlots
 from tests.simulation.outcome import Outcome, Read, state_of
-from tests.simulation.training import make_core, make_reduction, train
+from tests.simulation.training import make_core, make_reduction, reference_of, train
 from tests.simulation.watched import WatchedLanding, WatchedUpdates, name_tasks, watch_staging
 
 
@@ -73,6 +75,10 @@ class Mirrors(Membership):
         """Leave it: all ranks have the same."""
 
 
+class _RaceFoundError(Exception):
+    """All that was asked for is known."""
+
+
 class Simulation:
     """A case on the simulated machine, beside peers and a model that are simulated, too.
 
@@ -89,6 +95,7 @@ class Simulation:
         self._case = case
         self._reference = reference
         self._num_steps = 0
+        self._ends_at_race = False
         self._memory = GradientMemory(self.machine, on_device=case.on_device)
         self.parameters = case.weights()
         self._index = {id(parameter): i for i, parameter in enumerate(self.parameters)}
@@ -137,6 +144,13 @@ class Simulation:
         self.outcome.state = state_of(self.core)
         found = [f"{first} and {second} are not ordered" for first, second in self.races]
         return [*found, *self.wrong, *self._differences()]
+
+    def has_race(self) -> bool:
+        """Train until a step is over in which the vector clock has reported something, if any."""
+        self._ends_at_race = True
+        with suppress(_RaceFoundError):
+            self.run()
+        return bool(self.races)
 
     @property
     def races(self) -> list[Race]:
@@ -189,6 +203,8 @@ class Simulation:
     def step_over(self) -> None:
         """Count the step."""
         self._num_steps += 1
+        if self._ends_at_race and self.races:
+            raise _RaceFoundError
 
     # The peers.
 
@@ -212,3 +228,12 @@ class Simulation:
             flat[low:high] = sent
 
         return exchange
+
+
+@cache
+def clean_reference_of(case: Case, num_seeds: int) -> Outcome:
+    """Return the reference of a case in which nothing is wrong at any of the seeds from 0 on."""
+    reference = reference_of(case)
+    for seed in range(num_seeds):
+        assert Simulation(case, reference, seed).run() == [], f"at seed {seed}"
+    return reference

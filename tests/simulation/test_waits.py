@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -11,13 +11,16 @@ from offload_adam.layout.flat import ParameterSpec, plan_buckets
 from offload_adam.layout.schedule import Operation, Route, Schedule, Task, plan_schedule
 from tests.simulation.case import Case, simple_case
 from tests.simulation.outcome import Outcome
-from tests.simulation.simulation import Simulation
+from tests.simulation.simulation import Simulation, clean_reference_of
 from tests.simulation.training import reference_of
+from tests.simulation.waits import Kind, kinds_of, waits_of
 
 ON_DEVICE = {
     "rings": simple_case(4, "bf16", world_size=2, rank=1, num_reduce_slots=2),
     "alone": simple_case(3, "fp32"),
     "through a buffer": simple_case(3, "bf16", world_size=2, pin="staging"),
+    "fp32 staging": simple_case(4, "fp32", pin="staging"),
+    "half kept": simple_case(4, "bf16", offload_fraction=0.5),
     "kept": simple_case(3, "bf16", world_size=2, offload_fraction=0.0),
 }
 ON_HOST = {
@@ -26,21 +29,9 @@ ON_HOST = {
 }
 NUM_SEEDS = 4
 
-Kind = tuple[Operation, Operation]
-
 
 def schedule_of(case: Case, reference: Outcome) -> Schedule:
     return Simulation(case, reference, 0).core.executor.tasks.schedule
-
-
-def waits_of(schedule: Schedule) -> Iterator[tuple[Task, Task]]:
-    for task, waits in schedule.waits.items():
-        for waited in waits:
-            yield task, waited
-
-
-def kinds_of(schedule: Schedule) -> set[Kind]:
-    return {(task.operation, waited.operation) for task, waited in waits_of(schedule)}
 
 
 def is_caught(case: Case, reference: Outcome, task: Task, waited: Task) -> bool:
@@ -48,8 +39,7 @@ def is_caught(case: Case, reference: Outcome, task: Task, waited: Task) -> bool:
     for seed in range(NUM_SEEDS):
         simulation = Simulation(case, reference, seed)
         simulation.with_schedule(simulation.core.executor.tasks.schedule.without(task, waited))
-        simulation.run()
-        if simulation.races:
+        if simulation.has_race():
             return True
     return False
 
@@ -57,17 +47,33 @@ def is_caught(case: Case, reference: Outcome, task: Task, waited: Task) -> bool:
 @pytest.mark.parametrize("name", ON_DEVICE)
 def test_each_wait_that_is_removed_is_caught(name: str) -> None:
     case = ON_DEVICE[name]
-    reference = reference_of(case)
-    assert Simulation(case, reference, 0).run() == []
+    reference = clean_reference_of(case, NUM_SEEDS)
     waits = list(waits_of(schedule_of(case, reference)))
     assert [wait for wait in waits if not is_caught(case, reference, *wait)] == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_sum_of_what_is_kept_stands_in_for_release_where_there_is_one(rank: int) -> None:
+    # Of the two layers that are kept, rank 1 has nothing but padding.
+    case = replace(
+        simple_case(4, "bf16", world_size=2, rank=rank, offload_fraction=0.5),
+        layers=tuple(((numel, "bf16"),) for numel in (300, 300, 100, 100)),
+    )
+    reference = clean_reference_of(case, NUM_SEEDS)
+    states = Simulation(case, reference, 0).core.states
+    assert [state.segments.numels.size for state in states if not state.hosted] == [1 - rank] * 2
+    waits = waits_of(schedule_of(case, reference))
+    # In a world of two they are reduced in every step, and the host waits on COMPUTE for the sum.
+    for_release = [wait for wait in waits if wait[1].operation is Operation.RELEASE]
+    caught = [wait for wait in for_release if is_caught(case, reference, *wait)]
+    assert len(for_release) == 2
+    assert caught == ([] if rank == 0 else for_release)
 
 
 @pytest.mark.parametrize("name", ON_HOST)
 def test_on_the_host_each_wait_for_an_update_that_is_removed_is_caught(name: str) -> None:
     case = ON_HOST[name]
-    reference = reference_of(case)
-    assert Simulation(case, reference, 0).run() == []
+    reference = clean_reference_of(case, NUM_SEEDS)
     waits = list(waits_of(schedule_of(case, reference)))
     # What is launched there is over, and a collective is waited for by its own handle.
     real = [wait for wait in waits if wait[1].operation is Operation.UPDATE]
