@@ -28,6 +28,10 @@ class Step(NamedTuple):
     non_finite: int | None
     drops: bool
 
+    def uses_all_of(self, case: Case) -> bool:
+        """Tell whether one backward at least is that of every layer."""
+        return any(len(used) == len(case.layers) for used in self.rounds)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
@@ -99,33 +103,54 @@ class Case:
         return total
 
 
-_SIZES = st.sampled_from([0, 1, 100, 128, 200, 300, 513, 900])
+MIXTURES = {
+    "fp32": ("fp32",),
+    "bf16": ("bf16",),
+    "fp16": ("fp16",),
+    "mixed": ("bf16", "fp32"),
+    "all": tuple(DTYPES),
+}
+"""The dtypes that the parameters of a case may have, by one name."""
+
+_SIZES = st.sampled_from([300, 200, 513, 128, 100, 900, 1, 0])
+_RANGES: dict[str, st.SearchStrategy[Any]] = {
+    "on_device": st.sampled_from([True, True, True, False]),
+    "overlaps": st.sampled_from([True, True, True, False]),
+    "pin": st.sampled_from(["all", "staging", "none"]),
+    # A slot or two, and mostly a bucket for each parameter, so that slots change hands.
+    "bucket_nbytes": st.sampled_from([100, 100, 100, 1200]),
+    "num_reduce_slots": st.sampled_from([2, 1]),
+    "num_staging_slots": st.sampled_from([2, 1]),
+    "offload_fraction": st.sampled_from([1.0, 0.5]),
+    "accumulates": st.sampled_from([False, False, False, True]),
+    "reduces_in_fp32": st.sampled_from([False, False, True]),
+    "max_norm": st.sampled_from([None, 0.5, 20.0]),
+    "seed": st.integers(0, 1 << 20),
+}
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """Draw everything at random."""
-    names = draw(st.sampled_from([("fp32",), ("bf16",), ("fp16",), ("bf16", "fp32"), (*DTYPES,)]))
+def cases(
+    draw: st.DrawFn, /, *, dtype: str | None = None, world_size: int | None = None, **fixed: Any
+) -> Case:
+    """Draw what is not given.
+
+    Args:
+        dtype: a name of `MIXTURES`.
+        fixed: fields of the case.
+    """
+    names = MIXTURES[dtype or draw(st.sampled_from(sorted(MIXTURES)))]
     parameters = st.tuples(_SIZES, st.sampled_from(names))
-    layers = draw(st.lists(st.lists(parameters, min_size=1, max_size=3), min_size=1, max_size=9))
-    world_size = draw(st.sampled_from([1, 1, 2, 3, 4]))
-    accumulates = draw(st.sampled_from([False, False, False, True]))
+    layers = draw(st.lists(st.lists(parameters, min_size=1, max_size=2), min_size=4, max_size=7))
+    world_size = world_size or draw(st.integers(1, 4))
+    options = fixed | {name: draw(_RANGES[name]) for name in _RANGES if name not in fixed}
+    steps = st.lists(_steps(len(layers), options["accumulates"]), min_size=2, max_size=3)
     return Case(
         layers=tuple(map(tuple, layers)),
-        steps=tuple(draw(st.lists(_steps(len(layers), accumulates), min_size=2, max_size=5))),
+        steps=tuple(draw(steps)),
         world_size=world_size,
         rank=draw(st.integers(0, world_size - 1)),
-        bucket_nbytes=draw(st.sampled_from([256, 600, 1200, 4096])),
-        num_reduce_slots=draw(st.integers(1, 4)),
-        num_staging_slots=draw(st.integers(1, 3)),
-        on_device=draw(st.sampled_from([True, True, True, False])),
-        pin=draw(st.sampled_from(["all", "all", "staging", "none"])),
-        accumulates=accumulates,
-        offload_fraction=draw(st.sampled_from([1.0, 1.0, 1.0, 0.6, 0.3, 0.0])),
-        reduces_in_fp32=draw(st.sampled_from([False, False, True])),
-        overlaps=draw(st.sampled_from([True, True, True, False])),
-        max_norm=draw(st.sampled_from([None, 0.5, 20.0])),
-        seed=draw(st.integers(0, 1 << 20)),
+        **options,
     )
 
 
