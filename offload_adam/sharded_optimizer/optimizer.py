@@ -35,6 +35,7 @@ from offload_adam.parameters.selection import (
     refuse_unrelated,
     select_parameters,
 )
+from offload_adam.sharded_optimizer.compiling import never_compiled
 from offload_adam.sharded_optimizer.execution import Execution
 from offload_adam.sharded_optimizer.owners import add_owner, refuse_owned
 from offload_adam.sharded_optimizer.state_dicts import StateDicts
@@ -287,6 +288,7 @@ class ShardedOptimizer(StateDicts):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @never_compiled
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Average what is still to be averaged, clip, update; or skip, on every rank. Collective.
 

@@ -161,7 +161,7 @@ def fresh_process() -> dict[str, Any]:
         "import json, sys, torch; torch.set_num_threads(1)\n"
         "import offload_adam\n"
         "offload_adam.OffloadAdam\n"
-        "loaded = sorted({'numba', 'pydantic'} & set(sys.modules))\n"
+        "loaded = sorted({'numba', 'pydantic', 'torch._dynamo'} & set(sys.modules))\n"
         "p = torch.nn.Parameter(torch.ones(100_000))\n"
         "o = offload_adam.OffloadAdam([p], num_threads=2)\n"
         "p.grad = torch.ones(100_000); o.step(); o.step()\n"
