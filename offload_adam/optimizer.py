@@ -26,6 +26,9 @@ class OffloadAdam(ShardedOptimizer):
 
     Drop-in, without `module`: gradients stay in `.grad` until `step()` reads them. Streaming, with
     `module`: gradients leave during backward, bucket by bucket, and `.grad` is None after it.
+    `torch.nn.utils.clip_grad_norm_` finds none then and clips nothing: use `max_grad_norm` or the
+    method of that name here. Without `module` nobody can tell that a parameter of the model was
+    replaced by another (`load_state_dict(assign=True)`), which is not trained then.
 
     Args:
         params: parameters, group dicts, or (name, parameter) pairs; fp32, bf16 and fp16 may be

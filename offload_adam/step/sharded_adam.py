@@ -19,6 +19,7 @@ from offload_adam.observe.place import HERE
 from offload_adam.observe.spans import NullSpans, Spans, Stopwatch
 from offload_adam.parameters.forward_hooks import ForwardHooks
 from offload_adam.parameters.selection import Named, NewParameter
+from offload_adam.step.absence import AbsenceWatch
 from offload_adam.step.backend import Backend
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.clipping import Decision, decide
@@ -99,6 +100,7 @@ class ShardedAdam:
         self._frozen: list[Named] = []
         self._names: list[str] = []
         self._parameters: list[torch.nn.Parameter] = []
+        self._absence = AbsenceWatch(self._names, self._parameters)
 
     def extend(
         self,
@@ -228,6 +230,8 @@ class ShardedAdam:
         self.executor.settle()
         beside = self._beside_steps.take()
         agreement, changed = self._agree(inputs, stopwatch)
+        if self.membership.rank == 0:
+            self._absence.see(agreement.present_counts)
         decision = decide(agreement, inputs.max_norm)
         non_finite: tuple[str, ...] = ()
         if decision.skip:

@@ -239,3 +239,28 @@ def test_host_bytes_a_parameter(dtype: torch.dtype) -> None:
         if key != "step"
     )
     assert held == per_parameter * numel
+
+
+def test_parameters_that_never_have_a_gradient_are_named_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = torch.nn.Linear(2, 1)
+    frozen_later = torch.nn.Parameter(torch.ones(1))
+    optimizer = OffloadAdam([*model.named_parameters(), ("later", frozen_later)], lr=0.1)
+    frozen_later.requires_grad_(False)
+    model.load_state_dict({"weight": torch.ones(1, 2)}, strict=False, assign=True)
+
+    def train(num_steps: int) -> list[str]:
+        caplog.clear()
+        for _ in range(num_steps):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+        return [record.getMessage() for record in caplog.records]
+
+    assert train(9) == []
+    (message,) = train(10)
+    assert message.startswith("no gradient in 10 steps for parameter 'weight': they are not")
+    optimizer.add_param_group({"params": [("new", torch.nn.Parameter(torch.ones(1)))]})
+    assert train(9) == []
+    (message,) = train(10)
+    assert "for parameter 'weight', 'new': they" in message
