@@ -249,3 +249,12 @@ def test_schedulers_save_their_state_all_the_same(schedule: Callable[[Any], Any]
 
 def saved_groups(optimizer: OffloadAdam) -> Any:
     return optimizer.state_dict()["param_groups"]
+
+
+def test_settings_are_told_by_the_group_that_they_are_of() -> None:
+    """What ranks that differ tell each other; `Adam` steps with two of these a group."""
+    for optimizer_type in (OffloadAdam, Adam):
+        optimizer = made(optimizer_type)
+        optimizer.param_groups[1]["lr"] = 0.25
+        facts = optimizer._step_inputs().facts()
+        assert {field for field, value in facts if value == "0.25"} == {"lr of group 1"}
