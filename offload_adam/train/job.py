@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from itertools import chain
@@ -33,7 +33,7 @@ from offload_adam.train.optimizer import build_optimizer
 from offload_adam.train.preparation import prepare
 from offload_adam.train.profiled import profiled_job
 from offload_adam.train.progress import step_display
-from offload_adam.train.records import MetricsFile, StepRecord
+from offload_adam.train.records import MetricsFile
 from offload_adam.train.run_folder import (
     METRICS_NAME,
     continue_run_folder,
@@ -148,11 +148,7 @@ def _train_and_report(job: Job, console: Console) -> None:
     config = job.config
     with HERE.at("the bigram baseline", patient=True):
         baseline = bigram_loss(job.corpus.training, job.corpus.validation)
-    if job.first_step > 1:
-        notes = continue_run_folder(config, job.first_step - 1)
-    else:
-        notes = prepare_run_folder(config)
-    for line in [*notes, *_introduction(job, baseline)]:
+    for line in _introduction(job, baseline):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     folder = run_folder(config)
     totals = RunTotals(job.tokens_per_step)
@@ -160,12 +156,16 @@ def _train_and_report(job: Job, console: Console) -> None:
     display = step_display(console, config.train.num_steps)
     with (
         watched(job) as sinks,
-        MetricsFile(folder / METRICS_NAME, goes_on=job.first_step > 1) as metrics,
         display.shown(),
         profiled_job(job),
+        ExitStack() as opened,
     ):
+        metrics: MetricsFile | None = None
         for record in run_steps(job):
-            _take(record, metrics, totals)
+            if metrics is None:  # a first step that fails touches nothing of an earlier run
+                metrics = opened.enter_context(_metrics_file(job, console))
+            metrics.write(record)
+            totals.add(record)
             if speed is not None:
                 speed.take(record)
             sinks.write(asdict(record))
@@ -178,9 +178,16 @@ def _train_and_report(job: Job, console: Console) -> None:
     console.print(summary_table(totals, baseline, folder))
 
 
-def _take(record: StepRecord, metrics: MetricsFile, totals: RunTotals) -> None:
-    metrics.write(record)
-    totals.add(record)
+def _metrics_file(job: Job, console: Console) -> MetricsFile:
+    """Make the run's folder its own, and open the file for its records."""
+    goes_on = job.first_step > 1
+    if goes_on:
+        notes = continue_run_folder(job.config, job.first_step - 1)
+    else:
+        notes = prepare_run_folder(job.config)
+    for line in notes:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    return MetricsFile(run_folder(job.config) / METRICS_NAME, goes_on=goes_on)
 
 
 def _introduction(job: Job, baseline: float) -> Iterator[str]:

@@ -106,6 +106,23 @@ def frozen():
 def nothing():
     return 3
 
+def leaves():
+    import sys
+    sys.exit(3)
+
+def on_meta():
+    with torch.device("meta"):
+        return torch.nn.Sequential(*[scaled() for _ in range(2)], torch.nn.BatchNorm1d(3))
+
+def lazy():
+    return torch.nn.Sequential(torch.nn.Embedding(256, 4), torch.nn.LazyLinear(256))
+
+def complex_weight():
+    model = scaled()
+    model.phase = torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    model.register_buffer("rotation", torch.ones(3, dtype=torch.complex64))
+    return model
+
 number = 4
 """
 
@@ -145,6 +162,10 @@ def test_a_seed_makes_the_same_model_again(own_module: str) -> None:
         ("nothing", "must return a torch.nn.Module, got int"),
         ("frozen", "no parameter that requires a gradient"),
         ("fails", "KeyError: 'no weights' .*line 11"),
+        ("leaves", r"leaves\(\) failed: SystemExit: 3 .*line 21"),
+        ("on_meta", "0.0.weight, 0.1.weight, 0.1.bias and 8 more: no values, .*to_empty"),
+        ("lazy", "1.weight, 1.bias: no shape yet, .*call the model once"),
+        ("complex_weight", "phase, rotation: complex numbers, .*view_as_real"),
     ],
 )
 def test_a_factory_that_does_not_keep_the_contract(
@@ -157,6 +178,20 @@ def test_a_factory_that_does_not_keep_the_contract(
 def test_arguments_that_the_factory_does_not_take(own_module: str) -> None:
     with pytest.raises(ConfigError, match=r"scaled\(depth=3\) failed: TypeError"):
         build_model(config_for(f"{own_module}:scaled", depth=3))
+
+
+def test_a_module_that_leaves_while_it_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "leaving_module.py").write_text("raise SystemExit('usage: ...')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="cannot import leaving_module: SystemExit: usage"):
+        build_model(config_for("leaving_module:make"))
+
+
+def test_a_plan_wants_no_values(own_module: str) -> None:
+    with torch.device("meta"):
+        assert all(p.is_meta for p in build_model(config_for(f"{own_module}:on_meta")).parameters())
 
 
 def test_a_module_that_is_missing_is_an_error() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -163,6 +164,37 @@ def test_a_skipped_step_counts_and_leaves_the_schedule_alone(tmp_path: Path) -> 
     assert records[5]["loss"] < records[0]["loss"]
     assert "step 5 was skipped: not finite in table.weight" in printed
     assert "8 (1)" in printed
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return every file below a folder."""
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("last", [None, 2])
+def test_a_first_step_that_fails_touches_nothing_of_an_earlier_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int | None
+) -> None:
+    """Where a run begins anew, and where it goes on before the last record."""
+    every = 0 if last is None else last
+    section = {"every": every, "resume": "auto"}
+    train = SMALL["train"] | {"num_steps": 3}
+    run(tmp_path, train=train, checkpoint=section)
+    if last is not None:
+        shutil.rmtree(tmp_path / "case" / "checkpoints" / "step-3")
+    before = contents(tmp_path)
+
+    def fail(*args: Any) -> torch.Tensor:
+        raise RuntimeError("no such kernel")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "next_token_loss", fail)
+        with pytest.raises(RuntimeError, match="no such kernel"):
+            run(tmp_path, train=train, checkpoint=section)
+    assert contents(tmp_path) == before
+    records, printed = run(tmp_path, train=train, checkpoint=section)
+    assert [record["step"] for record in records] == [1, 2, 3]
+    assert ("holds an earlier run" if last is None else "goes on after step 2") in printed
 
 
 def test_a_model_that_returns_no_logits_is_a_mistake_of_the_configuration(tmp_path: Path) -> None:
