@@ -28,10 +28,11 @@ def train(
 ) -> None:
     """Train a language model as CONFIG says, alone or under torchrun.
 
-    SIGTERM and SIGUSR1 ask it to end after the step that it is in.
+    SIGTERM and SIGUSR1 ask it to end after the step that it is in; a SIGTERM more than 3 s after
+    that ends it at once.
 
-    Exit codes: 0 done, 2 bad configuration, 3 does not fit into memory, 130 interrupted, 1 anything
-    else.
+    Exit codes: 0 done, 2 bad configuration, 3 does not fit into memory, 130 interrupted, 143 ended
+    at once by SIGTERM, 1 anything else.
     """
     run_to_exit_code([config, *(overrides or [])])
 

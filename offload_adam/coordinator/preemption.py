@@ -1,4 +1,7 @@
-"""SIGTERM and SIGUSR1: a request to save and end, where all ranks are there to do so."""
+"""SIGTERM and SIGUSR1: a request to save and end, where all ranks are there to do so.
+
+A SIGTERM after it ends the process at once, wherever its training thread is.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import logging
 import os
 import select
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
@@ -18,13 +22,19 @@ import torch.distributed.distributed_c10d as c10d
 
 from offload_adam.coordinator.judgement import Verdict
 from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.records import describe_place
 from offload_adam.coordinator.watch import accuse
+from offload_adam.observe.place import HERE
 
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 ANSWER_WITHIN_S = 5.0
+EXIT_AT_ONCE = 128 + signal.SIGTERM
+# A scheduler may signal a rank and torchrun's agent, which passes it on: that is one request.
+ONE_REQUEST_S = 3.0
 _POLL_S = 0.5
+_LAST_WORDS_S = 2.0
 _PREFIX = "offload_adam/preemption"
 
 
@@ -34,13 +44,18 @@ class Preemption:
     A signal may also be the end of a failure: torchrun's agent sends SIGTERM to the survivors. So
     it counts only once every rank has answered through the store; else the run has failed.
 
+    The request is heeded between steps. A SIGTERM that comes to this process `ONE_REQUEST_S` after
+    an earlier signal, or later, does not wait for that; but where a peer has failed it is the
+    agent's, which sends each survivor one, and the failure keeps its own way to end the run.
+
     Owns: a thread, and a connection to the store that only this thread uses.
     Threads: signals reach the thread through a wakeup descriptor, which works while the main thread
         is in a collective, and leaves no signal blocked in other threads and child processes.
     """
 
-    def __init__(self, membership: Membership) -> None:
+    def __init__(self, membership: Membership, what_stands: Callable[[], str]) -> None:
         self.is_requested = False
+        self._what_stands = what_stands
         self._membership = membership
         self._store = _own_store() if membership.world_size > 1 else None
         self._reader, self._writer = os.pipe()
@@ -70,26 +85,66 @@ class Preemption:
             os.close(self._writer)
 
     def _run(self) -> None:
+        is_settled, told_s = False, None
         while not self._ending.is_set():
-            name = self._received()
+            names = self._received()
             if self._ending.is_set():
                 return
-            try:
-                if name is not None or self._is_asked():
-                    self._decide(name or "a signal to another rank")
-                    return
-            except RuntimeError as error:
-                # Peers that cannot be asked are the watch's business; a signal ends this run.
-                if name is not None:
-                    self._fail(f"{name} came, and the store does not answer ({error})")
-                    return
+            if told_s is not None and time.monotonic() - told_s > ONE_REQUEST_S:
+                if signal.SIGTERM.name in names:
+                    self._end_at_once()
+            elif not is_settled:
+                is_settled = self._settle(names[0] if names else None)
+            if names and told_s is None:
+                told_s = time.monotonic()
 
-    def _received(self) -> str | None:
-        """Wait a while for a signal of ours and return its name."""
+    def _settle(self, name: str | None) -> bool:
+        """Act on a signal, to this rank or another; return False where none has come."""
+        try:
+            if name is None and not self._is_asked():
+                return False
+            self._decide(name or "a signal to another rank")
+        except RuntimeError as error:
+            # Peers that cannot be asked are the watch's business; a signal ends this run.
+            if name is None:
+                return False
+            self._fail(f"{name} came, and the store does not answer ({error})")
+        return True
+
+    def _end_at_once(self) -> None:
+        """End this process and say what is lost, unless it is another rank that has failed."""
+        if self._has_failed():
+            return
+        # The disk that would say what stands may be what the process hangs in.
+        timer = threading.Timer(_LAST_WORDS_S, os._exit, (EXIT_AT_ONCE,))
+        timer.daemon = True
+        timer.start()
+        here = describe_place(HERE.step, HERE.phase, HERE.bucket)
+        print(
+            f"offload-adam: rank {self._membership.rank}: SIGTERM came again: ended at once, "
+            f"in {here}",
+            file=sys.stderr,
+            flush=True,
+        )
+        print(f"offload-adam: {self._what_stands()}", file=sys.stderr, flush=True)
+        os._exit(EXIT_AT_ONCE)
+
+    def _has_failed(self) -> bool:
+        """Return whether a rank has failed, after so long as the watch takes to find that out."""
+        watch = self._membership.watch
+        if watch is None:
+            return False
+        # One beat to see it and one to read of it, and some time for the store.
+        deadline_s = time.monotonic() + 2.5 * watch.patience.beat_s
+        while watch.failure is None and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        return watch.failure is not None
+
+    def _received(self) -> list[str]:
+        """Wait a while for signals of ours and return their names."""
         ready, _, _ = select.select([self._reader], [], [], _POLL_S)
         numbers = os.read(self._reader, 64) if ready else b""
-        names = [signal.Signals(n).name for n in numbers if n in SIGNALS]
-        return names[0] if names else None
+        return [signal.Signals(n).name for n in numbers if n in SIGNALS]
 
     def _is_asked(self) -> bool:
         return self._store is not None and self._store.check(["asked"])
@@ -104,7 +159,12 @@ class Preemption:
                 tuple(silent),
             )
             return
-        logger.info("%s: ending after this step", name)
+        logger.info(
+            "%s: ending after this step; a SIGTERM %g s from now, or later, ends this process at "
+            "once",
+            name,
+            ONE_REQUEST_S,
+        )
         self.is_requested = True
 
     def _ranks_that_do_not_answer(self) -> list[int]:
@@ -125,9 +185,16 @@ class Preemption:
 
 
 @contextmanager
-def preemptible(membership: Membership) -> Iterator[Preemption]:
-    """Take SIGTERM and SIGUSR1 as requests to save and end, within the block."""
-    preemption = Preemption(membership)
+def preemptible(
+    membership: Membership, what_stands: Callable[[], str] = lambda: "its steps are lost"
+) -> Iterator[Preemption]:
+    """Take SIGTERM and SIGUSR1 as requests to save and end, within the block.
+
+    Args:
+        what_stands: returns a sentence on what is saved and what is lost by an end at once; called
+            by another thread.
+    """
+    preemption = Preemption(membership, what_stands)
     if threading.current_thread() is not threading.main_thread():
         yield preemption  # Python gives signals to the main thread only
         return

@@ -40,7 +40,13 @@ from offload_adam.train.run_folder import (
     prepare_run_folder,
     run_folder,
 )
-from offload_adam.train.saving import CheckpointSaver, checkpoint_path, require_place, resume
+from offload_adam.train.saving import (
+    CheckpointSaver,
+    checkpoint_path,
+    require_place,
+    resume,
+    what_stands,
+)
 from offload_adam.train.schedule import build_schedule
 from offload_adam.train.slowness import update_speed
 from offload_adam.train.summary import RunTotals, summary_table
@@ -70,7 +76,7 @@ def run_job(config: RunConfig, console: Console | None = None, saver: Saver | No
     with (
         joined_world(timeout, patience) as world,
         guard.guarding(world.membership),
-        preemptible(world.membership) as preemption,
+        preemptible(world.membership, lambda: what_stands(config)) as preemption,
         _assembled(config, world, corpus, model) as (parallel_model, optimizer),
         guard.hurried(),
     ):

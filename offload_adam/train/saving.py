@@ -200,6 +200,14 @@ def steps_in(folder: Path) -> Iterator[int]:
             yield int(match[1])
 
 
+def what_stands(config: RunConfig) -> str:
+    """Return what a run that ends now has saved, and what is lost."""
+    newest = max(steps_in(run_folder(config) / FOLDER_NAME), default=None)
+    if newest is None:
+        return "there is no checkpoint: all steps of the run are lost"
+    return f"checkpoint {checkpoint_path(config, newest)} stands; the steps after it are lost"
+
+
 def find_checkpoint(config: RunConfig) -> Path | None:
     """Return the checkpoint that a run goes on from, None to begin.
 
