@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from offload_adam.parameters.options import (
     check_room,
     resolve_reduction,
 )
+from offload_adam.version import __version__
 
 DEFAULT_BUCKET_NBYTES = 32 * 1024 * 1024
 
@@ -108,6 +110,20 @@ class Execution:
             return False
         return True
 
+    def warn_without_effect(self, parameters: Iterable[torch.Tensor], *, offloads: bool) -> None:
+        """Warn where offload_fraction is given and no parameter's state could stay on a GPU."""
+        if self.offload_fraction == 1.0:
+            return
+        on_device = offloads or any(parameter.is_cuda for parameter in parameters)
+        if self.beside or not on_device:
+            why = "all of it stays there" if on_device else "no parameter is on one"
+            warnings.warn(
+                f"offload_fraction={self.offload_fraction} has no effect: it says how much state "
+                f"leaves the GPU, and {why}",
+                UserWarning,
+                stacklevel=4,
+            )
+
     def patience(self) -> Patience:
         """Return the patience with peers; the default's in place of one that `check` refuses."""
         try:
@@ -116,8 +132,11 @@ class Execution:
             return Patience()
 
     def facts(self, kind: str) -> list[Fact]:
-        """Return what must be the same on every rank."""
+        """Return what must be the same on every rank; the versions are those that give its bits."""
         return [
+            ("the version of offload_adam", __version__),
+            ("the version of torch", str(torch.__version__)),
+            ("the version of numba", metadata.version("numba")),
             ("gradient_reduction", kind),
             ("reduce_dtype", str(self.reduce_dtype)),
             ("bucket_nbytes", str(self.bucket_nbytes)),

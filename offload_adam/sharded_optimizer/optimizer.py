@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
-import warnings
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
-from importlib import metadata
 from typing import Any, overload
 
 import torch
@@ -37,6 +34,7 @@ from offload_adam.parameters.selection import (
 )
 from offload_adam.sharded_optimizer.compiling import never_compiled
 from offload_adam.sharded_optimizer.execution import Execution
+from offload_adam.sharded_optimizer.loss_scale import read_loss_scale
 from offload_adam.sharded_optimizer.owners import add_owner, refuse_owned
 from offload_adam.sharded_optimizer.state_dicts import StateDicts
 from offload_adam.step.backend import Backend
@@ -46,7 +44,6 @@ from offload_adam.step.local_state import local_state
 from offload_adam.step.reduction import GradientReduction
 from offload_adam.step.report import StepReport
 from offload_adam.step.sharded_adam import ShardedAdam
-from offload_adam.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -113,9 +110,9 @@ class ShardedOptimizer(StateDicts):
 
         try:
             kind = together(self._membership, "construction", check)
-            self._facts = [*_versions(), *execution.facts(kind), *self._facts]
+            self._facts = [*execution.facts(kind), *self._facts]
             self.max_grad_norm = execution.max_grad_norm
-            self._warn_without_effect(execution)
+            execution.warn_without_effect(self._grouped_parameters(), offloads=self._offloads)
             streams = execution.streamed_module is not None and kind == "optimizer"
             reduction = GradientReduction(
                 self._membership,
@@ -149,9 +146,7 @@ class ShardedOptimizer(StateDicts):
                 module=module,
                 external=kind == "external",
                 overlaps=execution.overlaps(
-                    kind,
-                    [parameter for group in self.param_groups for parameter in group["params"]],
-                    offloads=self._offloads,
+                    kind, self._grouped_parameters(), offloads=self._offloads
                 ),
                 backend=self._backend,
             )
@@ -199,27 +194,14 @@ class ShardedOptimizer(StateDicts):
             first_group=first_group,
         )
 
-    def _warn_without_effect(self, execution: Execution) -> None:
-        """Warn where offload_fraction is given and no parameter's state could stay on a GPU."""
-        if execution.offload_fraction == 1.0:
-            return
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        on_device = self._offloads or any(parameter.is_cuda for parameter in parameters)
-        if execution.beside or not on_device:
-            why = "all of it stays there" if on_device else "no parameter is on one"
-            warnings.warn(
-                f"offload_fraction={execution.offload_fraction} has no effect: it says how much "
-                f"state leaves the GPU, and {why}",
-                UserWarning,
-                stacklevel=4,
-            )
-
     def _pinning_runtime(self) -> CudaRuntime | None:
         """Return what pins host memory, None where no parameter is on a GPU to copy to."""
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        if any(parameter.is_cuda for parameter in parameters):
+        if any(parameter.is_cuda for parameter in self._grouped_parameters()):
             return cuda_runtime()
         return self._runtime
+
+    def _grouped_parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _take_in(self, core: ShardedAdam, first_group: int) -> None:
         """Build the state of the groups from this one on. Collective."""
@@ -317,7 +299,7 @@ class ShardedOptimizer(StateDicts):
             core.synchronize()  # they run when this returns, and may read parameters
         if report.skipped:
             self.skipped_steps += 1
-            logger.warning("step skipped (%d so far): %s", self.skipped_steps, _reason(report))
+            logger.warning("step skipped (%d so far): %s", self.skipped_steps, report.reason)
         elif report.num_updated == 0 and not self._warned_idle:
             self._warned_idle = True
             logger.warning(
@@ -400,15 +382,12 @@ class ShardedOptimizer(StateDicts):
     def _read_inputs(self) -> StepInputs:
         """Read the groups as they are now, and the loss scaler's word."""
         self._check_edits()
-        self._refuse_blind_scaler()
-        grad_scale = _scalar(getattr(self, "grad_scale", None), absent=1.0)
-        if not (math.isfinite(grad_scale) and grad_scale > 0.0):
-            raise ValueError(f"grad_scale must be finite and above 0, not {grad_scale}")
+        scale = read_loss_scale(self, gradients_leave=self._hooks is not None)
         inputs = self._step_inputs()
         return replace(
             inputs,
-            grad_scale=inputs.grad_scale * grad_scale,
-            found_inf=_scalar(getattr(self, "found_inf", None), absent=0.0),
+            grad_scale=inputs.grad_scale * scale.grad_scale,
+            found_inf=scale.found_inf,
             max_norm=self.max_grad_norm if self._max_norm_once is None else self._max_norm_once,
             notice=replace(self.notice, saved=self._alive().gate.num_finished),
         )
@@ -421,41 +400,3 @@ class ShardedOptimizer(StateDicts):
                 "optimizer.state was replaced or has lost entries: they show the state, which lies "
                 "elsewhere. Use load_state_dict(), or make a new optimizer to begin anew"
             )
-
-    def _refuse_blind_scaler(self) -> None:
-        """Refuse what a GradScaler says that saw no gradient, for those have left `.grad`.
-
-        It hands over the sum of its checks, of which there are none: the int 0, and no tensor. Its
-        `unscale_` has unscaled nothing then.
-        """
-        found_inf = getattr(self, "found_inf", None)
-        if self._hooks is None or type(found_inf) is not int or found_inf != 0:
-            return
-        if isinstance(getattr(self, "grad_scale", 0.0), torch.Tensor | None):
-            raise ValueError(
-                "a GradScaler reads .grad, which gradients leave during backward here: make the "
-                "optimizer without module=, or scale the loss yourself and set grad_scale, and "
-                "found_inf as a float or a tensor (a gradient that is not finite is noticed anyway)"
-            )
-
-
-def _versions() -> list[Fact]:
-    """Return the versions that give the same bits."""
-    return [
-        ("the version of offload_adam", __version__),
-        ("the version of torch", str(torch.__version__)),
-        ("the version of numba", metadata.version("numba")),
-    ]
-
-
-def _scalar(value: torch.Tensor | float | None, *, absent: float) -> float:
-    return absent if value is None else float(value)
-
-
-def _reason(report: StepReport) -> str:
-    """Say why a step was skipped, with at most five names."""
-    if not report.non_finite:
-        return "found_inf was set"
-    more = len(report.non_finite) - 5
-    named = ", ".join(report.non_finite[:5]) + (f" and {more} more" if more > 0 else "")
-    return f"the gradient of {named} is not finite"

@@ -33,3 +33,12 @@ class StepReport:
     non_finite: tuple[str, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
     notice: Notice = field(default_factory=Notice)
+
+    @property
+    def reason(self) -> str:
+        """Why a step was skipped, with at most five names."""
+        if not self.non_finite:
+            return "found_inf was set"
+        more = len(self.non_finite) - 5
+        named = ", ".join(self.non_finite[:5]) + (f" and {more} more" if more > 0 else "")
+        return f"the gradient of {named} is not finite"

@@ -1,0 +1,39 @@
+"""What a loss scaler, or the caller in its place, has set on an optimizer before a step."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+
+class LossScale(NamedTuple):
+    """What gradients are divided by, and whether one that is not finite has been seen (not 0)."""
+
+    grad_scale: float
+    found_inf: float
+
+
+def read_loss_scale(optimizer: object, *, gradients_leave: bool) -> LossScale:
+    """Return the scaler's word; absent means 1 and 0.
+
+    A GradScaler hands over the sum of its checks. Where gradients have left `.grad` there are none:
+    the sum is the int 0, and no tensor, and its `unscale_` has unscaled nothing.
+
+    Raises:
+        ValueError: a scale that cannot be one; a GradScaler that saw no gradient.
+    """
+    scale = getattr(optimizer, "grad_scale", 1.0)
+    found_inf = getattr(optimizer, "found_inf", None)
+    blind = type(found_inf) is int and found_inf == 0 and isinstance(scale, torch.Tensor | None)
+    if gradients_leave and blind:
+        raise ValueError(
+            "a GradScaler reads .grad, which gradients leave during backward here: make the "
+            "optimizer without module=, or scale the loss yourself and set grad_scale, and "
+            "found_inf as a float or a tensor (a gradient that is not finite is noticed anyway)"
+        )
+    grad_scale = 1.0 if scale is None else float(scale)
+    if not (math.isfinite(grad_scale) and grad_scale > 0.0):
+        raise ValueError(f"grad_scale must be finite and above 0, not {grad_scale}")
+    return LossScale(grad_scale, 0.0 if found_inf is None else float(found_inf))
