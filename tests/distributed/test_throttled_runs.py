@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import html
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import pytest
 from offload_adam.kernels.threads import allowed_cores
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from tests.distributed import throttled_train
+from tests.torchrun import run_two_ranks
 from tests.unit.test_train_alone import SMALL, run
 
 pytest.importorskip("plotly")
@@ -96,16 +94,7 @@ def test_a_slow_rank_is_named_and_what_it_is_slow_in(tmp_path: Path) -> None:
 
 def train(folder: Path, what: str) -> None:
     """Profile the tiny run on two ranks with one resource throttled."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     settings = [str(ROOT / "configs" / "tiny.yaml"), f"--run.dir={folder}"]
     settings += ["--train.num_steps=6", "--train.eval_sequences=8", "--schedule.warmup_steps=0"]
-    done = subprocess.run(
-        [*torchrun, throttled_train.__file__, what, "profile", *settings],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    arguments = [throttled_train.__file__, what, "profile", *settings]
+    run_two_ranks(arguments, folder, timeout_s=100)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.torchrun import run_two_ranks
 from tests.unit.profiling.chrome_trace import read_trace
 
 ROOT = Path(__file__).parents[2]
@@ -19,21 +17,12 @@ NUM_STEPS = 4
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_trace_of_a_profiled_quickstart_is_whole(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     settings = [str(ROOT / "configs" / "quickstart.yaml"), f"--run.dir={tmp_path}"]
     settings += [f"--train.num_steps={NUM_STEPS}", "--train.eval_sequences=8"]
     settings += ["--schedule.warmup_steps=0", "--optimizer.bucket_nbytes=1000000"]
     settings += ["--profile.interval_ms=20"]
-    done = subprocess.run(
-        [*torchrun, "-m", "offload_adam", "profile", *settings],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    arguments = ["-m", "offload_adam", "profile", *settings]
+    run_two_ranks(arguments, tmp_path, timeout_s=110)
     folder = tmp_path / "quickstart"
     trace = read_trace(folder / "trace.json")
     assert sorted(trace.processes) == [0, 1]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +22,7 @@ from offload_adam.doctor.kept import Bandwidth, Ranks
 from offload_adam.doctor.network import Network, judged, measure_network, network_findings
 from offload_adam.layout.ring import RingSpeed
 from tests.ranks import RankPool
+from tests.torchrun import run_two_ranks
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -151,18 +149,9 @@ def test_doctor_under_torchrun_measures_and_keeps_what_a_plan_uses(
     tmp_path: Path, cache_home: Path
 ) -> None:
     path = tmp_path / "doctor.json"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "offload_adam", "doctor", f"--json={path}", f"--dir={tmp_path}"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("What this machine gives a run") == 1
+    arguments = ["-m", "offload_adam", "doctor", f"--json={path}", f"--dir={tmp_path}"]
+    printed = run_two_ranks(arguments, tmp_path, timeout_s=150)
+    assert printed.count("What this machine gives a run") == 1
     values = json.loads(path.read_text())
     ranks, speed = values["network"]["ranks"], RingSpeed(**values["network"]["speed"])
     assert ranks == {"world_size": 2, "local_world_size": 2, "backend": "gloo", "device": "cpu"}
