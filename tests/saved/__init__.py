@@ -1,0 +1,1 @@
+"""Checkpoints as earlier versions wrote them, which every later version must load."""

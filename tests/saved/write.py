@@ -1,0 +1,137 @@
+"""Write the files beside this one: python -c "from tests.saved.write import main; main(VERSION)"
+
+They are written once for each format and then kept: a new format gets a folder of its own.
+
+    VERSION/CASE-WORLD/checkpoint/      what save_checkpoint wrote on WORLD ranks
+    VERSION/CASE-WORLD/distributed/     OptimizerState through torch.distributed.checkpoint
+    VERSION/CASE-WORLD/rank-N.pt        this rank's state_dict()
+    VERSION/CASE-WORLD/expected.pt      all values at the save and three steps later, by torch.save
+    VERSION/train/                      a training run's folder, with its checkpoint after step 4
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from rich.console import Console
+from torch import nn
+
+from offload_adam import Adam, OffloadAdam, save_checkpoint
+from offload_adam.checkpoint.dcp import OptimizerState
+from offload_adam.config import RunConfig
+from offload_adam.schedules import CosineDecayLR
+from offload_adam.train.job import run_job
+from tests.ranks import RankPool
+
+HERE = Path(__file__).parent
+CASES = [
+    ("fp32", 1),
+    ("fp32", 2),
+    ("bf16", 1),
+    ("bf16", 2),
+    ("amsgrad", 1),
+    ("adam", 1),
+    ("adam", 2),
+    ("adam_offload", 2),
+]
+EXTRA = {"epoch": 3, "history": [1.5, None, "text"], "nested": {"flag": True}}
+NUM_STEPS = 3
+
+
+class Model(nn.Module):
+    """Odd shapes, another memory order, buffers, and a frozen, a tied and an empty parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3)
+        self.norm = nn.BatchNorm2d(5)
+        self.head = nn.Linear(5, 37)
+        self.tied = self.head
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.empty = nn.Parameter(torch.empty(0, 4))
+        self.frozen = nn.Parameter(torch.randn(3, 2), requires_grad=False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.head(self.norm(self.conv(inputs)).mean((2, 3))) * self.scale
+        return found + self.empty.sum() + self.frozen.sum()
+
+
+def make(case: str, seed: int) -> tuple[Model, Any]:
+    """Return a model with weights drawn from `seed`, and its optimizer."""
+    torch.manual_seed(seed)
+    model = Model().to(torch.bfloat16 if case == "bf16" else torch.float32)
+    model.conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    shared: dict[str, Any] = {"gradient_reduction": "optimizer", "bucket_nbytes": 512}
+    if case.startswith("adam"):
+        offload: dict[str, Any] = {"use_offload": case == "adam_offload"}
+        return model, Adam(trained, CosineDecayLR(0.001, 0.1, 9), **shared, **offload)
+    groups = [{"params": trained[:2], "lr": 0.03}, {"params": trained[2:], "weight_decay": 0.1}]
+    return model, OffloadAdam(groups, lr=0.05, amsgrad=case == "amsgrad", **shared)
+
+
+def train(model: Model, optimizer: Any, start: int, end: int) -> None:
+    """Take steps whose gradients are the same on every rank."""
+    for step in range(start, end):
+        generator = torch.Generator().manual_seed(step)
+        inputs = torch.randn(4, 3, 5, 5, generator=generator).to(model.scale.dtype)
+        optimizer.zero_grad()
+        model(inputs).float().square().mean().backward()
+        optimizer.step()
+
+
+def values(model: Model, optimizer: Any) -> dict[str, Any]:
+    """Return every value of both, on rank 0. Collective."""
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    full = optimizer.full_state_dict()
+    return {"weights": weights, "full": full, "num_steps": optimizer.num_steps}
+
+
+def write(rank: int, world_size: int, case: str, folder: str) -> None:
+    """Train for a few steps and write everything; the expected values hold three steps more."""
+    target = Path(folder)
+    model, optimizer = make(case, seed=1)
+    train(model, optimizer, 0, NUM_STEPS)
+    save_checkpoint(target / "checkpoint", model=model, optimizer=optimizer, extra=EXTRA)
+    dcp.save({"optimizer": OptimizerState(model, optimizer)}, checkpoint_id=target / "distributed")
+    torch.save(copy.deepcopy(optimizer.state_dict()), target / f"rank-{rank}.pt")
+    saved = values(model, optimizer)
+    train(model, optimizer, NUM_STEPS, 2 * NUM_STEPS)
+    after = values(model, optimizer)
+    if rank == 0:
+        torch.save({"saved": saved, "after": after}, target / "expected.pt")
+    optimizer.close()
+
+
+def train_config(folder: str) -> RunConfig:
+    """Return the configuration of the training run; paths in it count from this folder."""
+    sections: dict[str, Any] = {
+        "run": {"name": "train", "dir": folder},
+        "model": {"sizes": {"num_layers": 1, "width": 8, "num_heads": 2}},
+        "data": {"path": "text/*.txt"},
+        "train": {"num_steps": 8, "batch_size": 4, "sequence_length": 16, "eval_sequences": 8},
+        "optimizer": {"lr": 1e-2, "max_grad_norm": 1.0},
+        "schedule": {"warmup_steps": 2},
+        "checkpoint": {"every": 4, "keep_last": 10},
+    }
+    return RunConfig.model_validate(sections)
+
+
+def main(version: str) -> None:
+    root = HERE / version
+    shutil.rmtree(root, ignore_errors=True)
+    with RankPool() as ranks:
+        for case, world_size in CASES:
+            folder = root / f"{case}-{world_size}"
+            folder.mkdir(parents=True)
+            ranks.run(write, world_size, case, str(folder))
+    os.chdir(HERE)
+    run_job(train_config(version), Console(file=io.StringIO()))
+    shutil.rmtree(root / "train" / "checkpoints" / "step-8")
