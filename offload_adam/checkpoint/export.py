@@ -178,7 +178,7 @@ def _streamed(reader: CheckpointReader, saved: str) -> Streamed:
 
 def _step(name: str, count: float) -> Streamed:
     """Return a step count as torch keeps it."""
-    value = torch.tensor([count], dtype=torch.float32)
+    value = torch.tensor([count], dtype=torch.float32, device="cpu")
     return Streamed(f"step of {name}", value.dtype, (), (), lambda: [as_bytes(value)])
 
 
@@ -193,7 +193,7 @@ def _lazy(reader: CheckpointReader, saved: str) -> BoxTensor:
 
     def read(box: Box) -> torch.Tensor:
         start, end = range_of_box(entry.memory_shape, box)
-        flat = torch.empty(end - start, dtype=DTYPES[entry.dtype])
+        flat = torch.empty(end - start, dtype=DTYPES[entry.dtype], device="cpu")
         reader.fill(saved, flat, start)
         return flat.view(box.sizes).permute(inverse_order(entry.order))
 

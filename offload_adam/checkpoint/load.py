@@ -154,7 +154,7 @@ class CheckpointReader:
         """Yield the bytes of a tensor in its saved order, each view valid until the next."""
         entry = self.manifest.tensors[name]
         numel, dtype = prod(entry.shape), DTYPES[entry.dtype]
-        buffer = torch.empty(min(numel, BLOCK_NBYTES // dtype.itemsize), dtype=dtype)
+        buffer = torch.empty(min(numel, BLOCK_NBYTES // dtype.itemsize), dtype=dtype, device="cpu")
         for start in range(0, numel, max(1, buffer.numel())):
             part = buffer[: numel - start]
             self.fill(name, part, start)
@@ -163,7 +163,7 @@ class CheckpointReader:
     def whole(self, name: str) -> torch.Tensor:
         """Return a whole tensor in its logical shape, in the saved order in memory."""
         entry = self.manifest.tensors[name]
-        flat = torch.empty(prod(entry.shape), dtype=DTYPES[entry.dtype])
+        flat = torch.empty(prod(entry.shape), dtype=DTYPES[entry.dtype], device="cpu")
         self.fill(name, flat, 0)
         return flat.view(entry.memory_shape).permute(inverse_order(entry.order))
 

@@ -240,7 +240,7 @@ class Adam(InspectableAdam):
                 self._hooks.forget()
             with in_place_of_grad(parameters, checked):
                 self.step()
-        return torch.tensor(True)
+        return torch.tensor(True, dtype=torch.bool, device="cpu")
 
     @overload
     def step(self, closure: None = None) -> None: ...

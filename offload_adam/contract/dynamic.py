@@ -98,7 +98,10 @@ def load_dynamic(
         return None, _nothing
     if "values" in saved:
         return Dynamic(
-            name, ValueVector(torch.as_tensor(saved["values"], dtype=torch.float64).clone())
+            name,
+            ValueVector(
+                torch.as_tensor(saved["values"], dtype=torch.float64, device="cpu").clone()
+            ),
         ), _nothing
     if "schedule" in saved:
         return Dynamic(name, schedule_from_state(saved["schedule"])), _nothing
@@ -188,7 +191,7 @@ def _read_values(name: str, values: Iterable[object]) -> ValueVector:
         if isinstance(value, torch.Tensor) and value.numel() == 1:
             value = value.item()
         numbers_.append(check_amount(f"{name}[{position}]", value))
-    return _vector(name, torch.tensor(numbers_, dtype=torch.float64))
+    return _vector(name, torch.tensor(numbers_, dtype=torch.float64, device="cpu"))
 
 
 def _vector(name: str, values: torch.Tensor) -> ValueVector:

@@ -91,11 +91,16 @@ def require_same(
 def gather_texts(membership: Membership, text: str) -> list[str]:
     """Return every rank's text in rank order. Collective."""
     encoded = text.encode()
-    lengths = [int(n) for n in membership.all_gather(torch.tensor([len(encoded)]))]
+    lengths = [
+        int(n)
+        for n in membership.all_gather(
+            torch.tensor([len(encoded)], dtype=torch.int64, device="cpu")
+        )
+    ]
     if max(lengths) == 0:
         return [""] * len(lengths)
-    own = torch.zeros(max(lengths), dtype=torch.uint8)
-    own[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+    own = torch.zeros(max(lengths), dtype=torch.uint8, device="cpu")
+    own[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8, device="cpu")
     buffers = membership.all_gather(own)
     return [
         bytes(buffer[:length].tolist()).decode()
@@ -106,9 +111,9 @@ def gather_texts(membership: Membership, text: str) -> list[str]:
 def _broadcast_text(membership: Membership, text: str) -> str:
     """Return rank 0's text. Collective."""
     encoded = text.encode()
-    length = torch.tensor([len(encoded)])
+    length = torch.tensor([len(encoded)], dtype=torch.int64, device="cpu")
     membership.broadcast(length)
-    buffer = torch.zeros(int(length), dtype=torch.uint8)
+    buffer = torch.zeros(int(length), dtype=torch.uint8, device="cpu")
     if membership.rank == 0:
         buffer.copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
     membership.broadcast(buffer)

@@ -94,7 +94,7 @@ def agree(membership: Membership, findings: Findings) -> Agreement:
     """
     world_size = membership.world_size
     message = torch.zeros(
-        world_size * _NUM_FINDINGS + findings.present.numel(), dtype=torch.float64
+        world_size * _NUM_FINDINGS + findings.present.numel(), dtype=torch.float64, device="cpu"
     )
     table = message[: world_size * _NUM_FINDINGS].view(world_size, _NUM_FINDINGS)
     # A sum that is not finite would spread NaN over the reduction's zeros: the flag carries it.
@@ -110,7 +110,7 @@ def agree(membership: Membership, findings: Findings) -> Agreement:
     own[_STEP] = float(findings.step)
     own[_STOP] = float(findings.notice.stop)
     own[_SAVED] = float(findings.notice.saved)
-    table[membership.rank] = torch.tensor(own, dtype=torch.float64)
+    table[membership.rank] = torch.tensor(own, dtype=torch.float64, device="cpu")
     message[world_size * _NUM_FINDINGS :] = findings.present
     membership.all_reduce(message)
     return _read(table, message[world_size * _NUM_FINDINGS :])
@@ -146,6 +146,6 @@ def flags_on_any_rank(membership: Membership, flags: torch.Tensor) -> torch.Tens
 
 def largest_on_any_rank(membership: Membership, value: int) -> int:
     """Return the largest of all ranks' values. Collective."""
-    largest = torch.tensor([value])
+    largest = torch.tensor([value], dtype=torch.int64, device="cpu")
     membership.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)

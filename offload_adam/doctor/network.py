@@ -104,7 +104,7 @@ def _median_s(
 ) -> float:
     """Return the median seconds of a round; the first, which connects the ranks, is left out."""
     rounds = [_round_s(membership, streams, lane, starts) for _ in range(1 + NUM_ROUNDS)]
-    slowest = torch.tensor(rounds[1:], dtype=torch.float64)
+    slowest = torch.tensor(rounds[1:], dtype=torch.float64, device="cpu")
     membership.all_reduce(slowest, dist.ReduceOp.MAX)
     return float(slowest.median())
 
@@ -112,7 +112,7 @@ def _median_s(
 def _round_s(
     membership: Membership, streams: Streams, lane: Lane, starts: Sequence[_Start]
 ) -> float:
-    membership.all_reduce(torch.zeros(1))  # they begin together
+    membership.all_reduce(torch.zeros(1, dtype=torch.float32, device="cpu"))  # they begin together
     start_s = time.perf_counter()
     for pending in [start() for start in starts]:
         pending.wait(membership)

@@ -38,7 +38,8 @@ def measure_step(num_threads: int, *, numel: int = STEP_NUMEL, num_steps: int = 
     """
     each = max(1, numel // NUM_PARAMETERS)
     parameters = [
-        nn.Parameter(torch.zeros(each, dtype=torch.bfloat16)) for _ in range(NUM_PARAMETERS)
+        nn.Parameter(torch.zeros(each, dtype=torch.bfloat16, device="cpu"))
+        for _ in range(NUM_PARAMETERS)
     ]
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 0.01)

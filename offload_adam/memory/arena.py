@@ -97,7 +97,7 @@ class HostArena:
         A storage of its own means that saving or copying the tensor touches its bytes only.
         """
         if numel == 0:
-            return torch.empty(0, dtype=dtype)
+            return torch.empty(0, dtype=dtype, device="cpu")
         nbytes = padded_nbytes(numel, dtype)
         offset = _place(self._used_nbytes, nbytes, self._piece_nbytes)
         self._used_nbytes = offset + nbytes

@@ -71,7 +71,7 @@ class TorchRuntime:
         raises what it says: so one launch takes the old error out.
         """
         with suppress(RuntimeError):
-            torch.empty(1, device="cuda").fill_(0.0)
+            torch.empty(1, dtype=torch.float32, device="cuda").fill_(0.0)
 
     def finish_copies(self) -> None:
         """Wait for every device that this process uses."""

@@ -68,6 +68,11 @@ def sum_duplicates(entries: GradientRows) -> GradientRows:
     # Coalescing sorts; so its sums have one order, on a device too, where index_add_ has none.
     size = (int(rows.max()) + 1, values.shape[1])
     summed = torch.sparse_coo_tensor(
-        rows[None], values, size=size, check_invariants=False
+        rows[None],
+        values,
+        size=size,
+        dtype=values.dtype,
+        device=values.device,
+        check_invariants=False,
     ).coalesce()
     return GradientRows(summed.indices()[0], summed.values())

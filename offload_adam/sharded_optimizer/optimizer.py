@@ -319,7 +319,7 @@ class ShardedOptimizer(StateDicts):
         with torch.no_grad():
             total_norm = core.total_norm(self._inputs())
         self._max_norm_once = limit
-        return torch.tensor(total_norm, dtype=torch.float64)
+        return torch.tensor(total_norm, dtype=torch.float64, device="cpu")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, also those that have left `.grad` since the last step."""

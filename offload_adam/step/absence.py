@@ -25,7 +25,7 @@ class AbsenceWatch:
     def __init__(self, names: Sequence[str], parameters: Sequence[torch.nn.Parameter]) -> None:
         self._names = names
         self._parameters = parameters
-        self._ever = torch.zeros(0, dtype=torch.bool)
+        self._ever = torch.zeros(0, dtype=torch.bool, device="cpu")
         self._num_steps = 0
 
     def see(self, present_counts: torch.Tensor) -> None:

@@ -230,7 +230,7 @@ def _build(
         flat=flat,
         shard=shard,
         planes=state_planes,
-        step_counts=torch.zeros(len(items), dtype=torch.float32),
+        step_counts=torch.zeros(len(items), dtype=torch.float32, device="cpu"),
         own_master=planes.own_master,
         offloaded=home is _Home.OFFLOADED,
         hosted=home.hosted,

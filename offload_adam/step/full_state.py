@@ -29,7 +29,9 @@ def gather_bucket(
         for position, index in enumerate(state.indices.tolist()):
             placed = state.layout.placements[position]
             parameter = state.parameters[position]
-            values = torch.empty_strided(parameter.shape, parameter.stride(), dtype=plane.dtype)
+            values = torch.empty_strided(
+                parameter.shape, parameter.stride(), dtype=plane.dtype, device="cpu"
+            )
             values.as_strided((placed.numel,), (1,)).copy_(flat[placed.start : placed.end])
             whole[index][key] = values.contiguous()
     return whole if membership.rank == 0 else None
@@ -47,7 +49,7 @@ def _gather_plane(
     parts: list[torch.Tensor] | None = None
     flat = None
     if membership.rank == 0:
-        flat = torch.empty(plane.numel() * membership.world_size, dtype=plane.dtype)
+        flat = torch.empty(plane.numel() * membership.world_size, dtype=plane.dtype, device="cpu")
         parts = list(flat.chunk(membership.world_size))
     rank_0 = membership.global_ranks[0]
     membership.wait(dist.gather(plane, parts, dst=rank_0, group=membership.control, async_op=True))

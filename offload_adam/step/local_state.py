@@ -39,7 +39,7 @@ def _view(state: BucketState, position: int, plane: torch.Tensor) -> torch.Tenso
     parameter = state.parameters[position]
     if start == end:
         whole = state.layout.world_size == 1
-        return torch.empty(parameter.shape if whole else 0, dtype=plane.dtype)
+        return torch.empty(parameter.shape if whole else 0, dtype=plane.dtype, device=plane.device)
     low, _ = state.layout.shard_bounds(state.rank)
     offset = state.layout.placements[position].start + start - low
     with torch.cuda.device_of(plane):  # DLPack exports from the current device alone
@@ -78,9 +78,11 @@ def plan_load(state: BucketState, position: int, saved: Mapping[str, Any]) -> Pl
         value = saved.get(key)
         if value is None:
             if key != "master_weight":
-                copies.append((target, torch.zeros((), dtype=target.dtype)))
+                copies.append((target, torch.zeros((), dtype=target.dtype, device=target.device)))
         elif key == "step":
-            copies.append((target, torch.tensor(float(value))))
+            copies.append(
+                (target, torch.tensor(float(value), dtype=target.dtype, device=target.device))
+            )
         else:
             what = f"{key} of parameter {state.names[position]!r}"
             copies.append((target, _part_of(state, position, what, value, target)))
@@ -97,7 +99,9 @@ def _part_of(
         and value.shape == parameter.shape
         and (value.shape != target.shape or value.dim() != 1)
     ):
-        whole = torch.empty_strided(parameter.shape, parameter.stride(), dtype=value.dtype)
+        whole = torch.empty_strided(
+            parameter.shape, parameter.stride(), dtype=value.dtype, device=value.device
+        )
         start, end = local_range(state, position)
         return in_memory_order(whole.copy_(value))[start:end]
     if value.shape != target.shape:

@@ -129,7 +129,7 @@ def prepare_rows(
         Offsets in the segment, with repetitions.
     """
     rows, values = entries
-    columns = torch.arange(values.shape[1], device=rows.device)
+    columns = torch.arange(values.shape[1], dtype=rows.dtype, device=rows.device)
     offsets = (rows[:, None] * values.shape[1] + columns - segment.parameter_start).flatten()
     inside = (offsets >= 0) & (offsets < segment.numel)
     offsets = offsets[inside]

@@ -33,7 +33,7 @@ class PreparedUpdate:
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
-        self._room = torch.zeros(0)
+        self._room = torch.zeros(0, dtype=torch.float32, device="cpu")
 
     @property
     def nbytes(self) -> int:
@@ -47,7 +47,7 @@ class PreparedUpdate:
         if largest > 0:
             self._kernels.prepare_update(state, FloatFormat.FLOAT32)
         if largest > self._room.numel():
-            self._room = torch.zeros(largest)
+            self._room = torch.zeros(largest, dtype=torch.float32, device="cpu")
 
     def update(
         self,

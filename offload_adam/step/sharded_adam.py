@@ -358,7 +358,7 @@ class ShardedAdam:
         """Return which parameters made the step be skipped, on any rank. Collective if any did."""
         if not agreement.non_finite:
             return ()
-        flags = torch.zeros(len(self._parameters), dtype=torch.bool)
+        flags = torch.zeros(len(self._parameters), dtype=torch.bool, device="cpu")
         found = self.executor.non_finite_indices(self.reduction.gradients)
         flags[torch.from_numpy(found)] = True
         flags = flags_on_any_rank(self.membership, flags)

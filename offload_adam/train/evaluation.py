@@ -21,14 +21,16 @@ def evaluate(model: nn.Module, tokens: ByteTokens, train: TrainSection, world: W
     """
     starts = evaluation_starts(tokens.size, train.sequence_length, train.eval_sequences)
     own = starts[world.rank :: world.world_size]
-    total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of sequences
+    total = torch.zeros(2, dtype=torch.float64, device="cpu")  # sum of losses, number of sequences
     was_training = model.training
     model.eval()
     for first in range(0, len(own), train.batch_size):
         chosen = own[first : first + train.batch_size]
         batch = cut_batch(tokens, chosen, train.sequence_length).to(world.device)
         loss = next_token_loss(model, batch)
-        total += torch.tensor([loss.item() * len(chosen), len(chosen)], dtype=torch.float64)
+        total += torch.tensor(
+            [loss.item() * len(chosen), len(chosen)], dtype=torch.float64, device="cpu"
+        )
         HERE.move()
     model.train(was_training)
     world.membership.all_reduce(total)

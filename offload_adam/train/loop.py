@@ -148,7 +148,7 @@ def _accumulate_gradients(job: Job, step: int, watch: Stopwatch) -> torch.Tensor
     num_microbatches = job.config.train.gradient_accumulation_steps
     section = job.config.optimizer
     scale = section.loss_scale if isinstance(section, AdamSection) else 1.0
-    total = torch.zeros((), device=job.world.device)
+    total = torch.zeros((), dtype=torch.float32, device=job.world.device)
     for microbatch in range(num_microbatches):
         is_last = microbatch == num_microbatches - 1
         with ExitStack() as stack:
