@@ -44,6 +44,9 @@ class _Stages:
 
     A stored moment below 2**-126 counts as 0: denormal arithmetic is up to a hundred times slower
     on some processors, and with any `eps` above 1e-12 the weight does not see the difference.
+
+    A second moment that exceeds float32, after a gradient above about 1e20, stays infinite, and its
+    weight no longer moves: as in torch, whose quotient is 0 then.
     """
 
     def __init__(
@@ -75,17 +78,21 @@ class _Stages:
         fresh = b.fmul(s[at.ONE_MINUS_BETA1], g)
         m = v.fma(s[at.BETA1], m, v.fma(s[at.BETA1_REST], m, fresh))
         v.store(m, self._streams.exp_avg, i, types.float32)
-        second = v.flush_tiny(v.load(self._streams.exp_avg_sq, i, types.float32))
+        before = v.flush_tiny(v.load(self._streams.exp_avg_sq, i, types.float32))
         fresh = b.fmul(b.fmul(s[at.ONE_MINUS_BETA2], g), g)
-        second = v.fma(s[at.BETA2], second, v.fma(s[at.BETA2_REST], second, fresh))
+        second = v.fma(s[at.BETA2], before, v.fma(s[at.BETA2_REST], before, fresh))
+        # The rest of beta2 may be negative or 0, and infinity times that gives NaN in the sum.
+        second = v.where_infinite(before, before, second)
         v.store(second, self._streams.exp_avg_sq, i, types.float32)
         if self._streams.max_exp_avg_sq is not None:
             largest = v.flush_tiny(v.load(self._streams.max_exp_avg_sq, i, types.float32))
             second = v.larger(second, largest)
             v.store(second, self._streams.max_exp_avg_sq, i, types.float32)
-        if self._plain:
-            return m, second
-        return v.fma(s[at.MOMENT], m, b.fmul(s[at.FRESH], g)), second
+        if not self._plain:
+            m = v.fma(s[at.MOMENT], m, b.fmul(s[at.FRESH], g))
+        # A gradient that exceeds float32 by its scale or decay makes both infinite: their quotient
+        # would be NaN.
+        return v.where_infinite(second, v.zeros(), m), second
 
     def root(self, direction: Any, second: Any) -> tuple[Any, Any]:
         """Return the direction and the root of the second moment."""

@@ -44,6 +44,15 @@ class Vectors:
         """Return a where it is above b, else b."""
         return self._builder.select(self._builder.fcmp_ordered(">", a, b), a, b)
 
+    def where_infinite(self, a: Any, infinite: Any, otherwise: Any) -> Any:
+        """Return `infinite` where a is positive infinity, else `otherwise`."""
+        is_infinite = self._builder.fcmp_ordered("==", a, self._constant(_F32, float("inf")))
+        return self._builder.select(is_infinite, infinite, otherwise)
+
+    def zeros(self) -> Any:
+        """Return 0 in every lane."""
+        return self._constant(_F32, 0.0)
+
     def flush_tiny(self, a: Any) -> Any:
         """Return 0 for what lies below the smallest normal (2**-126), else the value itself.
 
@@ -52,7 +61,7 @@ class Vectors:
         """
         exponent = self._builder.and_(self._bits(a), self._constant(_I32, 0x7F800000))
         tiny = self._builder.icmp_unsigned("==", exponent, self._constant(_I32, 0))
-        return self._builder.select(tiny, self._constant(_F32, 0.0), a)
+        return self._builder.select(tiny, self.zeros(), a)
 
     def load(self, stream: Any, index: Any, element: Any) -> Any:
         """Return carried elements from stream[index] on, widened to float32, exactly."""

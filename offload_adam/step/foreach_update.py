@@ -100,7 +100,7 @@ def foreach_update(
     Raises:
         ValueError: `run_numel` is less than 1.
 
-    Cost: 32 bytes of temporaries for each of `run_numel` elements; some 20 launches a run.
+    Cost: 34 bytes of temporaries for each of `run_numel` elements; some 25 launches a run.
     Source: Kingma and Ba, "Adam", section 2; Dozat 2016; Loshchilov and Hutter for the decay.
     """
     scalars = _scalars(hyper, step, gradient_scale)
@@ -223,7 +223,9 @@ def _update_run(
     if scalars.l2 != 0.0:
         g.add_(w, alpha=scalars.l2)
     m.mul_(scalars.beta1).add_(g, alpha=1.0 - scalars.beta1)
+    infinite = v.isinf()
     v.mul_(scalars.beta2).addcmul_(g, g, value=1.0 - scalars.beta2)
+    v.masked_fill_(infinite, math.inf)  # where beta2 is 0, the product is NaN
     _scatter(m, segments.exp_avgs, run)
     _scatter(v, segments.exp_avg_sqs, run)
     if scalars.nesterov:
@@ -233,6 +235,7 @@ def _update_run(
         largest = _gather(segments.max_exp_avg_sqs, run, rows[0])
         torch.maximum(v, largest, out=v)
         _scatter(v, segments.max_exp_avg_sqs, run)
+    m.masked_fill_(v.isinf(), 0.0)  # it may be infinite too, and their quotient NaN
     denominator = v.sqrt_().mul_(scalars.denominator_scale).add_(scalars.eps)
     w.mul_(scalars.kept).add_(m.div_(denominator), alpha=-scalars.step_size)
     _scatter(w, segments.master_weights, run)

@@ -112,7 +112,9 @@ def prepare_dense(
     out.copy_(gradient).mul_(how.scale).add_(weight, alpha=how.weight_decay)
     if how.centralized:
         shaped = out.as_strided(parameter.shape, parameter.stride())
-        shaped.sub_(shaped.mean(dim=tuple(range(1, parameter.dim())), keepdim=True))
+        dims = tuple(range(1, parameter.dim()))
+        # In float64, where no sum of finite gradients overflows.
+        shaped.sub_(shaped.mean(dim=dims, keepdim=True, dtype=torch.float64))
 
 
 def prepare_rows(
@@ -149,5 +151,5 @@ def prepare_whole_rows(
     decayed = values.float() * how.scale
     decayed.add_(weight.view(-1, values.shape[1])[rows], alpha=how.weight_decay)
     if how.centralized:
-        decayed.sub_(decayed.mean(dim=1, keepdim=True))
+        decayed.sub_(decayed.mean(dim=1, keepdim=True, dtype=torch.float64))
     return GradientRows(rows, decayed)
