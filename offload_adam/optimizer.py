@@ -30,6 +30,8 @@ class OffloadAdam(ShardedOptimizer):
     method of that name here. Without `module` nobody can tell that a parameter of the model was
     replaced by another (`load_state_dict(assign=True)`), which is not trained then.
 
+    Calls of several threads run one after the other, each as a whole.
+
     Args:
         params: parameters, group dicts, or (name, parameter) pairs; fp32, bf16 and fp16 may be
             mixed. Parameters that do not require a gradient are left out.

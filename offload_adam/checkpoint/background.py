@@ -16,9 +16,11 @@ from offload_adam.checkpoint.save import Save, open_save
 from offload_adam.coordinator.admission import together
 from offload_adam.observe.place import HERE
 from offload_adam.sharded_optimizer import ShardedOptimizer
+from offload_adam.sharded_optimizer.locking import serialized_by_optimizer
 from offload_adam.step.read_gate import ReadGate
 
 
+@serialized_by_optimizer
 def begin_checkpoint(
     path: str | os.PathLike[str],
     *,

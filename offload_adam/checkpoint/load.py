@@ -35,9 +35,11 @@ from offload_adam.coordinator.admission import together
 from offload_adam.errors import CheckpointError
 from offload_adam.observe.place import HERE
 from offload_adam.sharded_optimizer import ShardedOptimizer
+from offload_adam.sharded_optimizer.locking import serialized_by_optimizer
 from offload_adam.step.parameter_shard import ParameterShard
 
 
+@serialized_by_optimizer
 def load_checkpoint(
     path: str | os.PathLike[str], *, model: nn.Module, optimizer: ShardedOptimizer
 ) -> dict[str, Any]:

@@ -39,11 +39,13 @@ from offload_adam.coordinator.membership import Membership
 from offload_adam.errors import CheckpointError, PeerFailedError
 from offload_adam.observe.place import HERE
 from offload_adam.sharded_optimizer import ShardedOptimizer
+from offload_adam.sharded_optimizer.locking import serialized_by_optimizer
 
 PARTIAL_SUFFIX = ".partial"
 _TOKEN_NAME = "token"
 
 
+@serialized_by_optimizer
 def save_checkpoint(
     path: str | os.PathLike[str],
     *,

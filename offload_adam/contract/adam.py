@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, overload
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,7 +59,11 @@ class Adam(InspectableAdam):
     `gradient / loss_scale + weight_decay * w`. All of it is fp32 whatever the parameter's dtype.
 
     Give gradients in a tuple, `opt(gradients)`, or torch's way in `.grad` with `opt.step()`. With
-    more than one rank both are collective, and so is construction.
+    more than one rank both are collective, and so is construction. A skipped step advances neither
+    the step counter nor a schedule.
+
+    A state dict holds the global step, the schedules of this package and vectors. It does not hold
+    a user's own callables: construct the optimizer with the same ones before loading.
 
     Args:
         params: parameters, (name, parameter) pairs, or group dicts with the keys `params`, `lr`,
@@ -69,7 +72,7 @@ class Adam(InspectableAdam):
             once; or a callable of the 0-based step, such as the `offload_adam.schedules`.
         beta1, beta2: floats in the open interval (0.0, 1.0).
         eps: a float above 0.
-        use_locking: calls from several threads are serialised; here they always are.
+        use_locking: accepted; calls of several threads always run one after the other.
         use_nesterov: `b1 m + (1 - b1) g` stands for m in the last line.
         weight_decay: L2, a number or a callable of the 0-based step. Without groups it leaves out
             parameters with beta or gamma in their names and, with `module`, torch's norm layers.
@@ -126,7 +129,6 @@ class Adam(InspectableAdam):
         stuck_after: float = STUCK_AFTER_S,
         **kwargs: Any,
     ) -> None:
-        self._lock = threading.RLock()
         self._global_step = 0
         execution = Execution(
             module=module,
@@ -241,48 +243,6 @@ class Adam(InspectableAdam):
             with in_place_of_grad(parameters, checked):
                 self.step()
         return torch.tensor(True, dtype=torch.bool, device="cpu")
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step with the gradients in `.grad`. Collective.
-
-        A learning rate and a weight decay that change are read for the 0-based step first. A
-        gradient that is not finite on any rank skips the step: then neither the step counter nor a
-        schedule moves on.
-
-        Raises:
-            ValueError: a gradient that cannot be used; values of a learning rate that have run out.
-            ParameterReplacedError, RankDisagreementError, PeerError: as `OffloadAdam.step`.
-        """
-        with self._lock:
-            return super().step(closure)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients."""
-        with self._lock:
-            super().zero_grad(set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dict with the global step and what learning rates need to go on."""
-        with self._lock:
-            return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state in place: one of this class, a full one, or one of torch's `Adam`.
-
-        Schedules of this package and vectors are loaded whole; callables of the user's own are not
-        saved, the optimizer must have been made with them.
-
-        Raises:
-            ValueError: as `OffloadAdam.load_state_dict`; a decoupled weight decay.
-        """
-        with self._lock:
-            super().load_state_dict(state_dict)
 
     def _admit_group(self, param_group: dict[str, Any]) -> None:
         if not isinstance(param_group, AdamGroup):

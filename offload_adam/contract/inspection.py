@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,7 +18,6 @@ class InspectableAdam(ShardedOptimizer):
     """
 
     use_offload: bool
-    _lock: threading.RLock
     _global_step: int
     _order: list[torch.nn.Parameter] | None
     _grouped: bool

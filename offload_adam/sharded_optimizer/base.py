@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ import torch
 
 from offload_adam.coordinator.membership import Membership
 from offload_adam.observe.place import HERE
+from offload_adam.sharded_optimizer.locking import serialized
 from offload_adam.step.ledger import LedgerEntry
 from offload_adam.step.parameter_shard import ParameterShard, shards_of
 from offload_adam.step.read_gate import ReadGate
@@ -22,12 +24,14 @@ class CoreOptimizer(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` over a `ShardedAdam`, once that has been made.
 
     Lifecycle: `_core` is None before construction is over, and after `close`.
+    Threads: calls of several threads run one after the other, each as a whole.
     """
 
     _core: ShardedAdam | None
     _indices: dict[torch.nn.Parameter, int]
     _membership: Membership
     _release: weakref.finalize[Any, Any]
+    _lock: threading.RLock
 
     @abstractmethod
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -62,6 +66,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         """
         return lambda: None
 
+    @serialized
     def synchronize(self) -> None:
         """Return when all parameters and all state hold the result of the last step.
 
@@ -81,6 +86,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         """
         return HERE.at(what, patient=True)
 
+    @serialized
     def refresh_master(self) -> None:
         """Let master weights follow parameters written through `.data` or NumPy.
 
@@ -138,10 +144,12 @@ class CoreOptimizer(torch.optim.Optimizer):
         """Host memory for what a checkpoint in the background copies, uint8."""
         return self._alive().gate.rooms
 
+    @serialized
     def begin_reading(self, buckets: Iterable[int]) -> ReadGate:
         """Keep updates off buckets that a thread is about to read, and return who lets them go."""
         return self._alive().outside_writes.begin_reading(buckets)
 
+    @serialized
     def finish_reading(self) -> None:
         """Return when no thread reads the state any more: it is about to be written."""
         self._alive().outside_writes.finish_reading()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ from offload_adam.parameters.selection import (
 )
 from offload_adam.sharded_optimizer.compiling import never_compiled
 from offload_adam.sharded_optimizer.execution import Execution
+from offload_adam.sharded_optimizer.locking import serialized
 from offload_adam.sharded_optimizer.loss_scale import read_loss_scale
 from offload_adam.sharded_optimizer.owners import add_owner, refuse_owned
 from offload_adam.sharded_optimizer.state_dicts import StateDicts
@@ -80,6 +82,7 @@ class ShardedOptimizer(StateDicts):
             admit: the face's own checks; it lets torch take the groups in, and returns what ranks
                 must have in common besides parameters, groups and execution.
         """
+        self._lock = threading.RLock()
         module = execution.module
         check_process_group(execution.process_group)
         self._distributed = is_distributed(execution.process_group)
@@ -223,6 +226,7 @@ class ShardedOptimizer(StateDicts):
             core.hook_forward(self._module, self._units)
         self._group_watch.extend(self.param_groups[first_group:])
 
+    @serialized
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take a further group in, at any time between steps; collective then.
 
@@ -271,6 +275,7 @@ class ShardedOptimizer(StateDicts):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     @never_compiled
+    @serialized
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Average what is still to be averaged, clip, update; or skip, on every rank. Collective.
 
@@ -308,6 +313,7 @@ class ShardedOptimizer(StateDicts):
             )
         return loss
 
+    @serialized
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Clip the next step's gradients to this global 2-norm, and return the norm. Collective.
 
@@ -321,6 +327,7 @@ class ShardedOptimizer(StateDicts):
         self._max_norm_once = limit
         return torch.tensor(total_norm, dtype=torch.float64, device="cpu")
 
+    @serialized
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, also those that have left `.grad` since the last step."""
         if self._core is not None:
@@ -339,6 +346,7 @@ class ShardedOptimizer(StateDicts):
         """Keep gradients in `.grad` during backwards inside, to be added to those of the next."""
         return nullcontext() if self._hooks is None else self._hooks.paused()
 
+    @serialized
     def close(self) -> None:
         """Take the hooks off, end the process groups, free host memory. Idempotent.
 

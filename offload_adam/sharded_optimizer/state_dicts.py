@@ -10,6 +10,7 @@ import torch
 from offload_adam.errors import CheckpointError
 from offload_adam.parameters.group_watch import LAID_OUT
 from offload_adam.sharded_optimizer.base import CoreOptimizer
+from offload_adam.sharded_optimizer.locking import serialized
 from offload_adam.step.full_state import gather_bucket
 from offload_adam.step.local_state import plan_load
 from offload_adam.step.saved_state import (
@@ -30,6 +31,7 @@ class StateDicts(CoreOptimizer):
     trained.
     """
 
+    @serialized
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's state: whole tensors with one rank, else this rank's ranges.
 
@@ -42,6 +44,7 @@ class StateDicts(CoreOptimizer):
         saved[STATE_KEY] = {"world_size": world_size, "rank": rank, **self._further_state()}
         return saved
 
+    @serialized
     def full_state_dict(self) -> dict[str, Any]:
         """Return a plain `torch.optim.AdamW` state dict on rank 0, else {}. Collective.
 
@@ -59,6 +62,7 @@ class StateDicts(CoreOptimizer):
         groups = super().state_dict()["param_groups"]
         return pack_full(groups, self._trainable_ids(), whole, self._further_state())
 
+    @serialized
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state in place: this rank's own, a full one, or one of torch's Adam and AdamW.
 
@@ -102,6 +106,7 @@ class StateDicts(CoreOptimizer):
             if parameter in self._indices
         }
 
+    @serialized
     def plain_state(self, name_of: Callable[[torch.Tensor], str]) -> dict[str, Any]:
         """Return what is no tensor: groups, step counts by name, and the face's own state."""
         groups = [
@@ -132,6 +137,7 @@ class StateDicts(CoreOptimizer):
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the saved optimizer does not fit this one: {error}") from error
 
+    @serialized
     def load_plain_state(
         self, saved: Mapping[str, Any], name_of: Callable[[torch.Tensor], str]
     ) -> None:
