@@ -16,6 +16,12 @@ _FORMATS = {
     torch.float16: FloatFormat.FLOAT16,
 }
 _DEVICES = ("cpu", "cuda")
+_PARTITIONERS = {
+    "_fsdp_flattened": "FSDP1 (FullyShardedDataParallel)",  # also with use_orig_params=True
+    "_is_flat_param": "FSDP1 (FullyShardedDataParallel)",
+    "ds_id": "DeepSpeed ZeRO-3",
+}
+"""The attribute by which each of these marks plain tensors that differ from rank to rank."""
 
 
 def float_format(dtype: torch.dtype) -> FloatFormat:
@@ -32,7 +38,8 @@ def check_parameter(name: str, parameter: torch.Tensor) -> None:
     """Refuse a parameter that cannot be updated, naming it.
 
     Raises:
-        TypeError: a tensor subclass such as DTensor.
+        TypeError: a tensor subclass such as DTensor; one rank's part of a parameter, from FSDP1 or
+            DeepSpeed ZeRO-3.
         ValueError: not initialised yet, made in inference mode, sparse, complex, of another dtype
             than fp32, bf16 and fp16, on another device than CPU and CUDA, or with elements that
             share memory.
@@ -47,6 +54,13 @@ def check_parameter(name: str, parameter: torch.Tensor) -> None:
             f"parameter {name!r} was made in inference mode, and cannot be written: make the model "
             "outside of torch.inference_mode()"
         )
+    for mark, partitioner in _PARTITIONERS.items():
+        if hasattr(parameter, mark):
+            raise TypeError(
+                f"parameter {name!r} belongs to {partitioner}: each rank holds another part, which "
+                "rank 0's would overwrite. Wrap the model in DistributedDataParallel, or leave it "
+                "unwrapped: the optimizer state is sharded either way"
+            )
     data = parameter.data
     if type(data) is not torch.Tensor:
         raise TypeError(

@@ -265,3 +265,33 @@ def test_rank_0s_weights_become_every_ranks(ranks: RankPool, dtype: torch.dtype)
     for _, taken, _ in results:
         assert taken == given
     assert results[0][2] == ([] if dtype == torch.float32 else given)
+
+
+def refuse_fsdp1(rank: int, world_size: int, wraps: bool) -> list[Outcome]:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    outcomes = []
+    for keeps_parameters in (False, True):
+        torch.manual_seed(0)
+        # Two equal layers: the ranks' parts are of equal size.
+        model = FullyShardedDataParallel(
+            torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)),
+            use_orig_params=keeps_parameters,
+            device_id=torch.device("cpu"),
+        )
+        before = bits(list(model.parameters()))
+        options: dict[str, Any] = (
+            {"module": model} if wraps else {"gradient_reduction": "optimizer"}
+        )
+        outcomes.append(refused(model, partial(OffloadAdam, model.parameters(), **options)))
+        assert bits(list(model.parameters())) == before
+    return outcomes
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_parts_of_fsdp1_are_not_taken_for_replicas(ranks: RankPool, wraps: bool) -> None:
+    for outcomes in ranks.run(refuse_fsdp1, 2, wraps):
+        for outcome in outcomes:
+            assert outcome.error == "TypeError"
+            assert "belongs to FSDP1 (FullyShardedDataParallel)" in outcome.message
+            assert "DistributedDataParallel" in outcome.message

@@ -69,6 +69,10 @@ def test_parameters_are_checked_by_name() -> None:
         made_there = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="'p' was made in inference mode"):
         OffloadAdam([("p", made_there)])
+    partitioned = torch.nn.Parameter(torch.ones(2))
+    partitioned.ds_id = 0  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match="'p' belongs to DeepSpeed ZeRO-3: each rank holds another"):
+        OffloadAdam([("p", partitioned)])
     lazy = torch.nn.LazyLinear(3)
     with pytest.raises(ValueError, match="'weight' is not initialised yet: run a forward"):
         OffloadAdam(lazy.named_parameters())
