@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import NamedTuple
 
@@ -37,3 +38,23 @@ def read_loss_scale(optimizer: object, *, gradients_leave: bool) -> LossScale:
     if not (math.isfinite(grad_scale) and grad_scale > 0.0):
         raise ValueError(f"grad_scale must be finite and above 0, not {grad_scale}")
     return LossScale(grad_scale, 0.0 if found_inf is None else float(found_inf))
+
+
+def report_skip(optimizer: torch.optim.Optimizer) -> None:
+    """Tell the GradScaler that called `step()`, if one did, that all ranks skipped this step.
+
+    A GradScaler has seen only this rank's `.grad`. It misses an overflow on another rank, and one
+    that arose in the sum over ranks. Its `update()` would then grow the scale of this rank alone,
+    or of all ranks into the next overflow.
+
+    It passes no reference to itself, and a new tensor as `found_inf`. So look for its `step` among
+    the callers and set the flags that its `update()` reads. Skipped steps alone pay for this.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        scaler = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
+        if isinstance(scaler, torch.amp.GradScaler):
+            for found_inf in scaler._found_inf_per_device(optimizer).values():
+                found_inf.fill_(1.0)
+            return
+        frame = frame.f_back

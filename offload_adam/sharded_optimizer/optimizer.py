@@ -36,7 +36,7 @@ from offload_adam.parameters.selection import (
 from offload_adam.sharded_optimizer.compiling import never_compiled
 from offload_adam.sharded_optimizer.execution import Execution
 from offload_adam.sharded_optimizer.locking import serialized
-from offload_adam.sharded_optimizer.loss_scale import read_loss_scale
+from offload_adam.sharded_optimizer.loss_scale import read_loss_scale, report_skip
 from offload_adam.sharded_optimizer.owners import add_owner, refuse_owned
 from offload_adam.sharded_optimizer.state_dicts import StateDicts
 from offload_adam.step.backend import Backend
@@ -304,6 +304,7 @@ class ShardedOptimizer(StateDicts):
             core.synchronize()  # they run when this returns, and may read parameters
         if report.skipped:
             self.skipped_steps += 1
+            report_skip(self)
             logger.warning("step skipped (%d so far): %s", self.skipped_steps, report.reason)
         elif report.num_updated == 0 and not self._warned_idle:
             self._warned_idle = True

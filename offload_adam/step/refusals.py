@@ -48,8 +48,9 @@ def refuse_disagreement(
         )
     if len(set(agreement.grad_scales)) > 1:
         raise RankDisagreementError(
-            f"grad_scale differs between ranks: {list(agreement.grad_scales)}. A loss scaler must "
-            "see the same found_inf on all ranks: all-reduce it before its update()"
+            f"grad_scale differs between ranks: {list(agreement.grad_scales)}. Start "
+            "the loss scalers of all ranks from one scale, and lower it on all of them when "
+            "last_step.skipped (a torch.amp.GradScaler does)"
         )
     if len(set(agreement.settings)) > 1:
         require_same(membership, "setting", inputs.facts(), remedy=_SAME_SETTINGS)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.amp import GradScaler
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
-from offload_adam import OffloadAdam
+from offload_adam import Adam, OffloadAdam
 from tests.distributed.reference import (
     Outcome,
     Weights,
@@ -23,6 +25,7 @@ from tests.ranks import RankPool
 SHAPES: list[tuple[int, ...]] = [(200,), (3, 50), (), (500,)]
 BAD_STEP = 1
 BAD_RANK = 2
+AdamType = type[OffloadAdam] | type[Adam]
 
 
 class Skipped(NamedTuple):
@@ -151,6 +154,89 @@ def scale_and_skip(rank: int, world_size: int, streams: bool) -> tuple[list[byte
     result = bits(model.all), outcomes
     optimizer.close()
     return result
+
+
+def overflow_on_one_rank(
+    rank: int, world_size: int, sharded: bool, unscales: bool, adam: AdamType
+) -> tuple[list[float], list[bytes]]:
+    """Return the scale after each step and the weights; step `BAD_STEP` overflows on rank 1."""
+    model = Weights(SHAPES)
+    optimizer: Any = adam(model.parameters(), 1e-2, gradient_reduction="optimizer")
+    options: dict[str, Any] = {"init_scale": 256.0, "growth_interval": 2}
+    scaler = ShardedGradScaler("cpu", **options) if sharded else GradScaler("cpu", **options)
+    scales = []
+    for step in range(4):
+        loss = model(exact_gradients(model.all, 10 * step + rank, world_size))
+        bad = rank == 1 and step == BAD_STEP
+        scaler.scale(loss * math.inf if bad else loss).backward()
+        if unscales:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+    result = scales, bits(model.all)
+    optimizer.close()
+    return result
+
+
+def train_unscaled_without(rank: int, world_size: int, adam: AdamType) -> list[bytes]:
+    """Return the weights after the same steps but `BAD_STEP`, without a scaler."""
+    model = Weights(SHAPES)
+    optimizer: Any = adam(model.parameters(), 1e-2, gradient_reduction="optimizer")
+    for step in range(4):
+        if step != BAD_STEP:
+            model(exact_gradients(model.all, 10 * step + rank, world_size)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    result = bits(model.all)
+    optimizer.close()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("sharded", "unscales", "adam"),
+    [
+        (False, False, OffloadAdam),
+        (False, True, OffloadAdam),
+        (True, False, OffloadAdam),
+        (False, False, Adam),
+    ],
+)
+def test_an_overflow_on_one_rank_lowers_the_scale_on_all(
+    ranks: RankPool, sharded: bool, unscales: bool, adam: AdamType
+) -> None:
+    expected = ranks.run(train_unscaled_without, 2, adam)
+    results = ranks.run(overflow_on_one_rank, 2, sharded, unscales, adam)
+    for rank, (scales, weights) in enumerate(results):
+        assert scales == [256.0, 128.0, 128.0, 256.0]
+        assert weights == expected[rank]
+
+
+def overflow_in_the_sum(rank: int, world_size: int) -> tuple[list[float], int]:
+    """Return the scale after each step; first gradients are finite on each rank, their sum not."""
+    model = Weights([(200,)])
+    optimizer = OffloadAdam(model.parameters(), gradient_reduction="optimizer")
+    scaler = GradScaler("cpu", init_scale=2.0, growth_interval=2)
+    scales = []
+    for value in (2.0**126, 1.0, 1.0):
+        scaler.scale(model([torch.full((200,), value)])).backward()
+        assert model.w0.grad is not None
+        assert model.w0.grad.isfinite().all()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+    result = scales, optimizer.skipped_steps
+    optimizer.close()
+    return result
+
+
+def test_an_overflow_in_the_sum_over_ranks_lowers_the_scale(ranks: RankPool) -> None:
+    # Two ranks' gradients of 2**127 add up to 2**128, which is above fp32's range.
+    for scales, num_skipped in ranks.run(overflow_in_the_sum, 2):
+        assert scales == [1.0, 1.0, 2.0]
+        assert num_skipped == 1
 
 
 def train_unscaled(rank: int, world_size: int) -> tuple[list[bytes], list[torch.Tensor]]:
