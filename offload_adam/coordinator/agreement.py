@@ -21,8 +21,9 @@ from offload_adam.coordinator.membership import Membership
     _STEP,
     _STOP,
     _SAVED,
-) = range(11)
-_NUM_FINDINGS = 11
+    _UNSEEN,
+) = range(12)
+_NUM_FINDINGS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Findings:
     sum_of_squares: float64, over this rank's shard of the reduced gradients as they are.
     non_finite: this rank's shard holds a NaN or an infinity.
     changes: checksum below 2**53 of the parameters changed from outside, 0 for none.
+    unseen: parameters differ from their masters, but no version counter moved.
     failed: this rank has an error to raise once all ranks know.
     late: gradients were set by hand after their bucket had left.
     settings: checksum below 2**53 of the hyperparameters that this rank would use.
@@ -58,6 +60,7 @@ class Findings:
     found_inf: float
     grad_scale: float
     changes: int
+    unseen: bool
     failed: bool
     late: bool
     settings: int
@@ -78,6 +81,7 @@ class Agreement:
     found_inf: bool
     grad_scales: tuple[float, ...]
     changes: tuple[int, ...]
+    unseen: bool
     failed_ranks: tuple[int, ...]
     late: bool
     settings: tuple[int, ...]
@@ -87,7 +91,7 @@ class Agreement:
 
 
 def agree(membership: Membership, findings: Findings) -> Agreement:
-    """Exchange findings in one all-reduce of 11 float64 a rank and one a parameter. Collective.
+    """Exchange findings in one all-reduce of 12 float64 a rank and one a parameter. Collective.
 
     Every rank writes into places of its own, so that the sums over ranks are taken here, in rank
     order, and not in an order that the collective chooses.
@@ -104,6 +108,7 @@ def agree(membership: Membership, findings: Findings) -> Agreement:
     own[_FOUND_INF] = float(findings.found_inf != 0.0)
     own[_GRAD_SCALE] = findings.grad_scale
     own[_CHANGES] = float(findings.changes)
+    own[_UNSEEN] = float(findings.unseen)
     own[_FAILED] = float(findings.failed)
     own[_LATE] = float(findings.late)
     own[_SETTINGS] = float(findings.settings)
@@ -117,7 +122,7 @@ def agree(membership: Membership, findings: Findings) -> Agreement:
 
 
 def _read(table: torch.Tensor, present: torch.Tensor) -> Agreement:
-    """Turn the exchanged table (world_size, 11) into the agreement."""
+    """Turn the exchanged table (world_size, 12) into the agreement."""
     rows = table.tolist()
     non_finite = any(row[_NON_FINITE] for row in rows)
     return Agreement(
@@ -126,6 +131,7 @@ def _read(table: torch.Tensor, present: torch.Tensor) -> Agreement:
         found_inf=any(row[_FOUND_INF] for row in rows),
         grad_scales=tuple(row[_GRAD_SCALE] for row in rows),
         changes=tuple(int(row[_CHANGES]) for row in rows),
+        unseen=any(row[_UNSEEN] for row in rows),
         failed_ranks=tuple(rank for rank, row in enumerate(rows) if row[_FAILED]),
         late=any(row[_LATE] for row in rows),
         settings=tuple(int(row[_SETTINGS]) for row in rows),

@@ -24,7 +24,7 @@ class VersionWatch:
 
     Sees: in-place writes under no_grad, `load_state_dict`, other optimizers, replaced storage, and,
     with a module, another object in the parameter's place. Does not see: writes through `.data` or
-    NumPy, which bump no version (`refresh_master` is for those).
+    NumPy, which bump no version (`OutsideWrites` compares values for those).
     Cost: two attributes of each parameter before a step, and one after it.
     """
 

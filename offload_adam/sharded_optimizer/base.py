@@ -90,8 +90,8 @@ class CoreOptimizer(torch.optim.Optimizer):
     def refresh_master(self) -> None:
         """Let master weights follow parameters written through `.data` or NumPy.
 
-        No version counter sees such writes. Call it on every rank, after the same write on every
-        rank.
+        No version counter sees such writes. `step()` compares values, in later steps only a sample
+        of them. Call this on every rank, after the same write on every rank.
         """
         with torch.no_grad():
             self._settled().outside_writes.follow_all()

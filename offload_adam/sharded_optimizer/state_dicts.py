@@ -91,6 +91,7 @@ class StateDicts(CoreOptimizer):
             core.outside_writes.finish_reading()
             for load in loads:
                 load.apply()
+            core.outside_writes.compare_all()
         load_further()
         for group, merged in zip(self.param_groups, groups, strict=True):
             dict.update(group, merged)  # a saved value may be one that users cannot set

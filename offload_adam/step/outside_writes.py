@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -11,10 +12,22 @@ import torch
 from offload_adam.parameters.selection import NewParameter
 from offload_adam.parameters.watch import VersionWatch
 from offload_adam.step.bucket_state import BucketState
-from offload_adam.step.following import follow
+from offload_adam.step.following import differing, follow, sample_differs
 from offload_adam.step.read_gate import ReadGate
 
+logger = logging.getLogger(__name__)
+
 _NO_BACKWARD = -1
+
+_FIRST_STEPS = 2
+"""Steps that compare everything at first: weights may have been written before the first of them,
+and a loop that writes after every step shows in the second."""
+
+_STEPS_AFTER_WRITE = 10
+"""Steps that compare everything after a write that was found: another one may be smaller."""
+
+_SAMPLED_BUCKETS = 32
+"""Buckets that one step samples at most, in turns: this bounds the time whatever the model."""
 
 
 class OutsideWrites:
@@ -40,10 +53,20 @@ class OutsideWrites:
         self._watch = VersionWatch(module)
         self._states = states
         self._places = places
+        self._num_applied = 0
+        self._is_first = True
+        self._num_thorough = _FIRST_STEPS
+        self._has_warned = False
 
     def extend(self, new: Sequence[NewParameter]) -> None:
         """Watch further parameters, from how they are now."""
         self._watch.extend([item.name for item in new], [item.parameter for item in new])
+        self.compare_all()
+
+    def compare_all(self) -> None:
+        """Compare every parameter with its master in the next steps: either may be new."""
+        self._is_first = True
+        self._num_thorough = _FIRST_STEPS
 
     def find(self) -> list[int]:
         """Return the parameters written to since the last step, and tell the gate of them.
@@ -56,6 +79,56 @@ class OutsideWrites:
             since = self._watch.since_mark(changed)
             self.gate.note_changes({self._places[index][0] for index in since})
         return changed
+
+    def find_unseen(self, changed: Sequence[int]) -> list[int]:
+        """Return parameters that were written through `.data` or NumPy, as far as a look shows.
+
+        No version counter moves then, but the parameter differs from its rounded master. The first
+        steps compare everything. Later ones compare a sample, which finds a write to all of a model
+        and may miss one to a few elements.
+
+        Args:
+            changed: what `find` returned; these are known already.
+        """
+        if self._num_thorough == 0:
+            turn, every = self._num_applied, 1 + len(self._states) // _SAMPLED_BUCKETS
+            known = {self._places[index][0] for index in changed}
+            if not any(
+                sample_differs(state, turn // every)
+                for state in self._states[turn % every :: every]
+                if state.layout.index not in known
+            ):
+                return []
+        return self.all_unseen(changed)
+
+    def all_unseen(self, changed: Sequence[int]) -> list[int]:
+        """Return what `find_unseen` looks for, having compared every parameter."""
+        known = set(changed)
+        found = [
+            int(state.indices[position]) for state in self._states for position in differing(state)
+        ]
+        return sorted(set(found) - known)
+
+    def report_unseen(self, names: Sequence[str]) -> None:
+        """Compare everything for some steps, and warn once.
+
+        A write before the first step needs no warning: it is always found.
+
+        Args:
+            names: the parameters that were written.
+        """
+        if self._is_first:
+            return
+        self._num_thorough = _STEPS_AFTER_WRITE
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "parameter %r and %d more were written through .data or NumPy; their master "
+                "weights follow. Not every such write can be found: write under torch.no_grad() "
+                "without .data, or call refresh_master() after it",
+                names[0],
+                len(names) - 1,
+            )
 
     def checksum(self, changed: Sequence[int]) -> int:
         """Return a checksum below 2**53 over which parameters changed and to what, 0 for none."""
@@ -90,6 +163,9 @@ class OutsideWrites:
             written: (num parameters,) bool.
         """
         self._watch.count_writes(written)
+        self._num_applied += 1
+        self._is_first = False
+        self._num_thorough = max(0, self._num_thorough - 1)
 
     def arrived(self, bucket: int) -> None:
         """Count our writes to a bucket once more, as its parameters may be read from now on.

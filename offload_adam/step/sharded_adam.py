@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -265,13 +266,15 @@ class ShardedAdam:
             self.reduction.reset()
         with spans.span("reduce"):
             failure = self.reduction.finish() or inputs.failure
-        agreement, changed, failure = self._exchange(inputs, failure, spans)
+        agreement, changed, unseen, failure = self._exchange(inputs, failure, spans)
         if agreement.late and not agreement.failed_ranks:
             with spans.span("reduce"):
                 failure = self.reduction.take_late_gradients()
-            agreement, changed, failure = self._exchange(inputs, failure, spans)
+            agreement, changed, unseen, failure = self._exchange(inputs, failure, spans)
         if failure is not None:
             raise failure
+        if agreement.unseen and not agreement.failed_ranks:
+            agreement, changed = self._share_unseen(agreement, changed, unseen)
         changed_names = [self._names[index] for index in changed]
         refuse_disagreement(agreement, self.membership, inputs, changed_names)
         if self._external:
@@ -280,9 +283,10 @@ class ShardedAdam:
 
     def _exchange(
         self, inputs: StepInputs, failure: Exception | None, spans: Spans
-    ) -> tuple[Agreement, list[int], Exception | None]:
+    ) -> tuple[Agreement, list[int], list[int], Exception | None]:
         """Look at this rank's shard and exchange the findings; an error of its own rides along."""
         changed: list[int] = []
+        unseen: list[int] = []
         late, sum_of_squares = False, 0.0
         present = np.zeros(len(self._parameters), dtype=np.bool_)
         try:
@@ -290,6 +294,7 @@ class ShardedAdam:
                 refuse_unfrozen(self._frozen)
                 late = self.reduction.has_late_gradients()
                 changed = self.outside_writes.find()
+                unseen = self.outside_writes.find_unseen(changed)
                 self._refuse_unready()
                 for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
                     present[state.indices] = gradients.present
@@ -305,6 +310,7 @@ class ShardedAdam:
             found_inf=inputs.found_inf,
             grad_scale=inputs.grad_scale,
             changes=self.outside_writes.checksum(changed) if self.membership.world_size > 1 else 0,
+            unseen=bool(unseen),
             failed=failure is not None,
             late=late,
             settings=inputs.checksum(),
@@ -313,7 +319,26 @@ class ShardedAdam:
             present=torch.from_numpy(present),
         )
         with spans.span("agree"):
-            return agree(self.membership, findings), changed, failure
+            return agree(self.membership, findings), changed, unseen, failure
+
+    def _share_unseen(
+        self, agreement: Agreement, changed: list[int], unseen: list[int]
+    ) -> tuple[Agreement, list[int]]:
+        """Add to the changed parameters those that any rank found written unseen. Collective.
+
+        A rank compares its shard alone, but holds whole parameters: so all take checksums of them.
+        """
+        flags = torch.zeros(len(self._parameters), dtype=torch.bool)
+        flags[unseen or self.outside_writes.all_unseen(changed)] = True
+        flags = flags_on_any_rank(self.membership, flags)
+        unseen = torch.nonzero(flags).flatten().tolist()
+        self.outside_writes.report_unseen([self._names[index] for index in unseen])
+        changed = sorted({*changed, *unseen})
+        if self.membership.world_size > 1:
+            checksum = torch.tensor([self.outside_writes.checksum(changed)])
+            gathered = self.membership.all_gather(checksum)
+            agreement = replace(agreement, changes=tuple(int(one) for one in gathered))
+        return agreement, changed
 
     def _refuse_unready(self) -> None:
         """Refuse gradients of a forward that did not wait for its parameters."""

@@ -55,10 +55,11 @@ def follow(rank: int, world_size: int, dtype: torch.dtype, offloads: bool, chang
     saved = {name: value.clone() for name, value in model.state_dict().items()}
     train_step(model, optimizer, rank, 0)
     before = masters_of(optimizer)
-    if change == "clamp":
+    if change.startswith("clamp"):
         with torch.no_grad():
             for parameter in model.all:
-                parameter.clamp_(-0.5, 0.5)
+                written = parameter.data if change == "clamp_data" else parameter
+                written.clamp_(-0.5, 0.5)
     else:
         model.load_state_dict(saved)
     optimizer.param_groups[0]["lr"] = 0.0
@@ -72,7 +73,7 @@ def follow(rank: int, world_size: int, dtype: torch.dtype, offloads: bool, chang
     return Followed(before, after, parameters, end)
 
 
-@pytest.mark.parametrize("change", ["clamp", "load_state_dict"])
+@pytest.mark.parametrize("change", ["clamp", "clamp_data", "load_state_dict"])
 @pytest.mark.parametrize(
     ("dtype", "offloads"),
     [(torch.bfloat16, False), (torch.float16, True), (torch.float32, True)],
@@ -136,6 +137,42 @@ def test_a_change_on_one_rank_is_refused_by_its_number_and_can_be_mended(
         assert f"changed from outside on rank(s) [{odd}] otherwise" in outcome.message
         here = "'w1'" if rank == odd else "nothing"
         assert f"(changed here: {here})" in outcome.message
+        assert equal
+
+
+def change_data_on_one(rank: int, world_size: int, odd: int) -> tuple[Outcome, bool]:
+    """As `change_on_one`, through `.data`, in a shard that rank `odd` has."""
+    model, expected_model = (Weights([(300,), (300,), (300,)], torch.bfloat16) for _ in range(2))
+    optimizer, expected_optimizer = make(model, streams=False), make(expected_model, streams=False)
+    for seed in range(4):
+        train_step(model, optimizer, rank, seed)
+        train_step(expected_model, expected_optimizer, rank, seed)
+    model(exact_gradients(model.all, 40 + rank, 4)).backward()
+    if rank == odd:
+        model.w1.data.clamp_(-0.5, 0.5)
+    before = bits(model.all)
+    outcome = outcome_of(optimizer.step)
+    assert bits(model.all) == before
+    if rank != odd:
+        model.w1.data.clamp_(-0.5, 0.5)
+    optimizer.step()
+    with torch.no_grad():
+        expected_model.w1.clamp_(-0.5, 0.5)
+    train_step(expected_model, expected_optimizer, rank, 4)
+    equal = bits(model.all) == bits(expected_model.all)
+    optimizer.close()
+    expected_optimizer.close()
+    return outcome, equal
+
+
+@pytest.mark.parametrize(("world_size", "odd"), [(2, 1), (3, 1)])
+def test_a_write_through_data_on_one_rank_is_refused_and_can_be_mended(
+    ranks: RankPool, world_size: int, odd: int
+) -> None:
+    for outcome, equal in ranks.run(change_data_on_one, world_size, odd):
+        assert outcome.error == "RankDisagreementError"
+        assert f"changed from outside on rank(s) [{odd}] otherwise" in outcome.message
+        assert "'w1'" in outcome.message
         assert equal
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from offload_adam import OffloadAdam, ParameterReplacedError
+from offload_adam import Adam, OffloadAdam, ParameterReplacedError
+from offload_adam.step.following import sample_differs
 
 
 def make(dtype: torch.dtype = torch.bfloat16) -> tuple[torch.nn.Sequential, OffloadAdam]:
@@ -125,6 +129,197 @@ def test_refresh_master_sees_writes_that_no_version_counter_sees() -> None:
     after = optimizer.state[weight]["master_weight"]
     assert after[0, 0] == 3.0
     assert torch.equal(after.flatten()[1:], before.flatten()[1:])
+
+
+class OffloadedAdam(OffloadAdam):
+    """Treats parameters in host memory as if they were on a device."""
+
+    _offloads = True
+
+
+class DeviceAdam(Adam):
+    """Treats state as if it were on a device, beside the parameters."""
+
+    _updates_on_device = True
+
+
+WATCHED: list[tuple[Any, torch.dtype]] = [
+    (OffloadAdam, torch.bfloat16),
+    (OffloadAdam, torch.float16),
+    (OffloadedAdam, torch.bfloat16),
+    (OffloadedAdam, torch.float32),
+    (Adam, torch.bfloat16),
+    (DeviceAdam, torch.bfloat16),
+]
+NUMEL = 200_000  # a sample is a tenth of it
+
+
+def run_with_writes(
+    make_optimizer: Any,
+    dtype: torch.dtype,
+    write: Callable[[torch.Tensor, int], None],
+    *,
+    through_data: bool,
+    num_steps: int = 15,
+    before: Callable[[Any, int], None] = lambda optimizer, step: None,
+) -> tuple[list[torch.Tensor], int]:
+    """Write to a parameter before each step; return it and its master, and how often a log warns.
+
+    Args:
+        write: is given the parameter and the step that follows.
+        through_data: give it `parameter.data`, whose version counter nobody sees.
+        before: what to do before the write.
+    """
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("offload_adam").addHandler(handler)
+    generator = torch.Generator().manual_seed(0)
+    parameter = torch.nn.Parameter((0.1 * torch.randn(NUMEL, generator=generator)).to(dtype))
+    optimizer = make_optimizer([parameter], 1e-3)
+    try:
+        for step in range(num_steps):
+            before(optimizer, step)
+            with torch.no_grad():
+                write(parameter.data if through_data else parameter, step)
+            parameter.grad = torch.randn(NUMEL, generator=generator).to(dtype)
+            optimizer.step()
+    finally:
+        logging.getLogger("offload_adam").removeHandler(handler)
+    master = optimizer.state[parameter].get("master_weight", parameter.detach())
+    return [parameter.detach(), master], sum(".data or NumPy" in text for text in messages)
+
+
+def copy_at(*steps: int) -> Callable[[torch.Tensor, int], None]:
+    def write(weights: torch.Tensor, step: int) -> None:
+        if step in steps:
+            weights.copy_(torch.linspace(-2.0, 2.0, NUMEL))
+
+    return write
+
+
+def clamp_after_every_step(weights: torch.Tensor, step: int) -> None:
+    if step > 0:
+        weights.clamp_(-0.01, 0.01)
+
+
+def write_one_element(step_of_write: int) -> Callable[[torch.Tensor, int], None]:
+    def write(weights: torch.Tensor, step: int) -> None:
+        if step == step_of_write:
+            weights[NUMEL - 1] = 3.0
+
+    return write
+
+
+def write_all_and_then_one(weights: torch.Tensor, step: int) -> None:
+    copy_at(8)(weights, step)
+    write_one_element(12)(weights, step)  # the sample of this step does not have it
+
+
+@pytest.mark.parametrize(("make_optimizer", "dtype"), WATCHED)
+@pytest.mark.parametrize(
+    ("write", "num_warnings"),
+    [
+        (copy_at(0), 0),
+        (write_one_element(0), 0),
+        (copy_at(8, 12), 1),
+        (write_all_and_then_one, 1),
+        (clamp_after_every_step, 1),
+    ],
+    ids=["before_the_first_step", "one_element", "later", "a_smaller_one", "after_every_step"],
+)
+def test_writes_through_data_are_followed_as_those_with_a_version_are(
+    make_optimizer: Any, dtype: torch.dtype, write: Any, num_warnings: int
+) -> None:
+    expected, _ = run_with_writes(make_optimizer, dtype, write, through_data=False)
+    found, warned = run_with_writes(make_optimizer, dtype, write, through_data=True)
+    assert all(map(torch.equal, found, expected))
+    assert warned == num_warnings
+    without, _ = run_with_writes(make_optimizer, dtype, lambda _, __: None, through_data=True)
+    assert not torch.equal(found[0], without[0])
+
+
+def load_its_own_state(optimizer: Any, step: int) -> None:
+    if step == 8:
+        optimizer.load_state_dict(optimizer.state_dict())
+
+
+def add_a_group(optimizer: Any, step: int) -> None:
+    if step == 8:
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+
+
+@pytest.mark.parametrize("before", [load_its_own_state, add_a_group])
+def test_everything_is_compared_after_a_load_and_a_new_group(
+    before: Callable[[Any, int], None],
+) -> None:
+    write = write_one_element(8)
+    options: dict[str, Any] = {"num_steps": 10, "before": before}
+    expected, _ = run_with_writes(OffloadAdam, torch.bfloat16, write, through_data=False, **options)
+    found, _ = run_with_writes(OffloadAdam, torch.bfloat16, write, through_data=True, **options)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_samples_visit_every_block() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(128 * 700, dtype=torch.bfloat16))
+    optimizer = OffloadAdam([parameter])
+    state = optimizer._alive().states[0]
+    for block in (0, 1, 128, 353, 698, 699):
+        parameter.data[128 * block + 5] = 1.0
+        found = [sample_differs(state, turn) for turn in range(5)]
+        assert found.count(True) == 1
+        parameter.data.zero_()
+
+
+def test_buckets_are_sampled_in_turns() -> None:
+    """Of 100 buckets one step samples a quarter, and that shows a write to all of them."""
+    parameters = [torch.nn.Parameter(torch.zeros(128, dtype=torch.bfloat16)) for _ in range(100)]
+    optimizer = OffloadAdam(parameters, lr=0.0, bucket_nbytes=256)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    for _ in range(3):
+        optimizer.step()
+    watched = optimizer._alive().outside_writes
+    parameters[0].data.fill_(1.0)
+    found = []
+    for _ in range(8):
+        found.append(watched.find_unseen([]))
+        watched._num_applied += 1
+    assert sorted(found) == 6 * [[]] + 2 * [[0]]
+    for parameter in parameters:
+        parameter.data.fill_(1.0)
+    optimizer.step()
+    for parameter in parameters:
+        assert torch.equal(optimizer.state[parameter]["master_weight"], torch.ones(128))
+
+
+def test_an_optimizer_without_state_takes_steps() -> None:
+    optimizer = OffloadAdam([torch.nn.Parameter(torch.ones(3), requires_grad=False)])
+    for _ in range(4):
+        optimizer.step()
+
+
+def test_weights_that_are_nan_are_no_write() -> None:
+    def write(weights: torch.Tensor, step: int) -> None:
+        if step == 0:
+            weights.view(torch.int16)[::7] = 0x7FD6  # torch would round a NaN to other bits
+
+    _, warned = run_with_writes(OffloadAdam, torch.bfloat16, write, through_data=True)
+    assert warned == 0
+
+
+def test_a_skipped_step_leaves_a_write_through_data_to_the_next_one() -> None:
+    model, optimizer = make()
+    train(model, optimizer, 5)
+    bias = model.get_parameter("1.bias")
+    bias.data.fill_(0.5)
+    bias.grad = torch.full((4,), torch.nan, dtype=torch.bfloat16)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    bias.grad = torch.zeros(4, dtype=torch.bfloat16)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert torch.equal(optimizer.state[bias]["master_weight"], torch.full((4,), 0.5))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
