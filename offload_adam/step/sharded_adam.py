@@ -328,15 +328,16 @@ class ShardedAdam:
 
         A rank compares its shard alone, but holds whole parameters: so all take checksums of them.
         """
-        flags = torch.zeros(len(self._parameters), dtype=torch.bool)
+        flags = torch.zeros(len(self._parameters), dtype=torch.bool, device="cpu")
         flags[unseen or self.outside_writes.all_unseen(changed)] = True
         flags = flags_on_any_rank(self.membership, flags)
         unseen = torch.nonzero(flags).flatten().tolist()
         self.outside_writes.report_unseen([self._names[index] for index in unseen])
         changed = sorted({*changed, *unseen})
         if self.membership.world_size > 1:
-            checksum = torch.tensor([self.outside_writes.checksum(changed)])
-            gathered = self.membership.all_gather(checksum)
+            checksum = self.outside_writes.checksum(changed)
+            own = torch.tensor([checksum], dtype=torch.int64, device="cpu")
+            gathered = self.membership.all_gather(own)
             agreement = replace(agreement, changes=tuple(int(one) for one in gathered))
         return agreement, changed
 
