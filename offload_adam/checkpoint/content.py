@@ -1,4 +1,4 @@
-"""What goes into a checkpoint: every tensor by name, and what is no tensor as JSON."""
+"""What goes into a checkpoint: every tensor by name, and all other values as JSON."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from offload_adam.checkpoint.boxes import boxes_of_range
+from offload_adam.checkpoint.encoding import decode
 from offload_adam.checkpoint.files import Blob
 from offload_adam.checkpoint.manifest import BLOCK_NBYTES
 from offload_adam.errors import CheckpointError
@@ -134,35 +136,61 @@ def sharded_parts(model: nn.Module, optimizer: ShardedOptimizer) -> Iterator[Par
             yield Part(full_name, shape, order, shard.start, shard.end, data, shard.bucket)
 
 
-def whole_tensors(model: nn.Module, optimizer: ShardedOptimizer) -> dict[str, torch.Tensor]:
-    """Return by name what the optimizer does not train: frozen parameters and saved buffers."""
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """A model's state dict but for what the optimizer trains, by names in a checkpoint.
+
+    whole: frozen parameters and saved buffers, the live tensors.
+    computed: tensors that a module computes when it is saved, from which `load_state_dict` restores
+        its state: `get_extra_state`, a `_save_to_state_dict` of its own, state-dict hooks.
+    values: as `computed`, entries that are no tensors.
+    tied: further names of live tensors, each with the one that the tensor is saved under.
+    """
+
+    whole: dict[str, torch.Tensor]
+    computed: dict[str, torch.Tensor]
+    values: dict[str, Any]
+    tied: dict[str, str]
+
+
+def model_state(model: nn.Module, optimizer: ShardedOptimizer) -> ModelState:
+    """Divide a model's state dict into what is live and what is computed.
+
+    Raises:
+        CheckpointError: a tensor of it is not initialized.
+    """
     trained = {id(shard.parameter) for shard in optimizer.shards()}
-    saved = model.state_dict(keep_vars=True)
-    own = _first_names(model, saved)
-    return {
-        f"model/{name}": value.detach()
-        for name, value in saved.items()
-        if isinstance(value, torch.Tensor) and id(value) not in trained and own[id(value)] == name
-    }
+    own = {id(p): name for name, p in model.named_parameters() if id(p) in trained}
+    live = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    by_memory = {_memory(tensor): tensor for tensor in live.values()}
+    by_memory.pop(None, None)
+    computed_from_trained = set(own.values())
+    found = ModelState({}, {}, {}, {})
+    for name, value in model.state_dict(keep_vars=True).items():
+        full_name = f"model/{name}"
+        if not isinstance(value, torch.Tensor):
+            found.values[full_name] = value
+            continue
+        if is_lazy(value):
+            raise CheckpointError(f"{name!r} of the model is not initialized: run a forward first")
+        # A hook may detach a live tensor, which makes another object of the same memory.
+        tensor = live.get(id(value), by_memory.get(_memory(value)))
+        if tensor is not None:
+            first = own.setdefault(id(tensor), name)
+            if first != name:
+                found.tied[full_name] = f"model/{first}"
+            elif id(tensor) not in trained:
+                found.whole[full_name] = tensor.detach()
+        elif name not in computed_from_trained:
+            found.computed[full_name] = value.detach()
+    return found
 
 
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """Return the further names of the model's saved tensors, each with the one it is saved by."""
-    saved = model.state_dict(keep_vars=True)
-    own = _first_names(model, saved)
-    return {
-        f"model/{name}": f"model/{own[id(value)]}"
-        for name, value in saved.items()
-        if isinstance(value, torch.Tensor) and own[id(value)] != name
-    }
-
-
-def _first_names(model: nn.Module, saved: Mapping[str, Any]) -> dict[int, str]:
-    """Return the name under which each tensor of a model's state dict is saved."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for name, value in saved.items():
-        names.setdefault(id(value), name)
-    return names
+def _memory(tensor: torch.Tensor) -> tuple[object, ...] | None:
+    """Return what two objects that are the same tensor have in common, None without memory."""
+    if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.data_ptr() == 0:
+        return None
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def whole_part(name: str, tensor: torch.Tensor) -> Part:
@@ -174,22 +202,17 @@ def whole_part(name: str, tensor: torch.Tensor) -> Part:
     return Part(name, tuple(tensor.shape), order, 0, tensor.numel(), flat)
 
 
-def to_plain(value: Any) -> Any:
-    """Return a state as JSON holds it; tensors become lists.
+def decoded_optimizer(saved: Mapping[str, Any], format_version: int) -> Any:
+    """Return what `plain_state` gave, from what a checkpoint has of it.
 
     Raises:
-        CheckpointError: something else in it is no plain value.
+        CheckpointError: it cannot be decoded.
     """
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    if isinstance(value, Mapping):
-        return {str(key): to_plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise CheckpointError(f"a checkpoint cannot hold {value}: JSON has finite numbers only")
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise CheckpointError(
-        f"a checkpoint cannot hold a {type(value).__name__}: give numbers, text, lists and mappings"
-    )
+    if format_version > 2:
+        return decode(saved, "the saved optimizer")
+    # Format 2 had no tags, and made a list of the only tuple.
+    groups = [
+        {**group, "options": {**group["options"], "betas": tuple(group["options"]["betas"])}}
+        for group in saved["groups"]
+    ]
+    return {**saved, "groups": groups}

@@ -24,7 +24,14 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from offload_adam.checkpoint.boxes import Box, boxes_of_range
-from offload_adam.checkpoint.content import ParameterNames, inverse_order, memory_order, to_plain
+from offload_adam.checkpoint.content import (
+    ParameterNames,
+    decoded_optimizer,
+    inverse_order,
+    memory_order,
+)
+from offload_adam.checkpoint.encoding import encode
+from offload_adam.checkpoint.manifest import FORMAT_VERSION
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.step.parameter_shard import ParameterShard
 
@@ -130,12 +137,13 @@ class OptimizerState:
         """Return this rank's boxes, which are views of the state, and the rest as JSON."""
         self._optimizer.synchronize()
         self._optimizer.finish_reading()  # it may be to be loaded into
-        plain = to_plain(self._optimizer.plain_state(self._name_of))
+        plain = encode(self._optimizer.plain_state(self._name_of), "optimizer")
         state: dict[str, dict[str, BoxTensor]] = {}
         for shard in self._optimizer.shards():
             planes = {key: _plane_tensor(shard, plane) for key, plane in shard.planes.items()}
             state[self._name_of(shard.parameter)] = planes
-        return {"state": state, "plain": plain_text(self._optimizer.num_steps, plain)}
+        text = plain_text(self._optimizer.num_steps, FORMAT_VERSION, plain)
+        return {"state": state, "plain": text}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take what `dcp.load` has read; the boxes have been loaded in place by then.
@@ -144,12 +152,18 @@ class OptimizerState:
             CheckpointError: groups or parameters are others.
         """
         values = json.loads(state_dict["plain"])
-        self._optimizer.check_plain_state(values["optimizer"], self._name_of)
-        self._optimizer.load_plain_state(values["optimizer"], self._name_of)
+        plain = decoded_optimizer(values["optimizer"], values.get("format_version", 2))
+        self._optimizer.check_plain_state(plain, self._name_of)
+        self._optimizer.load_plain_state(plain, self._name_of)
         self._optimizer.num_steps = values["num_steps"]
         self._optimizer.refresh_master()
 
 
-def plain_text(num_steps: int, plain: Mapping[str, Any]) -> str:
-    """Return what is no tensor as the text that stands beside the tensors."""
-    return json.dumps({"num_steps": num_steps, "optimizer": plain})
+def plain_text(num_steps: int, format_version: int, plain: Mapping[str, Any]) -> str:
+    """Return what is no tensor as the text that stands beside the tensors.
+
+    Args:
+        format_version: that `plain` is encoded in, see `decoded_optimizer`.
+    """
+    values = {"format_version": format_version, "num_steps": num_steps, "optimizer": plain}
+    return json.dumps(values, allow_nan=False)

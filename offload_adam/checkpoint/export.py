@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from offload_adam.checkpoint.boxes import Box, range_of_box
-from offload_adam.checkpoint.content import DTYPES, as_bytes, inverse_order
+from offload_adam.checkpoint.content import DTYPES, as_bytes, decoded_optimizer, inverse_order
 from offload_adam.checkpoint.dcp import BoxSource, BoxTensor, logical_box, plain_text
 from offload_adam.checkpoint.load import CheckpointReader
 from offload_adam.checkpoint.manifest import Manifest, OptimizerEntry, read_manifest
@@ -32,11 +33,12 @@ def export_torch(path: Path, out: Path) -> str:
     """Write a checkpoint as one file that `torch.load(out, weights_only=True)` reads.
 
     It is a dict: "model" and "optimizer" are plain state dicts, of the model and of
-    `torch.optim.AdamW` over the same groups; "step" and "extra" are as they were saved. Tensors are
-    read, verified and written block by block, and lie in memory as they did when they were saved.
+    `torch.optim.AdamW` over the same groups; "step" and "extra" are as they were saved, but for
+    values that torch does not read with `weights_only`, NumPy arrays for example. Tensors are read,
+    verified and written block by block, and lie in memory as they did when they were saved.
 
     Returns:
-        Which of torch's optimizers takes it, and what that one does otherwise.
+        Which of torch's optimizers takes it, what that one does otherwise, and what is left out.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or `out` exists.
@@ -46,15 +48,21 @@ def export_torch(path: Path, out: Path) -> str:
     manifest = read_manifest(path)
     with CheckpointReader(path, manifest) as reader:
         names = _model_names(manifest)
+        readable = _Readable()
+        model = {name: _streamed(reader, saved) for name, saved in names.items()}
         content = {
-            "model": {name: _streamed(reader, saved) for name, saved in names.items()},
-            "optimizer": _torch_state(reader, manifest),
+            "model": model | readable("model", _model_values(manifest)),
+            "optimizer": _torch_state(reader, manifest, readable),
             "step": manifest.step,
-            "extra": manifest.extra,
+            "extra": readable("extra", manifest.decoded_extra()),
         }
         with _appearing(out) as unfinished:
             write_torch_file(unfinished, content)
-    return taken_by(manifest.optimizer)
+    words = taken_by(manifest.optimizer)
+    if readable.left_out:
+        left_out = ", ".join(readable.left_out)
+        words += f", without {left_out}, which torch.load(weights_only=True) does not read"
+    return words
 
 
 def export_dcp(path: Path, out: Path) -> str:
@@ -72,14 +80,15 @@ def export_dcp(path: Path, out: Path) -> str:
     _refuse_existing(out)
     manifest = read_manifest(path)
     with CheckpointReader(path, manifest) as reader:
-        plain = plain_text(manifest.step, manifest.optimizer.model_dump())
+        plain = plain_text(manifest.step, manifest.format_version, manifest.optimizer.model_dump())
         state = {
             name: {key: _lazy(reader, saved) for key, saved in planes.items()}
             for name, planes in _state_names(manifest).items()
         }
         names = _model_names(manifest)
         content = {
-            "model": {name: _lazy(reader, saved) for name, saved in names.items()},
+            "model": {name: _lazy(reader, saved) for name, saved in names.items()}
+            | _model_values(manifest),
             "optimizer": {"state": state, "plain": plain},
         }
         with _appearing(out) as unfinished:
@@ -95,6 +104,28 @@ def taken_by(optimizer: OptimizerEntry) -> str:
     if any(options.get("nesterov") for options in every):
         words += ", which has no nesterov"
     return words
+
+
+class _Readable:
+    """Leaves out what `torch.load(weights_only=True)` does not read, and lists it in `left_out`."""
+
+    def __init__(self) -> None:
+        self.left_out: list[str] = []
+
+    def __call__(self, where: str, values: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Return the readable ones of some values."""
+        return {key: v for key, v in values.items() if self._is_readable(f"{where}[{key!r}]", v)}
+
+    def _is_readable(self, name: str, value: object) -> bool:
+        with TemporaryDirectory() as folder:
+            file = Path(folder, "value.pt")
+            try:
+                write_torch_file(file, value)
+                torch.load(file, weights_only=True)
+            except Exception:  # torch documents none of those that it raises
+                self.left_out.append(name)
+                return False
+        return True
 
 
 @contextmanager
@@ -133,6 +164,12 @@ def _model_names(manifest: Manifest) -> dict[str, str]:
     return {name.removeprefix(_MODEL): saved for name, saved in (own | manifest.tied).items()}
 
 
+def _model_values(manifest: Manifest) -> dict[str, Any]:
+    """Return what of the model's state dict is no tensor, by its names there."""
+    values = manifest.decoded_values()
+    return {name.removeprefix(_MODEL): value for name, value in values.items()}
+
+
 def _state_names(manifest: Manifest) -> dict[str, dict[str, str]]:
     """Return the saved planes of each parameter, by parameter and key."""
     found: dict[str, dict[str, str]] = {name: {} for name in manifest.optimizer.steps}
@@ -143,16 +180,19 @@ def _state_names(manifest: Manifest) -> dict[str, dict[str, str]]:
     return found
 
 
-def _torch_state(reader: CheckpointReader, manifest: Manifest) -> dict[str, Any]:
+def _torch_state(
+    reader: CheckpointReader, manifest: Manifest, readable: _Readable
+) -> dict[str, Any]:
     """Return a plain state dict of torch's, master weights beside it under a key of our own."""
     planes = _state_names(manifest)
+    plain = decoded_optimizer(manifest.optimizer.model_dump(), manifest.format_version)
     names: list[str] = []
     groups = []
-    for group in manifest.optimizer.groups:
-        packed = list(range(len(names), len(names) + len(group.parameters)))
-        names += group.parameters
-        groups.append({**_torch_options(group.options), "params": packed})
-        groups[-1]["param_names"] = list(group.parameters)
+    for number, group in enumerate(plain["groups"]):
+        packed = list(range(len(names), len(names) + len(group["parameters"])))
+        names += group["parameters"]
+        options = readable(f"param_groups[{number}]", group["options"])
+        groups.append({**options, "params": packed, "param_names": group["parameters"]})
     whole = {
         packed: {
             "step": _step(name, manifest.optimizer.steps[name]),
@@ -162,7 +202,7 @@ def _torch_state(reader: CheckpointReader, manifest: Manifest) -> dict[str, Any]
         if name in planes
     }
     packed_ids = {packed: packed for packed in whole}
-    return pack_full(groups, packed_ids, whole, manifest.optimizer.further)
+    return pack_full(groups, packed_ids, whole, readable("optimizer", plain["further"]))
 
 
 def _streamed(reader: CheckpointReader, saved: str) -> Streamed:
@@ -180,11 +220,6 @@ def _step(name: str, count: float) -> Streamed:
     """Return a step count as torch keeps it."""
     value = torch.tensor([count], dtype=torch.float32, device="cpu")
     return Streamed(f"step of {name}", value.dtype, (), (), lambda: [as_bytes(value)])
-
-
-def _torch_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a group's options, with the pair that JSON has made a list."""
-    return {key: tuple(value) if key == "betas" else value for key, value in options.items()}
 
 
 def _lazy(reader: CheckpointReader, saved: str) -> BoxTensor:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from offload_adam.checkpoint.content import Part, to_plain, whole_part
+from offload_adam.checkpoint.content import Part, whole_part
+from offload_adam.checkpoint.encoding import encode
 from offload_adam.checkpoint.manifest import GroupEntry, OptimizerEntry
 from offload_adam.checkpoint.rank_file import RankFile, rank_file_name
 from offload_adam.checkpoint.save import Written, commit_files, manifest_of, partial_of
@@ -25,9 +26,13 @@ _WIDENED = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class TorchCheckpoint:
-    """A model's state dict, and that of a `torch.optim.Adam` or `AdamW` over its parameters."""
+    """A model's state dict, and that of a `torch.optim.Adam` or `AdamW` over its parameters.
+
+    values: entries of the model's that are no tensors.
+    """
 
     model: Mapping[str, torch.Tensor]
+    values: Mapping[str, Any]
     optimizer: Mapping[str, Any]
 
 
@@ -66,7 +71,8 @@ def import_torch_pickle(
     parts = [whole_part(name, value) for name, value in tensors.items()]
     step = int(max(entry.steps.values(), default=0))
     aliases = {f"model/{name}": f"model/{first}" for name, first in tied.items()}
-    _write(target, parts, Written(step, entry, aliases, {}))
+    values = {f"model/{name}": encode(value, name) for name, value in content.values.items()}
+    _write(target, parts, Written(step, entry, aliases, values, {}))
     return sum(part.data.nbytes for part in parts)
 
 
@@ -94,12 +100,11 @@ def read_torch_pickle(source: Path, model_key: str, optimizer_key: str) -> Torch
                 "and --optimizer-key"
             )
     model, optimizer = content[model_key], content[optimizer_key]
-    for name, value in model.items():
-        if not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"{name} of the model is a {type(value).__name__}, no tensor")
     if not {"state", "param_groups"} <= set(optimizer):
         raise CheckpointError(f"{optimizer_key!r} of {source} is no optimizer's state dict")
-    return TorchCheckpoint(model, optimizer)
+    tensors = {name: value for name, value in model.items() if isinstance(value, torch.Tensor)}
+    values = {name: value for name, value in model.items() if name not in tensors}
+    return TorchCheckpoint(tensors, values, optimizer)
 
 
 def _tied(model: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -129,7 +134,7 @@ def _optimizer_state(
             _require_options(group)
             options = {key: value for key, value in group.items() if key not in _NO_OPTIONS}
             own = [names[packed] for packed in group["params"]]
-            entries.append(GroupEntry(parameters=own, options=to_plain(options)))
+            entries.append(GroupEntry(parameters=own, options=encode(options, "optimizer")))
             for packed, name in zip(group["params"], own, strict=True):
                 saved = optimizer["state"].get(packed, {})
                 steps[name] = float(saved.get("step", 0.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -17,11 +18,13 @@ from torch import nn
 from offload_adam.checkpoint.content import (
     DTYPE_NAMES,
     DTYPES,
+    ModelState,
     ParameterNames,
     as_bytes,
+    decoded_optimizer,
     inverse_order,
     memory_order,
-    whole_tensors,
+    model_state,
 )
 from offload_adam.checkpoint.files import VerifiedFiles
 from offload_adam.checkpoint.manifest import (
@@ -38,6 +41,8 @@ from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.sharded_optimizer.locking import serialized_by_optimizer
 from offload_adam.step.parameter_shard import ParameterShard
 
+logger = logging.getLogger(__name__)
+
 
 @serialized_by_optimizer
 def load_checkpoint(
@@ -49,9 +54,11 @@ def load_checkpoint(
     Bytes go from the files into the state as it lies, file by file and block by verified block:
     besides the state itself a rank needs 4 blocks of 4 MiB, one more for what lies on a device, and
     one tensor where the order of its elements in memory has changed. Few files are open at once.
+    Afterwards `model.load_state_dict` runs, with what modules themselves add to a state dict
+    (`get_extra_state`, hooks) and with the tensors as they are by then.
 
     Returns:
-        What was given as `extra`.
+        What was given as `extra`, tensors in it on the host.
 
     Raises:
         CheckpointError: on every rank; nothing is changed, unless the message speaks of damage:
@@ -62,24 +69,26 @@ def load_checkpoint(
     name_of = ParameterNames(model)
     with HERE.at("checkpoint", patient=True), ExitStack() as stack:
 
-        def check() -> tuple[Manifest, CheckpointReader]:
+        def check() -> tuple[CheckpointReader, ModelState, Any]:
             manifest = read_manifest(folder)
             reader = stack.enter_context(CheckpointReader(folder, manifest))
-            _check(manifest, model, optimizer)
-            optimizer.check_plain_state(manifest.optimizer.model_dump(), name_of)
-            return manifest, reader
+            state = model_state(model, optimizer)
+            _check(manifest, model, optimizer, state)
+            plain = decoded_optimizer(manifest.optimizer.model_dump(), manifest.format_version)
+            optimizer.check_plain_state(plain, name_of)
+            return reader, state, plain
 
-        manifest, reader = together(membership, "reading a checkpoint", check)
+        reader, state, plain = together(membership, "reading a checkpoint", check)
 
         def load() -> None:
             with torch.no_grad():
                 optimizer.finish_reading()
-                _load(reader, model, optimizer)
-                optimizer.load_plain_state(manifest.optimizer.model_dump(), name_of)
-                optimizer.num_steps = manifest.step
+                _load(reader, model, optimizer, state)
+                optimizer.load_plain_state(plain, name_of)
+                optimizer.num_steps = reader.manifest.step
 
         together(membership, "loading a checkpoint", load)
-    return manifest.extra
+    return reader.manifest.decoded_extra()
 
 
 def verify_checkpoint(path: str | os.PathLike[str]) -> Manifest:
@@ -181,8 +190,14 @@ class CheckpointReader:
         self._files.close()
 
 
-def _check(manifest: Manifest, model: nn.Module, optimizer: ShardedOptimizer) -> None:
-    """Refuse a checkpoint of another model."""
+def _check(
+    manifest: Manifest, model: nn.Module, optimizer: ShardedOptimizer, state: ModelState
+) -> None:
+    """Refuse a checkpoint of another model.
+
+    Of entries that modules compute, only the names are compared: a module may save another shape
+    each time.
+    """
     name_of = ParameterNames(model)
     expected: dict[str, torch.Tensor] = {}
     for shard in optimizer.shards():
@@ -194,13 +209,19 @@ def _check(manifest: Manifest, model: nn.Module, optimizer: ShardedOptimizer) ->
                 saved = f"model/{name}"  # an fp32 parameter was its own master weight
             expected.setdefault(saved, plane)
             _compare(manifest.tensors, saved, plane.dtype, shard.parameter.shape)
-    for name, tensor in whole_tensors(model, optimizer).items():
-        expected[name] = tensor
+    expected |= state.whole
     for name, tensor in expected.items():
         if name.startswith("model/"):
-            _compare(manifest.tensors, name, tensor.dtype, None)
+            _compare(manifest.tensors, name, tensor.dtype, tensor.shape)
+    by_module = {*state.computed, *state.values}
+    for name in sorted(by_module - {*manifest.tensors, *manifest.values}):
+        if manifest.format_version == 2 and name in state.values:
+            logger.warning("The checkpoint of format 2 does not have %r: it is not changed", name)
+            continue
+        raise CheckpointError(f"the checkpoint has no {name!r}: build the model as it was")
     own = "/master_weight"  # surplus where the fp32 parameter is its own master weight now
     surplus = [n for n in manifest.tensors if n not in expected and not n.endswith(own)]
+    surplus = [n for n in [*surplus, *manifest.values] if n not in by_module]
     if surplus:
         raise CheckpointError(
             f"the checkpoint has {surplus[0]!r}, which this model and optimizer do not have: "
@@ -212,7 +233,7 @@ def _compare(
     tensors: Mapping[str, TensorEntry],
     name: str,
     dtype: torch.dtype,
-    shape: Iterable[int] | None,
+    shape: Iterable[int],
 ) -> None:
     entry = tensors.get(name)
     if entry is None:
@@ -222,13 +243,15 @@ def _compare(
             f"{name!r} is {entry.dtype} in the checkpoint and {DTYPE_NAMES[dtype]} here: nothing "
             "is cast on load; build the model in the same dtype"
         )
-    if shape is not None and entry.shape != list(shape):
+    if entry.shape != list(shape):
         raise CheckpointError(
             f"{name!r} has shape {entry.shape} in the checkpoint and {list(shape)} here"
         )
 
 
-def _load(reader: CheckpointReader, model: nn.Module, optimizer: ShardedOptimizer) -> None:
+def _load(
+    reader: CheckpointReader, model: nn.Module, optimizer: ShardedOptimizer, state: ModelState
+) -> None:
     """Read everything: what lies as it was saved in one pass over the files, at the end."""
     name_of = ParameterNames(model)
     loaded = set()
@@ -243,10 +266,38 @@ def _load(reader: CheckpointReader, model: nn.Module, optimizer: ShardedOptimize
         if name not in loaded:
             loaded.add(name)
             reads += _whole_reads(reader, f"model/{name}", shard.parameter.detach())
-    for name, tensor in whole_tensors(model, optimizer).items():
+    for name, tensor in state.whole.items():
         reads += _whole_reads(reader, name, tensor)
     reader.read(reads)
+    _load_modules(reader, model, state)
     optimizer.refresh_master()
+
+
+def _load_modules(reader: CheckpointReader, model: nn.Module, state: ModelState) -> None:
+    """Let modules take what they computed when they were saved.
+
+    The other entries are the live tensors, which have been read: torch copies none onto itself. So
+    a module finds all of its entries, and hooks run as with any state dict.
+
+    Raises:
+        CheckpointError: a module does not take an entry.
+    """
+    values = reader.manifest.decoded_values()
+    for name in {*state.computed, *state.values} & reader.manifest.tensors.keys():
+        values[name] = reader.whole(name)
+    current = model.state_dict(keep_vars=True)
+    taken = {name: values.get(f"model/{name}", value) for name, value in current.items()}
+    try:
+        # Entries that a model leaves out of its own state dict are not missing.
+        unexpected = model.load_state_dict(taken, strict=False).unexpected_keys
+    except RuntimeError as error:
+        raise CheckpointError(f"the model cannot load its saved state dict: {error}") from error
+    left = sorted(name for name in unexpected if f"model/{name}" in values)
+    if left:
+        raise CheckpointError(
+            f"no module loads {left[0]!r}, which the model's state dict has: give the model a "
+            "_load_from_state_dict or a load_state_dict hook that takes it"
+        )
 
 
 def _range_reads(

@@ -13,9 +13,12 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from offload_adam.checkpoint.boxes import Box, range_of_box
+from offload_adam.checkpoint.encoding import decode
 from offload_adam.errors import CheckpointError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""2 has no tags of `encoding` in it, and no `values`."""
+READABLE_VERSIONS = (2, FORMAT_VERSION)
 MANIFEST_NAME = "manifest.json"
 BLOCK_NBYTES = 4 * 1024 * 1024
 """Bytes of a file that have one checksum: so a part can be verified without reading the rest."""
@@ -89,7 +92,8 @@ class Manifest(_Part):
     """All of a checkpoint but the tensors' bytes.
 
     tied: further names of the model's tensors, each with the one that the tensor stands under.
-    extra: what the caller of `save_checkpoint` gave.
+    values: entries of the model's state dict that are no tensors, encoded.
+    extra: what the caller of `save_checkpoint` gave, encoded.
     """
 
     format_version: Count
@@ -99,11 +103,29 @@ class Manifest(_Part):
     files: dict[str, FileEntry]
     optimizer: OptimizerEntry
     tied: dict[str, str]
+    values: dict[str, Any] = {}
     extra: dict[str, Any]
+
+    def decoded_values(self) -> dict[str, Any]:
+        """Return what of the model's state dict is no tensor."""
+        return {name: decode(value, name) for name, value in self.values.items()}
+
+    def decoded_extra(self) -> dict[str, Any]:
+        """Return what the caller of `save_checkpoint` gave.
+
+        Raises:
+            CheckpointError: it cannot be decoded.
+        """
+        if self.format_version == 2:
+            return self.extra
+        found = decode(self.extra, "extra")
+        if not isinstance(found, dict):
+            raise CheckpointError(f"extra is a {type(found).__name__}, and must be a dict")
+        return found
 
     def to_json(self) -> str:
         """Return the text of `manifest.json`."""
-        return sealed(self.model_dump(mode="json"))
+        return sealed(self.model_dump())
 
 
 def sealed(values: dict[str, Any]) -> str:
@@ -153,11 +175,12 @@ def parse_manifest(text: str | bytes, origin: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{origin} is not JSON: {error}") from error
     version = values.get("format_version") if isinstance(values, dict) else None
-    if isinstance(version, int) and version != FORMAT_VERSION:
+    if isinstance(version, int) and version not in READABLE_VERSIONS:
         other = "or a newer one" if version > FORMAT_VERSION else "or begin anew"
         raise CheckpointError(
-            f"{origin} has format version {version}, and this package reads {FORMAT_VERSION}: use "
-            f"the version of offload_adam that wrote it, {other}"
+            f"{origin} has format version {version}, and this package reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}: use the version of offload_adam that "
+            f"wrote it, {other}"
         )
     try:
         manifest = Manifest.model_validate(values)
@@ -165,6 +188,11 @@ def parse_manifest(text: str | bytes, origin: str) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{origin}: {where or 'all of it'}: {first['msg']}") from error
+    try:
+        manifest.decoded_values()
+        manifest.decoded_extra()
+    except CheckpointError as error:
+        raise CheckpointError(f"{origin}: {error}") from error
     _check_files(manifest, origin)
     for name, entry in manifest.tensors.items():
         try:

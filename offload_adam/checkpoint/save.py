@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from offload_adam.checkpoint.content import (
+    ModelState,
     ParameterNames,
     Part,
+    model_state,
     sharded_parts,
-    tied_names,
-    to_plain,
     whole_part,
-    whole_tensors,
 )
+from offload_adam.checkpoint.encoding import encode
 from offload_adam.checkpoint.files import VerifiedFile, flush_folder
 from offload_adam.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -63,11 +63,15 @@ def save_checkpoint(
     are saved, so save after a step.
 
     Args:
-        extra: anything that JSON can hold, for `load_checkpoint` to return.
+        extra: for `load_checkpoint` to return, as it is on rank 0: any nesting of lists, tuples,
+            sets, dicts, numbers, text, bytes, and of tensors and NumPy arrays of up to 1 MiB. So
+            the `state_dict()` of a scheduler, a sampler or a GradScaler, and states of random
+            number generators. Types and values come back exactly, tensors on the host.
 
     Raises:
         CheckpointError: the path exists, the folder is not shared by all ranks, or something of
-            `extra` cannot be written. On every rank.
+            `extra`, of the optimizer's groups or of the model's state dict cannot be written. On
+            every rank.
         OSError: on the rank where writing failed, a PeerError on the others. Nothing is left.
     """
     optimizer.synchronize()
@@ -80,11 +84,12 @@ def save_checkpoint(
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What of a checkpoint is no tensor, as it was when the save began."""
+    """What of a checkpoint is no tensor, as it was when the save began, see `Manifest`."""
 
     step: int
     optimizer: OptimizerEntry
     tied: dict[str, str]
+    values: dict[str, Any]
     extra: dict[str, Any]
 
 
@@ -223,26 +228,28 @@ def open_save(
     """
     membership = optimizer.membership
 
-    def describe() -> Written:
+    def describe() -> tuple[ModelState, Written]:
         if optimizer.is_being_read:
             raise CheckpointError(
                 "another checkpoint is being written in the background: wait for it first"
             )
-        plain = to_plain(optimizer.plain_state(ParameterNames(model)))
-        return Written(
+        plain = encode(optimizer.plain_state(ParameterNames(model)), "optimizer")
+        state = model_state(model, optimizer)
+        return state, Written(
             step=optimizer.num_steps,
             optimizer=OptimizerEntry.model_validate(plain),
-            tied=tied_names(model),
-            extra=to_plain(extra or {}),
+            tied=state.tied,
+            values={name: encode(value, name) for name, value in state.values.items()},
+            extra=encode(dict(extra or {}), "extra"),
         )
 
-    plain = together(membership, "preparing a checkpoint", describe)
+    state, plain = together(membership, "preparing a checkpoint", describe)
     with _discarding(partial_of(target), membership):
         _open_folder(target, membership)
         return together(
             membership,
             "opening a checkpoint's files",
-            lambda: Save(target, membership, _parts(model, optimizer), plain, rooms),
+            lambda: Save(target, membership, _parts(model, optimizer, state), plain, rooms),
         )
 
 
@@ -307,7 +314,7 @@ def _open_folder(target: Path, membership: Membership) -> None:
     require_shared(partial, membership)
 
 
-def _parts(model: nn.Module, optimizer: ShardedOptimizer) -> list[Part]:
+def _parts(model: nn.Module, optimizer: ShardedOptimizer, state: ModelState) -> list[Part]:
     """Return what this rank writes; what all have whole, and names without bytes, rank 0."""
     rank = optimizer.membership.rank
     if rank != 0 and not optimizer.is_sharded:
@@ -315,7 +322,7 @@ def _parts(model: nn.Module, optimizer: ShardedOptimizer) -> list[Part]:
     sharded = list(sharded_parts(model, optimizer))
     parts = [part for part in sharded if part.end > part.start]
     if rank == 0:
-        whole = whole_tensors(model, optimizer)
+        whole = state.whole | state.computed
         parts += [whole_part(name, tensor) for name, tensor in whole.items()]
         known = {part.name for part in parts}
         parts += [part for part in sharded if part.name not in known]
@@ -339,6 +346,7 @@ def manifest_of(entries: Sequence[RankEntry], plain: Written) -> Manifest:
         files={entry.name: entry.file for entry in entries},
         optimizer=plain.optimizer,
         tied=plain.tied,
+        values=plain.values,
         extra=plain.extra,
     )
 

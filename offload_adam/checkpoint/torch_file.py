@@ -78,6 +78,8 @@ class _Pickler(pickle.Pickler):
         self.storages: dict[str, _Storage] = {}
 
     def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch.Tensor):
+            obj = _in_memory(obj)
         if not isinstance(obj, Streamed):
             return NotImplemented
         storage = self.storages.setdefault(obj.key, _Storage(len(self.storages), obj))
@@ -92,11 +94,24 @@ class _Pickler(pickle.Pickler):
         return "storage", _STORAGES[tensor.dtype], str(obj.number), "cpu", tensor.numel
 
 
+def _in_memory(tensor: torch.Tensor) -> Streamed:
+    """Return a host tensor for the file; the pickler keeps it, so that its id stays its own."""
+    whole = tensor.contiguous()
+    data = whole.view(-1).view(torch.uint8).numpy().data if whole.numel() else b""
+    return Streamed(
+        f"in memory at {id(tensor)}",
+        tensor.dtype,
+        tuple(tensor.shape),
+        whole.stride(),
+        lambda: [memoryview(data)],
+    )
+
+
 def write_torch_file(path: Path, content: object) -> None:
     """Write what `torch.load(path, weights_only=True)` reads, with `mmap=True` as well.
 
     Args:
-        content: plain values, mappings and sequences, with `Streamed` for tensors.
+        content: plain values, mappings, sequences and tensors, with `Streamed` for large ones.
 
     Raises:
         OSError: it cannot be written.

@@ -74,7 +74,12 @@ def inspect(path: Folder) -> None:
         nbytes = prod(entry.shape) * ITEMSIZES[entry.dtype]
         shape = " x ".join(map(str, entry.shape)) or "1"
         table.add_row(name, entry.dtype, shape, str(len(entry.pieces)), format_nbytes(nbytes))
-    Console().print(table)
+    for name, value in sorted(manifest.decoded_values().items()):
+        table.add_row(name, f"({type(value).__name__})", "", "", "")
+    console = Console()
+    console.print(table)
+    if extra := manifest.decoded_extra():
+        console.print(f"extra: {', '.join(map(str, extra))}", markup=False)
 
 
 @checkpoint_app.command("export")

@@ -113,11 +113,7 @@ class StateDicts(CoreOptimizer):
         groups = [
             {
                 "parameters": [name_of(parameter) for parameter in group["params"]],
-                "options": {
-                    key: float(value) if isinstance(value, torch.Tensor) else value
-                    for key, value in group.items()
-                    if key not in _NOT_PLAIN
-                },
+                "options": {k: value for k, value in group.items() if k not in _NOT_PLAIN},
             }
             for group in self.param_groups
         ]
@@ -166,7 +162,7 @@ class StateDicts(CoreOptimizer):
         ):
             names = {name_of(parameter) for parameter in group["params"]}
             _refuse_other_names(f"its group {number}", entry["parameters"], names)
-            kept = {**entry["options"], "betas": tuple(entry["options"]["betas"])}
+            kept = entry["options"]
             for key in LAID_OUT:
                 if kept.get(key, False) != group.get(key, False):
                     raise ValueError(f"it has {key}={kept.get(key, False)} in group {number}")

@@ -310,7 +310,7 @@ def _config_of(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no training run wrote it.
     """
-    extra = read_manifest(path).extra
+    extra = read_manifest(path).decoded_extra()
     if not {"step", "samples", "config", "train"} <= set(extra):
         raise ConfigError.at(
             "checkpoint.resume",
@@ -345,17 +345,8 @@ def _state(job: Job) -> dict[str, Any]:
     """Return the schedule, and every rank's random state. Collective."""
     random = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode("ascii")
     every = gather_texts(job.optimizer.membership, random)
-    schedule = None if job.schedule is None else plain_schedule(job.schedule.state_dict())
+    schedule = None if job.schedule is None else job.schedule.state_dict()
     return {"schedule": schedule, "random": every}
-
-
-def plain_schedule(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a scheduler's state without what it keeps of its optimizer."""
-    return json.loads(json.dumps(state, default=_refuse_object))  # type: ignore[no-any-return]
-
-
-def _refuse_object(value: object) -> Any:
-    raise CheckpointError(f"a schedule with a {type(value).__name__} in it cannot be saved")
 
 
 def _load_state(job: Job, state: dict[str, Any]) -> None:

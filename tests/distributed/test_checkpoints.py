@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from offload_adam import Adam, CheckpointError, OffloadAdam, load_checkpoint, save_checkpoint
+from offload_adam import (
+    Adam,
+    CheckpointError,
+    OffloadAdam,
+    begin_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.schedules import CosineDecayLR
 from tests.distributed.reference import Outcome, outcome_of
@@ -184,7 +191,7 @@ def refuse(rank: int, world_size: int, path: str, other: str) -> list[Outcome]:
         ),
         outcome_of(
             lambda: save_checkpoint(
-                other, model=model, optimizer=optimizer, extra={"best": float("inf")}
+                other, model=model, optimizer=optimizer, extra={"hook": print} if rank == 1 else {}
             )
         ),
         outcome_of(lambda: load_checkpoint(other, model=model, optimizer=optimizer)),
@@ -206,7 +213,7 @@ def test_what_does_not_fit_is_refused_on_every_rank(ranks: RankPool, tmp_path: P
         "exists",
         "not among the model's",
         "object",
-        "cannot hold inf",
+        "rank(s) [1] failed in preparing a checkpoint: extra['hook'] is of type builtin_function",
         "is no checkpoint",
         "has shape",
         "nothing is cast",
@@ -215,6 +222,57 @@ def test_what_does_not_fit_is_refused_on_every_rank(ranks: RankPool, tmp_path: P
         assert outcome.error == "CheckpointError"
         assert expected in outcome.message
     assert {path.name for path in tmp_path.iterdir()} <= {"c", "d.partial"}
+
+
+class Scaled(nn.Linear):
+    """Keeps a number beside its weights, as FP8 layers do."""
+
+    scale = 0.0
+
+    def get_extra_state(self) -> dict[int, float]:
+        return {3: self.scale}
+
+    def set_extra_state(self, state: dict[int, float]) -> None:
+        self.scale = state[3]
+
+
+def make_scaled(seed: int) -> tuple[Scaled, OffloadAdam]:
+    torch.manual_seed(seed)
+    model = Scaled(7, 5)
+    optimizer = OffloadAdam(model.parameters(), gradient_reduction="optimizer")
+    model.weight.grad = torch.full_like(model.weight, 0.5)
+    optimizer.step()
+    return model, optimizer
+
+
+def save_scaled(rank: int, world_size: int, path: str) -> None:
+    model, optimizer = make_scaled(seed=1)
+    model.scale = float("inf") if rank == 0 else 5.0
+    extra = {"milestones": {6: (rank, -0.0)}}
+    begin_checkpoint(path, model=model, optimizer=optimizer, extra=extra).wait()
+    optimizer.close()
+
+
+def load_scaled(rank: int, world_size: int, path: str) -> tuple[float, Any, Any, int]:
+    model, optimizer = make_scaled(seed=2 + rank)
+    extra = load_checkpoint(path, model=model, optimizer=optimizer)
+    num_steps = optimizer.num_steps
+    optimizer.step()
+    optimizer.close()
+    return model.scale, extra, model.weight.detach(), num_steps
+
+
+def test_state_of_modules_and_extra_are_those_of_rank_0(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(save_scaled, 2, str(tmp_path / "c"), timeout=60.0)
+    found = [
+        each
+        for world_size in (1, 2)
+        for each in ranks.run(load_scaled, world_size, str(tmp_path / "c"), timeout=60.0)
+    ]
+    for scale, extra, weight, num_steps in found:
+        assert (scale, extra, num_steps) == (float("inf"), {"milestones": {6: (0, -0.0)}}, 1)
+        assert type(extra["milestones"][6]) is tuple
+        assert torch.equal(weight, found[0][2])
 
 
 def save_apart(rank: int, world_size: int, folder: str) -> Outcome:

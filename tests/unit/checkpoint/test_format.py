@@ -240,7 +240,7 @@ def test_a_changed_digit_of_a_manifest_is_seen(old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format_version": 3}, "format version 3.*or a newer one"),
+        ({"format_version": 4}, "format version 4.*or a newer one"),
         ({"format_version": 1}, "format version 1.*or begin anew"),
         ({"format_version": ...}, "format_version"),
         ({"step": -1}, "step"),

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from offload_adam import OffloadAdam, load_checkpoint
-from offload_adam.checkpoint.content import ParameterNames, Part, sharded_parts, to_plain
+from offload_adam.checkpoint.content import ParameterNames, Part, sharded_parts
+from offload_adam.checkpoint.encoding import encode
 from offload_adam.checkpoint.files import NUM_OPEN_FILES, VerifiedFile
 from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.checkpoint.manifest import OptimizerEntry
@@ -64,9 +65,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Te
         optimizer.step()
     parts = list(sharded_parts(model, optimizer))
     entries = [write_file(partial_of(target), rank, parts) for rank in range(NUM_RANKS)]
-    plain = to_plain(optimizer.plain_state(ParameterNames(model)))
+    plain = encode(optimizer.plain_state(ParameterNames(model)), "optimizer")
     optimizer_entry = OptimizerEntry.model_validate(plain)
-    written = Written(optimizer.num_steps, optimizer_entry, tied={}, extra={})
+    written = Written(optimizer.num_steps, optimizer_entry, tied={}, values={}, extra={})
     commit_files(target, manifest_of(entries, written))
     return target, [tensor.clone() for tensor in state_of(model, optimizer)]
 
