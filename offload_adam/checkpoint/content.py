@@ -195,6 +195,10 @@ def _memory(tensor: torch.Tensor) -> tuple[object, ...] | None:
 
 def whole_part(name: str, tensor: torch.Tensor) -> Part:
     """Return a whole tensor as one part; a copy where its elements do not lie together."""
+    if tensor.layout is not torch.strided:
+        raise CheckpointError(
+            f"{name} has layout {tensor.layout}: a checkpoint holds dense tensors"
+        )
     if tensor.dtype not in DTYPE_NAMES:
         raise CheckpointError(f"{name} has dtype {tensor.dtype}, which a checkpoint cannot hold")
     order = memory_order(tensor)

@@ -205,7 +205,9 @@ def test_what_is_no_such_file(tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     torch.save(list(model.parameters()), tmp_path / "list")
     torch.save({"model": model.state_dict(), "optimizer": {}}, tmp_path / "none")
-    torch.save({"model": {"a": 1}, "optimizer": {}}, tmp_path / "number")
+    sparse = {"a": {"b": torch.eye(2).to_sparse()}}
+    plain = {"state": {}, "param_groups": []}
+    torch.save({"model": sparse, "optimizer": plain}, tmp_path / "sparse")
     whole = (tmp_path / "sgd").read_bytes()
     (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
     for name, words in {
@@ -214,7 +216,7 @@ def test_what_is_no_such_file(tmp_path: Path) -> None:
         "empty": "is no file of tensors",
         "list": "has no state dict under 'model'",
         "none": "is no optimizer's state dict",
-        "number": "a of the model is a int",
+        "sparse": "a['b'] is a tensor of torch.float32, torch.sparse_coo",
         "cut": "is no file of tensors",
         "missing": "cannot be opened",
     }.items():

@@ -302,6 +302,14 @@ def test_a_layer_that_is_not_initialized_is_named(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_sparse_buffer_is_named(tmp_path: Path) -> None:
+    model, optimizer = make(nn.Linear)
+    model.register_buffer("table", torch.eye(2).to_sparse())
+    with pytest.raises(CheckpointError, match=r"model/table has layout torch\.sparse_coo"):
+        save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
+    assert list(tmp_path.iterdir()) == []
+
+
 def command(*arguments: object) -> str:
     result = CliRunner().invoke(app, ["checkpoint", *map(str, arguments)])
     assert result.exit_code == 0, result.output
