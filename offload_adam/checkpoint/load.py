@@ -61,8 +61,8 @@ def load_checkpoint(
         What was given as `extra`, tensors in it on the host.
 
     Raises:
-        CheckpointError: on every rank; nothing is changed, unless the message speaks of damage:
-            that is found while reading, and then another checkpoint must be loaded.
+        CheckpointError: on every rank. Nothing is changed, unless the message speaks of damage or
+            of `load_state_dict`: then a part is loaded, and another checkpoint must be loaded.
     """
     folder = Path(path)
     membership = optimizer.membership
@@ -291,12 +291,12 @@ def _load_modules(reader: CheckpointReader, model: nn.Module, state: ModelState)
         # Entries that a model leaves out of its own state dict are not missing.
         unexpected = model.load_state_dict(taken, strict=False).unexpected_keys
     except RuntimeError as error:
-        raise CheckpointError(f"the model cannot load its saved state dict: {error}") from error
+        raise CheckpointError(f"load_state_dict of the model rejects its state: {error}") from error
     left = sorted(name for name in unexpected if f"model/{name}" in values)
     if left:
         raise CheckpointError(
-            f"no module loads {left[0]!r}, which the model's state dict has: give the model a "
-            "_load_from_state_dict or a load_state_dict hook that takes it"
+            f"load_state_dict of the model does not load {left[0]!r}, which its state dict has: "
+            "give the model a hook that does"
         )
 
 

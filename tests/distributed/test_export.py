@@ -206,7 +206,7 @@ def test_what_is_no_such_file(tmp_path: Path) -> None:
     torch.save(list(model.parameters()), tmp_path / "list")
     torch.save({"model": model.state_dict(), "optimizer": {}}, tmp_path / "none")
     sparse = {"a": {"b": torch.eye(2).to_sparse()}}
-    plain = {"state": {}, "param_groups": []}
+    plain: dict[str, Any] = {"state": {}, "param_groups": []}
     torch.save({"model": sparse, "optimizer": plain}, tmp_path / "sparse")
     whole = (tmp_path / "sgd").read_bytes()
     (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])

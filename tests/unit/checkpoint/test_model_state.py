@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.nn.utils import parametrizations
 from typer.testing import CliRunner
@@ -243,7 +244,7 @@ def test_the_layers_must_save_the_same_entries(tmp_path: Path) -> None:
         lambda module, state, prefix, _: state.update({prefix + "version": 3})
     )
     save_checkpoint(tmp_path / "c", model=without, optimizer=second)
-    with pytest.raises(CheckpointError, match="no module loads 'version'"):
+    with pytest.raises(CheckpointError, match="does not load 'version'"):
         load_checkpoint(tmp_path / "c", model=without, optimizer=second)
 
 
@@ -302,6 +303,14 @@ def test_a_layer_that_is_not_initialized_is_named(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_load_state_dict_rejects_is_an_error(tmp_path: Path) -> None:
+    model, optimizer = make(Packed)
+    save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
+    model[1].packed = torch.zeros(3)
+    with pytest.raises(CheckpointError, match="load_state_dict of the model rejects"):
+        load_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
+
+
 def test_a_sparse_buffer_is_named(tmp_path: Path) -> None:
     model, optimizer = make(nn.Linear)
     model.register_buffer("table", torch.eye(2).to_sparse())
@@ -336,6 +345,13 @@ def test_other_state_is_exported_imported_and_shown(tmp_path: Path) -> None:
     plain, _ = make(Extra, seed=2)
     plain.load_state_dict(content["model"])
     assert bits(plain[1].value) == bits(layer.value)
+
+    command("export", "--format", "dcp", tmp_path / "c", tmp_path / "dcp")
+    distributed, _ = make(Extra, seed=4)
+    distributed[1].value = {"amax": torch.zeros(3), "calls": (0, 0)}
+    target = {"model": distributed.state_dict()}
+    dcp.load(target, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert bits(target["model"]["1._extra_state"]) == bits(layer.value)
 
     trained = torch.optim.AdamW(plain.parameters())
     trained.zero_grad()
