@@ -171,7 +171,7 @@ def _encode_tensor(value: torch.Tensor, path: _Path) -> Any:
         raise _rejected(path, what, "give a dense one")
     if value.requires_grad:
         raise _rejected(path, "a tensor that requires gradients", "give tensor.detach()")
-    _require_small(value.nbytes, path)
+    _require_small(value.nbytes, path)  # before it is copied
     flat = value.resolve_conj().resolve_neg().cpu().contiguous().view(-1)
     return {
         TAG: "torch.Tensor",

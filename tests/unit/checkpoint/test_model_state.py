@@ -23,6 +23,7 @@ from offload_adam import (
     load_checkpoint,
     save_checkpoint,
 )
+from offload_adam.checkpoint.content import model_state
 from offload_adam.checkpoint.importing import import_torch_pickle
 from offload_adam.checkpoint.manifest import MANIFEST_NAME, read_manifest, sealed
 from offload_adam.cli.app import app
@@ -60,7 +61,7 @@ class Packed(nn.Linear):
 
 
 class Renamed(nn.Linear):
-    """Saves its weights under other names, and its bias as a detached tensor."""
+    """Saves its weights under other names, some of them as detached tensors."""
 
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__(num_in, num_out)
@@ -72,7 +73,7 @@ class Renamed(nn.Linear):
     @staticmethod
     def _rename(module: Any, state: Any, prefix: str, metadata: Any) -> None:
         state[prefix + "kernel"] = state.pop(prefix + "weight")
-        state[prefix + "factor"] = state.pop(prefix + "scale")
+        state[prefix + "factor"] = state.pop(prefix + "scale").detach()
         state[prefix + "bias"] = state[prefix + "bias"].detach()
 
     @staticmethod
@@ -186,6 +187,15 @@ def test_a_module_with_its_own_state_dict(kind: type[nn.Linear], how: str, tmp_p
     train(found, other)
     for one, two in zip(found.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_live_tensors_are_read_in_place_whatever_a_hook_calls_them() -> None:
+    """A copy of each would take the memory of the frozen weights once more."""
+    model, optimizer = make(Renamed)
+    state = model_state(model, optimizer)
+    assert state.computed == {}
+    assert state.whole["model/1.factor"].data_ptr() == model[1].scale.data_ptr()
+    assert state.tied == {"model/1.kernel": "model/1.weight"}
 
 
 def buffer_of(content: bytes) -> io.BytesIO:
