@@ -33,6 +33,10 @@ class UnreadyParameterError(RuntimeError):
     """A parameter was read or written beside its update, in a way that does not wait for it."""
 
 
+class StreamedGradientError(RuntimeError):
+    """An operation needs the values of a gradient that has left `.grad` during backward."""
+
+
 class HostMemoryError(MemoryError):
     """The optimizer state does not fit into this node's memory; nothing was allocated."""
 

@@ -25,10 +25,11 @@ class OffloadAdam(ShardedOptimizer):
     `step`, `clip_grad_norm_`, `add_param_group` and `full_state_dict`.
 
     Drop-in, without `module`: gradients stay in `.grad` until `step()` reads them. Streaming, with
-    `module`: gradients leave during backward, bucket by bucket, and `.grad` is None after it.
-    `torch.nn.utils.clip_grad_norm_` finds none then and clips nothing: use `max_grad_norm` or the
-    method of that name here. Without `module` nobody can tell that a parameter of the model was
-    replaced by another (`load_state_dict(assign=True)`), which is not trained then.
+    `module`: gradients leave during backward, bucket by bucket, and `.grad` then holds stand-ins.
+    Any operation on a stand-in, such as `torch.nn.utils.clip_grad_norm_`, raises an error: use
+    `max_grad_norm` or the method of that name here. Without `module` nobody can tell that a
+    parameter of the model was replaced by another (`load_state_dict(assign=True)`), which is not
+    trained then.
 
     Calls of several threads run one after the other, each as a whole.
 

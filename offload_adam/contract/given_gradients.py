@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from offload_adam.parameters.stand_in import StandIn
+
 _LAYOUTS = (torch.strided, torch.sparse_coo)
 
 
@@ -37,6 +39,11 @@ def check_given(
 
 def _check(name: str, parameter: torch.Tensor, gradient: object) -> None:
     what = f"the gradient given for parameter {name!r}"
+    if isinstance(gradient, StandIn):
+        raise TypeError(
+            f"{what} is a stand-in, because the optimizer streams gradients out of .grad. Call "
+            "step(), or construct the optimizer without module= to keep gradients in .grad"
+        )
     if not isinstance(gradient, torch.Tensor):
         raise TypeError(f"{what} is a {type(gradient).__name__}: give a tensor or None")
     if not parameter.requires_grad:

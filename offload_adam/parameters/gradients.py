@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, NoReturn
 
 import torch
 
 from offload_adam.parameters.rows import GradientRows, read_rows
+from offload_adam.parameters.stand_in import StandIn, gradient_of
 
 _FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -53,6 +54,12 @@ class GradientReader:
         self._on_cuda = parameters[0].is_cuda
         self._taken: list[torch.Tensor | None] = [None] * len(self._parameters)
         self._addresses = [0] * len(self._parameters)
+        self.stand_ins: list[StandIn | None] = [None] * len(self._parameters)
+
+    def make_stand_ins(self) -> None:
+        """Make what `.grad` holds after a gradient has left; without them it is None then."""
+        named = zip(self._names, self._parameters, strict=True)
+        self.stand_ins = [StandIn(name, parameter) for name, parameter in named]
 
     def take(self, positions: Sequence[int]) -> None:
         """Take gradients out of `.grad` while they are still warm from backward.
@@ -60,13 +67,28 @@ class GradientReader:
         What needs a second look is left to `read`. A gradient that comes again before that is
         added, as autograd would have added it in `.grad`.
         """
-        taken = self._taken
+        if not self._all_contiguous:
+            return
+        taken, stand_ins, numels = self._taken, self.stand_ins, self._numels
         for position in positions:
             parameter = self._parameters[position]
             gradient = parameter.grad
-            if gradient is None or not self._is_plain(gradient, self._numels[position]):
+            # `_is_plain` once more, without the call.
+            if (
+                gradient is None
+                or type(gradient) is StandIn
+                or gradient.layout is not torch.strided
+                or gradient.dtype not in _FORMATS
+                or not gradient.is_contiguous()
+                or gradient.numel() != numels[position]
+                or gradient.is_cuda != self._on_cuda
+                or gradient.is_neg()
+            ):
                 continue
-            parameter.grad = None
+            try:
+                parameter.grad = stand_ins[position]
+            except RuntimeError:
+                self._remake_stand_in(position)
             before = taken[position]
             if before is not None:
                 gradient = before.add_(gradient)
@@ -80,7 +102,7 @@ class GradientReader:
         they are, those that have been taken first.
 
         Args:
-            keep: leave `.grad` as it is; else it is None afterwards where it was read.
+            keep: leave `.grad` as it is; else a stand-in is there afterwards where it was read.
 
         Raises:
             ValueError: naming the parameter, for a sparse or complex gradient or one on another
@@ -90,7 +112,7 @@ class GradientReader:
         rest = [position for position, tensor in enumerate(tensors) if tensor is None]
         rows: dict[int, GradientRows] = {}
         for position in rest:
-            gradient = self._parameters[position].grad
+            gradient = gradient_of(self._parameters[position])
             if gradient is None:
                 continue
             if not self._is_plain(gradient, self._numels[position]):
@@ -104,9 +126,36 @@ class GradientReader:
         self._addresses[:] = [0] * len(tensors)
         if not keep:
             for position in rest:
-                self._parameters[position].grad = None
+                if tensors[position] is None and position not in rows:
+                    self._parameters[position].grad = None
+                else:
+                    self._leave_stand_in(position)
         dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
         return GradientsInPlace(tensors, addresses, sorted(dtypes, key=str), rows)
+
+    def hide_stand_ins(self) -> None:
+        """Empty `.grad` where it holds a stand-in, so that autograd need not replace it."""
+        for parameter in self._parameters:
+            if type(parameter.grad) is StandIn:
+                parameter.grad = None
+
+    def show_stand_ins(self, positions: Iterable[int]) -> None:
+        """Put stand-ins where gradients have left, unless `.grad` holds another one."""
+        for position in positions:
+            if self._parameters[position].grad is None:
+                self._leave_stand_in(position)
+
+    def _leave_stand_in(self, position: int) -> None:
+        try:
+            self._parameters[position].grad = self.stand_ins[position]
+        except RuntimeError:
+            self._remake_stand_in(position)
+
+    def _remake_stand_in(self, position: int) -> None:
+        """Replace a stand-in that no longer fits: module.to() may have changed the parameter."""
+        parameter = self._parameters[position]
+        stand_in = StandIn(self._names[position], parameter)
+        self.stand_ins[position] = parameter.grad = stand_in
 
     def _is_plain(self, gradient: torch.Tensor, numel: int) -> bool:
         """Tell whether a gradient can be read as it lies in memory."""

@@ -330,9 +330,16 @@ class ShardedOptimizer(StateDicts):
 
     @serialized
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients, also those that have left `.grad` since the last step."""
+        """Drop all gradients, also those that have left `.grad` since the last step.
+
+        Args:
+            set_to_none: as in torch; a stand-in always becomes None.
+        """
         if self._core is not None:
             self._core.reduction.reset()
+            if not set_to_none:
+                self._core.reduction.hide_stand_ins()
+            self._core.reduction.shows_stand_ins = False
         if self._hooks is not None:
             self._hooks.forget()
         self._max_norm_once = None
@@ -345,7 +352,12 @@ class ShardedOptimizer(StateDicts):
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Keep gradients in `.grad` during backwards inside, to be added to those of the next."""
-        return nullcontext() if self._hooks is None else self._hooks.paused()
+        if self._hooks is None:
+            return nullcontext()
+        reduction = self._alive().reduction
+        if not reduction.has_gradients:
+            reduction.hide_stand_ins()
+        return self._hooks.paused()
 
     @serialized
     def close(self) -> None:
@@ -361,6 +373,7 @@ class ShardedOptimizer(StateDicts):
         try:
             if self._core is not None and self._release.alive:
                 self._core.gate.abandon()
+                self._core.reduction.hide_stand_ins()
                 self._core.synchronize()
         finally:
             self._release()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from operator import attrgetter, itemgetter
+from operator import attrgetter, is_, itemgetter
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ import torch
 from offload_adam.coordinator.agreement import largest_on_any_rank
 from offload_adam.coordinator.membership import Membership
 from offload_adam.parameters.gradients import GradientsInPlace, in_memory_order
+from offload_adam.parameters.stand_in import gradient_of
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.executor import Executor
 from offload_adam.step.gradients import BucketGradients
@@ -25,24 +26,19 @@ _grad = attrgetter("grad")
 class _Arrivals:
     """Which gradients of one bucket a backward has brought so far."""
 
-    __slots__ = ("num_missing", "ready")
+    __slots__ = ("missing", "num_parameters")
 
     def __init__(self, num_parameters: int) -> None:
-        self.ready = [False] * num_parameters
-        self.num_missing = num_parameters
+        self.num_parameters = num_parameters
+        self.start_over()
 
     def count(self, positions: Sequence[int]) -> None:
         """Count gradients in; one that comes again counts once."""
-        ready = self.ready
-        for position in positions:
-            if not ready[position]:
-                ready[position] = True
-                self.num_missing -= 1
+        self.missing.difference_update(positions)
 
     def start_over(self) -> None:
         """Wait for every gradient again."""
-        self.num_missing = len(self.ready)
-        self.ready[:] = [False] * self.num_missing
+        self.missing = set(range(self.num_parameters))
 
 
 class GradientReduction:
@@ -58,7 +54,7 @@ class GradientReduction:
 
     Args:
         reduces: ranks' gradients are averaged here; otherwise `.grad` is final as it stands.
-        streams: gradients leave `.grad`, which is None afterwards.
+        streams: gradients leave `.grad`, which holds stand-ins afterwards.
         accumulates: landed gradients are fp32 and later backwards add to them.
         reduce_dtype: dtype of the reduction, None for each bucket's own.
         takes_rows: gradients may be sparse.
@@ -87,6 +83,7 @@ class GradientReduction:
         self._next = 0
         self._num_rounds = 0
         self._begun = False
+        self.shows_stand_ins = False  # some `.grad` may hold one
         self._arrivals: list[_Arrivals] = []
         self.gradients: list[BucketGradients] = []
 
@@ -104,6 +101,11 @@ class GradientReduction:
     def slot_nbytes(self) -> Mapping[torch.device, int]:
         """Bytes of the slots in which buckets in host memory are reduced, by device."""
         return self.slots.nbytes
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether some have left since the last step or `reset`."""
+        return self._begun or self._next > 0
 
     @property
     def reduces(self) -> bool:
@@ -130,6 +132,8 @@ class GradientReduction:
     def extend(self, states: Sequence[BucketState]) -> None:
         """Take further buckets into the order, after those that are known or have left already."""
         for state in states:
+            if self.streams:
+                state.reader.make_stand_ins()
             self._states.append(state)
             self._arrivals.append(_Arrivals(len(state.parameters)))
             self.gradients.append(BucketGradients(state))
@@ -150,18 +154,41 @@ class GradientReduction:
             # Parameters that no forward has read may still be on their way, and landed gradients
             # still be read by their update.
             self.executor.settle()
+            self._hide_from_backward()
         self._begun = True
         places = [self._place_of[id(parameter)] for parameter in parameters]
-        for number, members in groupby(places, key=itemgetter(0)):
-            positions = [position for _, position in members]
+        numbers, all_positions = zip(*places, strict=True)
+        if numbers.count(numbers[0]) == len(numbers):  # grouping costs as much as taking them
+            groups: Iterable[tuple[int, Sequence[int]]] = [(numbers[0], all_positions)]
+        else:
+            groups = (
+                (number, [position for _, position in members])
+                for number, members in groupby(places, key=itemgetter(0))
+            )
+        for number, positions in groups:
             if number < self._next:
                 self._add_round(number, positions[0])
             self._states[number].reader.take(positions)
             self._arrivals[number].count(positions)
             self._send_complete()
 
+    def _hide_from_backward(self) -> None:
+        """Hide stand-ins from the backward that runs, which replaces them one by one otherwise.
+
+        With parameters on several devices autograd's other threads may be replacing them now.
+        """
+        if len({state.device for state in self._states}) == 1:
+            self.hide_stand_ins()
+
+    def hide_stand_ins(self) -> None:
+        """Empty `.grad` where it holds a stand-in."""
+        if self.shows_stand_ins:
+            for state in self._states:
+                state.reader.hide_stand_ins()
+        self.shows_stand_ins = False
+
     def _send_complete(self) -> None:
-        while self._next < len(self._states) and self._arrivals[self._next].num_missing == 0:
+        while self._next < len(self._states) and not self._arrivals[self._next].missing:
             self._send_next()
 
     def backward_ended(self) -> None:
@@ -210,25 +237,38 @@ class GradientReduction:
         """Tell whether a `.grad` appeared, on this rank, after its bucket had left.
 
         Raises:
-            ValueError: on a parameter whose gradient has already left.
+            ValueError: `.grad` was set, also to None, after the parameter's gradient had left.
         """
         if not self.streams:
             return False
         late = False
         for state in self._states[: self._next]:
-            if set(map(_grad, state.parameters)) == {None}:
+            gradients = self.gradients[state.layout.index]
+            expected: Sequence[torch.Tensor | None] = state.reader.stand_ins
+            left = gradients.dense.tolist()
+            if not all(left):
+                pairs = zip(expected, left, strict=True)
+                expected = [stand_in if has_left else None for stand_in, has_left in pairs]
+            if all(map(is_, map(_grad, state.parameters), expected)):
                 continue
-            present = self.gradients[state.layout.index].present
+            present = gradients.present
             for position, parameter in enumerate(state.parameters):
-                if parameter.grad is None:
-                    continue
-                if present[position]:
+                if gradient_of(parameter) is not None:
+                    if present[position]:
+                        raise ValueError(
+                            f"parameter {state.names[position]!r} has a .grad at step(), but its "
+                            "gradient has already left in this step's backward: edit gradients "
+                            "with tensor hooks, or make the optimizer without module= to keep them "
+                            "in .grad"
+                        )
+                    late = True
+                elif parameter.grad is None and left[position]:
                     raise ValueError(
-                        f"parameter {state.names[position]!r} has a .grad at step(), but its "
-                        "gradient has already left in this step's backward: edit gradients with "
-                        "tensor hooks, or make the optimizer without module= to keep them in .grad"
+                        f"the .grad of parameter {state.names[position]!r} was set to None, but "
+                        "its gradient has already left in this step's backward. Drop the gradients "
+                        "of all parameters with optimizer.zero_grad(), or construct the optimizer "
+                        "without module= to keep them in .grad"
                     )
-                late = True
         return late
 
     def take_late_gradients(self) -> Exception | None:
@@ -245,7 +285,7 @@ class GradientReduction:
 
         It may have raised on this rank alone, and the others wait for all of its buckets.
         """
-        unfinished = self._next < len(self._states) and (self._begun or self._next > 0)
+        unfinished = self._next < len(self._states) and self.has_gradients
         if unfinished:
             self._send_rest()
         self.executor.land(wait=True)
@@ -272,6 +312,7 @@ class GradientReduction:
         if self._accumulates:
             self.backward_ended()
             self._open_round()
+            self._hide_from_backward()
             return
         name = self._states[number].names[position]
         raise ValueError(
@@ -300,6 +341,7 @@ class GradientReduction:
 
     def _send(self, number: int) -> None:
         self._next = number + 1
+        self.shows_stand_ins = self.streams
         state = self._states[number]
         try:
             found = self._read(state)
@@ -307,14 +349,17 @@ class GradientReduction:
             if self._reduces:
                 self._start_reduction(state, [None] * len(state.parameters))
             raise
-        self.gradients[number].add_rows(found)
+        gradients = self.gradients[number]
+        gradients.add_rows(found)
         if self._reduces:
             self._start_reduction(state, found.tensors)
         elif state.planes.landed_gradient is None:
-            self.gradients[number].hold(found)
-            self.executor.hold(number, self.gradients[number])
+            gradients.hold(found)
+            self.executor.hold(number, gradients)
         else:
             self._land_directly(state, found.tensors)
+        if self._num_rounds > 0:  # an earlier round may have had other gradients
+            state.reader.show_stand_ins([*np.flatnonzero(gradients.dense), *gradients.local_rows])
 
     def _read(self, state: BucketState) -> GradientsInPlace:
         found = None if self._rows is None else self._rows.take(state.layout.index)

@@ -11,6 +11,7 @@ from offload_adam.coordinator.agreement import Agreement
 from offload_adam.coordinator.membership import Membership
 from offload_adam.errors import PeerError, RankDisagreementError
 from offload_adam.parameters.selection import Named
+from offload_adam.parameters.stand_in import gradient_of
 from offload_adam.step.inputs import StepInputs
 
 _SAME_SETTINGS = (
@@ -87,7 +88,7 @@ def refuse_unfrozen(frozen: Sequence[Named]) -> None:
         ValueError: naming the parameter.
     """
     for name, parameter in frozen:
-        if parameter.grad is not None:
+        if gradient_of(parameter) is not None:
             raise ValueError(
                 f"parameter {name!r} has a gradient, but did not require one when the optimizer "
                 "was made, and has no state: make the optimizer before freezing it, or leave it "

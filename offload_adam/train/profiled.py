@@ -18,6 +18,7 @@ from offload_adam.config.optimizer_sections import AdamSection, OffloadAdamSecti
 from offload_adam.errors import MissingExtraError
 from offload_adam.kernels.threads import threads_per_rank
 from offload_adam.observe.spans import NO_BUCKET
+from offload_adam.parameters.stand_in import gradient_of
 from offload_adam.plan.prediction import predict
 from offload_adam.plan.timing import predict_time, update_nbytes
 from offload_adam.profiling.diagnosis import Diagnosis, Resource, RunFacts, diagnose
@@ -60,7 +61,7 @@ def profiled_job(job: Job) -> Iterator[None]:
 def _gradients(job: Job) -> Iterator[LedgerEntry]:
     """Yield what `.grad` holds now; the optimizer's own ledger has what has left it."""
     for parameter in job.model.parameters():
-        gradient = parameter.grad
+        gradient = gradient_of(parameter)
         nbytes = 0 if gradient is None or gradient.is_sparse else gradient.nbytes
         yield LedgerEntry("gradients", None, str(parameter.device), nbytes)
 

@@ -1,0 +1,211 @@
+"""What `.grad` holds after a streamed gradient has left: nothing computes with it silently."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from offload_adam import OffloadAdam
+from offload_adam.contract.adam import Adam
+from offload_adam.errors import StreamedGradientError
+from offload_adam.parameters.stand_in import StandIn
+
+
+def streamed() -> tuple[torch.nn.Linear, OffloadAdam]:
+    """Return a model after a backward whose gradients have left, and its optimizer."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    optimizer = OffloadAdam(model.named_parameters(), lr=1e-2, module=model)
+    model(torch.ones(2, 4)).square().sum().backward()
+    return model, optimizer
+
+
+REFUSED: dict[str, Callable[[torch.nn.Linear, torch.Tensor], object]] = {
+    "clip_grad_value_": lambda m, g: torch.nn.utils.clip_grad_value_(m.parameters(), 1.0),
+    "abs().mean()": lambda m, g: g.abs().mean(),
+    "isnan().any()": lambda m, g: g.isnan().any(),
+    "isfinite": lambda m, g: torch.isfinite(g).all(),
+    "item": lambda m, g: g.item(),
+    "tolist": lambda m, g: g.tolist(),
+    "numpy": lambda m, g: g.numpy(),
+    "detach().cpu().numpy()": lambda m, g: g.detach().cpu().numpy(),
+    "data_ptr": lambda m, g: g.data_ptr(),
+    "share_memory_": lambda m, g: g.share_memory_(),
+    "clone": lambda m, g: g.clone(),
+    "iteration": lambda m, g: list(g),
+    "add": lambda m, g: g + torch.ones(3, 4),
+    "add_": lambda m, g: g.add_(torch.ones(3, 4)),
+    "add_ to .data": lambda m, g: g.data.add_(torch.ones(3, 4)),
+    "added to another": lambda m, g: torch.ones(3, 4).add_(g),
+    "zero_": lambda m, g: g.zero_(),
+    "zero_grad(False)": lambda m, g: m.zero_grad(set_to_none=False),
+    "copy_": lambda m, g: g.copy_(torch.ones(3, 4)),
+    "out=": lambda m, g: torch.add(torch.ones(3, 4), 1.0, out=g),
+    "data=": lambda m, g: setattr(g, "data", torch.ones(3, 4)),
+    "parameters_to_vector": lambda m, g: torch.nn.utils.parameters_to_vector([g]),
+    "save": lambda m, g: torch.save(g, "/dev/null"),
+    "Adam": lambda m, g: torch.optim.Adam(m.parameters()).step(),
+    "SGD": lambda m, g: torch.optim.SGD(m.parameters(), lr=1.0).step(),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_whatever_needs_values_is_refused_with_the_remedy(case: str) -> None:
+    model, optimizer = streamed()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    gradient = model.weight.grad
+    assert gradient is not None
+    with pytest.raises(
+        StreamedGradientError, match=r"'(weight|bias)'.*max_grad_norm=.*without module="
+    ):
+        REFUSED[case](model, gradient)
+    for parameter, expected in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, expected)
+    optimizer.step()
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.num_updated == 2
+
+
+def test_it_describes_itself_without_values() -> None:
+    model, _ = streamed()
+    gradient = model.weight.grad
+    assert gradient is not None
+    assert "'weight'" in repr(gradient)
+    assert "'weight'" in f"{gradient}"
+    assert (gradient.shape, gradient.dtype) == ((3, 4), torch.float32)
+    assert (gradient.numel(), gradient.stride(), gradient.layout) == (12, (4, 1), torch.strided)
+    assert not gradient.is_sparse
+    assert not gradient.requires_grad
+
+
+def test_grad_tells_which_parameters_had_a_gradient() -> None:
+    model = torch.nn.ParameterList(torch.nn.Parameter(torch.ones(3)) for _ in range(4))
+    optimizer = OffloadAdam(model.parameters(), module=model, accumulate="host")
+    for first, second in ((0, 1), (2, 1)):
+        model[first].sum().backward()
+        model[second].sum().backward()
+        found = [parameter.grad is not None for parameter in model]
+        assert found == [number in (first, second) for number in range(4)]
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    assert all(parameter.grad is None for parameter in model)
+
+
+def test_the_next_backward_replaces_it_exactly_also_where_gradients_are_shared() -> None:
+    first, second = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    model = torch.nn.ParameterList([first, second])
+    optimizer = OffloadAdam(model.parameters(), module=model)
+    for value in (2.0, 3.0):
+        ((first + second) * value).sum().backward()
+        optimizer.step()
+    ((first + second) * 4.0).sum().backward()
+    optimizer.close()
+    assert first.grad is second.grad is None
+    first.grad, second.grad = StandIn("first", first), StandIn("second", second)
+    ((first + second) * 5.0).sum().backward()
+    (first * 2.0).sum().backward()
+    assert torch.equal(first.grad, torch.full((3,), 7.0))
+    assert torch.equal(second.grad, torch.full((3,), 5.0))
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_a_backward_with_create_graph_replaces_it() -> None:
+    parameter = torch.nn.Parameter(torch.tensor([2.0, 3.0]))
+    parameter.grad = StandIn("it", parameter)
+    (parameter**3).sum().backward(create_graph=True)
+    gradient = parameter.grad
+    assert torch.equal(gradient, torch.tensor([12.0, 27.0]))
+    (second,) = torch.autograd.grad(gradient.sum(), parameter)
+    assert torch.equal(second, torch.tensor([12.0, 18.0]))
+    parameter.grad = None
+
+
+def test_gradients_inside_no_sync_can_be_read_and_edited_there() -> None:
+    model, optimizer = streamed()
+    optimizer.step()
+    with optimizer.no_sync():
+        model(torch.ones(2, 4)).sum().backward()
+        assert model.weight.grad is not None
+        assert torch.equal(model.weight.grad, torch.full((3, 4), 2.0))
+
+
+def test_sparse_gradients_leave_a_stand_in_and_replace_it() -> None:
+    model = torch.nn.Embedding(5, 2, sparse=True)
+    optimizer = Adam(model.parameters(), 1e-2, use_offload=True, module=model)
+    for _ in range(2):
+        model(torch.tensor([1, 3])).sum().backward()
+        assert type(model.weight.grad) is StandIn
+        optimizer.step()
+        assert optimizer.last_step is not None
+        assert optimizer.last_step.total_norm == 2.0
+
+
+def test_grad_set_to_none_after_its_gradient_has_left_is_an_error() -> None:
+    model, optimizer = streamed()
+    before = model.weight.detach().clone()
+    model.zero_grad()
+    with pytest.raises(ValueError, match=r"'(weight|bias)' was set to None.*optimizer.zero_grad"):
+        optimizer.step()
+    assert torch.equal(model.weight, before)
+    optimizer.zero_grad()
+    model(torch.ones(2, 4)).square().sum().backward()
+    optimizer.step()
+
+
+def test_given_gradients_may_not_be_stand_ins() -> None:
+    model = torch.nn.Linear(4, 3)
+    optimizer = Adam(model.parameters(), 1e-2, module=model, use_offload=True)
+    model(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(TypeError, match=r"is a stand-in.*without module="):
+        optimizer(tuple(parameter.grad for parameter in optimizer.parameters))
+
+
+def test_models_with_stand_ins_are_copied_moved_and_saved() -> None:
+    model, optimizer = streamed()
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin.weight, model.weight)
+    assert "'weight'" in repr(copy.deepcopy(model.weight.grad))
+    torch.save(model, "/dev/null")
+    torch.optim.swa_utils.AveragedModel(model)
+    model.to("cpu")
+    optimizer.step()
+    model.bfloat16()
+    assert model.weight.grad is not None
+    assert model.weight.grad.dtype == torch.bfloat16
+    model(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
+    assert type(model.weight.grad) is StandIn
+
+
+def test_it_keeps_neither_optimizer_nor_model_alive_and_goes_on_close() -> None:
+    model, optimizer = streamed()
+    optimizer.close()
+    assert model.weight.grad is None
+    model, optimizer = streamed()
+    stand_in = model.weight.grad
+    gone = weakref.ref(optimizer), weakref.ref(model)
+    del optimizer
+    gc.collect()
+    assert gone[0]() is None
+    model(torch.ones(2, 4)).sum().backward()
+    assert model.weight.grad is not None
+    assert torch.equal(model.weight.grad, torch.full((3, 4), 2.0))
+    del model
+    gc.collect()
+    assert gone[1]() is None
+    assert type(stand_in) is StandIn
+
+
+def test_other_optimizers_over_other_parameters_are_unaffected() -> None:
+    _, optimizer = streamed()
+    other = torch.nn.Parameter(torch.ones(3))
+    (other * 2.0).sum().backward()
+    assert torch.nn.utils.clip_grad_norm_([other], 1.0) == pytest.approx(12.0**0.5)
+    torch.optim.SGD([other], lr=1.0).step()
+    expected = torch.full((3,), 1 - 1 / 3**0.5)
+    assert torch.allclose(other.detach(), expected, atol=1e-6)
+    optimizer.step()
