@@ -26,10 +26,10 @@ class OffloadAdam(ShardedOptimizer):
 
     Drop-in, without `module`: gradients stay in `.grad` until `step()` reads them. Streaming, with
     `module`: gradients leave during backward, bucket by bucket, and `.grad` then holds stand-ins.
-    Any operation on a stand-in, such as `torch.nn.utils.clip_grad_norm_`, raises an error: use
-    `max_grad_norm` or the method of that name here. Without `module` nobody can tell that a
-    parameter of the model was replaced by another (`load_state_dict(assign=True)`), which is not
-    trained then.
+    `torch.nn.utils.clip_grad_norm_` clips through them, collectively: call it on all ranks and for
+    all parameters. Any operation besides a 2-norm and an in-place multiplication by a number raises
+    an error. Without `module` nobody can tell that a parameter of the model was replaced by another
+    (`load_state_dict(assign=True)`), which is not trained then.
 
     Calls of several threads run one after the other, each as a whole.
 

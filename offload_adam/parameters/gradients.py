@@ -8,7 +8,7 @@ from typing import NamedTuple, NoReturn
 import torch
 
 from offload_adam.parameters.rows import GradientRows, read_rows
-from offload_adam.parameters.stand_in import StandIn, gradient_of
+from offload_adam.parameters.stand_in import GradientSource, StandIn, gradient_of
 
 _FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,10 +56,18 @@ class GradientReader:
         self._addresses = [0] * len(self._parameters)
         self.stand_ins: list[StandIn | None] = [None] * len(self._parameters)
 
-    def make_stand_ins(self) -> None:
-        """Make what `.grad` holds after a gradient has left; without them it is None then."""
-        named = zip(self._names, self._parameters, strict=True)
-        self.stand_ins = [StandIn(name, parameter) for name, parameter in named]
+    def make_stand_ins(self, source: GradientSource | None, indices: Sequence[int]) -> None:
+        """Make what `.grad` holds after a gradient has left; without them it is None then.
+
+        Args:
+            source: knows the gradients' norms, and multiplies them.
+            indices: what it knows these parameters by.
+        """
+        rows = zip(self._names, self._parameters, indices, strict=True)
+        self._source, self._indices = source, indices
+        self.stand_ins = [
+            StandIn(name, parameter, source, index) for name, parameter, index in rows
+        ]
 
     def take(self, positions: Sequence[int]) -> None:
         """Take gradients out of `.grad` while they are still warm from backward.
@@ -154,7 +162,7 @@ class GradientReader:
     def _remake_stand_in(self, position: int) -> None:
         """Replace a stand-in that no longer fits: module.to() may have changed the parameter."""
         parameter = self._parameters[position]
-        stand_in = StandIn(self._names[position], parameter)
+        stand_in = StandIn(self._names[position], parameter, self._source, self._indices[position])
         self.stand_ins[position] = parameter.grad = stand_in
 
     def _is_plain(self, gradient: torch.Tensor, numel: int) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -13,8 +13,8 @@ from offload_adam.errors import StreamedGradientError
 _aten = torch.ops.aten
 
 _CLIP = (
-    "Clip with max_grad_norm= or optimizer.clip_grad_norm_(), drop gradients with "
-    "optimizer.zero_grad()"
+    "Clip to a 2-norm, with max_grad_norm=, optimizer.clip_grad_norm_() or torch's own function, "
+    "drop gradients with optimizer.zero_grad()"
 )
 _LOSS_SCALE = (
     "In place of a GradScaler, scale the loss and set optimizer.grad_scale (a non-finite gradient "
@@ -22,11 +22,25 @@ _LOSS_SCALE = (
 )
 
 
+class GradientSource(Protocol):
+    """What knows the gradients that have left `.grad`, by index."""
+
+    def norm(self, index: int) -> float:
+        """Return the 2-norm of a gradient. Collective."""
+        ...
+
+    def multiply(self, index: int, factor: float | torch.Tensor, *, inverse: bool = False) -> None:
+        """Multiply a gradient by a number, or divide it by one."""
+        ...
+
+
 class StandIn(torch.Tensor):
     """A gradient without storage: it shows that its parameter had a gradient, and has no values.
 
-    It has the parameter's shape, strides, dtype and device. The next backward replaces it. Every
-    other operation raises an error, so that no tool computes with values that are not there.
+    It has the parameter's shape, strides, dtype and device. The next backward replaces it. Its
+    2-norm is that of the gradient averaged over all ranks, and collective; multiplying it by a
+    number, as `torch.nn.utils.clip_grad_norm_` does, changes the next update. Every other operation
+    raises an error, so that no tool computes with values that are not there.
 
     Owns: nothing; it keeps neither the parameter nor the optimizer alive.
     """
@@ -36,11 +50,25 @@ class StandIn(torch.Tensor):
 
     _name: str
     _parameter: weakref.ref[torch.Tensor]
+    _source: GradientSource | None
+    _index: int
 
     @staticmethod
-    def __new__(cls, name: str, parameter: torch.Tensor) -> StandIn:
-        """Make the stand-in of one parameter's gradient; `name` is for error messages."""
-        return _make(parameter, name, weakref.ref(parameter))
+    def __new__(
+        cls,
+        name: str,
+        parameter: torch.Tensor,
+        source: GradientSource | None = None,
+        index: int = 0,
+    ) -> StandIn:
+        """Make the stand-in of one parameter's gradient.
+
+        Args:
+            name: for error messages.
+            source: takes the norm and multiplies; None for neither.
+            index: what the source knows the parameter by.
+        """
+        return _make(parameter, name, weakref.ref(parameter), source, index)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's own has mangled names
@@ -57,6 +85,14 @@ class StandIn(torch.Tensor):
                 return first._replace(args[1])
             if func is _aten.add.Tensor and _autograd_accumulates():
                 return args[1].clone()  # create_graph=True: autograd puts the result into .grad
+            if first._source is not None and _is_plain_norm(func, args, kwargs):
+                return first._norm(first._source)
+            if first._source is not None and func in _SCALED and _is_number(args[1]):
+                first._source.multiply(first._index, args[1], inverse=_SCALED[func])
+                return first
+        elif func in _FOREACH and isinstance(first, (list, tuple)) and not kwargs:
+            results = [_FOREACH[func](tensor, *args[1:]) for tensor in first]
+            return results if func is _aten._foreach_norm.Scalar else None
         raise next(_stand_ins_in((args, kwargs)))._error(func.overloadpacket.__name__)
 
     @property
@@ -85,7 +121,10 @@ class StandIn(torch.Tensor):
     def _copy(
         self, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> StandIn:
-        return _make(self, self._name, self._parameter, dtype, device)
+        return _make(self, self._name, self._parameter, self._source, self._index, dtype, device)
+
+    def _norm(self, source: GradientSource) -> torch.Tensor:
+        return torch.tensor(source.norm(self._index), dtype=torch.float32, device=self.device)
 
     def _replace(self, gradient: torch.Tensor) -> StandIn:
         """Put the gradient of a further backward into `.grad`.
@@ -133,6 +172,8 @@ def _make(
     like: torch.Tensor,
     name: str,
     parameter: weakref.ref[torch.Tensor],
+    source: GradientSource | None,
+    index: int,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> StandIn:
@@ -146,7 +187,40 @@ def _make(
     assert isinstance(made, StandIn)
     made._name = name
     made._parameter = parameter
+    made._source = source
+    made._index = index
     return made
+
+
+# In-place multiplication and whether it is a division.
+_SCALED = {
+    _aten.mul_.Tensor: False,
+    _aten.mul_.Scalar: False,
+    _aten.div_.Tensor: True,
+    _aten.div_.Scalar: True,
+}
+
+_FOREACH: dict[Any, Callable[..., torch.Tensor]] = {
+    _aten._foreach_norm.Scalar: torch.linalg.vector_norm,
+    _aten._foreach_mul_.Scalar: torch.Tensor.mul_,
+    _aten._foreach_mul_.Tensor: torch.Tensor.mul_,
+    _aten._foreach_div_.Scalar: torch.Tensor.div_,
+    _aten._foreach_div_.Tensor: torch.Tensor.div_,
+}
+
+
+def _is_plain_norm(func: Any, args: Sequence[Any], kwargs: Any) -> bool:
+    """Tell whether an operation takes the 2-norm of a whole tensor."""
+    if func not in (_aten.linalg_vector_norm.default, _aten.norm.Scalar):
+        return False
+    order, *rest = [*args[1:], 2]
+    return order == 2 and not kwargs and all(value in (None, 2, False) for value in rest)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (
+        isinstance(value, torch.Tensor) and value.numel() == 1 and not isinstance(value, StandIn)
+    )
 
 
 def _autograd_accumulates() -> bool:

@@ -9,8 +9,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, overload
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks
 
@@ -21,6 +24,7 @@ from offload_adam.coordinator.membership import (
     is_distributed,
     open_membership,
 )
+from offload_adam.errors import StreamedGradientError
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.memory.pinning import CudaRuntime, cuda_runtime
 from offload_adam.parameters.group_watch import GroupWatch
@@ -46,6 +50,7 @@ from offload_adam.step.local_state import local_state
 from offload_adam.step.reduction import GradientReduction
 from offload_adam.step.report import StepReport
 from offload_adam.step.sharded_adam import ShardedAdam
+from offload_adam.step.streamed import StreamedGradients
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +96,7 @@ class ShardedOptimizer(StateDicts):
         self.notice = Notice()
         self._warned_idle = False
         self._max_norm_once: float | None = None
+        self._streamed = StreamedGradients(partial(_norms_of, weakref.ref(self)))
         self._module = module
         self._units = execution.units
         self._group_watch = GroupWatch(module)
@@ -124,6 +130,7 @@ class ShardedOptimizer(StateDicts):
                 accumulates=execution.accumulate is not None,
                 reduce_dtype=execution.reduce_dtype,
                 takes_rows=execution.takes_rows,
+                streamed=self._streamed if streams else None,
             )
             if streams:
                 self._hooks = BackwardHooks(reduction)
@@ -324,9 +331,16 @@ class ShardedOptimizer(StateDicts):
         core = self._alive()
         limit = check_max_norm("max_norm", max_norm)
         with torch.no_grad():
-            total_norm = core.total_norm(self._inputs())
+            total_norm = core.total_norm(replace(self._inputs(), call="clip_grad_norm_()"))
         self._max_norm_once = limit
         return torch.tensor(total_norm, dtype=torch.float64, device="cpu")
+
+    @serialized
+    def _gradient_norms(self) -> npt.NDArray[np.float64]:
+        """Return the norm of each parameter's gradient. Collective."""
+        inputs = replace(self._inputs(), call="the norm of a gradient in .grad")
+        with torch.no_grad():
+            return self._alive().norms(inputs)
 
     @serialized
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -411,6 +425,8 @@ class ShardedOptimizer(StateDicts):
             grad_scale=inputs.grad_scale * scale.grad_scale,
             found_inf=scale.found_inf,
             max_norm=self.max_grad_norm if self._max_norm_once is None else self._max_norm_once,
+            factor=self._streamed.factor(),
+            multiplied=self._streamed.multiplied,
             notice=replace(self.notice, saved=self._alive().gate.num_finished),
         )
 
@@ -422,3 +438,14 @@ class ShardedOptimizer(StateDicts):
                 "optimizer.state was replaced or has lost entries: they show the state, which lies "
                 "elsewhere. Use load_state_dict(), or make a new optimizer to begin anew"
             )
+
+
+def _norms_of(optimizer: weakref.ref[ShardedOptimizer]) -> npt.NDArray[np.float64]:
+    """Return the norm of each parameter's gradient, if the optimizer still exists. Collective."""
+    alive = optimizer()
+    if alive is None:
+        raise StreamedGradientError(
+            "the optimizer that streamed this gradient no longer exists. Set .grad to None, or "
+            "keep the optimizer"
+        )
+    return alive._gradient_norms()

@@ -47,6 +47,15 @@ class DeviceUpdate:
         found = [gradient for _, gradient in _dense(state, gradients, gradients.readable)]
         return sum_of_squares(found)
 
+    def squares_by_position(
+        self, state: BucketState, gradients: BucketGradients
+    ) -> npt.NDArray[np.float64]:
+        """Return the float64 sum of squares of each parameter's dense gradient."""
+        squares = np.zeros(len(state.parameters))
+        for segment, gradient in _dense(state, gradients, gradients.readable):
+            squares[segment.position] += sum_of_squares([gradient])
+        return squares
+
     def non_finite_positions(
         self, state: BucketState, gradients: BucketGradients
     ) -> npt.NDArray[np.int64]:

@@ -114,11 +114,16 @@ class BucketGradients:
 
     def rows_sum_of_squares(self) -> float:
         """Return the float64 sum of squares of the sparse gradients, duplicates summed before."""
-        total = 0.0
-        for rows, values in self.rows.values():
-            summed = sum_duplicates(GradientRows(rows, values.double()))
-            total += float(summed.values.square().sum())
-        return total
+        return sum(self.rows_squares().values(), 0.0)
+
+    def rows_squares(self) -> dict[int, float]:
+        """Return the float64 sum of squares of each sparse gradient, by position."""
+        return {
+            position: float(
+                sum_duplicates(GradientRows(rows, values.double())).values.square().sum()
+            )
+            for position, (rows, values) in self.rows.items()
+        }
 
     def non_finite_rows(self) -> list[int]:
         """Return the positions of sparse gradients with a value that is not finite."""

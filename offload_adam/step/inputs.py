@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 
 from offload_adam.coordinator.admission import Fact
@@ -24,6 +24,9 @@ class StepInputs:
     lazy: sparse gradients update the rows they touch and no others.
     failure: why they could not be read on this rank; the other ranks must hear of it.
     notice: what rides along for the training loop.
+    factor: what the caller has multiplied all gradients by in `.grad`, after they had left.
+    multiplied: the indices of the parameters for which it has.
+    call: what the caller is doing, which must be the same on all ranks.
     """
 
     hyperparameters: Sequence[Hyperparameters]
@@ -35,10 +38,15 @@ class StepInputs:
     failure: Exception | None = None
     notice: Notice = field(default_factory=Notice)
     num_per_group: int = 1
+    factor: float = 1.0
+    multiplied: Collection[int] = ()
+    call: str = "step()"
 
     def checksum(self) -> int:
         """Return a checksum of what must be the same on all ranks."""
-        return zlib.crc32(repr((self.hyperparameters, self.max_norm, self.step)).encode())
+        return zlib.crc32(
+            repr((self.hyperparameters, self.max_norm, self.step, self.factor, self.call)).encode()
+        )
 
     def facts(self) -> list[Fact]:
         """Return what `checksum` is taken over, field by field."""
@@ -47,4 +55,10 @@ class StepInputs:
             for number, hyper in enumerate(self.hyperparameters)
             for name, value in asdict(hyper).items()
         ]
-        return [*facts, ("the norm to clip to", str(self.max_norm)), ("the step", str(self.step))]
+        return [
+            *facts,
+            ("the norm to clip to", str(self.max_norm)),
+            ("the step", str(self.step)),
+            ("the factor of the gradients in .grad", str(self.factor)),
+            ("the call", self.call),
+        ]

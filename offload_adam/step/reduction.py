@@ -18,6 +18,7 @@ from offload_adam.step.executor import Executor
 from offload_adam.step.gradients import BucketGradients
 from offload_adam.step.landing import Flight, Piece, local_pieces
 from offload_adam.step.row_exchange import RowExchange
+from offload_adam.step.streamed import StreamedGradients
 from offload_adam.transfer.slots import SlotPool
 
 _grad = attrgetter("grad")
@@ -58,6 +59,7 @@ class GradientReduction:
         accumulates: landed gradients are fp32 and later backwards add to them.
         reduce_dtype: dtype of the reduction, None for each bucket's own.
         takes_rows: gradients may be sparse.
+        streamed: what torch's own functions may do with gradients that have left.
     """
 
     def __init__(
@@ -69,7 +71,9 @@ class GradientReduction:
         accumulates: bool,
         reduce_dtype: torch.dtype | None,
         takes_rows: bool = False,
+        streamed: StreamedGradients | None = None,
     ) -> None:
+        self._streamed = streamed
         self._membership = membership
         self._reduces = reduces and membership.world_size > 1
         self.streams = streams
@@ -133,7 +137,7 @@ class GradientReduction:
         """Take further buckets into the order, after those that are known or have left already."""
         for state in states:
             if self.streams:
-                state.reader.make_stand_ins()
+                state.reader.make_stand_ins(self._streamed, state.indices.tolist())
             self._states.append(state)
             self._arrivals.append(_Arrivals(len(state.parameters)))
             self.gradients.append(BucketGradients(state))
@@ -292,6 +296,8 @@ class GradientReduction:
         self._begun = False
         self._next = 0
         self._num_rounds = 0
+        if self._streamed is not None:
+            self._streamed.forget()
         self.gradients = [BucketGradients(state) for state in self._states]
         if self._rows is not None:
             self._rows.forget()
@@ -351,6 +357,8 @@ class GradientReduction:
             raise
         gradients = self.gradients[number]
         gradients.add_rows(found)
+        if self._streamed is not None and (found.dtypes or found.rows):
+            self._streamed.gradients_left()
         if self._reduces:
             self._start_reduction(state, found.tensors)
         elif state.planes.landed_gradient is None:

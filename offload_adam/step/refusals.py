@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from offload_adam.coordinator.admission import require_same
@@ -79,6 +81,23 @@ def refuse_partial_presence(agreement: Agreement, world_size: int, names: Sequen
             f"{world_size} ranks, but with gradient_reduction='external' gradients must be "
             "averaged, and so present, on all of them"
         )
+
+
+def refuse_partly_multiplied(
+    inputs: StepInputs, present: npt.NDArray[np.bool_], names: Sequence[str]
+) -> None:
+    """Raise where the caller has multiplied some gradients that have left `.grad`, but not all.
+
+    Raises:
+        ValueError: naming a parameter whose gradient it has not.
+    """
+    for index in np.flatnonzero(present).tolist():
+        if index not in inputs.multiplied:
+            raise ValueError(
+                f"gradients were multiplied by {inputs.factor} (clipped) after they had left "
+                f".grad, but that of parameter {names[index]!r} was not. Multiply those of all "
+                "parameters, or construct the optimizer without module="
+            )
 
 
 def refuse_unfrozen(frozen: Sequence[Named]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from offload_adam.coordinator.agreement import Agreement, Findings, agree, flags_on_any_rank
@@ -37,6 +38,7 @@ from offload_adam.step.reduction import GradientReduction
 from offload_adam.step.refusals import (
     refuse_disagreement,
     refuse_partial_presence,
+    refuse_partly_multiplied,
     refuse_unfrozen,
 )
 from offload_adam.step.report import StepReport
@@ -233,7 +235,7 @@ class ShardedAdam:
         agreement, changed = self._agree(inputs, stopwatch)
         if self.membership.rank == 0:
             self._absence.see(agreement.present_counts)
-        decision = decide(agreement, inputs.max_norm)
+        decision = decide(agreement, inputs.max_norm, inputs.factor)
         non_finite: tuple[str, ...] = ()
         if decision.skip:
             non_finite = self._names_of_non_finite(agreement)
@@ -257,7 +259,30 @@ class ShardedAdam:
         """Reduce what is left and return the global gradient norm, unscaled. Collective."""
         self.executor.settle()
         agreement, _ = self._agree(inputs, NullSpans())
-        return decide(agreement, None).total_norm
+        return decide(agreement, None, inputs.factor).total_norm
+
+    def norms(self, inputs: StepInputs) -> npt.NDArray[np.float64]:
+        """Reduce what is left and return each parameter's gradient norm, as it is. Collective."""
+        self.executor.settle()
+        self._agree(inputs, NullSpans())
+        squares = np.zeros(len(self._parameters))
+
+        def add_dense(*, hosted: bool) -> None:
+            for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
+                if state.hosted is hosted:
+                    found = self._updates.of(state).squares_by_position(state, gradients)
+                    squares[state.indices] += found
+
+        # What every rank has whole is counted by rank 0.
+        if self.membership.rank == 0 or not self._placing.beside:
+            add_dense(hosted=False)
+            self.executor.run_with_updates("the norms", lambda: add_dense(hosted=True))
+        if self.membership.rank == 0:
+            for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
+                for position, square in gradients.rows_squares().items():
+                    squares[state.indices[position]] += square
+        self.membership.all_reduce(torch.from_numpy(squares))
+        return np.sqrt(squares)
 
     def _agree(self, inputs: StepInputs, spans: Spans) -> tuple[Agreement, list[int]]:
         """Bring all gradients to their shards and exchange what each rank found in its own."""
@@ -299,6 +324,8 @@ class ShardedAdam:
                 for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
                     present[state.indices] = gradients.present
                     self._updates.of(state).reserve(state, gradients, lazy=inputs.lazy)
+                if inputs.factor != 1.0:
+                    refuse_partly_multiplied(inputs, present, self._names)
                 self.host_nbytes |= self._updates.nbytes
                 with spans.span("norm"):
                     sum_of_squares = self._sum_of_squares()

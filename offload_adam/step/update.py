@@ -63,13 +63,24 @@ class HostUpdate:
         """Return the float64 sum of squares of this shard's gradients, not finite if one is."""
         return float(np.sum(self._sum_blocks(state, gradients)))
 
+    def squares_by_position(
+        self, state: BucketState, gradients: BucketGradients
+    ) -> npt.NDArray[np.float64]:
+        """Return the float64 sum of squares of each parameter's gradient in this shard."""
+        sums = self._sum_blocks(state, gradients)
+        if state.segments.numels.size == 0:
+            return np.zeros(len(state.parameters))
+        positions = _positions_of(state, np.arange(sums.size))
+        squares = np.zeros(len(state.parameters))
+        np.add.at(squares, positions, sums)
+        return squares
+
     def non_finite_positions(
         self, state: BucketState, gradients: BucketGradients
     ) -> npt.NDArray[np.int64]:
         """Return the positions of the bucket's parameters with a gradient that is not finite."""
         blocks = np.flatnonzero(~np.isfinite(self._sum_blocks(state, gradients)))
-        segments = np.searchsorted(state.segments.shard_starts, blocks * BLOCK_NUMEL, side="right")
-        return np.unique(state.segments.positions[segments - 1])
+        return np.unique(_positions_of(state, blocks))
 
     def update(
         self,
@@ -106,3 +117,10 @@ class HostUpdate:
         for table in gradients.tables(state, gradients.readable):
             self._kernels.sum_blocks(table, sums)
         return sums
+
+
+def _positions_of(state: BucketState, blocks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the position of the parameter that each block of the shard belongs to."""
+    segments = np.searchsorted(state.segments.shard_starts, blocks * BLOCK_NUMEL, side="right")
+    positions: npt.NDArray[np.int64] = state.segments.positions[segments - 1]
+    return positions

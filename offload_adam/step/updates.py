@@ -29,6 +29,12 @@ class BucketUpdate(Protocol):
         """Return the float64 sum of squares of this shard's gradients, not finite if one is."""
         ...
 
+    def squares_by_position(
+        self, state: BucketState, gradients: BucketGradients
+    ) -> npt.NDArray[np.float64]:
+        """Return `sum_of_squares` for each of the bucket's parameters."""
+        ...
+
     def non_finite_positions(
         self, state: BucketState, gradients: BucketGradients
     ) -> npt.NDArray[np.int64]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import pytest
 import torch
 
 from offload_adam import OffloadAdam
@@ -73,6 +74,79 @@ def clip_by_option(rank: int, world_size: int, streams: bool) -> list[bytes]:
     result = bits(model.all)
     optimizer.close()
     return result
+
+
+def clip_with_torch(rank: int, world_size: int, foreach: bool | None) -> Clipped:
+    """Clip with torch's own function, which finds stand-ins in `.grad`."""
+    model = Weights(SHAPES)
+    optimizer = make(model, streams=True)
+    returned, reported = [], []
+    for step in range(NUM_STEPS):
+        model(exact_gradients(model.all, 10 * step + rank, world_size)).backward()
+        found = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM, foreach=foreach)
+        returned.append(float(found))
+        optimizer.step()
+        assert optimizer.last_step is not None
+        reported.append(optimizer.last_step.total_norm)
+    result = Clipped(returned, reported, [p.detach().clone() for p in model.all])
+    optimizer.close()
+    return result
+
+
+@pytest.mark.parametrize(("world_size", "foreach"), [(1, None), (2, None), (2, True)])
+def test_torchs_own_clipping_of_streamed_gradients_is_that_of_the_mean(
+    ranks: RankPool, world_size: int, foreach: bool | None
+) -> None:
+    model = Weights(SHAPES)
+    steps = [
+        mean_of([exact_gradients(model.all, 10 * s + r, world_size) for r in range(world_size)])
+        for s in range(NUM_STEPS)
+    ]
+    norms = [math.sqrt(sum(float(g.square().sum()) for g in s if g is not None)) for s in steps]
+    assert min(norms) > MAX_NORM
+    exact = adam_in_float64(model.all, steps, lr=LR, max_grad_norm=MAX_NORM)
+    results = ranks.run(clip_with_torch, world_size, foreach)
+    for clipped in results:
+        # torch adds up four norms, and divides, in fp32: less than eight roundings of 2**-24.
+        assert clipped.returned == pytest.approx(norms, rel=8 * 2**-24)
+        assert clipped.reported == pytest.approx([MAX_NORM] * NUM_STEPS, rel=1e-5)
+        assert bits(clipped.weights) == bits(results[0].weights)
+        for weight, expected in zip(clipped.weights, exact, strict=True):
+            # Three fp32 roundings of a weight below 4, and of updates of at most LR each.
+            assert torch.allclose(weight.double(), expected, rtol=0.0, atol=1e-6)
+
+
+def take_a_norm_on_one_rank(rank: int, world_size: int) -> Outcome:
+    model = Weights(SHAPES)
+    optimizer = make(model, streams=True)
+    model(exact_gradients(model.all, rank, world_size)).backward()
+    gradient = model.w0.grad
+    assert gradient is not None
+    outcome = outcome_of(gradient.norm if rank == 0 else optimizer.step)
+    optimizer.close()
+    return outcome
+
+
+def multiply_on_one_rank(rank: int, world_size: int) -> Outcome:
+    model = Weights(SHAPES)
+    optimizer = make(model, streams=True)
+    model(exact_gradients(model.all, rank, world_size)).backward()
+    if rank == 0:
+        for parameter in model.all:
+            assert parameter.grad is not None
+            parameter.grad.mul_(0.5)
+    outcome = outcome_of(optimizer.step)
+    optimizer.close()
+    return outcome
+
+
+def test_ranks_that_clip_differently_raise_an_error(ranks: RankPool) -> None:
+    for outcome in ranks.run(take_a_norm_on_one_rank, 2):
+        assert outcome.error == "RankDisagreementError"
+        assert "the norm of a gradient in .grad" in outcome.message
+    for outcome in ranks.run(multiply_on_one_rank, 2):
+        assert outcome.error == "RankDisagreementError"
+        assert "the factor of the gradients in .grad" in outcome.message
 
 
 def test_the_norm_is_that_of_the_mean_gradient_on_every_rank(ranks: RankPool) -> None:

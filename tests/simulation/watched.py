@@ -57,6 +57,12 @@ class _WatchedUpdate:
         self._look("sum of squares", state, gradients)
         return self._inner.sum_of_squares(state, gradients)
 
+    def squares_by_position(
+        self, state: BucketState, gradients: BucketGradients
+    ) -> npt.NDArray[np.float64]:
+        self._look("sum of squares", state, gradients)
+        return self._inner.squares_by_position(state, gradients)
+
     def non_finite_positions(
         self, state: BucketState, gradients: BucketGradients
     ) -> npt.NDArray[np.int64]:

@@ -50,6 +50,10 @@ REFUSED: dict[str, Callable[[torch.nn.Linear, torch.Tensor], object]] = {
     "parameters_to_vector": lambda m, g: torch.nn.utils.parameters_to_vector([g]),
     "save": lambda m, g: torch.save(g, "/dev/null"),
     "Adam": lambda m, g: torch.optim.Adam(m.parameters()).step(),
+    "another norm": lambda m, g: torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0, float("inf")),
+    "norm of rows": lambda m, g: g.norm(dim=1),
+    "a factor for each element": lambda m, g: g.mul_(torch.ones(3, 4)),
+    "out-of-place multiplication": lambda m, g: g * 2.0,
     "SGD": lambda m, g: torch.optim.SGD(m.parameters(), lr=1.0).step(),
 }
 
@@ -69,6 +73,88 @@ def test_whatever_needs_values_is_refused_with_the_remedy(case: str) -> None:
     optimizer.step()
     assert optimizer.last_step is not None
     assert optimizer.last_step.num_updated == 2
+
+
+@pytest.mark.parametrize("takes", ["norm", "total_norm", "foreach_norm"])
+def test_a_norm_is_that_of_the_gradient(takes: str) -> None:
+    model, optimizer = streamed()
+    twin = copy.deepcopy(model).double()
+    twin(torch.ones(2, 4, dtype=torch.float64)).square().sum().backward()
+    for _ in range(2):  # and again after a multiplication
+        found = [parameter.grad for parameter in model.parameters()]
+        expected = [parameter.grad for parameter in twin.parameters()]
+        for norm, other in zip(_norms(takes, found), _norms(takes, expected), strict=True):
+            assert float(norm) == pytest.approx(float(other), rel=1e-6)
+        for parameter in [*model.parameters(), *twin.parameters()]:
+            assert parameter.grad is not None
+            parameter.grad.mul_(-3.0).div_(torch.tensor(2.0))
+    optimizer.step()
+    for parameter, other_parameter in zip(model.parameters(), twin.parameters(), strict=True):
+        # exp_avg is 0.1 of the gradient.
+        assert other_parameter.grad is not None
+        expected_avg = other_parameter.grad * 0.1
+        assert torch.allclose(
+            optimizer.state[parameter]["exp_avg"].double().view_as(expected_avg),
+            expected_avg,
+            rtol=1e-6,
+        )
+
+
+def _norms(takes: str, gradients: list[torch.Tensor | None]) -> list[torch.Tensor]:
+    present = [gradient for gradient in gradients if gradient is not None]
+    if takes == "norm":
+        return [gradient.norm() for gradient in present]
+    if takes == "foreach_norm":
+        return list(torch._foreach_norm(present))
+    return [torch.nn.utils.get_total_norm(present)]
+
+
+def test_gradients_that_are_not_finite_give_torchs_norm_and_skip_the_step() -> None:
+    model = torch.nn.Linear(4, 3)
+    optimizer = OffloadAdam(model.parameters(), module=model)
+    before = model.weight.detach().clone()
+    (model(torch.ones(2, 4)).sum() * float("nan")).backward()
+    assert torch.isnan(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    optimizer.step()
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.skipped
+    assert torch.equal(model.weight, before)
+
+
+def test_clipping_holds_for_one_step_and_adds_to_max_grad_norm() -> None:
+    model, optimizer = streamed()
+    total = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5))
+    optimizer.step()
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.total_norm == pytest.approx(0.5, rel=1e-5)
+    model(torch.ones(2, 4)).square().sum().backward()
+    optimizer.step()
+    assert optimizer.last_step.total_norm > 0.5
+    assert total > 0.5
+
+
+def test_multiplying_some_gradients_or_in_between_backwards_is_an_error() -> None:
+    model, optimizer = streamed()
+    assert model.weight.grad is not None
+    model.weight.grad.mul_(0.5)
+    with pytest.raises(ValueError, match="that of parameter 'bias' was not"):
+        optimizer.step()
+    assert model.bias.grad is not None
+    model.bias.grad.mul_(0.25)
+    with pytest.raises(ValueError, match=r"different factors: 0\.25, 0\.5"):
+        optimizer.step()
+    model.bias.grad.mul_(2.0)
+    optimizer.step()
+    optimizer.close()
+    adding = OffloadAdam(model.parameters(), module=model, accumulate="host")
+    model(torch.ones(2, 4)).sum().backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    model(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(ValueError, match="after the last backward of a step"):
+        adding.step()
+    adding.zero_grad()
+    model(torch.ones(2, 4)).sum().backward()
+    adding.step()
 
 
 def test_it_describes_itself_without_values() -> None:
