@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +120,49 @@ def test_gradients_that_are_not_finite_give_torchs_norm_and_skip_the_step() -> N
     assert optimizer.last_step is not None
     assert optimizer.last_step.skipped
     assert torch.equal(model.weight, before)
+
+
+class Offloading(OffloadAdam):
+    """The path of parameters on a device, with parameters in host memory."""
+
+    _offloads = True
+
+
+@pytest.mark.parametrize(
+    ("maker", "options"),
+    [
+        (OffloadAdam, {"overlap": True}),
+        (Offloading, {}),
+        (Offloading, {"overlap": True}),
+        (Offloading, {"offload_fraction": 0.5}),
+        (Offloading, {"offload_fraction": 0.5, "overlap": True}),
+    ],
+)
+def test_torchs_clipping_trains_like_torch_wherever_state_lies(
+    maker: type[OffloadAdam], options: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 40), torch.nn.Tanh(), torch.nn.Linear(40, 3))
+    reference = copy.deepcopy(model).double()
+    oracle = torch.optim.Adam(reference.parameters(), lr=1e-2, eps=1e-3, foreach=False)
+    optimizer = maker(
+        model.parameters(), lr=1e-2, eps=1e-3, module=model, bucket_nbytes=600, **options
+    )
+    for step in range(3):
+        data = torch.randn(5, 8, generator=torch.Generator().manual_seed(step))
+        (model(data) * 9).square().sum().backward()
+        (reference(data.double()) * 9).square().sum().backward()
+        found = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        expected = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
+        # The gradients themselves are fp32 in one model and fp64 in the other.
+        assert float(found) == pytest.approx(float(expected), rel=1e-5)
+        optimizer.step()
+        oracle.step()
+        oracle.zero_grad()
+    optimizer.synchronize()
+    for parameter, other in zip(model.parameters(), reference.parameters(), strict=True):
+        assert (parameter - other).abs().max() < 2e-6
+    optimizer.close()
 
 
 def test_clipping_holds_for_one_step_and_adds_to_max_grad_norm() -> None:
