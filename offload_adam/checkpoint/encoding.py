@@ -260,7 +260,7 @@ def _decode_tensor(dtype: str, shape: list[int], data: str) -> torch.Tensor:
     if math.prod(shape) * kind.itemsize != len(content):
         raise ValueError(f"{len(content)} bytes for the shape {shape}")
     if not content:
-        return torch.empty(shape, dtype=kind)
+        return torch.empty(shape, dtype=kind, device="cpu")
     flat = torch.frombuffer(content, dtype=torch.uint8)
     # A bool must be 0 or 1 in memory.
     return (flat.to(kind) if kind is torch.bool else flat.view(kind)).view(shape)
