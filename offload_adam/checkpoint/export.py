@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ from offload_adam.checkpoint.content import DTYPES, as_bytes, decoded_optimizer,
 from offload_adam.checkpoint.dcp import BoxSource, BoxTensor, logical_box, plain_text
 from offload_adam.checkpoint.load import CheckpointReader
 from offload_adam.checkpoint.manifest import Manifest, OptimizerEntry, read_manifest
-from offload_adam.checkpoint.save import partial_of
+from offload_adam.checkpoint.partial import discard, partial_name, publish, remove_abandoned
 from offload_adam.checkpoint.torch_file import Streamed, write_torch_file
 from offload_adam.errors import CheckpointError
 from offload_adam.step.saved_state import pack_full
@@ -131,14 +129,13 @@ class _Readable:
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
     """Yield where to write; it is renamed to `out` when it is whole, and removed otherwise."""
-    unfinished = partial_of(out)
+    remove_abandoned(out)
+    unfinished = out.with_name(partial_name(out.name))
     try:
         yield unfinished
-        os.replace(unfinished, out)
+        publish(unfinished, out)
     except BaseException:
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.unlink(missing_ok=True)
+        discard(unfinished)
         raise
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ import torch
 from offload_adam.checkpoint.content import Part, whole_part
 from offload_adam.checkpoint.encoding import encode
 from offload_adam.checkpoint.manifest import GroupEntry, OptimizerEntry
+from offload_adam.checkpoint.partial import discard, partial_name, remove_abandoned
 from offload_adam.checkpoint.rank_file import RankFile, rank_file_name
-from offload_adam.checkpoint.save import Written, commit_files, manifest_of, partial_of
+from offload_adam.checkpoint.save import Written, commit_files, manifest_of
 from offload_adam.errors import CheckpointError
 
 _PLANES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -188,13 +188,13 @@ def _planes(
 
 
 def _write(target: Path, parts: Sequence[Part], plain: Written) -> None:
-    unfinished = partial_of(target)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    remove_abandoned(target)
+    unfinished = target.with_name(partial_name(target.name))
     unfinished.mkdir(parents=True)
     try:
         file = RankFile(unfinished, rank_file_name(0, 1), parts)
         file.write(parts)
-        commit_files(target, manifest_of([file.finish()], plain))
+        commit_files(unfinished, target, manifest_of([file.finish()], plain))
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        discard(unfinished)
         raise

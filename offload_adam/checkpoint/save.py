@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from offload_adam.checkpoint.manifest import (
     TensorEntry,
     parse_manifest,
 )
+from offload_adam.checkpoint.partial import discard, partial_name, publish, remove_abandoned
 from offload_adam.checkpoint.rank_file import RankEntry, RankFile, rank_file_name
 from offload_adam.checkpoint.room import copy_bytes, places_in
 from offload_adam.coordinator.admission import gather_texts, together
@@ -41,7 +41,6 @@ from offload_adam.observe.place import HERE
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.sharded_optimizer.locking import serialized_by_optimizer
 
-PARTIAL_SUFFIX = ".partial"
 _TOKEN_NAME = "token"
 
 
@@ -56,8 +55,10 @@ def save_checkpoint(
     """Write model and optimizer into a new folder that every rank sees. Collective.
 
     Each rank writes the ranges that it owns, straight from where they lie; a device's in copies of
-    4 MiB. All of it goes to `<path>.partial`, and one rename makes it a checkpoint when every
-    rank's bytes are on the disk: a crash at any moment leaves earlier checkpoints as they are.
+    4 MiB. All of it goes to a folder of this save's own beside `path`, whose name ends in
+    `.partial`, and one rename makes it a checkpoint when every rank's bytes are on the disk: a
+    crash at any moment leaves earlier checkpoints as they are. Of several saves to one path one
+    succeeds, and the others raise an error.
 
     Gradients are no part of it: of an accumulation in progress the weights and the state before it
     are saved, so save after a step.
@@ -69,9 +70,9 @@ def save_checkpoint(
             number generators. Types and values come back exactly, tensors on the host.
 
     Raises:
-        CheckpointError: the path exists, the folder is not shared by all ranks, or something of
-            `extra`, of the optimizer's groups or of the model's state dict cannot be written. On
-            every rank.
+        CheckpointError: the path exists, now or when all is written; the folder is not shared by
+            all ranks; or something of `extra`, of the optimizer's groups or of the model's state
+            dict cannot be written. On every rank.
         OSError: on the rank where writing failed, a PeerError on the others. Nothing is left.
     """
     optimizer.synchronize()
@@ -107,6 +108,7 @@ class Save:
     def __init__(
         self,
         target: Path,
+        partial: Path,
         membership: Membership,
         parts: Sequence[Part],
         plain: Written,
@@ -114,7 +116,7 @@ class Save:
     ) -> None:
         self.membership = membership
         self._target = target
-        self._partial = partial_of(target)
+        self._partial = partial
         self._plain = plain
         self._whole = [part for part in parts if part.bucket is None]
         self._buckets: dict[int, list[Part]] = {}
@@ -199,7 +201,7 @@ class Save:
         def commit() -> None:
             if self.membership.rank == 0:
                 entries = [RankEntry.model_validate_json(text) for text in texts]
-                commit_files(self._target, manifest_of(entries, self._plain))
+                commit_files(self._partial, self._target, manifest_of(entries, self._plain))
 
         together(self.membership, "committing a checkpoint", commit)
 
@@ -244,12 +246,17 @@ def open_save(
         )
 
     state, plain = together(membership, "preparing a checkpoint", describe)
-    with _discarding(partial_of(target), membership):
-        _open_folder(target, membership)
+    # Rank 0's name for the folder: two saves of one path must not write into one.
+    own = partial_name(target.name) if membership.rank == 0 else ""
+    partial = target.with_name(gather_texts(membership, own)[0])
+    with _discarding(partial, membership):
+        _open_folder(target, partial, membership)
         return together(
             membership,
             "opening a checkpoint's files",
-            lambda: Save(target, membership, _parts(model, optimizer, state), plain, rooms),
+            lambda: Save(
+                target, partial, membership, _parts(model, optimizer, state), plain, rooms
+            ),
         )
 
 
@@ -260,13 +267,8 @@ def _discarding(partial: Path, membership: Membership) -> Iterator[None]:
         yield
     except BaseException as error:
         if membership.rank == 0 and not isinstance(error, PeerFailedError):
-            shutil.rmtree(partial, ignore_errors=True)
+            discard(partial)
         raise
-
-
-def partial_of(target: Path) -> Path:
-    """Return the folder that a checkpoint is written in before it is one."""
-    return target.with_name(target.name + PARTIAL_SUFFIX)
 
 
 def require_shared(folder: Path, membership: Membership) -> None:
@@ -276,19 +278,18 @@ def require_shared(folder: Path, membership: Membership) -> None:
         CheckpointError: on every rank, naming those that do not see it.
         OSError: on rank 0 where it cannot be written, a PeerError on the others.
     """
-    path = folder / _TOKEN_NAME
-    token = uuid.uuid4().hex
+    # A name of its own: another job may look for its token in the same folder.
+    path = folder / f"{_TOKEN_NAME}-{gather_texts(membership, uuid.uuid4().hex)[0]}"
 
     def show() -> None:
         if membership.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(token, encoding="ascii")
+            path.touch()
 
     together(membership, "opening a checkpoint", show)
-    expected = gather_texts(membership, token)[0]
 
     def look() -> None:
-        if not path.is_file() or path.read_text(encoding="ascii") != expected:
+        if not path.is_file():
             raise CheckpointError(
                 f"{folder.parent} is not shared: this rank does not see what rank 0 has written"
             )
@@ -298,16 +299,14 @@ def require_shared(folder: Path, membership: Membership) -> None:
         path.unlink(missing_ok=True)
 
 
-def _open_folder(target: Path, membership: Membership) -> None:
+def _open_folder(target: Path, partial: Path, membership: Membership) -> None:
     """Make the folder on rank 0, and see on every rank that it is the same one."""
-    partial = partial_of(target)
 
     def make() -> None:
         if target.exists():
             raise CheckpointError(f"{target} exists: a checkpoint is never written over")
         if membership.rank == 0:
-            # What an interrupted save has left is of no use to anybody.
-            shutil.rmtree(partial, ignore_errors=True)
+            remove_abandoned(target)
             partial.mkdir(parents=True)
 
     together(membership, "opening a checkpoint", make)
@@ -351,14 +350,13 @@ def manifest_of(entries: Sequence[RankEntry], plain: Written) -> Manifest:
     )
 
 
-def commit_files(target: Path, manifest: Manifest) -> None:
-    """Check that nothing is missing, write the manifest, and rename.
+def commit_files(partial: Path, target: Path, manifest: Manifest) -> None:
+    """Check that nothing is missing, write the manifest, and rename `partial` to `target`.
 
     Raises:
         CheckpointError: a file is not there: some rank has written to another disk, or to one that
-            has gone since.
+            has gone since. Or another save has written to `target` meanwhile.
     """
-    partial = partial_of(target)
     text = manifest.to_json()
     parse_manifest(text, str(target))
     for name, entry in manifest.files.items():
@@ -368,5 +366,5 @@ def commit_files(target: Path, manifest: Manifest) -> None:
         file.flush()
         os.fsync(file.fileno())
     flush_folder(partial)
-    partial.rename(target)
+    publish(partial, target)
     flush_folder(target.parent)

@@ -18,7 +18,8 @@ import torch
 from offload_adam.checkpoint.background import PendingCheckpoint, begin_checkpoint
 from offload_adam.checkpoint.load import load_checkpoint, verify_checkpoint
 from offload_adam.checkpoint.manifest import read_manifest
-from offload_adam.checkpoint.save import PARTIAL_SUFFIX, require_shared, save_checkpoint
+from offload_adam.checkpoint.partial import PARTIAL_SUFFIX
+from offload_adam.checkpoint.save import require_shared, save_checkpoint
 from offload_adam.config import ConfigError, RunConfig
 from offload_adam.coordinator.admission import gather_texts, together
 from offload_adam.coordinator.restarts import attempt

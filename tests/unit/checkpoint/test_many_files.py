@@ -20,7 +20,7 @@ from offload_adam.checkpoint.files import NUM_OPEN_FILES, VerifiedFile
 from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.checkpoint.manifest import OptimizerEntry
 from offload_adam.checkpoint.rank_file import RankEntry, RankFile, rank_file_name
-from offload_adam.checkpoint.save import Written, commit_files, manifest_of, partial_of
+from offload_adam.checkpoint.save import Written, commit_files, manifest_of
 from offload_adam.errors import CheckpointError
 
 NUM_RANKS = 48
@@ -57,18 +57,19 @@ def write_file(folder: Path, rank: int, parts: list[Part]) -> RankEntry:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Tensor]]:
     """Write a checkpoint as if by so many ranks, and return what it holds, too."""
     target = tmp_path_factory.mktemp("many") / "c"
-    partial_of(target).mkdir()
+    partial = target.with_name("c.partial")
+    partial.mkdir()
     model, optimizer = make(seed=1)
     for step in range(2):
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter) + step
         optimizer.step()
     parts = list(sharded_parts(model, optimizer))
-    entries = [write_file(partial_of(target), rank, parts) for rank in range(NUM_RANKS)]
+    entries = [write_file(partial, rank, parts) for rank in range(NUM_RANKS)]
     plain = encode(optimizer.plain_state(ParameterNames(model)), "optimizer")
     optimizer_entry = OptimizerEntry.model_validate(plain)
     written = Written(optimizer.num_steps, optimizer_entry, tied={}, values={}, extra={})
-    commit_files(target, manifest_of(entries, written))
+    commit_files(partial, target, manifest_of(entries, written))
     return target, [tensor.clone() for tensor in state_of(model, optimizer)]
 
 
