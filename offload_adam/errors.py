@@ -51,3 +51,7 @@ class NotRetriedError(RuntimeError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be read, does not fit, or is damaged; the message says where."""
+
+
+class RunFolderLostError(RuntimeError):
+    """Another job has taken the run's folder over, since this process seemed dead."""

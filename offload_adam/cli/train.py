@@ -47,6 +47,7 @@ def run_to_exit_code(arguments: list[str]) -> None:
         PeerError,
         PeerFailedError,
         RankDisagreementError,
+        RunFolderLostError,
     )
 
     try:
@@ -57,7 +58,7 @@ def run_to_exit_code(arguments: list[str]) -> None:
     except HostMemoryError as error:
         _report(error)
         raise typer.Exit(EXIT_DOES_NOT_FIT) from None
-    except (CheckpointError, NotRetriedError, RankDisagreementError) as error:
+    except (CheckpointError, NotRetriedError, RankDisagreementError, RunFolderLostError) as error:
         _report(error)
         raise typer.Exit(1) from None
     except (PeerError, PeerFailedError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -40,6 +40,7 @@ from offload_adam.train.run_folder import (
     prepare_run_folder,
     run_folder,
 )
+from offload_adam.train.run_lock import locked_run_folder
 from offload_adam.train.saving import (
     CheckpointSaver,
     checkpoint_path,
@@ -74,6 +75,7 @@ def run_job(config: RunConfig, console: Console | None = None, saver: Saver | No
     timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=2 * patience.stuck_after))
     guard = EndingGuard()
     with (
+        locked_run_folder(config) as require_held,
         joined_world(timeout, patience) as world,
         guard.guarding(world.membership),
         preemptible(world.membership, lambda: what_stands(config)) as preemption,
@@ -90,7 +92,7 @@ def run_job(config: RunConfig, console: Console | None = None, saver: Saver | No
         if first_step > config.train.num_steps:
             logger.info("all %d steps have been taken: nothing is left to do", first_step - 1)
         elif world.rank == 0:
-            _train_and_report(job, console or Console())
+            _train_and_report(job, console or Console(), require_held)
         else:
             with profiled_job(job):
                 for _ in run_steps(job):
@@ -149,8 +151,12 @@ def _copy_from_rank_0(model: nn.Module, world: World) -> None:
         tensor.copy_(received)
 
 
-def _train_and_report(job: Job, console: Console) -> None:
-    """Run the steps on rank 0, which shows and writes them, and close with the summary."""
+def _train_and_report(job: Job, console: Console, require_held: Callable[[], None]) -> None:
+    """Run the steps on rank 0, which shows and writes them, and close with the summary.
+
+    Args:
+        require_held: raises once another job has taken the run's folder over.
+    """
     config = job.config
     with HERE.at("the bigram baseline", patient=True):
         baseline = bigram_loss(job.corpus.training, job.corpus.validation)
@@ -170,6 +176,7 @@ def _train_and_report(job: Job, console: Console) -> None:
         for record in run_steps(job):
             if metrics is None:  # a first step that fails touches nothing of an earlier run
                 metrics = opened.enter_context(_metrics_file(job, console))
+            require_held()
             metrics.write(record)
             totals.add(record)
             if speed is not None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -46,7 +47,8 @@ class Job:
     """The parts of a run; `parallel_model` is `model`, or DistributedDataParallel around it.
 
     preemption: asks for an early end; saver: writes checkpoints; first_step: where
-    a run begins, or goes on; first_sample: how many samples all ranks together have seen before it.
+    a run begins, or goes on; first_sample: how many samples all ranks together have seen before it;
+    resumed_from: the checkpoint that it goes on from.
     """
 
     config: RunConfig
@@ -60,6 +62,7 @@ class Job:
     saver: Saver | None = None
     first_step: int = 1
     first_sample: int = 0
+    resumed_from: Path | None = None
 
     @property
     def samples_per_step(self) -> int:

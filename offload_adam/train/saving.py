@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,8 @@ FOLDER_NAME = "checkpoints"
 _STEP_NAME = re.compile(r"step-(\d+)")
 
 MAY_CHANGE = (
-    "run.",
+    "run.dir",
+    "run.name",
     "train.num_steps",
     "train.eval_every",
     "train.eval_sequences",
@@ -63,6 +64,8 @@ class CheckpointSaver:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._pending: tuple[Path, PendingCheckpoint] | None = None
+        # What this process has written or read to the last byte; the run's lock keeps others out.
+        self._whole = set() if job.resumed_from is None else {job.resumed_from}
         self.num_failed = 0
 
     def save(self, step: int, *, last: bool) -> None:
@@ -76,10 +79,10 @@ class CheckpointSaver:
         """
         self._finish_pending()
         path = checkpoint_path(self._job.config, step)
-        if path.exists():
-            return  # written after this very step: what an earlier run left has been set aside
         job = self._job
         with self._tolerating(path):
+            if self._stands(path, step):
+                return
             extra = {
                 "step": step,
                 "samples": job.samples_before(step + 1),
@@ -93,7 +96,7 @@ class CheckpointSaver:
                 )
             else:
                 save_checkpoint(path, model=job.model, optimizer=job.optimizer, extra=extra)
-                self._drop_old(path.parent)
+                self._keep(path)
 
     def commit_written(self) -> None:
         """Commit what all ranks have written meanwhile, as the last step has told. Collective then.
@@ -131,7 +134,33 @@ class CheckpointSaver:
                 pending.num_waits,
                 pending.waited_s,
             )
-        self._drop_old(path.parent)
+        self._keep(path)
+
+    def _stands(self, path: Path, step: int) -> bool:
+        """Tell whether the checkpoint of this step is there and whole; set it aside if damaged.
+
+        Collective: rank 0 looks, since ranks may see a shared folder change at different times.
+        """
+
+        def look() -> str:
+            if self._job.world.rank != 0 or not path.exists():
+                return ""
+            if path in self._whole:
+                return "whole"
+            try:
+                if verify_checkpoint(path).step == step:
+                    self._whole.add(path)
+                    return "whole"
+                problem = f"it is not of step {step}"
+            except CheckpointError as error:
+                problem = str(error)
+            logger.warning("Replacing checkpoint %s: %s", path, problem)
+            _move_aside(path.parent, [path.name])
+            return ""
+
+        membership = self._job.optimizer.membership
+        found = together(membership, "looking for a checkpoint", look)
+        return gather_texts(membership, found)[0] == "whole"
 
     @contextmanager
     def _tolerating(self, path: Path) -> Iterator[None]:
@@ -151,14 +180,21 @@ class CheckpointSaver:
                 self.num_failed,
             )
 
-    def _drop_old(self, folder: Path) -> None:
-        """Remove checkpoints that are not to be kept, and what killed runs have left unfinished."""
+    def _keep(self, path: Path) -> None:
+        """Count a committed checkpoint, and remove those that are not to be kept.
+
+        Only checkpoints that are known to be whole count for `keep_last`: a damaged one must not
+        make an older, whole one go. What killed runs have left unfinished is removed, too.
+        """
         if self._job.world.rank != 0:
             return
-        section = self._job.config.checkpoint
+        self._whole.add(path)
+        section, folder = self._job.config.checkpoint, path.parent
         steps = sorted(steps_in(folder))
-        for step in steps[: -section.keep_last]:
-            if section.keep_every is None or step % section.keep_every:
+        whole = [step for step in steps if folder / f"step-{step}" in self._whole]
+        for step in steps:
+            is_old = len(whole) >= section.keep_last and step < whole[-section.keep_last]
+            if is_old and (section.keep_every is None or step % section.keep_every):
                 shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
         for unfinished in folder.glob(f"step-*{PARTIAL_SUFFIX}"):
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -255,13 +291,8 @@ def set_aside(config: RunConfig, first_step: int) -> None:
     later = [step for step in sorted(steps_in(folder)) if step >= first_step]
     if not later:
         return
-    number = 1
-    while (aside := folder / f"earlier-{number}").exists():
-        number += 1
     try:
-        aside.mkdir()
-        for step in later:
-            (folder / f"step-{step}").rename(aside / f"step-{step}")
+        aside = _move_aside(folder, [f"step-{step}" for step in later])
     except OSError:
         logger.exception("%s holds checkpoints of an earlier run, which cannot be moved", folder)
         return
@@ -271,6 +302,17 @@ def set_aside(config: RunConfig, first_step: int) -> None:
         ", ".join(map(str, later)),
         aside.name,
     )
+
+
+def _move_aside(folder: Path, names: Sequence[str]) -> Path:
+    """Move checkpoints to a new folder `earlier-<n>` beside them, and return it."""
+    number = 1
+    while (aside := folder / f"earlier-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for name in names:
+        (folder / name).rename(aside / name)
+    return aside
 
 
 def resume(job: Job) -> Job:
@@ -302,7 +344,12 @@ def resume(job: Job) -> Job:
     if job.world.rank == 0:
         logger.info("goes on from %s, after step %d", found, step)
         set_aside(job.config, step + 1)
-    return replace(job, first_step=step + 1, first_sample=extra["samples"])
+    return replace(
+        job,
+        first_step=step + 1,
+        first_sample=extra["samples"],
+        resumed_from=Path(found),
+    )
 
 
 def _config_of(path: Path) -> dict[str, Any]:

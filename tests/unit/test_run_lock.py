@@ -1,0 +1,163 @@
+"""Two jobs never write to one run's folder, and no dead process keeps a folder locked."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from offload_adam.config import ConfigError, RunConfig
+from offload_adam.errors import RunFolderLostError
+from offload_adam.train import run_lock
+from offload_adam.train.run_lock import locked_run_folder
+
+ROOT = Path(__file__).parents[2]
+
+HOLDER = """
+import sys, time
+from offload_adam.config import RunConfig
+from offload_adam.train.run_lock import locked_run_folder
+
+with locked_run_folder(RunConfig.model_validate({"run": {"name": "case", "dir": sys.argv[1]}})):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+def config(folder: Path) -> RunConfig:
+    return RunConfig.model_validate({"run": {"name": "case", "dir": str(folder)}})
+
+
+def start_holder(folder: Path) -> subprocess.Popen[str]:
+    """Start a process that holds the folder's lock."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "_ENDING_S", 0.2)
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def test_a_second_job_is_rejected_and_a_dead_ones_lock_taken_over(tmp_path: Path) -> None:
+    process = start_holder(tmp_path)
+    try:
+        message = f"case is in use by process {process.pid} on {socket.gethostname()}"
+        with pytest.raises(ConfigError, match=message), locked_run_folder(config(tmp_path)):
+            pass
+        process.send_signal(signal.SIGKILL)
+        process.wait(30.0)
+        began = time.monotonic()
+        with locked_run_folder(config(tmp_path)) as require_held:
+            assert time.monotonic() - began < run_lock.LEASE_S / 2
+            require_held()
+    finally:
+        process.kill()
+        process.wait(30.0)
+    assert not (tmp_path / "case").exists()
+
+
+def test_the_command_ends_with_2_and_names_the_holder(tmp_path: Path) -> None:
+    process = start_holder(tmp_path)
+    try:
+        ended = subprocess.run(
+            [
+                *(sys.executable, "-m", "offload_adam", "train", "configs/tiny.yaml"),
+                *(f"--run.dir={tmp_path}", "--run.name=case"),
+            ],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=100.0,
+            check=False,
+        )
+    finally:
+        process.kill()
+        process.wait(30.0)
+    assert ended.returncode == 2
+    assert f"in use by process {process.pid} on {socket.gethostname()}" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert {path.name for path in (tmp_path / "case").iterdir()} == {"lock"}
+
+
+def write_lock_of_another_host(folder: Path, lease_s: float) -> Path:
+    """Write the lock of a process that cannot be looked for, in the form of the library."""
+    with locked_run_folder(config(folder)):
+        record = (folder / "case" / "lock").read_text(encoding="utf-8")
+    lock = folder / "case" / "lock"
+    lock.parent.mkdir()
+    lock.write_text(record.replace(socket.gethostname(), "elsewhere"), encoding="utf-8")
+    assert f"{lease_s!r}" in record
+    return lock
+
+
+def test_a_lock_of_another_host_is_taken_over_when_it_is_not_refreshed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "LEASE_S", 1.0)
+    write_lock_of_another_host(tmp_path, 1.0)
+    began = time.monotonic()
+    with locked_run_folder(config(tmp_path)):
+        assert 1.0 <= time.monotonic() - began < 10.0
+
+
+def test_a_lock_of_another_host_is_respected_while_it_is_refreshed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "LEASE_S", 2.0)
+    lock = write_lock_of_another_host(tmp_path, 2.0)
+    refresh = threading.Timer(0.5, lambda: os.utime(lock))
+    refresh.start()
+    with (
+        pytest.raises(ConfigError, match=r"in use by process \d+ on elsewhere"),
+        locked_run_folder(config(tmp_path)),
+    ):
+        pass
+    refresh.join()
+    assert "elsewhere" in lock.read_text(encoding="utf-8")
+
+
+def call_until_it_raises(check: Callable[[], None]) -> None:
+    for _ in range(400):
+        check()
+        time.sleep(0.05)
+
+
+def test_a_job_whose_folder_was_taken_over_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a stop that lasted longer than the lease, on another host."""
+    monkeypatch.setattr(run_lock, "LEASE_S", 0.6)
+    with locked_run_folder(config(tmp_path)) as require_held:
+        lock = tmp_path / "case" / "lock"
+        record = lock.read_text(encoding="utf-8")
+        other = lock.with_name("other")
+        other.write_text(record.replace(socket.gethostname(), "elsewhere"), encoding="utf-8")
+        other.replace(lock)
+        with pytest.raises(RunFolderLostError, match=r"taken over by process \d+ on elsewhere"):
+            call_until_it_raises(require_held)
+    assert "elsewhere" in lock.read_text(encoding="utf-8")
+
+
+def test_only_rank_0_holds_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with locked_run_folder(config(tmp_path)) as require_held:
+        require_held()
+        assert not (tmp_path / "case").exists()
