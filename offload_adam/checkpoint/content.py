@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from offload_adam.checkpoint.boxes import boxes_of_range
 from offload_adam.checkpoint.encoding import decode
 from offload_adam.checkpoint.files import Blob
 from offload_adam.checkpoint.manifest import BLOCK_NBYTES
 from offload_adam.errors import CheckpointError
+from offload_adam.layout.boxes import boxes_of_range
 from offload_adam.sharded_optimizer import ShardedOptimizer
+from offload_adam.step.box_tensor import memory_order
 
 DTYPE_NAMES = {
     torch.float32: "F32",
@@ -91,16 +92,6 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
         return memoryview(b"")
     view: memoryview = tensor.detach().view(torch.uint8).numpy().data
     return view
-
-
-def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Return a dense tensor's dimensions as they lie in memory, the outermost first."""
-    return tuple(sorted(range(tensor.dim()), key=lambda dim: (-tensor.stride()[dim], dim)))
-
-
-def inverse_order(order: Sequence[int]) -> list[int]:
-    """Return what permutes dimensions as they lie in memory back into logical ones."""
-    return [order.index(dim) for dim in range(len(order))]
 
 
 class ParameterNames:

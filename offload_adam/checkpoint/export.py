@@ -14,14 +14,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from offload_adam.checkpoint.boxes import Box, range_of_box
-from offload_adam.checkpoint.content import DTYPES, as_bytes, decoded_optimizer, inverse_order
-from offload_adam.checkpoint.dcp import BoxSource, BoxTensor, logical_box, plain_text
+from offload_adam.checkpoint.content import DTYPES, as_bytes, decoded_optimizer
+from offload_adam.checkpoint.dcp import plain_text
 from offload_adam.checkpoint.load import CheckpointReader
 from offload_adam.checkpoint.manifest import Manifest, OptimizerEntry, read_manifest
 from offload_adam.checkpoint.partial import discard, partial_name, publish, remove_abandoned
 from offload_adam.checkpoint.torch_file import Streamed, write_torch_file
 from offload_adam.errors import CheckpointError
+from offload_adam.layout.boxes import Box, range_of_box
+from offload_adam.step.box_tensor import BoxSource, BoxTensor, inverse_order, logical_box
 from offload_adam.step.saved_state import pack_full
 
 _MODEL, _OPTIMIZER = "model/", "optimizer/"

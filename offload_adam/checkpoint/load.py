@@ -22,8 +22,6 @@ from offload_adam.checkpoint.content import (
     ParameterNames,
     as_bytes,
     decoded_optimizer,
-    inverse_order,
-    memory_order,
     model_state,
 )
 from offload_adam.checkpoint.files import VerifiedFiles
@@ -39,6 +37,7 @@ from offload_adam.errors import CheckpointError
 from offload_adam.observe.place import HERE
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.sharded_optimizer.locking import serialized_by_optimizer
+from offload_adam.step.box_tensor import inverse_order, memory_order
 from offload_adam.step.parameter_shard import ParameterShard
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from offload_adam.checkpoint.boxes import Box, range_of_box
 from offload_adam.checkpoint.encoding import decode
 from offload_adam.errors import CheckpointError
+from offload_adam.layout.boxes import Box, range_of_box
 
 FORMAT_VERSION = 3
 """2 has no tags of `encoding` in it, and no `values`."""

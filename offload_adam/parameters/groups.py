@@ -71,6 +71,18 @@ def names_of(
     ]
 
 
+def known_names(
+    groups: Sequence[Mapping[str, Any]], module: torch.nn.Module | None
+) -> list[list[str]] | None:
+    """Return the names of all parameters, None where one has no name or shares it with another."""
+    known = {} if module is None else {id(p): name for name, p in module.named_parameters()}
+    if any("param_names" not in g and any(id(p) not in known for p in g["params"]) for g in groups):
+        return None
+    names = names_of(groups, module)
+    every = [name for group in names for name in group]
+    return names if len(every) == len({*every}) else None
+
+
 def _name(
     group: Mapping[str, Any],
     known: Mapping[int, str],

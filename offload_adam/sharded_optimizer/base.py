@@ -28,6 +28,7 @@ class CoreOptimizer(torch.optim.Optimizer):
     """
 
     _core: ShardedAdam | None
+    _module: torch.nn.Module | None
     _indices: dict[torch.nn.Parameter, int]
     _membership: Membership
     _release: weakref.finalize[Any, Any]
@@ -46,10 +47,18 @@ class CoreOptimizer(torch.optim.Optimizer):
         raise TypeError(
             f"{type(self).__name__} cannot be copied or pickled: it is tied to its model's "
             "parameters, hooks, process groups and memory of its own. Save full_state_dict() "
-            "(whole, on rank 0), state_dict() (this rank's part) or a checkpoint "
+            "(whole, on rank 0), local_state_dict() (this rank's part) or a checkpoint "
             "(offload_adam.save_checkpoint), and load that into an optimizer that is made anew; "
             "copy the model without it"
         )
+
+    @abstractmethod
+    def _take_written_state(self, core: ShardedAdam) -> None:
+        """Load tensors that users put into `optimizer.state`, and show the optimizer's own again.
+
+        Raises:
+            TypeError, ValueError: a value that cannot be state, or an entry that is gone.
+        """
 
     def _further_state(self) -> dict[str, Any]:
         """Return what a saved state holds besides torch's entries."""
@@ -166,6 +175,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         """Return the core, when nothing of it is under way."""
         core = self._alive()
         core.synchronize()
+        self._take_written_state(core)
         return core
 
     def _alive(self) -> ShardedAdam:

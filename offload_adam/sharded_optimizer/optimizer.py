@@ -43,10 +43,11 @@ from offload_adam.sharded_optimizer.locking import serialized
 from offload_adam.sharded_optimizer.loss_scale import read_loss_scale, report_skip
 from offload_adam.sharded_optimizer.owners import add_owner, refuse_owned
 from offload_adam.sharded_optimizer.state_dicts import StateDicts
+from offload_adam.sharded_optimizer.written_state import WrittenState
 from offload_adam.step.backend import Backend
 from offload_adam.step.construction import Placing
 from offload_adam.step.inputs import StepInputs
-from offload_adam.step.local_state import local_state
+from offload_adam.step.local_state import local_state, plan_load
 from offload_adam.step.reduction import GradientReduction
 from offload_adam.step.report import StepReport
 from offload_adam.step.sharded_adam import ShardedAdam
@@ -100,6 +101,7 @@ class ShardedOptimizer(StateDicts):
         self._module = module
         self._units = execution.units
         self._group_watch = GroupWatch(module)
+        self._written = WrittenState()
         self._core: ShardedAdam | None = None
         self._hooks: BackwardHooks | None = None
         self._indices: dict[torch.nn.Parameter, int] = {}
@@ -225,7 +227,9 @@ class ShardedOptimizer(StateDicts):
             core.extend(new, selection.frozen)
         for item in new:
             self._indices[item.parameter] = item.index
-            self.state[item.parameter] = local_state(*core.place_of(item.index))
+            entry = local_state(*core.place_of(item.index))
+            self.state[item.parameter] = entry
+            self._written.add(item.parameter, entry)
         if self._hooks is not None:
             for state in core.states[num_buckets:]:
                 self._hooks.attach(state.parameters)
@@ -433,11 +437,38 @@ class ShardedOptimizer(StateDicts):
     def _check_edits(self) -> None:
         """Refuse what was done to groups and state, and cannot be followed or cannot be right."""
         self._group_watch.check(self.param_groups, self._check_group)
+        core = self._alive()
+        self._check_entries()
+        if not self._written.is_untouched(self.state):
+            core.synchronize()
+            self._take_written_state(core)
+
+    def _check_entries(self) -> None:
         if self.state is not self._state_made or len(self.state) < len(self._indices):
             raise ValueError(
                 "optimizer.state was replaced or has lost entries: they show the state, which lies "
                 "elsewhere. Use load_state_dict(), or make a new optimizer to begin anew"
             )
+
+    def _take_written_state(self, core: ShardedAdam) -> None:
+        self._check_entries()
+        if self._written.is_untouched(self.state):
+            return
+        with torch.no_grad():
+            try:
+                loads = [
+                    plan_load(*core.place_of(self._indices[parameter]), entry)
+                    for parameter, entry in self._written.find(self.state)
+                ]
+            except KeyError as error:
+                raise ValueError(
+                    f"an entry of optimizer.state has lost {error}. Use load_state_dict() to set "
+                    "state, or make a new optimizer to begin anew"
+                ) from error
+            core.outside_writes.finish_reading()
+            for load in loads:
+                load.apply()
+        self._written.restore(self.state)
 
 
 def _norms_of(optimizer: weakref.ref[ShardedOptimizer]) -> npt.NDArray[np.float64]:

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from offload_adam.coordinator.admission import together
 from offload_adam.errors import CheckpointError
 from offload_adam.parameters.group_watch import LAID_OUT
+from offload_adam.parameters.groups import known_names
 from offload_adam.sharded_optimizer.base import CoreOptimizer
 from offload_adam.sharded_optimizer.locking import serialized
 from offload_adam.step.full_state import gather_bucket
-from offload_adam.step.local_state import plan_load
+from offload_adam.step.local_state import plan_load, state_shard
 from offload_adam.step.saved_state import (
     STATE_KEY,
     check_step_count,
@@ -33,15 +35,34 @@ class StateDicts(CoreOptimizer):
 
     @serialized
     def state_dict(self) -> dict[str, Any]:
-        """Return this rank's state: whole tensors with one rank, else this rank's ranges.
+        """Return the state: plain tensors with one rank, else a `StateShard` of each.
 
-        Tensors share memory with the optimizer, as torch's do. It loads into the same rank of the
-        same world; `full_state_dict` gives what loads anywhere.
+        Tensors share memory with the optimizer, as torch's do. A `StateShard` has the parameter's
+        shape and this rank's elements: `torch.distributed.checkpoint` saves it and loads it in any
+        world, `torch.save` raises an error. Loads into the same rank of the same world.
+        """
+        saved = self.local_state_dict()
+        core = self._alive()
+        if self._share()[1] == 1:
+            return saved
+        for index, packed in self._trainable_ids().items():
+            bucket, position = core.place_of(index)
+            entry = saved["state"][packed]
+            for key in bucket.planes.named(own_master=bucket.own_master):
+                entry[key] = state_shard(bucket, position, entry[key])
+        return saved
+
+    def local_state_dict(self) -> dict[str, Any]:
+        """Return this rank's state as plain tensors: whole with one rank, else its 1-d ranges.
+
+        For a file for each rank. Loads into the same rank of the same world.
         """
         self._settled()
         rank, world_size = self._share()
         saved = super().state_dict()
-        saved[STATE_KEY] = {"world_size": world_size, "rank": rank, **self._further_state()}
+        # Copies of the entries: an edit of the saved dict must not become one of optimizer.state.
+        saved["state"] = {packed: dict(entry) for packed, entry in saved["state"].items()}
+        saved[STATE_KEY] = {"world_size": world_size, "rank": rank, **self._marked()}
         return saved
 
     @serialized
@@ -52,7 +73,7 @@ class StateDicts(CoreOptimizer):
         stand under the key "offload_adam", which torch ignores. It loads into an `OffloadAdam` of
         any world size, when every rank is given it.
         """
-        core = self._settled()
+        core = together(self._membership, "full_state_dict", self._settled)
         whole: dict[int, dict[str, torch.Tensor]] = {}
         with torch.no_grad():
             for state in core.states:
@@ -60,16 +81,22 @@ class StateDicts(CoreOptimizer):
         if self._membership.rank != 0:
             return {}
         groups = super().state_dict()["param_groups"]
-        return pack_full(groups, self._trainable_ids(), whole, self._further_state())
+        return pack_full(groups, self._trainable_ids(), whole, self._marked())
+
+    def _marked(self) -> dict[str, Any]:
+        """Return what a saved state holds besides torch's entries, the parameters' names first."""
+        names = known_names(self.param_groups, self._module)
+        return {**({} if names is None else {"param_names": names}), **self._further_state()}
 
     @serialized
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state in place: this rank's own, a full one, or one of torch's Adam and AdamW.
 
-        Everything is checked before anything is changed.
+        Everything is checked before anything is changed. Parameters are matched by name where
+        both sides have names, else by position.
 
         Raises:
-            ValueError: another world or rank, other groups, other shapes, by name.
+            ValueError: another world or rank, other groups, names or shapes, by name.
         """
         core = self._settled()
         state_dict = dict(state_dict)
@@ -79,10 +106,11 @@ class StateDicts(CoreOptimizer):
         rank, world_size = self._share()
         saved = read_saved(state_dict, world_size, rank)
         groups = merge_groups(self.param_groups, saved.groups, self._check_group)
+        saved_ids = saved.ids_for(known_names(self.param_groups, self._module))
         entries = {
             self._indices[parameter]: saved.state.get(saved_id, {})
-            for group, saved_group in zip(self.param_groups, saved.groups, strict=True)
-            for parameter, saved_id in zip(group["params"], saved_group["params"], strict=True)
+            for group, group_ids in zip(self.param_groups, saved_ids, strict=True)
+            for parameter, saved_id in zip(group["params"], group_ids, strict=True)
             if parameter in self._indices
         }
         with torch.no_grad():

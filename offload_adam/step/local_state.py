@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from offload_adam.parameters.gradients import in_memory_order
+from offload_adam.step.box_tensor import memory_order
 from offload_adam.step.bucket_state import BucketState
+from offload_adam.step.state_shard import StateShard
 
 
 def local_range(state: BucketState, position: int) -> tuple[int, int]:
@@ -47,6 +49,13 @@ def _view(state: BucketState, position: int, plane: torch.Tensor) -> torch.Tenso
     if state.layout.world_size == 1:
         return part.as_strided(parameter.shape, parameter.stride())
     return part
+
+
+def state_shard(state: BucketState, position: int, local: torch.Tensor) -> StateShard:
+    """Return a tensor of `local_state` as a part of the whole that knows its place."""
+    parameter = state.parameters[position]
+    start, _ = local_range(state, position)
+    return StateShard(parameter.shape, memory_order(parameter), start, local)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +103,14 @@ def _part_of(
 ) -> torch.Tensor:
     """Return the part of a saved tensor that belongs into `target`."""
     parameter = state.parameters[position]
+    if isinstance(value, StateShard) and value.shape == parameter.shape:
+        start, end = local_range(state, position)
+        if not value.has_range_of(memory_order(parameter), start, end):
+            raise ValueError(
+                f"the saved {what} is {value!r}, and this rank needs elements [{start}, {end}). "
+                "Load it through torch.distributed.checkpoint, or load a full_state_dict()"
+            )
+        return value.to_local()
     if (
         state.layout.world_size > 1
         and value.shape == parameter.shape

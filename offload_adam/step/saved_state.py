@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from offload_adam.parameters.group_watch import LAID_OUT
 
 STATE_KEY = "offload_adam"
 """The entry of a state dict that torch ignores, and that says where a state belongs."""
+
+_WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")
 
 _PLANES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_weight")
 _STATE_KEYS = ("step", *_PLANES)
@@ -25,11 +28,62 @@ class SavedState:
 
     state: torch's keys by packed id, with `master_weight` where one was saved.
     further: what stands under `STATE_KEY`, empty where another optimizer saved it.
+    names: of each group's parameters, None where they were saved without.
     """
 
     state: Mapping[int, Mapping[str, Any]]
     groups: Sequence[Mapping[str, Any]]
     further: Mapping[str, Any]
+    names: Sequence[Sequence[str]] | None
+
+    def ids_for(self, names: Sequence[Sequence[str]] | None) -> list[list[Any]]:
+        """Return the saved ids of each group's parameters: by name where both have names.
+
+        Raises:
+            ValueError: the names of a group differ.
+        """
+        ids = [list(group["params"]) for group in self.groups]
+        if names is None or self.names is None:
+            return ids
+        ours, saved = bare_names(names), bare_names(self.names)
+        found = []
+        for number, (own, their, group_ids) in enumerate(zip(ours, saved, ids, strict=True)):
+            places = dict(zip(their, group_ids, strict=True))
+            missing, unexpected = sorted({*own} - {*their}), sorted({*their} - {*own})
+            if missing or unexpected:
+                raise ValueError(
+                    f"the saved group {number} has other parameters: missing {missing}, "
+                    f"unexpected {unexpected}. Pass the parameters with the names and in the "
+                    "groups that they were saved with"
+                )
+            found.append([places[name] for name in own])
+        return found
+
+
+def bare_names(names: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return names as the model itself has them, without what DDP and torch.compile put before."""
+    bare = [[_WRAPPERS.sub("", name) for name in group] for group in names]
+    if all(name.startswith("module.") for group in bare for name in group):
+        bare = [[name.removeprefix("module.") for name in group] for group in bare]
+    return bare
+
+
+def _saved_names(state_dict: Mapping[str, Any]) -> list[list[str]] | None:
+    """Return the names of each group's parameters, None where they are not told apart by names."""
+    groups = state_dict["param_groups"]
+    if any(isinstance(saved_id, str) for group in groups for saved_id in group["params"]):
+        # torch's set_optimizer_state_dict has put `params` in this optimizer's order by then, and
+        # has left `param_names` in that of the saved one.
+        return None
+    marked = state_dict.get(STATE_KEY, {}).get("param_names")
+    names = [group.get("param_names") for group in groups] if marked is None else marked
+    if len(names) != len(groups) or any(
+        group_names is None or len(group_names) != len(group["params"])
+        for group_names, group in zip(names, groups, strict=True)
+    ):
+        return None
+    every = [str(name) for group_names in names for name in group_names]
+    return [list(map(str, group)) for group in names] if len(every) == len({*every}) else None
 
 
 def read_saved(state_dict: Mapping[str, Any], world_size: int, rank: int) -> SavedState:
@@ -54,7 +108,7 @@ def read_saved(state_dict: Mapping[str, Any], world_size: int, rank: int) -> Sav
         for packed, entry in state_dict["state"].items()
     }
     _refuse_foreign(state, state_dict["param_groups"])
-    return SavedState(state, state_dict["param_groups"], marker)
+    return SavedState(state, state_dict["param_groups"], marker, _saved_names(state_dict))
 
 
 def _refuse_foreign(

@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_adam.checkpoint.boxes import Box, boxes_of_range, range_of_box
 from offload_adam.checkpoint.files import Blob, FileWriter, VerifiedFile
 from offload_adam.checkpoint.manifest import (
     BLOCK_NBYTES,
@@ -31,6 +30,7 @@ from offload_adam.checkpoint.manifest import (
     sealed,
 )
 from offload_adam.errors import CheckpointError
+from offload_adam.layout.boxes import Box, boxes_of_range, range_of_box
 
 shapes = st.lists(st.integers(1, 5), max_size=4)
 
