@@ -39,15 +39,16 @@ class BoxTensor(torch.Tensor):
         shape: Sequence[int],
         dtype: torch.dtype,
         sources: Iterable[BoxSource],
-        device: torch.device | str = "cpu",
     ) -> BoxTensor:
         """Make one of these boxes; where no process has any, torch would lose the tensor."""
-        tensor = torch.Tensor._make_wrapper_subclass(
-            cls, torch.Size(shape), dtype=dtype, device=device
-        )
+        tensor = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype)
         assert isinstance(tensor, BoxTensor)
         tensor._sources = {source.box.offsets: source for source in sources}
         return tensor
+
+    def _boxes(self) -> dict[tuple[int, ...], BoxSource]:
+        """Return what is here, by the offsets of each box."""
+        return self._sources
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's own has mangled names
@@ -58,11 +59,11 @@ class BoxTensor(torch.Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         """Show the shape and how many boxes are here."""
-        return f"{type(self).__name__}(shape={list(self.shape)}, boxes={len(self._sources)})"
+        return f"{type(self).__name__}(shape={list(self.shape)}, boxes={len(self._boxes())})"
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         """Return what of the tensor is here."""
-        return [_chunk(source.box) for source in self._sources.values()]
+        return [_chunk(source.box) for source in self._boxes().values()]
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
         """Return one item for each box."""
@@ -73,13 +74,13 @@ class BoxTensor(torch.Tensor):
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(_chunk(source.box), properties, self.shape),
             )
-            for source in self._sources.values()
+            for source in self._boxes().values()
         ]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
         """Return the elements of one box: to be written, or to be loaded into."""
         assert index.offset is not None
-        return self._sources[tuple(index.offset)].tensor()
+        return self._boxes()[tuple(index.offset)].tensor()
 
 
 def _chunk(box: Box) -> ChunkStorageMetadata:

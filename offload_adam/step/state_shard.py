@@ -7,7 +7,7 @@ from typing import Any, Never, SupportsIndex
 
 import torch
 
-from offload_adam.step.box_tensor import BoxTensor, range_sources
+from offload_adam.step.box_tensor import BoxSource, BoxTensor, range_sources
 
 _aten = torch.ops.aten
 _LIKE_ITSELF = {
@@ -33,7 +33,7 @@ class StateShard(BoxTensor):
     _local: torch.Tensor
 
     @staticmethod
-    def __new__(  # type: ignore[override]  # it takes a range, not boxes
+    def __new__(
         cls, shape: Sequence[int], order: tuple[int, ...], start: int, local: torch.Tensor
     ) -> StateShard:
         """Make one of a rank's range.
@@ -44,8 +44,9 @@ class StateShard(BoxTensor):
             start: index in memory order of the first element of `local`.
             local: (n,) elements [start, start + n); shared, not copied.
         """
-        sources = range_sources(shape, order, start, local)
-        shard = BoxTensor.__new__(cls, shape, local.dtype, sources, local.device)
+        shard = torch.Tensor._make_wrapper_subclass(
+            cls, torch.Size(shape), dtype=local.dtype, device=local.device
+        )
         assert isinstance(shard, StateShard)
         shard._order, shard._start, shard._local = order, start, local
         return shard
@@ -59,7 +60,7 @@ class StateShard(BoxTensor):
         own = (self._start, self._start + self._local.numel())
         return self._order == order and own == (start, end)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> StateShard:  # type: ignore[override]
+    def __deepcopy__(self, memo: dict[int, Any]) -> StateShard:
         """Copy this rank's elements."""
         memo[id(self)] = copied = self._with(self._local.clone())
         return copied
@@ -80,6 +81,12 @@ class StateShard(BoxTensor):
     def __repr__(self) -> str:  # type: ignore[override]
         """Show the shape, and the range that is here."""
         return f"StateShard({self._range()}, shape={list(self.shape)})"
+
+    def _boxes(self) -> dict[tuple[int, ...], BoxSource]:
+        # Made when asked for: dcp.async_save copies a tensor by its attributes, and would keep
+        # boxes that are views of the optimizer's memory.
+        sources = range_sources(self.shape, self._order, self._start, self._local)
+        return {source.box.offsets: source for source in sources}
 
     def _range(self) -> str:
         end = self._start + self._local.numel()
@@ -109,6 +116,8 @@ class StateShard(BoxTensor):
             if func in _LIKE_ITSELF:
                 kwargs.pop("memory_format", None)  # one of the whole shape, and this is 1-d
                 return first._with(func(first._local, *args[1:], **kwargs))
+            if func is _aten.new_empty.default and tuple(args[1]) == first.shape:
+                return first._with(func(first._local, first._local.shape, **kwargs))
             if func in (_aten.copy_.default, _aten.equal.default):
                 part = first._local_part(args[1])
                 if part is not None:

@@ -22,7 +22,7 @@ from tests.distributed.reference import Outcome, outcome_of
 from tests.distributed.test_checkpoints import assert_same, make, train, whole_state
 from tests.ranks import RankPool
 
-KINDS = ("fp32", "bf16", "streaming", "adam_beside", "adam_offload")
+KINDS = ("bf16", "streaming", "adam_beside", "adam_offload")
 
 
 def save(rank: int, world_size: int, kind: str, path: str, flat: bool, raw: bool) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def without_marker(found: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dcp_is_exact_in_any_world(ranks: RankPool, kind: str, tmp_path: Path) -> None:
-    for saving, others in ((2, (1, 2, 3)), (1, (2,))):
+    for saving, others in ((2, (1, 3)), (1, (2,))):
         path = str(tmp_path / str(saving))
         original = ranks.run(save, saving, kind, path, False, False, timeout=60.0)[0]
         for world_size in others:
@@ -102,7 +102,7 @@ def save_async(rank: int, world_size: int, path: str) -> dict[str, Any]:
     train(model, optimizer, 0, 3)
     found = whole_state(model, optimizer)
     state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    saving = dcp.async_save(state, checkpoint_id=path)
+    saving: Any = dcp.async_save(state, checkpoint_id=path)
     train(model, optimizer, 3, 4)  # the saved state is of before
     saving.result(timeout=30)
     optimizer.close()
@@ -122,7 +122,7 @@ def load_full(rank: int, world_size: int, broadcast: bool) -> tuple[Any, Any]:
     box: list[Any] = [optimizer.full_state_dict()]
     expected = copy.deepcopy(box[0])
     torch.distributed.broadcast_object_list(box)
-    full = {key: box[0][key] for key in ("state", "param_groups")}
+    full = {"state": box[0]["state"], "param_groups": optimizer.state_dict()["param_groups"]}
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     full["state"] = {names[packed]: entry for packed, entry in full["state"].items()}
     for group in full["param_groups"]:
@@ -169,9 +169,9 @@ def pickle_states(rank: int, world_size: int) -> tuple[list[Outcome], bool]:
     same = torch.equal(optimizer.local_state_dict()["state"][0]["exp_avg"], before)
     assert torch.equal(copied["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
     optimizer.state_dict()["state"][0]["exp_avg"].copy_(torch.arange(64.0).view(8, 8))
-    arange = optimizer.state[model.module.weight]["exp_avg"]
-    assert torch.equal(arange, torch.arange(64.0)[arange.numel() * rank :][: arange.numel()])
-    assert arange.numel() in (28, 32, 36, 40) or 0 < arange.numel() < 64
+    weight = next(part for part in optimizer.shards() if part.parameter.shape == (8, 8))
+    expected = torch.arange(64.0)[weight.start : weight.end]
+    assert torch.equal(weight.planes["exp_avg"], expected)
     torch.save(optimizer.local_state_dict(), io.BytesIO())
     optimizer.close()
     return outcomes, same

@@ -229,3 +229,86 @@ def test_every_adam_of_torch_loads(adam_type: Any, options: dict[str, Any]) -> N
         assert entry.keys() - {"master_weight"} == saved["state"][index].keys()
         for key, value in saved["state"][index].items():
             assert torch.equal(entry[key], value)
+
+
+def named(order: list[str], values: dict[str, torch.Tensor], prefix: str = "") -> Any:
+    return [(prefix + name, torch.nn.Parameter(values[name].clone())) for name in order]
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("make", [OffloadAdam, torch.optim.AdamW])
+def test_state_goes_to_the_parameter_of_the_same_name(make: Any, prefix: str, full: bool) -> None:
+    """Two parameters of one shape, given in another order."""
+    values = {name: torch.full((4,), float(i)) for i, name in enumerate("abc")}
+    saving = make(named(["a", "b", "c"], values, prefix))
+    for number, parameter in enumerate(saving.param_groups[0]["params"]):
+        parameter.grad = torch.full((4,), number + 1.0)
+    saving.step()
+    is_ours = make is OffloadAdam
+    saved = saving.full_state_dict() if full and is_ours else saving.state_dict()
+    loading = OffloadAdam(named(["c", "a", "b"], values))
+    loading.load_state_dict(saved)
+    found = [entry["exp_avg"][0].item() for entry in loading.state.values()]
+    assert found == pytest.approx([0.3, 0.1, 0.2])
+
+    other = OffloadAdam([*named(["c", "a"], values), ("d", torch.nn.Parameter(torch.zeros(4)))])
+    with pytest.raises(ValueError, match=r"missing \['d'\], unexpected \['b'\]"):
+        other.load_state_dict(saved)
+    unnamed = OffloadAdam([torch.nn.Parameter(torch.zeros(4)) for _ in range(3)])
+    unnamed.load_state_dict(saved)  # by position, as torch
+    found = [entry["exp_avg"][0].item() for entry in unnamed.state.values()]
+    assert found == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_a_modules_names_count_as_names() -> None:
+    def model_of(order: str) -> torch.nn.Module:
+        return torch.nn.ParameterDict({name: torch.zeros(4) for name in order})
+
+    first, second = model_of("ab"), model_of("ba")
+    saving = OffloadAdam(first.parameters(), module=first, gradient_reduction="optimizer")
+    first["a"].grad, first["b"].grad = torch.ones(4), torch.full((4,), 2.0)  # type: ignore[index]
+    saving.step()
+    loading = OffloadAdam(second.parameters(), module=second, gradient_reduction="optimizer")
+    loading.load_state_dict(saving.state_dict())
+    found = [loading.state[second[name]]["exp_avg"][0].item() for name in "ab"]  # type: ignore[index]
+    assert found == pytest.approx([0.1, 0.2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("before_step", [False, True])
+def test_tensors_put_into_the_state_are_used(dtype: torch.dtype, before_step: bool) -> None:
+    """Like an optimizer whose state was written in place."""
+    replaced, written = OffloadAdam(make_parameters(dtype)), OffloadAdam(make_parameters(dtype))
+    for optimizer in (replaced, written):
+        train(optimizer, range(2))
+    for entry in replaced.state.values():
+        for key, value in list(entry.items()):
+            entry[key] = value.clone()
+    replaced.state[replaced.param_groups[0]["params"][0]]["exp_avg"] = torch.full((3, 5), 0.5)
+    written.state[written.param_groups[0]["params"][0]]["exp_avg"].fill_(0.5)
+    whole = replaced.param_groups[0]["params"][3]
+    replaced.state[whole] = {key: value.clone() for key, value in replaced.state[whole].items()}
+    if not before_step:
+        assert_same_state(replaced.state_dict(), written.state_dict())
+    for optimizer in (replaced, written):
+        train(optimizer, range(2, 4))
+    assert_same_state(replaced.state_dict(), written.state_dict())
+    assert_same_state(replaced.full_state_dict(), written.full_state_dict())
+    assert bits(replaced) == bits(written)
+
+
+def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["state"].keys() == expected["state"].keys()
+    for packed, entry in expected["state"].items():
+        for key, value in entry.items():
+            assert torch.equal(found["state"][packed][key], value), (packed, key)
+
+
+def test_an_entry_that_lost_a_key_is_refused() -> None:
+    optimizer = OffloadAdam(make_parameters())
+    train(optimizer, range(1))
+    del optimizer.state[optimizer.param_groups[0]["params"][0]]["exp_avg"]
+    for use in (optimizer.state_dict, optimizer.full_state_dict, optimizer.step):
+        with pytest.raises(ValueError, match=r"optimizer\.state has lost 'exp_avg'"):
+            use()
