@@ -201,7 +201,7 @@ def save_everywhere(rank: int, world_size: int, name: str) -> list[dict[str, Any
     optimizer = make_adam(model, gradient_reduction="optimizer", **OPTIONS[name])
     for step in range(2):
         optimizer(walked(optimizer, gradients_of(model, step, rank, world_size)))
-    saved = [optimizer.full_state_dict(), optimizer.state_dict()]
+    saved = [optimizer.full_state_dict(), optimizer.local_state_dict()]
     optimizer.close()
     return saved
 

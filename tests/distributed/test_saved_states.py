@@ -34,7 +34,7 @@ def advance(model: Model, optimizer: OffloadAdam, steps: range, rank: int, world
 def standing(model: Model, optimizer: OffloadAdam) -> Run:
     """Return copies, cut loose from the optimizer's memory."""
     full = optimizer.full_state_dict()
-    local = optimizer.state_dict()
+    local = optimizer.local_state_dict()
     local["state"] = {
         packed: {key: value.clone() for key, value in entry.items()}
         for packed, entry in local["state"].items()

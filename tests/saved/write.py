@@ -4,7 +4,7 @@ They are written once for each format and then kept: a new format gets a folder 
 
     VERSION/CASE-WORLD/checkpoint/      what save_checkpoint wrote on WORLD ranks
     VERSION/CASE-WORLD/distributed/     OptimizerState through torch.distributed.checkpoint
-    VERSION/CASE-WORLD/rank-N.pt        this rank's state_dict()
+    VERSION/CASE-WORLD/rank-N.pt        this rank's local_state_dict()
     VERSION/CASE-WORLD/expected.pt      all values at the save and three steps later, by torch.save
     VERSION/train/                      a training run's folder, with its checkpoint after step 4
 """
@@ -101,7 +101,7 @@ def write(rank: int, world_size: int, case: str, folder: str) -> None:
     train(model, optimizer, 0, NUM_STEPS)
     save_checkpoint(target / "checkpoint", model=model, optimizer=optimizer, extra=EXTRA)
     dcp.save({"optimizer": OptimizerState(model, optimizer)}, checkpoint_id=target / "distributed")
-    torch.save(copy.deepcopy(optimizer.state_dict()), target / f"rank-{rank}.pt")
+    torch.save(copy.deepcopy(optimizer.local_state_dict()), target / f"rank-{rank}.pt")
     saved = values(model, optimizer)
     train(model, optimizer, NUM_STEPS, 2 * NUM_STEPS)
     after = values(model, optimizer)
