@@ -52,6 +52,7 @@ class StateDicts(CoreOptimizer):
                 entry[key] = state_shard(bucket, position, entry[key])
         return saved
 
+    @serialized
     def local_state_dict(self) -> dict[str, Any]:
         """Return this rank's state as plain tensors: whole with one rank, else its 1-d ranges.
 

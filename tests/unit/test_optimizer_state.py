@@ -262,16 +262,23 @@ def test_state_goes_to_the_parameter_of_the_same_name(make: Any, prefix: str, fu
 
 
 def test_a_modules_names_count_as_names() -> None:
+    """Also where the modules register their parameters in different orders."""
+
     def model_of(order: str) -> torch.nn.Module:
-        return torch.nn.ParameterDict({name: torch.zeros(4) for name in order})
+        model = torch.nn.Module()
+        for name in order:
+            model.register_parameter(name, torch.nn.Parameter(torch.zeros(4)))
+        return model
 
     first, second = model_of("ab"), model_of("ba")
+    assert [name for name, _ in second.named_parameters()] == ["b", "a"]
     saving = OffloadAdam(first.parameters(), module=first, gradient_reduction="optimizer")
-    first["a"].grad, first["b"].grad = torch.ones(4), torch.full((4,), 2.0)  # type: ignore[index]
+    first.get_parameter("a").grad = torch.ones(4)
+    first.get_parameter("b").grad = torch.full((4,), 2.0)
     saving.step()
     loading = OffloadAdam(second.parameters(), module=second, gradient_reduction="optimizer")
     loading.load_state_dict(saving.state_dict())
-    found = [loading.state[second[name]]["exp_avg"][0].item() for name in "ab"]  # type: ignore[index]
+    found = [loading.state[second.get_parameter(name)]["exp_avg"][0].item() for name in "ab"]
     assert found == pytest.approx([0.1, 0.2])
 
 
