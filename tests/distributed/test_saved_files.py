@@ -22,7 +22,7 @@ from tests.distributed.test_checkpoints import assert_same
 from tests.ranks import RankPool
 from tests.saved import write
 
-FOLDERS = [write.HERE / "format_2" / f"{case}-{world}" for case, world in write.CASES]
+FOLDERS = sorted(write.HERE.glob("format_*/*-*"))
 WAYS = ("checkpoint", "distributed", "state_dict", "full_state_dict")
 
 
@@ -42,7 +42,9 @@ def load(way: str, folder: Path, rank: int, model: write.Model, optimizer: Any) 
     expected = torch.load(folder / "expected.pt")["saved"]
     if way == "checkpoint":
         extra = load_checkpoint(folder / "checkpoint", model=model, optimizer=optimizer)
-        assert extra == write.EXTRA
+        written = write.EXTRAS[folder.parent.name]
+        assert extra == written
+        assert repr(extra) == repr(written)  # and so of the same types
         return
     model.load_state_dict(expected["weights"])
     if way == "distributed":
@@ -85,7 +87,9 @@ def assert_close(found: Any, expected: Any, where: str = "") -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "way", "world_size"), cases(), ids=lambda value: getattr(value, "name", str(value))
+    ("folder", "way", "world_size"),
+    cases(),
+    ids=lambda value: "/".join(Path(str(value)).parts[-2:]),
 )
 def test_every_saved_file_loads_to_the_bit(
     ranks: RankPool, folder: Path, way: str, world_size: int
@@ -97,17 +101,18 @@ def test_every_saved_file_loads_to_the_bit(
     assert_close(after, expected["after"])
 
 
+@pytest.mark.parametrize("version", write.EXTRAS)
 def test_a_training_run_goes_on_from_a_saved_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
     """The checkpoint after step 4 gives steps 5 to 8 the losses that they had."""
-    shutil.copytree(write.HERE / "format_2", tmp_path / "format_2")
+    shutil.copytree(write.HERE / version / "train", tmp_path / version / "train")
     shutil.copytree(write.HERE / "text", tmp_path / "text")
     monkeypatch.chdir(tmp_path)
-    metrics = tmp_path / "format_2" / "train" / "metrics.jsonl"
+    metrics = tmp_path / version / "train" / "metrics.jsonl"
     before = [json.loads(line) for line in metrics.read_text().splitlines()]
     printed = io.StringIO()
-    run_job(write.train_config("format_2"), Console(file=printed))
+    run_job(write.train_config(version), Console(file=printed))
     after = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [record["step"] for record in after] == list(range(1, 9))
     assert after[:4] == before[:4]

@@ -15,6 +15,7 @@ import copy
 import io
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,18 @@ CASES = [
     ("adam", 2),
     ("adam_offload", 2),
 ]
-EXTRA = {"epoch": 3, "history": [1.5, None, "text"], "nested": {"flag": True}}
+PLAIN = {"epoch": 3, "history": [1.5, None, "text"], "nested": {"flag": True}}
+EXTRAS: dict[str, dict[str, Any]] = {
+    "format_2": PLAIN,
+    "format_3": {
+        **PLAIN,
+        "milestones": Counter({3: 1, 6: 2}),
+        "best": float("inf"),
+        "pair": (1, (2.5, b"bytes")),
+        "$type": "a key of the user's",
+    },
+}
+"""What was given as `extra`, by format."""
 NUM_STEPS = 3
 
 
@@ -94,12 +106,13 @@ def values(model: Model, optimizer: Any) -> dict[str, Any]:
     return {"weights": weights, "full": full, "num_steps": optimizer.num_steps}
 
 
-def write(rank: int, world_size: int, case: str, folder: str) -> None:
+def write(rank: int, world_size: int, case: str, version: str) -> None:
     """Train for a few steps and write everything; the expected values hold three steps more."""
-    target = Path(folder)
+    target = folder_of(version, case, world_size)
+    extra = EXTRAS[version]
     model, optimizer = make(case, seed=1)
     train(model, optimizer, 0, NUM_STEPS)
-    save_checkpoint(target / "checkpoint", model=model, optimizer=optimizer, extra=EXTRA)
+    save_checkpoint(target / "checkpoint", model=model, optimizer=optimizer, extra=extra)
     dcp.save({"optimizer": OptimizerState(model, optimizer)}, checkpoint_id=target / "distributed")
     torch.save(copy.deepcopy(optimizer.local_state_dict()), target / f"rank-{rank}.pt")
     saved = values(model, optimizer)
@@ -108,6 +121,11 @@ def write(rank: int, world_size: int, case: str, folder: str) -> None:
     if rank == 0:
         torch.save({"saved": saved, "after": after}, target / "expected.pt")
     optimizer.close()
+
+
+def folder_of(version: str, case: str, world_size: int) -> Path:
+    """Return where the files of one case are."""
+    return HERE / version / f"{case}-{world_size}"
 
 
 def train_config(folder: str) -> RunConfig:
@@ -129,9 +147,8 @@ def main(version: str) -> None:
     shutil.rmtree(root, ignore_errors=True)
     with RankPool() as ranks:
         for case, world_size in CASES:
-            folder = root / f"{case}-{world_size}"
-            folder.mkdir(parents=True)
-            ranks.run(write, world_size, case, str(folder))
+            folder_of(version, case, world_size).mkdir(parents=True)
+            ranks.run(write, world_size, case, version)
     os.chdir(HERE)
     run_job(train_config(version), Console(file=io.StringIO()))
     shutil.rmtree(root / "train" / "checkpoints" / "step-8")
