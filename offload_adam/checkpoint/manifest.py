@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from offload_adam.checkpoint.encoding import decode
 from offload_adam.errors import CheckpointError
 from offload_adam.layout.boxes import Box, range_of_box
 
@@ -108,7 +107,7 @@ class Manifest(_Part):
 
     def decoded_values(self) -> dict[str, Any]:
         """Return what of the model's state dict is no tensor."""
-        return {name: decode(value, name) for name, value in self.values.items()}
+        return {name: _decode(value, name) for name, value in self.values.items()}
 
     def decoded_extra(self) -> dict[str, Any]:
         """Return what the caller of `save_checkpoint` gave.
@@ -118,7 +117,7 @@ class Manifest(_Part):
         """
         if self.format_version == 2:
             return self.extra
-        found = decode(self.extra, "extra")
+        found = _decode(self.extra, "extra")
         if not isinstance(found, dict):
             raise CheckpointError(f"extra is a {type(found).__name__}, and must be a dict")
         return found
@@ -126,6 +125,13 @@ class Manifest(_Part):
     def to_json(self) -> str:
         """Return the text of `manifest.json`."""
         return sealed(self.model_dump())
+
+
+def _decode(value: Any, path: str) -> Any:
+    # Imports torch, which takes seconds: `plan` reads this module's constants without it.
+    from offload_adam.checkpoint.encoding import decode
+
+    return decode(value, path)
 
 
 def sealed(values: dict[str, Any]) -> str:

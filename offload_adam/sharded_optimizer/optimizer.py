@@ -397,6 +397,7 @@ class ShardedOptimizer(StateDicts):
             self._release()
             self._core = None
             self._hooks = None
+            self._written = WrittenState()
             self.state.clear()
 
     @property
