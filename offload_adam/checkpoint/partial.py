@@ -6,6 +6,7 @@ touches the folder of a save that still runs.
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
@@ -22,6 +23,9 @@ from offload_adam.errors import CheckpointError
 
 PARTIAL_SUFFIX = ".partial"
 _OWNER = re.compile(r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}" + re.escape(PARTIAL_SUFFIX))
+
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
+"""What file systems without hard links answer."""
 
 _in_progress: set[str] = set()
 """Names that this process is writing to."""
@@ -44,8 +48,7 @@ def publish(partial: Path, target: Path) -> None:
         CheckpointError: another process has written a folder there meanwhile.
     """
     try:
-        # Atomic, and it replaces no folder with files in it: of several saves one succeeds.
-        partial.rename(target)
+        _rename(partial, target)
     except OSError as error:
         if not os.path.lexists(target):
             raise
@@ -54,6 +57,21 @@ def publish(partial: Path, target: Path) -> None:
             "each job a path of its own"
         ) from error
     _in_progress.discard(partial.name)
+
+
+def _rename(partial: Path, target: Path) -> None:
+    """Rename atomically, unless there is something at the target: of several saves one succeeds."""
+    if partial.is_file():
+        # A rename would replace another file, a link does not.
+        try:
+            os.link(partial, target)
+        except OSError as error:
+            if error.errno not in _NO_LINKS or os.path.lexists(target):
+                raise
+        else:
+            partial.unlink()
+            return
+    partial.rename(target)  # a folder replaces no folder with files in it
 
 
 def discard(partial: Path) -> None:

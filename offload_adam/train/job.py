@@ -88,7 +88,7 @@ def run_job(config: RunConfig, console: Console | None = None, saver: Saver | No
             job = resume(job)
             require_place(job)
         first_step = job.first_step
-        job = replace(job, saver=saver or CheckpointSaver(job))
+        job = replace(job, saver=saver or CheckpointSaver(job, require_held))
         if first_step > config.train.num_steps:
             logger.info("all %d steps have been taken: nothing is left to do", first_step - 1)
         elif world.rank == 0:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,8 +22,8 @@ LOCK_NAME = "lock"
 LEASE_S = 30.0
 """Seconds without a refresh after which the lock of a process on another host is taken over."""
 
+_REFRESHES = 10  # in one lease, so that a second start is rejected after a tenth of it
 _POLL_S = 0.1
-_ENDING_S = 3.0  # a restart may begin before the last process of the attempt before it has ended
 
 
 @contextmanager
@@ -32,7 +31,7 @@ def locked_run_folder(config: RunConfig) -> Iterator[Callable[[], None]]:
     """Hold the lock of the run's folder on rank 0; other ranks do nothing.
 
     The lock is a file that its owner refreshes, so it needs no `flock`. A dead process of this host
-    loses it at once, one of another host after `LEASE_S` seconds without a refresh.
+    loses it at once, one of another host or container after `LEASE_S` seconds without a refresh.
 
     Yields:
         What raises `RunFolderLostError` once another job has taken the folder over.
@@ -48,6 +47,7 @@ def locked_run_folder(config: RunConfig) -> Iterator[Callable[[], None]]:
     lock = SoftFileLease(
         folder / LOCK_NAME,
         lease_duration=LEASE_S,
+        heartbeat_interval=LEASE_S / _REFRESHES,
         on_compromise=_warn,
         thread_local=False,
     )
@@ -61,28 +61,27 @@ def locked_run_folder(config: RunConfig) -> Iterator[Callable[[], None]]:
 
 
 def _acquire(lock: SoftFileLease, folder: Path) -> None:
-    """Acquire the lock, or find that its owner is alive."""
+    """Acquire the lock, or see that its owner refreshes it."""
     began, first_seen = time.monotonic(), None
     while True:
         with suppress(Timeout):
             lock.acquire(timeout=0)
             return
-        owner, waited_s = lock.owner, time.monotonic() - began
         with suppress(FileNotFoundError):
             refreshed = (folder / LOCK_NAME).stat().st_mtime_ns
             first_seen = refreshed if first_seen is None else first_seen
-            is_here = owner is not None and owner.hostname == socket.gethostname()
-            lives = refreshed != first_seen or (is_here and waited_s > _ENDING_S)
-            if lives or waited_s > 2 * LEASE_S:
-                who = "another process"
-                if owner is not None:
-                    who = f"process {owner.pid} on {owner.hostname}"
+            if refreshed != first_seen or time.monotonic() - began > 2 * LEASE_S:
                 raise ConfigError.at(
                     "run.name",
-                    f"{folder} is in use by {who}: wait until that run has ended, or choose "
-                    "another run.name",
+                    f"{folder} is in use by {_owner_of(lock)}: wait until that run has ended, or "
+                    "choose another run.name",
                 )
         time.sleep(_POLL_S)
+
+
+def _owner_of(lock: SoftFileLease) -> str:
+    owner = lock.owner
+    return "another process" if owner is None else f"process {owner.pid} on {owner.hostname}"
 
 
 def _warn(loss: LeaseCompromise) -> None:
@@ -97,9 +96,7 @@ def _require_held(lock: SoftFileLease, folder: Path) -> None:
     """Raise where another process owns the lock now."""
     if lock.compromise is None or lock.compromise.reason != "owner-changed":
         return
-    owner = lock.owner
-    who = "another process" if owner is None else f"process {owner.pid} on {owner.hostname}"
     raise RunFolderLostError(
-        f"{folder} was taken over by {who}, because this process did not refresh its lock for "
-        f"{LEASE_S:.0f} s. This run ends, so that two runs do not mix their files"
+        f"{folder} was taken over by {_owner_of(lock)}: this process seemed dead, as one that is "
+        f"stopped for {LEASE_S:.0f} s does. This run ends, so that two runs do not mix their files"
     )

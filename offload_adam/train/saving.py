@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from offload_adam.checkpoint.background import PendingCheckpoint, begin_checkpoint
 from offload_adam.checkpoint.load import load_checkpoint, verify_checkpoint
 from offload_adam.checkpoint.manifest import read_manifest
-from offload_adam.checkpoint.partial import PARTIAL_SUFFIX
+from offload_adam.checkpoint.partial import PARTIAL_SUFFIX, discard
 from offload_adam.checkpoint.save import require_shared, save_checkpoint
 from offload_adam.config import ConfigError, RunConfig
 from offload_adam.coordinator.admission import gather_texts, together
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER_NAME = "checkpoints"
 _STEP_NAME = re.compile(r"step-(\d+)")
+_UNFINISHED = re.compile(r"step-\d+(\.[0-9a-f-]+)?" + re.escape(PARTIAL_SUFFIX))
 
 MAY_CHANGE = (
     "run.dir",
@@ -57,12 +58,16 @@ class CheckpointSaver:
     With `checkpoint.mode: async` training goes on meanwhile, but for the last one of a run. One is
     written at a time: where the next is due before it has ended, the training thread waits for it.
 
+    Args:
+        require_held: raises where another job has taken the run's folder over.
+
     num_failed counts what could not be written: a run goes on without, unless
     `checkpoint.required`.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, require_held: Callable[[], None] = lambda: None) -> None:
         self._job = job
+        self._require_held = require_held
         self._pending: tuple[Path, PendingCheckpoint] | None = None
         # What this process has written or read to the last byte; the run's lock keeps others out.
         self._whole = set() if job.resumed_from is None else {job.resumed_from}
@@ -77,11 +82,12 @@ class CheckpointSaver:
         Raises:
             CheckpointError, PeerError, OSError: where `checkpoint.required`.
         """
+        self._require_held()
         self._finish_pending()
         path = checkpoint_path(self._job.config, step)
         job = self._job
         with self._tolerating(path):
-            if self._stands(path, step):
+            if self._stands(path):
                 return
             extra = {
                 "step": step,
@@ -136,8 +142,8 @@ class CheckpointSaver:
             )
         self._keep(path)
 
-    def _stands(self, path: Path, step: int) -> bool:
-        """Tell whether the checkpoint of this step is there and whole; set it aside if damaged.
+    def _stands(self, path: Path) -> bool:
+        """Tell whether this run has written the checkpoint already; set another one aside.
 
         Collective: rank 0 looks, since ranks may see a shared folder change at different times.
         """
@@ -146,21 +152,15 @@ class CheckpointSaver:
             if self._job.world.rank != 0 or not path.exists():
                 return ""
             if path in self._whole:
-                return "whole"
-            try:
-                if verify_checkpoint(path).step == step:
-                    self._whole.add(path)
-                    return "whole"
-                problem = f"it is not of step {step}"
-            except CheckpointError as error:
-                problem = str(error)
-            logger.warning("Replacing checkpoint %s: %s", path, problem)
-            _move_aside(path.parent, [path.name])
+                return "written"
+            # Whole or not, it is none of this run's steps.
+            aside = _move_aside(path.parent, [path.name])
+            logger.warning("%s was not written by this run: moved into %s", path, aside.name)
             return ""
 
         membership = self._job.optimizer.membership
         found = together(membership, "looking for a checkpoint", look)
-        return gather_texts(membership, found)[0] == "whole"
+        return gather_texts(membership, found)[0] == "written"
 
     @contextmanager
     def _tolerating(self, path: Path) -> Iterator[None]:
@@ -188,6 +188,7 @@ class CheckpointSaver:
         """
         if self._job.world.rank != 0:
             return
+        self._require_held()
         self._whole.add(path)
         section, folder = self._job.config.checkpoint, path.parent
         steps = sorted(steps_in(folder))
@@ -197,7 +198,9 @@ class CheckpointSaver:
             if is_old and (section.keep_every is None or step % section.keep_every):
                 shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
         for unfinished in folder.glob(f"step-*{PARTIAL_SUFFIX}"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+            # The run's lock says that no other save writes these; an export may be beside them.
+            if _UNFINISHED.fullmatch(unfinished.name):
+                discard(unfinished)
 
 
 def require_place(job: Job) -> None:

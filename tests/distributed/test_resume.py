@@ -59,7 +59,8 @@ def values(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     for name, section in sections.items():
         replaces = name == "optimizer"
         chosen[name] = section if replaces else chosen.get(name, {}) | section
-    return {**chosen, "run": {"name": "case", "dir": str(folder)}}
+    chosen["run"] = {"name": "case", "dir": str(folder)} | chosen.get("run", {})
+    return chosen
 
 
 def run(folder: Path, **sections: dict[str, Any]) -> list[dict[str, Any]]:
@@ -150,6 +151,52 @@ def test_what_is_damaged_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptur
     for step in (8, 12):
         verify_checkpoint(folder / f"step-{step}")
         assert (folder / "earlier-1" / f"step-{step}").is_dir()
+
+
+def test_a_damaged_checkpoint_makes_no_whole_one_go(tmp_path: Path) -> None:
+    """Three are to be kept, and only those count that are known to be whole."""
+    run(tmp_path)
+    damaged = tmp_path / "case" / "checkpoints" / "step-8" / "rank-00000-of-00001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    longer = SMALL["train"] | {"num_steps": 16}
+    run(tmp_path, train=longer, checkpoint={"every": 4, "keep_last": 3})
+    assert steps(tmp_path) == [4, 8, 12, 16]
+    longer = SMALL["train"] | {"num_steps": 20}
+    run(tmp_path, train=longer, checkpoint={"every": 4, "keep_last": 2})
+    assert steps(tmp_path) == [16, 20]
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_checkpoint_of_another_run_is_not_taken_for_this_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """As where moving it aside at the start failed."""
+    run(tmp_path)
+    monkeypatch.setattr(saving, "set_aside", lambda *_: None)
+    checkpoint = {"every": 4, "keep_last": 10, "resume": "never", "mode": mode}
+    run(tmp_path, optimizer={"lr": 0.5}, checkpoint=checkpoint)
+    folder = tmp_path / "case" / "checkpoints"
+    for number, step in enumerate((4, 8, 12), start=1):
+        new, old = folder / f"step-{step}", folder / f"earlier-{number}" / f"step-{step}"
+        for path, lr in ((new, 0.5), (old, 0.01)):
+            assert read_manifest(path).decoded_extra()["config"]["optimizer"]["lr"] == lr
+
+
+def test_a_run_removes_no_unfinished_export(tmp_path: Path) -> None:
+    folder = tmp_path / "case" / "checkpoints"
+    export = folder / "step-4-dcp.00000000-1-00000000.partial"
+    killed = folder / "step-4.00000000-1-00000000.partial"
+    for path in (export, killed):
+        path.mkdir(parents=True)
+    run(tmp_path)
+    assert export.is_dir()
+    assert not killed.exists()
+
+
+def test_another_seed_is_rejected(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(ConfigError, match=r"run\.seed.*was 0 in the checkpoint, and is 1"):
+        run(tmp_path, run={"seed": 1})
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from offload_adam import CheckpointError, OffloadAdam, begin_checkpoint, save_checkpoint
 from offload_adam.checkpoint import partial as partials
 from offload_adam.checkpoint.load import verify_checkpoint
-from offload_adam.checkpoint.partial import partial_name
+from offload_adam.checkpoint.partial import partial_name, publish
 from offload_adam.checkpoint.save import Save
 from tests.distributed.reference import Outcome, outcome_of
 from tests.ranks import RankPool
@@ -137,3 +138,24 @@ def test_only_what_ended_processes_of_this_node_left_is_removed(
     assert left == {"c", *names.values()} - {names["ended"], names["ours, given up"]}
     monkeypatch.setattr(partials, "_in_progress", set())
     optimizer.close()
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_file_replaces_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    """As of two exports to one name; also where the file system has no hard links."""
+
+    def no_link(*_: object) -> None:
+        raise OSError(errno.EPERM, "not permitted")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", no_link)
+    one, other, target = tmp_path / "one", tmp_path / "other", tmp_path / "target"
+    one.write_text("one")
+    other.write_text("other")
+    publish(one, target)
+    with pytest.raises(CheckpointError, match="was written by another process meanwhile"):
+        publish(other, target)
+    assert target.read_text() == "one"
+    assert not one.exists()
