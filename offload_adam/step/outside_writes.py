@@ -123,11 +123,11 @@ class OutsideWrites:
         if not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "parameter %r and %d more were written through .data or NumPy; their master "
+                "%d parameter(s), %r first, were written through .data or NumPy; their master "
                 "weights follow. Not every such write can be found: write under torch.no_grad() "
                 "without .data, or call refresh_master() after it",
+                len(names),
                 names[0],
-                len(names) - 1,
             )
 
     def checksum(self, changed: Sequence[int]) -> int:
