@@ -141,6 +141,19 @@ class GradientReader:
         dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
         return GradientsInPlace(tensors, addresses, sorted(dtypes, key=str), rows)
 
+    def emptied(self, left: Sequence[bool]) -> str | None:
+        """Return the name of a parameter whose `.grad` was set to None after its gradient had left.
+
+        Args:
+            left: by position, whether a gradient has left, besides those that have been taken.
+        """
+        for name, parameter, has_left, taken in zip(
+            self._names, self._parameters, left, self._taken, strict=True
+        ):
+            if (has_left or taken is not None) and parameter.grad is None:
+                return name
+        return None
+
     def hide_stand_ins(self) -> None:
         """Empty `.grad` where it holds a stand-in, so that autograd need not replace it."""
         for parameter in self._parameters:
@@ -180,6 +193,12 @@ class GradientReader:
     def _conform(self, position: int, gradient: torch.Tensor) -> torch.Tensor:
         """Return the gradient in its parameter's memory order, copied only where it is not."""
         parameter = self._parameters[position]
+        if parameter.numel() != self._numels[position]:
+            raise ValueError(
+                f"parameter {self._names[position]!r} has {parameter.numel()} elements, and had "
+                f"{self._numels[position]} when the optimizer was constructed. Wrap, shard or "
+                "resize a model before the optimizer is constructed"
+            )
         if (
             gradient.layout is not torch.strided
             or gradient.dtype not in _FORMATS

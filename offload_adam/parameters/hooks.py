@@ -22,6 +22,10 @@ class GradientSink(Protocol):
         """The `.grad` of these, in order of arrival, holds all that a backward has for them."""
         ...
 
+    def backward_began(self) -> None:
+        """A backward brings its first gradient; one that is nested in it comes as another."""
+        ...
+
     def backward_ended(self) -> None:
         """The outermost backward is over."""
         ...
@@ -107,6 +111,7 @@ class BackwardHooks:
             engine = torch.autograd.Variable._execution_engine
             engine.queue_callback(self._task_ended)
             self._tasks.add(task)
+            self._sink.backward_began()
 
     def _task_ended(self) -> None:
         if torch._C._current_autograd_node() is not None:

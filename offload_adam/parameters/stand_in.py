@@ -25,6 +25,11 @@ _LOSS_SCALE = (
 class GradientSource(Protocol):
     """What knows the gradients that have left `.grad`, by index."""
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether gradients have left since the last step."""
+        ...
+
     def norm(self, index: int) -> float:
         """Return the 2-norm of a gradient. Collective."""
         ...
@@ -52,6 +57,7 @@ class StandIn(torch.Tensor):
     _parameter: weakref.ref[torch.Tensor]
     _source: GradientSource | None
     _index: int
+    _is_copy: bool
 
     @staticmethod
     def __new__(
@@ -78,18 +84,22 @@ class StandIn(torch.Tensor):
         first = args[0] if args else None
         if isinstance(first, StandIn):
             if func is _aten.detach.default:
-                return first._copy()
+                return first._other(is_copy=first._is_copy)
             if func is _aten._to_copy.default:  # module.to() converts .grad too
-                return first._copy(kwargs.get("dtype"), kwargs.get("device"))
+                return first._other(kwargs.get("dtype"), kwargs.get("device"), is_copy=True)
             if func is _aten.add_.Tensor and _autograd_accumulates():
                 return first._replace(args[1])
             if func is _aten.add.Tensor and _autograd_accumulates():
                 return args[1].clone()  # create_graph=True: autograd puts the result into .grad
             if first._source is not None and _is_plain_norm(func, args, kwargs):
                 return first._norm(first._source)
-            if first._source is not None and func in _SCALED and _is_number(args[1]):
+            # A copy is multiplied by itself: the gradient must not change with it.
+            scales = func in _SCALED and _is_number(args[1]) and not first._is_copy
+            if first._source is not None and scales:
                 first._source.multiply(first._index, args[1], inverse=_SCALED[func])
                 return first
+            if func is _aten.zero_.default and not (first._source and first._source.has_gradients):
+                return first  # module.zero_grad(set_to_none=False) after the step
         elif func in _FOREACH and isinstance(first, (list, tuple)) and not kwargs:
             results = [_FOREACH[func](tensor, *args[1:]) for tensor in first]
             return results if func is _aten._foreach_norm.Scalar else None
@@ -109,7 +119,7 @@ class StandIn(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StandIn:
         """Return another stand-in of the same gradient."""
-        return self._copy()
+        return self._other(is_copy=True)
 
     def __repr__(self) -> str:  # type: ignore[override]
         """Show what it stands for."""
@@ -118,10 +128,16 @@ class StandIn(torch.Tensor):
             f"dtype={self.dtype}, device={self.device})"
         )
 
-    def _copy(
-        self, dtype: torch.dtype | None = None, device: torch.device | None = None
+    def _other(
+        self,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        *,
+        is_copy: bool,
     ) -> StandIn:
-        return _make(self, self._name, self._parameter, self._source, self._index, dtype, device)
+        made = _make(self, self._name, self._parameter, self._source, self._index, dtype, device)
+        made._is_copy = is_copy
+        return made
 
     def _norm(self, source: GradientSource) -> torch.Tensor:
         return torch.tensor(source.norm(self._index), dtype=torch.float32, device=self.device)
@@ -155,7 +171,7 @@ def _reject(name: str) -> Callable[..., Any]:
 
 # These read or write memory without an operation that torch would dispatch.
 for _method in (
-    *("item", "tolist", "numpy", "data_ptr", "storage", "untyped_storage", "share_memory_"),
+    *("item", "tolist", "numpy", "data_ptr", "storage", "share_memory_"),
     *("__array__", "__bool__", "__float__", "__int__", "__index__", "__complex__"),
     *("__dlpack__", "__reduce_ex__"),
 ):
@@ -189,6 +205,7 @@ def _make(
     made._parameter = parameter
     made._source = source
     made._index = index
+    made._is_copy = False
     return made
 
 

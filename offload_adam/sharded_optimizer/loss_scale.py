@@ -53,7 +53,7 @@ def report_skip(optimizer: torch.optim.Optimizer) -> None:
     frame = inspect.currentframe()
     while frame is not None:
         scaler = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
-        if isinstance(scaler, torch.amp.GradScaler):
+        if isinstance(scaler, torch.amp.GradScaler) and scaler.is_enabled():
             for found_inf in scaler._found_inf_per_device(optimizer).values():
                 found_inf.fill_(1.0)
             return

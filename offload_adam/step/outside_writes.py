@@ -112,7 +112,7 @@ class OutsideWrites:
     def report_unseen(self, names: Sequence[str]) -> None:
         """Compare everything for some steps, and warn once.
 
-        A write before the first step needs no warning: it is always found.
+        A write before the first step needs no warning: every shard is compared then.
 
         Args:
             names: the parameters that were written.

@@ -23,6 +23,12 @@ from offload_adam.transfer.slots import SlotPool
 
 _grad = attrgetter("grad")
 
+_EMPTIED = (
+    "the .grad of parameter {!r} was set to None, but its gradient has already left in this step's "
+    "backward. Drop the gradients of all parameters with optimizer.zero_grad(), or construct the "
+    "optimizer without module= to keep them in .grad"
+)
+
 
 class _Arrivals:
     """Which gradients of one bucket a backward has brought so far."""
@@ -88,6 +94,7 @@ class GradientReduction:
         self._num_rounds = 0
         self._begun = False
         self.shows_stand_ins = False  # some `.grad` may hold one
+        self._hidden = False  # a further backward of this step has hidden those of earlier ones
         self._arrivals: list[_Arrivals] = []
         self.gradients: list[BucketGradients] = []
 
@@ -183,6 +190,8 @@ class GradientReduction:
         """
         if len({state.device for state in self._states}) == 1:
             self.hide_stand_ins()
+            # In the first round, those of this step are shown as soon as a gradient has left.
+            self._hidden = self._num_rounds > 0
 
     def hide_stand_ins(self) -> None:
         """Empty `.grad` where it holds a stand-in."""
@@ -195,10 +204,24 @@ class GradientReduction:
         while self._next < len(self._states) and not self._arrivals[self._next].missing:
             self._send_next()
 
+    def backward_began(self) -> None:
+        """Reject a further backward after some `.grad` was set to None, as by model.zero_grad().
+
+        The gradient that had left it would be added all the same.
+        """
+        # A nested backward: it is this package that has emptied `.grad` then.
+        if not self.has_gradients or self._hidden:
+            return
+        for state, gradients in zip(self._states, self.gradients, strict=True):
+            name = state.reader.emptied(gradients.dense.tolist())
+            if name is not None:
+                raise ValueError(_EMPTIED.format(name))
+
     def backward_ended(self) -> None:
         """Send off what this backward left incomplete, so that every rank issues the same order."""
         while self._next < len(self._states):
             self._send_next()
+        self._hidden = False
 
     def finish(self) -> Exception | None:
         """Send off and land everything for this step, and return the first error of this rank.
@@ -267,12 +290,7 @@ class GradientReduction:
                         )
                     late = True
                 elif parameter.grad is None and left[position]:
-                    raise ValueError(
-                        f"the .grad of parameter {state.names[position]!r} was set to None, but "
-                        "its gradient has already left in this step's backward. Drop the gradients "
-                        "of all parameters with optimizer.zero_grad(), or construct the optimizer "
-                        "without module= to keep them in .grad"
-                    )
+                    raise ValueError(_EMPTIED.format(state.names[position]))
         return late
 
     def take_late_gradients(self) -> Exception | None:
@@ -293,7 +311,7 @@ class GradientReduction:
         if unfinished:
             self._send_rest()
         self.executor.land(wait=True)
-        self._begun = False
+        self._begun = self._hidden = False
         self._next = 0
         self._num_rounds = 0
         if self._streamed is not None:

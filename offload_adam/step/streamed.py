@@ -24,6 +24,7 @@ class StreamedGradients:
 
     def forget(self) -> None:
         """Start over with the next step."""
+        self.has_gradients = False
         self._norms: npt.NDArray[np.float64] | None = None
         self._factors: dict[int, float] = {}
         self._added_later = False
@@ -31,6 +32,7 @@ class StreamedGradients:
 
     def gradients_left(self) -> None:
         """Hear that further gradients have left `.grad`."""
+        self.has_gradients = True
         self._norms = None
         self._added_later = bool(self._factors)
 

@@ -314,3 +314,26 @@ def test_gradients_stay_in_grad_drop_in_and_add_up_until_zero_grad() -> None:
     assert torch.equal(parameter.grad, torch.zeros(5))
     optimizer.zero_grad()
     assert parameter.grad is None
+
+
+def test_a_disabled_scaler_does_not_see_a_skipped_step() -> None:
+    """As in scripts that write GradScaler(enabled=use_amp)."""
+    model = torch.nn.Linear(4, 4)
+    before = model.weight.detach().clone()
+    optimizer = OffloadAdam(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler.scale(model(torch.ones(2, 4)).sum() * float("nan")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.skipped
+    assert torch.equal(model.weight, before)
+
+
+def test_a_parameter_that_was_sharded_after_construction_is_named() -> None:
+    parameter = torch.nn.Parameter(torch.ones(4))
+    optimizer = OffloadAdam([("weight", parameter)])
+    parameter.data = torch.ones(2)
+    parameter.grad = torch.ones(2)
+    with pytest.raises(ValueError, match="'weight' has 2 elements, and had 4 when the optimizer"):
+        optimizer.step()

@@ -339,3 +339,102 @@ def test_other_optimizers_over_other_parameters_are_unaffected() -> None:
     expected = torch.full((3,), 1 - 1 / 3**0.5)
     assert torch.allclose(other.detach(), expected, atol=1e-6)
     optimizer.step()
+
+
+COPIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "double()": lambda gradient: gradient.double(),
+    "deepcopy": lambda gradient: copy.deepcopy(gradient),
+    "detach() of a copy": lambda gradient: gradient.double().detach(),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_multiplying_a_copy_does_not_change_the_update(how: str) -> None:
+    """Logging code divides copies by the loss scale; the gradient itself stays."""
+    (model, optimizer), (other, expected) = streamed(), streamed()
+    copies = [COPIES[how](p.grad) for p in model.parameters() if p.grad is not None]
+    norms = [float(gradient.norm()) for gradient in copies]
+    with pytest.raises(StreamedGradientError):
+        torch._foreach_div_(copies, 1000.0)
+    assert norms == [float(p.grad.norm()) for p in other.parameters() if p.grad is not None]
+    optimizer.step()
+    expected.step()
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("accumulate", [None, "host"])
+def test_a_backward_after_the_models_zero_grad_is_an_error(accumulate: str | None) -> None:
+    """It would add to gradients that the caller believes dropped."""
+    model = torch.nn.Linear(4, 3)
+    optimizer = OffloadAdam(model.parameters(), module=model, accumulate=accumulate)
+    loss = model(torch.ones(2, 4)).square().sum()
+    loss.backward(retain_graph=True)
+    model.zero_grad()
+    with pytest.raises(ValueError, match=r"'weight' was set to None, .* optimizer\.zero_grad\(\)"):
+        (loss * 1e-3).backward(retain_graph=True)
+    optimizer.zero_grad()
+    (loss * 1e-3).backward(retain_graph=True)
+    optimizer.step()
+    assert optimizer.last_step is not None
+    gradients = torch.autograd.grad(loss * 1e-3, list(model.parameters()))
+    expected = torch.linalg.vector_norm(torch.cat([g.flatten().double() for g in gradients]))
+    assert optimizer.last_step.total_norm == pytest.approx(float(expected), rel=1e-5)
+
+
+class FailsOnce(torch.autograd.Function):
+    """A backward that raises at its first call, as one that runs out of memory."""
+
+    has_failed = False
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        if not FailsOnce.has_failed:
+            FailsOnce.has_failed = True
+            raise RuntimeError("out of memory")
+        return gradient
+
+
+def test_a_retry_after_a_failed_backward_and_the_models_zero_grad_is_an_error() -> None:
+    first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    model = torch.nn.Sequential(first, second)
+    optimizer = OffloadAdam(model.parameters(), module=model)
+    fails_once: Any = FailsOnce.apply
+    FailsOnce.has_failed = False
+    with pytest.raises(RuntimeError, match="out of memory"):
+        second(fails_once(first(torch.ones(2, 4)))).sum().backward()
+    model.zero_grad()
+    with pytest.raises(ValueError, match=r"was set to None, .* optimizer\.zero_grad\(\)"):
+        second(fails_once(first(torch.ones(2, 4)))).sum().backward()
+    optimizer.zero_grad()
+    second(fails_once(first(torch.ones(2, 4)))).sum().backward()
+    optimizer.step()
+
+
+def test_the_models_zero_grad_with_zeros_works_after_the_step() -> None:
+    model, optimizer = streamed()
+    optimizer.step()
+    model.zero_grad(set_to_none=False)
+    model(torch.ones(2, 4)).square().sum().backward()
+    optimizer.step()
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.clip_factor == 1.0
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_model_is_compiled_again_while_stand_ins_are_there(backend: str) -> None:
+    """A batch of another size compiles once more, and looks at every `.grad`."""
+    torch._dynamo.reset()
+    models = [streamed(), streamed()]
+    forwards: list[Any] = [torch.compile(models[0][0], backend=backend), models[1][0]]
+    for (model, optimizer), forward in zip(models, forwards, strict=True):
+        optimizer.step()
+        for batch in (2, 3):
+            forward(torch.ones(batch, 4)).square().sum().backward()
+            assert type(model.weight.grad) is StandIn
+            optimizer.step()
+    torch.testing.assert_close(models[0][0].weight, models[1][0].weight)
+    torch._dynamo.reset()

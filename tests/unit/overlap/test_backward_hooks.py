@@ -26,6 +26,9 @@ class Sink:
         self.arrived += map(id, parameters)
         self.inside -= 1
 
+    def backward_began(self) -> None:
+        pass
+
     def backward_ended(self) -> None:
         pass
 
