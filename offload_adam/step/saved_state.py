@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from offload_adam.parameters.group_watch import LAID_OUT
@@ -40,9 +41,15 @@ class SavedState:
         """Return the saved ids of each group's parameters: by name where both have names.
 
         Raises:
-            ValueError: the names of a group differ.
+            ValueError: the names of a group differ, or no group lists an entry.
         """
         ids = [list(group["params"]) for group in self.groups]
+        unlisted = sorted({*self.state} - {*chain(*ids)}, key=str)
+        if unlisted:
+            raise ValueError(
+                f"the saved state has entries that no group lists: {unlisted[:5]}. A conversion "
+                "may have changed its keys, for example from numbers to text"
+            )
         if names is None or self.names is None:
             return ids
         ours, saved = bare_names(names), bare_names(self.names)

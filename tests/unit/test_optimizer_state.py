@@ -319,3 +319,13 @@ def test_an_entry_that_lost_a_key_is_refused() -> None:
     for use in (optimizer.state_dict, optimizer.full_state_dict, optimizer.step):
         with pytest.raises(ValueError, match=r"optimizer\.state has lost 'exp_avg'"):
             use()
+
+
+def test_entries_that_no_group_lists_are_rejected() -> None:
+    """As after JSON, whose keys are text; the moments would be zero."""
+    optimizer = OffloadAdam(make_parameters(torch.float32))
+    train(optimizer, range(2))
+    saved = optimizer.state_dict()
+    saved["state"] = {str(packed): entry for packed, entry in saved["state"].items()}
+    with pytest.raises(ValueError, match=r"entries that no group lists: \['0', '1', '2'"):
+        optimizer.load_state_dict(saved)
