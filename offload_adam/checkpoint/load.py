@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -251,7 +252,18 @@ def _compare(
 def _load(
     reader: CheckpointReader, model: nn.Module, optimizer: ShardedOptimizer, state: ModelState
 ) -> None:
-    """Read everything: what lies as it was saved in one pass over the files, at the end."""
+    """Read everything, and let modules take what they computed at the save."""
+    _read_in_place(reader, model, optimizer, state)
+    if _load_modules(reader, model, state):
+        # A hook may have saved another version of a weight, which now lies in its place.
+        _read_in_place(reader, model, optimizer, state)
+    optimizer.refresh_master()
+
+
+def _read_in_place(
+    reader: CheckpointReader, model: nn.Module, optimizer: ShardedOptimizer, state: ModelState
+) -> None:
+    """Read all live tensors: what lies as it was saved in one pass over the files, at the end."""
     name_of = ParameterNames(model)
     loaded = set()
     reads: list[Read] = []
@@ -268,15 +280,16 @@ def _load(
     for name, tensor in state.whole.items():
         reads += _whole_reads(reader, name, tensor)
     reader.read(reads)
-    _load_modules(reader, model, state)
-    optimizer.refresh_master()
 
 
-def _load_modules(reader: CheckpointReader, model: nn.Module, state: ModelState) -> None:
+def _load_modules(reader: CheckpointReader, model: nn.Module, state: ModelState) -> bool:
     """Let modules take what they computed when they were saved.
 
     The other entries are the live tensors, which have been read: torch copies none onto itself. So
     a module finds all of its entries, and hooks run as with any state dict.
+
+    Returns:
+        Whether an entry is another tensor than the live one, and may have been copied over it.
 
     Raises:
         CheckpointError: a module does not take an entry.
@@ -288,15 +301,21 @@ def _load_modules(reader: CheckpointReader, model: nn.Module, state: ModelState)
     taken = {name: values.get(f"model/{name}", value) for name, value in current.items()}
     try:
         # Entries that a model leaves out of its own state dict are not missing.
-        unexpected = model.load_state_dict(taken, strict=False).unexpected_keys
-    except RuntimeError as error:
+        parameters = inspect.signature(model.load_state_dict).parameters
+        # A model's own method may lack it.
+        options = {"strict": False} if {"strict", "kwargs"} & parameters.keys() else {}
+        result = model.load_state_dict(taken, **options)
+    except Exception as error:  # a model's own method, or a hook
         raise CheckpointError(f"load_state_dict of the model rejects its state: {error}") from error
+    unexpected = getattr(result, "unexpected_keys", ())
     left = sorted(name for name in unexpected if f"model/{name}" in values)
     if left:
         raise CheckpointError(
             f"load_state_dict of the model does not load {left[0]!r}, which its state dict has: "
             "give the model a hook that does"
         )
+    live = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    return any(id(value) not in live for value in taken.values())
 
 
 def _range_reads(

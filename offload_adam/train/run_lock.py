@@ -52,7 +52,12 @@ def locked_run_folder(config: RunConfig) -> Iterator[Callable[[], None]]:
         thread_local=False,
     )
     try:
-        _acquire(lock, folder)
+        try:
+            _acquire(lock, folder)
+        except OSError as error:
+            raise ConfigError.at(
+                "run.dir", f"{folder / LOCK_NAME} cannot be made: {error}"
+            ) from error
         yield lambda: _require_held(lock, folder)
     finally:
         lock.release()
@@ -94,8 +99,11 @@ def _warn(loss: LeaseCompromise) -> None:
 
 def _require_held(lock: SoftFileLease, folder: Path) -> None:
     """Raise where another process owns the lock now."""
-    if lock.compromise is None or lock.compromise.reason != "owner-changed":
-        return
+    for _ in range(2):  # a start that is rejected may exchange the file for a moment
+        owner = lock.owner
+        if owner is None or owner.token == lock.token:
+            return
+        time.sleep(_POLL_S)
     raise RunFolderLostError(
         f"{folder} was taken over by {_owner_of(lock)}: this process seemed dead, as one that is "
         f"stopped for {LEASE_S:.0f} s does. This run ends, so that two runs do not mix their files"

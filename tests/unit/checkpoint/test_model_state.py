@@ -374,3 +374,34 @@ def test_other_state_is_exported_imported_and_shown(tmp_path: Path) -> None:
     found, other = make(Extra, seed=3)
     load_checkpoint(tmp_path / "d", model=found, optimizer=other)
     assert bits(found[1].value) == bits(layer.value)
+
+
+class OwnLoad(nn.Linear):
+    """Loads in a method of its own, which takes and returns less than torch's."""
+
+    def load_state_dict(self, state_dict: Any) -> None:  # type: ignore[override]
+        super().load_state_dict(state_dict)
+
+
+class Rounded(nn.Linear):
+    """Saves its weights as bfloat16, as models do that are published."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in ("weight", "bias"):
+            destination[prefix + name] = destination[prefix + name].bfloat16()
+
+
+@pytest.mark.parametrize("kind", [OwnLoad, Rounded])
+def test_trained_weights_come_back_to_the_bit_whatever_the_model_does(
+    tmp_path: Path, kind: type[nn.Linear]
+) -> None:
+    torch.manual_seed(0)
+    model, other = kind(4, 3), kind(4, 3)
+    optimizer, loaded = OffloadAdam(model.parameters()), OffloadAdam(other.parameters())
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
+    load_checkpoint(tmp_path / "c", model=other, optimizer=loaded)
+    assert all(map(torch.equal, other.parameters(), model.parameters()))
+    assert loaded.num_steps == 1
