@@ -145,7 +145,7 @@ class ModelState:
 
 
 def model_state(model: nn.Module, optimizer: ShardedOptimizer) -> ModelState:
-    """Divide a model's state dict into what is live and what is computed.
+    """Divide a model's state dict into its live tensors and its computed entries.
 
     Raises:
         CheckpointError: a tensor of it is not initialized.

@@ -255,7 +255,7 @@ def _load(
     """Read everything, and let modules take what they computed at the save."""
     _read_in_place(reader, model, optimizer, state)
     if _load_modules(reader, model, state):
-        # A hook may have saved another version of a weight, which now lies in its place.
+        # load_state_dict may have overwritten weights with copies that a hook rounded.
         _read_in_place(reader, model, optimizer, state)
     optimizer.refresh_master()
 
@@ -263,7 +263,7 @@ def _load(
 def _read_in_place(
     reader: CheckpointReader, model: nn.Module, optimizer: ShardedOptimizer, state: ModelState
 ) -> None:
-    """Read all live tensors: what lies as it was saved in one pass over the files, at the end."""
+    """Read all live tensors in place, those in the saved memory order in one pass over files."""
     name_of = ParameterNames(model)
     loaded = set()
     reads: list[Read] = []

@@ -42,7 +42,7 @@ def partial_name(name: str) -> str:
 
 
 def publish(partial: Path, target: Path) -> None:
-    """Rename what is complete to its target.
+    """Rename a completed file or folder to its target.
 
     Raises:
         CheckpointError: another process has written a folder there meanwhile.
