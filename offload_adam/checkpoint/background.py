@@ -13,7 +13,7 @@ from torch import nn
 
 from offload_adam.checkpoint.rank_file import RankEntry
 from offload_adam.checkpoint.save import Save, open_save
-from offload_adam.coordinator.admission import together
+from offload_adam.coordinator.admission import raise_on_all_ranks
 from offload_adam.observe.place import HERE
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.sharded_optimizer.locking import serialized_by_optimizer
@@ -49,8 +49,8 @@ def begin_checkpoint(
     optimizer.synchronize()
     with HERE.at("checkpoint", patient=True):
         save = open_save(Path(path), model, optimizer, extra, optimizer.checkpoint_rooms)
-        with save.discarding():
-            together(save.membership, "writing a checkpoint", save.write_whole)
+        with save.discarding(), raise_on_all_ranks(save.membership, "writing a checkpoint"):
+            save.write_whole()
         return PendingCheckpoint(save, optimizer)
 
 
@@ -103,7 +103,8 @@ class PendingCheckpoint:
         self._is_over = True
         with HERE.at("checkpoint", patient=True), self._save.discarding():
             try:
-                entry = together(self._save.membership, "writing a checkpoint", self._result)
+                with raise_on_all_ranks(self._save.membership, "writing a checkpoint"):
+                    entry = self._result()
             finally:
                 self._gate.settle()
                 self.num_waits, self.waited_s = self._gate.num_waits, self._gate.waited_s

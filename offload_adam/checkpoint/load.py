@@ -33,7 +33,7 @@ from offload_adam.checkpoint.manifest import (
     read_manifest,
     sorted_pieces,
 )
-from offload_adam.coordinator.admission import together
+from offload_adam.coordinator.admission import raise_on_all_ranks
 from offload_adam.errors import CheckpointError
 from offload_adam.observe.place import HERE
 from offload_adam.sharded_optimizer import ShardedOptimizer
@@ -68,26 +68,18 @@ def load_checkpoint(
     membership = optimizer.membership
     name_of = ParameterNames(model)
     with HERE.at("checkpoint", patient=True), ExitStack() as stack:
-
-        def check() -> tuple[CheckpointReader, ModelState, Any]:
+        with raise_on_all_ranks(membership, "reading a checkpoint"):
             manifest = read_manifest(folder)
             reader = stack.enter_context(CheckpointReader(folder, manifest))
             state = model_state(model, optimizer)
             _check(manifest, model, optimizer, state)
             plain = decoded_optimizer(manifest.optimizer.model_dump(), manifest.format_version)
             optimizer.check_plain_state(plain, name_of)
-            return reader, state, plain
-
-        reader, state, plain = together(membership, "reading a checkpoint", check)
-
-        def load() -> None:
-            with torch.no_grad():
-                optimizer.finish_reading()
-                _load(reader, model, optimizer, state)
-                optimizer.load_plain_state(plain, name_of)
-                optimizer.num_steps = reader.manifest.step
-
-        together(membership, "loading a checkpoint", load)
+        with raise_on_all_ranks(membership, "loading a checkpoint"), torch.no_grad():
+            optimizer.finish_reading()
+            _load(reader, model, optimizer, state)
+            optimizer.load_plain_state(plain, name_of)
+            optimizer.num_steps = reader.manifest.step
     return reader.manifest.decoded_extra()
 
 

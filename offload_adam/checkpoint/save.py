@@ -34,7 +34,7 @@ from offload_adam.checkpoint.manifest import (
 from offload_adam.checkpoint.partial import discard, partial_name, publish, remove_abandoned
 from offload_adam.checkpoint.rank_file import RankEntry, RankFile, rank_file_name
 from offload_adam.checkpoint.room import copy_bytes, places_in
-from offload_adam.coordinator.admission import gather_texts, together
+from offload_adam.coordinator.admission import gather_texts, raise_on_all_ranks
 from offload_adam.coordinator.membership import Membership
 from offload_adam.errors import CheckpointError, PeerFailedError
 from offload_adam.observe.place import HERE
@@ -79,7 +79,8 @@ def save_checkpoint(
     with HERE.at("checkpoint", patient=True):
         save = open_save(Path(path), model, optimizer, extra)
         with save.discarding():
-            entry = together(save.membership, "writing a checkpoint", save.write)
+            with raise_on_all_ranks(save.membership, "writing a checkpoint"):
+                entry = save.write()
             save.commit(entry)
 
 
@@ -197,13 +198,10 @@ class Save:
     def commit(self, entry: RankEntry) -> None:
         """Make it a checkpoint, once every rank has written. Collective."""
         texts = gather_texts(self.membership, entry.model_dump_json())
-
-        def commit() -> None:
+        with raise_on_all_ranks(self.membership, "committing a checkpoint"):
             if self.membership.rank == 0:
                 entries = [RankEntry.model_validate_json(text) for text in texts]
                 commit_files(self._partial, self._target, manifest_of(entries, self._plain))
-
-        together(self.membership, "committing a checkpoint", commit)
 
     @contextmanager
     def discarding(self) -> Iterator[None]:
@@ -229,35 +227,29 @@ def open_save(
         rooms: see `Save`.
     """
     membership = optimizer.membership
-
-    def describe() -> tuple[ModelState, Written]:
+    with raise_on_all_ranks(membership, "preparing a checkpoint"):
         if optimizer.is_being_read:
             raise CheckpointError(
                 "another checkpoint is being written in the background: wait for it first"
             )
         plain = encode(optimizer.plain_state(ParameterNames(model)), "optimizer")
         state = model_state(model, optimizer)
-        return state, Written(
+        written = Written(
             step=optimizer.num_steps,
             optimizer=OptimizerEntry.model_validate(plain),
             tied=state.tied,
             values={name: encode(value, name) for name, value in state.values.items()},
             extra=encode(dict(extra or {}), "extra"),
         )
-
-    state, plain = together(membership, "preparing a checkpoint", describe)
     # Rank 0's name for the folder: two saves of one path must not write into one.
     own = partial_name(target.name) if membership.rank == 0 else ""
     partial = target.with_name(gather_texts(membership, own)[0])
     with _discarding(partial, membership):
         _open_folder(target, partial, membership)
-        return together(
-            membership,
-            "opening a checkpoint's files",
-            lambda: Save(
-                target, partial, membership, _parts(model, optimizer, state), plain, rooms
-            ),
-        )
+        with raise_on_all_ranks(membership, "opening a checkpoint's files"):
+            parts = _parts(model, optimizer, state)
+            save = Save(target, partial, membership, parts, written, rooms)
+    return save
 
 
 @contextmanager
@@ -280,36 +272,27 @@ def require_shared(folder: Path, membership: Membership) -> None:
     """
     # A name of its own: another job may look for its token in the same folder.
     path = folder / f"{_TOKEN_NAME}-{gather_texts(membership, uuid.uuid4().hex)[0]}"
-
-    def show() -> None:
+    with raise_on_all_ranks(membership, "opening a checkpoint"):
         if membership.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             path.touch()
-
-    together(membership, "opening a checkpoint", show)
-
-    def look() -> None:
+    with raise_on_all_ranks(membership, "looking for rank 0's folder"):
         if not path.is_file():
             raise CheckpointError(
                 f"{folder.parent} is not shared: this rank does not see what rank 0 has written"
             )
-
-    together(membership, "looking for rank 0's folder", look)
     if membership.rank == 0:
         path.unlink(missing_ok=True)
 
 
 def _open_folder(target: Path, partial: Path, membership: Membership) -> None:
     """Make the folder on rank 0, and see on every rank that it is the same one."""
-
-    def make() -> None:
+    with raise_on_all_ranks(membership, "opening a checkpoint"):
         if target.exists():
             raise CheckpointError(f"{target} exists: a checkpoint is never written over")
         if membership.rank == 0:
             remove_abandoned(target)
             partial.mkdir(parents=True)
-
-    together(membership, "opening a checkpoint", make)
     require_shared(partial, membership)
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
-from typing import TypeVar
 
 import torch
 
 from offload_adam.coordinator.membership import Membership
 from offload_adam.errors import CheckpointError, HostMemoryError, PeerError, RankDisagreementError
-
-T = TypeVar("T")
 
 Fact = tuple[str, str]
 """A field that all ranks must have in common, and its value on this one."""
@@ -24,25 +22,31 @@ _SHARED_ERRORS: dict[str, type[Exception]] = {
 }
 
 
-def together(membership: Membership, phase: str, action: Callable[[], T]) -> T:
-    """Run `action` on every rank, and raise on all of them when it raised on any.
+@contextmanager
+def raise_on_all_ranks(membership: Membership, phase: str) -> Iterator[None]:
+    """Raise an error on every rank if the body raises one on any rank. Collective.
 
-    Collective, two small all-gathers. A mistake (TypeError, ValueError and the like) is the same
-    error on every rank, and names the ranks that made it, unless all made the same. What fails
-    otherwise is raised as it is where it happened, and as a `PeerError` that quotes it elsewhere.
+    The body itself must not be collective. Leaving it takes two small all-gathers. User errors
+    (TypeError, ValueError and the like) are re-raised on every rank and name the failing ranks,
+    unless all ranks raise the same error. Any other exception propagates on its own rank and
+    becomes a `PeerError` that quotes it elsewhere.
+
+    Args:
+        phase: what the body does, for the error message.
     """
     if membership.world_size == 1:
-        return action()
+        yield
+        return
     failure: Exception | None = None
     try:
-        result = action()
+        yield
     except Exception as error:
         failure = error
     message = "" if failure is None else f"{type(failure).__name__}: {failure}"
     messages = gather_texts(membership, message)
     failed = [rank for rank, text in enumerate(messages) if text]
     if not failed:
-        return result
+        return
     kind_name, _, problem = messages[failed[0]].partition(": ")
     kind = _SHARED_ERRORS.get(kind_name)
     if failure is not None and (kind is None or len(set(messages)) == 1):

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks
 
-from offload_adam.coordinator.admission import Fact, require_same, together
+from offload_adam.coordinator.admission import Fact, raise_on_all_ranks, require_same
 from offload_adam.coordinator.agreement import Notice
 from offload_adam.coordinator.membership import (
     check_process_group,
@@ -112,15 +112,12 @@ class ShardedOptimizer(StateDicts):
         # abort.
         self._release = weakref.finalize(self, resources.close)
 
-        def check() -> str:
-            check_module(module)
-            self._facts = list(admit())
-            kind = execution.check()
-            refuse_unrelated(module, self.param_groups)
-            return kind
-
         try:
-            kind = together(self._membership, "construction", check)
+            with raise_on_all_ranks(self._membership, "construction"):
+                check_module(module)
+                self._facts = list(admit())
+                kind = execution.check()
+                refuse_unrelated(module, self.param_groups)
             self._facts = [*execution.facts(kind), *self._facts]
             self.max_grad_norm = execution.max_grad_norm
             execution.warn_without_effect(self._grouped_parameters(), offloads=self._offloads)
@@ -250,7 +247,8 @@ class ShardedOptimizer(StateDicts):
         core = self._settled()
         num_groups = len(self.param_groups)
         try:
-            together(self._membership, "add_param_group", lambda: self._admit_later(param_group))
+            with raise_on_all_ranks(self._membership, "add_param_group"):
+                self._admit_later(param_group)
             self._take_in(core, num_groups)
         except BaseException:
             del self.param_groups[num_groups:]

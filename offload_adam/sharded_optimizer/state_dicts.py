@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from offload_adam.coordinator.admission import together
+from offload_adam.coordinator.admission import raise_on_all_ranks
 from offload_adam.errors import CheckpointError
 from offload_adam.parameters.group_watch import LAID_OUT
 from offload_adam.parameters.groups import known_names
@@ -74,7 +74,8 @@ class StateDicts(CoreOptimizer):
         stand under the key "offload_adam", which torch ignores. It loads into an `OffloadAdam` of
         any world size, when every rank is given it.
         """
-        core = together(self._membership, "full_state_dict", self._settled)
+        with raise_on_all_ranks(self._membership, "full_state_dict"):
+            core = self._settled()
         whole: dict[int, dict[str, torch.Tensor]] = {}
         with torch.no_grad():
             for state in core.states:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from offload_adam.coordinator.admission import together
+from offload_adam.coordinator.admission import raise_on_all_ranks
 from offload_adam.coordinator.membership import Membership
 from offload_adam.coordinator.node_memory import admit_memory
 from offload_adam.layout.budget import BucketPlanes, copy_room_nbytes, plane_nbytes
@@ -122,14 +122,9 @@ def build_states(
     if room_nbytes > 0:
         needed["checkpoint room"] = room_nbytes
     admit_memory(membership, needed, allow_overcommit=placing.allow_overcommit)
-    arena, room = together(
-        membership,
-        "allocating its state",
-        lambda: (
-            HostArena(arena_nbytes(parts), parts=parts, touch=touch),
-            HostArena(room_nbytes),
-        ),
-    )
+    with raise_on_all_ranks(membership, "allocating its state"):
+        arena = HostArena(arena_nbytes(parts), parts=parts, touch=touch)
+        room = HostArena(room_nbytes)
     if placing.pin == "all" and placing.runtime is not None:
         arena.pin_or_warn(
             placing.runtime,

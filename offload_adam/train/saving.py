@@ -21,7 +21,7 @@ from offload_adam.checkpoint.manifest import read_manifest
 from offload_adam.checkpoint.partial import PARTIAL_SUFFIX, discard
 from offload_adam.checkpoint.save import require_shared, save_checkpoint
 from offload_adam.config import ConfigError, RunConfig
-from offload_adam.coordinator.admission import gather_texts, together
+from offload_adam.coordinator.admission import gather_texts, raise_on_all_ranks
 from offload_adam.coordinator.restarts import attempt
 from offload_adam.errors import CheckpointError, PeerError, PeerFailedError
 from offload_adam.observe.place import HERE
@@ -148,19 +148,17 @@ class CheckpointSaver:
         Collective: rank 0 looks, since ranks may see a shared folder change at different times.
         """
 
-        def look() -> str:
-            if self._job.world.rank != 0 or not path.exists():
-                return ""
-            if path in self._whole:
-                return "written"
-            # Whole or not, it is none of this run's steps.
-            aside = _move_aside(path.parent, [path.name])
-            logger.warning("%s was not written by this run: moved into %s", path, aside.name)
-            return ""
-
         membership = self._job.optimizer.membership
-        found = together(membership, "looking for a checkpoint", look)
-        return gather_texts(membership, found)[0] == "written"
+        stands = False
+        with raise_on_all_ranks(membership, "looking for a checkpoint"):
+            if membership.rank == 0 and path.exists():
+                stands = path in self._whole
+                if not stands:  # whole or not, it is none of this run's steps
+                    aside = _move_aside(path.parent, [path.name])
+                    logger.warning(
+                        "%s was not written by this run: moved into %s", path, aside.name
+                    )
+        return gather_texts(membership, "written" if stands else "")[0] == "written"
 
     @contextmanager
     def _tolerating(self, path: Path) -> Iterator[None]:
@@ -330,11 +328,8 @@ def resume(job: Job) -> Job:
     """
     membership = job.optimizer.membership
     with HERE.at("checkpoint", patient=True):
-        own = together(
-            membership,
-            "looking for a checkpoint",
-            lambda: find_checkpoint(job.config) if job.world.rank == 0 else None,
-        )
+        with raise_on_all_ranks(membership, "looking for a checkpoint"):
+            own = find_checkpoint(job.config) if job.world.rank == 0 else None
         found = gather_texts(membership, "" if own is None else str(own))[0]
     if not found:
         if job.world.rank == 0:
