@@ -11,9 +11,10 @@ from torch.optim.optimizer import ParamsT
 
 from offload_adam.coordinator.watch import DEAD_AFTER_S, STUCK_AFTER_S
 from offload_adam.kernels.scalars import Hyperparameters
+from offload_adam.layout.state_plan import DEFAULT_BUCKET_NBYTES
 from offload_adam.memory.pinning import Pin
 from offload_adam.parameters.groups import check_group, hyperparameters_of
-from offload_adam.sharded_optimizer import DEFAULT_BUCKET_NBYTES, Execution, ShardedOptimizer
+from offload_adam.sharded_optimizer import Execution, ShardedOptimizer
 
 
 class OffloadAdam(ShardedOptimizer):

@@ -40,10 +40,11 @@ from offload_adam.contract.inspection import InspectableAdam
 from offload_adam.coordinator.admission import Fact, raise_on_all_ranks
 from offload_adam.coordinator.watch import DEAD_AFTER_S, STUCK_AFTER_S
 from offload_adam.kernels.scalars import Hyperparameters
+from offload_adam.layout.state_plan import DEFAULT_BUCKET_NBYTES
 from offload_adam.memory.pinning import Pin
 from offload_adam.parameters.groups import check_group, hyperparameters_of
 from offload_adam.parameters.selection import Selection
-from offload_adam.sharded_optimizer import DEFAULT_BUCKET_NBYTES, Execution
+from offload_adam.sharded_optimizer import Execution
 from offload_adam.step.inputs import StepInputs
 from offload_adam.step.report import StepReport
 

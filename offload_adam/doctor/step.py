@@ -10,8 +10,9 @@ from statistics import median
 import torch
 from torch import nn
 
-from offload_adam.layout.budget import BucketPlanes, traffic_nbytes
-from offload_adam.layout.flat import ParameterSpec, plan_buckets
+from offload_adam.layout.budget import traffic_nbytes
+from offload_adam.layout.flat import ParameterSpec
+from offload_adam.layout.state_plan import StatePolicy, plan_state
 from offload_adam.optimizer import OffloadAdam
 
 NUM_PARAMETERS = 8
@@ -19,7 +20,6 @@ STEP_NUMEL = 24_000_000
 """Elements of all parameters: 15 times as many bytes of host memory."""
 NUM_STEPS = 9
 _NUM_WARMUP = 2
-_BUCKET_NBYTES = 32 * 1024 * 1024
 
 
 def can_step() -> bool:
@@ -43,9 +43,7 @@ def measure_step(num_threads: int, *, numel: int = STEP_NUMEL, num_steps: int = 
     ]
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 0.01)
-    optimizer = OffloadAdam(
-        parameters, max_grad_norm=1.0, num_threads=num_threads, bucket_nbytes=_BUCKET_NBYTES
-    )
+    optimizer = OffloadAdam(parameters, max_grad_norm=1.0, num_threads=num_threads)
     with closing(optimizer):
         seconds = [_step_s(optimizer) for _ in range(_NUM_WARMUP + num_steps)]
     return _traffic_nbytes(each) / median(seconds[_NUM_WARMUP:]) / 1e9
@@ -59,6 +57,4 @@ def _step_s(optimizer: OffloadAdam) -> float:
 
 def _traffic_nbytes(each: int) -> int:
     specs = [ParameterSpec(i, each, 2, "bf16") for i in range(NUM_PARAMETERS)]
-    planes = BucketPlanes(own_master=False, amsgrad=False, landed_itemsize=0)
-    buckets = plan_buckets(specs, world_size=1, bucket_nbytes=_BUCKET_NBYTES)
-    return sum(traffic_nbytes(bucket, planes) for bucket in buckets)
+    return sum(map(traffic_nbytes, plan_state(specs, StatePolicy())))

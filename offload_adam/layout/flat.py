@@ -8,6 +8,14 @@
 Parameters stand in the order in which backward produces their gradients: the reverse of the order
 in which they were given. Each starts at a multiple of 128 elements, and a bucket is padded so that
 every rank owns one contiguous shard of whole blocks.
+
+Worked example: parameters 0, 1 and 2 of 100, 300 and 130 elements, one bucket, two ranks.
+
+    parameter  2: elements    0 to 130, padded to 256
+    parameter  1: elements  256 to 556, padded to 640
+    parameter  0: elements  640 to 740, padded to 768 = 2 ranks * 3 blocks of 128
+    rank 0 owns [0, 384):   all of parameter 2, elements [0, 128) of parameter 1
+    rank 1 owns [384, 768): elements [128, 300) of parameter 1, all of parameter 0
 """
 
 from __future__ import annotations
@@ -23,13 +31,17 @@ BLOCK_NUMEL = 128
 class ParameterSpec:
     """One parameter as the layout sees it.
 
-    `family` stands for all that parameters of one bucket must share (dtype and device).
+    family: parameters of one bucket have the same (dtype, device and the two fields below).
+    amsgrad: the largest second moment so far is state, too.
+    on_device: the parameter is not in host memory.
     """
 
     index: int
     numel: int
     itemsize: int
     family: str
+    amsgrad: bool = False
+    on_device: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +76,11 @@ class Segment:
 class Bucket:
     """Parameters that are reduced and gathered in one collective.
 
-    Owns nothing; `numel` includes all padding and is a multiple of 128 * world_size.
+    numel: includes all padding; a multiple of 128 * world_size.
+    world_size: ranks that the bucket is divided over.
+
+    Raises:
+        ValueError: placements overlap, are out of order, unaligned, or leave the bucket.
     """
 
     index: int
@@ -73,6 +89,20 @@ class Bucket:
     numel: int
     world_size: int
     placements: tuple[Placement, ...]
+    amsgrad: bool = False
+    on_device: bool = False
+
+    def __post_init__(self) -> None:
+        end = 0
+        for placed in self.placements:
+            if placed.start != align(end) or placed.end < placed.start:
+                raise ValueError(f"bucket {self.index}: {placed} must start at {align(end)}")
+            end = placed.end
+        if self.numel != align(align(end), BLOCK_NUMEL * self.world_size):
+            raise ValueError(
+                f"bucket {self.index} of {self.numel} elements must end with the first whole "
+                f"block of all {self.world_size} shards after element {end}"
+            )
 
     @property
     def shard_numel(self) -> int:
@@ -153,6 +183,14 @@ def _place(group: Iterable[ParameterSpec], index: int, world_size: int) -> Bucke
     for spec in group:
         placements.append(Placement(spec.index, start, start + spec.numel))
         start = align(start + spec.numel)
-        family, itemsize = spec.family, spec.itemsize
     numel = align(start, BLOCK_NUMEL * world_size)
-    return Bucket(index, family, itemsize, numel, world_size, tuple(placements))
+    return Bucket(
+        index,
+        spec.family,
+        spec.itemsize,
+        numel,
+        world_size,
+        tuple(placements),
+        amsgrad=spec.amsgrad,
+        on_device=spec.on_device,
+    )

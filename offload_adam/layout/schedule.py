@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
 
-from offload_adam.layout.flat import Bucket
+from offload_adam.layout.state_plan import StatePlan
 
 
 class Lane(Enum):
@@ -94,28 +94,6 @@ class Task(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
-    """Which way the gradients and parameters of one bucket take.
-
-    reduces, gathers: over the ranks, by this optimizer.
-    offloaded: parameters live on a device and their state does not: copies go down and up.
-    staged: parameters go up from a slot of the staging ring, not from their master weights.
-    hosted: the state is in host memory, where the update thread works on it.
-    in_ring: it is reduced in a slot of a ring, and not in one of a pool that grows.
-    kind: buckets of one kind (dtype and device) share slots.
-    """
-
-    bucket: Bucket
-    reduces: bool
-    gathers: bool
-    offloaded: bool
-    staged: bool
-    hosted: bool
-    in_ring: bool
-    kind: str
-
-
-@dataclass(frozen=True, slots=True)
 class Schedule:
     """The tasks of one step on both sides of its one agreement, and what they wait for.
 
@@ -124,8 +102,8 @@ class Schedule:
         them, and are updated in forward order, so that the next forward can start on the first.
     waits: for each task the earlier tasks of other lanes that must be over. One for an UPDATE is
         made by the thread that issues the waiting task, all others by the task's own lane.
-    kept: buckets whose state is on the device of their parameters. What the update thread does for
-        others, the compute lane does for them.
+    on_device: buckets whose state is on the device of their parameters. What the update thread
+        does for others, the compute lane does for them.
     reduce_slots, staging_slots: which slot of its kind's ring a bucket uses.
     """
 
@@ -134,60 +112,52 @@ class Schedule:
     waits: Mapping[Task, tuple[Task, ...]]
     reduce_slots: Mapping[int, int]
     staging_slots: Mapping[int, int]
-    kept: frozenset[int]
+    on_device: frozenset[int]
 
     def lane_of(self, task: Task) -> Lane:
         """Return where a task runs."""
         lane = task.operation.lane
-        return Lane.COMPUTE if lane is Lane.UPDATE and task.bucket in self.kept else lane
+        return Lane.COMPUTE if lane is Lane.UPDATE and task.bucket in self.on_device else lane
 
     @property
     def forward_order(self) -> tuple[int, ...]:
         """The buckets as the next forward needs them."""
         return tuple(t.bucket for t in self.after_agreement if t.operation is Operation.USE)
 
-    def without(self, task: Task, waited: Task) -> Schedule:
-        """Return this schedule less one wait, to show what would go wrong."""
-        waits = dict(self.waits)
-        waits[task] = tuple(other for other in waits[task] if other != waited)
-        return replace(self, waits=waits)
-
 
 def plan_schedule(
-    routes: Sequence[Route], *, num_reduce_slots: int, num_staging_slots: int
+    plans: Sequence[StatePlan], *, num_reduce_slots: int, num_staging_slots: int
 ) -> Schedule:
     """Return the schedule for these buckets.
 
     Args:
-        routes: in the order in which backward completes the buckets.
-        num_reduce_slots, num_staging_slots: slots of each kind's rings.
+        plans: in the order in which backward completes the buckets.
+        num_reduce_slots, num_staging_slots: slots of the rings of each family of buckets.
     """
-    forward = routes[::-1]
-    reduce_slots, earlier_packed = _rings(
-        [route for route in routes if route.in_ring], num_reduce_slots
-    )
+    forward = plans[::-1]
+    reduce_slots, earlier_packed = _rings([p for p in plans if p.uses_ring], num_reduce_slots)
     staging_slots, earlier_staged = _rings(
-        [route for route in forward if route.staged], num_staging_slots
+        [plan for plan in forward if plan.stages_parameters], num_staging_slots
     )
     before: list[Task] = []
     after: list[Task] = []
     waits: dict[Task, tuple[Task, ...]] = {}
-    for route in routes:
-        number = route.bucket.index
-        for operation, waited in _arrival(route, earlier_packed.get(number)):
+    for plan in plans:
+        number = plan.bucket.index
+        for operation, waited in _arrival(plan, earlier_packed.get(number)):
             before.append(Task(operation, number))
             waits[Task(operation, number)] = tuple(waited)
-    for route in forward:
-        if route.offloaded:
-            after.append(Task(Operation.RELEASE, route.bucket.index))
+    for plan in forward:
+        if plan.is_offloaded:
+            after.append(Task(Operation.RELEASE, plan.bucket.index))
             waits[after[-1]] = ()
-    for route in forward:
-        number = route.bucket.index
-        for operation, waited in _departure(route, earlier_staged.get(number)):
+    for plan in forward:
+        number = plan.bucket.index
+        for operation, waited in _departure(plan, earlier_staged.get(number)):
             after.append(Task(operation, number))
             waits[Task(operation, number)] = tuple(waited)
-    kept = frozenset(route.bucket.index for route in routes if not route.hosted)
-    schedule = Schedule(tuple(before), tuple(after), waits, reduce_slots, staging_slots, kept)
+    on_device = frozenset(plan.bucket.index for plan in plans if not plan.location.is_host)
+    schedule = Schedule(tuple(before), tuple(after), waits, reduce_slots, staging_slots, on_device)
     return replace(schedule, waits={task: _of_others(schedule, task) for task in waits})
 
 
@@ -197,12 +167,12 @@ def _of_others(schedule: Schedule, task: Task) -> tuple[Task, ...]:
     return tuple(w for w in schedule.waits[task] if schedule.lane_of(w) is not lane)
 
 
-def _rings(routes: Sequence[Route], num_slots: int) -> tuple[dict[int, int], dict[int, int]]:
+def _rings(plans: Sequence[StatePlan], num_slots: int) -> tuple[dict[int, int], dict[int, int]]:
     """Deal slots out in turn; return each bucket's, and the bucket that had it before, if any."""
     slots: dict[int, int] = {}
     earlier: dict[int, int] = {}
-    for kind in dict.fromkeys(route.kind for route in routes):
-        members = [route.bucket.index for route in routes if route.kind == kind]
+    for family in dict.fromkeys(plan.bucket.family for plan in plans):
+        members = [plan.bucket.index for plan in plans if plan.bucket.family == family]
         for position, number in enumerate(members):
             slots[number] = position % num_slots
             if position >= num_slots:
@@ -210,32 +180,32 @@ def _rings(routes: Sequence[Route], num_slots: int) -> tuple[dict[int, int], dic
     return slots, earlier
 
 
-def _arrival(route: Route, earlier: int | None) -> list[tuple[Operation, list[Task]]]:
+def _arrival(plan: StatePlan, earlier: int | None) -> list[tuple[Operation, list[Task]]]:
     """Return a bucket's tasks before the agreement, each with what it waits for."""
-    number = route.bucket.index
+    number = plan.bucket.index
     tasks: list[tuple[Operation, list[Task]]] = [(Operation.GRADIENT, [])]
     source = Task(Operation.GRADIENT, number)
-    if route.reduces:
+    if plan.gradient.averaged:
         emptied = [] if earlier is None else [Task(Operation.COPY_DOWN, earlier)]
         tasks.append((Operation.PACK, emptied))
         tasks.append((Operation.REDUCE, [Task(Operation.PACK, number)]))
         source = Task(Operation.REDUCE, number)
-    if route.offloaded:
+    if plan.is_offloaded:
         tasks.append((Operation.COPY_DOWN, [source]))
         source = Task(Operation.COPY_DOWN, number)
     tasks.append((Operation.SUM_SQUARES, [source]))
     return tasks
 
 
-def _departure(route: Route, earlier: int | None) -> list[tuple[Operation, list[Task]]]:
+def _departure(plan: StatePlan, earlier: int | None) -> list[tuple[Operation, list[Task]]]:
     """Return a bucket's tasks after the agreement and RELEASE, each with what it waits for.
 
     The copy up is issued by the thread that has made the update, and so needs no wait for it.
     """
-    number = route.bucket.index
+    number = plan.bucket.index
     tasks: list[tuple[Operation, list[Task]]] = []
     ready = [Task(Operation.UPDATE, number)]
-    if route.offloaded:
+    if plan.is_offloaded:
         emptied = [] if earlier is None else [Task(Operation.COPY_UP, earlier)]
         tasks.append((Operation.UPDATE, emptied))
         # Only the first copy of a step needs it, but which one that is, each step says anew. The
@@ -245,7 +215,7 @@ def _departure(route: Route, earlier: int | None) -> list[tuple[Operation, list[
         ready.append(Task(Operation.COPY_UP, number))
     else:
         tasks.append((Operation.UPDATE, []))
-    if route.gathers:
+    if plan.gathers:
         tasks.append((Operation.GATHER, ready))
         ready = [Task(Operation.GATHER, number)]
     tasks.append((Operation.USE, ready))

@@ -7,8 +7,7 @@ from typing import Protocol
 
 import torch
 
-from offload_adam.layout.budget import BucketPlanes
-from offload_adam.layout.flat import Bucket
+from offload_adam.layout.state_plan import StatePlan
 
 
 class Memory(Protocol):
@@ -59,26 +58,33 @@ class StatePlanes:
         return planes
 
 
-def allocate_planes(
-    bucket: Bucket,
-    planes: BucketPlanes,
-    memory: Memory,
-    *,
-    own_master: torch.Tensor | None,
-    landed_dtype: torch.dtype | None,
-) -> StatePlanes:
-    """Take one bucket's planes from an arena or a device, zeroed.
+def allocate_planes(plan: StatePlan, memory: Memory, shard: torch.Tensor) -> StatePlanes:
+    """Take one bucket's planes from an arena or a device, and fill master weights from `shard`.
 
     Args:
-        own_master: the parameter's own shard where it is the master weight.
-        landed_dtype: dtype of the landed gradient, None where none is kept.
+        shard: (shard_numel,) this rank's part of the parameters; where they are their own master
+            weights, the plane is this tensor.
     """
-    numel = bucket.shard_numel
-    master = memory.take(numel, torch.float32) if own_master is None else own_master
-    return StatePlanes(
-        master_weight=master,
-        exp_avg=memory.take(numel, torch.float32),
-        exp_avg_sq=memory.take(numel, torch.float32),
-        max_exp_avg_sq=memory.take(numel, torch.float32) if planes.amsgrad else None,
-        landed_gradient=None if landed_dtype is None else memory.take(numel, landed_dtype),
+
+    def take(dtype: torch.dtype) -> torch.Tensor:
+        return memory.take(plan.bucket.shard_numel, dtype)
+
+    planes = StatePlanes(
+        master_weight=take(torch.float32) if plan.state.master_weight else shard,
+        exp_avg=take(torch.float32),
+        exp_avg_sq=take(torch.float32),
+        max_exp_avg_sq=take(torch.float32) if plan.state.max_exp_avg_sq else None,
+        landed_gradient=(
+            take(gradient_dtype(shard.dtype, plan.gradient.shard_itemsize))
+            if plan.gradient.shard_itemsize
+            else None
+        ),
     )
+    if plan.state.master_weight:
+        planes.master_weight.copy_(shard)
+    return planes
+
+
+def gradient_dtype(dtype: torch.dtype, itemsize: int) -> torch.dtype:
+    """Return a gradient's dtype: that of its parameter, or float32 where it is planned wider."""
+    return dtype if itemsize == dtype.itemsize else torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 import zlib
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
@@ -29,7 +30,8 @@ class VersionWatch:
     """
 
     def __init__(self, module: torch.nn.Module | None) -> None:
-        self._module = module
+        # Weakly: the model may hold the optimizer, and the executor's finalizer holds this object.
+        self._module = None if module is None else weakref.ref(module)
         self._names: list[str] = []
         self._parameters: list[torch.nn.Parameter] = []
         self._addresses: list[int] = []
@@ -43,8 +45,9 @@ class VersionWatch:
         self._parameters += parameters
         self._addresses += [parameter.data_ptr() for parameter in parameters]
         self._versions += [parameter._version for parameter in parameters]
-        if self._module is not None:
-            self._registrations += _registrations(self._module, parameters)
+        module = None if self._module is None else self._module()
+        if module is not None:
+            self._registrations += _registrations(module, parameters)
 
     def settle(self) -> None:
         """Take the parameters as they are now for unchanged."""

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.ring import RingSpeed
+from offload_adam.layout.state_plan import DEFAULT_BUCKET_NBYTES, StatePlan, StatePolicy, plan_state
 
 SYNTHETIC_NUMEL = 50_000_000
 """Elements of one parameter of a model of which only the size is known, or more, so that there are
 no more than MOST_SYNTHETIC parameters."""
 MOST_SYNTHETIC = 4_000
 MOST_NUMEL = 10**15
-
-DEFAULT_BUCKET_NBYTES = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +57,22 @@ class Training:
                 f"world_size ({self.world_size}) must be a multiple of local_world_size "
                 f"({self.local_world_size})"
             )
+
+    def plan(self, specs: Sequence[ParameterSpec]) -> tuple[StatePlan, ...]:
+        """Return how the optimizer would store the state of these parameters."""
+        policy = StatePolicy(
+            world_size=self.world_size,
+            bucket_nbytes=self.bucket_nbytes,
+            reduces=self.reduces,
+            accumulates=self.accumulates,
+            reduces_in_fp32=self.reduce_fp32,
+            replicated=self.beside,
+            offload_fraction=self.offload_fraction,
+        )
+        return plan_state(
+            [replace(spec, amsgrad=self.amsgrad, on_device=self.on_device) for spec in specs],
+            policy,
+        )
 
 
 class Source(StrEnum):

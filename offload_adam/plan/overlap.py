@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from offload_adam.layout.budget import (
-    FLOAT32_NBYTES,
+    NUM_REDUCE_SLOTS,
     NUM_STAGING_SLOTS,
     traffic_nbytes,
     update_traffic_nbytes,
 )
-from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
+from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.ring import RingSpeed
-from offload_adam.layout.schedule import Operation, Route, Task, plan_schedule
+from offload_adam.layout.schedule import Operation, Task, plan_schedule
+from offload_adam.layout.state_plan import StatePlan
 from offload_adam.layout.timeline import Timeline, predict_timeline
 from offload_adam.plan.inputs import Machine, Training, total_numel
-from offload_adam.plan.prediction import hosted, planes_of
-from offload_adam.plan.timing import GB, compute_seconds, gather_s, mean_pass_s, sent_itemsize
+from offload_adam.plan.timing import GB, compute_seconds, gather_s, mean_pass_s
 
 FORWARD_SHARE = 1 / 3
 """Of forward and backward together: two of six operations for each parameter and token."""
-NUM_REDUCE_SLOTS = 3
 
 
 def predict_overlap(
@@ -39,71 +38,50 @@ def predict_overlap(
         return None
     if not overlaps or (distributed and machine.network is None):
         return None
-    buckets = plan_buckets(
-        specs, world_size=training.world_size, bucket_nbytes=training.bucket_nbytes
-    )
-    on_host = {bucket.index for bucket in hosted(buckets, training)}
+    plans = training.plan(specs)
     schedule = plan_schedule(
-        [_route(bucket, training, bucket.index in on_host) for bucket in buckets],
-        num_reduce_slots=NUM_REDUCE_SLOTS,
-        num_staging_slots=NUM_STAGING_SLOTS,
+        plans, num_reduce_slots=NUM_REDUCE_SLOTS, num_staging_slots=NUM_STAGING_SLOTS
     )
-    seconds_of = _durations(buckets, training, machine, compute / total_numel(specs))
+    seconds_of = _durations(plans, training, machine, compute / total_numel(specs))
     return predict_timeline(schedule, seconds_of)
 
 
-def _route(bucket: Bucket, training: Training, on_host: bool) -> Route:
-    reduces = training.world_size > 1 and bucket.numel > 0
-    return Route(
-        bucket,
-        reduces=reduces,
-        gathers=reduces,
-        offloaded=on_host,
-        staged=on_host and bucket.itemsize < FLOAT32_NBYTES,
-        hosted=on_host,
-        in_ring=reduces and on_host and not training.accumulates,
-        kind=bucket.family,
-    )
-
-
 def _durations(
-    buckets: Sequence[Bucket], training: Training, machine: Machine, compute_s: float
+    plans: Sequence[StatePlan], training: Training, machine: Machine, compute_s: float
 ) -> Callable[[Task], float]:
     """Return how long each task takes.
 
     Args:
         compute_s: of forward and backward, for each element.
     """
-    by_index = {bucket.index: bucket for bucket in buckets}
-    on_host = {bucket.index for bucket in hosted(buckets, training)}
+    by_index = {plan.bucket.index: plan for plan in plans}
     host, bus = machine.host_gb_per_s, machine.bus_gb_per_s
     network = machine.network or RingSpeed.uniform(1.0)  # of one rank, which sends nothing
     assert host is not None
     assert bus is not None
 
     def seconds_of(task: Task) -> float:
-        bucket = by_index[task.bucket]
+        plan = by_index[task.bucket]
+        bucket = plan.bucket
         numel = sum(placed.numel for placed in bucket.placements)
-        planes = planes_of(bucket, training)
-        update = update_traffic_nbytes(bucket, planes) * training.local_world_size
-        both = traffic_nbytes(bucket, planes) * training.local_world_size
-        sent = sent_itemsize(bucket, training)
+        update = update_traffic_nbytes(plan) * training.local_world_size
+        both = traffic_nbytes(plan) * training.local_world_size
         match task.operation:
             case Operation.GRADIENT:
                 return compute_s * (1 - FORWARD_SHARE) * numel
             case Operation.USE:
                 return compute_s * FORWARD_SHARE * numel
             case Operation.REDUCE:
-                return mean_pass_s(bucket, training, network)
+                return mean_pass_s(plan, training, network)
             case Operation.GATHER:
                 return gather_s(bucket, training, network)
             case Operation.COPY_DOWN:
-                return bucket.shard_numel * sent / GB / bus
+                return bucket.shard_numel * plan.gradient.itemsize / GB / bus
             case Operation.COPY_UP:
                 return bucket.shard_numel * bucket.itemsize / GB / bus
-            case Operation.SUM_SQUARES if task.bucket in on_host:
+            case Operation.SUM_SQUARES if plan.location.is_host:
                 return (both - update) / GB / host
-            case Operation.UPDATE if task.bucket in on_host:
+            case Operation.UPDATE if plan.location.is_host:
                 return update / GB / host
             case _:
                 return 0.0

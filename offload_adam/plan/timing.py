@@ -6,15 +6,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from offload_adam.layout.budget import (
-    FLOAT32_NBYTES,
     exchange_traffic_nbytes,
     traffic_nbytes,
     update_traffic_nbytes,
 )
-from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
+from offload_adam.layout.flat import Bucket, ParameterSpec
 from offload_adam.layout.ring import ALL_REDUCE_PASSES, RingSpeed, pass_nbytes
+from offload_adam.layout.state_plan import StatePlan
 from offload_adam.plan.inputs import Machine, Source, Training, total_numel
-from offload_adam.plan.prediction import hosted, planes_of
 
 GB = 1e9
 FLOPS_PER_PARAMETER = 6
@@ -72,12 +71,11 @@ def predict_time(
     update: norm and update read and write the state of all ranks of a node through its one memory.
     bus: gradients down, parameters up. network: what a rank sends and receives over a ring.
     """
-    shards = 1 if training.beside else training.world_size
-    buckets = plan_buckets(specs, world_size=shards, bucket_nbytes=training.bucket_nbytes)
+    plans = training.plan(specs)
     found = {
-        "update": _moved_s(_host_nbytes(buckets, training), machine.host_gb_per_s),
-        "bus": _moved_s(_bus_nbytes(buckets, training), machine.bus_gb_per_s),
-        "network": _network_s(buckets, training, machine.network),
+        "update": _moved_s(_host_nbytes(plans, training), machine.host_gb_per_s),
+        "bus": _moved_s(_bus_nbytes(plans), machine.bus_gb_per_s),
+        "network": _network_s(plans, training, machine.network),
     }
     seconds = {name: known_s for name, known_s in found.items() if known_s}
     if not seconds:
@@ -101,12 +99,7 @@ def compute_seconds(
 
 def update_nbytes(specs: Sequence[ParameterSpec], training: Training) -> int:
     """Return what the updates of one rank read and write in host memory, without the norm."""
-    shards = 1 if training.beside else training.world_size
-    buckets = plan_buckets(specs, world_size=shards, bucket_nbytes=training.bucket_nbytes)
-    return sum(
-        update_traffic_nbytes(bucket, planes_of(bucket, training))
-        for bucket in hosted(buckets, training)
-    )
+    return sum(update_traffic_nbytes(plan) for plan in _on_host(training.plan(specs)))
 
 
 def _doubts(
@@ -147,34 +140,33 @@ def _moved_s(nbytes: int, gb_per_s: float | None) -> float | None:
     return None if gb_per_s is None else nbytes / GB / gb_per_s
 
 
-def _host_nbytes(buckets: Sequence[Bucket], training: Training) -> int:
+def _on_host(plans: Sequence[StatePlan]) -> list[StatePlan]:
+    return [plan for plan in plans if plan.location.is_host]
+
+
+def _host_nbytes(plans: Sequence[StatePlan], training: Training) -> int:
     """Return the traffic of a node's memory; none where state lies on the devices.
 
     Parameters in host memory have their gradients there, too, and these are packed and landed.
     """
     exchanged = not training.on_device and training.reduces and training.world_size > 1
-    of_rank = sum(
-        traffic_nbytes(bucket, planes_of(bucket, training)) for bucket in hosted(buckets, training)
-    )
+    of_rank = sum(map(traffic_nbytes, _on_host(plans)))
     if exchanged and not training.beside:
-        of_rank += sum(
-            exchange_traffic_nbytes(bucket, sent_itemsize(bucket, training)) for bucket in buckets
-        )
+        of_rank += sum(map(exchange_traffic_nbytes, plans))
     return of_rank * training.local_world_size
 
 
-def _bus_nbytes(buckets: Sequence[Bucket], training: Training) -> int:
+def _bus_nbytes(plans: Sequence[StatePlan]) -> int:
     """Return what one GPU copies, in both directions, one after the other."""
-    if not training.on_device:
-        return 0
     return sum(
-        bucket.shard_numel * (sent_itemsize(bucket, training) + bucket.itemsize)
-        for bucket in hosted(buckets, training)
+        plan.bucket.shard_numel * (plan.gradient.itemsize + plan.bucket.itemsize)
+        for plan in plans
+        if plan.is_offloaded
     )
 
 
 def _network_s(
-    buckets: Sequence[Bucket], training: Training, network: RingSpeed | None
+    plans: Sequence[StatePlan], training: Training, network: RingSpeed | None
 ) -> float | None:
     """Return the seconds of a step's collectives, None where their speed is not known.
 
@@ -188,16 +180,16 @@ def _network_s(
     all_reduces = training.beside or not training.on_device
     passes = 0 if not training.reduces else ALL_REDUCE_PASSES if all_reduces else 1
     return sum(
-        passes * mean_pass_s(bucket, training, network)
-        + (0.0 if training.beside else gather_s(bucket, training, network))
-        for bucket in buckets
+        passes * mean_pass_s(plan, training, network)
+        + (0.0 if training.beside else gather_s(plan.bucket, training, network))
+        for plan in plans
     )
 
 
-def mean_pass_s(bucket: Bucket, training: Training, network: RingSpeed) -> float:
+def mean_pass_s(plan: StatePlan, training: Training, network: RingSpeed) -> float:
     """Return the seconds of one pass of a bucket's gradients around the ring."""
-    itemsize = sent_itemsize(bucket, training)
-    nbytes = pass_nbytes(bucket.numel * itemsize, training.world_size)
+    itemsize = plan.gradient.itemsize
+    nbytes = pass_nbytes(plan.bucket.numel * itemsize, training.world_size)
     return nbytes / GB / network.mean(itemsize)
 
 
@@ -205,9 +197,3 @@ def gather_s(bucket: Bucket, training: Training, network: RingSpeed) -> float:
     """Return the seconds in which a bucket's parameters are gathered."""
     nbytes = pass_nbytes(bucket.numel * bucket.itemsize, training.world_size)
     return nbytes / GB / network.gather
-
-
-def sent_itemsize(bucket: Bucket, training: Training) -> int:
-    """Return the bytes of an element of an averaged gradient."""
-    widened = training.reduces and training.world_size > 1 and training.reduce_fp32
-    return FLOAT32_NBYTES if widened else bucket.itemsize

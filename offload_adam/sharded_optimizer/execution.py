@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from offload_adam.coordinator.admission import Fact
 from offload_adam.coordinator.watch import DEAD_AFTER_S, STUCK_AFTER_S, Patience
+from offload_adam.layout.state_plan import DEFAULT_BUCKET_NBYTES, StatePolicy
 from offload_adam.memory.pinning import Pin
 from offload_adam.parameters.options import (
     check_accumulate,
@@ -22,8 +23,6 @@ from offload_adam.parameters.options import (
     resolve_reduction,
 )
 from offload_adam.version import __version__
-
-DEFAULT_BUCKET_NBYTES = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +84,25 @@ class Execution:
         check_overlap(self.overlap, self.units, self.streamed_module)
         return kind
 
-    def overlaps(self, kind: str, parameters: Iterable[torch.Tensor], *, offloads: bool) -> bool:
+    def state_policy(self, kind: str, world_size: int) -> StatePolicy:
+        """Return what decides where state is stored.
+
+        Args:
+            kind: who averages gradients.
+        """
+        return StatePolicy(
+            world_size=world_size,
+            bucket_nbytes=self.bucket_nbytes,
+            reduces=kind == "optimizer",
+            accumulates=self.accumulate is not None,
+            reduces_in_fp32=self.reduce_dtype is not None,
+            replicated=self.beside,
+            offload_fraction=self.offload_fraction,
+            pins_state=self.pin == "all",
+            pins_staging=self.pin != "none",
+        )
+
+    def overlaps(self, kind: str, on_device: bool) -> bool:
         """Tell whether updates run beside the next forward.
 
         Gradients that others have averaged stay in `.grad`, where the next backward may write: out
@@ -93,14 +110,13 @@ class Execution:
 
         Args:
             kind: who averages gradients.
-            offloads: parameters in host memory are treated as if they were on a device.
+            on_device: all parameters are on a device.
         """
         if self.streamed_module is None or self.overlap is False:
             return False
-        on_device = all(parameter.is_cuda for parameter in parameters)
         if self.overlap is None:
             return on_device
-        if kind == "external" and not (on_device or offloads):
+        if kind == "external" and not on_device:
             warnings.warn(
                 "overlap=True has no effect where gradients in host memory are averaged by others: "
                 "let this optimizer do it (gradient_reduction='optimizer')",
@@ -110,11 +126,14 @@ class Execution:
             return False
         return True
 
-    def warn_without_effect(self, parameters: Iterable[torch.Tensor], *, offloads: bool) -> None:
-        """Warn where offload_fraction is given and no parameter's state could stay on a GPU."""
+    def warn_without_effect(self, on_device: bool) -> None:
+        """Warn where offload_fraction is given and no parameter's state could stay on a GPU.
+
+        Args:
+            on_device: some parameter is on a device.
+        """
         if self.offload_fraction == 1.0:
             return
-        on_device = offloads or any(parameter.is_cuda for parameter in parameters)
         if self.beside or not on_device:
             why = "all of it stays there" if on_device else "no parameter is on one"
             warnings.warn(

@@ -26,7 +26,6 @@ from offload_adam.coordinator.membership import (
 )
 from offload_adam.errors import StreamedGradientError
 from offload_adam.kernels.scalars import Hyperparameters
-from offload_adam.memory.pinning import CudaRuntime, cuda_runtime
 from offload_adam.parameters.group_watch import GroupWatch
 from offload_adam.parameters.hooks import BackwardHooks
 from offload_adam.parameters.options import check_max_norm, check_module
@@ -74,12 +73,8 @@ class ShardedOptimizer(StateDicts):
     grad_scale: torch.Tensor | float | None
     found_inf: torch.Tensor | float | None
 
-    # Tests set them, to run the paths of parameters on a device with parameters in host memory:
-    # state on the host, state beside the parameters, and memory that a stand-in for CUDA pins.
-    _offloads = False
-    _updates_on_device = False
+    # What the work runs on. A simulated machine has its own.
     _backend = Backend()
-    _runtime: CudaRuntime | None = None
 
     def _construct(self, execution: Execution, admit: Callable[[], Sequence[Fact]]) -> None:
         """Check everything, then allocate and build, or leave nothing behind. Collective.
@@ -120,14 +115,17 @@ class ShardedOptimizer(StateDicts):
                 refuse_unrelated(module, self.param_groups)
             self._facts = [*execution.facts(kind), *self._facts]
             self.max_grad_norm = execution.max_grad_norm
-            execution.warn_without_effect(self._grouped_parameters(), offloads=self._offloads)
+            on_device = [
+                self._backend.is_device(parameter.device)
+                for parameter in self._grouped_parameters()
+            ]
+            execution.warn_without_effect(any(on_device))
+            policy = execution.state_policy(kind, self._membership.world_size)
             streams = execution.streamed_module is not None and kind == "optimizer"
             reduction = GradientReduction(
                 self._membership,
-                reduces=kind == "optimizer",
+                policy,
                 streams=streams,
-                accumulates=execution.accumulate is not None,
-                reduce_dtype=execution.reduce_dtype,
                 takes_rows=execution.takes_rows,
                 streamed=self._streamed if streams else None,
             )
@@ -135,17 +133,17 @@ class ShardedOptimizer(StateDicts):
                 self._hooks = BackwardHooks(reduction)
                 resources.callback(self._hooks.remove)
             placing = Placing(
-                execution.bucket_nbytes,
-                reduction.landed_dtype,
-                pin=execution.pin,
-                runtime=None if execution.beside else self._pinning_runtime(),
-                offload_fraction=execution.offload_fraction,
-                beside=execution.beside,
+                policy,
+                self._backend.is_device,
+                # Nothing is copied to or from a device otherwise.
+                runtime=(
+                    self._backend.make_runtime()
+                    if any(on_device) and not policy.replicated
+                    else None
+                ),
                 takes_rows=execution.takes_rows,
                 checkpoint_room_nbytes=execution.checkpoint_room_nbytes,
                 allow_overcommit=execution.allow_overcommit,
-                force_offload=self._offloads,
-                force_device=self._updates_on_device,
             )
             self._core = ShardedAdam(
                 self._membership,
@@ -154,9 +152,7 @@ class ShardedOptimizer(StateDicts):
                 num_threads=execution.num_threads,
                 module=module,
                 external=kind == "external",
-                overlaps=execution.overlaps(
-                    kind, self._grouped_parameters(), offloads=self._offloads
-                ),
+                overlaps=execution.overlaps(kind, all(on_device)),
                 backend=self._backend,
             )
             resources.callback(self._core.resources.close)
@@ -202,12 +198,6 @@ class ShardedOptimizer(StateDicts):
             first_index=len(self._indices),
             first_group=first_group,
         )
-
-    def _pinning_runtime(self) -> CudaRuntime | None:
-        """Return what pins host memory, None where no parameter is on a GPU to copy to."""
-        if any(parameter.is_cuda for parameter in self._grouped_parameters()):
-            return cuda_runtime()
-        return self._runtime
 
     def _grouped_parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]

@@ -9,16 +9,24 @@ import torch
 
 from offload_adam.coordinator.membership import Membership
 from offload_adam.layout.budget import NUM_REDUCE_SLOTS, NUM_STAGING_SLOTS
+from offload_adam.memory.pinning import CudaRuntime, cuda_runtime
 from offload_adam.step.overlapped import Worker
 from offload_adam.step.update_thread import UpdateThread
 from offload_adam.transfer.collectives import Collectives, GroupCollectives
 from offload_adam.transfer.streams import Streams, streams_for
 
 
+def is_device(device: torch.device) -> bool:
+    """Tell whether a tensor's device is another memory than the host's."""
+    return device.type != "cpu"
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """How, and how many, each of them is made; tests put a simulated machine in its place."""
 
+    is_device: Callable[[torch.device], bool] = is_device
+    make_runtime: Callable[[], CudaRuntime | None] = cuda_runtime
     make_streams: Callable[[torch.device], Streams] = streams_for
     make_collectives: Callable[[Membership], Collectives] = GroupCollectives
     make_worker: Callable[[], Worker] = UpdateThread

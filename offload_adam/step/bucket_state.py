@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 
 from offload_adam.layout.flat import Bucket
-from offload_adam.memory.planes import StatePlanes
+from offload_adam.layout.state_plan import StatePlan
+from offload_adam.memory.planes import StatePlanes, gradient_dtype
 from offload_adam.parameters.gradients import GradientReader
 
 
@@ -28,23 +29,19 @@ class SegmentArrays:
 class BucketState:
     """One rank's part of one bucket.
 
+    plan: how it is stored; its `pinned` tells whether the state is page-locked in fact.
     rank: this rank's place among those that the bucket is divided over.
     parameters, names, indices, groups: in the order of the layout's placements; `indices` count
         over all parameters of the optimizer, `groups` over what a step is given hyperparameters of.
     flat: (numel,) all parameters of the bucket, on their device, in their dtype.
     shard: (shard_numel,) this rank's part of `flat`.
     step_counts: (num parameters,) float32 on the host, completed updates, as torch counts them.
-    offloaded: parameters live on a device and their state does not, so gradients come down and
-        results go up in copies.
-    hosted: the state is in host memory, where the kernels update it; else it is on the device of
-        the parameters, where torch's operations do.
-    pinned: the state is in page-locked host memory.
     centralized: (num parameters,) whose gradients are centralized.
 
     Lifecycle: made once; tensors are written in place and never replaced.
     """
 
-    layout: Bucket
+    plan: StatePlan
     rank: int
     parameters: Sequence[torch.nn.Parameter]
     names: Sequence[str]
@@ -54,13 +51,24 @@ class BucketState:
     shard: torch.Tensor
     planes: StatePlanes
     step_counts: torch.Tensor
-    own_master: bool
-    offloaded: bool
-    hosted: bool
-    pinned: bool
     centralized: npt.NDArray[np.bool_]
     segments: SegmentArrays
     reader: GradientReader
+
+    @property
+    def layout(self) -> Bucket:
+        """Where its parameters lie."""
+        return self.plan.bucket
+
+    @property
+    def own_master(self) -> bool:
+        """Whether fp32 parameters are their own master weights."""
+        return self.plan.state.master_weight == 0
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """The dtype of gradients while they are averaged and copied."""
+        return gradient_dtype(self.dtype, self.plan.gradient.itemsize)
 
     @property
     def dtype(self) -> torch.dtype:

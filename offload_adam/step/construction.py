@@ -1,11 +1,10 @@
-"""Build the state of new parameters: layout, device buckets, host planes. One bucket at a time."""
+"""Build the state of new parameters: plan, buckets, planes. One bucket at a time."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,53 +13,52 @@ import torch
 from offload_adam.coordinator.admission import raise_on_all_ranks
 from offload_adam.coordinator.membership import Membership
 from offload_adam.coordinator.node_memory import admit_memory
-from offload_adam.layout.budget import BucketPlanes, copy_room_nbytes, plane_nbytes
-from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
-from offload_adam.layout.placing import kept_on_device
+from offload_adam.layout.budget import copy_room_nbytes, plane_nbytes
+from offload_adam.layout.flat import ParameterSpec
+from offload_adam.layout.state_plan import StatePlan, StatePolicy, plan_state
 from offload_adam.memory.arena import HostArena, Touch, arena_nbytes
-from offload_adam.memory.pinning import CudaRuntime, Pin
+from offload_adam.memory.pinning import CudaRuntime
 from offload_adam.memory.planes import DeviceMemory, allocate_planes
 from offload_adam.parameters.buckets import adopt
 from offload_adam.parameters.gradients import GradientReader
 from offload_adam.parameters.selection import NewParameter
 from offload_adam.step.bucket_state import BucketState, segment_arrays
 
-LandedDtype = Callable[[torch.dtype, bool], torch.dtype | None]
-
 
 @dataclass(frozen=True, slots=True)
 class Placing:
-    """Where state goes and what it holds.
+    """How the state of an optimizer's parameters is made.
 
-    pin, runtime: what is page-locked, and by what; nothing where there is no runtime.
-    landed_dtype: the dtype in which a bucket's gradients land, from its dtype and whether they have
-        a place to land in any case; None where they are read in place.
-    offload_fraction: of the elements on a device that have their state on the host; the others'
-        shards of it stay on the device.
-    beside: state lies beside its parameter, whole on every rank, instead of sharded on the host.
+    policy: decides where each bucket's state is stored, and in which formats.
+    is_device: tells devices from host memory.
+    runtime: page-locks host memory; None where nothing is to be.
     takes_rows: gradients may be sparse.
     checkpoint_room_nbytes: host memory, at most, for copies that a checkpoint in the background
         makes of what is updated before it is written.
     allow_overcommit: take memory that the node does not seem to have.
-    force_offload, force_device: treat parameters in host memory as if they were on a device, their
-        state on the host or beside them, for tests of those paths.
     """
 
-    bucket_nbytes: int
-    landed_dtype: LandedDtype
-    pin: Pin = "all"
+    policy: StatePolicy
+    is_device: Callable[[torch.device], bool]
     runtime: CudaRuntime | None = None
-    offload_fraction: float = 1.0
-    beside: bool = False
     takes_rows: bool = False
     checkpoint_room_nbytes: int = 0
     allow_overcommit: bool = False
-    force_offload: bool = False
-    force_device: bool = False
 
     def share_of(self, membership: Membership) -> tuple[int, int]:
         """Return this rank's place among those that a bucket's state is divided over."""
-        return (0, 1) if self.beside else (membership.rank, membership.world_size)
+        return (0, 1) if self.policy.replicated else (membership.rank, membership.world_size)
+
+    def spec_of(self, item: NewParameter) -> ParameterSpec:
+        """Return a parameter as the layout sees it."""
+        return ParameterSpec(
+            item.index,
+            item.parameter.numel(),
+            item.parameter.element_size(),
+            item.family,
+            amsgrad=item.amsgrad,
+            on_device=self.is_device(item.parameter.device),
+        )
 
 
 class Built(NamedTuple):
@@ -94,110 +92,48 @@ def build_states(
         touch: see `HostArena`.
         room_nbytes: for copies, at most; no more is taken than these states could fill.
     """
-    buckets = plan_buckets(
-        [
-            ParameterSpec(n.index, n.parameter.numel(), n.parameter.element_size(), n.family)
-            for n in new
-        ],
-        world_size=placing.share_of(membership)[1],
-        bucket_nbytes=placing.bucket_nbytes,
-        first_index=first_bucket,
-    )
-    by_index = {item.index: item for item in new}
-    members = [[by_index[placed.parameter] for placed in bucket.placements] for bucket in buckets]
-    homes = _homes(buckets, members, placing)
-    planes = [
-        _planes_of(items[0], home, placing) for items, home in zip(members, homes, strict=True)
-    ]
+    plans = plan_state(list(map(placing.spec_of, new)), placing.policy, first_index=first_bucket)
     parts: list[int] = []
     needed: Counter[str] = Counter()
-    for bucket, plane, home in zip(buckets, planes, homes, strict=True):
-        if home.hosted:
-            of_planes = plane_nbytes(bucket, plane)
+    for plan in plans:
+        if plan.location.is_host:
+            of_planes = plane_nbytes(plan)
             parts += of_planes.values()
             needed.update(of_planes)
-    if placing.beside and membership.rank != 0:
+    if placing.policy.replicated and membership.rank != 0:
         room_nbytes = 0  # rank 0 writes what all have whole
-    room_nbytes = copy_room_nbytes(buckets, planes, room_nbytes)
+    room_nbytes = copy_room_nbytes(plans, room_nbytes)
     if room_nbytes > 0:
         needed["checkpoint room"] = room_nbytes
     admit_memory(membership, needed, allow_overcommit=placing.allow_overcommit)
     with raise_on_all_ranks(membership, "allocating its state"):
         arena = HostArena(arena_nbytes(parts), parts=parts, touch=touch)
         room = HostArena(room_nbytes)
-    if placing.pin == "all" and placing.runtime is not None:
+    if placing.policy.pins_state and placing.runtime is not None:
         arena.pin_or_warn(
             placing.runtime,
             "State stays pageable and is copied through pinned buffers, which is slower: lift the "
             "limit, or pass pin='staging' (memory.pin: staging)",
         )
-    states = [
-        _build(bucket, items, plane, home, arena, membership, placing)
-        for bucket, items, plane, home in zip(buckets, members, planes, homes, strict=True)
-    ]
+    if arena.pinned_nbytes == 0:
+        plans = tuple(replace(plan, pinned=False) for plan in plans)
+    by_index = {item.index: item for item in new}
+    states = []
+    for plan in plans:
+        items = [by_index[placed.parameter] for placed in plan.bucket.placements]
+        states.append(_build(plan, items, arena, membership, placing))
     return Built(states, arena, room)
 
 
-class _Home(Enum):
-    """Where the state of one bucket lies, and where its parameters do."""
-
-    HOST = "both on the host"
-    OFFLOADED = "parameters on a device, state on the host"
-    KEPT = "both on a device, the state sharded"
-    BESIDE = "both on a device, the state whole"
-
-    @property
-    def hosted(self) -> bool:
-        return self in (_Home.HOST, _Home.OFFLOADED)
-
-    @property
-    def lands(self) -> bool:
-        """Whether gradients have a plane of their own even where nobody averages them."""
-        return self in (_Home.OFFLOADED, _Home.KEPT)
-
-
-def _homes(
-    buckets: Sequence[Bucket], members: Sequence[Sequence[NewParameter]], placing: Placing
-) -> list[_Home]:
-    """Return the home of each bucket."""
-    forced = placing.force_device if placing.beside else placing.force_offload
-    on_device = {
-        bucket.index
-        for bucket, items in zip(buckets, members, strict=True)
-        if items[0].parameter.device.type != "cpu" or forced
-    }
-    kept = kept_on_device(buckets, on_device, placing.offload_fraction)
-    homes = []
-    for bucket in buckets:
-        if bucket.index not in on_device:
-            homes.append(_Home.HOST)
-        elif placing.beside:
-            homes.append(_Home.BESIDE)
-        else:
-            homes.append(_Home.KEPT if bucket.index in kept else _Home.OFFLOADED)
-    return homes
-
-
-def _planes_of(item: NewParameter, home: _Home, placing: Placing) -> BucketPlanes:
-    """Return which planes a bucket of such parameters needs."""
-    landed = placing.landed_dtype(item.parameter.dtype, home.lands)
-    return BucketPlanes(
-        own_master=item.parameter.dtype == torch.float32 and home is not _Home.OFFLOADED,
-        amsgrad=item.amsgrad,
-        landed_itemsize=0 if landed is None else landed.itemsize,
-    )
-
-
 def _build(
-    bucket: Bucket,
+    plan: StatePlan,
     items: Sequence[NewParameter],
-    planes: BucketPlanes,
-    home: _Home,
     arena: HostArena,
     membership: Membership,
     placing: Placing,
 ) -> BucketState:
     """Adopt one bucket's parameters and fill its master weights from them."""
+    bucket = plan.bucket
     parameters = [item.parameter for item in items]
     names = [item.name for item in items]
     flat = adopt(bucket, parameters)
@@ -206,17 +142,9 @@ def _build(
     rank, _ = placing.share_of(membership)
     low, high = bucket.shard_bounds(rank)
     shard = flat[low:high]
-    state_planes = allocate_planes(
-        bucket,
-        planes,
-        arena if home.hosted else DeviceMemory(flat.device),
-        own_master=shard if planes.own_master else None,
-        landed_dtype=placing.landed_dtype(flat.dtype, home.lands),
-    )
-    if not planes.own_master:
-        state_planes.master_weight.copy_(shard)
+    memory = arena if plan.location.is_host else DeviceMemory(flat.device)
     return BucketState(
-        layout=bucket,
+        plan=plan,
         rank=rank,
         parameters=parameters,
         names=names,
@@ -224,15 +152,11 @@ def _build(
         groups=np.array([item.group for item in items], dtype=np.int64),
         flat=flat,
         shard=shard,
-        planes=state_planes,
+        planes=allocate_planes(plan, memory, shard),
         step_counts=torch.zeros(len(items), dtype=torch.float32, device="cpu"),
-        own_master=planes.own_master,
-        offloaded=home is _Home.OFFLOADED,
-        hosted=home.hosted,
-        pinned=home.hosted and arena.pinned_nbytes > 0,
         centralized=np.array([item.centralized for item in items], dtype=np.bool_),
         segments=segment_arrays(bucket, rank),
         reader=GradientReader(
-            names, parameters, takes_rows=placing.takes_rows and not planes.amsgrad
+            names, parameters, takes_rows=placing.takes_rows and not bucket.amsgrad
         ),
     )

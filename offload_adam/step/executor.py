@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from offload_adam.layout.schedule import Operation, Route, Schedule, Task
+from offload_adam.layout.schedule import Operation, Schedule, Task
 from offload_adam.observe.spans import Spans
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.gradients import BucketGradients
@@ -28,13 +28,11 @@ class Executor(ABC):
     def __init__(self, tasks: Tasks) -> None:
         self.tasks = tasks
 
-    def extend(
-        self, states: Sequence[BucketState], routes: Sequence[Route], schedule: Schedule
-    ) -> None:
-        """Take further buckets in, and routes and a schedule for all of them."""
+    def extend(self, states: Sequence[BucketState], schedule: Schedule) -> None:
+        """Take further buckets in, and a schedule for all of them."""
         self.land(wait=True)
         self.settle()
-        self.tasks.extend(states, routes, schedule, self._wait_for_update)
+        self.tasks.extend(states, schedule, self._wait_for_update)
 
     @abstractmethod
     def send(self, flight: Flight) -> None:

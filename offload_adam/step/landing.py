@@ -117,12 +117,6 @@ class Landing:
         """Host bytes of the buffers."""
         return sum(arena.nbytes for arena in self._arenas.values())
 
-    def goes_straight(self, state: BucketState, dtype: torch.dtype, *, adds: bool) -> bool:
-        """Tell whether gradients of this dtype are copied from a device to where they land."""
-        landed = state.planes.landed_gradient
-        assert landed is not None
-        return state.pinned and not adds and dtype == landed.dtype
-
     def reserve(self, state: BucketState, dtype: torch.dtype) -> None:
         """Make the buffer through which gradients of this dtype go large enough for a bucket's."""
         self._buffer(dtype, state.layout.shard_numel, self._make_arena)
@@ -130,11 +124,14 @@ class Landing:
     def depart(self, flight: Flight, streams: Streams, crossing: Crossing) -> None:
         """Issue the copy of a flight whose source is on its way, if the host has no part in it."""
         state = flight.state
-        if not state.offloaded or not streams.is_asynchronous:
-            return
-        if all(self.goes_straight(state, p.source.dtype, adds=p.adds) for p in flight.pieces):
-            landed = state.planes.landed_gradient
-            assert landed is not None
+        landed = state.planes.landed_gradient
+        assert landed is not None
+        # `copies_straight` is the plan; these gradients may be added, or of another dtype.
+        if (
+            state.plan.is_offloaded
+            and state.plan.pinned
+            and not any(piece.adds or piece.source.dtype != landed.dtype for piece in flight.pieces)
+        ):
             self._issue(flight, landed, streams, crossing)
 
     def land(self, flight: Flight, streams: Streams, crossing: Crossing) -> None:
@@ -148,7 +145,7 @@ class Landing:
                 flight.pending.wait(self._membership)
         with span("copy down", number):
             through = None
-            if state.offloaded and streams.is_asynchronous and not flight.is_issued:
+            if state.plan.is_offloaded and not flight.is_issued:
                 dtypes = {piece.source.dtype for piece in flight.pieces}
                 dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
                 # Where none was reserved, as for gradients set by hand, it is not page-locked:
@@ -158,7 +155,7 @@ class Landing:
             crossing.begin(Operation.SUM_SQUARES, number)
             if not flight.is_issued or through is not None:
                 fold = partial(_fold, tuple(flight.pieces), landed, through)
-                if state.hosted:
+                if state.plan.location.is_host:
                     fold()
                 else:
                     sources = [piece.source for piece in flight.pieces]

@@ -101,7 +101,7 @@ class OverlappedExecutor(Executor):
         """Let the worker land it, and take its sum of squares."""
         number = flight.state.layout.index
         self.tasks.depart(flight)
-        if not flight.state.hosted:
+        if not flight.state.plan.location.is_host:
             self._own_flights.append(flight)  # for the model's own lane, which must not wait here
             self._land_own(wait=False)
             return
@@ -114,7 +114,7 @@ class OverlappedExecutor(Executor):
 
     def hold(self, number: int, gradients: BucketGradients) -> None:
         """Let the worker take the sum of squares while backward goes on."""
-        if self.tasks.states[number].hosted:
+        if self.tasks.states[number].plan.location.is_host:
             job = self._give(f"the norm of bucket {number}", lambda: self._sum(number, gradients))
             self._landings.append(job)
 
@@ -153,25 +153,24 @@ class OverlappedExecutor(Executor):
 
     def _numbers(self, *, hosted: bool) -> list[int]:
         states = self.tasks.states
-        return [state.layout.index for state in states if state.hosted is hosted]
+        return [s.layout.index for s in states if s.plan.location.is_host is hosted]
 
     def apply(self, gradients: Sequence[BucketGradients], masks: UpdateMasks, spans: Spans) -> None:
         """Give the worker every update, in forward order, and return."""
         self.tasks.release()
-        routes = self.tasks.routes
         for position, number in enumerate(self.tasks.schedule.forward_order):
             state = self.tasks.states[number]
             active = masks.active[state.indices]
             if is_idle(state, active):
                 masks.count(state, active)
-                if routes[number].staged:
+                if state.plan.stages_parameters:
                     self._give(f"the turn of bucket {number}", partial(self.tasks.pass_by, number))
                 continue
-            if routes[number].hosted:
+            if state.plan.location.is_host:
                 self._updates[number] = self._give_update(number, gradients[number], active, masks)
             else:
                 self.tasks.update(number, gradients[number], active, masks, spans)
-            if routes[number].gathers:
+            if state.plan.gathers:
                 self._to_gather.append(number)
             self._to_use[number] = position
 

@@ -11,6 +11,7 @@ import torch
 
 from offload_adam.coordinator.agreement import largest_on_any_rank
 from offload_adam.coordinator.membership import Membership
+from offload_adam.layout.state_plan import StatePolicy
 from offload_adam.parameters.gradients import GradientsInPlace, in_memory_order
 from offload_adam.parameters.stand_in import gradient_of
 from offload_adam.step.bucket_state import BucketState
@@ -60,10 +61,9 @@ class GradientReduction:
     Lifecycle: `bind` once; `reset` after each step, and from `zero_grad`.
 
     Args:
-        reduces: ranks' gradients are averaged here; otherwise `.grad` is final as it stands.
+        policy: says whether gradients are averaged here (otherwise `.grad` is final as it stands),
+            and whether later backwards add to those of earlier ones.
         streams: gradients leave `.grad`, which holds stand-ins afterwards.
-        accumulates: landed gradients are fp32 and later backwards add to them.
-        reduce_dtype: dtype of the reduction, None for each bucket's own.
         takes_rows: gradients may be sparse.
         streamed: what torch's own functions may do with gradients that have left.
     """
@@ -71,20 +71,17 @@ class GradientReduction:
     def __init__(
         self,
         membership: Membership,
+        policy: StatePolicy,
         *,
-        reduces: bool,
         streams: bool,
-        accumulates: bool,
-        reduce_dtype: torch.dtype | None,
         takes_rows: bool = False,
         streamed: StreamedGradients | None = None,
     ) -> None:
         self._streamed = streamed
         self._membership = membership
-        self._reduces = reduces and membership.world_size > 1
+        self._reduces = policy.averages
         self.streams = streams
-        self._accumulates = accumulates
-        self._reduce_dtype = reduce_dtype
+        self._accumulates = policy.accumulates
         self._rows = RowExchange(membership) if takes_rows and self._reduces else None
         self.slots = SlotPool()
         self._states: list[BucketState] = []
@@ -118,28 +115,6 @@ class GradientReduction:
         """Whether some have left since the last step or `reset`."""
         return self._begun or self._next > 0
 
-    @property
-    def reduces(self) -> bool:
-        """Whether gradients are averaged over several ranks here."""
-        return self._reduces
-
-    @property
-    def accumulates(self) -> bool:
-        """Whether several backwards of a step add up where they land."""
-        return self._accumulates
-
-    def arrival_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype in which gradients of such parameters reach the host."""
-        return self._reduce_dtype or dtype if self._reduces else dtype
-
-    def landed_dtype(self, dtype: torch.dtype, offloaded: bool) -> torch.dtype | None:
-        """Return the dtype in which gradients of such parameters land, None where they stay put."""
-        if self._accumulates:
-            return torch.float32
-        if self._reduces:
-            return self._reduce_dtype or dtype
-        return dtype if offloaded else None
-
     def extend(self, states: Sequence[BucketState]) -> None:
         """Take further buckets into the order, after those that are known or have left already."""
         for state in states:
@@ -151,8 +126,7 @@ class GradientReduction:
             for position, parameter in enumerate(state.parameters):
                 self._place_of[id(parameter)] = (state.layout.index, position)
             if self._reduces:
-                dtype = self.arrival_dtype(state.dtype)
-                self.slots.reserve(state.layout.numel, dtype, state.device)
+                self.slots.reserve(state.layout.numel, state.gradient_dtype, state.device)
 
     def gradients_ready(self, parameters: Sequence[torch.Tensor]) -> None:
         """Take gradients in the order of their arrival, and send off every bucket that is complete.
@@ -256,7 +230,7 @@ class GradientReduction:
         if self._rows is not None:
             failure = self._rows.finish(self._states, self.gradients) or failure
         for state, gradients in zip(self._states, self.gradients, strict=True):
-            if state.hosted:
+            if state.plan.location.is_host:
                 gradients.bring_rows_to_host()
         return failure
 
@@ -415,10 +389,9 @@ class GradientReduction:
 
     def _slot(self, state: BucketState) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return memory for a bucket's reduction, and what of it goes back to the pool."""
-        if self.executor.tasks.routes[state.layout.index].in_ring:
+        if state.plan.uses_ring:
             return self.executor.tasks.reduction_slot(state.layout.index), None
-        dtype = self.arrival_dtype(state.dtype)
-        slot = self.slots.acquire(state.layout.numel, dtype, state.device)
+        slot = self.slots.acquire(state.layout.numel, state.gradient_dtype, state.device)
         return slot, slot
 
     def _land_directly(self, state: BucketState, gradients: list[torch.Tensor | None]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from offload_adam.coordinator.membership import Membership
-from offload_adam.layout.schedule import Route, Schedule, plan_schedule
+from offload_adam.layout.schedule import Schedule, plan_schedule
 from offload_adam.memory.arena import HostArena
 from offload_adam.step.backend import Backend
 from offload_adam.step.bucket_state import BucketState
@@ -30,14 +30,11 @@ class Routing:
         reduction: GradientReduction,
         backend: Backend,
         make_buffer: Callable[[int], HostArena],
-        *,
-        pins_buffers: bool,
     ) -> None:
         """Begin without buckets.
 
         Args:
             make_buffer: gives host memory of so many bytes, page-locked where that was asked for.
-            pins_buffers: it was: then what is not page-locked itself is copied through a buffer.
         """
         self.streams = StreamsByDevice(backend.make_streams)
         self.landing = Landing(membership, reduction.slots, make_arena=make_buffer)
@@ -46,8 +43,6 @@ class Routing:
             num_staging=backend.num_staging_slots,
             num_reduction=backend.num_reduce_slots,
         )
-        self._reduction = reduction
-        self._pins_buffers = pins_buffers
 
     @property
     def host_nbytes(self) -> int:
@@ -59,46 +54,21 @@ class Routing:
         """Bytes of the slots on devices."""
         return self.rings.reduction_nbytes
 
-    def plan(self, states: Sequence[BucketState]) -> tuple[list[Route], Schedule]:
-        """Return the routes and the schedule of all buckets, having made room for them."""
-        routes = [self._route(state) for state in states]
-        for state, route in zip(states, routes, strict=True):
-            self._make_room(state, route)
-        schedule = plan_schedule(
-            routes,
+    def plan(self, states: Sequence[BucketState]) -> Schedule:
+        """Return the schedule of all buckets, having allocated slots and buffers for them."""
+        for state in states:
+            self._reserve(state)
+        return plan_schedule(
+            [state.plan for state in states],
             num_reduce_slots=self.rings.num_reduction,
             num_staging_slots=self.rings.num_staging,
         )
-        return routes, schedule
 
-    def _make_room(self, state: BucketState, route: Route) -> None:
-        arrives = self._reduction.arrival_dtype(state.dtype)
-        if route.in_ring:
-            numel = state.layout.numel
-            self.rings.fit_reduction(route.kind, arrives, state.device, numel)
-        elif state.offloaded and self.streams.of(state.device).is_asynchronous:
-            self.landing.reserve(state, arrives)
-        if route.staged:
-            self.rings.fit_staging(route.kind, state.dtype, state.layout.shard_numel)
-
-    def _route(self, state: BucketState) -> Route:
-        layout = state.layout
-        arrives = self._reduction.arrival_dtype(state.dtype)
-        reduces = self._reduction.reduces and layout.numel > 0
-        # A slot of a ring is emptied by a copy that is issued at once: the next bucket that uses it
-        # could not wait for any other.
-        to_device = state.offloaded and self.streams.of(state.device).is_asynchronous
-        at_once = to_device and self.landing.goes_straight(
-            state, arrives, adds=self._reduction.accumulates
-        )
-        return Route(
-            layout,
-            reduces=reduces,
-            gathers=layout.world_size > 1 and layout.numel > 0,
-            offloaded=state.offloaded,
-            staged=(state.offloaded and state.dtype != torch.float32)
-            or (to_device and self._pins_buffers and not state.pinned),
-            hosted=state.hosted,
-            in_ring=reduces and at_once,
-            kind=f"{state.dtype}@{state.device}",
-        )
+    def _reserve(self, state: BucketState) -> None:
+        bucket, family = state.layout, state.layout.family
+        if state.plan.uses_ring:
+            self.rings.fit_reduction(family, state.gradient_dtype, state.device, bucket.numel)
+        elif state.plan.is_offloaded and not state.plan.copies_straight:
+            self.landing.reserve(state, state.gradient_dtype)
+        if state.plan.stages_parameters:
+            self.rings.fit_staging(family, state.dtype, bucket.shard_numel)

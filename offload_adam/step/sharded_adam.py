@@ -93,9 +93,7 @@ class ShardedAdam:
         # Not a method of this object: what ends with it must not hold it, nor so the model.
         make_buffer = partial(_make_buffer, placing, self.arenas)
         self._beside_steps = Stopwatch()
-        self._routing = Routing(
-            membership, reduction, backend, make_buffer, pins_buffers=placing.pin != "none"
-        )
+        self._routing = Routing(membership, reduction, backend, make_buffer)
         self.executor = self._make_executor(overlaps, backend)
         self.resources.callback(self.executor.close)
         self.forward_hooks: ForwardHooks | None = None
@@ -143,9 +141,9 @@ class ShardedAdam:
             for position, index in enumerate(state.indices.tolist()):
                 self._places[index] = (state.layout.index, position)
         self.reduction.extend(states)
-        routes, schedule = self._routing.plan(self.states)
+        schedule = self._routing.plan(self.states)
         self.host_nbytes["staging"] = self._routing.host_nbytes
-        self.executor.extend(states, routes, schedule)
+        self.executor.extend(states, schedule)
         self.outside_writes.extend(new)
 
     def _make_executor(self, overlaps: bool, backend: Backend) -> Executor:
@@ -202,7 +200,7 @@ class ShardedAdam:
     @property
     def is_sharded(self) -> bool:
         """Whether each rank holds a part of the state, or all of it."""
-        return not self._placing.beside
+        return not self._placing.policy.replicated
 
     @property
     def pinned_nbytes(self) -> int:
@@ -269,12 +267,12 @@ class ShardedAdam:
 
         def add_dense(*, hosted: bool) -> None:
             for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
-                if state.hosted is hosted:
+                if state.plan.location.is_host is hosted:
                     found = self._updates.of(state).squares_by_position(state, gradients)
                     squares[state.indices] += found
 
         # What every rank has whole is counted by rank 0.
-        if self.membership.rank == 0 or not self._placing.beside:
+        if self.membership.rank == 0 or self.is_sharded:
             add_dense(hosted=False)
             self.executor.run_with_updates("the norms", lambda: add_dense(hosted=True))
         if self.membership.rank == 0:
@@ -388,7 +386,7 @@ class ShardedAdam:
             return math.nan
         if self.membership.rank == 0:
             return dense + rows
-        return 0.0 if self._placing.beside else dense
+        return dense if self.is_sharded else 0.0
 
     def _apply(
         self,
@@ -426,7 +424,7 @@ def _added(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str,
 def _make_buffer(placing: Placing, arenas: list[HostArena], nbytes: int) -> HostArena:
     """Return host memory for copies, page-locked where that was asked for."""
     arena = HostArena(nbytes)
-    if placing.pin != "none" and placing.runtime is not None:
+    if placing.policy.pins_staging and placing.runtime is not None:
         arena.pin_or_warn(placing.runtime, "These copies go through pageable memory")
     arenas.append(arena)
     return arena

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from offload_adam.coordinator.membership import Membership
-from offload_adam.layout.schedule import Operation, Route, Schedule
+from offload_adam.layout.schedule import Operation, Schedule
 from offload_adam.observe.place import HERE
 from offload_adam.observe.spans import Spans, span
 from offload_adam.step.bucket_state import BucketState
@@ -47,7 +47,6 @@ class Tasks:
         self.landing = landing
         self.rings = rings
         self.states: list[BucketState] = []
-        self.routes: list[Route] = []
         self._collectives = collectives
         self._streams = streams
         self._crossing: Crossing | None = None
@@ -57,7 +56,6 @@ class Tasks:
     def extend(
         self,
         states: Sequence[BucketState],
-        routes: Sequence[Route],
         schedule: Schedule,
         wait_for_update: HostWait,
     ) -> None:
@@ -65,10 +63,9 @@ class Tasks:
 
         Args:
             states: the new buckets.
-            routes, schedule: of all buckets.
+            schedule: of all buckets.
         """
         self.states += states
-        self.routes = list(routes)
         streams = {s.layout.index: self._streams.of(s.device) for s in self.states}
         crossing = Crossing(schedule, streams, wait_for_update, self._wait_for)
         if self._crossing is not None:
@@ -141,11 +138,11 @@ class Tasks:
         """Return the slot on its device in which a bucket is reduced."""
         slot = self.schedule.reduce_slots[number]
         numel = self.states[number].layout.numel
-        return self.rings.reduction_slot(self.routes[number].kind, slot, numel)
+        return self.rings.reduction_slot(self.states[number].layout.family, slot, numel)
 
     def pass_by_reduction(self, number: int) -> None:
         """Mark, in its turn, the copy down of a bucket that is not reduced; see `pass_by`."""
-        if self.routes[number].in_ring:
+        if self.states[number].plan.uses_ring:
             self.crossing.end(Operation.COPY_DOWN, number)
 
     def depart(self, flight: Flight) -> None:
@@ -157,7 +154,7 @@ class Tasks:
         state = flight.state
         if not flight.is_ready():
             return False
-        if not state.offloaded or not self._streams.of(state.device).is_asynchronous:
+        if not state.plan.is_offloaded:
             return True
         return flight.is_issued and self.crossing.is_over(Operation.COPY_DOWN, state.layout.index)
 
@@ -183,7 +180,7 @@ class Tasks:
 
     def release(self) -> None:
         """Note on the model's own lane that it has done its last reading of the parameters."""
-        offloaded = [state.layout.index for state in self.states if state.offloaded]
+        offloaded = [s.layout.index for s in self.states if s.plan.is_offloaded]
         self.crossing.end_all(Operation.RELEASE, offloaded)
 
     def update(
@@ -197,19 +194,20 @@ class Tasks:
         """Update this rank's shard of a bucket, and start it on its way up to its device."""
         state = self.states[number]
         self._await_turn(state, spans)
-        with spans.span("update" if state.hosted else "device update", number):
+        is_host = state.plan.location.is_host
+        with spans.span("update" if is_host else "device update", number):
             rounded = self._target(state)
             self.updates.of(state).update(state, gradients, active, masks, rounded)
-            if not state.hosted:
+            if not is_host:
                 self.crossing.end(Operation.UPDATE, number)
-        if state.offloaded:
+        if state.plan.is_offloaded:
             with spans.span("copy up", number):
                 self._copy_up(state, active, rounded)
 
     def _await_turn(self, state: BucketState, spans: Spans) -> None:
         """Wait for the slot that the update writes, and for a checkpoint that reads the bucket."""
         number = state.layout.index
-        with spans.span("copy up", number) if state.offloaded else nullcontext():
+        with spans.span("copy up", number) if state.plan.is_offloaded else nullcontext():
             self.crossing.begin(Operation.UPDATE, number)
         if self.updates.gate.holds(number):
             with spans.span("checkpoint wait", number):
@@ -219,13 +217,12 @@ class Tasks:
         """Return where the kernel writes the rounded parameters, None for an fp32 bucket."""
         if state.dtype == torch.float32:
             return None
-        return self._staging_slot(state) if state.offloaded else state.shard
+        return self._staging_slot(state) if state.plan.is_offloaded else state.shard
 
     def _staging_slot(self, state: BucketState) -> torch.Tensor:
         """Return the host slot from which a bucket's parameters go up."""
         slot = self.schedule.staging_slots[state.layout.index]
-        kind = self.routes[state.layout.index].kind
-        return self.rings.staging_slot(kind, slot, state.layout.shard_numel)
+        return self.rings.staging_slot(state.layout.family, slot, state.layout.shard_numel)
 
     def stage(self, state: BucketState) -> torch.Tensor:
         """Let this thread copy a shard's fp32 parameters to the slot from which they go up."""
@@ -237,7 +234,7 @@ class Tasks:
         """Copy the updated parameters of this shard to the device."""
         number = state.layout.index
         source = state.planes.master_weight if rounded is None else rounded
-        if rounded is None and self.routes[number].staged:
+        if rounded is None and state.plan.stages_parameters:
             # A copy to a device out of memory that is not page-locked would wait for it.
             source = self.stage(state)
 
@@ -256,7 +253,7 @@ class Tasks:
         Whoever waits for it, to use its slot, waits for all copies before it instead: the slot may
         still be read for the bucket that had it last.
         """
-        if self.routes[number].staged:
+        if self.states[number].plan.stages_parameters:
             self.crossing.end(Operation.COPY_UP, number)
 
     def gather(self, number: int, spans: Spans) -> None:

@@ -72,7 +72,7 @@ class Updates:
 
     def prepare(self, states: Sequence[BucketState]) -> None:
         """Compile and allocate what these buckets need."""
-        hosted = [state for state in states if state.hosted]
+        hosted = [state for state in states if state.plan.location.is_host]
         if hosted:
             self._made().prepare(hosted)
 
@@ -96,7 +96,7 @@ class Updates:
 
     def of(self, state: BucketState) -> BucketUpdate:
         """Return the update of a bucket that `prepare` was given."""
-        if not state.hosted:
+        if not state.plan.location.is_host:
             return self._device
         assert self._host is not None
         return self._host

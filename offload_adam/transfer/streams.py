@@ -34,11 +34,6 @@ class Streams(Protocol):
     Threads: any may issue work; the lane COMPUTE is the calling thread's current stream.
     """
 
-    @property
-    def is_asynchronous(self) -> bool:
-        """Whether what is launched may still run when `launch` returns."""
-        ...
-
     def launch(
         self,
         lane: Lane,
@@ -84,8 +79,6 @@ DONE = _Done()
 class HostStreams:
     """Lanes of parameters in host memory: what is launched is done at once."""
 
-    is_asynchronous = False
-
     def launch(
         self,
         lane: Lane,
@@ -125,8 +118,6 @@ class CudaStreams:
 
     Owns: one stream for each lane but COMPUTE and UPDATE, and every tensor in flight.
     """
-
-    is_asynchronous = True
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from offload_adam import OffloadAdam
+from tests.support.devices import HOST_AS_DEVICE
 
 NUM_STEPS = 4
 
@@ -35,7 +36,7 @@ class Scenario:
 class Offloading(OffloadAdam):
     """The path of parameters on a device, with parameters in host memory."""
 
-    _offloads = True
+    _backend = HOST_AS_DEVICE
 
 
 class Model(torch.nn.Module):

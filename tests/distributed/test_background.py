@@ -26,6 +26,7 @@ from offload_adam.checkpoint.save import Save
 from tests.distributed.reference import outcome_of
 from tests.distributed.test_checkpoints import KINDS, Model, assert_same, make, train, whole_state
 from tests.ranks import RankPool
+from tests.support.devices import HOST_AS_DEVICE
 
 WAIT_S = 60.0
 
@@ -86,12 +87,11 @@ def test_the_bytes_are_those_of_one_step(tmp_path: Path, held: Held, kind: str) 
     assert all(map(torch.equal, after, other_model.parameters()))
 
 
-@pytest.mark.parametrize("place", ["_offloads", "_updates_on_device"])
+@pytest.mark.parametrize("kind", ["adam_offload", "adam_beside"])
 def test_updates_of_a_device_wait_as_well(
-    tmp_path: Path, held: Held, monkeypatch: pytest.MonkeyPatch, place: str
+    tmp_path: Path, held: Held, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(Adam, place, True)
-    kind = "adam_offload" if place == "_offloads" else "adam_beside"
+    monkeypatch.setattr(Adam, "_backend", HOST_AS_DEVICE)
     test_the_bytes_are_those_of_one_step(tmp_path, held, kind)
 
 

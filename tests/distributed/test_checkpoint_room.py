@@ -25,6 +25,7 @@ from offload_adam.plan.inputs import Training
 from offload_adam.plan.prediction import predict
 from tests.distributed.test_checkpoints import Model, assert_same, train, whole_state
 from tests.ranks import RankPool
+from tests.support.devices import HOST_AS_DEVICE
 
 WAIT_S = 30.0
 BUCKET_NBYTES = 512
@@ -118,12 +119,11 @@ def test_with_room_no_step_waits_for_a_disk_that_stands_still(
     optimizer.close()
 
 
-@pytest.mark.parametrize("place", ["_offloads", "_updates_on_device"])
+@pytest.mark.parametrize("kind", ["adam_offload", "adam_beside"])
 def test_what_a_device_updates_is_copied_as_well(
-    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch, place: str
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(Adam, place, True)
-    kind = "adam_offload" if place == "_offloads" else "adam_beside"
+    monkeypatch.setattr(Adam, "_backend", HOST_AS_DEVICE)
     test_with_room_no_step_waits_for_a_disk_that_stands_still(tmp_path, disk, kind)
 
 

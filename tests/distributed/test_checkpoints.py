@@ -22,6 +22,7 @@ from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.schedules import CosineDecayLR
 from tests.distributed.reference import Outcome, outcome_of
 from tests.ranks import RankPool
+from tests.support.devices import HOST_AS_DEVICE
 
 KINDS = ("fp32", "bf16", "streaming", "adam_beside", "adam_offload", "amsgrad")
 
@@ -154,7 +155,7 @@ def test_the_rest_of_a_run_is_the_same(tmp_path: Path, kind: str, channels_last:
 
 def test_a_model_that_was_its_own_master_loads_where_it_is_not(tmp_path: Path) -> None:
     class Offloading(OffloadAdam):
-        _offloads = True
+        _backend = HOST_AS_DEVICE
 
     torch.manual_seed(0)
     weights = [nn.ParameterList([nn.Parameter(torch.randn(7, 3))]) for _ in range(2)]

@@ -47,7 +47,8 @@ def test_the_part_on_the_host_keeps_its_bits_beside_one_on_the_gpu(
 ) -> None:
     model, optimizer = make("cuda", overlap=True, offload_fraction=0.5)
     train(model, optimizer, range(NUM_STEPS), "cuda")
-    hosted = {name: state.hosted for state in optimizer._alive().states for name in state.names}
+    states = optimizer._alive().states
+    hosted = {name: s.plan.location.is_host for s in states for name in s.names}
     assert set(hosted.values()) == {False, True}
     # The norm of what stays is summed in another order: the clip factor may differ by one ULP.
     found = bits(model, optimizer)

@@ -25,8 +25,6 @@ class _Held(NamedTuple):
 class SimulatedStreams:
     """The lanes of the machine's device, with the rules of `CudaStreams` for who holds what."""
 
-    is_asynchronous = True
-
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._unmarked: dict[Lane, list[torch.Tensor]] = {lane: [] for lane in Lane}
@@ -71,8 +69,6 @@ class SimulatedStreams:
 
 class HostLanes:
     """Lanes of parameters in host memory: what is launched is done at once, by the thread."""
-
-    is_asynchronous = False
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
@@ -154,7 +150,7 @@ class SimulatedCollectives:
         buffer: torch.Tensor,
         shard: torch.Tensor,
     ) -> PendingCollective:
-        if streams.is_asynchronous:
+        if isinstance(streams, SimulatedStreams):
             streams.launch(lane, action, reads=[buffer], writes=[buffer])
             return PendingCollective(None, buffer, shard)
         self._machine.launch(lane, action, self._machine.task, reads=[buffer], writes=[buffer])

@@ -15,6 +15,7 @@ from offload_adam.coordinator.membership import Membership
 from offload_adam.layout.schedule import Lane, Schedule
 from offload_adam.step.backend import Backend
 from offload_adam.step.bucket_state import BucketState
+from tests.cuda_runtime import StandInRuntime
 from tests.simulation.backend import (
     HostLanes,
     SimulatedCollectives,
@@ -26,7 +27,7 @@ from tests.simulation.detector import Detector, Race
 from tests.simulation.machine import ACTORS, Machine
 from tests.simulation.memory import GradientMemory, SimulatedSlots
 from tests.simulation.outcome import Outcome, Read, state_of
-from tests.simulation.training import make_core, make_reduction, reference_of, train
+from tests.simulation.training import make_core, reference_of, train
 from tests.simulation.watched import WatchedLanding, WatchedUpdates, name_tasks, watch_staging
 
 
@@ -101,6 +102,8 @@ class Simulation:
         self._index = {id(parameter): i for i, parameter in enumerate(self.parameters)}
         self._membership = Mirrors(case, reference)
         backend = Backend(
+            is_device=lambda _: case.on_device,
+            make_runtime=StandInRuntime,
             make_streams=lambda _: (SimulatedStreams if case.on_device else HostLanes)(
                 self.machine
             ),
@@ -109,20 +112,18 @@ class Simulation:
             num_reduce_slots=case.num_reduce_slots,
             num_staging_slots=case.num_staging_slots,
         )
-        reduction = make_reduction(case, self._membership)
-        reduction.slots = SimulatedSlots(self.machine, on_device=case.on_device)
         self.core = make_core(
             case,
             self._membership,
-            reduction,
             backend,
             self.parameters,
-            simulated=True,
+            overlaps=case.overlaps,
             offload_fraction=case.offload_fraction if case.on_device else 1.0,
+            slots=SimulatedSlots(self.machine, on_device=case.on_device),
         )
         if reference.kept is not None:
             states = {i: self.core.place_of(i)[0] for i in range(len(self.parameters))}
-            kept = {index for index, state in states.items() if not state.hosted}
+            kept = {index for index, state in states.items() if not state.plan.location.is_host}
             self._reference = reference.with_kept(kept)
         if case.on_device:
             # On a device this is a D2H copy, which waits on COMPUTE. Here it would read at once.
@@ -136,7 +137,7 @@ class Simulation:
     def with_schedule(self, schedule: Schedule) -> None:
         """Go on with another schedule."""
         tasks = self.core.executor.tasks
-        self.core.executor.extend([], tasks.routes, schedule)
+        self.core.executor.extend([], schedule)
         name_tasks(tasks.crossing, self.machine)
 
     def run(self) -> list[str]:

@@ -130,7 +130,7 @@ def test_what_the_device_updates_is_gathered_after_its_update(
     reference = reference_of(case)
     for seed in range(4):
         simulation = Simulation(case, reference, seed)
-        assert {state.hosted for state in simulation.core.states} == {True, False}
+        assert {state.plan.location.is_host for state in simulation.core.states} == {True, False}
         assert simulation.run() == []
 
 

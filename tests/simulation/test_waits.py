@@ -7,8 +7,9 @@ from itertools import product
 
 import pytest
 
-from offload_adam.layout.flat import ParameterSpec, plan_buckets
-from offload_adam.layout.schedule import Operation, Route, Schedule, Task, plan_schedule
+from offload_adam.layout.flat import ParameterSpec
+from offload_adam.layout.schedule import Operation, Schedule, Task, plan_schedule
+from offload_adam.layout.state_plan import StatePolicy, plan_state
 from tests.simulation.case import Case, simple_case
 from tests.simulation.outcome import Outcome
 from tests.simulation.simulation import Simulation, clean_reference_of
@@ -34,11 +35,17 @@ def schedule_of(case: Case, reference: Outcome) -> Schedule:
     return Simulation(case, reference, 0).core.executor.tasks.schedule
 
 
+def without(schedule: Schedule, task: Task, waited: Task) -> Schedule:
+    """Return a schedule less one wait."""
+    rest = tuple(other for other in schedule.waits[task] if other != waited)
+    return replace(schedule, waits={**schedule.waits, task: rest})
+
+
 def is_caught(case: Case, reference: Outcome, task: Task, waited: Task) -> bool:
     """Tell whether the vector clock reports the missing wait, whatever the bits are."""
     for seed in range(NUM_SEEDS):
         simulation = Simulation(case, reference, seed)
-        simulation.with_schedule(simulation.core.executor.tasks.schedule.without(task, waited))
+        simulation.with_schedule(without(simulation.core.executor.tasks.schedule, task, waited))
         if simulation.has_race():
             return True
     return False
@@ -61,7 +68,9 @@ def test_the_sum_of_what_is_kept_stands_in_for_release_where_there_is_one(rank: 
     )
     reference = clean_reference_of(case, NUM_SEEDS)
     states = Simulation(case, reference, 0).core.states
-    assert [state.segments.numels.size for state in states if not state.hosted] == [1 - rank] * 2
+    assert [state.segments.numels.size for state in states if not state.plan.location.is_host] == [
+        1 - rank
+    ] * 2
     waits = waits_of(schedule_of(case, reference))
     # In a world of two they are reduced in every step, and the host waits on COMPUTE for the sum.
     for_release = [wait for wait in waits if wait[1].operation is Operation.RELEASE]
@@ -89,23 +98,21 @@ def test_these_are_all_kinds_of_waits_that_there_are() -> None:
 
 
 def all_kinds() -> set[Kind]:
-    """Return the kinds of waits of every route that buckets on a device can take, all alike."""
-    specs = [ParameterSpec(index, 100, 2, "f") for index in range(6)]
-    buckets = plan_buckets(specs, world_size=1, bucket_nbytes=1)
+    """Return the kinds of waits of every plan that buckets on a device can have, all alike."""
+    specs = [ParameterSpec(index, 100, 2, "f", on_device=True) for index in range(6)]
     kinds = set()
-    for reduces, gathers, offloaded, staged, in_ring in product([True, False], repeat=5):
-        routes = [
-            Route(
-                bucket,
-                reduces=reduces,
-                gathers=gathers,
-                offloaded=offloaded,
-                staged=staged and offloaded,
-                hosted=offloaded,
-                in_ring=in_ring and reduces and offloaded,
-                kind="f",
-            )
-            for bucket in buckets
-        ]
-        kinds |= kinds_of(plan_schedule(routes, num_reduce_slots=2, num_staging_slots=2))
+    for world_size, fraction, pinned, accumulates, reduces in product(
+        [1, 2], [0.0, 1.0], [True, False], [True, False], [True, False]
+    ):
+        policy = StatePolicy(
+            world_size=world_size,
+            bucket_nbytes=1,
+            reduces=reduces,
+            accumulates=accumulates,
+            offload_fraction=fraction,
+            pins_state=pinned,
+        )
+        for itemsize in (2, 4):
+            plans = plan_state([replace(spec, itemsize=itemsize) for spec in specs], policy)
+            kinds |= kinds_of(plan_schedule(plans, num_reduce_slots=2, num_staging_slots=2))
     return kinds

@@ -9,6 +9,7 @@ import torch
 
 from offload_adam.coordinator.membership import Membership
 from offload_adam.kernels.scalars import Hyperparameters
+from offload_adam.layout.state_plan import StatePolicy
 from offload_adam.parameters.selection import NewParameter
 from offload_adam.step.backend import Backend
 from offload_adam.step.bucket_state import BucketState
@@ -16,9 +17,10 @@ from offload_adam.step.construction import Placing
 from offload_adam.step.inputs import StepInputs
 from offload_adam.step.reduction import GradientReduction
 from offload_adam.step.sharded_adam import ShardedAdam
-from tests.cuda_runtime import StandInRuntime
+from offload_adam.transfer.slots import SlotPool
 from tests.simulation.case import Case
 from tests.simulation.outcome import Outcome, state_of
+from tests.support.devices import HOST_AS_DEVICE
 
 HYPER = Hyperparameters(
     lr=1e-2,
@@ -128,14 +130,12 @@ def _plain(case: Case, *, offload_fraction: float) -> Outcome:
     outcome = Outcome()
     parameters = case.weights()
     membership = Membership()
-    reduction = make_reduction(case, membership)
     core = make_core(
         case,
         membership,
-        reduction,
-        Backend(),
+        Backend() if offload_fraction == 1.0 else HOST_AS_DEVICE,
         parameters,
-        simulated=False,
+        overlaps=False,
         offload_fraction=offload_fraction,
     )
     outcome.reports = train(case, core, parameters, _Host(parameters, outcome))
@@ -144,42 +144,41 @@ def _plain(case: Case, *, offload_fraction: float) -> Outcome:
     return outcome
 
 
-def make_reduction(case: Case, membership: Membership) -> GradientReduction:
-    """Return a streaming reduction as the case asks for."""
-    return GradientReduction(
-        membership,
-        reduces=True,
-        streams=True,
+def make_policy(case: Case, world_size: int, offload_fraction: float) -> StatePolicy:
+    """Return where the case stores state."""
+    return StatePolicy(
+        world_size=world_size,
+        bucket_nbytes=case.bucket_nbytes,
         accumulates=case.accumulates,
-        reduce_dtype=torch.float32 if case.reduces_in_fp32 else None,
+        reduces_in_fp32=case.reduces_in_fp32,
+        offload_fraction=offload_fraction,
+        pins_state=case.pin == "all",
+        pins_staging=case.pin != "none",
     )
 
 
 def make_core(
     case: Case,
     membership: Membership,
-    reduction: GradientReduction,
     backend: Backend,
     parameters: list[torch.nn.Parameter],
     *,
-    simulated: bool,
+    overlaps: bool,
     offload_fraction: float,
+    slots: SlotPool | None = None,
 ) -> ShardedAdam:
     """Return a core with the parameters taken in.
 
     Args:
-        simulated: on the machine of `backend`, with overlap if the case has it; else on the plain
-            host, sequentially.
-        offload_fraction: below 1 the buckets of parameters in host memory count as a device's.
+        slots: where buckets in host memory are averaged; None for a pool as usual.
     """
-    on_device = simulated and case.on_device
+    policy = make_policy(case, membership.world_size, offload_fraction)
+    reduction = GradientReduction(membership, policy, streams=True)
+    if slots is not None:
+        reduction.slots = slots
+    on_device = backend.is_device(parameters[0].device)
     placing = Placing(
-        case.bucket_nbytes,
-        reduction.landed_dtype,
-        pin=case.pin,
-        runtime=StandInRuntime() if on_device else None,
-        offload_fraction=offload_fraction,
-        force_offload=on_device or offload_fraction < 1.0,
+        policy, backend.is_device, runtime=backend.make_runtime() if on_device else None
     )
     core = ShardedAdam(
         membership,
@@ -188,7 +187,7 @@ def make_core(
         num_threads=1,
         module=None,
         external=False,
-        overlaps=simulated and case.overlaps,
+        overlaps=overlaps,
         backend=backend,
     )
     new = [

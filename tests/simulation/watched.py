@@ -19,6 +19,7 @@ from offload_adam.step.masks import UpdateMasks
 from offload_adam.step.tasks import Tasks
 from offload_adam.step.updates import BucketUpdate, Updates
 from offload_adam.transfer.streams import Streams
+from tests.simulation.backend import SimulatedStreams
 from tests.simulation.machine import Machine
 from tests.simulation.memory import poison
 
@@ -76,7 +77,7 @@ class _WatchedUpdate:
         """
         name = f"{what} of bucket {state.layout.index}"
         found = _gradients(state, gradients, gradients.readable)
-        if state.hosted:
+        if state.plan.location.is_host:
             self._machine.touch(name, found)
         elif found:
             self._machine.launch(Lane.COMPUTE, lambda: None, name, reads=found)
@@ -96,7 +97,7 @@ class _WatchedUpdate:
         reads = _gradients(state, gradients, active)
         name = f"update of bucket {state.layout.index}"
         reads, writes = [*reads, *written], [*written, *slot]
-        if not state.hosted:
+        if not state.plan.location.is_host:
             update = partial(self._inner.update, state, gradients, active, masks, rounded)
             self._machine.launch(Lane.COMPUTE, update, name, reads=reads, writes=writes)
             return
@@ -137,12 +138,12 @@ class WatchedLanding(Landing):
 
     def land(self, flight: Flight, streams: Streams, crossing: Crossing) -> None:
         """Land the flight; what the host reads and writes is ordered as it is when it returns."""
-        if not flight.state.hosted:
+        if not flight.state.plan.location.is_host:
             super().land(flight, streams, crossing)
             return
         folds, pieces, in_pool = not flight.is_issued, list(flight.pieces), flight.pooled_slot
         through = None
-        if streams.is_asynchronous:
+        if isinstance(streams, SimulatedStreams):
             through = self._buffer(pieces[0].source.dtype, 0, HostArena)
         super().land(flight, streams, crossing)
         landed = flight.state.planes.landed_gradient

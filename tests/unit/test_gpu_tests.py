@@ -20,6 +20,7 @@ from offload_adam.observe.spans import SpanRecorder
 from tests.gpu.intervals import Interval, merged, shared, total, within
 from tests.gpu.layers import assert_same_bits, bits, make, train
 from tests.gpu.test_overlap import timeline
+from tests.support.devices import HOST_AS_DEVICE
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,7 +88,7 @@ def test_a_timeline_sorts_what_a_profiler_saw() -> None:
 @pytest.mark.parametrize("overlap", [False, True])
 def test_the_model_of_the_bits_trains_alike_where_its_state_is_taken_away(overlap: bool) -> None:
     class Offloading(OffloadAdam):
-        _offloads = True
+        _backend = HOST_AS_DEVICE
 
     results = []
     for kind, overlapped in ((OffloadAdam, False), (Offloading, overlap)):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from offload_adam import Adam, OffloadAdam
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.step.foreach_update import DeviceSegments, foreach_update
+from tests.support.devices import HOST_AS_DEVICE
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 NUMEL = 40  # vectors of 16, and single elements behind them
@@ -21,7 +22,7 @@ NUMEL = 40  # vectors of 16, and single elements behind them
 class OnDevice(Adam):
     """`Adam` whose update is that of parameters on a device."""
 
-    _updates_on_device = True
+    _backend = HOST_AS_DEVICE
 
 
 class Path(NamedTuple):

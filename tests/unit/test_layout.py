@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_adam.layout.flat import BLOCK_NUMEL, Bucket, ParameterSpec, plan_buckets
-from offload_adam.layout.schedule import Operation, Route, Task, plan_schedule
+from offload_adam.layout.schedule import Operation, Task, plan_schedule
+from offload_adam.layout.state_plan import StatePlan
+from tests.support.plans import equal_plans, offloaded
 
 SPECS = st.lists(
     st.tuples(st.integers(0, 5000), st.sampled_from([("bfloat16@cpu", 2), ("float32@cpu", 4)])),
@@ -97,30 +99,16 @@ def test_arguments_are_checked() -> None:
         plan_buckets([], world_size=0, bucket_nbytes=1)
 
 
-def routes_of(
-    num_buckets: int, *, world_size: int = 2, offloaded: frozenset[int] = frozenset()
-) -> list[Route]:
-    specs = [ParameterSpec(i, 1000, 2, "f") for i in range(num_buckets)]
-    buckets = plan_buckets(specs, world_size=world_size, bucket_nbytes=2048)
-    assert len(buckets) == num_buckets
-    return [
-        Route(
-            bucket,
-            reduces=world_size > 1,
-            gathers=world_size > 1,
-            offloaded=bucket.index in offloaded,
-            staged=bucket.index in offloaded,
-            hosted=True,
-            in_ring=world_size > 1 and bucket.index in offloaded,
-            kind="f",
-        )
-        for bucket in buckets
-    ]
+def plans_of(
+    num_buckets: int, *, world_size: int = 2, on_device: frozenset[int] = frozenset()
+) -> list[StatePlan]:
+    plans = equal_plans(num_buckets, numel=1000, world_size=world_size)
+    return [offloaded(plan) if plan.bucket.index in on_device else plan for plan in plans]
 
 
 def test_the_schedule_measures_in_backward_order_and_updates_in_forward_order() -> None:
-    routes = routes_of(3, offloaded=frozenset({1}))
-    schedule = plan_schedule(routes, num_reduce_slots=2, num_staging_slots=2)
+    plans = plans_of(3, on_device=frozenset({1}))
+    schedule = plan_schedule(plans, num_reduce_slots=2, num_staging_slots=2)
     before = [tuple(task) for task in schedule.before_agreement]
     arriving = [Operation.GRADIENT, Operation.PACK, Operation.REDUCE, Operation.SUM_SQUARES]
     copied = [*arriving[:3], Operation.COPY_DOWN, arriving[3]]
@@ -147,8 +135,8 @@ def test_the_schedule_measures_in_backward_order_and_updates_in_forward_order() 
 
 
 def test_slots_are_dealt_in_turn_and_taken_over_from_who_had_them_before() -> None:
-    routes = routes_of(5, offloaded=frozenset(range(5)))
-    schedule = plan_schedule(routes, num_reduce_slots=2, num_staging_slots=3)
+    plans = plans_of(5, on_device=frozenset(range(5)))
+    schedule = plan_schedule(plans, num_reduce_slots=2, num_staging_slots=3)
     assert schedule.reduce_slots == {0: 0, 1: 1, 2: 0, 3: 1, 4: 0}
     packs = {b: schedule.waits[Task(Operation.PACK, b)] for b in range(5)}
     earlier = {2: 0, 3: 1, 4: 2}
@@ -164,12 +152,12 @@ def _waits(operation: Operation, earlier: int | None) -> tuple[Task, ...]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("offloaded", [frozenset[int](), frozenset({0, 1, 2})])
+@pytest.mark.parametrize("on_device", [frozenset[int](), frozenset({0, 1, 2})])
 def test_every_wait_is_for_a_task_of_another_lane_that_comes_before(
-    world_size: int, offloaded: frozenset[int]
+    world_size: int, on_device: frozenset[int]
 ) -> None:
-    routes = routes_of(3, world_size=world_size, offloaded=offloaded)
-    schedule = plan_schedule(routes, num_reduce_slots=2, num_staging_slots=2)
+    plans = plans_of(3, world_size=world_size, on_device=on_device)
+    schedule = plan_schedule(plans, num_reduce_slots=2, num_staging_slots=2)
     order = [*schedule.before_agreement, *schedule.after_agreement]
     assert len(order) == len(set(order))
     for task, waits in schedule.waits.items():

@@ -6,6 +6,7 @@ Parameters in host memory stand for those on a device, as elsewhere.
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,16 @@ from offload_adam import Adam, OffloadAdam, load_checkpoint, save_checkpoint
 from offload_adam.kernels.reference import ReferenceState, reference_update
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.layout.flat import ParameterSpec, plan_buckets
-from offload_adam.layout.placing import kept_on_device
+from offload_adam.layout.state_plan import StateLocation, kept_on_device
 from offload_adam.step.ledger import by_category
+from tests.support.devices import HOST_AS_DEVICE
 
 NUM_STEPS = 6
 NUMEL = 384  # of each of four layers' parameters, three blocks: a bucket each
 
 
 class Offloading(OffloadAdam):
-    _offloads = True
+    _backend = HOST_AS_DEVICE
 
 
 class Layers(torch.nn.Module):
@@ -51,7 +53,8 @@ def gradients_of(step: int, dtype: torch.dtype) -> list[torch.Tensor]:
 def make(dtype: torch.dtype, fraction: float, **options: Any) -> tuple[Layers, OffloadAdam]:
     model = Layers(dtype)
     settings: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "max_grad_norm": 3.0}
-    settings |= {"module": model, "bucket_nbytes": NUMEL * dtype.itemsize} | options
+    settings |= {"module": model, "overlap": False, "bucket_nbytes": NUMEL * dtype.itemsize}
+    settings |= options
     return model, Offloading(model.parameters(), offload_fraction=fraction, **settings)
 
 
@@ -80,7 +83,8 @@ def test_the_share_is_a_run_of_the_last_updated_and_never_too_large(
     specs = [ParameterSpec(i, size, 4, "f") for i, size in enumerate(sizes)]
     buckets = plan_buckets(specs, world_size=world_size, bucket_nbytes=2000)
     on_device = data.draw(st.sets(st.sampled_from(range(len(buckets)))))
-    kept = kept_on_device(buckets, on_device, fraction)
+    buckets = tuple(replace(b, on_device=b.index in on_device) for b in buckets)
+    kept = kept_on_device(buckets, fraction)
     candidates = [bucket for bucket in buckets if bucket.index in on_device]
     # The schedule updates in reverse: the last updated are the first of the list.
     assert [bucket.index for bucket in candidates[: len(kept)]] == sorted(kept)
@@ -93,11 +97,13 @@ def test_the_share_is_a_run_of_the_last_updated_and_never_too_large(
 
 def test_all_and_nothing() -> None:
     buckets = plan_buckets(
-        [ParameterSpec(i, 100, 4, "f") for i in range(5)], world_size=1, bucket_nbytes=1
+        [ParameterSpec(i, 100, 4, "f", on_device=True) for i in range(5)],
+        world_size=1,
+        bucket_nbytes=1,
     )
-    assert kept_on_device(buckets, range(5), 1.0) == frozenset()
-    assert kept_on_device(buckets, range(5), 0.0) == frozenset(range(5))
-    assert kept_on_device(buckets, range(5), 0.5) == {0, 1}
+    assert kept_on_device(buckets, 1.0) == frozenset()
+    assert kept_on_device(buckets, 0.0) == frozenset(range(5))
+    assert kept_on_device(buckets, 0.5) == {0, 1}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -170,8 +176,10 @@ def test_what_stays_takes_no_host_memory_and_stands_in_the_ledger(
 ) -> None:
     _, optimizer = make(dtype, fraction)
     states = optimizer._alive().states
-    assert [state.hosted for state in states] == [False] * num_kept + [True] * (4 - num_kept)
-    assert [state.offloaded for state in states] == [state.hosted for state in states]
+    kept_and_offloaded = num_kept * [StateLocation.DEVICE] + (4 - num_kept) * [
+        StateLocation.OFFLOADED
+    ]
+    assert [state.plan.location for state in states] == kept_and_offloaded
     hosted = 4 * 3 + dtype.itemsize
     # On its device an fp32 parameter is its own master weight.
     kept = 4 * (3 if dtype != torch.float32 else 2) + dtype.itemsize
@@ -287,7 +295,7 @@ def test_accumulated_gradients_add_up_where_they_stay() -> None:
 
 def test_sparse_rows_of_kept_tables() -> None:
     class OffloadingAdam(Adam):
-        _offloads = True
+        _backend = HOST_AS_DEVICE
 
     tables = []
     for fraction in (1.0, 0.0):

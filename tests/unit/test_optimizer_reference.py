@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from offload_adam import OffloadAdam
+from tests.support.devices import HOST_AS_DEVICE
 
 SHAPES = [(3, 5), (), (130,), (0, 4), (1,), (7, 64), (2, 3, 4, 5)]
 NUM_STEPS = 12
@@ -17,7 +18,7 @@ NUM_STEPS = 12
 class Offloading(OffloadAdam):
     """The path of parameters on a device, with parameters in host memory."""
 
-    _offloads = True
+    _backend = HOST_AS_DEVICE
 
 
 def make_parameters(dtype: torch.dtype, seed: int = 0) -> list[torch.nn.Parameter]:
@@ -225,6 +226,7 @@ def test_bits_do_not_depend_on_buckets_threads_or_way_of_use() -> None:
             bucket_nbytes=bucket_nbytes,
             num_threads=num_threads,
             module=model if streams else None,
+            overlap=False,
         )
         for _ in range(4):
             model(torch.randn(5, 33).bfloat16()).float().square().mean().backward()

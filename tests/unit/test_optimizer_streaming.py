@@ -11,12 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from offload_adam import OffloadAdam
 from offload_adam.parameters.stand_in import StandIn
+from tests.support.devices import HOST_AS_DEVICE
 
 
 class Offloading(OffloadAdam):
     """The path of parameters on a device, with parameters in host memory."""
 
-    _offloads = True
+    _backend = HOST_AS_DEVICE
 
 
 class Blocks(torch.nn.Module):
@@ -77,6 +78,7 @@ def test_gradients_leave_during_backward_and_the_result_is_torchs(
         model(batch(step)).square().sum().backward()
         assert all(type(parameter.grad) is StandIn for parameter in model.parameters())
         optimizer.step()
+    optimizer.synchronize()
     assert_close(model, expected)
 
 

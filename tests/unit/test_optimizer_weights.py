@@ -13,6 +13,7 @@ import torch
 
 from offload_adam import Adam, OffloadAdam, ParameterReplacedError
 from offload_adam.step.following import sample_differs
+from tests.support.devices import HOST_AS_DEVICE
 
 
 def make(dtype: torch.dtype = torch.bfloat16) -> tuple[torch.nn.Sequential, OffloadAdam]:
@@ -134,13 +135,13 @@ def test_refresh_master_sees_writes_that_no_version_counter_sees() -> None:
 class OffloadedAdam(OffloadAdam):
     """Treats parameters in host memory as if they were on a device."""
 
-    _offloads = True
+    _backend = HOST_AS_DEVICE
 
 
 class DeviceAdam(Adam):
     """Treats state as if it were on a device, beside the parameters."""
 
-    _updates_on_device = True
+    _backend = HOST_AS_DEVICE
 
 
 WATCHED: list[tuple[Any, torch.dtype]] = [

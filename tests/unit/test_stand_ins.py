@@ -15,6 +15,7 @@ from offload_adam import OffloadAdam
 from offload_adam.contract.adam import Adam
 from offload_adam.errors import StreamedGradientError
 from offload_adam.parameters.stand_in import StandIn
+from tests.support.devices import HOST_AS_DEVICE
 
 
 def streamed() -> tuple[torch.nn.Linear, OffloadAdam]:
@@ -125,7 +126,7 @@ def test_gradients_that_are_not_finite_give_torchs_norm_and_skip_the_step() -> N
 class Offloading(OffloadAdam):
     """The path of parameters on a device, with parameters in host memory."""
 
-    _offloads = True
+    _backend = HOST_AS_DEVICE
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from offload_adam import Adam
+from tests.support.devices import HOST_AS_DEVICE
 
 STEPS = 4
 
 
 class OnDevice(Adam):
-    _updates_on_device = True
+    _backend = HOST_AS_DEVICE
 
 
 def train(kind: type[Adam], dtype: torch.dtype, centralized: bool, **options: Any) -> Adam:

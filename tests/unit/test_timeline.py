@@ -9,28 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_adam.layout.flat import ParameterSpec, plan_buckets
-from offload_adam.layout.schedule import Lane, Operation, Route, Schedule, Task, plan_schedule
+from offload_adam.layout.schedule import Lane, Operation, Schedule, Task, plan_schedule
 from offload_adam.layout.timeline import Timeline, predict_timeline
+from tests.support.plans import equal_plans, offloaded
 
 
 def schedule_of(num_buckets: int, *, world_size: int, num_slots: int = 2) -> Schedule:
-    specs = [ParameterSpec(index, 100, 2, "f") for index in range(num_buckets)]
-    buckets = plan_buckets(specs, world_size=world_size, bucket_nbytes=1)
-    routes = [
-        Route(
-            bucket,
-            reduces=world_size > 1,
-            gathers=world_size > 1,
-            offloaded=True,
-            staged=True,
-            hosted=True,
-            in_ring=world_size > 1,
-            kind="f",
-        )
-        for bucket in buckets
-    ]
-    return plan_schedule(routes, num_reduce_slots=num_slots, num_staging_slots=num_slots)
+    plans = [offloaded(plan) for plan in equal_plans(num_buckets, world_size=world_size)]
+    return plan_schedule(plans, num_reduce_slots=num_slots, num_staging_slots=num_slots)
 
 
 def equal_buckets(num_buckets: int, seconds: dict[Operation, float]) -> Timeline:
@@ -103,7 +89,7 @@ def test_nothing_begins_before_what_it_waits_for(
 
 
 def test_state_on_the_device_is_updated_on_the_models_own_lane() -> None:
-    schedule = replace(schedule_of(2, world_size=1), kept=frozenset({1}))
+    schedule = replace(schedule_of(2, world_size=1), on_device=frozenset({1}))
     timeline = predict_timeline(schedule, lambda task: 1.0)
     lanes = {interval.task: interval.lane for interval in timeline.intervals}
     assert lanes[Task(Operation.UPDATE, 1)] is Lane.COMPUTE

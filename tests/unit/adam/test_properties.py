@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_adam import Adam
+from tests.support.devices import HOST_AS_DEVICE
 from tests.unit.adam.cases import (
     RATES,
     Case,
@@ -73,7 +74,7 @@ def test_every_case_follows_the_reference(case: Case) -> None:
 
 
 class OnDevice(Adam):
-    _updates_on_device = True
+    _backend = HOST_AS_DEVICE
 
 
 @settings(max_examples=60)

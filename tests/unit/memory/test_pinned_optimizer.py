@@ -6,6 +6,7 @@ import gc
 import threading
 import warnings
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 from offload_adam import Adam, OffloadAdam
 from tests.cuda_runtime import StandInRuntime
+from tests.support.devices import HOST_AS_DEVICE
 
 NUMEL = 1024
 
@@ -26,8 +28,7 @@ def make(
     overlap: bool | None = None,
 ) -> OffloadAdam:
     class Offloading(OffloadAdam):
-        _offloads = True
-        _runtime = runtime
+        _backend = replace(HOST_AS_DEVICE, make_runtime=lambda: runtime)
 
     parameters = [torch.nn.Parameter(torch.ones(NUMEL, dtype=dtype)) for _ in range(2)]
     options: dict[str, Any] = {"pin": pin, "overlap": overlap}
@@ -39,18 +40,24 @@ def make(
 # fp32 master weight and moments, and the landed gradient; two slots of one bucket's parameters.
 STATE_NBYTES = 2 * NUMEL * (12 + 2)
 STAGING_NBYTES = 2 * NUMEL * 2
+# Gradients of one bucket on their way to state that is not page-locked.
+BUFFER_NBYTES = NUMEL * 2
 
 
 @pytest.mark.parametrize(
-    ("pin", "nbytes"),
-    [("all", STATE_NBYTES + STAGING_NBYTES), ("staging", STAGING_NBYTES), ("none", 0)],
+    ("pin", "pinned", "staging"),
+    [
+        ("all", STATE_NBYTES + STAGING_NBYTES, STAGING_NBYTES),
+        ("staging", STAGING_NBYTES + BUFFER_NBYTES, STAGING_NBYTES + BUFFER_NBYTES),
+        ("none", 0, STAGING_NBYTES + BUFFER_NBYTES),
+    ],
 )
-def test_what_is_asked_for_is_pinned_to_the_byte(pin: str, nbytes: int) -> None:
+def test_what_is_asked_for_is_pinned_to_the_byte(pin: str, pinned: int, staging: int) -> None:
     runtime = StandInRuntime()
     optimizer = make(pin, runtime)
-    assert optimizer.pinned_nbytes == runtime.nbytes == nbytes
+    assert optimizer.pinned_nbytes == runtime.nbytes == pinned
     assert optimizer.host_nbytes["state"] == STATE_NBYTES
-    assert optimizer.host_nbytes["staging"] == STAGING_NBYTES
+    assert optimizer.host_nbytes["staging"] == staging
 
 
 def test_refused_state_falls_back_to_the_buffers_with_a_warning() -> None:
@@ -63,7 +70,7 @@ def test_refused_state_falls_back_to_the_buffers_with_a_warning() -> None:
     with pytest.warns(RuntimeWarning, match=r"ulimit -l.*pin='staging'"):
         optimizer = make("all", runtime)
     assert not runtime.has_error
-    assert optimizer.pinned_nbytes == runtime.nbytes == STAGING_NBYTES
+    assert optimizer.pinned_nbytes == runtime.nbytes == STAGING_NBYTES + BUFFER_NBYTES
     parameter = optimizer.param_groups[0]["params"][0]
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -113,17 +120,21 @@ def test_a_collected_optimizer_frees_its_memory() -> None:
     assert float(exp_avg.fill_(1.0).sum()) == NUMEL  # who holds a tensor has its bytes
 
 
-def test_a_module_that_holds_its_optimizer_is_collected_with_it() -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_module_that_holds_its_optimizer_is_collected_with_it(overlap: bool) -> None:
+    runtime = StandInRuntime()
+
     class Offloading(OffloadAdam):
-        _offloads = True
-        _runtime = StandInRuntime()
+        _backend = replace(HOST_AS_DEVICE, make_runtime=lambda: runtime)
 
     module = torch.nn.Linear(4, 4)
-    object.__setattr__(module, "held", Offloading(module.parameters(), module=module))
-    assert Offloading._runtime.nbytes > 0
+    object.__setattr__(
+        module, "held", Offloading(module.parameters(), module=module, overlap=overlap)
+    )
+    assert runtime.nbytes > 0
     del module
     gc.collect()
-    assert Offloading._runtime.registered == {}
+    assert runtime.registered == {}
 
 
 def test_larger_buffers_take_the_place_of_smaller_ones() -> None:
@@ -131,7 +142,7 @@ def test_larger_buffers_take_the_place_of_smaller_ones() -> None:
     optimizer = make("staging", runtime)
     larger = torch.nn.Parameter(torch.ones(2 * NUMEL, dtype=torch.bfloat16))
     optimizer.add_param_group({"params": [larger]})
-    assert optimizer.pinned_nbytes == runtime.nbytes == 2 * STAGING_NBYTES
+    assert optimizer.pinned_nbytes == runtime.nbytes == 2 * (STAGING_NBYTES + BUFFER_NBYTES)
     optimizer.close()
     assert runtime.registered == {}
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from offload_adam import OffloadAdam
 from offload_adam.step.backend import Backend
+from tests.support.devices import HOST_AS_DEVICE
 
 
 class LazyJob:
@@ -73,4 +75,4 @@ class Lazy(OffloadAdam):
 class LazyOffloading(Lazy):
     """The path of parameters on a device, with parameters in host memory."""
 
-    _offloads = True
+    _backend = replace(HOST_AS_DEVICE, make_worker=LazyWorker)

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from offload_adam.coordinator.membership import Membership
-from offload_adam.layout.flat import ParameterSpec, plan_buckets
-from offload_adam.layout.schedule import Operation, Route, Task, plan_schedule
+from offload_adam.layout.schedule import Operation, Task, plan_schedule
 from offload_adam.observe.spans import NullSpans, Stopwatch
 from offload_adam.step.executor import SequentialExecutor
 from offload_adam.step.masks import UpdateMasks
 from offload_adam.step.overlapped import OverlappedExecutor
 from offload_adam.step.tasks import Tasks
 from offload_adam.step.update_thread import UpdateThread
+from tests.support.plans import equal_plans
 from tests.unit.overlap.lazy_worker import LazyJob, LazyWorker
 
 NUM_BUCKETS = 4
@@ -37,15 +37,11 @@ class RecordedTasks:
     """Tasks that only write down that they ran; a gather waits for its update, as scheduled."""
 
     def __init__(self) -> None:
-        specs = [ParameterSpec(i, 128, 2, "f") for i in range(NUM_BUCKETS)]
-        buckets = plan_buckets(specs, world_size=2, bucket_nbytes=1)
-        self.routes = [
-            Route(b, True, True, False, staged=False, hosted=True, in_ring=False, kind="f")
-            for b in buckets
-        ]
-        self.schedule = plan_schedule(self.routes, num_reduce_slots=2, num_staging_slots=2)
+        plans = equal_plans(NUM_BUCKETS, numel=128, world_size=2)
+        self.schedule = plan_schedule(plans, num_reduce_slots=2, num_staging_slots=2)
         self.states = [
-            SimpleNamespace(indices=np.array([b.index]), layout=b, hosted=True) for b in buckets
+            SimpleNamespace(indices=np.array([p.bucket.index]), layout=p.bucket, plan=p)
+            for p in plans
         ]
         self.done: list[tuple[str, int]] = []
         self.wait_for_update: Callable[[Task], None] = lambda task: None

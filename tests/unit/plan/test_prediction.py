@@ -19,6 +19,7 @@ from offload_adam.plan.inputs import Machine, Source, Training, synthetic_specs
 from offload_adam.plan.prediction import predict
 from offload_adam.plan.timing import predict_time
 from tests.ranks import RankPool
+from tests.support.devices import HOST_AS_DEVICE
 
 STATE = ("master_weight", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "landed gradients")
 BUCKET_NBYTES = 4096
@@ -40,7 +41,7 @@ def specs_of(model: nn.Module) -> list[ParameterSpec]:
 
 
 class Offloading(OffloadAdam):
-    _offloads = True
+    _backend = HOST_AS_DEVICE
 
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

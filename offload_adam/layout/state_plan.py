@@ -1,0 +1,250 @@
+"""Decide once how each bucket's state is stored, and how its gradients and parameters move.
+
+    parameters   state               location     gradients                  new parameters
+    host         host                HOST         read in place, or a shard  written by the kernel
+    device       host                OFFLOADED    D2H copy of the shard      H2D copy of the shard
+    device       device, sharded     DEVICE       a shard on the device      written by torch
+    device       device, every rank  REPLICATED   read in place, or a shard  written by torch
+
+Construction allocates by the plan, the schedule orders by it, and `offload-adam plan` counts by it.
+
+Worked example: two ranks, one bucket of 1000 bf16 parameters on a GPU, averaged by this package.
+
+    bucket.numel       1024    padded to 2 ranks x whole blocks of 128
+    bucket.shard_numel  512    elements of each rank
+    location      OFFLOADED
+    state          4, 4, 4     bytes an element: master weight, exp_avg, exp_avg_sq (no amsgrad)
+    gradient             2     bytes an element: reduced and copied in bf16
+    host bytes        7168     512 * (4 + 4 + 4 + 2), and the staging slots that buckets share
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
+
+FLOAT32_NBYTES = 4
+
+DEFAULT_BUCKET_NBYTES = 32 * 1024 * 1024
+
+
+class StateLocation(Enum):
+    """Where a bucket's parameters are, and where this rank's part of their state is."""
+
+    HOST = "parameters and state in host memory"
+    OFFLOADED = "parameters on a device, state in host memory"
+    DEVICE = "parameters and this rank's shard of the state on a device"
+    REPLICATED = "parameters and all of their state on every rank's device"
+
+    @property
+    def is_host(self) -> bool:
+        """Whether the state is in host memory, where the Numba kernels update it."""
+        return self in (StateLocation.HOST, StateLocation.OFFLOADED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatePolicy:
+    """What decides how state is stored, beside the parameters themselves.
+
+    world_size: ranks that train together.
+    bucket_nbytes: bytes of parameters that are reduced and gathered at once.
+    reduces: this package averages the gradients over the ranks.
+    accumulates: several backwards of a step add up in the gradient shard, in fp32.
+    reduces_in_fp32: 16-bit gradients are averaged in fp32.
+    replicated: state is stored where its parameter is, whole on every rank.
+    offload_fraction: of the elements on a device, those whose state is in host memory at least.
+    pins_state, pins_staging: host state, and the buffers of copies, are page-locked.
+    """
+
+    world_size: int = 1
+    bucket_nbytes: int = DEFAULT_BUCKET_NBYTES
+    reduces: bool = True
+    accumulates: bool = False
+    reduces_in_fp32: bool = False
+    replicated: bool = False
+    offload_fraction: float = 1.0
+    pins_state: bool = True
+    pins_staging: bool = True
+
+    @property
+    def num_shards(self) -> int:
+        """Ranks that a bucket's state is divided over."""
+        return 1 if self.replicated else self.world_size
+
+    @property
+    def averages(self) -> bool:
+        """Whether there is anything to average, and this package does it."""
+        return self.reduces and self.world_size > 1
+
+
+@dataclass(frozen=True, slots=True)
+class StateFormat:
+    """Bytes an element of each plane of state; 0 for a plane that does not exist.
+
+    master_weight: 0 where the parameter is fp32 and in the memory of its state: it is its own
+        master weight.
+    max_exp_avg_sq: for amsgrad only.
+    """
+
+    master_weight: int
+    exp_avg: int
+    exp_avg_sq: int
+    max_exp_avg_sq: int
+
+
+@dataclass(frozen=True, slots=True)
+class GradientPlan:
+    """How the gradients of one bucket get from autograd to the update.
+
+    averaged: over the ranks, by this package.
+    itemsize: bytes an element while they are averaged and copied.
+    shard_itemsize: bytes an element of this rank's gradient shard, which is kept for the update; 0
+        where gradients are read where autograd left them.
+    accumulates: later backwards of a step add to the shard.
+    """
+
+    averaged: bool
+    itemsize: int
+    shard_itemsize: int
+    accumulates: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StatePlan:
+    """How one bucket's state is stored, and how its gradients and parameters move.
+
+    pinned: host state is page-locked, so that copies need no staging buffer.
+    pins_staging: staging buffers are page-locked.
+    """
+
+    bucket: Bucket
+    location: StateLocation
+    state: StateFormat
+    gradient: GradientPlan
+    pinned: bool
+    pins_staging: bool
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether gradients are copied to the host and parameters back to a device."""
+        return self.location is StateLocation.OFFLOADED
+
+    @property
+    def gathers(self) -> bool:
+        """Whether other ranks' parameters are gathered after the update."""
+        return self.bucket.world_size > 1 and self.bucket.numel > 0
+
+    @property
+    def copies_straight(self) -> bool:
+        """Whether gradients are copied from a device into the gradient shard itself.
+
+        Such a copy is issued at once and the host does not take part in it. Other gradients go
+        through a buffer, since they are cast or added, or since the shard is not page-locked.
+        """
+        gradient = self.gradient
+        return (
+            self.is_offloaded
+            and self.pinned
+            and not gradient.accumulates
+            and gradient.itemsize == gradient.shard_itemsize
+        )
+
+    @property
+    def uses_ring(self) -> bool:
+        """Whether gradients are averaged in a slot of a ring, and not of a pool that grows.
+
+        A slot of a ring is emptied by a copy that is issued at once: the next bucket that uses the
+        slot could not wait for any other.
+        """
+        return self.gradient.averaged and self.copies_straight
+
+    @property
+    def stages_parameters(self) -> bool:
+        """Whether updated parameters go to the device from a staging slot.
+
+        The kernel writes 16-bit parameters there. An fp32 master weight is copied there first where
+        it is not page-locked: a copy from it would block the thread that issues it.
+        """
+        is_16bit = self.bucket.itemsize < FLOAT32_NBYTES
+        return self.is_offloaded and (is_16bit or (self.pins_staging and not self.pinned))
+
+
+def plan_state(
+    specs: Sequence[ParameterSpec], policy: StatePolicy, *, first_index: int = 0
+) -> tuple[StatePlan, ...]:
+    """Lay parameters out in buckets, and decide for each bucket how its state is stored.
+
+    A pure function, so that every rank, and a plan made in advance, computes the same.
+
+    Args:
+        specs: parameters in forward order.
+        first_index: index of the first new bucket, where others exist already.
+    """
+    buckets = plan_buckets(
+        specs,
+        world_size=policy.num_shards,
+        bucket_nbytes=policy.bucket_nbytes,
+        first_index=first_index,
+    )
+    on_device = kept_on_device(buckets, policy.offload_fraction)
+    plans = []
+    for bucket in buckets:
+        location = _location_of(bucket, policy, bucket.index in on_device)
+        own_master = bucket.itemsize == FLOAT32_NBYTES and location is not StateLocation.OFFLOADED
+        state = StateFormat(
+            master_weight=0 if own_master else FLOAT32_NBYTES,
+            exp_avg=FLOAT32_NBYTES,
+            exp_avg_sq=FLOAT32_NBYTES,
+            max_exp_avg_sq=FLOAT32_NBYTES if bucket.amsgrad else 0,
+        )
+        gradient = _gradient_plan(bucket, location, policy)
+        pinned = policy.pins_state and location.is_host
+        plans.append(StatePlan(bucket, location, state, gradient, pinned, policy.pins_staging))
+    return tuple(plans)
+
+
+def kept_on_device(buckets: Sequence[Bucket], offload_fraction: float) -> frozenset[int]:
+    """Return the indices of the buckets on a device whose state stays there.
+
+    They are the buckets that are updated last: the next forward waits for them last, and their
+    update on the device comes after all that the host's update can hide under. The first bucket
+    that does not fit ends the search, so that the device never holds more than was left to it.
+
+    Args:
+        buckets: in the order in which backward completes them, the reverse of the updates' order.
+        offload_fraction: of the elements, those whose state is on the host at least.
+    """
+    candidates = [bucket for bucket in buckets if bucket.on_device]
+    total = sum(bucket.numel for bucket in candidates)
+    left = total - math.ceil(offload_fraction * total)
+    kept = []
+    for bucket in candidates:
+        left -= bucket.numel
+        if left < 0:
+            break
+        kept.append(bucket.index)
+    return frozenset(kept)
+
+
+def _location_of(bucket: Bucket, policy: StatePolicy, stays: bool) -> StateLocation:
+    if not bucket.on_device:
+        return StateLocation.HOST
+    if policy.replicated:
+        return StateLocation.REPLICATED
+    return StateLocation.DEVICE if stays else StateLocation.OFFLOADED
+
+
+def _gradient_plan(bucket: Bucket, location: StateLocation, policy: StatePolicy) -> GradientPlan:
+    averaged = policy.averages and bucket.numel > 0
+    itemsize = FLOAT32_NBYTES if policy.averages and policy.reduces_in_fp32 else bucket.itemsize
+    if policy.accumulates:
+        shard_itemsize = FLOAT32_NBYTES
+    elif policy.averages or location in (StateLocation.OFFLOADED, StateLocation.DEVICE):
+        shard_itemsize = itemsize
+    else:
+        shard_itemsize = 0
+    return GradientPlan(averaged, itemsize, shard_itemsize, policy.accumulates)
