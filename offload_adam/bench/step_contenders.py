@@ -21,6 +21,7 @@ from offload_adam.bench.planes import (
 )
 from offload_adam.bench.results import BASELINE
 from offload_adam.optimizer import OffloadAdam
+from offload_adam.torch_private import fused_adamw
 
 CLIPPED, SCALED, BLOCKED = "torch_clip_grad_norm", "torch_grad_scale", "torch_fused_blocked"
 _NORM_EPS = 1e-6  # what clip_grad_norm_ adds to the norm that it divides by
@@ -165,7 +166,7 @@ class BlockedStep:
         scale = divisor(torch.linalg.vector_norm(self._norms))
         self._step += 1
         for narrow, master, exp_avg, exp_avg_sq, parameter in zip(*self._blocks, strict=True):
-            torch._fused_adamw_(
+            fused_adamw(
                 [master],
                 [self._widened(narrow)],
                 [exp_avg],

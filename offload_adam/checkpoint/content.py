@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from offload_adam.checkpoint.encoding import decode
 from offload_adam.checkpoint.files import Blob
@@ -18,6 +17,7 @@ from offload_adam.errors import CheckpointError
 from offload_adam.layout.boxes import boxes_of_range
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.step.box_tensor import memory_order
+from offload_adam.torch_private import is_lazy
 
 DTYPE_NAMES = {
     torch.float32: "F32",

@@ -25,6 +25,8 @@ from zipfile import ZipFile, ZipInfo
 
 import torch
 
+from offload_adam.torch_private import rebuild_tensor
+
 _FOLDER = "archive"
 _ALIGNMENT_NBYTES = 64
 _PADDING_ID = 0x4246  # what torch's own padding is called
@@ -85,7 +87,7 @@ class _Pickler(pickle.Pickler):
         storage = self.storages.setdefault(obj.key, _Storage(len(self.storages), obj))
         hooks: OrderedDict[int, Any] = OrderedDict()
         view = (storage, 0, obj.shape, obj.strides, False, hooks)
-        return torch._utils._rebuild_tensor_v2, view
+        return rebuild_tensor, view
 
     def persistent_id(self, obj: Any) -> Any:
         if not isinstance(obj, _Storage):

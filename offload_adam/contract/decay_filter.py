@@ -7,10 +7,11 @@ from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+
+from offload_adam.torch_private import norm_base
 
 _FILTERED_NAMES = ("beta", "gamma")
-_NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+_NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, norm_base)
 
 
 def norm_parameters(module: nn.Module | None) -> set[int]:

@@ -17,10 +17,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.distributed_c10d as c10d
 
 from offload_adam.coordinator.watch import Patience, PeerWatch, roll_call
 from offload_adam.observe.place import HERE
+from offload_adam.torch_private import (
+    abort_collectives,
+    connect_to_default_store,
+    open_subgroup,
+    timeout_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -146,10 +151,7 @@ class Membership:
             return
         for device_type, group in self.data.items():
             if device_type != "cpu":
-                # Not in every version; without it the timeout has to do.
-                with suppress(AttributeError, RuntimeError):
-                    backend: Any = group._get_backend(torch.device(device_type))
-                    backend.abort()
+                abort_collectives(group, device_type)
 
     def release(self) -> None:
         """End the groups. Idempotent, and safe after the default group has been destroyed."""
@@ -245,7 +247,7 @@ def open_membership(
         rank=dist.get_rank(base),
         world_size=len(ranks),
         global_ranks=ranks,
-        timeout=_timeout_of(base),
+        timeout=timeout_of(base),
     )
     membership.watch = _open_watch(membership, patience or Patience())
     membership.control = _new_group(base, "gloo", membership.timeout)
@@ -255,10 +257,7 @@ def open_membership(
 def _open_watch(membership: Membership, patience: Patience) -> PeerWatch | None:
     """Meet the other ranks in the store, and begin to watch them."""
     try:
-        # A connection of its own: a store's client that waits keeps every other thread waiting.
-        default: Any = c10d._get_default_store()
-        connection = default.clone()
-        connection.set_timeout(timedelta(seconds=patience.dead_after))
+        connection = connect_to_default_store(timedelta(seconds=patience.dead_after))
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         logger.warning("ranks that fail will not be named: this store has no clone() (%s)", error)
         return None
@@ -323,26 +322,4 @@ def _new_subgroup(
     """
     name: list[Any] = [uuid.uuid4().hex]
     dist.broadcast_object_list(name, src=ranks[0], group=base)
-    group, _ = c10d._new_process_group_helper(
-        len(ranks),
-        dist.get_rank(base),
-        ranks,
-        dist.Backend(backend),
-        c10d._get_default_store(),
-        name[0],
-        timeout=timeout,
-    )
-    c10d._world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(ranks)}
-    assert isinstance(group, dist.ProcessGroup)
-    return group
-
-
-def _timeout_of(group: dist.ProcessGroup) -> timedelta:
-    """Return the timeout that the user gave the group, so that our waits are bounded alike."""
-    for device_type in ("cpu", "cuda"):
-        try:
-            options = group._get_backend(torch.device(device_type)).options
-        except RuntimeError:
-            continue
-        return timedelta(seconds=options._timeout.total_seconds())
-    return timedelta(minutes=30)
+    return open_subgroup(name[0], ranks, dist.get_rank(base), backend, timeout)

@@ -18,13 +18,13 @@ from datetime import timedelta
 from types import FrameType
 
 import torch.distributed as dist
-import torch.distributed.distributed_c10d as c10d
 
 from offload_adam.coordinator.judgement import Verdict
 from offload_adam.coordinator.membership import Membership
 from offload_adam.coordinator.records import describe_place
 from offload_adam.coordinator.watch import accuse
 from offload_adam.observe.place import HERE
+from offload_adam.torch_private import connect_to_default_store
 
 logger = logging.getLogger(__name__)
 
@@ -213,8 +213,6 @@ def _wake_only(number: int, frame: FrameType | None) -> None:
 
 
 def _own_store() -> dist.Store:
-    default = c10d._get_default_store()
-    connection = default.clone()  # type: ignore[attr-defined]
-    connection.set_timeout(timedelta(seconds=ANSWER_WITHIN_S))
+    connection = connect_to_default_store(timedelta(seconds=ANSWER_WITHIN_S))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"{_PREFIX}/{attempt}", connection)

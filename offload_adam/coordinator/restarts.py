@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.distributed_c10d as c10d
 
 from offload_adam.errors import NotRetriedError
+from offload_adam.torch_private import default_store, store_without_prefixes
 
 _MARK = "offload_adam/not_retried"
 
@@ -26,7 +25,7 @@ def refuse_retry(store: dist.Store) -> None:
     Raises:
         NotRetriedError: quoting that error.
     """
-    agent_store = _agent_store(store)
+    agent_store = store_without_prefixes(store)  # torchrun's agent keeps it through restarts
     if attempt() > 0 and agent_store.check([_mark()]):
         raise NotRetriedError(
             "not tried again, for a restart cannot mend it: " + agent_store.get(_mark()).decode()
@@ -40,16 +39,10 @@ def final(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         if dist.is_initialized():
-            store = _agent_store(c10d._get_default_store())
+            store = store_without_prefixes(default_store())
             store.set(_mark(), f"{type(error).__name__}: {error}")
         raise
 
 
 def _mark() -> str:
     return f"{_MARK}/{os.environ.get('TORCHELASTIC_RUN_ID', '')}"
-
-
-def _agent_store(store: Any) -> dist.Store:
-    """Return the store beneath all prefixes: torchrun's agent keeps it through its restarts."""
-    found: dist.Store = getattr(store, "_underlying_non_prefix_store", store)
-    return found

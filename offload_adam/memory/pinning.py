@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 
 from offload_adam.errors import HostMemoryError
+from offload_adam.torch_private import cuda_runtime_functions
 from offload_adam.units import format_nbytes
 
 Pin = Literal["all", "staging", "none"]
@@ -53,7 +54,7 @@ class TorchRuntime:
     """CUDA's runtime as far as torch exposes it."""
 
     def __init__(self) -> None:
-        self._cudart: Any = torch.cuda.cudart()
+        self._cudart: Any = cuda_runtime_functions()
 
     def register(self, address: int, nbytes: int) -> int:
         """Page-lock memory and return the status."""

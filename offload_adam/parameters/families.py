@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from torch.nn.parameter import is_lazy
 
 from offload_adam.kernels.formats import FloatFormat
+from offload_adam.torch_private import PARTITIONER_MARKS, is_lazy
 
 _FORMATS = {
     torch.float32: FloatFormat.FLOAT32,
@@ -16,12 +16,6 @@ _FORMATS = {
     torch.float16: FloatFormat.FLOAT16,
 }
 _DEVICES = ("cpu", "cuda")
-_PARTITIONERS = {
-    "_fsdp_flattened": "FSDP1 (FullyShardedDataParallel)",  # also with use_orig_params=True
-    "_is_flat_param": "FSDP1 (FullyShardedDataParallel)",
-    "ds_id": "DeepSpeed ZeRO-3",
-}
-"""The attribute by which each of these marks plain tensors that differ from rank to rank."""
 
 
 def float_format(dtype: torch.dtype) -> FloatFormat:
@@ -54,7 +48,7 @@ def check_parameter(name: str, parameter: torch.Tensor) -> None:
             f"parameter {name!r} was made in inference mode, and cannot be written: make the model "
             "outside of torch.inference_mode()"
         )
-    for mark, partitioner in _PARTITIONERS.items():
+    for mark, partitioner in PARTITIONER_MARKS.items():
         if hasattr(parameter, mark):
             raise TypeError(
                 f"parameter {name!r} belongs to {partitioner}: each rank holds another part, which "

@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from offload_adam.errors import UnreadyParameterError
 from offload_adam.parameters.first_use import FirstUse
-from offload_adam.parameters.units import BucketOf, Unit, find_units, is_compiled, outside
+from offload_adam.parameters.units import BucketOf, Unit, find_units, outside
+from offload_adam.torch_private import compiled_call, is_compiled, set_compiled_call
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class ForwardHooks:
 
     def _attach_to(self, unit: Unit) -> None:
         hook = _Hook(self, lambda: self._enter(unit))
-        compiled = getattr(unit.module, "_compiled_call_impl", None)
+        compiled = compiled_call(unit.module)
         if compiled is None:
             self._keep(unit.module.register_forward_pre_hook(hook, prepend=True))
             return
@@ -110,9 +111,8 @@ class ForwardHooks:
             hook()
             return compiled(*args, **kwargs)
 
-        module: Any = unit.module
-        module._compiled_call_impl = call
-        self.removals.callback(setattr, module, "_compiled_call_impl", compiled)
+        set_compiled_call(unit.module, call)
+        self.removals.callback(set_compiled_call, unit.module, compiled)
 
     def _keep(self, handle: RemovableHandle) -> None:
         self.removals.callback(handle.remove)

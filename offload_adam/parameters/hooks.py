@@ -10,7 +10,13 @@ from typing import Protocol
 import torch
 from torch.utils.hooks import RemovableHandle
 
-_NO_TASK = -1
+from offload_adam.torch_private import (
+    NO_GRAPH_TASK,
+    current_autograd_node,
+    current_graph_task,
+    queue_backward_callback,
+)
+
 _ALL_DELIVER_UP_TO = 64
 _DELIVER_EVERY = 16
 
@@ -51,7 +57,7 @@ class BackwardHooks:
         self._handles: list[RemovableHandle] = []
         self._arrived: list[torch.Tensor] = []
         self._tasks: set[int] = set()
-        self._last_task = _NO_TASK
+        self._last_task = NO_GRAPH_TASK
         self._enabled = True
         # Autograd has a thread for each device: buckets leave one after the other all the same.
         self._lock = threading.RLock()
@@ -75,7 +81,7 @@ class BackwardHooks:
         """Drop what a backward that raised has left."""
         self._arrived.clear()
         self._tasks.clear()
-        self._last_task = _NO_TASK
+        self._last_task = NO_GRAPH_TASK
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -92,7 +98,7 @@ class BackwardHooks:
         if not self._enabled:
             return
         with self._lock:
-            task = torch._C._current_graph_task_id()
+            task = current_graph_task()
             if task != self._last_task:
                 self._enter_task(task)
             self._arrived.append(parameter)
@@ -108,13 +114,12 @@ class BackwardHooks:
     def _enter_task(self, task: int) -> None:
         self._last_task = task
         if task not in self._tasks:
-            engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(self._task_ended)
+            queue_backward_callback(self._task_ended)
             self._tasks.add(task)
             self._sink.backward_began()
 
     def _task_ended(self) -> None:
-        if torch._C._current_autograd_node() is not None:
+        if current_autograd_node() is not None:
             return
         with self._lock:
             if self._arrived:

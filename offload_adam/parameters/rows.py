@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from offload_adam.torch_private import coo_indices, coo_values
+
 
 class GradientRows(NamedTuple):
     """The entries of a sparse gradient, in no order and with repetitions.
@@ -49,7 +51,7 @@ def read_rows(name: str, parameter: torch.Tensor, gradient: torch.Tensor) -> Gra
             f"the gradient of parameter {name!r} is sparse in {gradient.sparse_dim()} dimensions; "
             "only the first may be, as in nn.Embedding(sparse=True)"
         )
-    rows, values = gradient._indices()[0], gradient._values()
+    rows, values = coo_indices(gradient)[0], coo_values(gradient)
     if rows.numel() > 0:
         low, high = (int(bound) for bound in torch.aminmax(rows))
         if low < 0 or high >= parameter.shape[0]:

@@ -9,6 +9,15 @@ from typing import Any, Protocol
 import torch
 
 from offload_adam.errors import StreamedGradientError
+from offload_adam.torch_private import (
+    ATEN_FOREACH_DIV,
+    ATEN_FOREACH_MUL,
+    ATEN_FOREACH_NORM,
+    ATEN_TO_COPY,
+    is_accumulating_gradient,
+    make_wrapper_subclass,
+    no_torch_function,
+)
 
 _aten = torch.ops.aten
 
@@ -51,7 +60,7 @@ class StandIn(torch.Tensor):
     """
 
     # torch's default would turn the results of operations into this class.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function
 
     _name: str
     _parameter: weakref.ref[torch.Tensor]
@@ -85,11 +94,11 @@ class StandIn(torch.Tensor):
         if isinstance(first, StandIn):
             if func is _aten.detach.default:
                 return first._other(is_copy=first._is_copy)
-            if func is _aten._to_copy.default:  # module.to() converts .grad too
+            if func is ATEN_TO_COPY:  # module.to() converts .grad too
                 return first._other(kwargs.get("dtype"), kwargs.get("device"), is_copy=True)
-            if func is _aten.add_.Tensor and _autograd_accumulates():
+            if func is _aten.add_.Tensor and is_accumulating_gradient():
                 return first._replace(args[1])
-            if func is _aten.add.Tensor and _autograd_accumulates():
+            if func is _aten.add.Tensor and is_accumulating_gradient():
                 return args[1].clone()  # create_graph=True: autograd puts the result into .grad
             if first._source is not None and _is_plain_norm(func, args, kwargs):
                 return first._norm(first._source)
@@ -102,7 +111,7 @@ class StandIn(torch.Tensor):
                 return first  # module.zero_grad(set_to_none=False) after the step
         elif func in _FOREACH and isinstance(first, (list, tuple)) and not kwargs:
             results = [_FOREACH[func](tensor, *args[1:]) for tensor in first]
-            return results if func is _aten._foreach_norm.Scalar else None
+            return results if func is ATEN_FOREACH_NORM else None
         raise next(_stand_ins_in((args, kwargs)))._error(func.overloadpacket.__name__)
 
     @property
@@ -193,7 +202,7 @@ def _make(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> StandIn:
-    made = torch.Tensor._make_wrapper_subclass(
+    made = make_wrapper_subclass(
         StandIn,
         like.shape,
         strides=like.stride(),
@@ -218,11 +227,9 @@ _SCALED = {
 }
 
 _FOREACH: dict[Any, Callable[..., torch.Tensor]] = {
-    _aten._foreach_norm.Scalar: torch.linalg.vector_norm,
-    _aten._foreach_mul_.Scalar: torch.Tensor.mul_,
-    _aten._foreach_mul_.Tensor: torch.Tensor.mul_,
-    _aten._foreach_div_.Scalar: torch.Tensor.div_,
-    _aten._foreach_div_.Tensor: torch.Tensor.div_,
+    ATEN_FOREACH_NORM: torch.linalg.vector_norm,
+    **dict.fromkeys(ATEN_FOREACH_MUL, torch.Tensor.mul_),
+    **dict.fromkeys(ATEN_FOREACH_DIV, torch.Tensor.div_),
 }
 
 
@@ -238,12 +245,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) or (
         isinstance(value, torch.Tensor) and value.numel() == 1 and not isinstance(value, StandIn)
     )
-
-
-def _autograd_accumulates() -> bool:
-    """Tell whether the current operation is autograd's own addition to `.grad`."""
-    node: torch.autograd.graph.Node | None = torch._C._current_autograd_node()
-    return node is not None and node.name() == "torch::autograd::AccumulateGrad"
 
 
 def _stand_ins_in(value: Any) -> Iterator[StandIn]:

@@ -68,11 +68,6 @@ def outside(root: nn.Module, bucket_of: BucketOf) -> set[int]:
     return {bucket for parameter, bucket in bucket_of.items() if parameter not in members}
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Tell whether a call of this very module goes into compiled code."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-
-
 def _list_children(root: nn.Module) -> Iterator[nn.Module]:
     """Yield the children of the outermost ModuleLists."""
     for child in root.children():

@@ -5,18 +5,16 @@ from __future__ import annotations
 import weakref
 import zlib
 from collections.abc import Iterable, Sequence
-from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from offload_adam.errors import ParameterReplacedError, UnreadyParameterError
+from offload_adam.torch_private import registered_parameters, version_of
 
 Registration = tuple[dict[str, torch.nn.Parameter | None], str, torch.nn.Parameter]
 
-
-_version = attrgetter("_version")
 _CHUNK = 256
 
 
@@ -44,18 +42,18 @@ class VersionWatch:
         self._names += names
         self._parameters += parameters
         self._addresses += [parameter.data_ptr() for parameter in parameters]
-        self._versions += [parameter._version for parameter in parameters]
+        self._versions += map(version_of, parameters)
         module = None if self._module is None else self._module()
         if module is not None:
             self._registrations += _registrations(module, parameters)
 
     def settle(self) -> None:
         """Take the parameters as they are now for unchanged."""
-        self._versions = list(map(_version, self._parameters))
+        self._versions = list(map(version_of, self._parameters))
 
     def mark(self) -> None:
         """Remember the parameters as they are now, for `since_mark`."""
-        self._marked = list(map(_version, self._parameters))
+        self._marked = list(map(version_of, self._parameters))
 
     def since_mark(self, changed: Sequence[int]) -> list[int]:
         """Return those of what `changed` returned that were written to after `mark`."""
@@ -63,7 +61,7 @@ class VersionWatch:
         return [
             position
             for position in changed
-            if position >= known or _version(self._parameters[position]) != self._marked[position]
+            if position >= known or version_of(self._parameters[position]) != self._marked[position]
         ]
 
     def count_writes(self, written: npt.NDArray[np.bool_]) -> None:
@@ -83,7 +81,7 @@ class VersionWatch:
         """Bump the versions of these parameters, and take them for unchanged."""
         torch.autograd.graph.increment_version([self._parameters[p] for p in positions])
         for position in positions:
-            self._versions[position] = self._parameters[position]._version
+            self._versions[position] = version_of(self._parameters[position])
 
     def changed(self) -> list[int]:
         """Return the positions of parameters written to since `settle`.
@@ -98,7 +96,7 @@ class VersionWatch:
             parameters = self._parameters[start:end]
             if list(map(torch.Tensor.data_ptr, parameters)) != self._addresses[start:end]:
                 self._refuse_replaced()
-            versions = list(map(_version, parameters))
+            versions = list(map(version_of, parameters))
             before = self._versions[start:end]
             if versions != before:
                 changed += [start + i for i, v in enumerate(versions) if v != before[i]]
@@ -114,7 +112,7 @@ class VersionWatch:
             UnreadyParameterError: naming a parameter written to since `settle`.
         """
         for position in positions:
-            if self._parameters[position]._version != self._versions[position]:
+            if version_of(self._parameters[position]) != self._versions[position]:
                 raise UnreadyParameterError(
                     f"parameter {self._names[position]!r} was written to while its update was "
                     "under way, which has overwritten it: call synchronize() on the optimizer "
@@ -155,8 +153,8 @@ def _registrations(
     """Return where the module registers these parameters; reading that later is a dict look-up."""
     wanted = {id(parameter) for parameter in parameters}
     return [
-        (owner._parameters, key, parameter)
+        (registered_parameters(owner), key, parameter)
         for owner in module.modules()
-        for key, parameter in owner._parameters.items()
+        for key, parameter in registered_parameters(owner).items()
         if parameter is not None and id(parameter) in wanted
     ]

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from offload_adam.torch_private import found_inf_flags
+
 
 class LossScale(NamedTuple):
     """What gradients are divided by, and whether one that is not finite has been seen (not 0)."""
@@ -54,7 +56,7 @@ def report_skip(optimizer: torch.optim.Optimizer) -> None:
     while frame is not None:
         scaler = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
         if isinstance(scaler, torch.amp.GradScaler) and scaler.is_enabled():
-            for found_inf in scaler._found_inf_per_device(optimizer).values():
+            for found_inf in found_inf_flags(scaler, optimizer):
                 found_inf.fill_(1.0)
             return
         frame = frame.f_back

@@ -15,8 +15,9 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks
+from torch.optim.optimizer import ParamsT
 
+from offload_adam import torch_private
 from offload_adam.coordinator.admission import Fact, raise_on_all_ranks, require_same
 from offload_adam.coordinator.agreement import Notice
 from offload_adam.coordinator.membership import (
@@ -83,6 +84,7 @@ class ShardedOptimizer(StateDicts):
             admit: the face's own checks; it lets torch take the groups in, and returns what ranks
                 must have in common besides parameters, groups and execution.
         """
+        torch_private.check()
         self._lock = threading.RLock()
         module = execution.module
         check_process_group(execution.process_group)
@@ -299,7 +301,7 @@ class ShardedOptimizer(StateDicts):
         self._max_norm_once = None
         self.last_step = report
         self._stepped(report)
-        if self._optimizer_step_post_hooks or _global_optimizer_post_hooks:
+        if torch_private.has_step_post_hooks(self):
             core.synchronize()  # they run when this returns, and may read parameters
         if report.skipped:
             self.skipped_steps += 1

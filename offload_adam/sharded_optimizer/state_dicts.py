@@ -22,6 +22,7 @@ from offload_adam.step.saved_state import (
     pack_full,
     read_saved,
 )
+from offload_adam.torch_private import load_state_dict_post_hooks, load_state_dict_pre_hooks
 
 _NOT_PLAIN = ("params", "param_names")
 
@@ -102,7 +103,7 @@ class StateDicts(CoreOptimizer):
         """
         core = self._settled()
         state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+        for pre_hook in load_state_dict_pre_hooks(self):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         rank, world_size = self._share()
@@ -125,7 +126,7 @@ class StateDicts(CoreOptimizer):
         load_further()
         for group, merged in zip(self.param_groups, groups, strict=True):
             dict.update(group, merged)  # a saved value may be one that users cannot set
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+        for post_hook in load_state_dict_post_hooks(self):
             post_hook(self)
 
     def _trainable_ids(self) -> dict[int, int]:

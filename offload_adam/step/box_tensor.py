@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from offload_adam.layout.boxes import Box, boxes_of_range
+from offload_adam.torch_private import make_wrapper_subclass
 
 if TYPE_CHECKING:  # its import takes seconds: methods that torch calls from there import it
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
@@ -39,7 +40,7 @@ class BoxTensor(torch.Tensor):
         sources: Iterable[BoxSource],
     ) -> BoxTensor:
         """Make one of these boxes; where no process has any, torch would lose the tensor."""
-        tensor = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype)
+        tensor = make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype)
         assert isinstance(tensor, BoxTensor)
         tensor._sources = {source.box.offsets: source for source in sources}
         return tensor

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from offload_adam.kernels.scalars import Hyperparameters
+from offload_adam.torch_private import foreach_copy
 
 RUN_NUMEL = 1 << 20
 """Elements that are computed at once: the temporaries of an update are 32 MiB, those of a sum of
@@ -195,13 +196,13 @@ def _scratch(tensors: Tensors, num_rows: int, run_numel: int) -> torch.Tensor:
 def _gather(tensors: Tensors, run: Sequence[_Slice], row: torch.Tensor) -> torch.Tensor:
     """Copy a run of the tensors into the row, exactly, and return the part that it fills."""
     flat = row[: sum(part.end - part.start for part in run)]
-    torch._foreach_copy_(_cut(flat, run), _pick(tensors, run))
+    foreach_copy(_cut(flat, run), _pick(tensors, run))
     return flat
 
 
 def _scatter(flat: torch.Tensor, tensors: Tensors, run: Sequence[_Slice]) -> None:
     """Round a flat run to the tensors' dtype and put it where `_gather` would take it from."""
-    torch._foreach_copy_(_pick(tensors, run), _cut(flat, run))
+    foreach_copy(_pick(tensors, run), _cut(flat, run))
 
 
 def _pick(tensors: Tensors, run: Sequence[_Slice]) -> list[torch.Tensor]:
@@ -241,4 +242,4 @@ def _update_run(
     _scatter(w, segments.master_weights, run)
     if segments.rounded is not None:
         masters = _pick(segments.master_weights, run)
-        torch._foreach_copy_(_pick(segments.rounded, run), masters)
+        foreach_copy(_pick(segments.rounded, run), masters)

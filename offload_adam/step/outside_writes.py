@@ -14,10 +14,9 @@ from offload_adam.parameters.watch import VersionWatch
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.following import differing, follow, sample_differs
 from offload_adam.step.read_gate import ReadGate
+from offload_adam.torch_private import NO_GRAPH_TASK, current_graph_task
 
 logger = logging.getLogger(__name__)
-
-_NO_BACKWARD = -1
 
 _FIRST_STEPS = 2
 """Steps that compare everything at first: weights may have been written before the first of them,
@@ -179,7 +178,7 @@ class OutsideWrites:
         """
         positions = self._states[bucket].indices.tolist()
         self._watch.refuse_written(positions)
-        if torch._C._current_graph_task_id() == _NO_BACKWARD:
+        if current_graph_task() == NO_GRAPH_TASK:
             self._watch.recount(positions)
 
     def begin_reading(self, buckets: Iterable[int]) -> ReadGate:

@@ -8,13 +8,14 @@ from typing import Any, Never, SupportsIndex
 import torch
 
 from offload_adam.step.box_tensor import BoxSource, BoxTensor, range_sources
+from offload_adam.torch_private import ATEN_TO_COPY, make_wrapper_subclass
 
 _aten = torch.ops.aten
 _LIKE_ITSELF = {
     _aten.alias.default,
     _aten.clone.default,
     _aten.detach.default,
-    _aten._to_copy.default,
+    ATEN_TO_COPY,
     _aten.empty_like.default,
     _aten.zeros_like.default,
 }
@@ -44,7 +45,7 @@ class StateShard(BoxTensor):
             start: index in memory order of the first element of `local`.
             local: (n,) elements [start, start + n); shared, not copied.
         """
-        shard = torch.Tensor._make_wrapper_subclass(
+        shard = make_wrapper_subclass(
             cls, torch.Size(shape), dtype=local.dtype, device=local.device
         )
         assert isinstance(shard, StateShard)

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from offload_adam.torch_private import version_of
+
 
 class StreamedGradients:
     """Norms of this step's streamed gradients, and what the caller has multiplied them by.
@@ -51,8 +53,8 @@ class StreamedGradients:
     def _read(self, factor: torch.Tensor) -> float:
         """Read a scalar tensor once, for thousands of gradients are multiplied by the same one."""
         known = self._scalar
-        if known is None or known[0] is not factor or known[1] != factor._version:
-            known = self._scalar = (factor, factor._version, float(factor))
+        if known is None or known[0] is not factor or known[1] != version_of(factor):
+            known = self._scalar = (factor, version_of(factor), float(factor))
         return known[2]
 
     def factor(self) -> float:

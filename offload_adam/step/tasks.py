@@ -20,6 +20,7 @@ from offload_adam.step.gradients import BucketGradients
 from offload_adam.step.landing import Flight, Landing
 from offload_adam.step.masks import UpdateMasks
 from offload_adam.step.updates import Updates
+from offload_adam.torch_private import foreach_copy
 from offload_adam.transfer.collectives import Collectives, PendingCollective
 from offload_adam.transfer.rings import Rings
 from offload_adam.transfer.streams import Mark, Streams, StreamsByDevice
@@ -123,7 +124,7 @@ class Tasks:
             for hole in holes:
                 hole.zero_()
             if sources:
-                torch._foreach_copy_(list(targets), list(sources))
+                foreach_copy(list(targets), list(sources))
 
         with span("pack", number):
             self.crossing.begin(Operation.PACK, number)

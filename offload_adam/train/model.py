@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from offload_adam.config import ConfigError, Mistake, RunConfig
 from offload_adam.config.sections import ModelSection
+from offload_adam.torch_private import is_lazy
 from offload_adam.train.gpt import GPT
 
 _KEY = "model.factory"

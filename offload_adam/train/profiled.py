@@ -12,7 +12,6 @@ from statistics import median
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 
 from offload_adam.config.optimizer_sections import AdamSection, OffloadAdamSection
 from offload_adam.errors import MissingExtraError
@@ -27,6 +26,7 @@ from offload_adam.profiling.profile import RankProfile
 from offload_adam.profiling.report import ReportInputs, write_report
 from offload_adam.profiling.session import ProfiledRank, profiled
 from offload_adam.step.ledger import LedgerEntry, by_bucket, by_category
+from offload_adam.torch_private import default_store
 from offload_adam.train.loop import Job
 from offload_adam.train.planned import specs_of, training_of_job
 from offload_adam.train.run_folder import METRICS_NAME, run_folder
@@ -45,7 +45,7 @@ def profiled_job(job: Job) -> Iterator[None]:
     if not section.enabled:
         yield
         return
-    store = _get_default_store() if dist.is_initialized() else None
+    store = default_store() if dist.is_initialized() else None
     place = ProfiledRank(job.world.rank, job.world.world_size, run_folder(job.config), store)
 
     def ledger() -> Mapping[str, int]:

@@ -15,11 +15,8 @@ import torch.distributed as dist
 
 from offload_adam.coordinator.membership import Membership
 from offload_adam.layout.schedule import Lane
+from offload_adam.torch_private import all_gather, reduce_scatter
 from offload_adam.transfer.streams import Streams
-
-# The `*_single` names replace the `*_tensor` ones from torch 2.13 on; 2.11 has only the latter.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +94,7 @@ class GroupCollectives:
                 operation = dist.ReduceOp.SUM
             if dist.get_backend(group) == "gloo" or shard.numel() == buffer.numel():
                 return dist.all_reduce(buffer, operation, group=group, async_op=True)
-            return _reduce_scatter(shard, buffer, operation, group=group, async_op=True)
+            return reduce_scatter(shard, buffer, operation, group=group, async_op=True)
 
         return _issue(Lane.REDUCE, streams, start, buffer, shard)
 
@@ -107,7 +104,7 @@ class GroupCollectives:
         shard = flat.chunk(self._membership.world_size)[self._membership.rank]
 
         def start() -> Any:
-            return _all_gather(flat, shard, group=group, async_op=True)
+            return all_gather(flat, shard, group=group, async_op=True)
 
         return _issue(Lane.GATHER, streams, start, flat, shard)
 

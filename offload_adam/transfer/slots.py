@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
+from offload_adam.torch_private import base_of
+
 
 class SlotPool:
     """Bucket-sized buffers, handed out without ever waiting.
@@ -52,7 +54,8 @@ class SlotPool:
 
     def release(self, slot: torch.Tensor) -> None:
         """Take a buffer back; nothing may still read or write it."""
-        base = slot._base if slot._base is not None else slot
+        base = base_of(slot)
+        base = slot if base is None else base
         if base.numel() == self._capacity[base.dtype, base.device]:
             self._free[base.dtype, base.device, base.numel()].append(base)
         else:

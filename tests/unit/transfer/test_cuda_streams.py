@@ -198,8 +198,8 @@ def test_a_collective_on_a_device_is_waited_for_by_its_lane_and_not_by_the_host(
 
         return start
 
-    monkeypatch.setattr(collectives, "_reduce_scatter", issue("reduce-scatter"))
-    monkeypatch.setattr(collectives, "_all_gather", issue("all-gather"))
+    monkeypatch.setattr(collectives, "reduce_scatter", issue("reduce-scatter"))
+    monkeypatch.setattr(collectives, "all_gather", issue("all-gather"))
     monkeypatch.setattr(dist, "all_reduce", issue("all-reduce"))
     monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
     monkeypatch.setattr(Membership, "data_group", lambda self, device: None)

@@ -1,0 +1,309 @@
+"""Every private or undocumented name of torch that this package uses.
+
+When a torch release breaks something, look here first. Each name is bound once, at import, so that
+hooks pay for no look-up. `check` rejects a torch without one of them when an optimizer is
+constructed. All were tested with torch 2.13; comments name other versions where they matter.
+
+Some private names cannot be called through this file, because torch itself looks for them:
+
+    where                              name                         missing: what happens
+    sharded_optimizer/optimizer.py     `_step_supports_amp_scaling` GradScaler unscales by itself
+    step/box_tensor.py                 `__create_write_items__`     torch.distributed.checkpoint
+                                       `__create_chunk_list__`      rejects the tensor
+                                       `__get_tensor_shard__`
+    parameters/first_use.py            `_version`, in a list of     nothing: the entry has no
+                                       attributes to ignore         effect
+
+tests/unit/test_torch_private.py checks these, how each name behaves, and that no other file of the
+package uses a private name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+_missing: list[str] = []
+
+
+def check() -> None:
+    """Check that torch has every name that this file binds.
+
+    Raises:
+        RuntimeError: listing the missing names and torch's version.
+    """
+    if _missing:
+        raise RuntimeError(
+            f"torch {torch.__version__} lacks {', '.join(_missing)}, which offload_adam needs. "
+            "Install torch 2.13, with which this version was tested"
+        )
+
+
+def _find(module: str, path: str) -> Any:
+    """Return an object of torch; if there is none, note this for `check` and return a stub."""
+    try:
+        return attrgetter(path)(importlib.import_module(module))
+    except (ImportError, AttributeError):
+        _missing.append(f"{module}.{path}")
+        return _raise_missing
+
+
+def _raise_missing(*_: Any, **__: Any) -> Any:
+    check()
+
+
+# --- Autograd. Without these, constructing an optimizer raises an error.
+
+NO_GRAPH_TASK = -1
+"""What `current_graph_task` returns outside of a backward."""
+
+current_graph_task: Callable[[], int] = _find("torch", "_C._current_graph_task_id")
+"""Return the number of the backward that this thread runs; nested backwards have their own."""
+
+queue_backward_callback: Callable[[Callable[[], None]], None] = _find(
+    "torch.autograd", "Variable._execution_engine.queue_callback"
+)
+"""Call a function at the end of the running backward. Raises an error outside of a backward."""
+
+current_autograd_node: Callable[[], torch.autograd.graph.Node | None] = _find(
+    "torch", "_C._current_autograd_node"
+)
+"""Return the autograd node that this thread runs, None outside of a backward and at its end."""
+
+
+def is_accumulating_gradient() -> bool:
+    """Return whether the current operation is autograd's own addition to `.grad`."""
+    node = current_autograd_node()
+    # If this node is renamed, a second backward over a stand-in raises StreamedGradientError.
+    return node is not None and node.name() == "torch::autograd::AccumulateGrad"
+
+
+# --- Tensors. Without these, constructing an optimizer raises an error.
+
+# An attrgetter costs no more than the attribute itself.
+version_of: Callable[[torch.Tensor], int] = attrgetter("_version")
+"""Return how often a tensor's memory was written in-place."""
+
+base_of: Callable[[torch.Tensor], torch.Tensor | None] = attrgetter("_base")
+"""Return the tensor of which this one is a view, None if it is not a view."""
+
+# The public `indices()` and `values()` raise an error on a tensor that is not coalesced.
+coo_indices: Callable[[torch.Tensor], torch.Tensor] = _find("torch", "Tensor._indices")
+coo_values: Callable[[torch.Tensor], torch.Tensor] = _find("torch", "Tensor._values")
+
+make_wrapper_subclass: Callable[..., Any] = _find("torch", "Tensor._make_wrapper_subclass")
+"""Return a tensor of a subclass that has a shape and no memory."""
+
+no_torch_function: Any = _find("torch", "_C._disabled_torch_function_impl")
+"""The `__torch_function__` of a subclass whose operations return plain tensors."""
+
+# torch.load(weights_only=True) accepts this function by its name.
+rebuild_tensor: Callable[..., torch.Tensor] = _find("torch._utils", "_rebuild_tensor_v2")
+
+is_lazy: Callable[[object], bool] = _find("torch.nn.parameter", "is_lazy")
+"""Return whether a parameter or buffer has no shape before the first forward."""
+
+
+# --- Operators. Without these, constructing an optimizer raises an error.
+
+foreach_copy: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], None] = _find(
+    "torch", "_foreach_copy_"
+)
+"""Copy the second tensors into the first ones, on a GPU in few kernels."""
+
+# For the benchmark alone.
+fused_adamw: Callable[..., None] = _find("torch", "_fused_adamw_")
+
+ATEN_TO_COPY: Any = _find("torch", "ops.aten._to_copy.default")
+ATEN_FOREACH_NORM: Any = _find("torch", "ops.aten._foreach_norm.Scalar")
+ATEN_FOREACH_MUL: tuple[Any, ...] = (
+    _find("torch", "ops.aten._foreach_mul_.Scalar"),
+    _find("torch", "ops.aten._foreach_mul_.Tensor"),
+)
+ATEN_FOREACH_DIV: tuple[Any, ...] = (
+    _find("torch", "ops.aten._foreach_div_.Scalar"),
+    _find("torch", "ops.aten._foreach_div_.Tensor"),
+)
+
+
+# --- Modules and optimizers. Without these, constructing an optimizer raises an error; without
+# `_orig_mod` alone, a module of torch.compile() counts as one that is not compiled.
+
+norm_base: type[nn.Module] = _find("torch.nn.modules.batchnorm", "_NormBase")
+"""The base class of all batch and instance norms."""
+
+registered_parameters: Callable[[nn.Module], dict[str, nn.Parameter | None]] = attrgetter(
+    "_parameters"
+)
+"""Return a module's own dict of its own parameters, which `setattr` on the module changes."""
+
+
+def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+    """Return what calling a module runs after `module.compile()`, None if it is not compiled."""
+    return module._compiled_call_impl
+
+
+def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
+    """Set what calling a module runs."""
+    module._compiled_call_impl = call
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether calling a module runs compiled code, by `torch.compile` or `.compile()`."""
+    return hasattr(module, "_orig_mod") or compiled_call(module) is not None
+
+
+_global_step_post_hooks: dict[int, Any] = _find(
+    "torch.optim.optimizer", "_global_optimizer_post_hooks"
+)
+
+
+def has_step_post_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether functions are registered to run after `step()` of this optimizer or of all."""
+    return bool(optimizer._optimizer_step_post_hooks or _global_step_post_hooks)
+
+
+def load_state_dict_pre_hooks(optimizer: torch.optim.Optimizer) -> Iterable[Callable[..., Any]]:
+    """Return the hooks of `register_load_state_dict_pre_hook`, in order."""
+    return optimizer._optimizer_load_state_dict_pre_hooks.values()
+
+
+def load_state_dict_post_hooks(optimizer: torch.optim.Optimizer) -> Iterable[Callable[..., Any]]:
+    """Return the hooks of `register_load_state_dict_post_hook`, in order."""
+    return optimizer._optimizer_load_state_dict_post_hooks.values()
+
+
+def found_inf_flags(
+    scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer
+) -> Iterable[torch.Tensor]:
+    """Return the flags by which the scaler's `update()` decides, one for each device."""
+    return scaler._found_inf_per_device(optimizer).values()
+
+
+def _note_missing_attributes() -> None:
+    """Note for `check` the attributes that the functions above read from objects."""
+    _find("torch", "Tensor._version")
+    _find("torch", "Tensor._base")
+    _find("torch.nn", "Module._compiled_call_impl")
+    _find("torch.amp", "GradScaler._found_inf_per_device")
+    # Their constructors set these: the class has an annotation only.
+    for owner, name in (
+        (nn.Module, "_parameters"),
+        (torch.optim.Optimizer, "_optimizer_step_post_hooks"),
+        (torch.optim.Optimizer, "_optimizer_load_state_dict_pre_hooks"),
+        (torch.optim.Optimizer, "_optimizer_load_state_dict_post_hooks"),
+    ):
+        if name not in inspect.get_annotations(owner):
+            _missing.append(f"{owner.__name__}.{name}")
+
+
+_note_missing_attributes()
+
+PARTITIONER_MARKS: Mapping[str, str] = {
+    "_fsdp_flattened": "FSDP1 (FullyShardedDataParallel)",  # also with use_orig_params=True
+    "_is_flat_param": "FSDP1 (FullyShardedDataParallel)",
+    "ds_id": "DeepSpeed ZeRO-3",
+}
+"""The attribute by which each of these marks plain tensors that differ from rank to rank.
+
+If one is renamed, such parameters are accepted, and rank 0's part overwrites those of the others.
+"""
+
+
+def cuda_runtime_functions() -> Any:
+    """Return the part of CUDA's runtime that torch binds, which has no documented list.
+
+    Used: cudaHostRegister, cudaHostUnregister, cudaError, cudaGetErrorString. If one is missing,
+    pinning raises an AttributeError.
+    """
+    return torch.cuda.cudart()
+
+
+# --- Process groups and stores. Without these, constructing an optimizer raises an error.
+
+# Tested with torch 2.11 to 2.13: `*_single` replaces `*_tensor` from 2.13 on, 2.11 has the latter.
+reduce_scatter: Callable[..., Any] = (
+    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+)
+all_gather: Callable[..., Any] = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)
+
+_C10D = "torch.distributed.distributed_c10d"
+
+default_store: Callable[[], dist.Store] = _find(_C10D, "_get_default_store")
+"""Return the store of the default group; raises an error if there is no such group."""
+
+_new_process_group: Callable[..., Any] = _find(_C10D, "_new_process_group_helper")
+_group_ranks: Any = _find(_C10D, "_world.pg_group_ranks")
+_find("torch.distributed", "ProcessGroup._get_backend")
+
+
+def connect_to_default_store(timeout: timedelta) -> dist.Store:
+    """Return a new connection to the default group's store.
+
+    A store's client that waits keeps every other thread waiting, so each thread needs its own.
+
+    Raises:
+        AttributeError, NotImplementedError, RuntimeError: this kind of store has no `clone`.
+    """
+    store: Any = default_store()
+    connection: dist.Store = store.clone()
+    connection.set_timeout(timeout)
+    return connection
+
+
+def store_without_prefixes(store: dist.Store) -> dist.Store:
+    """Return the store under all prefixes; a torch without this attribute uses `store` itself.
+
+    A torch without it lets torchrun restart a run that stopped with a final error.
+    """
+    found: dist.Store = getattr(store, "_underlying_non_prefix_store", store)
+    return found
+
+
+def open_subgroup(
+    name: str, ranks: Sequence[int], rank: int, backend: str, timeout: timedelta
+) -> dist.ProcessGroup:
+    """Open a process group under a name that has never been used. Collective for `ranks` alone.
+
+    Args:
+        ranks: global ranks of its members.
+        rank: this process's place among them.
+    """
+    group, _ = _new_process_group(
+        len(ranks), rank, ranks, dist.Backend(backend), default_store(), name, timeout=timeout
+    )
+    assert isinstance(group, dist.ProcessGroup)
+    _group_ranks[group] = {member: place for place, member in enumerate(ranks)}
+    return group
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    """Return the timeout that the user gave a group; torch's default if the group has no backend.
+
+    If `_timeout` is missing, constructing an optimizer with several ranks raises an AttributeError.
+    """
+    for device_type in ("cpu", "cuda"):
+        try:
+            options = group._get_backend(torch.device(device_type)).options
+        except RuntimeError:
+            continue
+        return timedelta(seconds=options._timeout.total_seconds())
+    return timedelta(minutes=30)
+
+
+def abort_collectives(group: dist.ProcessGroup, device_type: str) -> None:
+    """End a group's collectives on a device. Without `abort`, the group's timeout ends them."""
+    with suppress(AttributeError, RuntimeError):
+        backend: Any = group._get_backend(torch.device(device_type))
+        backend.abort()
