@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 
-from offload_adam.kernels import norm, rows, update
+from offload_adam.kernels import adam, norm, sparse
 from offload_adam.kernels.formats import FloatFormat
 
 ROUNDED = (None, FloatFormat.BFLOAT16, FloatFormat.FLOAT16)
@@ -19,7 +19,7 @@ ROUNDED = (None, FloatFormat.BFLOAT16, FloatFormat.FLOAT16)
 def compile_updates() -> None:
     """Compile the dense update for all formats."""
     for source, rounded, amsgrad in itertools.product(FloatFormat, ROUNDED, (False, True)):
-        update.prepare(source, rounded, amsgrad)
+        adam.prepare(source, rounded, amsgrad)
 
 
 def compile_others() -> None:
@@ -27,7 +27,7 @@ def compile_others() -> None:
     for source in FloatFormat:
         norm.prepare(source)
     for source, rounded in itertools.product(FloatFormat, ROUNDED):
-        rows.prepare(source, rounded)
+        sparse.prepare(source, rounded)
 
 
 def main() -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offload_adam.kernels import threads, update
+from offload_adam.kernels import adam, threads
 from offload_adam.kernels.formats import FloatFormat
-from offload_adam.kernels.reference import Float64Array, ReferenceState, carry
 from offload_adam.kernels.scalars import Hyperparameters, scalar_row
+from tests.support.kernel_reference import Float64Array, ReferenceState, carry
 
 CarriedArray = npt.NDArray[np.generic]
 UNIT = 2.0**-24
@@ -163,7 +163,7 @@ def run_update(
     """Run the kernel over the segments as one table."""
     threads.use_threads(num_threads)
     numels = [segment.gradient.size for segment in segments]
-    update.update(
+    adam.update(
         gradient_format,
         np.array([segment.gradient.ctypes.data for segment in segments], dtype=np.int64),
         np.array([segment.start for segment in segments], dtype=np.int64),

@@ -16,9 +16,9 @@ import pytest
 from filelock import FileLock
 from numba.core import caching
 
-from offload_adam.kernels import compilation, norm, update
-from offload_adam.kernels.bits import block_sum_of_squares
+from offload_adam.kernels import adam, compilation, norm
 from offload_adam.kernels.formats import FloatFormat
+from offload_adam.kernels.intrinsics import block_sum_of_squares
 from tests.unit.kernel_subprocess import CHECKOUT, ONE_UPDATE, run_python
 
 
@@ -103,7 +103,7 @@ def test_a_slow_compilation_is_announced(
 
 def test_inner_functions_have_no_cache_of_their_own() -> None:
     # It would be keyed by their own file, and outlive a change in the intrinsics that they inline.
-    for function in (update.update_range, norm.sum_run):
+    for function in (adam.update_range, norm.sum_run):
         assert isinstance(function._cache, caching.NullCache)
 
 
@@ -118,7 +118,7 @@ def test_a_change_in_an_inlined_file_reaches_the_cached_kernel(tmp_path: Path) -
     (kernels.parent / "__init__.py").touch()
     source = ONE_UPDATE + "run_one_update(); print(weight[0])"
     assert float(run_python(source, root=tmp_path)) == pytest.approx(-0.1)
-    vectors = kernels / "vectors.py"
+    vectors = kernels / "ir_vectors.py"
     text = vectors.read_text(encoding="utf-8")
     changed = text.replace('return self._call("fma", a, b, c)', "return c")
     assert changed != text
@@ -143,7 +143,7 @@ def test_the_update_vectorises(gradient_format: FloatFormat) -> None:
     rounded = FloatFormat.BFLOAT16.tag()
     arguments = (gradient_format.tag(), state, state, state, None, rounded, state)
     # Compiled here, for Numba shows no assembly of what came from its cache.
-    kernel = compilation.inner(update.update_range.py_func)
+    kernel = compilation.inner(adam.update_range.py_func)
     compilation.compile_now(kernel, arguments, "update")
     (assembly,) = kernel.inspect_asm().values()
     assert vector_instructions(assembly, "vsqrtps") > 0

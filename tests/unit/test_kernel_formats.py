@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 
 from offload_adam.kernels.compilation import inner
 from offload_adam.kernels.formats import FloatFormat
-from offload_adam.kernels.vectors import Vectors
+from offload_adam.kernels.ir_vectors import Vectors
 
 SIXTEEN_BITS = [FloatFormat.BFLOAT16, FloatFormat.FLOAT16]
 

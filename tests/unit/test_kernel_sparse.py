@@ -6,17 +6,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from offload_adam.kernels import rows as row_kernel
-from offload_adam.kernels import threads
+from offload_adam.kernels import sparse, threads
 from offload_adam.kernels.formats import FloatFormat
-from offload_adam.kernels.reference import (
+from offload_adam.kernels.scalars import Hyperparameters, scalar_row
+from tests.support.kernel_reference import (
     Float64Array,
     ReferenceState,
     carry,
     read_bits,
     reference_update,
 )
-from offload_adam.kernels.scalars import Hyperparameters, scalar_row
 from tests.unit.kernel_cases import (
     MODES,
     CarriedArray,
@@ -56,7 +55,7 @@ def run_rows(
     num_pieces: int = 2,
 ) -> None:
     threads.use_threads(2)
-    row_kernel.update_rows(
+    sparse.update_rows(
         source,
         touched,
         values,
@@ -187,10 +186,10 @@ def test_the_first_and_the_last_row_stay_within_the_table() -> None:
 
 
 def test_the_prepared_specialisation_is_the_one_that_runs() -> None:
-    row_kernel.prepare(FloatFormat.BFLOAT16, FloatFormat.BFLOAT16)
-    compiled = len(row_kernel._update_touched.overloads)
+    sparse.prepare(FloatFormat.BFLOAT16, FloatFormat.BFLOAT16)
+    compiled = len(sparse._update_touched.overloads)
     rng = np.random.default_rng(0)
     state = random_state(rng, NUM_ROWS * 4, FloatFormat.BFLOAT16)
     values = displaced(carry(rng.normal(0, 1, 8), FloatFormat.BFLOAT16), 1).reshape(2, 4)
     run_rows(state, random_rows(rng, 2), values, MODES["adam"], FloatFormat.BFLOAT16)
-    assert len(row_kernel._update_touched.overloads) == compiled
+    assert len(sparse._update_touched.overloads) == compiled

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from offload_adam.kernels import scalars as at
-from offload_adam.kernels.bits import BLOCK_NUMEL, pointer_to, window
+from offload_adam.kernels.adam_ir import finish_stores, update_run
 from offload_adam.kernels.compilation import compile_now, inner, jit, source_fingerprint
 from offload_adam.kernels.formats import FloatFormat
-from offload_adam.kernels.run import finish_stores, update_run
+from offload_adam.kernels.intrinsics import BLOCK_NUMEL, pointer_to, window
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]

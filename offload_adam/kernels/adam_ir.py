@@ -20,7 +20,7 @@ from numba.core.types.misc import NoneType
 from numba.extending import intrinsic
 
 from offload_adam.kernels import scalars as at
-from offload_adam.kernels.vectors import Vectors
+from offload_adam.kernels.ir_vectors import Vectors
 
 _LANES = 16
 _INTP = ir.IntType(64)

@@ -12,11 +12,11 @@ import numba
 import numpy as np
 
 from offload_adam.kernels import scalars as at
-from offload_adam.kernels.bits import prefetch, window
+from offload_adam.kernels.adam import ElementArray, Float32Array, Int64Array, update_range
+from offload_adam.kernels.adam_ir import finish_stores
 from offload_adam.kernels.compilation import compile_now, jit, source_fingerprint
 from offload_adam.kernels.formats import FloatFormat
-from offload_adam.kernels.run import finish_stores
-from offload_adam.kernels.update import ElementArray, Float32Array, Int64Array, update_range
+from offload_adam.kernels.intrinsics import prefetch, window
 
 _ROWS_AHEAD = 4
 """Rows lie anywhere in the table, where no processor foresees them: so many are asked for early."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from offload_adam.kernels import update
+from offload_adam.kernels import adam
 from offload_adam.kernels.formats import FloatFormat
-from offload_adam.kernels.reference import carry, read_bits, reference_update
+from tests.support.kernel_reference import carry, read_bits, reference_update
 from tests.unit.kernel_cases import (
     MODES,
     HostState,
@@ -109,10 +109,10 @@ def test_an_empty_table_changes_nothing(numels: tuple[int, ...], num_pieces: int
 
 
 def test_the_prepared_specialisation_is_the_one_that_runs() -> None:
-    update.prepare(FloatFormat.FLOAT16, FloatFormat.FLOAT16, True)
-    compiled = len(update._update_segments.overloads)
+    adam.prepare(FloatFormat.FLOAT16, FloatFormat.FLOAT16, True)
+    compiled = len(adam._update_segments.overloads)
     rng = np.random.default_rng(0)
     segments = random_segments(rng, (3,), FloatFormat.FLOAT16)
     state = random_state(rng, 128, FloatFormat.FLOAT16, amsgrad=True)
     run_update(state, segments, rows((hyperparameters(), 1, 1.0)), FloatFormat.FLOAT16)
-    assert len(update._update_segments.overloads) == compiled
+    assert len(adam._update_segments.overloads) == compiled

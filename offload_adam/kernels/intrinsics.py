@@ -10,7 +10,7 @@ from numba.core import cgutils, types
 from numba.core.types.misc import CPointer, NoneType
 from numba.extending import intrinsic, overload
 
-from offload_adam.kernels.vectors import Vectors
+from offload_adam.kernels.ir_vectors import Vectors
 
 _I16 = ir.IntType(16)
 _I32 = ir.IntType(32)
