@@ -1,4 +1,4 @@
-"""The update against the float64 reference: every mode, gradient format and rounded format."""
+"""The update against the float64 reference: every mode, gradient format and parameter format."""
 
 from __future__ import annotations
 
@@ -46,23 +46,23 @@ def _format_of(segment: Segment) -> FloatFormat:
 
 
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["", "amsgrad"])
-@pytest.mark.parametrize("rounded", [None, FloatFormat.BFLOAT16, FloatFormat.FLOAT16])
+@pytest.mark.parametrize("param_format", [None, FloatFormat.BFLOAT16, FloatFormat.FLOAT16])
 @pytest.mark.parametrize("gradient_format", FloatFormat)
 def test_every_element_is_within_its_error_bound(
-    gradient_format: FloatFormat, rounded: FloatFormat | None, amsgrad: bool
+    gradient_format: FloatFormat, param_format: FloatFormat | None, amsgrad: bool
 ) -> None:
     for number, mode in enumerate(MODES):
         rng = np.random.default_rng(number)
         # The odd modes read gradients that lie one element behind a boundary.
         segments = random_segments(rng, NUMELS, gradient_format, offset=number % 2)
-        before = random_state(rng, shard_numel(segments), rounded, amsgrad=amsgrad)
+        before = random_state(rng, shard_numel(segments), param_format, amsgrad=amsgrad)
         after = before.copied(offset=number % 2)
         run_update(after, segments, rows((MODES[mode], STEP, SCALE)), gradient_format)
         for segment in segments:
             assert_close(before, after, segment, mode)
-            if rounded is not None and after.rounded is not None:
-                written = after.rounded[segment.start : segment.end]
-                expected = carry(after.master[segment.start : segment.end], rounded)
+            if param_format is not None and after.param_out is not None:
+                written = after.param_out[segment.start : segment.end]
+                expected = carry(after.master[segment.start : segment.end], param_format)
                 np.testing.assert_array_equal(written, expected)
 
 
@@ -79,9 +79,9 @@ def test_nothing_between_the_segments_is_touched() -> None:
     np.testing.assert_array_equal(after.master[outside], before.master[outside])
     np.testing.assert_array_equal(after.exp_avg[outside], before.exp_avg[outside])
     np.testing.assert_array_equal(after.exp_avg_sq[outside], before.exp_avg_sq[outside])
-    assert before.rounded is not None
-    assert after.rounded is not None
-    np.testing.assert_array_equal(after.rounded[outside], before.rounded[outside])
+    assert before.param_out is not None
+    assert after.param_out is not None
+    np.testing.assert_array_equal(after.param_out[outside], before.param_out[outside])
 
 
 def test_each_segment_takes_its_own_row_of_scalars() -> None:
