@@ -1,8 +1,8 @@
-"""Compiles every kernel for the tests, or finds it compiled: `python -m tests.compile_kernels`.
+"""Compiles every kernel for the tests, unless it is cached: `python -m tests.compile_kernels`.
 
-In a fresh checkout each would be compiled where a test first needs it, one after the other, and
-some by several ranks at once. Here two processes share the work by files: Numba's index of what is
-kept of one file does not bear two that write.
+In a fresh checkout each kernel would be compiled by the first test that needs it, one after the
+other, and some by several ranks at once. Two processes divide the kernels by source file, because
+Numba's cache index of a source file allows one writer only.
 """
 
 from __future__ import annotations
@@ -10,24 +10,26 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 
-from offload_adam.kernels import norm, rows, update
+from offload_adam.kernels import adam, norm, sparse
 from offload_adam.kernels.formats import FloatFormat
 
-ROUNDED = (None, FloatFormat.BFLOAT16, FloatFormat.FLOAT16)
+PARAM_FORMATS = (None, FloatFormat.BFLOAT16, FloatFormat.FLOAT16)
 
 
 def compile_updates() -> None:
     """Compile the dense update for all formats."""
-    for source, rounded, amsgrad in itertools.product(FloatFormat, ROUNDED, (False, True)):
-        update.prepare(source, rounded, amsgrad)
+    for source, param_format, amsgrad in itertools.product(
+        FloatFormat, PARAM_FORMATS, (False, True)
+    ):
+        adam.prepare(source, param_format, amsgrad)
 
 
 def compile_others() -> None:
     """Compile the norm and the lazy update for all formats."""
     for source in FloatFormat:
         norm.prepare(source)
-    for source, rounded in itertools.product(FloatFormat, ROUNDED):
-        rows.prepare(source, rounded)
+    for source, param_format in itertools.product(FloatFormat, PARAM_FORMATS):
+        sparse.prepare(source, param_format)
 
 
 def main() -> None:

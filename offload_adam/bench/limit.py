@@ -14,7 +14,7 @@ import torch
 
 from offload_adam.bench.contender import Contender
 from offload_adam.bench.planes import Planes
-from offload_adam.kernels.streams import STREAM_NBYTES, pass_over
+from offload_adam.kernels.probe import STREAM_NBYTES, pass_over
 
 LIMIT_BYTES_PER_PARAM = STREAM_NBYTES
 """Gradient, master weight and both moments read, the last three written, 4 bytes each."""

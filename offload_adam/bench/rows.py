@@ -18,7 +18,7 @@ from offload_adam.bench.machine import describe_machine
 from offload_adam.bench.planes import HUGE_PAGES, Planes, make_planes, require_memory
 from offload_adam.bench.results import median_ratio, pair_up
 from offload_adam.bench.update_contenders import OffloadUpdate
-from offload_adam.kernels import rows, threads
+from offload_adam.kernels import sparse, threads
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.scalars import scalar_row
 
@@ -48,7 +48,7 @@ class LazyUpdate:
     """Launches the row kernel on rows that are drawn anew before each run."""
 
     def __init__(self, planes: Planes, width: int, num_touched: int, num_threads: int) -> None:
-        rows.prepare(FloatFormat.FLOAT32, None)
+        sparse.prepare(FloatFormat.FLOAT32, None)
         self._planes = planes
         self._width = width
         self._num_threads = num_threads
@@ -72,7 +72,7 @@ class LazyUpdate:
     def _update(self, touched: npt.NDArray[np.int64]) -> None:
         self._num_steps += 1
         threads.use_threads(self._num_threads)
-        rows.update_rows(
+        sparse.update_rows(
             FloatFormat.FLOAT32,
             touched,
             self._values,

@@ -8,7 +8,7 @@ import torch
 from offload_adam.bench.contender import ADAMW
 from offload_adam.bench.planes import Planes, named
 from offload_adam.bench.results import BASELINE
-from offload_adam.kernels import threads, update
+from offload_adam.kernels import adam, threads
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.scalars import scalar_row
 
@@ -22,7 +22,7 @@ class OffloadUpdate:
     bytes_per_param = _BYTES_PER_PARAM
 
     def __init__(self, planes: Planes, num_threads: int) -> None:
-        update.prepare(FloatFormat.FLOAT32, None, False)
+        adam.prepare(FloatFormat.FLOAT32, None, False)
         self.memory = planes.memory
         self.num_steps = 0
         self._num_threads = num_threads
@@ -33,7 +33,7 @@ class OffloadUpdate:
         self.num_steps += 1
         threads.use_threads(self._num_threads)
         planes = self._planes
-        update.update(
+        adam.update(
             FloatFormat.FLOAT32,
             np.array([planes.gradient.data_ptr()], dtype=np.int64),
             np.zeros(1, dtype=np.int64),

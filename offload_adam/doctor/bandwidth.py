@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.kernels.streams import STREAM_NBYTES, pass_over
+from offload_adam.kernels.probe import STREAM_NBYTES, pass_over
 from offload_adam.memory.arena import HostArena, padded_nbytes
 
 NUM_STREAMS = 4

@@ -117,8 +117,8 @@ def _compiled_loop() -> str:
         for i in range(values.size):
             values[i] = values[i] * factor
 
-    dispatcher = numba.njit(scale, error_model="numpy")
-    dispatcher.compile((numba.float32[::1], numba.float32))
+    signature = (numba.float32[::1], numba.float32)
+    dispatcher = numba.njit(signature, error_model="numpy")(scale)
     return "\n".join(dispatcher.inspect_asm().values())
 
 

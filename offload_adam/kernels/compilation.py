@@ -14,6 +14,13 @@ from typing import Any
 import numba
 from filelock import FileLock, Timeout
 
+from offload_adam.kernels.numba_private import (
+    cache_folder,
+    compile_signature,
+    disable_cache,
+    is_compiled,
+)
+
 logger = logging.getLogger(__name__)
 
 SLOW_COMPILATION_S = 1.0
@@ -69,7 +76,7 @@ def compile_now(dispatcher: Any, arguments: tuple[Any, ...], label: str) -> None
     Of several processes that need it one compiles, and the others load what it has left.
     """
     signature = tuple(numba.typeof(argument) for argument in arguments)
-    if signature in dispatcher.overloads:
+    if is_compiled(dispatcher, signature):
         return
     announcement = threading.Timer(SLOW_COMPILATION_S, _announce, [label])
     announcement.daemon = True
@@ -88,11 +95,11 @@ def _alone(dispatcher: Any) -> Iterator[None]:
     Numba's index does not bear two writers: each may give the next free name to a specialisation
     of its own, and one would later load the other's code.
     """
-    folder = dispatcher.stats.cache_path
+    folder = cache_folder(dispatcher)
     if folder is None:
         yield
         return
-    lock = FileLock(Path(folder) / f"{dispatcher.py_func.__name__}.lock", timeout=LOCK_S)
+    lock = FileLock(folder / f"{dispatcher.py_func.__name__}.lock", timeout=LOCK_S)
     try:
         lock.acquire()
     except (OSError, NotImplementedError, Timeout) as error:
@@ -112,9 +119,9 @@ def _announce(label: str) -> None:
 
 def _compile(dispatcher: Any, signature: tuple[Any, ...]) -> None:
     try:
-        dispatcher.compile(signature)
+        compile_signature(dispatcher, signature)
     except OSError as error:
         # A full or vanished cache folder must not stop training: only the cache is given up.
         warnings.warn(f"compiled kernels cannot be cached: {error}", RuntimeWarning, stacklevel=3)
-        dispatcher._cache.disable()
-        dispatcher.compile(signature)
+        disable_cache(dispatcher)
+        compile_signature(dispatcher, signature)

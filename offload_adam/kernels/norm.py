@@ -8,9 +8,9 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from offload_adam.kernels.bits import BLOCK_NUMEL, block_sum_of_squares, pointer_to
 from offload_adam.kernels.compilation import compile_now, inner, jit, source_fingerprint
 from offload_adam.kernels.formats import FloatFormat
+from offload_adam.kernels.intrinsics import BLOCK_NUMEL, block_sum_of_squares, pointer_to
 
 
 def _sum_run(gradient: Any, sums: Any, first: Any) -> None:

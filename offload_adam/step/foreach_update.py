@@ -81,7 +81,7 @@ def foreach_update(
 ) -> None:
     """Apply one Adam update to all segments, in place.
 
-    The formula is `kernels.update`'s. All of it is float64 on the float32 state and the gradient as
+    The formula is `kernels.adam`'s. All of it is float64 on the float32 state and the gradient as
     they are when the call is made, and each stored value is rounded once, so it is the float32
     nearest to the float64 result or a neighbour of that one: within 1 ULP, also where terms of
     opposite signs cancel, unless they leave less than 2**-27 of themselves. (The float64 errors, a

@@ -20,7 +20,7 @@ from offload_adam.step.bucket_state import BucketState, SegmentArrays
 class SegmentTable:
     """Segments of one gradient format: where each gradient lies and which state belongs to it.
 
-    addresses, starts, numels: int64, one entry a segment, see `kernels.update.update`.
+    addresses, starts, numels: int64, one entry a segment, see `kernels.adam.update`.
     positions: int64, each segment's parameter in the bucket.
     """
 

@@ -43,12 +43,12 @@ class Kernels:
         torch.set_num_threads(num_torch_threads)
         # Numba takes longer to import than the rest of the package: it is loaded with the first
         # optimizer, not with `import offload_adam`.
-        from offload_adam.kernels import norm, rows, touch, update
+        from offload_adam.kernels import adam, first_touch, norm, sparse
 
         self._norm = norm
-        self._rows = rows
-        self._touch = touch
-        self._update = update
+        self._rows = sparse
+        self._touch = first_touch
+        self._update = adam
 
     def prepare_sum(self, gradient_format: FloatFormat) -> None:
         """Compile for `sum_blocks`."""

@@ -17,12 +17,12 @@ import torch
 
 from offload_adam.cli.app import main
 from offload_adam.coordinator.membership import Membership
-from offload_adam.kernels import update
+from offload_adam.kernels import adam
 from offload_adam.train import loop
 
 USED_BY: dict[str, tuple[Any, str, float]] = {
     "forward": (loop, "next_token_loss", 0.15),
-    "cpu": (update, "update", 0.5),
+    "cpu": (adam, "update", 0.5),
     "copies": (torch.Tensor, "copy_", 0.05),
     "collectives": (Membership, "wait", 0.15),
 }

@@ -1,4 +1,4 @@
-"""What the kernel tests share: hyperparameters of every mode, tables of segments, error bounds."""
+"""Shared by the kernel tests: hyperparameters of every mode, tables of segments, error bounds."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offload_adam.kernels import threads, update
+from offload_adam.kernels import adam, threads
 from offload_adam.kernels.formats import FloatFormat
-from offload_adam.kernels.reference import Float64Array, ReferenceState, carry
 from offload_adam.kernels.scalars import Hyperparameters, scalar_row
+from tests.support.kernel_reference import Float64Array, ReferenceState, carry
 
 CarriedArray = npt.NDArray[np.generic]
 UNIT = 2.0**-24
@@ -61,17 +61,17 @@ class HostState:
     exp_avg: npt.NDArray[np.float32]
     exp_avg_sq: npt.NDArray[np.float32]
     max_exp_avg_sq: npt.NDArray[np.float32] | None = None
-    rounded: CarriedArray | None = None
+    param_out: CarriedArray | None = None
 
     def copied(self, offset: int = 0) -> HostState:
         """Return a copy whose arrays begin `offset` elements into their buffers."""
-        largest, rounded = self.max_exp_avg_sq, self.rounded
+        largest, param_out = self.max_exp_avg_sq, self.param_out
         return HostState(
             displaced(self.master, offset),
             displaced(self.exp_avg, offset),
             displaced(self.exp_avg_sq, offset),
             None if largest is None else displaced(largest, offset),
-            None if rounded is None else displaced(rounded, offset),
+            None if param_out is None else displaced(param_out, offset),
         )
 
     def bits(self) -> bytes:
@@ -101,7 +101,7 @@ def displaced(array: npt.NDArray[Any], offset: int) -> npt.NDArray[Any]:
 
 
 def random_state(
-    rng: np.random.Generator, numel: int, rounded: FloatFormat | None, *, amsgrad: bool = False
+    rng: np.random.Generator, numel: int, param_format: FloatFormat | None, *, amsgrad: bool = False
 ) -> HostState:
     """Return the state of parameters in mid-training; some moments are exactly 0."""
     second = np.square(rng.normal(0, 0.3, numel)) * (rng.random(numel) > 0.1)
@@ -111,7 +111,7 @@ def random_state(
         (rng.normal(0, 0.3, numel) * (rng.random(numel) > 0.1)).astype(np.float32),
         second.astype(np.float32),
         largest.astype(np.float32) if amsgrad else None,
-        None if rounded is None else carry(np.zeros(numel), rounded),
+        None if param_format is None else carry(np.zeros(numel), param_format),
     )
 
 
@@ -163,7 +163,7 @@ def run_update(
     """Run the kernel over the segments as one table."""
     threads.use_threads(num_threads)
     numels = [segment.gradient.size for segment in segments]
-    update.update(
+    adam.update(
         gradient_format,
         np.array([segment.gradient.ctypes.data for segment in segments], dtype=np.int64),
         np.array([segment.start for segment in segments], dtype=np.int64),
@@ -174,7 +174,7 @@ def run_update(
         state.exp_avg,
         state.exp_avg_sq,
         state.max_exp_avg_sq,
-        state.rounded,
+        state.param_out,
         num_pieces,
     )
 

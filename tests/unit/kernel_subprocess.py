@@ -32,7 +32,7 @@ def run_python(
 
 ONE_UPDATE = """
 import numpy as np
-from offload_adam.kernels import threads, update
+from offload_adam.kernels import adam, threads
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.scalars import NUM_SCALARS, Hyperparameters, scalar_row
 
@@ -43,8 +43,8 @@ weight, exp_avg, exp_avg_sq = (np.zeros(256, np.float32) for _ in range(3))
 
 def run_one_update():
     threads.use_threads(1)
-    update.prepare(FloatFormat.FLOAT32, None, False)
-    update.update(FloatFormat.FLOAT32, np.array([gradient.ctypes.data]), np.array([0]),
+    adam.prepare(FloatFormat.FLOAT32, None, False)
+    adam.update(FloatFormat.FLOAT32, np.array([gradient.ctypes.data]), np.array([0]),
                   np.array([0, 256]), np.array([0]), scalar_row(hyper, 1, 1.0)[None],
                   weight, exp_avg, exp_avg_sq, None, None, 2)
 """

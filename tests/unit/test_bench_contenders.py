@@ -29,7 +29,7 @@ from offload_adam.bench.step_contenders import (
     step_streams,
 )
 from offload_adam.bench.update_contenders import OffloadUpdate, OptimizerUpdate
-from offload_adam.kernels.reference import Float64Array, ReferenceState, reference_update
+from tests.support.kernel_reference import Float64Array, ReferenceState, reference_update
 
 NUMEL, NUM_STEPS = 5000, 5
 # Weights of up to 4 are rounded to fp32 in every step, by 2**-23 at most, and changed by 1e-3 each

@@ -16,9 +16,9 @@ import pytest
 from filelock import FileLock
 from numba.core import caching
 
-from offload_adam.kernels import compilation, norm, update
-from offload_adam.kernels.bits import block_sum_of_squares
+from offload_adam.kernels import adam, adam_plain, compilation, norm
 from offload_adam.kernels.formats import FloatFormat
+from offload_adam.kernels.intrinsics import block_sum_of_squares
 from tests.unit.kernel_subprocess import CHECKOUT, ONE_UPDATE, run_python
 
 
@@ -102,8 +102,8 @@ def test_a_slow_compilation_is_announced(
 
 
 def test_inner_functions_have_no_cache_of_their_own() -> None:
-    # It would be keyed by their own file, and outlive a change in the intrinsics that they inline.
-    for function in (update.update_range, norm.sum_run):
+    # Its key is their own file, so it would outlive a change in the intrinsics that they inline.
+    for function in (adam.update_range, norm.sum_run):
         assert isinstance(function._cache, caching.NullCache)
 
 
@@ -118,7 +118,7 @@ def test_a_change_in_an_inlined_file_reaches_the_cached_kernel(tmp_path: Path) -
     (kernels.parent / "__init__.py").touch()
     source = ONE_UPDATE + "run_one_update(); print(weight[0])"
     assert float(run_python(source, root=tmp_path)) == pytest.approx(-0.1)
-    vectors = kernels / "vectors.py"
+    vectors = kernels / "ir_vectors.py"
     text = vectors.read_text(encoding="utf-8")
     changed = text.replace('return self._call("fma", a, b, c)', "return c")
     assert changed != text
@@ -136,20 +136,35 @@ has_avx2 = platform.machine() == "x86_64" and all(
 )
 
 
+def assembly_of(update_range: Any, gradient_format: FloatFormat) -> str:
+    """Return the assembly of an element loop that writes bfloat16 parameters.
+
+    It is compiled here, because Numba has no assembly of a kernel from its cache.
+    """
+    state, param_out = np.zeros(0, dtype=np.float32), FloatFormat.BFLOAT16.tag()
+    kernel = compilation.inner(update_range)
+    arguments = (gradient_format.tag(), state, state, state, None, param_out, state)
+    compilation.compile_now(kernel, arguments, "update")
+    (assembly,) = kernel.inspect_asm().values()
+    return str(assembly)
+
+
 @pytest.mark.skipif(not has_avx2, reason="looks for AVX2's instructions")
 @pytest.mark.parametrize("gradient_format", FloatFormat)
 def test_the_update_vectorises(gradient_format: FloatFormat) -> None:
-    state = np.zeros(0, dtype=np.float32)
-    rounded = FloatFormat.BFLOAT16.tag()
-    arguments = (gradient_format.tag(), state, state, state, None, rounded, state)
-    # Compiled here, for Numba shows no assembly of what came from its cache.
-    kernel = compilation.inner(update.update_range.py_func)
-    compilation.compile_now(kernel, arguments, "update")
-    (assembly,) = kernel.inspect_asm().values()
+    assembly = assembly_of(adam.update_range.py_func, gradient_format)
     assert vector_instructions(assembly, "vsqrtps") > 0
     assert vector_instructions(assembly, "vdivps") > 0
     assert vector_instructions(assembly, r"vfn?madd\d+ps") >= 5
     assert vector_instructions(assembly, "vmovnt(ps|dq)") > 0
+
+
+@pytest.mark.skipif(not has_avx2, reason="looks for AVX2's instructions")
+def test_the_plain_update_vectorises() -> None:
+    assembly = assembly_of(adam_plain.update_range, FloatFormat.BFLOAT16)
+    assert vector_instructions(assembly, "vsqrtps") > 0
+    assert vector_instructions(assembly, "vdivps") > 0
+    assert vector_instructions(assembly, r"vfn?madd\d+ps") >= 5
 
 
 def _first_block_sum(gradient: Any) -> Any:

@@ -8,12 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from numba.core import types
+from numba import types
 from numba.extending import intrinsic
 
 from offload_adam.kernels.compilation import inner
 from offload_adam.kernels.formats import FloatFormat
-from offload_adam.kernels.vectors import Vectors
+from offload_adam.kernels.ir_vectors import Vectors
+from offload_adam.kernels.numba_private import array_struct, no_value
 
 SIXTEEN_BITS = [FloatFormat.BFLOAT16, FloatFormat.FLOAT16]
 
@@ -23,12 +24,12 @@ def convert(typingctx: Any, source: Any, target: Any, index: Any, lanes: Any) ->
     """Load so many elements of one array and store them to the other, in its format."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        before = context.make_array(source)(context, builder, arguments[0]).data
-        after = context.make_array(target)(context, builder, arguments[1]).data
+        before = array_struct(context, builder, source, arguments[0]).data
+        after = array_struct(context, builder, target, arguments[1]).data
         vectors = Vectors(builder, lanes.literal_value)
         value = vectors.load(before, arguments[2], source.dtype)
         vectors.store(value, after, arguments[2], target.dtype)
-        return context.get_dummy_value()
+        return no_value(context)
 
     return types.void(source, target, index, lanes), codegen
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offload_adam.kernels import norm, rows, scalars, streams, threads, update
+from offload_adam.kernels import adam, norm, probe, scalars, sparse, threads
 from offload_adam.kernels.formats import FloatFormat
 
 # One stretch of memory over and over: a long launch needs no large arrays.
@@ -34,7 +34,7 @@ def sum_blocks() -> None:
 def update_segments() -> None:
     """Launch the dense update."""
     work_starts = np.arange(REPEATS + 1, dtype=np.int64) * NUMEL
-    update.update(
+    adam.update(
         FloatFormat.FLOAT32,
         ADDRESSES,
         ZEROS,
@@ -53,7 +53,7 @@ def update_segments() -> None:
 def update_rows() -> None:
     """Launch the lazy update."""
     values = np.zeros((REPEATS, NUMEL // 2), dtype=np.float32)
-    rows.update_rows(
+    sparse.update_rows(
         FloatFormat.FLOAT32,
         ZEROS,
         values,
@@ -69,7 +69,7 @@ def update_rows() -> None:
 
 def pass_over() -> None:
     """Launch the benchmark's limit."""
-    streams.pass_over(LONG[0], LONG[1], LONG[2], LONG[3], 1)
+    probe.pass_over(LONG[0], LONG[1], LONG[2], LONG[3], 1)
 
 
 @pytest.fixture
@@ -102,9 +102,9 @@ def ticks() -> Iterator[list[float]]:
     ("module", "dispatcher", "launch"),
     [
         (norm, "_sum_segments", sum_blocks),
-        (update, "_update_segments", update_segments),
-        (rows, "_update_touched", update_rows),
-        (streams, "_kernel", pass_over),
+        (adam, "_update_segments", update_segments),
+        (sparse, "_update_touched", update_rows),
+        (probe, "_kernel", pass_over),
     ],
     ids=["norm", "update", "rows", "streams"],
 )

@@ -59,14 +59,14 @@ def split(segment: Segment, cuts: Sequence[int], offset: int = 0) -> list[Segmen
     ]
 
 
-@pytest.mark.parametrize("rounded", [None, FloatFormat.BFLOAT16, FloatFormat.FLOAT16])
+@pytest.mark.parametrize("param_format", [None, FloatFormat.BFLOAT16, FloatFormat.FLOAT16])
 @pytest.mark.parametrize("gradient_format", FloatFormat)
 def test_pieces_and_threads_change_no_bit(
-    gradient_format: FloatFormat, rounded: FloatFormat | None
+    gradient_format: FloatFormat, param_format: FloatFormat | None
 ) -> None:
     rng = np.random.default_rng(0)
     segments = random_segments(rng, (1, 129, 900, 0, 64, 1500), gradient_format, num_rows=2)
-    state = random_state(rng, shard_numel(segments), rounded, amsgrad=True)
+    state = random_state(rng, shard_numel(segments), param_format, amsgrad=True)
     expected = updated(state, segments, gradient_format)
     for num_pieces in range(1, 8):
         for num_threads in (1, 2):
@@ -83,7 +83,7 @@ def test_pieces_and_threads_change_no_bit(
     gradient_offset=st.integers(0, 33),
     num_pieces=st.integers(1, 7),
     gradient_format=st.sampled_from(FloatFormat),
-    rounded=st.sampled_from([None, FloatFormat.BFLOAT16]),
+    param_format=st.sampled_from([None, FloatFormat.BFLOAT16]),
     row=st.integers(0, 1),
 )
 def test_splits_and_alignment_change_no_bit(
@@ -92,13 +92,13 @@ def test_splits_and_alignment_change_no_bit(
     gradient_offset: int,
     num_pieces: int,
     gradient_format: FloatFormat,
-    rounded: FloatFormat | None,
+    param_format: FloatFormat | None,
     row: int,
 ) -> None:
     rng = np.random.default_rng(1)
     whole = random_segments(rng, (NUMEL,), gradient_format)
     whole[0].row = row
-    state = random_state(rng, shard_numel(whole), rounded)
+    state = random_state(rng, shard_numel(whole), param_format)
     parts = split(whole[0], cuts, gradient_offset)
     bits = updated(state, parts, gradient_format, num_pieces=num_pieces, offset=state_offset)
     assert bits == updated(state, whole, gradient_format)

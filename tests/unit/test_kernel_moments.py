@@ -8,8 +8,8 @@ import pytest
 
 from offload_adam.kernels import scalars as at
 from offload_adam.kernels.formats import FloatFormat
-from offload_adam.kernels.reference import ReferenceState, reference_update
 from offload_adam.kernels.scalars import Hyperparameters
+from tests.support.kernel_reference import ReferenceState, reference_update
 from tests.unit.kernel_cases import (
     UNIT,
     HostState,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from offload_adam.kernels import norm, threads
 from offload_adam.kernels.formats import FloatFormat
-from offload_adam.kernels.reference import carry, read_bits
+from tests.support.kernel_reference import carry, read_bits
 from tests.unit.kernel_cases import Segment, displaced, random_segments, shard_numel
 
 NUMELS = (0, 1, 127, 128, 129, 0, 1000, 3, 4096, 517)

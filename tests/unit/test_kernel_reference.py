@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from offload_adam.kernels.formats import FloatFormat
-from offload_adam.kernels.reference import (
+from tests.support.kernel_reference import (
     ReferenceState,
     carry,
     read_bits,

@@ -17,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload_adam import Adam, OffloadAdam, load_checkpoint, save_checkpoint
-from offload_adam.kernels.reference import ReferenceState, reference_update
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.layout.flat import ParameterSpec, plan_buckets
 from offload_adam.layout.state_plan import StateLocation, kept_on_device
 from offload_adam.step.ledger import by_category
 from tests.support.devices import HOST_AS_DEVICE
+from tests.support.kernel_reference import ReferenceState, reference_update
 
 NUM_STEPS = 6
 NUMEL = 384  # of each of four layers' parameters, three blocks: a bucket each

@@ -11,7 +11,7 @@ import pytest
 
 from offload_adam.doctor import bandwidth, kept, step
 from offload_adam.doctor.kept import Bandwidth
-from offload_adam.kernels.streams import pass_over
+from offload_adam.kernels.probe import pass_over
 
 
 def test_a_pass_leaves_its_streams_as_they_are() -> None:

@@ -151,12 +151,12 @@ def test_larger_buffers_take_the_place_of_smaller_ones() -> None:
 def test_planes_are_touched_by_their_threads_where_there_are_several_nodes(
     monkeypatch: pytest.MonkeyPatch, overlap: bool
 ) -> None:
-    from offload_adam.kernels import touch, update
+    from offload_adam.kernels import adam, first_touch
 
     launched: list[tuple[str, int]] = []
     touched: list[int] = []
     monkeypatch.setattr("offload_adam.step.sharded_adam.spans_nodes", lambda: True)
-    original_touch, original_update = touch.touch, update.update
+    original_touch, original_update = first_touch.touch, adam.update
 
     def note(memory: npt.NDArray[np.uint8], num_threads: int) -> None:
         launched.append(("touch", threading.get_ident()))
@@ -167,8 +167,8 @@ def test_planes_are_touched_by_their_threads_where_there_are_several_nodes(
         launched.append(("update", threading.get_ident()))
         original_update(*arguments)
 
-    monkeypatch.setattr(touch, "touch", note)
-    monkeypatch.setattr(update, "update", note_update)
+    monkeypatch.setattr(first_touch, "touch", note)
+    monkeypatch.setattr(adam, "update", note_update)
     optimizer = make("none", StandInRuntime(), overlap=overlap)
     assert touched == 2 * [4 * NUMEL, 4 * NUMEL, 4 * NUMEL, 2 * NUMEL]
     for parameter in optimizer.param_groups[0]["params"]:

@@ -6,17 +6,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from offload_adam.kernels import rows as row_kernel
-from offload_adam.kernels import threads
+from offload_adam.kernels import sparse, threads
 from offload_adam.kernels.formats import FloatFormat
-from offload_adam.kernels.reference import (
+from offload_adam.kernels.scalars import Hyperparameters, scalar_row
+from tests.support.kernel_reference import (
     Float64Array,
     ReferenceState,
     carry,
     read_bits,
     reference_update,
 )
-from offload_adam.kernels.scalars import Hyperparameters, scalar_row
 from tests.unit.kernel_cases import (
     MODES,
     CarriedArray,
@@ -32,7 +31,7 @@ from tests.unit.kernel_cases import rows as scalar_table
 STEP, SCALE = 3, 0.37
 NUM_ROWS = 40
 WIDTHS = (1, 3, 64, 129)
-ROUNDED = [None, FloatFormat.BFLOAT16, FloatFormat.FLOAT16]
+PARAM_FORMATS = [None, FloatFormat.BFLOAT16, FloatFormat.FLOAT16]
 
 
 def random_rows(rng: np.random.Generator, num_touched: int) -> npt.NDArray[np.int64]:
@@ -56,7 +55,7 @@ def run_rows(
     num_pieces: int = 2,
 ) -> None:
     threads.use_threads(2)
-    row_kernel.update_rows(
+    sparse.update_rows(
         source,
         touched,
         values,
@@ -65,7 +64,7 @@ def run_rows(
         state.master,
         state.exp_avg,
         state.exp_avg_sq,
-        state.rounded,
+        state.param_out,
         num_pieces,
     )
 
@@ -93,25 +92,25 @@ def planes_by_row(state: HostState) -> list[CarriedArray]:
         state.master,
         state.exp_avg,
         state.exp_avg_sq,
-        state.rounded,
+        state.param_out,
     ]
     return [plane.reshape(NUM_ROWS, -1) for plane in planes if plane is not None]
 
 
-@pytest.mark.parametrize("rounded", ROUNDED)
+@pytest.mark.parametrize("param_format", PARAM_FORMATS)
 @pytest.mark.parametrize("source", FloatFormat)
 def test_touched_rows_have_the_dense_kernels_bits_and_no_other_row_changes(
-    source: FloatFormat, rounded: FloatFormat | None
+    source: FloatFormat, param_format: FloatFormat | None
 ) -> None:
     for number, (mode, hyper) in enumerate(MODES.items()):
         width = WIDTHS[number % len(WIDTHS)]
         rng = np.random.default_rng(number)
         touched = random_rows(rng, 17)
         values = random_values(rng, 17, width, source)
-        before = random_state(rng, NUM_ROWS * width, rounded)
-        if before.rounded is not None and rounded is not None:
+        before = random_state(rng, NUM_ROWS * width, param_format)
+        if before.param_out is not None and param_format is not None:
             # The bits of untouched rows are to be told from those of a zero.
-            before.rounded[:] = carry(rng.normal(0, 1, NUM_ROWS * width), rounded)
+            before.param_out[:] = carry(rng.normal(0, 1, NUM_ROWS * width), param_format)
         dense, lazy = before.copied(), before.copied(offset=number % 2)
         whole = carry(rng.normal(0, 1, (NUM_ROWS, width)), source)
         whole[touched] = values
@@ -187,10 +186,10 @@ def test_the_first_and_the_last_row_stay_within_the_table() -> None:
 
 
 def test_the_prepared_specialisation_is_the_one_that_runs() -> None:
-    row_kernel.prepare(FloatFormat.BFLOAT16, FloatFormat.BFLOAT16)
-    compiled = len(row_kernel._update_touched.overloads)
+    sparse.prepare(FloatFormat.BFLOAT16, FloatFormat.BFLOAT16)
+    compiled = len(sparse._update_touched.overloads)
     rng = np.random.default_rng(0)
     state = random_state(rng, NUM_ROWS * 4, FloatFormat.BFLOAT16)
     values = displaced(carry(rng.normal(0, 1, 8), FloatFormat.BFLOAT16), 1).reshape(2, 4)
     run_rows(state, random_rows(rng, 2), values, MODES["adam"], FloatFormat.BFLOAT16)
-    assert len(row_kernel._update_touched.overloads) == compiled
+    assert len(sparse._update_touched.overloads) == compiled

@@ -31,7 +31,7 @@ _kernel = jit(_write_pages, parallel=True)
 def touch(memory: npt.NDArray[np.uint8], num_threads: int) -> None:
     """Write a zero to every page of fresh memory, each from the thread that will update it.
 
-    Memory is divided as `kernels.update` divides a shard, to within a block of 128 elements and the
+    Memory is divided as `kernels.adam` divides a shard, to within a block of 128 elements and the
     padding between parameters.
 
     Cost: one write a page of 4 KiB.

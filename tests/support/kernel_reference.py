@@ -1,7 +1,7 @@
-"""The update once more, slow and plain in float64: what the kernels and benchmarks are held to.
+"""The update in float64, slow and simple: tests compare the kernels and the benchmarks with it.
 
-Nothing here is shared with the kernels but the names of the hyperparameters, and torch's formulas
-are followed line by line, so that a mistake in one is not a mistake in both.
+It shares only the names of the hyperparameters with the kernels, and follows torch's formulas line
+by line, so that no mistake is common to both.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def reference_update(
 def _change(
     first: Float64Array, second: Float64Array, hyper: Hyperparameters, step: int
 ) -> Float64Array:
-    """Return what the moments take off the weight, with epsilon in either of its two places."""
+    """Return the amount to subtract from the weight, with epsilon in either of its two places."""
     correction1 = 1 - hyper.beta1**step
     correction2 = 1 - hyper.beta2**step
     if hyper.epsilon_hat:
@@ -92,7 +92,7 @@ def round_to(values: npt.ArrayLike, target: FloatFormat) -> Float64Array:
     """Round float64 values to the nearest of a format, ties to even, as float64.
 
     The value is scaled until the format's last place is 1, rounded to an integer, and scaled back;
-    what passes the largest finite number becomes infinite.
+    a value above the largest finite number becomes infinite.
     """
     with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
         wide = np.asarray(values, dtype=np.float64)

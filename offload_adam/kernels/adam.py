@@ -1,7 +1,7 @@
 """The fused Adam update over a table of gradient segments, in one pass over the state.
 
-A segment is a run of one parameter's elements that this rank owns: its gradient lies at an address
-of its own, while master weight, moments and rounded parameter lie at one offset in flat arrays.
+A segment is a contiguous range of one parameter's elements that this rank owns. Its gradient has an
+address of its own; its master weight, moments and 16-bit parameter have one offset in flat arrays.
 """
 
 from __future__ import annotations
@@ -12,31 +12,20 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from offload_adam.kernels import adam_ir, adam_plain
 from offload_adam.kernels import scalars as at
-from offload_adam.kernels.bits import BLOCK_NUMEL, pointer_to, window
+from offload_adam.kernels.adam_ir import finish_stores
 from offload_adam.kernels.compilation import compile_now, inner, jit, source_fingerprint
 from offload_adam.kernels.formats import FloatFormat
-from offload_adam.kernels.run import finish_stores, update_run
+from offload_adam.kernels.intrinsics import BLOCK_NUMEL, pointer_to, window
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 ElementArray = npt.NDArray[Any]
 
 
-def _update_range(
-    gradient: Any,
-    master: Any,
-    exp_avg: Any,
-    exp_avg_sq: Any,
-    max_exp_avg_sq: Any,
-    rounded: Any,
-    scalars: Any,
-) -> None:
-    """Update one contiguous run of elements; all arrays have its length."""
-    update_run(gradient, master, exp_avg, exp_avg_sq, max_exp_avg_sq, rounded, scalars)
-
-
-update_range = inner(_update_range)
+update_range = inner((adam_ir if adam_ir.supports_ir() else adam_plain).update_range)
+"""The loop over one range of elements. Both choices compute the same bits."""
 
 
 def _build() -> Any:
@@ -53,12 +42,12 @@ def _build() -> Any:
         exp_avg: Any,
         exp_avg_sq: Any,
         max_exp_avg_sq: Any,
-        rounded: Any,
+        param_out: Any,
         num_pieces: Any,
     ) -> int:
         total = work_starts[work_starts.size - 1]
         for piece in numba.prange(num_pieces):
-            # Pieces are cut at whole blocks whatever the segments; each walks those that it meets.
+            # Pieces are cut at whole blocks, not at segments; each walks the segments it overlaps.
             position = total * piece // num_pieces // BLOCK_NUMEL * BLOCK_NUMEL
             end = total
             if piece + 1 < num_pieces:
@@ -77,7 +66,7 @@ def _build() -> Any:
                     exp_avg[low:high],
                     exp_avg_sq[low:high],
                     window(max_exp_avg_sq, low, high),
-                    window(rounded, low, high),
+                    window(param_out, low, high),
                     scalars[rows[segment]],
                 )
                 position += numel
@@ -102,7 +91,7 @@ def update(
     exp_avg: Float32Array,
     exp_avg_sq: Float32Array,
     max_exp_avg_sq: Float32Array | None,
-    rounded: ElementArray | None,
+    param_out: ElementArray | None,
     num_pieces: int,
 ) -> None:
     """Apply one Adam update to every segment of the table.
@@ -118,11 +107,12 @@ def update(
         scalars: (r, NUM_SCALARS) float32, see `scalar_row`.
         master: float32 weights, updated in place.
         exp_avg, exp_avg_sq, max_exp_avg_sq: float32 moments, in place; the last for amsgrad.
-        rounded: where the parameter's own 16-bit format is written, or None where `master` is it.
-        num_pieces: how many threads share the work.
+        param_out: where the parameter is written in its own 16-bit format; None if `master` is the
+            parameter.
+        num_pieces: number of threads that share the work.
 
-    Cost: 24 bytes an element of state, the gradient's 2 or 4, and 2 for a rounded parameter.
-    Threads: `num_pieces` pieces on the mask that the calling thread has set.
+    Cost: 24 bytes an element of state, the gradient's 2 or 4, and 2 for a 16-bit parameter.
+    Threads: `num_pieces` pieces under the thread mask of the calling thread.
     """
     _update_segments(
         gradient_format.tag(),
@@ -135,14 +125,12 @@ def update(
         exp_avg,
         exp_avg_sq,
         max_exp_avg_sq,
-        rounded,
+        param_out,
         num_pieces,
     )
 
 
-def prepare(
-    gradient_format: FloatFormat, rounded_format: FloatFormat | None, amsgrad: bool
-) -> None:
+def prepare(gradient_format: FloatFormat, param_format: FloatFormat | None, amsgrad: bool) -> None:
     """Compile, or load from the disk cache, the specialisation that `update` will need."""
     table = np.zeros(0, dtype=np.int64)
     state = np.zeros(0, dtype=np.float32)
@@ -157,8 +145,8 @@ def prepare(
         state,
         state,
         state if amsgrad else None,
-        None if rounded_format is None else rounded_format.tag(),
+        None if param_format is None else param_format.tag(),
         1,
     )
-    target = "the master itself" if rounded_format is None else rounded_format.value
+    target = "the master itself" if param_format is None else param_format.value
     compile_now(_update_segments, arguments, f"update ({gradient_format.value} -> {target})")

@@ -1,7 +1,7 @@
-"""The lazy update of a table: only rows that have a gradient change, and no other one is read.
+"""The lazy update of a table: reads and changes only the rows that have a gradient.
 
-This is what an embedding's sparse gradient asks for. The arithmetic is the dense kernel's own, so a
-touched row gets the bits that the dense update would have given it.
+It serves the sparse gradients of embeddings. The arithmetic is the dense kernel's, so a touched row
+gets the bits that the dense update would give it.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import numba
 import numpy as np
 
 from offload_adam.kernels import scalars as at
-from offload_adam.kernels.bits import prefetch, window
+from offload_adam.kernels.adam import ElementArray, Float32Array, Int64Array, update_range
+from offload_adam.kernels.adam_ir import finish_stores
 from offload_adam.kernels.compilation import compile_now, jit, source_fingerprint
 from offload_adam.kernels.formats import FloatFormat
-from offload_adam.kernels.run import finish_stores
-from offload_adam.kernels.update import ElementArray, Float32Array, Int64Array, update_range
+from offload_adam.kernels.intrinsics import prefetch, window
 
 _ROWS_AHEAD = 4
-"""Rows lie anywhere in the table, where no processor foresees them: so many are asked for early."""
+"""Rows to prefetch ahead: they lie anywhere in the table, so no hardware prefetcher finds them."""
 
 _LINE_NUMEL = 16  # float32 in a cache line of 64 bytes
-_PREFETCH_NUMEL = 256  # of a longer row the processor itself foresees the rest
+_PREFETCH_NUMEL = 256  # the hardware prefetcher finds the rest of a longer row
 
 
 def _build() -> Any:
@@ -36,7 +36,7 @@ def _build() -> Any:
         master: Any,
         exp_avg: Any,
         exp_avg_sq: Any,
-        rounded: Any,
+        param_out: Any,
         num_pieces: Any,
     ) -> int:
         for piece in numba.prange(num_pieces):
@@ -57,7 +57,7 @@ def _build() -> Any:
                     exp_avg[low:high],
                     exp_avg_sq[low:high],
                     None,
-                    window(rounded, low, high),
+                    window(param_out, low, high),
                     scalars,
                 )
             finish_stores()
@@ -78,15 +78,14 @@ def update_rows(
     master: Float32Array,
     exp_avg: Float32Array,
     exp_avg_sq: Float32Array,
-    rounded: ElementArray | None,
+    param_out: ElementArray | None,
     num_pieces: int,
 ) -> None:
     """Apply one Adam update to the touched rows of a table of n rows; no other row changes.
 
     Bit-identical for any `num_pieces` and any order of the rows, and equal to `update` on the same
-    elements. Nothing is checked here: a row outside [0, n) writes outside the arrays, and a row
-    that occurs twice is updated twice, by two threads at once. The caller refuses the one and sums
-    the other.
+    elements. The caller checks the rows: one outside [0, n) writes outside the arrays, and two
+    threads may update a row that occurs twice at the same time.
 
     Args:
         gradient_format: format of the gradient.
@@ -96,12 +95,12 @@ def update_rows(
         scalars: (NUM_SCALARS,) float32, see `scalar_row`.
         master: (n * width,) float32 weights, updated in place.
         exp_avg, exp_avg_sq: (n * width,) float32 moments, updated in place.
-        rounded: (n * width,) where the parameter's own 16-bit format is written, or None where
-            `master` is it.
-        num_pieces: how many threads share the work.
+        param_out: (n * width,) where the parameter is written in its own 16-bit format; None if
+            `master` is the parameter.
+        num_pieces: number of threads that share the work.
 
     Cost: for an element of a touched row what `update` costs, and nothing for the other rows.
-    Threads: `num_pieces` pieces on the mask that the calling thread has set.
+    Threads: `num_pieces` pieces under the thread mask of the calling thread.
     """
     _update_touched(
         rows,
@@ -111,12 +110,12 @@ def update_rows(
         master,
         exp_avg,
         exp_avg_sq,
-        rounded,
+        param_out,
         num_pieces,
     )
 
 
-def prepare(gradient_format: FloatFormat, rounded_format: FloatFormat | None) -> None:
+def prepare(gradient_format: FloatFormat, param_format: FloatFormat | None) -> None:
     """Compile, or load from the disk cache, the specialisation that `update_rows` will need."""
     state = np.zeros(0, dtype=np.float32)
     arguments = (
@@ -127,8 +126,8 @@ def prepare(gradient_format: FloatFormat, rounded_format: FloatFormat | None) ->
         state,
         state,
         state,
-        None if rounded_format is None else rounded_format.tag(),
+        None if param_format is None else param_format.tag(),
         1,
     )
-    target = "the master itself" if rounded_format is None else rounded_format.value
+    target = "the master itself" if param_format is None else param_format.value
     compile_now(_update_touched, arguments, f"row update ({gradient_format.value} -> {target})")

@@ -1,6 +1,6 @@
 """Emit float32 arithmetic on vectors: the same bits for one lane as for many.
 
-Only plain IEEE 754 instructions are emitted, and none may be contracted or reordered.
+Only IEEE 754 operations are emitted, and LLVM may not contract or reorder any of them.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba import types
+
+from offload_adam.kernels.numba_private import get_or_insert_function
 
 _I16 = ir.IntType(16)
 _I32 = ir.IntType(32)
@@ -16,7 +18,9 @@ _F32 = ir.FloatType()
 
 
 class Vectors:
-    """The instructions on vectors of `lanes` float32, emitted at the builder's place.
+    """Emits instructions on vectors of `lanes` float32 at the builder's position.
+
+    One lane is a scalar, which LLVM's own vectoriser accepts; it does not accept <1 x float>.
 
     Carried elements are float32, bfloat16 bits (uint16) or float16 bits (int16), by Numba's type.
     """
@@ -28,6 +32,8 @@ class Vectors:
 
     def splat(self, value: Any) -> Any:
         """Return a scalar float32 in every lane."""
+        if self.lanes == 1:
+            return value
         empty = ir.Constant(self.kind, ir.Undefined)
         first = self._builder.insert_element(empty, value, ir.Constant(_I32, 0))
         return self._builder.shuffle_vector(first, empty, self._constant(_I32, 0))
@@ -54,33 +60,32 @@ class Vectors:
         return self._constant(_F32, 0.0)
 
     def flush_tiny(self, a: Any) -> Any:
-        """Return 0 for what lies below the smallest normal (2**-126), else the value itself.
+        """Return 0 where |a| is below the smallest normal number (2**-126), else a.
 
-        The test is on the exponent's bits: a comparison of floats would itself be slow on
-        denormals.
+        The test reads the exponent's bits, because comparing floats is itself slow on denormals.
         """
         exponent = self._builder.and_(self._bits(a), self._constant(_I32, 0x7F800000))
         tiny = self._builder.icmp_unsigned("==", exponent, self._constant(_I32, 0))
         return self._builder.select(tiny, self.zeros(), a)
 
-    def load(self, stream: Any, index: Any, element: Any) -> Any:
-        """Return carried elements from stream[index] on, widened to float32, exactly."""
-        pointer = self._address(stream, index, element)
+    def load(self, array: Any, index: Any, element: Any) -> Any:
+        """Return the carried elements array[index : index + lanes], widened exactly to float32."""
+        pointer = self._address(array, index, element)
         loaded = self._builder.load(pointer)
         loaded.align = element.bitwidth // 8
         return self.widen(loaded, element)
 
-    def store(self, value: Any, stream: Any, index: Any, element: Any) -> None:
-        """Write to stream[index] and what follows, rounded to carried elements."""
-        pointer = self._address(stream, index, element)
+    def store(self, value: Any, array: Any, index: Any, element: Any) -> None:
+        """Write to array[index : index + lanes], rounded to carried elements."""
+        pointer = self._address(array, index, element)
         self._builder.store(self.round(value, element), pointer).align = element.bitwidth // 8
 
-    def store_past_caches(self, value: Any, stream: Any, index: Any, element: Any) -> None:
-        """Write like `store`, to an address aligned to the whole vector, straight to memory.
+    def store_past_caches(self, value: Any, array: Any, index: Any, element: Any) -> None:
+        """Write like `store`, past the caches, to an address aligned to the whole vector.
 
-        Nothing is read for it, as an ordinary store reads the line that it writes to.
+        Reads nothing, whereas an ordinary store first reads the cache line that it writes to.
         """
-        pointer = self._address(stream, index, element)
+        pointer = self._address(array, index, element)
         stored = self._builder.store(self.round(value, element), pointer)
         stored.align = element.bitwidth // 8 * self.lanes
         one = self._builder.module.add_metadata([ir.Constant(_I32, 1)])
@@ -117,19 +122,22 @@ class Vectors:
         return self._builder.bitcast(value, self._vector(_I32))
 
     def _vector(self, scalar: Any) -> Any:
-        return ir.VectorType(scalar, self.lanes)
+        return scalar if self.lanes == 1 else ir.VectorType(scalar, self.lanes)
 
     def _constant(self, scalar: Any, value: float) -> ir.Constant:
+        if self.lanes == 1:
+            return ir.Constant(scalar, value)
         return ir.Constant(self._vector(scalar), [value] * self.lanes)
 
-    def _address(self, stream: Any, index: Any, element: Any) -> Any:
+    def _address(self, array: Any, index: Any, element: Any) -> Any:
         carried = _F32 if element == types.float32 else _I16
-        pointer = self._builder.gep(stream, [index])
+        pointer = self._builder.gep(array, [index])
         return self._builder.bitcast(pointer, self._vector(carried).as_pointer())
 
     def _call(self, operation: str, *operands: Any) -> Any:
         kind = ir.FunctionType(self.kind, [self.kind] * len(operands))
-        name = f"llvm.{operation}.v{self.lanes}f32"
+        width = "f32" if self.lanes == 1 else f"v{self.lanes}f32"
+        name = f"llvm.{operation}.{width}"
         return self._builder.call(
-            cgutils.get_or_insert_function(self._builder.module, kind, name), operands
+            get_or_insert_function(self._builder.module, kind, name), operands
         )

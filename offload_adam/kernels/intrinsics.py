@@ -1,4 +1,7 @@
-"""Intrinsics: typed addresses, prefetching, and block sums in one order whatever the machine."""
+"""Operations that Numba lacks: typed addresses, prefetching, fused arithmetic, block sums.
+
+Block sums add in one order, so that every machine computes the same bits.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
-from numba.core.types.misc import CPointer, NoneType
+from numba import types
 from numba.extending import intrinsic, overload
 
-from offload_adam.kernels.vectors import Vectors
+from offload_adam.kernels.ir_vectors import Vectors
+from offload_adam.kernels.numba_private import (
+    array_struct,
+    get_or_insert_function,
+    llvm_type,
+    no_value,
+)
 
 _I16 = ir.IntType(16)
 _I32 = ir.IntType(32)
@@ -35,27 +43,27 @@ def pointer_to(typingctx: Any, address: Any, tag: Any) -> Any:
     element = tag.dtype
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(CPointer(element)))
+        return builder.inttoptr(arguments[0], llvm_type(context, types.CPointer(element)))
 
-    return CPointer(element)(types.int64, tag), codegen
+    return types.CPointer(element)(types.int64, tag), codegen
 
 
 @intrinsic
 def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
-    """Ask the processor for the cache line of array[index], which is about to be written.
+    """Prefetch the cache line of array[index], which is about to be written.
 
-    A hint: nothing waits for it, and no address can make it fail.
+    A hint: nothing waits for it, and it ignores invalid addresses.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data = context.make_array(array)(context, builder, arguments[0]).data
+        data = array_struct(context, builder, array, arguments[0]).data
         byte = ir.IntType(8).as_pointer()
         address = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
         kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        function = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         for_writing, keep_close, is_data = _constant(1), _constant(3), _constant(1)
         builder.call(function, [address, for_writing, keep_close, is_data])
-        return context.get_dummy_value()
+        return no_value(context)
 
     return types.void(array, types.int64), codegen
 
@@ -67,28 +75,67 @@ def window(array: Any, low: Any, high: Any) -> Any:
 
 @overload(window)
 def _window(array: Any, low: Any, high: Any) -> Any:
-    # A conditional expression would be typed Optional, which no intrinsic takes.
+    # Numba types a conditional expression as Optional, which intrinsics do not accept.
     def absent(array: Any, low: Any, high: Any) -> Any:
         return None
 
     def present(array: Any, low: Any, high: Any) -> Any:
         return array[low:high]
 
-    return absent if isinstance(array, NoneType) else present
+    return absent if isinstance(array, types.NoneType) else present
+
+
+@intrinsic
+def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """Return a * b + c in float32 with one rounding."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return Vectors(builder, 1).fma(*arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), codegen
+
+
+@intrinsic
+def flush_tiny(typingctx: Any, value: Any) -> Any:
+    """Return 0 where |value| is below the smallest normal float32, else value."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return Vectors(builder, 1).flush_tiny(arguments[0])
+
+    return types.float32(types.float32), codegen
+
+
+@intrinsic
+def widen(typingctx: Any, carried: Any) -> Any:
+    """Return an element as `FloatFormat.carrier` holds it, converted exactly to float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return Vectors(builder, 1).widen(arguments[0], carried)
+
+    return types.float32(carried), codegen
+
+
+@intrinsic
+def round_for(typingctx: Any, array: Any, value: Any) -> Any:
+    """Return a float32 rounded to the format of the array's elements, as these are carried."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return Vectors(builder, 1).round(arguments[1], array.dtype)
+
+    return array.dtype(array, types.float32), codegen
 
 
 @intrinsic
 def block_sum_of_squares(typingctx: Any, array: Any, start: Any) -> Any:
-    """Return the sum of squares of 128 elements in float64, in one order whatever the machine.
+    """Return the sum of squares of 128 elements in float64, in one order on every machine.
 
-    Sixteen float64 lanes each take every sixteenth group of elements, in order; the lanes are then
-    folded by halves. The square of a float32 is exact in float64, so fusing the multiply with the
-    add changes nothing.
+    Each of 16 float64 lanes adds 8 squares, in order; the lanes are then folded by halves. The
+    square of a float32 is exact in float64, so fusing the multiply with the add changes nothing.
     """
     element = array.dtype
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data = context.make_array(array)(context, builder, arguments[0]).data
+        data = array_struct(context, builder, array, arguments[0]).data
         block = builder.gep(data, [arguments[1]])
         wide = ir.VectorType(_F64, _LANES)
         total = ir.Constant(wide, [0.0] * _LANES)
@@ -102,14 +149,14 @@ def block_sum_of_squares(typingctx: Any, array: Any, start: Any) -> Any:
 
 
 def _prefetch_block(builder: Any, block: Any, element: Any) -> None:
-    """Ask for the lines of a later block; where no memory is, nothing happens.
+    """Emit prefetches for the lines of a later block; invalid addresses are ignored.
 
-    The processor's own prefetch stops at the end of a page, and gradients lie in small ones.
+    The processor's own prefetcher stops at the end of a page, and gradients lie in 4 KiB pages.
     """
     itemsize = element.bitwidth // 8
     byte = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    prefetch = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     read, keep, data = (ir.Constant(_I32, value) for value in (0, 3, 1))
     for nbytes in range(0, BLOCK_NUMEL * itemsize, _LINE_NBYTES):
         line = builder.gep(block, [_constant((_PREFETCH_NBYTES + nbytes) // itemsize)])
@@ -148,7 +195,7 @@ def _splat(value: int) -> ir.Constant:
 
 def _fused(builder: Any, kind: Any, a: Any, b: Any, c: Any) -> Any:
     """Emit a * b + c on vectors; the builder's own fma takes scalars only."""
-    function = cgutils.get_or_insert_function(
+    function = get_or_insert_function(
         builder.module, ir.FunctionType(kind, [kind] * 3), f"llvm.fma.v{_LANES}f64"
     )
     return builder.call(function, [a, b, c])

@@ -1,13 +1,13 @@
-"""The update against the float64 reference: every mode, gradient format and rounded format."""
+"""The update against the float64 reference: every mode, gradient format and parameter format."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from offload_adam.kernels import update
+from offload_adam.kernels import adam
 from offload_adam.kernels.formats import FloatFormat
-from offload_adam.kernels.reference import carry, read_bits, reference_update
+from tests.support.kernel_reference import carry, read_bits, reference_update
 from tests.unit.kernel_cases import (
     MODES,
     HostState,
@@ -46,23 +46,23 @@ def _format_of(segment: Segment) -> FloatFormat:
 
 
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["", "amsgrad"])
-@pytest.mark.parametrize("rounded", [None, FloatFormat.BFLOAT16, FloatFormat.FLOAT16])
+@pytest.mark.parametrize("param_format", [None, FloatFormat.BFLOAT16, FloatFormat.FLOAT16])
 @pytest.mark.parametrize("gradient_format", FloatFormat)
 def test_every_element_is_within_its_error_bound(
-    gradient_format: FloatFormat, rounded: FloatFormat | None, amsgrad: bool
+    gradient_format: FloatFormat, param_format: FloatFormat | None, amsgrad: bool
 ) -> None:
     for number, mode in enumerate(MODES):
         rng = np.random.default_rng(number)
         # The odd modes read gradients that lie one element behind a boundary.
         segments = random_segments(rng, NUMELS, gradient_format, offset=number % 2)
-        before = random_state(rng, shard_numel(segments), rounded, amsgrad=amsgrad)
+        before = random_state(rng, shard_numel(segments), param_format, amsgrad=amsgrad)
         after = before.copied(offset=number % 2)
         run_update(after, segments, rows((MODES[mode], STEP, SCALE)), gradient_format)
         for segment in segments:
             assert_close(before, after, segment, mode)
-            if rounded is not None and after.rounded is not None:
-                written = after.rounded[segment.start : segment.end]
-                expected = carry(after.master[segment.start : segment.end], rounded)
+            if param_format is not None and after.param_out is not None:
+                written = after.param_out[segment.start : segment.end]
+                expected = carry(after.master[segment.start : segment.end], param_format)
                 np.testing.assert_array_equal(written, expected)
 
 
@@ -79,9 +79,9 @@ def test_nothing_between_the_segments_is_touched() -> None:
     np.testing.assert_array_equal(after.master[outside], before.master[outside])
     np.testing.assert_array_equal(after.exp_avg[outside], before.exp_avg[outside])
     np.testing.assert_array_equal(after.exp_avg_sq[outside], before.exp_avg_sq[outside])
-    assert before.rounded is not None
-    assert after.rounded is not None
-    np.testing.assert_array_equal(after.rounded[outside], before.rounded[outside])
+    assert before.param_out is not None
+    assert after.param_out is not None
+    np.testing.assert_array_equal(after.param_out[outside], before.param_out[outside])
 
 
 def test_each_segment_takes_its_own_row_of_scalars() -> None:
@@ -109,10 +109,10 @@ def test_an_empty_table_changes_nothing(numels: tuple[int, ...], num_pieces: int
 
 
 def test_the_prepared_specialisation_is_the_one_that_runs() -> None:
-    update.prepare(FloatFormat.FLOAT16, FloatFormat.FLOAT16, True)
-    compiled = len(update._update_segments.overloads)
+    adam.prepare(FloatFormat.FLOAT16, FloatFormat.FLOAT16, True)
+    compiled = len(adam._update_segments.overloads)
     rng = np.random.default_rng(0)
     segments = random_segments(rng, (3,), FloatFormat.FLOAT16)
     state = random_state(rng, 128, FloatFormat.FLOAT16, amsgrad=True)
     run_update(state, segments, rows((hyperparameters(), 1, 1.0)), FloatFormat.FLOAT16)
-    assert len(update._update_segments.overloads) == compiled
+    assert len(adam._update_segments.overloads) == compiled

@@ -1,0 +1,312 @@
+"""The Adam update of one contiguous range of elements, as vector instructions in LLVM IR.
+
+The update of one vector is a chain of dependent instructions, about 90 cycles long: gradient,
+moments, square root, division, weight. A processor that meets whole chains one after the other
+fills its window of waiting instructions with two or three of them, and then issues too few loads to
+keep the memory busy. So the loop is a software pipeline of four stages, and each turn runs every
+stage once, for four different vectors that do not depend on each other. With five vectors:
+
+                v0         v1         v2         v3         v4
+    prologue    moments    moments    moments
+                root       root
+                quotient
+    turn 3      weight     quotient   root       moments
+    turn 4                 weight     quotient   root       moments
+    epilogue                          weight     quotient   root
+                                                 weight     quotient
+                                                            weight
+
+Results wait for the next turn in registers: one quotient, one direction and root, one direction and
+second moment. Ranges of fewer than three vectors, and the elements before and after whole vectors,
+go through the same stages one after the other. The bits are the same either way.
+
+The 16-bit parameter is stored past the caches, because nothing has read it: an ordinary store would
+first read the cache line.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from offload_adam.kernels import scalars as at
+from offload_adam.kernels.ir_vectors import Vectors
+from offload_adam.kernels.numba_private import (
+    alloca_once_value,
+    array_struct,
+    for_range_slice,
+    no_value,
+)
+
+_LANES = 16
+_INTP = ir.IntType(64)
+
+
+def supports_ir() -> bool:
+    """Return whether the IR kernel updates the elements on this machine, not `adam_plain`.
+
+    - x86-64: yes; it was made for AVX2 and AVX-512. Without FMA both kernels call libm for every
+      multiply-add and are ten times slower, the IR kernel still the faster one.
+    - AArch64: yes, by the assembly: no calls, and fewer values on the stack than with AVX2. It has
+      not been run there.
+    - All others: no, nothing was checked. LLVM splits 16 lanes on any target, but an instruction
+      that the target lacks may become a call for each lane, or may not compile at all.
+
+    On x86-64 without F16C (before 2012, or with NUMBA_CPU_NAME=generic), float16 crashes in both.
+    """
+    return platform.machine().lower() in ("x86_64", "amd64", "aarch64", "arm64")
+
+
+class _Arrays(NamedTuple):
+    """The addresses of a range's arrays, or the types of their elements; None where absent."""
+
+    gradient: Any
+    master: Any
+    exp_avg: Any
+    exp_avg_sq: Any
+    max_exp_avg_sq: Any
+    param_out: Any
+
+
+class _Stages:
+    """The four stages of the update of one vector; each passes its results to the next.
+
+    `adam_plain.update_range` is the same arithmetic in Python: change both.
+
+    A `plain` update has neither L2 nor Nesterov, and omits their multiplications.
+
+    A stored moment below 2**-126 counts as 0. Denormal arithmetic is up to a hundred times slower
+    on some processors, and with any `eps` above 1e-12 the weight is the same.
+
+    A second moment that overflows float32, after a gradient above about 1e20, stays infinite, and
+    its weight no longer changes. torch does the same, because its quotient is then 0.
+    """
+
+    def __init__(
+        self,
+        builder: Any,
+        lanes: int,
+        plain: bool,
+        scalars: list[Any],
+        arrays: _Arrays,
+        elements: _Arrays,
+    ) -> None:
+        self._builder = builder
+        self._plain = plain
+        self._vectors = Vectors(builder, lanes)
+        self._scalars = [self._vectors.splat(scalar) for scalar in scalars]
+        self._arrays = arrays
+        self._elements = elements
+
+    def moments(self, i: Any) -> tuple[Any, Any]:
+        """Update the moments; return the direction and the second moment to divide it by."""
+        b, v, s = self._builder, self._vectors, self._scalars
+        gradient = v.load(self._arrays.gradient, i, self._elements.gradient)
+        if self._plain:
+            g = b.fmul(s[at.GRADIENT_SCALE], gradient)
+        else:
+            w = v.load(self._arrays.master, i, types.float32)
+            g = v.fma(s[at.GRADIENT_SCALE], gradient, b.fmul(s[at.L2], w))
+        m = v.flush_tiny(v.load(self._arrays.exp_avg, i, types.float32))
+        fresh = b.fmul(s[at.ONE_MINUS_BETA1], g)
+        m = v.fma(s[at.BETA1], m, v.fma(s[at.BETA1_REST], m, fresh))
+        v.store(m, self._arrays.exp_avg, i, types.float32)
+        before = v.flush_tiny(v.load(self._arrays.exp_avg_sq, i, types.float32))
+        fresh = b.fmul(b.fmul(s[at.ONE_MINUS_BETA2], g), g)
+        second = v.fma(s[at.BETA2], before, v.fma(s[at.BETA2_REST], before, fresh))
+        # BETA2_REST may be negative or 0: infinity times it would make the sum NaN.
+        second = v.where_infinite(before, before, second)
+        v.store(second, self._arrays.exp_avg_sq, i, types.float32)
+        if self._arrays.max_exp_avg_sq is not None:
+            largest = v.flush_tiny(v.load(self._arrays.max_exp_avg_sq, i, types.float32))
+            second = v.larger(second, largest)
+            v.store(second, self._arrays.max_exp_avg_sq, i, types.float32)
+        if not self._plain:
+            m = v.fma(s[at.MOMENT], m, b.fmul(s[at.FRESH], g))
+        # If scaling or decay overflows the gradient, both moments are infinite, and their quotient
+        # would be NaN.
+        return v.where_infinite(second, v.zeros(), m), second
+
+    def root(self, direction: Any, second: Any) -> tuple[Any, Any]:
+        """Return the direction and the root of the second moment."""
+        return direction, self._vectors.sqrt(second)
+
+    def quotient(self, direction: Any, root: Any) -> tuple[Any]:
+        """Return the direction over its denominator.
+
+        The division comes before the step size: a small moment times it would be denormal.
+        """
+        scale, eps = self._scalars[at.DENOMINATOR_SCALE], self._scalars[at.EPS]
+        return (self._builder.fdiv(direction, self._vectors.fma(scale, root, eps)),)
+
+    def weight(self, i: Any, quotient: Any, *, past_caches: bool = False) -> None:
+        """Update the weight and store it in the parameter's format, too.
+
+        Args:
+            past_caches: store the parameter past the caches, at an address aligned to 16 elements.
+        """
+        b, v, s = self._builder, self._vectors, self._scalars
+        w = v.load(self._arrays.master, i, types.float32)
+        step = b.fmul(s[at.STEP_SIZE], quotient)
+        w = b.fsub(w, v.fma(s[at.DECAY], w, step))
+        v.store(w, self._arrays.master, i, types.float32)
+        if self._arrays.param_out is not None:
+            store = v.store_past_caches if past_caches else v.store
+            store(w, self._arrays.param_out, i, self._elements.param_out)
+
+
+@intrinsic
+def adam_ir(
+    typingctx: Any,
+    gradient: Any,
+    master: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    max_exp_avg_sq: Any,
+    param_out: Any,
+    scalars: Any,
+) -> Any:
+    """Update one range of elements; all arrays are contiguous and have its length."""
+    given = (gradient, master, exp_avg, exp_avg_sq, max_exp_avg_sq, param_out)
+    elements = _Arrays(
+        *(None if isinstance(kind, types.NoneType) else kind.dtype for kind in given)
+    )
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        structs: list[Any] = [
+            None if element is None else array_struct(context, builder, kind, argument)
+            for element, kind, argument in zip(elements, given, arguments, strict=False)
+        ]
+        arrays = _Arrays(*(None if struct is None else struct.data for struct in structs))
+        row = array_struct(context, builder, scalars, arguments[-1]).data
+        values = [
+            builder.load(builder.gep(row, [ir.Constant(_INTP, place)]))
+            for place in range(at.NUM_SCALARS)
+        ]
+
+        def emit(plain: bool) -> None:
+            def stages(lanes: int) -> _Stages:
+                return _Stages(builder, lanes, plain, values, arrays, elements)
+
+            _emit_range(builder, stages, arrays, structs[0].nitems)
+
+        with builder.if_else(_is_plain(builder, values)) as (then, otherwise):
+            with then:
+                emit(True)
+            with otherwise:
+                emit(False)
+        return no_value(context)
+
+    return types.void(*given, scalars), codegen
+
+
+def update_range(
+    gradient: Any,
+    master: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    max_exp_avg_sq: Any,
+    param_out: Any,
+    scalars: Any,
+) -> None:
+    """Update one range of elements; all arrays are contiguous and have its length."""
+    adam_ir(gradient, master, exp_avg, exp_avg_sq, max_exp_avg_sq, param_out, scalars)
+
+
+def _is_plain(builder: Any, scalars: list[Any]) -> Any:
+    """Emit the test for an update with neither L2 nor Nesterov."""
+    usual = {at.L2: 0.0, at.MOMENT: 1.0, at.FRESH: 0.0}
+    plain = ir.Constant(ir.IntType(1), 1)
+    for place, value in usual.items():
+        same = builder.fcmp_ordered("==", scalars[place], ir.Constant(ir.FloatType(), value))
+        plain = builder.and_(plain, same)
+    return plain
+
+
+@intrinsic
+def finish_stores(typingctx: Any) -> Any:
+    """Order the stores that went past the caches before the thread's later stores."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return no_value(context)
+
+    return types.void(), codegen
+
+
+def _emit_range(
+    builder: Any, stages: Callable[[int], _Stages], arrays: _Arrays, numel: Any
+) -> None:
+    """Emit the pipeline over whole vectors, and loops over the single elements around them."""
+    wide, single = stages(_LANES), stages(1)
+    start = _emit_lead(builder, arrays.param_out, numel)
+    lanes = _constant(_LANES)
+    whole = builder.mul(builder.sdiv(builder.sub(numel, start), lanes), lanes)
+    end = builder.add(start, whole)
+    _emit_in_turn(builder, single, _constant(0), start, 1)
+    many = builder.icmp_signed(">=", whole, _constant(3 * _LANES))
+    with builder.if_else(many) as (then, otherwise):
+        with then:
+            _emit_pipeline(builder, wide, start, end)
+        with otherwise:
+            _emit_in_turn(builder, wide, start, end, _LANES)
+    _emit_in_turn(builder, single, end, numel, 1)
+
+
+def _emit_lead(builder: Any, param_out: Any, numel: Any) -> Any:
+    """Emit the number of elements before the first aligned vector of `param_out`.
+
+    It is 0 in an optimizer's own memory, where parameters start at whole blocks.
+    """
+    if param_out is None:
+        return _constant(0)
+    before = builder.neg(builder.ptrtoint(param_out, _INTP))
+    nbytes = builder.and_(before, _constant(2 * _LANES - 1))
+    lead = builder.lshr(nbytes, _constant(1))
+    return builder.select(builder.icmp_signed("<", lead, numel), lead, numel)
+
+
+def _emit_in_turn(builder: Any, stages: _Stages, start: Any, end: Any, lanes: int) -> None:
+    """Emit a loop that runs all stages of a vector before those of the next."""
+    with for_range_slice(builder, start, end, _constant(lanes), _INTP) as (i, _):
+        stages.weight(i, *stages.quotient(*stages.root(*stages.moments(i))))
+
+
+def _emit_pipeline(builder: Any, stages: _Stages, start: Any, end: Any) -> None:
+    """Emit the pipeline of the module's docstring, for three vectors or more."""
+
+    def away(i: Any, vectors: int) -> Any:
+        return builder.add(i, _constant(vectors * _LANES))
+
+    def weight(i: Any, quotient: Any) -> None:
+        stages.weight(i, quotient, past_caches=True)
+
+    quotient = stages.quotient(*stages.root(*stages.moments(start)))
+    root = stages.root(*stages.moments(away(start, 1)))
+    moments = stages.moments(away(start, 2))
+    # Stack slots in the IR; LLVM turns them into registers.
+    carried = [alloca_once_value(builder, one) for one in (*quotient, *root, *moments)]
+    loop = for_range_slice(builder, away(start, 3), end, _constant(_LANES), _INTP)
+    with loop as (i, _):
+        quotient, *pending = map(builder.load, carried)
+        weight(away(i, -3), quotient)
+        results = (
+            *stages.quotient(*pending[:2]),
+            *stages.root(*pending[2:]),
+            *stages.moments(i),
+        )
+        for place, result in zip(carried, results, strict=True):
+            builder.store(result, place)
+    quotient, *pending = map(builder.load, carried)
+    weight(away(end, -3), quotient)
+    weight(away(end, -2), *stages.quotient(*pending[:2]))
+    weight(away(end, -1), *stages.quotient(*stages.root(*pending[2:])))
+
+
+def _constant(value: int) -> ir.Constant:
+    return ir.Constant(_INTP, value)
