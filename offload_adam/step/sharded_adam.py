@@ -26,8 +26,10 @@ from offload_adam.step.backend import Backend
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.clipping import Decision, decide
 from offload_adam.step.construction import Placing, build_states
+from offload_adam.step.device_update import DeviceUpdate
 from offload_adam.step.executor import Executor, SequentialExecutor
 from offload_adam.step.gradients import BucketGradients
+from offload_adam.step.host_update import HostUpdate
 from offload_adam.step.inputs import StepInputs
 from offload_adam.step.ledger import LedgerEntry, bucket_entries
 from offload_adam.step.masks import UpdateMasks
@@ -43,8 +45,7 @@ from offload_adam.step.refusals import (
 )
 from offload_adam.step.report import StepReport
 from offload_adam.step.routing import Routing
-from offload_adam.step.tasks import Tasks
-from offload_adam.step.updates import Updates
+from offload_adam.step.tasks import BucketUpdate, Tasks
 
 logger = logging.getLogger(__name__)
 
@@ -80,13 +81,18 @@ class ShardedAdam:
         self.num_steps = 0
         self.reduction = reduction
         self.states: list[BucketState] = []
-        self.host_nbytes: dict[str, int] = {"state": 0, "staging": 0, "checkpoint room": 0}
+        self.host_nbytes = dict.fromkeys(
+            ("state", "staging", "checkpoint room", "block_sums", "prepared"), 0
+        )
         self._placing = placing
         self._external = external
         self.overlaps = overlaps
         self._places: list[tuple[int, int]] = []
         self.outside_writes = OutsideWrites(module, self.states, self._places)
-        self._updates = Updates(num_threads, self.gate)
+        self._num_threads = num_threads
+        self._host_update: HostUpdate | None = None
+        self._device_update = DeviceUpdate(self.gate)
+        self._updates: list[BucketUpdate] = []
         self.arenas: list[HostArena] = []
         self.resources = ExitStack()
         self.resources.callback(close_all, self.arenas)
@@ -116,7 +122,7 @@ class ShardedAdam:
         Raises:
             HostMemoryError: nothing has been changed then.
         """
-        touch = self._updates.touch_from(self.executor.run_with_updates) if spans_nodes() else None
+        touch = self._touch_host if spans_nodes() else None
         states, arena, room = build_states(
             new,
             self.membership,
@@ -128,12 +134,18 @@ class ShardedAdam:
         self.arenas += [arena, room]
         self.gate.rooms.append(room.take(room.nbytes, torch.uint8))
         with HERE.at("compilation", patient=True):
-            self._updates.prepare(states)
+            hosted = [state for state in states if state.plan.location.is_host]
+            if hosted:
+                self._use_host_update().prepare(hosted)
+        self._updates += [
+            self._use_host_update() if state.plan.location.is_host else self._device_update
+            for state in states
+        ]
         self.states += states
         self._frozen += frozen
         self.host_nbytes["state"] += arena.nbytes
         self.host_nbytes["checkpoint room"] = self.gate.room_nbytes
-        self.host_nbytes |= self._updates.nbytes
+        self._count_update_nbytes()
         self._names += [item.name for item in new]
         self._parameters += [item.parameter for item in new]
         self._places += [(0, 0)] * len(new)
@@ -146,11 +158,32 @@ class ShardedAdam:
         self.executor.extend(states, schedule)
         self.outside_writes.extend(new)
 
+    def _use_host_update(self) -> HostUpdate:
+        """Return the host's update, made with the first bucket that needs it: it loads Numba."""
+        if self._host_update is None:
+            self._host_update = HostUpdate(self._num_threads, self.gate)
+        return self._host_update
+
+    def _touch_host(self, memory: torch.Tensor) -> None:
+        """Commit a plane in host memory from the threads that will update it."""
+        host = self._use_host_update()
+        self.executor.run_with_updates("the first touch of its memory", lambda: host.touch(memory))
+
+    def _count_update_nbytes(self) -> None:
+        if self._host_update is not None:
+            self.host_nbytes |= self._host_update.nbytes
+
     def _make_executor(self, overlaps: bool, backend: Backend) -> Executor:
         collectives = backend.make_collectives(self.membership)
         ways = self._routing
         tasks = Tasks(
-            self.membership, self._updates, collectives, ways.streams, ways.landing, ways.rings
+            self.membership,
+            self._updates,
+            self.gate,
+            collectives,
+            ways.streams,
+            ways.landing,
+            ways.rings,
         )
         if not overlaps:
             return SequentialExecutor(tasks)
@@ -268,7 +301,8 @@ class ShardedAdam:
         def add_dense(*, hosted: bool) -> None:
             for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
                 if state.plan.location.is_host is hosted:
-                    found = self._updates.of(state).squares_by_position(state, gradients)
+                    update = self._updates[state.layout.index]
+                    found = update.squares_by_position(state, gradients)
                     squares[state.indices] += found
 
         # What every rank has whole is counted by rank 0.
@@ -321,10 +355,11 @@ class ShardedAdam:
                 self._refuse_unready()
                 for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
                     present[state.indices] = gradients.present
-                    self._updates.of(state).reserve(state, gradients, lazy=inputs.lazy)
+                    update = self._updates[state.layout.index]
+                    update.reserve(state, gradients, lazy=inputs.lazy)
                 if inputs.factor != 1.0:
                     refuse_partly_multiplied(inputs, present, self._names)
-                self.host_nbytes |= self._updates.nbytes
+                self._count_update_nbytes()
                 with spans.span("norm"):
                     sum_of_squares = self._sum_of_squares()
         except Exception as error:

@@ -16,10 +16,12 @@ from offload_adam.observe.place import HERE
 from offload_adam.observe.spans import Spans, span
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.crossing import Crossing, HostWait
+from offload_adam.step.device_update import DeviceUpdate
 from offload_adam.step.gradients import BucketGradients
+from offload_adam.step.host_update import HostUpdate
 from offload_adam.step.landing import Flight, Landing
 from offload_adam.step.masks import UpdateMasks
-from offload_adam.step.updates import Updates
+from offload_adam.step.read_gate import ReadGate
 from offload_adam.torch_private import foreach_copy
 from offload_adam.transfer.collectives import Collectives, PendingCollective
 from offload_adam.transfer.rings import Rings
@@ -28,8 +30,16 @@ from offload_adam.transfer.streams import Mark, Streams, StreamsByDevice
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 1e-3
 
 
+BucketUpdate = HostUpdate | DeviceUpdate
+"""What a step does with one bucket's final gradients, by where the bucket's state is."""
+
+
 class Tasks:
     """Runs single tasks; an executor decides when, and on which thread.
+
+    Args:
+        updates: one for each bucket; grows with the optimizer.
+        gate: makes an update wait for a checkpoint that still reads the bucket.
 
     Owns: the gathers that are under way.
     """
@@ -37,7 +47,8 @@ class Tasks:
     def __init__(
         self,
         membership: Membership,
-        updates: Updates,
+        updates: Sequence[BucketUpdate],
+        gate: ReadGate,
         collectives: Collectives,
         streams: StreamsByDevice,
         landing: Landing,
@@ -45,6 +56,7 @@ class Tasks:
     ) -> None:
         self._membership = membership
         self.updates = updates
+        self._gate = gate
         self.landing = landing
         self.rings = rings
         self.states: list[BucketState] = []
@@ -167,7 +179,7 @@ class Tasks:
         """Return the sum of squares of this rank's shard; it is taken once for what has landed."""
         if gradients.squares is None:
             state = self.states[number]
-            gradients.squares = self.updates.of(state).sum_of_squares(state, gradients)
+            gradients.squares = self.updates[number].sum_of_squares(state, gradients)
         return gradients.squares
 
     def non_finite(self, number: int, gradients: BucketGradients) -> npt.NDArray[np.int64]:
@@ -176,7 +188,7 @@ class Tasks:
         rows = state.indices[gradients.non_finite_rows()]
         if np.isfinite(self.sum_of_squares(number, gradients)):
             return rows
-        positions = self.updates.of(state).non_finite_positions(state, gradients)
+        positions = self.updates[number].non_finite_positions(state, gradients)
         return np.concatenate([state.indices[positions], rows])
 
     def release(self) -> None:
@@ -197,25 +209,25 @@ class Tasks:
         self._await_turn(state, spans)
         is_host = state.plan.location.is_host
         with spans.span("update" if is_host else "device update", number):
-            rounded = self._target(state)
-            self.updates.of(state).update(state, gradients, active, masks, rounded)
+            param_out = self._param_out(state)
+            self.updates[number].update(state, gradients, active, masks, param_out)
             if not is_host:
                 self.crossing.end(Operation.UPDATE, number)
         if state.plan.is_offloaded:
             with spans.span("copy up", number):
-                self._copy_up(state, active, rounded)
+                self._copy_up(state, active, param_out)
 
     def _await_turn(self, state: BucketState, spans: Spans) -> None:
         """Wait for the slot that the update writes, and for a checkpoint that reads the bucket."""
         number = state.layout.index
         with spans.span("copy up", number) if state.plan.is_offloaded else nullcontext():
             self.crossing.begin(Operation.UPDATE, number)
-        if self.updates.gate.holds(number):
+        if self._gate.holds(number):
             with spans.span("checkpoint wait", number):
-                self.updates.gate.wait_until_free(number)
+                self._gate.wait_until_free(number)
 
-    def _target(self, state: BucketState) -> torch.Tensor | None:
-        """Return where the kernel writes the rounded parameters, None for an fp32 bucket."""
+    def _param_out(self, state: BucketState) -> torch.Tensor | None:
+        """Return where the kernel writes 16-bit parameters, None for an fp32 bucket."""
         if state.dtype == torch.float32:
             return None
         return self._staging_slot(state) if state.plan.is_offloaded else state.shard
@@ -230,12 +242,12 @@ class Tasks:
         return self._staging_slot(state).copy_(state.planes.master_weight)
 
     def _copy_up(
-        self, state: BucketState, active: npt.NDArray[np.bool_], rounded: torch.Tensor | None
+        self, state: BucketState, active: npt.NDArray[np.bool_], param_out: torch.Tensor | None
     ) -> None:
         """Copy the updated parameters of this shard to the device."""
         number = state.layout.index
-        source = state.planes.master_weight if rounded is None else rounded
-        if rounded is None and state.plan.stages_parameters:
+        source = state.planes.master_weight if param_out is None else param_out
+        if param_out is None and state.plan.stages_parameters:
             # A copy to a device out of memory that is not page-locked would wait for it.
             source = self.stage(state)
 

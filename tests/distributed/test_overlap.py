@@ -203,7 +203,7 @@ def fail_in_update(rank: int, world_size: int) -> str:
     optimizer.synchronize()
     if rank == 1:
         assert optimizer._core is not None
-        update = optimizer._core.executor.tasks.updates.of(optimizer._core.states[0])
+        update = optimizer._core.executor.tasks.updates[0]
 
         def fail(*_: object) -> None:
             raise ZeroDivisionError("inside the update")

@@ -172,7 +172,7 @@ def install(action: str, place: str, step: int) -> None:
     elif place == "agree":
         before(agreement, "agree", Fault(action, step))
     elif place == "update":
-        from offload_adam.step.update import HostUpdate
+        from offload_adam.step.host_update import HostUpdate
 
         before(HostUpdate, "update", Fault(action, step))
     elif place == "backward":

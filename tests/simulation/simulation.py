@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ from tests.simulation.machine import ACTORS, Machine
 from tests.simulation.memory import GradientMemory, SimulatedSlots
 from tests.simulation.outcome import Outcome, Read, state_of
 from tests.simulation.training import make_core, reference_of, train
-from tests.simulation.watched import WatchedLanding, WatchedUpdates, name_tasks, watch_staging
+from tests.simulation.watched import WatchedLanding, WatchedUpdate, name_tasks, watch_staging
 
 
 class Mirrors(Membership):
@@ -129,7 +129,7 @@ class Simulation:
             # On a device this is a D2H copy, which waits on COMPUTE. Here it would read at once.
             self.core.outside_writes.find_unseen = lambda changed: []  # type: ignore[method-assign]
         tasks = self.core.executor.tasks
-        tasks.updates = WatchedUpdates(tasks.updates, self.machine)
+        tasks.updates = cast(Any, [WatchedUpdate(one, self.machine) for one in tasks.updates])
         tasks.landing = WatchedLanding(tasks.landing, self.machine)
         watch_staging(tasks, self.machine)
         name_tasks(tasks.crossing, self.machine)

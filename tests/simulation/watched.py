@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -16,37 +15,16 @@ from offload_adam.step.crossing import Crossing
 from offload_adam.step.gradients import BucketGradients
 from offload_adam.step.landing import Flight, Landing
 from offload_adam.step.masks import UpdateMasks
-from offload_adam.step.tasks import Tasks
-from offload_adam.step.updates import BucketUpdate, Updates
+from offload_adam.step.tasks import BucketUpdate, Tasks
 from offload_adam.transfer.streams import Streams
 from tests.simulation.backend import SimulatedStreams
 from tests.simulation.machine import Machine
 from tests.simulation.memory import poison
 
 
-class WatchedUpdates(Updates):
-    """Updates whose reading and writing of a bucket's planes is noted."""
+class WatchedUpdate:
+    """An update whose reading and writing of a bucket's planes is noted."""
 
-    def __init__(self, inner: Updates, machine: Machine) -> None:
-        self._inner = inner
-        self._machine = machine
-        self.gate = inner.gate
-
-    @property
-    def nbytes(self) -> Mapping[str, int]:
-        """Host bytes by what they are for."""
-        return self._inner.nbytes
-
-    def prepare(self, states: Sequence[BucketState]) -> None:
-        """Compile and allocate."""
-        self._inner.prepare(states)
-
-    def of(self, state: BucketState) -> BucketUpdate:
-        """Return the update of a bucket, watched."""
-        return _WatchedUpdate(self._inner.of(state), self._machine)
-
-
-class _WatchedUpdate:
     def __init__(self, inner: BucketUpdate, machine: Machine) -> None:
         self._inner = inner
         self._machine = machine

@@ -14,7 +14,7 @@ from offload_adam import OffloadAdam
 from offload_adam.doctor import kept
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import allowed_cores
-from offload_adam.step.update import HostUpdate
+from offload_adam.step.host_update import HostUpdate
 from offload_adam.train import slowness
 from offload_adam.train.records import StepRecord
 from offload_adam.train.slowness import NUM_STEPS, NUM_WARMUP, UpdateSpeed

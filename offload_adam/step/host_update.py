@@ -1,0 +1,313 @@
+"""One bucket's work where its state is in host memory: block sums, then the fused update.
+
+sum_of_squares    before the agreement: one launch for each gradient dtype
+update            after it: plain gradients in one launch for each dtype, then, one parameter
+                  after the other, those that need their whole gradient (see `prepared`)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from offload_adam.kernels import threads
+from offload_adam.kernels.formats import FloatFormat
+from offload_adam.kernels.scalars import scalar_row
+from offload_adam.layout.flat import BLOCK_NUMEL
+from offload_adam.parameters.families import float_format
+from offload_adam.parameters.rows import GradientRows, sum_duplicates
+from offload_adam.step.bucket_state import BucketState, carrier
+from offload_adam.step.gradients import BucketGradients, SegmentTable
+from offload_adam.step.masks import UpdateMasks
+from offload_adam.step.prepared import (
+    Preparation,
+    Segment,
+    needs_preparation,
+    once_prepared,
+    preparation_of,
+    prepare_dense,
+    prepare_rows,
+    prepare_whole_rows,
+    segment_of,
+)
+from offload_adam.step.read_gate import ReadGate
+
+# Numba's workqueue layer ends the process when two threads launch at once, as those of two
+# optimizers would.
+_launching = threading.Lock()
+
+MIN_PIECE_NUMEL = 32 * 1024
+"""Elements below which another thread costs more to wake than it saves; no bit depends on it."""
+
+_FLOAT32_NBYTES = 4
+
+
+class HostUpdate:
+    """Runs the Numba kernels over one bucket at a time, on this rank's threads.
+
+    Owns: the array of block sums, and room for the largest gradient that is prepared whole; every
+        bucket uses both.
+    Lifecycle: `prepare` for every set of buckets, at construction, compiles and allocates;
+        `reserve` in each step for what its sparse gradients need, before anything is changed.
+    Threads: one at a time launches kernels.
+    """
+
+    def __init__(self, num_threads: int | None, gate: ReadGate) -> None:
+        self._gate = gate
+        # Numba's OpenMP pool sets torch's thread count to its own size when it starts.
+        num_torch_threads = torch.get_num_threads()
+        self._num_threads = threads.plan_threads(num_threads)
+        threads.use_threads(self._num_threads)
+        torch.set_num_threads(num_torch_threads)
+        # Numba takes longer to import than the rest of the package: it is loaded with the first
+        # optimizer, not with `import offload_adam`.
+        from offload_adam.kernels import adam, first_touch, norm, sparse
+
+        self._adam, self._first_touch, self._norm, self._sparse = adam, first_touch, norm, sparse
+        self._block_sums = np.zeros(0, dtype=np.float64)
+        self._whole_gradient = torch.zeros(0, dtype=torch.float32, device="cpu")
+
+    @property
+    def nbytes(self) -> Mapping[str, int]:
+        """Host bytes by what they are for."""
+        return {"block_sums": self._block_sums.nbytes, "prepared": self._whole_gradient.nbytes}
+
+    def touch(self, memory: torch.Tensor) -> None:
+        """Write to every page of (n,) uint8, each from the thread that updates float32 there."""
+        num_pieces = self._use_threads(memory.numel() // _FLOAT32_NBYTES)
+        self._first_touch.touch(memory.numpy(), num_pieces)
+
+    def prepare(self, states: Iterable[BucketState]) -> None:
+        """Compile what these buckets will launch, and make room for their block sums."""
+        for state in states:
+            shard = state.planes.landed_gradient
+            gradient_format = float_format(state.dtype if shard is None else shard.dtype)
+            self._norm.prepare(gradient_format)
+            self._prepare_update(state, gradient_format)
+            self._reserve_whole(state, state.centralized)
+            if state.layout.num_blocks > self._block_sums.size:
+                self._block_sums = np.zeros(state.layout.num_blocks, dtype=np.float64)
+
+    def reserve(self, state: BucketState, gradients: BucketGradients, *, lazy: bool) -> None:
+        """Compile and make room for what sparse gradients need."""
+        if gradients.rows and lazy:
+            self._sparse.prepare(FloatFormat.FLOAT32, _param_format(state))
+        elif gradients.rows:
+            self._reserve_whole(state, needs_preparation(state, gradients))
+
+    def _reserve_whole(self, state: BucketState, prepared: npt.NDArray[np.bool_]) -> None:
+        """Compile and make room for the whole gradients of these parameters of a bucket."""
+        numels = state.segments.numels[prepared[state.segments.positions]]
+        largest = int(numels.max(initial=0))
+        if largest > 0:
+            self._prepare_update(state, FloatFormat.FLOAT32)
+        if largest > self._whole_gradient.numel():
+            self._whole_gradient = torch.zeros(largest, dtype=torch.float32, device="cpu")
+
+    def _prepare_update(self, state: BucketState, gradient_format: FloatFormat) -> None:
+        amsgrad = state.planes.max_exp_avg_sq is not None
+        self._adam.prepare(gradient_format, _param_format(state), amsgrad)
+
+    def sum_of_squares(self, state: BucketState, gradients: BucketGradients) -> float:
+        """Return the float64 sum of squares of this shard's gradients, not finite if one is."""
+        return float(np.sum(self._sum_blocks(state, gradients)))
+
+    def squares_by_position(
+        self, state: BucketState, gradients: BucketGradients
+    ) -> npt.NDArray[np.float64]:
+        """Return the float64 sum of squares of each parameter's gradient in this shard."""
+        sums = self._sum_blocks(state, gradients)
+        squares = np.zeros(len(state.parameters))
+        if state.segments.numels.size > 0:
+            np.add.at(squares, _positions_of(state, np.arange(sums.size)), sums)
+        return squares
+
+    def non_finite_positions(
+        self, state: BucketState, gradients: BucketGradients
+    ) -> npt.NDArray[np.int64]:
+        """Return the positions of the bucket's parameters with a gradient that is not finite."""
+        blocks = np.flatnonzero(~np.isfinite(self._sum_blocks(state, gradients)))
+        return np.unique(_positions_of(state, blocks))
+
+    def _sum_blocks(
+        self, state: BucketState, gradients: BucketGradients
+    ) -> npt.NDArray[np.float64]:
+        """Return the sum of squares of each block of the shard, 0 where there is no gradient."""
+        sums = self._block_sums[: state.layout.num_blocks]
+        sums.fill(0.0)
+        for table in gradients.tables(state, gradients.readable):
+            with _launching:
+                self._norm.block_sums(
+                    table.gradient_format,
+                    table.addresses,
+                    table.starts,
+                    table.numels,
+                    sums,
+                    self._use_threads(int(table.numels.sum())),
+                )
+        return sums
+
+    def update(
+        self,
+        state: BucketState,
+        gradients: BucketGradients,
+        active: npt.NDArray[np.bool_],
+        masks: UpdateMasks,
+        param_out: torch.Tensor | None,
+    ) -> None:
+        """Update the shard's segments of `active` parameters and count the step for them.
+
+        Waits for a checkpoint that still reads the bucket.
+
+        Args:
+            param_out: (shard_numel,) where 16-bit parameters are written; None for fp32 ones.
+        """
+        self._gate.wait_until_free(state.layout.index)
+        counts = masks.count(state, active)
+        prepared = active & needs_preparation(state, gradients)
+        plain = active & ~prepared
+        rows, scalars = masks.scalar_rows(state, counts, plain)
+        for table in gradients.tables(state, plain):
+            self._launch(state, table, rows[table.positions], scalars, param_out)
+        for position in np.flatnonzero(prepared).tolist():
+            segment = segment_of(state, position)
+            if segment is not None:
+                step = int(counts[position])
+                self._update_prepared(state, gradients, segment, step, masks, param_out)
+
+    def _launch(
+        self,
+        state: BucketState,
+        table: SegmentTable,
+        rows: npt.NDArray[np.int64],
+        scalars: npt.NDArray[np.float32],
+        param_out: torch.Tensor | None,
+    ) -> None:
+        """Update the table's segments.
+
+        Args:
+            rows: the row of `scalars` for each segment.
+        """
+        planes = state.planes
+        largest = planes.max_exp_avg_sq
+        with _launching:
+            self._adam.update(
+                table.gradient_format,
+                table.addresses,
+                table.starts,
+                table.work_starts(),
+                rows,
+                scalars,
+                _float32(planes.master_weight),
+                _float32(planes.exp_avg),
+                _float32(planes.exp_avg_sq),
+                None if largest is None else _float32(largest),
+                None if param_out is None else carrier(param_out),
+                self._use_threads(int(table.numels.sum())),
+            )
+
+    def _update_prepared(
+        self,
+        state: BucketState,
+        gradients: BucketGradients,
+        segment: Segment,
+        step: int,
+        masks: UpdateMasks,
+        param_out: torch.Tensor | None,
+    ) -> None:
+        """Update this rank's part of one parameter with a centralized or sparse gradient."""
+        position = segment.position
+        hyper = masks.hyperparameters[state.groups[position]]
+        how = preparation_of(state, position, hyper, masks.gradient_scale)
+        scalars = scalar_row(once_prepared(hyper), step, 1.0)
+        if masks.lazy and position in gradients.rows:
+            weight = segment.of(state.planes.master_weight)
+            entries = prepare_whole_rows(gradients.rows[position], weight, how)
+            self._update_rows(state, segment, sum_duplicates(entries), scalars, param_out)
+            return
+        self._fill_whole(state, gradients, segment, how)
+        columns = (
+            self._whole_gradient.data_ptr(),
+            segment.shard_start,
+            segment.numel,
+            segment.position,
+        )
+        table = SegmentTable(
+            FloatFormat.FLOAT32, *(np.array([column], dtype=np.int64) for column in columns)
+        )
+        self._launch(state, table, np.zeros(1, dtype=np.int64), scalars[None], param_out)
+
+    def _fill_whole(
+        self,
+        state: BucketState,
+        gradients: BucketGradients,
+        segment: Segment,
+        how: Preparation,
+    ) -> None:
+        """Write the prepared gradient of a segment into the room for whole gradients."""
+        out = self._whole_gradient[: segment.numel]
+        weight = segment.of(state.planes.master_weight)
+        entries = gradients.rows.get(segment.position)
+        if entries is None:
+            dense = gradients.segment_of(state, segment.row)
+            prepare_dense(dense, weight, state.parameters[segment.position], how, out)
+            return
+        if state.layout.world_size == 1:
+            entries = prepare_whole_rows(entries, weight, how)
+        else:
+            entries = prepare_rows(entries, weight, segment, how)
+        rows = out.zero_().view(-1, entries.values.shape[1])
+        rows.index_put_((entries.rows,), entries.values, accumulate=True)
+
+    def _update_rows(
+        self,
+        state: BucketState,
+        segment: Segment,
+        touched: GradientRows,
+        scalars: npt.NDArray[np.float32],
+        param_out: torch.Tensor | None,
+    ) -> None:
+        """Update the touched rows, each given once, of a parameter that this rank holds whole."""
+        planes = state.planes
+        with _launching:
+            self._sparse.update_rows(
+                FloatFormat.FLOAT32,
+                touched.rows.contiguous().numpy(),
+                touched.values.contiguous().numpy(),
+                touched.values.shape[1],
+                scalars,
+                _float32(segment.of(planes.master_weight)),
+                _float32(segment.of(planes.exp_avg)),
+                _float32(segment.of(planes.exp_avg_sq)),
+                None if param_out is None else carrier(segment.of(param_out)),
+                self._use_threads(touched.values.numel()),
+            )
+
+    def _use_threads(self, numel: int) -> int:
+        """Set the thread mask for a launch over so many elements; return its number of pieces."""
+        useful = -(-numel // MIN_PIECE_NUMEL)
+        num_pieces = max(1, min(self._num_threads, useful))
+        threads.use_threads(num_pieces)
+        return num_pieces
+
+
+def _positions_of(state: BucketState, blocks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the position of the parameter that each block of the shard belongs to."""
+    segments = np.searchsorted(state.segments.shard_starts, blocks * BLOCK_NUMEL, side="right")
+    positions: npt.NDArray[np.int64] = state.segments.positions[segments - 1]
+    return positions
+
+
+def _param_format(state: BucketState) -> FloatFormat | None:
+    """Return the format in which the kernel writes the parameter, None for an fp32 one."""
+    return None if state.dtype == torch.float32 else float_format(state.dtype)
+
+
+def _float32(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    array: npt.NDArray[Any] = tensor.detach().numpy()
+    return array
