@@ -11,16 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from offload_adam.checkpoint.rank_file import RankEntry
+from offload_adam.checkpoint.files import RankEntry
 from offload_adam.checkpoint.save import Save, open_save
 from offload_adam.coordinator.admission import raise_on_all_ranks
 from offload_adam.observe.place import HERE
 from offload_adam.sharded_optimizer import ShardedOptimizer
-from offload_adam.sharded_optimizer.locking import serialized_by_optimizer
 from offload_adam.step.read_gate import ReadGate
 
 
-@serialized_by_optimizer
 def begin_checkpoint(
     path: str | os.PathLike[str],
     *,
@@ -46,8 +44,8 @@ def begin_checkpoint(
         CheckpointError: as `save_checkpoint`; another one has not been waited for.
         OSError: on the rank where writing failed, a PeerError on the others. Nothing is left.
     """
-    optimizer.synchronize()
-    with HERE.at("checkpoint", patient=True):
+    with optimizer.lock, HERE.at("checkpoint", patient=True):
+        optimizer.synchronize()
         save = open_save(Path(path), model, optimizer, extra, optimizer.checkpoint_rooms)
         with save.discarding(), raise_on_all_ranks(save.membership, "writing a checkpoint"):
             save.write_whole()

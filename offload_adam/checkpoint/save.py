@@ -4,47 +4,49 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from offload_adam.checkpoint.content import (
-    ModelState,
-    ParameterNames,
+from offload_adam.checkpoint.files import (
+    HostBytes,
     Part,
-    model_state,
-    sharded_parts,
-    whole_part,
+    RankEntry,
+    RankFile,
+    as_bytes,
+    commit_files,
+    discard,
+    partial_name,
+    rank_file_name,
+    remove_abandoned,
 )
-from offload_adam.checkpoint.encoding import encode
-from offload_adam.checkpoint.files import VerifiedFile, flush_folder
-from offload_adam.checkpoint.manifest import (
+from offload_adam.checkpoint.format import (
+    DTYPE_NAMES,
     FORMAT_VERSION,
-    MANIFEST_NAME,
     Manifest,
     OptimizerEntry,
     TensorEntry,
-    parse_manifest,
+    encode,
 )
-from offload_adam.checkpoint.partial import discard, partial_name, publish, remove_abandoned
-from offload_adam.checkpoint.rank_file import RankEntry, RankFile, rank_file_name
-from offload_adam.checkpoint.room import copy_bytes, places_in
 from offload_adam.coordinator.admission import gather_texts, raise_on_all_ranks
 from offload_adam.coordinator.membership import Membership
 from offload_adam.errors import CheckpointError, PeerFailedError
+from offload_adam.layout.budget import ROOM_ALIGNMENT_NBYTES
+from offload_adam.layout.flat import align
 from offload_adam.observe.place import HERE
 from offload_adam.sharded_optimizer import ShardedOptimizer
-from offload_adam.sharded_optimizer.locking import serialized_by_optimizer
+from offload_adam.state.state_shard import memory_order
 
 _TOKEN_NAME = "token"
 
 
-@serialized_by_optimizer
 def save_checkpoint(
     path: str | os.PathLike[str],
     *,
@@ -75,24 +77,13 @@ def save_checkpoint(
             dict cannot be written. On every rank.
         OSError: on the rank where writing failed, a PeerError on the others. Nothing is left.
     """
-    optimizer.synchronize()
-    with HERE.at("checkpoint", patient=True):
+    with optimizer.lock, HERE.at("checkpoint", patient=True):
+        optimizer.synchronize()
         save = open_save(Path(path), model, optimizer, extra)
         with save.discarding():
             with raise_on_all_ranks(save.membership, "writing a checkpoint"):
                 entry = save.write()
             save.commit(entry)
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What of a checkpoint is no tensor, as it was when the save began, see `Manifest`."""
-
-    step: int
-    optimizer: OptimizerEntry
-    tied: dict[str, str]
-    values: dict[str, Any]
-    extra: dict[str, Any]
 
 
 class Save:
@@ -103,6 +94,7 @@ class Save:
     one of `buckets`, `write_copies` and `finish`; then `commit`.
 
     Args:
+        plain: all of the manifest but its tensors and files, as it was when the save began.
         rooms: for copies of the buckets that are updated first; they come last in the file.
     """
 
@@ -112,7 +104,7 @@ class Save:
         partial: Path,
         membership: Membership,
         parts: Sequence[Part],
-        plain: Written,
+        plain: Manifest,
         rooms: Sequence[torch.Tensor] = (),
     ) -> None:
         self.membership = membership
@@ -234,8 +226,12 @@ def open_save(
             )
         plain = encode(optimizer.plain_state(ParameterNames(model)), "optimizer")
         state = model_state(model, optimizer)
-        written = Written(
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
             step=optimizer.num_steps,
+            world_size=membership.world_size,
+            tensors={},
+            files={},
             optimizer=OptimizerEntry.model_validate(plain),
             tied=state.tied,
             values={name: encode(value, name) for name, value in state.values.items()},
@@ -248,7 +244,7 @@ def open_save(
         _open_folder(target, partial, membership)
         with raise_on_all_ranks(membership, "opening a checkpoint's files"):
             parts = _parts(model, optimizer, state)
-            save = Save(target, partial, membership, parts, written, rooms)
+            save = Save(target, partial, membership, parts, manifest, rooms)
     return save
 
 
@@ -311,7 +307,7 @@ def _parts(model: nn.Module, optimizer: ShardedOptimizer, state: ModelState) -> 
     return parts
 
 
-def manifest_of(entries: Sequence[RankEntry], plain: Written) -> Manifest:
+def manifest_of(entries: Sequence[RankEntry], plain: Manifest) -> Manifest:
     """Put the ranks' parts together."""
     tensors: dict[str, TensorEntry] = {}
     for entry in entries:
@@ -320,34 +316,138 @@ def manifest_of(entries: Sequence[RankEntry], plain: Written) -> Manifest:
             if before is not None:
                 tensor = before.model_copy(update={"pieces": [*before.pieces, *tensor.pieces]})
             tensors[name] = tensor
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        step=plain.step,
-        world_size=len(entries),
-        tensors=tensors,
-        files={entry.name: entry.file for entry in entries},
-        optimizer=plain.optimizer,
-        tied=plain.tied,
-        values=plain.values,
-        extra=plain.extra,
-    )
+    files = {entry.name: entry.file for entry in entries}
+    return plain.model_copy(update={"tensors": tensors, "files": files})
 
 
-def commit_files(partial: Path, target: Path, manifest: Manifest) -> None:
-    """Check that nothing is missing, write the manifest, and rename `partial` to `target`.
+def places_in(rooms: Sequence[torch.Tensor], parts: Iterable[Part]) -> dict[str, Part]:
+    """Return by name where copies of parts will lie: of as many, in order, as there is room for.
+
+    A part that finds none does not keep the others out.
+
+    Args:
+        rooms: (n,) uint8 each, starting at a multiple of 128 bytes.
+    """
+    placed: dict[str, Part] = {}
+    used = [0] * len(rooms)
+    for part in parts:
+        for number, room in enumerate(rooms):
+            start, end = used[number], used[number] + part.data.nbytes
+            if end <= room.nbytes:
+                placed[part.name] = replace(part, data=room[start:end].view(part.data.dtype))
+                used[number] = align(end, ROOM_ALIGNMENT_NBYTES)
+                break
+    return placed
+
+
+def copy_bytes(part: Part, copy: Part) -> None:
+    """Fill a copy, by the calling thread alone and without the interpreter's lock."""
+    target = np.frombuffer(as_bytes(copy.data), dtype=np.uint8)
+    done = 0
+    for view in HostBytes(part.data):
+        piece = np.frombuffer(view, dtype=np.uint8)
+        np.copyto(target[done : done + piece.size], piece)
+        done += piece.size
+
+
+class ParameterNames:
+    """A model's names of its parameters, a tied one under its first."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def __call__(self, parameter: torch.Tensor) -> str:
+        """Return the name of an optimizer's parameter.
+
+        Raises:
+            CheckpointError: it is not the model's.
+        """
+        name = self._names.get(id(parameter))
+        if name is None:
+            raise CheckpointError(
+                f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not "
+                "among the model's: give the model that the optimizer trains"
+            )
+        return name
+
+
+def sharded_parts(model: nn.Module, optimizer: ShardedOptimizer) -> Iterator[Part]:
+    """Yield this rank's ranges of all trained parameters and their state, bucket by bucket."""
+    name_of = ParameterNames(model)
+    for shard in optimizer.shards():
+        name = name_of(shard.parameter)
+        shape, order = tuple(shard.parameter.shape), memory_order(shard.parameter)
+        tensors = {f"model/{name}": shard.weight}
+        tensors |= {f"optimizer/{name}/{key}": plane for key, plane in shard.planes.items()}
+        for full_name, data in tensors.items():
+            yield Part(full_name, shape, order, shard.start, shard.end, data, shard.bucket)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """A model's state dict but for what the optimizer trains, by names in a checkpoint.
+
+    whole: frozen parameters and saved buffers, the live tensors.
+    computed: tensors that a module computes when it is saved, from which `load_state_dict` restores
+        its state: `get_extra_state`, a `_save_to_state_dict` of its own, state-dict hooks.
+    values: as `computed`, entries that are no tensors.
+    tied: further names of live tensors, each with the one that the tensor is saved under.
+    """
+
+    whole: dict[str, torch.Tensor]
+    computed: dict[str, torch.Tensor]
+    values: dict[str, Any]
+    tied: dict[str, str]
+
+
+def model_state(model: nn.Module, optimizer: ShardedOptimizer) -> ModelState:
+    """Divide a model's state dict into its live tensors and its computed entries.
 
     Raises:
-        CheckpointError: a file is not there: some rank has written to another disk, or to one that
-            has gone since. Or another save has written to `target` meanwhile.
+        CheckpointError: a tensor of it is not initialized.
     """
-    text = manifest.to_json()
-    parse_manifest(text, str(target))
-    for name, entry in manifest.files.items():
-        VerifiedFile(partial, name, entry).close()
-    with (partial / MANIFEST_NAME).open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    flush_folder(partial)
-    publish(partial, target)
-    flush_folder(target.parent)
+    trained = {id(shard.parameter) for shard in optimizer.shards()}
+    own = {id(p): name for name, p in model.named_parameters() if id(p) in trained}
+    live = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    by_memory = {_memory(tensor): tensor for tensor in live.values()}
+    by_memory.pop(None, None)
+    computed_from_trained = set(own.values())
+    found = ModelState({}, {}, {}, {})
+    for name, value in model.state_dict(keep_vars=True).items():
+        full_name = f"model/{name}"
+        if not isinstance(value, torch.Tensor):
+            found.values[full_name] = value
+            continue
+        if is_lazy(value):
+            raise CheckpointError(f"{name!r} of the model is not initialized: run a forward first")
+        # A hook may detach a live tensor, which makes another object of the same memory.
+        tensor = live.get(id(value), by_memory.get(_memory(value)))
+        if tensor is not None:
+            first = own.setdefault(id(tensor), name)
+            if first != name:
+                found.tied[full_name] = f"model/{first}"
+            elif id(tensor) not in trained:
+                found.whole[full_name] = tensor.detach()
+        elif name not in computed_from_trained:
+            found.computed[full_name] = value.detach()
+    return found
+
+
+def _memory(tensor: torch.Tensor) -> tuple[object, ...] | None:
+    """Return what two objects that are the same tensor have in common, None without memory."""
+    if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.data_ptr() == 0:
+        return None
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def whole_part(name: str, tensor: torch.Tensor) -> Part:
+    """Return a whole tensor as one part; a copy where its elements do not lie together."""
+    if tensor.layout is not torch.strided:
+        raise CheckpointError(
+            f"{name} has layout {tensor.layout}: a checkpoint holds dense tensors"
+        )
+    if tensor.dtype not in DTYPE_NAMES:
+        raise CheckpointError(f"{name} has dtype {tensor.dtype}, which a checkpoint cannot hold")
+    order = memory_order(tensor)
+    flat = tensor.permute(order).reshape(-1)
+    return Part(name, tuple(tensor.shape), order, 0, tensor.numel(), flat)

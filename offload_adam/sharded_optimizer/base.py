@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Never, SupportsIndex
+from typing import Any, Never, SupportsIndex, TypeVar, cast
 
 import torch
 
 from offload_adam.coordinator.membership import Membership
 from offload_adam.observe.place import HERE
-from offload_adam.sharded_optimizer.locking import serialized
+from offload_adam.state.state_shard import ParameterShard, shards_of
 from offload_adam.step.ledger import LedgerEntry
-from offload_adam.step.parameter_shard import ParameterShard, shards_of
 from offload_adam.step.read_gate import ReadGate
 from offload_adam.step.sharded_adam import ShardedAdam
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def serialized(method: Method) -> Method:
+    """Run a method while holding the optimizer's lock, so that calls of other threads wait.
+
+    The lock is reentrant: a closure, a hook or a signal handler may call the optimizer again.
+    Threads: only those that call the optimizer take the lock. Gradient hooks, the update thread and
+    the thread that writes a checkpoint must not: the thread that holds it waits for them.
+    """
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return cast(Method, run)
 
 
 class CoreOptimizer(torch.optim.Optimizer):
@@ -123,6 +141,11 @@ class CoreOptimizer(torch.optim.Optimizer):
     def pinned_nbytes(self) -> int:
         """Host bytes that are page-locked, exactly; 0 where no parameter is on a GPU."""
         return self._alive().pinned_nbytes
+
+    @property
+    def lock(self) -> threading.RLock:
+        """What every method holds; for a function whose calls of several belong together."""
+        return self._lock
 
     @property
     def membership(self) -> Membership:
