@@ -90,25 +90,22 @@ class Part:
         done = 0
         for box in boxes_of_range(memory_shape, self.start, self.end):
             numel = prod(box.sizes)
-            data = HostBytes(self.data[done : done + numel])
+            data = host_bytes(self.data[done : done + numel])
             label = ",".join(map(str, box.offsets))
             yield Blob(f"{self.name}@{label}", self.dtype_name, box.sizes, data), box.offsets
             done += numel
 
 
-@dataclass(frozen=True, slots=True)
-class HostBytes:
-    """The bytes of a 1-d tensor, on the host: where they lie, or in copies of one block each."""
+def host_bytes(data: torch.Tensor) -> Iterator[memoryview]:
+    """Yield views that together are all bytes of a 1-d tensor, each valid until the next.
 
-    data: torch.Tensor
-
-    def __iter__(self) -> Iterator[memoryview]:
-        """Yield views that together are all of it, each valid until the next."""
-        if self.data.device.type == "cpu":
-            yield as_bytes(self.data)
-            return
-        for piece in self.data.split(BLOCK_NBYTES // self.data.element_size()):
-            yield as_bytes(piece.cpu())
+    A host tensor's are views of its memory. A device's are copied, one block at a time.
+    """
+    if data.device.type == "cpu":
+        yield as_bytes(data)
+        return
+    for piece in data.split(BLOCK_NBYTES // data.element_size()):
+        yield as_bytes(piece.cpu())
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
@@ -257,29 +254,26 @@ class RankFile:
 
     def __init__(self, folder: Path, name: str, parts: Sequence[Part]) -> None:
         self.path = folder / name
-        self._blobs: dict[str, list[Blob]] = {}
-        self._tensors: dict[str, TensorEntry] = {}
-        pieces: dict[str, list[tuple[str, tuple[int, ...], tuple[int, ...]]]] = {}
-        for part in parts:
-            cut = list(part.blobs())
-            self._blobs[part.name] = [blob for blob, _ in cut]
-            pieces[part.name] = [(blob.name, offsets, blob.sizes) for blob, offsets in cut]
+        cut = {part.name: list(part.blobs()) for part in parts}
+        self._blobs = {label: [blob for blob, _ in boxes] for label, boxes in cut.items()}
         self._file = FileWriter(self.path, [b for blobs in self._blobs.values() for b in blobs])
-        for part in parts:
-            self._tensors[part.name] = TensorEntry(
+        self._tensors = {
+            part.name: TensorEntry(
                 dtype=part.dtype_name,
                 shape=list(part.shape),
                 order=list(part.order),
                 pieces=[
                     Piece(
                         offsets=list(offsets),
-                        sizes=list(sizes),
+                        sizes=list(blob.sizes),
                         file=name,
-                        start=self._file.starts[label],
+                        start=self._file.starts[blob.name],
                     )
-                    for label, offsets, sizes in pieces[part.name]
+                    for blob, offsets in cut[part.name]
                 ],
             )
+            for part in parts
+        }
 
     def write(self, parts: Iterable[Part]) -> None:
         """Write the next parts."""

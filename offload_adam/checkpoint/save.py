@@ -1,4 +1,10 @@
-"""Write a checkpoint: every rank its own shards, committed by one rename."""
+"""Write a checkpoint: every rank writes its own shards, and one rename commits them.
+
+save_checkpoint
+    open_save       check what is saved; make a partial folder and each rank's file in it
+    Save.write      write this rank's file (`background` writes it bucket by bucket instead)
+    Save.commit     gather the ranks' entries; rank 0 writes the manifest and renames
+"""
 
 from __future__ import annotations
 
@@ -16,13 +22,13 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from offload_adam.checkpoint.files import (
-    HostBytes,
     Part,
     RankEntry,
     RankFile,
     as_bytes,
     commit_files,
     discard,
+    host_bytes,
     partial_name,
     rank_file_name,
     remove_abandoned,
@@ -56,154 +62,35 @@ def save_checkpoint(
 ) -> None:
     """Write model and optimizer into a new folder that every rank sees. Collective.
 
-    Each rank writes the ranges that it owns, straight from where they lie; a device's in copies of
-    4 MiB. All of it goes to a folder of this save's own beside `path`, whose name ends in
-    `.partial`, and one rename makes it a checkpoint when every rank's bytes are on the disk: a
-    crash at any moment leaves earlier checkpoints as they are. Of several saves to one path one
-    succeeds, and the others raise an error.
+    Each rank writes the ranges that it owns, straight from host memory; ranges on a device are
+    copied in blocks of 4 MiB. All files go into a folder beside `path` whose name ends in
+    `.partial`. When every rank's bytes are on the disk, one rename makes the folder a checkpoint: a
+    crash at any moment leaves earlier checkpoints as they are. If several processes save to one
+    path, one succeeds and the others raise an error.
 
-    Gradients are no part of it: of an accumulation in progress the weights and the state before it
-    are saved, so save after a step.
+    Gradients are not saved. During an accumulation the checkpoint holds the weights and the state
+    from before it, so save after a step.
 
     Args:
-        extra: for `load_checkpoint` to return, as it is on rank 0: any nesting of lists, tuples,
-            sets, dicts, numbers, text, bytes, and of tensors and NumPy arrays of up to 1 MiB. So
-            the `state_dict()` of a scheduler, a sampler or a GradScaler, and states of random
-            number generators. Types and values come back exactly, tensors on the host.
+        extra: what `load_checkpoint` is to return; rank 0's is saved. Any nesting of lists, tuples,
+            sets, dicts, numbers, text, bytes, and of tensors and NumPy arrays of up to 1 MiB: for
+            example the `state_dict()` of a scheduler, a sampler or a GradScaler, and states of
+            random number generators. Types and values come back exactly, tensors on the host.
 
     Raises:
-        CheckpointError: the path exists, now or when all is written; the folder is not shared by
-            all ranks; or something of `extra`, of the optimizer's groups or of the model's state
-            dict cannot be written. On every rank.
-        OSError: on the rank where writing failed, a PeerError on the others. Nothing is left.
+        CheckpointError: on every rank. The path exists, now or when all is written; the folder is
+            not shared by all ranks; or a value in `extra`, in the optimizer's groups or in the
+            model's state dict cannot be saved.
+        OSError: on the rank where writing failed; the others raise a PeerError. No file is left.
     """
-    with optimizer.lock, HERE.at("checkpoint", patient=True):
+    with optimizer.lock:
         optimizer.synchronize()
-        save = open_save(Path(path), model, optimizer, extra)
-        with save.discarding():
-            with raise_on_all_ranks(save.membership, "writing a checkpoint"):
-                entry = save.write()
-            save.commit(entry)
-
-
-class Save:
-    """A checkpoint that is being written, and is none yet.
-
-    Owns: this rank's file, until `finish`, `close` or an error.
-    Lifecycle: `write` at once; or `write_whole`, then `copy_bucket` and `write_bucket` for every
-    one of `buckets`, `write_copies` and `finish`; then `commit`.
-
-    Args:
-        plain: all of the manifest but its tensors and files, as it was when the save began.
-        rooms: for copies of the buckets that are updated first; they come last in the file.
-    """
-
-    def __init__(
-        self,
-        target: Path,
-        partial: Path,
-        membership: Membership,
-        parts: Sequence[Part],
-        plain: Manifest,
-        rooms: Sequence[torch.Tensor] = (),
-    ) -> None:
-        self.membership = membership
-        self._target = target
-        self._partial = partial
-        self._plain = plain
-        self._whole = [part for part in parts if part.bucket is None]
-        self._buckets: dict[int, list[Part]] = {}
-        for part in parts:
-            if part.bucket is not None:
-                self._buckets.setdefault(part.bucket, []).append(part)
-        # The bucket that the next update writes to comes first.
-        self._buckets = dict(sorted(self._buckets.items(), reverse=True))
-        in_order = [part for some in self._buckets.values() for part in some]
-        self._copies = places_in(rooms, in_order)
-        direct = [part for part in in_order if part.name not in self._copies]
-        name = rank_file_name(membership.rank, membership.world_size)
-        self._file = RankFile(self._partial, name, [*self._whole, *direct, *self._copies.values()])
-
-    @property
-    def buckets(self) -> list[int]:
-        """The buckets that are read, in that order."""
-        return list(self._buckets)
-
-    def write(self) -> RankEntry:
-        """Write all of this rank's file."""
-        self.write_whole()
-        for bucket in self._buckets:
-            self.copy_bucket(bucket)
-            self.write_bucket(bucket)
-        self.write_copies()
-        return self.finish()
-
-    def write_whole(self) -> None:
-        """Write what no update of the optimizer guards: frozen parameters and buffers."""
-        self._file.write(self._whole)
-
-    def copy_bucket(self, bucket: int, before_each: Callable[[], None] = lambda: None) -> bool:
-        """Copy what there is room for of this rank's part of a bucket.
-
-        Args:
-            before_each: called before each tensor of it.
-
-        Returns:
-            Whether that is all of it: nobody reads the bucket any more.
-        """
-        copied = [part for part in self._buckets[bucket] if part.name in self._copies]
-        for part in copied:
-            before_each()
-            copy_bytes(part, self._copies[part.name])
-        return len(copied) == len(self._buckets[bucket])
-
-    def write_bucket(self, bucket: int, before_each: Callable[[], None] = lambda: None) -> None:
-        """Write from where it lies what has not been copied of this rank's part of a bucket.
-
-        Args:
-            before_each: called before each tensor of it.
-        """
-        for part in self._buckets[bucket]:
-            if part.name not in self._copies:
-                before_each()
-                self._file.write([part])
-
-    def write_copies(self, before_each: Callable[[], None] = lambda: None) -> None:
-        """Write what has been copied, when all the rest has been written."""
-        for copy in self._copies.values():
-            before_each()
-            self._file.write([copy])
-
-    def finish(self) -> RankEntry:
-        """Flush the file."""
-        return self._file.finish()
-
-    def close(self) -> None:
-        """Close the file as it is."""
-        self._file.close()
-
-    def remove(self) -> None:
-        """Remove this rank's file, of a checkpoint that nobody will commit."""
-        self.close()
-        self._file.path.unlink(missing_ok=True)
-
-    def commit(self, entry: RankEntry) -> None:
-        """Make it a checkpoint, once every rank has written. Collective."""
-        texts = gather_texts(self.membership, entry.model_dump_json())
-        with raise_on_all_ranks(self.membership, "committing a checkpoint"):
-            if self.membership.rank == 0:
-                entries = [RankEntry.model_validate_json(text) for text in texts]
-                commit_files(self._partial, self._target, manifest_of(entries, self._plain))
-
-    @contextmanager
-    def discarding(self) -> Iterator[None]:
-        """Remove all of it when every rank knows that it cannot become a checkpoint."""
-        with _discarding(self._partial, self.membership):
-            try:
-                yield
-            except BaseException:
-                self.close()
-                raise
+        with HERE.at("checkpoint", patient=True):
+            save = open_save(Path(path), model, optimizer, extra)
+            with save.discarding():
+                with raise_on_all_ranks(save.membership, "writing a checkpoint"):
+                    entry = save.write()
+                save.commit(entry)
 
 
 def open_save(
@@ -213,7 +100,7 @@ def open_save(
     extra: Mapping[str, Any] | None,
     rooms: Sequence[torch.Tensor] = (),
 ) -> Save:
-    """Check what is to be saved, and make the folder and every rank's file in it. Collective.
+    """Check everything that is saved, and open a partial folder and this rank's file. Collective.
 
     Args:
         rooms: see `Save`.
@@ -250,21 +137,22 @@ def open_save(
 
 @contextmanager
 def _discarding(partial: Path, membership: Membership) -> Iterator[None]:
-    """Remove a folder when every rank knows that nothing will come of it."""
+    """Remove the partial folder if the body raises an error, which every rank then does."""
     try:
         yield
     except BaseException as error:
+        # When a peer has failed, other ranks may not know yet and still write into the folder.
         if membership.rank == 0 and not isinstance(error, PeerFailedError):
             discard(partial)
         raise
 
 
 def require_shared(folder: Path, membership: Membership) -> None:
-    """See on every rank a file that rank 0 writes into a folder, which it makes. Collective.
+    """Check that every rank sees the folder that rank 0 makes, by a file in it. Collective.
 
     Raises:
-        CheckpointError: on every rank, naming those that do not see it.
-        OSError: on rank 0 where it cannot be written, a PeerError on the others.
+        CheckpointError: on every rank, naming the ranks that do not see the file.
+        OSError: on rank 0, where the file cannot be written; the others raise a PeerError.
     """
     # A name of its own: another job may look for its token in the same folder.
     path = folder / f"{_TOKEN_NAME}-{gather_texts(membership, uuid.uuid4().hex)[0]}"
@@ -282,7 +170,7 @@ def require_shared(folder: Path, membership: Membership) -> None:
 
 
 def _open_folder(target: Path, partial: Path, membership: Membership) -> None:
-    """Make the folder on rank 0, and see on every rank that it is the same one."""
+    """Make the partial folder on rank 0, and check that every rank sees it."""
     with raise_on_all_ranks(membership, "opening a checkpoint"):
         if target.exists():
             raise CheckpointError(f"{target} exists: a checkpoint is never written over")
@@ -292,23 +180,129 @@ def _open_folder(target: Path, partial: Path, membership: Membership) -> None:
     require_shared(partial, membership)
 
 
-def _parts(model: nn.Module, optimizer: ShardedOptimizer, state: ModelState) -> list[Part]:
-    """Return what this rank writes; what all have whole, and names without bytes, rank 0."""
-    rank = optimizer.membership.rank
-    if rank != 0 and not optimizer.is_sharded:
-        return []
-    sharded = list(sharded_parts(model, optimizer))
-    parts = [part for part in sharded if part.end > part.start]
-    if rank == 0:
-        whole = state.whole | state.computed
-        parts += [whole_part(name, tensor) for name, tensor in whole.items()]
-        known = {part.name for part in parts}
-        parts += [part for part in sharded if part.name not in known]
-    return parts
+class Save:
+    """A checkpoint in progress: this rank's file in a partial folder, and the commit.
+
+    Owns: this rank's file, until `finish`, `close` or an error.
+    Lifecycle: either `write`, or `write_whole`, then `copy_bucket` and `write_bucket` for each of
+    `buckets`, then `write_copies` and `finish`; after that `commit`.
+
+    Args:
+        parts: what this rank writes.
+        plain: the manifest when the save began, without tensors and files.
+        rooms: host memory for copies of the buckets that are updated first. The copies come last in
+            the file.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        partial: Path,
+        membership: Membership,
+        parts: Sequence[Part],
+        plain: Manifest,
+        rooms: Sequence[torch.Tensor] = (),
+    ) -> None:
+        self.membership = membership
+        self._target = target
+        self._partial = partial
+        self._plain = plain
+        self._whole = [part for part in parts if part.bucket is None]
+        self._buckets: dict[int, list[Part]] = {}
+        for part in parts:
+            if part.bucket is not None:
+                self._buckets.setdefault(part.bucket, []).append(part)
+        # The bucket that the next update writes to comes first.
+        self._buckets = dict(sorted(self._buckets.items(), reverse=True))
+        in_order = [part for some in self._buckets.values() for part in some]
+        self._copies = places_in(rooms, in_order)
+        direct = [part for part in in_order if part.name not in self._copies]
+        name = rank_file_name(membership.rank, membership.world_size)
+        self._file = RankFile(self._partial, name, [*self._whole, *direct, *self._copies.values()])
+
+    @property
+    def buckets(self) -> list[int]:
+        """The buckets that are read, in that order."""
+        return list(self._buckets)
+
+    def write(self) -> RankEntry:
+        """Write this rank's file at once, without copies."""
+        assert not self._copies
+        self.write_whole()
+        for bucket in self._buckets:
+            self.write_bucket(bucket)
+        return self.finish()
+
+    def write_whole(self) -> None:
+        """Write what the optimizer does not update: frozen parameters and buffers."""
+        self._file.write(self._whole)
+
+    def copy_bucket(self, bucket: int, before_each: Callable[[], None] = lambda: None) -> bool:
+        """Copy the tensors of a bucket that have a place in `rooms`.
+
+        Args:
+            before_each: called before each tensor.
+
+        Returns:
+            Whether these are all tensors of the bucket, so that it may be updated.
+        """
+        copied = [part for part in self._buckets[bucket] if part.name in self._copies]
+        for part in copied:
+            before_each()
+            copy_bytes(part, self._copies[part.name])
+        return len(copied) == len(self._buckets[bucket])
+
+    def write_bucket(self, bucket: int, before_each: Callable[[], None] = lambda: None) -> None:
+        """Write the tensors of a bucket that are not copied, straight from the state.
+
+        Args:
+            before_each: called before each tensor.
+        """
+        for part in self._buckets[bucket]:
+            if part.name not in self._copies:
+                before_each()
+                self._file.write([part])
+
+    def write_copies(self, before_each: Callable[[], None] = lambda: None) -> None:
+        """Write the copies, after all other tensors."""
+        for copy in self._copies.values():
+            before_each()
+            self._file.write([copy])
+
+    def finish(self) -> RankEntry:
+        """Flush the file."""
+        return self._file.finish()
+
+    def close(self) -> None:
+        """Close the file as it is."""
+        self._file.close()
+
+    def remove(self) -> None:
+        """Remove this rank's file; the checkpoint cannot be committed any more."""
+        self.close()
+        self._file.path.unlink(missing_ok=True)
+
+    def commit(self, entry: RankEntry) -> None:
+        """Write the manifest and rename the folder, once every rank has written. Collective."""
+        texts = gather_texts(self.membership, entry.model_dump_json())
+        with raise_on_all_ranks(self.membership, "committing a checkpoint"):
+            if self.membership.rank == 0:
+                entries = [RankEntry.model_validate_json(text) for text in texts]
+                commit_files(self._partial, self._target, manifest_of(entries, self._plain))
+
+    @contextmanager
+    def discarding(self) -> Iterator[None]:
+        """Close this rank's file and remove the folder if the body raises an error."""
+        with _discarding(self._partial, self.membership):
+            try:
+                yield
+            except BaseException:
+                self.close()
+                raise
 
 
 def manifest_of(entries: Sequence[RankEntry], plain: Manifest) -> Manifest:
-    """Put the ranks' parts together."""
+    """Complete the manifest with what every rank has written."""
     tensors: dict[str, TensorEntry] = {}
     for entry in entries:
         for name, tensor in entry.tensors.items():
@@ -321,9 +315,9 @@ def manifest_of(entries: Sequence[RankEntry], plain: Manifest) -> Manifest:
 
 
 def places_in(rooms: Sequence[torch.Tensor], parts: Iterable[Part]) -> dict[str, Part]:
-    """Return by name where copies of parts will lie: of as many, in order, as there is room for.
+    """Return by name where copies of parts will lie, for all parts that fit into `rooms`, in order.
 
-    A part that finds none does not keep the others out.
+    A part that does not fit is left out; later ones may still fit.
 
     Args:
         rooms: (n,) uint8 each, starting at a multiple of 128 bytes.
@@ -341,13 +335,28 @@ def places_in(rooms: Sequence[torch.Tensor], parts: Iterable[Part]) -> dict[str,
 
 
 def copy_bytes(part: Part, copy: Part) -> None:
-    """Fill a copy, by the calling thread alone and without the interpreter's lock."""
+    """Fill a copy. NumPy copies on the calling thread and releases the interpreter's lock."""
     target = np.frombuffer(as_bytes(copy.data), dtype=np.uint8)
     done = 0
-    for view in HostBytes(part.data):
+    for view in host_bytes(part.data):
         piece = np.frombuffer(view, dtype=np.uint8)
         np.copyto(target[done : done + piece.size], piece)
         done += piece.size
+
+
+def _parts(model: nn.Module, optimizer: ShardedOptimizer, state: ModelState) -> list[Part]:
+    """Return what this rank writes; rank 0 adds whole tensors and the names of empty ones."""
+    rank = optimizer.membership.rank
+    if rank != 0 and not optimizer.is_sharded:
+        return []
+    sharded = list(sharded_parts(model, optimizer))
+    parts = [part for part in sharded if part.end > part.start]
+    if rank == 0:
+        whole = state.whole | state.computed
+        parts += [whole_part(name, tensor) for name, tensor in whole.items()]
+        known = {part.name for part in parts}
+        parts += [part for part in sharded if part.name not in known]
+    return parts
 
 
 class ParameterNames:

@@ -16,13 +16,12 @@ from offload_adam.parameters.groups import known_names
 from offload_adam.sharded_optimizer.base import CoreOptimizer, serialized
 from offload_adam.state.state_dict import (
     STATE_KEY,
-    check_step_count,
     gather_bucket,
     merge_groups,
     pack_full,
     read_saved,
 )
-from offload_adam.state.state_shard import plan_load, state_shard
+from offload_adam.state.state_shard import check_step_count, plan_load, state_shard
 from offload_adam.step.sharded_adam import ShardedAdam
 
 _NOT_PLAIN = ("params", "param_names")

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from offload_adam.coordinator.membership import Membership
 from offload_adam.parameters.group_watch import LAID_OUT
+from offload_adam.state.state_shard import check_step_count
 from offload_adam.step.bucket_state import BucketState
 
 STATE_KEY = "offload_adam"
@@ -145,17 +146,6 @@ def _refuse_foreign(
                     "not have: it is another optimizer's, and cannot be loaded"
                 )
         check_step_count(f"the saved step of parameter {packed}", entry.get("step", 0))
-
-
-def check_step_count(what: str, value: Any) -> None:
-    """Refuse what is no count of updates.
-
-    Raises:
-        ValueError: saying what it is.
-    """
-    count = float(value)
-    if not (count >= 0.0 and count.is_integer()):
-        raise ValueError(f"{what} is {count}, no count of updates")
 
 
 def merge_groups(

@@ -229,6 +229,17 @@ def plan_load(
     return copies
 
 
+def check_step_count(what: str, value: Any) -> None:
+    """Refuse what is no count of updates.
+
+    Raises:
+        ValueError: saying what it is.
+    """
+    count = float(value)
+    if not (count >= 0.0 and count.is_integer()):
+        raise ValueError(f"{what} is {count}, no count of updates")
+
+
 def _part_of(
     state: BucketState, position: int, what: str, value: torch.Tensor, target: torch.Tensor
 ) -> torch.Tensor:
