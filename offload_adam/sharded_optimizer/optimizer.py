@@ -37,12 +37,11 @@ from offload_adam.parameters.selection import (
     refuse_unrelated,
     select_parameters,
 )
-from offload_adam.sharded_optimizer.base import serialized
+from offload_adam.sharded_optimizer.base import CoreOptimizer, WrittenState, serialized
 from offload_adam.sharded_optimizer.compiling import never_compiled
 from offload_adam.sharded_optimizer.execution import Execution
 from offload_adam.sharded_optimizer.loss_scale import read_loss_scale, report_skip
 from offload_adam.sharded_optimizer.owners import add_owner, refuse_owned
-from offload_adam.sharded_optimizer.state_dicts import StateDicts, WrittenState
 from offload_adam.state.state_shard import local_state
 from offload_adam.step.backend import Backend
 from offload_adam.step.construction import Placing
@@ -55,7 +54,7 @@ from offload_adam.step.streamed import StreamedGradients
 logger = logging.getLogger(__name__)
 
 
-class ShardedOptimizer(StateDicts):
+class ShardedOptimizer(CoreOptimizer):
     """A `torch.optim.Optimizer` over a `ShardedAdam`: the base of the public faces.
 
     A face checks its arguments and groups, says each group's hyperparameters at each step, and may
