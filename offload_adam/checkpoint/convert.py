@@ -36,7 +36,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from offload_adam.checkpoint.dcp import plain_text
 from offload_adam.checkpoint.files import (
-    Part,
     RankFile,
     as_bytes,
     commit_files,
@@ -113,20 +112,21 @@ def export_torch(path: Path, out: Path) -> str:
     manifest = read_manifest(path)
     with CheckpointReader(path, manifest) as reader:
         names = _model_names(manifest)
-        readable = _Readable()
+        left_out: list[str] = []
         model = {name: _streamed(reader, saved) for name, saved in names.items()}
         content = {
-            "model": model | readable("model", _model_values(manifest)),
-            "optimizer": _torch_state(reader, manifest, readable),
+            "model": model | _readable("model", _model_values(manifest), left_out),
+            "optimizer": _torch_state(reader, manifest, left_out),
             "step": manifest.step,
-            "extra": readable("extra", manifest.decoded_extra()),
+            "extra": _readable("extra", manifest.decoded_extra(), left_out),
         }
-        with _appearing(out) as unfinished:
+        with _unfinished(out) as unfinished:
             write_torch_file(unfinished, content)
-    words = taken_by(manifest.optimizer)
-    if readable.left_out:
-        left_out = ", ".join(readable.left_out)
-        words += f", without {left_out}, which torch.load(weights_only=True) does not read"
+            publish(unfinished, out)
+    words = _taken_by(manifest.optimizer)
+    if left_out:
+        listed = ", ".join(left_out)
+        words += f", without {listed}, which torch.load(weights_only=True) does not read"
     return words
 
 
@@ -156,12 +156,13 @@ def export_dcp(path: Path, out: Path) -> str:
             | _model_values(manifest),
             "optimizer": {"state": state, "plain": plain},
         }
-        with _appearing(out) as unfinished:
+        with _unfinished(out) as unfinished:
             _dcp_save(content, unfinished)
+            publish(unfinished, out)
     return 'dcp.load({"model": model.state_dict(), "optimizer": OptimizerState(model, optimizer)})'
 
 
-def taken_by(optimizer: OptimizerEntry) -> str:
+def _taken_by(optimizer: OptimizerEntry) -> str:
     """Say which of torch's optimizers goes on with a state, and what none of them has."""
     every = [group.options for group in optimizer.groups]
     decoupled = {bool(options.get("decoupled_weight_decay")) for options in every}
@@ -171,36 +172,28 @@ def taken_by(optimizer: OptimizerEntry) -> str:
     return words
 
 
-class _Readable:
-    """Leaves out what `torch.load(weights_only=True)` does not read, and lists it in `left_out`."""
-
-    def __init__(self) -> None:
-        self.left_out: list[str] = []
-
-    def __call__(self, where: str, values: Mapping[Any, Any]) -> dict[Any, Any]:
-        """Return the readable ones of some values."""
-        return {key: v for key, v in values.items() if self._is_readable(f"{where}[{key!r}]", v)}
-
-    def _is_readable(self, name: str, value: object) -> bool:
+def _readable(where: str, values: Mapping[Any, Any], left_out: list[str]) -> dict[Any, Any]:
+    """Return the values that `torch.load(weights_only=True)` reads; list others in `left_out`."""
+    found = {}
+    for key, value in values.items():
         with TemporaryDirectory() as folder:
             file = Path(folder, "value.pt")
             try:
                 write_torch_file(file, value)
                 torch.load(file, weights_only=True)
-            except Exception:  # torch documents none of those that it raises
-                self.left_out.append(name)
-                return False
-        return True
+                found[key] = value
+            except Exception:  # torch does not document which errors it raises
+                left_out.append(f"{where}[{key!r}]")
+    return found
 
 
 @contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """Yield where to write; it is renamed to `out` when it is whole, and removed otherwise."""
+def _unfinished(out: Path) -> Iterator[Path]:
+    """Yield where to write what the body then publishes as `out`; remove it after an error."""
     remove_abandoned(out)
     unfinished = out.with_name(partial_name(out.name))
     try:
         yield unfinished
-        publish(unfinished, out)
     except BaseException:
         discard(unfinished)
         raise
@@ -245,7 +238,7 @@ def _state_names(manifest: Manifest) -> dict[str, dict[str, str]]:
 
 
 def _torch_state(
-    reader: CheckpointReader, manifest: Manifest, readable: _Readable
+    reader: CheckpointReader, manifest: Manifest, left_out: list[str]
 ) -> dict[str, Any]:
     """Return a plain state dict of torch's, master weights beside it under a key of our own."""
     planes = _state_names(manifest)
@@ -255,7 +248,7 @@ def _torch_state(
     for number, group in enumerate(plain["groups"]):
         packed = list(range(len(names), len(names) + len(group["parameters"])))
         names += group["parameters"]
-        options = readable(f"param_groups[{number}]", group["options"])
+        options = _readable(f"param_groups[{number}]", group["options"], left_out)
         groups.append({**options, "params": packed, "param_names": group["parameters"]})
     whole = {
         packed: {
@@ -266,7 +259,8 @@ def _torch_state(
         if name in planes
     }
     packed_ids = {packed: packed for packed in whole}
-    return pack_full(groups, packed_ids, whole, readable("optimizer", plain["further"]))
+    further = _readable("optimizer", plain["further"], left_out)
+    return pack_full(groups, packed_ids, whole, further)
 
 
 def _streamed(reader: CheckpointReader, saved: str) -> Streamed:
@@ -289,18 +283,22 @@ def _step(name: str, count: float) -> Streamed:
 def _lazy(reader: CheckpointReader, saved: str) -> BoxTensor:
     """Return a saved tensor whose boxes are read when they are asked for."""
     entry = reader.manifest.tensors[saved]
-
-    def read(box: Box) -> torch.Tensor:
-        start, end = range_of_box(entry.memory_shape, box)
-        flat = torch.empty(end - start, dtype=DTYPES[entry.dtype], device="cpu")
-        reader.fill(saved, flat, start)
-        return flat.view(box.sizes).permute(inverse_order(entry.order))
-
     boxes = [Box(tuple(piece.offsets), tuple(piece.sizes)) for piece in entry.pieces]
     if not boxes:  # it has no elements
         boxes = [Box((0,) * len(entry.shape), tuple(entry.memory_shape))]
-    sources = [BoxSource(logical_box(box, entry.order), partial(read, box)) for box in boxes]
+    sources = [
+        BoxSource(logical_box(box, entry.order), partial(_read_box, reader, saved, box))
+        for box in boxes
+    ]
     return BoxTensor(entry.shape, DTYPES[entry.dtype], sources)
+
+
+def _read_box(reader: CheckpointReader, saved: str, box: Box) -> torch.Tensor:
+    entry = reader.manifest.tensors[saved]
+    start, end = range_of_box(entry.memory_shape, box)
+    flat = torch.empty(end - start, dtype=DTYPES[entry.dtype], device="cpu")
+    reader.fill(saved, flat, start)
+    return flat.view(box.sizes).permute(inverse_order(entry.order))
 
 
 @dataclass(frozen=True, eq=False)
@@ -412,18 +410,6 @@ def _write_record(
             out.write(block)
 
 
-@dataclass(frozen=True, slots=True)
-class TorchCheckpoint:
-    """A model's state dict, and that of a `torch.optim.Adam` or `AdamW` over its parameters.
-
-    values: entries of the model's that are no tensors.
-    """
-
-    model: Mapping[str, torch.Tensor]
-    values: Mapping[str, Any]
-    optimizer: Mapping[str, Any]
-
-
 def import_torch_pickle(
     source: Path,
     target: Path,
@@ -451,31 +437,40 @@ def import_torch_pickle(
     """
     if target.exists():
         raise CheckpointError(f"{target} exists: a checkpoint is never written over")
-    content = read_torch_pickle(source, model_key, optimizer_key)
-    tied = _tied(content.model)
-    own = {name: value for name, value in content.model.items() if name not in tied}
-    entry, state = _optimizer_state(content.optimizer, own, names)
+    model, optimizer = _read_torch_pickle(source, model_key, optimizer_key)
+    model_tensors = {name: v for name, v in model.items() if isinstance(v, torch.Tensor)}
+    tied = _tied(model_tensors)
+    own = {name: value for name, value in model_tensors.items() if name not in tied}
+    entry, state = _optimizer_state(optimizer, own, names)
     tensors = {f"model/{name}": value for name, value in own.items()} | state
     parts = [whole_part(name, value) for name, value in tensors.items()]
-    step = int(max(entry.steps.values(), default=0))
-    aliases = {f"model/{name}": f"model/{first}" for name, first in tied.items()}
     plain = Manifest(
         format_version=FORMAT_VERSION,
-        step=step,
+        step=int(max(entry.steps.values(), default=0)),
         world_size=1,
         tensors={},
         files={},
         optimizer=entry,
-        tied=aliases,
-        values={f"model/{name}": encode(value, name) for name, value in content.values.items()},
+        tied={f"model/{name}": f"model/{first}" for name, first in tied.items()},
+        values={
+            f"model/{name}": encode(value, name)
+            for name, value in model.items()
+            if name not in model_tensors
+        },
         extra={},
     )
-    _write_checkpoint(target, parts, plain)
+    with _unfinished(target) as unfinished:
+        unfinished.mkdir(parents=True)
+        file = RankFile(unfinished, rank_file_name(0, 1), parts)
+        file.write(parts)
+        commit_files(unfinished, target, manifest_of([file.finish()], plain))
     return sum(part.data.nbytes for part in parts)
 
 
-def read_torch_pickle(source: Path, model_key: str, optimizer_key: str) -> TorchCheckpoint:
-    """Load a file and find both state dicts in it.
+def _read_torch_pickle(
+    source: Path, model_key: str, optimizer_key: str
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Load a file and return the state dicts of the model and of the optimizer in it.
 
     Raises:
         CheckpointError: as `import_torch_pickle`.
@@ -500,9 +495,7 @@ def read_torch_pickle(source: Path, model_key: str, optimizer_key: str) -> Torch
     model, optimizer = content[model_key], content[optimizer_key]
     if not {"state", "param_groups"} <= set(optimizer):
         raise CheckpointError(f"{optimizer_key!r} of {source} is no optimizer's state dict")
-    tensors = {name: value for name, value in model.items() if isinstance(value, torch.Tensor)}
-    values = {name: value for name, value in model.items() if name not in tensors}
-    return TorchCheckpoint(tensors, values, optimizer)
+    return model, optimizer
 
 
 def _tied(model: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -583,16 +576,3 @@ def _planes(
     if weight.dtype != torch.float32:
         planes["master_weight"] = weight
     return {f"optimizer/{name}/{key}": value.float() for key, value in planes.items()}
-
-
-def _write_checkpoint(target: Path, parts: Sequence[Part], plain: Manifest) -> None:
-    remove_abandoned(target)
-    unfinished = target.with_name(partial_name(target.name))
-    unfinished.mkdir(parents=True)
-    try:
-        file = RankFile(unfinished, rank_file_name(0, 1), parts)
-        file.write(parts)
-        commit_files(unfinished, target, manifest_of([file.finish()], plain))
-    except BaseException:
-        discard(unfinished)
-        raise
