@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from offload_adam.checkpoint.files import RankEntry
+from offload_adam.checkpoint.format import RankEntry
 from offload_adam.checkpoint.save import Save, open_save
 from offload_adam.coordinator.admission import raise_on_all_ranks
 from offload_adam.observe.place import HERE

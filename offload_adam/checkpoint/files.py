@@ -30,7 +30,6 @@ from typing import Self
 
 import psutil
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from offload_adam.checkpoint.format import (
     BLOCK_NBYTES,
@@ -40,6 +39,7 @@ from offload_adam.checkpoint.format import (
     FileEntry,
     Manifest,
     Piece,
+    RankEntry,
     TensorEntry,
     parse_manifest,
 )
@@ -227,16 +227,6 @@ class FileWriter:
     def close(self) -> None:
         """Close the file, whole or not. Idempotent."""
         self._raw.close()
-
-
-class RankEntry(BaseModel):
-    """What one rank has written: its part of the manifest."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    name: str
-    file: FileEntry
-    tensors: dict[str, TensorEntry]
 
 
 def rank_file_name(rank: int, world_size: int) -> str:

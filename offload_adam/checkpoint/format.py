@@ -59,11 +59,11 @@ StepCount = Annotated[FiniteFloat, Field(ge=0, le=2**24)]
 """torch counts in float32, which goes no further than this."""
 
 
-class _Part(BaseModel):
+class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class Piece(_Part):
+class Piece(_Entry):
     """One contiguous box of a tensor: its elements start at byte `start` of a file."""
 
     offsets: list[Count]
@@ -72,7 +72,7 @@ class Piece(_Part):
     start: Count
 
 
-class TensorEntry(_Part):
+class TensorEntry(_Entry):
     """One tensor. Boxes count in its dimensions as they lie in memory, the outermost first.
 
     order: which logical dimension each of these is; shape is the logical one.
@@ -89,21 +89,29 @@ class TensorEntry(_Part):
         return [self.shape[dim] for dim in self.order]
 
 
-class FileEntry(_Part):
+class FileEntry(_Entry):
     """One file: its length, and the CRC-32 of each 4 MiB of it."""
 
     nbytes: Count
     checksums: list[Count]
 
 
-class GroupEntry(_Part):
+class RankEntry(_Entry):
+    """One rank's file, and the pieces of tensors in it: this rank's part of the manifest."""
+
+    name: str
+    file: FileEntry
+    tensors: dict[str, TensorEntry]
+
+
+class GroupEntry(_Entry):
     """One group of the optimizer: the names of its parameters, and its options."""
 
     parameters: list[str]
     options: dict[str, Any]
 
 
-class OptimizerEntry(_Part):
+class OptimizerEntry(_Entry):
     """What of an optimizer is no tensor.
 
     steps: completed updates by the name of each trained parameter.
@@ -115,7 +123,7 @@ class OptimizerEntry(_Part):
     further: dict[str, Any]
 
 
-class Manifest(_Part):
+class Manifest(_Entry):
     """All of a checkpoint but the tensors' bytes.
 
     tied: further names of the model's tensors, each with the one that the tensor stands under.

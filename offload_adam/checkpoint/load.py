@@ -1,4 +1,11 @@
-"""Read a checkpoint into a model and an optimizer, of any world size, every byte verified."""
+"""Read a checkpoint into a model and an optimizer, of any world size, every byte verified.
+
+load_checkpoint
+    read_manifest, _check       compare names, shapes, dtypes and groups; nothing is changed
+    _read_in_place              read every range straight into the state, file by file
+    _load_modules               let modules restore what they computed when they were saved
+    load_plain_state            groups, step counts and the rest that is no tensor
+"""
 
 from __future__ import annotations
 
@@ -48,18 +55,18 @@ def load_checkpoint(
     """Load what `save_checkpoint` wrote, whatever the world size then and now. Collective.
 
     Names, shapes, dtypes and groups are compared before anything is changed, and nothing is cast.
-    Bytes go from the files into the state as it lies, file by file and block by verified block:
-    besides the state itself a rank needs 4 blocks of 4 MiB, one more for what lies on a device, and
-    one tensor where the order of its elements in memory has changed. Few files are open at once.
-    Afterwards `model.load_state_dict` runs, with what modules themselves add to a state dict
-    (`get_extra_state`, hooks) and with the tensors as they are by then.
+    Bytes are read straight into the state, file by file, and every block is verified. Besides the
+    state a rank needs 4 blocks of 4 MiB, one more for state on a device, and one whole tensor where
+    the order of its elements in memory has changed. Few files are open at once.
+    Afterwards `model.load_state_dict` runs, with the entries that modules themselves add to a state
+    dict (`get_extra_state`, hooks) and with the tensors that have been read.
 
     Returns:
-        What was given as `extra`, tensors in it on the host.
+        The `extra` that was saved, with its tensors on the host.
 
     Raises:
-        CheckpointError: on every rank. Nothing is changed, unless the message speaks of damage or
-            of `load_state_dict`: then a part is loaded, and another checkpoint must be loaded.
+        CheckpointError: on every rank. Nothing is changed, unless the message names damage or
+            `load_state_dict`: then a part is loaded, and another checkpoint must be loaded.
     """
     folder = Path(path)
     membership = optimizer.membership

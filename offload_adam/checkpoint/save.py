@@ -23,7 +23,6 @@ from torch.nn.parameter import is_lazy
 
 from offload_adam.checkpoint.files import (
     Part,
-    RankEntry,
     RankFile,
     as_bytes,
     commit_files,
@@ -38,6 +37,7 @@ from offload_adam.checkpoint.format import (
     FORMAT_VERSION,
     Manifest,
     OptimizerEntry,
+    RankEntry,
     TensorEntry,
     encode,
 )

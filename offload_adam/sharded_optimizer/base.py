@@ -221,7 +221,7 @@ class CoreOptimizer(torch.optim.Optimizer):
 
     @property
     def lock(self) -> threading.RLock:
-        """What every method holds; for a function whose calls of several belong together."""
+        """The lock that every method holds. Hold it around calls that must see the same state."""
         return self._lock
 
     @property

@@ -20,7 +20,7 @@ from offload_adam import (
     load_checkpoint,
     save_checkpoint,
 )
-from offload_adam.checkpoint.files import RankEntry
+from offload_adam.checkpoint.format import RankEntry
 from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.checkpoint.save import Save
 from tests.distributed.reference import outcome_of

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from offload_adam.checkpoint.files import RankEntry, RankFile
-from offload_adam.checkpoint.format import read_manifest
+from offload_adam.checkpoint.files import RankFile
+from offload_adam.checkpoint.format import RankEntry, read_manifest
 from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.config import ConfigError, RunConfig
 from offload_adam.coordinator.membership import Membership

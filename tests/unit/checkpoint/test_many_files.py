@@ -16,13 +16,18 @@ from torch import nn
 from offload_adam import OffloadAdam, load_checkpoint
 from offload_adam.checkpoint.files import (
     Part,
-    RankEntry,
     RankFile,
     VerifiedFile,
     commit_files,
     rank_file_name,
 )
-from offload_adam.checkpoint.format import FORMAT_VERSION, Manifest, OptimizerEntry, encode
+from offload_adam.checkpoint.format import (
+    FORMAT_VERSION,
+    Manifest,
+    OptimizerEntry,
+    RankEntry,
+    encode,
+)
 from offload_adam.checkpoint.load import NUM_OPEN_FILES, verify_checkpoint
 from offload_adam.checkpoint.save import ParameterNames, manifest_of, sharded_parts
 from offload_adam.errors import CheckpointError
