@@ -11,16 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from offload_adam.checkpoint.rank_file import RankEntry
+from offload_adam.checkpoint.format import RankEntry
 from offload_adam.checkpoint.save import Save, open_save
 from offload_adam.coordinator.admission import raise_on_all_ranks
 from offload_adam.observe.place import HERE
 from offload_adam.sharded_optimizer import ShardedOptimizer
-from offload_adam.sharded_optimizer.locking import serialized_by_optimizer
 from offload_adam.step.read_gate import ReadGate
 
 
-@serialized_by_optimizer
 def begin_checkpoint(
     path: str | os.PathLike[str],
     *,
@@ -30,38 +28,39 @@ def begin_checkpoint(
 ) -> PendingCheckpoint:
     """Begin a checkpoint of the state as it is now, and let training go on. Collective.
 
-    A thread copies the buckets that are updated first, as many as the optimizer's
-    `checkpoint_room_nbytes` hold, and then writes the others as they lie. An update waits for a
-    bucket that has neither been copied nor written yet: so the bytes are those of this step. Beyond
-    the state and that room a rank needs 4 MiB, for what lies on a device. Frozen parameters and
-    buffers, which forwards may change, are written before this returns.
+    A thread copies the buckets that are updated first, as many as fit into the optimizer's
+    `checkpoint_room_nbytes`, and writes the others straight from the state. An update waits for a
+    bucket that is neither copied nor written yet, so the saved bytes are those of this step.
+    Besides that memory a rank needs 4 MiB for state on a device. Frozen parameters and buffers,
+    which a forward may change, are written before this function returns.
 
-    It becomes a checkpoint with `commit_if_written`, asked after every step, or with `wait`. A
-    change of parameters from outside while it is being written (`load_state_dict`, `clamp_`) makes
-    it fail; through `.data` or NumPy nobody sees that, so wait first.
+    `commit_if_written`, called after every step, or `wait` makes it a checkpoint. If parameters are
+    modified outside the optimizer meanwhile (`load_state_dict`, `clamp_`), the checkpoint fails.
+    Modifications through `.data` or NumPy are not seen, so wait before them.
 
     Args: as `save_checkpoint`.
 
     Raises:
         CheckpointError: as `save_checkpoint`; another one has not been waited for.
-        OSError: on the rank where writing failed, a PeerError on the others. Nothing is left.
+        OSError: on the rank where writing failed; the others raise a PeerError. No file is left.
     """
-    optimizer.synchronize()
-    with HERE.at("checkpoint", patient=True):
-        save = open_save(Path(path), model, optimizer, extra, optimizer.checkpoint_rooms)
-        with save.discarding(), raise_on_all_ranks(save.membership, "writing a checkpoint"):
-            save.write_whole()
-        return PendingCheckpoint(save, optimizer)
+    with optimizer.lock:
+        optimizer.synchronize()
+        with HERE.at("checkpoint", patient=True):
+            save = open_save(Path(path), model, optimizer, extra, optimizer.checkpoint_rooms)
+            with save.discarding(), raise_on_all_ranks(save.membership, "writing a checkpoint"):
+                save.write_whole()
+            return PendingCheckpoint(save, optimizer)
 
 
 class PendingCheckpoint:
-    """A checkpoint that is being written beside training, and is none until it is committed.
+    """A checkpoint that a thread writes during training.
 
-    num_waits, waited_s: how often updates of this rank have waited for it, and for how long in all;
-        known when it is over.
+    num_waits, waited_s: how often updates of this rank waited for the thread, and for how long in
+        total; set when the checkpoint is committed or has failed.
 
-    Owns: the thread that writes, until the optimizer is closed at the latest: that abandons it.
-    Lifecycle: `commit_if_written` after every step, or `wait`, by every rank alike.
+    Owns: the writing thread. Closing the optimizer abandons the checkpoint and ends the thread.
+    Lifecycle: `commit_if_written` after every step, or `wait`; the same calls on every rank.
     """
 
     def __init__(self, save: Save, optimizer: ShardedOptimizer) -> None:
@@ -75,12 +74,12 @@ class PendingCheckpoint:
         self.waited_s = 0.0
 
     def commit_if_written(self) -> bool:
-        """Make it a checkpoint if all ranks have written theirs, as the last step has agreed.
+        """Commit if the last step's all-reduce reported that every rank finished writing.
 
-        Collective exactly then, so every rank calls it after the same steps.
+        Collective only when it commits, so call it on all ranks after the same step.
 
         Returns:
-            Whether it is over: committed, or failed before.
+            Whether the checkpoint is committed now or was committed or failed before.
 
         Raises:
             CheckpointError, OSError, PeerError: as `wait`.
@@ -92,11 +91,11 @@ class PendingCheckpoint:
         return True
 
     def wait(self) -> None:
-        """Make it a checkpoint, once all ranks have written theirs. Collective; once.
+        """Wait until all ranks have written, and commit. Collective; does nothing the second time.
 
         Raises:
-            CheckpointError: it cannot become one, since what it reads was changed from outside.
-            OSError: on the rank where writing failed, a PeerError on the others.
+            CheckpointError: parameters were modified outside the optimizer meanwhile.
+            OSError: on the rank where writing failed; the others raise a PeerError.
         """
         if self._is_over:
             return
@@ -111,7 +110,7 @@ class PendingCheckpoint:
             self._save.commit(entry)
 
     def _result(self) -> RankEntry:
-        """Return what this rank has written, having looked for changes from outside once more."""
+        """Return what this rank has written, after a last check for modified parameters."""
         entry = self._writer.result()
         self._optimizer.finish_reading()
         self._gate.raise_if_spoiled()
@@ -119,7 +118,10 @@ class PendingCheckpoint:
 
 
 class _Writer:
-    """The thread that writes one rank's file; it launches no kernel and talks to no other rank."""
+    """The thread that writes one rank's file. It runs no kernel and no collective.
+
+    It holds no reference to the optimizer: dropping the optimizer abandons the checkpoint.
+    """
 
     def __init__(self, save: Save, gate: ReadGate) -> None:
         self._save = save
@@ -130,7 +132,7 @@ class _Writer:
         self._thread.start()
 
     def result(self) -> RankEntry:
-        """Wait for the thread, and return what it has written or raise what it has met."""
+        """Wait for the thread, and return its result or raise its error."""
         self._thread.join()
         if self._failure is not None:
             raise self._failure
@@ -152,7 +154,7 @@ class _Writer:
             self._gate.finish()
 
     def _read(self, before_each: Callable[[], None]) -> None:
-        """Copy what there is room for, and write the rest, letting updates at what is read."""
+        """Copy the buckets that fit, then write the others; free each for updates once read."""
         for bucket in self._save.buckets:
             if self._save.copy_bucket(bucket, before_each):
                 self._gate.free(bucket)

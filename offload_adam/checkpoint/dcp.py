@@ -16,11 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from offload_adam.checkpoint.content import ParameterNames, decoded_optimizer
-from offload_adam.checkpoint.encoding import encode
-from offload_adam.checkpoint.manifest import FORMAT_VERSION
+from offload_adam.checkpoint.format import FORMAT_VERSION, decoded_optimizer, encode
+from offload_adam.checkpoint.save import ParameterNames
 from offload_adam.sharded_optimizer import ShardedOptimizer
-from offload_adam.step.box_tensor import BoxTensor, memory_order, range_sources
+from offload_adam.state.state_shard import BoxTensor, memory_order, range_sources
 
 
 class OptimizerState:

@@ -1,14 +1,26 @@
-"""The files of a checkpoint: safetensors, streamed out with checksums and read back verified."""
+"""The files of a checkpoint: safetensors, streamed out with checksums and read back verified.
+
+A save writes into a folder of its own, `<checkpoint>.<node>-<process>-<random>.partial`, and one
+rename makes it a checkpoint. The name says which process writes: a later save can remove what a
+killed one has left, and never touches the folder of a save that still runs.
+"""
 
 from __future__ import annotations
 
 import errno
+import glob
+import hashlib
 import json
 import os
+import re
+import shutil
+import socket
 import stat
+import uuid
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import RawIOBase
 from math import prod
@@ -16,15 +28,92 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from offload_adam.checkpoint.manifest import BLOCK_NBYTES, ITEMSIZES, FileEntry
+import psutil
+import torch
+
+from offload_adam.checkpoint.format import (
+    BLOCK_NBYTES,
+    DTYPE_NAMES,
+    DTYPES,
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    Piece,
+    RankEntry,
+    TensorEntry,
+    parse_manifest,
+)
 from offload_adam.errors import CheckpointError
+from offload_adam.state.state_shard import boxes_of_range
 
 NUM_BLOCKS = 4
 """Blocks that are kept while a checkpoint is read: a tensor's pieces lie in one or two files."""
 
-NUM_OPEN_FILES = 8
-"""Files of a checkpoint that are open at once: a process may open no more than 1,024 on many a
-machine, and a checkpoint has one for each rank."""
+PARTIAL_SUFFIX = ".partial"
+_OWNER = re.compile(r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}" + re.escape(PARTIAL_SUFFIX))
+
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
+"""What file systems without hard links answer."""
+
+_in_progress: set[str] = set()
+"""Names that this process is writing to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A contiguous range of a named tensor, as it lies in memory.
+
+    Boxes count in the tensor's dimensions as they lie in memory: who reads a file with another
+    safetensors reader finds a channels_last weight with its channels last.
+
+    shape, order: of the whole tensor, see `format.TensorEntry`.
+    data: 1-d, on any device; elements [start, end) in memory order.
+    bucket: whose update writes to it, None for none.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    start: int
+    end: int
+    data: torch.Tensor
+    bucket: int | None = None
+
+    @property
+    def dtype_name(self) -> str:
+        """Safetensors' name of the dtype."""
+        return DTYPE_NAMES[self.data.dtype]
+
+    def blobs(self) -> Iterator[tuple[Blob, tuple[int, ...]]]:
+        """Yield the boxes that the range is cut into, as they lie, with their offsets."""
+        memory_shape = [self.shape[dim] for dim in self.order]
+        done = 0
+        for box in boxes_of_range(memory_shape, self.start, self.end):
+            numel = prod(box.sizes)
+            data = host_bytes(self.data[done : done + numel])
+            label = ",".join(map(str, box.offsets))
+            yield Blob(f"{self.name}@{label}", self.dtype_name, box.sizes, data), box.offsets
+            done += numel
+
+
+def host_bytes(data: torch.Tensor) -> Iterator[memoryview]:
+    """Yield views that together are all bytes of a 1-d tensor, each valid until the next.
+
+    A host tensor's are views of its memory. A device's are copied, one block at a time.
+    """
+    if data.device.type == "cpu":
+        yield as_bytes(data)
+        return
+    for piece in data.split(BLOCK_NBYTES // data.element_size()):
+        yield as_bytes(piece.cpu())
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return a 1-d host tensor's memory."""
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    view: memoryview = tensor.detach().view(torch.uint8).numpy().data
+    return view
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +131,7 @@ class Blob:
     @property
     def nbytes(self) -> int:
         """The bytes that it takes in a file."""
-        return ITEMSIZES[self.dtype] * prod(self.sizes)
+        return DTYPES[self.dtype].itemsize * prod(self.sizes)
 
 
 class _SummedFile:
@@ -138,6 +227,57 @@ class FileWriter:
     def close(self) -> None:
         """Close the file, whole or not. Idempotent."""
         self._raw.close()
+
+
+def rank_file_name(rank: int, world_size: int) -> str:
+    """Return the name of a rank's file."""
+    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+class RankFile:
+    """Writes the parts of one rank into its file, `path`.
+
+    Owns: the file, until `finish` or `close`.
+    Lifecycle: `write` for all parts in the order of the constructor's, in as many calls as suit,
+    from any one thread at a time; then `finish`.
+    """
+
+    def __init__(self, folder: Path, name: str, parts: Sequence[Part]) -> None:
+        self.path = folder / name
+        cut = {part.name: list(part.blobs()) for part in parts}
+        self._blobs = {label: [blob for blob, _ in boxes] for label, boxes in cut.items()}
+        self._file = FileWriter(self.path, [b for blobs in self._blobs.values() for b in blobs])
+        self._tensors = {
+            part.name: TensorEntry(
+                dtype=part.dtype_name,
+                shape=list(part.shape),
+                order=list(part.order),
+                pieces=[
+                    Piece(
+                        offsets=list(offsets),
+                        sizes=list(blob.sizes),
+                        file=name,
+                        start=self._file.starts[blob.name],
+                    )
+                    for blob, offsets in cut[part.name]
+                ],
+            )
+            for part in parts
+        }
+
+    def write(self, parts: Iterable[Part]) -> None:
+        """Write the next parts."""
+        for part in parts:
+            for blob in self._blobs[part.name]:
+                self._file.write(blob)
+
+    def finish(self) -> RankEntry:
+        """Flush the file to the disk, and return this rank's part of the manifest."""
+        return RankEntry(name=self.path.name, file=self._file.finish(), tensors=self._tensors)
+
+    def close(self) -> None:
+        """Close the file, whole or not. Idempotent."""
+        self._file.close()
 
 
 def open_regular(path: Path) -> int:
@@ -272,49 +412,34 @@ class VerifiedFile:
             done += count
 
 
-class VerifiedFiles:
-    """The files of a checkpoint, few of them open at once, and those that were read last.
+def partial_name(name: str) -> str:
+    """Return a new name for what this process writes before it is renamed to `name`.
 
-    Owns: at most `NUM_OPEN_FILES` descriptors and `NUM_BLOCKS` blocks, until `close`.
+    It counts as in progress until `publish` or `discard`.
+    """
+    own = f"{name}.{_node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}"
+    _in_progress.add(own)
+    return own
+
+
+def commit_files(partial: Path, target: Path, manifest: Manifest) -> None:
+    """Check that nothing is missing, write the manifest, and rename `partial` to `target`.
 
     Raises:
-        CheckpointError: a file is missing or has another length than it should.
+        CheckpointError: a file is not there: some rank has written to another disk, or to one that
+            has gone since. Or another save has written to `target` meanwhile.
     """
-
-    def __init__(self, folder: Path, entries: Mapping[str, FileEntry]) -> None:
-        self._folder = folder
-        self._entries = entries
-        self._memory = BlockMemory()
-        self._open: OrderedDict[str, VerifiedFile] = OrderedDict()
-        try:
-            for name in entries:
-                self[name]
-        except BaseException:
-            self.close()
-            raise
-
-    def __getitem__(self, name: str) -> VerifiedFile:
-        """Return a file, open until `NUM_OPEN_FILES` others have been asked for."""
-        file = self._open.get(name)
-        if file is None:
-            if len(self._open) == NUM_OPEN_FILES:
-                _, oldest = self._open.popitem(last=False)
-                oldest.close()
-            file = VerifiedFile(self._folder, name, self._entries[name], self._memory)
-            self._open[name] = file
-        self._open.move_to_end(name)
-        return file
-
-    def verify(self) -> None:
-        """Check every block of every file."""
-        for name in self._entries:
-            self[name].verify()
-
-    def close(self) -> None:
-        """Close what is open. Idempotent."""
-        for file in self._open.values():
-            file.close()
-        self._open.clear()
+    text = manifest.to_json()
+    parse_manifest(text, str(target))
+    for name, entry in manifest.files.items():
+        VerifiedFile(partial, name, entry).close()
+    with (partial / MANIFEST_NAME).open("x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    flush_folder(partial)
+    publish(partial, target)
+    flush_folder(target.parent)
 
 
 def flush_folder(folder: Path) -> None:
@@ -324,3 +449,73 @@ def flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Rename a completed file or folder to its target.
+
+    Raises:
+        CheckpointError: another process has written a folder there meanwhile.
+    """
+    try:
+        _rename(partial, target)
+    except OSError as error:
+        if not os.path.lexists(target):
+            raise
+        raise CheckpointError(
+            f"{target} was written by another process meanwhile, and this one's is discarded: give "
+            "each job a path of its own"
+        ) from error
+    _in_progress.discard(partial.name)
+
+
+def _rename(partial: Path, target: Path) -> None:
+    """Rename atomically, unless there is something at the target: of several saves one succeeds."""
+    if partial.is_file():
+        # A rename would replace another file, a link does not.
+        try:
+            os.link(partial, target)
+        except OSError as error:
+            if error.errno not in _NO_LINKS or os.path.lexists(target):
+                raise
+        else:
+            partial.unlink()
+            return
+    partial.rename(target)  # a folder replaces no folder with files in it
+
+
+def discard(partial: Path) -> None:
+    """Remove what will not be published; what cannot be removed now is left to a later save."""
+    if partial.is_dir():
+        shutil.rmtree(partial, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            partial.unlink()
+    _in_progress.discard(partial.name)
+
+
+def remove_abandoned(target: Path) -> None:
+    """Remove the folders of earlier saves to `target` that no process writes any more.
+
+    Only processes of this node can be looked for: what a process of another one has left stays.
+    """
+    for partial in target.parent.glob(f"{glob.escape(target.name)}.*{PARTIAL_SUFFIX}"):
+        owner = _OWNER.fullmatch(partial.name.removeprefix(target.name))
+        if owner is None or owner[1] != _node():
+            continue
+        process = int(owner[2])
+        ours = process == os.getpid()
+        if partial.name not in _in_progress if ours else not psutil.pid_exists(process):
+            discard(partial)
+
+
+def _node() -> str:
+    """Return what tells apart where process ids mean the same processes: host, boot, container."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    namespace = Path("/proc/self/ns/pid")
+    known = [
+        socket.gethostname(),
+        boot.read_text(encoding="ascii") if boot.exists() else "",
+        os.readlink(namespace) if namespace.exists() else "",
+    ]
+    return hashlib.sha256("\0".join(known).encode()).hexdigest()[:8]

@@ -1,10 +1,18 @@
-"""Read a checkpoint into a model and an optimizer, of any world size, every byte verified."""
+"""Read a checkpoint into a model and an optimizer, of any world size, every byte verified.
+
+load_checkpoint
+    read_manifest, _check       compare names, shapes, dtypes and groups; nothing is changed
+    _read_in_place              read every range straight into the state, file by file
+    _load_modules               let modules restore what they computed when they were saved
+    load_plain_state            groups, step counts and the rest that is no tensor
+"""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from math import prod
@@ -16,58 +24,54 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import nn
 
-from offload_adam.checkpoint.content import (
+from offload_adam.checkpoint.files import BlockMemory, VerifiedFile, as_bytes
+from offload_adam.checkpoint.format import (
+    BLOCK_NBYTES,
     DTYPE_NAMES,
     DTYPES,
-    ModelState,
-    ParameterNames,
-    as_bytes,
-    decoded_optimizer,
-    model_state,
-)
-from offload_adam.checkpoint.files import VerifiedFiles
-from offload_adam.checkpoint.manifest import (
-    BLOCK_NBYTES,
     Manifest,
     TensorEntry,
+    decoded_optimizer,
     read_manifest,
     sorted_pieces,
 )
+from offload_adam.checkpoint.save import ModelState, ParameterNames, model_state
 from offload_adam.coordinator.admission import raise_on_all_ranks
 from offload_adam.errors import CheckpointError
 from offload_adam.observe.place import HERE
 from offload_adam.sharded_optimizer import ShardedOptimizer
-from offload_adam.sharded_optimizer.locking import serialized_by_optimizer
-from offload_adam.step.box_tensor import inverse_order, memory_order
-from offload_adam.step.parameter_shard import ParameterShard
+from offload_adam.state.state_shard import ParameterShard, inverse_order, memory_order
 
 logger = logging.getLogger(__name__)
 
+NUM_OPEN_FILES = 8
+"""Files of a checkpoint that are open at once: a process may open no more than 1,024 on many a
+machine, and a checkpoint has one for each rank."""
 
-@serialized_by_optimizer
+
 def load_checkpoint(
     path: str | os.PathLike[str], *, model: nn.Module, optimizer: ShardedOptimizer
 ) -> dict[str, Any]:
     """Load what `save_checkpoint` wrote, whatever the world size then and now. Collective.
 
     Names, shapes, dtypes and groups are compared before anything is changed, and nothing is cast.
-    Bytes go from the files into the state as it lies, file by file and block by verified block:
-    besides the state itself a rank needs 4 blocks of 4 MiB, one more for what lies on a device, and
-    one tensor where the order of its elements in memory has changed. Few files are open at once.
-    Afterwards `model.load_state_dict` runs, with what modules themselves add to a state dict
-    (`get_extra_state`, hooks) and with the tensors as they are by then.
+    Bytes are read straight into the state, file by file, and every block is verified. Besides the
+    state a rank needs 4 blocks of 4 MiB, one more for state on a device, and one whole tensor where
+    the order of its elements in memory has changed. Few files are open at once.
+    Afterwards `model.load_state_dict` runs, with the entries that modules themselves add to a state
+    dict (`get_extra_state`, hooks) and with the tensors that have been read.
 
     Returns:
-        What was given as `extra`, tensors in it on the host.
+        The `extra` that was saved, with its tensors on the host.
 
     Raises:
-        CheckpointError: on every rank. Nothing is changed, unless the message speaks of damage or
-            of `load_state_dict`: then a part is loaded, and another checkpoint must be loaded.
+        CheckpointError: on every rank. Nothing is changed, unless the message names damage or
+            `load_state_dict`: then a part is loaded, and another checkpoint must be loaded.
     """
     folder = Path(path)
     membership = optimizer.membership
     name_of = ParameterNames(model)
-    with HERE.at("checkpoint", patient=True), ExitStack() as stack:
+    with optimizer.lock, HERE.at("checkpoint", patient=True), ExitStack() as stack:
         with raise_on_all_ranks(membership, "reading a checkpoint"):
             manifest = read_manifest(folder)
             reader = stack.enter_context(CheckpointReader(folder, manifest))
@@ -107,9 +111,10 @@ class Read(NamedTuple):
 
 
 class CheckpointReader:
-    """The files of a checkpoint.
+    """The files of a checkpoint, few of them open at once, and the blocks that were read last.
 
-    Owns: a few descriptors and blocks, until it is left as a context.
+    Owns: at most `NUM_OPEN_FILES` descriptors and `NUM_BLOCKS` blocks, until it is left as a
+    context.
 
     Raises:
         CheckpointError: a file is missing or has another length than the manifest says.
@@ -117,11 +122,20 @@ class CheckpointReader:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.manifest = manifest
-        self._files = VerifiedFiles(folder, manifest.files)
+        self._folder = folder
+        self._memory = BlockMemory()
+        self._open: OrderedDict[str, VerifiedFile] = OrderedDict()
+        try:
+            for name in manifest.files:
+                self._file(name)
+        except BaseException:
+            self.close()
+            raise
 
     def verify(self) -> None:
         """Check every byte."""
-        self._files.verify()
+        for name in self.manifest.files:
+            self._file(name).verify()
 
     def reads(self, name: str, target: torch.Tensor, start: int) -> Iterator[Read]:
         """Yield what brings elements [start, start + n) of a tensor, in its saved order.
@@ -144,7 +158,7 @@ class CheckpointReader:
                 host = (
                     piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu")
                 )
-                self._files[file].read_into(as_bytes(host), start)
+                self._file(file).read_into(as_bytes(host), start)
                 start += host.nbytes
                 if host is not piece:
                     piece.copy_(host)
@@ -170,6 +184,12 @@ class CheckpointReader:
         self.fill(name, flat, 0)
         return flat.view(entry.memory_shape).permute(inverse_order(entry.order))
 
+    def close(self) -> None:
+        """Close what is open. Idempotent."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
     def __enter__(self) -> Self:
         return self
 
@@ -179,7 +199,19 @@ class CheckpointReader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._files.close()
+        self.close()
+
+    def _file(self, name: str) -> VerifiedFile:
+        """Return a file, open until `NUM_OPEN_FILES` others have been asked for."""
+        file = self._open.get(name)
+        if file is None:
+            if len(self._open) == NUM_OPEN_FILES:
+                _, oldest = self._open.popitem(last=False)
+                oldest.close()
+            file = VerifiedFile(self._folder, name, self.manifest.files[name], self._memory)
+            self._open[name] = file
+        self._open.move_to_end(name)
+        return file
 
 
 def _check(

@@ -1,50 +1,58 @@
-"""Write a checkpoint: every rank its own shards, committed by one rename."""
+"""Write a checkpoint: every rank writes its own shards, and one rename commits them.
+
+save_checkpoint
+    open_save       check what is saved; make a partial folder and each rank's file in it
+    Save.write      write this rank's file (`background` writes it bucket by bucket instead)
+    Save.commit     gather the ranks' entries; rank 0 writes the manifest and renames
+"""
 
 from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from offload_adam.checkpoint.content import (
-    ModelState,
-    ParameterNames,
+from offload_adam.checkpoint.files import (
     Part,
-    model_state,
-    sharded_parts,
-    whole_part,
+    RankFile,
+    as_bytes,
+    commit_files,
+    discard,
+    host_bytes,
+    partial_name,
+    rank_file_name,
+    remove_abandoned,
 )
-from offload_adam.checkpoint.encoding import encode
-from offload_adam.checkpoint.files import VerifiedFile, flush_folder
-from offload_adam.checkpoint.manifest import (
+from offload_adam.checkpoint.format import (
+    DTYPE_NAMES,
     FORMAT_VERSION,
-    MANIFEST_NAME,
     Manifest,
     OptimizerEntry,
+    RankEntry,
     TensorEntry,
-    parse_manifest,
+    encode,
 )
-from offload_adam.checkpoint.partial import discard, partial_name, publish, remove_abandoned
-from offload_adam.checkpoint.rank_file import RankEntry, RankFile, rank_file_name
-from offload_adam.checkpoint.room import copy_bytes, places_in
 from offload_adam.coordinator.admission import gather_texts, raise_on_all_ranks
 from offload_adam.coordinator.membership import Membership
 from offload_adam.errors import CheckpointError, PeerFailedError
+from offload_adam.layout.budget import ROOM_ALIGNMENT_NBYTES
+from offload_adam.layout.flat import align
 from offload_adam.observe.place import HERE
 from offload_adam.sharded_optimizer import ShardedOptimizer
-from offload_adam.sharded_optimizer.locking import serialized_by_optimizer
+from offload_adam.state.state_shard import memory_order
+from offload_adam.torch_private import is_lazy
 
 _TOKEN_NAME = "token"
 
 
-@serialized_by_optimizer
 def save_checkpoint(
     path: str | os.PathLike[str],
     *,
@@ -54,56 +62,136 @@ def save_checkpoint(
 ) -> None:
     """Write model and optimizer into a new folder that every rank sees. Collective.
 
-    Each rank writes the ranges that it owns, straight from where they lie; a device's in copies of
-    4 MiB. All of it goes to a folder of this save's own beside `path`, whose name ends in
-    `.partial`, and one rename makes it a checkpoint when every rank's bytes are on the disk: a
-    crash at any moment leaves earlier checkpoints as they are. Of several saves to one path one
-    succeeds, and the others raise an error.
+    Each rank writes the ranges that it owns, straight from host memory; ranges on a device are
+    copied in blocks of 4 MiB. All files go into a folder beside `path` whose name ends in
+    `.partial`. When every rank's bytes are on the disk, one rename makes the folder a checkpoint: a
+    crash at any moment leaves earlier checkpoints as they are. If several processes save to one
+    path, one succeeds and the others raise an error.
 
-    Gradients are no part of it: of an accumulation in progress the weights and the state before it
-    are saved, so save after a step.
+    Gradients are not saved. During an accumulation the checkpoint holds the weights and the state
+    from before it, so save after a step.
 
     Args:
-        extra: for `load_checkpoint` to return, as it is on rank 0: any nesting of lists, tuples,
-            sets, dicts, numbers, text, bytes, and of tensors and NumPy arrays of up to 1 MiB. So
-            the `state_dict()` of a scheduler, a sampler or a GradScaler, and states of random
-            number generators. Types and values come back exactly, tensors on the host.
+        extra: what `load_checkpoint` is to return; rank 0's is saved. Any nesting of lists, tuples,
+            sets, dicts, numbers, text, bytes, and of tensors and NumPy arrays of up to 1 MiB: for
+            example the `state_dict()` of a scheduler, a sampler or a GradScaler, and states of
+            random number generators. Types and values come back exactly, tensors on the host.
 
     Raises:
-        CheckpointError: the path exists, now or when all is written; the folder is not shared by
-            all ranks; or something of `extra`, of the optimizer's groups or of the model's state
-            dict cannot be written. On every rank.
-        OSError: on the rank where writing failed, a PeerError on the others. Nothing is left.
+        CheckpointError: on every rank. The path exists, now or when all is written; the folder is
+            not shared by all ranks; or a value in `extra`, in the optimizer's groups or in the
+            model's state dict cannot be saved.
+        OSError: on the rank where writing failed; the others raise a PeerError. No file is left.
     """
-    optimizer.synchronize()
-    with HERE.at("checkpoint", patient=True):
-        save = open_save(Path(path), model, optimizer, extra)
-        with save.discarding():
-            with raise_on_all_ranks(save.membership, "writing a checkpoint"):
-                entry = save.write()
-            save.commit(entry)
+    with optimizer.lock:
+        optimizer.synchronize()
+        with HERE.at("checkpoint", patient=True):
+            save = open_save(Path(path), model, optimizer, extra)
+            with save.discarding():
+                with raise_on_all_ranks(save.membership, "writing a checkpoint"):
+                    entry = save.write()
+                save.commit(entry)
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What of a checkpoint is no tensor, as it was when the save began, see `Manifest`."""
+def open_save(
+    target: Path,
+    model: nn.Module,
+    optimizer: ShardedOptimizer,
+    extra: Mapping[str, Any] | None,
+    rooms: Sequence[torch.Tensor] = (),
+) -> Save:
+    """Check everything that is saved, and open a partial folder and this rank's file. Collective.
 
-    step: int
-    optimizer: OptimizerEntry
-    tied: dict[str, str]
-    values: dict[str, Any]
-    extra: dict[str, Any]
+    Args:
+        rooms: see `Save`.
+    """
+    membership = optimizer.membership
+    with raise_on_all_ranks(membership, "preparing a checkpoint"):
+        if optimizer.is_being_read:
+            raise CheckpointError(
+                "another checkpoint is being written in the background: wait for it first"
+            )
+        plain = encode(optimizer.plain_state(ParameterNames(model)), "optimizer")
+        state = model_state(model, optimizer)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            step=optimizer.num_steps,
+            world_size=membership.world_size,
+            tensors={},
+            files={},
+            optimizer=OptimizerEntry.model_validate(plain),
+            tied=state.tied,
+            values={name: encode(value, name) for name, value in state.values.items()},
+            extra=encode(dict(extra or {}), "extra"),
+        )
+    # Rank 0's name for the folder: two saves of one path must not write into one.
+    own = partial_name(target.name) if membership.rank == 0 else ""
+    partial = target.with_name(gather_texts(membership, own)[0])
+    with _discarding(partial, membership):
+        _open_folder(target, partial, membership)
+        with raise_on_all_ranks(membership, "opening a checkpoint's files"):
+            parts = _parts(model, optimizer, state)
+            save = Save(target, partial, membership, parts, manifest, rooms)
+    return save
+
+
+@contextmanager
+def _discarding(partial: Path, membership: Membership) -> Iterator[None]:
+    """Remove the partial folder if the body raises an error, which every rank then does."""
+    try:
+        yield
+    except BaseException as error:
+        # When a peer has failed, other ranks may not know yet and still write into the folder.
+        if membership.rank == 0 and not isinstance(error, PeerFailedError):
+            discard(partial)
+        raise
+
+
+def require_shared(folder: Path, membership: Membership) -> None:
+    """Check that every rank sees the folder that rank 0 makes, by a file in it. Collective.
+
+    Raises:
+        CheckpointError: on every rank, naming the ranks that do not see the file.
+        OSError: on rank 0, where the file cannot be written; the others raise a PeerError.
+    """
+    # A name of its own: another job may look for its token in the same folder.
+    path = folder / f"{_TOKEN_NAME}-{gather_texts(membership, uuid.uuid4().hex)[0]}"
+    with raise_on_all_ranks(membership, "opening a checkpoint"):
+        if membership.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    with raise_on_all_ranks(membership, "looking for rank 0's folder"):
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder.parent} is not shared: this rank does not see what rank 0 has written"
+            )
+    if membership.rank == 0:
+        path.unlink(missing_ok=True)
+
+
+def _open_folder(target: Path, partial: Path, membership: Membership) -> None:
+    """Make the partial folder on rank 0, and check that every rank sees it."""
+    with raise_on_all_ranks(membership, "opening a checkpoint"):
+        if target.exists():
+            raise CheckpointError(f"{target} exists: a checkpoint is never written over")
+        if membership.rank == 0:
+            remove_abandoned(target)
+            partial.mkdir(parents=True)
+    require_shared(partial, membership)
 
 
 class Save:
-    """A checkpoint that is being written, and is none yet.
+    """A checkpoint in progress: this rank's file in a partial folder, and the commit.
 
     Owns: this rank's file, until `finish`, `close` or an error.
-    Lifecycle: `write` at once; or `write_whole`, then `copy_bucket` and `write_bucket` for every
-    one of `buckets`, `write_copies` and `finish`; then `commit`.
+    Lifecycle: either `write`, or `write_whole`, then `copy_bucket` and `write_bucket` for each of
+    `buckets`, then `write_copies` and `finish`; after that `commit`.
 
     Args:
-        rooms: for copies of the buckets that are updated first; they come last in the file.
+        parts: what this rank writes.
+        plain: the manifest when the save began, without tensors and files.
+        rooms: host memory for copies of the buckets that are updated first. The copies come last in
+            the file.
     """
 
     def __init__(
@@ -112,7 +200,7 @@ class Save:
         partial: Path,
         membership: Membership,
         parts: Sequence[Part],
-        plain: Written,
+        plain: Manifest,
         rooms: Sequence[torch.Tensor] = (),
     ) -> None:
         self.membership = membership
@@ -138,26 +226,25 @@ class Save:
         return list(self._buckets)
 
     def write(self) -> RankEntry:
-        """Write all of this rank's file."""
+        """Write this rank's file at once, without copies."""
+        assert not self._copies
         self.write_whole()
         for bucket in self._buckets:
-            self.copy_bucket(bucket)
             self.write_bucket(bucket)
-        self.write_copies()
         return self.finish()
 
     def write_whole(self) -> None:
-        """Write what no update of the optimizer guards: frozen parameters and buffers."""
+        """Write what the optimizer does not update: frozen parameters and buffers."""
         self._file.write(self._whole)
 
     def copy_bucket(self, bucket: int, before_each: Callable[[], None] = lambda: None) -> bool:
-        """Copy what there is room for of this rank's part of a bucket.
+        """Copy the tensors of a bucket that have a place in `rooms`.
 
         Args:
-            before_each: called before each tensor of it.
+            before_each: called before each tensor.
 
         Returns:
-            Whether that is all of it: nobody reads the bucket any more.
+            Whether these are all tensors of the bucket, so that it may be updated.
         """
         copied = [part for part in self._buckets[bucket] if part.name in self._copies]
         for part in copied:
@@ -166,10 +253,10 @@ class Save:
         return len(copied) == len(self._buckets[bucket])
 
     def write_bucket(self, bucket: int, before_each: Callable[[], None] = lambda: None) -> None:
-        """Write from where it lies what has not been copied of this rank's part of a bucket.
+        """Write the tensors of a bucket that are not copied, straight from the state.
 
         Args:
-            before_each: called before each tensor of it.
+            before_each: called before each tensor.
         """
         for part in self._buckets[bucket]:
             if part.name not in self._copies:
@@ -177,7 +264,7 @@ class Save:
                 self._file.write([part])
 
     def write_copies(self, before_each: Callable[[], None] = lambda: None) -> None:
-        """Write what has been copied, when all the rest has been written."""
+        """Write the copies, after all other tensors."""
         for copy in self._copies.values():
             before_each()
             self._file.write([copy])
@@ -191,12 +278,12 @@ class Save:
         self._file.close()
 
     def remove(self) -> None:
-        """Remove this rank's file, of a checkpoint that nobody will commit."""
+        """Remove this rank's file; the checkpoint cannot be committed any more."""
         self.close()
         self._file.path.unlink(missing_ok=True)
 
     def commit(self, entry: RankEntry) -> None:
-        """Make it a checkpoint, once every rank has written. Collective."""
+        """Write the manifest and rename the folder, once every rank has written. Collective."""
         texts = gather_texts(self.membership, entry.model_dump_json())
         with raise_on_all_ranks(self.membership, "committing a checkpoint"):
             if self.membership.rank == 0:
@@ -205,7 +292,7 @@ class Save:
 
     @contextmanager
     def discarding(self) -> Iterator[None]:
-        """Remove all of it when every rank knows that it cannot become a checkpoint."""
+        """Close this rank's file and remove the folder if the body raises an error."""
         with _discarding(self._partial, self.membership):
             try:
                 yield
@@ -214,90 +301,51 @@ class Save:
                 raise
 
 
-def open_save(
-    target: Path,
-    model: nn.Module,
-    optimizer: ShardedOptimizer,
-    extra: Mapping[str, Any] | None,
-    rooms: Sequence[torch.Tensor] = (),
-) -> Save:
-    """Check what is to be saved, and make the folder and every rank's file in it. Collective.
+def manifest_of(entries: Sequence[RankEntry], plain: Manifest) -> Manifest:
+    """Complete the manifest with what every rank has written."""
+    tensors: dict[str, TensorEntry] = {}
+    for entry in entries:
+        for name, tensor in entry.tensors.items():
+            before = tensors.get(name)
+            if before is not None:
+                tensor = before.model_copy(update={"pieces": [*before.pieces, *tensor.pieces]})
+            tensors[name] = tensor
+    files = {entry.name: entry.file for entry in entries}
+    return plain.model_copy(update={"tensors": tensors, "files": files})
+
+
+def places_in(rooms: Sequence[torch.Tensor], parts: Iterable[Part]) -> dict[str, Part]:
+    """Return by name where copies of parts will lie, for all parts that fit into `rooms`, in order.
+
+    A part that does not fit is left out; later ones may still fit.
 
     Args:
-        rooms: see `Save`.
+        rooms: (n,) uint8 each, starting at a multiple of 128 bytes.
     """
-    membership = optimizer.membership
-    with raise_on_all_ranks(membership, "preparing a checkpoint"):
-        if optimizer.is_being_read:
-            raise CheckpointError(
-                "another checkpoint is being written in the background: wait for it first"
-            )
-        plain = encode(optimizer.plain_state(ParameterNames(model)), "optimizer")
-        state = model_state(model, optimizer)
-        written = Written(
-            step=optimizer.num_steps,
-            optimizer=OptimizerEntry.model_validate(plain),
-            tied=state.tied,
-            values={name: encode(value, name) for name, value in state.values.items()},
-            extra=encode(dict(extra or {}), "extra"),
-        )
-    # Rank 0's name for the folder: two saves of one path must not write into one.
-    own = partial_name(target.name) if membership.rank == 0 else ""
-    partial = target.with_name(gather_texts(membership, own)[0])
-    with _discarding(partial, membership):
-        _open_folder(target, partial, membership)
-        with raise_on_all_ranks(membership, "opening a checkpoint's files"):
-            parts = _parts(model, optimizer, state)
-            save = Save(target, partial, membership, parts, written, rooms)
-    return save
+    placed: dict[str, Part] = {}
+    used = [0] * len(rooms)
+    for part in parts:
+        for number, room in enumerate(rooms):
+            start, end = used[number], used[number] + part.data.nbytes
+            if end <= room.nbytes:
+                placed[part.name] = replace(part, data=room[start:end].view(part.data.dtype))
+                used[number] = align(end, ROOM_ALIGNMENT_NBYTES)
+                break
+    return placed
 
 
-@contextmanager
-def _discarding(partial: Path, membership: Membership) -> Iterator[None]:
-    """Remove a folder when every rank knows that nothing will come of it."""
-    try:
-        yield
-    except BaseException as error:
-        if membership.rank == 0 and not isinstance(error, PeerFailedError):
-            discard(partial)
-        raise
-
-
-def require_shared(folder: Path, membership: Membership) -> None:
-    """See on every rank a file that rank 0 writes into a folder, which it makes. Collective.
-
-    Raises:
-        CheckpointError: on every rank, naming those that do not see it.
-        OSError: on rank 0 where it cannot be written, a PeerError on the others.
-    """
-    # A name of its own: another job may look for its token in the same folder.
-    path = folder / f"{_TOKEN_NAME}-{gather_texts(membership, uuid.uuid4().hex)[0]}"
-    with raise_on_all_ranks(membership, "opening a checkpoint"):
-        if membership.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            path.touch()
-    with raise_on_all_ranks(membership, "looking for rank 0's folder"):
-        if not path.is_file():
-            raise CheckpointError(
-                f"{folder.parent} is not shared: this rank does not see what rank 0 has written"
-            )
-    if membership.rank == 0:
-        path.unlink(missing_ok=True)
-
-
-def _open_folder(target: Path, partial: Path, membership: Membership) -> None:
-    """Make the folder on rank 0, and see on every rank that it is the same one."""
-    with raise_on_all_ranks(membership, "opening a checkpoint"):
-        if target.exists():
-            raise CheckpointError(f"{target} exists: a checkpoint is never written over")
-        if membership.rank == 0:
-            remove_abandoned(target)
-            partial.mkdir(parents=True)
-    require_shared(partial, membership)
+def copy_bytes(part: Part, copy: Part) -> None:
+    """Fill a copy. NumPy copies on the calling thread and releases the interpreter's lock."""
+    target = np.frombuffer(as_bytes(copy.data), dtype=np.uint8)
+    done = 0
+    for view in host_bytes(part.data):
+        piece = np.frombuffer(view, dtype=np.uint8)
+        np.copyto(target[done : done + piece.size], piece)
+        done += piece.size
 
 
 def _parts(model: nn.Module, optimizer: ShardedOptimizer, state: ModelState) -> list[Part]:
-    """Return what this rank writes; what all have whole, and names without bytes, rank 0."""
+    """Return what this rank writes; rank 0 adds whole tensors and the names of empty ones."""
     rank = optimizer.membership.rank
     if rank != 0 and not optimizer.is_sharded:
         return []
@@ -311,43 +359,104 @@ def _parts(model: nn.Module, optimizer: ShardedOptimizer, state: ModelState) -> 
     return parts
 
 
-def manifest_of(entries: Sequence[RankEntry], plain: Written) -> Manifest:
-    """Put the ranks' parts together."""
-    tensors: dict[str, TensorEntry] = {}
-    for entry in entries:
-        for name, tensor in entry.tensors.items():
-            before = tensors.get(name)
-            if before is not None:
-                tensor = before.model_copy(update={"pieces": [*before.pieces, *tensor.pieces]})
-            tensors[name] = tensor
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        step=plain.step,
-        world_size=len(entries),
-        tensors=tensors,
-        files={entry.name: entry.file for entry in entries},
-        optimizer=plain.optimizer,
-        tied=plain.tied,
-        values=plain.values,
-        extra=plain.extra,
-    )
+class ParameterNames:
+    """A model's names of its parameters, a tied one under its first."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def __call__(self, parameter: torch.Tensor) -> str:
+        """Return the name of an optimizer's parameter.
+
+        Raises:
+            CheckpointError: it is not the model's.
+        """
+        name = self._names.get(id(parameter))
+        if name is None:
+            raise CheckpointError(
+                f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not "
+                "among the model's: give the model that the optimizer trains"
+            )
+        return name
 
 
-def commit_files(partial: Path, target: Path, manifest: Manifest) -> None:
-    """Check that nothing is missing, write the manifest, and rename `partial` to `target`.
+def sharded_parts(model: nn.Module, optimizer: ShardedOptimizer) -> Iterator[Part]:
+    """Yield this rank's ranges of all trained parameters and their state, bucket by bucket."""
+    name_of = ParameterNames(model)
+    for shard in optimizer.shards():
+        name = name_of(shard.parameter)
+        shape, order = tuple(shard.parameter.shape), memory_order(shard.parameter)
+        tensors = {f"model/{name}": shard.weight}
+        tensors |= {f"optimizer/{name}/{key}": plane for key, plane in shard.planes.items()}
+        for full_name, data in tensors.items():
+            yield Part(full_name, shape, order, shard.start, shard.end, data, shard.bucket)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """A model's state dict but for what the optimizer trains, by names in a checkpoint.
+
+    whole: frozen parameters and saved buffers, the live tensors.
+    computed: tensors that a module computes when it is saved, from which `load_state_dict` restores
+        its state: `get_extra_state`, a `_save_to_state_dict` of its own, state-dict hooks.
+    values: as `computed`, entries that are no tensors.
+    tied: further names of live tensors, each with the one that the tensor is saved under.
+    """
+
+    whole: dict[str, torch.Tensor]
+    computed: dict[str, torch.Tensor]
+    values: dict[str, Any]
+    tied: dict[str, str]
+
+
+def model_state(model: nn.Module, optimizer: ShardedOptimizer) -> ModelState:
+    """Divide a model's state dict into its live tensors and its computed entries.
 
     Raises:
-        CheckpointError: a file is not there: some rank has written to another disk, or to one that
-            has gone since. Or another save has written to `target` meanwhile.
+        CheckpointError: a tensor of it is not initialized.
     """
-    text = manifest.to_json()
-    parse_manifest(text, str(target))
-    for name, entry in manifest.files.items():
-        VerifiedFile(partial, name, entry).close()
-    with (partial / MANIFEST_NAME).open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    flush_folder(partial)
-    publish(partial, target)
-    flush_folder(target.parent)
+    trained = {id(shard.parameter) for shard in optimizer.shards()}
+    own = {id(p): name for name, p in model.named_parameters() if id(p) in trained}
+    live = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    by_memory = {_memory(tensor): tensor for tensor in live.values()}
+    by_memory.pop(None, None)
+    computed_from_trained = set(own.values())
+    found = ModelState({}, {}, {}, {})
+    for name, value in model.state_dict(keep_vars=True).items():
+        full_name = f"model/{name}"
+        if not isinstance(value, torch.Tensor):
+            found.values[full_name] = value
+            continue
+        if is_lazy(value):
+            raise CheckpointError(f"{name!r} of the model is not initialized: run a forward first")
+        # A hook may detach a live tensor, which makes another object of the same memory.
+        tensor = live.get(id(value), by_memory.get(_memory(value)))
+        if tensor is not None:
+            first = own.setdefault(id(tensor), name)
+            if first != name:
+                found.tied[full_name] = f"model/{first}"
+            elif id(tensor) not in trained:
+                found.whole[full_name] = tensor.detach()
+        elif name not in computed_from_trained:
+            found.computed[full_name] = value.detach()
+    return found
+
+
+def _memory(tensor: torch.Tensor) -> tuple[object, ...] | None:
+    """Return what two objects that are the same tensor have in common, None without memory."""
+    if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.data_ptr() == 0:
+        return None
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def whole_part(name: str, tensor: torch.Tensor) -> Part:
+    """Return a whole tensor as one part; a copy where its elements do not lie together."""
+    if tensor.layout is not torch.strided:
+        raise CheckpointError(
+            f"{name} has layout {tensor.layout}: a checkpoint holds dense tensors"
+        )
+    if tensor.dtype not in DTYPE_NAMES:
+        raise CheckpointError(f"{name} has dtype {tensor.dtype}, which a checkpoint cannot hold")
+    order = memory_order(tensor)
+    flat = tensor.permute(order).reshape(-1)
+    return Part(name, tuple(tensor.shape), order, 0, tensor.numel(), flat)

@@ -59,7 +59,7 @@ def inspect(path: Folder) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from offload_adam.checkpoint.manifest import ITEMSIZES, read_manifest
+    from offload_adam.checkpoint.format import DTYPES, read_manifest
     from offload_adam.errors import CheckpointError
     from offload_adam.units import format_nbytes
 
@@ -71,7 +71,7 @@ def inspect(path: Folder) -> None:
     title = f"step {manifest.step}, saved by {manifest.world_size} rank(s)"
     table = Table("tensor", "dtype", "shape", "pieces", "size", title=title)
     for name, entry in sorted(manifest.tensors.items()):
-        nbytes = prod(entry.shape) * ITEMSIZES[entry.dtype]
+        nbytes = prod(entry.shape) * DTYPES[entry.dtype].itemsize
         shape = " x ".join(map(str, entry.shape)) or "1"
         table.add_row(name, entry.dtype, shape, str(len(entry.pieces)), format_nbytes(nbytes))
     for name, value in sorted(manifest.decoded_values().items()):
@@ -95,7 +95,7 @@ def export(
 
     Exit codes: 0 done, 1 it cannot be read or written, and nothing is left of OUT.
     """
-    from offload_adam.checkpoint.export import export_dcp, export_torch
+    from offload_adam.checkpoint.convert import export_dcp, export_torch
     from offload_adam.errors import CheckpointError
 
     try:
@@ -129,7 +129,7 @@ def import_(
 
     Exit codes: 0 done, 1 it cannot be read, and nothing is left of OUT.
     """
-    from offload_adam.checkpoint.importing import import_torch_pickle
+    from offload_adam.checkpoint.convert import import_torch_pickle
     from offload_adam.errors import CheckpointError
     from offload_adam.units import format_nbytes
 

@@ -94,6 +94,8 @@ def require_same(
 
 def gather_texts(membership: Membership, text: str) -> list[str]:
     """Return every rank's text in rank order. Collective."""
+    if membership.world_size == 1:
+        return [text]
     encoded = text.encode()
     lengths = [
         int(n)

@@ -18,6 +18,9 @@ NUM_REDUCE_SLOTS = 3
 ROOM_ALIGNMENT_NBYTES = 128
 """Copies start at multiples of this, which is no more than the padding of what they are made of."""
 
+CHECKPOINT_BLOCK_NBYTES = 4 * 1024 * 1024
+"""Bytes of a checkpoint's file that have one checksum: so a part can be verified alone."""
+
 
 def plane_nbytes(plan: StatePlan) -> dict[str, int]:
     """Return the bytes of one rank's shard of one bucket, plane by plane, gradients included.

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from offload_adam.checkpoint.manifest import BLOCK_NBYTES
 from offload_adam.layout.budget import (
+    CHECKPOINT_BLOCK_NBYTES,
     NUM_REDUCE_SLOTS,
     NUM_STAGING_SLOTS,
     block_sums_nbytes,
@@ -69,7 +69,7 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
     host["checkpoint room"] = copy_room_nbytes(plans, training.checkpoint_room_nbytes)
     if training.on_device and training.saves:
         # What lies in host memory is written from where it lies.
-        host["checkpoint writer"] = BLOCK_NBYTES
+        host["checkpoint writer"] = CHECKPOINT_BLOCK_NBYTES
     return Prediction(_positive(host), _positive(device), len(plans))
 
 

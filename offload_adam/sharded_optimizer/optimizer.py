@@ -37,17 +37,15 @@ from offload_adam.parameters.selection import (
     refuse_unrelated,
     select_parameters,
 )
+from offload_adam.sharded_optimizer.base import CoreOptimizer, WrittenState, serialized
 from offload_adam.sharded_optimizer.compiling import never_compiled
 from offload_adam.sharded_optimizer.execution import Execution
-from offload_adam.sharded_optimizer.locking import serialized
 from offload_adam.sharded_optimizer.loss_scale import read_loss_scale, report_skip
 from offload_adam.sharded_optimizer.owners import add_owner, refuse_owned
-from offload_adam.sharded_optimizer.state_dicts import StateDicts
-from offload_adam.sharded_optimizer.written_state import WrittenState
+from offload_adam.state.state_shard import local_state
 from offload_adam.step.backend import Backend
 from offload_adam.step.construction import Placing
 from offload_adam.step.inputs import StepInputs
-from offload_adam.step.local_state import local_state, plan_load
 from offload_adam.step.reduction import GradientReduction
 from offload_adam.step.report import StepReport
 from offload_adam.step.sharded_adam import ShardedAdam
@@ -56,7 +54,7 @@ from offload_adam.step.streamed import StreamedGradients
 logger = logging.getLogger(__name__)
 
 
-class ShardedOptimizer(StateDicts):
+class ShardedOptimizer(CoreOptimizer):
     """A `torch.optim.Optimizer` over a `ShardedAdam`: the base of the public faces.
 
     A face checks its arguments and groups, says each group's hyperparameters at each step, and may
@@ -433,33 +431,6 @@ class ShardedOptimizer(StateDicts):
         if not self._written.is_untouched(self.state):
             core.synchronize()
             self._take_written_state(core)
-
-    def _check_entries(self) -> None:
-        if self.state is not self._state_made or len(self.state) < len(self._indices):
-            raise ValueError(
-                "optimizer.state was replaced or has lost entries: they show the state, which lies "
-                "elsewhere. Use load_state_dict(), or make a new optimizer to begin anew"
-            )
-
-    def _take_written_state(self, core: ShardedAdam) -> None:
-        self._check_entries()
-        if self._written.is_untouched(self.state):
-            return
-        with torch.no_grad():
-            try:
-                loads = [
-                    plan_load(*core.place_of(self._indices[parameter]), entry)
-                    for parameter, entry in self._written.find(self.state)
-                ]
-            except KeyError as error:
-                raise ValueError(
-                    f"an entry of optimizer.state has lost {error}. Use load_state_dict() to set "
-                    "state, or make a new optimizer to begin anew"
-                ) from error
-            core.outside_writes.finish_reading()
-            for load in loads:
-                load.apply()
-        self._written.restore(self.state)
 
 
 def _norms_of(optimizer: weakref.ref[ShardedOptimizer]) -> npt.NDArray[np.float64]:

@@ -21,6 +21,7 @@ class ReadGate:
     updates one waits until it is free.
 
     rooms: host memory for the reader's copies, uint8; a reading's for as long as it lasts.
+    is_open: a reading has begun that is not settled.
     num_waits, waited_s: how often and how long updates have waited since `begin`.
     num_begun, num_finished: how many readings have begun, and how many are over, well or not; on
         the latter the ranks agree in each step.
@@ -37,7 +38,7 @@ class ReadGate:
         self._unread_before: set[int] = set()
         self._spoiled_by = ""
         self._reader = 0
-        self._num_settled = 0
+        self.is_open = False
         self.num_begun = 0
         self.num_finished = 0
         self.num_waits = 0
@@ -49,11 +50,6 @@ class ReadGate:
         """Bytes of all rooms."""
         return sum(room.nbytes for room in self.rooms)
 
-    @property
-    def is_open(self) -> bool:
-        """Whether a reading has begun that is not settled."""
-        return self.num_begun > self._num_settled
-
     def begin(self, buckets: Iterable[int]) -> None:
         """Hold these buckets; the reading's number is `num_begun` from now on."""
         assert not self.is_open, "one reading at a time"
@@ -61,6 +57,7 @@ class ReadGate:
         self._unread_before = set(self._held)
         self._spoiled_by = ""
         self.num_waits, self.waited_s = 0, 0.0
+        self.is_open = True
         self.num_begun += 1
 
     def holds(self, bucket: int) -> bool:
@@ -108,7 +105,7 @@ class ReadGate:
 
     def settle(self) -> None:
         """Take the reading for done with; another may begin."""
-        self._num_settled = self.num_finished
+        self.is_open = self.num_begun > self.num_finished
 
     def note_changes(self, buckets: Collection[int]) -> None:
         """Hear which buckets' parameters the user has changed since the last call.

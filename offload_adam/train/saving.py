@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from offload_adam.checkpoint.background import PendingCheckpoint, begin_checkpoint
+from offload_adam.checkpoint.files import PARTIAL_SUFFIX, discard
+from offload_adam.checkpoint.format import read_manifest
 from offload_adam.checkpoint.load import load_checkpoint, verify_checkpoint
-from offload_adam.checkpoint.manifest import read_manifest
-from offload_adam.checkpoint.partial import PARTIAL_SUFFIX, discard
 from offload_adam.checkpoint.save import require_shared, save_checkpoint
 from offload_adam.config import ConfigError, RunConfig
 from offload_adam.coordinator.admission import gather_texts, raise_on_all_ranks

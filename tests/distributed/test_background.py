@@ -20,8 +20,8 @@ from offload_adam import (
     load_checkpoint,
     save_checkpoint,
 )
+from offload_adam.checkpoint.format import RankEntry
 from offload_adam.checkpoint.load import verify_checkpoint
-from offload_adam.checkpoint.rank_file import RankEntry
 from offload_adam.checkpoint.save import Save
 from tests.distributed.reference import outcome_of
 from tests.distributed.test_checkpoints import KINDS, Model, assert_same, make, train, whole_state

@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from offload_adam import Adam, OffloadAdam, begin_checkpoint, load_checkpoint, save_checkpoint
-from offload_adam.checkpoint import room, save
-from offload_adam.checkpoint.content import Part
-from offload_adam.checkpoint.files import _SummedFile
-from offload_adam.checkpoint.manifest import read_manifest
+from offload_adam.checkpoint import save
+from offload_adam.checkpoint.files import Part, _SummedFile
+from offload_adam.checkpoint.format import read_manifest
 from offload_adam.coordinator import node_memory
 from offload_adam.errors import HostMemoryError
 from offload_adam.layout.flat import ParameterSpec
@@ -169,7 +168,7 @@ def test_a_bucket_is_held_until_it_is_copied(
     model, optimizer = make("bf16", seed=1, room_nbytes=PLENTY)
     gate = optimizer._alive().gate
     held: list[bool] = []
-    copy = room.copy_bytes
+    copy = save.copy_bytes
 
     def watched(part: Part, target: Part) -> None:
         copy(part, target)

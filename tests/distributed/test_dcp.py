@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from offload_adam.checkpoint.dcp import OptimizerState
-from offload_adam.step.box_tensor import BoxTensor
+from offload_adam.state.state_shard import BoxTensor
 from tests.distributed.test_checkpoints import assert_same, make, train, whole_state
 from tests.ranks import RankPool
 

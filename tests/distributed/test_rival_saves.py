@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from offload_adam import CheckpointError, OffloadAdam, begin_checkpoint, save_checkpoint
-from offload_adam.checkpoint import partial as partials
+from offload_adam.checkpoint import files
+from offload_adam.checkpoint.files import partial_name, publish
 from offload_adam.checkpoint.load import verify_checkpoint
-from offload_adam.checkpoint.partial import partial_name, publish
 from offload_adam.checkpoint.save import Save
 from tests.distributed.reference import Outcome, outcome_of
 from tests.ranks import RankPool
@@ -136,7 +136,7 @@ def test_only_what_ended_processes_of_this_node_left_is_removed(
     save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     left = {entry.name for entry in tmp_path.iterdir()}
     assert left == {"c", *names.values()} - {names["ended"], names["ours, given up"]}
-    monkeypatch.setattr(partials, "_in_progress", set())
+    monkeypatch.setattr(files, "_in_progress", set())
     optimizer.close()
 
 

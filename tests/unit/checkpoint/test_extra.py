@@ -18,7 +18,7 @@ from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR
 
 from offload_adam import CheckpointError, OffloadAdam, load_checkpoint, save_checkpoint
-from offload_adam.checkpoint.manifest import MANIFEST_NAME, read_manifest, sealed
+from offload_adam.checkpoint.format import MANIFEST_NAME, read_manifest, sealed
 from tests.unit.checkpoint.test_encoding import bits
 
 

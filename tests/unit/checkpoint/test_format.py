@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_adam.checkpoint.files import Blob, FileWriter, VerifiedFile
-from offload_adam.checkpoint.manifest import (
+from offload_adam.checkpoint.format import (
     BLOCK_NBYTES,
     FORMAT_VERSION,
     FileEntry,
@@ -30,7 +30,7 @@ from offload_adam.checkpoint.manifest import (
     sealed,
 )
 from offload_adam.errors import CheckpointError
-from offload_adam.layout.boxes import Box, boxes_of_range, range_of_box
+from offload_adam.state.state_shard import Box, boxes_of_range, range_of_box
 
 shapes = st.lists(st.integers(1, 5), max_size=4)
 

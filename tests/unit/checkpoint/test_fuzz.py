@@ -20,8 +20,8 @@ from offload_adam import (
     load_checkpoint,
     save_checkpoint,
 )
-from offload_adam.checkpoint.importing import import_torch_pickle
-from offload_adam.checkpoint.manifest import MANIFEST_NAME, sealed
+from offload_adam.checkpoint.convert import import_torch_pickle
+from offload_adam.checkpoint.format import MANIFEST_NAME, sealed
 from offload_adam.schedules import CosineDecayLR
 from tests.unit.checkpoint.test_format import JSON, places
 

@@ -14,13 +14,22 @@ import torch
 from torch import nn
 
 from offload_adam import OffloadAdam, load_checkpoint
-from offload_adam.checkpoint.content import ParameterNames, Part, sharded_parts
-from offload_adam.checkpoint.encoding import encode
-from offload_adam.checkpoint.files import NUM_OPEN_FILES, VerifiedFile
-from offload_adam.checkpoint.load import verify_checkpoint
-from offload_adam.checkpoint.manifest import OptimizerEntry
-from offload_adam.checkpoint.rank_file import RankEntry, RankFile, rank_file_name
-from offload_adam.checkpoint.save import Written, commit_files, manifest_of
+from offload_adam.checkpoint.files import (
+    Part,
+    RankFile,
+    VerifiedFile,
+    commit_files,
+    rank_file_name,
+)
+from offload_adam.checkpoint.format import (
+    FORMAT_VERSION,
+    Manifest,
+    OptimizerEntry,
+    RankEntry,
+    encode,
+)
+from offload_adam.checkpoint.load import NUM_OPEN_FILES, verify_checkpoint
+from offload_adam.checkpoint.save import ParameterNames, manifest_of, sharded_parts
 from offload_adam.errors import CheckpointError
 
 NUM_RANKS = 48
@@ -67,8 +76,17 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Te
     parts = list(sharded_parts(model, optimizer))
     entries = [write_file(partial, rank, parts) for rank in range(NUM_RANKS)]
     plain = encode(optimizer.plain_state(ParameterNames(model)), "optimizer")
-    optimizer_entry = OptimizerEntry.model_validate(plain)
-    written = Written(optimizer.num_steps, optimizer_entry, tied={}, values={}, extra={})
+    written = Manifest(
+        format_version=FORMAT_VERSION,
+        step=optimizer.num_steps,
+        world_size=NUM_RANKS,
+        tensors={},
+        files={},
+        optimizer=OptimizerEntry.model_validate(plain),
+        tied={},
+        values={},
+        extra={},
+    )
     commit_files(partial, target, manifest_of(entries, written))
     return target, [tensor.clone() for tensor in state_of(model, optimizer)]
 
@@ -139,7 +157,7 @@ import os, resource, sys
 from pathlib import Path
 import torch
 from offload_adam import load_checkpoint
-from offload_adam.checkpoint.export import export_dcp, export_torch
+from offload_adam.checkpoint.convert import export_dcp, export_torch
 from offload_adam.checkpoint.load import verify_checkpoint
 from tests.unit.checkpoint.test_many_files import make, state_of
 

@@ -28,7 +28,7 @@ import json, sys
 from pathlib import Path
 import torch
 from offload_adam import OffloadAdam, begin_checkpoint, load_checkpoint, save_checkpoint
-from offload_adam.checkpoint.export import export_torch
+from offload_adam.checkpoint.convert import export_torch
 
 folder = Path(sys.argv[1])
 

@@ -23,9 +23,9 @@ from offload_adam import (
     load_checkpoint,
     save_checkpoint,
 )
-from offload_adam.checkpoint.content import model_state
-from offload_adam.checkpoint.importing import import_torch_pickle
-from offload_adam.checkpoint.manifest import MANIFEST_NAME, read_manifest, sealed
+from offload_adam.checkpoint.convert import import_torch_pickle
+from offload_adam.checkpoint.format import MANIFEST_NAME, read_manifest, sealed
+from offload_adam.checkpoint.save import model_state
 from offload_adam.cli.app import app
 from tests.unit.checkpoint.test_encoding import bits
 

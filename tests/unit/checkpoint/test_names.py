@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from offload_adam import CheckpointError, OffloadAdam, load_checkpoint, save_checkpoint
-from offload_adam.checkpoint.manifest import read_manifest
+from offload_adam.checkpoint.format import read_manifest
 
 
 class Model(nn.Module):

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
+from offload_adam.coordinator.membership import Membership
 from offload_adam.parameters.group_watch import LAID_OUT
+from offload_adam.state.state_shard import check_step_count
+from offload_adam.step.bucket_state import BucketState
 
 STATE_KEY = "offload_adam"
 """The entry of a state dict that torch ignores, and that says where a state belongs."""
@@ -142,17 +148,6 @@ def _refuse_foreign(
         check_step_count(f"the saved step of parameter {packed}", entry.get("step", 0))
 
 
-def check_step_count(what: str, value: Any) -> None:
-    """Refuse what is no count of updates.
-
-    Raises:
-        ValueError: saying what it is.
-    """
-    count = float(value)
-    if not (count >= 0.0 and count.is_integer()):
-        raise ValueError(f"{what} is {count}, no count of updates")
-
-
 def merge_groups(
     groups: Sequence[Mapping[str, Any]],
     saved: Sequence[Mapping[str, Any]],
@@ -217,3 +212,50 @@ def pack_full(
         "param_groups": [{**_TORCH_DEFAULTS, **group} for group in groups],
         STATE_KEY: {"master_weight": masters, **further},
     }
+
+
+def gather_bucket(
+    state: BucketState, membership: Membership
+) -> dict[int, dict[str, torch.Tensor]] | None:
+    """Return the whole state of one bucket's parameters by their index, on rank 0 only. Collective.
+
+    Tensors are copies, fp32, in each parameter's shape. One bucket is whole at a time, besides what
+    rank 0 keeps.
+    """
+    whole: dict[int, dict[str, torch.Tensor]] = {
+        index: {"step": state.step_counts[position].clone()}
+        for position, index in enumerate(state.indices.tolist())
+    }
+    planes = state.planes.named(own_master=state.own_master)
+    for key, plane in planes.items():
+        flat = _gather_plane(plane, membership, state.layout.world_size)
+        if flat is None:
+            continue
+        for position, index in enumerate(state.indices.tolist()):
+            placed = state.layout.placements[position]
+            parameter = state.parameters[position]
+            values = torch.empty_strided(
+                parameter.shape, parameter.stride(), dtype=plane.dtype, device="cpu"
+            )
+            values.as_strided((placed.numel,), (1,)).copy_(flat[placed.start : placed.end])
+            whole[index][key] = values.contiguous()
+    return whole if membership.rank == 0 else None
+
+
+def _gather_plane(
+    plane: torch.Tensor, membership: Membership, num_shards: int
+) -> torch.Tensor | None:
+    """Return all ranks' shards of one plane end to end, on rank 0 only."""
+    if num_shards == 1:
+        return plane
+    if plane.numel() == 0:
+        return plane if membership.rank == 0 else None
+    plane = plane.cpu()  # the control group's collectives are of host memory
+    parts: list[torch.Tensor] | None = None
+    flat = None
+    if membership.rank == 0:
+        flat = torch.empty(plane.numel() * membership.world_size, dtype=plane.dtype, device="cpu")
+        parts = list(flat.chunk(membership.world_size))
+    rank_0 = membership.global_ranks[0]
+    membership.wait(dist.gather(plane, parts, dst=rank_0, group=membership.control, async_op=True))
+    return flat

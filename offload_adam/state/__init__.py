@@ -1,0 +1,1 @@
+"""The optimizer state as callers save and load it."""

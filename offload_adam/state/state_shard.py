@@ -1,0 +1,479 @@
+"""One rank's part of each parameter's state: its range, the boxes of that range, its tensors.
+
+A rank owns a range of a parameter's elements, in the order in which they lie in memory. Such a
+range is cut into N-d boxes, each of which is one contiguous run of elements:
+
+shape (4, 5), range [3, 17)     . . . X X     box 1: row 0, columns 3 to 4
+                                X X X X X     box 2: rows 1 to 2
+                                X X X X X
+                                X X . . .     box 3: row 3, columns 0 to 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple, Never, SupportsIndex
+
+import torch
+
+from offload_adam.parameters.gradients import in_memory_order
+from offload_adam.step.bucket_state import BucketState
+from offload_adam.torch_private import ATEN_TO_COPY, make_wrapper_subclass
+
+if TYPE_CHECKING:  # its import takes seconds: methods that torch calls from there import it
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+    from torch.distributed.checkpoint.planner import WriteItem
+
+_aten = torch.ops.aten
+_LIKE_ITSELF = {
+    _aten.alias.default,
+    _aten.clone.default,
+    _aten.detach.default,
+    ATEN_TO_COPY,
+    _aten.empty_like.default,
+    _aten.zeros_like.default,
+}
+
+
+class Box(NamedTuple):
+    """A block of a tensor: the index of its first element, and its sizes."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+def boxes_of_range(shape: Sequence[int], start: int, end: int) -> list[Box]:
+    """Cut elements [start, end) of a row-major tensor into boxes, in order.
+
+    There are at most 2 * ndim - 1, and each one's elements lie together in the flat tensor.
+    """
+    if start >= end:
+        return []
+    if not shape:
+        return [Box((), ())]
+    row = prod(shape[1:])
+    first, last = start // row, -(-end // row)
+    if row == 1 or (start == first * row and end == last * row):
+        zeros = (0,) * (len(shape) - 1)
+        return [Box((first, *zeros), (last - first, *shape[1:]))]
+    if last - first == 1:
+        return _in_row(shape, first, start - first * row, end - first * row)
+    boxes: list[Box] = []
+    if start > first * row:
+        boxes += _in_row(shape, first, start - first * row, row)
+        first += 1
+    whole = end // row
+    if whole > first:
+        boxes += boxes_of_range(shape, first * row, whole * row)
+    if end > whole * row:
+        boxes += _in_row(shape, whole, 0, end - whole * row)
+    return boxes
+
+
+def _in_row(shape: Sequence[int], index: int, start: int, end: int) -> list[Box]:
+    """Cut a range within one slice along the first dimension."""
+    return [
+        Box((index, *box.offsets), (1, *box.sizes)) for box in boxes_of_range(shape[1:], start, end)
+    ]
+
+
+def range_of_box(shape: Sequence[int], box: Box) -> tuple[int, int]:
+    """Return the flat range [start, end) of a box.
+
+    Raises:
+        ValueError: the box leaves the tensor, or its elements do not lie together.
+    """
+    if not len(shape) == len(box.offsets) == len(box.sizes):
+        raise ValueError(f"{box} has another number of dimensions than a tensor of {list(shape)}")
+    start, stride, open_above = 0, 1, False
+    for size, offset, extent in zip(
+        reversed(shape), reversed(box.offsets), reversed(box.sizes), strict=True
+    ):
+        if offset < 0 or extent < 0 or offset + extent > size:
+            raise ValueError(f"{box} leaves a tensor of {list(shape)}")
+        # Once a dimension is not covered whole, all above it must be a single index.
+        if open_above and extent > 1:
+            raise ValueError(f"{box} is no contiguous part of a tensor of {list(shape)}")
+        open_above = open_above or extent != size
+        start += offset * stride
+        stride *= size
+    return start, start + prod(box.sizes)
+
+
+def logical_box(box: Box, order: Sequence[int]) -> Box:
+    """Return a box that counts in dimensions as they lie in memory in logical ones."""
+    inverse = inverse_order(order)
+    return Box(tuple(box.offsets[i] for i in inverse), tuple(box.sizes[i] for i in inverse))
+
+
+def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Return a dense tensor's dimensions as they lie in memory, the outermost first."""
+    return tuple(sorted(range(tensor.dim()), key=lambda dim: (-tensor.stride()[dim], dim)))
+
+
+def inverse_order(order: Sequence[int]) -> list[int]:
+    """Return what permutes dimensions as they lie in memory back into logical ones."""
+    return [order.index(dim) for dim in range(len(order))]
+
+
+def local_range(state: BucketState, position: int) -> tuple[int, int]:
+    """Return the range [start, end) of a parameter, in memory order, that this rank owns."""
+    low, high = state.layout.shard_bounds(state.rank)
+    placed = state.layout.placements[position]
+    start = min(max(placed.start, low), placed.end)
+    end = max(min(placed.end, high), start)
+    return start - placed.start, end - placed.start
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterShard:
+    """This rank's range of one parameter, in the order in which its elements lie in memory.
+
+    bucket: the index of the bucket that it is in.
+    start, end: elements [start, end) of the parameter.
+    weight: (end - start,) view of the parameter itself, in its dtype, on its device.
+    planes: (end - start,) float32 views of the state by torch's keys.
+    step: 0-d view of its step count.
+    """
+
+    parameter: torch.nn.Parameter
+    bucket: int
+    start: int
+    end: int
+    weight: torch.Tensor
+    planes: Mapping[str, torch.Tensor]
+    step: torch.Tensor
+
+
+def shards_of(state: BucketState) -> Iterator[ParameterShard]:
+    """Yield the shards of one bucket's parameters; a range may be empty."""
+    low, _ = state.layout.shard_bounds(state.rank)
+    for position, parameter in enumerate(state.parameters):
+        start, end = local_range(state, position)
+        offset = state.layout.placements[position].start + start - low if end > start else 0
+        part = slice(offset, offset + end - start)
+        planes = state.planes.named(own_master=state.own_master)
+        yield ParameterShard(
+            parameter,
+            state.layout.index,
+            start,
+            end,
+            state.shard[part],
+            {key: plane[part] for key, plane in planes.items()},
+            state.step_counts[position],
+        )
+
+
+def local_state(state: BucketState, position: int) -> dict[str, torch.Tensor]:
+    """Return torch's keys with views of this rank's state of one parameter.
+
+    With one rank every tensor has the parameter's shape and strides; with more it is the 1-d range
+    `local_range`, which may be empty. Each has a storage of its own over the shared memory, so that
+    saving it does not write a whole plane.
+    """
+    entry = {"step": state.step_counts[position]}
+    for key, plane in state.planes.named(own_master=state.own_master).items():
+        entry[key] = _view(state, position, plane)
+    return entry
+
+
+def _view(state: BucketState, position: int, plane: torch.Tensor) -> torch.Tensor:
+    start, end = local_range(state, position)
+    parameter = state.parameters[position]
+    if start == end:
+        whole = state.layout.world_size == 1
+        return torch.empty(parameter.shape if whole else 0, dtype=plane.dtype, device=plane.device)
+    low, _ = state.layout.shard_bounds(state.rank)
+    offset = state.layout.placements[position].start + start - low
+    with torch.cuda.device_of(plane):  # DLPack exports from the current device alone
+        part = torch.from_dlpack(plane[offset : offset + end - start])
+    if state.layout.world_size == 1:
+        return part.as_strided(parameter.shape, parameter.stride())
+    return part
+
+
+def state_shard(state: BucketState, position: int, local: torch.Tensor) -> StateShard:
+    """Return a tensor of `local_state` as a part of the whole that knows its place."""
+    parameter = state.parameters[position]
+    start, _ = local_range(state, position)
+    return StateShard(parameter.shape, memory_order(parameter), start, local)
+
+
+def plan_load(
+    state: BucketState, position: int, saved: Mapping[str, Any]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Check a saved state of one parameter, and return (target, source) of copies that load it.
+
+    Args:
+        saved: the keys of `local_state`, with tensors of the parameter's whole shape (from any
+            world, or from torch's own Adam) or of this rank's ranges. What is missing is zero, as
+            torch makes moments at the first step; a missing master weight is left to follow the
+            parameter.
+
+    Raises:
+        ValueError: naming the parameter, for a shape that is neither.
+    """
+    copies = []
+    for key, target in local_state(state, position).items():
+        value = saved.get(key)
+        if value is None:
+            if key != "master_weight":
+                copies.append((target, torch.zeros((), dtype=target.dtype, device=target.device)))
+        elif key == "step":
+            count = torch.tensor(float(value), dtype=target.dtype, device=target.device)
+            copies.append((target, count))
+        else:
+            what = f"{key} of parameter {state.names[position]!r}"
+            copies.append((target, _part_of(state, position, what, value, target)))
+    return copies
+
+
+def check_step_count(what: str, value: Any) -> None:
+    """Refuse what is no count of updates.
+
+    Raises:
+        ValueError: saying what it is.
+    """
+    count = float(value)
+    if not (count >= 0.0 and count.is_integer()):
+        raise ValueError(f"{what} is {count}, no count of updates")
+
+
+def _part_of(
+    state: BucketState, position: int, what: str, value: torch.Tensor, target: torch.Tensor
+) -> torch.Tensor:
+    """Return the part of a saved tensor that belongs into `target`."""
+    parameter = state.parameters[position]
+    if isinstance(value, StateShard) and value.shape == parameter.shape:
+        start, end = local_range(state, position)
+        if not value.has_range_of(memory_order(parameter), start, end):
+            raise ValueError(
+                f"the saved {what} is {value!r}, and this rank needs elements [{start}, {end}). "
+                "Load it through torch.distributed.checkpoint, or load a full_state_dict()"
+            )
+        return value.to_local()
+    if (
+        state.layout.world_size > 1
+        and value.shape == parameter.shape
+        and (value.shape != target.shape or value.dim() != 1)
+    ):
+        whole = torch.empty_strided(
+            parameter.shape, parameter.stride(), dtype=value.dtype, device=value.device
+        )
+        start, end = local_range(state, position)
+        return in_memory_order(whole.copy_(value))[start:end]
+    if value.shape != target.shape:
+        raise ValueError(
+            f"the saved {what} has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}"
+        )
+    return value
+
+
+class BoxSource(NamedTuple):
+    """A box of a tensor in its logical dimensions, and what returns its elements in that shape."""
+
+    box: Box
+    tensor: Callable[[], torch.Tensor]
+
+
+class BoxTensor(torch.Tensor):
+    """A tensor of which this process has some boxes: torch saves these, and loads into them.
+
+    It has the whole tensor's shape and no elements of its own: every operation on it is refused.
+
+    Source: the `_Checkpointable` protocol of `torch.distributed.checkpoint`.
+    """
+
+    _sources: dict[tuple[int, ...], BoxSource]
+
+    @staticmethod
+    def __new__(
+        cls,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        sources: Iterable[BoxSource],
+    ) -> BoxTensor:
+        """Make one of these boxes; where no process has any, torch would lose the tensor."""
+        tensor = make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype)
+        assert isinstance(tensor, BoxTensor)
+        tensor._sources = {source.box.offsets: source for source in sources}
+        return tensor
+
+    def _boxes(self) -> dict[tuple[int, ...], BoxSource]:
+        """Return what is here, by the offsets of each box."""
+        return self._sources
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own has mangled names
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Refuse: there is nothing to compute with."""
+        raise NotImplementedError(f"{cls.__name__} is for checkpoints only, and not for {func}")
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        """Show the shape and how many boxes are here."""
+        return f"{type(self).__name__}(shape={list(self.shape)}, boxes={len(self._boxes())})"
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        """Return what of the tensor is here."""
+        return [_chunk(source.box) for source in self._boxes().values()]
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        """Return one item for each box."""
+        from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+        properties = TensorProperties(dtype=self.dtype)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, torch.Size(source.box.offsets)),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(_chunk(source.box), properties, self.shape),
+            )
+            for source in self._boxes().values()
+        ]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        """Return the elements of one box: to be written, or to be loaded into."""
+        assert index.offset is not None
+        return self._boxes()[tuple(index.offset)].tensor()
+
+
+def _chunk(box: Box) -> ChunkStorageMetadata:
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+    return ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
+
+
+def range_sources(
+    shape: Sequence[int], order: Sequence[int], start: int, local: torch.Tensor
+) -> list[BoxSource]:
+    """Return the boxes of one rank's range of a tensor, as views of it.
+
+    Args:
+        shape: of the whole tensor.
+        order: its dimensions as they lie in memory, the outermost first.
+        start: index in memory order of the first element of `local`.
+        local: (n,) elements [start, start + n).
+    """
+    shape, sources, done = torch.Size(shape), [], 0
+    for box in boxes_of_range([shape[dim] for dim in order], start, start + local.numel()):
+        numel = torch.Size(box.sizes).numel()
+        view = local[done : done + numel].view(box.sizes).permute(inverse_order(order))
+        sources.append(BoxSource(logical_box(box, order), view.detach))
+        done += numel
+    if shape.numel() == 0:  # DCP loses a tensor of which no rank has a box
+        none = Box((0,) * len(shape), tuple(shape))
+        sources.append(BoxSource(none, local.view(shape).detach))
+    return sources
+
+
+class StateShard(BoxTensor):
+    """A tensor of the parameter's shape of which this rank holds a flat range.
+
+    `torch.distributed.checkpoint` saves and loads it in any world. It can be copied, moved, cast,
+    compared and loaded; `to_local()` gives the elements themselves. It cannot be pickled, because
+    one rank's file would not hold the state of the others.
+    """
+
+    _order: tuple[int, ...]
+    _start: int
+    _local: torch.Tensor
+
+    @staticmethod
+    def __new__(
+        cls, shape: Sequence[int], order: tuple[int, ...], start: int, local: torch.Tensor
+    ) -> StateShard:
+        """Make one of a rank's range.
+
+        Args:
+            shape: of the parameter.
+            order: its dimensions as they lie in memory, the outermost first.
+            start: index in memory order of the first element of `local`.
+            local: (n,) elements [start, start + n); shared, not copied.
+        """
+        shard = make_wrapper_subclass(
+            cls, torch.Size(shape), dtype=local.dtype, device=local.device
+        )
+        assert isinstance(shard, StateShard)
+        shard._order, shard._start, shard._local = order, start, local
+        return shard
+
+    def to_local(self) -> torch.Tensor:
+        """Return this rank's elements, 1-d in memory order, sharing memory."""
+        return self._local
+
+    def has_range_of(self, order: tuple[int, ...], start: int, end: int) -> bool:
+        """Tell whether it holds exactly elements [start, end) in this memory order."""
+        own = (self._start, self._start + self._local.numel())
+        return self._order == order and own == (start, end)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StateShard:
+        """Copy this rank's elements."""
+        memo[id(self)] = copied = self._with(self._local.clone())
+        return copied
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Never:
+        """Refuse to be pickled, as `torch.save` does.
+
+        Raises:
+            TypeError: naming what saves the state of every rank.
+        """
+        raise TypeError(
+            f"state_dict() holds {self._range()} on this rank only, so that its file would lose "
+            "the state of the other ranks. Call full_state_dict() on every rank and save what rank "
+            "0 gets, or use offload_adam.save_checkpoint or torch.distributed.checkpoint; for a "
+            "file for each rank, save local_state_dict()"
+        )
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        """Show the shape, and the range that is here."""
+        return f"StateShard({self._range()}, shape={list(self.shape)})"
+
+    def _boxes(self) -> dict[tuple[int, ...], BoxSource]:
+        # Made when asked for: dcp.async_save copies a tensor by its attributes, and would keep
+        # boxes that are views of the optimizer's memory.
+        sources = range_sources(self.shape, self._order, self._start, self._local)
+        return {source.box.offsets: source for source in sources}
+
+    def _range(self) -> str:
+        end = self._start + self._local.numel()
+        return f"elements [{self._start}, {end}) of {self.shape.numel()}"
+
+    def _with(self, local: torch.Tensor) -> StateShard:
+        return StateShard(self.shape, self._order, self._start, local)
+
+    def _local_part(self, value: torch.Tensor) -> torch.Tensor | None:
+        """Return the elements of another tensor that lie where this rank's do, None if not here."""
+        end = self._start + self._local.numel()
+        if isinstance(value, StateShard):
+            fits = value.shape == self.shape and value.has_range_of(self._order, self._start, end)
+            return value._local if fits else None
+        if value.shape == self.shape:
+            return value.permute(self._order).reshape(-1)[self._start : end]
+        return value if value.dim() == 0 else None
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own has mangled names
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Copy, move, cast, compare or load the local elements; reject everything else."""
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if isinstance(first, StateShard):
+            if func in _LIKE_ITSELF:
+                kwargs.pop("memory_format", None)  # one of the whole shape, and this is 1-d
+                return first._with(func(first._local, *args[1:], **kwargs))
+            if func is _aten.new_empty.default and tuple(args[1]) == first.shape:
+                return first._with(func(first._local, first._local.shape, **kwargs))
+            if func in (_aten.copy_.default, _aten.equal.default):
+                part = first._local_part(args[1])
+                if part is not None:
+                    result = func(first._local, part, *args[2:], **kwargs)
+                    return first if func is _aten.copy_.default else result
+        raise NotImplementedError(
+            f"{func} cannot be computed from {first!r}. Use to_local() for the elements of this "
+            "rank, or the optimizer's full_state_dict() for whole tensors"
+        )
