@@ -111,7 +111,7 @@ def update(
             parameter.
         num_pieces: number of threads that share the work.
 
-    Cost: 24 bytes an element of state, the gradient's 2 or 4, and 2 for a 16-bit parameter.
+    Cost: per element 24 bytes of state, 2 or 4 of gradient, and 2 for a 16-bit parameter.
     Threads: `num_pieces` pieces under the thread mask of the calling thread.
     """
     _update_segments(

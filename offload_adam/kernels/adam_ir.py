@@ -2,9 +2,9 @@
 
 The update of one vector is a chain of dependent instructions, about 90 cycles long: gradient,
 moments, square root, division, weight. A processor that meets whole chains one after the other
-fills its window of waiting instructions with two or three of them, and then issues too few loads to
-keep the memory busy. So the loop is a software pipeline of four stages, and each turn runs every
-stage once, for four different vectors that do not depend on each other. With five vectors:
+fills its window of waiting instructions, and then issues too few loads to keep the memory busy. So
+the loop is a software pipeline of four stages. Each turn runs every stage once, for four different
+vectors, none of which depends on another. With five vectors:
 
                 v0         v1         v2         v3         v4
     prologue    moments    moments    moments

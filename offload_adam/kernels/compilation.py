@@ -1,4 +1,4 @@
-"""Compile kernels with a disk cache where one can be written, and say so when it takes long."""
+"""Compile kernels, with a disk cache if a folder is writable; log compilations that take long."""
 
 from __future__ import annotations
 
@@ -24,38 +24,37 @@ from offload_adam.kernels.numba_private import (
 logger = logging.getLogger(__name__)
 
 SLOW_COMPILATION_S = 1.0
-"""A compilation that is still running after this is announced in the log."""
-
+"""Seconds after which a compilation that still runs is logged."""
 
 LOCK_S = 120.0
-"""How long a process waits for another that compiles the same kernel, before it does so itself."""
+"""Seconds to wait for another process that compiles the same kernel, before compiling it here."""
 
 
 def source_fingerprint() -> int:
     """Return a checksum over the sources of this package.
 
-    Numba invalidates a cached kernel when its own file changes, not when a function that it inlines
-    from another file does. Kernels close over this number, which makes it part of the cache's key.
+    Numba invalidates a cached kernel if its own file changes, but not if an inlined function's file
+    changes. Kernels close over this number, which makes it part of the cache key.
     """
     sources = sorted(Path(__file__).parent.glob("*.py"))
     return zlib.crc32(b"\0".join(path.read_bytes() for path in sources))
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Any:
-    """Return Numba's dispatcher for `function`, cached on disk unless no folder can be written.
+    """Return Numba's dispatcher for `function`, cached on disk if a folder is writable.
 
-    `error_model="numpy"` lets division follow IEEE 754 instead of raising; fastmath stays off,
-    since it would promise NaN away. The interpreter lock is released while a kernel runs (parallel
-    loops do that unasked, `nogil` asks for it), so that backward goes on beside it: the caller
-    keeps alive, and to itself, all memory that it was given.
+    `error_model="numpy"` makes division follow IEEE 754 instead of raising. fastmath stays off,
+    because it lets LLVM assume that no value is NaN. Kernels release the interpreter lock, so that
+    backward continues meanwhile: parallel loops always do, others because of `nogil`. The caller
+    keeps the kernel's memory alive, and lets no other thread use it.
     """
     options = {"error_model": "numpy", "nogil": True, **options}
     try:
         return numba.njit(function, cache=True, **options)
     except RuntimeError:
         warnings.warn(
-            "no folder for compiled kernels can be written, so they are compiled anew in every "
-            "process; set NUMBA_CACHE_DIR to a writable folder to keep them",
+            "No cache folder for compiled kernels is writable: every process compiles them again. "
+            "Set NUMBA_CACHE_DIR to a writable folder to keep them.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -63,17 +62,17 @@ def jit(function: Callable[..., Any], **options: Any) -> Any:
 
 
 def inner(function: Callable[..., Any]) -> Any:
-    """Return the dispatcher of a function that kernels call, cached as a part of them only.
+    """Return the dispatcher of a function that kernels call; it is cached only inside of them.
 
-    A cache of its own would outlive a change in what it calls: see `source_fingerprint`.
+    A cache of its own would outlive a change in the functions it inlines: see `source_fingerprint`.
     """
     return numba.njit(function, error_model="numpy")
 
 
 def compile_now(dispatcher: Any, arguments: tuple[Any, ...], label: str) -> None:
-    """Compile (or load from the cache) the specialisation that these example arguments select.
+    """Compile the specialisation that these example arguments select, or load it from the cache.
 
-    Of several processes that need it one compiles, and the others load what it has left.
+    If several processes need it, one compiles it, and the others load the result.
     """
     signature = tuple(numba.typeof(argument) for argument in arguments)
     if is_compiled(dispatcher, signature):
@@ -90,10 +89,10 @@ def compile_now(dispatcher: Any, arguments: tuple[Any, ...], label: str) -> None
 
 @contextmanager
 def _alone(dispatcher: Any) -> Iterator[None]:
-    """Keep other processes from compiling this kernel meanwhile, where they share its cache.
+    """Keep other processes that share this kernel's cache from compiling it meanwhile.
 
-    Numba's index does not bear two writers: each may give the next free name to a specialisation
-    of its own, and one would later load the other's code.
+    Numba's index allows one writer only: two could give the same file name to two specialisations,
+    and one process would later load the other's code.
     """
     folder = cache_folder(dispatcher)
     if folder is None:
@@ -103,8 +102,8 @@ def _alone(dispatcher: Any) -> Iterator[None]:
     try:
         lock.acquire()
     except (OSError, NotImplementedError, Timeout) as error:
-        # A folder without locks, or a process that is stopped: better compiled twice than never.
-        logger.warning("compiling without a lock on the kernels' cache: %s", error)
+        # The file system has no locks, or the other process is stopped: compile twice, not never.
+        logger.warning("Compiling without a lock on the kernel cache: %s", error)
         yield
         return
     try:
@@ -114,14 +113,14 @@ def _alone(dispatcher: Any) -> Iterator[None]:
 
 
 def _announce(label: str) -> None:
-    logger.info("compiling the %s kernel for this machine; it is kept for the next start", label)
+    logger.info("Compiling the %s kernel for this machine; the cache keeps it", label)
 
 
 def _compile(dispatcher: Any, signature: tuple[Any, ...]) -> None:
     try:
         compile_signature(dispatcher, signature)
     except OSError as error:
-        # A full or vanished cache folder must not stop training: only the cache is given up.
-        warnings.warn(f"compiled kernels cannot be cached: {error}", RuntimeWarning, stacklevel=3)
+        # A full or deleted cache folder must not stop training: continue without the cache.
+        warnings.warn(f"Cannot cache compiled kernels: {error}", RuntimeWarning, stacklevel=3)
         disable_cache(dispatcher)
         compile_signature(dispatcher, signature)

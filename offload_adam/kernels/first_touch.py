@@ -1,4 +1,4 @@
-"""The first write to fresh memory, which decides the NUMA node that each page lies on."""
+"""The first write to fresh memory, which decides the NUMA node of each page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAGE_NBYTES = 4096
 def _write_pages(memory: Any, num_pieces: Any) -> None:
     total = memory.size
     for piece in numba.prange(num_pieces):
-        # One piece a thread, in the order of the update's own pieces.
+        # One piece per thread, in the order of the update's pieces.
         part = memory[total * piece // num_pieces : total * (piece + 1) // num_pieces]
         for at in range(0, part.size, PAGE_NBYTES):
             part[at] = 0
@@ -34,7 +34,7 @@ def touch(memory: npt.NDArray[np.uint8], num_threads: int) -> None:
     Memory is divided as `kernels.adam` divides a shard, to within a block of 128 elements and the
     padding between parameters.
 
-    Cost: one write a page of 4 KiB.
+    Cost: one write per page of 4 KiB.
     Threads: `num_threads`, each over one contiguous piece.
     """
     threads.use_threads(num_threads)

@@ -1,4 +1,4 @@
-"""The formats that gradients and parameters may have, and how NumPy carries their bits."""
+"""The element formats of gradients and parameters, and the NumPy dtypes that carry their bits."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy.typing as npt
 
 
 class FloatFormat(Enum):
-    """One element format, by torch's name for the dtype.
+    """One element format; the value is torch's name of the dtype.
 
-    Numba has neither bfloat16 nor a float16 that vectorises, so both travel as 16-bit integers. The
-    signedness tells the two apart at compile time: unsigned is bfloat16, signed is float16.
+    Numba has no bfloat16, and no float16 that vectorises, so 16-bit integers carry both. At compile
+    time the signedness tells them apart: unsigned is bfloat16, signed is float16.
     """
 
     FLOAT32 = "float32"
@@ -21,12 +21,12 @@ class FloatFormat(Enum):
 
     @property
     def carrier(self) -> np.dtype[np.generic]:
-        """The NumPy dtype in which the kernels see the bits of this format."""
+        """The NumPy dtype that carries the bits of this format to the kernels."""
         return np.dtype(_CARRIERS[self.value])
 
     @property
     def itemsize(self) -> int:
-        """Bytes an element."""
+        """Bytes per element."""
         return int(self.carrier.itemsize)
 
     def tag(self) -> npt.NDArray[np.generic]:

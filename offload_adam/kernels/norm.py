@@ -1,4 +1,4 @@
-"""Block sums of squares of the gradients: the norm, and whether anything in it is not finite."""
+"""Block sums of squares of the gradients: for their norm, and to find non-finite elements."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.intrinsics import BLOCK_NUMEL, block_sum_of_squares, pointer_to
 
 
-def _sum_run(gradient: Any, sums: Any, first: Any) -> None:
-    """Write the block sums of one run; a last partial block counts zeros for what it lacks."""
+def _sum_range(gradient: Any, sums: Any, first: Any) -> None:
+    """Write the block sums of one range; a last partial block is padded with zeros."""
     whole = gradient.size // BLOCK_NUMEL
     for block in range(whole):
         sums[first + block] = block_sum_of_squares(gradient, block * BLOCK_NUMEL)
@@ -25,7 +25,7 @@ def _sum_run(gradient: Any, sums: Any, first: Any) -> None:
         sums[first + whole] = block_sum_of_squares(padded, 0)
 
 
-sum_run = inner(_sum_run)
+sum_range = inner(_sum_range)
 
 
 def _build() -> Any:
@@ -36,7 +36,7 @@ def _build() -> Any:
     ) -> int:
         total = work_starts[work_starts.size - 1]
         for piece in numba.prange(pieces):
-            # Work is counted in blocks, so that no block is ever shared by two pieces.
+            # Work is counted in blocks, so that no two pieces share a block.
             position = total * piece // pieces
             end = total * (piece + 1) // pieces
             segment = np.searchsorted(work_starts, position, side="right") - 1
@@ -46,7 +46,7 @@ def _build() -> Any:
                 high = min(skipped + blocks * BLOCK_NUMEL, numels[segment])
                 pointer = pointer_to(addresses[segment], tag)
                 gradient = numba.carray(pointer, high)[skipped:]
-                sum_run(gradient, sums, (starts[segment] + skipped) // BLOCK_NUMEL)
+                sum_range(gradient, sums, (starts[segment] + skipped) // BLOCK_NUMEL)
                 position += blocks
                 segment += 1
         return fingerprint
@@ -67,19 +67,19 @@ def block_sums(
 ) -> None:
     """Write the sum of squares of every 128-element block of the segments.
 
-    A block's sum is not finite exactly where one of its elements is not: the square of the largest
-    float32 is far from the end of float64. Bit-identical for any `num_pieces` and alignment.
+    A block's sum is non-finite exactly if one of its elements is: the square of the largest float32
+    is far below the largest float64. Bit-identical for any `num_pieces` and alignment.
 
     Args:
         gradient_format: format of all gradients of the table.
         addresses: (n,) address of each segment's first gradient element.
         starts: (n,) offset of each segment in the shard, a multiple of 128.
         numels: (n,) elements of each segment.
-        sums: float64, one for each block of the shard; blocks of no segment are left alone.
-        num_pieces: how many threads share the work.
+        sums: float64, one for each block of the shard; blocks outside all segments keep their sums.
+        num_pieces: number of threads that share the work.
 
-    Cost: the gradient's bytes, and 1/16 byte an element.
-    Threads: `num_pieces` pieces on the mask that the calling thread has set.
+    Cost: the gradient's bytes, and 1/16 byte per element.
+    Threads: `num_pieces` pieces under the thread mask of the calling thread.
     """
     blocks = (numels + (BLOCK_NUMEL - 1)) // BLOCK_NUMEL
     work_starts = np.zeros(blocks.size + 1, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""One read-modify-write pass over the streams of an update, and no arithmetic to speak of."""
+"""A read-modify-write pass over as many arrays as an update has, to measure memory bandwidth."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from offload_adam.kernels import threads
 from offload_adam.kernels.compilation import jit
 
 STREAM_NBYTES = 28
-"""Bytes that a pass moves for each element: four streams read, three written, 4 bytes each."""
+"""Bytes that a pass moves per element: it reads four float32 arrays and writes three."""
 
 
 def _read_modify_write(
@@ -22,7 +22,7 @@ def _read_modify_write(
     for piece in numba.prange(num_pieces):
         low = total * piece // num_pieces
         high = total * (piece + 1) // num_pieces
-        # Loops over slices vectorise, loops over ranges of a shared array do not.
+        # Numba vectorises loops over slices, but not loops over a part of a shared array.
         g, a, b, c = gradient[low:high], first[low:high], second[low:high], third[low:high]
         for i in range(g.size):
             a[i] = a[i] * factor
@@ -40,11 +40,11 @@ def pass_over(
     third: npt.NDArray[np.float32],
     num_threads: int,
 ) -> None:
-    """Read four float32 streams of shape (n,) and write the last three, their values unchanged.
+    """Read four float32 arrays of shape (n,) and write the last three, with unchanged values.
 
-    It multiplies by 1 and adds 0, which the compiler does not know.
+    It multiplies by 1 and adds 0; both are arguments, so that LLVM cannot omit the arithmetic.
 
-    Cost: 28 bytes an element.
+    Cost: 28 bytes per element.
     Threads: `num_threads`, each over one contiguous piece.
     """
     threads.use_threads(num_threads)

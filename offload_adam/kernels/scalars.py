@@ -1,4 +1,4 @@
-"""The scalars of one fused update: one row of float32 for each (group, step count) in use."""
+"""The scalars of a fused update: one row of float32 for each pair (group, step count) in use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUM_SCALARS = 14
 
 @dataclass(frozen=True, kw_only=True)
 class Hyperparameters:
-    """What one parameter group asks of the update; plain floats, validated by the optimizer."""
+    """Hyperparameters of one parameter group as plain floats, validated by the optimizer."""
 
     lr: float
     beta1: float
@@ -30,14 +30,15 @@ class Hyperparameters:
 
 
 def scalar_row(hyper: Hyperparameters, step: int, gradient_scale: float) -> npt.NDArray[np.float32]:
-    """Return the row of `NUM_SCALARS` float32 for an update that is this parameter's `step`-th.
+    """Return the row of `NUM_SCALARS` float32 for the `step`-th update of a parameter.
 
-    All of it is computed in float64 and rounded once. A beta travels as the unevaluated sum of two
-    float32, because 0.999 rounded to float32 puts the steady state of `exp_avg_sq` off by 1.3e-5.
+    Every scalar is computed in float64 and rounded once. A beta is passed as the unevaluated sum of
+    two float32, because 0.999 rounded to float32 changes the steady state of `exp_avg_sq` by a
+    factor of 1 + 1.3e-5.
 
     Args:
         hyper: the group's hyperparameters.
-        step: 1-based count of updates that this one completes.
+        step: 1-based number of this update.
         gradient_scale: unscaling times clip factor, applied to every gradient element.
 
     Source: Kingma and Ba, "Adam", section 2 (bias correction folded into two scalars).
@@ -61,6 +62,6 @@ def scalar_row(hyper: Hyperparameters, step: int, gradient_scale: float) -> npt.
 
 
 def _split(value: float) -> tuple[np.float32, np.float32]:
-    """Return the float32 nearest to `value` and the float32 nearest to what it leaves."""
+    """Return the float32 nearest to `value`, and the float32 nearest to the remainder."""
     high = np.float32(value)
     return high, np.float32(value - float(high))

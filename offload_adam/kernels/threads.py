@@ -1,4 +1,4 @@
-"""How many threads a rank may use, and which threading layer Numba runs them on."""
+"""The number of threads that a rank may use, and the threading layer that Numba runs them on."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _owner_pid: int | None = None
 
 
 def allowed_cores(pid: int = 0) -> int:
-    """Return how many cores a process may use: affinity mask, bounded by this cgroup's quota.
+    """Return the number of cores that a process may use: its affinity mask, bounded by the cgroup.
 
     Args:
-        pid: 0 for this process; one that has ended counts as allowed a single core.
+        pid: 0 for this process. A process that has ended counts as one core.
     """
     try:
         cores = len(os.sched_getaffinity(pid))
@@ -32,12 +32,12 @@ def allowed_cores(pid: int = 0) -> int:
 def threads_per_rank(local_world_size: int | None = None) -> int:
     """Return the cores of this process's share of the node, at least 1.
 
-    torchrun exports OMP_NUM_THREADS=1 and Numba would take every core for every rank; both are
-    wrong, so neither is asked. Where torchrun has bound each rank to a part of the node, the ranks
-    share all that the agent itself may use, and none gets more than its own part.
+    torchrun exports OMP_NUM_THREADS=1, and Numba would use every core for every rank. Both are
+    wrong, so both are ignored. If torchrun bound each rank to a part of the node, the ranks share
+    the cores of the agent, and no rank gets more than its own part.
 
     Args:
-        local_world_size: ranks on this node; LOCAL_WORLD_SIZE, or 1, where None.
+        local_world_size: ranks on this node; None means LOCAL_WORLD_SIZE, or 1 if it is unset.
     """
     if local_world_size is None:
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -53,8 +53,8 @@ def cgroup_cores(
 ) -> float | None:
     """Return the CPU quota of this process's cgroup (version 1 or 2) in cores, None for no limit.
 
-    The tightest quota on the way from the cgroup up to the root holds. In a container the root is
-    often the cgroup itself, under a path that only the host can see.
+    The smallest quota on the path from the cgroup to the root applies. In a container the root is
+    often the cgroup itself, and the path exists only on the host.
     """
     quotas: list[float] = []
     for line in _read(membership).splitlines():
@@ -99,18 +99,18 @@ def _read(path: Path) -> str:
 def select_threading_layer() -> str:
     """Start Numba's threads and return the name of the threading layer that they run on.
 
-    OpenMP first: it takes launches from several threads. `workqueue`, which comes with Numba and
-    always works, aborts the process on a second concurrent launch, so its use is a warning. A layer
-    or an order that the user has set, or a layer that is already running, is kept.
+    OpenMP comes first, because it accepts launches from several threads. `workqueue` is part of
+    Numba and always works, but aborts the process on a second concurrent launch: hence the warning.
+    A layer or an order set by the user is kept, and so is a layer that already runs.
 
     Raises:
-        ValueError: when none of the layers that the user has set can be loaded.
+        ValueError: no layer that the user has set can be loaded.
     """
     import numba
 
     if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
         numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
-    # Numba loads a layer with its first launch, or when it is asked this.
+    # Numba loads a layer at its first launch, or at this call.
     numba.get_num_threads()
     layer = str(numba.threading_layer())
     if layer == "workqueue":
@@ -128,7 +128,7 @@ def plan_threads(num_threads: int | None) -> int:
     """Return the number of threads for this rank's kernels and log it with the threading layer.
 
     Args:
-        num_threads: what the user asked for; None for this rank's share of the allowed cores.
+        num_threads: the user's choice; None for this rank's share of the allowed cores.
 
     Raises:
         RuntimeError: in a child forked from a process that has planned its own threads.
@@ -143,7 +143,7 @@ def plan_threads(num_threads: int | None) -> int:
     if threads > numba.config.NUMBA_NUM_THREADS:
         warnings.warn(
             f"num_threads={threads} is more than the {numba.config.NUMBA_NUM_THREADS} that Numba "
-            "was started with: the work is cut for it and shared by those",
+            "was started with, so fewer threads share the work. Raise NUMBA_NUM_THREADS",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -152,7 +152,7 @@ def plan_threads(num_threads: int | None) -> int:
 
 
 def use_threads(num_threads: int) -> None:
-    """Set the calling thread's mask for the launches that follow.
+    """Set the number of threads for the calling thread's next launches.
 
     Raises:
         RuntimeError: in a forked child.
@@ -164,7 +164,7 @@ def use_threads(num_threads: int) -> None:
 
 
 def _refuse_forked_child() -> None:
-    """Raise where OpenMP's threads do not exist and a launch would end the process."""
+    """Raise in a forked child: it lacks OpenMP's threads, and a launch would end the process."""
     if _owner_pid is not None and _owner_pid != os.getpid():
         raise RuntimeError(
             "this process was forked from one that had an optimizer: kernels cannot run in it. "

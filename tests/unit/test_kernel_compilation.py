@@ -87,7 +87,7 @@ def test_a_lock_that_is_never_given_back_stops_nobody(
     with FileLock(Path(kernel.stats.cache_path) / "double.lock"):
         compilation.compile_now(kernel, (3.0,), "double")
     assert kernel(3.0) == 6.0
-    assert "compiling without a lock" in caplog.text
+    assert "Compiling without a lock" in caplog.text
 
 
 def test_a_slow_compilation_is_announced(
@@ -98,12 +98,12 @@ def test_a_slow_compilation_is_announced(
     with caplog.at_level(logging.INFO, logger="offload_adam.kernels.compilation"):
         compilation.compile_now(kernel, (3.0,), "double")
         compilation.compile_now(kernel, (3.0,), "double")
-    assert caplog.text.count("compiling the double kernel") == 1
+    assert caplog.text.count("Compiling the double kernel") == 1
 
 
 def test_inner_functions_have_no_cache_of_their_own() -> None:
     # Its key is their own file, so it would outlive a change in the intrinsics that they inline.
-    for function in (adam.update_range, norm.sum_run):
+    for function in (adam.update_range, norm.sum_range):
         assert isinstance(function._cache, caching.NullCache)
 
 
