@@ -8,7 +8,7 @@ Some private names cannot be called through this file, because torch itself look
 
     where                              name                         missing: what happens
     sharded_optimizer/optimizer.py     `_step_supports_amp_scaling` GradScaler unscales by itself
-    step/box_tensor.py                 `__create_write_items__`     torch.distributed.checkpoint
+    state/state_shard.py               `__create_write_items__`     torch.distributed.checkpoint
                                        `__create_chunk_list__`      rejects the tensor
                                        `__get_tensor_shard__`
     parameters/first_use.py            `_version`, in a list of     nothing: the entry has no

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import offload_adam
 from offload_adam import OffloadAdam, torch_private
-from offload_adam.step.box_tensor import BoxTensor
+from offload_adam.state.state_shard import BoxTensor
 
 PACKAGE = Path(offload_adam.__file__).parent
 HOME = "torch_private.py"
@@ -29,7 +29,10 @@ NOT_OF_TORCH = {
 # What torch looks for in our files, and documents nowhere; see the table in the file.
 ALLOWED = {
     ("parameters/first_use.py", "_version"),
-    ("step/box_tensor.py", "_sources"),  # an attribute of BoxTensor; torch has a module of the name
+    (
+        "state/state_shard.py",
+        "_sources",
+    ),  # an attribute of BoxTensor; torch has a module of the name
 }
 # Undocumented without an underscore.
 UNDERSCORELESS = {
