@@ -14,7 +14,7 @@ from torch import nn
 from offload_adam.checkpoint.format import RankEntry
 from offload_adam.checkpoint.save import Save, open_save
 from offload_adam.coordinator.admission import raise_on_all_ranks
-from offload_adam.observe.place import HERE
+from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.step.read_gate import ReadGate
 
@@ -46,9 +46,9 @@ def begin_checkpoint(
     """
     with optimizer.lock:
         optimizer.synchronize()
-        with HERE.at("checkpoint", patient=True):
+        with PROGRESS.at("checkpoint", long_running=True):
             save = open_save(Path(path), model, optimizer, extra, optimizer.checkpoint_rooms)
-            with save.discarding(), raise_on_all_ranks(save.membership, "writing a checkpoint"):
+            with save.discarding(), raise_on_all_ranks(save.ranks, "writing a checkpoint"):
                 save.write_whole()
             return PendingCheckpoint(save, optimizer)
 
@@ -100,9 +100,9 @@ class PendingCheckpoint:
         if self._is_over:
             return
         self._is_over = True
-        with HERE.at("checkpoint", patient=True), self._save.discarding():
+        with PROGRESS.at("checkpoint", long_running=True), self._save.discarding():
             try:
-                with raise_on_all_ranks(self._save.membership, "writing a checkpoint"):
+                with raise_on_all_ranks(self._save.ranks, "writing a checkpoint"):
                     entry = self._result()
             finally:
                 self._gate.settle()

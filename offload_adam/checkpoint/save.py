@@ -41,11 +41,11 @@ from offload_adam.checkpoint.format import (
     encode,
 )
 from offload_adam.coordinator.admission import gather_texts, raise_on_all_ranks
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import CheckpointError, PeerFailedError
 from offload_adam.layout.budget import ROOM_ALIGNMENT_NBYTES
 from offload_adam.layout.flat import align
-from offload_adam.observe.place import HERE
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.state.state_shard import memory_order
 from offload_adam.torch_private import is_lazy
@@ -85,10 +85,10 @@ def save_checkpoint(
     """
     with optimizer.lock:
         optimizer.synchronize()
-        with HERE.at("checkpoint", patient=True):
+        with PROGRESS.at("checkpoint", long_running=True):
             save = open_save(Path(path), model, optimizer, extra)
             with save.discarding():
-                with raise_on_all_ranks(save.membership, "writing a checkpoint"):
+                with raise_on_all_ranks(save.ranks, "writing a checkpoint"):
                     entry = save.write()
                 save.commit(entry)
 
@@ -105,8 +105,8 @@ def open_save(
     Args:
         rooms: see `Save`.
     """
-    membership = optimizer.membership
-    with raise_on_all_ranks(membership, "preparing a checkpoint"):
+    ranks = optimizer.ranks
+    with raise_on_all_ranks(ranks, "preparing a checkpoint"):
         if optimizer.is_being_read:
             raise CheckpointError(
                 "another checkpoint is being written in the background: wait for it first"
@@ -116,7 +116,7 @@ def open_save(
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             step=optimizer.num_steps,
-            world_size=membership.world_size,
+            world_size=ranks.world_size,
             tensors={},
             files={},
             optimizer=OptimizerEntry.model_validate(plain),
@@ -125,29 +125,29 @@ def open_save(
             extra=encode(dict(extra or {}), "extra"),
         )
     # Rank 0's name for the folder: two saves of one path must not write into one.
-    own = partial_name(target.name) if membership.rank == 0 else ""
-    partial = target.with_name(gather_texts(membership, own)[0])
-    with _discarding(partial, membership):
-        _open_folder(target, partial, membership)
-        with raise_on_all_ranks(membership, "opening a checkpoint's files"):
+    own = partial_name(target.name) if ranks.rank == 0 else ""
+    partial = target.with_name(gather_texts(ranks, own)[0])
+    with _discarding(partial, ranks):
+        _open_folder(target, partial, ranks)
+        with raise_on_all_ranks(ranks, "opening a checkpoint's files"):
             parts = _parts(model, optimizer, state)
-            save = Save(target, partial, membership, parts, manifest, rooms)
+            save = Save(target, partial, ranks, parts, manifest, rooms)
     return save
 
 
 @contextmanager
-def _discarding(partial: Path, membership: Membership) -> Iterator[None]:
+def _discarding(partial: Path, ranks: RankGroup) -> Iterator[None]:
     """Remove the partial folder if the body raises an error, which every rank then does."""
     try:
         yield
     except BaseException as error:
         # When a peer has failed, other ranks may not know yet and still write into the folder.
-        if membership.rank == 0 and not isinstance(error, PeerFailedError):
+        if ranks.rank == 0 and not isinstance(error, PeerFailedError):
             discard(partial)
         raise
 
 
-def require_shared(folder: Path, membership: Membership) -> None:
+def require_shared(folder: Path, ranks: RankGroup) -> None:
     """Check that every rank sees the folder that rank 0 makes, by a file in it. Collective.
 
     Raises:
@@ -155,29 +155,29 @@ def require_shared(folder: Path, membership: Membership) -> None:
         OSError: on rank 0, where the file cannot be written; the others raise a PeerError.
     """
     # A name of its own: another job may look for its token in the same folder.
-    path = folder / f"{_TOKEN_NAME}-{gather_texts(membership, uuid.uuid4().hex)[0]}"
-    with raise_on_all_ranks(membership, "opening a checkpoint"):
-        if membership.rank == 0:
+    path = folder / f"{_TOKEN_NAME}-{gather_texts(ranks, uuid.uuid4().hex)[0]}"
+    with raise_on_all_ranks(ranks, "opening a checkpoint"):
+        if ranks.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             path.touch()
-    with raise_on_all_ranks(membership, "looking for rank 0's folder"):
+    with raise_on_all_ranks(ranks, "looking for rank 0's folder"):
         if not path.is_file():
             raise CheckpointError(
                 f"{folder.parent} is not shared: this rank does not see what rank 0 has written"
             )
-    if membership.rank == 0:
+    if ranks.rank == 0:
         path.unlink(missing_ok=True)
 
 
-def _open_folder(target: Path, partial: Path, membership: Membership) -> None:
+def _open_folder(target: Path, partial: Path, ranks: RankGroup) -> None:
     """Make the partial folder on rank 0, and check that every rank sees it."""
-    with raise_on_all_ranks(membership, "opening a checkpoint"):
+    with raise_on_all_ranks(ranks, "opening a checkpoint"):
         if target.exists():
             raise CheckpointError(f"{target} exists: a checkpoint is never written over")
-        if membership.rank == 0:
+        if ranks.rank == 0:
             remove_abandoned(target)
             partial.mkdir(parents=True)
-    require_shared(partial, membership)
+    require_shared(partial, ranks)
 
 
 class Save:
@@ -198,12 +198,12 @@ class Save:
         self,
         target: Path,
         partial: Path,
-        membership: Membership,
+        ranks: RankGroup,
         parts: Sequence[Part],
         plain: Manifest,
         rooms: Sequence[torch.Tensor] = (),
     ) -> None:
-        self.membership = membership
+        self.ranks = ranks
         self._target = target
         self._partial = partial
         self._plain = plain
@@ -217,7 +217,7 @@ class Save:
         in_order = [part for some in self._buckets.values() for part in some]
         self._copies = places_in(rooms, in_order)
         direct = [part for part in in_order if part.name not in self._copies]
-        name = rank_file_name(membership.rank, membership.world_size)
+        name = rank_file_name(ranks.rank, ranks.world_size)
         self._file = RankFile(self._partial, name, [*self._whole, *direct, *self._copies.values()])
 
     @property
@@ -284,16 +284,16 @@ class Save:
 
     def commit(self, entry: RankEntry) -> None:
         """Write the manifest and rename the folder, once every rank has written. Collective."""
-        texts = gather_texts(self.membership, entry.model_dump_json())
-        with raise_on_all_ranks(self.membership, "committing a checkpoint"):
-            if self.membership.rank == 0:
+        texts = gather_texts(self.ranks, entry.model_dump_json())
+        with raise_on_all_ranks(self.ranks, "committing a checkpoint"):
+            if self.ranks.rank == 0:
                 entries = [RankEntry.model_validate_json(text) for text in texts]
                 commit_files(self._partial, self._target, manifest_of(entries, self._plain))
 
     @contextmanager
     def discarding(self) -> Iterator[None]:
         """Close this rank's file and remove the folder if the body raises an error."""
-        with _discarding(self._partial, self.membership):
+        with _discarding(self._partial, self.ranks):
             try:
                 yield
             except BaseException:
@@ -346,7 +346,7 @@ def copy_bytes(part: Part, copy: Part) -> None:
 
 def _parts(model: nn.Module, optimizer: ShardedOptimizer, state: ModelState) -> list[Part]:
     """Return what this rank writes; rank 0 adds whole tensors and the names of empty ones."""
-    rank = optimizer.membership.rank
+    rank = optimizer.ranks.rank
     if rank != 0 and not optimizer.is_sharded:
         return []
     sharded = list(sharded_parts(model, optimizer))

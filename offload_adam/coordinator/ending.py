@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.ranks import RankGroup
 
 GRACE_S = 10.0
 _LOOK_S = 0.5
@@ -29,9 +29,9 @@ class EndingGuard:
         self._over = threading.Event()
 
     @contextmanager
-    def guarding(self, membership: Membership) -> Iterator[None]:
-        """Guard the block and its end against failures that the membership's watch reports."""
-        arguments = (membership,)
+    def guarding(self, ranks: RankGroup) -> Iterator[None]:
+        """Guard the block and its end against failures that the rank group's watch reports."""
+        arguments = (ranks,)
         threading.Thread(
             target=self._run, args=arguments, name="offload_adam-ending", daemon=True
         ).start()
@@ -52,13 +52,13 @@ class EndingGuard:
             self._exit_code = 128 + signal.SIGINT if interrupted else 1
             raise
 
-    def _run(self, membership: Membership) -> None:
+    def _run(self, ranks: RankGroup) -> None:
         while not self._over.wait(_LOOK_S):
-            watch = membership.watch
+            watch = ranks.watch
             failure = None if watch is None else watch.failure
             if failure is None and self._exit_code is None:
                 continue
             if not self._over.wait(GRACE_S):
                 text = "the end of this process took too long" if failure is None else failure.text
-                print(f"offload-adam: rank {membership.rank}: {text}", file=sys.stderr, flush=True)
+                print(f"offload-adam: rank {ranks.rank}: {text}", file=sys.stderr, flush=True)
                 os._exit(1 if self._exit_code is None else self._exit_code)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from offload_adam.coordinator.records import PeerRecord
+from offload_adam.coordinator.progress import PeerRecord
 
 _RESTART = "Start the run again from its newest checkpoint."
 
@@ -68,7 +68,7 @@ def stuck(records: Sequence[PeerRecord], stuck_after: float) -> Verdict | None:
     if not any(record.waiting and record.still_s > stuck_after for record in present):
         return None
     busy = [record for record in present if not record.waiting]
-    still = [r for r in busy if r.still_s > stuck_after and not r.patient]
+    still = [r for r in busy if r.still_s > stuck_after and not r.long_running]
     if still:
         return _stuck_verdict(still, stuck_after)
     if not busy and all(record.still_s > stuck_after for record in present):

@@ -19,11 +19,9 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from offload_adam.coordinator.judgement import Verdict
-from offload_adam.coordinator.membership import Membership
-from offload_adam.coordinator.records import describe_place
-from offload_adam.coordinator.watch import accuse
-from offload_adam.observe.place import HERE
+from offload_adam.coordinator.progress import PROGRESS, describe_place
+from offload_adam.coordinator.ranks import RankGroup
+from offload_adam.coordinator.watchdog import Verdict, accuse
 from offload_adam.torch_private import connect_to_default_store
 
 logger = logging.getLogger(__name__)
@@ -53,11 +51,11 @@ class Preemption:
         is in a collective, and leaves no signal blocked in other threads and child processes.
     """
 
-    def __init__(self, membership: Membership, what_stands: Callable[[], str]) -> None:
+    def __init__(self, ranks: RankGroup, what_stands: Callable[[], str]) -> None:
         self.is_requested = False
         self._what_stands = what_stands
-        self._membership = membership
-        self._store = _own_store() if membership.world_size > 1 else None
+        self._ranks = ranks
+        self._store = _own_store() if ranks.world_size > 1 else None
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._ending = threading.Event()
@@ -119,10 +117,9 @@ class Preemption:
         timer = threading.Timer(_LAST_WORDS_S, os._exit, (EXIT_AT_ONCE,))
         timer.daemon = True
         timer.start()
-        here = describe_place(HERE.step, HERE.phase, HERE.bucket)
+        here = describe_place(PROGRESS.step, PROGRESS.phase, PROGRESS.bucket)
         print(
-            f"offload-adam: rank {self._membership.rank}: SIGTERM came again: ended at once, "
-            f"in {here}",
+            f"offload-adam: rank {self._ranks.rank}: SIGTERM came again: ended at once, in {here}",
             file=sys.stderr,
             flush=True,
         )
@@ -131,7 +128,7 @@ class Preemption:
 
     def _has_failed(self) -> bool:
         """Return whether a rank has failed, after so long as the watch takes to find that out."""
-        watch = self._membership.watch
+        watch = self._ranks.watch
         if watch is None:
             return False
         # One beat to see it and one to read of it, and some time for the store.
@@ -171,8 +168,8 @@ class Preemption:
         if self._store is None:
             return []
         self._store.set("asked", "")
-        self._store.set(f"answer/{self._membership.rank}", "")
-        silent = list(range(self._membership.world_size))
+        self._store.set(f"answer/{self._ranks.rank}", "")
+        silent = list(range(self._ranks.world_size))
         deadline_s = time.monotonic() + ANSWER_WITHIN_S
         while True:
             silent = [rank for rank in silent if not self._store.check([f"answer/{rank}"])]
@@ -186,7 +183,7 @@ class Preemption:
 
 @contextmanager
 def preemptible(
-    membership: Membership, what_stands: Callable[[], str] = lambda: "its steps are lost"
+    ranks: RankGroup, what_stands: Callable[[], str] = lambda: "its steps are lost"
 ) -> Iterator[Preemption]:
     """Take SIGTERM and SIGUSR1 as requests to save and end, within the block.
 
@@ -194,7 +191,7 @@ def preemptible(
         what_stands: returns a sentence on what is saved and what is lost by an end at once; called
             by another thread.
     """
-    preemption = Preemption(membership, what_stands)
+    preemption = Preemption(ranks, what_stands)
     if threading.current_thread() is not threading.main_thread():
         yield preemption  # Python gives signals to the main thread only
         return
@@ -203,7 +200,7 @@ def preemptible(
         yield preemption
     except BaseException:
         # The agent's SIGTERM to the survivors of a failure must not cut off their last words.
-        preemption.stop(deaf=membership.world_size > 1)
+        preemption.stop(deaf=ranks.world_size > 1)
         raise
     preemption.stop(deaf=False)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from offload_adam.observe.place import Place
+from offload_adam.coordinator.progress import ProgressRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class PeerRecord:
 
     beat: grows with every record. still_s: how long the rank's training thread has not moved.
     left: None, or how the rank ended: "" for a plain end, else its last error.
-    The rest is its `Place`.
+    The rest is its `ProgressRecord`.
     """
 
     rank: int
@@ -59,13 +59,19 @@ class PeerRecord:
     phase: str
     bucket: int | None
     waiting: bool
-    patient: bool
+    long_running: bool
     still_s: float
     left: str | None = None
 
     @classmethod
     def of(
-        cls, rank: int, process: Process, beat: int, place: Place, still_s: float, left: str | None
+        cls,
+        rank: int,
+        process: Process,
+        beat: int,
+        place: ProgressRecord,
+        still_s: float,
+        left: str | None,
     ) -> PeerRecord:
         """Describe this process."""
         return cls(
@@ -76,7 +82,7 @@ class PeerRecord:
             place.phase,
             place.bucket,
             place.waiting,
-            place.patient,
+            place.long_running,
             still_s,
             left,
         )

@@ -14,10 +14,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from offload_adam.coordinator.membership import Membership, open_membership
-from offload_adam.coordinator.records import Process
-from offload_adam.coordinator.restarts import attempt, refuse_retry
-from offload_adam.coordinator.watch import Patience, roll_call
+from offload_adam.coordinator.progress import Process
+from offload_adam.coordinator.ranks import RankGroup, open_rank_group
+from offload_adam.coordinator.startup import attempt, refuse_retry
+from offload_adam.coordinator.watchdog import Patience, roll_call
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _PR_SET_PDEATHSIG = 1
@@ -30,14 +30,14 @@ _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT
 class World:
     """This process's place among the ranks; alone it is rank 0 of 1.
 
-    membership: for collectives of the job itself; watched, once the ranks have joined.
+    ranks: for collectives of the job itself; watched, once the ranks have joined.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    membership: Membership = field(default_factory=Membership, compare=False)
+    ranks: RankGroup = field(default_factory=RankGroup, compare=False)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
@@ -96,11 +96,11 @@ def joined_world(
     patience = patience or Patience()
     _open_default_group(world, timeout, patience)
     try:
-        membership = open_membership(None, patience)
+        ranks = open_rank_group(None, patience)
         try:
-            yield replace(world, membership=membership)
+            yield replace(world, ranks=ranks)
         finally:
-            membership.release()
+            ranks.release()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

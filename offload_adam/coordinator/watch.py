@@ -15,10 +15,9 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from offload_adam.coordinator import judgement
-from offload_adam.coordinator.judgement import Verdict
-from offload_adam.coordinator.records import PeerRecord, Process, describe_place
+from offload_adam.coordinator.progress import PROGRESS, PeerRecord, Process, describe_place
+from offload_adam.coordinator.watchdog import Verdict
 from offload_adam.errors import PeerFailedError
-from offload_adam.observe.place import HERE
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +162,7 @@ class PeerWatch:
         self._judged.set()
 
     def _error(self, verdict: Verdict) -> PeerFailedError:
-        here = describe_place(HERE.step, HERE.phase, HERE.bucket)
+        here = describe_place(PROGRESS.step, PROGRESS.phase, PROGRESS.bucket)
         return PeerFailedError(
             f"{verdict.text} (This is rank {self._ranks[self._rank]}, in {here}.)", verdict.ranks
         )
@@ -197,11 +196,16 @@ class PeerWatch:
 
     def _publish(self, left: str | None) -> None:
         now_s = time.monotonic()
-        if HERE.moves != self._moves:
-            self._moves, self._moved_s = HERE.moves, now_s
+        if PROGRESS.moves != self._moves:
+            self._moves, self._moved_s = PROGRESS.moves, now_s
         self._beat += 1
         record = PeerRecord.of(
-            self._ranks[self._rank], self._process, self._beat, HERE, now_s - self._moved_s, left
+            self._ranks[self._rank],
+            self._process,
+            self._beat,
+            PROGRESS,
+            now_s - self._moved_s,
+            left,
         )
         self._store.set(f"rank/{self._rank}", record.to_json())
 
@@ -213,7 +217,7 @@ class PeerWatch:
             self._verdict = Verdict.from_json(self._store.get(_VERDICT))
             self._judged.set()
             return
-        waited_s = time.monotonic() - self._moved_s if HERE.waiting else 0.0
+        waited_s = time.monotonic() - self._moved_s if PROGRESS.waiting else 0.0
         if self._broken is not None or waited_s > _SUSPECT_AFTER_S:
             found = self._look_at_all()
         else:

@@ -23,9 +23,9 @@ from typing import Any, Never, SupportsIndex, TypeVar, cast
 import torch
 
 from offload_adam.coordinator.admission import raise_on_all_ranks
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import CheckpointError
-from offload_adam.observe.place import HERE
 from offload_adam.parameters.group_watch import LAID_OUT
 from offload_adam.parameters.groups import known_names
 from offload_adam.state.state_dict import (
@@ -132,7 +132,7 @@ class CoreOptimizer(torch.optim.Optimizer):
     _core: ShardedAdam | None
     _module: torch.nn.Module | None
     _indices: dict[torch.nn.Parameter, int]  # each one's place among all that are trained
-    _membership: Membership
+    _ranks: RankGroup
     _release: weakref.finalize[Any, Any]
     _written: WrittenState
     _state_made: Mapping[torch.Tensor, Any]
@@ -184,12 +184,12 @@ class CoreOptimizer(torch.optim.Optimizer):
         """
         self._settled()
 
-    def busy(self, what: str) -> AbstractContextManager[None]:
+    def long_running(self, what: str) -> AbstractContextManager[None]:
         """Do work inside that may keep the other ranks waiting for longer than `stuck_after`.
 
         An evaluation on one rank alone, or a slow disk. `what` is named if this rank dies in it.
         """
-        return HERE.at(what, patient=True)
+        return PROGRESS.at(what, long_running=True)
 
     @serialized
     def refresh_master(self) -> None:
@@ -226,9 +226,9 @@ class CoreOptimizer(torch.optim.Optimizer):
         return self._lock
 
     @property
-    def membership(self) -> Membership:
+    def ranks(self) -> RankGroup:
         """The ranks that share this optimizer."""
-        return self._membership
+        return self._ranks
 
     @property
     def is_sharded(self) -> bool:
@@ -326,13 +326,13 @@ class CoreOptimizer(torch.optim.Optimizer):
         stand under the key "offload_adam", which torch ignores. It loads into an `OffloadAdam` of
         any world size, when every rank is given it.
         """
-        with raise_on_all_ranks(self._membership, "full_state_dict"):
+        with raise_on_all_ranks(self._ranks, "full_state_dict"):
             core = self._settled()
         whole: dict[int, dict[str, torch.Tensor]] = {}
         with torch.no_grad():
             for state in core.states:
-                whole.update(gather_bucket(state, self._membership) or {})
-        if self._membership.rank != 0:
+                whole.update(gather_bucket(state, self._ranks) or {})
+        if self._ranks.rank != 0:
             return {}
         groups = super().state_dict()["param_groups"]
         return pack_full(groups, self._trainable_ids(), whole, self._marked())

@@ -18,12 +18,12 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from offload_adam import torch_private
-from offload_adam.coordinator.admission import Fact, raise_on_all_ranks, require_same
+from offload_adam.coordinator.admission import Field, raise_on_all_ranks, require_same
 from offload_adam.coordinator.agreement import Notice
-from offload_adam.coordinator.membership import (
+from offload_adam.coordinator.ranks import (
     check_process_group,
     is_distributed,
-    open_membership,
+    open_rank_group,
 )
 from offload_adam.errors import StreamedGradientError
 from offload_adam.kernels.scalars import Hyperparameters
@@ -75,7 +75,7 @@ class ShardedOptimizer(CoreOptimizer):
     # What the work runs on. A simulated machine has its own.
     _backend = Backend()
 
-    def _construct(self, execution: Execution, admit: Callable[[], Sequence[Fact]]) -> None:
+    def _construct(self, execution: Execution, admit: Callable[[], Sequence[Field]]) -> None:
         """Check everything, then allocate and build, or leave nothing behind. Collective.
 
         Args:
@@ -100,30 +100,30 @@ class ShardedOptimizer(CoreOptimizer):
         self._core: ShardedAdam | None = None
         self._hooks: BackwardHooks | None = None
         self._indices: dict[torch.nn.Parameter, int] = {}
-        self._membership = open_membership(execution.process_group, execution.patience())
+        self._ranks = open_rank_group(execution.process_group, execution.patience())
         resources = ExitStack()
-        resources.callback(self._membership.release)
+        resources.callback(self._ranks.release)
         # At exit too: a process group that outlives the interpreter's modules ends it with an
         # abort.
         self._release = weakref.finalize(self, resources.close)
 
         try:
-            with raise_on_all_ranks(self._membership, "construction"):
+            with raise_on_all_ranks(self._ranks, "construction"):
                 check_module(module)
-                self._facts = list(admit())
+                self._fields = list(admit())
                 kind = execution.check()
                 refuse_unrelated(module, self.param_groups)
-            self._facts = [*execution.facts(kind), *self._facts]
+            self._fields = [*execution.fields(kind), *self._fields]
             self.max_grad_norm = execution.max_grad_norm
             on_device = [
                 self._backend.is_device(parameter.device)
                 for parameter in self._grouped_parameters()
             ]
             execution.warn_without_effect(any(on_device))
-            policy = execution.state_policy(kind, self._membership.world_size)
+            policy = execution.state_policy(kind, self._ranks.world_size)
             streams = execution.streamed_module is not None and kind == "optimizer"
             reduction = GradientReduction(
-                self._membership,
+                self._ranks,
                 policy,
                 streams=streams,
                 takes_rows=execution.takes_rows,
@@ -146,7 +146,7 @@ class ShardedOptimizer(CoreOptimizer):
                 allow_overcommit=execution.allow_overcommit,
             )
             self._core = ShardedAdam(
-                self._membership,
+                self._ranks,
                 reduction,
                 placing,
                 num_threads=execution.num_threads,
@@ -157,7 +157,7 @@ class ShardedOptimizer(CoreOptimizer):
             )
             resources.callback(self._core.resources.close)
             resources.callback(self._core.gate.abandon)
-            resources.callback(self._membership.abort_devices)
+            resources.callback(self._ranks.abort_devices)
             self._take_in(self._core, 0)
             self._state_made = self.state
             add_owner(self)
@@ -169,7 +169,7 @@ class ShardedOptimizer(CoreOptimizer):
     def _hyperparameters(self) -> list[Hyperparameters]:
         """Return the hyperparameters that the parameters' groups count over, as they are now."""
 
-    def _admit(self, params: ParamsT, defaults: dict[str, Any]) -> list[Fact]:
+    def _admit(self, params: ParamsT, defaults: dict[str, Any]) -> list[Field]:
         """Let torch take the groups in, each checked, with nothing allocated yet.
 
         Returns:
@@ -206,9 +206,9 @@ class ShardedOptimizer(CoreOptimizer):
         """Build the state of the groups from this one on. Collective."""
         selection = self._select(first_group)
         new = selection.new
-        facts = [*self._facts, *describe(selection, self.param_groups[first_group:])]
-        require_same(self._membership, "optimizer", facts)
-        self._membership.open_data_groups(item.parameter.device.type for item in new)
+        fields = [*self._fields, *describe(selection, self.param_groups[first_group:])]
+        require_same(self._ranks, "optimizer", fields)
+        self._ranks.open_data_groups(item.parameter.device.type for item in new)
         num_buckets = len(core.states)
         with torch.no_grad():
             core.extend(new, selection.frozen)
@@ -237,7 +237,7 @@ class ShardedOptimizer(CoreOptimizer):
         core = self._settled()
         num_groups = len(self.param_groups)
         try:
-            with raise_on_all_ranks(self._membership, "add_param_group"):
+            with raise_on_all_ranks(self._ranks, "add_param_group"):
                 self._admit_later(param_group)
             self._take_in(core, num_groups)
         except BaseException:

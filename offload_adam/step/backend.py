@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.budget import NUM_REDUCE_SLOTS, NUM_STAGING_SLOTS
 from offload_adam.memory.pinning import CudaRuntime, cuda_runtime
 from offload_adam.step.overlapped import Worker
@@ -28,7 +28,7 @@ class Backend:
     is_device: Callable[[torch.device], bool] = is_device
     make_runtime: Callable[[], CudaRuntime | None] = cuda_runtime
     make_streams: Callable[[torch.device], Streams] = streams_for
-    make_collectives: Callable[[Membership], Collectives] = GroupCollectives
+    make_collectives: Callable[[RankGroup], Collectives] = GroupCollectives
     make_worker: Callable[[], Worker] = UpdateThread
     num_reduce_slots: int = NUM_REDUCE_SLOTS
     num_staging_slots: int = NUM_STAGING_SLOTS

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from offload_adam.coordinator.admission import raise_on_all_ranks
-from offload_adam.coordinator.membership import Membership
 from offload_adam.coordinator.node_memory import admit_memory
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.budget import copy_room_nbytes, plane_nbytes
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.state_plan import StatePlan, StatePolicy, plan_state
@@ -45,9 +45,9 @@ class Placing:
     checkpoint_room_nbytes: int = 0
     allow_overcommit: bool = False
 
-    def share_of(self, membership: Membership) -> tuple[int, int]:
+    def share_of(self, ranks: RankGroup) -> tuple[int, int]:
         """Return this rank's place among those that a bucket's state is divided over."""
-        return (0, 1) if self.policy.replicated else (membership.rank, membership.world_size)
+        return (0, 1) if self.policy.replicated else (ranks.rank, ranks.world_size)
 
     def spec_of(self, item: NewParameter) -> ParameterSpec:
         """Return a parameter as the layout sees it."""
@@ -75,7 +75,7 @@ class Built(NamedTuple):
 
 def build_states(
     new: Sequence[NewParameter],
-    membership: Membership,
+    ranks: RankGroup,
     placing: Placing,
     first_bucket: int,
     touch: Touch | None,
@@ -100,13 +100,13 @@ def build_states(
             of_planes = plane_nbytes(plan)
             parts += of_planes.values()
             needed.update(of_planes)
-    if placing.policy.replicated and membership.rank != 0:
+    if placing.policy.replicated and ranks.rank != 0:
         room_nbytes = 0  # rank 0 writes what all have whole
     room_nbytes = copy_room_nbytes(plans, room_nbytes)
     if room_nbytes > 0:
         needed["checkpoint room"] = room_nbytes
-    admit_memory(membership, needed, allow_overcommit=placing.allow_overcommit)
-    with raise_on_all_ranks(membership, "allocating its state"):
+    admit_memory(ranks, needed, allow_overcommit=placing.allow_overcommit)
+    with raise_on_all_ranks(ranks, "allocating its state"):
         arena = HostArena(arena_nbytes(parts), parts=parts, touch=touch)
         room = HostArena(room_nbytes)
     if placing.policy.pins_state and placing.runtime is not None:
@@ -121,7 +121,7 @@ def build_states(
     states = []
     for plan in plans:
         items = [by_index[placed.parameter] for placed in plan.bucket.placements]
-        states.append(_build(plan, items, arena, membership, placing))
+        states.append(_build(plan, items, arena, ranks, placing))
     return Built(states, arena, room)
 
 
@@ -129,7 +129,7 @@ def _build(
     plan: StatePlan,
     items: Sequence[NewParameter],
     arena: HostArena,
-    membership: Membership,
+    ranks: RankGroup,
     placing: Placing,
 ) -> BucketState:
     """Adopt one bucket's parameters and fill its master weights from them."""
@@ -138,8 +138,8 @@ def _build(
     names = [item.name for item in items]
     flat = adopt(bucket, parameters)
     if bucket.numel > 0:
-        membership.broadcast_data(flat)
-    rank, _ = placing.share_of(membership)
+        ranks.broadcast_data(flat)
+    rank, _ = placing.share_of(ranks)
     low, high = bucket.shard_bounds(rank)
     shard = flat[low:high]
     memory = arena if plan.location.is_host else DeviceMemory(flat.device)

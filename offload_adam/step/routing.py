@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.schedule import Schedule, plan_schedule
 from offload_adam.memory.arena import HostArena
 from offload_adam.step.backend import Backend
@@ -26,7 +26,7 @@ class Routing:
 
     def __init__(
         self,
-        membership: Membership,
+        ranks: RankGroup,
         reduction: GradientReduction,
         backend: Backend,
         make_buffer: Callable[[int], HostArena],
@@ -37,7 +37,7 @@ class Routing:
             make_buffer: gives host memory of so many bytes, page-locked where that was asked for.
         """
         self.streams = StreamsByDevice(backend.make_streams)
-        self.landing = Landing(membership, reduction.slots, make_arena=make_buffer)
+        self.landing = Landing(ranks, reduction.slots, make_arena=make_buffer)
         self.rings = Rings(
             make_buffer,
             num_staging=backend.num_staging_slots,

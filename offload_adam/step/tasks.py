@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.schedule import Operation, Schedule
-from offload_adam.observe.place import HERE
-from offload_adam.observe.spans import Spans, span
+from offload_adam.spans import Spans, span
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.crossing import Crossing, HostWait
 from offload_adam.step.device_update import DeviceUpdate
@@ -46,7 +46,7 @@ class Tasks:
 
     def __init__(
         self,
-        membership: Membership,
+        ranks: RankGroup,
         updates: Sequence[BucketUpdate],
         gate: ReadGate,
         collectives: Collectives,
@@ -54,7 +54,7 @@ class Tasks:
         landing: Landing,
         rings: Rings,
     ) -> None:
-        self._membership = membership
+        self._ranks = ranks
         self.updates = updates
         self._gate = gate
         self.landing = landing
@@ -93,8 +93,8 @@ class Tasks:
         one there is none, and the thread sleeps until the device wakes it.
         """
         pause_s = _FIRST_PAUSE_S
-        while self._membership.world_size > 1 and not mark.query():
-            self._membership.raise_failure()
+        while self._ranks.world_size > 1 and not mark.query():
+            self._ranks.raise_failure()
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         streams.synchronize(mark)
@@ -283,8 +283,8 @@ class Tasks:
         """Let the model's own lane read a bucket's parameters from now on."""
         pending = self._gathering.get(number)
         if pending is not None:
-            with HERE.at("gather", number), spans.span("gather", number):
-                pending.wait(self._membership)
+            with PROGRESS.at("gather", number), spans.span("gather", number):
+                pending.wait(self._ranks)
             del self._gathering[number]
         self.crossing.begin(Operation.USE, number)
 

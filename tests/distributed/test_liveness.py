@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from offload_adam.coordinator.progress import PROGRESS
 
 from offload_adam import OffloadAdam, PeerFailedError
-from offload_adam.observe.place import HERE
 from tests.distributed.reference import Weights, exact_gradients
 from tests.ranks import RankError, RankPool
 
@@ -43,7 +43,7 @@ def stumble(rank: int, world_size: int, how: str) -> float:
         model(exact_gradients(model.all, 10 * step + rank, world_size)).backward()
         if step == 2 and rank == 1:
             if how == "busy":
-                with optimizer.busy("evaluation"):
+                with optimizer.long_running("evaluation"):
                     time.sleep(2 * PATIENCE_S)
             _stumble(how)
             if how == "leave":
@@ -64,9 +64,9 @@ def _stumble(how: str) -> None:
     elif how == "evaluate":
         for _ in range(16):
             time.sleep(PATIENCE_S / 8)
-            HERE.move()
+            PROGRESS.move()
     elif how == "compile":
-        with HERE.at("compilation", patient=True):
+        with PROGRESS.at("compilation", long_running=True):
             time.sleep(2 * PATIENCE_S)
 
 

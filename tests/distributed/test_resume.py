@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from offload_adam.coordinator.ranks import RankGroup
 from rich.console import Console
 
 from offload_adam.checkpoint.files import RankFile
 from offload_adam.checkpoint.format import RankEntry, read_manifest
 from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.config import ConfigError, RunConfig
-from offload_adam.coordinator.membership import Membership
 from offload_adam.coordinator.startup import World
 from offload_adam.errors import CheckpointError
 from offload_adam.train import saving
@@ -382,7 +382,7 @@ def test_a_place_that_cannot_be_written_is_said_before_the_first_step(
     config = RunConfig.model_validate(values(tmp_path, checkpoint=section))
     (tmp_path / "case").write_text("not a folder")
     job: Any = SimpleNamespace(
-        config=config, world=World(world_size=2), optimizer=SimpleNamespace(membership=Membership())
+        config=config, world=World(world_size=2), optimizer=SimpleNamespace(ranks=RankGroup())
     )
     if required:
         with pytest.raises(OSError, match="Not a directory"):

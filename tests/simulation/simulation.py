@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from offload_adam.coordinator.ranks import RankGroup
 
 from offload_adam.coordinator import agreement
-from offload_adam.coordinator.membership import Membership
 from offload_adam.layout.schedule import Lane, Schedule
 from offload_adam.step.backend import Backend
 from offload_adam.step.bucket_state import BucketState
@@ -31,7 +31,7 @@ from tests.simulation.training import make_core, reference_of, train
 from tests.simulation.watched import WatchedLanding, WatchedUpdate, name_tasks, watch_staging
 
 
-class Mirrors(Membership):
+class Mirrors(RankGroup):
     """One rank of a world whose other ranks do what this one does.
 
     What they find in their own shards is what the reference run found in the whole, less this
@@ -100,7 +100,7 @@ class Simulation:
         self._memory = GradientMemory(self.machine, on_device=case.on_device)
         self.parameters = case.weights()
         self._index = {id(parameter): i for i, parameter in enumerate(self.parameters)}
-        self._membership = Mirrors(case, reference)
+        self._ranks = Mirrors(case, reference)
         backend = Backend(
             is_device=lambda _: case.on_device,
             make_runtime=StandInRuntime,
@@ -114,7 +114,7 @@ class Simulation:
         )
         self.core = make_core(
             case,
-            self._membership,
+            self._ranks,
             backend,
             self.parameters,
             overlaps=case.overlaps,
@@ -216,7 +216,7 @@ class Simulation:
         """Bring what the reference has; look whether this rank's own shard is it, too."""
         state = next(state for state in self.core.states if state.flat is flat)
         low, high = state.layout.shard_bounds(state.rank)
-        step = self._membership.num_agreed
+        step = self._ranks.num_agreed
         task = self.machine.task
 
         def exchange() -> None:

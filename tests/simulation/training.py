@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+from offload_adam.coordinator.ranks import RankGroup
 
-from offload_adam.coordinator.membership import Membership
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.layout.state_plan import StatePolicy
 from offload_adam.parameters.selection import NewParameter
@@ -129,10 +129,10 @@ def reference_of(case: Case) -> Outcome:
 def _plain(case: Case, *, offload_fraction: float) -> Outcome:
     outcome = Outcome()
     parameters = case.weights()
-    membership = Membership()
+    ranks = RankGroup()
     core = make_core(
         case,
-        membership,
+        ranks,
         Backend() if offload_fraction == 1.0 else HOST_AS_DEVICE,
         parameters,
         overlaps=False,
@@ -159,7 +159,7 @@ def make_policy(case: Case, world_size: int, offload_fraction: float) -> StatePo
 
 def make_core(
     case: Case,
-    membership: Membership,
+    ranks: RankGroup,
     backend: Backend,
     parameters: list[torch.nn.Parameter],
     *,
@@ -172,8 +172,8 @@ def make_core(
     Args:
         slots: where buckets in host memory are averaged; None for a pool as usual.
     """
-    policy = make_policy(case, membership.world_size, offload_fraction)
-    reduction = GradientReduction(membership, policy, streams=True)
+    policy = make_policy(case, ranks.world_size, offload_fraction)
+    reduction = GradientReduction(ranks, policy, streams=True)
     if slots is not None:
         reduction.slots = slots
     on_device = backend.is_device(parameters[0].device)
@@ -181,7 +181,7 @@ def make_core(
         policy, backend.is_device, runtime=backend.make_runtime() if on_device else None
     )
     core = ShardedAdam(
-        membership,
+        ranks,
         reduction,
         placing,
         num_threads=1,

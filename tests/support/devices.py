@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from offload_adam.coordinator.ranks import RankGroup
 
-from offload_adam.coordinator.membership import Membership
 from offload_adam.step.backend import Backend
 from offload_adam.transfer.collectives import GroupCollectives, PendingCollective
 from offload_adam.transfer.streams import HostStreams, Streams
@@ -16,9 +16,9 @@ from tests.cuda_runtime import StandInRuntime
 class EagerCollectives(GroupCollectives):
     """Collectives that are over when they have been issued: no stream waits for one of gloo."""
 
-    def __init__(self, membership: Membership) -> None:
-        super().__init__(membership)
-        self._ranks = membership
+    def __init__(self, ranks: RankGroup) -> None:
+        super().__init__(ranks)
+        self._ranks = ranks
 
     def mean(
         self, streams: Streams, buffer: torch.Tensor, part: tuple[int, int]

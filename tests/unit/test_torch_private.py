@@ -32,7 +32,7 @@ ALLOWED = {
     (
         "state/state_shard.py",
         "_sources",
-    ),  # an attribute of BoxTensor; torch has a module of the name
+    ),  # of BoxTensor; torch has a module of that name
 }
 # Undocumented without an underscore.
 UNDERSCORELESS = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from offload_adam.observe.spans import NO_BUCKET, Span
+from offload_adam.spans import NO_BUCKET, Span
+
 from offload_adam.profiling.profile import STEP, RankProfile
 
 MS = 1_000_000

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from offload_adam.spans import Span
 
-from offload_adam.observe.spans import Span
 from offload_adam.profiling.diagnosis import Resource, RunFacts, diagnose
 from offload_adam.profiling.profile import RankProfile
 from tests.unit.profiling.synthetic import MS, PHASES, profile

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
+from offload_adam.spans import NO_BUCKET, Span
 
-from offload_adam.observe.spans import NO_BUCKET, Span
 from offload_adam.profiling.diagnosis import Resource, diagnose
 from offload_adam.profiling.lateness import LATE, with_late_ranks
 from offload_adam.profiling.profile import STEP, RankProfile
