@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
-from offload_adam.coordinator.watch import DEAD_AFTER_S, STUCK_AFTER_S
+from offload_adam.coordinator.watchdog import DEAD_AFTER_S, STUCK_AFTER_S
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.memory.pinning import Pin
 from offload_adam.parameters.groups import check_group, hyperparameters_of

@@ -19,9 +19,9 @@ from offload_adam.bench.interleave import Clock, Turn, interleave
 from offload_adam.bench.machine import describe_machine
 from offload_adam.bench.planes import require_memory
 from offload_adam.bench.results import median_ratio, pair_up
-from offload_adam.observe.spans import SpanRecorder, Stopwatch, recorded_by, span
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.profiling.sampler import MemorySampler
+from offload_adam.spans import SpanRecorder, Stopwatch, recorded_by, span
 from offload_adam.step.ledger import by_category
 
 OFF, ON = "off", "on"

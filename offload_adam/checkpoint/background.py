@@ -14,7 +14,7 @@ from torch import nn
 from offload_adam.checkpoint.rank_file import RankEntry
 from offload_adam.checkpoint.save import Save, open_save
 from offload_adam.coordinator.admission import raise_on_all_ranks
-from offload_adam.observe.place import HERE
+from offload_adam.coordinator.progress import HERE
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.sharded_optimizer.locking import serialized_by_optimizer
 from offload_adam.step.read_gate import ReadGate

@@ -34,8 +34,8 @@ from offload_adam.checkpoint.manifest import (
     sorted_pieces,
 )
 from offload_adam.coordinator.admission import raise_on_all_ranks
+from offload_adam.coordinator.progress import HERE
 from offload_adam.errors import CheckpointError
-from offload_adam.observe.place import HERE
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.sharded_optimizer.locking import serialized_by_optimizer
 from offload_adam.step.box_tensor import inverse_order, memory_order

@@ -35,9 +35,9 @@ from offload_adam.checkpoint.partial import discard, partial_name, publish, remo
 from offload_adam.checkpoint.rank_file import RankEntry, RankFile, rank_file_name
 from offload_adam.checkpoint.room import copy_bytes, places_in
 from offload_adam.coordinator.admission import gather_texts, raise_on_all_ranks
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.progress import HERE
+from offload_adam.coordinator.ranks import Membership
 from offload_adam.errors import CheckpointError, PeerFailedError
-from offload_adam.observe.place import HERE
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.sharded_optimizer.locking import serialized_by_optimizer
 

@@ -38,7 +38,7 @@ from offload_adam.contract.groups import (
 )
 from offload_adam.contract.inspection import InspectableAdam
 from offload_adam.coordinator.admission import Fact, raise_on_all_ranks
-from offload_adam.coordinator.watch import DEAD_AFTER_S, STUCK_AFTER_S
+from offload_adam.coordinator.watchdog import DEAD_AFTER_S, STUCK_AFTER_S
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.memory.pinning import Pin
 from offload_adam.parameters.groups import check_group, hyperparameters_of

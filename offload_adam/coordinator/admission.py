@@ -10,7 +10,7 @@ from itertools import zip_longest
 
 import torch
 
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.ranks import Membership
 from offload_adam.errors import CheckpointError, HostMemoryError, PeerError, RankDisagreementError
 
 Fact = tuple[str, str]

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 
 from offload_adam.coordinator.admission import gather_texts
-from offload_adam.coordinator.membership import Membership
-from offload_adam.coordinator.records import Process
+from offload_adam.coordinator.progress import Process
+from offload_adam.coordinator.ranks import Membership
 from offload_adam.errors import HostMemoryError
 from offload_adam.units import format_nbytes
 

@@ -10,15 +10,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 
-from offload_adam.coordinator.membership import Membership, open_membership
-from offload_adam.coordinator.records import Process
-from offload_adam.coordinator.restarts import attempt, refuse_retry
-from offload_adam.coordinator.watch import Patience, roll_call
+from offload_adam.coordinator.progress import Process
+from offload_adam.coordinator.ranks import Membership, open_membership
+from offload_adam.coordinator.watchdog import Patience, roll_call
+from offload_adam.errors import NotRetriedError
 
+_MARK = "offload_adam/not_retried"
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _PR_SET_PDEATHSIG = 1
 # What other launchers leave out of torchrun's variables has a default; these have none.
@@ -166,3 +169,43 @@ def _open_default_group(world: World, timeout: timedelta, patience: Patience) ->
         timeout=timeout,
         device_id=world.device if on_cuda else None,
     )
+
+
+def attempt() -> int:
+    """Return how often torchrun has restarted this run."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def refuse_retry(store: dist.Store) -> None:
+    """Stop a restarted run at once when an earlier attempt has left the mark of a final error.
+
+    Raises:
+        NotRetriedError: quoting that error.
+    """
+    agent_store = _agent_store(store)
+    if attempt() > 0 and agent_store.check([_mark()]):
+        raise NotRetriedError(
+            "not tried again, for a restart cannot mend it: " + agent_store.get(_mark()).decode()
+        )
+
+
+@contextmanager
+def final(*kinds: type[Exception]) -> Iterator[None]:
+    """Mark errors of these kinds, raised in the block, as ones that a restart cannot mend."""
+    try:
+        yield
+    except kinds as error:
+        if dist.is_initialized():
+            store = _agent_store(c10d._get_default_store())
+            store.set(_mark(), f"{type(error).__name__}: {error}")
+        raise
+
+
+def _mark() -> str:
+    return f"{_MARK}/{os.environ.get('TORCHELASTIC_RUN_ID', '')}"
+
+
+def _agent_store(store: Any) -> dist.Store:
+    """Return the store beneath all prefixes: torchrun's agent keeps it through its restarts."""
+    found: dist.Store = getattr(store, "_underlying_non_prefix_store", store)
+    return found

@@ -11,9 +11,9 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.ranks import Membership
 from offload_adam.coordinator.startup import World, joined_world
-from offload_adam.coordinator.watch import Patience
+from offload_adam.coordinator.watchdog import Patience
 from offload_adam.doctor.finding import Finding, failed, ok, warning
 from offload_adam.doctor.kept import Bandwidth, Ranks, ranks_like
 from offload_adam.layout.ring import ALL_REDUCE_PASSES, RingSpeed, pass_nbytes

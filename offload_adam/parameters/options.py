@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from offload_adam.coordinator.membership import world_size_of
+from offload_adam.coordinator.ranks import world_size_of
 from offload_adam.memory.pinning import PINS
 
 

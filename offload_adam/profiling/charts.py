@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from offload_adam.observe.spans import Span
 from offload_adam.profiling.lateness import LATE, with_late_ranks
 from offload_adam.profiling.memory_charts import by_category, of_process, places_of
 from offload_adam.profiling.profile import (
@@ -18,6 +17,7 @@ from offload_adam.profiling.profile import (
     self_times_ns,
     steps_of,
 )
+from offload_adam.spans import Span
 
 _OTHER = "#999999"
 _SKIPPED = "#D55E00"

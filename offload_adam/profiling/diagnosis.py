@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from offload_adam.observe.spans import NO_BUCKET, Span
 from offload_adam.profiling.lateness import LATE, with_late_ranks
 from offload_adam.profiling.profile import RankProfile, inside_steps, self_times_ns, steps_of
+from offload_adam.spans import NO_BUCKET, Span
 
 
 class Resource(Enum):

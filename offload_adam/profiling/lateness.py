@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from offload_adam.observe.spans import NO_BUCKET, Span
 from offload_adam.profiling.profile import RankProfile
+from offload_adam.spans import NO_BUCKET, Span
 
 LATE = "late rank"
 """The part of a wait in which a rank is still missing; in place of a bucket it has that rank."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from offload_adam.observe.spans import NO_BUCKET, Span
+from offload_adam.spans import NO_BUCKET, Span
 
 
 @dataclass(frozen=True)

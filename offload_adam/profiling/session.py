@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from offload_adam.observe.spans import SpanRecorder, recorded_by
 from offload_adam.profiling.clock import ClockMap, read_clock
 from offload_adam.profiling.profile import RankProfile
 from offload_adam.profiling.sampler import Ledger, MemorySampler
 from offload_adam.profiling.trace import write_trace
+from offload_adam.spans import SpanRecorder, recorded_by
 
 logger = logging.getLogger(__name__)
 

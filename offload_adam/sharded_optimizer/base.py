@@ -11,8 +11,8 @@ from typing import Any, Never, SupportsIndex
 
 import torch
 
-from offload_adam.coordinator.membership import Membership
-from offload_adam.observe.place import HERE
+from offload_adam.coordinator.progress import HERE
+from offload_adam.coordinator.ranks import Membership
 from offload_adam.sharded_optimizer.locking import serialized
 from offload_adam.step.ledger import LedgerEntry
 from offload_adam.step.parameter_shard import ParameterShard, shards_of

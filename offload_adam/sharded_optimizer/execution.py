@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from offload_adam.coordinator.admission import Fact
-from offload_adam.coordinator.watch import DEAD_AFTER_S, STUCK_AFTER_S, Patience
+from offload_adam.coordinator.watchdog import DEAD_AFTER_S, STUCK_AFTER_S, Patience
 from offload_adam.memory.pinning import Pin
 from offload_adam.parameters.options import (
     check_accumulate,

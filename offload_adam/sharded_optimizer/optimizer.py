@@ -19,7 +19,7 @@ from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks
 
 from offload_adam.coordinator.admission import Fact, raise_on_all_ranks, require_same
 from offload_adam.coordinator.agreement import Notice
-from offload_adam.coordinator.membership import (
+from offload_adam.coordinator.ranks import (
     check_process_group,
     is_distributed,
     open_membership,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.ranks import Membership
 from offload_adam.layout.budget import NUM_REDUCE_SLOTS, NUM_STAGING_SLOTS
 from offload_adam.step.overlapped import Worker
 from offload_adam.step.update_thread import UpdateThread

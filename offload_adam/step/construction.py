@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from offload_adam.coordinator.admission import raise_on_all_ranks
-from offload_adam.coordinator.membership import Membership
 from offload_adam.coordinator.node_memory import admit_memory
+from offload_adam.coordinator.ranks import Membership
 from offload_adam.layout.budget import BucketPlanes, copy_room_nbytes, plane_nbytes
 from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
 from offload_adam.layout.placing import kept_on_device

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from offload_adam.layout.schedule import Operation, Route, Schedule, Task
-from offload_adam.observe.spans import Spans
+from offload_adam.spans import Spans
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.gradients import BucketGradients
 from offload_adam.step.landing import Flight

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.ranks import Membership
 from offload_adam.layout.schedule import Lane, Operation
 from offload_adam.memory.arena import HostArena, padded_nbytes
-from offload_adam.observe.spans import span
 from offload_adam.parameters.gradients import in_memory_order
+from offload_adam.spans import span
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.crossing import Crossing
 from offload_adam.step.gradients import BucketGradients

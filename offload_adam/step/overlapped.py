@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.progress import HERE
+from offload_adam.coordinator.ranks import Membership
 from offload_adam.errors import UnreadyParameterError
 from offload_adam.layout.schedule import Task
-from offload_adam.observe.place import HERE
-from offload_adam.observe.spans import Spans, span
+from offload_adam.spans import Spans, span
 from offload_adam.step.executor import Executor, find_non_finite, is_idle, sum_as_scheduled
 from offload_adam.step.gradients import BucketGradients
 from offload_adam.step.landing import Flight

@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterable
 
 import torch
 
+from offload_adam.coordinator.progress import HERE
 from offload_adam.errors import CheckpointError
-from offload_adam.observe.place import HERE
 
 _LOOK_S = 0.5
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from offload_adam.coordinator.agreement import largest_on_any_rank
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.ranks import Membership
 from offload_adam.parameters.gradients import GradientsInPlace, in_memory_order
 from offload_adam.parameters.stand_in import gradient_of
 from offload_adam.step.bucket_state import BucketState

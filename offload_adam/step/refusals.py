@@ -10,7 +10,7 @@ import torch
 
 from offload_adam.coordinator.admission import require_same
 from offload_adam.coordinator.agreement import Agreement
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.ranks import Membership
 from offload_adam.errors import PeerError, RankDisagreementError
 from offload_adam.parameters.selection import Named
 from offload_adam.parameters.stand_in import gradient_of

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.ranks import Membership
 from offload_adam.layout.schedule import Route, Schedule, plan_schedule
 from offload_adam.memory.arena import HostArena
 from offload_adam.step.backend import Backend

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.ranks import Membership
 from offload_adam.errors import RankDisagreementError
 from offload_adam.parameters.gradients import GradientsInPlace
 from offload_adam.parameters.rows import GradientRows, width_of

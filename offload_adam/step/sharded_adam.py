@@ -14,13 +14,13 @@ import numpy.typing as npt
 import torch
 
 from offload_adam.coordinator.agreement import Agreement, Findings, agree, flags_on_any_rank
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.progress import HERE
+from offload_adam.coordinator.ranks import Membership
 from offload_adam.memory.arena import HostArena, close_all
 from offload_adam.memory.numa import spans_nodes
-from offload_adam.observe.place import HERE
-from offload_adam.observe.spans import NullSpans, Spans, Stopwatch
 from offload_adam.parameters.forward_hooks import ForwardHooks
 from offload_adam.parameters.selection import Named, NewParameter
+from offload_adam.spans import NullSpans, Spans, Stopwatch
 from offload_adam.step.absence import AbsenceWatch
 from offload_adam.step.backend import Backend
 from offload_adam.step.bucket_state import BucketState

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.progress import HERE
+from offload_adam.coordinator.ranks import Membership
 from offload_adam.layout.schedule import Operation, Route, Schedule
-from offload_adam.observe.place import HERE
-from offload_adam.observe.spans import Spans, span
+from offload_adam.spans import Spans, span
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.crossing import Crossing, HostWait
 from offload_adam.step.gradients import BucketGradients

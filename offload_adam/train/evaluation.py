@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from offload_adam.config.sections import TrainSection
+from offload_adam.coordinator.progress import HERE
 from offload_adam.coordinator.startup import World
-from offload_adam.observe.place import HERE
 from offload_adam.train.corpus import ByteTokens
 from offload_adam.train.loss import next_token_loss
 from offload_adam.train.sampling import cut_batch, evaluation_starts

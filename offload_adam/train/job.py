@@ -17,14 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from offload_adam.config import ConfigError, RunConfig
 from offload_adam.contract.adam import Adam
 from offload_adam.coordinator.admission import Fact, require_same
-from offload_adam.coordinator.ending import EndingGuard
-from offload_adam.coordinator.preemption import preemptible
-from offload_adam.coordinator.restarts import final
-from offload_adam.coordinator.startup import COLLECTIVE_TIMEOUT, World, joined_world
-from offload_adam.coordinator.watch import Patience
+from offload_adam.coordinator.endings import EndingGuard, preemptible
+from offload_adam.coordinator.progress import HERE
+from offload_adam.coordinator.startup import COLLECTIVE_TIMEOUT, World, final, joined_world
+from offload_adam.coordinator.watchdog import Patience
 from offload_adam.errors import CheckpointError, HostMemoryError, RankDisagreementError
 from offload_adam.kernels.threads import threads_per_rank
-from offload_adam.observe.place import HERE
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.train.bigram import bigram_loss
 from offload_adam.train.corpus import Corpus

@@ -19,12 +19,12 @@ from offload_adam.config import RunConfig
 from offload_adam.config.optimizer_sections import AdamSection
 from offload_adam.contract.adam import Adam
 from offload_adam.coordinator.agreement import Notice
-from offload_adam.coordinator.preemption import Preemption
+from offload_adam.coordinator.endings import Preemption
+from offload_adam.coordinator.progress import HERE
 from offload_adam.coordinator.startup import World
-from offload_adam.observe.place import HERE
-from offload_adam.observe.spans import Stopwatch, span
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.profiling.profile import STEP
+from offload_adam.spans import Stopwatch, span
 from offload_adam.train.corpus import Corpus
 from offload_adam.train.evaluation import evaluate
 from offload_adam.train.loss import next_token_loss

@@ -17,7 +17,6 @@ from torch.distributed.distributed_c10d import _get_default_store
 from offload_adam.config.optimizer_sections import AdamSection, OffloadAdamSection
 from offload_adam.errors import MissingExtraError
 from offload_adam.kernels.threads import threads_per_rank
-from offload_adam.observe.spans import NO_BUCKET
 from offload_adam.parameters.stand_in import gradient_of
 from offload_adam.plan.prediction import predict
 from offload_adam.plan.timing import predict_time, update_nbytes
@@ -26,6 +25,7 @@ from offload_adam.profiling.peak import peaks_of
 from offload_adam.profiling.profile import RankProfile
 from offload_adam.profiling.report import ReportInputs, write_report
 from offload_adam.profiling.session import ProfiledRank, profiled
+from offload_adam.spans import NO_BUCKET
 from offload_adam.step.ledger import LedgerEntry, by_bucket, by_category
 from offload_adam.train.loop import Job
 from offload_adam.train.planned import specs_of, training_of_job

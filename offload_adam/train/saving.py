@@ -22,9 +22,9 @@ from offload_adam.checkpoint.partial import PARTIAL_SUFFIX, discard
 from offload_adam.checkpoint.save import require_shared, save_checkpoint
 from offload_adam.config import ConfigError, RunConfig
 from offload_adam.coordinator.admission import gather_texts, raise_on_all_ranks
-from offload_adam.coordinator.restarts import attempt
+from offload_adam.coordinator.progress import HERE
+from offload_adam.coordinator.startup import attempt
 from offload_adam.errors import CheckpointError, PeerError, PeerFailedError
-from offload_adam.observe.place import HERE
 from offload_adam.train.loop import Job
 from offload_adam.train.run_folder import run_folder
 

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from offload_adam.config import ConfigError, Mistake, RunConfig
-from offload_adam.observe.place import HERE
+from offload_adam.coordinator.progress import HERE
 from offload_adam.sinks.server import StatusServer
 from offload_adam.sinks.sink import GuardedSinks, MetricSink
 from offload_adam.sinks.tensorboard import TensorBoardSink

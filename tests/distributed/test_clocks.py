@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from offload_adam.observe.spans import span
 from offload_adam.profiling.clock import NUM_PROBES
 from offload_adam.profiling.profile import RankProfile
 from offload_adam.profiling.session import ProfiledRank, profiled
+from offload_adam.spans import span
 from tests.ranks import RankPool
 
 NUM_COLLECTIVES = 20

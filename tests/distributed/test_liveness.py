@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from offload_adam import OffloadAdam, PeerFailedError
-from offload_adam.observe.place import HERE
+from offload_adam.coordinator.progress import HERE
 from tests.distributed.reference import Weights, exact_gradients
 from tests.ranks import RankError, RankPool
 

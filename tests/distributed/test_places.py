@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from offload_adam.coordinator.membership import open_membership
-from offload_adam.observe.place import HERE
+from offload_adam.coordinator.progress import HERE
+from offload_adam.coordinator.ranks import open_membership
 from tests.distributed.test_train_job import TINY, command, environment
 from tests.ranks import RankPool
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from offload_adam import OffloadAdam
-from offload_adam.coordinator.membership import open_membership
+from offload_adam.coordinator.ranks import open_membership
 from offload_adam.doctor.network import measure_network
 from offload_adam.doctor.step import measure_step
 from offload_adam.kernels.threads import allowed_cores

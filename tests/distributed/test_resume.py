@@ -24,7 +24,7 @@ from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.checkpoint.manifest import read_manifest
 from offload_adam.checkpoint.rank_file import RankEntry, RankFile
 from offload_adam.config import ConfigError, RunConfig
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.ranks import Membership
 from offload_adam.coordinator.startup import World
 from offload_adam.errors import CheckpointError
 from offload_adam.train import saving

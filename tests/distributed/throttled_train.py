@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from offload_adam.cli.app import main
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.ranks import Membership
 from offload_adam.kernels import update
 from offload_adam.train import loop
 

@@ -23,7 +23,7 @@ import torch
 
 from offload_adam.cli.app import main
 from offload_adam.coordinator import agreement, startup
-from offload_adam.observe.place import HERE
+from offload_adam.coordinator.progress import HERE
 from offload_adam.transfer import collectives
 
 RANK = os.environ.get("RANK", "0")

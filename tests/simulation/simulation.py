@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from offload_adam.coordinator import agreement
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.ranks import Membership
 from offload_adam.layout.schedule import Lane, Schedule
 from offload_adam.step.backend import Backend
 from offload_adam.step.bucket_state import BucketState

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.ranks import Membership
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.parameters.selection import NewParameter
 from offload_adam.step.backend import Backend

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from offload_adam.config.sections import ModelSizes, TrainSection
-from offload_adam.coordinator.membership import open_membership
+from offload_adam.coordinator.ranks import open_membership
 from offload_adam.coordinator.startup import World
 from offload_adam.train.evaluation import evaluate
 from offload_adam.train.gpt import GPT

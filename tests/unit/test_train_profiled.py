@@ -14,8 +14,8 @@ import pytest
 from rich.console import Console
 
 from offload_adam.config import ConfigError, RunConfig
+from offload_adam.coordinator.progress import HERE
 from offload_adam.doctor import kept
-from offload_adam.observe.place import HERE
 from offload_adam.sinks import server
 from offload_adam.train import watched
 from offload_adam.train.job import run_job

@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from offload_adam.cli.app import app
-from offload_adam.coordinator.membership import open_membership
+from offload_adam.coordinator.ranks import open_membership
 from offload_adam.doctor import kept, network
 from offload_adam.doctor.finding import Status
 from offload_adam.doctor.kept import Bandwidth, Ranks

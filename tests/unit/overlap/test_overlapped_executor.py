@@ -10,10 +10,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.ranks import Membership
 from offload_adam.layout.flat import ParameterSpec, plan_buckets
 from offload_adam.layout.schedule import Operation, Route, Task, plan_schedule
-from offload_adam.observe.spans import NullSpans, Stopwatch
+from offload_adam.spans import NullSpans, Stopwatch
 from offload_adam.step.executor import SequentialExecutor
 from offload_adam.step.masks import UpdateMasks
 from offload_adam.step.overlapped import OverlappedExecutor

@@ -8,7 +8,8 @@ import tracemalloc
 
 import pytest
 
-from offload_adam.observe.spans import (
+from offload_adam.profiling.profile import self_times_ns
+from offload_adam.spans import (
     NullSpans,
     Span,
     SpanRecorder,
@@ -16,7 +17,6 @@ from offload_adam.observe.spans import (
     recorded_by,
     span,
 )
-from offload_adam.profiling.profile import self_times_ns
 from tests.unit.profiling.synthetic import MS, profile
 
 

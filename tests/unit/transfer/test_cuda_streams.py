@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from offload_adam.coordinator.membership import Membership
+from offload_adam.coordinator.ranks import Membership
 from offload_adam.layout.schedule import Lane
 from offload_adam.transfer import collectives
 from offload_adam.transfer.collectives import GroupCollectives

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from offload_adam.coordinator.watch import Patience, PeerWatch, roll_call
-from offload_adam.observe.place import HERE
+from offload_adam.coordinator.progress import HERE
+from offload_adam.coordinator.watchdog import Patience, PeerWatch, roll_call
 
 logger = logging.getLogger(__name__)
 

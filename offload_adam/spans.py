@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from offload_adam.observe.place import HERE
+from offload_adam.coordinator.progress import HERE
 
 NO_BUCKET = -1
 _NOTHING = nullcontext()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import sys
@@ -9,16 +10,14 @@ import threading
 import time
 import weakref
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
 
-from offload_adam.coordinator import judgement
-from offload_adam.coordinator.judgement import Verdict
-from offload_adam.coordinator.records import PeerRecord, Process, describe_place
+from offload_adam.coordinator.progress import HERE, PeerRecord, Process, describe_place
 from offload_adam.errors import PeerFailedError
-from offload_adam.observe.place import HERE
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +26,7 @@ STUCK_AFTER_S = 300.0
 _VERDICT = "verdict"
 _SUSPECT_AFTER_S = 2.0
 _JOIN_S = 2.0
+_RESTART = "Start the run again from its newest checkpoint."
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,24 @@ class Patience:
     def beat_s(self) -> float:
         """Seconds between two heartbeats."""
         return min(1.0, self.dead_after / 5)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Which ranks have failed, and what is to be said about it; the first one written holds."""
+
+    ranks: tuple[int, ...]
+    text: str
+
+    def to_json(self) -> str:
+        """Return the verdict as one line."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Verdict:
+        """Read what `to_json` wrote."""
+        values = json.loads(text)
+        return cls(tuple(values["ranks"]), values["text"])
 
 
 class PeerWatch:
@@ -149,7 +167,7 @@ class PeerWatch:
         self._wake.set()
         beats_s = 3 * self.patience.beat_s
         self._judged.wait(beats_s if timed_out else self.patience.dead_after + beats_s)
-        failure = self.failure or judgement.Verdict((), f"a collective failed: {problem}")
+        failure = self.failure or Verdict((), f"a collective failed: {problem}")
         return self._error(failure)
 
     def _condemn(self, verdict: Verdict) -> None:
@@ -233,27 +251,27 @@ class PeerWatch:
     def _look_at_all(self) -> Verdict | None:
         others = [self._read(rank) for rank in range(len(self._ranks)) if rank != self._rank]
         for record in others:
-            found = judgement.departed(record) if record.left is not None else None
+            found = departed_verdict(record) if record.left is not None else None
             found = found or self._sign_of_death(record)
             if found is not None:
                 return found
         own = self._read(self._rank)
         if self._broken is not None and "timed out" in self._broken.lower():
-            return judgement.late(others, self._broken)
-        return judgement.stuck([own, *others], self.patience.stuck_after)
+            return late_verdict(others, self._broken)
+        return hung_verdict([own, *others], self.patience.stuck_after)
 
     def _sign_of_death(self, record: PeerRecord) -> Verdict | None:
         if record.process.is_gone(self._process):
             # It may have left between its last record and this look.
             last = self._read(self._ranks.index(record.rank))
-            return judgement.gone(last) if last.left is None else None
+            return dead_verdict(last) if last.left is None else None
         now_s = time.monotonic()
         beat, seen_s = self._seen.get(record.rank, (-1, now_s))
         if beat != record.beat:
             self._seen[record.rank] = (record.beat, now_s)
             return None
         if now_s - seen_s > self.patience.dead_after:
-            return judgement.silent(record, now_s - seen_s)
+            return silent_verdict(record, now_s - seen_s)
         return None
 
     def _read(self, rank: int) -> PeerRecord:
@@ -306,3 +324,80 @@ def roll_call(
             )
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 0.2)
+
+
+def dead_verdict(record: PeerRecord) -> Verdict:
+    """Return the verdict on a rank whose process has ended without a word."""
+    return Verdict(
+        (record.rank,),
+        f"rank {record.rank} is dead: {record.address} has ended, last seen in {record.where}. "
+        f"Its own output or the kernel's log (out of memory?) says why. {_RESTART}",
+    )
+
+
+def silent_verdict(record: PeerRecord, silent_s: float) -> Verdict:
+    """Return the verdict on a rank that has stopped beating."""
+    return Verdict(
+        (record.rank,),
+        f"rank {record.rank} is dead: {record.address} has given no sign for {silent_s:.0f} s, "
+        f"last seen in {record.where}. It was stopped, or its machine or network is down. "
+        f"{_RESTART}",
+    )
+
+
+def departed_verdict(record: PeerRecord) -> Verdict:
+    """Return the verdict on a rank that has left while others waited for it."""
+    why = f" with {record.left}" if record.left else ""
+    return Verdict(
+        (record.rank,),
+        f"rank {record.rank} has left{why}: {record.address}, last in {record.where}. "
+        "All ranks must take the same steps.",
+    )
+
+
+def hung_verdict(records: Sequence[PeerRecord], stuck_after: float) -> Verdict | None:
+    """Return the verdict when a rank has waited for `stuck_after` and others do not get on.
+
+    A rank that moves, waits, or does work that takes long is not stuck. Where all of them wait,
+    each for another, all are.
+    """
+    present = [record for record in records if record.left is None]
+    if not any(record.waiting and record.still_s > stuck_after for record in present):
+        return None
+    busy = [record for record in present if not record.waiting]
+    still = [r for r in busy if r.still_s > stuck_after and not r.patient]
+    if still:
+        return _stuck_verdict(still, stuck_after)
+    if not busy and all(record.still_s > stuck_after for record in present):
+        return _parted_verdict(present, stuck_after)
+    return None
+
+
+def late_verdict(records: Sequence[PeerRecord], problem: str) -> Verdict:
+    """Return the verdict when a collective has failed and no rank is known to be dead."""
+    absent = [record for record in records if not record.waiting]
+    places = "; ".join(f"rank {r.rank} is in {r.where}" for r in (absent or records)[:8])
+    return Verdict(
+        tuple(record.rank for record in absent),
+        f"a collective failed ({problem}) and no rank is known to be dead; {places}. "
+        "All ranks must take the same steps, each within the process group's timeout.",
+    )
+
+
+def _stuck_verdict(still: Sequence[PeerRecord], stuck_after: float) -> Verdict:
+    places = "; ".join(f"rank {r.rank} ({r.address}) in {r.where}" for r in still[:8])
+    return Verdict(
+        tuple(record.rank for record in still),
+        f"stuck while others waited for more than {stuck_after:g} s: {places}. "
+        "See where it stands with py-spy dump --pid; if its work takes that long, "
+        "raise stuck_after.",
+    )
+
+
+def _parted_verdict(records: Sequence[PeerRecord], stuck_after: float) -> Verdict:
+    places = "; ".join(f"rank {r.rank} in {r.where}" for r in records[:8])
+    return Verdict(
+        tuple(record.rank for record in records),
+        f"all ranks wait for each other for more than {stuck_after:g} s: {places}. "
+        "They have parted: all ranks must take the same steps.",
+    )

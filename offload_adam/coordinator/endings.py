@@ -1,7 +1,4 @@
-"""SIGTERM and SIGUSR1: a request to save and end, where all ranks are there to do so.
-
-A SIGTERM after it ends the process at once, wherever its training thread is.
-"""
+"""How a process of a run ends: in bounded time after a failure, and saved after a signal."""
 
 from __future__ import annotations
 
@@ -20,14 +17,14 @@ from types import FrameType
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from offload_adam.coordinator.judgement import Verdict
-from offload_adam.coordinator.membership import Membership
-from offload_adam.coordinator.records import describe_place
-from offload_adam.coordinator.watch import accuse
-from offload_adam.observe.place import HERE
+from offload_adam.coordinator.progress import HERE, describe_place
+from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.watchdog import Verdict, accuse
 
 logger = logging.getLogger(__name__)
 
+GRACE_S = 10.0
+_LOOK_S = 0.5
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 ANSWER_WITHIN_S = 5.0
 EXIT_AT_ONCE = 128 + signal.SIGTERM
@@ -36,6 +33,55 @@ ONE_REQUEST_S = 3.0
 _POLL_S = 0.5
 _LAST_WORDS_S = 2.0
 _PREFIX = "offload_adam/preemption"
+
+
+class EndingGuard:
+    """Ends this process when it does not end by itself, `GRACE_S` after it should.
+
+    The training thread may be deep in a library, in a collective that is not ours, where nothing
+    can be raised; or its clean-up may wait for peers that are gone.
+
+    Owns: a thread, within `guarding`.
+    """
+
+    def __init__(self) -> None:
+        self._exit_code: int | None = None
+        self._over = threading.Event()
+
+    @contextmanager
+    def guarding(self, membership: Membership) -> Iterator[None]:
+        """Guard the block and its end against failures that the membership's watch reports."""
+        arguments = (membership,)
+        threading.Thread(
+            target=self._run, args=arguments, name="offload_adam-ending", daemon=True
+        ).start()
+        try:
+            yield
+        finally:
+            self._over.set()
+
+    @contextmanager
+    def hurried(self) -> Iterator[None]:
+        """Give what follows an error in this block `GRACE_S` to end, and ignore further Ctrl-Cs."""
+        try:
+            yield
+        except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            self._exit_code = 128 + signal.SIGINT if interrupted else 1
+            raise
+
+    def _run(self, membership: Membership) -> None:
+        while not self._over.wait(_LOOK_S):
+            watch = membership.watch
+            failure = None if watch is None else watch.failure
+            if failure is None and self._exit_code is None:
+                continue
+            if not self._over.wait(GRACE_S):
+                text = "the end of this process took too long" if failure is None else failure.text
+                print(f"offload-adam: rank {membership.rank}: {text}", file=sys.stderr, flush=True)
+                os._exit(1 if self._exit_code is None else self._exit_code)
 
 
 class Preemption:
