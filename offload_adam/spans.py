@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from offload_adam.coordinator.progress import HERE
+from offload_adam.coordinator.progress import PROGRESS
 
 NO_BUCKET = -1
 _NOTHING = nullcontext()
@@ -156,7 +156,7 @@ class Stopwatch:
         """Add the time inside the context to `name`, also where it raises."""
         start_s = time.perf_counter()
         try:
-            with HERE.at(name, None if bucket == NO_BUCKET else bucket), span(name, bucket):
+            with PROGRESS.at(name, None if bucket == NO_BUCKET else bucket), span(name, bucket):
                 yield
         finally:
             spent_s = time.perf_counter() - start_s

@@ -14,7 +14,7 @@ from torch import nn
 from offload_adam.checkpoint.rank_file import RankEntry
 from offload_adam.checkpoint.save import Save, open_save
 from offload_adam.coordinator.admission import raise_on_all_ranks
-from offload_adam.coordinator.progress import HERE
+from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.sharded_optimizer.locking import serialized_by_optimizer
 from offload_adam.step.read_gate import ReadGate
@@ -47,9 +47,9 @@ def begin_checkpoint(
         OSError: on the rank where writing failed, a PeerError on the others. Nothing is left.
     """
     optimizer.synchronize()
-    with HERE.at("checkpoint", patient=True):
+    with PROGRESS.at("checkpoint", long_running=True):
         save = open_save(Path(path), model, optimizer, extra, optimizer.checkpoint_rooms)
-        with save.discarding(), raise_on_all_ranks(save.membership, "writing a checkpoint"):
+        with save.discarding(), raise_on_all_ranks(save.ranks, "writing a checkpoint"):
             save.write_whole()
         return PendingCheckpoint(save, optimizer)
 
@@ -101,9 +101,9 @@ class PendingCheckpoint:
         if self._is_over:
             return
         self._is_over = True
-        with HERE.at("checkpoint", patient=True), self._save.discarding():
+        with PROGRESS.at("checkpoint", long_running=True), self._save.discarding():
             try:
-                with raise_on_all_ranks(self._save.membership, "writing a checkpoint"):
+                with raise_on_all_ranks(self._save.ranks, "writing a checkpoint"):
                     entry = self._result()
             finally:
                 self._gate.settle()

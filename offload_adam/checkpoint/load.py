@@ -34,7 +34,7 @@ from offload_adam.checkpoint.manifest import (
     sorted_pieces,
 )
 from offload_adam.coordinator.admission import raise_on_all_ranks
-from offload_adam.coordinator.progress import HERE
+from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.errors import CheckpointError
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.sharded_optimizer.locking import serialized_by_optimizer
@@ -65,17 +65,17 @@ def load_checkpoint(
             of `load_state_dict`: then a part is loaded, and another checkpoint must be loaded.
     """
     folder = Path(path)
-    membership = optimizer.membership
+    ranks = optimizer.ranks
     name_of = ParameterNames(model)
-    with HERE.at("checkpoint", patient=True), ExitStack() as stack:
-        with raise_on_all_ranks(membership, "reading a checkpoint"):
+    with PROGRESS.at("checkpoint", long_running=True), ExitStack() as stack:
+        with raise_on_all_ranks(ranks, "reading a checkpoint"):
             manifest = read_manifest(folder)
             reader = stack.enter_context(CheckpointReader(folder, manifest))
             state = model_state(model, optimizer)
             _check(manifest, model, optimizer, state)
             plain = decoded_optimizer(manifest.optimizer.model_dump(), manifest.format_version)
             optimizer.check_plain_state(plain, name_of)
-        with raise_on_all_ranks(membership, "loading a checkpoint"), torch.no_grad():
+        with raise_on_all_ranks(ranks, "loading a checkpoint"), torch.no_grad():
             optimizer.finish_reading()
             _load(reader, model, optimizer, state)
             optimizer.load_plain_state(plain, name_of)

@@ -35,8 +35,8 @@ from offload_adam.checkpoint.partial import discard, partial_name, publish, remo
 from offload_adam.checkpoint.rank_file import RankEntry, RankFile, rank_file_name
 from offload_adam.checkpoint.room import copy_bytes, places_in
 from offload_adam.coordinator.admission import gather_texts, raise_on_all_ranks
-from offload_adam.coordinator.progress import HERE
-from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import CheckpointError, PeerFailedError
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.sharded_optimizer.locking import serialized_by_optimizer
@@ -76,10 +76,10 @@ def save_checkpoint(
         OSError: on the rank where writing failed, a PeerError on the others. Nothing is left.
     """
     optimizer.synchronize()
-    with HERE.at("checkpoint", patient=True):
+    with PROGRESS.at("checkpoint", long_running=True):
         save = open_save(Path(path), model, optimizer, extra)
         with save.discarding():
-            with raise_on_all_ranks(save.membership, "writing a checkpoint"):
+            with raise_on_all_ranks(save.ranks, "writing a checkpoint"):
                 entry = save.write()
             save.commit(entry)
 
@@ -110,12 +110,12 @@ class Save:
         self,
         target: Path,
         partial: Path,
-        membership: Membership,
+        ranks: RankGroup,
         parts: Sequence[Part],
         plain: Written,
         rooms: Sequence[torch.Tensor] = (),
     ) -> None:
-        self.membership = membership
+        self.ranks = ranks
         self._target = target
         self._partial = partial
         self._plain = plain
@@ -129,7 +129,7 @@ class Save:
         in_order = [part for some in self._buckets.values() for part in some]
         self._copies = places_in(rooms, in_order)
         direct = [part for part in in_order if part.name not in self._copies]
-        name = rank_file_name(membership.rank, membership.world_size)
+        name = rank_file_name(ranks.rank, ranks.world_size)
         self._file = RankFile(self._partial, name, [*self._whole, *direct, *self._copies.values()])
 
     @property
@@ -197,16 +197,16 @@ class Save:
 
     def commit(self, entry: RankEntry) -> None:
         """Make it a checkpoint, once every rank has written. Collective."""
-        texts = gather_texts(self.membership, entry.model_dump_json())
-        with raise_on_all_ranks(self.membership, "committing a checkpoint"):
-            if self.membership.rank == 0:
+        texts = gather_texts(self.ranks, entry.model_dump_json())
+        with raise_on_all_ranks(self.ranks, "committing a checkpoint"):
+            if self.ranks.rank == 0:
                 entries = [RankEntry.model_validate_json(text) for text in texts]
                 commit_files(self._partial, self._target, manifest_of(entries, self._plain))
 
     @contextmanager
     def discarding(self) -> Iterator[None]:
         """Remove all of it when every rank knows that it cannot become a checkpoint."""
-        with _discarding(self._partial, self.membership):
+        with _discarding(self._partial, self.ranks):
             try:
                 yield
             except BaseException:
@@ -226,8 +226,8 @@ def open_save(
     Args:
         rooms: see `Save`.
     """
-    membership = optimizer.membership
-    with raise_on_all_ranks(membership, "preparing a checkpoint"):
+    ranks = optimizer.ranks
+    with raise_on_all_ranks(ranks, "preparing a checkpoint"):
         if optimizer.is_being_read:
             raise CheckpointError(
                 "another checkpoint is being written in the background: wait for it first"
@@ -242,28 +242,28 @@ def open_save(
             extra=encode(dict(extra or {}), "extra"),
         )
     # Rank 0's name for the folder: two saves of one path must not write into one.
-    own = partial_name(target.name) if membership.rank == 0 else ""
-    partial = target.with_name(gather_texts(membership, own)[0])
-    with _discarding(partial, membership):
-        _open_folder(target, partial, membership)
-        with raise_on_all_ranks(membership, "opening a checkpoint's files"):
+    own = partial_name(target.name) if ranks.rank == 0 else ""
+    partial = target.with_name(gather_texts(ranks, own)[0])
+    with _discarding(partial, ranks):
+        _open_folder(target, partial, ranks)
+        with raise_on_all_ranks(ranks, "opening a checkpoint's files"):
             parts = _parts(model, optimizer, state)
-            save = Save(target, partial, membership, parts, written, rooms)
+            save = Save(target, partial, ranks, parts, written, rooms)
     return save
 
 
 @contextmanager
-def _discarding(partial: Path, membership: Membership) -> Iterator[None]:
+def _discarding(partial: Path, ranks: RankGroup) -> Iterator[None]:
     """Remove a folder when every rank knows that nothing will come of it."""
     try:
         yield
     except BaseException as error:
-        if membership.rank == 0 and not isinstance(error, PeerFailedError):
+        if ranks.rank == 0 and not isinstance(error, PeerFailedError):
             discard(partial)
         raise
 
 
-def require_shared(folder: Path, membership: Membership) -> None:
+def require_shared(folder: Path, ranks: RankGroup) -> None:
     """See on every rank a file that rank 0 writes into a folder, which it makes. Collective.
 
     Raises:
@@ -271,34 +271,34 @@ def require_shared(folder: Path, membership: Membership) -> None:
         OSError: on rank 0 where it cannot be written, a PeerError on the others.
     """
     # A name of its own: another job may look for its token in the same folder.
-    path = folder / f"{_TOKEN_NAME}-{gather_texts(membership, uuid.uuid4().hex)[0]}"
-    with raise_on_all_ranks(membership, "opening a checkpoint"):
-        if membership.rank == 0:
+    path = folder / f"{_TOKEN_NAME}-{gather_texts(ranks, uuid.uuid4().hex)[0]}"
+    with raise_on_all_ranks(ranks, "opening a checkpoint"):
+        if ranks.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             path.touch()
-    with raise_on_all_ranks(membership, "looking for rank 0's folder"):
+    with raise_on_all_ranks(ranks, "looking for rank 0's folder"):
         if not path.is_file():
             raise CheckpointError(
                 f"{folder.parent} is not shared: this rank does not see what rank 0 has written"
             )
-    if membership.rank == 0:
+    if ranks.rank == 0:
         path.unlink(missing_ok=True)
 
 
-def _open_folder(target: Path, partial: Path, membership: Membership) -> None:
+def _open_folder(target: Path, partial: Path, ranks: RankGroup) -> None:
     """Make the folder on rank 0, and see on every rank that it is the same one."""
-    with raise_on_all_ranks(membership, "opening a checkpoint"):
+    with raise_on_all_ranks(ranks, "opening a checkpoint"):
         if target.exists():
             raise CheckpointError(f"{target} exists: a checkpoint is never written over")
-        if membership.rank == 0:
+        if ranks.rank == 0:
             remove_abandoned(target)
             partial.mkdir(parents=True)
-    require_shared(partial, membership)
+    require_shared(partial, ranks)
 
 
 def _parts(model: nn.Module, optimizer: ShardedOptimizer, state: ModelState) -> list[Part]:
     """Return what this rank writes; what all have whole, and names without bytes, rank 0."""
-    rank = optimizer.membership.rank
+    rank = optimizer.ranks.rank
     if rank != 0 and not optimizer.is_sharded:
         return []
     sharded = list(sharded_parts(model, optimizer))

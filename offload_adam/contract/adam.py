@@ -37,7 +37,7 @@ from offload_adam.contract.groups import (
     vector_lengths,
 )
 from offload_adam.contract.inspection import InspectableAdam
-from offload_adam.coordinator.admission import Fact, raise_on_all_ranks
+from offload_adam.coordinator.admission import Field, raise_on_all_ranks
 from offload_adam.coordinator.watchdog import DEAD_AFTER_S, STUCK_AFTER_S
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.memory.pinning import Pin
@@ -151,7 +151,7 @@ class Adam(InspectableAdam):
             takes_rows=True,
         )
 
-        def admit() -> list[Fact]:
+        def admit() -> list[Field]:
             for name, value in (
                 ("use_locking", use_locking),
                 ("use_nesterov", use_nesterov),
@@ -231,7 +231,7 @@ class Adam(InspectableAdam):
             names = {id(parameter): name for name, parameter in core.named_parameters()}
             parameters = self.parameters
             named = [names.get(id(p), "a frozen one") for p in parameters]
-            with raise_on_all_ranks(self._membership, "reading the given gradients"):
+            with raise_on_all_ranks(self._ranks, "reading the given gradients"):
                 checked = check_given(gradients, named, parameters)
             # A backward may have sent gradients off already: the given ones stand for them.
             core.reduction.reset()

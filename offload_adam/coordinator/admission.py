@@ -1,4 +1,4 @@
-"""Admission: every rank builds the same optimizer, or none does and all say why."""
+"""Errors and settings that concern all ranks: every rank goes on, or every rank raises."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from itertools import zip_longest
 
 import torch
 
-from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import CheckpointError, HostMemoryError, PeerError, RankDisagreementError
 
-Fact = tuple[str, str]
-"""A field that all ranks must have in common, and its value on this one."""
+Field = tuple[str, str]
+"""Name and value of a setting that must be the same on all ranks."""
 
 _SHARED_ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
@@ -23,7 +23,7 @@ _SHARED_ERRORS: dict[str, type[Exception]] = {
 
 
 @contextmanager
-def raise_on_all_ranks(membership: Membership, phase: str) -> Iterator[None]:
+def raise_on_all_ranks(ranks: RankGroup, phase: str) -> Iterator[None]:
     """Raise an error on every rank if the body raises one on any rank. Collective.
 
     The body itself must not be collective. Leaving it takes two small all-gathers. User errors
@@ -34,7 +34,7 @@ def raise_on_all_ranks(membership: Membership, phase: str) -> Iterator[None]:
     Args:
         phase: what the body does, for the error message.
     """
-    if membership.world_size == 1:
+    if ranks.world_size == 1:
         yield
         return
     failure: Exception | None = None
@@ -43,7 +43,7 @@ def raise_on_all_ranks(membership: Membership, phase: str) -> Iterator[None]:
     except Exception as error:
         failure = error
     message = "" if failure is None else f"{type(failure).__name__}: {failure}"
-    messages = gather_texts(membership, message)
+    messages = gather_texts(ranks, message)
     failed = [rank for rank, text in enumerate(messages) if text]
     if not failed:
         return
@@ -57,76 +57,73 @@ def raise_on_all_ranks(membership: Membership, phase: str) -> Iterator[None]:
     )
 
 
-def require_same(
-    membership: Membership, what: str, facts: Sequence[Fact], *, remedy: str = ""
-) -> None:
-    """Refuse, on every rank alike, where ranks differ in a fact.
+def require_same(ranks: RankGroup, what: str, fields: Sequence[Field], *, remedy: str = "") -> None:
+    """Raise an error on every rank if any rank has another value in a field. Collective.
 
-    Collective. Digests are compared first; only where they differ are rank 0's facts sent, and the
-    error quotes for each rank the first field in which it parts from them.
+    The ranks compare digests first. Only if these differ does rank 0 broadcast its fields, and the
+    error quotes for each rank the first field that differs from rank 0's.
 
     Args:
-        remedy: what the error ends with.
+        what: what the fields describe, for the error message.
+        remedy: the end of the error message.
 
     Raises:
         RankDisagreementError: naming the ranks, the field, and both values.
     """
-    if membership.world_size == 1:
+    if ranks.world_size == 1:
         return
-    text = json.dumps(facts)
-    digests = gather_texts(membership, hashlib.sha256(text.encode()).hexdigest())
+    text = json.dumps(fields)
+    digests = gather_texts(ranks, hashlib.sha256(text.encode()).hexdigest())
     different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if not different:
         return
-    reference = [(field, value) for field, value in json.loads(_broadcast_text(membership, text))]
-    differences = gather_texts(membership, _first_difference(reference, facts))
+    reference = [(field, value) for field, value in json.loads(_broadcast_text(ranks, text))]
+    differences = gather_texts(ranks, _first_difference(reference, fields))
     ranks_by_difference: dict[str, list[int]] = {}
     for rank in different:
         ranks_by_difference.setdefault(differences[rank], []).append(rank)
     raise RankDisagreementError(
         "; ".join(
-            f"rank(s) {ranks} have another {what} than rank 0: {difference}"
-            for difference, ranks in ranks_by_difference.items()
+            f"rank(s) {others} have another {what} than rank 0: {difference}"
+            for difference, others in ranks_by_difference.items()
         )
         + remedy
     )
 
 
-def gather_texts(membership: Membership, text: str) -> list[str]:
+def gather_texts(ranks: RankGroup, text: str) -> list[str]:
     """Return every rank's text in rank order. Collective."""
     encoded = text.encode()
     lengths = [
         int(n)
-        for n in membership.all_gather(
-            torch.tensor([len(encoded)], dtype=torch.int64, device="cpu")
-        )
+        for n in ranks.all_gather(torch.tensor([len(encoded)], dtype=torch.int64, device="cpu"))
     ]
     if max(lengths) == 0:
         return [""] * len(lengths)
     own = torch.zeros(max(lengths), dtype=torch.uint8, device="cpu")
     own[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8, device="cpu")
-    buffers = membership.all_gather(own)
+    buffers = ranks.all_gather(own)
     return [
         bytes(buffer[:length].tolist()).decode()
         for buffer, length in zip(buffers, lengths, strict=True)
     ]
 
 
-def _broadcast_text(membership: Membership, text: str) -> str:
+def _broadcast_text(ranks: RankGroup, text: str) -> str:
     """Return rank 0's text. Collective."""
     encoded = text.encode()
     length = torch.tensor([len(encoded)], dtype=torch.int64, device="cpu")
-    membership.broadcast(length)
+    ranks.broadcast(length)
     buffer = torch.zeros(int(length), dtype=torch.uint8, device="cpu")
-    if membership.rank == 0:
+    if ranks.rank == 0:
         buffer.copy_(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
-    membership.broadcast(buffer)
+    ranks.broadcast(buffer)
     return bytes(buffer.tolist()).decode()
 
 
-def _first_difference(reference: Sequence[Fact], facts: Sequence[Fact]) -> str:
-    """Say where a rank's facts first part from rank 0's."""
-    for expected, found in zip_longest(reference, facts):
+def _first_difference(reference: Sequence[Field], fields: Sequence[Field]) -> str:
+    """Describe the first field that differs from rank 0's."""
+    for expected, found in zip_longest(reference, fields):
         if expected == found:
             continue
         if expected is None or found is None:

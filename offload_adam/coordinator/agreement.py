@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.ranks import RankGroup
 
 (
     _SQUARES,
@@ -90,13 +90,13 @@ class Agreement:
     present_counts: torch.Tensor
 
 
-def agree(membership: Membership, findings: Findings) -> Agreement:
+def agree(ranks: RankGroup, findings: Findings) -> Agreement:
     """Exchange findings in one all-reduce of 12 float64 a rank and one a parameter. Collective.
 
     Every rank writes into places of its own, so that the sums over ranks are taken here, in rank
     order, and not in an order that the collective chooses.
     """
-    world_size = membership.world_size
+    world_size = ranks.world_size
     message = torch.zeros(
         world_size * _NUM_FINDINGS + findings.present.numel(), dtype=torch.float64, device="cpu"
     )
@@ -115,9 +115,9 @@ def agree(membership: Membership, findings: Findings) -> Agreement:
     own[_STEP] = float(findings.step)
     own[_STOP] = float(findings.notice.stop)
     own[_SAVED] = float(findings.notice.saved)
-    table[membership.rank] = torch.tensor(own, dtype=torch.float64, device="cpu")
+    table[ranks.rank] = torch.tensor(own, dtype=torch.float64, device="cpu")
     message[world_size * _NUM_FINDINGS :] = findings.present
-    membership.all_reduce(message)
+    ranks.all_reduce(message)
     return _read(table, message[world_size * _NUM_FINDINGS :])
 
 
@@ -143,15 +143,15 @@ def _read(table: torch.Tensor, present: torch.Tensor) -> Agreement:
     )
 
 
-def flags_on_any_rank(membership: Membership, flags: torch.Tensor) -> torch.Tensor:
+def flags_on_any_rank(ranks: RankGroup, flags: torch.Tensor) -> torch.Tensor:
     """Return, for a bool tensor, where any rank has a True. Collective."""
     counts = flags.to(torch.int32)
-    membership.all_reduce(counts)
+    ranks.all_reduce(counts)
     return counts > 0
 
 
-def largest_on_any_rank(membership: Membership, value: int) -> int:
+def largest_on_any_rank(ranks: RankGroup, value: int) -> int:
     """Return the largest of all ranks' values. Collective."""
     largest = torch.tensor([value], dtype=torch.int64, device="cpu")
-    membership.all_reduce(largest, dist.ReduceOp.MAX)
+    ranks.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)

@@ -17,8 +17,8 @@ from types import FrameType
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from offload_adam.coordinator.progress import HERE, describe_place
-from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.coordinator.watchdog import Verdict, accuse
 
 logger = logging.getLogger(__name__)
@@ -49,9 +49,9 @@ class EndingGuard:
         self._over = threading.Event()
 
     @contextmanager
-    def guarding(self, membership: Membership) -> Iterator[None]:
-        """Guard the block and its end against failures that the membership's watch reports."""
-        arguments = (membership,)
+    def guarding(self, ranks: RankGroup) -> Iterator[None]:
+        """Guard the block and its end against failures that the rank group's watch reports."""
+        arguments = (ranks,)
         threading.Thread(
             target=self._run, args=arguments, name="offload_adam-ending", daemon=True
         ).start()
@@ -72,15 +72,15 @@ class EndingGuard:
             self._exit_code = 128 + signal.SIGINT if interrupted else 1
             raise
 
-    def _run(self, membership: Membership) -> None:
+    def _run(self, ranks: RankGroup) -> None:
         while not self._over.wait(_LOOK_S):
-            watch = membership.watch
+            watch = ranks.watch
             failure = None if watch is None else watch.failure
             if failure is None and self._exit_code is None:
                 continue
             if not self._over.wait(GRACE_S):
                 text = "the end of this process took too long" if failure is None else failure.text
-                print(f"offload-adam: rank {membership.rank}: {text}", file=sys.stderr, flush=True)
+                print(f"offload-adam: rank {ranks.rank}: {text}", file=sys.stderr, flush=True)
                 os._exit(1 if self._exit_code is None else self._exit_code)
 
 
@@ -99,11 +99,11 @@ class Preemption:
         is in a collective, and leaves no signal blocked in other threads and child processes.
     """
 
-    def __init__(self, membership: Membership, what_stands: Callable[[], str]) -> None:
+    def __init__(self, ranks: RankGroup, what_stands: Callable[[], str]) -> None:
         self.is_requested = False
         self._what_stands = what_stands
-        self._membership = membership
-        self._store = _own_store() if membership.world_size > 1 else None
+        self._ranks = ranks
+        self._store = _own_store() if ranks.world_size > 1 else None
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._ending = threading.Event()
@@ -165,10 +165,9 @@ class Preemption:
         timer = threading.Timer(_LAST_WORDS_S, os._exit, (EXIT_AT_ONCE,))
         timer.daemon = True
         timer.start()
-        here = describe_place(HERE.step, HERE.phase, HERE.bucket)
         print(
-            f"offload-adam: rank {self._membership.rank}: SIGTERM came again: ended at once, "
-            f"in {here}",
+            f"offload-adam: rank {self._ranks.rank}: SIGTERM came again: ended at once, "
+            f"in {PROGRESS.where}",
             file=sys.stderr,
             flush=True,
         )
@@ -177,7 +176,7 @@ class Preemption:
 
     def _has_failed(self) -> bool:
         """Return whether a rank has failed, after so long as the watch takes to find that out."""
-        watch = self._membership.watch
+        watch = self._ranks.watch
         if watch is None:
             return False
         # One beat to see it and one to read of it, and some time for the store.
@@ -217,8 +216,8 @@ class Preemption:
         if self._store is None:
             return []
         self._store.set("asked", "")
-        self._store.set(f"answer/{self._membership.rank}", "")
-        silent = list(range(self._membership.world_size))
+        self._store.set(f"answer/{self._ranks.rank}", "")
+        silent = list(range(self._ranks.world_size))
         deadline_s = time.monotonic() + ANSWER_WITHIN_S
         while True:
             silent = [rank for rank in silent if not self._store.check([f"answer/{rank}"])]
@@ -232,7 +231,7 @@ class Preemption:
 
 @contextmanager
 def preemptible(
-    membership: Membership, what_stands: Callable[[], str] = lambda: "its steps are lost"
+    ranks: RankGroup, what_stands: Callable[[], str] = lambda: "its steps are lost"
 ) -> Iterator[Preemption]:
     """Take SIGTERM and SIGUSR1 as requests to save and end, within the block.
 
@@ -240,7 +239,7 @@ def preemptible(
         what_stands: returns a sentence on what is saved and what is lost by an end at once; called
             by another thread.
     """
-    preemption = Preemption(membership, what_stands)
+    preemption = Preemption(ranks, what_stands)
     if threading.current_thread() is not threading.main_thread():
         yield preemption  # Python gives signals to the main thread only
         return
@@ -249,7 +248,7 @@ def preemptible(
         yield preemption
     except BaseException:
         # The agent's SIGTERM to the survivors of a failure must not cut off their last words.
-        preemption.stop(deaf=membership.world_size > 1)
+        preemption.stop(deaf=ranks.world_size > 1)
         raise
     preemption.stop(deaf=False)
 

@@ -12,7 +12,7 @@ import psutil
 
 from offload_adam.coordinator.admission import gather_texts
 from offload_adam.coordinator.progress import Process
-from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import HostMemoryError
 from offload_adam.units import format_nbytes
 
@@ -48,9 +48,7 @@ class NodeNeed:
         return "\n".join(f"  {name:<{width}}  {format_nbytes(size):>10}" for name, size in rows)
 
 
-def admit_memory(
-    membership: Membership, nbytes: Mapping[str, int], *, allow_overcommit: bool
-) -> None:
+def admit_memory(ranks: RankGroup, nbytes: Mapping[str, int], *, allow_overcommit: bool) -> None:
     """Refuse, on every rank alike, state that does not fit into some node's memory. Collective.
 
     Args:
@@ -60,7 +58,7 @@ def admit_memory(
     Raises:
         HostMemoryError: with the table of what needs what, on the first such node.
     """
-    needs = _needs(membership, nbytes)
+    needs = _needs(ranks, nbytes)
     lacking = [need for need in needs if need.total_nbytes > need.available_nbytes]
     if not lacking:
         return
@@ -75,16 +73,16 @@ def admit_memory(
     logger.warning("%s", message)
 
 
-def _needs(membership: Membership, nbytes: Mapping[str, int]) -> list[NodeNeed]:
+def _needs(ranks: RankGroup, nbytes: Mapping[str, int]) -> list[NodeNeed]:
     """Exchange every rank's need, and add them up by node, in the order of their first ranks."""
     process = Process.own()
     available_nbytes, limit = available_memory()
     own = json.dumps([process.machine, process.host, dict(nbytes), available_nbytes, limit])
-    texts = gather_texts(membership, own) if membership.world_size > 1 else [own]
+    texts = gather_texts(ranks, own) if ranks.world_size > 1 else [own]
     nodes: dict[str, list[tuple[int, list[object]]]] = {}
     for place, text in enumerate(texts):
         machine, *rest = json.loads(text)
-        nodes.setdefault(machine, []).append((membership.global_ranks[place], rest))
+        nodes.setdefault(machine, []).append((ranks.global_ranks[place], rest))
     return [_sum_of(members) for members in nodes.values()]
 
 

@@ -17,50 +17,62 @@ _thread = threading.local()
 
 
 @dataclass
-class Place:
-    """The training thread's place in the run, written by that thread and read by any other.
+class ProgressRecord:
+    """Where the training thread is. That thread writes it, any thread reads it.
 
-    What a thread does beside it moves no place: see `beside`.
+    Other threads leave it as it is: see `untracked`.
 
-    step: the optimizer step that was last begun, from 1 on.
-    phase: what is being done; bucket: with which bucket, None for none.
-    waiting: in a collective of ours, for the other ranks.
-    patient: in work that may take long without a sign: compilation, a slow disk.
-    moves: how often any of this has changed. A process that stands still shows by it.
+    step: the optimizer step that began last, from 1 on.
+    phase: what the thread does; bucket: for which bucket, None for all.
+    waiting: the thread waits in one of our collectives for other ranks.
+    long_running: the phase may take long without a move (compilation, a slow disk), so it is exempt
+        from `stuck_after`.
+    moves: counts all changes. If it stays the same, the process makes no progress.
     """
 
     step: int = 0
     phase: str = "start"
     bucket: int | None = None
     waiting: bool = False
-    patient: bool = False
+    long_running: bool = False
     moves: int = 0
 
+    @property
+    def where(self) -> str:
+        """Phase, bucket and step, for a message."""
+        return _where(self.step, self.phase, self.bucket)
+
     @contextmanager
-    def at(self, phase: str, bucket: int | None = None, *, patient: bool = False) -> Iterator[None]:
-        """Be in `phase` inside the context; where it raises, the place of the error stays."""
-        outer = self.phase, self.bucket, self.patient
-        self._move(phase, bucket, self.patient or patient)
+    def at(
+        self, phase: str, bucket: int | None = None, *, long_running: bool = False
+    ) -> Iterator[None]:
+        """Record `phase` for the body. If the body raises, the phase and bucket of the error stay.
+
+        Args:
+            long_running: see the field; a phase inside a long-running one is long-running too.
+        """
+        outer = self.phase, self.bucket, self.long_running
+        self._move(phase, bucket, self.long_running or long_running)
         try:
             yield
         except BaseException:
-            if not _is_beside():
-                self.patient = outer[2]
+            if not _is_untracked():
+                self.long_running = outer[2]
             raise
         self._move(*outer)
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
-        """Let nothing that the calling thread does inside be taken for the training thread's."""
-        _thread.is_beside = True
+    def untracked(self) -> Iterator[None]:
+        """Ignore what the calling thread does in the body: it is not the training thread."""
+        _thread.is_untracked = True
         try:
             yield
         finally:
-            _thread.is_beside = False
+            _thread.is_untracked = False
 
     @contextmanager
     def awaiting(self, *, peers: bool) -> Iterator[None]:
-        """Wait inside for a thread beside this one, which itself waits for the other ranks."""
+        """Record that the body waits for other ranks, through a thread of ours, if `peers`."""
         if not peers:
             yield
             return
@@ -71,41 +83,42 @@ class Place:
             self.wait(False)
 
     def wait(self, waiting: bool) -> None:
-        """Begin, or end, to wait for the other ranks."""
-        if _is_beside():
+        """Record that the thread begins, or ends, to wait for other ranks."""
+        if _is_untracked():
             return
         self.waiting = waiting
         self.moves += 1
 
     def move(self) -> None:
-        """Show that long work gets on."""
+        """Record progress within a phase."""
         self.moves += 1
 
     def begin_step(self, step: int) -> None:
-        """Begin the optimizer step of this number."""
+        """Record that this optimizer step begins."""
         self.step = step
         self.moves += 1
 
-    def _move(self, phase: str, bucket: int | None, patient: bool) -> None:
-        if _is_beside():
+    def _move(self, phase: str, bucket: int | None, long_running: bool) -> None:
+        if _is_untracked():
             return
-        self.phase, self.bucket, self.patient = phase, bucket, patient
+        self.phase, self.bucket, self.long_running = phase, bucket, long_running
         self.moves += 1
 
 
-def _is_beside() -> bool:
-    return getattr(_thread, "is_beside", False)
+def _is_untracked() -> bool:
+    return getattr(_thread, "is_untracked", False)
 
 
-HERE = Place()
-"""This process's place: one process trains one model, by one thread."""
+PROGRESS = ProgressRecord()
+"""The progress of this process: it trains one model, on one thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process that can be found again: `born` tells it from a later one with the same pid.
+    """A process on a machine.
 
-    machine: where the pid means something: the boot of a kernel, and the pid namespace.
+    machine: boot id of the kernel and pid namespace, within which `pid` is valid.
+    born: creation time, which tells the process from a later one with the same pid.
     """
 
     host: str
@@ -119,7 +132,7 @@ class Process:
         return cls(socket.gethostname(), _machine(), os.getpid(), psutil.Process().create_time())
 
     def is_gone(self, seen_from: Process) -> bool:
-        """Tell whether the process has certainly ended; False from another machine."""
+        """Return whether the process has certainly ended; False on another machine."""
         if self.machine != seen_from.machine:
             return False
         try:
@@ -133,11 +146,12 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class PeerRecord:
-    """A rank as it last described itself.
+    """What a rank publishes with each heartbeat.
 
-    beat: grows with every record. still_s: how long the rank's training thread has not moved.
-    left: None, or how the rank ended: "" for a plain end, else its last error.
-    The rest is its `Place`.
+    beat: counts the heartbeats.
+    step, phase, bucket, waiting, long_running: its `ProgressRecord`.
+    still_s: seconds since its training thread last made progress.
+    left: None while the rank runs; then its last error, or "" if it ended without one.
     """
 
     rank: int
@@ -147,24 +161,30 @@ class PeerRecord:
     phase: str
     bucket: int | None
     waiting: bool
-    patient: bool
+    long_running: bool
     still_s: float
     left: str | None = None
 
     @classmethod
     def of(
-        cls, rank: int, process: Process, beat: int, place: Place, still_s: float, left: str | None
+        cls,
+        rank: int,
+        process: Process,
+        beat: int,
+        progress: ProgressRecord,
+        still_s: float,
+        left: str | None,
     ) -> PeerRecord:
-        """Describe this process."""
+        """Return the record of a rank from its progress."""
         return cls(
             rank,
             process,
             beat,
-            place.step,
-            place.phase,
-            place.bucket,
-            place.waiting,
-            place.patient,
+            progress.step,
+            progress.phase,
+            progress.bucket,
+            progress.waiting,
+            progress.long_running,
             still_s,
             left,
         )
@@ -175,29 +195,28 @@ class PeerRecord:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> PeerRecord:
-        """Read what `to_json` wrote."""
+        """Read the output of `to_json`."""
         values = json.loads(text)
         return cls(**{**values, "process": Process(**values["process"])})
 
     @property
     def where(self) -> str:
-        """Say where the rank is, for a message."""
-        return describe_place(self.step, self.phase, self.bucket)
+        """Phase, bucket and step, for a message."""
+        return _where(self.step, self.phase, self.bucket)
 
     @property
     def address(self) -> str:
-        """Say which process it is, for a message."""
+        """Process id and host, for a message."""
         return f"process {self.process.pid} on {self.process.host}"
 
 
-def describe_place(step: int, phase: str, bucket: int | None) -> str:
-    """Say where a rank is: phase, bucket, step."""
+def _where(step: int, phase: str, bucket: int | None) -> str:
     of_bucket = "" if bucket is None else f" of bucket {bucket}"
     return f"{phase}{of_bucket}, step {step}"
 
 
 def _machine() -> str:
-    """Return what tells this kernel and pid namespace from others, also between containers."""
+    """Return an id of this kernel and pid namespace; containers on one host differ in it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from offload_adam.coordinator.progress import HERE
+from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.watchdog import Patience, PeerWatch, roll_call
 
 logger = logging.getLogger(__name__)
@@ -31,12 +31,12 @@ _POLL_S = 1e-3
 
 
 @dataclass
-class Membership:
+class RankGroup:
     """This process's place among the ranks that share the optimizer state.
 
     Owns: a gloo group for control messages, and one group a device type for buckets, none of them
     shared with the user's own collectives; and the watch over the peers. A world of one owns none.
-    Lifecycle: groups are opened by every rank together (`open_membership`); `release` ends them.
+    Lifecycle: groups are opened by every rank together (`open_rank_group`); `release` ends them.
     Threads: any may `wait`, each for work of its own.
     """
 
@@ -73,7 +73,7 @@ class Membership:
             PeerFailedError: naming the ranks that have failed, where they were, and what to do.
         """
         assert work is not None
-        HERE.wait(True)
+        PROGRESS.wait(True)
         # Whatever ends the wait early, Ctrl-C too, leaves its work here.
         self._unfinished.add(work)
         try:
@@ -81,7 +81,7 @@ class Membership:
                 self.raise_failure()
             self._unfinished.discard(work)
         finally:
-            HERE.wait(False)
+            PROGRESS.wait(False)
 
     def raise_failure(self) -> None:
         """Raise where a peer has failed.
@@ -217,9 +217,9 @@ def world_size_of(process_group: dist.ProcessGroup | None) -> int:
     return dist.get_world_size(process_group)
 
 
-def open_membership(
+def open_rank_group(
     process_group: dist.ProcessGroup | None, patience: Patience | None = None
-) -> Membership:
+) -> RankGroup:
     """Open a control group of the optimizer's own over the ranks of `process_group`.
 
     Collective: every rank of the group calls it.
@@ -233,26 +233,26 @@ def open_membership(
         PeerFailedError: ranks did not come, by number.
     """
     if not _is_initialized() or dist.get_world_size(process_group) == 1:
-        return Membership()
+        return RankGroup()
     if dist.get_world_size(process_group) < 1:
         raise ValueError(
             f"rank {dist.get_rank()} is not in process_group: make the optimizer on its ranks only"
         )
     base = process_group if process_group is not None else dist.group.WORLD
     assert base is not None
-    ranks = tuple(dist.get_process_group_ranks(base))
-    membership = Membership(
+    global_ranks = tuple(dist.get_process_group_ranks(base))
+    ranks = RankGroup(
         rank=dist.get_rank(base),
-        world_size=len(ranks),
-        global_ranks=ranks,
+        world_size=len(global_ranks),
+        global_ranks=global_ranks,
         timeout=_timeout_of(base),
     )
-    membership.watch = _open_watch(membership, patience or Patience())
-    membership.control = _new_group(base, "gloo", membership.timeout)
-    return membership
+    ranks.watch = _open_watch(ranks, patience or Patience())
+    ranks.control = _new_group(base, "gloo", ranks.timeout)
+    return ranks
 
 
-def _open_watch(membership: Membership, patience: Patience) -> PeerWatch | None:
+def _open_watch(ranks: RankGroup, patience: Patience) -> PeerWatch | None:
     """Meet the other ranks in the store, and begin to watch them."""
     try:
         # A connection of its own: a store's client that waits keeps every other thread waiting.
@@ -262,11 +262,11 @@ def _open_watch(membership: Membership, patience: Patience) -> PeerWatch | None:
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         logger.warning("ranks that fail will not be named: this store has no clone() (%s)", error)
         return None
-    store = dist.PrefixStore(_meeting_place(membership.global_ranks), connection)
-    watch = PeerWatch(store, membership.rank, membership.global_ranks, patience)
+    store = dist.PrefixStore(_meeting_place(ranks.global_ranks), connection)
+    watch = PeerWatch(store, ranks.rank, ranks.global_ranks, patience)
     watch.announce()
-    stay = min(membership.timeout, timedelta(seconds=patience.stuck_after))
-    roll_call(store, membership.rank, membership.global_ranks, stay, "the making of the optimizer")
+    stay = min(ranks.timeout, timedelta(seconds=patience.stuck_after))
+    roll_call(store, ranks.rank, ranks.global_ranks, stay, "the making of the optimizer")
     watch.start()
     return watch
 
@@ -274,7 +274,7 @@ def _open_watch(membership: Membership, patience: Patience) -> PeerWatch | None:
 def _meeting_place(ranks: tuple[int, ...]) -> str:
     """Return a prefix that these ranks, and no earlier ones, find without talking.
 
-    They open their memberships in one order, so each counts to the same number, beginning anew with
+    They open their rank groups in one order, so each counts to the same number, beginning anew with
     every default group.
     """
     counts = _openings.setdefault(dist.group.WORLD, {})

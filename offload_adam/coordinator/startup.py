@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
 from offload_adam.coordinator.progress import Process
-from offload_adam.coordinator.ranks import Membership, open_membership
+from offload_adam.coordinator.ranks import RankGroup, open_rank_group
 from offload_adam.coordinator.watchdog import Patience, roll_call
 from offload_adam.errors import NotRetriedError
 
@@ -33,14 +33,14 @@ _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT
 class World:
     """This process's place among the ranks; alone it is rank 0 of 1.
 
-    membership: for collectives of the job itself; watched, once the ranks have joined.
+    ranks: for collectives of the job itself; watched, once the ranks have joined.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    membership: Membership = field(default_factory=Membership, compare=False)
+    ranks: RankGroup = field(default_factory=RankGroup, compare=False)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
@@ -99,11 +99,11 @@ def joined_world(
     patience = patience or Patience()
     _open_default_group(world, timeout, patience)
     try:
-        membership = open_membership(None, patience)
+        ranks = open_rank_group(None, patience)
         try:
-            yield replace(world, membership=membership)
+            yield replace(world, ranks=ranks)
         finally:
-            membership.release()
+            ranks.release()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

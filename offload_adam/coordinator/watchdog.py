@@ -16,7 +16,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from offload_adam.coordinator.progress import HERE, PeerRecord, Process, describe_place
+from offload_adam.coordinator.progress import PROGRESS, PeerRecord, Process
 from offload_adam.errors import PeerFailedError
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class PeerWatch:
         self.patience = patience
         self._store = store
         self._rank = rank
-        self._ranks = global_ranks
+        self._global_ranks = global_ranks
         self._process = Process.own()
         self._verdict: Verdict | None = None
         self._broken: str | None = None
@@ -181,9 +181,9 @@ class PeerWatch:
         self._judged.set()
 
     def _error(self, verdict: Verdict) -> PeerFailedError:
-        here = describe_place(HERE.step, HERE.phase, HERE.bucket)
+        rank = self._global_ranks[self._rank]
         return PeerFailedError(
-            f"{verdict.text} (This is rank {self._ranks[self._rank]}, in {here}.)", verdict.ranks
+            f"{verdict.text} (This is rank {rank}, in {PROGRESS.where}.)", verdict.ranks
         )
 
     def _run(self) -> None:
@@ -209,17 +209,22 @@ class PeerWatch:
     def _answer(self) -> None:
         """Read all records where somebody has asked for them."""
         if self._askers:
-            self._places = tuple(self._read(rank) for rank in range(len(self._ranks)))
+            self._places = tuple(self._read(rank) for rank in range(len(self._global_ranks)))
         while self._askers:
             self._askers.popleft().set()
 
     def _publish(self, left: str | None) -> None:
         now_s = time.monotonic()
-        if HERE.moves != self._moves:
-            self._moves, self._moved_s = HERE.moves, now_s
+        if PROGRESS.moves != self._moves:
+            self._moves, self._moved_s = PROGRESS.moves, now_s
         self._beat += 1
         record = PeerRecord.of(
-            self._ranks[self._rank], self._process, self._beat, HERE, now_s - self._moved_s, left
+            self._global_ranks[self._rank],
+            self._process,
+            self._beat,
+            PROGRESS,
+            now_s - self._moved_s,
+            left,
         )
         self._store.set(f"rank/{self._rank}", record.to_json())
 
@@ -231,7 +236,7 @@ class PeerWatch:
             self._verdict = Verdict.from_json(self._store.get(_VERDICT))
             self._judged.set()
             return
-        waited_s = time.monotonic() - self._moved_s if HERE.waiting else 0.0
+        waited_s = time.monotonic() - self._moved_s if PROGRESS.waiting else 0.0
         if self._broken is not None or waited_s > _SUSPECT_AFTER_S:
             found = self._look_at_all()
         else:
@@ -242,14 +247,14 @@ class PeerWatch:
 
     def _look_at_next(self) -> Verdict | None:
         """Look at the first rank behind this one that has not left."""
-        for distance in range(1, len(self._ranks)):
-            record = self._read((self._rank + distance) % len(self._ranks))
+        for distance in range(1, len(self._global_ranks)):
+            record = self._read((self._rank + distance) % len(self._global_ranks))
             if record.left is None:
                 return self._sign_of_death(record)
         return None
 
     def _look_at_all(self) -> Verdict | None:
-        others = [self._read(rank) for rank in range(len(self._ranks)) if rank != self._rank]
+        others = [self._read(rank) for rank in range(len(self._global_ranks)) if rank != self._rank]
         for record in others:
             found = departed_verdict(record) if record.left is not None else None
             found = found or self._sign_of_death(record)
@@ -263,7 +268,7 @@ class PeerWatch:
     def _sign_of_death(self, record: PeerRecord) -> Verdict | None:
         if record.process.is_gone(self._process):
             # It may have left between its last record and this look.
-            last = self._read(self._ranks.index(record.rank))
+            last = self._read(self._global_ranks.index(record.rank))
             return dead_verdict(last) if last.left is None else None
         now_s = time.monotonic()
         beat, seen_s = self._seen.get(record.rank, (-1, now_s))
@@ -365,7 +370,7 @@ def hung_verdict(records: Sequence[PeerRecord], stuck_after: float) -> Verdict |
     if not any(record.waiting and record.still_s > stuck_after for record in present):
         return None
     busy = [record for record in present if not record.waiting]
-    still = [r for r in busy if r.still_s > stuck_after and not r.patient]
+    still = [r for r in busy if r.still_s > stuck_after and not r.long_running]
     if still:
         return _stuck_verdict(still, stuck_after)
     if not busy and all(record.still_s > stuck_after for record in present):

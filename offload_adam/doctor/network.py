@@ -11,7 +11,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.coordinator.startup import World, joined_world
 from offload_adam.coordinator.watchdog import Patience
 from offload_adam.doctor.finding import Finding, failed, ok, warning
@@ -51,32 +51,32 @@ def look_at_network(world: World) -> Network:
     ranks = ranks_like(world.world_size, world.local_world_size, world.device.type)
     try:
         with joined_world(_TIMEOUT, Patience(stuck_after=_TIMEOUT.total_seconds())) as joined:
-            speed = measure_network(joined.membership, joined.device)
+            speed = measure_network(joined.ranks, joined.device)
     except (RuntimeError, OSError) as error:
         return Network(ranks, None, " ".join(str(error).split()))
     return Network(ranks, speed)
 
 
 def measure_network(
-    membership: Membership, device: torch.device, *, nbytes: int = BUCKET_NBYTES
+    ranks: RankGroup, device: torch.device, *, nbytes: int = BUCKET_NBYTES
 ) -> RingSpeed:
     """Return how fast buckets of `nbytes` are averaged and gathered, the same on all ranks.
 
     By the very calls and on a group like that of a step. A round lasts as long as the slowest rank
     takes; of each kind the median round counts. Collective.
     """
-    membership.open_data_groups([device.type])
+    ranks.open_data_groups([device.type])
     streams = streams_for(device)
-    collectives = GroupCollectives(membership)
-    rank, world_size = membership.rank, membership.world_size
-    passes = _passes_of_mean(membership, device)
+    collectives = GroupCollectives(ranks)
+    rank, world_size = ranks.rank, ranks.world_size
+    passes = _passes_of_mean(ranks, device)
 
     def buffers(dtype: torch.dtype) -> list[torch.Tensor]:
         numel = nbytes // dtype.itemsize // world_size * world_size
         return [torch.zeros(numel, dtype=dtype, device=device) for _ in range(NUM_IN_FLIGHT)]
 
     def speed(lane: Lane, starts: Sequence[_Start], sent_nbytes: float) -> float:
-        return NUM_IN_FLIGHT * sent_nbytes / _median_s(membership, streams, lane, starts) / 1e9
+        return NUM_IN_FLIGHT * sent_nbytes / _median_s(ranks, streams, lane, starts) / 1e9
 
     def mean(dtype: torch.dtype) -> float:
         buckets = buffers(dtype)
@@ -93,32 +93,28 @@ def measure_network(
     return RingSpeed(mean(torch.bfloat16), mean(torch.float32), gather())
 
 
-def _passes_of_mean(membership: Membership, device: torch.device) -> int:
+def _passes_of_mean(ranks: RankGroup, device: torch.device) -> int:
     """Return the passes of a bucket's mean: on gloo it is all-reduced, elsewhere scattered."""
-    backend = dist.get_backend(membership.data_group(device))
+    backend = dist.get_backend(ranks.data_group(device))
     return ALL_REDUCE_PASSES if backend == "gloo" else 1
 
 
-def _median_s(
-    membership: Membership, streams: Streams, lane: Lane, starts: Sequence[_Start]
-) -> float:
+def _median_s(ranks: RankGroup, streams: Streams, lane: Lane, starts: Sequence[_Start]) -> float:
     """Return the median seconds of a round; the first, which connects the ranks, is left out."""
-    rounds = [_round_s(membership, streams, lane, starts) for _ in range(1 + NUM_ROUNDS)]
+    rounds = [_round_s(ranks, streams, lane, starts) for _ in range(1 + NUM_ROUNDS)]
     slowest = torch.tensor(rounds[1:], dtype=torch.float64, device="cpu")
-    membership.all_reduce(slowest, dist.ReduceOp.MAX)
+    ranks.all_reduce(slowest, dist.ReduceOp.MAX)
     return float(slowest.median())
 
 
-def _round_s(
-    membership: Membership, streams: Streams, lane: Lane, starts: Sequence[_Start]
-) -> float:
-    membership.all_reduce(torch.zeros(1, dtype=torch.float32, device="cpu"))  # they begin together
+def _round_s(ranks: RankGroup, streams: Streams, lane: Lane, starts: Sequence[_Start]) -> float:
+    ranks.all_reduce(torch.zeros(1, dtype=torch.float32, device="cpu"))  # they begin together
     start_s = time.perf_counter()
     for pending in [start() for start in starts]:
-        pending.wait(membership)
+        pending.wait(ranks)
     over = streams.mark(lane)
     while not over.query():  # on a device; a host's collective is over
-        membership.raise_failure()
+        ranks.raise_failure()
         time.sleep(_PAUSE_S)
     return time.perf_counter() - start_s
 

@@ -105,14 +105,14 @@ def refuse_unrelated(module: torch.nn.Module | None, groups: Sequence[Mapping[st
 
 def describe(selection: Selection, groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """Describe what every rank must have in common, field by field."""
-    facts = [
+    fields = [
         ("the number of parameter groups", str(len(groups))),
         ("the number of trainable parameters", str(len(selection.new))),
         ("the frozen parameters", ", ".join(name for name, _ in selection.frozen) or "none"),
     ]
     for item in selection.new:
         parameter = item.parameter
-        facts += [
+        fields += [
             (f"the name of parameter {item.index}", item.name),
             (f"the shape of {item.name!r}", str(tuple(parameter.shape))),
             (f"the dtype of {item.name!r}", str(parameter.dtype)),
@@ -123,5 +123,5 @@ def describe(selection: Selection, groups: Sequence[Mapping[str, Any]]) -> list[
         ]
     for number, group in enumerate(groups):
         values = asdict(hyperparameters_of(group)) | {"amsgrad": group["amsgrad"]}
-        facts += [(f"{name} of group {number}", repr(value)) for name, value in values.items()]
-    return facts
+        fields += [(f"{name} of group {number}", repr(value)) for name, value in values.items()]
+    return fields

@@ -11,8 +11,8 @@ from typing import Any, Never, SupportsIndex
 
 import torch
 
-from offload_adam.coordinator.progress import HERE
-from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.sharded_optimizer.locking import serialized
 from offload_adam.step.ledger import LedgerEntry
 from offload_adam.step.parameter_shard import ParameterShard, shards_of
@@ -30,7 +30,7 @@ class CoreOptimizer(torch.optim.Optimizer):
     _core: ShardedAdam | None
     _module: torch.nn.Module | None
     _indices: dict[torch.nn.Parameter, int]
-    _membership: Membership
+    _ranks: RankGroup
     _release: weakref.finalize[Any, Any]
     _lock: threading.RLock
 
@@ -93,7 +93,7 @@ class CoreOptimizer(torch.optim.Optimizer):
 
         An evaluation on one rank alone, or a slow disk. `what` is named if this rank dies in it.
         """
-        return HERE.at(what, patient=True)
+        return PROGRESS.at(what, long_running=True)
 
     @serialized
     def refresh_master(self) -> None:
@@ -125,9 +125,9 @@ class CoreOptimizer(torch.optim.Optimizer):
         return self._alive().pinned_nbytes
 
     @property
-    def membership(self) -> Membership:
+    def ranks(self) -> RankGroup:
         """The ranks that share this optimizer."""
-        return self._membership
+        return self._ranks
 
     @property
     def is_sharded(self) -> bool:

@@ -10,7 +10,7 @@ from importlib import metadata
 import torch
 import torch.distributed as dist
 
-from offload_adam.coordinator.admission import Fact
+from offload_adam.coordinator.admission import Field
 from offload_adam.coordinator.watchdog import DEAD_AFTER_S, STUCK_AFTER_S, Patience
 from offload_adam.memory.pinning import Pin
 from offload_adam.parameters.options import (
@@ -131,7 +131,7 @@ class Execution:
         except (TypeError, ValueError):
             return Patience()
 
-    def facts(self, kind: str) -> list[Fact]:
+    def fields(self, kind: str) -> list[Field]:
         """Return what must be the same on every rank; the versions are those that give its bits."""
         return [
             ("the version of offload_adam", __version__),

@@ -17,12 +17,12 @@ import numpy.typing as npt
 import torch
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks
 
-from offload_adam.coordinator.admission import Fact, raise_on_all_ranks, require_same
+from offload_adam.coordinator.admission import Field, raise_on_all_ranks, require_same
 from offload_adam.coordinator.agreement import Notice
 from offload_adam.coordinator.ranks import (
     check_process_group,
     is_distributed,
-    open_membership,
+    open_rank_group,
 )
 from offload_adam.errors import StreamedGradientError
 from offload_adam.kernels.scalars import Hyperparameters
@@ -81,7 +81,7 @@ class ShardedOptimizer(StateDicts):
     _backend = Backend()
     _runtime: CudaRuntime | None = None
 
-    def _construct(self, execution: Execution, admit: Callable[[], Sequence[Fact]]) -> None:
+    def _construct(self, execution: Execution, admit: Callable[[], Sequence[Field]]) -> None:
         """Check everything, then allocate and build, or leave nothing behind. Collective.
 
         Args:
@@ -105,25 +105,25 @@ class ShardedOptimizer(StateDicts):
         self._core: ShardedAdam | None = None
         self._hooks: BackwardHooks | None = None
         self._indices: dict[torch.nn.Parameter, int] = {}
-        self._membership = open_membership(execution.process_group, execution.patience())
+        self._ranks = open_rank_group(execution.process_group, execution.patience())
         resources = ExitStack()
-        resources.callback(self._membership.release)
+        resources.callback(self._ranks.release)
         # At exit too: a process group that outlives the interpreter's modules ends it with an
         # abort.
         self._release = weakref.finalize(self, resources.close)
 
         try:
-            with raise_on_all_ranks(self._membership, "construction"):
+            with raise_on_all_ranks(self._ranks, "construction"):
                 check_module(module)
-                self._facts = list(admit())
+                self._fields = list(admit())
                 kind = execution.check()
                 refuse_unrelated(module, self.param_groups)
-            self._facts = [*execution.facts(kind), *self._facts]
+            self._fields = [*execution.fields(kind), *self._fields]
             self.max_grad_norm = execution.max_grad_norm
             execution.warn_without_effect(self._grouped_parameters(), offloads=self._offloads)
             streams = execution.streamed_module is not None and kind == "optimizer"
             reduction = GradientReduction(
-                self._membership,
+                self._ranks,
                 reduces=kind == "optimizer",
                 streams=streams,
                 accumulates=execution.accumulate is not None,
@@ -148,7 +148,7 @@ class ShardedOptimizer(StateDicts):
                 force_device=self._updates_on_device,
             )
             self._core = ShardedAdam(
-                self._membership,
+                self._ranks,
                 reduction,
                 placing,
                 num_threads=execution.num_threads,
@@ -161,7 +161,7 @@ class ShardedOptimizer(StateDicts):
             )
             resources.callback(self._core.resources.close)
             resources.callback(self._core.gate.abandon)
-            resources.callback(self._membership.abort_devices)
+            resources.callback(self._ranks.abort_devices)
             self._take_in(self._core, 0)
             self._state_made = self.state
             add_owner(self)
@@ -173,7 +173,7 @@ class ShardedOptimizer(StateDicts):
     def _hyperparameters(self) -> list[Hyperparameters]:
         """Return the hyperparameters that the parameters' groups count over, as they are now."""
 
-    def _admit(self, params: ParamsT, defaults: dict[str, Any]) -> list[Fact]:
+    def _admit(self, params: ParamsT, defaults: dict[str, Any]) -> list[Field]:
         """Let torch take the groups in, each checked, with nothing allocated yet.
 
         Returns:
@@ -216,9 +216,9 @@ class ShardedOptimizer(StateDicts):
         """Build the state of the groups from this one on. Collective."""
         selection = self._select(first_group)
         new = selection.new
-        facts = [*self._facts, *describe(selection, self.param_groups[first_group:])]
-        require_same(self._membership, "optimizer", facts)
-        self._membership.open_data_groups(item.parameter.device.type for item in new)
+        fields = [*self._fields, *describe(selection, self.param_groups[first_group:])]
+        require_same(self._ranks, "optimizer", fields)
+        self._ranks.open_data_groups(item.parameter.device.type for item in new)
         num_buckets = len(core.states)
         with torch.no_grad():
             core.extend(new, selection.frozen)
@@ -247,7 +247,7 @@ class ShardedOptimizer(StateDicts):
         core = self._settled()
         num_groups = len(self.param_groups)
         try:
-            with raise_on_all_ranks(self._membership, "add_param_group"):
+            with raise_on_all_ranks(self._ranks, "add_param_group"):
                 self._admit_later(param_group)
             self._take_in(core, num_groups)
         except BaseException:

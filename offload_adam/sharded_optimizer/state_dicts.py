@@ -74,13 +74,13 @@ class StateDicts(CoreOptimizer):
         stand under the key "offload_adam", which torch ignores. It loads into an `OffloadAdam` of
         any world size, when every rank is given it.
         """
-        with raise_on_all_ranks(self._membership, "full_state_dict"):
+        with raise_on_all_ranks(self._ranks, "full_state_dict"):
             core = self._settled()
         whole: dict[int, dict[str, torch.Tensor]] = {}
         with torch.no_grad():
             for state in core.states:
-                whole.update(gather_bucket(state, self._membership) or {})
-        if self._membership.rank != 0:
+                whole.update(gather_bucket(state, self._ranks) or {})
+        if self._ranks.rank != 0:
             return {}
         groups = super().state_dict()["param_groups"]
         return pack_full(groups, self._trainable_ids(), whole, self._marked())

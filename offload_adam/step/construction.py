@@ -13,7 +13,7 @@ import torch
 
 from offload_adam.coordinator.admission import raise_on_all_ranks
 from offload_adam.coordinator.node_memory import admit_memory
-from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.budget import BucketPlanes, copy_room_nbytes, plane_nbytes
 from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
 from offload_adam.layout.placing import kept_on_device
@@ -58,9 +58,9 @@ class Placing:
     force_offload: bool = False
     force_device: bool = False
 
-    def share_of(self, membership: Membership) -> tuple[int, int]:
+    def share_of(self, ranks: RankGroup) -> tuple[int, int]:
         """Return this rank's place among those that a bucket's state is divided over."""
-        return (0, 1) if self.beside else (membership.rank, membership.world_size)
+        return (0, 1) if self.beside else (ranks.rank, ranks.world_size)
 
 
 class Built(NamedTuple):
@@ -77,7 +77,7 @@ class Built(NamedTuple):
 
 def build_states(
     new: Sequence[NewParameter],
-    membership: Membership,
+    ranks: RankGroup,
     placing: Placing,
     first_bucket: int,
     touch: Touch | None,
@@ -99,7 +99,7 @@ def build_states(
             ParameterSpec(n.index, n.parameter.numel(), n.parameter.element_size(), n.family)
             for n in new
         ],
-        world_size=placing.share_of(membership)[1],
+        world_size=placing.share_of(ranks)[1],
         bucket_nbytes=placing.bucket_nbytes,
         first_index=first_bucket,
     )
@@ -116,13 +116,13 @@ def build_states(
             of_planes = plane_nbytes(bucket, plane)
             parts += of_planes.values()
             needed.update(of_planes)
-    if placing.beside and membership.rank != 0:
+    if placing.beside and ranks.rank != 0:
         room_nbytes = 0  # rank 0 writes what all have whole
     room_nbytes = copy_room_nbytes(buckets, planes, room_nbytes)
     if room_nbytes > 0:
         needed["checkpoint room"] = room_nbytes
-    admit_memory(membership, needed, allow_overcommit=placing.allow_overcommit)
-    with raise_on_all_ranks(membership, "allocating its state"):
+    admit_memory(ranks, needed, allow_overcommit=placing.allow_overcommit)
+    with raise_on_all_ranks(ranks, "allocating its state"):
         arena = HostArena(arena_nbytes(parts), parts=parts, touch=touch)
         room = HostArena(room_nbytes)
     if placing.pin == "all" and placing.runtime is not None:
@@ -132,7 +132,7 @@ def build_states(
             "limit, or pass pin='staging' (memory.pin: staging)",
         )
     states = [
-        _build(bucket, items, plane, home, arena, membership, placing)
+        _build(bucket, items, plane, home, arena, ranks, placing)
         for bucket, items, plane, home in zip(buckets, members, planes, homes, strict=True)
     ]
     return Built(states, arena, room)
@@ -194,7 +194,7 @@ def _build(
     planes: BucketPlanes,
     home: _Home,
     arena: HostArena,
-    membership: Membership,
+    ranks: RankGroup,
     placing: Placing,
 ) -> BucketState:
     """Adopt one bucket's parameters and fill its master weights from them."""
@@ -202,8 +202,8 @@ def _build(
     names = [item.name for item in items]
     flat = adopt(bucket, parameters)
     if bucket.numel > 0:
-        membership.broadcast_data(flat)
-    rank, _ = placing.share_of(membership)
+        ranks.broadcast_data(flat)
+    rank, _ = placing.share_of(ranks)
     low, high = bucket.shard_bounds(rank)
     shard = flat[low:high]
     state_planes = allocate_planes(

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 
-from offload_adam.coordinator.admission import Fact
+from offload_adam.coordinator.admission import Field
 from offload_adam.coordinator.agreement import Notice
 from offload_adam.kernels.scalars import Hyperparameters
 
@@ -48,15 +48,15 @@ class StepInputs:
             repr((self.hyperparameters, self.max_norm, self.step, self.factor, self.call)).encode()
         )
 
-    def facts(self) -> list[Fact]:
+    def fields(self) -> list[Field]:
         """Return what `checksum` is taken over, field by field."""
-        facts = [
+        fields = [
             (f"{name} of group {number // self.num_per_group}", repr(value))
             for number, hyper in enumerate(self.hyperparameters)
             for name, value in asdict(hyper).items()
         ]
         return [
-            *facts,
+            *fields,
             ("the norm to clip to", str(self.max_norm)),
             ("the step", str(self.step)),
             ("the factor of the gradients in .grad", str(self.factor)),

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.schedule import Lane, Operation
 from offload_adam.memory.arena import HostArena, padded_nbytes
 from offload_adam.parameters.gradients import in_memory_order
@@ -95,7 +95,7 @@ class Landing:
 
     def __init__(
         self,
-        membership: Membership,
+        ranks: RankGroup,
         slots: SlotPool,
         *,
         make_arena: Callable[[int], HostArena],
@@ -106,7 +106,7 @@ class Landing:
             slots: where buckets in host memory are reduced.
             make_arena: gives host memory of so many bytes for a buffer.
         """
-        self._membership = membership
+        self._ranks = ranks
         self._slots = slots
         self._make_arena = make_arena
         self._buffers: dict[torch.dtype, torch.Tensor] = {}
@@ -145,7 +145,7 @@ class Landing:
         assert landed is not None
         if flight.pending is not None:
             with span("reduce", number):
-                flight.pending.wait(self._membership)
+                flight.pending.wait(self._ranks)
         with span("copy down", number):
             through = None
             if state.offloaded and streams.is_asynchronous and not flight.is_issued:

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.coordinator.progress import HERE
-from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import UnreadyParameterError
 from offload_adam.layout.schedule import Task
 from offload_adam.spans import Spans, span
@@ -69,7 +69,7 @@ class OverlappedExecutor(Executor):
         self,
         tasks: Tasks,
         worker: Worker,
-        membership: Membership,
+        ranks: RankGroup,
         spans: Spans,
         arrived: Callable[[int], None],
     ) -> None:
@@ -81,7 +81,7 @@ class OverlappedExecutor(Executor):
         """
         super().__init__(tasks)
         self._worker = worker
-        self._membership = membership
+        self._ranks = ranks
         self._spans = spans
         self._arrived = arrived
         self._landings: deque[Job] = deque()
@@ -257,7 +257,7 @@ class OverlappedExecutor(Executor):
     def _give(self, what: str, job: Callable[[], None]) -> Job:
         def run() -> None:
             # Gradients are on by default in every thread.
-            with torch.no_grad(), HERE.beside():
+            with torch.no_grad(), PROGRESS.untracked():
                 job()
 
         return self._worker.submit(what, run)
@@ -279,9 +279,9 @@ class OverlappedExecutor(Executor):
         """
         if job.wait(0.0):
             return
-        with HERE.at(phase, bucket), HERE.awaiting(peers=phase == "reduce"):
+        with PROGRESS.at(phase, bucket), PROGRESS.awaiting(peers=phase == "reduce"):
             while not job.wait(_SLICE_S):
-                self._membership.raise_failure()
+                self._ranks.raise_failure()
 
 
 @functools.cache

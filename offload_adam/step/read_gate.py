@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 
 import torch
 
-from offload_adam.coordinator.progress import HERE
+from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.errors import CheckpointError
 
 _LOOK_S = 0.5
@@ -78,7 +78,7 @@ class ReadGate:
             self.num_waits += 1
             while bucket in self._held:
                 self._changed.wait(_LOOK_S)
-                HERE.move()  # a slow disk is no rank that is stuck
+                PROGRESS.move()  # a slow disk is no rank that is stuck
             self.waited_s += time.monotonic() - start_s
 
     def wait_until_all_free(self) -> None:
@@ -86,7 +86,7 @@ class ReadGate:
         with self._changed:
             while self._held:
                 self._changed.wait(_LOOK_S)
-                HERE.move()
+                PROGRESS.move()
         self._unread_before = set()
 
     def free(self, bucket: int) -> None:

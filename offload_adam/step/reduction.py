@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from offload_adam.coordinator.agreement import largest_on_any_rank
-from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.parameters.gradients import GradientsInPlace, in_memory_order
 from offload_adam.parameters.stand_in import gradient_of
 from offload_adam.step.bucket_state import BucketState
@@ -70,7 +70,7 @@ class GradientReduction:
 
     def __init__(
         self,
-        membership: Membership,
+        ranks: RankGroup,
         *,
         reduces: bool,
         streams: bool,
@@ -80,12 +80,12 @@ class GradientReduction:
         streamed: StreamedGradients | None = None,
     ) -> None:
         self._streamed = streamed
-        self._membership = membership
-        self._reduces = reduces and membership.world_size > 1
+        self._ranks = ranks
+        self._reduces = reduces and ranks.world_size > 1
         self.streams = streams
         self._accumulates = accumulates
         self._reduce_dtype = reduce_dtype
-        self._rows = RowExchange(membership) if takes_rows and self._reduces else None
+        self._rows = RowExchange(ranks) if takes_rows and self._reduces else None
         self.slots = SlotPool()
         self._states: list[BucketState] = []
         self._place_of: dict[int, tuple[int, int]] = {}
@@ -235,7 +235,7 @@ class GradientReduction:
         failure = self._send_rest() or failure
         if self._accumulates and self._reduces:
             # Ranks may have run different numbers of backwards; the others wait for every bucket.
-            most = largest_on_any_rank(self._membership, self._num_rounds)
+            most = largest_on_any_rank(self._ranks, self._num_rounds)
             while self._num_rounds < most:
                 self._open_round()
                 failure = self._send_rest() or failure

@@ -10,7 +10,7 @@ import torch
 
 from offload_adam.coordinator.admission import require_same
 from offload_adam.coordinator.agreement import Agreement
-from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import PeerError, RankDisagreementError
 from offload_adam.parameters.selection import Named
 from offload_adam.parameters.stand_in import gradient_of
@@ -25,7 +25,7 @@ _SAME_SETTINGS = (
 
 def refuse_disagreement(
     agreement: Agreement,
-    membership: Membership,
+    ranks: RankGroup,
     inputs: StepInputs,
     changed_names: Sequence[str],
 ) -> None:
@@ -57,7 +57,7 @@ def refuse_disagreement(
             "last_step.skipped (a torch.amp.GradScaler does)"
         )
     if len(set(agreement.settings)) > 1:
-        require_same(membership, "setting", inputs.facts(), remedy=_SAME_SETTINGS)
+        require_same(ranks, "setting", inputs.fields(), remedy=_SAME_SETTINGS)
         raise AssertionError("settings differ, but none of what they are made of")
     if len(set(agreement.changes)) > 1:
         here = ", ".join(map(repr, changed_names[:5])) or "nothing"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.schedule import Route, Schedule, plan_schedule
 from offload_adam.memory.arena import HostArena
 from offload_adam.step.backend import Backend
@@ -26,7 +26,7 @@ class Routing:
 
     def __init__(
         self,
-        membership: Membership,
+        ranks: RankGroup,
         reduction: GradientReduction,
         backend: Backend,
         make_buffer: Callable[[int], HostArena],
@@ -40,7 +40,7 @@ class Routing:
             pins_buffers: it was: then what is not page-locked itself is copied through a buffer.
         """
         self.streams = StreamsByDevice(backend.make_streams)
-        self.landing = Landing(membership, reduction.slots, make_arena=make_buffer)
+        self.landing = Landing(ranks, reduction.slots, make_arena=make_buffer)
         self.rings = Rings(
             make_buffer,
             num_staging=backend.num_staging_slots,

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import RankDisagreementError
 from offload_adam.parameters.gradients import GradientsInPlace
 from offload_adam.parameters.rows import GradientRows, width_of
@@ -31,8 +31,8 @@ class RowExchange:
     Lifecycle: `read_ahead` and `finish` once a step, collective; `forget` after it.
     """
 
-    def __init__(self, membership: Membership) -> None:
-        self._membership = membership
+    def __init__(self, ranks: RankGroup) -> None:
+        self._ranks = ranks
         self._found: dict[int, GradientsInPlace] = {}
         self._kinds: npt.NDArray[np.int64] | None = None
 
@@ -90,7 +90,7 @@ class RowExchange:
     def _exchange(self, kinds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return every rank's kinds, (world_size, num_parameters) in rank order."""
         own = torch.from_numpy(kinds)
-        return torch.stack(self._membership.all_gather(own)).numpy()
+        return torch.stack(self._ranks.all_gather(own)).numpy()
 
     def _gather(
         self,
@@ -101,10 +101,10 @@ class RowExchange:
     ) -> None:
         """Gather the entries of one parameter, `counts` from each rank."""
         own = gradients.local_rows.pop(position, None) or _no_entries(state, position)
-        values = own.values.float() / self._membership.world_size
+        values = own.values.float() / self._ranks.world_size
         entries = GradientRows(
-            _all_entries(own.rows, counts, self._membership),
-            _all_entries(values, counts, self._membership),
+            _all_entries(own.rows, counts, self._ranks),
+            _all_entries(values, counts, self._ranks),
         )
         before = gradients.rows.get(position)
         gradients.rows[position] = entries if before is None else before.joined(entries)
@@ -147,16 +147,16 @@ def _no_entries(state: BucketState, position: int) -> GradientRows:
 
 
 def _all_entries(
-    own: torch.Tensor, counts: npt.NDArray[np.int64], membership: Membership
+    own: torch.Tensor, counts: npt.NDArray[np.int64], ranks: RankGroup
 ) -> torch.Tensor:
     """Return all ranks' entries one after the other; each is sent padded to the largest."""
     padded = own.new_zeros((int(counts.max()), *own.shape[1:]))
     padded[: own.shape[0]] = own
     gathered = [torch.empty_like(padded) for _ in counts]
     if padded.numel() > 0:
-        group = membership.data_group(own.device)
+        group = ranks.data_group(own.device)
         work = dist.all_gather(gathered, padded, group=group, async_op=True)
         assert work is not None
-        PendingCollective(work, padded, padded).wait(membership)
+        PendingCollective(work, padded, padded).wait(ranks)
     parts = [part[:count] for part, count in zip(gathered, counts.tolist(), strict=True)]
     return torch.cat(parts)

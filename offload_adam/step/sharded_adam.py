@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 
 from offload_adam.coordinator.agreement import Agreement, Findings, agree, flags_on_any_rank
-from offload_adam.coordinator.progress import HERE
-from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.memory.arena import HostArena, close_all
 from offload_adam.memory.numa import spans_nodes
 from offload_adam.parameters.forward_hooks import ForwardHooks
@@ -60,7 +60,7 @@ class ShardedAdam:
 
     def __init__(
         self,
-        membership: Membership,
+        ranks: RankGroup,
         reduction: GradientReduction,
         placing: Placing,
         *,
@@ -76,7 +76,7 @@ class ShardedAdam:
             overlaps: `step` returns before the updates are over; `executor` tells when they are.
             backend: what all of it runs on.
         """
-        self.membership = membership
+        self.ranks = ranks
         self.num_steps = 0
         self.reduction = reduction
         self.states: list[BucketState] = []
@@ -94,7 +94,7 @@ class ShardedAdam:
         make_buffer = partial(_make_buffer, placing, self.arenas)
         self._beside_steps = Stopwatch()
         self._routing = Routing(
-            membership, reduction, backend, make_buffer, pins_buffers=placing.pin != "none"
+            ranks, reduction, backend, make_buffer, pins_buffers=placing.pin != "none"
         )
         self.executor = self._make_executor(overlaps, backend)
         self.resources.callback(self.executor.close)
@@ -121,7 +121,7 @@ class ShardedAdam:
         touch = self._updates.touch_from(self.executor.run_with_updates) if spans_nodes() else None
         states, arena, room = build_states(
             new,
-            self.membership,
+            self.ranks,
             self._placing,
             len(self.states),
             touch,
@@ -129,7 +129,7 @@ class ShardedAdam:
         )
         self.arenas += [arena, room]
         self.gate.rooms.append(room.take(room.nbytes, torch.uint8))
-        with HERE.at("compilation", patient=True):
+        with PROGRESS.at("compilation", long_running=True):
             self._updates.prepare(states)
         self.states += states
         self._frozen += frozen
@@ -149,16 +149,16 @@ class ShardedAdam:
         self.outside_writes.extend(new)
 
     def _make_executor(self, overlaps: bool, backend: Backend) -> Executor:
-        collectives = backend.make_collectives(self.membership)
+        collectives = backend.make_collectives(self.ranks)
         ways = self._routing
         tasks = Tasks(
-            self.membership, self._updates, collectives, ways.streams, ways.landing, ways.rings
+            self.ranks, self._updates, collectives, ways.streams, ways.landing, ways.rings
         )
         if not overlaps:
             return SequentialExecutor(tasks)
         worker = backend.make_worker()
         arrived = self.outside_writes.arrived
-        return OverlappedExecutor(tasks, worker, self.membership, self._beside_steps, arrived)
+        return OverlappedExecutor(tasks, worker, self.ranks, self._beside_steps, arrived)
 
     def ledger(self) -> list[LedgerEntry]:
         """Return who holds which bytes now, on the host and on devices."""
@@ -197,7 +197,7 @@ class ShardedAdam:
     @property
     def share(self) -> tuple[int, int]:
         """This rank's place among those that the state is divided over."""
-        return self._placing.share_of(self.membership)
+        return self._placing.share_of(self.ranks)
 
     @property
     def is_sharded(self) -> bool:
@@ -227,13 +227,13 @@ class ShardedAdam:
                 `grad_scale`.
         """
         stopwatch = Stopwatch()
-        HERE.begin_step(self.num_steps + 1)
+        PROGRESS.begin_step(self.num_steps + 1)
         if self.forward_hooks is not None:
             self.forward_hooks.step_begins()
         self.executor.settle()
         beside = self._beside_steps.take()
         agreement, changed = self._agree(inputs, stopwatch)
-        if self.membership.rank == 0:
+        if self.ranks.rank == 0:
             self._absence.see(agreement.present_counts)
         decision = decide(agreement, inputs.max_norm, inputs.factor)
         non_finite: tuple[str, ...] = ()
@@ -274,14 +274,14 @@ class ShardedAdam:
                     squares[state.indices] += found
 
         # What every rank has whole is counted by rank 0.
-        if self.membership.rank == 0 or not self._placing.beside:
+        if self.ranks.rank == 0 or not self._placing.beside:
             add_dense(hosted=False)
             self.executor.run_with_updates("the norms", lambda: add_dense(hosted=True))
-        if self.membership.rank == 0:
+        if self.ranks.rank == 0:
             for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
                 for position, square in gradients.rows_squares().items():
                     squares[state.indices[position]] += square
-        self.membership.all_reduce(torch.from_numpy(squares))
+        self.ranks.all_reduce(torch.from_numpy(squares))
         return np.sqrt(squares)
 
     def _agree(self, inputs: StepInputs, spans: Spans) -> tuple[Agreement, list[int]]:
@@ -301,9 +301,9 @@ class ShardedAdam:
         if agreement.unseen and not agreement.failed_ranks:
             agreement, changed = self._share_unseen(agreement, changed, unseen)
         changed_names = [self._names[index] for index in changed]
-        refuse_disagreement(agreement, self.membership, inputs, changed_names)
+        refuse_disagreement(agreement, self.ranks, inputs, changed_names)
         if self._external:
-            refuse_partial_presence(agreement, self.membership.world_size, self._names)
+            refuse_partial_presence(agreement, self.ranks.world_size, self._names)
         return agreement, changed
 
     def _exchange(
@@ -336,7 +336,7 @@ class ShardedAdam:
             non_finite=not np.isfinite(sum_of_squares),
             found_inf=inputs.found_inf,
             grad_scale=inputs.grad_scale,
-            changes=self.outside_writes.checksum(changed) if self.membership.world_size > 1 else 0,
+            changes=self.outside_writes.checksum(changed) if self.ranks.world_size > 1 else 0,
             unseen=bool(unseen),
             failed=failure is not None,
             late=late,
@@ -346,7 +346,7 @@ class ShardedAdam:
             present=torch.from_numpy(present),
         )
         with spans.span("agree"):
-            return agree(self.membership, findings), changed, unseen, failure
+            return agree(self.ranks, findings), changed, unseen, failure
 
     def _share_unseen(
         self, agreement: Agreement, changed: list[int], unseen: list[int]
@@ -357,14 +357,14 @@ class ShardedAdam:
         """
         flags = torch.zeros(len(self._parameters), dtype=torch.bool, device="cpu")
         flags[unseen or self.outside_writes.all_unseen(changed)] = True
-        flags = flags_on_any_rank(self.membership, flags)
+        flags = flags_on_any_rank(self.ranks, flags)
         unseen = torch.nonzero(flags).flatten().tolist()
         self.outside_writes.report_unseen([self._names[index] for index in unseen])
         changed = sorted({*changed, *unseen})
-        if self.membership.world_size > 1:
+        if self.ranks.world_size > 1:
             checksum = self.outside_writes.checksum(changed)
             own = torch.tensor([checksum], dtype=torch.int64, device="cpu")
-            gathered = self.membership.all_gather(own)
+            gathered = self.ranks.all_gather(own)
             agreement = replace(agreement, changes=tuple(int(one) for one in gathered))
         return agreement, changed
 
@@ -386,7 +386,7 @@ class ShardedAdam:
         rows = sum(map(BucketGradients.rows_sum_of_squares, gradients))
         if not math.isfinite(dense + rows):
             return math.nan
-        if self.membership.rank == 0:
+        if self.ranks.rank == 0:
             return dense + rows
         return 0.0 if self._placing.beside else dense
 
@@ -414,7 +414,7 @@ class ShardedAdam:
         flags = torch.zeros(len(self._parameters), dtype=torch.bool, device="cpu")
         found = self.executor.non_finite_indices(self.reduction.gradients)
         flags[torch.from_numpy(found)] = True
-        flags = flags_on_any_rank(self.membership, flags)
+        flags = flags_on_any_rank(self.ranks, flags)
         return tuple(self._names[index] for index in torch.nonzero(flags).flatten().tolist())
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.coordinator.progress import HERE
-from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.schedule import Operation, Route, Schedule
 from offload_adam.spans import Spans, span
 from offload_adam.step.bucket_state import BucketState
@@ -35,14 +35,14 @@ class Tasks:
 
     def __init__(
         self,
-        membership: Membership,
+        ranks: RankGroup,
         updates: Updates,
         collectives: Collectives,
         streams: StreamsByDevice,
         landing: Landing,
         rings: Rings,
     ) -> None:
-        self._membership = membership
+        self._ranks = ranks
         self.updates = updates
         self.landing = landing
         self.rings = rings
@@ -83,8 +83,8 @@ class Tasks:
         one there is none, and the thread sleeps until the device wakes it.
         """
         pause_s = _FIRST_PAUSE_S
-        while self._membership.world_size > 1 and not mark.query():
-            self._membership.raise_failure()
+        while self._ranks.world_size > 1 and not mark.query():
+            self._ranks.raise_failure()
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         streams.synchronize(mark)
@@ -273,8 +273,8 @@ class Tasks:
         """Let the model's own lane read a bucket's parameters from now on."""
         pending = self._gathering.get(number)
         if pending is not None:
-            with HERE.at("gather", number), spans.span("gather", number):
-                pending.wait(self._membership)
+            with PROGRESS.at("gather", number), spans.span("gather", number):
+                pending.wait(self._ranks)
             del self._gathering[number]
         self.crossing.begin(Operation.USE, number)
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from offload_adam.config.sections import TrainSection
-from offload_adam.coordinator.progress import HERE
+from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.startup import World
 from offload_adam.train.corpus import ByteTokens
 from offload_adam.train.loss import next_token_loss
@@ -31,7 +31,7 @@ def evaluate(model: nn.Module, tokens: ByteTokens, train: TrainSection, world: W
         total += torch.tensor(
             [loss.item() * len(chosen), len(chosen)], dtype=torch.float64, device="cpu"
         )
-        HERE.move()
+        PROGRESS.move()
     model.train(was_training)
-    world.membership.all_reduce(total)
+    world.ranks.all_reduce(total)
     return float(total[0] / total[1])

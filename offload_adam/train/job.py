@@ -16,9 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from offload_adam.config import ConfigError, RunConfig
 from offload_adam.contract.adam import Adam
-from offload_adam.coordinator.admission import Fact, require_same
+from offload_adam.coordinator.admission import Field, require_same
 from offload_adam.coordinator.endings import EndingGuard, preemptible
-from offload_adam.coordinator.progress import HERE
+from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.startup import COLLECTIVE_TIMEOUT, World, final, joined_world
 from offload_adam.coordinator.watchdog import Patience
 from offload_adam.errors import CheckpointError, HostMemoryError, RankDisagreementError
@@ -75,8 +75,8 @@ def run_job(config: RunConfig, console: Console | None = None, saver: Saver | No
     with (
         locked_run_folder(config) as require_held,
         joined_world(timeout, patience) as world,
-        guard.guarding(world.membership),
-        preemptible(world.membership, lambda: what_stands(config)) as preemption,
+        guard.guarding(world.ranks),
+        preemptible(world.ranks, lambda: what_stands(config)) as preemption,
         _assembled(config, world, corpus, model) as (parallel_model, optimizer),
         guard.hurried(),
     ):
@@ -107,7 +107,7 @@ def _assembled(
     optimizer. What goes wrong here goes wrong at every start.
     """
     with final(TypeError, ValueError, RankDisagreementError, HostMemoryError):
-        require_same(world.membership, "configuration", _facts(config, corpus))
+        require_same(world.ranks, "configuration", _fields(config, corpus))
         parallel_model = _distributed(config, world, model)
         optimizer = build_optimizer(config, parallel_model)
     with closing(optimizer):
@@ -116,15 +116,15 @@ def _assembled(
         yield parallel_model, optimizer
 
 
-def _facts(config: RunConfig, corpus: Corpus) -> list[Fact]:
+def _fields(config: RunConfig, corpus: Corpus) -> list[Field]:
     """Return what the ranks of a run must have in common before they make the optimizer."""
     sections = config.model_dump(mode="json")
-    facts = [
+    fields = [
         (f"{section}.{key}", repr(value))
         for section, values in sections.items()
         for key, value in values.items()
     ]
-    return [*facts, ("the data", corpus.description)]
+    return [*fields, ("the data", corpus.description)]
 
 
 def _distributed(config: RunConfig, world: World, model: nn.Module) -> nn.Module:
@@ -145,7 +145,7 @@ def _copy_from_rank_0(model: nn.Module, world: World) -> None:
         return
     for tensor in chain(model.parameters(), model.buffers()):
         received = tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
-        world.membership.broadcast(received)
+        world.ranks.broadcast(received)
         tensor.copy_(received)
 
 
@@ -156,7 +156,7 @@ def _train_and_report(job: Job, console: Console, require_held: Callable[[], Non
         require_held: raises once another job has taken the run's folder over.
     """
     config = job.config
-    with HERE.at("the bigram baseline", patient=True):
+    with PROGRESS.at("the bigram baseline", long_running=True):
         baseline = bigram_loss(job.corpus.training, job.corpus.validation)
     for line in _introduction(job, baseline):
         console.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -20,7 +20,7 @@ from offload_adam.config.optimizer_sections import AdamSection
 from offload_adam.contract.adam import Adam
 from offload_adam.coordinator.agreement import Notice
 from offload_adam.coordinator.endings import Preemption
-from offload_adam.coordinator.progress import HERE
+from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.startup import World
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.profiling.profile import STEP
@@ -90,7 +90,7 @@ def run_steps(job: Job) -> Iterator[StepRecord]:
         with span(STEP, step):
             record = _run_step(job, step)
         if step == train.num_steps or (train.eval_every and step % train.eval_every == 0):
-            with HERE.at("evaluation"), span("evaluation"):
+            with PROGRESS.at("evaluation"), span("evaluation"):
                 val_loss = evaluate(job.model, job.corpus.validation, train, job.world)
             record = dataclasses.replace(record, val_loss=val_loss)
         yield record
@@ -113,7 +113,7 @@ def _run_step(job: Job, step: int) -> StepRecord:
     """
     start_s = time.perf_counter()
     watch = Stopwatch()
-    HERE.begin_step(job.optimizer.num_steps + 1)
+    PROGRESS.begin_step(job.optimizer.num_steps + 1)
     loss = _accumulate_gradients(job, step, watch)
     job.optimizer.notice = Notice(stop=job.preemption.is_requested)
     with watch.span("step"):
@@ -189,5 +189,5 @@ def _mean_over_ranks(loss: torch.Tensor, world: World) -> float:
     total = loss.cpu()
     if world.world_size > 1:
         with span("all-reduce"):
-            world.membership.all_reduce(total)
+            world.ranks.all_reduce(total)
     return float(total) / world.world_size

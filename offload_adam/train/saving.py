@@ -22,7 +22,7 @@ from offload_adam.checkpoint.partial import PARTIAL_SUFFIX, discard
 from offload_adam.checkpoint.save import require_shared, save_checkpoint
 from offload_adam.config import ConfigError, RunConfig
 from offload_adam.coordinator.admission import gather_texts, raise_on_all_ranks
-from offload_adam.coordinator.progress import HERE
+from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.startup import attempt
 from offload_adam.errors import CheckpointError, PeerError, PeerFailedError
 from offload_adam.train.loop import Job
@@ -148,17 +148,17 @@ class CheckpointSaver:
         Collective: rank 0 looks, since ranks may see a shared folder change at different times.
         """
 
-        membership = self._job.optimizer.membership
+        ranks = self._job.optimizer.ranks
         stands = False
-        with raise_on_all_ranks(membership, "looking for a checkpoint"):
-            if membership.rank == 0 and path.exists():
+        with raise_on_all_ranks(ranks, "looking for a checkpoint"):
+            if ranks.rank == 0 and path.exists():
                 stands = path in self._whole
                 if not stands:  # whole or not, it is none of this run's steps
                     aside = _move_aside(path.parent, [path.name])
                     logger.warning(
                         "%s was not written by this run: moved into %s", path, aside.name
                     )
-        return gather_texts(membership, "written" if stands else "")[0] == "written"
+        return gather_texts(ranks, "written" if stands else "")[0] == "written"
 
     @contextmanager
     def _tolerating(self, path: Path) -> Iterator[None]:
@@ -215,8 +215,8 @@ def require_place(job: Job) -> None:
         return
     folder = run_folder(job.config) / FOLDER_NAME
     try:
-        with HERE.at("checkpoint", patient=True):
-            require_shared(folder, job.optimizer.membership)
+        with PROGRESS.at("checkpoint", long_running=True):
+            require_shared(folder, job.optimizer.ranks)
     except PeerFailedError:
         raise
     except (OSError, PeerError):
@@ -326,11 +326,11 @@ def resume(job: Job) -> Job:
         ConfigError: a key has changed that may not; the checkpoint named is damaged.
         CheckpointError: it is of another model.
     """
-    membership = job.optimizer.membership
-    with HERE.at("checkpoint", patient=True):
-        with raise_on_all_ranks(membership, "looking for a checkpoint"):
+    ranks = job.optimizer.ranks
+    with PROGRESS.at("checkpoint", long_running=True):
+        with raise_on_all_ranks(ranks, "looking for a checkpoint"):
             own = find_checkpoint(job.config) if job.world.rank == 0 else None
-        found = gather_texts(membership, "" if own is None else str(own))[0]
+        found = gather_texts(ranks, "" if own is None else str(own))[0]
     if not found:
         if job.world.rank == 0:
             set_aside(job.config, job.first_step)
@@ -390,7 +390,7 @@ def _refuse_changes(config: RunConfig, saved: dict[str, Any]) -> None:
 def _state(job: Job) -> dict[str, Any]:
     """Return the schedule, and every rank's random state. Collective."""
     random = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode("ascii")
-    every = gather_texts(job.optimizer.membership, random)
+    every = gather_texts(job.optimizer.ranks, random)
     schedule = None if job.schedule is None else job.schedule.state_dict()
     return {"schedule": schedule, "random": every}
 

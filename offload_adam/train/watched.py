@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from offload_adam.config import ConfigError, Mistake, RunConfig
-from offload_adam.coordinator.progress import HERE
+from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.sinks.server import StatusServer
 from offload_adam.sinks.sink import GuardedSinks, MetricSink
 from offload_adam.sinks.tensorboard import TensorBoardSink
@@ -97,9 +97,11 @@ def _memory(job: Job) -> dict[str, int]:
 
 def _ranks(job: Job) -> list[dict[str, Any]]:
     """Return where each rank is, as it said itself a moment ago."""
-    watch = job.world.membership.watch
+    watch = job.world.ranks.watch
     if watch is None:
-        return [{"rank": 0, "step": HERE.step, "phase": HERE.phase, "bucket": HERE.bucket}]
+        return [
+            {"rank": 0, "step": PROGRESS.step, "phase": PROGRESS.phase, "bucket": PROGRESS.bucket}
+        ]
     return [
         {
             "rank": record.rank,

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.schedule import Lane
 from offload_adam.transfer.streams import Streams
 
@@ -38,14 +38,14 @@ class PendingCollective:
         """Tell, without waiting, whether the host has nothing to wait for."""
         return self.work is None or bool(self.work.is_completed())
 
-    def wait(self, membership: Membership) -> None:
+    def wait(self, ranks: RankGroup) -> None:
         """Block until it is over, as long as all peers live.
 
         Raises:
             PeerFailedError: naming the ranks that have failed.
         """
         if self.work is not None:
-            membership.wait(self.work, on_device=self.buffer.is_cuda)
+            ranks.wait(self.work, on_device=self.buffer.is_cuda)
 
 
 class Collectives(Protocol):
@@ -72,10 +72,10 @@ class Collectives(Protocol):
 
 
 class GroupCollectives:
-    """The collectives of torch.distributed on the groups of a membership."""
+    """The collectives of torch.distributed on the groups of a rank group."""
 
-    def __init__(self, membership: Membership) -> None:
-        self._membership = membership
+    def __init__(self, ranks: RankGroup) -> None:
+        self._ranks = ranks
 
     def mean(
         self, streams: Streams, buffer: torch.Tensor, part: tuple[int, int]
@@ -87,13 +87,13 @@ class GroupCollectives:
         reduce-scatter and gives the same bits; elsewhere it is reduce-scattered in place, unless
         every rank needs all of it.
         """
-        group = self._membership.data_group(buffer.device)
+        group = self._ranks.data_group(buffer.device)
         shard = buffer[part[0] : part[1]]
 
         def start() -> Any:
             operation = dist.ReduceOp.AVG
             if buffer.dtype == torch.float16:
-                buffer.div_(self._membership.world_size)
+                buffer.div_(self._ranks.world_size)
                 operation = dist.ReduceOp.SUM
             if dist.get_backend(group) == "gloo" or shard.numel() == buffer.numel():
                 return dist.all_reduce(buffer, operation, group=group, async_op=True)
@@ -103,8 +103,8 @@ class GroupCollectives:
 
     def gather(self, streams: Streams, flat: torch.Tensor) -> PendingCollective:
         """Start the all-gather."""
-        group = self._membership.data_group(flat.device)
-        shard = flat.chunk(self._membership.world_size)[self._membership.rank]
+        group = self._ranks.data_group(flat.device)
+        shard = flat.chunk(self._ranks.world_size)[self._ranks.rank]
 
         def start() -> Any:
             return _all_gather(flat, shard, group=group, async_op=True)

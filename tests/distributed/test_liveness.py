@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from offload_adam import OffloadAdam, PeerFailedError
-from offload_adam.coordinator.progress import HERE
+from offload_adam.coordinator.progress import PROGRESS
 from tests.distributed.reference import Weights, exact_gradients
 from tests.ranks import RankError, RankPool
 
@@ -64,9 +64,9 @@ def _stumble(how: str) -> None:
     elif how == "evaluate":
         for _ in range(16):
             time.sleep(PATIENCE_S / 8)
-            HERE.move()
+            PROGRESS.move()
     elif how == "compile":
-        with HERE.at("compilation", patient=True):
+        with PROGRESS.at("compilation", long_running=True):
             time.sleep(2 * PATIENCE_S)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from offload_adam.coordinator.progress import HERE
-from offload_adam.coordinator.ranks import open_membership
+from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.coordinator.ranks import open_rank_group
 from tests.distributed.test_train_job import TINY, command, environment
 from tests.ranks import RankPool
 
@@ -24,18 +24,18 @@ def look(rank: int, world_size: int) -> Seen:
     """Be somewhere, and return where all are, once it is known of all."""
     import torch
 
-    membership = open_membership(None)
-    assert membership.watch is not None
-    with HERE.at(f"phase of {rank}", rank):
-        HERE.begin_step(10 + rank)
+    ranks = open_rank_group(None)
+    assert ranks.watch is not None
+    with PROGRESS.at(f"phase of {rank}", rank):
+        PROGRESS.begin_step(10 + rank)
         deadline_s = time.monotonic() + 50
         seen: Seen = []
         while not all(phase.startswith("phase of") for _, _, phase, _ in seen) or not seen:
             assert time.monotonic() < deadline_s, seen
-            places = membership.watch.places()
+            places = ranks.watch.places()
             seen = [(place.rank, place.step, place.phase, place.bucket) for place in places]
-        membership.all_reduce(torch.zeros(1))
-    membership.release()
+        ranks.all_reduce(torch.zeros(1))
+    ranks.release()
     return seen
 
 

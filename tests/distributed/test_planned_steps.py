@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from offload_adam import OffloadAdam
-from offload_adam.coordinator.ranks import open_membership
+from offload_adam.coordinator.ranks import open_rank_group
 from offload_adam.doctor.network import measure_network
 from offload_adam.doctor.step import measure_step
 from offload_adam.kernels.threads import allowed_cores
@@ -38,21 +38,21 @@ def measure(
     optimizer = OffloadAdam(
         parameters, max_grad_norm=1.0, gradient_reduction="optimizer", num_threads=1
     )
-    membership = open_membership(None)
+    ranks = open_rank_group(None)
     rounds = []
     for _ in range(NUM_ROUNDS):
-        speed = measure_network(membership, torch.device("cpu"))
+        speed = measure_network(ranks, torch.device("cpu"))
         seconds = []
         for _ in range(4):
             for parameter in parameters:
                 parameter.grad = torch.full_like(parameter, 0.01)
-            membership.all_reduce(torch.zeros(1))
+            ranks.all_reduce(torch.zeros(1))
             start_s = time.perf_counter()
             optimizer.step()
             seconds.append(time.perf_counter() - start_s)
         rounds.append((speed, sorted(seconds)[1]))
     optimizer.close()
-    membership.release()
+    ranks.release()
     return rounds
 
 

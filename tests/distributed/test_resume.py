@@ -24,7 +24,7 @@ from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.checkpoint.manifest import read_manifest
 from offload_adam.checkpoint.rank_file import RankEntry, RankFile
 from offload_adam.config import ConfigError, RunConfig
-from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.coordinator.startup import World
 from offload_adam.errors import CheckpointError
 from offload_adam.train import saving
@@ -382,7 +382,7 @@ def test_a_place_that_cannot_be_written_is_said_before_the_first_step(
     config = RunConfig.model_validate(values(tmp_path, checkpoint=section))
     (tmp_path / "case").write_text("not a folder")
     job: Any = SimpleNamespace(
-        config=config, world=World(world_size=2), optimizer=SimpleNamespace(membership=Membership())
+        config=config, world=World(world_size=2), optimizer=SimpleNamespace(ranks=RankGroup())
     )
     if required:
         with pytest.raises(OSError, match="Not a directory"):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from offload_adam.cli.app import main
-from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.kernels import update
 from offload_adam.train import loop
 
@@ -24,7 +24,7 @@ USED_BY: dict[str, tuple[Any, str, float]] = {
     "forward": (loop, "next_token_loss", 0.15),
     "cpu": (update, "update", 0.5),
     "copies": (torch.Tensor, "copy_", 0.05),
-    "collectives": (Membership, "wait", 0.15),
+    "collectives": (RankGroup, "wait", 0.15),
 }
 """What is called for each resource, and the seconds that a call takes longer."""
 

@@ -23,7 +23,7 @@ import torch
 
 from offload_adam.cli.app import main
 from offload_adam.coordinator import agreement, startup
-from offload_adam.coordinator.progress import HERE
+from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.transfer import collectives
 
 RANK = os.environ.get("RANK", "0")
@@ -40,10 +40,10 @@ class Fault:
         self._is_due = rank == RANK and IS_FIRST_ATTEMPT
 
     def __call__(self) -> None:
-        if not self._is_due or HERE.step < self._step:
+        if not self._is_due or PROGRESS.step < self._step:
             return
         self._is_due = False
-        print(f"fault on rank {RANK}: {self._action} in {HERE.phase}", flush=True)
+        print(f"fault on rank {RANK}: {self._action} in {PROGRESS.phase}", flush=True)
         if self._action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif self._action == "stop":
@@ -79,7 +79,7 @@ def spoil_loss(value: float, step: int) -> None:
 
     def spoiled(model: torch.nn.Module, batch: Any) -> torch.Tensor:
         loss: torch.Tensor = original(model, batch)
-        return loss * value if IS_FAULTY and HERE.step == step else loss
+        return loss * value if IS_FAULTY and PROGRESS.step == step else loss
 
     loop.next_token_loss = spoiled
 

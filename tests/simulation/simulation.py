@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from offload_adam.coordinator import agreement
-from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.schedule import Lane, Schedule
 from offload_adam.step.backend import Backend
 from offload_adam.step.bucket_state import BucketState
@@ -30,7 +30,7 @@ from tests.simulation.training import make_core, make_reduction, reference_of, t
 from tests.simulation.watched import WatchedLanding, WatchedUpdates, name_tasks, watch_staging
 
 
-class Mirrors(Membership):
+class Mirrors(RankGroup):
     """One rank of a world whose other ranks do what this one does.
 
     What they find in their own shards is what the reference run found in the whole, less this
@@ -99,7 +99,7 @@ class Simulation:
         self._memory = GradientMemory(self.machine, on_device=case.on_device)
         self.parameters = case.weights()
         self._index = {id(parameter): i for i, parameter in enumerate(self.parameters)}
-        self._membership = Mirrors(case, reference)
+        self._ranks = Mirrors(case, reference)
         backend = Backend(
             make_streams=lambda _: (SimulatedStreams if case.on_device else HostLanes)(
                 self.machine
@@ -109,11 +109,11 @@ class Simulation:
             num_reduce_slots=case.num_reduce_slots,
             num_staging_slots=case.num_staging_slots,
         )
-        reduction = make_reduction(case, self._membership)
+        reduction = make_reduction(case, self._ranks)
         reduction.slots = SimulatedSlots(self.machine, on_device=case.on_device)
         self.core = make_core(
             case,
-            self._membership,
+            self._ranks,
             reduction,
             backend,
             self.parameters,
@@ -215,7 +215,7 @@ class Simulation:
         """Bring what the reference has; look whether this rank's own shard is it, too."""
         state = next(state for state in self.core.states if state.flat is flat)
         low, high = state.layout.shard_bounds(state.rank)
-        step = self._membership.num_agreed
+        step = self._ranks.num_agreed
         task = self.machine.task
 
         def exchange() -> None:

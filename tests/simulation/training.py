@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.parameters.selection import NewParameter
 from offload_adam.step.backend import Backend
@@ -127,11 +127,11 @@ def reference_of(case: Case) -> Outcome:
 def _plain(case: Case, *, offload_fraction: float) -> Outcome:
     outcome = Outcome()
     parameters = case.weights()
-    membership = Membership()
-    reduction = make_reduction(case, membership)
+    ranks = RankGroup()
+    reduction = make_reduction(case, ranks)
     core = make_core(
         case,
-        membership,
+        ranks,
         reduction,
         Backend(),
         parameters,
@@ -144,10 +144,10 @@ def _plain(case: Case, *, offload_fraction: float) -> Outcome:
     return outcome
 
 
-def make_reduction(case: Case, membership: Membership) -> GradientReduction:
+def make_reduction(case: Case, ranks: RankGroup) -> GradientReduction:
     """Return a streaming reduction as the case asks for."""
     return GradientReduction(
-        membership,
+        ranks,
         reduces=True,
         streams=True,
         accumulates=case.accumulates,
@@ -157,7 +157,7 @@ def make_reduction(case: Case, membership: Membership) -> GradientReduction:
 
 def make_core(
     case: Case,
-    membership: Membership,
+    ranks: RankGroup,
     reduction: GradientReduction,
     backend: Backend,
     parameters: list[torch.nn.Parameter],
@@ -182,7 +182,7 @@ def make_core(
         force_offload=on_device or offload_fraction < 1.0,
     )
     core = ShardedAdam(
-        membership,
+        ranks,
         reduction,
         placing,
         num_threads=1,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from offload_adam.config.sections import ModelSizes, TrainSection
-from offload_adam.coordinator.ranks import open_membership
+from offload_adam.coordinator.ranks import open_rank_group
 from offload_adam.coordinator.startup import World
 from offload_adam.train.evaluation import evaluate
 from offload_adam.train.gpt import GPT
@@ -41,10 +41,10 @@ def test_it_is_the_mean_over_the_whole_split() -> None:
 
 
 def evaluate_on_rank(rank: int, world_size: int) -> float:
-    membership = open_membership(None)
-    world = World(rank, world_size, rank, world_size, membership)
+    ranks = open_rank_group(None)
+    world = World(rank, world_size, rank, world_size, ranks)
     loss = evaluate(make_model(), TOKENS, TRAIN, world)
-    membership.release()
+    ranks.release()
     return loss
 
 

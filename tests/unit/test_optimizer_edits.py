@@ -261,5 +261,5 @@ def test_settings_are_told_by_the_group_that_they_are_of() -> None:
     for optimizer_type in (OffloadAdam, Adam):
         optimizer = made(optimizer_type)
         optimizer.param_groups[1]["lr"] = 0.25
-        facts = optimizer._step_inputs().facts()
-        assert {field for field, value in facts if value == "0.25"} == {"lr of group 1"}
+        fields = optimizer._step_inputs().fields()
+        assert {field for field, value in fields if value == "0.25"} == {"lr of group 1"}

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from offload_adam.config import ConfigError, RunConfig
-from offload_adam.coordinator.progress import HERE
+from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.doctor import kept
 from offload_adam.sinks import server
 from offload_adam.train import watched
@@ -97,7 +97,7 @@ def test_a_watched_run_answers_while_it_trains(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(watched, "StatusServer", Asking)
-        patch.setattr(HERE, "phase", "start")  # a test that raised has left its place
+        patch.setattr(PROGRESS, "phase", "start")  # a test that raised has left its place
         run(tmp_path, train=STEPS, observe={"http_port": 0}, checkpoint={"every": 3})
     assert [answer["last"]["step"] for answer in answers] == list(range(1, 9))
     assert answers[0]["of_steps"] == 8

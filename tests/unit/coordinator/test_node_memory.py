@@ -9,7 +9,7 @@ import pytest
 
 from offload_adam.coordinator import node_memory
 from offload_adam.coordinator.node_memory import NodeNeed, admit_memory, control_group_memory
-from offload_adam.coordinator.ranks import Membership, open_membership
+from offload_adam.coordinator.ranks import RankGroup, open_rank_group
 from offload_adam.errors import HostMemoryError
 from tests.ranks import RankPool
 
@@ -70,20 +70,20 @@ def test_overcommitment_is_a_warning(
 ) -> None:
     monkeypatch.setattr(node_memory, "available_memory", lambda: (2047, "of the machine"))
     with pytest.raises(HostMemoryError, match="does not fit"):
-        admit_memory(Membership(), {"exp_avg": 2048}, allow_overcommit=False)
-    admit_memory(Membership(), {"exp_avg": 2048}, allow_overcommit=True)
+        admit_memory(RankGroup(), {"exp_avg": 2048}, allow_overcommit=False)
+    admit_memory(RankGroup(), {"exp_avg": 2048}, allow_overcommit=True)
     assert "does not fit" in caplog.text
-    admit_memory(Membership(), {"exp_avg": 2047}, allow_overcommit=False)
+    admit_memory(RankGroup(), {"exp_avg": 2047}, allow_overcommit=False)
 
 
 def need_more_on_one_rank(rank: int, world_size: int) -> str:
-    membership = open_membership(None)
+    ranks = open_rank_group(None)
     sees = patch.object(node_memory, "available_memory", lambda: (4000 + rank, "of the machine"))
     with sees:
-        admit_memory(membership, {"exp_avg": 1000}, allow_overcommit=False)
+        admit_memory(ranks, {"exp_avg": 1000}, allow_overcommit=False)
         with pytest.raises(HostMemoryError) as caught:
-            admit_memory(membership, {"exp_avg": 1000 + rank}, allow_overcommit=False)
-    membership.release()
+            admit_memory(ranks, {"exp_avg": 1000 + rank}, allow_overcommit=False)
+    ranks.release()
     return str(caught.value)
 
 

@@ -8,16 +8,18 @@ from dataclasses import replace
 
 import psutil
 
-from offload_adam.coordinator.progress import PeerRecord, Place, Process
+from offload_adam.coordinator.progress import PeerRecord, Process, ProgressRecord
 from offload_adam.coordinator.watchdog import Verdict, hung_verdict, late_verdict
 
 HERE = Process("a", "one", 1, 0.0)
 
 
 def record(
-    rank: int, still_s: float, *, waiting: bool = False, patient: bool = False
+    rank: int, still_s: float, *, waiting: bool = False, long_running: bool = False
 ) -> PeerRecord:
-    place = Place(step=3, phase="forward", bucket=rank, waiting=waiting, patient=patient)
+    place = ProgressRecord(
+        step=3, phase="forward", bucket=rank, waiting=waiting, long_running=long_running
+    )
     return PeerRecord.of(rank, HERE, 7, place, still_s, None)
 
 
@@ -34,7 +36,9 @@ def test_a_rank_that_does_not_move_while_another_waits_is_stuck() -> None:
 def test_nobody_is_stuck_while_work_goes_on() -> None:
     waits = record(0, 11, waiting=True)
     assert hung_verdict([waits, record(1, 2)], stuck_after=10) is None  # it moves: evaluation
-    assert hung_verdict([waits, record(1, 99, patient=True)], stuck_after=10) is None  # it compiles
+    assert (
+        hung_verdict([waits, record(1, 99, long_running=True)], stuck_after=10) is None
+    )  # it compiles
     assert (
         hung_verdict([record(0, 11), record(1, 99)], stuck_after=10) is None
     )  # nobody waits for it

@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from offload_adam.cli.app import app
-from offload_adam.coordinator.ranks import open_membership
+from offload_adam.coordinator.ranks import open_rank_group
 from offload_adam.doctor import kept, network
 from offload_adam.doctor.finding import Status
 from offload_adam.doctor.kept import Bandwidth, Ranks
@@ -38,16 +38,16 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def measure(rank: int, world_size: int, clock_steps_s: list[float] | None) -> RingSpeed:
     """Measure small buckets; with a clock of this rank's own that a round takes so long on."""
-    membership = open_membership(None)
+    ranks = open_rank_group(None)
     if clock_steps_s is not None:
         each = itertools.accumulate(itertools.cycle([0.0, clock_steps_s[rank]]))
         fake: Any = SimpleNamespace(perf_counter=lambda: next(each), sleep=None)
         network.time = fake  # type: ignore[attr-defined]
     try:
-        return measure_network(membership, CPU, nbytes=6144)
+        return measure_network(ranks, CPU, nbytes=6144)
     finally:
         network.time = time  # type: ignore[attr-defined]
-        membership.release()
+        ranks.release()
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

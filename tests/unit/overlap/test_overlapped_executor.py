@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.flat import ParameterSpec, plan_buckets
 from offload_adam.layout.schedule import Operation, Route, Task, plan_schedule
 from offload_adam.spans import NullSpans, Stopwatch
@@ -68,7 +68,7 @@ def begin(worker: Any) -> tuple[OverlappedExecutor, RecordedTasks]:
     """Return an executor that has been given a step's updates. Forward order is 3, 2, 1, 0."""
     tasks = RecordedTasks()
     executor = OverlappedExecutor(
-        cast(Tasks, tasks), worker, Membership(), Stopwatch(), lambda number: None
+        cast(Tasks, tasks), worker, RankGroup(), Stopwatch(), lambda number: None
     )
     tasks.wait_for_update = executor._wait_for_update
     masks = UpdateMasks(np.ones(NUM_BUCKETS, dtype=np.bool_), [], 1.0)

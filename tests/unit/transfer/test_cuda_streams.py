@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from offload_adam.coordinator.ranks import Membership
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.schedule import Lane
 from offload_adam.transfer import collectives
 from offload_adam.transfer.collectives import GroupCollectives
@@ -182,7 +182,7 @@ def test_nccl_is_never_waited_for_with_a_timeout() -> None:
             asked.append(timeout)
             return True
 
-    Membership(world_size=2).wait(cast(Any, Work()), on_device=True)
+    RankGroup(world_size=2).wait(cast(Any, Work()), on_device=True)
     assert asked == [()]
 
 
@@ -202,15 +202,15 @@ def test_a_collective_on_a_device_is_waited_for_by_its_lane_and_not_by_the_host(
     monkeypatch.setattr(collectives, "_all_gather", issue("all-gather"))
     monkeypatch.setattr(dist, "all_reduce", issue("all-reduce"))
     monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
-    monkeypatch.setattr(Membership, "data_group", lambda self, device: None)
+    monkeypatch.setattr(RankGroup, "data_group", lambda self, device: None)
 
     class OnDevice(torch.Tensor):
         """A host tensor that says that it is on a GPU."""
 
         is_cuda = True
 
-    membership = Membership(rank=1, world_size=2)
-    group = GroupCollectives(membership)
+    ranks = RankGroup(rank=1, world_size=2)
+    group = GroupCollectives(ranks)
     streams = CudaStreams(DEVICE)
     buffer = torch.ones(8).as_subclass(OnDevice)
     reduced = group.mean(streams, buffer, (4, 8))
@@ -218,7 +218,7 @@ def test_a_collective_on_a_device_is_waited_for_by_its_lane_and_not_by_the_host(
     whole = group.mean(streams, buffer, (0, 8))
     for pending in (reduced, gathered, whole):
         assert pending.is_completed()
-        pending.wait(membership)
+        pending.wait(ranks)
     assert [name for name, _ in done] == [
         "reduce-scatter",
         "reduce-scatter waits",
