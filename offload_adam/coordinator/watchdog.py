@@ -1,4 +1,4 @@
-"""Each rank says that it lives and how far it is, and hears who does not."""
+"""Heartbeats through the store: each rank publishes its progress and detects failed peers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from offload_adam.coordinator.progress import PROGRESS, PeerRecord, Process
+from offload_adam.coordinator.waiting import wait_until
 from offload_adam.errors import PeerFailedError
 
 logger = logging.getLogger(__name__)
@@ -31,10 +32,11 @@ _RESTART = "Start the run again from its newest checkpoint."
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long peers may be silent, and how long they may keep others waiting.
+    """Time limits for failed peers.
 
-    dead_after: seconds without a heartbeat after which a rank counts as dead.
-    stuck_after: seconds that others wait in a collective for a live rank that does not move.
+    dead_after: seconds without a heartbeat after which a rank is declared dead.
+    stuck_after: seconds without progress, while other ranks wait in a collective, after which a
+        live rank is declared hung.
     """
 
     dead_after: float = DEAD_AFTER_S
@@ -55,33 +57,34 @@ class Patience:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Which ranks have failed, and what is to be said about it; the first one written holds."""
+    """The failed ranks and the error message. All ranks use the first verdict in the store."""
 
     ranks: tuple[int, ...]
     text: str
 
     def to_json(self) -> str:
-        """Return the verdict as one line."""
+        """Return the verdict as one line of JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Verdict:
-        """Read what `to_json` wrote."""
+        """Read the output of `to_json`."""
         values = json.loads(text)
         return cls(tuple(values["ranks"]), values["text"])
 
 
 class PeerWatch:
-    """Publishes this rank's place in the store, and watches the others there.
+    """Publishes this rank's record in the store and watches its peers' records.
 
-    Each rank watches the next one, so that a beat costs the store the same for any number of ranks;
-    whoever finds a failure writes the verdict, which all read with their next beat. A rank whose
-    own wait grows long, or breaks, looks at all of them.
+    Each rank watches the next one, so the load of the store per heartbeat does not grow with the
+    number of ranks. A rank that detects a failure writes the verdict; the others read it with their
+    next heartbeat. A rank that waits long in a collective, or whose collective failed, checks all
+    ranks.
 
     Owns: a thread, and a connection to the store that only this thread uses.
-    Lifecycle: begins with `start`, when every rank's first record is in the store; ends with
-        `leave`, which tells the others.
-    Threads: everything but `start` and `leave` may be called by any thread.
+    Lifecycle: `start` when every rank's first record is in the store; `leave` tells the peers that
+        this rank ends.
+    Threads: any thread may call all methods except `start` and `leave`.
     """
 
     def __init__(
@@ -108,18 +111,18 @@ class PeerWatch:
         self._thread = threading.Thread(target=self._run, name="offload_adam-watch", daemon=True)
 
     def announce(self) -> None:
-        """Publish the first record; the others' roll call waits for it."""
+        """Publish the first record, for which the peers' `roll_call` waits."""
         self._publish(None)
 
     def start(self) -> None:
-        """Begin to beat."""
+        """Start the heartbeat thread."""
         _watches.add(self)
         self._thread.start()
 
     def leave(self) -> None:
-        """Tell the others that this rank has ended, with the error that it ends with. Idempotent.
+        """Publish that this rank ends, and with which error, and stop the thread. Idempotent.
 
-        At exit, this must have happened: a thread that is in the store then aborts the process.
+        Call it before the interpreter exits: a thread inside the store then aborts the process.
         """
         error = sys.exc_info()[1] or getattr(sys, "last_value", None)
         self._left = "" if error is None else f"{type(error).__name__}: {error}"[:300]
@@ -129,9 +132,9 @@ class PeerWatch:
             self._thread.join(_JOIN_S)
 
     def places(self, wait_s: float = 1.0) -> tuple[PeerRecord, ...]:
-        """Return every rank's last record, as they were a moment ago, or when last asked.
+        """Return every rank's current record; after `wait_s` without an answer, the previous ones.
 
-        Only the watch's own thread reads the store: it is asked, and waited for at most `wait_s`.
+        Only the heartbeat thread reads the store, so this call asks that thread.
         """
         answered = threading.Event()
         self._askers.append(answered)
@@ -141,16 +144,16 @@ class PeerWatch:
 
     @property
     def failure(self) -> Verdict | None:
-        """The verdict that ends the run, None while nothing has failed."""
+        """The verdict that ends the run, None while no rank has failed."""
         if self._verdict is None:
             silence_s = time.monotonic() - self._reached_s
-            # The thread itself may hang in a store that has gone silent.
+            # The heartbeat thread itself may hang in a store that does not answer.
             if not self._ending.is_set() and silence_s > self.patience.dead_after + 2.0:
                 return self._unreachable(silence_s)
         return self._verdict
 
     def raise_failure(self) -> None:
-        """Raise where a peer has failed.
+        """Raise an error if a peer has failed.
 
         Raises:
             PeerFailedError: naming the ranks, where they were, and what to do.
@@ -160,7 +163,7 @@ class PeerWatch:
             raise self._error(failure)
 
     def explain(self, error: BaseException) -> PeerFailedError:
-        """Find out which peer made a collective of ours fail, within about `dead_after`."""
+        """Return an error that names the failed peer; waits up to about `dead_after` to find it."""
         problem = str(error).strip().split("\n")[0][-200:]
         timed_out = "timed out" in problem.lower()
         self._broken = problem
@@ -171,12 +174,12 @@ class PeerWatch:
         return self._error(failure)
 
     def _condemn(self, verdict: Verdict) -> None:
-        """Write the verdict where all ranks read it, unless another stands already."""
+        """Write the verdict for all ranks; if the store has one already, adopt that one."""
         try:
             written = self._store.compare_set(_VERDICT, "", verdict.to_json())
             verdict = Verdict.from_json(written)
         except (RuntimeError, ValueError) as error:
-            logger.debug("the verdict could not be written: %s", error)
+            logger.debug("Could not write the verdict: %s", error)
         self._verdict = verdict
         self._judged.set()
 
@@ -187,7 +190,7 @@ class PeerWatch:
         )
 
     def _run(self) -> None:
-        """Beat until this rank leaves."""
+        """Send heartbeats until this rank leaves."""
         while not self._ending.is_set():
             began_s = time.monotonic()
             try:
@@ -200,14 +203,14 @@ class PeerWatch:
             self._wake.wait(self.patience.beat_s)
             self._wake.clear()
             if time.monotonic() - began_s > self.patience.dead_after / 2:
-                self._seen.clear()  # this process itself was stopped, and judges nobody by that
+                self._seen.clear()  # this process was stopped: the peers may have sent heartbeats
         try:
             self._publish(self._left)
         except RuntimeError:
-            logger.debug("the store was gone before this rank had left")
+            logger.debug("The store was closed before this rank left")
 
     def _answer(self) -> None:
-        """Read all records where somebody has asked for them."""
+        """Read all records if a thread waits in `places`."""
         if self._askers:
             self._places = tuple(self._read(rank) for rank in range(len(self._global_ranks)))
         while self._askers:
@@ -229,7 +232,7 @@ class PeerWatch:
         self._store.set(f"rank/{self._rank}", record.to_json())
 
     def _listen(self) -> None:
-        """Read the verdict, and look at the next rank, or at all of them where there is cause."""
+        """Read the verdict. Without one, check the next rank, or all if a collective hangs."""
         if self._verdict is not None:
             return
         if self._store.check([_VERDICT]):
@@ -246,7 +249,7 @@ class PeerWatch:
             self._condemn(found)
 
     def _look_at_next(self) -> Verdict | None:
-        """Look at the first rank behind this one that has not left."""
+        """Check the next rank that has not left."""
         for distance in range(1, len(self._global_ranks)):
             record = self._read((self._rank + distance) % len(self._global_ranks))
             if record.left is None:
@@ -267,7 +270,7 @@ class PeerWatch:
 
     def _sign_of_death(self, record: PeerRecord) -> Verdict | None:
         if record.process.is_gone(self._process):
-            # It may have left between its last record and this look.
+            # It may have left after the record that was read, so read again.
             last = self._read(self._global_ranks.index(record.rank))
             return dead_verdict(last) if last.left is None else None
         now_s = time.monotonic()
@@ -284,7 +287,7 @@ class PeerWatch:
 
     def _lose_store(self, error: RuntimeError) -> None:
         silence_s = time.monotonic() - self._reached_s
-        logger.debug("the store does not answer: %s", error)
+        logger.debug("The store does not answer: %s", error)
         if self._accusation is not None or silence_s > self.patience.dead_after:
             self._verdict = self._accusation or self._unreachable(silence_s)
             self._judged.set()
@@ -301,7 +304,7 @@ _watches: weakref.WeakSet[PeerWatch] = weakref.WeakSet()
 
 
 def accuse(verdict: Verdict) -> None:
-    """End the run on all ranks with this verdict, whatever this process waits for."""
+    """End the run on all ranks with this verdict, also if this process is in a wait."""
     for watch in list(_watches):
         watch._accusation = verdict
         watch._wake.set()
@@ -312,27 +315,30 @@ def roll_call(
 ) -> None:
     """Wait until every rank's first record is in the store.
 
+    Args:
+        what: what the ranks do, for the error message.
+
     Raises:
-        PeerFailedError: naming the ranks that have not come within `timeout`.
+        PeerFailedError: naming the ranks whose record is missing after `timeout`.
     """
-    deadline_s = time.monotonic() + timeout.total_seconds()
-    pause_s = 0.001
-    missing = [place for place in range(len(global_ranks)) if place != rank]
-    while missing := [place for place in missing if not store.check([f"rank/{place}"])]:
-        if time.monotonic() > deadline_s:
-            absent = tuple(global_ranks[place] for place in missing)
-            raise PeerFailedError(
-                f"rank(s) {list(absent)} have not come to {what} within "
-                f"{timeout.total_seconds():g} s, and the others wait for them: their own "
-                "output says where they are",
-                absent,
-            )
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, 0.2)
+    missing = [peer for peer in range(len(global_ranks)) if peer != rank]
+
+    def are_all_there() -> bool:
+        missing[:] = [peer for peer in missing if not store.check([f"rank/{peer}"])]
+        return not missing
+
+    timeout_s = timeout.total_seconds()
+    if not wait_until(are_all_there, pause_s=0.001, longest_pause_s=0.2, timeout_s=timeout_s):
+        absent = tuple(global_ranks[peer] for peer in missing)
+        raise PeerFailedError(
+            f"rank(s) {list(absent)} have not come to {what} within {timeout_s:g} s, and the "
+            "others wait for them: their own output says where they are",
+            absent,
+        )
 
 
 def dead_verdict(record: PeerRecord) -> Verdict:
-    """Return the verdict on a rank whose process has ended without a word."""
+    """Return the verdict on a rank whose process ended without `leave`."""
     return Verdict(
         (record.rank,),
         f"rank {record.rank} is dead: {record.address} has ended, last seen in {record.where}. "
@@ -341,7 +347,7 @@ def dead_verdict(record: PeerRecord) -> Verdict:
 
 
 def silent_verdict(record: PeerRecord, silent_s: float) -> Verdict:
-    """Return the verdict on a rank that has stopped beating."""
+    """Return the verdict on a rank that sends no heartbeats."""
     return Verdict(
         (record.rank,),
         f"rank {record.rank} is dead: {record.address} has given no sign for {silent_s:.0f} s, "
@@ -351,7 +357,7 @@ def silent_verdict(record: PeerRecord, silent_s: float) -> Verdict:
 
 
 def departed_verdict(record: PeerRecord) -> Verdict:
-    """Return the verdict on a rank that has left while others waited for it."""
+    """Return the verdict on a rank that left while other ranks waited for it."""
     why = f" with {record.left}" if record.left else ""
     return Verdict(
         (record.rank,),
@@ -361,10 +367,10 @@ def departed_verdict(record: PeerRecord) -> Verdict:
 
 
 def hung_verdict(records: Sequence[PeerRecord], stuck_after: float) -> Verdict | None:
-    """Return the verdict when a rank has waited for `stuck_after` and others do not get on.
+    """Return a verdict if one rank waited for `stuck_after` and other ranks make no progress.
 
-    A rank that moves, waits, or does work that takes long is not stuck. Where all of them wait,
-    each for another, all are.
+    A rank that makes progress, waits, or is in a long-running phase is not hung. If all ranks wait,
+    they wait for each other, and all are hung.
     """
     present = [record for record in records if record.left is None]
     if not any(record.waiting and record.still_s > stuck_after for record in present):
@@ -379,7 +385,7 @@ def hung_verdict(records: Sequence[PeerRecord], stuck_after: float) -> Verdict |
 
 
 def late_verdict(records: Sequence[PeerRecord], problem: str) -> Verdict:
-    """Return the verdict when a collective has failed and no rank is known to be dead."""
+    """Return the verdict on a collective that failed although no rank is known to be dead."""
     absent = [record for record in records if not record.waiting]
     places = "; ".join(f"rank {r.rank} is in {r.where}" for r in (absent or records)[:8])
     return Verdict(

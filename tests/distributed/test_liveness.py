@@ -43,7 +43,7 @@ def stumble(rank: int, world_size: int, how: str) -> float:
         model(exact_gradients(model.all, 10 * step + rank, world_size)).backward()
         if step == 2 and rank == 1:
             if how == "busy":
-                with optimizer.busy("evaluation"):
+                with optimizer.long_running("evaluation"):
                     time.sleep(2 * PATIENCE_S)
             _stumble(how)
             if how == "leave":
