@@ -1,4 +1,4 @@
-"""Admission: every rank builds the same optimizer, or none does and all say why."""
+"""Errors and settings that concern all ranks: every rank goes on, or every rank raises."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import CheckpointError, HostMemoryError, PeerError, RankDisagreementError
 
 Field = tuple[str, str]
-"""A field that all ranks must have in common, and its value on this one."""
+"""Name and value of a setting that must be the same on all ranks."""
 
 _SHARED_ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
@@ -58,13 +58,14 @@ def raise_on_all_ranks(ranks: RankGroup, phase: str) -> Iterator[None]:
 
 
 def require_same(ranks: RankGroup, what: str, fields: Sequence[Field], *, remedy: str = "") -> None:
-    """Refuse, on every rank alike, where ranks differ in a fact.
+    """Raise an error on every rank if any rank has another value in a field. Collective.
 
-    Collective. Digests are compared first; only where they differ are rank 0's fields sent, and the
-    error quotes for each rank the first field in which it parts from them.
+    The ranks compare digests first. Only if these differ does rank 0 broadcast its fields, and the
+    error quotes for each rank the first field that differs from rank 0's.
 
     Args:
-        remedy: what the error ends with.
+        what: what the fields describe, for the error message.
+        remedy: the end of the error message.
 
     Raises:
         RankDisagreementError: naming the ranks, the field, and both values.
@@ -83,8 +84,8 @@ def require_same(ranks: RankGroup, what: str, fields: Sequence[Field], *, remedy
         ranks_by_difference.setdefault(differences[rank], []).append(rank)
     raise RankDisagreementError(
         "; ".join(
-            f"rank(s) {ranks} have another {what} than rank 0: {difference}"
-            for difference, ranks in ranks_by_difference.items()
+            f"rank(s) {others} have another {what} than rank 0: {difference}"
+            for difference, others in ranks_by_difference.items()
         )
         + remedy
     )
@@ -123,7 +124,7 @@ def _broadcast_text(ranks: RankGroup, text: str) -> str:
 
 
 def _first_difference(reference: Sequence[Field], fields: Sequence[Field]) -> str:
-    """Say where a rank's fields first part from rank 0's."""
+    """Describe the first field that differs from rank 0's."""
     for expected, found in zip_longest(reference, fields):
         if expected == found:
             continue

@@ -1,4 +1,4 @@
-"""The one small all-reduce of a step: norm, finiteness, presence, and what a rank must refuse."""
+"""The one small all-reduce of a step: norm, finiteness, presence, and errors of any rank."""
 
 from __future__ import annotations
 
@@ -28,12 +28,11 @@ _NUM_FINDINGS = 12
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """What a rank tells the others with a step besides its findings, and hears from all of them.
+    """Messages besides the gradients' findings that a rank sends with a step.
 
-    stop: this rank is to end after this step; agreed, any rank is, and so all do. From the
-        training loop.
-    saved: how many checkpoints this rank has written in the background, failed ones included;
-        agreed, all ranks have written so many. From the optimizer.
+    stop: the training loop asks to end after this step. Agreed: any rank asks, so all end.
+    saved: number of background checkpoints that this rank has written, failed ones included.
+        Agreed: the smallest number of any rank.
     """
 
     stop: bool = False
@@ -42,15 +41,15 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What one rank found in its own shard before the step.
+    """What one rank contributes to the agreement on a step.
 
-    sum_of_squares: float64, over this rank's shard of the reduced gradients as they are.
+    sum_of_squares: float64, of this rank's shard of the reduced gradients, unscaled.
     non_finite: this rank's shard holds a NaN or an infinity.
-    changes: checksum below 2**53 of the parameters changed from outside, 0 for none.
-    unseen: parameters differ from their masters, but no version counter moved.
-    failed: this rank has an error to raise once all ranks know.
-    late: gradients were set by hand after their bucket had left.
-    settings: checksum below 2**53 of the hyperparameters that this rank would use.
+    changes: checksum below 2**53 of the parameters modified outside the optimizer, 0 for none.
+    unseen: parameters differ from their masters, but no version counter changed.
+    failed: this rank raises an error after the all-reduce.
+    late: gradients were set by hand after their bucket's reduction had started.
+    settings: checksum below 2**53 of this rank's hyperparameters.
     step: the number of this step, from 1 on.
     present: (num_parameters,) bool, which parameters have a gradient on this rank.
     """
@@ -71,7 +70,7 @@ class Findings:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """What all ranks hold of the step; identical on every one of them.
+    """Result of `agree`, identical on all ranks.
 
     present_counts: (num_parameters,) int64, on how many ranks each parameter has a gradient.
     """
@@ -91,17 +90,17 @@ class Agreement:
 
 
 def agree(ranks: RankGroup, findings: Findings) -> Agreement:
-    """Exchange findings in one all-reduce of 12 float64 a rank and one a parameter. Collective.
+    """Exchange findings in one all-reduce: 12 float64 per rank and 1 per parameter. Collective.
 
-    Every rank writes into places of its own, so that the sums over ranks are taken here, in rank
-    order, and not in an order that the collective chooses.
+    Every rank fills its own row of the table. So the sums over ranks are computed here, in rank
+    order, and do not depend on the order of additions in the collective.
     """
     world_size = ranks.world_size
     message = torch.zeros(
         world_size * _NUM_FINDINGS + findings.present.numel(), dtype=torch.float64, device="cpu"
     )
     table = message[: world_size * _NUM_FINDINGS].view(world_size, _NUM_FINDINGS)
-    # A sum that is not finite would spread NaN over the reduction's zeros: the flag carries it.
+    # A NaN in the sum would make the other rows NaN as well, so only the flag is sent.
     own = [0.0] * _NUM_FINDINGS
     own[_SQUARES] = 0.0 if findings.non_finite else findings.sum_of_squares
     own[_NON_FINITE] = float(findings.non_finite)
@@ -122,7 +121,7 @@ def agree(ranks: RankGroup, findings: Findings) -> Agreement:
 
 
 def _read(table: torch.Tensor, present: torch.Tensor) -> Agreement:
-    """Turn the exchanged table (world_size, 12) into the agreement."""
+    """Return the agreement from the reduced table (world_size, 12)."""
     rows = table.tolist()
     non_finite = any(row[_NON_FINITE] for row in rows)
     return Agreement(
@@ -144,7 +143,7 @@ def _read(table: torch.Tensor, present: torch.Tensor) -> Agreement:
 
 
 def flags_on_any_rank(ranks: RankGroup, flags: torch.Tensor) -> torch.Tensor:
-    """Return, for a bool tensor, where any rank has a True. Collective."""
+    """Return the elementwise OR of a bool tensor over all ranks. Collective."""
     counts = flags.to(torch.int32)
     ranks.all_reduce(counts)
     return counts > 0

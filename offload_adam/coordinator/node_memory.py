@@ -1,4 +1,4 @@
-"""Whether what the ranks of a node need together fits into its memory, said before it is taken."""
+"""Check before allocation that the state of all ranks of a node fits into its memory."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ _UNLIMITED_NBYTES = 1 << 60
 
 @dataclass(frozen=True, slots=True)
 class NodeNeed:
-    """What the ranks of one node need together, and what that node has left.
+    """Memory that the ranks of one node need, and memory that is available there.
 
-    nbytes: bytes by what they are for, over all ranks of the node.
+    nbytes: bytes by purpose, summed over the ranks of the node.
+    limit: what bounds the available memory, for the error message.
     """
 
     host: str
@@ -37,11 +38,11 @@ class NodeNeed:
 
     @property
     def total_nbytes(self) -> int:
-        """Bytes that the node's ranks need."""
+        """Sum of `nbytes`."""
         return sum(self.nbytes.values())
 
     def table(self) -> str:
-        """Return what needs what, one line each."""
+        """Return a table of the needs and of the available memory, one line each."""
         rows = [*self.nbytes.items(), ("together", self.total_nbytes)]
         rows.append((f"available ({self.limit})", self.available_nbytes))
         width = max(len(name) for name, _ in rows)
@@ -49,14 +50,14 @@ class NodeNeed:
 
 
 def admit_memory(ranks: RankGroup, nbytes: Mapping[str, int], *, allow_overcommit: bool) -> None:
-    """Refuse, on every rank alike, state that does not fit into some node's memory. Collective.
+    """Raise an error on every rank if the state does not fit into some node's memory. Collective.
 
     Args:
-        nbytes: bytes that this rank is about to take, by what they are for.
-        allow_overcommit: warn instead.
+        nbytes: bytes that this rank is about to allocate, by purpose.
+        allow_overcommit: log a warning instead.
 
     Raises:
-        HostMemoryError: with the table of what needs what, on the first such node.
+        HostMemoryError: with the table of the first such node.
     """
     needs = _needs(ranks, nbytes)
     lacking = [need for need in needs if need.total_nbytes > need.available_nbytes]
@@ -74,7 +75,7 @@ def admit_memory(ranks: RankGroup, nbytes: Mapping[str, int], *, allow_overcommi
 
 
 def _needs(ranks: RankGroup, nbytes: Mapping[str, int]) -> list[NodeNeed]:
-    """Exchange every rank's need, and add them up by node, in the order of their first ranks."""
+    """Gather every rank's needs and sum them by node, in the order of the nodes' first ranks."""
     process = Process.own()
     available_nbytes, limit = available_memory()
     own = json.dumps([process.machine, process.host, dict(nbytes), available_nbytes, limit])
@@ -95,17 +96,17 @@ def _sum_of(members: Sequence[tuple[int, list[object]]]) -> NodeNeed:
             total[name] = total.get(name, 0) + size
         assert isinstance(available_nbytes, int)
         available.append((available_nbytes, str(limit)))
-    # Each rank looked at another moment: the least that any has seen counts.
+    # The ranks looked at different moments, so the smallest value counts.
     smallest, limit = min(available)
     ranks = tuple(rank for rank, _ in members)
     return NodeNeed(str(members[0][1][0]), ranks, total, smallest, limit)
 
 
 def available_memory() -> tuple[int, str]:
-    """Return the bytes that this process may still take, and what sets that limit.
+    """Return the bytes that this process can still allocate, and what sets that limit.
 
-    The least of the machine's available memory and of what is left in each control group, version 1
-    or 2, that this process is in. Page cache that can be dropped counts as left.
+    The minimum over the machine and the control groups, version 1 or 2, of this process. Page cache
+    that the kernel can drop counts as available.
     """
     found = [(int(psutil.virtual_memory().available), "of the machine")]
     found += control_group_memory(CGROUP_ROOT, _own_groups())
@@ -113,7 +114,7 @@ def available_memory() -> tuple[int, str]:
 
 
 def control_group_memory(root: Path, groups: Mapping[str, str]) -> list[tuple[int, str]]:
-    """Return what is left in each limited memory group from this process's up to the root.
+    """Return available bytes and limit of each memory group from this process's to the root.
 
     Args:
         groups: this process's path by controller, "" for version 2.
@@ -145,7 +146,7 @@ def _left_upwards(root: Path, group: str, files: tuple[str, str, str]) -> list[t
 
 
 def _own_groups() -> dict[str, str]:
-    """Return this process's control groups: its path by controller, "" for version 2."""
+    """Return the path of this process's control group by controller, "" for version 2."""
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -158,7 +159,7 @@ def _own_groups() -> dict[str, str]:
 
 
 def _number(path: Path) -> int | None:
-    """Return the number in a file; None where there is none, as for `max`."""
+    """Return the number in a file, None if it holds none (`max`) or cannot be read."""
     try:
         return int(path.read_text(encoding="ascii"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Join the ranks that torchrun started, and leave them cleanly whatever happens in between."""
+"""Join the ranks that torchrun started, and leave them cleanly, also after errors."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ import torch.distributed as dist
 
 from offload_adam.coordinator.progress import Process
 from offload_adam.coordinator.ranks import RankGroup, open_rank_group
-from offload_adam.coordinator.startup import attempt, refuse_retry
 from offload_adam.coordinator.watchdog import Patience, roll_call
+from offload_adam.errors import NotRetriedError
+from offload_adam.torch_private import default_store, store_without_prefixes
 
+_MARK = "offload_adam/not_retried"
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _PR_SET_PDEATHSIG = 1
 # What other launchers leave out of torchrun's variables has a default; these have none.
@@ -28,9 +30,9 @@ _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the ranks; alone it is rank 0 of 1.
+    """Rank and world size of this process; without torchrun it is rank 0 of 1.
 
-    ranks: for collectives of the job itself; watched, once the ranks have joined.
+    ranks: for the job's own collectives, with a watch over the peers once they have joined.
     """
 
     rank: int = 0
@@ -41,12 +43,10 @@ class World:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
-        """Return the place that torchrun's variables give, or that of a process alone.
-
-        Without WORLD_SIZE it is alone, whatever else is set.
+        """Return the world that torchrun's variables describe; without WORLD_SIZE, a world of one.
 
         Raises:
-            ValueError: naming the variables that are missing or make no sense, and what to do.
+            ValueError: naming the missing or invalid variables, and what to do.
         """
         if "WORLD_SIZE" not in environment:
             return cls()
@@ -75,16 +75,20 @@ class World:
 def joined_world(
     timeout: timedelta = COLLECTIVE_TIMEOUT, patience: Patience | None = None
 ) -> Iterator[World]:
-    """Open the default process group for the block under torchrun, and destroy all groups after it.
+    """Open the default process group for the body, and destroy all groups after it.
 
-    A process alone joins nothing. `timeout` bounds every collective of the default group.
+    Without torchrun it opens nothing.
 
-    Lifecycle: whatever holds a process group (an optimizer) is closed inside the block, for an
-    object that outlives the groups aborts the process at its exit.
+    Args:
+        timeout: of every collective of the default group.
+        patience: time limits for failed peers; None for the defaults.
+
+    Lifecycle: close all objects that hold a process group (an optimizer) inside the body. An object
+        that outlives the groups aborts the process at exit.
 
     Raises:
-        PeerFailedError: naming the ranks that do not come.
-        NotRetriedError: an earlier attempt ended with what a restart cannot mend.
+        PeerFailedError: naming the ranks that did not join in time.
+        NotRetriedError: an earlier attempt ended with an error that a restart cannot fix.
     """
     world = World.from_environment()
     if world.device.type == "cuda":
@@ -107,20 +111,20 @@ def joined_world(
 
 
 def end_with_parent() -> None:
-    """Have Linux send this process SIGTERM when torchrun's agent ends, however that ends.
+    """Ask Linux to send this process SIGTERM when torchrun's agent ends, also if it is killed.
 
-    A killed agent cannot stop its workers, and they would go on alone.
+    A killed agent cannot stop its workers, which would train on without it.
     """
     if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:  # it ended before the request stood, and no signal will come
+    if os.getppid() != parent:  # it ended before prctl, so no signal will come
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _problems_of(environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield what keeps the variables from saying where this rank is and where it meets others."""
+    """Yield what is missing or invalid in torchrun's variables."""
     missing = [name for name in _REQUIRED if not environment.get(name)]
     if missing:
         yield f"WORLD_SIZE asks for ranks that join, but {', '.join(missing)} is not set"
@@ -144,11 +148,11 @@ def _use_own_gpu(world: World) -> None:
 
 
 def _open_default_group(world: World, timeout: timedelta, patience: Patience) -> None:
-    """Initialise the default group over a store that no earlier attempt has written to.
+    """Initialise the default group over a store prefix of this attempt alone.
 
-    torchrun's agent keeps one store through its restarts. Without a prefix of their own,
-    restarted ranks read the addresses of the attempt that died. Ranks meet in the store first,
-    because gloo and NCCL do not say which of them is missing.
+    torchrun's agent keeps one store across restarts, so without the prefix restarted ranks would
+    read the addresses of the previous attempt. The ranks meet in the store first, because gloo and
+    NCCL do not name the ranks that are missing.
     """
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     refuse_retry(store)
@@ -166,3 +170,37 @@ def _open_default_group(world: World, timeout: timedelta, patience: Patience) ->
         timeout=timeout,
         device_id=world.device if on_cuda else None,
     )
+
+
+def attempt() -> int:
+    """Return how many times torchrun has restarted this run."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def refuse_retry(store: dist.Store) -> None:
+    """Raise an error if an earlier attempt ended with a final error, as marked by `final`.
+
+    Raises:
+        NotRetriedError: quoting that error.
+    """
+    agent_store = store_without_prefixes(store)  # torchrun's agent keeps it through restarts
+    if attempt() > 0 and agent_store.check([_mark()]):
+        raise NotRetriedError(
+            "not tried again, for a restart cannot mend it: " + agent_store.get(_mark()).decode()
+        )
+
+
+@contextmanager
+def final(*kinds: type[Exception]) -> Iterator[None]:
+    """Mark errors of these kinds in the body as final: a restart cannot fix them."""
+    try:
+        yield
+    except kinds as error:
+        if dist.is_initialized():
+            store = store_without_prefixes(default_store())
+            store.set(_mark(), f"{type(error).__name__}: {error}")
+        raise
+
+
+def _mark() -> str:
+    return f"{_MARK}/{os.environ.get('TORCHELASTIC_RUN_ID', '')}"

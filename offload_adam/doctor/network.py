@@ -113,9 +113,7 @@ def _round_s(ranks: RankGroup, streams: Streams, lane: Lane, starts: Sequence[_S
     for pending in [start() for start in starts]:
         pending.wait(ranks)
     over = streams.mark(lane)
-    while not over.query():  # on a device; a host's collective is over
-        ranks.raise_failure()
-        time.sleep(_PAUSE_S)
+    ranks.wait_until(over.query, pause_s=_PAUSE_S)  # on a device; a host's collective is over
     return time.perf_counter() - start_s
 
 

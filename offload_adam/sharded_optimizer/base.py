@@ -185,9 +185,10 @@ class CoreOptimizer(torch.optim.Optimizer):
         self._settled()
 
     def long_running(self, what: str) -> AbstractContextManager[None]:
-        """Do work inside that may keep the other ranks waiting for longer than `stuck_after`.
+        """Exempt the body from `stuck_after`, for example an evaluation on one rank alone.
 
-        An evaluation on one rank alone, or a slow disk. `what` is named if this rank dies in it.
+        Args:
+            what: name of the work, for error messages.
         """
         return PROGRESS.at(what, long_running=True)
 

@@ -18,6 +18,7 @@ import torch
 
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import RankGroup
+from offload_adam.coordinator.waiting import SLICE_S
 from offload_adam.errors import UnreadyParameterError
 from offload_adam.layout.schedule import Task
 from offload_adam.spans import Spans, span
@@ -30,9 +31,6 @@ from offload_adam.step.tasks import Tasks
 logger = logging.getLogger(__name__)
 
 _exiting = threading.Event()
-
-_SLICE_S = 0.5
-"""How long a wait for the update thread is deaf to peers that fail."""
 
 
 class Job(Protocol):
@@ -270,7 +268,7 @@ class OverlappedExecutor(Executor):
         self._await(self._give(what, job), "norm")
 
     def _await(self, job: Job, phase: str, bucket: int | None = None) -> None:
-        """Wait for a job as long as all peers live.
+        """Wait for a job, and raise an error if a peer fails meanwhile.
 
         Raises:
             Exception: what the job raised.
@@ -279,8 +277,7 @@ class OverlappedExecutor(Executor):
         if job.wait(0.0):
             return
         with PROGRESS.at(phase, bucket), PROGRESS.awaiting(peers=phase == "reduce"):
-            while not job.wait(_SLICE_S):
-                self._ranks.raise_failure()
+            self._ranks.wait_until(lambda: job.wait(SLICE_S))
 
 
 @functools.cache

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 
 from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.coordinator.waiting import SLICE_S, wait_until
 from offload_adam.errors import CheckpointError
-
-_LOOK_S = 0.5
 
 
 class ReadGate:
@@ -73,17 +72,13 @@ class ReadGate:
             if bucket not in self._held:
                 return
             self.num_waits += 1
-            while bucket in self._held:
-                self._changed.wait(_LOOK_S)
-                PROGRESS.move()  # a slow disk is no rank that is stuck
+            self._wait_until(lambda: bucket not in self._held)
             self.waited_s += time.monotonic() - start_s
 
     def wait_until_all_free(self) -> None:
         """Return when nothing is being read."""
         with self._changed:
-            while self._held:
-                self._changed.wait(_LOOK_S)
-                PROGRESS.move()
+            self._wait_until(lambda: not self._held)
         self._unread_before = set()
 
     def free(self, bucket: int) -> None:
@@ -136,5 +131,9 @@ class ReadGate:
         if self._reader == threading.get_ident():
             return  # the last owner of the optimizer has gone on the reader's own thread
         with self._changed:
-            while self.num_finished < self.num_begun:
-                self._changed.wait(_LOOK_S)
+            self._changed.wait_for(lambda: self.num_finished == self.num_begun)
+
+    def _wait_until(self, is_over: Callable[[], bool]) -> None:
+        """Wait for the reader. The caller holds `_changed`."""
+        # A rank whose reader writes to a slow disk is not hung: the wait counts as progress.
+        wait_until(lambda: self._changed.wait_for(is_over, SLICE_S), check=PROGRESS.move)

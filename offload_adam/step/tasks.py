@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -87,16 +86,15 @@ class Tasks:
         self._schedule = schedule
 
     def _wait_for(self, streams: Streams, mark: Mark) -> None:
-        """Block until a mark is reached, as long as all peers live.
+        """Block until a mark is reached, and raise an error if a peer fails meanwhile.
 
-        What a device waits for may be a collective that a dead peer will never join. In a world of
-        one there is none, and the thread sleeps until the device wakes it.
+        The device may wait for a collective that a dead peer never joins, so the mark is polled. In
+        a world of one the thread sleeps until the device wakes it.
         """
-        pause_s = _FIRST_PAUSE_S
-        while self._ranks.world_size > 1 and not mark.query():
-            self._ranks.raise_failure()
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        if self._ranks.world_size > 1:
+            self._ranks.wait_until(
+                mark.query, pause_s=_FIRST_PAUSE_S, longest_pause_s=_LONGEST_PAUSE_S
+            )
         streams.synchronize(mark)
 
     @property

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from offload_adam.spans import span
 from torch.distributed.distributed_c10d import _get_default_store
 
 from offload_adam.profiling.clock import NUM_PROBES
 from offload_adam.profiling.profile import RankProfile
 from offload_adam.profiling.session import ProfiledRank, profiled
+from offload_adam.spans import span
 from tests.ranks import RankPool
 
 NUM_COLLECTIVES = 20

@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from offload_adam.coordinator.progress import PROGRESS
 
 from offload_adam import OffloadAdam, PeerFailedError
+from offload_adam.coordinator.progress import PROGRESS
 from tests.distributed.reference import Weights, exact_gradients
 from tests.ranks import RankError, RankPool
 

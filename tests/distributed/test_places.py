@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import open_rank_group
-
 from tests.distributed.test_train_job import TINY, command, environment
 from tests.ranks import RankPool
 

@@ -8,10 +8,10 @@ from statistics import median
 
 import pytest
 import torch
-from offload_adam.coordinator.ranks import open_rank_group
 from torch import nn
 
 from offload_adam import OffloadAdam
+from offload_adam.coordinator.ranks import open_rank_group
 from offload_adam.doctor.network import measure_network
 from offload_adam.doctor.step import measure_step
 from offload_adam.kernels.threads import allowed_cores

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from offload_adam.coordinator.ranks import RankGroup
 
 from offload_adam.cli.app import main
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.kernels import adam
 from offload_adam.train import loop
 

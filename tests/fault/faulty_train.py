@@ -20,10 +20,10 @@ from typing import Any
 
 import psutil
 import torch
-from offload_adam.coordinator.progress import PROGRESS
 
 from offload_adam.cli.app import main
 from offload_adam.coordinator import agreement, startup
+from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.transfer import collectives
 
 RANK = os.environ.get("RANK", "0")

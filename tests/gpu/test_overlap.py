@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from offload_adam.spans import SpanRecorder, recorded_by
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from offload_adam import OffloadAdam
 from offload_adam.bench.training.model import Sizes, make_model, make_tokens
+from offload_adam.spans import SpanRecorder, recorded_by
 from tests.gpu.intervals import Interval, shared, total, within
 
 SIZES = Sizes(num_layers=6, width=1024, num_heads=8, sequence_length=512)

@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from offload_adam.coordinator.ranks import RankGroup
 
 from offload_adam.coordinator import agreement
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.schedule import Lane, Schedule
 from offload_adam.step.backend import Backend
 from offload_adam.step.bucket_state import BucketState

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from offload_adam.coordinator.ranks import RankGroup
 
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.layout.state_plan import StatePolicy
 from offload_adam.parameters.selection import NewParameter

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from offload_adam.coordinator.ranks import open_rank_group
 
 from offload_adam.config.sections import ModelSizes, TrainSection
+from offload_adam.coordinator.ranks import open_rank_group
 from offload_adam.coordinator.startup import World
 from offload_adam.train.evaluation import evaluate
 from offload_adam.train.gpt import GPT

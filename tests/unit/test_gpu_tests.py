@@ -14,9 +14,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from offload_adam.spans import SpanRecorder
 
 from offload_adam import OffloadAdam
+from offload_adam.spans import SpanRecorder
 from tests.gpu.intervals import Interval, merged, shared, total, within
 from tests.gpu.layers import assert_same_bits, bits, make, train
 from tests.gpu.test_overlap import timeline

@@ -11,10 +11,10 @@ from statistics import median
 from typing import Any
 
 import pytest
-from offload_adam.coordinator.progress import PROGRESS
 from rich.console import Console
 
 from offload_adam.config import ConfigError, RunConfig
+from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.doctor import kept
 from offload_adam.sinks import server
 from offload_adam.train import watched

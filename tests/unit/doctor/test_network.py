@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from offload_adam.coordinator.ranks import open_rank_group
 from typer.testing import CliRunner
 
 from offload_adam.cli.app import app
+from offload_adam.coordinator.ranks import open_rank_group
 from offload_adam.doctor import kept, network
 from offload_adam.doctor.finding import Status
 from offload_adam.doctor.kept import Bandwidth, Ranks

@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from offload_adam.coordinator.ranks import RankGroup
-from offload_adam.spans import NullSpans, Stopwatch
 
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.schedule import Operation, Task, plan_schedule
+from offload_adam.spans import NullSpans, Stopwatch
 from offload_adam.step.executor import SequentialExecutor
 from offload_adam.step.masks import UpdateMasks
 from offload_adam.step.overlapped import OverlappedExecutor

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from offload_adam.spans import NO_BUCKET, Span
-
 from offload_adam.profiling.profile import STEP, RankProfile
+from offload_adam.spans import NO_BUCKET, Span
 
 MS = 1_000_000
 PHASES = {"data": 1, "forward": 8, "backward": 14, "update": 9, "gather": 2}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from offload_adam.spans import Span
 
 from offload_adam.profiling.diagnosis import Resource, RunFacts, diagnose
 from offload_adam.profiling.profile import RankProfile
+from offload_adam.spans import Span
 from tests.unit.profiling.synthetic import MS, PHASES, profile
 
 FACTS = RunFacts(

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
-from offload_adam.spans import NO_BUCKET, Span
 
 from offload_adam.profiling.diagnosis import Resource, diagnose
 from offload_adam.profiling.lateness import LATE, with_late_ranks
 from offload_adam.profiling.profile import STEP, RankProfile
+from offload_adam.spans import NO_BUCKET, Span
 from tests.unit.profiling.synthetic import MS
 from tests.unit.profiling.test_diagnosis import FACTS
 

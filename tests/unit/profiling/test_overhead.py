@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from offload_adam.spans import SpanRecorder, recorded_by, span
 
 from offload_adam import OffloadAdam
 from offload_adam.bench.profile import compare_steps, measure_profile
 from offload_adam.profiling.sampler import MemorySampler
+from offload_adam.spans import SpanRecorder, recorded_by, span
 from offload_adam.step.ledger import by_category
 from tests.distributed.reference import Weights, exact_gradients
 

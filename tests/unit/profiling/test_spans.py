@@ -7,6 +7,8 @@ import time
 import tracemalloc
 
 import pytest
+
+from offload_adam.profiling.profile import self_times_ns
 from offload_adam.spans import (
     NullSpans,
     Span,
@@ -15,8 +17,6 @@ from offload_adam.spans import (
     recorded_by,
     span,
 )
-
-from offload_adam.profiling.profile import self_times_ns
 from tests.unit.profiling.synthetic import MS, profile
 
 

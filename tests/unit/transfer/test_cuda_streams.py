@@ -13,8 +13,8 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
-from offload_adam.coordinator.ranks import RankGroup
 
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.schedule import Lane
 from offload_adam.transfer import collectives
 from offload_adam.transfer.collectives import GroupCollectives

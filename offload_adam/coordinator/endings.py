@@ -1,7 +1,4 @@
-"""SIGTERM and SIGUSR1: a request to save and end, where all ranks are there to do so.
-
-A SIGTERM after it ends the process at once, wherever its training thread is.
-"""
+"""How a process of a run ends: in bounded time after a failure, and saved after a signal."""
 
 from __future__ import annotations
 
@@ -19,36 +16,88 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from offload_adam.coordinator.progress import PROGRESS, describe_place
+from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import RankGroup
+from offload_adam.coordinator.waiting import SLICE_S, wait_until
 from offload_adam.coordinator.watchdog import Verdict, accuse
 from offload_adam.torch_private import connect_to_default_store
 
 logger = logging.getLogger(__name__)
 
+GRACE_S = 10.0
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 ANSWER_WITHIN_S = 5.0
 EXIT_AT_ONCE = 128 + signal.SIGTERM
 # A scheduler may signal a rank and torchrun's agent, which passes it on: that is one request.
 ONE_REQUEST_S = 3.0
 _POLL_S = 0.5
+_PAUSE_S = 0.05
 _LAST_WORDS_S = 2.0
 _PREFIX = "offload_adam/preemption"
 
 
+class EndingGuard:
+    """Ends this process `GRACE_S` after a failure if it has not ended by itself.
+
+    The training thread may hang in a collective that is not ours, where we cannot raise an error,
+    or its clean-up may wait for dead peers.
+
+    Owns: a thread, within `guarding`.
+    """
+
+    def __init__(self) -> None:
+        self._exit_code: int | None = None
+        self._over = threading.Event()
+
+    @contextmanager
+    def guarding(self, ranks: RankGroup) -> Iterator[None]:
+        """Guard the body, and the clean-up after it, against failed peers and against `hurried`."""
+        arguments = (ranks,)
+        threading.Thread(
+            target=self._run, args=arguments, name="offload_adam-ending", daemon=True
+        ).start()
+        try:
+            yield
+        finally:
+            self._over.set()
+
+    @contextmanager
+    def hurried(self) -> Iterator[None]:
+        """After an error in the body, allow `GRACE_S` for clean-up and ignore further Ctrl-Cs."""
+        try:
+            yield
+        except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            self._exit_code = 128 + signal.SIGINT if interrupted else 1
+            raise
+
+    def _run(self, ranks: RankGroup) -> None:
+        wait_until(lambda: self._over.wait(SLICE_S) or self._must_end(ranks))
+        if self._over.wait(GRACE_S):
+            return
+        failure = ranks.failure
+        text = "the end of this process took too long" if failure is None else failure.text
+        print(f"offload-adam: rank {ranks.rank}: {text}", file=sys.stderr, flush=True)
+        os._exit(1 if self._exit_code is None else self._exit_code)
+
+    def _must_end(self, ranks: RankGroup) -> bool:
+        return self._exit_code is not None or ranks.failure is not None
+
+
 class Preemption:
-    """Whether this run is to save and end after its step.
+    """Takes SIGTERM and SIGUSR1 as a request to save and end after the current step.
 
-    A signal may also be the end of a failure: torchrun's agent sends SIGTERM to the survivors. So
-    it counts only once every rank has answered through the store; else the run has failed.
+    After a failure torchrun's agent also sends SIGTERM, to the surviving ranks. So a signal is a
+    request only if every rank answers through the store; otherwise the run has failed.
 
-    The request is heeded between steps. A SIGTERM that comes to this process `ONE_REQUEST_S` after
-    an earlier signal, or later, does not wait for that; but where a peer has failed it is the
-    agent's, which sends each survivor one, and the failure keeps its own way to end the run.
+    A second SIGTERM, `ONE_REQUEST_S` or more after the first signal, ends this process at once,
+    unless a peer has failed: then the agent sent the SIGTERM, and the failure ends the run.
 
     Owns: a thread, and a connection to the store that only this thread uses.
-    Threads: signals reach the thread through a wakeup descriptor, which works while the main thread
-        is in a collective, and leaves no signal blocked in other threads and child processes.
+    Threads: signals reach the thread through a wakeup descriptor. That works while the main thread
+        is in a collective, and blocks no signal in other threads or child processes.
     """
 
     def __init__(self, ranks: RankGroup, what_stands: Callable[[], str]) -> None:
@@ -64,13 +113,13 @@ class Preemption:
         )
 
     def start(self) -> None:
-        """Begin to listen. By the main thread, as Python demands of whoever takes signals."""
+        """Install the handlers and start the thread. Python allows this on the main thread only."""
         self._previous_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._previous = {number: signal.signal(number, _wake_only) for number in SIGNALS}
         self._thread.start()
 
     def stop(self, *, deaf: bool) -> None:
-        """Stop to listen; put the signals back as they were, or stay `deaf` to them."""
+        """Stop the thread and restore the previous handlers; `deaf` keeps ignoring the signals."""
         self._ending.set()
         signal.set_wakeup_fd(self._previous_fd)
         if not deaf:
@@ -97,29 +146,29 @@ class Preemption:
                 told_s = time.monotonic()
 
     def _settle(self, name: str | None) -> bool:
-        """Act on a signal, to this rank or another; return False where none has come."""
+        """Act on a signal to this rank or another; return False if there was none."""
         try:
             if name is None and not self._is_asked():
                 return False
             self._decide(name or "a signal to another rank")
         except RuntimeError as error:
-            # Peers that cannot be asked are the watch's business; a signal ends this run.
+            # The watch handles a failed store. With a signal besides, the run has failed.
             if name is None:
                 return False
             self._fail(f"{name} came, and the store does not answer ({error})")
         return True
 
     def _end_at_once(self) -> None:
-        """End this process and say what is lost, unless it is another rank that has failed."""
+        """Print what is lost and end this process, unless another rank has failed."""
         if self._has_failed():
             return
-        # The disk that would say what stands may be what the process hangs in.
+        # `what_stands` reads the disk, and the process may hang because of that disk.
         timer = threading.Timer(_LAST_WORDS_S, os._exit, (EXIT_AT_ONCE,))
         timer.daemon = True
         timer.start()
-        here = describe_place(PROGRESS.step, PROGRESS.phase, PROGRESS.bucket)
         print(
-            f"offload-adam: rank {self._ranks.rank}: SIGTERM came again: ended at once, in {here}",
+            f"offload-adam: rank {self._ranks.rank}: SIGTERM came again: ended at once, "
+            f"in {PROGRESS.where}",
             file=sys.stderr,
             flush=True,
         )
@@ -127,18 +176,16 @@ class Preemption:
         os._exit(EXIT_AT_ONCE)
 
     def _has_failed(self) -> bool:
-        """Return whether a rank has failed, after so long as the watch takes to find that out."""
+        """Return whether a rank has failed; waits as long as the watch needs to detect that."""
         watch = self._ranks.watch
         if watch is None:
             return False
-        # One beat to see it and one to read of it, and some time for the store.
-        deadline_s = time.monotonic() + 2.5 * watch.patience.beat_s
-        while watch.failure is None and time.monotonic() < deadline_s:
-            time.sleep(0.05)
-        return watch.failure is not None
+        # One beat until a peer sees the failure, one until this rank reads of it, and some slack.
+        timeout_s = 2.5 * watch.patience.beat_s
+        return wait_until(lambda: watch.failure is not None, pause_s=_PAUSE_S, timeout_s=timeout_s)
 
     def _received(self) -> list[str]:
-        """Wait a while for signals of ours and return their names."""
+        """Wait up to `_POLL_S` for our signals and return their names."""
         ready, _, _ = select.select([self._reader], [], [], _POLL_S)
         numbers = os.read(self._reader, 64) if ready else b""
         return [signal.Signals(n).name for n in numbers if n in SIGNALS]
@@ -147,7 +194,7 @@ class Preemption:
         return self._store is not None and self._store.check(["asked"])
 
     def _decide(self, name: str) -> None:
-        """Answer, wait for all answers, and tell preemption from failure."""
+        """Accept the request if all ranks answer; otherwise fail the run."""
         silent = self._ranks_that_do_not_answer()
         if silent:
             self._fail(
@@ -165,17 +212,19 @@ class Preemption:
         self.is_requested = True
 
     def _ranks_that_do_not_answer(self) -> list[int]:
-        if self._store is None:
+        store = self._store
+        if store is None:
             return []
-        self._store.set("asked", "")
-        self._store.set(f"answer/{self._ranks.rank}", "")
+        store.set("asked", "")
+        store.set(f"answer/{self._ranks.rank}", "")
         silent = list(range(self._ranks.world_size))
-        deadline_s = time.monotonic() + ANSWER_WITHIN_S
-        while True:
-            silent = [rank for rank in silent if not self._store.check([f"answer/{rank}"])]
-            if not silent or time.monotonic() > deadline_s:
-                return silent
-            time.sleep(0.05)
+
+        def have_all_answered() -> bool:
+            silent[:] = [rank for rank in silent if not store.check([f"answer/{rank}"])]
+            return not silent
+
+        wait_until(have_all_answered, pause_s=_PAUSE_S, timeout_s=ANSWER_WITHIN_S)
+        return silent
 
     def _fail(self, text: str, ranks: tuple[int, ...] = ()) -> None:
         accuse(Verdict(ranks, text))
@@ -185,11 +234,11 @@ class Preemption:
 def preemptible(
     ranks: RankGroup, what_stands: Callable[[], str] = lambda: "its steps are lost"
 ) -> Iterator[Preemption]:
-    """Take SIGTERM and SIGUSR1 as requests to save and end, within the block.
+    """Take SIGTERM and SIGUSR1 in the body as requests to save and end.
 
     Args:
-        what_stands: returns a sentence on what is saved and what is lost by an end at once; called
-            by another thread.
+        what_stands: returns a sentence on what is saved and what is lost if the process ends at
+            once. Called on another thread.
     """
     preemption = Preemption(ranks, what_stands)
     if threading.current_thread() is not threading.main_thread():
@@ -199,14 +248,14 @@ def preemptible(
     try:
         yield preemption
     except BaseException:
-        # The agent's SIGTERM to the survivors of a failure must not cut off their last words.
+        # After a failure the agent sends SIGTERM; it must not cut off our error message.
         preemption.stop(deaf=ranks.world_size > 1)
         raise
     preemption.stop(deaf=False)
 
 
 def _wake_only(number: int, frame: FrameType | None) -> None:
-    """Do nothing: the wakeup descriptor has told the thread already."""
+    """Do nothing: the wakeup descriptor has notified the thread."""
 
 
 def _own_store() -> dist.Store:

@@ -7,8 +7,9 @@ import sys
 from dataclasses import replace
 
 import psutil
+
 from offload_adam.coordinator.progress import PeerRecord, Process, ProgressRecord
-from offload_adam.coordinator.watchdog import Verdict, late, stuck
+from offload_adam.coordinator.watchdog import Verdict, hung_verdict, late_verdict
 
 HERE = Process("a", "one", 1, 0.0)
 
@@ -23,7 +24,9 @@ def record(
 
 
 def test_a_rank_that_does_not_move_while_another_waits_is_stuck() -> None:
-    verdict = stuck([record(0, 11, waiting=True), record(1, 12), record(2, 9)], stuck_after=10)
+    verdict = hung_verdict(
+        [record(0, 11, waiting=True), record(1, 12), record(2, 9)], stuck_after=10
+    )
     assert verdict is not None
     assert verdict.ranks == (1,)
     assert "rank 1 (process 1 on a) in forward of bucket 1, step 3" in verdict.text
@@ -32,15 +35,21 @@ def test_a_rank_that_does_not_move_while_another_waits_is_stuck() -> None:
 
 def test_nobody_is_stuck_while_work_goes_on() -> None:
     waits = record(0, 11, waiting=True)
-    assert stuck([waits, record(1, 2)], stuck_after=10) is None  # it moves: evaluation
-    assert stuck([waits, record(1, 99, long_running=True)], stuck_after=10) is None  # it compiles
-    assert stuck([record(0, 11), record(1, 99)], stuck_after=10) is None  # nobody waits for it
-    assert stuck([record(0, 9, waiting=True), record(1, 99)], stuck_after=10) is None
-    assert stuck([waits, record(1, 2, waiting=True)], stuck_after=10) is None
+    assert hung_verdict([waits, record(1, 2)], stuck_after=10) is None  # it moves: evaluation
+    assert (
+        hung_verdict([waits, record(1, 99, long_running=True)], stuck_after=10) is None
+    )  # it compiles
+    assert (
+        hung_verdict([record(0, 11), record(1, 99)], stuck_after=10) is None
+    )  # nobody waits for it
+    assert hung_verdict([record(0, 9, waiting=True), record(1, 99)], stuck_after=10) is None
+    assert hung_verdict([waits, record(1, 2, waiting=True)], stuck_after=10) is None
 
 
 def test_ranks_that_all_wait_have_parted() -> None:
-    verdict = stuck([record(0, 11, waiting=True), record(1, 12, waiting=True)], stuck_after=10)
+    verdict = hung_verdict(
+        [record(0, 11, waiting=True), record(1, 12, waiting=True)], stuck_after=10
+    )
     assert verdict is not None
     assert verdict.ranks == (0, 1)
     assert "parted" in verdict.text
@@ -48,11 +57,11 @@ def test_ranks_that_all_wait_have_parted() -> None:
 
 def test_ranks_that_have_left_are_not_stuck() -> None:
     gone = replace(record(1, 99), left="")
-    assert stuck([record(0, 11, waiting=True), gone, record(2, 1)], stuck_after=10) is None
+    assert hung_verdict([record(0, 11, waiting=True), gone, record(2, 1)], stuck_after=10) is None
 
 
 def test_a_failed_collective_names_who_was_not_in_it() -> None:
-    verdict = late([record(0, 1, waiting=True), record(1, 1)], "Timed out")
+    verdict = late_verdict([record(0, 1, waiting=True), record(1, 1)], "Timed out")
     assert verdict.ranks == (1,)
     assert "Timed out" in verdict.text
 

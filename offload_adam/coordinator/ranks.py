@@ -1,4 +1,4 @@
-"""Which ranks share an optimizer, and the process groups that it uses for itself."""
+"""The ranks that share an optimizer, and the process groups that only the optimizer uses."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import ctypes
 import itertools
 import logging
 import os
-import time
 import uuid
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from offload_adam.coordinator.progress import PROGRESS
-from offload_adam.coordinator.watchdog import Patience, PeerWatch, roll_call
+from offload_adam.coordinator.waiting import SLICE_S, wait_until
+from offload_adam.coordinator.watchdog import Patience, PeerWatch, Verdict, roll_call
 from offload_adam.torch_private import (
     abort_collectives,
     connect_to_default_store,
@@ -29,20 +30,18 @@ from offload_adam.torch_private import (
 
 logger = logging.getLogger(__name__)
 
-_SLICE = timedelta(seconds=0.5)
-"""How long a wait is deaf: to peers that fail, and to Ctrl-C."""
-
+_SLICE = timedelta(seconds=SLICE_S)
 _POLL_S = 1e-3
 
 
 @dataclass
 class RankGroup:
-    """This process's place among the ranks that share the optimizer state.
+    """Rank, size and process groups of the ranks that share the optimizer state.
 
-    Owns: a gloo group for control messages, and one group a device type for buckets, none of them
-    shared with the user's own collectives; and the watch over the peers. A world of one owns none.
-    Lifecycle: groups are opened by every rank together (`open_rank_group`); `release` ends them.
-    Threads: any may `wait`, each for work of its own.
+    Owns: a gloo group for control messages, one group per device type for buckets, and the watch
+        over the peers. The user's collectives run on other groups. A world of one owns nothing.
+    Lifecycle: `open_rank_group` on every rank; `release` closes the groups.
+    Threads: any thread may `wait`, each for its own work.
     """
 
     rank: int = 0
@@ -55,7 +54,7 @@ class RankGroup:
     _unfinished: set[dist.Work] = field(default_factory=set)
 
     def open_data_groups(self, device_types: Iterable[str]) -> None:
-        """Open the groups for buckets on these device types that are not open yet. Collective."""
+        """Open the groups for buckets on device types that have none yet. Collective."""
         if self.world_size == 1:
             return
         for device_type in sorted(set(device_types) - set(self.data)):
@@ -68,28 +67,48 @@ class RankGroup:
         return self.data[device.type]
 
     def wait(self, work: dist.Work | None, *, on_device: bool = False) -> None:
-        """Wait for a collective, as long as all peers live and get on.
+        """Wait for a collective, and raise an error if a peer fails meanwhile.
 
-        On host memory it costs nothing beside `work.wait()`: the wait ends with the work, and only
-        one that takes long is cut into slices, between which peers are looked after and signals are
-        served. On a device it is polled.
+        On host memory this costs no more than `work.wait()`, which returns when the work is done.
+        Only long waits are cut into slices. Collectives on a device are polled.
 
         Raises:
             PeerFailedError: naming the ranks that have failed, where they were, and what to do.
         """
         assert work is not None
         PROGRESS.wait(True)
-        # Whatever ends the wait early, Ctrl-C too, leaves its work here.
+        # Work whose wait ends early, by an error or Ctrl-C, stays in this set: see `release`.
         self._unfinished.add(work)
         try:
-            while not self._is_over(work, on_device):
-                self.raise_failure()
+            is_over = partial(self._is_over, work, on_device)
+            self.wait_until(is_over, pause_s=_POLL_S if on_device else 0.0)
             self._unfinished.discard(work)
         finally:
             PROGRESS.wait(False)
 
+    def wait_until(
+        self,
+        is_over: Callable[[], bool],
+        *,
+        pause_s: float = 0.0,
+        longest_pause_s: float | None = None,
+    ) -> None:
+        """Wait for a condition that may depend on other ranks; the arguments are `wait_until`'s.
+
+        Raises:
+            PeerFailedError: naming the ranks that have failed, where they were, and what to do.
+        """
+        wait_until(
+            is_over, check=self.raise_failure, pause_s=pause_s, longest_pause_s=longest_pause_s
+        )
+
+    @property
+    def failure(self) -> Verdict | None:
+        """The verdict on the ranks that have failed, None while all run."""
+        return None if self.watch is None else self.watch.failure
+
     def raise_failure(self) -> None:
-        """Raise where a peer has failed.
+        """Raise an error if a peer has failed.
 
         Raises:
             PeerFailedError: naming the ranks that have failed, where they were, and what to do.
@@ -117,16 +136,14 @@ class RankGroup:
             self.wait(dist.broadcast(tensor, source, group=self.control, async_op=True))
 
     def _is_over(self, work: dist.Work, on_device: bool) -> bool:
-        """Wait for one slice; raise where the collective has failed."""
+        """Wait for up to one slice, on a device not at all; raise if the collective has failed."""
         try:
             if not on_device:
                 work.wait(_SLICE)
             elif work.is_completed():
-                work.wait()  # lets the current stream come after it
+                work.wait()  # the current stream waits for the collective's stream
             else:
-                # NCCL takes the end of a timeout for the end of its communicator.
-                time.sleep(_POLL_S)
-                return False
+                return False  # a wait with a timeout would make NCCL abort its communicator
         except RuntimeError as error:
             if not work.is_completed():
                 return False  # only the slice is over
@@ -142,19 +159,19 @@ class RankGroup:
             self.wait(work, on_device=tensor.is_cuda)
 
     def abort_devices(self) -> None:
-        """End collectives on devices that a failed peer will never join.
+        """Abort the collectives on devices if a peer has failed, because it never joins them.
 
-        Whoever waits for such a device, to unpin memory or to exit, would wait for the backend's
-        own timeout.
+        Otherwise unpinning memory and exiting would wait for the device until the backend's own
+        timeout.
         """
-        if self.watch is None or self.watch.failure is None:
+        if self.failure is None:
             return
         for device_type, group in self.data.items():
             if device_type != "cpu":
                 abort_collectives(group, device_type)
 
     def release(self) -> None:
-        """End the groups. Idempotent, and safe after the default group has been destroyed."""
+        """Close the groups. Idempotent, and safe after the default group has been destroyed."""
         groups = [group for group in (self.control, *self.data.values()) if group is not None]
         self.control = None
         self.data = {}
@@ -165,13 +182,13 @@ class RankGroup:
         if not dist.is_initialized():
             return
         for group in groups:
-            # Already destroyed with the default group, where that has been opened anew since.
+            # If the default group was destroyed and opened again, ours are destroyed already.
             with suppress(ValueError):
                 dist.destroy_process_group(group)
 
 
 def check_process_group(process_group: object) -> None:
-    """Refuse what is no process group; what `new_group` returns outside of one passes.
+    """Check that `process_group` is a process group, None, or `GroupMember.NON_GROUP_MEMBER`.
 
     Raises:
         TypeError: saying what was given.
@@ -191,7 +208,7 @@ def check_process_group(process_group: object) -> None:
 
 
 def is_distributed(process_group: dist.ProcessGroup | None) -> bool:
-    """Tell whether training is distributed by any sign: either group, or the launcher."""
+    """Return whether the launcher, the default group or `process_group` has several ranks."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return True
     if not _is_initialized():
@@ -202,11 +219,11 @@ def is_distributed(process_group: dist.ProcessGroup | None) -> bool:
 
 
 def world_size_of(process_group: dist.ProcessGroup | None) -> int:
-    """Return the size of the group that would be used.
+    """Return the size of `process_group`, of the default group, or 1 without any.
 
     Raises:
-        RuntimeError: under a launcher with more than one rank and no initialised group: every rank
-            would train a model of its own.
+        RuntimeError: a launcher started several ranks and no group is initialised, so every rank
+            would train its own model.
     """
     if not _is_initialized():
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -222,17 +239,15 @@ def world_size_of(process_group: dist.ProcessGroup | None) -> int:
 def open_rank_group(
     process_group: dist.ProcessGroup | None, patience: Patience | None = None
 ) -> RankGroup:
-    """Open a control group of the optimizer's own over the ranks of `process_group`.
-
-    Collective: every rank of the group calls it.
+    """Open a rank group over the ranks of `process_group`, with its own control group. Collective.
 
     Args:
-        process_group: None for the default group. Without any group this is a world of one.
-        patience: with peers that are silent or do not get on; None for the defaults.
+        process_group: None for the default group; without that, the result is a world of one.
+        patience: time limits for failed peers; None for the defaults.
 
     Raises:
         ValueError: this process is not in `process_group`.
-        PeerFailedError: ranks did not come, by number.
+        PeerFailedError: naming the ranks that did not call this function in time.
     """
     if not _is_initialized() or dist.get_world_size(process_group) == 1:
         return RankGroup()
@@ -242,11 +257,11 @@ def open_rank_group(
         )
     base = process_group if process_group is not None else dist.group.WORLD
     assert base is not None
-    ranks = tuple(dist.get_process_group_ranks(base))
+    global_ranks = tuple(dist.get_process_group_ranks(base))
     ranks = RankGroup(
         rank=dist.get_rank(base),
-        world_size=len(ranks),
-        global_ranks=ranks,
+        world_size=len(global_ranks),
+        global_ranks=global_ranks,
         timeout=timeout_of(base),
     )
     ranks.watch = _open_watch(ranks, patience or Patience())
@@ -255,8 +270,9 @@ def open_rank_group(
 
 
 def _open_watch(ranks: RankGroup, patience: Patience) -> PeerWatch | None:
-    """Meet the other ranks in the store, and begin to watch them."""
+    """Wait for the other ranks in the store, and start to watch them."""
     try:
+        # The watch needs its own connection: a waiting store client blocks all other threads.
         connection = connect_to_default_store(timedelta(seconds=patience.dead_after))
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         logger.warning("ranks that fail will not be named: this store has no clone() (%s)", error)
@@ -271,10 +287,10 @@ def _open_watch(ranks: RankGroup, patience: Patience) -> PeerWatch | None:
 
 
 def _meeting_place(ranks: tuple[int, ...]) -> str:
-    """Return a prefix that these ranks, and no earlier ones, find without talking.
+    """Return a store prefix that these ranks agree on without communication and never reuse.
 
-    They open their rank groups in one order, so each counts to the same number, beginning anew with
-    every default group.
+    All ranks open their rank groups in one order, so each of them counts to the same number. The
+    count starts anew with every default group.
     """
     counts = _openings.setdefault(dist.group.WORLD, {})
     number = next(counts.setdefault(ranks, itertools.count()))
@@ -288,10 +304,10 @@ _openings: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], itertools.count[
 
 
 def _abandon(groups: Iterable[dist.ProcessGroup]) -> None:
-    """Keep groups with a broken collective for ever.
+    """Leak groups with an unfinished collective.
 
-    gloo's destructor waits, with the interpreter locked, until collectives that were begun have run
-    into their timeout: a process whose peer has stopped would hang for as long.
+    gloo's destructor holds the GIL until all started collectives have timed out, so a process with
+    a stopped peer would hang that long.
     """
     for group in groups:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
@@ -314,11 +330,11 @@ def _new_group(base: dist.ProcessGroup, backend: str, timeout: timedelta) -> dis
 def _new_subgroup(
     base: dist.ProcessGroup, ranks: list[int], backend: str, timeout: timedelta
 ) -> dist.ProcessGroup:
-    """Open a group over some ranks under a name that has never been used, without the others.
+    """Open a group over some of the ranks under a unique name. Collective for these alone.
 
-    `new_group(use_local_synchronization=True)` would take its name from the number of groups that
-    this process is in: ranks that are in different numbers of groups would never meet, and after a
-    group that has been closed they would find the addresses that it has left in the store.
+    `new_group(use_local_synchronization=True)` derives the name from the number of groups that this
+    process is in. Ranks in different numbers of groups would never meet, and after a closed group
+    they would read its old addresses from the store.
     """
     name: list[Any] = [uuid.uuid4().hex]
     dist.broadcast_object_list(name, src=ranks[0], group=base)

@@ -1,0 +1,39 @@
+"""The loop behind every wait that must not hang: it polls, checks for failures, and pauses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+SLICE_S = 0.5
+"""Timeout of one blocking call in a wait. Until it returns, the thread does not notice that a peer
+has failed, nor Ctrl-C if the call blocks in C++."""
+
+
+def wait_until(
+    is_over: Callable[[], bool],
+    *,
+    check: Callable[[], None] | None = None,
+    pause_s: float = 0.0,
+    longest_pause_s: float | None = None,
+    timeout_s: float | None = None,
+) -> bool:
+    """Call `is_over` until it returns True; return False if that takes longer than `timeout_s`.
+
+    Args:
+        is_over: polls without blocking, or blocks for up to `SLICE_S` itself.
+        check: called after each call that returned False; its error ends the wait.
+        pause_s: seconds to sleep between two calls; 0 for an `is_over` that blocks.
+        longest_pause_s: doubles the pause after each call up to this; None keeps it constant.
+        timeout_s: None waits without a limit of its own.
+    """
+    deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+    while not is_over():
+        if check is not None:
+            check()
+        if deadline_s is not None and time.monotonic() > deadline_s:
+            return False
+        if pause_s > 0:
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, pause_s if longest_pause_s is None else longest_pause_s)
+    return True

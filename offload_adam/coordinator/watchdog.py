@@ -1,0 +1,414 @@
+"""Heartbeats through the store: each rank publishes its progress and detects failed peers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from offload_adam.coordinator.progress import PROGRESS, PeerRecord, Process
+from offload_adam.coordinator.waiting import wait_until
+from offload_adam.errors import PeerFailedError
+
+logger = logging.getLogger(__name__)
+
+DEAD_AFTER_S = 10.0
+STUCK_AFTER_S = 300.0
+_VERDICT = "verdict"
+_SUSPECT_AFTER_S = 2.0
+_JOIN_S = 2.0
+_RESTART = "Start the run again from its newest checkpoint."
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Time limits for failed peers.
+
+    dead_after: seconds without a heartbeat after which a rank is declared dead.
+    stuck_after: seconds without progress, while other ranks wait in a collective, after which a
+        live rank is declared hung.
+    """
+
+    dead_after: float = DEAD_AFTER_S
+    stuck_after: float = STUCK_AFTER_S
+
+    def __post_init__(self) -> None:
+        for name, value in (("dead_after", self.dead_after), ("stuck_after", self.stuck_after)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number of seconds, not {value!r}")
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a finite number of seconds above 0, not {value}")
+
+    @property
+    def beat_s(self) -> float:
+        """Seconds between two heartbeats."""
+        return min(1.0, self.dead_after / 5)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The failed ranks and the error message. All ranks use the first verdict in the store."""
+
+    ranks: tuple[int, ...]
+    text: str
+
+    def to_json(self) -> str:
+        """Return the verdict as one line of JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Verdict:
+        """Read the output of `to_json`."""
+        values = json.loads(text)
+        return cls(tuple(values["ranks"]), values["text"])
+
+
+class PeerWatch:
+    """Publishes this rank's record in the store and watches its peers' records.
+
+    Each rank watches the next one, so the load of the store per heartbeat does not grow with the
+    number of ranks. A rank that detects a failure writes the verdict; the others read it with their
+    next heartbeat. A rank that waits long in a collective, or whose collective failed, checks all
+    ranks.
+
+    Owns: a thread, and a connection to the store that only this thread uses.
+    Lifecycle: `start` when every rank's first record is in the store; `leave` tells the peers that
+        this rank ends.
+    Threads: any thread may call all methods except `start` and `leave`.
+    """
+
+    def __init__(
+        self, store: dist.Store, rank: int, global_ranks: tuple[int, ...], patience: Patience
+    ) -> None:
+        self.patience = patience
+        self._store = store
+        self._rank = rank
+        self._global_ranks = global_ranks
+        self._process = Process.own()
+        self._verdict: Verdict | None = None
+        self._broken: str | None = None
+        self._accusation: Verdict | None = None
+        self._wake = threading.Event()
+        self._judged = threading.Event()
+        self._ending = threading.Event()
+        self._left = ""
+        self._beat = 0
+        self._moves, self._moved_s = -1, 0.0
+        self._reached_s = time.monotonic()
+        self._seen: dict[int, tuple[int, float]] = {}
+        self._askers: deque[threading.Event] = deque()
+        self._places: tuple[PeerRecord, ...] = ()
+        self._thread = threading.Thread(target=self._run, name="offload_adam-watch", daemon=True)
+
+    def announce(self) -> None:
+        """Publish the first record, for which the peers' `roll_call` waits."""
+        self._publish(None)
+
+    def start(self) -> None:
+        """Start the heartbeat thread."""
+        _watches.add(self)
+        self._thread.start()
+
+    def leave(self) -> None:
+        """Publish that this rank ends, and with which error, and stop the thread. Idempotent.
+
+        Call it before the interpreter exits: a thread inside the store then aborts the process.
+        """
+        error = sys.exc_info()[1] or getattr(sys, "last_value", None)
+        self._left = "" if error is None else f"{type(error).__name__}: {error}"[:300]
+        self._ending.set()
+        self._wake.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(_JOIN_S)
+
+    def places(self, wait_s: float = 1.0) -> tuple[PeerRecord, ...]:
+        """Return every rank's current record; after `wait_s` without an answer, the previous ones.
+
+        Only the heartbeat thread reads the store, so this call asks that thread.
+        """
+        answered = threading.Event()
+        self._askers.append(answered)
+        self._wake.set()
+        answered.wait(wait_s)
+        return self._places
+
+    @property
+    def failure(self) -> Verdict | None:
+        """The verdict that ends the run, None while no rank has failed."""
+        if self._verdict is None:
+            silence_s = time.monotonic() - self._reached_s
+            # The heartbeat thread itself may hang in a store that does not answer.
+            if not self._ending.is_set() and silence_s > self.patience.dead_after + 2.0:
+                return self._unreachable(silence_s)
+        return self._verdict
+
+    def raise_failure(self) -> None:
+        """Raise an error if a peer has failed.
+
+        Raises:
+            PeerFailedError: naming the ranks, where they were, and what to do.
+        """
+        failure = self.failure
+        if failure is not None:
+            raise self._error(failure)
+
+    def explain(self, error: BaseException) -> PeerFailedError:
+        """Return an error that names the failed peer; waits up to about `dead_after` to find it."""
+        problem = str(error).strip().split("\n")[0][-200:]
+        timed_out = "timed out" in problem.lower()
+        self._broken = problem
+        self._wake.set()
+        beats_s = 3 * self.patience.beat_s
+        self._judged.wait(beats_s if timed_out else self.patience.dead_after + beats_s)
+        failure = self.failure or Verdict((), f"a collective failed: {problem}")
+        return self._error(failure)
+
+    def _condemn(self, verdict: Verdict) -> None:
+        """Write the verdict for all ranks; if the store has one already, adopt that one."""
+        try:
+            written = self._store.compare_set(_VERDICT, "", verdict.to_json())
+            verdict = Verdict.from_json(written)
+        except (RuntimeError, ValueError) as error:
+            logger.debug("Could not write the verdict: %s", error)
+        self._verdict = verdict
+        self._judged.set()
+
+    def _error(self, verdict: Verdict) -> PeerFailedError:
+        rank = self._global_ranks[self._rank]
+        return PeerFailedError(
+            f"{verdict.text} (This is rank {rank}, in {PROGRESS.where}.)", verdict.ranks
+        )
+
+    def _run(self) -> None:
+        """Send heartbeats until this rank leaves."""
+        while not self._ending.is_set():
+            began_s = time.monotonic()
+            try:
+                self._publish(None)
+                self._listen()
+                self._answer()
+                self._reached_s = time.monotonic()
+            except RuntimeError as error:
+                self._lose_store(error)
+            self._wake.wait(self.patience.beat_s)
+            self._wake.clear()
+            if time.monotonic() - began_s > self.patience.dead_after / 2:
+                self._seen.clear()  # this process was stopped: the peers may have sent heartbeats
+        try:
+            self._publish(self._left)
+        except RuntimeError:
+            logger.debug("The store was closed before this rank left")
+
+    def _answer(self) -> None:
+        """Read all records if a thread waits in `places`."""
+        if self._askers:
+            self._places = tuple(self._read(rank) for rank in range(len(self._global_ranks)))
+        while self._askers:
+            self._askers.popleft().set()
+
+    def _publish(self, left: str | None) -> None:
+        now_s = time.monotonic()
+        if PROGRESS.moves != self._moves:
+            self._moves, self._moved_s = PROGRESS.moves, now_s
+        self._beat += 1
+        record = PeerRecord.of(
+            self._global_ranks[self._rank],
+            self._process,
+            self._beat,
+            PROGRESS,
+            now_s - self._moved_s,
+            left,
+        )
+        self._store.set(f"rank/{self._rank}", record.to_json())
+
+    def _listen(self) -> None:
+        """Read the verdict. Without one, check the next rank, or all if a collective hangs."""
+        if self._verdict is not None:
+            return
+        if self._store.check([_VERDICT]):
+            self._verdict = Verdict.from_json(self._store.get(_VERDICT))
+            self._judged.set()
+            return
+        waited_s = time.monotonic() - self._moved_s if PROGRESS.waiting else 0.0
+        if self._broken is not None or waited_s > _SUSPECT_AFTER_S:
+            found = self._look_at_all()
+        else:
+            found = self._look_at_next()
+        found = found or self._accusation
+        if found is not None:
+            self._condemn(found)
+
+    def _look_at_next(self) -> Verdict | None:
+        """Check the next rank that has not left."""
+        for distance in range(1, len(self._global_ranks)):
+            record = self._read((self._rank + distance) % len(self._global_ranks))
+            if record.left is None:
+                return self._sign_of_death(record)
+        return None
+
+    def _look_at_all(self) -> Verdict | None:
+        others = [self._read(rank) for rank in range(len(self._global_ranks)) if rank != self._rank]
+        for record in others:
+            found = departed_verdict(record) if record.left is not None else None
+            found = found or self._sign_of_death(record)
+            if found is not None:
+                return found
+        own = self._read(self._rank)
+        if self._broken is not None and "timed out" in self._broken.lower():
+            return late_verdict(others, self._broken)
+        return hung_verdict([own, *others], self.patience.stuck_after)
+
+    def _sign_of_death(self, record: PeerRecord) -> Verdict | None:
+        if record.process.is_gone(self._process):
+            # It may have left after the record that was read, so read again.
+            last = self._read(self._global_ranks.index(record.rank))
+            return dead_verdict(last) if last.left is None else None
+        now_s = time.monotonic()
+        beat, seen_s = self._seen.get(record.rank, (-1, now_s))
+        if beat != record.beat:
+            self._seen[record.rank] = (record.beat, now_s)
+            return None
+        if now_s - seen_s > self.patience.dead_after:
+            return silent_verdict(record, now_s - seen_s)
+        return None
+
+    def _read(self, rank: int) -> PeerRecord:
+        return PeerRecord.from_json(self._store.get(f"rank/{rank}"))
+
+    def _lose_store(self, error: RuntimeError) -> None:
+        silence_s = time.monotonic() - self._reached_s
+        logger.debug("The store does not answer: %s", error)
+        if self._accusation is not None or silence_s > self.patience.dead_after:
+            self._verdict = self._accusation or self._unreachable(silence_s)
+            self._judged.set()
+
+    def _unreachable(self, silence_s: float) -> Verdict:
+        return Verdict(
+            (),
+            f"the store has been out of reach for {silence_s:.0f} s: the process that keeps it "
+            "(under torchrun the agent on the first machine), or the network to it, is down.",
+        )
+
+
+_watches: weakref.WeakSet[PeerWatch] = weakref.WeakSet()
+
+
+def accuse(verdict: Verdict) -> None:
+    """End the run on all ranks with this verdict, also if this process is in a wait."""
+    for watch in list(_watches):
+        watch._accusation = verdict
+        watch._wake.set()
+
+
+def roll_call(
+    store: dist.Store, rank: int, global_ranks: tuple[int, ...], timeout: timedelta, what: str
+) -> None:
+    """Wait until every rank's first record is in the store.
+
+    Args:
+        what: what the ranks do, for the error message.
+
+    Raises:
+        PeerFailedError: naming the ranks whose record is missing after `timeout`.
+    """
+    missing = [peer for peer in range(len(global_ranks)) if peer != rank]
+
+    def are_all_there() -> bool:
+        missing[:] = [peer for peer in missing if not store.check([f"rank/{peer}"])]
+        return not missing
+
+    timeout_s = timeout.total_seconds()
+    if not wait_until(are_all_there, pause_s=0.001, longest_pause_s=0.2, timeout_s=timeout_s):
+        absent = tuple(global_ranks[peer] for peer in missing)
+        raise PeerFailedError(
+            f"rank(s) {list(absent)} have not come to {what} within {timeout_s:g} s, and the "
+            "others wait for them: their own output says where they are",
+            absent,
+        )
+
+
+def dead_verdict(record: PeerRecord) -> Verdict:
+    """Return the verdict on a rank whose process ended without `leave`."""
+    return Verdict(
+        (record.rank,),
+        f"rank {record.rank} is dead: {record.address} has ended, last seen in {record.where}. "
+        f"Its own output or the kernel's log (out of memory?) says why. {_RESTART}",
+    )
+
+
+def silent_verdict(record: PeerRecord, silent_s: float) -> Verdict:
+    """Return the verdict on a rank that sends no heartbeats."""
+    return Verdict(
+        (record.rank,),
+        f"rank {record.rank} is dead: {record.address} has given no sign for {silent_s:.0f} s, "
+        f"last seen in {record.where}. It was stopped, or its machine or network is down. "
+        f"{_RESTART}",
+    )
+
+
+def departed_verdict(record: PeerRecord) -> Verdict:
+    """Return the verdict on a rank that left while other ranks waited for it."""
+    why = f" with {record.left}" if record.left else ""
+    return Verdict(
+        (record.rank,),
+        f"rank {record.rank} has left{why}: {record.address}, last in {record.where}. "
+        "All ranks must take the same steps.",
+    )
+
+
+def hung_verdict(records: Sequence[PeerRecord], stuck_after: float) -> Verdict | None:
+    """Return a verdict if one rank waited for `stuck_after` and other ranks make no progress.
+
+    A rank that makes progress, waits, or is in a long-running phase is not hung. If all ranks wait,
+    they wait for each other, and all are hung.
+    """
+    present = [record for record in records if record.left is None]
+    if not any(record.waiting and record.still_s > stuck_after for record in present):
+        return None
+    busy = [record for record in present if not record.waiting]
+    still = [r for r in busy if r.still_s > stuck_after and not r.long_running]
+    if still:
+        return _stuck_verdict(still, stuck_after)
+    if not busy and all(record.still_s > stuck_after for record in present):
+        return _parted_verdict(present, stuck_after)
+    return None
+
+
+def late_verdict(records: Sequence[PeerRecord], problem: str) -> Verdict:
+    """Return the verdict on a collective that failed although no rank is known to be dead."""
+    absent = [record for record in records if not record.waiting]
+    places = "; ".join(f"rank {r.rank} is in {r.where}" for r in (absent or records)[:8])
+    return Verdict(
+        tuple(record.rank for record in absent),
+        f"a collective failed ({problem}) and no rank is known to be dead; {places}. "
+        "All ranks must take the same steps, each within the process group's timeout.",
+    )
+
+
+def _stuck_verdict(still: Sequence[PeerRecord], stuck_after: float) -> Verdict:
+    places = "; ".join(f"rank {r.rank} ({r.address}) in {r.where}" for r in still[:8])
+    return Verdict(
+        tuple(record.rank for record in still),
+        f"stuck while others waited for more than {stuck_after:g} s: {places}. "
+        "See where it stands with py-spy dump --pid; if its work takes that long, "
+        "raise stuck_after.",
+    )
+
+
+def _parted_verdict(records: Sequence[PeerRecord], stuck_after: float) -> Verdict:
+    places = "; ".join(f"rank {r.rank} in {r.where}" for r in records[:8])
+    return Verdict(
+        tuple(record.rank for record in records),
+        f"all ranks wait for each other for more than {stuck_after:g} s: {places}. "
+        "They have parted: all ranks must take the same steps.",
+    )

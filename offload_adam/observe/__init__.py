@@ -1,1 +1,0 @@
-"""What can be watched: spans of time as a protocol with a null version."""
