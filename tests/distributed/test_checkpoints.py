@@ -20,8 +20,8 @@ from offload_adam import (
 )
 from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.schedules import CosineDecayLR
-from tests.distributed.reference import Outcome, outcome_of
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
+from tests.support.reference import Outcome, outcome_of
 
 KINDS = ("fp32", "bf16", "streaming", "adam_beside", "adam_offload", "amsgrad")
 

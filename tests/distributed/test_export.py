@@ -23,7 +23,7 @@ from tests.distributed.test_checkpoints import (
     save,
     whole_state,
 )
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 
 def command(*arguments: object) -> tuple[int, str]:

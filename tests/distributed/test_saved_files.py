@@ -19,8 +19,8 @@ from offload_adam import load_checkpoint
 from offload_adam.checkpoint.dcp import OptimizerState
 from offload_adam.train.job import run_job
 from tests.distributed.test_checkpoints import assert_same
-from tests.ranks import RankPool
 from tests.saved import write
+from tests.support.ranks import RankPool
 
 FOLDERS = sorted(write.HERE.glob("format_*/*-*"))
 WAYS = ("checkpoint", "distributed", "state_dict", "full_state_dict")

@@ -12,7 +12,7 @@ import pytest
 from offload_adam.kernels.threads import allowed_cores
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from tests.distributed import throttled_train
-from tests.torchrun import run_two_ranks
+from tests.support.torchrun import run_two_ranks
 from tests.unit.test_train_alone import SMALL, run
 
 pytest.importorskip("plotly")

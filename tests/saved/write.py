@@ -29,7 +29,7 @@ from offload_adam.checkpoint.dcp import OptimizerState
 from offload_adam.config import RunConfig
 from offload_adam.schedules import CosineDecayLR
 from offload_adam.train.job import run_job
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 HERE = Path(__file__).parent
 CASES = [

@@ -16,9 +16,9 @@ from offload_adam.step.construction import Placing
 from offload_adam.step.inputs import StepInputs
 from offload_adam.step.reduction import GradientReduction
 from offload_adam.step.sharded_adam import ShardedAdam
-from tests.cuda_runtime import StandInRuntime
 from tests.simulation.case import Case
 from tests.simulation.outcome import Outcome, state_of
+from tests.support.cuda_runtime import StandInRuntime
 
 HYPER = Hyperparameters(
     lr=1e-2,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from offload_adam import Adam, OffloadAdam
-from tests.cuda_runtime import StandInRuntime
+from tests.support.cuda_runtime import StandInRuntime
 
 NUMEL = 1024
 

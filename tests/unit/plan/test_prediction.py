@@ -18,7 +18,7 @@ from offload_adam.parameters.families import family_of
 from offload_adam.plan.inputs import Machine, Source, Training, synthetic_specs
 from offload_adam.plan.prediction import predict
 from offload_adam.plan.timing import predict_time
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 STATE = ("master_weight", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "landed gradients")
 BUCKET_NBYTES = 4096
