@@ -23,7 +23,8 @@ from offload_adam import (
 from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.checkpoint.rank_file import RankEntry
 from offload_adam.checkpoint.save import Save
-from tests.distributed.test_checkpoints import KINDS, Model, assert_same, make, train, whole_state
+from tests.distributed.test_checkpoints import KINDS, assert_same, make, train, whole_state
+from tests.support.models import Model
 from tests.support.ranks import RankPool
 from tests.support.reference import outcome_of
 

@@ -21,13 +21,10 @@ from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.layout.flat import ParameterSpec, plan_buckets
 from offload_adam.layout.placing import kept_on_device
 from offload_adam.step.ledger import by_category
+from tests.support.scenario import Offloading
 
 NUM_STEPS = 6
 NUMEL = 384  # of each of four layers' parameters, three blocks: a bucket each
-
-
-class Offloading(OffloadAdam):
-    _offloads = True
 
 
 class Layers(torch.nn.Module):

@@ -11,12 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from offload_adam import OffloadAdam
 from offload_adam.parameters.stand_in import StandIn
-
-
-class Offloading(OffloadAdam):
-    """The path of parameters on a device, with parameters in host memory."""
-
-    _offloads = True
+from tests.support.scenario import Offloading
 
 
 class Blocks(torch.nn.Module):
