@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.marker_summary import MarkerSummary
-from tests.ranks import RankPool
+from tests.support.marker_summary import MarkerSummary
+from tests.support.ranks import RankPool
 
 with contextlib.suppress(ImportError):  # the tests for a GPU do without it
     import hypothesis

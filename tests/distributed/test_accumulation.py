@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from offload_adam import OffloadAdam
-from tests.distributed.reference import Outcome, Weights, outcome_of
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
+from tests.support.reference import Outcome, Weights, outcome_of
 
 SHAPES: list[tuple[int, ...]] = [(150,), (3, 7)]
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from offload_adam import Adam
-from tests.distributed.reference import Outcome, outcome_of
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
+from tests.support.reference import Outcome, outcome_of
 
 NUM_STEPS = 3
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from offload_adam import Adam
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 from tests.unit.adam.reference import Parameter, ReferenceAdam, Sparse
 
 SHAPE = (7, 3)

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from offload_adam import OffloadAdam
-from tests.distributed.reference import Outcome, Weights, bits, outcome_of
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
+from tests.support.reference import Outcome, Weights, bits, outcome_of
 
 AMSGRAD = "amsgrad=True is not supported in distributed training (world size > 1)"
 

@@ -6,8 +6,8 @@ import pytest
 
 from offload_adam import OffloadAdam
 from offload_adam.coordinator.agreement import Notice
-from tests.distributed.reference import Outcome, Weights, exact_gradients, outcome_of
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
+from tests.support.reference import Outcome, Weights, exact_gradients, outcome_of
 
 pytestmark = pytest.mark.distributed
 

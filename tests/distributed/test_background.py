@@ -23,10 +23,11 @@ from offload_adam import (
 from offload_adam.checkpoint.format import RankEntry
 from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.checkpoint.save import Save
-from tests.distributed.reference import outcome_of
-from tests.distributed.test_checkpoints import KINDS, Model, assert_same, make, train, whole_state
-from tests.ranks import RankPool
+from tests.distributed.test_checkpoints import KINDS, assert_same, make, train, whole_state
 from tests.support.devices import HOST_AS_DEVICE
+from tests.support.models import Model
+from tests.support.ranks import RankPool
+from tests.support.reference import outcome_of
 
 WAIT_S = 60.0
 

@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from offload_adam import OffloadAdam
 from offload_adam.parameters.stand_in import gradient_of
-from tests.distributed.reference import Outcome, Weights, exact_gradients, mean_of, outcome_of
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
+from tests.support.reference import Outcome, Weights, exact_gradients, mean_of, outcome_of
 
 SHAPES: list[tuple[int, ...]] = [(150,), (3, 40), (), (260,), (128,), (1,), (64, 3)]
 Means = list[torch.Tensor | None]

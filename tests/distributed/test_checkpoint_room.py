@@ -22,9 +22,10 @@ from offload_adam.layout.flat import ParameterSpec
 from offload_adam.parameters.families import family_of
 from offload_adam.plan.inputs import Training
 from offload_adam.plan.prediction import predict
-from tests.distributed.test_checkpoints import Model, assert_same, train, whole_state
-from tests.ranks import RankPool
+from tests.distributed.test_checkpoints import assert_same, train, whole_state
 from tests.support.devices import HOST_AS_DEVICE
+from tests.support.models import Model
+from tests.support.ranks import RankPool
 
 WAIT_S = 30.0
 BUCKET_NBYTES = 512

@@ -20,29 +20,12 @@ from offload_adam import (
 )
 from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.schedules import CosineDecayLR
-from tests.distributed.reference import Outcome, outcome_of
-from tests.ranks import RankPool
-from tests.support.devices import HOST_AS_DEVICE
+from tests.support.models import Model
+from tests.support.ranks import RankPool
+from tests.support.reference import Outcome, outcome_of
+from tests.support.scenario import Offloading
 
 KINDS = ("fp32", "bf16", "streaming", "adam_beside", "adam_offload", "amsgrad")
-
-
-class Model(nn.Module):
-    """Shapes that no world divides, memory in another order, a buffer, a frozen and a tied one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 5, 3)
-        self.norm = nn.BatchNorm2d(5)
-        self.head = nn.Linear(5, 37)
-        self.tied = self.head
-        self.scale = nn.Parameter(torch.tensor(2.0))
-        self.empty = nn.Parameter(torch.empty(0, 4))
-        self.frozen = nn.Parameter(torch.randn(3, 2), requires_grad=False)
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.head(self.norm(self.conv(inputs)).mean((2, 3))) * self.scale
-        return found + self.empty.sum() + self.frozen.sum()
 
 
 def make(kind: str, seed: int, channels_last: bool = False) -> tuple[Model, Any]:
@@ -154,9 +137,6 @@ def test_the_rest_of_a_run_is_the_same(tmp_path: Path, kind: str, channels_last:
 
 
 def test_a_model_that_was_its_own_master_loads_where_it_is_not(tmp_path: Path) -> None:
-    class Offloading(OffloadAdam):
-        _backend = HOST_AS_DEVICE
-
     torch.manual_seed(0)
     weights = [nn.ParameterList([nn.Parameter(torch.randn(7, 3))]) for _ in range(2)]
     plain, offloading = OffloadAdam(weights[0].parameters()), Offloading(weights[1].parameters())

@@ -14,7 +14,7 @@ from offload_adam.profiling.clock import NUM_PROBES
 from offload_adam.profiling.profile import RankProfile
 from offload_adam.profiling.session import ProfiledRank, profiled
 from offload_adam.spans import span
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 NUM_COLLECTIVES = 20
 TICK_NS = 1_000_000

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from offload_adam.checkpoint.dcp import OptimizerState
 from offload_adam.state.state_shard import BoxTensor
 from tests.distributed.test_checkpoints import assert_same, make, train, whole_state
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 
 def state_of(model: Any, optimizer: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from offload_adam import OffloadAdam
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 NUM_STEPS = 3
 LR = 1e-2

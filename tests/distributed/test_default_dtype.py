@@ -16,7 +16,7 @@ from torch import nn
 from offload_adam import Adam, OffloadAdam, begin_checkpoint, load_checkpoint, save_checkpoint
 from offload_adam.checkpoint.dcp import OptimizerState
 from tests.distributed.test_checkpoints import flat
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 DEFAULTS = ("bfloat16", "float64", "meta")
 

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from offload_adam import OffloadAdam, PeerFailedError
-from tests.distributed.reference import Weights, exact_gradients, outcome_of
-from tests.ranks import RankDied, RankError, RankPool
+from tests.support.ranks import RankDied, RankError, RankPool
+from tests.support.reference import Weights, exact_gradients, outcome_of
 
 pytestmark = pytest.mark.distributed
 
@@ -124,7 +124,7 @@ import sys
 import torch
 import torch.distributed as dist
 from offload_adam import OffloadAdam
-from tests.distributed.reference import Weights, exact_gradients
+from tests.support.reference import Weights, exact_gradients
 
 rank, store = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)

@@ -17,13 +17,13 @@ from offload_adam.checkpoint.dcp import OptimizerState
 from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.cli.app import app
 from tests.distributed.test_checkpoints import (
-    Model,
     assert_same,
     make,
     save,
     whole_state,
 )
-from tests.ranks import RankPool
+from tests.support.models import Model
+from tests.support.ranks import RankPool
 
 
 def command(*arguments: object) -> tuple[int, str]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from offload_adam import OffloadAdam
-from tests.distributed.reference import (
+from tests.support.ranks import RankPool
+from tests.support.reference import (
     Outcome,
     Weights,
     adam_in_float64,
@@ -18,7 +19,6 @@ from tests.distributed.reference import (
     mean_of,
     outcome_of,
 )
-from tests.ranks import RankPool
 
 SHAPES: list[tuple[int, ...]] = [(200,), (3, 50), (), (700,)]
 MAX_NORM = 0.75

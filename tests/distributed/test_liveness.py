@@ -11,8 +11,8 @@ import pytest
 
 from offload_adam import OffloadAdam, PeerFailedError
 from offload_adam.coordinator.progress import PROGRESS
-from tests.distributed.reference import Weights, exact_gradients
-from tests.ranks import RankError, RankPool
+from tests.support.ranks import RankError, RankPool
+from tests.support.reference import Weights, exact_gradients
 
 pytestmark = [pytest.mark.distributed, pytest.mark.fault]
 

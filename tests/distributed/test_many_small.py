@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from offload_adam import OffloadAdam
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 pytestmark = pytest.mark.distributed
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from offload_adam import OffloadAdam
-from tests.distributed.reference import Outcome, Weights, bits, exact_gradients, outcome_of
-from tests.distributed.scenario import Offloading
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
+from tests.support.reference import Outcome, Weights, bits, exact_gradients, outcome_of
+from tests.support.scenario import Offloading
 
 SHAPES: list[tuple[int, ...]] = [(40, 5), (300,), ()]
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from offload_adam import OffloadAdam, PeerFailedError
 from offload_adam.layout.schedule import Operation
-from tests.distributed.scenario import bits_of
-from tests.ranks import RankError, RankPool
+from tests.support.ranks import RankError, RankPool
+from tests.support.scenario import bits_of
 from tests.unit.overlap.lazy_worker import Lazy
 
 pytestmark = pytest.mark.distributed

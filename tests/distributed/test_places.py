@@ -15,7 +15,7 @@ import pytest
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import open_rank_group
 from tests.distributed.test_train_job import TINY, command, environment
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 Seen = list[tuple[int, int, str, int | None]]
 

@@ -19,7 +19,7 @@ from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.ring import RingSpeed
 from offload_adam.plan.inputs import Machine, Source, Training
 from offload_adam.plan.timing import COMPARED_NUMEL, predict_time
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 NUM_PARAMETERS = 10
 NUM_ROUNDS = 4

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from offload_adam import OffloadAdam
-from tests.distributed.reference import Weights, bits, mean_of
-from tests.distributed.scenario import Offloading
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
+from tests.support.reference import Weights, bits, mean_of
+from tests.support.scenario import Offloading
 
 SHAPES: list[tuple[int, ...]] = [
     (150,),

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import RankDied, RankError, RankPool, RanksFailedError
+from tests.support.ranks import RankDied, RankError, RankPool, RanksFailedError
 
 pytestmark = pytest.mark.distributed
 

@@ -29,8 +29,8 @@ from offload_adam.coordinator.startup import World
 from offload_adam.errors import CheckpointError
 from offload_adam.train import saving
 from offload_adam.train.job import run_job
-from tests.distributed.reference import Outcome, outcome_of
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
+from tests.support.reference import Outcome, outcome_of
 from tests.unit.test_train_alone import SMALL
 
 KINDS: dict[str, dict[str, Any]] = {

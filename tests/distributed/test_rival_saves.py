@@ -20,8 +20,8 @@ from offload_adam.checkpoint import files
 from offload_adam.checkpoint.files import partial_name, publish
 from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.checkpoint.save import Save
-from tests.distributed.reference import Outcome, outcome_of
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
+from tests.support.reference import Outcome, outcome_of
 
 
 def make(value: float, **options: Any) -> tuple[torch.nn.Linear, OffloadAdam]:

@@ -19,8 +19,9 @@ from offload_adam import load_checkpoint
 from offload_adam.checkpoint.dcp import OptimizerState
 from offload_adam.train.job import run_job
 from tests.distributed.test_checkpoints import assert_same
-from tests.ranks import RankPool
 from tests.saved import write
+from tests.support.models import Model
+from tests.support.ranks import RankPool
 
 FOLDERS = sorted(write.HERE.glob("format_*/*-*"))
 WAYS = ("checkpoint", "distributed", "state_dict", "full_state_dict")
@@ -37,7 +38,7 @@ def cases() -> Iterator[tuple[Path, str, int]]:
         yield folder, way, world_size
 
 
-def load(way: str, folder: Path, rank: int, model: write.Model, optimizer: Any) -> None:
+def load(way: str, folder: Path, rank: int, model: Model, optimizer: Any) -> None:
     """Load what one way of saving wrote; weights come with the first of them alone."""
     expected = torch.load(folder / "expected.pt")["saved"]
     if way == "checkpoint":

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 
 from offload_adam import OffloadAdam
-from tests.distributed.reference import Outcome, bits, outcome_of
-from tests.distributed.scenario import Model, Scenario, gradients_of, make_optimizer, tensors_in
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
+from tests.support.reference import Outcome, bits, outcome_of
+from tests.support.scenario import Model, Scenario, gradients_of, make_optimizer, tensors_in
 
 SCENARIO = Scenario("streaming", max_grad_norm=0.5)
 NUM_BEFORE = 2

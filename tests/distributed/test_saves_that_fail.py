@@ -16,9 +16,9 @@ from offload_adam.checkpoint.files import _SummedFile
 from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.checkpoint.save import Save
 from offload_adam.errors import CheckpointError
-from tests.distributed.reference import Outcome, outcome_of
 from tests.distributed.test_checkpoints import assert_same, make, train, whole_state
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
+from tests.support.reference import Outcome, outcome_of
 
 MODES = ("sync", "async")
 

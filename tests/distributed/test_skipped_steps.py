@@ -11,7 +11,8 @@ from torch.amp import GradScaler
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from offload_adam import Adam, OffloadAdam
-from tests.distributed.reference import (
+from tests.support.ranks import RankPool
+from tests.support.reference import (
     Outcome,
     Weights,
     adam_in_float64,
@@ -20,7 +21,6 @@ from tests.distributed.reference import (
     mean_of,
     outcome_of,
 )
-from tests.ranks import RankPool
 
 SHAPES: list[tuple[int, ...]] = [(200,), (3, 50), (), (500,)]
 BAD_STEP = 1

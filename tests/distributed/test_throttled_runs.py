@@ -14,7 +14,7 @@ from offload_adam.kernels.threads import allowed_cores
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from tests.distributed import throttled_train
 from tests.support.devices import HOST_AS_DEVICE
-from tests.torchrun import run_two_ranks
+from tests.support.torchrun import run_two_ranks
 from tests.unit.test_train_alone import SMALL, run
 
 pytest.importorskip("plotly")

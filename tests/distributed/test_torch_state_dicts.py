@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 from offload_adam import OffloadAdam
-from tests.distributed.reference import Outcome, outcome_of
 from tests.distributed.test_checkpoints import assert_same, make, train, whole_state
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
+from tests.support.reference import Outcome, outcome_of
 
 KINDS = ("bf16", "streaming", "adam_beside", "adam_offload")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.torchrun import run_two_ranks
+from tests.support.torchrun import run_two_ranks
 from tests.unit.profiling.chrome_trace import read_trace
 
 ROOT = Path(__file__).parents[2]

@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 
 from offload_adam import OffloadAdam
-from tests.distributed.reference import (
+from tests.support.ranks import RankPool
+from tests.support.reference import (
     Weights,
     adam_in_float64,
     bits,
     exact_gradients,
     mean_of,
 )
-from tests.ranks import RankPool
 
 NUM_STEPS = 3
 LR = 1e-2

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.distributed.scenario import Scenario, tensors_in, train
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
+from tests.support.scenario import Scenario, tensors_in, train
 
 pytestmark = pytest.mark.distributed
 

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from rich.console import Console
-from torch import nn
 
 from offload_adam import Adam, OffloadAdam, save_checkpoint
 from offload_adam.checkpoint.dcp import OptimizerState
 from offload_adam.config import RunConfig
 from offload_adam.schedules import CosineDecayLR
 from offload_adam.train.job import run_job
-from tests.ranks import RankPool
+from tests.support.models import Model
+from tests.support.ranks import RankPool
 
 HERE = Path(__file__).parent
 CASES = [
@@ -55,24 +55,6 @@ EXTRAS: dict[str, dict[str, Any]] = {
 }
 """What was given as `extra`, by format."""
 NUM_STEPS = 3
-
-
-class Model(nn.Module):
-    """Odd shapes, another memory order, buffers, and a frozen, a tied and an empty parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 5, 3)
-        self.norm = nn.BatchNorm2d(5)
-        self.head = nn.Linear(5, 37)
-        self.tied = self.head
-        self.scale = nn.Parameter(torch.tensor(2.0))
-        self.empty = nn.Parameter(torch.empty(0, 4))
-        self.frozen = nn.Parameter(torch.randn(3, 2), requires_grad=False)
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.head(self.norm(self.conv(inputs)).mean((2, 3))) * self.scale
-        return found + self.empty.sum() + self.frozen.sum()
 
 
 def make(case: str, seed: int) -> tuple[Model, Any]:

@@ -15,7 +15,6 @@ from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.schedule import Lane, Schedule
 from offload_adam.step.backend import Backend
 from offload_adam.step.bucket_state import BucketState
-from tests.cuda_runtime import StandInRuntime
 from tests.simulation.backend import (
     HostLanes,
     SimulatedCollectives,
@@ -29,6 +28,7 @@ from tests.simulation.memory import GradientMemory, SimulatedSlots
 from tests.simulation.outcome import Outcome, Read, state_of
 from tests.simulation.training import make_core, reference_of, train
 from tests.simulation.watched import WatchedLanding, WatchedUpdate, name_tasks, watch_staging
+from tests.support.cuda_runtime import StandInRuntime
 
 
 class Mirrors(RankGroup):

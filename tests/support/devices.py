@@ -10,7 +10,7 @@ from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.step.backend import Backend
 from offload_adam.transfer.collectives import GroupCollectives, PendingCollective
 from offload_adam.transfer.streams import HostStreams, Streams
-from tests.cuda_runtime import StandInRuntime
+from tests.support.cuda_runtime import StandInRuntime
 
 
 class EagerCollectives(GroupCollectives):

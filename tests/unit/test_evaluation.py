@@ -12,7 +12,7 @@ from offload_adam.coordinator.ranks import open_rank_group
 from offload_adam.coordinator.startup import World
 from offload_adam.train.evaluation import evaluate
 from offload_adam.train.gpt import GPT
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 TOKENS = np.random.default_rng(0).integers(256, size=201).astype(np.uint8)
 TRAIN = TrainSection(batch_size=3, sequence_length=20, eval_sequences=100)

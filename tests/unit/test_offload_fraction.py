@@ -23,13 +23,10 @@ from offload_adam.layout.state_plan import StateLocation, kept_on_device
 from offload_adam.step.ledger import by_category
 from tests.support.devices import HOST_AS_DEVICE
 from tests.support.kernel_reference import ReferenceState, reference_update
+from tests.support.scenario import Offloading
 
 NUM_STEPS = 6
 NUMEL = 384  # of each of four layers' parameters, three blocks: a bucket each
-
-
-class Offloading(OffloadAdam):
-    _backend = HOST_AS_DEVICE
 
 
 class Layers(torch.nn.Module):

@@ -9,16 +9,10 @@ import pytest
 import torch
 
 from offload_adam import OffloadAdam
-from tests.support.devices import HOST_AS_DEVICE
+from tests.support.scenario import Offloading
 
 SHAPES = [(3, 5), (), (130,), (0, 4), (1,), (7, 64), (2, 3, 4, 5)]
 NUM_STEPS = 12
-
-
-class Offloading(OffloadAdam):
-    """The path of parameters on a device, with parameters in host memory."""
-
-    _backend = HOST_AS_DEVICE
 
 
 def make_parameters(dtype: torch.dtype, seed: int = 0) -> list[torch.nn.Parameter]:

@@ -11,13 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from offload_adam import OffloadAdam
 from offload_adam.parameters.stand_in import StandIn
-from tests.support.devices import HOST_AS_DEVICE
-
-
-class Offloading(OffloadAdam):
-    """The path of parameters on a device, with parameters in host memory."""
-
-    _backend = HOST_AS_DEVICE
+from tests.support.scenario import Offloading
 
 
 class Blocks(torch.nn.Module):

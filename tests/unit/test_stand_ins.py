@@ -15,7 +15,7 @@ from offload_adam import OffloadAdam
 from offload_adam.contract.adam import Adam
 from offload_adam.errors import StreamedGradientError
 from offload_adam.parameters.stand_in import StandIn
-from tests.support.devices import HOST_AS_DEVICE
+from tests.support.scenario import Offloading
 
 
 def streamed() -> tuple[torch.nn.Linear, OffloadAdam]:
@@ -121,12 +121,6 @@ def test_gradients_that_are_not_finite_give_torchs_norm_and_skip_the_step() -> N
     assert optimizer.last_step is not None
     assert optimizer.last_step.skipped
     assert torch.equal(model.weight, before)
-
-
-class Offloading(OffloadAdam):
-    """The path of parameters on a device, with parameters in host memory."""
-
-    _backend = HOST_AS_DEVICE
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from offload_adam.coordinator import node_memory
 from offload_adam.coordinator.node_memory import NodeNeed, admit_memory, control_group_memory
 from offload_adam.coordinator.ranks import RankGroup, open_rank_group
 from offload_adam.errors import HostMemoryError
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 GIB = 1024**3
 

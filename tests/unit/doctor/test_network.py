@@ -21,8 +21,8 @@ from offload_adam.doctor.finding import Status
 from offload_adam.doctor.kept import Bandwidth, Ranks
 from offload_adam.doctor.network import Network, judged, measure_network, network_findings
 from offload_adam.layout.ring import RingSpeed
-from tests.ranks import RankPool
-from tests.torchrun import run_two_ranks
+from tests.support.ranks import RankPool
+from tests.support.torchrun import run_two_ranks
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")

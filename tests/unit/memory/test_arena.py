@@ -17,7 +17,7 @@ from offload_adam.kernels.first_touch import touch
 from offload_adam.memory.arena import ALIGNMENT_NBYTES, HostArena, arena_nbytes, padded_nbytes
 from offload_adam.memory.numa import spans_nodes
 from offload_adam.memory.pinning import PinRefusedError
-from tests.cuda_runtime import StandInRuntime
+from tests.support.cuda_runtime import StandInRuntime
 
 PIECE = 3 * 4096
 
@@ -118,7 +118,7 @@ def test_at_exit_it_is_unpinned_while_the_interpreter_still_works() -> None:
     code = (
         "import os, torch\n"
         "from offload_adam.memory.arena import HostArena\n"
-        "from tests.cuda_runtime import StandInRuntime\n"
+        "from tests.support.cuda_runtime import StandInRuntime\n"
         "class Told(StandInRuntime):\n"
         "    def unregister(self, address):\n"
         "        print('in', 'child' if os.getpid() != pid else 'parent', flush=True)\n"

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from offload_adam import Adam, OffloadAdam
-from tests.cuda_runtime import StandInRuntime
+from tests.support.cuda_runtime import StandInRuntime
 from tests.support.devices import HOST_AS_DEVICE
 
 NUMEL = 1024

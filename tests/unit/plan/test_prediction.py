@@ -18,8 +18,8 @@ from offload_adam.parameters.families import family_of
 from offload_adam.plan.inputs import Machine, Source, Training, synthetic_specs
 from offload_adam.plan.prediction import predict
 from offload_adam.plan.timing import predict_time
-from tests.ranks import RankPool
-from tests.support.devices import HOST_AS_DEVICE
+from tests.support.ranks import RankPool
+from tests.support.scenario import Offloading
 
 STATE = ("master_weight", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "landed gradients")
 BUCKET_NBYTES = 4096
@@ -38,10 +38,6 @@ def specs_of(model: nn.Module) -> list[ParameterSpec]:
         ParameterSpec(i, p.numel(), p.element_size(), family_of(p))
         for i, p in enumerate(model.parameters())
     ]
-
-
-class Offloading(OffloadAdam):
-    _backend = HOST_AS_DEVICE
 
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

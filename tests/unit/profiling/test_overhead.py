@@ -16,7 +16,7 @@ from offload_adam.bench.profile import compare_steps, measure_profile
 from offload_adam.profiling.sampler import MemorySampler
 from offload_adam.spans import SpanRecorder, recorded_by, span
 from offload_adam.step.ledger import by_category
-from tests.distributed.reference import Weights, exact_gradients
+from tests.support.reference import Weights, exact_gradients
 
 NUM_STEPS = 50
 MOST_OVERHEAD = 0.02

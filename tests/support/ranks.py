@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, TypeVarTuple, overload
 
 import torch.distributed as dist
 
-from tests.rank_worker import IDLE, RELEASE, Call, Raised, serve
+from tests.support.rank_worker import IDLE, RELEASE, Call, Raised, serve
 
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")

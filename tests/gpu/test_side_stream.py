@@ -1,0 +1,65 @@
+"""A gradient that a side stream computes late, in a bucket that another stream completes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload_adam import OffloadAdam
+
+NUMEL = 1 << 20
+DELAY_CYCLES = 200_000_000
+
+
+class Late(torch.autograd.Function):
+    """The identity; its backward first keeps the current stream busy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        torch.cuda._sleep(DELAY_CYCLES)
+        return gradients[0] * 1.0
+
+
+class TwoStreams(nn.Module):
+    """`early` is read on the current stream and `late` on a side stream; both gradients are `x`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early = nn.Parameter(torch.zeros(NUMEL))
+        self.late = nn.Parameter(torch.zeros(NUMEL))
+        self.side = torch.cuda.Stream()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # First in forward is last in backward: this parameter completes the bucket.
+        completing = (self.early * x).sum()
+        current = torch.cuda.current_stream()
+        self.side.wait_stream(current)
+        with torch.cuda.stream(self.side):
+            late: torch.Tensor = Late.apply(self.late)  # type: ignore[no-untyped-call]
+            delayed = (late * x).sum()
+        current.wait_stream(self.side)
+        return delayed + completing
+
+
+def test_the_copy_to_the_host_waits_for_every_stream_that_computed_a_gradient() -> None:
+    model = TwoStreams().cuda()
+    optimizer = OffloadAdam(model.parameters(), lr=1e-3, module=model, overlap=True)
+    x = torch.ones(NUMEL, device="cuda")
+    for step in range(6):
+        model(x * (step + 1)).backward()
+        optimizer.step()
+        (state,) = optimizer._alive().states
+        landed = state.planes.landed_gradient
+        assert landed is not None
+        shard = landed.clone()
+        for placement, name in zip(state.layout.placements, state.names, strict=True):
+            wrong = int((shard[placement.start : placement.end] != step + 1).sum())
+            assert wrong == 0, f"{wrong} elements of {name} were copied before they were computed"
+        optimizer.zero_grad()
+    optimizer.close()

@@ -1,0 +1,48 @@
+"""Two ranks on one GPU over gloo: the sharded path with real streams has the bits of the CPU."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+from unittest import mock
+
+import torch
+
+from offload_adam import OffloadAdam
+from offload_adam.coordinator import ranks
+from tests.gpu.layers import assert_same_bits, bits, make, train
+from tests.support.ranks import RankPool
+
+NUM_STEPS = 8
+TIMEOUT_S = 60.0
+
+RankBits = list[dict[str, torch.Tensor]]
+
+
+def train_rank(
+    rank: int, world_size: int, device: str, kind: type[OffloadAdam], overlap: bool
+) -> RankBits:
+    """Train, and return copies of all state. All groups are gloo: NCCL rejects a shared GPU."""
+    open_group = ranks._new_group
+
+    def open_gloo(base: Any, backend: str, timeout: timedelta) -> Any:
+        return open_group(base, "gloo", timeout)
+
+    with mock.patch.object(ranks, "_new_group", open_gloo):
+        model, optimizer = make(device, kind, overlap=overlap)
+        train(model, optimizer, range(NUM_STEPS), device)
+        found = bits(model, optimizer)
+        optimizer.close()
+    for state in found:
+        # On a CPU an fp32 parameter is its own master and whole on every rank; on a GPU the master
+        # is a shard. Its value is compared as the weight.
+        if state["weight"].dtype == torch.float32:
+            del state["master_weight"]
+    return found
+
+
+def test_two_ranks_on_one_gpu_have_the_bits_of_the_cpu(ranks: RankPool) -> None:
+    expected = ranks.run(train_rank, 2, "cpu", OffloadAdam, False, timeout=TIMEOUT_S)
+    found = ranks.run(train_rank, 2, "cuda", OffloadAdam, True, timeout=TIMEOUT_S)
+    for mine, reference in zip(found, expected, strict=True):
+        assert_same_bits(mine, reference)

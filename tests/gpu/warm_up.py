@@ -1,0 +1,20 @@
+"""Compile the kernels of each dtype for what runs next: `python -m tests.gpu.warm_up`."""
+
+from __future__ import annotations
+
+import torch
+
+from offload_adam import OffloadAdam
+
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+
+def warm_up(device: str) -> None:
+    """Make a streaming optimizer for each dtype, which compiles what it will launch."""
+    for dtype in DTYPES:
+        model = torch.nn.Linear(64, 64, device=device, dtype=dtype)
+        OffloadAdam(model.parameters(), module=model).close()
+
+
+if __name__ == "__main__":
+    warm_up("cuda" if torch.cuda.is_available() else "cpu")
