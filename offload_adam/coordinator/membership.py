@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from offload_adam.coordinator.watch import Patience, PeerWatch, roll_call
+from offload_adam.coordinator.watch import PeerWatch, roll_call
 from offload_adam.observe.place import HERE
+from offload_adam.options import FailurePolicy
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +219,7 @@ def world_size_of(process_group: dist.ProcessGroup | None) -> int:
 
 
 def open_membership(
-    process_group: dist.ProcessGroup | None, patience: Patience | None = None
+    process_group: dist.ProcessGroup | None, patience: FailurePolicy | None = None
 ) -> Membership:
     """Open a control group of the optimizer's own over the ranks of `process_group`.
 
@@ -247,12 +248,12 @@ def open_membership(
         global_ranks=ranks,
         timeout=_timeout_of(base),
     )
-    membership.watch = _open_watch(membership, patience or Patience())
+    membership.watch = _open_watch(membership, patience or FailurePolicy())
     membership.control = _new_group(base, "gloo", membership.timeout)
     return membership
 
 
-def _open_watch(membership: Membership, patience: Patience) -> PeerWatch | None:
+def _open_watch(membership: Membership, patience: FailurePolicy) -> PeerWatch | None:
     """Meet the other ranks in the store, and begin to watch them."""
     try:
         # A connection of its own: a store's client that waits keeps every other thread waiting.

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from offload_adam.coordinator.membership import Membership, open_membership
 from offload_adam.coordinator.records import Process
 from offload_adam.coordinator.restarts import attempt, refuse_retry
-from offload_adam.coordinator.watch import Patience, roll_call
+from offload_adam.coordinator.watch import roll_call
+from offload_adam.options import FailurePolicy
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _PR_SET_PDEATHSIG = 1
@@ -73,7 +74,7 @@ class World:
 
 @contextmanager
 def joined_world(
-    timeout: timedelta = COLLECTIVE_TIMEOUT, patience: Patience | None = None
+    timeout: timedelta = COLLECTIVE_TIMEOUT, patience: FailurePolicy | None = None
 ) -> Iterator[World]:
     """Open the default process group for the block under torchrun, and destroy all groups after it.
 
@@ -93,7 +94,7 @@ def joined_world(
         yield world
         return
     end_with_parent()
-    patience = patience or Patience()
+    patience = patience or FailurePolicy()
     _open_default_group(world, timeout, patience)
     try:
         membership = open_membership(None, patience)
@@ -143,7 +144,7 @@ def _use_own_gpu(world: World) -> None:
     torch.cuda.set_device(world.device)
 
 
-def _open_default_group(world: World, timeout: timedelta, patience: Patience) -> None:
+def _open_default_group(world: World, timeout: timedelta, patience: FailurePolicy) -> None:
     """Initialise the default group over a store that no earlier attempt has written to.
 
     torchrun's agent keeps one store through its restarts. Without a prefix of their own,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import threading
 import time
 import weakref
 from collections import deque
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -19,38 +17,13 @@ from offload_adam.coordinator.judgement import Verdict
 from offload_adam.coordinator.records import PeerRecord, Process, describe_place
 from offload_adam.errors import PeerFailedError
 from offload_adam.observe.place import HERE
+from offload_adam.options import FailurePolicy
 
 logger = logging.getLogger(__name__)
 
-DEAD_AFTER_S = 10.0
-STUCK_AFTER_S = 300.0
 _VERDICT = "verdict"
 _SUSPECT_AFTER_S = 2.0
 _JOIN_S = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How long peers may be silent, and how long they may keep others waiting.
-
-    dead_after: seconds without a heartbeat after which a rank counts as dead.
-    stuck_after: seconds that others wait in a collective for a live rank that does not move.
-    """
-
-    dead_after: float = DEAD_AFTER_S
-    stuck_after: float = STUCK_AFTER_S
-
-    def __post_init__(self) -> None:
-        for name, value in (("dead_after", self.dead_after), ("stuck_after", self.stuck_after)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number of seconds, not {value!r}")
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a finite number of seconds above 0, not {value}")
-
-    @property
-    def beat_s(self) -> float:
-        """Seconds between two heartbeats."""
-        return min(1.0, self.dead_after / 5)
 
 
 class PeerWatch:
@@ -67,7 +40,7 @@ class PeerWatch:
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, global_ranks: tuple[int, ...], patience: Patience
+        self, store: dist.Store, rank: int, global_ranks: tuple[int, ...], patience: FailurePolicy
     ) -> None:
         self.patience = patience
         self._store = store

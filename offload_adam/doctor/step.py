@@ -13,6 +13,7 @@ from torch import nn
 from offload_adam.layout.budget import BucketPlanes, traffic_nbytes
 from offload_adam.layout.flat import ParameterSpec, plan_buckets
 from offload_adam.optimizer import OffloadAdam
+from offload_adam.options import OffloadPolicy
 
 NUM_PARAMETERS = 8
 STEP_NUMEL = 24_000_000
@@ -44,7 +45,10 @@ def measure_step(num_threads: int, *, numel: int = STEP_NUMEL, num_steps: int = 
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 0.01)
     optimizer = OffloadAdam(
-        parameters, max_grad_norm=1.0, num_threads=num_threads, bucket_nbytes=_BUCKET_NBYTES
+        parameters,
+        max_grad_norm=1.0,
+        num_threads=num_threads,
+        offload=OffloadPolicy(bucket_nbytes=_BUCKET_NBYTES),
     )
     with closing(optimizer):
         seconds = [_step_s(optimizer) for _ in range(_NUM_WARMUP + num_steps)]

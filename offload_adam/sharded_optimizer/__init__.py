@@ -1,6 +1,6 @@
 """What every optimizer of this package is beneath its arguments: shards, hooks, the step."""
 
-from offload_adam.sharded_optimizer.execution import DEFAULT_BUCKET_NBYTES, Execution
+from offload_adam.sharded_optimizer.execution import Execution
 from offload_adam.sharded_optimizer.optimizer import ShardedOptimizer
 
-__all__ = ["DEFAULT_BUCKET_NBYTES", "Execution", "ShardedOptimizer"]
+__all__ = ["Execution", "ShardedOptimizer"]

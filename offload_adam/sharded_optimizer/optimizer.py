@@ -27,9 +27,9 @@ from offload_adam.coordinator.membership import (
 from offload_adam.errors import StreamedGradientError
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.memory.pinning import CudaRuntime, cuda_runtime
+from offload_adam.options import check_max_norm
 from offload_adam.parameters.group_watch import GroupWatch
 from offload_adam.parameters.hooks import BackwardHooks
-from offload_adam.parameters.options import check_max_norm, check_module
 from offload_adam.parameters.selection import (
     Selection,
     check_parameters,
@@ -38,7 +38,7 @@ from offload_adam.parameters.selection import (
     select_parameters,
 )
 from offload_adam.sharded_optimizer.compiling import never_compiled
-from offload_adam.sharded_optimizer.execution import Execution
+from offload_adam.sharded_optimizer.execution import Execution, check_module
 from offload_adam.sharded_optimizer.locking import serialized
 from offload_adam.sharded_optimizer.loss_scale import read_loss_scale, report_skip
 from offload_adam.sharded_optimizer.owners import add_owner, refuse_owned
@@ -99,7 +99,6 @@ class ShardedOptimizer(StateDicts):
         self._max_norm_once: float | None = None
         self._streamed = StreamedGradients(partial(_norms_of, weakref.ref(self)))
         self._module = module
-        self._units = execution.units
         self._group_watch = GroupWatch(module)
         self._written = WrittenState()
         self._core: ShardedAdam | None = None
@@ -123,6 +122,7 @@ class ShardedOptimizer(StateDicts):
             kind = together(self._membership, "construction", check)
             self._facts = [*execution.facts(kind), *self._facts]
             self.max_grad_norm = execution.max_grad_norm
+            self._units = execution.offload.units
             execution.warn_without_effect(self._grouped_parameters(), offloads=self._offloads)
             streams = execution.streamed_module is not None and kind == "optimizer"
             reduction = GradientReduction(
@@ -138,15 +138,15 @@ class ShardedOptimizer(StateDicts):
                 self._hooks = BackwardHooks(reduction)
                 resources.callback(self._hooks.remove)
             placing = Placing(
-                execution.bucket_nbytes,
+                execution.offload.bucket_nbytes,
                 reduction.landed_dtype,
-                pin=execution.pin,
+                pin=execution.offload.pin,
                 runtime=None if execution.beside else self._pinning_runtime(),
-                offload_fraction=execution.offload_fraction,
+                offload_fraction=execution.offload.offload_fraction,
                 beside=execution.beside,
                 takes_rows=execution.takes_rows,
-                checkpoint_room_nbytes=execution.checkpoint_room_nbytes,
-                allow_overcommit=execution.allow_overcommit,
+                checkpoint_room_nbytes=execution.offload.checkpoint_room_nbytes,
+                allow_overcommit=execution.offload.allow_overcommit,
                 force_offload=self._offloads,
                 force_device=self._updates_on_device,
             )

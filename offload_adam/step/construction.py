@@ -18,8 +18,9 @@ from offload_adam.layout.budget import BucketPlanes, copy_room_nbytes, plane_nby
 from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
 from offload_adam.layout.placing import kept_on_device
 from offload_adam.memory.arena import HostArena, Touch, arena_nbytes
-from offload_adam.memory.pinning import CudaRuntime, Pin
+from offload_adam.memory.pinning import CudaRuntime
 from offload_adam.memory.planes import DeviceMemory, allocate_planes
+from offload_adam.options import Pin
 from offload_adam.parameters.buckets import adopt
 from offload_adam.parameters.gradients import GradientReader
 from offload_adam.parameters.selection import NewParameter

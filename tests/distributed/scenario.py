@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from offload_adam import OffloadAdam
+from tests.policies import in_policies
 
 NUM_STEPS = 4
 
@@ -137,10 +138,9 @@ def make_optimizer(model: Model, scenario: Scenario) -> OffloadAdam:
         max_grad_norm=scenario.max_grad_norm,
         module=model if streams else None,
         gradient_reduction=reduction,
-        bucket_nbytes=scenario.bucket_nbytes,
         accumulate="host" if scenario.mode == "accumulate" else None,
         num_threads=1,
-        **dict(scenario.options),
+        **in_policies(bucket_nbytes=scenario.bucket_nbytes, **dict(scenario.options)),
     )
 
 
