@@ -82,7 +82,7 @@ class Dtype:
 class Number:
     """A number in a range; a bool is none.
 
-    kind: int, or float for any real number.
+    kind: int, or float for any real number. At least one bound is given.
     above: an exclusive bound. least, most: inclusive ones.
     finite: infinity is not allowed; YAML never allows it.
     unit: for errors, such as "seconds".
@@ -105,12 +105,12 @@ class Number:
             raise ValueError(f"{name} must {self._range}, not {value}")
 
     def _contains(self, value: float) -> bool:
-        return not (
-            math.isnan(value)
-            or (self.finite and math.isinf(value))
-            or (self.above is not None and value <= self.above)
-            or (self.least is not None and value < self.least)
-            or (self.most is not None and value > self.most)
+        # Comparisons alone: an int may be too large for a float, and with NaN each one is False.
+        return (
+            (self.above is None or value > self.above)
+            and (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and not (self.finite and value == math.inf)
         )
 
     @property

@@ -32,13 +32,14 @@ Name = Annotated[
 
 
 class ExecutionKeys(keys_of("optimizer")):  # type: ignore[misc]  # a created class
-    """How either optimizer is run.
-
-    `gradient_reduction: external` wraps the model in DistributedDataParallel.
-    """
+    """How either optimizer is run."""
 
     # Unlike the optimizers, a job has a default for drop-in mode too.
-    gradient_reduction: Literal["optimizer", "external"] = "optimizer"
+    gradient_reduction: Literal["optimizer", "external"] = Field(
+        default="optimizer",
+        description="Who averages gradients over the ranks; external wraps the model in "
+        "DistributedDataParallel.",
+    )
 
 
 class OffloadAdamSection(ExecutionKeys):
