@@ -21,14 +21,18 @@ if TYPE_CHECKING:
         RankDisagreementError,
         UnreadyParameterError,
     )
-    from offload_adam.optimizer import OffloadAdam
+    from offload_adam.optimizer import OffloadAdam, OffloadAdamW
+    from offload_adam.options import FailurePolicy, OffloadPolicy
     from offload_adam.step.report import StepReport
 
 __all__ = [
     "Adam",
     "CheckpointError",
+    "FailurePolicy",
     "HostMemoryError",
     "OffloadAdam",
+    "OffloadAdamW",
+    "OffloadPolicy",
     "ParameterReplacedError",
     "PeerError",
     "PeerFailedError",
@@ -51,6 +55,9 @@ _HOMES = {
     "Adam": "offload_adam.contract.adam",
     "HostMemoryError": "offload_adam.errors",
     "OffloadAdam": "offload_adam.optimizer",
+    "OffloadAdamW": "offload_adam.optimizer",
+    "OffloadPolicy": "offload_adam.options",
+    "FailurePolicy": "offload_adam.options",
     "ParameterReplacedError": "offload_adam.errors",
     "PeerError": "offload_adam.errors",
     "PeerFailedError": "offload_adam.errors",

@@ -1,18 +1,15 @@
-"""`OffloadAdam`: Adam whose state lives sharded in host memory, by torch's conventions."""
+"""`OffloadAdam` and `OffloadAdamW`: state sharded in host memory, by torch's conventions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
-from offload_adam.coordinator.watchdog import DEAD_AFTER_S, STUCK_AFTER_S
 from offload_adam.kernels.scalars import Hyperparameters
-from offload_adam.layout.state_plan import DEFAULT_BUCKET_NBYTES
-from offload_adam.memory.pinning import Pin
+from offload_adam.options import FailurePolicy, OffloadPolicy
 from offload_adam.parameters.groups import check_group, hyperparameters_of
 from offload_adam.sharded_optimizer import Execution, ShardedOptimizer
 
@@ -51,26 +48,16 @@ class OffloadAdam(ShardedOptimizer):
             is or contains DDP, else optimizer. Must be given with more than one rank and no
             `module`.
         reduce_dtype: torch.float32 to average 16-bit gradients in fp32; None for their own dtype.
-        bucket_nbytes: bytes of parameters reduced and gathered at once.
-        state_dtype: torch.float32.
-        num_threads: threads of this rank's kernels; None for allowed cores / ranks on this node.
         accumulate: "host" reserves fp32 room for gradients, so that several reduced backwards add
             up.
-        pin: what is page-locked where a parameter is on CUDA: "all" host state, only the buffers
-            that copies are "staging" in, or "none". Where CUDA refuses the first, a warning says
-            why, and it is the second.
-        offload_fraction: of the elements of parameters on CUDA, bucket by bucket, that have their
-            state on the host; the state of those that are updated last stays on the GPU and is
-            updated there, within 2 ULP of the host's result.
-        dead_after: seconds without a heartbeat after which a rank counts as dead.
-        stuck_after: seconds that the others wait for a live rank that does not get on.
         overlap: let `step()` return before the updates are over, and each part of `module` wait for
             its own parameters. What reads parameters otherwise calls `synchronize` first. None for
             parameters on a GPU and `module` given; on a CPU there is nothing to hide updates under.
-        units: the parts; None for the children of every ModuleList in `module`.
-        checkpoint_room_nbytes: host memory, at most, that is kept for `begin_checkpoint`: as much
-            of what it has still to write is copied, so that updates need not wait for the disk.
-        allow_overcommit: make it though this node's memory seems too small for all of its ranks.
+        state_dtype: torch.float32.
+        num_threads: threads of this rank's kernels; None for allowed cores / ranks on this node.
+        offload: where the state lies and how it is moved: pinned memory, bucket size, the share
+            that stays on the GPU, and so on. See `OffloadPolicy`.
+        failures: after how many seconds a rank is declared dead or hung. See `FailurePolicy`.
 
     Owns: process groups of its own, hooks on the parameters, host memory. `close` ends all three.
 
@@ -103,37 +90,25 @@ class OffloadAdam(ShardedOptimizer):
         process_group: dist.ProcessGroup | None = None,
         gradient_reduction: str | None = None,
         reduce_dtype: torch.dtype | None = None,
-        bucket_nbytes: int = DEFAULT_BUCKET_NBYTES,
+        accumulate: str | None = None,
+        overlap: bool | None = None,
         state_dtype: torch.dtype = torch.float32,
         num_threads: int | None = None,
-        accumulate: str | None = None,
-        pin: Pin = "all",
-        offload_fraction: float = 1.0,
-        dead_after: float = DEAD_AFTER_S,
-        stuck_after: float = STUCK_AFTER_S,
-        checkpoint_room_nbytes: int = 0,
-        allow_overcommit: bool = False,
-        overlap: bool | None = None,
-        units: Sequence[torch.nn.Module] | None = None,
+        offload: OffloadPolicy = OffloadPolicy(),
+        failures: FailurePolicy = FailurePolicy(),
     ) -> None:
         execution = Execution(
             module=module,
             process_group=process_group,
             gradient_reduction=gradient_reduction,
             reduce_dtype=reduce_dtype,
-            bucket_nbytes=bucket_nbytes,
+            max_grad_norm=max_grad_norm,
+            accumulate=accumulate,
+            overlap=overlap,
             state_dtype=state_dtype,
             num_threads=num_threads,
-            accumulate=accumulate,
-            pin=pin,
-            offload_fraction=offload_fraction,
-            max_grad_norm=max_grad_norm,
-            dead_after=dead_after,
-            stuck_after=stuck_after,
-            checkpoint_room_nbytes=checkpoint_room_nbytes,
-            allow_overcommit=allow_overcommit,
-            overlap=overlap,
-            units=units,
+            offload=offload,
+            failures=failures,
         )
         defaults = {
             "lr": lr,
@@ -153,3 +128,61 @@ class OffloadAdam(ShardedOptimizer):
 
     def _hyperparameters(self) -> list[Hyperparameters]:
         return [hyperparameters_of(group) for group in self.param_groups]
+
+
+class OffloadAdamW(OffloadAdam):
+    """AdamW with fp32 state in host memory: `OffloadAdam` with decoupled weight decay.
+
+    Args:
+        weight_decay: decoupled from the gradient, 1e-2 by default, as in `torch.optim.AdamW`.
+
+    All other arguments, and everything else, are as for `OffloadAdam`.
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019).
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        nesterov: bool = False,
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        module: torch.nn.Module | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        gradient_reduction: str | None = None,
+        reduce_dtype: torch.dtype | None = None,
+        accumulate: str | None = None,
+        overlap: bool | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        num_threads: int | None = None,
+        offload: OffloadPolicy = OffloadPolicy(),
+        failures: FailurePolicy = FailurePolicy(),
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            nesterov=nesterov,
+            maximize=maximize,
+            decoupled_weight_decay=True,
+            max_grad_norm=max_grad_norm,
+            module=module,
+            process_group=process_group,
+            gradient_reduction=gradient_reduction,
+            reduce_dtype=reduce_dtype,
+            accumulate=accumulate,
+            overlap=overlap,
+            state_dtype=state_dtype,
+            num_threads=num_threads,
+            offload=offload,
+            failures=failures,
+        )

@@ -20,6 +20,7 @@ from offload_adam.bench.machine import describe_machine
 from offload_adam.bench.planes import require_memory
 from offload_adam.bench.results import median_ratio, pair_up
 from offload_adam.optimizer import OffloadAdam
+from offload_adam.options import OffloadPolicy
 from offload_adam.profiling.sampler import MemorySampler
 from offload_adam.spans import SpanRecorder, Stopwatch, recorded_by, span
 from offload_adam.step.ledger import by_category
@@ -60,7 +61,7 @@ class Steps:
             max_grad_norm=1.0,
             module=self._model,
             num_threads=1,
-            bucket_nbytes=4 * width * width,
+            offload=OffloadPolicy(bucket_nbytes=4 * width * width),
         )
         self._input = torch.randn(_BATCH_SIZE, width)
         self._watching = ExitStack()

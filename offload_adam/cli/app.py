@@ -9,6 +9,7 @@ import typer
 from offload_adam import __version__
 from offload_adam.cli.bench import bench_app
 from offload_adam.cli.checkpoint import checkpoint_app
+from offload_adam.cli.config import config
 from offload_adam.cli.doctor import doctor
 from offload_adam.cli.plan import plan
 from offload_adam.cli.profile import profile
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command(context_settings={"ignore_unknown_options": True})(train)
 app.command(context_settings={"ignore_unknown_options": True})(profile)
 app.command(context_settings={"ignore_unknown_options": True})(plan)
+app.command(context_settings={"ignore_unknown_options": True})(config)
 app.command()(doctor)
 app.add_typer(bench_app, name="bench")
 app.add_typer(checkpoint_app, name="checkpoint")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,24 @@ def dump_config(config: RunConfig) -> str:
     """Return the whole configuration, defaults included, as YAML that `load_config` reads back."""
     text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     return text
+
+
+def explain_config(config: RunConfig) -> str:
+    """Return the text of `dump_config` with a comment on each section and each described key."""
+    lines: list[str] = []
+    for name, values in config.model_dump(mode="json").items():
+        section = type(getattr(config, name))
+        lines += ["", *_comment(cleandoc(section.__doc__ or "")), f"{name}:"]
+        for key, value in values.items():
+            text = yaml.safe_dump({key: value}, sort_keys=False).splitlines()
+            described = _comment(section.model_fields[key].description or "")
+            lines += [f"  {line}" for line in (*described, *text)]
+    return "\n".join([*lines[1:], ""])
+
+
+def _comment(text: str) -> list[str]:
+    paragraphs = (" ".join(part.split()) for part in text.split("\n\n"))
+    return [f"# {line}" for part in paragraphs for line in textwrap.wrap(part, 94)]
 
 
 def _read_mapping(path: Path) -> tuple[dict[str, Any], list[Mistake]]:

@@ -11,11 +11,10 @@ from pydantic import (
     Field,
     FiniteFloat,
     PlainValidator,
-    PositiveInt,
     Tag,
 )
 
-from offload_adam.config.sections import Section, ShortDtype
+from offload_adam.config.declared import keys_of
 from offload_adam.schedules import schedule_from_state
 
 Beta = Annotated[FiniteFloat, Field(ge=0, lt=1)]
@@ -32,22 +31,15 @@ Name = Annotated[
 ]
 
 
-class ExecutionKeys(Section):
-    """How either optimizer is run.
+class ExecutionKeys(keys_of("optimizer")):  # type: ignore[misc]  # a created class
+    """How either optimizer is run."""
 
-    `accumulate: host` sends every microbatch's gradient at once and adds them up in fp32 on the
-    host; without it they add up in `.grad` and only the sum is sent. `gradient_reduction: external`
-    wraps the model in DistributedDataParallel. `overlap` hides updates under the next forward; null
-    does so on a GPU.
-    """
-
-    max_grad_norm: Positive | None = None
-    gradient_reduction: Literal["optimizer", "external"] = "optimizer"
-    reduce_dtype: ShortDtype | None = None
-    accumulate: Literal["host"] | None = None
-    bucket_nbytes: PositiveInt | None = None
-    num_threads: PositiveInt | None = None
-    overlap: bool | None = None
+    # Unlike the optimizers, a job has a default for drop-in mode too.
+    gradient_reduction: Literal["optimizer", "external"] = Field(
+        default="optimizer",
+        description="Who averages gradients over the ranks; external wraps the model in "
+        "DistributedDataParallel.",
+    )
 
 
 class OffloadAdamSection(ExecutionKeys):

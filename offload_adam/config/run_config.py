@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from pydantic import model_validator
 
+from offload_adam.config.declared import Section
 from offload_adam.config.optimizer_sections import (
     AdamSection,
     OffloadAdamSection,
@@ -22,7 +23,6 @@ from offload_adam.config.sections import (
     ProfileSection,
     RunSection,
     ScheduleSection,
-    Section,
     TrainSection,
 )
 

@@ -8,9 +8,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     FiniteFloat,
     PositiveInt,
@@ -18,25 +15,11 @@ from pydantic import (
     model_validator,
 )
 
+from offload_adam.config.declared import Section, keys_of, short_dtype
+
 # A name that YAML reads as a number (`--run.name=7`) is still a name.
 Name = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]
 FACTORY_PATTERN = r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*$"
-
-_TORCH_DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16"}
-
-
-def _short_dtype(name: object) -> object:
-    """Return the short form of torch's own dtype names, and everything else unchanged."""
-    return _TORCH_DTYPE_NAMES.get(name, name) if isinstance(name, str) else name
-
-
-ShortDtype = Annotated[Literal["fp32"], BeforeValidator(_short_dtype)]
-
-
-class Section(BaseModel):
-    """A mapping of the YAML file that admits no unknown key and no value of another type."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class RunSection(Section):
@@ -64,7 +47,7 @@ class ModelSection(Section):
 
     sizes: ModelSizes | None = None
     factory: Annotated[str, StringConstraints(pattern=FACTORY_PATTERN)] | None = None
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -100,7 +83,7 @@ class TrainSection(Section):
     batch_size: PositiveInt = 8
     sequence_length: PositiveInt = 128
     gradient_accumulation_steps: PositiveInt = 1
-    dtype: Annotated[Literal["fp32", "bf16"], BeforeValidator(_short_dtype)] = "fp32"
+    dtype: Annotated[Literal["fp32", "bf16"], short_dtype(float32="fp32", bfloat16="bf16")] = "fp32"
     eval_every: Annotated[int, Field(ge=0)] = 0
     eval_sequences: PositiveInt = 256
 
@@ -116,27 +99,13 @@ class ScheduleSection(Section):
     min_lr_ratio: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.1
 
 
-class MemorySection(Section):
-    """What is page-locked for a GPU: all state, the buffers of copies only, or nothing.
-
-    `offload_fraction` of the elements have their state on the host, the others on the GPU.
-    `allow_overcommit` starts a run whose state the node seems to have no memory for.
-    """
-
-    pin: Literal["all", "staging", "none"] = "all"
-    offload_fraction: Annotated[FiniteFloat, Field(ge=0, le=1)] = 1.0
-    allow_overcommit: bool = False
+# mypy cannot see the keys of a created base class, and takes them for Any.
+class MemorySection(keys_of("memory")):  # type: ignore[misc]
+    """Which memory holds the optimizer's state, and what of it is page-locked for a GPU."""
 
 
-class CoordinatorSection(Section):
-    """How long ranks bear with each other, in seconds.
-
-    A rank without a heartbeat for `dead_after` is dead. One that lives, but does not get on while
-    others have waited for it for `stuck_after`, is stuck. Either ends the run on all of them.
-    """
-
-    dead_after: Annotated[FiniteFloat, Field(gt=0)] = 10.0
-    stuck_after: Annotated[FiniteFloat, Field(gt=0)] = 300.0
+class CoordinatorSection(keys_of("coordinator")):  # type: ignore[misc]
+    """When ranks give up on each other. A dead or a hung rank ends the run on all of them."""
 
 
 class ProfileSection(Section):

@@ -38,10 +38,8 @@ from offload_adam.contract.groups import (
 )
 from offload_adam.contract.inspection import InspectableAdam
 from offload_adam.coordinator.admission import Field, raise_on_all_ranks
-from offload_adam.coordinator.watchdog import DEAD_AFTER_S, STUCK_AFTER_S
 from offload_adam.kernels.scalars import Hyperparameters
-from offload_adam.layout.state_plan import DEFAULT_BUCKET_NBYTES
-from offload_adam.memory.pinning import Pin
+from offload_adam.options import FailurePolicy, OffloadPolicy
 from offload_adam.parameters.groups import check_group, hyperparameters_of
 from offload_adam.parameters.selection import Selection
 from offload_adam.sharded_optimizer import Execution
@@ -83,9 +81,8 @@ class Adam(InspectableAdam):
             that MindSpore was observed to use.
         decay_norms: weight decay acts on the norm layers of `module`, too.
         module: the model: it gives names and, with `use_offload`, streams gradients as they arise.
-        max_grad_norm, process_group, gradient_reduction, reduce_dtype, bucket_nbytes, num_threads,
-        accumulate, pin, offload_fraction, checkpoint_room_nbytes, allow_overcommit, overlap, units,
-            dead_after, stuck_after: as for `OffloadAdam`.
+        max_grad_norm, process_group, gradient_reduction, reduce_dtype, accumulate, overlap,
+            num_threads, offload, failures: as for `OffloadAdam`.
         **kwargs: `use_lazy`: a sparse gradient updates only the rows it touches; `use_offload`:
             state lies sharded in host memory, instead of beside its parameter on every rank.
 
@@ -117,17 +114,11 @@ class Adam(InspectableAdam):
         process_group: dist.ProcessGroup | None = None,
         gradient_reduction: str | None = None,
         reduce_dtype: torch.dtype | None = None,
-        bucket_nbytes: int = DEFAULT_BUCKET_NBYTES,
-        num_threads: int | None = None,
         accumulate: str | None = None,
-        pin: Pin = "all",
-        offload_fraction: float = 1.0,
-        checkpoint_room_nbytes: int = 0,
-        allow_overcommit: bool = False,
         overlap: bool | None = None,
-        units: Sequence[torch.nn.Module] | None = None,
-        dead_after: float = DEAD_AFTER_S,
-        stuck_after: float = STUCK_AFTER_S,
+        num_threads: int | None = None,
+        offload: OffloadPolicy = OffloadPolicy(),
+        failures: FailurePolicy = FailurePolicy(),
         **kwargs: Any,
     ) -> None:
         self._global_step = 0
@@ -136,18 +127,12 @@ class Adam(InspectableAdam):
             process_group=process_group,
             gradient_reduction=gradient_reduction,
             reduce_dtype=reduce_dtype,
-            bucket_nbytes=bucket_nbytes,
-            num_threads=num_threads,
-            accumulate=accumulate,
-            pin=pin,
-            offload_fraction=offload_fraction,
             max_grad_norm=max_grad_norm,
-            checkpoint_room_nbytes=checkpoint_room_nbytes,
-            allow_overcommit=allow_overcommit,
+            accumulate=accumulate,
             overlap=overlap,
-            units=units,
-            dead_after=dead_after,
-            stuck_after=stuck_after,
+            num_threads=num_threads,
+            offload=offload,
+            failures=failures,
             beside=not requested(kwargs, "use_offload"),
             takes_rows=True,
         )

@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.waiting import SLICE_S, wait_until
-from offload_adam.coordinator.watchdog import Patience, PeerWatch, Verdict, roll_call
+from offload_adam.coordinator.watchdog import PeerWatch, Verdict, roll_call
+from offload_adam.options import FailurePolicy
 from offload_adam.torch_private import (
     abort_collectives,
     connect_to_default_store,
@@ -237,7 +238,7 @@ def world_size_of(process_group: dist.ProcessGroup | None) -> int:
 
 
 def open_rank_group(
-    process_group: dist.ProcessGroup | None, patience: Patience | None = None
+    process_group: dist.ProcessGroup | None, patience: FailurePolicy | None = None
 ) -> RankGroup:
     """Open a rank group over the ranks of `process_group`, with its own control group. Collective.
 
@@ -264,12 +265,12 @@ def open_rank_group(
         global_ranks=global_ranks,
         timeout=timeout_of(base),
     )
-    ranks.watch = _open_watch(ranks, patience or Patience())
+    ranks.watch = _open_watch(ranks, patience or FailurePolicy())
     ranks.control = _new_group(base, "gloo", ranks.timeout)
     return ranks
 
 
-def _open_watch(ranks: RankGroup, patience: Patience) -> PeerWatch | None:
+def _open_watch(ranks: RankGroup, patience: FailurePolicy) -> PeerWatch | None:
     """Wait for the other ranks in the store, and start to watch them."""
     try:
         # The watch needs its own connection: a waiting store client blocks all other threads.

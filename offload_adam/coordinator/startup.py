@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 from offload_adam.coordinator.progress import Process
 from offload_adam.coordinator.ranks import RankGroup, open_rank_group
-from offload_adam.coordinator.watchdog import Patience, roll_call
+from offload_adam.coordinator.watchdog import roll_call
 from offload_adam.errors import NotRetriedError
+from offload_adam.options import FailurePolicy
 from offload_adam.torch_private import default_store, store_without_prefixes
 
 _MARK = "offload_adam/not_retried"
@@ -73,7 +74,7 @@ class World:
 
 @contextmanager
 def joined_world(
-    timeout: timedelta = COLLECTIVE_TIMEOUT, patience: Patience | None = None
+    timeout: timedelta = COLLECTIVE_TIMEOUT, patience: FailurePolicy | None = None
 ) -> Iterator[World]:
     """Open the default process group for the body, and destroy all groups after it.
 
@@ -97,7 +98,7 @@ def joined_world(
         yield world
         return
     end_with_parent()
-    patience = patience or Patience()
+    patience = patience or FailurePolicy()
     _open_default_group(world, timeout, patience)
     try:
         ranks = open_rank_group(None, patience)
@@ -147,7 +148,7 @@ def _use_own_gpu(world: World) -> None:
     torch.cuda.set_device(world.device)
 
 
-def _open_default_group(world: World, timeout: timedelta, patience: Patience) -> None:
+def _open_default_group(world: World, timeout: timedelta, patience: FailurePolicy) -> None:
     """Initialise the default group over a store prefix of this attempt alone.
 
     torchrun's agent keeps one store across restarts, so without the prefix restarted ranks would

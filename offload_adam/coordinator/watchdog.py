@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 import threading
 import time
@@ -19,40 +18,14 @@ import torch.distributed as dist
 from offload_adam.coordinator.progress import PROGRESS, PeerRecord, Process
 from offload_adam.coordinator.waiting import wait_until
 from offload_adam.errors import PeerFailedError
+from offload_adam.options import FailurePolicy
 
 logger = logging.getLogger(__name__)
 
-DEAD_AFTER_S = 10.0
-STUCK_AFTER_S = 300.0
 _VERDICT = "verdict"
 _SUSPECT_AFTER_S = 2.0
 _JOIN_S = 2.0
 _RESTART = "Start the run again from its newest checkpoint."
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """Time limits for failed peers.
-
-    dead_after: seconds without a heartbeat after which a rank is declared dead.
-    stuck_after: seconds without progress, while other ranks wait in a collective, after which a
-        live rank is declared hung.
-    """
-
-    dead_after: float = DEAD_AFTER_S
-    stuck_after: float = STUCK_AFTER_S
-
-    def __post_init__(self) -> None:
-        for name, value in (("dead_after", self.dead_after), ("stuck_after", self.stuck_after)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number of seconds, not {value!r}")
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a finite number of seconds above 0, not {value}")
-
-    @property
-    def beat_s(self) -> float:
-        """Seconds between two heartbeats."""
-        return min(1.0, self.dead_after / 5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +61,7 @@ class PeerWatch:
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, global_ranks: tuple[int, ...], patience: Patience
+        self, store: dist.Store, rank: int, global_ranks: tuple[int, ...], patience: FailurePolicy
     ) -> None:
         self.patience = patience
         self._store = store

@@ -13,11 +13,11 @@ import torch.distributed as dist
 
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.coordinator.startup import World, joined_world
-from offload_adam.coordinator.watchdog import Patience
 from offload_adam.doctor.finding import Finding, failed, ok, warning
 from offload_adam.doctor.kept import Bandwidth, Ranks, ranks_like
 from offload_adam.layout.ring import ALL_REDUCE_PASSES, RingSpeed, pass_nbytes
 from offload_adam.layout.schedule import Lane
+from offload_adam.options import FailurePolicy
 from offload_adam.transfer.collectives import GroupCollectives, PendingCollective
 from offload_adam.transfer.streams import Streams, streams_for
 
@@ -50,7 +50,7 @@ def look_at_network(world: World) -> Network:
     """Join the ranks, measure and leave them again; trouble is told, not raised. Collective."""
     ranks = ranks_like(world.world_size, world.local_world_size, world.device.type)
     try:
-        with joined_world(_TIMEOUT, Patience(stuck_after=_TIMEOUT.total_seconds())) as joined:
+        with joined_world(_TIMEOUT, FailurePolicy(stuck_after=_TIMEOUT.total_seconds())) as joined:
             speed = measure_network(joined.ranks, joined.device)
     except (RuntimeError, OSError) as error:
         return Network(ranks, None, " ".join(str(error).split()))

@@ -57,4 +57,9 @@ def _step_s(optimizer: OffloadAdam) -> float:
 
 def _traffic_nbytes(each: int) -> int:
     specs = [ParameterSpec(i, each, 2, "bf16") for i in range(NUM_PARAMETERS)]
-    return sum(map(traffic_nbytes, plan_state(specs, StatePolicy())))
+    return sum(
+        map(
+            traffic_nbytes,
+            plan_state(specs, StatePolicy(bucket_nbytes=OffloadPolicy().bucket_nbytes)),
+        )
+    )

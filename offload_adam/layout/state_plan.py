@@ -29,8 +29,6 @@ from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
 
 FLOAT32_NBYTES = 4
 
-DEFAULT_BUCKET_NBYTES = 32 * 1024 * 1024
-
 
 class StateLocation(Enum):
     """Where a bucket's parameters are, and where this rank's part of their state is."""
@@ -61,7 +59,7 @@ class StatePolicy:
     """
 
     world_size: int = 1
-    bucket_nbytes: int = DEFAULT_BUCKET_NBYTES
+    bucket_nbytes: int
     reduces: bool = True
     accumulates: bool = False
     reduces_in_fp32: bool = False

@@ -5,17 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 import torch
 
 from offload_adam.errors import HostMemoryError
 from offload_adam.torch_private import cuda_runtime_functions
 from offload_adam.units import format_nbytes
-
-Pin = Literal["all", "staging", "none"]
-"""What is pinned: state and the buffers of copies, the latter alone, or nothing."""
-PINS: tuple[str, ...] = get_args(Pin)
 
 PIECE_NBYTES = 64 * 1024**3
 """Most that is registered at once: one call for all of a large mapping is refused by some drivers,

@@ -8,7 +8,8 @@ from enum import StrEnum
 
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.ring import RingSpeed
-from offload_adam.layout.state_plan import DEFAULT_BUCKET_NBYTES, StatePlan, StatePolicy, plan_state
+from offload_adam.layout.state_plan import StatePlan, StatePolicy, plan_state
+from offload_adam.options import OffloadPolicy
 
 SYNTHETIC_NUMEL = 50_000_000
 """Elements of one parameter of a model of which only the size is known, or more, so that there are
@@ -41,7 +42,7 @@ class Training:
     amsgrad: bool = False
     beside: bool = False
     offload_fraction: float = 1.0
-    bucket_nbytes: int = DEFAULT_BUCKET_NBYTES
+    bucket_nbytes: int = OffloadPolicy().bucket_nbytes
     saves: bool = False
     checkpoint_room_nbytes: int = 0
     num_tokens: int | None = None

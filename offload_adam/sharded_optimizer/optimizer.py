@@ -27,9 +27,9 @@ from offload_adam.coordinator.ranks import (
 )
 from offload_adam.errors import StreamedGradientError
 from offload_adam.kernels.scalars import Hyperparameters
+from offload_adam.options import check_max_norm
 from offload_adam.parameters.group_watch import GroupWatch
 from offload_adam.parameters.hooks import BackwardHooks
-from offload_adam.parameters.options import check_max_norm, check_module
 from offload_adam.parameters.selection import (
     Selection,
     check_parameters,
@@ -39,7 +39,7 @@ from offload_adam.parameters.selection import (
 )
 from offload_adam.sharded_optimizer.base import CoreOptimizer, WrittenState, serialized
 from offload_adam.sharded_optimizer.compiling import never_compiled
-from offload_adam.sharded_optimizer.execution import Execution
+from offload_adam.sharded_optimizer.execution import Execution, check_module
 from offload_adam.sharded_optimizer.loss_scale import read_loss_scale, report_skip
 from offload_adam.sharded_optimizer.owners import add_owner, refuse_owned
 from offload_adam.state.state_shard import local_state
@@ -94,7 +94,6 @@ class ShardedOptimizer(CoreOptimizer):
         self._max_norm_once: float | None = None
         self._streamed = StreamedGradients(partial(_norms_of, weakref.ref(self)))
         self._module = module
-        self._units = execution.units
         self._group_watch = GroupWatch(module)
         self._written = WrittenState()
         self._core: ShardedAdam | None = None
@@ -115,6 +114,7 @@ class ShardedOptimizer(CoreOptimizer):
                 refuse_unrelated(module, self.param_groups)
             self._fields = [*execution.fields(kind), *self._fields]
             self.max_grad_norm = execution.max_grad_norm
+            self._units = execution.offload.units
             on_device = [
                 self._backend.is_device(parameter.device)
                 for parameter in self._grouped_parameters()
@@ -142,8 +142,8 @@ class ShardedOptimizer(CoreOptimizer):
                     else None
                 ),
                 takes_rows=execution.takes_rows,
-                checkpoint_room_nbytes=execution.checkpoint_room_nbytes,
-                allow_overcommit=execution.allow_overcommit,
+                checkpoint_room_nbytes=execution.offload.checkpoint_room_nbytes,
+                allow_overcommit=execution.offload.allow_overcommit,
             )
             self._core = ShardedAdam(
                 self._ranks,

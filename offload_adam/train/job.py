@@ -20,14 +20,13 @@ from offload_adam.coordinator.admission import Field, require_same
 from offload_adam.coordinator.endings import EndingGuard, preemptible
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.startup import COLLECTIVE_TIMEOUT, World, final, joined_world
-from offload_adam.coordinator.watchdog import Patience
 from offload_adam.errors import CheckpointError, HostMemoryError, RankDisagreementError
 from offload_adam.kernels.threads import threads_per_rank
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.train.bigram import bigram_loss
 from offload_adam.train.corpus import Corpus
 from offload_adam.train.loop import Job, Saver, run_steps
-from offload_adam.train.optimizer import build_optimizer
+from offload_adam.train.optimizer import build_optimizer, failure_policy
 from offload_adam.train.preparation import prepare
 from offload_adam.train.profiled import profiled_job
 from offload_adam.train.progress import step_display
@@ -69,7 +68,7 @@ def run_job(config: RunConfig, console: Console | None = None, saver: Saver | No
             raise it, because it is in a collective that is not ours, the process is ended.
     """
     corpus, model = prepare(config)
-    patience = Patience(config.coordinator.dead_after, config.coordinator.stuck_after)
+    patience = failure_policy(config)
     timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=2 * patience.stuck_after))
     guard = EndingGuard()
     with (

@@ -9,16 +9,18 @@ import torch
 from torch import nn
 
 from offload_adam.config import RunConfig
-from offload_adam.config.optimizer_sections import AdamSection, ExecutionKeys, OffloadAdamSection
+from offload_adam.config.declared import read_options
+from offload_adam.config.optimizer_sections import AdamSection, OffloadAdamSection
 from offload_adam.contract.adam import Adam
 from offload_adam.optimizer import OffloadAdam
+from offload_adam.options import ExecutionOptions, FailurePolicy, OffloadPolicy
 from offload_adam.schedules import schedule_from_state
 
 
 def build_optimizer(config: RunConfig, model: nn.Module) -> OffloadAdam | Adam:
     """Return the optimizer of `model`'s trainable parameters."""
     section = config.optimizer
-    execution = _execution(section, config)
+    execution = _execution(config)
     if isinstance(section, AdamSection):
         return _adam(section, model, execution)
     return _offload_adam(section, model, execution)
@@ -64,25 +66,25 @@ def _adam(section: AdamSection, model: nn.Module, execution: dict[str, Any]) -> 
     )
 
 
-def _execution(section: ExecutionKeys, config: RunConfig) -> dict[str, Any]:
-    """Return the arguments that both optimizers take; what is not given keeps its default."""
-    arguments = {
-        "max_grad_norm": section.max_grad_norm,
-        "gradient_reduction": section.gradient_reduction,
-        "reduce_dtype": torch.float32 if section.reduce_dtype else None,
-        "accumulate": section.accumulate,
-        "num_threads": section.num_threads,
-        "overlap": section.overlap if config.optimizer.streams else None,
-        "pin": config.memory.pin,
-        "offload_fraction": config.memory.offload_fraction,
-        "checkpoint_room_nbytes": config.checkpoint.held_nbytes,
-        "allow_overcommit": config.memory.allow_overcommit,
-        "dead_after": config.coordinator.dead_after,
-        "stuck_after": config.coordinator.stuck_after,
-    }
-    if section.bucket_nbytes is not None:
-        arguments["bucket_nbytes"] = section.bucket_nbytes
-    return arguments
+def _execution(config: RunConfig) -> dict[str, Any]:
+    """Return the arguments that both optimizers take, besides the module."""
+    chosen = read_options(config, ExecutionOptions)
+    chosen["reduce_dtype"] = torch.float32 if chosen["reduce_dtype"] else None
+    if not config.optimizer.streams:
+        chosen["overlap"] = None
+    return {**chosen, "offload": offload_policy(config), "failures": failure_policy(config)}
+
+
+def offload_policy(config: RunConfig) -> OffloadPolicy:
+    """Return where the job's optimizer keeps its state, and how it is moved."""
+    return OffloadPolicy(
+        **read_options(config, OffloadPolicy), checkpoint_room_nbytes=config.checkpoint.held_nbytes
+    )
+
+
+def failure_policy(config: RunConfig) -> FailurePolicy:
+    """Return when the job's ranks give up on each other."""
+    return FailurePolicy(**read_options(config, FailurePolicy))
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> Iterator[dict[str, Any]]:

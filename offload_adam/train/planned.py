@@ -10,11 +10,11 @@ from torch import nn
 from offload_adam.config import RunConfig
 from offload_adam.config.optimizer_sections import AdamSection
 from offload_adam.layout.flat import ParameterSpec
-from offload_adam.layout.state_plan import DEFAULT_BUCKET_NBYTES
 from offload_adam.parameters.families import family_of
 from offload_adam.plan.inputs import Training
 from offload_adam.train.loop import Job
 from offload_adam.train.model import build_model
+from offload_adam.train.optimizer import offload_policy
 
 
 def subject_of(config: RunConfig, *, on_device: bool) -> tuple[list[ParameterSpec], Training]:
@@ -46,7 +46,7 @@ def training_of_job(job: Job) -> Training:
 def training_of(config: RunConfig, on_device: bool) -> Training:
     """Return how a configuration trains, for one rank: the world is not part of it."""
     section, train = config.optimizer, config.train
-    is_adam = isinstance(section, AdamSection)
+    is_adam, offload = isinstance(section, AdamSection), offload_policy(config)
     return Training(
         on_device=on_device,
         streams=section.streams,
@@ -54,10 +54,10 @@ def training_of(config: RunConfig, on_device: bool) -> Training:
         accumulates=section.accumulate is not None,
         reduce_fp32=section.reduce_dtype is not None,
         amsgrad=section.use_amsgrad if isinstance(section, AdamSection) else section.amsgrad,
-        offload_fraction=config.memory.offload_fraction,
+        offload_fraction=offload.offload_fraction,
         beside=is_adam and not section.streams,
-        bucket_nbytes=section.bucket_nbytes or DEFAULT_BUCKET_NBYTES,
+        bucket_nbytes=offload.bucket_nbytes,
         saves=config.checkpoint.every > 0,
-        checkpoint_room_nbytes=config.checkpoint.held_nbytes,
+        checkpoint_room_nbytes=offload.checkpoint_room_nbytes,
         num_tokens=train.batch_size * train.sequence_length * train.gradient_accumulation_steps,
     )

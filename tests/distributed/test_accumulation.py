@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from offload_adam import OffloadAdam
+from offload_adam import OffloadAdam, OffloadPolicy
 from tests.support.ranks import RankPool
 from tests.support.reference import Outcome, Weights, outcome_of
 
@@ -19,7 +19,7 @@ def make(model: Weights, **options: Any) -> OffloadAdam:
         model.named_parameters(),
         betas=(0.0, 0.9),
         gradient_reduction="optimizer",
-        bucket_nbytes=512,
+        offload=OffloadPolicy(bucket_nbytes=512),
         num_threads=1,
         **options,
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from offload_adam import Adam
+from offload_adam import Adam, OffloadPolicy
 from tests.support.ranks import RankPool
 from tests.support.reference import Outcome, outcome_of
 
@@ -64,7 +64,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def make_adam(model: nn.Module, **options: Any) -> Adam:
     first, *rest = model.parameters()
     groups = [{"params": [first], "lr": 0.05}, {"params": rest, "grad_centralization": True}]
-    return Adam(groups, 0.02, weight_decay=0.1, loss_scale=2.0, bucket_nbytes=512, **options)
+    return Adam(
+        groups,
+        0.02,
+        weight_decay=0.1,
+        loss_scale=2.0,
+        offload=OffloadPolicy(bucket_nbytes=512),
+        **options,
+    )
 
 
 def results(model: nn.Module, optimizer: Adam) -> list[torch.Tensor]:

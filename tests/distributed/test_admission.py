@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from offload_adam import OffloadAdam
+from offload_adam import OffloadAdam, OffloadPolicy
 from tests.support.ranks import RankPool
 from tests.support.reference import Outcome, Weights, bits, outcome_of
 
@@ -249,7 +249,10 @@ def start_from_different_weights(
     model = Weights([(7, 19), (300,), (1,), ()], dtype, seed=rank)
     mine = bits(model.all)
     optimizer = OffloadAdam(
-        model.parameters(), gradient_reduction="optimizer", bucket_nbytes=512, num_threads=1
+        model.parameters(),
+        gradient_reduction="optimizer",
+        offload=OffloadPolicy(bucket_nbytes=512),
+        num_threads=1,
     )
     full = optimizer.full_state_dict()
     masters = [] if rank else list(full["offload_adam"]["master_weight"].values())

@@ -16,6 +16,7 @@ from offload_adam import (
     Adam,
     CheckpointError,
     OffloadAdam,
+    OffloadPolicy,
     begin_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -104,7 +105,13 @@ def test_updates_beside_the_forward_wait_as_well(tmp_path: Path, held: Held) -> 
         models.append(Model())
         trained = [p for p in models[-1].parameters() if p.requires_grad]
         optimizers.append(
-            OffloadAdam(trained, lr=0.05, module=models[-1], overlap=True, bucket_nbytes=512)
+            OffloadAdam(
+                trained,
+                lr=0.05,
+                module=models[-1],
+                overlap=True,
+                offload=OffloadPolicy(bucket_nbytes=512),
+            )
         )
         train(models[-1], optimizers[-1], 0, 2)
     (model, _), (optimizer, other) = models, optimizers
@@ -126,7 +133,9 @@ def test_updates_beside_the_forward_wait_as_well(tmp_path: Path, held: Held) -> 
 def test_closing_frees_updates_beside_the_forward(tmp_path: Path, held: Held) -> None:
     model = Model()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = OffloadAdam(trained, module=model, overlap=True, bucket_nbytes=512)
+    optimizer = OffloadAdam(
+        trained, module=model, overlap=True, offload=OffloadPolicy(bucket_nbytes=512)
+    )
     begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     assert held.reached.wait(WAIT_S)
     train(model, optimizer, 0, 1)

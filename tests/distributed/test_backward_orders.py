@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from offload_adam import OffloadAdam
+from offload_adam import OffloadAdam, OffloadPolicy
 from offload_adam.parameters.stand_in import gradient_of
+from tests.support.policies import in_policies
 from tests.support.ranks import RankPool
 from tests.support.reference import Outcome, Weights, exact_gradients, mean_of, outcome_of
 
@@ -25,7 +26,7 @@ def make(model: torch.nn.Module, **options: Any) -> OffloadAdam:
         betas=(0.0, 0.9),
         module=model,
         num_threads=1,
-        **{"bucket_nbytes": 512, **options},
+        **in_policies(**{"bucket_nbytes": 512, **options}),
     )
 
 
@@ -173,7 +174,7 @@ def train_two_optimizers(rank: int, world_size: int) -> list[torch.Tensor]:
             betas=(0.0, 0.9),
             module=model,
             gradient_reduction="optimizer",
-            bucket_nbytes=512,
+            offload=OffloadPolicy(bucket_nbytes=512),
             num_threads=1,
         )
         for half in (0, 1)

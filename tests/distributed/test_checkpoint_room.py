@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from offload_adam import Adam, OffloadAdam, begin_checkpoint, load_checkpoint, save_checkpoint
+from offload_adam import (
+    Adam,
+    OffloadAdam,
+    OffloadPolicy,
+    begin_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from offload_adam.checkpoint import save
 from offload_adam.checkpoint.files import Part, _SummedFile
 from offload_adam.checkpoint.format import read_manifest
@@ -41,8 +48,7 @@ def make(kind: str, seed: int, room_nbytes: int) -> tuple[Model, Any]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     shared: dict[str, Any] = {
         "gradient_reduction": "optimizer",
-        "bucket_nbytes": BUCKET_NBYTES,
-        "checkpoint_room_nbytes": room_nbytes,
+        "offload": OffloadPolicy(bucket_nbytes=BUCKET_NBYTES, checkpoint_room_nbytes=room_nbytes),
     }
     if kind.startswith("adam"):
         return model, Adam(trained, 0.05, use_offload=kind == "adam_offload", **shared)
@@ -312,12 +318,16 @@ def test_later_groups_get_room_of_what_is_left(tmp_path: Path, disk: Disk) -> No
     model = nn.ModuleList([nn.Linear(16, 8), nn.Linear(16, 8)])
     limits = {2**20: (3072, 3072), 3600: (3072, 512)}  # 3 planes of twice 128 elements
     for limit_nbytes, expected in limits.items():
-        optimizer = OffloadAdam(model[0].parameters(), checkpoint_room_nbytes=limit_nbytes)
+        optimizer = OffloadAdam(
+            model[0].parameters(), offload=OffloadPolicy(checkpoint_room_nbytes=limit_nbytes)
+        )
         optimizer.add_param_group({"params": list(model[1].parameters())})
         assert tuple(each.nbytes for each in optimizer.checkpoint_rooms) == expected
         assert optimizer.host_nbytes["checkpoint room"] == sum(expected)
         optimizer.close()
-    optimizer = OffloadAdam(model[0].parameters(), checkpoint_room_nbytes=2**20)
+    optimizer = OffloadAdam(
+        model[0].parameters(), offload=OffloadPolicy(checkpoint_room_nbytes=2**20)
+    )
     optimizer.add_param_group({"params": list(model[1].parameters())})
     pending = begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     assert disk.reached.wait(WAIT_S)
@@ -335,7 +345,9 @@ def test_a_room_that_does_not_fit_is_refused_with_the_state(
     monkeypatch.setattr(node_memory, "available_memory", lambda: (10_000, "of a small machine"))
     OffloadAdam([nn.Parameter(torch.zeros(512))]).close()  # 4 KiB of moments, and no room
     with pytest.raises(HostMemoryError, match=r"checkpoint room +6.00 KiB\n +together +10.00 KiB"):
-        OffloadAdam([nn.Parameter(torch.zeros(512))], checkpoint_room_nbytes=PLENTY)
+        OffloadAdam(
+            [nn.Parameter(torch.zeros(512))], offload=OffloadPolicy(checkpoint_room_nbytes=PLENTY)
+        )
 
 
 @pytest.mark.parametrize(
@@ -343,4 +355,6 @@ def test_a_room_that_does_not_fit_is_refused_with_the_state(
 )
 def test_a_room_that_is_no_number_of_bytes_is_refused(value: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="checkpoint_room_nbytes must be"):
-        OffloadAdam([nn.Parameter(torch.zeros(3))], checkpoint_room_nbytes=value)
+        OffloadAdam(
+            [nn.Parameter(torch.zeros(3))], offload=OffloadPolicy(checkpoint_room_nbytes=value)
+        )

@@ -14,6 +14,7 @@ from offload_adam import (
     Adam,
     CheckpointError,
     OffloadAdam,
+    OffloadPolicy,
     begin_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -36,11 +37,13 @@ def make(kind: str, seed: int, channels_last: bool = False) -> tuple[Model, Any]
     if channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = [p for p in model.parameters() if p.requires_grad]
-    shared: dict[str, Any] = {"gradient_reduction": "optimizer", "bucket_nbytes": 512}
+    shared: dict[str, Any] = {
+        "gradient_reduction": "optimizer",
+        "offload": OffloadPolicy(bucket_nbytes=512),
+    }
     if kind.startswith("adam"):
         rate = CosineDecayLR(0.001, 0.1, 9)
-        offload: dict[str, Any] = {"use_offload": kind == "adam_offload"}
-        return model, Adam(trained, rate, **shared, **offload)
+        return model, Adam(trained, rate, **shared, use_offload=kind == "adam_offload")
     groups = [{"params": trained[:2], "lr": 0.03}, {"params": trained[2:], "weight_decay": 0.1}]
     module = model if kind == "streaming" else None
     return model, OffloadAdam(groups, lr=0.05, amsgrad=kind == "amsgrad", module=module, **shared)
@@ -161,7 +164,7 @@ def refuse(rank: int, world_size: int, path: str, other: str) -> list[Outcome]:
     wide = OffloadAdam(
         [p for p in larger.parameters() if p.requires_grad],
         gradient_reduction="optimizer",
-        bucket_nbytes=512,
+        offload=OffloadPolicy(bucket_nbytes=512),
     )
     half_model, half = make("bf16", seed=1)
     outcomes = [

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from offload_adam import OffloadAdam
+from offload_adam import OffloadAdam, OffloadPolicy
 from tests.support.ranks import RankPool
 
 NUM_STEPS = 3
@@ -49,7 +49,7 @@ def train_one_way(
         max_grad_norm=1.0,
         module=(wrapped or model) if given else None,
         gradient_reduction=None if given and wraps_first else "external",
-        bucket_nbytes=1024,
+        offload=OffloadPolicy(bucket_nbytes=1024),
         num_threads=1,
     )
     wrapped = wrapped or wrap()

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from offload_adam import OffloadAdam, PeerFailedError
+from offload_adam import OffloadAdam, OffloadPolicy, PeerFailedError
 from tests.support.ranks import RankDied, RankError, RankPool
 from tests.support.reference import Weights, exact_gradients, outcome_of
 
@@ -40,7 +40,7 @@ def die_in_a_step(rank: int, world_size: int, streams: bool) -> None:
         model.parameters(),
         module=model if streams else None,
         gradient_reduction="optimizer",
-        bucket_nbytes=1024,
+        offload=OffloadPolicy(bucket_nbytes=1024),
         num_threads=1,
     )
     for step in range(3):
@@ -123,14 +123,16 @@ LEAVE = """
 import sys
 import torch
 import torch.distributed as dist
-from offload_adam import OffloadAdam
+from offload_adam import OffloadAdam, OffloadPolicy
 from tests.support.reference import Weights, exact_gradients
 
 rank, store = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 model = Weights([(300,), (2000,)])
-optimizer = OffloadAdam(model.parameters(), module=model, bucket_nbytes=1024, num_threads=1)
+optimizer = OffloadAdam(
+    model.parameters(), module=model, num_threads=1, offload=OffloadPolicy(bucket_nbytes=1024)
+)
 model(exact_gradients(model.all, rank, 2)).backward()
 optimizer.step()
 # In flight at the end.
@@ -177,7 +179,7 @@ def hold_memory(rank: int, world_size: int, streams: bool, overlap: bool) -> tup
         model.parameters(),
         module=model if streams else None,
         gradient_reduction="optimizer",
-        bucket_nbytes=2 * BUCKET_NUMEL,
+        offload=OffloadPolicy(bucket_nbytes=2 * BUCKET_NUMEL),
         num_threads=1,
         overlap=overlap,
     )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from offload_adam import OffloadAdam
+from offload_adam import OffloadAdam, OffloadPolicy
 from tests.support.ranks import RankPool
 from tests.support.reference import (
     Outcome,
@@ -33,7 +33,7 @@ def make(model: Weights, *, streams: bool, max_grad_norm: float | None = None) -
         max_grad_norm=max_grad_norm,
         module=model if streams else None,
         gradient_reduction="optimizer",
-        bucket_nbytes=1024,
+        offload=OffloadPolicy(bucket_nbytes=1024),
         num_threads=1,
     )
 
@@ -178,7 +178,7 @@ def step_on_partial_averages(rank: int, world_size: int) -> tuple[Outcome, list[
         model.named_parameters(),
         lr=LR,
         gradient_reduction="external",
-        bucket_nbytes=1024,
+        offload=OffloadPolicy(bucket_nbytes=1024),
         num_threads=1,
     )
     gradients = exact_gradients(model.all, 0, world_size)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from offload_adam import OffloadAdam, PeerFailedError
+from offload_adam import FailurePolicy, OffloadAdam, OffloadPolicy, PeerFailedError
 from offload_adam.coordinator.progress import PROGRESS
 from tests.support.ranks import RankError, RankPool
 from tests.support.reference import Weights, exact_gradients
@@ -33,11 +33,12 @@ def stumble(rank: int, world_size: int, how: str) -> float:
     optimizer = OffloadAdam(
         model.parameters(),
         module=model,
-        bucket_nbytes=1024,
+        offload=OffloadPolicy(bucket_nbytes=1024),
         num_threads=1,
         # On a busy machine a heartbeat may be late: only where one is to be missed is it short.
-        dead_after=PATIENCE_S if how == "stop" else 20.0,
-        stuck_after=PATIENCE_S,
+        failures=FailurePolicy(
+            dead_after=PATIENCE_S if how == "stop" else 20.0, stuck_after=PATIENCE_S
+        ),
     )
     for step in range(3):
         model(exact_gradients(model.all, 10 * step + rank, world_size)).backward()
@@ -117,7 +118,10 @@ def never_come(rank: int, world_size: int) -> str:
         return ""
     with pytest.raises(PeerFailedError) as caught:
         OffloadAdam(
-            model.parameters(), gradient_reduction="optimizer", stuck_after=1.0, num_threads=1
+            model.parameters(),
+            gradient_reduction="optimizer",
+            failures=FailurePolicy(stuck_after=1.0),
+            num_threads=1,
         )
     assert caught.value.ranks == (1,)
     return str(caught.value)
@@ -131,9 +135,9 @@ def test_a_rank_that_never_comes_is_named(own_ranks: RankPool) -> None:
 
 def differ(rank: int, world_size: int, name: str, value: object) -> str:
     model = Weights([(3,)])
-    options = {name: value if rank == 1 else 5.0}
+    failures = FailurePolicy(**{name: value if rank == 1 else 5.0})  # type: ignore[arg-type]
     with pytest.raises((TypeError, ValueError)) as caught:
-        OffloadAdam(model.parameters(), gradient_reduction="optimizer", **options)  # type: ignore[arg-type]
+        OffloadAdam(model.parameters(), gradient_reduction="optimizer", failures=failures)
     return str(caught.value)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from offload_adam import OffloadAdam
+from offload_adam import OffloadAdam, OffloadPolicy
 from tests.support.ranks import RankPool
 from tests.support.reference import Outcome, Weights, bits, exact_gradients, outcome_of
 from tests.support.scenario import Offloading
@@ -23,7 +23,7 @@ def make(model: Weights, *, streams: bool, offloads: bool = False) -> OffloadAda
         lr=1e-2,
         module=model if streams else None,
         gradient_reduction="optimizer",
-        bucket_nbytes=512,
+        offload=OffloadPolicy(bucket_nbytes=512),
         num_threads=1,
     )
 
@@ -331,7 +331,7 @@ def use_a_sparse_gradient(
         model.named_parameters(),
         module=model if streams else None,
         gradient_reduction="optimizer",
-        bucket_nbytes=512,
+        offload=OffloadPolicy(bucket_nbytes=512),
         num_threads=1,
     )
     before = bits(list(model.parameters()))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from offload_adam import OffloadAdam, PeerFailedError
+from offload_adam import OffloadAdam, OffloadPolicy, PeerFailedError
 from offload_adam.layout.schedule import Operation
 from tests.support.ranks import RankError, RankPool
 from tests.support.scenario import bits_of
@@ -64,7 +64,7 @@ def train(
         module=model,
         overlap=overlap,
         max_grad_norm=1.0,
-        bucket_nbytes=4096,
+        offload=OffloadPolicy(bucket_nbytes=4096),
         num_threads=1,
     )
     for step in range(NUM_STEPS):
@@ -108,7 +108,13 @@ def test_three_ranks_that_part(ranks: RankPool) -> None:
 def train_interrupted(rank: int, world_size: int, at: str | None) -> list[bytes]:
     """Interrupt rank 0's wait for the first gather, or in it, and let it go on."""
     model = Blocks()
-    optimizer = Lazy(model.parameters(), lr=1e-2, module=model, overlap=True, bucket_nbytes=4096)
+    optimizer = Lazy(
+        model.parameters(),
+        lr=1e-2,
+        module=model,
+        overlap=True,
+        offload=OffloadPolicy(bucket_nbytes=4096),
+    )
     interrupts = iter([True] if rank == 0 and at is not None else [])
 
     def interrupted(operation: str, original: Callable[..., None]) -> Callable[..., None]:
@@ -148,7 +154,9 @@ def test_an_interrupted_wait_forgets_no_gather(ranks: RankPool, at: str) -> None
 def drop_in_the_middle(rank: int, world_size: int) -> str:
     """Drop an optimizer whose parameters are still to be gathered; return what was logged."""
     model = Blocks()
-    optimizer = Lazy(model.parameters(), module=model, overlap=True, bucket_nbytes=4096)
+    optimizer = Lazy(
+        model.parameters(), module=model, overlap=True, offload=OffloadPolicy(bucket_nbytes=4096)
+    )
     model(batch(rank, 0), set()).square().mean().backward()
     optimizer.step()
     logged = io.StringIO()
@@ -168,7 +176,13 @@ def test_ranks_that_drop_an_optimizer_too_early_are_told(ranks: RankPool) -> Non
 def train_with_one_fallen_back(rank: int, world_size: int) -> tuple[list[bytes], bool]:
     """Rank 0's first forward runs no hook, so that it waits in step(); rank 1 overlaps."""
     model = Blocks()
-    optimizer = Lazy(model.parameters(), lr=1e-2, module=model, overlap=True, bucket_nbytes=4096)
+    optimizer = Lazy(
+        model.parameters(),
+        lr=1e-2,
+        module=model,
+        overlap=True,
+        offload=OffloadPolicy(bucket_nbytes=4096),
+    )
     hooks = optimizer._core.forward_hooks if optimizer._core is not None else None
     assert hooks is not None
     if rank == 0:
@@ -196,7 +210,11 @@ def fail_in_update(rank: int, world_size: int) -> str:
     """Let rank 1's update thread raise; return what this rank is told, and by which call."""
     model = Blocks()
     optimizer = OffloadAdam(
-        model.parameters(), module=model, overlap=True, bucket_nbytes=4096, num_threads=1
+        model.parameters(),
+        module=model,
+        overlap=True,
+        offload=OffloadPolicy(bucket_nbytes=4096),
+        num_threads=1,
     )
     model(batch(rank, 0), set()).square().mean().backward()
     optimizer.step()

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from offload_adam import OffloadAdam
+from offload_adam import OffloadAdam, OffloadPolicy
 from tests.support.ranks import RankPool
 from tests.support.reference import Weights, bits, mean_of
 from tests.support.scenario import Offloading
@@ -121,7 +121,7 @@ def make_pair(
         "lr": 1e-2,
         "weight_decay": 0.1,
         "max_grad_norm": options.max_grad_norm,
-        "bucket_nbytes": options.bucket_nbytes,
+        "offload": OffloadPolicy(bucket_nbytes=options.bucket_nbytes),
         "num_threads": 1,
     }
     shared = maker(

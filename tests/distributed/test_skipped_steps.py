@@ -10,7 +10,7 @@ import torch
 from torch.amp import GradScaler
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
-from offload_adam import Adam, OffloadAdam
+from offload_adam import Adam, OffloadAdam, OffloadPolicy
 from tests.support.ranks import RankPool
 from tests.support.reference import (
     Outcome,
@@ -54,7 +54,7 @@ def make(model: Weights, *, streams: bool) -> OffloadAdam:
         max_grad_norm=1.0,
         module=model if streams else None,
         gradient_reduction="optimizer",
-        bucket_nbytes=1024,
+        offload=OffloadPolicy(bucket_nbytes=1024),
         num_threads=1,
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from offload_adam import OffloadAdam
+from offload_adam import OffloadAdam, OffloadPolicy
 from tests.support.ranks import RankPool
 from tests.support.reference import (
     Weights,
@@ -48,7 +48,7 @@ def make(model: Weights, params: Any = None, **options: Any) -> OffloadAdam:
         lr=LR,
         weight_decay=0.1,
         gradient_reduction="optimizer",
-        bucket_nbytes=1024,
+        offload=OffloadPolicy(bucket_nbytes=1024),
         num_threads=1,
         **options,
     )

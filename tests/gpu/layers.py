@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from offload_adam import OffloadAdam
+from tests.support.policies import in_policies
 
 SHAPES = ((300, 7), (130,), (64, 64), (1,), (2, 3, 4, 5), (1000,))
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -68,7 +69,7 @@ def make(
         "bucket_nbytes": 8192,
         "module": model,
     }
-    return model, kind(model.parameters(), **(settings | options))
+    return model, kind(model.parameters(), **in_policies(**(settings | options)))
 
 
 def train(model: Layers, optimizer: OffloadAdam, steps: range, device: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from offload_adam import Adam
+from offload_adam import Adam, OffloadPolicy
 from tests.unit.adam.cases import (
     RATES,
     Case,
@@ -38,7 +38,7 @@ def on_device(case: Case) -> Adam:
         RATES[case.rate](),
         weight_decay=decay_of(case),
         loss_scale=case.loss_scale,
-        bucket_nbytes=64,
+        offload=OffloadPolicy(bucket_nbytes=64),
         **case.flags,
     )
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from offload_adam import OffloadAdam
+from offload_adam import OffloadAdam, OffloadPolicy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -24,7 +24,10 @@ def test_masters_follow_torchs_adam_in_float64(dtype: torch.dtype, streams: bool
     model = make_model(dtype)
     masters = [torch.nn.Parameter(p.detach().double().cpu()) for p in model.parameters()]
     optimizer = OffloadAdam(
-        model.parameters(), lr=1e-2, bucket_nbytes=4096, module=model if streams else None
+        model.parameters(),
+        lr=1e-2,
+        offload=OffloadPolicy(bucket_nbytes=4096),
+        module=model if streams else None,
     )
     oracle = torch.optim.Adam(masters, lr=1e-2, foreach=False)
     for step in range(5):
@@ -51,7 +54,7 @@ def test_streaming_and_drop_in_give_the_same_bits() -> None:
             model.parameters(),
             lr=1e-2,
             max_grad_norm=0.1,
-            bucket_nbytes=4096,
+            offload=OffloadPolicy(bucket_nbytes=4096),
             module=model if streams else None,
         )
         for step in range(5):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from offload_adam import OffloadAdam
+from offload_adam import OffloadAdam, OffloadPolicy
 from tests.gpu.layers import Layers, assert_same_bits, bits, gradients_of, make, train
 
 
@@ -108,7 +108,7 @@ def test_units_on_two_devices_have_the_bits_of_the_cpu(overlap: bool) -> None:
         weight_decay=0.1,
         decoupled_weight_decay=True,
         max_grad_norm=20.0,
-        bucket_nbytes=8192,
+        offload=OffloadPolicy(bucket_nbytes=8192),
         module=model,
         overlap=overlap,
     )

@@ -23,7 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from rich.console import Console
 
-from offload_adam import Adam, OffloadAdam, save_checkpoint
+from offload_adam import Adam, OffloadAdam, OffloadPolicy, save_checkpoint
 from offload_adam.checkpoint.dcp import OptimizerState
 from offload_adam.config import RunConfig
 from offload_adam.schedules import CosineDecayLR
@@ -63,10 +63,13 @@ def make(case: str, seed: int) -> tuple[Model, Any]:
     model = Model().to(torch.bfloat16 if case == "bf16" else torch.float32)
     model.conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    shared: dict[str, Any] = {"gradient_reduction": "optimizer", "bucket_nbytes": 512}
+    shared: dict[str, Any] = {
+        "gradient_reduction": "optimizer",
+        "offload": OffloadPolicy(bucket_nbytes=512),
+    }
     if case.startswith("adam"):
-        offload: dict[str, Any] = {"use_offload": case == "adam_offload"}
-        return model, Adam(trained, CosineDecayLR(0.001, 0.1, 9), **shared, **offload)
+        rate = CosineDecayLR(0.001, 0.1, 9)
+        return model, Adam(trained, rate, **shared, use_offload=case == "adam_offload")
     groups = [{"params": trained[:2], "lr": 0.03}, {"params": trained[2:], "weight_decay": 0.1}]
     return model, OffloadAdam(groups, lr=0.05, amsgrad=case == "amsgrad", **shared)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from hypothesis import strategies as st
 
-from offload_adam.memory.pinning import Pin
+from offload_adam.options import Pin
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

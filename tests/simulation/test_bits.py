@@ -12,7 +12,7 @@ from hypothesis import seed as drawn_from
 from hypothesis import strategies as st
 
 from offload_adam.layout.schedule import Operation
-from offload_adam.memory.pinning import Pin
+from offload_adam.options import Pin
 from tests.simulation.case import Case, Step, cases, simple_case
 from tests.simulation.simulation import Simulation
 from tests.simulation.training import reference_of

@@ -17,6 +17,7 @@ import torch
 
 from offload_adam import OffloadAdam
 from tests.support.devices import HOST_AS_DEVICE
+from tests.support.policies import in_policies
 
 NUM_STEPS = 4
 
@@ -138,10 +139,9 @@ def make_optimizer(model: Model, scenario: Scenario) -> OffloadAdam:
         max_grad_norm=scenario.max_grad_norm,
         module=model if streams else None,
         gradient_reduction=reduction,
-        bucket_nbytes=scenario.bucket_nbytes,
         accumulate="host" if scenario.mode == "accumulate" else None,
         num_threads=1,
-        **dict(scenario.options),
+        **in_policies(bucket_nbytes=scenario.bucket_nbytes, **dict(scenario.options)),
     )
 
 

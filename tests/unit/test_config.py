@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from offload_adam.config import ConfigError, RunConfig, dump_config, load_config
+from offload_adam.cli.app import app
+from offload_adam.config import (
+    ConfigError,
+    RunConfig,
+    dump_config,
+    explain_config,
+    load_config,
+)
 from offload_adam.config.optimizer_sections import AdamSection, OffloadAdamSection
+from offload_adam.options import ExecutionOptions, FailurePolicy, OffloadPolicy, options_of
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -32,6 +40,26 @@ def mistakes(tmp_path: Path, text: str, *overrides: str) -> dict[str, str]:
 def test_every_file_in_configs_loads(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
     assert load(tmp_path, dump_config(config)) == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_configuration_with_comments_reads_back(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    text = explain_config(config)
+    assert load(tmp_path, text) == config
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+
+def test_the_comments_are_those_of_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    app(["config"], standalone_mode=False)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    for policy in (ExecutionOptions, OffloadPolicy, FailurePolicy):
+        for option in options_of(policy):
+            if option.key:
+                name = option.key.rpartition(".")[2]
+                place = next(n for n, line in enumerate(lines) if line.startswith(f"{name}:"))
+                comment = lines[place - 1].removeprefix("# ")
+                assert option.name == "gradient_reduction" or option.text.endswith(comment)
 
 
 def test_an_empty_mapping_is_a_run_named_after_its_file(tmp_path: Path) -> None:

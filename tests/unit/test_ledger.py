@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offload_adam import Adam, OffloadAdam
+from offload_adam import Adam, OffloadAdam, OffloadPolicy
 from offload_adam.step.ledger import by_category
 
 
@@ -13,7 +13,7 @@ from offload_adam.step.ledger import by_category
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_the_ledger_adds_up_to_what_is_held(dtype: torch.dtype, amsgrad: bool) -> None:
     parameters = [torch.nn.Parameter(torch.zeros(300, 7, dtype=dtype)) for _ in range(5)]
-    optimizer = OffloadAdam(parameters, amsgrad=amsgrad, bucket_nbytes=9000)
+    optimizer = OffloadAdam(parameters, amsgrad=amsgrad, offload=OffloadPolicy(bucket_nbytes=9000))
     entries = optimizer.memory_ledger()
     # 2,100 elements take 2,176 in their bucket: 17 blocks of 128.
     planes = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad

@@ -16,13 +16,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload_adam import Adam, OffloadAdam, load_checkpoint, save_checkpoint
+from offload_adam import Adam, OffloadAdam, OffloadPolicy, load_checkpoint, save_checkpoint
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.layout.flat import ParameterSpec, plan_buckets
 from offload_adam.layout.state_plan import StateLocation, kept_on_device
 from offload_adam.step.ledger import by_category
 from tests.support.devices import HOST_AS_DEVICE
 from tests.support.kernel_reference import ReferenceState, reference_update
+from tests.support.policies import in_policies
 from tests.support.scenario import Offloading
 
 NUM_STEPS = 6
@@ -52,7 +53,8 @@ def make(dtype: torch.dtype, fraction: float, **options: Any) -> tuple[Layers, O
     settings: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "max_grad_norm": 3.0}
     settings |= {"module": model, "overlap": False, "bucket_nbytes": NUMEL * dtype.itemsize}
     settings |= options
-    return model, Offloading(model.parameters(), offload_fraction=fraction, **settings)
+    settings["offload_fraction"] = fraction
+    return model, Offloading(model.parameters(), **in_policies(**settings))
 
 
 def take_step(model: Layers, optimizer: OffloadAdam, step: int) -> None:
@@ -260,8 +262,7 @@ def test_gradients_that_stay_are_let_go_while_backward_goes_on(overlap: bool) ->
     optimizer = Offloading(
         model.parameters(),
         module=model,
-        bucket_nbytes=2 * NUMEL,
-        offload_fraction=0.0,
+        offload=OffloadPolicy(bucket_nbytes=2 * NUMEL, offload_fraction=0.0),
         overlap=overlap,
     )
     for step in range(2):
@@ -299,7 +300,10 @@ def test_sparse_rows_of_kept_tables() -> None:
         torch.manual_seed(0)
         table = torch.nn.Embedding(50, 6, sparse=True)
         optimizer = OffloadingAdam(
-            table.parameters(), use_offload=True, weight_decay=0.1, offload_fraction=fraction
+            table.parameters(),
+            use_offload=True,
+            weight_decay=0.1,
+            offload=OffloadPolicy(offload_fraction=fraction),
         )
         for step in range(3):
             table(torch.tensor([1, 4, 4, 30 + step])).square().sum().backward()
@@ -311,13 +315,20 @@ def test_sparse_rows_of_kept_tables() -> None:
 
 def test_without_a_device_it_is_a_warning() -> None:
     with pytest.warns(UserWarning, match="offload_fraction=0.5 has no effect.*no parameter is on"):
-        optimizer = OffloadAdam([torch.nn.Parameter(torch.ones(3))], offload_fraction=0.5)
+        optimizer = OffloadAdam(
+            [torch.nn.Parameter(torch.ones(3))], offload=OffloadPolicy(offload_fraction=0.5)
+        )
     assert optimizer.host_nbytes["state"] > 0
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
 def test_a_share_outside_of_0_and_1_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match=r"offload_fraction must lie in \[0, 1\]"):
-        OffloadAdam([torch.nn.Parameter(torch.ones(3))], offload_fraction=value)
+        OffloadAdam(
+            [torch.nn.Parameter(torch.ones(3))], offload=OffloadPolicy(offload_fraction=value)
+        )
     with pytest.raises(TypeError, match="offload_fraction must be a number"):
-        OffloadAdam([torch.nn.Parameter(torch.ones(3))], offload_fraction="1")  # type: ignore[arg-type]
+        OffloadAdam(
+            [torch.nn.Parameter(torch.ones(3))],
+            offload=OffloadPolicy(offload_fraction="1"),  # type: ignore[arg-type]
+        )

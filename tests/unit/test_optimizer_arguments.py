@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from offload_adam import Adam, OffloadAdam
+from offload_adam import Adam, FailurePolicy, OffloadAdam, OffloadPolicy
 from offload_adam.errors import HostMemoryError
 
 
@@ -30,7 +30,18 @@ from offload_adam.errors import HostMemoryError
         ({"amsgrad": 1}, TypeError, "amsgrad must be a bool, not 1"),
         ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm must be above 0"),
         ({"max_grad_norm": "1"}, TypeError, "max_grad_norm must be a number"),
-        ({"bucket_nbytes": 0}, ValueError, "bucket_nbytes must be at least 1"),
+        (
+            {"offload": OffloadPolicy(bucket_nbytes=0)},
+            ValueError,
+            "bucket_nbytes must be at least 1",
+        ),
+        (
+            {"offload": FailurePolicy()},
+            TypeError,
+            r"offload must be OffloadPolicy\(...\), not Fail",
+        ),
+        ({"failures": 5}, TypeError, r"failures must be FailurePolicy\(...\), not 5"),
+        ({"pin": "all"}, TypeError, "unexpected keyword argument 'pin'"),
         ({"num_threads": 1.5}, TypeError, "num_threads must be an int"),
         ({"reduce_dtype": torch.float16}, ValueError, "reduce_dtype must be torch.float32 or None"),
         ({"state_dtype": torch.bfloat16}, ValueError, "state_dtype must be torch.float32"),
@@ -118,7 +129,7 @@ def test_state_that_does_not_fit_is_refused_before_anything_moves(
     with pytest.raises(HostMemoryError, match=r"available \(of the machine\) +1023 B"):
         OffloadAdam([parameter])
     assert parameter.data_ptr() == address
-    OffloadAdam([parameter], allow_overcommit=True)
+    OffloadAdam([parameter], offload=OffloadPolicy(allow_overcommit=True))
     monkeypatch.setattr(available, lambda: (1024, "of the machine"))
     OffloadAdam([torch.nn.Parameter(torch.ones(3))])  # exp_avg and exp_avg_sq, a block of each
 

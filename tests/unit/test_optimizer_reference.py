@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from typing import Any
 
 import pytest
 import torch
 
-from offload_adam import OffloadAdam
+from offload_adam import OffloadAdam, OffloadAdamW, OffloadPolicy
 from tests.support.scenario import Offloading
 
 SHAPES = [(3, 5), (), (130,), (0, 4), (1,), (7, 64), (2, 3, 4, 5)]
@@ -62,7 +63,7 @@ def test_modes_match_torch_in_float64(
     options = MODES[mode]
     parameters = make_parameters(dtype)
     references = [torch.nn.Parameter(p.detach().double()) for p in parameters]
-    optimizer = maker(parameters, lr=lr, bucket_nbytes=1024, **options)
+    optimizer = maker(parameters, lr=lr, offload=OffloadPolicy(bucket_nbytes=1024), **options)
     oracle = torch_optimizer(references, options, lr)
     generator = torch.Generator().manual_seed(5)
     for step in range(NUM_STEPS):
@@ -78,6 +79,36 @@ def test_modes_match_torch_in_float64(
         oracle.step()
         for parameter, reference in zip(parameters, references, strict=True):
             _assert_close(optimizer, oracle, parameter, reference, lr, step + 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.3}, {"amsgrad": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offload_adamw_matches_torchs_adamw_in_float64(
+    dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    parameters = make_parameters(dtype)
+    references = [torch.nn.Parameter(p.detach().double()) for p in parameters]
+    optimizer = OffloadAdamW(parameters, lr=1e-2, **options)
+    oracle = torch.optim.AdamW(references, lr=1e-2, foreach=False, **options)
+    generator = torch.Generator().manual_seed(5)
+    for step in range(NUM_STEPS):
+        for parameter, reference in zip(parameters, references, strict=True):
+            gradient = torch.randn(parameter.shape, generator=generator).to(dtype)
+            parameter.grad = gradient.clone()
+            reference.grad = gradient.double()
+        optimizer.step()
+        oracle.step()
+        for parameter, reference in zip(parameters, references, strict=True):
+            _assert_close(optimizer, oracle, parameter, reference, 1e-2, step + 1)
+
+
+def test_offload_adamw_has_the_arguments_of_offload_adam() -> None:
+    arguments = dict(inspect.signature(OffloadAdam).parameters)
+    decoupled = dict(inspect.signature(OffloadAdamW).parameters)
+    assert decoupled.pop("weight_decay").default == 1e-2
+    for name in ("weight_decay", "decoupled_weight_decay"):
+        del arguments[name]
+    assert list(decoupled.items()) == list(arguments.items())
 
 
 def _assert_close(
@@ -140,7 +171,9 @@ def test_dtypes_frozen_and_unused_parameters_mix_in_one_model() -> None:
     unused = parameters[4]
     before = unused.detach().clone()
     masters = [torch.nn.Parameter(p.detach().double()) for p in parameters]
-    optimizer = OffloadAdam([*parameters, frozen], lr=1e-2, bucket_nbytes=300)
+    optimizer = OffloadAdam(
+        [*parameters, frozen], lr=1e-2, offload=OffloadPolicy(bucket_nbytes=300)
+    )
     oracle = torch.optim.Adam(masters, lr=1e-2, foreach=False)
     for _ in range(3):
         for parameter, master in zip(parameters, masters, strict=True):
@@ -217,7 +250,7 @@ def test_bits_do_not_depend_on_buckets_threads_or_way_of_use() -> None:
             model.parameters(),
             lr=1e-2,
             max_grad_norm=0.1,
-            bucket_nbytes=bucket_nbytes,
+            offload=OffloadPolicy(bucket_nbytes=bucket_nbytes),
             num_threads=num_threads,
             module=model if streams else None,
             overlap=False,

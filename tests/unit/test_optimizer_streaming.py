@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from offload_adam import OffloadAdam
+from offload_adam import OffloadAdam, OffloadPolicy
 from offload_adam.parameters.stand_in import StandIn
 from tests.support.scenario import Offloading
 
@@ -67,7 +67,9 @@ def test_gradients_leave_during_backward_and_the_result_is_torchs(
 ) -> None:
     model = Blocks()
     expected = train_reference(model, [[0], [1], [2]])
-    optimizer = maker(model.parameters(), lr=1e-2, module=model, bucket_nbytes=600)
+    optimizer = maker(
+        model.parameters(), lr=1e-2, module=model, offload=OffloadPolicy(bucket_nbytes=600)
+    )
     for step in range(3):
         model(batch(step)).square().sum().backward()
         assert all(type(parameter.grad) is StandIn for parameter in model.parameters())
@@ -79,7 +81,9 @@ def test_gradients_leave_during_backward_and_the_result_is_torchs(
 def test_no_sync_keeps_gradients_in_grad_until_the_last_backward() -> None:
     model = Blocks()
     expected = train_reference(model, [[0, 1, 2], [3, 4, 5]])
-    optimizer = OffloadAdam(model.parameters(), lr=1e-2, module=model, bucket_nbytes=600)
+    optimizer = OffloadAdam(
+        model.parameters(), lr=1e-2, module=model, offload=OffloadPolicy(bucket_nbytes=600)
+    )
     for first in (0, 3):
         with optimizer.no_sync():
             model(batch(first)).square().sum().backward()
@@ -137,7 +141,11 @@ def test_accumulate_on_host_trains_like_torch() -> None:
     model = Blocks()
     expected = train_reference(model, [[0, 1], [2, 3, 4]])
     optimizer = OffloadAdam(
-        model.parameters(), lr=1e-2, module=model, accumulate="host", bucket_nbytes=600
+        model.parameters(),
+        lr=1e-2,
+        module=model,
+        accumulate="host",
+        offload=OffloadPolicy(bucket_nbytes=600),
     )
     for members in ([0, 1], [2, 3, 4]):
         for member in members:
@@ -149,7 +157,9 @@ def test_accumulate_on_host_trains_like_torch() -> None:
 def test_reentrant_checkpoints_are_settled_at_the_outermost_end() -> None:
     model = Blocks(checkpointed=True)
     expected = train_reference(model, [[0], [1], [2]])
-    optimizer = OffloadAdam(model.parameters(), lr=1e-2, module=model, bucket_nbytes=600)
+    optimizer = OffloadAdam(
+        model.parameters(), lr=1e-2, module=model, offload=OffloadPolicy(bucket_nbytes=600)
+    )
     for step in range(3):
         model(batch(step)).square().sum().backward()
         optimizer.step()
@@ -159,7 +169,9 @@ def test_reentrant_checkpoints_are_settled_at_the_outermost_end() -> None:
 def test_a_parameter_shared_across_reentrant_checkpoints_is_never_silently_wrong() -> None:
     model = Blocks(checkpointed=True, shared=True)
     expected = train_reference(model, [[0], [1]])
-    optimizer = OffloadAdam(model.named_parameters(), lr=1e-2, module=model, bucket_nbytes=100)
+    optimizer = OffloadAdam(
+        model.named_parameters(), lr=1e-2, module=model, offload=OffloadPolicy(bucket_nbytes=100)
+    )
     try:
         model(batch(0)).square().sum().backward()
     except ValueError as error:
@@ -174,7 +186,9 @@ def test_a_parameter_shared_across_reentrant_checkpoints_is_never_silently_wrong
 def test_a_backward_that_raised_leaves_nothing_behind() -> None:
     model = Blocks()
     expected = train_reference(model, [[1]])
-    optimizer = OffloadAdam(model.parameters(), lr=1e-2, module=model, bucket_nbytes=100)
+    optimizer = OffloadAdam(
+        model.parameters(), lr=1e-2, module=model, offload=OffloadPolicy(bucket_nbytes=100)
+    )
 
     def fail(gradient: torch.Tensor) -> None:
         raise KeyError("in the middle of backward")

@@ -12,16 +12,18 @@ import pytest
 import torch
 from torch import nn
 
-from offload_adam import Adam, OffloadAdam, load_checkpoint, save_checkpoint
+from offload_adam import Adam, OffloadAdam, OffloadPolicy, load_checkpoint, save_checkpoint
 
 WAIT_S = 60.0
 NUM_STEPS = 40
 
 MAKERS: dict[str, Callable[[nn.Module], Any]] = {
-    "OffloadAdam": lambda model: OffloadAdam(model.parameters(), lr=0.01, bucket_nbytes=1024),
-    "Adam": lambda model: Adam(model.parameters(), 0.01, bucket_nbytes=1024),
+    "OffloadAdam": lambda model: OffloadAdam(
+        model.parameters(), lr=0.01, offload=OffloadPolicy(bucket_nbytes=1024)
+    ),
+    "Adam": lambda model: Adam(model.parameters(), 0.01, offload=OffloadPolicy(bucket_nbytes=1024)),
     "Adam, offloaded": lambda model: Adam(
-        model.parameters(), 0.01, bucket_nbytes=1024, use_offload=True
+        model.parameters(), 0.01, offload=OffloadPolicy(bucket_nbytes=1024), use_offload=True
     ),
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from offload_adam import Adam, OffloadAdam, ParameterReplacedError
+from offload_adam import Adam, OffloadAdam, OffloadPolicy, ParameterReplacedError
 from offload_adam.step.following import sample_differs
 from tests.support.devices import HOST_AS_DEVICE
 
@@ -275,7 +275,7 @@ def test_samples_visit_every_block() -> None:
 def test_buckets_are_sampled_in_turns() -> None:
     """Of 100 buckets one step samples a quarter, and that shows a write to all of them."""
     parameters = [torch.nn.Parameter(torch.zeros(128, dtype=torch.bfloat16)) for _ in range(100)]
-    optimizer = OffloadAdam(parameters, lr=0.0, bucket_nbytes=256)
+    optimizer = OffloadAdam(parameters, lr=0.0, offload=OffloadPolicy(bucket_nbytes=256))
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     for _ in range(3):

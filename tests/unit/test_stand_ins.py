@@ -15,6 +15,7 @@ from offload_adam import OffloadAdam
 from offload_adam.contract.adam import Adam
 from offload_adam.errors import StreamedGradientError
 from offload_adam.parameters.stand_in import StandIn
+from tests.support.policies import in_policies
 from tests.support.scenario import Offloading
 
 
@@ -141,7 +142,11 @@ def test_torchs_clipping_trains_like_torch_wherever_state_lies(
     reference = copy.deepcopy(model).double()
     oracle = torch.optim.Adam(reference.parameters(), lr=1e-2, eps=1e-3, foreach=False)
     optimizer = maker(
-        model.parameters(), lr=1e-2, eps=1e-3, module=model, bucket_nbytes=600, **options
+        model.parameters(),
+        lr=1e-2,
+        eps=1e-3,
+        module=model,
+        **in_policies(bucket_nbytes=600, **options),
     )
     for step in range(3):
         data = torch.randn(5, 8, generator=torch.Generator().manual_seed(step))

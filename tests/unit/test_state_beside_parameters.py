@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from offload_adam import Adam
+from offload_adam import Adam, OffloadPolicy
 from tests.support.devices import HOST_AS_DEVICE
 
 STEPS = 4
@@ -28,7 +28,12 @@ def train(kind: type[Adam], dtype: torch.dtype, centralized: bool, **options: An
     first, *rest = model.to(dtype).parameters()
     groups = [{"params": [first], "lr": 0.02}, {"params": rest, "grad_centralization": centralized}]
     optimizer = kind(
-        groups, learning_rate=0.01, weight_decay=0.1, loss_scale=4.0, bucket_nbytes=256, **options
+        groups,
+        learning_rate=0.01,
+        weight_decay=0.1,
+        loss_scale=4.0,
+        offload=OffloadPolicy(bucket_nbytes=256),
+        **options,
     )
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):

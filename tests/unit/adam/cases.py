@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from offload_adam import Adam
+from offload_adam import Adam, OffloadPolicy
 from offload_adam.schedules import (
     CosineDecayLR,
     ExponentialDecayLR,
@@ -96,7 +96,7 @@ def build(case: Case, kind: type[Adam] = Adam) -> Adam:
         case.eps,
         weight_decay=decay_of(case),
         loss_scale=case.loss_scale,
-        bucket_nbytes=64,
+        offload=OffloadPolicy(bucket_nbytes=64),
         **case.flags,
     )
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from offload_adam import OffloadAdam, load_checkpoint
+from offload_adam import OffloadAdam, OffloadPolicy, load_checkpoint
 from offload_adam.checkpoint.files import (
     Part,
     RankFile,
@@ -38,7 +38,7 @@ NUM_RANKS = 48
 def make(seed: int) -> tuple[nn.Module, OffloadAdam]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(61, 40), nn.Linear(40, 33)).to(torch.bfloat16)
-    return model, OffloadAdam(model.parameters(), lr=0.1, bucket_nbytes=2048)
+    return model, OffloadAdam(model.parameters(), lr=0.1, offload=OffloadPolicy(bucket_nbytes=2048))
 
 
 def state_of(model: nn.Module, optimizer: OffloadAdam) -> list[torch.Tensor]:

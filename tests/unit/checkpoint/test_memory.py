@@ -27,7 +27,13 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import torch
-from offload_adam import OffloadAdam, begin_checkpoint, load_checkpoint, save_checkpoint
+from offload_adam import (
+    OffloadAdam,
+    OffloadPolicy,
+    begin_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from offload_adam.checkpoint.convert import export_torch
 
 folder = Path(sys.argv[1])
@@ -49,7 +55,8 @@ torch.manual_seed(0)
 model = torch.nn.Sequential(*[torch.nn.Linear(4096, 2048, bias=False) for _ in range(2)])
 model = model.to(torch.bfloat16)
 optimizer = OffloadAdam(
-    model.parameters(), bucket_nbytes=8 * 2**20, checkpoint_room_nbytes=64 * 2**20
+    model.parameters(),
+    offload=OffloadPolicy(bucket_nbytes=8 * 2**20, checkpoint_room_nbytes=64 * 2**20),
 )
 of = {"model": model, "optimizer": optimizer}
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from offload_adam import OffloadAdam
+from offload_adam import OffloadAdam, OffloadPolicy
 from offload_adam.doctor import kept
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import allowed_cores
@@ -78,7 +78,11 @@ def overlapping(num_layers: int) -> tuple[torch.nn.Module, OffloadAdam]:
     layers = torch.nn.ModuleList(torch.nn.Linear(64, 64, bias=False) for _ in range(num_layers))
     model = torch.nn.Sequential(*layers)
     optimizer = OffloadAdam(
-        model.parameters(), module=model, overlap=True, num_threads=1, bucket_nbytes=4 * 64 * 64
+        model.parameters(),
+        module=model,
+        overlap=True,
+        num_threads=1,
+        offload=OffloadPolicy(bucket_nbytes=4 * 64 * 64),
     )
     return model, optimizer
 

@@ -14,9 +14,10 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from offload_adam import Adam, OffloadAdam
+from offload_adam import Adam, OffloadAdam, OffloadPolicy
 from tests.support.cuda_runtime import StandInRuntime
 from tests.support.devices import HOST_AS_DEVICE
+from tests.support.policies import in_policies
 
 NUMEL = 1024
 
@@ -34,7 +35,7 @@ def make(
     options: dict[str, Any] = {"pin": pin, "overlap": overlap}
     if overlap:
         options["module"] = torch.nn.ParameterList(parameters)
-    return Offloading(parameters, bucket_nbytes=2 * NUMEL, **options)
+    return Offloading(parameters, **in_policies(bucket_nbytes=2 * NUMEL, **options))
 
 
 # fp32 master weight and moments, and the landed gradient; two slots of one bucket's parameters.
@@ -80,14 +81,16 @@ def test_refused_state_falls_back_to_the_buffers_with_a_warning() -> None:
 def test_nothing_pins_for_parameters_on_a_cpu_and_nobody_is_warned() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer = OffloadAdam([torch.nn.Parameter(torch.ones(3))], pin="all")
+        optimizer = OffloadAdam(
+            [torch.nn.Parameter(torch.ones(3))], offload=OffloadPolicy(pin="all")
+        )
     assert optimizer.pinned_nbytes == 0
 
 
 @pytest.mark.parametrize("kind", [OffloadAdam, Adam])
 def test_an_unknown_way_is_refused(kind: Any) -> None:
     with pytest.raises(ValueError, match="pin must be one of 'all', 'staging', 'none', not 'yes'"):
-        kind([torch.nn.Parameter(torch.ones(3))], pin="yes")
+        kind([torch.nn.Parameter(torch.ones(3))], **in_policies(pin="yes"))
 
 
 def test_a_closed_optimizer_frees_its_memory_though_it_lives() -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from offload_adam import OffloadAdam, UnreadyParameterError
+from offload_adam import OffloadAdam, OffloadPolicy, UnreadyParameterError
+from tests.support.policies import in_policies
 from tests.unit.overlap.lazy_worker import Lazy, LazyOffloading, LazyWorker, latest
 
 WIDTH = 8
@@ -172,8 +173,8 @@ def make_model(maker: Callable[[], nn.Module]) -> nn.Module:
 def make(
     maker: type[OffloadAdam], model: nn.Module, *, overlap: bool = True, **options: object
 ) -> OffloadAdam:
-    given = {"lr": 1e-2, "max_grad_norm": 1.0, "bucket_nbytes": 300, **options}
-    return maker(model.named_parameters(), module=model, overlap=overlap, **given)  # type: ignore[arg-type]
+    given = in_policies(**{"lr": 1e-2, "max_grad_norm": 1.0, "bucket_nbytes": 300, **options})
+    return maker(model.named_parameters(), module=model, overlap=overlap, **given)
 
 
 def losses(model: nn.Module, optimizer: OffloadAdam, num_steps: int = NUM_STEPS) -> list[float]:
@@ -297,7 +298,7 @@ def test_units_that_are_no_part_of_the_model_are_refused() -> None:
     with pytest.raises(ValueError, match="units: a Linear is given that is no part of module="):
         make(OffloadAdam, model, units=[nn.Linear(2, 2)])
     with pytest.raises(ValueError, match="units= lets the parts"):
-        OffloadAdam(model.parameters(), units=[model])
+        OffloadAdam(model.parameters(), offload=OffloadPolicy(units=[model]))
     with pytest.raises(ValueError, match="overlap=True lets the parts"):
         OffloadAdam(model.parameters(), overlap=True)
 
@@ -516,7 +517,13 @@ def test_a_group_added_between_backward_and_step_keeps_its_gradient() -> None:
         assert isinstance(model, Plain)
         head = {id(parameter) for parameter in model.head.parameters()}
         rest = [(n, p) for n, p in model.named_parameters() if id(p) not in head]
-        optimizer = kind(rest, module=model, overlap=kind is Lazy, lr=1e-2, bucket_nbytes=300)
+        optimizer = kind(
+            rest,
+            module=model,
+            overlap=kind is Lazy,
+            lr=1e-2,
+            offload=OffloadPolicy(bucket_nbytes=300),
+        )
         model(batch(0)).square().sum().backward()
         optimizer.step()
         model.zero_grad()
@@ -568,7 +575,9 @@ def test_parameters_that_are_not_the_models_are_waited_for_in_step() -> None:
         model = make_model(Plain)
         scale = nn.Parameter(torch.ones(5))
         named = [*model.named_parameters(), ("scale", scale)]
-        optimizer = optimizer_class(named, lr=1e-2, module=model, overlap=overlap, bucket_nbytes=1)
+        optimizer = optimizer_class(
+            named, lr=1e-2, module=model, overlap=overlap, offload=OffloadPolicy(bucket_nbytes=1)
+        )
         for step in range(3):
             (model(batch(step)).square().sum() * scale.square().sum()).backward()
             optimizer.step()
@@ -623,7 +632,11 @@ def test_groups_that_are_added_right_after_a_step_stream_and_overlap_too() -> No
         model = make_model(Plain)
         members = list(model.parameters())
         optimizer = optimizer_class(
-            members[:4], lr=1e-2, module=model, overlap=overlap, bucket_nbytes=300
+            members[:4],
+            lr=1e-2,
+            module=model,
+            overlap=overlap,
+            offload=OffloadPolicy(bucket_nbytes=300),
         )
         for step in range(2):
             model(batch(step)).square().sum().backward()

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from offload_adam import Adam, OffloadAdam
+from offload_adam import Adam, OffloadAdam, OffloadPolicy
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.ring import RingSpeed
 from offload_adam.parameters.families import family_of
 from offload_adam.plan.inputs import Machine, Source, Training, synthetic_specs
 from offload_adam.plan.prediction import predict
 from offload_adam.plan.timing import predict_time
+from tests.support.policies import in_policies
 from tests.support.ranks import RankPool
 from tests.support.scenario import Offloading
 
@@ -68,7 +69,7 @@ def test_the_host_bytes_are_those_of_the_optimizer(name: str) -> None:
     model = make_model(dtypes)
     specs = specs_of(model)
     options = {"bucket_nbytes": BUCKET_NBYTES, "checkpoint_room_nbytes": 2**30, **options}
-    optimizer = kind(model.parameters(), **options)
+    optimizer = kind(model.parameters(), **in_policies(**options))
     plan = predict(specs, replace(with_buckets(training), checkpoint_room_nbytes=2**30))
     held = optimizer.host_nbytes
     assert sum(plan.host.get(key, 0) for key in STATE) == held["state"]
@@ -89,7 +90,10 @@ def held_by_rank(rank: int, world_size: int, options: dict[str, Any], adam: bool
     model = make_model((FP32, BF16))
     kind: Any = Adam if adam else OffloadAdam
     optimizer = kind(
-        model.parameters(), gradient_reduction="optimizer", bucket_nbytes=BUCKET_NBYTES, **options
+        model.parameters(),
+        gradient_reduction="optimizer",
+        offload=OffloadPolicy(bucket_nbytes=BUCKET_NBYTES),
+        **options,
     )
     held = dict(optimizer.host_nbytes)
     optimizer.close()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from offload_adam import OffloadAdam
+from offload_adam import OffloadAdam, OffloadPolicy
 from offload_adam.bench.profile import compare_steps, measure_profile
 from offload_adam.profiling.sampler import MemorySampler
 from offload_adam.spans import SpanRecorder, recorded_by, span
@@ -45,7 +45,10 @@ class Steps:
     def __init__(self) -> None:
         self._model = Weights([(300,)] * 12)
         self.optimizer = OffloadAdam(
-            self._model.parameters(), module=self._model, bucket_nbytes=2048, num_threads=1
+            self._model.parameters(),
+            module=self._model,
+            offload=OffloadPolicy(bucket_nbytes=2048),
+            num_threads=1,
         )
         self._gradients = exact_gradients(self._model.all, 1, 1)
 
