@@ -141,7 +141,6 @@ class ShardedOptimizer(CoreOptimizer):
                     if any(on_device) and not policy.replicated
                     else None
                 ),
-                takes_rows=execution.takes_rows,
                 checkpoint_room_nbytes=execution.offload.checkpoint_room_nbytes,
                 allow_overcommit=execution.offload.allow_overcommit,
             )

@@ -12,7 +12,6 @@ import torch
 from offload_adam.layout.flat import Bucket
 from offload_adam.layout.state_plan import StatePlan
 from offload_adam.memory.planes import StatePlanes, gradient_dtype
-from offload_adam.parameters.gradients import GradientReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,6 @@ class BucketState:
     step_counts: torch.Tensor
     centralized: npt.NDArray[np.bool_]
     segments: SegmentArrays
-    reader: GradientReader
 
     @property
     def layout(self) -> Bucket:

@@ -20,7 +20,6 @@ from offload_adam.memory.arena import HostArena, Touch, arena_nbytes
 from offload_adam.memory.pinning import CudaRuntime
 from offload_adam.memory.planes import DeviceMemory, allocate_planes
 from offload_adam.parameters.buckets import adopt
-from offload_adam.parameters.gradients import GradientReader
 from offload_adam.parameters.selection import NewParameter
 from offload_adam.step.bucket_state import BucketState, segment_arrays
 
@@ -32,7 +31,6 @@ class Placing:
     policy: decides where each bucket's state is stored, and in which formats.
     is_device: tells devices from host memory.
     runtime: page-locks host memory; None where nothing is to be.
-    takes_rows: gradients may be sparse.
     checkpoint_room_nbytes: host memory, at most, for copies that a checkpoint in the background
         makes of what is updated before it is written.
     allow_overcommit: take memory that the node does not seem to have.
@@ -41,7 +39,6 @@ class Placing:
     policy: StatePolicy
     is_device: Callable[[torch.device], bool]
     runtime: CudaRuntime | None = None
-    takes_rows: bool = False
     checkpoint_room_nbytes: int = 0
     allow_overcommit: bool = False
 
@@ -135,7 +132,6 @@ def _build(
     """Adopt one bucket's parameters and fill its master weights from them."""
     bucket = plan.bucket
     parameters = [item.parameter for item in items]
-    names = [item.name for item in items]
     flat = adopt(bucket, parameters)
     if bucket.numel > 0:
         ranks.broadcast_data(flat)
@@ -147,7 +143,7 @@ def _build(
         plan=plan,
         rank=rank,
         parameters=parameters,
-        names=names,
+        names=[item.name for item in items],
         indices=np.array([item.index for item in items], dtype=np.int64),
         groups=np.array([item.group for item in items], dtype=np.int64),
         flat=flat,
@@ -156,7 +152,4 @@ def _build(
         step_counts=torch.zeros(len(items), dtype=torch.float32, device="cpu"),
         centralized=np.array([item.centralized for item in items], dtype=np.bool_),
         segments=segment_arrays(bucket, rank),
-        reader=GradientReader(
-            names, parameters, takes_rows=placing.takes_rows and not bucket.amsgrad
-        ),
     )

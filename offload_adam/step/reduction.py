@@ -12,7 +12,7 @@ import torch
 from offload_adam.coordinator.agreement import largest_on_any_rank
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.state_plan import StatePolicy
-from offload_adam.parameters.gradients import GradientsInPlace, in_memory_order
+from offload_adam.parameters.gradients import GradientReader, GradientsInPlace, in_memory_order
 from offload_adam.parameters.stand_in import gradient_of
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.executor import Executor
@@ -84,7 +84,9 @@ class GradientReduction:
         self._accumulates = policy.accumulates
         self._rows = RowExchange(ranks) if takes_rows and self._reduces else None
         self.slots = SlotPool()
+        self._takes_rows = takes_rows
         self._states: list[BucketState] = []
+        self._readers: list[GradientReader] = []
         self._place_of: dict[int, tuple[int, int]] = {}
         self._executor: Executor | None = None
         self._next = 0
@@ -118,9 +120,12 @@ class GradientReduction:
     def extend(self, states: Sequence[BucketState]) -> None:
         """Take further buckets into the order, after those that are known or have left already."""
         for state in states:
+            takes_rows = self._takes_rows and not state.layout.amsgrad
+            reader = GradientReader(state.names, state.parameters, takes_rows=takes_rows)
             if self.streams:
-                state.reader.make_stand_ins(self._streamed, state.indices.tolist())
+                reader.make_stand_ins(self._streamed, state.indices.tolist())
             self._states.append(state)
+            self._readers.append(reader)
             self._arrivals.append(_Arrivals(len(state.parameters)))
             self.gradients.append(BucketGradients(state))
             for position, parameter in enumerate(state.parameters):
@@ -153,7 +158,7 @@ class GradientReduction:
         for number, positions in groups:
             if number < self._next:
                 self._add_round(number, positions[0])
-            self._states[number].reader.take(positions)
+            self._readers[number].take(positions)
             self._arrivals[number].count(positions)
             self._send_complete()
 
@@ -170,8 +175,8 @@ class GradientReduction:
     def hide_stand_ins(self) -> None:
         """Empty `.grad` where it holds a stand-in."""
         if self.shows_stand_ins:
-            for state in self._states:
-                state.reader.hide_stand_ins()
+            for reader in self._readers:
+                reader.hide_stand_ins()
         self.shows_stand_ins = False
 
     def _send_complete(self) -> None:
@@ -186,8 +191,8 @@ class GradientReduction:
         # A nested backward: it is this package that has emptied `.grad` then.
         if not self.has_gradients or self._hidden:
             return
-        for state, gradients in zip(self._states, self.gradients, strict=True):
-            name = state.reader.emptied(gradients.dense.tolist())
+        for reader, gradients in zip(self._readers, self.gradients, strict=True):
+            name = reader.emptied(gradients.dense.tolist())
             if name is not None:
                 raise ValueError(_EMPTIED.format(name))
 
@@ -205,7 +210,7 @@ class GradientReduction:
         """
         failure: Exception | None = None
         if self._rows is not None and not self.streams:
-            failure = self._rows.read_ahead(self._states)
+            failure = self._rows.read_ahead(self._states, self._readers)
         failure = self._send_rest() or failure
         if self._accumulates and self._reduces:
             # Ranks may have run different numbers of backwards; the others wait for every bucket.
@@ -245,7 +250,7 @@ class GradientReduction:
         late = False
         for state in self._states[: self._next]:
             gradients = self.gradients[state.layout.index]
-            expected: Sequence[torch.Tensor | None] = state.reader.stand_ins
+            expected: Sequence[torch.Tensor | None] = self._readers[state.layout.index].stand_ins
             left = gradients.dense.tolist()
             if not all(left):
                 pairs = zip(expected, left, strict=True)
@@ -359,11 +364,13 @@ class GradientReduction:
         else:
             self._land_directly(state, found.tensors)
         if self._num_rounds > 0:  # an earlier round may have had other gradients
-            state.reader.show_stand_ins([*np.flatnonzero(gradients.dense), *gradients.local_rows])
+            self._readers[number].show_stand_ins(
+                [*np.flatnonzero(gradients.dense), *gradients.local_rows]
+            )
 
     def _read(self, state: BucketState) -> GradientsInPlace:
         found = None if self._rows is None else self._rows.take(state.layout.index)
-        return found or state.reader.read(keep=not self.streams)
+        return found or self._readers[state.layout.index].read(keep=not self.streams)
 
     def _start_reduction(self, state: BucketState, gradients: list[torch.Tensor | None]) -> None:
         """Pack a bucket, zeros for what is missing, and start its mean over the ranks."""

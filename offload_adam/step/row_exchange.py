@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import RankDisagreementError
-from offload_adam.parameters.gradients import GradientsInPlace
+from offload_adam.parameters.gradients import GradientReader, GradientsInPlace
 from offload_adam.parameters.rows import GradientRows, width_of
 from offload_adam.step.bucket_state import BucketState
 from offload_adam.step.gradients import BucketGradients
@@ -36,13 +36,15 @@ class RowExchange:
         self._found: dict[int, GradientsInPlace] = {}
         self._kinds: npt.NDArray[np.int64] | None = None
 
-    def read_ahead(self, states: Sequence[BucketState]) -> Exception | None:
+    def read_ahead(
+        self, states: Sequence[BucketState], readers: Sequence[GradientReader]
+    ) -> Exception | None:
         """Read every bucket's gradients and tell all ranks; return this rank's first error."""
         failure: Exception | None = None
         kinds = _no_kinds(states)
-        for state in states:
+        for state, reader in zip(states, readers, strict=True):
             try:
-                found = state.reader.read(keep=True)
+                found = reader.read(keep=True)
             except (TypeError, ValueError) as error:
                 failure = failure or error
                 found = GradientsInPlace([None] * len(state.names), [0] * len(state.names), [], {})
