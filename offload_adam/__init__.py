@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from offload_adam.checkpoint.background import PendingCheckpoint, begin_checkpoint
     from offload_adam.checkpoint.load import load_checkpoint
     from offload_adam.checkpoint.save import save_checkpoint
-    from offload_adam.contract.adam import Adam
     from offload_adam.errors import (
         CheckpointError,
         HostMemoryError,
@@ -21,9 +20,10 @@ if TYPE_CHECKING:
         RankDisagreementError,
         UnreadyParameterError,
     )
+    from offload_adam.mindspore.adam import Adam
     from offload_adam.optimizer import OffloadAdam, OffloadAdamW
     from offload_adam.options import FailurePolicy, OffloadPolicy
-    from offload_adam.step.report import StepReport
+    from offload_adam.step.messages import StepReport
 
 __all__ = [
     "Adam",
@@ -52,7 +52,7 @@ _HOMES = {
     "begin_checkpoint": "offload_adam.checkpoint.background",
     "load_checkpoint": "offload_adam.checkpoint.load",
     "save_checkpoint": "offload_adam.checkpoint.save",
-    "Adam": "offload_adam.contract.adam",
+    "Adam": "offload_adam.mindspore.adam",
     "HostMemoryError": "offload_adam.errors",
     "OffloadAdam": "offload_adam.optimizer",
     "OffloadAdamW": "offload_adam.optimizer",
@@ -62,7 +62,7 @@ _HOMES = {
     "PeerError": "offload_adam.errors",
     "PeerFailedError": "offload_adam.errors",
     "RankDisagreementError": "offload_adam.errors",
-    "StepReport": "offload_adam.step.report",
+    "StepReport": "offload_adam.step.messages",
     "UnreadyParameterError": "offload_adam.errors",
 }
 

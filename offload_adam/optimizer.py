@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.options import FailurePolicy, OffloadPolicy
-from offload_adam.parameters.groups import check_group, hyperparameters_of
+from offload_adam.params.groups import check_group, hyperparameters_of
 from offload_adam.sharded_optimizer import Execution, ShardedOptimizer
 
 

@@ -11,7 +11,7 @@ Some private names cannot be called through this file, because torch itself look
     state/state_shard.py               `__create_write_items__`     torch.distributed.checkpoint
                                        `__create_chunk_list__`      rejects the tensor
                                        `__get_tensor_shard__`
-    parameters/first_use.py            `_version`, in a list of     nothing: the entry has no
+    step/forward_waits.py            `_version`, in a list of     nothing: the entry has no
                                        attributes to ignore         effect
 
 tests/unit/test_torch_private.py checks these, how each name behaves, and that no other file of the

@@ -16,7 +16,7 @@ from offload_adam.checkpoint.save import Save, open_save
 from offload_adam.coordinator.admission import raise_on_all_ranks
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.sharded_optimizer import ShardedOptimizer
-from offload_adam.step.read_gate import ReadGate
+from offload_adam.step.snapshot_lock import ReadGate
 
 
 def begin_checkpoint(

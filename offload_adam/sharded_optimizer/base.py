@@ -26,8 +26,7 @@ from offload_adam.coordinator.admission import raise_on_all_ranks
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import CheckpointError
-from offload_adam.parameters.group_watch import LAID_OUT
-from offload_adam.parameters.groups import known_names
+from offload_adam.params.groups import LAID_OUT, known_names
 from offload_adam.state.state_dict import (
     STATE_KEY,
     gather_bucket,
@@ -43,8 +42,8 @@ from offload_adam.state.state_shard import (
     state_shard,
 )
 from offload_adam.step.ledger import LedgerEntry
-from offload_adam.step.read_gate import ReadGate
-from offload_adam.step.sharded_adam import ShardedAdam
+from offload_adam.step.snapshot_lock import ReadGate
+from offload_adam.step.step import ShardedAdam
 from offload_adam.torch_private import load_state_dict_post_hooks, load_state_dict_pre_hooks
 
 Method = TypeVar("Method", bound=Callable[..., Any])

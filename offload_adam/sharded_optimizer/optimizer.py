@@ -26,11 +26,12 @@ from offload_adam.coordinator.ranks import (
     open_rank_group,
 )
 from offload_adam.errors import StreamedGradientError
+from offload_adam.gradients.hooks import BackwardHooks
+from offload_adam.gradients.stand_in import StreamedGradients
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.options import check_max_norm
-from offload_adam.parameters.group_watch import GroupWatch
-from offload_adam.parameters.hooks import BackwardHooks
-from offload_adam.parameters.selection import (
+from offload_adam.params.groups import GroupWatch
+from offload_adam.params.selection import (
     Selection,
     check_parameters,
     describe,
@@ -43,13 +44,10 @@ from offload_adam.sharded_optimizer.execution import Execution, check_module
 from offload_adam.sharded_optimizer.loss_scale import read_loss_scale, report_skip
 from offload_adam.sharded_optimizer.owners import add_owner, refuse_owned
 from offload_adam.state.state_shard import local_state
-from offload_adam.step.backend import Backend
-from offload_adam.step.construction import Placing
-from offload_adam.step.inputs import StepInputs
-from offload_adam.step.reduction import GradientReduction
-from offload_adam.step.report import StepReport
-from offload_adam.step.sharded_adam import ShardedAdam
-from offload_adam.step.streamed import StreamedGradients
+from offload_adam.step.build import Backend, Placing
+from offload_adam.step.messages import StepInputs, StepReport
+from offload_adam.step.reducer import GradientReduction
+from offload_adam.step.step import ShardedAdam
 
 logger = logging.getLogger(__name__)
 

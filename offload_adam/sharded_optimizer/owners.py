@@ -6,7 +6,7 @@ import gc
 import weakref
 from collections.abc import Iterable
 
-from offload_adam.parameters.selection import NewParameter
+from offload_adam.params.selection import NewParameter
 from offload_adam.sharded_optimizer.base import CoreOptimizer
 
 _OWNERS: weakref.WeakSet[CoreOptimizer] = weakref.WeakSet()

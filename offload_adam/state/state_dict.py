@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from offload_adam.coordinator.ranks import RankGroup
-from offload_adam.parameters.group_watch import LAID_OUT
+from offload_adam.params.bucket import BucketState
+from offload_adam.params.groups import LAID_OUT
 from offload_adam.state.state_shard import check_step_count
-from offload_adam.step.bucket_state import BucketState
 
 STATE_KEY = "offload_adam"
 """The entry of a state dict that torch ignores, and that says where a state belongs."""

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Never, SupportsIndex
 
 import torch
 
-from offload_adam.parameters.gradients import in_memory_order
-from offload_adam.step.bucket_state import BucketState
+from offload_adam.gradients.reader import in_memory_order
+from offload_adam.params.bucket import BucketState
 from offload_adam.torch_private import ATEN_TO_COPY, make_wrapper_subclass
 
 if TYPE_CHECKING:  # its import takes seconds: methods that torch calls from there import it

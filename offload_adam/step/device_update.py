@@ -1,21 +1,24 @@
-"""One bucket's work where its state lies on the device of its parameters."""
+"""One bucket's work where its state is on a device: torch's own operations, in float64.
+
+A bucket's segments are walked in runs of at most `RUN_NUMEL` elements. A run is gathered by
+`_foreach_copy_` into flat float64 rows, computed there by one operation for each term whatever the
+number of tensors, and scattered back, which is the only rounding. Nothing waits for the device.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.kernels.scalars import Hyperparameters
-from offload_adam.parameters.rows import GradientRows, sum_duplicates
-from offload_adam.step.bucket_state import BucketState
-from offload_adam.step.foreach_update import DeviceSegments, foreach_update, sum_of_squares
-from offload_adam.step.gradients import BucketGradients
-from offload_adam.step.masks import UpdateMasks
-from offload_adam.step.prepared import (
+from offload_adam.gradients.segments import BucketGradients
+from offload_adam.gradients.sparse import GradientRows, sum_duplicates
+from offload_adam.gradients.whole import (
     Preparation,
     Segment,
     every_segment,
@@ -26,7 +29,239 @@ from offload_adam.step.prepared import (
     prepare_rows,
     prepare_whole_rows,
 )
-from offload_adam.step.read_gate import ReadGate
+from offload_adam.kernels.scalars import Hyperparameters
+from offload_adam.params.bucket import BucketState
+from offload_adam.step.messages import UpdateMasks
+from offload_adam.step.snapshot_lock import ReadGate
+from offload_adam.torch_private import foreach_copy
+
+RUN_NUMEL = 1 << 20
+"""Elements that are computed at once: the temporaries of an update are 32 MiB, those of a sum of
+squares 8 MiB, whatever the size of the model."""
+
+_NUM_ROWS = 4
+
+Tensors = Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class DeviceSegments:
+    """Segments of one bucket that are updated with the same scalars; 1-d tensors on one device.
+
+    gradients: in a floating dtype of their own, read only.
+    master_weights, exp_avgs, exp_avg_sqs, max_exp_avg_sqs: float32, updated in place; the last for
+        amsgrad only. No two may overlap.
+    rounded: where the parameters' own 16-bit values are written, or None where the master weights
+        are the parameters.
+
+    Raises:
+        ValueError: a list is not as long as that of the gradients, or a tensor is not 1-d and as
+            long as its gradient, or not of the dtype or device that is asked for.
+    """
+
+    gradients: Tensors
+    master_weights: Tensors
+    exp_avgs: Tensors
+    exp_avg_sqs: Tensors
+    max_exp_avg_sqs: Tensors | None = None
+    rounded: Tensors | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("gradients", "master_weights", "exp_avgs", "exp_avg_sqs"):
+            self._check(name, getattr(self, name), name != "gradients")
+        if self.max_exp_avg_sqs is not None:
+            self._check("max_exp_avg_sqs", self.max_exp_avg_sqs, True)
+        if self.rounded is not None:
+            self._check("rounded", self.rounded, False)
+
+    def _check(self, name: str, tensors: Tensors, is_state: bool) -> None:
+        if len(tensors) != len(self.gradients):
+            raise ValueError(f"{name} has {len(tensors)} tensors, gradients {len(self.gradients)}")
+        for index, (tensor, gradient) in enumerate(zip(tensors, self.gradients, strict=True)):
+            # A copy would broadcast one element over many.
+            if tensor.shape != (gradient.numel(),) or tensor.device != self.gradients[0].device:
+                raise ValueError(
+                    f"{name}[{index}] has shape {tuple(tensor.shape)} on {tensor.device}: it must "
+                    f"be 1-d of {gradient.numel()} elements on {self.gradients[0].device}"
+                )
+            if not tensor.is_floating_point() or (is_state and tensor.dtype != torch.float32):
+                allowed = "float32" if is_state else "a floating dtype"
+                raise ValueError(f"{name}[{index}] is {tensor.dtype}: it must be {allowed}")
+
+
+@torch.no_grad()
+def foreach_update(
+    segments: DeviceSegments,
+    hyper: Hyperparameters,
+    step: int,
+    gradient_scale: float,
+    *,
+    run_numel: int = RUN_NUMEL,
+) -> None:
+    """Apply one Adam update to all segments, in place.
+
+    The formula is `kernels.adam`'s. All of it is float64 on the float32 state and the gradient as
+    they are when the call is made, and each stored value is rounded once, so it is the float32
+    nearest to the float64 result or a neighbour of that one: within 1 ULP, also where terms of
+    opposite signs cancel, unless they leave less than 2**-27 of themselves. (The float64 errors, a
+    few 2**-53 of the terms, then show.) A 16-bit parameter is the master weight rounded.
+
+    Two differences from the host kernel, which rounds at every operation: a moment below 2**-126 is
+    kept where torch keeps denormals, and a square that passes float32 is infinite only where it is
+    stored.
+
+    Args:
+        segments: what is updated.
+        hyper: hyperparameters of the segments' group.
+        step: 1-based count of updates that this one completes.
+        gradient_scale: unscaling times clip factor, applied to every gradient element.
+        run_numel: elements that are computed at once.
+
+    Raises:
+        ValueError: `run_numel` is less than 1.
+
+    Cost: 34 bytes of temporaries for each of `run_numel` elements; some 25 launches a run.
+    Source: Kingma and Ba, "Adam", section 2; Dozat 2016; Loshchilov and Hutter for the decay.
+    """
+    scalars = _scalars(hyper, step, gradient_scale)
+    rows = _scratch(segments.gradients, _NUM_ROWS, run_numel)
+    for run in _runs(segments.gradients, run_numel):
+        _update_run(segments, run, scalars, rows)
+
+
+@torch.no_grad()
+def sum_of_squares(gradients: Tensors, *, run_numel: int = RUN_NUMEL) -> float:
+    """Return the float64 sum of squares of 1-d tensors on one device, not finite if an element is.
+
+    Waits for the device once. No square overflows: float32's largest is 1e77 when squared.
+    """
+    if not gradients:
+        return 0.0
+    row = _scratch(gradients, 1, run_numel)[0]
+    total = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
+    for run in _runs(gradients, run_numel):
+        total += _gather(gradients, run, row).square_().sum()
+    return float(total)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scalars:
+    """The scalars of one update as float64; see `kernels.scalars` for their meaning."""
+
+    gradient_scale: float
+    l2: float
+    beta1: float
+    beta2: float
+    kept: float
+    step_size: float
+    nesterov: bool
+    denominator_scale: float
+    eps: float
+
+
+def _scalars(hyper: Hyperparameters, step: int, gradient_scale: float) -> _Scalars:
+    correction1 = 1.0 - hyper.beta1**step
+    correction2 = math.sqrt(1.0 - hyper.beta2**step)
+    decoupled = hyper.decoupled_weight_decay
+    return _Scalars(
+        gradient_scale=-gradient_scale if hyper.maximize else gradient_scale,
+        l2=0.0 if decoupled else hyper.weight_decay,
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        kept=1.0 - hyper.lr * hyper.weight_decay if decoupled else 1.0,
+        step_size=hyper.lr * (correction2 if hyper.epsilon_hat else 1.0) / correction1,
+        nesterov=hyper.nesterov,
+        denominator_scale=1.0 if hyper.epsilon_hat else 1.0 / correction2,
+        eps=hyper.eps,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """Elements [start, end) of the tensor at `index`."""
+
+    index: int
+    start: int
+    end: int
+
+
+def _runs(tensors: Tensors, run_numel: int) -> Iterator[list[_Slice]]:
+    """Cut the tensors, end to end, into runs of `run_numel` elements; the last may be shorter."""
+    if run_numel < 1:
+        raise ValueError(f"run_numel is {run_numel}: it must be at least 1")
+    run: list[_Slice] = []
+    room = run_numel
+    for index, tensor in enumerate(tensors):
+        start, numel = 0, tensor.numel()
+        while start < numel:
+            end = min(numel, start + room)
+            run.append(_Slice(index, start, end))
+            room -= end - start
+            start = end
+            if room == 0:
+                yield run
+                run, room = [], run_numel
+    if run:
+        yield run
+
+
+def _scratch(tensors: Tensors, num_rows: int, run_numel: int) -> torch.Tensor:
+    """Return (num_rows, n) uninitialised float64 on the tensors' device, n enough for a run."""
+    numel = min(run_numel, sum(tensor.numel() for tensor in tensors))
+    device = tensors[0].device if tensors else None
+    return torch.empty((num_rows, numel), dtype=torch.float64, device=device)
+
+
+def _gather(tensors: Tensors, run: Sequence[_Slice], row: torch.Tensor) -> torch.Tensor:
+    """Copy a run of the tensors into the row, exactly, and return the part that it fills."""
+    flat = row[: sum(part.end - part.start for part in run)]
+    foreach_copy(_cut(flat, run), _pick(tensors, run))
+    return flat
+
+
+def _scatter(flat: torch.Tensor, tensors: Tensors, run: Sequence[_Slice]) -> None:
+    """Round a flat run to the tensors' dtype and put it where `_gather` would take it from."""
+    foreach_copy(_pick(tensors, run), _cut(flat, run))
+
+
+def _pick(tensors: Tensors, run: Sequence[_Slice]) -> list[torch.Tensor]:
+    return [tensors[part.index][part.start : part.end] for part in run]
+
+
+def _cut(flat: torch.Tensor, run: Sequence[_Slice]) -> list[torch.Tensor]:
+    return list(flat.split([part.end - part.start for part in run]))
+
+
+def _update_run(
+    segments: DeviceSegments, run: Sequence[_Slice], scalars: _Scalars, rows: torch.Tensor
+) -> None:
+    """Update one run; `rows` hold its gradient, weight and moments."""
+    g = _gather(segments.gradients, run, rows[0]).mul_(scalars.gradient_scale)
+    w = _gather(segments.master_weights, run, rows[1])
+    m = _gather(segments.exp_avgs, run, rows[2])
+    v = _gather(segments.exp_avg_sqs, run, rows[3])
+    if scalars.l2 != 0.0:
+        g.add_(w, alpha=scalars.l2)
+    m.mul_(scalars.beta1).add_(g, alpha=1.0 - scalars.beta1)
+    infinite = v.isinf()
+    v.mul_(scalars.beta2).addcmul_(g, g, value=1.0 - scalars.beta2)
+    v.masked_fill_(infinite, math.inf)  # where beta2 is 0, the product is NaN
+    _scatter(m, segments.exp_avgs, run)
+    _scatter(v, segments.exp_avg_sqs, run)
+    if scalars.nesterov:
+        m.mul_(scalars.beta1).add_(g, alpha=1.0 - scalars.beta1)
+    if segments.max_exp_avg_sqs is not None:
+        # The gradient is done with: its row takes the largest so far.
+        largest = _gather(segments.max_exp_avg_sqs, run, rows[0])
+        torch.maximum(v, largest, out=v)
+        _scatter(v, segments.max_exp_avg_sqs, run)
+    m.masked_fill_(v.isinf(), 0.0)  # it may be infinite too, and their quotient NaN
+    denominator = v.sqrt_().mul_(scalars.denominator_scale).add_(scalars.eps)
+    w.mul_(scalars.kept).add_(m.div_(denominator), alpha=-scalars.step_size)
+    _scatter(w, segments.master_weights, run)
+    if segments.rounded is not None:
+        masters = _pick(segments.master_weights, run)
+        foreach_copy(_pick(segments.rounded, run), masters)
 
 
 class DeviceUpdate:

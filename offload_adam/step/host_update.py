@@ -15,16 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.kernels import threads
-from offload_adam.kernels.formats import FloatFormat
-from offload_adam.kernels.scalars import scalar_row
-from offload_adam.layout.flat import BLOCK_NUMEL
-from offload_adam.parameters.families import float_format
-from offload_adam.parameters.rows import GradientRows, sum_duplicates
-from offload_adam.step.bucket_state import BucketState, carrier
-from offload_adam.step.gradients import BucketGradients, SegmentTable
-from offload_adam.step.masks import UpdateMasks
-from offload_adam.step.prepared import (
+from offload_adam.gradients.segments import BucketGradients, SegmentTable
+from offload_adam.gradients.sparse import GradientRows, sum_duplicates
+from offload_adam.gradients.whole import (
     Preparation,
     Segment,
     needs_preparation,
@@ -35,7 +28,14 @@ from offload_adam.step.prepared import (
     prepare_whole_rows,
     segment_of,
 )
-from offload_adam.step.read_gate import ReadGate
+from offload_adam.kernels import threads
+from offload_adam.kernels.formats import FloatFormat
+from offload_adam.kernels.scalars import scalar_row
+from offload_adam.layout.flat import BLOCK_NUMEL
+from offload_adam.params.bucket import BucketState, carrier
+from offload_adam.params.selection import float_format
+from offload_adam.step.messages import UpdateMasks
+from offload_adam.step.snapshot_lock import ReadGate
 
 # Numba's workqueue layer ends the process when two threads launch at once, as those of two
 # optimizers would.

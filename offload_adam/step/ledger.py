@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from offload_adam.step.bucket_state import BucketState
+from offload_adam.params.bucket import BucketState
 
 
 class LedgerEntry(NamedTuple):

@@ -11,19 +11,19 @@ import torch
 
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import RankGroup
+from offload_adam.gradients.gradient_copy import Flight, Landing
+from offload_adam.gradients.segments import BucketGradients
 from offload_adam.layout.schedule import Operation, Schedule
+from offload_adam.params.bucket import BucketState
 from offload_adam.spans import Spans, span
-from offload_adam.step.bucket_state import BucketState
-from offload_adam.step.crossing import Crossing, HostWait
 from offload_adam.step.device_update import DeviceUpdate
-from offload_adam.step.gradients import BucketGradients
 from offload_adam.step.host_update import HostUpdate
-from offload_adam.step.landing import Flight, Landing
-from offload_adam.step.masks import UpdateMasks
-from offload_adam.step.read_gate import ReadGate
+from offload_adam.step.messages import UpdateMasks
+from offload_adam.step.snapshot_lock import ReadGate
 from offload_adam.torch_private import foreach_copy
 from offload_adam.transfer.collectives import Collectives, PendingCollective
-from offload_adam.transfer.rings import Rings
+from offload_adam.transfer.slots import Rings
+from offload_adam.transfer.stream_waits import Crossing, HostWait
 from offload_adam.transfer.streams import Mark, Streams, StreamsByDevice
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 1e-3

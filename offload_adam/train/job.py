@@ -15,13 +15,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from offload_adam.config import ConfigError, RunConfig
-from offload_adam.contract.adam import Adam
 from offload_adam.coordinator.admission import Field, require_same
 from offload_adam.coordinator.endings import EndingGuard, preemptible
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.startup import COLLECTIVE_TIMEOUT, World, final, joined_world
 from offload_adam.errors import CheckpointError, HostMemoryError, RankDisagreementError
 from offload_adam.kernels.threads import threads_per_rank
+from offload_adam.mindspore.adam import Adam
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.train.bigram import bigram_loss
 from offload_adam.train.corpus import Corpus

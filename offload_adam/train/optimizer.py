@@ -11,7 +11,7 @@ from torch import nn
 from offload_adam.config import RunConfig
 from offload_adam.config.declared import read_options
 from offload_adam.config.optimizer_sections import AdamSection, OffloadAdamSection
-from offload_adam.contract.adam import Adam
+from offload_adam.mindspore.adam import Adam
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.options import ExecutionOptions, FailurePolicy, OffloadPolicy
 from offload_adam.schedules import schedule_from_state

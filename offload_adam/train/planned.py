@@ -10,7 +10,7 @@ from torch import nn
 from offload_adam.config import RunConfig
 from offload_adam.config.optimizer_sections import AdamSection
 from offload_adam.layout.flat import ParameterSpec
-from offload_adam.parameters.families import family_of
+from offload_adam.params.selection import family_of
 from offload_adam.plan.inputs import Training
 from offload_adam.train.loop import Job
 from offload_adam.train.model import build_model

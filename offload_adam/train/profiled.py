@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from offload_adam.config.optimizer_sections import AdamSection, OffloadAdamSection
 from offload_adam.errors import MissingExtraError
+from offload_adam.gradients.stand_in import gradient_of
 from offload_adam.kernels.threads import threads_per_rank
-from offload_adam.parameters.stand_in import gradient_of
 from offload_adam.plan.prediction import predict
 from offload_adam.plan.timing import predict_time, update_nbytes
 from offload_adam.profiling.diagnosis import Diagnosis, Resource, RunFacts, diagnose

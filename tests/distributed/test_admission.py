@@ -142,7 +142,7 @@ def fail_alone(rank: int, world_size: int) -> Outcome:
     """Rank 1 fails where no argument is at fault."""
     model = Weights([(3,)])
     broken = OSError("no space") if rank == 1 else None
-    with patch("offload_adam.step.construction.HostArena", side_effect=broken, return_value=None):
+    with patch("offload_adam.step.build.HostArena", side_effect=broken, return_value=None):
         return outcome_of(lambda: OffloadAdam(model.parameters(), gradient_reduction="optimizer"))
 
 

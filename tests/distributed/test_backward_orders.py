@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from offload_adam import OffloadAdam, OffloadPolicy
-from offload_adam.parameters.stand_in import gradient_of
+from offload_adam.gradients.stand_in import gradient_of
 from tests.support.policies import in_policies
 from tests.support.ranks import RankPool
 from tests.support.reference import Outcome, Weights, exact_gradients, mean_of, outcome_of

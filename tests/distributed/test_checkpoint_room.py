@@ -26,7 +26,7 @@ from offload_adam.checkpoint.format import read_manifest
 from offload_adam.coordinator import node_memory
 from offload_adam.errors import HostMemoryError
 from offload_adam.layout.flat import ParameterSpec
-from offload_adam.parameters.families import family_of
+from offload_adam.params.selection import family_of
 from offload_adam.plan.inputs import Training
 from offload_adam.plan.prediction import predict
 from tests.distributed.test_checkpoints import assert_same, train, whole_state

@@ -120,7 +120,7 @@ def take_memory() -> None:
     """Leave this rank no address space for its state, which admission does not see."""
     if not IS_FAULTY:
         return
-    construction: Any = importlib.import_module("offload_adam.step.construction")
+    construction: Any = importlib.import_module("offload_adam.step.build")
     arena = construction.HostArena
 
     def lacking(nbytes: int, **options: Any) -> Any:
@@ -176,7 +176,7 @@ def install(action: str, place: str, step: int) -> None:
 
         before(HostUpdate, "update", Fault(action, step))
     elif place == "backward":
-        from offload_adam.step.reduction import GradientReduction
+        from offload_adam.step.reducer import GradientReduction
 
         before(GradientReduction, "gradients_ready", Fault(action, step))
     elif place == "forward":

@@ -13,7 +13,7 @@ import torch
 
 from offload_adam import OffloadAdam
 from offload_adam.layout.schedule import Lane
-from offload_adam.step.backend import Backend
+from offload_adam.step.build import Backend
 from offload_adam.transfer.streams import CudaStreams, Streams, streams_for
 from tests.gpu.layers import assert_same_bits, bits, make, train
 

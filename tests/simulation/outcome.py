@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from offload_adam.step.sharded_adam import ShardedAdam
+from offload_adam.step.step import ShardedAdam
 
 
 class Read(NamedTuple):

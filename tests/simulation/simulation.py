@@ -13,8 +13,8 @@ import torch.distributed as dist
 from offload_adam.coordinator import agreement
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.schedule import Lane, Schedule
-from offload_adam.step.backend import Backend
-from offload_adam.step.bucket_state import BucketState
+from offload_adam.params.bucket import BucketState
+from offload_adam.step.build import Backend
 from tests.simulation.backend import (
     HostLanes,
     SimulatedCollectives,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from offload_adam.layout.schedule import Lane, Operation, Schedule, Task
-from offload_adam.step.overlapped import OverlappedExecutor
+from offload_adam.step.executor import OverlappedExecutor
 from tests.simulation.case import Case, Step, simple_case
 from tests.simulation.simulation import Simulation, clean_reference_of
 

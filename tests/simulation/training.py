@@ -10,13 +10,12 @@ import torch
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.layout.state_plan import StatePolicy
-from offload_adam.parameters.selection import NewParameter
-from offload_adam.step.backend import Backend
-from offload_adam.step.bucket_state import BucketState
-from offload_adam.step.construction import Placing
-from offload_adam.step.inputs import StepInputs
-from offload_adam.step.reduction import GradientReduction
-from offload_adam.step.sharded_adam import ShardedAdam
+from offload_adam.params.bucket import BucketState
+from offload_adam.params.selection import NewParameter
+from offload_adam.step.build import Backend, Placing
+from offload_adam.step.messages import StepInputs
+from offload_adam.step.reducer import GradientReduction
+from offload_adam.step.step import ShardedAdam
 from offload_adam.transfer.slots import SlotPool
 from tests.simulation.case import Case
 from tests.simulation.outcome import Outcome, state_of

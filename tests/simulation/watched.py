@@ -8,14 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from offload_adam.gradients.gradient_copy import Flight, Landing
+from offload_adam.gradients.segments import BucketGradients
 from offload_adam.layout.schedule import Lane, Operation, Task
 from offload_adam.memory.arena import HostArena
-from offload_adam.step.bucket_state import BucketState
-from offload_adam.step.crossing import Crossing
-from offload_adam.step.gradients import BucketGradients
-from offload_adam.step.landing import Flight, Landing
-from offload_adam.step.masks import UpdateMasks
+from offload_adam.params.bucket import BucketState
+from offload_adam.step.messages import UpdateMasks
 from offload_adam.step.tasks import BucketUpdate, Tasks
+from offload_adam.transfer.stream_waits import Crossing
 from offload_adam.transfer.streams import Streams
 from tests.simulation.backend import SimulatedStreams
 from tests.simulation.machine import Machine

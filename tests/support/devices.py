@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from offload_adam.coordinator.ranks import RankGroup
-from offload_adam.step.backend import Backend
+from offload_adam.step.build import Backend
 from offload_adam.transfer.collectives import GroupCollectives, PendingCollective
 from offload_adam.transfer.streams import HostStreams, Streams
 from tests.support.cuda_runtime import StandInRuntime

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.scalars import Hyperparameters
-from offload_adam.step.foreach_update import DeviceSegments, foreach_update, sum_of_squares
+from offload_adam.step.device_update import DeviceSegments, foreach_update, sum_of_squares
 from tests.support.kernel_reference import ReferenceState, reference_update, round_to
 from tests.unit.kernel_cases import MODES
 

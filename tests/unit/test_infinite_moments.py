@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from offload_adam import Adam, OffloadAdam
 from offload_adam.kernels.scalars import Hyperparameters
-from offload_adam.step.foreach_update import DeviceSegments, foreach_update
+from offload_adam.step.device_update import DeviceSegments, foreach_update
 from tests.support.devices import HOST_AS_DEVICE
 
 FLOAT32_MAX = torch.finfo(torch.float32).max

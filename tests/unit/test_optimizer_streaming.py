@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from offload_adam import OffloadAdam, OffloadPolicy
-from offload_adam.parameters.stand_in import StandIn
+from offload_adam.gradients.stand_in import StandIn
 from tests.support.scenario import Offloading
 
 

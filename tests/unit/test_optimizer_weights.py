@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from offload_adam import Adam, OffloadAdam, OffloadPolicy, ParameterReplacedError
-from offload_adam.step.following import sample_differs
+from offload_adam.step.external_edits import sample_differs
 from tests.support.devices import HOST_AS_DEVICE
 
 

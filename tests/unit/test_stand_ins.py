@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from offload_adam import OffloadAdam
-from offload_adam.contract.adam import Adam
 from offload_adam.errors import StreamedGradientError
-from offload_adam.parameters.stand_in import StandIn
+from offload_adam.gradients.stand_in import StandIn
+from offload_adam.mindspore.adam import Adam
 from tests.support.policies import in_policies
 from tests.support.scenario import Offloading
 

@@ -195,7 +195,7 @@ def test_what_is_allowed_is_accepted(name: str, make: Callable[[], Any]) -> None
 
 
 def test_a_learning_rate_of_too_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offload_adam.contract.dynamic.MAX_NUM_VALUES", 3)
+    monkeypatch.setattr("offload_adam.mindspore.dynamic.MAX_NUM_VALUES", 3)
     Adam([one()], [0.1] * 3)
     for values in ([0.1] * 4, torch.full((4,), 0.1), (0.1 for _ in iter(int, 1))):
         with pytest.raises(ValueError, match="more than"):

@@ -14,8 +14,13 @@ import torch
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels import threads
 from offload_adam.kernels.first_touch import touch
-from offload_adam.memory.arena import ALIGNMENT_NBYTES, HostArena, arena_nbytes, padded_nbytes
-from offload_adam.memory.numa import spans_nodes
+from offload_adam.memory.arena import (
+    ALIGNMENT_NBYTES,
+    HostArena,
+    arena_nbytes,
+    padded_nbytes,
+    spans_nodes,
+)
 from offload_adam.memory.pinning import PinRefusedError
 from tests.support.cuda_runtime import StandInRuntime
 

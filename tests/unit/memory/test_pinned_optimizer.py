@@ -158,7 +158,7 @@ def test_planes_are_touched_by_their_threads_where_there_are_several_nodes(
 
     launched: list[tuple[str, int]] = []
     touched: list[int] = []
-    monkeypatch.setattr("offload_adam.step.sharded_adam.spans_nodes", lambda: True)
+    monkeypatch.setattr("offload_adam.step.step.spans_nodes", lambda: True)
     original_touch, original_update = first_touch.touch, adam.update
 
     def note(memory: npt.NDArray[np.uint8], num_threads: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from offload_adam import OffloadAdam
-from offload_adam.step.backend import Backend
+from offload_adam.step.build import Backend
 from tests.support.devices import HOST_AS_DEVICE
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from offload_adam.parameters.hooks import BackwardHooks
+from offload_adam.gradients.hooks import BackwardHooks
 
 
 class Sink:

@@ -13,9 +13,8 @@ import pytest
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.schedule import Operation, Task, plan_schedule
 from offload_adam.spans import NullSpans, Stopwatch
-from offload_adam.step.executor import SequentialExecutor
-from offload_adam.step.masks import UpdateMasks
-from offload_adam.step.overlapped import OverlappedExecutor
+from offload_adam.step.executor import OverlappedExecutor, SequentialExecutor
+from offload_adam.step.messages import UpdateMasks
 from offload_adam.step.tasks import Tasks
 from offload_adam.step.update_thread import UpdateThread
 from tests.support.plans import equal_plans

@@ -14,7 +14,7 @@ from torch import nn
 from offload_adam import Adam, OffloadAdam, OffloadPolicy
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.ring import RingSpeed
-from offload_adam.parameters.families import family_of
+from offload_adam.params.selection import family_of
 from offload_adam.plan.inputs import Machine, Source, Training, synthetic_specs
 from offload_adam.plan.prediction import predict
 from offload_adam.plan.timing import predict_time

@@ -1,0 +1,1 @@
+"""From `.grad` to the gradient shard that the update reads."""

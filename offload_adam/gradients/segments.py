@@ -1,0 +1,205 @@
+"""Where this step's gradients of one bucket are, as a table that the kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from offload_adam.gradients.reader import GradientsInPlace, in_memory_order
+from offload_adam.gradients.sparse import GradientRows, sum_duplicates
+from offload_adam.kernels.formats import FloatFormat
+from offload_adam.params.bucket import BucketState, SegmentArrays
+from offload_adam.params.selection import float_format
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentTable:
+    """Segments of one gradient format: where each gradient lies and which state belongs to it.
+
+    addresses, starts, numels: int64, one entry a segment, see `kernels.adam.update`.
+    positions: int64, each segment's parameter in the bucket.
+    """
+
+    gradient_format: FloatFormat
+    addresses: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+    numels: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+
+    def work_starts(self) -> npt.NDArray[np.int64]:
+        """Return the running sum of the segments' lengths, from 0."""
+        sums = np.zeros(self.numels.size + 1, dtype=np.int64)
+        np.cumsum(self.numels, out=sums[1:])
+        return sums
+
+
+class BucketGradients:
+    """One step's gradients of one bucket on this rank.
+
+    Either held where autograd left them, whole and one tensor a parameter, or landed: this rank's
+    shard in one flat host tensor. Sparse ones stand apart, as rows of the whole parameter.
+    Attributes:
+        dense: which parameters had a dense gradient on this rank.
+        local_rows: sparse gradients of this rank, by position, still to be averaged.
+        rows: those that are final.
+        squares: the sum of squares of the dense ones in this rank's shard, None until it is taken.
+    """
+
+    def __init__(self, state: BucketState) -> None:
+        self.dense = np.zeros(len(state.parameters), dtype=np.bool_)
+        self._held: list[GradientsInPlace] = []
+        self._addresses = np.zeros(len(state.parameters), dtype=np.int64)
+        self._landed: torch.Tensor | None = None
+        self._complete = False
+        self.squares: float | None = None
+        self.local_rows: dict[int, GradientRows] = {}
+        self.rows: dict[int, GradientRows] = {}
+
+    @property
+    def present(self) -> npt.NDArray[np.bool_]:
+        """Which parameters have a gradient here."""
+        if not self.rows and not self.local_rows:
+            return self.dense
+        present = self.dense.copy()
+        present[[*self.rows, *self.local_rows]] = True
+        return present
+
+    @property
+    def readable(self) -> npt.NDArray[np.bool_]:
+        """Which parameters can be read here: a reduced shard has zeros for absent ones."""
+        return np.ones_like(self.dense) if self._complete else self.dense
+
+    def hold(self, found: GradientsInPlace) -> None:
+        """Keep these gradients until the step is over, beside any that are held."""
+        addresses = np.array(found.addresses, dtype=np.int64)
+        arrived = np.array([tensor is not None for tensor in found.tensors], dtype=np.bool_)
+        self.squares = None
+        self._held.append(found)
+        self._addresses[arrived] = addresses[arrived]
+        self.dense |= arrived
+
+    def add_rows(self, found: GradientsInPlace) -> None:
+        """Take sparse gradients in, beside those of an earlier backward."""
+        for position, rows in found.rows.items():
+            before = self.local_rows.get(position)
+            self.local_rows[position] = rows if before is None else before.joined(rows)
+
+    def settle_rows(self) -> None:
+        """Take this rank's sparse gradients for final, where nobody averages them."""
+        self.rows, self.local_rows = self.local_rows, {}
+
+    def bring_rows_to_host(self) -> None:
+        """Copy final sparse gradients to where the kernels read them; on the host nothing moves."""
+        self.rows = {
+            position: GradientRows(rows.cpu(), values.cpu())
+            for position, (rows, values) in self.rows.items()
+        }
+
+    def refuse_both(self, state: BucketState) -> None:
+        """Refuse a parameter that one backward gave a sparse, another a dense gradient.
+
+        Raises:
+            ValueError: naming the parameter.
+        """
+        for position in (*self.rows, *self.local_rows):
+            if self.dense[position]:
+                raise ValueError(
+                    f"parameter {state.names[position]!r} has a sparse gradient from one backward "
+                    "of this step and a dense one from another"
+                )
+
+    def rows_sum_of_squares(self) -> float:
+        """Return the float64 sum of squares of the sparse gradients, duplicates summed before."""
+        return sum(self.rows_squares().values(), 0.0)
+
+    def rows_squares(self) -> dict[int, float]:
+        """Return the float64 sum of squares of each sparse gradient, by position."""
+        return {
+            position: float(
+                sum_duplicates(GradientRows(rows, values.double())).values.square().sum()
+            )
+            for position, (rows, values) in self.rows.items()
+        }
+
+    def non_finite_rows(self) -> list[int]:
+        """Return the positions of sparse gradients with a value that is not finite."""
+        return [p for p, rows in self.rows.items() if not torch.isfinite(rows.values).all()]
+
+    def expect(self, present: npt.NDArray[np.bool_]) -> None:
+        """Hear which parameters had a dense gradient on this rank in a bucket that is leaving."""
+        self.dense |= present
+
+    def land(self, shard: torch.Tensor, *, complete: bool) -> None:
+        """Take this rank's shard of the bucket, where it has landed.
+
+        complete: the shard has zeros where this rank had no gradient.
+        """
+        self.squares = None
+        self._landed = shard
+        self._complete = complete
+
+    def tables(self, state: BucketState, active: npt.NDArray[np.bool_]) -> Iterator[SegmentTable]:
+        """Yield the segments of `active` parameters, one table for each gradient format.
+
+        Parameters with a sparse gradient are left out.
+        """
+        segments = state.segments
+        if segments.numels.size == 0:
+            return
+        if self.rows:
+            active = active.copy()
+            active[list(self.rows)] = False
+        chosen = active[segments.positions]
+        if self._landed is not None:
+            itemsize = self._landed.element_size()
+            addresses = self._landed.data_ptr() + segments.shard_starts * itemsize
+            yield from _table(state, self._landed.dtype, addresses, chosen)
+            return
+        for found in self._held:
+            for dtype in found.dtypes:
+                offsets = segments.parameter_starts * dtype.itemsize
+                addresses = self._addresses[segments.positions] + offsets
+                alone = len(self._held) == 1 and len(found.dtypes) == 1
+                mask = chosen if alone else chosen & _has_dtype(found, dtype, segments)
+                yield from _table(state, dtype, addresses, mask)
+
+    def segment_of(self, state: BucketState, segment: int) -> torch.Tensor:
+        """Return one segment's dense gradient, 1-d, where it lies."""
+        segments = state.segments
+        numel = int(segments.numels[segment])
+        if self._landed is not None:
+            start = int(segments.shard_starts[segment])
+            return self._landed[start : start + numel]
+        position, start = int(segments.positions[segment]), int(segments.parameter_starts[segment])
+        for found in reversed(self._held):
+            gradient = found.tensors[position]
+            if gradient is not None:
+                return in_memory_order(gradient)[start : start + numel]
+        raise LookupError(f"no gradient is held for {state.names[position]!r}")
+
+
+def _has_dtype(
+    found: GradientsInPlace, dtype: torch.dtype, segments: SegmentArrays
+) -> npt.NDArray[np.bool_]:
+    """Return which segments' gradients are among those found, and of this dtype."""
+    matches = [tensor is not None and tensor.dtype == dtype for tensor in found.tensors]
+    return np.array(matches, dtype=np.bool_)[segments.positions]
+
+
+def _table(
+    state: BucketState,
+    dtype: torch.dtype,
+    addresses: npt.NDArray[np.int64],
+    chosen: npt.NDArray[np.bool_],
+) -> Iterator[SegmentTable]:
+    """Yield the table of the chosen segments, if there are any."""
+    segments = state.segments
+    columns = [addresses, segments.shard_starts, segments.numels, segments.positions]
+    if not chosen.all():
+        columns = [column[chosen] for column in columns]
+    if columns[0].size > 0:
+        yield SegmentTable(float_format(dtype), *columns)

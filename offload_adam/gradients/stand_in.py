@@ -1,0 +1,333 @@
+"""What `.grad` holds after a gradient has left, and what torch's functions may do with it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from offload_adam.errors import StreamedGradientError
+from offload_adam.torch_private import (
+    ATEN_FOREACH_DIV,
+    ATEN_FOREACH_MUL,
+    ATEN_FOREACH_NORM,
+    ATEN_TO_COPY,
+    is_accumulating_gradient,
+    make_wrapper_subclass,
+    no_torch_function,
+    version_of,
+)
+
+_aten = torch.ops.aten
+
+_CLIP = (
+    "Clip to a 2-norm, with max_grad_norm=, optimizer.clip_grad_norm_() or torch's own function, "
+    "drop gradients with optimizer.zero_grad()"
+)
+_LOSS_SCALE = (
+    "In place of a GradScaler, scale the loss and set optimizer.grad_scale (a non-finite gradient "
+    "skips the step)"
+)
+
+
+class GradientSource(Protocol):
+    """What knows the gradients that have left `.grad`, by index."""
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether gradients have left since the last step."""
+        ...
+
+    def norm(self, index: int) -> float:
+        """Return the 2-norm of a gradient. Collective."""
+        ...
+
+    def multiply(self, index: int, factor: float | torch.Tensor, *, inverse: bool = False) -> None:
+        """Multiply a gradient by a number, or divide it by one."""
+        ...
+
+
+class StandIn(torch.Tensor):
+    """A gradient without storage: it shows that its parameter had a gradient, and has no values.
+
+    It has the parameter's shape, strides, dtype and device. The next backward replaces it. Its
+    2-norm is that of the gradient averaged over all ranks, and collective; multiplying it by a
+    number, as `torch.nn.utils.clip_grad_norm_` does, changes the next update. Every other operation
+    raises an error, so that no tool computes with values that are not there.
+
+    Owns: nothing; it keeps neither the parameter nor the optimizer alive.
+    """
+
+    # torch's default would turn the results of operations into this class.
+    __torch_function__ = no_torch_function
+
+    _name: str
+    _parameter: weakref.ref[torch.Tensor]
+    _source: GradientSource | None
+    _index: int
+    _is_copy: bool
+
+    @staticmethod
+    def __new__(
+        cls,
+        name: str,
+        parameter: torch.Tensor,
+        source: GradientSource | None = None,
+        index: int = 0,
+    ) -> StandIn:
+        """Make the stand-in of one parameter's gradient.
+
+        Args:
+            name: for error messages.
+            source: takes the norm and multiplies; None for neither.
+            index: what the source knows the parameter by.
+        """
+        return _make(parameter, name, weakref.ref(parameter), source, index)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own has mangled names
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Let autograd replace the stand-in and modules convert it; reject everything else."""
+        first = args[0] if args else None
+        if isinstance(first, StandIn):
+            if func is _aten.detach.default:
+                return first._other(is_copy=first._is_copy)
+            if func is ATEN_TO_COPY:  # module.to() converts .grad too
+                return first._other(kwargs.get("dtype"), kwargs.get("device"), is_copy=True)
+            if func is _aten.add_.Tensor and is_accumulating_gradient():
+                return first._replace(args[1])
+            if func is _aten.add.Tensor and is_accumulating_gradient():
+                return args[1].clone()  # create_graph=True: autograd puts the result into .grad
+            if first._source is not None and _is_plain_norm(func, args, kwargs):
+                return first._norm(first._source)
+            # A copy is multiplied by itself: the gradient must not change with it.
+            scales = func in _SCALED and _is_number(args[1]) and not first._is_copy
+            if first._source is not None and scales:
+                first._source.multiply(first._index, args[1], inverse=_SCALED[func])
+                return first
+            if func is _aten.zero_.default and not (first._source and first._source.has_gradients):
+                return first  # module.zero_grad(set_to_none=False) after the step
+        elif func in _FOREACH and isinstance(first, (list, tuple)) and not kwargs:
+            results = [_FOREACH[func](tensor, *args[1:]) for tensor in first]
+            return results if func is ATEN_FOREACH_NORM else None
+        raise next(_stand_ins_in((args, kwargs)))._error(func.overloadpacket.__name__)
+
+    @property
+    def data(self) -> StandIn:
+        """The stand-in itself, for it has no graph."""
+        return self
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        """Take another dtype and device, as module.to() does; reject values."""
+        if not isinstance(value, StandIn):
+            raise self._error("an assignment to .data")
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StandIn:
+        """Return another stand-in of the same gradient."""
+        return self._other(is_copy=True)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        """Show what it stands for."""
+        return (
+            f"StandIn(the gradient of {self._name!r} has left .grad, shape={list(self.shape)}, "
+            f"dtype={self.dtype}, device={self.device})"
+        )
+
+    def _other(
+        self,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        *,
+        is_copy: bool,
+    ) -> StandIn:
+        made = _make(self, self._name, self._parameter, self._source, self._index, dtype, device)
+        made._is_copy = is_copy
+        return made
+
+    def _norm(self, source: GradientSource) -> torch.Tensor:
+        return torch.tensor(source.norm(self._index), dtype=torch.float32, device=self.device)
+
+    def _replace(self, gradient: torch.Tensor) -> StandIn:
+        """Put the gradient of a further backward into `.grad`.
+
+        Autograd adds to `.grad` in-place and does not look at the result. The clone is needed
+        because the gradient may be shared with other parameters.
+        """
+        parameter = self._parameter()
+        assert parameter is not None, "autograd holds it"
+        parameter.grad = gradient.clone()
+        return self
+
+    def _error(self, operation: str) -> StreamedGradientError:
+        remedy = _LOSS_SCALE if operation.startswith("_amp_") else _CLIP
+        return StreamedGradientError(
+            f"{operation} needs the gradient of parameter {self._name!r}, which has left .grad "
+            f"during backward because the optimizer streams gradients. {remedy}, or construct the "
+            "optimizer without module= to keep gradients in .grad"
+        )
+
+
+def _reject(name: str) -> Callable[..., Any]:
+    def method(self: StandIn, *args: Any, **kwargs: Any) -> Any:
+        raise self._error(name)
+
+    return method
+
+
+# These read or write memory without an operation that torch would dispatch.
+for _method in (
+    *("item", "tolist", "numpy", "data_ptr", "storage", "share_memory_"),
+    *("__array__", "__bool__", "__float__", "__int__", "__index__", "__complex__"),
+    *("__dlpack__", "__reduce_ex__"),
+):
+    setattr(StandIn, _method, _reject(_method))
+
+
+def gradient_of(parameter: torch.Tensor) -> torch.Tensor | None:
+    """Return what `.grad` holds, None where that is a stand-in."""
+    gradient = parameter.grad
+    return None if type(gradient) is StandIn else gradient
+
+
+def _make(
+    like: torch.Tensor,
+    name: str,
+    parameter: weakref.ref[torch.Tensor],
+    source: GradientSource | None,
+    index: int,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> StandIn:
+    made = make_wrapper_subclass(
+        StandIn,
+        like.shape,
+        strides=like.stride(),
+        dtype=dtype or like.dtype,
+        device=device or like.device,
+    )
+    assert isinstance(made, StandIn)
+    made._name = name
+    made._parameter = parameter
+    made._source = source
+    made._index = index
+    made._is_copy = False
+    return made
+
+
+# In-place multiplication and whether it is a division.
+_SCALED = {
+    _aten.mul_.Tensor: False,
+    _aten.mul_.Scalar: False,
+    _aten.div_.Tensor: True,
+    _aten.div_.Scalar: True,
+}
+
+_FOREACH: dict[Any, Callable[..., torch.Tensor]] = {
+    ATEN_FOREACH_NORM: torch.linalg.vector_norm,
+    **dict.fromkeys(ATEN_FOREACH_MUL, torch.Tensor.mul_),
+    **dict.fromkeys(ATEN_FOREACH_DIV, torch.Tensor.div_),
+}
+
+
+def _is_plain_norm(func: Any, args: Sequence[Any], kwargs: Any) -> bool:
+    """Tell whether an operation takes the 2-norm of a whole tensor."""
+    if func not in (_aten.linalg_vector_norm.default, _aten.norm.Scalar):
+        return False
+    order, *rest = [*args[1:], 2]
+    return order == 2 and not kwargs and all(value in (None, 2, False) for value in rest)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (
+        isinstance(value, torch.Tensor) and value.numel() == 1 and not isinstance(value, StandIn)
+    )
+
+
+def _stand_ins_in(value: Any) -> Iterator[StandIn]:
+    """Yield the stand-ins among an operation's arguments."""
+    if isinstance(value, StandIn):
+        yield value
+    elif isinstance(value, dict):
+        yield from _stand_ins_in(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _stand_ins_in(item)
+
+
+class StreamedGradients:
+    """Norms of this step's streamed gradients, and what the caller has multiplied them by.
+
+    Args:
+        take_norms: returns the 2-norm of each parameter's reduced gradient. Collective.
+
+    Lifecycle: `gradients_left` for each bucket with gradients, `forget` after each step.
+    """
+
+    def __init__(self, take_norms: Callable[[], npt.NDArray[np.float64]]) -> None:
+        self._take_norms = take_norms
+        self.forget()
+
+    def forget(self) -> None:
+        """Start over with the next step."""
+        self.has_gradients = False
+        self._norms: npt.NDArray[np.float64] | None = None
+        self._factors: dict[int, float] = {}
+        self._added_later = False
+        self._scalar: tuple[torch.Tensor, int, float] | None = None
+
+    def gradients_left(self) -> None:
+        """Hear that further gradients have left `.grad`."""
+        self.has_gradients = True
+        self._norms = None
+        self._added_later = bool(self._factors)
+
+    def norm(self, index: int) -> float:
+        """Return the 2-norm of one parameter's gradient. Collective after a backward."""
+        if self._norms is None:
+            self._norms = self._take_norms()
+        return float(self._norms[index]) * abs(self._factors.get(index, 1.0))
+
+    def multiply(self, index: int, factor: float | torch.Tensor, *, inverse: bool = False) -> None:
+        """Multiply the gradient of one parameter in the next update, or divide it."""
+        value = self._read(factor) if isinstance(factor, torch.Tensor) else float(factor)
+        before = self._factors.get(index, 1.0)
+        self._factors[index] = float(np.float64(before) / value if inverse else before * value)
+
+    def _read(self, factor: torch.Tensor) -> float:
+        """Read a scalar tensor once, for thousands of gradients are multiplied by the same one."""
+        known = self._scalar
+        if known is None or known[0] is not factor or known[1] != version_of(factor):
+            known = self._scalar = (factor, version_of(factor), float(factor))
+        return known[2]
+
+    def factor(self) -> float:
+        """Return the factor of all gradients.
+
+        Raises:
+            ValueError: there is more than one.
+        """
+        factors = {*map(repr, self._factors.values())}
+        if len(factors) > 1:
+            raise ValueError(
+                f"gradients that have left .grad were multiplied by different factors: "
+                f"{', '.join(sorted(factors)[:3])}. Multiply all of them by one number, or "
+                "construct the optimizer without module="
+            )
+        if self._added_later:
+            raise ValueError(
+                "a backward has brought further gradients after those of this step were "
+                "multiplied (clipped) in .grad. Multiply them after the last backward of a step"
+            )
+        return next(iter(self._factors.values()), 1.0)
+
+    @property
+    def multiplied(self) -> Collection[int]:
+        """The indices of the parameters whose gradients have a factor."""
+        return self._factors.keys()

@@ -1,0 +1,155 @@
+"""Gradients that must be worked on whole before the update: centralized ones, and sparse ones.
+
+What is prepared is scaled and has its weight decay in it, in fp32: the update takes it as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from offload_adam.gradients.segments import BucketGradients
+from offload_adam.gradients.sparse import GradientRows
+from offload_adam.kernels.scalars import Hyperparameters
+from offload_adam.params.bucket import BucketState
+
+
+class Segment(NamedTuple):
+    """One parameter's range in this rank's shard; `row` is its place among the shard's segments.
+
+    The rest is as in `layout.flat.Segment`.
+    """
+
+    row: int
+    position: int
+    parameter_start: int
+    shard_start: int
+    numel: int
+
+    def of(self, plane: torch.Tensor) -> torch.Tensor:
+        """Return the segment's part of a plane."""
+        return plane[self.shard_start : self.shard_start + self.numel]
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What a gradient is prepared with.
+
+    scale: unscaling times clip factor.
+    weight_decay: L2, of the weight as it is before the update.
+    centralized: the mean over all dimensions but the first is subtracted.
+    """
+
+    scale: float
+    weight_decay: float
+    centralized: bool
+
+
+def segment_of(state: BucketState, position: int) -> Segment | None:
+    """Return the part of a parameter in this rank's shard, None where there is none."""
+    segments = state.segments
+    row = int(segments.positions.searchsorted(position))
+    if row == segments.positions.size or segments.positions[row] != position:
+        return None
+    return Segment(
+        row,
+        position,
+        int(segments.parameter_starts[row]),
+        int(segments.shard_starts[row]),
+        int(segments.numels[row]),
+    )
+
+
+def every_segment(state: BucketState, chosen: npt.NDArray[np.bool_]) -> list[Segment]:
+    """Return the segments of the chosen parameters in this rank's shard."""
+    segments = state.segments
+    columns = (segments.positions, segments.parameter_starts, segments.shard_starts)
+    rows = np.flatnonzero(chosen[segments.positions])
+    table = np.stack([rows, *(column[rows] for column in (*columns, segments.numels))], axis=1)
+    return [Segment(*values) for values in table.tolist()]
+
+
+def needs_preparation(state: BucketState, gradients: BucketGradients) -> npt.NDArray[np.bool_]:
+    """Return which of the bucket's parameters have a gradient that is prepared."""
+    if not gradients.rows:
+        return state.centralized
+    needed = state.centralized.copy()
+    needed[list(gradients.rows)] = True
+    return needed
+
+
+def preparation_of(
+    state: BucketState, position: int, hyper: Hyperparameters, gradient_scale: float
+) -> Preparation:
+    """Return how the gradient of one parameter is prepared."""
+    return Preparation(gradient_scale, hyper.weight_decay, bool(state.centralized[position]))
+
+
+def once_prepared(hyper: Hyperparameters) -> Hyperparameters:
+    """Return the hyperparameters for a gradient that has its weight decay in it."""
+    return replace(hyper, weight_decay=0.0)
+
+
+def prepare_dense(
+    gradient: torch.Tensor,
+    weight: torch.Tensor,
+    parameter: torch.Tensor,
+    how: Preparation,
+    out: torch.Tensor,
+) -> None:
+    """Write a whole parameter's gradient, decayed and centralized.
+
+    Args:
+        gradient, weight, out: 1-d, all of the parameter's elements in its memory order; the last
+            two float32.
+
+    Source: Yong et al., "Gradient Centralization" (2020).
+    """
+    out.copy_(gradient).mul_(how.scale).add_(weight, alpha=how.weight_decay)
+    if how.centralized:
+        shaped = out.as_strided(parameter.shape, parameter.stride())
+        dims = tuple(range(1, parameter.dim()))
+        # In float64, where no sum of finite gradients overflows.
+        shaped.sub_(shaped.mean(dim=dims, keepdim=True, dtype=torch.float64))
+
+
+def prepare_rows(
+    entries: GradientRows, weight: torch.Tensor, segment: Segment, how: Preparation
+) -> GradientRows:
+    """Return the elements of sparse entries that lie in a segment, as rows of width 1, decayed.
+
+    Every entry decays its row, also where several entries have one row.
+
+    Args:
+        weight: (segment.numel,) float32.
+
+    Returns:
+        Offsets in the segment, with repetitions.
+    """
+    rows, values = entries
+    columns = torch.arange(values.shape[1], dtype=rows.dtype, device=rows.device)
+    offsets = (rows[:, None] * values.shape[1] + columns - segment.parameter_start).flatten()
+    inside = (offsets >= 0) & (offsets < segment.numel)
+    offsets = offsets[inside]
+    scaled = values.flatten()[inside].float() * how.scale
+    return GradientRows(offsets, scaled.add_(weight[offsets], alpha=how.weight_decay)[:, None])
+
+
+def prepare_whole_rows(
+    entries: GradientRows, weight: torch.Tensor, how: Preparation
+) -> GradientRows:
+    """Return sparse entries, decayed and centralized, as they are where a rank has all of a table.
+
+    Args:
+        weight: float32, all of the parameter's elements.
+    """
+    rows, values = entries
+    decayed = values.float() * how.scale
+    decayed.add_(weight.view(-1, values.shape[1])[rows], alpha=how.weight_decay)
+    if how.centralized:
+        decayed.sub_(decayed.mean(dim=1, keepdim=True, dtype=torch.float64))
+    return GradientRows(rows, decayed)

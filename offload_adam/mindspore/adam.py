@@ -1,0 +1,339 @@
+"""`Adam` by the specification of `mindspore.nn.Adam`, for PyTorch's parameters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from offload_adam.coordinator.admission import Field, raise_on_all_ranks
+from offload_adam.kernels.scalars import Hyperparameters
+from offload_adam.mindspore.arguments import (
+    check_amsgrad,
+    check_beta,
+    check_eps,
+    check_flag,
+    check_kwargs,
+    check_loss_scale,
+    requested,
+)
+from offload_adam.mindspore.decay_filter import is_decayed, norm_parameters, warn_if_all_decay
+from offload_adam.mindspore.dynamic import (
+    Dynamic,
+    load_dynamic,
+    read_learning_rate,
+    read_weight_decay,
+)
+from offload_adam.mindspore.given_gradients import check_given, in_place_of_grad
+from offload_adam.mindspore.groups import (
+    AdamGroup,
+    GroupDefaults,
+    Groups,
+    read_group,
+    read_groups,
+    refuse_repeated,
+    vector_lengths,
+)
+from offload_adam.mindspore.inspection import InspectableAdam
+from offload_adam.options import FailurePolicy, OffloadPolicy
+from offload_adam.params.groups import check_group, hyperparameters_of
+from offload_adam.params.selection import Selection
+from offload_adam.sharded_optimizer import Execution
+from offload_adam.step.messages import StepInputs, StepReport
+
+_DYNAMIC_KEYS = ("lr", "weight_decay")
+
+
+class Adam(InspectableAdam):
+    """Adam with the arguments, groups, modes and order of operations of `mindspore.nn.Adam`.
+
+    One update, with `t` the number of updates of this optimizer, this one included:
+    `m = b1 m + (1 - b1) g`, `v = b2 v + (1 - b2) g^2`,
+    `w -= lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)`, where g is
+    `gradient / loss_scale + weight_decay * w`. All of it is fp32 whatever the parameter's dtype.
+
+    Give gradients in a tuple, `opt(gradients)`, or torch's way in `.grad` with `opt.step()`. With
+    more than one rank both are collective, and so is construction. A skipped step advances neither
+    the step counter nor a schedule.
+
+    A state dict holds the global step, the schedules of this package and vectors. It does not hold
+    a user's own callables: construct the optimizer with the same ones before loading.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or group dicts with the keys `params`, `lr`,
+            `weight_decay`, `grad_centralization` and, in a dict of its own, `order_params`.
+        learning_rate: a number or 0-d tensor; a 1-d tensor or an iterable, one value a step, read
+            once; or a callable of the 0-based step, such as the `offload_adam.schedules`.
+        beta1, beta2: floats in the open interval (0.0, 1.0).
+        eps: a float above 0.
+        use_locking: accepted; calls of several threads always run one after the other.
+        use_nesterov: `b1 m + (1 - b1) g` stands for m in the last line.
+        weight_decay: L2, a number or a callable of the 0-based step. Without groups it leaves out
+            parameters with beta or gamma in their names and, with `module`, torch's norm layers.
+        loss_scale: gradients are divided by it.
+        use_amsgrad: the largest v so far stands for v; with one rank only.
+        epsilon_hat: `w -= lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)`, the arithmetic
+            that MindSpore was observed to use.
+        decay_norms: weight decay acts on the norm layers of `module`, too.
+        module: the model: it gives names and, with `use_offload`, streams gradients as they arise.
+        max_grad_norm, process_group, gradient_reduction, reduce_dtype, accumulate, overlap,
+            num_threads, offload, failures: as for `OffloadAdam`.
+        **kwargs: `use_lazy`: a sparse gradient updates only the rows it touches; `use_offload`:
+            state lies sharded in host memory, instead of beside its parameter on every rank.
+
+    Raises:
+        KeyError, TypeError, ValueError, RuntimeError: by argument, before anything is allocated.
+
+    Source: the documentation of `mindspore.nn.Adam` (MindSpore 2.10); Kingma and Ba, "Adam"
+    (2015); Dozat, "Incorporating Nesterov Momentum into Adam" (2016); Reddi et al., "On the
+    Convergence of Adam" (2018).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        learning_rate: Any = 1e-3,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        use_locking: bool = False,
+        use_nesterov: bool = False,
+        weight_decay: Any = 0.0,
+        loss_scale: float = 1.0,
+        use_amsgrad: bool = False,
+        *,
+        epsilon_hat: bool = False,
+        decay_norms: bool = False,
+        module: torch.nn.Module | None = None,
+        max_grad_norm: float | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        gradient_reduction: str | None = None,
+        reduce_dtype: torch.dtype | None = None,
+        accumulate: str | None = None,
+        overlap: bool | None = None,
+        num_threads: int | None = None,
+        offload: OffloadPolicy = OffloadPolicy(),
+        failures: FailurePolicy = FailurePolicy(),
+        **kwargs: Any,
+    ) -> None:
+        self._global_step = 0
+        execution = Execution(
+            module=module,
+            process_group=process_group,
+            gradient_reduction=gradient_reduction,
+            reduce_dtype=reduce_dtype,
+            max_grad_norm=max_grad_norm,
+            accumulate=accumulate,
+            overlap=overlap,
+            num_threads=num_threads,
+            offload=offload,
+            failures=failures,
+            beside=not requested(kwargs, "use_offload"),
+            takes_rows=True,
+        )
+
+        def admit() -> list[Field]:
+            for name, value in (
+                ("use_locking", use_locking),
+                ("use_nesterov", use_nesterov),
+                ("use_amsgrad", use_amsgrad),
+                ("epsilon_hat", epsilon_hat),
+                ("decay_norms", decay_norms),
+            ):
+                check_flag(name, value)
+            self.use_lazy, self.use_offload = check_kwargs(kwargs)
+            check_amsgrad(amsgrad=use_amsgrad, lazy=self.use_lazy, offload=self.use_offload)
+            betas = check_beta("beta1", beta1), check_beta("beta2", beta2)
+            self.loss_scale = check_loss_scale(loss_scale)
+            self._group_defaults = GroupDefaults(
+                read_learning_rate("learning_rate", learning_rate),
+                read_weight_decay("weight_decay", weight_decay),
+            )
+            defaults = {
+                "lr": _first(self._group_defaults.lr),
+                "betas": betas,
+                "eps": check_eps(eps),
+                "weight_decay": _first(self._group_defaults.weight_decay),
+                "amsgrad": use_amsgrad,
+                "nesterov": use_nesterov
+                and not _ignores_nesterov(use_nesterov, use_amsgrad, epsilon_hat),
+                "maximize": False,
+                "decoupled_weight_decay": False,
+                "epsilon_hat": epsilon_hat,
+                "grad_centralization": False,
+            }
+            self._read(params, defaults, module, decay_norms)
+            return [("loss_scale", str(self.loss_scale)), ("use_lazy", str(self.use_lazy))]
+
+        self._construct(execution, admit)
+
+    def _read(
+        self,
+        params: object,
+        defaults: dict[str, Any],
+        module: torch.nn.Module | None,
+        decay_norms: bool,
+    ) -> None:
+        """Read the groups and let torch take them in."""
+        groups = read_groups(params, self._group_defaults)
+        vector_lengths(groups.members)
+        self._norms = set() if decay_norms else norm_parameters(module)
+        self._order = groups.order
+        self._grouped = groups.grouped
+        self._admit(groups.members, defaults)
+        if self.use_offload and any(group["grad_centralization"] for group in self.param_groups):
+            warnings.warn(
+                "grad_centralization has no effect with use_offload=True", UserWarning, stacklevel=2
+            )
+        self._warn_of_decay(groups, module)
+
+    def _warn_of_decay(self, groups: Groups, module: torch.nn.Module | None) -> None:
+        group = groups.members[0]
+        decays = group["weight_decay"] > 0 or "weight_decay" in group.dynamic
+        if not groups.grouped and module is None and decays:
+            warn_if_all_decay(item.group % 2 == 0 for item in self._select(0).new)
+
+    def __call__(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """Take one step with these gradients, whatever `.grad` holds. Collective.
+
+        Args:
+            gradients: one for each of `parameters`, in that order: its shape, dtype and device,
+                dense or sparse COO; None for none. They are read during the call only.
+
+        Returns:
+            A tensor holding True, also for a skipped step (`last_step.skipped`).
+
+        Raises:
+            TypeError, ValueError: naming the parameter; on every rank, and nothing is changed.
+            PeerError: another rank refused its gradients.
+        """
+        with self._lock:
+            core = self._alive()
+            names = {id(parameter): name for name, parameter in core.named_parameters()}
+            parameters = self.parameters
+            named = [names.get(id(p), "a frozen one") for p in parameters]
+            with raise_on_all_ranks(self._ranks, "reading the given gradients"):
+                checked = check_given(gradients, named, parameters)
+            # A backward may have sent gradients off already: the given ones stand for them.
+            core.reduction.reset()
+            if self._hooks is not None:
+                self._hooks.forget()
+            with in_place_of_grad(parameters, checked):
+                self.step()
+        return torch.tensor(True, dtype=torch.bool, device="cpu")
+
+    def _admit_group(self, param_group: dict[str, Any]) -> None:
+        if not isinstance(param_group, AdamGroup):
+            param_group = read_group(param_group, self._group_defaults, "the new group")
+            refuse_repeated([param_group], self.param_groups)
+            vector_lengths([*self._groups(), param_group])
+        super()._admit_group(param_group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_group(group)
+        check_eps(group["eps"])
+        for name, beta in zip(("beta1", "beta2"), group["betas"], strict=True):
+            check_beta(name, beta)
+        for name in ("maximize", "decoupled_weight_decay"):
+            if group[name]:
+                raise ValueError(
+                    f"{name}=True is not part of this Adam's update: use OffloadAdam for it"
+                )
+
+    def _select(self, first_group: int) -> Selection:
+        """Number parameters by group and by whether weight decay acts on them."""
+        selection = super()._select(first_group)
+        new = []
+        for item in selection.new:
+            group = self._groups()[item.group]
+            decays = not group.filtered or is_decayed(item.name, item.parameter, self._norms)
+            centralized = item.centralized and not self.use_offload
+            new.append(replace(item, group=2 * item.group + (not decays), centralized=centralized))
+        return Selection(new, selection.frozen)
+
+    def _hyperparameters(self) -> list[Hyperparameters]:
+        every = []
+        for group in self._groups():
+            decayed = hyperparameters_of({**group, **group.values_at(self._global_step)})
+            every += [decayed, replace(decayed, weight_decay=0.0)]
+        return every
+
+    def _step_inputs(self) -> StepInputs:
+        return StepInputs(
+            hyperparameters=self._hyperparameters(),
+            grad_scale=self.loss_scale,
+            step=self._global_step + 1,
+            lazy=self.use_lazy,
+            num_per_group=2,  # with weight decay and without
+        )
+
+    def _stepped(self, report: StepReport) -> None:
+        if report.skipped:
+            return
+        for group in self._groups():
+            if group.dynamic:
+                group.show(group.shown_at(self._global_step))
+        self._global_step += 1
+
+    def _further_state(self) -> dict[str, Any]:
+        return {
+            "global_step": self._global_step,
+            "dynamic": [
+                {key: value.to_state() for key, value in group.dynamic.items()}
+                for group in self._groups()
+            ],
+        }
+
+    def _plan_further_state(
+        self, further: Mapping[str, Any], entries: Mapping[int, Mapping[str, Any]]
+    ) -> Callable[[], None]:
+        if "global_step" not in further:
+            # Another optimizer's: its parameters count their own updates.
+            steps = [int(entry["step"]) for entry in entries.values() if "step" in entry]
+            return lambda: setattr(self, "_global_step", max(steps, default=0))
+        loaded = [
+            {
+                key: load_dynamic(key, saved.get(key), group.dynamic.get(key))
+                for key in _DYNAMIC_KEYS
+            }
+            for group, saved in zip(self._groups(), further["dynamic"], strict=True)
+        ]
+
+        global_step = further["global_step"]
+        if not isinstance(global_step, int) or global_step < 0:
+            raise ValueError(f"the saved global_step is {global_step!r}, no count of steps")
+
+        def load() -> None:
+            self._global_step = global_step
+            for group, functions in zip(self._groups(), loaded, strict=True):
+                group.dynamic = {k: f for k, (f, _) in functions.items() if f is not None}
+                for _, load_function in functions.values():
+                    load_function()
+
+        return load
+
+
+def _first(value: float | Dynamic) -> float:
+    """Return what a group shows before the first step."""
+    return value.at(0) if isinstance(value, Dynamic) else value
+
+
+def _ignores_nesterov(use_nesterov: bool, use_amsgrad: bool, epsilon_hat: bool) -> bool:
+    """Tell whether nesterov has no effect beside amsgrad.
+
+    Raises:
+        ValueError: both, in the specified arithmetic, which says nothing of the pair.
+    """
+    if not (use_nesterov and use_amsgrad):
+        return False
+    if not epsilon_hat:
+        raise ValueError(
+            "use_nesterov=True and use_amsgrad=True exclude each other: pass one of them "
+            "(with epsilon_hat=True nesterov is ignored, as MindSpore does)"
+        )
+    warnings.warn("use_nesterov has no effect together with use_amsgrad", UserWarning, stacklevel=2)
+    return True

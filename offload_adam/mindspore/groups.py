@@ -1,0 +1,261 @@
+"""Parameter groups as `Adam` takes them: what they may hold, and the order of all parameters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self, cast
+
+import torch
+
+from offload_adam.mindspore.arguments import check_flag
+from offload_adam.mindspore.dynamic import Dynamic, read_learning_rate, read_weight_decay
+
+_KEYS = ("params", "lr", "weight_decay", "grad_centralization", "order_params")
+
+
+class AdamGroup(dict[str, Any]):
+    """A parameter group in which a value that changes with the step cannot be written.
+
+    Where `lr` or `weight_decay` is dynamic the entry shows the value last used.
+
+    Attributes:
+        dynamic: functions of the step, by key.
+        own: keys that the group was given a value for, instead of taking the optimizer's.
+        filtered: weight decay leaves out what the names say (`decay_filter`).
+    """
+
+    dynamic: Mapping[str, Dynamic] = {}
+    own: Collection[str] = ()
+    filtered: bool = False
+    _shown: ClassVar = ("lr", "weight_decay")
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._refuse_dynamic(key, value)
+        super().__setitem__(key, value)
+
+    def update(self, *others: Any, **values: Any) -> None:
+        """Set several entries; a dict's own `update` would go past `__setitem__`."""
+        merged = dict(*others, **values)
+        for key, value in merged.items():
+            self._refuse_dynamic(key, value)
+        super().update(merged)
+
+    def __ior__(self, other: Any) -> Self:  # type: ignore[override,misc]
+        self.update(other)
+        return self
+
+    def _refuse_dynamic(self, key: str, value: Any) -> None:
+        if key in self.dynamic and self.get(key, value) != value:
+            raise ValueError(
+                f"{key} of this group changes with the step and cannot be set to {value!r}: make "
+                "the optimizer with a fixed one to let a torch scheduler or your code move it"
+            )
+
+    def values_at(self, step: int) -> dict[str, float]:
+        """Return learning rate and weight decay for a step."""
+        return {
+            key: self.dynamic[key].at(step) if key in self.dynamic else float(self[key])
+            for key in self._shown
+        }
+
+    def shown_at(self, step: int) -> dict[str, float]:
+        """Return what `values_at` does, but the last values where they have run out."""
+        return {
+            key: self.dynamic[key].shown_at(step) if key in self.dynamic else float(self[key])
+            for key in self._shown
+        }
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """Let the entries show the values that a step has used."""
+        super().update({key: values[key] for key in self.dynamic})
+
+
+@dataclass(frozen=True)
+class Groups:
+    """All that `params` says.
+
+    order: every parameter in the order that `order_params` asks for, None without.
+    grouped: `params` held groups, so that each decides on its own weight decay.
+    """
+
+    members: list[AdamGroup] = field(default_factory=list)
+    order: list[torch.nn.Parameter] | None = None
+    grouped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GroupDefaults:
+    """What a group that says nothing gets."""
+
+    lr: float | Dynamic
+    weight_decay: float | Dynamic
+
+
+def read_groups(params: object, defaults: GroupDefaults) -> Groups:
+    """Read what the optimizer was given as `params`.
+
+    Raises:
+        ValueError: None, nothing, an empty group, or an order that does not hold every parameter.
+        TypeError: not an iterable of parameters, of (name, parameter) pairs, or of group dicts.
+        KeyError: an unknown key in a group, or one without `params`.
+        RuntimeError: a parameter that stands twice.
+    """
+    items = _listed("params", params)
+    grouped = isinstance(items[0], Mapping)
+    if any(isinstance(item, Mapping) is not grouped for item in items):
+        raise TypeError("params must hold parameters or group dicts, not both")
+    if not grouped:
+        group = _group(items, {}, defaults, "params")
+        group.filtered = True
+        return Groups([group])
+    orders = [item for item in items if "order_params" in item]
+    members = [
+        read_group(item, defaults, f"params[{position}]")
+        for position, item in enumerate(items)
+        if "order_params" not in item
+    ]
+    if not members:
+        raise ValueError("params has no group with parameters")
+    refuse_repeated(members, [])
+    return Groups(members, _read_order(orders, members), grouped=True)
+
+
+def read_group(given: Mapping[str, Any], defaults: GroupDefaults, where: str) -> AdamGroup:
+    """Read one group dict.
+
+    Args:
+        where: what messages call it.
+
+    Raises:
+        KeyError, TypeError, ValueError: as `read_groups`.
+    """
+    for key in given:
+        if key not in _KEYS:
+            raise KeyError(f"{where} has the key {key!r}; a group may hold {', '.join(_KEYS)}")
+    if "params" not in given:
+        raise KeyError(f"{where} has no 'params'")
+    return _group(_listed(f"{where}['params']", given["params"]), given, defaults, where)
+
+
+def refuse_repeated(new: Sequence[AdamGroup], known: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a parameter that stands in two groups, or twice in one.
+
+    Raises:
+        RuntimeError: saying where.
+    """
+    seen = {id(p): "a group of this optimizer" for group in known for p in group["params"]}
+    for number, group in enumerate(new):
+        for position, member in enumerate(group["params"]):
+            parameter = _parameter_of(member)
+            if id(parameter) in seen:
+                raise RuntimeError(
+                    f"parameter {position} of group {number} is also in {seen[id(parameter)]}: "
+                    "a parameter belongs to one group, once"
+                )
+            seen[id(parameter)] = f"group {number} at {position}"
+
+
+def vector_lengths(groups: Iterable[AdamGroup]) -> None:
+    """Refuse learning rates of different lengths.
+
+    Raises:
+        ValueError: naming the lengths.
+    """
+    rates = [group.dynamic["lr"] for group in groups if "lr" in group.dynamic]
+    lengths = {rate.num_values for rate in rates} - {None}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"learning rates that are given as values must have equal length in all groups, not "
+            f"{sorted(lengths, key=str)}"
+        )
+
+
+def _group(
+    items: list[Any], given: Mapping[str, Any], defaults: GroupDefaults, where: str
+) -> AdamGroup:
+    for position, item in enumerate(items):
+        if not _can_be_optimized(_parameter_of(item)):
+            raise TypeError(
+                f"{where} has at {position} a {type(item).__name__}: expected a parameter, or a "
+                "(name, parameter) pair"
+            )
+    if len({isinstance(item, torch.Tensor) for item in items}) > 1:
+        raise TypeError(f"{where} must hold parameters or (name, parameter) pairs, not both")
+    group = AdamGroup(params=items)
+    lr, weight_decay = given.get("lr"), given.get("weight_decay")
+    values = {
+        "lr": defaults.lr if lr is None else read_learning_rate(f"lr of {where}", lr),
+        "weight_decay": defaults.weight_decay
+        if weight_decay is None
+        else read_weight_decay(f"weight_decay of {where}", weight_decay),
+    }
+    group.own = [
+        key for key, value in (("lr", lr), ("weight_decay", weight_decay)) if value is not None
+    ]
+    for key, value in values.items():
+        group[key] = value.at(0) if isinstance(value, Dynamic) else value
+    group["grad_centralization"] = check_flag(
+        f"grad_centralization of {where}", given.get("grad_centralization", False)
+    )
+    group.dynamic = {k: v for k, v in values.items() if isinstance(v, Dynamic)}
+    return group
+
+
+def _listed(name: str, values: object) -> list[Any]:
+    """Return a non-empty iterable as a list."""
+    if values is None:
+        raise ValueError(f"{name} is None: give the parameters to optimize")
+    unordered = isinstance(values, (set, frozenset, str, bytes, Mapping, torch.Tensor))
+    if unordered or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a list of parameters, not a {type(values).__name__}")
+    items = list(values)
+    if not items:
+        raise ValueError(f"{name} is empty: give the parameters to optimize")
+    return items
+
+
+def _parameter_of(item: object) -> object:
+    """Return the parameter of a (name, parameter) pair, and anything else as it is."""
+    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
+        return item[1]
+    return item
+
+
+def _can_be_optimized(item: object) -> bool:
+    """Tell whether this is a parameter, or a plain tensor that collects gradients like one."""
+    return isinstance(item, torch.nn.Parameter) or (
+        isinstance(item, torch.Tensor) and item.requires_grad
+    )
+
+
+def _read_order(
+    orders: Sequence[Mapping[str, Any]], members: Sequence[AdamGroup]
+) -> list[torch.nn.Parameter] | None:
+    """Return the order of all parameters, None where none is asked for."""
+    if not orders:
+        return None
+    if len(orders) > 1:
+        raise ValueError("order_params is given twice: give one order of all parameters")
+    ignored = sorted(set(orders[0]) - {"order_params"})
+    if ignored:
+        warnings.warn(
+            f"the group with order_params also holds {ignored}, which have no effect there: give "
+            "them in a group of their own",
+            UserWarning,
+            stacklevel=2,
+        )
+    given = orders[0]["order_params"]
+    if isinstance(given, (str, bytes, torch.Tensor)) or not isinstance(given, Iterable):
+        raise TypeError(f"order_params must be a list of parameters, not a {type(given).__name__}")
+    order = [_parameter_of(item) for item in given]
+    known = {id(_parameter_of(item)) for group in members for item in group["params"]}
+    for position, parameter in enumerate(order):
+        if id(parameter) not in known:
+            raise ValueError(f"order_params has at {position} a parameter that is in no group")
+    if len(order) != len(known) or len({id(parameter) for parameter in order}) != len(known):
+        raise ValueError(
+            f"order_params must hold each of the {len(known)} parameters once; it has {len(order)}"
+        )
+    return cast(list[torch.nn.Parameter], order)

@@ -1,1 +1,0 @@
-"""The model's side: checks, flat device buckets, the version watch, groups, gradient hooks."""

@@ -1,0 +1,1 @@
+"""What is optimized: parameters, their groups and buckets."""

@@ -1,0 +1,133 @@
+"""One bucket: the flat tensor that its parameters become views of, and its state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from offload_adam.layout.flat import Bucket
+from offload_adam.layout.state_plan import StatePlan
+from offload_adam.memory.arena import HostArena, padded_nbytes
+from offload_adam.memory.planes import StatePlanes, gradient_dtype
+from offload_adam.params.selection import memory_strides
+
+
+def adopt(bucket: Bucket, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    """Move the parameters of one bucket into one flat tensor, and return it.
+
+    Each parameter is re-pointed through `.data`, so that it stays the same object with its own
+    version counter. It gets a storage of its own over its part of the bucket: what saves or copies
+    a parameter touches its bytes alone.
+
+    Args:
+        parameters: in the order of the bucket's placements; one dtype, one device.
+
+    Returns:
+        (bucket.numel,) on the parameters' device, zero in the padding.
+    """
+    first = parameters[0]
+    flat = _allocate(bucket.numel, first.dtype, first.device)
+    for placed, parameter in zip(bucket.placements, parameters, strict=True):
+        if placed.numel > 0:
+            with torch.cuda.device_of(flat):  # DLPack exports from the current device alone
+                part = torch.from_dlpack(flat[placed.start : placed.end])
+            view = part.as_strided(parameter.shape, memory_strides(parameter))
+            view.copy_(parameter.data)
+            parameter.data = view
+    return flat
+
+
+def _allocate(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return zeros; on the host in huge pages, like the state that is updated beside them."""
+    if device.type != "cpu":
+        return torch.zeros(numel, dtype=dtype, device=device)
+    return HostArena(padded_nbytes(numel, dtype), survives_fork=True).take(numel, dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentArrays:
+    """The segments of one shard as int64 columns, one row a segment (see `layout.flat.Segment`)."""
+
+    positions: npt.NDArray[np.int64]
+    parameter_starts: npt.NDArray[np.int64]
+    shard_starts: npt.NDArray[np.int64]
+    numels: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class BucketState:
+    """One rank's part of one bucket.
+
+    plan: how it is stored; its `pinned` tells whether the state is page-locked in fact.
+    rank: this rank's place among those that the bucket is divided over.
+    parameters, names, indices, groups: in the order of the layout's placements; `indices` count
+        over all parameters of the optimizer, `groups` over what a step is given hyperparameters of.
+    flat: (numel,) all parameters of the bucket, on their device, in their dtype.
+    shard: (shard_numel,) this rank's part of `flat`.
+    step_counts: (num parameters,) float32 on the host, completed updates, as torch counts them.
+    centralized: (num parameters,) whose gradients are centralized.
+
+    Lifecycle: made once; tensors are written in place and never replaced.
+    """
+
+    plan: StatePlan
+    rank: int
+    parameters: Sequence[torch.nn.Parameter]
+    names: Sequence[str]
+    indices: npt.NDArray[np.int64]
+    groups: npt.NDArray[np.int64]
+    flat: torch.Tensor
+    shard: torch.Tensor
+    planes: StatePlanes
+    step_counts: torch.Tensor
+    centralized: npt.NDArray[np.bool_]
+    segments: SegmentArrays
+
+    @property
+    def layout(self) -> Bucket:
+        """Where its parameters lie."""
+        return self.plan.bucket
+
+    @property
+    def own_master(self) -> bool:
+        """Whether fp32 parameters are their own master weights."""
+        return self.plan.state.master_weight == 0
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """The dtype of gradients while they are averaged and copied."""
+        return gradient_dtype(self.dtype, self.plan.gradient.itemsize)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the bucket's parameters."""
+        return self.flat.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the bucket's parameters live."""
+        return self.flat.device
+
+
+def segment_arrays(bucket: Bucket, rank: int) -> SegmentArrays:
+    """Return the segments of `rank`'s shard as columns."""
+    segments = bucket.segments(rank)
+    columns = np.array(
+        [(s.position, s.parameter_start, s.shard_start, s.numel) for s in segments],
+        dtype=np.int64,
+    ).reshape(-1, 4)
+    return SegmentArrays(*(np.ascontiguousarray(column) for column in columns.T))
+
+
+def carrier(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
+    """Return a host tensor as the NumPy array in whose dtype the kernels know its format."""
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    elif tensor.dtype == torch.float16:
+        tensor = tensor.view(torch.int16)
+    array: npt.NDArray[np.generic] = tensor.detach().numpy()
+    return array

@@ -1,0 +1,204 @@
+"""Parameter groups: their checks, the hyperparameters that a step reads, and edits of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from operator import is_
+from typing import Any
+
+import torch
+
+from offload_adam.kernels.scalars import Hyperparameters
+
+_BOOLEANS = ("amsgrad", "nesterov", "maximize", "decoupled_weight_decay")
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Refuse hyperparameters that cannot be right, naming argument, value and what is allowed.
+
+    Raises:
+        TypeError, ValueError: for the first argument that is wrong.
+    """
+    lr = _number("lr", group["lr"])
+    eps = _number("eps", group["eps"])
+    weight_decay = _number("weight_decay", group["weight_decay"])
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not (math.isfinite(value) and value >= 0.0):
+            raise ValueError(f"{name} must be finite and at least 0, not {value}")
+    betas = group["betas"]
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, not {betas!r}")
+    for position, beta in enumerate(betas):
+        if not 0.0 <= _number(f"betas[{position}]", beta) < 1.0:
+            raise ValueError(f"betas[{position}] must lie in [0, 1), not {beta}")
+    for name in _BOOLEANS:
+        if not isinstance(group[name], bool):
+            raise TypeError(f"{name} must be a bool, not {group[name]!r}")
+    if not isinstance(group.get("epsilon_hat", False), bool):
+        raise TypeError(f"epsilon_hat must be a bool, not {group['epsilon_hat']!r}")
+
+
+def hyperparameters_of(group: Mapping[str, Any]) -> Hyperparameters:
+    """Read one group's hyperparameters as they are at this step; schedulers may have moved them."""
+    beta1, beta2 = group["betas"]
+    return Hyperparameters(
+        lr=float(group["lr"]),
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
+        decoupled_weight_decay=group["decoupled_weight_decay"],
+        nesterov=group["nesterov"],
+        maximize=group["maximize"],
+        epsilon_hat=group.get("epsilon_hat", False),
+    )
+
+
+def names_of(
+    groups: Sequence[Mapping[str, Any]], module: torch.nn.Module | None
+) -> list[list[str]]:
+    """Return a name for every parameter of every group.
+
+    The names given with the parameters come first, then those of `module`, then the position.
+    """
+    known = {} if module is None else {id(p): name for name, p in module.named_parameters()}
+    return [
+        [
+            _name(group, known, group_index, position, parameter)
+            for position, parameter in enumerate(group["params"])
+        ]
+        for group_index, group in enumerate(groups)
+    ]
+
+
+def known_names(
+    groups: Sequence[Mapping[str, Any]], module: torch.nn.Module | None
+) -> list[list[str]] | None:
+    """Return the names of all parameters, None where one has no name or shares it with another."""
+    known = {} if module is None else {id(p): name for name, p in module.named_parameters()}
+    if any("param_names" not in g and any(id(p) not in known for p in g["params"]) for g in groups):
+        return None
+    names = names_of(groups, module)
+    every = [name for group in names for name in group]
+    return names if len(every) == len({*every}) else None
+
+
+def _name(
+    group: Mapping[str, Any],
+    known: Mapping[int, str],
+    group_index: int,
+    position: int,
+    parameter: torch.Tensor,
+) -> str:
+    if "param_names" in group:
+        return str(group["param_names"][position])
+    return known.get(id(parameter), f"param_groups[{group_index}]['params'][{position}]")
+
+
+def _number(name: str, value: Any) -> float:
+    """Return a number as a float; a one-element tensor counts as one, as torch allows for lr."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    return float(value)
+
+
+LAID_OUT = ("amsgrad", "grad_centralization")
+"""Options that decide what state there is, or how gradients are read: fixed with the group."""
+
+
+class GroupWatch:
+    """Compares parameter groups with those that state was made for.
+
+    Sees: parameters appended to a group, taken out, replaced or moved to another; groups that came
+    without `add_param_group` or have gone; options of `LAID_OUT` that changed; hyperparameters that
+    cannot be right. Another order of a group's parameters changes nothing and passes.
+    Cost: one comparison of each parameter's identity a step.
+    """
+
+    def __init__(self, module: torch.nn.Module | None) -> None:
+        self._module = module
+        self._members: list[list[torch.nn.Parameter]] = []
+        self._options: list[dict[str, Any]] = []
+        self._names: dict[int, str] = {}
+
+    def extend(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Remember further groups, as they are now."""
+        for group, names in zip(groups, names_of(groups, self._module), strict=True):
+            members = list(group["params"])
+            self._members.append(members)
+            self._options.append(_laid_out(group))
+            self._names |= {id(member): name for member, name in zip(members, names, strict=True)}
+
+    def check(
+        self, groups: Sequence[dict[str, Any]], check_group: Callable[[dict[str, Any]], None]
+    ) -> None:
+        """Refuse what a step could not follow.
+
+        Args:
+            check_group: refuses a group's hyperparameters.
+
+        Raises:
+            TypeError, ValueError: naming the group, what is wrong there, and the remedy.
+        """
+        if len(groups) != len(self._members):
+            raise ValueError(
+                f"there are {len(groups)} parameter groups, and this optimizer has state for "
+                f"{len(self._members)}: add a group with add_param_group(); to take one out, make "
+                "a new optimizer"
+            )
+        for number, group in enumerate(groups):
+            try:
+                check_group(group)
+                members, known = group["params"], self._members[number]
+            except KeyError as error:
+                raise ValueError(f"param_groups[{number}] has no {error} any more") from error
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"param_groups[{number}]: {error}") from error
+            # Not by ==, which compares values, and with them the bits of equal scalars.
+            if len(members) != len(known) or not all(map(is_, members, known)):
+                self._refuse_moved(groups)
+                self._members[number] = list(members)  # only their order is another
+            self._refuse_options(number, _laid_out(group))
+
+    def _refuse_moved(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse the first parameter that is not in the group whose state it has."""
+        home = {
+            id(member): number for number, known in enumerate(self._members) for member in known
+        }
+        for number, group in enumerate(groups):
+            for position, member in enumerate(group["params"]):
+                where = f"param_groups[{number}]['params'][{position}]"
+                before = home.pop(id(member), None)
+                if before is None:
+                    raise ValueError(
+                        f"{where} was put there after the optimizer had been made, and has no "
+                        "state: take it out, and use add_param_group() for further parameters"
+                    )
+                if before != number:
+                    raise ValueError(
+                        f"parameter {self._names[id(member)]!r} was moved from param_groups"
+                        f"[{before}] to {where}, which this optimizer cannot follow: put it back, "
+                        "or make a new optimizer with other groups"
+                    )
+        for identity, number in home.items():
+            raise ValueError(
+                f"parameter {self._names[identity]!r} was taken out of param_groups[{number}], "
+                "which still holds its state: put it back (without a gradient it is not updated), "
+                "or make a new optimizer without it"
+            )
+
+    def _refuse_options(self, number: int, options: Mapping[str, Any]) -> None:
+        for key, made_with in self._options[number].items():
+            if options[key] != made_with:
+                raise ValueError(
+                    f"param_groups[{number}][{key!r}] is {options[key]!r}, and its state was made "
+                    f"for {made_with!r}: set it back, or make a new optimizer with {key}="
+                    f"{options[key]!r}"
+                )
+
+
+def _laid_out(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: group.get(key, False) for key in LAID_OUT}

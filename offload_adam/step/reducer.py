@@ -1,0 +1,412 @@
+"""Bring gradients to where the update reads them, bucket by bucket, in one order on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import attrgetter, is_, itemgetter
+
+import numpy as np
+import torch
+
+from offload_adam.coordinator.agreement import largest_on_any_rank
+from offload_adam.coordinator.ranks import RankGroup
+from offload_adam.gradients.gradient_copy import Flight, Piece, local_pieces
+from offload_adam.gradients.reader import GradientReader, GradientsInPlace, in_memory_order
+from offload_adam.gradients.segments import BucketGradients
+from offload_adam.gradients.sparse import RowExchange
+from offload_adam.gradients.stand_in import StreamedGradients, gradient_of
+from offload_adam.layout.state_plan import StatePolicy
+from offload_adam.params.bucket import BucketState
+from offload_adam.step.executor import Executor
+from offload_adam.transfer.slots import SlotPool
+
+_grad = attrgetter("grad")
+
+_EMPTIED = (
+    "the .grad of parameter {!r} was set to None, but its gradient has already left in this step's "
+    "backward. Drop the gradients of all parameters with optimizer.zero_grad(), or construct the "
+    "optimizer without module= to keep them in .grad"
+)
+
+
+class _Arrivals:
+    """Which gradients of one bucket a backward has brought so far."""
+
+    __slots__ = ("missing", "num_parameters")
+
+    def __init__(self, num_parameters: int) -> None:
+        self.num_parameters = num_parameters
+        self.start_over()
+
+    def count(self, positions: Sequence[int]) -> None:
+        """Count gradients in; one that comes again counts once."""
+        self.missing.difference_update(positions)
+
+    def start_over(self) -> None:
+        """Wait for every gradient again."""
+        self.missing = set(range(self.num_parameters))
+
+
+class GradientReduction:
+    """Moves each bucket's gradients out of `.grad`: reduced over the ranks, landed on the host.
+
+    During a streaming backward, hooks call `gradients_ready` and buckets leave in their fixed order
+    as soon as all their gradients are there; what is missing at the end of the backward counts
+    zeros. Without hooks, `finish` does all of it inside `step()`. One reduced backward a step is
+    the rule; with `accumulates` a further one adds in fp32 to what has landed.
+
+    Owns: the slots in which buckets in host memory are reduced, and this step's `BucketGradients`.
+    Lifecycle: `bind` once; `reset` after each step, and from `zero_grad`.
+
+    Args:
+        policy: says whether gradients are averaged here (otherwise `.grad` is final as it stands),
+            and whether later backwards add to those of earlier ones.
+        streams: gradients leave `.grad`, which holds stand-ins afterwards.
+        takes_rows: gradients may be sparse.
+        streamed: what torch's own functions may do with gradients that have left.
+    """
+
+    def __init__(
+        self,
+        ranks: RankGroup,
+        policy: StatePolicy,
+        *,
+        streams: bool,
+        takes_rows: bool = False,
+        streamed: StreamedGradients | None = None,
+    ) -> None:
+        self._streamed = streamed
+        self._ranks = ranks
+        self._reduces = policy.averages
+        self.streams = streams
+        self._accumulates = policy.accumulates
+        self._rows = RowExchange(ranks) if takes_rows and self._reduces else None
+        self.slots = SlotPool()
+        self._takes_rows = takes_rows
+        self._states: list[BucketState] = []
+        self._readers: list[GradientReader] = []
+        self._place_of: dict[int, tuple[int, int]] = {}
+        self._executor: Executor | None = None
+        self._next = 0
+        self._num_rounds = 0
+        self._begun = False
+        self.shows_stand_ins = False  # some `.grad` may hold one
+        self._hidden = False  # a further backward of this step has hidden those of earlier ones
+        self._arrivals: list[_Arrivals] = []
+        self.gradients: list[BucketGradients] = []
+
+    def bind(self, executor: Executor) -> None:
+        """Hand every bucket that leaves over to this executor."""
+        self._executor = executor
+
+    @property
+    def executor(self) -> Executor:
+        """What takes buckets over."""
+        assert self._executor is not None
+        return self._executor
+
+    @property
+    def slot_nbytes(self) -> Mapping[torch.device, int]:
+        """Bytes of the slots in which buckets in host memory are reduced, by device."""
+        return self.slots.nbytes
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether some have left since the last step or `reset`."""
+        return self._begun or self._next > 0
+
+    def extend(self, states: Sequence[BucketState]) -> None:
+        """Take further buckets into the order, after those that are known or have left already."""
+        for state in states:
+            takes_rows = self._takes_rows and not state.layout.amsgrad
+            reader = GradientReader(state.names, state.parameters, takes_rows=takes_rows)
+            if self.streams:
+                reader.make_stand_ins(self._streamed, state.indices.tolist())
+            self._states.append(state)
+            self._readers.append(reader)
+            self._arrivals.append(_Arrivals(len(state.parameters)))
+            self.gradients.append(BucketGradients(state))
+            for position, parameter in enumerate(state.parameters):
+                self._place_of[id(parameter)] = (state.layout.index, position)
+            if self._reduces:
+                self.slots.reserve(state.layout.numel, state.gradient_dtype, state.device)
+
+    def gradients_ready(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Take gradients in the order of their arrival, and send off every bucket that is complete.
+
+        Raises:
+            ValueError: a second reduced backward (or a parameter shared by reentrant checkpoints),
+                and no room was reserved to add to what has left.
+        """
+        if not self._begun:
+            # Parameters that no forward has read may still be on their way, and landed gradients
+            # still be read by their update.
+            self.executor.settle()
+            self._hide_from_backward()
+        self._begun = True
+        places = [self._place_of[id(parameter)] for parameter in parameters]
+        numbers, all_positions = zip(*places, strict=True)
+        if numbers.count(numbers[0]) == len(numbers):  # grouping costs as much as taking them
+            groups: Iterable[tuple[int, Sequence[int]]] = [(numbers[0], all_positions)]
+        else:
+            groups = (
+                (number, [position for _, position in members])
+                for number, members in groupby(places, key=itemgetter(0))
+            )
+        for number, positions in groups:
+            if number < self._next:
+                self._add_round(number, positions[0])
+            self._readers[number].take(positions)
+            self._arrivals[number].count(positions)
+            self._send_complete()
+
+    def _hide_from_backward(self) -> None:
+        """Hide stand-ins from the backward that runs, which replaces them one by one otherwise.
+
+        With parameters on several devices autograd's other threads may be replacing them now.
+        """
+        if len({state.device for state in self._states}) == 1:
+            self.hide_stand_ins()
+            # In the first round, those of this step are shown as soon as a gradient has left.
+            self._hidden = self._num_rounds > 0
+
+    def hide_stand_ins(self) -> None:
+        """Empty `.grad` where it holds a stand-in."""
+        if self.shows_stand_ins:
+            for reader in self._readers:
+                reader.hide_stand_ins()
+        self.shows_stand_ins = False
+
+    def _send_complete(self) -> None:
+        while self._next < len(self._states) and not self._arrivals[self._next].missing:
+            self._send_next()
+
+    def backward_began(self) -> None:
+        """Reject a further backward after some `.grad` was set to None, as by model.zero_grad().
+
+        The gradient that had left it would be added all the same.
+        """
+        # A nested backward: it is this package that has emptied `.grad` then.
+        if not self.has_gradients or self._hidden:
+            return
+        for reader, gradients in zip(self._readers, self.gradients, strict=True):
+            name = reader.emptied(gradients.dense.tolist())
+            if name is not None:
+                raise ValueError(_EMPTIED.format(name))
+
+    def backward_ended(self) -> None:
+        """Send off what this backward left incomplete, so that every rank issues the same order."""
+        while self._next < len(self._states):
+            self._send_next()
+        self._hidden = False
+
+    def finish(self) -> Exception | None:
+        """Send off and land everything for this step, and return the first error of this rank.
+
+        Collective. The order of collectives is kept even after an error, which the caller must
+        carry to the other ranks: a rank that left the sequence would leave them waiting.
+        """
+        failure: Exception | None = None
+        if self._rows is not None and not self.streams:
+            failure = self._rows.read_ahead(self._states, self._readers)
+        failure = self._send_rest() or failure
+        if self._accumulates and self._reduces:
+            # Ranks may have run different numbers of backwards; the others wait for every bucket.
+            most = largest_on_any_rank(self._ranks, self._num_rounds)
+            while self._num_rounds < most:
+                self._open_round()
+                failure = self._send_rest() or failure
+        self.executor.land(wait=True)
+        rows_failure = self._finish_rows()
+        return failure or rows_failure
+
+    def _finish_rows(self) -> Exception | None:
+        """Make sparse gradients final, and return this rank's error."""
+        failure: Exception | None = None
+        for state, gradients in zip(self._states, self.gradients, strict=True):
+            try:
+                gradients.refuse_both(state)
+            except ValueError as error:
+                failure = failure or error
+            if self._rows is None:
+                gradients.settle_rows()
+        if self._rows is not None:
+            failure = self._rows.finish(self._states, self.gradients) or failure
+        for state, gradients in zip(self._states, self.gradients, strict=True):
+            if state.plan.location.is_host:
+                gradients.bring_rows_to_host()
+        return failure
+
+    def has_late_gradients(self) -> bool:
+        """Tell whether a `.grad` appeared, on this rank, after its bucket had left.
+
+        Raises:
+            ValueError: `.grad` was set, also to None, after the parameter's gradient had left.
+        """
+        if not self.streams:
+            return False
+        late = False
+        for state in self._states[: self._next]:
+            gradients = self.gradients[state.layout.index]
+            expected: Sequence[torch.Tensor | None] = self._readers[state.layout.index].stand_ins
+            left = gradients.dense.tolist()
+            if not all(left):
+                pairs = zip(expected, left, strict=True)
+                expected = [stand_in if has_left else None for stand_in, has_left in pairs]
+            if all(map(is_, map(_grad, state.parameters), expected)):
+                continue
+            present = gradients.present
+            for position, parameter in enumerate(state.parameters):
+                if gradient_of(parameter) is not None:
+                    if present[position]:
+                        raise ValueError(
+                            f"parameter {state.names[position]!r} has a .grad at step(), but its "
+                            "gradient has already left in this step's backward: edit gradients "
+                            "with tensor hooks, or make the optimizer without module= to keep them "
+                            "in .grad"
+                        )
+                    late = True
+                elif parameter.grad is None and left[position]:
+                    raise ValueError(_EMPTIED.format(state.names[position]))
+        return late
+
+    def take_late_gradients(self) -> Exception | None:
+        """Send all buckets once more for gradients that were set by hand after the backward.
+
+        Every rank must do it when any has such gradients. They are added to what other ranks sent
+        in time, or else to zeros, which is exact in any dtype.
+        """
+        self._open_round()
+        return self.finish()
+
+    def reset(self) -> None:
+        """Forget this step's gradients; a backward that was begun is completed, for the peers.
+
+        It may have raised on this rank alone, and the others wait for all of its buckets.
+        """
+        unfinished = self._next < len(self._states) and self.has_gradients
+        if unfinished:
+            self._send_rest()
+        self.executor.land(wait=True)
+        self._begun = self._hidden = False
+        self._next = 0
+        self._num_rounds = 0
+        if self._streamed is not None:
+            self._streamed.forget()
+        self.gradients = [BucketGradients(state) for state in self._states]
+        if self._rows is not None:
+            self._rows.forget()
+        self._start_counting()
+
+    def _start_counting(self) -> None:
+        for arrivals in self._arrivals:
+            arrivals.start_over()
+
+    def _open_round(self) -> None:
+        """Start over with the first bucket, to add to what has landed."""
+        self._num_rounds += 1
+        self._next = 0
+        self._start_counting()
+
+    def _add_round(self, number: int, position: int) -> None:
+        """Make way for a gradient whose bucket has left, where room was reserved to add it."""
+        if self._accumulates:
+            self.backward_ended()
+            self._open_round()
+            self._hide_from_backward()
+            return
+        name = self._states[number].names[position]
+        raise ValueError(
+            f"the gradient of parameter {name!r} has already been reduced in this step, and this "
+            "backward brings another: run all but the last backward of a step inside no_sync(), or "
+            "make the optimizer with accumulate='host' to add them on the host"
+        )
+
+    def _send_rest(self) -> Exception | None:
+        """Send off every bucket that has not left yet, and return the first error of this rank."""
+        failure: Exception | None = None
+        while self._next < len(self._states):
+            try:
+                self._send_next()
+            except (TypeError, ValueError) as error:
+                failure = failure or error
+            # What is added to what has landed is not copied at once, as slots of a ring must be.
+            late = self._num_rounds > 0 and not self._accumulates
+            self.executor.land(wait=late or not self.streams)
+        return failure
+
+    def _send_next(self) -> None:
+        """Take the next bucket's gradients out of `.grad` and start them on their way."""
+        with torch.no_grad():
+            self._send(self._next)
+
+    def _send(self, number: int) -> None:
+        self._next = number + 1
+        self.shows_stand_ins = self.streams
+        state = self._states[number]
+        try:
+            found = self._read(state)
+        except (TypeError, ValueError):
+            if self._reduces:
+                self._start_reduction(state, [None] * len(state.parameters))
+            raise
+        gradients = self.gradients[number]
+        gradients.add_rows(found)
+        if self._streamed is not None and (found.dtypes or found.rows):
+            self._streamed.gradients_left()
+        if self._reduces:
+            self._start_reduction(state, found.tensors)
+        elif state.planes.landed_gradient is None:
+            gradients.hold(found)
+            self.executor.hold(number, gradients)
+        else:
+            self._land_directly(state, found.tensors)
+        if self._num_rounds > 0:  # an earlier round may have had other gradients
+            self._readers[number].show_stand_ins(
+                [*np.flatnonzero(gradients.dense), *gradients.local_rows]
+            )
+
+    def _read(self, state: BucketState) -> GradientsInPlace:
+        found = None if self._rows is None else self._rows.take(state.layout.index)
+        return found or self._readers[state.layout.index].read(keep=not self.streams)
+
+    def _start_reduction(self, state: BucketState, gradients: list[torch.Tensor | None]) -> None:
+        """Pack a bucket, zeros for what is missing, and start its mean over the ranks."""
+        number = state.layout.index
+        present = np.array([gradient is not None for gradient in gradients], dtype=np.bool_)
+        idle = self._rows is not None and self._rows.is_without_dense(state)
+        self.gradients[number].expect(present)
+        if state.layout.numel == 0 or idle:
+            self.executor.tasks.pass_by_reduction(number)
+            return
+        slot, pooled = self._slot(state)
+        sources, targets, holes = [], [], []
+        for placed, gradient in zip(state.layout.placements, gradients, strict=True):
+            part = slot[placed.start : placed.end]
+            if gradient is None:
+                holes.append(part)
+            elif placed.numel > 0:
+                sources.append(in_memory_order(gradient))
+                targets.append(part)
+        pending = self.executor.tasks.reduce(number, slot, sources, targets, holes)
+        pieces = [Piece(pending.shard, 0, self._num_rounds > 0)]
+        self.executor.send(Flight(state, self.gradients[number], pieces, True, pending, pooled))
+
+    def _slot(self, state: BucketState) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return memory for a bucket's reduction, and what of it goes back to the pool."""
+        if state.plan.uses_ring:
+            return self.executor.tasks.reduction_slot(state.layout.index), None
+        slot = self.slots.acquire(state.layout.numel, state.gradient_dtype, state.device)
+        return slot, slot
+
+    def _land_directly(self, state: BucketState, gradients: list[torch.Tensor | None]) -> None:
+        """Copy (or add) this rank's segments of gradients that need no reduction."""
+        number = state.layout.index
+        given = self.gradients[number]
+        pieces = local_pieces(state, gradients, given.dense)
+        present = np.array([gradient is not None for gradient in gradients], dtype=np.bool_)
+        given.expect(present)
+        if pieces:
+            self.executor.tasks.gradient(number)
+            self.executor.send(Flight(state, given, pieces, False))

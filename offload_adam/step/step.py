@@ -1,0 +1,514 @@
+"""The optimizer without torch's conventions: parameters in, one agreed step at a time."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from offload_adam.coordinator.agreement import Agreement, Findings, agree, flags_on_any_rank
+from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.coordinator.ranks import RankGroup
+from offload_adam.gradients.segments import BucketGradients
+from offload_adam.memory.arena import HostArena, close_all, spans_nodes
+from offload_adam.params.bucket import BucketState
+from offload_adam.params.selection import Named, NewParameter
+from offload_adam.spans import NullSpans, Spans, Stopwatch
+from offload_adam.step.build import Backend, Placing, Routing, build_states
+from offload_adam.step.device_update import DeviceUpdate
+from offload_adam.step.executor import Executor, OverlappedExecutor, SequentialExecutor
+from offload_adam.step.external_edits import OutsideWrites
+from offload_adam.step.forward_waits import ForwardHooks
+from offload_adam.step.host_update import HostUpdate
+from offload_adam.step.ledger import LedgerEntry, bucket_entries
+from offload_adam.step.messages import (
+    Decision,
+    StepInputs,
+    StepReport,
+    UpdateMasks,
+    decide,
+    refuse_disagreement,
+    refuse_partial_presence,
+    refuse_partly_multiplied,
+    refuse_unfrozen,
+)
+from offload_adam.step.reducer import GradientReduction
+from offload_adam.step.snapshot_lock import ReadGate
+from offload_adam.step.tasks import BucketUpdate, Tasks
+
+logger = logging.getLogger(__name__)
+
+NUM_STEPS = 10
+"""How many steps a parameter may be without a gradient before that is worth a word."""
+
+
+class AbsenceWatch:
+    """Looks, in the first steps with its parameters, for those that no rank has a gradient for.
+
+    Lifecycle: a word once, after `NUM_STEPS`; further parameters begin it anew.
+
+    Args:
+        names, parameters: grow with the optimizer.
+    """
+
+    def __init__(self, names: Sequence[str], parameters: Sequence[torch.nn.Parameter]) -> None:
+        self._names = names
+        self._parameters = parameters
+        self._ever = torch.zeros(0, dtype=torch.bool, device="cpu")
+        self._num_steps = 0
+
+    def see(self, present_counts: torch.Tensor) -> None:
+        """Hear of a step.
+
+        Args:
+            present_counts: (num parameters,) int64, on how many ranks each has a gradient.
+        """
+        if present_counts.shape != self._ever.shape:
+            self._ever, self._num_steps = present_counts > 0, 0
+        elif self._num_steps == NUM_STEPS:
+            return
+        self._ever |= present_counts > 0
+        self._num_steps += 1
+        if self._num_steps == NUM_STEPS:
+            self._warn()
+
+    def _warn(self) -> None:
+        absent = [
+            repr(name)
+            for name, ever, parameter in zip(
+                self._names, self._ever.tolist(), self._parameters, strict=True
+            )
+            if not ever and parameter.requires_grad
+        ]
+        if absent:
+            more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+            logger.warning(
+                "no gradient in %d steps for parameter %s%s: they are not trained. If the model "
+                "uses them, it has other objects in their place (load_state_dict(assign=True)): "
+                "make a new optimizer",
+                NUM_STEPS,
+                ", ".join(absent[:5]),
+                more,
+            )
+
+
+class ShardedAdam:
+    """This rank's shard of the Adam state, and the step that all ranks take together.
+
+    Owns: all bucket states, what notices writes from outside, the routing and the executor.
+        `resources` ends what runs beside the caller, takes hooks off the model and unpins memory,
+        in this order, and holds neither this object nor the model.
+    Lifecycle: `extend` for every set of parameters, `step` any number of times.
+    """
+
+    def __init__(
+        self,
+        ranks: RankGroup,
+        reduction: GradientReduction,
+        placing: Placing,
+        *,
+        num_threads: int | None,
+        module: torch.nn.Module | None,
+        external: bool,
+        overlaps: bool,
+        backend: Backend,
+    ) -> None:
+        """Begin without parameters.
+
+        Args:
+            overlaps: `step` returns before the updates are over; `executor` tells when they are.
+            backend: what all of it runs on.
+        """
+        self.ranks = ranks
+        self.num_steps = 0
+        self.reduction = reduction
+        self.states: list[BucketState] = []
+        self.host_nbytes = dict.fromkeys(
+            ("state", "staging", "checkpoint room", "block_sums", "prepared"), 0
+        )
+        self._placing = placing
+        self._external = external
+        self.overlaps = overlaps
+        self._places: list[tuple[int, int]] = []
+        self.outside_writes = OutsideWrites(module, self.states, self._places)
+        self._num_threads = num_threads
+        self._host_update: HostUpdate | None = None
+        self._device_update = DeviceUpdate(self.gate)
+        self._updates: list[BucketUpdate] = []
+        self.arenas: list[HostArena] = []
+        self.resources = ExitStack()
+        self.resources.callback(close_all, self.arenas)
+        # Not a method of this object: what ends with it must not hold it, nor so the model.
+        make_buffer = partial(_make_buffer, placing, self.arenas)
+        self._beside_steps = Stopwatch()
+        self._routing = Routing(ranks, reduction, backend, make_buffer)
+        self.executor = self._make_executor(overlaps, backend)
+        self.resources.callback(self.executor.close)
+        self.forward_hooks: ForwardHooks | None = None
+        reduction.bind(self.executor)
+        self._frozen: list[Named] = []
+        self._names: list[str] = []
+        self._parameters: list[torch.nn.Parameter] = []
+        self._absence = AbsenceWatch(self._names, self._parameters)
+
+    def extend(
+        self,
+        new: Sequence[NewParameter],
+        frozen: Sequence[Named] = (),
+    ) -> None:
+        """Take further parameters in: adopt, allocate, compile. Collective where ranks share state.
+
+        Args:
+            frozen: parameters without state, by name: they must stay without a gradient.
+
+        Raises:
+            HostMemoryError: nothing has been changed then.
+        """
+        touch = self._touch_host if spans_nodes() else None
+        states, arena, room = build_states(
+            new,
+            self.ranks,
+            self._placing,
+            len(self.states),
+            touch,
+            room_nbytes=self._placing.checkpoint_room_nbytes - self.gate.room_nbytes,
+        )
+        self.arenas += [arena, room]
+        self.gate.rooms.append(room.take(room.nbytes, torch.uint8))
+        with PROGRESS.at("compilation", long_running=True):
+            hosted = [state for state in states if state.plan.location.is_host]
+            if hosted:
+                self._use_host_update().prepare(hosted)
+        self._updates += [
+            self._use_host_update() if state.plan.location.is_host else self._device_update
+            for state in states
+        ]
+        self.states += states
+        self._frozen += frozen
+        self.host_nbytes["state"] += arena.nbytes
+        self.host_nbytes["checkpoint room"] = self.gate.room_nbytes
+        self._count_update_nbytes()
+        self._names += [item.name for item in new]
+        self._parameters += [item.parameter for item in new]
+        self._places += [(0, 0)] * len(new)
+        for state in states:
+            for position, index in enumerate(state.indices.tolist()):
+                self._places[index] = (state.layout.index, position)
+        self.reduction.extend(states)
+        schedule = self._routing.plan(self.states)
+        self.host_nbytes["staging"] = self._routing.host_nbytes
+        self.executor.extend(states, schedule)
+        self.outside_writes.extend(new)
+
+    def _use_host_update(self) -> HostUpdate:
+        """Return the host's update, made with the first bucket that needs it: it loads Numba."""
+        if self._host_update is None:
+            self._host_update = HostUpdate(self._num_threads, self.gate)
+        return self._host_update
+
+    def _touch_host(self, memory: torch.Tensor) -> None:
+        """Commit a plane in host memory from the threads that will update it."""
+        host = self._use_host_update()
+        self.executor.run_with_updates("the first touch of its memory", lambda: host.touch(memory))
+
+    def _count_update_nbytes(self) -> None:
+        if self._host_update is not None:
+            self.host_nbytes |= self._host_update.nbytes
+
+    def _make_executor(self, overlaps: bool, backend: Backend) -> Executor:
+        collectives = backend.make_collectives(self.ranks)
+        ways = self._routing
+        tasks = Tasks(
+            self.ranks,
+            self._updates,
+            self.gate,
+            collectives,
+            ways.streams,
+            ways.landing,
+            ways.rings,
+        )
+        if not overlaps:
+            return SequentialExecutor(tasks)
+        worker = backend.make_worker()
+        arrived = self.outside_writes.arrived
+        return OverlappedExecutor(tasks, worker, self.ranks, self._beside_steps, arrived)
+
+    def ledger(self) -> list[LedgerEntry]:
+        """Return who holds which bytes now, on the host and on devices."""
+        entries = [entry for state in self.states for entry in bucket_entries(state)]
+        shared = {k: n for k, n in self.host_nbytes.items() if k != "state"}
+        entries += [LedgerEntry(name, None, "cpu", nbytes) for name, nbytes in shared.items()]
+        slots = [*self.reduction.slot_nbytes.items(), *self._routing.slot_nbytes.items()]
+        entries += [LedgerEntry("slots", None, str(device), nbytes) for device, nbytes in slots]
+        return entries
+
+    def hook_forward(
+        self, module: torch.nn.Module, units: Sequence[torch.nn.Module] | None
+    ) -> None:
+        """Let the forward of this model wait for its parameters, part by part.
+
+        Args:
+            units: the parts, None for the children of every ModuleList.
+        """
+        if self.forward_hooks is None:
+            self.forward_hooks = ForwardHooks(module, self.executor, units)
+            self.resources.callback(self.forward_hooks.removals.close)
+        places = zip(self._parameters, self._places, strict=True)
+        self.forward_hooks.attach({parameter: bucket for parameter, (bucket, _) in places})
+
+    def synchronize(self) -> None:
+        """Return when all parameters and all state hold the result of the last step."""
+        if self.forward_hooks is not None:
+            self.forward_hooks.settle()
+        self.executor.settle()
+
+    @property
+    def gate(self) -> ReadGate:
+        """What keeps updates off the state that a checkpoint is still reading."""
+        return self.outside_writes.gate
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """This rank's place among those that the state is divided over."""
+        return self._placing.share_of(self.ranks)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds a part of the state, or all of it."""
+        return not self._placing.policy.replicated
+
+    @property
+    def pinned_nbytes(self) -> int:
+        """Host bytes that are page-locked now."""
+        return sum(arena.pinned_nbytes for arena in self.arenas)
+
+    def named_parameters(self) -> list[Named]:
+        """Return every parameter that has state, with its name."""
+        return list(zip(self._names, self._parameters, strict=True))
+
+    def place_of(self, index: int) -> tuple[BucketState, int]:
+        """Return the bucket of a parameter, and its position there."""
+        bucket, position = self._places[index]
+        return self.states[bucket], position
+
+    def step(self, inputs: StepInputs) -> StepReport:
+        """Reduce what is left, agree, and update or skip. Collective.
+
+        Raises:
+            PeerError: another rank refused the step.
+            RankDisagreementError: ranks differ in what they changed from outside or in
+                `grad_scale`.
+        """
+        stopwatch = Stopwatch()
+        PROGRESS.begin_step(self.num_steps + 1)
+        if self.forward_hooks is not None:
+            self.forward_hooks.step_begins()
+        self.executor.settle()
+        beside = self._beside_steps.take()
+        agreement, changed = self._agree(inputs, stopwatch)
+        if self.ranks.rank == 0:
+            self._absence.see(agreement.present_counts)
+        decision = decide(agreement, inputs.max_norm, inputs.factor)
+        non_finite: tuple[str, ...] = ()
+        if decision.skip:
+            non_finite = self._names_of_non_finite(agreement)
+        else:
+            self._apply(inputs, agreement, decision, changed, stopwatch)
+        self.reduction.reset()
+        if self.forward_hooks is not None:
+            self.forward_hooks.step_ended()
+        self.num_steps += 1
+        return StepReport(
+            decision.total_norm,
+            decision.clip_factor,
+            decision.skip,
+            0 if decision.skip else int((agreement.present_counts > 0).sum()),
+            non_finite,
+            _added(beside, stopwatch.elapsed_s),
+            agreement.notice,
+        )
+
+    def total_norm(self, inputs: StepInputs) -> float:
+        """Reduce what is left and return the global gradient norm, unscaled. Collective."""
+        self.executor.settle()
+        agreement, _ = self._agree(inputs, NullSpans())
+        return decide(agreement, None, inputs.factor).total_norm
+
+    def norms(self, inputs: StepInputs) -> npt.NDArray[np.float64]:
+        """Reduce what is left and return each parameter's gradient norm, as it is. Collective."""
+        self.executor.settle()
+        self._agree(inputs, NullSpans())
+        squares = np.zeros(len(self._parameters))
+
+        def add_dense(*, hosted: bool) -> None:
+            for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
+                if state.plan.location.is_host is hosted:
+                    update = self._updates[state.layout.index]
+                    found = update.squares_by_position(state, gradients)
+                    squares[state.indices] += found
+
+        # What every rank has whole is counted by rank 0.
+        if self.ranks.rank == 0 or self.is_sharded:
+            add_dense(hosted=False)
+            self.executor.run_with_updates("the norms", lambda: add_dense(hosted=True))
+        if self.ranks.rank == 0:
+            for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
+                for position, square in gradients.rows_squares().items():
+                    squares[state.indices[position]] += square
+        self.ranks.all_reduce(torch.from_numpy(squares))
+        return np.sqrt(squares)
+
+    def _agree(self, inputs: StepInputs, spans: Spans) -> tuple[Agreement, list[int]]:
+        """Bring all gradients to their shards and exchange what each rank found in its own."""
+        if not self.reduction.streams:
+            # `.grad` still holds everything, and may have been edited since it was last read.
+            self.reduction.reset()
+        with spans.span("reduce"):
+            failure = self.reduction.finish() or inputs.failure
+        agreement, changed, unseen, failure = self._exchange(inputs, failure, spans)
+        if agreement.late and not agreement.failed_ranks:
+            with spans.span("reduce"):
+                failure = self.reduction.take_late_gradients()
+            agreement, changed, unseen, failure = self._exchange(inputs, failure, spans)
+        if failure is not None:
+            raise failure
+        if agreement.unseen and not agreement.failed_ranks:
+            agreement, changed = self._share_unseen(agreement, changed, unseen)
+        changed_names = [self._names[index] for index in changed]
+        refuse_disagreement(agreement, self.ranks, inputs, changed_names)
+        if self._external:
+            refuse_partial_presence(agreement, self.ranks.world_size, self._names)
+        return agreement, changed
+
+    def _exchange(
+        self, inputs: StepInputs, failure: Exception | None, spans: Spans
+    ) -> tuple[Agreement, list[int], list[int], Exception | None]:
+        """Look at this rank's shard and exchange the findings; an error of its own rides along."""
+        changed: list[int] = []
+        unseen: list[int] = []
+        late, sum_of_squares = False, 0.0
+        present = np.zeros(len(self._parameters), dtype=np.bool_)
+        try:
+            if failure is None:
+                refuse_unfrozen(self._frozen)
+                late = self.reduction.has_late_gradients()
+                changed = self.outside_writes.find()
+                unseen = self.outside_writes.find_unseen(changed)
+                self._refuse_unready()
+                for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
+                    present[state.indices] = gradients.present
+                    update = self._updates[state.layout.index]
+                    update.reserve(state, gradients, lazy=inputs.lazy)
+                if inputs.factor != 1.0:
+                    refuse_partly_multiplied(inputs, present, self._names)
+                self._count_update_nbytes()
+                with spans.span("norm"):
+                    sum_of_squares = self._sum_of_squares()
+        except Exception as error:
+            failure = error
+        findings = Findings(
+            sum_of_squares=sum_of_squares,
+            non_finite=not np.isfinite(sum_of_squares),
+            found_inf=inputs.found_inf,
+            grad_scale=inputs.grad_scale,
+            changes=self.outside_writes.checksum(changed) if self.ranks.world_size > 1 else 0,
+            unseen=bool(unseen),
+            failed=failure is not None,
+            late=late,
+            settings=inputs.checksum(),
+            step=self.num_steps + 1,
+            notice=inputs.notice,
+            present=torch.from_numpy(present),
+        )
+        with spans.span("agree"):
+            return agree(self.ranks, findings), changed, unseen, failure
+
+    def _share_unseen(
+        self, agreement: Agreement, changed: list[int], unseen: list[int]
+    ) -> tuple[Agreement, list[int]]:
+        """Add to the changed parameters those that any rank found written unseen. Collective.
+
+        A rank compares its shard alone, but holds whole parameters: so all take checksums of them.
+        """
+        flags = torch.zeros(len(self._parameters), dtype=torch.bool, device="cpu")
+        flags[unseen or self.outside_writes.all_unseen(changed)] = True
+        flags = flags_on_any_rank(self.ranks, flags)
+        unseen = torch.nonzero(flags).flatten().tolist()
+        self.outside_writes.report_unseen([self._names[index] for index in unseen])
+        changed = sorted({*changed, *unseen})
+        if self.ranks.world_size > 1:
+            checksum = self.outside_writes.checksum(changed)
+            own = torch.tensor([checksum], dtype=torch.int64, device="cpu")
+            gathered = self.ranks.all_gather(own)
+            agreement = replace(agreement, changes=tuple(int(one) for one in gathered))
+        return agreement, changed
+
+    def _refuse_unready(self) -> None:
+        """Refuse gradients of a forward that did not wait for its parameters."""
+        if self.forward_hooks is not None:
+            given = zip(self.states, self.reduction.gradients, strict=True)
+            brought = [state.layout.index for state, gradients in given if gradients.present.any()]
+            self.forward_hooks.check(brought, lambda number: self.states[number].names[0])
+
+    def _sum_of_squares(self) -> float:
+        """Return this rank's share of the sum; not finite if one of its gradients is not.
+
+        What every rank has whole is counted by rank 0: sparse gradients, and all of them where
+        state lies beside its parameter.
+        """
+        gradients = self.reduction.gradients
+        dense = self.executor.sum_of_squares(gradients)
+        rows = sum(map(BucketGradients.rows_sum_of_squares, gradients))
+        if not math.isfinite(dense + rows):
+            return math.nan
+        if self.ranks.rank == 0:
+            return dense + rows
+        return dense if self.is_sharded else 0.0
+
+    def _apply(
+        self,
+        inputs: StepInputs,
+        agreement: Agreement,
+        decision: Decision,
+        changed: Sequence[int],
+        spans: Spans,
+    ) -> None:
+        """Carry out a step that is not skipped."""
+        self.outside_writes.follow(changed)
+        active = agreement.present_counts.numpy() > 0
+        masks = UpdateMasks(
+            active, inputs.hyperparameters, decision.gradient_scale, inputs.step, inputs.lazy
+        )
+        self.outside_writes.count_our_own(active)
+        self.executor.apply(self.reduction.gradients, masks, spans)
+
+    def _names_of_non_finite(self, agreement: Agreement) -> tuple[str, ...]:
+        """Return which parameters made the step be skipped, on any rank. Collective if any did."""
+        if not agreement.non_finite:
+            return ()
+        flags = torch.zeros(len(self._parameters), dtype=torch.bool, device="cpu")
+        found = self.executor.non_finite_indices(self.reduction.gradients)
+        flags[torch.from_numpy(found)] = True
+        flags = flags_on_any_rank(self.ranks, flags)
+        return tuple(self._names[index] for index in torch.nonzero(flags).flatten().tolist())
+
+
+def _added(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    """Return the sums of both by name."""
+    return {name: first.get(name, 0.0) + second.get(name, 0.0) for name in {**first, **second}}
+
+
+def _make_buffer(placing: Placing, arenas: list[HostArena], nbytes: int) -> HostArena:
+    """Return host memory for copies, page-locked where that was asked for."""
+    arena = HostArena(nbytes)
+    if placing.policy.pins_staging and placing.runtime is not None:
+        arena.pin_or_warn(placing.runtime, "These copies go through pageable memory")
+    arenas.append(arena)
+    return arena
