@@ -16,7 +16,7 @@ from offload_adam.checkpoint.save import Save, open_save
 from offload_adam.coordinator.admission import raise_on_all_ranks
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.sharded_optimizer import ShardedOptimizer
-from offload_adam.step.snapshot_lock import ReadGate
+from offload_adam.step.snapshot_lock import SnapshotLock
 
 
 def begin_checkpoint(
@@ -66,9 +66,9 @@ class PendingCheckpoint:
     def __init__(self, save: Save, optimizer: ShardedOptimizer) -> None:
         self._save = save
         self._optimizer = optimizer
-        self._gate = optimizer.begin_reading(save.buckets)
-        self._number = self._gate.num_begun
-        self._writer = _Writer(save, self._gate)
+        self._snapshot_lock = optimizer.lock_snapshot(save.buckets)
+        self._number = self._snapshot_lock.num_begun
+        self._writer = _Writer(save, self._snapshot_lock)
         self._is_over = False
         self.num_waits = 0
         self.waited_s = 0.0
@@ -105,15 +105,18 @@ class PendingCheckpoint:
                 with raise_on_all_ranks(self._save.ranks, "writing a checkpoint"):
                     entry = self._result()
             finally:
-                self._gate.settle()
-                self.num_waits, self.waited_s = self._gate.num_waits, self._gate.waited_s
+                self._snapshot_lock.settle()
+                self.num_waits, self.waited_s = (
+                    self._snapshot_lock.num_waits,
+                    self._snapshot_lock.waited_s,
+                )
             self._save.commit(entry)
 
     def _result(self) -> RankEntry:
         """Return what this rank has written, after a last check for modified parameters."""
         entry = self._writer.result()
-        self._optimizer.finish_reading()
-        self._gate.raise_if_spoiled()
+        self._optimizer.wait_for_snapshot()
+        self._snapshot_lock.raise_if_invalidated()
         return entry
 
 
@@ -123,9 +126,9 @@ class _Writer:
     It holds no reference to the optimizer: dropping the optimizer abandons the checkpoint.
     """
 
-    def __init__(self, save: Save, gate: ReadGate) -> None:
+    def __init__(self, save: Save, snapshot_lock: SnapshotLock) -> None:
         self._save = save
-        self._gate = gate
+        self._snapshot_lock = snapshot_lock
         self._entry: RankEntry | None = None
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
@@ -141,23 +144,23 @@ class _Writer:
 
     def _run(self) -> None:
         try:
-            self._gate.begin_reader()
-            self._read(self._gate.raise_if_spoiled)
-            self._save.write_copies(self._gate.raise_if_spoiled)
-            self._gate.raise_if_spoiled()
+            self._snapshot_lock.begin_reader()
+            self._read(self._snapshot_lock.raise_if_invalidated)
+            self._save.write_copies(self._snapshot_lock.raise_if_invalidated)
+            self._snapshot_lock.raise_if_invalidated()
             self._entry = self._save.finish()
         except Exception as error:
             self._failure = error
             with suppress(OSError):
                 self._save.remove()
         finally:
-            self._gate.finish()
+            self._snapshot_lock.finish()
 
     def _read(self, before_each: Callable[[], None]) -> None:
         """Copy the buckets that fit, then write the others; free each for updates once read."""
         for bucket in self._save.buckets:
             if self._save.copy_bucket(bucket, before_each):
-                self._gate.free(bucket)
+                self._snapshot_lock.free(bucket)
         for bucket in self._save.buckets:
             self._save.write_bucket(bucket, before_each)
-            self._gate.free(bucket)
+            self._snapshot_lock.free(bucket)

@@ -36,7 +36,7 @@ class OptimizerState:
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's boxes, which are views of the state, and the rest as JSON."""
         self._optimizer.synchronize()
-        self._optimizer.finish_reading()  # it may be to be loaded into
+        self._optimizer.wait_for_snapshot()  # it may be to be loaded into
         plain = encode(self._optimizer.plain_state(self._name_of), "optimizer")
         state: dict[str, dict[str, BoxTensor]] = {}
         for shard in self._optimizer.shards():

@@ -80,7 +80,7 @@ def load_checkpoint(
             plain = decoded_optimizer(manifest.optimizer.model_dump(), manifest.format_version)
             optimizer.check_plain_state(plain, name_of)
         with raise_on_all_ranks(ranks, "loading a checkpoint"), torch.no_grad():
-            optimizer.finish_reading()
+            optimizer.wait_for_snapshot()
             _load(reader, model, optimizer, state)
             optimizer.load_plain_state(plain, name_of)
             optimizer.num_steps = reader.manifest.step

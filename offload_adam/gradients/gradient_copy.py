@@ -1,4 +1,4 @@
-"""Bring one bucket's gradients to the host shard that the update reads."""
+"""Copy one bucket's gradients to the gradient shard that the update reads."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from offload_adam.params.bucket import BucketState
 from offload_adam.spans import span
 from offload_adam.transfer.collectives import PendingCollective
 from offload_adam.transfer.slots import SlotPool
-from offload_adam.transfer.stream_waits import Crossing
+from offload_adam.transfer.stream_waits import StreamWaits
 from offload_adam.transfer.streams import Streams
 
 
 class Piece(NamedTuple):
-    """One stretch of a shard and where its gradient comes from; `adds` to what landed before."""
+    """One range of a shard and where its gradient comes from; `adds` to what the shard holds."""
 
     source: torch.Tensor
     start: int
@@ -37,12 +37,13 @@ class Piece(NamedTuple):
 
 
 @dataclass
-class Flight:
-    """A bucket's gradients on their way to the shard.
+class GradientCopy:
+    """The copy of one bucket's gradients to this rank's shard.
 
-    complete: the pieces cover the whole shard, with zeros for what is missing.
-    pending: the reduction that the pieces come out of; `pooled_slot` its memory, if a pool gave it.
-    is_issued: the copies to the host are on their way.
+    complete: the pieces cover the whole shard, with zeros for missing gradients.
+    pending: the reduction whose result the pieces are; `pooled_slot` is its memory, if a pool gave
+        it.
+    is_issued: the D2H copies have been issued.
     """
 
     state: BucketState
@@ -54,7 +55,7 @@ class Flight:
     is_issued: bool = False
 
     def is_ready(self) -> bool:
-        """Tell, without waiting, whether the host could land it."""
+        """Tell, without waiting, whether the reduction is over."""
         return self.pending is None or self.pending.is_completed()
 
 
@@ -64,7 +65,7 @@ def local_pieces(
     """Return this rank's segments of gradients that need no reduction.
 
     Args:
-        arrived: (num parameters,) bool, which add to what has landed.
+        arrived: (num parameters,) bool, whose gradients are added to what the shard holds.
     """
     segments = state.segments
     rows = zip(
@@ -83,14 +84,14 @@ def local_pieces(
     return pieces
 
 
-class Landing:
-    """Lands flights: straight in the landed gradient where that can be, else through a buffer.
+class GradientCopier:
+    """Copies gradients into gradient shards: straight where possible, else through a buffer.
 
-    A copy from a device goes straight where the host need do nothing but wait: the dtypes are
-    equal, nothing is added, and the landed gradient is page-locked. Such a copy is issued when the
-    bucket departs, any other by whoever lands the flight.
+    A D2H copy goes straight into the shard where the host has nothing to do but wait: the dtypes
+    are equal, nothing is added, and the shard is page-locked. `start` issues such a copy; `finish`
+    issues any other, and then casts or adds.
 
-    Owns: one buffer for each dtype that gradients arrive in and cannot go straight from.
+    Owns: one buffer for each dtype of gradients that cannot be copied straight.
     """
 
     def __init__(
@@ -118,69 +119,73 @@ class Landing:
         return sum(arena.nbytes for arena in self._arenas.values())
 
     def reserve(self, state: BucketState, dtype: torch.dtype) -> None:
-        """Make the buffer through which gradients of this dtype go large enough for a bucket's."""
+        """Make the buffer for gradients of this dtype large enough for a bucket's shard."""
         self._buffer(dtype, state.layout.shard_numel, self._make_arena)
 
-    def depart(self, flight: Flight, streams: Streams, crossing: Crossing) -> None:
-        """Issue the copy of a flight whose source is on its way, if the host has no part in it."""
-        state = flight.state
-        landed = state.planes.landed_gradient
-        assert landed is not None
+    def start(self, copy: GradientCopy, streams: Streams, stream_waits: StreamWaits) -> None:
+        """Issue the D2H copy if it can go straight into the shard. Never waits."""
+        state = copy.state
+        shard = state.planes.gradient_shard
+        assert shard is not None
         # `copies_straight` is the plan; these gradients may be added, or of another dtype.
         if (
             state.plan.is_offloaded
             and state.plan.pinned
-            and not any(piece.adds or piece.source.dtype != landed.dtype for piece in flight.pieces)
+            and not any(piece.adds or piece.source.dtype != shard.dtype for piece in copy.pieces)
         ):
-            self._issue(flight, landed, streams, crossing)
+            self._issue(copy, shard, streams, stream_waits)
 
-    def land(self, flight: Flight, streams: Streams, crossing: Crossing) -> None:
-        """Block until the flight has landed. By one thread, flight by flight."""
-        state = flight.state
+    def finish(self, copy: GradientCopy, streams: Streams, stream_waits: StreamWaits) -> None:
+        """Block until the gradients are in the shard. One thread finishes all copies, in order."""
+        state = copy.state
         number = state.layout.index
-        landed = state.planes.landed_gradient
-        assert landed is not None
-        if flight.pending is not None:
+        shard = state.planes.gradient_shard
+        assert shard is not None
+        if copy.pending is not None:
             with span("reduce", number):
-                flight.pending.wait(self._ranks)
+                copy.pending.wait(self._ranks)
         with span("copy down", number):
             through = None
-            if state.plan.is_offloaded and not flight.is_issued:
-                dtypes = {piece.source.dtype for piece in flight.pieces}
+            if state.plan.is_offloaded and not copy.is_issued:
+                dtypes = {piece.source.dtype for piece in copy.pieces}
                 dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
                 # Where none was reserved, as for gradients set by hand, it is not page-locked:
                 # CUDA may deadlock with a collective that is under way.
-                through = self._buffer(dtype, landed.numel(), HostArena)
-                self._issue(flight, through, streams, crossing)
-            crossing.begin(Operation.SUM_SQUARES, number)
-            if not flight.is_issued or through is not None:
-                fold = partial(_fold, tuple(flight.pieces), landed, through)
+                through = self._buffer(dtype, shard.numel(), HostArena)
+                self._issue(copy, through, streams, stream_waits)
+            stream_waits.begin(Operation.SUM_SQUARES, number)
+            if not copy.is_issued or through is not None:
+                fold = partial(_fold, tuple(copy.pieces), shard, through)
                 if state.plan.location.is_host:
                     fold()
                 else:
-                    sources = [piece.source for piece in flight.pieces]
-                    streams.launch(Lane.COMPUTE, fold, reads=sources, writes=[landed])
-        flight.gradients.land(landed, complete=flight.complete)
-        if flight.pooled_slot is not None:
-            self._slots.release(flight.pooled_slot)
-        flight.pieces.clear()
+                    sources = [piece.source for piece in copy.pieces]
+                    streams.launch(Lane.COMPUTE, fold, reads=sources, writes=[shard])
+        copy.gradients.set_shard(shard, complete=copy.complete)
+        if copy.pooled_slot is not None:
+            self._slots.release(copy.pooled_slot)
+        copy.pieces.clear()
 
     def _issue(
-        self, flight: Flight, target: torch.Tensor, streams: Streams, crossing: Crossing
+        self,
+        copy: GradientCopy,
+        target: torch.Tensor,
+        streams: Streams,
+        stream_waits: StreamWaits,
     ) -> None:
         """Copy the pieces to their places in `target`, on the lane of copies to the host."""
-        number = flight.state.layout.index
-        pieces = list(flight.pieces)
+        number = copy.state.layout.index
+        pieces = list(copy.pieces)
 
-        def copy() -> None:
+        def issue() -> None:
             for piece in pieces:
                 piece.of(target).copy_(piece.source, non_blocking=True)
 
-        crossing.begin(Operation.COPY_DOWN, number)
+        stream_waits.begin(Operation.COPY_DOWN, number)
         sources = [piece.source for piece in pieces]
-        streams.launch(Operation.COPY_DOWN.lane, copy, reads=sources, writes=[target])
-        crossing.end(Operation.COPY_DOWN, number)
-        flight.is_issued = True
+        streams.launch(Operation.COPY_DOWN.lane, issue, reads=sources, writes=[target])
+        stream_waits.end(Operation.COPY_DOWN, number)
+        copy.is_issued = True
 
     def _buffer(
         self, dtype: torch.dtype, numel: int, make_arena: Callable[[int], HostArena]
@@ -195,11 +200,11 @@ class Landing:
         return buffer
 
 
-def _fold(pieces: Sequence[Piece], landed: torch.Tensor, through: torch.Tensor | None) -> None:
-    """Copy or add pieces to what has landed, out of the buffer that they came through, if any."""
+def _fold(pieces: Sequence[Piece], shard: torch.Tensor, through: torch.Tensor | None) -> None:
+    """Copy or add pieces to the shard, out of the buffer that they came through, if any."""
     for piece in pieces:
         source = piece.source if through is None else piece.of(through)
         if piece.adds:
-            piece.of(landed).add_(source)
+            piece.of(shard).add_(source)
         else:
-            piece.of(landed).copy_(source)
+            piece.of(shard).copy_(source)

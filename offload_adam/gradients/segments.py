@@ -40,7 +40,7 @@ class SegmentTable:
 class BucketGradients:
     """One step's gradients of one bucket on this rank.
 
-    Either held where autograd left them, whole and one tensor a parameter, or landed: this rank's
+    Either held where autograd left them, whole and one tensor a parameter, or in this rank's
     shard in one flat host tensor. Sparse ones stand apart, as rows of the whole parameter.
     Attributes:
         dense: which parameters had a dense gradient on this rank.
@@ -53,7 +53,7 @@ class BucketGradients:
         self.dense = np.zeros(len(state.parameters), dtype=np.bool_)
         self._held: list[GradientsInPlace] = []
         self._addresses = np.zeros(len(state.parameters), dtype=np.int64)
-        self._landed: torch.Tensor | None = None
+        self._shard: torch.Tensor | None = None
         self._complete = False
         self.squares: float | None = None
         self.local_rows: dict[int, GradientRows] = {}
@@ -73,7 +73,7 @@ class BucketGradients:
         """Which parameters can be read here: a reduced shard has zeros for absent ones."""
         return np.ones_like(self.dense) if self._complete else self.dense
 
-    def hold(self, found: GradientsInPlace) -> None:
+    def add_in_place(self, found: GradientsInPlace) -> None:
         """Keep these gradients until the step is over, beside any that are held."""
         addresses = np.array(found.addresses, dtype=np.int64)
         arrived = np.array([tensor is not None for tensor in found.tensors], dtype=np.bool_)
@@ -133,13 +133,13 @@ class BucketGradients:
         """Hear which parameters had a dense gradient on this rank in a bucket that is leaving."""
         self.dense |= present
 
-    def land(self, shard: torch.Tensor, *, complete: bool) -> None:
-        """Take this rank's shard of the bucket, where it has landed.
+    def set_shard(self, shard: torch.Tensor, *, complete: bool) -> None:
+        """Read gradients from this rank's shard from now on.
 
         complete: the shard has zeros where this rank had no gradient.
         """
         self.squares = None
-        self._landed = shard
+        self._shard = shard
         self._complete = complete
 
     def tables(self, state: BucketState, active: npt.NDArray[np.bool_]) -> Iterator[SegmentTable]:
@@ -154,10 +154,10 @@ class BucketGradients:
             active = active.copy()
             active[list(self.rows)] = False
         chosen = active[segments.positions]
-        if self._landed is not None:
-            itemsize = self._landed.element_size()
-            addresses = self._landed.data_ptr() + segments.shard_starts * itemsize
-            yield from _table(state, self._landed.dtype, addresses, chosen)
+        if self._shard is not None:
+            itemsize = self._shard.element_size()
+            addresses = self._shard.data_ptr() + segments.shard_starts * itemsize
+            yield from _table(state, self._shard.dtype, addresses, chosen)
             return
         for found in self._held:
             for dtype in found.dtypes:
@@ -171,9 +171,9 @@ class BucketGradients:
         """Return one segment's dense gradient, 1-d, where it lies."""
         segments = state.segments
         numel = int(segments.numels[segment])
-        if self._landed is not None:
+        if self._shard is not None:
             start = int(segments.shard_starts[segment])
-            return self._landed[start : start + numel]
+            return self._shard[start : start + numel]
         position, start = int(segments.positions[segment]), int(segments.parameter_starts[segment])
         for found in reversed(self._held):
             gradient = found.tensors[position]

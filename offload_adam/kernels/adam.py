@@ -115,7 +115,7 @@ def update(
     Threads: `num_pieces` pieces under the thread mask of the calling thread.
     """
     _update_segments(
-        gradient_format.tag(),
+        gradient_format.dtype_tag(),
         addresses,
         starts,
         work_starts,
@@ -135,7 +135,7 @@ def prepare(gradient_format: FloatFormat, param_format: FloatFormat | None, amsg
     table = np.zeros(0, dtype=np.int64)
     state = np.zeros(0, dtype=np.float32)
     arguments = (
-        gradient_format.tag(),
+        gradient_format.dtype_tag(),
         table,
         table,
         table,
@@ -145,7 +145,7 @@ def prepare(gradient_format: FloatFormat, param_format: FloatFormat | None, amsg
         state,
         state,
         state if amsgrad else None,
-        None if param_format is None else param_format.tag(),
+        None if param_format is None else param_format.dtype_tag(),
         1,
     )
     target = "the master itself" if param_format is None else param_format.value

@@ -20,18 +20,18 @@ class FloatFormat(Enum):
     FLOAT16 = "float16"
 
     @property
-    def carrier(self) -> np.dtype[np.generic]:
+    def bits_dtype(self) -> np.dtype[np.generic]:
         """The NumPy dtype that carries the bits of this format to the kernels."""
         return np.dtype(_CARRIERS[self.value])
 
     @property
     def itemsize(self) -> int:
         """Bytes per element."""
-        return int(self.carrier.itemsize)
+        return int(self.bits_dtype.itemsize)
 
-    def tag(self) -> npt.NDArray[np.generic]:
+    def dtype_tag(self) -> npt.NDArray[np.generic]:
         """Return an empty array whose dtype selects a kernel's specialisation."""
-        return np.empty(0, dtype=self.carrier)
+        return np.empty(0, dtype=self.bits_dtype)
 
 
 _CARRIERS: dict[str, type[np.generic]] = {

@@ -107,7 +107,7 @@ def flush_tiny(typingctx: Any, value: Any) -> Any:
 
 @intrinsic
 def widen(typingctx: Any, carried: Any) -> Any:
-    """Return an element as `FloatFormat.carrier` holds it, converted exactly to float32."""
+    """Return an element as `FloatFormat.bits_dtype` holds it, converted exactly to float32."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return Vectors(builder, 1).widen(arguments[0], carried)

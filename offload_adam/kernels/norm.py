@@ -84,11 +84,13 @@ def block_sums(
     blocks = (numels + (BLOCK_NUMEL - 1)) // BLOCK_NUMEL
     work_starts = np.zeros(blocks.size + 1, dtype=np.int64)
     np.cumsum(blocks, out=work_starts[1:])
-    _sum_segments(gradient_format.tag(), addresses, starts, numels, work_starts, sums, num_pieces)
+    _sum_segments(
+        gradient_format.dtype_tag(), addresses, starts, numels, work_starts, sums, num_pieces
+    )
 
 
 def prepare(gradient_format: FloatFormat) -> None:
     """Compile, or load from the disk cache, the specialisation that `block_sums` will need."""
     table = np.zeros(0, dtype=np.int64)
-    arguments = (gradient_format.tag(), table, table, table, table, np.zeros(0), 1)
+    arguments = (gradient_format.dtype_tag(), table, table, table, table, np.zeros(0), 1)
     compile_now(_sum_segments, arguments, f"norm ({gradient_format.value})")

@@ -90,7 +90,7 @@ def update_rows(
     Args:
         gradient_format: format of the gradient.
         rows: (k,) contiguous, distinct row numbers, in any order; k may be 0.
-        values: (k, width) contiguous, the rows' gradient as `gradient_format.carrier`.
+        values: (k, width) contiguous, the rows' gradient as `gradient_format.bits_dtype`.
         width: elements in a row.
         scalars: (NUM_SCALARS,) float32, see `scalar_row`.
         master: (n * width,) float32 weights, updated in place.
@@ -104,7 +104,7 @@ def update_rows(
     """
     _update_touched(
         rows,
-        values.reshape(-1).view(gradient_format.carrier),
+        values.reshape(-1).view(gradient_format.bits_dtype),
         width,
         scalars,
         master,
@@ -120,13 +120,13 @@ def prepare(gradient_format: FloatFormat, param_format: FloatFormat | None) -> N
     state = np.zeros(0, dtype=np.float32)
     arguments = (
         np.zeros(0, dtype=np.int64),
-        gradient_format.tag(),
+        gradient_format.dtype_tag(),
         1,
         np.zeros(at.NUM_SCALARS, dtype=np.float32),
         state,
         state,
         state,
-        None if param_format is None else param_format.tag(),
+        None if param_format is None else param_format.dtype_tag(),
         1,
     )
     target = "the master itself" if param_format is None else param_format.value

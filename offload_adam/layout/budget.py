@@ -33,7 +33,7 @@ def plane_nbytes(plan: StatePlan) -> dict[str, int]:
         "exp_avg": state.exp_avg,
         "exp_avg_sq": state.exp_avg_sq,
         "max_exp_avg_sq": state.max_exp_avg_sq,
-        "landed gradients": plan.gradient.shard_itemsize,
+        "gradient shards": plan.gradient.shard_itemsize,
     }
     return {name: plan.bucket.shard_numel * size for name, size in itemsizes.items() if size}
 

@@ -39,7 +39,7 @@ class ParameterSpec:
     index: int
     numel: int
     itemsize: int
-    family: str
+    bucket_key: str
     amsgrad: bool = False
     on_device: bool = False
 
@@ -84,7 +84,7 @@ class Bucket:
     """
 
     index: int
-    family: str
+    bucket_key: str
     itemsize: int
     numel: int
     world_size: int
@@ -160,14 +160,14 @@ def plan_buckets(
     filled_nbytes: dict[str, int] = {}
     for spec in reversed(specs):
         nbytes = align(spec.numel) * spec.itemsize
-        group = open_groups.get(spec.family)
-        if group is None or filled_nbytes[spec.family] + nbytes > bucket_nbytes:
+        group = open_groups.get(spec.bucket_key)
+        if group is None or filled_nbytes[spec.bucket_key] + nbytes > bucket_nbytes:
             group = []
             groups.append(group)
-            open_groups[spec.family] = group
-            filled_nbytes[spec.family] = 0
+            open_groups[spec.bucket_key] = group
+            filled_nbytes[spec.bucket_key] = 0
         group.append(spec)
-        filled_nbytes[spec.family] += nbytes
+        filled_nbytes[spec.bucket_key] += nbytes
     # A bucket is complete with its last gradient: the one of the lowest forward index.
     position = {spec.index: place for place, spec in enumerate(specs)}
     groups.sort(key=lambda group: -position[group[-1].index])
@@ -186,7 +186,7 @@ def _place(group: Iterable[ParameterSpec], index: int, world_size: int) -> Bucke
     numel = align(start, BLOCK_NUMEL * world_size)
     return Bucket(
         index,
-        spec.family,
+        spec.bucket_key,
         spec.itemsize,
         numel,
         world_size,

@@ -132,7 +132,7 @@ def plan_schedule(
 
     Args:
         plans: in the order in which backward completes the buckets.
-        num_reduce_slots, num_staging_slots: slots of the rings of each family of buckets.
+        num_reduce_slots, num_staging_slots: slots of the rings of each bucket_key of buckets.
     """
     forward = plans[::-1]
     reduce_slots, earlier_packed = _rings([p for p in plans if p.uses_ring], num_reduce_slots)
@@ -171,8 +171,8 @@ def _rings(plans: Sequence[StatePlan], num_slots: int) -> tuple[dict[int, int], 
     """Deal slots out in turn; return each bucket's, and the bucket that had it before, if any."""
     slots: dict[int, int] = {}
     earlier: dict[int, int] = {}
-    for family in dict.fromkeys(plan.bucket.family for plan in plans):
-        members = [plan.bucket.index for plan in plans if plan.bucket.family == family]
+    for bucket_key in dict.fromkeys(plan.bucket.bucket_key for plan in plans):
+        members = [plan.bucket.index for plan in plans if plan.bucket.bucket_key == bucket_key]
         for position, number in enumerate(members):
             slots[number] = position % num_slots
             if position >= num_slots:

@@ -35,14 +35,14 @@ class StatePlanes:
 
     master_weight: float32; for an fp32 parameter on the host the parameter's own shard.
     max_exp_avg_sq: float32, None without amsgrad.
-    landed_gradient: the reduced gradient, None where it is read where autograd left it.
+    gradient_shard: the reduced gradient, None where it is read where autograd left it.
     """
 
     master_weight: torch.Tensor
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
     max_exp_avg_sq: torch.Tensor | None
-    landed_gradient: torch.Tensor | None
+    gradient_shard: torch.Tensor | None
 
     def named(self, *, own_master: bool) -> dict[str, torch.Tensor]:
         """Return the planes that are state, by torch's keys.
@@ -74,7 +74,7 @@ def allocate_planes(plan: StatePlan, memory: Memory, shard: torch.Tensor) -> Sta
         exp_avg=take(torch.float32),
         exp_avg_sq=take(torch.float32),
         max_exp_avg_sq=take(torch.float32) if plan.state.max_exp_avg_sq else None,
-        landed_gradient=(
+        gradient_shard=(
             take(gradient_dtype(shard.dtype, plan.gradient.shard_itemsize))
             if plan.gradient.shard_itemsize
             else None

@@ -132,7 +132,7 @@ class Adam(InspectableAdam):
             num_threads=num_threads,
             offload=offload,
             failures=failures,
-            beside=not requested(kwargs, "use_offload"),
+            replicated=not requested(kwargs, "use_offload"),
             takes_rows=True,
         )
 

@@ -123,7 +123,7 @@ def segment_arrays(bucket: Bucket, rank: int) -> SegmentArrays:
     return SegmentArrays(*(np.ascontiguousarray(column) for column in columns.T))
 
 
-def carrier(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
+def bits_of(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
     """Return a host tensor as the NumPy array in whose dtype the kernels know its format."""
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.view(torch.uint16)

@@ -26,7 +26,7 @@ def float_format(dtype: torch.dtype) -> FloatFormat:
     return _FORMATS[dtype]
 
 
-def family_of(parameter: torch.Tensor) -> str:
+def bucket_key_of(parameter: torch.Tensor) -> str:
     """Return what parameters of one bucket share: dtype and device."""
     return f"{parameter.dtype}@{parameter.device}"
 
@@ -154,9 +154,9 @@ class NewParameter:
     centralized: bool = False
 
     @property
-    def family(self) -> str:
+    def bucket_key(self) -> str:
         """What the parameters of one bucket share: dtype, device, and which planes they have."""
-        return family_of(self.parameter) + ("+amsgrad" if self.amsgrad else "")
+        return bucket_key_of(self.parameter) + ("+amsgrad" if self.amsgrad else "")
 
 
 @dataclass(frozen=True, slots=True)

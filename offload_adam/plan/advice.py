@@ -90,7 +90,9 @@ def _changes(
         return lambda: predict(specs, replace(training, **changes))  # type: ignore[arg-type]
 
     if any(spec.itemsize == 4 for spec in specs):
-        halves = [replace(spec, itemsize=2, family=f"{spec.family} halved") for spec in specs]
+        halves = [
+            replace(spec, itemsize=2, bucket_key=f"{spec.bucket_key} halved") for spec in specs
+        ]
         yield "train.dtype: bf16", lambda: predict(halves, training)
     if not training.streams:
         yield "optimizer.streaming: true", with_training(streams=True)
@@ -98,13 +100,13 @@ def _changes(
         yield "optimizer.accumulate: null", with_training(accumulates=False)
     if training.reduce_fp32:
         yield "optimizer.reduce_dtype: null", with_training(reduce_fp32=False)
-    if training.beside:
-        yield "optimizer.use_offload: true", with_training(beside=False)
+    if training.replicated:
+        yield "optimizer.use_offload: true", with_training(replicated=False)
     if training.amsgrad:
         yield "without amsgrad", with_training(amsgrad=False)
-    if training.on_device and not training.beside and training.offload_fraction > 0.5:
+    if training.on_device and not training.replicated and training.offload_fraction > 0.5:
         yield "memory.offload_fraction: 0.5", with_training(offload_fraction=0.5)
-    if training.world_size > 1 and not training.beside:
+    if training.world_size > 1 and not training.replicated:
         other = "external" if training.reduces else "optimizer"
         yield f"optimizer.gradient_reduction: {other}", with_training(**_reduced_by(other))
     yield (

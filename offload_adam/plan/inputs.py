@@ -40,7 +40,7 @@ class Training:
     accumulates: bool = False
     reduce_fp32: bool = False
     amsgrad: bool = False
-    beside: bool = False
+    replicated: bool = False
     offload_fraction: float = 1.0
     bucket_nbytes: int = OffloadPolicy().bucket_nbytes
     saves: bool = False
@@ -67,7 +67,7 @@ class Training:
             reduces=self.reduces,
             accumulates=self.accumulates,
             reduces_in_fp32=self.reduce_fp32,
-            replicated=self.beside,
+            replicated=self.replicated,
             offload_fraction=self.offload_fraction,
         )
         return plan_state(

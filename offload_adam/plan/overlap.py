@@ -32,7 +32,9 @@ def predict_overlap(
     the model (packing, and the update of state that stays there) takes no time.
     """
     compute = compute_seconds(specs, training, machine)
-    overlaps = training.on_device and training.streams and training.reduces and not training.beside
+    overlaps = (
+        training.on_device and training.streams and training.reduces and not training.replicated
+    )
     distributed = training.world_size > 1
     if compute is None or machine.host_gb_per_s is None or machine.bus_gb_per_s is None:
         return None

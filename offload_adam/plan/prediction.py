@@ -78,7 +78,7 @@ def _gradients(plans: Sequence[StatePlan], training: Training) -> int:
 
     Gradients stay where they are read in place, and where someone else averages them.
     """
-    leaves = training.streams and training.reduces and not training.beside
+    leaves = training.streams and training.reduces and not training.replicated
     sizes = [plan.bucket.numel * plan.bucket.itemsize for plan in plans]
     landed = all(plan.gradient.shard_itemsize > 0 for plan in plans)
     return max(sizes, default=0) if leaves and landed else sum(sizes)
@@ -98,11 +98,11 @@ def _slot_nbytes(plan: StatePlan) -> int:
 
 
 def _largest(plans: Sequence[StatePlan], nbytes_of: Callable[[StatePlan], int]) -> dict[str, int]:
-    """Return the largest bucket's bytes in each family."""
+    """Return the largest bucket's bytes in each bucket_key."""
     largest: dict[str, int] = {}
     for plan in plans:
-        family = plan.bucket.family
-        largest[family] = max(largest.get(family, 0), nbytes_of(plan))
+        bucket_key = plan.bucket.bucket_key
+        largest[bucket_key] = max(largest.get(bucket_key, 0), nbytes_of(plan))
     return largest
 
 

@@ -119,7 +119,7 @@ def _doubts(
         yield f"speeds were given, not measured: {', '.join(given)}"
     for name in unknown:
         yield f"no bandwidth is known for the {name}: {_HOW_TO_MEASURE[name]}"
-    shards = 1 if training.beside else training.world_size
+    shards = 1 if training.replicated else training.world_size
     on_node = total_numel(specs) * training.local_world_size // shards
     least, most = COMPARED_NUMEL
     if not least <= on_node <= most:
@@ -151,7 +151,7 @@ def _host_nbytes(plans: Sequence[StatePlan], training: Training) -> int:
     """
     exchanged = not training.on_device and training.reduces and training.world_size > 1
     of_rank = sum(map(traffic_nbytes, _on_host(plans)))
-    if exchanged and not training.beside:
+    if exchanged and not training.replicated:
         of_rank += sum(map(exchange_traffic_nbytes, plans))
     return of_rank * training.local_world_size
 
@@ -173,15 +173,15 @@ def _network_s(
     A reduce-scatter is one pass and an all-reduce two: gloo, on CPUs, has no reduce-scatter worth
     its name, and state beside the parameters needs the whole average. It gathers nothing.
     """
-    if training.world_size == 1 or (training.beside and not training.reduces):
+    if training.world_size == 1 or (training.replicated and not training.reduces):
         return 0.0
     if network is None:
         return None
-    all_reduces = training.beside or not training.on_device
+    all_reduces = training.replicated or not training.on_device
     passes = 0 if not training.reduces else ALL_REDUCE_PASSES if all_reduces else 1
     return sum(
         passes * mean_pass_s(plan, training, network)
-        + (0.0 if training.beside else gather_s(plan.bucket, training, network))
+        + (0.0 if training.replicated else gather_s(plan.bucket, training, network))
         for plan in plans
     )
 

@@ -15,7 +15,7 @@ _OTHER = "#999999"
 _COLORS = {
     "parameters": "#0072B2",
     "gradients": "#56B4E9",
-    "landed gradients": "#009E73",
+    "gradient shards": "#009E73",
     "slots": "#E69F00",
     "master_weight": "#D55E00",
     "exp_avg": "#CC79A7",

@@ -42,7 +42,7 @@ from offload_adam.state.state_shard import (
     state_shard,
 )
 from offload_adam.step.ledger import LedgerEntry
-from offload_adam.step.snapshot_lock import ReadGate
+from offload_adam.step.snapshot_lock import SnapshotLock
 from offload_adam.step.step import ShardedAdam
 from offload_adam.torch_private import load_state_dict_post_hooks, load_state_dict_pre_hooks
 
@@ -199,7 +199,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         of them. Call this on every rank, after the same write on every rank.
         """
         with torch.no_grad():
-            self._settled().outside_writes.follow_all()
+            self._settled().external_edits.sync_all()
 
     @property
     def num_steps(self) -> int:
@@ -247,22 +247,22 @@ class CoreOptimizer(torch.optim.Optimizer):
     @property
     def is_being_read(self) -> bool:
         """Whether a checkpoint is being written in the background, or waits to be committed."""
-        return self._alive().gate.is_open
+        return self._alive().snapshot_lock.is_open
 
     @property
     def checkpoint_rooms(self) -> Sequence[torch.Tensor]:
         """Host memory for what a checkpoint in the background copies, uint8."""
-        return self._alive().gate.rooms
+        return self._alive().snapshot_lock.rooms
 
     @serialized
-    def begin_reading(self, buckets: Iterable[int]) -> ReadGate:
+    def lock_snapshot(self, buckets: Iterable[int]) -> SnapshotLock:
         """Keep updates off buckets that a thread is about to read, and return who lets them go."""
-        return self._alive().outside_writes.begin_reading(buckets)
+        return self._alive().external_edits.lock_snapshot(buckets)
 
     @serialized
-    def finish_reading(self) -> None:
+    def wait_for_snapshot(self) -> None:
         """Return when no thread reads the state any more: it is about to be written."""
-        self._alive().outside_writes.finish_reading()
+        self._alive().external_edits.wait_for_snapshot()
 
     def memory_ledger(self) -> list[LedgerEntry]:
         """Return who holds which bytes of this rank now, on the host and on devices."""
@@ -374,10 +374,10 @@ class CoreOptimizer(torch.optim.Optimizer):
                 for copy in plan_load(*core.place_of(index), entry)
             ]
             load_further = self._plan_further_state(saved.further, entries)
-            core.outside_writes.finish_reading()
+            core.external_edits.wait_for_snapshot()
             for target, source in copies:  # a source may be the target itself
                 target.copy_(source)
-            core.outside_writes.compare_all()
+            core.external_edits.compare_all()
         load_further()
         for group, merged in zip(self.param_groups, groups, strict=True):
             dict.update(group, merged)  # a saved value may be one that users cannot set
@@ -489,7 +489,7 @@ class CoreOptimizer(torch.optim.Optimizer):
                     f"an entry of optimizer.state has lost {error}. Use load_state_dict() to set "
                     "state, or make a new optimizer to begin anew"
                 ) from error
-            core.outside_writes.finish_reading()
+            core.external_edits.wait_for_snapshot()
             for target, source in copies:
                 target.copy_(source)
         self._written.restore(self.state)

@@ -37,13 +37,13 @@ class Execution(ExecutionOptions):
     state_dtype: torch.dtype = option(
         torch.float32, Dtype("float32", "fp32"), "The dtype of the state."
     )
-    beside: bool = False
+    replicated: bool = False
     takes_rows: bool = False
 
     @property
     def streamed_module(self) -> torch.nn.Module | None:
         """The module whose gradients leave during backward, if any does."""
-        return None if self.beside else self.module
+        return None if self.replicated else self.module
 
     def check(self) -> str:
         """Refuse what cannot be right, and return who averages gradients.
@@ -73,7 +73,7 @@ class Execution(ExecutionOptions):
             reduces=kind == "optimizer",
             accumulates=self.accumulate is not None,
             reduces_in_fp32=self.reduce_dtype is not None,
-            replicated=self.beside,
+            replicated=self.replicated,
             offload_fraction=offload.offload_fraction,
             pins_state=offload.pin == "all",
             pins_staging=offload.pin != "none",
@@ -112,7 +112,7 @@ class Execution(ExecutionOptions):
         fraction = self.offload.offload_fraction
         if fraction == 1.0:
             return
-        if self.beside or not on_device:
+        if self.replicated or not on_device:
             why = "all of it stays there" if on_device else "no parameter is on one"
             warnings.warn(
                 f"offload_fraction={fraction} has no effect: it says how much state "
@@ -137,7 +137,7 @@ class Execution(ExecutionOptions):
             ("the version of numba", metadata.version("numba")),
             ("gradient_reduction", kind),
             ("streaming", str(self.streamed_module is not None and kind == "optimizer")),
-            ("state beside the parameters", str(self.beside)),
+            ("replicated state", str(self.replicated)),
             *(
                 (shared.name, str(getattr(options, shared.name)))
                 for options in (self, self.offload)

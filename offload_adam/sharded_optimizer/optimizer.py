@@ -153,7 +153,7 @@ class ShardedOptimizer(CoreOptimizer):
                 backend=self._backend,
             )
             resources.callback(self._core.resources.close)
-            resources.callback(self._core.gate.abandon)
+            resources.callback(self._core.snapshot_lock.abandon)
             resources.callback(self._ranks.abort_devices)
             self._take_in(self._core, 0)
             self._state_made = self.state
@@ -375,7 +375,7 @@ class ShardedOptimizer(CoreOptimizer):
         """
         try:
             if self._core is not None and self._release.alive:
-                self._core.gate.abandon()
+                self._core.snapshot_lock.abandon()
                 self._core.reduction.hide_stand_ins()
                 self._core.synchronize()
         finally:
@@ -417,7 +417,7 @@ class ShardedOptimizer(CoreOptimizer):
             max_norm=self.max_grad_norm if self._max_norm_once is None else self._max_norm_once,
             factor=self._streamed.factor(),
             multiplied=self._streamed.multiplied,
-            notice=replace(self.notice, saved=self._alive().gate.num_finished),
+            notice=replace(self.notice, saved=self._alive().snapshot_lock.num_finished),
         )
 
     def _check_edits(self) -> None:

@@ -1,1 +1,1 @@
-"""One step: gradients reduced and landed, clip or skip, each bucket updated."""
+"""One step: reduce gradients, agree, clip or skip, update bucket by bucket."""

@@ -13,7 +13,7 @@ import torch
 from offload_adam.coordinator.admission import raise_on_all_ranks
 from offload_adam.coordinator.node_memory import admit_memory
 from offload_adam.coordinator.ranks import RankGroup
-from offload_adam.gradients.gradient_copy import Landing
+from offload_adam.gradients.gradient_copy import GradientCopier
 from offload_adam.layout.budget import (
     NUM_REDUCE_SLOTS,
     NUM_STAGING_SLOTS,
@@ -82,7 +82,7 @@ class Placing:
             item.index,
             item.parameter.numel(),
             item.parameter.element_size(),
-            item.family,
+            item.bucket_key,
             amsgrad=item.amsgrad,
             on_device=self.is_device(item.parameter.device),
         )
@@ -188,7 +188,7 @@ def _build(
 class Routing:
     """Plans the schedule of an optimizer's buckets, and makes the slots and buffers for it.
 
-    Owns: streams, rings and the buffers of the landing.
+    Owns: streams, rings and the buffers of the copier.
     Lifecycle: `plan` for every set of buckets, while nothing is under way.
     """
 
@@ -205,7 +205,7 @@ class Routing:
             make_buffer: gives host memory of so many bytes, page-locked where that was asked for.
         """
         self.streams = StreamsByDevice(backend.make_streams)
-        self.landing = Landing(ranks, reduction.slots, make_arena=make_buffer)
+        self.copier = GradientCopier(ranks, reduction.slots, make_arena=make_buffer)
         self.rings = Rings(
             make_buffer,
             num_staging=backend.num_staging_slots,
@@ -215,7 +215,7 @@ class Routing:
     @property
     def host_nbytes(self) -> int:
         """Host bytes of slots and buffers."""
-        return self.rings.staging_nbytes + self.landing.nbytes
+        return self.rings.staging_nbytes + self.copier.nbytes
 
     @property
     def slot_nbytes(self) -> Mapping[torch.device, int]:
@@ -233,10 +233,10 @@ class Routing:
         )
 
     def _reserve(self, state: BucketState) -> None:
-        bucket, family = state.layout, state.layout.family
+        bucket, family = state.layout, state.layout.bucket_key
         if state.plan.uses_ring:
             self.rings.fit_reduction(family, state.gradient_dtype, state.device, bucket.numel)
         elif state.plan.is_offloaded and not state.plan.copies_straight:
-            self.landing.reserve(state, state.gradient_dtype)
+            self.copier.reserve(state, state.gradient_dtype)
         if state.plan.stages_parameters:
             self.rings.fit_staging(family, state.dtype, bucket.shard_numel)

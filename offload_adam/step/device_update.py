@@ -32,7 +32,7 @@ from offload_adam.gradients.whole import (
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.params.bucket import BucketState
 from offload_adam.step.messages import UpdateMasks
-from offload_adam.step.snapshot_lock import ReadGate
+from offload_adam.step.snapshot_lock import SnapshotLock
 from offload_adam.torch_private import foreach_copy
 
 RUN_NUMEL = 1 << 20
@@ -51,7 +51,7 @@ class DeviceSegments:
     gradients: in a floating dtype of their own, read only.
     master_weights, exp_avgs, exp_avg_sqs, max_exp_avg_sqs: float32, updated in place; the last for
         amsgrad only. No two may overlap.
-    rounded: where the parameters' own 16-bit values are written, or None where the master weights
+    param_out: where the parameters' own 16-bit values are written, or None where the master weights
         are the parameters.
 
     Raises:
@@ -64,15 +64,15 @@ class DeviceSegments:
     exp_avgs: Tensors
     exp_avg_sqs: Tensors
     max_exp_avg_sqs: Tensors | None = None
-    rounded: Tensors | None = None
+    param_out: Tensors | None = None
 
     def __post_init__(self) -> None:
         for name in ("gradients", "master_weights", "exp_avgs", "exp_avg_sqs"):
             self._check(name, getattr(self, name), name != "gradients")
         if self.max_exp_avg_sqs is not None:
             self._check("max_exp_avg_sqs", self.max_exp_avg_sqs, True)
-        if self.rounded is not None:
-            self._check("rounded", self.rounded, False)
+        if self.param_out is not None:
+            self._check("param_out", self.param_out, False)
 
     def _check(self, name: str, tensors: Tensors, is_state: bool) -> None:
         if len(tensors) != len(self.gradients):
@@ -104,7 +104,7 @@ def foreach_update(
     they are when the call is made, and each stored value is rounded once, so it is the float32
     nearest to the float64 result or a neighbour of that one: within 1 ULP, also where terms of
     opposite signs cancel, unless they leave less than 2**-27 of themselves. (The float64 errors, a
-    few 2**-53 of the terms, then show.) A 16-bit parameter is the master weight rounded.
+    few 2**-53 of the terms, then show.) A 16-bit parameter is the master weight param_out.
 
     Two differences from the host kernel, which rounds at every operation: a moment below 2**-126 is
     kept where torch keeps denormals, and a square that passes float32 is infinite only where it is
@@ -259,9 +259,9 @@ def _update_run(
     denominator = v.sqrt_().mul_(scalars.denominator_scale).add_(scalars.eps)
     w.mul_(scalars.kept).add_(m.div_(denominator), alpha=-scalars.step_size)
     _scatter(w, segments.master_weights, run)
-    if segments.rounded is not None:
+    if segments.param_out is not None:
         masters = _pick(segments.master_weights, run)
-        foreach_copy(_pick(segments.rounded, run), masters)
+        foreach_copy(_pick(segments.param_out, run), masters)
 
 
 class DeviceUpdate:
@@ -271,8 +271,8 @@ class DeviceUpdate:
     state the segments are what this rank owns.
     """
 
-    def __init__(self, gate: ReadGate) -> None:
-        self._gate = gate
+    def __init__(self, snapshot_lock: SnapshotLock) -> None:
+        self._snapshot_lock = snapshot_lock
 
     def reserve(self, state: BucketState, gradients: BucketGradients, *, lazy: bool) -> None:
         """Temporaries come from torch's own cache of device memory."""
@@ -305,16 +305,16 @@ class DeviceUpdate:
         gradients: BucketGradients,
         active: npt.NDArray[np.bool_],
         masks: UpdateMasks,
-        rounded: torch.Tensor | None,
+        param_out: torch.Tensor | None,
     ) -> None:
         """Update the `active` parameters and count the step for them.
 
         It waits for a checkpoint that is still reading the bucket.
 
         Args:
-            rounded: where the 16-bit parameters are written, None where the master is it.
+            param_out: where the 16-bit parameters are written, None where the master is it.
         """
-        self._gate.wait_until_free(state.layout.index)
+        self._snapshot_lock.wait_until_free(state.layout.index)
         counts = masks.count(state, active)
         prepared = active & needs_preparation(state, gradients)
         alike: dict[tuple[int, int], list[tuple[Segment, torch.Tensor]]] = defaultdict(list)
@@ -322,11 +322,11 @@ class DeviceUpdate:
             key = int(state.groups[segment.position]), int(counts[segment.position])
             alike[key].append((segment, gradient))
         for (group, step), members in alike.items():
-            segments = _segments_of(state, members, rounded)
+            segments = _segments_of(state, members, param_out)
             hyper = masks.hyperparameters[group]
             foreach_update(segments, hyper, step, masks.gradient_scale)
         for segment in every_segment(state, prepared):
-            self._update_prepared(state, gradients, segment, counts, masks, rounded)
+            self._update_prepared(state, gradients, segment, counts, masks, param_out)
 
     def _update_prepared(
         self,
@@ -335,7 +335,7 @@ class DeviceUpdate:
         segment: Segment,
         counts: npt.NDArray[np.int64],
         masks: UpdateMasks,
-        rounded: torch.Tensor | None,
+        param_out: torch.Tensor | None,
     ) -> None:
         """Update one parameter whose gradient is centralized or sparse."""
         position = segment.position
@@ -349,10 +349,10 @@ class DeviceUpdate:
         elif entries is not None:
             entries = prepare_rows(entries, weight, segment, how)
         if entries is not None and masks.lazy:
-            _update_rows(state, segment, sum_duplicates(entries), hyper, step, rounded)
+            _update_rows(state, segment, sum_duplicates(entries), hyper, step, param_out)
             return
         gradient = _spread(state, gradients, segment, entries, how)
-        segments = _segments_of(state, [(segment, gradient)], rounded)
+        segments = _segments_of(state, [(segment, gradient)], param_out)
         foreach_update(segments, once_prepared(hyper), step, 1.0)
 
 
@@ -370,7 +370,7 @@ def _dense(
 def _segments_of(
     state: BucketState,
     members: Sequence[tuple[Segment, torch.Tensor]],
-    rounded: torch.Tensor | None,
+    param_out: torch.Tensor | None,
 ) -> DeviceSegments:
     planes = state.planes
     segments = [segment for segment, _ in members]
@@ -381,7 +381,7 @@ def _segments_of(
         exp_avgs=[segment.of(planes.exp_avg) for segment in segments],
         exp_avg_sqs=[segment.of(planes.exp_avg_sq) for segment in segments],
         max_exp_avg_sqs=None if largest is None else [s.of(largest) for s in segments],
-        rounded=None if rounded is None else [s.of(rounded) for s in segments],
+        param_out=None if param_out is None else [s.of(param_out) for s in segments],
     )
 
 
@@ -410,15 +410,15 @@ def _update_rows(
     touched: GradientRows,
     hyper: Hyperparameters,
     step: int,
-    rounded: torch.Tensor | None,
+    param_out: torch.Tensor | None,
 ) -> None:
     """Update copies of the touched rows, each given once, and put them back."""
     if touched.rows.numel() == 0:
         return
     planes = state.planes
     targets = [planes.master_weight, planes.exp_avg, planes.exp_avg_sq]
-    if rounded is not None:
-        targets.append(rounded)
+    if param_out is not None:
+        targets.append(param_out)
     tables = [segment.of(plane).view(-1, touched.values.shape[1]) for plane in targets]
     copies = [table[touched.rows] for table in tables]
     master, exp_avg, exp_avg_sq, *rest = [[copy.view(-1)] for copy in copies]
@@ -428,7 +428,7 @@ def _update_rows(
             master,
             exp_avg,
             exp_avg_sq,
-            rounded=rest[0] if rest else None,
+            param_out=rest[0] if rest else None,
         ),
         once_prepared(hyper),
         step,

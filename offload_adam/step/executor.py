@@ -21,7 +21,7 @@ from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.coordinator.waiting import SLICE_S
 from offload_adam.errors import UnreadyParameterError
-from offload_adam.gradients.gradient_copy import Flight
+from offload_adam.gradients.gradient_copy import GradientCopy
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.layout.schedule import Operation, Schedule, Task
 from offload_adam.params.bucket import BucketState
@@ -33,8 +33,8 @@ from offload_adam.step.tasks import Tasks
 class Executor(ABC):
     """Runs the tasks of a schedule.
 
-    Before the agreement backward drives it, bucket by bucket (`send`, `hold`); after the agreement
-    it is given the rest at once (`apply`). Both executors give the same bits.
+    Before the agreement backward drives it, bucket by bucket (`start_copy`, `sum_in_place`). After
+    the agreement it gets the rest at once (`apply`). Both executors give the same bits.
     """
 
     def __init__(self, tasks: Tasks) -> None:
@@ -42,25 +42,32 @@ class Executor(ABC):
 
     def extend(self, states: Sequence[BucketState], schedule: Schedule) -> None:
         """Take further buckets in, and a schedule for all of them."""
-        self.land(wait=True)
+        self.finish_copies(wait=True)
         self.settle()
         self.tasks.extend(states, schedule, self._wait_for_update)
 
     @abstractmethod
-    def send(self, flight: Flight) -> None:
-        """Take over a bucket whose gradients are on their way to the host. Never waits."""
+    def start_copy(self, gradient_copy: GradientCopy) -> None:
+        """Start to copy a bucket's gradients to their shard. Never waits."""
 
     @abstractmethod
-    def hold(self, number: int, gradients: BucketGradients) -> None:
-        """Hear that a bucket's gradients are read where autograd left them. Never waits."""
+    def sum_in_place(self, number: int, gradients: BucketGradients) -> None:
+        """Start to sum squares of gradients that stay where autograd left them. Never waits."""
 
     @abstractmethod
-    def land(self, *, wait: bool) -> None:
-        """Land, in order, the flights that have come; with `wait` all of them."""
+    def finish_copies(self, *, wait: bool) -> None:
+        """Finish, in order, the copies that are over; with `wait` all copies."""
 
-    @abstractmethod
     def sum_of_squares(self, gradients: Sequence[BucketGradients]) -> float:
-        """Return this rank's sum of squares in float64, added up bucket by bucket as scheduled."""
+        """Return this rank's sum of squares in float64, added up bucket by bucket as scheduled.
+
+        The order is fixed, whenever each bucket's sum was taken: so the result is deterministic.
+        """
+        total = 0.0
+        for operation, number in self.tasks.schedule.before_agreement:
+            if operation is Operation.SUM_SQUARES:
+                total += self.tasks.sum_of_squares(number, gradients[number])
+        return total
 
     @abstractmethod
     def non_finite_indices(self, gradients: Sequence[BucketGradients]) -> npt.NDArray[np.int64]:
@@ -76,7 +83,7 @@ class Executor(ABC):
         """Whether some parameters may not be read yet."""
 
     @abstractmethod
-    def need(self, buckets: Collection[int]) -> None:
+    def wait_for_buckets(self, buckets: Collection[int]) -> None:
         """Return when these buckets' parameters may be read. By the model's own thread.
 
         On a device the stream waits, not the host, for what has been issued.
@@ -108,25 +115,21 @@ class SequentialExecutor(Executor):
 
     def __init__(self, tasks: Tasks) -> None:
         super().__init__(tasks)
-        self._in_flight: deque[Flight] = deque()
+        self._gradient_copies: deque[GradientCopy] = deque()
 
-    def send(self, flight: Flight) -> None:
-        """Queue it, and land those that have come meanwhile."""
-        self.tasks.depart(flight)
-        self._in_flight.append(flight)
-        self.land(wait=False)
+    def start_copy(self, gradient_copy: GradientCopy) -> None:
+        """Start it, and finish the copies that are over."""
+        self.tasks.start_copy(gradient_copy)
+        self._gradient_copies.append(gradient_copy)
+        self.finish_copies(wait=False)
 
-    def hold(self, number: int, gradients: BucketGradients) -> None:
+    def sum_in_place(self, number: int, gradients: BucketGradients) -> None:
         """Leave the sum for the step."""
 
-    def land(self, *, wait: bool) -> None:
-        """Land in the order of departure."""
-        while self._in_flight and (wait or self.tasks.has_arrived(self._in_flight[0])):
-            self.tasks.land(self._in_flight.popleft())
-
-    def sum_of_squares(self, gradients: Sequence[BucketGradients]) -> float:
-        """Take the sums now, one bucket after the other."""
-        return sum_as_scheduled(self.tasks, gradients)
+    def finish_copies(self, *, wait: bool) -> None:
+        """Finish copies in the order in which they were started."""
+        while self._gradient_copies and (wait or self.tasks.has_arrived(self._gradient_copies[0])):
+            self.tasks.finish_copy(self._gradient_copies.popleft())
 
     def non_finite_indices(self, gradients: Sequence[BucketGradients]) -> npt.NDArray[np.int64]:
         """Look now, one bucket after the other."""
@@ -141,7 +144,7 @@ class SequentialExecutor(Executor):
             if is_idle(state, active):
                 if operation is Operation.UPDATE:
                     masks.count(state, active)
-                    self.tasks.pass_by(number)
+                    self.tasks.skip_copy_up(number)
             elif operation is Operation.UPDATE:
                 self.tasks.update(number, gradients[number], active, masks, spans)
             elif operation is Operation.GATHER:
@@ -154,7 +157,7 @@ class SequentialExecutor(Executor):
         """Nothing ever is when `apply` has returned."""
         return False
 
-    def need(self, buckets: Collection[int]) -> None:
+    def wait_for_buckets(self, buckets: Collection[int]) -> None:
         """Return: they may be read."""
 
     def settle(self) -> None:
@@ -174,15 +177,6 @@ class SequentialExecutor(Executor):
 def is_idle(state: BucketState, active: npt.NDArray[np.bool_]) -> bool:
     """Tell whether a step leaves a bucket as it is: no active parameter, or no element."""
     return not active.any() or state.layout.numel == 0
-
-
-def sum_as_scheduled(tasks: Tasks, gradients: Sequence[BucketGradients]) -> float:
-    """Add up the buckets' sums of squares in one order, whenever each was taken."""
-    total = 0.0
-    for operation, number in tasks.schedule.before_agreement:
-        if operation is Operation.SUM_SQUARES:
-            total += tasks.sum_of_squares(number, gradients[number])
-    return total
 
 
 def find_non_finite(
@@ -217,13 +211,13 @@ class Worker(Protocol):
 
 
 class OverlappedExecutor(Executor):
-    """Gives landings, sums and updates to a worker, and waits only for what is needed.
+    """Gives gradient copies, sums and updates to a worker, and waits only for what is needed.
 
-    The worker alone launches kernels, and issues copies; the calling thread issues every
-    collective. After `apply` the updates run in forward order, and `need`, called before a part of
-    the model reads its parameters, waits for the buckets of that part alone: it issues all gathers
-    before them that have not been, so that ranks which skip layers keep one order, and the next
-    one ahead where its bucket is ready.
+    The worker alone launches kernels and issues copies. The calling thread issues every collective.
+    After `apply` the updates run in forward order. `wait_for_buckets` is called before a part of
+    the model reads its parameters, and waits for the buckets of that part alone. It issues all
+    gathers before them that have not been issued, so that ranks that skip layers keep one order,
+    and the next gather ahead where its bucket is ready.
 
     Owns: the worker, and what is still to be waited for.
     """
@@ -239,7 +233,7 @@ class OverlappedExecutor(Executor):
         """Begin with nothing under way.
 
         Args:
-            spans: told of work that is done on the worker, and of waits in `need`.
+            spans: told of work that is done on the worker, and of waits in `wait_for_buckets`.
             arrived: told of each bucket when its parameters may be read again.
         """
         super().__init__(tasks)
@@ -247,8 +241,8 @@ class OverlappedExecutor(Executor):
         self._ranks = ranks
         self._spans = spans
         self._arrived = arrived
-        self._landings: deque[Job] = deque()
-        self._own_flights: deque[Flight] = deque()
+        self._copy_jobs: deque[Job] = deque()
+        self._device_copies: deque[GradientCopy] = deque()
         self._updates: dict[int, Job] = {}
         self._to_gather: deque[int] = deque()
         self._to_use: dict[int, int] = {}
@@ -260,48 +254,50 @@ class OverlappedExecutor(Executor):
         """Whether some parameters may not be read yet."""
         return bool(self._to_use)
 
-    def send(self, flight: Flight) -> None:
-        """Let the worker land it, and take its sum of squares."""
-        number = flight.state.layout.index
-        self.tasks.depart(flight)
-        if not flight.state.plan.location.is_host:
-            self._own_flights.append(flight)  # for the model's own lane, which must not wait here
-            self._land_own(wait=False)
+    def start_copy(self, gradient_copy: GradientCopy) -> None:
+        """Let the worker finish the copy, and take its sum of squares."""
+        number = gradient_copy.state.layout.index
+        self.tasks.start_copy(gradient_copy)
+        if not gradient_copy.state.plan.location.is_host:
+            self._device_copies.append(
+                gradient_copy
+            )  # for the model's own lane, which must not wait here
+            self._finish_device_copies(wait=False)
             return
 
-        def land() -> None:
-            self.tasks.land(flight)
-            self._sum(number, flight.gradients)
+        def finish() -> None:
+            self.tasks.finish_copy(gradient_copy)
+            self._sum(number, gradient_copy.gradients)
 
-        self._landings.append(self._give(f"the landing of bucket {number}", land))
+        self._copy_jobs.append(self._give(f"the gradient copy of bucket {number}", finish))
 
-    def hold(self, number: int, gradients: BucketGradients) -> None:
+    def sum_in_place(self, number: int, gradients: BucketGradients) -> None:
         """Let the worker take the sum of squares while backward goes on."""
         if self.tasks.states[number].plan.location.is_host:
             job = self._give(f"the norm of bucket {number}", lambda: self._sum(number, gradients))
-            self._landings.append(job)
+            self._copy_jobs.append(job)
 
     def _sum(self, number: int, gradients: BucketGradients) -> None:
         with span("norm", number):
             self.tasks.sum_of_squares(number, gradients)
 
-    def land(self, *, wait: bool) -> None:
-        """Wait for the worker, with `wait`; its flights land without the caller."""
-        while wait and self._landings:
-            self._await(self._landings.popleft(), "reduce")
-        self._land_own(wait=wait)
+    def finish_copies(self, *, wait: bool) -> None:
+        """Wait for the worker, with `wait`; it finishes its copies without the caller."""
+        while wait and self._copy_jobs:
+            self._await(self._copy_jobs.popleft(), "reduce")
+        self._finish_device_copies(wait=wait)
 
-    def _land_own(self, *, wait: bool) -> None:
+    def _finish_device_copies(self, *, wait: bool) -> None:
         """Land what has come for buckets whose state is on the device, in order, and let it go."""
-        while self._own_flights and (wait or self._own_flights[0].is_ready()):
-            self.tasks.land(self._own_flights.popleft())
+        while self._device_copies and (wait or self._device_copies[0].is_ready()):
+            self.tasks.finish_copy(self._device_copies.popleft())
 
     def sum_of_squares(self, gradients: Sequence[BucketGradients]) -> float:
         """Add up what the worker has taken, or takes now."""
         for number in self._numbers(hosted=False):
             self.tasks.sum_of_squares(number, gradients[number])
         found: list[float] = []
-        self._call("the norm", lambda: found.append(sum_as_scheduled(self.tasks, gradients)))
+        self._call("the norm", lambda: found.append(Executor.sum_of_squares(self, gradients)))
         return found[0]
 
     def non_finite_indices(self, gradients: Sequence[BucketGradients]) -> npt.NDArray[np.int64]:
@@ -327,7 +323,9 @@ class OverlappedExecutor(Executor):
             if is_idle(state, active):
                 masks.count(state, active)
                 if state.plan.stages_parameters:
-                    self._give(f"the turn of bucket {number}", partial(self.tasks.pass_by, number))
+                    self._give(
+                        f"the turn of bucket {number}", partial(self.tasks.skip_copy_up, number)
+                    )
                 continue
             if state.plan.location.is_host:
                 self._updates[number] = self._give_update(number, gradients[number], active, masks)
@@ -349,7 +347,7 @@ class OverlappedExecutor(Executor):
             lambda: self.tasks.update(number, gradients, active, masks, self._spans),
         )
 
-    def need(self, buckets: Collection[int]) -> None:
+    def wait_for_buckets(self, buckets: Collection[int]) -> None:
         """Wait for these buckets, and issue the gathers up to them, and one ahead."""
         self._bound_backlog()
         if not self._to_use:
@@ -380,12 +378,12 @@ class OverlappedExecutor(Executor):
 
         Backward never waits, so a forward does where several of them add up on the host.
         """
-        while len(self._landings) > 2 * len(self.tasks.states):
-            self._await(self._landings.popleft(), "reduce")
+        while len(self._copy_jobs) > 2 * len(self.tasks.states):
+            self._await(self._copy_jobs.popleft(), "reduce")
 
     def settle(self) -> None:
         """Wait for everything."""
-        self.need(list(self._to_use))
+        self.wait_for_buckets(list(self._to_use))
         assert not self._to_gather, "what is gathered is used"
         self._updates.clear()
 

@@ -15,7 +15,7 @@ from offload_adam.errors import ParameterReplacedError, UnreadyParameterError
 from offload_adam.layout.flat import BLOCK_NUMEL
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.selection import NewParameter
-from offload_adam.step.snapshot_lock import ReadGate
+from offload_adam.step.snapshot_lock import SnapshotLock
 from offload_adam.torch_private import (
     NO_GRAPH_TASK,
     current_graph_task,
@@ -33,7 +33,7 @@ class VersionWatch:
 
     Sees: in-place writes under no_grad, `load_state_dict`, other optimizers, replaced storage, and,
     with a module, another object in the parameter's place. Does not see: writes through `.data` or
-    NumPy, which bump no version (`OutsideWrites` compares values for those).
+    NumPy, which bump no version (`ExternalEdits` compares values for those).
     Cost: two attributes of each parameter before a step, and one after it.
     """
 
@@ -177,7 +177,7 @@ _SAMPLE_BLOCKS = 128
 """Blocks of a bucket in one sample: up to 0.1 ms, where the update of 16 M elements takes 19 ms."""
 
 
-def follow(state: BucketState, positions: Collection[int]) -> None:
+def sync_master(state: BucketState, positions: Collection[int]) -> None:
     """Give exactly those master elements the parameter's value whose rounding differs from it.
 
     So a `clamp_` moves only what it clamped, and loading the weights that were saved with the
@@ -282,12 +282,12 @@ _SAMPLED_BUCKETS = 32
 """Buckets that one step samples at most, in turns: this bounds the time whatever the model."""
 
 
-class OutsideWrites:
+class ExternalEdits:
     """Tells the step which parameters were written to, and a checkpoint being written what it lost.
 
     Parameters are meant by their index over all of the optimizer.
 
-    Owns: the version watch, and the gate that keeps updates off what is still being read.
+    Owns: the version watch, and the snapshot lock that keeps updates off what is still being read.
 
     Args:
         module: where parameters are registered, to notice another object in their place.
@@ -301,7 +301,7 @@ class OutsideWrites:
         states: Sequence[BucketState],
         places: Sequence[tuple[int, int]],
     ) -> None:
-        self.gate = ReadGate()
+        self.snapshot_lock = SnapshotLock()
         self._watch = VersionWatch(module)
         self._states = states
         self._places = places
@@ -321,15 +321,15 @@ class OutsideWrites:
         self._num_thorough = _FIRST_STEPS
 
     def find(self) -> list[int]:
-        """Return the parameters written to since the last step, and tell the gate of them.
+        """Return the parameters written to since the last step, and tell the snapshot lock of them.
 
         Raises:
             ParameterReplacedError: naming a parameter whose storage or object was replaced.
         """
         changed = self._watch.changed()
-        if self.gate.is_open:
+        if self.snapshot_lock.is_open:
             since = self._watch.since_mark(changed)
-            self.gate.note_changes({self._places[index][0] for index in since})
+            self.snapshot_lock.note_changes({self._places[index][0] for index in since})
         return changed
 
     def find_unseen(self, changed: Sequence[int]) -> list[int]:
@@ -386,26 +386,26 @@ class OutsideWrites:
         """Return a checksum below 2**53 over which parameters changed and to what, 0 for none."""
         return self._watch.checksum(changed)
 
-    def follow(self, changed: Sequence[int]) -> None:
+    def sync(self, changed: Sequence[int]) -> None:
         """Let the masters follow these parameters, once nobody reads them any more."""
         if changed:
-            self.gate.wait_until_all_free()
+            self.snapshot_lock.wait_until_all_free()
         positions: dict[int, set[int]] = {}
         for index in changed:
             bucket, position = self._places[index]
             positions.setdefault(bucket, set()).add(position)
         for bucket, members in positions.items():
-            follow(self._states[bucket], members)
+            sync_master(self._states[bucket], members)
 
-    def follow_all(self) -> None:
+    def sync_all(self) -> None:
         """Let every master follow its parameter, for writes that no version counter saw."""
-        self.gate.note_changes([state.layout.index for state in self._states])
-        self.gate.wait_until_all_free()
+        self.snapshot_lock.note_changes([state.layout.index for state in self._states])
+        self.snapshot_lock.wait_until_all_free()
         for state in self._states:
-            follow(state, range(len(state.parameters)))
+            sync_master(state, range(len(state.parameters)))
         self._watch.settle()
 
-    def count_our_own(self, written: npt.NDArray[np.bool_]) -> None:
+    def bump_versions(self, written: npt.NDArray[np.bool_]) -> None:
         """Bump the versions of the parameters that the step is about to write.
 
         Our writes go through the flat bucket: autograd's check against stale graphs must see them.
@@ -434,17 +434,17 @@ class OutsideWrites:
         if current_graph_task() == NO_GRAPH_TASK:
             self._watch.recount(positions)
 
-    def begin_reading(self, buckets: Iterable[int]) -> ReadGate:
-        """Keep updates off these buckets until the gate says that they have been read."""
+    def lock_snapshot(self, buckets: Iterable[int]) -> SnapshotLock:
+        """Keep updates off these buckets until the snapshot lock says that they have been read."""
         self._watch.mark()
         for device in {state.device for state in self._states if state.device.type == "cuda"}:
             # Who reads what lies there does so on a stream of its own.
             torch.cuda.current_stream(device).synchronize()
-        self.gate.begin(buckets)
-        return self.gate
+        self.snapshot_lock.begin(buckets)
+        return self.snapshot_lock
 
-    def finish_reading(self) -> None:
+    def wait_for_snapshot(self) -> None:
         """Return when nothing is being read, having looked for further writes until then."""
-        if self.gate.is_open:
+        if self.snapshot_lock.is_open:
             self.find()
-            self.gate.wait_until_all_free()
+            self.snapshot_lock.wait_until_all_free()

@@ -257,7 +257,7 @@ class ForwardHooks:
     def step_ended(self) -> None:
         """Hear that `step()` has left updates running, or not."""
         if self._executor.is_pending and self._always:
-            self._executor.need(self._always)
+            self._executor.wait_for_buckets(self._always)
         self._was_pending = self._executor.is_pending
         self._has_overlapped |= self._was_pending
         self._waited = set(self._always)
@@ -316,7 +316,7 @@ class ForwardHooks:
             self.settle()
             return
         self._latest = unit
-        self._executor.need(unit.buckets)
+        self._executor.wait_for_buckets(unit.buckets)
         self._waited |= unit.buckets
 
     def _leave(self) -> None:

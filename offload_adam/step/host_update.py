@@ -32,10 +32,10 @@ from offload_adam.kernels import threads
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.scalars import scalar_row
 from offload_adam.layout.flat import BLOCK_NUMEL
-from offload_adam.params.bucket import BucketState, carrier
+from offload_adam.params.bucket import BucketState, bits_of
 from offload_adam.params.selection import float_format
 from offload_adam.step.messages import UpdateMasks
-from offload_adam.step.snapshot_lock import ReadGate
+from offload_adam.step.snapshot_lock import SnapshotLock
 
 # Numba's workqueue layer ends the process when two threads launch at once, as those of two
 # optimizers would.
@@ -57,8 +57,8 @@ class HostUpdate:
     Threads: one at a time launches kernels.
     """
 
-    def __init__(self, num_threads: int | None, gate: ReadGate) -> None:
-        self._gate = gate
+    def __init__(self, num_threads: int | None, snapshot_lock: SnapshotLock) -> None:
+        self._snapshot_lock = snapshot_lock
         # Numba's OpenMP pool sets torch's thread count to its own size when it starts.
         num_torch_threads = torch.get_num_threads()
         self._num_threads = threads.plan_threads(num_threads)
@@ -85,7 +85,7 @@ class HostUpdate:
     def prepare(self, states: Iterable[BucketState]) -> None:
         """Compile what these buckets will launch, and make room for their block sums."""
         for state in states:
-            shard = state.planes.landed_gradient
+            shard = state.planes.gradient_shard
             gradient_format = float_format(state.dtype if shard is None else shard.dtype)
             self._norm.prepare(gradient_format)
             self._prepare_update(state, gradient_format)
@@ -167,7 +167,7 @@ class HostUpdate:
         Args:
             param_out: (shard_numel,) where 16-bit parameters are written; None for fp32 ones.
         """
-        self._gate.wait_until_free(state.layout.index)
+        self._snapshot_lock.wait_until_free(state.layout.index)
         counts = masks.count(state, active)
         prepared = active & needs_preparation(state, gradients)
         plain = active & ~prepared
@@ -207,7 +207,7 @@ class HostUpdate:
                 _float32(planes.exp_avg),
                 _float32(planes.exp_avg_sq),
                 None if largest is None else _float32(largest),
-                None if param_out is None else carrier(param_out),
+                None if param_out is None else bits_of(param_out),
                 self._use_threads(int(table.numels.sum())),
             )
 
@@ -284,7 +284,7 @@ class HostUpdate:
                 _float32(segment.of(planes.master_weight)),
                 _float32(segment.of(planes.exp_avg)),
                 _float32(segment.of(planes.exp_avg_sq)),
-                None if param_out is None else carrier(segment.of(param_out)),
+                None if param_out is None else bits_of(segment.of(param_out)),
                 self._use_threads(touched.values.numel()),
             )
 

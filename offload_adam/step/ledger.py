@@ -12,7 +12,7 @@ from offload_adam.params.bucket import BucketState
 class LedgerEntry(NamedTuple):
     """Bytes that one thing takes now.
 
-    category: a plane by torch's key, `parameters`, `landed gradients`, or a buffer that all buckets
+    category: a plane by torch's key, `parameters`, `gradient shards`, or a buffer that all buckets
         share: `staging`, `slots`, `block_sums`, `prepared`, `checkpoint room`.
     bucket: None for what all buckets share.
     device: "cpu", "cuda:0" and so on.
@@ -29,8 +29,8 @@ def bucket_entries(state: BucketState) -> Iterator[LedgerEntry]:
     index = state.layout.index
     yield LedgerEntry("parameters", index, str(state.device), state.flat.nbytes)
     planes = state.planes.named(own_master=state.own_master)
-    if state.planes.landed_gradient is not None:
-        planes["landed gradients"] = state.planes.landed_gradient
+    if state.planes.gradient_shard is not None:
+        planes["gradient shards"] = state.planes.gradient_shard
     for category, plane in planes.items():
         yield LedgerEntry(category, index, str(plane.device), plane.nbytes)
 

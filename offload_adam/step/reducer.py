@@ -11,7 +11,7 @@ import torch
 
 from offload_adam.coordinator.agreement import largest_on_any_rank
 from offload_adam.coordinator.ranks import RankGroup
-from offload_adam.gradients.gradient_copy import Flight, Piece, local_pieces
+from offload_adam.gradients.gradient_copy import GradientCopy, Piece, local_pieces
 from offload_adam.gradients.reader import GradientReader, GradientsInPlace, in_memory_order
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.gradients.sparse import RowExchange
@@ -49,12 +49,12 @@ class _Arrivals:
 
 
 class GradientReduction:
-    """Moves each bucket's gradients out of `.grad`: reduced over the ranks, landed on the host.
+    """Moves each bucket's gradients out of `.grad`: reduced over the ranks, shard on the host.
 
     During a streaming backward, hooks call `gradients_ready` and buckets leave in their fixed order
     as soon as all their gradients are there; what is missing at the end of the backward counts
     zeros. Without hooks, `finish` does all of it inside `step()`. One reduced backward a step is
-    the rule; with `accumulates` a further one adds in fp32 to what has landed.
+    the rule; with `accumulates` a further one adds in fp32 to what has shard.
 
     Owns: the slots in which buckets in host memory are reduced, and this step's `BucketGradients`.
     Lifecycle: `bind` once; `reset` after each step, and from `zero_grad`.
@@ -140,7 +140,7 @@ class GradientReduction:
                 and no room was reserved to add to what has left.
         """
         if not self._begun:
-            # Parameters that no forward has read may still be on their way, and landed gradients
+            # Parameters that no forward has read may still be on their way, and shard gradients
             # still be read by their update.
             self.executor.settle()
             self._hide_from_backward()
@@ -202,7 +202,7 @@ class GradientReduction:
         self._hidden = False
 
     def finish(self) -> Exception | None:
-        """Send off and land everything for this step, and return the first error of this rank.
+        """Send off all gradients of this step, finish their copies, and return this rank's first error.
 
         Collective. The order of collectives is kept even after an error, which the caller must
         carry to the other ranks: a rank that left the sequence would leave them waiting.
@@ -217,7 +217,7 @@ class GradientReduction:
             while self._num_rounds < most:
                 self._open_round()
                 failure = self._send_rest() or failure
-        self.executor.land(wait=True)
+        self.executor.finish_copies(wait=True)
         rows_failure = self._finish_rows()
         return failure or rows_failure
 
@@ -288,7 +288,7 @@ class GradientReduction:
         unfinished = self._next < len(self._states) and self.has_gradients
         if unfinished:
             self._send_rest()
-        self.executor.land(wait=True)
+        self.executor.finish_copies(wait=True)
         self._begun = self._hidden = False
         self._next = 0
         self._num_rounds = 0
@@ -304,7 +304,7 @@ class GradientReduction:
             arrivals.start_over()
 
     def _open_round(self) -> None:
-        """Start over with the first bucket, to add to what has landed."""
+        """Start over with the first bucket, to add to what has shard."""
         self._num_rounds += 1
         self._next = 0
         self._start_counting()
@@ -331,9 +331,9 @@ class GradientReduction:
                 self._send_next()
             except (TypeError, ValueError) as error:
                 failure = failure or error
-            # What is added to what has landed is not copied at once, as slots of a ring must be.
+            # What is added to what has shard is not copied at once, as slots of a ring must be.
             late = self._num_rounds > 0 and not self._accumulates
-            self.executor.land(wait=late or not self.streams)
+            self.executor.finish_copies(wait=late or not self.streams)
         return failure
 
     def _send_next(self) -> None:
@@ -357,11 +357,11 @@ class GradientReduction:
             self._streamed.gradients_left()
         if self._reduces:
             self._start_reduction(state, found.tensors)
-        elif state.planes.landed_gradient is None:
-            gradients.hold(found)
-            self.executor.hold(number, gradients)
+        elif state.planes.gradient_shard is None:
+            gradients.add_in_place(found)
+            self.executor.sum_in_place(number, gradients)
         else:
-            self._land_directly(state, found.tensors)
+            self._copy_without_reduction(state, found.tensors)
         if self._num_rounds > 0:  # an earlier round may have had other gradients
             self._readers[number].show_stand_ins(
                 [*np.flatnonzero(gradients.dense), *gradients.local_rows]
@@ -378,7 +378,7 @@ class GradientReduction:
         idle = self._rows is not None and self._rows.is_without_dense(state)
         self.gradients[number].expect(present)
         if state.layout.numel == 0 or idle:
-            self.executor.tasks.pass_by_reduction(number)
+            self.executor.tasks.skip_reduction(number)
             return
         slot, pooled = self._slot(state)
         sources, targets, holes = [], [], []
@@ -391,7 +391,9 @@ class GradientReduction:
                 targets.append(part)
         pending = self.executor.tasks.reduce(number, slot, sources, targets, holes)
         pieces = [Piece(pending.shard, 0, self._num_rounds > 0)]
-        self.executor.send(Flight(state, self.gradients[number], pieces, True, pending, pooled))
+        self.executor.start_copy(
+            GradientCopy(state, self.gradients[number], pieces, True, pending, pooled)
+        )
 
     def _slot(self, state: BucketState) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return memory for a bucket's reduction, and what of it goes back to the pool."""
@@ -400,7 +402,9 @@ class GradientReduction:
         slot = self.slots.acquire(state.layout.numel, state.gradient_dtype, state.device)
         return slot, slot
 
-    def _land_directly(self, state: BucketState, gradients: list[torch.Tensor | None]) -> None:
+    def _copy_without_reduction(
+        self, state: BucketState, gradients: list[torch.Tensor | None]
+    ) -> None:
         """Copy (or add) this rank's segments of gradients that need no reduction."""
         number = state.layout.index
         given = self.gradients[number]
@@ -409,4 +413,4 @@ class GradientReduction:
         given.expect(present)
         if pieces:
             self.executor.tasks.gradient(number)
-            self.executor.send(Flight(state, given, pieces, False))
+            self.executor.start_copy(GradientCopy(state, given, pieces, False))

@@ -13,7 +13,7 @@ from offload_adam.coordinator.waiting import SLICE_S, wait_until
 from offload_adam.errors import CheckpointError
 
 
-class ReadGate:
+class SnapshotLock:
     """The buckets that one checkpoint in the background has still to read, and who waits for them.
 
     A reader takes the buckets one by one as they lie, or from copies that it has room for: whoever
@@ -27,7 +27,7 @@ class ReadGate:
 
     Lifecycle: `begin` by the training thread; `free` for each bucket and `finish` by the reader,
     whatever happens to it; `settle` by the training thread, and the next may begin.
-    Threads: `wait_until_free` by any; the reader calls `free`, `finish` and `raise_if_spoiled`;
+    Threads: `wait_until_free` by any; the reader calls `free`, `finish` and `raise_if_invalidated`;
     all else the training thread.
     """
 
@@ -35,7 +35,7 @@ class ReadGate:
         self._changed = threading.Condition()
         self._held: set[int] = set()
         self._unread_before: set[int] = set()
-        self._spoiled_by = ""
+        self._invalidated_by = ""
         self._reader = 0
         self.is_open = False
         self.num_begun = 0
@@ -54,7 +54,7 @@ class ReadGate:
         assert not self.is_open, "one reading at a time"
         self._held = set(buckets)
         self._unread_before = set(self._held)
-        self._spoiled_by = ""
+        self._invalidated_by = ""
         self.num_waits, self.waited_s = 0, 0.0
         self.is_open = True
         self.num_begun += 1
@@ -108,26 +108,26 @@ class ReadGate:
         What was still to be read then may have been read half before and half after the change.
         """
         if not self._unread_before.isdisjoint(buckets):
-            self._spoiled_by = (
+            self._invalidated_by = (
                 "parameters were changed from outside while they were being written: wait for the "
                 "checkpoint before you change them, or write it without the background"
             )
         self._unread_before = set(self._held)
 
-    def raise_if_spoiled(self) -> None:
+    def raise_if_invalidated(self) -> None:
         """Raise what a reading was spoiled by.
 
         Raises:
             CheckpointError: saying what.
         """
-        if self._spoiled_by:
-            raise CheckpointError(self._spoiled_by)
+        if self._invalidated_by:
+            raise CheckpointError(self._invalidated_by)
 
     def abandon(self) -> None:
         """Let the reading end soon, and wait for that: the state is about to go."""
         if self.num_finished == self.num_begun:
             return
-        self._spoiled_by = "the optimizer was closed before the checkpoint was written"
+        self._invalidated_by = "the optimizer was closed before the checkpoint was written"
         if self._reader == threading.get_ident():
             return  # the last owner of the optimizer has gone on the reader's own thread
         with self._changed:

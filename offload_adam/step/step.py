@@ -24,7 +24,7 @@ from offload_adam.spans import NullSpans, Spans, Stopwatch
 from offload_adam.step.build import Backend, Placing, Routing, build_states
 from offload_adam.step.device_update import DeviceUpdate
 from offload_adam.step.executor import Executor, OverlappedExecutor, SequentialExecutor
-from offload_adam.step.external_edits import OutsideWrites
+from offload_adam.step.external_edits import ExternalEdits
 from offload_adam.step.forward_waits import ForwardHooks
 from offload_adam.step.host_update import HostUpdate
 from offload_adam.step.ledger import LedgerEntry, bucket_entries
@@ -40,7 +40,7 @@ from offload_adam.step.messages import (
     refuse_unfrozen,
 )
 from offload_adam.step.reducer import GradientReduction
-from offload_adam.step.snapshot_lock import ReadGate
+from offload_adam.step.snapshot_lock import SnapshotLock
 from offload_adam.step.tasks import BucketUpdate, Tasks
 
 logger = logging.getLogger(__name__)
@@ -137,10 +137,10 @@ class ShardedAdam:
         self._external = external
         self.overlaps = overlaps
         self._places: list[tuple[int, int]] = []
-        self.outside_writes = OutsideWrites(module, self.states, self._places)
+        self.external_edits = ExternalEdits(module, self.states, self._places)
         self._num_threads = num_threads
         self._host_update: HostUpdate | None = None
-        self._device_update = DeviceUpdate(self.gate)
+        self._device_update = DeviceUpdate(self.snapshot_lock)
         self._updates: list[BucketUpdate] = []
         self.arenas: list[HostArena] = []
         self.resources = ExitStack()
@@ -178,10 +178,10 @@ class ShardedAdam:
             self._placing,
             len(self.states),
             touch,
-            room_nbytes=self._placing.checkpoint_room_nbytes - self.gate.room_nbytes,
+            room_nbytes=self._placing.checkpoint_room_nbytes - self.snapshot_lock.room_nbytes,
         )
         self.arenas += [arena, room]
-        self.gate.rooms.append(room.take(room.nbytes, torch.uint8))
+        self.snapshot_lock.rooms.append(room.take(room.nbytes, torch.uint8))
         with PROGRESS.at("compilation", long_running=True):
             hosted = [state for state in states if state.plan.location.is_host]
             if hosted:
@@ -193,7 +193,7 @@ class ShardedAdam:
         self.states += states
         self._frozen += frozen
         self.host_nbytes["state"] += arena.nbytes
-        self.host_nbytes["checkpoint room"] = self.gate.room_nbytes
+        self.host_nbytes["checkpoint room"] = self.snapshot_lock.room_nbytes
         self._count_update_nbytes()
         self._names += [item.name for item in new]
         self._parameters += [item.parameter for item in new]
@@ -205,12 +205,12 @@ class ShardedAdam:
         schedule = self._routing.plan(self.states)
         self.host_nbytes["staging"] = self._routing.host_nbytes
         self.executor.extend(states, schedule)
-        self.outside_writes.extend(new)
+        self.external_edits.extend(new)
 
     def _use_host_update(self) -> HostUpdate:
         """Return the host's update, made with the first bucket that needs it: it loads Numba."""
         if self._host_update is None:
-            self._host_update = HostUpdate(self._num_threads, self.gate)
+            self._host_update = HostUpdate(self._num_threads, self.snapshot_lock)
         return self._host_update
 
     def _touch_host(self, memory: torch.Tensor) -> None:
@@ -228,16 +228,16 @@ class ShardedAdam:
         tasks = Tasks(
             self.ranks,
             self._updates,
-            self.gate,
+            self.snapshot_lock,
             collectives,
             ways.streams,
-            ways.landing,
+            ways.copier,
             ways.rings,
         )
         if not overlaps:
             return SequentialExecutor(tasks)
         worker = backend.make_worker()
-        arrived = self.outside_writes.arrived
+        arrived = self.external_edits.arrived
         return OverlappedExecutor(tasks, worker, self.ranks, self._beside_steps, arrived)
 
     def ledger(self) -> list[LedgerEntry]:
@@ -270,9 +270,9 @@ class ShardedAdam:
         self.executor.settle()
 
     @property
-    def gate(self) -> ReadGate:
+    def snapshot_lock(self) -> SnapshotLock:
         """What keeps updates off the state that a checkpoint is still reading."""
-        return self.outside_writes.gate
+        return self.external_edits.snapshot_lock
 
     @property
     def share(self) -> tuple[int, int]:
@@ -399,8 +399,8 @@ class ShardedAdam:
             if failure is None:
                 refuse_unfrozen(self._frozen)
                 late = self.reduction.has_late_gradients()
-                changed = self.outside_writes.find()
-                unseen = self.outside_writes.find_unseen(changed)
+                changed = self.external_edits.find()
+                unseen = self.external_edits.find_unseen(changed)
                 self._refuse_unready()
                 for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
                     present[state.indices] = gradients.present
@@ -418,7 +418,7 @@ class ShardedAdam:
             non_finite=not np.isfinite(sum_of_squares),
             found_inf=inputs.found_inf,
             grad_scale=inputs.grad_scale,
-            changes=self.outside_writes.checksum(changed) if self.ranks.world_size > 1 else 0,
+            changes=self.external_edits.checksum(changed) if self.ranks.world_size > 1 else 0,
             unseen=bool(unseen),
             failed=failure is not None,
             late=late,
@@ -438,13 +438,13 @@ class ShardedAdam:
         A rank compares its shard alone, but holds whole parameters: so all take checksums of them.
         """
         flags = torch.zeros(len(self._parameters), dtype=torch.bool, device="cpu")
-        flags[unseen or self.outside_writes.all_unseen(changed)] = True
+        flags[unseen or self.external_edits.all_unseen(changed)] = True
         flags = flags_on_any_rank(self.ranks, flags)
         unseen = torch.nonzero(flags).flatten().tolist()
-        self.outside_writes.report_unseen([self._names[index] for index in unseen])
+        self.external_edits.report_unseen([self._names[index] for index in unseen])
         changed = sorted({*changed, *unseen})
         if self.ranks.world_size > 1:
-            checksum = self.outside_writes.checksum(changed)
+            checksum = self.external_edits.checksum(changed)
             own = torch.tensor([checksum], dtype=torch.int64, device="cpu")
             gathered = self.ranks.all_gather(own)
             agreement = replace(agreement, changes=tuple(int(one) for one in gathered))
@@ -481,12 +481,12 @@ class ShardedAdam:
         spans: Spans,
     ) -> None:
         """Carry out a step that is not skipped."""
-        self.outside_writes.follow(changed)
+        self.external_edits.sync(changed)
         active = agreement.present_counts.numpy() > 0
         masks = UpdateMasks(
             active, inputs.hyperparameters, decision.gradient_scale, inputs.step, inputs.lazy
         )
-        self.outside_writes.count_our_own(active)
+        self.external_edits.bump_versions(active)
         self.executor.apply(self.reduction.gradients, masks, spans)
 
     def _names_of_non_finite(self, agreement: Agreement) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import torch
 
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import RankGroup
-from offload_adam.gradients.gradient_copy import Flight, Landing
+from offload_adam.gradients.gradient_copy import GradientCopier, GradientCopy
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.layout.schedule import Operation, Schedule
 from offload_adam.params.bucket import BucketState
@@ -19,11 +19,11 @@ from offload_adam.spans import Spans, span
 from offload_adam.step.device_update import DeviceUpdate
 from offload_adam.step.host_update import HostUpdate
 from offload_adam.step.messages import UpdateMasks
-from offload_adam.step.snapshot_lock import ReadGate
+from offload_adam.step.snapshot_lock import SnapshotLock
 from offload_adam.torch_private import foreach_copy
 from offload_adam.transfer.collectives import Collectives, PendingCollective
 from offload_adam.transfer.slots import Rings
-from offload_adam.transfer.stream_waits import Crossing, HostWait
+from offload_adam.transfer.stream_waits import HostWait, StreamWaits
 from offload_adam.transfer.streams import Mark, Streams, StreamsByDevice
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 1e-3
@@ -38,7 +38,7 @@ class Tasks:
 
     Args:
         updates: one for each bucket; grows with the optimizer.
-        gate: makes an update wait for a checkpoint that still reads the bucket.
+        snapshot_lock: makes an update wait for a checkpoint that still reads the bucket.
 
     Owns: the gathers that are under way.
     """
@@ -47,21 +47,21 @@ class Tasks:
         self,
         ranks: RankGroup,
         updates: Sequence[BucketUpdate],
-        gate: ReadGate,
+        snapshot_lock: SnapshotLock,
         collectives: Collectives,
         streams: StreamsByDevice,
-        landing: Landing,
+        copier: GradientCopier,
         rings: Rings,
     ) -> None:
         self._ranks = ranks
         self.updates = updates
-        self._gate = gate
-        self.landing = landing
+        self._snapshot_lock = snapshot_lock
+        self.copier = copier
         self.rings = rings
         self.states: list[BucketState] = []
         self._collectives = collectives
         self._streams = streams
-        self._crossing: Crossing | None = None
+        self._stream_waits: StreamWaits | None = None
         self._schedule: Schedule | None = None
         self._gathering: dict[int, PendingCollective] = {}
 
@@ -79,10 +79,10 @@ class Tasks:
         """
         self.states += states
         streams = {s.layout.index: self._streams.of(s.device) for s in self.states}
-        crossing = Crossing(schedule, streams, wait_for_update, self._wait_for)
-        if self._crossing is not None:
-            crossing.adopt(self._crossing)
-        self._crossing = crossing
+        stream_waits = StreamWaits(schedule, streams, wait_for_update, self._wait_for)
+        if self._stream_waits is not None:
+            stream_waits.adopt(self._stream_waits)
+        self._stream_waits = stream_waits
         self._schedule = schedule
 
     def _wait_for(self, streams: Streams, mark: Mark) -> None:
@@ -98,10 +98,10 @@ class Tasks:
         streams.synchronize(mark)
 
     @property
-    def crossing(self) -> Crossing:
+    def stream_waits(self) -> StreamWaits:
         """The waits of the schedule in force."""
-        assert self._crossing is not None
-        return self._crossing
+        assert self._stream_waits is not None
+        return self._stream_waits
 
     @property
     def schedule(self) -> Schedule:
@@ -111,7 +111,7 @@ class Tasks:
 
     def gradient(self, number: int) -> None:
         """Note on the model's own lane that a bucket's gradients have been brought."""
-        self.crossing.end(Operation.GRADIENT, number)
+        self.stream_waits.end(Operation.GRADIENT, number)
 
     def reduce(
         self,
@@ -137,44 +137,50 @@ class Tasks:
                 foreach_copy(list(targets), list(sources))
 
         with span("pack", number):
-            self.crossing.begin(Operation.PACK, number)
+            self.stream_waits.begin(Operation.PACK, number)
             streams.launch(Operation.PACK.lane, pack, reads=sources, writes=[slot])
-            self.crossing.end(Operation.PACK, number)
-        self.crossing.begin(Operation.REDUCE, number)
+            self.stream_waits.end(Operation.PACK, number)
+        self.stream_waits.begin(Operation.REDUCE, number)
         pending = self._collectives.mean(streams, slot, state.layout.shard_bounds(state.rank))
-        self.crossing.end(Operation.REDUCE, number)
+        self.stream_waits.end(Operation.REDUCE, number)
         return pending
 
     def reduction_slot(self, number: int) -> torch.Tensor:
         """Return the slot on its device in which a bucket is reduced."""
         slot = self.schedule.reduce_slots[number]
         numel = self.states[number].layout.numel
-        return self.rings.reduction_slot(self.states[number].layout.family, slot, numel)
+        return self.rings.reduction_slot(self.states[number].layout.bucket_key, slot, numel)
 
-    def pass_by_reduction(self, number: int) -> None:
-        """Mark, in its turn, the copy down of a bucket that is not reduced; see `pass_by`."""
+    def skip_reduction(self, number: int) -> None:
+        """Mark, in its turn, the copy down of a bucket that is not reduced; see `skip_copy_up`."""
         if self.states[number].plan.uses_ring:
-            self.crossing.end(Operation.COPY_DOWN, number)
+            self.stream_waits.end(Operation.COPY_DOWN, number)
 
-    def depart(self, flight: Flight) -> None:
+    def start_copy(self, gradient_copy: GradientCopy) -> None:
         """Start the copy of a bucket's gradients to the host where that needs no host."""
-        self.landing.depart(flight, self._streams.of(flight.state.device), self.crossing)
+        self.copier.start(
+            gradient_copy, self._streams.of(gradient_copy.state.device), self.stream_waits
+        )
 
-    def has_arrived(self, flight: Flight) -> bool:
-        """Tell, without waiting, whether landing it would not wait."""
-        state = flight.state
-        if not flight.is_ready():
+    def has_arrived(self, gradient_copy: GradientCopy) -> bool:
+        """Tell, without waiting, whether finishing the copy would not wait."""
+        state = gradient_copy.state
+        if not gradient_copy.is_ready():
             return False
         if not state.plan.is_offloaded:
             return True
-        return flight.is_issued and self.crossing.is_over(Operation.COPY_DOWN, state.layout.index)
+        return gradient_copy.is_issued and self.stream_waits.is_over(
+            Operation.COPY_DOWN, state.layout.index
+        )
 
-    def land(self, flight: Flight) -> None:
+    def finish_copy(self, gradient_copy: GradientCopy) -> None:
         """Block until a bucket's gradients are where the update reads them."""
-        self.landing.land(flight, self._streams.of(flight.state.device), self.crossing)
+        self.copier.finish(
+            gradient_copy, self._streams.of(gradient_copy.state.device), self.stream_waits
+        )
 
     def sum_of_squares(self, number: int, gradients: BucketGradients) -> float:
-        """Return the sum of squares of this rank's shard; it is taken once for what has landed."""
+        """Return the sum of squares of this rank's shard; it is taken once for what has shard."""
         if gradients.squares is None:
             state = self.states[number]
             gradients.squares = self.updates[number].sum_of_squares(state, gradients)
@@ -192,7 +198,7 @@ class Tasks:
     def release(self) -> None:
         """Note on the model's own lane that it has done its last reading of the parameters."""
         offloaded = [s.layout.index for s in self.states if s.plan.is_offloaded]
-        self.crossing.end_all(Operation.RELEASE, offloaded)
+        self.stream_waits.end_all(Operation.RELEASE, offloaded)
 
     def update(
         self,
@@ -210,7 +216,7 @@ class Tasks:
             param_out = self._param_out(state)
             self.updates[number].update(state, gradients, active, masks, param_out)
             if not is_host:
-                self.crossing.end(Operation.UPDATE, number)
+                self.stream_waits.end(Operation.UPDATE, number)
         if state.plan.is_offloaded:
             with spans.span("copy up", number):
                 self._copy_up(state, active, param_out)
@@ -219,10 +225,10 @@ class Tasks:
         """Wait for the slot that the update writes, and for a checkpoint that reads the bucket."""
         number = state.layout.index
         with spans.span("copy up", number) if state.plan.is_offloaded else nullcontext():
-            self.crossing.begin(Operation.UPDATE, number)
-        if self._gate.holds(number):
+            self.stream_waits.begin(Operation.UPDATE, number)
+        if self._snapshot_lock.holds(number):
             with spans.span("checkpoint wait", number):
-                self._gate.wait_until_free(number)
+                self._snapshot_lock.wait_until_free(number)
 
     def _param_out(self, state: BucketState) -> torch.Tensor | None:
         """Return where the kernel writes 16-bit parameters, None for an fp32 bucket."""
@@ -233,7 +239,7 @@ class Tasks:
     def _staging_slot(self, state: BucketState) -> torch.Tensor:
         """Return the host slot from which a bucket's parameters go up."""
         slot = self.schedule.staging_slots[state.layout.index]
-        return self.rings.staging_slot(state.layout.family, slot, state.layout.shard_numel)
+        return self.rings.staging_slot(state.layout.bucket_key, slot, state.layout.shard_numel)
 
     def stage(self, state: BucketState) -> torch.Tensor:
         """Let this thread copy a shard's fp32 parameters to the slot from which they go up."""
@@ -253,29 +259,31 @@ class Tasks:
             for start, end in _runs(state, active):
                 state.shard[start:end].copy_(source[start:end], non_blocking=True)
 
-        self.crossing.begin(Operation.COPY_UP, number)
+        self.stream_waits.begin(Operation.COPY_UP, number)
         streams = self._streams.of(state.device)
         streams.launch(Operation.COPY_UP.lane, copy, reads=[source], writes=[state.shard])
-        self.crossing.end(Operation.COPY_UP, number)
+        self.stream_waits.end(Operation.COPY_UP, number)
 
-    def pass_by(self, number: int) -> None:
+    def skip_copy_up(self, number: int) -> None:
         """Mark, in its turn, the copy up of a bucket that this step leaves as it is.
 
         Whoever waits for it, to use its slot, waits for all copies before it instead: the slot may
         still be read for the bucket that had it last.
         """
         if self.states[number].plan.stages_parameters:
-            self.crossing.end(Operation.COPY_UP, number)
+            self.stream_waits.end(Operation.COPY_UP, number)
 
     def gather(self, number: int, spans: Spans) -> None:
         """Start bringing the other ranks' shards of a bucket, once."""
         state = self.states[number]
-        self.crossing.begin(Operation.GATHER, number)  # may wait for an update, which is no gather
+        self.stream_waits.begin(
+            Operation.GATHER, number
+        )  # may wait for an update, which is no gather
         with spans.span("gather", number):
             if number not in self._gathering:  # else an interrupt came before its end was marked
                 streams = self._streams.of(state.device)
                 self._gathering[number] = self._collectives.gather(streams, state.flat)
-            self.crossing.end(Operation.GATHER, number)
+            self.stream_waits.end(Operation.GATHER, number)
 
     def use(self, number: int, spans: Spans) -> None:
         """Let the model's own lane read a bucket's parameters from now on."""
@@ -284,7 +292,7 @@ class Tasks:
             with PROGRESS.at("gather", number), spans.span("gather", number):
                 pending.wait(self._ranks)
             del self._gathering[number]
-        self.crossing.begin(Operation.USE, number)
+        self.stream_waits.begin(Operation.USE, number)
 
 
 def _runs(state: BucketState, active: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:

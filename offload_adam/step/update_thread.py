@@ -45,7 +45,8 @@ class _Jobs:
     """What the thread and its owner share, so that the thread does not keep the owner alive.
 
     The queue is bounded by who fills it: a step's updates are over before the next one's begin, and
-    a forward waits where more than two backwards are still landing. A hook could not wait here.
+    a forward waits where the copies of more than two backwards are not finished. A hook could not
+    wait here.
     """
 
     def __init__(self) -> None:

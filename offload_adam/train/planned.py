@@ -10,7 +10,7 @@ from torch import nn
 from offload_adam.config import RunConfig
 from offload_adam.config.optimizer_sections import AdamSection
 from offload_adam.layout.flat import ParameterSpec
-from offload_adam.params.selection import family_of
+from offload_adam.params.selection import bucket_key_of
 from offload_adam.plan.inputs import Training
 from offload_adam.train.loop import Job
 from offload_adam.train.model import build_model
@@ -32,7 +32,8 @@ def specs_of(model: nn.Module) -> list[ParameterSpec]:
     """Return a model's trainable parameters as the layout sees them."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
-        ParameterSpec(i, p.numel(), p.element_size(), family_of(p)) for i, p in enumerate(trainable)
+        ParameterSpec(i, p.numel(), p.element_size(), bucket_key_of(p))
+        for i, p in enumerate(trainable)
     ]
 
 
@@ -55,7 +56,7 @@ def training_of(config: RunConfig, on_device: bool) -> Training:
         reduce_fp32=section.reduce_dtype is not None,
         amsgrad=section.use_amsgrad if isinstance(section, AdamSection) else section.amsgrad,
         offload_fraction=offload.offload_fraction,
-        beside=is_adam and not section.streams,
+        replicated=is_adam and not section.streams,
         bucket_nbytes=offload.bucket_nbytes,
         saves=config.checkpoint.every > 0,
         checkpoint_room_nbytes=offload.checkpoint_room_nbytes,

@@ -14,7 +14,7 @@ MarkWait = Callable[[Streams, Mark], None]
 """Blocks the calling thread until a mark is reached; raises an error where it never will be."""
 
 
-class Crossing:
+class StreamWaits:
     """Keeps each task's latest mark, and makes other lanes wait for it as the schedule says.
 
     Nothing else orders lanes: a wait that is missing in the schedule is made by nobody.
@@ -74,6 +74,6 @@ class Crossing:
                 marks[streams] = streams.mark(operation.lane)
             self._marks[Task(operation, bucket)] = marks[streams]
 
-    def adopt(self, earlier: Crossing) -> None:
-        """Go on from the marks of the crossing that this one replaces."""
+    def adopt(self, earlier: StreamWaits) -> None:
+        """Go on from the marks of the stream_waits that this one replaces."""
         self._marks.update(earlier._marks)

@@ -17,7 +17,7 @@ def notify(rank: int, world_size: int) -> list[Notice]:
     model = Weights([(300,)])
     optimizer = OffloadAdam(model.parameters(), gradient_reduction="optimizer", num_threads=1)
     agreed = []
-    gate = optimizer._alive().gate
+    gate = optimizer._alive().snapshot_lock
     for stop, num_saved in ((False, 0), (rank == 1, 7 - rank), (False, 7)):
         optimizer.notice = Notice(stop)
         while gate.num_finished < num_saved:

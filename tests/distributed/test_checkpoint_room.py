@@ -26,7 +26,7 @@ from offload_adam.checkpoint.format import read_manifest
 from offload_adam.coordinator import node_memory
 from offload_adam.errors import HostMemoryError
 from offload_adam.layout.flat import ParameterSpec
-from offload_adam.params.selection import family_of
+from offload_adam.params.selection import bucket_key_of
 from offload_adam.plan.inputs import Training
 from offload_adam.plan.prediction import predict
 from tests.distributed.test_checkpoints import assert_same, train, whole_state
@@ -115,7 +115,7 @@ def test_with_room_no_step_waits_for_a_disk_that_stands_still(
     pending = begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     assert disk.reached.wait(WAIT_S)  # all is copied, and not a byte of it written
     train(model, optimizer, 3, 6)
-    assert optimizer._alive().gate.num_waits == 0
+    assert optimizer._alive().snapshot_lock.num_waits == 0
     assert disk.num_writes == 0
     disk.go.set()
     pending.wait()
@@ -146,7 +146,7 @@ def test_with_too_little_room_a_step_waits_and_nothing_is_lost(
     before = whole_state(model, optimizer)
     pending = begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     assert disk.reached.wait(WAIT_S)
-    gate = optimizer._alive().gate
+    gate = optimizer._alive().snapshot_lock
     num_buckets = len({shard.bucket for shard in optimizer.shards()})
     assert 0 < len(gate._held) < num_buckets  # those that are updated first have been copied
     assert num_buckets - 1 not in gate._held
@@ -173,7 +173,7 @@ def test_a_bucket_is_held_until_it_is_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, optimizer = make("bf16", seed=1, room_nbytes=PLENTY)
-    gate = optimizer._alive().gate
+    gate = optimizer._alive().snapshot_lock
     held: list[bool] = []
     copy = save.copy_bytes
 
@@ -240,7 +240,7 @@ def test_a_checkpoint_that_is_waited_for_copies_nothing(tmp_path: Path) -> None:
 
 def specs_of(model: nn.Module) -> list[ParameterSpec]:
     return [
-        ParameterSpec(i, p.numel(), p.element_size(), family_of(p))
+        ParameterSpec(i, p.numel(), p.element_size(), bucket_key_of(p))
         for i, p in enumerate(p for p in model.parameters() if p.requires_grad)
     ]
 
@@ -261,7 +261,7 @@ def room_of(rank: int, world_size: int, kind: str, limit_nbytes: int) -> dict[st
     training = Training(
         world_size=world_size,
         on_device=False,
-        beside=kind == "adam_beside",
+        replicated=kind == "adam_beside",
         bucket_nbytes=BUCKET_NBYTES,
         checkpoint_room_nbytes=limit_nbytes,
     )
@@ -299,7 +299,7 @@ def save_beside(rank: int, world_size: int, folder: str) -> tuple[dict[str, Any]
     train(model, optimizer, 0, 2)
     before = whole_state(model, optimizer)
     pending = begin_checkpoint(folder, model=model, optimizer=optimizer)
-    optimizer.finish_reading()  # all is copied
+    optimizer.wait_for_snapshot()  # all is copied
     train(model, optimizer, 2, 4)
     pending.wait()
     load_checkpoint(folder, model=model, optimizer=optimizer)

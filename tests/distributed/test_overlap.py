@@ -126,10 +126,10 @@ def train_interrupted(rank: int, world_size: int, at: str | None) -> list[bytes]
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        crossing = optimizer._alive().executor.tasks.crossing
+        stream_waits = optimizer._alive().executor.tasks.stream_waits
         for operation in ("begin", "end"):
-            original = getattr(crossing, operation)
-            patch.setattr(crossing, operation, interrupted(operation, original))
+            original = getattr(stream_waits, operation)
+            patch.setattr(stream_waits, operation, interrupted(operation, original))
         for step in range(NUM_STEPS):
             x = batch(rank, step)
             try:

@@ -55,7 +55,7 @@ def test_the_copy_to_the_host_waits_for_every_stream_that_computed_a_gradient() 
         model(x * (step + 1)).backward()
         optimizer.step()
         (state,) = optimizer._alive().states
-        landed = state.planes.landed_gradient
+        landed = state.planes.gradient_shard
         assert landed is not None
         shard = landed.clone()
         for placement, name in zip(state.layout.placements, state.names, strict=True):

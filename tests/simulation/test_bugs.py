@@ -41,19 +41,19 @@ def one_reduction_slot_for_all(simulation: Simulation, patch: Patch) -> None:
 
 
 def pooled_slot_released_before_its_copy(simulation: Simulation, patch: Patch) -> None:
-    landing = simulation.core.executor.tasks.landing
-    depart = landing.depart
+    copier = simulation.core.executor.tasks.copier
+    start = copier.start
 
-    def hasty(flight: Any, *rest: Any) -> None:
-        depart(flight, *rest)
-        simulation.core.reduction.slots.release(flight.pooled_slot)
-        flight.pooled_slot = None
+    def hasty(gradient_copy: Any, *rest: Any) -> None:
+        start(gradient_copy, *rest)
+        simulation.core.reduction.slots.release(gradient_copy.pooled_slot)
+        gradient_copy.pooled_slot = None
 
-    patch.setattr(landing, "depart", hasty)
+    patch.setattr(copier, "start", hasty)
 
 
 def slot_kept_by_nobody_where_buckets_are_passed_by(simulation: Simulation, patch: Patch) -> None:
-    patch.setattr(simulation.core.executor.tasks, "pass_by", lambda number: None)
+    patch.setattr(simulation.core.executor.tasks, "skip_copy_up", lambda number: None)
 
 
 def gather_before_its_copy_up(simulation: Simulation, patch: Patch) -> None:
@@ -61,14 +61,14 @@ def gather_before_its_copy_up(simulation: Simulation, patch: Patch) -> None:
 
 
 def _begin_nothing_of(simulation: Simulation, patch: Patch, skipped: Operation) -> None:
-    crossing = simulation.core.executor.tasks.crossing
-    begin = crossing.begin
+    stream_waits = simulation.core.executor.tasks.stream_waits
+    begin = stream_waits.begin
 
     def hasty(operation: Operation, bucket: int) -> None:
         if operation is not skipped:
             begin(operation, bucket)
 
-    patch.setattr(crossing, "begin", hasty)
+    patch.setattr(stream_waits, "begin", hasty)
 
 
 def copy_down_without_an_edge_from_compute(simulation: Simulation, patch: Patch) -> None:
@@ -76,14 +76,14 @@ def copy_down_without_an_edge_from_compute(simulation: Simulation, patch: Patch)
     start = simulation.machine.mark(Lane.COMPUTE)
 
     def early(number: int) -> None:
-        tasks.crossing._marks[Task(Operation.GRADIENT, number)] = start
+        tasks.stream_waits._marks[Task(Operation.GRADIENT, number)] = start
 
     patch.setattr(tasks, "gradient", early)
 
 
 def update_that_nobody_waits_for(simulation: Simulation, patch: Patch) -> None:
-    crossing = simulation.core.executor.tasks.crossing
-    patch.setattr(crossing, "_wait_for_update", lambda task: None)
+    stream_waits = simulation.core.executor.tasks.stream_waits
+    patch.setattr(stream_waits, "_wait_for_update", lambda task: None)
 
 
 def release_at_the_end_of_backward(simulation: Simulation, patch: Patch) -> None:
@@ -101,11 +101,11 @@ def release_at_the_end_of_backward(simulation: Simulation, patch: Patch) -> None
 def look_ahead_to_an_update_that_is_not_over(simulation: Simulation, patch: Patch) -> None:
     executor = simulation.core.executor
     assert isinstance(executor, OverlappedExecutor)
-    crossing = executor.tasks.crossing
+    stream_waits = executor.tasks.stream_waits
 
     def hasty() -> None:
         with patch.context() as inner:
-            inner.setattr(crossing, "_wait_for_update", lambda task: None)
+            inner.setattr(stream_waits, "_wait_for_update", lambda task: None)
             if executor._to_gather:
                 executor._gather_next()
 

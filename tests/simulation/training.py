@@ -76,7 +76,7 @@ def _buckets(core: ShardedAdam, parameters: Sequence[int]) -> list[BucketState]:
 def _forward(case: Case, core: ShardedAdam, on: Device, layers: Sequence[int]) -> None:
     for layer in layers:
         used = _buckets(core, case.members(layer))
-        core.executor.need([state.layout.index for state in used])
+        core.executor.wait_for_buckets([state.layout.index for state in used])
         on.read(used, f"forward of layer {layer}")
 
 

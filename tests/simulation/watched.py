@@ -8,14 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.gradients.gradient_copy import Flight, Landing
+from offload_adam.gradients.gradient_copy import GradientCopier, GradientCopy
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.layout.schedule import Lane, Operation, Task
 from offload_adam.memory.arena import HostArena
 from offload_adam.params.bucket import BucketState
 from offload_adam.step.messages import UpdateMasks
 from offload_adam.step.tasks import BucketUpdate, Tasks
-from offload_adam.transfer.stream_waits import Crossing
+from offload_adam.transfer.stream_waits import StreamWaits
 from offload_adam.transfer.streams import Streams
 from tests.simulation.backend import SimulatedStreams
 from tests.simulation.machine import Machine
@@ -67,22 +67,22 @@ class WatchedUpdate:
         gradients: BucketGradients,
         active: npt.NDArray[np.bool_],
         masks: UpdateMasks,
-        rounded: torch.Tensor | None,
+        param_out: torch.Tensor | None,
     ) -> None:
         planes = state.planes
         written = _parts(state, active, planes.master_weight, planes.exp_avg, planes.exp_avg_sq)
-        slot = [] if rounded is None else _parts(state, active, rounded)
+        slot = [] if param_out is None else _parts(state, active, param_out)
         reads = _gradients(state, gradients, active)
         name = f"update of bucket {state.layout.index}"
         reads, writes = [*reads, *written], [*written, *slot]
         if not state.plan.location.is_host:
-            update = partial(self._inner.update, state, gradients, active, masks, rounded)
+            update = partial(self._inner.update, state, gradients, active, masks, param_out)
             self._machine.launch(Lane.COMPUTE, update, name, reads=reads, writes=writes)
             return
         self._machine.touch(name, reads, writes)
         for part in slot:
             poison(part)
-        self._inner.update(state, gradients, active, masks, rounded)
+        self._inner.update(state, gradients, active, masks, param_out)
 
 
 def _parts(
@@ -104,34 +104,40 @@ def _gradients(
     return [gradients.segment_of(state, row) for row in rows]
 
 
-class WatchedLanding(Landing):
+class WatchedCopier(GradientCopier):
     """A landing whose folding, by the host, is noted.
 
     Owns nothing of its own: everything is the inner landing's.
     """
 
-    def __init__(self, inner: Landing, machine: Machine) -> None:
+    def __init__(self, inner: GradientCopier, machine: Machine) -> None:
         self.__dict__.update(inner.__dict__)
         self._machine = machine
 
-    def land(self, flight: Flight, streams: Streams, crossing: Crossing) -> None:
-        """Land the flight; what the host reads and writes is ordered as it is when it returns."""
-        if not flight.state.plan.location.is_host:
-            super().land(flight, streams, crossing)
+    def finish(
+        self, gradient_copy: GradientCopy, streams: Streams, stream_waits: StreamWaits
+    ) -> None:
+        """Finish the copy; what the host reads and writes is ordered as when this returns."""
+        if not gradient_copy.state.plan.location.is_host:
+            super().finish(gradient_copy, streams, stream_waits)
             return
-        folds, pieces, in_pool = not flight.is_issued, list(flight.pieces), flight.pooled_slot
+        folds, pieces, in_pool = (
+            not gradient_copy.is_issued,
+            list(gradient_copy.pieces),
+            gradient_copy.pooled_slot,
+        )
         through = None
         if isinstance(streams, SimulatedStreams):
             through = self._buffer(pieces[0].source.dtype, 0, HostArena)
-        super().land(flight, streams, crossing)
-        landed = flight.state.planes.landed_gradient
-        assert landed is not None
+        super().finish(gradient_copy, streams, stream_waits)
+        shard = gradient_copy.state.planes.gradient_shard
+        assert shard is not None
         if folds:
             # A slot of the pool has gone back meanwhile, and was noted then.
             direct = [] if in_pool is not None else [piece.source for piece in pieces]
             read = direct if through is None else [through]
-            name = f"fold of bucket {flight.state.layout.index}"
-            self._machine.touch(name, reads=read, writes=[landed])
+            name = f"fold of bucket {gradient_copy.state.layout.index}"
+            self._machine.touch(name, reads=read, writes=[shard])
         if folds and through is not None:
             poison(through)
 
@@ -149,15 +155,15 @@ def watch_staging(tasks: Tasks, machine: Machine) -> None:
     tasks.stage = watched  # type: ignore[method-assign]
 
 
-def name_tasks(crossing: Crossing, machine: Machine) -> None:
+def name_tasks(stream_waits: StreamWaits, machine: Machine) -> None:
     """Let what is launched bear the name of the task that has begun last on its thread."""
-    begin = crossing.begin
+    begin = stream_waits.begin
 
     def named(operation: Operation, bucket: int) -> None:
         machine.task = name_of(Task(operation, bucket))
         begin(operation, bucket)
 
-    crossing.begin = named  # type: ignore[method-assign]
+    stream_waits.begin = named  # type: ignore[method-assign]
 
 
 def name_of(task: Task) -> str:

@@ -30,7 +30,7 @@ def random_segments(
     dtype: torch.dtype,
     *,
     amsgrad: bool = False,
-    rounded: torch.dtype | None = None,
+    param_out: torch.dtype | None = None,
 ) -> DeviceSegments:
     """Return segments in mid-training; in every third, gradients all but cancel exp_avg."""
     gradients = [torch.from_numpy(rng.normal(0, 1, n)).to(dtype) for n in numels]
@@ -48,7 +48,7 @@ def random_segments(
         moments,
         squares(),
         squares() if amsgrad else None,
-        None if rounded is None else [torch.zeros(n, dtype=rounded) for n in numels],
+        None if param_out is None else [torch.zeros(n, dtype=param_out) for n in numels],
     )
 
 
@@ -138,17 +138,19 @@ def test_every_element_is_the_rounded_float64_result(
 
 
 @pytest.mark.parametrize(
-    ("rounded", "target"),
+    ("param_out", "target"),
     [(torch.bfloat16, FloatFormat.BFLOAT16), (torch.float16, FloatFormat.FLOAT16)],
 )
 def test_the_16_bit_parameter_is_the_master_weight_rounded(
-    rounded: torch.dtype, target: FloatFormat
+    param_out: torch.dtype, target: FloatFormat
 ) -> None:
-    segments = random_segments(np.random.default_rng(0), (300, 5), torch.bfloat16, rounded=rounded)
+    segments = random_segments(
+        np.random.default_rng(0), (300, 5), torch.bfloat16, param_out=param_out
+    )
     foreach_update(segments, MODES["decoupled"], 3, 1.0, run_numel=128)
-    assert segments.rounded is not None
+    assert segments.param_out is not None
     expected = round_to(wide(segments.master_weights), target)
-    np.testing.assert_array_equal(wide(segments.rounded), expected)
+    np.testing.assert_array_equal(wide(segments.param_out), expected)
 
 
 def test_without_segments_nothing_happens() -> None:
@@ -228,7 +230,7 @@ def test_a_run_of_no_elements_is_refused() -> None:
         ({"exp_avg_sqs": [torch.zeros(4).half()]}, r"exp_avg_sqs\[0\] is torch.float16.*float32"),
         ({"gradients": [torch.zeros(4).int()]}, r"gradients\[0\] is torch.int32.*floating"),
         ({"max_exp_avg_sqs": [torch.zeros(3)]}, r"max_exp_avg_sqs\[0\] has shape \(3,\)"),
-        ({"rounded": [torch.zeros(4, device="meta")]}, r"rounded\[0\] .* on meta.*on cpu"),
+        ({"param_out": [torch.zeros(4, device="meta")]}, r"rounded\[0\] .* on meta.*on cpu"),
     ],
 )
 def test_segments_that_do_not_fit_are_refused(

@@ -42,7 +42,7 @@ def assert_close(before: HostState, after: HostState, segment: Segment, mode: st
 
 
 def _format_of(segment: Segment) -> FloatFormat:
-    return next(one for one in FloatFormat if one.carrier == segment.gradient.dtype)
+    return next(one for one in FloatFormat if one.bits_dtype == segment.gradient.dtype)
 
 
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["", "amsgrad"])

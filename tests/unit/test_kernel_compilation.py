@@ -141,9 +141,9 @@ def assembly_of(update_range: Any, gradient_format: FloatFormat) -> str:
 
     It is compiled here, because Numba has no assembly of a kernel from its cache.
     """
-    state, param_out = np.zeros(0, dtype=np.float32), FloatFormat.BFLOAT16.tag()
+    state, param_out = np.zeros(0, dtype=np.float32), FloatFormat.BFLOAT16.dtype_tag()
     kernel = compilation.inner(update_range)
-    arguments = (gradient_format.tag(), state, state, state, None, param_out, state)
+    arguments = (gradient_format.dtype_tag(), state, state, state, None, param_out, state)
     compilation.compile_now(kernel, arguments, "update")
     (assembly,) = kernel.inspect_asm().values()
     return str(assembly)
@@ -174,6 +174,6 @@ def _first_block_sum(gradient: Any) -> Any:
 @pytest.mark.skipif(not has_avx2, reason="looks for AVX2's instructions")
 def test_the_block_sum_vectorises() -> None:
     kernel = compilation.inner(_first_block_sum)
-    compilation.compile_now(kernel, (FloatFormat.BFLOAT16.tag(),), "norm")
+    compilation.compile_now(kernel, (FloatFormat.BFLOAT16.dtype_tag(),), "norm")
     (assembly,) = kernel.inspect_asm().values()
     assert vector_instructions(assembly, "vmulpd") + vector_instructions(assembly, "vfmadd.*pd") > 0

@@ -53,7 +53,7 @@ def torch_dtype(target: FloatFormat) -> torch.dtype:
 
 def rounded_by_kernel(values: npt.NDArray[np.float32], target: FloatFormat) -> npt.NDArray[Any]:
     """Return the kernel's bits of the values in the format."""
-    out = np.empty(values.size, dtype=target.carrier)
+    out = np.empty(values.size, dtype=target.bits_dtype)
     convert_all(values, out)
     return out
 
@@ -61,7 +61,7 @@ def rounded_by_kernel(values: npt.NDArray[np.float32], target: FloatFormat) -> n
 def rounded_by_torch(values: npt.NDArray[np.float32], target: FloatFormat) -> npt.NDArray[Any]:
     """Return torch's bits of the values in the format."""
     narrow = torch.from_numpy(values).to(torch_dtype(target))
-    return narrow.view(torch.int16).numpy().view(target.carrier)
+    return narrow.view(torch.int16).numpy().view(target.bits_dtype)
 
 
 def widened(narrow: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
@@ -73,7 +73,7 @@ def widened(narrow: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
 def every_pattern(target: FloatFormat) -> npt.NDArray[Any]:
     """Return all 65536 values of a 16-bit format as it is carried."""
-    return np.arange(2**16, dtype=np.uint16).view(target.carrier)
+    return np.arange(2**16, dtype=np.uint16).view(target.bits_dtype)
 
 
 @pytest.mark.parametrize("target", SIXTEEN_BITS)

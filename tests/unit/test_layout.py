@@ -65,11 +65,11 @@ def test_buckets_hold_one_family_in_backward_order_within_their_size(
     specs: list[ParameterSpec], bucket_nbytes: int
 ) -> None:
     buckets = plan_buckets(specs, world_size=3, bucket_nbytes=bucket_nbytes)
-    families = {spec.index: spec.family for spec in specs}
+    families = {spec.index: spec.bucket_key for spec in specs}
     completed = []
     for bucket in buckets:
         members = [placed.parameter for placed in bucket.placements]
-        assert {families[member] for member in members} == {bucket.family}
+        assert {families[member] for member in members} == {bucket.bucket_key}
         assert members == sorted(members, reverse=True)
         completed.append(members[-1])
         assert len(members) == 1 or bucket.placements[-1].end * bucket.itemsize <= bucket_nbytes

@@ -184,13 +184,13 @@ def test_what_stays_takes_no_host_memory_and_stands_in_the_ledger(
     kept = 4 * (3 if dtype != torch.float32 else 2) + dtype.itemsize
     assert optimizer.host_nbytes["state"] == (4 - num_kept) * NUMEL * hosted
     totals = by_category(optimizer.memory_ledger())
-    planes = ("exp_avg", "exp_avg_sq", "master_weight", "landed gradients")
+    planes = ("exp_avg", "exp_avg_sq", "master_weight", "gradient shards")
     assert sum(totals.get(key, 0) for key in planes) == NUMEL * (
         (4 - num_kept) * hosted + num_kept * kept
     )
     for state in states:
-        assert state.planes.landed_gradient is not None
-        assert state.planes.landed_gradient.device == state.device
+        assert state.planes.gradient_shard is not None
+        assert state.planes.gradient_shard.device == state.device
     if num_kept == 4:
         assert optimizer.host_nbytes["staging"] == 0
         assert optimizer.host_nbytes["block_sums"] == 0

@@ -280,7 +280,7 @@ def test_buckets_are_sampled_in_turns() -> None:
         parameter.grad = torch.ones_like(parameter)
     for _ in range(3):
         optimizer.step()
-    watched = optimizer._alive().outside_writes
+    watched = optimizer._alive().external_edits
     parameters[0].data.fill_(1.0)
     found = []
     for _ in range(8):

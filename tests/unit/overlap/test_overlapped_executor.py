@@ -80,15 +80,15 @@ def test_apply_returns_before_any_update_and_need_runs_no_more_than_it_must() ->
     executor, tasks = begin(LazyWorker())
     assert tasks.done == []
     assert executor.is_pending
-    executor.need([3])
+    executor.wait_for_buckets([3])
     assert tasks.done == [("update", 3), ("gather", 3), ("use", 3)]
-    executor.need([3])
+    executor.wait_for_buckets([3])
     assert tasks.done == [("update", 3), ("gather", 3), ("use", 3)]
 
 
 def test_every_earlier_gather_is_issued_first_and_its_bucket_stays_to_be_used() -> None:
     executor, tasks = begin(LazyWorker())
-    executor.need([1])
+    executor.wait_for_buckets([1])
     assert names(tasks, "gather") == [3, 2, 1]
     assert names(tasks, "use") == [1]
     executor.settle()
@@ -99,9 +99,9 @@ def test_every_earlier_gather_is_issued_first_and_its_bucket_stays_to_be_used() 
 
 def test_the_next_gather_is_issued_ahead_where_its_update_is_over() -> None:
     executor, tasks = begin(EagerWorker())
-    executor.need([3])
+    executor.wait_for_buckets([3])
     assert names(tasks, "gather") == [3, 2]
-    executor.need([2])
+    executor.wait_for_buckets([2])
     assert names(tasks, "gather") == [3, 2, 1]
     assert names(tasks, "use") == [3, 2]
 
@@ -146,31 +146,31 @@ def test_the_thread_ends_with_its_owner() -> None:
 
 
 class Arriving:
-    """Tasks whose flights have arrived, or not, as the test says; landing is written down."""
+    """Tasks whose copies have arrived, or not, as the test says; landing is written down."""
 
     def __init__(self) -> None:
         self.arrived: set[str] = set()
-        self.landed: list[str] = []
+        self.shard: list[str] = []
 
-    def depart(self, flight: Any) -> None:
+    def start_copy(self, gradient_copy: Any) -> None:
         pass
 
-    def has_arrived(self, flight: Any) -> bool:
-        return flight in self.arrived
+    def has_arrived(self, gradient_copy: Any) -> bool:
+        return gradient_copy in self.arrived
 
-    def land(self, flight: Any) -> None:
-        self.landed.append(flight)
+    def land(self, gradient_copy: Any) -> None:
+        self.shard.append(gradient_copy)
 
 
 def test_a_sequential_backward_lands_what_has_come_in_order_and_waits_for_nothing() -> None:
     tasks = Arriving()
     executor = SequentialExecutor(cast(Tasks, tasks))
-    executor.send(cast(Any, "first"))
+    executor.start_copy(cast(Any, "first"))
     tasks.arrived.add("second")
-    executor.send(cast(Any, "second"))
-    assert tasks.landed == []
+    executor.start_copy(cast(Any, "second"))
+    assert tasks.shard == []
     tasks.arrived.add("first")
-    executor.send(cast(Any, "third"))
-    assert tasks.landed == ["first", "second"]
-    executor.land(wait=True)
-    assert tasks.landed == ["first", "second", "third"]
+    executor.start_copy(cast(Any, "third"))
+    assert tasks.shard == ["first", "second"]
+    executor.finish_copies(wait=True)
+    assert tasks.shard == ["first", "second", "third"]

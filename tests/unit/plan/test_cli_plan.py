@@ -43,7 +43,7 @@ def test_sixteen_bytes_a_parameter_are_divided_over_the_ranks(tmp_path: Path) ->
     values = planned(tmp_path, "--params=13e9", "--world-size=4", *MACHINE)
     host, device = values["bytes_per_rank"]["host"], values["bytes_per_rank"]["device"]
     assert host["master_weight"] == pytest.approx(4 * 13e9 / 4, rel=0.01)
-    assert host["landed gradients"] == pytest.approx(2 * 13e9 / 4, rel=0.01)
+    assert host["gradient shards"] == pytest.approx(2 * 13e9 / 4, rel=0.01)
     assert device["parameters"] == pytest.approx(2 * 13e9, rel=0.01)
     assert values["bytes_per_node"]["host"]["exp_avg"] == 4 * host["exp_avg"]
     assert values["bytes_per_node"]["device"]["parameters"] == 4 * device["parameters"]
@@ -59,7 +59,7 @@ def test_a_share_of_the_state_stays_on_the_gpus(tmp_path: Path) -> None:
     host, device = values["bytes_per_rank"]["host"], values["bytes_per_rank"]["device"]
     assert host["exp_avg"] == pytest.approx(0.75 * 4 * 13e9 / 4, rel=0.01)
     assert device["exp_avg"] == pytest.approx(0.25 * 4 * 13e9 / 4, rel=0.02)
-    assert device["landed gradients"] == pytest.approx(0.25 * 2 * 13e9 / 4, rel=0.02)
+    assert device["gradient shards"] == pytest.approx(0.25 * 2 * 13e9 / 4, rel=0.02)
     code, output = plan(*arguments, "--offload-fraction=1.5")
     assert code == 2
     assert "offload_fraction must lie in [0, 1]" in output
@@ -122,7 +122,7 @@ def test_options_say_what_they_would_save() -> None:
     assert found["without amsgrad"].host == pytest.approx(-4 * 10**9 / 2, rel=0.01)
     assert found["train.dtype: bf16"].device < 0
     assert found["twice as many ranks"].host < 0
-    beside = {o.setting: o for o in options(synthetic_specs(10**9, 2), Training(beside=True))}
+    beside = {o.setting: o for o in options(synthetic_specs(10**9, 2), Training(replicated=True))}
     assert beside["optimizer.use_offload: true"].device < 0
 
 

@@ -77,7 +77,7 @@ def test_state_that_stays_on_the_device_is_not_updated_on_the_host() -> None:
         (replace(TRAINING, on_device=False), MACHINE),
         (replace(TRAINING, streams=False), MACHINE),
         (replace(TRAINING, reduces=False), MACHINE),
-        (replace(TRAINING, beside=True), MACHINE),
+        (replace(TRAINING, replicated=True), MACHINE),
     ],
 )
 def test_nothing_is_predicted_without_overlap_or_where_a_speed_is_not_known(

@@ -14,7 +14,7 @@ from torch import nn
 from offload_adam import Adam, OffloadAdam, OffloadPolicy
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.ring import RingSpeed
-from offload_adam.params.selection import family_of
+from offload_adam.params.selection import bucket_key_of
 from offload_adam.plan.inputs import Machine, Source, Training, synthetic_specs
 from offload_adam.plan.prediction import predict
 from offload_adam.plan.timing import predict_time
@@ -22,7 +22,7 @@ from tests.support.policies import in_policies
 from tests.support.ranks import RankPool
 from tests.support.scenario import Offloading
 
-STATE = ("master_weight", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "landed gradients")
+STATE = ("master_weight", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "gradient shards")
 BUCKET_NBYTES = 4096
 
 
@@ -36,7 +36,7 @@ def make_model(dtypes: tuple[torch.dtype, ...]) -> nn.ModuleList:
 
 def specs_of(model: nn.Module) -> list[ParameterSpec]:
     return [
-        ParameterSpec(i, p.numel(), p.element_size(), family_of(p))
+        ParameterSpec(i, p.numel(), p.element_size(), bucket_key_of(p))
         for i, p in enumerate(model.parameters())
     ]
 
@@ -115,7 +115,7 @@ def test_every_rank_holds_what_was_planned(
 
 @pytest.mark.distributed
 def test_state_beside_the_parameters_is_whole_on_every_rank(ranks: RankPool) -> None:
-    training = with_buckets(Training(on_device=False, beside=True), 2)
+    training = with_buckets(Training(on_device=False, replicated=True), 2)
     plan = predict(specs_of(make_model((FP32, BF16))), training)
     for held in ranks.run(held_by_rank, 2, {}, True, timeout=60.0):
         assert sum(plan.host.get(key, 0) for key in STATE) == held["state"]
@@ -181,8 +181,8 @@ def test_the_times_of_every_way_are_those_of_its_bytes() -> None:
     # On a CPU each of both ranks packs all gradients and lands half, reading and writing them.
     assert nbytes(**two, on_device=False)["update"] == 62 + 2 * (2 * 2 + 2 + 2 * 4 + 4)
     assert nbytes(**two, on_device=False, reduces=False)["update"] == 62
-    assert nbytes(**two, beside=True) == {"network": 0.5 * 2 * (2 + 4)}
-    assert nbytes(**two, beside=True, on_device=False)["update"] == 2 * 62
+    assert nbytes(**two, replicated=True) == {"network": 0.5 * 2 * (2 + 4)}
+    assert nbytes(**two, replicated=True, on_device=False)["update"] == 2 * 62
 
 
 def test_doubts_say_what_a_time_is_not_based_on() -> None:
