@@ -13,8 +13,8 @@ from offload_adam.coordinator.agreement import largest_on_any_rank
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.gradients.gradient_copy import GradientCopy, Piece, local_pieces
 from offload_adam.gradients.reader import GradientReader, GradientsInPlace, in_memory_order
+from offload_adam.gradients.row_exchange import RowExchange
 from offload_adam.gradients.segments import BucketGradients
-from offload_adam.gradients.sparse import RowExchange
 from offload_adam.gradients.stand_in import StreamedGradients, gradient_of
 from offload_adam.layout.state_plan import StatePolicy
 from offload_adam.params.bucket import BucketState
@@ -202,7 +202,7 @@ class GradientReduction:
         self._hidden = False
 
     def finish(self) -> Exception | None:
-        """Send off all gradients of this step, finish their copies, and return this rank's first error.
+        """Send off this step's gradients, finish their copies, and return this rank's first error.
 
         Collective. The order of collectives is kept even after an error, which the caller must
         carry to the other ranks: a rank that left the sequence would leave them waiting.

@@ -1,0 +1,164 @@
+"""Average sparse gradients over the ranks: every rank gets all ranks' entries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from offload_adam.coordinator.ranks import RankGroup
+from offload_adam.errors import RankDisagreementError
+from offload_adam.gradients.reader import GradientReader, GradientsInPlace
+from offload_adam.gradients.segments import BucketGradients
+from offload_adam.gradients.sparse import GradientRows, width_of
+from offload_adam.params.bucket import BucketState
+from offload_adam.transfer.collectives import PendingCollective
+
+_NONE, _DENSE, _NO_ENTRIES = 0, -1, 1
+"""What a rank has for a parameter: nothing, a dense gradient, or a sparse one of n - 1 entries."""
+
+
+class RowExchange:
+    """Exchanges the entries of sparse gradients, beside the reduction of the dense ones.
+
+    Where gradients stay in `.grad` until the step, they are all read before the first bucket is
+    sent: so buckets in which no rank has a dense gradient need no reduction, and a large table with
+    sparse gradients does not send its zeros.
+
+    Lifecycle: `read_ahead` and `finish` once a step, collective; `forget` after it.
+    """
+
+    def __init__(self, ranks: RankGroup) -> None:
+        self._ranks = ranks
+        self._found: dict[int, GradientsInPlace] = {}
+        self._kinds: npt.NDArray[np.int64] | None = None
+
+    def read_ahead(
+        self, states: Sequence[BucketState], readers: Sequence[GradientReader]
+    ) -> Exception | None:
+        """Read every bucket's gradients and tell all ranks; return this rank's first error."""
+        failure: Exception | None = None
+        kinds = _no_kinds(states)
+        for state, reader in zip(states, readers, strict=True):
+            try:
+                found = reader.read(keep=True)
+            except (TypeError, ValueError) as error:
+                failure = failure or error
+                found = GradientsInPlace([None] * len(state.names), [0] * len(state.names), [], {})
+            self._found[state.layout.index] = found
+            dense = np.array([tensor is not None for tensor in found.tensors], dtype=np.bool_)
+            _note(kinds, state, dense, found.rows)
+        self._kinds = self._exchange(kinds)
+        return failure
+
+    def take(self, bucket: int) -> GradientsInPlace | None:
+        """Return what has been read ahead of this bucket, once."""
+        return self._found.pop(bucket, None)
+
+    def is_without_dense(self, state: BucketState) -> bool:
+        """Tell whether no rank is known to have a dense gradient in this bucket."""
+        return self._kinds is not None and not (self._kinds[:, state.indices] == _DENSE).any()
+
+    def finish(
+        self, states: Sequence[BucketState], gradients: Sequence[BucketGradients]
+    ) -> Exception | None:
+        """Make all ranks' entries, each divided by their number, final; return an error.
+
+        The error is the same on every rank.
+        """
+        kinds = self._kinds
+        if kinds is None:
+            own = _no_kinds(states)
+            for state, found in zip(states, gradients, strict=True):
+                _note(own, state, found.dense, found.local_rows)
+            kinds = self._exchange(own)
+        mixed = _mixed(kinds, states)
+        if mixed is not None:
+            return mixed
+        for state, found in zip(states, gradients, strict=True):
+            for position in np.flatnonzero((kinds[:, state.indices] > _NONE).any(axis=0)).tolist():
+                counts = np.maximum(kinds[:, state.indices[position]] - _NO_ENTRIES, 0)
+                self._gather(state, found, position, counts)
+        return None
+
+    def forget(self) -> None:
+        """Drop what was read ahead."""
+        self._found.clear()
+        self._kinds = None
+
+    def _exchange(self, kinds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return every rank's kinds, (world_size, num_parameters) in rank order."""
+        own = torch.from_numpy(kinds)
+        return torch.stack(self._ranks.all_gather(own)).numpy()
+
+    def _gather(
+        self,
+        state: BucketState,
+        gradients: BucketGradients,
+        position: int,
+        counts: npt.NDArray[np.int64],
+    ) -> None:
+        """Gather the entries of one parameter, `counts` from each rank."""
+        own = gradients.local_rows.pop(position, None) or _no_entries(state, position)
+        values = own.values.float() / self._ranks.world_size
+        entries = GradientRows(
+            _all_entries(own.rows, counts, self._ranks),
+            _all_entries(values, counts, self._ranks),
+        )
+        before = gradients.rows.get(position)
+        gradients.rows[position] = entries if before is None else before.joined(entries)
+
+
+def _no_kinds(states: Sequence[BucketState]) -> npt.NDArray[np.int64]:
+    return np.zeros(sum(len(state.parameters) for state in states), dtype=np.int64)
+
+
+def _note(
+    kinds: npt.NDArray[np.int64],
+    state: BucketState,
+    dense: npt.NDArray[np.bool_],
+    rows: dict[int, GradientRows],
+) -> None:
+    kinds[state.indices[dense]] = _DENSE
+    for position, entries in rows.items():
+        kinds[state.indices[position]] = _NO_ENTRIES + entries.rows.numel()
+
+
+def _mixed(kinds: npt.NDArray[np.int64], states: Sequence[BucketState]) -> Exception | None:
+    """Return the error for a parameter whose gradient is sparse on some ranks, dense on others."""
+    mixed = (kinds == _DENSE).any(axis=0) & (kinds > _NONE).any(axis=0)
+    for state in states:
+        for position in np.flatnonzero(mixed[state.indices]).tolist():
+            sparse = np.flatnonzero(kinds[:, state.indices[position]] > _NONE).tolist()
+            return RankDisagreementError(
+                f"the gradient of parameter {state.names[position]!r} is sparse on rank(s) "
+                f"{sparse} and dense on others: use the layer in the same way on every rank"
+            )
+    return None
+
+
+def _no_entries(state: BucketState, position: int) -> GradientRows:
+    parameter = state.parameters[position]
+    return GradientRows(
+        torch.empty(0, dtype=torch.int64, device=state.device),
+        torch.empty(0, width_of(parameter), dtype=parameter.dtype, device=state.device),
+    )
+
+
+def _all_entries(
+    own: torch.Tensor, counts: npt.NDArray[np.int64], ranks: RankGroup
+) -> torch.Tensor:
+    """Return all ranks' entries one after the other; each is sent padded to the largest."""
+    padded = own.new_zeros((int(counts.max()), *own.shape[1:]))
+    padded[: own.shape[0]] = own
+    gathered = [torch.empty_like(padded) for _ in counts]
+    if padded.numel() > 0:
+        group = ranks.data_group(own.device)
+        work = dist.all_gather(gathered, padded, group=group, async_op=True)
+        assert work is not None
+        PendingCollective(work, padded, padded).wait(ranks)
+    parts = [part[:count] for part, count in zip(gathered, counts.tolist(), strict=True)]
+    return torch.cat(parts)
