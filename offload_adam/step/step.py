@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -29,7 +29,6 @@ from offload_adam.step.forward_waits import ForwardHooks
 from offload_adam.step.host_update import HostUpdate
 from offload_adam.step.ledger import LedgerEntry, bucket_entries
 from offload_adam.step.messages import (
-    Decision,
     StepInputs,
     StepReport,
     UpdateMasks,
@@ -45,58 +44,24 @@ from offload_adam.step.tasks import BucketUpdate, Tasks
 
 logger = logging.getLogger(__name__)
 
-NUM_STEPS = 10
-"""How many steps a parameter may be without a gradient before that is worth a word."""
 
+@dataclass
+class _Found:
+    """What this rank found before the agreement.
 
-class AbsenceWatch:
-    """Looks, in the first steps with its parameters, for those that no rank has a gradient for.
-
-    Lifecycle: a word once, after `NUM_STEPS`; further parameters begin it anew.
-
-    Args:
-        names, parameters: grow with the optimizer.
+    present: (num parameters,) bool, which have a gradient on this rank.
+    failure: what it will raise once all ranks know of it.
+    late: gradients were set by hand after their bucket had been sent.
+    changed, unseen: indices of externally edited parameters, seen by their version counter or not.
+    sum_of_squares: of this rank's gradients, in float64; not finite if a gradient is not.
     """
 
-    def __init__(self, names: Sequence[str], parameters: Sequence[torch.nn.Parameter]) -> None:
-        self._names = names
-        self._parameters = parameters
-        self._ever = torch.zeros(0, dtype=torch.bool, device="cpu")
-        self._num_steps = 0
-
-    def see(self, present_counts: torch.Tensor) -> None:
-        """Hear of a step.
-
-        Args:
-            present_counts: (num parameters,) int64, on how many ranks each has a gradient.
-        """
-        if present_counts.shape != self._ever.shape:
-            self._ever, self._num_steps = present_counts > 0, 0
-        elif self._num_steps == NUM_STEPS:
-            return
-        self._ever |= present_counts > 0
-        self._num_steps += 1
-        if self._num_steps == NUM_STEPS:
-            self._warn()
-
-    def _warn(self) -> None:
-        absent = [
-            repr(name)
-            for name, ever, parameter in zip(
-                self._names, self._ever.tolist(), self._parameters, strict=True
-            )
-            if not ever and parameter.requires_grad
-        ]
-        if absent:
-            more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
-            logger.warning(
-                "no gradient in %d steps for parameter %s%s: they are not trained. If the model "
-                "uses them, it has other objects in their place (load_state_dict(assign=True)): "
-                "make a new optimizer",
-                NUM_STEPS,
-                ", ".join(absent[:5]),
-                more,
-            )
+    present: npt.NDArray[np.bool_]
+    failure: Exception | None = None
+    late: bool = False
+    changed: list[int] = field(default_factory=list)
+    unseen: list[int] = field(default_factory=list)
+    sum_of_squares: float = 0.0
 
 
 class ShardedAdam:
@@ -299,31 +264,40 @@ class ShardedAdam:
         return self.states[bucket], position
 
     def step(self, inputs: StepInputs) -> StepReport:
-        """Reduce what is left, agree, and update or skip. Collective.
+        """Reduce, agree, then skip or update; the next forward waits for what still runs.
+
+        Collective.
 
         Raises:
-            PeerError: another rank refused the step.
-            RankDisagreementError: ranks differ in what they changed from outside or in
-                `grad_scale`.
+            PeerError: another rank raised an error in this step.
+            RankDisagreementError: ranks differ in external edits, `grad_scale` or hyperparameters.
         """
         stopwatch = Stopwatch()
         PROGRESS.begin_step(self.num_steps + 1)
         if self.forward_hooks is not None:
             self.forward_hooks.step_begins()
+        # 0. The previous step's updates read the gradient shards that this step fills.
         self.executor.settle()
-        beside = self._beside_steps.take()
+        earlier = self._beside_steps.take()
+        # 1. and 2. Every gradient in its shard; one all-reduce of what each rank found there.
         agreement, changed = self._agree(inputs, stopwatch)
-        if self.ranks.rank == 0:
-            self._absence.see(agreement.present_counts)
+        # 3. Decide, from the agreement alone: the same on all ranks.
         decision = decide(agreement, inputs.max_norm, inputs.factor)
-        non_finite: tuple[str, ...] = ()
-        if decision.skip:
-            non_finite = self._names_of_non_finite(agreement)
-        else:
-            self._apply(inputs, agreement, decision, changed, stopwatch)
+        non_finite = self._names_of_non_finite(agreement) if decision.skip else ()
+        # 4. Update bucket by bucket, in the order in which the next forward needs them.
+        if not decision.skip:
+            active = agreement.present_counts.numpy() > 0
+            self.external_edits.sync(changed)
+            self.external_edits.bump_versions(active)
+            masks = UpdateMasks(
+                active, inputs.hyperparameters, decision.gradient_scale, inputs.step, inputs.lazy
+            )
+            self.executor.apply(self.reduction.gradients, masks, stopwatch)
         self.reduction.reset()
         if self.forward_hooks is not None:
             self.forward_hooks.step_ended()
+        if self.ranks.rank == 0:
+            self._absence.see(agreement.present_counts)
         self.num_steps += 1
         return StepReport(
             decision.total_norm,
@@ -331,7 +305,7 @@ class ShardedAdam:
             decision.skip,
             0 if decision.skip else int((agreement.present_counts > 0).sum()),
             non_finite,
-            _added(beside, stopwatch.elapsed_s),
+            _added(earlier, stopwatch.elapsed_s),
             agreement.notice,
         )
 
@@ -366,69 +340,84 @@ class ShardedAdam:
         return np.sqrt(squares)
 
     def _agree(self, inputs: StepInputs, spans: Spans) -> tuple[Agreement, list[int]]:
-        """Bring all gradients to their shards and exchange what each rank found in its own."""
+        """Bring all gradients to their shards, and exchange what each rank found there.
+
+        An error of this rank is carried, not raised, until all ranks know of it: its peers wait in
+        the next collective.
+
+        Returns:
+            The agreement, and the indices of externally edited parameters.
+        """
         if not self.reduction.streams:
             # `.grad` still holds everything, and may have been edited since it was last read.
             self.reduction.reset()
         with spans.span("reduce"):
             failure = self.reduction.finish() or inputs.failure
-        agreement, changed, unseen, failure = self._exchange(inputs, failure, spans)
+        found = self._look(inputs, failure, spans)
+        agreement = self._exchange(inputs, found, spans)
         if agreement.late and not agreement.failed_ranks:
             with spans.span("reduce"):
                 failure = self.reduction.take_late_gradients()
-            agreement, changed, unseen, failure = self._exchange(inputs, failure, spans)
-        if failure is not None:
-            raise failure
+            found = self._look(inputs, failure, spans)
+            agreement = self._exchange(inputs, found, spans)
+        if found.failure is not None:
+            raise found.failure
+        changed = found.changed
         if agreement.unseen and not agreement.failed_ranks:
-            agreement, changed = self._share_unseen(agreement, changed, unseen)
+            agreement, changed = self._share_unseen(agreement, changed, found.unseen)
         changed_names = [self._names[index] for index in changed]
         refuse_disagreement(agreement, self.ranks, inputs, changed_names)
         if self._external:
             refuse_partial_presence(agreement, self.ranks.world_size, self._names)
         return agreement, changed
 
-    def _exchange(
-        self, inputs: StepInputs, failure: Exception | None, spans: Spans
-    ) -> tuple[Agreement, list[int], list[int], Exception | None]:
-        """Look at this rank's shard and exchange the findings; an error of its own rides along."""
-        changed: list[int] = []
-        unseen: list[int] = []
-        late, sum_of_squares = False, 0.0
-        present = np.zeros(len(self._parameters), dtype=np.bool_)
+    def _look(self, inputs: StepInputs, failure: Exception | None, spans: Spans) -> _Found:
+        """Look at this rank's gradients and parameters. Never raises.
+
+        Args:
+            failure: what this rank would have raised so far; there is nothing to look at then.
+        """
+        found = _Found(np.zeros(len(self._parameters), dtype=np.bool_), failure)
+        if failure is not None:
+            return found
         try:
-            if failure is None:
-                refuse_unfrozen(self._frozen)
-                late = self.reduction.has_late_gradients()
-                changed = self.external_edits.find()
-                unseen = self.external_edits.find_unseen(changed)
-                self._refuse_unready()
-                for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
-                    present[state.indices] = gradients.present
-                    update = self._updates[state.layout.index]
-                    update.reserve(state, gradients, lazy=inputs.lazy)
-                if inputs.factor != 1.0:
-                    refuse_partly_multiplied(inputs, present, self._names)
-                self._count_update_nbytes()
-                with spans.span("norm"):
-                    sum_of_squares = self._sum_of_squares()
+            refuse_unfrozen(self._frozen)
+            found.late = self.reduction.has_late_gradients()
+            found.changed = self.external_edits.find()
+            found.unseen = self.external_edits.find_unseen(found.changed)
+            self._refuse_unready()
+            for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
+                found.present[state.indices] = gradients.present
+                update = self._updates[state.layout.index]
+                update.reserve(state, gradients, lazy=inputs.lazy)
+            if inputs.factor != 1.0:
+                refuse_partly_multiplied(inputs, found.present, self._names)
+            self._count_update_nbytes()
+            with spans.span("norm"):
+                found.sum_of_squares = self._sum_of_squares()
         except Exception as error:
-            failure = error
+            found.failure = error
+        return found
+
+    def _exchange(self, inputs: StepInputs, found: _Found, spans: Spans) -> Agreement:
+        """Exchange what the ranks found, in the one all-reduce of a step."""
+        changes = self.external_edits.checksum(found.changed) if self.ranks.world_size > 1 else 0
         findings = Findings(
-            sum_of_squares=sum_of_squares,
-            non_finite=not np.isfinite(sum_of_squares),
+            sum_of_squares=found.sum_of_squares,
+            non_finite=not math.isfinite(found.sum_of_squares),
             found_inf=inputs.found_inf,
             grad_scale=inputs.grad_scale,
-            changes=self.external_edits.checksum(changed) if self.ranks.world_size > 1 else 0,
-            unseen=bool(unseen),
-            failed=failure is not None,
-            late=late,
+            changes=changes,
+            unseen=bool(found.unseen),
+            failed=found.failure is not None,
+            late=found.late,
             settings=inputs.checksum(),
             step=self.num_steps + 1,
             notice=inputs.notice,
-            present=torch.from_numpy(present),
+            present=torch.from_numpy(found.present),
         )
         with spans.span("agree"):
-            return agree(self.ranks, findings), changed, unseen, failure
+            return agree(self.ranks, findings)
 
     def _share_unseen(
         self, agreement: Agreement, changed: list[int], unseen: list[int]
@@ -472,23 +461,6 @@ class ShardedAdam:
             return dense + rows
         return dense if self.is_sharded else 0.0
 
-    def _apply(
-        self,
-        inputs: StepInputs,
-        agreement: Agreement,
-        decision: Decision,
-        changed: Sequence[int],
-        spans: Spans,
-    ) -> None:
-        """Carry out a step that is not skipped."""
-        self.external_edits.sync(changed)
-        active = agreement.present_counts.numpy() > 0
-        masks = UpdateMasks(
-            active, inputs.hyperparameters, decision.gradient_scale, inputs.step, inputs.lazy
-        )
-        self.external_edits.bump_versions(active)
-        self.executor.apply(self.reduction.gradients, masks, spans)
-
     def _names_of_non_finite(self, agreement: Agreement) -> tuple[str, ...]:
         """Return which parameters made the step be skipped, on any rank. Collective if any did."""
         if not agreement.non_finite:
@@ -498,6 +470,60 @@ class ShardedAdam:
         flags[torch.from_numpy(found)] = True
         flags = flags_on_any_rank(self.ranks, flags)
         return tuple(self._names[index] for index in torch.nonzero(flags).flatten().tolist())
+
+
+NUM_STEPS = 10
+"""How many steps a parameter may be without a gradient before that is worth a word."""
+
+
+class AbsenceWatch:
+    """Looks, in the first steps with its parameters, for those that no rank has a gradient for.
+
+    Lifecycle: a word once, after `NUM_STEPS`; further parameters begin it anew.
+
+    Args:
+        names, parameters: grow with the optimizer.
+    """
+
+    def __init__(self, names: Sequence[str], parameters: Sequence[torch.nn.Parameter]) -> None:
+        self._names = names
+        self._parameters = parameters
+        self._ever = torch.zeros(0, dtype=torch.bool, device="cpu")
+        self._num_steps = 0
+
+    def see(self, present_counts: torch.Tensor) -> None:
+        """Hear of a step.
+
+        Args:
+            present_counts: (num parameters,) int64, on how many ranks each has a gradient.
+        """
+        if present_counts.shape != self._ever.shape:
+            self._ever, self._num_steps = present_counts > 0, 0
+        elif self._num_steps == NUM_STEPS:
+            return
+        self._ever |= present_counts > 0
+        self._num_steps += 1
+        if self._num_steps == NUM_STEPS:
+            self._warn()
+
+    def _warn(self) -> None:
+        absent = [
+            repr(name)
+            for name, ever, parameter in zip(
+                self._names, self._ever.tolist(), self._parameters, strict=True
+            )
+            if not ever and parameter.requires_grad
+        ]
+        if absent:
+            more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+            logger.warning(
+                "no gradient in %d steps for parameter %s%s: they are not trained. If the model "
+                "uses them, it has other objects in their place (load_state_dict(assign=True)): "
+                "make a new optimizer",
+                NUM_STEPS,
+                ", ".join(absent[:5]),
+                more,
+            )
 
 
 def _added(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
