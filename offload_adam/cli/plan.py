@@ -133,7 +133,7 @@ def _subject(
         raise ValueError("give either CONFIG or --params")
     if params is None:
         from offload_adam.cli.train import load_arguments
-        from offload_adam.train.planned import subject_of
+        from offload_adam.train.plan import subject_of
 
         return subject_of(
             load_arguments([str(config), *overrides]), on_device=gpu_memory is not None

@@ -12,8 +12,8 @@ import torch
 
 from offload_adam.doctor import devices, host_memory, kept, processors, storage
 from offload_adam.doctor.bandwidth import counts_to_try, measure_bandwidth
+from offload_adam.doctor.bandwidth_cache import Bandwidth
 from offload_adam.doctor.finding import Finding, Status, failed, ok, warning, worst
-from offload_adam.doctor.kept import Bandwidth
 from offload_adam.doctor.network import Network, network_findings
 from offload_adam.doctor.step import can_step, measure_step
 from offload_adam.errors import HostMemoryError

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.coordinator.startup import World, joined_world
+from offload_adam.doctor.bandwidth_cache import Bandwidth, Ranks, ranks_like
 from offload_adam.doctor.finding import Finding, failed, ok, warning
-from offload_adam.doctor.kept import Bandwidth, Ranks, ranks_like
 from offload_adam.layout.ring import ALL_REDUCE_PASSES, RingSpeed, pass_nbytes
 from offload_adam.layout.schedule import Lane
 from offload_adam.options import FailurePolicy

@@ -28,7 +28,7 @@ from offload_adam.train.corpus import Corpus
 from offload_adam.train.loop import Job, Saver, run_steps
 from offload_adam.train.optimizer import build_optimizer, failure_policy
 from offload_adam.train.preparation import prepare
-from offload_adam.train.profiled import profiled_job
+from offload_adam.train.profiler import profiled_job
 from offload_adam.train.progress import step_display
 from offload_adam.train.records import MetricsFile
 from offload_adam.train.run_folder import (
@@ -46,9 +46,9 @@ from offload_adam.train.saving import (
     what_stands,
 )
 from offload_adam.train.schedule import build_schedule
+from offload_adam.train.sinks import watched
 from offload_adam.train.slowness import update_speed
 from offload_adam.train.summary import RunTotals, summary_table
-from offload_adam.train.watched import watched
 
 logger = logging.getLogger(__name__)
 

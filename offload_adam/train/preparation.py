@@ -14,7 +14,7 @@ from offload_adam.coordinator.startup import World
 from offload_adam.train.corpus import Corpus, load_corpus
 from offload_adam.train.model import build_model, find_factory
 from offload_adam.train.run_folder import require_writable
-from offload_adam.train.watched import refuse_missing_extras
+from offload_adam.train.sinks import refuse_missing_extras
 
 T = TypeVar("T")
 

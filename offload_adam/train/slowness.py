@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from statistics import median
 
-from offload_adam.doctor import kept
+from offload_adam.doctor import bandwidth_cache as kept
 from offload_adam.doctor.bandwidth import measure_bandwidth
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import allowed_cores, threads_per_rank
 from offload_adam.plan.timing import update_nbytes
 from offload_adam.train.loop import Job
-from offload_adam.train.planned import specs_of, training_of_job
+from offload_adam.train.plan import specs_of, training_of_job
 from offload_adam.train.records import StepRecord
 
 logger = logging.getLogger(__name__)

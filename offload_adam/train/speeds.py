@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from offload_adam.doctor import kept
+from offload_adam.doctor import bandwidth_cache as kept
 from offload_adam.doctor.devices import bus_gb_per_s
 from offload_adam.doctor.step import measure_step
 from offload_adam.kernels.threads import allowed_cores

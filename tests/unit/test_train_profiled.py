@@ -15,9 +15,9 @@ from rich.console import Console
 
 from offload_adam.config import ConfigError, RunConfig
 from offload_adam.coordinator.progress import PROGRESS
-from offload_adam.doctor import kept
+from offload_adam.doctor import bandwidth_cache as kept
 from offload_adam.sinks import server
-from offload_adam.train import watched
+from offload_adam.train import sinks as watched
 from offload_adam.train.job import run_job
 from offload_adam.train.model import build_model
 from tests.unit.test_train_alone import SMALL, run

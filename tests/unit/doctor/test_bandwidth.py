@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from offload_adam.doctor import bandwidth, kept, step
-from offload_adam.doctor.kept import Bandwidth
+from offload_adam.doctor.bandwidth_cache import Bandwidth
 from offload_adam.kernels.probe import pass_over
 
 

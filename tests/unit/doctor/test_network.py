@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 from offload_adam.cli.app import app
 from offload_adam.coordinator.ranks import open_rank_group
-from offload_adam.doctor import kept, network
+from offload_adam.doctor import bandwidth_cache as kept
+from offload_adam.doctor import network
+from offload_adam.doctor.bandwidth_cache import Bandwidth, Ranks
 from offload_adam.doctor.finding import Status
-from offload_adam.doctor.kept import Bandwidth, Ranks
 from offload_adam.doctor.network import Network, judged, measure_network, network_findings
 from offload_adam.layout.ring import RingSpeed
 from tests.support.ranks import RankPool

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from offload_adam import OffloadAdam, OffloadPolicy
-from offload_adam.doctor import kept
+from offload_adam.doctor import bandwidth_cache as kept
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import allowed_cores
 from offload_adam.step.host_update import HostUpdate

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from offload_adam.cli.app import app
-from offload_adam.doctor import kept
+from offload_adam.doctor import bandwidth_cache as kept
 from offload_adam.plan.advice import fits, largest_model, options
 from offload_adam.plan.inputs import MOST_NUMEL, Machine, Training, synthetic_specs
 from offload_adam.plan.prediction import predict
