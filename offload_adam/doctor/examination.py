@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from offload_adam.doctor import devices, host_memory, kept, processors, storage
+from offload_adam.doctor import bandwidth_cache, devices, host_memory, processors, storage
 from offload_adam.doctor.bandwidth import counts_to_try, measure_bandwidth
 from offload_adam.doctor.bandwidth_cache import Bandwidth
 from offload_adam.doctor.finding import Finding, Status, failed, ok, warning, worst
@@ -62,7 +62,7 @@ def examine(
 
     def keep(found: Bandwidth) -> Path | None:
         measured.append(found)
-        return kept.keep(found)
+        return bandwidth_cache.keep(found)
 
     def bandwidth() -> Iterator[Finding]:
         load_average = os.getloadavg()[0]  # before the measurement has its part in it
@@ -76,7 +76,7 @@ def examine(
             yield ok("bandwidth kept", f"in {path}, for runs and plans to compare with")
 
     def ranks() -> Iterator[Finding]:
-        yield from network_findings(network, kept.recall(), local_world_size)
+        yield from network_findings(network, bandwidth_cache.recall(), local_world_size)
         if network is not None and network.speed is not None:
             keep(Bandwidth(network={network.ranks: network.speed}))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from statistics import median
 
-from offload_adam.doctor import bandwidth_cache as kept
+from offload_adam.doctor import bandwidth_cache
 from offload_adam.doctor.bandwidth import measure_bandwidth
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import allowed_cores, threads_per_rank
@@ -97,7 +97,7 @@ def _limit_gb_per_s(num_threads: int) -> float | None:
     """Return the bandwidth of the memory with that many threads or, as kept, the next fewer."""
     if num_threads > allowed_cores():
         return None
-    known = kept.recall().memory
+    known = bandwidth_cache.recall().memory
     fewer = [count for count in known if count <= num_threads]
     if fewer:
         return known[max(fewer)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from offload_adam.doctor import bandwidth_cache as kept
+from offload_adam.doctor import bandwidth_cache
 from offload_adam.doctor.devices import bus_gb_per_s
 from offload_adam.doctor.step import measure_step
 from offload_adam.kernels.threads import allowed_cores
@@ -13,9 +13,9 @@ from offload_adam.plan.inputs import Machine, Source, Training
 
 def known_speeds(training: Training) -> Machine:
     """Return what doctor has kept: of a step, the bus, and the network of exactly these ranks."""
-    known = kept.recall()
+    known = bandwidth_cache.recall()
     device = "cuda" if training.on_device else "cpu"
-    ranks = kept.ranks_like(training.world_size, training.local_world_size, device)
+    ranks = bandwidth_cache.ranks_like(training.world_size, training.local_world_size, device)
     return Machine(
         host_gb_per_s=known.step,
         bus_gb_per_s=known.bus,

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from offload_adam.config import ConfigError, RunConfig
 from offload_adam.coordinator.progress import PROGRESS
-from offload_adam.doctor import bandwidth_cache as kept
+from offload_adam.doctor import bandwidth_cache
 from offload_adam.sinks import server
 from offload_adam.train import sinks as watched
 from offload_adam.train.job import run_job
@@ -124,7 +124,7 @@ def test_the_report_compares_updates_with_what_doctor_kept(
 ) -> None:
     pytest.importorskip("plotly")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    kept.keep(kept.Bandwidth({1: 20.0}, 2.0))
+    bandwidth_cache.keep(bandwidth_cache.Bandwidth({1: 20.0}, 2.0))
     run_with(tmp_path, {**SMALL, "train": STEPS, "profile": {"enabled": True}})
     page = (tmp_path / "case" / "report.html").read_text(encoding="utf-8")
     said = re.search(r"move ([\d.]+) GB/s on rank 0, (\d+)% of the 20\.0 GB/s", page)

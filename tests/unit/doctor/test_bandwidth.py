@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offload_adam.doctor import bandwidth, kept, step
+from offload_adam.doctor import bandwidth, bandwidth_cache, step
 from offload_adam.doctor.bandwidth_cache import Bandwidth
 from offload_adam.kernels.probe import pass_over
 
@@ -45,19 +45,19 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_is_kept_reads_back(cache_home: Path) -> None:
-    assert kept.recall() == Bandwidth()
-    path = kept.keep(Bandwidth({1: 0.1 + 0.2, 2: 40.0}, 1 / 3))
+    assert bandwidth_cache.recall() == Bandwidth()
+    path = bandwidth_cache.keep(Bandwidth({1: 0.1 + 0.2, 2: 40.0}, 1 / 3))
     assert path == cache_home / "offload_adam" / "bandwidth.json"
-    assert kept.recall() == Bandwidth({1: 0.1 + 0.2, 2: 40.0}, 1 / 3)
+    assert bandwidth_cache.recall() == Bandwidth({1: 0.1 + 0.2, 2: 40.0}, 1 / 3)
     assert [one.name for one in path.parent.iterdir()] == ["bandwidth.json"]
 
 
 def test_the_bandwidth_of_another_machine_is_not_used(
     cache_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept.keep(Bandwidth({1: 20.0}))
-    monkeypatch.setattr(kept, "allowed_cores", lambda: 12345)
-    assert kept.recall() == Bandwidth()
+    bandwidth_cache.keep(Bandwidth({1: 20.0}))
+    monkeypatch.setattr(bandwidth_cache, "allowed_cores", lambda: 12345)
+    assert bandwidth_cache.recall() == Bandwidth()
 
 
 @pytest.mark.parametrize(
@@ -73,26 +73,26 @@ def test_the_bandwidth_of_another_machine_is_not_used(
     ],
 )
 def test_a_damaged_file_is_as_none(cache_home: Path, damage: str) -> None:
-    path = kept.keep(Bandwidth({1: 20.0}))
+    path = bandwidth_cache.keep(Bandwidth({1: 20.0}))
     assert path is not None
     machine = json.dumps(json.loads(path.read_text())["machine"])
     path.write_text(damage.replace("MACHINE", machine))
-    assert kept.recall() == Bandwidth()
+    assert bandwidth_cache.recall() == Bandwidth()
 
 
 def test_values_that_cannot_be_are_left_out(cache_home: Path) -> None:
     memory = {0: 5.0, 1: -1.0, 2: float("nan"), 3: float("inf"), 4: 8.0}
-    kept.keep(Bandwidth(memory, float("inf")))
-    assert kept.recall() == Bandwidth({4: 8.0})
+    bandwidth_cache.keep(Bandwidth(memory, float("inf")))
+    assert bandwidth_cache.recall() == Bandwidth({4: 8.0})
 
 
 def test_a_folder_that_cannot_be_written_is_survived(
     cache_home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (cache_home / "offload_adam").write_text("a file")
-    assert kept.keep(Bandwidth({1: 20.0})) is None
+    assert bandwidth_cache.keep(Bandwidth({1: 20.0})) is None
     assert "cannot be kept" in caplog.text
-    assert kept.recall() == Bandwidth()
+    assert bandwidth_cache.recall() == Bandwidth()
 
 
 def test_a_step_counts_every_byte_that_it_moves(monkeypatch: pytest.MonkeyPatch) -> None:

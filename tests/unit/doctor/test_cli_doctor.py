@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from offload_adam.cli.app import app
-from offload_adam.doctor import examination, kept
+from offload_adam.doctor import bandwidth_cache, examination
 from offload_adam.doctor.bandwidth import measure_bandwidth
 from offload_adam.doctor.finding import failed, ok, warning
 from offload_adam.doctor.step import measure_step
@@ -49,7 +49,7 @@ def test_everything_found_is_shown_and_written(tmp_path: Path) -> None:
     measured = {int(count): value for count, value in values["bandwidth_gb_per_s"].items()}
     assert 1 in measured
     assert all(value > 0.0 for value in measured.values())
-    assert kept.recall() == kept.Bandwidth(measured, values["step_gb_per_s"])
+    assert bandwidth_cache.recall() == bandwidth_cache.Bandwidth(measured, values["step_gb_per_s"])
     assert values["step_gb_per_s"] > 0.0
 
 
@@ -58,7 +58,7 @@ def test_what_has_failed_exits_with_1(tmp_path: Path) -> None:
     code, output = doctor("--no-measure", f"--dir={tmp_path / 'file' / 'runs'}")
     assert code == 1
     assert "1 failed" in output
-    assert kept.recall() == kept.Bandwidth()
+    assert bandwidth_cache.recall() == bandwidth_cache.Bandwidth()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload_adam.doctor import devices, examination, host_memory, kept, processors, storage
+from offload_adam.doctor import (
+    bandwidth_cache,
+    devices,
+    examination,
+    host_memory,
+    processors,
+    storage,
+)
 from offload_adam.doctor.examination import bandwidth_findings, examine, looked
 from offload_adam.doctor.finding import Finding, Status, failed, ok, warning, worst
 from offload_adam.errors import HostMemoryError
@@ -204,7 +211,7 @@ def test_the_slowest_bus_is_kept_beside_the_rest(
     assert found.bandwidth.bus == 9.0
     statuses = {one.topic: one.status for one in found.findings if one.topic.startswith("bus")}
     assert statuses == {"bus of GPU 0": Status.OK, "bus of GPU 1": Status.WARNING}
-    assert kept.recall() == found.bandwidth
+    assert bandwidth_cache.recall() == found.bandwidth
     machine = known_speeds(Training())
     assert (machine.bus_gb_per_s, machine.host_gb_per_s) == (9.0, 7.0)
     assert machine.source_of("bus") is Source.KEPT

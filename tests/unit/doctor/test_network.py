@@ -16,8 +16,7 @@ from typer.testing import CliRunner
 
 from offload_adam.cli.app import app
 from offload_adam.coordinator.ranks import open_rank_group
-from offload_adam.doctor import bandwidth_cache as kept
-from offload_adam.doctor import network
+from offload_adam.doctor import bandwidth_cache, network
 from offload_adam.doctor.bandwidth_cache import Bandwidth, Ranks
 from offload_adam.doctor.finding import Status
 from offload_adam.doctor.network import Network, judged, measure_network, network_findings
@@ -66,26 +65,28 @@ def test_a_speed_is_what_a_rank_sends_over_the_slowest_ranks_time(ranks: RankPoo
 
 
 def test_what_is_kept_of_a_network_reads_back_beside_the_rest(cache_home: Path) -> None:
-    kept.keep(Bandwidth({1: 20.0}, 12.0))
+    bandwidth_cache.keep(Bandwidth({1: 20.0}, 12.0))
     eight = Ranks(8, 4, "nccl", "cuda")
-    kept.keep(Bandwidth(network={TWO: RingSpeed(1 / 3, 0.1 + 0.2, 2.0), eight: SPEED}))
-    kept.keep(Bandwidth(network={TWO: SPEED}))
+    bandwidth_cache.keep(Bandwidth(network={TWO: RingSpeed(1 / 3, 0.1 + 0.2, 2.0), eight: SPEED}))
+    bandwidth_cache.keep(Bandwidth(network={TWO: SPEED}))
     known = Bandwidth({1: 20.0}, 12.0, {TWO: SPEED, eight: SPEED})
-    assert kept.recall() == known
-    kept.keep(Bandwidth({2: 30.0}))
-    assert kept.recall() == replace(known, memory={2: 30.0})
+    assert bandwidth_cache.recall() == known
+    bandwidth_cache.keep(Bandwidth({2: 30.0}))
+    assert bandwidth_cache.recall() == replace(known, memory={2: 30.0})
 
 
 def test_a_network_that_cannot_be_is_left_out_and_a_file_without_one_is_read(
     cache_home: Path,
 ) -> None:
-    path = kept.keep(Bandwidth({1: 20.0}, network={TWO: replace(SPEED, gather=float("nan"))}))
+    path = bandwidth_cache.keep(
+        Bandwidth({1: 20.0}, network={TWO: replace(SPEED, gather=float("nan"))})
+    )
     assert path is not None
-    assert kept.recall() == Bandwidth({1: 20.0})
+    assert bandwidth_cache.recall() == Bandwidth({1: 20.0})
     values = json.loads(path.read_text())
     del values["network_gb_per_s"]
     path.write_text(json.dumps(values))
-    assert kept.recall() == Bandwidth({1: 20.0})
+    assert bandwidth_cache.recall() == Bandwidth({1: 20.0})
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def planned(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
 
 
 def test_a_plan_uses_the_network_of_its_own_ranks_alone(tmp_path: Path, cache_home: Path) -> None:
-    kept.keep(Bandwidth({1: 20.0}, 10.0, {TWO: SPEED}))
+    bandwidth_cache.keep(Bandwidth({1: 20.0}, 10.0, {TWO: SPEED}))
     config = (str(ROOT / "configs" / "tiny.yaml"), "--train.dtype=bf16")
     values, _ = planned(tmp_path, *config, "--world-size=2")
     numel = -(-values["num_parameters"] // 256) * 256
@@ -158,7 +159,7 @@ def test_doctor_under_torchrun_measures_and_keeps_what_a_plan_uses(
     assert ranks == {"world_size": 2, "local_world_size": 2, "backend": "gloo", "device": "cpu"}
     assert speed.least > 0.0
     assert values["step_gb_per_s"] > 0.0
-    assert kept.recall().network == {TWO: speed}
+    assert bandwidth_cache.recall().network == {TWO: speed}
     plan, _ = planned(tmp_path, str(ROOT / "configs" / "tiny.yaml"), "--world-size=2")
     assert plan["machine"]["network"] == values["network"]["speed"]
     assert {"update", "network"} <= plan["seconds"].keys()

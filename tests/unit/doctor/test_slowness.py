@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from offload_adam import OffloadAdam, OffloadPolicy
-from offload_adam.doctor import bandwidth_cache as kept
+from offload_adam.doctor import bandwidth_cache
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import allowed_cores
 from offload_adam.step.host_update import HostUpdate
@@ -156,7 +156,7 @@ def test_a_run_compares_itself_with_what_doctor_kept(
     gb_per_s: float,
     num_warnings: int,
 ) -> None:
-    kept.keep(kept.Bandwidth({1: gb_per_s}))
+    bandwidth_cache.keep(bandwidth_cache.Bandwidth({1: gb_per_s}))
     run(tmp_path, optimizer=optimizer)
     warned = [one for one in caplog.records if "less than half" in one.getMessage()]
     assert len(warned) == num_warnings
@@ -173,7 +173,7 @@ def test_without_doctor_a_run_measures_for_itself(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(slowness, "measure_bandwidth", measure)
     assert slowness._limit_gb_per_s(1) == 30.0
     assert measured == [1]
-    kept.keep(kept.Bandwidth({1: 20.0}))
+    bandwidth_cache.keep(bandwidth_cache.Bandwidth({1: 20.0}))
     assert slowness._limit_gb_per_s(1) == 20.0
     assert slowness._limit_gb_per_s(allowed_cores() + 1) is None
     assert measured == [1]

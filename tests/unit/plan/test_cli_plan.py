@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from offload_adam.cli.app import app
-from offload_adam.doctor import bandwidth_cache as kept
+from offload_adam.doctor import bandwidth_cache
 from offload_adam.plan.advice import fits, largest_model, options
 from offload_adam.plan.inputs import MOST_NUMEL, Machine, Training, synthetic_specs
 from offload_adam.plan.prediction import predict
@@ -151,7 +151,7 @@ def test_a_bandwidth_that_doctor_has_kept_is_used(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert planned(tmp_path, CONFIG)["seconds"] is None
-    kept.keep(kept.Bandwidth({1: 20.0, 2: 50.0}, 40.0))
+    bandwidth_cache.keep(bandwidth_cache.Bandwidth({1: 20.0, 2: 50.0}, 40.0))
     values = planned(tmp_path, CONFIG)
     assert values["machine"]["host_gb_per_s"] == 40.0
     assert values["machine"]["sources"]["update"] == "measured by doctor"
