@@ -204,6 +204,7 @@ def _step_alike(shared: OffloadAdam, own: OffloadAdam) -> None:
         assert report is not None
         reports.append((report.skipped, report.num_updated, report.clip_factor))
     assert reports[0] == reports[1]
+    shared.synchronize()  # a device's updates run on beside the next forward
 
 
 @pytest.mark.parametrize("seed", range(8))
