@@ -16,7 +16,7 @@ import torch.distributed as dist
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.schedule import Lane
 from offload_adam.torch_private import all_gather, reduce_scatter
-from offload_adam.transfer.streams import Streams
+from offload_adam.transfer.streams import HostStreams, Streams
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def _issue(
     shard: torch.Tensor,
 ) -> PendingCollective:
     """Start a collective on its lane, which on a device then waits for it; the host does not."""
-    if not buffer.is_cuda:
+    if isinstance(streams, HostStreams):
         return PendingCollective(start(), buffer, shard)
 
     def start_and_wait() -> None:

@@ -1,42 +1,120 @@
-"""Parameters in host memory that an optimizer takes for a device's."""
+"""Parameters in host memory that an optimizer takes for a device's.
+
+    lane                    runs
+    COMPUTE                 at once, on the calling thread, as autograd does on a CPU
+    DOWN                    on a thread of its own, in the order of issue
+    UP                      on a thread of its own
+    REDUCE and GATHER       on one thread together: all ranks must start collectives in one order
+
+So copies and collectives are asynchronous, as on a GPU: a backward never waits for a collective,
+which may need a rank that runs no backward. Only COMPUTE blocks where it waits for another lane.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterable
 
 import torch
 
-from offload_adam.coordinator.ranks import RankGroup
+from offload_adam.layout.schedule import Lane
 from offload_adam.step.build import Backend
-from offload_adam.transfer.collectives import GroupCollectives, PendingCollective
-from offload_adam.transfer.streams import HostStreams, Streams
+from offload_adam.transfer.streams import Mark
 from tests.support.cuda_runtime import StandInRuntime
 
+_THREADS = {Lane.DOWN: "down", Lane.UP: "up", Lane.REDUCE: "ranks", Lane.GATHER: "ranks"}
 
-class EagerCollectives(GroupCollectives):
-    """Collectives that are over when they have been issued: no stream waits for one of gloo."""
+Job = Callable[[], object]
 
-    def __init__(self, ranks: RankGroup) -> None:
-        super().__init__(ranks)
-        self._ranks = ranks
 
-    def mean(
-        self, streams: Streams, buffer: torch.Tensor, part: tuple[int, int]
-    ) -> PendingCollective:
-        return self._finish(super().mean(streams, buffer, part))
+class ThreadMark:
+    """A point in the work of a lane's thread; raises what the work before it has raised."""
 
-    def gather(self, streams: Streams, flat: torch.Tensor) -> PendingCollective:
-        return self._finish(super().gather(streams, flat))
+    def __init__(self) -> None:
+        self._reached = threading.Event()
+        self.error: BaseException | None = None
 
-    def _finish(self, pending: PendingCollective) -> PendingCollective:
-        pending.wait(self._ranks)
-        return replace(pending, work=None)
+    def reach(self, error: BaseException | None) -> None:
+        self.error = error
+        self._reached.set()
+
+    def query(self) -> bool:
+        return self._reached.is_set()
+
+    def synchronize(self) -> None:
+        self._reached.wait()
+        if self.error is not None:
+            raise self.error
+
+
+def _work(jobs: queue.SimpleQueue[Job | ThreadMark | None]) -> None:
+    error: BaseException | None = None
+    while (job := jobs.get()) is not None:
+        if isinstance(job, ThreadMark):
+            job.reach(error)
+        elif error is None:
+            try:
+                with torch.no_grad():
+                    job()
+            except BaseException as raised:
+                error = raised
+        del job
+
+
+class ThreadStreams:
+    """The lanes of a device, each a thread.
+
+    Owns: the threads, until it is collected.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, queue.SimpleQueue[Job | ThreadMark | None]] = {}
+        for name in dict.fromkeys(_THREADS.values()):
+            jobs = self._jobs[name] = queue.SimpleQueue()
+            threading.Thread(target=_work, args=(jobs,), name=f"lane {name}", daemon=True).start()
+            weakref.finalize(self, jobs.put, None)
+
+    def launch(
+        self,
+        lane: Lane,
+        action: Job,
+        *,
+        reads: Iterable[torch.Tensor] = (),
+        writes: Iterable[torch.Tensor] = (),
+    ) -> None:
+        held = (*reads, *writes)
+
+        def run(_: object = held) -> None:
+            action()
+
+        if lane is Lane.COMPUTE:
+            action()
+        else:
+            self._jobs[_THREADS[lane]].put(run)
+
+    def mark(self, lane: Lane) -> Mark:
+        mark = ThreadMark()
+        if lane in _THREADS:
+            self._jobs[_THREADS[lane]].put(mark)
+        else:
+            mark.reach(None)
+        return mark
+
+    def wait(self, lane: Lane, mark: Mark) -> None:
+        if lane in _THREADS:
+            self._jobs[_THREADS[lane]].put(mark.synchronize)
+        else:
+            mark.synchronize()
+
+    def synchronize(self, mark: Mark) -> None:
+        mark.synchronize()
 
 
 HOST_AS_DEVICE = Backend(
     is_device=lambda _: True,
     make_runtime=StandInRuntime,
-    make_streams=lambda _: HostStreams(),
-    make_collectives=EagerCollectives,
+    make_streams=lambda _: ThreadStreams(),
 )
-"""All paths of parameters on a GPU; copies are over when they have been issued."""
+"""All paths of parameters on a GPU."""
