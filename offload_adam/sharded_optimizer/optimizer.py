@@ -139,8 +139,7 @@ class ShardedOptimizer(CoreOptimizer):
                     if any(on_device) and not policy.replicated
                     else None
                 ),
-                checkpoint_room_nbytes=execution.offload.checkpoint_room_nbytes,
-                allow_overcommit=execution.offload.allow_overcommit,
+                offload=execution.offload,
             )
             self._core = ShardedAdam(
                 self._ranks,

@@ -26,6 +26,7 @@ from offload_adam.layout.state_plan import StatePlan, StatePolicy, plan_state
 from offload_adam.memory.arena import HostArena, Touch, arena_nbytes
 from offload_adam.memory.pinning import CudaRuntime, cuda_runtime
 from offload_adam.memory.planes import DeviceMemory, allocate_planes
+from offload_adam.options import OffloadPolicy
 from offload_adam.params.bucket import BucketState, adopt, segment_arrays
 from offload_adam.params.selection import NewParameter
 from offload_adam.step.executor import Worker
@@ -61,16 +62,13 @@ class Placing:
     policy: decides where each bucket's state is stored, and in which formats.
     is_device: tells devices from host memory.
     runtime: page-locks host memory; None where nothing is to be.
-    checkpoint_room_nbytes: host memory, at most, for copies that a checkpoint in the background
-        makes of what is updated before it is written.
-    allow_overcommit: take memory that the node does not seem to have.
+    offload: the user's options for memory.
     """
 
     policy: StatePolicy
     is_device: Callable[[torch.device], bool]
     runtime: CudaRuntime | None = None
-    checkpoint_room_nbytes: int = 0
-    allow_overcommit: bool = False
+    offload: OffloadPolicy = OffloadPolicy()
 
     def share_of(self, ranks: RankGroup) -> tuple[int, int]:
         """Return this rank's place among those that a bucket's state is divided over."""
@@ -132,7 +130,7 @@ def build_states(
     room_nbytes = copy_room_nbytes(plans, room_nbytes)
     if room_nbytes > 0:
         needed["checkpoint room"] = room_nbytes
-    admit_memory(ranks, needed, allow_overcommit=placing.allow_overcommit)
+    admit_memory(ranks, needed, allow_overcommit=placing.offload.allow_overcommit)
     with raise_on_all_ranks(ranks, "allocating its state"):
         arena = HostArena(arena_nbytes(parts), parts=parts, touch=touch)
         room = HostArena(room_nbytes)

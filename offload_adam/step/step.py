@@ -143,7 +143,8 @@ class ShardedAdam:
             self._placing,
             len(self.states),
             touch,
-            room_nbytes=self._placing.checkpoint_room_nbytes - self.snapshot_lock.room_nbytes,
+            room_nbytes=self._placing.offload.checkpoint_room_nbytes
+            - self.snapshot_lock.room_nbytes,
         )
         self.arenas += [arena, room]
         self.snapshot_lock.rooms.append(room.take(room.nbytes, torch.uint8))
