@@ -146,11 +146,11 @@ def test_the_thread_ends_with_its_owner() -> None:
 
 
 class Arriving:
-    """Tasks whose copies have arrived, or not, as the test says; landing is written down."""
+    """Tasks whose copies have arrived, or not, as the test says; it writes down what finishes."""
 
     def __init__(self) -> None:
         self.arrived: set[str] = set()
-        self.shard: list[str] = []
+        self.finished: list[str] = []
 
     def start_copy(self, gradient_copy: Any) -> None:
         pass
@@ -158,19 +158,19 @@ class Arriving:
     def has_arrived(self, gradient_copy: Any) -> bool:
         return gradient_copy in self.arrived
 
-    def land(self, gradient_copy: Any) -> None:
-        self.shard.append(gradient_copy)
+    def finish_copy(self, gradient_copy: Any) -> None:
+        self.finished.append(gradient_copy)
 
 
-def test_a_sequential_backward_lands_what_has_come_in_order_and_waits_for_nothing() -> None:
+def test_a_sequential_backward_finishes_copies_in_order_and_waits_for_nothing() -> None:
     tasks = Arriving()
     executor = SequentialExecutor(cast(Tasks, tasks))
     executor.start_copy(cast(Any, "first"))
     tasks.arrived.add("second")
     executor.start_copy(cast(Any, "second"))
-    assert tasks.shard == []
+    assert tasks.finished == []
     tasks.arrived.add("first")
     executor.start_copy(cast(Any, "third"))
-    assert tasks.shard == ["first", "second"]
+    assert tasks.finished == ["first", "second"]
     executor.finish_copies(wait=True)
-    assert tasks.shard == ["first", "second", "third"]
+    assert tasks.finished == ["first", "second", "third"]

@@ -230,7 +230,7 @@ def test_a_run_of_no_elements_is_refused() -> None:
         ({"exp_avg_sqs": [torch.zeros(4).half()]}, r"exp_avg_sqs\[0\] is torch.float16.*float32"),
         ({"gradients": [torch.zeros(4).int()]}, r"gradients\[0\] is torch.int32.*floating"),
         ({"max_exp_avg_sqs": [torch.zeros(3)]}, r"max_exp_avg_sqs\[0\] has shape \(3,\)"),
-        ({"param_out": [torch.zeros(4, device="meta")]}, r"rounded\[0\] .* on meta.*on cpu"),
+        ({"param_out": [torch.zeros(4, device="meta")]}, r"param_out\[0\] .* on meta.*on cpu"),
     ],
 )
 def test_segments_that_do_not_fit_are_refused(
