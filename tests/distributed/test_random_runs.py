@@ -123,6 +123,7 @@ def make_pair(
         "max_grad_norm": options.max_grad_norm,
         "offload": OffloadPolicy(bucket_nbytes=options.bucket_nbytes),
         "num_threads": 1,
+        "overlap": None,
     }
     shared = maker(
         apart.all[:NUM_AT_FIRST],
