@@ -297,14 +297,16 @@ class OverlappedExecutor(Executor):
         for number in self._numbers(hosted=False):
             self.tasks.sum_of_squares(number, gradients[number])
         found: list[float] = []
-        self._call("the norm", lambda: found.append(Executor.sum_of_squares(self, gradients)))
+        self.run_with_updates(
+            "the norm", lambda: found.append(Executor.sum_of_squares(self, gradients))
+        )
         return found[0]
 
     def non_finite_indices(self, gradients: Sequence[BucketGradients]) -> npt.NDArray[np.int64]:
         """Let the worker look, but on a device."""
         found = [find_non_finite(self.tasks, self._numbers(hosted=False), gradients)]
         hosted = self._numbers(hosted=True)
-        self._call(
+        self.run_with_updates(
             "the search for what is not finite",
             lambda: found.append(find_non_finite(self.tasks, hosted, gradients)),
         )
@@ -424,10 +426,6 @@ class OverlappedExecutor(Executor):
 
     def run_with_updates(self, what: str, job: Callable[[], None]) -> None:
         """Let the worker do it, and wait for it."""
-        self._call(what, job)
-
-    def _call(self, what: str, job: Callable[[], None]) -> None:
-        """Let the worker do something, and wait for it."""
         self._await(self._give(what, job), "norm")
 
     def _await(self, job: Job, phase: str, bucket: int | None = None) -> None:
