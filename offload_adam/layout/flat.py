@@ -31,7 +31,7 @@ BLOCK_NUMEL = 128
 class ParameterSpec:
     """One parameter as the layout sees it.
 
-    family: parameters of one bucket have the same (dtype, device and the two fields below).
+    bucket_key: the same for all parameters of a bucket: dtype, device and the two fields below.
     amsgrad: the largest second moment so far is state, too.
     on_device: the parameter is not in host memory.
     """

@@ -25,7 +25,7 @@ class Training:
     on_device: parameters live on a GPU, their state on the host.
     streams: gradients leave during backward, bucket by bucket.
     reduces: this package averages the gradients.
-    beside: state lies beside its parameter, whole on every rank.
+    replicated: state is stored with its parameter, whole on every rank.
     offload_fraction: of the elements on a GPU that have their state on the host.
     saves: checkpoints are written.
     checkpoint_room_nbytes: for copies of what is updated before it is written, at most.

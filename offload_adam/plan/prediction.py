@@ -80,8 +80,8 @@ def _gradients(plans: Sequence[StatePlan], training: Training) -> int:
     """
     leaves = training.streams and training.reduces and not training.replicated
     sizes = [plan.bucket.numel * plan.bucket.itemsize for plan in plans]
-    landed = all(plan.gradient.shard_itemsize > 0 for plan in plans)
-    return max(sizes, default=0) if leaves and landed else sum(sizes)
+    have_shards = all(plan.gradient.shard_itemsize > 0 for plan in plans)
+    return max(sizes, default=0) if leaves and have_shards else sum(sizes)
 
 
 def _slots(plans: Sequence[StatePlan]) -> int:

@@ -147,7 +147,8 @@ def _on_host(plans: Sequence[StatePlan]) -> list[StatePlan]:
 def _host_nbytes(plans: Sequence[StatePlan], training: Training) -> int:
     """Return the traffic of a node's memory; none where state lies on the devices.
 
-    Parameters in host memory have their gradients there, too, and these are packed and landed.
+    Parameters in host memory have their gradients there, too: these are packed, and copied to the
+    gradient shard.
     """
     exchanged = not training.on_device and training.reduces and training.world_size > 1
     of_rank = sum(map(traffic_nbytes, _on_host(plans)))
@@ -171,7 +172,7 @@ def _network_s(
     """Return the seconds of a step's collectives, None where their speed is not known.
 
     A reduce-scatter is one pass and an all-reduce two: gloo, on CPUs, has no reduce-scatter worth
-    its name, and state beside the parameters needs the whole average. It gathers nothing.
+    its name, and replicated state needs the whole average. It gathers nothing.
     """
     if training.world_size == 1 or (training.replicated and not training.reduces):
         return 0.0

@@ -395,7 +395,7 @@ class CoreOptimizer(torch.optim.Optimizer):
 
     @serialized
     def plain_state(self, name_of: Callable[[torch.Tensor], str]) -> dict[str, Any]:
-        """Return what is no tensor: groups, step counts by name, and the face's own state."""
+        """Return what is no tensor: groups, step counts by name, and the subclass's own state."""
         groups = [
             {
                 "parameters": [name_of(parameter) for parameter in group["params"]],

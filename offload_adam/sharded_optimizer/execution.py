@@ -30,7 +30,8 @@ from offload_adam.version import __version__
 class Execution(ExecutionOptions):
     """How an optimizer holds its state and takes its steps, whatever its formula.
 
-    beside: state lies beside its parameter, whole on every rank; `module` then gives names only.
+    replicated: state is stored with its parameter, whole on every rank; `module` then gives names
+        only.
     takes_rows: gradients may be sparse.
     """
 

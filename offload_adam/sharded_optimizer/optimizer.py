@@ -1,4 +1,4 @@
-"""The base of the public faces: construction, groups, hooks, the step with its errors."""
+"""The base of the public optimizers: construction, groups, hooks, the step with its errors."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ logger = logging.getLogger(__name__)
 
 
 class ShardedOptimizer(CoreOptimizer):
-    """A `torch.optim.Optimizer` over a `ShardedAdam`: the base of the public faces.
+    """A `torch.optim.Optimizer` over a `ShardedAdam`: the base of the public optimizers.
 
-    A face checks its arguments and groups, says each group's hyperparameters at each step, and may
+    Subclasses check their arguments and groups, return each group's hyperparameters, and may
     add to what is saved. All else is here: taking parameters in, hooks, the step with its errors
     and reports, state dicts.
 
     Owns: process groups of its own, hooks on the parameters, host memory. `close` ends all three.
-    Lifecycle: a face's constructor calls `_construct` once.
+    Lifecycle: a subclass's constructor calls `_construct` once.
     """
 
     # GradScaler hands grad_scale and found_inf over instead of deciding on this rank alone.
@@ -77,8 +77,8 @@ class ShardedOptimizer(CoreOptimizer):
         """Check everything, then allocate and build, or leave nothing behind. Collective.
 
         Args:
-            admit: the face's own checks; it lets torch take the groups in, and returns what ranks
-                must have in common besides parameters, groups and execution.
+            admit: runs the subclass's own checks, lets torch take the groups in, and returns fields
+                that ranks must have in common besides parameters, groups and execution.
         """
         torch_private.check()
         self._lock = threading.RLock()
@@ -180,7 +180,7 @@ class ShardedOptimizer(CoreOptimizer):
         return []
 
     def _step_inputs(self) -> StepInputs:
-        """Return what the face tells every step, to which a loss scaler and clipping are added."""
+        """Return the subclass's inputs of a step; a loss scaler and clipping are added to them."""
         return StepInputs(hyperparameters=self._hyperparameters())
 
     def _stepped(self, report: StepReport) -> None:

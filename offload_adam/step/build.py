@@ -231,10 +231,10 @@ class Routing:
         )
 
     def _reserve(self, state: BucketState) -> None:
-        bucket, family = state.layout, state.layout.bucket_key
+        bucket, key = state.layout, state.layout.bucket_key
         if state.plan.uses_ring:
-            self.rings.fit_reduction(family, state.gradient_dtype, state.device, bucket.numel)
+            self.rings.fit_reduction(key, state.gradient_dtype, state.device, bucket.numel)
         elif state.plan.is_offloaded and not state.plan.copies_straight:
             self.copier.reserve(state, state.gradient_dtype)
         if state.plan.stages_parameters:
-            self.rings.fit_staging(family, state.dtype, bucket.shard_numel)
+            self.rings.fit_staging(key, state.dtype, bucket.shard_numel)

@@ -267,7 +267,7 @@ def _update_run(
 class DeviceUpdate:
     """Does with torch's operations what `HostUpdate` does with the kernels.
 
-    State beside its parameter is never divided: every parameter is one segment there. Of sharded
+    Replicated state is never divided: every parameter is one segment there. Of sharded
     state the segments are what this rank owns.
     """
 

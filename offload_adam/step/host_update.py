@@ -2,7 +2,7 @@
 
 sum_of_squares    before the agreement: one launch for each gradient dtype
 update            after it: plain gradients in one launch for each dtype, then, one parameter
-                  after the other, those that need their whole gradient (see `prepared`)
+                  after the other, those that need their whole gradient (see `gradients.whole`)
 """
 
 from __future__ import annotations

@@ -451,7 +451,7 @@ class ShardedAdam:
         """Return this rank's share of the sum; not finite if one of its gradients is not.
 
         What every rank has whole is counted by rank 0: sparse gradients, and all of them where
-        state lies beside its parameter.
+        the state is replicated.
         """
         gradients = self.reduction.gradients
         dense = self.executor.sum_of_squares(gradients)
