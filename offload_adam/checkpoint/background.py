@@ -44,10 +44,10 @@ def begin_checkpoint(
         CheckpointError: as `save_checkpoint`; another one has not been waited for.
         OSError: on the rank where writing failed; the others raise a PeerError. No file is left.
     """
-    with optimizer.lock:
+    with optimizer._lock:
         optimizer.synchronize()
         with PROGRESS.at("checkpoint", long_running=True):
-            save = open_save(Path(path), model, optimizer, extra, optimizer.checkpoint_rooms)
+            save = open_save(Path(path), model, optimizer, extra, optimizer._checkpoint_rooms)
             with save.discarding(), raise_on_all_ranks(save.ranks, "writing a checkpoint"):
                 save.write_whole()
             return PendingCheckpoint(save, optimizer)
@@ -66,7 +66,7 @@ class PendingCheckpoint:
     def __init__(self, save: Save, optimizer: ShardedOptimizer) -> None:
         self._save = save
         self._optimizer = optimizer
-        self._snapshot_lock = optimizer.lock_snapshot(save.buckets)
+        self._snapshot_lock = optimizer._lock_snapshot(save.buckets)
         self._number = self._snapshot_lock.num_begun
         self._writer = _Writer(save, self._snapshot_lock)
         self._is_over = False
@@ -115,7 +115,7 @@ class PendingCheckpoint:
     def _result(self) -> RankEntry:
         """Return what this rank has written, after a last check for modified parameters."""
         entry = self._writer.result()
-        self._optimizer.wait_for_snapshot()
+        self._optimizer._wait_for_snapshot()
         self._snapshot_lock.raise_if_invalidated()
         return entry
 

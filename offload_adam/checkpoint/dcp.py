@@ -36,10 +36,10 @@ class OptimizerState:
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's boxes, which are views of the state, and the rest as JSON."""
         self._optimizer.synchronize()
-        self._optimizer.wait_for_snapshot()  # it may be to be loaded into
-        plain = encode(self._optimizer.plain_state(self._name_of), "optimizer")
+        self._optimizer._wait_for_snapshot()  # it may be to be loaded into
+        plain = encode(self._optimizer._plain_state(self._name_of), "optimizer")
         state: dict[str, dict[str, BoxTensor]] = {}
-        for shard in self._optimizer.shards():
+        for shard in self._optimizer._shards():
             shape, order = shard.parameter.shape, memory_order(shard.parameter)
             state[self._name_of(shard.parameter)] = {
                 key: BoxTensor(shape, plane.dtype, range_sources(shape, order, shard.start, plane))
@@ -56,8 +56,8 @@ class OptimizerState:
         """
         values = json.loads(state_dict["plain"])
         plain = decoded_optimizer(values["optimizer"], values.get("format_version", 2))
-        self._optimizer.check_plain_state(plain, self._name_of)
-        self._optimizer.load_plain_state(plain, self._name_of)
+        self._optimizer._check_plain_state(plain, self._name_of)
+        self._optimizer._load_plain_state(plain, self._name_of)
         self._optimizer.num_steps = values["num_steps"]
         self._optimizer.refresh_master()
 

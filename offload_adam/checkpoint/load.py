@@ -71,18 +71,18 @@ def load_checkpoint(
     folder = Path(path)
     ranks = optimizer.ranks
     name_of = ParameterNames(model)
-    with optimizer.lock, PROGRESS.at("checkpoint", long_running=True), ExitStack() as stack:
+    with optimizer._lock, PROGRESS.at("checkpoint", long_running=True), ExitStack() as stack:
         with raise_on_all_ranks(ranks, "reading a checkpoint"):
             manifest = read_manifest(folder)
             reader = stack.enter_context(CheckpointReader(folder, manifest))
             state = model_state(model, optimizer)
             _check(manifest, model, optimizer, state)
             plain = decoded_optimizer(manifest.optimizer.model_dump(), manifest.format_version)
-            optimizer.check_plain_state(plain, name_of)
+            optimizer._check_plain_state(plain, name_of)
         with raise_on_all_ranks(ranks, "loading a checkpoint"), torch.no_grad():
-            optimizer.wait_for_snapshot()
+            optimizer._wait_for_snapshot()
             _load(reader, model, optimizer, state)
-            optimizer.load_plain_state(plain, name_of)
+            optimizer._load_plain_state(plain, name_of)
             optimizer.num_steps = reader.manifest.step
     return reader.manifest.decoded_extra()
 
@@ -224,7 +224,7 @@ def _check(
     """
     name_of = ParameterNames(model)
     expected: dict[str, torch.Tensor] = {}
-    for shard in optimizer.shards():
+    for shard in optimizer._shards():
         name = name_of(shard.parameter)
         expected[f"model/{name}"] = shard.parameter
         for key, plane in shard.planes.items():
@@ -291,7 +291,7 @@ def _read_in_place(
     name_of = ParameterNames(model)
     loaded = set()
     reads: list[Read] = []
-    for shard in optimizer.shards():
+    for shard in optimizer._shards():
         name = name_of(shard.parameter)
         for key, plane in shard.planes.items():
             saved = f"optimizer/{name}/{key}"

@@ -83,7 +83,7 @@ def save_checkpoint(
             model's state dict cannot be saved.
         OSError: on the rank where writing failed; the others raise a PeerError. No file is left.
     """
-    with optimizer.lock:
+    with optimizer._lock:
         optimizer.synchronize()
         with PROGRESS.at("checkpoint", long_running=True):
             save = open_save(Path(path), model, optimizer, extra)
@@ -107,11 +107,11 @@ def open_save(
     """
     ranks = optimizer.ranks
     with raise_on_all_ranks(ranks, "preparing a checkpoint"):
-        if optimizer.is_being_read:
+        if optimizer._is_being_read:
             raise CheckpointError(
                 "another checkpoint is being written in the background: wait for it first"
             )
-        plain = encode(optimizer.plain_state(ParameterNames(model)), "optimizer")
+        plain = encode(optimizer._plain_state(ParameterNames(model)), "optimizer")
         state = model_state(model, optimizer)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -347,7 +347,7 @@ def copy_bytes(part: Part, copy: Part) -> None:
 def _parts(model: nn.Module, optimizer: ShardedOptimizer, state: ModelState) -> list[Part]:
     """Return what this rank writes; rank 0 adds whole tensors and the names of empty ones."""
     rank = optimizer.ranks.rank
-    if rank != 0 and not optimizer.is_sharded:
+    if rank != 0 and not optimizer._is_sharded:
         return []
     sharded = list(sharded_parts(model, optimizer))
     parts = [part for part in sharded if part.end > part.start]
@@ -383,7 +383,7 @@ class ParameterNames:
 def sharded_parts(model: nn.Module, optimizer: ShardedOptimizer) -> Iterator[Part]:
     """Yield this rank's ranges of all trained parameters and their state, bucket by bucket."""
     name_of = ParameterNames(model)
-    for shard in optimizer.shards():
+    for shard in optimizer._shards():
         name = name_of(shard.parameter)
         shape, order = tuple(shard.parameter.shape), memory_order(shard.parameter)
         tensors = {f"model/{name}": shard.weight}
@@ -415,7 +415,7 @@ def model_state(model: nn.Module, optimizer: ShardedOptimizer) -> ModelState:
     Raises:
         CheckpointError: a tensor of it is not initialized.
     """
-    trained = {id(shard.parameter) for shard in optimizer.shards()}
+    trained = {id(shard.parameter) for shard in optimizer._shards()}
     own = {id(p): name for name, p in model.named_parameters() if id(p) in trained}
     live = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     by_memory = {_memory(tensor): tensor for tensor in live.values()}

@@ -121,8 +121,8 @@ class WrittenState:
 class CoreOptimizer(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` over a `ShardedAdam`, once that has been made.
 
-    A state dict is in torch's form, local or full; `plain_state` is what a checkpoint keeps besides
-    tensors.
+    A state dict is in torch's form, local or full. `_plain_state` is what a checkpoint keeps
+    besides tensors.
 
     Lifecycle: `_core` is None before construction is over, and after `close`.
     Threads: calls of several threads run one after the other, each as a whole.
@@ -221,46 +221,41 @@ class CoreOptimizer(torch.optim.Optimizer):
         return self._alive().pinned_nbytes
 
     @property
-    def lock(self) -> threading.RLock:
-        """The lock that every method holds. Hold it around calls that must see the same state."""
-        return self._lock
-
-    @property
     def ranks(self) -> RankGroup:
         """The ranks that share this optimizer."""
         return self._ranks
 
     @property
-    def is_sharded(self) -> bool:
+    def _is_sharded(self) -> bool:
         """Whether each rank holds a part of the state, or all of it."""
         return self._alive().is_sharded
 
-    def holds(self, parameter: torch.nn.Parameter) -> bool:
+    def _holds(self, parameter: torch.nn.Parameter) -> bool:
         """Tell whether this optimizer, not closed yet, has state for this parameter."""
         return self._release.alive and parameter in self._indices
 
-    def shards(self) -> Iterator[ParameterShard]:
+    def _shards(self) -> Iterator[ParameterShard]:
         """Yield this rank's range of every trained parameter and its state."""
         for state in self._settled().states:
             yield from shards_of(state)
 
     @property
-    def is_being_read(self) -> bool:
+    def _is_being_read(self) -> bool:
         """Whether a checkpoint is being written in the background, or waits to be committed."""
         return self._alive().snapshot_lock.is_open
 
     @property
-    def checkpoint_rooms(self) -> Sequence[torch.Tensor]:
+    def _checkpoint_rooms(self) -> Sequence[torch.Tensor]:
         """Host memory for what a checkpoint in the background copies, uint8."""
         return self._alive().snapshot_lock.rooms
 
     @serialized
-    def lock_snapshot(self, buckets: Iterable[int]) -> SnapshotLock:
+    def _lock_snapshot(self, buckets: Iterable[int]) -> SnapshotLock:
         """Keep updates off buckets that a thread is about to read, and return who lets them go."""
         return self._alive().external_edits.lock_snapshot(buckets)
 
     @serialized
-    def wait_for_snapshot(self) -> None:
+    def _wait_for_snapshot(self) -> None:
         """Return when no thread reads the state any more: it is about to be written."""
         self._alive().external_edits.wait_for_snapshot()
 
@@ -394,7 +389,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         }
 
     @serialized
-    def plain_state(self, name_of: Callable[[torch.Tensor], str]) -> dict[str, Any]:
+    def _plain_state(self, name_of: Callable[[torch.Tensor], str]) -> dict[str, Any]:
         """Return what is no tensor: groups, step counts by name, and the subclass's own state."""
         groups = [
             {
@@ -403,13 +398,13 @@ class CoreOptimizer(torch.optim.Optimizer):
             }
             for group in self.param_groups
         ]
-        steps = {name_of(shard.parameter): float(shard.step) for shard in self.shards()}
+        steps = {name_of(shard.parameter): float(shard.step) for shard in self._shards()}
         return {"groups": groups, "steps": steps, "further": self._further_state()}
 
-    def check_plain_state(
+    def _check_plain_state(
         self, saved: Mapping[str, Any], name_of: Callable[[torch.Tensor], str]
     ) -> None:
-        """Refuse what `load_plain_state` could not load.
+        """Check that `_load_plain_state` can load a saved state.
 
         Raises:
             CheckpointError: other groups or parameters, or hyperparameters that this optimizer
@@ -421,12 +416,12 @@ class CoreOptimizer(torch.optim.Optimizer):
             raise CheckpointError(f"the saved optimizer does not fit this one: {error}") from error
 
     @serialized
-    def load_plain_state(
+    def _load_plain_state(
         self, saved: Mapping[str, Any], name_of: Callable[[torch.Tensor], str]
     ) -> None:
-        """Load what `plain_state` returned."""
+        """Load what `_plain_state` returned."""
         groups, load_further = self._plan_plain_state(saved, name_of)
-        for shard in self.shards():
+        for shard in self._shards():
             shard.step.fill_(saved["steps"][name_of(shard.parameter)])
         load_further()
         for group, kept in zip(self.param_groups, groups, strict=True):
@@ -438,7 +433,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         """Check a plain state; return the groups' options and what loads the rest."""
         if len(saved["groups"]) != len(self.param_groups):
             raise ValueError(f"it has {len(saved['groups'])} groups, not {len(self.param_groups)}")
-        steps = {name_of(shard.parameter) for shard in self.shards()}
+        steps = {name_of(shard.parameter) for shard in self._shards()}
         _refuse_other_names("its step counts", saved["steps"], steps)
         for name, count in saved["steps"].items():
             check_step_count(f"the step count of {name!r}", count)
@@ -456,7 +451,7 @@ class CoreOptimizer(torch.optim.Optimizer):
             groups.append(kept)
         entries = {
             self._indices[shard.parameter]: {"step": saved["steps"][name_of(shard.parameter)]}
-            for shard in self.shards()
+            for shard in self._shards()
         }
         return groups, self._plan_further_state(saved["further"], entries)
 

@@ -38,6 +38,6 @@ def refuse_owned(new: Iterable[NewParameter]) -> None:
 def _first_owned(new: Iterable[NewParameter]) -> NewParameter | None:
     owners = list(_OWNERS)
     for item in new:
-        if any(owner.holds(item.parameter) for owner in owners):
+        if any(owner._holds(item.parameter) for owner in owners):
             return item
     return None

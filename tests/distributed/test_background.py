@@ -151,7 +151,7 @@ def test_a_bucket_is_free_when_it_is_written(held: Held, tmp_path: Path) -> None
     begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     assert held.reached.wait(WAIT_S)
     gate = optimizer._alive().snapshot_lock
-    last = max(shard.bucket for shard in optimizer.shards())
+    last = max(shard.bucket for shard in optimizer._shards())
     assert last > 0
     gate.wait_until_free(last)
     assert gate._held == set(range(last))
@@ -295,7 +295,7 @@ def test_changes_before_and_after_are_none_of_it(tmp_path: Path, held: Held) -> 
     save_checkpoint(tmp_path / "plain", model=model, optimizer=optimizer)
     held.go.set()
     pending = begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
-    optimizer.wait_for_snapshot()
+    optimizer._wait_for_snapshot()
     with torch.no_grad():
         model.scale.mul_(0.5)
     train(model, optimizer, 1, 2)

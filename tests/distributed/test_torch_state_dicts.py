@@ -169,7 +169,7 @@ def pickle_states(rank: int, world_size: int) -> tuple[list[Outcome], bool]:
     same = torch.equal(optimizer.local_state_dict()["state"][0]["exp_avg"], before)
     assert torch.equal(copied["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
     optimizer.state_dict()["state"][0]["exp_avg"].copy_(torch.arange(64.0).view(8, 8))
-    weight = next(part for part in optimizer.shards() if part.parameter.shape == (8, 8))
+    weight = next(part for part in optimizer._shards() if part.parameter.shape == (8, 8))
     expected = torch.arange(64.0)[weight.start : weight.end]
     assert torch.equal(weight.planes["exp_avg"], expected)
     torch.save(optimizer.local_state_dict(), io.BytesIO())

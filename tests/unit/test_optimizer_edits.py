@@ -38,9 +38,9 @@ def members(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
 
 
 def everything(parameters: list[torch.nn.Parameter], optimizer: OffloadAdam) -> list[Any]:
-    held = [part.parameter for part in optimizer.shards()]
-    state = [tensor for part in optimizer.shards() for tensor in part.planes.values()]
-    steps = [part.step for part in optimizer.shards()]
+    held = [part.parameter for part in optimizer._shards()]
+    state = [tensor for part in optimizer._shards() for tensor in part.planes.values()]
+    steps = [part.step for part in optimizer._shards()]
     return [tensor.tolist() for tensor in (*parameters, *held, *state, *steps)]
 
 
@@ -196,7 +196,7 @@ def test_a_loaded_centralization_must_be_the_same() -> None:
 def test_state_that_is_replaced_is_refused() -> None:
     def replaced(edit: Callable[[Any], object]) -> None:
         optimizer = made()
-        parts = list(optimizer.shards())
+        parts = list(optimizer._shards())
         tensors = [t for part in parts for t in (part.parameter, part.step, *part.planes.values())]
         before = [tensor.tolist() for tensor in tensors]
         edit(optimizer)

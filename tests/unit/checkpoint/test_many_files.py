@@ -75,7 +75,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Te
         optimizer.step()
     parts = list(sharded_parts(model, optimizer))
     entries = [write_file(partial, rank, parts) for rank in range(NUM_RANKS)]
-    plain = encode(optimizer.plain_state(ParameterNames(model)), "optimizer")
+    plain = encode(optimizer._plain_state(ParameterNames(model)), "optimizer")
     written = Manifest(
         format_version=FORMAT_VERSION,
         step=optimizer.num_steps,
