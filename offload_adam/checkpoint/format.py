@@ -298,7 +298,7 @@ def sorted_pieces(entry: TensorEntry) -> list[tuple[int, int, Piece]]:
 
 
 def decoded_optimizer(saved: Mapping[str, Any], format_version: int) -> Any:
-    """Return what `plain_state` gave, from what a checkpoint has of it.
+    """Return what `_plain_state` gave, from what a checkpoint has of it.
 
     Raises:
         CheckpointError: it cannot be decoded.

@@ -4,7 +4,7 @@ load_checkpoint
     read_manifest, _check       compare names, shapes, dtypes and groups; nothing is changed
     _read_in_place              read every range straight into the state, file by file
     _load_modules               let modules restore what they computed when they were saved
-    load_plain_state            groups, step counts and the rest that is no tensor
+    _load_plain_state           groups, step counts and the rest that is no tensor
 """
 
 from __future__ import annotations

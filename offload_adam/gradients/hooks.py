@@ -22,7 +22,7 @@ _DELIVER_EVERY = 16
 
 
 class GradientSink(Protocol):
-    """What listens to a backward pass."""
+    """Receives the events of a backward pass; see `step.reducer.GradientReduction`."""
 
     def gradients_ready(self, parameters: Sequence[torch.Tensor]) -> None:
         """The `.grad` of these, in order of arrival, holds all that a backward has for them."""

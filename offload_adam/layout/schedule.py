@@ -49,7 +49,7 @@ class Operation(Enum):
     COPY_DOWN: this rank's shard of them lands on the host.
     SUM_SQUARES: its block sums are taken.
     RELEASE: `step()` is reached: the model has done its last reading of the parameters.
-    UPDATE: the shard's state and parameters are updated on the host.
+    UPDATE: the shard's state and parameters are updated, on the host or on the device.
     COPY_UP: this rank's shard of the parameters goes to the device.
     GATHER: the other ranks' shards come.
     USE: the next forward reads the parameters.
@@ -132,7 +132,7 @@ def plan_schedule(
 
     Args:
         plans: in the order in which backward completes the buckets.
-        num_reduce_slots, num_staging_slots: slots of the rings of each bucket_key of buckets.
+        num_reduce_slots, num_staging_slots: slots in the ring of each bucket key.
     """
     forward = plans[::-1]
     reduce_slots, earlier_packed = _rings([p for p in plans if p.uses_ring], num_reduce_slots)

@@ -33,7 +33,7 @@ class DeviceMemory:
 class StatePlanes:
     """This rank's Adam state of one bucket; every tensor is flat and `shard_numel` long.
 
-    master_weight: float32; for an fp32 parameter on the host the parameter's own shard.
+    master_weight: float32; the parameter's own shard where the plan has no plane for it.
     max_exp_avg_sq: float32, None without amsgrad.
     gradient_shard: the reduced gradient, None where it is read where autograd left it.
     """

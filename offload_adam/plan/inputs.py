@@ -9,7 +9,7 @@ from enum import StrEnum
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.ring import RingSpeed
 from offload_adam.layout.state_plan import StatePlan, StatePolicy, plan_state
-from offload_adam.options import OffloadPolicy
+from offload_adam.options import OffloadPolicy, Pin
 
 SYNTHETIC_NUMEL = 50_000_000
 """Elements of one parameter of a model of which only the size is known, or more, so that there are
@@ -29,6 +29,7 @@ class Training:
     offload_fraction: of the elements on a GPU that have their state on the host.
     saves: checkpoints are written.
     checkpoint_room_nbytes: for copies of what is updated before it is written, at most.
+    pin: what is page-locked.
     num_tokens: of one rank's step, all microbatches together; None where they are not known.
     """
 
@@ -45,6 +46,7 @@ class Training:
     bucket_nbytes: int = OffloadPolicy().bucket_nbytes
     saves: bool = False
     checkpoint_room_nbytes: int = 0
+    pin: Pin = "all"
     num_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -69,6 +71,8 @@ class Training:
             reduces_in_fp32=self.reduce_fp32,
             replicated=self.replicated,
             offload_fraction=self.offload_fraction,
+            pins_state=self.pin == "all",
+            pins_staging=self.pin != "none",
         )
         return plan_state(
             [replace(spec, amsgrad=self.amsgrad, on_device=self.on_device) for spec in specs],

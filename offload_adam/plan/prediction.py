@@ -66,6 +66,11 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
     host["staging"] = NUM_STAGING_SLOTS * sum(
         _largest(staged, lambda plan: plan.bucket.shard_numel * plan.bucket.itemsize).values()
     )
+    # Gradients that cannot be copied straight into their shard go through a buffer.
+    buffered = [plan for plan in plans if plan.is_offloaded and not plan.copies_straight]
+    host["staging"] += sum(
+        _largest(buffered, lambda plan: plan.bucket.shard_numel * plan.gradient.itemsize).values()
+    )
     host["checkpoint room"] = copy_room_nbytes(plans, training.checkpoint_room_nbytes)
     if training.on_device and training.saves:
         # What lies in host memory is written from where it lies.

@@ -19,7 +19,7 @@ class LossScale(NamedTuple):
 
 
 def read_loss_scale(optimizer: object, *, gradients_leave: bool) -> LossScale:
-    """Return the scaler's word; absent means 1 and 0.
+    """Read `grad_scale` and `found_inf` as set by a GradScaler; default to 1 and 0.
 
     A GradScaler hands over the sum of its checks. Where gradients have left `.grad` there are none:
     the sum is the int 0, and no tensor, and its `unscale_` has unscaled nothing.

@@ -87,7 +87,7 @@ class Placing:
 
 
 class Built(NamedTuple):
-    """What parameters that are taken in get.
+    """Result of `build_states`: one BucketState per bucket, and the arenas behind them.
 
     arena: the memory that the states lie in.
     room: for copies of them; it has no bytes where nothing is copied.

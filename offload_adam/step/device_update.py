@@ -104,7 +104,7 @@ def foreach_update(
     they are when the call is made, and each stored value is rounded once, so it is the float32
     nearest to the float64 result or a neighbour of that one: within 1 ULP, also where terms of
     opposite signs cancel, unless they leave less than 2**-27 of themselves. (The float64 errors, a
-    few 2**-53 of the terms, then show.) A 16-bit parameter is the master weight param_out.
+    few 2**-53 of the terms, then show.) A 16-bit parameter is the master weight, rounded.
 
     Two differences from the host kernel, which rounds at every operation: a moment below 2**-126 is
     kept where torch keeps denormals, and a square that passes float32 is infinite only where it is

@@ -288,7 +288,7 @@ class OverlappedExecutor(Executor):
         self._finish_device_copies(wait=wait)
 
     def _finish_device_copies(self, *, wait: bool) -> None:
-        """Land what has come for buckets whose state is on the device, in order, and let it go."""
+        """Finish, in order, the copies that are over of buckets with state on a device."""
         while self._device_copies and (wait or self._device_copies[0].is_ready()):
             self.tasks.finish_copy(self._device_copies.popleft())
 

@@ -169,8 +169,8 @@ class ForwardHooks:
 
     The root without gradients (an evaluation), a unit that is called outside of the root's forward,
     and `state_dict` and `load_state_dict` of any module wait for everything: nothing would notice
-    there what was read too early. Where gradients flow, `check` does: a bucket that brings one and
-    was waited for by nobody was read by a way that no hook sees.
+    there what was read too early. Where gradients flow, `check` does: if a bucket produced a
+    gradient but no hook waited for it, its parameters were read without our hooks.
 
     The first forward is traced, while nothing is under way yet: a parameter that is read before any
     unit has waited for its bucket is from then on waited for by the unit that was entered last.

@@ -25,7 +25,7 @@ from offload_adam.params.selection import Named
 class StepInputs:
     """What one step is told by its caller, besides the gradients.
 
-    hyperparameters: what the groups of `NewParameter` count over.
+    hyperparameters: indexed by `NewParameter.group`.
     num_per_group: how many of these there are for each parameter group.
     grad_scale: what the loss was multiplied by; gradients are divided by it.
     found_inf: not 0 where the caller has seen a gradient that is not finite.

@@ -49,12 +49,12 @@ class _Arrivals:
 
 
 class GradientReduction:
-    """Moves each bucket's gradients out of `.grad`: reduced over the ranks, shard on the host.
+    """Moves each bucket's gradients from `.grad`, reduced over the ranks, to its gradient shard.
 
     During a streaming backward, hooks call `gradients_ready` and buckets leave in their fixed order
     as soon as all their gradients are there; what is missing at the end of the backward counts
     zeros. Without hooks, `finish` does all of it inside `step()`. One reduced backward a step is
-    the rule; with `accumulates` a further one adds in fp32 to what has shard.
+    the rule; with `accumulates` a further one adds in fp32 to the shard.
 
     Owns: the slots in which buckets in host memory are reduced, and this step's `BucketGradients`.
     Lifecycle: `bind` once; `reset` after each step, and from `zero_grad`.
@@ -140,8 +140,8 @@ class GradientReduction:
                 and no room was reserved to add to what has left.
         """
         if not self._begun:
-            # Parameters that no forward has read may still be on their way, and shard gradients
-            # still be read by their update.
+            # Parameters that no forward has read may still be in an H2D copy, and an update may
+            # still read the gradient shards.
             self.executor.settle()
             self._hide_from_backward()
         self._begun = True
@@ -304,7 +304,7 @@ class GradientReduction:
             arrivals.start_over()
 
     def _open_round(self) -> None:
-        """Start over with the first bucket, to add to what has shard."""
+        """Start over with the first bucket, to add to the gradient shards."""
         self._num_rounds += 1
         self._next = 0
         self._start_counting()
@@ -331,7 +331,7 @@ class GradientReduction:
                 self._send_next()
             except (TypeError, ValueError) as error:
                 failure = failure or error
-            # What is added to what has shard is not copied at once, as slots of a ring must be.
+            # A copy that adds to a shard is not issued at once, as slots of a ring require.
             late = self._num_rounds > 0 and not self._accumulates
             self.executor.finish_copies(wait=late or not self.streams)
         return failure

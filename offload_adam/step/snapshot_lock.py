@@ -99,7 +99,7 @@ class SnapshotLock:
             self._changed.notify_all()
 
     def settle(self) -> None:
-        """Take the reading for done with; another may begin."""
+        """Mark the snapshot as finished, so that the next checkpoint may start."""
         self.is_open = self.num_begun > self.num_finished
 
     def note_changes(self, buckets: Collection[int]) -> None:
@@ -115,7 +115,7 @@ class SnapshotLock:
         self._unread_before = set(self._held)
 
     def raise_if_invalidated(self) -> None:
-        """Raise what a reading was spoiled by.
+        """Raise an error if the snapshot was invalidated.
 
         Raises:
             CheckpointError: saying what.

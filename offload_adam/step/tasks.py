@@ -180,7 +180,7 @@ class Tasks:
         )
 
     def sum_of_squares(self, number: int, gradients: BucketGradients) -> float:
-        """Return the sum of squares of this rank's shard; it is taken once for what has shard."""
+        """Return the sum of squares of this rank's gradient shard, computed once."""
         if gradients.squares is None:
             state = self.states[number]
             gradients.squares = self.updates[number].sum_of_squares(state, gradients)
@@ -265,7 +265,7 @@ class Tasks:
         self.stream_waits.end(Operation.COPY_UP, number)
 
     def skip_copy_up(self, number: int) -> None:
-        """Mark, in its turn, the copy up of a bucket that this step leaves as it is.
+        """Record an H2D event for a skipped bucket too.
 
         Whoever waits for it, to use its slot, waits for all copies before it instead: the slot may
         still be read for the bucket that had it last.

@@ -75,5 +75,5 @@ class StreamWaits:
             self._marks[Task(operation, bucket)] = marks[streams]
 
     def adopt(self, earlier: StreamWaits) -> None:
-        """Go on from the marks of the stream_waits that this one replaces."""
+        """Take over the marks of the `StreamWaits` that this one replaces."""
         self._marks.update(earlier._marks)

@@ -55,6 +55,8 @@ CASES: dict[str, tuple[type[OffloadAdam], tuple[torch.dtype, ...], dict[str, Any
         Training(offload_fraction=0.5),
     ),
     "kept": (Offloading, (FP32, BF16), {"offload_fraction": 0.0}, Training(offload_fraction=0.0)),
+    "pinned buffers": (Offloading, (FP32, BF16), {"pin": "staging"}, Training(pin="staging")),
+    "nothing pinned": (Offloading, (FP32, BF16), {"pin": "none"}, Training(pin="none")),
 }
 
 
