@@ -103,7 +103,7 @@ def export_torch(path: Path, out: Path) -> str:
     verified and written block by block, and lie in memory as they did when they were saved.
 
     Returns:
-        Which of torch's optimizers takes it, what that one does otherwise, and what is left out.
+        Which torch optimizer loads the file, how that optimizer differs, and what is left out.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or `out` exists.
@@ -241,7 +241,7 @@ def _state_names(manifest: Manifest) -> dict[str, dict[str, str]]:
 def _torch_state(
     reader: CheckpointReader, manifest: Manifest, left_out: list[str]
 ) -> dict[str, Any]:
-    """Return a plain state dict of torch's, master weights beside it under a key of our own."""
+    """Return a torch state dict, with master weights under a key that torch ignores."""
     planes = _state_names(manifest)
     plain = decoded_optimizer(manifest.optimizer.model_dump(), manifest.format_version)
     names: list[str] = []
@@ -556,7 +556,9 @@ def _names(
 def _require_options(group: Mapping[str, Any]) -> None:
     for key in ("lr", "betas", "eps", "weight_decay", "amsgrad"):
         if key not in group:
-            raise CheckpointError(f"a group has no {key!r}: it is none of torch's Adam or AdamW")
+            raise CheckpointError(
+                f"a group has no {key!r}: it was not saved by torch's Adam or AdamW"
+            )
 
 
 def _planes(

@@ -181,7 +181,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check a manifest: nothing in it leads out of the folder, overlaps or is missing.
 
     Raises:
-        CheckpointError: saying what is wrong with which entry.
+        CheckpointError: naming the entry and its problem.
     """
     path = folder / MANIFEST_NAME
     if not path.exists():
@@ -267,7 +267,7 @@ def _check_tensor(manifest: Manifest, entry: TensorEntry) -> None:
     for piece in entry.pieces:
         file = manifest.files.get(piece.file)
         if file is None:
-            raise ValueError(f"{piece.file!r} is none of the checkpoint's files")
+            raise ValueError(f"{piece.file!r} is not a file of the checkpoint")
         box = Box(tuple(piece.offsets), tuple(piece.sizes))
         start, end = range_of_box(shape, box)
         if piece.start + (end - start) * DTYPES[entry.dtype].itemsize > file.nbytes:

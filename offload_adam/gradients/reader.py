@@ -8,7 +8,7 @@ from typing import NamedTuple, NoReturn
 import torch
 
 from offload_adam.gradients.sparse import GradientRows, read_rows
-from offload_adam.gradients.stand_in import GradientSource, StandIn, gradient_of
+from offload_adam.gradients.stand_in import StandIn, StreamedGradients, gradient_of
 
 _FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,7 +56,7 @@ class GradientReader:
         self._addresses = [0] * len(self._parameters)
         self.stand_ins: list[StandIn | None] = [None] * len(self._parameters)
 
-    def make_stand_ins(self, source: GradientSource | None, indices: Sequence[int]) -> None:
+    def make_stand_ins(self, source: StreamedGradients | None, indices: Sequence[int]) -> None:
         """Make what `.grad` holds after a gradient has left; without them it is None then.
 
         Args:

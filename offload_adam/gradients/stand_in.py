@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,23 +34,6 @@ _LOSS_SCALE = (
 )
 
 
-class GradientSource(Protocol):
-    """What knows the gradients that have left `.grad`, by index."""
-
-    @property
-    def has_gradients(self) -> bool:
-        """Whether gradients have left since the last step."""
-        ...
-
-    def norm(self, index: int) -> float:
-        """Return the 2-norm of a gradient. Collective."""
-        ...
-
-    def multiply(self, index: int, factor: float | torch.Tensor, *, inverse: bool = False) -> None:
-        """Multiply a gradient by a number, or divide it by one."""
-        ...
-
-
 class StandIn(torch.Tensor):
     """A gradient without storage: it shows that its parameter had a gradient, and has no values.
 
@@ -67,7 +50,7 @@ class StandIn(torch.Tensor):
 
     _name: str
     _parameter: weakref.ref[torch.Tensor]
-    _source: GradientSource | None
+    _source: StreamedGradients | None
     _index: int
     _is_copy: bool
 
@@ -76,7 +59,7 @@ class StandIn(torch.Tensor):
         cls,
         name: str,
         parameter: torch.Tensor,
-        source: GradientSource | None = None,
+        source: StreamedGradients | None = None,
         index: int = 0,
     ) -> StandIn:
         """Make the stand-in of one parameter's gradient.
@@ -151,7 +134,7 @@ class StandIn(torch.Tensor):
         made._is_copy = is_copy
         return made
 
-    def _norm(self, source: GradientSource) -> torch.Tensor:
+    def _norm(self, source: StreamedGradients) -> torch.Tensor:
         return torch.tensor(source.norm(self._index), dtype=torch.float32, device=self.device)
 
     def _replace(self, gradient: torch.Tensor) -> StandIn:
@@ -200,7 +183,7 @@ def _make(
     like: torch.Tensor,
     name: str,
     parameter: weakref.ref[torch.Tensor],
-    source: GradientSource | None,
+    source: StreamedGradients | None,
     index: int,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,

@@ -32,7 +32,6 @@ from offload_adam.gradients.whole import (
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.params.bucket import BucketState
 from offload_adam.step.messages import UpdateMasks
-from offload_adam.step.snapshot_lock import SnapshotLock
 from offload_adam.torch_private import foreach_copy
 
 RUN_NUMEL = 1 << 20
@@ -271,9 +270,6 @@ class DeviceUpdate:
     state the segments are what this rank owns.
     """
 
-    def __init__(self, snapshot_lock: SnapshotLock) -> None:
-        self._snapshot_lock = snapshot_lock
-
     def reserve(self, state: BucketState, gradients: BucketGradients, *, lazy: bool) -> None:
         """Temporaries come from torch's own cache of device memory."""
 
@@ -309,12 +305,9 @@ class DeviceUpdate:
     ) -> None:
         """Update the `active` parameters and count the step for them.
 
-        It waits for a checkpoint that is still reading the bucket.
-
         Args:
             param_out: where the 16-bit parameters are written, None where the master is it.
         """
-        self._snapshot_lock.wait_until_free(state.layout.index)
         counts = masks.count(state, active)
         prepared = active & needs_preparation(state, gradients)
         alike: dict[tuple[int, int], list[tuple[Segment, torch.Tensor]]] = defaultdict(list)

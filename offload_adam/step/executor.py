@@ -29,6 +29,10 @@ from offload_adam.spans import Spans, span
 from offload_adam.step.messages import UpdateMasks
 from offload_adam.step.tasks import Tasks
 
+logger = logging.getLogger(__name__)
+
+_exiting = threading.Event()
+
 
 class Executor(ABC):
     """Runs the tasks of a schedule.
@@ -185,11 +189,6 @@ def find_non_finite(
     """Return the indices of these buckets' parameters whose gradient here is not finite."""
     found = [tasks.non_finite(number, gradients[number]) for number in buckets]
     return np.concatenate([np.zeros(0, dtype=np.int64), *found])
-
-
-logger = logging.getLogger(__name__)
-
-_exiting = threading.Event()
 
 
 class Job(Protocol):

@@ -23,6 +23,9 @@ from offload_adam.torch_private import (
     version_of,
 )
 
+logger = logging.getLogger(__name__)
+
+
 Registration = tuple[dict[str, torch.nn.Parameter | None], str, torch.nn.Parameter]
 
 _CHUNK = 256
@@ -269,8 +272,6 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
 
 
-logger = logging.getLogger(__name__)
-
 _FIRST_STEPS = 2
 """Steps that compare everything at first: weights may have been written before the first of them,
 and a loop that writes after every step shows in the second."""
@@ -287,12 +288,13 @@ class ExternalEdits:
 
     Parameters are meant by their index over all of the optimizer.
 
-    Owns: the version watch, and the snapshot lock that keeps updates off what is still being read.
+    Owns: the version watch.
 
     Args:
         module: where parameters are registered, to notice another object in their place.
         states: all buckets; grows with the optimizer.
         places: the bucket of each parameter and its position there; grows with the optimizer.
+        snapshot_lock: keeps updates off what a checkpoint still reads.
     """
 
     def __init__(
@@ -300,8 +302,9 @@ class ExternalEdits:
         module: torch.nn.Module | None,
         states: Sequence[BucketState],
         places: Sequence[tuple[int, int]],
+        snapshot_lock: SnapshotLock,
     ) -> None:
-        self.snapshot_lock = SnapshotLock()
+        self.snapshot_lock = snapshot_lock
         self._watch = VersionWatch(module)
         self._states = states
         self._places = places

@@ -17,6 +17,9 @@ from offload_adam.errors import UnreadyParameterError
 from offload_adam.step.executor import Executor
 from offload_adam.torch_private import compiled_call, is_compiled, set_compiled_call
 
+logger = logging.getLogger(__name__)
+
+
 BucketOf = Mapping[nn.Parameter, int]
 
 
@@ -159,9 +162,6 @@ class FirstUse(TorchFunctionMode):
                 self._look(value)
             elif id(value) in self._ids:
                 self._seen(id(value))
-
-
-logger = logging.getLogger(__name__)
 
 
 class ForwardHooks:

@@ -35,7 +35,6 @@ from offload_adam.layout.flat import BLOCK_NUMEL
 from offload_adam.params.bucket import BucketState, bits_of
 from offload_adam.params.selection import float_format
 from offload_adam.step.messages import UpdateMasks
-from offload_adam.step.snapshot_lock import SnapshotLock
 
 # Numba's workqueue layer ends the process when two threads launch at once, as those of two
 # optimizers would.
@@ -57,8 +56,7 @@ class HostUpdate:
     Threads: one at a time launches kernels.
     """
 
-    def __init__(self, num_threads: int | None, snapshot_lock: SnapshotLock) -> None:
-        self._snapshot_lock = snapshot_lock
+    def __init__(self, num_threads: int | None) -> None:
         # Numba's OpenMP pool sets torch's thread count to its own size when it starts.
         num_torch_threads = torch.get_num_threads()
         self._num_threads = threads.plan_threads(num_threads)
@@ -162,12 +160,9 @@ class HostUpdate:
     ) -> None:
         """Update the shard's segments of `active` parameters and count the step for them.
 
-        Waits for a checkpoint that still reads the bucket.
-
         Args:
             param_out: (shard_numel,) where 16-bit parameters are written; None for fp32 ones.
         """
-        self._snapshot_lock.wait_until_free(state.layout.index)
         counts = masks.count(state, active)
         prepared = active & needs_preparation(state, gradients)
         plain = active & ~prepared

@@ -30,24 +30,6 @@ _EMPTIED = (
 )
 
 
-class _Arrivals:
-    """Which gradients of one bucket a backward has brought so far."""
-
-    __slots__ = ("missing", "num_parameters")
-
-    def __init__(self, num_parameters: int) -> None:
-        self.num_parameters = num_parameters
-        self.start_over()
-
-    def count(self, positions: Sequence[int]) -> None:
-        """Count gradients in; one that comes again counts once."""
-        self.missing.difference_update(positions)
-
-    def start_over(self) -> None:
-        """Wait for every gradient again."""
-        self.missing = set(range(self.num_parameters))
-
-
 class GradientReduction:
     """Moves each bucket's gradients from `.grad`, reduced over the ranks, to its gradient shard.
 
@@ -93,7 +75,7 @@ class GradientReduction:
         self._begun = False
         self.shows_stand_ins = False  # some `.grad` may hold one
         self._hidden = False  # a further backward of this step has hidden those of earlier ones
-        self._arrivals: list[_Arrivals] = []
+        self._missing: list[set[int]] = []  # positions that no backward of this round has brought
         self.gradients: list[BucketGradients] = []
 
     def bind(self, executor: Executor) -> None:
@@ -125,7 +107,7 @@ class GradientReduction:
                 reader.make_stand_ins(self._streamed, state.indices.tolist())
             self._states.append(state)
             self._readers.append(reader)
-            self._arrivals.append(_Arrivals(len(state.parameters)))
+            self._missing.append(set(range(len(state.parameters))))
             self.gradients.append(BucketGradients(state))
             for position, parameter in enumerate(state.parameters):
                 self._place_of[id(parameter)] = (state.layout.index, position)
@@ -158,8 +140,9 @@ class GradientReduction:
             if number < self._next:
                 self._add_round(number, positions[0])
             self._readers[number].take(positions)
-            self._arrivals[number].count(positions)
-            self._send_complete()
+            self._missing[number].difference_update(positions)
+            while self._next < len(self._states) and not self._missing[self._next]:
+                self._send_next()
 
     def _hide_from_backward(self) -> None:
         """Hide stand-ins from the backward that runs, which replaces them one by one otherwise.
@@ -177,10 +160,6 @@ class GradientReduction:
             for reader in self._readers:
                 reader.hide_stand_ins()
         self.shows_stand_ins = False
-
-    def _send_complete(self) -> None:
-        while self._next < len(self._states) and not self._arrivals[self._next].missing:
-            self._send_next()
 
     def backward_began(self) -> None:
         """Reject a further backward after some `.grad` was set to None, as by model.zero_grad().
@@ -300,8 +279,7 @@ class GradientReduction:
         self._start_counting()
 
     def _start_counting(self) -> None:
-        for arrivals in self._arrivals:
-            arrivals.start_over()
+        self._missing = [set(range(len(state.parameters))) for state in self._states]
 
     def _open_round(self) -> None:
         """Start over with the first bucket, to add to the gradient shards."""
@@ -336,12 +314,10 @@ class GradientReduction:
             self.executor.finish_copies(wait=late or not self.streams)
         return failure
 
+    @torch.no_grad()
     def _send_next(self) -> None:
         """Take the next bucket's gradients out of `.grad` and start them on their way."""
-        with torch.no_grad():
-            self._send(self._next)
-
-    def _send(self, number: int) -> None:
+        number = self._next
         self._next = number + 1
         self.shows_stand_ins = self.streams
         state = self._states[number]

@@ -21,6 +21,7 @@ from offload_adam.memory.arena import HostArena, close_all, spans_nodes
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.selection import Named, NewParameter
 from offload_adam.spans import NullSpans, Spans, Stopwatch
+from offload_adam.step.absence import AbsenceWatch
 from offload_adam.step.build import Backend, Placing, Routing, build_states
 from offload_adam.step.device_update import DeviceUpdate
 from offload_adam.step.executor import Executor, OverlappedExecutor, SequentialExecutor
@@ -102,10 +103,12 @@ class ShardedAdam:
         self._external = external
         self.overlaps = overlaps
         self._places: list[tuple[int, int]] = []
-        self.external_edits = ExternalEdits(module, self.states, self._places)
+        # Keeps updates off the state that a checkpoint in the background still reads.
+        self.snapshot_lock = SnapshotLock()
+        self.external_edits = ExternalEdits(module, self.states, self._places, self.snapshot_lock)
         self._num_threads = num_threads
         self._host_update: HostUpdate | None = None
-        self._device_update = DeviceUpdate(self.snapshot_lock)
+        self._device_update = DeviceUpdate()
         self._updates: list[BucketUpdate] = []
         self.arenas: list[HostArena] = []
         self.resources = ExitStack()
@@ -176,7 +179,7 @@ class ShardedAdam:
     def _use_host_update(self) -> HostUpdate:
         """Return the host's update, made with the first bucket that needs it: it loads Numba."""
         if self._host_update is None:
-            self._host_update = HostUpdate(self._num_threads, self.snapshot_lock)
+            self._host_update = HostUpdate(self._num_threads)
         return self._host_update
 
     def _touch_host(self, memory: torch.Tensor) -> None:
@@ -234,11 +237,6 @@ class ShardedAdam:
         if self.forward_hooks is not None:
             self.forward_hooks.settle()
         self.executor.settle()
-
-    @property
-    def snapshot_lock(self) -> SnapshotLock:
-        """What keeps updates off the state that a checkpoint is still reading."""
-        return self.external_edits.snapshot_lock
 
     @property
     def share(self) -> tuple[int, int]:
@@ -471,60 +469,6 @@ class ShardedAdam:
         flags[torch.from_numpy(found)] = True
         flags = flags_on_any_rank(self.ranks, flags)
         return tuple(self._names[index] for index in torch.nonzero(flags).flatten().tolist())
-
-
-NUM_STEPS = 10
-"""How many steps a parameter may be without a gradient before that is worth a word."""
-
-
-class AbsenceWatch:
-    """Looks, in the first steps with its parameters, for those that no rank has a gradient for.
-
-    Lifecycle: a word once, after `NUM_STEPS`; further parameters begin it anew.
-
-    Args:
-        names, parameters: grow with the optimizer.
-    """
-
-    def __init__(self, names: Sequence[str], parameters: Sequence[torch.nn.Parameter]) -> None:
-        self._names = names
-        self._parameters = parameters
-        self._ever = torch.zeros(0, dtype=torch.bool, device="cpu")
-        self._num_steps = 0
-
-    def see(self, present_counts: torch.Tensor) -> None:
-        """Hear of a step.
-
-        Args:
-            present_counts: (num parameters,) int64, on how many ranks each has a gradient.
-        """
-        if present_counts.shape != self._ever.shape:
-            self._ever, self._num_steps = present_counts > 0, 0
-        elif self._num_steps == NUM_STEPS:
-            return
-        self._ever |= present_counts > 0
-        self._num_steps += 1
-        if self._num_steps == NUM_STEPS:
-            self._warn()
-
-    def _warn(self) -> None:
-        absent = [
-            repr(name)
-            for name, ever, parameter in zip(
-                self._names, self._ever.tolist(), self._parameters, strict=True
-            )
-            if not ever and parameter.requires_grad
-        ]
-        if absent:
-            more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
-            logger.warning(
-                "no gradient in %d steps for parameter %s%s: they are not trained. If the model "
-                "uses them, it has other objects in their place (load_state_dict(assign=True)): "
-                "make a new optimizer",
-                NUM_STEPS,
-                ", ".join(absent[:5]),
-                more,
-            )
 
 
 def _added(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:

@@ -276,9 +276,8 @@ class Tasks:
     def gather(self, number: int, spans: Spans) -> None:
         """Start bringing the other ranks' shards of a bucket, once."""
         state = self.states[number]
-        self.stream_waits.begin(
-            Operation.GATHER, number
-        )  # may wait for an update, which is no gather
+        # Outside of the span: this may wait for an update, which is no gather.
+        self.stream_waits.begin(Operation.GATHER, number)
         with spans.span("gather", number):
             if number not in self._gathering:  # else an interrupt came before its end was marked
                 streams = self._streams.of(state.device)

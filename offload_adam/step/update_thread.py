@@ -79,16 +79,11 @@ class UpdateThread:
         self._thread: threading.Thread | None = None
         self._end = weakref.finalize(self, _close, self._jobs)
 
-    @property
-    def failure(self) -> BaseException | None:
-        """What the first job that failed has raised."""
-        return self._jobs.failure
-
     def submit(self, what: str, job: Callable[[], None]) -> Ticket:
         """Give the thread a job; never blocks.
 
         Args:
-            what: for messages, such as "update of bucket 3".
+            what: added to an error that the job raises, such as "the update of bucket 3".
         """
         ticket = Ticket(what)
         if self._thread is None:
@@ -124,6 +119,7 @@ def _run(jobs: _Jobs) -> None:
             try:
                 job()
             except BaseException as error:
+                error.add_note(f"raised on the update thread, in {ticket.what}")
                 jobs.failure = error
         ticket._end(jobs.failure)
         del found, job, ticket

@@ -695,6 +695,10 @@ def test_an_error_in_the_update_thread_surfaces_at_the_next_call_and_at_every_la
         with pytest.raises(ZeroDivisionError, match="inside the update") as caught:
             call()
     frames = [frame.name for frame in caught.traceback]
+    first = optimizer._core.executor.tasks.schedule.forward_order[0]
+    assert caught.value.__notes__ == [
+        f"raised on the update thread, in the update of bucket {first}"
+    ]
     assert "fail" in frames, "the traceback is that of the thread"
     with pytest.raises(ZeroDivisionError):
         optimizer.close()
