@@ -1,0 +1,104 @@
+"""Where each bucket's state is stored, by hand; and layouts that cannot be right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from offload_adam.layout.budget import plane_nbytes
+from offload_adam.layout.flat import ParameterSpec, Placement, plan_buckets
+from offload_adam.layout.state_plan import StateLocation, StatePlan, StatePolicy, plan_state
+
+
+def plan_of(itemsize: int = 2, *, on_device: bool = True, **policy: object) -> StatePlan:
+    spec = ParameterSpec(0, 1000, itemsize, "f", on_device=on_device)
+    (plan,) = plan_state([spec], StatePolicy(**{"bucket_nbytes": 1, **policy}))  # type: ignore[arg-type]
+    return plan
+
+
+def test_the_worked_example_of_the_plan() -> None:
+    plan = plan_of(world_size=2)
+    assert (plan.bucket.numel, plan.bucket.shard_numel) == (1024, 512)
+    assert plan.location is StateLocation.OFFLOADED
+    assert (plan.state.master_weight, plan.state.exp_avg, plan.state.exp_avg_sq) == (4, 4, 4)
+    assert plan.state.max_exp_avg_sq == 0
+    assert plan.gradient.itemsize == plan.gradient.shard_itemsize == 2
+    assert sum(plane_nbytes(plan).values()) == 7168
+
+
+def test_the_worked_example_of_the_layout() -> None:
+    specs = [ParameterSpec(i, numel, 4, "f") for i, numel in enumerate((100, 300, 130))]
+    (bucket,) = plan_buckets(specs, world_size=2, bucket_nbytes=10**6)
+    assert bucket.placements == (
+        Placement(2, 0, 130),
+        Placement(1, 256, 556),
+        Placement(0, 640, 740),
+    )
+    assert (bucket.numel, bucket.shard_bounds(1)) == (768, (384, 768))
+    parts = [[(s.position, s.parameter_start, s.numel) for s in bucket.segments(r)] for r in (0, 1)]
+    assert parts == [[(0, 0, 130), (1, 0, 128)], [(1, 128, 172), (2, 0, 100)]]
+
+
+@pytest.mark.parametrize(
+    ("policy", "itemsize", "location", "master", "shard"),
+    [
+        ({"on_device": False}, 4, StateLocation.HOST, 0, 0),
+        ({"on_device": False}, 2, StateLocation.HOST, 4, 0),
+        ({"on_device": False, "world_size": 2}, 2, StateLocation.HOST, 4, 2),
+        ({}, 4, StateLocation.OFFLOADED, 4, 4),
+        ({"accumulates": True}, 2, StateLocation.OFFLOADED, 4, 4),
+        ({"offload_fraction": 0.0}, 4, StateLocation.DEVICE, 0, 4),
+        ({"offload_fraction": 0.0}, 2, StateLocation.DEVICE, 4, 2),
+        ({"replicated": True}, 4, StateLocation.REPLICATED, 0, 0),
+        ({"replicated": True, "world_size": 2}, 2, StateLocation.REPLICATED, 4, 2),
+        ({"world_size": 2, "reduces_in_fp32": True}, 2, StateLocation.OFFLOADED, 4, 4),
+        ({"world_size": 2, "reduces": False}, 2, StateLocation.OFFLOADED, 4, 2),
+    ],
+)
+def test_where_state_is_and_which_planes_it_has(
+    policy: dict[str, object], itemsize: int, location: StateLocation, master: int, shard: int
+) -> None:
+    plan = plan_of(itemsize, **policy)  # type: ignore[arg-type]
+    assert plan.location is location
+    assert (plan.state.master_weight, plan.gradient.shard_itemsize) == (master, shard)
+
+
+@pytest.mark.parametrize(
+    ("policy", "itemsize", "straight", "ring", "staged"),
+    [
+        ({"world_size": 2}, 2, True, True, True),
+        ({"world_size": 2}, 4, True, True, False),
+        ({}, 2, True, False, True),
+        ({"world_size": 2, "accumulates": True}, 2, False, False, True),
+        ({"world_size": 2, "accumulates": True}, 4, False, False, False),
+        ({"world_size": 2, "pins_state": False}, 4, False, False, True),
+        ({"pins_state": False, "pins_staging": False}, 4, False, False, False),
+        ({"world_size": 2, "offload_fraction": 0.0}, 2, False, False, False),
+    ],
+)
+def test_how_gradients_and_parameters_move(
+    policy: dict[str, object], itemsize: int, straight: bool, ring: bool, staged: bool
+) -> None:
+    plan = plan_of(itemsize, **policy)  # type: ignore[arg-type]
+    assert (plan.copies_straight, plan.uses_ring, plan.stages_parameters) == (
+        straight,
+        ring,
+        staged,
+    )
+
+
+def test_a_layout_that_cannot_be_right_is_rejected() -> None:
+    specs = [ParameterSpec(i, 100, 4, "f") for i in range(2)]
+    (bucket,) = plan_buckets(specs, world_size=2, bucket_nbytes=10**6)
+    first, second = bucket.placements
+    for placements in (
+        (first, replace(second, start=100)),  # not aligned, and over the first one's padding
+        (second, first),  # out of order
+        (first, replace(second, start=256, end=356)),  # a hole
+        (replace(first, end=-1), second),
+    ):
+        with pytest.raises(ValueError, match="must start at"):
+            replace(bucket, placements=placements)
+    with pytest.raises(ValueError, match="must end with the first whole block"):
+        replace(bucket, numel=bucket.numel + 256)
