@@ -44,9 +44,8 @@ from offload_adam.sharded_optimizer.execution import Execution, check_module
 from offload_adam.sharded_optimizer.loss_scale import read_loss_scale, report_skip
 from offload_adam.sharded_optimizer.owners import add_owner, refuse_owned
 from offload_adam.state.state_shard import local_state
-from offload_adam.step.build import Backend, Placing
+from offload_adam.step.build import Backend, Storage
 from offload_adam.step.messages import StepInputs, StepReport
-from offload_adam.step.reducer import GradientReduction
 from offload_adam.step.step import ShardedAdam
 
 logger = logging.getLogger(__name__)
@@ -120,37 +119,23 @@ class ShardedOptimizer(CoreOptimizer):
             execution.warn_without_effect(any(on_device))
             policy = execution.state_policy(kind, self._ranks.world_size)
             streams = execution.streamed_module is not None and kind == "optimizer"
-            reduction = GradientReduction(
+            # Nothing is copied to or from a device otherwise.
+            copies = any(on_device) and not policy.replicated
+            runtime = self._backend.make_runtime() if copies else None
+            self._core = ShardedAdam(
                 self._ranks,
-                policy,
+                Storage(policy, self._backend, runtime, execution.offload),
+                num_threads=execution.num_threads,
+                module=module,
+                external=kind == "external",
+                overlaps=execution.overlaps(kind, all(on_device)),
                 streams=streams,
                 takes_rows=execution.takes_rows,
                 streamed=self._streamed if streams else None,
             )
             if streams:
-                self._hooks = BackwardHooks(reduction)
+                self._hooks = BackwardHooks(self._core.reduction)
                 resources.callback(self._hooks.remove)
-            placing = Placing(
-                policy,
-                self._backend.is_device,
-                # Nothing is copied to or from a device otherwise.
-                runtime=(
-                    self._backend.make_runtime()
-                    if any(on_device) and not policy.replicated
-                    else None
-                ),
-                offload=execution.offload,
-            )
-            self._core = ShardedAdam(
-                self._ranks,
-                reduction,
-                placing,
-                num_threads=execution.num_threads,
-                module=module,
-                external=kind == "external",
-                overlaps=execution.overlaps(kind, all(on_device)),
-                backend=self._backend,
-            )
             resources.callback(self._core.resources.close)
             resources.callback(self._core.snapshot_lock.abandon)
             resources.callback(self._ranks.abort_devices)

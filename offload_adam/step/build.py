@@ -1,9 +1,9 @@
-"""Build what an optimizer's buckets need: the backend, plans, planes, slots and the schedule."""
+"""Build the state of an optimizer's buckets: plans, arenas and planes, on a backend."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -13,7 +13,6 @@ import torch
 from offload_adam.coordinator.admission import raise_on_all_ranks
 from offload_adam.coordinator.node_memory import admit_memory
 from offload_adam.coordinator.ranks import RankGroup
-from offload_adam.gradients.gradient_copy import GradientCopier
 from offload_adam.layout.budget import (
     NUM_REDUCE_SLOTS,
     NUM_STAGING_SLOTS,
@@ -21,7 +20,6 @@ from offload_adam.layout.budget import (
     plane_nbytes,
 )
 from offload_adam.layout.flat import ParameterSpec
-from offload_adam.layout.schedule import Schedule, plan_schedule
 from offload_adam.layout.state_plan import StatePlan, StatePolicy, plan_state
 from offload_adam.memory.arena import HostArena, Touch, arena_nbytes
 from offload_adam.memory.pinning import CudaRuntime, cuda_runtime
@@ -30,11 +28,9 @@ from offload_adam.options import OffloadPolicy
 from offload_adam.params.bucket import BucketState, adopt, segment_arrays
 from offload_adam.params.selection import NewParameter
 from offload_adam.step.executor import Worker
-from offload_adam.step.reducer import GradientReduction
 from offload_adam.step.update_thread import UpdateThread
 from offload_adam.transfer.collectives import Collectives, GroupCollectives
-from offload_adam.transfer.slots import Rings
-from offload_adam.transfer.streams import Streams, StreamsByDevice, streams_for
+from offload_adam.transfer.streams import Streams, streams_for
 
 
 def is_device(device: torch.device) -> bool:
@@ -56,17 +52,17 @@ class Backend:
 
 
 @dataclass(frozen=True, slots=True)
-class Placing:
-    """How the state of an optimizer's parameters is made.
+class Storage:
+    """Where and how an optimizer's state is stored.
 
-    policy: decides where each bucket's state is stored, and in which formats.
-    is_device: tells devices from host memory.
+    policy: decides the location and the formats of each bucket.
+    backend: what all of it runs on.
     runtime: page-locks host memory; None where nothing is to be.
     offload: the user's options for memory.
     """
 
     policy: StatePolicy
-    is_device: Callable[[torch.device], bool]
+    backend: Backend = Backend()
     runtime: CudaRuntime | None = None
     offload: OffloadPolicy = OffloadPolicy()
 
@@ -82,7 +78,7 @@ class Placing:
             item.parameter.element_size(),
             item.bucket_key,
             amsgrad=item.amsgrad,
-            on_device=self.is_device(item.parameter.device),
+            on_device=self.backend.is_device(item.parameter.device),
         )
 
 
@@ -101,7 +97,7 @@ class Built(NamedTuple):
 def build_states(
     new: Sequence[NewParameter],
     ranks: RankGroup,
-    placing: Placing,
+    storage: Storage,
     first_bucket: int,
     touch: Touch | None,
     *,
@@ -117,7 +113,7 @@ def build_states(
         touch: see `HostArena`.
         room_nbytes: for copies, at most; no more is taken than these states could fill.
     """
-    plans = plan_state(list(map(placing.spec_of, new)), placing.policy, first_index=first_bucket)
+    plans = plan_state(list(map(storage.spec_of, new)), storage.policy, first_index=first_bucket)
     parts: list[int] = []
     needed: Counter[str] = Counter()
     for plan in plans:
@@ -125,18 +121,18 @@ def build_states(
             of_planes = plane_nbytes(plan)
             parts += of_planes.values()
             needed.update(of_planes)
-    if placing.policy.replicated and ranks.rank != 0:
+    if storage.policy.replicated and ranks.rank != 0:
         room_nbytes = 0  # rank 0 writes what all have whole
     room_nbytes = copy_room_nbytes(plans, room_nbytes)
     if room_nbytes > 0:
         needed["checkpoint room"] = room_nbytes
-    admit_memory(ranks, needed, allow_overcommit=placing.offload.allow_overcommit)
+    admit_memory(ranks, needed, allow_overcommit=storage.offload.allow_overcommit)
     with raise_on_all_ranks(ranks, "allocating its state"):
         arena = HostArena(arena_nbytes(parts), parts=parts, touch=touch)
         room = HostArena(room_nbytes)
-    if placing.policy.pins_state and placing.runtime is not None:
+    if storage.policy.pins_state and storage.runtime is not None:
         arena.pin_or_warn(
-            placing.runtime,
+            storage.runtime,
             "State stays pageable and is copied through pinned buffers, which is slower: lift the "
             "limit, or pass pin='staging' (memory.pin: staging)",
         )
@@ -146,7 +142,7 @@ def build_states(
     states = []
     for plan in plans:
         items = [by_index[placed.parameter] for placed in plan.bucket.placements]
-        states.append(_build(plan, items, arena, ranks, placing))
+        states.append(_build(plan, items, arena, ranks, storage))
     return Built(states, arena, room)
 
 
@@ -155,7 +151,7 @@ def _build(
     items: Sequence[NewParameter],
     arena: HostArena,
     ranks: RankGroup,
-    placing: Placing,
+    storage: Storage,
 ) -> BucketState:
     """Adopt one bucket's parameters and fill its master weights from them."""
     bucket = plan.bucket
@@ -163,7 +159,7 @@ def _build(
     flat = adopt(bucket, parameters)
     if bucket.numel > 0:
         ranks.broadcast_data(flat)
-    rank, _ = placing.share_of(ranks)
+    rank, _ = storage.share_of(ranks)
     low, high = bucket.shard_bounds(rank)
     shard = flat[low:high]
     memory = arena if plan.location.is_host else DeviceMemory(flat.device)
@@ -181,60 +177,3 @@ def _build(
         centralized=np.array([item.centralized for item in items], dtype=np.bool_),
         segments=segment_arrays(bucket, rank),
     )
-
-
-class Routing:
-    """Plans the schedule of an optimizer's buckets, and makes the slots and buffers for it.
-
-    Owns: streams, rings and the buffers of the copier.
-    Lifecycle: `plan` for every set of buckets, while nothing is under way.
-    """
-
-    def __init__(
-        self,
-        ranks: RankGroup,
-        reduction: GradientReduction,
-        backend: Backend,
-        make_buffer: Callable[[int], HostArena],
-    ) -> None:
-        """Begin without buckets.
-
-        Args:
-            make_buffer: gives host memory of so many bytes, page-locked where that was asked for.
-        """
-        self.streams = StreamsByDevice(backend.make_streams)
-        self.copier = GradientCopier(ranks, reduction.slots, make_arena=make_buffer)
-        self.rings = Rings(
-            make_buffer,
-            num_staging=backend.num_staging_slots,
-            num_reduction=backend.num_reduce_slots,
-        )
-
-    @property
-    def host_nbytes(self) -> int:
-        """Host bytes of slots and buffers."""
-        return self.rings.staging_nbytes + self.copier.nbytes
-
-    @property
-    def slot_nbytes(self) -> Mapping[torch.device, int]:
-        """Bytes of the slots on devices."""
-        return self.rings.reduction_nbytes
-
-    def plan(self, states: Sequence[BucketState]) -> Schedule:
-        """Return the schedule of all buckets, having allocated slots and buffers for them."""
-        for state in states:
-            self._reserve(state)
-        return plan_schedule(
-            [state.plan for state in states],
-            num_reduce_slots=self.rings.num_reduction,
-            num_staging_slots=self.rings.num_staging,
-        )
-
-    def _reserve(self, state: BucketState) -> None:
-        bucket, key = state.layout, state.layout.bucket_key
-        if state.plan.uses_ring:
-            self.rings.fit_reduction(key, state.gradient_dtype, state.device, bucket.numel)
-        elif state.plan.is_offloaded and not state.plan.copies_straight:
-            self.copier.reserve(state, state.gradient_dtype)
-        if state.plan.stages_parameters:
-            self.rings.fit_staging(key, state.dtype, bucket.shard_numel)

@@ -1,4 +1,4 @@
-"""What runs a schedule: one task after the other, or updates beside the next forward."""
+"""What runs a step's tasks: all on the calling thread, or updates beside the next forward."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import functools
 import logging
 import os
 import threading
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
@@ -21,174 +20,16 @@ from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.coordinator.waiting import SLICE_S
 from offload_adam.errors import UnreadyParameterError
-from offload_adam.gradients.gradient_copy import GradientCopy
+from offload_adam.gradients.gradient_transfer import GradientCopy, GradientTransfer
 from offload_adam.gradients.segments import BucketGradients
-from offload_adam.layout.schedule import Operation, Schedule, Task
-from offload_adam.params.bucket import BucketState
+from offload_adam.layout.schedule import Task
 from offload_adam.spans import Spans, span
 from offload_adam.step.messages import UpdateMasks
-from offload_adam.step.tasks import Tasks
+from offload_adam.step.update_tasks import UpdateTasks
 
 logger = logging.getLogger(__name__)
 
 _exiting = threading.Event()
-
-
-class Executor(ABC):
-    """Runs the tasks of a schedule.
-
-    Before the agreement backward drives it, bucket by bucket (`start_copy`, `sum_in_place`). After
-    the agreement it gets the rest at once (`apply`). Both executors give the same bits.
-    """
-
-    def __init__(self, tasks: Tasks) -> None:
-        self.tasks = tasks
-
-    def extend(self, states: Sequence[BucketState], schedule: Schedule) -> None:
-        """Take further buckets in, and a schedule for all of them."""
-        self.finish_copies(wait=True)
-        self.settle()
-        self.tasks.extend(states, schedule, self._wait_for_update)
-
-    @abstractmethod
-    def start_copy(self, gradient_copy: GradientCopy) -> None:
-        """Start to copy a bucket's gradients to their shard. Never waits."""
-
-    @abstractmethod
-    def sum_in_place(self, number: int, gradients: BucketGradients) -> None:
-        """Start to sum squares of gradients that stay where autograd left them. Never waits."""
-
-    @abstractmethod
-    def finish_copies(self, *, wait: bool) -> None:
-        """Finish, in order, the copies that are over; with `wait` all copies."""
-
-    def sum_of_squares(self, gradients: Sequence[BucketGradients]) -> float:
-        """Return this rank's sum of squares in float64, added up bucket by bucket as scheduled.
-
-        The order is fixed, whenever each bucket's sum was taken: so the result is deterministic.
-        """
-        total = 0.0
-        for operation, number in self.tasks.schedule.before_agreement:
-            if operation is Operation.SUM_SQUARES:
-                total += self.tasks.sum_of_squares(number, gradients[number])
-        return total
-
-    @abstractmethod
-    def non_finite_indices(self, gradients: Sequence[BucketGradients]) -> npt.NDArray[np.int64]:
-        """Return the indices of parameters whose gradient, in this rank's shard, is not finite."""
-
-    @abstractmethod
-    def apply(self, gradients: Sequence[BucketGradients], masks: UpdateMasks, spans: Spans) -> None:
-        """Update, copy up and gather every bucket that has an active parameter."""
-
-    @property
-    @abstractmethod
-    def is_pending(self) -> bool:
-        """Whether some parameters may not be read yet."""
-
-    @abstractmethod
-    def wait_for_buckets(self, buckets: Collection[int]) -> None:
-        """Return when these buckets' parameters may be read. By the model's own thread.
-
-        On a device the stream waits, not the host, for what has been issued.
-        """
-
-    @abstractmethod
-    def settle(self) -> None:
-        """Return when all parameters may be read, and no update is under way.
-
-        Raises:
-            Exception: what an update has raised.
-        """
-
-    @abstractmethod
-    def run_with_updates(self, what: str, job: Callable[[], None]) -> None:
-        """Do something on the thread that launches the updates, and return when it is done."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """End what runs beside the caller. Idempotent."""
-
-    @abstractmethod
-    def _wait_for_update(self, task: Task) -> None:
-        """Block until an update that runs beside the caller is over."""
-
-
-class SequentialExecutor(Executor):
-    """Runs the two halves of a schedule on the calling thread."""
-
-    def __init__(self, tasks: Tasks) -> None:
-        super().__init__(tasks)
-        self._gradient_copies: deque[GradientCopy] = deque()
-
-    def start_copy(self, gradient_copy: GradientCopy) -> None:
-        """Start it, and finish the copies that are over."""
-        self.tasks.start_copy(gradient_copy)
-        self._gradient_copies.append(gradient_copy)
-        self.finish_copies(wait=False)
-
-    def sum_in_place(self, number: int, gradients: BucketGradients) -> None:
-        """Leave the sum for the step."""
-
-    def finish_copies(self, *, wait: bool) -> None:
-        """Finish copies in the order in which they were started."""
-        while self._gradient_copies and (wait or self.tasks.has_arrived(self._gradient_copies[0])):
-            self.tasks.finish_copy(self._gradient_copies.popleft())
-
-    def non_finite_indices(self, gradients: Sequence[BucketGradients]) -> npt.NDArray[np.int64]:
-        """Look now, one bucket after the other."""
-        return find_non_finite(self.tasks, range(len(gradients)), gradients)
-
-    def apply(self, gradients: Sequence[BucketGradients], masks: UpdateMasks, spans: Spans) -> None:
-        """Run the second half, and return when it is done."""
-        self.tasks.release()
-        for operation, number in self.tasks.schedule.after_agreement:
-            state = self.tasks.states[number]
-            active = masks.active[state.indices]
-            if is_idle(state, active):
-                if operation is Operation.UPDATE:
-                    masks.count(state, active)
-                    self.tasks.skip_copy_up(number)
-            elif operation is Operation.UPDATE:
-                self.tasks.update(number, gradients[number], active, masks, spans)
-            elif operation is Operation.GATHER:
-                self.tasks.gather(number, spans)
-        for number in self.tasks.schedule.forward_order:
-            self.tasks.use(number, spans)
-
-    @property
-    def is_pending(self) -> bool:
-        """Nothing ever is when `apply` has returned."""
-        return False
-
-    def wait_for_buckets(self, buckets: Collection[int]) -> None:
-        """Return: they may be read."""
-
-    def settle(self) -> None:
-        """Return: all may be read."""
-
-    def run_with_updates(self, what: str, job: Callable[[], None]) -> None:
-        """Do it here."""
-        job()
-
-    def close(self) -> None:
-        """Return: nothing runs beside the caller."""
-
-    def _wait_for_update(self, task: Task) -> None:
-        """Return: the calling thread has made it."""
-
-
-def is_idle(state: BucketState, active: npt.NDArray[np.bool_]) -> bool:
-    """Tell whether a step leaves a bucket as it is: no active parameter, or no element."""
-    return not active.any() or state.layout.numel == 0
-
-
-def find_non_finite(
-    tasks: Tasks, buckets: Iterable[int], gradients: Sequence[BucketGradients]
-) -> npt.NDArray[np.int64]:
-    """Return the indices of these buckets' parameters whose gradient here is not finite."""
-    found = [tasks.non_finite(number, gradients[number]) for number in buckets]
-    return np.concatenate([np.zeros(0, dtype=np.int64), *found])
 
 
 class Job(Protocol):
@@ -209,22 +50,28 @@ class Worker(Protocol):
     def close(self) -> None: ...
 
 
-class OverlappedExecutor(Executor):
-    """Gives gradient copies, sums and updates to a worker, and waits only for what is needed.
+class Executor:
+    """Runs the tasks of a step, in the order of the schedule.
 
-    The worker alone launches kernels and issues copies. The calling thread issues every collective.
-    After `apply` the updates run in forward order. `wait_for_buckets` is called before a part of
-    the model reads its parameters, and waits for the buckets of that part alone. It issues all
-    gathers before them that have not been issued, so that ranks that skip layers keep one order,
-    and the next gather ahead where its bucket is ready.
+    Backward drives it bucket by bucket (`start_copy`, `sum_in_place`). After the agreement it gets
+    the rest at once (`apply`).
 
-    Owns: the worker, and what is still to be waited for.
+    Without a worker everything runs on the calling thread, and all parameters may be read when
+    `apply` returns. With a worker, the worker alone launches kernels and issues copies, and `apply`
+    returns before the updates are over. They run in forward order; `wait_for_buckets` is called
+    before a part of the model reads its parameters, and waits for the buckets of that part alone.
+    The calling thread issues every collective: all gathers up to those buckets, so that ranks that
+    skip layers keep one order, and the next gather ahead where its bucket is ready. Both ways give
+    the same bits.
+
+    Owns: the worker, and everything that is still to be waited for.
     """
 
     def __init__(
         self,
-        tasks: Tasks,
-        worker: Worker,
+        transfer: GradientTransfer,
+        tasks: UpdateTasks,
+        worker: Worker | None,
         ranks: RankGroup,
         spans: Spans,
         arrived: Callable[[int], None],
@@ -232,20 +79,24 @@ class OverlappedExecutor(Executor):
         """Begin with nothing under way.
 
         Args:
+            worker: None to run everything on the calling thread.
             spans: told of work that is done on the worker, and of waits in `wait_for_buckets`.
-            arrived: told of each bucket when its parameters may be read again.
+            arrived: told of each bucket when its parameters may be read again after `apply` has
+                returned.
         """
-        super().__init__(tasks)
+        self._transfer = transfer
+        self._tasks = tasks
         self._worker = worker
         self._ranks = ranks
         self._spans = spans
         self._arrived = arrived
+        self._copies: deque[GradientCopy] = deque()  # those that the calling thread finishes
         self._copy_jobs: deque[Job] = deque()
-        self._device_copies: deque[GradientCopy] = deque()
         self._updates: dict[int, Job] = {}
         self._to_gather: deque[int] = deque()
         self._to_use: dict[int, int] = {}
         self._pid = os.getpid()
+        tasks.stream_waits.wait_for_update = self._wait_for_update
         _notice_exit()
 
     @property
@@ -253,103 +104,122 @@ class OverlappedExecutor(Executor):
         """Whether some parameters may not be read yet."""
         return bool(self._to_use)
 
-    def start_copy(self, gradient_copy: GradientCopy) -> None:
-        """Let the worker finish the copy, and take its sum of squares."""
-        number = gradient_copy.state.layout.index
-        self.tasks.start_copy(gradient_copy)
-        if not gradient_copy.state.plan.location.is_host:
-            self._device_copies.append(
-                gradient_copy
-            )  # for the model's own lane, which must not wait here
-            self._finish_device_copies(wait=False)
+    # Before the agreement.
+
+    def start_copy(self, copy: GradientCopy) -> None:
+        """Start to copy a bucket's gradients to their shard. Never waits."""
+        self._transfer.start(copy)
+        if self._worker is None or not copy.state.plan.location.is_host:
+            # The calling thread must not wait here: it finishes copies that have arrived.
+            self._copies.append(copy)
+            self._finish_own_copies(wait=False)
             return
+        number = copy.state.layout.index
 
         def finish() -> None:
-            self.tasks.finish_copy(gradient_copy)
-            self._sum(number, gradient_copy.gradients)
+            self._transfer.finish(copy)
+            self._sum(number, copy.gradients)
 
-        self._copy_jobs.append(self._give(f"the gradient copy of bucket {number}", finish))
+        self._copy_jobs.append(self._submit(f"the gradient copy of bucket {number}", finish))
 
     def sum_in_place(self, number: int, gradients: BucketGradients) -> None:
-        """Let the worker take the sum of squares while backward goes on."""
-        if self.tasks.states[number].plan.location.is_host:
-            job = self._give(f"the norm of bucket {number}", lambda: self._sum(number, gradients))
-            self._copy_jobs.append(job)
+        """Let a worker sum squares of gradients that stay where autograd left them. Never waits."""
+        if self._worker is not None and self._tasks.states[number].plan.location.is_host:
+            what = f"the norm of bucket {number}"
+            self._copy_jobs.append(self._submit(what, partial(self._sum, number, gradients)))
 
     def _sum(self, number: int, gradients: BucketGradients) -> None:
         with span("norm", number):
-            self.tasks.sum_of_squares(number, gradients)
+            self._tasks.sum_of_squares(number, gradients)
 
     def finish_copies(self, *, wait: bool) -> None:
-        """Wait for the worker, with `wait`; it finishes its copies without the caller."""
+        """Finish, in order, the copies that have arrived; with `wait` all copies."""
         while wait and self._copy_jobs:
             self._await(self._copy_jobs.popleft(), "reduce")
-        self._finish_device_copies(wait=wait)
+        self._finish_own_copies(wait=wait)
 
-    def _finish_device_copies(self, *, wait: bool) -> None:
-        """Finish, in order, the copies that are over of buckets with state on a device."""
-        while self._device_copies and (wait or self._device_copies[0].is_ready()):
-            self.tasks.finish_copy(self._device_copies.popleft())
+    def _finish_own_copies(self, *, wait: bool) -> None:
+        while self._copies and (wait or self._transfer.has_arrived(self._copies[0])):
+            self._transfer.finish(self._copies.popleft())
 
     def sum_of_squares(self, gradients: Sequence[BucketGradients]) -> float:
-        """Add up what the worker has taken, or takes now."""
-        for number in self._numbers(hosted=False):
-            self.tasks.sum_of_squares(number, gradients[number])
-        found: list[float] = []
-        self.run_with_updates(
-            "the norm", lambda: found.append(Executor.sum_of_squares(self, gradients))
-        )
-        return found[0]
+        """Return this rank's sum of squares in float64.
+
+        It is added up bucket by bucket, whenever each bucket's sum was taken, so that the result is
+        deterministic.
+        """
+        total = 0.0
+
+        def add_up() -> None:
+            nonlocal total
+            for number, given in enumerate(gradients):
+                total += self._tasks.sum_of_squares(number, given)
+
+        for number in self._numbers(on_host=False):
+            self._tasks.sum_of_squares(number, gradients[number])
+        self.run_with_updates("the norm", add_up)
+        return total
 
     def non_finite_indices(self, gradients: Sequence[BucketGradients]) -> npt.NDArray[np.int64]:
-        """Let the worker look, but on a device."""
-        found = [find_non_finite(self.tasks, self._numbers(hosted=False), gradients)]
-        hosted = self._numbers(hosted=True)
-        self.run_with_updates(
-            "the search for what is not finite",
-            lambda: found.append(find_non_finite(self.tasks, hosted, gradients)),
-        )
+        """Return the indices of parameters whose gradient, in this rank's shard, is not finite."""
+        found = [np.zeros(0, dtype=np.int64)]
+
+        def find(numbers: Iterable[int]) -> None:
+            found.extend(self._tasks.non_finite(number, gradients[number]) for number in numbers)
+
+        find(self._numbers(on_host=False))
+        search = partial(find, self._numbers(on_host=True))
+        self.run_with_updates("the search for non-finite gradients", search)
         return np.concatenate(found)
 
-    def _numbers(self, *, hosted: bool) -> list[int]:
-        states = self.tasks.states
-        return [s.layout.index for s in states if s.plan.location.is_host is hosted]
+    def _numbers(self, *, on_host: bool) -> list[int]:
+        states = self._tasks.states
+        return [s.layout.index for s in states if s.plan.location.is_host is on_host]
+
+    # After the agreement.
 
     def apply(self, gradients: Sequence[BucketGradients], masks: UpdateMasks, spans: Spans) -> None:
-        """Give the worker every update, in forward order, and return."""
-        self.tasks.release()
-        for position, number in enumerate(self.tasks.schedule.forward_order):
-            state = self.tasks.states[number]
+        """Update, copy up and gather every bucket that has an active parameter, in forward order.
+
+        Args:
+            spans: told of what the calling thread does before this returns.
+        """
+        self._tasks.release()
+        for position, number in enumerate(self._tasks.stream_waits.schedule.forward_order):
+            state = self._tasks.states[number]
             active = masks.active[state.indices]
-            if is_idle(state, active):
+            if not active.any() or state.layout.numel == 0:
                 masks.count(state, active)
-                if state.plan.stages_parameters:
-                    self._give(
-                        f"the turn of bucket {number}", partial(self.tasks.skip_copy_up, number)
-                    )
+                self._skip_update(number)
                 continue
-            if state.plan.location.is_host:
-                self._updates[number] = self._give_update(number, gradients[number], active, masks)
+            update = partial(self._tasks.update, number, gradients[number], active, masks)
+            if self._worker is not None and state.plan.location.is_host:
+                what = f"the update of bucket {number}"
+                self._updates[number] = self._submit(what, partial(update, self._spans))
             else:
-                self.tasks.update(number, gradients[number], active, masks, spans)
+                update(spans)
             if state.plan.gathers:
                 self._to_gather.append(number)
             self._to_use[number] = position
+            if self._worker is None:
+                self._gather_ahead(spans)
+        if self._worker is None:
+            for number in list(self._to_use):
+                self._use(number, spans)
 
-    def _give_update(
-        self,
-        number: int,
-        gradients: BucketGradients,
-        active: npt.NDArray[np.bool_],
-        masks: UpdateMasks,
-    ) -> Job:
-        return self._give(
-            f"the update of bucket {number}",
-            lambda: self.tasks.update(number, gradients, active, masks, self._spans),
-        )
+    def _skip_update(self, number: int) -> None:
+        """Let a bucket that stays as it is keep its turn among the copies up."""
+        if self._worker is None:
+            self._tasks.skip_copy_up(number)
+        elif self._tasks.states[number].plan.stages_parameters:
+            skip = partial(self._tasks.skip_copy_up, number)
+            self._submit(f"the turn of bucket {number}", skip)
 
     def wait_for_buckets(self, buckets: Collection[int]) -> None:
-        """Wait for these buckets, and issue the gathers up to them, and one ahead."""
+        """Return when these buckets' parameters may be read. By the model's own thread.
+
+        On a device the stream waits, not the host, for what has been issued.
+        """
         self._bound_backlog()
         if not self._to_use:
             return
@@ -360,12 +230,11 @@ class OverlappedExecutor(Executor):
         with self._spans.span("update wait"):
             last = max(self._to_use[number] for number in needed)
             while self._to_gather and self._to_use[self._to_gather[0]] <= last:
-                self._gather_next()
+                self._gather_next(self._spans)
             for number in sorted(needed, key=self._to_use.__getitem__):
-                self.tasks.use(number, self._spans)
-                del self._to_use[number]
+                self._use(number, self._spans)
                 self._arrived(number)
-        self._gather_ahead()
+        self._gather_ahead(self._spans)
 
     def _refuse_forked(self) -> None:
         if os.getpid() != self._pid:
@@ -379,53 +248,68 @@ class OverlappedExecutor(Executor):
 
         Backward never waits, so a forward does where several of them add up on the host.
         """
-        while len(self._copy_jobs) > 2 * len(self.tasks.states):
+        while len(self._copy_jobs) > 2 * len(self._tasks.states):
             self._await(self._copy_jobs.popleft(), "reduce")
 
-    def settle(self) -> None:
-        """Wait for everything."""
+    def _use(self, number: int, spans: Spans) -> None:
+        self._tasks.use(number, spans)
+        del self._to_use[number]
+
+    def _gather_next(self, spans: Spans) -> None:
+        # Forgotten only when it is issued: after an interrupt it is still to come on this rank too.
+        with torch.no_grad():
+            self._tasks.gather(self._to_gather[0], spans)
+        self._to_gather.popleft()
+
+    def _gather_ahead(self, spans: Spans) -> None:
+        """Issue the next gather if nothing need be waited for."""
+        if self._to_gather:
+            job = self._updates.get(self._to_gather[0])
+            if job is None or job.is_over():
+                self._gather_next(spans)
+
+    def finish_updates(self) -> None:
+        """Return when all parameters may be read, and no update is under way.
+
+        Raises:
+            Exception: what an update has raised.
+        """
         self.wait_for_buckets(list(self._to_use))
         assert not self._to_gather, "what is gathered is used"
         self._updates.clear()
 
     def close(self) -> None:
-        """End the worker when it has done what it was given."""
-        self._worker.close()
+        """End the worker when it has done what it was given. Idempotent."""
+        if self._worker is not None:
+            self._worker.close()
         if self._to_gather and not _exiting.is_set():
             logger.error(
                 "the optimizer was dropped before all parameters were gathered, so they differ "
                 "between ranks now: call synchronize() or close() before"
             )
 
-    def _gather_next(self) -> None:
-        # Forgotten only when it is issued: after an interrupt it is still to come on this rank too.
-        with torch.no_grad():
-            self.tasks.gather(self._to_gather[0], self._spans)
-        self._to_gather.popleft()
+    # The worker.
 
-    def _gather_ahead(self) -> None:
-        """Issue the next gather if nothing need be waited for."""
-        if self._to_gather:
-            job = self._updates.get(self._to_gather[0])
-            if job is None or job.is_over():
-                self._gather_next()
+    def run_with_updates(self, what: str, job: Callable[[], None]) -> None:
+        """Do something on the thread that launches the updates, and return when it is done."""
+        if self._worker is None:
+            job()
+        else:
+            self._await(self._submit(what, job), "norm")
 
-    def _wait_for_update(self, task: Task) -> None:
-        job = self._updates.get(task.bucket)
-        if job is not None:
-            self._await(job, "update", task.bucket)
-
-    def _give(self, what: str, job: Callable[[], None]) -> Job:
+    def _submit(self, what: str, job: Callable[[], None]) -> Job:
         def run() -> None:
             # Gradients are on by default in every thread.
             with torch.no_grad(), PROGRESS.untracked():
                 job()
 
+        assert self._worker is not None
         return self._worker.submit(what, run)
 
-    def run_with_updates(self, what: str, job: Callable[[], None]) -> None:
-        """Let the worker do it, and wait for it."""
-        self._await(self._give(what, job), "norm")
+    def _wait_for_update(self, task: Task) -> None:
+        job = self._updates.get(task.bucket)
+        if job is not None:
+            self._await(job, "update", task.bucket)
 
     def _await(self, job: Job, phase: str, bucket: int | None = None) -> None:
         """Wait for a job, and raise an error if a peer fails meanwhile.

@@ -264,7 +264,7 @@ class ForwardHooks:
 
     def settle(self) -> None:
         """Wait for everything."""
-        self._executor.settle()
+        self._executor.finish_updates()
         self._waited.update(self._bucket_of.values())
 
     def check(self, brought: Iterable[int], name_of: Callable[[int], str]) -> None:

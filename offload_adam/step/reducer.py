@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from operator import attrgetter, is_, itemgetter
 
@@ -11,15 +11,14 @@ import torch
 
 from offload_adam.coordinator.agreement import largest_on_any_rank
 from offload_adam.coordinator.ranks import RankGroup
-from offload_adam.gradients.gradient_copy import GradientCopy, Piece, local_pieces
-from offload_adam.gradients.reader import GradientReader, GradientsInPlace, in_memory_order
+from offload_adam.gradients.gradient_transfer import GradientTransfer
+from offload_adam.gradients.reader import GradientReader, GradientsInPlace
 from offload_adam.gradients.row_exchange import RowExchange
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.gradients.stand_in import StreamedGradients, gradient_of
 from offload_adam.layout.state_plan import StatePolicy
 from offload_adam.params.bucket import BucketState
 from offload_adam.step.executor import Executor
-from offload_adam.transfer.slots import SlotPool
 
 _grad = attrgetter("grad")
 
@@ -38,10 +37,13 @@ class GradientReduction:
     zeros. Without hooks, `finish` does all of it inside `step()`. One reduced backward a step is
     the rule; with `accumulates` a further one adds in fp32 to the shard.
 
-    Owns: the slots in which buckets in host memory are reduced, and this step's `BucketGradients`.
-    Lifecycle: `bind` once; `reset` after each step, and from `zero_grad`.
+    Owns: this step's `BucketGradients`.
+    Lifecycle: `reset` after each step, and from `zero_grad`.
 
     Args:
+        states: all buckets; grows with the optimizer.
+        transfer: packs and reduces a bucket's gradients.
+        executor: brings what `transfer` returns to the gradient shard.
         policy: says whether gradients are averaged here (otherwise `.grad` is final as it stands),
             and whether later backwards add to those of earlier ones.
         streams: gradients leave `.grad`, which holds stand-ins afterwards.
@@ -53,6 +55,9 @@ class GradientReduction:
         self,
         ranks: RankGroup,
         policy: StatePolicy,
+        states: Sequence[BucketState],
+        transfer: GradientTransfer,
+        executor: Executor,
         *,
         streams: bool,
         takes_rows: bool = False,
@@ -64,12 +69,12 @@ class GradientReduction:
         self.streams = streams
         self._accumulates = policy.accumulates
         self._rows = RowExchange(ranks) if takes_rows and self._reduces else None
-        self.slots = SlotPool()
         self._takes_rows = takes_rows
-        self._states: list[BucketState] = []
+        self._states = states
+        self._transfer = transfer
+        self._executor = executor
         self._readers: list[GradientReader] = []
         self._place_of: dict[int, tuple[int, int]] = {}
-        self._executor: Executor | None = None
         self._next = 0
         self._num_rounds = 0
         self._begun = False
@@ -78,41 +83,23 @@ class GradientReduction:
         self._missing: list[set[int]] = []  # positions that no backward of this round has brought
         self.gradients: list[BucketGradients] = []
 
-    def bind(self, executor: Executor) -> None:
-        """Hand every bucket that leaves over to this executor."""
-        self._executor = executor
-
-    @property
-    def executor(self) -> Executor:
-        """What takes buckets over."""
-        assert self._executor is not None
-        return self._executor
-
-    @property
-    def slot_nbytes(self) -> Mapping[torch.device, int]:
-        """Bytes of the slots in which buckets in host memory are reduced, by device."""
-        return self.slots.nbytes
-
     @property
     def has_gradients(self) -> bool:
         """Whether some have left since the last step or `reset`."""
         return self._begun or self._next > 0
 
     def extend(self, states: Sequence[BucketState]) -> None:
-        """Take further buckets into the order, after those that are known or have left already."""
+        """Add the latest of `states` to the order, after those that are known or have left."""
         for state in states:
             takes_rows = self._takes_rows and not state.layout.amsgrad
             reader = GradientReader(state.names, state.parameters, takes_rows=takes_rows)
             if self.streams:
                 reader.make_stand_ins(self._streamed, state.indices.tolist())
-            self._states.append(state)
             self._readers.append(reader)
             self._missing.append(set(range(len(state.parameters))))
             self.gradients.append(BucketGradients(state))
             for position, parameter in enumerate(state.parameters):
                 self._place_of[id(parameter)] = (state.layout.index, position)
-            if self._reduces:
-                self.slots.reserve(state.layout.numel, state.gradient_dtype, state.device)
 
     def gradients_ready(self, parameters: Sequence[torch.Tensor]) -> None:
         """Take gradients in the order of their arrival, and send off every bucket that is complete.
@@ -124,7 +111,7 @@ class GradientReduction:
         if not self._begun:
             # Parameters that no forward has read may still be in an H2D copy, and an update may
             # still read the gradient shards.
-            self.executor.settle()
+            self._executor.finish_updates()
             self._hide_from_backward()
         self._begun = True
         places = [self._place_of[id(parameter)] for parameter in parameters]
@@ -196,7 +183,7 @@ class GradientReduction:
             while self._num_rounds < most:
                 self._open_round()
                 failure = self._send_rest() or failure
-        self.executor.finish_copies(wait=True)
+        self._executor.finish_copies(wait=True)
         rows_failure = self._finish_rows()
         return failure or rows_failure
 
@@ -267,7 +254,7 @@ class GradientReduction:
         unfinished = self._next < len(self._states) and self.has_gradients
         if unfinished:
             self._send_rest()
-        self.executor.finish_copies(wait=True)
+        self._executor.finish_copies(wait=True)
         self._begun = self._hidden = False
         self._next = 0
         self._num_rounds = 0
@@ -311,7 +298,7 @@ class GradientReduction:
                 failure = failure or error
             # A copy that adds to a shard is not issued at once, as slots of a ring require.
             late = self._num_rounds > 0 and not self._accumulates
-            self.executor.finish_copies(wait=late or not self.streams)
+            self._executor.finish_copies(wait=late or not self.streams)
         return failure
 
     @torch.no_grad()
@@ -335,7 +322,7 @@ class GradientReduction:
             self._start_reduction(state, found.tensors)
         elif state.planes.gradient_shard is None:
             gradients.add_in_place(found)
-            self.executor.sum_in_place(number, gradients)
+            self._executor.sum_in_place(number, gradients)
         else:
             self._copy_without_reduction(state, found.tensors)
         if self._num_rounds > 0:  # an earlier round may have had other gradients
@@ -354,39 +341,18 @@ class GradientReduction:
         idle = self._rows is not None and self._rows.is_without_dense(state)
         self.gradients[number].expect(present)
         if state.layout.numel == 0 or idle:
-            self.executor.tasks.skip_reduction(number)
+            self._transfer.skip_reduction(state)
             return
-        slot, pooled = self._slot(state)
-        sources, targets, holes = [], [], []
-        for placed, gradient in zip(state.layout.placements, gradients, strict=True):
-            part = slot[placed.start : placed.end]
-            if gradient is None:
-                holes.append(part)
-            elif placed.numel > 0:
-                sources.append(in_memory_order(gradient))
-                targets.append(part)
-        pending = self.executor.tasks.reduce(number, slot, sources, targets, holes)
-        pieces = [Piece(pending.shard, 0, self._num_rounds > 0)]
-        self.executor.start_copy(
-            GradientCopy(state, self.gradients[number], pieces, True, pending, pooled)
-        )
-
-    def _slot(self, state: BucketState) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return memory for a bucket's reduction, and what of it goes back to the pool."""
-        if state.plan.uses_ring:
-            return self.executor.tasks.reduction_slot(state.layout.index), None
-        slot = self.slots.acquire(state.layout.numel, state.gradient_dtype, state.device)
-        return slot, slot
+        adds = self._num_rounds > 0
+        copy = self._transfer.reduce(state, gradients, self.gradients[number], adds=adds)
+        self._executor.start_copy(copy)
 
     def _copy_without_reduction(
         self, state: BucketState, gradients: list[torch.Tensor | None]
     ) -> None:
         """Copy (or add) this rank's segments of gradients that need no reduction."""
-        number = state.layout.index
-        given = self.gradients[number]
-        pieces = local_pieces(state, gradients, given.dense)
-        present = np.array([gradient is not None for gradient in gradients], dtype=np.bool_)
-        given.expect(present)
-        if pieces:
-            self.executor.tasks.gradient(number)
-            self.executor.start_copy(GradientCopy(state, given, pieces, False))
+        given = self.gradients[state.layout.index]
+        copy = self._transfer.take_local(state, gradients, given)
+        given.expect(np.array([gradient is not None for gradient in gradients], dtype=np.bool_))
+        if copy is not None:
+            self._executor.start_copy(copy)

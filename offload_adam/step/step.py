@@ -16,15 +16,18 @@ import torch
 from offload_adam.coordinator.agreement import Agreement, Findings, agree, flags_on_any_rank
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import RankGroup
+from offload_adam.gradients.gradient_transfer import GradientTransfer
 from offload_adam.gradients.segments import BucketGradients
+from offload_adam.gradients.stand_in import StreamedGradients
+from offload_adam.layout.schedule import plan_schedule
 from offload_adam.memory.arena import HostArena, close_all, spans_nodes
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.selection import Named, NewParameter
 from offload_adam.spans import NullSpans, Spans, Stopwatch
 from offload_adam.step.absence import AbsenceWatch
-from offload_adam.step.build import Backend, Placing, Routing, build_states
+from offload_adam.step.build import Storage, build_states
 from offload_adam.step.device_update import DeviceUpdate
-from offload_adam.step.executor import Executor, OverlappedExecutor, SequentialExecutor
+from offload_adam.step.executor import Executor
 from offload_adam.step.external_edits import ExternalEdits
 from offload_adam.step.forward_waits import ForwardHooks
 from offload_adam.step.host_update import HostUpdate
@@ -41,7 +44,9 @@ from offload_adam.step.messages import (
 )
 from offload_adam.step.reducer import GradientReduction
 from offload_adam.step.snapshot_lock import SnapshotLock
-from offload_adam.step.tasks import BucketUpdate, Tasks
+from offload_adam.step.update_tasks import BucketUpdate, UpdateTasks
+from offload_adam.transfer.slots import Rings
+from offload_adam.transfer.stream_waits import StreamWaits
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +73,7 @@ class _Found:
 class ShardedAdam:
     """This rank's shard of the Adam state, and the step that all ranks take together.
 
-    Owns: all bucket states, what notices writes from outside, the routing and the executor.
+    Owns: all bucket states, what notices writes from outside, slots and buffers, the executor.
         `resources` ends what runs beside the caller, takes hooks off the model and unpins memory,
         in this order, and holds neither this object nor the model.
     Lifecycle: `extend` for every set of parameters, `step` any number of times.
@@ -77,54 +82,91 @@ class ShardedAdam:
     def __init__(
         self,
         ranks: RankGroup,
-        reduction: GradientReduction,
-        placing: Placing,
+        storage: Storage,
         *,
         num_threads: int | None,
         module: torch.nn.Module | None,
         external: bool,
         overlaps: bool,
-        backend: Backend,
+        streams: bool,
+        takes_rows: bool = False,
+        streamed: StreamedGradients | None = None,
     ) -> None:
         """Begin without parameters.
 
         Args:
+            external: others average the gradients, which must then be on all ranks.
             overlaps: `step` returns before the updates are over; `executor` tells when they are.
-            backend: what all of it runs on.
+            streams, takes_rows, streamed: as for `GradientReduction`.
         """
         self.ranks = ranks
         self.num_steps = 0
-        self.reduction = reduction
         self.states: list[BucketState] = []
         self.host_nbytes = dict.fromkeys(
             ("state", "staging", "checkpoint room", "block_sums", "prepared"), 0
         )
-        self._placing = placing
+        self._storage = storage
         self._external = external
         self.overlaps = overlaps
-        self._places: list[tuple[int, int]] = []
-        # Keeps updates off the state that a checkpoint in the background still reads.
-        self.snapshot_lock = SnapshotLock()
-        self.external_edits = ExternalEdits(module, self.states, self._places, self.snapshot_lock)
         self._num_threads = num_threads
-        self._host_update: HostUpdate | None = None
-        self._device_update = DeviceUpdate()
-        self._updates: list[BucketUpdate] = []
-        self.arenas: list[HostArena] = []
-        self.resources = ExitStack()
-        self.resources.callback(close_all, self.arenas)
-        # Not a method of this object: what ends with it must not hold it, nor so the model.
-        make_buffer = partial(_make_buffer, placing, self.arenas)
-        self._beside_steps = Stopwatch()
-        self._routing = Routing(ranks, reduction, backend, make_buffer)
-        self.executor = self._make_executor(overlaps, backend)
-        self.resources.callback(self.executor.close)
-        self.forward_hooks: ForwardHooks | None = None
-        reduction.bind(self.executor)
+        self._places: list[tuple[int, int]] = []
         self._frozen: list[Named] = []
         self._names: list[str] = []
         self._parameters: list[torch.nn.Parameter] = []
         self._absence = AbsenceWatch(self._names, self._parameters)
+        self.arenas: list[HostArena] = []
+        self.resources = ExitStack()
+        self.resources.callback(close_all, self.arenas)
+        # Keeps updates off the state that a checkpoint in the background still reads.
+        self.snapshot_lock = SnapshotLock()
+        self.external_edits = ExternalEdits(module, self.states, self._places, self.snapshot_lock)
+        self._host_update: HostUpdate | None = None
+        self._device_update = DeviceUpdate()
+        self._updates: list[BucketUpdate] = []
+
+        backend = storage.backend
+        # Not a method of this object: what ends with it must not hold it, nor so the model.
+        make_buffer = partial(_make_buffer, storage, self.arenas)
+        self._rings = Rings(
+            make_buffer,
+            num_staging=backend.num_staging_slots,
+            num_reduction=backend.num_reduce_slots,
+        )
+        self.stream_waits = StreamWaits(ranks, backend.make_streams)
+        collectives = backend.make_collectives(ranks)
+        self.transfer = GradientTransfer(
+            ranks, collectives, self.stream_waits, self._rings, make_buffer
+        )
+        self.tasks = UpdateTasks(
+            ranks,
+            self.states,
+            self._updates,
+            self.snapshot_lock,
+            collectives,
+            self.stream_waits,
+            self._rings,
+        )
+        self._beside_steps = Stopwatch()
+        self.executor = Executor(
+            self.transfer,
+            self.tasks,
+            backend.make_worker() if overlaps else None,
+            ranks,
+            self._beside_steps,
+            self.external_edits.arrived,
+        )
+        self.resources.callback(self.executor.close)
+        self.reduction = GradientReduction(
+            ranks,
+            storage.policy,
+            self.states,
+            self.transfer,
+            self.executor,
+            streams=streams,
+            takes_rows=takes_rows,
+            streamed=streamed,
+        )
+        self.forward_hooks: ForwardHooks | None = None
 
     def extend(
         self,
@@ -139,14 +181,16 @@ class ShardedAdam:
         Raises:
             HostMemoryError: nothing has been changed then.
         """
+        self.executor.finish_copies(wait=True)
+        self.executor.finish_updates()
         touch = self._touch_host if spans_nodes() else None
         states, arena, room = build_states(
             new,
             self.ranks,
-            self._placing,
+            self._storage,
             len(self.states),
             touch,
-            room_nbytes=self._placing.offload.checkpoint_room_nbytes
+            room_nbytes=self._storage.offload.checkpoint_room_nbytes
             - self.snapshot_lock.room_nbytes,
         )
         self.arenas += [arena, room]
@@ -170,10 +214,18 @@ class ShardedAdam:
         for state in states:
             for position, index in enumerate(state.indices.tolist()):
                 self._places[index] = (state.layout.index, position)
+        for state in states:
+            self.transfer.allocate(state)
+            self.tasks.allocate(state)
+        self.host_nbytes["staging"] = self._rings.staging_nbytes + self.transfer.host_nbytes
+        schedule = plan_schedule(
+            [state.plan for state in self.states],
+            num_reduce_slots=self._storage.backend.num_reduce_slots,
+            num_staging_slots=self._storage.backend.num_staging_slots,
+        )
+        devices = {state.layout.index: state.device for state in self.states}
+        self.stream_waits.use_schedule(schedule, devices)
         self.reduction.extend(states)
-        schedule = self._routing.plan(self.states)
-        self.host_nbytes["staging"] = self._routing.host_nbytes
-        self.executor.extend(states, schedule)
         self.external_edits.extend(new)
 
     def _use_host_update(self) -> HostUpdate:
@@ -191,30 +243,12 @@ class ShardedAdam:
         if self._host_update is not None:
             self.host_nbytes |= self._host_update.nbytes
 
-    def _make_executor(self, overlaps: bool, backend: Backend) -> Executor:
-        collectives = backend.make_collectives(self.ranks)
-        ways = self._routing
-        tasks = Tasks(
-            self.ranks,
-            self._updates,
-            self.snapshot_lock,
-            collectives,
-            ways.streams,
-            ways.copier,
-            ways.rings,
-        )
-        if not overlaps:
-            return SequentialExecutor(tasks)
-        worker = backend.make_worker()
-        arrived = self.external_edits.arrived
-        return OverlappedExecutor(tasks, worker, self.ranks, self._beside_steps, arrived)
-
     def ledger(self) -> list[LedgerEntry]:
         """Return who holds which bytes now, on the host and on devices."""
         entries = [entry for state in self.states for entry in bucket_entries(state)]
         shared = {k: n for k, n in self.host_nbytes.items() if k != "state"}
         entries += [LedgerEntry(name, None, "cpu", nbytes) for name, nbytes in shared.items()]
-        slots = [*self.reduction.slot_nbytes.items(), *self._routing.slot_nbytes.items()]
+        slots = self.transfer.slot_nbytes.items()
         entries += [LedgerEntry("slots", None, str(device), nbytes) for device, nbytes in slots]
         return entries
 
@@ -236,17 +270,17 @@ class ShardedAdam:
         """Return when all parameters and all state hold the result of the last step."""
         if self.forward_hooks is not None:
             self.forward_hooks.settle()
-        self.executor.settle()
+        self.executor.finish_updates()
 
     @property
     def share(self) -> tuple[int, int]:
         """This rank's place among those that the state is divided over."""
-        return self._placing.share_of(self.ranks)
+        return self._storage.share_of(self.ranks)
 
     @property
     def is_sharded(self) -> bool:
         """Whether each rank holds a part of the state, or all of it."""
-        return not self._placing.policy.replicated
+        return not self._storage.policy.replicated
 
     @property
     def pinned_nbytes(self) -> int:
@@ -276,7 +310,7 @@ class ShardedAdam:
         if self.forward_hooks is not None:
             self.forward_hooks.step_begins()
         # 0. The previous step's updates read the gradient shards that this step fills.
-        self.executor.settle()
+        self.executor.finish_updates()
         earlier = self._beside_steps.take()
         # 1. and 2. Every gradient in its shard; one all-reduce of what each rank found there.
         agreement, changed = self._agree(inputs, stopwatch)
@@ -310,13 +344,13 @@ class ShardedAdam:
 
     def total_norm(self, inputs: StepInputs) -> float:
         """Reduce what is left and return the global gradient norm, unscaled. Collective."""
-        self.executor.settle()
+        self.executor.finish_updates()
         agreement, _ = self._agree(inputs, NullSpans())
         return decide(agreement, None, inputs.factor).total_norm
 
     def norms(self, inputs: StepInputs) -> npt.NDArray[np.float64]:
         """Reduce what is left and return each parameter's gradient norm, as it is. Collective."""
-        self.executor.settle()
+        self.executor.finish_updates()
         self._agree(inputs, NullSpans())
         squares = np.zeros(len(self._parameters))
 
@@ -476,10 +510,10 @@ def _added(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str,
     return {name: first.get(name, 0.0) + second.get(name, 0.0) for name in {**first, **second}}
 
 
-def _make_buffer(placing: Placing, arenas: list[HostArena], nbytes: int) -> HostArena:
+def _make_buffer(storage: Storage, arenas: list[HostArena], nbytes: int) -> HostArena:
     """Return host memory for copies, page-locked where that was asked for."""
     arena = HostArena(nbytes)
-    if placing.policy.pins_staging and placing.runtime is not None:
-        arena.pin_or_warn(placing.runtime, "These copies go through pageable memory")
+    if storage.policy.pins_staging and storage.runtime is not None:
+        arena.pin_or_warn(storage.runtime, "These copies go through pageable memory")
     arenas.append(arena)
     return arena

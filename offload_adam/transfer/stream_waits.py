@@ -1,79 +1,97 @@
-"""Carry out the waits of a schedule between lanes."""
+"""Carry out the waits of a schedule between streams and threads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from offload_adam.layout.schedule import Lane, Operation, Schedule, Task
+import torch
+
+from offload_adam.coordinator.ranks import RankGroup
+from offload_adam.layout.schedule import Lane, Operation, Schedule, Task, plan_schedule
 from offload_adam.transfer.streams import Mark, Streams
 
-HostWait = Callable[[Task], None]
-"""Blocks the calling thread until a task of the update thread is over, if there is one."""
-
-MarkWait = Callable[[Streams, Mark], None]
-"""Blocks the calling thread until a mark is reached; raises an error where it never will be."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 1e-3
 
 
 class StreamWaits:
-    """Keeps each task's latest mark, and makes other lanes wait for it as the schedule says.
+    """Records an event after each task, and lets other lanes wait for it as the schedule says.
 
-    Nothing else orders lanes: a wait that is missing in the schedule is made by nobody.
+    Nothing else orders lanes: nobody makes a wait that the schedule does not have.
+
+    Attributes:
+        schedule: the schedule in force; it has no task before `use_schedule`.
+        wait_for_update: blocks the calling thread until an update that runs beside it is over. Such
+            an update leaves no event. Set by what gives updates to another thread.
+
+    Owns: the streams of every device that has parameters.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        streams: Mapping[int, Streams],
-        wait_for_update: HostWait,
-        wait_for_mark: MarkWait,
-    ) -> None:
-        """Begin with nothing under way.
+    def __init__(self, ranks: RankGroup, make_streams: Callable[[torch.device], Streams]) -> None:
+        self._ranks = ranks
+        self._make_streams = make_streams
+        self.wait_for_update: Callable[[Task], None] = lambda task: None
+        self.schedule: Schedule = plan_schedule([], num_reduce_slots=1, num_staging_slots=1)
+        self._streams: dict[torch.device, Streams] = {}
+        self._devices: Mapping[int, torch.device] = {}
+        self._marks: dict[Task, Mark] = {}
+
+    def use_schedule(self, schedule: Schedule, devices: Mapping[int, torch.device]) -> None:
+        """Go on with a schedule for these buckets. Events that have been recorded stay.
 
         Args:
-            streams: of each bucket's device.
-            wait_for_update: for the tasks that leave no mark since a thread runs them.
+            devices: of each bucket's parameters.
         """
-        self._schedule = schedule
-        self._streams = streams
-        self._wait_for_update = wait_for_update
-        self._wait_for_mark = wait_for_mark
-        self._marks: dict[Task, Mark] = {}
+        self.schedule = schedule
+        self._devices = devices
+        for device in set(devices.values()) - set(self._streams):
+            self._streams[device] = self._make_streams(device)
+
+    def streams_of(self, bucket: int) -> Streams:
+        """Return the streams of a bucket's device."""
+        return self._streams[self._devices[bucket]]
 
     def begin(self, operation: Operation, bucket: int) -> None:
         """Let this task's lane wait for all that the task waits for."""
         task = Task(operation, bucket)
-        streams = self._streams[bucket]
-        lane = self._schedule.lane_of(task)
-        for waited in self._schedule.waits[task]:
-            if self._schedule.lane_of(waited) is Lane.UPDATE:
-                self._wait_for_update(waited)
+        lane = self.schedule.lane_of(task)
+        for waited in self.schedule.waits[task]:
+            if self.schedule.lane_of(waited) is Lane.UPDATE:
+                self.wait_for_update(waited)
                 continue
             mark = self._marks.get(waited)
             if mark is None:
                 continue  # no step has had anything to do for it yet
             if lane is Lane.UPDATE:
-                self._wait_for_mark(streams, mark)
+                self._block_until(mark)
             else:
-                streams.wait(lane, mark)
+                self.streams_of(bucket).wait(lane, mark)
+
+    def _block_until(self, mark: Mark) -> None:
+        """Block until an event has happened, and raise an error if a peer fails meanwhile.
+
+        The device may wait for a collective that a dead peer never joins, so the event is polled.
+        In a world of one the thread sleeps until the device wakes it.
+        """
+        if self._ranks.world_size > 1:
+            self._ranks.wait_until(
+                mark.query, pause_s=_FIRST_PAUSE_S, longest_pause_s=_LONGEST_PAUSE_S
+            )
+        mark.synchronize()
 
     def end(self, operation: Operation, bucket: int) -> None:
-        """Remember that this task has been issued."""
+        """Record an event: this task has been issued."""
         task = Task(operation, bucket)
-        self._marks[task] = self._streams[bucket].mark(self._schedule.lane_of(task))
+        self._marks[task] = self.streams_of(bucket).mark(self.schedule.lane_of(task))
 
     def is_over(self, operation: Operation, bucket: int) -> bool:
         """Tell, without waiting, whether this task, which has been issued, is over."""
         return self._marks[Task(operation, bucket)].query()
 
     def end_all(self, operation: Operation, buckets: Iterable[int]) -> None:
-        """Remember that this task has been issued for all of these, with one mark a device."""
+        """Record that this task has been issued for all of these, with one event a device."""
         marks: dict[Streams, Mark] = {}
         for bucket in buckets:
-            streams = self._streams[bucket]
+            streams = self.streams_of(bucket)
             if streams not in marks:
                 marks[streams] = streams.mark(operation.lane)
             self._marks[Task(operation, bucket)] = marks[streams]
-
-    def adopt(self, earlier: StreamWaits) -> None:
-        """Take over the marks of the `StreamWaits` that this one replaces."""
-        self._marks.update(earlier._marks)

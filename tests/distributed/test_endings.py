@@ -192,7 +192,7 @@ def hold_memory(rank: int, world_size: int, streams: bool, overlap: bool) -> tup
         model(gradients).backward()
         optimizer.step()
         optimizer.zero_grad()
-        slots.append(sum(map(len, core.reduction.slots._free.values())))
+        slots.append(sum(map(len, core.transfer.slots._free.values())))
         if step == NUM_WARM - 1:
             resident = process.memory_info().rss
     grown = process.memory_info().rss - resident

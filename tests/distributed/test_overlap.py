@@ -126,7 +126,7 @@ def train_interrupted(rank: int, world_size: int, at: str | None) -> list[bytes]
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        stream_waits = optimizer._alive().executor.tasks.stream_waits
+        stream_waits = optimizer._alive().stream_waits
         for operation in ("begin", "end"):
             original = getattr(stream_waits, operation)
             patch.setattr(stream_waits, operation, interrupted(operation, original))
@@ -221,7 +221,7 @@ def fail_in_update(rank: int, world_size: int) -> str:
     optimizer.synchronize()
     if rank == 1:
         assert optimizer._core is not None
-        update = optimizer._core.executor.tasks.updates[0]
+        update = optimizer._core.tasks.updates[0]
 
         def fail(*_: object) -> None:
             raise ZeroDivisionError("inside the update")

@@ -27,7 +27,7 @@ from tests.simulation.machine import ACTORS, Machine
 from tests.simulation.memory import GradientMemory, SimulatedSlots
 from tests.simulation.outcome import Outcome, Read, state_of
 from tests.simulation.training import make_core, reference_of, train
-from tests.simulation.watched import WatchedCopier, WatchedUpdate, name_tasks, watch_staging
+from tests.simulation.watched import WatchedUpdate, name_tasks, watch_folds, watch_staging
 from tests.support.cuda_runtime import StandInRuntime
 
 
@@ -128,17 +128,16 @@ class Simulation:
         if case.on_device:
             # On a device this is a D2H copy, which waits on COMPUTE. Here it would read at once.
             self.core.external_edits.find_unseen = lambda changed: []  # type: ignore[method-assign]
-        tasks = self.core.executor.tasks
+        tasks = self.core.tasks
         tasks.updates = cast(Any, [WatchedUpdate(one, self.machine) for one in tasks.updates])
-        tasks.copier = WatchedCopier(tasks.copier, self.machine)
+        watch_folds(self.core.transfer, self.machine)
         watch_staging(tasks, self.machine)
-        name_tasks(tasks.stream_waits, self.machine)
+        name_tasks(self.core.stream_waits, self.machine)
 
     def with_schedule(self, schedule: Schedule) -> None:
         """Go on with another schedule."""
-        tasks = self.core.executor.tasks
-        self.core.executor.extend([], schedule)
-        name_tasks(tasks.stream_waits, self.machine)
+        devices = {state.layout.index: state.device for state in self.core.states}
+        self.core.stream_waits.use_schedule(schedule, devices)
 
     def run(self) -> list[str]:
         """Train; return what was found wrong, races first."""

@@ -44,7 +44,7 @@ def run_beside_the_reference(case: Case, seed: int) -> set[Kind]:
     assert {(len(case.steps), index) for index in range(len(case.parameters))} <= read
     if not any(step.uses_all_of(case) and step.non_finite is None for step in case.steps):
         return set()
-    return kinds_of(simulation.core.executor.tasks.schedule) & {STAGING, REDUCTION}
+    return kinds_of(simulation.core.stream_waits.schedule) & {STAGING, REDUCTION}
 
 
 def run_some(number: int, **fixed: Any) -> Counter[Kind]:

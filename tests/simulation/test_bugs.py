@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from offload_adam.layout.schedule import Lane, Operation, Schedule, Task
-from offload_adam.step.executor import OverlappedExecutor
+from offload_adam.spans import Spans
 from tests.simulation.case import Case, Step, simple_case
 from tests.simulation.simulation import Simulation, clean_reference_of
 
@@ -29,7 +29,7 @@ Patch = pytest.MonkeyPatch
 
 
 def _change(simulation: Simulation, change: Callable[[Schedule], Schedule]) -> None:
-    simulation.with_schedule(change(simulation.core.executor.tasks.schedule))
+    simulation.with_schedule(change(simulation.core.stream_waits.schedule))
 
 
 def one_staging_slot_for_all(simulation: Simulation, patch: Patch) -> None:
@@ -41,19 +41,19 @@ def one_reduction_slot_for_all(simulation: Simulation, patch: Patch) -> None:
 
 
 def pooled_slot_released_before_its_copy(simulation: Simulation, patch: Patch) -> None:
-    copier = simulation.core.executor.tasks.copier
-    start = copier.start
+    transfer = simulation.core.transfer
+    start = transfer.start
 
-    def hasty(gradient_copy: Any, *rest: Any) -> None:
-        start(gradient_copy, *rest)
-        simulation.core.reduction.slots.release(gradient_copy.pooled_slot)
+    def hasty(gradient_copy: Any) -> None:
+        start(gradient_copy)
+        transfer.slots.release(gradient_copy.pooled_slot)
         gradient_copy.pooled_slot = None
 
-    patch.setattr(copier, "start", hasty)
+    patch.setattr(transfer, "start", hasty)
 
 
 def slot_kept_by_nobody_where_buckets_are_passed_by(simulation: Simulation, patch: Patch) -> None:
-    patch.setattr(simulation.core.executor.tasks, "skip_copy_up", lambda number: None)
+    patch.setattr(simulation.core.tasks, "skip_copy_up", lambda number: None)
 
 
 def gather_before_its_copy_up(simulation: Simulation, patch: Patch) -> None:
@@ -61,7 +61,7 @@ def gather_before_its_copy_up(simulation: Simulation, patch: Patch) -> None:
 
 
 def _begin_nothing_of(simulation: Simulation, patch: Patch, skipped: Operation) -> None:
-    stream_waits = simulation.core.executor.tasks.stream_waits
+    stream_waits = simulation.core.stream_waits
     begin = stream_waits.begin
 
     def hasty(operation: Operation, bucket: int) -> None:
@@ -72,22 +72,22 @@ def _begin_nothing_of(simulation: Simulation, patch: Patch, skipped: Operation) 
 
 
 def copy_down_without_an_edge_from_compute(simulation: Simulation, patch: Patch) -> None:
-    tasks = simulation.core.executor.tasks
+    stream_waits = simulation.core.stream_waits
     start = simulation.machine.mark(Lane.COMPUTE)
 
     def early(number: int) -> None:
-        tasks.stream_waits._marks[Task(Operation.GRADIENT, number)] = start
+        stream_waits._marks[Task(Operation.GRADIENT, number)] = start
 
-    patch.setattr(tasks, "gradient", early)
+    patch.setattr(simulation.core.transfer, "mark_written", early)
 
 
 def update_that_nobody_waits_for(simulation: Simulation, patch: Patch) -> None:
-    stream_waits = simulation.core.executor.tasks.stream_waits
-    patch.setattr(stream_waits, "_wait_for_update", lambda task: None)
+    stream_waits = simulation.core.stream_waits
+    patch.setattr(stream_waits, "wait_for_update", lambda task: None)
 
 
 def release_at_the_end_of_backward(simulation: Simulation, patch: Patch) -> None:
-    tasks, reduction = simulation.core.executor.tasks, simulation.core.reduction
+    tasks, reduction = simulation.core.tasks, simulation.core.reduction
     ended, release = reduction.backward_ended, tasks.release
 
     def early() -> None:
@@ -100,14 +100,13 @@ def release_at_the_end_of_backward(simulation: Simulation, patch: Patch) -> None
 
 def look_ahead_to_an_update_that_is_not_over(simulation: Simulation, patch: Patch) -> None:
     executor = simulation.core.executor
-    assert isinstance(executor, OverlappedExecutor)
-    stream_waits = executor.tasks.stream_waits
+    stream_waits = simulation.core.stream_waits
 
-    def hasty() -> None:
+    def hasty(spans: Spans) -> None:
         with patch.context() as inner:
-            inner.setattr(stream_waits, "_wait_for_update", lambda task: None)
+            inner.setattr(stream_waits, "wait_for_update", lambda task: None)
             if executor._to_gather:
-                executor._gather_next()
+                executor._gather_next(spans)
 
     patch.setattr(executor, "_gather_ahead", hasty)
 
@@ -125,7 +124,7 @@ def backward_begun_before_all_is_settled(simulation: Simulation, patch: Patch) -
 
 def step_begun_before_all_is_settled(simulation: Simulation, patch: Patch) -> None:
     backward_begun_before_all_is_settled(simulation, patch)
-    patch.setattr(simulation.core.executor, "settle", lambda: None)
+    patch.setattr(simulation.core.executor, "finish_updates", lambda: None)
 
 
 BUGS: list[tuple[Callable[[Simulation, Patch], None], Case]] = [

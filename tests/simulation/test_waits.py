@@ -32,7 +32,7 @@ NUM_SEEDS = 4
 
 
 def schedule_of(case: Case, reference: Outcome) -> Schedule:
-    return Simulation(case, reference, 0).core.executor.tasks.schedule
+    return Simulation(case, reference, 0).core.stream_waits.schedule
 
 
 def without(schedule: Schedule, task: Task, waited: Task) -> Schedule:
@@ -45,7 +45,7 @@ def is_caught(case: Case, reference: Outcome, task: Task, waited: Task) -> bool:
     """Tell whether the vector clock reports the missing wait, whatever the bits are."""
     for seed in range(NUM_SEEDS):
         simulation = Simulation(case, reference, seed)
-        simulation.with_schedule(without(simulation.core.executor.tasks.schedule, task, waited))
+        simulation.with_schedule(without(simulation.core.stream_waits.schedule, task, waited))
         if simulation.has_race():
             return True
     return False

@@ -12,9 +12,8 @@ from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.layout.state_plan import StatePolicy
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.selection import NewParameter
-from offload_adam.step.build import Backend, Placing
+from offload_adam.step.build import Backend, Storage
 from offload_adam.step.messages import StepInputs
-from offload_adam.step.reducer import GradientReduction
 from offload_adam.step.step import ShardedAdam
 from offload_adam.transfer.slots import SlotPool
 from tests.simulation.case import Case
@@ -172,23 +171,18 @@ def make_core(
         slots: where buckets in host memory are averaged; None for a pool as usual.
     """
     policy = make_policy(case, ranks.world_size, offload_fraction)
-    reduction = GradientReduction(ranks, policy, streams=True)
-    if slots is not None:
-        reduction.slots = slots
     on_device = backend.is_device(parameters[0].device)
-    placing = Placing(
-        policy, backend.is_device, runtime=backend.make_runtime() if on_device else None
-    )
     core = ShardedAdam(
         ranks,
-        reduction,
-        placing,
+        Storage(policy, backend, backend.make_runtime() if on_device else None),
         num_threads=1,
         module=None,
         external=False,
         overlaps=overlaps,
-        backend=backend,
+        streams=True,
     )
+    if slots is not None:
+        core.transfer.slots = slots
     new = [
         NewParameter(i, f"p{i}", parameter, group=0, amsgrad=False)
         for i, parameter in enumerate(parameters)

@@ -8,15 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.gradients.gradient_copy import GradientCopier, GradientCopy
+from offload_adam.gradients.gradient_transfer import GradientCopy, GradientTransfer
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.layout.schedule import Lane, Operation, Task
 from offload_adam.memory.arena import HostArena
 from offload_adam.params.bucket import BucketState
 from offload_adam.step.messages import UpdateMasks
-from offload_adam.step.tasks import BucketUpdate, Tasks
+from offload_adam.step.update_tasks import BucketUpdate, UpdateTasks
 from offload_adam.transfer.stream_waits import StreamWaits
-from offload_adam.transfer.streams import Streams
 from tests.simulation.backend import SimulatedStreams
 from tests.simulation.machine import Machine
 from tests.simulation.memory import poison
@@ -104,45 +103,38 @@ def _gradients(
     return [gradients.segment_of(state, row) for row in rows]
 
 
-class WatchedCopier(GradientCopier):
-    """A landing whose folding, by the host, is noted.
+def watch_folds(transfer: GradientTransfer, machine: Machine) -> None:
+    """Let casts and sums of gradients, which the host makes, be noted.
 
-    Owns nothing of its own: everything is the inner landing's.
+    What the host reads and writes is ordered as when `finish` returns.
     """
+    finish = transfer.finish
 
-    def __init__(self, inner: GradientCopier, machine: Machine) -> None:
-        self.__dict__.update(inner.__dict__)
-        self._machine = machine
-
-    def finish(
-        self, gradient_copy: GradientCopy, streams: Streams, stream_waits: StreamWaits
-    ) -> None:
-        """Finish the copy; what the host reads and writes is ordered as when this returns."""
-        if not gradient_copy.state.plan.location.is_host:
-            super().finish(gradient_copy, streams, stream_waits)
+    def watched(copy: GradientCopy) -> None:
+        state = copy.state
+        if not state.plan.location.is_host:
+            finish(copy)
             return
-        folds, pieces, in_pool = (
-            not gradient_copy.is_issued,
-            list(gradient_copy.pieces),
-            gradient_copy.pooled_slot,
-        )
+        folds, in_pool = not copy.is_issued, copy.pooled_slot
+        pieces = list(copy.pieces)
         through = None
-        if isinstance(streams, SimulatedStreams):
-            through = self._buffer(pieces[0].source.dtype, 0, HostArena)
-        super().finish(gradient_copy, streams, stream_waits)
-        shard = gradient_copy.state.planes.gradient_shard
+        if isinstance(transfer._stream_waits.streams_of(state.layout.index), SimulatedStreams):
+            through = transfer._buffer(pieces[0].source.dtype, 0, HostArena)
+        finish(copy)
+        shard = state.planes.gradient_shard
         assert shard is not None
         if folds:
             # A slot of the pool has gone back meanwhile, and was noted then.
             direct = [] if in_pool is not None else [piece.source for piece in pieces]
             read = direct if through is None else [through]
-            name = f"fold of bucket {gradient_copy.state.layout.index}"
-            self._machine.touch(name, reads=read, writes=[shard])
+            machine.touch(f"fold of bucket {state.layout.index}", reads=read, writes=[shard])
         if folds and through is not None:
             poison(through)
 
+    transfer.finish = watched  # type: ignore[method-assign]
 
-def watch_staging(tasks: Tasks, machine: Machine) -> None:
+
+def watch_staging(tasks: UpdateTasks, machine: Machine) -> None:
     """Let copies of fp32 parameters to their slots, which the host makes, be noted."""
     stage = tasks.stage
 

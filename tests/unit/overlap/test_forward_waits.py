@@ -683,7 +683,7 @@ def test_an_error_in_the_update_thread_surfaces_at_the_next_call_and_at_every_la
     losses(model, optimizer, 2)
     optimizer.synchronize()
     assert optimizer._core is not None
-    updates = optimizer._core.executor.tasks.updates
+    updates = optimizer._core.tasks.updates
 
     def fail(*_: object) -> None:
         raise ZeroDivisionError("inside the update")
@@ -695,7 +695,7 @@ def test_an_error_in_the_update_thread_surfaces_at_the_next_call_and_at_every_la
         with pytest.raises(ZeroDivisionError, match="inside the update") as caught:
             call()
     frames = [frame.name for frame in caught.traceback]
-    first = optimizer._core.executor.tasks.schedule.forward_order[0]
+    first = optimizer._core.stream_waits.schedule.forward_order[0]
     assert caught.value.__notes__ == [
         f"raised on the update thread, in the update of bucket {first}"
     ]

@@ -9,14 +9,16 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.schedule import Operation, Task, plan_schedule
 from offload_adam.spans import NullSpans, Stopwatch
-from offload_adam.step.executor import OverlappedExecutor, SequentialExecutor
+from offload_adam.step.executor import Executor
 from offload_adam.step.messages import UpdateMasks
-from offload_adam.step.tasks import Tasks
 from offload_adam.step.update_thread import UpdateThread
+from offload_adam.transfer.stream_waits import StreamWaits
+from offload_adam.transfer.streams import HostStreams
 from tests.support.plans import equal_plans
 from tests.unit.overlap.lazy_worker import LazyJob, LazyWorker
 
@@ -37,13 +39,15 @@ class RecordedTasks:
 
     def __init__(self) -> None:
         plans = equal_plans(NUM_BUCKETS, numel=128, world_size=2)
-        self.schedule = plan_schedule(plans, num_reduce_slots=2, num_staging_slots=2)
+        self.stream_waits = StreamWaits(RankGroup(), lambda device: HostStreams())
+        schedule = plan_schedule(plans, num_reduce_slots=2, num_staging_slots=2)
+        devices = dict.fromkeys(range(NUM_BUCKETS), torch.device("cpu"))
+        self.stream_waits.use_schedule(schedule, devices)
         self.states = [
             SimpleNamespace(indices=np.array([p.bucket.index]), layout=p.bucket, plan=p)
             for p in plans
         ]
         self.done: list[tuple[str, int]] = []
-        self.wait_for_update: Callable[[Task], None] = lambda task: None
 
     def release(self) -> None:
         pass
@@ -52,20 +56,19 @@ class RecordedTasks:
         self.done.append(("update", number))
 
     def gather(self, number: int, *_: Any) -> None:
-        self.wait_for_update(Task(Operation.UPDATE, number))
+        self.stream_waits.wait_for_update(Task(Operation.UPDATE, number))
         self.done.append(("gather", number))
 
     def use(self, number: int, *_: Any) -> None:
         self.done.append(("use", number))
 
 
-def begin(worker: Any) -> tuple[OverlappedExecutor, RecordedTasks]:
+def begin(worker: Any) -> tuple[Executor, RecordedTasks]:
     """Return an executor that has been given a step's updates. Forward order is 3, 2, 1, 0."""
     tasks = RecordedTasks()
-    executor = OverlappedExecutor(
-        cast(Tasks, tasks), worker, RankGroup(), Stopwatch(), lambda number: None
+    executor = Executor(
+        cast(Any, None), cast(Any, tasks), worker, RankGroup(), Stopwatch(), lambda number: None
     )
-    tasks.wait_for_update = executor._wait_for_update
     masks = UpdateMasks(np.ones(NUM_BUCKETS, dtype=np.bool_), [], 1.0)
     gradients: list[Any] = [None] * NUM_BUCKETS
     executor.apply(gradients, masks, NullSpans())
@@ -91,7 +94,7 @@ def test_every_earlier_gather_is_issued_first_and_its_bucket_stays_to_be_used() 
     executor.wait_for_buckets([1])
     assert names(tasks, "gather") == [3, 2, 1]
     assert names(tasks, "use") == [1]
-    executor.settle()
+    executor.finish_updates()
     assert names(tasks, "gather") == [3, 2, 1, 0]
     assert names(tasks, "use") == [1, 3, 2, 0]
     assert not executor.is_pending
@@ -146,31 +149,34 @@ def test_the_thread_ends_with_its_owner() -> None:
 
 
 class Arriving:
-    """Tasks whose copies have arrived, or not, as the test says; it writes down what finishes."""
+    """A transfer whose copies arrive when the test says; it writes down what finishes."""
 
     def __init__(self) -> None:
         self.arrived: set[str] = set()
         self.finished: list[str] = []
 
-    def start_copy(self, gradient_copy: Any) -> None:
+    def start(self, gradient_copy: Any) -> None:
         pass
 
     def has_arrived(self, gradient_copy: Any) -> bool:
         return gradient_copy in self.arrived
 
-    def finish_copy(self, gradient_copy: Any) -> None:
+    def finish(self, gradient_copy: Any) -> None:
         self.finished.append(gradient_copy)
 
 
 def test_a_sequential_backward_finishes_copies_in_order_and_waits_for_nothing() -> None:
-    tasks = Arriving()
-    executor = SequentialExecutor(cast(Tasks, tasks))
+    transfer = Arriving()
+    tasks: Any = RecordedTasks()
+    executor = Executor(
+        cast(Any, transfer), tasks, None, RankGroup(), NullSpans(), lambda number: None
+    )
     executor.start_copy(cast(Any, "first"))
-    tasks.arrived.add("second")
+    transfer.arrived.add("second")
     executor.start_copy(cast(Any, "second"))
-    assert tasks.finished == []
-    tasks.arrived.add("first")
+    assert transfer.finished == []
+    transfer.arrived.add("first")
     executor.start_copy(cast(Any, "third"))
-    assert tasks.finished == ["first", "second"]
+    assert transfer.finished == ["first", "second"]
     executor.finish_copies(wait=True)
-    assert tasks.finished == ["first", "second", "third"]
+    assert transfer.finished == ["first", "second", "third"]

@@ -1,4 +1,4 @@
-"""The tasks of a step on one bucket, each with the waits that the schedule gives it."""
+"""The tasks of a step that update one bucket, each with the waits that the schedule gives it."""
 
 from __future__ import annotations
 
@@ -11,33 +11,27 @@ import torch
 
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import RankGroup
-from offload_adam.gradients.gradient_copy import GradientCopier, GradientCopy
 from offload_adam.gradients.segments import BucketGradients
-from offload_adam.layout.schedule import Operation, Schedule
+from offload_adam.layout.schedule import Operation
 from offload_adam.params.bucket import BucketState
-from offload_adam.spans import Spans, span
+from offload_adam.spans import Spans
 from offload_adam.step.device_update import DeviceUpdate
 from offload_adam.step.host_update import HostUpdate
 from offload_adam.step.messages import UpdateMasks
 from offload_adam.step.snapshot_lock import SnapshotLock
-from offload_adam.torch_private import foreach_copy
 from offload_adam.transfer.collectives import Collectives, PendingCollective
 from offload_adam.transfer.slots import Rings
-from offload_adam.transfer.stream_waits import HostWait, StreamWaits
-from offload_adam.transfer.streams import Mark, Streams, StreamsByDevice
-
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 1e-3
-
+from offload_adam.transfer.stream_waits import StreamWaits
 
 BucketUpdate = HostUpdate | DeviceUpdate
 """What a step does with one bucket's final gradients, by where the bucket's state is."""
 
 
-class Tasks:
-    """Runs single tasks; an executor decides when, and on which thread.
+class UpdateTasks:
+    """Runs single tasks; the executor decides when, and on which thread.
 
     Args:
-        updates: one for each bucket; grows with the optimizer.
+        states, updates: one for each bucket; grow with the optimizer.
         snapshot_lock: makes an update wait for a checkpoint that still reads the bucket.
 
     Owns: the gathers that are under way.
@@ -46,138 +40,26 @@ class Tasks:
     def __init__(
         self,
         ranks: RankGroup,
+        states: Sequence[BucketState],
         updates: Sequence[BucketUpdate],
         snapshot_lock: SnapshotLock,
         collectives: Collectives,
-        streams: StreamsByDevice,
-        copier: GradientCopier,
+        stream_waits: StreamWaits,
         rings: Rings,
     ) -> None:
         self._ranks = ranks
+        self.states = states
         self.updates = updates
         self._snapshot_lock = snapshot_lock
-        self.copier = copier
-        self.rings = rings
-        self.states: list[BucketState] = []
         self._collectives = collectives
-        self._streams = streams
-        self._stream_waits: StreamWaits | None = None
-        self._schedule: Schedule | None = None
+        self.stream_waits = stream_waits
+        self._rings = rings
         self._gathering: dict[int, PendingCollective] = {}
 
-    def extend(
-        self,
-        states: Sequence[BucketState],
-        schedule: Schedule,
-        wait_for_update: HostWait,
-    ) -> None:
-        """Take further buckets in; nothing is under way.
-
-        Args:
-            states: the new buckets.
-            schedule: of all buckets.
-        """
-        self.states += states
-        streams = {s.layout.index: self._streams.of(s.device) for s in self.states}
-        stream_waits = StreamWaits(schedule, streams, wait_for_update, self._wait_for)
-        if self._stream_waits is not None:
-            stream_waits.adopt(self._stream_waits)
-        self._stream_waits = stream_waits
-        self._schedule = schedule
-
-    def _wait_for(self, streams: Streams, mark: Mark) -> None:
-        """Block until a mark is reached, and raise an error if a peer fails meanwhile.
-
-        The device may wait for a collective that a dead peer never joins, so the mark is polled. In
-        a world of one the thread sleeps until the device wakes it.
-        """
-        if self._ranks.world_size > 1:
-            self._ranks.wait_until(
-                mark.query, pause_s=_FIRST_PAUSE_S, longest_pause_s=_LONGEST_PAUSE_S
-            )
-        streams.synchronize(mark)
-
-    @property
-    def stream_waits(self) -> StreamWaits:
-        """The waits of the schedule in force."""
-        assert self._stream_waits is not None
-        return self._stream_waits
-
-    @property
-    def schedule(self) -> Schedule:
-        """The schedule in force."""
-        assert self._schedule is not None
-        return self._schedule
-
-    def gradient(self, number: int) -> None:
-        """Note on the model's own lane that a bucket's gradients have been brought."""
-        self.stream_waits.end(Operation.GRADIENT, number)
-
-    def reduce(
-        self,
-        number: int,
-        slot: torch.Tensor,
-        sources: Sequence[torch.Tensor],
-        targets: Sequence[torch.Tensor],
-        holes: Sequence[torch.Tensor],
-    ) -> PendingCollective:
-        """Pack a bucket's gradients into a slot and start their mean over the ranks.
-
-        Args:
-            sources, targets: gradients, and their places in the slot.
-            holes: the places of gradients that are missing, and count zeros.
-        """
-        state = self.states[number]
-        streams = self._streams.of(state.device)
-
-        def pack() -> None:
-            for hole in holes:
-                hole.zero_()
-            if sources:
-                foreach_copy(list(targets), list(sources))
-
-        with span("pack", number):
-            self.stream_waits.begin(Operation.PACK, number)
-            streams.launch(Operation.PACK.lane, pack, reads=sources, writes=[slot])
-            self.stream_waits.end(Operation.PACK, number)
-        self.stream_waits.begin(Operation.REDUCE, number)
-        pending = self._collectives.mean(streams, slot, state.layout.shard_bounds(state.rank))
-        self.stream_waits.end(Operation.REDUCE, number)
-        return pending
-
-    def reduction_slot(self, number: int) -> torch.Tensor:
-        """Return the slot on its device in which a bucket is reduced."""
-        slot = self.schedule.reduce_slots[number]
-        numel = self.states[number].layout.numel
-        return self.rings.reduction_slot(self.states[number].layout.bucket_key, slot, numel)
-
-    def skip_reduction(self, number: int) -> None:
-        """Mark, in its turn, the copy down of a bucket that is not reduced; see `skip_copy_up`."""
-        if self.states[number].plan.uses_ring:
-            self.stream_waits.end(Operation.COPY_DOWN, number)
-
-    def start_copy(self, gradient_copy: GradientCopy) -> None:
-        """Start the copy of a bucket's gradients to the host where that needs no host."""
-        self.copier.start(
-            gradient_copy, self._streams.of(gradient_copy.state.device), self.stream_waits
-        )
-
-    def has_arrived(self, gradient_copy: GradientCopy) -> bool:
-        """Tell, without waiting, whether finishing the copy would not wait."""
-        state = gradient_copy.state
-        if not gradient_copy.is_ready():
-            return False
-        if not state.plan.is_offloaded:
-            return True
-        return gradient_copy.is_issued and self.stream_waits.is_over(
-            Operation.COPY_DOWN, state.layout.index
-        )
-
-    def finish_copy(self, gradient_copy: GradientCopy) -> None:
-        """Block until a bucket's gradients are where the update reads them."""
-        self.copier.finish(
-            gradient_copy, self._streams.of(gradient_copy.state.device), self.stream_waits
-        )
+    def allocate(self, state: BucketState) -> None:
+        """Allocate the slots from which this bucket's parameters go up. Nothing is under way."""
+        if state.plan.stages_parameters:
+            self._rings.fit_staging(state.layout.bucket_key, state.dtype, state.layout.shard_numel)
 
     def sum_of_squares(self, number: int, gradients: BucketGradients) -> float:
         """Return the sum of squares of this rank's gradient shard, computed once."""
@@ -238,8 +120,8 @@ class Tasks:
 
     def _staging_slot(self, state: BucketState) -> torch.Tensor:
         """Return the host slot from which a bucket's parameters go up."""
-        slot = self.schedule.staging_slots[state.layout.index]
-        return self.rings.staging_slot(state.layout.bucket_key, slot, state.layout.shard_numel)
+        slot = self.stream_waits.schedule.staging_slots[state.layout.index]
+        return self._rings.staging_slot(state.layout.bucket_key, slot, state.layout.shard_numel)
 
     def stage(self, state: BucketState) -> torch.Tensor:
         """Let this thread copy a shard's fp32 parameters to the slot from which they go up."""
@@ -260,7 +142,7 @@ class Tasks:
                 state.shard[start:end].copy_(source[start:end], non_blocking=True)
 
         self.stream_waits.begin(Operation.COPY_UP, number)
-        streams = self._streams.of(state.device)
+        streams = self.stream_waits.streams_of(number)
         streams.launch(Operation.COPY_UP.lane, copy, reads=[source], writes=[state.shard])
         self.stream_waits.end(Operation.COPY_UP, number)
 
@@ -280,7 +162,7 @@ class Tasks:
         self.stream_waits.begin(Operation.GATHER, number)
         with spans.span("gather", number):
             if number not in self._gathering:  # else an interrupt came before its end was marked
-                streams = self._streams.of(state.device)
+                streams = self.stream_waits.streams_of(number)
                 self._gathering[number] = self._collectives.gather(streams, state.flat)
             self.stream_waits.end(Operation.GATHER, number)
 

@@ -1,0 +1,302 @@
+"""Move one bucket's gradients to its gradient shard: pack, reduce, D2H copy, cast or add."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from offload_adam.coordinator.ranks import RankGroup
+from offload_adam.gradients.reader import in_memory_order
+from offload_adam.gradients.segments import BucketGradients
+from offload_adam.layout.schedule import Lane, Operation
+from offload_adam.memory.arena import HostArena, padded_nbytes
+from offload_adam.params.bucket import BucketState
+from offload_adam.spans import span
+from offload_adam.torch_private import foreach_copy
+from offload_adam.transfer.collectives import Collectives, PendingCollective
+from offload_adam.transfer.slots import Rings, SlotPool
+from offload_adam.transfer.stream_waits import StreamWaits
+
+
+class Piece(NamedTuple):
+    """One range of a shard and where its gradient comes from; `adds` to what the shard holds."""
+
+    source: torch.Tensor
+    start: int
+    adds: bool
+
+    def of(self, shard: torch.Tensor) -> torch.Tensor:
+        """Return the piece's part of a plane of the shard."""
+        return shard[self.start : self.start + self.source.numel()]
+
+
+@dataclass
+class GradientCopy:
+    """The copy of one bucket's gradients to this rank's shard.
+
+    complete: the pieces cover the whole shard, with zeros for missing gradients.
+    pending: the reduction whose result the pieces are; `pooled_slot` is its memory, if a pool gave
+        it.
+    is_issued: the D2H copies have been issued.
+    """
+
+    state: BucketState
+    gradients: BucketGradients
+    pieces: list[Piece]
+    complete: bool
+    pending: PendingCollective | None = None
+    pooled_slot: torch.Tensor | None = None
+    is_issued: bool = False
+
+    def is_reduced(self) -> bool:
+        """Tell, without waiting, whether the reduction is over."""
+        return self.pending is None or self.pending.is_completed()
+
+
+class GradientTransfer:
+    """Moves gradients from where autograd left them to gradient shards, a bucket at a time.
+
+    A bucket that is averaged is packed into a slot and reduced there (`reduce`); of any other this
+    rank's segments are taken as they are (`take_local`). Either gives a `GradientCopy`, which
+    `start` and `finish` bring to the shard. A D2H copy goes straight into the shard where the host
+    has nothing to do but wait: the dtypes are equal, nothing is added, and the shard is
+    page-locked. `start` issues such a copy. Any other goes through a host buffer: `finish` issues
+    it, and then casts or adds.
+
+    Owns: the slots in which buckets in host memory are reduced, and one host buffer for each dtype
+        of gradients that cannot be copied straight.
+    """
+
+    def __init__(
+        self,
+        ranks: RankGroup,
+        collectives: Collectives,
+        stream_waits: StreamWaits,
+        rings: Rings,
+        make_arena: Callable[[int], HostArena],
+    ) -> None:
+        """Begin without slots and buffers.
+
+        Args:
+            rings: have the slots in which buckets on a device are reduced.
+            make_arena: gives host memory of so many bytes for a buffer.
+        """
+        self._ranks = ranks
+        self._collectives = collectives
+        self._stream_waits = stream_waits
+        self._rings = rings
+        self.slots = SlotPool()
+        self._make_arena = make_arena
+        self._buffers: dict[torch.dtype, torch.Tensor] = {}
+        self._arenas: dict[torch.dtype, HostArena] = {}
+
+    @property
+    def host_nbytes(self) -> int:
+        """Host bytes of the buffers."""
+        return sum(arena.nbytes for arena in self._arenas.values())
+
+    @property
+    def slot_nbytes(self) -> Mapping[torch.device, int]:
+        """Bytes of the slots in which gradients are reduced, by device."""
+        return Counter(self.slots.nbytes) + Counter(self._rings.reduction_nbytes)
+
+    def allocate(self, state: BucketState) -> None:
+        """Allocate the slots and the buffer that this bucket needs. Nothing is under way."""
+        plan, bucket = state.plan, state.layout
+        if plan.uses_ring:
+            self._rings.fit_reduction(
+                bucket.bucket_key, state.gradient_dtype, state.device, bucket.numel
+            )
+        elif plan.gradient.averaged:
+            self.slots.reserve(bucket.numel, state.gradient_dtype, state.device)
+        if plan.is_offloaded and not plan.uses_ring and not plan.copies_straight:
+            self._buffer(state.gradient_dtype, bucket.shard_numel, self._make_arena)
+
+    def mark_written(self, number: int) -> None:
+        """Record on the compute stream that backward has written a bucket's gradients."""
+        self._stream_waits.end(Operation.GRADIENT, number)
+
+    def reduce(
+        self,
+        state: BucketState,
+        tensors: Sequence[torch.Tensor | None],
+        gradients: BucketGradients,
+        *,
+        adds: bool,
+    ) -> GradientCopy:
+        """Pack a bucket's gradients into a slot and start their mean over the ranks.
+
+        Args:
+            tensors: one for each parameter; None, which counts zeros, where there is none.
+            gradients: hear of the shard when the copy is finished.
+            adds: to what the shard holds.
+        """
+        number = state.layout.index
+        slot, pooled = self._acquire_slot(state)
+        sources, targets, holes = [], [], []
+        for placed, tensor in zip(state.layout.placements, tensors, strict=True):
+            part = slot[placed.start : placed.end]
+            if tensor is None:
+                holes.append(part)
+            elif placed.numel > 0:
+                sources.append(in_memory_order(tensor))
+                targets.append(part)
+
+        def pack() -> None:
+            for hole in holes:
+                hole.zero_()
+            if sources:
+                foreach_copy(targets, sources)
+
+        streams = self._stream_waits.streams_of(number)
+        with span("pack", number):
+            self._stream_waits.begin(Operation.PACK, number)
+            streams.launch(Operation.PACK.lane, pack, reads=sources, writes=[slot])
+            self._stream_waits.end(Operation.PACK, number)
+        self._stream_waits.begin(Operation.REDUCE, number)
+        pending = self._collectives.mean(streams, slot, state.layout.shard_bounds(state.rank))
+        self._stream_waits.end(Operation.REDUCE, number)
+        pieces = [Piece(pending.shard, 0, adds)]
+        return GradientCopy(state, gradients, pieces, True, pending, pooled)
+
+    def _acquire_slot(self, state: BucketState) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return memory for a bucket's reduction, and what of it goes back to the pool."""
+        bucket = state.layout
+        if state.plan.uses_ring:
+            slot_number = self._stream_waits.schedule.reduce_slots[bucket.index]
+            return self._rings.reduction_slot(bucket.bucket_key, slot_number, bucket.numel), None
+        slot = self.slots.acquire(bucket.numel, state.gradient_dtype, state.device)
+        return slot, slot
+
+    def skip_reduction(self, state: BucketState) -> None:
+        """Record a D2H event for a bucket that is not reduced: the next user of its slot waits."""
+        if state.plan.uses_ring:
+            self._stream_waits.end(Operation.COPY_DOWN, state.layout.index)
+
+    def take_local(
+        self,
+        state: BucketState,
+        tensors: Sequence[torch.Tensor | None],
+        gradients: BucketGradients,
+    ) -> GradientCopy | None:
+        """Return the copy of this rank's segments of gradients that need no reduction, if any.
+
+        Args:
+            tensors: one for each parameter, None where there is none.
+            gradients: know which parameters' gradients are added to what the shard holds.
+        """
+        segments = state.segments
+        rows = zip(
+            segments.positions.tolist(),
+            segments.parameter_starts.tolist(),
+            segments.shard_starts.tolist(),
+            segments.numels.tolist(),
+            strict=True,
+        )
+        pieces = []
+        for position, parameter_start, shard_start, numel in rows:
+            tensor = tensors[position]
+            if tensor is not None:
+                source = in_memory_order(tensor)[parameter_start : parameter_start + numel]
+                pieces.append(Piece(source, shard_start, bool(gradients.dense[position])))
+        if not pieces:
+            return None
+        self.mark_written(state.layout.index)
+        return GradientCopy(state, gradients, pieces, complete=False)
+
+    def start(self, copy: GradientCopy) -> None:
+        """Issue the D2H copy if it can go straight into the shard. Never waits."""
+        state = copy.state
+        shard = state.planes.gradient_shard
+        assert shard is not None
+        # `copies_straight` is the plan; these gradients may be added, or of another dtype.
+        if (
+            state.plan.is_offloaded
+            and state.plan.pinned
+            and not any(piece.adds or piece.source.dtype != shard.dtype for piece in copy.pieces)
+        ):
+            self._issue(copy, shard)
+
+    def has_arrived(self, copy: GradientCopy) -> bool:
+        """Tell, without waiting, whether `finish` would not wait."""
+        if not copy.is_reduced():
+            return False
+        if not copy.state.plan.is_offloaded:
+            return True
+        number = copy.state.layout.index
+        return copy.is_issued and self._stream_waits.is_over(Operation.COPY_DOWN, number)
+
+    def finish(self, copy: GradientCopy) -> None:
+        """Block until the gradients are in the shard. One thread finishes all copies, in order."""
+        state = copy.state
+        number = state.layout.index
+        shard = state.planes.gradient_shard
+        assert shard is not None
+        if copy.pending is not None:
+            with span("reduce", number):
+                copy.pending.wait(self._ranks)
+        with span("copy down", number):
+            through = None
+            if state.plan.is_offloaded and not copy.is_issued:
+                dtypes = {piece.source.dtype for piece in copy.pieces}
+                dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+                # Where none was allocated, as for gradients set by hand, it is not page-locked:
+                # CUDA may deadlock with a collective that is under way.
+                through = self._buffer(dtype, shard.numel(), HostArena)
+                self._issue(copy, through)
+            self._stream_waits.begin(Operation.SUM_SQUARES, number)
+            if not copy.is_issued or through is not None:
+                fold = partial(_fold, tuple(copy.pieces), shard, through)
+                if state.plan.location.is_host:
+                    fold()
+                else:
+                    streams = self._stream_waits.streams_of(number)
+                    sources = [piece.source for piece in copy.pieces]
+                    streams.launch(Lane.COMPUTE, fold, reads=sources, writes=[shard])
+        copy.gradients.set_shard(shard, complete=copy.complete)
+        if copy.pooled_slot is not None:
+            self.slots.release(copy.pooled_slot)
+        copy.pieces.clear()
+
+    def _issue(self, copy: GradientCopy, target: torch.Tensor) -> None:
+        """Copy the pieces to their places in `target`, on the stream of D2H copies."""
+        number = copy.state.layout.index
+        pieces = list(copy.pieces)
+
+        def issue() -> None:
+            for piece in pieces:
+                piece.of(target).copy_(piece.source, non_blocking=True)
+
+        self._stream_waits.begin(Operation.COPY_DOWN, number)
+        sources = [piece.source for piece in pieces]
+        streams = self._stream_waits.streams_of(number)
+        streams.launch(Operation.COPY_DOWN.lane, issue, reads=sources, writes=[target])
+        self._stream_waits.end(Operation.COPY_DOWN, number)
+        copy.is_issued = True
+
+    def _buffer(
+        self, dtype: torch.dtype, numel: int, make_arena: Callable[[int], HostArena]
+    ) -> torch.Tensor:
+        """Return a host buffer of at least so many elements, a new one where there is none."""
+        buffer = self._buffers.get(dtype)
+        if buffer is None or buffer.numel() < numel:
+            if dtype in self._arenas:
+                self._arenas[dtype].close()
+            arena = self._arenas[dtype] = make_arena(padded_nbytes(numel, dtype))
+            buffer = self._buffers[dtype] = arena.take(numel, dtype)
+        return buffer
+
+
+def _fold(pieces: Sequence[Piece], shard: torch.Tensor, through: torch.Tensor | None) -> None:
+    """Copy or add pieces to the shard, out of the buffer that they came through, if any."""
+    for piece in pieces:
+        source = piece.source if through is None else piece.of(through)
+        if piece.adds:
+            piece.of(shard).add_(source)
+        else:
+            piece.of(shard).copy_(source)
