@@ -5,7 +5,7 @@ What is prepared is scaled and has its weight decay in it, in fp32: the update t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +13,7 @@ import numpy.typing as npt
 import torch
 
 from offload_adam.gradients.segments import BucketGradients
-from offload_adam.gradients.sparse import GradientRows
-from offload_adam.kernels.scalars import Hyperparameters
+from offload_adam.gradients.sparse import GradientRows, sum_duplicates
 from offload_adam.params.bucket import BucketState
 
 
@@ -82,42 +81,50 @@ def needs_preparation(state: BucketState, gradients: BucketGradients) -> npt.NDA
     return needed
 
 
-def preparation_of(
-    state: BucketState, position: int, hyper: Hyperparameters, gradient_scale: float
-) -> Preparation:
-    """Return how the gradient of one parameter is prepared."""
-    return Preparation(gradient_scale, hyper.weight_decay, bool(state.centralized[position]))
-
-
-def once_prepared(hyper: Hyperparameters) -> Hyperparameters:
-    """Return the hyperparameters for a gradient that has its weight decay in it."""
-    return replace(hyper, weight_decay=0.0)
-
-
-def prepare_dense(
-    gradient: torch.Tensor,
-    weight: torch.Tensor,
-    parameter: torch.Tensor,
+def prepare_gradient(
+    state: BucketState,
+    gradients: BucketGradients,
+    segment: Segment,
     how: Preparation,
-    out: torch.Tensor,
-) -> None:
-    """Write a whole parameter's gradient, decayed and centralized.
+    *,
+    lazy: bool,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor | GradientRows:
+    """Return a parameter's gradient in this rank's shard, scaled, decayed and centralized.
 
     Args:
-        gradient, weight, out: 1-d, all of the parameter's elements in its memory order; the last
-            two float32.
+        lazy: return a sparse gradient as rows, each once; such a shard has whole parameters.
+        out: (segment.numel,) float32, which is overwritten and returned where the gradient is not
+            lazy; None for new memory.
 
     Source: Yong et al., "Gradient Centralization" (2020).
     """
-    out.copy_(gradient).mul_(how.scale).add_(weight, alpha=how.weight_decay)
+    weight = segment.of(state.planes.master_weight)
+    entries = gradients.rows.get(segment.position)
+    if entries is not None:
+        if state.layout.world_size == 1:
+            entries = _prepare_whole_rows(entries, weight, how)
+        else:
+            entries = _prepare_rows(entries, weight, segment, how)
+        if lazy:
+            return sum_duplicates(entries)
+    out = torch.empty_like(weight) if out is None else out
+    if entries is not None:
+        table = out.zero_().view(-1, entries.values.shape[1])
+        table.index_put_((entries.rows,), entries.values, accumulate=True)
+        return out
+    dense = gradients.segment_of(state, segment.row)
+    out.copy_(dense).mul_(how.scale).add_(weight, alpha=how.weight_decay)
     if how.centralized:
+        parameter = state.parameters[segment.position]
         shaped = out.as_strided(parameter.shape, parameter.stride())
         dims = tuple(range(1, parameter.dim()))
         # In float64, where no sum of finite gradients overflows.
         shaped.sub_(shaped.mean(dim=dims, keepdim=True, dtype=torch.float64))
+    return out
 
 
-def prepare_rows(
+def _prepare_rows(
     entries: GradientRows, weight: torch.Tensor, segment: Segment, how: Preparation
 ) -> GradientRows:
     """Return the elements of sparse entries that lie in a segment, as rows of width 1, decayed.
@@ -139,10 +146,10 @@ def prepare_rows(
     return GradientRows(offsets, scaled.add_(weight[offsets], alpha=how.weight_decay)[:, None])
 
 
-def prepare_whole_rows(
+def _prepare_whole_rows(
     entries: GradientRows, weight: torch.Tensor, how: Preparation
 ) -> GradientRows:
-    """Return sparse entries, decayed and centralized, as they are where a rank has all of a table.
+    """Return sparse entries of a parameter that this rank has whole, decayed and centralized.
 
     Args:
         weight: float32, all of the parameter's elements.

@@ -17,17 +17,12 @@ import numpy.typing as npt
 import torch
 
 from offload_adam.gradients.segments import BucketGradients
-from offload_adam.gradients.sparse import GradientRows, sum_duplicates
+from offload_adam.gradients.sparse import GradientRows
 from offload_adam.gradients.whole import (
-    Preparation,
     Segment,
     every_segment,
     needs_preparation,
-    once_prepared,
-    preparation_of,
-    prepare_dense,
-    prepare_rows,
-    prepare_whole_rows,
+    prepare_gradient,
 )
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.params.bucket import BucketState
@@ -331,22 +326,13 @@ class DeviceUpdate:
         param_out: torch.Tensor | None,
     ) -> None:
         """Update one parameter whose gradient is centralized or sparse."""
-        position = segment.position
-        hyper = masks.hyperparameters[state.groups[position]]
-        how = preparation_of(state, position, hyper, masks.gradient_scale)
-        step = int(counts[position])
-        weight = segment.of(state.planes.master_weight)
-        entries = gradients.rows.get(position)
-        if entries is not None and state.layout.world_size == 1:
-            entries = prepare_whole_rows(entries, weight, how)
-        elif entries is not None:
-            entries = prepare_rows(entries, weight, segment, how)
-        if entries is not None and masks.lazy:
-            _update_rows(state, segment, sum_duplicates(entries), hyper, step, param_out)
+        hyper, how = masks.preparation_of(state, segment.position)
+        step = int(counts[segment.position])
+        gradient = prepare_gradient(state, gradients, segment, how, lazy=masks.lazy)
+        if isinstance(gradient, GradientRows):
+            _update_rows(state, segment, gradient, hyper, step, param_out)
             return
-        gradient = _spread(state, gradients, segment, entries, how)
-        segments = _segments_of(state, [(segment, gradient)], param_out)
-        foreach_update(segments, once_prepared(hyper), step, 1.0)
+        foreach_update(_segments_of(state, [(segment, gradient)], param_out), hyper, step, 1.0)
 
 
 def _dense(
@@ -378,25 +364,6 @@ def _segments_of(
     )
 
 
-def _spread(
-    state: BucketState,
-    gradients: BucketGradients,
-    segment: Segment,
-    entries: GradientRows | None,
-    how: Preparation,
-) -> torch.Tensor:
-    """Return the prepared gradient of a segment."""
-    weight = segment.of(state.planes.master_weight)
-    out = torch.zeros_like(weight)
-    if entries is None:
-        dense = gradients.segment_of(state, segment.row)
-        prepare_dense(dense, weight, state.parameters[segment.position], how, out)
-    else:
-        table = out.view(-1, entries.values.shape[1])
-        table.index_put_((entries.rows,), entries.values, accumulate=True)
-    return out
-
-
 def _update_rows(
     state: BucketState,
     segment: Segment,
@@ -423,7 +390,7 @@ def _update_rows(
             exp_avg_sq,
             param_out=rest[0] if rest else None,
         ),
-        once_prepared(hyper),
+        hyper,
         step,
         1.0,
     )

@@ -145,19 +145,17 @@ class Executor:
     def sum_of_squares(self, gradients: Sequence[BucketGradients]) -> float:
         """Return this rank's sum of squares in float64.
 
-        It is added up bucket by bucket, whenever each bucket's sum was taken, so that the result is
+        The buckets' sums are added up in one order, whenever each was taken, so that the result is
         deterministic.
         """
+        if self._worker is not None:
+            on_host = self._numbers(on_host=True)
+            self.run_with_updates(
+                "the norm", lambda: [self._tasks.sum_of_squares(n, gradients[n]) for n in on_host]
+            )
         total = 0.0
-
-        def add_up() -> None:
-            nonlocal total
-            for number, given in enumerate(gradients):
-                total += self._tasks.sum_of_squares(number, given)
-
-        for number in self._numbers(on_host=False):
-            self._tasks.sum_of_squares(number, gradients[number])
-        self.run_with_updates("the norm", add_up)
+        for number, given in enumerate(gradients):
+            total += self._tasks.sum_of_squares(number, given)
         return total
 
     def non_finite_indices(self, gradients: Sequence[BucketGradients]) -> npt.NDArray[np.int64]:
@@ -290,14 +288,14 @@ class Executor:
 
     # The worker.
 
-    def run_with_updates(self, what: str, job: Callable[[], None]) -> None:
+    def run_with_updates(self, what: str, job: Callable[[], object]) -> None:
         """Do something on the thread that launches the updates, and return when it is done."""
         if self._worker is None:
             job()
         else:
             self._await(self._submit(what, job), "norm")
 
-    def _submit(self, what: str, job: Callable[[], None]) -> Job:
+    def _submit(self, what: str, job: Callable[[], object]) -> Job:
         def run() -> None:
             # Gradients are on by default in every thread.
             with torch.no_grad(), PROGRESS.untracked():

@@ -16,16 +16,11 @@ import numpy.typing as npt
 import torch
 
 from offload_adam.gradients.segments import BucketGradients, SegmentTable
-from offload_adam.gradients.sparse import GradientRows, sum_duplicates
+from offload_adam.gradients.sparse import GradientRows
 from offload_adam.gradients.whole import (
-    Preparation,
     Segment,
     needs_preparation,
-    once_prepared,
-    preparation_of,
-    prepare_dense,
-    prepare_rows,
-    prepare_whole_rows,
+    prepare_gradient,
     segment_of,
 )
 from offload_adam.kernels import threads
@@ -216,48 +211,18 @@ class HostUpdate:
         param_out: torch.Tensor | None,
     ) -> None:
         """Update this rank's part of one parameter with a centralized or sparse gradient."""
-        position = segment.position
-        hyper = masks.hyperparameters[state.groups[position]]
-        how = preparation_of(state, position, hyper, masks.gradient_scale)
-        scalars = scalar_row(once_prepared(hyper), step, 1.0)
-        if masks.lazy and position in gradients.rows:
-            weight = segment.of(state.planes.master_weight)
-            entries = prepare_whole_rows(gradients.rows[position], weight, how)
-            self._update_rows(state, segment, sum_duplicates(entries), scalars, param_out)
+        hyper, how = masks.preparation_of(state, segment.position)
+        out = self._whole_gradient[: segment.numel]
+        gradient = prepare_gradient(state, gradients, segment, how, lazy=masks.lazy, out=out)
+        scalars = scalar_row(hyper, step, 1.0)
+        if isinstance(gradient, GradientRows):
+            self._update_rows(state, segment, gradient, scalars, param_out)
             return
-        self._fill_whole(state, gradients, segment, how)
-        columns = (
-            self._whole_gradient.data_ptr(),
-            segment.shard_start,
-            segment.numel,
-            segment.position,
-        )
+        columns = (gradient.data_ptr(), segment.shard_start, segment.numel, segment.position)
         table = SegmentTable(
             FloatFormat.FLOAT32, *(np.array([column], dtype=np.int64) for column in columns)
         )
         self._launch(state, table, np.zeros(1, dtype=np.int64), scalars[None], param_out)
-
-    def _fill_whole(
-        self,
-        state: BucketState,
-        gradients: BucketGradients,
-        segment: Segment,
-        how: Preparation,
-    ) -> None:
-        """Write the prepared gradient of a segment into the room for whole gradients."""
-        out = self._whole_gradient[: segment.numel]
-        weight = segment.of(state.planes.master_weight)
-        entries = gradients.rows.get(segment.position)
-        if entries is None:
-            dense = gradients.segment_of(state, segment.row)
-            prepare_dense(dense, weight, state.parameters[segment.position], how, out)
-            return
-        if state.layout.world_size == 1:
-            entries = prepare_whole_rows(entries, weight, how)
-        else:
-            entries = prepare_rows(entries, weight, segment, how)
-        rows = out.zero_().view(-1, entries.values.shape[1])
-        rows.index_put_((entries.rows,), entries.values, accumulate=True)
 
     def _update_rows(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from offload_adam.coordinator.agreement import Agreement, Notice
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import PeerError, RankDisagreementError
 from offload_adam.gradients.stand_in import gradient_of
+from offload_adam.gradients.whole import Preparation
 from offload_adam.kernels.scalars import NUM_SCALARS, Hyperparameters, scalar_row
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.selection import Named
@@ -157,6 +158,15 @@ class UpdateMasks:
             for group, step in unique.tolist()
         ]
         return rows, np.stack(scalars)
+
+    def preparation_of(
+        self, state: BucketState, position: int
+    ) -> tuple[Hyperparameters, Preparation]:
+        """Return how a gradient is prepared, and the hyperparameters for its update after that."""
+        hyper = self.hyperparameters[state.groups[position]]
+        centralized = bool(state.centralized[position])
+        how = Preparation(self.gradient_scale, hyper.weight_decay, centralized)
+        return replace(hyper, weight_decay=0.0), how
 
 
 _SAME_SETTINGS = (
