@@ -213,7 +213,7 @@ class CoreOptimizer(torch.optim.Optimizer):
     @property
     def host_nbytes(self) -> Mapping[str, int]:
         """Host bytes that this rank's optimizer holds, by what they are for."""
-        return dict(self._alive().host_nbytes)
+        return self._alive().host_nbytes
 
     @property
     def pinned_nbytes(self) -> int:

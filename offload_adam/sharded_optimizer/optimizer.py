@@ -26,7 +26,6 @@ from offload_adam.coordinator.ranks import (
     open_rank_group,
 )
 from offload_adam.errors import StreamedGradientError
-from offload_adam.gradients.hooks import BackwardHooks
 from offload_adam.gradients.stand_in import StreamedGradients
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.options import check_max_norm
@@ -44,6 +43,7 @@ from offload_adam.sharded_optimizer.execution import Execution, check_module
 from offload_adam.sharded_optimizer.loss_scale import read_loss_scale, report_skip
 from offload_adam.sharded_optimizer.owners import add_owner, refuse_owned
 from offload_adam.state.state_shard import local_state
+from offload_adam.step.backward_hooks import BackwardHooks
 from offload_adam.step.build import Backend, Storage
 from offload_adam.step.messages import StepInputs, StepReport
 from offload_adam.step.step import ShardedAdam

@@ -102,9 +102,7 @@ class ShardedAdam:
         self.ranks = ranks
         self.num_steps = 0
         self.states: list[BucketState] = []
-        self.host_nbytes = dict.fromkeys(
-            ("state", "staging", "checkpoint room", "block_sums", "prepared"), 0
-        )
+        self._state_nbytes = 0
         self._storage = storage
         self._external = external
         self.overlaps = overlaps
@@ -205,9 +203,7 @@ class ShardedAdam:
         ]
         self.states += states
         self._frozen += frozen
-        self.host_nbytes["state"] += arena.nbytes
-        self.host_nbytes["checkpoint room"] = self.snapshot_lock.room_nbytes
-        self._count_update_nbytes()
+        self._state_nbytes += arena.nbytes
         self._names += [item.name for item in new]
         self._parameters += [item.parameter for item in new]
         self._places += [(0, 0)] * len(new)
@@ -217,7 +213,6 @@ class ShardedAdam:
         for state in states:
             self.transfer.allocate(state)
             self.tasks.allocate(state)
-        self.host_nbytes["staging"] = self._rings.staging_nbytes + self.transfer.host_nbytes
         schedule = plan_schedule(
             [state.plan for state in self.states],
             num_reduce_slots=self._storage.backend.num_reduce_slots,
@@ -239,9 +234,18 @@ class ShardedAdam:
         host = self._use_host_update()
         self.executor.run_with_updates("the first touch of its memory", lambda: host.touch(memory))
 
-    def _count_update_nbytes(self) -> None:
+    @property
+    def host_nbytes(self) -> dict[str, int]:
+        """Host bytes that this rank holds now, by what they are for."""
+        update = {"block_sums": 0, "prepared": 0}
         if self._host_update is not None:
-            self.host_nbytes |= self._host_update.nbytes
+            update |= self._host_update.nbytes
+        return {
+            "state": self._state_nbytes,
+            "staging": self._rings.staging_nbytes + self.transfer.host_nbytes,
+            "checkpoint room": self.snapshot_lock.room_nbytes,
+            **update,
+        }
 
     def ledger(self) -> list[LedgerEntry]:
         """Return who holds which bytes now, on the host and on devices."""
@@ -425,7 +429,6 @@ class ShardedAdam:
                 update.reserve(state, gradients, lazy=inputs.lazy)
             if inputs.factor != 1.0:
                 refuse_partly_multiplied(inputs, found.present, self._names)
-            self._count_update_nbytes()
             with spans.span("norm"):
                 found.sum_of_squares = self._sum_of_squares()
         except Exception as error:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 
-from offload_adam.gradients.hooks import BackwardHooks
+from offload_adam.step.backward_hooks import BackwardHooks
 
 
 class Sink:
@@ -35,7 +36,7 @@ class Sink:
 
 def test_deliveries_of_several_threads_take_turns_and_none_is_lost() -> None:
     sink = Sink()
-    hooks = BackwardHooks(sink)
+    hooks = BackwardHooks(cast(Any, sink))
     hooks._last_task = torch._C._current_graph_task_id()  # no backward is under way to enter
     parameters = [torch.zeros(1) for _ in range(200)]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from offload_adam.step.reducer import GradientReduction
 from offload_adam.torch_private import (
     NO_GRAPH_TASK,
     current_autograd_node,
@@ -21,24 +21,8 @@ _ALL_DELIVER_UP_TO = 64
 _DELIVER_EVERY = 16
 
 
-class GradientSink(Protocol):
-    """Receives the events of a backward pass; see `step.reducer.GradientReduction`."""
-
-    def gradients_ready(self, parameters: Sequence[torch.Tensor]) -> None:
-        """The `.grad` of these, in order of arrival, holds all that a backward has for them."""
-        ...
-
-    def backward_began(self) -> None:
-        """A backward brings its first gradient; one that is nested in it comes as another."""
-        ...
-
-    def backward_ended(self) -> None:
-        """The outermost backward is over."""
-        ...
-
-
 class BackwardHooks:
-    """Forwards post-accumulate hooks of parameters to a sink, a few at a time.
+    """Forwards post-accumulate hooks of parameters to the reduction, a few at a time.
 
     In a bucket of many small parameters most hooks only note the arrival: ten thousand deliveries
     would cost more than the update. Every sixteenth parameter, and the one that backward brings
@@ -52,8 +36,8 @@ class BackwardHooks:
     Owns: one hook handle a parameter, until `remove`.
     """
 
-    def __init__(self, sink: GradientSink) -> None:
-        self._sink = sink
+    def __init__(self, reduction: GradientReduction) -> None:
+        self._reduction = reduction
         self._handles: list[RemovableHandle] = []
         self._arrived: list[torch.Tensor] = []
         self._tasks: set[int] = set()
@@ -85,7 +69,7 @@ class BackwardHooks:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Tell the sink nothing of the backwards inside."""
+        """Tell the reduction nothing of the backwards inside."""
         before = self._enabled
         self._enabled = False
         try:
@@ -109,14 +93,14 @@ class BackwardHooks:
         # In place: the hooks of most parameters are bound to this very list, and another device's
         # thread may have added to it meanwhile.
         del self._arrived[: len(arrived)]
-        self._sink.gradients_ready(arrived)
+        self._reduction.gradients_ready(arrived)
 
     def _enter_task(self, task: int) -> None:
         self._last_task = task
         if task not in self._tasks:
             queue_backward_callback(self._task_ended)
             self._tasks.add(task)
-            self._sink.backward_began()
+            self._reduction.backward_began()
 
     def _task_ended(self) -> None:
         if current_autograd_node() is not None:
@@ -125,4 +109,4 @@ class BackwardHooks:
             if self._arrived:
                 self._pass_on()
             self.forget()
-            self._sink.backward_ended()
+            self._reduction.backward_ended()
