@@ -64,11 +64,12 @@ class ProgressRecord:
     @contextmanager
     def untracked(self) -> Iterator[None]:
         """Ignore what the calling thread does in the body: it is not the training thread."""
+        before = _is_untracked()
         _thread.is_untracked = True
         try:
             yield
         finally:
-            _thread.is_untracked = False
+            _thread.is_untracked = before
 
     @contextmanager
     def awaiting(self, *, peers: bool) -> Iterator[None]:

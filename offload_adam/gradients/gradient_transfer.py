@@ -53,20 +53,15 @@ class GradientCopy:
     pooled_slot: torch.Tensor | None = None
     is_issued: bool = False
 
-    def is_reduced(self) -> bool:
-        """Tell, without waiting, whether the reduction is over."""
-        return self.pending is None or self.pending.is_completed()
-
 
 class GradientTransfer:
     """Moves gradients from where autograd left them to gradient shards, a bucket at a time.
 
-    A bucket that is averaged is packed into a slot and reduced there (`reduce`); of any other this
-    rank's segments are taken as they are (`take_local`). Either gives a `GradientCopy`, which
-    `start` and `finish` bring to the shard. A D2H copy goes straight into the shard where the host
-    has nothing to do but wait: the dtypes are equal, nothing is added, and the shard is
-    page-locked. `start` issues such a copy. Any other goes through a host buffer: `finish` issues
-    it, and then casts or adds.
+    `pack_and_reduce` packs a bucket into a slot and averages it there; where nothing is averaged,
+    `take_segments` takes this rank's own segments. Either returns a `GradientCopy`, which
+    `start_copy` and `finish_copy` bring to the shard. The D2H copy targets the shard if the dtypes
+    match, nothing is added, and the shard is page-locked: `start_copy` issues it. Otherwise it
+    targets a host buffer: `finish_copy` issues it, and then casts or adds.
 
     Owns: the slots in which buckets in host memory are reduced, and one host buffer for each dtype
         of gradients that cannot be copied straight.
@@ -121,7 +116,7 @@ class GradientTransfer:
         """Record on the compute stream that backward has written a bucket's gradients."""
         self._stream_waits.end(Operation.GRADIENT, number)
 
-    def reduce(
+    def pack_and_reduce(
         self,
         state: BucketState,
         tensors: Sequence[torch.Tensor | None],
@@ -178,7 +173,7 @@ class GradientTransfer:
         if state.plan.uses_ring:
             self._stream_waits.end(Operation.COPY_DOWN, state.layout.index)
 
-    def take_local(
+    def take_segments(
         self,
         state: BucketState,
         tensors: Sequence[torch.Tensor | None],
@@ -209,12 +204,12 @@ class GradientTransfer:
         self.mark_written(state.layout.index)
         return GradientCopy(state, gradients, pieces, complete=False)
 
-    def start(self, copy: GradientCopy) -> None:
+    def start_copy(self, copy: GradientCopy) -> None:
         """Issue the D2H copy if it can go straight into the shard. Never waits."""
         state = copy.state
         shard = state.planes.gradient_shard
         assert shard is not None
-        # `copies_straight` is the plan; these gradients may be added, or of another dtype.
+        # The plan allows a direct copy, but this step's gradients may need a cast or an addition.
         if (
             state.plan.is_offloaded
             and state.plan.pinned
@@ -223,15 +218,18 @@ class GradientTransfer:
             self._issue(copy, shard)
 
     def has_arrived(self, copy: GradientCopy) -> bool:
-        """Tell, without waiting, whether `finish` would not wait."""
-        if not copy.is_reduced():
-            return False
-        if not copy.state.plan.is_offloaded:
-            return True
-        number = copy.state.layout.index
-        return copy.is_issued and self._stream_waits.is_over(Operation.COPY_DOWN, number)
+        """Tell, without waiting, whether `finish_copy` would not wait.
 
-    def finish(self, copy: GradientCopy) -> None:
+        Nor would it let the compute stream wait, for a shard on a device.
+        """
+        number = copy.state.layout.index
+        if copy.state.plan.is_offloaded:
+            return copy.is_issued and self._stream_waits.is_over(Operation.COPY_DOWN, number)
+        if copy.pending is None:
+            return True
+        return copy.pending.is_completed() and self._stream_waits.is_over(Operation.REDUCE, number)
+
+    def finish_copy(self, copy: GradientCopy) -> None:
         """Block until the gradients are in the shard. One thread finishes all copies, in order."""
         state = copy.state
         number = state.layout.index

@@ -10,13 +10,13 @@
 
 Tasks of one lane run in the order in which they are issued. Between lanes nothing is ordered but by
 a wait of this schedule, or by the one agreement of the step: it comes after every SUM_SQUARES and
-before every UPDATE. Where parameters are in host memory there are no copies and no streams, and the
-same tasks run on threads: what is launched is over, a collective is waited for by its own handle,
-and of these waits only those for an UPDATE have something left to do.
+before every UPDATE. Where parameters are in host memory there are no copies and no streams: what is
+launched is over at once, a collective is waited for by its own handle, and of these waits only
+those for an UPDATE do anything.
 
-No wait reaches into the step before. A backward begins when every USE has been waited for, so that
-on the compute lane all of them come before the first GRADIENT; and every UPDATE comes after a
-COPY_DOWN that has waited for a GRADIENT.
+No task waits for a task of the step before. A backward begins when every USE has been waited for,
+so that on the compute lane all of them come before the first GRADIENT; and every UPDATE comes after
+a COPY_DOWN that has waited for a GRADIENT.
 """
 
 from __future__ import annotations
@@ -208,9 +208,9 @@ def _departure(plan: StatePlan, earlier: int | None) -> list[tuple[Operation, li
     if plan.is_offloaded:
         emptied = [] if earlier is None else [Task(Operation.COPY_UP, earlier)]
         tasks.append((Operation.UPDATE, emptied))
-        # Only the first copy of a step needs it, but which one that is, each step says anew. The
-        # sum of squares of a bucket kept on this device, for which the host waits, stands in for
-        # it; but not every step, nor every rank, has one to take.
+        # Only the first H2D copy of a step needs this wait, but which copy is first depends on the
+        # step's gradients. Where the host has waited for the sum of squares of a bucket that is
+        # kept on the device, no copy needs it; but not every step, nor every rank, has such a sum.
         tasks.append((Operation.COPY_UP, [Task(Operation.RELEASE, number)]))
         ready.append(Task(Operation.COPY_UP, number))
     else:

@@ -127,9 +127,7 @@ class ShardedOptimizer(CoreOptimizer):
                 Storage(policy, self._backend, runtime, execution.offload),
                 num_threads=execution.num_threads,
                 module=module,
-                external=kind == "external",
                 overlaps=execution.overlaps(kind, all(on_device)),
-                streams=streams,
                 takes_rows=execution.takes_rows,
                 streamed=self._streamed if streams else None,
             )
@@ -277,6 +275,8 @@ class ShardedOptimizer(CoreOptimizer):
                 loss = closure()
         with torch.no_grad():
             report = core.step(self._inputs())
+        if self._hooks is not None:
+            self._hooks.forget_arrivals()
         self._max_norm_once = None
         self.last_step = report
         self._stepped(report)
@@ -323,10 +323,7 @@ class ShardedOptimizer(CoreOptimizer):
             set_to_none: as in torch; a stand-in always becomes None.
         """
         if self._core is not None:
-            self._core.reduction.reset()
-            if not set_to_none:
-                self._core.reduction.hide_stand_ins()
-            self._core.reduction.shows_stand_ins = False
+            self._core.reduction.zero_grad(set_to_none=set_to_none)
         if self._hooks is not None:
             self._hooks.forget()
         self._max_norm_once = None

@@ -26,7 +26,8 @@ class BackwardHooks:
 
     In a bucket of many small parameters most hooks only note the arrival: ten thousand deliveries
     would cost more than the update. Every sixteenth parameter, and the one that backward brings
-    last, delivers what has been noted. What is never delivered stays in `.grad`.
+    last, delivers what has been noted. Undelivered gradients stay in `.grad` until `step()` reads
+    them.
 
     The end of a backward is a callback queued once for each graph task. A reentrant checkpoint runs
     nested tasks, and each of their ends calls back too: only the one outside any autograd node
@@ -61,8 +62,12 @@ class BackwardHooks:
         self._handles.clear()
         self.forget()
 
+    def forget_arrivals(self) -> None:
+        """Forget arrivals that were not delivered: the step has read these gradients itself."""
+        self._arrived.clear()
+
     def forget(self) -> None:
-        """Drop what a backward that raised has left."""
+        """Forget what a backward that raised has left."""
         self._arrived.clear()
         self._tasks.clear()
         self._last_task = NO_GRAPH_TASK

@@ -40,7 +40,7 @@ def is_device(device: torch.device) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """How, and how many, each of them is made; tests put a simulated machine in its place."""
+    """Factories and numbers of slots; tests put simulated devices in their place."""
 
     is_device: Callable[[torch.device], bool] = is_device
     make_runtime: Callable[[], CudaRuntime | None] = cuda_runtime

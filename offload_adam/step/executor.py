@@ -23,6 +23,7 @@ from offload_adam.errors import UnreadyParameterError
 from offload_adam.gradients.gradient_transfer import GradientCopy, GradientTransfer
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.layout.schedule import Task
+from offload_adam.params.bucket import BucketState
 from offload_adam.spans import Spans, span
 from offload_adam.step.messages import UpdateMasks
 from offload_adam.step.update_tasks import UpdateTasks
@@ -60,9 +61,9 @@ class Executor:
     `apply` returns. With a worker, the worker alone launches kernels and issues copies, and `apply`
     returns before the updates are over. They run in forward order; `wait_for_buckets` is called
     before a part of the model reads its parameters, and waits for the buckets of that part alone.
-    The calling thread issues every collective: all gathers up to those buckets, so that ranks that
-    skip layers keep one order, and the next gather ahead where its bucket is ready. Both ways give
-    the same bits.
+    The calling thread issues every collective. It issues all-gathers in forward order up to the
+    needed buckets, also on ranks that skip layers, and the next one if its update is over. Both
+    ways give the same bits.
 
     Owns: the worker, and everything that is still to be waited for.
     """
@@ -96,7 +97,6 @@ class Executor:
         self._to_gather: deque[int] = deque()
         self._to_use: dict[int, int] = {}
         self._pid = os.getpid()
-        tasks.stream_waits.wait_for_update = self._wait_for_update
         _notice_exit()
 
     @property
@@ -108,8 +108,8 @@ class Executor:
 
     def start_copy(self, copy: GradientCopy) -> None:
         """Start to copy a bucket's gradients to their shard. Never waits."""
-        self._transfer.start(copy)
-        if self._worker is None or not copy.state.plan.location.is_host:
+        self._transfer.start_copy(copy)
+        if not self._runs_on_worker(copy.state):
             # The calling thread must not wait here: it finishes copies that have arrived.
             self._copies.append(copy)
             self._finish_own_copies(wait=False)
@@ -117,14 +117,14 @@ class Executor:
         number = copy.state.layout.index
 
         def finish() -> None:
-            self._transfer.finish(copy)
+            self._transfer.finish_copy(copy)
             self._sum(number, copy.gradients)
 
         self._copy_jobs.append(self._submit(f"the gradient copy of bucket {number}", finish))
 
     def sum_in_place(self, number: int, gradients: BucketGradients) -> None:
         """Let a worker sum squares of gradients that stay where autograd left them. Never waits."""
-        if self._worker is not None and self._tasks.states[number].plan.location.is_host:
+        if self._runs_on_worker(self._tasks.states[number]):
             what = f"the norm of bucket {number}"
             self._copy_jobs.append(self._submit(what, partial(self._sum, number, gradients)))
 
@@ -135,12 +135,12 @@ class Executor:
     def finish_copies(self, *, wait: bool) -> None:
         """Finish, in order, the copies that have arrived; with `wait` all copies."""
         while wait and self._copy_jobs:
-            self._await(self._copy_jobs.popleft(), "reduce")
+            self._await(self._copy_jobs.popleft(), "reduce", needs_peers=True)
         self._finish_own_copies(wait=wait)
 
     def _finish_own_copies(self, *, wait: bool) -> None:
         while self._copies and (wait or self._transfer.has_arrived(self._copies[0])):
-            self._transfer.finish(self._copies.popleft())
+            self._transfer.finish_copy(self._copies.popleft())
 
     def sum_of_squares(self, gradients: Sequence[BucketGradients]) -> float:
         """Return this rank's sum of squares in float64.
@@ -150,8 +150,8 @@ class Executor:
         """
         if self._worker is not None:
             on_host = self._numbers(on_host=True)
-            self.run_with_updates(
-                "the norm", lambda: [self._tasks.sum_of_squares(n, gradients[n]) for n in on_host]
+            self.run_on_worker(
+                "norm", lambda: [self._tasks.sum_of_squares(n, gradients[n]) for n in on_host]
             )
         total = 0.0
         for number, given in enumerate(gradients):
@@ -167,7 +167,7 @@ class Executor:
 
         find(self._numbers(on_host=False))
         search = partial(find, self._numbers(on_host=True))
-        self.run_with_updates("the search for non-finite gradients", search)
+        self.run_on_worker("search for non-finite gradients", search)
         return np.concatenate(found)
 
     def _numbers(self, *, on_host: bool) -> list[int]:
@@ -188,10 +188,10 @@ class Executor:
             active = masks.active[state.indices]
             if not active.any() or state.layout.numel == 0:
                 masks.count(state, active)
-                self._skip_update(number)
+                self._skip_update(state)
                 continue
             update = partial(self._tasks.update, number, gradients[number], active, masks)
-            if self._worker is not None and state.plan.location.is_host:
+            if self._runs_on_worker(state):
                 what = f"the update of bucket {number}"
                 self._updates[number] = self._submit(what, partial(update, self._spans))
             else:
@@ -205,13 +205,16 @@ class Executor:
             for number in list(self._to_use):
                 self._use(number, spans)
 
-    def _skip_update(self, number: int) -> None:
-        """Let a bucket that stays as it is keep its turn among the copies up."""
-        if self._worker is None:
-            self._tasks.skip_copy_up(number)
-        elif self._tasks.states[number].plan.stages_parameters:
-            skip = partial(self._tasks.skip_copy_up, number)
+    def _skip_update(self, state: BucketState) -> None:
+        """Keep a skipped bucket's turn among those that use staging slots."""
+        if not state.plan.stages_parameters:
+            return
+        number = state.layout.index
+        skip = partial(self._tasks.skip_copy_up, number)
+        if self._runs_on_worker(state):
             self._submit(f"the turn of bucket {number}", skip)
+        else:
+            skip()
 
     def wait_for_buckets(self, buckets: Collection[int]) -> None:
         """Return when these buckets' parameters may be read. By the model's own thread.
@@ -244,10 +247,11 @@ class Executor:
     def _bound_backlog(self) -> None:
         """Let no more than two backwards' gradients be on their way.
 
-        Backward never waits, so a forward does where several of them add up on the host.
+        After its first hook a backward does not wait, so a forward does where several backwards add
+        up on the host.
         """
         while len(self._copy_jobs) > 2 * len(self._tasks.states):
-            self._await(self._copy_jobs.popleft(), "reduce")
+            self._await(self._copy_jobs.popleft(), "reduce", needs_peers=True)
 
     def _use(self, number: int, spans: Spans) -> None:
         self._tasks.use(number, spans)
@@ -288,12 +292,16 @@ class Executor:
 
     # The worker.
 
-    def run_with_updates(self, what: str, job: Callable[[], object]) -> None:
+    def run_on_worker(self, phase: str, job: Callable[[], object]) -> None:
         """Do something on the thread that launches the updates, and return when it is done."""
         if self._worker is None:
             job()
         else:
-            self._await(self._submit(what, job), "norm")
+            self._await(self._submit(f"the {phase}", job), phase)
+
+    def _runs_on_worker(self, state: BucketState) -> bool:
+        """Tell whether the worker, not the calling thread, finishes copies and runs updates."""
+        return self._worker is not None and state.plan.location.is_host
 
     def _submit(self, what: str, job: Callable[[], object]) -> Job:
         def run() -> None:
@@ -304,13 +312,20 @@ class Executor:
         assert self._worker is not None
         return self._worker.submit(what, run)
 
-    def _wait_for_update(self, task: Task) -> None:
+    def wait_for_update(self, task: Task) -> None:
+        """Block the calling thread until an update that the worker runs, if any, is over."""
         job = self._updates.get(task.bucket)
         if job is not None:
-            self._await(job, "update", task.bucket)
+            self._await(job, "update", bucket=task.bucket)
 
-    def _await(self, job: Job, phase: str, bucket: int | None = None) -> None:
+    def _await(
+        self, job: Job, phase: str, *, bucket: int | None = None, needs_peers: bool = False
+    ) -> None:
         """Wait for a job, and raise an error if a peer fails meanwhile.
+
+        Args:
+            phase: for error messages.
+            needs_peers: the job itself waits for other ranks.
 
         Raises:
             Exception: what the job raised.
@@ -318,7 +333,7 @@ class Executor:
         """
         if job.wait(0.0):
             return
-        with PROGRESS.at(phase, bucket), PROGRESS.awaiting(peers=phase == "reduce"):
+        with PROGRESS.at(phase, bucket), PROGRESS.awaiting(peers=needs_peers):
             self._ranks.wait_until(lambda: job.wait(SLICE_S))
 
 

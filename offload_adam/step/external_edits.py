@@ -425,9 +425,9 @@ class ExternalEdits:
     def arrived(self, bucket: int) -> None:
         """Count our writes to a bucket once more, as its parameters may be read from now on.
 
-        So autograd refuses the gradients of what has read them since `step()`, which was the old
-        values. A backward that is running already is left alone: who waited for what is looked at
-        when its gradients are taken, and that error says more.
+        A graph that read the old values after `step()` then fails autograd's version check. A
+        backward that is running already is left alone: `ForwardHooks.check` looks at its gradients,
+        and that error says more.
 
         Raises:
             UnreadyParameterError: naming a parameter that was written to in the meantime.

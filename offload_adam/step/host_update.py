@@ -72,8 +72,9 @@ class HostUpdate:
 
     def touch(self, memory: torch.Tensor) -> None:
         """Write to every page of (n,) uint8, each from the thread that updates float32 there."""
-        num_pieces = self._use_threads(memory.numel() // _FLOAT32_NBYTES)
-        self._first_touch.touch(memory.numpy(), num_pieces)
+        with _launching:
+            num_pieces = self._use_threads(memory.numel() // _FLOAT32_NBYTES)
+            self._first_touch.touch(memory.numpy(), num_pieces)
 
     def prepare(self, states: Iterable[BucketState]) -> None:
         """Compile what these buckets will launch, and make room for their block sums."""

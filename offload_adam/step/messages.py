@@ -35,7 +35,7 @@ class StepInputs:
     lazy: sparse gradients update the rows they touch and no others.
     failure: why they could not be read on this rank; the other ranks must hear of it.
     notice: what rides along for the training loop.
-    factor: what the caller has multiplied all gradients by in `.grad`, after they had left.
+    factor: that clipping, or the caller, has applied to the stand-ins in `.grad`.
     multiplied: the indices of the parameters for which it has.
     call: what the caller is doing, which must be the same on all ranks.
     """
@@ -95,7 +95,7 @@ def decide(agreement: Agreement, max_norm: float | None, factor: float = 1.0) ->
     """Turn the agreement into a scale or a skip, in float64.
 
     Args:
-        factor: what gradients are to be multiplied by besides.
+        factor: further factor of all gradients.
 
     Source: torch.nn.utils.clip_grad_norm_, for the factor max_norm / (norm + 1e-6), at most 1.
     """
@@ -112,7 +112,7 @@ class UpdateMasks:
     """What one step adds to the fixed schedule.
 
     active: (num parameters,) bool, those with a gradient on any rank.
-    hyperparameters: what `BucketState.groups` counts over.
+    hyperparameters: indexed by `BucketState.groups`.
     gradient_scale: unscaling times clip factor.
     step: the step count of every parameter, this update included; None where each has its own.
     lazy: sparse gradients update the rows they touch and no others.

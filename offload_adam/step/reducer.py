@@ -46,9 +46,9 @@ class GradientReduction:
         executor: brings what `transfer` returns to the gradient shard.
         policy: says whether gradients are averaged here (otherwise `.grad` is final as it stands),
             and whether later backwards add to those of earlier ones.
-        streams: gradients leave `.grad`, which holds stand-ins afterwards.
         takes_rows: gradients may be sparse.
-        streamed: what torch's own functions may do with gradients that have left.
+        streamed: gradients leave `.grad` during backward, which holds stand-ins afterwards; this is
+            what torch's own functions may do with them. None: they stay until the step.
     """
 
     def __init__(
@@ -59,14 +59,13 @@ class GradientReduction:
         transfer: GradientTransfer,
         executor: Executor,
         *,
-        streams: bool,
         takes_rows: bool = False,
         streamed: StreamedGradients | None = None,
     ) -> None:
         self._streamed = streamed
         self._ranks = ranks
         self._reduces = policy.averages
-        self.streams = streams
+        self.streams = streamed is not None
         self._accumulates = policy.accumulates
         self._rows = RowExchange(ranks) if takes_rows and self._reduces else None
         self._takes_rows = takes_rows
@@ -78,7 +77,7 @@ class GradientReduction:
         self._next = 0
         self._num_rounds = 0
         self._begun = False
-        self.shows_stand_ins = False  # some `.grad` may hold one
+        self._shows_stand_ins = False  # some `.grad` may hold one
         self._hidden = False  # a further backward of this step has hidden those of earlier ones
         self._missing: list[set[int]] = []  # positions that no backward of this round has brought
         self.gradients: list[BucketGradients] = []
@@ -141,12 +140,23 @@ class GradientReduction:
             # In the first round, those of this step are shown as soon as a gradient has left.
             self._hidden = self._num_rounds > 0
 
+    def zero_grad(self, *, set_to_none: bool) -> None:
+        """Forget this step's gradients, as `reset`; the caller empties `.grad`, or fills it.
+
+        Args:
+            set_to_none: the caller sets every `.grad` to None, stand-ins too.
+        """
+        self.reset()
+        if not set_to_none:
+            self.hide_stand_ins()
+        self._shows_stand_ins = False
+
     def hide_stand_ins(self) -> None:
         """Empty `.grad` where it holds a stand-in."""
-        if self.shows_stand_ins:
+        if self._shows_stand_ins:
             for reader in self._readers:
                 reader.hide_stand_ins()
-        self.shows_stand_ins = False
+        self._shows_stand_ins = False
 
     def backward_began(self) -> None:
         """Reject a further backward after some `.grad` was set to None, as by model.zero_grad().
@@ -266,7 +276,8 @@ class GradientReduction:
         self._start_counting()
 
     def _start_counting(self) -> None:
-        self._missing = [set(range(len(state.parameters))) for state in self._states]
+        if self.streams:
+            self._missing = [set(range(len(state.parameters))) for state in self._states]
 
     def _open_round(self) -> None:
         """Start over with the first bucket, to add to the gradient shards."""
@@ -296,7 +307,9 @@ class GradientReduction:
                 self._send_next()
             except (TypeError, ValueError) as error:
                 failure = failure or error
-            # A copy that adds to a shard is not issued at once, as slots of a ring require.
+            # A copy that adds to a shard is not issued at once, as slots of a ring require. And
+            # gradients that stay in `.grad` are in memory twice while a slot holds them: so only
+            # one bucket's are at a time.
             late = self._num_rounds > 0 and not self._accumulates
             self._executor.finish_copies(wait=late or not self.streams)
         return failure
@@ -306,7 +319,7 @@ class GradientReduction:
         """Take the next bucket's gradients out of `.grad` and start them on their way."""
         number = self._next
         self._next = number + 1
-        self.shows_stand_ins = self.streams
+        self._shows_stand_ins = self.streams
         state = self._states[number]
         try:
             found = self._read(state)
@@ -344,7 +357,7 @@ class GradientReduction:
             self._transfer.skip_reduction(state)
             return
         adds = self._num_rounds > 0
-        copy = self._transfer.reduce(state, gradients, self.gradients[number], adds=adds)
+        copy = self._transfer.pack_and_reduce(state, gradients, self.gradients[number], adds=adds)
         self._executor.start_copy(copy)
 
     def _copy_without_reduction(
@@ -352,7 +365,7 @@ class GradientReduction:
     ) -> None:
         """Copy (or add) this rank's segments of gradients that need no reduction."""
         given = self.gradients[state.layout.index]
-        copy = self._transfer.take_local(state, gradients, given)
+        copy = self._transfer.take_segments(state, gradients, given)
         given.expect(np.array([gradient is not None for gradient in gradients], dtype=np.bool_))
         if copy is not None:
             self._executor.start_copy(copy)

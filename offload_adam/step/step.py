@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class _Found:
+class _LocalFindings:
     """What this rank found before the agreement.
 
     present: (num parameters,) bool, which have a gradient on this rank.
@@ -73,7 +73,7 @@ class _Found:
 class ShardedAdam:
     """This rank's shard of the Adam state, and the step that all ranks take together.
 
-    Owns: all bucket states, what notices writes from outside, slots and buffers, the executor.
+    Owns: all bucket states, the detector of external edits, slots, buffers and the executor.
         `resources` ends what runs beside the caller, takes hooks off the model and unpins memory,
         in this order, and holds neither this object nor the model.
     Lifecycle: `extend` for every set of parameters, `step` any number of times.
@@ -86,25 +86,21 @@ class ShardedAdam:
         *,
         num_threads: int | None,
         module: torch.nn.Module | None,
-        external: bool,
         overlaps: bool,
-        streams: bool,
         takes_rows: bool = False,
         streamed: StreamedGradients | None = None,
     ) -> None:
         """Begin without parameters.
 
         Args:
-            external: others average the gradients, which must then be on all ranks.
             overlaps: `step` returns before the updates are over; `executor` tells when they are.
-            streams, takes_rows, streamed: as for `GradientReduction`.
+            takes_rows, streamed: as for `GradientReduction`.
         """
         self.ranks = ranks
         self.num_steps = 0
         self.states: list[BucketState] = []
         self._state_nbytes = 0
         self._storage = storage
-        self._external = external
         self.overlaps = overlaps
         self._num_threads = num_threads
         self._places: list[tuple[int, int]] = []
@@ -123,7 +119,7 @@ class ShardedAdam:
         self._updates: list[BucketUpdate] = []
 
         backend = storage.backend
-        # Not a method of this object: what ends with it must not hold it, nor so the model.
+        # A partial, not a bound method: the finalizer must not keep this object or the model alive.
         make_buffer = partial(_make_buffer, storage, self.arenas)
         self._rings = Rings(
             make_buffer,
@@ -144,15 +140,16 @@ class ShardedAdam:
             self.stream_waits,
             self._rings,
         )
-        self._beside_steps = Stopwatch()
+        self._background = Stopwatch()
         self.executor = Executor(
             self.transfer,
             self.tasks,
             backend.make_worker() if overlaps else None,
             ranks,
-            self._beside_steps,
+            self._background,
             self.external_edits.arrived,
         )
+        self.stream_waits.wait_for_update = self.executor.wait_for_update
         self.resources.callback(self.executor.close)
         self.reduction = GradientReduction(
             ranks,
@@ -160,7 +157,6 @@ class ShardedAdam:
             self.states,
             self.transfer,
             self.executor,
-            streams=streams,
             takes_rows=takes_rows,
             streamed=streamed,
         )
@@ -177,7 +173,7 @@ class ShardedAdam:
             frozen: parameters without state, by name: they must stay without a gradient.
 
         Raises:
-            HostMemoryError: nothing has been changed then.
+            HostMemoryError: the optimizer is as before then.
         """
         self.executor.finish_copies(wait=True)
         self.executor.finish_updates()
@@ -192,11 +188,15 @@ class ShardedAdam:
             - self.snapshot_lock.room_nbytes,
         )
         self.arenas += [arena, room]
-        self.snapshot_lock.rooms.append(room.take(room.nbytes, torch.uint8))
+        # Whatever may still fail comes before the lists of buckets and parameters grow.
+        for state in states:
+            self.transfer.allocate(state)
+            self.tasks.allocate(state)
         with PROGRESS.at("compilation", long_running=True):
             hosted = [state for state in states if state.plan.location.is_host]
             if hosted:
                 self._use_host_update().prepare(hosted)
+        self.snapshot_lock.rooms.append(room.take(room.nbytes, torch.uint8))
         self._updates += [
             self._use_host_update() if state.plan.location.is_host else self._device_update
             for state in states
@@ -210,9 +210,6 @@ class ShardedAdam:
         for state in states:
             for position, index in enumerate(state.indices.tolist()):
                 self._places[index] = (state.layout.index, position)
-        for state in states:
-            self.transfer.allocate(state)
-            self.tasks.allocate(state)
         schedule = plan_schedule(
             [state.plan for state in self.states],
             num_reduce_slots=self._storage.backend.num_reduce_slots,
@@ -232,7 +229,7 @@ class ShardedAdam:
     def _touch_host(self, memory: torch.Tensor) -> None:
         """Commit a plane in host memory from the threads that will update it."""
         host = self._use_host_update()
-        self.executor.run_with_updates("the first touch of its memory", lambda: host.touch(memory))
+        self.executor.run_on_worker("first touch of memory", lambda: host.touch(memory))
 
     @property
     def host_nbytes(self) -> dict[str, int]:
@@ -315,9 +312,11 @@ class ShardedAdam:
             self.forward_hooks.step_begins()
         # 0. The previous step's updates read the gradient shards that this step fills.
         self.executor.finish_updates()
-        earlier = self._beside_steps.take()
-        # 1. and 2. Every gradient in its shard; one all-reduce of what each rank found there.
-        agreement, changed = self._agree(inputs, stopwatch)
+        background = self._background.take()
+        # 1. Bring every gradient to its shard.
+        failure = self._reduce(inputs, stopwatch)
+        # 2. One all-reduce of what each rank has found in its gradients and parameters.
+        agreement, changed = self._agree(inputs, failure, stopwatch)
         # 3. Decide, from the agreement alone: the same on all ranks.
         decision = decide(agreement, inputs.max_norm, inputs.factor)
         non_finite = self._names_of_non_finite(agreement) if decision.skip else ()
@@ -342,20 +341,21 @@ class ShardedAdam:
             decision.skip,
             0 if decision.skip else int((agreement.present_counts > 0).sum()),
             non_finite,
-            _added(earlier, stopwatch.elapsed_s),
+            _added(background, stopwatch.elapsed_s),
             agreement.notice,
         )
 
     def total_norm(self, inputs: StepInputs) -> float:
         """Reduce what is left and return the global gradient norm, unscaled. Collective."""
         self.executor.finish_updates()
-        agreement, _ = self._agree(inputs, NullSpans())
+        failure = self._reduce(inputs, NullSpans())
+        agreement, _ = self._agree(inputs, failure, NullSpans())
         return decide(agreement, None, inputs.factor).total_norm
 
     def norms(self, inputs: StepInputs) -> npt.NDArray[np.float64]:
         """Reduce what is left and return each parameter's gradient norm, as it is. Collective."""
         self.executor.finish_updates()
-        self._agree(inputs, NullSpans())
+        self._agree(inputs, self._reduce(inputs, NullSpans()), NullSpans())
         squares = np.zeros(len(self._parameters))
 
         def add_dense(*, hosted: bool) -> None:
@@ -368,7 +368,7 @@ class ShardedAdam:
         # What every rank has whole is counted by rank 0.
         if self.ranks.rank == 0 or self.is_sharded:
             add_dense(hosted=False)
-            self.executor.run_with_updates("the norms", lambda: add_dense(hosted=True))
+            self.executor.run_on_worker("norms", lambda: add_dense(hosted=True))
         if self.ranks.rank == 0:
             for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
                 for position, square in gradients.rows_squares().items():
@@ -376,26 +376,35 @@ class ShardedAdam:
         self.ranks.all_reduce(torch.from_numpy(squares))
         return np.sqrt(squares)
 
-    def _agree(self, inputs: StepInputs, spans: Spans) -> tuple[Agreement, list[int]]:
-        """Bring all gradients to their shards, and exchange what each rank found there.
+    def _reduce(self, inputs: StepInputs, spans: Spans) -> Exception | None:
+        """Bring all gradients to their shards, and return this rank's first error.
 
-        An error of this rank is carried, not raised, until all ranks know of it: its peers wait in
-        the next collective.
-
-        Returns:
-            The agreement, and the indices of externally edited parameters.
+        The error is raised once all ranks know of it: until then its peers wait in the next
+        collective.
         """
         if not self.reduction.streams:
             # `.grad` still holds everything, and may have been edited since it was last read.
             self.reduction.reset()
         with spans.span("reduce"):
-            failure = self.reduction.finish() or inputs.failure
-        found = self._look(inputs, failure, spans)
+            return self.reduction.finish() or inputs.failure
+
+    def _agree(
+        self, inputs: StepInputs, failure: Exception | None, spans: Spans
+    ) -> tuple[Agreement, list[int]]:
+        """Exchange what each rank has found, and raise an error unless all take the same step.
+
+        Args:
+            failure: why this rank cannot take the step.
+
+        Returns:
+            The agreement, and the indices of externally edited parameters.
+        """
+        found = self._find(inputs, failure, spans)
         agreement = self._exchange(inputs, found, spans)
         if agreement.late and not agreement.failed_ranks:
             with spans.span("reduce"):
                 failure = self.reduction.take_late_gradients()
-            found = self._look(inputs, failure, spans)
+            found = self._find(inputs, failure, spans)
             agreement = self._exchange(inputs, found, spans)
         if found.failure is not None:
             raise found.failure
@@ -404,17 +413,17 @@ class ShardedAdam:
             agreement, changed = self._share_unseen(agreement, changed, found.unseen)
         changed_names = [self._names[index] for index in changed]
         refuse_disagreement(agreement, self.ranks, inputs, changed_names)
-        if self._external:
+        if not self._storage.policy.reduces:
             refuse_partial_presence(agreement, self.ranks.world_size, self._names)
         return agreement, changed
 
-    def _look(self, inputs: StepInputs, failure: Exception | None, spans: Spans) -> _Found:
+    def _find(self, inputs: StepInputs, failure: Exception | None, spans: Spans) -> _LocalFindings:
         """Look at this rank's gradients and parameters. Never raises.
 
         Args:
             failure: what this rank would have raised so far; there is nothing to look at then.
         """
-        found = _Found(np.zeros(len(self._parameters), dtype=np.bool_), failure)
+        found = _LocalFindings(np.zeros(len(self._parameters), dtype=np.bool_), failure)
         if failure is not None:
             return found
         try:
@@ -435,7 +444,7 @@ class ShardedAdam:
             found.failure = error
         return found
 
-    def _exchange(self, inputs: StepInputs, found: _Found, spans: Spans) -> Agreement:
+    def _exchange(self, inputs: StepInputs, found: _LocalFindings, spans: Spans) -> Agreement:
         """Exchange what the ranks found, in the one all-reduce of a step."""
         changes = self.external_edits.checksum(found.changed) if self.ranks.world_size > 1 else 0
         findings = Findings(

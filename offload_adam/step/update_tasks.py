@@ -147,13 +147,12 @@ class UpdateTasks:
         self.stream_waits.end(Operation.COPY_UP, number)
 
     def skip_copy_up(self, number: int) -> None:
-        """Record an H2D event for a skipped bucket too.
+        """Record an H2D event for a skipped bucket that has a staging slot.
 
-        Whoever waits for it, to use its slot, waits for all copies before it instead: the slot may
-        still be read for the bucket that had it last.
+        The next user of the slot waits on this event, and so on all H2D copies before it: the copy
+        of the bucket that had the slot last may still read it.
         """
-        if self.states[number].plan.stages_parameters:
-            self.stream_waits.end(Operation.COPY_UP, number)
+        self.stream_waits.end(Operation.COPY_UP, number)
 
     def gather(self, number: int, spans: Spans) -> None:
         """Start bringing the other ranks' shards of a bucket, once."""

@@ -67,8 +67,8 @@ class _Jobs:
 class UpdateThread:
     """Runs jobs one after the other, beside the thread that gives them.
 
-    After a job that raised no other runs: what it left half done, nobody may build on. Every later
-    ticket raises the same error.
+    After a job has raised, later jobs are skipped and raise the same error: state may be half
+    updated.
 
     Owns: a daemon thread, started with the first job.
     Lifecycle: ends with `close`, or when this object is collected.

@@ -42,14 +42,14 @@ def one_reduction_slot_for_all(simulation: Simulation, patch: Patch) -> None:
 
 def pooled_slot_released_before_its_copy(simulation: Simulation, patch: Patch) -> None:
     transfer = simulation.core.transfer
-    start = transfer.start
+    start = transfer.start_copy
 
     def hasty(gradient_copy: Any) -> None:
         start(gradient_copy)
         transfer.slots.release(gradient_copy.pooled_slot)
         gradient_copy.pooled_slot = None
 
-    patch.setattr(transfer, "start", hasty)
+    patch.setattr(transfer, "start_copy", hasty)
 
 
 def slot_kept_by_nobody_where_buckets_are_passed_by(simulation: Simulation, patch: Patch) -> None:

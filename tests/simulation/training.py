@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from offload_adam.coordinator.ranks import RankGroup
+from offload_adam.gradients.stand_in import StreamedGradients
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.layout.state_plan import StatePolicy
 from offload_adam.params.bucket import BucketState
@@ -177,9 +179,8 @@ def make_core(
         Storage(policy, backend, backend.make_runtime() if on_device else None),
         num_threads=1,
         module=None,
-        external=False,
         overlaps=overlaps,
-        streams=True,
+        streamed=StreamedGradients(lambda: np.zeros(0)),
     )
     if slots is not None:
         core.transfer.slots = slots

@@ -106,9 +106,9 @@ def _gradients(
 def watch_folds(transfer: GradientTransfer, machine: Machine) -> None:
     """Let casts and sums of gradients, which the host makes, be noted.
 
-    What the host reads and writes is ordered as when `finish` returns.
+    What the host reads and writes is ordered as when `finish_copy` returns.
     """
-    finish = transfer.finish
+    finish = transfer.finish_copy
 
     def watched(copy: GradientCopy) -> None:
         state = copy.state
@@ -131,7 +131,7 @@ def watch_folds(transfer: GradientTransfer, machine: Machine) -> None:
         if folds and through is not None:
             poison(through)
 
-    transfer.finish = watched  # type: ignore[method-assign]
+    transfer.finish_copy = watched  # type: ignore[method-assign]
 
 
 def watch_staging(tasks: UpdateTasks, machine: Machine) -> None:

@@ -166,6 +166,30 @@ def test_an_edit_is_refused_before_a_further_group_is_taken_in() -> None:
     assert optimizer.last_step.num_updated == 3
 
 
+def test_memory_that_runs_out_for_a_further_group_leaves_the_optimizer_as_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    optimizer, reference = made(), made()
+
+    def run_out(state: object) -> None:
+        raise torch.OutOfMemoryError("no memory for a slot")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer._alive().transfer, "allocate", run_out)
+        with pytest.raises(torch.OutOfMemoryError, match="no memory for a slot"):
+            optimizer.add_param_group({"params": [("d", parameter())]})
+    assert len(optimizer.param_groups) == 2
+    for _ in range(2):
+        optimizer.step()
+        reference.step()
+    assert optimizer.last_step.num_updated == 3
+    assert everything(members(optimizer), optimizer) == everything(members(reference), reference)
+    optimizer.add_param_group({"params": [("d", parameter())]})
+    members(optimizer)[-1].grad = torch.ones(2)
+    optimizer.step()
+    assert optimizer.last_step.num_updated == 4
+
+
 def test_another_order_of_a_group_is_no_edit() -> None:
     optimizer, reference = made(), made()
     for _ in range(2):

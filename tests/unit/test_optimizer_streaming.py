@@ -354,3 +354,36 @@ def test_arrivals_inside_no_sync_do_not_count_for_the_next_backward() -> None:
         backward_of(reference, order, factor)
     oracle.step()
     assert_close(model, [parameter.detach() for parameter in reference])
+
+
+def test_arrivals_that_no_hook_delivered_do_not_count_for_the_next_backward() -> None:
+    """Of a bucket of many parameters most hooks only note an arrival for a later one."""
+
+    def make() -> torch.nn.ParameterList:
+        return torch.nn.ParameterList(torch.nn.Parameter(torch.full((3,), 1.0)) for _ in range(100))
+
+    def train(model: torch.nn.ParameterList, optimizer: torch.optim.Optimizer, noted: int) -> None:
+        (model[noted] * 2.0).sum().backward()
+        optimizer.step()
+        for parameter in model:  # as in a loop that never calls zero_grad()
+            if optimizer.__class__ is torch.optim.Adam:
+                parameter.grad = None
+        # What is used first in the forward gets its gradient last.
+        members = [model[noted], *(p for index, p in enumerate(model) if index != noted)]
+        loss = torch.zeros(())
+        for parameter in members:
+            loss = loss + (parameter * parameter).sum()
+        loss.backward()
+        optimizer.step()
+
+    model, expected = make(), make()
+    optimizer = OffloadAdam(model.parameters(), lr=1e-2, module=model)
+    core = optimizer._alive()
+    parameters = core.states[0].parameters
+    assert len(parameters) == 100
+    noted = next(i for i, given in enumerate(model) if given is parameters[1])
+    train(model, optimizer, noted)
+    train(expected, torch.optim.Adam(expected.parameters(), lr=1e-2), noted)
+    for parameter, other in zip(model, expected, strict=True):
+        torch.testing.assert_close(parameter, other, rtol=0.0, atol=1e-6)
+    optimizer.close()

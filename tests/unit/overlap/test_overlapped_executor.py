@@ -69,6 +69,7 @@ def begin(worker: Any) -> tuple[Executor, RecordedTasks]:
     executor = Executor(
         cast(Any, None), cast(Any, tasks), worker, RankGroup(), Stopwatch(), lambda number: None
     )
+    tasks.stream_waits.wait_for_update = executor.wait_for_update
     masks = UpdateMasks(np.ones(NUM_BUCKETS, dtype=np.bool_), [], 1.0)
     gradients: list[Any] = [None] * NUM_BUCKETS
     executor.apply(gradients, masks, NullSpans())
@@ -148,6 +149,12 @@ def test_the_thread_ends_with_its_owner() -> None:
     assert not running.is_alive()
 
 
+class FakeCopy(str):
+    """The copy of a bucket's gradients, by a name."""
+
+    state = None
+
+
 class Arriving:
     """A transfer whose copies arrive when the test says; it writes down what finishes."""
 
@@ -155,13 +162,13 @@ class Arriving:
         self.arrived: set[str] = set()
         self.finished: list[str] = []
 
-    def start(self, gradient_copy: Any) -> None:
+    def start_copy(self, gradient_copy: Any) -> None:
         pass
 
     def has_arrived(self, gradient_copy: Any) -> bool:
         return gradient_copy in self.arrived
 
-    def finish(self, gradient_copy: Any) -> None:
+    def finish_copy(self, gradient_copy: Any) -> None:
         self.finished.append(gradient_copy)
 
 
@@ -171,12 +178,12 @@ def test_a_sequential_backward_finishes_copies_in_order_and_waits_for_nothing() 
     executor = Executor(
         cast(Any, transfer), tasks, None, RankGroup(), NullSpans(), lambda number: None
     )
-    executor.start_copy(cast(Any, "first"))
+    executor.start_copy(cast(Any, FakeCopy("first")))
     transfer.arrived.add("second")
-    executor.start_copy(cast(Any, "second"))
+    executor.start_copy(cast(Any, FakeCopy("second")))
     assert transfer.finished == []
     transfer.arrived.add("first")
-    executor.start_copy(cast(Any, "third"))
+    executor.start_copy(cast(Any, FakeCopy("third")))
     assert transfer.finished == ["first", "second"]
     executor.finish_copies(wait=True)
     assert transfer.finished == ["first", "second", "third"]
