@@ -114,7 +114,7 @@ class GradientTransfer:
 
     def mark_written(self, number: int) -> None:
         """Record on the compute stream that backward has written a bucket's gradients."""
-        self._stream_waits.end(Operation.GRADIENT, number)
+        self._stream_waits.record(Operation.GRADIENT, number)
 
     def pack_and_reduce(
         self,
@@ -148,14 +148,13 @@ class GradientTransfer:
             if sources:
                 foreach_copy(targets, sources)
 
-        streams = self._stream_waits.streams_of(number)
         with span("pack", number):
-            self._stream_waits.begin(Operation.PACK, number)
-            streams.launch(Operation.PACK.lane, pack, reads=sources, writes=[slot])
-            self._stream_waits.end(Operation.PACK, number)
-        self._stream_waits.begin(Operation.REDUCE, number)
+            # Waits for the D2H copy of the bucket that had this slot of the ring before.
+            self._stream_waits.run(Operation.PACK, number, pack, reads=sources, writes=[slot])
+        self._stream_waits.wait_before(Operation.REDUCE, number)
+        streams = self._stream_waits.streams_of(number)
         pending = self._collectives.mean(streams, slot, state.layout.shard_bounds(state.rank))
-        self._stream_waits.end(Operation.REDUCE, number)
+        self._stream_waits.record(Operation.REDUCE, number)
         pieces = [Piece(pending.shard, 0, adds)]
         return GradientCopy(state, gradients, pieces, True, pending, pooled)
 
@@ -171,7 +170,7 @@ class GradientTransfer:
     def skip_reduction(self, state: BucketState) -> None:
         """Record a D2H event for a bucket that is not reduced: the next user of its slot waits."""
         if state.plan.uses_ring:
-            self._stream_waits.end(Operation.COPY_DOWN, state.layout.index)
+            self._stream_waits.record(Operation.COPY_DOWN, state.layout.index)
 
     def take_segments(
         self,
@@ -247,7 +246,8 @@ class GradientTransfer:
                 # CUDA may deadlock with a collective that is under way.
                 through = self._buffer(dtype, shard.numel(), HostArena)
                 self._issue(copy, through)
-            self._stream_waits.begin(Operation.SUM_SQUARES, number)
+            # On the host: until the D2H copy, or the reduction, is over.
+            self._stream_waits.wait_before(Operation.SUM_SQUARES, number)
             if not copy.is_issued or through is not None:
                 fold = partial(_fold, tuple(copy.pieces), shard, through)
                 if state.plan.location.is_host:
@@ -270,11 +270,9 @@ class GradientTransfer:
             for piece in pieces:
                 piece.of(target).copy_(piece.source, non_blocking=True)
 
-        self._stream_waits.begin(Operation.COPY_DOWN, number)
         sources = [piece.source for piece in pieces]
-        streams = self._stream_waits.streams_of(number)
-        streams.launch(Operation.COPY_DOWN.lane, issue, reads=sources, writes=[target])
-        self._stream_waits.end(Operation.COPY_DOWN, number)
+        # Waits for the reduction, or for backward where nothing is reduced.
+        self._stream_waits.run(Operation.COPY_DOWN, number, issue, reads=sources, writes=[target])
         copy.is_issued = True
 
     def _buffer(

@@ -80,7 +80,7 @@ class UpdateTasks:
     def release(self) -> None:
         """Note on the model's own lane that it has done its last reading of the parameters."""
         offloaded = [s.layout.index for s in self.states if s.plan.is_offloaded]
-        self.stream_waits.end_all(Operation.RELEASE, offloaded)
+        self.stream_waits.record_all(Operation.RELEASE, offloaded)
 
     def update(
         self,
@@ -98,7 +98,7 @@ class UpdateTasks:
             param_out = self._param_out(state)
             self.updates[number].update(state, gradients, active, masks, param_out)
             if not is_host:
-                self.stream_waits.end(Operation.UPDATE, number)
+                self.stream_waits.record(Operation.UPDATE, number)
         if state.plan.is_offloaded:
             with spans.span("copy up", number):
                 self._copy_up(state, active, param_out)
@@ -107,7 +107,8 @@ class UpdateTasks:
         """Wait for the slot that the update writes, and for a checkpoint that reads the bucket."""
         number = state.layout.index
         with spans.span("copy up", number) if state.plan.is_offloaded else nullcontext():
-            self.stream_waits.begin(Operation.UPDATE, number)
+            # On the host: until the H2D copy of the bucket that had this staging slot is over.
+            self.stream_waits.wait_before(Operation.UPDATE, number)
         if self._snapshot_lock.holds(number):
             with spans.span("checkpoint wait", number):
                 self._snapshot_lock.wait_until_free(number)
@@ -141,10 +142,8 @@ class UpdateTasks:
             for start, end in _runs(state, active):
                 state.shard[start:end].copy_(source[start:end], non_blocking=True)
 
-        self.stream_waits.begin(Operation.COPY_UP, number)
-        streams = self.stream_waits.streams_of(number)
-        streams.launch(Operation.COPY_UP.lane, copy, reads=[source], writes=[state.shard])
-        self.stream_waits.end(Operation.COPY_UP, number)
+        # Waits until the model has read the parameters for the last time in this step.
+        self.stream_waits.run(Operation.COPY_UP, number, copy, reads=[source], writes=[state.shard])
 
     def skip_copy_up(self, number: int) -> None:
         """Record an H2D event for a skipped bucket that has a staging slot.
@@ -152,18 +151,18 @@ class UpdateTasks:
         The next user of the slot waits on this event, and so on all H2D copies before it: the copy
         of the bucket that had the slot last may still read it.
         """
-        self.stream_waits.end(Operation.COPY_UP, number)
+        self.stream_waits.record(Operation.COPY_UP, number)
 
     def gather(self, number: int, spans: Spans) -> None:
         """Start bringing the other ranks' shards of a bucket, once."""
         state = self.states[number]
-        # Outside of the span: this may wait for an update, which is no gather.
-        self.stream_waits.begin(Operation.GATHER, number)
+        # Outside of the span: this may wait on the host for the update of this rank's shard.
+        self.stream_waits.wait_before(Operation.GATHER, number)
         with spans.span("gather", number):
             if number not in self._gathering:  # else an interrupt came before its end was marked
                 streams = self.stream_waits.streams_of(number)
                 self._gathering[number] = self._collectives.gather(streams, state.flat)
-            self.stream_waits.end(Operation.GATHER, number)
+            self.stream_waits.record(Operation.GATHER, number)
 
     def use(self, number: int, spans: Spans) -> None:
         """Let the model's own lane read a bucket's parameters from now on."""
@@ -172,7 +171,7 @@ class UpdateTasks:
             with PROGRESS.at("gather", number), spans.span("gather", number):
                 pending.wait(self._ranks)
             del self._gathering[number]
-        self.stream_waits.begin(Operation.USE, number)
+        self.stream_waits.wait_before(Operation.USE, number)
 
 
 def _runs(state: BucketState, active: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:

@@ -50,7 +50,7 @@ class StreamWaits:
         """Return the streams of a bucket's device."""
         return self._streams[self._devices[bucket]]
 
-    def begin(self, operation: Operation, bucket: int) -> None:
+    def wait_before(self, operation: Operation, bucket: int) -> None:
         """Let this task's lane wait for all that the task waits for."""
         task = Task(operation, bucket)
         lane = self.schedule.lane_of(task)
@@ -66,6 +66,25 @@ class StreamWaits:
             else:
                 self.streams_of(bucket).wait(lane, mark)
 
+    def run(
+        self,
+        operation: Operation,
+        bucket: int,
+        action: Callable[[], object],
+        *,
+        reads: Iterable[torch.Tensor] = (),
+        writes: Iterable[torch.Tensor] = (),
+    ) -> None:
+        """Issue a task on its lane, after all that it waits for, and record an event after it.
+
+        Args:
+            action: issues the work.
+            reads, writes: the tensors that it touches; see `Streams.launch`.
+        """
+        self.wait_before(operation, bucket)
+        self.streams_of(bucket).launch(operation.lane, action, reads=reads, writes=writes)
+        self.record(operation, bucket)
+
     def _block_until(self, mark: Mark) -> None:
         """Block until an event has happened, and raise an error if a peer fails meanwhile.
 
@@ -78,7 +97,7 @@ class StreamWaits:
             )
         mark.synchronize()
 
-    def end(self, operation: Operation, bucket: int) -> None:
+    def record(self, operation: Operation, bucket: int) -> None:
         """Record an event: this task has been issued."""
         task = Task(operation, bucket)
         self._marks[task] = self.streams_of(bucket).mark(self.schedule.lane_of(task))
@@ -87,7 +106,7 @@ class StreamWaits:
         """Tell, without waiting, whether this task, which has been issued, is over."""
         return self._marks[Task(operation, bucket)].query()
 
-    def end_all(self, operation: Operation, buckets: Iterable[int]) -> None:
+    def record_all(self, operation: Operation, buckets: Iterable[int]) -> None:
         """Record that this task has been issued for all of these, with one event a device."""
         marks: dict[Streams, Mark] = {}
         for bucket in buckets:

@@ -62,13 +62,13 @@ def gather_before_its_copy_up(simulation: Simulation, patch: Patch) -> None:
 
 def _begin_nothing_of(simulation: Simulation, patch: Patch, skipped: Operation) -> None:
     stream_waits = simulation.core.stream_waits
-    begin = stream_waits.begin
+    begin = stream_waits.wait_before
 
     def hasty(operation: Operation, bucket: int) -> None:
         if operation is not skipped:
             begin(operation, bucket)
 
-    patch.setattr(stream_waits, "begin", hasty)
+    patch.setattr(stream_waits, "wait_before", hasty)
 
 
 def copy_down_without_an_edge_from_compute(simulation: Simulation, patch: Patch) -> None:

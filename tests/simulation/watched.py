@@ -149,13 +149,13 @@ def watch_staging(tasks: UpdateTasks, machine: Machine) -> None:
 
 def name_tasks(stream_waits: StreamWaits, machine: Machine) -> None:
     """Let what is launched bear the name of the task that has begun last on its thread."""
-    begin = stream_waits.begin
+    begin = stream_waits.wait_before
 
     def named(operation: Operation, bucket: int) -> None:
         machine.task = name_of(Task(operation, bucket))
         begin(operation, bucket)
 
-    stream_waits.begin = named  # type: ignore[method-assign]
+    stream_waits.wait_before = named  # type: ignore[method-assign]
 
 
 def name_of(task: Task) -> str:
