@@ -127,7 +127,7 @@ def train_interrupted(rank: int, world_size: int, at: str | None) -> list[bytes]
 
     with pytest.MonkeyPatch.context() as patch:
         stream_waits = optimizer._alive().stream_waits
-        for operation in ("begin", "end"):
+        for operation in ("wait_before", "record"):
             original = getattr(stream_waits, operation)
             patch.setattr(stream_waits, operation, interrupted(operation, original))
         for step in range(NUM_STEPS):
@@ -145,7 +145,7 @@ def train_interrupted(rank: int, world_size: int, at: str | None) -> list[bytes]
     return found
 
 
-@pytest.mark.parametrize("at", ["begin", "end"])
+@pytest.mark.parametrize("at", ["wait_before", "record"])
 def test_an_interrupted_wait_forgets_no_gather(ranks: RankPool, at: str) -> None:
     expected = ranks.run(train_interrupted, 2, None)
     assert ranks.run(train_interrupted, 2, at) == expected
