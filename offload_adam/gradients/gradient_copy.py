@@ -12,11 +12,11 @@ import numpy.typing as npt
 import torch
 
 from offload_adam.coordinator.ranks import RankGroup
-from offload_adam.gradients.reader import in_memory_order
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.layout.schedule import Lane, Operation
 from offload_adam.memory.arena import HostArena, padded_nbytes
 from offload_adam.params.bucket import BucketState
+from offload_adam.params.elements import in_memory_order
 from offload_adam.spans import span
 from offload_adam.transfer.collectives import PendingCollective
 from offload_adam.transfer.slots import SlotPool

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.gradients.reader import GradientsInPlace, in_memory_order
+from offload_adam.gradients.reader import GradientsInPlace
 from offload_adam.gradients.sparse import GradientRows, sum_duplicates
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.params.bucket import BucketState, SegmentArrays
-from offload_adam.params.selection import float_format
+from offload_adam.params.elements import FORMATS, in_memory_order
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,4 +202,4 @@ def _table(
     if not chosen.all():
         columns = [column[chosen] for column in columns]
     if columns[0].size > 0:
-        yield SegmentTable(float_format(dtype), *columns)
+        yield SegmentTable(FORMATS[dtype], *columns)

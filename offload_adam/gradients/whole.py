@@ -16,6 +16,7 @@ from offload_adam.gradients.segments import BucketGradients
 from offload_adam.gradients.sparse import GradientRows
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.params.bucket import BucketState
+from offload_adam.params.elements import in_shape_of
 
 
 class Segment(NamedTuple):
@@ -111,7 +112,7 @@ def prepare_dense(
     """
     out.copy_(gradient).mul_(how.scale).add_(weight, alpha=how.weight_decay)
     if how.centralized:
-        shaped = out.as_strided(parameter.shape, parameter.stride())
+        shaped = in_shape_of(out, parameter)
         dims = tuple(range(1, parameter.dim()))
         # In float64, where no sum of finite gradients overflows.
         shaped.sub_(shaped.mean(dim=dims, keepdim=True, dtype=torch.float64))

@@ -15,8 +15,11 @@ NUM_STAGING_SLOTS = 2
 NUM_REDUCE_SLOTS = 3
 """Slots on a device for gradients: one is packed, one averaged, and one is copied to the host."""
 
-ROOM_ALIGNMENT_NBYTES = 128
-"""Copies start at multiples of this, which is no more than the padding of what they are made of."""
+ALIGNMENT_NBYTES = 128
+"""Tensors in host memory start at multiples of this, so that no vector load crosses a cache line.
+
+A shard of any dtype is a multiple of this long, because it has whole blocks of 128 elements.
+"""
 
 CHECKPOINT_BLOCK_NBYTES = 4 * 1024 * 1024
 """Bytes of a checkpoint's file that have one checksum: so a part can be verified alone."""
@@ -54,7 +57,7 @@ def copy_room_nbytes(plans: Sequence[StatePlan], limit_nbytes: int) -> int:
     All that these buckets could fill, or as many as are allowed, less than 128 of them aside.
     """
     nbytes = sum(map(saved_nbytes, plans))
-    return min(nbytes, limit_nbytes // ROOM_ALIGNMENT_NBYTES * ROOM_ALIGNMENT_NBYTES)
+    return min(nbytes, limit_nbytes // ALIGNMENT_NBYTES * ALIGNMENT_NBYTES)
 
 
 def traffic_nbytes(plan: StatePlan) -> int:

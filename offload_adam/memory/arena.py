@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from offload_adam.errors import HostMemoryError
+from offload_adam.layout.budget import ALIGNMENT_NBYTES
 from offload_adam.layout.flat import align
 from offload_adam.memory.pinning import (
     PIECE_NBYTES,
@@ -53,9 +54,6 @@ def _cores(cpulist: Path) -> set[int]:
 
 
 logger = logging.getLogger(__name__)
-
-ALIGNMENT_NBYTES = 128
-"""Every tensor starts at a multiple of this, so that no vector load crosses a cache line."""
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python has no name for it.
 

@@ -13,7 +13,7 @@ from offload_adam.layout.flat import Bucket
 from offload_adam.layout.state_plan import StatePlan
 from offload_adam.memory.arena import HostArena, padded_nbytes
 from offload_adam.memory.planes import StatePlanes, gradient_dtype
-from offload_adam.params.selection import memory_strides
+from offload_adam.params.elements import in_shape_of
 
 
 def adopt(bucket: Bucket, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
@@ -35,7 +35,7 @@ def adopt(bucket: Bucket, parameters: Sequence[torch.nn.Parameter]) -> torch.Ten
         if placed.numel > 0:
             with torch.cuda.device_of(flat):  # DLPack exports from the current device alone
                 part = torch.from_dlpack(flat[placed.start : placed.end])
-            view = part.as_strided(parameter.shape, memory_strides(parameter))
+            view = in_shape_of(part, parameter)
             view.copy_(parameter.data)
             parameter.data = view
     return flat
@@ -121,13 +121,3 @@ def segment_arrays(bucket: Bucket, rank: int) -> SegmentArrays:
         dtype=np.int64,
     ).reshape(-1, 4)
     return SegmentArrays(*(np.ascontiguousarray(column) for column in columns.T))
-
-
-def bits_of(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
-    """Return a host tensor as the NumPy array in whose dtype the kernels know its format."""
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.uint16)
-    elif tensor.dtype == torch.float16:
-        tensor = tensor.view(torch.int16)
-    array: npt.NDArray[np.generic] = tensor.detach().numpy()
-    return array

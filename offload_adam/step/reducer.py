@@ -12,12 +12,13 @@ import torch
 from offload_adam.coordinator.agreement import largest_on_any_rank
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.gradients.gradient_copy import GradientCopy, Piece, local_pieces
-from offload_adam.gradients.reader import GradientReader, GradientsInPlace, in_memory_order
+from offload_adam.gradients.reader import GradientReader, GradientsInPlace
 from offload_adam.gradients.row_exchange import RowExchange
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.gradients.stand_in import StreamedGradients, gradient_of
 from offload_adam.layout.state_plan import StatePolicy
 from offload_adam.params.bucket import BucketState
+from offload_adam.params.elements import in_memory_order
 from offload_adam.step.executor import Executor
 from offload_adam.transfer.slots import SlotPool
 

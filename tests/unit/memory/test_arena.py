@@ -14,8 +14,8 @@ import torch
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels import threads
 from offload_adam.kernels.first_touch import touch
+from offload_adam.layout.budget import ALIGNMENT_NBYTES
 from offload_adam.memory.arena import (
-    ALIGNMENT_NBYTES,
     HostArena,
     arena_nbytes,
     padded_nbytes,
