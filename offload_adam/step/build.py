@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from offload_adam.layout.schedule import Schedule, plan_schedule
 from offload_adam.layout.state_plan import StatePlan, StatePolicy, plan_state
 from offload_adam.memory.arena import HostArena, Touch, arena_nbytes
 from offload_adam.memory.pinning import CudaRuntime, cuda_runtime
-from offload_adam.memory.planes import DeviceMemory, allocate_planes
+from offload_adam.memory.planes import allocate_planes
 from offload_adam.options import OffloadPolicy
 from offload_adam.params.bucket import BucketState, adopt, segment_arrays
 from offload_adam.params.selection import NewParameter
@@ -34,7 +35,7 @@ from offload_adam.step.reducer import GradientReduction
 from offload_adam.step.update_thread import UpdateThread
 from offload_adam.transfer.collectives import Collectives, GroupCollectives
 from offload_adam.transfer.slots import Rings
-from offload_adam.transfer.streams import Streams, StreamsByDevice, streams_for
+from offload_adam.transfer.streams import Streams, streams_for
 
 
 def is_device(device: torch.device) -> bool:
@@ -166,7 +167,6 @@ def _build(
     rank, _ = placing.share_of(ranks)
     low, high = bucket.shard_bounds(rank)
     shard = flat[low:high]
-    memory = arena if plan.location.is_host else DeviceMemory(flat.device)
     return BucketState(
         plan=plan,
         rank=rank,
@@ -176,7 +176,7 @@ def _build(
         groups=np.array([item.group for item in items], dtype=np.int64),
         flat=flat,
         shard=shard,
-        planes=allocate_planes(plan, memory, shard),
+        planes=allocate_planes(plan, arena, shard),
         step_counts=torch.zeros(len(items), dtype=torch.float32, device="cpu"),
         centralized=np.array([item.centralized for item in items], dtype=np.bool_),
         segments=segment_arrays(bucket, rank),
@@ -202,7 +202,7 @@ class Routing:
         Args:
             make_buffer: gives host memory of so many bytes, page-locked where that was asked for.
         """
-        self.streams = StreamsByDevice(backend.make_streams)
+        self.streams = cache(backend.make_streams)
         self.copier = GradientCopier(ranks, reduction.slots, make_arena=make_buffer)
         self.rings = Rings(
             make_buffer,

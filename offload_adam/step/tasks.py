@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -24,7 +24,7 @@ from offload_adam.torch_private import foreach_copy
 from offload_adam.transfer.collectives import Collectives, PendingCollective
 from offload_adam.transfer.slots import Rings
 from offload_adam.transfer.stream_waits import HostWait, StreamWaits
-from offload_adam.transfer.streams import Mark, Streams, StreamsByDevice
+from offload_adam.transfer.streams import Event, Streams
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 1e-3
 
@@ -39,6 +39,7 @@ class Tasks:
     Args:
         updates: one for each bucket; grows with the optimizer.
         snapshot_lock: makes an update wait for a checkpoint that still reads the bucket.
+        streams: returns the streams of a device, the same at each call.
 
     Owns: the gathers that are under way.
     """
@@ -49,7 +50,7 @@ class Tasks:
         updates: Sequence[BucketUpdate],
         snapshot_lock: SnapshotLock,
         collectives: Collectives,
-        streams: StreamsByDevice,
+        streams: Callable[[torch.device], Streams],
         copier: GradientCopier,
         rings: Rings,
     ) -> None:
@@ -78,24 +79,24 @@ class Tasks:
             schedule: of all buckets.
         """
         self.states += states
-        streams = {s.layout.index: self._streams.of(s.device) for s in self.states}
+        streams = {s.layout.index: self._streams(s.device) for s in self.states}
         stream_waits = StreamWaits(schedule, streams, wait_for_update, self._wait_for)
         if self._stream_waits is not None:
             stream_waits.adopt(self._stream_waits)
         self._stream_waits = stream_waits
         self._schedule = schedule
 
-    def _wait_for(self, streams: Streams, mark: Mark) -> None:
-        """Block until a mark is reached, and raise an error if a peer fails meanwhile.
+    def _wait_for(self, event: Event) -> None:
+        """Block until an event has happened, and raise an error if a peer fails meanwhile.
 
-        The device may wait for a collective that a dead peer never joins, so the mark is polled. In
-        a world of one the thread sleeps until the device wakes it.
+        The device may wait for a collective that a dead peer never joins, so the event is polled.
+        In a world of one the thread sleeps until the device wakes it.
         """
         if self._ranks.world_size > 1:
             self._ranks.wait_until(
-                mark.query, pause_s=_FIRST_PAUSE_S, longest_pause_s=_LONGEST_PAUSE_S
+                event.query, pause_s=_FIRST_PAUSE_S, longest_pause_s=_LONGEST_PAUSE_S
             )
-        streams.synchronize(mark)
+        event.synchronize()
 
     @property
     def stream_waits(self) -> StreamWaits:
@@ -128,7 +129,7 @@ class Tasks:
             holes: the places of gradients that are missing, and count zeros.
         """
         state = self.states[number]
-        streams = self._streams.of(state.device)
+        streams = self._streams(state.device)
 
         def pack() -> None:
             for hole in holes:
@@ -159,7 +160,7 @@ class Tasks:
     def start_copy(self, gradient_copy: GradientCopy) -> None:
         """Start the copy of a bucket's gradients to the host where that needs no host."""
         self.copier.start(
-            gradient_copy, self._streams.of(gradient_copy.state.device), self.stream_waits
+            gradient_copy, self._streams(gradient_copy.state.device), self.stream_waits
         )
 
     def has_arrived(self, gradient_copy: GradientCopy) -> bool:
@@ -176,7 +177,7 @@ class Tasks:
     def finish_copy(self, gradient_copy: GradientCopy) -> None:
         """Block until a bucket's gradients are where the update reads them."""
         self.copier.finish(
-            gradient_copy, self._streams.of(gradient_copy.state.device), self.stream_waits
+            gradient_copy, self._streams(gradient_copy.state.device), self.stream_waits
         )
 
     def sum_of_squares(self, number: int, gradients: BucketGradients) -> float:
@@ -260,7 +261,7 @@ class Tasks:
                 state.shard[start:end].copy_(source[start:end], non_blocking=True)
 
         self.stream_waits.begin(Operation.COPY_UP, number)
-        streams = self._streams.of(state.device)
+        streams = self._streams(state.device)
         streams.launch(Operation.COPY_UP.lane, copy, reads=[source], writes=[state.shard])
         self.stream_waits.end(Operation.COPY_UP, number)
 
@@ -280,7 +281,7 @@ class Tasks:
         self.stream_waits.begin(Operation.GATHER, number)
         with spans.span("gather", number):
             if number not in self._gathering:  # else an interrupt came before its end was marked
-                streams = self._streams.of(state.device)
+                streams = self._streams(state.device)
                 self._gathering[number] = self._collectives.gather(streams, state.flat)
             self.stream_waits.end(Operation.GATHER, number)
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from offload_adam.layout.schedule import Lane, Operation, Schedule, Task
-from offload_adam.transfer.streams import Mark, Streams
+from offload_adam.transfer.streams import Event, Streams
 
 HostWait = Callable[[Task], None]
 """Blocks the calling thread until a task of the update thread is over, if there is one."""
 
-MarkWait = Callable[[Streams, Mark], None]
-"""Blocks the calling thread until a mark is reached; raises an error where it never will be."""
+EventWait = Callable[[Event], None]
+"""Blocks the calling thread until an event has happened; raises an error if it never will."""
 
 
 class StreamWaits:
-    """Keeps each task's latest mark, and makes other lanes wait for it as the schedule says.
+    """Keeps each task's latest event, and makes other lanes wait for it as the schedule says.
 
-    Nothing else orders lanes: a wait that is missing in the schedule is made by nobody.
+    Nothing else orders lanes: a wait that the schedule lacks is not made.
     """
 
     def __init__(
@@ -25,19 +25,19 @@ class StreamWaits:
         schedule: Schedule,
         streams: Mapping[int, Streams],
         wait_for_update: HostWait,
-        wait_for_mark: MarkWait,
+        wait_for_event: EventWait,
     ) -> None:
         """Begin with nothing under way.
 
         Args:
             streams: of each bucket's device.
-            wait_for_update: for the tasks that leave no mark since a thread runs them.
+            wait_for_update: for tasks of the update thread, which record no event.
         """
         self._schedule = schedule
         self._streams = streams
         self._wait_for_update = wait_for_update
-        self._wait_for_mark = wait_for_mark
-        self._marks: dict[Task, Mark] = {}
+        self._wait_for_event = wait_for_event
+        self._events: dict[Task, Event] = {}
 
     def begin(self, operation: Operation, bucket: int) -> None:
         """Let this task's lane wait for all that the task waits for."""
@@ -48,32 +48,32 @@ class StreamWaits:
             if self._schedule.lane_of(waited) is Lane.UPDATE:
                 self._wait_for_update(waited)
                 continue
-            mark = self._marks.get(waited)
-            if mark is None:
+            event = self._events.get(waited)
+            if event is None:
                 continue  # no step has had anything to do for it yet
             if lane is Lane.UPDATE:
-                self._wait_for_mark(streams, mark)
+                self._wait_for_event(event)
             else:
-                streams.wait(lane, mark)
+                streams.wait(lane, event)
 
     def end(self, operation: Operation, bucket: int) -> None:
         """Remember that this task has been issued."""
         task = Task(operation, bucket)
-        self._marks[task] = self._streams[bucket].mark(self._schedule.lane_of(task))
+        self._events[task] = self._streams[bucket].record(self._schedule.lane_of(task))
 
     def is_over(self, operation: Operation, bucket: int) -> bool:
         """Tell, without waiting, whether this task, which has been issued, is over."""
-        return self._marks[Task(operation, bucket)].query()
+        return self._events[Task(operation, bucket)].query()
 
     def end_all(self, operation: Operation, buckets: Iterable[int]) -> None:
-        """Remember that this task has been issued for all of these, with one mark a device."""
-        marks: dict[Streams, Mark] = {}
+        """Remember that this task has been issued for these buckets: one event for each device."""
+        events: dict[Streams, Event] = {}
         for bucket in buckets:
             streams = self._streams[bucket]
-            if streams not in marks:
-                marks[streams] = streams.mark(operation.lane)
-            self._marks[Task(operation, bucket)] = marks[streams]
+            if streams not in events:
+                events[streams] = streams.record(operation.lane)
+            self._events[Task(operation, bucket)] = events[streams]
 
     def adopt(self, earlier: StreamWaits) -> None:
-        """Take over the marks of the `StreamWaits` that this one replaces."""
-        self._marks.update(earlier._marks)
+        """Take over the events of the `StreamWaits` that this one replaces."""
+        self._events.update(earlier._events)

@@ -59,7 +59,7 @@ class WatchedUpdate:
             self._machine.touch(name, found)
         elif found:
             self._machine.launch(Lane.COMPUTE, lambda: None, name, reads=found)
-            self._machine.mark(Lane.COMPUTE).synchronize()
+            self._machine.record(Lane.COMPUTE).synchronize()
 
     def update(
         self,
