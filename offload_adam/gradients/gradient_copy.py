@@ -67,16 +67,8 @@ def local_pieces(
     Args:
         arrived: (num parameters,) bool, whose gradients are added to what the shard holds.
     """
-    segments = state.segments
-    rows = zip(
-        segments.positions.tolist(),
-        segments.parameter_starts.tolist(),
-        segments.shard_starts.tolist(),
-        segments.numels.tolist(),
-        strict=True,
-    )
     pieces = []
-    for position, parameter_start, shard_start, numel in rows:
+    for position, parameter_start, shard_start, numel in state.segments.each:
         gradient = gradients[position]
         if gradient is not None:
             source = in_memory_order(gradient)[parameter_start : parameter_start + numel]

@@ -6,7 +6,6 @@ What is prepared is scaled and has its weight decay in it, in fp32: the update t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,25 +14,9 @@ import torch
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.gradients.sparse import GradientRows
 from offload_adam.kernels.scalars import Hyperparameters
+from offload_adam.layout.flat import Segment
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import in_shape_of
-
-
-class Segment(NamedTuple):
-    """One parameter's range in this rank's shard; `row` is its place among the shard's segments.
-
-    The rest is as in `layout.flat.Segment`.
-    """
-
-    row: int
-    position: int
-    parameter_start: int
-    shard_start: int
-    numel: int
-
-    def of(self, plane: torch.Tensor) -> torch.Tensor:
-        """Return the segment's part of a plane."""
-        return plane[self.shard_start : self.shard_start + self.numel]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,30 +31,6 @@ class Preparation:
     scale: float
     weight_decay: float
     centralized: bool
-
-
-def segment_of(state: BucketState, position: int) -> Segment | None:
-    """Return the part of a parameter in this rank's shard, None where there is none."""
-    segments = state.segments
-    row = int(segments.positions.searchsorted(position))
-    if row == segments.positions.size or segments.positions[row] != position:
-        return None
-    return Segment(
-        row,
-        position,
-        int(segments.parameter_starts[row]),
-        int(segments.shard_starts[row]),
-        int(segments.numels[row]),
-    )
-
-
-def every_segment(state: BucketState, chosen: npt.NDArray[np.bool_]) -> list[Segment]:
-    """Return the segments of the chosen parameters in this rank's shard."""
-    segments = state.segments
-    columns = (segments.positions, segments.parameter_starts, segments.shard_starts)
-    rows = np.flatnonzero(chosen[segments.positions])
-    table = np.stack([rows, *(column[rows] for column in (*columns, segments.numels))], axis=1)
-    return [Segment(*values) for values in table.tolist()]
 
 
 def needs_preparation(state: BucketState, gradients: BucketGradients) -> npt.NDArray[np.bool_]:

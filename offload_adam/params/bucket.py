@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.layout.flat import Bucket
+from offload_adam.layout.flat import Bucket, Segment
 from offload_adam.layout.state_plan import StatePlan
 from offload_adam.memory.arena import HostArena, padded_nbytes
 from offload_adam.memory.planes import StatePlanes, gradient_dtype
@@ -49,13 +49,25 @@ def _allocate(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Ten
 
 
 @dataclass(frozen=True, slots=True)
-class SegmentArrays:
-    """The segments of one shard as int64 columns, one row a segment (see `layout.flat.Segment`)."""
+class ShardSegments:
+    """The segments of one shard, one by one and as int64 columns with one row for each."""
 
+    each: tuple[Segment, ...]
     positions: npt.NDArray[np.int64]
     parameter_starts: npt.NDArray[np.int64]
     shard_starts: npt.NDArray[np.int64]
     numels: npt.NDArray[np.int64]
+
+    @classmethod
+    def of_shard(cls, bucket: Bucket, rank: int) -> ShardSegments:
+        """Return the segments of `rank`'s shard."""
+        each = bucket.segments(rank)
+        columns = np.array(each, dtype=np.int64).reshape(-1, len(Segment._fields)).T
+        return cls(each, *(np.ascontiguousarray(column) for column in columns))
+
+    def select(self, chosen: npt.NDArray[np.bool_]) -> list[Segment]:
+        """Return the segments of the chosen parameters: (num parameters,) bool."""
+        return [self.each[row] for row in np.flatnonzero(chosen[self.positions]).tolist()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +97,7 @@ class BucketState:
     planes: StatePlanes
     step_counts: torch.Tensor
     centralized: npt.NDArray[np.bool_]
-    segments: SegmentArrays
+    segments: ShardSegments
 
     @property
     def layout(self) -> Bucket:
@@ -111,13 +123,3 @@ class BucketState:
     def device(self) -> torch.device:
         """Where the bucket's parameters live."""
         return self.flat.device
-
-
-def segment_arrays(bucket: Bucket, rank: int) -> SegmentArrays:
-    """Return the segments of `rank`'s shard as columns."""
-    segments = bucket.segments(rank)
-    columns = np.array(
-        [(s.position, s.parameter_start, s.shard_start, s.numel) for s in segments],
-        dtype=np.int64,
-    ).reshape(-1, 4)
-    return SegmentArrays(*(np.ascontiguousarray(column) for column in columns.T))

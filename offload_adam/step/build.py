@@ -28,7 +28,7 @@ from offload_adam.memory.arena import HostArena, Touch, arena_nbytes
 from offload_adam.memory.pinning import CudaRuntime, cuda_runtime
 from offload_adam.memory.planes import allocate_planes
 from offload_adam.options import OffloadPolicy
-from offload_adam.params.bucket import BucketState, adopt, segment_arrays
+from offload_adam.params.bucket import BucketState, ShardSegments, adopt
 from offload_adam.params.selection import NewParameter
 from offload_adam.step.executor import Worker
 from offload_adam.step.reducer import GradientReduction
@@ -179,7 +179,7 @@ def _build(
         planes=allocate_planes(plan, arena, shard),
         step_counts=torch.zeros(len(items), dtype=torch.float32, device="cpu"),
         centralized=np.array([item.centralized for item in items], dtype=np.bool_),
-        segments=segment_arrays(bucket, rank),
+        segments=ShardSegments.of_shard(bucket, rank),
     )
 
 

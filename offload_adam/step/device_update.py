@@ -20,8 +20,6 @@ from offload_adam.gradients.segments import BucketGradients
 from offload_adam.gradients.sparse import GradientRows, sum_duplicates
 from offload_adam.gradients.whole import (
     Preparation,
-    Segment,
-    every_segment,
     needs_preparation,
     once_prepared,
     preparation_of,
@@ -30,6 +28,7 @@ from offload_adam.gradients.whole import (
     prepare_whole_rows,
 )
 from offload_adam.kernels.scalars import Hyperparameters, UpdateScalars, update_scalars
+from offload_adam.layout.flat import Segment
 from offload_adam.params.bucket import BucketState
 from offload_adam.step.messages import UpdateMasks
 from offload_adam.torch_private import foreach_copy
@@ -286,7 +285,7 @@ class DeviceUpdate:
             segments = _segments_of(state, members, param_out)
             hyper = masks.hyperparameters[group]
             foreach_update(segments, hyper, step, masks.gradient_scale)
-        for segment in every_segment(state, prepared):
+        for segment in state.segments.select(prepared):
             self._update_prepared(state, gradients, segment, counts, masks, param_out)
 
     def _update_prepared(
@@ -322,8 +321,8 @@ def _dense(
 ) -> list[tuple[Segment, torch.Tensor]]:
     """Return the chosen parameters' segments with their dense gradients."""
     return [
-        (segment, gradients.segment_of(state, segment.row))
-        for segment in every_segment(state, chosen)
+        (segment, gradients.segment_gradient(state, segment))
+        for segment in state.segments.select(chosen)
         if segment.position not in gradients.rows
     ]
 
@@ -357,7 +356,7 @@ def _spread(
     weight = segment.of(state.planes.master_weight)
     out = torch.zeros_like(weight)
     if entries is None:
-        dense = gradients.segment_of(state, segment.row)
+        dense = gradients.segment_gradient(state, segment)
         prepare_dense(dense, weight, state.parameters[segment.position], how, out)
     else:
         table = out.view(-1, entries.values.shape[1])

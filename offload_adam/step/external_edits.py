@@ -241,16 +241,8 @@ def _segments(state: BucketState) -> Iterator[tuple[int, torch.Tensor, torch.Ten
     """Yield position, master weights and elements of each parameter in this rank's shard."""
     if state.own_master:
         return
-    segments = state.segments
-    rows = zip(
-        segments.positions.tolist(),
-        segments.shard_starts.tolist(),
-        segments.numels.tolist(),
-        strict=True,
-    )
-    for position, start, numel in rows:
-        end = start + numel
-        yield position, state.planes.master_weight[start:end], state.shard[start:end]
+    for segment in state.segments.each:
+        yield segment.position, segment.of(state.planes.master_weight), segment.of(state.shard)
 
 
 def _pieces(

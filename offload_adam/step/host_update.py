@@ -19,19 +19,17 @@ from offload_adam.gradients.segments import BucketGradients, SegmentTable
 from offload_adam.gradients.sparse import GradientRows, sum_duplicates
 from offload_adam.gradients.whole import (
     Preparation,
-    Segment,
     needs_preparation,
     once_prepared,
     preparation_of,
     prepare_dense,
     prepare_rows,
     prepare_whole_rows,
-    segment_of,
 )
 from offload_adam.kernels import threads
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.scalars import scalar_row
-from offload_adam.layout.flat import BLOCK_NUMEL
+from offload_adam.layout.flat import BLOCK_NUMEL, Segment
 from offload_adam.layout.state_plan import FLOAT32_NBYTES
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import FORMATS, bits_of
@@ -168,11 +166,9 @@ class HostUpdate:
         rows, scalars = masks.scalar_rows(state, counts, plain)
         for table in gradients.tables(state, plain):
             self._launch(state, table, rows[table.positions], scalars, param_out)
-        for position in np.flatnonzero(prepared).tolist():
-            segment = segment_of(state, position)
-            if segment is not None:
-                step = int(counts[position])
-                self._update_prepared(state, gradients, segment, step, masks, param_out)
+        for segment in state.segments.select(prepared):
+            step = int(counts[segment.position])
+            self._update_prepared(state, gradients, segment, step, masks, param_out)
 
     def _launch(
         self,
@@ -248,7 +244,7 @@ class HostUpdate:
         weight = segment.of(state.planes.master_weight)
         entries = gradients.rows.get(segment.position)
         if entries is None:
-            dense = gradients.segment_of(state, segment.row)
+            dense = gradients.segment_gradient(state, segment)
             prepare_dense(dense, weight, state.parameters[segment.position], how, out)
             return
         if state.layout.world_size == 1:
