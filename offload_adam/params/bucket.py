@@ -16,7 +16,7 @@ from offload_adam.memory.planes import StatePlanes, gradient_dtype
 from offload_adam.params.elements import in_shape_of
 
 
-def adopt(bucket: Bucket, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+def flatten_parameters(bucket: Bucket, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
     """Move the parameters of one bucket into one flat tensor, and return it.
 
     Each parameter is re-pointed through `.data`, so that it stays the same object with its own

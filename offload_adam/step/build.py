@@ -28,7 +28,7 @@ from offload_adam.memory.arena import HostArena, Touch, arena_nbytes
 from offload_adam.memory.pinning import CudaRuntime, cuda_runtime
 from offload_adam.memory.planes import allocate_planes
 from offload_adam.options import OffloadPolicy
-from offload_adam.params.bucket import BucketState, ShardSegments, adopt
+from offload_adam.params.bucket import BucketState, ShardSegments, flatten_parameters
 from offload_adam.params.selection import NewParameter
 from offload_adam.step.executor import Worker
 from offload_adam.step.reducer import GradientReduction
@@ -158,10 +158,10 @@ def _build(
     ranks: RankGroup,
     placing: Placing,
 ) -> BucketState:
-    """Adopt one bucket's parameters and fill its master weights from them."""
+    """Flatten one bucket's parameters and fill its master weights from them."""
     bucket = plan.bucket
     parameters = [item.parameter for item in items]
-    flat = adopt(bucket, parameters)
+    flat = flatten_parameters(bucket, parameters)
     if bucket.numel > 0:
         ranks.broadcast_data(flat)
     rank, _ = placing.share_of(ranks)

@@ -17,7 +17,8 @@ from offload_adam.coordinator.agreement import Agreement, Findings, agree, flags
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.gradients.segments import BucketGradients
-from offload_adam.memory.arena import HostArena, close_all, spans_nodes
+from offload_adam.kernels.threads import spans_nodes
+from offload_adam.memory.arena import HostArena, close_all
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.selection import Named, NewParameter
 from offload_adam.spans import NullSpans, Spans, Stopwatch

@@ -82,7 +82,7 @@ class Tasks:
         streams = {s.layout.index: self._streams(s.device) for s in self.states}
         stream_waits = StreamWaits(schedule, streams, wait_for_update, self._wait_for)
         if self._stream_waits is not None:
-            stream_waits.adopt(self._stream_waits)
+            stream_waits.keep_events_of(self._stream_waits)
         self._stream_waits = stream_waits
         self._schedule = schedule
 

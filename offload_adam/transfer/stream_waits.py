@@ -74,6 +74,6 @@ class StreamWaits:
                 events[streams] = streams.record(operation.lane)
             self._events[Task(operation, bucket)] = events[streams]
 
-    def adopt(self, earlier: StreamWaits) -> None:
+    def keep_events_of(self, earlier: StreamWaits) -> None:
         """Take over the events of the `StreamWaits` that this one replaces."""
         self._events.update(earlier._events)
