@@ -44,7 +44,7 @@ from offload_adam.coordinator.admission import gather_texts, raise_on_all_ranks
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import CheckpointError, PeerFailedError
-from offload_adam.layout.budget import ROOM_ALIGNMENT_NBYTES
+from offload_adam.layout.budget import ALIGNMENT_NBYTES
 from offload_adam.layout.flat import align
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.state.state_shard import memory_order
@@ -329,7 +329,7 @@ def places_in(rooms: Sequence[torch.Tensor], parts: Iterable[Part]) -> dict[str,
             start, end = used[number], used[number] + part.data.nbytes
             if end <= room.nbytes:
                 placed[part.name] = replace(part, data=room[start:end].view(part.data.dtype))
-                used[number] = align(end, ROOM_ALIGNMENT_NBYTES)
+                used[number] = align(end, ALIGNMENT_NBYTES)
                 break
     return placed
 

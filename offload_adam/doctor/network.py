@@ -112,7 +112,7 @@ def _round_s(ranks: RankGroup, streams: Streams, lane: Lane, starts: Sequence[_S
     start_s = time.perf_counter()
     for pending in [start() for start in starts]:
         pending.wait(ranks)
-    over = streams.mark(lane)
+    over = streams.record(lane)
     ranks.wait_until(over.query, pause_s=_PAUSE_S)  # on a device; a host's collective is over
     return time.perf_counter() - start_s
 

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 
 from offload_adam.coordinator.ranks import RankGroup
-from offload_adam.gradients.reader import in_memory_order
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.layout.schedule import Lane, Operation
 from offload_adam.memory.arena import HostArena, padded_nbytes
 from offload_adam.params.bucket import BucketState
+from offload_adam.params.elements import in_memory_order
 from offload_adam.spans import span
 from offload_adam.torch_private import foreach_copy
 from offload_adam.transfer.collectives import Collectives, PendingCollective
@@ -184,16 +184,8 @@ class GradientTransfer:
             tensors: one for each parameter, None where there is none.
             gradients: know which parameters' gradients are added to what the shard holds.
         """
-        segments = state.segments
-        rows = zip(
-            segments.positions.tolist(),
-            segments.parameter_starts.tolist(),
-            segments.shard_starts.tolist(),
-            segments.numels.tolist(),
-            strict=True,
-        )
         pieces = []
-        for position, parameter_start, shard_start, numel in rows:
+        for position, parameter_start, shard_start, numel in state.segments.each:
             tensor = tensors[position]
             if tensor is not None:
                 source = in_memory_order(tensor)[parameter_start : parameter_start + numel]

@@ -9,8 +9,7 @@ import torch
 
 from offload_adam.gradients.sparse import GradientRows, read_rows
 from offload_adam.gradients.stand_in import StandIn, StreamedGradients, gradient_of
-
-_FORMATS = (torch.float32, torch.bfloat16, torch.float16)
+from offload_adam.params.elements import FORMATS
 
 
 class GradientsInPlace(NamedTuple):
@@ -86,7 +85,7 @@ class GradientReader:
                 gradient is None
                 or type(gradient) is StandIn
                 or gradient.layout is not torch.strided
-                or gradient.dtype not in _FORMATS
+                or gradient.dtype not in FORMATS
                 or not gradient.is_contiguous()
                 or gradient.numel() != numels[position]
                 or gradient.is_cuda != self._on_cuda
@@ -183,7 +182,7 @@ class GradientReader:
         return (
             self._all_contiguous
             and gradient.layout is torch.strided
-            and gradient.dtype in _FORMATS
+            and gradient.dtype in FORMATS
             and gradient.is_contiguous()
             and gradient.numel() == numel
             and gradient.is_cuda == self._on_cuda
@@ -201,7 +200,7 @@ class GradientReader:
             )
         if (
             gradient.layout is not torch.strided
-            or gradient.dtype not in _FORMATS
+            or gradient.dtype not in FORMATS
             or gradient.shape != parameter.shape
             or gradient.is_cuda != self._on_cuda
         ):
@@ -220,7 +219,7 @@ class GradientReader:
     def _rows_of(self, position: int, gradient: torch.Tensor) -> GradientRows:
         parameter = self._parameters[position]
         if (
-            gradient.dtype not in _FORMATS
+            gradient.dtype not in FORMATS
             or gradient.shape != parameter.shape
             or gradient.is_cuda != self._on_cuda
         ):
@@ -236,7 +235,7 @@ class GradientReader:
                 f"the gradient of parameter {name!r} is {gradient.layout}: OffloadAdam "
                 "takes dense ones only, and so does amsgrad (for nn.Embedding pass sparse=False)"
             )
-        if gradient.dtype not in _FORMATS:
+        if gradient.dtype not in FORMATS:
             raise ValueError(
                 f"the gradient of parameter {name!r} has dtype {gradient.dtype}; supported are "
                 "float32, bfloat16 and float16"
@@ -246,8 +245,3 @@ class GradientReader:
             f"the gradient of parameter {name!r} has shape {tuple(gradient.shape)} on "
             f"{gradient.device}, the parameter {tuple(parameter.shape)} on {parameter.device}"
         )
-
-
-def in_memory_order(gradient: torch.Tensor) -> torch.Tensor:
-    """Return a dense tensor's elements as they lie in memory, 1-d, without a copy."""
-    return gradient.as_strided((gradient.numel(),), (1,))

@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.gradients.reader import GradientsInPlace, in_memory_order
+from offload_adam.gradients.reader import GradientsInPlace
 from offload_adam.gradients.sparse import GradientRows, sum_duplicates
 from offload_adam.kernels.formats import FloatFormat
-from offload_adam.params.bucket import BucketState, SegmentArrays
-from offload_adam.params.selection import float_format
+from offload_adam.layout.flat import Segment
+from offload_adam.params.bucket import BucketState, ShardSegments
+from offload_adam.params.elements import FORMATS, in_memory_order
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,23 +168,20 @@ class BucketGradients:
                 mask = chosen if alone else chosen & _has_dtype(found, dtype, segments)
                 yield from _table(state, dtype, addresses, mask)
 
-    def segment_of(self, state: BucketState, segment: int) -> torch.Tensor:
-        """Return one segment's dense gradient, 1-d, where it lies."""
-        segments = state.segments
-        numel = int(segments.numels[segment])
+    def segment_gradient(self, state: BucketState, segment: Segment) -> torch.Tensor:
+        """Return one segment's dense gradient, 1-d, without a copy."""
         if self._shard is not None:
-            start = int(segments.shard_starts[segment])
-            return self._shard[start : start + numel]
-        position, start = int(segments.positions[segment]), int(segments.parameter_starts[segment])
+            return segment.of(self._shard)
+        start = segment.parameter_start
         for found in reversed(self._held):
-            gradient = found.tensors[position]
+            gradient = found.tensors[segment.position]
             if gradient is not None:
-                return in_memory_order(gradient)[start : start + numel]
-        raise LookupError(f"no gradient is held for {state.names[position]!r}")
+                return in_memory_order(gradient)[start : start + segment.numel]
+        raise LookupError(f"no gradient is held for {state.names[segment.position]!r}")
 
 
 def _has_dtype(
-    found: GradientsInPlace, dtype: torch.dtype, segments: SegmentArrays
+    found: GradientsInPlace, dtype: torch.dtype, segments: ShardSegments
 ) -> npt.NDArray[np.bool_]:
     """Return which segments' gradients are among those found, and of this dtype."""
     matches = [tensor is not None and tensor.dtype == dtype for tensor in found.tensors]
@@ -202,4 +200,4 @@ def _table(
     if not chosen.all():
         columns = [column[chosen] for column in columns]
     if columns[0].size > 0:
-        yield SegmentTable(float_format(dtype), *columns)
+        yield SegmentTable(FORMATS[dtype], *columns)

@@ -6,7 +6,6 @@ What is prepared is scaled and has its weight decay in it, in fp32: the update t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,24 +13,9 @@ import torch
 
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.gradients.sparse import GradientRows, sum_duplicates
+from offload_adam.layout.flat import Segment
 from offload_adam.params.bucket import BucketState
-
-
-class Segment(NamedTuple):
-    """One parameter's range in this rank's shard; `row` is its place among the shard's segments.
-
-    The rest is as in `layout.flat.Segment`.
-    """
-
-    row: int
-    position: int
-    parameter_start: int
-    shard_start: int
-    numel: int
-
-    def of(self, plane: torch.Tensor) -> torch.Tensor:
-        """Return the segment's part of a plane."""
-        return plane[self.shard_start : self.shard_start + self.numel]
+from offload_adam.params.elements import in_shape_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,30 +30,6 @@ class Preparation:
     scale: float
     weight_decay: float
     centralized: bool
-
-
-def segment_of(state: BucketState, position: int) -> Segment | None:
-    """Return the part of a parameter in this rank's shard, None where there is none."""
-    segments = state.segments
-    row = int(segments.positions.searchsorted(position))
-    if row == segments.positions.size or segments.positions[row] != position:
-        return None
-    return Segment(
-        row,
-        position,
-        int(segments.parameter_starts[row]),
-        int(segments.shard_starts[row]),
-        int(segments.numels[row]),
-    )
-
-
-def every_segment(state: BucketState, chosen: npt.NDArray[np.bool_]) -> list[Segment]:
-    """Return the segments of the chosen parameters in this rank's shard."""
-    segments = state.segments
-    columns = (segments.positions, segments.parameter_starts, segments.shard_starts)
-    rows = np.flatnonzero(chosen[segments.positions])
-    table = np.stack([rows, *(column[rows] for column in (*columns, segments.numels))], axis=1)
-    return [Segment(*values) for values in table.tolist()]
 
 
 def needs_preparation(state: BucketState, gradients: BucketGradients) -> npt.NDArray[np.bool_]:
@@ -113,11 +73,11 @@ def prepare_gradient(
         table = out.zero_().view(-1, entries.values.shape[1])
         table.index_put_((entries.rows,), entries.values, accumulate=True)
         return out
-    dense = gradients.segment_of(state, segment.row)
+    dense = gradients.segment_gradient(state, segment)
     out.copy_(dense).mul_(how.scale).add_(weight, alpha=how.weight_decay)
     if how.centralized:
         parameter = state.parameters[segment.position]
-        shaped = out.as_strided(parameter.shape, parameter.stride())
+        shaped = in_shape_of(out, parameter)
         dims = tuple(range(1, parameter.dim()))
         # In float64, where no sum of finite gradients overflows.
         shaped.sub_(shaped.mean(dim=dims, keepdim=True, dtype=torch.float64))

@@ -17,7 +17,8 @@ from offload_adam.kernels import scalars as at
 from offload_adam.kernels.adam_ir import finish_stores
 from offload_adam.kernels.compilation import compile_now, inner, jit, source_fingerprint
 from offload_adam.kernels.formats import FloatFormat
-from offload_adam.kernels.intrinsics import BLOCK_NUMEL, pointer_to, window
+from offload_adam.kernels.intrinsics import pointer_to, window
+from offload_adam.layout.flat import BLOCK_NUMEL
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]

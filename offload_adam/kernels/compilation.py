@@ -20,6 +20,7 @@ from offload_adam.kernels.numba_private import (
     disable_cache,
     is_compiled,
 )
+from offload_adam.layout.flat import BLOCK_NUMEL
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +32,13 @@ LOCK_S = 120.0
 
 
 def source_fingerprint() -> int:
-    """Return a checksum over the sources of this package.
+    """Return a checksum over the sources of this package, and over BLOCK_NUMEL from outside it.
 
     Numba invalidates a cached kernel if its own file changes, but not if an inlined function's file
     changes. Kernels close over this number, which makes it part of the cache key.
     """
     sources = sorted(Path(__file__).parent.glob("*.py"))
-    return zlib.crc32(b"\0".join(path.read_bytes() for path in sources))
+    return zlib.crc32(b"\0".join(path.read_bytes() for path in sources), BLOCK_NUMEL)
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Any:

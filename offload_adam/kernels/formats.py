@@ -24,11 +24,6 @@ class FloatFormat(Enum):
         """The NumPy dtype that carries the bits of this format to the kernels."""
         return np.dtype(_CARRIERS[self.value])
 
-    @property
-    def itemsize(self) -> int:
-        """Bytes per element."""
-        return int(self.bits_dtype.itemsize)
-
     def dtype_tag(self) -> npt.NDArray[np.generic]:
         """Return an empty array whose dtype selects a kernel's specialisation."""
         return np.empty(0, dtype=self.bits_dtype)

@@ -19,17 +19,17 @@ from offload_adam.kernels.numba_private import (
     llvm_type,
     no_value,
 )
+from offload_adam.layout.flat import BLOCK_NUMEL
 
 _I16 = ir.IntType(16)
 _I32 = ir.IntType(32)
 _F32 = ir.FloatType()
 _F64 = ir.DoubleType()
 
-BLOCK_NUMEL = 128
-"""Elements in one block of the gradient norm, and the unit in which shards are cut."""
+LINE_NBYTES = 64
+"""Bytes of a cache line."""
 
 _LANES = 16
-_LINE_NBYTES = 64
 _PREFETCH_NBYTES = 1024
 
 
@@ -57,12 +57,7 @@ def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = array_struct(context, builder, array, arguments[0]).data
-        byte = ir.IntType(8).as_pointer()
-        address = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
-        kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-        function = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        for_writing, keep_close, is_data = _constant(1), _constant(3), _constant(1)
-        builder.call(function, [address, for_writing, keep_close, is_data])
+        _emit_prefetch(builder, builder.gep(data, [arguments[1]]), for_writing=True)
         return no_value(context)
 
     return types.void(array, types.int64), codegen
@@ -154,13 +149,19 @@ def _prefetch_block(builder: Any, block: Any, element: Any) -> None:
     The processor's own prefetcher stops at the end of a page, and gradients lie in 4 KiB pages.
     """
     itemsize = element.bitwidth // 8
+    for nbytes in range(0, BLOCK_NUMEL * itemsize, LINE_NBYTES):
+        line = builder.gep(block, [_constant((_PREFETCH_NBYTES + nbytes) // itemsize)])
+        _emit_prefetch(builder, line, for_writing=False)
+
+
+def _emit_prefetch(builder: Any, address: Any, *, for_writing: bool) -> None:
+    """Emit a prefetch of the cache line at an address."""
     byte = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-    prefetch = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    read, keep, data = (ir.Constant(_I32, value) for value in (0, 3, 1))
-    for nbytes in range(0, BLOCK_NUMEL * itemsize, _LINE_NBYTES):
-        line = builder.gep(block, [_constant((_PREFETCH_NBYTES + nbytes) // itemsize)])
-        builder.call(prefetch, [builder.bitcast(line, byte), read, keep, data])
+    function = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    keep_close, is_data = _constant(3), _constant(1)
+    address = builder.bitcast(address, byte)
+    builder.call(function, [address, _constant(int(for_writing)), keep_close, is_data])
 
 
 def _load_block(builder: Any, block: Any, element: Any) -> Iterator[Any]:

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from offload_adam.kernels.compilation import compile_now, inner, jit, source_fingerprint
 from offload_adam.kernels.formats import FloatFormat
-from offload_adam.kernels.intrinsics import BLOCK_NUMEL, block_sum_of_squares, pointer_to
+from offload_adam.kernels.intrinsics import block_sum_of_squares, pointer_to
+from offload_adam.layout.flat import BLOCK_NUMEL
 
 
 def _sum_range(gradient: Any, sums: Any, first: Any) -> None:

@@ -1,4 +1,4 @@
-"""The scalars of a fused update: one row of float32 for each pair (group, step count) in use."""
+"""The scalars of one Adam update: in float64, and as the row of float32 that a kernel reads."""
 
 from __future__ import annotations
 
@@ -29,12 +29,30 @@ class Hyperparameters:
     epsilon_hat: bool = False
 
 
-def scalar_row(hyper: Hyperparameters, step: int, gradient_scale: float) -> npt.NDArray[np.float32]:
-    """Return the row of `NUM_SCALARS` float32 for the `step`-th update of a parameter.
+@dataclass(frozen=True, slots=True)
+class UpdateScalars:
+    """The scalars of one update in float64; an element is updated by
 
-    Every scalar is computed in float64 and rounded once. A beta is passed as the unevaluated sum of
-    two float32, because 0.999 rounded to float32 changes the steady state of `exp_avg_sq` by a
-    factor of 1 + 1.3e-5.
+    g = gradient_scale * g + l2 * w
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    n = beta1 * m + (1 - beta1) * g  if nesterov else  m
+    w = w - decay * w - step_size * n / (denominator_scale * sqrt(v) + eps)
+    """
+
+    gradient_scale: float
+    l2: float
+    beta1: float
+    beta2: float
+    decay: float
+    step_size: float
+    nesterov: bool
+    denominator_scale: float
+    eps: float
+
+
+def update_scalars(hyper: Hyperparameters, step: int, gradient_scale: float) -> UpdateScalars:
+    """Return the scalars for the `step`-th update of a parameter.
 
     Args:
         hyper: the group's hyperparameters.
@@ -45,19 +63,43 @@ def scalar_row(hyper: Hyperparameters, step: int, gradient_scale: float) -> npt.
     """
     correction1 = 1.0 - hyper.beta1**step
     correction2 = math.sqrt(1.0 - hyper.beta2**step)
+    decoupled = hyper.decoupled_weight_decay
+    return UpdateScalars(
+        gradient_scale=-gradient_scale if hyper.maximize else gradient_scale,
+        l2=0.0 if decoupled else hyper.weight_decay,
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        decay=hyper.lr * hyper.weight_decay if decoupled else 0.0,
+        step_size=hyper.lr * (correction2 if hyper.epsilon_hat else 1.0) / correction1,
+        nesterov=hyper.nesterov,
+        denominator_scale=1.0 if hyper.epsilon_hat else 1.0 / correction2,
+        eps=hyper.eps,
+    )
+
+
+def scalar_row(hyper: Hyperparameters, step: int, gradient_scale: float) -> npt.NDArray[np.float32]:
+    """Return the row of `NUM_SCALARS` float32 for an update, each scalar rounded once.
+
+    A beta is passed as the unevaluated sum of two float32, because 0.999 rounded to float32 changes
+    the steady state of `exp_avg_sq` by a factor of 1 + 1.3e-5.
+
+    Args:
+        hyper, step, gradient_scale: see `update_scalars`.
+    """
+    scalars = update_scalars(hyper, step, gradient_scale)
     row = np.zeros(NUM_SCALARS, dtype=np.float32)
-    row[GRADIENT_SCALE] = -gradient_scale if hyper.maximize else gradient_scale
-    row[L2] = 0.0 if hyper.decoupled_weight_decay else hyper.weight_decay
-    row[BETA1], row[BETA1_REST] = _split(hyper.beta1)
-    row[ONE_MINUS_BETA1] = 1.0 - hyper.beta1
-    row[BETA2], row[BETA2_REST] = _split(hyper.beta2)
-    row[ONE_MINUS_BETA2] = 1.0 - hyper.beta2
-    row[DECAY] = hyper.lr * hyper.weight_decay if hyper.decoupled_weight_decay else 0.0
-    row[STEP_SIZE] = hyper.lr * (correction2 if hyper.epsilon_hat else 1.0) / correction1
-    row[MOMENT] = hyper.beta1 if hyper.nesterov else 1.0
-    row[FRESH] = 1.0 - hyper.beta1 if hyper.nesterov else 0.0
-    row[DENOMINATOR_SCALE] = 1.0 if hyper.epsilon_hat else 1.0 / correction2
-    row[EPS] = hyper.eps
+    row[GRADIENT_SCALE] = scalars.gradient_scale
+    row[L2] = scalars.l2
+    row[BETA1], row[BETA1_REST] = _split(scalars.beta1)
+    row[ONE_MINUS_BETA1] = 1.0 - scalars.beta1
+    row[BETA2], row[BETA2_REST] = _split(scalars.beta2)
+    row[ONE_MINUS_BETA2] = 1.0 - scalars.beta2
+    row[DECAY] = scalars.decay
+    row[STEP_SIZE] = scalars.step_size
+    row[MOMENT] = scalars.beta1 if scalars.nesterov else 1.0
+    row[FRESH] = 1.0 - scalars.beta1 if scalars.nesterov else 0.0
+    row[DENOMINATOR_SCALE] = scalars.denominator_scale
+    row[EPS] = scalars.eps
     return row
 
 

@@ -16,12 +16,12 @@ from offload_adam.kernels.adam import ElementArray, Float32Array, Int64Array, up
 from offload_adam.kernels.adam_ir import finish_stores
 from offload_adam.kernels.compilation import compile_now, jit, source_fingerprint
 from offload_adam.kernels.formats import FloatFormat
-from offload_adam.kernels.intrinsics import prefetch, window
+from offload_adam.kernels.intrinsics import LINE_NBYTES, prefetch, window
 
 _ROWS_AHEAD = 4
 """Rows to prefetch ahead: they lie anywhere in the table, so no hardware prefetcher finds them."""
 
-_LINE_NUMEL = 16  # float32 in a cache line of 64 bytes
+_LINE_NUMEL = LINE_NBYTES // 4  # float32 elements
 _PREFETCH_NUMEL = 256  # the hardware prefetcher finds the rest of a longer row
 
 

@@ -1,4 +1,4 @@
-"""The number of threads that a rank may use, and the threading layer that Numba runs them on."""
+"""The cores and threads that a rank may use, and the threading layer that Numba runs them on."""
 
 from __future__ import annotations
 
@@ -94,6 +94,28 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError:
         return ""
+
+
+def spans_nodes(nodes: Path = Path("/sys/devices/system/node")) -> bool:
+    """Return whether this process's threads may run on the cores of more than one NUMA node.
+
+    Otherwise a page is near to all of them, whichever thread writes to it first.
+    """
+    try:
+        own = os.sched_getaffinity(0)
+    except AttributeError:  # not on every platform
+        return False
+    cores = [_cores(folder / "cpulist") for folder in nodes.glob("node[0-9]*")]
+    return sum(bool(own & of_node) for of_node in cores) > 1
+
+
+def _cores(cpulist: Path) -> set[int]:
+    """Return the cores of a list such as `0-3,8-11`."""
+    cores: set[int] = set()
+    for part in filter(None, _read(cpulist).strip().split(",")):
+        first, _, last = part.partition("-")
+        cores.update(range(int(first), int(last or first) + 1))
+    return cores
 
 
 def select_threading_layer() -> str:

@@ -15,8 +15,11 @@ NUM_STAGING_SLOTS = 2
 NUM_REDUCE_SLOTS = 3
 """Slots on a device for gradients: one is packed, one averaged, and one is copied to the host."""
 
-ROOM_ALIGNMENT_NBYTES = 128
-"""Copies start at multiples of this, which is no more than the padding of what they are made of."""
+ALIGNMENT_NBYTES = 128
+"""Tensors in host memory start at multiples of this, so that no vector load crosses a cache line.
+
+A shard of any dtype is a multiple of this long, because it has whole blocks of 128 elements.
+"""
 
 CHECKPOINT_BLOCK_NBYTES = 4 * 1024 * 1024
 """Bytes of a checkpoint's file that have one checksum: so a part can be verified alone."""
@@ -41,20 +44,18 @@ def plane_nbytes(plan: StatePlan) -> dict[str, int]:
 def saved_nbytes(plan: StatePlan) -> int:
     """Return the bytes of one rank's shard of one bucket that a checkpoint holds.
 
-    Parameters and planes of state, with the padding between them.
+    These are its parameters and planes of state, with the padding between them.
     """
-    state = plan.state
-    planes = state.master_weight + state.exp_avg + state.exp_avg_sq + state.max_exp_avg_sq
-    return plan.bucket.shard_numel * (plan.bucket.itemsize + planes)
+    return plan.bucket.shard_numel * (plan.bucket.itemsize + plan.state.itemsize)
 
 
 def copy_room_nbytes(plans: Sequence[StatePlan], limit_nbytes: int) -> int:
-    """Return the bytes of one rank's room for copies of what a checkpoint has still to write.
+    """Return the bytes of one rank's buffer for what a checkpoint has still to write.
 
-    All that these buckets could fill, or as many as are allowed, less than 128 of them aside.
+    The buffer holds all of these buckets, or `limit_nbytes` rounded down to the alignment.
     """
     nbytes = sum(map(saved_nbytes, plans))
-    return min(nbytes, limit_nbytes // ROOM_ALIGNMENT_NBYTES * ROOM_ALIGNMENT_NBYTES)
+    return min(nbytes, limit_nbytes // ALIGNMENT_NBYTES * ALIGNMENT_NBYTES)
 
 
 def traffic_nbytes(plan: StatePlan) -> int:
@@ -69,10 +70,10 @@ def traffic_nbytes(plan: StatePlan) -> int:
 def update_traffic_nbytes(plan: StatePlan) -> int:
     """Return the bytes that the update alone reads and writes."""
     bucket, state = plan.bucket, plan.state
-    master = state.master_weight or bucket.itemsize
-    planes = 2 * (master + state.exp_avg + state.exp_avg_sq + state.max_exp_avg_sq)
-    rounded = 0 if bucket.itemsize == FLOAT32_NBYTES else bucket.itemsize
-    return bucket.shard_numel * (_gradient_itemsize(plan) + planes + rounded)
+    own_master = 0 if state.master_weight else bucket.itemsize
+    param_out = 0 if bucket.itemsize == FLOAT32_NBYTES else bucket.itemsize
+    itemsize = _gradient_itemsize(plan) + 2 * (state.itemsize + own_master) + param_out
+    return bucket.shard_numel * itemsize
 
 
 def exchange_traffic_nbytes(plan: StatePlan) -> int:

@@ -22,6 +22,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol, Self, TypeVar
+
+
+class _Sliceable(Protocol):
+    def __getitem__(self, elements: slice, /) -> Self: ...
+
+
+Flat = TypeVar("Flat", bound=_Sliceable)
+"""A tensor or an array with one dimension."""
 
 BLOCK_NUMEL = 128
 """Elements of a block: the unit of alignment, of sharding and of the gradient norm."""
@@ -58,8 +67,7 @@ class Placement:
         return self.end - self.start
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """The part of one parameter that lies in one rank's shard.
 
     `position` is the parameter's place in the bucket's `placements`; `parameter_start` counts from
@@ -70,6 +78,10 @@ class Segment:
     parameter_start: int
     shard_start: int
     numel: int
+
+    def of(self, plane: Flat) -> Flat:
+        """Return the segment's part of a flat tensor as long as the shard."""
+        return plane[self.shard_start : self.shard_start + self.numel]
 
 
 @dataclass(frozen=True, slots=True)

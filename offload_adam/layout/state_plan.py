@@ -93,6 +93,11 @@ class StateFormat:
     exp_avg_sq: int
     max_exp_avg_sq: int
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes an element of all planes."""
+        return self.master_weight + self.exp_avg + self.exp_avg_sq + self.max_exp_avg_sq
+
 
 @dataclass(frozen=True, slots=True)
 class GradientPlan:

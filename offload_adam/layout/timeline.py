@@ -26,12 +26,10 @@ class Interval(NamedTuple):
 class Timeline:
     """One step: the backward, the agreement, the updates and the next forward.
 
-    intervals: in the order of the schedule; tasks that take no time are in it, too.
-    agreed_s: when `step()` goes on from its one agreement.
+    intervals: in the order of the schedule, tasks that take no time included.
     """
 
     intervals: tuple[Interval, ...]
-    agreed_s: float
 
     @property
     def end_s(self) -> float:
@@ -92,9 +90,8 @@ def predict_timeline(schedule: Schedule, seconds_of: Callable[[Task], float]) ->
             intervals.append(Interval(task, lane, start, end))
 
     run(schedule.before_agreement, 0.0)
-    agreed = max(free.values())
-    run(schedule.after_agreement, agreed)
-    return Timeline(tuple(intervals), agreed)
+    run(schedule.after_agreement, max(free.values()))
+    return Timeline(tuple(intervals))
 
 
 def _drawn(members: Sequence[Interval], end_s: float, width: int) -> str:

@@ -1,1 +1,6 @@
-"""Who owns which host bytes: the arena, and the state planes that are cut from it."""
+"""Host memory: who owns which bytes, and which of them are page-locked.
+
+arena      HostArena: one mapping, cut into tensors; start here
+pinning    page-locking of exactly these bytes, and its end
+planes     the tensors that hold one bucket's state
+"""

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import mmap
-import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import torch
 
 from offload_adam.errors import HostMemoryError
+from offload_adam.layout.budget import ALIGNMENT_NBYTES
 from offload_adam.layout.flat import align
 from offload_adam.memory.pinning import (
     PIECE_NBYTES,
@@ -23,39 +22,7 @@ from offload_adam.memory.pinning import (
 )
 from offload_adam.units import format_nbytes
 
-NODES = Path("/sys/devices/system/node")
-
-
-def spans_nodes(nodes: Path = NODES) -> bool:
-    """Tell whether this process's threads may run on the cores of more than one NUMA node.
-
-    Where they may not, a page is near to all of them whichever touches it first.
-    """
-    try:
-        own = os.sched_getaffinity(0)
-    except AttributeError:  # not on every platform
-        return False
-    cores = [_cores(folder / "cpulist") for folder in nodes.glob("node[0-9]*")]
-    return sum(bool(own & of_node) for of_node in cores) > 1
-
-
-def _cores(cpulist: Path) -> set[int]:
-    """Return the cores of a list such as `0-3,8-11`."""
-    try:
-        text = cpulist.read_text(encoding="ascii").strip()
-    except OSError:
-        return set()
-    cores: set[int] = set()
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        cores.update(range(int(first), int(last or first) + 1))
-    return cores
-
-
 logger = logging.getLogger(__name__)
-
-ALIGNMENT_NBYTES = 128
-"""Every tensor starts at a multiple of this, so that no vector load crosses a cache line."""
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python has no name for it.
 

@@ -3,30 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from offload_adam.layout.state_plan import StatePlan
-
-
-class Memory(Protocol):
-    """Something that planes are taken from."""
-
-    def take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return (numel,) zeros."""
-        ...
-
-
-class DeviceMemory:
-    """Memory of a device, for state beside its parameters; torch gives and frees it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return (numel,) zeros."""
-        return torch.zeros(numel, dtype=dtype, device=self._device)
+from offload_adam.memory.arena import HostArena
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +39,19 @@ class StatePlanes:
         return planes
 
 
-def allocate_planes(plan: StatePlan, memory: Memory, shard: torch.Tensor) -> StatePlanes:
-    """Take one bucket's planes from an arena or a device, and fill master weights from `shard`.
+def allocate_planes(plan: StatePlan, arena: HostArena, shard: torch.Tensor) -> StatePlanes:
+    """Allocate one bucket's planes, zeroed, and fill the master weights from `shard`.
 
     Args:
-        shard: (shard_numel,) this rank's part of the parameters; where they are their own master
-            weights, the plane is this tensor.
+        arena: holds the planes whose location is the host; the others are on the shard's device.
+        shard: (shard_numel,) this rank's part of the parameters. If they are their own master
+            weights, this tensor is the plane.
     """
 
     def take(dtype: torch.dtype) -> torch.Tensor:
-        return memory.take(plan.bucket.shard_numel, dtype)
+        if plan.location.is_host:
+            return arena.take(plan.bucket.shard_numel, dtype)
+        return torch.zeros(plan.bucket.shard_numel, dtype=dtype, device=shard.device)
 
     planes = StatePlanes(
         master_weight=take(torch.float32) if plan.state.master_weight else shard,

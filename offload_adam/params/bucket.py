@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.layout.flat import Bucket
+from offload_adam.layout.flat import Bucket, Segment
 from offload_adam.layout.state_plan import StatePlan
 from offload_adam.memory.arena import HostArena, padded_nbytes
 from offload_adam.memory.planes import StatePlanes, gradient_dtype
-from offload_adam.params.selection import memory_strides
+from offload_adam.params.elements import in_shape_of
 
 
-def adopt(bucket: Bucket, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+def flatten_parameters(bucket: Bucket, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
     """Move the parameters of one bucket into one flat tensor, and return it.
 
     Each parameter is re-pointed through `.data`, so that it stays the same object with its own
@@ -35,7 +35,7 @@ def adopt(bucket: Bucket, parameters: Sequence[torch.nn.Parameter]) -> torch.Ten
         if placed.numel > 0:
             with torch.cuda.device_of(flat):  # DLPack exports from the current device alone
                 part = torch.from_dlpack(flat[placed.start : placed.end])
-            view = part.as_strided(parameter.shape, memory_strides(parameter))
+            view = in_shape_of(part, parameter)
             view.copy_(parameter.data)
             parameter.data = view
     return flat
@@ -49,13 +49,25 @@ def _allocate(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Ten
 
 
 @dataclass(frozen=True, slots=True)
-class SegmentArrays:
-    """The segments of one shard as int64 columns, one row a segment (see `layout.flat.Segment`)."""
+class ShardSegments:
+    """The segments of one shard, one by one and as int64 columns with one row for each."""
 
+    each: tuple[Segment, ...]
     positions: npt.NDArray[np.int64]
     parameter_starts: npt.NDArray[np.int64]
     shard_starts: npt.NDArray[np.int64]
     numels: npt.NDArray[np.int64]
+
+    @classmethod
+    def of_shard(cls, bucket: Bucket, rank: int) -> ShardSegments:
+        """Return the segments of `rank`'s shard."""
+        each = bucket.segments(rank)
+        columns = np.array(each, dtype=np.int64).reshape(-1, len(Segment._fields)).T
+        return cls(each, *(np.ascontiguousarray(column) for column in columns))
+
+    def select(self, chosen: npt.NDArray[np.bool_]) -> list[Segment]:
+        """Return the segments of the chosen parameters: (num parameters,) bool."""
+        return [self.each[row] for row in np.flatnonzero(chosen[self.positions]).tolist()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +97,7 @@ class BucketState:
     planes: StatePlanes
     step_counts: torch.Tensor
     centralized: npt.NDArray[np.bool_]
-    segments: SegmentArrays
+    segments: ShardSegments
 
     @property
     def layout(self) -> Bucket:
@@ -111,23 +123,3 @@ class BucketState:
     def device(self) -> torch.device:
         """Where the bucket's parameters live."""
         return self.flat.device
-
-
-def segment_arrays(bucket: Bucket, rank: int) -> SegmentArrays:
-    """Return the segments of `rank`'s shard as columns."""
-    segments = bucket.segments(rank)
-    columns = np.array(
-        [(s.position, s.parameter_start, s.shard_start, s.numel) for s in segments],
-        dtype=np.int64,
-    ).reshape(-1, 4)
-    return SegmentArrays(*(np.ascontiguousarray(column) for column in columns.T))
-
-
-def bits_of(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
-    """Return a host tensor as the NumPy array in whose dtype the kernels know its format."""
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.uint16)
-    elif tensor.dtype == torch.float16:
-        tensor = tensor.view(torch.int16)
-    array: npt.NDArray[np.generic] = tensor.detach().numpy()
-    return array

@@ -9,21 +9,11 @@ from typing import Any
 
 import torch
 
-from offload_adam.kernels.formats import FloatFormat
+from offload_adam.params.elements import FORMATS, memory_strides
 from offload_adam.params.groups import hyperparameters_of, names_of
 from offload_adam.torch_private import PARTITIONER_MARKS, is_lazy
 
-_FORMATS = {
-    torch.float32: FloatFormat.FLOAT32,
-    torch.bfloat16: FloatFormat.BFLOAT16,
-    torch.float16: FloatFormat.FLOAT16,
-}
 _DEVICES = ("cpu", "cuda")
-
-
-def float_format(dtype: torch.dtype) -> FloatFormat:
-    """Return the kernels' name for a dtype that `check_parameter` has admitted."""
-    return _FORMATS[dtype]
 
 
 def bucket_key_of(parameter: torch.Tensor) -> str:
@@ -65,8 +55,8 @@ def check_parameter(name: str, parameter: torch.Tensor) -> None:
         )
     if data.layout is not torch.strided:
         raise ValueError(f"parameter {name!r} is {data.layout}: only dense parameters can be")
-    if data.dtype not in _FORMATS:
-        supported = ", ".join(str(dtype) for dtype in _FORMATS)
+    if data.dtype not in FORMATS:
+        supported = ", ".join(str(dtype) for dtype in FORMATS)
         raise ValueError(f"parameter {name!r} has dtype {data.dtype}; supported are {supported}")
     if data.device.type not in _DEVICES:
         raise ValueError(
@@ -79,30 +69,6 @@ def check_parameter(name: str, parameter: torch.Tensor) -> None:
         raise ValueError(
             f"parameter {name!r} is expanded, its elements share memory: .clone() it first"
         )
-
-
-def memory_strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Return the strides a parameter has in its bucket: its own if dense, else contiguous ones.
-
-    Dense means that its elements fill one stretch of memory without gaps, as in channels_last.
-    """
-    order = sorted(range(tensor.dim()), key=lambda dim: (tensor.stride(dim), tensor.shape[dim]))
-    expected = 1
-    for dim in order:
-        if tensor.shape[dim] != 1:
-            if tensor.stride(dim) != expected:
-                return _contiguous_strides(tensor.shape)
-            expected *= tensor.shape[dim]
-    return tensor.stride()
-
-
-def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    strides = []
-    step = 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
 
 
 def refuse_overlaps(names: Sequence[str], parameters: Sequence[torch.Tensor]) -> None:

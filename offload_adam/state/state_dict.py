@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.params.bucket import BucketState
+from offload_adam.params.elements import in_memory_order
 from offload_adam.params.groups import LAID_OUT
 from offload_adam.state.state_shard import check_step_count
 
@@ -237,7 +238,7 @@ def gather_bucket(
             values = torch.empty_strided(
                 parameter.shape, parameter.stride(), dtype=plane.dtype, device="cpu"
             )
-            values.as_strided((placed.numel,), (1,)).copy_(flat[placed.start : placed.end])
+            in_memory_order(values).copy_(flat[placed.start : placed.end])
             whole[index][key] = values.contiguous()
     return whole if ranks.rank == 0 else None
 

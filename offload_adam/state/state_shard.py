@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Never, SupportsIndex
 
 import torch
 
-from offload_adam.gradients.reader import in_memory_order
 from offload_adam.params.bucket import BucketState
+from offload_adam.params.elements import in_memory_order, in_shape_of
 from offload_adam.torch_private import ATEN_TO_COPY, make_wrapper_subclass
 
 if TYPE_CHECKING:  # its import takes seconds: methods that torch calls from there import it
@@ -190,7 +190,7 @@ def _view(state: BucketState, position: int, plane: torch.Tensor) -> torch.Tenso
     with torch.cuda.device_of(plane):  # DLPack exports from the current device alone
         part = torch.from_dlpack(plane[offset : offset + end - start])
     if state.layout.world_size == 1:
-        return part.as_strided(parameter.shape, parameter.stride())
+        return in_shape_of(part, parameter)
     return part
 
 

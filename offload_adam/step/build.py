@@ -23,9 +23,9 @@ from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.state_plan import StatePlan, StatePolicy, plan_state
 from offload_adam.memory.arena import HostArena, Touch, arena_nbytes
 from offload_adam.memory.pinning import CudaRuntime, cuda_runtime
-from offload_adam.memory.planes import DeviceMemory, allocate_planes
+from offload_adam.memory.planes import allocate_planes
 from offload_adam.options import OffloadPolicy
-from offload_adam.params.bucket import BucketState, adopt, segment_arrays
+from offload_adam.params.bucket import BucketState, ShardSegments, flatten_parameters
 from offload_adam.params.selection import NewParameter
 from offload_adam.step.executor import Worker
 from offload_adam.step.update_thread import UpdateThread
@@ -153,16 +153,15 @@ def _build(
     ranks: RankGroup,
     storage: Storage,
 ) -> BucketState:
-    """Adopt one bucket's parameters and fill its master weights from them."""
+    """Flatten one bucket's parameters and fill its master weights from them."""
     bucket = plan.bucket
     parameters = [item.parameter for item in items]
-    flat = adopt(bucket, parameters)
+    flat = flatten_parameters(bucket, parameters)
     if bucket.numel > 0:
         ranks.broadcast_data(flat)
     rank, _ = storage.share_of(ranks)
     low, high = bucket.shard_bounds(rank)
     shard = flat[low:high]
-    memory = arena if plan.location.is_host else DeviceMemory(flat.device)
     return BucketState(
         plan=plan,
         rank=rank,
@@ -172,8 +171,8 @@ def _build(
         groups=np.array([item.group for item in items], dtype=np.int64),
         flat=flat,
         shard=shard,
-        planes=allocate_planes(plan, memory, shard),
+        planes=allocate_planes(plan, arena, shard),
         step_counts=torch.zeros(len(items), dtype=torch.float32, device="cpu"),
         centralized=np.array([item.centralized for item in items], dtype=np.bool_),
-        segments=segment_arrays(bucket, rank),
+        segments=ShardSegments.of_shard(bucket, rank),
     )

@@ -19,12 +19,11 @@ import torch
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.gradients.sparse import GradientRows
 from offload_adam.gradients.whole import (
-    Segment,
-    every_segment,
     needs_preparation,
     prepare_gradient,
 )
-from offload_adam.kernels.scalars import Hyperparameters
+from offload_adam.kernels.scalars import Hyperparameters, UpdateScalars, update_scalars
+from offload_adam.layout.flat import Segment
 from offload_adam.params.bucket import BucketState
 from offload_adam.step.messages import UpdateMasks
 from offload_adam.torch_private import foreach_copy
@@ -117,7 +116,7 @@ def foreach_update(
     Cost: 34 bytes of temporaries for each of `run_numel` elements; some 25 launches a run.
     Source: Kingma and Ba, "Adam", section 2; Dozat 2016; Loshchilov and Hutter for the decay.
     """
-    scalars = _scalars(hyper, step, gradient_scale)
+    scalars = update_scalars(hyper, step, gradient_scale)
     rows = _scratch(segments.gradients, _NUM_ROWS, run_numel)
     for run in _runs(segments.gradients, run_numel):
         _update_run(segments, run, scalars, rows)
@@ -136,38 +135,6 @@ def sum_of_squares(gradients: Tensors, *, run_numel: int = RUN_NUMEL) -> float:
     for run in _runs(gradients, run_numel):
         total += _gather(gradients, run, row).square_().sum()
     return float(total)
-
-
-@dataclass(frozen=True, slots=True)
-class _Scalars:
-    """The scalars of one update as float64; see `kernels.scalars` for their meaning."""
-
-    gradient_scale: float
-    l2: float
-    beta1: float
-    beta2: float
-    kept: float
-    step_size: float
-    nesterov: bool
-    denominator_scale: float
-    eps: float
-
-
-def _scalars(hyper: Hyperparameters, step: int, gradient_scale: float) -> _Scalars:
-    correction1 = 1.0 - hyper.beta1**step
-    correction2 = math.sqrt(1.0 - hyper.beta2**step)
-    decoupled = hyper.decoupled_weight_decay
-    return _Scalars(
-        gradient_scale=-gradient_scale if hyper.maximize else gradient_scale,
-        l2=0.0 if decoupled else hyper.weight_decay,
-        beta1=hyper.beta1,
-        beta2=hyper.beta2,
-        kept=1.0 - hyper.lr * hyper.weight_decay if decoupled else 1.0,
-        step_size=hyper.lr * (correction2 if hyper.epsilon_hat else 1.0) / correction1,
-        nesterov=hyper.nesterov,
-        denominator_scale=1.0 if hyper.epsilon_hat else 1.0 / correction2,
-        eps=hyper.eps,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +194,7 @@ def _cut(flat: torch.Tensor, run: Sequence[_Slice]) -> list[torch.Tensor]:
 
 
 def _update_run(
-    segments: DeviceSegments, run: Sequence[_Slice], scalars: _Scalars, rows: torch.Tensor
+    segments: DeviceSegments, run: Sequence[_Slice], scalars: UpdateScalars, rows: torch.Tensor
 ) -> None:
     """Update one run; `rows` hold its gradient, weight and moments."""
     g = _gather(segments.gradients, run, rows[0]).mul_(scalars.gradient_scale)
@@ -251,7 +218,7 @@ def _update_run(
         _scatter(v, segments.max_exp_avg_sqs, run)
     m.masked_fill_(v.isinf(), 0.0)  # it may be infinite too, and their quotient NaN
     denominator = v.sqrt_().mul_(scalars.denominator_scale).add_(scalars.eps)
-    w.mul_(scalars.kept).add_(m.div_(denominator), alpha=-scalars.step_size)
+    w.mul_(1.0 - scalars.decay).add_(m.div_(denominator), alpha=-scalars.step_size)
     _scatter(w, segments.master_weights, run)
     if segments.param_out is not None:
         masters = _pick(segments.master_weights, run)
@@ -313,7 +280,7 @@ class DeviceUpdate:
             segments = _segments_of(state, members, param_out)
             hyper = masks.hyperparameters[group]
             foreach_update(segments, hyper, step, masks.gradient_scale)
-        for segment in every_segment(state, prepared):
+        for segment in state.segments.select(prepared):
             self._update_prepared(state, gradients, segment, counts, masks, param_out)
 
     def _update_prepared(
@@ -340,8 +307,8 @@ def _dense(
 ) -> list[tuple[Segment, torch.Tensor]]:
     """Return the chosen parameters' segments with their dense gradients."""
     return [
-        (segment, gradients.segment_of(state, segment.row))
-        for segment in every_segment(state, chosen)
+        (segment, gradients.segment_gradient(state, segment))
+        for segment in state.segments.select(chosen)
         if segment.position not in gradients.rows
     ]
 

@@ -14,6 +14,7 @@ import torch
 from offload_adam.errors import ParameterReplacedError, UnreadyParameterError
 from offload_adam.layout.flat import BLOCK_NUMEL
 from offload_adam.params.bucket import BucketState
+from offload_adam.params.elements import in_memory_order
 from offload_adam.params.selection import NewParameter
 from offload_adam.step.snapshot_lock import SnapshotLock
 from offload_adam.torch_private import (
@@ -139,7 +140,7 @@ class VersionWatch:
         checksum = zlib.crc32(np.asarray(positions, dtype=np.int64).tobytes())
         for position in positions:
             data = self._parameters[position].detach().cpu()
-            flat = data.as_strided((data.numel(),), (1,)) if data.numel() else data.flatten()
+            flat = in_memory_order(data) if data.numel() else data.flatten()
             checksum = zlib.crc32(flat.view(torch.uint8).numpy().data, checksum)
         return checksum + 1
 
@@ -240,16 +241,8 @@ def _segments(state: BucketState) -> Iterator[tuple[int, torch.Tensor, torch.Ten
     """Yield position, master weights and elements of each parameter in this rank's shard."""
     if state.own_master:
         return
-    segments = state.segments
-    rows = zip(
-        segments.positions.tolist(),
-        segments.shard_starts.tolist(),
-        segments.numels.tolist(),
-        strict=True,
-    )
-    for position, start, numel in rows:
-        end = start + numel
-        yield position, state.planes.master_weight[start:end], state.shard[start:end]
+    for segment in state.segments.each:
+        yield segment.position, segment.of(state.planes.master_weight), segment.of(state.shard)
 
 
 def _pieces(

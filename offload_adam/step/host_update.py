@@ -18,17 +18,16 @@ import torch
 from offload_adam.gradients.segments import BucketGradients, SegmentTable
 from offload_adam.gradients.sparse import GradientRows
 from offload_adam.gradients.whole import (
-    Segment,
     needs_preparation,
     prepare_gradient,
-    segment_of,
 )
 from offload_adam.kernels import threads
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.scalars import scalar_row
-from offload_adam.layout.flat import BLOCK_NUMEL
-from offload_adam.params.bucket import BucketState, bits_of
-from offload_adam.params.selection import float_format
+from offload_adam.layout.flat import BLOCK_NUMEL, Segment
+from offload_adam.layout.state_plan import FLOAT32_NBYTES
+from offload_adam.params.bucket import BucketState
+from offload_adam.params.elements import FORMATS, bits_of
 from offload_adam.step.messages import UpdateMasks
 
 # Numba's workqueue layer ends the process when two threads launch at once, as those of two
@@ -37,8 +36,6 @@ _launching = threading.Lock()
 
 MIN_PIECE_NUMEL = 32 * 1024
 """Elements below which another thread costs more to wake than it saves; no bit depends on it."""
-
-_FLOAT32_NBYTES = 4
 
 
 class HostUpdate:
@@ -73,14 +70,14 @@ class HostUpdate:
     def touch(self, memory: torch.Tensor) -> None:
         """Write to every page of (n,) uint8, each from the thread that updates float32 there."""
         with _launching:
-            num_pieces = self._use_threads(memory.numel() // _FLOAT32_NBYTES)
+            num_pieces = self._use_threads(memory.numel() // FLOAT32_NBYTES)
             self._first_touch.touch(memory.numpy(), num_pieces)
 
     def prepare(self, states: Iterable[BucketState]) -> None:
         """Compile what these buckets will launch, and make room for their block sums."""
         for state in states:
             shard = state.planes.gradient_shard
-            gradient_format = float_format(state.dtype if shard is None else shard.dtype)
+            gradient_format = FORMATS[state.dtype if shard is None else shard.dtype]
             self._norm.prepare(gradient_format)
             self._prepare_update(state, gradient_format)
             self._reserve_whole(state, state.centralized)
@@ -165,11 +162,9 @@ class HostUpdate:
         rows, scalars = masks.scalar_rows(state, counts, plain)
         for table in gradients.tables(state, plain):
             self._launch(state, table, rows[table.positions], scalars, param_out)
-        for position in np.flatnonzero(prepared).tolist():
-            segment = segment_of(state, position)
-            if segment is not None:
-                step = int(counts[position])
-                self._update_prepared(state, gradients, segment, step, masks, param_out)
+        for segment in state.segments.select(prepared):
+            step = int(counts[segment.position])
+            self._update_prepared(state, gradients, segment, step, masks, param_out)
 
     def _launch(
         self,
@@ -266,7 +261,7 @@ def _positions_of(state: BucketState, blocks: npt.NDArray[np.int64]) -> npt.NDAr
 
 def _param_format(state: BucketState) -> FloatFormat | None:
     """Return the format in which the kernel writes the parameter, None for an fp32 one."""
-    return None if state.dtype == torch.float32 else float_format(state.dtype)
+    return None if state.dtype == torch.float32 else FORMATS[state.dtype]
 
 
 def _float32(tensor: torch.Tensor) -> npt.NDArray[Any]:

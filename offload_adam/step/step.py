@@ -19,8 +19,9 @@ from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.gradients.gradient_transfer import GradientTransfer
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.gradients.stand_in import StreamedGradients
+from offload_adam.kernels.threads import spans_nodes
 from offload_adam.layout.schedule import plan_schedule
-from offload_adam.memory.arena import HostArena, close_all, spans_nodes
+from offload_adam.memory.arena import HostArena, close_all
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.selection import Named, NewParameter
 from offload_adam.spans import NullSpans, Spans, Stopwatch

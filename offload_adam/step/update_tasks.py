@@ -178,7 +178,5 @@ def _runs(state: BucketState, active: npt.NDArray[np.bool_]) -> list[tuple[int, 
     """Return the stretches of the shard that hold active parameters; one where all are."""
     if active.all():
         return [(0, state.layout.shard_numel)]
-    segments = state.segments
-    chosen = active[segments.positions]
-    starts, numels = segments.shard_starts[chosen], segments.numels[chosen]
-    return [(int(start), int(start + numel)) for start, numel in zip(starts, numels, strict=True)]
+    segments = state.segments.select(active)
+    return [(segment.shard_start, segment.shard_start + segment.numel) for segment in segments]

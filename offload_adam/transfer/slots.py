@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
+from itertools import chain
 
 import torch
 
@@ -14,20 +15,17 @@ from offload_adam.torch_private import base_of
 class SlotPool:
     """Bucket-sized buffers, handed out without ever waiting.
 
-    A hook that waited for a collective would deadlock where one rank skips its backward, so a pool
-    that has no free slot makes another. A slot is filled from `.grad`, which is freed with it, so
-    there is at most one a bucket for each backward in flight. Once the pool has as many as the pace
-    of the ranks asks for, nothing is allocated.
+    If a hook waited here for a collective, it would deadlock when one rank skips its backward. So a
+    pool without a free slot allocates another. A slot is filled from `.grad`, which is freed with
+    it, so there is at most one for each bucket and backward in flight. Once there are as many as
+    the pace of the ranks requires, nothing is allocated.
 
-    Owns: every buffer it made, by dtype and device, each as large as the largest bucket of its
-    kind.
+    Owns: every buffer, by dtype and device, each as large as the largest bucket of these.
     """
 
     def __init__(self) -> None:
-        self._free: dict[tuple[torch.dtype, torch.device, int], list[torch.Tensor]] = defaultdict(
-            list
-        )
         self._capacity: dict[tuple[torch.dtype, torch.device], int] = {}
+        self._free: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = defaultdict(list)
         self._nbytes: dict[torch.device, int] = defaultdict(int)
 
     @property
@@ -36,41 +34,40 @@ class SlotPool:
         return self._nbytes
 
     def reserve(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Say that buckets of this size will be asked for, so that all slots fit all of them."""
-        known = self._capacity.get((dtype, device), 0)
-        if numel > known:
-            outgrown = self._free.pop((dtype, device, known), [])
-            self._nbytes[device] -= sum(slot.nbytes for slot in outgrown)
+        """Announce buckets of this size; slots that are too small for them are freed."""
+        if numel > self._capacity.get((dtype, device), 0):
             self._capacity[dtype, device] = numel
+            outgrown = self._free.pop((dtype, device), [])
+            self._nbytes[device] -= sum(slot.nbytes for slot in outgrown)
 
     def acquire(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return a 1-d buffer of `numel` elements with undefined content."""
-        capacity = self._capacity[dtype, device]
-        free = self._free[dtype, device, capacity]
+        free = self._free[dtype, device]
         if free:
             return free.pop()[:numel]
-        whole = torch.empty(capacity, dtype=dtype, device=device)
-        self._nbytes[device] += whole.nbytes
-        return whole[:numel]
+        slot = torch.empty(self._capacity[dtype, device], dtype=dtype, device=device)
+        self._nbytes[device] += slot.nbytes
+        return slot[:numel]
 
-    def release(self, slot: torch.Tensor) -> None:
-        """Take a buffer back; nothing may still read or write it."""
-        base = base_of(slot)
-        base = slot if base is None else base
-        if base.numel() == self._capacity[base.dtype, base.device]:
-            self._free[base.dtype, base.device, base.numel()].append(base)
+    def release(self, buffer: torch.Tensor) -> None:
+        """Take back a buffer from `acquire`; nothing may still read or write it."""
+        slot = base_of(buffer)
+        assert slot is not None
+        if slot.numel() == self._capacity[slot.dtype, slot.device]:
+            self._free[slot.dtype, slot.device].append(slot)
         else:
-            self._nbytes[base.device] -= base.nbytes
+            self._nbytes[slot.device] -= slot.nbytes
 
 
 class Rings:
-    """Slots of each kind, every one as large as the largest bucket (or shard) of its kind.
+    """Slots for the buckets of each key, as large as the largest of these buckets (or shards).
 
-    Which bucket uses which slot, and what it waits for before it does, the schedule says. It deals
-    slots out kind by kind, so no two kinds may share one, whatever dtype both have there.
+    The schedule decides which bucket uses which slot, and what it waits for before that. It does so
+    for each bucket key on its own, so no two keys share a slot.
 
     Owns: host slots in the parameters' own 16-bit formats, and slots on devices.
-    Lifecycle: the `fit_*` while nothing is under way; nothing is allocated later.
+    Lifecycle: call `fit_staging` and `fit_reduction` while no copy or reduction is in flight;
+        nothing is allocated later.
     """
 
     def __init__(
@@ -79,56 +76,55 @@ class Rings:
         """Begin without slots.
 
         Args:
-            make_arena: gives host memory of so many bytes, page-locked where that was asked for.
-            num_staging, num_reduction: slots of each kind, at least 1.
+            make_arena: allocates host memory of so many bytes, page-locked where that is asked for.
+            num_staging, num_reduction: slots for each key, at least 1.
         """
-        self._make_arena = make_arena
-        self._arenas: dict[str, HostArena] = {}
         self.num_staging = num_staging
         self.num_reduction = num_reduction
+        self._make_arena = make_arena
+        self._arenas: dict[str, HostArena] = {}
         self._staging: dict[str, list[torch.Tensor]] = {}
         self._reduction: dict[str, list[torch.Tensor]] = {}
 
     @property
     def staging_nbytes(self) -> int:
-        """Host bytes of the slots that parameters go up from."""
-        return sum(
-            len(slots) * padded_nbytes(slots[0].numel(), slots[0].dtype)
-            for slots in self._staging.values()
-        )
+        """Host bytes of the slots from which parameters are copied to a device."""
+        return sum(arena.nbytes for arena in self._arenas.values())
 
     @property
     def reduction_nbytes(self) -> Mapping[torch.device, int]:
         """Bytes of the slots in which gradients are reduced, by device."""
         totals: Counter[torch.device] = Counter()
-        for slots in self._reduction.values():
-            totals[slots[0].device] += sum(slot.nbytes for slot in slots)
+        for slot in chain.from_iterable(self._reduction.values()):
+            totals[slot.device] += slot.nbytes
         return totals
 
-    def fit_staging(self, kind: str, dtype: torch.dtype, numel: int) -> None:
-        """Make a kind's host slots, in this dtype, large enough for such a shard."""
-        slots = self._staging.get(kind)
-        if slots is None or slots[0].numel() < numel:
-            if kind in self._arenas:
-                self._arenas[kind].close()
-            arena = self._make_arena(self.num_staging * padded_nbytes(numel, dtype))
-            self._arenas[kind] = arena
-            self._staging[kind] = [arena.take(numel, dtype) for _ in range(self.num_staging)]
+    def fit_staging(self, key: str, dtype: torch.dtype, numel: int) -> None:
+        """Make the host slots of a bucket key large enough for a shard."""
+        if _fits(self._staging, key, numel):
+            return
+        if key in self._arenas:
+            self._arenas[key].close()
+        arena = self._make_arena(self.num_staging * padded_nbytes(numel, dtype))
+        self._arenas[key] = arena
+        self._staging[key] = [arena.take(numel, dtype) for _ in range(self.num_staging)]
 
-    def fit_reduction(
-        self, kind: str, dtype: torch.dtype, device: torch.device, numel: int
-    ) -> None:
-        """Make a kind's slots, in this dtype on this device, large enough for such a bucket."""
-        slots = self._reduction.get(kind)
-        if slots is None or slots[0].numel() < numel:
-            self._reduction[kind] = [
+    def fit_reduction(self, key: str, dtype: torch.dtype, device: torch.device, numel: int) -> None:
+        """Make the device slots of a bucket key large enough for a bucket."""
+        if not _fits(self._reduction, key, numel):
+            self._reduction[key] = [
                 torch.empty(numel, dtype=dtype, device=device) for _ in range(self.num_reduction)
             ]
 
-    def staging_slot(self, kind: str, slot: int, numel: int) -> torch.Tensor:
+    def staging_slot(self, key: str, slot: int, numel: int) -> torch.Tensor:
         """Return the first elements of a host slot."""
-        return self._staging[kind][slot][:numel]
+        return self._staging[key][slot][:numel]
 
-    def reduction_slot(self, kind: str, slot: int, numel: int) -> torch.Tensor:
+    def reduction_slot(self, key: str, slot: int, numel: int) -> torch.Tensor:
         """Return the first elements of a slot on a device."""
-        return self._reduction[kind][slot][:numel]
+        return self._reduction[key][slot][:numel]
+
+
+def _fits(slots: Mapping[str, list[torch.Tensor]], key: str, numel: int) -> bool:
+    """Return whether a key has slots of at least so many elements."""
+    return key in slots and slots[key][0].numel() >= numel

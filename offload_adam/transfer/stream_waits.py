@@ -8,7 +8,7 @@ import torch
 
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.schedule import Lane, Operation, Schedule, Task, plan_schedule
-from offload_adam.transfer.streams import Mark, Streams
+from offload_adam.transfer.streams import Event, Streams
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 1e-3
 
@@ -33,7 +33,7 @@ class StreamWaits:
         self.schedule: Schedule = plan_schedule([], num_reduce_slots=1, num_staging_slots=1)
         self._streams: dict[torch.device, Streams] = {}
         self._devices: Mapping[int, torch.device] = {}
-        self._marks: dict[Task, Mark] = {}
+        self._events: dict[Task, Event] = {}
 
     def use_schedule(self, schedule: Schedule, devices: Mapping[int, torch.device]) -> None:
         """Go on with a schedule for these buckets. Events that have been recorded stay.
@@ -58,13 +58,13 @@ class StreamWaits:
             if self.schedule.lane_of(waited) is Lane.UPDATE:
                 self.wait_for_update(waited)
                 continue
-            mark = self._marks.get(waited)
-            if mark is None:
+            event = self._events.get(waited)
+            if event is None:
                 continue  # no step has had anything to do for it yet
             if lane is Lane.UPDATE:
-                self._block_until(mark)
+                self._block_until(event)
             else:
-                self.streams_of(bucket).wait(lane, mark)
+                self.streams_of(bucket).wait(lane, event)
 
     def run(
         self,
@@ -85,7 +85,7 @@ class StreamWaits:
         self.streams_of(bucket).launch(operation.lane, action, reads=reads, writes=writes)
         self.record(operation, bucket)
 
-    def _block_until(self, mark: Mark) -> None:
+    def _block_until(self, event: Event) -> None:
         """Block until an event has happened, and raise an error if a peer fails meanwhile.
 
         The device may wait for a collective that a dead peer never joins, so the event is polled.
@@ -93,24 +93,24 @@ class StreamWaits:
         """
         if self._ranks.world_size > 1:
             self._ranks.wait_until(
-                mark.query, pause_s=_FIRST_PAUSE_S, longest_pause_s=_LONGEST_PAUSE_S
+                event.query, pause_s=_FIRST_PAUSE_S, longest_pause_s=_LONGEST_PAUSE_S
             )
-        mark.synchronize()
+        event.synchronize()
 
     def record(self, operation: Operation, bucket: int) -> None:
         """Record an event: this task has been issued."""
         task = Task(operation, bucket)
-        self._marks[task] = self.streams_of(bucket).mark(self.schedule.lane_of(task))
+        self._events[task] = self.streams_of(bucket).record(self.schedule.lane_of(task))
 
     def is_over(self, operation: Operation, bucket: int) -> bool:
         """Tell, without waiting, whether this task, which has been issued, is over."""
-        return self._marks[Task(operation, bucket)].query()
+        return self._events[Task(operation, bucket)].query()
 
     def record_all(self, operation: Operation, buckets: Iterable[int]) -> None:
         """Record that this task has been issued for all of these, with one event a device."""
-        marks: dict[Streams, Mark] = {}
+        events: dict[Streams, Event] = {}
         for bucket in buckets:
             streams = self.streams_of(bucket)
-            if streams not in marks:
-                marks[streams] = streams.mark(operation.lane)
-            self._marks[Task(operation, bucket)] = marks[streams]
+            if streams not in events:
+                events[streams] = streams.record(operation.lane)
+            self._events[Task(operation, bucket)] = events[streams]

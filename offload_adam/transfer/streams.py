@@ -1,7 +1,7 @@
-"""Where copies and collectives run: one object a device owns its streams and what is in flight.
+"""The streams on which copies and collectives run, and the tensors in flight on them.
 
-`wait` is stream on stream and costs the host nothing; `synchronize` blocks the calling thread. The
-two words never mix.
+As in torch, `Streams.wait` makes a stream wait and costs the host nothing, and `Event.synchronize`
+blocks the calling thread.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 from offload_adam.layout.schedule import Lane
 
 
-class Mark(Protocol):
-    """A point in a lane's work."""
+class Event(Protocol):
+    """A point in a lane's work, as `torch.cuda.Event` is one."""
 
     def query(self) -> bool:
-        """Tell, without waiting, whether the work up to it is over."""
+        """Return, without waiting, whether the work before it is over."""
         ...
 
     def synchronize(self) -> None:
-        """Block the calling thread until it is."""
+        """Block the calling thread until the work before it is over."""
         ...
 
 
@@ -42,29 +42,25 @@ class Streams(Protocol):
         reads: Iterable[torch.Tensor] = (),
         writes: Iterable[torch.Tensor] = (),
     ) -> None:
-        """Issue what `action` issues on a lane, behind all that the lane has and waits for.
+        """Call `action` so that what it issues runs on a lane, after all that was issued there.
 
         Args:
-            reads, writes: the tensors that it touches. They are held until it is over, so that no
-                allocator gives their memory away.
+            reads, writes: the tensors that the action touches. They are held until its work is
+                over, so that no allocator reuses their memory.
         """
         ...
 
-    def mark(self, lane: Lane) -> Mark:
-        """Return the point after all that has been issued on a lane."""
+    def record(self, lane: Lane) -> Event:
+        """Return the event after all that has been issued on a lane."""
         ...
 
-    def wait(self, lane: Lane, mark: Mark) -> None:
-        """Let what is issued on a lane from now on begin after `mark`."""
-        ...
-
-    def synchronize(self, mark: Mark) -> None:
-        """Block the calling thread until the work before `mark` is over."""
+    def wait(self, lane: Lane, event: Event) -> None:
+        """Make what is issued on a lane from now on wait for `event`."""
         ...
 
 
 class _Done:
-    """The mark of work that is over when it has been issued."""
+    """The event of work that is over when it has been issued."""
 
     def query(self) -> bool:
         return True
@@ -77,7 +73,7 @@ DONE = _Done()
 
 
 class HostStreams:
-    """Lanes of parameters in host memory: what is launched is done at once."""
+    """The lanes of parameters in host memory: an action is over when its launch returns."""
 
     def launch(
         self,
@@ -87,34 +83,30 @@ class HostStreams:
         reads: Iterable[torch.Tensor] = (),
         writes: Iterable[torch.Tensor] = (),
     ) -> None:
-        """Do it."""
+        """Call the action."""
         action()
 
-    def mark(self, lane: Lane) -> Mark:
-        """Return a point that is behind us."""
+    def record(self, lane: Lane) -> Event:
+        """Return an event that has happened."""
         return DONE
 
-    def wait(self, lane: Lane, mark: Mark) -> None:
-        """Return: whatever the mark stands for is over."""
-
-    def synchronize(self, mark: Mark) -> None:
-        """Block until the mark is reached."""
-        mark.synchronize()
+    def wait(self, lane: Lane, event: Event) -> None:
+        """Return at once: every event has happened."""
 
 
 class _Held(NamedTuple):
-    """Tensors that work before `mark` touches."""
+    """Tensors that work before `event` touches."""
 
-    mark: Mark
+    event: Event
     tensors: list[torch.Tensor]
 
 
 class CudaStreams:
     """The CUDA streams of one device.
 
-    A tensor from torch's allocator that another stream than its own reads is held here until the
-    event after that reading, instead of being recorded with the allocator: it is freed at the first
-    look after the event, not when the allocator comes by.
+    Tensors that another stream than their own reads are held here until the event after that work,
+    and not by `Tensor.record_stream`: they are freed by the first `record` after that event, and
+    not when the allocator next looks.
 
     Owns: one stream for each lane but COMPUTE and UPDATE, and every tensor in flight.
     """
@@ -123,7 +115,7 @@ class CudaStreams:
         self._device = device
         lanes = (Lane.REDUCE, Lane.DOWN, Lane.UP, Lane.GATHER)
         self._streams = {lane: torch.cuda.Stream(device) for lane in lanes}
-        self._unmarked: dict[Lane, list[torch.Tensor]] = {lane: [] for lane in Lane}
+        self._unrecorded: dict[Lane, list[torch.Tensor]] = {lane: [] for lane in Lane}
         self._held: dict[Lane, deque[_Held]] = {lane: deque() for lane in Lane}
         self._lock = threading.Lock()
 
@@ -138,38 +130,39 @@ class CudaStreams:
         reads: Iterable[torch.Tensor] = (),
         writes: Iterable[torch.Tensor] = (),
     ) -> None:
-        """Issue it on the lane's stream."""
-        # The device first: on leaving, a thread that has never used this device would else be left
-        # with a context on the first one, half a GiB for each rank.
+        """Call the action with the lane's stream as the current one."""
+        # The device comes first. Otherwise a thread that has never used this device would be left
+        # with a context on device 0, which takes half a GiB for each rank.
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream(lane)):
             action()
         if lane is not Lane.COMPUTE:
             with self._lock:
-                self._unmarked[lane] += (*reads, *writes)
+                self._unrecorded[lane] += (*reads, *writes)
 
-    def mark(self, lane: Lane) -> Mark:
-        """Record an event; let go of what earlier events have freed.
+    def record(self, lane: Lane) -> Event:
+        """Record an event; drop the tensors whose events have happened.
 
         Raises:
             RuntimeError: a CUDA graph is being captured.
         """
         self._refuse_capture(lane)
-        # Taken before the event, so that it covers them all, whatever other threads issue now.
+        # Taken before the event is recorded: other threads may issue work in between, and the event
+        # must come after the work on every tensor that it stands for.
         with self._lock:
-            tensors, self._unmarked[lane] = self._unmarked[lane], []
-        # Whoever waits for it on the host sleeps: a thread that spins takes a core from the kernel.
+            tensors, self._unrecorded[lane] = self._unrecorded[lane], []
+        # A host thread that waits for it sleeps: one that spins takes a core from the kernels.
         event = torch.cuda.Event(blocking=True)
         event.record(self._stream(lane))
         with self._lock:
             if tensors:
                 self._held[lane].append(_Held(event, tensors))
             for held in self._held.values():
-                while held and held[0].mark.query():
+                while held and held[0].event.query():
                     held.popleft()
         return event
 
     def _refuse_capture(self, lane: Lane) -> None:
-        """Refuse to be captured: a replay would run none of what orders and issues the copies."""
+        """Raise during a capture: a replay would not run the hooks that issue the copies."""
         if lane is Lane.COMPUTE and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "a CUDA graph is being captured, and its replays would run no hook of the "
@@ -177,34 +170,15 @@ class CudaStreams:
                 "whose step() stays outside of the graph"
             )
 
-    def wait(self, lane: Lane, mark: Mark) -> None:
-        """Let the lane's stream wait for the event.
+    def wait(self, lane: Lane, event: Event) -> None:
+        """Make the lane's stream wait for the event.
 
         Raises:
             RuntimeError: a CUDA graph is being captured.
         """
         self._refuse_capture(lane)
-        if isinstance(mark, torch.cuda.Event):
-            self._stream(lane).wait_event(mark)
-
-    def synchronize(self, mark: Mark) -> None:
-        """Block until the event has happened; other Python threads run meanwhile."""
-        mark.synchronize()
-
-
-class StreamsByDevice:
-    """The streams of every device that has parameters, made when first asked for."""
-
-    def __init__(self, make: Callable[[torch.device], Streams]) -> None:
-        self._make = make
-        self._made: dict[torch.device, Streams] = {}
-
-    def of(self, device: torch.device) -> Streams:
-        """Return the streams of one device."""
-        streams = self._made.get(device)
-        if streams is None:
-            streams = self._made[device] = self._make(device)
-        return streams
+        if isinstance(event, torch.cuda.Event):
+            self._stream(lane).wait_event(event)
 
 
 def streams_for(device: torch.device) -> Streams:

@@ -11,14 +11,14 @@ import torch
 
 from offload_adam.layout.schedule import Lane
 from offload_adam.transfer.collectives import PendingCollective
-from offload_adam.transfer.streams import DONE, Mark, Streams
+from offload_adam.transfer.streams import DONE, Event, Streams
 from tests.simulation.detector import Clock
-from tests.simulation.machine import TRAINING, UPDATE, Machine, SimulatedMark
+from tests.simulation.machine import TRAINING, UPDATE, Machine, SimulatedEvent
 from tests.simulation.memory import poison
 
 
 class _Held(NamedTuple):
-    mark: SimulatedMark
+    event: SimulatedEvent
     tensors: list[torch.Tensor]
 
 
@@ -27,7 +27,7 @@ class SimulatedStreams:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self._unmarked: dict[Lane, list[torch.Tensor]] = {lane: [] for lane in Lane}
+        self._unrecorded: dict[Lane, list[torch.Tensor]] = {lane: [] for lane in Lane}
         self._held: list[_Held] = []
 
     def launch(
@@ -42,29 +42,25 @@ class SimulatedStreams:
         reads, writes = list(reads), list(writes)
         self._machine.launch(lane, action, self._machine.task, reads=reads, writes=writes)
         if lane is not Lane.COMPUTE:
-            self._unmarked[lane] += (*reads, *writes)
+            self._unrecorded[lane] += (*reads, *writes)
 
-    def mark(self, lane: Lane) -> Mark:
+    def record(self, lane: Lane) -> Event:
         """Return the point after all that is queued, and free what is over."""
-        mark = self._machine.mark(lane)
-        tensors, self._unmarked[lane] = self._unmarked[lane], []
+        event = self._machine.record(lane)
+        tensors, self._unrecorded[lane] = self._unrecorded[lane], []
         if tensors:
-            self._held.append(_Held(mark, tensors))
+            self._held.append(_Held(event, tensors))
         self._machine.elapse()
         for held in self._held:
-            if held.mark.at is not None:
-                self._machine.saw(held.mark)
-        self._held = [held for held in self._held if held.mark.at is None]
-        return mark
+            if held.event.at is not None:
+                self._machine.saw(held.event)
+        self._held = [held for held in self._held if held.event.at is None]
+        return event
 
-    def wait(self, lane: Lane, mark: Mark) -> None:
+    def wait(self, lane: Lane, event: Event) -> None:
         """Let the lane wait."""
-        assert isinstance(mark, SimulatedMark)
-        self._machine.wait(lane, mark)
-
-    def synchronize(self, mark: Mark) -> None:
-        """Let the clock run until the mark is reached."""
-        mark.synchronize()
+        assert isinstance(event, SimulatedEvent)
+        self._machine.wait(lane, event)
 
 
 class HostLanes:
@@ -86,30 +82,27 @@ class HostLanes:
         self._machine.touch(self._machine.task, reads, writes)
         action()
 
-    def mark(self, lane: Lane) -> Mark:
+    def record(self, lane: Lane) -> Event:
         """Return a point that is behind us."""
         return DONE
 
-    def wait(self, lane: Lane, mark: Mark) -> None:
-        """Return: it is over."""
-
-    def synchronize(self, mark: Mark) -> None:
+    def wait(self, lane: Lane, event: Event) -> None:
         """Return: it is over."""
 
 
 class SimulatedCollective:
     """The handle of a collective on host memory, in the place of `torch.distributed.Work`."""
 
-    def __init__(self, mark: SimulatedMark) -> None:
-        self._mark = mark
+    def __init__(self, event: SimulatedEvent) -> None:
+        self._event = event
 
     def is_completed(self) -> bool:
         """Tell, without waiting, whether it is over."""
-        return self._mark.at is not None
+        return self._event.at is not None
 
     def wait(self) -> None:
         """Let the clock run until it is."""
-        self._mark.synchronize()
+        self._event.synchronize()
 
 
 class Peers(Protocol):
@@ -154,7 +147,7 @@ class SimulatedCollectives:
             streams.launch(lane, action, reads=[buffer], writes=[buffer])
             return PendingCollective(None, buffer, shard)
         self._machine.launch(lane, action, self._machine.task, reads=[buffer], writes=[buffer])
-        handle: Any = SimulatedCollective(self._machine.mark(lane))
+        handle: Any = SimulatedCollective(self._machine.record(lane))
         return PendingCollective(handle, buffer, shard)
 
 

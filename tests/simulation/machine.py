@@ -25,7 +25,7 @@ ACTORS = (TRAINING, UPDATE, *(lane.value for lane in LANES))
 
 
 @dataclass(eq=False)
-class SimulatedMark:
+class SimulatedEvent:
     """A point in a lane's work.
 
     clock: what is ordered before it. at: when it was reached, None as long as it was not.
@@ -58,10 +58,10 @@ class _Work:
 
 @dataclass
 class _Queue:
-    """What waits on one lane: work, marks of its own, and marks of other lanes to wait for."""
+    """What waits on one lane: work, events of its own, and events of other lanes to wait for."""
 
     pace: float
-    items: deque[_Work | SimulatedMark | tuple[SimulatedMark]] = field(default_factory=deque)
+    items: deque[_Work | SimulatedEvent | tuple[SimulatedEvent]] = field(default_factory=deque)
     ready_at: float = 0.0
 
 
@@ -135,21 +135,21 @@ class Machine:
         duration = self.random.expovariate(1.0) * queue.pace
         queue.items.append(_Work(action, self.now, duration))
 
-    def mark(self, lane: Lane) -> SimulatedMark:
+    def record(self, lane: Lane) -> SimulatedEvent:
         """Return the point after all that is queued on a lane."""
         self.elapse()
         clock = _joined(self._clocks[lane.value], self.release())
         self._clocks[lane.value] = clock
-        mark = SimulatedMark(self, clock)
-        self._queues[lane].items.append(mark)
-        return mark
+        event = SimulatedEvent(self, clock)
+        self._queues[lane].items.append(event)
+        return event
 
-    def wait(self, lane: Lane, mark: SimulatedMark) -> None:
-        """Let what is queued on a lane from now on begin after `mark`."""
+    def wait(self, lane: Lane, event: SimulatedEvent) -> None:
+        """Let what is queued on a lane from now on begin after `event`."""
         self.elapse()
         clock = _joined(self._clocks[lane.value], self.release())
-        self._clocks[lane.value] = _joined(clock, mark.clock)
-        self._queues[lane].items.append((mark,))
+        self._clocks[lane.value] = _joined(clock, event.clock)
+        self._queues[lane].items.append((event,))
 
     # What happens.
 
@@ -191,13 +191,13 @@ class Machine:
             return (0,) * len(ACTORS)
         return _joined(self._clocks[self.thread], self._seen)
 
-    def saw(self, mark: SimulatedMark) -> None:
-        """Hear that the host has looked and found a mark reached.
+    def saw(self, event: SimulatedEvent) -> None:
+        """Hear that the host has looked and found an event reached.
 
         It frees memory by that. For the order of tasks it does not count: another time the same
         look finds nothing.
         """
-        self._seen = _joined(self._seen, mark.clock)
+        self._seen = _joined(self._seen, event.clock)
 
     def _do(self, work: _Work) -> None:
         self._in_action = True
@@ -222,11 +222,11 @@ class Machine:
         return min(ends)
 
     def _pass_marks(self, queue: _Queue) -> bool:
-        """Pass the marks at a queue's head; tell whether there were any."""
+        """Pass the events at a queue's head; tell whether there were any."""
         passed = False
         while queue.items:
             head = queue.items[0]
-            if isinstance(head, SimulatedMark):
+            if isinstance(head, SimulatedEvent):
                 head.at = queue.ready_at
             elif isinstance(head, tuple) and head[0].at is not None:
                 queue.ready_at = max(queue.ready_at, head[0].at)

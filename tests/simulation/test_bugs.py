@@ -73,10 +73,10 @@ def _begin_nothing_of(simulation: Simulation, patch: Patch, skipped: Operation) 
 
 def copy_down_without_an_edge_from_compute(simulation: Simulation, patch: Patch) -> None:
     stream_waits = simulation.core.stream_waits
-    start = simulation.machine.mark(Lane.COMPUTE)
+    start = simulation.machine.record(Lane.COMPUTE)
 
     def early(number: int) -> None:
-        stream_waits._marks[Task(Operation.GRADIENT, number)] = start
+        stream_waits._events[Task(Operation.GRADIENT, number)] = start
 
     patch.setattr(simulation.core.transfer, "mark_written", early)
 

@@ -58,7 +58,7 @@ class WatchedUpdate:
             self._machine.touch(name, found)
         elif found:
             self._machine.launch(Lane.COMPUTE, lambda: None, name, reads=found)
-            self._machine.mark(Lane.COMPUTE).synchronize()
+            self._machine.record(Lane.COMPUTE).synchronize()
 
     def update(
         self,
@@ -88,19 +88,14 @@ def _parts(
     state: BucketState, active: npt.NDArray[np.bool_], *planes: torch.Tensor
 ) -> list[torch.Tensor]:
     """Return the parts of planes that an update of the active parameters touches."""
-    segments = state.segments
-    chosen = active[segments.positions]
-    starts, numels = segments.shard_starts[chosen].tolist(), segments.numels[chosen].tolist()
-    places = list(zip(starts, numels, strict=True))
-    return [plane[start : start + numel] for plane in planes for start, numel in places]
+    return [segment.of(plane) for plane in planes for segment in state.segments.select(active)]
 
 
 def _gradients(
     state: BucketState, gradients: BucketGradients, chosen: npt.NDArray[np.bool_]
 ) -> list[torch.Tensor]:
     """Return the gradients of the chosen parameters' segments, where they lie."""
-    rows = np.flatnonzero(chosen[state.segments.positions]).tolist()
-    return [gradients.segment_of(state, row) for row in rows]
+    return [gradients.segment_gradient(state, segment) for segment in state.segments.select(chosen)]
 
 
 def watch_folds(transfer: GradientTransfer, machine: Machine) -> None:

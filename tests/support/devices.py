@@ -21,7 +21,7 @@ import torch
 
 from offload_adam.layout.schedule import Lane
 from offload_adam.step.build import Backend
-from offload_adam.transfer.streams import Mark
+from offload_adam.transfer.streams import Event
 from tests.support.cuda_runtime import StandInRuntime
 
 _THREADS = {Lane.DOWN: "down", Lane.UP: "up", Lane.REDUCE: "ranks", Lane.GATHER: "ranks"}
@@ -29,7 +29,7 @@ _THREADS = {Lane.DOWN: "down", Lane.UP: "up", Lane.REDUCE: "ranks", Lane.GATHER:
 Job = Callable[[], object]
 
 
-class ThreadMark:
+class ThreadEvent:
     """A point in the work of a lane's thread; raises what the work before it has raised."""
 
     def __init__(self) -> None:
@@ -49,10 +49,10 @@ class ThreadMark:
             raise self.error
 
 
-def _work(jobs: queue.SimpleQueue[Job | ThreadMark | None]) -> None:
+def _work(jobs: queue.SimpleQueue[Job | ThreadEvent | None]) -> None:
     error: BaseException | None = None
     while (job := jobs.get()) is not None:
-        if isinstance(job, ThreadMark):
+        if isinstance(job, ThreadEvent):
             job.reach(error)
         elif error is None:
             try:
@@ -70,7 +70,7 @@ class ThreadStreams:
     """
 
     def __init__(self) -> None:
-        self._jobs: dict[str, queue.SimpleQueue[Job | ThreadMark | None]] = {}
+        self._jobs: dict[str, queue.SimpleQueue[Job | ThreadEvent | None]] = {}
         for name in dict.fromkeys(_THREADS.values()):
             jobs = self._jobs[name] = queue.SimpleQueue()
             threading.Thread(target=_work, args=(jobs,), name=f"lane {name}", daemon=True).start()
@@ -94,22 +94,19 @@ class ThreadStreams:
         else:
             self._jobs[_THREADS[lane]].put(run)
 
-    def mark(self, lane: Lane) -> Mark:
-        mark = ThreadMark()
+    def record(self, lane: Lane) -> Event:
+        event = ThreadEvent()
         if lane in _THREADS:
-            self._jobs[_THREADS[lane]].put(mark)
+            self._jobs[_THREADS[lane]].put(event)
         else:
-            mark.reach(None)
-        return mark
+            event.reach(None)
+        return event
 
-    def wait(self, lane: Lane, mark: Mark) -> None:
+    def wait(self, lane: Lane, event: Event) -> None:
         if lane in _THREADS:
-            self._jobs[_THREADS[lane]].put(mark.synchronize)
+            self._jobs[_THREADS[lane]].put(event.synchronize)
         else:
-            mark.synchronize()
-
-    def synchronize(self, mark: Mark) -> None:
-        mark.synchronize()
+            event.synchronize()
 
 
 HOST_AS_DEVICE = Backend(

@@ -110,11 +110,12 @@ def test_inner_functions_have_no_cache_of_their_own() -> None:
 @pytest.mark.slow
 def test_a_change_in_an_inlined_file_reaches_the_cached_kernel(tmp_path: Path) -> None:
     kernels = tmp_path / "offload_adam" / "kernels"
-    shutil.copytree(
-        CHECKOUT / "offload_adam" / "kernels",
-        kernels,
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
+    for package in ("kernels", "layout"):
+        shutil.copytree(
+            CHECKOUT / "offload_adam" / package,
+            kernels.parent / package,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
     (kernels.parent / "__init__.py").touch()
     source = ONE_UPDATE + "run_one_update(); print(weight[0])"
     assert float(run_python(source, root=tmp_path)) == pytest.approx(-0.1)

@@ -94,6 +94,18 @@ def test_ranks_share_the_cores_whatever_torchrun_says(
     assert threads.threads_per_rank(4) == 2
 
 
+def test_nodes_are_those_of_the_cores_that_may_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for node, cores in enumerate(["0-1,8", "2-3", ""]):
+        (tmp_path / f"node{node}").mkdir()
+        (tmp_path / f"node{node}" / "cpulist").write_text(f"{cores}\n")
+    for allowed, several in [({0, 8}, False), ({1, 2}, True), ({2}, False), ({99}, False)]:
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid, cores=allowed: cores)
+        assert threads.spans_nodes(tmp_path) is several
+    assert not threads.spans_nodes(tmp_path / "absent")
+
+
 def test_a_plan_larger_than_numbas_pool_warns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "_owner_pid", None)
     with pytest.warns(RuntimeWarning, match="num_threads=1000 is more than"):

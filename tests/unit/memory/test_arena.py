@@ -6,7 +6,6 @@ import gc
 import subprocess
 import sys
 from itertools import pairwise, permutations
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +13,11 @@ import torch
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels import threads
 from offload_adam.kernels.first_touch import touch
+from offload_adam.layout.budget import ALIGNMENT_NBYTES
 from offload_adam.memory.arena import (
-    ALIGNMENT_NBYTES,
     HostArena,
     arena_nbytes,
     padded_nbytes,
-    spans_nodes,
 )
 from offload_adam.memory.pinning import PinRefusedError
 from tests.support.cuda_runtime import StandInRuntime
@@ -176,15 +174,3 @@ def test_a_touch_writes_every_page(nbytes: int, num_pieces: int) -> None:
     bounds = [nbytes * piece // num_pieces for piece in range(num_pieces + 1)]
     for low, high in pairwise(bounds):
         assert low == high or (memory[low] == 0 and memory[high - 1] == 0)
-
-
-def test_nodes_are_those_of_the_cores_that_may_be_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for node, cores in enumerate(["0-1,8", "2-3", ""]):
-        (tmp_path / f"node{node}").mkdir()
-        (tmp_path / f"node{node}" / "cpulist").write_text(f"{cores}\n")
-    for allowed, several in [({0, 8}, False), ({1, 2}, True), ({2}, False), ({99}, False)]:
-        monkeypatch.setattr("os.sched_getaffinity", lambda pid, cores=allowed: cores)
-        assert spans_nodes(tmp_path) is several
-    assert not spans_nodes(tmp_path / "absent")

@@ -100,21 +100,21 @@ def test_each_lane_has_a_stream_and_the_models_lane_is_the_current_one(cuda: Fak
     assert len({*own, "the model's"}) == 5
     assert cuda.current.name == "the model's"
     for lane, name in used.items():
-        assert cast(FakeEvent, streams.mark(lane)).recorded_on == name
+        assert cast(FakeEvent, streams.record(lane)).recorded_on == name
 
 
 def test_a_wait_is_stream_on_stream_and_a_synchronize_blocks_without_spinning(
     cuda: FakeCuda,
 ) -> None:
     streams = CudaStreams(DEVICE)
-    mark = cast(FakeEvent, streams.mark(Lane.DOWN))
+    event = cast(FakeEvent, streams.record(Lane.DOWN))
     # The stand-in is no torch.cuda.Event to isinstance but where both names are the same class.
-    streams.wait(Lane.COMPUTE, cast(Any, mark))
-    assert cuda.current.waits == [mark]
-    assert not mark.happened
-    assert mark.blocking
-    streams.synchronize(cast(Any, mark))
-    assert mark.happened
+    streams.wait(Lane.COMPUTE, cast(Any, event))
+    assert cuda.current.waits == [event]
+    assert not event.happened
+    assert event.blocking
+    event.synchronize()
+    assert event.happened
 
 
 def test_tensors_that_another_stream_reads_are_held_until_its_event(cuda: FakeCuda) -> None:
@@ -123,18 +123,18 @@ def test_tensors_that_another_stream_reads_are_held_until_its_event(cuda: FakeCu
     alive = weakref.ref(tensor)
     streams.launch(Lane.DOWN, lambda: None, reads=[tensor])
     del tensor
-    event = cast(FakeEvent, streams.mark(Lane.DOWN))
-    streams.mark(Lane.UP)
+    event = cast(FakeEvent, streams.record(Lane.DOWN))
+    streams.record(Lane.UP)
     gc.collect()
     assert alive() is not None
     event.happened = True
-    streams.mark(Lane.UP)
+    streams.record(Lane.UP)
     gc.collect()
     assert alive() is None
 
 
-def test_what_is_issued_between_two_marks_is_held_by_the_second(cuda: FakeCuda) -> None:
-    """Another thread issues a copy while the first mark's event is being recorded."""
+def test_what_is_issued_between_two_events_is_held_by_the_second(cuda: FakeCuda) -> None:
+    """Another thread issues a copy while the first event is being recorded."""
     streams = CudaStreams(DEVICE)
     waiting = [torch.ones(3)]
     alive = weakref.ref(waiting[0])
@@ -146,27 +146,27 @@ def test_what_is_issued_between_two_marks_is_held_by_the_second(cuda: FakeCuda) 
             waiting.clear()
 
     cast(Any, torch.cuda).Event = Overtaken
-    first = cast(FakeEvent, streams.mark(Lane.DOWN))
+    first = cast(FakeEvent, streams.record(Lane.DOWN))
     cast(Any, torch.cuda).Event = FakeEvent
-    second = cast(FakeEvent, streams.mark(Lane.DOWN))
+    second = cast(FakeEvent, streams.record(Lane.DOWN))
     first.happened = True
-    streams.mark(Lane.UP)
+    streams.record(Lane.UP)
     gc.collect()
     assert alive() is not None
     second.happened = True
-    streams.mark(Lane.UP)
+    streams.record(Lane.UP)
     gc.collect()
     assert alive() is None
 
 
 def test_a_capture_is_refused_before_it_is_spoiled(cuda: FakeCuda) -> None:
     streams = CudaStreams(DEVICE)
-    mark = streams.mark(Lane.DOWN)
+    event = streams.record(Lane.DOWN)
     cuda.captures = True
     with pytest.raises(RuntimeError, match="CUDA graph is being captured"):
-        streams.mark(Lane.COMPUTE)
+        streams.record(Lane.COMPUTE)
     with pytest.raises(RuntimeError, match="CUDA graph is being captured"):
-        streams.wait(Lane.COMPUTE, mark)
+        streams.wait(Lane.COMPUTE, event)
 
 
 def test_nccl_is_never_waited_for_with_a_timeout() -> None:

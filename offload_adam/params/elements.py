@@ -1,0 +1,67 @@
+"""The elements of a tensor as flat arrays have them: their format, and their order in memory.
+
+A parameter keeps its strides if its elements fill one stretch of memory without gaps, as with
+channels_last; otherwise it becomes contiguous. Flat arrays, such as a bucket, hold the elements of
+a parameter, its gradient and its state in this memory order.
+
+Worked example: a parameter of shape (2, 3), whose element at [i, j] is called ij.
+
+    strides    kept      strides in the bucket    elements in memory order
+    (3, 1)     yes       (3, 1)                   00 01 02 10 11 12
+    (1, 2)     yes       (1, 2)                   00 10 01 11 02 12
+    (8, 1)     no        (3, 1)                   00 01 02 10 11 12
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from offload_adam.kernels.formats import FloatFormat
+
+FORMATS: dict[torch.dtype, FloatFormat] = {
+    getattr(torch, element_format.value): element_format for element_format in FloatFormat
+}
+"""The supported dtypes of parameters and gradients, with the kernels' names for them."""
+
+
+def bits_of(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
+    """Return a host tensor as the NumPy array in whose dtype the kernels know its format."""
+    bits_dtype = FORMATS[tensor.dtype].bits_dtype
+    if tensor.dtype != torch.float32:
+        tensor = tensor.view(torch.int16)  # NumPy has no bfloat16
+    return tensor.detach().numpy().view(bits_dtype)
+
+
+def memory_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Return the strides that a parameter has in its bucket."""
+    order = sorted(range(tensor.dim()), key=lambda dim: (tensor.stride(dim), tensor.shape[dim]))
+    expected = 1
+    for dim in order:
+        if tensor.shape[dim] != 1:
+            if tensor.stride(dim) != expected:
+                return _contiguous_strides(tensor.shape)
+            expected *= tensor.shape[dim]
+    return tensor.stride()
+
+
+def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    strides = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the elements of a tensor without gaps as they lie in memory, 1-d, without a copy."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def in_shape_of(flat: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Return a view of flat elements in a parameter's shape: the inverse of `in_memory_order`."""
+    return flat.as_strided(parameter.shape, memory_strides(parameter))
