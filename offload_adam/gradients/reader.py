@@ -12,7 +12,7 @@ from offload_adam.gradients.stand_in import StandIn, StreamedGradients, gradient
 from offload_adam.params.elements import FORMATS
 
 
-class GradientsInPlace(NamedTuple):
+class LocalGradients(NamedTuple):
     """The gradients of one bucket where autograd left them, one entry a parameter.
 
     tensors: dense, in the parameter's memory order; None where there is none. Holding them keeps
@@ -102,7 +102,7 @@ class GradientReader:
             taken[position] = gradient
             self._addresses[position] = gradient.data_ptr()
 
-    def read(self, *, keep: bool) -> GradientsInPlace:
+    def read(self, *, keep: bool) -> LocalGradients:
         """Return each parameter's gradient in the parameter's own element order, or None.
 
         A gradient whose strides differ from the parameter's is copied; all others are returned as
@@ -138,7 +138,7 @@ class GradientReader:
                 else:
                     self._leave_stand_in(position)
         dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
-        return GradientsInPlace(tensors, addresses, sorted(dtypes, key=str), rows)
+        return LocalGradients(tensors, addresses, sorted(dtypes, key=str), rows)
 
     def emptied(self, left: Sequence[bool]) -> str | None:
         """Return the name of a parameter whose `.grad` was set to None after its gradient had left.

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import RankDisagreementError
-from offload_adam.gradients.reader import GradientReader, GradientsInPlace
+from offload_adam.gradients.reader import GradientReader, LocalGradients
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.gradients.sparse import GradientRows, width_of
 from offload_adam.params.bucket import BucketState
@@ -33,7 +33,7 @@ class RowExchange:
 
     def __init__(self, ranks: RankGroup) -> None:
         self._ranks = ranks
-        self._found: dict[int, GradientsInPlace] = {}
+        self._found: dict[int, LocalGradients] = {}
         self._kinds: npt.NDArray[np.int64] | None = None
 
     def read_ahead(
@@ -47,14 +47,14 @@ class RowExchange:
                 found = reader.read(keep=True)
             except (TypeError, ValueError) as error:
                 failure = failure or error
-                found = GradientsInPlace([None] * len(state.names), [0] * len(state.names), [], {})
+                found = LocalGradients([None] * len(state.names), [0] * len(state.names), [], {})
             self._found[state.layout.index] = found
             dense = np.array([tensor is not None for tensor in found.tensors], dtype=np.bool_)
             _note(kinds, state, dense, found.rows)
         self._kinds = self._exchange(kinds)
         return failure
 
-    def take(self, bucket: int) -> GradientsInPlace | None:
+    def take(self, bucket: int) -> LocalGradients | None:
         """Return what has been read ahead of this bucket, once."""
         return self._found.pop(bucket, None)
 

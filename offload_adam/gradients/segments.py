@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.gradients.reader import GradientsInPlace
+from offload_adam.gradients.reader import LocalGradients
 from offload_adam.gradients.sparse import GradientRows, sum_duplicates
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.layout.flat import Segment
@@ -52,7 +52,7 @@ class BucketGradients:
 
     def __init__(self, state: BucketState) -> None:
         self.dense = np.zeros(len(state.parameters), dtype=np.bool_)
-        self._held: list[GradientsInPlace] = []
+        self._held: list[LocalGradients] = []
         self._addresses = np.zeros(len(state.parameters), dtype=np.int64)
         self._shard: torch.Tensor | None = None
         self._complete = False
@@ -74,7 +74,7 @@ class BucketGradients:
         """Which parameters can be read here: a reduced shard has zeros for absent ones."""
         return np.ones_like(self.dense) if self._complete else self.dense
 
-    def add_in_place(self, found: GradientsInPlace) -> None:
+    def add_local(self, found: LocalGradients) -> None:
         """Keep these gradients until the step is over, beside any that are held."""
         addresses = np.array(found.addresses, dtype=np.int64)
         arrived = np.array([tensor is not None for tensor in found.tensors], dtype=np.bool_)
@@ -83,13 +83,13 @@ class BucketGradients:
         self._addresses[arrived] = addresses[arrived]
         self.dense |= arrived
 
-    def add_rows(self, found: GradientsInPlace) -> None:
+    def add_rows(self, found: LocalGradients) -> None:
         """Take sparse gradients in, beside those of an earlier backward."""
         for position, rows in found.rows.items():
             before = self.local_rows.get(position)
             self.local_rows[position] = rows if before is None else before.joined(rows)
 
-    def settle_rows(self) -> None:
+    def accept_local_rows(self) -> None:
         """Take this rank's sparse gradients for final, where nobody averages them."""
         self.rows, self.local_rows = self.local_rows, {}
 
@@ -130,7 +130,7 @@ class BucketGradients:
         """Return the positions of sparse gradients with a value that is not finite."""
         return [p for p, rows in self.rows.items() if not torch.isfinite(rows.values).all()]
 
-    def expect(self, present: npt.NDArray[np.bool_]) -> None:
+    def mark_present(self, present: npt.NDArray[np.bool_]) -> None:
         """Hear which parameters had a dense gradient on this rank in a bucket that is leaving."""
         self.dense |= present
 
@@ -181,7 +181,7 @@ class BucketGradients:
 
 
 def _has_dtype(
-    found: GradientsInPlace, dtype: torch.dtype, segments: ShardSegments
+    found: LocalGradients, dtype: torch.dtype, segments: ShardSegments
 ) -> npt.NDArray[np.bool_]:
     """Return which segments' gradients are among those found, and of this dtype."""
     matches = [tensor is not None and tensor.dtype == dtype for tensor in found.tensors]

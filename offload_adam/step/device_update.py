@@ -25,7 +25,7 @@ from offload_adam.gradients.whole import (
 from offload_adam.kernels.scalars import Hyperparameters, UpdateScalars, update_scalars
 from offload_adam.layout.flat import Segment
 from offload_adam.params.bucket import BucketState
-from offload_adam.step.messages import UpdateMasks
+from offload_adam.step.messages import UpdateInputs
 from offload_adam.torch_private import foreach_copy
 
 RUN_NUMEL = 1 << 20
@@ -262,7 +262,7 @@ class DeviceUpdate:
         state: BucketState,
         gradients: BucketGradients,
         active: npt.NDArray[np.bool_],
-        masks: UpdateMasks,
+        inputs: UpdateInputs,
         param_out: torch.Tensor | None,
     ) -> None:
         """Update the `active` parameters and count the step for them.
@@ -270,7 +270,7 @@ class DeviceUpdate:
         Args:
             param_out: where the 16-bit parameters are written, None where the master is it.
         """
-        counts = masks.count(state, active)
+        counts = inputs.count_step(state, active)
         prepared = active & needs_preparation(state, gradients)
         alike: dict[tuple[int, int], list[tuple[Segment, torch.Tensor]]] = defaultdict(list)
         for segment, gradient in _dense(state, gradients, active & ~prepared):
@@ -278,10 +278,10 @@ class DeviceUpdate:
             alike[key].append((segment, gradient))
         for (group, step), members in alike.items():
             segments = _segments_of(state, members, param_out)
-            hyper = masks.hyperparameters[group]
-            foreach_update(segments, hyper, step, masks.gradient_scale)
+            hyper = inputs.hyperparameters[group]
+            foreach_update(segments, hyper, step, inputs.gradient_scale)
         for segment in state.segments.select(prepared):
-            self._update_prepared(state, gradients, segment, counts, masks, param_out)
+            self._update_prepared(state, gradients, segment, counts, inputs, param_out)
 
     def _update_prepared(
         self,
@@ -289,13 +289,13 @@ class DeviceUpdate:
         gradients: BucketGradients,
         segment: Segment,
         counts: npt.NDArray[np.int64],
-        masks: UpdateMasks,
+        inputs: UpdateInputs,
         param_out: torch.Tensor | None,
     ) -> None:
         """Update one parameter whose gradient is centralized or sparse."""
-        hyper, how = masks.preparation_of(state, segment.position)
+        hyper, how = inputs.preparation_of(state, segment.position)
         step = int(counts[segment.position])
-        gradient = prepare_gradient(state, gradients, segment, how, lazy=masks.lazy)
+        gradient = prepare_gradient(state, gradients, segment, how, lazy=inputs.lazy)
         if isinstance(gradient, GradientRows):
             _update_rows(state, segment, gradient, hyper, step, param_out)
             return

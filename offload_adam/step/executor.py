@@ -25,7 +25,7 @@ from offload_adam.gradients.segments import BucketGradients
 from offload_adam.layout.schedule import Task
 from offload_adam.params.bucket import BucketState
 from offload_adam.spans import Spans, span
-from offload_adam.step.messages import UpdateMasks
+from offload_adam.step.messages import UpdateInputs
 from offload_adam.step.update_tasks import UpdateTasks
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Worker(Protocol):
 class Executor:
     """Runs the tasks of a step, in the order of the schedule.
 
-    Backward drives it bucket by bucket (`start_copy`, `sum_in_place`). After the agreement it gets
+    Backward drives it bucket by bucket (`start_copy`, `sum_local`). After the agreement it gets
     the rest at once (`apply`).
 
     Without a worker everything runs on the calling thread, and all parameters may be read when
@@ -122,7 +122,7 @@ class Executor:
 
         self._copy_jobs.append(self._submit(f"the gradient copy of bucket {number}", finish))
 
-    def sum_in_place(self, number: int, gradients: BucketGradients) -> None:
+    def sum_local(self, number: int, gradients: BucketGradients) -> None:
         """Let a worker sum squares of gradients that stay where autograd left them. Never waits."""
         if self._runs_on_worker(self._tasks.states[number]):
             what = f"the norm of bucket {number}"
@@ -176,21 +176,23 @@ class Executor:
 
     # After the agreement.
 
-    def apply(self, gradients: Sequence[BucketGradients], masks: UpdateMasks, spans: Spans) -> None:
+    def apply(
+        self, gradients: Sequence[BucketGradients], inputs: UpdateInputs, spans: Spans
+    ) -> None:
         """Update, copy up and gather every bucket that has an active parameter, in forward order.
 
         Args:
             spans: told of what the calling thread does before this returns.
         """
-        self._tasks.release()
+        self._tasks.record_last_read()
         for position, number in enumerate(self._tasks.stream_waits.schedule.forward_order):
             state = self._tasks.states[number]
-            active = masks.active[state.indices]
+            active = inputs.active[state.indices]
             if not active.any() or state.layout.numel == 0:
-                masks.count(state, active)
+                inputs.count_step(state, active)
                 self._skip_update(state)
                 continue
-            update = partial(self._tasks.update, number, gradients[number], active, masks)
+            update = partial(self._tasks.update, number, gradients[number], active, inputs)
             if self._runs_on_worker(state):
                 what = f"the update of bucket {number}"
                 self._updates[number] = self._submit(what, partial(update, self._spans))
@@ -254,7 +256,7 @@ class Executor:
             self._await(self._copy_jobs.popleft(), "reduce", needs_peers=True)
 
     def _use(self, number: int, spans: Spans) -> None:
-        self._tasks.use(number, spans)
+        self._tasks.wait_for_parameters(number, spans)
         del self._to_use[number]
 
     def _gather_next(self, spans: Spans) -> None:

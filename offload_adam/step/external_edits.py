@@ -61,7 +61,7 @@ class VersionWatch:
         if module is not None:
             self._registrations += _registrations(module, parameters)
 
-    def settle(self) -> None:
+    def accept_versions(self) -> None:
         """Take the parameters as they are now for unchanged."""
         self._versions = list(map(version_of, self._parameters))
 
@@ -79,7 +79,7 @@ class VersionWatch:
         ]
 
     def count_writes(self, written: npt.NDArray[np.bool_]) -> None:
-        """Bump the versions of the parameters that we are about to write, and settle.
+        """Bump the versions of the parameters that we are about to write, and accept these versions.
 
         Args:
             written: (n,) bool, by position.
@@ -89,16 +89,16 @@ class VersionWatch:
         else:
             parameters = [self._parameters[position] for position in np.flatnonzero(written)]
         torch.autograd.graph.increment_version(parameters)
-        self.settle()
+        self.accept_versions()
 
-    def recount(self, positions: Sequence[int]) -> None:
+    def bump_again(self, positions: Sequence[int]) -> None:
         """Bump the versions of these parameters, and take them for unchanged."""
         torch.autograd.graph.increment_version([self._parameters[p] for p in positions])
         for position in positions:
             self._versions[position] = version_of(self._parameters[position])
 
     def changed(self) -> list[int]:
-        """Return the positions of parameters written to since `settle`.
+        """Return the positions of parameters written to since `accept_versions`.
 
         Raises:
             ParameterReplacedError: naming a parameter whose storage or object was replaced.
@@ -123,7 +123,7 @@ class VersionWatch:
         """Refuse writes to parameters whose update was under way: it has written over them.
 
         Raises:
-            UnreadyParameterError: naming a parameter written to since `settle`.
+            UnreadyParameterError: naming a parameter written to since `accept_versions`.
         """
         for position in positions:
             if version_of(self._parameters[position]) != self._versions[position]:
@@ -399,7 +399,7 @@ class ExternalEdits:
         self.snapshot_lock.wait_until_all_free()
         for state in self._states:
             sync_master(state, range(len(state.parameters)))
-        self._watch.settle()
+        self._watch.accept_versions()
 
     def bump_versions(self, written: npt.NDArray[np.bool_]) -> None:
         """Bump the versions of the parameters that the step is about to write.
@@ -428,7 +428,7 @@ class ExternalEdits:
         positions = self._states[bucket].indices.tolist()
         self._watch.refuse_written(positions)
         if current_graph_task() == NO_GRAPH_TASK:
-            self._watch.recount(positions)
+            self._watch.bump_again(positions)
 
     def lock_snapshot(self, buckets: Iterable[int]) -> SnapshotLock:
         """Keep updates off these buckets until the snapshot lock says that they have been read."""

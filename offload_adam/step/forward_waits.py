@@ -222,10 +222,10 @@ class ForwardHooks:
             self._attach_to(unit)
         leave = _Hook(self, self._leave)
         self._keep(self._root.register_forward_hook(leave, always_call=True))
-        settle = _Hook(self, self._settle)
+        wait = _Hook(self, self.wait_for_all)
         for module in self._root.modules():
-            self._keep(module.register_state_dict_pre_hook(settle))
-            self._keep(module.register_load_state_dict_pre_hook(settle))
+            self._keep(module.register_state_dict_pre_hook(wait))
+            self._keep(module.register_load_state_dict_pre_hook(wait))
 
     def _attach_to(self, unit: Unit) -> None:
         hook = _Hook(self, lambda: self._enter(unit))
@@ -262,7 +262,7 @@ class ForwardHooks:
         self._has_overlapped |= self._was_pending
         self._waited = set(self._always)
 
-    def settle(self) -> None:
+    def wait_for_all(self) -> None:
         """Wait for everything."""
         self._executor.finish_updates()
         self._waited.update(self._bucket_of.values())
@@ -309,11 +309,11 @@ class ForwardHooks:
         if unit.module is self._root:
             self._depth += 1
             if not torch.is_grad_enabled():
-                self.settle()
+                self.wait_for_all()
                 return
             self._begin_tracing()
         if self._depth == 0:
-            self.settle()
+            self.wait_for_all()
             return
         self._latest = unit
         self._executor.wait_for_buckets(unit.buckets)
@@ -325,15 +325,12 @@ class ForwardHooks:
         if self._depth == 0:
             self._leave_tracing()
 
-    def _settle(self) -> None:
-        self.settle()
-
     def _begin_tracing(self) -> None:
         if self._is_traced:
             return
         self._is_traced = True
         if self._executor.is_pending:
-            self.settle()  # the first reader of parameters that were attached later is to be seen
+            self.wait_for_all()  # the first reader of parameters that were attached later is to be seen
         self._waited = set(self._always)
         buckets = {id(parameter): bucket for parameter, bucket in self._bucket_of.items()}
         self._tracing = FirstUse(self._bucket_of, lambda found: self._used(buckets[found]))

@@ -28,7 +28,7 @@ from offload_adam.layout.flat import BLOCK_NUMEL, Segment
 from offload_adam.layout.state_plan import FLOAT32_NBYTES
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import FORMATS, bits_of
-from offload_adam.step.messages import UpdateMasks
+from offload_adam.step.messages import UpdateInputs
 
 # Numba's workqueue layer ends the process when two threads launch at once, as those of two
 # optimizers would.
@@ -148,7 +148,7 @@ class HostUpdate:
         state: BucketState,
         gradients: BucketGradients,
         active: npt.NDArray[np.bool_],
-        masks: UpdateMasks,
+        inputs: UpdateInputs,
         param_out: torch.Tensor | None,
     ) -> None:
         """Update the shard's segments of `active` parameters and count the step for them.
@@ -156,15 +156,15 @@ class HostUpdate:
         Args:
             param_out: (shard_numel,) where 16-bit parameters are written; None for fp32 ones.
         """
-        counts = masks.count(state, active)
+        counts = inputs.count_step(state, active)
         prepared = active & needs_preparation(state, gradients)
         plain = active & ~prepared
-        rows, scalars = masks.scalar_rows(state, counts, plain)
+        rows, scalars = inputs.scalar_rows(state, counts, plain)
         for table in gradients.tables(state, plain):
             self._launch(state, table, rows[table.positions], scalars, param_out)
         for segment in state.segments.select(prepared):
             step = int(counts[segment.position])
-            self._update_prepared(state, gradients, segment, step, masks, param_out)
+            self._update_prepared(state, gradients, segment, step, inputs, param_out)
 
     def _launch(
         self,
@@ -203,13 +203,13 @@ class HostUpdate:
         gradients: BucketGradients,
         segment: Segment,
         step: int,
-        masks: UpdateMasks,
+        inputs: UpdateInputs,
         param_out: torch.Tensor | None,
     ) -> None:
         """Update this rank's part of one parameter with a centralized or sparse gradient."""
-        hyper, how = masks.preparation_of(state, segment.position)
+        hyper, how = inputs.preparation_of(state, segment.position)
         out = self._whole_gradient[: segment.numel]
-        gradient = prepare_gradient(state, gradients, segment, how, lazy=masks.lazy, out=out)
+        gradient = prepare_gradient(state, gradients, segment, how, lazy=inputs.lazy, out=out)
         scalars = scalar_row(hyper, step, 1.0)
         if isinstance(gradient, GradientRows):
             self._update_rows(state, segment, gradient, scalars, param_out)

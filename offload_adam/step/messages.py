@@ -108,7 +108,7 @@ def decide(agreement: Agreement, max_norm: float | None, factor: float = 1.0) ->
 
 
 @dataclass(frozen=True, slots=True)
-class UpdateMasks:
+class UpdateInputs:
     """What one step adds to the fixed schedule.
 
     active: (num parameters,) bool, those with a gradient on any rank.
@@ -124,7 +124,9 @@ class UpdateMasks:
     step: int | None = None
     lazy: bool = False
 
-    def count(self, state: BucketState, active: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    def count_step(
+        self, state: BucketState, active: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.int64]:
         """Count the step for the bucket's active parameters and return its step counts."""
         counts = state.step_counts.numpy()
         if self.step is None:

@@ -12,7 +12,7 @@ import torch
 from offload_adam.coordinator.agreement import largest_on_any_rank
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.gradients.gradient_transfer import GradientTransfer
-from offload_adam.gradients.reader import GradientReader, GradientsInPlace
+from offload_adam.gradients.reader import GradientReader, LocalGradients
 from offload_adam.gradients.row_exchange import RowExchange
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.gradients.stand_in import StreamedGradients, gradient_of
@@ -206,7 +206,7 @@ class GradientReduction:
             except ValueError as error:
                 failure = failure or error
             if self._rows is None:
-                gradients.settle_rows()
+                gradients.accept_local_rows()
         if self._rows is not None:
             failure = self._rows.finish(self._states, self.gradients) or failure
         for state, gradients in zip(self._states, self.gradients, strict=True):
@@ -334,8 +334,8 @@ class GradientReduction:
         if self._reduces:
             self._start_reduction(state, found.tensors)
         elif state.planes.gradient_shard is None:
-            gradients.add_in_place(found)
-            self._executor.sum_in_place(number, gradients)
+            gradients.add_local(found)
+            self._executor.sum_local(number, gradients)
         else:
             self._copy_without_reduction(state, found.tensors)
         if self._num_rounds > 0:  # an earlier round may have had other gradients
@@ -343,7 +343,7 @@ class GradientReduction:
                 [*np.flatnonzero(gradients.dense), *gradients.local_rows]
             )
 
-    def _read(self, state: BucketState) -> GradientsInPlace:
+    def _read(self, state: BucketState) -> LocalGradients:
         found = None if self._rows is None else self._rows.take(state.layout.index)
         return found or self._readers[state.layout.index].read(keep=not self.streams)
 
@@ -352,7 +352,7 @@ class GradientReduction:
         number = state.layout.index
         present = np.array([gradient is not None for gradient in gradients], dtype=np.bool_)
         idle = self._rows is not None and self._rows.is_without_dense(state)
-        self.gradients[number].expect(present)
+        self.gradients[number].mark_present(present)
         if state.layout.numel == 0 or idle:
             self._transfer.skip_reduction(state)
             return
@@ -366,6 +366,8 @@ class GradientReduction:
         """Copy (or add) this rank's segments of gradients that need no reduction."""
         given = self.gradients[state.layout.index]
         copy = self._transfer.take_segments(state, gradients, given)
-        given.expect(np.array([gradient is not None for gradient in gradients], dtype=np.bool_))
+        given.mark_present(
+            np.array([gradient is not None for gradient in gradients], dtype=np.bool_)
+        )
         if copy is not None:
             self._executor.start_copy(copy)

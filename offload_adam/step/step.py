@@ -36,7 +36,7 @@ from offload_adam.step.ledger import LedgerEntry, bucket_entries
 from offload_adam.step.messages import (
     StepInputs,
     StepReport,
-    UpdateMasks,
+    UpdateInputs,
     decide,
     refuse_disagreement,
     refuse_partial_presence,
@@ -271,7 +271,7 @@ class ShardedAdam:
     def synchronize(self) -> None:
         """Return when all parameters and all state hold the result of the last step."""
         if self.forward_hooks is not None:
-            self.forward_hooks.settle()
+            self.forward_hooks.wait_for_all()
         self.executor.finish_updates()
 
     @property
@@ -326,10 +326,10 @@ class ShardedAdam:
             active = agreement.present_counts.numpy() > 0
             self.external_edits.sync(changed)
             self.external_edits.bump_versions(active)
-            masks = UpdateMasks(
+            update_inputs = UpdateInputs(
                 active, inputs.hyperparameters, decision.gradient_scale, inputs.step, inputs.lazy
             )
-            self.executor.apply(self.reduction.gradients, masks, stopwatch)
+            self.executor.apply(self.reduction.gradients, update_inputs, stopwatch)
         self.reduction.reset()
         if self.forward_hooks is not None:
             self.forward_hooks.step_ended()

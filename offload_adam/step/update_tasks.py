@@ -17,7 +17,7 @@ from offload_adam.params.bucket import BucketState
 from offload_adam.spans import Spans
 from offload_adam.step.device_update import DeviceUpdate
 from offload_adam.step.host_update import HostUpdate
-from offload_adam.step.messages import UpdateMasks
+from offload_adam.step.messages import UpdateInputs
 from offload_adam.step.snapshot_lock import SnapshotLock
 from offload_adam.transfer.collectives import Collectives, PendingCollective
 from offload_adam.transfer.slots import Rings
@@ -77,8 +77,8 @@ class UpdateTasks:
         positions = self.updates[number].non_finite_positions(state, gradients)
         return np.concatenate([state.indices[positions], rows])
 
-    def release(self) -> None:
-        """Note on the model's own lane that it has done its last reading of the parameters."""
+    def record_last_read(self) -> None:
+        """Record on the compute stream that the model has read the parameters for the last time."""
         offloaded = [s.layout.index for s in self.states if s.plan.is_offloaded]
         self.stream_waits.record_all(Operation.RELEASE, offloaded)
 
@@ -87,7 +87,7 @@ class UpdateTasks:
         number: int,
         gradients: BucketGradients,
         active: npt.NDArray[np.bool_],
-        masks: UpdateMasks,
+        inputs: UpdateInputs,
         spans: Spans,
     ) -> None:
         """Update this rank's shard of a bucket, and start it on its way up to its device."""
@@ -96,7 +96,7 @@ class UpdateTasks:
         is_host = state.plan.location.is_host
         with spans.span("update" if is_host else "device update", number):
             param_out = self._param_out(state)
-            self.updates[number].update(state, gradients, active, masks, param_out)
+            self.updates[number].update(state, gradients, active, inputs, param_out)
             if not is_host:
                 self.stream_waits.record(Operation.UPDATE, number)
         if state.plan.is_offloaded:
@@ -164,8 +164,8 @@ class UpdateTasks:
                 self._gathering[number] = self._collectives.gather(streams, state.flat)
             self.stream_waits.record(Operation.GATHER, number)
 
-    def use(self, number: int, spans: Spans) -> None:
-        """Let the model's own lane read a bucket's parameters from now on."""
+    def wait_for_parameters(self, number: int, spans: Spans) -> None:
+        """Make the compute stream, or the calling thread, wait until a bucket's parameters are up to date."""
         pending = self._gathering.get(number)
         if pending is not None:
             with PROGRESS.at("gather", number), spans.span("gather", number):

@@ -88,14 +88,14 @@ def update_that_nobody_waits_for(simulation: Simulation, patch: Patch) -> None:
 
 def release_at_the_end_of_backward(simulation: Simulation, patch: Patch) -> None:
     tasks, reduction = simulation.core.tasks, simulation.core.reduction
-    ended, release = reduction.backward_ended, tasks.release
+    ended, release = reduction.backward_ended, tasks.record_last_read
 
     def early() -> None:
         ended()
         release()
 
     patch.setattr(reduction, "backward_ended", early)
-    patch.setattr(tasks, "release", lambda: None)
+    patch.setattr(tasks, "record_last_read", lambda: None)
 
 
 def look_ahead_to_an_update_that_is_not_over(simulation: Simulation, patch: Patch) -> None:

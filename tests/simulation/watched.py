@@ -13,7 +13,7 @@ from offload_adam.gradients.segments import BucketGradients
 from offload_adam.layout.schedule import Lane, Operation, Task
 from offload_adam.memory.arena import HostArena
 from offload_adam.params.bucket import BucketState
-from offload_adam.step.messages import UpdateMasks
+from offload_adam.step.messages import UpdateInputs
 from offload_adam.step.update_tasks import BucketUpdate, UpdateTasks
 from offload_adam.transfer.stream_waits import StreamWaits
 from tests.simulation.backend import SimulatedStreams
@@ -65,7 +65,7 @@ class WatchedUpdate:
         state: BucketState,
         gradients: BucketGradients,
         active: npt.NDArray[np.bool_],
-        masks: UpdateMasks,
+        inputs: UpdateInputs,
         param_out: torch.Tensor | None,
     ) -> None:
         planes = state.planes
@@ -75,13 +75,13 @@ class WatchedUpdate:
         name = f"update of bucket {state.layout.index}"
         reads, writes = [*reads, *written], [*written, *slot]
         if not state.plan.location.is_host:
-            update = partial(self._inner.update, state, gradients, active, masks, param_out)
+            update = partial(self._inner.update, state, gradients, active, inputs, param_out)
             self._machine.launch(Lane.COMPUTE, update, name, reads=reads, writes=writes)
             return
         self._machine.touch(name, reads, writes)
         for part in slot:
             poison(part)
-        self._inner.update(state, gradients, active, masks, param_out)
+        self._inner.update(state, gradients, active, inputs, param_out)
 
 
 def _parts(

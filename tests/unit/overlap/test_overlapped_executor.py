@@ -15,7 +15,7 @@ from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.schedule import Operation, Task, plan_schedule
 from offload_adam.spans import NullSpans, Stopwatch
 from offload_adam.step.executor import Executor
-from offload_adam.step.messages import UpdateMasks
+from offload_adam.step.messages import UpdateInputs
 from offload_adam.step.update_thread import UpdateThread
 from offload_adam.transfer.stream_waits import StreamWaits
 from offload_adam.transfer.streams import HostStreams
@@ -49,7 +49,7 @@ class RecordedTasks:
         ]
         self.done: list[tuple[str, int]] = []
 
-    def release(self) -> None:
+    def record_last_read(self) -> None:
         pass
 
     def update(self, number: int, *_: Any) -> None:
@@ -59,7 +59,7 @@ class RecordedTasks:
         self.stream_waits.wait_for_update(Task(Operation.UPDATE, number))
         self.done.append(("gather", number))
 
-    def use(self, number: int, *_: Any) -> None:
+    def wait_for_parameters(self, number: int, *_: Any) -> None:
         self.done.append(("use", number))
 
 
@@ -70,9 +70,9 @@ def begin(worker: Any) -> tuple[Executor, RecordedTasks]:
         cast(Any, None), cast(Any, tasks), worker, RankGroup(), Stopwatch(), lambda number: None
     )
     tasks.stream_waits.wait_for_update = executor.wait_for_update
-    masks = UpdateMasks(np.ones(NUM_BUCKETS, dtype=np.bool_), [], 1.0)
+    inputs = UpdateInputs(np.ones(NUM_BUCKETS, dtype=np.bool_), [], 1.0)
     gradients: list[Any] = [None] * NUM_BUCKETS
-    executor.apply(gradients, masks, NullSpans())
+    executor.apply(gradients, inputs, NullSpans())
     return executor, tasks
 
 
