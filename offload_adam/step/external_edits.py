@@ -79,7 +79,7 @@ class VersionWatch:
         ]
 
     def count_writes(self, written: npt.NDArray[np.bool_]) -> None:
-        """Bump the versions of the parameters that we are about to write, and accept these versions.
+        """Bump and accept the versions of the parameters that we are about to write.
 
         Args:
             written: (n,) bool, by position.

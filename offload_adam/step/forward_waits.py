@@ -330,7 +330,8 @@ class ForwardHooks:
             return
         self._is_traced = True
         if self._executor.is_pending:
-            self.wait_for_all()  # the first reader of parameters that were attached later is to be seen
+            # Tracing must see the first reader of parameters that were attached later.
+            self.wait_for_all()
         self._waited = set(self._always)
         buckets = {id(parameter): bucket for parameter, bucket in self._bucket_of.items()}
         self._tracing = FirstUse(self._bucket_of, lambda found: self._used(buckets[found]))

@@ -165,7 +165,7 @@ class UpdateTasks:
             self.stream_waits.record(Operation.GATHER, number)
 
     def wait_for_parameters(self, number: int, spans: Spans) -> None:
-        """Make the compute stream, or the calling thread, wait until a bucket's parameters are up to date."""
+        """Wait until a bucket's parameters are up to date: the compute stream, or the caller."""
         pending = self._gathering.get(number)
         if pending is not None:
             with PROGRESS.at("gather", number), spans.span("gather", number):
