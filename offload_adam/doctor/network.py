@@ -18,7 +18,7 @@ from offload_adam.doctor.finding import Finding, failed, ok, warning
 from offload_adam.layout.ring import ALL_REDUCE_PASSES, RingSpeed, pass_nbytes
 from offload_adam.layout.schedule import Lane
 from offload_adam.options import FailurePolicy
-from offload_adam.transfer.collectives import GroupCollectives, PendingCollective
+from offload_adam.transfer.collectives import Collectives, PendingCollective
 from offload_adam.transfer.streams import Streams, streams_for
 
 BUCKET_NBYTES = 32 * 1024 * 1024
@@ -67,7 +67,7 @@ def measure_network(
     """
     ranks.open_data_groups([device.type])
     streams = streams_for(device)
-    collectives = GroupCollectives(ranks)
+    collectives = Collectives(ranks)
     rank, world_size = ranks.rank, ranks.world_size
     passes = _passes_of_mean(ranks, device)
 

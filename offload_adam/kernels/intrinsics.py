@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from offload_adam.kernels.ir_vectors import Vectors
+from offload_adam.kernels.ir_vectors import F32, I16, I32, Vectors
 from offload_adam.kernels.numba_private import (
     array_struct,
     get_or_insert_function,
@@ -21,9 +21,6 @@ from offload_adam.kernels.numba_private import (
 )
 from offload_adam.layout.flat import BLOCK_NUMEL
 
-_I16 = ir.IntType(16)
-_I32 = ir.IntType(32)
-_F32 = ir.FloatType()
 _F64 = ir.DoubleType()
 
 LINE_NBYTES = 64
@@ -34,7 +31,7 @@ _PREFETCH_NBYTES = 1024
 
 
 def _constant(value: int) -> ir.Constant:
-    return ir.Constant(_I32, value)
+    return ir.Constant(I32, value)
 
 
 @intrinsic
@@ -157,7 +154,7 @@ def _prefetch_block(builder: Any, block: Any, element: Any) -> None:
 def _emit_prefetch(builder: Any, address: Any, *, for_writing: bool) -> None:
     """Emit a prefetch of the cache line at an address."""
     byte = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+    kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
     function = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     keep_close, is_data = _constant(3), _constant(1)
     address = builder.bitcast(address, byte)
@@ -171,11 +168,11 @@ def _load_block(builder: Any, block: Any, element: Any) -> Iterator[Any]:
     the work of widening each.
     """
     if element == types.uint16:
-        for pairs in _load_vectors(builder, block, _I32, BLOCK_NUMEL // 2, 2):
+        for pairs in _load_vectors(builder, block, I32, BLOCK_NUMEL // 2, 2):
             for bits in (builder.shl(pairs, _splat(16)), builder.and_(pairs, _splat(0xFFFF0000))):
-                yield builder.bitcast(bits, ir.VectorType(_F32, _LANES))
+                yield builder.bitcast(bits, ir.VectorType(F32, _LANES))
         return
-    kind = _F32 if element == types.float32 else _I16
+    kind = F32 if element == types.float32 else I16
     for loaded in _load_vectors(builder, block, kind, BLOCK_NUMEL, element.bitwidth // 8):
         yield Vectors(builder, _LANES).widen(loaded, element)
 
@@ -191,7 +188,7 @@ def _load_vectors(builder: Any, block: Any, kind: Any, count: int, align: int) -
 
 
 def _splat(value: int) -> ir.Constant:
-    return ir.Constant(ir.VectorType(_I32, _LANES), [value] * _LANES)
+    return ir.Constant(ir.VectorType(I32, _LANES), [value] * _LANES)
 
 
 def _fused(builder: Any, kind: Any, a: Any, b: Any, c: Any) -> Any:
@@ -206,7 +203,7 @@ def _fold(builder: Any, vector: Any, lanes: int) -> Any:
     """Emit the sum of a vector's lanes: halves added until one lane is left."""
     while lanes > 1:
         lanes //= 2
-        width = ir.VectorType(_I32, lanes)
+        width = ir.VectorType(I32, lanes)
         low = builder.shuffle_vector(vector, vector, ir.Constant(width, list(range(lanes))))
         high = builder.shuffle_vector(
             vector, vector, ir.Constant(width, list(range(lanes, 2 * lanes)))

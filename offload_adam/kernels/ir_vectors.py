@@ -12,9 +12,9 @@ from numba import types
 
 from offload_adam.kernels.numba_private import get_or_insert_function
 
-_I16 = ir.IntType(16)
-_I32 = ir.IntType(32)
-_F32 = ir.FloatType()
+I16 = ir.IntType(16)
+I32 = ir.IntType(32)
+F32 = ir.FloatType()
 
 
 class Vectors:
@@ -27,7 +27,7 @@ class Vectors:
 
     def __init__(self, builder: Any, lanes: int) -> None:
         self.lanes = lanes
-        self.kind = self._vector(_F32)
+        self.kind = self._vector(F32)
         self._builder = builder
 
     def splat(self, value: Any) -> Any:
@@ -35,8 +35,8 @@ class Vectors:
         if self.lanes == 1:
             return value
         empty = ir.Constant(self.kind, ir.Undefined)
-        first = self._builder.insert_element(empty, value, ir.Constant(_I32, 0))
-        return self._builder.shuffle_vector(first, empty, self._constant(_I32, 0))
+        first = self._builder.insert_element(empty, value, ir.Constant(I32, 0))
+        return self._builder.shuffle_vector(first, empty, self._constant(I32, 0))
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """Return a * b + c with one rounding."""
@@ -52,20 +52,20 @@ class Vectors:
 
     def where_infinite(self, a: Any, infinite: Any, otherwise: Any) -> Any:
         """Return `infinite` where a is positive infinity, else `otherwise`."""
-        is_infinite = self._builder.fcmp_ordered("==", a, self._constant(_F32, float("inf")))
+        is_infinite = self._builder.fcmp_ordered("==", a, self._constant(F32, float("inf")))
         return self._builder.select(is_infinite, infinite, otherwise)
 
     def zeros(self) -> Any:
         """Return 0 in every lane."""
-        return self._constant(_F32, 0.0)
+        return self._constant(F32, 0.0)
 
     def flush_tiny(self, a: Any) -> Any:
         """Return 0 where |a| is below the smallest normal number (2**-126), else a.
 
         The test reads the exponent's bits, because comparing floats is itself slow on denormals.
         """
-        exponent = self._builder.and_(self._bits(a), self._constant(_I32, 0x7F800000))
-        tiny = self._builder.icmp_unsigned("==", exponent, self._constant(_I32, 0))
+        exponent = self._builder.and_(self._bits(a), self._constant(I32, 0x7F800000))
+        tiny = self._builder.icmp_unsigned("==", exponent, self._constant(I32, 0))
         return self._builder.select(tiny, self.zeros(), a)
 
     def load(self, array: Any, index: Any, element: Any) -> Any:
@@ -88,7 +88,7 @@ class Vectors:
         pointer = self._address(array, index, element)
         stored = self._builder.store(self.round(value, element), pointer)
         stored.align = element.bitwidth // 8 * self.lanes
-        one = self._builder.module.add_metadata([ir.Constant(_I32, 1)])
+        one = self._builder.module.add_metadata([ir.Constant(I32, 1)])
         stored.set_metadata("nontemporal", one)
 
     def widen(self, carried: Any, element: Any) -> Any:
@@ -99,8 +99,8 @@ class Vectors:
         if element == types.int16:
             half = builder.bitcast(carried, self._vector(ir.HalfType()))
             return builder.fpext(half, self.kind)
-        wide = builder.zext(carried, self._vector(_I32))
-        return builder.bitcast(builder.shl(wide, self._constant(_I32, 16)), self.kind)
+        wide = builder.zext(carried, self._vector(I32))
+        return builder.bitcast(builder.shl(wide, self._constant(I32, 16)), self.kind)
 
     def round(self, value: Any, element: Any) -> Any:
         """Return float32 rounded to carried elements, to nearest even; a NaN stays a NaN."""
@@ -109,17 +109,17 @@ class Vectors:
             return value
         if element == types.int16:
             half = builder.fptrunc(value, self._vector(ir.HalfType()))
-            return builder.bitcast(half, self._vector(_I16))
+            return builder.bitcast(half, self._vector(I16))
         bits = self._bits(value)
-        odd = builder.and_(builder.lshr(bits, self._constant(_I32, 16)), self._constant(_I32, 1))
-        rounded = builder.add(builder.add(bits, self._constant(_I32, 0x7FFF)), odd)
-        quiet = builder.or_(bits, self._constant(_I32, 0x400000))
+        odd = builder.and_(builder.lshr(bits, self._constant(I32, 16)), self._constant(I32, 1))
+        rounded = builder.add(builder.add(bits, self._constant(I32, 0x7FFF)), odd)
+        quiet = builder.or_(bits, self._constant(I32, 0x400000))
         is_nan = builder.fcmp_unordered("uno", value, value)
         chosen = builder.select(is_nan, quiet, rounded)
-        return builder.trunc(builder.lshr(chosen, self._constant(_I32, 16)), self._vector(_I16))
+        return builder.trunc(builder.lshr(chosen, self._constant(I32, 16)), self._vector(I16))
 
     def _bits(self, value: Any) -> Any:
-        return self._builder.bitcast(value, self._vector(_I32))
+        return self._builder.bitcast(value, self._vector(I32))
 
     def _vector(self, scalar: Any) -> Any:
         return scalar if self.lanes == 1 else ir.VectorType(scalar, self.lanes)
@@ -130,7 +130,7 @@ class Vectors:
         return ir.Constant(self._vector(scalar), [value] * self.lanes)
 
     def _address(self, array: Any, index: Any, element: Any) -> Any:
-        carried = _F32 if element == types.float32 else _I16
+        carried = F32 if element == types.float32 else I16
         pointer = self._builder.gep(array, [index])
         return self._builder.bitcast(pointer, self._vector(carried).as_pointer())
 

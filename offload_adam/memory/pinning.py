@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -22,32 +22,11 @@ class PinRefusedError(HostMemoryError):
     """CUDA did not pin memory; none of it is pinned then."""
 
 
-class CudaRuntime(Protocol):
-    """What pinning needs of CUDA's runtime; statuses are its error numbers, 0 for success."""
+class CudaRuntime:
+    """What pinning needs of CUDA's runtime, as far as torch exposes it.
 
-    def register(self, address: int, nbytes: int) -> int:
-        """Page-lock memory and return the status."""
-        ...
-
-    def unregister(self, address: int) -> int:
-        """Unlock what was registered at this address and return the status."""
-        ...
-
-    def clear_error(self) -> None:
-        """Forget the error of an earlier call, so that no later one reports it."""
-        ...
-
-    def finish_copies(self) -> None:
-        """Wait for everything issued so far, which may still read or write pinned memory."""
-        ...
-
-    def describe(self, status: int) -> str:
-        """Return what a status means."""
-        ...
-
-
-class TorchRuntime:
-    """CUDA's runtime as far as torch exposes it."""
+    A status is one of CUDA's error numbers, 0 for success.
+    """
 
     def __init__(self) -> None:
         self._cudart: Any = cuda_runtime_functions()
@@ -61,17 +40,17 @@ class TorchRuntime:
         return int(self._cudart.cudaHostUnregister(address))
 
     def clear_error(self) -> None:
-        """Forget the error of an earlier call.
+        """Clear the error of an earlier call, so that no later call reports it.
 
-        torch does not expose cudaGetLastError, and looking it up in a library of one's own choice
-        may find another copy of the runtime. But torch asks it after each launch of a kernel, and
-        raises what it says: so one launch takes the old error out.
+        torch does not expose cudaGetLastError, and a library that we load ourselves may be another
+        copy of the runtime. But torch calls it after each kernel launch and raises the error, so
+        one launch clears it.
         """
         with suppress(RuntimeError):
             torch.empty(1, dtype=torch.float32, device="cuda").fill_(0.0)
 
     def finish_copies(self) -> None:
-        """Wait for every device that this process uses."""
+        """Wait for every device of this process: a copy may still use pinned memory."""
         with suppress(RuntimeError):
             for index in range(torch.cuda.device_count()):
                 # A context where there is none would cost memory on a device of another rank.
@@ -79,7 +58,7 @@ class TorchRuntime:
                     torch.cuda.synchronize(index)
 
     def describe(self, status: int) -> str:
-        """Return CUDA's own text."""
+        """Return CUDA's own text for a status."""
         error = self._cudart.cudaError(status)
         return f"error {status}, {self._cudart.cudaGetErrorString(error)}"
 
@@ -132,7 +111,7 @@ class Registration:
 
 def cuda_runtime() -> CudaRuntime | None:
     """Return CUDA's runtime, None where there is no CUDA to pin memory for."""
-    return TorchRuntime() if torch.cuda.is_available() else None
+    return CudaRuntime() if torch.cuda.is_available() else None
 
 
 def locked_limit() -> str:

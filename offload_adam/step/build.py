@@ -29,7 +29,7 @@ from offload_adam.params.bucket import BucketState, ShardSegments, flatten_param
 from offload_adam.params.selection import NewParameter
 from offload_adam.step.executor import Worker
 from offload_adam.step.update_thread import UpdateThread
-from offload_adam.transfer.collectives import Collectives, GroupCollectives
+from offload_adam.transfer.collectives import Collectives
 from offload_adam.transfer.streams import Streams, streams_for
 
 
@@ -45,7 +45,7 @@ class Backend:
     is_device: Callable[[torch.device], bool] = is_device
     make_runtime: Callable[[], CudaRuntime | None] = cuda_runtime
     make_streams: Callable[[torch.device], Streams] = streams_for
-    make_collectives: Callable[[RankGroup], Collectives] = GroupCollectives
+    make_collectives: Callable[[RankGroup], Collectives] = Collectives
     make_worker: Callable[[], Worker] = UpdateThread
     num_reduce_slots: int = NUM_REDUCE_SLOTS
     num_staging_slots: int = NUM_STAGING_SLOTS

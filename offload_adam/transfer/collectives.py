@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,8 @@ from offload_adam.transfer.streams import HostStreams, Streams
 class PendingCollective:
     """A collective in flight, the memory it works on, and where this rank's part will lie.
 
-    Holding `buffer` keeps the memory alive until the work is done. `work` is None where a lane of a
-    device waits for it: whoever waits for the lane needs no more.
+    work: None if a stream waits for it; a wait for the stream's event is enough then.
+    buffer: held, so that its memory lives until the work is done.
     """
 
     work: dist.Work | None
@@ -32,11 +32,11 @@ class PendingCollective:
     shard: torch.Tensor
 
     def is_completed(self) -> bool:
-        """Tell, without waiting, whether the host has nothing to wait for."""
+        """Return, without waiting, whether the host has nothing to wait for."""
         return self.work is None or bool(self.work.is_completed())
 
     def wait(self, ranks: RankGroup) -> None:
-        """Block until it is over, as long as all peers live.
+        """Block until it is over, or until a peer fails.
 
         Raises:
             PeerFailedError: naming the ranks that have failed.
@@ -45,31 +45,8 @@ class PendingCollective:
             ranks.wait(self.work, on_device=self.buffer.is_cuda)
 
 
-class Collectives(Protocol):
-    """What runs the collectives of one optimizer."""
-
-    def mean(
-        self, streams: Streams, buffer: torch.Tensor, part: tuple[int, int]
-    ) -> PendingCollective:
-        """Start averaging a bucket's gradients; return where this rank's part appears.
-
-        Args:
-            buffer: (numel,) gradients of the bucket in the reduce dtype; overwritten.
-            part: the range [start, end) that this rank needs: its shard, or the whole.
-        """
-        ...
-
-    def gather(self, streams: Streams, flat: torch.Tensor) -> PendingCollective:
-        """Start gathering every rank's shard of a bucket's parameters, in place.
-
-        Args:
-            flat: (numel,) the bucket; this rank's shard of it is up to date.
-        """
-        ...
-
-
-class GroupCollectives:
-    """The collectives of torch.distributed on the groups of a rank group."""
+class Collectives:
+    """The collectives of one optimizer, on the process groups of its ranks."""
 
     def __init__(self, ranks: RankGroup) -> None:
         self._ranks = ranks
@@ -77,12 +54,16 @@ class GroupCollectives:
     def mean(
         self, streams: Streams, buffer: torch.Tensor, part: tuple[int, int]
     ) -> PendingCollective:
-        """Start the mean over the ranks.
+        """Start averaging a bucket's gradients over the ranks.
 
-        float16 is divided before it is summed, or the sum of a few large gradients would overflow.
-        On gloo the whole bucket is all-reduced and sliced, which is twice as fast as its
-        reduce-scatter and gives the same bits; elsewhere it is reduce-scattered in place, unless
-        every rank needs all of it.
+        float16 is divided before it is summed: otherwise the sum of a few large gradients would
+        overflow. On gloo the whole bucket is all-reduced and sliced, which is twice as fast as
+        gloo's reduce-scatter and gives the same bits. Elsewhere the bucket is reduce-scattered in
+        place, unless every rank needs all of it.
+
+        Args:
+            buffer: (numel,) gradients of the bucket in the reduce dtype; overwritten.
+            part: the range [start, end) that this rank needs: its shard, or the whole.
         """
         group = self._ranks.data_group(buffer.device)
         shard = buffer[part[0] : part[1]]
@@ -99,7 +80,11 @@ class GroupCollectives:
         return _issue(Lane.REDUCE, streams, start, buffer, shard)
 
     def gather(self, streams: Streams, flat: torch.Tensor) -> PendingCollective:
-        """Start the all-gather."""
+        """Start gathering every rank's shard of a bucket's parameters, in place.
+
+        Args:
+            flat: (numel,) the bucket; this rank's shard of it is up to date.
+        """
         group = self._ranks.data_group(flat.device)
         shard = flat.chunk(self._ranks.world_size)[self._ranks.rank]
 
@@ -116,7 +101,7 @@ def _issue(
     buffer: torch.Tensor,
     shard: torch.Tensor,
 ) -> PendingCollective:
-    """Start a collective on its lane, which on a device then waits for it; the host does not."""
+    """Start a collective on its lane. On a device the lane waits for it, and the host does not."""
     if isinstance(streams, HostStreams):
         return PendingCollective(start(), buffer, shard)
 

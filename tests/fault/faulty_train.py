@@ -166,9 +166,9 @@ def install(action: str, place: str, step: int) -> None:
     elif place == "start":
         before(startup, "_open_default_group", Fault(action, 0))
     elif place == "reduce":
-        before(collectives.GroupCollectives, "mean", Fault(action, step))
+        before(collectives.Collectives, "mean", Fault(action, step))
     elif place == "gather":
-        before(collectives.GroupCollectives, "gather", Fault(action, step))
+        before(collectives.Collectives, "gather", Fault(action, step))
     elif place == "agree":
         before(agreement, "agree", Fault(action, step))
     elif place == "update":

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from offload_adam.memory.arena import HostArena
-from offload_adam.memory.pinning import PinRefusedError, TorchRuntime
+from offload_adam.memory.pinning import CudaRuntime, PinRefusedError
 from tests.gpu.layers import gradients_of, make, train
 
 
@@ -33,7 +33,7 @@ def test_exactly_what_was_asked_for_is_pinned(pin: str) -> None:
 def test_a_real_refusal_leaves_no_error_behind() -> None:
     arena = HostArena(3 * 4096, piece_nbytes=4096)
     tensor = arena.take(4096, torch.uint8)
-    runtime = TorchRuntime()
+    runtime = CudaRuntime()
     second = tensor.data_ptr() + 4096
     assert runtime.register(second, 4096) == 0
     with pytest.raises(PinRefusedError, match=r"piece 2 of 3.*ulimit -l"):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from offload_adam.coordinator import ranks as membership_module
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.torch_private import reduce_scatter
-from offload_adam.transfer.collectives import GroupCollectives
+from offload_adam.transfer.collectives import Collectives
 from offload_adam.transfer.streams import CudaStreams
 
 NUMEL = 1 << 20
@@ -40,12 +40,12 @@ def device(tmp_path: Path) -> Iterator[torch.device]:
 def test_collectives_of_one_rank_change_no_bit(device: torch.device, dtype: torch.dtype) -> None:
     group = dist.new_group([0], backend="nccl")
     ranks = RankGroup(data={"cuda": group})
-    group_collectives, streams = GroupCollectives(ranks), CudaStreams(device)
+    collectives, streams = Collectives(ranks), CudaStreams(device)
     buffer = torch.randn(NUMEL, device=device).to(dtype)
     before = buffer.clone()
-    pending = group_collectives.mean(streams, buffer, (0, NUMEL))
-    group_collectives.gather(streams, buffer)
-    # GroupCollectives never reduce-scatters a shard that is the whole buffer, so call it here.
+    pending = collectives.mean(streams, buffer, (0, NUMEL))
+    collectives.gather(streams, buffer)
+    # `mean` never reduce-scatters a shard that is the whole buffer, so call it here.
     average = dist.ReduceOp.AVG
     reduce_scatter(buffer, buffer, average, group=group, async_op=True).wait()
     torch.cuda.synchronize()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from offload_adam.layout.schedule import Lane
-from offload_adam.transfer.collectives import PendingCollective
+from offload_adam.transfer.collectives import Collectives, PendingCollective
 from offload_adam.transfer.streams import DONE, Event, Streams
 from tests.simulation.detector import Clock
 from tests.simulation.machine import TRAINING, UPDATE, Machine, SimulatedEvent
@@ -113,7 +113,7 @@ class Peers(Protocol):
         ...
 
 
-class SimulatedCollectives:
+class SimulatedCollectives(Collectives):
     """Collectives with peers that are mirrors: the mean of equal gradients is each of them."""
 
     def __init__(self, machine: Machine, peers: Peers) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from offload_adam.memory.pinning import CudaRuntime
+
 OUT_OF_MEMORY = 2
 NOT_REGISTERED = 62
 
 
-class StandInRuntime:
+class StandInRuntime(CudaRuntime):
     """Pins nothing, but keeps the books of a driver that does.
 
     calls: what it was asked, in order.

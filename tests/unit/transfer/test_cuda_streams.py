@@ -17,7 +17,7 @@ import torch.distributed as dist
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.schedule import Lane
 from offload_adam.transfer import collectives
-from offload_adam.transfer.collectives import GroupCollectives
+from offload_adam.transfer.collectives import Collectives
 from offload_adam.transfer.streams import CudaStreams
 
 
@@ -210,7 +210,7 @@ def test_a_collective_on_a_device_is_waited_for_by_its_lane_and_not_by_the_host(
         is_cuda = True
 
     ranks = RankGroup(rank=1, world_size=2)
-    group = GroupCollectives(ranks)
+    group = Collectives(ranks)
     streams = CudaStreams(DEVICE)
     buffer = torch.ones(8).as_subclass(OnDevice)
     reduced = group.mean(streams, buffer, (4, 8))
