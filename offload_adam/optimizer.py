@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
 from offload_adam.kernels.scalars import Hyperparameters
-from offload_adam.options import FailurePolicy, OffloadPolicy
+from offload_adam.options import ExecutionOptions, FailurePolicy, OffloadPolicy
 from offload_adam.params.groups import check_group, hyperparameters_of
-from offload_adam.sharded_optimizer import Execution, ShardedOptimizer
+from offload_adam.sharded_optimizer import ShardedOptimizer
 
 
 class OffloadAdam(ShardedOptimizer):
@@ -53,7 +53,7 @@ class OffloadAdam(ShardedOptimizer):
         overlap: let `step()` return before the updates are over, and each part of `module` wait for
             its own parameters. What reads parameters otherwise calls `synchronize` first. None for
             parameters on a GPU and `module` given; on a CPU there is nothing to hide updates under.
-        state_dtype: torch.float32.
+        state_dtype: torch.float32, or None for the same.
         num_threads: threads of this rank's kernels; None for allowed cores / ranks on this node.
         offload: where the state lies and how it is moved: pinned memory, bucket size, the share
             that stays on the GPU, and so on. See `OffloadPolicy`.
@@ -92,12 +92,12 @@ class OffloadAdam(ShardedOptimizer):
         reduce_dtype: torch.dtype | None = None,
         accumulate: str | None = None,
         overlap: bool | None = None,
-        state_dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype | None = None,
         num_threads: int | None = None,
         offload: OffloadPolicy = OffloadPolicy(),
         failures: FailurePolicy = FailurePolicy(),
     ) -> None:
-        execution = Execution(
+        options = ExecutionOptions(
             module=module,
             process_group=process_group,
             gradient_reduction=gradient_reduction,
@@ -121,7 +121,7 @@ class OffloadAdam(ShardedOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
         }
 
-        self._construct(execution, lambda: self._admit(params, defaults))
+        self._construct(options, lambda: self._admit(params, defaults))
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_group(group)
@@ -159,7 +159,7 @@ class OffloadAdamW(OffloadAdam):
         reduce_dtype: torch.dtype | None = None,
         accumulate: str | None = None,
         overlap: bool | None = None,
-        state_dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype | None = None,
         num_threads: int | None = None,
         offload: OffloadPolicy = OffloadPolicy(),
         failures: FailurePolicy = FailurePolicy(),

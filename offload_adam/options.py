@@ -3,10 +3,12 @@
     a field below  -->  its check           when an optimizer is constructed
                    -->  ranks must agree    `shared=True`: compared at construction
                    -->  its YAML key        with the same default and range (config/declared.py)
-                   -->  its documentation   of the class, and of `offload-adam config`
+                   -->  its documentation   of a policy's class, and of `offload-adam config`
 
-A new option is a field here, the code that reads it, and a test. Nothing here imports torch or
-pydantic.
+A new option of a policy is a field here, the code that reads it, and a test. One of
+`ExecutionOptions` also stands in the signatures and docstrings of the optimizers (a test compares
+names and defaults). sharded_optimizer/execution.py decides from the options how an optimizer runs.
+Nothing here imports torch or pydantic at run time.
 """
 
 from __future__ import annotations
@@ -283,7 +285,10 @@ def check_max_norm(name: str, value: float | None) -> float | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutionOptions:
-    """The arguments that `OffloadAdam` and `Adam` have in common, besides hyperparameters."""
+    """The arguments that `OffloadAdam` and `Adam` have in common, besides hyperparameters.
+
+    Their signatures repeat the names and defaults, so that `help()` and editors show them.
+    """
 
     module: torch.nn.Module | None = None
     process_group: dist.ProcessGroup | None = None
@@ -306,6 +311,9 @@ class ExecutionOptions:
         "fp32 to average 16-bit gradients in fp32; null for their own dtype.",
         key="optimizer.reduce_dtype",
         shared=True,
+    )
+    state_dtype: torch.dtype | None = option(
+        None, Dtype("float32", "fp32"), "The dtype of the state; None for torch.float32."
     )
     accumulate: str | None = option(
         None,

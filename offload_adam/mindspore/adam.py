@@ -19,7 +19,6 @@ from offload_adam.mindspore.arguments import (
     check_flag,
     check_kwargs,
     check_loss_scale,
-    requested,
 )
 from offload_adam.mindspore.decay_filter import is_decayed, norm_parameters, warn_if_all_decay
 from offload_adam.mindspore.dynamic import (
@@ -39,10 +38,9 @@ from offload_adam.mindspore.groups import (
     vector_lengths,
 )
 from offload_adam.mindspore.inspection import InspectableAdam
-from offload_adam.options import FailurePolicy, OffloadPolicy
+from offload_adam.options import ExecutionOptions, FailurePolicy, OffloadPolicy
 from offload_adam.params.groups import check_group, hyperparameters_of
 from offload_adam.params.selection import Selection
-from offload_adam.sharded_optimizer import Execution
 from offload_adam.step.messages import StepInputs, StepReport
 
 _DYNAMIC_KEYS = ("lr", "weight_decay")
@@ -80,8 +78,8 @@ class Adam(InspectableAdam):
             that MindSpore was observed to use.
         decay_norms: weight decay acts on the norm layers of `module`, too.
         module: the model: it gives names and, with `use_offload`, streams gradients as they arise.
-        max_grad_norm, process_group, gradient_reduction, reduce_dtype, accumulate, overlap,
-            num_threads, offload, failures: as for `OffloadAdam`.
+        max_grad_norm, process_group, gradient_reduction, reduce_dtype, state_dtype, accumulate,
+            overlap, num_threads, offload, failures: as for `OffloadAdam`.
         **kwargs: `use_lazy`: a sparse gradient updates only the rows it touches; `use_offload`:
             state lies sharded in host memory, instead of beside its parameter on every rank.
 
@@ -113,6 +111,7 @@ class Adam(InspectableAdam):
         process_group: dist.ProcessGroup | None = None,
         gradient_reduction: str | None = None,
         reduce_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
         accumulate: str | None = None,
         overlap: bool | None = None,
         num_threads: int | None = None,
@@ -121,19 +120,18 @@ class Adam(InspectableAdam):
         **kwargs: Any,
     ) -> None:
         self._global_step = 0
-        execution = Execution(
+        options = ExecutionOptions(
             module=module,
             process_group=process_group,
             gradient_reduction=gradient_reduction,
             reduce_dtype=reduce_dtype,
+            state_dtype=state_dtype,
             max_grad_norm=max_grad_norm,
             accumulate=accumulate,
             overlap=overlap,
             num_threads=num_threads,
             offload=offload,
             failures=failures,
-            replicated=not requested(kwargs, "use_offload"),
-            takes_rows=True,
         )
 
         def admit() -> list[Field]:
@@ -169,7 +167,12 @@ class Adam(InspectableAdam):
             self._read(params, defaults, module, decay_norms)
             return [("loss_scale", str(self.loss_scale)), ("use_lazy", str(self.use_lazy))]
 
-        self._construct(execution, admit)
+        self._construct(
+            options,
+            admit,
+            replicated=kwargs.get("use_offload") is not True,  # checked in `admit`
+            takes_rows=True,  # sparse gradients
+        )
 
     def _read(
         self,

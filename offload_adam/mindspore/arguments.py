@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
 
 _KWARGS = ("use_lazy", "use_offload")
 
@@ -89,11 +88,6 @@ def check_amsgrad(*, amsgrad: bool, lazy: bool, offload: bool) -> None:
             raise ValueError(
                 f"use_amsgrad=True and {name}=True exclude each other: pass one of them"
             )
-
-
-def requested(kwargs: Mapping[str, Any], name: str) -> bool:
-    """Tell whether a keyword is True, before it is checked."""
-    return kwargs.get(name) is True
 
 
 def _positive(name: str, value: float) -> float:

@@ -1,6 +1,5 @@
 """What every optimizer of this package is beneath its arguments: shards, hooks, the step."""
 
-from offload_adam.sharded_optimizer.execution import Execution
 from offload_adam.sharded_optimizer.optimizer import ShardedOptimizer
 
-__all__ = ["Execution", "ShardedOptimizer"]
+__all__ = ["ShardedOptimizer"]

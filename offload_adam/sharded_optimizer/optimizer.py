@@ -28,7 +28,7 @@ from offload_adam.coordinator.ranks import (
 from offload_adam.errors import StreamedGradientError
 from offload_adam.gradients.stand_in import StreamedGradients
 from offload_adam.kernels.scalars import Hyperparameters
-from offload_adam.options import check_max_norm
+from offload_adam.options import ExecutionOptions, check_max_norm
 from offload_adam.params.groups import GroupWatch
 from offload_adam.params.selection import (
     Selection,
@@ -39,7 +39,12 @@ from offload_adam.params.selection import (
 )
 from offload_adam.sharded_optimizer.base import CoreOptimizer, WrittenState, serialized
 from offload_adam.sharded_optimizer.compiling import never_compiled
-from offload_adam.sharded_optimizer.execution import Execution, check_module
+from offload_adam.sharded_optimizer.execution import (
+    check_module,
+    decide_execution,
+    shared_fields,
+    usable_failures,
+)
 from offload_adam.sharded_optimizer.loss_scale import read_loss_scale, report_skip
 from offload_adam.sharded_optimizer.owners import add_owner, refuse_owned
 from offload_adam.state.state_shard import local_state
@@ -72,18 +77,27 @@ class ShardedOptimizer(CoreOptimizer):
     # What the work runs on. A simulated machine has its own.
     _backend = Backend()
 
-    def _construct(self, execution: Execution, admit: Callable[[], Sequence[Field]]) -> None:
+    def _construct(
+        self,
+        options: ExecutionOptions,
+        admit: Callable[[], Sequence[Field]],
+        *,
+        replicated: bool = False,
+        takes_rows: bool = False,
+    ) -> None:
         """Check everything, then allocate and build, or leave nothing behind. Collective.
 
         Args:
             admit: runs the subclass's own checks, lets torch take the groups in, and returns fields
-                that ranks must have in common besides parameters, groups and execution.
+                that ranks must have in common besides parameters, groups and options.
+            replicated: state is stored with its parameter, whole on every rank.
+            takes_rows: gradients may be sparse.
         """
         torch_private.check()
         self._lock = threading.RLock()
-        module = execution.module
-        check_process_group(execution.process_group)
-        self._distributed = is_distributed(execution.process_group)
+        module = options.module
+        check_process_group(options.process_group)
+        self._distributed = is_distributed(options.process_group)
         self.last_step: StepReport | None = None
         self.skipped_steps = 0
         self.notice = Notice()
@@ -96,7 +110,7 @@ class ShardedOptimizer(CoreOptimizer):
         self._core: ShardedAdam | None = None
         self._hooks: BackwardHooks | None = None
         self._indices: dict[torch.nn.Parameter, int] = {}
-        self._ranks = open_rank_group(execution.process_group, execution.patience())
+        self._ranks = open_rank_group(options.process_group, usable_failures(options.failures))
         resources = ExitStack()
         resources.callback(self._ranks.release)
         # At exit too: a process group that outlives the interpreter's modules ends it with an
@@ -107,28 +121,26 @@ class ShardedOptimizer(CoreOptimizer):
             with raise_on_all_ranks(self._ranks, "construction"):
                 check_module(module)
                 self._fields = list(admit())
-                kind = execution.check()
+                on_device = [
+                    self._backend.is_device(parameter.device)
+                    for parameter in self._grouped_parameters()
+                ]
+                execution = decide_execution(options, replicated=replicated, on_device=on_device)
                 refuse_unrelated(module, self.param_groups)
-            self._fields = [*execution.fields(kind), *self._fields]
-            self.max_grad_norm = execution.max_grad_norm
-            self._units = execution.offload.units
-            on_device = [
-                self._backend.is_device(parameter.device)
-                for parameter in self._grouped_parameters()
-            ]
-            execution.warn_without_effect(any(on_device))
-            policy = execution.state_policy(kind, self._ranks.world_size)
-            streams = execution.streamed_module is not None and kind == "optimizer"
+            self._fields = [*shared_fields(options, execution), *self._fields]
+            self.max_grad_norm = options.max_grad_norm
+            self._units = options.offload.units
+            policy, streams, overlaps = execution
             # Nothing is copied to or from a device otherwise.
             copies = any(on_device) and not policy.replicated
             runtime = self._backend.make_runtime() if copies else None
             self._core = ShardedAdam(
                 self._ranks,
-                Storage(policy, self._backend, runtime, execution.offload),
-                num_threads=execution.num_threads,
+                Storage(policy, self._backend, runtime, options.offload),
+                num_threads=options.num_threads,
                 module=module,
-                overlaps=execution.overlaps(kind, all(on_device)),
-                takes_rows=execution.takes_rows,
+                overlaps=overlaps,
+                takes_rows=takes_rows,
                 streamed=self._streamed if streams else None,
             )
             if streams:

@@ -14,7 +14,7 @@ import torch
 from offload_adam import Adam, FailurePolicy, OffloadAdam, OffloadAdamW, OffloadPolicy
 from offload_adam.config import RunConfig
 from offload_adam.options import ExecutionOptions, check_options, options_of
-from offload_adam.sharded_optimizer.execution import Execution
+from offload_adam.sharded_optimizer.execution import decide_execution, shared_fields
 from offload_adam.train.optimizer import build_optimizer, failure_policy, offload_policy
 
 DECLARED = [
@@ -81,10 +81,13 @@ def test_a_configuration_reaches_the_policies() -> None:
 
 
 def test_the_ranks_share_what_is_declared_as_shared() -> None:
-    execution = Execution(
+    options = ExecutionOptions(
         max_grad_norm=0.5, offload=OffloadPolicy(bucket_nbytes=7, offload_fraction=0.5)
     )
-    facts = dict(execution.fields("optimizer"))
+    with pytest.warns(UserWarning, match=r"offload_fraction=0\.5 has no effect"):
+        execution = decide_execution(options, on_device=[False])
+    facts = dict(shared_fields(options, execution))
+    assert facts["gradient_reduction"] == "optimizer"
     shared = {"max_grad_norm", "reduce_dtype", "accumulate", "bucket_nbytes", "offload_fraction"}
     assert {declared.name for declared in DECLARED if declared.shared} == shared
     expected = {"max_grad_norm": "0.5", "bucket_nbytes": "7", "offload_fraction": "0.5"}
@@ -111,7 +114,8 @@ def test_a_wrong_value_is_named_at_construction(policy: Any, message: str) -> No
 
 
 def test_none_is_allowed_where_it_is_the_default() -> None:
-    assert Execution(num_threads=None, overlap=None).check() == "optimizer"
+    options = ExecutionOptions(num_threads=None, overlap=None)
+    assert decide_execution(options, on_device=[False]).policy.reduces
     with pytest.raises(TypeError, match="bucket_nbytes must be an int, not None"):
         check_options(OffloadPolicy(bucket_nbytes=None))  # type: ignore[arg-type]
 
