@@ -13,15 +13,14 @@ from offload_adam.layout.flat import Bucket, Segment
 from offload_adam.layout.state_plan import StatePlan
 from offload_adam.memory.arena import HostArena, padded_nbytes
 from offload_adam.memory.planes import StatePlanes, gradient_dtype
-from offload_adam.params.elements import in_shape_of
+from offload_adam.params.elements import in_shape_of, with_own_storage
 
 
 def flatten_parameters(bucket: Bucket, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
     """Move the parameters of one bucket into one flat tensor, and return it.
 
-    Each parameter is re-pointed through `.data`, so that it stays the same object with its own
-    version counter. It gets a storage of its own over its part of the bucket: what saves or copies
-    a parameter touches its bytes alone.
+    Each parameter is assigned its part through `.data`, so that it stays the same object with its
+    own version counter.
 
     Args:
         parameters: in the order of the bucket's placements; one dtype, one device.
@@ -33,16 +32,14 @@ def flatten_parameters(bucket: Bucket, parameters: Sequence[torch.nn.Parameter])
     flat = _allocate(bucket.numel, first.dtype, first.device)
     for placed, parameter in zip(bucket.placements, parameters, strict=True):
         if placed.numel > 0:
-            with torch.cuda.device_of(flat):  # DLPack exports from the current device alone
-                part = torch.from_dlpack(flat[placed.start : placed.end])
-            view = in_shape_of(part, parameter)
+            view = in_shape_of(with_own_storage(flat[placed.start : placed.end]), parameter)
             view.copy_(parameter.data)
             parameter.data = view
     return flat
 
 
 def _allocate(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return zeros; on the host in huge pages, like the state that is updated beside them."""
+    """Return zeros; on the host they are in huge pages, as the state is."""
     if device.type != "cpu":
         return torch.zeros(numel, dtype=dtype, device=device)
     return HostArena(padded_nbytes(numel, dtype), survives_fork=True).take(numel, dtype)

@@ -57,6 +57,15 @@ def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def with_own_storage(part: torch.Tensor) -> torch.Tensor:
+    """Return a tensor over the same elements, whose storage is these elements alone.
+
+    Whatever saves or copies its storage then reads no other bytes.
+    """
+    with torch.cuda.device_of(part):  # DLPack exports from the current device only
+        return torch.from_dlpack(part)
+
+
 def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
     """Return the elements of a tensor without gaps as they lie in memory, 1-d, without a copy."""
     return tensor.as_strided((tensor.numel(),), (1,))

@@ -1,4 +1,4 @@
-"""Which parameters are optimized, what bars one, and which of them share a bucket."""
+"""Which parameters are optimized, which are rejected, and which of them share a bucket."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from offload_adam.torch_private import PARTITIONER_MARKS, is_lazy
 
 _DEVICES = ("cpu", "cuda")
 
+Named = tuple[str, torch.nn.Parameter]
+
 
 def bucket_key_of(parameter: torch.Tensor) -> str:
     """Return what parameters of one bucket share: dtype and device."""
@@ -22,7 +24,7 @@ def bucket_key_of(parameter: torch.Tensor) -> str:
 
 
 def check_parameter(name: str, parameter: torch.Tensor) -> None:
-    """Refuse a parameter that cannot be updated, naming it.
+    """Reject a parameter that cannot be updated, naming it.
 
     Raises:
         TypeError: a tensor subclass such as DTensor; one rank's part of a parameter, from FSDP1 or
@@ -71,15 +73,15 @@ def check_parameter(name: str, parameter: torch.Tensor) -> None:
         )
 
 
-def refuse_overlaps(names: Sequence[str], parameters: Sequence[torch.Tensor]) -> None:
-    """Refuse distinct parameters that lie over each other in memory, naming both.
+def _refuse_overlaps(members: Iterable[Named]) -> None:
+    """Reject distinct parameters that overlap in memory, naming both.
 
-    Tied weights are one parameter used twice and pass; two parameters over one memory would each be
-    given memory of its own, and the tie would be lost in silence.
+    Tied weights are one parameter used twice, and pass. Two parameters over the same memory would
+    each get memory of its own, and the tie would be lost silently.
     """
     extents = sorted(
         (str(parameter.device), *_extent(parameter), name)
-        for name, parameter in zip(names, parameters, strict=True)
+        for name, parameter in members
         if parameter.numel() > 0
     )
     for (device, _, end, name), (next_device, start, _, next_name) in pairwise(extents):
@@ -98,18 +100,14 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-Named = tuple[str, torch.nn.Parameter]
-
-
 @dataclass(frozen=True, slots=True)
 class NewParameter:
-    """A trainable parameter that the optimizer is about to take in.
+    """A trainable parameter that the optimizer is about to allocate state for.
 
-    index counts over all trainable parameters.
-
-    group: place of its hyperparameters among those that a step is given; its parameter group,
-        unless the optimizer keeps several for one group.
-    centralized: the mean over all dimensions but the first is taken from its gradients.
+    index: counts over all trainable parameters.
+    group: index of its hyperparameters among those of a step. This is its parameter group, unless
+        the optimizer keeps several sets of hyperparameters for one group.
+    centralized: the mean over all dimensions but the first is subtracted from its gradients.
     """
 
     index: int
@@ -140,7 +138,7 @@ def select_parameters(
     first_index: int,
     first_group: int,
 ) -> Selection:
-    """Tell the trainable parameters of these groups from the frozen ones, and number them."""
+    """Separate the trainable parameters of these groups from the frozen ones, and number them."""
     selection = Selection([], [])
     names = names_of(groups, module)
     for number, (group, group_names) in enumerate(zip(groups, names, strict=True), first_group):
@@ -157,7 +155,10 @@ def select_parameters(
 
 
 def check_parameters(new: Iterable[NewParameter], known: Iterable[Named]) -> None:
-    """Refuse parameters that cannot be optimized, or that lie over each other or known ones.
+    """Reject parameters that cannot be optimized, or that overlap in memory with others.
+
+    Args:
+        known: parameters that are optimized already.
 
     Raises:
         TypeError, ValueError: naming the parameter.
@@ -165,12 +166,11 @@ def check_parameters(new: Iterable[NewParameter], known: Iterable[Named]) -> Non
     members = [(item.name, item.parameter) for item in new]
     for name, parameter in members:
         check_parameter(name, parameter)
-    members += known
-    refuse_overlaps([name for name, _ in members], [parameter for _, parameter in members])
+    _refuse_overlaps([*members, *known])
 
 
 def refuse_unrelated(module: torch.nn.Module | None, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a module that holds none of the parameters: it is another one than was meant.
+    """Reject a module that holds none of the parameters: it is the wrong module.
 
     Raises:
         ValueError: naming the module's type.

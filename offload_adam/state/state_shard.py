@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Never, SupportsIndex
 import torch
 
 from offload_adam.params.bucket import BucketState
-from offload_adam.params.elements import in_memory_order, in_shape_of
+from offload_adam.params.elements import in_memory_order, in_shape_of, with_own_storage
 from offload_adam.torch_private import ATEN_TO_COPY, make_wrapper_subclass
 
 if TYPE_CHECKING:  # its import takes seconds: methods that torch calls from there import it
@@ -187,8 +187,7 @@ def _view(state: BucketState, position: int, plane: torch.Tensor) -> torch.Tenso
         return torch.empty(parameter.shape if whole else 0, dtype=plane.dtype, device=plane.device)
     low, _ = state.layout.shard_bounds(state.rank)
     offset = state.layout.placements[position].start + start - low
-    with torch.cuda.device_of(plane):  # DLPack exports from the current device alone
-        part = torch.from_dlpack(plane[offset : offset + end - start])
+    part = with_own_storage(plane[offset : offset + end - start])
     if state.layout.world_size == 1:
         return in_shape_of(part, parameter)
     return part
