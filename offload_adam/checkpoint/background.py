@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from offload_adam.checkpoint.format import RankEntry
+from offload_adam.checkpoint.optimizer_access import locked
 from offload_adam.checkpoint.save import Save, open_save
 from offload_adam.coordinator.admission import raise_on_all_ranks
 from offload_adam.coordinator.progress import PROGRESS
@@ -44,13 +45,14 @@ def begin_checkpoint(
         CheckpointError: as `save_checkpoint`; another one has not been waited for.
         OSError: on the rank where writing failed; the others raise a PeerError. No file is left.
     """
-    with optimizer._lock:
-        optimizer.synchronize()
+    with locked(optimizer):
+        core = optimizer._settled()
         with PROGRESS.at("checkpoint", long_running=True):
-            save = open_save(Path(path), model, optimizer, extra, optimizer._checkpoint_rooms)
+            save = open_save(Path(path), model, optimizer, extra, core.snapshot_lock.rooms)
             with save.discarding(), raise_on_all_ranks(save.ranks, "writing a checkpoint"):
                 save.write_whole()
-            return PendingCheckpoint(save, optimizer)
+            core.external_edits.lock_snapshot(save.buckets)
+            return PendingCheckpoint(save, optimizer, core.snapshot_lock)
 
 
 class PendingCheckpoint:
@@ -63,10 +65,12 @@ class PendingCheckpoint:
     Lifecycle: `commit_if_written` after every step, or `wait`; the same calls on every rank.
     """
 
-    def __init__(self, save: Save, optimizer: ShardedOptimizer) -> None:
+    def __init__(
+        self, save: Save, optimizer: ShardedOptimizer, snapshot_lock: SnapshotLock
+    ) -> None:
         self._save = save
         self._optimizer = optimizer
-        self._snapshot_lock = optimizer._lock_snapshot(save.buckets)
+        self._snapshot_lock = snapshot_lock
         self._number = self._snapshot_lock.num_begun
         self._writer = _Writer(save, self._snapshot_lock)
         self._is_over = False
@@ -115,7 +119,8 @@ class PendingCheckpoint:
     def _result(self) -> RankEntry:
         """Return what this rank has written, after a last check for modified parameters."""
         entry = self._writer.result()
-        self._optimizer._wait_for_snapshot()
+        with self._optimizer._lock:
+            self._optimizer._alive().external_edits.wait_for_snapshot()
         self._snapshot_lock.raise_if_invalidated()
         return entry
 

@@ -29,6 +29,7 @@ from offload_adam.layout.flat import ParameterSpec
 from offload_adam.params.selection import bucket_key_of
 from offload_adam.plan.inputs import Training
 from offload_adam.plan.prediction import predict
+from offload_adam.state.state_shard import shards_of
 from tests.distributed.test_checkpoints import assert_same, train, whole_state
 from tests.support.devices import HOST_AS_DEVICE
 from tests.support.models import Model
@@ -147,7 +148,7 @@ def test_with_too_little_room_a_step_waits_and_nothing_is_lost(
     pending = begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     assert disk.reached.wait(WAIT_S)
     gate = optimizer._alive().snapshot_lock
-    num_buckets = len({shard.bucket for shard in optimizer._shards()})
+    num_buckets = len({shard.bucket for shard in shards_of(optimizer._settled().states)})
     assert 0 < len(gate._held) < num_buckets  # those that are updated first have been copied
     assert num_buckets - 1 not in gate._held
     step = threading.Thread(target=train, args=(model, optimizer, 3, 4))
@@ -183,7 +184,7 @@ def test_a_bucket_is_held_until_it_is_copied(
 
     monkeypatch.setattr(save, "copy_bytes", watched)
     begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer).wait()
-    num_parts = sum(1 + len(s.planes) for s in optimizer._shards())
+    num_parts = sum(1 + len(s.planes) for s in shards_of(optimizer._settled().states))
     assert held == [True] * num_parts
     optimizer.close()
 
@@ -250,7 +251,7 @@ def nbytes_of_state(optimizer: Any) -> int:
     planes = ("parameters", "master_weight", "exp_avg", "exp_avg_sq")
     entries = [entry for entry in optimizer.memory_ledger() if entry.category in planes]
     assert len(entries) > 3
-    world_size = optimizer.ranks.world_size if optimizer._is_sharded else 1
+    world_size = optimizer.ranks.world_size if optimizer._alive().is_sharded else 1
     return sum(e.nbytes // (world_size if e.category == "parameters" else 1) for e in entries)
 
 
@@ -268,7 +269,7 @@ def room_of(rank: int, world_size: int, kind: str, limit_nbytes: int) -> dict[st
     found = {
         "held": held,
         "ledger": entry.nbytes,
-        "mapped": sum(each.nbytes for each in optimizer._checkpoint_rooms),
+        "mapped": sum(each.nbytes for each in optimizer._alive().snapshot_lock.rooms),
         "planned": predict(specs_of(model), training).host.get("checkpoint room", 0),
         "state": nbytes_of_state(optimizer),
     }
@@ -299,7 +300,7 @@ def save_beside(rank: int, world_size: int, folder: str) -> tuple[dict[str, Any]
     train(model, optimizer, 0, 2)
     before = whole_state(model, optimizer)
     pending = begin_checkpoint(folder, model=model, optimizer=optimizer)
-    optimizer._wait_for_snapshot()  # all is copied
+    optimizer._alive().external_edits.wait_for_snapshot()  # all is copied
     train(model, optimizer, 2, 4)
     pending.wait()
     load_checkpoint(folder, model=model, optimizer=optimizer)
@@ -322,7 +323,7 @@ def test_later_groups_get_room_of_what_is_left(tmp_path: Path, disk: Disk) -> No
             model[0].parameters(), offload=OffloadPolicy(checkpoint_room_nbytes=limit_nbytes)
         )
         optimizer.add_param_group({"params": list(model[1].parameters())})
-        assert tuple(each.nbytes for each in optimizer._checkpoint_rooms) == expected
+        assert tuple(each.nbytes for each in optimizer._alive().snapshot_lock.rooms) == expected
         assert optimizer.host_nbytes["checkpoint room"] == sum(expected)
         optimizer.close()
     optimizer = OffloadAdam(

@@ -77,7 +77,7 @@ pending = []
 
 def beside():
     pending.append(begin_checkpoint(folder / "beside", **of))
-    optimizer._wait_for_snapshot()
+    optimizer._alive().external_edits.wait_for_snapshot()
     pending[0].wait()
 
 
