@@ -29,11 +29,11 @@ def begin_checkpoint(
 ) -> PendingCheckpoint:
     """Begin a checkpoint of the state as it is now, and let training go on. Collective.
 
-    A thread copies the buckets that are updated first, as many as fit into the optimizer's
-    `checkpoint_room_nbytes`, and writes the others straight from the state. An update waits for a
-    bucket that is neither copied nor written yet, so the saved bytes are those of this step.
-    Besides that memory a rank needs 4 MiB for state on a device. Frozen parameters and buffers,
-    which a forward may change, are written before this function returns.
+    A thread copies the buckets that are updated first into the optimizer's snapshot buffer, as
+    many as fit, and writes the others straight from the state. An update waits for a bucket that is
+    neither copied nor written yet, so the saved bytes are those of this step. Besides this buffer
+    (`snapshot_buffer_nbytes`) a rank needs 4 MiB for state on a device. Frozen parameters and
+    buffers, which a forward may change, are written before this function returns.
 
     `commit_if_written`, called after every step, or `wait` makes it a checkpoint. If parameters are
     modified outside the optimizer meanwhile (`load_state_dict`, `clamp_`), the checkpoint fails.
@@ -48,7 +48,7 @@ def begin_checkpoint(
     with locked(optimizer):
         core = optimizer._settled()
         with PROGRESS.at("checkpoint", long_running=True):
-            save = open_save(Path(path), model, optimizer, extra, core.snapshot_lock.rooms)
+            save = open_save(Path(path), model, optimizer, extra, core.snapshot_lock.buffers)
             with save.discarding(), raise_on_all_ranks(save.ranks, "writing a checkpoint"):
                 save.write_whole()
             core.external_edits.lock_snapshot(save.buckets)
@@ -109,7 +109,7 @@ class PendingCheckpoint:
                 with raise_on_all_ranks(self._save.ranks, "writing a checkpoint"):
                     entry = self._result()
             finally:
-                self._snapshot_lock.settle()
+                self._snapshot_lock.close_snapshot()
                 self.num_waits, self.waited_s = (
                     self._snapshot_lock.num_waits,
                     self._snapshot_lock.waited_s,
@@ -149,7 +149,7 @@ class _Writer:
 
     def _run(self) -> None:
         try:
-            self._snapshot_lock.begin_reader()
+            self._snapshot_lock.set_reader()
             self._read(self._snapshot_lock.raise_if_invalidated)
             self._save.write_copies(self._snapshot_lock.raise_if_invalidated)
             self._snapshot_lock.raise_if_invalidated()
@@ -159,13 +159,13 @@ class _Writer:
             with suppress(OSError):
                 self._save.remove()
         finally:
-            self._snapshot_lock.finish()
+            self._snapshot_lock.finish_reading()
 
     def _read(self, before_each: Callable[[], None]) -> None:
         """Copy the buckets that fit, then write the others; free each for updates once read."""
         for bucket in self._save.buckets:
             if self._save.copy_bucket(bucket, before_each):
-                self._snapshot_lock.free(bucket)
+                self._snapshot_lock.release_bucket(bucket)
         for bucket in self._save.buckets:
             self._save.write_bucket(bucket, before_each)
-            self._snapshot_lock.free(bucket)
+            self._snapshot_lock.release_bucket(bucket)

@@ -45,7 +45,7 @@ from offload_adam.coordinator.admission import gather_texts, raise_on_all_ranks
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import CheckpointError, PeerFailedError
-from offload_adam.layout.budget import ROOM_ALIGNMENT_NBYTES
+from offload_adam.layout.budget import SNAPSHOT_ALIGNMENT_NBYTES
 from offload_adam.layout.flat import align
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.state.state_shard import memory_order, shards_of
@@ -100,12 +100,12 @@ def open_save(
     model: nn.Module,
     optimizer: ShardedOptimizer,
     extra: Mapping[str, Any] | None,
-    rooms: Sequence[torch.Tensor] = (),
+    buffers: Sequence[torch.Tensor] = (),
 ) -> Save:
     """Check everything that is saved, and open a partial folder and this rank's file. Collective.
 
     Args:
-        rooms: see `Save`.
+        buffers: see `Save`.
     """
     ranks = optimizer.ranks
     with raise_on_all_ranks(ranks, "preparing a checkpoint"):
@@ -134,7 +134,7 @@ def open_save(
         _open_folder(target, partial, ranks)
         with raise_on_all_ranks(ranks, "opening a checkpoint's files"):
             parts = _parts(model, core, state)
-            save = Save(target, partial, ranks, parts, manifest, rooms)
+            save = Save(target, partial, ranks, parts, manifest, buffers)
     return save
 
 
@@ -193,8 +193,8 @@ class Save:
     Args:
         parts: what this rank writes.
         plain: the manifest when the save began, without tensors and files.
-        rooms: host memory for copies of the buckets that are updated first. The copies come last in
-            the file.
+        buffers: the optimizer's snapshot buffers, for copies of the buckets that are updated first.
+            The copies come last in the file.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class Save:
         ranks: RankGroup,
         parts: Sequence[Part],
         plain: Manifest,
-        rooms: Sequence[torch.Tensor] = (),
+        buffers: Sequence[torch.Tensor] = (),
     ) -> None:
         self.ranks = ranks
         self._target = target
@@ -218,7 +218,7 @@ class Save:
         # The bucket that the next update writes to comes first.
         self._buckets = dict(sorted(self._buckets.items(), reverse=True))
         in_order = [part for some in self._buckets.values() for part in some]
-        self._copies = places_in(rooms, in_order)
+        self._copies = places_in(buffers, in_order)
         direct = [part for part in in_order if part.name not in self._copies]
         name = rank_file_name(ranks.rank, ranks.world_size)
         self._file = RankFile(self._partial, name, [*self._whole, *direct, *self._copies.values()])
@@ -241,7 +241,7 @@ class Save:
         self._file.write(self._whole)
 
     def copy_bucket(self, bucket: int, before_each: Callable[[], None] = lambda: None) -> bool:
-        """Copy the tensors of a bucket that have a place in `rooms`.
+        """Copy the tensors of a bucket that have a place in a snapshot buffer.
 
         Args:
             before_each: called before each tensor.
@@ -317,22 +317,22 @@ def manifest_of(entries: Sequence[RankEntry], plain: Manifest) -> Manifest:
     return plain.model_copy(update={"tensors": tensors, "files": files})
 
 
-def places_in(rooms: Sequence[torch.Tensor], parts: Iterable[Part]) -> dict[str, Part]:
-    """Return by name where copies of parts will lie, for all parts that fit into `rooms`, in order.
+def places_in(buffers: Sequence[torch.Tensor], parts: Iterable[Part]) -> dict[str, Part]:
+    """Place copies of parts in snapshot buffers, in order, and return the copies by name.
 
     A part that does not fit is left out; later ones may still fit.
 
     Args:
-        rooms: (n,) uint8 each, starting at a multiple of 128 bytes.
+        buffers: (n,) uint8 each, starting at a multiple of 128 bytes.
     """
     placed: dict[str, Part] = {}
-    used = [0] * len(rooms)
+    used = [0] * len(buffers)
     for part in parts:
-        for number, room in enumerate(rooms):
+        for number, buffer in enumerate(buffers):
             start, end = used[number], used[number] + part.data.nbytes
-            if end <= room.nbytes:
-                placed[part.name] = replace(part, data=room[start:end].view(part.data.dtype))
-                used[number] = align(end, ROOM_ALIGNMENT_NBYTES)
+            if end <= buffer.nbytes:
+                placed[part.name] = replace(part, data=buffer[start:end].view(part.data.dtype))
+                used[number] = align(end, SNAPSHOT_ALIGNMENT_NBYTES)
                 break
     return placed
 

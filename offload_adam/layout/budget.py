@@ -15,7 +15,7 @@ NUM_STAGING_SLOTS = 2
 NUM_REDUCE_SLOTS = 3
 """Slots on a device for gradients: one is packed, one averaged, and one is copied to the host."""
 
-ROOM_ALIGNMENT_NBYTES = 128
+SNAPSHOT_ALIGNMENT_NBYTES = 128
 """Copies start at multiples of this, which is no more than the padding of what they are made of."""
 
 CHECKPOINT_BLOCK_NBYTES = 4 * 1024 * 1024
@@ -48,13 +48,13 @@ def saved_nbytes(plan: StatePlan) -> int:
     return plan.bucket.shard_numel * (plan.bucket.itemsize + planes)
 
 
-def copy_room_nbytes(plans: Sequence[StatePlan], limit_nbytes: int) -> int:
-    """Return the bytes of one rank's room for copies of what a checkpoint has still to write.
+def snapshot_buffer_nbytes(plans: Sequence[StatePlan], limit_nbytes: int) -> int:
+    """Return the bytes of one rank's snapshot buffer.
 
-    All that these buckets could fill, or as many as are allowed, less than 128 of them aside.
+    This is what copies of these buckets take, or the limit rounded down to a multiple of 128.
     """
     nbytes = sum(map(saved_nbytes, plans))
-    return min(nbytes, limit_nbytes // ROOM_ALIGNMENT_NBYTES * ROOM_ALIGNMENT_NBYTES)
+    return min(nbytes, limit_nbytes // SNAPSHOT_ALIGNMENT_NBYTES * SNAPSHOT_ALIGNMENT_NBYTES)
 
 
 def traffic_nbytes(plan: StatePlan) -> int:

@@ -154,7 +154,7 @@ class ShardedOptimizer(StateAccess):
                 backend=self._backend,
             )
             resources.callback(self._core.resources.close)
-            resources.callback(self._core.snapshot_lock.abandon)
+            resources.callback(self._core.snapshot_lock.stop_reader)
             resources.callback(self._ranks.abort_devices)
             self._take_in(self._core, 0)
             self._own_state = self.state
@@ -384,7 +384,7 @@ class ShardedOptimizer(StateAccess):
         """
         try:
             if self._core is not None and self._release.alive:
-                self._core.snapshot_lock.abandon()
+                self._core.snapshot_lock.stop_reader()
                 self._core.reduction.hide_stand_ins()
                 self._core.synchronize()
         finally:

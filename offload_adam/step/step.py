@@ -97,7 +97,7 @@ class ShardedAdam:
         self.reduction = reduction
         self.states: list[BucketState] = []
         self.host_nbytes = dict.fromkeys(
-            ("state", "staging", "checkpoint room", "block_sums", "prepared"), 0
+            ("state", "staging", "snapshot buffer", "block_sums", "prepared"), 0
         )
         self._placing = placing
         self._external = external
@@ -140,17 +140,17 @@ class ShardedAdam:
             HostMemoryError: nothing has been changed then.
         """
         touch = self._touch_host if spans_nodes() else None
-        states, arena, room = build_states(
+        states, arena, buffer = build_states(
             new,
             self.ranks,
             self._placing,
             len(self.states),
             touch,
-            room_nbytes=self._placing.offload.checkpoint_room_nbytes
-            - self.snapshot_lock.room_nbytes,
+            buffer_nbytes=self._placing.offload.snapshot_buffer_nbytes
+            - self.snapshot_lock.buffer_nbytes,
         )
-        self.arenas += [arena, room]
-        self.snapshot_lock.rooms.append(room.take(room.nbytes, torch.uint8))
+        self.arenas += [arena, buffer]
+        self.snapshot_lock.buffers.append(buffer.take(buffer.nbytes, torch.uint8))
         with PROGRESS.at("compilation", long_running=True):
             hosted = [state for state in states if state.plan.location.is_host]
             if hosted:
@@ -162,7 +162,7 @@ class ShardedAdam:
         self.states += states
         self._frozen += frozen
         self.host_nbytes["state"] += arena.nbytes
-        self.host_nbytes["checkpoint room"] = self.snapshot_lock.room_nbytes
+        self.host_nbytes["snapshot buffer"] = self.snapshot_lock.buffer_nbytes
         self._count_update_nbytes()
         self._names += [item.name for item in new]
         self._parameters += [item.parameter for item in new]

@@ -39,11 +39,10 @@ def members(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
 
 
 def everything(parameters: list[torch.nn.Parameter], optimizer: OffloadAdam) -> list[Any]:
-    held = [part.parameter for part in shards_of(optimizer._settled().states)]
-    state = [
-        tensor for part in shards_of(optimizer._settled().states) for tensor in part.planes.values()
-    ]
-    steps = [part.step for part in shards_of(optimizer._settled().states)]
+    parts = list(shards_of(optimizer._settled().states))
+    held = [part.parameter for part in parts]
+    state = [tensor for part in parts for tensor in part.planes.values()]
+    steps = [part.step for part in parts]
     return [tensor.tolist() for tensor in (*parameters, *held, *state, *steps)]
 
 

@@ -119,7 +119,7 @@ def test_waiting_for_a_checkpoint_is_no_update() -> None:
     model(torch.randn(2, 64)).sum().backward()
     core = optimizer._alive()
     core.external_edits.lock_snapshot([0, 1])
-    threading.Timer(0.3, core.snapshot_lock.finish).start()
+    threading.Timer(0.3, core.snapshot_lock.finish_reading).start()
     optimizer.step()
     optimizer.synchronize()
     model(torch.randn(2, 64)).sum().backward()
