@@ -220,7 +220,7 @@ class OffloadPolicy:
         key="optimizer.bucket_nbytes",
         shared=True,
     )
-    checkpoint_room_nbytes: int = option(
+    snapshot_buffer_nbytes: int = option(
         0,
         Number(kind=int, least=0),
         "Most host bytes for copies that `begin_checkpoint` makes of unwritten state, so that "

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from offload_adam.checkpoint.format import RankEntry
+from offload_adam.checkpoint.optimizer_access import locked
 from offload_adam.checkpoint.save import Save, open_save
 from offload_adam.coordinator.admission import raise_on_all_ranks
 from offload_adam.coordinator.progress import PROGRESS
@@ -28,11 +29,11 @@ def begin_checkpoint(
 ) -> PendingCheckpoint:
     """Begin a checkpoint of the state as it is now, and let training go on. Collective.
 
-    A thread copies the buckets that are updated first, as many as fit into the optimizer's
-    `checkpoint_room_nbytes`, and writes the others straight from the state. An update waits for a
-    bucket that is neither copied nor written yet, so the saved bytes are those of this step.
-    Besides that memory a rank needs 4 MiB for state on a device. Frozen parameters and buffers,
-    which a forward may change, are written before this function returns.
+    A thread copies the buckets that are updated first into the optimizer's snapshot buffer, as
+    many as fit, and writes the others straight from the state. An update waits for a bucket that is
+    neither copied nor written yet, so the saved bytes are those of this step. Besides this buffer
+    (`snapshot_buffer_nbytes`) a rank needs 4 MiB for state on a device. Frozen parameters and
+    buffers, which a forward may change, are written before this function returns.
 
     `commit_if_written`, called after every step, or `wait` makes it a checkpoint. If parameters are
     modified outside the optimizer meanwhile (`load_state_dict`, `clamp_`), the checkpoint fails.
@@ -44,13 +45,14 @@ def begin_checkpoint(
         CheckpointError: as `save_checkpoint`; another one has not been waited for.
         OSError: on the rank where writing failed; the others raise a PeerError. No file is left.
     """
-    with optimizer._lock:
-        optimizer.synchronize()
+    with locked(optimizer):
+        core = optimizer._settled()
         with PROGRESS.at("checkpoint", long_running=True):
-            save = open_save(Path(path), model, optimizer, extra, optimizer._checkpoint_rooms)
+            save = open_save(Path(path), model, optimizer, extra, core.snapshot_lock.buffers)
             with save.discarding(), raise_on_all_ranks(save.ranks, "writing a checkpoint"):
                 save.write_whole()
-            return PendingCheckpoint(save, optimizer)
+            core.external_edits.lock_snapshot(save.buckets)
+            return PendingCheckpoint(save, optimizer, core.snapshot_lock)
 
 
 class PendingCheckpoint:
@@ -63,10 +65,12 @@ class PendingCheckpoint:
     Lifecycle: `commit_if_written` after every step, or `wait`; the same calls on every rank.
     """
 
-    def __init__(self, save: Save, optimizer: ShardedOptimizer) -> None:
+    def __init__(
+        self, save: Save, optimizer: ShardedOptimizer, snapshot_lock: SnapshotLock
+    ) -> None:
         self._save = save
         self._optimizer = optimizer
-        self._snapshot_lock = optimizer._lock_snapshot(save.buckets)
+        self._snapshot_lock = snapshot_lock
         self._number = self._snapshot_lock.num_begun
         self._writer = _Writer(save, self._snapshot_lock)
         self._is_over = False
@@ -105,7 +109,7 @@ class PendingCheckpoint:
                 with raise_on_all_ranks(self._save.ranks, "writing a checkpoint"):
                     entry = self._result()
             finally:
-                self._snapshot_lock.settle()
+                self._snapshot_lock.close_snapshot()
                 self.num_waits, self.waited_s = (
                     self._snapshot_lock.num_waits,
                     self._snapshot_lock.waited_s,
@@ -115,7 +119,8 @@ class PendingCheckpoint:
     def _result(self) -> RankEntry:
         """Return what this rank has written, after a last check for modified parameters."""
         entry = self._writer.result()
-        self._optimizer._wait_for_snapshot()
+        with self._optimizer._lock:
+            self._optimizer._alive().external_edits.wait_for_snapshot()
         self._snapshot_lock.raise_if_invalidated()
         return entry
 
@@ -144,7 +149,7 @@ class _Writer:
 
     def _run(self) -> None:
         try:
-            self._snapshot_lock.begin_reader()
+            self._snapshot_lock.set_reader()
             self._read(self._snapshot_lock.raise_if_invalidated)
             self._save.write_copies(self._snapshot_lock.raise_if_invalidated)
             self._snapshot_lock.raise_if_invalidated()
@@ -154,13 +159,13 @@ class _Writer:
             with suppress(OSError):
                 self._save.remove()
         finally:
-            self._snapshot_lock.finish()
+            self._snapshot_lock.finish_reading()
 
     def _read(self, before_each: Callable[[], None]) -> None:
         """Copy the buckets that fit, then write the others; free each for updates once read."""
         for bucket in self._save.buckets:
             if self._save.copy_bucket(bucket, before_each):
-                self._snapshot_lock.free(bucket)
+                self._snapshot_lock.release_bucket(bucket)
         for bucket in self._save.buckets:
             self._save.write_bucket(bucket, before_each)
-            self._snapshot_lock.free(bucket)
+            self._snapshot_lock.release_bucket(bucket)

@@ -17,9 +17,15 @@ from typing import Any
 from torch import nn
 
 from offload_adam.checkpoint.format import FORMAT_VERSION, decoded_optimizer, encode
-from offload_adam.checkpoint.save import ParameterNames
+from offload_adam.checkpoint.optimizer_access import (
+    ParameterNames,
+    check_optimizer,
+    locked,
+    plain_state,
+    plan_plain_state,
+)
 from offload_adam.sharded_optimizer import ShardedOptimizer
-from offload_adam.state.state_shard import BoxTensor, memory_order, range_sources
+from offload_adam.state.state_shard import BoxTensor, memory_order, range_sources, shards_of
 
 
 class OptimizerState:
@@ -30,36 +36,41 @@ class OptimizerState:
     """
 
     def __init__(self, model: nn.Module, optimizer: ShardedOptimizer) -> None:
+        check_optimizer(optimizer)
         self._name_of = ParameterNames(model)
         self._optimizer = optimizer
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's boxes, which are views of the state, and the rest as JSON."""
-        self._optimizer.synchronize()
-        self._optimizer._wait_for_snapshot()  # it may be to be loaded into
-        plain = encode(self._optimizer._plain_state(self._name_of), "optimizer")
-        state: dict[str, dict[str, BoxTensor]] = {}
-        for shard in self._optimizer._shards():
-            shape, order = shard.parameter.shape, memory_order(shard.parameter)
-            state[self._name_of(shard.parameter)] = {
-                key: BoxTensor(shape, plane.dtype, range_sources(shape, order, shard.start, plane))
-                for key, plane in shard.planes.items()
-            }
-        text = plain_text(self._optimizer.num_steps, FORMAT_VERSION, plain)
+        with locked(self._optimizer):
+            core = self._optimizer._settled()
+            # dcp.load writes into these boxes, which a running checkpoint may still read.
+            core.external_edits.wait_for_snapshot()
+            plain = encode(plain_state(self._optimizer, self._name_of), "optimizer")
+            state: dict[str, dict[str, BoxTensor]] = {}
+            for shard in shards_of(core.states):
+                shape, order = shard.parameter.shape, memory_order(shard.parameter)
+                state[self._name_of(shard.parameter)] = {
+                    key: BoxTensor(
+                        shape, plane.dtype, range_sources(shape, order, shard.start, plane)
+                    )
+                    for key, plane in shard.planes.items()
+                }
+            text = plain_text(core.num_steps, FORMAT_VERSION, plain)
         return {"state": state, "plain": text}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take what `dcp.load` has read; the boxes have been loaded in place by then.
+        """Load what is no tensor; `dcp.load` has read the boxes in place before it calls this.
 
         Raises:
-            CheckpointError: groups or parameters are others.
+            CheckpointError: groups or parameters differ.
         """
         values = json.loads(state_dict["plain"])
         plain = decoded_optimizer(values["optimizer"], values.get("format_version", 2))
-        self._optimizer._check_plain_state(plain, self._name_of)
-        self._optimizer._load_plain_state(plain, self._name_of)
-        self._optimizer.num_steps = values["num_steps"]
-        self._optimizer.refresh_master()
+        with locked(self._optimizer):
+            plan_plain_state(self._optimizer, plain, self._name_of)()
+            self._optimizer.num_steps = values["num_steps"]
+            self._optimizer.refresh_master()
 
 
 def plain_text(num_steps: int, format_version: int, plain: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ load_checkpoint
     read_manifest, _check       compare names, shapes, dtypes and groups; nothing is changed
     _read_in_place              read every range straight into the state, file by file
     _load_modules               let modules restore what they computed when they were saved
-    _load_plain_state           groups, step counts and the rest that is no tensor
+    load_plain                  groups, step counts and the rest that is no tensor
 """
 
 from __future__ import annotations
@@ -35,12 +35,18 @@ from offload_adam.checkpoint.format import (
     read_manifest,
     sorted_pieces,
 )
-from offload_adam.checkpoint.save import ModelState, ParameterNames, model_state
+from offload_adam.checkpoint.optimizer_access import (
+    ParameterNames,
+    locked,
+    plan_plain_state,
+)
+from offload_adam.checkpoint.save import ModelState, model_state
 from offload_adam.coordinator.admission import raise_on_all_ranks
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.errors import CheckpointError
 from offload_adam.sharded_optimizer import ShardedOptimizer
-from offload_adam.state.state_shard import ParameterShard, inverse_order, memory_order
+from offload_adam.state.state_shard import ParameterShard, inverse_order, memory_order, shards_of
+from offload_adam.step.step import ShardedAdam
 
 logger = logging.getLogger(__name__)
 
@@ -69,22 +75,25 @@ def load_checkpoint(
             `load_state_dict`: then a part is loaded, and another checkpoint must be loaded.
     """
     folder = Path(path)
-    ranks = optimizer.ranks
-    name_of = ParameterNames(model)
-    with optimizer._lock, PROGRESS.at("checkpoint", long_running=True), ExitStack() as stack:
-        with raise_on_all_ranks(ranks, "reading a checkpoint"):
+    with locked(optimizer), PROGRESS.at("checkpoint", long_running=True), ExitStack() as stack:
+        with raise_on_all_ranks(optimizer.ranks, "reading a checkpoint"):
             manifest = read_manifest(folder)
             reader = stack.enter_context(CheckpointReader(folder, manifest))
-            state = model_state(model, optimizer)
-            _check(manifest, model, optimizer, state)
+            core = optimizer._settled()
+            state = model_state(model, core)
+            _check(manifest, model, core, state)
             plain = decoded_optimizer(manifest.optimizer.model_dump(), manifest.format_version)
-            optimizer._check_plain_state(plain, name_of)
-        with raise_on_all_ranks(ranks, "loading a checkpoint"), torch.no_grad():
-            optimizer._wait_for_snapshot()
-            _load(reader, model, optimizer, state)
-            optimizer._load_plain_state(plain, name_of)
-            optimizer.num_steps = reader.manifest.step
-    return reader.manifest.decoded_extra()
+            load_plain = plan_plain_state(optimizer, plain, ParameterNames(model))
+        with raise_on_all_ranks(optimizer.ranks, "loading a checkpoint"), torch.no_grad():
+            core.external_edits.wait_for_snapshot()
+            _read_in_place(reader, model, core, state)
+            if _load_modules(reader, model, state):
+                # load_state_dict may have overwritten weights with copies that a hook rounded.
+                _read_in_place(reader, model, core, state)
+            core.external_edits.sync_all()
+            load_plain()
+            core.num_steps = manifest.step
+    return manifest.decoded_extra()
 
 
 def verify_checkpoint(path: str | os.PathLike[str]) -> Manifest:
@@ -214,17 +223,15 @@ class CheckpointReader:
         return file
 
 
-def _check(
-    manifest: Manifest, model: nn.Module, optimizer: ShardedOptimizer, state: ModelState
-) -> None:
-    """Refuse a checkpoint of another model.
+def _check(manifest: Manifest, model: nn.Module, core: ShardedAdam, state: ModelState) -> None:
+    """Check that a checkpoint is of this model and optimizer.
 
     Of entries that modules compute, only the names are compared: a module may save another shape
     each time.
     """
     name_of = ParameterNames(model)
     expected: dict[str, torch.Tensor] = {}
-    for shard in optimizer._shards():
+    for shard in shards_of(core.states):
         name = name_of(shard.parameter)
         expected[f"model/{name}"] = shard.parameter
         for key, plane in shard.planes.items():
@@ -273,25 +280,14 @@ def _compare(
         )
 
 
-def _load(
-    reader: CheckpointReader, model: nn.Module, optimizer: ShardedOptimizer, state: ModelState
-) -> None:
-    """Read everything, and let modules take what they computed at the save."""
-    _read_in_place(reader, model, optimizer, state)
-    if _load_modules(reader, model, state):
-        # load_state_dict may have overwritten weights with copies that a hook rounded.
-        _read_in_place(reader, model, optimizer, state)
-    optimizer.refresh_master()
-
-
 def _read_in_place(
-    reader: CheckpointReader, model: nn.Module, optimizer: ShardedOptimizer, state: ModelState
+    reader: CheckpointReader, model: nn.Module, core: ShardedAdam, state: ModelState
 ) -> None:
     """Read all live tensors in place, those in the saved memory order in one pass over files."""
     name_of = ParameterNames(model)
     loaded = set()
     reads: list[Read] = []
-    for shard in optimizer._shards():
+    for shard in shards_of(core.states):
         name = name_of(shard.parameter)
         for key, plane in shard.planes.items():
             saved = f"optimizer/{name}/{key}"

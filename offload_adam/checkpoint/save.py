@@ -40,6 +40,7 @@ from offload_adam.checkpoint.format import (
     TensorEntry,
     encode,
 )
+from offload_adam.checkpoint.optimizer_access import ParameterNames, locked, plain_state
 from offload_adam.coordinator.admission import gather_texts, raise_on_all_ranks
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import RankGroup
@@ -47,7 +48,8 @@ from offload_adam.errors import CheckpointError, PeerFailedError
 from offload_adam.layout.budget import ALIGNMENT_NBYTES
 from offload_adam.layout.flat import align
 from offload_adam.sharded_optimizer import ShardedOptimizer
-from offload_adam.state.state_shard import memory_order
+from offload_adam.state.state_shard import memory_order, shards_of
+from offload_adam.step.step import ShardedAdam
 from offload_adam.torch_private import is_lazy
 
 _TOKEN_NAME = "token"
@@ -83,8 +85,8 @@ def save_checkpoint(
             model's state dict cannot be saved.
         OSError: on the rank where writing failed; the others raise a PeerError. No file is left.
     """
-    with optimizer._lock:
-        optimizer.synchronize()
+    with locked(optimizer):
+        optimizer._settled()
         with PROGRESS.at("checkpoint", long_running=True):
             save = open_save(Path(path), model, optimizer, extra)
             with save.discarding():
@@ -98,24 +100,25 @@ def open_save(
     model: nn.Module,
     optimizer: ShardedOptimizer,
     extra: Mapping[str, Any] | None,
-    rooms: Sequence[torch.Tensor] = (),
+    buffers: Sequence[torch.Tensor] = (),
 ) -> Save:
     """Check everything that is saved, and open a partial folder and this rank's file. Collective.
 
     Args:
-        rooms: see `Save`.
+        buffers: see `Save`.
     """
     ranks = optimizer.ranks
     with raise_on_all_ranks(ranks, "preparing a checkpoint"):
-        if optimizer._is_being_read:
+        core = optimizer._settled()
+        if core.snapshot_lock.is_open:
             raise CheckpointError(
                 "another checkpoint is being written in the background: wait for it first"
             )
-        plain = encode(optimizer._plain_state(ParameterNames(model)), "optimizer")
-        state = model_state(model, optimizer)
+        plain = encode(plain_state(optimizer, ParameterNames(model)), "optimizer")
+        state = model_state(model, core)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
-            step=optimizer.num_steps,
+            step=core.num_steps,
             world_size=ranks.world_size,
             tensors={},
             files={},
@@ -130,8 +133,8 @@ def open_save(
     with _discarding(partial, ranks):
         _open_folder(target, partial, ranks)
         with raise_on_all_ranks(ranks, "opening a checkpoint's files"):
-            parts = _parts(model, optimizer, state)
-            save = Save(target, partial, ranks, parts, manifest, rooms)
+            parts = _parts(model, core, state)
+            save = Save(target, partial, ranks, parts, manifest, buffers)
     return save
 
 
@@ -190,8 +193,8 @@ class Save:
     Args:
         parts: what this rank writes.
         plain: the manifest when the save began, without tensors and files.
-        rooms: host memory for copies of the buckets that are updated first. The copies come last in
-            the file.
+        buffers: the optimizer's snapshot buffers, for copies of the buckets that are updated first.
+            The copies come last in the file.
     """
 
     def __init__(
@@ -201,7 +204,7 @@ class Save:
         ranks: RankGroup,
         parts: Sequence[Part],
         plain: Manifest,
-        rooms: Sequence[torch.Tensor] = (),
+        buffers: Sequence[torch.Tensor] = (),
     ) -> None:
         self.ranks = ranks
         self._target = target
@@ -215,7 +218,7 @@ class Save:
         # The bucket that the next update writes to comes first.
         self._buckets = dict(sorted(self._buckets.items(), reverse=True))
         in_order = [part for some in self._buckets.values() for part in some]
-        self._copies = places_in(rooms, in_order)
+        self._copies = places_in(buffers, in_order)
         direct = [part for part in in_order if part.name not in self._copies]
         name = rank_file_name(ranks.rank, ranks.world_size)
         self._file = RankFile(self._partial, name, [*self._whole, *direct, *self._copies.values()])
@@ -238,7 +241,7 @@ class Save:
         self._file.write(self._whole)
 
     def copy_bucket(self, bucket: int, before_each: Callable[[], None] = lambda: None) -> bool:
-        """Copy the tensors of a bucket that have a place in `rooms`.
+        """Copy the tensors of a bucket that have a place in a snapshot buffer.
 
         Args:
             before_each: called before each tensor.
@@ -314,21 +317,21 @@ def manifest_of(entries: Sequence[RankEntry], plain: Manifest) -> Manifest:
     return plain.model_copy(update={"tensors": tensors, "files": files})
 
 
-def places_in(rooms: Sequence[torch.Tensor], parts: Iterable[Part]) -> dict[str, Part]:
-    """Return by name where copies of parts will lie, for all parts that fit into `rooms`, in order.
+def places_in(buffers: Sequence[torch.Tensor], parts: Iterable[Part]) -> dict[str, Part]:
+    """Place copies of parts in snapshot buffers, in order, and return the copies by name.
 
     A part that does not fit is left out; later ones may still fit.
 
     Args:
-        rooms: (n,) uint8 each, starting at a multiple of 128 bytes.
+        buffers: (n,) uint8 each, starting at a multiple of 128 bytes.
     """
     placed: dict[str, Part] = {}
-    used = [0] * len(rooms)
+    used = [0] * len(buffers)
     for part in parts:
-        for number, room in enumerate(rooms):
+        for number, buffer in enumerate(buffers):
             start, end = used[number], used[number] + part.data.nbytes
-            if end <= room.nbytes:
-                placed[part.name] = replace(part, data=room[start:end].view(part.data.dtype))
+            if end <= buffer.nbytes:
+                placed[part.name] = replace(part, data=buffer[start:end].view(part.data.dtype))
                 used[number] = align(end, ALIGNMENT_NBYTES)
                 break
     return placed
@@ -344,12 +347,12 @@ def copy_bytes(part: Part, copy: Part) -> None:
         done += piece.size
 
 
-def _parts(model: nn.Module, optimizer: ShardedOptimizer, state: ModelState) -> list[Part]:
+def _parts(model: nn.Module, core: ShardedAdam, state: ModelState) -> list[Part]:
     """Return what this rank writes; rank 0 adds whole tensors and the names of empty ones."""
-    rank = optimizer.ranks.rank
-    if rank != 0 and not optimizer._is_sharded:
+    rank = core.ranks.rank
+    if rank != 0 and not core.is_sharded:
         return []
-    sharded = list(sharded_parts(model, optimizer))
+    sharded = list(sharded_parts(model, core))
     parts = [part for part in sharded if part.end > part.start]
     if rank == 0:
         whole = state.whole | state.computed
@@ -359,31 +362,10 @@ def _parts(model: nn.Module, optimizer: ShardedOptimizer, state: ModelState) -> 
     return parts
 
 
-class ParameterNames:
-    """A model's names of its parameters, a tied one under its first."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-
-    def __call__(self, parameter: torch.Tensor) -> str:
-        """Return the name of an optimizer's parameter.
-
-        Raises:
-            CheckpointError: it is not the model's.
-        """
-        name = self._names.get(id(parameter))
-        if name is None:
-            raise CheckpointError(
-                f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not "
-                "among the model's: give the model that the optimizer trains"
-            )
-        return name
-
-
-def sharded_parts(model: nn.Module, optimizer: ShardedOptimizer) -> Iterator[Part]:
+def sharded_parts(model: nn.Module, core: ShardedAdam) -> Iterator[Part]:
     """Yield this rank's ranges of all trained parameters and their state, bucket by bucket."""
     name_of = ParameterNames(model)
-    for shard in optimizer._shards():
+    for shard in shards_of(core.states):
         name = name_of(shard.parameter)
         shape, order = tuple(shard.parameter.shape), memory_order(shard.parameter)
         tensors = {f"model/{name}": shard.weight}
@@ -409,13 +391,13 @@ class ModelState:
     tied: dict[str, str]
 
 
-def model_state(model: nn.Module, optimizer: ShardedOptimizer) -> ModelState:
+def model_state(model: nn.Module, core: ShardedAdam) -> ModelState:
     """Divide a model's state dict into its live tensors and its computed entries.
 
     Raises:
         CheckpointError: a tensor of it is not initialized.
     """
-    trained = {id(shard.parameter) for shard in optimizer._shards()}
+    trained = {id(shard.parameter) for shard in shards_of(core.states)}
     own = {id(p): name for name, p in model.named_parameters() if id(p) in trained}
     live = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     by_memory = {_memory(tensor): tensor for tensor in live.values()}

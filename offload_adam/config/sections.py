@@ -135,7 +135,7 @@ class CheckpointSection(Section):
     """When checkpoints are written (`every` steps, 0 for never) and which are kept.
 
     `mode: async` lets training go on while one is written. Updates wait for what has neither been
-    written yet nor been copied: `room_nbytes` is the host memory of a rank for copies, at most.
+    written yet nor been copied. `snapshot_buffer_nbytes` limits a rank's host memory for copies.
     `keep_last` of them stay, and those whose step is a multiple of `keep_every`. `resume: auto`
     goes on from the newest whole one of the run's folder, a path from that one, `never` begins;
     what torchrun restarts goes on from the newest in any case. A checkpoint that cannot be written
@@ -144,13 +144,13 @@ class CheckpointSection(Section):
 
     every: Annotated[int, Field(ge=0)] = 0
     mode: Literal["sync", "async"] = "sync"
-    room_nbytes: Annotated[int, Field(ge=0)] = 256 * 1024 * 1024
+    snapshot_buffer_nbytes: Annotated[int, Field(ge=0)] = 256 * 1024 * 1024
     keep_last: PositiveInt = 2
     keep_every: PositiveInt | None = None
     required: bool = False
     resume: Annotated[Name, StringConstraints(min_length=1)] = "auto"
 
     @property
-    def held_nbytes(self) -> int:
-        """Host bytes that a rank keeps for copies, at most: 0 where nothing is written beside."""
-        return self.room_nbytes if self.mode == "async" and self.every > 0 else 0
+    def used_buffer_nbytes(self) -> int:
+        """Most host bytes of a rank's snapshot buffer: 0 without checkpoints in the background."""
+        return self.snapshot_buffer_nbytes if self.mode == "async" and self.every > 0 else 0

@@ -49,10 +49,10 @@ def saved_nbytes(plan: StatePlan) -> int:
     return plan.bucket.shard_numel * (plan.bucket.itemsize + plan.state.itemsize)
 
 
-def copy_room_nbytes(plans: Sequence[StatePlan], limit_nbytes: int) -> int:
-    """Return the bytes of one rank's buffer for what a checkpoint has still to write.
+def snapshot_buffer_nbytes(plans: Sequence[StatePlan], limit_nbytes: int) -> int:
+    """Return the bytes of one rank's snapshot buffer.
 
-    The buffer holds all of these buckets, or `limit_nbytes` rounded down to the alignment.
+    This is what copies of these buckets take, or the limit rounded down to a multiple of 128.
     """
     nbytes = sum(map(saved_nbytes, plans))
     return min(nbytes, limit_nbytes // ALIGNMENT_NBYTES * ALIGNMENT_NBYTES)

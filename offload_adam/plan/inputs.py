@@ -28,7 +28,7 @@ class Training:
     replicated: state is stored with its parameter, whole on every rank.
     offload_fraction: of the elements on a GPU that have their state on the host.
     saves: checkpoints are written.
-    checkpoint_room_nbytes: for copies of what is updated before it is written, at most.
+    snapshot_buffer_nbytes: most host bytes for a checkpoint's copies of unwritten state.
     pin: what is page-locked.
     num_tokens: of one rank's step, all microbatches together; None where they are not known.
     """
@@ -45,7 +45,7 @@ class Training:
     offload_fraction: float = 1.0
     bucket_nbytes: int = OffloadPolicy().bucket_nbytes
     saves: bool = False
-    checkpoint_room_nbytes: int = 0
+    snapshot_buffer_nbytes: int = 0
     pin: Pin = "all"
     num_tokens: int | None = None
 

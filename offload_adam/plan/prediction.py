@@ -11,8 +11,8 @@ from offload_adam.layout.budget import (
     NUM_REDUCE_SLOTS,
     NUM_STAGING_SLOTS,
     block_sums_nbytes,
-    copy_room_nbytes,
     plane_nbytes,
+    snapshot_buffer_nbytes,
 )
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.state_plan import StatePlan
@@ -71,7 +71,7 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
     host["staging"] += sum(
         _largest(buffered, lambda plan: plan.bucket.shard_numel * plan.gradient.itemsize).values()
     )
-    host["checkpoint room"] = copy_room_nbytes(plans, training.checkpoint_room_nbytes)
+    host["snapshot buffer"] = snapshot_buffer_nbytes(plans, training.snapshot_buffer_nbytes)
     if training.on_device and training.saves:
         # What lies in host memory is written from where it lies.
         host["checkpoint writer"] = CHECKPOINT_BLOCK_NBYTES

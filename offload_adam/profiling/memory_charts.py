@@ -23,7 +23,7 @@ _COLORS = {
     "max_exp_avg_sq": "#8C564B",
     "staging": "#F0E442",
     "prepared": "#C9B400",
-    "checkpoint room": "#A6D854",
+    "snapshot buffer": "#A6D854",
 }
 
 

@@ -20,6 +20,7 @@ from torch.optim.optimizer import ParamsT
 from offload_adam import torch_private
 from offload_adam.coordinator.admission import Field, raise_on_all_ranks, require_same
 from offload_adam.coordinator.agreement import Notice
+from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import (
     check_process_group,
     is_distributed,
@@ -37,7 +38,6 @@ from offload_adam.params.selection import (
     refuse_unrelated,
     select_parameters,
 )
-from offload_adam.sharded_optimizer.base import CoreOptimizer, WrittenState, serialized
 from offload_adam.sharded_optimizer.compiling import never_compiled
 from offload_adam.sharded_optimizer.execution import (
     check_module,
@@ -47,6 +47,8 @@ from offload_adam.sharded_optimizer.execution import (
 )
 from offload_adam.sharded_optimizer.loss_scale import read_loss_scale, report_skip
 from offload_adam.sharded_optimizer.owners import add_owner, refuse_owned
+from offload_adam.sharded_optimizer.state_access import StateAccess, serialized
+from offload_adam.state.state_edits import StateEdits
 from offload_adam.state.state_shard import local_state
 from offload_adam.step.backward_hooks import BackwardHooks
 from offload_adam.step.build import Backend, Storage
@@ -56,7 +58,7 @@ from offload_adam.step.step import ShardedAdam
 logger = logging.getLogger(__name__)
 
 
-class ShardedOptimizer(CoreOptimizer):
+class ShardedOptimizer(StateAccess):
     """A `torch.optim.Optimizer` over a `ShardedAdam`: the base of the public optimizers.
 
     Subclasses check their arguments and groups, return each group's hyperparameters, and may
@@ -106,7 +108,7 @@ class ShardedOptimizer(CoreOptimizer):
         self._streamed = StreamedGradients(partial(_norms_of, weakref.ref(self)))
         self._module = module
         self._group_watch = GroupWatch(module)
-        self._written = WrittenState()
+        self._state_edits = StateEdits()
         self._core: ShardedAdam | None = None
         self._hooks: BackwardHooks | None = None
         self._indices: dict[torch.nn.Parameter, int] = {}
@@ -147,10 +149,10 @@ class ShardedOptimizer(CoreOptimizer):
                 self._hooks = BackwardHooks(self._core.reduction)
                 resources.callback(self._hooks.remove)
             resources.callback(self._core.resources.close)
-            resources.callback(self._core.snapshot_lock.abandon)
+            resources.callback(self._core.snapshot_lock.stop_reader)
             resources.callback(self._ranks.abort_devices)
             self._take_in(self._core, 0)
-            self._state_made = self.state
+            self._own_state = self.state
             add_owner(self)
         except BaseException:
             self._release()
@@ -207,7 +209,7 @@ class ShardedOptimizer(CoreOptimizer):
             self._indices[item.parameter] = item.index
             entry = local_state(*core.place_of(item.index))
             self.state[item.parameter] = entry
-            self._written.add(item.parameter, entry)
+            self._state_edits.add(item.parameter, entry)
         if self._hooks is not None:
             for state in core.states[num_buckets:]:
                 self._hooks.attach(state.parameters)
@@ -355,6 +357,14 @@ class ShardedOptimizer(CoreOptimizer):
             reduction.hide_stand_ins()
         return self._hooks.paused()
 
+    def long_running(self, what: str) -> AbstractContextManager[None]:
+        """Exempt the body from `stuck_after`, for example an evaluation on one rank alone.
+
+        Args:
+            what: name of the work, for error messages.
+        """
+        return PROGRESS.at(what, long_running=True)
+
     @serialized
     def close(self) -> None:
         """Take the hooks off, end the process groups, free host memory. Idempotent.
@@ -368,14 +378,14 @@ class ShardedOptimizer(CoreOptimizer):
         """
         try:
             if self._core is not None and self._release.alive:
-                self._core.snapshot_lock.abandon()
+                self._core.snapshot_lock.stop_reader()
                 self._core.reduction.hide_stand_ins()
                 self._core.synchronize()
         finally:
             self._release()
             self._core = None
             self._hooks = None
-            self._written = WrittenState()
+            self._state_edits = StateEdits()
             self.state.clear()
 
     @property
@@ -418,9 +428,9 @@ class ShardedOptimizer(CoreOptimizer):
         self._group_watch.check(self.param_groups, self._check_group)
         core = self._alive()
         self._check_entries()
-        if not self._written.is_untouched(self.state):
+        if not self._state_edits.is_untouched(self.state):
             core.synchronize()
-            self._take_written_state(core)
+            self._load_state_edits(core)
 
 
 def _norms_of(optimizer: weakref.ref[ShardedOptimizer]) -> npt.NDArray[np.float64]:

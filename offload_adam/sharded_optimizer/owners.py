@@ -7,12 +7,12 @@ import weakref
 from collections.abc import Iterable
 
 from offload_adam.params.selection import NewParameter
-from offload_adam.sharded_optimizer.base import CoreOptimizer
+from offload_adam.sharded_optimizer.state_access import StateAccess
 
-_OWNERS: weakref.WeakSet[CoreOptimizer] = weakref.WeakSet()
+_OWNERS: weakref.WeakSet[StateAccess] = weakref.WeakSet()
 
 
-def add_owner(optimizer: CoreOptimizer) -> None:
+def add_owner(optimizer: StateAccess) -> None:
     """Count an optimizer as the owner of its parameters, until it is closed or collected."""
     _OWNERS.add(optimizer)
 

@@ -147,8 +147,13 @@ class ParameterShard:
     step: torch.Tensor
 
 
-def shards_of(state: BucketState) -> Iterator[ParameterShard]:
-    """Yield the shards of one bucket's parameters; a range may be empty."""
+def shards_of(states: Iterable[BucketState]) -> Iterator[ParameterShard]:
+    """Yield this rank's range of every parameter, bucket by bucket; a range may be empty."""
+    for state in states:
+        yield from _shards_of_bucket(state)
+
+
+def _shards_of_bucket(state: BucketState) -> Iterator[ParameterShard]:
     low, _ = state.layout.shard_bounds(state.rank)
     for position, parameter in enumerate(state.parameters):
         start, end = local_range(state, position)

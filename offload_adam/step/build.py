@@ -16,8 +16,8 @@ from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.budget import (
     NUM_REDUCE_SLOTS,
     NUM_STAGING_SLOTS,
-    copy_room_nbytes,
     plane_nbytes,
+    snapshot_buffer_nbytes,
 )
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.state_plan import StatePlan, StatePolicy, plan_state
@@ -86,12 +86,12 @@ class Built(NamedTuple):
     """Result of `build_states`: one BucketState per bucket, and the arenas behind them.
 
     arena: the memory that the states lie in.
-    room: for copies of them; it has no bytes where nothing is copied.
+    snapshot_buffer: for a checkpoint's copies of them; empty if no copies are allowed.
     """
 
     states: list[BucketState]
     arena: HostArena
-    room: HostArena
+    snapshot_buffer: HostArena
 
 
 def build_states(
@@ -101,7 +101,7 @@ def build_states(
     first_bucket: int,
     touch: Touch | None,
     *,
-    room_nbytes: int = 0,
+    buffer_nbytes: int = 0,
 ) -> Built:
     """Take parameters in: their buckets' states, and the memory for these.
 
@@ -111,7 +111,7 @@ def build_states(
 
     Args:
         touch: see `HostArena`.
-        room_nbytes: for copies, at most; no more is taken than these states could fill.
+        buffer_nbytes: most bytes of the snapshot buffer, which is no larger than its content.
     """
     plans = plan_state(list(map(storage.spec_of, new)), storage.policy, first_index=first_bucket)
     parts: list[int] = []
@@ -122,14 +122,14 @@ def build_states(
             parts += of_planes.values()
             needed.update(of_planes)
     if storage.policy.replicated and ranks.rank != 0:
-        room_nbytes = 0  # rank 0 writes what all have whole
-    room_nbytes = copy_room_nbytes(plans, room_nbytes)
-    if room_nbytes > 0:
-        needed["checkpoint room"] = room_nbytes
+        buffer_nbytes = 0  # rank 0 alone writes replicated state
+    buffer_nbytes = snapshot_buffer_nbytes(plans, buffer_nbytes)
+    if buffer_nbytes > 0:
+        needed["snapshot buffer"] = buffer_nbytes
     admit_memory(ranks, needed, allow_overcommit=storage.offload.allow_overcommit)
     with raise_on_all_ranks(ranks, "allocating its state"):
         arena = HostArena(arena_nbytes(parts), parts=parts, touch=touch)
-        room = HostArena(room_nbytes)
+        snapshot_buffer = HostArena(buffer_nbytes)
     if storage.policy.pins_state and storage.runtime is not None:
         arena.pin_or_warn(
             storage.runtime,
@@ -143,7 +143,7 @@ def build_states(
     for plan in plans:
         items = [by_index[placed.parameter] for placed in plan.bucket.placements]
         states.append(_build(plan, items, arena, ranks, storage))
-    return Built(states, arena, room)
+    return Built(states, arena, snapshot_buffer)
 
 
 def _build(

@@ -436,7 +436,7 @@ class ExternalEdits:
         for device in {state.device for state in self._states if state.device.type == "cuda"}:
             # Who reads what lies there does so on a stream of its own.
             torch.cuda.current_stream(device).synchronize()
-        self.snapshot_lock.begin(buckets)
+        self.snapshot_lock.acquire_buckets(buckets)
         return self.snapshot_lock
 
     def wait_for_snapshot(self) -> None:

@@ -13,7 +13,7 @@ class LedgerEntry(NamedTuple):
     """Bytes that one thing takes now.
 
     category: a plane by torch's key, `parameters`, `gradient shards`, or a buffer that all buckets
-        share: `staging`, `slots`, `block_sums`, `prepared`, `checkpoint room`.
+        share: `staging`, `slots`, `block_sums`, `prepared`, `snapshot buffer`.
     bucket: None for what all buckets share.
     device: "cpu", "cuda:0" and so on.
     """

@@ -1,4 +1,4 @@
-"""What keeps updates off the state that a checkpoint is still reading."""
+"""Keeps updates off the state that a background checkpoint is still reading."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from offload_adam.errors import CheckpointError
 
 
 class SnapshotLock:
-    """The buckets that one checkpoint in the background has still to read, and who waits for them.
+    """The buckets that one background checkpoint has not read yet: their updates wait.
 
-    A reader takes the buckets one by one as they lie, or from copies that it has room for: whoever
-    updates one waits until it is free.
+    A reader thread copies each bucket to a buffer or writes it to a file, then releases it.
 
-    rooms: host memory for the reader's copies, uint8; a reading's for as long as it lasts.
-    is_open: a reading has begun that is not settled.
-    num_waits, waited_s: how often and how long updates have waited since `begin`.
-    num_begun, num_finished: how many readings have begun, and how many are over, well or not; on
-        the latter the ranks agree in each step.
+    buffers: snapshot buffers in host memory, uint8, for the copies of one snapshot at a time.
+    is_open: from `acquire_buckets` until `close_snapshot`.
+    num_waits, waited_s: how often and how long updates have waited since `acquire_buckets`.
+    num_begun, num_finished: how many snapshots have begun, and how many of them the reader has
+        finished or given up; in each step the ranks agree on the latter.
 
-    Lifecycle: `begin` by the training thread; `free` for each bucket and `finish` by the reader,
-    whatever happens to it; `settle` by the training thread, and the next may begin.
-    Threads: `wait_until_free` by any; the reader calls `free`, `finish` and `raise_if_invalidated`;
-    all else the training thread.
+    Lifecycle: `acquire_buckets` in the training thread; `release_bucket` for each bucket and
+    `finish_reading` in the reader, also after an error; `close_snapshot` in the training thread.
+    Threads: any thread may call `wait_until_free`. The reader calls `set_reader`, `release_bucket`,
+    `finish_reading` and `raise_if_invalidated`; only the training thread calls the other methods.
     """
 
     def __init__(self) -> None:
@@ -42,16 +41,16 @@ class SnapshotLock:
         self.num_finished = 0
         self.num_waits = 0
         self.waited_s = 0.0
-        self.rooms: list[torch.Tensor] = []
+        self.buffers: list[torch.Tensor] = []
 
     @property
-    def room_nbytes(self) -> int:
-        """Bytes of all rooms."""
-        return sum(room.nbytes for room in self.rooms)
+    def buffer_nbytes(self) -> int:
+        """Bytes of all snapshot buffers."""
+        return sum(buffer.nbytes for buffer in self.buffers)
 
-    def begin(self, buckets: Iterable[int]) -> None:
-        """Hold these buckets; the reading's number is `num_begun` from now on."""
-        assert not self.is_open, "one reading at a time"
+    def acquire_buckets(self, buckets: Iterable[int]) -> None:
+        """Begin a snapshot of these buckets; its number is `num_begun` after this call."""
+        assert not self.is_open, "one snapshot at a time"
         self._held = set(buckets)
         self._unread_before = set(self._held)
         self._invalidated_by = ""
@@ -60,11 +59,11 @@ class SnapshotLock:
         self.num_begun += 1
 
     def holds(self, bucket: int) -> bool:
-        """Whether whoever writes a bucket would have to wait."""
+        """Return whether an update of a bucket has to wait."""
         return bucket in self._held
 
     def wait_until_free(self, bucket: int) -> None:
-        """Return when a bucket may be written."""
+        """Wait until the reader has released a bucket."""
         if bucket not in self._held:
             return
         start_s = time.monotonic()
@@ -76,36 +75,39 @@ class SnapshotLock:
             self.waited_s += time.monotonic() - start_s
 
     def wait_until_all_free(self) -> None:
-        """Return when nothing is being read."""
+        """Wait until the reader has released all buckets."""
         with self._changed:
             self._wait_until(lambda: not self._held)
         self._unread_before = set()
 
-    def free(self, bucket: int) -> None:
-        """Let updates of a bucket go on: it has been read."""
+    def release_bucket(self, bucket: int) -> None:
+        """Let updates of a bucket continue: the reader has copied or written it."""
         with self._changed:
             self._held.discard(bucket)
             self._changed.notify_all()
 
-    def begin_reader(self) -> None:
-        """Say that the calling thread is the reader."""
+    def set_reader(self) -> None:
+        """Record the calling thread as the reader."""
         self._reader = threading.get_ident()
 
-    def finish(self) -> None:
-        """Let everything go on: the reading is over."""
+    def finish_reading(self) -> None:
+        """Release all buckets: the reader has finished or failed."""
         with self._changed:
             self._held.clear()
             self.num_finished = self.num_begun
             self._changed.notify_all()
 
-    def settle(self) -> None:
-        """Mark the snapshot as finished, so that the next checkpoint may start."""
+    def close_snapshot(self) -> None:
+        """Let the next snapshot begin, if the reader has finished this one."""
         self.is_open = self.num_begun > self.num_finished
 
     def note_changes(self, buckets: Collection[int]) -> None:
-        """Hear which buckets' parameters the user has changed since the last call.
+        """Invalidate the snapshot if the user has modified parameters that it had still to read.
 
-        What was still to be read then may have been read half before and half after the change.
+        The reader may have read a part of them before and a part after the modification.
+
+        Args:
+            buckets: those with parameters that were modified since the last call.
         """
         if not self._unread_before.isdisjoint(buckets):
             self._invalidated_by = (
@@ -118,18 +120,18 @@ class SnapshotLock:
         """Raise an error if the snapshot was invalidated.
 
         Raises:
-            CheckpointError: saying what.
+            CheckpointError: naming the reason.
         """
         if self._invalidated_by:
             raise CheckpointError(self._invalidated_by)
 
-    def abandon(self) -> None:
-        """Let the reading end soon, and wait for that: the state is about to go."""
+    def stop_reader(self) -> None:
+        """Invalidate the snapshot, and wait for the reader: the state is about to be freed."""
         if self.num_finished == self.num_begun:
             return
         self._invalidated_by = "the optimizer was closed before the checkpoint was written"
         if self._reader == threading.get_ident():
-            return  # the last owner of the optimizer has gone on the reader's own thread
+            return  # the reader has dropped the last reference to the optimizer: no wait for itself
         with self._changed:
             self._changed.wait_for(lambda: self.num_finished == self.num_begun)
 

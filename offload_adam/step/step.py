@@ -179,16 +179,16 @@ class ShardedAdam:
         self.executor.finish_copies(wait=True)
         self.executor.finish_updates()
         touch = self._touch_host if spans_nodes() else None
-        states, arena, room = build_states(
+        states, arena, buffer = build_states(
             new,
             self.ranks,
             self._storage,
             len(self.states),
             touch,
-            room_nbytes=self._storage.offload.checkpoint_room_nbytes
-            - self.snapshot_lock.room_nbytes,
+            buffer_nbytes=self._storage.offload.snapshot_buffer_nbytes
+            - self.snapshot_lock.buffer_nbytes,
         )
-        self.arenas += [arena, room]
+        self.arenas += [arena, buffer]
         # Whatever may still fail comes before the lists of buckets and parameters grow.
         for state in states:
             self.transfer.allocate(state)
@@ -197,7 +197,7 @@ class ShardedAdam:
             hosted = [state for state in states if state.plan.location.is_host]
             if hosted:
                 self._use_host_update().prepare(hosted)
-        self.snapshot_lock.rooms.append(room.take(room.nbytes, torch.uint8))
+        self.snapshot_lock.buffers.append(buffer.take(buffer.nbytes, torch.uint8))
         self._updates += [
             self._use_host_update() if state.plan.location.is_host else self._device_update
             for state in states
@@ -241,7 +241,7 @@ class ShardedAdam:
         return {
             "state": self._state_nbytes,
             "staging": self._rings.staging_nbytes + self.transfer.host_nbytes,
-            "checkpoint room": self.snapshot_lock.room_nbytes,
+            "snapshot buffer": self.snapshot_lock.buffer_nbytes,
             **update,
         }
 

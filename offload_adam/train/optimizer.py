@@ -78,7 +78,8 @@ def _execution(config: RunConfig) -> dict[str, Any]:
 def offload_policy(config: RunConfig) -> OffloadPolicy:
     """Return where the job's optimizer keeps its state, and how it is moved."""
     return OffloadPolicy(
-        **read_options(config, OffloadPolicy), checkpoint_room_nbytes=config.checkpoint.held_nbytes
+        **read_options(config, OffloadPolicy),
+        snapshot_buffer_nbytes=config.checkpoint.used_buffer_nbytes,
     )
 
 

@@ -59,7 +59,7 @@ def training_of(config: RunConfig, on_device: bool) -> Training:
         replicated=is_adam and not section.streams,
         bucket_nbytes=offload.bucket_nbytes,
         saves=config.checkpoint.every > 0,
-        checkpoint_room_nbytes=offload.checkpoint_room_nbytes,
+        snapshot_buffer_nbytes=offload.snapshot_buffer_nbytes,
         pin=offload.pin,
         num_tokens=train.batch_size * train.sequence_length * train.gradient_accumulation_steps,
     )

@@ -135,7 +135,7 @@ class CheckpointSaver:
         if pending.num_waits > 0 and self._job.world.rank == 0:
             logger.info(
                 "updates waited for checkpoint %s %d times, %.2f s together: with a larger "
-                "checkpoint.room_nbytes more of it is copied, and need not be waited for",
+                "checkpoint.snapshot_buffer_nbytes they wait less",
                 path,
                 pending.num_waits,
                 pending.waited_s,

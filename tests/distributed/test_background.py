@@ -24,6 +24,7 @@ from offload_adam import (
 from offload_adam.checkpoint.format import RankEntry
 from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.checkpoint.save import Save
+from offload_adam.state.state_shard import shards_of
 from tests.distributed.test_checkpoints import KINDS, assert_same, make, train, whole_state
 from tests.support.devices import HOST_AS_DEVICE
 from tests.support.models import Model
@@ -150,13 +151,13 @@ def test_a_bucket_is_free_when_it_is_written(held: Held, tmp_path: Path) -> None
     train(model, optimizer, 0, 1)
     begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     assert held.reached.wait(WAIT_S)
-    gate = optimizer._alive().snapshot_lock
-    last = max(shard.bucket for shard in optimizer._shards())
+    lock = optimizer._alive().snapshot_lock
+    last = max(shard.bucket for shard in shards_of(optimizer._settled().states))
     assert last > 0
-    gate.wait_until_free(last)
-    assert gate._held == set(range(last))
+    lock.wait_until_free(last)
+    assert lock._held == set(range(last))
     held.go.set()
-    gate.wait_until_free(0)
+    lock.wait_until_free(0)
     optimizer.close()
 
 
@@ -295,7 +296,7 @@ def test_changes_before_and_after_are_none_of_it(tmp_path: Path, held: Held) -> 
     save_checkpoint(tmp_path / "plain", model=model, optimizer=optimizer)
     held.go.set()
     pending = begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
-    optimizer._wait_for_snapshot()
+    optimizer._alive().external_edits.wait_for_snapshot()
     with torch.no_grad():
         model.scale.mul_(0.5)
     train(model, optimizer, 1, 2)

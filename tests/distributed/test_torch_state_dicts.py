@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 from offload_adam import OffloadAdam
+from offload_adam.state.state_shard import shards_of
 from tests.distributed.test_checkpoints import assert_same, make, train, whole_state
 from tests.support.ranks import RankPool
 from tests.support.reference import Outcome, outcome_of
@@ -169,7 +170,9 @@ def pickle_states(rank: int, world_size: int) -> tuple[list[Outcome], bool]:
     same = torch.equal(optimizer.local_state_dict()["state"][0]["exp_avg"], before)
     assert torch.equal(copied["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
     optimizer.state_dict()["state"][0]["exp_avg"].copy_(torch.arange(64.0).view(8, 8))
-    weight = next(part for part in optimizer._shards() if part.parameter.shape == (8, 8))
+    weight = next(
+        part for part in shards_of(optimizer._settled().states) if part.parameter.shape == (8, 8)
+    )
     expected = torch.arange(64.0)[weight.start : weight.end]
     assert torch.equal(weight.planes["exp_avg"], expected)
     torch.save(optimizer.local_state_dict(), io.BytesIO())

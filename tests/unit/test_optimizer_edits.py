@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from offload_adam import Adam, OffloadAdam
+from offload_adam.state.state_shard import shards_of
 
 
 def parameter(value: float = 0.0) -> torch.nn.Parameter:
@@ -38,9 +39,10 @@ def members(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
 
 
 def everything(parameters: list[torch.nn.Parameter], optimizer: OffloadAdam) -> list[Any]:
-    held = [part.parameter for part in optimizer._shards()]
-    state = [tensor for part in optimizer._shards() for tensor in part.planes.values()]
-    steps = [part.step for part in optimizer._shards()]
+    parts = list(shards_of(optimizer._settled().states))
+    held = [part.parameter for part in parts]
+    state = [tensor for part in parts for tensor in part.planes.values()]
+    steps = [part.step for part in parts]
     return [tensor.tolist() for tensor in (*parameters, *held, *state, *steps)]
 
 
@@ -220,7 +222,7 @@ def test_a_loaded_centralization_must_be_the_same() -> None:
 def test_state_that_is_replaced_is_refused() -> None:
     def replaced(edit: Callable[[Any], object]) -> None:
         optimizer = made()
-        parts = list(optimizer._shards())
+        parts = list(shards_of(optimizer._settled().states))
         tensors = [t for part in parts for t in (part.parameter, part.step, *part.planes.values())]
         before = [tensor.tolist() for tensor in tensors]
         edit(optimizer)

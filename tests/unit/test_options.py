@@ -26,7 +26,7 @@ CHOSEN: dict[str, Any] = {
     "optimizer": {"bucket_nbytes": 4096, "num_threads": 1, "max_grad_norm": 2.0},
     "memory": {"pin": "none", "offload_fraction": 1, "allow_overcommit": True},
     "coordinator": {"dead_after": 7, "stuck_after": 70.0},
-    "checkpoint": {"every": 3, "mode": "async", "room_nbytes": 99},
+    "checkpoint": {"every": 3, "mode": "async", "snapshot_buffer_nbytes": 99},
 }
 
 
@@ -73,7 +73,7 @@ def test_a_configuration_reaches_the_policies() -> None:
         pin="none",
         offload_fraction=1.0,
         allow_overcommit=True,
-        checkpoint_room_nbytes=99,
+        snapshot_buffer_nbytes=99,
     )
     assert failure_policy(config) == FailurePolicy(dead_after=7.0, stuck_after=70.0)
     optimizer = build_optimizer(config, torch.nn.Linear(3, 2))
@@ -100,7 +100,7 @@ def test_the_ranks_share_what_is_declared_as_shared() -> None:
     [
         (OffloadPolicy(allow_overcommit=1), "allow_overcommit must be a bool, not 1"),  # type: ignore[arg-type]
         (OffloadPolicy(bucket_nbytes=True), "bucket_nbytes must be an int, not True"),
-        (OffloadPolicy(checkpoint_room_nbytes=-1), "checkpoint_room_nbytes must be at least 0"),
+        (OffloadPolicy(snapshot_buffer_nbytes=-1), "snapshot_buffer_nbytes must be at least 0"),
         (OffloadPolicy(offload_fraction=2), r"offload_fraction must lie in \[0, 1\], not 2"),
         (FailurePolicy(dead_after=0), "must be a finite number of seconds above 0, not 0"),
         (FailurePolicy(stuck_after="1"), "stuck_after must be a number of seconds, not '1'"),  # type: ignore[arg-type]

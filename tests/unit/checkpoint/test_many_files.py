@@ -29,7 +29,8 @@ from offload_adam.checkpoint.format import (
     encode,
 )
 from offload_adam.checkpoint.load import NUM_OPEN_FILES, verify_checkpoint
-from offload_adam.checkpoint.save import ParameterNames, manifest_of, sharded_parts
+from offload_adam.checkpoint.optimizer_access import ParameterNames, plain_state
+from offload_adam.checkpoint.save import manifest_of, sharded_parts
 from offload_adam.errors import CheckpointError
 
 NUM_RANKS = 48
@@ -73,9 +74,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Te
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter) + step
         optimizer.step()
-    parts = list(sharded_parts(model, optimizer))
+    parts = list(sharded_parts(model, optimizer._settled()))
     entries = [write_file(partial, rank, parts) for rank in range(NUM_RANKS)]
-    plain = encode(optimizer._plain_state(ParameterNames(model)), "optimizer")
+    plain = encode(plain_state(optimizer, ParameterNames(model)), "optimizer")
     written = Manifest(
         format_version=FORMAT_VERSION,
         step=optimizer.num_steps,

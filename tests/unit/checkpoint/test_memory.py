@@ -56,7 +56,7 @@ model = torch.nn.Sequential(*[torch.nn.Linear(4096, 2048, bias=False) for _ in r
 model = model.to(torch.bfloat16)
 optimizer = OffloadAdam(
     model.parameters(),
-    offload=OffloadPolicy(bucket_nbytes=8 * 2**20, checkpoint_room_nbytes=64 * 2**20),
+    offload=OffloadPolicy(bucket_nbytes=8 * 2**20, snapshot_buffer_nbytes=64 * 2**20),
 )
 of = {"model": model, "optimizer": optimizer}
 
@@ -77,7 +77,7 @@ pending = []
 
 def beside():
     pending.append(begin_checkpoint(folder / "beside", **of))
-    optimizer._wait_for_snapshot()
+    optimizer._alive().external_edits.wait_for_snapshot()
     pending[0].wait()
 
 

@@ -70,14 +70,14 @@ def test_the_host_bytes_are_those_of_the_optimizer(name: str) -> None:
     kind, dtypes, options, training = CASES[name]
     model = make_model(dtypes)
     specs = specs_of(model)
-    options = {"bucket_nbytes": BUCKET_NBYTES, "checkpoint_room_nbytes": 2**30, **options}
+    options = {"bucket_nbytes": BUCKET_NBYTES, "snapshot_buffer_nbytes": 2**30, **options}
     optimizer = kind(model.parameters(), **in_policies(**options))
-    plan = predict(specs, replace(with_buckets(training), checkpoint_room_nbytes=2**30))
+    plan = predict(specs, replace(with_buckets(training), snapshot_buffer_nbytes=2**30))
     held = optimizer.host_nbytes
     assert sum(plan.host.get(key, 0) for key in STATE) == held["state"]
     assert plan.host.get("block_sums", 0) == held["block_sums"]
     assert plan.host.get("staging", 0) == held["staging"]
-    assert plan.host["checkpoint room"] == held["checkpoint room"] > 0
+    assert plan.host["snapshot buffer"] == held["snapshot buffer"] > 0
     everywhere = sum(e.nbytes for e in optimizer.memory_ledger() if e.category in STATE)
     on_device = sum(plan.device.get(key, 0) for key in STATE)
     assert everywhere == held["state"] + on_device

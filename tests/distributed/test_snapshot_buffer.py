@@ -29,6 +29,7 @@ from offload_adam.layout.flat import ParameterSpec
 from offload_adam.params.selection import bucket_key_of
 from offload_adam.plan.inputs import Training
 from offload_adam.plan.prediction import predict
+from offload_adam.state.state_shard import shards_of
 from tests.distributed.test_checkpoints import assert_same, train, whole_state
 from tests.support.devices import HOST_AS_DEVICE
 from tests.support.models import Model
@@ -40,7 +41,7 @@ PLENTY = 2**20
 KINDS = ("fp32", "bf16", "streaming", "adam_beside", "adam_offload")
 
 
-def make(kind: str, seed: int, room_nbytes: int) -> tuple[Model, Any]:
+def make(kind: str, seed: int, buffer_nbytes: int) -> tuple[Model, Any]:
     torch.manual_seed(seed)
     model = Model()
     if kind in ("bf16", "streaming"):
@@ -48,7 +49,7 @@ def make(kind: str, seed: int, room_nbytes: int) -> tuple[Model, Any]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     shared: dict[str, Any] = {
         "gradient_reduction": "optimizer",
-        "offload": OffloadPolicy(bucket_nbytes=BUCKET_NBYTES, checkpoint_room_nbytes=room_nbytes),
+        "offload": OffloadPolicy(bucket_nbytes=BUCKET_NBYTES, snapshot_buffer_nbytes=buffer_nbytes),
     }
     if kind.startswith("adam"):
         return model, Adam(trained, 0.05, use_offload=kind == "adam_offload", **shared)
@@ -91,7 +92,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 
 def assert_holds(path: Path, kind: str, expected: dict[str, Any]) -> None:
     """Load it elsewhere, every byte verified."""
-    model, optimizer = make(kind, seed=7, room_nbytes=0)
+    model, optimizer = make(kind, seed=7, buffer_nbytes=0)
     load_checkpoint(path, model=model, optimizer=optimizer)
     assert_same(whole_state(model, optimizer), expected)
     optimizer.close()
@@ -99,17 +100,17 @@ def assert_holds(path: Path, kind: str, expected: dict[str, Any]) -> None:
 
 def assert_trained(kind: str, end: int, found: dict[str, Any]) -> None:
     """It is where a run is that has never saved."""
-    model, optimizer = make(kind, seed=1, room_nbytes=0)
+    model, optimizer = make(kind, seed=1, buffer_nbytes=0)
     train(model, optimizer, 0, end)
     assert_same(whole_state(model, optimizer), found)
     optimizer.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_with_room_no_step_waits_for_a_disk_that_stands_still(
+def test_with_a_buffer_no_step_waits_for_a_disk_that_stands_still(
     tmp_path: Path, disk: Disk, kind: str
 ) -> None:
-    model, optimizer = make(kind, seed=1, room_nbytes=PLENTY)
+    model, optimizer = make(kind, seed=1, buffer_nbytes=PLENTY)
     train(model, optimizer, 0, 3)
     before = whole_state(model, optimizer)
     pending = begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
@@ -130,32 +131,32 @@ def test_what_a_device_updates_is_copied_as_well(
     tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(Adam, "_backend", HOST_AS_DEVICE)
-    test_with_room_no_step_waits_for_a_disk_that_stands_still(tmp_path, disk, kind)
+    test_with_a_buffer_no_step_waits_for_a_disk_that_stands_still(tmp_path, disk, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", [0.1, 0.3])
-def test_with_too_little_room_a_step_waits_and_nothing_is_lost(
+def test_with_too_small_a_buffer_a_step_waits_and_nothing_is_lost(
     tmp_path: Path, disk: Disk, kind: str, share: float
 ) -> None:
-    model, optimizer = make(kind, seed=1, room_nbytes=PLENTY)
-    room_nbytes = int(share * optimizer.host_nbytes["checkpoint room"])
+    model, optimizer = make(kind, seed=1, buffer_nbytes=PLENTY)
+    buffer_nbytes = int(share * optimizer.host_nbytes["snapshot buffer"])
     optimizer.close()
-    model, optimizer = make(kind, seed=1, room_nbytes=room_nbytes)
+    model, optimizer = make(kind, seed=1, buffer_nbytes=buffer_nbytes)
     train(model, optimizer, 0, 3)
     before = whole_state(model, optimizer)
     pending = begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     assert disk.reached.wait(WAIT_S)
-    gate = optimizer._alive().snapshot_lock
-    num_buckets = len({shard.bucket for shard in optimizer._shards()})
-    assert 0 < len(gate._held) < num_buckets  # those that are updated first have been copied
-    assert num_buckets - 1 not in gate._held
+    lock = optimizer._alive().snapshot_lock
+    num_buckets = len({shard.bucket for shard in shards_of(optimizer._settled().states)})
+    assert 0 < len(lock._held) < num_buckets  # those that are updated first have been copied
+    assert num_buckets - 1 not in lock._held
     step = threading.Thread(target=train, args=(model, optimizer, 3, 4))
     step.start()
     end_s = time.monotonic() + WAIT_S
-    while gate.num_waits == 0 and time.monotonic() < end_s:
+    while lock.num_waits == 0 and time.monotonic() < end_s:
         time.sleep(0.001)
-    assert gate.num_waits == 1
+    assert lock.num_waits == 1
     assert step.is_alive()
     disk.delay_s = 0.002
     disk.go.set()
@@ -172,26 +173,26 @@ def test_with_too_little_room_a_step_waits_and_nothing_is_lost(
 def test_a_bucket_is_held_until_it_is_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, optimizer = make("bf16", seed=1, room_nbytes=PLENTY)
-    gate = optimizer._alive().snapshot_lock
+    model, optimizer = make("bf16", seed=1, buffer_nbytes=PLENTY)
+    lock = optimizer._alive().snapshot_lock
     held: list[bool] = []
     copy = save.copy_bytes
 
     def watched(part: Part, target: Part) -> None:
         copy(part, target)
-        held.append(part.bucket in gate._held)
+        held.append(part.bucket in lock._held)
 
     monkeypatch.setattr(save, "copy_bytes", watched)
     begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer).wait()
-    num_parts = sum(1 + len(s.planes) for s in optimizer._shards())
+    num_parts = sum(1 + len(s.planes) for s in shards_of(optimizer._settled().states))
     assert held == [True] * num_parts
     optimizer.close()
 
 
 @pytest.mark.parametrize("full_at", [0, 4, 9])
-def test_a_failed_save_gives_its_room_back(tmp_path: Path, disk: Disk, full_at: int) -> None:
-    """Whatever it was writing: the next one has all of the room again."""
-    model, optimizer = make("bf16", seed=1, room_nbytes=PLENTY)
+def test_a_failed_save_gives_its_buffer_back(tmp_path: Path, disk: Disk, full_at: int) -> None:
+    """Whatever it was writing: the next one has all of the buffer again."""
+    model, optimizer = make("bf16", seed=1, buffer_nbytes=PLENTY)
     train(model, optimizer, 0, 1)
     pending = begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     disk.full_at = full_at
@@ -217,7 +218,7 @@ def test_a_failed_save_gives_its_room_back(tmp_path: Path, disk: Disk, full_at: 
 
 
 def test_closing_abandons_what_has_only_been_copied(tmp_path: Path, disk: Disk) -> None:
-    model, optimizer = make("fp32", seed=1, room_nbytes=PLENTY)
+    model, optimizer = make("fp32", seed=1, buffer_nbytes=PLENTY)
     begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     assert disk.reached.wait(WAIT_S)
     threading.Timer(0.2, disk.go.set).start()
@@ -229,9 +230,9 @@ def test_closing_abandons_what_has_only_been_copied(tmp_path: Path, disk: Disk) 
 def test_a_checkpoint_that_is_waited_for_copies_nothing(tmp_path: Path) -> None:
     """In one that training waits for, buckets come in the order of their updates."""
     files = []
-    for room_nbytes in (0, PLENTY):
-        model, optimizer = make("fp32", seed=1, room_nbytes=room_nbytes)
-        path = tmp_path / str(room_nbytes)
+    for buffer_nbytes in (0, PLENTY):
+        model, optimizer = make("fp32", seed=1, buffer_nbytes=buffer_nbytes)
+        path = tmp_path / str(buffer_nbytes)
         save_checkpoint(path, model=model, optimizer=optimizer)
         files.append((path / "rank-00000-of-00001.safetensors").read_bytes())
         optimizer.close()
@@ -250,26 +251,26 @@ def nbytes_of_state(optimizer: Any) -> int:
     planes = ("parameters", "master_weight", "exp_avg", "exp_avg_sq")
     entries = [entry for entry in optimizer.memory_ledger() if entry.category in planes]
     assert len(entries) > 3
-    world_size = optimizer.ranks.world_size if optimizer._is_sharded else 1
+    world_size = optimizer.ranks.world_size if optimizer._alive().is_sharded else 1
     return sum(e.nbytes // (world_size if e.category == "parameters" else 1) for e in entries)
 
 
-def room_of(rank: int, world_size: int, kind: str, limit_nbytes: int) -> dict[str, int]:
-    model, optimizer = make(kind, seed=1, room_nbytes=limit_nbytes)
-    held = optimizer.host_nbytes["checkpoint room"]
-    (entry,) = (e for e in optimizer.memory_ledger() if e.category == "checkpoint room")
+def buffer_of(rank: int, world_size: int, kind: str, limit_nbytes: int) -> dict[str, int]:
+    model, optimizer = make(kind, seed=1, buffer_nbytes=limit_nbytes)
+    held = optimizer.host_nbytes["snapshot buffer"]
+    (entry,) = (e for e in optimizer.memory_ledger() if e.category == "snapshot buffer")
     training = Training(
         world_size=world_size,
         on_device=False,
         replicated=kind == "adam_beside",
         bucket_nbytes=BUCKET_NBYTES,
-        checkpoint_room_nbytes=limit_nbytes,
+        snapshot_buffer_nbytes=limit_nbytes,
     )
     found = {
         "held": held,
         "ledger": entry.nbytes,
-        "mapped": sum(each.nbytes for each in optimizer._checkpoint_rooms),
-        "planned": predict(specs_of(model), training).host.get("checkpoint room", 0),
+        "mapped": sum(each.nbytes for each in optimizer._alive().snapshot_lock.buffers),
+        "planned": predict(specs_of(model), training).host.get("snapshot buffer", 0),
         "state": nbytes_of_state(optimizer),
     }
     optimizer.close()
@@ -278,15 +279,15 @@ def room_of(rank: int, world_size: int, kind: str, limit_nbytes: int) -> dict[st
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("limit_nbytes", [0, 1000, PLENTY])
-def test_the_bytes_of_the_room_are_exact(kind: str, limit_nbytes: int) -> None:
-    found = room_of(0, 1, kind, limit_nbytes)
+def test_the_bytes_of_the_buffer_are_exact(kind: str, limit_nbytes: int) -> None:
+    found = buffer_of(0, 1, kind, limit_nbytes)
     expected = {0: 0, 1000: 896, PLENTY: found["state"]}[limit_nbytes]  # 896 is 7 times 128
     assert [found[key] for key in ("held", "ledger", "mapped", "planned")] == [expected] * 4
 
 
 @pytest.mark.parametrize("kind", ["bf16", "adam_beside"])
-def test_each_rank_has_room_for_what_it_writes(ranks: RankPool, kind: str) -> None:
-    found = ranks.run(room_of, 2, kind, PLENTY)
+def test_each_rank_has_a_buffer_for_what_it_writes(ranks: RankPool, kind: str) -> None:
+    found = ranks.run(buffer_of, 2, kind, PLENTY)
     for rank, of_rank in enumerate(found):
         # What all ranks have whole, rank 0 writes.
         expected = 0 if kind == "adam_beside" and rank == 1 else of_rank["state"]
@@ -295,11 +296,11 @@ def test_each_rank_has_room_for_what_it_writes(ranks: RankPool, kind: str) -> No
 
 
 def save_beside(rank: int, world_size: int, folder: str) -> tuple[dict[str, Any], int, int]:
-    model, optimizer = make("bf16", seed=1, room_nbytes=PLENTY)
+    model, optimizer = make("bf16", seed=1, buffer_nbytes=PLENTY)
     train(model, optimizer, 0, 2)
     before = whole_state(model, optimizer)
     pending = begin_checkpoint(folder, model=model, optimizer=optimizer)
-    optimizer._wait_for_snapshot()  # all is copied
+    optimizer._alive().external_edits.wait_for_snapshot()  # all is copied
     train(model, optimizer, 2, 4)
     pending.wait()
     load_checkpoint(folder, model=model, optimizer=optimizer)
@@ -314,19 +315,19 @@ def test_every_rank_copies_its_own(ranks: RankPool, tmp_path: Path) -> None:
     assert_holds(tmp_path / "c", "bf16", found[0][0])
 
 
-def test_later_groups_get_room_of_what_is_left(tmp_path: Path, disk: Disk) -> None:
+def test_later_groups_share_what_is_left_of_the_limit(tmp_path: Path, disk: Disk) -> None:
     model = nn.ModuleList([nn.Linear(16, 8), nn.Linear(16, 8)])
     limits = {2**20: (3072, 3072), 3600: (3072, 512)}  # 3 planes of twice 128 elements
     for limit_nbytes, expected in limits.items():
         optimizer = OffloadAdam(
-            model[0].parameters(), offload=OffloadPolicy(checkpoint_room_nbytes=limit_nbytes)
+            model[0].parameters(), offload=OffloadPolicy(snapshot_buffer_nbytes=limit_nbytes)
         )
         optimizer.add_param_group({"params": list(model[1].parameters())})
-        assert tuple(each.nbytes for each in optimizer._checkpoint_rooms) == expected
-        assert optimizer.host_nbytes["checkpoint room"] == sum(expected)
+        assert tuple(each.nbytes for each in optimizer._alive().snapshot_lock.buffers) == expected
+        assert optimizer.host_nbytes["snapshot buffer"] == sum(expected)
         optimizer.close()
     optimizer = OffloadAdam(
-        model[0].parameters(), offload=OffloadPolicy(checkpoint_room_nbytes=2**20)
+        model[0].parameters(), offload=OffloadPolicy(snapshot_buffer_nbytes=2**20)
     )
     optimizer.add_param_group({"params": list(model[1].parameters())})
     pending = begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
@@ -339,22 +340,22 @@ def test_later_groups_get_room_of_what_is_left(tmp_path: Path, disk: Disk) -> No
     optimizer.close()
 
 
-def test_a_room_that_does_not_fit_is_refused_with_the_state(
+def test_a_buffer_that_does_not_fit_is_refused_with_the_state(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(node_memory, "available_memory", lambda: (10_000, "of a small machine"))
-    OffloadAdam([nn.Parameter(torch.zeros(512))]).close()  # 4 KiB of moments, and no room
-    with pytest.raises(HostMemoryError, match=r"checkpoint room +6.00 KiB\n +together +10.00 KiB"):
+    OffloadAdam([nn.Parameter(torch.zeros(512))]).close()  # 4 KiB of moments, and no buffer
+    with pytest.raises(HostMemoryError, match=r"snapshot buffer +6.00 KiB\n +together +10.00 KiB"):
         OffloadAdam(
-            [nn.Parameter(torch.zeros(512))], offload=OffloadPolicy(checkpoint_room_nbytes=PLENTY)
+            [nn.Parameter(torch.zeros(512))], offload=OffloadPolicy(snapshot_buffer_nbytes=PLENTY)
         )
 
 
 @pytest.mark.parametrize(
     ("value", "error"), [(-1, ValueError), (1.5, TypeError), (True, TypeError)]
 )
-def test_a_room_that_is_no_number_of_bytes_is_refused(value: Any, error: type[Exception]) -> None:
-    with pytest.raises(error, match="checkpoint_room_nbytes must be"):
+def test_a_buffer_that_is_no_number_of_bytes_is_refused(value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="snapshot_buffer_nbytes must be"):
         OffloadAdam(
-            [nn.Parameter(torch.zeros(3))], offload=OffloadPolicy(checkpoint_room_nbytes=value)
+            [nn.Parameter(torch.zeros(3))], offload=OffloadPolicy(snapshot_buffer_nbytes=value)
         )

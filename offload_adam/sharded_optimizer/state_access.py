@@ -1,4 +1,4 @@
-"""An optimizer around its core: what callers may ask of the core, and its state as dicts."""
+"""Access to the state of an optimizer: as attributes, as `optimizer.state`, and as state dicts."""
 
 from __future__ import annotations
 
@@ -8,25 +8,15 @@ import weakref
 from abc import abstractmethod
 from collections.abc import (
     Callable,
-    Collection,
-    Iterable,
-    Iterator,
     Mapping,
-    MutableMapping,
-    Sequence,
 )
-from contextlib import AbstractContextManager
-from itertools import chain
-from operator import is_, methodcaller
 from typing import Any, Never, SupportsIndex, TypeVar, cast
 
 import torch
 
 from offload_adam.coordinator.admission import raise_on_all_ranks
-from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import RankGroup
-from offload_adam.errors import CheckpointError
-from offload_adam.params.groups import LAID_OUT, known_names
+from offload_adam.params.groups import known_names
 from offload_adam.state.state_dict import (
     STATE_KEY,
     gather_bucket,
@@ -34,21 +24,16 @@ from offload_adam.state.state_dict import (
     pack_full,
     read_saved,
 )
+from offload_adam.state.state_edits import StateEdits
 from offload_adam.state.state_shard import (
-    ParameterShard,
-    check_step_count,
     plan_load,
-    shards_of,
     state_shard,
 )
 from offload_adam.step.ledger import LedgerEntry
-from offload_adam.step.snapshot_lock import SnapshotLock
 from offload_adam.step.step import ShardedAdam
 from offload_adam.torch_private import load_state_dict_post_hooks, load_state_dict_pre_hooks
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-_NOT_PLAIN = ("params", "param_names")
-_values = methodcaller("values")
 
 
 def serialized(method: Method) -> Method:
@@ -67,65 +52,14 @@ def serialized(method: Method) -> Method:
     return cast(Method, run)
 
 
-class WrittenState:
-    """The tensors that `optimizer.state` shows, and a search for others in their place.
+class StateAccess(torch.optim.Optimizer):
+    """The part of an optimizer that reads and loads its state; `ShardedOptimizer` constructs it.
 
-    Cost: one comparison of identities for each tensor; about 0.3 us for each parameter.
-    """
+    The state itself is in `_core`. State dicts have torch's form, local or full. Checkpoints take
+    `_lock` and read the core that `_settled` returns.
 
-    def __init__(self) -> None:
-        self._own: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
-        self._tensors: list[torch.Tensor] = []
-
-    def add(self, parameter: torch.nn.Parameter, entry: Mapping[str, torch.Tensor]) -> None:
-        """Remember the tensors of one parameter."""
-        self._own[parameter] = dict(entry)
-        self._tensors += entry.values()
-
-    def is_untouched(self, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> bool:
-        """Tell whether every entry still holds the optimizer's own tensors."""
-        found = chain.from_iterable(map(_values, state.values()))
-        num_found = sum(map(len, state.values()))
-        return num_found == len(self._tensors) and all(map(is_, found, self._tensors))
-
-    def find(
-        self, state: Mapping[torch.Tensor, Mapping[str, Any]]
-    ) -> Iterator[tuple[torch.nn.Parameter, dict[str, Any]]]:
-        """Yield parameters of which a tensor was replaced, with their complete entries.
-
-        Raises:
-            KeyError: an entry lacks the key that it names.
-            TypeError, ValueError: a value that is no tensor, or no count of updates.
-        """
-        for parameter, own in self._own.items():
-            entry = state[parameter]
-            found = {key: entry[key] for key in own}
-            if all(map(is_, found.values(), own.values())):
-                continue
-            for key, value in found.items():
-                if key == "step":
-                    check_step_count("the step in optimizer.state", value)
-                elif not isinstance(value, torch.Tensor):
-                    raise TypeError(f"{key} in optimizer.state is no tensor but {value!r}")
-            yield parameter, found
-
-    def restore(self, state: Mapping[torch.Tensor, MutableMapping[str, Any]]) -> None:
-        """Put the optimizer's own tensors back, beside what users have added."""
-        for parameter, own in self._own.items():
-            entry = state[parameter]
-            added = {key: value for key, value in entry.items() if key not in own}
-            entry.clear()
-            entry.update({**own, **added})
-
-
-class CoreOptimizer(torch.optim.Optimizer):
-    """A `torch.optim.Optimizer` over a `ShardedAdam`, once that has been made.
-
-    A state dict is in torch's form, local or full. `_plain_state` is what a checkpoint keeps
-    besides tensors.
-
-    Lifecycle: `_core` is None before construction is over, and after `close`.
-    Threads: calls of several threads run one after the other, each as a whole.
+    Lifecycle: `_core` is None during construction and after `close`.
+    Threads: public methods hold `_lock`, so concurrent calls run one after another.
     """
 
     _core: ShardedAdam | None
@@ -133,19 +67,19 @@ class CoreOptimizer(torch.optim.Optimizer):
     _indices: dict[torch.nn.Parameter, int]  # each one's place among all that are trained
     _ranks: RankGroup
     _release: weakref.finalize[Any, Any]
-    _written: WrittenState
-    _state_made: Mapping[torch.Tensor, Any]
+    _state_edits: StateEdits
+    _own_state: Mapping[torch.Tensor, Any]
     _lock: threading.RLock
 
     @abstractmethod
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Refuse a completed group's hyperparameters, naming the argument."""
+        """Check a completed group's hyperparameters; an error names the argument."""
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Never:
-        """Refuse `copy.copy`, `copy.deepcopy` and pickling.
+        """Reject `copy.copy`, `copy.deepcopy` and pickling.
 
         Raises:
-            TypeError: naming what copies and saves the state.
+            TypeError: always; the message names the methods that copy or save the state.
         """
         raise TypeError(
             f"{type(self).__name__} cannot be copied or pickled: it is tied to its model's "
@@ -172,24 +106,15 @@ class CoreOptimizer(torch.optim.Optimizer):
 
     @serialized
     def synchronize(self) -> None:
-        """Return when all parameters and all state hold the result of the last step.
+        """Wait until all parameters and all state hold the result of the last step.
 
-        For whatever reads parameters in another way than through the model's forward or a state
-        dict: on a device the current stream waits, so that what it is given from now on sees them.
-        Collective where `step()` leaves updates running.
+        Call this before reading parameters other than through the model's forward or a state dict.
+        On a GPU only the current stream waits. Collective if `step()` leaves updates running.
 
         Raises:
-            Exception: what an update has raised beside this thread.
+            Exception: raised by an update in the update thread.
         """
         self._settled()
-
-    def long_running(self, what: str) -> AbstractContextManager[None]:
-        """Exempt the body from `stuck_after`, for example an evaluation on one rank alone.
-
-        Args:
-            what: name of the work, for error messages.
-        """
-        return PROGRESS.at(what, long_running=True)
 
     @serialized
     def refresh_master(self) -> None:
@@ -225,57 +150,23 @@ class CoreOptimizer(torch.optim.Optimizer):
         """The ranks that share this optimizer."""
         return self._ranks
 
-    @property
-    def _is_sharded(self) -> bool:
-        """Whether each rank holds a part of the state, or all of it."""
-        return self._alive().is_sharded
-
     def _holds(self, parameter: torch.nn.Parameter) -> bool:
         """Tell whether this optimizer, not closed yet, has state for this parameter."""
         return self._release.alive and parameter in self._indices
-
-    def _shards(self) -> Iterator[ParameterShard]:
-        """Yield this rank's range of every trained parameter and its state."""
-        for state in self._settled().states:
-            yield from shards_of(state)
-
-    @property
-    def _is_being_read(self) -> bool:
-        """Whether a checkpoint is being written in the background, or waits to be committed."""
-        return self._alive().snapshot_lock.is_open
-
-    @property
-    def _checkpoint_rooms(self) -> Sequence[torch.Tensor]:
-        """Host memory for what a checkpoint in the background copies, uint8."""
-        return self._alive().snapshot_lock.rooms
-
-    @serialized
-    def _lock_snapshot(self, buckets: Iterable[int]) -> SnapshotLock:
-        """Keep updates off buckets that a thread is about to read, and return who lets them go."""
-        return self._alive().external_edits.lock_snapshot(buckets)
-
-    @serialized
-    def _wait_for_snapshot(self) -> None:
-        """Return when no thread reads the state any more: it is about to be written."""
-        self._alive().external_edits.wait_for_snapshot()
 
     def memory_ledger(self) -> list[LedgerEntry]:
         """Return who holds which bytes of this rank now, on the host and on devices."""
         return self._alive().ledger()
 
-    def _share(self) -> tuple[int, int]:
-        """Return this rank's place among those that the state is divided over."""
-        return self._alive().share
-
     def _settled(self) -> ShardedAdam:
-        """Return the core, when nothing of it is under way."""
+        """Finish running updates, load edits of `optimizer.state`, and return the core."""
         core = self._alive()
         core.synchronize()
-        self._take_written_state(core)
+        self._load_state_edits(core)
         return core
 
     def _alive(self) -> ShardedAdam:
-        """Return the core of an optimizer that has not been closed."""
+        """Return the core; raise RuntimeError if the optimizer was closed."""
         if self._core is None or not self._release.alive:
             raise RuntimeError("this optimizer has been closed: make a new one to go on training")
         return self._core
@@ -290,7 +181,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         """
         saved = self.local_state_dict()
         core = self._alive()
-        if self._share()[1] == 1:
+        if core.share[1] == 1:
             return saved
         for index, packed in self._trainable_ids().items():
             bucket, position = core.place_of(index)
@@ -305,8 +196,7 @@ class CoreOptimizer(torch.optim.Optimizer):
 
         For a file for each rank. Loads into the same rank of the same world.
         """
-        self._settled()
-        rank, world_size = self._share()
+        rank, world_size = self._settled().share
         saved = super().state_dict()
         # Copies of the entries: an edit of the saved dict must not become one of optimizer.state.
         saved["state"] = {packed: dict(entry) for packed, entry in saved["state"].items()}
@@ -352,7 +242,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         for pre_hook in load_state_dict_pre_hooks(self):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        rank, world_size = self._share()
+        rank, world_size = core.share
         saved = read_saved(state_dict, world_size, rank)
         groups = merge_groups(self.param_groups, saved.groups, self._check_group)
         saved_ids = saved.ids_for(known_names(self.param_groups, self._module))
@@ -388,95 +278,28 @@ class CoreOptimizer(torch.optim.Optimizer):
             if parameter in self._indices
         }
 
-    @serialized
-    def _plain_state(self, name_of: Callable[[torch.Tensor], str]) -> dict[str, Any]:
-        """Return what is no tensor: groups, step counts by name, and the subclass's own state."""
-        groups = [
-            {
-                "parameters": [name_of(parameter) for parameter in group["params"]],
-                "options": {k: value for k, value in group.items() if k not in _NOT_PLAIN},
-            }
-            for group in self.param_groups
-        ]
-        steps = {name_of(shard.parameter): float(shard.step) for shard in self._shards()}
-        return {"groups": groups, "steps": steps, "further": self._further_state()}
-
-    def _check_plain_state(
-        self, saved: Mapping[str, Any], name_of: Callable[[torch.Tensor], str]
-    ) -> None:
-        """Check that `_load_plain_state` can load a saved state.
-
-        Raises:
-            CheckpointError: other groups or parameters, or hyperparameters that this optimizer
-                cannot have.
-        """
-        try:
-            self._plan_plain_state(saved, name_of)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the saved optimizer does not fit this one: {error}") from error
-
-    @serialized
-    def _load_plain_state(
-        self, saved: Mapping[str, Any], name_of: Callable[[torch.Tensor], str]
-    ) -> None:
-        """Load what `_plain_state` returned."""
-        groups, load_further = self._plan_plain_state(saved, name_of)
-        for shard in self._shards():
-            shard.step.fill_(saved["steps"][name_of(shard.parameter)])
-        load_further()
-        for group, kept in zip(self.param_groups, groups, strict=True):
-            dict.update(group, kept)  # a saved value may be one that users cannot set
-
-    def _plan_plain_state(
-        self, saved: Mapping[str, Any], name_of: Callable[[torch.Tensor], str]
-    ) -> tuple[list[dict[str, Any]], Callable[[], None]]:
-        """Check a plain state; return the groups' options and what loads the rest."""
-        if len(saved["groups"]) != len(self.param_groups):
-            raise ValueError(f"it has {len(saved['groups'])} groups, not {len(self.param_groups)}")
-        steps = {name_of(shard.parameter) for shard in self._shards()}
-        _refuse_other_names("its step counts", saved["steps"], steps)
-        for name, count in saved["steps"].items():
-            check_step_count(f"the step count of {name!r}", count)
-        groups = []
-        for number, (group, entry) in enumerate(
-            zip(self.param_groups, saved["groups"], strict=True)
-        ):
-            names = {name_of(parameter) for parameter in group["params"]}
-            _refuse_other_names(f"its group {number}", entry["parameters"], names)
-            kept = entry["options"]
-            for key in LAID_OUT:
-                if kept.get(key, False) != group.get(key, False):
-                    raise ValueError(f"it has {key}={kept.get(key, False)} in group {number}")
-            self._check_group({**group, **kept})
-            groups.append(kept)
-        entries = {
-            self._indices[shard.parameter]: {"step": saved["steps"][name_of(shard.parameter)]}
-            for shard in self._shards()
-        }
-        return groups, self._plan_further_state(saved["further"], entries)
-
     def _check_entries(self) -> None:
         """Check that `optimizer.state` still has an entry for every parameter."""
-        if self.state is not self._state_made or len(self.state) < len(self._indices):
+        if self.state is not self._own_state or len(self.state) < len(self._indices):
             raise ValueError(
                 "optimizer.state was replaced or has lost entries: they show the state, which lies "
                 "elsewhere. Use load_state_dict(), or make a new optimizer to begin anew"
             )
 
-    def _take_written_state(self, core: ShardedAdam) -> None:
+    def _load_state_edits(self, core: ShardedAdam) -> None:
         """Load tensors that users put into `optimizer.state`, and show the optimizer's own again.
 
         Raises:
             TypeError, ValueError: a value that cannot be state, or an entry that is gone.
         """
         self._check_entries()
-        if self._written.is_untouched(self.state):
+        if self._state_edits.is_untouched(self.state):
             return
         with torch.no_grad():
             try:
                 copies = [
                     copy
-                    for parameter, entry in self._written.find(self.state)
+                    for parameter, entry in self._state_edits.find(self.state)
                     for copy in plan_load(*core.place_of(self._indices[parameter]), entry)
                 ]
             except KeyError as error:
@@ -487,11 +310,4 @@ class CoreOptimizer(torch.optim.Optimizer):
             core.external_edits.wait_for_snapshot()
             for target, source in copies:
                 target.copy_(source)
-        self._written.restore(self.state)
-
-
-def _refuse_other_names(where: str, saved: Iterable[str], here: Collection[str]) -> None:
-    """Refuse names that differ, whatever their order."""
-    for name in sorted({*saved} ^ {*here}):
-        which = "this optimizer alone has" if name in here else "this optimizer does not have"
-        raise ValueError(f"{where}: {which} {name!r}")
+        self._state_edits.restore(self.state)

