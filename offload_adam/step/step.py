@@ -17,6 +17,7 @@ from offload_adam.coordinator.agreement import Agreement, Findings, agree, flags
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.gradients.segments import BucketGradients
+from offload_adam.layout.budget import Category
 from offload_adam.memory.arena import HostArena, close_all, spans_nodes
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.selection import Named, NewParameter
@@ -97,7 +98,14 @@ class ShardedAdam:
         self.reduction = reduction
         self.states: list[BucketState] = []
         self.host_nbytes = dict.fromkeys(
-            ("state", "staging", "checkpoint room", "block_sums", "prepared"), 0
+            (
+                Category.STATE,
+                Category.STAGING,
+                "checkpoint room",
+                Category.BLOCK_SUMS,
+                Category.PREPARED,
+            ),
+            0,
         )
         self._placing = placing
         self._external = external
@@ -161,7 +169,7 @@ class ShardedAdam:
         ]
         self.states += states
         self._frozen += frozen
-        self.host_nbytes["state"] += arena.nbytes
+        self.host_nbytes[Category.STATE] += arena.nbytes
         self.host_nbytes["checkpoint room"] = self.snapshot_lock.room_nbytes
         self._count_update_nbytes()
         self._names += [item.name for item in new]
@@ -172,7 +180,7 @@ class ShardedAdam:
                 self._places[index] = (state.layout.index, position)
         self.reduction.extend(states)
         schedule = self._routing.plan(self.states)
-        self.host_nbytes["staging"] = self._routing.host_nbytes
+        self.host_nbytes[Category.STAGING] = self._routing.host_nbytes
         self.executor.extend(states, schedule)
         self.external_edits.extend(new)
 
@@ -212,10 +220,12 @@ class ShardedAdam:
     def ledger(self) -> list[LedgerEntry]:
         """Return who holds which bytes now, on the host and on devices."""
         entries = [entry for state in self.states for entry in bucket_entries(state)]
-        shared = {k: n for k, n in self.host_nbytes.items() if k != "state"}
+        shared = {k: n for k, n in self.host_nbytes.items() if k != Category.STATE}
         entries += [LedgerEntry(name, None, "cpu", nbytes) for name, nbytes in shared.items()]
         slots = [*self.reduction.slot_nbytes.items(), *self._routing.slot_nbytes.items()]
-        entries += [LedgerEntry("slots", None, str(device), nbytes) for device, nbytes in slots]
+        entries += [
+            LedgerEntry(Category.SLOTS, None, str(device), nbytes) for device, nbytes in slots
+        ]
         return entries
 
     def hook_forward(
