@@ -17,9 +17,10 @@ from types import FrameType
 import torch.distributed as dist
 
 from offload_adam.coordinator.progress import PROGRESS
-from offload_adam.coordinator.ranks import RankGroup
-from offload_adam.coordinator.waiting import SLICE_S, wait_until
-from offload_adam.coordinator.watchdog import Verdict, accuse
+from offload_adam.coordinator.ranks import RankGroup, attempt
+from offload_adam.coordinator.verdicts import Verdict
+from offload_adam.coordinator.waiting import SLICE_S, wait_for_ranks, wait_until
+from offload_adam.coordinator.watchdog import accuse
 from offload_adam.torch_private import connect_to_default_store
 
 logger = logging.getLogger(__name__)
@@ -42,24 +43,21 @@ class EndingGuard:
     The training thread may hang in a collective that is not ours, where we cannot raise an error,
     or its clean-up may wait for dead peers.
 
-    Owns: a thread, within `guarding`.
+    Owns: a thread, within the context, which encloses the work and the clean-up after it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: RankGroup) -> None:
+        self._ranks = ranks
         self._exit_code: int | None = None
         self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="offload_adam-ending", daemon=True)
 
-    @contextmanager
-    def guarding(self, ranks: RankGroup) -> Iterator[None]:
-        """Guard the body, and the clean-up after it, against failed peers and against `hurried`."""
-        arguments = (ranks,)
-        threading.Thread(
-            target=self._run, args=arguments, name="offload_adam-ending", daemon=True
-        ).start()
-        try:
-            yield
-        finally:
-            self._over.set()
+    def __enter__(self) -> EndingGuard:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
 
     @contextmanager
     def hurried(self) -> Iterator[None]:
@@ -73,17 +71,17 @@ class EndingGuard:
             self._exit_code = 128 + signal.SIGINT if interrupted else 1
             raise
 
-    def _run(self, ranks: RankGroup) -> None:
-        wait_until(lambda: self._over.wait(SLICE_S) or self._must_end(ranks))
+    def _run(self) -> None:
+        wait_until(lambda: self._over.wait(SLICE_S) or self._must_end())
         if self._over.wait(GRACE_S):
             return
-        failure = ranks.failure
-        text = "the end of this process took too long" if failure is None else failure.text
-        print(f"offload-adam: rank {ranks.rank}: {text}", file=sys.stderr, flush=True)
+        failure = self._ranks.failure
+        text = f"the clean-up took more than {GRACE_S:g} s" if failure is None else failure.text
+        print(f"offload-adam: rank {self._ranks.rank}: {text}", file=sys.stderr, flush=True)
         os._exit(1 if self._exit_code is None else self._exit_code)
 
-    def _must_end(self, ranks: RankGroup) -> bool:
-        return self._exit_code is not None or ranks.failure is not None
+    def _must_end(self) -> bool:
+        return self._exit_code is not None or self._ranks.failure is not None
 
 
 class Preemption:
@@ -148,14 +146,14 @@ class Preemption:
     def _settle(self, name: str | None) -> bool:
         """Act on a signal to this rank or another; return False if there was none."""
         try:
-            if name is None and not self._is_asked():
+            if name is None and not (self._store and self._store.check(["asked"])):
                 return False
             self._decide(name or "a signal to another rank")
         except RuntimeError as error:
             # The watch handles a failed store. With a signal besides, the run has failed.
             if name is None:
                 return False
-            self._fail(f"{name} came, and the store does not answer ({error})")
+            accuse(Verdict((), f"Received {name}, and the store does not answer ({error})."))
         return True
 
     def _end_at_once(self) -> None:
@@ -167,7 +165,7 @@ class Preemption:
         timer.daemon = True
         timer.start()
         print(
-            f"offload-adam: rank {self._ranks.rank}: SIGTERM came again: ended at once, "
+            f"offload-adam: rank {self._ranks.rank}: received SIGTERM again, exiting at once "
             f"in {PROGRESS.where}",
             file=sys.stderr,
             flush=True,
@@ -181,7 +179,7 @@ class Preemption:
         if watch is None:
             return False
         # One beat until a peer sees the failure, one until this rank reads of it, and some slack.
-        timeout_s = 2.5 * watch.patience.beat_s
+        timeout_s = 2.5 * watch.failures.beat_s
         return wait_until(lambda: watch.failure is not None, pause_s=_PAUSE_S, timeout_s=timeout_s)
 
     def _received(self) -> list[str]:
@@ -190,22 +188,19 @@ class Preemption:
         numbers = os.read(self._reader, 64) if ready else b""
         return [signal.Signals(n).name for n in numbers if n in SIGNALS]
 
-    def _is_asked(self) -> bool:
-        return self._store is not None and self._store.check(["asked"])
-
     def _decide(self, name: str) -> None:
         """Accept the request if all ranks answer; otherwise fail the run."""
         silent = self._ranks_that_do_not_answer()
         if silent:
-            self._fail(
-                f"{name} came, and rank(s) {silent} did not answer within {ANSWER_WITHIN_S:g} s: "
-                "this run has failed and is not saved",
-                tuple(silent),
+            text = (
+                f"Received {name}, and rank(s) {silent} did not answer within {ANSWER_WITHIN_S:g} "
+                "s. This run has failed, and no checkpoint is saved."
             )
+            accuse(Verdict(tuple(silent), text))
             return
         logger.info(
-            "%s: ending after this step; a SIGTERM %g s from now, or later, ends this process at "
-            "once",
+            "Received %s, ending after this step. A SIGTERM %g s from now, or later, ends this "
+            "process at once.",
             name,
             ONE_REQUEST_S,
         )
@@ -217,17 +212,8 @@ class Preemption:
             return []
         store.set("asked", "")
         store.set(f"answer/{self._ranks.rank}", "")
-        silent = list(range(self._ranks.world_size))
-
-        def have_all_answered() -> bool:
-            silent[:] = [rank for rank in silent if not store.check([f"answer/{rank}"])]
-            return not silent
-
-        wait_until(have_all_answered, pause_s=_PAUSE_S, timeout_s=ANSWER_WITHIN_S)
-        return silent
-
-    def _fail(self, text: str, ranks: tuple[int, ...] = ()) -> None:
-        accuse(Verdict(ranks, text))
+        every = range(self._ranks.world_size)
+        return wait_for_ranks(store, "answer", every, pause_s=_PAUSE_S, timeout_s=ANSWER_WITHIN_S)
 
 
 @contextmanager
@@ -260,5 +246,4 @@ def _wake_only(number: int, frame: FrameType | None) -> None:
 
 def _own_store() -> dist.Store:
     connection = connect_to_default_store(timedelta(seconds=ANSWER_WITHIN_S))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"{_PREFIX}/{attempt}", connection)
+    return dist.PrefixStore(f"{_PREFIX}/{attempt()}", connection)

@@ -40,7 +40,8 @@ class ProgressRecord:
     @property
     def where(self) -> str:
         """Phase, bucket and step, for a message."""
-        return _where(self.step, self.phase, self.bucket)
+        of_bucket = "" if self.bucket is None else f" of bucket {self.bucket}"
+        return f"{self.phase}{of_bucket}, step {self.step}"
 
     @contextmanager
     def at(
@@ -150,7 +151,7 @@ class PeerRecord:
     """What a rank publishes with each heartbeat.
 
     beat: counts the heartbeats.
-    step, phase, bucket, waiting, long_running: its `ProgressRecord`.
+    progress: a copy, taken with the heartbeat.
     still_s: seconds since its training thread last made progress.
     left: None while the rank runs; then its last error, or "" if it ended without one.
     """
@@ -158,37 +159,9 @@ class PeerRecord:
     rank: int
     process: Process
     beat: int
-    step: int
-    phase: str
-    bucket: int | None
-    waiting: bool
-    long_running: bool
+    progress: ProgressRecord
     still_s: float
     left: str | None = None
-
-    @classmethod
-    def of(
-        cls,
-        rank: int,
-        process: Process,
-        beat: int,
-        progress: ProgressRecord,
-        still_s: float,
-        left: str | None,
-    ) -> PeerRecord:
-        """Return the record of a rank from its progress."""
-        return cls(
-            rank,
-            process,
-            beat,
-            progress.step,
-            progress.phase,
-            progress.bucket,
-            progress.waiting,
-            progress.long_running,
-            still_s,
-            left,
-        )
 
     def to_json(self) -> str:
         """Return the record as one line."""
@@ -198,22 +171,13 @@ class PeerRecord:
     def from_json(cls, text: str | bytes) -> PeerRecord:
         """Read the output of `to_json`."""
         values = json.loads(text)
-        return cls(**{**values, "process": Process(**values["process"])})
-
-    @property
-    def where(self) -> str:
-        """Phase, bucket and step, for a message."""
-        return _where(self.step, self.phase, self.bucket)
+        process = Process(**values.pop("process"))
+        return cls(process=process, progress=ProgressRecord(**values.pop("progress")), **values)
 
     @property
     def address(self) -> str:
         """Process id and host, for a message."""
         return f"process {self.process.pid} on {self.process.host}"
-
-
-def _where(step: int, phase: str, bucket: int | None) -> str:
-    of_bucket = "" if bucket is None else f" of bucket {bucket}"
-    return f"{phase}{of_bucket}, step {step}"
 
 
 def _machine() -> str:

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 
 from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.coordinator.verdicts import Verdict
 from offload_adam.coordinator.waiting import SLICE_S, wait_until
-from offload_adam.coordinator.watchdog import PeerWatch, Verdict, roll_call
+from offload_adam.coordinator.watchdog import PeerWatch, roll_call
 from offload_adam.options import FailurePolicy
 from offload_adam.torch_private import (
     abort_collectives,
@@ -238,13 +239,13 @@ def world_size_of(process_group: dist.ProcessGroup | None) -> int:
 
 
 def open_rank_group(
-    process_group: dist.ProcessGroup | None, patience: FailurePolicy | None = None
+    process_group: dist.ProcessGroup | None, failures: FailurePolicy = FailurePolicy()
 ) -> RankGroup:
     """Open a rank group over the ranks of `process_group`, with its own control group. Collective.
 
     Args:
         process_group: None for the default group; without that, the result is a world of one.
-        patience: time limits for failed peers; None for the defaults.
+        failures: time limits for failed peers.
 
     Raises:
         ValueError: this process is not in `process_group`.
@@ -254,7 +255,8 @@ def open_rank_group(
         return RankGroup()
     if dist.get_world_size(process_group) < 1:
         raise ValueError(
-            f"rank {dist.get_rank()} is not in process_group: make the optimizer on its ranks only"
+            f"rank {dist.get_rank()} is not in process_group: construct the optimizer only on the "
+            "ranks of process_group"
         )
     base = process_group if process_group is not None else dist.group.WORLD
     assert base is not None
@@ -265,26 +267,31 @@ def open_rank_group(
         global_ranks=global_ranks,
         timeout=timeout_of(base),
     )
-    ranks.watch = _open_watch(ranks, patience or FailurePolicy())
+    ranks.watch = _open_watch(ranks, failures)
     ranks.control = _new_group(base, "gloo", ranks.timeout)
     return ranks
 
 
-def _open_watch(ranks: RankGroup, patience: FailurePolicy) -> PeerWatch | None:
+def _open_watch(ranks: RankGroup, failures: FailurePolicy) -> PeerWatch | None:
     """Wait for the other ranks in the store, and start to watch them."""
     try:
         # The watch needs its own connection: a waiting store client blocks all other threads.
-        connection = connect_to_default_store(timedelta(seconds=patience.dead_after))
+        connection = connect_to_default_store(timedelta(seconds=failures.dead_after))
     except (AttributeError, NotImplementedError, RuntimeError) as error:
-        logger.warning("ranks that fail will not be named: this store has no clone() (%s)", error)
+        logger.warning("Failed ranks will not be named: this store has no clone() (%s)", error)
         return None
     store = dist.PrefixStore(_meeting_place(ranks.global_ranks), connection)
-    watch = PeerWatch(store, ranks.rank, ranks.global_ranks, patience)
+    watch = PeerWatch(store, ranks.rank, ranks.global_ranks, failures)
     watch.announce()
-    stay = min(ranks.timeout, timedelta(seconds=patience.stuck_after))
-    roll_call(store, ranks.rank, ranks.global_ranks, stay, "the making of the optimizer")
+    stay = min(ranks.timeout, timedelta(seconds=failures.stuck_after))
+    roll_call(store, ranks.rank, ranks.global_ranks, stay, "construct the optimizer")
     watch.start()
     return watch
+
+
+def attempt() -> int:
+    """Return how many times torchrun has restarted this run."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def _meeting_place(ranks: tuple[int, ...]) -> str:
@@ -295,8 +302,7 @@ def _meeting_place(ranks: tuple[int, ...]) -> str:
     """
     counts = _openings.setdefault(dist.group.WORLD, {})
     number = next(counts.setdefault(ranks, itertools.count()))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return f"offload_adam/{attempt}/{'-'.join(map(str, ranks))}/{number}"
+    return f"offload_adam/{attempt()}/{'-'.join(map(str, ranks))}/{number}"
 
 
 _openings: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], itertools.count[int]]] = (

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from offload_adam.coordinator.progress import Process
-from offload_adam.coordinator.ranks import RankGroup, open_rank_group
+from offload_adam.coordinator.ranks import RankGroup, attempt, open_rank_group
 from offload_adam.coordinator.watchdog import roll_call
 from offload_adam.errors import NotRetriedError
 from offload_adam.options import FailurePolicy
@@ -74,7 +74,7 @@ class World:
 
 @contextmanager
 def joined_world(
-    timeout: timedelta = COLLECTIVE_TIMEOUT, patience: FailurePolicy | None = None
+    timeout: timedelta = COLLECTIVE_TIMEOUT, failures: FailurePolicy = FailurePolicy()
 ) -> Iterator[World]:
     """Open the default process group for the body, and destroy all groups after it.
 
@@ -82,7 +82,7 @@ def joined_world(
 
     Args:
         timeout: of every collective of the default group.
-        patience: time limits for failed peers; None for the defaults.
+        failures: time limits for failed peers.
 
     Lifecycle: close all objects that hold a process group (an optimizer) inside the body. An object
         that outlives the groups aborts the process at exit.
@@ -98,10 +98,9 @@ def joined_world(
         yield world
         return
     end_with_parent()
-    patience = patience or FailurePolicy()
-    _open_default_group(world, timeout, patience)
+    _open_default_group(world, timeout, failures)
     try:
-        ranks = open_rank_group(None, patience)
+        ranks = open_rank_group(None, failures)
         try:
             yield replace(world, ranks=ranks)
         finally:
@@ -148,7 +147,7 @@ def _use_own_gpu(world: World) -> None:
     torch.cuda.set_device(world.device)
 
 
-def _open_default_group(world: World, timeout: timedelta, patience: FailurePolicy) -> None:
+def _open_default_group(world: World, timeout: timedelta, failures: FailurePolicy) -> None:
     """Initialise the default group over a store prefix of this attempt alone.
 
     torchrun's agent keeps one store across restarts, so without the prefix restarted ranks would
@@ -160,8 +159,8 @@ def _open_default_group(world: World, timeout: timedelta, patience: FailurePolic
     store = dist.PrefixStore(f"attempt-{attempt()}", store)
     meeting = dist.PrefixStore("meeting", store)
     meeting.set(f"rank/{world.rank}", Process.own().host)
-    stay = min(timeout, timedelta(seconds=patience.stuck_after))
-    roll_call(meeting, world.rank, tuple(range(world.world_size)), stay, "the start of the run")
+    stay = min(timeout, timedelta(seconds=failures.stuck_after))
+    roll_call(meeting, world.rank, tuple(range(world.world_size)), stay, "join the run")
     on_cuda = world.device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
@@ -173,11 +172,6 @@ def _open_default_group(world: World, timeout: timedelta, patience: FailurePolic
     )
 
 
-def attempt() -> int:
-    """Return how many times torchrun has restarted this run."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
 def refuse_retry(store: dist.Store) -> None:
     """Raise an error if an earlier attempt ended with a final error, as marked by `final`.
 
@@ -187,7 +181,7 @@ def refuse_retry(store: dist.Store) -> None:
     agent_store = store_without_prefixes(store)  # torchrun's agent keeps it through restarts
     if attempt() > 0 and agent_store.check([_mark()]):
         raise NotRetriedError(
-            "not tried again, for a restart cannot mend it: " + agent_store.get(_mark()).decode()
+            f"Not retried, because a restart cannot fix: {agent_store.get(_mark()).decode()}"
         )
 
 

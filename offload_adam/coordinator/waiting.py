@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+
+import torch.distributed as dist
 
 SLICE_S = 0.5
 """Timeout of one blocking call in a wait. Until it returns, the thread does not notice that a peer
@@ -37,3 +39,27 @@ def wait_until(
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, pause_s if longest_pause_s is None else longest_pause_s)
     return True
+
+
+def wait_for_ranks(
+    store: dist.Store,
+    prefix: str,
+    ranks: Iterable[int],
+    *,
+    pause_s: float,
+    longest_pause_s: float | None = None,
+    timeout_s: float,
+) -> list[int]:
+    """Wait until the store has a key `prefix/rank` for each rank; the pauses are `wait_until`'s.
+
+    Returns:
+        The ranks whose key is missing after `timeout_s`.
+    """
+    missing = list(ranks)
+
+    def have_all() -> bool:
+        missing[:] = [rank for rank in missing if not store.check([f"{prefix}/{rank}"])]
+        return not missing
+
+    wait_until(have_all, pause_s=pause_s, longest_pause_s=longest_pause_s, timeout_s=timeout_s)
+    return missing

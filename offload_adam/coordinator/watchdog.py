@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from offload_adam.coordinator.progress import PROGRESS, PeerRecord, Process
-from offload_adam.coordinator.waiting import wait_until
+from offload_adam.coordinator.verdicts import (
+    Verdict,
+    dead_verdict,
+    exited_verdict,
+    hung_verdict,
+    late_verdict,
+    silent_verdict,
+    unreachable_verdict,
+)
+from offload_adam.coordinator.waiting import wait_for_ranks
 from offload_adam.errors import PeerFailedError
 from offload_adam.options import FailurePolicy
 
@@ -24,26 +31,8 @@ logger = logging.getLogger(__name__)
 
 _VERDICT = "verdict"
 _SUSPECT_AFTER_S = 2.0
+"""A wait in a collective that lasts longer makes this rank check all ranks, not only the next."""
 _JOIN_S = 2.0
-_RESTART = "Start the run again from its newest checkpoint."
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """The failed ranks and the error message. All ranks use the first verdict in the store."""
-
-    ranks: tuple[int, ...]
-    text: str
-
-    def to_json(self) -> str:
-        """Return the verdict as one line of JSON."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Verdict:
-        """Read the output of `to_json`."""
-        values = json.loads(text)
-        return cls(tuple(values["ranks"]), values["text"])
 
 
 class PeerWatch:
@@ -61,9 +50,9 @@ class PeerWatch:
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, global_ranks: tuple[int, ...], patience: FailurePolicy
+        self, store: dist.Store, rank: int, global_ranks: tuple[int, ...], failures: FailurePolicy
     ) -> None:
-        self.patience = patience
+        self.failures = failures
         self._store = store
         self._rank = rank
         self._global_ranks = global_ranks
@@ -121,8 +110,8 @@ class PeerWatch:
         if self._verdict is None:
             silence_s = time.monotonic() - self._reached_s
             # The heartbeat thread itself may hang in a store that does not answer.
-            if not self._ending.is_set() and silence_s > self.patience.dead_after + 2.0:
-                return self._unreachable(silence_s)
+            if not self._ending.is_set() and silence_s > self.failures.dead_after + 2.0:
+                return unreachable_verdict(silence_s)
         return self._verdict
 
     def raise_failure(self) -> None:
@@ -141,9 +130,9 @@ class PeerWatch:
         timed_out = "timed out" in problem.lower()
         self._broken = problem
         self._wake.set()
-        beats_s = 3 * self.patience.beat_s
-        self._judged.wait(beats_s if timed_out else self.patience.dead_after + beats_s)
-        failure = self.failure or Verdict((), f"a collective failed: {problem}")
+        beats_s = 3 * self.failures.beat_s
+        self._judged.wait(beats_s if timed_out else self.failures.dead_after + beats_s)
+        failure = self.failure or Verdict((), f"A collective failed: {problem}.")
         return self._error(failure)
 
     def _condemn(self, verdict: Verdict) -> None:
@@ -173,9 +162,9 @@ class PeerWatch:
                 self._reached_s = time.monotonic()
             except RuntimeError as error:
                 self._lose_store(error)
-            self._wake.wait(self.patience.beat_s)
+            self._wake.wait(self.failures.beat_s)
             self._wake.clear()
-            if time.monotonic() - began_s > self.patience.dead_after / 2:
+            if time.monotonic() - began_s > self.failures.dead_after / 2:
                 self._seen.clear()  # this process was stopped: the peers may have sent heartbeats
         try:
             self._publish(self._left)
@@ -194,11 +183,11 @@ class PeerWatch:
         if PROGRESS.moves != self._moves:
             self._moves, self._moved_s = PROGRESS.moves, now_s
         self._beat += 1
-        record = PeerRecord.of(
+        record = PeerRecord(
             self._global_ranks[self._rank],
             self._process,
             self._beat,
-            PROGRESS,
+            replace(PROGRESS),
             now_s - self._moved_s,
             left,
         )
@@ -232,14 +221,14 @@ class PeerWatch:
     def _look_at_all(self) -> Verdict | None:
         others = [self._read(rank) for rank in range(len(self._global_ranks)) if rank != self._rank]
         for record in others:
-            found = departed_verdict(record) if record.left is not None else None
+            found = exited_verdict(record) if record.left is not None else None
             found = found or self._sign_of_death(record)
             if found is not None:
                 return found
         own = self._read(self._rank)
         if self._broken is not None and "timed out" in self._broken.lower():
             return late_verdict(others, self._broken)
-        return hung_verdict([own, *others], self.patience.stuck_after)
+        return hung_verdict([own, *others], self.failures.stuck_after)
 
     def _sign_of_death(self, record: PeerRecord) -> Verdict | None:
         if record.process.is_gone(self._process):
@@ -251,7 +240,7 @@ class PeerWatch:
         if beat != record.beat:
             self._seen[record.rank] = (record.beat, now_s)
             return None
-        if now_s - seen_s > self.patience.dead_after:
+        if now_s - seen_s > self.failures.dead_after:
             return silent_verdict(record, now_s - seen_s)
         return None
 
@@ -261,16 +250,9 @@ class PeerWatch:
     def _lose_store(self, error: RuntimeError) -> None:
         silence_s = time.monotonic() - self._reached_s
         logger.debug("The store does not answer: %s", error)
-        if self._accusation is not None or silence_s > self.patience.dead_after:
-            self._verdict = self._accusation or self._unreachable(silence_s)
+        if self._accusation is not None or silence_s > self.failures.dead_after:
+            self._verdict = self._accusation or unreachable_verdict(silence_s)
             self._judged.set()
-
-    def _unreachable(self, silence_s: float) -> Verdict:
-        return Verdict(
-            (),
-            f"the store has been out of reach for {silence_s:.0f} s: the process that keeps it "
-            "(under torchrun the agent on the first machine), or the network to it, is down.",
-        )
 
 
 _watches: weakref.WeakSet[PeerWatch] = weakref.WeakSet()
@@ -289,99 +271,20 @@ def roll_call(
     """Wait until every rank's first record is in the store.
 
     Args:
-        what: what the ranks do, for the error message.
+        what: what the ranks are to do, for the error message.
 
     Raises:
         PeerFailedError: naming the ranks whose record is missing after `timeout`.
     """
-    missing = [peer for peer in range(len(global_ranks)) if peer != rank]
-
-    def are_all_there() -> bool:
-        missing[:] = [peer for peer in missing if not store.check([f"rank/{peer}"])]
-        return not missing
-
     timeout_s = timeout.total_seconds()
-    if not wait_until(are_all_there, pause_s=0.001, longest_pause_s=0.2, timeout_s=timeout_s):
+    peers = [peer for peer in range(len(global_ranks)) if peer != rank]
+    missing = wait_for_ranks(
+        store, "rank", peers, pause_s=0.001, longest_pause_s=0.2, timeout_s=timeout_s
+    )
+    if missing:
         absent = tuple(global_ranks[peer] for peer in missing)
         raise PeerFailedError(
-            f"rank(s) {list(absent)} have not come to {what} within {timeout_s:g} s, and the "
-            "others wait for them: their own output says where they are",
+            f"Timed out after {timeout_s:g} s waiting for rank(s) {list(absent)} to {what}. "
+            "Check the logs of these ranks.",
             absent,
         )
-
-
-def dead_verdict(record: PeerRecord) -> Verdict:
-    """Return the verdict on a rank whose process ended without `leave`."""
-    return Verdict(
-        (record.rank,),
-        f"rank {record.rank} is dead: {record.address} has ended, last seen in {record.where}. "
-        f"Its own output or the kernel's log (out of memory?) says why. {_RESTART}",
-    )
-
-
-def silent_verdict(record: PeerRecord, silent_s: float) -> Verdict:
-    """Return the verdict on a rank that sends no heartbeats."""
-    return Verdict(
-        (record.rank,),
-        f"rank {record.rank} is dead: {record.address} has given no sign for {silent_s:.0f} s, "
-        f"last seen in {record.where}. It was stopped, or its machine or network is down. "
-        f"{_RESTART}",
-    )
-
-
-def departed_verdict(record: PeerRecord) -> Verdict:
-    """Return the verdict on a rank that left while other ranks waited for it."""
-    why = f" with {record.left}" if record.left else ""
-    return Verdict(
-        (record.rank,),
-        f"rank {record.rank} has left{why}: {record.address}, last in {record.where}. "
-        "All ranks must take the same steps.",
-    )
-
-
-def hung_verdict(records: Sequence[PeerRecord], stuck_after: float) -> Verdict | None:
-    """Return a verdict if one rank waited for `stuck_after` and other ranks make no progress.
-
-    A rank that makes progress, waits, or is in a long-running phase is not hung. If all ranks wait,
-    they wait for each other, and all are hung.
-    """
-    present = [record for record in records if record.left is None]
-    if not any(record.waiting and record.still_s > stuck_after for record in present):
-        return None
-    busy = [record for record in present if not record.waiting]
-    still = [r for r in busy if r.still_s > stuck_after and not r.long_running]
-    if still:
-        return _stuck_verdict(still, stuck_after)
-    if not busy and all(record.still_s > stuck_after for record in present):
-        return _parted_verdict(present, stuck_after)
-    return None
-
-
-def late_verdict(records: Sequence[PeerRecord], problem: str) -> Verdict:
-    """Return the verdict on a collective that failed although no rank is known to be dead."""
-    absent = [record for record in records if not record.waiting]
-    places = "; ".join(f"rank {r.rank} is in {r.where}" for r in (absent or records)[:8])
-    return Verdict(
-        tuple(record.rank for record in absent),
-        f"a collective failed ({problem}) and no rank is known to be dead; {places}. "
-        "All ranks must take the same steps, each within the process group's timeout.",
-    )
-
-
-def _stuck_verdict(still: Sequence[PeerRecord], stuck_after: float) -> Verdict:
-    places = "; ".join(f"rank {r.rank} ({r.address}) in {r.where}" for r in still[:8])
-    return Verdict(
-        tuple(record.rank for record in still),
-        f"stuck while others waited for more than {stuck_after:g} s: {places}. "
-        "See where it stands with py-spy dump --pid; if its work takes that long, "
-        "raise stuck_after.",
-    )
-
-
-def _parted_verdict(records: Sequence[PeerRecord], stuck_after: float) -> Verdict:
-    places = "; ".join(f"rank {r.rank} in {r.where}" for r in records[:8])
-    return Verdict(
-        tuple(record.rank for record in records),
-        f"all ranks wait for each other for more than {stuck_after:g} s: {places}. "
-        "They have parted: all ranks must take the same steps.",
-    )

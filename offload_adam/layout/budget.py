@@ -25,6 +25,27 @@ CHECKPOINT_BLOCK_NBYTES = 4 * 1024 * 1024
 """Bytes of a checkpoint's file that have one checksum: so a part can be verified alone."""
 
 
+class Category:
+    """What memory is for, in the ledger, the plan and reports; a plane of state has torch's key.
+
+    slots: buffers in which gradients are averaged. staging: buffers of copies between host and
+    device. prepared: a gradient that the kernel reads in another form. snapshot buffer: copies for
+    a checkpoint in the background. state: all planes in host memory together. Plain strings,
+    because users see them as keys.
+    """
+
+    PARAMETERS = "parameters"
+    GRADIENTS = "gradients"
+    GRADIENT_SHARDS = "gradient shards"
+    STATE = "state"
+    SLOTS = "slots"
+    STAGING = "staging"
+    BLOCK_SUMS = "block_sums"
+    PREPARED = "prepared"
+    SNAPSHOT_BUFFER = "snapshot buffer"
+    CHECKPOINT_WRITER = "checkpoint writer"
+
+
 def plane_nbytes(plan: StatePlan) -> dict[str, int]:
     """Return the bytes of one rank's shard of one bucket, plane by plane, gradients included.
 
@@ -36,7 +57,7 @@ def plane_nbytes(plan: StatePlan) -> dict[str, int]:
         "exp_avg": state.exp_avg,
         "exp_avg_sq": state.exp_avg_sq,
         "max_exp_avg_sq": state.max_exp_avg_sq,
-        "gradient shards": plan.gradient.shard_itemsize,
+        Category.GRADIENT_SHARDS: plan.gradient.shard_itemsize,
     }
     return {name: plan.bucket.shard_numel * size for name, size in itemsizes.items() if size}
 

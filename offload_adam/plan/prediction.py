@@ -10,6 +10,7 @@ from offload_adam.layout.budget import (
     CHECKPOINT_BLOCK_NBYTES,
     NUM_REDUCE_SLOTS,
     NUM_STAGING_SLOTS,
+    Category,
     block_sums_nbytes,
     plane_nbytes,
     snapshot_buffer_nbytes,
@@ -56,25 +57,25 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
     host: Counter[str] = Counter()
     device: Counter[str] = Counter()
     side = device if training.on_device else host
-    side["parameters"] = sum(bucket.numel * bucket.itemsize for bucket in buckets)
-    side["gradients"] = _gradients(plans, training)
-    side["slots"] = _slots(plans)
+    side[Category.PARAMETERS] = sum(bucket.numel * bucket.itemsize for bucket in buckets)
+    side[Category.GRADIENTS] = _gradients(plans, training)
+    side[Category.SLOTS] = _slots(plans)
     for plan in plans:
         (host if plan.location.is_host else device).update(plane_nbytes(plan))
-    host["block_sums"] = block_sums_nbytes([p.bucket for p in plans if p.location.is_host])
+    host[Category.BLOCK_SUMS] = block_sums_nbytes([p.bucket for p in plans if p.location.is_host])
     staged = [plan for plan in plans if plan.stages_parameters]
-    host["staging"] = NUM_STAGING_SLOTS * sum(
+    host[Category.STAGING] = NUM_STAGING_SLOTS * sum(
         _largest(staged, lambda plan: plan.bucket.shard_numel * plan.bucket.itemsize).values()
     )
     # Gradients that cannot be copied straight into their shard go through a buffer.
     buffered = [plan for plan in plans if plan.is_offloaded and not plan.copies_straight]
-    host["staging"] += sum(
+    host[Category.STAGING] += sum(
         _largest(buffered, lambda plan: plan.bucket.shard_numel * plan.gradient.itemsize).values()
     )
-    host["snapshot buffer"] = snapshot_buffer_nbytes(plans, training.snapshot_buffer_nbytes)
+    host[Category.SNAPSHOT_BUFFER] = snapshot_buffer_nbytes(plans, training.snapshot_buffer_nbytes)
     if training.on_device and training.saves:
         # What lies in host memory is written from where it lies.
-        host["checkpoint writer"] = CHECKPOINT_BLOCK_NBYTES
+        host[Category.CHECKPOINT_WRITER] = CHECKPOINT_BLOCK_NBYTES
     return Prediction(_positive(host), _positive(device), len(plans))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from offload_adam.layout.budget import Category
 from offload_adam.profiling.peak import REST, place_of
 from offload_adam.profiling.profile import RankProfile
 
@@ -13,17 +14,17 @@ _PREDICTED = "#E0245E"
 _OTHER = "#999999"
 # Okabe and Ito's palette: told apart by those who do not see all colours, on light and on dark.
 _COLORS = {
-    "parameters": "#0072B2",
-    "gradients": "#56B4E9",
-    "gradient shards": "#009E73",
-    "slots": "#E69F00",
+    Category.PARAMETERS: "#0072B2",
+    Category.GRADIENTS: "#56B4E9",
+    Category.GRADIENT_SHARDS: "#009E73",
+    Category.SLOTS: "#E69F00",
     "master_weight": "#D55E00",
     "exp_avg": "#CC79A7",
     "exp_avg_sq": "#9467BD",
     "max_exp_avg_sq": "#8C564B",
-    "staging": "#F0E442",
-    "prepared": "#C9B400",
-    "snapshot buffer": "#A6D854",
+    Category.STAGING: "#F0E442",
+    Category.PREPARED: "#C9B400",
+    Category.SNAPSHOT_BUFFER: "#A6D854",
 }
 
 
@@ -75,7 +76,9 @@ def of_process(profile: RankProfile) -> Any:
     ]
     rest = [max(0, s["rss"] - n) / unit for s, n in zip(samples, known, strict=True)]
     figure = go.Figure()
-    _add_area(figure, times, [n / unit for n in known], "the ledger's", _COLORS["parameters"])
+    _add_area(
+        figure, times, [n / unit for n in known], "the ledger's", _COLORS[Category.PARAMETERS]
+    )
     _add_area(figure, times, rest, REST, _OTHER)
     own = [(t, s["uss"] / unit) for t, s in zip(times, samples, strict=True) if "uss" in s]
     if own:
@@ -84,7 +87,7 @@ def of_process(profile: RankProfile) -> Any:
             y=[value for _, value in own],
             name="its own (USS)",
             mode="lines+markers",
-            line={"dash": "dot", "color": _COLORS["slots"]},
+            line={"dash": "dot", "color": _COLORS[Category.SLOTS]},
         )
     figure.update_layout(xaxis_title="seconds", yaxis_title=unit_name)
     return figure

@@ -16,6 +16,7 @@ from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.budget import (
     NUM_REDUCE_SLOTS,
     NUM_STAGING_SLOTS,
+    Category,
     plane_nbytes,
     snapshot_buffer_nbytes,
 )
@@ -125,7 +126,7 @@ def build_states(
         buffer_nbytes = 0  # rank 0 alone writes replicated state
     buffer_nbytes = snapshot_buffer_nbytes(plans, buffer_nbytes)
     if buffer_nbytes > 0:
-        needed["snapshot buffer"] = buffer_nbytes
+        needed[Category.SNAPSHOT_BUFFER] = buffer_nbytes
     admit_memory(ranks, needed, allow_overcommit=storage.offload.allow_overcommit)
     with raise_on_all_ranks(ranks, "allocating its state"):
         arena = HostArena(arena_nbytes(parts), parts=parts, touch=touch)

@@ -24,6 +24,7 @@ from offload_adam.gradients.whole import (
 from offload_adam.kernels import threads
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.scalars import scalar_row
+from offload_adam.layout.budget import Category
 from offload_adam.layout.flat import BLOCK_NUMEL, Segment
 from offload_adam.layout.state_plan import FLOAT32_NBYTES
 from offload_adam.params.bucket import BucketState
@@ -65,7 +66,10 @@ class HostUpdate:
     @property
     def nbytes(self) -> Mapping[str, int]:
         """Host bytes by what they are for."""
-        return {"block_sums": self._block_sums.nbytes, "prepared": self._whole_gradient.nbytes}
+        return {
+            Category.BLOCK_SUMS: self._block_sums.nbytes,
+            Category.PREPARED: self._whole_gradient.nbytes,
+        }
 
     def touch(self, memory: torch.Tensor) -> None:
         """Write to every page of (n,) uint8, each from the thread that updates float32 there."""

@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from offload_adam.layout.budget import Category
 from offload_adam.params.bucket import BucketState
 
 
 class LedgerEntry(NamedTuple):
     """Bytes that one thing takes now.
 
-    category: a plane by torch's key, `parameters`, `gradient shards`, or a buffer that all buckets
-        share: `staging`, `slots`, `block_sums`, `prepared`, `snapshot buffer`.
+    category: a `Category`, or a plane of state by torch's key.
     bucket: None for what all buckets share.
     device: "cpu", "cuda:0" and so on.
     """
@@ -27,10 +27,10 @@ class LedgerEntry(NamedTuple):
 def bucket_entries(state: BucketState) -> Iterator[LedgerEntry]:
     """Yield what one bucket takes: its parameters and this rank's planes."""
     index = state.layout.index
-    yield LedgerEntry("parameters", index, str(state.device), state.flat.nbytes)
+    yield LedgerEntry(Category.PARAMETERS, index, str(state.device), state.flat.nbytes)
     planes = state.planes.named(own_master=state.own_master)
     if state.planes.gradient_shard is not None:
-        planes["gradient shards"] = state.planes.gradient_shard
+        planes[Category.GRADIENT_SHARDS] = state.planes.gradient_shard
     for category, plane in planes.items():
         yield LedgerEntry(category, index, str(plane.device), plane.nbytes)
 

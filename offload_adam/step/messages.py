@@ -198,7 +198,8 @@ def refuse_disagreement(
     """
     if agreement.failed_ranks:
         raise PeerError(
-            f"rank(s) {list(agreement.failed_ranks)} refused this step; their error says why"
+            f"Step aborted: rank(s) {list(agreement.failed_ranks)} raised an error (see their "
+            "traceback)."
         )
     if len(set(agreement.steps)) > 1:
         raise RankDisagreementError(
@@ -217,9 +218,9 @@ def refuse_disagreement(
     if len(set(agreement.changes)) > 1:
         here = ", ".join(map(repr, changed_names[:5])) or "nothing"
         raise RankDisagreementError(
-            f"parameters were changed from outside on rank(s) {_changed(agreement.changes)} "
-            f"otherwise than on the rest (changed here: {here}): make the same change on every "
-            "rank, or broadcast it"
+            "Parameters were modified outside the optimizer on rank(s) "
+            f"{_changed(agreement.changes)} but not on the others (modified here: {here}). Apply "
+            "the same change on every rank, or broadcast it."
         )
 
 

@@ -111,8 +111,8 @@ class SnapshotLock:
         """
         if not self._unread_before.isdisjoint(buckets):
             self._invalidated_by = (
-                "parameters were changed from outside while they were being written: wait for the "
-                "checkpoint before you change them, or write it without the background"
+                "parameters were modified outside the optimizer while they were written: wait for "
+                "the checkpoint before you change them, or write it without the background"
             )
         self._unread_before = set(self._held)
 

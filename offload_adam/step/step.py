@@ -20,6 +20,7 @@ from offload_adam.gradients.gradient_transfer import GradientTransfer
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.gradients.stand_in import StreamedGradients
 from offload_adam.kernels.threads import spans_nodes
+from offload_adam.layout.budget import Category
 from offload_adam.layout.schedule import plan_schedule
 from offload_adam.memory.arena import HostArena, close_all
 from offload_adam.params.bucket import BucketState
@@ -235,23 +236,25 @@ class ShardedAdam:
     @property
     def host_nbytes(self) -> dict[str, int]:
         """Host bytes that this rank holds now, by what they are for."""
-        update = {"block_sums": 0, "prepared": 0}
+        update = {Category.BLOCK_SUMS: 0, Category.PREPARED: 0}
         if self._host_update is not None:
             update |= self._host_update.nbytes
         return {
-            "state": self._state_nbytes,
-            "staging": self._rings.staging_nbytes + self.transfer.host_nbytes,
-            "snapshot buffer": self.snapshot_lock.buffer_nbytes,
+            Category.STATE: self._state_nbytes,
+            Category.STAGING: self._rings.staging_nbytes + self.transfer.host_nbytes,
+            Category.SNAPSHOT_BUFFER: self.snapshot_lock.buffer_nbytes,
             **update,
         }
 
     def ledger(self) -> list[LedgerEntry]:
         """Return who holds which bytes now, on the host and on devices."""
         entries = [entry for state in self.states for entry in bucket_entries(state)]
-        shared = {k: n for k, n in self.host_nbytes.items() if k != "state"}
+        shared = {k: n for k, n in self.host_nbytes.items() if k != Category.STATE}
         entries += [LedgerEntry(name, None, "cpu", nbytes) for name, nbytes in shared.items()]
         slots = self.transfer.slot_nbytes.items()
-        entries += [LedgerEntry("slots", None, str(device), nbytes) for device, nbytes in slots]
+        entries += [
+            LedgerEntry(Category.SLOTS, None, str(device), nbytes) for device, nbytes in slots
+        ]
         return entries
 
     def hook_forward(

@@ -68,13 +68,12 @@ def run_job(config: RunConfig, console: Console | None = None, saver: Saver | No
             raise it, because it is in a collective that is not ours, the process is ended.
     """
     corpus, model = prepare(config)
-    patience = failure_policy(config)
-    timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=2 * patience.stuck_after))
-    guard = EndingGuard()
+    failures = failure_policy(config)
+    timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=2 * failures.stuck_after))
     with (
         locked_run_folder(config) as require_held,
-        joined_world(timeout, patience) as world,
-        guard.guarding(world.ranks),
+        joined_world(timeout, failures) as world,
+        EndingGuard(world.ranks) as guard,
         preemptible(world.ranks, lambda: what_stands(config)) as preemption,
         _assembled(config, world, corpus, model) as (parallel_model, optimizer),
         guard.hurried(),

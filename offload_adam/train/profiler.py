@@ -17,6 +17,7 @@ from offload_adam.config.optimizer_sections import AdamSection, OffloadAdamSecti
 from offload_adam.errors import MissingExtraError
 from offload_adam.gradients.stand_in import gradient_of
 from offload_adam.kernels.threads import threads_per_rank
+from offload_adam.layout.budget import Category
 from offload_adam.plan.prediction import predict
 from offload_adam.plan.timing import predict_time, update_nbytes
 from offload_adam.profiling.diagnosis import Diagnosis, Resource, RunFacts, diagnose
@@ -63,7 +64,7 @@ def _gradients(job: Job) -> Iterator[LedgerEntry]:
     for parameter in job.model.parameters():
         gradient = gradient_of(parameter)
         nbytes = 0 if gradient is None or gradient.is_sparse else gradient.nbytes
-        yield LedgerEntry("gradients", None, str(parameter.device), nbytes)
+        yield LedgerEntry(Category.GRADIENTS, None, str(parameter.device), nbytes)
 
 
 def _report(job: Job, profiles: Sequence[RankProfile]) -> None:
@@ -88,7 +89,7 @@ def facts_of(job: Job) -> RunFacts:
     return RunFacts(
         num_threads=optimizer.num_threads or num_cores,
         num_cores=num_cores,
-        pinned=job.optimizer.pinned_nbytes >= job.optimizer.host_nbytes["state"],
+        pinned=job.optimizer.pinned_nbytes >= job.optimizer.host_nbytes[Category.STATE],
         on_device=job.world.device.type == "cuda",
         streams=optimizer.streams,
         reduce_dtype=optimizer.reduce_dtype,
@@ -144,7 +145,7 @@ def _predicted(job: Job, profile: RankProfile) -> dict[str, int]:
     leaves = training.streams and training.reduces
     on_device = {f"{name} on {job.world.device}": n for name, n in plan.device.items()}
     every = {**plan.host, **on_device}
-    known = [name for name in profile.peaks if not (leaves and name.startswith("gradients"))]
+    known = [name for name in profile.peaks if not (leaves and name.startswith(Category.GRADIENTS))]
     return {name: every.get(name, 0) for name in known}
 
 

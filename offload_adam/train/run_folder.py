@@ -62,7 +62,7 @@ def continue_run_folder(config: RunConfig, step: int) -> list[str]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     kept = [line for line in lines if _step_of(line) <= step]
     path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    return [f"goes on after step {step}"]
+    return [f"resuming after step {step}"]
 
 
 def _step_of(line: str) -> float:

@@ -23,7 +23,7 @@ from offload_adam.checkpoint.save import require_shared, save_checkpoint
 from offload_adam.config import ConfigError, RunConfig
 from offload_adam.coordinator.admission import gather_texts, raise_on_all_ranks
 from offload_adam.coordinator.progress import PROGRESS
-from offload_adam.coordinator.startup import attempt
+from offload_adam.coordinator.ranks import attempt
 from offload_adam.errors import CheckpointError, PeerError, PeerFailedError
 from offload_adam.train.loop import Job
 from offload_adam.train.run_folder import run_folder
@@ -276,7 +276,7 @@ def _newest_whole(folder: Path) -> Path | None:
         try:
             verify_checkpoint(path)
         except CheckpointError as error:
-            logger.warning("%s is passed over: %s", path, error)
+            logger.warning("Skipping checkpoint %s: %s", path, error)
         else:
             return path
     return None
@@ -340,7 +340,7 @@ def resume(job: Job) -> Job:
     _load_state(job, extra["train"])
     step: int = extra["step"]
     if job.world.rank == 0:
-        logger.info("goes on from %s, after step %d", found, step)
+        logger.info("Resuming from %s at step %d", found, step)
         set_aside(job.config, step + 1)
     return replace(
         job,

@@ -106,10 +106,10 @@ def _ranks(job: Job) -> list[dict[str, Any]]:
         {
             "rank": record.rank,
             "host": record.process.host,
-            "step": record.step,
-            "phase": record.phase,
-            "bucket": record.bucket,
-            "waiting": record.waiting,
+            "step": record.progress.step,
+            "phase": record.progress.phase,
+            "bucket": record.progress.bucket,
+            "waiting": record.progress.waiting,
             "still_s": round(record.still_s, 1),
         }
         for record in watch.places()

@@ -134,9 +134,9 @@ def test_a_change_on_one_rank_is_refused_by_its_number_and_can_be_mended(
 ) -> None:
     for rank, (outcome, equal) in enumerate(ranks.run(change_on_one, world_size, odd, streams)):
         assert outcome.error == "RankDisagreementError"
-        assert f"changed from outside on rank(s) [{odd}] otherwise" in outcome.message
+        assert f"modified outside the optimizer on rank(s) [{odd}] but not on" in outcome.message
         here = "'w1'" if rank == odd else "nothing"
-        assert f"(changed here: {here})" in outcome.message
+        assert f"(modified here: {here})" in outcome.message
         assert equal
 
 
@@ -171,7 +171,7 @@ def test_a_write_through_data_on_one_rank_is_refused_and_can_be_mended(
 ) -> None:
     for outcome, equal in ranks.run(change_data_on_one, world_size, odd):
         assert outcome.error == "RankDisagreementError"
-        assert f"changed from outside on rank(s) [{odd}] otherwise" in outcome.message
+        assert f"modified outside the optimizer on rank(s) [{odd}] but not on" in outcome.message
         assert "'w1'" in outcome.message
         assert equal
 

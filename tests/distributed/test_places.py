@@ -32,8 +32,10 @@ def look(rank: int, world_size: int) -> Seen:
         seen: Seen = []
         while not all(phase.startswith("phase of") for _, _, phase, _ in seen) or not seen:
             assert time.monotonic() < deadline_s, seen
-            places = ranks.watch.places()
-            seen = [(place.rank, place.step, place.phase, place.bucket) for place in places]
+            seen = [
+                (peer.rank, peer.progress.step, peer.progress.phase, peer.progress.bucket)
+                for peer in ranks.watch.places()
+            ]
         ranks.all_reduce(torch.zeros(1))
     ranks.release()
     return seen

@@ -68,7 +68,7 @@ def test_a_killed_save_costs_no_more_than_that_checkpoint(
     ended = run(tmp_path, f"kill@{place}", *SHORT, f"--checkpoint.mode={mode}", options=options)
     assert ended.code == 0, ended.printed
     assert "is dead: process " in ended.printed
-    assert f"goes on from {tmp_path}/tiny/checkpoints/step-{newest}, after step {newest}" in (
+    assert f"Resuming from {tmp_path}/tiny/checkpoints/step-{newest} at step {newest}" in (
         ended.printed.replace("\n", "")
     )
     assert bits(ended) == uninterrupted

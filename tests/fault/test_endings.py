@@ -74,7 +74,7 @@ def test_a_signal_to_the_survivors_of_a_failure_is_no_preemption(tmp_path: Path)
     ended = finish(tmp_path, process)
     assert ended.code == 1
     assert ended.took_s < 45  # of these, torchrun gives the stopped one 30
-    assert "SIGTERM came, and rank(s) [1] did not answer within 5 s" in ended.printed
+    assert "Received SIGTERM, and rank(s) [1] did not answer within 5 s" in ended.printed
     assert "preempted" not in ended.printed
 
 
@@ -112,7 +112,7 @@ def test_what_a_restart_cannot_mend_is_not_retried(tmp_path: Path) -> None:
     ended = run(tmp_path, "differ@shape", options=("--max-restarts=2",))
     assert ended.code == 1
     assert ended.records == []
-    assert "not tried again, for a restart cannot mend it: RankDisagreementError: " in ended.printed
+    assert "Not retried, because a restart cannot fix: RankDisagreementError: " in ended.printed
 
 
 def test_a_foreign_checkpoint_is_not_tried_again(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_foreign_checkpoint_is_not_tried_again(tmp_path: Path) -> None:
     ended = run(tmp_path, "", larger, "--checkpoint.every=2", options=("--max-restarts=2",))
     assert ended.code == 1
     assert "model.sizes: was " in ended.printed
-    assert "not tried again, for a restart cannot mend it: ConfigError: " in ended.printed
+    assert "Not retried, because a restart cannot fix: ConfigError: " in ended.printed
     assert [record["step"] for record in ended.records] == [1, 2]
 
 

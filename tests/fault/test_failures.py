@@ -31,7 +31,7 @@ def test_a_stopped_rank_is_dead_to_the_others(tmp_path: Path) -> None:
     assert ended.code == 1
     assert ended.took_s < BOUND_S + TORCHRUN_S
     assert "rank 1 is dead: process " in ended.printed
-    assert "has given no sign for " in ended.printed
+    assert "has sent no heartbeat for " in ended.printed
     assert ", last seen in " in ended.printed
 
 
@@ -39,7 +39,7 @@ def test_a_rank_that_hangs_is_named_with_its_place(tmp_path: Path) -> None:
     ended = run(tmp_path, "hang@update")
     assert ended.code == 1
     assert ended.took_s < BOUND_S
-    assert "stuck while others waited for more than 3 s: rank 1 (process " in ended.printed
+    assert "Hung while other ranks waited for more than 3 s: rank 1 (process " in ended.printed
     assert "in update of bucket 0, step 3" in ended.printed
 
 
@@ -49,7 +49,7 @@ def test_an_error_on_one_rank_is_told_to_the_others(tmp_path: Path, place: str) 
     assert ended.code == 1
     assert ended.took_s < BOUND_S
     assert "RuntimeError: a fault of the test's" in ended.printed  # its own traceback
-    assert "rank 1 has left with RuntimeError: a fault of the test's" in ended.printed
+    assert "rank 1 exited with RuntimeError: a fault of the test's" in ended.printed
 
 
 def test_a_hang_in_a_collective_that_is_not_ours_ends_the_run(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
     ended = run(tmp_path, "hang@start")
     assert ended.code == 1
     assert ended.took_s < BOUND_S
-    assert "rank(s) [1] have not come to the start of the run within 3 s" in ended.printed
+    assert "Timed out after 3 s waiting for rank(s) [1] to join the run." in ended.printed
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_an_error_in_the_update_thread_is_told_to_the_others(tmp_path: Path) -> 
     assert ended.code == 1
     assert ended.took_s < BOUND_S
     assert "RuntimeError: a fault of the test's" in ended.printed
-    assert "rank 1 has left with RuntimeError: a fault of the test's" in ended.printed
+    assert "rank 1 exited with RuntimeError: a fault of the test's" in ended.printed
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

@@ -61,7 +61,7 @@ def test_a_second_sigterm_ends_a_run_that_hangs(
 ) -> None:
     process = start_alone(tmp_path, 150, f"--checkpoint.every={every}")
     process.send_signal(first)
-    wait_for(tmp_path, f"{first.name}: ending after this step", process)
+    wait_for(tmp_path, f"Received {first.name}, ending after this step", process)
     time.sleep(3.5)
     process.send_signal(signal.SIGUSR1)
     with pytest.raises(subprocess.TimeoutExpired):
@@ -70,7 +70,7 @@ def test_a_second_sigterm_ends_a_run_that_hangs(
     ended = finish(tmp_path, process)
     assert ended.code == 143
     assert ended.took_s < 5
-    assert "SIGTERM came again: ended at once, in " in ended.printed
+    assert "received SIGTERM again, exiting at once in " in ended.printed
     checkpoint = tmp_path / "tiny" / "checkpoints" / "step-2"
     assert checkpoint.is_dir() == (every > 0)
     stands = f"checkpoint {checkpoint} stands; the steps after it are lost"
@@ -95,13 +95,13 @@ def test_the_sigterm_of_a_failure_is_no_second_one(tmp_path: Path) -> None:
     wait_for(tmp_path, "fault on rank", process)
     of_rank = {one.environ().get("RANK"): one for one in processes_of(tmp_path)}
     of_rank["0"].send_signal(signal.SIGTERM)
-    wait_for(tmp_path, "SIGTERM: ending after this step", process)
+    wait_for(tmp_path, "Received SIGTERM, ending after this step", process)
     time.sleep(3.5)
     of_rank["1"].kill()
     ended = finish(tmp_path, process)
     assert ended.code == 1
     assert "rank 1 is dead" in ended.printed
-    assert "SIGTERM came again" not in ended.printed
+    assert "received SIGTERM again" not in ended.printed
 
 
 def test_a_second_sigterm_ends_a_rank_and_the_others_name_it(tmp_path: Path) -> None:
@@ -110,11 +110,11 @@ def test_a_second_sigterm_ends_a_rank_and_the_others_name_it(tmp_path: Path) -> 
     wait_for(tmp_path, "fault on rank", process)
     of_rank = {one.environ().get("RANK"): one for one in processes_of(tmp_path)}
     of_rank["1"].send_signal(signal.SIGTERM)
-    wait_for(tmp_path, "a signal to another rank: ending after this step", process)
+    wait_for(tmp_path, "Received a signal to another rank, ending after this step", process)
     time.sleep(3.5)
     of_rank["1"].send_signal(signal.SIGTERM)
     ended = finish(tmp_path, process)
     assert ended.code == 1
     assert ended.took_s < 30
-    assert "rank 1: SIGTERM came again: ended at once, in " in ended.printed
+    assert "rank 1: received SIGTERM again, exiting at once in " in ended.printed
     assert "rank 1 is dead" in ended.printed

@@ -194,7 +194,7 @@ def test_a_first_step_that_fails_touches_nothing_of_an_earlier_run(
     assert contents(tmp_path) == before
     records, printed = run(tmp_path, train=train, checkpoint=section)
     assert [record["step"] for record in records] == [1, 2, 3]
-    assert ("holds an earlier run" if last is None else "goes on after step 2") in printed
+    assert ("holds an earlier run" if last is None else "resuming after step 2") in printed
 
 
 def test_a_model_that_returns_no_logits_is_a_mistake_of_the_configuration(tmp_path: Path) -> None:

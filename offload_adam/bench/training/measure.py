@@ -16,6 +16,7 @@ import torch
 from offload_adam.bench.peers import PeerUnavailableError
 from offload_adam.bench.training.contenders import CONTENDERS, Offloading, TrainContender
 from offload_adam.bench.training.model import Decoder, Sizes, make_model, make_tokens
+from offload_adam.layout.budget import Category
 
 _Found = TypeVar("_Found")
 
@@ -238,7 +239,7 @@ def _buckets(contender: TrainContender) -> tuple[int, ...]:
     if not isinstance(contender, Offloading):
         return ()
     entries = contender.optimizer.memory_ledger()
-    return tuple(entry.nbytes for entry in entries if entry.category == "parameters")
+    return tuple(entry.nbytes for entry in entries if entry.category == Category.PARAMETERS)
 
 
 def synchronize(device: torch.device) -> None:
