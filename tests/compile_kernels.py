@@ -21,15 +21,15 @@ def compile_updates() -> None:
     for source, param_format, amsgrad in itertools.product(
         FloatFormat, PARAM_FORMATS, (False, True)
     ):
-        adam.prepare(source, param_format, amsgrad)
+        adam.compile_kernel(source, param_format, amsgrad)
 
 
 def compile_others() -> None:
     """Compile the norm and the lazy update for all formats."""
     for source in FloatFormat:
-        norm.prepare(source)
+        norm.compile_kernel(source)
     for source, param_format in itertools.product(FloatFormat, PARAM_FORMATS):
-        sparse.prepare(source, param_format)
+        sparse.compile_kernel(source, param_format)
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ class LazyUpdate:
     """Launches the row kernel on rows that are drawn anew before each run."""
 
     def __init__(self, planes: Planes, width: int, num_touched: int, num_threads: int) -> None:
-        sparse.prepare(FloatFormat.FLOAT32, None)
+        sparse.compile_kernel(FloatFormat.FLOAT32, None)
         self._planes = planes
         self._width = width
         self._num_threads = num_threads

@@ -22,7 +22,7 @@ class OffloadUpdate:
     bytes_per_param = _BYTES_PER_PARAM
 
     def __init__(self, planes: Planes, num_threads: int) -> None:
-        adam.prepare(FloatFormat.FLOAT32, None, False)
+        adam.compile_kernel(FloatFormat.FLOAT32, None, False)
         self.memory = planes.memory
         self.num_steps = 0
         self._num_threads = num_threads

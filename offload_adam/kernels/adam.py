@@ -131,7 +131,9 @@ def update(
     )
 
 
-def prepare(gradient_format: FloatFormat, param_format: FloatFormat | None, amsgrad: bool) -> None:
+def compile_kernel(
+    gradient_format: FloatFormat, param_format: FloatFormat | None, amsgrad: bool
+) -> None:
     """Compile, or load from the disk cache, the specialisation that `update` will need."""
     table = np.zeros(0, dtype=np.int64)
     state = np.zeros(0, dtype=np.float32)

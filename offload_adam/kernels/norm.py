@@ -90,7 +90,7 @@ def block_sums(
     )
 
 
-def prepare(gradient_format: FloatFormat) -> None:
+def compile_kernel(gradient_format: FloatFormat) -> None:
     """Compile, or load from the disk cache, the specialisation that `block_sums` will need."""
     table = np.zeros(0, dtype=np.int64)
     arguments = (gradient_format.dtype_tag(), table, table, table, table, np.zeros(0), 1)

@@ -115,7 +115,7 @@ def update_rows(
     )
 
 
-def prepare(gradient_format: FloatFormat, param_format: FloatFormat | None) -> None:
+def compile_kernel(gradient_format: FloatFormat, param_format: FloatFormat | None) -> None:
     """Compile, or load from the disk cache, the specialisation that `update_rows` will need."""
     state = np.zeros(0, dtype=np.float32)
     arguments = (

@@ -232,7 +232,7 @@ class DeviceUpdate:
     state the segments are what this rank owns.
     """
 
-    def reserve(self, state: BucketState, gradients: BucketGradients, *, lazy: bool) -> None:
+    def allocate_for(self, state: BucketState, gradients: BucketGradients, *, lazy: bool) -> None:
         """Temporaries come from torch's own cache of device memory."""
 
     def sum_of_squares(self, state: BucketState, gradients: BucketGradients) -> float:

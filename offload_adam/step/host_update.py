@@ -44,8 +44,8 @@ class HostUpdate:
 
     Owns: the array of block sums, and room for the largest gradient that is prepared whole; every
         bucket uses both.
-    Lifecycle: `prepare` for every set of buckets, at construction, compiles and allocates;
-        `reserve` in each step for what its sparse gradients need, before anything is changed.
+    Lifecycle: `add_buckets` for every set of buckets, at construction, compiles and allocates;
+        `allocate_for` in each step for what its sparse gradients need, before anything is changed.
     Threads: one at a time launches kernels.
     """
 
@@ -77,36 +77,36 @@ class HostUpdate:
             num_pieces = self._use_threads(memory.numel() // FLOAT32_NBYTES)
             self._first_touch.touch(memory.numpy(), num_pieces)
 
-    def prepare(self, states: Iterable[BucketState]) -> None:
+    def add_buckets(self, states: Iterable[BucketState]) -> None:
         """Compile what these buckets will launch, and make room for their block sums."""
         for state in states:
             shard = state.planes.gradient_shard
             gradient_format = FORMATS[state.dtype if shard is None else shard.dtype]
-            self._norm.prepare(gradient_format)
-            self._prepare_update(state, gradient_format)
-            self._reserve_whole(state, state.centralized)
+            self._norm.compile_kernel(gradient_format)
+            self._compile_update(state, gradient_format)
+            self._allocate_whole(state, state.centralized)
             if state.layout.num_blocks > self._block_sums.size:
                 self._block_sums = np.zeros(state.layout.num_blocks, dtype=np.float64)
 
-    def reserve(self, state: BucketState, gradients: BucketGradients, *, lazy: bool) -> None:
+    def allocate_for(self, state: BucketState, gradients: BucketGradients, *, lazy: bool) -> None:
         """Compile and make room for what sparse gradients need."""
         if gradients.rows and lazy:
-            self._sparse.prepare(FloatFormat.FLOAT32, _param_format(state))
+            self._sparse.compile_kernel(FloatFormat.FLOAT32, _param_format(state))
         elif gradients.rows:
-            self._reserve_whole(state, needs_preparation(state, gradients))
+            self._allocate_whole(state, needs_preparation(state, gradients))
 
-    def _reserve_whole(self, state: BucketState, prepared: npt.NDArray[np.bool_]) -> None:
+    def _allocate_whole(self, state: BucketState, prepared: npt.NDArray[np.bool_]) -> None:
         """Compile and make room for the whole gradients of these parameters of a bucket."""
         numels = state.segments.numels[prepared[state.segments.positions]]
         largest = int(numels.max(initial=0))
         if largest > 0:
-            self._prepare_update(state, FloatFormat.FLOAT32)
+            self._compile_update(state, FloatFormat.FLOAT32)
         if largest > self._whole_gradient.numel():
             self._whole_gradient = torch.zeros(largest, dtype=torch.float32, device="cpu")
 
-    def _prepare_update(self, state: BucketState, gradient_format: FloatFormat) -> None:
+    def _compile_update(self, state: BucketState, gradient_format: FloatFormat) -> None:
         amsgrad = state.planes.max_exp_avg_sq is not None
-        self._adam.prepare(gradient_format, _param_format(state), amsgrad)
+        self._adam.compile_kernel(gradient_format, _param_format(state), amsgrad)
 
     def sum_of_squares(self, state: BucketState, gradients: BucketGradients) -> float:
         """Return the float64 sum of squares of this shard's gradients, not finite if one is."""

@@ -197,7 +197,7 @@ class ShardedAdam:
         with PROGRESS.at("compilation", long_running=True):
             hosted = [state for state in states if state.plan.location.is_host]
             if hosted:
-                self._use_host_update().prepare(hosted)
+                self._use_host_update().add_buckets(hosted)
         self.snapshot_lock.buffers.append(buffer.take(buffer.nbytes, torch.uint8))
         self._updates += [
             self._use_host_update() if state.plan.location.is_host else self._device_update
@@ -439,7 +439,7 @@ class ShardedAdam:
             for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
                 found.present[state.indices] = gradients.present
                 update = self._updates[state.layout.index]
-                update.reserve(state, gradients, lazy=inputs.lazy)
+                update.allocate_for(state, gradients, lazy=inputs.lazy)
             if inputs.factor != 1.0:
                 refuse_partly_multiplied(inputs, found.present, self._names)
             with spans.span("norm"):

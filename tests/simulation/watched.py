@@ -28,8 +28,8 @@ class WatchedUpdate:
         self._inner = inner
         self._machine = machine
 
-    def reserve(self, state: BucketState, gradients: BucketGradients, *, lazy: bool) -> None:
-        self._inner.reserve(state, gradients, lazy=lazy)
+    def allocate_for(self, state: BucketState, gradients: BucketGradients, *, lazy: bool) -> None:
+        self._inner.allocate_for(state, gradients, lazy=lazy)
 
     def sum_of_squares(self, state: BucketState, gradients: BucketGradients) -> float:
         self._look("sum of squares", state, gradients)

@@ -43,7 +43,7 @@ weight, exp_avg, exp_avg_sq = (np.zeros(256, np.float32) for _ in range(3))
 
 def run_one_update():
     threads.use_threads(1)
-    adam.prepare(FloatFormat.FLOAT32, None, False)
+    adam.compile_kernel(FloatFormat.FLOAT32, None, False)
     adam.update(FloatFormat.FLOAT32, np.array([gradient.ctypes.data]), np.array([0]),
                   np.array([0, 256]), np.array([0]), scalar_row(hyper, 1, 1.0)[None],
                   weight, exp_avg, exp_avg_sq, None, None, 2)

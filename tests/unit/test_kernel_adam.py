@@ -109,7 +109,7 @@ def test_an_empty_table_changes_nothing(numels: tuple[int, ...], num_pieces: int
 
 
 def test_the_prepared_specialisation_is_the_one_that_runs() -> None:
-    adam.prepare(FloatFormat.FLOAT16, FloatFormat.FLOAT16, True)
+    adam.compile_kernel(FloatFormat.FLOAT16, FloatFormat.FLOAT16, True)
     compiled = len(adam._update_segments.overloads)
     rng = np.random.default_rng(0)
     segments = random_segments(rng, (3,), FloatFormat.FLOAT16)

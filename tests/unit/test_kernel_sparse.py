@@ -186,7 +186,7 @@ def test_the_first_and_the_last_row_stay_within_the_table() -> None:
 
 
 def test_the_prepared_specialisation_is_the_one_that_runs() -> None:
-    sparse.prepare(FloatFormat.BFLOAT16, FloatFormat.BFLOAT16)
+    sparse.compile_kernel(FloatFormat.BFLOAT16, FloatFormat.BFLOAT16)
     compiled = len(sparse._update_touched.overloads)
     rng = np.random.default_rng(0)
     state = random_state(rng, NUM_ROWS * 4, FloatFormat.BFLOAT16)
