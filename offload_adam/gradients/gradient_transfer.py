@@ -170,7 +170,7 @@ class GradientTransfer:
     def skip_reduction(self, state: BucketState) -> None:
         """Record a D2H event for a bucket that is not reduced: the next user of its slot waits."""
         if state.plan.uses_ring:
-            self._stream_waits.record(Operation.COPY_DOWN, state.layout.index)
+            self._stream_waits.record(Operation.COPY_D2H, state.layout.index)
 
     def take_segments(
         self,
@@ -215,7 +215,7 @@ class GradientTransfer:
         """
         number = copy.state.layout.index
         if copy.state.plan.is_offloaded:
-            return copy.is_issued and self._stream_waits.is_over(Operation.COPY_DOWN, number)
+            return copy.is_issued and self._stream_waits.is_over(Operation.COPY_D2H, number)
         if copy.pending is None:
             return True
         return copy.pending.is_completed() and self._stream_waits.is_over(Operation.REDUCE, number)
@@ -229,7 +229,7 @@ class GradientTransfer:
         if copy.pending is not None:
             with span("reduce", number):
                 copy.pending.wait(self._ranks)
-        with span("copy down", number):
+        with span("D2H copy", number):
             through = None
             if state.plan.is_offloaded and not copy.is_issued:
                 dtypes = {piece.source.dtype for piece in copy.pieces}
@@ -264,7 +264,7 @@ class GradientTransfer:
 
         sources = [piece.source for piece in pieces]
         # Waits for the reduction, or for backward where nothing is reduced.
-        self._stream_waits.run(Operation.COPY_DOWN, number, issue, reads=sources, writes=[target])
+        self._stream_waits.run(Operation.COPY_D2H, number, issue, reads=sources, writes=[target])
         copy.is_issued = True
 
     def _buffer(

@@ -3,9 +3,9 @@
     lane      who works there              tasks of bucket b
     compute   the model's own stream       GRADIENT  PACK              RELEASE          USE
     reduce    the collective of gradients            REDUCE
-    down      copies to the host                       COPY_DOWN
+    D2H       copies to the host                       COPY_D2H
     update    the update thread                           SUM_SQUARES   UPDATE
-    up        copies to the device                                        COPY_UP
+    H2D       copies to the device                                        COPY_H2D
     gather    the collective of parameters                                  GATHER
 
 Tasks of one lane run in the order in which they are issued. Between lanes nothing is ordered but by
@@ -16,7 +16,7 @@ those for an UPDATE do anything.
 
 No task waits for a task of the step before. A backward begins when every USE has been waited for,
 so that on the compute lane all of them come before the first GRADIENT; and every UPDATE comes after
-a COPY_DOWN that has waited for a GRADIENT.
+a COPY_D2H that has waited for a GRADIENT.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Lane(Enum):
 
     COMPUTE = "compute"
     REDUCE = "reduce"
-    DOWN = "copy down"
+    D2H = "D2H copy"
     UPDATE = "update"
-    UP = "copy up"
+    H2D = "H2D copy"
     GATHER = "gather"
 
 
@@ -46,11 +46,11 @@ class Operation(Enum):
     GRADIENT: backward writes the gradients, as autograd left them.
     PACK: they are copied, end to end, into a slot of the reduction.
     REDUCE: the slot is averaged over the ranks.
-    COPY_DOWN: this rank's shard of them lands on the host.
+    COPY_D2H: this rank's shard of them is copied to the host.
     SUM_SQUARES: its block sums are taken.
     RELEASE: `step()` is reached: the model has done its last reading of the parameters.
     UPDATE: the shard's state and parameters are updated, on the host or on the device.
-    COPY_UP: this rank's shard of the parameters goes to the device.
+    COPY_H2D: this rank's shard of the parameters is copied to the device.
     GATHER: the other ranks' shards come.
     USE: the next forward reads the parameters.
     """
@@ -58,11 +58,11 @@ class Operation(Enum):
     GRADIENT = "gradient"
     PACK = "pack"
     REDUCE = "reduce"
-    COPY_DOWN = "copy_down"
+    COPY_D2H = "copy_d2h"
     SUM_SQUARES = "sum_squares"
     RELEASE = "release"
     UPDATE = "update"
-    COPY_UP = "copy_up"
+    COPY_H2D = "copy_h2d"
     GATHER = "gather"
     USE = "use"
 
@@ -76,11 +76,11 @@ _LANES = {
     Operation.GRADIENT: Lane.COMPUTE,
     Operation.PACK: Lane.COMPUTE,
     Operation.REDUCE: Lane.REDUCE,
-    Operation.COPY_DOWN: Lane.DOWN,
+    Operation.COPY_D2H: Lane.D2H,
     Operation.SUM_SQUARES: Lane.UPDATE,
     Operation.RELEASE: Lane.COMPUTE,
     Operation.UPDATE: Lane.UPDATE,
-    Operation.COPY_UP: Lane.UP,
+    Operation.COPY_H2D: Lane.H2D,
     Operation.GATHER: Lane.GATHER,
     Operation.USE: Lane.COMPUTE,
 }
@@ -144,7 +144,7 @@ def plan_schedule(
     waits: dict[Task, tuple[Task, ...]] = {}
     for plan in plans:
         number = plan.bucket.index
-        for operation, waited in _arrival(plan, earlier_packed.get(number)):
+        for operation, waited in _tasks_before_agreement(plan, earlier_packed.get(number)):
             before.append(Task(operation, number))
             waits[Task(operation, number)] = tuple(waited)
     for plan in forward:
@@ -153,7 +153,7 @@ def plan_schedule(
             waits[after[-1]] = ()
     for plan in forward:
         number = plan.bucket.index
-        for operation, waited in _departure(plan, earlier_staged.get(number)):
+        for operation, waited in _tasks_after_agreement(plan, earlier_staged.get(number)):
             after.append(Task(operation, number))
             waits[Task(operation, number)] = tuple(waited)
     on_device = frozenset(plan.bucket.index for plan in plans if not plan.location.is_host)
@@ -180,39 +180,43 @@ def _rings(plans: Sequence[StatePlan], num_slots: int) -> tuple[dict[int, int], 
     return slots, earlier
 
 
-def _arrival(plan: StatePlan, earlier: int | None) -> list[tuple[Operation, list[Task]]]:
+def _tasks_before_agreement(
+    plan: StatePlan, earlier: int | None
+) -> list[tuple[Operation, list[Task]]]:
     """Return a bucket's tasks before the agreement, each with what it waits for."""
     number = plan.bucket.index
     tasks: list[tuple[Operation, list[Task]]] = [(Operation.GRADIENT, [])]
     source = Task(Operation.GRADIENT, number)
     if plan.gradient.averaged:
-        emptied = [] if earlier is None else [Task(Operation.COPY_DOWN, earlier)]
+        emptied = [] if earlier is None else [Task(Operation.COPY_D2H, earlier)]
         tasks.append((Operation.PACK, emptied))
         tasks.append((Operation.REDUCE, [Task(Operation.PACK, number)]))
         source = Task(Operation.REDUCE, number)
     if plan.is_offloaded:
-        tasks.append((Operation.COPY_DOWN, [source]))
-        source = Task(Operation.COPY_DOWN, number)
+        tasks.append((Operation.COPY_D2H, [source]))
+        source = Task(Operation.COPY_D2H, number)
     tasks.append((Operation.SUM_SQUARES, [source]))
     return tasks
 
 
-def _departure(plan: StatePlan, earlier: int | None) -> list[tuple[Operation, list[Task]]]:
+def _tasks_after_agreement(
+    plan: StatePlan, earlier: int | None
+) -> list[tuple[Operation, list[Task]]]:
     """Return a bucket's tasks after the agreement and RELEASE, each with what it waits for.
 
-    The copy up is issued by the thread that has made the update, and so needs no wait for it.
+    The H2D copy is issued by the thread that has made the update, and so needs no wait for it.
     """
     number = plan.bucket.index
     tasks: list[tuple[Operation, list[Task]]] = []
     ready = [Task(Operation.UPDATE, number)]
     if plan.is_offloaded:
-        emptied = [] if earlier is None else [Task(Operation.COPY_UP, earlier)]
+        emptied = [] if earlier is None else [Task(Operation.COPY_H2D, earlier)]
         tasks.append((Operation.UPDATE, emptied))
         # Only the first H2D copy of a step needs this wait, but which copy is first depends on the
         # step's gradients. Where the host has waited for the sum of squares of a bucket that is
         # kept on the device, no copy needs it; but not every step, nor every rank, has such a sum.
-        tasks.append((Operation.COPY_UP, [Task(Operation.RELEASE, number)]))
-        ready.append(Task(Operation.COPY_UP, number))
+        tasks.append((Operation.COPY_H2D, [Task(Operation.RELEASE, number)]))
+        ready.append(Task(Operation.COPY_H2D, number))
     else:
         tasks.append((Operation.UPDATE, []))
     if plan.gathers:

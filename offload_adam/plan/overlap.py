@@ -77,9 +77,9 @@ def _durations(
                 return mean_pass_s(plan, training, network)
             case Operation.GATHER:
                 return gather_s(bucket, training, network)
-            case Operation.COPY_DOWN:
+            case Operation.COPY_D2H:
                 return bucket.shard_numel * plan.gradient.itemsize / GB / bus
-            case Operation.COPY_UP:
+            case Operation.COPY_H2D:
                 return bucket.shard_numel * bucket.itemsize / GB / bus
             case Operation.SUM_SQUARES if plan.location.is_host:
                 return (both - update) / GB / host

@@ -4,7 +4,7 @@ step             ShardedAdam: construction and the step, top-down; start here
 backward_hooks   tell the reduction of each gradient and of the end of a backward
 reducer          which bucket is sent when, and what `.grad` holds afterwards
 executor         on which thread tasks run, and what waits for them; update_thread is that thread
-update_tasks     sum, update, copy up and gather of one bucket, with the waits of layout.schedule
+update_tasks     sum, update, H2D copy and gather of one bucket, with the waits of layout.schedule
 host_update      the update where the state is in host memory
 device_update    the update where the state is on a device
 messages         what a step is told, decides and reports, and its errors

@@ -179,7 +179,7 @@ class Executor:
     def apply(
         self, gradients: Sequence[BucketGradients], inputs: UpdateInputs, spans: Spans
     ) -> None:
-        """Update, copy up and gather every bucket that has an active parameter, in forward order.
+        """Update, copy and gather every bucket that has an active parameter, in forward order.
 
         Args:
             spans: told of what the calling thread does before this returns.
@@ -212,7 +212,7 @@ class Executor:
         if not state.plan.stages_parameters:
             return
         number = state.layout.index
-        skip = partial(self._tasks.skip_copy_up, number)
+        skip = partial(self._tasks.skip_copy_h2d, number)
         if self._runs_on_worker(state):
             self._submit(f"the turn of bucket {number}", skip)
         else:

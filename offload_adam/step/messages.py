@@ -295,7 +295,7 @@ class StepReport:
     skipped: a gradient was not finite or `found_inf` was set: nothing was changed.
     num_updated: parameters that were updated: those with a gradient on any rank.
     non_finite: names of the parameters whose gradient was not finite, on any rank.
-    timings: seconds by phase: reduce, norm, agree, update, copy up, gather; `device update`, to
+    timings: seconds by phase: reduce, norm, agree, update, H2D copy, gather; `device update`, to
         launch those of state on a device; `checkpoint wait`, what updates have waited for one that
         is being written; and `update wait`, what the model's forward has waited for updates. Where
         updates run beside the next forward, those of a step are in the report of the next one, also

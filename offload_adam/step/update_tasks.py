@@ -100,13 +100,13 @@ class UpdateTasks:
             if not is_host:
                 self.stream_waits.record(Operation.UPDATE, number)
         if state.plan.is_offloaded:
-            with spans.span("copy up", number):
-                self._copy_up(state, active, param_out)
+            with spans.span("H2D copy", number):
+                self._copy_h2d(state, active, param_out)
 
     def _await_turn(self, state: BucketState, spans: Spans) -> None:
         """Wait for the slot that the update writes, and for a checkpoint that reads the bucket."""
         number = state.layout.index
-        with spans.span("copy up", number) if state.plan.is_offloaded else nullcontext():
+        with spans.span("H2D copy", number) if state.plan.is_offloaded else nullcontext():
             # On the host: until the H2D copy of the bucket that had this staging slot is over.
             self.stream_waits.wait_before(Operation.UPDATE, number)
         if self._snapshot_lock.holds(number):
@@ -128,7 +128,7 @@ class UpdateTasks:
         """Let this thread copy a shard's fp32 parameters to the slot from which they go up."""
         return self._staging_slot(state).copy_(state.planes.master_weight)
 
-    def _copy_up(
+    def _copy_h2d(
         self, state: BucketState, active: npt.NDArray[np.bool_], param_out: torch.Tensor | None
     ) -> None:
         """Copy the updated parameters of this shard to the device."""
@@ -143,15 +143,17 @@ class UpdateTasks:
                 state.shard[start:end].copy_(source[start:end], non_blocking=True)
 
         # Waits until the model has read the parameters for the last time in this step.
-        self.stream_waits.run(Operation.COPY_UP, number, copy, reads=[source], writes=[state.shard])
+        self.stream_waits.run(
+            Operation.COPY_H2D, number, copy, reads=[source], writes=[state.shard]
+        )
 
-    def skip_copy_up(self, number: int) -> None:
+    def skip_copy_h2d(self, number: int) -> None:
         """Record an H2D event for a skipped bucket that has a staging slot.
 
         The next user of the slot waits on this event, and so on all H2D copies before it: the copy
         of the bucket that had the slot last may still read it.
         """
-        self.stream_waits.record(Operation.COPY_UP, number)
+        self.stream_waits.record(Operation.COPY_H2D, number)
 
     def gather(self, number: int, spans: Spans) -> None:
         """Start bringing the other ranks' shards of a bucket, once."""

@@ -113,7 +113,7 @@ class CudaStreams:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        lanes = (Lane.REDUCE, Lane.DOWN, Lane.UP, Lane.GATHER)
+        lanes = (Lane.REDUCE, Lane.D2H, Lane.H2D, Lane.GATHER)
         self._streams = {lane: torch.cuda.Stream(device) for lane in lanes}
         self._unrecorded: dict[Lane, list[torch.Tensor]] = {lane: [] for lane in Lane}
         self._held: dict[Lane, deque[_Held]] = {lane: deque() for lane in Lane}

@@ -20,7 +20,7 @@ from tests.simulation.detector import Clock, Detector
 
 TRAINING = "training thread"
 UPDATE = "update thread"
-LANES = (Lane.COMPUTE, Lane.REDUCE, Lane.DOWN, Lane.UP, Lane.GATHER)
+LANES = (Lane.COMPUTE, Lane.REDUCE, Lane.D2H, Lane.H2D, Lane.GATHER)
 ACTORS = (TRAINING, UPDATE, *(lane.value for lane in LANES))
 
 

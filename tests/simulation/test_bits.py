@@ -25,8 +25,8 @@ NUM_REUSING = 2
 PLACES = list(product(("fp32", "bf16", "mixed"), ("all", "staging", "none"), (1, 2)))
 
 
-STAGING: Kind = (Operation.UPDATE, Operation.COPY_UP)
-REDUCTION: Kind = (Operation.PACK, Operation.COPY_DOWN)
+STAGING: Kind = (Operation.UPDATE, Operation.COPY_H2D)
+REDUCTION: Kind = (Operation.PACK, Operation.COPY_D2H)
 BESIDE: dict[str, dict[str, Any]] = {
     "fp16": {"dtype": "fp16"},
     "host": {"on_device": False},

@@ -53,10 +53,10 @@ def pooled_slot_released_before_its_copy(simulation: Simulation, patch: Patch) -
 
 
 def slot_kept_by_nobody_where_buckets_are_passed_by(simulation: Simulation, patch: Patch) -> None:
-    patch.setattr(simulation.core.tasks, "skip_copy_up", lambda number: None)
+    patch.setattr(simulation.core.tasks, "skip_copy_h2d", lambda number: None)
 
 
-def gather_before_its_copy_up(simulation: Simulation, patch: Patch) -> None:
+def gather_before_its_copy_h2d(simulation: Simulation, patch: Patch) -> None:
     _begin_nothing_of(simulation, patch, Operation.GATHER)
 
 
@@ -71,7 +71,7 @@ def _begin_nothing_of(simulation: Simulation, patch: Patch, skipped: Operation) 
     patch.setattr(stream_waits, "wait_before", hasty)
 
 
-def copy_down_without_an_edge_from_compute(simulation: Simulation, patch: Patch) -> None:
+def copy_d2h_without_an_edge_from_compute(simulation: Simulation, patch: Patch) -> None:
     stream_waits = simulation.core.stream_waits
     start = simulation.machine.record(Lane.COMPUTE)
 
@@ -132,8 +132,8 @@ BUGS: list[tuple[Callable[[Simulation, Patch], None], Case]] = [
     (one_reduction_slot_for_all, TWO),
     (pooled_slot_released_before_its_copy, POOLED),
     (slot_kept_by_nobody_where_buckets_are_passed_by, PASSED_BY),
-    (gather_before_its_copy_up, TWO),
-    (copy_down_without_an_edge_from_compute, ALONE),
+    (gather_before_its_copy_h2d, TWO),
+    (copy_d2h_without_an_edge_from_compute, ALONE),
     (update_that_nobody_waits_for, TWO),
     (update_that_nobody_waits_for, ALONE),
     (release_at_the_end_of_backward, ALONE),

@@ -24,7 +24,7 @@ from offload_adam.step.build import Backend
 from offload_adam.transfer.streams import Event
 from tests.support.cuda_runtime import StandInRuntime
 
-_THREADS = {Lane.DOWN: "down", Lane.UP: "up", Lane.REDUCE: "ranks", Lane.GATHER: "ranks"}
+_THREADS = {Lane.D2H: "down", Lane.H2D: "up", Lane.REDUCE: "ranks", Lane.GATHER: "ranks"}
 
 Job = Callable[[], object]
 

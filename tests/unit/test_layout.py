@@ -111,7 +111,7 @@ def test_the_schedule_measures_in_backward_order_and_updates_in_forward_order() 
     schedule = plan_schedule(plans, num_reduce_slots=2, num_staging_slots=2)
     before = [tuple(task) for task in schedule.before_agreement]
     arriving = [Operation.GRADIENT, Operation.PACK, Operation.REDUCE, Operation.SUM_SQUARES]
-    copied = [*arriving[:3], Operation.COPY_DOWN, arriving[3]]
+    copied = [*arriving[:3], Operation.COPY_D2H, arriving[3]]
     assert before == [
         *((operation, 0) for operation in arriving),
         *((operation, 1) for operation in copied),
@@ -124,7 +124,7 @@ def test_the_schedule_measures_in_backward_order_and_updates_in_forward_order() 
         (Operation.GATHER, 2),
         (Operation.USE, 2),
         (Operation.UPDATE, 1),
-        (Operation.COPY_UP, 1),
+        (Operation.COPY_H2D, 1),
         (Operation.GATHER, 1),
         (Operation.USE, 1),
         (Operation.UPDATE, 0),
@@ -140,11 +140,11 @@ def test_slots_are_dealt_in_turn_and_taken_over_from_who_had_them_before() -> No
     assert schedule.reduce_slots == {0: 0, 1: 1, 2: 0, 3: 1, 4: 0}
     packs = {b: schedule.waits[Task(Operation.PACK, b)] for b in range(5)}
     earlier = {2: 0, 3: 1, 4: 2}
-    assert packs == {b: _waits(Operation.COPY_DOWN, earlier.get(b)) for b in range(5)}
+    assert packs == {b: _waits(Operation.COPY_D2H, earlier.get(b)) for b in range(5)}
     assert schedule.staging_slots == {4: 0, 3: 1, 2: 2, 1: 0, 0: 1}
     updates = {b: schedule.waits[Task(Operation.UPDATE, b)] for b in range(5)}
     earlier = {1: 4, 0: 3}
-    assert updates == {b: _waits(Operation.COPY_UP, earlier.get(b)) for b in range(5)}
+    assert updates == {b: _waits(Operation.COPY_H2D, earlier.get(b)) for b in range(5)}
 
 
 def _waits(operation: Operation, earlier: int | None) -> tuple[Task, ...]:

@@ -34,10 +34,10 @@ def test_exposed_is_what_the_updates_are_longer_than_the_forward_and_one_bucket(
     num_buckets = 20
     seconds = {
         Operation.GRADIENT: BACKWARD,
-        Operation.COPY_DOWN: DOWN,
+        Operation.COPY_D2H: DOWN,
         Operation.SUM_SQUARES: NORM,
         Operation.UPDATE: UPDATE,
-        Operation.COPY_UP: UP,
+        Operation.COPY_H2D: UP,
         Operation.USE: ratio * UPDATE,
     }
     exposed = equal_buckets(num_buckets, seconds).exposed_s
@@ -99,17 +99,17 @@ def test_state_on_the_device_is_updated_on_the_models_own_lane() -> None:
 def test_it_is_drawn_lane_by_lane() -> None:
     seconds = {
         Operation.GRADIENT: 2.0,
-        Operation.COPY_DOWN: 1.0,
+        Operation.COPY_D2H: 1.0,
         Operation.UPDATE: 2.0,
-        Operation.COPY_UP: 1.0,
+        Operation.COPY_H2D: 1.0,
         Operation.USE: 1.0,
     }
     drawn = equal_buckets(2, seconds).draw(width=11)
-    # Backward to 4, the last gradient down to 5, updates to 7 and 9, copies up to 8 and 10.
+    # Backward to 4, the last gradient down to 5, updates to 7 and 9, H2D copies to 8 and 10.
     assert drawn.splitlines() == [
         "  compute 0011....1.0",
-        "copy down ..0.1......",
+        " D2H copy ..0.1......",
         "   update .....1100..",
-        "  copy up .......1.0.",
+        " H2D copy .......1.0.",
         "          0 s    11 s",
     ]

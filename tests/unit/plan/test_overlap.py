@@ -54,7 +54,7 @@ def test_ranks_divide_updates_and_copies_and_add_collectives() -> None:
     ]
     # Two ranks of a node share its memory, each with a quarter of the state.
     assert seconds[1][Operation.UPDATE] == pytest.approx(seconds[0][Operation.UPDATE] / 2)
-    assert seconds[1][Operation.COPY_UP] == pytest.approx(seconds[0][Operation.COPY_UP] / 4)
+    assert seconds[1][Operation.COPY_H2D] == pytest.approx(seconds[0][Operation.COPY_H2D] / 4)
     assert seconds[1][Operation.GATHER] == pytest.approx(0.75 * 2 * NUMEL / 10e9)
     assert seconds[1][Operation.REDUCE] == pytest.approx(0.75 * 2 * NUMEL / 10e9)
     assert Operation.GATHER not in seconds[0]
@@ -101,7 +101,7 @@ def test_the_command_prints_what_is_exposed_and_draws_a_step(tmp_path: Path) -> 
     )
     assert f"{values['seconds_exposed']:.4g}" in result.output
     lines = drawn.read_text().splitlines()
-    names = ["compute", "copy down", "update", "copy up"]
+    names = ["compute", "D2H copy", "update", "H2D copy"]
     assert [line[:9].strip() for line in lines[:-1]] == names
     assert lines[-1].endswith(f"{values['seconds_overlapped']:.4g} s")
 

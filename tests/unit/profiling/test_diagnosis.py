@@ -30,9 +30,9 @@ FACTS = RunFacts(
         ("forward", FACTS, Resource.COMPUTE, ""),
         ("update", replace(FACTS, num_threads=1), Resource.UPDATE, "optimizer.num_threads"),
         ("update", FACTS, Resource.UPDATE, "--nproc-per-node"),
-        ("copy up", replace(FACTS, pinned=False), Resource.COPIES, "memory.pin"),
-        ("copy down", replace(FACTS, dtype="fp32"), Resource.COPIES, "train.dtype"),
-        ("copy down", FACTS, Resource.COPIES, "train.gradient_accumulation_steps"),
+        ("H2D copy", replace(FACTS, pinned=False), Resource.COPIES, "memory.pin"),
+        ("D2H copy", replace(FACTS, dtype="fp32"), Resource.COPIES, "train.dtype"),
+        ("D2H copy", FACTS, Resource.COPIES, "train.gradient_accumulation_steps"),
         (
             "gather",
             replace(FACTS, reduce_dtype="fp32"),
@@ -73,7 +73,7 @@ def test_nothing_recorded_is_nothing_said() -> None:
     ("beside", "resource"),
     [
         ("update", Resource.UPDATE),
-        ("copy up", Resource.COPIES),
+        ("H2D copy", Resource.COPIES),
         ("reduce", Resource.TRANSFERS),
         (None, Resource.UPDATE),
     ],

@@ -96,7 +96,7 @@ def test_each_lane_has_a_stream_and_the_models_lane_is_the_current_one(cuda: Fak
     for lane in Lane:
         streams.launch(lane, partial(note, lane))
     assert used[Lane.COMPUTE] == "the model's"
-    own = [used[lane] for lane in (Lane.REDUCE, Lane.DOWN, Lane.UP, Lane.GATHER)]
+    own = [used[lane] for lane in (Lane.REDUCE, Lane.D2H, Lane.H2D, Lane.GATHER)]
     assert len({*own, "the model's"}) == 5
     assert cuda.current.name == "the model's"
     for lane, name in used.items():
@@ -107,7 +107,7 @@ def test_a_wait_is_stream_on_stream_and_a_synchronize_blocks_without_spinning(
     cuda: FakeCuda,
 ) -> None:
     streams = CudaStreams(DEVICE)
-    event = cast(FakeEvent, streams.record(Lane.DOWN))
+    event = cast(FakeEvent, streams.record(Lane.D2H))
     # The stand-in is no torch.cuda.Event to isinstance but where both names are the same class.
     streams.wait(Lane.COMPUTE, cast(Any, event))
     assert cuda.current.waits == [event]
@@ -121,14 +121,14 @@ def test_tensors_that_another_stream_reads_are_held_until_its_event(cuda: FakeCu
     streams = CudaStreams(DEVICE)
     tensor = torch.ones(3)
     alive = weakref.ref(tensor)
-    streams.launch(Lane.DOWN, lambda: None, reads=[tensor])
+    streams.launch(Lane.D2H, lambda: None, reads=[tensor])
     del tensor
-    event = cast(FakeEvent, streams.record(Lane.DOWN))
-    streams.record(Lane.UP)
+    event = cast(FakeEvent, streams.record(Lane.D2H))
+    streams.record(Lane.H2D)
     gc.collect()
     assert alive() is not None
     event.happened = True
-    streams.record(Lane.UP)
+    streams.record(Lane.H2D)
     gc.collect()
     assert alive() is None
 
@@ -142,26 +142,26 @@ def test_what_is_issued_between_two_events_is_held_by_the_second(cuda: FakeCuda)
     class Overtaken(FakeEvent):
         def record(self, stream: FakeStream) -> None:
             super().record(stream)
-            streams.launch(Lane.DOWN, lambda: None, reads=waiting)
+            streams.launch(Lane.D2H, lambda: None, reads=waiting)
             waiting.clear()
 
     cast(Any, torch.cuda).Event = Overtaken
-    first = cast(FakeEvent, streams.record(Lane.DOWN))
+    first = cast(FakeEvent, streams.record(Lane.D2H))
     cast(Any, torch.cuda).Event = FakeEvent
-    second = cast(FakeEvent, streams.record(Lane.DOWN))
+    second = cast(FakeEvent, streams.record(Lane.D2H))
     first.happened = True
-    streams.record(Lane.UP)
+    streams.record(Lane.H2D)
     gc.collect()
     assert alive() is not None
     second.happened = True
-    streams.record(Lane.UP)
+    streams.record(Lane.H2D)
     gc.collect()
     assert alive() is None
 
 
 def test_a_capture_is_refused_before_it_is_spoiled(cuda: FakeCuda) -> None:
     streams = CudaStreams(DEVICE)
-    event = streams.record(Lane.DOWN)
+    event = streams.record(Lane.D2H)
     cuda.captures = True
     with pytest.raises(RuntimeError, match="CUDA graph is being captured"):
         streams.record(Lane.COMPUTE)
