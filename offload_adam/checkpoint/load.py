@@ -110,7 +110,7 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> Manifest:
 
 
 class Read(NamedTuple):
-    """What of a file goes where: elements [low, high) of `target`, from byte `start` on."""
+    """One read: from byte `start` of a file into elements [low, high) of `target`."""
 
     file: str
     start: int
