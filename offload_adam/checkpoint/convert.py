@@ -21,7 +21,7 @@ import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -111,7 +111,7 @@ def export_torch(path: Path, out: Path) -> str:
     """
     _refuse_existing(out)
     manifest = read_manifest(path)
-    with CheckpointReader(path, manifest) as reader:
+    with closing(CheckpointReader(path, manifest)) as reader:
         names = _model_names(manifest)
         left_out: list[str] = []
         model = {name: _streamed(reader, saved) for name, saved in names.items()}
@@ -145,7 +145,7 @@ def export_dcp(path: Path, out: Path) -> str:
     """
     _refuse_existing(out)
     manifest = read_manifest(path)
-    with CheckpointReader(path, manifest) as reader:
+    with closing(CheckpointReader(path, manifest)) as reader:
         plain = plain_text(manifest.step, manifest.format_version, manifest.optimizer.model_dump())
         state = {
             name: {key: _lazy(reader, saved) for key, saved in planes.items()}
@@ -284,7 +284,7 @@ def _step(name: str, count: float) -> Streamed:
 def _lazy(reader: CheckpointReader, saved: str) -> BoxTensor:
     """Return a saved tensor whose boxes are read when they are asked for."""
     entry = reader.manifest.tensors[saved]
-    boxes = [Box(tuple(piece.offsets), tuple(piece.sizes)) for piece in entry.pieces]
+    boxes = [piece.box for piece in entry.pieces]
     if not boxes:  # it has no elements
         boxes = [Box((0,) * len(entry.shape), tuple(entry.memory_shape))]
     sources = [

@@ -25,8 +25,6 @@ from dataclasses import dataclass
 from io import RawIOBase
 from math import prod
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import psutil
 import torch
@@ -284,7 +282,7 @@ def open_regular(path: Path) -> int:
     """Open a plain file for reading, without following a link or waiting at a pipe.
 
     Raises:
-        CheckpointError: it is none, or cannot be opened.
+        CheckpointError: it is not a regular file, or cannot be opened.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
@@ -298,7 +296,7 @@ def open_regular(path: Path) -> int:
 
 
 class BlockMemory:
-    """Room for a few blocks, shared by all files of a checkpoint: what was verified last.
+    """The blocks that were verified last, shared by all files of a checkpoint.
 
     Owns: at most `NUM_BLOCKS` blocks.
     """
@@ -313,8 +311,8 @@ class BlockMemory:
             self._blocks.move_to_end((file, number))
         return block
 
-    def make_room(self) -> bytearray:
-        """Return memory for another block, that of the one that was used longest ago."""
+    def allocate_block(self) -> bytearray:
+        """Return memory for another block; evict the least recently used one if all are taken."""
         if len(self._blocks) < NUM_BLOCKS:
             return bytearray(BLOCK_NBYTES)
         return self._blocks.popitem(last=False)[1]
@@ -372,24 +370,13 @@ class VerifiedFile:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _verified(self, number: int) -> memoryview:
         start = number * BLOCK_NBYTES
         length = min(BLOCK_NBYTES, self._entry.nbytes - start)
         known = self._memory.find(self._path, number)
         if known is not None:
             return memoryview(known)[:length]
-        block = self._memory.make_room()
+        block = self._memory.allocate_block()
         view = memoryview(block)[:length]
         self._fill(view, start)
         if zlib.crc32(view) != self._entry.checksums[number]:

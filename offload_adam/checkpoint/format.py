@@ -71,6 +71,11 @@ class Piece(_Entry):
     file: str
     start: Count
 
+    @property
+    def box(self) -> Box:
+        """The box, in the tensor's dimensions as they lie in memory."""
+        return Box(tuple(self.offsets), tuple(self.sizes))
+
 
 class TensorEntry(_Entry):
     """One tensor. Boxes count in its dimensions as they lie in memory, the outermost first.
@@ -257,27 +262,21 @@ def _check_files(manifest: Manifest, origin: str) -> None:
 
 
 def _check_tensor(manifest: Manifest, entry: TensorEntry) -> None:
-    """Refuse a tensor whose pieces do not cover it once, or lie outside of their files."""
+    """Check that the pieces of a tensor cover it exactly once and lie inside their files."""
     if entry.dtype not in DTYPES:
         raise ValueError(f"unknown dtype {entry.dtype!r}")
     if sorted(entry.order) != list(range(len(entry.shape))):
         raise ValueError(f"{entry.order} is no order of {len(entry.shape)} dimensions")
-    shape = entry.memory_shape
-    ranges = []
     for piece in entry.pieces:
         file = manifest.files.get(piece.file)
         if file is None:
             raise ValueError(f"{piece.file!r} is not a file of the checkpoint")
-        box = Box(tuple(piece.offsets), tuple(piece.sizes))
-        start, end = range_of_box(shape, box)
+        start, end = range_of_box(entry.memory_shape, piece.box)
         if piece.start + (end - start) * DTYPES[entry.dtype].itemsize > file.nbytes:
             raise ValueError(f"a piece ends behind the end of {piece.file}")
-        if end > start:
-            ranges.append((start, end))
-    ranges.sort()
-    ends = [0, *(end for _, end in ranges)]
-    starts = [*(start for start, _ in ranges), math.prod(shape)]
-    for end, start in zip(ends, starts, strict=True):
+    ranges = [(start, end) for start, end, _ in sorted_pieces(entry)]
+    numel = math.prod(entry.shape)
+    for (_, end), (start, _) in pairwise([(0, 0), *ranges, (numel, numel)]):
         if start > end:
             raise ValueError(f"elements {end} to {start - 1} are missing")
         if start < end:
@@ -286,15 +285,8 @@ def _check_tensor(manifest: Manifest, entry: TensorEntry) -> None:
 
 def sorted_pieces(entry: TensorEntry) -> list[tuple[int, int, Piece]]:
     """Return the flat range [start, end) of every piece that has elements, ascending."""
-    shape = entry.memory_shape
-    found = []
-    for piece in entry.pieces:
-        start, end = range_of_box(shape, Box(tuple(piece.offsets), tuple(piece.sizes)))
-        if end > start:
-            found.append((start, end, piece))
-    found.sort(key=lambda item: item[:2])
-    assert all(one[1] == other[0] for one, other in pairwise(found))
-    return found
+    found = [(*range_of_box(entry.memory_shape, piece.box), piece) for piece in entry.pieces]
+    return sorted((item for item in found if item[1] > item[0]), key=lambda item: item[:2])
 
 
 def decoded_optimizer(saved: Mapping[str, Any], format_version: int) -> Any:

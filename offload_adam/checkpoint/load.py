@@ -14,12 +14,11 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from math import prod
 from operator import itemgetter
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -78,18 +77,19 @@ def load_checkpoint(
     with locked(optimizer), PROGRESS.at("checkpoint", long_running=True), ExitStack() as stack:
         with raise_on_all_ranks(optimizer.ranks, "reading a checkpoint"):
             manifest = read_manifest(folder)
-            reader = stack.enter_context(CheckpointReader(folder, manifest))
+            reader = stack.enter_context(closing(CheckpointReader(folder, manifest)))
             core = optimizer._settled()
+            name_of = ParameterNames(model)
             state = model_state(model, core)
-            _check(manifest, model, core, state)
+            _check(manifest, name_of, core, state)
             plain = decoded_optimizer(manifest.optimizer.model_dump(), manifest.format_version)
-            load_plain = plan_plain_state(optimizer, plain, ParameterNames(model))
+            load_plain = plan_plain_state(optimizer, plain, name_of)
         with raise_on_all_ranks(optimizer.ranks, "loading a checkpoint"), torch.no_grad():
             core.external_edits.wait_for_snapshot()
-            _read_in_place(reader, model, core, state)
+            _read_in_place(reader, name_of, core, state)
             if _load_modules(reader, model, state):
                 # load_state_dict may have overwritten weights with copies that a hook rounded.
-                _read_in_place(reader, model, core, state)
+                _read_in_place(reader, name_of, core, state)
             core.external_edits.sync_all()
             load_plain()
             core.num_steps = manifest.step
@@ -104,13 +104,13 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> Manifest:
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    with CheckpointReader(folder, manifest) as reader:
+    with closing(CheckpointReader(folder, manifest)) as reader:
         reader.verify()
     return manifest
 
 
 class Read(NamedTuple):
-    """What of a file goes where: elements [low, high) of `target`, from byte `start` on."""
+    """One read: from byte `start` of a file into elements [low, high) of `target`."""
 
     file: str
     start: int
@@ -122,8 +122,7 @@ class Read(NamedTuple):
 class CheckpointReader:
     """The files of a checkpoint, few of them open at once, and the blocks that were read last.
 
-    Owns: at most `NUM_OPEN_FILES` descriptors and `NUM_BLOCKS` blocks, until it is left as a
-    context.
+    Owns: at most `NUM_OPEN_FILES` descriptors and `NUM_BLOCKS` blocks, until `close`.
 
     Raises:
         CheckpointError: a file is missing or has another length than the manifest says.
@@ -199,17 +198,6 @@ class CheckpointReader:
             file.close()
         self._open.clear()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _file(self, name: str) -> VerifiedFile:
         """Return a file, open until `NUM_OPEN_FILES` others have been asked for."""
         file = self._open.get(name)
@@ -223,21 +211,20 @@ class CheckpointReader:
         return file
 
 
-def _check(manifest: Manifest, model: nn.Module, core: ShardedAdam, state: ModelState) -> None:
+def _check(
+    manifest: Manifest, name_of: ParameterNames, core: ShardedAdam, state: ModelState
+) -> None:
     """Check that a checkpoint is of this model and optimizer.
 
     Of entries that modules compute, only the names are compared: a module may save another shape
     each time.
     """
-    name_of = ParameterNames(model)
     expected: dict[str, torch.Tensor] = {}
     for shard in shards_of(core.states):
         name = name_of(shard.parameter)
         expected[f"model/{name}"] = shard.parameter
         for key, plane in shard.planes.items():
-            saved = f"optimizer/{name}/{key}"
-            if key == "master_weight" and saved not in manifest.tensors:
-                saved = f"model/{name}"  # an fp32 parameter was its own master weight
+            saved = _plane_name(manifest, name, key)
             expected.setdefault(saved, plane)
             _compare(manifest.tensors, saved, plane.dtype, shard.parameter.shape)
     expected |= state.whole
@@ -258,6 +245,14 @@ def _check(manifest: Manifest, model: nn.Module, core: ShardedAdam, state: Model
             f"the checkpoint has {surplus[0]!r}, which this model and optimizer do not have: "
             "build them as they were"
         )
+
+
+def _plane_name(manifest: Manifest, name: str, key: str) -> str:
+    """Return the saved name of a parameter's state tensor."""
+    saved = f"optimizer/{name}/{key}"
+    if key == "master_weight" and saved not in manifest.tensors:
+        return f"model/{name}"  # the parameter was fp32, and so its own master weight
+    return saved
 
 
 def _compare(
@@ -281,18 +276,15 @@ def _compare(
 
 
 def _read_in_place(
-    reader: CheckpointReader, model: nn.Module, core: ShardedAdam, state: ModelState
+    reader: CheckpointReader, name_of: ParameterNames, core: ShardedAdam, state: ModelState
 ) -> None:
     """Read all live tensors in place, those in the saved memory order in one pass over files."""
-    name_of = ParameterNames(model)
     loaded = set()
     reads: list[Read] = []
     for shard in shards_of(core.states):
         name = name_of(shard.parameter)
         for key, plane in shard.planes.items():
-            saved = f"optimizer/{name}/{key}"
-            if saved not in reader.manifest.tensors:
-                saved = f"model/{name}"
+            saved = _plane_name(reader.manifest, name, key)
             reads += _range_reads(reader, saved, shard, plane)
         if name not in loaded:
             loaded.add(name)

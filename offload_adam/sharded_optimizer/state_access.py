@@ -6,10 +6,7 @@ import functools
 import threading
 import weakref
 from abc import abstractmethod
-from collections.abc import (
-    Callable,
-    Mapping,
-)
+from collections.abc import Callable, Mapping
 from typing import Any, Never, SupportsIndex, TypeVar, cast
 
 import torch
@@ -25,10 +22,7 @@ from offload_adam.state.state_dict import (
     read_saved,
 )
 from offload_adam.state.state_edits import StateEdits
-from offload_adam.state.state_shard import (
-    plan_load,
-    state_shard,
-)
+from offload_adam.state.state_shard import plan_load, state_shard
 from offload_adam.step.ledger import LedgerEntry
 from offload_adam.step.step import ShardedAdam
 from offload_adam.torch_private import load_state_dict_post_hooks, load_state_dict_pre_hooks
@@ -90,16 +84,16 @@ class StateAccess(torch.optim.Optimizer):
         )
 
     def _further_state(self) -> dict[str, Any]:
-        """Return what a saved state holds besides torch's entries."""
+        """Return the state that a subclass saves in addition to torch's entries."""
         return {}
 
     def _plan_further_state(
         self, further: Mapping[str, Any], entries: Mapping[int, Mapping[str, Any]]
     ) -> Callable[[], None]:
-        """Check what `_further_state` saved, and return what loads it and cannot fail.
+        """Check what `_further_state` saved; return a function that loads it and cannot fail.
 
         Args:
-            further: empty where another optimizer saved the state.
+            further: empty if an optimizer of another class saved the state.
             entries: the saved state of each parameter, by index.
         """
         return lambda: None
@@ -128,7 +122,7 @@ class StateAccess(torch.optim.Optimizer):
 
     @property
     def num_steps(self) -> int:
-        """Calls of `step()` so far, skipped ones included; set it where a saved run goes on."""
+        """Number of `step()` calls, including skipped steps. Set it to resume a saved run."""
         return self._alive().num_steps
 
     @num_steps.setter
@@ -137,12 +131,12 @@ class StateAccess(torch.optim.Optimizer):
 
     @property
     def host_nbytes(self) -> Mapping[str, int]:
-        """Host bytes that this rank's optimizer holds, by what they are for."""
+        """Host bytes that this rank's optimizer has allocated, by category."""
         return self._alive().host_nbytes
 
     @property
     def pinned_nbytes(self) -> int:
-        """Host bytes that are page-locked, exactly; 0 where no parameter is on a GPU."""
+        """Page-locked host bytes; 0 if no parameter is on a GPU."""
         return self._alive().pinned_nbytes
 
     @property
@@ -151,11 +145,11 @@ class StateAccess(torch.optim.Optimizer):
         return self._ranks
 
     def _holds(self, parameter: torch.nn.Parameter) -> bool:
-        """Tell whether this optimizer, not closed yet, has state for this parameter."""
+        """Return whether this optimizer is open and has state for this parameter."""
         return self._release.alive and parameter in self._indices
 
     def memory_ledger(self) -> list[LedgerEntry]:
-        """Return who holds which bytes of this rank now, on the host and on devices."""
+        """Return this rank's current allocations, on the host and on devices."""
         return self._alive().ledger()
 
     def _settled(self) -> ShardedAdam:

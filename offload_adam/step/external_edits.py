@@ -430,17 +430,16 @@ class ExternalEdits:
         if current_graph_task() == NO_GRAPH_TASK:
             self._watch.bump_again(positions)
 
-    def lock_snapshot(self, buckets: Iterable[int]) -> SnapshotLock:
-        """Keep updates off these buckets until the snapshot lock says that they have been read."""
+    def lock_snapshot(self, buckets: Iterable[int]) -> None:
+        """Begin a snapshot: updates of these buckets wait until its reader releases them."""
         self._watch.mark()
         for device in {state.device for state in self._states if state.device.type == "cuda"}:
-            # Who reads what lies there does so on a stream of its own.
+            # The reader copies device buckets on a stream of its own.
             torch.cuda.current_stream(device).synchronize()
         self.snapshot_lock.acquire_buckets(buckets)
-        return self.snapshot_lock
 
     def wait_for_snapshot(self) -> None:
-        """Return when nothing is being read, having looked for further writes until then."""
+        """Wait until the reader has released all buckets; note external edits up to then."""
         if self.snapshot_lock.is_open:
             self.find()
             self.snapshot_lock.wait_until_all_free()

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def test_what_is_written_is_read_back_in_any_part(
     written: tuple[Path, FileEntry, dict[str, int], list[Blob]],
 ) -> None:
     folder, entry, starts, blobs = written
-    with VerifiedFile(folder, "rank.safetensors", entry) as file:
+    with closing(VerifiedFile(folder, "rank.safetensors", entry)) as file:
         file.verify()
         for blob in blobs:
             content = content_of(blob)
@@ -144,7 +145,7 @@ def test_a_damaged_file_is_refused(
     damage(folder / "rank.safetensors", how)
     with (
         pytest.raises(CheckpointError, match=r"rank\.safetensors"),
-        VerifiedFile(folder, "rank.safetensors", entry) as file,
+        closing(VerifiedFile(folder, "rank.safetensors", entry)) as file,
     ):
         file.verify()
 
@@ -173,7 +174,7 @@ def test_a_disk_that_fills_up_is_an_error(tmp_path: Path) -> None:
 def test_nothing_is_read_past_the_end(tmp_path: Path) -> None:
     blob = Blob("a", "F32", (0, 3), [np.zeros((0, 3), dtype=np.float32).data])
     entry, _ = write_file(tmp_path / "f", [blob])
-    with VerifiedFile(tmp_path, "f", entry) as file:
+    with closing(VerifiedFile(tmp_path, "f", entry)) as file:
         file.read_into(memoryview(bytearray(1)), entry.nbytes - 1)
         with pytest.raises(CheckpointError, match="has no bytes"):
             file.read_into(memoryview(bytearray(2)), entry.nbytes - 1)
