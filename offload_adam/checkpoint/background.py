@@ -46,7 +46,8 @@ def begin_checkpoint(
         OSError: on the rank where writing failed; the others raise a PeerError. No file is left.
     """
     with locked(optimizer):
-        core = optimizer._settled()
+        with raise_on_all_ranks(optimizer.ranks, "preparing a checkpoint"):
+            core = optimizer._settled()
         with PROGRESS.at("checkpoint", long_running=True):
             save = open_save(Path(path), model, optimizer, extra, core.snapshot_lock.buffers)
             with save.discarding(), raise_on_all_ranks(save.ranks, "writing a checkpoint"):

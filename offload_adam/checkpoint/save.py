@@ -86,7 +86,8 @@ def save_checkpoint(
         OSError: on the rank where writing failed; the others raise a PeerError. No file is left.
     """
     with locked(optimizer):
-        optimizer._settled()
+        with raise_on_all_ranks(optimizer.ranks, "preparing a checkpoint"):
+            optimizer._settled()
         with PROGRESS.at("checkpoint", long_running=True):
             save = open_save(Path(path), model, optimizer, extra)
             with save.discarding():

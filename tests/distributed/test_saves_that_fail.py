@@ -184,3 +184,31 @@ def test_a_rank_whose_disk_has_gone_commits_nothing(ranks: RankPool, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "three"]
     for name in ("one", "three"):
         verify_checkpoint(tmp_path / name)
+
+
+def save_edited_state(rank: int, world_size: int, path: str, mode: str) -> list[Outcome]:
+    """Put what is no state into one rank's `optimizer.state` before a save."""
+    model, optimizer = make("fp32", seed=1)
+    train(model, optimizer, 0, 1)
+    parameter = next(iter(optimizer.state))
+    own = optimizer.state[parameter]["exp_avg"]
+    if rank == 1:
+        optimizer.state[parameter]["exp_avg"] = "gone"
+    failed = outcome_of(lambda: save(mode, Path(path) / "one", model, optimizer))
+    optimizer.state[parameter]["exp_avg"] = own
+    second = outcome_of(lambda: save(mode, Path(path) / "two", model, optimizer))
+    train(model, optimizer, 1, 3)
+    optimizer.close()
+    return [failed, second]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_edit_that_one_rank_alone_cannot_follow_ends_the_save_on_all(
+    ranks: RankPool, tmp_path: Path, mode: str
+) -> None:
+    (first, saved), (second, _) = ranks.run(save_edited_state, 2, str(tmp_path), mode)
+    assert (second.error, "exp_avg in optimizer.state" in second.message) == ("TypeError", True)
+    assert (first.error, "exp_avg in optimizer.state" in first.message) == ("TypeError", True)
+    assert saved.error == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["two"]
+    verify_checkpoint(tmp_path / "two")
