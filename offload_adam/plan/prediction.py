@@ -72,7 +72,7 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
     host[Category.STAGING] += sum(
         _largest(buffered, lambda plan: plan.bucket.shard_numel * plan.gradient.itemsize).values()
     )
-    host["checkpoint room"] = copy_room_nbytes(plans, training.checkpoint_room_nbytes)
+    host["checkpoint room"] = copy_room_nbytes(plans, training.offload.checkpoint_room_nbytes)
     if training.on_device and training.saves:
         # What lies in host memory is written from where it lies.
         host[Category.CHECKPOINT_WRITER] = CHECKPOINT_BLOCK_NBYTES

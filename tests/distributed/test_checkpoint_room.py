@@ -262,8 +262,7 @@ def room_of(rank: int, world_size: int, kind: str, limit_nbytes: int) -> dict[st
         world_size=world_size,
         on_device=False,
         replicated=kind == "adam_beside",
-        bucket_nbytes=BUCKET_NBYTES,
-        checkpoint_room_nbytes=limit_nbytes,
+        offload=OffloadPolicy(bucket_nbytes=BUCKET_NBYTES, checkpoint_room_nbytes=limit_nbytes),
     )
     found = {
         "held": held,
