@@ -17,13 +17,13 @@ def notify(rank: int, world_size: int) -> list[Notice]:
     model = Weights([(300,)])
     optimizer = OffloadAdam(model.parameters(), gradient_reduction="optimizer", num_threads=1)
     agreed = []
-    gate = optimizer._alive().snapshot_lock
+    lock = optimizer._alive().snapshot_lock
     for stop, num_saved in ((False, 0), (rank == 1, 7 - rank), (False, 7)):
         optimizer.notice = Notice(stop)
-        while gate.num_finished < num_saved:
-            gate.begin([])
-            gate.finish()
-            gate.settle()
+        while lock.num_finished < num_saved:
+            lock.begin([])
+            lock.finish()
+            lock.settle()
         model(exact_gradients(model.all, rank, world_size)).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -150,13 +150,13 @@ def test_a_bucket_is_free_when_it_is_written(held: Held, tmp_path: Path) -> None
     train(model, optimizer, 0, 1)
     begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     assert held.reached.wait(WAIT_S)
-    gate = optimizer._alive().snapshot_lock
+    lock = optimizer._alive().snapshot_lock
     last = max(shard.bucket for shard in optimizer._shards())
     assert last > 0
-    gate.wait_until_free(last)
-    assert gate._held == set(range(last))
+    lock.wait_until_free(last)
+    assert lock._held == set(range(last))
     held.go.set()
-    gate.wait_until_free(0)
+    lock.wait_until_free(0)
     optimizer.close()
 
 

@@ -105,9 +105,9 @@ def _gradients(
 
 
 class WatchedCopier(GradientCopier):
-    """A landing whose folding, by the host, is noted.
+    """A gradient copy whose folding, by the host, is noted.
 
-    Owns nothing of its own: everything is the inner landing's.
+    Owns nothing of its own: everything is the inner copy's.
     """
 
     def __init__(self, inner: GradientCopier, machine: Machine) -> None:

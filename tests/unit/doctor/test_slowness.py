@@ -117,8 +117,8 @@ def test_the_time_of_an_update_stands_once_in_the_next_record_skipped_or_not(
 def test_waiting_for_a_checkpoint_is_no_update() -> None:
     model, optimizer = overlapping(2)
     model(torch.randn(2, 64)).sum().backward()
-    gate = optimizer._lock_snapshot([0, 1])
-    threading.Timer(0.3, gate.finish).start()
+    lock = optimizer._lock_snapshot([0, 1])
+    threading.Timer(0.3, lock.finish).start()
     optimizer.step()
     optimizer.synchronize()
     model(torch.randn(2, 64)).sum().backward()
