@@ -93,7 +93,7 @@ def plan(
         training = _with_world(training, world_size, local_world_size)
         training = replace(training, num_tokens=tokens or training.num_tokens)
         if offload_fraction is not None:
-            training = replace(training, offload_fraction=offload_fraction)
+            training = training.with_offload(offload_fraction=offload_fraction)
         if tera_flops is not None and training.num_tokens is None:
             raise ValueError("--tflops needs --tokens, how many a rank trains on in a step")
         described = gpu_memory is not None or host_memory is not None

@@ -89,6 +89,9 @@ def _changes(
     def with_training(**changes: object) -> Callable[[], Prediction]:
         return lambda: predict(specs, replace(training, **changes))  # type: ignore[arg-type]
 
+    def with_offload(**changes: object) -> Callable[[], Prediction]:
+        return lambda: predict(specs, training.with_offload(**changes))
+
     if any(spec.itemsize == 4 for spec in specs):
         halves = [
             replace(spec, itemsize=2, bucket_key=f"{spec.bucket_key} halved") for spec in specs
@@ -104,13 +107,13 @@ def _changes(
         yield "optimizer.use_offload: true", with_training(replicated=False)
     if training.amsgrad:
         yield "without amsgrad", with_training(amsgrad=False)
-    if training.on_device and not training.replicated and training.offload_fraction > 0.5:
-        yield "memory.offload_fraction: 0.5", with_training(offload_fraction=0.5)
+    if training.on_device and not training.replicated and training.offload.offload_fraction > 0.5:
+        yield "memory.offload_fraction: 0.5", with_offload(offload_fraction=0.5)
     if training.world_size > 1 and not training.replicated:
         other = "external" if training.reduces else "optimizer"
         yield f"optimizer.gradient_reduction: {other}", with_training(**_reduced_by(other))
     yield (
         "half of optimizer.bucket_nbytes",
-        with_training(bucket_nbytes=max(1, training.bucket_nbytes // 2)),
+        with_offload(bucket_nbytes=max(1, training.offload.bucket_nbytes // 2)),
     )
     yield "twice as many ranks", with_training(world_size=2 * training.world_size)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Any
 
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.ring import RingSpeed
 from offload_adam.layout.state_plan import StatePlan, StatePolicy, plan_state
-from offload_adam.options import OffloadPolicy, Pin
+from offload_adam.options import OffloadPolicy, check_options
 
 SYNTHETIC_NUMEL = 50_000_000
 """Elements of one parameter of a model of which only the size is known, or more, so that there are
@@ -26,10 +27,8 @@ class Training:
     streams: gradients leave during backward, bucket by bucket.
     reduces: this package averages the gradients.
     replicated: state is stored with its parameter, whole on every rank.
-    offload_fraction: of the elements on a GPU that have their state on the host.
+    offload: where state is stored, its bucket size, what is pinned, and room for snapshots.
     saves: checkpoints are written.
-    snapshot_buffer_nbytes: most host bytes for a checkpoint's copies of unwritten state.
-    pin: what is page-locked.
     num_tokens: of one rank's step, all microbatches together; None where they are not known.
     """
 
@@ -42,37 +41,37 @@ class Training:
     reduce_fp32: bool = False
     amsgrad: bool = False
     replicated: bool = False
-    offload_fraction: float = 1.0
-    bucket_nbytes: int = OffloadPolicy().bucket_nbytes
+    offload: OffloadPolicy = OffloadPolicy()
     saves: bool = False
-    snapshot_buffer_nbytes: int = 0
-    pin: Pin = "all"
     num_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("world_size", "local_world_size", "bucket_nbytes"):
+        check_options(self.offload)
+        for name in ("world_size", "local_world_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0.0 <= self.offload_fraction <= 1.0:
-            raise ValueError(f"offload_fraction must lie in [0, 1], not {self.offload_fraction}")
         if self.world_size % self.local_world_size:
             raise ValueError(
                 f"world_size ({self.world_size}) must be a multiple of local_world_size "
                 f"({self.local_world_size})"
             )
 
+    def with_offload(self, **options: Any) -> Training:
+        """Return a copy in which these options of `offload` are changed."""
+        return replace(self, offload=replace(self.offload, **options))
+
     def plan(self, specs: Sequence[ParameterSpec]) -> tuple[StatePlan, ...]:
         """Return how the optimizer would store the state of these parameters."""
         policy = StatePolicy(
             world_size=self.world_size,
-            bucket_nbytes=self.bucket_nbytes,
+            bucket_nbytes=self.offload.bucket_nbytes,
             reduces=self.reduces,
             accumulates=self.accumulates,
             reduces_in_fp32=self.reduce_fp32,
             replicated=self.replicated,
-            offload_fraction=self.offload_fraction,
-            pins_state=self.pin == "all",
-            pins_staging=self.pin != "none",
+            offload_fraction=self.offload.offload_fraction,
+            pins_state=self.offload.pin == "all",
+            pins_staging=self.offload.pin != "none",
         )
         return plan_state(
             [replace(spec, amsgrad=self.amsgrad, on_device=self.on_device) for spec in specs],

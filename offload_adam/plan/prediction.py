@@ -72,7 +72,9 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
     host[Category.STAGING] += sum(
         _largest(buffered, lambda plan: plan.bucket.shard_numel * plan.gradient.itemsize).values()
     )
-    host[Category.SNAPSHOT_BUFFER] = snapshot_buffer_nbytes(plans, training.snapshot_buffer_nbytes)
+    host[Category.SNAPSHOT_BUFFER] = snapshot_buffer_nbytes(
+        plans, training.offload.snapshot_buffer_nbytes
+    )
     if training.on_device and training.saves:
         # What lies in host memory is written from where it lies.
         host[Category.CHECKPOINT_WRITER] = CHECKPOINT_BLOCK_NBYTES

@@ -47,7 +47,6 @@ def training_of_job(job: Job) -> Training:
 def training_of(config: RunConfig, on_device: bool) -> Training:
     """Return how a configuration trains, for one rank: the world is not part of it."""
     section, train = config.optimizer, config.train
-    is_adam, offload = isinstance(section, AdamSection), offload_policy(config)
     return Training(
         on_device=on_device,
         streams=section.streams,
@@ -55,11 +54,8 @@ def training_of(config: RunConfig, on_device: bool) -> Training:
         accumulates=section.accumulate is not None,
         reduce_fp32=section.reduce_dtype is not None,
         amsgrad=section.use_amsgrad if isinstance(section, AdamSection) else section.amsgrad,
-        offload_fraction=offload.offload_fraction,
-        replicated=is_adam and not section.streams,
-        bucket_nbytes=offload.bucket_nbytes,
+        offload=offload_policy(config),
+        replicated=isinstance(section, AdamSection) and not section.streams,
         saves=config.checkpoint.every > 0,
-        snapshot_buffer_nbytes=offload.snapshot_buffer_nbytes,
-        pin=offload.pin,
         num_tokens=train.batch_size * train.sequence_length * train.gradient_accumulation_steps,
     )

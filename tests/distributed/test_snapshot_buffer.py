@@ -263,8 +263,7 @@ def buffer_of(rank: int, world_size: int, kind: str, limit_nbytes: int) -> dict[
         world_size=world_size,
         on_device=False,
         replicated=kind == "adam_beside",
-        bucket_nbytes=BUCKET_NBYTES,
-        snapshot_buffer_nbytes=limit_nbytes,
+        offload=OffloadPolicy(bucket_nbytes=BUCKET_NBYTES, snapshot_buffer_nbytes=limit_nbytes),
     )
     found = {
         "held": held,

@@ -20,8 +20,8 @@ def test_exactly_what_was_asked_for_is_pinned(pin: str) -> None:
     expected = {"all": held["state"] + held["staging"], "staging": held["staging"], "none": 0}
     assert optimizer.pinned_nbytes == expected[pin]
     planes = [state.planes.exp_avg for state in optimizer._alive().states]
-    landed = [state.planes.gradient_shard for state in optimizer._alive().states]
-    for plane in (*planes, *landed):
+    shards = [state.planes.gradient_shard for state in optimizer._alive().states]
+    for plane in (*planes, *shards):
         assert plane is not None
         assert plane.is_pinned() == (pin == "all")
         assert plane[-1:].is_pinned() == (pin == "all")

@@ -55,9 +55,9 @@ def test_the_copy_to_the_host_waits_for_every_stream_that_computed_a_gradient() 
         model(x * (step + 1)).backward()
         optimizer.step()
         (state,) = optimizer._alive().states
-        landed = state.planes.gradient_shard
-        assert landed is not None
-        shard = landed.clone()
+        gradient_shard = state.planes.gradient_shard
+        assert gradient_shard is not None
+        shard = gradient_shard.clone()
         for placement, name in zip(state.layout.placements, state.names, strict=True):
             wrong = int((shard[placement.start : placement.end] != step + 1).sum())
             assert wrong == 0, f"{wrong} elements of {name} were copied before they were computed"

@@ -105,7 +105,7 @@ def round_to(values: npt.ArrayLike, target: FloatFormat) -> Float64Array:
 
 
 def read_bits(carried: npt.NDArray[np.generic], source: FloatFormat) -> Float64Array:
-    """Return the values of bits carried as `FloatFormat.carrier`, exactly, as float64."""
+    """Return the values of bits carried as `FloatFormat.bits_dtype`, exactly, as float64."""
     if source is FloatFormat.FLOAT16:
         return carried.view(np.float16).astype(np.float64)
     if source is FloatFormat.BFLOAT16:
@@ -115,7 +115,7 @@ def read_bits(carried: npt.NDArray[np.generic], source: FloatFormat) -> Float64A
 
 
 def carry(values: npt.ArrayLike, target: FloatFormat) -> npt.NDArray[np.generic]:
-    """Round float64 values to a format and return its bits as `FloatFormat.carrier`."""
+    """Round float64 values to a format and return its bits as `FloatFormat.bits_dtype`."""
     rounded = round_to(values, target)
     if target is FloatFormat.FLOAT16:
         return rounded.astype(np.float16).view(np.int16)

@@ -1,4 +1,4 @@
-"""The contract in NumPy float64, from its text alone: nothing of the package is imported here.
+"""The specification in NumPy float64, from its text alone: nothing of the package is imported here.
 
 A parameter is an array; a gradient is an array, None, or `Sparse`. Weights of 16-bit parameters are
 kept in float64 like all others: the caller rounds where it compares.
@@ -96,7 +96,7 @@ class ReferenceAdam:
             self._update_rows(parameter, ..., summed, lr)
 
     def _prepare(self, gradient: Array, weight: Array, decay: float, centralized: bool) -> Array:
-        """Do the steps 1 to 3 of the contract, in its order."""
+        """Do the steps 1 to 3 of the specification, in its order."""
         g = gradient + (decay * self.loss_scale) * weight
         if centralized and not self.offload and g.ndim > 1:
             g = g - g.mean(axis=tuple(range(1, g.ndim)), keepdims=True)

@@ -38,7 +38,7 @@ def make(
     return Offloading(parameters, **in_policies(bucket_nbytes=2 * NUMEL, **options))
 
 
-# fp32 master weight and moments, and the landed gradient; two slots of one bucket's parameters.
+# fp32 master weight and moments, and the gradient shard; two slots of one bucket's parameters.
 STATE_NBYTES = 2 * NUMEL * (12 + 2)
 STAGING_NBYTES = 2 * NUMEL * 2
 # Gradients of one bucket on their way to state that is not page-locked.

@@ -13,6 +13,7 @@ from offload_adam.cli.app import app
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.ring import RingSpeed
 from offload_adam.layout.schedule import Operation
+from offload_adam.options import OffloadPolicy
 from offload_adam.plan.inputs import Machine, Training
 from offload_adam.plan.overlap import predict_overlap
 
@@ -21,7 +22,7 @@ SPECS = [ParameterSpec(index, NUMEL, 2, "bf16") for index in range(50)]
 NETWORK = RingSpeed.uniform(10.0)
 MACHINE = Machine(host_gb_per_s=100.0, bus_gb_per_s=20.0, network=NETWORK, tera_flops=100.0)
 # Enough tokens that backward takes longer than the copies beside it.
-TRAINING = Training(bucket_nbytes=2 * NUMEL, num_tokens=3000)
+TRAINING = Training(offload=OffloadPolicy(bucket_nbytes=2 * NUMEL), num_tokens=3000)
 
 
 def exposed(num_updated: int, num_tokens: int) -> float:
@@ -61,7 +62,7 @@ def test_ranks_divide_updates_and_copies_and_add_collectives() -> None:
 
 
 def test_state_that_stays_on_the_device_is_not_updated_on_the_host() -> None:
-    half = predict_overlap(SPECS, replace(TRAINING, offload_fraction=0.5), MACHINE)
+    half = predict_overlap(SPECS, TRAINING.with_offload(offload_fraction=0.5), MACHINE)
     assert half is not None
     assert half.exposed_s == pytest.approx(exposed(25, 3000), rel=1e-9)
 

@@ -52,17 +52,31 @@ CASES: dict[str, tuple[type[OffloadAdam], tuple[torch.dtype, ...], dict[str, Any
         Offloading,
         (FP32, BF16),
         {"offload_fraction": 0.5},
-        Training(offload_fraction=0.5),
+        Training(offload=OffloadPolicy(offload_fraction=0.5)),
     ),
-    "kept": (Offloading, (FP32, BF16), {"offload_fraction": 0.0}, Training(offload_fraction=0.0)),
-    "pinned buffers": (Offloading, (FP32, BF16), {"pin": "staging"}, Training(pin="staging")),
-    "nothing pinned": (Offloading, (FP32, BF16), {"pin": "none"}, Training(pin="none")),
+    "kept": (
+        Offloading,
+        (FP32, BF16),
+        {"offload_fraction": 0.0},
+        Training(offload=OffloadPolicy(offload_fraction=0.0)),
+    ),
+    "pinned buffers": (
+        Offloading,
+        (FP32, BF16),
+        {"pin": "staging"},
+        Training(offload=OffloadPolicy(pin="staging")),
+    ),
+    "nothing pinned": (
+        Offloading,
+        (FP32, BF16),
+        {"pin": "none"},
+        Training(offload=OffloadPolicy(pin="none")),
+    ),
 }
 
 
 def with_buckets(training: Training, world_size: int = 1) -> Training:
-    values = {name: getattr(training, name) for name in Training.__slots__}
-    return Training(**{**values, "bucket_nbytes": BUCKET_NBYTES, "world_size": world_size})
+    return replace(training, world_size=world_size).with_offload(bucket_nbytes=BUCKET_NBYTES)
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
@@ -72,7 +86,7 @@ def test_the_host_bytes_are_those_of_the_optimizer(name: str) -> None:
     specs = specs_of(model)
     options = {"bucket_nbytes": BUCKET_NBYTES, "snapshot_buffer_nbytes": 2**30, **options}
     optimizer = kind(model.parameters(), **in_policies(**options))
-    plan = predict(specs, replace(with_buckets(training), snapshot_buffer_nbytes=2**30))
+    plan = predict(specs, with_buckets(training).with_offload(snapshot_buffer_nbytes=2**30))
     held = optimizer.host_nbytes
     assert sum(plan.host.get(key, 0) for key in STATE) == held["state"]
     assert plan.host.get("block_sums", 0) == held["block_sums"]
@@ -81,7 +95,7 @@ def test_the_host_bytes_are_those_of_the_optimizer(name: str) -> None:
     everywhere = sum(e.nbytes for e in optimizer.memory_ledger() if e.category in STATE)
     on_device = sum(plan.device.get(key, 0) for key in STATE)
     assert everywhere == held["state"] + on_device
-    assert (on_device > 0) == (training.offload_fraction < 1.0)
+    assert (on_device > 0) == (training.offload.offload_fraction < 1.0)
     parameters = plan.device if training.on_device else plan.host
     ledger = [e.nbytes for e in optimizer.memory_ledger() if e.category == "parameters"]
     assert parameters["parameters"] == sum(ledger)
@@ -136,7 +150,7 @@ def test_a_world_that_cannot_be_run_here_is_planned_at_once() -> None:
     tracemalloc.stop()
     assert spent_s < 2.0
     assert peak < 500 * 2**20
-    # 12 bytes of state and 2 of landed gradient an element, over 4,096 ranks.
+    # 12 bytes of state and 2 of gradient shard an element, over 4,096 ranks.
     state = sum(plan.host[key] for key in STATE if key in plan.host)
     assert state == pytest.approx(14 * 10**12 / 4096, rel=0.01)
     assert plan.device["parameters"] == pytest.approx(2 * 10**12, rel=0.01)
@@ -171,7 +185,7 @@ def test_the_times_of_every_way_are_those_of_its_bytes() -> None:
     # bf16: 24 of state, the gradient of 2 twice, 2 rounded; fp32: 24, and the gradient of 4 twice.
     assert nbytes(on_device=False) == {"update": 30 + 32}
     assert nbytes(on_device=False, amsgrad=True) == {"update": 38 + 40}
-    # Landed in fp32, every gradient is of 4 bytes.
+    # Accumulated in fp32, every gradient has 4 bytes.
     assert nbytes(on_device=False, accumulates=True) == {"update": 34 + 32}
     assert nbytes() == {"update": 62, "bus": 2 * (2 + 4)}
     # Two ranks of one node send half of the model: the average (twice on CPUs) and the gather.

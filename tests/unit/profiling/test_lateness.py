@@ -178,7 +178,7 @@ def test_a_phase_that_does_not_account_for_it_is_not_named() -> None:
 
 
 def test_lateness_on_another_thread_is_charged_to_the_rank() -> None:
-    """Rank 0's landing thread waits for rank 1 while the training thread waits for it."""
+    """Rank 0's copy thread waits for rank 1 while the training thread waits for it."""
     spans = {
         rank: [
             Span(STEP, 1, MAIN, 0, 100 * MS),
