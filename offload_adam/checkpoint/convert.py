@@ -109,7 +109,7 @@ def export_torch(path: Path, out: Path) -> str:
         CheckpointError: the checkpoint is damaged, or `out` exists.
         OSError: `out` cannot be written.
     """
-    _refuse_existing(out)
+    _reject_existing(out)
     manifest = read_manifest(path)
     with closing(CheckpointReader(path, manifest)) as reader:
         names = _model_names(manifest)
@@ -143,7 +143,7 @@ def export_dcp(path: Path, out: Path) -> str:
     Raises:
         CheckpointError: the checkpoint is damaged, or `out` exists.
     """
-    _refuse_existing(out)
+    _reject_existing(out)
     manifest = read_manifest(path)
     with closing(CheckpointReader(path, manifest)) as reader:
         plain = plain_text(manifest.step, manifest.format_version, manifest.optimizer.model_dump())
@@ -211,7 +211,7 @@ def _dcp_save(content: dict[str, Any], folder: Path) -> None:
             raise failure from None
 
 
-def _refuse_existing(out: Path) -> None:
+def _reject_existing(out: Path) -> None:
     if out.exists():
         raise CheckpointError(f"{out} exists, and is not written over: choose another name")
 

@@ -44,7 +44,7 @@ def doctor(
     Exit codes: 0 nothing has failed, 1 something has, 2 a wrong option.
     """
     if json_file is not None and not json_file.absolute().parent.is_dir():
-        _refuse(f"--json {json_file}: there is no folder {json_file.absolute().parent}")
+        _reject(f"--json {json_file}: there is no folder {json_file.absolute().parent}")
     from rich.console import Console
 
     from offload_adam.doctor.examination import examine
@@ -94,10 +94,10 @@ def _ranks(given: int | None) -> int:
     if told is None:
         return max(1, torch.cuda.device_count())
     if not told.isdecimal() or int(told) < 1:
-        _refuse(f"LOCAL_WORLD_SIZE must be an int of at least 1, not {told!r}")
+        _reject(f"LOCAL_WORLD_SIZE must be an int of at least 1, not {told!r}")
     return int(told)
 
 
-def _refuse(message: str) -> NoReturn:
+def _reject(message: str) -> NoReturn:
     typer.echo(f"offload-adam: {message}", err=True)
     raise typer.Exit(EXIT_WRONG_OPTION)

@@ -102,7 +102,7 @@ def plan(
         machine = _with_given(speeds, given, _positive(tera_flops))
         machine = _with_memory(machine, gpu_memory, host_memory)
     except (ConfigError, ValueError) as error:
-        _refuse(error)
+        _reject(error)
     timeline = _timeline(specs, training, machine, timeline_file)
     if not _report(specs, training, machine, timeline, json_file):
         raise typer.Exit(EXIT_DOES_NOT_FIT)
@@ -114,7 +114,7 @@ def _positive(tera_flops: float | None) -> float | None:
     return tera_flops
 
 
-def _refuse(error: Exception) -> NoReturn:
+def _reject(error: Exception) -> NoReturn:
     typer.echo(f"offload-adam: {error}", err=True)
     raise typer.Exit(EXIT_BAD_CONFIGURATION)
 
@@ -221,7 +221,7 @@ def _timeline(
     if file is None:
         return timeline
     if timeline is None:
-        _refuse(
+        _reject(
             ValueError(
                 "--timeline needs a step that overlaps (parameters on a GPU, gradients streamed "
                 "and averaged by the optimizer) and every speed: --tflops and --tokens, "

@@ -58,7 +58,7 @@ class RunConfig(Section):
     observe: ObserveSection = ObserveSection()
 
     @model_validator(mode="after")
-    def _refuse_conflicts(self) -> RunConfig:
+    def _reject_conflicts(self) -> RunConfig:
         conflicts = tuple(find_conflicts(self))
         if conflicts:
             raise ConflictError(conflicts)

@@ -43,7 +43,7 @@ def read_yaml(text: str) -> tuple[Any, list[Mistake]]:
         root = loader.get_single_node()
         if root is None:
             return None, []
-        _refuse_endless(root, set(), set())
+        _reject_endless(root, set(), set())
         duplicates = list(_duplicate_keys(root, "", set()))
         return loader.construct_document(root), duplicates
     except RecursionError:
@@ -54,7 +54,7 @@ def read_yaml(text: str) -> tuple[Any, list[Mistake]]:
         loader.dispose()
 
 
-def _refuse_endless(node: yaml.Node, around: set[int], finished: set[int]) -> None:
+def _reject_endless(node: yaml.Node, around: set[int], finished: set[int]) -> None:
     """Refuse an alias that leads back to a node around it: such a value cannot be written out."""
     if id(node) in around:
         raise yaml.YAMLError(
@@ -65,7 +65,7 @@ def _refuse_endless(node: yaml.Node, around: set[int], finished: set[int]) -> No
     around.add(id(node))
     for item in node.value:
         for inner in item if isinstance(item, tuple) else (item,):
-            _refuse_endless(inner, around, finished)
+            _reject_endless(inner, around, finished)
     around.discard(id(node))
     finished.add(id(node))
 

@@ -155,7 +155,7 @@ def _open_default_group(world: World, timeout: timedelta, failures: FailurePolic
     NCCL do not name the ranks that are missing.
     """
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    refuse_retry(store)
+    reject_retry(store)
     store = dist.PrefixStore(f"attempt-{attempt()}", store)
     meeting = dist.PrefixStore("meeting", store)
     meeting.set(f"rank/{world.rank}", Process.own().host)
@@ -172,7 +172,7 @@ def _open_default_group(world: World, timeout: timedelta, failures: FailurePolic
     )
 
 
-def refuse_retry(store: dist.Store) -> None:
+def reject_retry(store: dist.Store) -> None:
     """Raise an error if an earlier attempt ended with a final error, as marked by `final`.
 
     Raises:

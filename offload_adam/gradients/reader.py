@@ -204,7 +204,7 @@ class GradientReader:
             or gradient.shape != parameter.shape
             or gradient.is_cuda != self._on_cuda
         ):
-            self._refuse(position, gradient)
+            self._reject(position, gradient)
         # A view of a conjugate's imaginary part is negated only when it is read by torch.
         gradient = gradient.resolve_neg()
         if gradient.stride() == parameter.stride():
@@ -223,10 +223,10 @@ class GradientReader:
             or gradient.shape != parameter.shape
             or gradient.is_cuda != self._on_cuda
         ):
-            self._refuse(position, gradient)
+            self._reject(position, gradient)
         return read_rows(self._names[position], parameter, gradient)
 
-    def _refuse(self, position: int, gradient: torch.Tensor | None) -> NoReturn:
+    def _reject(self, position: int, gradient: torch.Tensor | None) -> NoReturn:
         assert gradient is not None
         name = self._names[position]
         known = (torch.strided, torch.sparse_coo) if self._takes_rows else (torch.strided,)

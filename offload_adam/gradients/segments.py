@@ -100,7 +100,7 @@ class BucketGradients:
             for position, (rows, values) in self.rows.items()
         }
 
-    def refuse_both(self, state: BucketState) -> None:
+    def reject_both(self, state: BucketState) -> None:
         """Refuse a parameter that one backward gave a sparse, another a dense gradient.
 
         Raises:

@@ -158,7 +158,7 @@ def plan_threads(num_threads: int | None) -> int:
     import numba
 
     global _owner_pid
-    _refuse_forked_child()
+    _reject_forked_child()
     _owner_pid = os.getpid()
     layer = select_threading_layer()
     threads = threads_per_rank() if num_threads is None else num_threads
@@ -181,11 +181,11 @@ def use_threads(num_threads: int) -> None:
     """
     import numba
 
-    _refuse_forked_child()
+    _reject_forked_child()
     numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))
 
 
-def _refuse_forked_child() -> None:
+def _reject_forked_child() -> None:
     """Raise in a forked child: it lacks OpenMP's threads, and a launch would end the process."""
     if _owner_pid is not None and _owner_pid != os.getpid():
         raise RuntimeError(

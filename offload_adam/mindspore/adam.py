@@ -34,7 +34,7 @@ from offload_adam.mindspore.groups import (
     Groups,
     read_group,
     read_groups,
-    refuse_repeated,
+    reject_repeated,
     vector_lengths,
 )
 from offload_adam.mindspore.inspection import InspectableAdam
@@ -232,7 +232,7 @@ class Adam(InspectableAdam):
     def _admit_group(self, param_group: dict[str, Any]) -> None:
         if not isinstance(param_group, AdamGroup):
             param_group = read_group(param_group, self._group_defaults, "the new group")
-            refuse_repeated([param_group], self.param_groups)
+            reject_repeated([param_group], self.param_groups)
             vector_lengths([*self._groups(), param_group])
         super()._admit_group(param_group)
 

@@ -32,21 +32,21 @@ class AdamGroup(dict[str, Any]):
     _shown: ClassVar = ("lr", "weight_decay")
 
     def __setitem__(self, key: str, value: Any) -> None:
-        self._refuse_dynamic(key, value)
+        self._reject_dynamic(key, value)
         super().__setitem__(key, value)
 
     def update(self, *others: Any, **values: Any) -> None:
         """Set several entries; a dict's own `update` would go past `__setitem__`."""
         merged = dict(*others, **values)
         for key, value in merged.items():
-            self._refuse_dynamic(key, value)
+            self._reject_dynamic(key, value)
         super().update(merged)
 
     def __ior__(self, other: Any) -> Self:  # type: ignore[override,misc]
         self.update(other)
         return self
 
-    def _refuse_dynamic(self, key: str, value: Any) -> None:
+    def _reject_dynamic(self, key: str, value: Any) -> None:
         if key in self.dynamic and self.get(key, value) != value:
             raise ValueError(
                 f"{key} of this group changes with the step and cannot be set to {value!r}: make "
@@ -118,7 +118,7 @@ def read_groups(params: object, defaults: GroupDefaults) -> Groups:
     ]
     if not members:
         raise ValueError("params has no group with parameters")
-    refuse_repeated(members, [])
+    reject_repeated(members, [])
     return Groups(members, _read_order(orders, members), grouped=True)
 
 
@@ -139,7 +139,7 @@ def read_group(given: Mapping[str, Any], defaults: GroupDefaults, where: str) ->
     return _group(_listed(f"{where}['params']", given["params"]), given, defaults, where)
 
 
-def refuse_repeated(new: Sequence[AdamGroup], known: Sequence[Mapping[str, Any]]) -> None:
+def reject_repeated(new: Sequence[AdamGroup], known: Sequence[Mapping[str, Any]]) -> None:
     """Refuse a parameter that stands in two groups, or twice in one.
 
     Raises:

@@ -159,11 +159,11 @@ class GroupWatch:
                 raise type(error)(f"param_groups[{number}]: {error}") from error
             # Not by ==, which compares values, and with them the bits of equal scalars.
             if len(members) != len(known) or not all(map(is_, members, known)):
-                self._refuse_moved(groups)
+                self._reject_moved(groups)
                 self._members[number] = list(members)  # only their order is another
-            self._refuse_options(number, _laid_out(group))
+            self._reject_options(number, _laid_out(group))
 
-    def _refuse_moved(self, groups: Sequence[Mapping[str, Any]]) -> None:
+    def _reject_moved(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Refuse the first parameter that is not in the group whose state it has."""
         home = {
             id(member): number for number, known in enumerate(self._members) for member in known
@@ -190,7 +190,7 @@ class GroupWatch:
                 "or make a new optimizer without it"
             )
 
-    def _refuse_options(self, number: int, options: Mapping[str, Any]) -> None:
+    def _reject_options(self, number: int, options: Mapping[str, Any]) -> None:
         for key, made_with in self._options[number].items():
             if options[key] != made_with:
                 raise ValueError(

@@ -73,7 +73,7 @@ def check_parameter(name: str, parameter: torch.Tensor) -> None:
         )
 
 
-def _refuse_overlaps(members: Iterable[Named]) -> None:
+def _reject_overlaps(members: Iterable[Named]) -> None:
     """Reject distinct parameters that overlap in memory, naming both.
 
     Tied weights are one parameter used twice, and pass. Two parameters over the same memory would
@@ -166,10 +166,10 @@ def check_parameters(new: Iterable[NewParameter], known: Iterable[Named]) -> Non
     members = [(item.name, item.parameter) for item in new]
     for name, parameter in members:
         check_parameter(name, parameter)
-    _refuse_overlaps([*members, *known])
+    _reject_overlaps([*members, *known])
 
 
-def refuse_unrelated(module: torch.nn.Module | None, groups: Sequence[Mapping[str, Any]]) -> None:
+def reject_unrelated(module: torch.nn.Module | None, groups: Sequence[Mapping[str, Any]]) -> None:
     """Reject a module that holds none of the parameters: it is the wrong module.
 
     Raises:

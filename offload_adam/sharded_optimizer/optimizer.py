@@ -35,7 +35,7 @@ from offload_adam.params.selection import (
     Selection,
     check_parameters,
     describe,
-    refuse_unrelated,
+    reject_unrelated,
     select_parameters,
 )
 from offload_adam.sharded_optimizer.compiling import never_compiled
@@ -46,7 +46,7 @@ from offload_adam.sharded_optimizer.execution import (
     usable_failures,
 )
 from offload_adam.sharded_optimizer.loss_scale import read_loss_scale, report_skip
-from offload_adam.sharded_optimizer.owners import add_owner, refuse_owned
+from offload_adam.sharded_optimizer.owners import add_owner, reject_owned
 from offload_adam.sharded_optimizer.state_access import StateAccess, serialized
 from offload_adam.state.state_edits import StateEdits
 from offload_adam.state.state_shard import local_state
@@ -128,7 +128,7 @@ class ShardedOptimizer(StateAccess):
                     for parameter in self._grouped_parameters()
                 ]
                 execution = decide_execution(options, replicated=replicated, on_device=on_device)
-                refuse_unrelated(module, self.param_groups)
+                reject_unrelated(module, self.param_groups)
             self._fields = [*shared_fields(options, execution), *self._fields]
             self.max_grad_norm = options.max_grad_norm
             self._units = options.offload.units
@@ -169,11 +169,11 @@ class ShardedOptimizer(StateAccess):
             Nothing that ranks must have in common besides: what an `admit` without more returns.
         """
         if defaults["amsgrad"]:
-            self._refuse_distributed_amsgrad()
+            self._reject_distributed_amsgrad()
         torch.optim.Optimizer.__init__(self, params, defaults)
         new = self._select(0).new
         check_parameters(new, [])
-        refuse_owned(new)
+        reject_owned(new)
         return []
 
     def _step_inputs(self) -> StepInputs:
@@ -243,7 +243,7 @@ class ShardedOptimizer(StateAccess):
         self._admit_group(param_group)
         new = self._select(num_groups).new
         check_parameters(new, self._alive().named_parameters())
-        refuse_owned(new)
+        reject_owned(new)
 
     def _admit_group(self, param_group: dict[str, Any]) -> None:
         """Let torch complete and append one group, then check it."""
@@ -251,9 +251,9 @@ class ShardedOptimizer(StateAccess):
         group = self.param_groups[-1]
         self._check_group(group)
         if group["amsgrad"]:
-            self._refuse_distributed_amsgrad()
+            self._reject_distributed_amsgrad()
 
-    def _refuse_distributed_amsgrad(self) -> None:
+    def _reject_distributed_amsgrad(self) -> None:
         if self._distributed:
             raise ValueError(
                 "amsgrad=True is not supported in distributed training (world size > 1): "

@@ -17,7 +17,7 @@ def add_owner(optimizer: StateAccess) -> None:
     _OWNERS.add(optimizer)
 
 
-def refuse_owned(new: Iterable[NewParameter]) -> None:
+def reject_owned(new: Iterable[NewParameter]) -> None:
     """Refuse parameters that another optimizer of this package holds.
 
     Raises:

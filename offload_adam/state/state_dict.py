@@ -121,11 +121,11 @@ def read_saved(state_dict: Mapping[str, Any], world_size: int, rank: int) -> Sav
         packed: {**entry, **({"master_weight": masters[packed]} if packed in masters else {})}
         for packed, entry in state_dict["state"].items()
     }
-    _refuse_foreign(state, state_dict["param_groups"])
+    _reject_foreign(state, state_dict["param_groups"])
     return SavedState(state, state_dict["param_groups"], marker, _saved_names(state_dict))
 
 
-def _refuse_foreign(
+def _reject_foreign(
     state: Mapping[Any, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
 ) -> None:
     """Refuse what another optimizer than Adam and AdamW saved: its moments mean something else.

@@ -229,7 +229,7 @@ class Executor:
         needed = [number for number in buckets if number in self._to_use]
         if not needed:
             return
-        self._refuse_forked()
+        self._reject_forked()
         with self._spans.span("update wait"):
             last = max(self._to_use[number] for number in needed)
             while self._to_gather and self._to_use[self._to_gather[0]] <= last:
@@ -239,7 +239,7 @@ class Executor:
                 self._arrived(number)
         self._gather_ahead(self._spans)
 
-    def _refuse_forked(self) -> None:
+    def _reject_forked(self) -> None:
         if os.getpid() != self._pid:
             raise UnreadyParameterError(
                 "this process was forked while parameters were being updated, by a thread that it "

@@ -109,17 +109,17 @@ class VersionWatch:
             end = start + _CHUNK
             parameters = self._parameters[start:end]
             if list(map(torch.Tensor.data_ptr, parameters)) != self._addresses[start:end]:
-                self._refuse_replaced()
+                self._reject_replaced()
             versions = list(map(version_of, parameters))
             before = self._versions[start:end]
             if versions != before:
                 changed += [start + i for i, v in enumerate(versions) if v != before[i]]
         for registry, key, parameter in self._registrations:
             if registry.get(key) is not parameter:
-                self._refuse(self._position(parameter), "another object took its place")
+                self._reject(self._position(parameter), "another object took its place")
         return changed
 
-    def refuse_written(self, positions: Iterable[int]) -> None:
+    def reject_written(self, positions: Iterable[int]) -> None:
         """Refuse writes to parameters whose update was under way: it has written over them.
 
         Raises:
@@ -147,12 +147,12 @@ class VersionWatch:
     def _position(self, parameter: torch.nn.Parameter) -> int:
         return next(i for i, known in enumerate(self._parameters) if known is parameter)
 
-    def _refuse_replaced(self) -> None:
+    def _reject_replaced(self) -> None:
         for position, address in enumerate(self._addresses):
             if self._parameters[position].data_ptr() != address:
-                self._refuse(position, "its storage was replaced")
+                self._reject(position, "its storage was replaced")
 
-    def _refuse(self, position: int, what: str) -> None:
+    def _reject(self, position: int, what: str) -> None:
         raise ParameterReplacedError(
             f"parameter {self._names[position]!r} is no longer what this optimizer updates: "
             f"{what}. Move or cast the model (.to, .half) and load with assign=True before the "
@@ -426,7 +426,7 @@ class ExternalEdits:
             UnreadyParameterError: naming a parameter that was written to in the meantime.
         """
         positions = self._states[bucket].indices.tolist()
-        self._watch.refuse_written(positions)
+        self._watch.reject_written(positions)
         if current_graph_task() == NO_GRAPH_TASK:
             self._watch.bump_again(positions)
 

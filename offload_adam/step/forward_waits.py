@@ -363,14 +363,14 @@ class _Hook:
         self._action()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        self._refuse_torn()
+        self._reject_torn()
         return _nothing
 
     def __reduce__(self) -> tuple[Any, ...]:
-        self._refuse_torn()
+        self._reject_torn()
         return _make_nothing, ()
 
-    def _refuse_torn(self) -> None:
+    def _reject_torn(self) -> None:
         if self._owner._executor.is_pending:
             raise UnreadyParameterError(
                 "the model is copied while its parameters are being updated: call synchronize() on "

@@ -178,7 +178,7 @@ _SAME_SETTINGS = (
 )
 
 
-def refuse_disagreement(
+def reject_disagreement(
     agreement: Agreement,
     ranks: RankGroup,
     inputs: StepInputs,
@@ -224,7 +224,7 @@ def refuse_disagreement(
         )
 
 
-def refuse_partial_presence(agreement: Agreement, world_size: int, names: Sequence[str]) -> None:
+def reject_partial_presence(agreement: Agreement, world_size: int, names: Sequence[str]) -> None:
     """Raise where gradients that are said to be averaged are not on all ranks.
 
     Raises:
@@ -240,7 +240,7 @@ def refuse_partial_presence(agreement: Agreement, world_size: int, names: Sequen
         )
 
 
-def refuse_partly_multiplied(
+def reject_partly_multiplied(
     inputs: StepInputs, present: npt.NDArray[np.bool_], names: Sequence[str]
 ) -> None:
     """Raise where the caller has multiplied some gradients that have left `.grad`, but not all.
@@ -257,7 +257,7 @@ def refuse_partly_multiplied(
             )
 
 
-def refuse_unfrozen(frozen: Sequence[Named]) -> None:
+def reject_unfrozen(frozen: Sequence[Named]) -> None:
     """Raise where a parameter without state has a gradient.
 
     Raises:

@@ -202,7 +202,7 @@ class GradientReduction:
         failure: Exception | None = None
         for state, gradients in zip(self._states, self.gradients, strict=True):
             try:
-                gradients.refuse_both(state)
+                gradients.reject_both(state)
             except ValueError as error:
                 failure = failure or error
             if self._rows is None:

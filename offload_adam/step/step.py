@@ -39,10 +39,10 @@ from offload_adam.step.messages import (
     StepReport,
     UpdateInputs,
     decide,
-    refuse_disagreement,
-    refuse_partial_presence,
-    refuse_partly_multiplied,
-    refuse_unfrozen,
+    reject_disagreement,
+    reject_partial_presence,
+    reject_partly_multiplied,
+    reject_unfrozen,
 )
 from offload_adam.step.reducer import GradientReduction
 from offload_adam.step.snapshot_lock import SnapshotLock
@@ -416,9 +416,9 @@ class ShardedAdam:
         if agreement.unseen and not agreement.failed_ranks:
             agreement, changed = self._share_unseen(agreement, changed, found.unseen)
         changed_names = [self._names[index] for index in changed]
-        refuse_disagreement(agreement, self.ranks, inputs, changed_names)
+        reject_disagreement(agreement, self.ranks, inputs, changed_names)
         if not self._storage.policy.reduces:
-            refuse_partial_presence(agreement, self.ranks.world_size, self._names)
+            reject_partial_presence(agreement, self.ranks.world_size, self._names)
         return agreement, changed
 
     def _find(self, inputs: StepInputs, failure: Exception | None, spans: Spans) -> _LocalFindings:
@@ -431,17 +431,17 @@ class ShardedAdam:
         if failure is not None:
             return found
         try:
-            refuse_unfrozen(self._frozen)
+            reject_unfrozen(self._frozen)
             found.late = self.reduction.has_late_gradients()
             found.changed = self.external_edits.find()
             found.unseen = self.external_edits.find_unseen(found.changed)
-            self._refuse_unready()
+            self._reject_unready()
             for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
                 found.present[state.indices] = gradients.present
                 update = self._updates[state.layout.index]
                 update.allocate_for(state, gradients, lazy=inputs.lazy)
             if inputs.factor != 1.0:
-                refuse_partly_multiplied(inputs, found.present, self._names)
+                reject_partly_multiplied(inputs, found.present, self._names)
             with spans.span("norm"):
                 found.sum_of_squares = self._sum_of_squares()
         except Exception as error:
@@ -488,7 +488,7 @@ class ShardedAdam:
             agreement = replace(agreement, changes=tuple(int(one) for one in gathered))
         return agreement, changed
 
-    def _refuse_unready(self) -> None:
+    def _reject_unready(self) -> None:
         """Refuse gradients of a forward that did not wait for its parameters."""
         if self.forward_hooks is not None:
             given = zip(self.states, self.reduction.gradients, strict=True)

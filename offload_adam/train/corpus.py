@@ -41,7 +41,7 @@ def load_corpus(data: DataSection, sequence_length: int) -> Corpus:
         corpus = _split_by_position(files[0], data.validation_fraction, key)
     else:
         corpus = _split_by_file(files, data.validation_fraction, key)
-    _refuse_too_little(corpus, sequence_length, key)
+    _reject_too_little(corpus, sequence_length, key)
     return corpus
 
 
@@ -97,7 +97,7 @@ def _tokens(files: list[SourceFile], key: str) -> ByteTokens:
     return np.frombuffer(_SEPARATOR.join(contents), dtype=np.uint8)
 
 
-def _refuse_too_little(corpus: Corpus, sequence_length: int, key: str) -> None:
+def _reject_too_little(corpus: Corpus, sequence_length: int, key: str) -> None:
     for split, tokens in (("training", corpus.training), ("validation", corpus.validation)):
         if tokens.size <= sequence_length:
             raise ConfigError.at(

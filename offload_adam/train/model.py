@@ -32,7 +32,7 @@ def build_model(config: RunConfig) -> nn.Module:
         model: nn.Module = GPT(config.model.sizes, config.train.sequence_length)
     else:
         model = _call_factory(config.model)
-    _refuse_unready(model)
+    _reject_unready(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError.at(_KEY, "the model has no parameter that requires a gradient")
     return model.to(_DTYPES[config.train.dtype])
@@ -79,7 +79,7 @@ def find_factory(spec: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _refuse_unready(model: nn.Module) -> None:
+def _reject_unready(model: nn.Module) -> None:
     """Refuse parameters and buffers that have no shape, no values, or that lose half of them.
 
     On the meta device itself, where a plan is made, no values are wanted.

@@ -14,7 +14,7 @@ from offload_adam.coordinator.startup import World
 from offload_adam.train.corpus import Corpus, load_corpus
 from offload_adam.train.model import build_model, find_factory
 from offload_adam.train.run_folder import require_writable
-from offload_adam.train.sinks import refuse_missing_extras
+from offload_adam.train.sinks import reject_missing_extras
 
 T = TypeVar("T")
 
@@ -29,8 +29,8 @@ def prepare(config: RunConfig) -> tuple[Corpus, nn.Module]:
     """
     found = _Mistakes()
     found.of(_require_environment)
-    found.of(lambda: _refuse_unshardable(config))
-    found.of(lambda: refuse_missing_extras(config))
+    found.of(lambda: _reject_unshardable(config))
+    found.of(lambda: reject_missing_extras(config))
     if os.environ.get("RANK", "0") == "0":
         found.of(lambda: require_writable(config))
     corpus = found.of(lambda: load_corpus(config.data, config.train.sequence_length))
@@ -65,7 +65,7 @@ def _require_environment() -> None:
         raise ConfigError.at("environment", str(error)) from error
 
 
-def _refuse_unshardable(config: RunConfig) -> None:
+def _reject_unshardable(config: RunConfig) -> None:
     section = config.optimizer
     key = "use_amsgrad" if isinstance(section, AdamSection) else "amsgrad"
     asked = os.environ.get("WORLD_SIZE", "1")  # which may be wrong itself, and is named then

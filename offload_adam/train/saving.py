@@ -335,7 +335,7 @@ def resume(job: Job) -> Job:
         if job.world.rank == 0:
             set_aside(job.config, job.first_step)
         return job
-    _refuse_changes(job.config, _config_of(Path(found)))
+    _reject_changes(job.config, _config_of(Path(found)))
     extra = load_checkpoint(found, model=job.model, optimizer=job.optimizer)
     _load_state(job, extra["train"])
     step: int = extra["step"]
@@ -367,7 +367,7 @@ def _config_of(path: Path) -> dict[str, Any]:
     return config
 
 
-def _refuse_changes(config: RunConfig, saved: dict[str, Any]) -> None:
+def _reject_changes(config: RunConfig, saved: dict[str, Any]) -> None:
     """Refuse a run that is not the one that was saved.
 
     Raises:

@@ -28,7 +28,7 @@ _PACKAGES = {
 }
 
 
-def refuse_missing_extras(config: RunConfig) -> None:
+def reject_missing_extras(config: RunConfig) -> None:
     """Refuse sinks whose package is not installed, before the ranks join.
 
     Raises:

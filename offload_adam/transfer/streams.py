@@ -145,7 +145,7 @@ class CudaStreams:
         Raises:
             RuntimeError: a CUDA graph is being captured.
         """
-        self._refuse_capture(lane)
+        self._reject_capture(lane)
         # Taken before the event is recorded: other threads may issue work in between, and the event
         # must come after the work on every tensor that it stands for.
         with self._lock:
@@ -161,7 +161,7 @@ class CudaStreams:
                     held.popleft()
         return event
 
-    def _refuse_capture(self, lane: Lane) -> None:
+    def _reject_capture(self, lane: Lane) -> None:
         """Raise during a capture: a replay would not run the hooks that issue the copies."""
         if lane is Lane.COMPUTE and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -176,7 +176,7 @@ class CudaStreams:
         Raises:
             RuntimeError: a CUDA graph is being captured.
         """
-        self._refuse_capture(lane)
+        self._reject_capture(lane)
         if isinstance(event, torch.cuda.Event):
             self._stream(lane).wait_event(event)
 

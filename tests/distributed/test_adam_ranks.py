@@ -129,7 +129,7 @@ def test_ranks_do_what_one_does_with_the_mean(
             assert torch.allclose(mine, value, rtol=1e-5, atol=1e-5)
 
 
-def refuse_amsgrad(rank: int, world_size: int) -> list[Outcome]:
+def reject_amsgrad(rank: int, world_size: int) -> list[Outcome]:
     outcomes = []
     for asking in ((1,), (0, 2), (0, 1, 2)):
         model = make_model()
@@ -146,7 +146,7 @@ def refuse_amsgrad(rank: int, world_size: int) -> list[Outcome]:
 
 
 def test_amsgrad_is_refused_on_every_rank_naming_those_that_asked(ranks: RankPool) -> None:
-    for outcomes in ranks.run(refuse_amsgrad, 3, timeout=60.0):
+    for outcomes in ranks.run(reject_amsgrad, 3, timeout=60.0):
         assert [outcome.error for outcome in outcomes] == ["ValueError"] * 3
         assert all("amsgrad" in outcome.message for outcome in outcomes)
         assert "[1]" in outcomes[0].message

@@ -27,7 +27,7 @@ def refused(model: torch.nn.Module, make: Callable[[], OffloadAdam]) -> Outcome:
     return outcome
 
 
-def refuse_everywhere(rank: int, world_size: int) -> list[Outcome]:
+def reject_everywhere(rank: int, world_size: int) -> list[Outcome]:
     model = Weights([(3, 2), (2,)])
     last = {"params": [model.w1], "amsgrad": True}
     attempts: list[tuple[Any, dict[str, Any]]] = [
@@ -51,7 +51,7 @@ def refuse_everywhere(rank: int, world_size: int) -> list[Outcome]:
 def test_amsgrad_and_an_unnamed_reduction_are_refused_before_anything_is_allocated(
     ranks: RankPool,
 ) -> None:
-    for outcomes in ranks.run(refuse_everywhere, 2):
+    for outcomes in ranks.run(reject_everywhere, 2):
         for position in (0, 1, 2, 4):
             assert outcomes[position].error == "ValueError"
             assert outcomes[position].message.startswith(AMSGRAD)
@@ -59,7 +59,7 @@ def test_amsgrad_and_an_unnamed_reduction_are_refused_before_anything_is_allocat
         assert "no module=, gradient_reduction must be given" in outcomes[3].message
 
 
-def refuse_without_group(rank: int, world_size: int) -> list[Outcome]:
+def reject_without_group(rank: int, world_size: int) -> list[Outcome]:
     dist.destroy_process_group()
     model = Weights([(3,)])
     attempts: list[tuple[Any, dict[str, Any]]] = [
@@ -73,7 +73,7 @@ def refuse_without_group(rank: int, world_size: int) -> list[Outcome]:
 
 
 def test_a_launcher_without_a_process_group_is_an_error(ranks: RankPool) -> None:
-    for outcomes in ranks.run(refuse_without_group, 2):
+    for outcomes in ranks.run(reject_without_group, 2):
         for outcome in outcomes[:2]:
             assert outcome.error == "ValueError"
             assert outcome.message.startswith(AMSGRAD)
@@ -82,7 +82,7 @@ def test_a_launcher_without_a_process_group_is_an_error(ranks: RankPool) -> None
             assert "torch.distributed.init_process_group()" in outcome.message
 
 
-def refuse_on_one(rank: int, world_size: int) -> list[Outcome]:
+def reject_on_one(rank: int, world_size: int) -> list[Outcome]:
     """Rank 1 alone has a mistake; ranks 0 and 2 would wait for it for ever."""
     here = rank == 1
     model = Weights([(3,), (4,)])
@@ -115,7 +115,7 @@ def refuse_on_one(rank: int, world_size: int) -> list[Outcome]:
 
 
 def test_a_mistake_on_one_rank_is_an_error_on_all(ranks: RankPool) -> None:
-    first, second, third = ranks.run(refuse_on_one, 3)
+    first, second, third = ranks.run(reject_on_one, 3)
     assert first == second == third
     problems = [
         "lr must be finite and at least 0, not -1.0",

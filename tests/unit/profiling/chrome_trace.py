@@ -37,7 +37,7 @@ def read_trace(path: Path) -> Trace:
     Raises:
         AssertionError: naming the event.
     """
-    values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_reject_constant)
     assert isinstance(values, dict), "the object form has other keys beside the events"
     assert values.get("displayTimeUnit", "ms") in ("ms", "ns")
     trace = Trace()
@@ -56,7 +56,7 @@ def read_trace(path: Path) -> Trace:
     return trace
 
 
-def _refuse_constant(name: str) -> None:
+def _reject_constant(name: str) -> None:
     raise AssertionError(f"{name} is no JSON")
 
 
