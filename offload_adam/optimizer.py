@@ -121,7 +121,7 @@ class OffloadAdam(ShardedOptimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
         }
 
-        self._construct(options, lambda: self._admit(params, defaults))
+        self._construct(options, lambda: self._add_groups(params, defaults))
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_group(group)

@@ -134,7 +134,7 @@ class Adam(InspectableAdam):
             failures=failures,
         )
 
-        def admit() -> list[Field]:
+        def add_groups() -> None:
             for name, value in (
                 ("use_locking", use_locking),
                 ("use_nesterov", use_nesterov),
@@ -165,12 +165,11 @@ class Adam(InspectableAdam):
                 "grad_centralization": False,
             }
             self._read(params, defaults, module, decay_norms)
-            return [("loss_scale", str(self.loss_scale)), ("use_lazy", str(self.use_lazy))]
 
         self._construct(
             options,
-            admit,
-            replicated=kwargs.get("use_offload") is not True,  # checked in `admit`
+            add_groups,
+            replicated=kwargs.get("use_offload") is not True,  # checked in `add_groups`
             takes_rows=True,  # sparse gradients
         )
 
@@ -181,18 +180,21 @@ class Adam(InspectableAdam):
         module: torch.nn.Module | None,
         decay_norms: bool,
     ) -> None:
-        """Read the groups and let torch take them in."""
+        """Read the groups and let torch add them."""
         groups = read_groups(params, self._group_defaults)
         vector_lengths(groups.members)
         self._norms = set() if decay_norms else norm_parameters(module)
         self._order = groups.order
         self._grouped = groups.grouped
-        self._admit(groups.members, defaults)
+        self._add_groups(groups.members, defaults)
         if self.use_offload and any(group["grad_centralization"] for group in self.param_groups):
             warnings.warn(
                 "grad_centralization has no effect with use_offload=True", UserWarning, stacklevel=2
             )
         self._warn_of_decay(groups, module)
+
+    def _own_fields(self) -> list[Field]:
+        return [("loss_scale", str(self.loss_scale)), ("use_lazy", str(self.use_lazy))]
 
     def _warn_of_decay(self, groups: Groups, module: torch.nn.Module | None) -> None:
         group = groups.members[0]
@@ -229,12 +231,12 @@ class Adam(InspectableAdam):
                 self.step()
         return torch.tensor(True, dtype=torch.bool, device="cpu")
 
-    def _admit_group(self, param_group: dict[str, Any]) -> None:
+    def _append_group(self, param_group: dict[str, Any]) -> None:
         if not isinstance(param_group, AdamGroup):
             param_group = read_group(param_group, self._group_defaults, "the new group")
             reject_repeated([param_group], self.param_groups)
             vector_lengths([*self._groups(), param_group])
-        super()._admit_group(param_group)
+        super()._append_group(param_group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_group(group)

@@ -6,7 +6,7 @@ import logging
 import threading
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -82,7 +82,7 @@ class ShardedOptimizer(StateAccess):
     def _construct(
         self,
         options: ExecutionOptions,
-        admit: Callable[[], Sequence[Field]],
+        add_groups: Callable[[], None],
         *,
         replicated: bool = False,
         takes_rows: bool = False,
@@ -90,8 +90,7 @@ class ShardedOptimizer(StateAccess):
         """Check everything, then allocate and build, or leave nothing behind. Collective.
 
         Args:
-            admit: runs the subclass's own checks, lets torch take the groups in, and returns fields
-                that ranks must have in common besides parameters, groups and options.
+            add_groups: checks the subclass's own arguments and calls `_add_groups`.
             replicated: state is stored with its parameter, whole on every rank.
             takes_rows: gradients may be sparse.
         """
@@ -122,14 +121,14 @@ class ShardedOptimizer(StateAccess):
         try:
             with raise_on_all_ranks(self._ranks, "construction"):
                 check_module(module)
-                self._fields = list(admit())
+                add_groups()
                 on_device = [
                     self._backend.is_device(parameter.device)
                     for parameter in self._grouped_parameters()
                 ]
                 execution = decide_execution(options, replicated=replicated, on_device=on_device)
                 reject_unrelated(module, self.param_groups)
-            self._fields = [*shared_fields(options, execution), *self._fields]
+            self._fields = [*shared_fields(options, execution), *self._own_fields()]
             self.max_grad_norm = options.max_grad_norm
             self._units = options.offload.units
             policy, streams, overlaps = execution
@@ -151,7 +150,7 @@ class ShardedOptimizer(StateAccess):
             resources.callback(self._core.resources.close)
             resources.callback(self._core.snapshot_lock.stop_reader)
             resources.callback(self._ranks.abort_devices)
-            self._take_in(self._core, 0)
+            self._build_state(self._core, 0)
             self._own_state = self.state
             add_owner(self)
         except BaseException:
@@ -162,18 +161,17 @@ class ShardedOptimizer(StateAccess):
     def _hyperparameters(self) -> list[Hyperparameters]:
         """Return the hyperparameters that the parameters' groups count over, as they are now."""
 
-    def _admit(self, params: ParamsT, defaults: dict[str, Any]) -> list[Field]:
-        """Let torch take the groups in, each checked, with nothing allocated yet.
-
-        Returns:
-            Nothing that ranks must have in common besides: what an `admit` without more returns.
-        """
+    def _add_groups(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        """Check the groups and let torch add them; nothing is allocated yet."""
         if defaults["amsgrad"]:
             self._reject_distributed_amsgrad()
         torch.optim.Optimizer.__init__(self, params, defaults)
         new = self._select(0).new
         check_parameters(new, [])
         reject_owned(new)
+
+    def _own_fields(self) -> list[Field]:
+        """Return the subclass's arguments that must be the same on every rank."""
         return []
 
     def _step_inputs(self) -> StepInputs:
@@ -195,7 +193,7 @@ class ShardedOptimizer(StateAccess):
     def _grouped_parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
-    def _take_in(self, core: ShardedAdam, first_group: int) -> None:
+    def _build_state(self, core: ShardedAdam, first_group: int) -> None:
         """Build the state of the groups from this one on. Collective."""
         selection = self._select(first_group)
         new = selection.new
@@ -225,27 +223,27 @@ class ShardedOptimizer(StateAccess):
             TypeError, ValueError: as the constructor; the optimizer is as before then.
         """
         if self._core is None and self._release.alive:
-            self._admit_group(param_group)
+            self._append_group(param_group)
             return
         core = self._settled()
         num_groups = len(self.param_groups)
         try:
             with raise_on_all_ranks(self._ranks, "add_param_group"):
-                self._admit_later(param_group)
-            self._take_in(core, num_groups)
+                self._append_later_group(param_group)
+            self._build_state(core, num_groups)
         except BaseException:
             del self.param_groups[num_groups:]
             raise
 
-    def _admit_later(self, param_group: dict[str, Any]) -> None:
+    def _append_later_group(self, param_group: dict[str, Any]) -> None:
         self._check_edits()
         num_groups = len(self.param_groups)
-        self._admit_group(param_group)
+        self._append_group(param_group)
         new = self._select(num_groups).new
         check_parameters(new, self._alive().named_parameters())
         reject_owned(new)
 
-    def _admit_group(self, param_group: dict[str, Any]) -> None:
+    def _append_group(self, param_group: dict[str, Any]) -> None:
         """Let torch complete and append one group, then check it."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
