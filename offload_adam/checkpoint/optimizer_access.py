@@ -117,7 +117,8 @@ def _plan(
                 raise ValueError(f"it has {key}={options.get(key, False)} in group {number}")
         optimizer._check_group({**group, **options})
     entries = {
-        optimizer._indices[shard.parameter]: {"step": steps[name]} for name, shard in shards.items()
+        optimizer._index_of[shard.parameter]: {"step": steps[name]}
+        for name, shard in shards.items()
     }
     load_further = optimizer._plan_further_state(saved["further"], entries)
 

@@ -110,7 +110,7 @@ class ShardedOptimizer(StateAccess):
         self._state_edits = StateEdits()
         self._core: ShardedAdam | None = None
         self._hooks: BackwardHooks | None = None
-        self._indices: dict[torch.nn.Parameter, int] = {}
+        self._index_of: dict[torch.nn.Parameter, int] = {}
         self._ranks = open_rank_group(options.process_group, usable_failures(options.failures))
         resources = ExitStack()
         resources.callback(self._ranks.release)
@@ -186,7 +186,7 @@ class ShardedOptimizer(StateAccess):
         return select_parameters(
             self.param_groups[first_group:],
             self._module,
-            first_index=len(self._indices),
+            first_index=len(self._index_of),
             first_group=first_group,
         )
 
@@ -204,7 +204,7 @@ class ShardedOptimizer(StateAccess):
         with torch.no_grad():
             core.extend(new, selection.frozen)
         for item in new:
-            self._indices[item.parameter] = item.index
+            self._index_of[item.parameter] = item.index
             entry = local_state(*core.place_of(item.index))
             self.state[item.parameter] = entry
             self._state_edits.add(item.parameter, entry)

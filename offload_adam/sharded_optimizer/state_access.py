@@ -58,7 +58,7 @@ class StateAccess(torch.optim.Optimizer):
 
     _core: ShardedAdam | None
     _module: torch.nn.Module | None
-    _indices: dict[torch.nn.Parameter, int]  # each one's place among all that are trained
+    _index_of: dict[torch.nn.Parameter, int]  # each one's place among all that are trained
     _ranks: RankGroup
     _release: weakref.finalize[Any, Any]
     _state_edits: StateEdits
@@ -146,7 +146,7 @@ class StateAccess(torch.optim.Optimizer):
 
     def _holds(self, parameter: torch.nn.Parameter) -> bool:
         """Return whether this optimizer is open and has state for this parameter."""
-        return self._release.alive and parameter in self._indices
+        return self._release.alive and parameter in self._index_of
 
     def memory_ledger(self) -> list[LedgerEntry]:
         """Return this rank's current allocations, on the host and on devices."""
@@ -241,10 +241,10 @@ class StateAccess(torch.optim.Optimizer):
         groups = merge_groups(self.param_groups, saved.groups, self._check_group)
         saved_ids = saved.ids_for(known_names(self.param_groups, self._module))
         entries = {
-            self._indices[parameter]: saved.state.get(saved_id, {})
+            self._index_of[parameter]: saved.state.get(saved_id, {})
             for group, group_ids in zip(self.param_groups, saved_ids, strict=True)
             for parameter, saved_id in zip(group["params"], group_ids, strict=True)
-            if parameter in self._indices
+            if parameter in self._index_of
         }
         with torch.no_grad():
             copies = [
@@ -267,14 +267,14 @@ class StateAccess(torch.optim.Optimizer):
         """Return torch's packed id (place over all groups) by each parameter's index."""
         every = [parameter for group in self.param_groups for parameter in group["params"]]
         return {
-            self._indices[parameter]: packed
+            self._index_of[parameter]: packed
             for packed, parameter in enumerate(every)
-            if parameter in self._indices
+            if parameter in self._index_of
         }
 
     def _check_entries(self) -> None:
         """Check that `optimizer.state` still has an entry for every parameter."""
-        if self.state is not self._own_state or len(self.state) < len(self._indices):
+        if self.state is not self._own_state or len(self.state) < len(self._index_of):
             raise ValueError(
                 "optimizer.state was replaced or has lost entries: they show the state, which lies "
                 "elsewhere. Use load_state_dict(), or make a new optimizer to begin anew"
@@ -294,7 +294,7 @@ class StateAccess(torch.optim.Optimizer):
                 copies = [
                     copy
                     for parameter, entry in self._state_edits.find(self.state)
-                    for copy in plan_load(*core.place_of(self._indices[parameter]), entry)
+                    for copy in plan_load(*core.place_of(self._index_of[parameter]), entry)
                 ]
             except KeyError as error:
                 raise ValueError(
