@@ -8,7 +8,7 @@ class RankDisagreementError(RuntimeError):
 
 
 class PeerError(RuntimeError):
-    """Another rank refused the step or the construction; its own traceback says why."""
+    """Another rank raised an error in the same call; see its traceback."""
 
 
 class PeerFailedError(PeerError):

@@ -28,6 +28,13 @@ def ranks() -> Iterator[RankPool]:
         yield pool
 
 
+@pytest.fixture
+def own_ranks() -> Iterator[RankPool]:
+    """Return a pool whose ranks may hang or die, so that other tests keep theirs."""
+    with RankPool() as pool:
+        yield pool
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--require-marker",
@@ -50,5 +57,5 @@ def pytest_collection_finish() -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "ranks" in getattr(item, "fixturenames", ()):
+        if {"ranks", "own_ranks"} & {*getattr(item, "fixturenames", ())}:
             item.add_marker(pytest.mark.distributed)

@@ -78,7 +78,7 @@ def make_planes(numel: int, memory: str) -> Planes:
 
 
 def require_memory(nbytes: int) -> None:
-    """Refuse what the node cannot hold: `torch.empty` would be granted it, and end the process.
+    """Reject what the node cannot hold: `torch.empty` would be granted it, and end the process.
 
     Raises:
         HostMemoryError: that many bytes are not available.

@@ -46,14 +46,21 @@ def begin_checkpoint(
         OSError: on the rank where writing failed; the others raise a PeerError. No file is left.
     """
     with locked(optimizer):
-        with raise_on_all_ranks(optimizer.ranks, "preparing a checkpoint"):
-            core = optimizer._settled()
+        core = optimizer._settled_on_all_ranks("preparing a checkpoint")
+        lock = core.snapshot_lock
         with PROGRESS.at("checkpoint", long_running=True):
-            save = open_save(Path(path), model, optimizer, extra, core.snapshot_lock.buffers)
-            with save.discarding(), raise_on_all_ranks(save.ranks, "writing a checkpoint"):
-                save.write_whole()
-            core.external_edits.lock_snapshot(save.buckets)
-            return PendingCheckpoint(save, optimizer, core.snapshot_lock)
+            save = open_save(Path(path), model, optimizer, extra, lock.buffers)
+            with save.discarding():
+                with raise_on_all_ranks(save.ranks, "writing a checkpoint"):
+                    save.write_whole()
+                core.external_edits.lock_snapshot(save.buckets)
+                try:
+                    return PendingCheckpoint(save, optimizer, lock)
+                except BaseException:
+                    # Updates must not wait for a thread that could not be started.
+                    lock.finish_reading()
+                    lock.close_snapshot()
+                    raise
 
 
 class PendingCheckpoint:
@@ -64,6 +71,7 @@ class PendingCheckpoint:
 
     Owns: the writing thread. Closing the optimizer abandons the checkpoint and ends the thread.
     Lifecycle: `commit_if_written` after every step, or `wait`; the same calls on every rank.
+    Threads: only the thread that calls `step()`, since both are collective.
     """
 
     def __init__(
@@ -109,6 +117,10 @@ class PendingCheckpoint:
             try:
                 with raise_on_all_ranks(self._save.ranks, "writing a checkpoint"):
                     entry = self._result()
+            except BaseException:
+                # The thread still writes if the wait for it was interrupted.
+                self._snapshot_lock.stop_reader("the wait for the checkpoint was interrupted")
+                raise
             finally:
                 self._snapshot_lock.close_snapshot()
                 self.num_waits, self.waited_s = (

@@ -246,7 +246,7 @@ def parse_manifest(text: str | bytes, origin: str) -> Manifest:
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object, refusing a key that stands twice."""
+    """Return a JSON object; reject a duplicate key."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key stands twice")
@@ -290,7 +290,7 @@ def sorted_pieces(entry: TensorEntry) -> list[tuple[int, int, Piece]]:
 
 
 def decoded_optimizer(saved: Mapping[str, Any], format_version: int) -> Any:
-    """Return what `_plain_state` gave, from what a checkpoint has of it.
+    """Decode the output of `plain_state` from a manifest.
 
     Raises:
         CheckpointError: it cannot be decoded.

@@ -75,10 +75,10 @@ def load_checkpoint(
     """
     folder = Path(path)
     with locked(optimizer), PROGRESS.at("checkpoint", long_running=True), ExitStack() as stack:
+        core = optimizer._settled_on_all_ranks("preparing to load a checkpoint")
         with raise_on_all_ranks(optimizer.ranks, "reading a checkpoint"):
             manifest = read_manifest(folder)
             reader = stack.enter_context(closing(CheckpointReader(folder, manifest)))
-            core = optimizer._settled()
             name_of = ParameterNames(model)
             state = model_state(model, core)
             _check(manifest, name_of, core, state)

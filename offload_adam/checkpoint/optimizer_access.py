@@ -1,4 +1,4 @@
-"""The way from a checkpoint into an optimizer: its lock, and its state other than tensors.
+"""How checkpoints access an optimizer: its lock, and its state other than tensors.
 
 A checkpoint holds `locked(optimizer)` and reads the core that `optimizer._settled()` returns.
 """

@@ -86,8 +86,7 @@ def save_checkpoint(
         OSError: on the rank where writing failed; the others raise a PeerError. No file is left.
     """
     with locked(optimizer):
-        with raise_on_all_ranks(optimizer.ranks, "preparing a checkpoint"):
-            optimizer._settled()
+        optimizer._settled_on_all_ranks("preparing a checkpoint")
         with PROGRESS.at("checkpoint", long_running=True):
             save = open_save(Path(path), model, optimizer, extra)
             with save.discarding():

@@ -221,7 +221,7 @@ def _prepare(threads: int | None, json_file: Path | None) -> int:
 
 
 def _require_writable(path: Path) -> None:
-    """Refuse a file that could not be written, rather than after minutes of measuring."""
+    """Reject a file that could not be written, rather than after minutes of measuring."""
     folder = path.parent
     if not folder.is_dir():
         raise typer.BadParameter(f"there is no folder {folder}", param_hint="--json")

@@ -214,7 +214,7 @@ def _require_folder(option: str, file: Path | None) -> None:
 def _timeline(
     specs: list[ParameterSpec], training: Training, machine: Machine, file: Path | None
 ) -> Timeline | None:
-    """Return the timeline of a step, drawn to a file where asked; refuse where none is known."""
+    """Return the timeline of a step, drawn to a file where asked; reject a plan without one."""
     from offload_adam.plan.overlap import predict_overlap
 
     timeline = predict_overlap(specs, training, machine)

@@ -45,7 +45,6 @@ def run_to_exit_code(arguments: list[str]) -> None:
         HostMemoryError,
         NotRetriedError,
         PeerError,
-        PeerFailedError,
         RankDisagreementError,
         RunFolderLostError,
     )
@@ -61,7 +60,7 @@ def run_to_exit_code(arguments: list[str]) -> None:
     except (CheckpointError, NotRetriedError, RankDisagreementError, RunFolderLostError) as error:
         _report(error)
         raise typer.Exit(1) from None
-    except (PeerError, PeerFailedError) as error:
+    except PeerError as error:
         # Each surviving rank speaks: which one is first is not known, nor who lives to be second.
         typer.echo(f"offload-adam: {error}", err=True)
         raise typer.Exit(1) from None

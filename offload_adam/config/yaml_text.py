@@ -55,7 +55,7 @@ def read_yaml(text: str) -> tuple[Any, list[Mistake]]:
 
 
 def _reject_endless(node: yaml.Node, around: set[int], finished: set[int]) -> None:
-    """Refuse an alias that leads back to a node around it: such a value cannot be written out."""
+    """Reject an alias that leads back to a node around it: such a value cannot be written out."""
     if id(node) in around:
         raise yaml.YAMLError(
             f"the anchor in line {node.start_mark.line + 1} stands for a value that contains itself"

@@ -11,7 +11,13 @@ from itertools import zip_longest
 import torch
 
 from offload_adam.coordinator.ranks import RankGroup
-from offload_adam.errors import CheckpointError, HostMemoryError, PeerError, RankDisagreementError
+from offload_adam.errors import (
+    CheckpointError,
+    HostMemoryError,
+    PeerError,
+    PeerFailedError,
+    RankDisagreementError,
+)
 
 Field = tuple[str, str]
 """Name and value of a setting that must be the same on all ranks."""
@@ -43,7 +49,12 @@ def raise_on_all_ranks(ranks: RankGroup, phase: str) -> Iterator[None]:
     except Exception as error:
         failure = error
     message = "" if failure is None else f"{type(failure).__name__}: {failure}"
-    messages = gather_texts(ranks, message)
+    try:
+        messages = gather_texts(ranks, message)
+    except PeerFailedError as peer_error:
+        if failure is not None:
+            raise failure from peer_error  # the peer may have failed because of it
+        raise
     failed = [rank for rank, text in enumerate(messages) if text]
     if not failed:
         return

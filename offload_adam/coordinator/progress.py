@@ -92,7 +92,10 @@ class ProgressRecord:
         self.moves += 1
 
     def move(self) -> None:
-        """Record progress within a phase."""
+        """Record progress within a phase, also from a thread that is not tracked.
+
+        An update that waits for a checkpoint makes progress.
+        """
         self.moves += 1
 
     def begin_step(self, step: int) -> None:

@@ -121,21 +121,30 @@ class RankGroup:
     def all_reduce(self, tensor: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
         """Reduce a host tensor over the ranks, in place. Collective."""
         if self.world_size > 1:
-            self.wait(dist.all_reduce(tensor, operation, group=self.control, async_op=True))
+            self.wait(dist.all_reduce(tensor, operation, group=self._open_control(), async_op=True))
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Return every rank's host tensor of one shape, in rank order. Collective."""
         if self.world_size == 1:
             return [tensor]
         gathered = [torch.zeros_like(tensor) for _ in range(self.world_size)]
-        self.wait(dist.all_gather(gathered, tensor, group=self.control, async_op=True))
+        self.wait(dist.all_gather(gathered, tensor, group=self._open_control(), async_op=True))
         return gathered
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Give every rank the first one's host tensor, in place. Collective."""
         if self.world_size > 1:
             source = self.global_ranks[0]
-            self.wait(dist.broadcast(tensor, source, group=self.control, async_op=True))
+            self.wait(dist.broadcast(tensor, source, group=self._open_control(), async_op=True))
+
+    def _open_control(self) -> dist.ProcessGroup:
+        """Return the control group. None in its place would be the default group."""
+        if self.control is None:
+            raise RuntimeError(
+                "the process groups of this optimizer have been closed: make a new one to go on "
+                "training"
+            )
+        return self.control
 
     def _is_over(self, work: dist.Work, on_device: bool) -> bool:
         """Wait for up to one slice, on a device not at all; raise if the collective has failed."""

@@ -1,4 +1,4 @@
-"""Read gradients from `.grad`, and refuse those that cannot be used, by the parameter's name."""
+"""Read gradients from `.grad`, and reject those that cannot be used, by the parameter's name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class GradientReader:
     is a cache miss, and those cost more than the interpreter.
 
     Args:
-        takes_rows: sparse gradients are read as rows instead of refused.
+        takes_rows: sparse gradients are read as rows instead of rejected.
     """
 
     def __init__(

@@ -101,7 +101,7 @@ class BucketGradients:
         }
 
     def reject_both(self, state: BucketState) -> None:
-        """Refuse a parameter that one backward gave a sparse, another a dense gradient.
+        """Reject a parameter that one backward gave a sparse, another a dense gradient.
 
         Raises:
             ValueError: naming the parameter.

@@ -54,7 +54,7 @@ class StatePolicy:
     accumulates: several backwards of a step add up in the gradient shard, in fp32.
     reduces_in_fp32: 16-bit gradients are averaged in fp32.
     replicated: state is stored where its parameter is, whole on every rank.
-    offload_fraction: of the elements on a device, those whose state is in host memory at least.
+    offload_fraction: smallest fraction of the elements on a device whose state is on the host.
     pins_state, pins_staging: host state, and the buffers of copies, are page-locked.
     """
 

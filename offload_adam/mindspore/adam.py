@@ -214,7 +214,7 @@ class Adam(InspectableAdam):
 
         Raises:
             TypeError, ValueError: naming the parameter; on every rank, and nothing is changed.
-            PeerError: another rank refused its gradients.
+            PeerError: another rank rejected its gradients.
         """
         with self._lock:
             core = self._alive()

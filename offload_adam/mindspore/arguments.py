@@ -78,7 +78,7 @@ def check_kwargs(kwargs: Mapping[str, object]) -> tuple[bool, bool]:
 
 
 def check_amsgrad(*, amsgrad: bool, lazy: bool, offload: bool) -> None:
-    """Refuse amsgrad where it has no meaning.
+    """Reject amsgrad where it has no meaning.
 
     Raises:
         ValueError: naming both arguments.

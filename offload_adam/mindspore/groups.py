@@ -140,7 +140,7 @@ def read_group(given: Mapping[str, Any], defaults: GroupDefaults, where: str) ->
 
 
 def reject_repeated(new: Sequence[AdamGroup], known: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a parameter that stands in two groups, or twice in one.
+    """Reject a parameter that stands in two groups, or twice in one.
 
     Raises:
         RuntimeError: saying where.
@@ -158,7 +158,7 @@ def reject_repeated(new: Sequence[AdamGroup], known: Sequence[Mapping[str, Any]]
 
 
 def vector_lengths(groups: Iterable[AdamGroup]) -> None:
-    """Refuse learning rates of different lengths.
+    """Reject learning rates of different lengths.
 
     Raises:
         ValueError: naming the lengths.

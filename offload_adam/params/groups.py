@@ -15,7 +15,7 @@ _BOOLEANS = ("amsgrad", "nesterov", "maximize", "decoupled_weight_decay")
 
 
 def check_group(group: Mapping[str, Any]) -> None:
-    """Refuse hyperparameters that cannot be right, naming argument, value and what is allowed.
+    """Reject hyperparameters that cannot be right, naming argument, value and what is allowed.
 
     Raises:
         TypeError, ValueError: for the first argument that is wrong.
@@ -135,10 +135,10 @@ class GroupWatch:
     def check(
         self, groups: Sequence[dict[str, Any]], check_group: Callable[[dict[str, Any]], None]
     ) -> None:
-        """Refuse what a step could not follow.
+        """Reject what a step could not follow.
 
         Args:
-            check_group: refuses a group's hyperparameters.
+            check_group: rejects bad hyperparameters of a group.
 
         Raises:
             TypeError, ValueError: naming the group, what is wrong there, and the remedy.
@@ -164,7 +164,7 @@ class GroupWatch:
             self._reject_options(number, _laid_out(group))
 
     def _reject_moved(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse the first parameter that is not in the group whose state it has."""
+        """Reject the first parameter that is not in the group whose state it has."""
         home = {
             id(member): number for number, known in enumerate(self._members) for member in known
         }

@@ -77,7 +77,7 @@ def decide_execution(
 
 
 def shared_fields(options: ExecutionOptions, execution: Execution) -> list[Field]:
-    """Return what must be the same on every rank; the result depends on the versions' bits, too."""
+    """Return what must be equal on all ranks; the bits of a step depend on the versions, too."""
     return [
         ("the version of offload_adam", __version__),
         ("the version of torch", str(torch.__version__)),

@@ -62,8 +62,8 @@ class ShardedOptimizer(StateAccess):
     """A `torch.optim.Optimizer` over a `ShardedAdam`: the base of the public optimizers.
 
     Subclasses check their arguments and groups, return each group's hyperparameters, and may
-    add to what is saved. All else is here: taking parameters in, hooks, the step with its errors
-    and reports, state dicts.
+    add to what is saved. This class adds construction, groups, hooks and the step to
+    `StateAccess`.
 
     Owns: process groups of its own, hooks on the parameters, host memory. `close` ends all three.
     Lifecycle: a subclass's constructor calls `_construct` once.
@@ -144,12 +144,12 @@ class ShardedOptimizer(StateAccess):
                 takes_rows=takes_rows,
                 streamed=self._streamed if streams else None,
             )
-            if streams:
-                self._hooks = BackwardHooks(self._core.reduction)
-                resources.callback(self._hooks.remove)
             resources.callback(self._core.resources.close)
             resources.callback(self._core.snapshot_lock.stop_reader)
             resources.callback(self._ranks.abort_devices)
+            if streams:
+                self._hooks = BackwardHooks(self._core.reduction)
+                resources.callback(self._hooks.remove)
             self._build_state(self._core, 0)
             self._own_state = self.state
             add_owner(self)
@@ -159,7 +159,7 @@ class ShardedOptimizer(StateAccess):
 
     @abstractmethod
     def _hyperparameters(self) -> list[Hyperparameters]:
-        """Return the hyperparameters that the parameters' groups count over, as they are now."""
+        """Return the current hyperparameters, indexed by `NewParameter.group`."""
 
     def _add_groups(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         """Check the groups and let torch add them; nothing is allocated yet."""
@@ -179,7 +179,7 @@ class ShardedOptimizer(StateAccess):
         return StepInputs(hyperparameters=self._hyperparameters())
 
     def _stepped(self, report: StepReport) -> None:
-        """Hear that a step is over, skipped or not."""
+        """Called after each step, also a skipped one."""
 
     def _select(self, first_group: int) -> Selection:
         """Return the parameters of the groups from this one on."""
@@ -217,7 +217,7 @@ class ShardedOptimizer(StateAccess):
 
     @serialized
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take a further group in, at any time between steps; collective then.
+        """Add a parameter group, at any time between steps. Collective after construction.
 
         Raises:
             TypeError, ValueError: as the constructor; the optimizer is as before then.
@@ -225,7 +225,8 @@ class ShardedOptimizer(StateAccess):
         if self._core is None and self._release.alive:
             self._append_group(param_group)
             return
-        core = self._settled()
+        core = self._alive()
+        core.synchronize()  # it may issue all-gathers, which the body below must not
         num_groups = len(self.param_groups)
         try:
             with raise_on_all_ranks(self._ranks, "add_param_group"):
@@ -236,7 +237,7 @@ class ShardedOptimizer(StateAccess):
             raise
 
     def _append_later_group(self, param_group: dict[str, Any]) -> None:
-        self._check_edits()
+        self._check_groups_and_load_edits()
         num_groups = len(self.param_groups)
         self._append_group(param_group)
         new = self._select(num_groups).new
@@ -400,15 +401,15 @@ class ShardedOptimizer(StateAccess):
         self._max_grad_norm = check_max_norm("max_grad_norm", value)
 
     def _inputs(self) -> StepInputs:
-        """Read what this step is told; what cannot be read is raised once all ranks know of it."""
+        """Read this step's inputs, or carry the error until all ranks know of it."""
         try:
             return self._read_inputs()
         except Exception as error:
             return StepInputs(hyperparameters=[], failure=error)
 
     def _read_inputs(self) -> StepInputs:
-        """Read the groups as they are now, and the loss scaler's word."""
-        self._check_edits()
+        """Read the groups, `grad_scale` and `found_inf`."""
+        self._check_groups_and_load_edits()
         scale = read_loss_scale(self, gradients_leave=self._hooks is not None)
         inputs = self._step_inputs()
         return replace(
@@ -421,8 +422,8 @@ class ShardedOptimizer(StateAccess):
             notice=replace(self.notice, saved=self._alive().snapshot_lock.num_finished),
         )
 
-    def _check_edits(self) -> None:
-        """Refuse what was done to groups and state, and cannot be followed or cannot be right."""
+    def _check_groups_and_load_edits(self) -> None:
+        """Check the groups and `optimizer.state`, and load tensors that users put there."""
         self._group_watch.check(self.param_groups, self._check_group)
         core = self._alive()
         self._check_entries()

@@ -18,7 +18,7 @@ def add_owner(optimizer: StateAccess) -> None:
 
 
 def reject_owned(new: Iterable[NewParameter]) -> None:
-    """Refuse parameters that another optimizer of this package holds.
+    """Reject parameters that another optimizer of this package holds.
 
     Raises:
         ValueError: naming the first one.

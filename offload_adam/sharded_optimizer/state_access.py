@@ -159,6 +159,18 @@ class StateAccess(torch.optim.Optimizer):
         self._load_state_edits(core)
         return core
 
+    def _settled_on_all_ranks(self, phase: str) -> ShardedAdam:
+        """Do as `_settled`, and raise an error on all ranks if one has a bad edit. Collective.
+
+        Args:
+            phase: what the caller does, for the error message.
+        """
+        core = self._alive()
+        core.synchronize()  # it may issue all-gathers, which the body below must not
+        with raise_on_all_ranks(self._ranks, phase):
+            self._load_state_edits(core)
+        return core
+
     def _alive(self) -> ShardedAdam:
         """Return the core; raise RuntimeError if the optimizer was closed."""
         if self._core is None or not self._release.alive:
@@ -205,8 +217,7 @@ class StateAccess(torch.optim.Optimizer):
         stand under the key "offload_adam", which torch ignores. It loads into an `OffloadAdam` of
         any world size, when every rank is given it.
         """
-        with raise_on_all_ranks(self._ranks, "full_state_dict"):
-            core = self._settled()
+        core = self._settled_on_all_ranks("full_state_dict")
         whole: dict[int, dict[str, torch.Tensor]] = {}
         with torch.no_grad():
             for state in core.states:

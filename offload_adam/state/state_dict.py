@@ -101,7 +101,7 @@ def _saved_names(state_dict: Mapping[str, Any]) -> list[list[str]] | None:
 
 
 def read_saved(state_dict: Mapping[str, Any], world_size: int, rank: int) -> SavedState:
-    """Read a state dict, refusing another rank's.
+    """Read a state dict; reject another rank's.
 
     Raises:
         ValueError: not a state dict, one that holds the ranges of another rank or world, or one of
@@ -128,7 +128,7 @@ def read_saved(state_dict: Mapping[str, Any], world_size: int, rank: int) -> Sav
 def _reject_foreign(
     state: Mapping[Any, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Refuse what another optimizer than Adam and AdamW saved: its moments mean something else.
+    """Reject what another optimizer than Adam and AdamW saved: its moments mean something else.
 
     A group may hold more than is known here: schedulers and users put keys of their own there.
     """
@@ -157,7 +157,7 @@ def merge_groups(
     """Return each group's options as saved; options that the saved ones lack keep their values.
 
     Args:
-        check: refuses a completed group.
+        check: rejects a bad completed group.
 
     Raises:
         ValueError: another number of groups or parameters, or another of `LAID_OUT`.

@@ -235,7 +235,7 @@ def plan_load(
 
 
 def check_step_count(what: str, value: Any) -> None:
-    """Refuse what is no count of updates.
+    """Reject what is no count of updates.
 
     Raises:
         ValueError: saying what it is.
@@ -285,7 +285,7 @@ class BoxSource(NamedTuple):
 class BoxTensor(torch.Tensor):
     """A tensor of which this process has some boxes: torch saves these, and loads into them.
 
-    It has the whole tensor's shape and no elements of its own: every operation on it is refused.
+    It has the whole tensor's shape and no elements of its own: every operation on it raises an error.
 
     Source: the `_Checkpointable` protocol of `torch.distributed.checkpoint`.
     """
@@ -313,7 +313,7 @@ class BoxTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch's own has mangled names
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Refuse: there is nothing to compute with."""
+        """Raise an error: there is nothing to compute with."""
         raise NotImplementedError(f"{cls.__name__} is for checkpoints only, and not for {func}")
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -420,7 +420,7 @@ class StateShard(BoxTensor):
         return copied
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Never:
-        """Refuse to be pickled, as `torch.save` does.
+        """Reject to be pickled, as `torch.save` does.
 
         Raises:
             TypeError: naming what saves the state of every rank.

@@ -120,7 +120,7 @@ class VersionWatch:
         return changed
 
     def reject_written(self, positions: Iterable[int]) -> None:
-        """Refuse writes to parameters whose update was under way: it has written over them.
+        """Reject writes to parameters whose update was under way: it has written over them.
 
         Raises:
             UnreadyParameterError: naming a parameter written to since `accept_versions`.

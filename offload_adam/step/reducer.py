@@ -64,10 +64,10 @@ class GradientReduction:
     ) -> None:
         self._streamed = streamed
         self._ranks = ranks
-        self._reduces = policy.averages
+        self._averages = policy.averages
         self.streams = streamed is not None
         self._accumulates = policy.accumulates
-        self._rows = RowExchange(ranks) if takes_rows and self._reduces else None
+        self._rows = RowExchange(ranks) if takes_rows and self._averages else None
         self._takes_rows = takes_rows
         self._states = states
         self._transfer = transfer
@@ -187,7 +187,7 @@ class GradientReduction:
         if self._rows is not None and not self.streams:
             failure = self._rows.read_ahead(self._states, self._readers)
         failure = self._send_rest() or failure
-        if self._accumulates and self._reduces:
+        if self._accumulates and self._averages:
             # Ranks may have run different numbers of backwards; the others wait for every bucket.
             most = largest_on_any_rank(self._ranks, self._num_rounds)
             while self._num_rounds < most:
@@ -324,14 +324,14 @@ class GradientReduction:
         try:
             found = self._read(state)
         except (TypeError, ValueError):
-            if self._reduces:
+            if self._averages:
                 self._start_reduction(state, [None] * len(state.parameters))
             raise
         gradients = self.gradients[number]
         gradients.add_rows(found)
         if self._streamed is not None and (found.dtypes or found.rows):
             self._streamed.gradients_left()
-        if self._reduces:
+        if self._averages:
             self._start_reduction(state, found.tensors)
         elif state.planes.gradient_shard is None:
             gradients.add_local(found)

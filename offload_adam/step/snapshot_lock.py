@@ -125,11 +125,17 @@ class SnapshotLock:
         if self._invalidated_by:
             raise CheckpointError(self._invalidated_by)
 
-    def stop_reader(self) -> None:
-        """Invalidate the snapshot, and wait for the reader: the state is about to be freed."""
+    def stop_reader(
+        self, reason: str = "the optimizer was closed before the checkpoint was written"
+    ) -> None:
+        """Invalidate the snapshot, and wait until the reader has stopped; nothing if it has.
+
+        Args:
+            reason: for the error message of whoever waits for the checkpoint.
+        """
         if self.num_finished == self.num_begun:
             return
-        self._invalidated_by = "the optimizer was closed before the checkpoint was written"
+        self._invalidated_by = reason
         if self._reader == threading.get_ident():
             return  # the reader has dropped the last reference to the optimizer: no wait for itself
         with self._changed:

@@ -489,7 +489,7 @@ class ShardedAdam:
         return agreement, changed
 
     def _reject_unready(self) -> None:
-        """Refuse gradients of a forward that did not wait for its parameters."""
+        """Reject gradients of a forward that did not wait for its parameters."""
         if self.forward_hooks is not None:
             given = zip(self.states, self.reduction.gradients, strict=True)
             brought = [state.layout.index for state, gradients in given if gradients.present.any()]

@@ -80,7 +80,7 @@ def find_factory(spec: str) -> Callable[..., Any]:
 
 
 def _reject_unready(model: nn.Module) -> None:
-    """Refuse parameters and buffers that have no shape, no values, or that lose half of them.
+    """Reject parameters and buffers that have no shape, no values, or that lose half of them.
 
     On the meta device itself, where a plan is made, no values are wanted.
     """

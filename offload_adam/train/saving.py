@@ -368,7 +368,7 @@ def _config_of(path: Path) -> dict[str, Any]:
 
 
 def _reject_changes(config: RunConfig, saved: dict[str, Any]) -> None:
-    """Refuse a run that is not the one that was saved.
+    """Reject a run that is not the one that was saved.
 
     Raises:
         ConfigError: naming the key and both values.

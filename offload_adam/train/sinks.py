@@ -29,7 +29,7 @@ _PACKAGES = {
 
 
 def reject_missing_extras(config: RunConfig) -> None:
-    """Refuse sinks whose package is not installed, before the ranks join.
+    """Reject sinks whose package is not installed, before the ranks join.
 
     Raises:
         ConfigError: naming each key and its extra.

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,13 +24,6 @@ from tests.support.reference import Weights, exact_gradients, outcome_of
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def own_ranks() -> Iterator[RankPool]:
-    """Return a pool whose ranks may die."""
-    with RankPool() as pool:
-        yield pool
 
 
 def die_in_a_step(rank: int, world_size: int, streams: bool) -> None:

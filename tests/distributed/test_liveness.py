@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -18,13 +17,6 @@ pytestmark = [pytest.mark.distributed, pytest.mark.fault]
 
 PATIENCE_S = 3.0
 BOUND_S = 30.0
-
-
-@pytest.fixture
-def own_ranks() -> Iterator[RankPool]:
-    """Return a pool whose ranks may die or hang."""
-    with RankPool() as pool:
-        yield pool
 
 
 def stumble(rank: int, world_size: int, how: str) -> float:

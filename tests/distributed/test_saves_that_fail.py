@@ -5,18 +5,27 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
-from offload_adam import begin_checkpoint, load_checkpoint, save_checkpoint
+from offload_adam import (
+    FailurePolicy,
+    OffloadAdam,
+    begin_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from offload_adam.checkpoint.files import _SummedFile
 from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.checkpoint.save import Save
 from offload_adam.errors import CheckpointError
 from tests.distributed.test_checkpoints import assert_same, make, train, whole_state
+from tests.support.models import Model
 from tests.support.ranks import RankPool
 from tests.support.reference import Outcome, outcome_of
 
@@ -212,3 +221,102 @@ def test_an_edit_that_one_rank_alone_cannot_follow_ends_the_save_on_all(
     assert saved.error == ""
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
     verify_checkpoint(tmp_path / "two")
+
+
+def save_after_a_failed_update(rank: int, world_size: int, path: str) -> Outcome:
+    """Let an update of one rank fail beside the other's, whose gathers are still to be issued."""
+    torch.manual_seed(1)
+    model = Model()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = OffloadAdam(
+        trained, module=model, overlap=True, failures=FailurePolicy(dead_after=3.0)
+    )
+    if rank == 1:
+
+        def fail(*_: Any) -> None:
+            raise MemoryError("no memory for an update")
+
+        optimizer._alive().tasks.updates[0].update = cast(Any, fail)  # type: ignore[method-assign]
+    model(torch.ones(4, 3, 5, 5)).square().mean().backward()
+    optimizer.step()
+    outcome = outcome_of(lambda: save("sync", Path(path) / "one", model, optimizer))
+    outcome_of(optimizer.close)
+    return outcome
+
+
+def test_a_failed_update_ends_the_save_with_its_own_error(
+    own_ranks: RankPool, tmp_path: Path
+) -> None:
+    first, second = own_ranks.run(save_after_a_failed_update, 2, str(tmp_path), timeout=60.0)
+    assert (second.error, second.message) == ("MemoryError", "no memory for an update")
+    assert (first.error, "rank 1 exited" in first.message) == ("PeerFailedError", True)
+    assert not list(tmp_path.iterdir())
+
+
+def save_after_close(rank: int, world_size: int, path: str) -> list[Outcome]:
+    model, optimizer = make("fp32", seed=1)
+    train(model, optimizer, 0, 1)
+    ranks = optimizer.ranks
+    optimizer.close()
+    return [
+        outcome_of(lambda: save("sync", Path(path) / "one", model, optimizer)),
+        outcome_of(lambda: save("async", Path(path) / "one", model, optimizer)),
+        outcome_of(lambda: load_checkpoint(Path(path) / "one", model=model, optimizer=optimizer)),
+        outcome_of(optimizer.full_state_dict),
+        outcome_of(lambda: ranks.all_gather(torch.zeros(1))),
+    ]
+
+
+def test_a_closed_optimizer_runs_no_collective_on_another_group(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    for outcomes in ranks.run(save_after_close, 2, str(tmp_path)):
+        assert {outcome.error for outcome in outcomes} == {"RuntimeError"}
+        assert all("closed" in outcome.message for outcome in outcomes)
+
+
+def test_an_interrupted_wait_stops_the_writer_and_the_next_save_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = make("bf16", seed=1)
+    train(model, optimizer, 0, 2)
+    go_on = threading.Event()
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        hold = at_call(1, lambda: assert_set(go_on), Save.copy_bucket)
+        patch.setattr(Save, "copy_bucket", hold)
+        pending = begin_checkpoint(tmp_path / "one", model=model, optimizer=optimizer)
+        patch.setattr(pending._writer, "result", interrupt)
+        threading.Timer(0.3, go_on.set).start()
+        with pytest.raises(KeyboardInterrupt):
+            pending.wait()
+    assert not list(tmp_path.iterdir())
+    save_checkpoint(tmp_path / "two", model=model, optimizer=optimizer)
+    assert verify_checkpoint(tmp_path / "two").step == 2
+    assert_goes_on(model, optimizer)
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(60.0)
+
+
+def test_a_writer_that_cannot_be_started_holds_no_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = make("bf16", seed=1)
+    train(model, optimizer, 0, 2)
+
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            begin_checkpoint(tmp_path / "one", model=model, optimizer=optimizer)
+    assert not list(tmp_path.iterdir())
+    assert_goes_on(model, optimizer)
+    save_checkpoint(tmp_path / "two", model=model, optimizer=optimizer)
+    assert verify_checkpoint(tmp_path / "two").step == 3
