@@ -285,7 +285,8 @@ class BoxSource(NamedTuple):
 class BoxTensor(torch.Tensor):
     """A tensor of which this process has some boxes: torch saves these, and loads into them.
 
-    It has the whole tensor's shape and no elements of its own: every operation on it raises an error.
+    It has the whole tensor's shape and no elements of its own. Every operation on it raises an
+    error.
 
     Source: the `_Checkpointable` protocol of `torch.distributed.checkpoint`.
     """
