@@ -337,3 +337,20 @@ class ExecutionOptions:
     )
     offload: OffloadPolicy = OffloadPolicy()
     failures: FailurePolicy = FailurePolicy()
+
+
+def resolve_overlap(overlap: bool | None, *, hooked: bool, reduces: bool, on_device: bool) -> bool:
+    """Tell whether updates run during the next forward.
+
+    Gradients that others have averaged stay in `.grad`, where the next backward may write. An
+    update that still reads them in host memory would be too late.
+
+    Args:
+        overlap: the option.
+        hooked: the forward of a model waits for its parameters.
+        reduces: the optimizer averages the gradients.
+        on_device: all parameters are on a device.
+    """
+    if overlap is None:
+        overlap = on_device
+    return overlap and hooked and (reduces or on_device)

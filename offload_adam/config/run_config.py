@@ -69,7 +69,7 @@ def find_conflicts(config: RunConfig) -> Iterator[Conflict]:
     """Yield every pair of keys that contradict each other."""
     yield from _model_conflicts(config.model)
     yield from _data_conflicts(config.data)
-    yield from _accumulation_conflicts(config.optimizer)
+    yield from _streaming_conflicts(config.optimizer)
     if isinstance(config.optimizer, AdamSection):
         yield from _adam_conflicts(config.optimizer, config.schedule)
 
@@ -122,11 +122,17 @@ def _adam_conflicts(adam: AdamSection, schedule: ScheduleSection) -> Iterator[Co
         )
 
 
-def _accumulation_conflicts(optimizer: OffloadAdamSection | AdamSection) -> Iterator[Conflict]:
+def _streaming_conflicts(optimizer: OffloadAdamSection | AdamSection) -> Iterator[Conflict]:
+    key = "use_offload" if isinstance(optimizer, AdamSection) else "streaming"
+    if optimizer.overlap and not optimizer.streams:
+        yield Conflict(
+            ("optimizer.overlap", f"optimizer.{key}"),
+            f"overlap needs optimizer.{key}: true, for without it no forward waits for its "
+            "parameters",
+        )
     if optimizer.accumulate is None:
         return
     if not optimizer.streams:
-        key = "use_offload" if isinstance(optimizer, AdamSection) else "streaming"
         yield Conflict(
             ("optimizer.accumulate", f"optimizer.{key}"),
             f"host accumulation needs optimizer.{key}: true, "

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
+from offload_adam.options import OffloadPolicy
 
 FLOAT32_NBYTES = 4
 
@@ -67,6 +68,30 @@ class StatePolicy:
     offload_fraction: float = 1.0
     pins_state: bool = True
     pins_staging: bool = True
+
+    @classmethod
+    def from_options(
+        cls,
+        offload: OffloadPolicy,
+        *,
+        world_size: int,
+        reduces: bool,
+        accumulates: bool,
+        reduces_in_fp32: bool,
+        replicated: bool,
+    ) -> StatePolicy:
+        """Return the policy for these options."""
+        return cls(
+            world_size=world_size,
+            bucket_nbytes=offload.bucket_nbytes,
+            reduces=reduces,
+            accumulates=accumulates,
+            reduces_in_fp32=reduces_in_fp32,
+            replicated=replicated,
+            offload_fraction=offload.offload_fraction,
+            pins_state=offload.pin == "all",
+            pins_staging=offload.pin != "none",
+        )
 
     @property
     def num_shards(self) -> int:

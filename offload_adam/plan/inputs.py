@@ -10,7 +10,7 @@ from typing import Any
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.ring import RingSpeed
 from offload_adam.layout.state_plan import StatePlan, StatePolicy, plan_state
-from offload_adam.options import OffloadPolicy, check_options
+from offload_adam.options import OffloadPolicy, check_options, resolve_overlap
 
 SYNTHETIC_NUMEL = 50_000_000
 """Elements of one parameter of a model of which only the size is known, or more, so that there are
@@ -26,6 +26,7 @@ class Training:
     on_device: parameters live on a GPU, their state on the host.
     streams: gradients leave during backward, bucket by bucket.
     reduces: this package averages the gradients.
+    overlap: as for the optimizers.
     replicated: state is stored with its parameter, whole on every rank.
     offload: where state is stored, its bucket size, what is pinned, and room for snapshots.
     saves: checkpoints are written.
@@ -37,6 +38,7 @@ class Training:
     on_device: bool = True
     streams: bool = True
     reduces: bool = True
+    overlap: bool | None = None
     accumulates: bool = False
     reduce_fp32: bool = False
     amsgrad: bool = False
@@ -56,22 +58,27 @@ class Training:
                 f"({self.local_world_size})"
             )
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether updates run during the next forward."""
+        hooked = self.streams and not self.replicated
+        return resolve_overlap(
+            self.overlap, hooked=hooked, reduces=self.reduces, on_device=self.on_device
+        )
+
     def with_offload(self, **options: Any) -> Training:
         """Return a copy in which these options of `offload` are changed."""
         return replace(self, offload=replace(self.offload, **options))
 
     def plan(self, specs: Sequence[ParameterSpec]) -> tuple[StatePlan, ...]:
         """Return how the optimizer would store the state of these parameters."""
-        policy = StatePolicy(
+        policy = StatePolicy.from_options(
+            self.offload,
             world_size=self.world_size,
-            bucket_nbytes=self.offload.bucket_nbytes,
             reduces=self.reduces,
             accumulates=self.accumulates,
             reduces_in_fp32=self.reduce_fp32,
             replicated=self.replicated,
-            offload_fraction=self.offload.offload_fraction,
-            pins_state=self.offload.pin == "all",
-            pins_staging=self.offload.pin != "none",
         )
         return plan_state(
             [replace(spec, amsgrad=self.amsgrad, on_device=self.on_device) for spec in specs],

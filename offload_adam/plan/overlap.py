@@ -32,13 +32,13 @@ def predict_overlap(
     the model (packing, and the update of state that stays there) takes no time.
     """
     compute = compute_seconds(specs, training, machine)
-    overlaps = (
-        training.on_device and training.streams and training.reduces and not training.replicated
-    )
     distributed = training.world_size > 1
     if compute is None or machine.host_gb_per_s is None or machine.bus_gb_per_s is None:
         return None
-    if not overlaps or (distributed and machine.network is None):
+    # On a CPU the model shares the cores with the updates, and gradients that others average come
+    # after backward: neither is in the schedule's times.
+    predictable = training.on_device and training.reduces
+    if not (training.overlaps and predictable) or (distributed and machine.network is None):
         return None
     plans = training.plan(specs)
     schedule = plan_schedule(

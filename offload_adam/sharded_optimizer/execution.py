@@ -19,6 +19,7 @@ from offload_adam.options import (
     check_options,
     check_policy,
     options_of,
+    resolve_overlap,
 )
 from offload_adam.version import __version__
 
@@ -59,20 +60,25 @@ def decide_execution(
     hooked = options.module is not None and not replicated
     streams = hooked and reduces
     _check_needs_of_hooks(options, hooked=hooked, streams=streams)
-    offload = options.offload
-    policy = StatePolicy(
+    policy = StatePolicy.from_options(
+        options.offload,
         world_size=world_size,
-        bucket_nbytes=offload.bucket_nbytes,
         reduces=reduces,
         accumulates=options.accumulate is not None,
         reduces_in_fp32=options.reduce_dtype is not None,
         replicated=replicated,
-        offload_fraction=offload.offload_fraction,
-        pins_state=offload.pin == "all",
-        pins_staging=offload.pin != "none",
     )
     _warn_of_fraction_without_effect(policy, any(on_device))
-    overlaps = hooked and _overlaps(options.overlap, reduces, all(on_device))
+    overlaps = resolve_overlap(
+        options.overlap, hooked=hooked, reduces=reduces, on_device=all(on_device)
+    )
+    if options.overlap and not overlaps:
+        warnings.warn(
+            "overlap=True has no effect where gradients in host memory are averaged by others: "
+            "let this optimizer do it (gradient_reduction='optimizer')",
+            RuntimeWarning,
+            stacklevel=4,
+        )
     return Execution(policy, streams, overlaps)
 
 
@@ -160,28 +166,6 @@ def _check_needs_of_hooks(options: ExecutionOptions, *, hooked: bool, streams: b
     for unit in units or ():
         if not isinstance(unit, torch.nn.Module):
             raise TypeError(f"units must be modules of module=, not {unit!r}")
-
-
-def _overlaps(overlap: bool | None, reduces: bool, on_device: bool) -> bool:
-    """Tell whether updates run while the next forward does, in a model with hooks.
-
-    Gradients that others have averaged stay in `.grad`, where the next backward may write. An
-    update that still reads them in host memory would be too late.
-
-    Args:
-        on_device: all parameters are on a device.
-    """
-    if overlap is None:
-        return on_device
-    if overlap and not reduces and not on_device:
-        warnings.warn(
-            "overlap=True has no effect where gradients in host memory are averaged by others: "
-            "let this optimizer do it (gradient_reduction='optimizer')",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-        return False
-    return overlap
 
 
 def _warn_of_fraction_without_effect(policy: StatePolicy, on_device: bool) -> None:

@@ -388,6 +388,11 @@ class ShardedOptimizer(StateAccess):
             self.state.clear()
 
     @property
+    def overlaps(self) -> bool:
+        """Whether updates run during the next forward, after `step()` has returned."""
+        return self._alive().overlaps
+
+    @property
     def max_grad_norm(self) -> float | None:
         """The global 2-norm that every step clips to, None for no clipping; the same on all ranks.
 

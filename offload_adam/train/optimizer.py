@@ -70,8 +70,6 @@ def _execution(config: RunConfig) -> dict[str, Any]:
     """Return the arguments that both optimizers take, besides the module."""
     chosen = read_options(config, ExecutionOptions)
     chosen["reduce_dtype"] = torch.float32 if chosen["reduce_dtype"] else None
-    if not config.optimizer.streams:
-        chosen["overlap"] = None
     return {**chosen, "offload": offload_policy(config), "failures": failure_policy(config)}
 
 

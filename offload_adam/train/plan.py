@@ -51,6 +51,7 @@ def training_of(config: RunConfig, on_device: bool) -> Training:
         on_device=on_device,
         streams=section.streams,
         reduces=section.gradient_reduction == "optimizer",
+        overlap=section.overlap,
         accumulates=section.accumulate is not None,
         reduce_fp32=section.reduce_dtype is not None,
         amsgrad=section.use_amsgrad if isinstance(section, AdamSection) else section.amsgrad,

@@ -71,7 +71,7 @@ def update_speed(job: Job) -> UpdateSpeed | None:
     Nor are those judged that share cores and memory with a forward on the same CPU: they are slow
     for a reason that doctor does not know.
     """
-    if job.world.device.type == "cpu" and job.config.optimizer.overlap:
+    if job.world.device.type == "cpu" and job.optimizer.overlaps:
         return None
     nbytes = update_nbytes(specs_of(job.model), training_of_job(job))
     if nbytes < LEAST_NBYTES:

@@ -182,6 +182,8 @@ def test_a_beta_out_of_range_is_named_by_its_place(tmp_path: Path) -> None:
         ("data: {source: python-stdlib, path: '*.txt'}", "data.path"),
         ("optimizer: {accumulate: host, streaming: false}", "optimizer.accumulate"),
         ("optimizer: {accumulate: host, gradient_reduction: external}", "optimizer.accumulate"),
+        ("optimizer: {overlap: true, streaming: false}", "optimizer.overlap"),
+        ("optimizer: {name: Adam, learning_rate: 0.1, overlap: true}", "optimizer.overlap"),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(tmp_path: Path, text: str, path: str) -> None:

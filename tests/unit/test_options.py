@@ -13,7 +13,7 @@ import torch
 
 from offload_adam import Adam, FailurePolicy, OffloadAdam, OffloadAdamW, OffloadPolicy
 from offload_adam.config import RunConfig
-from offload_adam.options import ExecutionOptions, check_options, options_of
+from offload_adam.options import ExecutionOptions, check_options, options_of, resolve_overlap
 from offload_adam.sharded_optimizer.execution import decide_execution, shared_fields
 from offload_adam.train.optimizer import build_optimizer, failure_policy, offload_policy
 
@@ -132,3 +132,24 @@ def test_the_library_works_without_pydantic() -> None:
         "assert float(p[0]) < 1\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("overlap", "hooked", "reduces", "on_device", "expected"),
+    [
+        (None, True, True, True, True),
+        (None, True, True, False, False),
+        (None, False, True, True, False),
+        (None, True, False, True, True),
+        (False, True, True, True, False),
+        (True, True, True, False, True),
+        (True, True, False, False, False),
+        (True, True, False, True, True),
+    ],
+)
+def test_updates_overlap_where_they_can_be_waited_for_and_read_in_time(
+    overlap: bool | None, hooked: bool, reduces: bool, on_device: bool, expected: bool
+) -> None:
+    assert (
+        resolve_overlap(overlap, hooked=hooked, reduces=reduces, on_device=on_device) is expected
+    )

@@ -79,6 +79,7 @@ def test_state_that_stays_on_the_device_is_not_updated_on_the_host() -> None:
         (replace(TRAINING, streams=False), MACHINE),
         (replace(TRAINING, reduces=False), MACHINE),
         (replace(TRAINING, replicated=True), MACHINE),
+        (replace(TRAINING, overlap=False), MACHINE),
     ],
 )
 def test_nothing_is_predicted_without_overlap_or_where_a_speed_is_not_known(
