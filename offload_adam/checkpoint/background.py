@@ -49,7 +49,7 @@ def begin_checkpoint(
         core = optimizer._settled_on_all_ranks("preparing a checkpoint")
         lock = core.snapshot_lock
         with PROGRESS.at("checkpoint", long_running=True):
-            save = open_save(Path(path), model, optimizer, extra, lock.buffers)
+            save = open_save(Path(path), model, optimizer, core, extra, lock.buffers)
             with save.discarding():
                 with raise_on_all_ranks(save.ranks, "writing a checkpoint"):
                     save.write_whole()

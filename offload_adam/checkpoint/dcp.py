@@ -46,7 +46,7 @@ class OptimizerState:
             core = self._optimizer._settled()
             # dcp.load writes into these boxes, which a running checkpoint may still read.
             core.external_edits.wait_for_snapshot()
-            plain = encode(plain_state(self._optimizer, self._name_of), "optimizer")
+            plain = encode(plain_state(self._optimizer, core, self._name_of), "optimizer")
             state: dict[str, dict[str, BoxTensor]] = {}
             for shard in shards_of(core.states):
                 shape, order = shard.parameter.shape, memory_order(shard.parameter)
@@ -68,7 +68,8 @@ class OptimizerState:
         values = json.loads(state_dict["plain"])
         plain = decoded_optimizer(values["optimizer"], values.get("format_version", 2))
         with locked(self._optimizer):
-            plan_plain_state(self._optimizer, plain, self._name_of)()
+            core = self._optimizer._settled()
+            plan_plain_state(self._optimizer, core, plain, self._name_of)()
             self._optimizer.num_steps = values["num_steps"]
             self._optimizer.refresh_master()
 

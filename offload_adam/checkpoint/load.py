@@ -83,7 +83,7 @@ def load_checkpoint(
             state = model_state(model, core)
             _check(manifest, name_of, core, state)
             plain = decoded_optimizer(manifest.optimizer.model_dump(), manifest.format_version)
-            load_plain = plan_plain_state(optimizer, plain, name_of)
+            load_plain = plan_plain_state(optimizer, core, plain, name_of)
         with raise_on_all_ranks(optimizer.ranks, "loading a checkpoint"), torch.no_grad():
             core.external_edits.wait_for_snapshot()
             _read_in_place(reader, name_of, core, state)

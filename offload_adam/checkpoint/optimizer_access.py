@@ -1,6 +1,6 @@
 """How checkpoints access an optimizer: its lock, and its state other than tensors.
 
-A checkpoint holds `locked(optimizer)` and reads the core that `optimizer._settled()` returns.
+A checkpoint holds `locked(optimizer)` and reads the core that `_settled_on_all_ranks` returns.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from offload_adam.errors import CheckpointError
 from offload_adam.params.groups import LAID_OUT
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.state.state_shard import check_step_count, shards_of
+from offload_adam.step.step import ShardedAdam
 
 _NOT_OPTIONS = ("params", "param_names")
 
@@ -65,7 +66,9 @@ class ParameterNames:
         return name
 
 
-def plain_state(optimizer: ShardedOptimizer, name_of: ParameterNames) -> dict[str, Any]:
+def plain_state(
+    optimizer: ShardedOptimizer, core: ShardedAdam, name_of: ParameterNames
+) -> dict[str, Any]:
     """Return the state other than tensors: groups, step counts by name, the subclass's own state.
 
     The caller holds the optimizer's lock.
@@ -77,13 +80,16 @@ def plain_state(optimizer: ShardedOptimizer, name_of: ParameterNames) -> dict[st
         }
         for group in optimizer.param_groups
     ]
-    shards = shards_of(optimizer._settled().states)
+    shards = shards_of(core.states)
     steps = {name_of(shard.parameter): float(shard.step) for shard in shards}
     return {"groups": groups, "steps": steps, "further": optimizer._further_state()}
 
 
 def plan_plain_state(
-    optimizer: ShardedOptimizer, saved: Mapping[str, Any], name_of: ParameterNames
+    optimizer: ShardedOptimizer,
+    core: ShardedAdam,
+    saved: Mapping[str, Any],
+    name_of: ParameterNames,
 ) -> Callable[[], None]:
     """Check what `plain_state` saved, and return a function that loads it and cannot fail.
 
@@ -93,18 +99,21 @@ def plan_plain_state(
         CheckpointError: groups or parameters differ, or this optimizer rejects a hyperparameter.
     """
     try:
-        return _plan(optimizer, saved, name_of)
+        return _plan(optimizer, core, saved, name_of)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the saved optimizer does not fit this one: {error}") from error
 
 
 def _plan(
-    optimizer: ShardedOptimizer, saved: Mapping[str, Any], name_of: ParameterNames
+    optimizer: ShardedOptimizer,
+    core: ShardedAdam,
+    saved: Mapping[str, Any],
+    name_of: ParameterNames,
 ) -> Callable[[], None]:
     groups, steps = optimizer.param_groups, saved["steps"]
     if len(saved["groups"]) != len(groups):
         raise ValueError(f"it has {len(saved['groups'])} groups, not {len(groups)}")
-    shards = {name_of(shard.parameter): shard for shard in shards_of(optimizer._settled().states)}
+    shards = {name_of(shard.parameter): shard for shard in shards_of(core.states)}
     _check_names("its step counts", steps, shards)
     for name, count in steps.items():
         check_step_count(f"the step count of {name!r}", count)

@@ -86,9 +86,9 @@ def save_checkpoint(
         OSError: on the rank where writing failed; the others raise a PeerError. No file is left.
     """
     with locked(optimizer):
-        optimizer._settled_on_all_ranks("preparing a checkpoint")
+        core = optimizer._settled_on_all_ranks("preparing a checkpoint")
         with PROGRESS.at("checkpoint", long_running=True):
-            save = open_save(Path(path), model, optimizer, extra)
+            save = open_save(Path(path), model, optimizer, core, extra)
             with save.discarding():
                 with raise_on_all_ranks(save.ranks, "writing a checkpoint"):
                     entry = save.write()
@@ -99,6 +99,7 @@ def open_save(
     target: Path,
     model: nn.Module,
     optimizer: ShardedOptimizer,
+    core: ShardedAdam,
     extra: Mapping[str, Any] | None,
     buffers: Sequence[torch.Tensor] = (),
 ) -> Save:
@@ -109,12 +110,11 @@ def open_save(
     """
     ranks = optimizer.ranks
     with raise_on_all_ranks(ranks, "preparing a checkpoint"):
-        core = optimizer._settled()
         if core.snapshot_lock.is_open:
             raise CheckpointError(
                 "another checkpoint is being written in the background: wait for it first"
             )
-        plain = encode(plain_state(optimizer, ParameterNames(model)), "optimizer")
+        plain = encode(plain_state(optimizer, core, ParameterNames(model)), "optimizer")
         state = model_state(model, core)
         manifest = Manifest(
             format_version=FORMAT_VERSION,

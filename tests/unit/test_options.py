@@ -150,6 +150,4 @@ def test_the_library_works_without_pydantic() -> None:
 def test_updates_overlap_where_they_can_be_waited_for_and_read_in_time(
     overlap: bool | None, hooked: bool, reduces: bool, on_device: bool, expected: bool
 ) -> None:
-    assert (
-        resolve_overlap(overlap, hooked=hooked, reduces=reduces, on_device=on_device) is expected
-    )
+    assert resolve_overlap(overlap, hooked=hooked, reduces=reduces, on_device=on_device) is expected

@@ -76,7 +76,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Te
         optimizer.step()
     parts = list(sharded_parts(model, optimizer._settled()))
     entries = [write_file(partial, rank, parts) for rank in range(NUM_RANKS)]
-    plain = encode(plain_state(optimizer, ParameterNames(model)), "optimizer")
+    plain = encode(plain_state(optimizer, optimizer._settled(), ParameterNames(model)), "optimizer")
     written = Manifest(
         format_version=FORMAT_VERSION,
         step=optimizer.num_steps,
