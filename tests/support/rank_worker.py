@@ -112,6 +112,8 @@ def _execute(call: Call, store: dist.Store) -> Any:
         world_size=call.world_size,
         timeout=timedelta(seconds=call.timeout_s),
     )
+    # A rank that destroys this group at once would break the others' connecting to it.
+    dist.barrier()
     function: Callable[..., Any]
     function, args = pickle.loads(call.payload)
     return function(call.rank, call.world_size, *args)
