@@ -149,6 +149,9 @@ class Executor:
         deterministic.
         """
         if self._worker is not None:
+            # The calling thread waits for the device while the worker still finishes copies.
+            for number in self._numbers(on_host=False):
+                self._tasks.sum_of_squares(number, gradients[number])
             on_host = self._numbers(on_host=True)
             self.run_on_worker(
                 "norm", lambda: [self._tasks.sum_of_squares(n, gradients[n]) for n in on_host]
