@@ -292,8 +292,8 @@ def _open_watch(ranks: RankGroup, failures: FailurePolicy) -> PeerWatch | None:
     store = dist.PrefixStore(_meeting_place(ranks.global_ranks), connection)
     watch = PeerWatch(store, ranks.rank, ranks.global_ranks, failures)
     watch.announce()
-    stay = min(ranks.timeout, timedelta(seconds=failures.stuck_after))
-    roll_call(store, ranks.rank, ranks.global_ranks, stay, "construct the optimizer")
+    join_timeout = min(ranks.timeout, timedelta(seconds=failures.stuck_after))
+    roll_call(store, ranks.rank, ranks.global_ranks, join_timeout, "construct the optimizer")
     watch.start()
     return watch
 

@@ -159,8 +159,8 @@ def _open_default_group(world: World, timeout: timedelta, failures: FailurePolic
     store = dist.PrefixStore(f"attempt-{attempt()}", store)
     meeting = dist.PrefixStore("meeting", store)
     meeting.set(f"rank/{world.rank}", Process.own().host)
-    stay = min(timeout, timedelta(seconds=failures.stuck_after))
-    roll_call(meeting, world.rank, tuple(range(world.world_size)), stay, "join the run")
+    join_timeout = min(timeout, timedelta(seconds=failures.stuck_after))
+    roll_call(meeting, world.rank, tuple(range(world.world_size)), join_timeout, "join the run")
     on_cuda = world.device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_cuda else "gloo",

@@ -135,7 +135,7 @@ class PeerWatch:
         failure = self.failure or Verdict((), f"A collective failed: {problem}.")
         return self._error(failure)
 
-    def _condemn(self, verdict: Verdict) -> None:
+    def _publish_verdict(self, verdict: Verdict) -> None:
         """Write the verdict for all ranks; if the store has one already, adopt that one."""
         try:
             written = self._store.compare_set(_VERDICT, "", verdict.to_json())
@@ -161,7 +161,7 @@ class PeerWatch:
                 self._answer()
                 self._reached_s = time.monotonic()
             except RuntimeError as error:
-                self._lose_store(error)
+                self._note_store_error(error)
             self._wake.wait(self.failures.beat_s)
             self._wake.clear()
             if time.monotonic() - began_s > self.failures.dead_after / 2:
@@ -203,14 +203,14 @@ class PeerWatch:
             return
         waited_s = time.monotonic() - self._moved_s if PROGRESS.waiting else 0.0
         if self._broken is not None or waited_s > _SUSPECT_AFTER_S:
-            found = self._look_at_all()
+            found = self._check_all_ranks()
         else:
-            found = self._look_at_next()
+            found = self._check_next_rank()
         found = found or self._accusation
         if found is not None:
-            self._condemn(found)
+            self._publish_verdict(found)
 
-    def _look_at_next(self) -> Verdict | None:
+    def _check_next_rank(self) -> Verdict | None:
         """Check the next rank that has not left."""
         for distance in range(1, len(self._global_ranks)):
             record = self._read((self._rank + distance) % len(self._global_ranks))
@@ -218,7 +218,7 @@ class PeerWatch:
                 return self._sign_of_death(record)
         return None
 
-    def _look_at_all(self) -> Verdict | None:
+    def _check_all_ranks(self) -> Verdict | None:
         others = [self._read(rank) for rank in range(len(self._global_ranks)) if rank != self._rank]
         for record in others:
             found = exited_verdict(record) if record.left is not None else None
@@ -247,7 +247,7 @@ class PeerWatch:
     def _read(self, rank: int) -> PeerRecord:
         return PeerRecord.from_json(self._store.get(f"rank/{rank}"))
 
-    def _lose_store(self, error: RuntimeError) -> None:
+    def _note_store_error(self, error: RuntimeError) -> None:
         silence_s = time.monotonic() - self._reached_s
         logger.debug("The store does not answer: %s", error)
         if self._accusation is not None or silence_s > self.failures.dead_after:

@@ -205,7 +205,7 @@ class ShardedOptimizer(StateAccess):
             core.extend(new, selection.frozen)
         for item in new:
             self._index_of[item.parameter] = item.index
-            entry = local_state(*core.place_of(item.index))
+            entry = local_state(*core.bucket_and_position(item.index))
             self.state[item.parameter] = entry
             self._state_edits.add(item.parameter, entry)
         if self._hooks is not None:

@@ -190,7 +190,7 @@ class StateAccess(torch.optim.Optimizer):
         if core.share[1] == 1:
             return saved
         for index, packed in self._trainable_ids().items():
-            bucket, position = core.place_of(index)
+            bucket, position = core.bucket_and_position(index)
             entry = saved["state"][packed]
             for key in bucket.planes.named(own_master=bucket.own_master):
                 entry[key] = state_shard(bucket, position, entry[key])
@@ -261,7 +261,7 @@ class StateAccess(torch.optim.Optimizer):
             copies = [
                 copy
                 for index, entry in entries.items()
-                for copy in plan_load(*core.place_of(index), entry)
+                for copy in plan_load(*core.bucket_and_position(index), entry)
             ]
             load_further = self._plan_further_state(saved.further, entries)
             core.external_edits.wait_for_snapshot()
@@ -305,7 +305,9 @@ class StateAccess(torch.optim.Optimizer):
                 copies = [
                     copy
                     for parameter, entry in self._state_edits.find(self.state)
-                    for copy in plan_load(*core.place_of(self._index_of[parameter]), entry)
+                    for copy in plan_load(
+                        *core.bucket_and_position(self._index_of[parameter]), entry
+                    )
                 ]
             except KeyError as error:
                 raise ValueError(

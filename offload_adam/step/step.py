@@ -296,7 +296,7 @@ class ShardedAdam:
         """Return every parameter that has state, with its name."""
         return list(zip(self._names, self._parameters, strict=True))
 
-    def place_of(self, index: int) -> tuple[BucketState, int]:
+    def bucket_and_position(self, index: int) -> tuple[BucketState, int]:
         """Return the bucket of a parameter, and its position there."""
         bucket, position = self._places[index]
         return self.states[bucket], position

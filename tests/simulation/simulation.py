@@ -122,7 +122,7 @@ class Simulation:
             slots=SimulatedSlots(self.machine, on_device=case.on_device),
         )
         if reference.kept is not None:
-            states = {i: self.core.place_of(i)[0] for i in range(len(self.parameters))}
+            states = {i: self.core.bucket_and_position(i)[0] for i in range(len(self.parameters))}
             kept = {index for index, state in states.items() if not state.plan.location.is_host}
             self._reference = reference.with_kept(kept)
         if case.on_device:

@@ -71,7 +71,9 @@ def train(case: Case, core: ShardedAdam, parameters: list[torch.nn.Parameter], o
 
 
 def _buckets(core: ShardedAdam, parameters: Sequence[int]) -> list[BucketState]:
-    return list({id(s): s for s in (core.place_of(index)[0] for index in parameters)}.values())
+    return list(
+        {id(s): s for s in (core.bucket_and_position(index)[0] for index in parameters)}.values()
+    )
 
 
 def _forward(case: Case, core: ShardedAdam, on: Device, layers: Sequence[int]) -> None:
