@@ -29,8 +29,8 @@ def check_optimizer(optimizer: object) -> None:
     """
     if not isinstance(optimizer, ShardedOptimizer):
         raise TypeError(
-            f"a checkpoint cannot hold the optimizer {type(optimizer).__qualname__}. Pass an "
-            "OffloadAdam or an offload_adam.mindspore.Adam. To convert a file with the state of "
+            f"checkpoints do not support the optimizer {type(optimizer).__qualname__}. Pass an "
+            "OffloadAdam, OffloadAdamW or offload_adam.Adam. To convert a file with the state of "
             "torch.optim.AdamW, use `offload_adam checkpoint import`"
         )
 

@@ -56,11 +56,14 @@ def hyperparameters_of(group: Mapping[str, Any]) -> Hyperparameters:
 
 
 def names_of(
-    groups: Sequence[Mapping[str, Any]], module: torch.nn.Module | None
+    groups: Sequence[Mapping[str, Any]], module: torch.nn.Module | None, *, first_group: int = 0
 ) -> list[list[str]]:
     """Return a name for every parameter of every group.
 
     The names given with the parameters come first, then those of `module`, then the position.
+
+    Args:
+        first_group: the first one's place in `param_groups`.
     """
     known = {} if module is None else {id(p): name for name, p in module.named_parameters()}
     return [
@@ -68,7 +71,7 @@ def names_of(
             _name(group, known, group_index, position, parameter)
             for position, parameter in enumerate(group["params"])
         ]
-        for group_index, group in enumerate(groups)
+        for group_index, group in enumerate(groups, first_group)
     ]
 
 
@@ -126,7 +129,8 @@ class GroupWatch:
 
     def extend(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Remember further groups, as they are now."""
-        for group, names in zip(groups, names_of(groups, self._module), strict=True):
+        every = names_of(groups, self._module, first_group=len(self._members))
+        for group, names in zip(groups, every, strict=True):
             members = list(group["params"])
             self._members.append(members)
             self._options.append(_laid_out(group))

@@ -140,7 +140,7 @@ def select_parameters(
 ) -> Selection:
     """Separate the trainable parameters of these groups from the frozen ones, and number them."""
     selection = Selection([], [])
-    names = names_of(groups, module)
+    names = names_of(groups, module, first_group=first_group)
     for number, (group, group_names) in enumerate(zip(groups, names, strict=True), first_group):
         for name, parameter in zip(group_names, group["params"], strict=True):
             if parameter.requires_grad:
@@ -185,7 +185,9 @@ def reject_unrelated(module: torch.nn.Module | None, groups: Sequence[Mapping[st
         )
 
 
-def describe(selection: Selection, groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def describe(
+    selection: Selection, groups: Sequence[Mapping[str, Any]], *, first_group: int
+) -> list[tuple[str, str]]:
     """Describe what every rank must have in common, field by field."""
     fields = [
         ("the number of parameter groups", str(len(groups))),
@@ -203,7 +205,7 @@ def describe(selection: Selection, groups: Sequence[Mapping[str, Any]]) -> list[
             (f"the group of {item.name!r}", str(item.group)),
             (f"the centralization of {item.name!r}", str(item.centralized)),
         ]
-    for number, group in enumerate(groups):
+    for number, group in enumerate(groups, first_group):
         values = asdict(hyperparameters_of(group)) | {"amsgrad": group["amsgrad"]}
         fields += [(f"{name} of group {number}", repr(value)) for name, value in values.items()]
     return fields

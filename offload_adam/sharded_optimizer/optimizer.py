@@ -197,7 +197,8 @@ class ShardedOptimizer(StateAccess):
         """Build the state of the groups from this one on. Collective."""
         selection = self._select(first_group)
         new = selection.new
-        fields = [*self._fields, *describe(selection, self.param_groups[first_group:])]
+        groups = self.param_groups[first_group:]
+        fields = [*self._fields, *describe(selection, groups, first_group=first_group)]
         require_same(self._ranks, "optimizer", fields)
         self._ranks.open_data_groups(item.parameter.device.type for item in new)
         num_buckets = len(core.states)

@@ -190,16 +190,16 @@ def reject_disagreement(
 
     Args:
         inputs: what this rank would step with.
-        changed_names: the parameters changed from outside on this rank, for the message.
+        changed_names: the parameters modified outside the optimizer on this rank.
 
     Raises:
         PeerError: another rank failed.
-        RankDisagreementError: ranks differ in step, grad_scale, hyperparameters or outside changes.
+        RankDisagreementError: ranks differ in step, grad_scale, hyperparameters or external edits.
     """
     if agreement.failed_ranks:
         raise PeerError(
-            f"Step aborted: rank(s) {list(agreement.failed_ranks)} raised an error (see their "
-            "traceback)."
+            f"{inputs.call} aborted: rank(s) {list(agreement.failed_ranks)} raised an error (see "
+            "their traceback)."
         )
     if len(set(agreement.steps)) > 1:
         raise RankDisagreementError(
@@ -217,10 +217,12 @@ def reject_disagreement(
         raise AssertionError("settings differ, but none of what they are made of")
     if len(set(agreement.changes)) > 1:
         here = ", ".join(map(repr, changed_names[:5])) or "nothing"
+        # 0 stands for no change.
+        others = "but not on the others" if 0 in agreement.changes else "unlike on the others"
         raise RankDisagreementError(
             "Parameters were modified outside the optimizer on rank(s) "
-            f"{_changed(agreement.changes)} but not on the others (modified here: {here}). Apply "
-            "the same change on every rank, or broadcast it."
+            f"{_changed(agreement.changes)} {others} (modified here: {here}). Apply the same "
+            "change on every rank, or broadcast it."
         )
 
 

@@ -190,7 +190,7 @@ class ShardedAdam:
             - self.snapshot_lock.buffer_nbytes,
         )
         self.arenas += [arena, buffer]
-        # Whatever may still fail comes before the lists of buckets and parameters grow.
+        # Memory that may run out comes before the lists of buckets and parameters grow.
         for state in states:
             self.transfer.allocate(state)
             self.tasks.allocate(state)

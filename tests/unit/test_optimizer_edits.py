@@ -192,6 +192,16 @@ def test_memory_that_runs_out_for_a_further_group_leaves_the_optimizer_as_before
     assert optimizer.last_step.num_updated == 4
 
 
+def test_a_parameter_of_a_later_group_is_named_by_its_own_group() -> None:
+    first, second = parameter(), parameter()
+    optimizer = OffloadAdam([first])
+    optimizer.add_param_group({"params": [second]})
+    (first.sum() + second.sum() * math.nan).backward()
+    optimizer.step()
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.non_finite == ("param_groups[1]['params'][0]",)
+
+
 def test_another_order_of_a_group_is_no_edit() -> None:
     optimizer, reference = made(), made()
     for _ in range(2):

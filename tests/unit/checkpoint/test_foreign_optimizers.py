@@ -19,7 +19,7 @@ from offload_adam.checkpoint.dcp import OptimizerState
 def test_a_foreign_optimizer_is_rejected(call: Callable[..., Any], tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(TypeError, match=r"optimizer AdamW\. Pass an OffloadAdam or an"):
+    with pytest.raises(TypeError, match=r"optimizer AdamW\. Pass an OffloadAdam,"):
         call(tmp_path / "c", model=model, optimizer=optimizer)
     assert list(tmp_path.iterdir()) == []
 
@@ -27,5 +27,5 @@ def test_a_foreign_optimizer_is_rejected(call: Callable[..., Any], tmp_path: Pat
 def test_torch_saves_no_foreign_optimizer() -> None:
     model = nn.Linear(2, 2)
     optimizer: Any = torch.optim.AdamW(model.parameters())
-    with pytest.raises(TypeError, match=r"optimizer AdamW\. Pass an OffloadAdam or an"):
+    with pytest.raises(TypeError, match=r"optimizer AdamW\. Pass an OffloadAdam,"):
         OptimizerState(model, optimizer)
