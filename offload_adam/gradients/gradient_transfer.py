@@ -78,8 +78,8 @@ class GradientTransfer:
         """Begin without slots and buffers.
 
         Args:
-            rings: have the slots in which buckets on a device are reduced.
-            make_arena: gives host memory of so many bytes for a buffer.
+            rings: own the slots in which buckets on a device are reduced.
+            make_arena: allocates host memory of so many bytes for a buffer.
         """
         self._ranks = ranks
         self._collectives = collectives
@@ -109,7 +109,7 @@ class GradientTransfer:
             )
         elif plan.gradient.averaged:
             self.slots.reserve(bucket.numel, state.gradient_dtype, state.device)
-        if plan.is_offloaded and not plan.uses_ring and not plan.copies_straight:
+        if plan.is_offloaded and not plan.copies_straight:
             self._buffer(state.gradient_dtype, bucket.shard_numel, self._make_arena)
 
     def mark_written(self, number: int) -> None:
@@ -128,8 +128,8 @@ class GradientTransfer:
 
         Args:
             tensors: one for each parameter; None, which counts zeros, where there is none.
-            gradients: hear of the shard when the copy is finished.
-            adds: to what the shard holds.
+            gradients: get the shard when the copy is finished.
+            adds: add to the shard instead of writing over it.
         """
         number = state.layout.index
         slot, pooled = self._acquire_slot(state)
@@ -209,9 +209,9 @@ class GradientTransfer:
             self._issue(copy, shard)
 
     def has_arrived(self, copy: GradientCopy) -> bool:
-        """Tell, without waiting, whether `finish_copy` would not wait.
+        """Tell, without waiting, whether `finish_copy` would return at once.
 
-        Nor would it let the compute stream wait, for a shard on a device.
+        For a shard on a device: whether the compute stream would not wait either.
         """
         number = copy.state.layout.index
         if copy.state.plan.is_offloaded:
@@ -219,6 +219,11 @@ class GradientTransfer:
         if copy.pending is None:
             return True
         return copy.pending.is_completed() and self._stream_waits.is_over(Operation.REDUCE, number)
+
+    def waits_on_stream_alone(self, copy: GradientCopy) -> bool:
+        """Tell whether `finish_copy` makes the compute stream wait, and never the host."""
+        on_stream = copy.pending is None or copy.pending.work is None
+        return on_stream and not copy.state.plan.location.is_host
 
     def finish_copy(self, copy: GradientCopy) -> None:
         """Block until the gradients are in the shard. One thread finishes all copies, in order."""

@@ -15,6 +15,12 @@ NUM_STAGING_SLOTS = 2
 NUM_REDUCE_SLOTS = 3
 """Slots on a device for gradients: one is packed, one averaged, and one is copied to the host."""
 
+NUM_SLOTS_IN_FLIGHT = 2
+"""Slots of a pool that are in use at once: one is packed while another is averaged.
+
+On a device no more are; a pool in host memory grows with the pace of the ranks.
+"""
+
 ALIGNMENT_NBYTES = 128
 """Tensors in host memory start at multiples of this, so that no vector load crosses a cache line.
 

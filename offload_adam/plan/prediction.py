@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from offload_adam.layout.budget import (
     CHECKPOINT_BLOCK_NBYTES,
     NUM_REDUCE_SLOTS,
+    NUM_SLOTS_IN_FLIGHT,
     NUM_STAGING_SLOTS,
     Category,
     block_sums_nbytes,
@@ -18,9 +19,6 @@ from offload_adam.layout.budget import (
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.state_plan import StatePlan
 from offload_adam.plan.inputs import Training
-
-NUM_SLOTS_IN_FLIGHT = 2
-"""Buckets that are reduced at once while backward goes on. A pool makes more where ranks drift."""
 
 
 @dataclass(frozen=True, slots=True)

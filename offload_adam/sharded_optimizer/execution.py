@@ -101,7 +101,7 @@ def shared_fields(options: ExecutionOptions, execution: Execution) -> list[Field
 
 
 def usable_failures(failures: object) -> FailurePolicy:
-    """Return a valid policy as it is; the default in place of one that `decide_execution` rejects.
+    """Return `failures` if it is valid, else the default; `decide_execution` rejects it later.
 
     Ranks must have met before they can reject an argument together.
     """

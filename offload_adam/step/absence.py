@@ -10,13 +10,13 @@ import torch
 logger = logging.getLogger(__name__)
 
 NUM_STEPS = 10
-"""How many steps a parameter may be without a gradient before that is worth a word."""
+"""Steps that a parameter may be without a gradient before a warning."""
 
 
 class AbsenceWatch:
     """Looks, in the first steps with its parameters, for those that no rank has a gradient for.
 
-    Lifecycle: a word once, after `NUM_STEPS`; further parameters begin it anew.
+    Lifecycle: warns once, after `NUM_STEPS`; further parameters start the count again.
 
     Args:
         names, parameters: grow with the optimizer.
@@ -29,7 +29,7 @@ class AbsenceWatch:
         self._num_steps = 0
 
     def see(self, present_counts: torch.Tensor) -> None:
-        """Hear of a step.
+        """Note which parameters had a gradient in a step.
 
         Args:
             present_counts: (num parameters,) int64, on how many ranks each has a gradient.

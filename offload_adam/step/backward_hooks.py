@@ -68,7 +68,7 @@ class BackwardHooks:
 
     def forget(self) -> None:
         """Forget what a backward that raised has left."""
-        self._arrived.clear()
+        self.forget_arrivals()
         self._tasks.clear()
         self._last_task = NO_GRAPH_TASK
 

@@ -22,6 +22,7 @@ from offload_adam.coordinator.waiting import SLICE_S
 from offload_adam.errors import UnreadyParameterError
 from offload_adam.gradients.gradient_transfer import GradientCopy, GradientTransfer
 from offload_adam.gradients.segments import BucketGradients
+from offload_adam.layout.budget import NUM_SLOTS_IN_FLIGHT
 from offload_adam.layout.schedule import Task
 from offload_adam.params.bucket import BucketState
 from offload_adam.spans import Spans, span
@@ -139,8 +140,18 @@ class Executor:
         self._finish_own_copies(wait=wait)
 
     def _finish_own_copies(self, *, wait: bool) -> None:
-        while self._copies and (wait or self._transfer.has_arrived(self._copies[0])):
+        while self._copies and (
+            wait or self._transfer.has_arrived(self._copies[0]) or self._holds_too_many_slots()
+        ):
             self._transfer.finish_copy(self._copies.popleft())
+
+    def _holds_too_many_slots(self) -> bool:
+        """Tell whether the compute stream must wait for the oldest copy, to free its slot.
+
+        Otherwise a reduction that is slower than backward would hold all gradients on the device.
+        """
+        too_many = len(self._copies) >= NUM_SLOTS_IN_FLIGHT
+        return too_many and self._transfer.waits_on_stream_alone(self._copies[0])
 
     def sum_of_squares(self, gradients: Sequence[BucketGradients]) -> float:
         """Return this rank's sum of squares in float64.

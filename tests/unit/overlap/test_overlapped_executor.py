@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from offload_adam.coordinator.ranks import RankGroup
+from offload_adam.layout.budget import NUM_SLOTS_IN_FLIGHT
 from offload_adam.layout.schedule import Operation, Task, plan_schedule
 from offload_adam.spans import NullSpans, Stopwatch
 from offload_adam.step.executor import Executor
@@ -155,6 +156,10 @@ class FakeCopy(str):
     state = None
 
 
+class Reducing(FakeCopy):
+    """The copy of a bucket whose reduction only a stream waits for."""
+
+
 class Arriving:
     """A transfer whose copies arrive when the test says; it writes down what finishes."""
 
@@ -170,6 +175,9 @@ class Arriving:
 
     def finish_copy(self, gradient_copy: Any) -> None:
         self.finished.append(gradient_copy)
+
+    def waits_on_stream_alone(self, gradient_copy: Any) -> bool:
+        return isinstance(gradient_copy, Reducing)
 
 
 def test_a_sequential_backward_finishes_copies_in_order_and_waits_for_nothing() -> None:
@@ -187,3 +195,19 @@ def test_a_sequential_backward_finishes_copies_in_order_and_waits_for_nothing() 
     assert transfer.finished == ["first", "second"]
     executor.finish_copies(wait=True)
     assert transfer.finished == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_finished"), [(Reducing, 6 - NUM_SLOTS_IN_FLIGHT), (FakeCopy, 0)]
+)
+def test_reductions_on_a_device_hold_no_more_slots_than_planned(
+    kind: type[FakeCopy], num_finished: int
+) -> None:
+    """A copy for which the host would wait is never finished early: a hook must not wait."""
+    transfer, tasks = Arriving(), RecordedTasks()
+    executor = Executor(
+        cast(Any, transfer), cast(Any, tasks), None, RankGroup(), NullSpans(), lambda number: None
+    )
+    for number in range(5):
+        executor.start_copy(cast(Any, kind(number)))
+    assert transfer.finished == [str(number) for number in range(num_finished)]
