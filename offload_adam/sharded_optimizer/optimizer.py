@@ -148,7 +148,9 @@ class ShardedOptimizer(StateAccess):
             resources.callback(self._core.snapshot_lock.stop_reader)
             resources.callback(self._ranks.abort_devices)
             if streams:
-                self._hooks = BackwardHooks(self._core.reduction)
+                self._hooks = BackwardHooks(
+                    self._core.reduction, self._core.stream_waits.current_stream
+                )
                 resources.callback(self._hooks.remove)
             self._build_state(self._core, 0)
             self._own_state = self.state

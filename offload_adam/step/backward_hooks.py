@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -27,7 +27,8 @@ class BackwardHooks:
     In a bucket of many small parameters most hooks only note the arrival: ten thousand deliveries
     would cost more than the update. Every sixteenth parameter, and the one that backward brings
     last, delivers what has been noted. Undelivered gradients stay in `.grad` until `step()` reads
-    them.
+    them. On a device, a change of the stream on which autograd writes gradients delivers, too: what
+    is delivered together was written on one stream.
 
     The end of a backward is a callback queued once for each graph task. A reentrant checkpoint runs
     nested tasks, and each of their ends calls back too: only the one outside any autograd node
@@ -37,8 +38,19 @@ class BackwardHooks:
     Owns: one hook handle a parameter, until `remove`.
     """
 
-    def __init__(self, reduction: GradientReduction) -> None:
+    def __init__(
+        self,
+        reduction: GradientReduction,
+        current_stream: Callable[[torch.device], Hashable],
+    ) -> None:
+        """Begin without hooks.
+
+        Args:
+            current_stream: returns a device's current stream, None for host memory.
+        """
         self._reduction = reduction
+        self._current_stream = current_stream
+        self._stream: Hashable = None  # that of `_arrived`
         self._handles: list[RemovableHandle] = []
         self._arrived: list[torch.Tensor] = []
         self._tasks: set[int] = set()
@@ -50,9 +62,11 @@ class BackwardHooks:
     def attach(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Hook the parameters of one bucket, given in the order in which backward brings them."""
         every = 1 if len(parameters) <= _ALL_DELIVER_UP_TO else _DELIVER_EVERY
+        has_streams = self._current_stream(parameters[0].device) is not None
+        note = self._note if has_streams else self._arrived.append
         for position, parameter in enumerate(parameters):
             delivers = position % every == 0 or position == len(parameters) - 1
-            hook = self._deliver if delivers else self._arrived.append
+            hook = self._deliver if delivers else note
             self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
 
     def remove(self) -> None:
@@ -83,6 +97,13 @@ class BackwardHooks:
             self._enabled = before
             self._arrived.clear()
 
+    def _note(self, parameter: torch.Tensor) -> None:
+        with self._lock:
+            if self._current_stream(parameter.device) == self._stream:
+                self._arrived.append(parameter)
+            else:
+                self._deliver(parameter)
+
     def _deliver(self, parameter: torch.Tensor) -> None:
         if not self._enabled:
             return
@@ -90,6 +111,11 @@ class BackwardHooks:
             task = current_graph_task()
             if task != self._last_task:
                 self._enter_task(task)
+            stream = self._current_stream(parameter.device)
+            if stream != self._stream:
+                if self._arrived:
+                    self._pass_on()
+                self._stream = stream
             self._arrived.append(parameter)
             self._pass_on()
 
@@ -98,7 +124,7 @@ class BackwardHooks:
         # In place: the hooks of most parameters are bound to this very list, and another device's
         # thread may have added to it meanwhile.
         del self._arrived[: len(arrived)]
-        self._reduction.gradients_ready(arrived)
+        self._reduction.gradients_ready(arrived, self._stream)
 
     def _enter_task(self, task: int) -> None:
         self._last_task = task

@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from offload_adam.errors import UnreadyParameterError
 from offload_adam.gradients.gradient_transfer import GradientCopy, GradientTransfer
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.layout.budget import NUM_SLOTS_IN_FLIGHT
-from offload_adam.layout.schedule import Task
+from offload_adam.layout.schedule import Operation, Task
 from offload_adam.params.bucket import BucketState
 from offload_adam.spans import Spans, span
 from offload_adam.step.messages import UpdateInputs
@@ -97,6 +97,7 @@ class Executor:
         self._updates: dict[int, Job] = {}
         self._to_gather: deque[int] = deque()
         self._to_use: dict[int, int] = {}
+        self._used_on: dict[int, set[Hashable]] = {}  # the streams that have waited for a bucket
         self._pid = os.getpid()
         _notice_exit()
 
@@ -215,6 +216,7 @@ class Executor:
             if state.plan.gathers:
                 self._to_gather.append(number)
             self._to_use[number] = position
+            self._used_on.pop(number, None)
             if self._worker is None:
                 self._gather_ahead(spans)
         if self._worker is None:
@@ -238,6 +240,7 @@ class Executor:
         On a device the stream waits, not the host, for what has been issued.
         """
         self._bound_backlog()
+        self._wait_on_other_streams(buckets)
         if not self._to_use:
             return
         needed = [number for number in buckets if number in self._to_use]
@@ -252,6 +255,19 @@ class Executor:
                 self._use(number, self._spans)
                 self._arrived(number)
         self._gather_ahead(self._spans)
+
+    def _wait_on_other_streams(self, buckets: Collection[int]) -> None:
+        """Let a stream that has not waited for these buckets wait, where another one has.
+
+        The model may run parts that share a bucket on several streams.
+        """
+        for number in buckets:
+            used_on = self._used_on.get(number)
+            if used_on is not None:
+                stream = self._tasks.stream_waits.streams_of(number).current()
+                if stream not in used_on:
+                    used_on.add(stream)
+                    self._tasks.stream_waits.wait_before(Operation.USE, number)
 
     def _reject_forked(self) -> None:
         if os.getpid() != self._pid:
@@ -272,6 +288,9 @@ class Executor:
     def _use(self, number: int, spans: Spans) -> None:
         self._tasks.wait_for_parameters(number, spans)
         del self._to_use[number]
+        stream = self._tasks.stream_waits.streams_of(number).current()
+        if stream is not None:
+            self._used_on[number] = {stream}
 
     def _gather_next(self, spans: Spans) -> None:
         # Forgotten only when it is issued: after an interrupt it is still to come on this rank too.

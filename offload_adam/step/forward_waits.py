@@ -264,6 +264,7 @@ class ForwardHooks:
 
     def wait_for_all(self) -> None:
         """Wait for everything."""
+        self._executor.wait_for_buckets(set(self._bucket_of.values()))
         self._executor.finish_updates()
         self._waited.update(self._bucket_of.values())
 

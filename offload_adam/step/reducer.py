@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import groupby
 from operator import attrgetter, is_, itemgetter
 
@@ -19,6 +19,7 @@ from offload_adam.gradients.stand_in import StreamedGradients, gradient_of
 from offload_adam.layout.state_plan import StatePolicy
 from offload_adam.params.bucket import BucketState
 from offload_adam.step.executor import Executor
+from offload_adam.transfer.stream_waits import StreamWaits
 
 _grad = attrgetter("grad")
 
@@ -42,6 +43,7 @@ class GradientReduction:
 
     Args:
         states: all buckets; grows with the optimizer.
+        stream_waits: orders the streams on which gradients are written.
         transfer: packs and reduces a bucket's gradients.
         executor: brings what `transfer` returns to the gradient shard.
         policy: says whether gradients are averaged here (otherwise `.grad` is final as it stands),
@@ -56,6 +58,7 @@ class GradientReduction:
         ranks: RankGroup,
         policy: StatePolicy,
         states: Sequence[BucketState],
+        stream_waits: StreamWaits,
         transfer: GradientTransfer,
         executor: Executor,
         *,
@@ -70,6 +73,7 @@ class GradientReduction:
         self._rows = RowExchange(ranks) if takes_rows and self._averages else None
         self._takes_rows = takes_rows
         self._states = states
+        self._stream_waits = stream_waits
         self._transfer = transfer
         self._executor = executor
         self._readers: list[GradientReader] = []
@@ -100,8 +104,11 @@ class GradientReduction:
             for position, parameter in enumerate(state.parameters):
                 self._place_of[id(parameter)] = (state.layout.index, position)
 
-    def gradients_ready(self, parameters: Sequence[torch.Tensor]) -> None:
+    def gradients_ready(self, parameters: Sequence[torch.Tensor], stream: Hashable = None) -> None:
         """Take gradients in the order of their arrival, and send off every bucket that is complete.
+
+        Args:
+            stream: where they were written, None in host memory.
 
         Raises:
             ValueError: a second reduced backward (or a parameter shared by reentrant checkpoints),
@@ -125,6 +132,10 @@ class GradientReduction:
         for number, positions in groups:
             if number < self._next:
                 self._add_round(number, positions[0])
+            if stream is not None:
+                if not self._missing[number].issuperset(positions):  # they are added to others
+                    self._wait_for_gradients(number)
+                self._stream_waits.gradients_written(number, stream)
             self._readers[number].take(positions)
             self._missing[number].difference_update(positions)
             while self._next < len(self._states) and not self._missing[self._next]:
@@ -265,6 +276,7 @@ class GradientReduction:
         if unfinished:
             self._send_rest()
         self._executor.finish_copies(wait=True)
+        self._stream_waits.forget_gradients()
         self._begun = self._hidden = False
         self._next = 0
         self._num_rounds = 0
@@ -321,6 +333,7 @@ class GradientReduction:
         self._next = number + 1
         self._shows_stand_ins = self.streams
         state = self._states[number]
+        self._wait_for_gradients(number)
         try:
             found = self._read(state)
         except (TypeError, ValueError):
@@ -342,6 +355,10 @@ class GradientReduction:
             self._readers[number].show_stand_ins(
                 [*np.flatnonzero(gradients.dense), *gradients.local_rows]
             )
+
+    def _wait_for_gradients(self, number: int) -> None:
+        gradients = map(gradient_of, self._states[number].parameters)
+        self._stream_waits.wait_for_gradients(number, gradients)
 
     def _read(self, state: BucketState) -> LocalGradients:
         found = None if self._rows is None else self._rows.take(state.layout.index)

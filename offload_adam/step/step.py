@@ -157,6 +157,7 @@ class ShardedAdam:
             ranks,
             storage.policy,
             self.states,
+            self.stream_waits,
             self.transfer,
             self.executor,
             takes_rows=takes_rows,

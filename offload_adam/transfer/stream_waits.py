@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping
 
 import torch
 
@@ -34,6 +35,7 @@ class StreamWaits:
         self._streams: dict[torch.device, Streams] = {}
         self._devices: Mapping[int, torch.device] = {}
         self._events: dict[Task, Event] = {}
+        self._written_on: defaultdict[int, set[Hashable]] = defaultdict(set)
 
     def use_schedule(self, schedule: Schedule, devices: Mapping[int, torch.device]) -> None:
         """Go on with a schedule for these buckets. Events that have been recorded stay.
@@ -49,6 +51,36 @@ class StreamWaits:
     def streams_of(self, bucket: int) -> Streams:
         """Return the streams of a bucket's device."""
         return self._streams[self._devices[bucket]]
+
+    def current_stream(self, device: torch.device) -> Hashable:
+        """Return the calling thread's current stream of a device, None in host memory."""
+        return self._streams[device].current()
+
+    def gradients_written(self, bucket: int, stream: Hashable) -> None:
+        """Note that gradients of a bucket have been written on this stream."""
+        self._written_on[bucket].add(stream)
+
+    def wait_for_gradients(self, bucket: int, gradients: Iterable[torch.Tensor | None]) -> None:
+        """Make the current stream wait for the others on which a bucket's gradients were written.
+
+        The model may run its parts on several streams, and only the one on which the bucket's last
+        gradient was written has waited for that.
+
+        Args:
+            gradients: what the current stream is about to read. It is kept until that is over, for
+                it may go back to another stream's allocator.
+        """
+        streams = self.streams_of(bucket)
+        others = self._written_on.pop(bucket, set()) - {streams.current()}
+        for stream in others:
+            streams.wait(Lane.COMPUTE, streams.record(Lane.COMPUTE, on=stream))
+        if others:
+            reads = [gradient for gradient in gradients if gradient is not None]
+            streams.launch(Lane.COMPUTE, lambda: None, reads=reads)
+
+    def forget_gradients(self) -> None:
+        """Forget where gradients that have not left were written."""
+        self._written_on.clear()
 
     def wait_before(self, operation: Operation, bucket: int) -> None:
         """Let this task's lane wait for all that the task waits for."""

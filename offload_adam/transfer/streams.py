@@ -7,9 +7,10 @@ blocks the calling thread.
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -31,8 +32,14 @@ class Event(Protocol):
 class Streams(Protocol):
     """The lanes of one device.
 
-    Threads: any may issue work; the lane COMPUTE is the calling thread's current stream.
+    The lane COMPUTE is the calling thread's current stream, which a model may change while it runs.
+
+    Threads: any may issue work.
     """
+
+    def current(self) -> Hashable:
+        """Return the stream that COMPUTE is to the calling thread now, None in host memory."""
+        ...
 
     def launch(
         self,
@@ -50,8 +57,12 @@ class Streams(Protocol):
         """
         ...
 
-    def record(self, lane: Lane) -> Event:
-        """Return the event after all that has been issued on a lane."""
+    def record(self, lane: Lane, *, on: Hashable = None) -> Event:
+        """Return the event after all that has been issued on a lane.
+
+        Args:
+            on: for COMPUTE a stream that `current` returned; None for the one that is current now.
+        """
         ...
 
     def wait(self, lane: Lane, event: Event) -> None:
@@ -75,6 +86,10 @@ DONE = _Done()
 class HostStreams:
     """The lanes of parameters in host memory: an action is over when its launch returns."""
 
+    def current(self) -> Hashable:
+        """Return None: there are no streams."""
+        return None
+
     def launch(
         self,
         lane: Lane,
@@ -86,7 +101,7 @@ class HostStreams:
         """Call the action."""
         action()
 
-    def record(self, lane: Lane) -> Event:
+    def record(self, lane: Lane, *, on: Hashable = None) -> Event:
         """Return an event that has happened."""
         return DONE
 
@@ -101,26 +116,45 @@ class _Held(NamedTuple):
     tensors: list[torch.Tensor]
 
 
-class CudaStreams:
-    """The CUDA streams of one device.
+Stream = TypeVar("Stream", bound=Hashable)
+
+
+class DeviceStreams(ABC, Generic[Stream]):
+    """The lanes of one device, and the tensors in flight on them.
 
     Tensors that another stream than their own reads are held here until the event after that work,
     and not by `Tensor.record_stream`: they are freed by the first `record` after that event, and
-    not when the allocator next looks.
+    not when the allocator next looks. What COMPUTE reads need not be held as long as it is one
+    stream: its allocator hands memory out again to work that comes later on that stream.
 
-    Owns: one stream for each lane but COMPUTE and UPDATE, and every tensor in flight.
+    Where the model changes its current stream, what is launched on COMPUTE still runs in the order
+    in which it is issued: the new stream waits for the one before.
+
+    Owns: every tensor in flight.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        lanes = (Lane.REDUCE, Lane.D2H, Lane.H2D, Lane.GATHER)
-        self._streams = {lane: torch.cuda.Stream(device) for lane in lanes}
+    def __init__(self, own: Mapping[Lane, Stream]) -> None:
+        """Begin with nothing in flight.
+
+        Args:
+            own: one stream for each lane but COMPUTE and UPDATE.
+        """
+        self._own = own
+        self._compute: Stream | None = None
+        self._first_compute: Stream | None = None
+        self._has_several = False
         self._unrecorded: dict[Lane, list[torch.Tensor]] = {lane: [] for lane in Lane}
         self._held: dict[Lane, deque[_Held]] = {lane: deque() for lane in Lane}
         self._lock = threading.Lock()
 
-    def _stream(self, lane: Lane) -> torch.cuda.Stream:
-        return self._streams.get(lane) or torch.cuda.current_stream(self._device)
+    def current(self) -> Stream:
+        """Return the calling thread's current stream."""
+        stream = self._current_stream()
+        if self._first_compute is None:
+            self._first_compute = stream
+        elif stream != self._first_compute:
+            self._has_several = True
+        return stream
 
     def launch(
         self,
@@ -131,35 +165,125 @@ class CudaStreams:
         writes: Iterable[torch.Tensor] = (),
     ) -> None:
         """Call the action with the lane's stream as the current one."""
-        # The device comes first. Otherwise a thread that has never used this device would be left
-        # with a context on device 0, which takes half a GiB for each rank.
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream(lane)):
-            action()
-        if lane is not Lane.COMPUTE:
+        reads, writes = list(reads), list(writes)
+        self._run(self._enter(lane), action, reads, writes)
+        if lane is not Lane.COMPUTE or self._has_several:
             with self._lock:
                 self._unrecorded[lane] += (*reads, *writes)
 
-    def record(self, lane: Lane) -> Event:
-        """Record an event; drop the tensors whose events have happened.
-
-        Raises:
-            RuntimeError: a CUDA graph is being captured.
-        """
-        self._reject_capture(lane)
+    def record(self, lane: Lane, *, on: Hashable = None) -> Event:
+        """Record an event; drop the tensors whose events have happened."""
+        if on is not None:
+            return self._record_on(on)  # type: ignore[arg-type]
+        stream = self._enter(lane)
         # Taken before the event is recorded: other threads may issue work in between, and the event
         # must come after the work on every tensor that it stands for.
         with self._lock:
             tensors, self._unrecorded[lane] = self._unrecorded[lane], []
-        # A host thread that waits for it sleeps: one that spins takes a core from the kernels.
-        event = torch.cuda.Event(blocking=True)
-        event.record(self._stream(lane))
+        event = self._record_on(stream)
         with self._lock:
             if tensors:
                 self._held[lane].append(_Held(event, tensors))
             for held in self._held.values():
-                while held and held[0].event.query():
+                while held and self._has_happened(held[0].event):
                     held.popleft()
         return event
+
+    def wait(self, lane: Lane, event: Event) -> None:
+        """Make the lane's stream wait for the event."""
+        stream = self.current() if lane is Lane.COMPUTE else self._own[lane]
+        self._wait_on(stream, event)
+
+    def _enter(self, lane: Lane) -> Stream:
+        """Return the lane's stream; a new one of COMPUTE goes on where the last one was left."""
+        if lane in self._own:
+            return self._own[lane]
+        stream, before = self.current(), self._compute
+        self._compute = stream
+        if before is not None and before != stream:
+            self._wait_on(stream, self._record_on(before))
+        return stream
+
+    @abstractmethod
+    def _current_stream(self) -> Stream:
+        """Return the calling thread's current stream."""
+
+    @abstractmethod
+    def _run(
+        self,
+        stream: Stream,
+        action: Callable[[], object],
+        reads: Iterable[torch.Tensor],
+        writes: Iterable[torch.Tensor],
+    ) -> None:
+        """Call the action with this stream as the current one."""
+
+    @abstractmethod
+    def _record_on(self, stream: Stream) -> Event:
+        """Return the event after all that has been issued on a stream."""
+
+    @abstractmethod
+    def _wait_on(self, stream: Stream, event: Event) -> None:
+        """Make a stream wait for an event."""
+
+    @abstractmethod
+    def _has_happened(self, event: Event) -> bool:
+        """Tell, without waiting, whether an event has happened."""
+
+
+class CudaStreams(DeviceStreams[torch.cuda.Stream]):
+    """The CUDA streams of one device.
+
+    The lanes REDUCE and GATHER have a high priority: what is packed and unpacked there holds up
+    collectives that all ranks wait for.
+
+    Raises:
+        RuntimeError: by what uses COMPUTE while a CUDA graph is being captured.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Make the streams."""
+        self._device = device
+        own = {lane: torch.cuda.Stream(device, priority=-1) for lane in (Lane.REDUCE, Lane.GATHER)}
+        super().__init__(own | {lane: torch.cuda.Stream(device) for lane in (Lane.D2H, Lane.H2D)})
+
+    def _current_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self._device)
+
+    def _run(
+        self,
+        stream: torch.cuda.Stream,
+        action: Callable[[], object],
+        reads: Iterable[torch.Tensor],
+        writes: Iterable[torch.Tensor],
+    ) -> None:
+        # The device comes first. Otherwise a thread that has never used this device would be left
+        # with a context on device 0, which takes half a GiB for each rank.
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            action()
+
+    def record(self, lane: Lane, *, on: Hashable = None) -> Event:
+        """Record an event, unless a CUDA graph is being captured."""
+        self._reject_capture(lane)
+        return super().record(lane, on=on)
+
+    def _record_on(self, stream: torch.cuda.Stream) -> Event:
+        # A host thread that waits for it sleeps: one that spins takes a core from the kernels.
+        event = torch.cuda.Event(blocking=True)
+        event.record(stream)
+        return event
+
+    def wait(self, lane: Lane, event: Event) -> None:
+        """Make the lane's stream wait for the event, unless a CUDA graph is being captured."""
+        self._reject_capture(lane)
+        super().wait(lane, event)
+
+    def _wait_on(self, stream: torch.cuda.Stream, event: Event) -> None:
+        if isinstance(event, torch.cuda.Event):
+            stream.wait_event(event)
+
+    def _has_happened(self, event: Event) -> bool:
+        return event.query()
 
     def _reject_capture(self, lane: Lane) -> None:
         """Raise during a capture: a replay would not run the hooks that issue the copies."""
@@ -169,16 +293,6 @@ class CudaStreams:
                 "optimizer's: capture forward and backward with an optimizer made without module=, "
                 "whose step() stays outside of the graph"
             )
-
-    def wait(self, lane: Lane, event: Event) -> None:
-        """Make the lane's stream wait for the event.
-
-        Raises:
-            RuntimeError: a CUDA graph is being captured.
-        """
-        self._reject_capture(lane)
-        if isinstance(event, torch.cuda.Event):
-            self._stream(lane).wait_event(event)
 
 
 def streams_for(device: torch.device) -> Streams:

@@ -3,64 +3,61 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import ExitStack
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from offload_adam.layout.schedule import Lane
 from offload_adam.transfer.collectives import Collectives, PendingCollective
-from offload_adam.transfer.streams import DONE, Event, Streams
+from offload_adam.transfer.streams import DONE, DeviceStreams, Event, Streams
 from tests.simulation.detector import Clock
-from tests.simulation.machine import TRAINING, UPDATE, Machine, SimulatedEvent
+from tests.simulation.machine import (
+    LANES,
+    TRAINING,
+    UPDATE,
+    Machine,
+    SimulatedEvent,
+    Stream,
+)
 from tests.simulation.memory import poison
 
 
-class _Held(NamedTuple):
-    event: SimulatedEvent
-    tensors: list[torch.Tensor]
-
-
-class SimulatedStreams:
-    """The lanes of the machine's device, with the rules of `CudaStreams` for who holds what."""
+class SimulatedStreams(DeviceStreams[Stream]):
+    """The lanes of the machine's device: those of a GPU, but for what a stream and an event are."""
 
     def __init__(self, machine: Machine) -> None:
+        super().__init__({lane: lane for lane in LANES if lane is not Lane.COMPUTE})
         self._machine = machine
-        self._unrecorded: dict[Lane, list[torch.Tensor]] = {lane: [] for lane in Lane}
-        self._held: list[_Held] = []
 
-    def launch(
+    def _current_stream(self) -> Stream:
+        return self._machine.current_stream
+
+    def _run(
         self,
-        lane: Lane,
+        stream: Stream,
         action: Callable[[], object],
-        *,
-        reads: Iterable[torch.Tensor] = (),
-        writes: Iterable[torch.Tensor] = (),
+        reads: Iterable[torch.Tensor],
+        writes: Iterable[torch.Tensor],
     ) -> None:
         """Queue it, under the name of the task that has last begun on this thread."""
-        reads, writes = list(reads), list(writes)
-        self._machine.launch(lane, action, self._machine.task, reads=reads, writes=writes)
-        if lane is not Lane.COMPUTE:
-            self._unrecorded[lane] += (*reads, *writes)
+        self._machine.launch(stream, action, self._machine.task, reads=reads, writes=writes)
 
-    def record(self, lane: Lane) -> Event:
-        """Return the point after all that is queued, and free what is over."""
-        event = self._machine.record(lane)
-        tensors, self._unrecorded[lane] = self._unrecorded[lane], []
-        if tensors:
-            self._held.append(_Held(event, tensors))
+    def _record_on(self, stream: Stream) -> Event:
+        event = self._machine.record(stream)
         self._machine.elapse()
-        for held in self._held:
-            if held.event.at is not None:
-                self._machine.saw(held.event)
-        self._held = [held for held in self._held if held.event.at is None]
         return event
 
-    def wait(self, lane: Lane, event: Event) -> None:
-        """Let the lane wait."""
+    def _wait_on(self, stream: Stream, event: Event) -> None:
         assert isinstance(event, SimulatedEvent)
-        self._machine.wait(lane, event)
+        self._machine.wait(stream, event)
+
+    def _has_happened(self, event: Event) -> bool:
+        assert isinstance(event, SimulatedEvent)
+        if event.at is not None:
+            self._machine.saw(event)
+        return event.at is not None
 
 
 class HostLanes:
@@ -82,7 +79,11 @@ class HostLanes:
         self._machine.touch(self._machine.task, reads, writes)
         action()
 
-    def record(self, lane: Lane) -> Event:
+    def current(self) -> Hashable:
+        """Return None: there are no streams."""
+        return None
+
+    def record(self, lane: Lane, *, on: Hashable = None) -> Event:
         """Return a point that is behind us."""
         return DONE
 

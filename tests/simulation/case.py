@@ -39,6 +39,7 @@ class Case:
 
     layers: for each layer its parameters, as (number of elements, name of the dtype).
     on_device: parameters are on the simulated device, else in host memory.
+    side_layers: layers that run on a second stream of the device, beside the others.
     """
 
     layers: tuple[tuple[tuple[int, str], ...], ...]
@@ -49,6 +50,7 @@ class Case:
     num_reduce_slots: int = 3
     num_staging_slots: int = 2
     on_device: bool = True
+    side_layers: tuple[int, ...] = ()
     pin: Pin = "all"
     accumulates: bool = False
     reduces_in_fp32: bool = False
@@ -145,6 +147,8 @@ def cases(
     world_size = world_size or draw(st.integers(1, 4))
     options = fixed | {name: draw(_RANGES[name]) for name in _RANGES if name not in fixed}
     steps = st.lists(_steps(len(layers), options["accumulates"]), min_size=2, max_size=3)
+    if options["on_device"] and "side_layers" not in options:
+        options["side_layers"] = draw(st.sampled_from([(), (), tuple(range(0, 7, 2))]))
     return Case(
         layers=tuple(map(tuple, layers)),
         steps=tuple(draw(steps)),
@@ -171,8 +175,8 @@ def _steps(draw: st.DrawFn, num_layers: int, accumulates: bool) -> Step:
     return Step(rounds, draw(st.booleans()), spoiled, drops)
 
 
-def simple_case(num_layers: int, dtype: str, **options: Any) -> Case:
-    """Return a case of layers of one parameter and one bucket each.
+def simple_case(num_layers: int, dtype: str, *, bucket_nbytes: int = 100, **options: Any) -> Case:
+    """Return a case of layers of one parameter each, and one bucket where no more are allowed.
 
     After two steps of all layers there is one of each alone, so that each is once the first.
     """
@@ -181,6 +185,6 @@ def simple_case(num_layers: int, dtype: str, **options: Any) -> Case:
     return Case(
         layers=tuple(((300, dtype),) for _ in every),
         steps=tuple(Step((used,), evaluates=True, non_finite=None, drops=False) for used in uses),
-        bucket_nbytes=100,
+        bucket_nbytes=bucket_nbytes,
         **options,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from enum import Enum
 from random import Random
 
 import torch
@@ -20,8 +21,18 @@ from tests.simulation.detector import Clock, Detector
 
 TRAINING = "training thread"
 UPDATE = "update thread"
+
+
+class Side(Enum):
+    """A second stream on which the model runs some of its layers."""
+
+    COMPUTE = "side compute"
+
+
+Stream = Lane | Side
 LANES = (Lane.COMPUTE, Lane.REDUCE, Lane.D2H, Lane.H2D, Lane.GATHER)
-ACTORS = (TRAINING, UPDATE, *(lane.value for lane in LANES))
+STREAMS: tuple[Stream, ...] = (*LANES, Side.COMPUTE)
+ACTORS = (TRAINING, UPDATE, *(stream.value for stream in STREAMS))
 
 
 @dataclass(eq=False)
@@ -81,10 +92,13 @@ class Machine:
         self.now = 0.0
         self.thread = TRAINING
         self.task = "construction"
+        self.current_stream: Stream = Lane.COMPUTE
         self.beside: Callable[[], bool] = lambda: False
         self._in_action = False
         self._host_pace = self.random.choice([0.0, 0.0, 0.1, 1.0, 10.0])
-        self._queues = {lane: _Queue(10 ** self.random.uniform(-1.0, 1.5)) for lane in LANES}
+        self._queues: dict[Stream, _Queue] = {
+            stream: _Queue(10 ** self.random.uniform(-1.0, 1.5)) for stream in STREAMS
+        }
         self._seen: Clock = (0,) * len(ACTORS)
         self._clocks: dict[str, Clock] = {actor: (0,) * len(ACTORS) for actor in ACTORS}
 
@@ -110,7 +124,7 @@ class Machine:
 
     def launch(
         self,
-        lane: Lane,
+        lane: Stream,
         action: Callable[[], object],
         name: str,
         *,
@@ -135,7 +149,7 @@ class Machine:
         duration = self.random.expovariate(1.0) * queue.pace
         queue.items.append(_Work(action, self.now, duration))
 
-    def record(self, lane: Lane) -> SimulatedEvent:
+    def record(self, lane: Stream) -> SimulatedEvent:
         """Return the point after all that is queued on a lane."""
         self.elapse()
         clock = _joined(self._clocks[lane.value], self.release())
@@ -144,7 +158,7 @@ class Machine:
         self._queues[lane].items.append(event)
         return event
 
-    def wait(self, lane: Lane, event: SimulatedEvent) -> None:
+    def wait(self, lane: Stream, event: SimulatedEvent) -> None:
         """Let what is queued on a lane from now on begin after `event`."""
         self.elapse()
         clock = _joined(self._clocks[lane.value], self.release())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from tests.simulation.backend import (
 )
 from tests.simulation.case import Case
 from tests.simulation.detector import Detector, Race
-from tests.simulation.machine import ACTORS, Machine
+from tests.simulation.machine import ACTORS, Machine, Side
 from tests.simulation.memory import GradientMemory, SimulatedSlots
 from tests.simulation.outcome import Outcome, Read, state_of
 from tests.simulation.training import make_core, reference_of, train
@@ -119,7 +119,9 @@ class Simulation:
             self.parameters,
             overlaps=case.overlaps,
             offload_fraction=case.offload_fraction if case.on_device else 1.0,
-            slots=SimulatedSlots(self.machine, on_device=case.on_device),
+            slots=SimulatedSlots(
+                self.machine, on_device=case.on_device, two_streams=bool(case.side_layers)
+            ),
         )
         if reference.kept is not None:
             states = {i: self.core.bucket_and_position(i)[0] for i in range(len(self.parameters))}
@@ -187,7 +189,7 @@ class Simulation:
 
         flats = [state.flat for state in buckets]
         if self._case.on_device:
-            self.machine.launch(Lane.COMPUTE, look, what, reads=flats)
+            self.machine.launch(self.machine.current_stream, look, what, reads=flats)
         else:
             self.machine.touch(what, reads=flats)
             look()
@@ -197,11 +199,27 @@ class Simulation:
         gradient = self._memory.take(name, tuple(values.shape), values.dtype)
         target = gradient.detach()
         if self._case.on_device:
-            self.machine.launch(Lane.COMPUTE, lambda: target.copy_(values), name, writes=[target])
+            stream = self.machine.current_stream
+            self.machine.launch(stream, lambda: target.copy_(values), name, writes=[target])
         else:
             self.machine.touch(name, writes=[target])
             target.copy_(values)
         return gradient
+
+    @contextmanager
+    def both_streams(self) -> Iterator[None]:
+        """Let the side stream begin after the main one, which goes on when both are over."""
+        if self._case.side_layers:
+            self.machine.wait(Side.COMPUTE, self.machine.record(Lane.COMPUTE))
+        yield
+        self.machine.current_stream = Lane.COMPUTE
+        if self._case.side_layers:
+            self.machine.wait(Lane.COMPUTE, self.machine.record(Side.COMPUTE))
+
+    def enter(self, layer: int) -> None:
+        """Go on on the stream of this layer."""
+        is_side = layer in self._case.side_layers
+        self.machine.current_stream = Side.COMPUTE if is_side else Lane.COMPUTE
 
     def step_over(self) -> None:
         """Count the step."""

@@ -10,6 +10,7 @@ import pytest
 
 from offload_adam.layout.schedule import Lane, Operation, Schedule, Task
 from offload_adam.spans import Spans
+from tests.simulation.backend import SimulatedStreams
 from tests.simulation.case import Case, Step, simple_case
 from tests.simulation.simulation import Simulation, clean_reference_of
 
@@ -18,6 +19,13 @@ NUM_SEEDS = 6
 ALONE = simple_case(4, "bf16")
 TWO = simple_case(4, "bf16", world_size=2, rank=1)
 POOLED = simple_case(4, "bf16", world_size=2, pin="staging")
+# Buckets of two layers that run on two streams.
+SIDE_LAYERS = (0, 2, 4)
+BESIDE = simple_case(6, "bf16", bucket_nbytes=1600, side_layers=SIDE_LAYERS)
+BESIDE_TWO = simple_case(6, "bf16", bucket_nbytes=1600, side_layers=SIDE_LAYERS, world_size=2)
+BESIDE_KEPT = simple_case(
+    6, "bf16", bucket_nbytes=1600, side_layers=SIDE_LAYERS, world_size=2, offload_fraction=0.0
+)
 # Without a bucket between, none but the copy itself says that a slot is free.
 PASSED_BY = Case(
     layers=tuple(((300, "bf16"),) for _ in range(6)),
@@ -115,9 +123,9 @@ def backward_begun_before_all_is_settled(simulation: Simulation, patch: Patch) -
     reduction = simulation.core.reduction
     ready = reduction.gradients_ready
 
-    def hasty(parameters: Any) -> None:
+    def hasty(parameters: Any, stream: Any) -> None:
         reduction._begun = True
-        ready(parameters)
+        ready(parameters, stream)
 
     patch.setattr(reduction, "gradients_ready", hasty)
 
@@ -125,6 +133,30 @@ def backward_begun_before_all_is_settled(simulation: Simulation, patch: Patch) -
 def step_begun_before_all_is_settled(simulation: Simulation, patch: Patch) -> None:
     backward_begun_before_all_is_settled(simulation, patch)
     patch.setattr(simulation.core.executor, "finish_updates", lambda: None)
+
+
+def gradients_of_one_stream_alone_waited_for(simulation: Simulation, patch: Patch) -> None:
+    patch.setattr(simulation.core.stream_waits, "wait_for_gradients", lambda *_: None)
+
+
+def gradients_freed_to_another_stream_before_they_are_read(
+    simulation: Simulation, patch: Patch
+) -> None:
+    # A property of the class: what the instance notes then has no effect.
+    never = property(lambda self: False, lambda self, value: None)
+    patch.setattr(SimulatedStreams, "_has_several", never, raising=False)
+
+
+def slot_used_by_two_streams_at_once(simulation: Simulation, patch: Patch) -> None:
+    patch.setattr(
+        SimulatedStreams,
+        "_enter",
+        lambda self, lane: self._own.get(lane) or self._current_stream(),
+    )
+
+
+def parameters_waited_for_by_one_stream_alone(simulation: Simulation, patch: Patch) -> None:
+    patch.setattr(simulation.core.executor, "_wait_on_other_streams", lambda buckets: None)
 
 
 BUGS: list[tuple[Callable[[Simulation, Patch], None], Case]] = [
@@ -140,6 +172,11 @@ BUGS: list[tuple[Callable[[Simulation, Patch], None], Case]] = [
     (look_ahead_to_an_update_that_is_not_over, TWO),
     (backward_begun_before_all_is_settled, TWO),
     (step_begun_before_all_is_settled, ALONE),
+    (gradients_of_one_stream_alone_waited_for, BESIDE),
+    (gradients_of_one_stream_alone_waited_for, BESIDE_TWO),
+    (gradients_freed_to_another_stream_before_they_are_read, BESIDE_KEPT),
+    (slot_used_by_two_streams_at_once, replace(BESIDE_KEPT, bucket_nbytes=100)),
+    (parameters_waited_for_by_one_stream_alone, BESIDE),
 ]
 
 

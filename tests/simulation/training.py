@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,6 +46,14 @@ class Device(Protocol):
         """Return a gradient that has, or will have, these values."""
         ...
 
+    def both_streams(self) -> AbstractContextManager[None]:
+        """Run a forward or a backward, of which parts may be on a second stream."""
+        ...
+
+    def enter(self, layer: int) -> None:
+        """Hear which layer comes next."""
+        ...
+
     def step_over(self) -> None:
         """Hear that a step has been taken."""
         ...
@@ -57,10 +66,14 @@ def train(case: Case, core: ShardedAdam, parameters: list[torch.nn.Parameter], o
         for _ in range(2 if step.drops else 1):
             core.reduction.reset()
             for round_, layers in enumerate(step.rounds):
-                _forward(case, core, on, layers)
-                _backward(case, core, parameters, on, layers, (number, round_))
+                with on.both_streams():
+                    _forward(case, core, on, layers)
+                with on.both_streams():
+                    _backward(case, core, parameters, on, layers, (number, round_))
+                core.reduction.backward_ended()
         if step.evaluates:
-            _forward(case, core, on, step.rounds[0])
+            with on.both_streams():
+                _forward(case, core, on, step.rounds[0])
         with torch.no_grad():
             report = core.step(StepInputs([HYPER], max_norm=case.max_norm))
         reports.append((report.skipped, report.clip_factor))
@@ -78,6 +91,7 @@ def _buckets(core: ShardedAdam, parameters: Sequence[int]) -> list[BucketState]:
 
 def _forward(case: Case, core: ShardedAdam, on: Device, layers: Sequence[int]) -> None:
     for layer in layers:
+        on.enter(layer)
         used = _buckets(core, case.members(layer))
         core.executor.wait_for_buckets([state.layout.index for state in used])
         on.read(used, f"forward of layer {layer}")
@@ -92,14 +106,15 @@ def _backward(
     place: tuple[int, int],
 ) -> None:
     for layer in reversed(layers):
+        on.enter(layer)
         for index in reversed(case.members(layer)):
             values = case.gradient(*place, index)
             gradient = on.gradient(f"the gradient of parameter {index}", values)
             parameters[index].grad = gradient
             del gradient
-            core.reduction.gradients_ready([parameters[index]])
+            stream = core.stream_waits.current_stream(parameters[index].device)
+            core.reduction.gradients_ready([parameters[index]], stream)
         on.read(_buckets(core, case.members(layer)), f"backward of layer {layer}")
-    core.reduction.backward_ended()
 
 
 class _Host:
@@ -115,6 +130,12 @@ class _Host:
 
     def gradient(self, name: str, values: torch.Tensor) -> torch.Tensor:
         return values
+
+    def both_streams(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def enter(self, layer: int) -> None:
+        pass
 
     def step_over(self) -> None:
         self._outcome.weights.append([p.detach().clone() for p in self._parameters])

@@ -15,7 +15,7 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 
 import torch
 
@@ -76,6 +76,9 @@ class ThreadStreams:
             threading.Thread(target=_work, args=(jobs,), name=f"lane {name}", daemon=True).start()
             weakref.finalize(self, jobs.put, None)
 
+    def current(self) -> Hashable:
+        return Lane.COMPUTE
+
     def launch(
         self,
         lane: Lane,
@@ -94,7 +97,7 @@ class ThreadStreams:
         else:
             self._jobs[_THREADS[lane]].put(run)
 
-    def record(self, lane: Lane) -> Event:
+    def record(self, lane: Lane, *, on: Hashable = None) -> Event:
         event = ThreadEvent()
         if lane in _THREADS:
             self._jobs[_THREADS[lane]].put(event)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,10 +18,12 @@ class Sink:
 
     def __init__(self) -> None:
         self.arrived: list[int] = []
+        self.deliveries: list[tuple[int, Hashable]] = []
         self.inside = 0
         self.collided = False
 
-    def gradients_ready(self, parameters: Sequence[torch.Tensor]) -> None:
+    def gradients_ready(self, parameters: Sequence[torch.Tensor], stream: Hashable) -> None:
+        self.deliveries.append((len(parameters), stream))
         self.inside += 1
         self.collided |= self.inside > 1
         time.sleep(1e-4)
@@ -36,7 +39,7 @@ class Sink:
 
 def test_deliveries_of_several_threads_take_turns_and_none_is_lost() -> None:
     sink = Sink()
-    hooks = BackwardHooks(cast(Any, sink))
+    hooks = BackwardHooks(cast(Any, sink), lambda device: None)
     hooks._last_task = torch._C._current_graph_task_id()  # no backward is under way to enter
     parameters = [torch.zeros(1) for _ in range(200)]
 
@@ -51,3 +54,34 @@ def test_deliveries_of_several_threads_take_turns_and_none_is_lost() -> None:
         thread.join(60.0)
     assert not sink.collided
     assert sorted(sink.arrived) == sorted(map(id, parameters))
+
+
+def test_what_is_delivered_together_was_written_on_one_stream() -> None:
+    sink = Sink()
+    stream = ["main"]
+    hooks = BackwardHooks(cast(Any, sink), lambda device: stream[0])
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(80)]
+    hooks.attach(parameters)
+    # Every sixteenth delivers, and the last; between them, the streams take turns in tens.
+    ended = []
+    sink.backward_ended = lambda: ended.append(True)  # type: ignore[method-assign]
+
+    def loss() -> torch.Tensor:
+        total = torch.zeros(())
+        for parameter in reversed(parameters):
+            total = total + parameter.sum()
+        return total
+
+    numbers = {id(parameter): number for number, parameter in enumerate(parameters)}
+    for parameter in parameters:
+        hook = partial(_change, stream, numbers[id(parameter)] // 10 % 2)
+        parameter.register_hook(hook)
+    loss().backward()
+    assert ended == [True]
+    assert sink.arrived == [id(parameter) for parameter in parameters]
+    written = [name for number, name in sink.deliveries for _ in range(number)]
+    assert written == (["main"] * 10 + ["side"] * 10) * 4
+
+
+def _change(stream: list[str], which: int, gradient: torch.Tensor) -> None:
+    stream[0] = ("main", "side")[which]

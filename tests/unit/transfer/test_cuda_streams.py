@@ -18,6 +18,7 @@ from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.schedule import Lane
 from offload_adam.transfer import collectives
 from offload_adam.transfer.collectives import Collectives
+from offload_adam.transfer.stream_waits import StreamWaits
 from offload_adam.transfer.streams import CudaStreams
 
 
@@ -44,8 +45,9 @@ class FakeStream:
 
     made = 0
 
-    def __init__(self, device: Any = None, name: str | None = None) -> None:
+    def __init__(self, device: Any = None, name: str | None = None, priority: int = 0) -> None:
         FakeStream.made += 1
+        self.priority = priority
         self.name = name or f"stream {FakeStream.made}"
         self.waits: list[FakeEvent] = []
 
@@ -101,6 +103,73 @@ def test_each_lane_has_a_stream_and_the_models_lane_is_the_current_one(cuda: Fak
     assert cuda.current.name == "the model's"
     for lane, name in used.items():
         assert cast(FakeEvent, streams.record(lane)).recorded_on == name
+
+
+def test_only_collectives_have_priority(cuda: FakeCuda) -> None:
+    streams = CudaStreams(DEVICE)
+    priorities = {lane: cast(Any, stream).priority for lane, stream in streams._own.items()}
+    assert priorities == {Lane.REDUCE: -1, Lane.GATHER: -1, Lane.D2H: 0, Lane.H2D: 0}
+
+
+def test_the_next_current_stream_waits_for_what_was_launched_on_the_last_one(
+    cuda: FakeCuda,
+) -> None:
+    streams = CudaStreams(DEVICE)
+    side = FakeStream(name="side")
+    streams.launch(Lane.COMPUTE, lambda: None)
+    streams.launch(Lane.COMPUTE, lambda: None)
+    assert cuda.current.waits == []
+    with cuda.stream(side):
+        streams.launch(Lane.COMPUTE, lambda: None)
+        streams.launch(Lane.COMPUTE, lambda: None)
+    assert [event.recorded_on for event in side.waits] == ["the model's"]
+
+
+def test_what_the_model_reads_is_held_once_it_runs_on_two_streams(cuda: FakeCuda) -> None:
+    streams = CudaStreams(DEVICE)
+
+    def is_held() -> tuple[bool, FakeEvent]:
+        tensor = torch.ones(3)
+        alive = weakref.ref(tensor)
+        streams.launch(Lane.COMPUTE, lambda: None, reads=[tensor])
+        del tensor
+        event = cast(FakeEvent, streams.record(Lane.COMPUTE))
+        gc.collect()
+        return alive() is not None, event
+
+    assert is_held()[0] is False
+    with cuda.stream(FakeStream(name="side")):
+        streams.current()
+    held, event = is_held()
+    assert held
+    event.happened = True
+    streams.record(Lane.H2D)
+    assert not any(streams._held.values())
+
+
+def test_gradients_of_other_streams_are_waited_for_and_held(cuda: FakeCuda) -> None:
+    waits = StreamWaits(RankGroup(), CudaStreams)
+    waits.use_schedule(waits.schedule, {0: DEVICE, 1: DEVICE})
+    side, gradient = FakeStream(name="side"), torch.ones(3)
+    waits.gradients_written(0, waits.current_stream(DEVICE))
+    waits.gradients_written(1, waits.current_stream(DEVICE))
+    with cuda.stream(side):
+        waits.gradients_written(0, waits.current_stream(DEVICE))
+    waits.wait_for_gradients(1, [gradient])
+    assert cuda.current.waits == []
+    waits.wait_for_gradients(0, [gradient, None])
+    assert [event.recorded_on for event in cuda.current.waits] == ["side"]
+    alive = weakref.ref(gradient)
+    del gradient
+    event = cast(FakeEvent, waits.streams_of(0).record(Lane.COMPUTE))
+    gc.collect()
+    assert alive() is not None
+    event.happened = True
+    waits.streams_of(0).record(Lane.COMPUTE)
+    gc.collect()
+    assert alive() is None
+    waits.wait_for_gradients(0, [])  # once is enough
+    assert len(cuda.current.waits) == 1
 
 
 def test_a_wait_is_stream_on_stream_and_a_synchronize_blocks_without_spinning(
