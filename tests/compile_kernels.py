@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 
-from offload_adam.kernels import adam, norm, sparse
+from offload_adam.kernels import adam, fold, norm, sparse
 from offload_adam.kernels.formats import FloatFormat
 
 PARAM_FORMATS = (None, FloatFormat.BFLOAT16, FloatFormat.FLOAT16)
@@ -25,11 +25,13 @@ def compile_updates() -> None:
 
 
 def compile_others() -> None:
-    """Compile the norm and the lazy update for all formats."""
+    """Compile the norm, the lazy update and the fold for all formats."""
     for source in FloatFormat:
         norm.compile_kernel(source)
     for source, param_format in itertools.product(FloatFormat, PARAM_FORMATS):
         sparse.compile_kernel(source, param_format)
+    for target, source in itertools.product(FloatFormat, FloatFormat):
+        fold.compile_kernel(target, source)
 
 
 def main() -> None:

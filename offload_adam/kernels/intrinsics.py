@@ -118,6 +118,22 @@ def round_for(typingctx: Any, array: Any, value: Any) -> Any:
 
 
 @intrinsic
+def cast_for(typingctx: Any, array: Any, carried: Any) -> Any:
+    """Return a carried element in the format of the array's elements.
+
+    Where the formats are the same, its bits are the same, also those of a NaN.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if array.dtype == carried:
+            return arguments[1]
+        vectors = Vectors(builder, 1)
+        return vectors.round(vectors.widen(arguments[1], carried), array.dtype)
+
+    return array.dtype(array, carried), codegen
+
+
+@intrinsic
 def block_sum_of_squares(typingctx: Any, array: Any, start: Any) -> Any:
     """Return the sum of squares of 128 elements in float64, in one order on every machine.
 

@@ -1,5 +1,6 @@
 """One bucket's work where its state is in host memory: block sums, then the fused update.
 
+fold              before both: gradients that are cast or added on their way to the shard
 sum_of_squares    before the agreement: one launch for each gradient dtype
 update            after it: plain gradients in one launch for each dtype, then, one parameter
                   after the other, those that need their whole gradient (see `gradients.whole`)
@@ -57,9 +58,11 @@ class HostUpdate:
         torch.set_num_threads(num_torch_threads)
         # Numba takes longer to import than the rest of the package: it is loaded with the first
         # optimizer, not with `import offload_adam`.
-        from offload_adam.kernels import adam, first_touch, norm, sparse
+        from offload_adam.kernels import adam, first_touch, fold, norm, sparse
 
         self._adam, self._first_touch, self._norm, self._sparse = adam, first_touch, norm, sparse
+        self._fold = fold
+        self._folds: set[tuple[torch.dtype, torch.dtype]] = set()
         self._block_sums = np.zeros(0, dtype=np.float64)
         self._whole_gradient = torch.zeros(0, dtype=torch.float32, device="cpu")
 
@@ -84,6 +87,10 @@ class HostUpdate:
             gradient_format = FORMATS[state.dtype if shard is None else shard.dtype]
             self._norm.compile_kernel(gradient_format)
             self._compile_update(state, gradient_format)
+            # Gradients that are copied straight into the shard are not folded.
+            if shard is not None and state.plan.is_offloaded and not state.plan.copies_straight:
+                self._fold.compile_kernel(gradient_format, FORMATS[state.gradient_dtype])
+                self._folds.add((shard.dtype, state.gradient_dtype))
             self._allocate_whole(state, state.centralized)
             if state.layout.num_blocks > self._block_sums.size:
                 self._block_sums = np.zeros(state.layout.num_blocks, dtype=np.float64)
@@ -107,6 +114,24 @@ class HostUpdate:
     def _compile_update(self, state: BucketState, gradient_format: FloatFormat) -> None:
         amsgrad = state.planes.max_exp_avg_sq is not None
         self._adam.compile_kernel(gradient_format, _param_format(state), amsgrad)
+
+    def fold(self, shard: torch.Tensor, source: torch.Tensor, *, adds: bool) -> None:
+        """Copy gradients to a part of a gradient shard, or add them; the bits are torch's.
+
+        Dtypes that no bucket has, as of gradients set by hand, go through torch, on one thread
+        under torchrun: compiling a kernel would stop the step for seconds.
+
+        Args:
+            shard: (n,) contiguous, on the host.
+            source: (n,) contiguous, on the host, in any dtype.
+            adds: add to `shard` instead of writing over it.
+        """
+        if (shard.dtype, source.dtype) not in self._folds:
+            shard.add_(source) if adds else shard.copy_(source)
+            return
+        with _launching:
+            num_pieces = self._use_threads(shard.numel())
+            self._fold.fold(bits_of(shard), bits_of(source), num_pieces, adds=adds)
 
     def sum_of_squares(self, state: BucketState, gradients: BucketGradients) -> float:
         """Return the float64 sum of squares of this shard's gradients, not finite if one is."""

@@ -16,7 +16,7 @@ import pytest
 from filelock import FileLock
 from numba.core import caching
 
-from offload_adam.kernels import adam, adam_plain, compilation, norm
+from offload_adam.kernels import adam, adam_plain, compilation, fold, norm
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.intrinsics import block_sum_of_squares
 from tests.unit.kernel_subprocess import CHECKOUT, ONE_UPDATE, run_python
@@ -103,7 +103,7 @@ def test_a_slow_compilation_is_announced(
 
 def test_inner_functions_have_no_cache_of_their_own() -> None:
     # Its key is their own file, so it would outlive a change in the intrinsics that they inline.
-    for function in (adam.update_range, norm.sum_range):
+    for function in (adam.update_range, fold.add_range, fold.copy_range, norm.sum_range):
         assert isinstance(function._cache, caching.NullCache)
 
 
@@ -178,3 +178,12 @@ def test_the_block_sum_vectorises() -> None:
     compilation.compile_now(kernel, (FloatFormat.BFLOAT16.dtype_tag(),), "norm")
     (assembly,) = kernel.inspect_asm().values()
     assert vector_instructions(assembly, "vmulpd") + vector_instructions(assembly, "vfmadd.*pd") > 0
+
+
+@pytest.mark.skipif(not has_avx2, reason="looks for AVX2's instructions")
+def test_the_fold_vectorises() -> None:
+    kernel = compilation.inner(fold.add_range.py_func)
+    arguments = (FloatFormat.FLOAT32.dtype_tag(), FloatFormat.BFLOAT16.dtype_tag())
+    compilation.compile_now(kernel, arguments, "fold")
+    (assembly,) = kernel.inspect_asm().values()
+    assert vector_instructions(assembly, "vaddps") > 0
