@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.gradients.segments import BucketGradients
+from offload_adam.layout.budget import NUM_FOLD_BUFFERS
 from offload_adam.layout.schedule import Lane, Operation
 from offload_adam.memory.arena import HostArena, padded_nbytes
 from offload_adam.params.bucket import BucketState
@@ -21,6 +21,12 @@ from offload_adam.torch_private import foreach_copy
 from offload_adam.transfer.collectives import Collectives, PendingCollective
 from offload_adam.transfer.slots import Rings, SlotPool
 from offload_adam.transfer.stream_waits import StreamWaits
+
+
+class Fold(Protocol):
+    """Copies gradients to a part of a shard in host memory, or adds them there."""
+
+    def __call__(self, shard: torch.Tensor, source: torch.Tensor, *, adds: bool) -> None: ...
 
 
 class Piece(NamedTuple):
@@ -42,7 +48,9 @@ class GradientCopy:
     complete: the pieces cover the whole shard, with zeros for missing gradients.
     pending: the reduction whose result the pieces are; `pooled_slot` is its memory, if a pool gave
         it.
-    is_issued: the D2H copies have been issued.
+    is_straight: the D2H copies go into the shard itself.
+    is_issued: they have been issued.
+    through: the host buffer that they fill otherwise.
     """
 
     state: BucketState
@@ -51,20 +59,26 @@ class GradientCopy:
     complete: bool
     pending: PendingCollective | None = None
     pooled_slot: torch.Tensor | None = None
+    is_straight: bool = False
     is_issued: bool = False
+    through: torch.Tensor | None = None
 
 
 class GradientTransfer:
     """Moves gradients from where autograd left them to gradient shards, a bucket at a time.
 
-    `pack_and_reduce` packs a bucket into a slot and averages it there; where nothing is averaged,
-    `take_segments` takes this rank's own segments. Either returns a `GradientCopy`, which
-    `start_copy` and `finish_copy` bring to the shard. The D2H copy targets the shard if the dtypes
-    match, nothing is added, and the shard is page-locked: `start_copy` issues it. Otherwise it
-    targets a host buffer: `finish_copy` issues it, and then casts or adds.
+    `pack` packs a bucket into a slot, and starts its mean over the ranks; `take_segments` takes
+    this rank's own segments from where they are. Either returns a `GradientCopy`, which is brought
+    to the shard by `start_copy`, `begin_copy` and `finish_copy`. The D2H copy targets the shard if
+    the dtypes match, nothing is added, and the shard is page-locked: `start_copy` issues it.
+    Otherwise it targets a host buffer: `begin_copy` issues it, and `finish_copy` casts or adds.
 
-    Owns: the slots in which buckets in host memory are reduced, and one host buffer for each dtype
-        of gradients that cannot be copied straight.
+    Attributes:
+        fold: set with the first bucket whose state is in host memory.
+
+    Owns: the slots in which buckets in host memory are reduced, and two host buffers for each dtype
+        of gradients that cannot be copied straight. They are used in turn: one copy may have begun
+        while the one before it is finished.
     """
 
     def __init__(
@@ -78,7 +92,7 @@ class GradientTransfer:
         """Begin without slots and buffers.
 
         Args:
-            rings: own the slots in which buckets on a device are reduced.
+            rings: own the slots into which buckets on a device are packed.
             make_arena: allocates host memory of so many bytes for a buffer.
         """
         self._ranks = ranks
@@ -86,9 +100,11 @@ class GradientTransfer:
         self._stream_waits = stream_waits
         self._rings = rings
         self.slots = SlotPool()
+        self.fold: Fold | None = None
         self._make_arena = make_arena
-        self._buffers: dict[torch.dtype, torch.Tensor] = {}
+        self._buffers: dict[torch.dtype, list[torch.Tensor]] = {}
         self._arenas: dict[torch.dtype, HostArena] = {}
+        self._num_begun = 0
 
     @property
     def host_nbytes(self) -> int:
@@ -97,26 +113,24 @@ class GradientTransfer:
 
     @property
     def slot_nbytes(self) -> Mapping[torch.device, int]:
-        """Bytes of the slots in which gradients are reduced, by device."""
+        """Bytes of the slots into which gradients are packed, by device."""
         return Counter(self.slots.nbytes) + Counter(self._rings.reduction_nbytes)
 
-    def allocate(self, state: BucketState) -> None:
-        """Allocate the slots and the buffer that this bucket needs. Nothing is under way."""
-        plan, bucket = state.plan, state.layout
-        if plan.uses_ring:
-            self._rings.fit_reduction(
-                bucket.bucket_key, state.gradient_dtype, state.device, bucket.numel
-            )
-        elif plan.gradient.averaged:
-            self.slots.reserve(bucket.numel, state.gradient_dtype, state.device)
-        if plan.is_offloaded and not plan.copies_straight:
-            self._buffer(state.gradient_dtype, bucket.shard_numel, self._make_arena)
+    def allocate(self, states: Sequence[BucketState]) -> None:
+        """Allocate the slots and the buffers that these buckets need. Nothing is under way."""
+        # The largest first: what is too small for the next one is allocated, and pinned, again.
+        for state in sorted(states, key=lambda state: -state.layout.numel):
+            plan, bucket = state.plan, state.layout
+            if plan.uses_ring:
+                self._rings.fit_reduction(
+                    bucket.bucket_key, state.gradient_dtype, state.device, bucket.numel
+                )
+            elif plan.gradient.averaged:
+                self.slots.reserve(bucket.numel, state.gradient_dtype, state.device)
+            if plan.is_offloaded and not plan.copies_straight:
+                self._fit_buffers(state.gradient_dtype, bucket.shard_numel, self._make_arena)
 
-    def mark_written(self, number: int) -> None:
-        """Record on the compute stream that backward has written a bucket's gradients."""
-        self._stream_waits.record(Operation.GRADIENT, number)
-
-    def pack_and_reduce(
+    def pack(
         self,
         state: BucketState,
         tensors: Sequence[torch.Tensor | None],
@@ -124,7 +138,7 @@ class GradientTransfer:
         *,
         adds: bool,
     ) -> GradientCopy:
-        """Pack a bucket's gradients into a slot and start their mean over the ranks.
+        """Pack a bucket's gradients into a slot, and start their mean if ranks average them.
 
         Args:
             tensors: one for each parameter; None, which counts zeros, where there is none.
@@ -151,6 +165,8 @@ class GradientTransfer:
         with span("pack", number):
             # Waits for the D2H copy of the bucket that had this slot of the ring before.
             self._stream_waits.run(Operation.PACK, number, pack, reads=sources, writes=[slot])
+        if not state.plan.gradient.averaged:
+            return GradientCopy(state, gradients, [Piece(slot, 0, adds)], complete=True)
         self._stream_waits.wait_before(Operation.REDUCE, number)
         streams = self._stream_waits.streams_of(number)
         pending = self._collectives.mean(streams, slot, state.layout.shard_bounds(state.rank))
@@ -159,7 +175,7 @@ class GradientTransfer:
         return GradientCopy(state, gradients, pieces, True, pending, pooled)
 
     def _acquire_slot(self, state: BucketState) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return memory for a bucket's reduction, and what of it goes back to the pool."""
+        """Return memory to pack a bucket into, and what of it goes back to the pool."""
         bucket = state.layout
         if state.plan.uses_ring:
             slot_number = self._stream_waits.schedule.reduce_slots[bucket.index]
@@ -167,8 +183,8 @@ class GradientTransfer:
         slot = self.slots.acquire(bucket.numel, state.gradient_dtype, state.device)
         return slot, slot
 
-    def skip_reduction(self, state: BucketState) -> None:
-        """Record a D2H event for a bucket that is not reduced: the next user of its slot waits."""
+    def pass_by(self, state: BucketState) -> None:
+        """Record a D2H event for a bucket that is not packed: the next user of its slot waits."""
         if state.plan.uses_ring:
             self._stream_waits.record(Operation.COPY_D2H, state.layout.index)
 
@@ -178,7 +194,7 @@ class GradientTransfer:
         tensors: Sequence[torch.Tensor | None],
         gradients: BucketGradients,
     ) -> GradientCopy | None:
-        """Return the copy of this rank's segments of gradients that need no reduction, if any.
+        """Return the copy of this rank's segments of gradients that are not packed, if any.
 
         Args:
             tensors: one for each parameter, None where there is none.
@@ -192,7 +208,9 @@ class GradientTransfer:
                 pieces.append(Piece(source, shard_start, bool(gradients.dense[position])))
         if not pieces:
             return None
-        self.mark_written(state.layout.index)
+        # Whoever waits until they are packed waits until they are written.
+        written = Operation.PACK if state.plan.packs else Operation.GRADIENT
+        self._stream_waits.record(written, state.layout.index)
         return GradientCopy(state, gradients, pieces, complete=False)
 
     def start_copy(self, copy: GradientCopy) -> None:
@@ -206,7 +224,12 @@ class GradientTransfer:
             and state.plan.pinned
             and not any(piece.adds or piece.source.dtype != shard.dtype for piece in copy.pieces)
         ):
+            copy.is_straight = True
             self._issue(copy, shard)
+
+    def goes_through_buffer(self, copy: GradientCopy) -> bool:
+        """Tell whether a copy that has started is cast or added to the shard by the host."""
+        return copy.state.plan.is_offloaded and not copy.is_straight
 
     def has_arrived(self, copy: GradientCopy) -> bool:
         """Tell, without waiting, whether `finish_copy` would return at once.
@@ -225,8 +248,24 @@ class GradientTransfer:
         on_stream = copy.pending is None or copy.pending.work is None
         return on_stream and not copy.state.plan.location.is_host
 
+    def begin_copy(self, copy: GradientCopy) -> None:
+        """Issue the D2H copy if it goes through a host buffer. Never waits.
+
+        One thread begins and finishes all copies, in order, and begins one ahead at most.
+        """
+        if not self.goes_through_buffer(copy) or copy.is_issued:
+            return
+        dtypes = {piece.source.dtype for piece in copy.pieces}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        # Where none was allocated, as for gradients set by hand, it is not page-locked: CUDA may
+        # deadlock with a collective that is under way.
+        self._fit_buffers(dtype, copy.state.layout.shard_numel, HostArena)
+        copy.through = self._buffers[dtype][self._num_begun % NUM_FOLD_BUFFERS]
+        self._num_begun += 1
+        self._issue(copy, copy.through)
+
     def finish_copy(self, copy: GradientCopy) -> None:
-        """Block until the gradients are in the shard. One thread finishes all copies, in order."""
+        """Block until the gradients are in the shard."""
         state = copy.state
         number = state.layout.index
         shard = state.planes.gradient_shard
@@ -235,24 +274,11 @@ class GradientTransfer:
             with span("reduce", number):
                 copy.pending.wait(self._ranks)
         with span("D2H copy", number):
-            through = None
-            if state.plan.is_offloaded and not copy.is_issued:
-                dtypes = {piece.source.dtype for piece in copy.pieces}
-                dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-                # Where none was allocated, as for gradients set by hand, it is not page-locked:
-                # CUDA may deadlock with a collective that is under way.
-                through = self._buffer(dtype, shard.numel(), HostArena)
-                self._issue(copy, through)
+            self.begin_copy(copy)
             # On the host: until the D2H copy, or the reduction, is over.
             self._stream_waits.wait_before(Operation.SUM_SQUARES, number)
-            if not copy.is_issued or through is not None:
-                fold = partial(_fold, tuple(copy.pieces), shard, through)
-                if state.plan.location.is_host:
-                    fold()
-                else:
-                    streams = self._stream_waits.streams_of(number)
-                    sources = [piece.source for piece in copy.pieces]
-                    streams.launch(Lane.COMPUTE, fold, reads=sources, writes=[shard])
+            if not copy.is_straight:
+                self._fold(copy, shard)
         copy.gradients.set_shard(shard, complete=copy.complete)
         if copy.pooled_slot is not None:
             self.slots.release(copy.pooled_slot)
@@ -272,24 +298,34 @@ class GradientTransfer:
         self._stream_waits.run(Operation.COPY_D2H, number, issue, reads=sources, writes=[target])
         copy.is_issued = True
 
-    def _buffer(
+    def _fold(self, copy: GradientCopy, shard: torch.Tensor) -> None:
+        """Copy or add the pieces to the shard, out of the buffer that they came through, if any."""
+        pieces = list(copy.pieces)
+        if copy.state.plan.location.is_host:
+            assert self.fold is not None
+            for piece in pieces:
+                source = piece.source if copy.through is None else piece.of(copy.through)
+                self.fold(piece.of(shard), source, adds=piece.adds)
+            return
+
+        def fold() -> None:
+            for piece in pieces:
+                part = piece.of(shard)
+                part.add_(piece.source) if piece.adds else part.copy_(piece.source)
+
+        streams = self._stream_waits.streams_of(copy.state.layout.index)
+        sources = [piece.source for piece in pieces]
+        streams.launch(Lane.COMPUTE, fold, reads=sources, writes=[shard])
+
+    def _fit_buffers(
         self, dtype: torch.dtype, numel: int, make_arena: Callable[[int], HostArena]
-    ) -> torch.Tensor:
-        """Return a host buffer of at least so many elements, a new one where there is none."""
-        buffer = self._buffers.get(dtype)
-        if buffer is None or buffer.numel() < numel:
-            if dtype in self._arenas:
-                self._arenas[dtype].close()
-            arena = self._arenas[dtype] = make_arena(padded_nbytes(numel, dtype))
-            buffer = self._buffers[dtype] = arena.take(numel, dtype)
-        return buffer
-
-
-def _fold(pieces: Sequence[Piece], shard: torch.Tensor, through: torch.Tensor | None) -> None:
-    """Copy or add pieces to the shard, out of the buffer that they came through, if any."""
-    for piece in pieces:
-        source = piece.source if through is None else piece.of(through)
-        if piece.adds:
-            piece.of(shard).add_(source)
-        else:
-            piece.of(shard).copy_(source)
+    ) -> None:
+        """Make the host buffers of a dtype large enough for a shard."""
+        buffers = self._buffers.get(dtype)
+        if buffers is not None and buffers[0].numel() >= numel:
+            return
+        if dtype in self._arenas:
+            self._arenas[dtype].close()
+        arena = make_arena(NUM_FOLD_BUFFERS * padded_nbytes(numel, dtype))
+        self._arenas[dtype] = arena
+        self._buffers[dtype] = [arena.take(numel, dtype) for _ in range(NUM_FOLD_BUFFERS)]

@@ -12,6 +12,9 @@ BLOCK_SUM_NBYTES = 8
 NUM_STAGING_SLOTS = 2
 """Host slots for updated parameters: the kernel writes one while the other is copied."""
 
+NUM_FOLD_BUFFERS = 2
+"""Host buffers for gradients that are cast or added: one is read while a copy fills the other."""
+
 NUM_REDUCE_SLOTS = 3
 """Slots on a device for gradients: one is packed, one averaged, and one is copied to the host."""
 
@@ -34,7 +37,7 @@ CHECKPOINT_BLOCK_NBYTES = 4 * 1024 * 1024
 class Category:
     """What memory is for, in the ledger, the plan and reports; a plane of state has torch's key.
 
-    slots: buffers in which gradients are averaged. staging: buffers of copies between host and
+    slots: where gradients are packed and averaged. staging: buffers of copies between host and
     device. prepared: a gradient that the kernel reads in another form. snapshot buffer: copies for
     a checkpoint in the background. state: all planes in host memory together. Plain strings,
     because users see them as keys.

@@ -44,7 +44,7 @@ class Operation(Enum):
     """One kind of work on one bucket.
 
     GRADIENT: backward writes the gradients, as autograd left them.
-    PACK: they are copied, end to end, into a slot of the reduction.
+    PACK: they are copied, end to end, into a slot on their device.
     REDUCE: the slot is averaged over the ranks.
     COPY_D2H: this rank's shard of them is copied to the host.
     SUM_SQUARES: its block sums are taken.
@@ -187,10 +187,12 @@ def _tasks_before_agreement(
     number = plan.bucket.index
     tasks: list[tuple[Operation, list[Task]]] = [(Operation.GRADIENT, [])]
     source = Task(Operation.GRADIENT, number)
-    if plan.gradient.averaged:
+    if plan.packs:
         emptied = [] if earlier is None else [Task(Operation.COPY_D2H, earlier)]
         tasks.append((Operation.PACK, emptied))
-        tasks.append((Operation.REDUCE, [Task(Operation.PACK, number)]))
+        source = Task(Operation.PACK, number)
+    if plan.gradient.averaged:
+        tasks.append((Operation.REDUCE, [source]))
         source = Task(Operation.REDUCE, number)
     if plan.is_offloaded:
         tasks.append((Operation.COPY_D2H, [source]))

@@ -54,6 +54,7 @@ class StatePolicy:
     reduces: this package averages the gradients over the ranks.
     accumulates: several backwards of a step add up in the gradient shard, in fp32.
     reduces_in_fp32: 16-bit gradients are averaged in fp32.
+    streams: gradients leave `.grad` during backward.
     replicated: state is stored where its parameter is, whole on every rank.
     offload_fraction: smallest fraction of the elements on a device whose state is on the host.
     pins_state, pins_staging: host state, and the buffers of copies, are page-locked.
@@ -64,6 +65,7 @@ class StatePolicy:
     reduces: bool = True
     accumulates: bool = False
     reduces_in_fp32: bool = False
+    streams: bool = False
     replicated: bool = False
     offload_fraction: float = 1.0
     pins_state: bool = True
@@ -78,6 +80,7 @@ class StatePolicy:
         reduces: bool,
         accumulates: bool,
         reduces_in_fp32: bool,
+        streams: bool,
         replicated: bool,
     ) -> StatePolicy:
         """Return the policy for these options."""
@@ -87,6 +90,7 @@ class StatePolicy:
             reduces=reduces,
             accumulates=accumulates,
             reduces_in_fp32=reduces_in_fp32,
+            streams=streams,
             replicated=replicated,
             offload_fraction=offload.offload_fraction,
             pins_state=offload.pin == "all",
@@ -129,6 +133,7 @@ class GradientPlan:
     """How the gradients of one bucket get from autograd to the update.
 
     averaged: over the ranks, by this package.
+    streams: they leave `.grad` during backward.
     itemsize: bytes an element while they are averaged and copied.
     shard_itemsize: bytes an element of this rank's gradient shard, which is kept for the update; 0
         where gradients are read where autograd left them.
@@ -136,6 +141,7 @@ class GradientPlan:
     """
 
     averaged: bool
+    streams: bool
     itemsize: int
     shard_itemsize: int
     accumulates: bool
@@ -183,12 +189,20 @@ class StatePlan:
 
     @property
     def uses_ring(self) -> bool:
-        """Whether gradients are averaged in a slot of a ring, and not of a pool that grows.
+        """Whether gradients are packed into a slot of a ring, and not of a pool that grows.
 
         A slot of a ring is emptied by a copy that is issued at once: the next bucket that uses the
-        slot could not wait for any other.
+        slot could not wait for any other. Gradients that nobody averages go through a ring, too,
+        where they leave during backward: their memory is free for backward once they are packed,
+        and what is on its way to the host is no more than the slots, however slow the bus is.
         """
-        return self.gradient.averaged and self.copies_straight
+        gradient = self.gradient
+        return self.copies_straight and (gradient.averaged or gradient.streams)
+
+    @property
+    def packs(self) -> bool:
+        """Whether gradients are copied, end to end, into a slot of a ring or a pool."""
+        return self.gradient.averaged or self.uses_ring
 
     @property
     def stages_parameters(self) -> bool:
@@ -268,6 +282,7 @@ def _location_of(bucket: Bucket, policy: StatePolicy, stays: bool) -> StateLocat
 
 def _gradient_plan(bucket: Bucket, location: StateLocation, policy: StatePolicy) -> GradientPlan:
     averaged = policy.averages and bucket.numel > 0
+    streams = policy.streams and bucket.numel > 0
     itemsize = FLOAT32_NBYTES if policy.averages and policy.reduces_in_fp32 else bucket.itemsize
     if policy.accumulates:
         shard_itemsize = FLOAT32_NBYTES
@@ -275,4 +290,4 @@ def _gradient_plan(bucket: Bucket, location: StateLocation, policy: StatePolicy)
         shard_itemsize = itemsize
     else:
         shard_itemsize = 0
-    return GradientPlan(averaged, itemsize, shard_itemsize, policy.accumulates)
+    return GradientPlan(averaged, streams, itemsize, shard_itemsize, policy.accumulates)

@@ -78,6 +78,7 @@ class Training:
             reduces=self.reduces,
             accumulates=self.accumulates,
             reduces_in_fp32=self.reduce_fp32,
+            streams=self.streams and self.reduces and not self.replicated,
             replicated=self.replicated,
         )
         return plan_state(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from offload_adam.layout.budget import (
     CHECKPOINT_BLOCK_NBYTES,
+    NUM_FOLD_BUFFERS,
     NUM_REDUCE_SLOTS,
     NUM_SLOTS_IN_FLIGHT,
     NUM_STAGING_SLOTS,
@@ -65,9 +66,9 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
     host[Category.STAGING] = NUM_STAGING_SLOTS * sum(
         _largest(staged, lambda plan: plan.bucket.shard_numel * plan.bucket.itemsize).values()
     )
-    # Gradients that cannot be copied straight into their shard go through a buffer.
+    # Gradients that cannot be copied straight into their shard go through buffers.
     buffered = [plan for plan in plans if plan.is_offloaded and not plan.copies_straight]
-    host[Category.STAGING] += sum(
+    host[Category.STAGING] += NUM_FOLD_BUFFERS * sum(
         _largest(buffered, lambda plan: plan.bucket.shard_numel * plan.gradient.itemsize).values()
     )
     host[Category.SNAPSHOT_BUFFER] = snapshot_buffer_nbytes(
@@ -91,7 +92,7 @@ def _gradients(plans: Sequence[StatePlan], training: Training) -> int:
 
 
 def _slots(plans: Sequence[StatePlan]) -> int:
-    """Return the bytes of the slots in which gradients are averaged: rings, and a pool."""
+    """Return the bytes of the slots into which gradients are packed: rings, and a pool."""
     ring = _largest([plan for plan in plans if plan.uses_ring], _slot_nbytes)
     pooled = [plan for plan in plans if plan.gradient.averaged and not plan.uses_ring]
     pool = _largest(pooled, _slot_nbytes)

@@ -66,6 +66,7 @@ def decide_execution(
         reduces=reduces,
         accumulates=options.accumulate is not None,
         reduces_in_fp32=options.reduce_dtype is not None,
+        streams=streams,
         replicated=replicated,
     )
     _warn_of_fraction_without_effect(policy, any(on_device))

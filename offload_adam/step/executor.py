@@ -22,7 +22,7 @@ from offload_adam.coordinator.waiting import SLICE_S
 from offload_adam.errors import UnreadyParameterError
 from offload_adam.gradients.gradient_transfer import GradientCopy, GradientTransfer
 from offload_adam.gradients.segments import BucketGradients
-from offload_adam.layout.budget import NUM_SLOTS_IN_FLIGHT
+from offload_adam.layout.budget import NUM_REDUCE_SLOTS, NUM_SLOTS_IN_FLIGHT
 from offload_adam.layout.schedule import Operation, Task
 from offload_adam.params.bucket import BucketState
 from offload_adam.spans import Spans, span
@@ -94,6 +94,8 @@ class Executor:
         self._arrived = arrived
         self._copies: deque[GradientCopy] = deque()  # those that the calling thread finishes
         self._copy_jobs: deque[Job] = deque()
+        self._begun: GradientCopy | None = None  # the copy that the worker finishes next
+        self._has_begun = False  # there may be one
         self._updates: dict[int, Job] = {}
         self._to_gather: deque[int] = deque()
         self._to_use: dict[int, int] = {}
@@ -109,20 +111,48 @@ class Executor:
     # Before the agreement.
 
     def start_copy(self, copy: GradientCopy) -> None:
-        """Start to copy a bucket's gradients to their shard. Never waits."""
+        """Start to copy a bucket's gradients to their shard.
+
+        Never waits for another rank, and in a world of one only where the host has fallen behind.
+        """
         self._transfer.start_copy(copy)
         if not self._runs_on_worker(copy.state):
             # The calling thread must not wait here: it finishes copies that have arrived.
             self._copies.append(copy)
             self._finish_own_copies(wait=False)
             return
-        number = copy.state.layout.index
+        what = f"the gradient copy of bucket {copy.state.layout.index}"
+        self._copy_jobs.append(self._submit(what, partial(self._advance, copy)))
+        self._has_begun |= self._transfer.goes_through_buffer(copy)
+        while self._waits_for_host_alone(copy) and len(self._copy_jobs) > NUM_REDUCE_SLOTS:
+            self._await(self._copy_jobs.popleft(), "reduce")
 
-        def finish() -> None:
+    def _waits_for_host_alone(self, copy: GradientCopy) -> bool:
+        """Tell whether a copy waits for nothing but this process's own host.
+
+        No stream can wait for the host to cast or add gradients. So backward must, or one that is
+        faster than the host would hold all of its gradients on the device.
+        """
+        return self._ranks.world_size == 1 and self._transfer.goes_through_buffer(copy)
+
+    def _advance(self, copy: GradientCopy | None) -> None:
+        """Begin a copy, and finish the one before it, so that both get on at once. By the worker.
+
+        Args:
+            copy: None if no other follows.
+        """
+        before, self._begun = self._begun, copy
+        if copy is not None:
+            self._transfer.begin_copy(copy)
+        self._finish(before)
+        if copy is not None and copy.through is None:  # nothing of it goes on by itself
+            self._begun = None
+            self._finish(copy)
+
+    def _finish(self, copy: GradientCopy | None) -> None:
+        if copy is not None:
             self._transfer.finish_copy(copy)
-            self._sum(number, copy.gradients)
-
-        self._copy_jobs.append(self._submit(f"the gradient copy of bucket {number}", finish))
+            self._sum(copy.state.layout.index, copy.gradients)
 
     def sum_local(self, number: int, gradients: BucketGradients) -> None:
         """Let a worker sum squares of gradients that stay where autograd left them. Never waits."""
@@ -136,6 +166,10 @@ class Executor:
 
     def finish_copies(self, *, wait: bool) -> None:
         """Finish, in order, the copies that have arrived; with `wait` all copies."""
+        if wait and self._has_begun:
+            self._has_begun = False
+            what = "the last gradient copy"
+            self._copy_jobs.append(self._submit(what, partial(self._advance, None)))
         while wait and self._copy_jobs:
             self._await(self._copy_jobs.popleft(), "reduce", needs_peers=True)
         self._finish_own_copies(wait=wait)
@@ -144,15 +178,23 @@ class Executor:
         while self._copies and (
             wait or self._transfer.has_arrived(self._copies[0]) or self._holds_too_many_slots()
         ):
-            self._transfer.finish_copy(self._copies.popleft())
+            copy = self._copies.popleft()
+            self._transfer.begin_copy(copy)
+            if self._copies:
+                self._transfer.begin_copy(self._copies[0])
+            self._transfer.finish_copy(copy)
 
     def _holds_too_many_slots(self) -> bool:
-        """Tell whether the compute stream must wait for the oldest copy, to free its slot.
+        """Tell whether the oldest copy must be waited for, to free its slot or its gradients.
 
-        Otherwise a reduction that is slower than backward would hold all gradients on the device.
+        Otherwise a reduction, or a fold, that is slower than backward would hold all gradients on
+        the device.
         """
+        oldest = self._copies[0]
+        if self._waits_for_host_alone(oldest):
+            return len(self._copies) > NUM_REDUCE_SLOTS
         too_many = len(self._copies) >= NUM_SLOTS_IN_FLIGHT
-        return too_many and self._transfer.waits_on_stream_alone(self._copies[0])
+        return too_many and self._transfer.waits_on_stream_alone(oldest)
 
     def sum_of_squares(self, gradients: Sequence[BucketGradients]) -> float:
         """Return this rank's sum of squares in float64.

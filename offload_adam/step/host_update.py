@@ -89,8 +89,9 @@ class HostUpdate:
             self._compile_update(state, gradient_format)
             # Gradients that are copied straight into the shard are not folded.
             if shard is not None and state.plan.is_offloaded and not state.plan.copies_straight:
-                self._fold.compile_kernel(gradient_format, FORMATS[state.gradient_dtype])
-                self._folds.add((shard.dtype, state.gradient_dtype))
+                self._compile_fold(shard.dtype, state.gradient_dtype)
+            if state.plan.stages_parameters and state.dtype == torch.float32:
+                self._compile_fold(torch.float32, torch.float32)
             self._allocate_whole(state, state.centralized)
             if state.layout.num_blocks > self._block_sums.size:
                 self._block_sums = np.zeros(state.layout.num_blocks, dtype=np.float64)
@@ -110,6 +111,10 @@ class HostUpdate:
             self._compile_update(state, FloatFormat.FLOAT32)
         if largest > self._whole_gradient.numel():
             self._whole_gradient = torch.zeros(largest, dtype=torch.float32, device="cpu")
+
+    def _compile_fold(self, target: torch.dtype, source: torch.dtype) -> None:
+        self._fold.compile_kernel(FORMATS[target], FORMATS[source])
+        self._folds.add((target, source))
 
     def _compile_update(self, state: BucketState, gradient_format: FloatFormat) -> None:
         amsgrad = state.planes.max_exp_avg_sq is not None

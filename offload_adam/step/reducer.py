@@ -11,7 +11,7 @@ import torch
 
 from offload_adam.coordinator.agreement import largest_on_any_rank
 from offload_adam.coordinator.ranks import RankGroup
-from offload_adam.gradients.gradient_transfer import GradientTransfer
+from offload_adam.gradients.gradient_transfer import GradientCopy, GradientTransfer
 from offload_adam.gradients.reader import GradientReader, LocalGradients
 from offload_adam.gradients.row_exchange import RowExchange
 from offload_adam.gradients.segments import BucketGradients
@@ -350,7 +350,7 @@ class GradientReduction:
             gradients.add_local(found)
             self._executor.sum_local(number, gradients)
         else:
-            self._copy_without_reduction(state, found.tensors)
+            self._copy_alone(state, found.tensors)
         if self._num_rounds > 0:  # an earlier round may have had other gradients
             self._readers[number].show_stand_ins(
                 [*np.flatnonzero(gradients.dense), *gradients.local_rows]
@@ -371,20 +371,24 @@ class GradientReduction:
         idle = self._rows is not None and self._rows.is_without_dense(state)
         self.gradients[number].mark_present(present)
         if state.layout.numel == 0 or idle:
-            self._transfer.skip_reduction(state)
+            self._transfer.pass_by(state)
             return
         adds = self._num_rounds > 0
-        copy = self._transfer.pack_and_reduce(state, gradients, self.gradients[number], adds=adds)
+        copy = self._transfer.pack(state, gradients, self.gradients[number], adds=adds)
         self._executor.start_copy(copy)
 
-    def _copy_without_reduction(
-        self, state: BucketState, gradients: list[torch.Tensor | None]
-    ) -> None:
+    def _copy_alone(self, state: BucketState, gradients: list[torch.Tensor | None]) -> None:
         """Copy (or add) this rank's segments of gradients that need no reduction."""
         given = self.gradients[state.layout.index]
-        copy = self._transfer.take_segments(state, gradients, given)
-        given.mark_present(
-            np.array([gradient is not None for gradient in gradients], dtype=np.bool_)
-        )
+        present = np.array([gradient is not None for gradient in gradients], dtype=np.bool_)
+        # A later round must not add a slot's zeros to what the shard had in the step before.
+        packs = state.plan.packs and self._num_rounds == 0
+        if packs and present.any():
+            copy: GradientCopy | None = self._transfer.pack(state, gradients, given, adds=False)
+        else:
+            copy = self._transfer.take_segments(state, gradients, given)
+        given.mark_present(present)
         if copy is not None:
             self._executor.start_copy(copy)
+        elif packs:
+            self._transfer.pass_by(state)

@@ -192,9 +192,8 @@ class ShardedAdam:
         )
         self.arenas += [arena, buffer]
         # Memory that may run out comes before the lists of buckets and parameters grow.
-        for state in states:
-            self.transfer.allocate(state)
-            self.tasks.allocate(state)
+        self.transfer.allocate(states)
+        self.tasks.allocate(states)
         with PROGRESS.at("compilation", long_running=True):
             hosted = [state for state in states if state.plan.location.is_host]
             if hosted:
@@ -227,6 +226,7 @@ class ShardedAdam:
         """Return the host's update, made with the first bucket that needs it: it loads Numba."""
         if self._host_update is None:
             self._host_update = HostUpdate(self._num_threads)
+            self.transfer.fold = self._host_update.fold
         return self._host_update
 
     def _touch_host(self, memory: torch.Tensor) -> None:

@@ -56,10 +56,13 @@ class UpdateTasks:
         self._rings = rings
         self._gathering: dict[int, PendingCollective] = {}
 
-    def allocate(self, state: BucketState) -> None:
-        """Allocate the slots from which this bucket's parameters go up. Nothing is under way."""
-        if state.plan.stages_parameters:
-            self._rings.fit_staging(state.layout.bucket_key, state.dtype, state.layout.shard_numel)
+    def allocate(self, states: Sequence[BucketState]) -> None:
+        """Allocate the slots from which these buckets' parameters go up. Nothing is under way."""
+        # The largest first: what is too small for the next one is allocated, and pinned, again.
+        for state in sorted(states, key=lambda state: -state.layout.shard_numel):
+            if state.plan.stages_parameters:
+                key, numel = state.layout.bucket_key, state.layout.shard_numel
+                self._rings.fit_staging(key, state.dtype, numel)
 
     def sum_of_squares(self, number: int, gradients: BucketGradients) -> float:
         """Return the sum of squares of this rank's gradient shard, computed once."""
@@ -126,7 +129,10 @@ class UpdateTasks:
 
     def stage(self, state: BucketState) -> torch.Tensor:
         """Let this thread copy a shard's fp32 parameters to the slot from which they go up."""
-        return self._staging_slot(state).copy_(state.planes.master_weight)
+        slot, update = self._staging_slot(state), self.updates[state.layout.index]
+        assert not isinstance(update, DeviceUpdate)
+        update.fold(slot, state.planes.master_weight, adds=False)
+        return slot
 
     def _copy_h2d(
         self, state: BucketState, active: npt.NDArray[np.bool_], param_out: torch.Tensor | None

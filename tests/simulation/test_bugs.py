@@ -83,10 +83,14 @@ def copy_d2h_without_an_edge_from_compute(simulation: Simulation, patch: Patch) 
     stream_waits = simulation.core.stream_waits
     start = simulation.machine.record(Lane.COMPUTE)
 
-    def early(number: int) -> None:
-        stream_waits._events[Task(Operation.GRADIENT, number)] = start
+    record = stream_waits.record
 
-    patch.setattr(simulation.core.transfer, "mark_written", early)
+    def early(operation: Operation, bucket: int) -> None:
+        record(operation, bucket)
+        if operation in (Operation.GRADIENT, Operation.PACK):
+            stream_waits._events[Task(operation, bucket)] = start
+
+    patch.setattr(stream_waits, "record", early)
 
 
 def update_that_nobody_waits_for(simulation: Simulation, patch: Patch) -> None:

@@ -18,8 +18,9 @@ from tests.simulation.waits import Kind, kinds_of, waits_of
 
 ON_DEVICE = {
     "rings": simple_case(4, "bf16", world_size=2, rank=1, num_reduce_slots=2),
-    "alone": simple_case(3, "fp32"),
+    "alone": simple_case(4, "fp32", num_reduce_slots=2),
     "through a buffer": simple_case(3, "bf16", world_size=2, pin="staging"),
+    "alone through a buffer": simple_case(3, "bf16", pin="staging"),
     "fp32 staging": simple_case(4, "fp32", pin="staging"),
     "half kept": simple_case(4, "bf16", offload_fraction=0.5),
     "kept": simple_case(3, "bf16", world_size=2, offload_fraction=0.0),
@@ -101,13 +102,15 @@ def all_kinds() -> set[Kind]:
     """Return the kinds of waits of every plan that buckets on a device can have, all alike."""
     specs = [ParameterSpec(index, 100, 2, "f", on_device=True) for index in range(6)]
     kinds = set()
-    for world_size, fraction, pinned, accumulates, reduces in product(
-        [1, 2], [0.0, 1.0], [True, False], [True, False], [True, False]
+    flag = [True, False]
+    for world_size, fraction, pinned, accumulates, reduces, streams in product(
+        [1, 2], [0.0, 1.0], flag, flag, flag, flag
     ):
         policy = StatePolicy(
             world_size=world_size,
             bucket_nbytes=1,
             reduces=reduces,
+            streams=streams,
             accumulates=accumulates,
             offload_fraction=fraction,
             pins_state=pinned,

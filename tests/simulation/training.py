@@ -174,6 +174,7 @@ def make_policy(case: Case, world_size: int, offload_fraction: float) -> StatePo
         bucket_nbytes=case.bucket_nbytes,
         accumulates=case.accumulates,
         reduces_in_fp32=case.reduces_in_fp32,
+        streams=True,
         offload_fraction=offload_fraction,
         pins_state=case.pin == "all",
         pins_staging=case.pin != "none",

@@ -8,15 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.gradients.gradient_transfer import GradientCopy, GradientTransfer
+from offload_adam.gradients.gradient_transfer import GradientTransfer
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.layout.schedule import Lane, Operation, Task
-from offload_adam.memory.arena import HostArena
 from offload_adam.params.bucket import BucketState
+from offload_adam.step.host_update import HostUpdate
 from offload_adam.step.messages import UpdateInputs
 from offload_adam.step.update_tasks import BucketUpdate, UpdateTasks
 from offload_adam.transfer.stream_waits import StreamWaits
-from tests.simulation.backend import SimulatedStreams
 from tests.simulation.machine import Machine
 from tests.simulation.memory import poison
 
@@ -27,6 +26,10 @@ class WatchedUpdate:
     def __init__(self, inner: BucketUpdate, machine: Machine) -> None:
         self._inner = inner
         self._machine = machine
+
+    def fold(self, shard: torch.Tensor, source: torch.Tensor, *, adds: bool) -> None:
+        assert isinstance(self._inner, HostUpdate)
+        self._inner.fold(shard, source, adds=adds)
 
     def allocate_for(self, state: BucketState, gradients: BucketGradients, *, lazy: bool) -> None:
         self._inner.allocate_for(state, gradients, lazy=lazy)
@@ -99,34 +102,19 @@ def _gradients(
 
 
 def watch_folds(transfer: GradientTransfer, machine: Machine) -> None:
-    """Let casts and sums of gradients, which the host makes, be noted.
+    """Let casts and sums of gradients, which the host makes, be noted; what is read is used up."""
+    fold = transfer.fold
+    if fold is None:
+        return
 
-    What the host reads and writes is ordered as when `finish_copy` returns.
-    """
-    finish = transfer.finish_copy
+    def watched(shard: torch.Tensor, source: torch.Tensor, *, adds: bool) -> None:
+        machine.touch(f"fold at {machine.task}", reads=[source], writes=[shard])
+        fold(shard, source, adds=adds)
+        if any(source.data_ptr() == b.data_ptr() for bs in transfer._buffers.values() for b in bs):
+            machine.touch("the end of a buffer", writes=[source])
+            poison(source)
 
-    def watched(copy: GradientCopy) -> None:
-        state = copy.state
-        if not state.plan.location.is_host:
-            finish(copy)
-            return
-        folds, in_pool = not copy.is_issued, copy.pooled_slot
-        pieces = list(copy.pieces)
-        through = None
-        if isinstance(transfer._stream_waits.streams_of(state.layout.index), SimulatedStreams):
-            through = transfer._buffer(pieces[0].source.dtype, 0, HostArena)
-        finish(copy)
-        shard = state.planes.gradient_shard
-        assert shard is not None
-        if folds:
-            # A slot of the pool has gone back meanwhile, and was noted then.
-            direct = [] if in_pool is not None else [piece.source for piece in pieces]
-            read = direct if through is None else [through]
-            machine.touch(f"fold of bucket {state.layout.index}", reads=read, writes=[shard])
-        if folds and through is not None:
-            poison(through)
-
-    transfer.finish_copy = watched  # type: ignore[method-assign]
+    transfer.fold = watched
 
 
 def watch_staging(tasks: UpdateTasks, machine: Machine) -> None:

@@ -41,8 +41,8 @@ def make(
 # fp32 master weight and moments, and the gradient shard; two slots of one bucket's parameters.
 STATE_NBYTES = 2 * NUMEL * (12 + 2)
 STAGING_NBYTES = 2 * NUMEL * 2
-# Gradients of one bucket on their way to state that is not page-locked.
-BUFFER_NBYTES = NUMEL * 2
+# Gradients of two buckets on their way to state that is not page-locked.
+BUFFER_NBYTES = 2 * NUMEL * 2
 
 
 @pytest.mark.parametrize(
@@ -138,6 +138,25 @@ def test_a_module_that_holds_its_optimizer_is_collected_with_it(overlap: bool) -
     del module
     gc.collect()
     assert runtime.registered == {}
+
+
+@pytest.mark.parametrize("pin", ["all", "staging"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_each_buffer_is_pinned_once_whatever_the_order_of_sizes(pin: str, order: int) -> None:
+    runtime = StandInRuntime()
+
+    class Offloading(OffloadAdam):
+        _backend = replace(HOST_AS_DEVICE, make_runtime=lambda: runtime)
+
+    parameters = [
+        torch.nn.Parameter(torch.ones(size * NUMEL, dtype=torch.bfloat16))
+        for size in range(1, 6)[::order]
+    ]
+    optimizer = Offloading(parameters, **in_policies(bucket_nbytes=1, pin=pin))
+    assert runtime.calls == [call for call in runtime.calls if call.startswith("register")]
+    # State or the buffers of gradients, and the slots of parameters.
+    assert len(runtime.calls) == 2
+    optimizer.close()
 
 
 def test_larger_buffers_take_the_place_of_smaller_ones() -> None:

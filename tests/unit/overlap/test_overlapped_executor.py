@@ -160,18 +160,29 @@ class Reducing(FakeCopy):
     """The copy of a bucket whose reduction only a stream waits for."""
 
 
+class Folded(FakeCopy):
+    """The copy of a bucket that the host casts or adds to its shard."""
+
+
 class Arriving:
     """A transfer whose copies arrive when the test says; it writes down what finishes."""
 
     def __init__(self) -> None:
         self.arrived: set[str] = set()
+        self.begun: list[str] = []
         self.finished: list[str] = []
 
     def start_copy(self, gradient_copy: Any) -> None:
         pass
 
+    def goes_through_buffer(self, gradient_copy: Any) -> bool:
+        return isinstance(gradient_copy, Folded)
+
+    def begin_copy(self, gradient_copy: Any) -> None:
+        self.begun.append(gradient_copy)
+
     def has_arrived(self, gradient_copy: Any) -> bool:
-        return gradient_copy in self.arrived
+        return any(gradient_copy == arrived for arrived in self.arrived)
 
     def finish_copy(self, gradient_copy: Any) -> None:
         self.finished.append(gradient_copy)
@@ -211,3 +222,41 @@ def test_reductions_on_a_device_hold_no_more_slots_than_planned(
     for number in range(5):
         executor.start_copy(cast(Any, kind(number)))
     assert transfer.finished == [str(number) for number in range(num_finished)]
+
+
+@pytest.mark.parametrize("worker", [None, LazyWorker])
+def test_a_copy_through_a_buffer_begins_before_the_one_before_it_is_finished(
+    worker: type[LazyWorker] | None,
+) -> None:
+    done: list[tuple[str, int]] = []
+
+    class Copies(Arriving):
+        def begin_copy(self, gradient_copy: Any) -> None:
+            if gradient_copy.through is None:
+                done.append(("begin", gradient_copy.state.layout.index))
+            gradient_copy.through = object()
+
+        def finish_copy(self, gradient_copy: Any) -> None:
+            self.begin_copy(gradient_copy)
+            done.append(("finish", gradient_copy.state.layout.index))
+
+        def goes_through_buffer(self, gradient_copy: Any) -> bool:
+            return True
+
+    tasks: Any = RecordedTasks()
+    tasks.sum_of_squares = lambda number, gradients: None
+    executor = Executor(
+        cast(Any, Copies()),
+        tasks,
+        None if worker is None else worker(),
+        RankGroup(world_size=2),
+        NullSpans(),
+        lambda number: None,
+    )
+    for state in tasks.states:
+        executor.start_copy(cast(Any, SimpleNamespace(state=state, gradients=None, through=None)))
+    executor.finish_copies(wait=True)
+    order = [("begin", 0)]
+    for number in range(1, NUM_BUCKETS):
+        order += [("begin", number), ("finish", number - 1)]
+    assert done == [*order, ("finish", NUM_BUCKETS - 1)]
