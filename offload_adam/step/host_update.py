@@ -113,8 +113,9 @@ class HostUpdate:
             self._whole_gradient = torch.zeros(largest, dtype=torch.float32, device="cpu")
 
     def _compile_fold(self, target: torch.dtype, source: torch.dtype) -> None:
-        self._fold.compile_kernel(FORMATS[target], FORMATS[source])
-        self._folds.add((target, source))
+        if (target, source) not in self._folds:
+            self._fold.compile_kernel(FORMATS[target], FORMATS[source])
+            self._folds.add((target, source))
 
     def _compile_update(self, state: BucketState, gradient_format: FloatFormat) -> None:
         amsgrad = state.planes.max_exp_avg_sq is not None
