@@ -94,9 +94,12 @@ def bus_gb_per_s(index: int) -> tuple[float, float]:
     """
     arena = HostArena(COPY_NBYTES)
     arena.pin()
-    host = arena.take(COPY_NBYTES, torch.uint8)
-    device = torch.empty(COPY_NBYTES, dtype=torch.uint8, device=f"cuda:{index}")
-    return copy_gb_per_s(host, device), copy_gb_per_s(device, host)
+    try:
+        host = arena.take(COPY_NBYTES, torch.uint8)
+        device = torch.empty(COPY_NBYTES, dtype=torch.uint8, device=f"cuda:{index}")
+        return copy_gb_per_s(host, device), copy_gb_per_s(device, host)
+    finally:
+        arena.close()
 
 
 def copy_gb_per_s(source: torch.Tensor, target: torch.Tensor) -> float:

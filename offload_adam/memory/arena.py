@@ -36,8 +36,8 @@ class HostArena:
     Owns: an anonymous private mapping, backed by huge pages where the kernel grants them (private,
         because shared mappings get none by default), and what pins it.
     Lifecycle: its pages are present from construction on. The bytes live as long as any tensor
-        taken from them. They are pinned from `pin` until `close`, this object's collection or the
-        interpreter's exit, whichever comes first: whoever takes tensors keeps it.
+        taken from them. They are pinned from `pin` until `close` or this object's collection: the
+        owner keeps it, and closes it at the interpreter's exit too.
     """
 
     def __init__(
@@ -130,9 +130,10 @@ class HostArena:
             for start in range(0, self.nbytes, self._piece_nbytes)
         ]
         self._registration = Registration(runtime, pieces)
-        # At exit too. Python runs finalizers while the driver still works; later, when objects are
-        # torn down in any order, the mapping could be gone before its registration.
         self._unpin = weakref.finalize(self, self._registration.release)
+        # At exit, finalizers run latest first: this one would run before that of the owner, which
+        # waits for the threads and copies that use the memory.
+        self._unpin.atexit = False
 
     def pin_or_warn(self, runtime: CudaRuntime, otherwise: str) -> None:
         """Pin, or warn of what stood in the way and what happens instead."""
@@ -170,6 +171,14 @@ def close_all(arenas: Iterable[HostArena]) -> None:
     """Close arenas; those that were added since are among them."""
     for arena in arenas:
         arena.close()
+
+
+_LEFT: list[HostArena] = []
+
+
+def leave_all(arenas: Iterable[HostArena]) -> None:
+    """Leave arenas mapped and pinned until the process ends: something may still use them."""
+    _LEFT.extend(arenas)
 
 
 def padded_nbytes(numel: int, dtype: torch.dtype) -> int:

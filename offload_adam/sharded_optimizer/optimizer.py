@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
 from abc import abstractmethod
@@ -116,7 +117,7 @@ class ShardedOptimizer(StateAccess):
         resources.callback(self._ranks.release)
         # At exit too: a process group that outlives the interpreter's modules ends it with an
         # abort.
-        self._release = weakref.finalize(self, resources.close)
+        self._release = weakref.finalize(self, _close_in, os.getpid(), resources)
 
         try:
             with raise_on_all_ranks(self._ranks, "construction"):
@@ -438,6 +439,16 @@ class ShardedOptimizer(StateAccess):
         if not self._state_edits.is_untouched(self.state):
             core.synchronize()
             self._load_state_edits(core)
+
+
+def _close_in(pid: int, resources: ExitStack) -> None:
+    """Close the resources of an optimizer in the process that made it.
+
+    A forked child has neither its threads nor its connections: it would wait for a thread that it
+    lacks, or abort its parent's communicators.
+    """
+    if os.getpid() == pid:
+        resources.close()
 
 
 def _norms_of(optimizer: weakref.ref[ShardedOptimizer]) -> npt.NDArray[np.float64]:

@@ -49,7 +49,7 @@ class Worker(Protocol):
 
     def submit(self, what: str, job: Callable[[], None]) -> Job: ...
 
-    def close(self) -> None: ...
+    def close(self) -> bool: ...
 
 
 class Executor:
@@ -357,15 +357,15 @@ class Executor:
         assert not self._to_gather, "what is gathered is used"
         self._updates.clear()
 
-    def close(self) -> None:
-        """End the worker when it has done what it was given. Idempotent."""
-        if self._worker is not None:
-            self._worker.close()
+    def close(self) -> bool:
+        """End the worker when it has done what it was given; tell if it has. Idempotent."""
+        has_ended = self._worker is None or self._worker.close()
         if self._to_gather and not _exiting.is_set():
             logger.error(
                 "the optimizer was dropped before all parameters were gathered, so they differ "
                 "between ranks now: call synchronize() or close() before"
             )
+        return has_ended
 
     # The worker.
 

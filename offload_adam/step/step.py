@@ -22,7 +22,7 @@ from offload_adam.gradients.stand_in import StreamedGradients
 from offload_adam.kernels.threads import spans_nodes
 from offload_adam.layout.budget import Category
 from offload_adam.layout.schedule import plan_schedule
-from offload_adam.memory.arena import HostArena, close_all
+from offload_adam.memory.arena import HostArena, close_all, leave_all
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.selection import Named, NewParameter
 from offload_adam.spans import NullSpans, Spans, Stopwatch
@@ -49,6 +49,7 @@ from offload_adam.step.snapshot_lock import SnapshotLock
 from offload_adam.step.update_tasks import BucketUpdate, UpdateTasks
 from offload_adam.transfer.slots import Rings
 from offload_adam.transfer.stream_waits import StreamWaits
+from offload_adam.units import format_nbytes
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,6 @@ class ShardedAdam:
         self._absence = AbsenceWatch(self._names, self._parameters)
         self.arenas: list[HostArena] = []
         self.resources = ExitStack()
-        self.resources.callback(close_all, self.arenas)
         # Keeps updates off the state that a checkpoint in the background still reads.
         self.snapshot_lock = SnapshotLock()
         self.external_edits = ExternalEdits(module, self.states, self._places, self.snapshot_lock)
@@ -152,7 +152,7 @@ class ShardedAdam:
             self.external_edits.arrived,
         )
         self.stream_waits.wait_for_update = self.executor.wait_for_update
-        self.resources.callback(self.executor.close)
+        self.resources.callback(_end, self.executor, self.arenas)
         self.reduction = GradientReduction(
             ranks,
             storage.policy,
@@ -520,6 +520,30 @@ class ShardedAdam:
         flags[torch.from_numpy(found)] = True
         flags = flags_on_any_rank(self.ranks, flags)
         return tuple(self._names[index] for index in torch.nonzero(flags).flatten().tolist())
+
+
+def _end(executor: Executor, arenas: Sequence[HostArena]) -> None:
+    """End the executor, then unpin and drop the memory that it used.
+
+    Memory that an update may still use is neither unpinned nor unmapped: a kernel would write to
+    memory of others, and the device would copy from it.
+    """
+    has_ended = False  # also if the wait is interrupted
+    try:
+        has_ended = executor.close()
+    finally:
+        if has_ended:
+            close_all(arenas)
+        else:
+            leave_all(arenas)
+            logger.error(
+                "an update was still running when its optimizer was dropped, so its %s of host "
+                "memory stay allocated, %s of them pinned, until the process ends. Look for an "
+                "earlier error of this or another rank, and call close() on the optimizer when you "
+                "have finished with it",
+                format_nbytes(sum(arena.nbytes for arena in arenas)),
+                format_nbytes(sum(arena.pinned_nbytes for arena in arenas)),
+            )
 
 
 def _added(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:

@@ -9,6 +9,9 @@ from collections.abc import Callable
 
 _NAME = "offload_adam update"
 
+CLOSE_TIMEOUT_S = 30.0
+"""Seconds to wait for the jobs of an optimizer that is dropped, or alive at exit."""
+
 
 class Ticket:
     """One job of the update thread, to be waited for."""
@@ -96,11 +99,18 @@ class UpdateThread:
             self._jobs.changed.notify()
         return ticket
 
-    def close(self, timeout_s: float = 30.0) -> None:
-        """End the thread when it has done what it was given. Idempotent."""
+    def close(self) -> bool:
+        """End the thread when it has done what it was given. Idempotent.
+
+        Returns:
+            Whether no job is running. If False, one may still use the memory that it was given.
+        """
         self._end()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout_s)
+        if self._thread is None or self._thread is threading.current_thread():
+            # If the collector has dropped the owner on this very thread, no kernel runs now.
+            return True
+        self._thread.join(CLOSE_TIMEOUT_S)
+        return not self._thread.is_alive()
 
 
 def _close(jobs: _Jobs) -> None:

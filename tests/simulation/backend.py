@@ -216,7 +216,8 @@ class SimulatedWorker:
             job.ended = self.machine.release()
         return True
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """Do what was given."""
         while self.run_next():
             pass
+        return True

@@ -74,7 +74,8 @@ class ThreadStreams:
         for name in dict.fromkeys(_THREADS.values()):
             jobs = self._jobs[name] = queue.SimpleQueue()
             threading.Thread(target=_work, args=(jobs,), name=f"lane {name}", daemon=True).start()
-            weakref.finalize(self, jobs.put, None)
+            # Not at exit: the update thread may still have copies to issue.
+            weakref.finalize(self, jobs.put, None).atexit = False
 
     def current(self) -> Hashable:
         return Lane.COMPUTE

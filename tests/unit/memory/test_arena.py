@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
 from itertools import pairwise, permutations
 
 import pytest
@@ -115,33 +113,6 @@ def test_it_is_unpinned_before_it_is_unmapped_also_in_a_cycle() -> None:
     del arena, tensor
     gc.collect()
     assert runtime.registered == {}
-
-
-def test_at_exit_it_is_unpinned_while_the_interpreter_still_works() -> None:
-    code = (
-        "import os, torch\n"
-        "from offload_adam.memory.arena import HostArena\n"
-        "from tests.support.cuda_runtime import StandInRuntime\n"
-        "class Told(StandInRuntime):\n"
-        "    def unregister(self, address):\n"
-        "        print('in', 'child' if os.getpid() != pid else 'parent', flush=True)\n"
-        "        return super().unregister(address)\n"
-        "pid = os.getpid()\n"
-        "arena = HostArena(4096)\n"
-        "tensor = arena.take(8, torch.float32)\n"
-        "arena.pin(Told())\n"
-        "child = os.fork()\n"  # it ends as the parent does, and must leave the driver alone
-        "if child:\n"
-        "    os.waitpid(child, 0)\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        check=True,
-        timeout=120,
-        capture_output=True,
-        text=True,
-    )
-    assert run.stdout == "in parent\n"
 
 
 def test_pinning_without_cuda_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,9 +57,10 @@ class LazyWorker:
         job.ended = True
         self.done.append(job.what)
 
-    def close(self) -> None:
+    def close(self) -> bool:
         while self.waiting:
             self.run_next()
+        return True
 
 
 latest: list[LazyWorker] = []

@@ -150,6 +150,14 @@ def test_the_thread_ends_with_its_owner() -> None:
     assert not running.is_alive()
 
 
+def test_a_job_that_drops_the_owner_does_not_wait_for_itself() -> None:
+    thread = UpdateThread()
+    ended: list[bool] = []
+    thread.submit("a job", lambda: ended.append(thread.close())).wait(60.0)
+    assert ended == [True]
+    assert thread.close()
+
+
 class FakeCopy(str):
     """The copy of a bucket's gradients, by a name."""
 
