@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from operator import attrgetter
 from typing import Any
@@ -246,6 +246,7 @@ default_store: Callable[[], dist.Store] = _find(_C10D, "_get_default_store")
 _new_process_group: Callable[..., Any] = _find(_C10D, "_new_process_group_helper")
 _group_ranks: Any = _find(_C10D, "_world.pg_group_ranks")
 _find("torch.distributed", "ProcessGroup._get_backend")
+_find("torch.distributed", "ProcessGroup.bound_device_id")
 
 
 def connect_to_default_store(timeout: timedelta) -> dist.Store:
@@ -271,21 +272,59 @@ def store_without_prefixes(store: dist.Store) -> dist.Store:
     return found
 
 
-def open_subgroup(
+def open_group(
     name: str, ranks: Sequence[int], rank: int, backend: str, timeout: timedelta
 ) -> dist.ProcessGroup:
     """Open a process group under a name that has never been used. Collective for `ranks` alone.
 
     Args:
-        ranks: global ranks of its members.
+        ranks: global ranks of its members, in the group's order.
         rank: this process's place among them.
+        backend: "gloo", or "nccl", whose kernels get a stream of high priority.
     """
-    group, _ = _new_process_group(
-        len(ranks), rank, ranks, dist.Backend(backend), default_store(), name, timeout=timeout
-    )
+    options = _nccl_options(timeout) if backend == "nccl" else None
+    with _unbound_default_group():
+        group, _ = _new_process_group(
+            len(ranks),
+            rank,
+            ranks,
+            dist.Backend(backend),
+            default_store(),
+            name,
+            backend_options=options,
+            timeout=timeout,
+        )
     assert isinstance(group, dist.ProcessGroup)
     _group_ranks[group] = {member: place for place, member in enumerate(ranks)}
     return group
+
+
+def _nccl_options(timeout: timedelta) -> Any:
+    """Return options for collectives that run beside the kernels of a forward or backward.
+
+    A stream of high priority starts them before the kernels that wait, as FSDP2's streams do.
+    """
+    # Looked up late: a torch without NCCL has no such class.
+    options: Any = dist.distributed_c10d.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout  # torch warns if this differs from the argument
+    return options
+
+
+@contextmanager
+def _unbound_default_group() -> Iterator[None]:
+    """Let no NCCL group in the body be split from the default group.
+
+    With `init_process_group(device_id=...)`, torch splits the communicator of a new group from that
+    of the default group. A split is a collective over all ranks, so it hangs unless every rank
+    opens a group. Without a bound device, the members make their communicator alone.
+    """
+    default: Any = dist.group.WORLD
+    device = default.bound_device_id
+    default.bound_device_id = None
+    try:
+        yield
+    finally:
+        default.bound_device_id = device
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import itertools
 import logging
 import os
-import uuid
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -26,7 +26,7 @@ from offload_adam.options import FailurePolicy
 from offload_adam.torch_private import (
     abort_collectives,
     connect_to_default_store,
-    open_subgroup,
+    open_group,
     timeout_of,
 )
 
@@ -44,6 +44,10 @@ class RankGroup:
         over the peers. The user's collectives run on other groups. A world of one owns nothing.
     Lifecycle: `open_rank_group` on every rank; `release` closes the groups.
     Threads: any thread may `wait`, each for its own work.
+
+    rank: this process's place in the user's group, whose order may differ from the default group's.
+    global_ranks: the rank in the default group, by place.
+    name: equal on these ranks, and never used by another rank group.
     """
 
     rank: int = 0
@@ -51,6 +55,7 @@ class RankGroup:
     control: dist.ProcessGroup | None = None
     data: dict[str, dist.ProcessGroup] = field(default_factory=dict)
     global_ranks: tuple[int, ...] = (0,)
+    name: str = ""
     timeout: timedelta = timedelta(minutes=30)
     watch: PeerWatch | None = None
     _unfinished: set[dist.Work] = field(default_factory=set)
@@ -61,8 +66,7 @@ class RankGroup:
             return
         for device_type in sorted(set(device_types) - set(self.data)):
             backend = "nccl" if device_type == "cuda" else "gloo"
-            assert self.control is not None
-            self.data[device_type] = _new_group(self.control, backend, self.timeout)
+            self.data[device_type] = _open_group(self, device_type, backend)
 
     def data_group(self, device: torch.device) -> dist.ProcessGroup:
         """Return the group for collectives on tensors of this device."""
@@ -274,10 +278,11 @@ def open_rank_group(
         rank=dist.get_rank(base),
         world_size=len(global_ranks),
         global_ranks=global_ranks,
+        name=_unused_name(global_ranks),
         timeout=timeout_of(base),
     )
     ranks.watch = _open_watch(ranks, failures)
-    ranks.control = _new_group(base, "gloo", ranks.timeout)
+    ranks.control = _open_group(ranks, "control", "gloo")
     return ranks
 
 
@@ -289,7 +294,7 @@ def _open_watch(ranks: RankGroup, failures: FailurePolicy) -> PeerWatch | None:
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         logger.warning("Failed ranks will not be named: this store has no clone() (%s)", error)
         return None
-    store = dist.PrefixStore(_meeting_place(ranks.global_ranks), connection)
+    store = dist.PrefixStore(ranks.name, connection)
     watch = PeerWatch(store, ranks.rank, ranks.global_ranks, failures)
     watch.announce()
     join_timeout = min(ranks.timeout, timedelta(seconds=failures.stuck_after))
@@ -303,15 +308,17 @@ def attempt() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def _meeting_place(ranks: tuple[int, ...]) -> str:
-    """Return a store prefix that these ranks agree on without communication and never reuse.
+def _unused_name(ranks: tuple[int, ...]) -> str:
+    """Return a name that these ranks agree on without communication and never reuse.
 
     All ranks open their rank groups in one order, so each of them counts to the same number. The
     count starts anew with every default group.
     """
     counts = _openings.setdefault(dist.group.WORLD, {})
     number = next(counts.setdefault(ranks, itertools.count()))
-    return f"offload_adam/{attempt()}/{'-'.join(map(str, ranks))}/{number}"
+    # A digest, because the name begins every key in the store and there may be 1000 ranks.
+    digest = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
+    return f"offload_adam/{attempt()}/{digest}/{number}"
 
 
 _openings: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], itertools.count[int]]] = (
@@ -333,25 +340,13 @@ def _is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _new_group(base: dist.ProcessGroup, backend: str, timeout: timedelta) -> dist.ProcessGroup:
-    """Open another group over the ranks of `base`. Collective for these alone."""
-    ranks = dist.get_process_group_ranks(base)
-    if len(ranks) < dist.get_world_size():
-        return _new_subgroup(base, ranks, backend, timeout)
-    group = dist.new_group(ranks, timeout=timeout, backend=backend)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
+def _open_group(ranks: RankGroup, purpose: str, backend: str) -> dist.ProcessGroup:
+    """Open a process group over a rank group, in its order. Collective for these ranks alone.
 
-
-def _new_subgroup(
-    base: dist.ProcessGroup, ranks: list[int], backend: str, timeout: timedelta
-) -> dist.ProcessGroup:
-    """Open a group over some of the ranks under a unique name. Collective for these alone.
-
-    `new_group(use_local_synchronization=True)` derives the name from the number of groups that this
-    process is in. Ranks in different numbers of groups would never meet, and after a closed group
-    they would read its old addresses from the store.
+    Not by `dist.new_group`, which is collective for all ranks and sorts them: rank 0 of a sorted
+    group would gather the wrong shard where the user's group is not sorted. With
+    `use_local_synchronization=True` it derives the name from the number of groups that this process
+    is in, so ranks in different numbers of groups would never meet.
     """
-    name: list[Any] = [uuid.uuid4().hex]
-    dist.broadcast_object_list(name, src=ranks[0], group=base)
-    return open_subgroup(name[0], ranks, dist.get_rank(base), backend, timeout)
+    name = f"{ranks.name}/{purpose}"
+    return open_group(name, ranks.global_ranks, ranks.rank, backend, ranks.timeout)

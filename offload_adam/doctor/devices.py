@@ -11,6 +11,7 @@ import torch
 from offload_adam.doctor.finding import Finding, failed, ok, warning
 from offload_adam.errors import HostMemoryError
 from offload_adam.memory.arena import HostArena
+from offload_adam.memory.pinning import CudaRuntime
 from offload_adam.units import format_nbytes
 
 COPY_NBYTES = 256 * 1024 * 1024
@@ -92,11 +93,12 @@ def bus_gb_per_s(index: int) -> tuple[float, float]:
     Raises:
         HostMemoryError: the memory is not there, or cannot be pinned.
     """
+    gpu = torch.device("cuda", index)
     arena = HostArena(COPY_NBYTES)
-    arena.pin()
+    arena.pin(CudaRuntime(gpu))
     try:
         host = arena.take(COPY_NBYTES, torch.uint8)
-        device = torch.empty(COPY_NBYTES, dtype=torch.uint8, device=f"cuda:{index}")
+        device = torch.empty(COPY_NBYTES, dtype=torch.uint8, device=gpu)
         return copy_gb_per_s(host, device), copy_gb_per_s(device, host)
     finally:
         arena.close()

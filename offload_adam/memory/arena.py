@@ -18,7 +18,6 @@ from offload_adam.memory.pinning import (
     CudaRuntime,
     PinRefusedError,
     Registration,
-    cuda_runtime,
 )
 from offload_adam.units import format_nbytes
 
@@ -108,20 +107,14 @@ class HostArena:
         """Bytes that are page-locked now: all or none."""
         return 0 if self._registration is None else self._registration.nbytes
 
-    def pin(self, runtime: CudaRuntime | None = None) -> None:
+    def pin(self, runtime: CudaRuntime) -> None:
         """Page-lock exactly this mapping; torch rounds its own pinned blocks up to powers of two.
 
         After the pages are committed, for pinning would commit them from the calling thread.
 
-        Args:
-            runtime: None for CUDA's own.
-
         Raises:
             PinRefusedError: with what stood in the way; the arena works on, unpinned.
         """
-        runtime = runtime or cuda_runtime()
-        if runtime is None:
-            raise HostMemoryError("there is no CUDA to pin host memory for")
         if self._mapping is None or self._registration is not None:
             return
         address = torch.frombuffer(self._mapping, dtype=torch.uint8).data_ptr()

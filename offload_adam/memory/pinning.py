@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -28,16 +28,28 @@ class CudaRuntime:
     A status is one of CUDA's error numbers, 0 for success.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        """Take the device of the copies; memory that is pinned by way of it is so for all GPUs."""
+        self._device = device
         self._cudart: Any = cuda_runtime_functions()
+
+    def on_device(self) -> AbstractContextManager[object]:
+        """Make the device the calling thread's current one for the body.
+
+        CUDA creates a context on the current device, if there is none. Without this, that is GPU 0
+        in every rank that has not called `set_device`, and in every new thread: half a GiB each.
+        """
+        return torch.cuda.device(self._device)
 
     def register(self, address: int, nbytes: int) -> int:
         """Page-lock memory and return the status."""
-        return int(self._cudart.cudaHostRegister(address, nbytes, 0))
+        with self.on_device():
+            return int(self._cudart.cudaHostRegister(address, nbytes, 0))
 
     def unregister(self, address: int) -> int:
         """Unlock what was registered at this address and return the status."""
-        return int(self._cudart.cudaHostUnregister(address))
+        with self.on_device():
+            return int(self._cudart.cudaHostUnregister(address))
 
     def clear_error(self) -> None:
         """Clear the error of an earlier call, so that no later call reports it.
@@ -47,7 +59,7 @@ class CudaRuntime:
         one launch clears it.
         """
         with suppress(RuntimeError):
-            torch.empty(1, dtype=torch.float32, device="cuda").fill_(0.0)
+            torch.empty(1, dtype=torch.float32, device=self._device).fill_(0.0)
 
     def finish_copies(self) -> None:
         """Wait for every device of this process: a copy may still use pinned memory."""
@@ -109,9 +121,9 @@ class Registration:
             self._runtime.clear_error()
 
 
-def cuda_runtime() -> CudaRuntime | None:
-    """Return CUDA's runtime, None where there is no CUDA to pin memory for."""
-    return CudaRuntime() if torch.cuda.is_available() else None
+def cuda_runtime(device: torch.device) -> CudaRuntime | None:
+    """Return CUDA's runtime for copies to and from a device, None if it is not one of CUDA's."""
+    return CudaRuntime(device) if device.type == "cuda" else None
 
 
 def locked_limit() -> str:

@@ -29,9 +29,10 @@ class MemorySampler:
     """Writes `memory.jsonl` while it runs: one JSON object a sample, bytes and seconds.
 
     Each has `time_ns` (`perf_counter_ns`), `rss` (with shared memory), `available` (the node's),
-    `cgroup` (what the container is charged with), `device_allocated` and `device_reserved` where
-    there is CUDA, and the ledger's bytes by category under `ledger`. Some have `uss`, this
-    process's own: reading it walks all pages, so it is read as rarely as it is slow.
+    `cgroup` (what the container is charged with), `device_allocated` and `device_reserved` on all
+    GPUs of this process where there is CUDA, and the ledger's bytes by category under `ledger`.
+    Some have `uss`, this process's own: reading it walks all pages, so it is read as rarely as it
+    is slow.
 
     Owns: a thread and an open file, until it is left as a context.
     """
@@ -86,7 +87,9 @@ class MemorySampler:
         if self._cgroup is not None:
             sample["cgroup"] = int(self._cgroup.read_text())
         if torch.cuda.is_initialized():
-            sample["device_allocated"] = torch.cuda.memory_allocated()
-            sample["device_reserved"] = torch.cuda.memory_reserved()
+            # By index, because the current device of this thread is GPU 0: perhaps another rank's.
+            gpus = range(torch.cuda.device_count())
+            sample["device_allocated"] = sum(map(torch.cuda.memory_allocated, gpus))
+            sample["device_reserved"] = sum(map(torch.cuda.memory_reserved, gpus))
         sample["ledger"] = dict(self._ledger())
         return sample

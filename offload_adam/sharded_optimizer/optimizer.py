@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import compress
 from typing import Any, overload
 
 import numpy as np
@@ -123,10 +124,8 @@ class ShardedOptimizer(StateAccess):
             with raise_on_all_ranks(self._ranks, "construction"):
                 check_module(module)
                 add_groups()
-                on_device = [
-                    self._backend.is_device(parameter.device)
-                    for parameter in self._grouped_parameters()
-                ]
+                devices = [parameter.device for parameter in self._grouped_parameters()]
+                on_device = [self._backend.is_device(device) for device in devices]
                 execution = decide_execution(options, replicated=replicated, on_device=on_device)
                 reject_unrelated(module, self.param_groups)
             self._fields = [*shared_fields(options, execution), *self._own_fields()]
@@ -134,8 +133,8 @@ class ShardedOptimizer(StateAccess):
             self._units = options.offload.units
             policy, streams, overlaps = execution
             # Nothing is copied to or from a device otherwise.
-            copies = any(on_device) and not policy.replicated
-            runtime = self._backend.make_runtime() if copies else None
+            copied = [] if policy.replicated else list(compress(devices, on_device))
+            runtime = self._backend.make_runtime(copied[0]) if copied else None
             self._core = ShardedAdam(
                 self._ranks,
                 Storage(policy, self._backend, runtime, options.offload),

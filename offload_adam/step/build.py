@@ -39,12 +39,21 @@ def is_device(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def empty_cache(device: torch.device) -> None:
+    """Return the allocator's unused blocks on a device to its driver."""
+    if device.type == "cuda":
+        # torch.cuda.empty_cache() creates a context on the current device, which may be another.
+        with torch.cuda.device(device):
+            torch.cuda.empty_cache()
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """Factories and numbers of slots; tests put simulated devices in their place."""
+    """Functions and numbers of slots; tests put simulated devices in their place."""
 
     is_device: Callable[[torch.device], bool] = is_device
-    make_runtime: Callable[[], CudaRuntime | None] = cuda_runtime
+    make_runtime: Callable[[torch.device], CudaRuntime | None] = cuda_runtime
+    empty_cache: Callable[[torch.device], None] = empty_cache
     make_streams: Callable[[torch.device], Streams] = streams_for
     make_collectives: Callable[[RankGroup], Collectives] = Collectives
     make_worker: Callable[[], Worker] = UpdateThread
@@ -144,6 +153,10 @@ def build_states(
     for plan in plans:
         items = [by_index[placed.parameter] for placed in plan.bucket.placements]
         states.append(_build(plan, items, arena, ranks, storage))
+    for device in dict.fromkeys(item.parameter.device for item in new):
+        if storage.backend.is_device(device):
+            # Parameters have left their old blocks, which few later tensors fit into.
+            storage.backend.empty_cache(device)
     return Built(states, arena, snapshot_buffer)
 
 

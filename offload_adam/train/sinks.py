@@ -91,7 +91,7 @@ def _memory(job: Job) -> dict[str, int]:
     memory["resident"] = psutil.Process().memory_info().rss
     memory["available on the node"] = psutil.virtual_memory().available
     if torch.cuda.is_initialized():
-        memory["allocated on the device"] = torch.cuda.memory_allocated()
+        memory["allocated on the device"] = torch.cuda.memory_allocated(job.world.device)
     return {name: nbytes for name, nbytes in memory.items() if nbytes}
 
 

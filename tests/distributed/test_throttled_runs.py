@@ -41,7 +41,7 @@ def run_throttled(
         monkeypatch.setattr(owner, name, throttled_train.slowed(getattr(owner, name), delay_s))
     # Gradients and parameters are copied as they are between a device and the host. Unpinned, they
     # are copied by the step itself, where the time that a copy takes is the step's.
-    unpinned = replace(HOST_AS_DEVICE, make_runtime=lambda: None)
+    unpinned = replace(HOST_AS_DEVICE, make_runtime=lambda _: None)
     monkeypatch.setattr(ShardedOptimizer, "_backend", unpinned)
     run(folder, train=TRAIN, optimizer={"overlap": False, **optimizer}, profile={"enabled": True})
     return finding(folder / "case")

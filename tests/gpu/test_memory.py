@@ -33,17 +33,17 @@ def test_exactly_what_was_asked_for_is_pinned(pin: str) -> None:
 def test_a_real_refusal_leaves_no_error_behind() -> None:
     arena = HostArena(3 * 4096, piece_nbytes=4096)
     tensor = arena.take(4096, torch.uint8)
-    runtime = CudaRuntime()
+    runtime = CudaRuntime(torch.device("cuda", 0))
     second = tensor.data_ptr() + 4096
     assert runtime.register(second, 4096) == 0
     with pytest.raises(PinRefusedError, match=r"piece 2 of 3.*ulimit -l"):
-        arena.pin()
+        arena.pin(runtime)
     assert not tensor.is_pinned()
     assert arena.pinned_nbytes == 0
     assert runtime.unregister(second) == 0
     # A launch that found an old error would raise it.
     assert float(torch.ones(10, device="cuda").sum()) == 10.0
-    arena.pin()
+    arena.pin(runtime)
     assert tensor.is_pinned()
     arena.close()
     assert not tensor.is_pinned()

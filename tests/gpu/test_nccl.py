@@ -11,9 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from offload_adam.coordinator import ranks as membership_module
 from offload_adam.coordinator.ranks import RankGroup
-from offload_adam.torch_private import reduce_scatter
+from offload_adam.torch_private import open_group, reduce_scatter
 from offload_adam.transfer.collectives import Collectives
 from offload_adam.transfer.streams import CudaStreams
 
@@ -64,9 +63,7 @@ def test_the_host_waits_for_work_on_the_device(device: torch.device) -> None:
 
 
 def test_a_group_of_our_own_is_used_aborted_and_destroyed(device: torch.device) -> None:
-    world = dist.group.WORLD
-    assert world is not None
-    subgroup = membership_module._new_subgroup(world, [0], "nccl", timedelta(seconds=60))
+    subgroup = open_group("own", [0], 0, "nccl", timedelta(seconds=60))
     buffer = torch.ones(NUMEL, device=device)
     dist.all_reduce(buffer, group=subgroup)
     torch.cuda.synchronize()

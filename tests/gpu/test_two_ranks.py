@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 from unittest import mock
 
@@ -23,12 +22,12 @@ def train_rank(
     rank: int, world_size: int, device: str, kind: type[OffloadAdam], overlap: bool
 ) -> RankBits:
     """Train, and return copies of all state. All groups are gloo: NCCL rejects a shared GPU."""
-    open_group = ranks._new_group
+    open_group = ranks._open_group
 
-    def open_gloo(base: Any, backend: str, timeout: timedelta) -> Any:
-        return open_group(base, "gloo", timeout)
+    def open_gloo(of: Any, purpose: str, backend: str) -> Any:
+        return open_group(of, purpose, "gloo")
 
-    with mock.patch.object(ranks, "_new_group", open_gloo):
+    with mock.patch.object(ranks, "_open_group", open_gloo):
         model, optimizer = make(device, kind, overlap=overlap)
         train(model, optimizer, range(NUM_STEPS), device)
         found = bits(model, optimizer)

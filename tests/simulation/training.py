@@ -197,10 +197,11 @@ def make_core(
         slots: where buckets in host memory are averaged; None for a pool as usual.
     """
     policy = make_policy(case, ranks.world_size, offload_fraction)
-    on_device = backend.is_device(parameters[0].device)
+    device = parameters[0].device
+    runtime = backend.make_runtime(device) if backend.is_device(device) else None
     core = ShardedAdam(
         ranks,
-        Storage(policy, backend, backend.make_runtime() if on_device else None),
+        Storage(policy, backend, runtime),
         num_threads=1,
         module=None,
         overlaps=overlaps,

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
 from offload_adam.memory.pinning import CudaRuntime
 
 OUT_OF_MEMORY = 2
 NOT_REGISTERED = 62
+HOST = torch.device("cpu")
 
 
 class StandInRuntime(CudaRuntime):
@@ -14,20 +20,33 @@ class StandInRuntime(CudaRuntime):
     calls: what it was asked, in order.
     registered: bytes by the address that they were registered at.
     refuse_after: registrations that are granted before one is refused.
+    current: the current device; None for one that this process has no context on.
     """
 
-    def __init__(self, refuse_after: int | None = None) -> None:
+    def __init__(self, device: torch.device = HOST, refuse_after: int | None = None) -> None:
+        self._device = device
+        self._cudart = self
         self.calls: list[str] = []
         self.registered: dict[int, int] = {}
         self.refuse_after = refuse_after
         self.has_error = False
+        self.current: torch.device | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that are pinned now."""
         return sum(self.registered.values())
 
-    def register(self, address: int, nbytes: int) -> int:
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        before, self.current = self.current, self._device
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        assert self.current == self._device, "this would create a context on the current device"
         self.calls.append(f"register {nbytes}")
         for other, size in self.registered.items():
             assert address + nbytes <= other or other + size <= address, "registered twice"
@@ -37,7 +56,8 @@ class StandInRuntime(CudaRuntime):
         self.registered[address] = nbytes
         return 0
 
-    def unregister(self, address: int) -> int:
+    def cudaHostUnregister(self, address: int) -> int:
+        assert self.current == self._device, "this would create a context on the current device"
         self.calls.append("unregister")
         if self.registered.pop(address, None) is None:
             self.has_error = True
@@ -46,6 +66,7 @@ class StandInRuntime(CudaRuntime):
 
     def clear_error(self) -> None:
         self.calls.append("clear_error")
+        super().clear_error()
         self.has_error = False
 
     def finish_copies(self) -> None:

@@ -44,6 +44,8 @@ UNDERSCORELESS = {
     "all_gather_into_tensor",
     "all_gather_single",
     "ds_id",
+    "bound_device_id",
+    "ProcessGroupNCCL",
 }
 
 
@@ -256,7 +258,7 @@ def test_process_groups_and_stores(tmp_path: Path) -> None:
     try:
         assert dist.group.WORLD is not None
         assert torch_private.timeout_of(dist.group.WORLD) == timeout
-        group = torch_private.open_subgroup("a name", [0], 0, "gloo", timeout)
+        group = torch_private.open_group("a name", [0], 0, "gloo", timeout)
         assert dist.get_process_group_ranks(group) == [0]
         tensor = torch.ones(1)
         dist.all_reduce(tensor, group=group)

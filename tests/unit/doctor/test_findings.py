@@ -23,6 +23,7 @@ from offload_adam.errors import HostMemoryError
 from offload_adam.memory.arena import HostArena
 from offload_adam.plan.inputs import Source, Training
 from offload_adam.train.speeds import known_speeds
+from tests.support.cuda_runtime import StandInRuntime
 
 
 def test_the_gravest_status_counts() -> None:
@@ -189,10 +190,11 @@ def test_gpus_in_use_or_too_few_are_told(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_memory_that_cannot_be_pinned_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(arena: object) -> None:
+    def refuse(arena: object, runtime: object) -> None:
         raise HostMemoryError("CUDA could not pin it")
 
     monkeypatch.setattr(HostArena, "pin", refuse)
+    monkeypatch.setattr(devices, "CudaRuntime", StandInRuntime)
     speeds: list[float] = []
     assert devices.bus(0, speeds).status is Status.FAILED
     assert speeds == []

@@ -29,7 +29,7 @@ def make(
     overlap: bool | None = None,
 ) -> OffloadAdam:
     class Offloading(OffloadAdam):
-        _backend = replace(HOST_AS_DEVICE, make_runtime=lambda: runtime)
+        _backend = replace(HOST_AS_DEVICE, make_runtime=lambda _: runtime)
 
     parameters = [torch.nn.Parameter(torch.ones(NUMEL, dtype=dtype)) for _ in range(2)]
     options: dict[str, Any] = {"pin": pin, "overlap": overlap}
@@ -59,6 +59,43 @@ def test_what_is_asked_for_is_pinned_to_the_byte(pin: str, pinned: int, staging:
     assert optimizer.pinned_nbytes == runtime.nbytes == pinned
     assert optimizer.host_nbytes["state"] == STATE_NBYTES
     assert optimizer.host_nbytes["staging"] == staging
+
+
+def test_pinning_and_the_cache_use_the_device_of_the_parameters() -> None:
+    """Once for each construction and new group, after the parameters have moved."""
+    runtime = StandInRuntime()
+    devices: list[torch.device] = []
+    emptied: list[tuple[torch.device, bool]] = []
+    old = [torch.nn.Parameter(torch.ones(NUMEL, dtype=torch.bfloat16)) for _ in range(3)]
+    first = [parameter.data_ptr() for parameter in old]
+
+    def make_runtime(device: torch.device) -> StandInRuntime:
+        devices.append(device)
+        return runtime
+
+    def empty_cache(device: torch.device) -> None:
+        moved = [a.data_ptr() != b for a, b in zip(old, first, strict=True)]
+        emptied.append((device, all(moved[: 1 + 2 * len(emptied)])))
+
+    class Offloading(OffloadAdam):
+        _backend = replace(HOST_AS_DEVICE, make_runtime=make_runtime, empty_cache=empty_cache)
+
+    optimizer = Offloading(old[:1], **in_policies(bucket_nbytes=2 * NUMEL))
+    optimizer.add_param_group({"params": old[1:]})
+    optimizer.close()
+    device = old[0].device
+    assert devices == [device]
+    assert emptied == [(device, True), (device, True)]
+
+
+def test_the_cache_is_left_alone_for_parameters_on_a_cpu() -> None:
+    emptied: list[torch.device] = []
+
+    class OnHost(OffloadAdam):
+        _backend = replace(OffloadAdam._backend, empty_cache=emptied.append)
+
+    OnHost([torch.nn.Parameter(torch.ones(NUMEL))]).close()
+    assert emptied == []
 
 
 def test_refused_state_falls_back_to_the_buffers_with_a_warning() -> None:
@@ -128,7 +165,7 @@ def test_a_module_that_holds_its_optimizer_is_collected_with_it(overlap: bool) -
     runtime = StandInRuntime()
 
     class Offloading(OffloadAdam):
-        _backend = replace(HOST_AS_DEVICE, make_runtime=lambda: runtime)
+        _backend = replace(HOST_AS_DEVICE, make_runtime=lambda _: runtime)
 
     module = torch.nn.Linear(4, 4)
     object.__setattr__(
