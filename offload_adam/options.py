@@ -208,8 +208,8 @@ class OffloadPolicy:
         1.0,
         Number(least=0, most=1),
         "Share of the elements of parameters on CUDA that have their state on the host, in whole "
-        "buckets. The state of the buckets that are updated last stays on the GPU and is updated "
-        "there, within 2 ULP of the host's result.",
+        "buckets. The state of the buckets that the forward needs first stays on the GPU and is "
+        "updated there, within 2 ULP of the host's result.",
         key="memory.offload_fraction",
         shared=True,
     )

@@ -238,15 +238,16 @@ def plan_state(
 def kept_on_device(buckets: Sequence[Bucket], offload_fraction: float) -> frozenset[int]:
     """Return the indices of the buckets on a device whose state stays there.
 
-    They are the buckets that are updated last: the next forward waits for them last, and their
-    update on the device comes after all that the host's update can hide under. The first bucket
-    that does not fit ends the search, so that the device never holds more than was left to it.
+    They are the buckets that the next forward needs first. The device updates them at once, and
+    the forward runs over them while the host updates the others. The first bucket that does not
+    fit ends the search, so that the buckets are neighbors and never hold more elements than the
+    fraction leaves to the device.
 
     Args:
-        buckets: in the order in which backward completes them, the reverse of the updates' order.
+        buckets: in the order in which backward completes them, the reverse of forward order.
         offload_fraction: of the elements, those whose state is on the host at least.
     """
-    candidates = [bucket for bucket in buckets if bucket.on_device]
+    candidates = [bucket for bucket in reversed(buckets) if bucket.on_device]
     total = sum(bucket.numel for bucket in candidates)
     left = total - math.ceil(offload_fraction * total)
     kept = []
