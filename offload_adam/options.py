@@ -213,10 +213,11 @@ class OffloadPolicy:
         key="memory.offload_fraction",
         shared=True,
     )
-    bucket_nbytes: int = option(
-        32 * 1024 * 1024,
+    bucket_nbytes: int | None = option(
+        None,
         Number(kind=int, least=1),
-        "Bytes of parameters that are reduced and gathered at once.",
+        "Bytes of parameters that are reduced and gathered at once; null for 32 MiB times the "
+        "number of ranks, but at most 256 MiB or a 16th of all parameters, and at least 32 MiB.",
         key="optimizer.bucket_nbytes",
         shared=True,
     )

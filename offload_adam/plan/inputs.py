@@ -66,13 +66,10 @@ class Training:
             self.overlap, hooked=hooked, reduces=self.reduces, on_device=self.on_device
         )
 
-    def with_offload(self, **options: Any) -> Training:
-        """Return a copy in which these options of `offload` are changed."""
-        return replace(self, offload=replace(self.offload, **options))
-
-    def plan(self, specs: Sequence[ParameterSpec]) -> tuple[StatePlan, ...]:
-        """Return how the optimizer would store the state of these parameters."""
-        policy = StatePolicy.from_options(
+    @property
+    def policy(self) -> StatePolicy:
+        """The optimizer's policy for these options and this world."""
+        return StatePolicy.from_options(
             self.offload,
             world_size=self.world_size,
             reduces=self.reduces,
@@ -80,9 +77,16 @@ class Training:
             reduces_in_fp32=self.reduce_fp32,
             replicated=self.replicated,
         )
+
+    def with_offload(self, **options: Any) -> Training:
+        """Return a copy in which these options of `offload` are changed."""
+        return replace(self, offload=replace(self.offload, **options))
+
+    def plan(self, specs: Sequence[ParameterSpec]) -> tuple[StatePlan, ...]:
+        """Return how the optimizer would store the state of these parameters."""
         return plan_state(
             [replace(spec, amsgrad=self.amsgrad, on_device=self.on_device) for spec in specs],
-            policy,
+            self.policy,
         )
 
 

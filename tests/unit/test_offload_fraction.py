@@ -206,7 +206,7 @@ def test_what_stays_takes_no_host_memory_and_stands_in_the_ledger(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_states_load_whatever_the_share(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_states_load_whatever_the_share_and_the_buckets(dtype: torch.dtype, tmp_path: Path) -> None:
     model, optimizer = make(dtype, 0.5)
     for step in range(3):
         take_step(model, optimizer, step)
@@ -214,9 +214,12 @@ def test_states_load_whatever_the_share(dtype: torch.dtype, tmp_path: Path) -> N
     saved = optimizer.state_dict()
     full = optimizer.full_state_dict()
     weights = {key: value.clone() for key, value in model.state_dict().items()}
-    for fraction in (1.0, 0.5, 0.0):
+    for fraction, num_layers in ((1.0, 1), (0.5, 1), (0.0, 1), (0.5, 2), (1.0, None)):
         for way in ("checkpoint", "local", "full"):
-            other_model, other = make(dtype, fraction)
+            # None is the default, which puts all layers into one bucket.
+            bucket_nbytes = num_layers and num_layers * NUMEL * dtype.itemsize
+            other_model, other = make(dtype, fraction, bucket_nbytes=bucket_nbytes)
+            assert len(other._alive().states) == 4 // (num_layers or 4)
             take_step(other_model, other, 50)
             if way == "checkpoint":
                 load_checkpoint(tmp_path / "c", model=other_model, optimizer=other)
