@@ -327,7 +327,8 @@ class ExecutionOptions:
     num_threads: int | None = option(
         None,
         Number(kind=int, least=1),
-        "Threads of a rank's kernels; null for allowed cores / ranks on this node.",
+        "Threads of a rank's kernels; null for allowed cores / ranks on this node, less one where "
+        "parameters are on a GPU.",
         key="optimizer.num_threads",
     )
     overlap: bool | None = option(

@@ -103,8 +103,8 @@ class Machine:
     """What one node has; None where it is not known.
 
     host_nbytes, device_nbytes: memory that is free for a run, of the node and of one GPU.
-    host_gb_per_s: what a step on all of a node's cores together reads and writes, in 1e9 bytes a
-        second.
+    host_gb_per_s: what a step with the threads of all of a node's ranks together reads and writes,
+        in 1e9 bytes a second.
     bus_gb_per_s: one GPU's copies in one direction.
     network: what a rank sends in a collective.
     tera_flops: what a rank computes of forward and backward, in 1e12 operations a second.
