@@ -54,7 +54,8 @@ class OffloadAdam(ShardedOptimizer):
             its own parameters. What reads parameters otherwise calls `synchronize` first. None for
             parameters on a GPU and `module` given; on a CPU there is nothing to hide updates under.
         state_dtype: torch.float32, or None for the same.
-        num_threads: threads of this rank's kernels; None for allowed cores / ranks on this node.
+        num_threads: threads of this rank's kernels; None for allowed cores / ranks on this node,
+            less one, for the thread that launches work, where parameters are on a GPU.
         offload: where the state lies and how it is moved: pinned memory, bucket size, the share
             that stays on the GPU, and so on. See `OffloadPolicy`.
         failures: after how many seconds a rank is declared dead or hung. See `FailurePolicy`.

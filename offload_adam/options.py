@@ -208,15 +208,16 @@ class OffloadPolicy:
         1.0,
         Number(least=0, most=1),
         "Share of the elements of parameters on CUDA that have their state on the host, in whole "
-        "buckets. The state of the buckets that are updated last stays on the GPU and is updated "
-        "there, within 2 ULP of the host's result.",
+        "buckets. The state of the buckets that the forward needs first stays on the GPU and is "
+        "updated there, within 2 ULP of the host's result.",
         key="memory.offload_fraction",
         shared=True,
     )
-    bucket_nbytes: int = option(
-        32 * 1024 * 1024,
+    bucket_nbytes: int | None = option(
+        None,
         Number(kind=int, least=1),
-        "Bytes of parameters that are reduced and gathered at once.",
+        "Bytes of parameters that are reduced and gathered at once; null for 32 MiB times the "
+        "number of ranks, but at most 256 MiB or a 16th of all parameters, and at least 32 MiB.",
         key="optimizer.bucket_nbytes",
         shared=True,
     )
@@ -326,7 +327,8 @@ class ExecutionOptions:
     num_threads: int | None = option(
         None,
         Number(kind=int, least=1),
-        "Threads of a rank's kernels; null for allowed cores / ranks on this node.",
+        "Threads of a rank's kernels; null for allowed cores / ranks on this node, less one where "
+        "parameters are on a GPU.",
         key="optimizer.num_threads",
     )
     overlap: bool | None = option(

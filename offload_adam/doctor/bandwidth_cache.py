@@ -59,7 +59,8 @@ class Bandwidth:
     """What was measured, in 1e9 bytes a second.
 
     memory: by number of threads; empty where it is not known.
-    step: what a whole step of the optimizer gets with all cores, None where it is not known.
+    step: what a whole step of the optimizer gets with the threads of all of a node's ranks, None
+        where it is not known.
     network: of the ranks that it was measured with.
     bus: the slowest GPU's copies in their slower direction, None where it is not known.
     """

@@ -17,7 +17,7 @@ from offload_adam.doctor.finding import Finding, Status, failed, ok, warning, wo
 from offload_adam.doctor.network import Network, network_findings
 from offload_adam.doctor.step import can_step, measure_step
 from offload_adam.errors import HostMemoryError
-from offload_adam.kernels.threads import allowed_cores
+from offload_adam.kernels.threads import threads_per_node
 
 GOOD_SHARE = 0.8
 STEP_SHARE = 0.5
@@ -59,6 +59,7 @@ def examine(
         network: what the ranks have found together, before this one was left to look alone.
     """
     measured: list[Bandwidth] = []
+    on_device = torch.cuda.is_available()
 
     def keep(found: Bandwidth) -> Path | None:
         measured.append(found)
@@ -66,11 +67,12 @@ def examine(
 
     def bandwidth() -> Iterator[Finding]:
         load_average = os.getloadavg()[0]  # before the measurement has its part in it
-        memory = measure_bandwidth(counts_to_try(allowed_cores()))
+        num_threads = threads_per_node(local_world_size, on_device=on_device)
+        memory = measure_bandwidth(counts_to_try(num_threads))
         yield from bandwidth_findings(memory, load_average)
-        step = measure_step(allowed_cores()) if can_step() else None
+        step = measure_step(num_threads) if can_step() else None
         if step is not None:
-            yield step_finding(step, memory[allowed_cores()])
+            yield step_finding(step, memory[num_threads])
         path = keep(Bandwidth(memory, step))
         if path is not None:
             yield ok("bandwidth kept", f"in {path}, for runs and plans to compare with")
@@ -87,7 +89,7 @@ def examine(
             keep(Bandwidth(bus=min(speeds)))
 
     looks: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
-        ("cores", lambda: processors.core_findings(local_world_size)),
+        ("cores", lambda: processors.core_findings(local_world_size, on_device=on_device)),
         ("threading layer", lambda: [processors.threading_layer()]),
         ("vector width", lambda: [processors.vector_width()]),
         ("host memory", lambda: [host_memory.available()]),

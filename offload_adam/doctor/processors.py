@@ -21,12 +21,13 @@ from offload_adam.kernels.threads import (
 _REGISTER_BITS = {"zmm": 512, "ymm": 256, "xmm": 128}
 
 
-def core_findings(local_world_size: int) -> Iterator[Finding]:
+def core_findings(local_world_size: int, *, on_device: bool) -> Iterator[Finding]:
     """Yield what bounds the cores, and the threads of each local rank."""
+    num_threads = threads_per_rank(local_world_size, on_device=on_device)
     yield _affinity()
     yield _quota(cgroup_cores())
-    yield from thread_plan(local_world_size, _affinity_mask(), threads_per_rank(local_world_size))
-    yield _numba_threads(threads_per_rank(local_world_size))
+    yield from thread_plan(local_world_size, _affinity_mask(), num_threads)
+    yield _numba_threads(num_threads)
 
 
 def _affinity_mask() -> list[int]:

@@ -14,7 +14,6 @@ from offload_adam.layout.budget import traffic_nbytes
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.state_plan import StatePolicy, plan_state
 from offload_adam.optimizer import OffloadAdam
-from offload_adam.options import OffloadPolicy
 
 NUM_PARAMETERS = 8
 STEP_NUMEL = 24_000_000
@@ -58,5 +57,4 @@ def _step_s(optimizer: OffloadAdam) -> float:
 
 def _traffic_nbytes(each: int) -> int:
     specs = [ParameterSpec(i, each, 2, "bf16") for i in range(NUM_PARAMETERS)]
-    policy = StatePolicy(bucket_nbytes=OffloadPolicy().bucket_nbytes)
-    return sum(map(traffic_nbytes, plan_state(specs, policy)))
+    return sum(map(traffic_nbytes, plan_state(specs, StatePolicy())))

@@ -29,7 +29,7 @@ def allowed_cores(pid: int = 0) -> int:
     return cores if quota is None else max(1, min(cores, int(quota)))
 
 
-def threads_per_rank(local_world_size: int | None = None) -> int:
+def cores_per_rank(local_world_size: int | None = None) -> int:
     """Return the cores of this process's share of the node, at least 1.
 
     torchrun exports OMP_NUM_THREADS=1, and Numba would use every core for every rank. Both are
@@ -46,6 +46,26 @@ def threads_per_rank(local_world_size: int | None = None) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         shared = max(own, allowed_cores(os.getppid()))
     return max(1, min(own, shared // max(1, local_world_size)))
+
+
+def threads_per_rank(local_world_size: int | None = None, *, on_device: bool) -> int:
+    """Return the threads of this rank's kernels where none are given, at least 1.
+
+    There is one for each of its cores. With parameters on a device one core stays free for the
+    training thread, which launches the device's work during the updates. If it shared a core with a
+    kernel, launches would be late, and the kernel's other threads would wait for the slowed one.
+
+    Args:
+        local_world_size: as for `cores_per_rank`.
+        on_device: some parameters are on a device.
+    """
+    return max(1, cores_per_rank(local_world_size) - int(on_device))
+
+
+def threads_per_node(local_world_size: int, *, on_device: bool) -> int:
+    """Return the threads of all local ranks' kernels, as far as this process alone may run them."""
+    of_rank = threads_per_rank(local_world_size, on_device=on_device)
+    return min(allowed_cores(), local_world_size * of_rank)
 
 
 def cgroup_cores(
@@ -146,11 +166,12 @@ def select_threading_layer() -> str:
     return layer
 
 
-def plan_threads(num_threads: int | None) -> int:
+def plan_threads(num_threads: int | None, *, on_device: bool = False) -> int:
     """Return the number of threads for this rank's kernels and log it with the threading layer.
 
     Args:
-        num_threads: the user's choice; None for this rank's share of the allowed cores.
+        num_threads: the user's choice; None for `threads_per_rank`.
+        on_device: some parameters are on a device.
 
     Raises:
         RuntimeError: in a child forked from a process that has planned its own threads.
@@ -161,7 +182,7 @@ def plan_threads(num_threads: int | None) -> int:
     _reject_forked_child()
     _owner_pid = os.getpid()
     layer = select_threading_layer()
-    threads = threads_per_rank() if num_threads is None else num_threads
+    threads = threads_per_rank(on_device=on_device) if num_threads is None else num_threads
     if threads > numba.config.NUMBA_NUM_THREADS:
         warnings.warn(
             f"num_threads={threads} is more than the {numba.config.NUMBA_NUM_THREADS} that Numba "

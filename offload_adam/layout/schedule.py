@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from typing import NamedTuple
 
 from offload_adam.layout.state_plan import StatePlan
@@ -97,9 +98,11 @@ class Task(NamedTuple):
 class Schedule:
     """The tasks of one step on both sides of its one agreement, and what they wait for.
 
-    before_agreement, after_agreement: every task, in an order that satisfies all waits; run as it
-        stands, it is the sequential step. Buckets leave in the order in which backward completes
-        them, and are updated in forward order, so that the next forward can start on the first.
+    before_agreement: every task until the agreement, in the order in which the tasks are issued:
+        bucket by bucket as backward completes them, then the sums of squares of `on_device`.
+    after_agreement: every other task, in the order in which the overlapped step issues the tasks of
+        each lane: the host's updates, the device's updates, and what the next forward needs, each
+        in forward order. The sequential step finishes one bucket after the other instead.
     waits: for each task the earlier tasks of other lanes that must be over. One for an UPDATE is
         made by the thread that issues the waiting task, all others by the task's own lane.
     on_device: buckets whose state is on the device of their parameters. What the update thread
@@ -139,26 +142,38 @@ def plan_schedule(
     staging_slots, earlier_staged = _rings(
         [plan for plan in forward if plan.stages_parameters], num_staging_slots
     )
-    before: list[Task] = []
-    after: list[Task] = []
-    waits: dict[Task, tuple[Task, ...]] = {}
+    before: dict[Task, tuple[Task, ...]] = {}
+    after: dict[Task, tuple[Task, ...]] = {}
     for plan in plans:
-        number = plan.bucket.index
-        for operation, waited in _tasks_before_agreement(plan, earlier_packed.get(number)):
-            before.append(Task(operation, number))
-            waits[Task(operation, number)] = tuple(waited)
+        before |= _tasks_before_agreement(plan, earlier_packed.get(plan.bucket.index))
     for plan in forward:
-        if plan.is_offloaded:
-            after.append(Task(Operation.RELEASE, plan.bucket.index))
-            waits[after[-1]] = ()
-    for plan in forward:
-        number = plan.bucket.index
-        for operation, waited in _tasks_after_agreement(plan, earlier_staged.get(number)):
-            after.append(Task(operation, number))
-            waits[Task(operation, number)] = tuple(waited)
+        after |= _tasks_after_agreement(plan, earlier_staged.get(plan.bucket.index))
     on_device = frozenset(plan.bucket.index for plan in plans if not plan.location.is_host)
-    schedule = Schedule(tuple(before), tuple(after), waits, reduce_slots, staging_slots, on_device)
-    return replace(schedule, waits={task: _of_others(schedule, task) for task in waits})
+    turn = partial(_turn_of, on_device=on_device)
+    schedule = Schedule(
+        tuple(sorted(before, key=turn)),
+        tuple(sorted(after, key=turn)),
+        before | after,
+        reduce_slots,
+        staging_slots,
+        on_device,
+    )
+    return replace(schedule, waits={task: _of_others(schedule, task) for task in schedule.waits})
+
+
+_TURNS = {Operation.UPDATE: 1, Operation.COPY_H2D: 1, Operation.GATHER: 3, Operation.USE: 3}
+_TURN_ON_DEVICE = 2
+
+
+def _turn_of(task: Task, on_device: frozenset[int]) -> int:
+    """Return the turn of a task on its side of the agreement: all buckets take each turn together.
+
+    The device's updates come after the host's: these are submitted to the update thread, which
+    works on them while the calling thread launches the device's.
+    """
+    if task.operation.lane is Lane.UPDATE and task.bucket in on_device:
+        return _TURN_ON_DEVICE
+    return _TURNS.get(task.operation, 0)
 
 
 def _of_others(schedule: Schedule, task: Task) -> tuple[Task, ...]:
@@ -180,49 +195,49 @@ def _rings(plans: Sequence[StatePlan], num_slots: int) -> tuple[dict[int, int], 
     return slots, earlier
 
 
-def _tasks_before_agreement(
-    plan: StatePlan, earlier: int | None
-) -> list[tuple[Operation, list[Task]]]:
-    """Return a bucket's tasks before the agreement, each with what it waits for."""
+def _tasks_before_agreement(plan: StatePlan, earlier: int | None) -> dict[Task, tuple[Task, ...]]:
+    """Return a bucket's tasks before the agreement, each with what it waits for.
+
+    Args:
+        earlier: the bucket whose gradients had this slot of the ring before, if any.
+    """
     number = plan.bucket.index
-    tasks: list[tuple[Operation, list[Task]]] = [(Operation.GRADIENT, [])]
     source = Task(Operation.GRADIENT, number)
+    tasks: dict[Task, tuple[Task, ...]] = {source: ()}
     if plan.packs:
-        emptied = [] if earlier is None else [Task(Operation.COPY_D2H, earlier)]
-        tasks.append((Operation.PACK, emptied))
+        emptied = () if earlier is None else (Task(Operation.COPY_D2H, earlier),)
         source = Task(Operation.PACK, number)
+        tasks[source] = emptied
     if plan.gradient.averaged:
-        tasks.append((Operation.REDUCE, [source]))
+        tasks[Task(Operation.REDUCE, number)] = (source,)
         source = Task(Operation.REDUCE, number)
     if plan.is_offloaded:
-        tasks.append((Operation.COPY_D2H, [source]))
+        tasks[Task(Operation.COPY_D2H, number)] = (source,)
         source = Task(Operation.COPY_D2H, number)
-    tasks.append((Operation.SUM_SQUARES, [source]))
+    tasks[Task(Operation.SUM_SQUARES, number)] = (source,)
     return tasks
 
 
-def _tasks_after_agreement(
-    plan: StatePlan, earlier: int | None
-) -> list[tuple[Operation, list[Task]]]:
-    """Return a bucket's tasks after the agreement and RELEASE, each with what it waits for.
+def _tasks_after_agreement(plan: StatePlan, earlier: int | None) -> dict[Task, tuple[Task, ...]]:
+    """Return a bucket's tasks after the agreement, each with what it waits for.
 
     The H2D copy is issued by the thread that has made the update, and so needs no wait for it.
+
+    Args:
+        earlier: the bucket whose parameters had this staging slot before, if any.
     """
     number = plan.bucket.index
-    tasks: list[tuple[Operation, list[Task]]] = []
-    ready = [Task(Operation.UPDATE, number)]
+    emptied = () if earlier is None else (Task(Operation.COPY_H2D, earlier),)
+    tasks: dict[Task, tuple[Task, ...]] = {Task(Operation.UPDATE, number): emptied}
     if plan.is_offloaded:
-        emptied = [] if earlier is None else [Task(Operation.COPY_H2D, earlier)]
-        tasks.append((Operation.UPDATE, emptied))
+        tasks[Task(Operation.RELEASE, number)] = ()
         # Only the first H2D copy of a step needs this wait, but which copy is first depends on the
         # step's gradients. Where the host has waited for the sum of squares of a bucket that is
         # kept on the device, no copy needs it; but not every step, nor every rank, has such a sum.
-        tasks.append((Operation.COPY_H2D, [Task(Operation.RELEASE, number)]))
-        ready.append(Task(Operation.COPY_H2D, number))
-    else:
-        tasks.append((Operation.UPDATE, []))
+        tasks[Task(Operation.COPY_H2D, number)] = (Task(Operation.RELEASE, number),)
+    ready = tuple(task for task in tasks if task.operation is not Operation.RELEASE)
     if plan.gathers:
-        tasks.append((Operation.GATHER, ready))
-        ready = [Task(Operation.GATHER, number)]
-    tasks.append((Operation.USE, ready))
+        tasks[Task(Operation.GATHER, number)] = ready
+        ready = (Task(Operation.GATHER, number),)
+    tasks[Task(Operation.USE, number)] = ready
     return tasks

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from offload_adam.layout.flat import ParameterSpec
+from offload_adam.layout.state_plan import resolve_bucket_nbytes
 from offload_adam.plan.inputs import MOST_NUMEL, Machine, Training, synthetic_specs
 from offload_adam.plan.prediction import Prediction, predict
 
@@ -112,8 +113,6 @@ def _changes(
     if training.world_size > 1 and not training.replicated:
         other = "external" if training.reduces else "optimizer"
         yield f"optimizer.gradient_reduction: {other}", with_training(**_reduced_by(other))
-    yield (
-        "half of optimizer.bucket_nbytes",
-        with_offload(bucket_nbytes=max(1, training.offload.bucket_nbytes // 2)),
-    )
+    half_nbytes = max(1, resolve_bucket_nbytes(specs, training.policy) // 2)
+    yield f"optimizer.bucket_nbytes: {half_nbytes}", with_offload(bucket_nbytes=half_nbytes)
     yield "twice as many ranks", with_training(world_size=2 * training.world_size)

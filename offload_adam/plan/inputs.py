@@ -66,13 +66,10 @@ class Training:
             self.overlap, hooked=hooked, reduces=self.reduces, on_device=self.on_device
         )
 
-    def with_offload(self, **options: Any) -> Training:
-        """Return a copy in which these options of `offload` are changed."""
-        return replace(self, offload=replace(self.offload, **options))
-
-    def plan(self, specs: Sequence[ParameterSpec]) -> tuple[StatePlan, ...]:
-        """Return how the optimizer would store the state of these parameters."""
-        policy = StatePolicy.from_options(
+    @property
+    def policy(self) -> StatePolicy:
+        """The optimizer's policy for these options and this world."""
+        return StatePolicy.from_options(
             self.offload,
             world_size=self.world_size,
             reduces=self.reduces,
@@ -81,9 +78,16 @@ class Training:
             streams=self.streams and self.reduces and not self.replicated,
             replicated=self.replicated,
         )
+
+    def with_offload(self, **options: Any) -> Training:
+        """Return a copy in which these options of `offload` are changed."""
+        return replace(self, offload=replace(self.offload, **options))
+
+    def plan(self, specs: Sequence[ParameterSpec]) -> tuple[StatePlan, ...]:
+        """Return how the optimizer would store the state of these parameters."""
         return plan_state(
             [replace(spec, amsgrad=self.amsgrad, on_device=self.on_device) for spec in specs],
-            policy,
+            self.policy,
         )
 
 
@@ -100,8 +104,8 @@ class Machine:
     """What one node has; None where it is not known.
 
     host_nbytes, device_nbytes: memory that is free for a run, of the node and of one GPU.
-    host_gb_per_s: what a step on all of a node's cores together reads and writes, in 1e9 bytes a
-        second.
+    host_gb_per_s: what a step with the threads of all of a node's ranks together reads and writes,
+        in 1e9 bytes a second.
     bus_gb_per_s: one GPU's copies in one direction.
     network: what a rank sends in a collective.
     tera_flops: what a rank computes of forward and backward, in 1e12 operations a second.

@@ -58,7 +58,7 @@ one that works, they are charged to what it does."""
 class RunFacts:
     """The settings that a diagnosis may ask to change, as the run had them.
 
-    num_cores: those that a rank may use; num_threads those that its update did.
+    num_cores: those that the update of a rank may use. num_threads: those that it used.
     pinned: all host state is.
     """
 

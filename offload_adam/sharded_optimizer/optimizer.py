@@ -139,6 +139,7 @@ class ShardedOptimizer(StateAccess):
                 self._ranks,
                 Storage(policy, self._backend, runtime, options.offload),
                 num_threads=options.num_threads,
+                on_device=any(on_device),
                 module=module,
                 overlaps=overlaps,
                 takes_rows=takes_rows,

@@ -238,10 +238,14 @@ class Executor:
     ) -> None:
         """Update, copy and gather every bucket that has an active parameter, in forward order.
 
+        With a worker, its jobs are submitted before the calling thread launches the updates of
+        state on a device: see `Schedule.after_agreement`.
+
         Args:
             spans: told of what the calling thread does before this returns.
         """
         self._tasks.record_last_read()
+        to_launch: list[Callable[[Spans], None]] = []
         for position, number in enumerate(self._tasks.stream_waits.schedule.forward_order):
             state = self._tasks.states[number]
             active = inputs.active[state.indices]
@@ -250,17 +254,23 @@ class Executor:
                 self._skip_update(state)
                 continue
             update = partial(self._tasks.update, number, gradients[number], active, inputs)
-            if self._runs_on_worker(state):
+            if self._worker is None:
+                update(spans)
+            elif state.plan.location.is_host:
                 what = f"the update of bucket {number}"
                 self._updates[number] = self._submit(what, partial(update, self._spans))
             else:
-                update(spans)
+                to_launch.append(update)
             if state.plan.gathers:
                 self._to_gather.append(number)
             self._to_use[number] = position
             self._used_on.pop(number, None)
             if self._worker is None:
                 self._gather_ahead(spans)
+        # After the loop, because launching takes this thread a while (some 25 kernels for a million
+        # elements), and the host's updates run meanwhile.
+        for launch in to_launch:
+            launch(spans)
         if self._worker is None:
             for number in list(self._to_use):
                 self._use(number, spans)

@@ -50,10 +50,10 @@ class HostUpdate:
     Threads: one at a time launches kernels.
     """
 
-    def __init__(self, num_threads: int | None) -> None:
+    def __init__(self, num_threads: int | None, *, on_device: bool = False) -> None:
         # Numba's OpenMP pool sets torch's thread count to its own size when it starts.
         num_torch_threads = torch.get_num_threads()
-        self._num_threads = threads.plan_threads(num_threads)
+        self._num_threads = threads.plan_threads(num_threads, on_device=on_device)
         threads.use_threads(self._num_threads)
         torch.set_num_threads(num_torch_threads)
         # Numba takes longer to import than the rest of the package: it is loaded with the first

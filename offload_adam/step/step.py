@@ -88,6 +88,7 @@ class ShardedAdam:
         storage: Storage,
         *,
         num_threads: int | None,
+        on_device: bool = False,
         module: torch.nn.Module | None,
         overlaps: bool,
         takes_rows: bool = False,
@@ -96,6 +97,7 @@ class ShardedAdam:
         """Begin without parameters.
 
         Args:
+            num_threads, on_device: as for `plan_threads`.
             overlaps: `step` returns before the updates are over; `executor` tells when they are.
             takes_rows, streamed: as for `GradientReduction`.
         """
@@ -106,6 +108,7 @@ class ShardedAdam:
         self._storage = storage
         self.overlaps = overlaps
         self._num_threads = num_threads
+        self._on_device = on_device
         self._places: list[tuple[int, int]] = []
         self._frozen: list[Named] = []
         self._names: list[str] = []
@@ -225,7 +228,7 @@ class ShardedAdam:
     def _use_host_update(self) -> HostUpdate:
         """Return the host's update, made with the first bucket that needs it: it loads Numba."""
         if self._host_update is None:
-            self._host_update = HostUpdate(self._num_threads)
+            self._host_update = HostUpdate(self._num_threads, on_device=self._on_device)
             self.transfer.fold = self._host_update.fold
         return self._host_update
 

@@ -20,7 +20,7 @@ from offload_adam.coordinator.endings import EndingGuard, preemptible
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.startup import COLLECTIVE_TIMEOUT, World, final, joined_world
 from offload_adam.errors import CheckpointError, HostMemoryError, RankDisagreementError
-from offload_adam.kernels.threads import threads_per_rank
+from offload_adam.kernels.threads import cores_per_rank
 from offload_adam.mindspore.adam import Adam
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.train.bigram import bigram_loss
@@ -110,7 +110,7 @@ def _assembled(
         optimizer = build_optimizer(config, parallel_model)
     with closing(optimizer):
         # Not before: where Numba starts its OpenMP threads it also sets how many torch uses.
-        torch.set_num_threads(threads_per_rank(world.local_world_size))
+        torch.set_num_threads(cores_per_rank(world.local_world_size))
         yield parallel_model, optimizer
 
 

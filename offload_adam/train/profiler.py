@@ -85,12 +85,13 @@ def _report(job: Job, profiles: Sequence[RankProfile]) -> None:
 def facts_of(job: Job) -> RunFacts:
     """Return the settings of the run that a diagnosis may ask to change."""
     optimizer, train = job.config.optimizer, job.config.train
-    num_cores = threads_per_rank(job.world.local_world_size)
+    on_device = job.world.device.type == "cuda"
+    num_cores = threads_per_rank(job.world.local_world_size, on_device=on_device)
     return RunFacts(
         num_threads=optimizer.num_threads or num_cores,
         num_cores=num_cores,
         pinned=job.optimizer.pinned_nbytes >= job.optimizer.host_nbytes[Category.STATE],
-        on_device=job.world.device.type == "cuda",
+        on_device=on_device,
         streams=optimizer.streams,
         reduce_dtype=optimizer.reduce_dtype,
         dtype=train.dtype,

@@ -88,7 +88,9 @@ def limit_gb_per_s(job: Job) -> float | None:
     binding: alone they see more of the memory than is theirs.
     """
     local = job.world.local_world_size
-    of_rank = job.config.optimizer.num_threads or threads_per_rank(local)
+    of_rank = job.config.optimizer.num_threads or threads_per_rank(
+        local, on_device=job.world.device.type == "cuda"
+    )
     limit = _limit_gb_per_s(of_rank * local)
     return None if limit is None else limit / local
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from offload_adam.doctor import bandwidth_cache
 from offload_adam.doctor.devices import bus_gb_per_s
 from offload_adam.doctor.step import measure_step
-from offload_adam.kernels.threads import allowed_cores
+from offload_adam.kernels.threads import threads_per_node
 from offload_adam.plan.inputs import Machine, Source, Training
 
 
@@ -33,7 +33,9 @@ def measured_speeds(training: Training) -> Machine:
     known = known_speeds(training)
     return replace(
         known,
-        host_gb_per_s=measure_step(allowed_cores()),
+        host_gb_per_s=measure_step(
+            threads_per_node(training.local_world_size, on_device=training.on_device)
+        ),
         bus_gb_per_s=min(bus_gb_per_s(0)) if training.on_device else None,
         sources={**known.sources, "update": Source.MEASURED, "bus": Source.MEASURED},
     )

@@ -27,7 +27,13 @@ from tests.simulation.machine import ACTORS, Machine, Side
 from tests.simulation.memory import GradientMemory, SimulatedSlots
 from tests.simulation.outcome import Outcome, Read, state_of
 from tests.simulation.training import make_core, reference_of, train
-from tests.simulation.watched import WatchedUpdate, name_tasks, watch_folds, watch_staging
+from tests.simulation.watched import (
+    WatchedUpdate,
+    name_tasks,
+    watch_folds,
+    watch_order,
+    watch_staging,
+)
 from tests.support.cuda_runtime import StandInRuntime
 
 
@@ -135,6 +141,7 @@ class Simulation:
         watch_folds(self.core.transfer, self.machine)
         watch_staging(tasks, self.machine)
         name_tasks(self.core.stream_waits, self.machine)
+        watch_order(self.core, self.wrong)
 
     def with_schedule(self, schedule: Schedule) -> None:
         """Go on with another schedule."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ NUM_SEEDS = 6
 
 ALONE = simple_case(4, "bf16")
 TWO = simple_case(4, "bf16", world_size=2, rank=1)
+KEPT = simple_case(4, "bf16", world_size=2, offload_fraction=0.0)
 POOLED = simple_case(4, "bf16", world_size=2, pin="staging")
 # Buckets of two layers that run on two streams.
 SIDE_LAYERS = (0, 2, 4)
@@ -194,6 +195,45 @@ def test_a_bug_is_found(bug: Callable[[Simulation, Patch], None], case: Case) ->
             bug(simulation, patch)
             num_found += simulation.has_race()
     assert num_found >= NUM_SEEDS // 2
+
+
+def gathers_in_the_order_of_need(simulation: Simulation, patch: Patch) -> None:
+    executor = simulation.core.executor
+    wait = executor.wait_for_buckets
+
+    def hasty(buckets: Collection[int]) -> None:
+        for number in buckets:
+            if number in executor._to_gather:
+                executor._to_gather.remove(number)
+                executor._to_gather.appendleft(number)
+        wait(buckets)
+
+    patch.setattr(executor, "wait_for_buckets", hasty)
+
+
+def updates_in_backward_order(simulation: Simulation, patch: Patch) -> None:
+    forward_order = simulation.core.stream_waits.schedule.forward_order
+    patch.setattr(Schedule, "forward_order", forward_order[::-1])
+
+
+@pytest.mark.parametrize(
+    ("bug", "case"),
+    [
+        (gathers_in_the_order_of_need, TWO),
+        (updates_in_backward_order, ALONE),
+        (updates_in_backward_order, KEPT),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_an_order_that_is_not_that_of_the_schedule_is_found(
+    bug: Callable[[Simulation, Patch], None], case: Case
+) -> None:
+    reference = clean_reference_of(case, NUM_SEEDS)
+    for seed in range(NUM_SEEDS):
+        with pytest.MonkeyPatch.context() as patch:
+            simulation = Simulation(case, reference, seed)
+            bug(simulation, patch)
+            assert any("is issued after" in text for text in simulation.run())
 
 
 @pytest.mark.parametrize("case", [ALONE, TWO], ids=["alone", "two"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +16,7 @@ from offload_adam.layout.schedule import Lane, Operation, Task
 from offload_adam.params.bucket import BucketState
 from offload_adam.step.host_update import HostUpdate
 from offload_adam.step.messages import UpdateInputs
+from offload_adam.step.step import ShardedAdam
 from offload_adam.step.update_tasks import BucketUpdate, UpdateTasks
 from offload_adam.transfer.stream_waits import StreamWaits
 from tests.simulation.machine import Machine
@@ -128,6 +131,41 @@ def watch_staging(tasks: UpdateTasks, machine: Machine) -> None:
         return slot
 
     tasks.stage = watched  # type: ignore[method-assign]
+
+
+def watch_order(core: ShardedAdam, wrong: list[str]) -> None:
+    """Compare the order in which a lane's tasks are issued with that of the schedule.
+
+    An order of gathers that differs between ranks is no race, and mirrored ranks share it.
+
+    Args:
+        wrong: gets a line for each task that comes too late.
+    """
+    stream_waits, executor = core.stream_waits, core.executor
+    apply = executor.apply
+    last: dict[Lane, Task] = {}
+
+    def watched_apply(*arguments: Any) -> None:
+        # The step has waited for all updates and gathers of the step before.
+        last.clear()
+        apply(*arguments)
+
+    def watched(begin: Callable[[Operation, int], None], operation: Operation, bucket: int) -> None:
+        task, schedule = Task(operation, bucket), stream_waits.schedule
+        if operation in (Operation.UPDATE, Operation.COPY_H2D, Operation.GATHER):
+            lane, order = schedule.lane_of(task), schedule.after_agreement
+            before = last.get(lane, task)
+            if order.index(task) < order.index(before):
+                wrong.append(f"{name_of(task)} is issued after {name_of(before)}")
+            last[lane] = task
+        begin(operation, bucket)
+
+    patched: Any = stream_waits
+    # A skipped bucket takes its turn by `record` alone, and the host records no update.
+    patched.wait_before = partial(watched, stream_waits.wait_before)
+    patched.record = partial(watched, stream_waits.record)
+    patched = executor
+    patched.apply = watched_apply
 
 
 def name_tasks(stream_waits: StreamWaits, machine: Machine) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numba
 import pytest
+import torch
 
+from offload_adam import OffloadAdam
 from offload_adam.kernels import threads
+from tests.support.scenario import Offloading
 from tests.unit.kernel_subprocess import ONE_UPDATE, run_python
 
 
@@ -90,8 +94,50 @@ def test_ranks_share_the_cores_whatever_torchrun_says(
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if local_world_size is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world_size)
-    assert threads.threads_per_rank() == share
-    assert threads.threads_per_rank(4) == 2
+    assert threads.cores_per_rank() == share
+    assert threads.cores_per_rank(4) == 2
+    assert threads.threads_per_rank(on_device=False) == share
+    assert threads.threads_per_rank(on_device=True) == max(1, share - 1)
+
+
+@pytest.mark.parametrize(
+    ("local_world_size", "on_device", "of_rank", "of_node"),
+    [
+        (1, False, 8, 8),
+        (1, True, 7, 7),
+        (2, True, 3, 6),
+        (3, False, 2, 6),
+        (8, True, 1, 8),
+        (16, True, 1, 8),
+    ],
+)
+def test_the_thread_that_launches_a_devices_work_has_a_core_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+    local_world_size: int,
+    on_device: bool,
+    of_rank: int,
+    of_node: int,
+) -> None:
+    monkeypatch.setattr(threads, "allowed_cores", lambda pid=0: 8)
+    assert threads.threads_per_rank(local_world_size, on_device=on_device) == of_rank
+    assert threads.threads_per_node(local_world_size, on_device=on_device) == of_node
+
+
+@pytest.mark.parametrize(("given", "on_cpu", "on_device"), [(None, 8, 7), (5, 5, 5), (8, 8, 8)])
+def test_an_optimizer_plans_the_threads_for_where_its_parameters_are(
+    monkeypatch: pytest.MonkeyPatch, given: int | None, on_cpu: int, on_device: int
+) -> None:
+    monkeypatch.setattr(threads, "allowed_cores", lambda pid=0: 8)
+    monkeypatch.setattr(numba.config, "NUMBA_NUM_THREADS", 8)
+    monkeypatch.setattr(numba, "set_num_threads", lambda number: None)
+    planned: list[int] = []
+    for kind in (OffloadAdam, Offloading):
+        optimizer = kind([torch.nn.Parameter(torch.ones(3))], num_threads=given)
+        update = optimizer._alive()._host_update
+        assert update is not None
+        planned.append(update._num_threads)
+        optimizer.close()
+    assert planned == [on_cpu, on_device]
 
 
 def test_nodes_are_those_of_the_cores_that_may_be_used(
@@ -120,7 +166,10 @@ def test_the_plan_ignores_torchruns_one_and_names_the_layer() -> None:
         warnings.simplefilter("error")
         import numba
         from offload_adam.kernels import threads
-        assert threads.plan_threads(None) == threads.allowed_cores()
+        cores = threads.allowed_cores()
+        assert threads.plan_threads(None) == cores
+        assert threads.plan_threads(None, on_device=True) == max(1, cores - 1)
+        assert threads.plan_threads(1, on_device=True) == 1
         assert numba.threading_layer() == "omp"
         """,
         OMP_NUM_THREADS="1",
@@ -182,4 +231,4 @@ def test_ranks_that_torchrun_has_bound_share_the_agents_cores(
     monkeypatch.setattr(threads, "cgroup_cores", lambda: None)
     cores = {0: rank, os.getppid(): agent}
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores[pid])), raising=False)
-    assert threads.threads_per_rank(local_world_size) == share
+    assert threads.cores_per_rank(local_world_size) == share

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_adam.layout.flat import BLOCK_NUMEL, Bucket, ParameterSpec, plan_buckets
 from offload_adam.layout.schedule import Operation, Task, plan_schedule
-from offload_adam.layout.state_plan import StatePlan
+from offload_adam.layout.state_plan import StateLocation, StatePlan
 from tests.support.plans import equal_plans, offloaded
 
 SPECS = st.lists(
@@ -100,14 +102,22 @@ def test_arguments_are_checked() -> None:
 
 
 def plans_of(
-    num_buckets: int, *, world_size: int = 2, on_device: frozenset[int] = frozenset()
+    num_buckets: int,
+    *,
+    world_size: int = 2,
+    on_device: frozenset[int] = frozenset(),
+    kept: frozenset[int] = frozenset(),
 ) -> list[StatePlan]:
     plans = equal_plans(num_buckets, numel=1000, world_size=world_size)
-    return [offloaded(plan) if plan.bucket.index in on_device else plan for plan in plans]
+    plans = [offloaded(plan) if plan.bucket.index in on_device else plan for plan in plans]
+    return [
+        replace(plan, location=StateLocation.DEVICE) if plan.bucket.index in kept else plan
+        for plan in plans
+    ]
 
 
 def test_the_schedule_measures_in_backward_order_and_updates_in_forward_order() -> None:
-    plans = plans_of(3, on_device=frozenset({1}))
+    plans = plans_of(4, on_device=frozenset({1}), kept=frozenset({3}))
     schedule = plan_schedule(plans, num_reduce_slots=2, num_staging_slots=2)
     before = [tuple(task) for task in schedule.before_agreement]
     arriving = [Operation.GRADIENT, Operation.PACK, Operation.REDUCE, Operation.SUM_SQUARES]
@@ -116,22 +126,36 @@ def test_the_schedule_measures_in_backward_order_and_updates_in_forward_order() 
         *((operation, 0) for operation in arriving),
         *((operation, 1) for operation in copied),
         *((operation, 2) for operation in arriving),
+        *((operation, 3) for operation in arriving[:3]),
+        (Operation.SUM_SQUARES, 3),
     ]
     after = [tuple(task) for task in schedule.after_agreement]
     assert after == [
         (Operation.RELEASE, 1),
+        # The host's updates are submitted before those on the device are launched.
         (Operation.UPDATE, 2),
-        (Operation.GATHER, 2),
-        (Operation.USE, 2),
         (Operation.UPDATE, 1),
         (Operation.COPY_H2D, 1),
+        (Operation.UPDATE, 0),
+        (Operation.UPDATE, 3),
+        (Operation.GATHER, 3),
+        (Operation.USE, 3),
+        (Operation.GATHER, 2),
+        (Operation.USE, 2),
         (Operation.GATHER, 1),
         (Operation.USE, 1),
-        (Operation.UPDATE, 0),
         (Operation.GATHER, 0),
         (Operation.USE, 0),
     ]
-    assert schedule.forward_order == (2, 1, 0)
+    assert schedule.forward_order == (3, 2, 1, 0)
+
+
+def test_the_sum_on_a_device_does_not_hold_up_the_backward_of_later_buckets() -> None:
+    plans = plans_of(2, kept=frozenset({0}))
+    schedule = plan_schedule(plans, num_reduce_slots=2, num_staging_slots=2)
+    # The sum is taken by `step()`, on the stream of the model, once the bucket is reduced.
+    assert schedule.before_agreement[-1] == Task(Operation.SUM_SQUARES, 0)
+    assert schedule.waits[Task(Operation.SUM_SQUARES, 0)] == (Task(Operation.REDUCE, 0),)
 
 
 def test_slots_are_dealt_in_turn_and_taken_over_from_who_had_them_before() -> None:

@@ -76,7 +76,7 @@ def state_of(model: Layers, optimizer: OffloadAdam, number: int) -> dict[str, to
     fraction=st.floats(0, 1),
     data=st.data(),
 )
-def test_the_share_is_a_run_of_the_last_updated_and_never_too_large(
+def test_the_share_is_a_run_of_the_first_needed_and_never_too_large(
     sizes: list[int], world_size: int, fraction: float, data: st.DataObject
 ) -> None:
     specs = [ParameterSpec(i, size, 4, "f") for i, size in enumerate(sizes)]
@@ -84,9 +84,9 @@ def test_the_share_is_a_run_of_the_last_updated_and_never_too_large(
     on_device = data.draw(st.sets(st.sampled_from(range(len(buckets)))))
     buckets = tuple(replace(b, on_device=b.index in on_device) for b in buckets)
     kept = kept_on_device(buckets, fraction)
-    candidates = [bucket for bucket in buckets if bucket.index in on_device]
-    # The schedule updates in reverse: the last updated are the first of the list.
-    assert [bucket.index for bucket in candidates[: len(kept)]] == sorted(kept)
+    # Buckets are in backward order, so the forward needs the last of them first.
+    candidates = [bucket for bucket in buckets[::-1] if bucket.index in on_device]
+    assert [bucket.index for bucket in candidates[: len(kept)]] == sorted(kept, reverse=True)
     total = sum(bucket.numel for bucket in candidates)
     held = sum(bucket.numel for bucket in candidates[: len(kept)])
     assert total - held >= fraction * total
@@ -102,7 +102,16 @@ def test_all_and_nothing() -> None:
     )
     assert kept_on_device(buckets, 1.0) == frozenset()
     assert kept_on_device(buckets, 0.0) == frozenset(range(5))
-    assert kept_on_device(buckets, 0.5) == {0, 1}
+    assert kept_on_device(buckets, 0.5) == {3, 4}
+
+
+def test_the_first_bucket_that_does_not_fit_ends_the_search() -> None:
+    sizes = [100, 1000, 100, 100]
+    specs = [ParameterSpec(i, size, 4, "f", on_device=True) for i, size in enumerate(sizes)]
+    buckets = plan_buckets(specs, world_size=1, bucket_nbytes=1)
+    # 704 of 1408 elements may stay: the forward needs bucket 3 first, and bucket 2 is too large.
+    assert [bucket.numel for bucket in buckets] == [128, 128, 1024, 128]
+    assert kept_on_device(buckets, 0.5) == {3}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -115,7 +124,7 @@ def test_the_host_part_has_its_bits_and_the_rest_the_references(
         options = {**options, "module": None}
     whole_model, whole = make(dtype, 1.0, **options)
     model, optimizer = make(dtype, 0.5, **options)
-    kept = [2, 3]  # in forward order, the last layers: backward completes them first
+    kept = [0, 1]  # in forward order, the first layers
     for step in range(NUM_STEPS):
         before = [state_of(model, optimizer, number) for number in range(4)]
         take_step(whole_model, whole, step)
@@ -175,10 +184,10 @@ def test_what_stays_takes_no_host_memory_and_stands_in_the_ledger(
 ) -> None:
     _, optimizer = make(dtype, fraction)
     states = optimizer._alive().states
-    kept_and_offloaded = num_kept * [StateLocation.DEVICE] + (4 - num_kept) * [
-        StateLocation.OFFLOADED
+    offloaded_and_kept = (4 - num_kept) * [StateLocation.OFFLOADED] + num_kept * [
+        StateLocation.DEVICE
     ]
-    assert [state.plan.location for state in states] == kept_and_offloaded
+    assert [state.plan.location for state in states] == offloaded_and_kept
     hosted = 4 * 3 + dtype.itemsize
     # On its device an fp32 parameter is its own master weight.
     kept = 4 * (3 if dtype != torch.float32 else 2) + dtype.itemsize
@@ -197,7 +206,7 @@ def test_what_stays_takes_no_host_memory_and_stands_in_the_ledger(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_states_load_whatever_the_share(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_states_load_whatever_the_share_and_the_buckets(dtype: torch.dtype, tmp_path: Path) -> None:
     model, optimizer = make(dtype, 0.5)
     for step in range(3):
         take_step(model, optimizer, step)
@@ -205,9 +214,12 @@ def test_states_load_whatever_the_share(dtype: torch.dtype, tmp_path: Path) -> N
     saved = optimizer.state_dict()
     full = optimizer.full_state_dict()
     weights = {key: value.clone() for key, value in model.state_dict().items()}
-    for fraction in (1.0, 0.5, 0.0):
+    for fraction, num_layers in ((1.0, 1), (0.5, 1), (0.0, 1), (0.5, 2), (1.0, None)):
         for way in ("checkpoint", "local", "full"):
-            other_model, other = make(dtype, fraction)
+            # None is the default, which puts all layers into one bucket.
+            bucket_nbytes = num_layers and num_layers * NUMEL * dtype.itemsize
+            other_model, other = make(dtype, fraction, bucket_nbytes=bucket_nbytes)
+            assert len(other._alive().states) == 4 // (num_layers or 4)
             take_step(other_model, other, 50)
             if way == "checkpoint":
                 load_checkpoint(tmp_path / "c", model=other_model, optimizer=other)

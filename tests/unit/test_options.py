@@ -99,7 +99,7 @@ def test_the_ranks_share_what_is_declared_as_shared() -> None:
     ("policy", "message"),
     [
         (OffloadPolicy(allow_overcommit=1), "allow_overcommit must be a bool, not 1"),  # type: ignore[arg-type]
-        (OffloadPolicy(bucket_nbytes=True), "bucket_nbytes must be an int, not True"),
+        (OffloadPolicy(bucket_nbytes=True), "bucket_nbytes must be an int or None, not True"),
         (OffloadPolicy(snapshot_buffer_nbytes=-1), "snapshot_buffer_nbytes must be at least 0"),
         (OffloadPolicy(offload_fraction=2), r"offload_fraction must lie in \[0, 1\], not 2"),
         (FailurePolicy(dead_after=0), "must be a finite number of seconds above 0, not 0"),
@@ -116,8 +116,9 @@ def test_a_wrong_value_is_named_at_construction(policy: Any, message: str) -> No
 def test_none_is_allowed_where_it_is_the_default() -> None:
     options = ExecutionOptions(num_threads=None, overlap=None)
     assert decide_execution(options, on_device=[False]).policy.reduces
-    with pytest.raises(TypeError, match="bucket_nbytes must be an int, not None"):
-        check_options(OffloadPolicy(bucket_nbytes=None))  # type: ignore[arg-type]
+    check_options(OffloadPolicy(bucket_nbytes=None))
+    with pytest.raises(TypeError, match="snapshot_buffer_nbytes must be an int, not None"):
+        check_options(OffloadPolicy(snapshot_buffer_nbytes=None))  # type: ignore[arg-type]
 
 
 def test_the_library_works_without_pydantic() -> None:

@@ -8,7 +8,15 @@ import pytest
 
 from offload_adam.layout.budget import plane_nbytes
 from offload_adam.layout.flat import ParameterSpec, Placement, plan_buckets
-from offload_adam.layout.state_plan import StateLocation, StatePlan, StatePolicy, plan_state
+from offload_adam.layout.state_plan import (
+    StateLocation,
+    StatePlan,
+    StatePolicy,
+    plan_state,
+    resolve_bucket_nbytes,
+)
+from offload_adam.plan.advice import options
+from offload_adam.plan.inputs import Training
 
 
 def plan_of(itemsize: int = 2, *, on_device: bool = True, **policy: object) -> StatePlan:
@@ -90,6 +98,52 @@ def test_how_gradients_and_parameters_move(
         ring,
         staged,
     )
+
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("world_size", "total_mib", "bucket_mib"),
+    [
+        (1, 1, 32),
+        (1, 100_000, 32),  # at one rank the size does not depend on the model
+        (2, 100, 32),
+        (2, 1023, 63.9375),
+        (2, 100_000, 64),
+        (4, 100_000, 128),
+        (8, 100, 32),  # as few as there are, rather than smaller ones
+        (8, 2048, 128),  # 16 buckets
+        (8, 100_000, 256),
+        (64, 100_000, 256),
+    ],
+)
+def test_buckets_grow_with_the_world_within_the_model_and_the_device(
+    world_size: int, total_mib: int, bucket_mib: float
+) -> None:
+    specs = [ParameterSpec(i, MIB // 4, 4, "f") for i in range(total_mib)]
+    policy = StatePolicy(world_size=world_size)
+    assert resolve_bucket_nbytes(specs, policy) == bucket_mib * MIB
+    # State that every rank has whole is not divided.
+    assert resolve_bucket_nbytes(specs, replace(policy, replicated=True)) == 32 * MIB
+    assert resolve_bucket_nbytes(specs, replace(policy, bucket_nbytes=5)) == 5
+
+
+def test_buckets_have_the_size_that_was_resolved() -> None:
+    specs = [ParameterSpec(i, MIB // 4, 4, "f", on_device=True) for i in range(4096)]
+    plans = plan_state(specs, StatePolicy(world_size=8))
+    assert {plan.bucket.numel * plan.bucket.itemsize for plan in plans} == {256 * MIB}
+    assert {plan.bucket.shard_numel * plan.bucket.itemsize for plan in plans} == {32 * MIB}
+    alone = plan_state(specs, StatePolicy())
+    assert {plan.bucket.numel * plan.bucket.itemsize for plan in alone} == {32 * MIB}
+    assert alone == plan_state(specs, StatePolicy(bucket_nbytes=32 * MIB))
+
+
+@pytest.mark.parametrize(("world_size", "half"), [(1, 16 * MIB), (8, 32 * MIB)])
+def test_a_plan_advises_half_of_the_size_that_was_resolved(world_size: int, half: int) -> None:
+    specs = [ParameterSpec(i, MIB // 4, 4, "f") for i in range(1024)]
+    settings = [option.setting for option in options(specs, Training(world_size=world_size))]
+    assert f"optimizer.bucket_nbytes: {half}" in settings
 
 
 def test_a_layout_that_cannot_be_right_is_rejected() -> None:

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.schedule import Lane, Operation, Schedule, Task, plan_schedule
+from offload_adam.layout.state_plan import StateLocation, StatePolicy, plan_state
 from offload_adam.layout.timeline import Timeline, predict_timeline
 from tests.support.plans import equal_plans, offloaded
 
@@ -86,6 +88,53 @@ def test_nothing_begins_before_what_it_waits_for(
         for one, next_one in pairwise(members):
             assert one.end_s <= next_one.start_s
     assert timeline.end_s <= sum(seconds.values())
+
+
+def half_kept_forward(kept: range) -> float:
+    """Return the seconds from the agreement to the end of the forward, which alone takes 1 s.
+
+    The host's updates of all 24 buckets would take 2 s.
+    """
+    num_buckets = 24
+    plans = [offloaded(plan) for plan in equal_plans(num_buckets)]
+    plans = [
+        replace(plan, location=StateLocation.DEVICE) if plan.bucket.index in kept else plan
+        for plan in plans
+    ]
+    schedule = plan_schedule(plans, num_reduce_slots=2, num_staging_slots=2)
+
+    def seconds_of(task: Task) -> float:
+        if task.operation is Operation.USE:
+            return 1 / num_buckets
+        on_host = task.bucket not in kept
+        return 2 / num_buckets if task.operation is Operation.UPDATE and on_host else 0.0
+
+    return predict_timeline(schedule, seconds_of).end_s
+
+
+def test_the_state_that_the_forward_needs_first_belongs_on_the_device() -> None:
+    specs = [ParameterSpec(index, 100, 2, "f", on_device=True) for index in range(24)]
+    plans = plan_state(specs, StatePolicy(bucket_nbytes=1, offload_fraction=0.5))
+    kept = [plan.bucket.index for plan in plans if plan.location is StateLocation.DEVICE]
+    assert kept == list(range(12, 24))  # in backward order, so the forward begins with bucket 23
+    # The device updates 12 buckets and the forward runs over them for 0.5 s, while the host updates
+    # the other 12 in 1 s. After the last update, the forward of the last bucket is left: 1/24 s.
+    assert half_kept_forward(range(12, 24)) == pytest.approx(1 + 1 / 24, rel=1e-12)  # 1.04
+    # The other half: the forward waits for each of the host's 12 updates, and has 13 buckets left
+    # after the last of them.
+    assert half_kept_forward(range(12)) == pytest.approx(1 + 13 / 24, rel=1e-12)  # 1.54
+
+
+def test_updates_on_the_device_come_before_the_forward_and_do_not_hold_up_the_hosts() -> None:
+    plans = [offloaded(plan) for plan in equal_plans(4)]
+    plans[2:] = [replace(plan, location=StateLocation.DEVICE) for plan in plans[2:]]
+    schedule = plan_schedule(plans, num_reduce_slots=2, num_staging_slots=2)
+    timeline = predict_timeline(
+        schedule, lambda task: 1.0 if task.operation in (Operation.UPDATE, Operation.USE) else 0.0
+    )
+    starts = {interval.task: interval.start_s for interval in timeline.intervals}
+    assert [starts[Task(Operation.UPDATE, number)] for number in (1, 0, 3, 2)] == [0, 1, 0, 1]
+    assert [starts[Task(Operation.USE, number)] for number in (3, 2, 1, 0)] == [2, 3, 4, 5]
 
 
 def test_state_on_the_device_is_updated_on_the_models_own_lane() -> None:

@@ -20,8 +20,10 @@ from offload_adam.doctor import (
 from offload_adam.doctor.examination import bandwidth_findings, examine, looked
 from offload_adam.doctor.finding import Finding, Status, failed, ok, warning, worst
 from offload_adam.errors import HostMemoryError
+from offload_adam.kernels import threads
 from offload_adam.memory.arena import HostArena
 from offload_adam.plan.inputs import Source, Training
+from offload_adam.train import speeds
 from offload_adam.train.speeds import known_speeds
 from tests.support.cuda_runtime import StandInRuntime
 
@@ -61,6 +63,34 @@ def test_ranks_without_a_core_of_their_own_are_warned_of(monkeypatch: pytest.Mon
     ]
     assert plan[1].found == "1 thread(s) on core(s) 4-5"
     assert {one.status for one in processors.thread_plan(3, [4, 5], 1)} == {Status.WARNING}
+
+
+def test_a_core_for_each_rank_stays_free_where_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    measured: list[int] = []
+
+    def measure_step(num_threads: int) -> float:
+        measured.append(num_threads)
+        return 1.0
+
+    monkeypatch.setattr(threads, "allowed_cores", lambda pid=0: 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bandwidth_cache, "keep", lambda found: None)
+    monkeypatch.setattr(
+        examination, "measure_bandwidth", lambda counts: dict.fromkeys(counts, float(counts[-1]))
+    )
+    monkeypatch.setattr(examination, "measure_step", measure_step)
+    monkeypatch.setattr(speeds, "measure_step", measure_step)
+    monkeypatch.setattr(speeds, "bus_gb_per_s", lambda index: (1.0, 1.0))
+    found = {one.topic: one.found for one in examine(2, tmp_path).findings}
+    assert found["local rank 1"].startswith("3 thread(s)")
+    assert [topic for topic in found if topic.startswith("bandwidth, ")] == [
+        f"bandwidth, {count} thread(s)" for count in (1, 2, 4, 6)
+    ]
+    for on_device in (True, False):
+        speeds.measured_speeds(Training(world_size=2, local_world_size=2, on_device=on_device))
+    assert measured == [6, 6, 8]  # by doctor, and for a plan of each kind
 
 
 @pytest.mark.parametrize(

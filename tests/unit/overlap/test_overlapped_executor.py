@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,9 +15,9 @@ import torch
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.budget import NUM_SLOTS_IN_FLIGHT
 from offload_adam.layout.schedule import Operation, Task, plan_schedule
+from offload_adam.layout.state_plan import StateLocation
 from offload_adam.spans import NullSpans, Stopwatch
 from offload_adam.step.executor import Executor
-from offload_adam.step.messages import UpdateInputs
 from offload_adam.step.update_thread import UpdateThread
 from offload_adam.transfer.stream_waits import StreamWaits
 from offload_adam.transfer.streams import HostStreams
@@ -38,8 +39,13 @@ class EagerWorker(LazyWorker):
 class RecordedTasks:
     """Tasks that only write down that they ran; a gather waits for its update, as scheduled."""
 
-    def __init__(self) -> None:
-        plans = equal_plans(NUM_BUCKETS, numel=128, world_size=2)
+    def __init__(self, locations: Sequence[StateLocation] = (StateLocation.HOST,) * 4) -> None:
+        plans = [
+            replace(plan, location=location)
+            for plan, location in zip(
+                equal_plans(NUM_BUCKETS, numel=128, world_size=2), locations, strict=True
+            )
+        ]
         self.stream_waits = StreamWaits(RankGroup(), lambda device: HostStreams())
         schedule = plan_schedule(plans, num_reduce_slots=2, num_staging_slots=2)
         devices = dict.fromkeys(range(NUM_BUCKETS), torch.device("cpu"))
@@ -51,10 +57,16 @@ class RecordedTasks:
         self.done: list[tuple[str, int]] = []
 
     def record_last_read(self) -> None:
-        pass
+        offloaded = [state.layout.index for state in self.states[::-1] if state.plan.is_offloaded]
+        self.done += [("release", number) for number in offloaded]
 
     def update(self, number: int, *_: Any) -> None:
         self.done.append(("update", number))
+        if self.states[number].plan.is_offloaded:
+            self.done.append(("copy_h2d", number))
+
+    def skip_copy_h2d(self, number: int) -> None:
+        self.done.append(("skip", number))
 
     def gather(self, number: int, *_: Any) -> None:
         self.stream_waits.wait_for_update(Task(Operation.UPDATE, number))
@@ -64,14 +76,18 @@ class RecordedTasks:
         self.done.append(("use", number))
 
 
-def begin(worker: Any) -> tuple[Executor, RecordedTasks]:
+def begin(
+    worker: Any, tasks: RecordedTasks | None = None, *, skipped: Collection[int] = ()
+) -> tuple[Executor, RecordedTasks]:
     """Return an executor that has been given a step's updates. Forward order is 3, 2, 1, 0."""
-    tasks = RecordedTasks()
+    tasks = tasks or RecordedTasks()
     executor = Executor(
         cast(Any, None), cast(Any, tasks), worker, RankGroup(), Stopwatch(), lambda number: None
     )
     tasks.stream_waits.wait_for_update = executor.wait_for_update
-    inputs = UpdateInputs(np.ones(NUM_BUCKETS, dtype=np.bool_), [], 1.0)
+    active = np.array([number not in skipped for number in range(NUM_BUCKETS)])
+    # A skipped bucket counts no step of its own: these states have no counts.
+    inputs = cast(Any, SimpleNamespace(active=active, count_step=lambda state, active_here: None))
     gradients: list[Any] = [None] * NUM_BUCKETS
     executor.apply(gradients, inputs, NullSpans())
     return executor, tasks
@@ -109,6 +125,46 @@ def test_the_next_gather_is_issued_ahead_where_its_update_is_over() -> None:
     executor.wait_for_buckets([2])
     assert names(tasks, "gather") == [3, 2, 1]
     assert names(tasks, "use") == [3, 2]
+
+
+HOST, OFFLOADED, DEVICE = StateLocation.HOST, StateLocation.OFFLOADED, StateLocation.DEVICE
+LOCATIONS = [
+    (HOST, HOST, HOST, HOST),
+    (OFFLOADED, OFFLOADED, OFFLOADED, OFFLOADED),
+    (OFFLOADED, OFFLOADED, DEVICE, DEVICE),
+    (DEVICE, OFFLOADED, DEVICE, HOST),
+    (DEVICE, DEVICE, DEVICE, DEVICE),
+]
+
+
+@pytest.mark.parametrize("locations", LOCATIONS)
+def test_the_overlapped_step_issues_its_tasks_in_the_order_of_the_schedule(
+    locations: tuple[StateLocation, ...],
+) -> None:
+    tasks = RecordedTasks(locations)
+    schedule = tasks.stream_waits.schedule
+    executor, _ = begin(EagerWorker(), tasks)
+    for number in schedule.forward_order:
+        executor.wait_for_buckets([number])
+    assert tasks.done == [(task.operation.value, task.bucket) for task in schedule.after_agreement]
+
+
+@pytest.mark.parametrize("locations", LOCATIONS)
+def test_the_sequential_step_finishes_one_bucket_after_the_other(
+    locations: tuple[StateLocation, ...],
+) -> None:
+    _, tasks = begin(None, RecordedTasks(locations))
+    found = [(what, number) for what, number in tasks.done if what in ("update", "gather")]
+    assert found == [(what, n) for n in (3, 2, 1, 0) for what in ("update", "gather")]
+    assert names(tasks, "use") == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("worker", [None, EagerWorker()])
+def test_a_skipped_bucket_keeps_its_turn_among_those_with_staging_slots(worker: Any) -> None:
+    tasks = RecordedTasks((OFFLOADED, OFFLOADED, OFFLOADED, DEVICE))
+    begin(worker, tasks, skipped={1})
+    turns = [(what, number) for what, number in tasks.done if what in ("copy_h2d", "skip")]
+    assert turns == [("copy_h2d", 2), ("skip", 1), ("copy_h2d", 0)]
 
 
 def test_a_true_thread_makes_the_updates_in_forward_order_without_being_waited_for() -> None:

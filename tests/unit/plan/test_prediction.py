@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from offload_adam import Adam, OffloadAdam, OffloadPolicy
+from offload_adam.layout import state_plan
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.ring import RingSpeed
 from offload_adam.params.selection import bucket_key_of
@@ -127,6 +128,33 @@ def test_every_rank_holds_what_was_planned(
     for held in ranks.run(held_by_rank, world_size, options, False, timeout=60.0):
         assert sum(plan.host.get(key, 0) for key in STATE) == held["state"]
         assert plan.host["block_sums"] == held["block_sums"]
+
+
+SHARD_NBYTES = 1024
+"""In the place of 32 MiB: two ranks have 2 KiB buckets then, less than a 16th of the model."""
+
+
+def bucket_numels_of_rank(rank: int, world_size: int) -> list[int]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state_plan, "AUTO_SHARD_NBYTES", SHARD_NBYTES)
+        parameters = make_model((FP32, BF16)).parameters()
+        optimizer = OffloadAdam(parameters, gradient_reduction="optimizer")
+    numels = [state.layout.numel for state in optimizer._alive().states]
+    optimizer.close()
+    return numels
+
+
+@pytest.mark.distributed
+def test_every_rank_has_the_buckets_that_were_planned_for_its_world(
+    ranks: RankPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_plan, "AUTO_SHARD_NBYTES", SHARD_NBYTES)
+    specs = specs_of(make_model((FP32, BF16)))
+    training = Training(on_device=False, world_size=2)
+    assert state_plan.resolve_bucket_nbytes(specs, training.policy) == 2 * SHARD_NBYTES
+    planned = [plan.bucket.numel for plan in training.plan(specs)]
+    for numels in ranks.run(bucket_numels_of_rank, 2, timeout=60.0):
+        assert numels == planned
 
 
 @pytest.mark.distributed
