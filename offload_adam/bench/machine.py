@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import warnings
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ def describe_machine(num_threads: int) -> dict[str, Any]:
             stacklevel=2,
         )
     return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
         "cpu": _cpu_model(),
         "cores_allowed": cores,
         "num_threads": num_threads,
@@ -46,6 +50,22 @@ def describe_machine(num_threads: int) -> dict[str, Any]:
         "versions": _versions(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout that this package is imported from, None without one.
+
+    A `+` behind it says that tracked files differ from the commit.
+    """
+    folder = Path(__file__).parents[2]
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty=+"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def _cpu_model() -> str:

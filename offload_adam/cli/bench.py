@@ -84,7 +84,7 @@ def bench_tensors(
 
     Exit codes: 0 done, 2 a wrong option, 3 not enough memory, 1 anything else.
     """
-    _require_dtype(dtype)
+    require_dtype(dtype)
     num_threads = _prepare(threads, json_file)
     import torch
 
@@ -138,64 +138,8 @@ def bench_profile(
     _show(lambda: measure_profile(width, pairs), json_file)
 
 
-@bench_app.command("train")
-def bench_train(
-    num_layers: Annotated[int, typer.Option(min=1, help="Blocks of the model.")] = 8,
-    width: Annotated[int, typer.Option(min=1, help="Of the residual stream.")] = 1536,
-    num_heads: Annotated[int, typer.Option(min=1, help="They divide the width.")] = 12,
-    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 512,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="bfloat16, float16 or float32.")
-    ] = "bfloat16",
-    num_steps: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 5,
-    largest_batch: Annotated[
-        int | None, typer.Option(min=1, help="Most sequences to try; as many as needed by default.")
-    ] = None,
-    json_file: JsonFile = None,
-) -> None:
-    """Measure training steps beside plain AdamW and other offload optimizers, and judge them.
-
-    On the GPU where there is one. Batches are tuned so that the forward takes from a quarter of the
-    update's time to four times that.
-
-    Exit codes: 0 done, 2 a wrong option, 1 anything else.
-    """
-    _require_dtype(dtype)
-    if width % num_heads:
-        raise typer.BadParameter(
-            f"{num_heads} does not divide the width, {width}", param_hint="--num-heads"
-        )
-    if json_file is not None:
-        _require_writable(json_file)
-    import torch
-
-    from offload_adam.bench.training.model import Sizes
-    from offload_adam.bench.training.report import summary
-    from offload_adam.bench.training.run import TrainBenchmarkError, measure_train
-
-    sizes = Sizes(
-        num_layers=num_layers,
-        width=width,
-        num_heads=num_heads,
-        sequence_length=sequence_length,
-        dtype=dtype,
-    )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        report = measure_train(sizes, device, num_steps=num_steps, largest_batch=largest_batch)
-    except TrainBenchmarkError as error:
-        typer.echo(f"offload-adam: {error}", err=True)
-        raise typer.Exit(EXIT_DISTURBED) from None
-    for line in summary(report):
-        typer.echo(line)
-    if json_file is not None:
-        from offload_adam.bench.report import write_json
-
-        write_json(report, json_file)
-        typer.echo(f"wrote {json_file}")
-
-
-def _require_dtype(dtype: str) -> None:
+def require_dtype(dtype: str) -> None:
+    """Reject a dtype that no model is measured in."""
     if dtype not in ("bfloat16", "float16", "float32"):
         raise typer.BadParameter(
             f"{dtype!r} is not one of bfloat16, float16, float32", param_hint="--dtype"
@@ -214,13 +158,13 @@ def _prepare(threads: int | None, json_file: Path | None) -> int:
             param_hint="--threads",
         )
     if json_file is not None:
-        _require_writable(json_file)
+        require_writable(json_file)
     # Peers with OpenMP runtimes of their own read it when they are loaded, and know no other way.
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
     return num_threads
 
 
-def _require_writable(path: Path) -> None:
+def require_writable(path: Path) -> None:
     """Reject a file that could not be written, rather than after minutes of measuring."""
     folder = path.parent
     if not folder.is_dir():

@@ -1,15 +1,13 @@
-"""Measure what a step depends on: pinning, the bus, and the update by number of threads.
+"""Measure what a step depends on: pinning and the bus, or the update by number of threads.
 
-    python -m tests.gpu.probe REPORT.json
+    python -m tests.gpu.probe bus|update REPORT.json
 
 Without a GPU the sizes are small, and only the host's part is measured. The report is written
-after each value.
+after each value, and a measurement that fails leaves the reason in place of its values.
 """
 
 from __future__ import annotations
 
-import json
-import platform
 import subprocess
 import sys
 import time
@@ -20,7 +18,9 @@ from typing import Any, TypeVar
 import torch
 
 from offload_adam import OffloadAdam
+from offload_adam.bench.machine import describe_machine
 from offload_adam.bench.training.model import Sizes, make_model, make_tokens
+from offload_adam.bench.training.report import write
 from offload_adam.kernels.threads import allowed_cores, select_threading_layer
 from offload_adam.memory.arena import HostArena
 from offload_adam.memory.pinning import CudaRuntime
@@ -44,32 +44,44 @@ class Report:
         self._path = path
         self._start_s = time.perf_counter()
         self.values: dict[str, Any] = {}
+        self.failed: list[str] = []
 
     def note(self, name: str, value: Any) -> None:
         self.values[name] = value
         print(f"[{time.perf_counter() - self._start_s:6.1f} s] {name}: {value}", flush=True)
-        self._path.write_text(json.dumps(self.values, indent=1, default=str), encoding="utf-8")
+        write(self.values, self._path)
+
+    def attempt(self, name: str, measure: Callable[[], object]) -> None:
+        """Run a measurement; if it fails, note why, so that the next one still runs."""
+        try:
+            measure()
+        except Exception as error:
+            self.failed.append(name)
+            self.note(f"{name}_failed", f"{type(error).__name__}: {error}")
 
 
-def probe(path: Path) -> dict[str, Any]:
-    """Measure everything that this machine has, and return the report."""
+def probe_bus(report: Report) -> None:
+    """Measure what needs no kernels: memory, pinning, copies and the GPU."""
     on_gpu = torch.cuda.is_available()
-    report = Report(path)
-    note_machine(report)
-    arena = note_commit(report, 8 * GIB if on_gpu else 64 * 2**20)
+    nbytes = 8 * GIB if on_gpu else 64 * 2**20
+    report.attempt("machine", lambda: note_machine(report))
+    report.attempt("commit", lambda: note_commit(report, nbytes))
     if on_gpu:
-        note_pinning(report, arena)
-        note_matmul(report)
-    else:
-        arena.close()
-    note_update(report, torch.device("cuda" if on_gpu else "cpu"))
-    return report.values
+        report.attempt("matmul", lambda: note_matmul(report))
+        report.attempt("pinning", lambda: note_pinning(report, nbytes))
+
+
+def probe_update(report: Report) -> None:
+    """Measure the update by number of threads."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report.attempt("update", lambda: note_update(report, device))
 
 
 def note_machine(report: Report) -> None:
     """Say which versions, processor and GPU this is."""
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda}
-    report.note("versions", {**versions, "python": platform.python_version()})
+    select_threading_layer()
+    report.note("machine", describe_machine(allowed_cores()))
+    report.note("cuda", torch.version.cuda)
     for name, command in {
         "kernel": "uname -r",
         "processor": "lscpu",
@@ -81,8 +93,6 @@ def note_machine(report: Report) -> None:
         "pcie.link.width.current,clocks.sm --format=csv,noheader",
     }.items():
         report.note(name, _output_of(command))
-    report.note("allowed_cores", allowed_cores())
-    report.note("threading_layer", select_threading_layer())
 
 
 def _output_of(command: str) -> str:
@@ -94,15 +104,16 @@ def _output_of(command: str) -> str:
     return done.stdout.strip()
 
 
-def note_commit(report: Report, nbytes: int) -> HostArena:
-    """Time the commit of an arena, and return the arena."""
+def note_commit(report: Report, nbytes: int) -> None:
+    """Time the commit of an arena."""
     seconds, arena = _timed(lambda: HostArena(nbytes))
     report.note("commit_s_per_gib", seconds / (nbytes / GIB))
-    return arena
+    arena.close()
 
 
-def note_pinning(report: Report, arena: HostArena) -> None:
+def note_pinning(report: Report, nbytes: int) -> None:
     """Time pinning, all copies from and to the pinned arena, and unpinning."""
+    arena = HostArena(nbytes)
     gibs = arena.nbytes / GIB
     torch.zeros(1, device="cuda")  # so that the first call does not pay for the context
     runtime = CudaRuntime(torch.device("cuda", 0))
@@ -210,5 +221,17 @@ def note_update(report: Report, device: torch.device) -> None:
     optimizer.close()
 
 
+PROBES = {"bus": probe_bus, "update": probe_update}
+
+
+def main() -> None:
+    """Run one of the probes; fail if a measurement failed."""
+    name, path = sys.argv[1:]
+    report = Report(Path(path))
+    PROBES[name](report)
+    if report.failed:
+        raise SystemExit(f"FAILED: {', '.join(report.failed)}")
+
+
 if __name__ == "__main__":
-    probe(Path(sys.argv[1]))
+    main()

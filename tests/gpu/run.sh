@@ -4,11 +4,16 @@
 #   tests/gpu/run.sh            tests and bench
 #   tests/gpu/run.sh tests ...  the tests alone; every other argument goes to pytest
 #   tests/gpu/run.sh bench ...  the measurement alone; every other argument goes to it
-#   tests/gpu/run.sh --time-limit SECONDS part-1   short tests first, then the machine's probe
-#   tests/gpu/run.sh --time-limit SECONDS part-2   contenders at two batches of a 1.3 B model
-# In a part each step is bounded, a failed step does not stop the next one, and the exit status is
-# 0 only when all succeeded. Wheels in .whl/ are installed to a temporary folder first.
-# PYTHON chooses an interpreter, else it is the checkout's own environment or python3.
+#   tests/gpu/run.sh --time-limit SECONDS part-1       short tests, and the machine's probe
+#   tests/gpu/run.sh --time-limit SECONDS part-2 ...   contenders at two batches of a 1.3 B model;
+#                               every other argument goes to offload_adam.bench.training
+#   tests/gpu/run.sh --time-limit SECONDS long         a thousand steps with random delays
+# In a part each step has a limit: its share of the time that is left, so unused time goes to later
+# steps. A failed step does not stop the next one, and the exit status is 0 only when all succeeded.
+# A part writes few files: a log of all steps, a line of JSON for each test as soon as it ends, and
+# what is measured, after each value or contender.
+# torch, numba, numpy, psutil and pytest are enough. Wheels in .whl/ are installed to a temporary
+# folder first. PYTHON chooses an interpreter, else it is the checkout's own environment or python3.
 set -euo pipefail
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.."
@@ -18,12 +23,27 @@ if [[ -z "$python" ]]; then
   [[ ! -x .venv/bin/python ]] || python=".venv/bin/python"
 fi
 out="${OUT:-tests/bench/results}"
-failed=()
-time_limit=""
-longest="tests/gpu/test_bits.py::test_a_thousand_steps_with_random_delays_give_the_sequential_bits"
+long_test="tests/gpu/test_bits.py::test_a_thousand_steps_with_random_delays_give_the_sequential_bits"
+
+# Each step of a part: its name, its share of the time, and what it runs. A process of pytest takes
+# seconds to start, so short files share one; a file that may hang or crash has one of its own.
+# The first steps run while the kernels compile, and need none.
+part_1=(
+  "nccl 40 pytest test_nccl.py"
+  "bus 50 probe bus"
+  "kernels 45 wait"
+  "two_ranks 60 pytest test_two_ranks.py"
+  "streams 40 pytest test_side_stream.py test_memory.py"
+  "bits 50 pytest test_bits.py --deselect=$long_test"
+  "use 50 pytest test_adam_on_cuda.py test_optimizer_on_cuda.py test_use.py"
+  "overlap 50 pytest test_overlap.py"
+  "update 50 probe update"
+)
+part_2=("training 1 train")
+long=("long 1 pytest ${long_test#tests/gpu/}")
 
 run_tests() {
-  "$python" -m pytest tests/gpu -m "" --require-marker=gpu "$@"
+  "$python" -m pytest tests/gpu "${pytest_options[@]}" "$@"
 }
 
 run_bench() {
@@ -35,22 +55,37 @@ print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
   "$python" -m offload_adam.bench.training --json "$out/$name.json" "$@"
 }
 
-# step NAME SECONDS COMMAND...: runs a command for at most this long, and at most what is left.
-step() {
-  local name="$1" limit="$2" left=$((time_limit - SECONDS))
-  shift 2
-  [[ $limit -le $left ]] || limit=$left
-  printf '\n== %s, at most %d s\n' "$name" "$limit"
-  if [[ $limit -le 0 ]] || ! timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$out/$name.log"; then
-    failed+=("$name")
-  fi
+# Without the configuration's own options, which need pytest-timeout. Where that is missing, a test
+# that hangs ends with its step; its stacks are in the log in any case.
+pytest_options=(-o addopts= -m "" --require-marker=gpu -ra)
+if "$python" -c 'import pytest_timeout' 2>/dev/null; then
+  pytest_options+=(--timeout=60)
+fi
+
+# bounded SECONDS COMMAND...: runs a command for at most this long, and adds what it says to the
+# log. Not through a pipe: a process that outlives the command would keep the pipe open.
+bounded() {
+  timeout --kill-after=5 "$@" >>"$log" 2>&1
 }
 
-pytest_step() {
-  local name="$1" limit="$2"
+run_step() {
+  local limit="$1" kind="$2"
   shift 2
-  step "$name" "$limit" "$python" -m pytest -m "" --require-marker=gpu -q --timeout=60 \
-    -p no:cacheprovider "$@"
+  case "$kind" in
+    pytest) bounded "$limit" "$python" -m pytest "${pytest_options[@]}" -v -p no:cacheprovider \
+      -o faulthandler_timeout=40 --results="$lines" "${@/#test_/tests/gpu/test_}" ;;
+    probe) bounded "$limit" "$python" -m tests.gpu.probe "$1" "$out/$1.json" ;;
+    wait) bounded "$limit" tail --pid="$warm_up" -f /dev/null ;;
+    train) bounded "$limit" "$python" -m offload_adam.bench.training --json "$out/training.json" \
+      --num-layers 24 --width 2048 --num-heads 16 --vocabulary 32000 --batches 48,144 \
+      --num-steps 3 --time-limit $((limit - 5)) "${more[@]}" ;;
+  esac
+}
+
+# Kernels compile on one core, each process loads what is compiled by then.
+start_warm_up() {
+  timeout "$time_limit" "$python" -m tests.gpu.warm_up >"$out/warm_up.log" 2>&1 &
+  warm_up=$!
 }
 
 install_wheels() {
@@ -58,44 +93,59 @@ install_wheels() {
   local site
   site="$(mktemp -d)"
   export PYTHONPATH="$PWD:$site"
-  step wheels 60 "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
-    --upgrade --target "$site" .whl/*.whl
+  bounded 60 "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
+    --upgrade --target "$site" .whl/*.whl || failed+=(wheels)
 }
 
-part_1() {
-  step warm_up 45 "$python" -m tests.gpu.warm_up
-  pytest_step nccl 40 tests/gpu/test_nccl.py
-  pytest_step side_stream 30 tests/gpu/test_side_stream.py
-  pytest_step two_ranks 60 tests/gpu/test_two_ranks.py
-  pytest_step tests 130 tests/gpu --deselect "$longest" --ignore=tests/gpu/test_nccl.py \
-    --ignore=tests/gpu/test_side_stream.py --ignore=tests/gpu/test_two_ranks.py
-  step probe 70 "$python" -m tests.gpu.probe "$out/probe.json"
-}
-
-part_2() {
-  local left=$((time_limit - SECONDS))
-  step training "$left" "$python" -m tests.gpu.training "$out/training.json" \
-    --seconds $((left - 10))
-}
-
-run_part() {
-  export PYTHONUNBUFFERED=1
+# part NAME STEP...: runs steps until all are over, each within its share of what is left.
+part() {
+  local name="$1" step weight words total=0 start status
+  shift
+  export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
   mkdir -p "$out"
+  log="$out/$name.log" lines="$out/$name.jsonl"
+  rm -f -- "$log" "$lines"
+  failed=()
   install_wheels
-  "$1"
+  start_warm_up
+  for step in "$@"; do
+    read -r _ weight _ <<<"$step"
+    total=$((total + weight))
+  done
+  for step in "$@"; do
+    read -ra words <<<"$step"
+    local limit=$(((time_limit - SECONDS) * words[1] / total))
+    total=$((total - words[1]))
+    printf '\n== %s, at most %d s\n' "${words[0]}" "$limit" >>"$log"
+    start=$SECONDS status=0
+    if [[ $limit -le 0 ]]; then
+      status=124
+    else
+      run_step "$limit" "${words[@]:2}" || status=$?
+    fi
+    [[ $status -eq 0 ]] || failed+=("${words[0]}")
+    printf -- '-- %s ended with %d after %d s\n' "${words[0]}" "$status" $((SECONDS - start)) \
+      >>"$log"
+    tail -n 12 "$log"
+  done
+  # A warm-up that is still busy was not needed.
+  kill "$warm_up" 2>/dev/null || wait "$warm_up" || failed+=(warm_up)
   [[ ${#failed[@]} -eq 0 ]] || { printf 'FAILED: %s\n' "${failed[*]}"; exit 1; }
 }
 
+time_limit=""
 if [[ "${1:-}" == --time-limit ]]; then
   time_limit="${2:?--time-limit takes seconds}"
   shift 2
 fi
+more=("${@:2}")
 
 case "${1:-}" in
   tests) shift; run_tests "$@" ;;
   bench) shift; run_bench "$@" ;;
-  part-1) time_limit="${time_limit:-340}"; run_part part_1 ;;
-  part-2) time_limit="${time_limit:-280}"; run_part part_2 ;;
+  part-1) time_limit="${time_limit:-340}"; part part-1 "${part_1[@]}" ;;
+  part-2) time_limit="${time_limit:-280}"; part part-2 "${part_2[@]}" ;;
+  long) time_limit="${time_limit:-120}"; part long "${long[@]}" ;;
   "") run_tests; run_bench ;;
-  *) echo "tests/gpu/run.sh: tests, bench, part-1 or part-2, not $1" >&2; exit 2 ;;
+  *) echo "tests/gpu/run.sh: tests, bench, part-1, part-2 or long, not $1" >&2; exit 2 ;;
 esac

@@ -1,7 +1,8 @@
-"""NCCL with one rank: averages in every dtype, waits, and a group that is used and aborted."""
+"""NCCL with one rank: averages of views in every dtype, waits, groups of ours, abort, destroy."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +13,12 @@ import torch
 import torch.distributed as dist
 
 from offload_adam.coordinator.ranks import RankGroup
-from offload_adam.torch_private import open_group, reduce_scatter
+from offload_adam.torch_private import (
+    abort_collectives,
+    all_gather,
+    open_group,
+    reduce_scatter,
+)
 from offload_adam.transfer.collectives import Collectives
 from offload_adam.transfer.streams import CudaStreams
 
@@ -53,6 +59,36 @@ def test_collectives_of_one_rank_change_no_bit(device: torch.device, dtype: torc
     assert pending.is_completed()
 
 
+@pytest.mark.parametrize("offset", [0, 1, 4096])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_collectives_work_in_place_on_a_part_of_a_buffer(
+    device: torch.device, dtype: torch.dtype, offset: int
+) -> None:
+    # Buckets and shards are views of larger buffers, and need not begin at an aligned address.
+    group = dist.new_group([0], backend="nccl")
+    whole = torch.randn(NUMEL + 2 * 4096, device=device).to(dtype)
+    before = whole.clone()
+    view = whole[offset : offset + NUMEL]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the names of the collectives are not deprecated
+        for operation in (dist.ReduceOp.AVG, dist.ReduceOp.SUM):
+            reduce_scatter(view, view, operation, group=group, async_op=True).wait()
+            dist.all_reduce(view, operation, group=group, async_op=True).wait()
+        all_gather(view, view, group=group, async_op=True).wait()
+    torch.cuda.synchronize()
+    assert torch.equal(whole, before)
+    dist.destroy_process_group(group)
+
+
+def test_a_group_over_the_whole_world_is_of_its_backend(device: torch.device) -> None:
+    for backend, tensor in (("nccl", torch.ones(8, device=device)), ("gloo", torch.ones(8))):
+        group = open_group(f"of {backend}", [0], 0, backend, timedelta(seconds=60))
+        assert dist.get_backend(group) == backend
+        assert dist.get_process_group_ranks(group) == [0]
+        dist.all_reduce(tensor, group=group)
+        dist.destroy_process_group(group)
+
+
 def test_the_host_waits_for_work_on_the_device(device: torch.device) -> None:
     group = dist.new_group([0], backend="nccl")
     buffer = torch.ones(NUMEL, device=device)
@@ -68,6 +104,26 @@ def test_a_group_of_our_own_is_used_aborted_and_destroyed(device: torch.device) 
     dist.all_reduce(buffer, group=subgroup)
     torch.cuda.synchronize()
     assert torch.equal(buffer, torch.ones_like(buffer))
-    backend: Any = subgroup._get_backend(device)
-    backend.abort()
+    abort_collectives(subgroup, "cuda")
     dist.destroy_process_group(subgroup)
+
+
+def test_an_abort_ends_a_collective_that_waits_for_the_device(device: torch.device) -> None:
+    group = dist.new_group([0], backend="nccl")
+    other = dist.new_group([0], backend="nccl")
+    buffer = torch.ones(NUMEL, device=device)
+    for each in (group, other):
+        dist.all_reduce(buffer, group=each)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)
+    dist.all_reduce(buffer, group=group, async_op=True)
+    # `abort_collectives` suppresses errors, so that this would pass without an abort.
+    backend: Any = group._get_backend(device)
+    backend.abort()
+    torch.cuda.synchronize()
+    dist.destroy_process_group(group)
+    # Neither the device nor another group is harmed.
+    dist.all_reduce(buffer, group=other)
+    torch.cuda.synchronize()
+    assert torch.equal(buffer, torch.ones_like(buffer))
+    dist.destroy_process_group(other)

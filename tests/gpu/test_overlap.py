@@ -6,12 +6,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from offload_adam import OffloadAdam
 from offload_adam.bench.training.model import Sizes, make_model, make_tokens
 from offload_adam.spans import SpanRecorder, recorded_by
+from tests.gpu.batches import NoBatchError, measure_and_choose
 from tests.gpu.intervals import Interval, shared, total, within
 
 SIZES = Sizes(num_layers=6, width=1024, num_heads=8, sequence_length=512)
@@ -36,12 +38,21 @@ class Timeline:
     updates: list[Interval]
 
 
-def record(overlap: bool) -> Timeline:
-    """Profile some steps of a model whose forward takes about as long as its update."""
+@pytest.fixture(scope="module")
+def batch() -> int:
+    """Return a batch whose forward is long enough to hide the update."""
+    try:
+        return measure_and_choose(SIZES, torch.device("cuda"))
+    except NoBatchError as error:
+        pytest.skip(str(error))
+
+
+def record(batch: int, overlap: bool) -> Timeline:
+    """Profile some steps at a batch."""
     device = torch.device("cuda")
     model = make_model(SIZES, device)
     optimizer = OffloadAdam(model.parameters(), module=model, overlap=overlap)
-    tokens = make_tokens(SIZES, 64, device)
+    tokens = make_tokens(SIZES, batch, device)
 
     def step() -> None:
         set_mark()
@@ -108,8 +119,8 @@ def _interval(event: Any) -> Interval:
     return Interval(event.time_range.start, event.time_range.end)
 
 
-def test_updates_and_copies_run_beside_forward_and_backward() -> None:
-    found = record(overlap=True)
+def test_updates_and_copies_run_beside_forward_and_backward(batch: int) -> None:
+    found = record(batch, overlap=True)
     assert found.forwards
     assert found.backwards
     # Of one update's time the last forward can hide none: nothing follows it.
@@ -121,6 +132,6 @@ def test_updates_and_copies_run_beside_forward_and_backward() -> None:
     assert shared(found.down, found.backwards) >= LEAST_SHARE * total(found.down)
 
 
-def test_without_overlap_updates_stand_alone() -> None:
-    found = record(overlap=False)
+def test_without_overlap_updates_stand_alone(batch: int) -> None:
+    found = record(batch, overlap=False)
     assert shared(found.updates, found.forwards) <= 0.02 * total(found.updates)

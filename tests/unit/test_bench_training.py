@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import fsdp
+from torch.distributed.tensor import DTensor
 from typer.testing import CliRunner
 
+from offload_adam.bench.contender import MAX_GRAD_NORM
+from offload_adam.bench.training import __main__ as training_main
+from offload_adam.bench.training import contenders as contenders_module
+from offload_adam.bench.training import process as process_module
 from offload_adam.bench.training import run as run_module
 from offload_adam.bench.training.conditions import Condition, Point, Result, evaluate, reached
 from offload_adam.bench.training.contenders import (
     CONTENDERS,
     DEEPSPEED,
     FSDP2,
+    MODEL_ALONE,
     OVERLAPPED,
     PLAIN,
     SEQUENTIAL,
     TORCHAO,
 )
-from offload_adam.bench.training.measure import Alone, Measured, Steps, Task, measure
-from offload_adam.bench.training.model import Sizes
+from offload_adam.bench.training.measure import (
+    OUT_OF_MEMORY,
+    Alone,
+    HostPeak,
+    Measured,
+    Steps,
+    Task,
+    measure,
+)
+from offload_adam.bench.training.model import Sizes, make_model, make_tokens
+from offload_adam.bench.training.process import TrainBenchmarkError, in_own_process
 from offload_adam.bench.training.ratios import choose_batches
 from offload_adam.bench.training.report import summary
-from offload_adam.bench.training.run import TrainBenchmarkError, in_own_process, measure_train
+from offload_adam.bench.training.run import failures, measure_train
+from offload_adam.bench.training.table import LABELS
 from offload_adam.cli.app import app
 
 TINY = Sizes(num_layers=1, width=8, num_heads=2, vocabulary=16, sequence_length=4)
@@ -143,7 +166,10 @@ class MadeUp:
             raise TrainBenchmarkError("it broke")
         batches = [batch for batch in task.batches if batch <= self.fits]
         if task.contender is None:
-            alone = {b: Alone(forward_ms=2.0 * b, forward_backward_ms=6.0 * b) for b in batches}
+            alone = {
+                b: Alone(forward_ms=2.0 * b, forward_backward_ms=6.0 * b, peak_gpu_nbytes=2**29)
+                for b in batches
+            }
             return Measured(num_parameters=7, alone=alone)
         steps = {batch: self.steps(task.contender, batch) for batch in batches}
         return Measured(num_parameters=7, buckets=(30, 50), steps=steps)
@@ -156,7 +182,7 @@ class MadeUp:
             update_ms=self.UPDATE_MS + 20.0,
             updates_only_ms=self.UPDATE_MS if contender != PLAIN else None,
             peak_gpu_nbytes=2**30,
-            host_nbytes=2**31,
+            peak_host_nbytes=2**31,
         )
 
 
@@ -171,19 +197,30 @@ def test_the_report_has_every_number_of_a_made_up_machine() -> None:
     assert [point["num_sequences"] for point in report["points"]] == [5, 10, 20, 40, 80]
     assert [point["ratio"] for point in report["points"]] == [0.25, 0.5, 1.0, 2.0, 4.0]
     assert all(point["near_target"] for point in report["points"])
+    assert report["machine"]["date"].startswith("20")
+    assert {"commit", "versions"} <= set(report["machine"])
     third = report["points"][2]
     assert (third["forward_ms"], third["forward_backward_ms"], third["update_ms"]) == (40, 120, 40)
     assert third["bucket_ms"] == 25.0  # the larger of two buckets: 50 of 80 bytes of 40 ms
     assert third["contenders"][OVERLAPPED] == {
+        "tokens_per_s": pytest.approx(20 * 4 / 0.145),
         "step_ms": 145.0,
         "exposed_ms": 25.0,
         "update_ms": 60.0,
         "peak_gpu_gib": 1.0,
-        "host_gib": 2.0,
+        "peak_host_gib": 2.0,
         "steps_ms": [144.0, 145.0, 170.0],
     }
-    assert set(third["contenders"]) == {SEQUENTIAL, OVERLAPPED, PLAIN, FSDP2}
-    assert report["left_out"] == {TORCHAO: "not importable", DEEPSPEED: "not importable"}
+    assert third["contenders"][MODEL_ALONE] == {
+        "tokens_per_s": pytest.approx(20 * 4 / 0.12),
+        "step_ms": 120.0,
+        "exposed_ms": 0.0,
+        "peak_gpu_gib": 0.5,
+    }
+    assert set(third["contenders"]) == {MODEL_ALONE, *CONTENDERS}
+    missing = {"reason": "not importable", "failed": False}
+    assert third["contenders"][TORCHAO] == third["contenders"][DEEPSPEED] == missing
+    assert list(failures(report)) == []
     assert report["reached"][NAMES[0]] is True
     assert report["reached"][NAMES[3]] is None
     # 145 is more than 1.1 * 121, and 25 more than a quarter of 60.
@@ -195,7 +232,7 @@ def test_the_report_has_every_number_of_a_made_up_machine() -> None:
     text = "\n".join(summary(report))
     assert "F/U 1.00 (20 sequences)" in text
     assert f"NO       {NAMES[1]}" in text
-    assert "left out: torchao_cpu_offload (not importable)" in text
+    assert f"  {TORCHAO:<26} not importable" in text
 
 
 def test_ratios_that_do_not_fit_are_not_tried() -> None:
@@ -205,24 +242,82 @@ def test_ratios_that_do_not_fit_are_not_tried() -> None:
     assert report_of(MadeUp(), largest_batch=12)["not_tried"] == [1.0, 2.0, 4.0]
 
 
-def test_a_peer_that_breaks_is_left_out_and_this_package_is_not() -> None:
-    assert report_of(MadeUp(broken=FSDP2))["left_out"][FSDP2] == "it broke"
-    with pytest.raises(TrainBenchmarkError, match="it broke"):
-        report_of(MadeUp(broken=OVERLAPPED))
+@pytest.mark.parametrize("broken", [FSDP2, OVERLAPPED])
+def test_a_contender_that_breaks_has_the_reason_in_its_row(broken: str) -> None:
+    report = report_of(MadeUp(broken=broken))
+    for point in report["points"]:
+        assert point["contenders"][broken] == {"reason": "it broke", "failed": True}
+        assert point["contenders"][PLAIN]["step_ms"] > 0
+    assert next(failures(report)) == f"{broken} at 5 sequences: it broke"
+
+
+def test_given_batches_are_measured_and_the_report_is_kept_after_each_contender() -> None:
+    kept: list[dict[str, Any]] = []
+    machine = MadeUp()
+    names = [OVERLAPPED, TORCHAO, SEQUENTIAL]
+    report = report_of(machine, batches=[30, 10, 30], contenders=names, keep=kept.append)
+    assert [task.contender for task in machine.tasks] == [None, *names]
+    assert {task.batches for task in machine.tasks} == {(10, 30)}
+    assert [list(one["points"][0]["contenders"]) for one in kept] == [
+        [MODEL_ALONE, *names[:n]] for n in range(len(names) + 1)
+    ]
+    # Conditions wait for U, which the sequential step tells.
+    assert [bool(one["points"][1]["conditions"]) for one in kept] == [False, False, False, True]
+    assert kept[-1] == report
+    point = report["points"][1]
+    assert (point["num_sequences"], point["target_ratio"], point["ratio"]) == (30, None, 1.5)
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_no_contender_gets_all_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [1000.0]
+    monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    machine = MadeUp()
+
+    def hang(task: Task) -> Measured:
+        machine.tasks.append(task)
+        now_s[0] += task.time_limit_s
+        raise TrainBenchmarkError("it did not end")
+
+    names = [OVERLAPPED, PLAIN, FSDP2, SEQUENTIAL]
+    report = measure_train(TINY, "cpu", batches=[1], contenders=names, time_limit_s=200.0, run=hang)
+    limits = [task.time_limit_s for task in machine.tasks]
+    # Twice the equal share of what is left: of five, four, three, two, and one.
+    assert limits == pytest.approx([80.0, 60.0, 40.0, 20.0])
+    reasons = {name: row["reason"] for name, row in report["points"][0]["contenders"].items()}
+    assert reasons == dict.fromkeys([MODEL_ALONE, *names[:3]], "it did not end") | {
+        SEQUENTIAL: "no time was left"
+    }
+    assert len(list(failures(report))) == 5
+
+
+def test_a_batch_that_is_too_large_is_no_failure() -> None:
+    class SmallGpu(MadeUp):
+        def __call__(self, task: Task) -> Measured:
+            found = super().__call__(task)
+            reasons = {b: OUT_OF_MEMORY for b in task.batches if b > self.fits}
+            return replace(found, reasons=reasons)
+
+    report = report_of(SmallGpu(fits=5), batches=[5, 6], contenders=[PLAIN])
+    row = report["points"][1]["contenders"][PLAIN]
+    assert row == {"reason": OUT_OF_MEMORY, "failed": False}
+    assert list(failures(report)) == []
 
 
 @pytest.mark.parametrize("contender", [None, SEQUENTIAL, OVERLAPPED, PLAIN])
 def test_a_real_task_on_a_cpu(contender: str | None) -> None:
     task = Task(contender=contender, sizes=TINY, device="cpu", batches=(2, 1), num_steps=2)
-    found = measure(task)
+    told: list[Measured] = []
+    found = measure(task, told.append)
+    assert [len(one.steps) + len(one.alone) for one in told] == [1, 2]
+    assert told[-1] == found
     block = 8 * (3 * 8 + 8 + 2 * 4 * 8) + 2 * 2 * 8
     assert found.num_parameters == 2 * 16 * 8 + block + 2 * 8
     if contender is None:
-        assert found.alone is not None
         assert set(found.alone) == {1, 2}
         assert all(one.forward_ms > 0 for one in found.alone.values())
         return
-    assert found.steps is not None
+    assert set(found.steps) == {1, 2}
     for steps in found.steps.values():
         assert len(steps.steps_ms) == 2
         assert min(steps.steps_ms) > 0
@@ -236,6 +331,81 @@ def test_a_real_task_on_a_cpu(contender: str | None) -> None:
 def test_peers_of_the_gpu_say_so_on_a_cpu(contender: str) -> None:
     task = Task(contender=contender, sizes=TINY, device="cpu", batches=(1,), num_steps=1)
     assert measure(task) == Measured(unavailable="works on a GPU only")
+
+
+def fail_at(task: Task, tell: Any) -> Measured:
+    """Stand in for `measure`: tell the first batch, then do what the dtype says."""
+    found = Measured(alone={1: Alone(forward_ms=1.0, forward_backward_ms=3.0)})
+    tell(found)
+    if task.sizes.dtype == "hang":
+        time.sleep(100.0)
+    if task.sizes.dtype == "die":
+        # The queue's thread needs a moment to send what was told.
+        time.sleep(0.5)
+        os._exit(7)
+    raise RuntimeError("out of luck\nmore")
+
+
+@pytest.mark.parametrize(
+    ("how", "limit_s", "reason"),
+    [
+        ("raise", 60.0, "RuntimeError: out of luck"),
+        ("die", 60.0, "its process ended with 7"),
+        ("hang", 2.0, "it did not end within 2 s"),
+    ],
+)
+def test_what_a_process_told_before_it_failed_counts(
+    how: str, limit_s: float, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A forked process has the stand-in, and needs no second to start.
+    monkeypatch.setattr(process_module, "measure", fail_at)
+    monkeypatch.setattr(process_module, "START_METHOD", "fork")
+    task = Task(
+        contender=None,
+        sizes=replace(TINY, dtype=how),
+        device="cpu",
+        batches=(1, 2),
+        num_steps=1,
+        time_limit_s=limit_s,
+    )
+    found = in_own_process(task)
+    assert set(found.alone) == {1}
+    assert found.reasons == {2: reason}
+
+
+def test_the_peak_of_host_memory_outlasts_its_end() -> None:
+    nbytes = 64 * 2**20
+    with HostPeak(torch.device("cpu")) as host:
+        held = bytearray(b"1" * nbytes)
+        most = host.nbytes()
+        del held
+        assert host.nbytes() == most >= nbytes // 2
+
+
+def test_a_contender_clips_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2 works on a CPU as well, if nothing asks it to pin memory."""
+    monkeypatch.setattr(contenders_module, "_require_gpu", lambda model: None)
+    monkeypatch.setattr(
+        contenders_module,
+        "_init_alone",
+        lambda: dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1),
+    )
+    unpinned = functools.partial(fsdp.CPUOffloadPolicy, pin_memory=False)
+    monkeypatch.setattr(fsdp, "CPUOffloadPolicy", unpinned)
+    for name in (PLAIN, FSDP2):
+        contender = CONTENDERS[name](make_model(TINY, torch.device("cpu")))
+        try:
+            contender.backward(make_tokens(TINY, 2, torch.device("cpu")))
+            gradients = [p.grad for p in contender.model.parameters() if p.grad is not None]
+            for gradient in gradients:
+                gradient.mul_(1000.0)
+            contender.clip()
+            shards = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+            norm = float(torch.stack([shard.float().norm() for shard in shards]).norm())
+            assert norm == pytest.approx(MAX_GRAD_NORM, rel=0.02)
+            contender.update()
+        finally:
+            contender.close()
 
 
 def test_an_error_in_a_process_of_its_own_is_told() -> None:
@@ -255,20 +425,64 @@ def test_it_needs_neither_pydantic_nor_typer_nor_rich() -> None:
 
 
 def test_the_command_prints_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = report_of(MadeUp())
-    asked: list[Sizes] = []
+    report = report_of(MadeUp(), batches=[3, 5])
+    asked: list[Any] = []
 
     def measured(sizes: Sizes, device: str, **options: Any) -> dict[str, Any]:
-        asked.append(sizes)
+        asked.append((sizes, options["batches"], options["contenders"]))
+        options["keep"](report)
         return report
 
     monkeypatch.setattr(run_module, "measure_train", measured)
     file = tmp_path / "report.json"
-    arguments = ["bench", "train", "--width=64", "--num-heads=4", f"--json={file}"]
-    result = CliRunner().invoke(app, arguments)
+    arguments = ["--width=64", "--num-heads=4", "--vocabulary=50", "--num-layers=3"]
+    chosen = ["--batches=3,5", f"--contenders={PLAIN},{FSDP2}", f"--json={file}"]
+    result = CliRunner().invoke(app, ["bench", "train", *arguments, *chosen])
     assert result.exit_code == 0, result.output
-    assert asked == [Sizes(width=64, num_heads=4)]
+    sizes = Sizes(width=64, num_heads=4, vocabulary=50, num_layers=3)
+    assert asked == [(sizes, (3, 5), (PLAIN, FSDP2))]
     assert json.loads(file.read_text()) == report
-    assert "F/U 1.00" in result.output
-    assert CliRunner().invoke(app, ["bench", "train", "--num-heads=7"]).exit_code == 2
+    assert not list(tmp_path.glob("*.part"))
+    assert "(5 sequences)" in result.output
+    monkeypatch.setattr(training_main, "measure_train", measured)
+    monkeypatch.setattr(sys, "argv", ["training", *arguments, *chosen])
+    training_main.main()
+    assert asked[1] == asked[0]
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("--num-heads=7", "num_heads (7) must divide width (1536)"),
+        ("--batches=3,x", "not x"),
+        ("--batches=0", "not 0"),
+        ("--contenders=nobody", "unknown contenders: nobody"),
+    ],
+)
+def test_a_wrong_option_is_named(
+    argument: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = CliRunner().invoke(app, ["bench", "train", argument], env={"COLUMNS": "300"})
+    assert result.exit_code == 2
+    assert said in result.output
+    monkeypatch.setattr(sys, "argv", ["training", argument])
+    with pytest.raises(SystemExit, match="2"):
+        training_main.main()
+    assert said in capsys.readouterr().err
+
+
+def test_a_failure_is_an_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = report_of(MadeUp(broken=PLAIN), batches=[3])
+    for module in (run_module, training_main):
+        monkeypatch.setattr(module, "measure_train", lambda *_, **__: report)
+    result = CliRunner().invoke(app, ["bench", "train"])
+    assert result.exit_code == 1
+    assert "torch_fused at 3 sequences: it broke" in result.output
+    monkeypatch.setattr(sys, "argv", ["training"])
+    with pytest.raises(SystemExit, match="FAILED: torch_fused at 3 sequences: it broke"):
+        training_main.main()
+
+
+def test_every_contender_has_a_label() -> None:
     assert set(CONTENDERS) == {OVERLAPPED, SEQUENTIAL, PLAIN, TORCHAO, FSDP2, DEEPSPEED}
+    assert set(LABELS) == {MODEL_ALONE, *CONTENDERS}

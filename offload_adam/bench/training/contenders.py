@@ -11,11 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from offload_adam.bench.contender import ADAMW
+from offload_adam.bench.contender import ADAMW, MAX_GRAD_NORM
 from offload_adam.bench.peers import PeerUnavailableError
 from offload_adam.bench.training.model import Decoder
 from offload_adam.optimizer import OffloadAdam
 
+MODEL_ALONE = "model_alone"
+"""Forward and backward without an optimizer: a step's exposed time is measured against it."""
 OVERLAPPED, SEQUENTIAL, PLAIN = "offload_adam", "offload_adam_sequential", "torch_fused"
 TORCHAO, FSDP2, DEEPSPEED = "torchao_cpu_offload", "fsdp2_cpu_offload", "deepspeed_zero_offload"
 
@@ -35,9 +37,14 @@ class TrainContender:
         self.model(tokens).backward()
 
     def update(self) -> None:
-        """Step, and drop the gradients; it may return before all of that is over."""
+        """Clip, step, and drop the gradients; it may return before all of that is over."""
+        self.clip()
         self._optimizer.step()
         self._optimizer.zero_grad()
+
+    def clip(self) -> None:
+        """Clip the gradients to MAX_GRAD_NORM."""
+        nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
 
     def finish(self) -> None:
         """Return when the parameters hold the last step's result, as far as the host knows."""
@@ -54,10 +61,14 @@ class Offloading(TrainContender):
             model.parameters(),
             **_settings(),
             decoupled_weight_decay=True,
+            max_grad_norm=MAX_GRAD_NORM,
             module=model,
             overlap=overlap,
         )
         super().__init__(model, self.optimizer)
+
+    def clip(self) -> None:
+        """Do nothing: the optimizer clips in its step."""
 
     def finish(self) -> None:
         """Wait for the updates."""
@@ -82,21 +93,26 @@ def _plain(model: Decoder) -> TrainContender:
     return TrainContender(model, torch.optim.AdamW(model.parameters(), **_settings(), fused=True))
 
 
-def _torchao(model: Decoder) -> TrainContender:
-    """Return torchao's optimizer, which lets gradients leave during backward."""
-    _require_gpu(model)
-    try:
-        offload: Any = importlib.import_module("torchao.optim").CPUOffloadOptimizer
-    except (ImportError, AttributeError) as error:
-        raise PeerUnavailableError(f"not importable: {error}") from error
-    optimizer = offload(
-        model.parameters(), torch.optim.AdamW, offload_gradients=True, fused=True, **_settings()
-    )
-    return TrainContender(model, optimizer)
+class _Torchao(TrainContender):
+    """torchao's optimizer, which copies gradients to the host and frees them during backward."""
+
+    def __init__(self, model: Decoder) -> None:
+        _require_gpu(model)
+        try:
+            offload: Any = importlib.import_module("torchao.optim").CPUOffloadOptimizer
+        except (ImportError, AttributeError) as error:
+            raise PeerUnavailableError(f"not importable: {error}") from error
+        optimizer = offload(
+            model.parameters(), torch.optim.AdamW, offload_gradients=True, fused=True, **_settings()
+        )
+        super().__init__(model, optimizer)
+
+    def clip(self) -> None:
+        """Do nothing: no gradients are left after backward, so torchao cannot clip."""
 
 
 class _Fsdp2(TrainContender):
-    """FSDP2 over one rank, its parameters, gradients and fused AdamW on the host."""
+    """FSDP2 over one rank; parameters, gradients, clipping and fused AdamW are on the host."""
 
     def __init__(self, model: Decoder) -> None:
         _require_gpu(model)
@@ -137,6 +153,7 @@ class _DeepSpeed(TrainContender):
             optimizer=optimizer,
             config={
                 "train_micro_batch_size_per_gpu": 1,  # it counts samples, and nothing else
+                "gradient_clipping": MAX_GRAD_NORM,
                 "zero_optimization": {
                     "stage": 2,
                     "overlap_comm": True,
@@ -155,7 +172,7 @@ class _DeepSpeed(TrainContender):
         self._engine.backward(self._engine(tokens))
 
     def update(self) -> None:
-        """Step; the engine drops the gradients."""
+        """Step; the engine clips and drops the gradients."""
         self._engine.step()
 
     def close(self) -> None:
@@ -179,7 +196,7 @@ CONTENDERS: Mapping[str, Callable[[Decoder], TrainContender]] = {
     SEQUENTIAL: lambda model: Offloading(model, overlap=False),
     OVERLAPPED: lambda model: Offloading(model, overlap=True),
     PLAIN: _plain,
-    TORCHAO: _torchao,
+    TORCHAO: _Torchao,
     FSDP2: _Fsdp2,
     DEEPSPEED: _DeepSpeed,
 }

@@ -1,14 +1,14 @@
-"""One contender in a process of its own: how long its steps take, and what memory they hold."""
+"""Time the steps of one contender, and record the memory that it takes."""
 
 from __future__ import annotations
 
 import gc
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import median
-from typing import TypeVar
 
 import psutil
 import torch
@@ -18,14 +18,14 @@ from offload_adam.bench.training.contenders import CONTENDERS, Offloading, Train
 from offload_adam.bench.training.model import Decoder, Sizes, make_model, make_tokens
 from offload_adam.layout.budget import Category
 
-_Found = TypeVar("_Found")
-
 NUM_WARMUPS = 3
 """Steps before the timed ones: the first compile and allocate, the second fill caches."""
 NUM_UPDATES = 3
 """Updates that are timed by themselves."""
 PRECEDING = ("reduce", "norm", "agree")
 """Phases of a step that come before its updates."""
+OUT_OF_MEMORY = "the GPU has too little memory"
+_SAMPLE_S = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,8 @@ class Task:
     """What a process is to measure.
 
     contender: a name of CONTENDERS, None for the model alone.
-    batches: numbers of sequences, each measured by itself.
+    batches: numbers of sequences, each measured by itself, the smallest first.
+    time_limit_s: seconds after which the process is killed; what it has found until then counts.
     """
 
     contender: str | None
@@ -41,14 +42,20 @@ class Task:
     device: str
     batches: tuple[int, ...]
     num_steps: int
+    time_limit_s: float = 900.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alone:
-    """The model's own work at one batch, milliseconds: medians."""
+    """The model's own work at one batch.
+
+    forward_ms, forward_backward_ms: medians.
+    peak_gpu_nbytes: most that torch's allocator held, None without a GPU.
+    """
 
     forward_ms: float
     forward_backward_ms: float
+    peak_gpu_nbytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,66 +67,117 @@ class Steps:
     updates_only_ms: of the above what is left without reduction, norm and agreement, None where the
         contender does not tell.
     peak_gpu_nbytes: most that torch's allocator held, None without a GPU.
-    host_nbytes: what host memory this contender took since before its optimizer was made: by what
-        the node's available memory fell, on a GPU, and else by what the process's resident memory
-        grew. Memory that CUDA allocates and pins is not always resident for the kernel's books.
+    peak_host_nbytes: most host memory that this contender took from before its optimizer was made
+        until the end of these steps: see `HostPeak`.
     """
 
     steps_ms: tuple[float, ...]
     update_ms: float
     updates_only_ms: float | None
     peak_gpu_nbytes: int | None
-    host_nbytes: int
+    peak_host_nbytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """What a process found.
 
-    alone, steps: by batch, whichever the task asked for; without those too large for the GPU.
     num_parameters: elements of the model.
     buckets: bytes that go down and up for each bucket of this package's, in no order.
+    alone, steps: by batch, whichever the task asked for.
+    reasons: why a batch has no result, by batch.
     unavailable: why the contender does not work here; everything else is empty then.
     """
 
     num_parameters: int = 0
     buckets: tuple[int, ...] = ()
-    alone: Mapping[int, Alone] | None = None
-    steps: Mapping[int, Steps] | None = None
+    alone: Mapping[int, Alone] = field(default_factory=dict)
+    steps: Mapping[int, Steps] = field(default_factory=dict)
+    reasons: Mapping[int, str] = field(default_factory=dict)
     unavailable: str | None = None
 
 
-def measure(task: Task) -> Measured:
-    """Carry out a task."""
+Tell = Callable[[Measured], None]
+
+
+class HostPeak:
+    """The most host memory that was taken since this was made, by samples of a thread.
+
+    It is what the node's available memory fell, on a GPU, and else what the process's resident
+    memory grew. Memory that CUDA allocates and pins is not always resident for the kernel's books.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = self._peak = taken_nbytes(device)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> HostPeak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def nbytes(self) -> int:
+        """Return the peak until now."""
+        self._peak = max(self._peak, taken_nbytes(self._device))
+        return self._peak - self._before
+
+    def _sample(self) -> None:
+        while not self._stop.wait(_SAMPLE_S):
+            self.nbytes()
+
+
+def measure(task: Task, tell: Tell = lambda found: None) -> Measured:
+    """Carry out a task.
+
+    Args:
+        tell: called with everything found so far after each batch.
+    """
     device = torch.device(task.device)
     model = make_model(task.sizes, device)
-    numel = sum(parameter.numel() for parameter in model.parameters())
+    found = Measured(num_parameters=sum(parameter.numel() for parameter in model.parameters()))
     if task.contender is None:
-        alone = _while_it_fits(task.batches, lambda batch: _alone(model, task, batch))
-        return Measured(num_parameters=numel, alone=alone)
+
+        def with_alone(found: Measured, batch: int) -> Measured:
+            return replace(found, alone={**found.alone, batch: _alone(model, task, batch)})
+
+        return _each_batch(task.batches, found, with_alone, tell)
     gc.collect()
-    before_nbytes = taken_nbytes(device)
-    try:
-        contender = CONTENDERS[task.contender](model)
-    except PeerUnavailableError as error:
-        return Measured(unavailable=str(error))
-    try:
-        steps = _while_it_fits(
-            task.batches, lambda batch: _steps(contender, task, batch, before_nbytes)
-        )
-        return Measured(num_parameters=numel, buckets=_buckets(contender), steps=steps)
-    finally:
-        contender.close()
+    with HostPeak(device) as host:
+        try:
+            contender = CONTENDERS[task.contender](model)
+        except PeerUnavailableError as error:
+            return Measured(unavailable=str(error))
+
+        def with_steps(found: Measured, batch: int) -> Measured:
+            steps = _steps(contender, task, batch, host)
+            return replace(found, steps={**found.steps, batch: steps})
+
+        try:
+            found = replace(found, buckets=_buckets(contender))
+            return _each_batch(task.batches, found, with_steps, tell)
+        finally:
+            contender.close()
 
 
-def _while_it_fits(batches: Sequence[int], work: Callable[[int], _Found]) -> dict[int, _Found]:
-    """Return what the work finds at each batch, up to the first that the GPU has no memory for."""
-    found: dict[int, _Found] = {}
+def _each_batch(
+    batches: Sequence[int],
+    found: Measured,
+    add: Callable[[Measured, int], Measured],
+    tell: Tell,
+) -> Measured:
+    """Add the result of each batch, up to the first that the GPU has no memory for."""
     for batch in sorted(batches):
         try:
-            found[batch] = work(batch)
+            found = add(found, batch)
         except torch.OutOfMemoryError:
-            break
+            too_large = [other for other in batches if other >= batch]
+            return replace(found, reasons=dict.fromkeys(too_large, OUT_OF_MEMORY))
+        tell(found)
     return found
 
 
@@ -127,6 +185,7 @@ def _alone(model: Decoder, task: Task, batch: int) -> Alone:
     """Time the model without an optimizer."""
     device = torch.device(task.device)
     tokens = make_tokens(task.sizes, batch, device)
+    reset_peak(device)
 
     def forward() -> None:
         model(tokens)
@@ -139,16 +198,14 @@ def _alone(model: Decoder, task: Task, batch: int) -> Alone:
         forward_ms=median(_timed(forward, task.num_steps, device)),
         # As contenders are timed: a synchronisation after each would count gaps in this alone.
         forward_backward_ms=median(_in_a_row(both, task.num_steps, device)),
+        peak_gpu_nbytes=peak_nbytes(device),
     )
 
 
-def _steps(contender: TrainContender, task: Task, batch: int, before_nbytes: int) -> Steps:
+def _steps(contender: TrainContender, task: Task, batch: int, host: HostPeak) -> Steps:
     device = torch.device(task.device)
     tokens = make_tokens(task.sizes, batch, device)
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak(device)
 
     def step() -> None:
         contender.backward(tokens)
@@ -160,17 +217,29 @@ def _steps(contender: TrainContender, task: Task, batch: int, before_nbytes: int
 
     steps_ms = _in_a_row(step, task.num_steps, device)
     finish()
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    host_nbytes = max(0, taken_nbytes(device) - before_nbytes)
+    peak_gpu_nbytes, peak_host_nbytes = peak_nbytes(device), host.nbytes()
     updates = [_one_update(contender, tokens, finish) for _ in range(NUM_UPDATES)]
     only = [own for _, own in updates if own is not None]
     return Steps(
         steps_ms=tuple(steps_ms),
         update_ms=median(whole for whole, _ in updates),
         updates_only_ms=median(only) if only else None,
-        peak_gpu_nbytes=peak,
-        host_nbytes=host_nbytes,
+        peak_gpu_nbytes=peak_gpu_nbytes,
+        peak_host_nbytes=peak_host_nbytes,
     )
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let the peak of GPU memory begin anew, from what is held now."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_nbytes(device: torch.device) -> int | None:
+    """Return the most GPU memory that torch's allocator held, None without a GPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def _in_a_row(step: Callable[[], None], num_steps: int, device: torch.device) -> list[float]:

@@ -26,6 +26,12 @@ class Sizes:
     sequence_length: int = 512
     dtype: str = "bfloat16"
 
+    def __post_init__(self) -> None:
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"num_heads ({self.num_heads}) must divide width ({self.width}): change one of them"
+            )
+
     @property
     def torch_dtype(self) -> torch.dtype:
         """Return the dtype of the parameters."""

@@ -1,22 +1,22 @@
-"""The whole of `bench train`: tune the batches, measure everyone, and judge."""
+"""The whole of `bench train`: choose the batches, measure every contender, and judge."""
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import queue
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from statistics import median
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from offload_adam.bench.machine import describe_machine
-from offload_adam.bench.training.conditions import Point, Result, evaluate, reached
-from offload_adam.bench.training.contenders import CONTENDERS, OVERLAPPED, SEQUENTIAL
-from offload_adam.bench.training.measure import Alone, Measured, Steps, Task, measure
+from offload_adam.bench.training.conditions import reached
+from offload_adam.bench.training.contenders import CONTENDERS, MODEL_ALONE, SEQUENTIAL
+from offload_adam.bench.training.measure import Alone, Measured, Task
 from offload_adam.bench.training.model import Sizes
+from offload_adam.bench.training.points import DEFINITIONS, describe_point
+from offload_adam.bench.training.process import TrainBenchmarkError, in_own_process
 from offload_adam.bench.training.ratios import TARGET_RATIOS, choose_batches, is_near
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import allowed_cores, select_threading_layer
@@ -25,29 +25,15 @@ logger = logging.getLogger(__name__)
 
 NUM_STEPS = 5
 PROCESS_TIMEOUT_S = 900.0
-GIB = 2**30
+LEAST_S = 15.0
+"""A contender is left out when less time than this remains: its process takes long to start."""
+SHARES = 2
+"""A contender may take this many times its equal share of the time that is left."""
 NUM_TUNINGS = 3
 """Rounds in which batches are chosen, each from the times of all before."""
-_DEFINITIONS = {
-    "forward_ms": "F: the model's forward alone, median",
-    "forward_backward_ms": "the model's forward and backward alone, median",
-    "update_ms": "U: this package's update with its copies to the device, without overlap; of a "
-    "contender: its whole optimizer step after a backward that is over",
-    "bucket_ms": "b: the largest bucket's share of U, and of its gradients' copy to the host",
-    "step_ms": "one training step among others, median; steps follow each other without a wait",
-    "exposed_ms": "step_ms less forward_backward_ms",
-    "state": "this package keeps fp32 master weights and moments; plain AdamW, torchao and FSDP2 "
-    "keep moments in the model's dtype and no master weights",
-    "peak_gpu_gib": "most that torch's allocator held during the steps",
-    "host_gib": "host memory taken since before the optimizer was made: by what the node's "
-    "available memory fell on a GPU, by what the process's resident memory grew without one",
-}
 
 Runner = Callable[[Task], Measured]
-
-
-class TrainBenchmarkError(RuntimeError):
-    """This package itself could not be measured."""
+Keep = Callable[[dict[str, Any]], None]
 
 
 def measure_train(
@@ -55,77 +41,182 @@ def measure_train(
     device: str,
     *,
     num_steps: int = NUM_STEPS,
+    batches: Sequence[int] = (),
     targets: Sequence[float] = TARGET_RATIOS,
     first_batches: Sequence[int] = (4, 16),
     largest_batch: int | None = None,
     contenders: Sequence[str] = tuple(CONTENDERS),
-    run: Runner | None = None,
+    time_limit_s: float | None = None,
+    keep: Keep = lambda report: None,
+    run: Runner = in_own_process,
 ) -> dict[str, Any]:
     """Return the report of `bench train`, a JSON object.
 
+    The model alone is measured first, then each contender; one that fails or is not installed has
+    the reason in its row.
+
     Args:
         device: "cuda" or "cpu"; on a CPU only this package and torch can be measured.
-        first_batches: sequences that the tuning starts from.
-        largest_batch: most sequences to try; None for as many as the ratios ask for.
-        run: carries out a task; None for a process of its own for each.
+        batches: numbers of sequences; none to choose them by `targets`.
+        targets: ratios of forward to update.
+        first_batches: sequences that the choice starts from.
+        largest_batch: most sequences to choose; None for as many as the ratios ask for.
+        contenders: names of CONTENDERS, in the order in which they are measured.
+        time_limit_s: seconds for all of it, None for no limit.
+        keep: called with the report so far after each contender.
+        run: carries out a task.
 
     Raises:
-        TrainBenchmarkError: this package could not be measured.
+        TrainBenchmarkError: no batches were given, and the update's time to choose them by could
+            not be measured.
     """
-    run = run or in_own_process
     select_threading_layer()
-    bus_down = _bus_down_gb_per_s(device)
-    machine = describe_machine(allowed_cores())
+    findings = _Findings(
+        sizes=sizes,
+        device=device,
+        num_steps=num_steps,
+        bus_down_gb_per_s=_bus_down_gb_per_s(device),
+        machine=describe_machine(allowed_cores()),
+        end_s=None if time_limit_s is None else time.monotonic() + time_limit_s,
+        run=run,
+    )
+    names = list(dict.fromkeys(contenders))
+    if batches:
+        findings.batches = [(None, batch) for batch in sorted(set(batches))]
+        findings.measure(MODEL_ALONE, len(names) + 1)
+    else:
+        findings.choose(targets, first_batches, largest_batch)
+    keep(findings.report())
+    for number, name in enumerate(names):
+        findings.measure(name, len(names) - number)
+        keep(findings.report())
+    return findings.report()
 
-    def task(contender: str | None, batches: Sequence[int]) -> Task:
+
+@dataclass(kw_only=True)
+class _Findings:
+    """What has been measured so far.
+
+    batches: with the ratio of forward to update that each was chosen for, if one was.
+    sequential: what the batches were chosen by.
+    wall_s: seconds that each contender's process took.
+    end_s: when time is up, on the monotonic clock.
+    """
+
+    sizes: Sizes
+    device: str
+    num_steps: int
+    bus_down_gb_per_s: float | None
+    machine: Mapping[str, Any]
+    end_s: float | None
+    run: Runner
+    batches: list[tuple[float | None, int]] = field(default_factory=list)
+    not_tried: list[float] = field(default_factory=list)
+    sequential: Measured | None = None
+    measured: dict[str, Measured] = field(default_factory=dict)
+    wall_s: dict[str, float] = field(default_factory=dict)
+
+    def measure(self, name: str, num_left: int) -> None:
+        """Measure a contender, the first of `num_left`, at all batches."""
+        batches = [batch for _, batch in self.batches]
+        start_s = time.monotonic()
+        limit_s = self._limit_s(num_left)
+        if limit_s < LEAST_S:
+            self.measured[name] = _failed(batches, "no time was left")
+            return
+        try:
+            self.measured[name] = self.run(self._task(name, batches, limit_s))
+        except TrainBenchmarkError as error:
+            logger.warning("%s: %s", name, error)
+            self.measured[name] = _failed(batches, str(error))
+        self.wall_s[name] = round(time.monotonic() - start_s, 1)
+        logger.info("%s took %.1f s: %s", name, self.wall_s[name], self.measured[name])
+
+    def _limit_s(self, num_left: int) -> float:
+        if self.end_s is None:
+            return PROCESS_TIMEOUT_S
+        left_s = self.end_s - time.monotonic()
+        return min(PROCESS_TIMEOUT_S, left_s, SHARES * left_s / num_left)
+
+    def _task(self, name: str, batches: Sequence[int], limit_s: float) -> Task:
         return Task(
-            contender=contender,
-            sizes=sizes,
-            device=device,
+            contender=None if name == MODEL_ALONE else name,
+            sizes=self.sizes,
+            device=self.device,
             batches=tuple(sorted(set(batches))),
-            num_steps=num_steps,
+            num_steps=self.num_steps,
+            time_limit_s=limit_s,
         )
 
-    sequential = _require(run(task(SEQUENTIAL, first_batches[:1])))
-    assert sequential.steps is not None
-    update_ms = sequential.steps[first_batches[0]].updates_only_ms or 0.0
-    alone, chosen = _tune(
-        lambda batches: _require(run(task(None, batches))).alone or {},
-        update_ms,
-        first_batches,
-        targets,
-        largest_batch,
-    )
-    batches = sorted(set(chosen.values()))
-    # This package is measured whatever is asked for: all others are judged beside it.
-    names = dict.fromkeys([OVERLAPPED, *contenders])
-    measured = {name: _try(run, task(name, batches)) for name in names}
-    if measured[OVERLAPPED].steps is None:
-        raise TrainBenchmarkError(f"{OVERLAPPED}: {measured[OVERLAPPED].unavailable}")
-    points = {
-        target: _point(target, chosen[target], alone, measured, sequential, bus_down)
-        for target in sorted(chosen)
-    }
-    conditions = {str(target): evaluate(point) for target, (point, _) in points.items()}
-    return {
-        "benchmark": "train",
-        "device": _device_name(device),
-        "machine": machine,
-        "model": {**asdict(sizes), "num_parameters": sequential.num_parameters},
-        "num_steps": num_steps,
-        "num_buckets": len(sequential.buckets),
-        "bus_down_gb_per_s": bus_down,
-        "points": [
-            {**shown, "conditions": [asdict(one) for one in conditions[str(target)]]}
-            for target, (_, shown) in points.items()
-        ],
-        "reached": reached(conditions),
-        "not_tried": [target for target in targets if target not in chosen],
-        "left_out": {
-            name: found.unavailable for name, found in measured.items() if found.unavailable
-        },
-        "definitions": _DEFINITIONS,
-    }
+    def choose(
+        self, targets: Sequence[float], first_batches: Sequence[int], largest: int | None
+    ) -> None:
+        """Choose the batches, and measure the model alone on the way."""
+        self.sequential = self._required(SEQUENTIAL, first_batches[:1])
+        update_ms = self.sequential.steps[first_batches[0]].updates_only_ms or 0.0
+        alone, chosen = _tune(
+            lambda batches: self._required(MODEL_ALONE, batches).alone,
+            update_ms,
+            first_batches,
+            targets,
+            largest,
+        )
+        self.measured[MODEL_ALONE] = Measured(alone=alone)
+        self.batches = sorted(chosen.items())
+        self.not_tried = [target for target in targets if target not in chosen]
+
+    def _required(self, name: str, batches: Sequence[int]) -> Measured:
+        found = self.run(self._task(name, batches, self._limit_s(1)))
+        if found.unavailable is not None:
+            raise TrainBenchmarkError(found.unavailable)
+        return found
+
+    def report(self) -> dict[str, Any]:
+        """Return everything so far as a JSON object."""
+        points = [
+            describe_point(
+                target,
+                batch,
+                self.measured,
+                sequential=self.sequential,
+                sequence_length=self.sizes.sequence_length,
+                bus_down_gb_per_s=self.bus_down_gb_per_s,
+            )
+            for target, batch in self.batches
+        ]
+        everything = [one for one in (self.sequential, *self.measured.values()) if one is not None]
+        return {
+            "benchmark": "train",
+            "device": _device_name(self.device),
+            "machine": dict(self.machine),
+            "model": {
+                **asdict(self.sizes),
+                "num_parameters": max((one.num_parameters for one in everything), default=0),
+            },
+            "num_steps": self.num_steps,
+            "num_buckets": max((len(one.buckets) for one in everything), default=0),
+            "bus_down_gb_per_s": self.bus_down_gb_per_s,
+            "points": [shown for shown, _ in points],
+            "reached": reached({str(n): found for n, (_, found) in enumerate(points)}),
+            "not_tried": self.not_tried,
+            "wall_s": self.wall_s,
+            "definitions": DEFINITIONS,
+        }
+
+
+def failures(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what went wrong, by contender and batch.
+
+    A peer that is not installed is no failure, and neither is a batch that is too large.
+    """
+    for point in report["points"]:
+        for name, row in point["contenders"].items():
+            if row.get("failed"):
+                yield f"{name} at {point['num_sequences']} sequences: {row['reason']}"
+
+
+def _failed(batches: Sequence[int], reason: str) -> Measured:
+    return Measured(reasons=dict.fromkeys(batches, reason))
 
 
 def _tune(
@@ -153,89 +244,6 @@ def _tune(
     return alone, {target: batch for target, batch in chosen.items() if batch in alone}
 
 
-def _require(found: Measured) -> Measured:
-    if found.unavailable is not None:
-        raise TrainBenchmarkError(found.unavailable)
-    return found
-
-
-def _try(run: Runner, task: Task) -> Measured:
-    try:
-        return run(task)
-    except TrainBenchmarkError as error:
-        logger.warning("%s: %s", task.contender, error)
-        return Measured(unavailable=str(error))
-
-
-def _point(
-    target: float,
-    batch: int,
-    alone: Mapping[int, Alone],
-    measured: Mapping[str, Measured],
-    first: Measured,
-    bus_down_gb_per_s: float | None,
-) -> tuple[Point, dict[str, Any]]:
-    """Return one point to judge, and as it is written."""
-    own = alone[batch]
-    sequential = measured.get(SEQUENTIAL, first)
-    every = {
-        name: one.steps[batch]
-        for name, one in measured.items()
-        if one.steps is not None and batch in one.steps
-    }
-    timed = every.get(SEQUENTIAL) or next(iter((sequential.steps or {}).values()))
-    update_ms = timed.updates_only_ms or 0.0
-    results = {name: _result(steps, own) for name, steps in every.items()}
-    point = Point(
-        forward_ms=own.forward_ms,
-        update_ms=update_ms,
-        bucket_ms=_bucket_ms(first.buckets, update_ms, bus_down_gb_per_s),
-        results=results,
-    )
-    shown = {
-        "target_ratio": target,
-        "ratio": own.forward_ms / update_ms if update_ms else None,
-        "near_target": bool(update_ms) and is_near(own.forward_ms / update_ms, target),
-        "num_sequences": batch,
-        **asdict(own),
-        "update_ms": update_ms,
-        "bucket_ms": point.bucket_ms,
-        "contenders": {name: _shown(every[name], result) for name, result in results.items()},
-    }
-    return point, shown
-
-
-def _bucket_ms(buckets: Sequence[int], update_ms: float, bus_down_gb_per_s: float | None) -> float:
-    """Return the way of the largest bucket; gradients are as large as parameters."""
-    if not buckets:
-        return 0.0
-    largest = max(buckets)
-    down_ms = 0.0 if bus_down_gb_per_s is None else largest / bus_down_gb_per_s / 1e6
-    return update_ms * largest / sum(buckets) + down_ms
-
-
-def _result(steps: Steps, own: Alone) -> Result:
-    step_ms = median(steps.steps_ms)
-    return Result(
-        step_ms=step_ms,
-        exposed_ms=step_ms - own.forward_backward_ms,
-        update_ms=steps.update_ms,
-        peak_gpu_nbytes=steps.peak_gpu_nbytes,
-    )
-
-
-def _shown(steps: Steps, result: Result) -> dict[str, Any]:
-    peak = steps.peak_gpu_nbytes
-    return {
-        "step_ms": result.step_ms,
-        "exposed_ms": result.exposed_ms,
-        "update_ms": result.update_ms,
-        "peak_gpu_gib": None if peak is None else peak / GIB,
-        "host_gib": steps.host_nbytes / GIB,
-        "steps_ms": list(steps.steps_ms),
-    }
-
-
 def _bus_down_gb_per_s(device: str) -> float | None:
     """Return the bandwidth of copies to the host, None where there are none."""
     if not device.startswith("cuda"):
@@ -244,7 +252,7 @@ def _bus_down_gb_per_s(device: str) -> float | None:
 
     try:
         _, down = bus_gb_per_s(torch.device(device).index or 0)
-    except HostMemoryError as error:
+    except (HostMemoryError, RuntimeError) as error:
         logger.warning("the bus is not measured: %s", error)
         return None
     return down
@@ -252,46 +260,3 @@ def _bus_down_gb_per_s(device: str) -> float | None:
 
 def _device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
-
-
-def in_own_process(task: Task) -> Measured:
-    """Carry out a task in a spawned process, so that nothing of it stays behind.
-
-    Raises:
-        TrainBenchmarkError: it failed, or did not end in time.
-    """
-    context = multiprocessing.get_context("spawn")
-    answers: Any = context.Queue()
-    process = context.Process(target=_answer, args=(task, answers), daemon=True)
-    process.start()
-    try:
-        found = _wait(answers, process)
-    finally:
-        process.join(timeout=10.0)
-        if process.is_alive():
-            process.kill()
-            process.join()
-    if isinstance(found, str):
-        raise TrainBenchmarkError(found)
-    return found
-
-
-def _wait(answers: Any, process: Any) -> Measured | str:
-    """Return the answer, or why there is none."""
-    for _ in range(int(PROCESS_TIMEOUT_S)):
-        try:
-            found: Measured | str = answers.get(timeout=1.0)
-            return found
-        except queue.Empty:
-            if not process.is_alive() and answers.empty():
-                return f"its process ended with {process.exitcode}"
-    return f"it did not end within {PROCESS_TIMEOUT_S:.0f} s"
-
-
-def _answer(task: Task, answers: Any) -> None:
-    """Put what was measured, or the error's text, into the queue."""
-    try:
-        answers.put(measure(task))
-    except Exception as error:
-        first, *_ = str(error).splitlines() or [""]
-        answers.put(f"{type(error).__name__}: {first}")

@@ -1,0 +1,115 @@
+"""What `plan` expects of `bench train` on a machine of which only the speeds are known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from offload_adam.bench.training.contenders import MODEL_ALONE, OVERLAPPED, PLAIN, SEQUENTIAL
+from offload_adam.bench.training.model import Decoder, Sizes
+from offload_adam.bench.training.points import GIB
+from offload_adam.layout.flat import ParameterSpec
+from offload_adam.plan.inputs import Machine, Training, total_numel
+from offload_adam.plan.overlap import predict_overlap
+from offload_adam.plan.prediction import predict
+from offload_adam.plan.timing import GB, predict_time, update_nbytes
+
+PLAIN_PASSES = 10
+"""Elements that plain AdamW moves on the device for each parameter: the norm reads a gradient,
+clipping reads and writes it, the update reads four tensors and writes three."""
+
+
+def predict_train(
+    sizes: Sizes,
+    batches: Sequence[int],
+    *,
+    host_gb_per_s: Sequence[float],
+    bus_gb_per_s: float,
+    device_gb_per_s: float,
+    tera_flops: float,
+) -> dict[str, Any]:
+    """Return the predicted times of this package, plain AdamW and the model alone, as JSON.
+
+    Args:
+        batches: numbers of sequences.
+        host_gb_per_s: bandwidths of host memory; each has a row for each batch.
+        bus_gb_per_s: of copies in one direction.
+        device_gb_per_s: of GPU memory.
+        tera_flops: 1e12 operations a second of forward and backward.
+    """
+    specs = _specs(sizes)
+    held = predict(specs, Training())
+    machines = [
+        Machine(host_gb_per_s=host, bus_gb_per_s=bus_gb_per_s, tera_flops=tera_flops)
+        for host in host_gb_per_s
+    ]
+    plain_s = PLAIN_PASSES * specs[0].itemsize * total_numel(specs) / GB / device_gb_per_s
+    return {
+        "benchmark": "predict",
+        "model": {**asdict(sizes), "num_parameters": total_numel(specs)},
+        "bus_gb_per_s": bus_gb_per_s,
+        "device_gb_per_s": device_gb_per_s,
+        "tera_flops": tera_flops,
+        "host_gib": held.host_nbytes / GIB,
+        "num_buckets": held.num_buckets,
+        "points": [
+            _point(specs, machine, batch, batch * sizes.sequence_length, plain_s)
+            for batch in batches
+            for machine in machines
+        ],
+    }
+
+
+def _specs(sizes: Sizes) -> list[ParameterSpec]:
+    """Return the model's parameters in their order, without memory for them."""
+    with torch.device("meta"):
+        model = Decoder(sizes)
+    itemsize = sizes.torch_dtype.itemsize
+    return [
+        ParameterSpec(index, parameter.numel(), itemsize, sizes.dtype)
+        for index, parameter in enumerate(model.parameters())
+    ]
+
+
+def _point(
+    specs: Sequence[ParameterSpec], machine: Machine, batch: int, num_tokens: int, plain_s: float
+) -> dict[str, Any]:
+    """Return the times of one batch on one machine, in milliseconds.
+
+    `plan` counts a forward and a backward of twice its length. The model computes its blocks again
+    in backward, so a step is longer by one more forward. What is exposed stays the same: only the
+    next forward hides updates.
+    """
+    training = Training(num_tokens=num_tokens)
+    timeline = predict_overlap(specs, training, machine)
+    timing = predict_time(specs, training, machine)
+    assert timeline is not None
+    assert timing is not None
+    assert machine.host_gb_per_s is not None
+    forward_s = timeline.model_s / 3
+    alone_s = 4 * forward_s
+    sequential_s = timing.total_s - timing.seconds["compute"]
+    exposed_s = {
+        MODEL_ALONE: 0.0,
+        OVERLAPPED: timeline.exposed_s,
+        SEQUENTIAL: sequential_s,
+        PLAIN: plain_s,
+    }
+    return {
+        "num_sequences": batch,
+        "host_gb_per_s": machine.host_gb_per_s,
+        "forward_ms": _ms(forward_s),
+        "forward_backward_ms": _ms(alone_s),
+        "update_ms": _ms(update_nbytes(specs, training) / GB / machine.host_gb_per_s),
+        "contenders": {
+            name: {"step_ms": _ms(alone_s + seconds), "exposed_ms": _ms(seconds)}
+            for name, seconds in exposed_s.items()
+        },
+    }
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 1)

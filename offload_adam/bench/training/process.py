@@ -1,0 +1,83 @@
+"""Measure one contender in a process of its own, so that nothing of it stays behind."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import queue
+import time
+from dataclasses import replace
+from typing import Any
+
+from offload_adam.bench.training.measure import Measured, Task, measure
+
+logger = logging.getLogger(__name__)
+
+START_METHOD = "spawn"
+"""A forked process could not use CUDA."""
+_POLL_S = 1.0
+_EXIT_S = 10.0
+_DONE = None
+
+
+class TrainBenchmarkError(RuntimeError):
+    """A contender could not be measured."""
+
+
+def in_own_process(task: Task) -> Measured:
+    """Carry out a task in a spawned process, within its time limit.
+
+    If the process fails or hangs after its first batch, the batches until then are returned, with
+    the reason for each of the others.
+
+    Raises:
+        TrainBenchmarkError: the process failed or hung before its first batch was measured.
+    """
+    context: Any = multiprocessing.get_context(START_METHOD)
+    answers: Any = context.Queue()
+    process = context.Process(target=_answer, args=(task, answers), daemon=True)
+    process.start()
+    try:
+        found, failure = _collect(answers, process, task.time_limit_s)
+        if failure is None:
+            process.join(timeout=_EXIT_S)
+    finally:
+        process.kill()
+        process.join()
+    if failure is None:
+        assert found is not None
+        return found
+    if found is None:
+        raise TrainBenchmarkError(failure)
+    logger.warning("%s: %s", task.contender, failure)
+    missing = [batch for batch in task.batches if batch not in {**found.alone, **found.steps}]
+    return replace(found, reasons={**dict.fromkeys(missing, failure), **found.reasons})
+
+
+def _collect(answers: Any, process: Any, time_limit_s: float) -> tuple[Measured | None, str | None]:
+    """Return the last thing that the process has found, and why it has not finished if so."""
+    found: Measured | None = None
+    end_s = time.monotonic() + time_limit_s
+    while (left_s := end_s - time.monotonic()) > 0:
+        try:
+            answer = answers.get(timeout=min(_POLL_S, left_s))
+        except queue.Empty:
+            if not process.is_alive() and answers.empty():
+                return found, f"its process ended with {process.exitcode}"
+            continue
+        if answer is _DONE:
+            return found, None
+        if isinstance(answer, str):
+            return found, answer
+        found = answer
+    return found, f"it did not end within {time_limit_s:.0f} s"
+
+
+def _answer(task: Task, answers: Any) -> None:
+    """Put what is measured into the queue after each batch, then None or the error's text."""
+    try:
+        answers.put(measure(task, answers.put))
+        answers.put(_DONE)
+    except Exception as error:
+        first, *_ = str(error).splitlines() or [""]
+        answers.put(f"{type(error).__name__}: {first}")

@@ -1,0 +1,148 @@
+"""`bench table` and `bench predict`: from result files to the documentation's table and picture."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from typer.testing import CliRunner
+
+from offload_adam.bench.training.contenders import (
+    FSDP2,
+    MODEL_ALONE,
+    OVERLAPPED,
+    PLAIN,
+    SEQUENTIAL,
+)
+from offload_adam.bench.training.model import Sizes
+from offload_adam.bench.training.picture import BAR_WIDTH, EXPOSED_COLOR, MODEL_COLOR, svg
+from offload_adam.bench.training.predict import predict_train
+from offload_adam.cli.app import app
+
+RECORDED = Path(__file__).with_name("recorded_bench_train.json")
+PREDICTIONS = Path(__file__).parents[1] / "gpu" / "predictions.json"
+
+REPORT: dict[str, Any] = json.loads(RECORDED.read_text(encoding="utf-8"))
+
+
+def prediction(host_gb_per_s: float, step_ms: float) -> dict[str, Any]:
+    return {
+        "benchmark": "predict",
+        "model": REPORT["model"],
+        "bus_gb_per_s": 50.0,
+        "tera_flops": 450.0,
+        "points": [
+            {
+                "num_sequences": 48,
+                "host_gb_per_s": host_gb_per_s,
+                "contenders": {OVERLAPPED: {"step_ms": step_ms, "exposed_ms": 200.0}},
+            }
+        ],
+    }
+
+
+def run(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)], env={"COLUMNS": "300"})
+
+
+def test_one_command_makes_the_table_and_the_picture(tmp_path: Path) -> None:
+    expected: list[str | Path] = []
+    for host, step_ms in ((60.0, 1100.4), (150.0, 725.0)):
+        file = tmp_path / f"predicted-{host:.0f}.json"
+        file.write_text(json.dumps(prediction(host, step_ms)))
+        expected += ["--predictions", file]
+    table, picture = tmp_path / "table.md", tmp_path / "steps.svg"
+    result = run("table", RECORDED, *expected, "--markdown", table, "--picture", picture)
+    assert result.exit_code == 0, result.output
+    text = table.read_text()
+    assert "### A GPU: 1.34 B parameters in bfloat16, 48 x 512 tokens" in text
+    cells = "28,912 | 850 | 725 to 1,100 | 250 | 200 | 12.5 | 19.2"
+    assert f"| offload_adam, overlapped | {cells} |" in text
+    assert "| forward and backward alone | 40,960 | 600 | - | 0 | - | 11 | - |" in text
+    reason = r"not importable: No module \| named <torchao>"
+    assert f"| torchao CPUOffloadOptimizer | {reason} | - | - |" in text
+    # The second batch has no prediction.
+    assert "| offload_adam, overlapped | 40,960 | 1,800 | - | 0 | - | 20 | 19.2 |" in text
+    assert "commit 0123456789ab" in text
+    assert "48 sequences: F 150 ms, U 375 ms" in text
+    assert "Predicted for host memory of 60 GB/s, a bus of 50 GB/s, and 450 TFLOP/s." in text
+    assert "step <= 1.1 * plain AdamW's where F >= U: yes" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") - line.count("\\|") for line in rows} == {9}
+    assert picture.read_text() == svg([REPORT])
+
+
+def test_bars_are_as_long_as_their_times() -> None:
+    root = ElementTree.fromstring(svg([REPORT]))
+    bars: list[tuple[Any, Any]] = [
+        (rect.get("fill"), float(rect.get("width", "0")))
+        for rect in root.iter("{http://www.w3.org/2000/svg}rect")
+        if rect.get("height") == "18"
+    ]
+    # The longest of the first batch's steps, 850 ms, is as wide as the picture has room for.
+    longest = [(MODEL_COLOR, BAR_WIDTH * 600 / 850), (EXPOSED_COLOR, BAR_WIDTH * 250 / 850)]
+    for bar in longest:
+        assert (bar[0], pytest.approx(bar[1], abs=0.1)) in bars
+    texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "850 ms, 28,912 tokens/s" in texts
+    assert "not importable: No module | named <torchao>" in texts
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"benchmark": "kernel"}'])
+def test_another_file_is_rejected(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "other.json"
+    file.write_text(content)
+    result = run("table", file)
+    assert result.exit_code == 2
+    assert str(file) in result.output.replace("\n", "")
+    assert run("table", RECORDED, "--predictions", RECORDED).exit_code == 2
+
+
+def test_predictions_follow_from_the_speeds(tmp_path: Path) -> None:
+    file = tmp_path / "predicted.json"
+    result = run(
+        "predict",
+        *("--num-layers=2", "--width=256", "--num-heads=4", "--batches=4,64"),
+        *("--host-bandwidths=50,100", "--bus-bandwidth=40", "--device-bandwidth=2000"),
+        *("--tflops=1", f"--json={file}"),
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(file.read_text())
+    numel = found["model"]["num_parameters"]
+    points = {(p["num_sequences"], p["host_gb_per_s"]): p for p in found["points"]}
+    assert set(points) == {(4, 50.0), (4, 100.0), (64, 50.0), (64, 100.0)}
+    for (batch, host), point in points.items():
+        forward_ms = 2 * numel * batch * 512 / 1e12 * 1e3
+        assert point["forward_ms"] == pytest.approx(forward_ms, abs=0.06)
+        assert point["forward_backward_ms"] == pytest.approx(4 * forward_ms, abs=0.06)
+        assert point["update_ms"] == pytest.approx(28 * numel / host / 1e6, abs=0.06)
+        steps = {name: row["step_ms"] for name, row in point["contenders"].items()}
+        order = [MODEL_ALONE, PLAIN, OVERLAPPED, SEQUENTIAL]
+        assert sorted(steps, key=lambda name: steps[name]) == order
+    # Where the forward is short, only it hides updates; where it is long, all but one bucket's.
+    exposed = [points[4, host]["contenders"][OVERLAPPED]["exposed_ms"] for host in (50.0, 100.0)]
+    assert exposed[0] > exposed[1]
+    assert run("predict", "--batches=x", "--host-bandwidths=1", "--bus-bandwidth=1").exit_code == 2
+
+
+def test_the_predictions_beside_the_gpu_tests_are_those_of_this_version() -> None:
+    kept = json.loads(PREDICTIONS.read_text(encoding="utf-8"))
+    sizes = copy.copy(kept["model"])
+    numel = sizes.pop("num_parameters")
+    found = predict_train(
+        Sizes(**sizes),
+        sorted({point["num_sequences"] for point in kept["points"]}),
+        host_gb_per_s=sorted({point["host_gb_per_s"] for point in kept["points"]}),
+        bus_gb_per_s=kept["bus_gb_per_s"],
+        device_gb_per_s=kept["device_gb_per_s"],
+        tera_flops=kept["tera_flops"],
+    )
+    assert found["model"]["num_parameters"] == numel
+    for before, now in zip(kept["points"], found["points"], strict=True):
+        for name, row in now["contenders"].items():
+            assert before["contenders"][name] == pytest.approx(row, rel=0.05, abs=2.0), name
+    assert FSDP2 not in kept["points"][0]["contenders"]
