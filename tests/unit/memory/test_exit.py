@@ -46,7 +46,7 @@ def start_step(name, seconds, error=None, **options):
     runtime = Told()
     runtime.name, runtime.num_over = name, 0
     class Offloaded(OffloadAdam):
-        _backend = replace(HOST_AS_DEVICE, make_runtime=lambda: runtime)
+        _backend = replace(HOST_AS_DEVICE, make_runtime=lambda device: runtime)
     model = torch.nn.Sequential(
         *(torch.nn.Linear(16, 16, bias=False, dtype=torch.bfloat16) for _ in range(4)))
     optimizer = Offloaded(
@@ -136,7 +136,7 @@ class HeldUp:
         self.may_go_on = threading.Event()
 
         class Offloading(OffloadAdam):
-            _backend = replace(HOST_AS_DEVICE, make_runtime=lambda: runtime)
+            _backend = replace(HOST_AS_DEVICE, make_runtime=lambda device: runtime)
 
         model = torch.nn.Linear(4, 4)
         self.optimizer: OffloadAdam | None = Offloading(

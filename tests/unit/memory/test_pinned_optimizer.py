@@ -183,7 +183,7 @@ def test_each_buffer_is_pinned_once_whatever_the_order_of_sizes(pin: str, order:
     runtime = StandInRuntime()
 
     class Offloading(OffloadAdam):
-        _backend = replace(HOST_AS_DEVICE, make_runtime=lambda: runtime)
+        _backend = replace(HOST_AS_DEVICE, make_runtime=lambda device: runtime)
 
     parameters = [
         torch.nn.Parameter(torch.ones(size * NUMEL, dtype=torch.bfloat16))
