@@ -16,6 +16,7 @@ from tests.simulation.simulation import Simulation, clean_reference_of
 NUM_SEEDS = 6
 
 ALONE = simple_case(4, "bf16")
+ALONE_FP32 = simple_case(4, "fp32")  # copied to the device from the master weights themselves
 TWO = simple_case(4, "bf16", world_size=2, rank=1)
 POOLED = simple_case(4, "bf16", world_size=2, pin="staging")
 # Without a bucket between, none but the copy itself says that a slot is free.
@@ -127,6 +128,10 @@ def step_begun_before_all_is_settled(simulation: Simulation, patch: Patch) -> No
     patch.setattr(simulation.core.executor, "finish_updates", lambda: None)
 
 
+def load_while_copies_read_the_state(simulation: Simulation, patch: Patch) -> None:
+    patch.setattr(simulation.core.stream_waits, "block_until_over", lambda operation: None)
+
+
 BUGS: list[tuple[Callable[[Simulation, Patch], None], Case]] = [
     (one_staging_slot_for_all, ALONE),
     (one_reduction_slot_for_all, TWO),
@@ -140,6 +145,7 @@ BUGS: list[tuple[Callable[[Simulation, Patch], None], Case]] = [
     (look_ahead_to_an_update_that_is_not_over, TWO),
     (backward_begun_before_all_is_settled, TWO),
     (step_begun_before_all_is_settled, ALONE),
+    (load_while_copies_read_the_state, ALONE_FP32),
 ]
 
 

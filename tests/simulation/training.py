@@ -45,6 +45,10 @@ class Device(Protocol):
         """Return a gradient that has, or will have, these values."""
         ...
 
+    def write_state(self, buckets: Sequence[BucketState]) -> None:
+        """Let the host write to state, as a load does."""
+        ...
+
     def step_over(self) -> None:
         """Hear that a step has been taken."""
         ...
@@ -66,6 +70,7 @@ def train(case: Case, core: ShardedAdam, parameters: list[torch.nn.Parameter], o
         reports.append((report.skipped, report.clip_factor))
         on.step_over()
     core.synchronize()
+    on.write_state(core.states)
     on.read(core.states, "the end")
     return reports
 
@@ -115,6 +120,9 @@ class _Host:
 
     def gradient(self, name: str, values: torch.Tensor) -> torch.Tensor:
         return values
+
+    def write_state(self, buckets: Sequence[BucketState]) -> None:
+        pass
 
     def step_over(self) -> None:
         self._outcome.weights.append([p.detach().clone() for p in self._parameters])
