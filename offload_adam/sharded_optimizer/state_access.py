@@ -102,8 +102,9 @@ class StateAccess(torch.optim.Optimizer):
     def synchronize(self) -> None:
         """Wait until all parameters and all state hold the result of the last step.
 
-        Call this before reading parameters other than through the model's forward or a state dict.
-        On a GPU only the current stream waits. Collective if `step()` leaves updates running.
+        Call this before reading parameters other than through the model's forward or a state dict,
+        and before writing to a tensor of `optimizer.state` in place. On a GPU only the current
+        stream waits for the parameters. Collective if `step()` leaves updates running.
 
         Raises:
             Exception: raised by an update in the update thread.

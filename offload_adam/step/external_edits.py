@@ -250,6 +250,8 @@ def _pieces(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield both a piece at a time, the parameter's on the master's device."""
     for part, given in zip(master.split(_PIECE), parameter.split(_PIECE), strict=True):
+        # From a device, the host waits here for the stream that waits for the last step's H2D
+        # copies: none of them reads the master when it is written.
         yield part, given.to(part.device)
 
 

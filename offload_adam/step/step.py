@@ -21,7 +21,7 @@ from offload_adam.gradients.segments import BucketGradients
 from offload_adam.gradients.stand_in import StreamedGradients
 from offload_adam.kernels.threads import spans_nodes
 from offload_adam.layout.budget import Category
-from offload_adam.layout.schedule import plan_schedule
+from offload_adam.layout.schedule import Operation, plan_schedule
 from offload_adam.memory.arena import HostArena, close_all, leave_all
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.selection import Named, NewParameter
@@ -276,10 +276,15 @@ class ShardedAdam:
         self.forward_hooks.attach({parameter: bucket for parameter, (bucket, _) in places})
 
     def synchronize(self) -> None:
-        """Return when all parameters and all state hold the result of the last step."""
+        """Return when all parameters and all state hold the result of the last step.
+
+        From then on the host may write to state.
+        """
         if self.forward_hooks is not None:
             self.forward_hooks.wait_for_all()
         self.executor.finish_updates()
+        # The compute stream waits for H2D copies, and the host does not: but they read state.
+        self.stream_waits.block_until_over(Operation.COPY_H2D)
 
     @property
     def share(self) -> tuple[int, int]:

@@ -129,6 +129,13 @@ class StreamWaits:
             )
         event.synchronize()
 
+    def block_until_over(self, operation: Operation) -> None:
+        """Block the calling thread until all tasks of this kind that have been issued are over."""
+        for bucket in self._devices:
+            event = self._events.get(Task(operation, bucket))
+            if event is not None:
+                self._block_until(event)
+
     def record(self, operation: Operation, bucket: int) -> None:
         """Record an event: this task has been issued."""
         task = Task(operation, bucket)

@@ -228,6 +228,14 @@ class Simulation:
         is_side = layer in self._case.side_layers
         self.machine.current_stream = Side.COMPUTE if is_side else Lane.COMPUTE
 
+    def write_state(self, buckets: Sequence[BucketState]) -> None:
+        """Note that the host writes to state in its memory; the values stay."""
+        for state in buckets:
+            if state.plan.location.is_host:
+                planes = state.planes.named(own_master=state.own_master)
+                name = f"a load into bucket {state.layout.index}"
+                self.machine.touch(name, writes=planes.values())
+
     def step_over(self) -> None:
         """Count the step."""
         self._num_steps += 1

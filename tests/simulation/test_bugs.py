@@ -17,6 +17,7 @@ from tests.simulation.simulation import Simulation, clean_reference_of
 NUM_SEEDS = 6
 
 ALONE = simple_case(4, "bf16")
+ALONE_FP32 = simple_case(4, "fp32")  # copied to the device from the master weights themselves
 TWO = simple_case(4, "bf16", world_size=2, rank=1)
 KEPT = simple_case(4, "bf16", world_size=2, offload_fraction=0.0)
 POOLED = simple_case(4, "bf16", world_size=2, pin="staging")
@@ -164,6 +165,10 @@ def parameters_waited_for_by_one_stream_alone(simulation: Simulation, patch: Pat
     patch.setattr(simulation.core.executor, "_wait_on_other_streams", lambda buckets: None)
 
 
+def load_while_copies_read_the_state(simulation: Simulation, patch: Patch) -> None:
+    patch.setattr(simulation.core.stream_waits, "block_until_over", lambda operation: None)
+
+
 BUGS: list[tuple[Callable[[Simulation, Patch], None], Case]] = [
     (one_staging_slot_for_all, ALONE),
     (one_reduction_slot_for_all, TWO),
@@ -182,6 +187,7 @@ BUGS: list[tuple[Callable[[Simulation, Patch], None], Case]] = [
     (gradients_freed_to_another_stream_before_they_are_read, BESIDE_KEPT),
     (slot_used_by_two_streams_at_once, replace(BESIDE_KEPT, bucket_nbytes=100)),
     (parameters_waited_for_by_one_stream_alone, BESIDE),
+    (load_while_copies_read_the_state, ALONE_FP32),
 ]
 
 

@@ -54,6 +54,10 @@ class Device(Protocol):
         """Hear which layer comes next."""
         ...
 
+    def write_state(self, buckets: Sequence[BucketState]) -> None:
+        """Let the host write to state, as a load does."""
+        ...
+
     def step_over(self) -> None:
         """Hear that a step has been taken."""
         ...
@@ -79,6 +83,7 @@ def train(case: Case, core: ShardedAdam, parameters: list[torch.nn.Parameter], o
         reports.append((report.skipped, report.clip_factor))
         on.step_over()
     core.synchronize()
+    on.write_state(core.states)
     on.read(core.states, "the end")
     return reports
 
@@ -135,6 +140,9 @@ class _Host:
         return nullcontext()
 
     def enter(self, layer: int) -> None:
+        pass
+
+    def write_state(self, buckets: Sequence[BucketState]) -> None:
         pass
 
     def step_over(self) -> None:
