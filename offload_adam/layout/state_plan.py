@@ -271,8 +271,12 @@ def plan_state(
 def resolve_bucket_nbytes(specs: Sequence[ParameterSpec], policy: StatePolicy) -> int:
     """Return the bytes of parameters at which a bucket of these is full.
 
-    That is what the policy says, or else 32 MiB for each rank that has a shard, but no more than
-    256 MiB or a 16th of all parameters; in any case 32 MiB.
+    Where the policy gives no size, a bucket has 32 MiB for each rank that has a shard, but at most
+    256 MiB or a 16th of the parameters, and at least 32 MiB. The result depends on the arguments
+    alone, so every rank computes the same.
+
+    Args:
+        specs: the parameters that are added together.
     """
     if policy.bucket_nbytes is not None:
         return policy.bucket_nbytes
