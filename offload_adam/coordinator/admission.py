@@ -62,7 +62,7 @@ def raise_on_all_ranks(ranks: RankGroup, phase: str) -> Iterator[None]:
     kind = _SHARED_ERRORS.get(kind_name)
     if failure is not None and (kind is None or len(set(messages)) == 1):
         raise failure
-    text = f"rank(s) {failed} failed in {phase}: "
+    text = f"rank(s) {ranks.at(failed)} failed in {phase}: "
     raise (PeerError(text + messages[failed[0]]) if kind is None else kind(text + problem)) from (
         failure
     )
@@ -89,13 +89,14 @@ def require_same(ranks: RankGroup, what: str, fields: Sequence[Field], *, remedy
     if not different:
         return
     reference = [(field, value) for field, value in json.loads(_broadcast_text(ranks, text))]
-    differences = gather_texts(ranks, _first_difference(reference, fields))
+    (first,) = ranks.at([0])
+    differences = gather_texts(ranks, _first_difference(reference, fields, first))
     ranks_by_difference: dict[str, list[int]] = {}
-    for rank in different:
-        ranks_by_difference.setdefault(differences[rank], []).append(rank)
+    for place in different:
+        ranks_by_difference.setdefault(differences[place], []).append(place)
     raise RankDisagreementError(
         "; ".join(
-            f"rank(s) {others} have another {what} than rank 0: {difference}"
+            f"rank(s) {ranks.at(others)} have another {what} than rank {first}: {difference}"
             for difference, others in ranks_by_difference.items()
         )
         + remedy
@@ -134,16 +135,16 @@ def _broadcast_text(ranks: RankGroup, text: str) -> str:
     return bytes(buffer.tolist()).decode()
 
 
-def _first_difference(reference: Sequence[Field], fields: Sequence[Field]) -> str:
-    """Describe the first field that differs from rank 0's."""
+def _first_difference(reference: Sequence[Field], fields: Sequence[Field], rank: int) -> str:
+    """Describe the first field that differs from the reference, which is this rank's."""
     for expected, found in zip_longest(reference, fields):
         if expected == found:
             continue
         if expected is None or found is None:
-            present, where = (found, "here") if expected is None else (expected, "on rank 0")
+            present, where = (found, "here") if expected is None else (expected, f"on rank {rank}")
             assert present is not None
             return f"{present[0]} is {present[1]} {where} only"
         if expected[0] != found[0]:
-            return f"it has {found[0]} where rank 0 has {expected[0]}"
-        return f"{found[0]} is {found[1]} where rank 0 has {expected[1]}"
+            return f"it has {found[0]} where rank {rank} has {expected[0]}"
+        return f"{found[0]} is {found[1]} where rank {rank} has {expected[1]}"
     return "nothing"

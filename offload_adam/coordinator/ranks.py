@@ -60,6 +60,10 @@ class RankGroup:
     watch: PeerWatch | None = None
     _unfinished: set[dist.Work] = field(default_factory=set)
 
+    def at(self, places: Iterable[int]) -> list[int]:
+        """Return the ranks in the default group at these places, as messages name them."""
+        return [self.global_ranks[place] for place in places]
+
     def open_data_groups(self, device_types: Iterable[str]) -> None:
         """Open the groups for buckets on device types that have none yet. Collective."""
         if self.world_size == 1:

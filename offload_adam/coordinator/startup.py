@@ -22,6 +22,7 @@ from offload_adam.options import FailurePolicy
 from offload_adam.torch_private import default_store, store_without_prefixes
 
 _MARK = "offload_adam/not_retried"
+_SHARED_GPU = "shared_gpu"
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _PR_SET_PDEATHSIG = 1
 # What other launchers leave out of torchrun's variables has a default; these have none.
@@ -66,9 +67,13 @@ class World:
 
     @property
     def device(self) -> torch.device:
-        """The device of this rank's model: the GPU of its local rank, or the CPU."""
+        """The device of this rank's model: its own GPU, or the CPU.
+
+        Its own is the GPU of its local rank, or the only visible one: Slurm's `--gpus-per-task` and
+        Ray show each rank its own GPU alone, as number 0.
+        """
         if torch.cuda.is_available():
-            return torch.device("cuda", self.local_rank)
+            return torch.device("cuda", self.local_rank if torch.cuda.device_count() > 1 else 0)
         return torch.device("cpu")
 
 
@@ -89,6 +94,7 @@ def joined_world(
 
     Raises:
         PeerFailedError: naming the ranks that did not join in time.
+        RuntimeError: this rank has no GPU of its own, on all ranks if two of them share one.
         NotRetriedError: an earlier attempt ended with an error that a restart cannot fix.
     """
     world = World.from_environment()
@@ -138,13 +144,33 @@ def _problems_of(environment: Mapping[str, str]) -> Iterator[str]:
 
 def _use_own_gpu(world: World) -> None:
     num_gpus = torch.cuda.device_count()
-    if world.local_rank >= num_gpus:
+    if world.device.index >= num_gpus:
         raise RuntimeError(
-            f"local rank {world.local_rank} has no GPU of its own, for there are {num_gpus}: "
-            f"start torchrun with --nproc-per-node={num_gpus}, or hide the GPUs from the run "
-            "with CUDA_VISIBLE_DEVICES="
+            f"local rank {world.local_rank} has no GPU of its own, because {num_gpus} are visible: "
+            f"start torchrun with --nproc-per-node={num_gpus}, show each rank its own GPU alone "
+            "with CUDA_VISIBLE_DEVICES, or hide the GPUs from the run with CUDA_VISIBLE_DEVICES="
         )
     torch.cuda.set_device(world.device)
+
+
+def _claim_gpu(meeting: dist.Store, world: World) -> None:
+    """Note in the store that this rank uses its GPU, or the error if another rank does so, too.
+
+    Where each rank sees one GPU, several may see the same one. Their numbers do not tell, so the
+    UUID does. A GPU without one is accepted; NCCL rejects two ranks on it later.
+    """
+    gpu = torch.cuda.get_device_properties(world.device)
+    if not hasattr(gpu, "uuid"):
+        return
+    own = str(world.rank)
+    user = meeting.compare_set(f"gpu/{gpu.uuid}", "", own).decode()
+    if user != own:
+        meeting.set(
+            _SHARED_GPU,
+            f"ranks {user} and {own} use the same GPU, {gpu.name} with UUID {gpu.uuid} on "
+            f"{Process.own().host}: start one rank for each GPU of a node, and let each rank see "
+            "all GPUs, or its own alone (CUDA_VISIBLE_DEVICES, Slurm's --gpus-per-task)",
+        )
 
 
 def _open_default_group(world: World, timeout: timedelta, failures: FailurePolicy) -> None:
@@ -158,10 +184,15 @@ def _open_default_group(world: World, timeout: timedelta, failures: FailurePolic
     reject_retry(store)
     store = dist.PrefixStore(f"attempt-{attempt()}", store)
     meeting = dist.PrefixStore("meeting", store)
+    on_cuda = world.device.type == "cuda"
+    if on_cuda:
+        # Before the roll call, after which every rank's claim is known.
+        _claim_gpu(meeting, world)
     meeting.set(f"rank/{world.rank}", Process.own().host)
     join_timeout = min(timeout, timedelta(seconds=failures.stuck_after))
     roll_call(meeting, world.rank, tuple(range(world.world_size)), join_timeout, "join the run")
-    on_cuda = world.device.type == "cuda"
+    if meeting.check([_SHARED_GPU]):
+        raise RuntimeError(meeting.get(_SHARED_GPU).decode())
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
         store=store,

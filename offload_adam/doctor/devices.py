@@ -31,7 +31,13 @@ def device_findings(local_world_size: int, speeds: list[float] | None) -> Iterat
         yield without_cuda(_DRIVER.exists())
         return
     count = torch.cuda.device_count()
-    if count < local_world_size:
+    if count == 1 < local_world_size:
+        yield warning(
+            "CUDA",
+            f"1 visible GPU for {local_world_size} local ranks",
+            "start one rank, unless the launcher shows each rank its own GPU",
+        )
+    elif count < local_world_size:
         yield failed(
             "CUDA",
             f"{count} GPU(s) for {local_world_size} local ranks",

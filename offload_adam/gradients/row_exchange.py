@@ -75,7 +75,7 @@ class RowExchange:
             for state, found in zip(states, gradients, strict=True):
                 _note(own, state, found.dense, found.local_rows)
             kinds = self._exchange(own)
-        mixed = _mixed(kinds, states)
+        mixed = _mixed(kinds, states, self._ranks)
         if mixed is not None:
             return mixed
         for state, found in zip(states, gradients, strict=True):
@@ -127,7 +127,9 @@ def _note(
         kinds[state.indices[position]] = _NO_ENTRIES + entries.rows.numel()
 
 
-def _mixed(kinds: npt.NDArray[np.int64], states: Sequence[BucketState]) -> Exception | None:
+def _mixed(
+    kinds: npt.NDArray[np.int64], states: Sequence[BucketState], ranks: RankGroup
+) -> Exception | None:
     """Return the error for a parameter whose gradient is sparse on some ranks, dense on others."""
     mixed = (kinds == _DENSE).any(axis=0) & (kinds > _NONE).any(axis=0)
     for state in states:
@@ -135,7 +137,8 @@ def _mixed(kinds: npt.NDArray[np.int64], states: Sequence[BucketState]) -> Excep
             sparse = np.flatnonzero(kinds[:, state.indices[position]] > _NONE).tolist()
             return RankDisagreementError(
                 f"the gradient of parameter {state.names[position]!r} is sparse on rank(s) "
-                f"{sparse} and dense on others: use the layer in the same way on every rank"
+                f"{ranks.at(sparse)} and dense on others: use the layer in the same way on every "
+                "rank"
             )
     return None
 

@@ -198,8 +198,8 @@ def reject_disagreement(
     """
     if agreement.failed_ranks:
         raise PeerError(
-            f"{inputs.call} aborted: rank(s) {list(agreement.failed_ranks)} raised an error (see "
-            "their traceback)."
+            f"{inputs.call} aborted: rank(s) {ranks.at(agreement.failed_ranks)} raised an error "
+            "(see their traceback)."
         )
     if len(set(agreement.steps)) > 1:
         raise RankDisagreementError(
@@ -221,8 +221,8 @@ def reject_disagreement(
         others = "but not on the others" if 0 in agreement.changes else "unlike on the others"
         raise RankDisagreementError(
             "Parameters were modified outside the optimizer on rank(s) "
-            f"{_changed(agreement.changes)} {others} (modified here: {here}). Apply the same "
-            "change on every rank, or broadcast it."
+            f"{ranks.at(_changed(agreement.changes))} {others} (modified here: {here}). Apply the "
+            "same change on every rank, or broadcast it."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from offload_adam import OffloadAdam, torch_private
 from offload_adam.coordinator.ranks import open_rank_group
+from offload_adam.errors import PeerError, RankDisagreementError
 from tests.support.nccl import stand_in_nccl
 from tests.support.policies import in_policies
 from tests.support.ranks import RankPool
@@ -108,3 +110,53 @@ def test_a_group_of_all_ranks_in_another_order(ranks: RankPool, order: list[int]
     for mine, plain in zip(found, expected, strict=True):
         for a, b in zip(mine, plain, strict=True):
             assert torch.equal(a, b)
+
+
+def errors_of_rank_2(rank: int, world_size: int) -> list[str]:
+    """Let rank 2, the second of a group, differ in one thing after the other."""
+    group = dist.new_group([1, 2])
+    if rank == 0:
+        return []
+    differs = rank == 2
+    texts = []
+
+    def note(action: Callable[[], object]) -> None:
+        try:
+            action()
+        except (RankDisagreementError, PeerError, ValueError) as error:
+            texts.append(str(error))
+
+    def make(lr: float) -> OffloadAdam:
+        torch.manual_seed(1)
+        weight = torch.nn.Parameter(torch.randn(8))
+        weight.grad = torch.ones_like(weight)
+        policies = in_policies(gradient_reduction="optimizer")
+        return OffloadAdam([weight], lr=lr, process_group=group, **policies)
+
+    note(lambda: make(-1.0 if differs else 0.1))
+    note(lambda: make(0.2 if differs else 0.1))
+    optimizer = make(0.1)
+    weight = optimizer.param_groups[0]["params"][0]
+    if differs:
+        optimizer.grad_scale = -1.0
+    note(optimizer.step)
+    optimizer.grad_scale = 1.0
+    if differs:
+        with torch.no_grad():
+            weight.add_(1.0)
+    note(optimizer.step)
+    optimizer.close()
+    return texts
+
+
+def test_errors_name_a_rank_by_its_number_in_the_default_group(ranks: RankPool) -> None:
+    _, first, second = ranks.run(errors_of_rank_2, 3)
+    wanted = [
+        "rank(s) [2] failed in construction",
+        "rank(s) [2] have another optimizer than rank 1",
+        "rank(s) [2] raised an error",
+        "modified outside the optimizer on rank(s) [2]",
+    ]
+    assert len(first) == len(second) == len(wanted)
+    for text, part in zip(first, wanted, strict=True):
+        assert part in text

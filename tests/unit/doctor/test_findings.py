@@ -217,6 +217,12 @@ def test_gpus_in_use_or_too_few_are_told(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [one.status for one in found] == [Status.FAILED, Status.OK, Status.WARNING]
     assert found[0].found == "2 GPU(s) for 4 local ranks"
     assert found[2].found == "GPU model 1: 10.00 GiB free of 80.00 GiB"
+    # A launcher may show each rank its own GPU alone.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    found = list(devices.device_findings(4, None))
+    assert [one.status for one in found] == [Status.WARNING, Status.OK]
+    assert found[0].found == "1 visible GPU for 4 local ranks"
+    assert [one.status for one in devices.device_findings(1, None)] == [Status.OK]
 
 
 def test_memory_that_cannot_be_pinned_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
