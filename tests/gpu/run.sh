@@ -78,7 +78,7 @@ run_step() {
     wait) bounded "$limit" tail --pid="$warm_up" -f /dev/null ;;
     train) bounded "$limit" "$python" -m offload_adam.bench.training --json "$out/training.json" \
       --num-layers 24 --width 2048 --num-heads 16 --vocabulary 32000 --batches 48,144 \
-      --num-steps 3 --time-limit $((limit - 5)) "${more[@]}" ;;
+      --num-steps 3 --time-limit $((limit - 15)) "${more[@]}" ;;
   esac
 }
 

@@ -284,7 +284,7 @@ def test_the_measurement_takes_options_and_a_time_limit(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     *_, asked = (tmp_path / "out" / "asked").read_text().splitlines()
     assert asked.startswith("-m offload_adam.bench.training --json")
-    assert re.search(r"--batches 48,144 .*--time-limit 9[0-5] --batches 3 --width=64$", asked)
+    assert re.search(r"--batches 48,144 .*--time-limit 8[0-5] --batches 3 --width=64$", asked)
 
 
 def test_results_are_kept_as_soon_as_a_test_ends(pytester: pytest.Pytester) -> None:
