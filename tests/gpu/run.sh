@@ -124,7 +124,7 @@ part() {
       run_step "$limit" "${words[@]:2}" || status=$?
     fi
     [[ $status -eq 0 ]] || failed+=("${words[0]}")
-    printf -- '-- %s ended with %d after %d s\n' "${words[0]}" "$status" $((SECONDS - start)) \
+    printf '== %s ended with %d after %d s\n' "${words[0]}" "$status" $((SECONDS - start)) \
       >>"$log"
     tail -n 12 "$log"
   done

@@ -236,8 +236,8 @@ arguments="$*"
 echo "$arguments" >>"$OUT/asked"
 [[ "$arguments" != *warm_up* ]] || sleep 1
 [[ "$arguments" != *test_nccl.py* ]] || { echo "a test failed"; exit 1; }
-# A grandchild that outlives its parent keeps the output open.
-[[ "$arguments" != *test_two_ranks.py* ]] || { sleep 20 & exec sleep 20; }
+# A grandchild in a group of its own outlives its parent, and keeps the output open.
+[[ "$arguments" != *test_two_ranks.py* ]] || { setsid sleep 20 & exec sleep 20; }
 """
 
 
@@ -268,9 +268,9 @@ def test_a_part_goes_on_after_a_step_that_fails_or_hangs(tmp_path: Path) -> None
     assert asked[2] == f"-m tests.gpu.probe bus {out}/bus.json"
     assert asked[-1] == f"-m tests.gpu.probe update {out}/update.json"
     log = (out / "part-1.log").read_text()
-    assert "a test failed\n-- nccl ended with 1 after 0 s" in log
-    assert "-- two_ranks ended with 124 after" in log
-    assert "-- update ended with 0 after" in log
+    assert "a test failed\n== nccl ended with 1 after 0 s" in log
+    assert "== two_ranks ended with 124 after" in log
+    assert "== update ended with 0 after" in log
     tests = [line for line in asked if line.startswith("-m pytest ")]
     assert all(f"--results={out}/part-1.jsonl" in line for line in tests)
     assert not any("--timeout" in line for line in tests)
