@@ -78,7 +78,7 @@ run_step() {
     wait) bounded "$limit" tail --pid="$warm_up" -f /dev/null ;;
     train) bounded "$limit" "$python" -m offload_adam.bench.training --json "$out/training.json" \
       --num-layers 24 --width 2048 --num-heads 16 --vocabulary 32000 --batches 48,144 \
-      --num-steps 3 --time-limit $((limit - 5)) "${more[@]}" ;;
+      --num-steps 3 --time-limit $((limit - 15)) "${more[@]}" ;;
   esac
 }
 
@@ -124,7 +124,7 @@ part() {
       run_step "$limit" "${words[@]:2}" || status=$?
     fi
     [[ $status -eq 0 ]] || failed+=("${words[0]}")
-    printf -- '-- %s ended with %d after %d s\n' "${words[0]}" "$status" $((SECONDS - start)) \
+    printf '== %s ended with %d after %d s\n' "${words[0]}" "$status" $((SECONDS - start)) \
       >>"$log"
     tail -n 12 "$log"
   done

@@ -83,10 +83,14 @@ def test_bars_are_as_long_as_their_times() -> None:
         for rect in root.iter("{http://www.w3.org/2000/svg}rect")
         if rect.get("height") == "18"
     ]
-    # The longest of the first batch's steps, 850 ms, is as wide as the picture has room for.
-    longest = [(MODEL_COLOR, BAR_WIDTH * 600 / 850), (EXPOSED_COLOR, BAR_WIDTH * 250 / 850)]
-    for bar in longest:
-        assert (bar[0], pytest.approx(bar[1], abs=0.1)) in bars
+    # The longest of a batch's steps is as wide as the picture has room for: 850 and 1800.5 ms.
+    exact = [
+        *((600 / 850, 0.0), (600 / 850, 250 / 850), (600 / 850, 6 / 850)),
+        *((1.0, 0.0), (1800 / 1800.5, 0.0)),
+    ]
+    expected = [width * BAR_WIDTH for pair in exact for width in pair]
+    assert [width for _, width in bars] == pytest.approx(expected, abs=0.1)
+    assert [color for color, _ in bars] == [MODEL_COLOR, EXPOSED_COLOR] * 5
     texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
     assert "850 ms, 28,912 tokens/s" in texts
     assert "not importable: No module | named <torchao>" in texts

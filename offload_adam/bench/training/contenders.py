@@ -193,11 +193,14 @@ def _init_alone() -> None:
 
 
 CONTENDERS: Mapping[str, Callable[[Decoder], TrainContender]] = {
-    SEQUENTIAL: lambda model: Offloading(model, overlap=False),
     OVERLAPPED: lambda model: Offloading(model, overlap=True),
     PLAIN: _plain,
-    TORCHAO: _Torchao,
+    SEQUENTIAL: lambda model: Offloading(model, overlap=False),
     FSDP2: _Fsdp2,
+    TORCHAO: _Torchao,
     DEEPSPEED: _DeepSpeed,
 }
-"""By name. Each takes the model, and raises PeerUnavailableError where it does not work here."""
+"""By name, in the order in which they are measured: the most wanted first, should time run out.
+
+Each takes the model, and raises PeerUnavailableError where it does not work here.
+"""

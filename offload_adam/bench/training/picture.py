@@ -8,7 +8,7 @@ from typing import Any
 
 from offload_adam.bench.training.table import LABELS, title
 
-WIDTH, LABEL_WIDTH, BAR_WIDTH = 900, 290, 420
+WIDTH, LABEL_WIDTH, BAR_WIDTH = 920, 310, 420
 ROW, BAR, HEAD, LEGEND = 26, 18, 40, 34
 MODEL_COLOR, EXPOSED_COLOR, TEXT_COLOR = "#BBBBBB", "#D55E00", "#222222"
 

@@ -70,6 +70,7 @@ def measure_train(
         TrainBenchmarkError: no batches were given, and the update's time to choose them by could
             not be measured.
     """
+    end_s = None if time_limit_s is None else time.monotonic() + time_limit_s
     select_threading_layer()
     findings = _Findings(
         sizes=sizes,
@@ -77,7 +78,7 @@ def measure_train(
         num_steps=num_steps,
         bus_down_gb_per_s=_bus_down_gb_per_s(device),
         machine=describe_machine(allowed_cores()),
-        end_s=None if time_limit_s is None else time.monotonic() + time_limit_s,
+        end_s=end_s,
         run=run,
     )
     names = list(dict.fromkeys(contenders))
