@@ -6,7 +6,9 @@ blocks the calling thread.
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -15,6 +17,8 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import torch
 
 from offload_adam.layout.schedule import Lane
+
+logger = logging.getLogger(__name__)
 
 
 class Event(Protocol):
@@ -231,6 +235,57 @@ class DeviceStreams(ABC, Generic[Stream]):
         """Tell, without waiting, whether an event has happened."""
 
 
+_CAPTURING = "not permitted when stream is capturing"
+"""What CUDA says to a thread that asks for an event while another one captures a graph."""
+_CAPTURE_PAUSE_S = 1e-3
+_SPOILED = (
+    "a CUDA graph was being captured while parameters were being updated. The updates go on, but "
+    "CUDA gives the capture up: call synchronize() on the optimizer before the capture"
+)
+
+
+class CudaEvent:
+    """A CUDA event that a thread can wait for while another one captures a graph.
+
+    CUDA forbids this, and the capture is lost. The work before the event goes on all the same.
+    """
+
+    _has_warned = False
+
+    def __init__(self) -> None:
+        """Make the event; a host thread that waits for it sleeps.
+
+        One that spins would take a core from the kernels.
+        """
+        self.event = torch.cuda.Event(blocking=True)
+
+    def query(self) -> bool:
+        """Return, without waiting, whether the work before it is over; not during a capture."""
+        try:
+            return bool(self.event.query())
+        except RuntimeError as error:
+            self._reject_other(error)
+            return False
+
+    def synchronize(self) -> None:
+        """Block the calling thread until the work before it, and any capture, is over."""
+        while True:
+            try:
+                self.event.synchronize()
+                return
+            except RuntimeError as error:
+                self._reject_other(error)
+                time.sleep(_CAPTURE_PAUSE_S)
+
+    def _reject_other(self, error: RuntimeError) -> None:
+        """Raise what is no capture; say once what to do about one."""
+        if _CAPTURING not in str(error):
+            raise error
+        if not CudaEvent._has_warned:
+            CudaEvent._has_warned = True
+            logger.error(_SPOILED)
+
+
 class CudaStreams(DeviceStreams[torch.cuda.Stream]):
     """The CUDA streams of one device.
 
@@ -268,9 +323,8 @@ class CudaStreams(DeviceStreams[torch.cuda.Stream]):
         return super().record(lane, on=on)
 
     def _record_on(self, stream: torch.cuda.Stream) -> Event:
-        # A host thread that waits for it sleeps: one that spins takes a core from the kernels.
-        event = torch.cuda.Event(blocking=True)
-        event.record(stream)
+        event = CudaEvent()
+        event.event.record(stream)
         return event
 
     def wait(self, lane: Lane, event: Event) -> None:
@@ -279,19 +333,20 @@ class CudaStreams(DeviceStreams[torch.cuda.Stream]):
         super().wait(lane, event)
 
     def _wait_on(self, stream: torch.cuda.Stream, event: Event) -> None:
-        if isinstance(event, torch.cuda.Event):
-            stream.wait_event(event)
+        if isinstance(event, CudaEvent):
+            stream.wait_event(event.event)
 
     def _has_happened(self, event: Event) -> bool:
         return event.query()
 
     def _reject_capture(self, lane: Lane) -> None:
-        """Raise during a capture: a replay would not run the hooks that issue the copies."""
+        """Raise during a capture: a replay would not run the hooks that wait and issue copies."""
         if lane is Lane.COMPUTE and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "a CUDA graph is being captured, and its replays would run no hook of the "
-                "optimizer's: capture forward and backward with an optimizer made without module=, "
-                "whose step() stays outside of the graph"
+                "optimizer's. To capture a forward alone, call synchronize() on the optimizer "
+                "before. To capture forward and backward, make the optimizer without module=, and "
+                "keep its step() outside of the graph"
             )
 
 

@@ -19,7 +19,7 @@ from offload_adam.layout.schedule import Lane
 from offload_adam.transfer import collectives
 from offload_adam.transfer.collectives import Collectives
 from offload_adam.transfer.stream_waits import StreamWaits
-from offload_adam.transfer.streams import CudaStreams
+from offload_adam.transfer.streams import CudaEvent, CudaStreams
 
 
 class FakeEvent:
@@ -88,6 +88,11 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 DEVICE = torch.device("cuda", 0)
 
 
+def recorded(streams: Any, lane: Lane) -> FakeEvent:
+    """Record an event on a lane, and return what torch has of it."""
+    return cast(FakeEvent, cast(CudaEvent, streams.record(lane)).event)
+
+
 def test_each_lane_has_a_stream_and_the_models_lane_is_the_current_one(cuda: FakeCuda) -> None:
     streams = CudaStreams(DEVICE)
     used: dict[Lane, str] = {}
@@ -102,7 +107,7 @@ def test_each_lane_has_a_stream_and_the_models_lane_is_the_current_one(cuda: Fak
     assert len({*own, "the model's"}) == 5
     assert cuda.current.name == "the model's"
     for lane, name in used.items():
-        assert cast(FakeEvent, streams.record(lane)).recorded_on == name
+        assert recorded(streams, lane).recorded_on == name
 
 
 def test_only_collectives_have_priority(cuda: FakeCuda) -> None:
@@ -133,7 +138,7 @@ def test_what_the_model_reads_is_held_once_it_runs_on_two_streams(cuda: FakeCuda
         alive = weakref.ref(tensor)
         streams.launch(Lane.COMPUTE, lambda: None, reads=[tensor])
         del tensor
-        event = cast(FakeEvent, streams.record(Lane.COMPUTE))
+        event = recorded(streams, Lane.COMPUTE)
         gc.collect()
         return alive() is not None, event
 
@@ -161,7 +166,7 @@ def test_gradients_of_other_streams_are_waited_for_and_held(cuda: FakeCuda) -> N
     assert [event.recorded_on for event in cuda.current.waits] == ["side"]
     alive = weakref.ref(gradient)
     del gradient
-    event = cast(FakeEvent, waits.streams_of(0).record(Lane.COMPUTE))
+    event = recorded(waits.streams_of(0), Lane.COMPUTE)
     gc.collect()
     assert alive() is not None
     event.happened = True
@@ -176,14 +181,14 @@ def test_a_wait_is_stream_on_stream_and_a_synchronize_blocks_without_spinning(
     cuda: FakeCuda,
 ) -> None:
     streams = CudaStreams(DEVICE)
-    event = cast(FakeEvent, streams.record(Lane.D2H))
-    # The stand-in is no torch.cuda.Event to isinstance but where both names are the same class.
-    streams.wait(Lane.COMPUTE, cast(Any, event))
-    assert cuda.current.waits == [event]
-    assert not event.happened
-    assert event.blocking
+    event = streams.record(Lane.D2H)
+    fake = cast(FakeEvent, cast(CudaEvent, event).event)
+    streams.wait(Lane.COMPUTE, event)
+    assert cuda.current.waits == [fake]
+    assert not fake.happened
+    assert fake.blocking
     event.synchronize()
-    assert event.happened
+    assert fake.happened
 
 
 def test_tensors_that_another_stream_reads_are_held_until_its_event(cuda: FakeCuda) -> None:
@@ -192,7 +197,7 @@ def test_tensors_that_another_stream_reads_are_held_until_its_event(cuda: FakeCu
     alive = weakref.ref(tensor)
     streams.launch(Lane.D2H, lambda: None, reads=[tensor])
     del tensor
-    event = cast(FakeEvent, streams.record(Lane.D2H))
+    event = recorded(streams, Lane.D2H)
     streams.record(Lane.H2D)
     gc.collect()
     assert alive() is not None
@@ -215,9 +220,9 @@ def test_what_is_issued_between_two_events_is_held_by_the_second(cuda: FakeCuda)
             waiting.clear()
 
     cast(Any, torch.cuda).Event = Overtaken
-    first = cast(FakeEvent, streams.record(Lane.D2H))
+    first = recorded(streams, Lane.D2H)
     cast(Any, torch.cuda).Event = FakeEvent
-    second = cast(FakeEvent, streams.record(Lane.D2H))
+    second = recorded(streams, Lane.D2H)
     first.happened = True
     streams.record(Lane.H2D)
     gc.collect()
@@ -236,6 +241,53 @@ def test_a_capture_is_refused_before_it_is_spoiled(cuda: FakeCuda) -> None:
         streams.record(Lane.COMPUTE)
     with pytest.raises(RuntimeError, match="CUDA graph is being captured"):
         streams.wait(Lane.COMPUTE, event)
+
+
+class DuringCapture(FakeEvent):
+    """An event that CUDA tells nobody of for a while, or for another reason never."""
+
+    reason = "CUDA error: operation not permitted when stream is capturing\nCUDA kernel errors ..."
+
+    def __init__(self, blocking: bool = False) -> None:
+        super().__init__(blocking)
+        self.num_refused = 2
+
+    def _refuse(self) -> None:
+        if self.num_refused > 0:
+            self.num_refused -= 1
+            raise torch.AcceleratorError(self.reason)
+
+    def query(self) -> bool:
+        self._refuse()
+        return True
+
+    def synchronize(self) -> None:
+        self._refuse()
+        super().synchronize()
+
+
+def test_updates_outlast_a_capture_and_their_user_is_told(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", DuringCapture)
+    monkeypatch.setattr(CudaEvent, "_has_warned", False)
+    streams = CudaStreams(DEVICE)
+    event = streams.record(Lane.D2H)
+    assert [event.query(), event.query(), event.query()] == [False, False, True]
+    event = streams.record(Lane.H2D)
+    event.synchronize()
+    assert cast(Any, event).event.happened
+    (record,) = caplog.records
+    assert "call synchronize() on the optimizer before the capture" in record.getMessage()
+
+
+def test_other_errors_of_events_are_raised(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", DuringCapture)
+    monkeypatch.setattr(DuringCapture, "reason", "CUDA error: an illegal memory access")
+    event = CudaStreams(DEVICE).record(Lane.D2H)
+    for use in (event.query, event.synchronize):
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            use()
 
 
 def test_nccl_is_never_waited_for_with_a_timeout() -> None:
