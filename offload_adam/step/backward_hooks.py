@@ -50,6 +50,7 @@ class BackwardHooks:
         """
         self._reduction = reduction
         self._current_stream = current_stream
+        self._has_streams = False
         self._stream: Hashable = None  # that of `_arrived`
         self._handles: list[RemovableHandle] = []
         self._arrived: list[torch.Tensor] = []
@@ -63,6 +64,7 @@ class BackwardHooks:
         """Hook the parameters of one bucket, given in the order in which backward brings them."""
         every = 1 if len(parameters) <= _ALL_DELIVER_UP_TO else _DELIVER_EVERY
         has_streams = self._current_stream(parameters[0].device) is not None
+        self._has_streams |= has_streams
         note = self._note if has_streams else self._arrived.append
         for position, parameter in enumerate(parameters):
             delivers = position % every == 0 or position == len(parameters) - 1
@@ -111,13 +113,16 @@ class BackwardHooks:
             task = current_graph_task()
             if task != self._last_task:
                 self._enter_task(task)
-            stream = self._current_stream(parameter.device)
-            if stream != self._stream:
-                if self._arrived:
-                    self._pass_on()
-                self._stream = stream
+            if self._has_streams:
+                self._enter_stream(self._current_stream(parameter.device))
             self._arrived.append(parameter)
             self._pass_on()
+
+    def _enter_stream(self, stream: Hashable) -> None:
+        if stream != self._stream:
+            if self._arrived:
+                self._pass_on()
+            self._stream = stream
 
     def _pass_on(self) -> None:
         arrived = self._arrived[:]
