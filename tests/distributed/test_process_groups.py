@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from offload_adam import OffloadAdam, torch_private
+from offload_adam import OffloadAdam, load_checkpoint, save_checkpoint, torch_private
 from offload_adam.coordinator.ranks import open_rank_group
 from offload_adam.errors import PeerError, RankDisagreementError
 from tests.support.nccl import stand_in_nccl
@@ -79,24 +80,35 @@ def torch_splits(rank: int, world_size: int) -> bool:
     return opened[1].given.split_from is opened[0]
 
 
-def train_in_order(rank: int, world_size: int, order: list[int] | None) -> list[torch.Tensor]:
-    """Train with a group of all ranks in this order; None for the default group."""
-    group = None if order is None else dist.new_group(order, sort_ranks=False)
-    torch.manual_seed(1)
-    weights = [torch.nn.Parameter(torch.randn(30, 7)), torch.nn.Parameter(torch.randn(11))]
-    policies = in_policies(bucket_nbytes=512, gradient_reduction="optimizer")
-    optimizer = OffloadAdam(weights, lr=0.1, process_group=group, **policies)
-    for step in range(4):
-        torch.manual_seed(10 * step + rank)
-        for weight in weights:
-            # Integers, whose sum has the same bits in any order of the ranks.
-            weight.grad = torch.randint_like(weight, -9, 10)
-        optimizer.step()
-        optimizer.zero_grad()
-    full = optimizer.full_state_dict()
-    assert bool(full) is (dist.get_rank(group) == 0)
-    optimizer.close()
-    return [weight.detach().clone() for weight in weights]
+def train_in_order(
+    rank: int, world_size: int, first: list[int] | None, then: list[int] | None, folder: str
+) -> list[torch.Tensor]:
+    """Train, save, load and train on, with groups of all ranks in these orders.
+
+    None is the default group. Returns each step's weights, and what the checkpoint loads.
+    """
+    found = []
+    for number, order in enumerate((first, then)):
+        group = None if order is None else dist.new_group(order, sort_ranks=False)
+        torch.manual_seed(1)
+        model = torch.nn.Linear(30, 7)
+        policies = in_policies(bucket_nbytes=512, gradient_reduction="optimizer")
+        optimizer = OffloadAdam(model.parameters(), lr=0.1, process_group=group, **policies)
+        if number == 1:
+            load_checkpoint(folder, model=model, optimizer=optimizer)
+            found += [weight.detach().clone() for weight in model.parameters()]
+        for step in range(4):
+            torch.manual_seed(10 * step + rank)
+            for weight in model.parameters():
+                # Integers, whose sum has the same bits in any order of the ranks.
+                weight.grad = torch.randint_like(weight, -9, 10)
+            optimizer.step()
+            found += [weight.detach().clone() for weight in model.parameters()]
+        if number == 0:
+            save_checkpoint(folder, model=model, optimizer=optimizer)
+        assert bool(optimizer.full_state_dict()) is (dist.get_rank(group) == 0)
+        optimizer.close()
+    return found
 
 
 @pytest.mark.skipif(
@@ -104,12 +116,15 @@ def train_in_order(rank: int, world_size: int, order: list[int] | None) -> list[
     reason="this torch sorts the ranks of every group",
 )
 @pytest.mark.parametrize("order", [[1, 0], [2, 0, 1]])
-def test_a_group_of_all_ranks_in_another_order(ranks: RankPool, order: list[int]) -> None:
-    expected = ranks.run(train_in_order, len(order), None)
-    found = ranks.run(train_in_order, len(order), order)
-    for mine, plain in zip(found, expected, strict=True):
-        for a, b in zip(mine, plain, strict=True):
-            assert torch.equal(a, b)
+def test_a_group_of_all_ranks_in_another_order(
+    ranks: RankPool, order: list[int], tmp_path: Path
+) -> None:
+    expected = ranks.run(train_in_order, len(order), None, None, str(tmp_path / "plain"))
+    for number, orders in enumerate([(order, None), (None, order)]):
+        found = ranks.run(train_in_order, len(order), *orders, str(tmp_path / str(number)))
+        for mine, plain in zip(found, expected, strict=True):
+            for a, b in zip(mine, plain, strict=True):
+                assert torch.equal(a, b)
 
 
 def errors_of_rank_2(rank: int, world_size: int) -> list[str]:
