@@ -1,4 +1,4 @@
-"""A gradient that a side stream computes late, in a bucket that another stream completes."""
+"""A model on two streams: gradients that one computes late, parameters that both read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from offload_adam import OffloadAdam
+from offload_adam.layout.schedule import Lane
+from offload_adam.transfer.streams import CudaStreams
 
 NUMEL = 1 << 20
 DELAY_CYCLES = 200_000_000
@@ -62,4 +64,51 @@ def test_the_copy_to_the_host_waits_for_every_stream_that_computed_a_gradient() 
             wrong = int((shard[placement.start : placement.end] != step + 1).sum())
             assert wrong == 0, f"{wrong} elements of {name} were copied before they were computed"
         optimizer.zero_grad()
+    optimizer.close()
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(NUMEL))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x
+
+
+class TwoUnits(nn.Module):
+    """Two units whose parameters share a bucket; the second one runs on a side stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.units = nn.ModuleList([Scale(), Scale()])
+        self.side = torch.cuda.Stream()
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        current = torch.cuda.current_stream()
+        self.side.wait_stream(current)
+        first = self.units[0](x)
+        with torch.cuda.stream(self.side):
+            second = self.units[1](x)
+        current.wait_stream(self.side)
+        return [first, second]
+
+
+def test_each_stream_waits_for_the_parameters_that_it_reads() -> None:
+    model = TwoUnits().cuda()
+    optimizer = OffloadAdam(model.parameters(), lr=0.1, module=model, overlap=True)
+    streams = optimizer._alive().stream_waits.streams_of(0)
+    assert isinstance(streams, CudaStreams)
+    h2d = streams._own[Lane.H2D]
+    x = torch.ones(NUMEL, device="cuda")
+    for _ in range(4):
+        torch.stack(model(x)).sum().backward()
+        with torch.cuda.stream(h2d):
+            torch.cuda._sleep(DELAY_CYCLES)
+        optimizer.step()
+        optimizer.zero_grad()
+        read = model(x)
+        optimizer.synchronize()
+        for weight, output in zip(model.parameters(), read, strict=True):
+            assert torch.equal(output, weight * x)
     optimizer.close()
