@@ -29,7 +29,7 @@ class CudaRuntime:
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Take the device of the copies; memory that is pinned by way of it is so for all GPUs."""
+        """Use CUDA through one GPU. Memory that is pinned through it is pinned for all GPUs."""
         self._device = device
         self._cudart: Any = cuda_runtime_functions()
 
