@@ -236,6 +236,7 @@ arguments="$*"
 echo "$arguments" >>"$OUT/asked"
 [[ "$arguments" != *warm_up* ]] || sleep 1
 [[ "$arguments" != *test_nccl.py* ]] || { echo "a test failed"; exit 1; }
+[[ "$arguments" != "-m pytest tests/gpu "* ]] || exit 3
 # A grandchild in a group of its own outlives its parent, and keeps the output open.
 [[ "$arguments" != *test_two_ranks.py* ]] || { setsid sleep 20 & exec sleep 20; }
 """
@@ -286,6 +287,14 @@ def test_a_part_goes_on_after_a_step_that_fails_or_hangs(tmp_path: Path) -> None
     files = {file.name for file in (ROOT / "tests" / "gpu").glob("test_*.py")}
     named = [word for line in tests for word in line.split() if word.startswith("tests/gpu/")]
     assert sorted(named) == sorted(f"tests/gpu/{name}" for name in files)
+
+
+def test_tests_that_fail_do_not_prevent_the_measurement(tmp_path: Path) -> None:
+    run = run_script(tmp_path)
+    assert run.returncode == 3, run.stdout + run.stderr
+    asked = (tmp_path / "out" / "asked").read_text().splitlines()
+    assert asked[0].startswith("-m pytest tests/gpu ")
+    assert asked[-1].startswith("-m offload_adam.bench.training --json ")
 
 
 def test_the_measurement_takes_options_and_a_time_limit(tmp_path: Path) -> None:
