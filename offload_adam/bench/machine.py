@@ -36,7 +36,7 @@ def describe_machine(num_threads: int) -> dict[str, Any]:
         )
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": _commit(Path(__file__).parents[2]),
         "cpu": _cpu_model(),
         "cores_allowed": cores,
         "num_threads": num_threads,
@@ -52,14 +52,13 @@ def describe_machine(num_threads: int) -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
-    """Return the commit of the checkout that this package is imported from, None without one.
+def _commit(folder: Path) -> str | None:
+    """Return the commit of a checkout, BENCH_COMMIT of the environment if it is none, else None.
 
     A `+` behind it says that tracked files differ from the commit.
     """
-    folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():
-        return None
+        return os.environ.get("BENCH_COMMIT")
     command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty=+"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What only a GPU can show: tests, then training steps beside those of other optimizers.
 # Results are written to $OUT, by default tests/bench/results. Fails where no test ran.
-#   tests/gpu/run.sh            tests and bench
+#   tests/gpu/run.sh            tests and bench, whatever the tests show
 #   tests/gpu/run.sh tests ...  the tests alone; every other argument goes to pytest
 #   tests/gpu/run.sh bench ...  the measurement alone; every other argument goes to it
 #   tests/gpu/run.sh --time-limit SECONDS part-1       short tests, and the machine's probe
@@ -146,6 +146,6 @@ case "${1:-}" in
   part-1) time_limit="${time_limit:-340}"; part part-1 "${part_1[@]}" ;;
   part-2) time_limit="${time_limit:-280}"; part part-2 "${part_2[@]}" ;;
   long) time_limit="${time_limit:-120}"; part long "${long[@]}" ;;
-  "") run_tests; run_bench ;;
+  "") status=0; run_tests || status=$?; run_bench; exit "$status" ;;
   *) echo "tests/gpu/run.sh: tests, bench, part-1, part-2 or long, not $1" >&2; exit 2 ;;
 esac

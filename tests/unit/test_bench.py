@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -351,3 +352,25 @@ def test_a_measurement_that_fails_says_why(
     monkeypatch.setattr(kernel, "measure_kernel", fail)
     found, output = run("kernel")
     assert (found, f"offload-adam: {error}\n") == (code, output)
+
+
+def test_results_name_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BENCH_COMMIT", raising=False)
+    assert machine._commit(tmp_path) is None
+    monkeypatch.setenv("BENCH_COMMIT", "0123abc")
+    assert machine._commit(tmp_path) == "0123abc"
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=n", "-c", "user.email=n@localhost"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    file = tmp_path / "file"
+    file.write_text("as committed")
+    git("add", "file")
+    git("commit", "-q", "-m", "A file")
+    commit = git("rev-parse", "--short=12", "HEAD")
+    assert machine._commit(tmp_path) == commit
+    file.write_text("changed")
+    assert machine._commit(tmp_path) == f"{commit}+"

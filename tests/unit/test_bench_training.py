@@ -408,6 +408,13 @@ def test_a_contender_clips_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
             contender.close()
 
 
+def test_a_peer_that_is_not_installed_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_module, "START_METHOD", "no such method")
+    monkeypatch.setitem(contenders_module.PACKAGES, TORCHAO, "no_such_package")
+    task = Task(contender=TORCHAO, sizes=TINY, device="cpu", batches=(1,), num_steps=1)
+    assert in_own_process(task) == Measured(unavailable="no_such_package is not installed")
+
+
 def test_an_error_in_a_process_of_its_own_is_told() -> None:
     task = Task(contender="nobody", sizes=TINY, device="cpu", batches=(1,), num_steps=1)
     with pytest.raises(TrainBenchmarkError, match="KeyError: 'nobody'"):

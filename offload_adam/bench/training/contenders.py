@@ -20,6 +20,8 @@ MODEL_ALONE = "model_alone"
 """Forward and backward without an optimizer: a step's exposed time is measured against it."""
 OVERLAPPED, SEQUENTIAL, PLAIN = "offload_adam", "offload_adam_sequential", "torch_fused"
 TORCHAO, FSDP2, DEEPSPEED = "torchao_cpu_offload", "fsdp2_cpu_offload", "deepspeed_zero_offload"
+PACKAGES = {TORCHAO: "torchao", DEEPSPEED: "deepspeed"}
+"""What has to be installed for a contender, beside what this package needs."""
 
 
 class TrainContender:

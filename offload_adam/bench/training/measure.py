@@ -18,7 +18,7 @@ from offload_adam.bench.training.contenders import CONTENDERS, Offloading, Train
 from offload_adam.bench.training.model import Decoder, Sizes, make_model, make_tokens
 from offload_adam.layout.budget import Category
 
-NUM_WARMUPS = 3
+NUM_WARMUPS = 2
 """Steps before the timed ones: the first compile and allocate, the second fill caches."""
 NUM_UPDATES = 3
 """Updates that are timed by themselves."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import multiprocessing
 import queue
@@ -9,6 +10,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from offload_adam.bench.training.contenders import PACKAGES
 from offload_adam.bench.training.measure import Measured, Task, measure
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,9 @@ def in_own_process(task: Task) -> Measured:
     Raises:
         TrainBenchmarkError: the process failed or hung before its first batch was measured.
     """
+    package = PACKAGES.get(task.contender or "")
+    if package is not None and importlib.util.find_spec(package) is None:
+        return Measured(unavailable=f"{package} is not installed")  # a process would take seconds
     context: Any = multiprocessing.get_context(START_METHOD)
     answers: Any = context.Queue()
     process = context.Process(target=_answer, args=(task, answers), daemon=True)
