@@ -29,7 +29,7 @@ long_test="tests/gpu/test_bits.py::test_a_thousand_steps_with_random_delays_give
 # seconds to start, so short files share one; a file that may hang or crash has one of its own.
 # The first steps run while the kernels compile, and need none.
 part_1=(
-  "nccl 40 pytest test_nccl.py"
+  "nccl 50 pytest test_nccl.py"
   "bus 50 probe bus"
   "kernels 45 wait"
   "two_ranks 60 pytest test_two_ranks.py"
