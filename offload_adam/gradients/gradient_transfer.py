@@ -12,7 +12,7 @@ import torch
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.layout.budget import NUM_FOLD_BUFFERS
-from offload_adam.layout.schedule import Lane, Operation
+from offload_adam.layout.schedule import Lane, Operation, Schedule
 from offload_adam.memory.arena import HostArena, padded_nbytes
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import in_memory_order
@@ -116,14 +116,18 @@ class GradientTransfer:
         """Bytes of the slots into which gradients are packed, by device."""
         return Counter(self.slots.nbytes) + Counter(self._rings.reduction_nbytes)
 
-    def allocate(self, states: Sequence[BucketState]) -> None:
-        """Allocate the slots and the buffers that these buckets need. Nothing is under way."""
+    def allocate(self, states: Sequence[BucketState], schedule: Schedule) -> None:
+        """Allocate the buffers that these buckets need, and reserve their slots.
+
+        Nothing is under way.
+        """
         # The largest first: what is too small for the next one is allocated, and pinned, again.
         for state in sorted(states, key=lambda state: -state.layout.numel):
             plan, bucket = state.plan, state.layout
             if plan.uses_ring:
-                self._rings.fit_reduction(
-                    bucket.bucket_key, state.gradient_dtype, state.device, bucket.numel
+                slot = schedule.reduce_slots[bucket.index]
+                self._rings.reserve_reduction(
+                    bucket.bucket_key, slot, state.gradient_dtype, state.device, bucket.numel
                 )
             elif plan.gradient.averaged:
                 self.slots.reserve(bucket.numel, state.gradient_dtype, state.device)
@@ -234,13 +238,15 @@ class GradientTransfer:
     def has_arrived(self, copy: GradientCopy) -> bool:
         """Tell, without waiting, whether `finish_copy` would return at once.
 
-        For a shard on a device: whether the compute stream would not wait either.
+        For a shard on a device: whether the compute stream would not wait either. For a copy
+        through memory that is not page-locked: whether it would wait for no other rank.
         """
         number = copy.state.layout.index
-        if copy.state.plan.is_offloaded:
-            return copy.is_issued and self._stream_waits.is_over(Operation.COPY_D2H, number)
+        if copy.is_issued:
+            return self._stream_waits.is_over(Operation.COPY_D2H, number)
         if copy.pending is None:
-            return True
+            # One that is still to be copied to the host is waited for where others must make way.
+            return not copy.state.plan.is_offloaded
         return copy.pending.is_completed() and self._stream_waits.is_over(Operation.REDUCE, number)
 
     def waits_on_stream_alone(self, copy: GradientCopy) -> bool:
@@ -249,9 +255,10 @@ class GradientTransfer:
         return on_stream and not copy.state.plan.location.is_host
 
     def begin_copy(self, copy: GradientCopy) -> None:
-        """Issue the D2H copy if it goes through a host buffer. Never waits.
+        """Issue the D2H copy if it goes through a host buffer; once.
 
-        One thread begins and finishes all copies, in order, and begins one ahead at most.
+        One thread begins and finishes all copies, in order, and begins one ahead at most. It never
+        waits, unless the buffer is not page-locked: CUDA then blocks the thread.
         """
         if not self.goes_through_buffer(copy) or copy.is_issued:
             return

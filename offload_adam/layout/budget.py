@@ -21,8 +21,12 @@ NUM_REDUCE_SLOTS = 3
 NUM_SLOTS_IN_FLIGHT = 2
 """Slots of a pool that are in use at once: one is packed while another is averaged.
 
-On a device no more are; a pool in host memory grows with the pace of the ranks.
+No more are where a device adds up what is averaged. Where the host does, a pool grows with its pace
+and that of the ranks.
 """
+
+NUM_FOLDS_IN_FLIGHT = 3
+"""Buckets that wait in a world of one for the host to cast or add them, before backward waits."""
 
 ALIGNMENT_NBYTES = 128
 """Tensors in host memory start at multiples of this, so that no vector load crosses a cache line.

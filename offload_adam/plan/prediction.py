@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from offload_adam.layout.budget import (
     CHECKPOINT_BLOCK_NBYTES,
     NUM_FOLD_BUFFERS,
+    NUM_FOLDS_IN_FLIGHT,
     NUM_REDUCE_SLOTS,
     NUM_SLOTS_IN_FLIGHT,
     NUM_STAGING_SLOTS,
@@ -18,6 +19,7 @@ from offload_adam.layout.budget import (
     snapshot_buffer_nbytes,
 )
 from offload_adam.layout.flat import ParameterSpec
+from offload_adam.layout.schedule import Schedule, plan_schedule
 from offload_adam.layout.state_plan import StatePlan
 from offload_adam.plan.inputs import Training
 
@@ -49,7 +51,7 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
     """Return what a rank holds, without allocating anything.
 
     The state is laid out by `plan_state` and counted by `plane_nbytes`, as the optimizer does it;
-    so it is exact. Slots are an estimate: two buckets.
+    so it is exact. Gradients, and slots of a pool, are an estimate: they depend on the pace.
     """
     plans = training.plan(specs)
     buckets = [plan.bucket for plan in plans]
@@ -58,13 +60,15 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
     side = device if training.on_device else host
     side[Category.PARAMETERS] = sum(bucket.numel * bucket.itemsize for bucket in buckets)
     side[Category.GRADIENTS] = _gradients(plans, training)
-    side[Category.SLOTS] = _slots(plans)
     for plan in plans:
         (host if plan.location.is_host else device).update(plane_nbytes(plan))
     host[Category.BLOCK_SUMS] = block_sums_nbytes([p.bucket for p in plans if p.location.is_host])
-    staged = [plan for plan in plans if plan.stages_parameters]
-    host[Category.STAGING] = NUM_STAGING_SLOTS * sum(
-        _largest(staged, lambda plan: plan.bucket.shard_numel * plan.bucket.itemsize).values()
+    schedule = plan_schedule(
+        plans, num_reduce_slots=NUM_REDUCE_SLOTS, num_staging_slots=NUM_STAGING_SLOTS
+    )
+    side[Category.SLOTS] = _slots(plans, schedule)
+    host[Category.STAGING] = _ring_nbytes(
+        plans, schedule.staging_slots, lambda plan: plan.bucket.shard_numel * plan.bucket.itemsize
     )
     # Gradients that cannot be copied straight into their shard go through buffers.
     buffered = [plan for plan in plans if plan.is_offloaded and not plan.copies_straight]
@@ -81,23 +85,46 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
 
 
 def _gradients(plans: Sequence[StatePlan], training: Training) -> int:
-    """Return what `.grad` takes at its peak: all of it, or one bucket while the rest has left.
+    """Return what `.grad` takes at its peak: all of it, or what stays while the rest has left.
 
-    Gradients stay where they are read in place, and where someone else averages them.
+    Gradients stay where they are read in place, and where someone else averages them. Otherwise one
+    bucket is being computed, and some wait for the host where they are not packed.
     """
     leaves = training.streams and training.reduces and not training.replicated
     sizes = [plan.bucket.numel * plan.bucket.itemsize for plan in plans]
     have_shards = all(plan.gradient.shard_itemsize > 0 for plan in plans)
-    return max(sizes, default=0) if leaves and have_shards else sum(sizes)
+    if not (leaves and have_shards):
+        return sum(sizes)
+    waits = any(plan.is_offloaded and not plan.packs for plan in plans)
+    num_buckets = NUM_FOLDS_IN_FLIGHT + 2 if waits else 1
+    return min(sum(sizes), num_buckets * max(sizes, default=0))
 
 
-def _slots(plans: Sequence[StatePlan]) -> int:
+def _slots(plans: Sequence[StatePlan], schedule: Schedule) -> int:
     """Return the bytes of the slots into which gradients are packed: rings, and a pool."""
-    ring = _largest([plan for plan in plans if plan.uses_ring], _slot_nbytes)
+    rings = _ring_nbytes(plans, schedule.reduce_slots, _slot_nbytes)
     pooled = [plan for plan in plans if plan.gradient.averaged and not plan.uses_ring]
-    pool = _largest(pooled, _slot_nbytes)
-    in_flight = min(len(pooled), NUM_SLOTS_IN_FLIGHT)
-    return NUM_REDUCE_SLOTS * sum(ring.values()) + in_flight * max(pool.values(), default=0)
+    # What the host casts or adds has at most a slot for each bucket: nothing waits for a free one.
+    num_folded = sum(plan.is_offloaded for plan in pooled)
+    in_flight = num_folded + min(len(pooled) - num_folded, NUM_SLOTS_IN_FLIGHT)
+    return rings + in_flight * max(map(_slot_nbytes, pooled), default=0)
+
+
+def _ring_nbytes(
+    plans: Sequence[StatePlan], slots: Mapping[int, int], nbytes_of: Callable[[StatePlan], int]
+) -> int:
+    """Return the bytes of a ring's slots, each as large as the largest bucket that uses it.
+
+    Args:
+        slots: of each bucket that uses one.
+    """
+    largest: dict[tuple[str, int], int] = {}
+    for plan in plans:
+        slot = slots.get(plan.bucket.index)
+        if slot is not None:
+            key = plan.bucket.bucket_key, slot
+            largest[key] = max(largest.get(key, 0), nbytes_of(plan))
+    return sum(largest.values())
 
 
 def _slot_nbytes(plan: StatePlan) -> int:

@@ -119,7 +119,7 @@ class BackwardHooks:
             self._pass_on()
 
     def _enter_stream(self, stream: Hashable) -> None:
-        if stream != self._stream:
+        if not stream == self._stream:  # noqa: SIM201 (see `Streams.current`)
             if self._arrived:
                 self._pass_on()
             self._stream = stream

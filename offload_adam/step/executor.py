@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from functools import partial
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -22,7 +23,11 @@ from offload_adam.coordinator.waiting import SLICE_S
 from offload_adam.errors import UnreadyParameterError
 from offload_adam.gradients.gradient_transfer import GradientCopy, GradientTransfer
 from offload_adam.gradients.segments import BucketGradients
-from offload_adam.layout.budget import NUM_REDUCE_SLOTS, NUM_SLOTS_IN_FLIGHT
+from offload_adam.layout.budget import (
+    NUM_FOLD_BUFFERS,
+    NUM_FOLDS_IN_FLIGHT,
+    NUM_SLOTS_IN_FLIGHT,
+)
 from offload_adam.layout.schedule import Operation, Task
 from offload_adam.params.bucket import BucketState
 from offload_adam.spans import Spans, span
@@ -92,7 +97,8 @@ class Executor:
         self._ranks = ranks
         self._spans = spans
         self._arrived = arrived
-        self._copies: deque[GradientCopy] = deque()  # those that the calling thread finishes
+        # Those that the calling thread finishes: to shards on a device, and on the host.
+        self._copies: tuple[deque[GradientCopy], deque[GradientCopy]] = (deque(), deque())
         self._copy_jobs: deque[Job] = deque()
         self._begun: GradientCopy | None = None  # the copy that the worker finishes next
         self._has_begun = False  # there may be one
@@ -118,13 +124,13 @@ class Executor:
         self._transfer.start_copy(copy)
         if not self._runs_on_worker(copy.state):
             # The calling thread must not wait here: it finishes copies that have arrived.
-            self._copies.append(copy)
+            self._copies[copy.state.plan.location.is_host].append(copy)
             self._finish_own_copies(wait=False)
             return
         what = f"the gradient copy of bucket {copy.state.layout.index}"
         self._copy_jobs.append(self._submit(what, partial(self._advance, copy)))
         self._has_begun |= self._transfer.goes_through_buffer(copy)
-        while self._waits_for_host_alone(copy) and len(self._copy_jobs) > NUM_REDUCE_SLOTS:
+        while self._waits_for_host_alone(copy) and len(self._copy_jobs) > NUM_FOLDS_IN_FLIGHT:
             self._await(self._copy_jobs.popleft(), "reduce")
 
     def _waits_for_host_alone(self, copy: GradientCopy) -> bool:
@@ -175,26 +181,25 @@ class Executor:
         self._finish_own_copies(wait=wait)
 
     def _finish_own_copies(self, *, wait: bool) -> None:
-        while self._copies and (
-            wait or self._transfer.has_arrived(self._copies[0]) or self._holds_too_many_slots()
-        ):
-            copy = self._copies.popleft()
-            self._transfer.begin_copy(copy)
-            if self._copies:
-                self._transfer.begin_copy(self._copies[0])
-            self._transfer.finish_copy(copy)
+        for copies in self._copies:
+            while copies:
+                for copy in islice(copies, NUM_FOLD_BUFFERS):
+                    if wait or copy.state.plan.pins_staging:  # else CUDA would block this thread
+                        self._transfer.begin_copy(copy)
+                if not (wait or self._transfer.has_arrived(copies[0]) or self._holds_many(copies)):
+                    break
+                self._transfer.finish_copy(copies.popleft())
 
-    def _holds_too_many_slots(self) -> bool:
+    def _holds_many(self, copies: Sequence[GradientCopy]) -> bool:
         """Tell whether the oldest copy must be waited for, to free its slot or its gradients.
 
         Otherwise a reduction, or a fold, that is slower than backward would hold all gradients on
         the device.
         """
-        oldest = self._copies[0]
-        if self._waits_for_host_alone(oldest):
-            return len(self._copies) > NUM_REDUCE_SLOTS
-        too_many = len(self._copies) >= NUM_SLOTS_IN_FLIGHT
-        return too_many and self._transfer.waits_on_stream_alone(oldest)
+        if self._waits_for_host_alone(copies[0]):
+            return len(copies) > NUM_FOLDS_IN_FLIGHT
+        too_many = len(copies) >= NUM_SLOTS_IN_FLIGHT
+        return too_many and self._transfer.waits_on_stream_alone(copies[0])
 
     def sum_of_squares(self, gradients: Sequence[BucketGradients]) -> float:
         """Return this rank's sum of squares in float64.
@@ -299,6 +304,8 @@ class Executor:
         if not needed:
             return
         self._reject_forked()
+        # Before the wait for an update, which may wait until a capture is over.
+        self._tasks.stream_waits.streams_of(needed[0]).reject_capture()
         with self._spans.span("update wait"):
             last = max(self._to_use[number] for number in needed)
             while self._to_gather and self._to_use[self._to_gather[0]] <= last:
@@ -331,8 +338,8 @@ class Executor:
     def _bound_backlog(self) -> None:
         """Let no more than two backwards' gradients be on their way.
 
-        After its first hook a backward does not wait, so a forward does where several backwards add
-        up on the host.
+        With several ranks a backward does not wait after its first hook, so a forward does where
+        several backwards add up on the host.
         """
         while len(self._copy_jobs) > 2 * len(self._tasks.states):
             self._await(self._copy_jobs.popleft(), "reduce", needs_peers=True)
@@ -356,6 +363,13 @@ class Executor:
             job = self._updates.get(self._to_gather[0])
             if job is None or job.is_over():
                 self._gather_next(spans)
+
+    def forget_streams(self) -> None:
+        """Let any stream read parameters without a wait: the host has waited until all are there.
+
+        A CUDA graph could not capture such a wait.
+        """
+        self._used_on.clear()
 
     def finish_updates(self) -> None:
         """Return when all parameters may be read, and no update is under way.

@@ -133,9 +133,7 @@ class GradientReduction:
             if number < self._next:
                 self._add_round(number, positions[0])
             if stream is not None:
-                if not self._missing[number].issuperset(positions):  # they are added to others
-                    self._wait_for_gradients(number)
-                self._stream_waits.gradients_written(number, stream)
+                self._note_stream(number, positions, stream)
             self._readers[number].take(positions)
             self._missing[number].difference_update(positions)
             while self._next < len(self._states) and not self._missing[self._next]:
@@ -339,6 +337,8 @@ class GradientReduction:
         except (TypeError, ValueError):
             if self._averages:
                 self._start_reduction(state, [None] * len(state.parameters))
+            elif state.plan.packs:
+                self._transfer.pass_by(state)
             raise
         gradients = self.gradients[number]
         gradients.add_rows(found)
@@ -355,6 +355,14 @@ class GradientReduction:
             self._readers[number].show_stand_ins(
                 [*np.flatnonzero(gradients.dense), *gradients.local_rows]
             )
+
+    def _note_stream(self, number: int, positions: Sequence[int], stream: Hashable) -> None:
+        self._stream_waits.gradients_written(number, stream)
+        if not self._missing[number].issuperset(positions):
+            # They are added to those that were taken, on the current stream.
+            self._wait_for_gradients(number)
+            current = self._stream_waits.current_stream(self._states[number].device)
+            self._stream_waits.gradients_written(number, current)
 
     def _wait_for_gradients(self, number: int) -> None:
         gradients = map(gradient_of, self._states[number].parameters)

@@ -126,11 +126,7 @@ class ShardedAdam:
         backend = storage.backend
         # A partial, not a bound method: the finalizer must not keep this object or the model alive.
         make_buffer = partial(_make_buffer, storage, self.arenas)
-        self._rings = Rings(
-            make_buffer,
-            num_staging=backend.num_staging_slots,
-            num_reduction=backend.num_reduce_slots,
-        )
+        self._rings = Rings(make_buffer)
         self.stream_waits = StreamWaits(ranks, backend.make_streams)
         collectives = backend.make_collectives(ranks)
         self.transfer = GradientTransfer(
@@ -194,9 +190,16 @@ class ShardedAdam:
             - self.snapshot_lock.buffer_nbytes,
         )
         self.arenas += [arena, buffer]
+        all_states = [*self.states, *states]
+        schedule = plan_schedule(
+            [state.plan for state in all_states],
+            num_reduce_slots=self._storage.backend.num_reduce_slots,
+            num_staging_slots=self._storage.backend.num_staging_slots,
+        )
         # Memory that may run out comes before the lists of buckets and parameters grow.
-        self.transfer.allocate(states)
-        self.tasks.allocate(states)
+        self.transfer.allocate(all_states, schedule)
+        self.tasks.reserve(all_states, schedule)
+        self._rings.allocate()
         with PROGRESS.at("compilation", long_running=True):
             hosted = [state for state in states if state.plan.location.is_host]
             if hosted:
@@ -215,11 +218,6 @@ class ShardedAdam:
         for state in states:
             for position, index in enumerate(state.indices.tolist()):
                 self._places[index] = (state.layout.index, position)
-        schedule = plan_schedule(
-            [state.plan for state in self.states],
-            num_reduce_slots=self._storage.backend.num_reduce_slots,
-            num_staging_slots=self._storage.backend.num_staging_slots,
-        )
         devices = {state.layout.index: state.device for state in self.states}
         self.stream_waits.use_schedule(schedule, devices)
         self.reduction.extend(states)
@@ -283,8 +281,11 @@ class ShardedAdam:
         if self.forward_hooks is not None:
             self.forward_hooks.wait_for_all()
         self.executor.finish_updates()
-        # The compute stream waits for H2D copies, and the host does not: but they read state.
+        # The compute stream waits for these, and the host does not. But copies read state, and a
+        # CUDA graph could not capture another stream's wait.
         self.stream_waits.block_until_over(Operation.COPY_H2D)
+        self.stream_waits.block_until_over(Operation.GATHER)
+        self.executor.forget_streams()
 
     @property
     def share(self) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import torch
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.gradients.segments import BucketGradients
-from offload_adam.layout.schedule import Operation
+from offload_adam.layout.schedule import Operation, Schedule
 from offload_adam.params.bucket import BucketState
 from offload_adam.spans import Spans
 from offload_adam.step.device_update import DeviceUpdate
@@ -56,13 +56,15 @@ class UpdateTasks:
         self._rings = rings
         self._gathering: dict[int, PendingCollective] = {}
 
-    def allocate(self, states: Sequence[BucketState]) -> None:
-        """Allocate the slots from which these buckets' parameters go up. Nothing is under way."""
-        # The largest first: what is too small for the next one is allocated, and pinned, again.
-        for state in sorted(states, key=lambda state: -state.layout.shard_numel):
+    def reserve(self, states: Sequence[BucketState], schedule: Schedule) -> None:
+        """Reserve the slots from which these buckets' parameters are copied to their device."""
+        for state in states:
             if state.plan.stages_parameters:
-                key, numel = state.layout.bucket_key, state.layout.shard_numel
-                self._rings.fit_staging(key, state.dtype, numel)
+                bucket = state.layout
+                slot = schedule.staging_slots[bucket.index]
+                self._rings.reserve_staging(
+                    bucket.bucket_key, slot, state.dtype, bucket.shard_numel
+                )
 
     def sum_of_squares(self, number: int, gradients: BucketGradients) -> float:
         """Return the sum of squares of this rank's gradient shard, computed once."""

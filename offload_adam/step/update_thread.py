@@ -47,9 +47,9 @@ class Ticket:
 class _Jobs:
     """What the thread and its owner share, so that the thread does not keep the owner alive.
 
-    The queue is bounded by who fills it: a step's updates are over before the next one's begin, and
-    a forward waits where the copies of more than two backwards are not finished. A hook could not
-    wait here.
+    The queue is bounded by who fills it: a step's updates are over before the next one's begin, a
+    forward waits where the copies of more than two backwards are not finished, and in a world of
+    one a backward does where the host has fallen behind. With other ranks a hook could not wait.
     """
 
     def __init__(self) -> None:

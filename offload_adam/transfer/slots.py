@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from itertools import chain
+from dataclasses import dataclass, field
 
 import torch
 
@@ -59,32 +59,47 @@ class SlotPool:
             self._nbytes[slot.device] -= slot.nbytes
 
 
+@dataclass
+class _Ring:
+    """The slots of one bucket key.
+
+    numels: elements that each slot must have: those of the largest bucket (or shard) that uses it.
+    device: None for host memory.
+    """
+
+    dtype: torch.dtype
+    device: torch.device | None = None
+    numels: dict[int, int] = field(default_factory=dict)
+    slots: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def reserve(self, slot: int, numel: int) -> None:
+        self.numels[slot] = max(numel, self.numels.get(slot, 0))
+
+    def is_too_small(self, slot: int) -> bool:
+        return slot not in self.slots or self.slots[slot].numel() < self.numels[slot]
+
+
 class Rings:
-    """Slots for the buckets of each key, as large as the largest of these buckets (or shards).
+    """Slots that the buckets of each key use in turn.
 
     The schedule decides which bucket uses which slot, and what it waits for before that. It does so
     for each bucket key on its own, so no two keys share a slot.
 
     Owns: host slots in the parameters' own 16-bit formats, and slots on devices.
-    Lifecycle: call `fit_staging` and `fit_reduction` while no copy or reduction is in flight;
-        nothing is allocated later.
+    Lifecycle: reserve a slot for every bucket, then call `allocate`, while no copy or reduction is
+        in flight; nothing is allocated later.
     """
 
-    def __init__(
-        self, make_arena: Callable[[int], HostArena], *, num_staging: int, num_reduction: int
-    ) -> None:
+    def __init__(self, make_arena: Callable[[int], HostArena]) -> None:
         """Begin without slots.
 
         Args:
             make_arena: allocates host memory of so many bytes, page-locked where that is asked for.
-            num_staging, num_reduction: slots for each key, at least 1.
         """
-        self.num_staging = num_staging
-        self.num_reduction = num_reduction
         self._make_arena = make_arena
         self._arenas: dict[str, HostArena] = {}
-        self._staging: dict[str, list[torch.Tensor]] = {}
-        self._reduction: dict[str, list[torch.Tensor]] = {}
+        self._staging: dict[str, _Ring] = {}
+        self._reduction: dict[str, _Ring] = {}
 
     @property
     def staging_nbytes(self) -> int:
@@ -93,38 +108,45 @@ class Rings:
 
     @property
     def reduction_nbytes(self) -> Mapping[torch.device, int]:
-        """Bytes of the slots in which gradients are reduced, by device."""
+        """Bytes of the slots into which gradients are packed, by device."""
         totals: Counter[torch.device] = Counter()
-        for slot in chain.from_iterable(self._reduction.values()):
-            totals[slot.device] += slot.nbytes
+        for ring in self._reduction.values():
+            for slot in ring.slots.values():
+                totals[slot.device] += slot.nbytes
         return totals
 
-    def fit_staging(self, key: str, dtype: torch.dtype, numel: int) -> None:
-        """Make the host slots of a bucket key large enough for a shard."""
-        if _fits(self._staging, key, numel):
-            return
+    def reserve_staging(self, key: str, slot: int, dtype: torch.dtype, numel: int) -> None:
+        """Announce that a shard of a bucket key uses this host slot."""
+        self._staging.setdefault(key, _Ring(dtype)).reserve(slot, numel)
+
+    def reserve_reduction(
+        self, key: str, slot: int, dtype: torch.dtype, device: torch.device, numel: int
+    ) -> None:
+        """Announce that a bucket of a key uses this slot on its device."""
+        self._reduction.setdefault(key, _Ring(dtype, device)).reserve(slot, numel)
+
+    def allocate(self) -> None:
+        """Allocate each slot that is not there, or is too small, in its final size."""
+        for ring in self._reduction.values():
+            for slot in filter(ring.is_too_small, ring.numels):
+                ring.slots[slot] = torch.empty(
+                    ring.numels[slot], dtype=ring.dtype, device=ring.device
+                )
+        for key, ring in self._staging.items():
+            if any(map(ring.is_too_small, ring.numels)):
+                self._allocate_staging(key, ring)
+
+    def _allocate_staging(self, key: str, ring: _Ring) -> None:
         if key in self._arenas:
             self._arenas[key].close()
-        arena = self._make_arena(self.num_staging * padded_nbytes(numel, dtype))
-        self._arenas[key] = arena
-        self._staging[key] = [arena.take(numel, dtype) for _ in range(self.num_staging)]
-
-    def fit_reduction(self, key: str, dtype: torch.dtype, device: torch.device, numel: int) -> None:
-        """Make the device slots of a bucket key large enough for a bucket."""
-        if not _fits(self._reduction, key, numel):
-            self._reduction[key] = [
-                torch.empty(numel, dtype=dtype, device=device) for _ in range(self.num_reduction)
-            ]
+        nbytes = sum(padded_nbytes(numel, ring.dtype) for numel in ring.numels.values())
+        arena = self._arenas[key] = self._make_arena(nbytes)
+        ring.slots = {slot: arena.take(numel, ring.dtype) for slot, numel in ring.numels.items()}
 
     def staging_slot(self, key: str, slot: int, numel: int) -> torch.Tensor:
         """Return the first elements of a host slot."""
-        return self._staging[key][slot][:numel]
+        return self._staging[key].slots[slot][:numel]
 
     def reduction_slot(self, key: str, slot: int, numel: int) -> torch.Tensor:
         """Return the first elements of a slot on a device."""
-        return self._reduction[key][slot][:numel]
-
-
-def _fits(slots: Mapping[str, list[torch.Tensor]], key: str, numel: int) -> bool:
-    """Return whether a key has slots of at least so many elements."""
-    return key in slots and slots[key][0].numel() >= numel
+        return self._reduction[key].slots[slot][:numel]

@@ -17,7 +17,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 1e-3
 class StreamWaits:
     """Records an event after each task, and lets other lanes wait for it as the schedule says.
 
-    Nothing else orders lanes: nobody makes a wait that the schedule does not have.
+    Nothing else orders lanes. Within COMPUTE, where the model may use several streams, these are
+    ordered by `wait_for_gradients` and by `Streams.launch`.
 
     Attributes:
         schedule: the schedule in force; it has no task before `use_schedule`.
@@ -54,7 +55,8 @@ class StreamWaits:
 
     def current_stream(self, device: torch.device) -> Hashable:
         """Return the calling thread's current stream of a device, None in host memory."""
-        return self._streams[device].current()
+        streams = self._streams.get(device)  # none where the model was moved meanwhile
+        return None if streams is None else streams.current()
 
     def gradients_written(self, bucket: int, stream: Hashable) -> None:
         """Note that gradients of a bucket have been written on this stream."""
@@ -67,8 +69,8 @@ class StreamWaits:
         gradient was written has waited for that.
 
         Args:
-            gradients: what the current stream is about to read. It is kept until that is over, for
-                it may go back to another stream's allocator.
+            gradients: what `.grad` still holds. It is kept until the current stream has read it, as
+                to copy it in another memory order: it goes back to another stream's allocator.
         """
         streams = self.streams_of(bucket)
         others = self._written_on.pop(bucket, set()) - {streams.current()}

@@ -42,7 +42,14 @@ class Streams(Protocol):
     """
 
     def current(self) -> Hashable:
-        """Return the stream that COMPUTE is to the calling thread now, None in host memory."""
+        """Return the stream that COMPUTE is to the calling thread now, None in host memory.
+
+        Compare it by `==` alone: with torch's streams, both `== None` and `!= None` are False.
+        """
+        ...
+
+    def reject_capture(self) -> None:
+        """Raise an error if the current stream is being captured in a CUDA graph."""
         ...
 
     def launch(
@@ -93,6 +100,9 @@ class HostStreams:
     def current(self) -> Hashable:
         """Return None: there are no streams."""
         return None
+
+    def reject_capture(self) -> None:
+        """Return: there is nothing to capture."""
 
     def launch(
         self,
@@ -145,20 +155,17 @@ class DeviceStreams(ABC, Generic[Stream]):
         """
         self._own = own
         self._compute: Stream | None = None
-        self._first_compute: Stream | None = None
-        self._has_several = False
+        self._has_several = False  # COMPUTE has been more than one stream
         self._unrecorded: dict[Lane, list[torch.Tensor]] = {lane: [] for lane in Lane}
         self._held: dict[Lane, deque[_Held]] = {lane: deque() for lane in Lane}
         self._lock = threading.Lock()
 
+    @abstractmethod
     def current(self) -> Stream:
         """Return the calling thread's current stream."""
-        stream = self._current_stream()
-        if self._first_compute is None:
-            self._first_compute = stream
-        elif stream != self._first_compute:
-            self._has_several = True
-        return stream
+
+    def reject_capture(self) -> None:
+        """Return: no other device than CUDA's captures anything."""
 
     def launch(
         self,
@@ -178,6 +185,7 @@ class DeviceStreams(ABC, Generic[Stream]):
     def record(self, lane: Lane, *, on: Hashable = None) -> Event:
         """Record an event; drop the tensors whose events have happened."""
         if on is not None:
+            self._has_several = True
             return self._record_on(on)  # type: ignore[arg-type]
         stream = self._enter(lane)
         # Taken before the event is recorded: other threads may issue work in between, and the event
@@ -195,22 +203,23 @@ class DeviceStreams(ABC, Generic[Stream]):
 
     def wait(self, lane: Lane, event: Event) -> None:
         """Make the lane's stream wait for the event."""
-        stream = self.current() if lane is Lane.COMPUTE else self._own[lane]
-        self._wait_on(stream, event)
+        if lane is not Lane.COMPUTE:
+            self._wait_on(self._own[lane], event)
+            return
+        self.reject_capture()
+        self._wait_on(self.current(), event)
 
     def _enter(self, lane: Lane) -> Stream:
         """Return the lane's stream; a new one of COMPUTE goes on where the last one was left."""
         if lane in self._own:
             return self._own[lane]
+        self.reject_capture()
         stream, before = self.current(), self._compute
         self._compute = stream
-        if before is not None and before != stream:
+        if before is not None and not before == stream:  # noqa: SIM201 (see `Streams.current`)
+            self._has_several = True
             self._wait_on(stream, self._record_on(before))
         return stream
-
-    @abstractmethod
-    def _current_stream(self) -> Stream:
-        """Return the calling thread's current stream."""
 
     @abstractmethod
     def _run(
@@ -235,7 +244,7 @@ class DeviceStreams(ABC, Generic[Stream]):
         """Tell, without waiting, whether an event has happened."""
 
 
-_CAPTURING = "not permitted when stream is capturing"
+_CAPTURING = ("when stream is capturing", "a previous error during capture")
 """What CUDA says to a thread that asks for an event while another one captures a graph."""
 _CAPTURE_PAUSE_S = 1e-3
 _SPOILED = (
@@ -245,24 +254,29 @@ _SPOILED = (
 
 
 class CudaEvent:
-    """A CUDA event that a thread can wait for while another one captures a graph.
+    """A CUDA event that any thread can wait for, also while another one captures a graph.
 
     CUDA forbids this, and the capture is lost. The work before the event goes on all the same.
     """
 
     _has_warned = False
 
-    def __init__(self) -> None:
-        """Make the event; a host thread that waits for it sleeps.
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        """Record the event; a host thread that waits for it sleeps.
 
         One that spins would take a core from the kernels.
         """
         self.event = torch.cuda.Event(blocking=True)
+        self.event.record(stream)
+        # torch asks for an event with the thread's current device: a thread that has never used
+        # one, as the update thread, would make a context on device 0.
+        self._device = stream.device
 
     def query(self) -> bool:
         """Return, without waiting, whether the work before it is over; not during a capture."""
         try:
-            return bool(self.event.query())
+            with torch.cuda.device(self._device):
+                return bool(self.event.query())
         except RuntimeError as error:
             self._reject_other(error)
             return False
@@ -271,7 +285,8 @@ class CudaEvent:
         """Block the calling thread until the work before it, and any capture, is over."""
         while True:
             try:
-                self.event.synchronize()
+                with torch.cuda.device(self._device):
+                    self.event.synchronize()
                 return
             except RuntimeError as error:
                 self._reject_other(error)
@@ -279,7 +294,7 @@ class CudaEvent:
 
     def _reject_other(self, error: RuntimeError) -> None:
         """Raise what is no capture; say once what to do about one."""
-        if _CAPTURING not in str(error):
+        if not any(text in str(error) for text in _CAPTURING):
             raise error
         if not CudaEvent._has_warned:
             CudaEvent._has_warned = True
@@ -289,20 +304,18 @@ class CudaEvent:
 class CudaStreams(DeviceStreams[torch.cuda.Stream]):
     """The CUDA streams of one device.
 
-    The lanes REDUCE and GATHER have a high priority: what is packed and unpacked there holds up
-    collectives that all ranks wait for.
-
     Raises:
         RuntimeError: by what uses COMPUTE while a CUDA graph is being captured.
     """
 
     def __init__(self, device: torch.device) -> None:
         """Make the streams."""
+        lanes = (Lane.REDUCE, Lane.D2H, Lane.H2D, Lane.GATHER)
+        super().__init__({lane: torch.cuda.Stream(device) for lane in lanes})
         self._device = device
-        own = {lane: torch.cuda.Stream(device, priority=-1) for lane in (Lane.REDUCE, Lane.GATHER)}
-        super().__init__(own | {lane: torch.cuda.Stream(device) for lane in (Lane.D2H, Lane.H2D)})
 
-    def _current_stream(self) -> torch.cuda.Stream:
+    def current(self) -> torch.cuda.Stream:
+        """Return the calling thread's current stream."""
         return torch.cuda.current_stream(self._device)
 
     def _run(
@@ -317,20 +330,8 @@ class CudaStreams(DeviceStreams[torch.cuda.Stream]):
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
             action()
 
-    def record(self, lane: Lane, *, on: Hashable = None) -> Event:
-        """Record an event, unless a CUDA graph is being captured."""
-        self._reject_capture(lane)
-        return super().record(lane, on=on)
-
     def _record_on(self, stream: torch.cuda.Stream) -> Event:
-        event = CudaEvent()
-        event.event.record(stream)
-        return event
-
-    def wait(self, lane: Lane, event: Event) -> None:
-        """Make the lane's stream wait for the event, unless a CUDA graph is being captured."""
-        self._reject_capture(lane)
-        super().wait(lane, event)
+        return CudaEvent(stream)
 
     def _wait_on(self, stream: torch.cuda.Stream, event: Event) -> None:
         if isinstance(event, CudaEvent):
@@ -339,9 +340,13 @@ class CudaStreams(DeviceStreams[torch.cuda.Stream]):
     def _has_happened(self, event: Event) -> bool:
         return event.query()
 
-    def _reject_capture(self, lane: Lane) -> None:
-        """Raise during a capture: a replay would not run the hooks that wait and issue copies."""
-        if lane is Lane.COMPUTE and torch.cuda.is_current_stream_capturing():
+    def reject_capture(self) -> None:
+        """Raise during a capture: a replay would not run the hooks that wait and issue copies.
+
+        Raises:
+            RuntimeError: saying what to do before the capture.
+        """
+        if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "a CUDA graph is being captured, and its replays would run no hook of the "
                 "optimizer's. To capture a forward alone, call synchronize() on the optimizer "

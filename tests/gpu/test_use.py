@@ -69,12 +69,29 @@ def test_a_graph_that_would_capture_the_copies_is_refused() -> None:
     model, optimizer = make("cuda", overlap=True)
     train(model, optimizer, range(3), "cuda")
     given = gradients_of(model, 3, "cuda")
-    model(given)  # what waits for the last update lies outside of the graph
+    optimizer.synchronize()  # what waits for the last update lies outside of the graph
     with (
         torch.cuda.graph(torch.cuda.CUDAGraph()),
         pytest.raises(RuntimeError, match=r"graph is being captured.*without module="),
     ):
         model(given).backward()
+    optimizer.close()
+
+
+def test_a_forward_is_captured_after_synchronize_and_follows_the_updates() -> None:
+    model, optimizer = make("cuda", overlap=True)
+    train(model, optimizer, range(3), "cuda")
+    given = gradients_of(model, 3, "cuda")
+    optimizer.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = model(given)
+    for step in range(3, 6):
+        train(model, optimizer, range(step, step + 1), "cuda")
+        optimizer.synchronize()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(captured, model(given))
     optimizer.close()
 
 

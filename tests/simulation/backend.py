@@ -31,7 +31,8 @@ class SimulatedStreams(DeviceStreams[Stream]):
         super().__init__({lane: lane for lane in LANES if lane is not Lane.COMPUTE})
         self._machine = machine
 
-    def _current_stream(self) -> Stream:
+    def current(self) -> Stream:
+        """Return the stream of the layer that runs."""
         return self._machine.current_stream
 
     def _run(
@@ -82,6 +83,9 @@ class HostLanes:
     def current(self) -> Hashable:
         """Return None: there are no streams."""
         return None
+
+    def reject_capture(self) -> None:
+        """Return: nothing is captured."""
 
     def record(self, lane: Lane, *, on: Hashable = None) -> Event:
         """Return a point that is behind us."""

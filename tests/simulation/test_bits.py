@@ -103,6 +103,23 @@ def test_a_slot_serves_the_bucket_that_had_it_last_while_others_are_passed_by(
         assert Simulation(case, reference, seed).run() == []
 
 
+def test_without_overlap_slots_are_emptied_while_backward_goes_on() -> None:
+    every = tuple(range(12))
+    case = Case(
+        layers=tuple(((300, "bf16"),) for _ in every),
+        steps=tuple(Step((every,) * 3, False, None, False) for _ in range(2)),
+        bucket_nbytes=100,
+        world_size=2,
+        accumulates=True,
+        overlaps=False,
+    )
+    simulation = Simulation(case, reference_of(case), 0)
+    assert simulation.run() == []
+    bucket_nbytes = 512 * 2
+    (nbytes,) = simulation.core.transfer.slots.nbytes.values()
+    assert nbytes <= 3 * bucket_nbytes
+
+
 @pytest.mark.parametrize("overlaps", [True, False])
 def test_kinds_that_are_reduced_in_one_dtype_share_no_slot(overlaps: bool) -> None:
     layers = tuple(((300, name),) for name in ("bf16", "fp32", "fp16") * 3)

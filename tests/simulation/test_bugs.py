@@ -157,7 +157,7 @@ def slot_used_by_two_streams_at_once(simulation: Simulation, patch: Patch) -> No
     patch.setattr(
         SimulatedStreams,
         "_enter",
-        lambda self, lane: self._own.get(lane) or self._current_stream(),
+        lambda self, lane: self._own.get(lane) or self.current(),
     )
 
 

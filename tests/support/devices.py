@@ -29,6 +29,25 @@ _THREADS = {Lane.D2H: "down", Lane.H2D: "up", Lane.REDUCE: "ranks", Lane.GATHER:
 Job = Callable[[], object]
 
 
+class NamedStream:
+    """A stream that compares as torch.cuda.Stream: None is neither equal to it nor unequal."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NamedStream) and self.name == other.name
+
+    def __ne__(self, other: object) -> bool:
+        return isinstance(other, NamedStream) and self.name != other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __repr__(self) -> str:
+        return self.name
+
+
 class ThreadEvent:
     """A point in the work of a lane's thread; raises what the work before it has raised."""
 
@@ -78,7 +97,10 @@ class ThreadStreams:
             weakref.finalize(self, jobs.put, None).atexit = False
 
     def current(self) -> Hashable:
-        return Lane.COMPUTE
+        return NamedStream("compute")
+
+    def reject_capture(self) -> None:
+        pass
 
     def launch(
         self,

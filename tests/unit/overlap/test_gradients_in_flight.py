@@ -17,8 +17,12 @@ import torch
 
 from offload_adam import OffloadAdam, OffloadPolicy
 from offload_adam.layout.budget import NUM_REDUCE_SLOTS
+from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.schedule import Lane
+from offload_adam.plan.inputs import Training
+from offload_adam.plan.prediction import predict
 from tests.support.devices import HOST_AS_DEVICE, ThreadStreams
+from tests.support.scenario import Offloading
 
 NUM_LAYERS = 12
 NUMEL = 1024
@@ -59,12 +63,12 @@ class Layers(torch.nn.Module):
 
 
 def make(bus: threading.Event, **options: Any) -> tuple[Layers, OffloadAdam]:
-    class Offloading(OffloadAdam):
+    class OnBus(OffloadAdam):
         _backend = replace(HOST_AS_DEVICE, make_streams=lambda device: HeldUp(bus))
 
     model = Layers()
     offload = OffloadPolicy(bucket_nbytes=2 * NUMEL, pin=options.pop("pin", "all"))
-    return model, Offloading(model.parameters(), lr=1e-2, module=model, offload=offload, **options)
+    return model, OnBus(model.parameters(), lr=1e-2, module=model, offload=offload, **options)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -112,4 +116,22 @@ def test_slots_are_all_the_memory_that_gradients_take() -> None:
     optimizer.step()
     slots = [entry.nbytes for entry in optimizer.memory_ledger() if entry.category == "slots"]
     assert slots == [NUM_REDUCE_SLOTS * NUMEL * 2]
+    optimizer.close()
+
+
+def test_a_slot_is_as_large_as_the_largest_bucket_that_uses_it() -> None:
+    sizes = [1024, 128, 256, 4096, 512, 128]  # of parameters that are a bucket each
+    parameters = [torch.nn.Parameter(torch.zeros(size, dtype=torch.bfloat16)) for size in sizes]
+    offload = OffloadPolicy(bucket_nbytes=1)
+    module = torch.nn.ParameterList(parameters)
+    optimizer = Offloading(parameters, module=module, offload=offload)
+    # Backward begins with the last: 128 and 256, 512 and 128, 4096 and 1024 have a slot each.
+    (slots,) = [entry.nbytes for entry in optimizer.memory_ledger() if entry.category == "slots"]
+    assert slots == 2 * (256 + 512 + 4096)
+    # Forward begins with the first: two slots in turn.
+    assert optimizer.host_nbytes["staging"] == 2 * (1024 + 4096)
+    specs = [ParameterSpec(i, size, 2, "bf16") for i, size in enumerate(sizes)]
+    plan = predict(specs, Training(offload=offload))
+    assert plan.device["slots"] == slots
+    assert plan.host["staging"] == optimizer.host_nbytes["staging"]
     optimizer.close()

@@ -217,15 +217,13 @@ def test_a_job_that_drops_the_owner_does_not_wait_for_itself() -> None:
 class FakeCopy(str):
     """The copy of a bucket's gradients, by a name."""
 
-    state = None
+    state = SimpleNamespace(
+        plan=SimpleNamespace(pins_staging=False, location=StateLocation.OFFLOADED)
+    )
 
 
 class Reducing(FakeCopy):
     """The copy of a bucket whose reduction only a stream waits for."""
-
-
-class Folded(FakeCopy):
-    """The copy of a bucket that the host casts or adds to its shard."""
 
 
 class Arriving:
@@ -233,17 +231,16 @@ class Arriving:
 
     def __init__(self) -> None:
         self.arrived: set[str] = set()
-        self.begun: list[str] = []
         self.finished: list[str] = []
 
     def start_copy(self, gradient_copy: Any) -> None:
         pass
 
     def goes_through_buffer(self, gradient_copy: Any) -> bool:
-        return isinstance(gradient_copy, Folded)
+        return False
 
     def begin_copy(self, gradient_copy: Any) -> None:
-        self.begun.append(gradient_copy)
+        pass
 
     def has_arrived(self, gradient_copy: Any) -> bool:
         return any(gradient_copy == arrived for arrived in self.arrived)
@@ -319,6 +316,8 @@ def test_a_copy_through_a_buffer_begins_before_the_one_before_it_is_finished(
     )
     for state in tasks.states:
         executor.start_copy(cast(Any, SimpleNamespace(state=state, gradients=None, through=None)))
+    if worker is None:  # in backward, as far as there are buffers
+        assert done == [("begin", 0), ("begin", 1)]
     executor.finish_copies(wait=True)
     order = [("begin", 0)]
     for number in range(1, NUM_BUCKETS):

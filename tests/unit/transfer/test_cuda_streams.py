@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -20,10 +20,16 @@ from offload_adam.transfer import collectives
 from offload_adam.transfer.collectives import Collectives
 from offload_adam.transfer.stream_waits import StreamWaits
 from offload_adam.transfer.streams import CudaEvent, CudaStreams
+from tests.support.devices import NamedStream
 
 
 class FakeEvent:
-    """An event that happens when the test says so."""
+    """An event that happens when the test says so.
+
+    Whoever asks for it must do so with its device as the current one.
+    """
+
+    current_device: ClassVar[list[torch.device | None]] = [None]
 
     def __init__(self, blocking: bool = False) -> None:
         self.blocking = blocking
@@ -34,21 +40,23 @@ class FakeEvent:
         self.recorded_on = stream.name
 
     def query(self) -> bool:
+        assert self.current_device[-1] == DEVICE
         return self.happened
 
     def synchronize(self) -> None:
+        assert self.current_device[-1] == DEVICE
         self.happened = True
 
 
-class FakeStream:
+class FakeStream(NamedStream):
     """A stream with a name, and the events that it waits for."""
 
     made = 0
+    device = torch.device("cuda", 3)
 
-    def __init__(self, device: Any = None, name: str | None = None, priority: int = 0) -> None:
+    def __init__(self, device: Any = None, name: str | None = None) -> None:
         FakeStream.made += 1
-        self.priority = priority
-        self.name = name or f"stream {FakeStream.made}"
+        super().__init__(name or f"stream {FakeStream.made}")
         self.waits: list[FakeEvent] = []
 
     def wait_event(self, event: FakeEvent) -> None:
@@ -80,12 +88,21 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
     for name in ("Stream", "Event", "current_stream", "stream"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
-    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "device", _use_device)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fake.captures)
     return fake
 
 
-DEVICE = torch.device("cuda", 0)
+@contextmanager
+def _use_device(device: torch.device) -> Iterator[None]:
+    FakeEvent.current_device.append(device)
+    try:
+        yield
+    finally:
+        FakeEvent.current_device.pop()
+
+
+DEVICE = torch.device("cuda", 3)
 
 
 def recorded(streams: Any, lane: Lane) -> FakeEvent:
@@ -108,12 +125,6 @@ def test_each_lane_has_a_stream_and_the_models_lane_is_the_current_one(cuda: Fak
     assert cuda.current.name == "the model's"
     for lane, name in used.items():
         assert recorded(streams, lane).recorded_on == name
-
-
-def test_only_collectives_have_priority(cuda: FakeCuda) -> None:
-    streams = CudaStreams(DEVICE)
-    priorities = {lane: cast(Any, stream).priority for lane, stream in streams._own.items()}
-    assert priorities == {Lane.REDUCE: -1, Lane.GATHER: -1, Lane.D2H: 0, Lane.H2D: 0}
 
 
 def test_the_next_current_stream_waits_for_what_was_launched_on_the_last_one(
@@ -144,7 +155,7 @@ def test_what_the_model_reads_is_held_once_it_runs_on_two_streams(cuda: FakeCuda
 
     assert is_held()[0] is False
     with cuda.stream(FakeStream(name="side")):
-        streams.current()
+        streams.launch(Lane.COMPUTE, lambda: None)
     held, event = is_held()
     assert held
     event.happened = True
@@ -237,8 +248,11 @@ def test_a_capture_is_refused_before_it_is_spoiled(cuda: FakeCuda) -> None:
     streams = CudaStreams(DEVICE)
     event = streams.record(Lane.D2H)
     cuda.captures = True
-    with pytest.raises(RuntimeError, match="CUDA graph is being captured"):
-        streams.record(Lane.COMPUTE)
+    with cuda.stream(FakeStream(name="captured")):
+        for use in (streams.record, lambda lane: streams.launch(lane, lambda: None)):
+            with pytest.raises(RuntimeError, match="CUDA graph is being captured"):
+                use(Lane.COMPUTE)
+        assert cuda.current.waits == []
     with pytest.raises(RuntimeError, match="CUDA graph is being captured"):
         streams.wait(Lane.COMPUTE, event)
 
