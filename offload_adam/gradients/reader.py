@@ -51,6 +51,7 @@ class GradientReader:
         self._numels = [parameter.numel() for parameter in parameters]
         self._all_contiguous = all(parameter.is_contiguous() for parameter in parameters)
         self._on_cuda = parameters[0].is_cuda
+        self._has_taken = False
         self._taken: list[torch.Tensor | None] = [None] * len(self._parameters)
         self._addresses = [0] * len(self._parameters)
         self.stand_ins: list[StandIn | None] = [None] * len(self._parameters)
@@ -76,6 +77,7 @@ class GradientReader:
         """
         if not self._all_contiguous:
             return
+        self._has_taken = True
         taken, stand_ins, numels = self._taken, self.stand_ins, self._numels
         for position in positions:
             parameter = self._parameters[position]
@@ -129,8 +131,7 @@ class GradientReader:
                 gradient = self._conform(position, gradient)
             tensors[position] = gradient
             addresses[position] = gradient.data_ptr()
-        self._taken[:] = [None] * len(tensors)
-        self._addresses[:] = [0] * len(tensors)
+        self.forget()
         if not keep:
             for position in rest:
                 if tensors[position] is None and position not in rows:
@@ -139,6 +140,13 @@ class GradientReader:
                     self._leave_stand_in(position)
         dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
         return LocalGradients(tensors, addresses, sorted(dtypes, key=str), rows)
+
+    def forget(self) -> None:
+        """Drop gradients that were taken and not read, as where `read` has raised."""
+        if self._has_taken:
+            self._has_taken = False
+            self._taken[:] = [None] * len(self._taken)
+            self._addresses[:] = [0] * len(self._addresses)
 
     def emptied(self, left: Sequence[bool]) -> str | None:
         """Return the name of a parameter whose `.grad` was set to None after its gradient had left.

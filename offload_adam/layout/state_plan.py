@@ -297,6 +297,8 @@ def kept_on_device(buckets: Sequence[Bucket], offload_fraction: float) -> frozen
         buckets: in the order in which backward completes them, the reverse of forward order.
         offload_fraction: of the elements, those whose state is on the host at least.
     """
+    if offload_fraction == 1.0:
+        return frozenset()  # also of buckets without elements
     candidates = [bucket for bucket in reversed(buckets) if bucket.on_device]
     total = sum(bucket.numel for bucket in candidates)
     left = total - math.ceil(offload_fraction * total)

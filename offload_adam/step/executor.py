@@ -99,6 +99,7 @@ class Executor:
         self._arrived = arrived
         # Those that the calling thread finishes: to shards on a device, and on the host.
         self._copies: tuple[deque[GradientCopy], deque[GradientCopy]] = (deque(), deque())
+        self._lost: BaseException | None = None  # what has ended one of them
         self._copy_jobs: deque[Job] = deque()
         self._begun: GradientCopy | None = None  # the copy that the worker finishes next
         self._has_begun = False  # there may be one
@@ -171,7 +172,16 @@ class Executor:
             self._tasks.sum_of_squares(number, gradients)
 
     def finish_copies(self, *, wait: bool) -> None:
-        """Finish, in order, the copies that have arrived; with `wait` all copies."""
+        """Finish, in order, the copies that have arrived; with `wait` all copies.
+
+        Raises:
+            RuntimeError: the copy of a gradient of this step has ended with an error before.
+        """
+        if wait and self._lost is not None:
+            raise RuntimeError(
+                "gradients of this step are missing, for an error has ended their copy to the "
+                "gradient shard: call zero_grad() on the optimizer and run the backward again"
+            ) from self._lost
         if wait and self._has_begun:
             self._has_begun = False
             what = "the last gradient copy"
@@ -188,7 +198,18 @@ class Executor:
                         self._transfer.begin_copy(copy)
                 if not (wait or self._transfer.has_arrived(copies[0]) or self._holds_many(copies)):
                     break
-                self._transfer.finish_copy(copies.popleft())
+                self._finish_oldest(copies)
+
+    def _finish_oldest(self, copies: deque[GradientCopy]) -> None:
+        try:
+            self._transfer.finish_copy(copies.popleft())
+        except BaseException as error:
+            self._lost = error
+            raise
+
+    def drop_lost_copies(self) -> None:
+        """Go on without gradients whose copy has ended with an error: nobody wants them now."""
+        self._lost = None
 
     def _holds_many(self, copies: Sequence[GradientCopy]) -> bool:
         """Tell whether the oldest copy must be waited for, to free its slot or its gradients.

@@ -270,10 +270,13 @@ class GradientReduction:
 
         It may have raised on this rank alone, and the others wait for all of its buckets.
         """
+        self._executor.drop_lost_copies()
         unfinished = self._next < len(self._states) and self.has_gradients
         if unfinished:
             self._send_rest()
         self._executor.finish_copies(wait=True)
+        for reader in self._readers:
+            reader.forget()
         self._stream_waits.forget_gradients()
         self._begun = self._hidden = False
         self._next = 0

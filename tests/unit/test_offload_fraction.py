@@ -101,6 +101,9 @@ def test_all_and_nothing() -> None:
         bucket_nbytes=1,
     )
     assert kept_on_device(buckets, 1.0) == frozenset()
+    empty = ParameterSpec(9, 0, 2, "a", on_device=True)
+    (without_elements,) = plan_buckets([empty], world_size=1, bucket_nbytes=1, first_index=9)
+    assert kept_on_device([*buckets, without_elements], 1.0) == frozenset()
     assert kept_on_device(buckets, 0.0) == frozenset(range(5))
     assert kept_on_device(buckets, 0.5) == {3, 4}
 

@@ -387,3 +387,72 @@ def test_arrivals_that_no_hook_delivered_do_not_count_for_the_next_backward() ->
     for parameter, other in zip(model, expected, strict=True):
         torch.testing.assert_close(parameter, other, rtol=0.0, atol=1e-6)
     optimizer.close()
+
+
+class Embedded(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = torch.nn.Embedding(10, 4)
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.linear(self.embedding(rows))
+        return result.square().mean()
+
+
+@pytest.mark.parametrize("kind", [OffloadAdam, Offloading])
+def test_gradients_of_a_bucket_that_could_not_be_read_are_forgotten(
+    kind: type[OffloadAdam],
+) -> None:
+    rows = torch.tensor([1, 2, 3])
+    states = []
+    for fails_before in (False, True):
+        model = Embedded()
+        optimizer = kind(model.parameters(), lr=1e-2, module=model)
+        if fails_before:
+            model.embedding.sparse = True
+            with pytest.raises(ValueError, match="takes dense ones only"):
+                model(rows).backward()
+            model.embedding.sparse = False
+            optimizer.zero_grad()
+        model(rows).backward()
+        optimizer.step()
+        states.append([optimizer.state[p]["exp_avg"].clone() for p in model.parameters()])
+        optimizer.close()
+    for clean, repeated in zip(*states, strict=True):
+        assert torch.equal(clean, repeated)
+
+
+def test_a_step_without_gradients_whose_copy_has_failed_is_rejected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(16, 16) for _ in range(8)])
+    offload = OffloadPolicy(bucket_nbytes=1100, pin="staging")
+    optimizer = Offloading(model.parameters(), module=model, offload=offload, accumulate="host")
+    transfer = optimizer._alive().transfer
+    finish = transfer.finish_copy
+
+    def fail(gradient_copy: object) -> None:
+        monkeypatch.setattr(transfer, "finish_copy", finish)
+        raise OSError("injected")
+
+    monkeypatch.setattr(transfer, "finish_copy", fail)
+    with pytest.raises(OSError, match="injected"):  # noqa: PT012 (either of them finishes copies)
+        model(torch.ones(2, 16)).sum().backward()
+        optimizer.step()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"missing.*call zero_grad\(\)"):
+            optimizer.step()
+    optimizer.zero_grad()
+    model(torch.ones(2, 16)).sum().backward()
+    expected = torch.stack([g.norm() for g in gradients_of(model, torch.ones(2, 16))]).norm()
+    optimizer.step()
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.total_norm == pytest.approx(float(expected), rel=1e-5)
+    optimizer.close()
+
+
+def gradients_of(model: torch.nn.Module, data: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(model(data).sum(), list(model.parameters()))
