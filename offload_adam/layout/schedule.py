@@ -21,7 +21,7 @@ a COPY_D2H that has waited for a GRADIENT.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
@@ -138,8 +138,8 @@ def plan_schedule(
         num_reduce_slots, num_staging_slots: slots in the ring of each bucket key.
     """
     forward = plans[::-1]
-    reduce_slots, earlier_packed = _rings([p for p in plans if p.uses_ring], num_reduce_slots)
-    staging_slots, earlier_staged = _rings(
+    reduce_slots, earlier_packed = _deal([p for p in plans if p.uses_ring], num_reduce_slots)
+    staging_slots, earlier_staged = _deal(
         [plan for plan in forward if plan.stages_parameters], num_staging_slots
     )
     before: dict[Task, tuple[Task, ...]] = {}
@@ -182,7 +182,27 @@ def _of_others(schedule: Schedule, task: Task) -> tuple[Task, ...]:
     return tuple(w for w in schedule.waits[task] if schedule.lane_of(w) is not lane)
 
 
-def _rings(plans: Sequence[StatePlan], num_slots: int) -> tuple[dict[int, int], dict[int, int]]:
+def ring_nbytes(
+    plans: Sequence[StatePlan],
+    nbytes_of: Callable[[StatePlan], int],
+    *,
+    num_slots: int,
+) -> int:
+    """Return the bytes of the slots of a ring, each as large as the largest bucket that uses it.
+
+    Args:
+        plans: those that use a slot, in the order in which they do.
+        nbytes_of: what a bucket takes in its slot.
+    """
+    slots, _ = _deal(plans, num_slots)
+    largest: dict[tuple[str, int], int] = {}
+    for plan in plans:
+        key = plan.bucket.bucket_key, slots[plan.bucket.index]
+        largest[key] = max(largest.get(key, 0), nbytes_of(plan))
+    return sum(largest.values())
+
+
+def _deal(plans: Sequence[StatePlan], num_slots: int) -> tuple[dict[int, int], dict[int, int]]:
     """Deal slots out in turn; return each bucket's, and the bucket that had it before, if any."""
     slots: dict[int, int] = {}
     earlier: dict[int, int] = {}

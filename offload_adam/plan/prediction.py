@@ -19,7 +19,7 @@ from offload_adam.layout.budget import (
     snapshot_buffer_nbytes,
 )
 from offload_adam.layout.flat import ParameterSpec
-from offload_adam.layout.schedule import Schedule, plan_schedule
+from offload_adam.layout.schedule import ring_nbytes
 from offload_adam.layout.state_plan import StatePlan
 from offload_adam.plan.inputs import Training
 
@@ -63,12 +63,11 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
     for plan in plans:
         (host if plan.location.is_host else device).update(plane_nbytes(plan))
     host[Category.BLOCK_SUMS] = block_sums_nbytes([p.bucket for p in plans if p.location.is_host])
-    schedule = plan_schedule(
-        plans, num_reduce_slots=NUM_REDUCE_SLOTS, num_staging_slots=NUM_STAGING_SLOTS
-    )
-    side[Category.SLOTS] = _slots(plans, schedule)
-    host[Category.STAGING] = _ring_nbytes(
-        plans, schedule.staging_slots, lambda plan: plan.bucket.shard_numel * plan.bucket.itemsize
+    side[Category.SLOTS] = _slots(plans)
+    host[Category.STAGING] = ring_nbytes(
+        [plan for plan in reversed(plans) if plan.stages_parameters],
+        lambda plan: plan.bucket.shard_numel * plan.bucket.itemsize,
+        num_slots=NUM_STAGING_SLOTS,
     )
     # Gradients that cannot be copied straight into their shard go through buffers.
     buffered = [plan for plan in plans if plan.is_offloaded and not plan.copies_straight]
@@ -100,31 +99,15 @@ def _gradients(plans: Sequence[StatePlan], training: Training) -> int:
     return min(sum(sizes), num_buckets * max(sizes, default=0))
 
 
-def _slots(plans: Sequence[StatePlan], schedule: Schedule) -> int:
+def _slots(plans: Sequence[StatePlan]) -> int:
     """Return the bytes of the slots into which gradients are packed: rings, and a pool."""
-    rings = _ring_nbytes(plans, schedule.reduce_slots, _slot_nbytes)
+    in_ring = [plan for plan in plans if plan.uses_ring]
+    rings = ring_nbytes(in_ring, _slot_nbytes, num_slots=NUM_REDUCE_SLOTS)
     pooled = [plan for plan in plans if plan.gradient.averaged and not plan.uses_ring]
     # What the host casts or adds has at most a slot for each bucket: nothing waits for a free one.
     num_folded = sum(plan.is_offloaded for plan in pooled)
     in_flight = num_folded + min(len(pooled) - num_folded, NUM_SLOTS_IN_FLIGHT)
     return rings + in_flight * max(map(_slot_nbytes, pooled), default=0)
-
-
-def _ring_nbytes(
-    plans: Sequence[StatePlan], slots: Mapping[int, int], nbytes_of: Callable[[StatePlan], int]
-) -> int:
-    """Return the bytes of a ring's slots, each as large as the largest bucket that uses it.
-
-    Args:
-        slots: of each bucket that uses one.
-    """
-    largest: dict[tuple[str, int], int] = {}
-    for plan in plans:
-        slot = slots.get(plan.bucket.index)
-        if slot is not None:
-            key = plan.bucket.bucket_key, slot
-            largest[key] = max(largest.get(key, 0), nbytes_of(plan))
-    return sum(largest.values())
 
 
 def _slot_nbytes(plan: StatePlan) -> int:

@@ -68,7 +68,10 @@ class ThreadEvent:
             raise self.error
 
 
-def _work(jobs: queue.SimpleQueue[Job | ThreadEvent | None]) -> None:
+Jobs = queue.SimpleQueue[Job | ThreadEvent | None]
+
+
+def _work(jobs: Jobs) -> None:
     error: BaseException | None = None
     while (job := jobs.get()) is not None:
         if isinstance(job, ThreadEvent):
@@ -80,6 +83,26 @@ def _work(jobs: queue.SimpleQueue[Job | ThreadEvent | None]) -> None:
             except BaseException as raised:
                 error = raised
         del job
+    _LANES.running.pop(threading.current_thread(), None)
+
+
+class _Lanes:
+    """All lanes' threads, which must have ended before the interpreter is torn down.
+
+    A thread that is in torch at that moment ends the process with an abort.
+    """
+
+    def __init__(self) -> None:
+        self.running: dict[threading.Thread, Jobs] = {}
+        # Finalizers run in reverse order at exit: those of optimizers, which are made later, still
+        # need the lanes.
+        weakref.finalize(self, _end_lanes, self.running)
+
+
+def _end_lanes(running: dict[threading.Thread, Jobs]) -> None:
+    for thread, jobs in list(running.items()):
+        jobs.put(None)
+        thread.join(10.0)
 
 
 class ThreadStreams:
@@ -89,10 +112,12 @@ class ThreadStreams:
     """
 
     def __init__(self) -> None:
-        self._jobs: dict[str, queue.SimpleQueue[Job | ThreadEvent | None]] = {}
+        self._jobs: dict[str, Jobs] = {}
         for name in dict.fromkeys(_THREADS.values()):
             jobs = self._jobs[name] = queue.SimpleQueue()
-            threading.Thread(target=_work, args=(jobs,), name=f"lane {name}", daemon=True).start()
+            lane = threading.Thread(target=_work, args=(jobs,), name=f"lane {name}", daemon=True)
+            lane.start()
+            _LANES.running[lane] = jobs
             # Not at exit: the update thread may still have copies to issue.
             weakref.finalize(self, jobs.put, None).atexit = False
 
@@ -134,6 +159,8 @@ class ThreadStreams:
         else:
             event.synchronize()
 
+
+_LANES = _Lanes()
 
 HOST_AS_DEVICE = Backend(
     is_device=lambda _: True,

@@ -173,7 +173,7 @@ def test_memory_that_runs_out_for_a_further_group_leaves_the_optimizer_as_before
 ) -> None:
     optimizer, reference = made(), made()
 
-    def run_out(state: object) -> None:
+    def run_out(*_: object) -> None:
         raise torch.OutOfMemoryError("no memory for a slot")
 
     with monkeypatch.context() as patch:
