@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from tests.support.policies import in_policies
 SCRIPT = """
 import os, sys, time
 from dataclasses import replace
+from typing import NamedTuple
 import torch
 from offload_adam import OffloadAdam
 from offload_adam.step import update_thread
@@ -67,17 +68,57 @@ def start_step(name, seconds, error=None, **options):
 """
 
 
-def run_script(body: str, returncode: int = 0) -> tuple[list[str], str]:
-    """Return the distinct lines that a script prints, in order, and what it logs."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT + body],
-        timeout=100,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == returncode, done.stderr
-    return list(dict.fromkeys(done.stdout.splitlines())), done.stderr
+BODIES = {
+    "two": """
+kept = [start_step('one', 0.2, pin='all'), start_step('two', 0.05, pin='staging')]
+tell('script ends')
+""",
+    "errors": """
+kept = [start_step('one', 0.1), start_step('two', 0.1, error=KeyError())]
+raise KeyError
+""",
+    "fork": """
+kept = start_step('one', 0.2)
+lock = kept._alive().snapshot_lock
+lock.acquire_buckets([3])  # a child that waits for the reader of this snapshot never ends
+child = os.fork()
+if child:
+    _, status = os.waitpid(child, 0)
+    tell('child ended with', status)
+    lock.finish_reading()
+""",
+    "stuck": "update_thread.CLOSE_TIMEOUT_S = 0.2\nkept = start_step('one', 3600.0)",
+}
+
+
+class Ended(NamedTuple):
+    """A script's exit status, the distinct lines that it printed, in order, and what it logged."""
+
+    returncode: int
+    lines: list[str]
+    log: str
+
+
+@pytest.fixture(scope="module")
+def ended() -> dict[str, Ended]:
+    """Run all scripts, at once, for most of their time is that of imports."""
+    running = {
+        name: subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", SCRIPT + body],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, body in BODIES.items()
+    }
+    found = {}
+    for name, process in running.items():
+        try:
+            out, log = process.communicate(timeout=100)
+        finally:
+            process.kill()
+        found[name] = Ended(process.returncode, list(dict.fromkeys(out.splitlines())), log)
+    return found
 
 
 def unpinning(name: str, num_over: int, process: str = "parent") -> list[str]:
@@ -87,44 +128,24 @@ def unpinning(name: str, num_over: int, process: str = "parent") -> list[str]:
     ]
 
 
-def test_at_exit_each_optimizer_unpins_after_its_last_update() -> None:
-    body = """
-kept = [start_step('one', 0.2, pin='all'), start_step('two', 0.05, pin='staging')]
-tell('script ends')
-"""
-    lines, log = run_script(body)
-    assert lines == ["parent script ends", *unpinning("two", 4), *unpinning("one", 4)]
-    assert log == ""
+def test_at_exit_each_optimizer_unpins_after_its_last_update(ended: dict[str, Ended]) -> None:
+    expected = ["parent script ends", *unpinning("two", 4), *unpinning("one", 4)]
+    assert ended["two"] == Ended(0, expected, "")
 
 
-def test_errors_of_the_script_and_of_an_update_change_nothing() -> None:
-    body = """
-kept = [start_step('one', 0.1), start_step('two', 0.1, error=KeyError())]
-raise KeyError
-"""
-    lines, _ = run_script(body, returncode=1)
+def test_errors_of_the_script_and_of_an_update_change_nothing(ended: dict[str, Ended]) -> None:
+    returncode, lines, log = ended["errors"]
+    assert returncode == 1, log
     assert lines == [*unpinning("two", 0), *unpinning("one", 4)]
 
 
-def test_a_forked_child_ends_and_leaves_the_memory_pinned() -> None:
-    body = """
-kept = start_step('one', 0.2)
-lock = kept._alive().snapshot_lock
-lock.acquire_buckets([3])  # a child that waits for the reader of this snapshot never ends
-child = os.fork()
-if child:
-    _, status = os.waitpid(child, 0)
-    tell('child ended with', status)
-    lock.finish_reading()
-"""
-    lines, log = run_script(body)
-    assert lines == ["parent child ended with 0", *unpinning("one", 4)]
-    assert log == ""
+def test_a_forked_child_ends_and_leaves_the_memory_pinned(ended: dict[str, Ended]) -> None:
+    assert ended["fork"] == Ended(0, ["parent child ended with 0", *unpinning("one", 4)], "")
 
 
-def test_at_exit_memory_that_an_update_still_uses_stays_pinned() -> None:
-    lines, log = run_script("update_thread.CLOSE_TIMEOUT_S = 0.2\nkept = start_step('one', 3600.0)")
-    assert lines == []
+def test_at_exit_memory_that_an_update_still_uses_stays_pinned(ended: dict[str, Ended]) -> None:
+    returncode, lines, log = ended["stuck"]
+    assert (returncode, lines) == (0, []), log
     assert "an update was still running when its optimizer was dropped" in log
 
 
