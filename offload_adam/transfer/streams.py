@@ -248,8 +248,8 @@ _CAPTURING = ("when stream is capturing", "a previous error during capture")
 """What CUDA says to a thread that asks for an event while another one captures a graph."""
 _CAPTURE_PAUSE_S = 1e-3
 _SPOILED = (
-    "a CUDA graph was being captured while parameters were being updated. The updates go on, but "
-    "CUDA gives the capture up: call synchronize() on the optimizer before the capture"
+    "a CUDA graph was being captured while the optimizer waited for work on the GPU. That goes on, "
+    "but CUDA gives the capture up: call synchronize() on the optimizer before the capture"
 )
 
 
@@ -278,24 +278,30 @@ class CudaEvent:
             with torch.cuda.device(self._device):
                 return bool(self.event.query())
         except RuntimeError as error:
-            self._reject_other(error)
+            self._outlast_capture(error)
             return False
 
     def synchronize(self) -> None:
-        """Block the calling thread until the work before it, and any capture, is over."""
+        """Block the calling thread until the work before it, and any other's capture, is over.
+
+        Raises:
+            RuntimeError: this thread itself is capturing, and would wait for ever.
+        """
         while True:
             try:
                 with torch.cuda.device(self._device):
                     self.event.synchronize()
                 return
             except RuntimeError as error:
-                self._reject_other(error)
+                self._outlast_capture(error)
                 time.sleep(_CAPTURE_PAUSE_S)
 
-    def _reject_other(self, error: RuntimeError) -> None:
-        """Raise what is no capture; say once what to do about one."""
+    def _outlast_capture(self, error: RuntimeError) -> None:
+        """Say once what to do about another thread's capture; raise any other error."""
         if not any(text in str(error) for text in _CAPTURING):
             raise error
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(_SPOILED) from error
         if not CudaEvent._has_warned:
             CudaEvent._has_warned = True
             logger.error(_SPOILED)

@@ -295,6 +295,17 @@ def test_updates_outlast_a_capture_and_their_user_is_told(
     assert "call synchronize() on the optimizer before the capture" in record.getMessage()
 
 
+def test_who_captures_does_not_wait_for_its_own_capture(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", DuringCapture)
+    event = CudaStreams(DEVICE).record(Lane.D2H)
+    cuda.captures = True
+    for use in (event.query, event.synchronize):
+        with pytest.raises(RuntimeError, match=r"call synchronize\(\) on the optimizer before"):
+            use()
+
+
 def test_other_errors_of_events_are_raised(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", DuringCapture)
     monkeypatch.setattr(DuringCapture, "reason", "CUDA error: an illegal memory access")
