@@ -53,7 +53,7 @@ def describe_machine(num_threads: int) -> dict[str, Any]:
 
 
 def _commit(folder: Path) -> str | None:
-    """Return the commit of a checkout, BENCH_COMMIT of the environment if it is none, else None.
+    """Return the commit of a checkout; without `.git`, what the variable BENCH_COMMIT says, or None.
 
     A `+` behind it says that tracked files differ from the commit.
     """

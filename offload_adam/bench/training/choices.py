@@ -9,7 +9,7 @@ def parse_batches(text: str) -> tuple[int, ...]:
     """Return numbers of sequences, none for an empty text.
 
     Raises:
-        ValueError: naming what is no number, or less than 1.
+        ValueError: naming the word that is not a whole number of at least 1.
     """
     words = [word.strip() for word in text.split(",") if word.strip()]
     wrong = [word for word in words if not word.isdecimal() or int(word) < 1]

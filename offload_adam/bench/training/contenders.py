@@ -21,7 +21,7 @@ MODEL_ALONE = "model_alone"
 OVERLAPPED, SEQUENTIAL, PLAIN = "offload_adam", "offload_adam_sequential", "torch_fused"
 TORCHAO, FSDP2, DEEPSPEED = "torchao_cpu_offload", "fsdp2_cpu_offload", "deepspeed_zero_offload"
 PACKAGES = {TORCHAO: "torchao", DEEPSPEED: "deepspeed"}
-"""What has to be installed for a contender, beside what this package needs."""
+"""The package that a contender needs in addition to those of this one."""
 
 
 class TrainContender:

@@ -230,7 +230,7 @@ def _steps(contender: TrainContender, task: Task, batch: int, host: HostPeak) ->
 
 
 def reset_peak(device: torch.device) -> None:
-    """Let the peak of GPU memory begin anew, from what is held now."""
+    """Reset the recorded peak of GPU memory to what is allocated now."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -53,7 +53,7 @@ def _group(report: Mapping[str, Any], point: Mapping[str, Any], top: int) -> Ite
             yield _text(LABEL_WIDTH, y + 14, row["reason"], style="italic")
             continue
         scale = BAR_WIDTH / longest_ms
-        # Noise can make what is exposed negative.
+        # Noise can make the exposed time negative.
         exposed_ms = max(0.0, row["exposed_ms"] or 0.0)
         model = (row["step_ms"] - exposed_ms) * scale
         yield _bar(LABEL_WIDTH, y, model, MODEL_COLOR)
