@@ -53,7 +53,7 @@ def describe_machine(num_threads: int) -> dict[str, Any]:
 
 
 def _commit(folder: Path) -> str | None:
-    """Return the commit of a checkout; without `.git`, what the variable BENCH_COMMIT says, or None.
+    """Return the commit of a checkout. Without `.git`: what BENCH_COMMIT is set to, or None.
 
     A `+` behind it says that tracked files differ from the commit.
     """
