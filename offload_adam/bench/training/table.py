@@ -23,7 +23,7 @@ LABELS = {
     MODEL_ALONE: "forward and backward alone",
     OVERLAPPED: "offload_adam, overlapped",
     SEQUENTIAL: "offload_adam, sequential",
-    PLAIN: "torch AdamW(fused=True) on the GPU",
+    PLAIN: "torch AdamW(fused=True), nothing offloaded",
     FSDP2: "FSDP2 + CPUOffloadPolicy + fused AdamW",
     TORCHAO: "torchao CPUOffloadOptimizer",
     DEEPSPEED: "DeepSpeed ZeRO-2 + CPU offload",
