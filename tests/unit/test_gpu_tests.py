@@ -238,7 +238,7 @@ echo "$arguments" >>"$OUT/asked"
 [[ "$arguments" != *test_nccl.py* ]] || { echo "a test failed"; exit 1; }
 [[ "$arguments" != "-m pytest tests/gpu "* ]] || exit 3
 # A grandchild in a group of its own outlives its parent, and keeps the output open.
-[[ "$arguments" != *test_two_ranks.py* ]] || { setsid sleep 20 & exec sleep 20; }
+[[ "$arguments" != *test_two_ranks.py* ]] || { setsid sleep 50 & exec sleep 50; }
 """
 
 
@@ -269,7 +269,7 @@ def asked_in_turn(out: Path) -> list[str]:
 def test_a_part_goes_on_after_a_step_that_fails_or_hangs(tmp_path: Path) -> None:
     start_s = time.monotonic()
     run = run_script(tmp_path, "--time-limit", "24", "part-1")
-    assert time.monotonic() - start_s < 20.0
+    assert time.monotonic() - start_s < 45.0
     assert run.returncode == 1, run.stdout + run.stderr
     assert run.stdout.endswith("FAILED: nccl two_ranks\n"), run.stdout + run.stderr
     out = tmp_path / "out"
@@ -278,7 +278,7 @@ def test_a_part_goes_on_after_a_step_that_fails_or_hangs(tmp_path: Path) -> None
     assert asked[1] == f"-m tests.gpu.probe bus {out}/bus.json"
     assert asked[-1] == f"-m tests.gpu.probe update {out}/update.json"
     log = (out / "part-1.log").read_text()
-    assert "a test failed\n== nccl ended with 1 after 0 s" in log
+    assert re.search(r"a test failed\n== nccl ended with 1 after \d+ s", log)
     assert "== two_ranks ended with 124 after" in log
     assert "== update ended with 0 after" in log
     tests = [line for line in asked if line.startswith("-m pytest ")]
@@ -302,7 +302,7 @@ def test_the_measurement_takes_options_and_a_time_limit(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     (asked,) = asked_in_turn(tmp_path / "out")
     assert asked.startswith("-m offload_adam.bench.training --json")
-    assert re.search(r"--batches 48,144 .*--time-limit 8[0-5] --batches 3 --width=64$", asked)
+    assert re.search(r"--batches 48,144 .*--time-limit [678]\d --batches 3 --width=64$", asked)
 
 
 def test_results_are_kept_as_soon_as_a_test_ends(pytester: pytest.Pytester) -> None:
