@@ -1,4 +1,4 @@
-"""`offload-adam doctor`: look at this machine, and say what to fix."""
+"""`offload-adam doctor`: check this machine before a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,48 +14,64 @@ if TYPE_CHECKING:
     from offload_adam.doctor.network import Network
 
 EXIT_FAILED = 1
-EXIT_WRONG_OPTION = 2
 
 
 def doctor(
     local_world_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Ranks to be started on this node; one a GPU by default, or one."),
+        typer.Option(
+            min=1,
+            envvar="LOCAL_WORLD_SIZE",
+            help="Ranks to be started on this node. By default one for each GPU, or one.",
+        ),
     ] = None,
     folder: Annotated[
-        Path, typer.Option("--dir", help="Where runs are to be written (run.dir).")
+        Path, typer.Option("--dir", help="Folder to which runs will be written (run.dir).")
     ] = Path("runs"),
     measure: Annotated[
         bool, typer.Option(help="Measure memory, bus and disk, which takes some seconds.")
     ] = True,
     params: Annotated[
         float | None,
-        typer.Option(min=1, help="Parameters that this node's ranks save, for the last save."),
+        typer.Option(
+            min=1,
+            help="Parameters that the ranks of this node save. Doctor then checks whether a "
+            "preempted run has time to save them.",
+        ),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write everything found to this file.")
+        Path | None, typer.Option("--json", help="Write all findings to this file.")
     ] = None,
 ) -> None:
-    """Say what this machine gives a run, line by line: ok, warning or failed, and what to do.
+    """Check this machine before a run.
 
-    Under torchrun the ranks measure their collectives together first. The measured bandwidths are
-    kept in the user's cache folder: training compares itself with them, and plans are made of them.
+    Each line is ok, a warning or failed, followed by what to do about it.
 
-    Exit codes: 0 nothing has failed, 1 something has, 2 a wrong option.
+    Under torchrun, the ranks first measure their collectives together. The measured bandwidths are
+    saved in the user's cache folder. Training compares its own speed with them, and `offload-adam
+    plan` predicts the time of a step from them.
+
+    Exit codes: 0 no check failed, 1 some check failed, 2 wrong option.
     """
     if json_file is not None and not json_file.absolute().parent.is_dir():
-        _reject(f"--json {json_file}: there is no folder {json_file.absolute().parent}")
+        folder_name = json_file.absolute().parent
+        raise typer.BadParameter(f"there is no folder {folder_name}", param_hint="--json")
+    import torch
     from rich.console import Console
 
     from offload_adam.doctor.examination import examine
-    from offload_adam.doctor.finding import Status
-    from offload_adam.doctor.tables import findings_table, summary
+    from offload_adam.doctor.finding import Status, findings_table, summary
 
-    num_ranks = _ranks(local_world_size)
-    network = _network(measure=measure)
+    network = _measured_network() if measure else None
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        return  # one rank of a node speaks, and measures the rest alone
-    found = examine(num_ranks, folder, measure=measure, num_parameters=params, network=network)
+        return  # one rank of each node runs the other checks: the ranks would disturb each other
+    found = examine(
+        local_world_size or max(1, torch.cuda.device_count()),
+        folder,
+        measure=measure,
+        num_parameters=params,
+        network=network,
+    )
     console = Console()
     console.print(findings_table(found.findings))
     console.print(summary(found.findings), highlight=False)
@@ -72,32 +88,13 @@ def doctor(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _network(*, measure: bool) -> Network | None:
-    """Measure the network with the other ranks, and part from them; None for a process alone."""
+def _measured_network() -> Network | None:
+    """Measure the network together with the other ranks, None for a process without peers."""
     from offload_adam.doctor.network import launched_world, look_at_network
 
     world = launched_world()
-    if world is None or not measure:
+    if world is None:
         return None
     network = look_at_network(world)
-    os.environ["WORLD_SIZE"] = "1"  # this process is alone from here on, and may step alone
+    os.environ["WORLD_SIZE"] = "1"  # the ranks have parted: this process may now step alone
     return network
-
-
-def _ranks(given: int | None) -> int:
-    """Return the ranks of this node: as given, as torchrun says, or one for each GPU."""
-    import torch
-
-    if given is not None:
-        return given
-    told = os.environ.get("LOCAL_WORLD_SIZE")
-    if told is None:
-        return max(1, torch.cuda.device_count())
-    if not told.isdecimal() or int(told) < 1:
-        _reject(f"LOCAL_WORLD_SIZE must be an int of at least 1, not {told!r}")
-    return int(told)
-
-
-def _reject(message: str) -> NoReturn:
-    typer.echo(f"offload-adam: {message}", err=True)
-    raise typer.Exit(EXIT_WRONG_OPTION)

@@ -1,14 +1,11 @@
-"""What this machine gives a run, what is wrong with it, and what to do about that.
+"""Checks of this machine before a run: what was found, and what to do about it.
 
-examination      all findings in the order in which they are shown; start here
-finding          one finding: ok, a warning or an error, with advice
-processors       cores, threads and Numba
-host_memory      memory, huge pages and NUMA nodes
-devices          GPUs, pinned memory and the bus
-storage          the disk that checkpoints are written to
-network          collectives of the ranks that torchrun started
-bandwidth        memory bandwidth by number of threads
-step             bandwidth of a whole optimizer step
-bandwidth_cache  measured bandwidths, kept for plans
-tables           findings as tables for users
+examination      runs all checks in the order in which they are printed; start here
+finding          one result: ok, warning or failed, with advice; the table of all results
+host             cores, threads, Numba, memory, huge pages and NUMA nodes
+devices          GPUs, pinned memory and the speed of the bus
+storage          free space and write speed of the disk
+network          collectives between the ranks that torchrun started
+bandwidth        measurements of host memory, of an optimizer step and of the bus
+bandwidth_cache  file of measured bandwidths, read by training and by `offload-adam plan`
 """

@@ -1,4 +1,4 @@
-"""The bandwidths that were measured on this machine, kept in the user's cache folder."""
+"""The measured bandwidths of this machine, in a JSON file in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -16,21 +16,12 @@ from offload_adam.layout.ring import RingSpeed
 
 logger = logging.getLogger(__name__)
 
-FILE_NAME = "bandwidth.json"
-
-
-def cache_folder() -> Path:
-    """Return this package's folder below XDG_CACHE_HOME, or below ~/.cache."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
-    return base / "offload_adam"
-
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """Which ranks a network was measured with; it is that of no others.
+    """The ranks that a network speed was measured with. It is valid for no other ranks.
 
-    backend: of torch's collectives. device: the type of the device that buckets lie on.
+    backend: of the collectives. device: type of the device that holds the buckets.
     """
 
     world_size: int
@@ -40,7 +31,7 @@ class Ranks:
 
     @property
     def num_nodes(self) -> int:
-        """How many nodes they are on."""
+        """Number of nodes."""
         return self.world_size // self.local_world_size
 
     def __str__(self) -> str:
@@ -50,19 +41,18 @@ class Ranks:
 
 
 def ranks_like(world_size: int, local_world_size: int, device: str) -> Ranks:
-    """Return the ranks of a world with the backend that training uses there."""
+    """Return ranks with the backend that training uses on this type of device."""
     return Ranks(world_size, local_world_size, "nccl" if device == "cuda" else "gloo", device)
 
 
 @dataclass(frozen=True, slots=True)
 class Bandwidth:
-    """What was measured, in 1e9 bytes a second.
+    """Measured bandwidths in 1e9 bytes a second; empty or None where nothing was measured.
 
-    memory: by number of threads; empty where it is not known.
-    step: what a whole step of the optimizer gets with the threads of all of a node's ranks, None
-        where it is not known.
-    network: of the ranks that it was measured with.
-    bus: the slowest GPU's copies in their slower direction, None where it is not known.
+    memory: by number of threads.
+    step: of an optimizer step with the threads of all ranks of a node.
+    network: by the ranks that it was measured with.
+    bus: of the slowest GPU's copies, in their slower direction.
     """
 
     memory: Mapping[int, float] = field(default_factory=dict)
@@ -71,7 +61,7 @@ class Bandwidth:
     bus: float | None = None
 
     def updated(self, newer: Bandwidth) -> Bandwidth:
-        """Return it with all that is known of a newer one."""
+        """Return a copy with the values that `newer` has."""
         return Bandwidth(
             newer.memory or self.memory,
             self.step if newer.step is None else newer.step,
@@ -80,10 +70,22 @@ class Bandwidth:
         )
 
 
-def keep(bandwidth: Bandwidth) -> Path | None:
-    """Write what was measured for later runs, and leave what was not as it is kept.
+def _path() -> Path:
+    """Return the file's path, below XDG_CACHE_HOME or else below ~/.cache.
 
-    Returns the file, None where it cannot be written.
+    Raises:
+        RuntimeError: the user has neither a home folder nor HOME.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
+    return base / "offload_adam" / "bandwidth.json"
+
+
+def keep(bandwidth: Bandwidth) -> Path | None:
+    """Update the file with what was measured, and leave its other values as they are.
+
+    Returns:
+        The file, or None, with a warning in the log, if it cannot be written.
     """
     known = recall().updated(bandwidth)
     values = {
@@ -95,67 +97,59 @@ def keep(bandwidth: Bandwidth) -> Path | None:
             {**asdict(ranks), **asdict(speed)} for ranks, speed in known.network.items()
         ],
     }
-    # Path.home() has no answer for a user without an entry and without HOME.
     try:
-        path = cache_folder() / FILE_NAME
+        path = _path()
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{FILE_NAME}.{os.getpid()}")
+        # Processes may write at the same time: each renames its own file, and the last one wins.
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
         partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
     except (OSError, RuntimeError) as error:
-        logger.warning("the measured bandwidth cannot be kept: %s", error)
+        logger.warning("Cannot save the measured bandwidth: %s", error)
         return None
     return path
 
 
 def recall() -> Bandwidth:
-    """Return what was kept; nothing is known where it is of another machine."""
+    """Return the bandwidths in the file; none if it is missing, damaged or of another machine."""
     try:
-        text = (cache_folder() / FILE_NAME).read_text(encoding="utf-8")
-        values: Any = json.loads(text)
+        values: Any = json.loads(_path().read_text(encoding="utf-8"))
         if values["machine"] != _machine():
             return Bandwidth()
         memory = {int(count): float(value) for count, value in values["memory_gb_per_s"].items()}
-        step = _number(values["step_gb_per_s"])
-        # Files of earlier versions have neither of these.
-        bus = _number(values.get("bus_gb_per_s"))
-        network = dict(map(_network, values.get("network_gb_per_s", ())))
+        # Files of earlier versions have neither bus nor network.
+        network = dict(map(_network_entry, values.get("network_gb_per_s", ())))
+        return Bandwidth(
+            {count: value for count, value in memory.items() if count > 0 and _is_possible(value)},
+            _possible_or_none(values["step_gb_per_s"]),
+            {
+                ranks: speed
+                for ranks, speed in network.items()
+                if all(map(_is_possible, asdict(speed).values()))
+            },
+            _possible_or_none(values.get("bus_gb_per_s")),
+        )
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        logger.debug("no bandwidth was kept: %s", error)
+        logger.debug("No measured bandwidth is known: %s", error)
         return Bandwidth()
-    return Bandwidth(
-        {count: value for count, value in memory.items() if count > 0 and _possible(value)},
-        step if _possible(step) else None,
-        {
-            ranks: speed
-            for ranks, speed in network.items()
-            if all(map(_possible, asdict(speed).values()))
-        },
-        bus if _possible(bus) else None,
-    )
 
 
-def _network(entry: Mapping[str, Any]) -> tuple[Ranks, RingSpeed]:
-    ranks = Ranks(
-        int(entry["world_size"]),
-        int(entry["local_world_size"]),
-        str(entry["backend"]),
-        str(entry["device"]),
-    )
+def _network_entry(entry: Mapping[str, Any]) -> tuple[Ranks, RingSpeed]:
+    sizes = int(entry["world_size"]), int(entry["local_world_size"])
     speeds = (float(entry[name]) for name in ("mean_16bit", "mean_32bit", "gather"))
-    return ranks, RingSpeed(*speeds)
+    return Ranks(*sizes, str(entry["backend"]), str(entry["device"])), RingSpeed(*speeds)
 
 
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
+def _possible_or_none(value: Any) -> float | None:
+    return float(value) if value is not None and _is_possible(float(value)) else None
 
 
-def _possible(gb_per_s: float | None) -> bool:
-    return gb_per_s is not None and 0 < gb_per_s < 1e9
+def _is_possible(gb_per_s: float) -> bool:
+    return 0 < gb_per_s < 1e9  # rejects NaN, too
 
 
 def _machine() -> dict[str, Any]:
-    """Return what must be the same for a measurement to hold."""
+    """Return what must be equal for a measurement to be valid."""
     return {
         "host": platform.node(),
         "architecture": platform.machine(),

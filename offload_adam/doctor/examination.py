@@ -1,4 +1,4 @@
-"""All findings about a machine, in the order in which they are shown."""
+"""All checks of a machine, in the order in which they are printed."""
 
 from __future__ import annotations
 
@@ -10,33 +10,31 @@ from pathlib import Path
 
 import torch
 
-from offload_adam.doctor import bandwidth_cache, devices, host_memory, processors, storage
-from offload_adam.doctor.bandwidth import counts_to_try, measure_bandwidth
+from offload_adam.doctor import bandwidth_cache, devices, host, storage
+from offload_adam.doctor.bandwidth import can_step, counts_to_try, measure_bandwidth, measure_step
 from offload_adam.doctor.bandwidth_cache import Bandwidth
 from offload_adam.doctor.finding import Finding, Status, failed, ok, warning, worst
 from offload_adam.doctor.network import Network, network_findings
-from offload_adam.doctor.step import can_step, measure_step
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import threads_per_node
 
 GOOD_SHARE = 0.8
+"""Of the highest bandwidth: all threads of a node should reach it."""
 STEP_SHARE = 0.5
+"""Of the memory bandwidth: a whole optimizer step should reach it."""
 BUSY_LOAD_PER_CORE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """What was found.
-
-    bandwidth: what was measured of memory, network and bus.
-    """
+    """The findings, and the bandwidths that were measured for them."""
 
     findings: tuple[Finding, ...]
     bandwidth: Bandwidth
 
     @property
     def status(self) -> Status:
-        """The gravest of all."""
+        """The most severe status of the findings."""
         return worst(self.findings)
 
 
@@ -48,15 +46,15 @@ def examine(
     num_parameters: float | None = None,
     network: Network | None = None,
 ) -> Examination:
-    """Look at everything that a run depends on; a look that fails is a finding of its own.
+    """Check everything that a run depends on. A check that raises becomes a finding.
 
     Args:
-        local_world_size: ranks that are to run on this node.
+        local_world_size: number of ranks to be started on this node.
         folder: where runs are to be written.
-        measure: measure memory, bus and disk, for some seconds, and keep the bandwidths for
-            training and plans.
-        num_parameters: those that this node's ranks are to save.
-        network: what the ranks have found together, before this one was left to look alone.
+        measure: measure memory, bus and disk, which takes some seconds, and save the bandwidths
+            for training and plans.
+        num_parameters: number that the ranks of this node save; None if it is not known.
+        network: what the ranks have measured together; None for a process without peers.
     """
     measured: list[Bandwidth] = []
     on_device = torch.cuda.is_available()
@@ -66,7 +64,7 @@ def examine(
         return bandwidth_cache.keep(found)
 
     def bandwidth() -> Iterator[Finding]:
-        load_average = os.getloadavg()[0]  # before the measurement has its part in it
+        load_average = os.getloadavg()[0]  # read first: the measurement itself raises it
         num_threads = threads_per_node(local_world_size, on_device=on_device)
         memory = measure_bandwidth(counts_to_try(num_threads))
         yield from bandwidth_findings(memory, load_average)
@@ -75,7 +73,7 @@ def examine(
             yield step_finding(step, memory[num_threads])
         path = keep(Bandwidth(memory, step))
         if path is not None:
-            yield ok("bandwidth kept", f"in {path}, for runs and plans to compare with")
+            yield ok("bandwidth kept", f"saved in {path}; training and `offload-adam plan` read it")
 
     def ranks() -> Iterator[Finding]:
         yield from network_findings(network, bandwidth_cache.recall(), local_world_size)
@@ -88,73 +86,63 @@ def examine(
         if speeds:
             keep(Bandwidth(bus=min(speeds)))
 
-    looks: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
-        ("cores", lambda: processors.core_findings(local_world_size, on_device=on_device)),
-        ("threading layer", lambda: [processors.threading_layer()]),
-        ("vector width", lambda: [processors.vector_width()]),
-        ("host memory", lambda: [host_memory.available()]),
-        ("locked memory", _locked_limit),
-        ("huge pages", lambda: [host_memory.huge_pages()]),
-        ("NUMA", lambda: [host_memory.numa(local_world_size)]),
+    checks: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
+        ("cores", lambda: host.core_findings(local_world_size, on_device=on_device)),
+        ("threading layer", lambda: [host.threading_layer()]),
+        ("vector width", lambda: [host.vector_width()]),
+        ("host memory", lambda: [host.available()]),
+        ("locked memory", lambda: [host.locked_limit(needed=on_device)]),
+        ("huge pages", lambda: [host.huge_pages()]),
+        ("NUMA", lambda: [host.numa(local_world_size)]),
         *([("bandwidth", bandwidth)] if measure else []),
         ("network", ranks),
         ("CUDA", gpus),
         ("disk", lambda: [storage.free_disk(folder)]),
         *([("last save", lambda: [storage.last_save(folder, num_parameters)])] if measure else []),
     ]
-    findings = [finding for topic, look in looks for finding in looked(topic, look)]
+    findings = [finding for topic, check in checks for finding in run_check(topic, check)]
     return Examination(tuple(findings), reduce(Bandwidth.updated, measured, Bandwidth()))
 
 
-def _locked_limit() -> list[Finding]:
-    return [host_memory.locked_limit(needed=torch.cuda.is_available())]
-
-
-def looked(topic: str, look: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """Return what a look finds, and its exception as a last finding where it raises one."""
+def run_check(topic: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
+    """Return the findings of a check; if it raises, the exception is the last finding."""
     findings: list[Finding] = []
     try:
-        findings.extend(look())
+        findings.extend(check())
     except HostMemoryError as error:
-        findings.append(failed(topic, str(error), "free memory: a run needs more than this"))
+        findings.append(failed(topic, str(error), "free memory: a run needs more than this check"))
     except Exception as error:
-        found = f"cannot be looked at: {type(error).__name__}: {error}"
-        findings.append(warning(topic, found, "a run may fail at the same place"))
+        found = f"the check raised {type(error).__name__}: {error}"
+        findings.append(warning(topic, found, "fix the cause: a run may fail at the same place"))
     return findings
 
 
 def bandwidth_findings(gb_per_s: Mapping[int, float], load_average: float) -> Iterator[Finding]:
-    """Yield the bandwidth by thread count; the largest count is what a node's ranks use together.
+    """Yield the memory bandwidth by number of threads, and a warning if the machine was busy.
 
     Args:
-        gb_per_s: by number of threads.
-        load_average: of the last minute before.
+        gb_per_s: by number of threads; the ranks of a node use the largest number together.
+        load_average: of the minute before the measurement.
     """
     most = max(gb_per_s)
     best = max(gb_per_s, key=lambda count: gb_per_s[count])
     for count, measured in gb_per_s.items():
         topic, found = f"bandwidth, {count} thread(s)", f"{measured:.1f} GB/s"
         if count == most and measured < GOOD_SHARE * gb_per_s[best]:
-            yield warning(
-                topic,
-                f"{found}, and {best} thread(s) have more",
-                f"set optimizer.num_threads: {best} for all ranks of a node together",
-            )
+            found += f", but {best} thread(s) reach {gb_per_s[best]:.1f} GB/s"
+            advice = f"set optimizer.num_threads: {best} for all ranks of a node together"
+            yield warning(topic, found, advice)
         else:
             yield ok(topic, found)
     if load_average > BUSY_LOAD_PER_CORE * most:
-        yield warning(
-            "load",
-            f"{load_average:.1f} on {most} core(s): the bandwidth was shared with something else",
-            "measure again when the machine is idle",
-        )
+        found = f"load average {load_average:.1f} on {most} core(s): other processes were running"
+        yield warning("load", found, "the bandwidths may be too low: measure on an idle machine")
 
 
 def step_finding(step: float, memory: float) -> Finding:
-    """Judge what a step gets of the memory's bandwidth, both in GB/s with the same threads."""
-    found = f"{step:.1f} GB/s, {step / memory:.0%} of the memory's"
+    """Compare the bandwidth of a step with that of the memory, both in GB/s for equal threads."""
+    found = f"{step:.1f} GB/s, {step / memory:.0%} of the memory bandwidth"
     if step < STEP_SHARE * memory:
-        return warning(
-            "bandwidth of a step", found, "measure again when the machine is idle; see the threads"
-        )
+        advice = "measure on an idle machine; if it stays low, check the lines on cores and threads"
+        return warning("bandwidth of a step", found, advice)
     return ok("bandwidth of a step", found)

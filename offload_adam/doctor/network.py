@@ -1,4 +1,4 @@
-"""How fast the ranks that torchrun has started exchange buckets, as a step does it."""
+"""Measurement and check of the network: how fast ranks average and gather buckets, as in a step."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from offload_adam.transfer.collectives import Collectives, PendingCollective
 from offload_adam.transfer.streams import Streams, streams_for
 
 BUCKET_NBYTES = 32 * 1024 * 1024
+# A step starts a collective while another is running, which hides some of its latency.
 NUM_IN_FLIGHT = 2
-"""Buckets at once: a step begins one while another is under way, which hides some of its work."""
 NUM_ROUNDS = 7
 _TIMEOUT = timedelta(seconds=60)
-_PAUSE_S = 5e-5
+_POLL_S = 5e-5
 
 _Start = Callable[[], PendingCollective]
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """What was found of these ranks' network: its speed, or what has gone wrong."""
+    """The measured speed of these ranks' network; if it failed, None and the error's text."""
 
     ranks: Ranks
     speed: RingSpeed | None
@@ -41,13 +41,13 @@ class Network:
 
 
 def launched_world() -> World | None:
-    """Return the world that torchrun has started this process in, None where it is alone."""
+    """Return the world that torchrun started this process in, None for a process without peers."""
     world = World.from_environment()
     return world if world.world_size > 1 else None
 
 
 def look_at_network(world: World) -> Network:
-    """Join the ranks, measure and leave them again; trouble is told, not raised. Collective."""
+    """Join the ranks, measure, and leave them; errors are returned, not raised. Collective."""
     ranks = ranks_like(world.world_size, world.local_world_size, world.device.type)
     try:
         with joined_world(_TIMEOUT, FailurePolicy(stuck_after=_TIMEOUT.total_seconds())) as joined:
@@ -60,16 +60,21 @@ def look_at_network(world: World) -> Network:
 def measure_network(
     ranks: RankGroup, device: torch.device, *, nbytes: int = BUCKET_NBYTES
 ) -> RingSpeed:
-    """Return how fast buckets of `nbytes` are averaged and gathered, the same on all ranks.
+    """Return the speed at which buckets are averaged and gathered, equal on all ranks. Collective.
 
-    By the very calls and on a group like that of a step. A round lasts as long as the slowest rank
-    takes; of each kind the median round counts. Collective.
+    The collectives and their process groups are those of a step. A round takes as long as its
+    slowest rank, and the median round counts.
+
+    Args:
+        nbytes: of a bucket.
     """
     ranks.open_data_groups([device.type])
     streams = streams_for(device)
     collectives = Collectives(ranks)
     rank, world_size = ranks.rank, ranks.world_size
-    passes = _passes_of_mean(ranks, device)
+    # On gloo the mean of a bucket is an all-reduce, elsewhere a reduce-scatter.
+    is_gloo = dist.get_backend(ranks.data_group(device)) == "gloo"
+    passes = ALL_REDUCE_PASSES if is_gloo else 1
 
     def buffers(dtype: torch.dtype) -> list[torch.Tensor]:
         numel = nbytes // dtype.itemsize // world_size * world_size
@@ -93,14 +98,8 @@ def measure_network(
     return RingSpeed(mean(torch.bfloat16), mean(torch.float32), gather())
 
 
-def _passes_of_mean(ranks: RankGroup, device: torch.device) -> int:
-    """Return the passes of a bucket's mean: on gloo it is all-reduced, elsewhere scattered."""
-    backend = dist.get_backend(ranks.data_group(device))
-    return ALL_REDUCE_PASSES if backend == "gloo" else 1
-
-
 def _median_s(ranks: RankGroup, streams: Streams, lane: Lane, starts: Sequence[_Start]) -> float:
-    """Return the median seconds of a round; the first, which connects the ranks, is left out."""
+    """Return the median seconds of a round, without the first, which connects the ranks."""
     rounds = [_round_s(ranks, streams, lane, starts) for _ in range(1 + NUM_ROUNDS)]
     slowest = torch.tensor(rounds[1:], dtype=torch.float64, device="cpu")
     ranks.all_reduce(slowest, dist.ReduceOp.MAX)
@@ -108,81 +107,76 @@ def _median_s(ranks: RankGroup, streams: Streams, lane: Lane, starts: Sequence[_
 
 
 def _round_s(ranks: RankGroup, streams: Streams, lane: Lane, starts: Sequence[_Start]) -> float:
-    ranks.all_reduce(torch.zeros(1, dtype=torch.float32, device="cpu"))  # they begin together
+    # A barrier: the time of a rank must not contain the delay of another rank's start.
+    ranks.all_reduce(torch.zeros(1, dtype=torch.float32, device="cpu"))
     start_s = time.perf_counter()
     for pending in [start() for start in starts]:
         pending.wait(ranks)
-    over = streams.record(lane)
-    ranks.wait_until(over.query, pause_s=_PAUSE_S)  # on a device; a host's collective is over
+    # On a device, the host has not waited yet: the collective is over when its stream is.
+    ranks.wait_until(streams.record(lane).query, pause_s=_POLL_S)
     return time.perf_counter() - start_s
 
 
 def network_findings(
     network: Network | None, known: Bandwidth, num_ranks: int
 ) -> Iterator[Finding]:
-    """Yield what is found of the network, or how to find it.
+    """Yield the finding on the network, or how to measure it.
 
     Args:
-        network: None for a process that is alone.
-        known: what was kept before.
-        num_ranks: of this node.
+        network: None for a process without peers.
+        known: bandwidths that were measured earlier.
+        num_ranks: number of ranks on this node.
     """
     if network is None:
-        found = [f"{ranks}: {_said(speed)}" for ranks, speed in known.network.items()]
-        found += [f"ranks that are started like a run measure it, {_how_to_measure(num_ranks)}"]
+        found = [f"{ranks}: {_speeds(speed)}" for ranks, speed in known.network.items()]
+        command = f"torchrun --nproc-per-node={max(2, num_ranks)} -m offload_adam doctor"
+        found += [f"to measure it, start doctor as the run is started; on one node: {command}"]
         yield ok("network", "; ".join(found))
     elif network.speed is None:
         yield failed(
             "network",
             f"{network.ranks}: {network.trouble}",
-            "see that all ranks reach MASTER_ADDR and each other: firewalls, the interfaces in "
-            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME; NCCL_DEBUG=INFO says more",
+            "check that every rank reaches MASTER_ADDR and all other ranks: firewalls, and the "
+            "interfaces in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME; NCCL_DEBUG=INFO logs more",
         )
     else:
         yield judged(network.ranks, network.speed)
 
 
 def judged(ranks: Ranks, speed: RingSpeed) -> Finding:
-    """Judge a measured speed by what the slowest hardware of its kind has."""
-    found = f"{ranks}: {_said(speed)}"
+    """Compare a measured speed with that of the slowest usual hardware of its kind."""
+    found = f"{ranks}: {_speeds(speed)}"
     least, advice = _least(ranks)
     if speed.least < least:
-        return warning("network", found, f"less than {least} GB/s a rank: {advice}")
+        return warning("network", f"{found}; expected {least} GB/s or more", advice)
     return ok("network", found)
 
 
 def _least(ranks: Ranks) -> tuple[float, str]:
-    """Return the GB/s below which something is wrong, and what to look at then.
-
-    GPUs of one node have 5 by way of the host's memory over PCIe 3. Between nodes, Ethernet of 10
-    Gbit/s has 1.2, and gloo, which copies much, gets half of it.
-    """
+    """Return the GB/s below which something is wrong, and what to check then."""
     if ranks.backend == "nccl" and ranks.num_nodes == 1:
+        # GPUs of one node that copy through host memory over PCIe 3 reach this.
         return 5.0, (
-            "see whether the GPUs reach each other (nvidia-smi topo -m, NCCL_DEBUG=INFO), and that "
-            "NCCL_P2P_DISABLE is not set"
+            "check whether the GPUs reach each other directly (nvidia-smi topo -m, "
+            "NCCL_DEBUG=INFO), and that NCCL_P2P_DISABLE is not set"
         )
     if ranks.backend == "nccl":
+        # Ethernet of 10 Gbit/s gives 1.2.
         return 1.0, (
-            "let NCCL_DEBUG=INFO say which interface is taken, name the fastest in "
+            "see with NCCL_DEBUG=INFO which interface NCCL uses, name the fastest in "
             "NCCL_SOCKET_IFNAME or NCCL_IB_HCA, and raise train.gradient_accumulation_steps"
         )
     if ranks.num_nodes == 1:
-        return 0.1, "measure again when the machine is idle; no more ranks than there are cores"
+        return 0.1, "measure on an idle machine, and start no more ranks than there are cores"
+    # gloo copies much, and gets half of Ethernet's 1.2.
     return 0.5, (
         "name the fastest interface in GLOO_SOCKET_IFNAME, and raise "
         "train.gradient_accumulation_steps"
     )
 
 
-def _said(speed: RingSpeed) -> str:
-    """Say what a rank sends, and what it comes to."""
+def _speeds(speed: RingSpeed) -> str:
     return (
-        f"a rank sends {speed.mean_16bit:.2f} GB/s averaging bf16, {speed.mean_32bit:.2f} "
-        f"averaging fp32, {speed.gather:.2f} gathering"
+        f"each rank sends {speed.mean_16bit:.2f} GB/s averaging bf16, {speed.mean_32bit:.2f} "
+        f"averaging fp32, {speed.gather:.2f} gathering bf16"
     )
-
-
-def _how_to_measure(num_ranks: int) -> str:
-    count = max(2, num_ranks)
-    return f"on one node by torchrun --nproc-per-node={count} -m offload_adam doctor"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from offload_adam.doctor import bandwidth_cache
-from offload_adam.doctor.devices import bus_gb_per_s
-from offload_adam.doctor.step import measure_step
+from offload_adam.doctor.bandwidth import bus_gb_per_s, measure_step
 from offload_adam.kernels.threads import threads_per_node
 from offload_adam.plan.inputs import Machine, Source, Training
 

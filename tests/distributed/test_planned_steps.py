@@ -12,8 +12,8 @@ from torch import nn
 
 from offload_adam import OffloadAdam
 from offload_adam.coordinator.ranks import open_rank_group
+from offload_adam.doctor.bandwidth import measure_step
 from offload_adam.doctor.network import measure_network
-from offload_adam.doctor.step import measure_step
 from offload_adam.kernels.threads import allowed_cores
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.ring import RingSpeed

@@ -426,7 +426,7 @@ def test_it_needs_neither_pydantic_nor_typer_nor_rich() -> None:
         "import sys\n"
         "for name in ('pydantic', 'typer', 'rich', 'yaml', 'plotly'): sys.modules[name] = None\n"
         "import offload_adam.bench.training.__main__\n"
-        "import offload_adam.doctor.devices\n"
+        "import offload_adam.doctor.bandwidth\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
 

@@ -249,7 +249,7 @@ def _bus_down_gb_per_s(device: str) -> float | None:
     """Return the bandwidth of copies to the host, None where there are none."""
     if not device.startswith("cuda"):
         return None
-    from offload_adam.doctor.devices import bus_gb_per_s
+    from offload_adam.doctor.bandwidth import bus_gb_per_s
 
     try:
         _, down = bus_gb_per_s(torch.device(device).index or 0)

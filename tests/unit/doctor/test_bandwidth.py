@@ -1,4 +1,4 @@
-"""The measured bandwidth, and where it is kept."""
+"""Measured bandwidths, and the file in which they are saved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offload_adam.doctor import bandwidth, bandwidth_cache, step
+from offload_adam.doctor import bandwidth, bandwidth_cache
 from offload_adam.doctor.bandwidth_cache import Bandwidth
 from offload_adam.kernels.probe import pass_over
 
@@ -44,7 +44,7 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_what_is_kept_reads_back(cache_home: Path) -> None:
+def test_saved_bandwidths_read_back(cache_home: Path) -> None:
     assert bandwidth_cache.recall() == Bandwidth()
     path = bandwidth_cache.keep(Bandwidth({1: 0.1 + 0.2, 2: 40.0}, 1 / 3))
     assert path == cache_home / "offload_adam" / "bandwidth.json"
@@ -72,7 +72,7 @@ def test_the_bandwidth_of_another_machine_is_not_used(
         '{"machine": MACHINE, "memory_gb_per_s": [1]}',
     ],
 )
-def test_a_damaged_file_is_as_none(cache_home: Path, damage: str) -> None:
+def test_a_damaged_file_is_ignored(cache_home: Path, damage: str) -> None:
     path = bandwidth_cache.keep(Bandwidth({1: 20.0}))
     assert path is not None
     machine = json.dumps(json.loads(path.read_text())["machine"])
@@ -80,29 +80,31 @@ def test_a_damaged_file_is_as_none(cache_home: Path, damage: str) -> None:
     assert bandwidth_cache.recall() == Bandwidth()
 
 
-def test_values_that_cannot_be_are_left_out(cache_home: Path) -> None:
+def test_impossible_values_are_ignored(cache_home: Path) -> None:
     memory = {0: 5.0, 1: -1.0, 2: float("nan"), 3: float("inf"), 4: 8.0}
     bandwidth_cache.keep(Bandwidth(memory, float("inf")))
     assert bandwidth_cache.recall() == Bandwidth({4: 8.0})
 
 
-def test_a_folder_that_cannot_be_written_is_survived(
+def test_an_unwritable_folder_is_a_warning_in_the_log(
     cache_home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (cache_home / "offload_adam").write_text("a file")
     assert bandwidth_cache.keep(Bandwidth({1: 20.0})) is None
-    assert "cannot be kept" in caplog.text
+    assert "Cannot save the measured bandwidth" in caplog.text
     assert bandwidth_cache.recall() == Bandwidth()
 
 
 def test_a_step_counts_every_byte_that_it_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "_step_s", lambda _: 0.5)
+    monkeypatch.setattr(bandwidth, "_step_s", lambda _: 0.5)
     # 24 of state, 2 twice of gradient, 2 of parameter, for 8 times 1,024 elements.
-    assert step.measure_step(1, numel=8192, num_steps=1) == pytest.approx(8192 * 30 / 0.5 / 1e9)
+    assert bandwidth.measure_step(1, numel=8192, num_steps=1) == pytest.approx(
+        8192 * 30 / 0.5 / 1e9
+    )
 
 
 def test_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert step.measure_step(1, numel=8192, num_steps=3) > 0.0
-    assert step.can_step()
+    assert bandwidth.measure_step(1, numel=8192, num_steps=3) > 0.0
+    assert bandwidth.can_step()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not step.can_step()
+    assert not bandwidth.can_step()

@@ -1,4 +1,4 @@
-"""What doctor makes of machines that are not this one, and of files that describe them."""
+"""The findings of doctor on other machines, faked by patches and by files."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from offload_adam.doctor import (
+    bandwidth,
     bandwidth_cache,
     devices,
     examination,
-    host_memory,
-    processors,
+    host,
     storage,
 )
-from offload_adam.doctor.examination import bandwidth_findings, examine, looked
+from offload_adam.doctor.examination import bandwidth_findings, examine, run_check
 from offload_adam.doctor.finding import Finding, Status, failed, ok, warning, worst
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels import threads
@@ -28,14 +28,14 @@ from offload_adam.train.speeds import known_speeds
 from tests.support.cuda_runtime import StandInRuntime
 
 
-def test_the_gravest_status_counts() -> None:
+def test_the_most_severe_status_counts() -> None:
     fine, costly, broken = ok("a", "b"), warning("a", "b", "c"), failed("a", "b", "c")
     assert worst([]) is Status.OK
     assert worst([fine, costly, fine]) is Status.WARNING
     assert worst([costly, broken, fine]) is Status.FAILED
 
 
-def test_what_is_not_right_comes_with_advice() -> None:
+def test_a_warning_needs_advice() -> None:
     with pytest.raises(AssertionError, match="advice"):
         Finding("disk", Status.WARNING, "full")
 
@@ -44,25 +44,25 @@ def test_what_is_not_right_comes_with_advice() -> None:
     ("numbers", "text"),
     [([0, 1, 2, 3, 8], "0-3,8"), ([5], "5"), ([], ""), ([1, 3, 4], "1,3-4")],
 )
-def test_cores_are_told_as_ranges(numbers: list[int], text: str) -> None:
-    assert processors.ranges(numbers) == text
+def test_cores_are_printed_as_ranges(numbers: list[int], text: str) -> None:
+    assert host.ranges(numbers) == text
 
 
 def test_a_quota_below_one_core_is_a_warning() -> None:
-    assert processors._quota(None).status is Status.OK
-    assert processors._quota(2.5).found.endswith("2.5 core(s)")
-    assert processors._quota(0.5).status is Status.WARNING
+    assert host.cpu_quota(None).status is Status.OK
+    assert host.cpu_quota(2.5).found.endswith("2.5 core(s)")
+    assert host.cpu_quota(0.5).status is Status.WARNING
 
 
-def test_ranks_without_a_core_of_their_own_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processors, "allowed_cores", lambda: 2)
-    plan = list(processors.thread_plan(2, [4, 5], 1))
+def test_more_ranks_than_cores_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "allowed_cores", lambda: 2)
+    plan = list(host.thread_plan(2, [4, 5], 1))
     assert [(one.topic, one.status) for one in plan] == [
         ("local rank 0", Status.OK),
         ("local rank 1", Status.OK),
     ]
     assert plan[1].found == "1 thread(s) on core(s) 4-5"
-    assert {one.status for one in processors.thread_plan(3, [4, 5], 1)} == {Status.WARNING}
+    assert {one.status for one in host.thread_plan(3, [4, 5], 1)} == {Status.WARNING}
 
 
 def test_a_core_for_each_rank_stays_free_where_there_is_a_gpu(
@@ -103,17 +103,17 @@ def test_a_core_for_each_rank_stays_free_where_there_is_a_gpu(
     ],
 )
 def test_the_width_is_that_of_the_arithmetic(assembly: str, bits: int | None) -> None:
-    assert processors.widest_register(assembly) == bits
+    assert host.widest_register(assembly) == bits
 
 
 def test_narrow_vectors_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processors, "_compiled_loop", lambda: "mulps %xmm0, %xmm1")
-    assert processors.vector_width().status is Status.WARNING
+    monkeypatch.setattr(host, "_compiled_loop", lambda: "mulps %xmm0, %xmm1")
+    assert host.vector_width().status is Status.WARNING
 
 
 def test_the_workqueue_layer_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processors, "select_threading_layer", lambda: "workqueue")
-    found = processors.threading_layer()
+    monkeypatch.setattr(host, "select_threading_layer", lambda: "workqueue")
+    found = host.threading_layer()
     assert found.status is Status.WARNING
     assert "libgomp" in found.advice
 
@@ -130,50 +130,50 @@ AnonHugePages:     40960 kB
 
 
 def test_huge_pages_are_those_of_the_mapping() -> None:
-    assert host_memory.huge_nbytes(SMAPS, 0x7F0000200000) == 40 * 2**20
-    assert host_memory.huge_nbytes(SMAPS, 0x7F00001FFFFF) == 0
-    assert host_memory.huge_nbytes(SMAPS, 0x7F0004200000) is None
+    assert host.huge_nbytes(SMAPS, 0x7F0000200000) == 40 * 2**20
+    assert host.huge_nbytes(SMAPS, 0x7F00001FFFFF) == 0
+    assert host.huge_nbytes(SMAPS, 0x7F0004200000) is None
 
 
 def test_huge_pages_that_are_off_or_not_granted_are_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setting = tmp_path / "enabled"
-    assert host_memory.huge_pages(setting).status is Status.WARNING
+    assert host.huge_pages(setting).status is Status.WARNING
     setting.write_text("always madvise [never]\n")
-    assert "echo madvise" in host_memory.huge_pages(setting).advice
+    assert "echo madvise" in host.huge_pages(setting).advice
     setting.write_text("always [madvise] never\n")
     for share, status in ((0.2, Status.WARNING), (1.0, Status.OK), (None, Status.OK)):
-        monkeypatch.setattr(host_memory, "granted_share", lambda share=share: share)
-        assert host_memory.huge_pages(setting).status is status
+        monkeypatch.setattr(host, "granted_share", lambda share=share: share)
+        assert host.huge_pages(setting).status is status
 
 
-def test_one_rank_over_two_numa_nodes_is_a_warning(tmp_path: Path) -> None:
+def test_one_rank_on_two_numa_nodes_is_a_warning(tmp_path: Path) -> None:
     for node, cores in (("node0", "0-15"), ("node1", "16-31"), ("node2", "")):
         (tmp_path / node).mkdir()
         (tmp_path / node / "cpulist").write_text(f"{cores}\n")
-    alone = host_memory.numa(1, tmp_path)
+    alone = host.numa(1, tmp_path)
     assert alone.status is Status.WARNING
     assert "node 1: core(s) 16-31; node 2: core(s) none" in alone.found
     assert "start 2 ranks" in alone.advice
-    assert host_memory.numa(2, tmp_path).status is Status.OK
-    assert host_memory.numa(1, tmp_path / "none").status is Status.OK
+    assert host.numa(2, tmp_path).status is Status.OK
+    assert host.numa(1, tmp_path / "none").status is Status.OK
 
 
 def test_a_low_limit_of_locked_memory_matters_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     resource = pytest.importorskip("resource")
     monkeypatch.setattr(resource, "getrlimit", lambda _: (8 * 2**20, 8 * 2**20))
-    assert host_memory.locked_limit(needed=False).status is Status.OK
-    low = host_memory.locked_limit(needed=True)
+    assert host.locked_limit(needed=False).status is Status.OK
+    low = host.locked_limit(needed=True)
     assert low.status is Status.WARNING
     assert "8.00 MiB" in low.found
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
-    assert host_memory.locked_limit(needed=True).found == "unlimited"
+    assert host.locked_limit(needed=True).found == "unlimited"
 
 
 def test_little_available_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_memory, "available_memory", lambda: (2**20, "control group"))
-    found = host_memory.available()
+    monkeypatch.setattr(host, "available_memory", lambda: (2**20, "control group"))
+    found = host.available()
     assert found.status is Status.WARNING
     assert found.found.startswith("1.00 MiB available (control group)")
 
@@ -211,7 +211,7 @@ class FakeGpus:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU model {index}")
 
 
-def test_gpus_in_use_or_too_few_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_in_use_or_too_few_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeGpus(monkeypatch)
     found = list(devices.device_findings(4, None))
     assert [one.status for one in found] == [Status.FAILED, Status.OK, Status.WARNING]
@@ -230,7 +230,7 @@ def test_memory_that_cannot_be_pinned_is_a_failure(monkeypatch: pytest.MonkeyPat
         raise HostMemoryError("CUDA could not pin it")
 
     monkeypatch.setattr(HostArena, "pin", refuse)
-    monkeypatch.setattr(devices, "CudaRuntime", StandInRuntime)
+    monkeypatch.setattr(bandwidth, "CudaRuntime", StandInRuntime)
     speeds: list[float] = []
     assert devices.bus(0, speeds).status is Status.FAILED
     assert speeds == []
@@ -255,7 +255,7 @@ def test_the_slowest_bus_is_kept_beside_the_rest(
     assert machine.source_of("bus") is Source.KEPT
 
 
-def test_more_threads_that_give_less_are_a_warning() -> None:
+def test_a_lower_bandwidth_with_more_threads_is_a_warning() -> None:
     rising = list(bandwidth_findings({1: 10.0, 2: 20.0, 4: 19.0}, 0.1))
     assert {one.status for one in rising} == {Status.OK}
     assert rising[0].topic == "bandwidth, 1 thread(s)"
@@ -269,15 +269,15 @@ def test_a_step_that_gets_less_than_half_is_a_warning() -> None:
     assert examination.step_finding(20.0, 40.0).status is Status.OK
     slow = examination.step_finding(19.0, 40.0)
     assert slow.status is Status.WARNING
-    assert slow.found == "19.0 GB/s, 48% of the memory's"
+    assert slow.found == "19.0 GB/s, 48% of the memory bandwidth"
 
 
-def test_a_look_that_raises_does_not_stop_the_others() -> None:
-    def look() -> Iterator[Finding]:
+def test_a_check_that_raises_does_not_stop_the_others() -> None:
+    def check() -> Iterator[Finding]:
         yield ok("first", "seen")
         raise OSError("gone")
 
-    first, second = looked("cores", look)
+    first, second = run_check("cores", check)
     assert first.found == "seen"
     assert second.status is Status.WARNING
     assert "OSError: gone" in second.found
@@ -285,20 +285,20 @@ def test_a_look_that_raises_does_not_stop_the_others() -> None:
     def lacking() -> Iterator[Finding]:
         raise HostMemoryError("no room")
 
-    assert looked("bandwidth", lacking)[0].status is Status.FAILED
+    assert run_check("bandwidth", lacking)[0].status is Status.FAILED
 
 
-def test_this_machine_can_be_looked_at_without_measuring(tmp_path: Path) -> None:
+def test_this_machine_can_be_checked_without_measuring(tmp_path: Path) -> None:
     found = examine(1, tmp_path, measure=False)
     topics = [one.topic for one in found.findings]
     expected = "affinity, CPU quota, local rank 0, Numba's threads, threading layer, vector width, "
     expected += "host memory, locked memory, huge pages, NUMA"
     assert topics[:10] == expected.split(", ")
-    assert not any("cannot be looked at" in one.found for one in found.findings)
+    assert not any("the check raised" in one.found for one in found.findings)
     assert not any(topic.startswith("bandwidth") for topic in topics)
 
 
-def test_a_save_that_torchrun_would_cut_off() -> None:
+def test_a_save_that_torchrun_would_kill_is_a_warning() -> None:
     """16 bytes a parameter: at 2 GB/s, 30 s are enough for 3.75e9 of them."""
     finding = storage.save_in_time(2.0, 30.0, None)
     assert finding.status is Status.OK
@@ -306,7 +306,7 @@ def test_a_save_that_torchrun_would_cut_off() -> None:
     assert storage.save_in_time(2.0, 30.0, 3.74e9).status is Status.OK
     finding = storage.save_in_time(2.0, 30.0, 7.5e9)
     assert finding.status is Status.WARNING
-    assert "a save of 7.5e+09 takes 60 s and would be killed" in finding.found
+    assert "saving 7.5e+09 takes 60 s, so the run would be killed" in finding.found
     assert "--shutdown-timeout=120" in finding.advice
 
 

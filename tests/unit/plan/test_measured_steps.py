@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from offload_adam import OffloadAdam
-from offload_adam.doctor.step import measure_step
+from offload_adam.doctor.bandwidth import measure_step
 from offload_adam.kernels.threads import allowed_cores
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.plan.inputs import Machine, Source, Training
