@@ -1,4 +1,4 @@
-"""`report.html`: what a run did with its time and its memory, in one file that opens offline."""
+"""`report.html`: where the time and the memory of a run went, in one file that opens offline."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from typing import Any
 
 from offload_adam.errors import MissingExtraError
 from offload_adam.profiling import charts
-from offload_adam.profiling.diagnosis import Diagnosis, Resource
+from offload_adam.profiling.diagnosis import Diagnosis
 from offload_adam.profiling.peak import Peak, peaks_of, place_of
+from offload_adam.profiling.phases import Resource
 from offload_adam.profiling.profile import RankProfile
 from offload_adam.units import format_nbytes
 
 TOLERANCE = 0.02
-"""Measured bytes may differ this much from the predicted ones before the report marks them."""
-_DIFFERS = "differs by more than 2%"
+"""Measured bytes that differ more than this from the predicted ones are marked."""
 
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """All that the report draws.
+    """The content of the report.
 
-    predicted: bytes by category of the ledger, as planned, for one rank.
     records: the lines of `metrics.jsonl`.
-    achieved: GB/s of rank 0's updates; limit: its share of what this machine's memory gives. None
-        where they are not known.
-    buckets: bytes by bucket and category on rank 0.
-    planned_ms: what a step was planned to spend on a resource, and where its speed is known from.
+    predicted: bytes by category of the ledger, for one rank.
+    achieved: GB/s of rank 0's updates, None if it is not known.
+    limit: this rank's share of the memory bandwidth in GB/s, None if it is not known.
+    buckets: bytes by bucket and category, on rank 0.
+    planned_ms: milliseconds that a step was predicted to spend on a resource, and the source of
+        its speed.
     """
 
     title: str
@@ -42,14 +43,9 @@ class ReportInputs:
     buckets: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     planned_ms: Mapping[Resource, tuple[float, str]] = field(default_factory=dict)
 
-    @property
-    def peaks(self) -> list[Peak]:
-        """Where most memory was held: on the host, and on a device."""
-        return peaks_of(self.profiles)
-
 
 def write_report(inputs: ReportInputs, path: Path) -> None:
-    """Write the report; it loads nothing from anywhere.
+    """Write the report, which loads nothing from the network.
 
     Raises:
         MissingExtraError: plotly is not installed.
@@ -61,124 +57,98 @@ def write_report(inputs: ReportInputs, path: Path) -> None:
         raise MissingExtraError(
             "report.html needs plotly: pip install 'offload-adam[report]'"
         ) from error
-    figures = charts.all_charts(inputs.profiles, inputs.records, inputs.predicted)
-    parts = [
+    sections = [
         f"<section><h2>{html.escape(chart.title)}</h2><p>{html.escape(chart.caption)}</p>"
         + plotly.io.to_html(
             chart.figure,
             full_html=False,
             include_plotlyjs=False,
-            # A double click resets what a drag has enlarged; the bar would lie on the legend.
+            # Without the mode bar, which would cover the legend. A double click resets the zoom.
             config={"responsive": True, "displayModeBar": False},
             div_id=f"chart-{chart.key}",
         )
         + "</section>"
-        for chart in figures
+        for chart in charts.all_charts(inputs.profiles, inputs.records, inputs.predicted)
     ]
+    diagnosis, peaks = inputs.diagnosis, peaks_of(inputs.profiles)
     page = _PAGE.format(
         title=html.escape(inputs.title),
-        sentence=html.escape(_sentence(inputs)),
-        notes=_notes(inputs),
-        tables=_bytes_tables(inputs) + _buckets(inputs),
-        charts="\n".join(parts),
+        sentence=html.escape(diagnosis.sentence if diagnosis else "No whole step was recorded."),
+        notes="\n".join(f"<p>{html.escape(note)}</p>" for note in _notes(inputs, peaks)),
+        tables="\n".join(_bytes_table(inputs, peak) for peak in peaks) + _buckets_table(inputs),
+        charts="\n".join(sections),
         script=get_plotlyjs(),
     )
     path.write_text(page, encoding="utf-8")
 
 
-def _sentence(inputs: ReportInputs) -> str:
-    if inputs.diagnosis is None:
-        return "No whole step was recorded."
-    return inputs.diagnosis.sentence
-
-
-def _notes(inputs: ReportInputs) -> str:
-    """Return the further sentences, each a paragraph."""
-    sentences = [_bandwidth(inputs), *_times(inputs), _dropped(inputs)]
-    sentences += [peak.sentence for peak in inputs.peaks]
-    return "\n".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences if sentence)
-
-
-def _bandwidth(inputs: ReportInputs) -> str:
-    if inputs.achieved is None:
-        return ""
-    text = f"Updates move {inputs.achieved:.1f} GB/s on rank 0"
-    if inputs.limit is None:
-        return text + "; what the memory gives is not known: offload-adam doctor measures it."
-    share = 100.0 * inputs.achieved / inputs.limit
-    return (
-        f"{text}, {share:.0f}% of the {inputs.limit:.1f} GB/s that are its share of what was "
-        "measured of this machine's memory."
-    )
-
-
-def _times(inputs: ReportInputs) -> Iterator[str]:
-    """Yield what the training thread spent on each resource that a time was planned for."""
-    if inputs.diagnosis is None:
-        return
-    for resource, (planned_ms, source) in inputs.planned_ms.items():
-        found_ms = inputs.diagnosis.shares[resource] * inputs.diagnosis.step_ms
-        yield (
-            f"The training thread spends {found_ms:.1f} ms of a step on {resource.value}; planned "
-            f"were {planned_ms:.1f} ms where nothing hides them, by the speed {source}."
-        )
-
-
-def _dropped(inputs: ReportInputs) -> str:
-    """Say of which ranks only the latest spans were kept."""
-    ranks = [str(profile.rank) for profile in inputs.profiles if profile.num_dropped]
-    if not ranks:
-        return ""
-    return f"The run was long: only the latest spans of rank(s) {', '.join(ranks)} are in here."
-
-
-def _bytes_tables(inputs: ReportInputs) -> str:
-    """Return one table for each peak: predicted beside measured bytes, those that differ marked."""
-    return "\n".join(_bytes_table(inputs, peak) for peak in inputs.peaks)
+def _notes(inputs: ReportInputs, peaks: Sequence[Peak]) -> Iterator[str]:
+    """Yield the paragraphs below the diagnosis."""
+    if inputs.achieved is not None:
+        text = f"Updates move {inputs.achieved:.1f} GB/s on rank 0"
+        if inputs.limit is None:
+            yield f"{text}. To measure this machine's memory bandwidth, run offload-adam doctor."
+        else:
+            yield (
+                f"{text}, {inputs.achieved / inputs.limit:.0%} of the {inputs.limit:.1f} GB/s that "
+                "is its share of this machine's measured memory bandwidth."
+            )
+    if inputs.diagnosis is not None:
+        for resource, (planned_ms, source) in inputs.planned_ms.items():
+            found_ms = inputs.diagnosis.shares[resource] * inputs.diagnosis.step_ms
+            yield (
+                f"The training thread spends {found_ms:.1f} ms of a step on {resource.value}. The "
+                f"plan predicts {planned_ms:.1f} ms without overlap (speed {source})."
+            )
+    dropped = [str(profile.rank) for profile in inputs.profiles if profile.num_dropped]
+    if dropped:
+        ranks = ", ".join(dropped)
+        yield f"The run was long: this report has only the latest spans of rank(s) {ranks}."
+    yield from (peak.sentence for peak in peaks)
 
 
 def _bytes_table(inputs: ReportInputs, peak: Peak) -> str:
+    """Return the table of one peak, with the categories marked that differ from the plan."""
     held = inputs.profiles[0].peaks
-    title = f"rank {peak.rank}, {peak.where}"
-    rows = [
-        f"<tr><th>{html.escape(title)}</th><th>at the peak</th><th></th><th>most of it ever</th>"
-        "<th>predicted</th><th></th></tr>"
-    ]
     planned = {n: size for n, size in inputs.predicted.items() if place_of(n) == peak.where}
-    unseen = [name for name in (*held, *planned) if place_of(name) == peak.where]
-    for category in dict.fromkeys([*peak.parts, *unseen]):
+    others = [name for name in (*held, *planned) if place_of(name) == peak.where]
+    head = [f"rank {peak.rank}, {peak.where}", "at the peak", "", "maximum", "predicted", ""]
+    rows = [_row(head, tag="th")]
+    for category in dict.fromkeys([*peak.parts, *others]):
         found, expected = held.get(category), planned.get(category)
         if not (peak.parts.get(category) or found or expected):
             continue
-        differs = expected is not None and found is not None and not _close(found, expected)
+        differs = (
+            expected is not None
+            and found is not None
+            and abs(found - expected) > TOLERANCE * max(expected, 1)
+        )
         part = peak.parts.get(category, 0)
-        cells = [category, format_nbytes(part), f"{part / peak.nbytes:.1%}", _shown(found)]
-        cells += [_shown(expected), _DIFFERS if differs else ""]
-        row = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        rows.append(f"<tr{' class=differs' if differs else ''}>{row}</tr>")
-    total = format_nbytes(peak.nbytes)
-    rows.append(f"<tr class=total><td>together</td><td>{total}</td><td></td><td></td></tr>")
+        cells = [category, format_nbytes(part), f"{part / peak.nbytes:.1%}"]
+        cells += [_shown(found), _shown(expected)]
+        mark = f"differs by more than {TOLERANCE:.0%}" if differs else ""
+        rows.append(_row([*cells, mark], kind="differs" if differs else ""))
+    rows.append(_row(["total", format_nbytes(peak.nbytes), "", ""], kind="total"))
     return f'<div class="wide"><table>{"".join(rows)}</table></div>'
 
 
-def _buckets(inputs: ReportInputs) -> str:
-    """Return a folded table of what lies in each bucket; its bytes are the same all along."""
+def _buckets_table(inputs: ReportInputs) -> str:
+    """Return a folded table of the bytes of each bucket, which are constant over the run."""
     if not inputs.buckets:
         return ""
     names = list(dict.fromkeys(name for held in inputs.buckets.values() for name in held))
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ["bucket", *names])
-    rows = [
-        f"<tr><td>{number}</td>" + "".join(f"<td>{_shown(held.get(n))}</td>" for n in names)
-        for number, held in sorted(inputs.buckets.items())
-    ]
+    rows = [_row(["bucket", *names], tag="th")]
+    for number, held in sorted(inputs.buckets.items()):
+        rows.append(_row([str(number), *(_shown(held.get(name)) for name in names)]))
     return (
         "<details><summary>By bucket, on rank 0</summary><div class=wide>"
-        f"<table><tr>{head}</tr>{'</tr>'.join(rows)}</tr></table></div></details>"
+        f"<table>{''.join(rows)}</table></div></details>"
     )
 
 
-def _close(found: int, planned: int) -> bool:
-    return abs(found - planned) <= TOLERANCE * max(planned, 1)
+def _row(cells: Sequence[str], *, tag: str = "td", kind: str = "") -> str:
+    inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+    return f"<tr{f' class={kind}' if kind else ''}>{inner}</tr>"
 
 
 def _shown(nbytes: int | None) -> str:
@@ -222,7 +192,7 @@ tr.differs td {{ color: var(--mark); font-weight: 600; }}
 {tables}</section>
 {charts}
 <script>
-// Charts have no background of their own: their ink follows the page's.
+// Charts are transparent: the color of their text and lines follows the page's scheme.
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 function recolor() {{
   const style = getComputedStyle(document.documentElement);

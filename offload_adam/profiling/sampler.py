@@ -1,4 +1,4 @@
-"""A thread that notes at a set rate how much memory the process, the node and the device use."""
+"""A thread that samples the memory of the process, the node and the devices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 Ledger = Callable[[], Mapping[str, int]]
 
 _USS_SHARE = 0.002
-"""Of the time, spent on reading the USS."""
+"""Share of the time that may be spent on reading the USS."""
 _CGROUP_FILES = (
     Path("/sys/fs/cgroup/memory.current"),
     Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -26,22 +26,25 @@ _CGROUP_FILES = (
 
 
 class MemorySampler:
-    """Writes `memory.jsonl` while it runs: one JSON object a sample, bytes and seconds.
+    """Writes `memory.jsonl` while its context is entered: one JSON object a sample, in bytes.
 
-    Each has `time_ns` (`perf_counter_ns`), `rss` (with shared memory), `available` (the node's),
-    `cgroup` (what the container is charged with), `device_allocated` and `device_reserved` on all
-    GPUs of this process where there is CUDA, and the ledger's bytes by category under `ledger`.
-    Some have `uss`, this process's own: reading it walks all pages, so it is read as rarely as it
-    is slow.
+    Keys of a sample:
+        time_ns: `time.perf_counter_ns()`.
+        rss: resident memory of this process, shared memory included.
+        uss: the part that no other process shares. Reading it walks all pages, so few samples
+            have it.
+        available: of the node. cgroup: charged to the container, if there is one.
+        device_allocated, device_reserved: of torch on all visible GPUs, if CUDA is initialized.
+        ledger: bytes by category.
 
-    Owns: a thread and an open file, until it is left as a context.
+    Owns: a thread and an open file, until its context is left.
     """
 
     def __init__(self, path: Path, ledger: Ledger, *, interval_s: float) -> None:
         self._file = path.open("w", encoding="utf-8")
         self._ledger = ledger
         self._interval_s = interval_s
-        self._over = threading.Event()
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="memory sampler", daemon=True)
         self._process = psutil.Process()
         self._cgroup = next((path for path in _CGROUP_FILES if path.is_file()), None)
@@ -53,19 +56,19 @@ class MemorySampler:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stop.set()
         self._thread.join()
         self._file.close()
 
     def _run(self) -> None:
-        """Sample until told to stop, and once more at the end; a failure ends the samples only."""
+        """Sample until stopped, and once more with the USS; an error ends only the sampling."""
         try:
-            while not self._over.wait(self._interval_s):
+            while not self._stop.wait(self._interval_s):
                 self._write()
             self._next_uss_s = 0.0
             self._write()
         except Exception:
-            logger.exception("memory is no longer sampled; training goes on")
+            logger.exception("Sampling of the memory failed and is off from now on")
 
     def _write(self) -> None:
         start_s = time.thread_time()
@@ -87,7 +90,7 @@ class MemorySampler:
         if self._cgroup is not None:
             sample["cgroup"] = int(self._cgroup.read_text())
         if torch.cuda.is_initialized():
-            # By index, because the current device of this thread is GPU 0: perhaps another rank's.
+            # By index: the current device of this thread is GPU 0, which may be another rank's.
             gpus = range(torch.cuda.device_count())
             sample["device_allocated"] = sum(map(torch.cuda.memory_allocated, gpus))
             sample["device_reserved"] = sum(map(torch.cuda.memory_reserved, gpus))

@@ -1,126 +1,156 @@
-"""A profiled stretch of a run: what is recorded on each rank, and what rank 0 writes of it."""
+"""Records spans and memory on every rank while a run is profiled, and collects them on rank 0."""
 
 from __future__ import annotations
 
 import json
 import logging
 import socket
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 
-from offload_adam.profiling.clock import ClockMap, read_clock
-from offload_adam.profiling.profile import RankProfile
+from offload_adam.profiling.profile import RankProfile, write_trace
 from offload_adam.profiling.sampler import Ledger, MemorySampler
-from offload_adam.profiling.trace import write_trace
 from offload_adam.spans import SpanRecorder, recorded_by
 
 logger = logging.getLogger(__name__)
 
-MEMORY_NAME, TRACE_NAME = "memory.jsonl", "trace.json"
-_COLLECTION = timedelta(minutes=5)
-
-
-@dataclass(frozen=True)
-class ProfiledRank:
-    """Who records, and where to.
-
-    folder: the run's folder; rank 0 writes there, other ranks keep their samples in a folder of
-        their own until they have sent them.
-    store: what the ranks meet at, None for a rank alone.
-    """
-
-    rank: int
-    world_size: int
-    folder: Path
-    store: dist.Store | None
+NUM_PROBES = 16
+_TIMEOUT = timedelta(minutes=5)
 
 
 @contextmanager
 def profiled(
-    place: ProfiledRank,
+    folder: Path,
     ledger: Ledger,
     finish: Callable[[list[RankProfile]], None],
     *,
     interval_s: float,
+    rank: int = 0,
+    world_size: int = 1,
+    store: dist.Store | None = None,
 ) -> Iterator[SpanRecorder]:
-    """Record spans and memory inside; afterwards rank 0 writes the trace and calls `finish`.
+    """Record spans and memory in the context; then rank 0 writes the trace and calls `finish`.
 
-    Collective at its begin and its end. A failure to write is logged and does not end the run.
+    Collective when it is entered and left. If rank 0 cannot write, the error is logged and the run
+    continues.
 
     Args:
-        ledger: returns the bytes held now, by category.
-        finish: gets all ranks' profiles in rank order, on rank 0.
-        interval_s: between two memory samples.
+        folder: the run's folder. Rank 0 writes `memory.jsonl` and `trace.json` there; other ranks
+            keep their samples in their own folder until rank 0 has collected them.
+        ledger: returns the bytes that are allocated now, by category.
+        finish: called on rank 0 with the profiles of all ranks, in rank order.
+        interval_s: time between two memory samples.
+        store: shared by all ranks; None for a single rank.
     """
+    if store is not None:
+        # Each profile of a process has its own keys. All ranks profile equally often.
+        number = store.add(f"offload_adam/profile/entered/{rank}", 1)
+        store = dist.PrefixStore(f"offload_adam/profile/{number}", store)
     recorder = SpanRecorder()
-    memory = place.folder / (MEMORY_NAME if place.rank == 0 else f"memory-rank-{place.rank}.jsonl")
-    place.folder.mkdir(parents=True, exist_ok=True)
+    memory = folder / ("memory.jsonl" if rank == 0 else f"memory-rank-{rank}.jsonl")
+    folder.mkdir(parents=True, exist_ok=True)
     sampler = MemorySampler(memory, ledger, interval_s=interval_s)
-    store = _meeting_place(place)
-    begin = read_clock(store, place.rank, place.world_size, label="begin")
+    begin = _read_clock(store, rank, world_size, "begin")
     with recorded_by(recorder), sampler:
         yield recorder
-    logger.info("sampling memory took %.3f s of processor time", sampler.busy_s)
+    logger.info("Sampling the memory took %.3f s of CPU time", sampler.busy_s)
     samples = [json.loads(line) for line in memory.read_text(encoding="utf-8").splitlines()]
-    own = RankProfile(
-        place.rank,
-        socket.gethostname(),
-        recorder.spans(),
-        samples,
-        _peaks(samples),
-        recorder.num_dropped,
-    )
-    end = read_clock(store, place.rank, place.world_size, label="end")
-    profiles = _collect(place, store, own.on_clock(ClockMap(begin, end)))
-    if place.rank != 0:
+    peaks: dict[str, int] = {}
+    for sample in samples:
+        for category, nbytes in sample["ledger"].items():
+            peaks[category] = max(peaks.get(category, 0), nbytes)
+    host, num_dropped = socket.gethostname(), recorder.num_dropped
+    own = RankProfile(rank, host, recorder.spans(), samples, peaks, num_dropped)
+    clock = clock_of_rank_0(begin, _read_clock(store, rank, world_size, "end"))
+    profiles = _collect(store, own.on_clock(clock), world_size)
+    if rank != 0:
         memory.unlink(missing_ok=True)
         return
     try:
-        write_trace(profiles, place.folder / TRACE_NAME)
+        write_trace(profiles, folder / "trace.json")
         finish(profiles)
     except OSError:
-        logger.exception("the profile cannot be written to %s", place.folder)
+        logger.exception("Cannot write the profile to %s", folder)
 
 
-def _collect(place: ProfiledRank, store: dist.Store | None, own: RankProfile) -> list[RankProfile]:
-    """Return every rank's profile on rank 0; [] elsewhere. Collective."""
+def _collect(store: dist.Store | None, own: RankProfile, world_size: int) -> list[RankProfile]:
+    """Return the profiles of all ranks on rank 0, [] elsewhere. Collective."""
     if store is None:
         return [own]
-    if place.rank != 0:
-        store.set(f"rank/{place.rank}", own.to_json())
-        store.wait(["collected"], _COLLECTION)
+    if own.rank != 0:
+        store.set(f"rank/{own.rank}", own.to_json())
+        # If this rank ended now, it might end the store that rank 0 still reads from.
+        store.wait(["collected"], _TIMEOUT)
         return []
     profiles = [own]
-    for rank in range(1, place.world_size):
-        store.wait([f"rank/{rank}"], _COLLECTION)
-        profiles.append(RankProfile.from_json(store.get(f"rank/{rank}")))
+    for rank in range(1, world_size):
+        profiles.append(RankProfile.from_json(_wait(store, f"rank/{rank}")))
         store.delete_key(f"rank/{rank}")
     store.set("collected", "")
     return profiles
 
 
-def _meeting_place(place: ProfiledRank) -> dist.Store | None:
-    """Return a store that all ranks share and no earlier profile has used. Collective."""
-    if place.store is None or place.world_size == 1:
-        return None
-    number = place.store.add(f"offload_adam/profile/entered/{place.rank}", 1)
-    key = f"offload_adam/profile/label/{number}"
-    if place.rank == 0:
-        place.store.set(key, uuid.uuid4().hex)
-    place.store.wait([key], _COLLECTION)
-    return dist.PrefixStore(f"offload_adam/profile/{place.store.get(key).decode()}", place.store)
+class ClockReading(NamedTuple):
+    """What to add to this process's clock to get rank 0's, and when it was measured; both in ns."""
+
+    at_ns: int
+    offset_ns: int
 
 
-def _peaks(samples: list[Mapping[str, Mapping[str, int]]]) -> dict[str, int]:
-    """Return the largest value of each category of the ledger."""
-    peaks: dict[str, int] = {}
-    for sample in samples:
-        for category, nbytes in sample["ledger"].items():
-            peaks[category] = max(peaks.get(category, 0), nbytes)
-    return peaks
+def clock_of_rank_0(begin: ClockReading, end: ClockReading) -> Callable[[int], int]:
+    """Return a function from times of this process's clock to those of rank 0's.
+
+    The clocks of two hosts drift apart: the offset is interpolated linearly between the readings.
+    """
+    passed_ns, drift_ns = end.at_ns - begin.at_ns, end.offset_ns - begin.offset_ns
+
+    def clock(time_ns: int) -> int:
+        if passed_ns <= 0:
+            return time_ns + end.offset_ns
+        return time_ns + begin.offset_ns + drift_ns * (time_ns - begin.at_ns) // passed_ns
+
+    return clock
+
+
+def _read_clock(store: dist.Store | None, rank: int, world_size: int, label: str) -> ClockReading:
+    """Measure the offset of this process's `perf_counter_ns` from rank 0's. Collective.
+
+    Rank 0 answers the probes of the other ranks, rank by rank, with its own time. The probe with
+    the quickest answer counts. Rank 0 is taken to have read its clock in the middle of that probe,
+    so the error is at most half of the probe's time.
+
+    Args:
+        label: makes the keys of this measurement unique.
+
+    Source: Mills, "Internet Time Synchronization: the Network Time Protocol" (1991).
+    """
+    if store is None or rank == 0:
+        if store is not None:
+            for other in range(1, world_size):
+                for probe in range(NUM_PROBES):
+                    _wait(store, f"clock/{label}/{other}/{probe}/ask")
+                    answer = str(time.perf_counter_ns())
+                    store.set(f"clock/{label}/{other}/{probe}/answer", answer)
+        return ClockReading(time.perf_counter_ns(), 0)
+    probes: list[tuple[int, int]] = []
+    for probe in range(NUM_PROBES):
+        asked_ns = time.perf_counter_ns()
+        store.set(f"clock/{label}/{rank}/{probe}/ask", "")
+        answer_ns = int(_wait(store, f"clock/{label}/{rank}/{probe}/answer"))
+        received_ns = time.perf_counter_ns()
+        # The first probe may be slow, because rank 0 was still answering the rank before this one.
+        probes.append((received_ns - asked_ns, answer_ns - (asked_ns + received_ns) // 2))
+    _, offset_ns = min(probes, key=lambda timed: timed[0])
+    return ClockReading(time.perf_counter_ns(), offset_ns)
+
+
+def _wait(store: dist.Store, key: str) -> bytes:
+    store.wait([key], _TIMEOUT)
+    value: bytes = store.get(key)
+    return value

@@ -23,7 +23,7 @@ from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.startup import World
 from offload_adam.mindspore.adam import Adam
 from offload_adam.optimizer import OffloadAdam
-from offload_adam.profiling.profile import STEP
+from offload_adam.profiling.phases import STEP
 from offload_adam.spans import Stopwatch, span
 from offload_adam.train.corpus import Corpus
 from offload_adam.train.evaluation import evaluate

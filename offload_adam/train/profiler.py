@@ -20,11 +20,12 @@ from offload_adam.kernels.threads import threads_per_rank
 from offload_adam.layout.budget import Category
 from offload_adam.plan.prediction import predict
 from offload_adam.plan.timing import predict_time, update_nbytes
-from offload_adam.profiling.diagnosis import Diagnosis, Resource, RunFacts, diagnose
+from offload_adam.profiling.diagnosis import Diagnosis, RunFacts, diagnose
 from offload_adam.profiling.peak import peaks_of
+from offload_adam.profiling.phases import Resource
 from offload_adam.profiling.profile import RankProfile
 from offload_adam.profiling.report import ReportInputs, write_report
-from offload_adam.profiling.session import ProfiledRank, profiled
+from offload_adam.profiling.session import profiled
 from offload_adam.spans import NO_BUCKET
 from offload_adam.step.ledger import LedgerEntry, by_bucket, by_category
 from offload_adam.torch_private import default_store
@@ -47,7 +48,6 @@ def profiled_job(job: Job) -> Iterator[None]:
         yield
         return
     store = default_store() if dist.is_initialized() else None
-    place = ProfiledRank(job.world.rank, job.world.world_size, run_folder(job.config), store)
 
     def ledger() -> Mapping[str, int]:
         return by_category([*job.optimizer.memory_ledger(), *_gradients(job)])
@@ -55,7 +55,15 @@ def profiled_job(job: Job) -> Iterator[None]:
     def finish(profiles: list[RankProfile]) -> None:
         _report(job, profiles)
 
-    with profiled(place, ledger, finish, interval_s=section.interval_ms / 1e3):
+    with profiled(
+        run_folder(job.config),
+        ledger,
+        finish,
+        interval_s=section.interval_ms / 1e3,
+        rank=job.world.rank,
+        world_size=job.world.world_size,
+        store=store,
+    ):
         yield
 
 
@@ -92,11 +100,8 @@ def facts_of(job: Job) -> RunFacts:
         num_cores=num_cores,
         pinned=job.optimizer.pinned_nbytes >= job.optimizer.host_nbytes[Category.STATE],
         on_device=on_device,
-        streams=optimizer.streams,
         reduce_dtype=optimizer.reduce_dtype,
         dtype=train.dtype,
-        world_size=job.world.world_size,
-        gradient_accumulation_steps=train.gradient_accumulation_steps,
     )
 
 

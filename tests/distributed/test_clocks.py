@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from offload_adam.profiling.clock import NUM_PROBES
 from offload_adam.profiling.profile import RankProfile
-from offload_adam.profiling.session import ProfiledRank, profiled
+from offload_adam.profiling.session import NUM_PROBES, profiled
 from offload_adam.spans import span
 from tests.support.ranks import RankPool
 
@@ -44,8 +43,15 @@ def profile_collectives(rank: int, world_size: int, folder: str) -> list[RankPro
     time.perf_counter_ns = own_clock
     chance = random.Random(rank)
     try:
-        place = ProfiledRank(rank, world_size, Path(folder), store)
-        with profiled(place, dict, collected.extend, interval_s=10.0):
+        with profiled(
+            Path(folder),
+            dict,
+            collected.extend,
+            interval_s=10.0,
+            rank=rank,
+            world_size=world_size,
+            store=store,
+        ):
             for number in range(NUM_COLLECTIVES):
                 dist.barrier()  # so that no rank's work falls between the others' probes
                 pass_ticks(chance.randrange(100))

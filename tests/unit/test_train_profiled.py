@@ -138,6 +138,6 @@ def test_the_report_compares_updates_with_what_doctor_kept(
     assert float(said[1]) == pytest.approx(expected, abs=0.06)
     assert float(said[2]) == pytest.approx(100 * expected / 20.0, abs=0.6)
     # The norm reads 4 bytes more, at what a step was measured to get.
-    planned = re.search(r"update on the host; planned were ([\d.]+) ms .* by doctor", page)
+    planned = re.search(r"and the update. The plan predicts ([\d.]+) ms .* by doctor", page)
     assert planned is not None
     assert float(planned[1]) == pytest.approx(32 * numel / 2.0 / 1e6, abs=0.06)

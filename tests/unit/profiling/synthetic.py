@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from offload_adam.profiling.profile import STEP, RankProfile
+from offload_adam.profiling.phases import STEP
+from offload_adam.profiling.profile import RankProfile
 from offload_adam.spans import NO_BUCKET, Span
 
 MS = 1_000_000

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from offload_adam.profiling.diagnosis import Resource, RunFacts, diagnose
+from offload_adam.profiling.diagnosis import RunFacts, diagnose
+from offload_adam.profiling.phases import Resource
 from offload_adam.profiling.profile import RankProfile
 from offload_adam.spans import Span
 from tests.unit.profiling.synthetic import MS, PHASES, profile
@@ -16,11 +17,8 @@ FACTS = RunFacts(
     num_cores=2,
     pinned=True,
     on_device=True,
-    streams=True,
     reduce_dtype=None,
     dtype="bf16",
-    world_size=2,
-    gradient_accumulation_steps=1,
 )
 
 

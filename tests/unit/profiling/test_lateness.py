@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from offload_adam.profiling.diagnosis import Resource, diagnose
-from offload_adam.profiling.lateness import LATE, with_late_ranks
-from offload_adam.profiling.profile import STEP, RankProfile
+from offload_adam.profiling.diagnosis import diagnose
+from offload_adam.profiling.lateness import with_late_ranks
+from offload_adam.profiling.phases import LATE, STEP, Resource
+from offload_adam.profiling.profile import RankProfile
 from offload_adam.spans import NO_BUCKET, Span
 from tests.unit.profiling.synthetic import MS
 from tests.unit.profiling.test_diagnosis import FACTS
@@ -105,10 +106,10 @@ def test_a_rank_that_is_late_alone_is_named_with_its_phase() -> None:
         (3 * 8 + 8 * 21 / 61) / (4 * 61), rel=1e-6
     )
     assert sum(found.shares.values()) == pytest.approx(1.0)
-    assert "Rank 3, on host-3, comes 40.0 ms later than the others: its forward takes" in (
+    assert "Rank 3 on host-3 is 40.0 ms later than other ranks: its forward takes" in (
         found.sentence
     )
-    assert "takes 40.0 ms more" in found.sentence
+    assert "takes 40.0 ms longer" in found.sentence
 
 
 def test_a_slow_network_is_no_rank() -> None:
@@ -147,7 +148,7 @@ def test_what_takes_place_between_ranks_counts_together() -> None:
     assert found.setting == "train.gradient_accumulation_steps"
     assert (
         "55% of it is spent on other ranks: 35% on transfers between ranks, 20% on waiting for "
-        "ranks that come later. Raise train.gradient_accumulation_steps" in found.sentence
+        "late ranks. Raise train.gradient_accumulation_steps" in found.sentence
     )
 
 
@@ -156,7 +157,7 @@ def test_a_late_rank_is_told_of_beside_what_bounds_the_run() -> None:
     found = diagnose(profiles, FACTS)
     assert found is not None
     assert found.resource is Resource.COMPUTE
-    assert "Rank 1, on host-1, comes 20.0 ms later than the others" in found.sentence
+    assert "Rank 1 on host-1 is 20.0 ms later than other ranks" in found.sentence
     profiles = world({0: [95] * 4, 1: [100] * 4}, transfer_ms=1)
     found = diagnose(profiles, FACTS)
     assert found is not None
@@ -174,7 +175,7 @@ def test_a_phase_that_does_not_account_for_it_is_not_named() -> None:
     assert found is not None
     assert found.late is not None
     assert (found.late.rank, found.late.phase) == (1, "")
-    assert "later than the others. Compare what runs there" in found.sentence
+    assert "later than other ranks. Look for other processes" in found.sentence
 
 
 def test_lateness_on_another_thread_is_charged_to_the_rank() -> None:

@@ -33,7 +33,7 @@ def test_the_peak_is_the_fullest_sample_of_the_fullest_rank() -> None:
     assert (peak.step, peak.phase) == (2, "forward")
     assert peak.sentence == (
         "Memory peaked in forward of step 2, 0.0 s after the first sample, with 1.95 KiB resident "
-        "on rank 1. The most of it: the rest of the process (1.56 KiB, 80%), parameters (300 B, "
+        "on rank 1. Its largest parts: the rest of the process (1.56 KiB, 80%), parameters (300 B, "
         "15%), exp_avg (100 B, 5%)."
     )
 

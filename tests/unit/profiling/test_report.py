@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 
 from offload_adam.errors import MissingExtraError
-from offload_adam.profiling.profile import RankProfile
+from offload_adam.profiling.profile import RankProfile, write_trace
 from offload_adam.profiling.report import ReportInputs, write_report
-from offload_adam.profiling.trace import write_trace
 from tests.unit.profiling.chrome_trace import read_trace
 from tests.unit.profiling.synthetic import MS, NUM_STEPS, PHASES, profile
 
@@ -113,13 +112,13 @@ def test_the_report_says_what_used_the_most_memory(tmp_path: Path) -> None:
     assert ["the rest of the process", "1.00 GiB", "100.0%", "", "", ""] in cells
     assert ["state", "0 B", "0.0%", "9.00 MiB", "9.00 MiB", ""] in cells
     assert ["0", "5.00 MiB"] in cells
-    assert "with 1.00 GiB resident on rank 0. The most of it: the rest of the process" in page
+    assert "with 1.00 GiB resident on rank 0. Its largest parts: the rest of the process" in page
 
 
 def test_what_was_written_over_is_said(tmp_path: Path) -> None:
     profiles = [PROFILES[0], replace(PROFILES[1], num_dropped=7)]
     write_report(inputs(profiles=profiles), tmp_path / "report.html")
-    assert "latest spans of rank(s) 1 are" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "latest spans of rank(s) 1." in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_without_plotly_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
