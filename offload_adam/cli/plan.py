@@ -1,17 +1,17 @@
-"""`offload-adam plan`: the bytes and the time of a run, without starting it."""
+"""`offload-adam plan`: the memory and the time of a run, without starting it."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from offload_adam.cli.train import EXIT_BAD_CONFIGURATION, EXIT_DOES_NOT_FIT
-from offload_adam.units import parse_nbytes
 
 if TYPE_CHECKING:
     from offload_adam.layout.flat import ParameterSpec
@@ -23,100 +23,114 @@ _ITEMSIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 def plan(
     config: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; or give --params.")
+        str | None, typer.Argument(metavar="[CONFIG]", help="A YAML file. Or give --params.")
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[--section.key=value]", help="What to change of it."),
+        typer.Argument(metavar="[--section.key=value]", help="Keys of CONFIG to override."),
     ] = None,
     params: Annotated[
-        float | None, typer.Option(help="Parameters, such as 7e9, instead of CONFIG.")
+        float | None, typer.Option(help="Number of parameters, such as 7e9, instead of CONFIG.")
     ] = None,
-    param_dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; with --params.")] = "bf16",
-    world_size: Annotated[int, typer.Option(help="Ranks.")] = 1,
+    param_dtype: Annotated[
+        str, typer.Option(help="With --params, their dtype: fp32, bf16 or fp16.")
+    ] = "bf16",
+    world_size: Annotated[int, typer.Option(help="Number of ranks.")] = 1,
     local_world_size: Annotated[
-        int | None, typer.Option(help="Ranks of a node; all of them by default.")
+        int | None, typer.Option(help="Number of ranks on a node. By default all ranks.")
     ] = None,
     gpu_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Of one GPU, such as 80GiB.")
+        str | None, typer.Option(metavar="SIZE", help="Memory of one GPU, such as 80GiB.")
     ] = None,
     host_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Of one node; what is free here by default.")
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory of one node. By default what is free here."),
     ] = None,
     offload_fraction: Annotated[
         float | None,
-        typer.Option(help="Share of the state on the host; CONFIG's own, or all, by default."),
+        typer.Option(help="Share of the state on the host. By default as in CONFIG, or all."),
     ] = None,
     host_bandwidth: Annotated[
-        float | None, typer.Option(metavar="GB/S", help="Of a node's memory.")
+        float | None, typer.Option(metavar="GB/S", help="Bandwidth of a node's memory.")
     ] = None,
     bus_bandwidth: Annotated[
-        float | None, typer.Option(metavar="GB/S", help="Of one GPU's copies in one direction.")
+        float | None,
+        typer.Option(metavar="GB/S", help="Bandwidth of one GPU's copies in one direction."),
     ] = None,
     network_bandwidth: Annotated[
-        float | None, typer.Option(metavar="GB/S", help="Of a rank's collectives.")
+        float | None,
+        typer.Option(metavar="GB/S", help="Bandwidth at which a rank sends in collectives."),
     ] = None,
     tera_flops: Annotated[
         float | None,
-        typer.Option("--tflops", help="1e12 operations a second that a rank computes with."),
+        typer.Option("--tflops", help="Speed of a rank's forward and backward, in TFLOPS."),
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Of a rank's step, for --tflops; CONFIG's own by default."),
+        typer.Option(
+            min=1, help="Tokens of a rank in one step, for --tflops. By default as in CONFIG."
+        ),
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure this machine's bandwidths for the time.")
+        bool, typer.Option("--measure", help="Measure the bandwidths of this machine.")
     ] = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write everything to this file.")
+        Path | None, typer.Option("--json", help="Write the plan to this file as JSON.")
     ] = None,
     timeline_file: Annotated[
         Path | None,
-        typer.Option("--timeline", help="Draw a step to this file: who works when, as text."),
+        typer.Option("--timeline", help="Draw the timeline of a step to this file, as text."),
     ] = None,
 ) -> None:
-    """Say what each rank would hold, whether it fits, and how long a step would take.
+    """Predict the memory of each rank, whether it fits, and the time of a step.
 
-    Nothing is allocated. With --gpu-memory, or where there is CUDA, parameters live on a GPU. The
-    time is that of this machine where `offload-adam doctor` has measured it, or with --measure;
-    forward and backward are part of it where --tflops says how fast they are, and then so is what
-    the optimizer leaves exposed beside them.
+    Nothing is allocated. Parameters are on a GPU with --gpu-memory, or if this machine has one.
 
-    Exit codes: 0 it fits, 2 a wrong option or configuration, 3 it does not fit, 1 anything else.
+    The time needs bandwidths: those that `offload-adam doctor` measured on this machine, those that
+    --measure measures now, or those of the options. With --tflops, it includes forward and backward
+    and shows the part of the optimizer that they do not hide.
+
+    Exit codes: 0 it fits, 2 wrong option or configuration, 3 it does not fit, 1 any other error.
     """
     from offload_adam.config import ConfigError
+    from offload_adam.plan.timing import predict_overlap
 
+    speeds = {
+        "--host-bandwidth": host_bandwidth,
+        "--bus-bandwidth": bus_bandwidth,
+        "--network-bandwidth": network_bandwidth,
+        "--tflops": tera_flops,
+    }
     try:
-        _require_folder("--json", json_file)
-        _require_folder("--timeline", timeline_file)
+        for option, file in (("--json", json_file), ("--timeline", timeline_file)):
+            if file is not None and not file.absolute().parent.is_dir():
+                raise ValueError(f"{option} {file}: there is no folder {file.absolute().parent}")
         specs, training = _subject(config, overrides or [], params, param_dtype, gpu_memory)
-        training = _with_world(training, world_size, local_world_size)
-        training = replace(training, num_tokens=tokens or training.num_tokens)
+        training = replace(
+            training,
+            world_size=world_size,
+            local_world_size=world_size if local_world_size is None else local_world_size,
+            num_tokens=tokens or training.num_tokens,
+        )
         if offload_fraction is not None:
             training = training.with_offload(offload_fraction=offload_fraction)
         if tera_flops is not None and training.num_tokens is None:
-            raise ValueError("--tflops needs --tokens, how many a rank trains on in a step")
-        described = gpu_memory is not None or host_memory is not None
-        speeds = _speeds(training, described=described, measure=measure)
-        given = (host_bandwidth, bus_bandwidth, network_bandwidth)
-        machine = _with_given(speeds, given, _positive(tera_flops))
-        machine = _with_memory(machine, gpu_memory, host_memory)
+            raise ValueError("--tflops needs --tokens, the tokens of a rank in one step")
+        machine = _machine(training, speeds, gpu_memory, host_memory, measure=measure)
+        timeline = predict_overlap(specs, training, machine)
+        if timeline_file is not None and timeline is None:
+            raise ValueError(
+                "--timeline needs a step that overlaps (parameters on a GPU, gradients streamed "
+                "and averaged by the optimizer) and all speeds: --tflops with --tokens, "
+                "--host-bandwidth, --bus-bandwidth, and for several ranks --network-bandwidth"
+            )
     except (ConfigError, ValueError) as error:
-        _reject(error)
-    timeline = _timeline(specs, training, machine, timeline_file)
+        typer.echo(f"offload-adam: {error}", err=True)
+        raise typer.Exit(EXIT_BAD_CONFIGURATION) from None
+    if timeline_file is not None and timeline is not None:
+        timeline_file.write_text(timeline.draw(), encoding="utf-8")
     if not _report(specs, training, machine, timeline, json_file):
         raise typer.Exit(EXIT_DOES_NOT_FIT)
-
-
-def _positive(tera_flops: float | None) -> float | None:
-    if tera_flops is not None and not 0 < tera_flops < math.inf:
-        raise ValueError("--tflops must be above 0, and finite")
-    return tera_flops
-
-
-def _reject(error: Exception) -> NoReturn:
-    typer.echo(f"offload-adam: {error}", err=True)
-    raise typer.Exit(EXIT_BAD_CONFIGURATION)
 
 
 def _subject(
@@ -145,91 +159,81 @@ def _subject(
     return synthetic_specs(int(params), _ITEMSIZES[param_dtype]), Training(saves=True)
 
 
-def _with_world(training: Training, world_size: int, local_world_size: int | None) -> Training:
-    local = world_size if local_world_size is None else local_world_size
-    return replace(training, world_size=world_size, local_world_size=local)
-
-
-def _speeds(training: Training, *, described: bool, measure: bool) -> Machine:
-    """Return what is known of this machine's speeds; nothing where another is described."""
-    if measure and described:
-        raise ValueError("--measure is of this machine: leave out --gpu-memory and --host-memory")
-    from offload_adam.plan.inputs import Machine
-
-    if described:
-        return Machine()
-    from offload_adam.train.speeds import known_speeds, measured_speeds
-
-    return measured_speeds(training) if measure else known_speeds(training)
-
-
-def _with_given(
-    machine: Machine,
-    given: tuple[float | None, float | None, float | None],
-    tera_flops: float | None,
+def _machine(
+    training: Training,
+    given: Mapping[str, float | None],
+    gpu_memory: str | None,
+    host_memory: str | None,
+    *,
+    measure: bool,
 ) -> Machine:
-    """Return a machine with the speeds that options give in place of what is known of them.
+    """Return the machine: this one, or another if its memory is given; given speeds go first.
 
     Args:
-        given: GB/s of host memory, bus and network.
+        given: speeds by option, None where the option is absent.
+
+    Raises:
+        ValueError: a speed or a size is impossible.
     """
     from offload_adam.layout.ring import RingSpeed
-    from offload_adam.plan.inputs import Source
+    from offload_adam.plan.inputs import Machine, Source
 
-    if any(value is not None and not 0 < value < math.inf for value in given):
-        raise ValueError("a bandwidth must be above 0 GB/s, and finite")
-    host, bus, network = given
-    names = ("update", "bus", "network")
-    told = {n: Source.GIVEN for n, value in zip(names, given, strict=True) if value is not None}
+    for option, value in given.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{option} must be above 0 and finite, not {value}")
+    is_other = gpu_memory is not None or host_memory is not None
+    if measure and is_other:
+        raise ValueError(
+            "--measure measures this machine: leave out --gpu-memory and --host-memory, which "
+            "describe another"
+        )
+    # What imports torch is imported only where it is needed: it takes a second.
+    machine = Machine()
+    if not is_other:
+        from offload_adam.train.speeds import known_speeds, measured_speeds
+
+        machine = measured_speeds(training) if measure else known_speeds(training)
+    if host_memory is None:
+        from offload_adam.coordinator.node_memory import available_memory
+
+        host_nbytes, _ = available_memory()
+    else:
+        host_nbytes = parse_nbytes(host_memory)
+    host, bus, network, tera_flops = given.values()
+    by_resource = {"update": host, "bus": bus, "network": network}
+    named = {name: Source.GIVEN for name, value in by_resource.items() if value is not None}
     return replace(
         machine,
+        host_nbytes=host_nbytes,
+        device_nbytes=None if gpu_memory is None else parse_nbytes(gpu_memory),
         host_gb_per_s=machine.host_gb_per_s if host is None else host,
         bus_gb_per_s=machine.bus_gb_per_s if bus is None else bus,
         network=machine.network if network is None else RingSpeed.uniform(network),
         tera_flops=tera_flops,
-        sources={**machine.sources, **told},
+        sources={**machine.sources, **named},
     )
 
 
-def _with_memory(machine: Machine, gpu_memory: str | None, host_memory: str | None) -> Machine:
-    """Return a machine with the memory that options give it, and of the host what is free here."""
-    return replace(
-        machine,
-        host_nbytes=_free_here() if host_memory is None else parse_nbytes(host_memory),
-        device_nbytes=None if gpu_memory is None else parse_nbytes(gpu_memory),
-    )
+def parse_nbytes(text: str) -> int:
+    """Return the bytes of a size such as '80GiB', '512 GB' or '1e9'.
 
+    Raises:
+        ValueError: the text is not a number of at least 0 with a unit that pydantic knows, or none.
+    """
+    from pydantic import ByteSize, TypeAdapter
 
-def _free_here() -> int:
-    from offload_adam.coordinator.node_memory import available_memory  # with torch
-
-    return available_memory()[0]
-
-
-def _require_folder(option: str, file: Path | None) -> None:
-    if file is not None and not file.absolute().parent.is_dir():
-        raise ValueError(f"{option} {file}: there is no folder {file.absolute().parent}")
-
-
-def _timeline(
-    specs: list[ParameterSpec], training: Training, machine: Machine, file: Path | None
-) -> Timeline | None:
-    """Return the timeline of a step, drawn to a file where asked; reject a plan without one."""
-    from offload_adam.plan.overlap import predict_overlap
-
-    timeline = predict_overlap(specs, training, machine)
-    if file is None:
-        return timeline
-    if timeline is None:
-        _reject(
-            ValueError(
-                "--timeline needs a step that overlaps (parameters on a GPU, gradients streamed "
-                "and averaged by the optimizer) and every speed: --tflops and --tokens, "
-                "--host-bandwidth, --bus-bandwidth, and with more ranks --network-bandwidth"
-            )
-        )
-    file.write_text(timeline.draw(), encoding="utf-8")
-    return timeline
+    try:
+        try:
+            nbytes = float(text)
+        except ValueError:
+            nbytes = float(TypeAdapter(ByteSize).validate_python(text))
+        if not 0 <= nbytes < math.inf:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"{text!r} is not a size: give a number and a unit, such as 80GiB or 512GB"
+        ) from None
+    return int(nbytes)
 
 
 def _report(
@@ -239,7 +243,7 @@ def _report(
     timeline: Timeline | None,
     json_file: Path | None,
 ) -> bool:
-    """Print the plan, write it where asked, and tell whether it fits."""
+    """Print the plan, write it to `json_file` if given, and return whether it fits."""
     from rich.console import Console
 
     from offload_adam.plan.advice import fits, largest_model, options

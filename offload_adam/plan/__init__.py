@@ -1,9 +1,8 @@
-"""What a run will need before it is started: bytes by category, and the time of a step.
+"""Prediction of a run before it is started: bytes by category, and the time of a step.
 
-inputs      Training and Machine: the question
+inputs      Training and Machine: what is predicted, and for which machine
 prediction  bytes of a rank by category
-timing      seconds that a step spends on each resource
-overlap     timeline of a step whose updates overlap the model's work
-advice      whether it fits, which settings would change that, and the largest model
-tables      all of it as tables for users
+timing      seconds of a step: by resource, and the timeline of an overlapped step
+advice      whether the plan fits, settings that would change it, and the largest model
+tables      the tables that `offload-adam plan` prints
 """

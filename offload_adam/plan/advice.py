@@ -1,4 +1,4 @@
-"""Whether a plan fits, what would change it, and how large a model may be."""
+"""Whether a plan fits, which settings would change it, and the largest model that fits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PROBE_NUMEL = 10**10
 
 
 def fits(plan: Prediction, training: Training, machine: Machine) -> bool:
-    """Tell whether a node holds all of its ranks, as far as its memory is known."""
+    """Return whether the ranks of a node fit into its memory, as far as its size is known."""
     on_node = plan.host_nbytes * training.local_world_size
     host = machine.host_nbytes is None or on_node <= machine.host_nbytes
     device = machine.device_nbytes is None or plan.device_nbytes <= machine.device_nbytes
@@ -22,14 +22,14 @@ def fits(plan: Prediction, training: Training, machine: Machine) -> bool:
 
 
 def largest_model(itemsize: int, training: Training, machine: Machine) -> int | None:
-    """Return how many parameters fit, to three digits; None where no memory is known."""
+    """Return how many parameters fit, to three digits; None if no memory is known."""
     if machine.host_nbytes is None and machine.device_nbytes is None:
         return None
 
     def holds(numel: int) -> bool:
         return fits(predict(synthetic_specs(numel, itemsize), training), training, machine)
 
-    # Bytes are nearly proportional to parameters, so the answer is near to what that would give.
+    # Bytes are nearly proportional to parameters: bisect around the number that proportion gives.
     guess = _guess(predict(synthetic_specs(_PROBE_NUMEL, itemsize), training), training, machine)
     low, high = guess * 99 // 100, min(guess * 101 // 100 + 1, MOST_NUMEL)
     while low > 0 and not holds(low):
@@ -45,22 +45,22 @@ def largest_model(itemsize: int, training: Training, machine: Machine) -> int | 
 
 
 def _guess(probe: Prediction, training: Training, machine: Machine) -> int:
-    """Return how many parameters would fit if each took as many bytes as those of the probe."""
+    """Return how many parameters fit if each needs as many bytes as those of `probe`."""
     shares = [
         (machine.host_nbytes, probe.host_nbytes * training.local_world_size),
         (machine.device_nbytes, probe.device_nbytes),
     ]
     found = [
-        _PROBE_NUMEL * there_is // taken
-        for there_is, taken in shares
-        if there_is is not None and taken > 0
+        _PROBE_NUMEL * available // needed
+        for available, needed in shares
+        if available is not None and needed > 0
     ]
     return min([*found, MOST_NUMEL])
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A setting and what it would change, in bytes of one rank; below 0 is saved."""
+    """A setting, and the bytes by which it would change one rank's memory; negative if it saves."""
 
     setting: str
     host: int
@@ -68,7 +68,7 @@ class Option:
 
 
 def options(specs: Sequence[ParameterSpec], training: Training) -> Iterator[Option]:
-    """Yield the settings that would change the bytes of a rank."""
+    """Yield the settings that would change the memory of a rank."""
     now = predict(specs, training)
     for setting, change in _changes(specs, training):
         then = change()
@@ -77,16 +77,11 @@ def options(specs: Sequence[ParameterSpec], training: Training) -> Iterator[Opti
             yield Option(setting, host, device)
 
 
-def _reduced_by(reducer: str) -> dict[str, bool]:
-    """Return what changes with the reducer; where it is not ours, it averages in place."""
-    if reducer == "external":
-        return {"reduces": False, "accumulates": False, "reduce_fp32": False}
-    return {"reduces": True}
-
-
 def _changes(
     specs: Sequence[ParameterSpec], training: Training
 ) -> Iterator[tuple[str, Callable[[], Prediction]]]:
+    """Yield each setting that could change the memory, and its prediction."""
+
     def with_training(**changes: object) -> Callable[[], Prediction]:
         return lambda: predict(specs, replace(training, **changes))  # type: ignore[arg-type]
 
@@ -111,8 +106,11 @@ def _changes(
     if training.on_device and not training.replicated and training.offload.offload_fraction > 0.5:
         yield "memory.offload_fraction: 0.5", with_offload(offload_fraction=0.5)
     if training.world_size > 1 and not training.replicated:
-        other = "external" if training.reduces else "optimizer"
-        yield f"optimizer.gradient_reduction: {other}", with_training(**_reduced_by(other))
+        if training.reduces:  # someone else averages in `.grad`, in its dtype
+            external = with_training(reduces=False, accumulates=False, reduce_fp32=False)
+            yield "optimizer.gradient_reduction: external", external
+        else:
+            yield "optimizer.gradient_reduction: optimizer", with_training(reduces=True)
     half_nbytes = max(1, resolve_bucket_nbytes(specs, training.policy) // 2)
     yield f"optimizer.bucket_nbytes: {half_nbytes}", with_offload(bucket_nbytes=half_nbytes)
     yield "twice as many ranks", with_training(world_size=2 * training.world_size)

@@ -1,4 +1,4 @@
-"""What a plan is made of: the parameters' sizes, the way they are trained, and the machine."""
+"""The inputs of a plan: sizes of the parameters, how they are trained, and the machine."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from offload_adam.layout.state_plan import StatePlan, StatePolicy, plan_state
 from offload_adam.options import OffloadPolicy, check_options, resolve_overlap
 
 SYNTHETIC_NUMEL = 50_000_000
-"""Elements of one parameter of a model of which only the size is known, or more, so that there are
-no more than MOST_SYNTHETIC parameters."""
+"""Elements of a parameter of a model of which only the size is known. In a model with more than
+MOST_SYNTHETIC such parameters, each has more elements instead."""
 MOST_SYNTHETIC = 4_000
 MOST_NUMEL = 10**15
 
@@ -23,14 +23,16 @@ MOST_NUMEL = 10**15
 class Training:
     """How a model is trained, as far as memory and time depend on it.
 
-    on_device: parameters live on a GPU, their state on the host.
-    streams: gradients leave during backward, bucket by bucket.
-    reduces: this package averages the gradients.
-    overlap: as for the optimizers.
-    replicated: state is stored with its parameter, whole on every rank.
-    offload: where state is stored, its bucket size, what is pinned, and room for snapshots.
+    on_device: parameters are on a GPU, their state on the host.
+    streams: gradients are averaged and copied during backward, bucket by bucket.
+    reduces: the optimizer averages the gradients over the ranks.
+    overlap: argument of the optimizers.
+    accumulates: several backwards of a step add up in the gradient shards, in fp32.
+    reduce_fp32: 16-bit gradients are averaged in fp32.
+    replicated: every rank stores all state, in the memory of its parameter.
+    offload: where state is stored, the bucket size, what is pinned, and the snapshot buffer.
     saves: checkpoints are written.
-    num_tokens: of one rank's step, all microbatches together; None where they are not known.
+    num_tokens: of one rank in a step, over all microbatches; None if unknown.
     """
 
     world_size: int = 1
@@ -60,7 +62,7 @@ class Training:
 
     @property
     def overlaps(self) -> bool:
-        """Whether updates run during the next forward."""
+        """Return whether updates run during the next forward."""
         hooked = self.streams and not self.replicated
         return resolve_overlap(
             self.overlap, hooked=hooked, reduces=self.reduces, on_device=self.on_device
@@ -68,7 +70,7 @@ class Training:
 
     @property
     def policy(self) -> StatePolicy:
-        """The optimizer's policy for these options and this world."""
+        """Return the policy that the optimizer would use for these options and this world."""
         return StatePolicy.from_options(
             self.offload,
             world_size=self.world_size,
@@ -80,7 +82,7 @@ class Training:
         )
 
     def with_offload(self, **options: Any) -> Training:
-        """Return a copy in which these options of `offload` are changed."""
+        """Return a copy with changed options of `offload`."""
         return replace(self, offload=replace(self.offload, **options))
 
     def plan(self, specs: Sequence[ParameterSpec]) -> tuple[StatePlan, ...]:
@@ -92,7 +94,7 @@ class Training:
 
 
 class Source(StrEnum):
-    """Where a speed is known from."""
+    """Where a speed comes from. Users see the values."""
 
     GIVEN = "given"
     MEASURED = "measured now"
@@ -101,15 +103,15 @@ class Source(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What one node has; None where it is not known.
+    """The memory and the speeds of one node; None where unknown.
 
-    host_nbytes, device_nbytes: memory that is free for a run, of the node and of one GPU.
-    host_gb_per_s: what a step with the threads of all of a node's ranks together reads and writes,
-        in 1e9 bytes a second.
-    bus_gb_per_s: one GPU's copies in one direction.
-    network: what a rank sends in a collective.
-    tera_flops: what a rank computes of forward and backward, in 1e12 operations a second.
-    sources: of the bandwidths of "update", "bus" and "network"; given where nothing is said.
+    host_nbytes, device_nbytes: memory that a run may use, of the node and of one GPU.
+    host_gb_per_s: bandwidth of an optimizer step with the threads of all ranks of a node, in 1e9
+        bytes read and written a second.
+    bus_gb_per_s: of one GPU's copies in one direction.
+    network: bandwidth at which a rank sends in collectives.
+    tera_flops: speed of one rank's forward and backward, in 1e12 operations a second.
+    sources: of the speeds of "update", "bus" and "network"; a missing one is given.
     """
 
     host_nbytes: int | None = None
@@ -121,14 +123,15 @@ class Machine:
     sources: Mapping[str, Source] = field(default_factory=dict)
 
     def source_of(self, resource: str) -> Source:
-        """Return where the speed of a resource is known from."""
+        """Return where the speed of a resource comes from."""
         return self.sources.get(resource, Source.GIVEN)
 
 
 def synthetic_specs(numel: int, itemsize: int) -> list[ParameterSpec]:
-    """Return the parameters of a model of which only the number of elements is known.
+    """Return parameters of equal size, but for the last, with `numel` elements together.
 
-    They are alike but for the last.
+    Raises:
+        ValueError: `numel` is not between 1 and MOST_NUMEL.
     """
     if not 1 <= numel <= MOST_NUMEL:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The bytes that a run takes on each rank, from the layout that the optimizer itself would use."""
+"""The bytes that a run needs on each rank, from the layout that the optimizer itself would use."""
 
 from __future__ import annotations
 
@@ -26,11 +26,7 @@ from offload_adam.plan.inputs import Training
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Bytes of one rank by category; activations and the framework's own are not in it.
-
-    host, device: what lies where.
-    num_buckets: how many collectives a step has in each direction.
-    """
+    """Bytes of one rank by category, without activations and the memory of torch itself."""
 
     host: Mapping[str, int]
     device: Mapping[str, int]
@@ -38,20 +34,20 @@ class Prediction:
 
     @property
     def host_nbytes(self) -> int:
-        """Host bytes of one rank."""
+        """Return the host bytes of one rank."""
         return sum(self.host.values())
 
     @property
     def device_nbytes(self) -> int:
-        """Device bytes of one rank."""
+        """Return the device bytes of one rank."""
         return sum(self.device.values())
 
 
 def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
-    """Return what a rank holds, without allocating anything.
+    """Return the bytes of a rank, without allocating them.
 
-    The state is laid out by `plan_state` and counted by `plane_nbytes`, as the optimizer does it;
-    so it is exact. Gradients, and slots of a pool, are an estimate: they depend on the pace.
+    State is exact: the optimizer uses the same layout. Gradients, and slots that are allocated from
+    a pool, are estimates, because they depend on how fast buckets are reduced and copied.
     """
     plans = training.plan(specs)
     buckets = [plan.bucket for plan in plans]
@@ -69,7 +65,7 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
         lambda plan: plan.bucket.shard_numel * plan.bucket.itemsize,
         num_slots=NUM_STAGING_SLOTS,
     )
-    # Gradients that cannot be copied straight into their shard go through buffers.
+    # Gradients that the host casts or adds, or whose shard is not pinned, go through a buffer.
     buffered = [plan for plan in plans if plan.is_offloaded and not plan.copies_straight]
     host[Category.STAGING] += NUM_FOLD_BUFFERS * sum(
         _largest(buffered, lambda plan: plan.bucket.shard_numel * plan.gradient.itemsize).values()
@@ -78,33 +74,34 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
         plans, training.offload.snapshot_buffer_nbytes
     )
     if training.on_device and training.saves:
-        # What lies in host memory is written from where it lies.
+        # Parameters on a device are written through a buffer; host memory is written in place.
         host[Category.CHECKPOINT_WRITER] = CHECKPOINT_BLOCK_NBYTES
     return Prediction(_positive(host), _positive(device), len(plans))
 
 
 def _gradients(plans: Sequence[StatePlan], training: Training) -> int:
-    """Return what `.grad` takes at its peak: all of it, or what stays while the rest has left.
+    """Return the bytes of `.grad` at its peak.
 
-    Gradients stay where they are read in place, and where someone else averages them. Otherwise one
-    bucket is being computed, and some wait for the host where they are not packed.
+    Gradients that are read in place, or averaged by someone else, stay until the update. Others are
+    freed during backward, bucket by bucket.
     """
-    leaves = training.streams and training.reduces and not training.replicated
+    freed = training.streams and training.reduces and not training.replicated
     sizes = [plan.bucket.numel * plan.bucket.itemsize for plan in plans]
     have_shards = all(plan.gradient.shard_itemsize > 0 for plan in plans)
-    if not (leaves and have_shards):
+    if not (freed and have_shards):
         return sum(sizes)
+    # One bucket is being computed. Without packing, `.grad` lives until the host has its copy.
     waits = any(plan.is_offloaded and not plan.packs for plan in plans)
     num_buckets = NUM_FOLDS_IN_FLIGHT + 2 if waits else 1
     return min(sum(sizes), num_buckets * max(sizes, default=0))
 
 
 def _slots(plans: Sequence[StatePlan]) -> int:
-    """Return the bytes of the slots into which gradients are packed: rings, and a pool."""
+    """Return the bytes of the slots in which gradients are packed: of rings and of a pool."""
     in_ring = [plan for plan in plans if plan.uses_ring]
     rings = ring_nbytes(in_ring, _slot_nbytes, num_slots=NUM_REDUCE_SLOTS)
     pooled = [plan for plan in plans if plan.gradient.averaged and not plan.uses_ring]
-    # What the host casts or adds has at most a slot for each bucket: nothing waits for a free one.
+    # Buckets that the host casts or accumulates may all have a slot: none waits for a free one.
     num_folded = sum(plan.is_offloaded for plan in pooled)
     in_flight = num_folded + min(len(pooled) - num_folded, NUM_SLOTS_IN_FLIGHT)
     return rings + in_flight * max(map(_slot_nbytes, pooled), default=0)
@@ -115,7 +112,7 @@ def _slot_nbytes(plan: StatePlan) -> int:
 
 
 def _largest(plans: Sequence[StatePlan], nbytes_of: Callable[[StatePlan], int]) -> dict[str, int]:
-    """Return the largest bucket's bytes in each bucket_key."""
+    """Return the bytes of the largest bucket of each bucket_key."""
     largest: dict[str, int] = {}
     for plan in plans:
         bucket_key = plan.bucket.bucket_key

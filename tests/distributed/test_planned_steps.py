@@ -74,7 +74,7 @@ def test_a_step_of_two_ranks_takes_as_long_as_was_predicted(
         for speed, measured_s in ranks.run(measure, 2, numel, dtype, timeout=90.0)[0]:
             timing = predict_time(specs, training, replace(machine, network=speed))
             assert timing is not None
-            assert not timing.rough
+            assert not timing.doubts
             rounds.append(measured_s / timing.total_s)
         ratios.append(median(rounds))
         if abs(ratios[-1] - 1.0) <= TOLERANCE:

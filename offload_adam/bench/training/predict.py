@@ -13,9 +13,8 @@ from offload_adam.bench.training.model import Decoder, Sizes
 from offload_adam.bench.training.points import GIB
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.plan.inputs import Machine, Training, total_numel
-from offload_adam.plan.overlap import predict_overlap
 from offload_adam.plan.prediction import predict
-from offload_adam.plan.timing import GB, predict_time, update_nbytes
+from offload_adam.plan.timing import GB, predict_overlap, predict_time, update_nbytes
 
 PLAIN_PASSES = 10
 """Elements that plain AdamW moves on the device for each parameter: the norm reads a gradient,

@@ -12,12 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from offload_adam.cli.app import app
+from offload_adam.cli.plan import parse_nbytes
 from offload_adam.doctor import bandwidth_cache
 from offload_adam.plan.advice import fits, largest_model, options
 from offload_adam.plan.inputs import MOST_NUMEL, Machine, Training, synthetic_specs
 from offload_adam.plan.prediction import predict
 from offload_adam.train import speeds
-from offload_adam.units import parse_nbytes
 
 CONFIG = str(Path(__file__).parents[3] / "configs" / "tiny.yaml")
 GIB = 2**30
@@ -85,7 +85,7 @@ def test_bandwidths_give_times_that_are_marked_as_rough(tmp_path: Path) -> None:
     assert values["seconds"]["network"] == pytest.approx(1e9 * 0.5 * 4 / 1e9, rel=1e-4)
     _, output = plan("--params=1e9", "--world-size=2", *MACHINE, *given)
     assert "rough" in output
-    assert "network (bounds it)" in output
+    assert "network (slowest)" in output
 
 
 @pytest.mark.parametrize(
@@ -98,11 +98,11 @@ def test_bandwidths_give_times_that_are_marked_as_rough(tmp_path: Path) -> None:
         (("--params=inf",), "finite"),
         (("--params=1e30",), "at most 1e+15"),
         (("--params=1e9", "--json=missing/folder/x.json"), "there is no folder"),
-        (("--params=1e9", "--measure", "--gpu-memory=80GiB"), "is of this machine"),
+        (("--params=1e9", "--measure", "--gpu-memory=80GiB"), "measures this machine"),
         (("--params=1e9", "--network-bandwidth=inf"), "finite"),
         (("--params=1e9", "--param-dtype=fp8"), "fp32, bf16 or fp16"),
-        (("--params=1e9", "--gpu-memory=80 bananas"), "is no size"),
-        (("--params=1e9", "--host-memory=-1GiB"), "is no size"),
+        (("--params=1e9", "--gpu-memory=80 bananas"), "is not a size"),
+        (("--params=1e9", "--host-memory=-1GiB"), "is not a size"),
         (("--params=1e9", "--world-size=0"), "world_size must be at least 1"),
         (("--params=1e9", "--world-size=6", "--local-world-size=4"), "multiple of local_world"),
         (("--params=1e9", "--host-bandwidth=0"), "above 0"),
@@ -231,7 +231,7 @@ def test_the_tokens_of_a_configuration_are_its_own(tmp_path: Path) -> None:
 
 def test_what_is_not_known_of_the_time_is_said() -> None:
     _, output = plan("--params=1e9", *MACHINE)
-    assert "It fits, before activations" in output
+    assert "It fits, without counting activations" in output
     assert "The time of a step is not known: give --host-bandwidth" in " ".join(output.split())
     _, output = plan("--params=1e6", "--host-memory=1GiB", "--gpu-memory=1GiB", "--tflops=100")
     assert "--tflops needs --tokens" in output

@@ -1,4 +1,4 @@
-"""Predicted times beside those of real steps on this machine."""
+"""Predicted times compared with those of real steps on this machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LEAST, MOST = COMPARED_NUMEL
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("numel", [LEAST, 32_000_000, MOST])
 def test_a_step_takes_as_long_as_was_predicted(numel: int, dtype: torch.dtype) -> None:
-    """What else runs here disturbs a measurement: the quickest of both, at most three times."""
+    """Compares the best of both, up to three times: other processes disturb a measurement."""
     each = numel // NUM_PARAMETERS
     parameters = [nn.Parameter(torch.zeros(each, dtype=dtype)) for _ in range(NUM_PARAMETERS)]
     optimizer = OffloadAdam(parameters, max_grad_norm=1.0)
@@ -55,6 +55,6 @@ def compare(optimizer: OffloadAdam, each: int, itemsize: int) -> tuple[float, fl
     machine = Machine(host_gb_per_s=max(bandwidths), sources={"update": Source.MEASURED})
     timing = predict_time(specs, Training(on_device=False), machine)
     assert timing is not None
-    assert not timing.rough
+    assert not timing.doubts
     assert timing.bound == "update"
     return timing.total_s, min(seconds)

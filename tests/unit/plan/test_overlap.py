@@ -1,4 +1,4 @@
-"""What a plan says the optimizer leaves exposed beside forward and backward."""
+"""The predicted time of the optimizer that forward and backward do not hide."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from offload_adam.layout.ring import RingSpeed
 from offload_adam.layout.schedule import Operation
 from offload_adam.options import OffloadPolicy
 from offload_adam.plan.inputs import Machine, Training
-from offload_adam.plan.overlap import predict_overlap
+from offload_adam.plan.timing import predict_overlap
 
 NUMEL = 1_280_000
 SPECS = [ParameterSpec(index, NUMEL, 2, "bf16") for index in range(50)]
@@ -87,7 +87,7 @@ def test_state_that_stays_on_the_device_is_not_updated_on_the_host() -> None:
         (replace(TRAINING, overlap=False), MACHINE),
     ],
 )
-def test_nothing_is_predicted_without_overlap_or_where_a_speed_is_not_known(
+def test_nothing_is_predicted_without_overlap_or_with_an_unknown_speed(
     training: Training, machine: Machine
 ) -> None:
     assert predict_overlap(SPECS, training, machine) is None
@@ -114,7 +114,7 @@ def test_the_command_prints_what_is_exposed_and_draws_a_step(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("missing", SPEEDS)
-def test_a_timeline_that_cannot_be_drawn_is_refused(tmp_path: Path, missing: str) -> None:
+def test_a_timeline_that_cannot_be_drawn_is_rejected(tmp_path: Path, missing: str) -> None:
     speeds = [speed for speed in SPEEDS if speed != missing]
     drawn = tmp_path / "step.txt"
     result = CliRunner().invoke(app, ["plan", *GIVEN, *speeds, f"--timeline={drawn}"])
