@@ -60,12 +60,12 @@ def doctor(
     from rich.console import Console
 
     from offload_adam.doctor.examination import examine
-    from offload_adam.doctor.finding import Status, findings_table, summary
+    from offload_adam.doctor.finding import Status, findings_table, summary, worst
 
     network = _measured_network() if measure else None
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return  # one rank of each node runs the other checks: the ranks would disturb each other
-    found = examine(
+    findings, bandwidth = examine(
         local_world_size or max(1, torch.cuda.device_count()),
         folder,
         measure=measure,
@@ -73,18 +73,18 @@ def doctor(
         network=network,
     )
     console = Console()
-    console.print(findings_table(found.findings))
-    console.print(summary(found.findings), highlight=False)
+    console.print(findings_table(findings))
+    console.print(summary(findings), highlight=False)
     if json_file is not None:
         values = {
-            "status": found.status.value,
-            "findings": [asdict(finding) for finding in found.findings],
-            "bandwidth_gb_per_s": {str(n): value for n, value in found.bandwidth.memory.items()},
-            "step_gb_per_s": found.bandwidth.step,
+            "status": worst(findings).value,
+            "findings": [asdict(finding) for finding in findings],
+            "bandwidth_gb_per_s": {str(n): value for n, value in bandwidth.memory.items()},
+            "step_gb_per_s": bandwidth.step,
             "network": None if network is None else asdict(network),
         }
         json_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    if found.status is Status.FAILED:
+    if worst(findings) is Status.FAILED:
         raise typer.Exit(EXIT_FAILED)
 
 

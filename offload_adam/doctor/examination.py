@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from offload_adam.doctor import bandwidth_cache, devices, host, storage
 from offload_adam.doctor.bandwidth import can_step, counts_to_try, measure_bandwidth, measure_step
 from offload_adam.doctor.bandwidth_cache import Bandwidth
-from offload_adam.doctor.finding import Finding, Status, failed, ok, warning, worst
+from offload_adam.doctor.finding import Finding, failed, ok, warning
 from offload_adam.doctor.network import Network, network_findings
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import threads_per_node
@@ -25,19 +24,6 @@ STEP_SHARE = 0.5
 BUSY_LOAD_PER_CORE = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class Examination:
-    """The findings, and the bandwidths that were measured for them."""
-
-    findings: tuple[Finding, ...]
-    bandwidth: Bandwidth
-
-    @property
-    def status(self) -> Status:
-        """The most severe status of the findings."""
-        return worst(self.findings)
-
-
 def examine(
     local_world_size: int,
     folder: Path,
@@ -45,8 +31,10 @@ def examine(
     measure: bool = True,
     num_parameters: float | None = None,
     network: Network | None = None,
-) -> Examination:
-    """Check everything that a run depends on. A check that raises becomes a finding.
+) -> tuple[list[Finding], Bandwidth]:
+    """Return the findings on everything that a run depends on, and the measured bandwidths.
+
+    A check that raises becomes a finding.
 
     Args:
         local_world_size: number of ranks to be started on this node.
@@ -101,7 +89,7 @@ def examine(
         *([("last save", lambda: [storage.last_save(folder, num_parameters)])] if measure else []),
     ]
     findings = [finding for topic, check in checks for finding in run_check(topic, check)]
-    return Examination(tuple(findings), reduce(Bandwidth.updated, measured, Bandwidth()))
+    return findings, reduce(Bandwidth.updated, measured, Bandwidth())
 
 
 def run_check(topic: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:

@@ -29,7 +29,7 @@ class Training:
     overlap: argument of the optimizers.
     accumulates: several backwards of a step add up in the gradient shards, in fp32.
     reduce_fp32: 16-bit gradients are averaged in fp32.
-    replicated: every rank stores all state, in the memory of its parameter.
+    replicated: every rank stores all state, where its parameters are.
     offload: where state is stored, the bucket size, what is pinned, and the snapshot buffer.
     saves: checkpoints are written.
     num_tokens: of one rank in a step, over all microbatches; None if unknown.

@@ -26,7 +26,10 @@ from offload_adam.plan.inputs import Training
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Bytes of one rank by category, without activations and the memory of torch itself."""
+    """Bytes of one rank by category, without activations and the memory of torch itself.
+
+    num_buckets: number of all-gathers in a step, and of reductions.
+    """
 
     host: Mapping[str, int]
     device: Mapping[str, int]

@@ -83,7 +83,8 @@ def test_a_core_for_each_rank_stays_free_where_there_is_a_gpu(
     monkeypatch.setattr(examination, "measure_step", measure_step)
     monkeypatch.setattr(speeds, "measure_step", measure_step)
     monkeypatch.setattr(speeds, "bus_gb_per_s", lambda index: (1.0, 1.0))
-    found = {one.topic: one.found for one in examine(2, tmp_path).findings}
+    findings, _ = examine(2, tmp_path)
+    found = {one.topic: one.found for one in findings}
     assert found["local rank 1"].startswith("3 thread(s)")
     assert [topic for topic in found if topic.startswith("bandwidth, ")] == [
         f"bandwidth, {count} thread(s)" for count in (1, 2, 4, 6)
@@ -245,11 +246,11 @@ def test_the_slowest_bus_is_kept_beside_the_rest(
     monkeypatch.setattr(examination, "measure_bandwidth", lambda counts: dict.fromkeys(counts, 8.0))
     monkeypatch.setattr(examination, "measure_step", lambda threads: 7.0)
     monkeypatch.setattr(storage, "write_gb_per_s", lambda folder: 1.0)
-    found = examine(2, tmp_path)
-    assert found.bandwidth.bus == 9.0
-    statuses = {one.topic: one.status for one in found.findings if one.topic.startswith("bus")}
+    findings, measured = examine(2, tmp_path)
+    assert measured.bus == 9.0
+    statuses = {one.topic: one.status for one in findings if one.topic.startswith("bus")}
     assert statuses == {"bus of GPU 0": Status.OK, "bus of GPU 1": Status.WARNING}
-    assert bandwidth_cache.recall() == found.bandwidth
+    assert bandwidth_cache.recall() == measured
     machine = known_speeds(Training())
     assert (machine.bus_gb_per_s, machine.host_gb_per_s) == (9.0, 7.0)
     assert machine.source_of("bus") is Source.KEPT
@@ -289,12 +290,12 @@ def test_a_check_that_raises_does_not_stop_the_others() -> None:
 
 
 def test_this_machine_can_be_checked_without_measuring(tmp_path: Path) -> None:
-    found = examine(1, tmp_path, measure=False)
-    topics = [one.topic for one in found.findings]
+    findings, _ = examine(1, tmp_path, measure=False)
+    topics = [one.topic for one in findings]
     expected = "affinity, CPU quota, local rank 0, Numba's threads, threading layer, vector width, "
     expected += "host memory, locked memory, huge pages, NUMA"
     assert topics[:10] == expected.split(", ")
-    assert not any("the check raised" in one.found for one in found.findings)
+    assert not any("the check raised" in one.found for one in findings)
     assert not any(topic.startswith("bandwidth") for topic in topics)
 
 
