@@ -14,7 +14,7 @@ from offload_adam.doctor.bandwidth_cache import Bandwidth
 from offload_adam.kernels.probe import pass_over
 
 
-def test_a_pass_leaves_its_streams_as_they_are() -> None:
+def test_a_pass_does_not_change_its_arrays() -> None:
     generator = np.random.default_rng(0)
     streams = [generator.standard_normal(1001).astype(np.float32) for _ in range(4)]
     before = [stream.copy() for stream in streams]

@@ -65,7 +65,7 @@ def test_more_ranks_than_cores_are_a_warning(monkeypatch: pytest.MonkeyPatch) ->
     assert {one.status for one in host.thread_plan(3, [4, 5], 1)} == {Status.WARNING}
 
 
-def test_a_core_for_each_rank_stays_free_where_there_is_a_gpu(
+def test_with_a_gpu_each_rank_leaves_one_core_free(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     measured: list[int] = []
@@ -103,7 +103,7 @@ def test_a_core_for_each_rank_stays_free_where_there_is_a_gpu(
         ("fmul v0.4s, v1.4s, v0.4s", None),
     ],
 )
-def test_the_width_is_that_of_the_arithmetic(assembly: str, bits: int | None) -> None:
+def test_only_arithmetic_counts_for_the_vector_width(assembly: str, bits: int | None) -> None:
     assert host.widest_register(assembly) == bits
 
 
@@ -130,7 +130,7 @@ AnonHugePages:     40960 kB
 """
 
 
-def test_huge_pages_are_those_of_the_mapping() -> None:
+def test_only_huge_pages_of_the_mapping_count() -> None:
     assert host.huge_nbytes(SMAPS, 0x7F0000200000) == 40 * 2**20
     assert host.huge_nbytes(SMAPS, 0x7F00001FFFFF) == 0
     assert host.huge_nbytes(SMAPS, 0x7F0004200000) is None
@@ -201,7 +201,7 @@ def test_a_driver_without_a_usable_torch_is_a_warning(monkeypatch: pytest.Monkey
 
 
 class FakeGpus:
-    """Two GPUs, the second one in use by others and on a slow link."""
+    """Two GPUs, of which other processes use the second."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         gib = 2**30
@@ -218,7 +218,7 @@ def test_gpus_in_use_or_too_few_are_reported(monkeypatch: pytest.MonkeyPatch) ->
     assert [one.status for one in found] == [Status.FAILED, Status.OK, Status.WARNING]
     assert found[0].found == "2 GPU(s) for 4 local ranks"
     assert found[2].found == "GPU model 1: 10.00 GiB free of 80.00 GiB"
-    # A launcher may show each rank its own GPU alone.
+    # A launcher may make only its own GPU visible to each rank.
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     found = list(devices.device_findings(4, None))
     assert [one.status for one in found] == [Status.WARNING, Status.OK]
@@ -237,9 +237,7 @@ def test_memory_that_cannot_be_pinned_is_a_failure(monkeypatch: pytest.MonkeyPat
     assert speeds == []
 
 
-def test_the_slowest_bus_is_kept_beside_the_rest(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_slowest_bus_is_saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     FakeGpus(monkeypatch)
     monkeypatch.setattr(devices, "bus_gb_per_s", lambda index: ((25.0, 24.0), (9.0, 12.0))[index])
@@ -266,7 +264,7 @@ def test_a_lower_bandwidth_with_more_threads_is_a_warning() -> None:
     assert falling[3].topic == "load"
 
 
-def test_a_step_that_gets_less_than_half_is_a_warning() -> None:
+def test_a_step_below_half_of_the_memory_bandwidth_is_a_warning() -> None:
     assert examination.step_finding(20.0, 40.0).status is Status.OK
     slow = examination.step_finding(19.0, 40.0)
     assert slow.status is Status.WARNING
@@ -311,9 +309,7 @@ def test_a_save_that_torchrun_would_kill_is_a_warning() -> None:
     assert "--shutdown-timeout=120" in finding.advice
 
 
-def test_the_disk_is_measured_and_nothing_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_measuring_the_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "7")
     monkeypatch.setattr(storage, "WRITE_NBYTES", 8 * 2**20)
     finding = storage.last_save(tmp_path / "to be made", 1e15)

@@ -37,7 +37,11 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def measure(rank: int, world_size: int, clock_steps_s: list[float] | None) -> RingSpeed:
-    """Measure small buckets; with a clock of this rank's own that a round takes so long on."""
+    """Measure small buckets.
+
+    Args:
+        clock_steps_s: seconds of a round on a faked clock, by rank; None for the real clock.
+    """
     ranks = open_rank_group(None)
     if clock_steps_s is not None:
         each = itertools.accumulate(itertools.cycle([0.0, clock_steps_s[rank]]))
@@ -51,20 +55,20 @@ def measure(rank: int, world_size: int, clock_steps_s: list[float] | None) -> Ri
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_measure_the_same_and_something_that_can_be(ranks: RankPool, world_size: int) -> None:
+def test_all_ranks_measure_the_same_possible_speed(ranks: RankPool, world_size: int) -> None:
     speeds = ranks.run(measure, world_size, None)
     assert len(set(speeds)) == 1
     assert 0.0 < speeds[0].least < max(speeds[0].mean_32bit, speeds[0].gather, 1e3) < 1e4
 
 
-def test_a_speed_is_what_a_rank_sends_over_the_slowest_ranks_time(ranks: RankPool) -> None:
+def test_a_speed_is_the_bytes_sent_over_the_time_of_the_slowest_rank(ranks: RankPool) -> None:
     speeds = ranks.run(measure, 3, [1.0, 4.0, 2.0])
     # Of 6,144 bytes a rank sends two thirds in each pass: two passes for a mean, one for a gather.
     one_pass = network.NUM_IN_FLIGHT * 6144 * 2 / 3 / 4.0 / 1e9
     assert speeds == [RingSpeed(2 * one_pass, 2 * one_pass, one_pass)] * 3
 
 
-def test_what_is_kept_of_a_network_reads_back_beside_the_rest(cache_home: Path) -> None:
+def test_saving_a_network_speed_leaves_the_other_values(cache_home: Path) -> None:
     bandwidth_cache.keep(Bandwidth({1: 20.0}, 12.0))
     eight = Ranks(8, 4, "nccl", "cuda")
     bandwidth_cache.keep(Bandwidth(network={TWO: RingSpeed(1 / 3, 0.1 + 0.2, 2.0), eight: SPEED}))
@@ -75,7 +79,7 @@ def test_what_is_kept_of_a_network_reads_back_beside_the_rest(cache_home: Path) 
     assert bandwidth_cache.recall() == replace(known, memory={2: 30.0})
 
 
-def test_a_network_that_cannot_be_is_left_out_and_a_file_without_one_is_read(
+def test_an_impossible_network_speed_and_a_missing_one_are_ignored(
     cache_home: Path,
 ) -> None:
     path = bandwidth_cache.keep(
@@ -108,7 +112,7 @@ def test_a_slow_network_is_a_warning_with_what_to_do(ranks: Ranks, least: float)
         assert found.advice
 
 
-def test_trouble_is_a_failure_and_a_process_alone_says_how_to_measure() -> None:
+def test_an_error_is_a_failure_and_without_peers_the_finding_says_how_to_measure() -> None:
     (found,) = network_findings(Network(TWO, None, "connection refused"), Bandwidth(), 2)
     assert found.status is Status.FAILED
     assert "connection refused" in found.found
@@ -127,7 +131,9 @@ def planned(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     return json.loads(path.read_text()), " ".join(result.output.split())
 
 
-def test_a_plan_uses_the_network_of_its_own_ranks_alone(tmp_path: Path, cache_home: Path) -> None:
+def test_a_plan_uses_only_the_network_speed_of_its_own_ranks(
+    tmp_path: Path, cache_home: Path
+) -> None:
     bandwidth_cache.keep(Bandwidth({1: 20.0}, 10.0, {TWO: SPEED}))
     config = (str(ROOT / "configs" / "tiny.yaml"), "--train.dtype=bf16")
     values, _ = planned(tmp_path, *config, "--world-size=2")
@@ -150,7 +156,7 @@ def test_a_plan_uses_the_network_of_its_own_ranks_alone(tmp_path: Path, cache_ho
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(200)
-def test_doctor_under_torchrun_measures_and_keeps_what_a_plan_uses(
+def test_doctor_under_torchrun_saves_the_speed_that_a_plan_uses(
     tmp_path: Path, cache_home: Path
 ) -> None:
     path = tmp_path / "doctor.json"

@@ -135,7 +135,7 @@ def test_the_largest_model_is_the_last_that_fits() -> None:
         ),
         (Training(on_device=False, accumulates=True), Machine(host_nbytes=10**6)),
         (Training(), Machine(host_nbytes=10**18)),
-        # Padding is most of it: a model in proportion would be too large.
+        # Mostly padding: the first guess, which is proportional, is too large.
         (Training(world_size=4096, local_world_size=8), Machine(host_nbytes=10**5)),
     ):
         most = largest_model(2, training, machine)
@@ -146,7 +146,7 @@ def test_the_largest_model_is_the_last_that_fits() -> None:
             assert not fits(predict(larger, training), training, machine)
 
 
-def test_a_bandwidth_that_doctor_has_kept_is_used(
+def test_a_bandwidth_that_doctor_saved_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -156,7 +156,7 @@ def test_a_bandwidth_that_doctor_has_kept_is_used(
     assert values["machine"]["host_gb_per_s"] == 40.0
     assert values["machine"]["sources"]["update"] == "measured by doctor"
     assert values["bound"] == "update"
-    # A machine that is described is not this one.
+    # With --host-memory, the plan is for another machine.
     assert planned(tmp_path, CONFIG, "--host-memory=1TiB")["seconds"] is None
 
 
@@ -170,7 +170,7 @@ def test_a_bandwidth_is_measured_when_asked_for(
 
 
 def test_the_whole_command_plans_large_worlds_at_once() -> None:
-    """4,096 ranks and 1e12 parameters, with its imports: under 2 s of a core and 500 MiB."""
+    """4,096 ranks and 1e12 parameters, imports included: under 2 s of CPU time and 500 MiB."""
     code = (
         "import resource, sys; from offload_adam.cli.app import app; sys.argv[1:] = "
         "'plan --params=1e12 --world-size=4096 --local-world-size=8 --gpu-memory=80GiB "
@@ -179,12 +179,12 @@ def test_the_whole_command_plans_large_worlds_at_once() -> None:
         "try: app()\n"
         "except SystemExit as ended: assert ended.code == 3, ended.code\n"
         "used = resource.getrusage(resource.RUSAGE_SELF)\n"
-        # Not ru_maxrss: a child begins with its parent's, and this one's is a whole test run.
+        # Not ru_maxrss: a child inherits that of its parent, which is a whole test run.
         "peak = next(l for l in open('/proc/self/status') if l.startswith('VmHWM'))\n"
         "print('USED', used.ru_utime + used.ru_stime, peak.split()[1])"
     )
     seconds: list[float] = []
-    while len(seconds) < 3:  # a core that others use too is slower: at its best
+    while len(seconds) < 3:  # the best of three: other processes slow it down
         ran = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=90
         )
@@ -210,7 +210,7 @@ def test_sizes_are_read(text: str, nbytes: int) -> None:
     assert parse_nbytes(text) == nbytes
 
 
-def test_forward_and_backward_are_part_of_a_step_where_their_speed_is_told(tmp_path: Path) -> None:
+def test_with_tflops_the_step_includes_forward_and_backward(tmp_path: Path) -> None:
     arguments = ("--params=1e9", "--world-size=2", *MACHINE, "--host-bandwidth=100")
     rest = ("--bus-bandwidth=10", "--network-bandwidth=50")
     plain = planned(tmp_path, *arguments, *rest)
@@ -229,7 +229,7 @@ def test_the_tokens_of_a_configuration_are_its_own(tmp_path: Path) -> None:
     assert values["seconds"]["compute"] == pytest.approx(flops / 1e11)
 
 
-def test_what_is_not_known_of_the_time_is_said() -> None:
+def test_the_plan_says_why_it_has_no_time() -> None:
     _, output = plan("--params=1e9", *MACHINE)
     assert "It fits, without counting activations" in output
     assert "The time of a step is not known: give --host-bandwidth" in " ".join(output.split())

@@ -43,7 +43,7 @@ def test_a_step_takes_as_long_as_was_predicted(numel: int, dtype: torch.dtype) -
 
 
 def compare(optimizer: OffloadAdam, each: int, itemsize: int) -> tuple[float, float]:
-    """Return the predicted and the measured seconds of a step, both undisturbed at their best."""
+    """Return the predicted and the measured seconds of a step, each the best of several."""
     bandwidths, seconds = [], []
     for _ in range(NUM_ROUNDS):
         bandwidths.append(measure_step(allowed_cores(), num_steps=3))

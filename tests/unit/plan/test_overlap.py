@@ -26,7 +26,7 @@ TRAINING = Training(offload=OffloadPolicy(bucket_nbytes=2 * NUMEL), num_tokens=3
 
 
 def exposed(num_updated: int, num_tokens: int) -> float:
-    """Return the exposed seconds where so many of the first buckets are updated on the host."""
+    """Return the exposed seconds if the host updates the first `num_updated` buckets."""
     # Of a bf16 parameter the norm reads 2 bytes; the update reads and writes 2 + 24 + 2.
     norm, update = 2 * NUMEL / 100e9, 28 * NUMEL / 100e9
     copy = 2 * NUMEL / 20e9
@@ -62,13 +62,13 @@ def test_ranks_divide_updates_and_copies_and_add_collectives() -> None:
 
 
 def test_state_that_stays_on_the_device_is_not_updated_on_the_host() -> None:
-    # The updates of a half take longer than the forward of both.
+    # Updating half of the buckets takes longer than the forward of all.
     half = predict_overlap(SPECS, TRAINING.with_offload(offload_fraction=0.5), MACHINE)
     assert half is not None
     update, forward = 28 * NUMEL / 100e9, 2 * NUMEL * 3000 / 100e12
     copy = 2 * NUMEL / 20e9
-    # The device updates the half that backward completes last and that the forward needs first. The
-    # first gradients are long on the host then, and its updates end after the last use but one.
+    # The device updates the half that backward completes last and that the forward needs first. By
+    # then the host has its gradients, and its updates end after the last forward but one.
     assert half.exposed_s == pytest.approx(25 * update + copy + forward - 50 * forward, rel=1e-9)
 
 

@@ -1,4 +1,4 @@
-"""The plan against real optimizers, to the byte, and for worlds that cannot be run here."""
+"""The plan equals real optimizers to the byte, and is quick for worlds too large to run here."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_every_rank_holds_what_was_planned(
 
 
 SHARD_NBYTES = 1024
-"""In the place of 32 MiB: two ranks have 2 KiB buckets then, less than a 16th of the model."""
+"""In place of 32 MiB. Two ranks then have 2 KiB buckets, less than a 16th of the model."""
 
 
 def bucket_numels_of_rank(rank: int, world_size: int) -> list[int]:
@@ -158,14 +158,14 @@ def test_every_rank_has_the_buckets_that_were_planned_for_its_world(
 
 
 @pytest.mark.distributed
-def test_state_beside_the_parameters_is_whole_on_every_rank(ranks: RankPool) -> None:
+def test_replicated_state_is_whole_on_every_rank(ranks: RankPool) -> None:
     training = with_buckets(Training(on_device=False, replicated=True), 2)
     plan = predict(specs_of(make_model((FP32, BF16))), training)
     for held in ranks.run(held_by_rank, 2, {}, True, timeout=60.0):
         assert sum(plan.host.get(key, 0) for key in STATE) == held["state"]
 
 
-def test_a_world_that_cannot_be_run_here_is_planned_at_once() -> None:
+def test_a_world_too_large_to_run_here_is_planned_quickly() -> None:
     training = Training(world_size=4096, local_world_size=8)
     machine = Machine(host_gb_per_s=400.0, bus_gb_per_s=50.0, network=RingSpeed.uniform(40.0))
     start_s = time.process_time()
@@ -200,7 +200,7 @@ def test_times_are_bytes_over_bandwidths() -> None:
     assert predict_time(synthetic_specs(5, 2), training, Machine()) is None
 
 
-def test_the_times_of_every_way_are_those_of_its_bytes() -> None:
+def test_every_way_of_training_takes_the_time_of_its_bytes() -> None:
     numel = 16_000_000
     specs = synthetic_specs(numel, 2) + synthetic_specs(numel, 4)
     machine = Machine(host_gb_per_s=1.0, bus_gb_per_s=1.0, network=RingSpeed.uniform(1.0))
@@ -222,14 +222,14 @@ def test_the_times_of_every_way_are_those_of_its_bytes() -> None:
     assert nbytes(**two, on_device=False)["network"] == 0.5 * (3 * 2 + 3 * 4)
     assert nbytes(**two, reduces=False)["network"] == 0.5 * (2 + 4)
     assert nbytes(**two, reduce_fp32=True)["network"] == 0.5 * (4 + 4 + 2 + 4)
-    # On a CPU each of both ranks packs all gradients and lands half, reading and writing them.
+    # On a CPU each of two ranks packs all gradients and copies half to its shard: reads and writes.
     assert nbytes(**two, on_device=False)["update"] == 62 + 2 * (2 * 2 + 2 + 2 * 4 + 4)
     assert nbytes(**two, on_device=False, reduces=False)["update"] == 62
     assert nbytes(**two, replicated=True) == {"network": 0.5 * 2 * (2 + 4)}
     assert nbytes(**two, replicated=True, on_device=False)["update"] == 2 * 62
 
 
-def test_doubts_say_what_a_time_is_not_based_on() -> None:
+def test_doubts_say_why_a_time_is_rough() -> None:
     measured = Machine(host_gb_per_s=10.0, sources={"update": Source.MEASURED})
     specs = synthetic_specs(16_000_000, 2)
     timing = predict_time(specs, Training(on_device=False), measured)
@@ -246,7 +246,7 @@ def test_doubts_say_what_a_time_is_not_based_on() -> None:
         assert words in "\n".join(timing.doubts)
 
 
-def test_gradients_that_are_read_in_place_stay() -> None:
+def test_gradients_that_are_read_in_place_are_not_freed() -> None:
     specs = synthetic_specs(200_000_000, 2)  # of four buckets
     for training, numel in (
         (Training(on_device=False), 200_000_000),

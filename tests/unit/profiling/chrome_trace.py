@@ -1,4 +1,4 @@
-"""A reader of Chrome's trace-event format that shares nothing with the writer.
+"""A reader of Chrome's trace-event format that shares no code with the writer.
 
 Source: Google, "Trace Event Format".
 """
@@ -32,7 +32,7 @@ class Trace:
 
 
 def read_trace(path: Path) -> Trace:
-    """Read a trace, and refuse what the format does not allow or a viewer would draw wrong.
+    """Read a trace, and reject what the format does not allow or a viewer would draw wrongly.
 
     Raises:
         AssertionError: naming the event.
@@ -106,7 +106,7 @@ def _outer_first(span: tuple[float, float, str]) -> tuple[float, float]:
 
 
 def _require_nested(track: tuple[int, int], spans: list[tuple[float, float, str]]) -> None:
-    """Refuse spans of one track that overlap without one lying in the other: a viewer cuts them."""
+    """Reject spans of one track that overlap without nesting: a viewer cuts them."""
     around: list[tuple[float, float, str]] = []
     for span in spans:
         while around and around[-1][1] <= span[0] + NANOSECOND_US:

@@ -14,7 +14,7 @@ NUM_STEPS = 5
 
 
 def profile(rank: int = 0, phases: Mapping[str, int] = PHASES, *, start_ms: int = 0) -> RankProfile:
-    """Return steps of these phases one after the other; the last 3 ms of backward are reduce."""
+    """Return steps of these phases in sequence. A `reduce` takes the last 3 ms of `backward`."""
     spans = []
     now = start_ms * MS
     for number in range(1, 1 + NUM_STEPS):

@@ -1,4 +1,4 @@
-"""`offload-adam profile`: what it writes, also without the report's extra, and a wrong setting."""
+"""`offload-adam profile`: the files it writes, with and without plotly, and its exit codes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALWAYS = {"config.yaml", "metrics.jsonl", "memory.jsonl", "trace.json"}
 
 
 def profile(folder: Path, *overrides: str) -> tuple[int, set[str]]:
-    """Profile the tiny run, and return the exit code and the names of what was written."""
+    """Profile the tiny run, and return the exit code and the names of the files."""
     settings = [TINY, f"--run.dir={folder}", *SHORT, *overrides]
     result = CliRunner().invoke(app, ["profile", *settings])
     written = {path.name for path in (folder / "tiny").glob("*")}
@@ -30,7 +30,7 @@ def test_the_command_profiles_a_run(tmp_path: Path) -> None:
     assert profile(tmp_path) == (0, ALWAYS | {"report.html"})
 
 
-def test_without_the_extra_all_else_is_written_and_the_extra_named(
+def test_without_plotly_all_else_is_written_and_the_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     imported = builtins.__import__

@@ -1,4 +1,4 @@
-"""The sentence names what takes longest and a setting that moves it."""
+"""The diagnosis names the resource that takes longest, and the setting to change."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FACTS = RunFacts(
         ("data", FACTS, Resource.DATA, "data"),
     ],
 )
-def test_what_is_slowed_down_is_named(
+def test_the_slowed_phase_decides_the_resource(
     slowed: str, facts: RunFacts, resource: Resource, setting: str
 ) -> None:
     phases = {**PHASES, slowed: 60}
@@ -63,7 +63,7 @@ def test_shares_are_of_the_whole_step() -> None:
     assert "56%" in found.sentence
 
 
-def test_nothing_recorded_is_nothing_said() -> None:
+def test_without_steps_there_is_no_diagnosis() -> None:
     assert diagnose([RankProfile(0, "host", [])], FACTS) is None
 
 
@@ -76,14 +76,14 @@ def test_nothing_recorded_is_nothing_said() -> None:
         (None, Resource.UPDATE),
     ],
 )
-def test_a_wait_is_charged_to_what_goes_on_meanwhile(
+def test_a_wait_is_charged_to_the_work_of_other_threads(
     beside: str | None, resource: Resource
 ) -> None:
     found = profile(0, {**PHASES, "update wait": 60})
     spans = list(found.spans)
     for wait in (span for span in found.spans if span.name == "update wait"):
         if beside is not None:
-            # Half of it, from before its begin; and a copy for a sixth.
+            # `beside` takes the first 30 of its 60 ms, and a norm the next 10.
             middle_ns = (wait.start_ns + wait.end_ns) // 2
             spans.append(Span(beside, 0, "worker", wait.start_ns - 5 * MS, middle_ns))
             spans.append(Span("norm", 0, "worker", middle_ns, middle_ns + 10 * MS))
@@ -99,8 +99,8 @@ def test_a_wait_is_charged_to_what_goes_on_meanwhile(
         assert diagnosis.shares[each] == pytest.approx(ms / step)
 
 
-def test_what_ends_in_the_next_step_hides_nothing() -> None:
-    """A span of another thread that goes on past a step leaves the rest of the step counted."""
+def test_a_span_that_ends_in_the_next_step_hides_no_other() -> None:
+    """If a span of another thread outlasts a step, the next spans of that step still count."""
     found = profile()
     long = [
         Span("update", 0, "worker", span.start_ns + 1, span.end_ns + 5 * MS)

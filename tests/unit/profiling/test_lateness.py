@@ -1,4 +1,4 @@
-"""Waits for a slower rank are told from transfers, and the rank is named."""
+"""Waits for a late rank are separated from transfers, and the late rank is named."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAIN = "MainThread"
 def rank_profile(
     rank: int, compute_ms: list[int], slowest_ms: list[int], transfer_ms: int
 ) -> RankProfile:
-    """Return steps of forward, a mean that all ranks end together, an update of 2 and a gather.
+    """Return steps of a forward, a mean that ends on all ranks at once, an update and a gather.
 
     Args:
         compute_ms: of this rank, a step; slowest_ms: of the slowest one.
@@ -60,7 +60,7 @@ def times_ms(profile: RankProfile) -> Counter[tuple[str, int]]:
     return total
 
 
-def test_a_wait_is_divided_where_the_last_rank_begins() -> None:
+def test_a_wait_is_divided_where_the_last_rank_enters() -> None:
     profiles = world({0: [10, 10], 1: [30, 20], 2: [20, 10]}, transfer_ms=4)
     found = [times_ms(profile) for profile in with_late_ranks(profiles)]
     assert [times[LATE, 1] for times in found] == [30, 0, 20]
@@ -71,8 +71,8 @@ def test_a_wait_is_divided_where_the_last_rank_begins() -> None:
         assert times["forward", NO_BUCKET] == times_ms(profile)["forward", NO_BUCKET]
 
 
-def test_a_mean_that_is_over_before_the_last_ranks_own_wait_is_a_transfer() -> None:
-    """The last rank begins it in its backward, and goes on with that while it is under way."""
+def test_the_last_rank_need_not_wait_for_the_collective_that_it_enters() -> None:
+    """The last rank enters it during its backward, and waits for it only when it is over."""
     first = [Span("pack", 0, MAIN, 0, 1), Span("reduce", 0, MAIN, 1, 60)]
     last = [Span("pack", 0, MAIN, 20, 30), Span("reduce", 0, MAIN, 90, 91)]
     found, other = with_late_ranks([RankProfile(0, "", first), RankProfile(3, "", last)])
@@ -80,26 +80,26 @@ def test_a_mean_that_is_over_before_the_last_ranks_own_wait_is_a_transfer() -> N
     assert other.spans == last
 
 
-def test_of_a_long_run_the_latest_spans_are_matched() -> None:
+def test_the_latest_spans_are_matched_if_a_rank_lost_its_earliest() -> None:
     whole = world({0: [10, 10, 10], 1: [30, 20, 15]}, transfer_ms=4)
     cut = replace(whole[0], spans=whole[0].spans[9:])  # as the oldest are written over
     found = with_late_ranks([cut, whole[1]])[0]
     assert times_ms(found)[LATE, 1] == 10 + 5
 
 
-def test_what_one_rank_alone_has_recorded_stays_whole() -> None:
+def test_a_collective_that_one_rank_did_not_record_is_not_divided() -> None:
     whole = world({0: [10], 1: [30]}, transfer_ms=4)
     assert with_late_ranks(whole[:1]) == whole[:1]
     bare = replace(whole[1], spans=[])
     assert with_late_ranks([whole[0], bare]) == [whole[0], bare]
 
 
-def test_a_rank_that_is_late_alone_is_named_with_its_phase() -> None:
+def test_a_rank_that_is_always_late_is_named_with_its_phase() -> None:
     profiles = world({0: [10] * 4, 1: [10] * 4, 2: [10] * 4, 3: [50] * 4}, transfer_ms=4)
     found = diagnose(profiles, FACTS)
     assert found is not None
     assert (found.resource, found.setting) == (Resource.LATENESS, "")
-    # Three ranks wait 40 of 61 ms, and the fourth spends them on what the others do in 10.
+    # Three ranks wait 40 of 61 ms, while the fourth is still in its forward.
     assert found.step_ms == pytest.approx(61.0)
     assert found.shares[Resource.LATENESS] == pytest.approx(40 / 61)
     assert found.shares[Resource.TRANSFERS] == pytest.approx(
@@ -112,7 +112,7 @@ def test_a_rank_that_is_late_alone_is_named_with_its_phase() -> None:
     assert "takes 40.0 ms longer" in found.sentence
 
 
-def test_a_slow_network_is_no_rank() -> None:
+def test_with_a_slow_network_no_rank_is_named() -> None:
     profiles = world({0: [10] * 4, 1: [12] * 4}, transfer_ms=40)
     found = diagnose(profiles, FACTS)
     assert found is not None
@@ -124,18 +124,18 @@ def test_a_slow_network_is_no_rank() -> None:
     assert "Rank" not in found.sentence
 
 
-def test_ranks_that_are_late_by_turns_are_told_so() -> None:
+def test_ranks_that_take_turns_in_being_late_are_not_named() -> None:
     profiles = world({0: [10, 10, 70, 10, 70], 1: [10, 70, 10, 70, 10]}, transfer_ms=1)
     found = diagnose(profiles, FACTS)
     assert found is not None
-    # Each waits half of the time, and nobody longer than the other.
+    # Each waits in half of the steps, and both equally long.
     assert found.shares[Resource.LATENESS] == pytest.approx(30 / 75)
     assert found.late is None
     assert found.resource is Resource.COMPUTE
 
 
-def test_what_takes_place_between_ranks_counts_together() -> None:
-    """Neither part takes as much as the model, and both together do."""
+def test_lateness_and_transfers_count_together() -> None:
+    """Each of them takes less than the model, and both together take more."""
     profiles = world({0: [20, 10, 30, 10, 30], 1: [20, 30, 10, 30, 10]}, transfer_ms=9)
     found = diagnose(profiles, FACTS)
     assert found is not None
@@ -152,7 +152,7 @@ def test_what_takes_place_between_ranks_counts_together() -> None:
     )
 
 
-def test_a_late_rank_is_told_of_beside_what_bounds_the_run() -> None:
+def test_a_late_rank_is_named_even_if_another_resource_takes_longer() -> None:
     profiles = world({0: [80] * 4, 1: [100] * 4}, transfer_ms=1)
     found = diagnose(profiles, FACTS)
     assert found is not None
@@ -164,7 +164,7 @@ def test_a_late_rank_is_told_of_beside_what_bounds_the_run() -> None:
     assert found.late is None
 
 
-def test_a_phase_that_does_not_account_for_it_is_not_named() -> None:
+def test_a_phase_that_does_not_explain_the_lateness_is_not_named() -> None:
     profiles = world({0: [10] * 4, 1: [40] * 4}, transfer_ms=1)
     # Rank 1 does something before its forward that nothing records.
     spans = [
@@ -178,7 +178,7 @@ def test_a_phase_that_does_not_account_for_it_is_not_named() -> None:
     assert "later than other ranks. Look for other processes" in found.sentence
 
 
-def test_lateness_on_another_thread_is_charged_to_the_rank() -> None:
+def test_lateness_on_another_thread_is_charged_to_the_late_rank() -> None:
     """Rank 0's copy thread waits for rank 1 while the training thread waits for it."""
     spans = {
         rank: [

@@ -1,4 +1,4 @@
-"""What profiling costs: nothing when off; when on, nothing that stays, and little time."""
+"""The cost of profiling: nothing when off; when on, no lasting allocation and little time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_span_that_nobody_records_allocates_nothing() -> None:
             _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    # The loop's number, and what the interpreter needs to enter a context: no more for a thousand.
+    # The loop counter, and what entering one context needs: a thousand contexts need no more.
     assert peak - before < 512
 
 
@@ -74,11 +74,11 @@ def test_recorded_steps_leave_nothing_allocated(tmp_path: Path) -> None:
     sampler = MemorySampler(tmp_path / "memory.jsonl", steps.ledger, interval_s=0.01)
     with recorded_by(recorder), sampler:
         steps.grown_blocks()  # names and threads become known
-        # At its best: the sampler's own thread works more where a step takes longer.
+        # The minimum: the sampler's thread allocates more when a step takes longer.
         grown = min(steps.grown_blocks() for _ in range(3))
     assert recorder.num_dropped > 2 * 12 * NUM_STEPS
     assert (tmp_path / "memory.jsonl").read_text(encoding="utf-8").count("exp_avg_sq") > 1
-    # torch and the sampler's own thread hold some more or less; a block a span would be 14 a step.
+    # torch and the sampler's thread vary by a few blocks. One block a span would be 14 a step.
     assert grown < 5 * NUM_STEPS
     steps.optimizer.close()
 
@@ -104,7 +104,7 @@ def test_the_report_on_profiling_is_complete() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_profiling_takes_less_than_two_hundredths_of_a_step() -> None:
-    """What else runs here disturbs a measurement: at most three times."""
+    """Measured up to three times: other processes disturb a measurement."""
     overheads: list[float] = []
     for _ in range(NUM_ATTEMPTS):
         report = measure_profile(512, 251)

@@ -1,4 +1,4 @@
-"""The peak: when it was, what the training thread did, and what took most."""
+"""The peak of the memory: its time, the phase of the training thread, and its largest parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STEP_MS = sum(PHASES.values())
 
 
 def sampled(rank: int, *rss: int, **more: int) -> RankProfile:
-    """Return a profile with a sample every 10 ms, the state as large as the rest on cuda:0."""
+    """Return a profile with a sample every 10 ms: host memory of `rss`, and 50 bytes on cuda:0."""
     ledger = {"exp_avg": 100, "parameters": 300, "parameters on cuda:0": 50, "slots": 0}
     samples = [
         {"time_ns": 10 * i * MS, "rss": size, "available": 1, "ledger": ledger, **more}
@@ -25,7 +25,7 @@ def sampled(rank: int, *rss: int, **more: int) -> RankProfile:
 
 
 def test_the_peak_is_the_fullest_sample_of_the_fullest_rank() -> None:
-    # 40 ms are 6 ms into the second step, of which the first is data.
+    # The peak is at 40 ms, which is 6 ms into the second step; its first ms is data.
     (peak,) = peaks_of([sampled(0, 500, 700), sampled(1, 1000, 500, 600, 700, 2000, 800)])
     assert (peak.rank, peak.where, peak.nbytes) == (1, "host", 2000)
     assert list(peak.parts.items()) == [(REST, 1600), ("parameters", 300), ("exp_avg", 100)]

@@ -1,4 +1,4 @@
-"""The trace and the report: what stands in them, and that a browser draws it."""
+"""The content of the trace and of the report, and that a browser draws the report."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_trace_is_one_that_the_format_allows(tmp_path: Path) -> None:
         {"ph": "M", "name": "process_name", "pid": 0, "tid": 0, "args": {"name": "again"}},
     ],
 )
-def test_the_reader_refuses_what_the_format_does_not_allow(
+def test_the_reader_rejects_what_the_format_does_not_allow(
     tmp_path: Path, event: dict[str, Any]
 ) -> None:
     path = tmp_path / "trace.json"
@@ -84,7 +84,7 @@ def test_the_reader_refuses_what_the_format_does_not_allow(
         read_trace(path)
 
 
-def test_a_profile_survives_its_way_to_rank_0() -> None:
+def test_a_profile_reads_back_from_json_and_changes_its_clock() -> None:
     assert RankProfile.from_json(PROFILES[1].to_json()) == PROFILES[1]
     moved = PROFILES[1].on_clock(lambda time_ns: time_ns + 5 * MS)
     assert moved.spans[0].start_ns == PROFILES[1].spans[0].start_ns + 5 * MS
@@ -115,7 +115,7 @@ def test_the_report_says_what_used_the_most_memory(tmp_path: Path) -> None:
     assert "with 1.00 GiB resident on rank 0. Its largest parts: the rest of the process" in page
 
 
-def test_what_was_written_over_is_said(tmp_path: Path) -> None:
+def test_the_report_names_ranks_that_lost_spans(tmp_path: Path) -> None:
     profiles = [PROFILES[0], replace(PROFILES[1], num_dropped=7)]
     write_report(inputs(profiles=profiles), tmp_path / "report.html")
     assert "latest spans of rank(s) 1." in (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -175,8 +175,9 @@ def test_a_browser_draws_every_mark(tmp_path: Path, scheme: str, width: int) -> 
         for key in re.findall(r'id="chart-([\w-]+)"', part)
     }
     assert set(charts) == {"gantt", "split", "memory", "process", "loss"}
-    # One bar a span but the enclosing one, of rank 1 the end of the step before in place of that of
-    # this one; one a phase and rank; a line or an area a series.
+    # Gantt: a bar for each span but the step's own. Rank 1 starts 2 ms later: the last span of its
+    # step is outside, and that of the step before inside. Split: a bar for each phase and rank.
+    # Memory, process and loss: a line or an area for each series.
     assert charts["gantt"].count('class="point"') == 2 * (len(PHASES) + 1)
     assert charts["split"].count('class="point"') == 2 * (len(PHASES) + 2)
     assert charts["memory"].count('class="trace scatter') == 2

@@ -1,4 +1,4 @@
-"""What the thread that samples memory reads of GPUs."""
+"""The sampler reads the memory of all visible GPUs."""
 
 from __future__ import annotations
 
