@@ -6,12 +6,9 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from offload_adam.doctor.network import Network
 
 EXIT_FAILED = 1
 
@@ -61,8 +58,11 @@ def doctor(
 
     from offload_adam.doctor.examination import examine
     from offload_adam.doctor.finding import Status, findings_table, summary, worst
+    from offload_adam.doctor.network import look_at_network
 
-    network = _measured_network() if measure else None
+    network = look_at_network() if measure else None
+    if network is not None:
+        os.environ["WORLD_SIZE"] = "1"  # the ranks have parted: this process may now step alone
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return  # one rank of each node runs the other checks: the ranks would disturb each other
     findings, bandwidth = examine(
@@ -86,15 +86,3 @@ def doctor(
         json_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if worst(findings) is Status.FAILED:
         raise typer.Exit(EXIT_FAILED)
-
-
-def _measured_network() -> Network | None:
-    """Measure the network together with the other ranks, None for a process without peers."""
-    from offload_adam.doctor.network import launched_world, look_at_network
-
-    world = launched_world()
-    if world is None:
-        return None
-    network = look_at_network(world)
-    os.environ["WORLD_SIZE"] = "1"  # the ranks have parted: this process may now step alone
-    return network

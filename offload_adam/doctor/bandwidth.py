@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable
 from contextlib import closing
@@ -74,16 +73,12 @@ def _pass_s(streams: list[npt.NDArray[np.float32]], num_threads: int, num_passes
     return median(seconds[1:])
 
 
-def can_step() -> bool:
-    """Return whether this process can construct an optimizer of one rank: not under torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1
-
-
 def measure_step(num_threads: int, *, numel: int = STEP_NUMEL, num_steps: int = NUM_STEPS) -> float:
     """Return the bandwidth of an optimizer step in 1e9 bytes a second, the median over the steps.
 
     One rank steps bf16 parameters on the CPU with clipping and without streaming: norm and update.
-    A plan predicts the time of a step as its traffic over this bandwidth.
+    A plan predicts the time of a step as its traffic over this bandwidth. WORLD_SIZE must be 1 or
+    unset.
 
     Raises:
         HostMemoryError: the state does not fit into the available memory.

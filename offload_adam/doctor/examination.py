@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from offload_adam.doctor import bandwidth_cache, devices, host, storage
-from offload_adam.doctor.bandwidth import can_step, counts_to_try, measure_bandwidth, measure_step
+from offload_adam.doctor.bandwidth import counts_to_try, measure_bandwidth, measure_step
 from offload_adam.doctor.bandwidth_cache import Bandwidth
 from offload_adam.doctor.finding import Finding, failed, ok, warning
 from offload_adam.doctor.network import Network, network_findings
@@ -56,9 +56,8 @@ def examine(
         num_threads = threads_per_node(local_world_size, on_device=on_device)
         memory = measure_bandwidth(counts_to_try(num_threads))
         yield from bandwidth_findings(memory, load_average)
-        step = measure_step(num_threads) if can_step() else None
-        if step is not None:
-            yield step_finding(step, memory[num_threads])
+        step = measure_step(num_threads)
+        yield step_finding(step, memory[num_threads])
         path = keep(Bandwidth(memory, step))
         if path is not None:
             yield ok("bandwidth kept", f"saved in {path}; training and `offload-adam plan` read it")

@@ -40,14 +40,15 @@ class Network:
     trouble: str = ""
 
 
-def launched_world() -> World | None:
-    """Return the world that torchrun started this process in, None for a process without peers."""
+def look_at_network() -> Network | None:
+    """Join the ranks that torchrun started, measure, and leave them. Collective.
+
+    Returns:
+        The speed, or the error's text; None for a process without peers.
+    """
     world = World.from_environment()
-    return world if world.world_size > 1 else None
-
-
-def look_at_network(world: World) -> Network:
-    """Join the ranks, measure, and leave them; errors are returned, not raised. Collective."""
+    if world.world_size == 1:
+        return None
     ranks = ranks_like(world.world_size, world.local_world_size, world.device.type)
     try:
         with joined_world(_TIMEOUT, FailurePolicy(stuck_after=_TIMEOUT.total_seconds())) as joined:
