@@ -44,9 +44,11 @@ def doctor(
 
     Each line is ok, a warning or failed, followed by what to do about it.
 
-    Under torchrun, the ranks first measure their collectives together. The measured bandwidths are
-    saved in the user's cache folder. Training compares its own speed with them, and `offload-adam
-    plan` predicts the time of a step from them.
+    Under torchrun, the ranks first measure their collectives together.
+
+    The measured bandwidths are saved in the user's cache folder. Training
+    compares its own speed with them, and `offload-adam plan` predicts the time
+    of a step from them.
 
     Exit codes: 0 no check failed, 1 some check failed, 2 wrong option.
     """

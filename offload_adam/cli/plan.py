@@ -84,13 +84,16 @@ def plan(
 ) -> None:
     """Predict the memory of each rank, whether it fits, and the time of a step.
 
-    Nothing is allocated. Parameters are on a GPU with --gpu-memory, or if this machine has one.
+    Nothing is allocated. Parameters are on a GPU with --gpu-memory, or if this
+    machine has one.
 
-    The time needs bandwidths: those that `offload-adam doctor` measured on this machine, those that
-    --measure measures now, or those of the options. With --tflops, it includes forward and backward
-    and shows the part of the optimizer that they do not hide.
+    The time is predicted from bandwidths: `offload-adam doctor` has saved those
+    of this machine, --measure measures them now, and options override both.
+    With --tflops, the time includes forward and backward, and the plan shows
+    how much of the optimizer's time they do not hide.
 
-    Exit codes: 0 it fits, 2 wrong option or configuration, 3 it does not fit, 1 any other error.
+    Exit codes: 0 it fits, 2 wrong option or configuration, 3 it does not fit,
+    1 any other error.
     """
     from offload_adam.config import ConfigError
     from offload_adam.plan.timing import predict_overlap

@@ -19,7 +19,7 @@ class Resource(Enum):
 
 
 BETWEEN_RANKS = (Resource.LATENESS, Resource.TRANSFERS)
-"""Resources that rarer collectives save: a diagnosis adds them up."""
+"""Time between ranks, which less frequent collectives save. A diagnosis adds both up."""
 
 
 class Phase(NamedTuple):

@@ -1,4 +1,4 @@
-"""Records spans and memory on every rank while a run is profiled, and collects them on rank 0."""
+"""Recording of spans and memory on every rank of a run, and their collection on rank 0."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def profiled(
     continues.
 
     Args:
-        folder: the run's folder. Rank 0 writes `memory.jsonl` and `trace.json` there; other ranks
-            keep their samples in their own folder until rank 0 has collected them.
+        folder: the run's folder. Rank 0 writes `memory.jsonl` and `trace.json` there. Other ranks
+            write their samples there, too, and delete them when rank 0 has collected them.
         ledger: returns the bytes that are allocated now, by category.
         finish: called on rank 0 with the profiles of all ranks, in rank order.
         interval_s: time between two memory samples.
