@@ -85,7 +85,6 @@ def _collect(store: dist.Store | None, own: RankProfile, world_size: int) -> lis
         return [own]
     if own.rank != 0:
         store.set(f"rank/{own.rank}", own.to_json())
-        # If this rank ended now, it might end the store that rank 0 still reads from.
         store.wait(["collected"], _TIMEOUT)
         return []
     profiles = [own]
@@ -130,13 +129,13 @@ def _read_clock(store: dist.Store | None, rank: int, world_size: int, label: str
 
     Source: Mills, "Internet Time Synchronization: the Network Time Protocol" (1991).
     """
+    if store is not None and rank == 0:
+        for other in range(1, world_size):
+            for probe in range(NUM_PROBES):
+                _wait(store, f"clock/{label}/{other}/{probe}/ask")
+                answer = str(time.perf_counter_ns())
+                store.set(f"clock/{label}/{other}/{probe}/answer", answer)
     if store is None or rank == 0:
-        if store is not None:
-            for other in range(1, world_size):
-                for probe in range(NUM_PROBES):
-                    _wait(store, f"clock/{label}/{other}/{probe}/ask")
-                    answer = str(time.perf_counter_ns())
-                    store.set(f"clock/{label}/{other}/{probe}/answer", answer)
         return ClockReading(time.perf_counter_ns(), 0)
     probes: list[tuple[int, int]] = []
     for probe in range(NUM_PROBES):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from offload_adam.cli.app import app
@@ -235,3 +236,22 @@ def test_the_plan_says_why_it_has_no_time() -> None:
     assert "The time of a step is not known: give --host-bandwidth" in " ".join(output.split())
     _, output = plan("--params=1e6", "--host-memory=1GiB", "--gpu-memory=1GiB", "--tflops=100")
     assert "--tflops needs --tokens" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((CONFIG,), "It fits, without counting activations."),
+        (
+            ("--params=1e6", "--host-memory=64GiB"),
+            "It fits as far as is known, but the memory of the GPU is not known.",
+        ),
+    ],
+)
+def test_only_the_memory_that_the_plan_needs_is_asked_for(
+    arguments: tuple[str, ...], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, output = plan(*arguments)
+    assert code == 0
+    assert sentence in output.splitlines()
