@@ -1,1 +1,1 @@
-"""Where a run's metrics go besides its own file: a web page, Prometheus, TensorBoard, wandb."""
+"""Where rank 0's metrics go besides `metrics.jsonl`: an HTTP server, TensorBoard and wandb."""

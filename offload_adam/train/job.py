@@ -24,13 +24,13 @@ from offload_adam.kernels.threads import cores_per_rank
 from offload_adam.mindspore.adam import Adam
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.train.bigram import bigram_loss
+from offload_adam.train.console import step_display, summary_table
 from offload_adam.train.corpus import Corpus
 from offload_adam.train.loop import Job, Saver, run_steps
 from offload_adam.train.optimizer import build_optimizer, failure_policy
 from offload_adam.train.preparation import prepare
 from offload_adam.train.profiler import profiled_job
-from offload_adam.train.progress import step_display
-from offload_adam.train.records import MetricsFile
+from offload_adam.train.records import MetricsFile, RunTotals
 from offload_adam.train.run_folder import (
     METRICS_NAME,
     continue_run_folder,
@@ -47,8 +47,7 @@ from offload_adam.train.saving import (
 )
 from offload_adam.train.schedule import build_schedule
 from offload_adam.train.sinks import watched
-from offload_adam.train.slowness import update_speed
-from offload_adam.train.summary import RunTotals, summary_table
+from offload_adam.train.speeds import update_speed
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +162,7 @@ def _train_and_report(job: Job, console: Console, require_held: Callable[[], Non
     speed = update_speed(job)
     display = step_display(console, config.train.num_steps)
     with (
-        watched(job) as sinks,
+        watched(job, totals) as sinks,
         display.shown(),
         profiled_job(job),
         ExitStack() as opened,

@@ -31,8 +31,7 @@ from offload_adam.torch_private import default_store
 from offload_adam.train.loop import Job
 from offload_adam.train.plan import specs_of, training_of_job
 from offload_adam.train.run_folder import METRICS_NAME, run_folder
-from offload_adam.train.slowness import limit_gb_per_s
-from offload_adam.train.speeds import known_speeds
+from offload_adam.train.speeds import known_speeds, limit_gb_per_s
 
 logger = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import attempt
 from offload_adam.errors import CheckpointError, PeerError, PeerFailedError
 from offload_adam.train.loop import Job
+from offload_adam.train.records import CheckpointTotals
 from offload_adam.train.run_folder import run_folder
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,8 @@ class CheckpointSaver:
     Args:
         require_held: raises where another job has taken the run's folder over.
 
-    num_failed counts what could not be written: a run goes on without, unless
-    `checkpoint.required`.
+    totals: counts checkpoints, also those that failed: a run goes on without them, unless
+        `checkpoint.required`.
     """
 
     def __init__(self, job: Job, require_held: Callable[[], None] = lambda: None) -> None:
@@ -71,7 +72,7 @@ class CheckpointSaver:
         self._pending: tuple[Path, PendingCheckpoint] | None = None
         # What this process has written or read to the last byte; the run's lock keeps others out.
         self._whole = set() if job.resumed_from is None else {job.resumed_from}
-        self.num_failed = 0
+        self.totals = CheckpointTotals.of_resumed(job.resumed_from, job.first_step - 1)
 
     def save(self, step: int, *, last: bool) -> None:
         """Write a checkpoint of the state after this step, or begin to. Collective.
@@ -84,6 +85,7 @@ class CheckpointSaver:
         """
         self._require_held()
         self._finish_pending()
+        self.totals.start(step)
         path = checkpoint_path(self._job.config, step)
         job = self._job
         with self._tolerating(path):
@@ -169,13 +171,13 @@ class CheckpointSaver:
             raise
         except (OSError, CheckpointError, PeerError):
             self._pending = None
-            self.num_failed += 1
+            self.totals.num_failed += 1
             if self._job.config.checkpoint.required:
                 raise
             logger.exception(
                 "checkpoint %s cannot be written (%d so far); training goes on without it",
                 path,
-                self.num_failed,
+                self.totals.num_failed,
             )
 
     def _keep(self, path: Path) -> None:
@@ -188,6 +190,7 @@ class CheckpointSaver:
             return
         self._require_held()
         self._whole.add(path)
+        self.totals.add(path)
         section, folder = self._job.config.checkpoint, path.parent
         steps = sorted(steps_in(folder))
         whole = [step for step in steps if folder / f"step-{step}" in self._whole]

@@ -15,9 +15,9 @@ from offload_adam.doctor import bandwidth_cache
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import allowed_cores
 from offload_adam.step.host_update import HostUpdate
-from offload_adam.train import slowness
+from offload_adam.train import speeds
 from offload_adam.train.records import StepRecord
-from offload_adam.train.slowness import NUM_STEPS, NUM_WARMUP, UpdateSpeed
+from offload_adam.train.speeds import NUM_STEPS, NUM_WARMUP, UpdateSpeed
 from tests.unit.test_train_alone import SMALL, run
 
 
@@ -134,8 +134,8 @@ def test_waiting_for_a_checkpoint_is_no_update() -> None:
 def test_updates_beside_a_forward_on_the_same_cores_are_not_judged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(slowness, "LEAST_NBYTES", 1)
-    monkeypatch.setattr(slowness, "_limit_gb_per_s", lambda num_threads: 1e6)
+    monkeypatch.setattr(speeds, "LEAST_NBYTES", 1)
+    monkeypatch.setattr(speeds, "_limit_gb_per_s", lambda num_threads: 1e6)
     run(tmp_path, optimizer={"overlap": True})
     assert "less than half" not in caplog.text
 
@@ -143,7 +143,7 @@ def test_updates_beside_a_forward_on_the_same_cores_are_not_judged(
 @pytest.fixture
 def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Judge every run, however small, and keep nothing of this machine."""
-    monkeypatch.setattr(slowness, "LEAST_NBYTES", 1)
+    monkeypatch.setattr(speeds, "LEAST_NBYTES", 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -171,12 +171,12 @@ def test_without_doctor_a_run_measures_for_itself(monkeypatch: pytest.MonkeyPatc
         measured.extend(counts)
         return dict.fromkeys(counts, 30.0)
 
-    monkeypatch.setattr(slowness, "measure_bandwidth", measure)
-    assert slowness._limit_gb_per_s(1) == 30.0
+    monkeypatch.setattr(speeds, "measure_bandwidth", measure)
+    assert speeds._limit_gb_per_s(1) == 30.0
     assert measured == [1]
     bandwidth_cache.keep(bandwidth_cache.Bandwidth({1: 20.0}))
-    assert slowness._limit_gb_per_s(1) == 20.0
-    assert slowness._limit_gb_per_s(allowed_cores() + 1) is None
+    assert speeds._limit_gb_per_s(1) == 20.0
+    assert speeds._limit_gb_per_s(allowed_cores() + 1) is None
     assert measured == [1]
 
 
@@ -185,13 +185,13 @@ def test_no_room_for_a_measurement_is_no_reason_to_stop(monkeypatch: pytest.Monk
     def lack(counts: list[int], *, numel: int) -> dict[int, float]:
         raise HostMemoryError("no room")
 
-    monkeypatch.setattr(slowness, "measure_bandwidth", lack)
-    assert slowness._limit_gb_per_s(1) is None
+    monkeypatch.setattr(speeds, "measure_bandwidth", lack)
+    assert speeds._limit_gb_per_s(1) is None
 
 
 def test_small_models_are_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(num_threads: int) -> float:
         raise AssertionError("nothing is to be measured")
 
-    monkeypatch.setattr(slowness, "_limit_gb_per_s", fail)
+    monkeypatch.setattr(speeds, "_limit_gb_per_s", fail)
     run(tmp_path, train=SMALL["train"] | {"num_steps": 2})
