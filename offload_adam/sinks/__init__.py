@@ -1,1 +1,1 @@
-"""Where rank 0's metrics go besides `metrics.jsonl`: an HTTP server, TensorBoard and wandb."""
+"""Destinations of rank 0's metrics in addition to `metrics.jsonl`: HTTP, TensorBoard, wandb."""

@@ -1,7 +1,7 @@
 """The HTTP server on rank 0: `/metrics`, `/status` and `/healthz`, read-only.
 
-Come here for what the server answers and how it protects itself. `train/observation.py` decides
-which values it shows.
+Come here to add an address, or to change how the server protects itself from its clients.
+`train/observation.py` supplies the values.
 """
 
 from __future__ import annotations
@@ -48,15 +48,22 @@ class StatusServer:
     Only GET and HEAD are allowed. The Host header must name this machine (see `_is_own_host`), so
     that a web page in a user's browser cannot read the answers through DNS rebinding.
 
-    `/healthz` suits a Kubernetes liveness probe of the pod of rank 0, and judges all ranks. The
-    server starts with the first step, so give the pod a `startupProbe` that allows for
-    compilation. Let the liveness probe fail for 30 s or more (`periodSeconds` times
-    `failureThreshold`): a run that detects a failure ends by itself, with the reason in its log.
+    `/healthz` is for a Kubernetes liveness probe of the pod of rank 0. It judges all ranks, and a
+    failed rank ends all of them, so the other pods need no probe:
+
+        livenessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 10,
+                        timeoutSeconds: 5, failureThreshold: 3}
+        startupProbe:  {httpGet: {path: /healthz, port: 8080}, periodSeconds: 10,
+                        failureThreshold: 180}
+
+    The server starts just before the first step, so the startup probe allows for compilation and
+    for loading a checkpoint. A run that detects a failure ends by itself within 10 s and logs the
+    reason, so the liveness probe waits for 30 s.
 
     Args:
         port: 0 lets the system choose one, see `port`.
         host: the address or name to bind.
-        status: returns the values of `/status` besides the last record. Any JSON types; NaN and
+        status: returns further values of `/status`, in addition to the last record. NaN and
             infinities become null.
         health: returns the reason why the run makes no progress, None while it does.
         collector: yields the metric families of `/metrics`.
@@ -94,9 +101,9 @@ class StatusServer:
         self._on_loopback = ipaddress.ip_address(address).is_loopback
         self._names = {"localhost"}
         if not self._on_loopback:
-            # Asked once: the domain name system may take seconds to answer.
+            # Resolved once, since DNS may take seconds to answer.
             self._names |= {host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}
-        # Below ERROR, waitress logs every full queue; these are no events of the run.
+        # Waitress warns whenever a request waits for a thread, which is no event of the run.
         logging.getLogger("waitress").setLevel(logging.ERROR)
         self._channels: dict[int, Any] = {}
         self._server = create_server(
@@ -140,8 +147,8 @@ class StatusServer:
         wasyncore.close_all(self._channels, ignore_all=True)
 
     def _drop_old_connections(self) -> None:
-        # Waitress itself drops idle connections only: a client that sends its request byte by byte
-        # would keep one for ever.
+        # Waitress drops only idle connections. A client that sends its request byte by byte would
+        # keep its connection without limit.
         oldest_s = time.time() - CONNECTION_S
         for channel in self._server.active_channels.values():
             if channel.creation_time < oldest_s and not channel.requests:

@@ -46,8 +46,8 @@ class Observation:
     count the work of this process, so they restart at zero when a run resumes, which `rate()`
     handles. Every metric has the label `run`. Numbers of one rank have the label `rank`.
 
-    A step that is skipped because its loss is NaN sets the gauge of the loss to NaN: Prometheus
-    stores NaN, and Grafana leaves a gap. Metrics that are not known yet have no samples.
+    A NaN loss or norm of a skipped step is exported as NaN, which Prometheus stores and Grafana
+    draws as a gap. A metric that is not known yet has no samples.
 
     Threads: the server's threads call all methods, while the training thread adds to `totals`.
 
@@ -63,7 +63,7 @@ class Observation:
         self._beats: dict[int, tuple[int, float]] = {}
 
     def status(self) -> dict[str, Any]:
-        """Return the values of `/status` besides the last record."""
+        """Return the values of `/status`, apart from the last record."""
         job = self._job
         return {
             "run": job.config.run.name,
@@ -88,10 +88,10 @@ class Observation:
     def problem(self) -> str | None:
         """Return why the run makes no progress, None while it does.
 
-        A run has a problem if its training raised an exception, if its ranks have declared one of
-        them dead or hung, or if no rank has made progress for `coordinator.stuck_after` seconds.
-        The last covers hangs that ranks cannot declare: in a collective of DDP, or with one rank.
-        Evaluation, compilation and checkpoints may take longer.
+        There are three reasons: training raised an exception; the ranks declared a rank dead or
+        hung; or no rank made progress for `coordinator.stuck_after` seconds. The third covers hangs
+        that no rank declares: in a collective of DDP, or in a run with one rank. Long-running
+        phases (evaluation, compilation, checkpoints) never count as a hang.
         """
         if self.error is not None:
             return f"Training ended with {type(self.error).__name__}: {self.error}"
@@ -100,7 +100,7 @@ class Observation:
             return failure.text
         stuck_after = self._job.config.coordinator.stuck_after
         live = [record for record in self._ranks() if record.left is None]
-        # While one rank evaluates or saves, the others wait for it in any phase.
+        # While one rank is in a long-running phase, its peers may wait for it in any phase.
         if not live or any(r.progress.long_running or r.still_s <= stuck_after for r in live):
             return None
         hung = [record for record in live if not record.progress.waiting] or live
@@ -128,8 +128,8 @@ class Observation:
         )
         yield counter(
             "phase_seconds_total",
-            "Wall time of each phase of a step. Phases optimizer.* lie within the others.",
-            # dict() copies in one call of C, so the training thread cannot add a key meanwhile.
+            "Wall time of each phase of a step. Phases optimizer.* overlap with other phases.",
+            # dict() copies without releasing the GIL: the training thread may add phases.
             {("0", phase): ms / 1e3 for phase, ms in dict(totals.timings_ms).items()},
             ("rank", "phase"),
         )
@@ -183,25 +183,20 @@ class Observation:
             steps[values] = record.progress.step
             ages[values] = now_s - self._beats[record.rank][1]
             still[values] = record.still_s
-        labels = "rank", "host"
-        yield gauge(
-            "rank_step",
-            "The optimizer step that each rank began last.",
-            steps,
-            labels,
-        )
-        yield gauge(
-            "rank_heartbeat_age_seconds",
-            "Time since rank 0 saw a new heartbeat of a rank, to the precision of the scrapes.",
-            ages,
-            labels,
-        )
-        yield gauge(
-            "rank_progress_age_seconds",
-            "Time since the training thread of each rank last made progress.",
-            still,
-            labels,
-        )
+        for name, text, samples in (
+            ("rank_step", "The optimizer step that each rank began last.", steps),
+            (
+                "rank_heartbeat_age_seconds",
+                "Time since rank 0 saw a new heartbeat of a rank, to the precision of the scrapes.",
+                ages,
+            ),
+            (
+                "rank_progress_age_seconds",
+                "Time since the training thread of each rank last made progress.",
+                still,
+            ),
+        ):
+            yield gauge(name, text, samples, ("rank", "host"))
 
     def _collect_memory(self, gauge: Family) -> Iterator[Metric]:
         held: Counter[tuple[str, ...]] = Counter()
@@ -213,27 +208,17 @@ class Observation:
             held,
             ("rank", "category", "device"),
         )
-        yield gauge(
-            "process_resident_bytes",
-            "Resident memory of the process.",
-            {("0",): psutil.Process().memory_info().rss},
-            ("rank",),
-        )
-        yield gauge(
-            "node_available_bytes",
-            "Memory that is available on the node.",
-            {("0",): psutil.virtual_memory().available},
-            ("rank",),
-        )
-        on_device = {}
+        resident = psutil.Process().memory_info().rss
+        available = psutil.virtual_memory().available
+        on_device = None
         if torch.cuda.is_initialized():
-            on_device["0",] = torch.cuda.memory_allocated(self._job.world.device)
-        yield gauge(
-            "device_allocated_bytes",
-            "Memory that torch has allocated on the GPU.",
-            on_device,
-            ("rank",),
-        )
+            on_device = torch.cuda.memory_allocated(self._job.world.device)
+        for name, text, nbytes in (
+            ("process_resident_bytes", "Resident memory of the process.", resident),
+            ("node_available_bytes", "Memory that is available on the node.", available),
+            ("device_allocated_bytes", "Memory that torch has allocated on the GPU.", on_device),
+        ):
+            yield gauge(name, text, {} if nbytes is None else {("0",): nbytes}, ("rank",))
 
     def _family(
         self, kind: Any, name: str, text: str, samples: Samples, labels: tuple[str, ...] = ()
@@ -263,9 +248,9 @@ class Observation:
         watch = self._job.world.ranks.watch
         if watch is not None:
             return watch.places()
-        # A single rank publishes nothing. Whoever asks often enough sees how long it stands still.
+        # A single rank sends no heartbeats, so `still_s` counts from the last call with a change.
         now_s = time.monotonic()
         if PROGRESS.moves != self._moves:
             self._moves, self._moved_s = PROGRESS.moves, now_s
-        beat = time.monotonic_ns()
+        beat = time.monotonic_ns()  # a new one in every call: this process is alive
         return (PeerRecord(0, self._process, beat, replace(PROGRESS), now_s - self._moved_s),)

@@ -22,8 +22,8 @@ class StepRecord:
     lr: the learning rate of this step.
     grad_norm: the global norm before clipping, non-finite if a gradient is.
     step_ms: wall time of the step, without evaluation and checkpoints.
-    timings_ms: how the host spent `step_ms`, by phase. Phases named `optimizer.*` lie within the
-        others.
+    timings_ms: how the host spent `step_ms`, by phase. Phases named `optimizer.*` overlap with
+        other phases.
     non_finite: names of parameters with non-finite gradients.
     val_loss: None unless an evaluation followed the step.
     """
@@ -110,8 +110,8 @@ class CheckpointTotals:
     nbytes: size of the committed checkpoints, files of all ranks together.
     last_step, last_commit_s: of the newest checkpoint, which is the loaded one at first if the run
         was resumed. `last_commit_s` is a `time.time()`.
-    last_duration_s: from the start to the commit of the newest checkpoint. In the background this
-        includes the steps meanwhile.
+    last_duration_s: from the start to the commit of the newest checkpoint. If it was written in
+        the background, training steps are included.
     """
 
     num_written: int = 0

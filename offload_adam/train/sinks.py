@@ -54,7 +54,7 @@ def watched(job: Job, totals: RunTotals) -> Iterator[GuardedSinks]:
             sinks.append(WandbSink(section.wandb_project, job.config.run.name, folder, values))
             opened.callback(sinks[-1].close)
         if section.http_port is not None:
-            # The last to be closed: it reports an error of the run while the others are closed.
+            # Closed last, so that /healthz reports an error of the run until then.
             sinks.append(
                 StatusServer(
                     section.http_port,

@@ -106,8 +106,8 @@ class UpdateSpeed:
 def update_speed(job: Job) -> UpdateSpeed | None:
     """Return what judges this rank's updates, None if they are small or no limit is known.
 
-    Updates that overlap with a forward on the same CPU are not judged either: they share cores and
-    memory with it, so they are slow for a reason that doctor cannot find.
+    Updates that overlap with a forward on the same CPU are not judged either. They share cores and
+    memory with the forward, which doctor would not find.
     """
     if job.world.device.type == "cpu" and job.optimizer.overlaps:
         return None
@@ -121,9 +121,9 @@ def update_speed(job: Job) -> UpdateSpeed | None:
 def limit_gb_per_s(job: Job) -> float | None:
     """Return this rank's share of the memory bandwidth of its node, None if it is not known.
 
-    The bandwidth is what doctor measured with the threads of all ranks of the node, otherwise it
-    is measured here, briefly. The limit is unknown if each rank is bound to its own cores and
-    doctor did not run in the same binding: one rank alone would measure more than its share.
+    The bandwidth is what doctor measured with the threads of all ranks of the node. Without such a
+    measurement it is measured here, briefly. It is not known if each rank is bound to its own
+    cores: this process cannot run the threads of all ranks.
     """
     local = job.world.local_world_size
     of_rank = job.config.optimizer.num_threads or threads_per_rank(

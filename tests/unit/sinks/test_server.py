@@ -1,4 +1,4 @@
-"""The HTTP server: what it answers, whom it rejects, and that slow clients cannot exhaust it."""
+"""The answers of the HTTP server, the requests that it rejects, and its limits for slow clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the HTTP server shows of a real run, and that the Grafana dashboard draws it."""
+"""The HTTP server in a real run, and the Grafana dashboard of its metrics."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_an_error_of_the_training_is_reported_while_sinks_are_closed(
 
 
 class Ranks:
-    """Stands in for a rank group: what its watch knows of each rank."""
+    """A fake rank group with a watch that knows these records."""
 
     def __init__(self, *records: PeerRecord, failure: Verdict | None = None) -> None:
         self.watch, self.failure = self, failure
@@ -259,7 +259,7 @@ def observe(ranks: Ranks | None, stuck_after: float = 10.0) -> Observation:
     ],
     ids=["one moves", "one is busy for long", "one has left", "nothing is known yet"],
 )
-def test_a_run_is_healthy_while_a_rank_gets_on(records: list[PeerRecord]) -> None:
+def test_a_run_is_healthy_while_a_rank_makes_progress(records: list[PeerRecord]) -> None:
     assert observe(Ranks(*records)).problem() is None
 
 
