@@ -70,6 +70,7 @@ def have_begun(places: list[dict[str, Any]]) -> bool:
 @pytest.mark.distributed
 def test_a_run_on_two_ranks_shows_both(tmp_path: Path) -> None:
     pytest.importorskip("prometheus_client")
+    pytest.importorskip("waitress")
     settings = [f"--run.dir={tmp_path}", "--train.num_steps=100000", "--checkpoint.every=5"]
     port = 18_000 + hash(str(tmp_path)) % 10_000
     process = subprocess.Popen(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 import urllib.error
 import urllib.request
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
+import torch
 
 from offload_adam.config import ConfigError
 from offload_adam.coordinator.progress import PROGRESS, PeerRecord, Process, ProgressRecord
@@ -20,9 +21,13 @@ from offload_adam.coordinator.verdicts import Verdict
 from offload_adam.sinks import sink
 from offload_adam.sinks.server import StatusServer
 from offload_adam.train import loop, sinks
+from offload_adam.train.loss import next_token_loss
 from offload_adam.train.observation import Observation
 from offload_adam.train.records import RunTotals
 from tests.unit.test_train_alone import SMALL, run
+
+pytest.importorskip("waitress")
+prometheus = pytest.importorskip("prometheus_client.parser")
 
 DASHBOARD = Path(__file__).parents[3] / "launch" / "grafana.json"
 STEPS = SMALL["train"] | {"num_steps": 8}
@@ -47,7 +52,7 @@ def look(server: StatusServer) -> Seen:
     base = f"http://127.0.0.1:{server.port}"
     assert read(f"{base}/healthz") == '{"healthy": true}'
     metrics, names = {}, set()
-    for family in text_string_to_metric_families(read(f"{base}/metrics")):
+    for family in prometheus.text_string_to_metric_families(read(f"{base}/metrics")):
         names.add(family.name + "_total" * (family.type == "counter"))
         for sample in family.samples:
             labels = {name: value for name, value in sample.labels.items() if name != "host"}
@@ -219,6 +224,37 @@ def test_an_error_of_the_training_is_reported_while_sinks_are_closed(
     assert answers == [(503, {"healthy": False, "reason": reason})]
 
 
+def test_a_run_that_hangs_in_its_forward_is_not_healthy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ports: list[int] = []
+    reasons: list[str] = []
+
+    class Opened(StatusServer):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            ports.append(self.port)
+
+    def hang(*arguments: Any) -> torch.Tensor:
+        """Return the loss, but in the first step wait until the server has noticed the hang."""
+        deadline_s = time.monotonic() + 20
+        while not reasons:
+            assert time.monotonic() < deadline_s
+            try:
+                read(f"http://127.0.0.1:{ports[0]}/healthz")
+            except urllib.error.HTTPError as error:
+                reasons.append(json.loads(error.read())["reason"])
+        return next_token_loss(*arguments)
+
+    monkeypatch.setattr(sinks, "StatusServer", Opened)
+    monkeypatch.setattr(loop, "next_token_loss", hang)
+    run(tmp_path, train=STEPS, observe={"http_port": 0}, coordinator={"stuck_after": 0.3})
+    (reason,) = reasons
+    assert re.fullmatch(
+        r"No rank has made progress for 0\.3 s: rank 0 \(.*\) in forward, step 1\.", reason
+    )
+
+
 class Ranks:
     """A fake rank group with a watch that knows these records."""
 
@@ -242,10 +278,14 @@ def record(rank: int, still_s: float, *, left: str | None = None, **place: Any) 
     return PeerRecord(rank, Process("node", "one", 7, 0.0), 5, progress, still_s, left)
 
 
-def observe(ranks: Ranks | None, stuck_after: float = 10.0) -> Observation:
-    group = Stub(watch=None, failure=None) if ranks is None else ranks
-    config = Stub(coordinator=Stub(stuck_after=stuck_after))
-    job: Any = Stub(config=config, world=Stub(ranks=group))
+def observe(ranks: Ranks | None) -> Observation:
+    """Return the observation of a job with these ranks, whose `stuck_after` is 10 s."""
+    config = Stub(
+        run=Stub(name="case"), train=Stub(num_steps=1), coordinator=Stub(stuck_after=10.0)
+    )
+    world = Stub(ranks=Stub(watch=None, failure=None) if ranks is None else ranks)
+    optimizer = Stub(memory_ledger=list)
+    job: Any = Stub(config=config, world=world, saver=None, optimizer=optimizer)
     return Observation(job, RunTotals(1))
 
 
@@ -306,14 +346,6 @@ def heartbeat_ages(observation: Observation) -> list[float]:
 def test_a_heartbeat_ages_until_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks(record(0, 0), record(1, 0))
     observation = observe(ranks)
-    config = Stub(run=Stub(name="case"), train=Stub(num_steps=1))
-    job: Any = Stub(
-        config=config,
-        world=Stub(ranks=ranks),
-        saver=None,
-        optimizer=Stub(memory_ledger=list),
-    )
-    observation._job = job
     now_s = [100.0]
     monkeypatch.setattr("offload_adam.train.observation.time.monotonic", lambda: now_s[0])
     assert heartbeat_ages(observation) == [0, 0]
