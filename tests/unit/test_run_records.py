@@ -122,11 +122,11 @@ def test_checkpoints_are_counted_with_their_files(tmp_path: Path) -> None:
         (path / "rank-0.safetensors").write_bytes(b"x" * step)
         (path / "manifest.json").write_bytes(b"{}")
         totals.start(step)
-        totals.add(path)
+        assert totals.add(path) == step + 2
     assert (totals.num_written, totals.nbytes, totals.last_step) == (2, 19, 10)
     assert totals.last_duration_s is not None
     assert 0.0 <= totals.last_duration_s < 10.0
-    totals.add(tmp_path / "vanished")
+    assert totals.add(tmp_path / "vanished") == 0
     assert (totals.num_written, totals.nbytes) == (3, 19)
 
 
