@@ -1,4 +1,4 @@
-"""A small byte-level GPT, for showing that training works on real text."""
+"""The built-in model: a small byte-level GPT."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from offload_adam.config.sections import ModelSizes
-from offload_adam.train.corpus import VOCABULARY_SIZE
+from offload_adam.train.data import VOCABULARY_SIZE
 
 _INIT_STD = 0.02
 
@@ -31,7 +31,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a GELU network, each normalised first and added to the residual stream."""
+    """A transformer block: pre-norm attention and GELU MLP, both added to the residual stream."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -47,9 +47,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Maps (batch, time) int64 bytes to (batch, time, 256) logits of the byte that follows.
+    """Maps (batch, time) int64 bytes to (batch, time, 256) logits of the next byte.
 
-    `max_length` bounds time, for each position has an embedding of its own.
+    max_length: the longest time; each position has its own embedding.
 
     Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
     """
@@ -74,7 +74,7 @@ class GPT(nn.Module):
         return self.head(self.final_norm(x))  # type: ignore[no-any-return]
 
     def _init_weights(self) -> None:
-        """Draw all matrices alike, those that write to the residual stream smaller by its depth."""
+        """Draw all matrices with one scale; those that write to the residual stream with less."""
         residual_std = _INIT_STD / math.sqrt(2 * len(self.blocks))
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:

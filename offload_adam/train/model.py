@@ -1,4 +1,4 @@
-"""The model of a job: the built-in one, or the user's own by its import path."""
+"""The job's model, built-in or imported from the user's code, its loss and its evaluation."""
 
 from __future__ import annotations
 
@@ -10,11 +10,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from offload_adam.config import ConfigError, Mistake, RunConfig
-from offload_adam.config.sections import ModelSection
+from offload_adam.config.sections import ModelSection, TrainSection
+from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.coordinator.startup import World
 from offload_adam.torch_private import is_lazy
+from offload_adam.train.data import (
+    VOCABULARY_SIZE,
+    Batch,
+    ByteTokens,
+    cut_batch,
+    evaluation_starts,
+)
 from offload_adam.train.gpt import GPT
 
 _KEY = "model.factory"
@@ -22,10 +32,11 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build_model(config: RunConfig) -> nn.Module:
-    """Return the model on the CPU, in the configured dtype, drawn from the run's seed.
+    """Return the model on the CPU, in the configured dtype, initialised from the run's seed.
 
-    Raises: ConfigError where the user's factory cannot be found, fails, or returns no model, or one
-        with tensors that cannot be trained in the configured dtype.
+    Raises:
+        ConfigError: the user's factory is missing, fails, or returns something else than a module;
+            or the module has tensors that cannot be trained.
     """
     torch.manual_seed(config.run.seed)
     if config.model.sizes is not None:
@@ -41,8 +52,8 @@ def build_model(config: RunConfig) -> nn.Module:
 def _call_factory(section: ModelSection) -> nn.Module:
     """Call the user's `package.module:function` with `model.arguments` as keywords.
 
-    It has to return an nn.Module that maps (batch, time) int64 tokens below 256 to floating
-    (batch, time, vocabulary) logits, vocabulary 256 or more.
+    It must return an nn.Module that maps (batch, time) int64 tokens below 256 to floating-point
+    (batch, time, vocabulary) logits, where the vocabulary is 256 or more.
     """
     factory = find_factory(str(section.factory))
     try:
@@ -62,10 +73,12 @@ def _call_factory(section: ModelSection) -> nn.Module:
 def find_factory(spec: str) -> Callable[..., Any]:
     """Return the function that `package.module:function` names; the working folder is searched too.
 
-    Raises: ConfigError where the module or the function is missing or fails to import.
+    Raises:
+        ConfigError: the module or the function is missing, or the import fails.
     """
     module_name, _, function_name = spec.partition(":")
-    _search_working_folder()
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # `python -m` does this, the console script does not
     try:
         found: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
@@ -80,13 +93,13 @@ def find_factory(spec: str) -> Callable[..., Any]:
 
 
 def _reject_unready(model: nn.Module) -> None:
-    """Reject parameters and buffers that have no shape, no values, or that lose half of them.
+    """Reject parameters and buffers that are lazy, on the meta device, or complex.
 
-    On the meta device itself, where a plan is made, no values are wanted.
+    A plan builds the model on the meta device on purpose, so there meta tensors are accepted.
     """
     problems: dict[str, list[str]] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        problem = _what_is_missing(tensor)
+        problem = _problem_of(tensor)
         if problem is not None:
             problems.setdefault(problem, []).append(name)
     if problems:
@@ -94,21 +107,21 @@ def _reject_unready(model: nn.Module) -> None:
         raise ConfigError("configuration", found)
 
 
-def _what_is_missing(tensor: torch.Tensor) -> str | None:
+def _problem_of(tensor: torch.Tensor) -> str | None:
     if is_lazy(tensor):
         return (
-            "no shape yet, for the module is lazy: call the model once in the factory, such as "
+            "no shape yet, because the module is lazy: call the model once in the factory, such as "
             "model(torch.zeros(1, 8, dtype=torch.int64))"
         )
     if tensor.is_meta and torch.get_default_device().type != "meta":
         return (
-            "no values, for it is on the meta device: call model.to_empty(device='cpu') in the "
-            "factory, and initialise what that makes"
+            "no values, because it is on the meta device: call model.to_empty(device='cpu') in the "
+            "factory, then initialise the tensors"
         )
     if tensor.is_complex():
         return (
-            "complex numbers, which are not trained and which train.dtype would make real: keep "
-            "torch.view_as_real of it in the model, and torch.view_as_complex in the forward"
+            "complex numbers, which are not trained and which train.dtype would make real: store "
+            "torch.view_as_real of it, and use torch.view_as_complex in the forward"
         )
     return None
 
@@ -119,12 +132,55 @@ def _listed(names: list[str]) -> str:
 
 
 def _described(error: BaseException) -> str:
-    """Return the error and where it was raised, in place of a traceback."""
+    """Return the error and where it was raised."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
 
 
-def _search_working_folder() -> None:
-    """Let the console script import from where it was started, as `python -m` does."""
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+def next_token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the mean cross entropy in nats a token, 0-d, in fp32 whatever the model's dtype.
+
+    Raises:
+        ConfigError: the model does not return (batch, time, vocabulary) logits.
+    """
+    logits: object = model(batch.inputs)
+    if not isinstance(logits, torch.Tensor):
+        raise _wrong_logits(batch, type(logits).__name__)
+    if (
+        logits.dim() != 3
+        or logits.shape[:2] != batch.inputs.shape
+        or logits.shape[2] < VOCABULARY_SIZE
+        or not logits.is_floating_point()
+    ):
+        raise _wrong_logits(batch, f"{logits.dtype} of shape {tuple(logits.shape)}")
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, tokens: ByteTokens, train: TrainSection, world: World) -> float:
+    """Return the mean loss in nats over `eval_sequences` sequences of the split. Collective.
+
+    The ranks share the sequences; the result is the same for any number of ranks.
+    """
+    starts = evaluation_starts(tokens.size, train.sequence_length, train.eval_sequences)
+    own = starts[world.rank :: world.world_size]
+    total = torch.zeros(2, dtype=torch.float64, device="cpu")  # sum of losses, number of sequences
+    was_training = model.training
+    model.eval()
+    for first in range(0, len(own), train.batch_size):
+        chosen = own[first : first + train.batch_size]
+        batch = cut_batch(tokens, chosen, train.sequence_length).to(world.device)
+        loss = next_token_loss(model, batch)
+        total[0] += loss.item() * len(chosen)
+        total[1] += len(chosen)
+        PROGRESS.move()
+    model.train(was_training)
+    world.ranks.all_reduce(total)
+    return float(total[0] / total[1])
+
+
+def _wrong_logits(batch: Batch, got: str) -> ConfigError:
+    wanted = f"({batch.inputs.shape[0]}, {batch.inputs.shape[1]}, {VOCABULARY_SIZE} or more)"
+    return ConfigError.at(
+        _KEY, f"the model must return floating-point logits of shape {wanted}, got {got}"
+    )
