@@ -18,17 +18,20 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 AGAIN = "run the same command again"
-ADVICE = {
-    2: f"correct the configuration and {AGAIN}",
-    3: "`offload-adam plan CONFIG` shows what needs how much memory",
+RESUMES = f"{AGAIN}; it resumes from the newest checkpoint, if there is one"
+SENTENCES = {
+    2: f"the configuration was rejected: correct it and {AGAIN}",
+    3: "the job does not fit into memory: `offload-adam plan CONFIG` shows what needs how much",
 }
-DEFAULT_ADVICE = f"fix the cause and {AGAIN}; it resumes from the newest checkpoint, if any"
 
 
-def run(arguments: list[str], outcome_file: Path) -> tuple[int, str]:
+def run(arguments: list[str], folder: Path) -> tuple[int, str]:
     """Run torchrun and return the job's exit code, and what happened and what to do."""
     # Inherited by the ranks. Local rank 0 writes the file if the job ends without an error.
+    outcome_file = folder / "outcome.json"
     os.environ["OFFLOAD_ADAM_OUTCOME_FILE"] = str(outcome_file)
+    # torchrun copies the error of the first failed rank to this file, and complains without it.
+    os.environ.setdefault("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
     try:
         torchrun(arguments)
     except ChildFailedError as error:
@@ -38,10 +41,10 @@ def run(arguments: list[str], outcome_file: Path) -> tuple[int, str]:
         # torchrun does not tell how its ranks ended after a signal; the file does.
         if not outcome_file.exists():
             name = error.sigval.name
-            return 128 + error.sigval, f"the run was ended by {name}: {DEFAULT_ADVICE}"
+            return 128 + error.sigval, f"{name} ended the run: {RESUMES}"
     except Exception:
         traceback.print_exc()
-        return 1, f"torchrun failed: {DEFAULT_ADVICE}"
+        return 1, "torchrun failed, see its error above"
     return 0, describe_end(outcome_file)
 
 
@@ -52,7 +55,7 @@ def describe_failure(error: ChildFailedError) -> tuple[int, str]:
     rank, failure = failures[0]
     # As in a shell: a rank that a signal has killed has 128 and the signal's number.
     code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    return code, f"rank {rank} failed: {ADVICE.get(code, DEFAULT_ADVICE)}"
+    return code, SENTENCES.get(code, f"rank {rank} failed: fix the cause and {RESUMES}")
 
 
 def describe_end(outcome_file: Path) -> str:
@@ -69,7 +72,7 @@ def describe_end(outcome_file: Path) -> str:
 def main() -> None:
     """Run torchrun with the arguments of this process."""
     with tempfile.TemporaryDirectory(prefix="offload-adam-") as folder:
-        code, text = run(sys.argv[1:], Path(folder) / "outcome.json")
+        code, text = run(sys.argv[1:], Path(folder))
     name = os.environ.get("LAUNCHED_AS", "torchrun.py")
     print(f"{name}: {text} (exit code {code})", file=sys.stderr, flush=True)
     sys.exit(code)
