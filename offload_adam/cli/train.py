@@ -33,10 +33,12 @@ EXIT_DOES_NOT_FIT = 3
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 _WAIT_FOR_FIRST_RANK_S = 5.0
 
-ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file.")]
+ConfigArgument = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="The configuration, a YAML file.")
+]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[--section.key=value]...", help="Keys to override."),
+    typer.Argument(metavar="--section.key=value", help="Keys of the configuration to override."),
 ]
 LogFormatOption = Annotated[
     LogFormat,

@@ -27,7 +27,7 @@ from offload_adam.kernels.threads import cores_per_rank
 from offload_adam.mindspore.adam import Adam
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.train.data import Corpus, bigram_loss, load_corpus
-from offload_adam.train.loop import Job, Saver, run_steps
+from offload_adam.train.loop import Job, run_steps
 from offload_adam.train.model import build_model, find_factory
 from offload_adam.train.optimizer import build_optimizer, build_schedule, failure_policy
 from offload_adam.train.profiler import profiled_job
@@ -68,16 +68,11 @@ class Outcome(NamedTuple):
     saved: bool
 
 
-def run_job(
-    config: RunConfig, console: Console | None = None, saver: Saver | None = None
-) -> Outcome:
+def run_job(config: RunConfig, console: Console | None = None) -> Outcome:
     """Train as configured, alone or as one of torchrun's ranks; rank 0 writes and reports.
 
     All mistakes of the configuration that can be found without other ranks are found before the
     ranks join.
-
-    Args:
-        saver: writes the checkpoints instead of the job's own saver.
 
     Raises:
         ConfigError: data, model or world do not fit the configuration.
@@ -102,7 +97,7 @@ def run_job(
             job = resume(job)
             require_place(job)
         last_step = job.first_step - 1
-        job = replace(job, saver=saver or CheckpointSaver(job, require_held))
+        job = replace(job, saver=CheckpointSaver(job, require_held))
         if last_step >= config.train.num_steps:
             if world.rank == 0:
                 logger.info("All %d steps have been taken already: nothing to do", last_step)

@@ -13,8 +13,7 @@ from torch import nn
 from offload_adam.config import ConfigError, RunConfig
 from offload_adam.config.sections import ModelSizes
 from offload_adam.train.data import Batch
-from offload_adam.train.gpt import GPT
-from offload_adam.train.model import build_model, next_token_loss
+from offload_adam.train.model import GPT, build_model, next_token_loss
 
 
 def small_gpt(*, tied_head: bool = True) -> GPT:
