@@ -12,7 +12,7 @@ from rich.console import Console
 from offload_adam.config import RunConfig, load_config
 from offload_adam.train.console import step_display, summary_table
 from offload_adam.train.records import CheckpointTotals, MetricsFile, RunTotals, StepRecord
-from offload_adam.train.run_folder import prepare_run_folder
+from offload_adam.train.run_folder import open_run_folder
 
 
 def record(step: int = 1, loss: float = 0.1 + 0.2, val_loss: float | None = None) -> StepRecord:
@@ -65,15 +65,15 @@ def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
 
 
 def test_files_of_earlier_runs_move_aside(tmp_path: Path) -> None:
-    def prepare(seed: int) -> list[str]:
+    def prepare(seed: int) -> str | None:
         values = {"run": {"name": "x", "dir": str(tmp_path), "seed": seed}}
-        return prepare_run_folder(RunConfig.model_validate(values))
+        return open_run_folder(RunConfig.model_validate(values), last_step=0)
 
-    assert prepare(0) == []
+    assert prepare(0) is None
     (tmp_path / "x" / "metrics.jsonl").write_text("first")
-    assert "metrics-1.jsonl and config-1.yaml" in prepare(1)[0]
+    assert "metrics-1.jsonl and config-1.yaml" in str(prepare(1))
     (tmp_path / "x" / "metrics.jsonl").write_text("second")
-    assert "metrics-2.jsonl and config-2.yaml" in prepare(2)[0]
+    assert "metrics-2.jsonl and config-2.yaml" in str(prepare(2))
     assert not (tmp_path / "x" / "metrics.jsonl").exists()
     assert (tmp_path / "x" / "metrics-1.jsonl").read_text() == "first"
     assert (tmp_path / "x" / "metrics-2.jsonl").read_text() == "second"
@@ -126,7 +126,7 @@ def test_checkpoints_are_counted_with_their_files(tmp_path: Path) -> None:
     assert (totals.num_written, totals.nbytes, totals.last_step) == (2, 19, 10)
     assert totals.last_duration_s is not None
     assert 0.0 <= totals.last_duration_s < 10.0
-    assert totals.add(tmp_path / "vanished") == 0
+    assert totals.add(tmp_path / "vanished") is None
     assert (totals.num_written, totals.nbytes) == (3, 19)
 
 

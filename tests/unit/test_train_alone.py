@@ -18,9 +18,9 @@ from torch import nn
 from offload_adam.config import ConfigError, RunConfig
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.train import loop
+from offload_adam.train.data import sample_batch
 from offload_adam.train.job import run_job
-from offload_adam.train.loss import next_token_loss
-from offload_adam.train.sampling import sample_batch
+from offload_adam.train.model import next_token_loss
 
 SMALL: dict[str, dict[str, Any]] = {
     "model": {"sizes": {"num_layers": 1, "width": 16, "num_heads": 2}},

@@ -21,7 +21,7 @@ from offload_adam.coordinator.verdicts import Verdict
 from offload_adam.sinks import sink
 from offload_adam.sinks.server import StatusServer
 from offload_adam.train import loop, sinks
-from offload_adam.train.loss import next_token_loss
+from offload_adam.train.model import next_token_loss
 from offload_adam.train.observation import Observation
 from offload_adam.train.records import RunTotals
 from tests.unit.test_train_alone import SMALL, run
