@@ -137,18 +137,18 @@ class CheckpointTotals:
         """Note that the checkpoint of this step is being written."""
         self._step, self._start_s = step, time.monotonic()
 
-    def add(self, path: Path) -> int:
+    def add(self, path: Path) -> int | None:
         """Count the checkpoint that was started last and is committed now.
 
         Returns:
-            Its size in bytes, 0 if the files cannot be read.
+            Its size in bytes, None if the files cannot be read.
         """
-        nbytes = 0
         self.num_written += 1
         self.last_step, self.last_commit_s = self._step, time.time()
         self.last_duration_s = time.monotonic() - self._start_s
-        # The disk may have vanished since the commit. The checkpoint counts nevertheless.
-        with suppress(OSError):
+        try:
             nbytes = sum(file.stat().st_size for file in path.iterdir())
+        except OSError:  # the disk may vanish after the commit, which must not end the run
+            return None
         self.nbytes += nbytes
         return nbytes

@@ -126,7 +126,7 @@ def test_checkpoints_are_counted_with_their_files(tmp_path: Path) -> None:
     assert (totals.num_written, totals.nbytes, totals.last_step) == (2, 19, 10)
     assert totals.last_duration_s is not None
     assert 0.0 <= totals.last_duration_s < 10.0
-    assert totals.add(tmp_path / "vanished") == 0
+    assert totals.add(tmp_path / "vanished") is None
     assert (totals.num_written, totals.nbytes) == (3, 19)
 
 
