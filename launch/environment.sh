@@ -1,11 +1,12 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it. Sets ROOT and VENV, and defines
 #   prepare_environment runtime [EXTRA...]   makes .venv with the package and these extras, pinned
-#   find_torchrun                            sets TORCHRUN and TORCH_PYTHON, from .venv or the PATH
+#   find_torch                               sets TORCH_PYTHON, from .venv or the PATH
 #   count_gpus                               prints how many GPUs torch may use
 
 ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 VENV="$ROOT/.venv"
+export LAUNCHED_AS="$0" # the name in the last line of launch/torchrun.py
 
 fail() {
   printf '%s: %s\n' "$(basename -- "$0")" "$1" >&2
@@ -31,15 +32,15 @@ find_python() {
   fail "no Python 3.11 or newer found; install one, or set PYTHON to its path"
 }
 
-# The path is kept beside the environment because one cannot be moved: its scripts name their
-# interpreter in full. It is written last, so that an interrupted making is begun again.
+# An environment cannot be moved, because its scripts name their interpreter in full. So its path is
+# kept in the file made-at, which is written last: an interrupted creation is started again.
 make_venv() {
   local python
   if "$VENV/bin/python" -c '' 2>/dev/null && [[ "$(cat -- "$VENV/made-at" 2>/dev/null)" == "$VENV" ]]; then
     return
   fi
   python="$(find_python)"
-  printf 'making %s with %s\n' "$VENV" "$("$python" --version)"
+  printf 'creating %s with %s\n' "$VENV" "$("$python" --version)"
   "$python" -m venv --clear "$VENV"
   printf '%s\n' "$VENV" >"$VENV/made-at"
 }
@@ -53,9 +54,8 @@ print(hashlib.sha256(content).hexdigest())
 ' "$ROOT/pyproject.toml" "$ROOT/launch/constraints.txt"
 }
 
-# Each extra has a stamp, written after its install: a second run compares stamps and installs
-# nothing, and an interrupted install is done again. The package is installed as editable, so
-# that edits of the source take effect at once.
+# Each extra has a stamp, written after its install. A second run compares the stamps and installs
+# nothing; an interrupted install is repeated. The package is editable: edits take effect at once.
 prepare_environment() {
   local wanted extra extras="" names=""
   make_venv
@@ -69,7 +69,7 @@ prepare_environment() {
   [[ -n "$names" ]] || return 0
 
   printf 'installing offload-adam (%s) into %s\n' "${names# }" "$VENV"
-  # The build backend comes first: without build isolation pip takes it from here, pinned like the rest.
+  # The build backend first: without build isolation pip uses this one, pinned like the rest.
   pip_install setuptools
   pip_install --no-build-isolation --editable "$ROOT${extras:+[${extras#,}]}"
   for extra in $names; do
@@ -85,15 +85,14 @@ pip_install() {
 }
 
 # Installs nothing: many nodes may start a job at once from one shared file system.
-find_torchrun() {
-  # shellcheck disable=SC2034  # TORCHRUN is for the script that sources this
+find_torch() {
+  local torchrun
   if [[ -x "$VENV/bin/torchrun" ]]; then
-    TORCHRUN="$VENV/bin/torchrun"
     TORCH_PYTHON="$VENV/bin/python"
   else
-    TORCHRUN="$(command -v torchrun)" ||
+    torchrun="$(command -v torchrun)" ||
       fail "no torchrun in $VENV or on the PATH; run launch/quickstart.sh once, or pip install offload-adam"
-    TORCH_PYTHON="$(dirname -- "$TORCHRUN")/python3"
+    TORCH_PYTHON="$(dirname -- "$torchrun")/python3"
     [[ -x "$TORCH_PYTHON" ]] || TORCH_PYTHON="$(command -v python3)"
   fi
 }

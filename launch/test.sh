@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The test suite. --all adds what is left out otherwise: slow, fault, browser and peers.
+# Runs the test suite. --all includes the tests marked slow, fault, browser or peers.
 # Every other argument goes to pytest: launch/test.sh -x -k kernel
 set -euo pipefail
 
@@ -16,8 +16,8 @@ fi
 # pytest finds its configuration and the tests from the root of the checkout.
 cd -- "$ROOT"
 
-# With arguments it may be a part of the suite. A whole one that ran nothing on several ranks would
-# be green for the wrong reason, and needs every kernel.
+# Without arguments this is the whole suite, which must not pass without a single distributed test.
+# It needs every kernel, so they are compiled first.
 if [[ $# -eq 0 ]]; then
   set -- --require-marker=distributed
   "$VENV/bin/python" -m tests.compile_kernels

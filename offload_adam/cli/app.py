@@ -1,4 +1,4 @@
-"""The commands; each imports what it needs when it runs, so that help and mistakes come at once."""
+"""The command line. Each command imports torch only when it runs, so `--help` is fast."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from offload_adam.cli.train import train
 
 app = typer.Typer(
     name="offload-adam",
-    help="Train with Adam whose state lives sharded in host memory.",
+    help="Train with an Adam optimizer whose state is sharded over the ranks in host memory.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-# An override begins with -- and is none of typer's options.
+# Overrides such as --train.num_steps=3 begin with -- but are arguments, not options of typer.
 app.command(context_settings={"ignore_unknown_options": True})(train)
 app.command(context_settings={"ignore_unknown_options": True})(profile)
 app.command(context_settings={"ignore_unknown_options": True})(plan)
@@ -36,7 +36,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 
 
 def main() -> None:
-    """Run the command line; the entry point of the console script."""
+    """Run the command line: the entry point of the console script."""
     app(prog_name="offload-adam")
 
 
@@ -56,4 +56,4 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """Train with Adam whose state lives sharded in host memory."""
+    """Train with an Adam optimizer whose state is sharded over the ranks in host memory."""

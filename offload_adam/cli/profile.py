@@ -1,25 +1,27 @@
-"""`offload-adam profile`: a training run that says where its memory and its time went."""
+"""`offload-adam profile`: a training run that records where its time and memory go."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
-from offload_adam.cli.train import run_to_exit_code
+from offload_adam.cli.logs import LogFormat
+from offload_adam.cli.train import (
+    ConfigArgument,
+    LogFormatOption,
+    OverridesArgument,
+    run_to_exit_code,
+)
 
 
 def profile(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="--section.key=value", help="What to change of it."),
-    ] = None,
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    log_format: LogFormatOption = LogFormat.TEXT,
 ) -> None:
-    """Train as CONFIG says, alone or under torchrun, and write a profile into the run's folder.
+    """Train as configured in CONFIG, alone or under torchrun, and write a profile.
 
-    report.html says at its top what bounds a step and which setting to change; trace.json opens in
-    Perfetto; memory.jsonl has the samples of memory. It is `train` with profile.enabled, and a few
-    dozen steps are enough: --train.num_steps=50.
+    The run's folder gets report.html, which begins with what bounds a step and which setting to
+    change; trace.json for Perfetto; and memory.jsonl with samples of the memory in use.
+
+    This is `train` with profile.enabled. A few dozen steps are enough: --train.num_steps=50.
+    Exit codes: as for `train`.
     """
-    run_to_exit_code([config, "--profile.enabled=true", *(overrides or [])])
+    run_to_exit_code([config, "--profile.enabled=true", *(overrides or [])], log_format)

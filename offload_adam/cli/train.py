@@ -1,73 +1,79 @@
-"""`offload-adam train`: read the configuration, run the job, say with which code it ended."""
+"""`offload-adam train`: read the configuration, run the job, and end with its exit code."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from offload_adam.cli.logs import LogFormat, configure_logging
+from offload_adam.errors import (
+    CheckpointError,
+    HostMemoryError,
+    NotRetriedError,
+    PeerError,
+    RankDisagreementError,
+    RunFolderLostError,
+)
+
 if TYPE_CHECKING:
     from offload_adam.config import RunConfig
+
+logger = logging.getLogger(__name__)
 
 EXIT_BAD_CONFIGURATION = 2
 EXIT_DOES_NOT_FIT = 3
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 _WAIT_FOR_FIRST_RANK_S = 5.0
 
+ConfigArgument = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="The configuration, a YAML file.")
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="--section.key=value", help="Keys of the configuration to override."),
+]
+LogFormatOption = Annotated[
+    LogFormat,
+    typer.Option(help="Format of the log on stderr. json writes one object a line."),
+]
+
 
 def train(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="--section.key=value", help="What to change of it."),
-    ] = None,
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    log_format: LogFormatOption = LogFormat.TEXT,
 ) -> None:
-    """Train a language model as CONFIG says, alone or under torchrun.
+    """Train a language model as configured in CONFIG, alone or under torchrun.
 
-    SIGTERM and SIGUSR1 ask it to end after the step that it is in; a SIGTERM more than 3 s after
-    that ends it at once.
+    After SIGTERM or SIGUSR1 the run ends after the current step, with a checkpoint, and exits with
+    0. A SIGTERM more than 3 s later ends it at once.
 
-    Exit codes: 0 done, 2 bad configuration, 3 does not fit into memory, 130 interrupted, 143 ended
-    at once by SIGTERM, 1 anything else.
+    Exit codes: 0 done or preempted, 2 bad configuration, 3 does not fit into memory,
+    130 interrupted, 143 ended at once by SIGTERM, 1 any other error. torchrun replaces each code
+    but 0 by 1; the scripts in launch/ do not.
     """
-    run_to_exit_code([config, *(overrides or [])])
+    run_to_exit_code([config, *(overrides or [])], log_format)
 
 
-def run_to_exit_code(arguments: list[str]) -> None:
-    """Run the job of these arguments, and end with the exit code of how it went."""
-    from offload_adam.config import ConfigError
-    from offload_adam.errors import (
-        CheckpointError,
-        HostMemoryError,
-        NotRetriedError,
-        PeerError,
-        RankDisagreementError,
-        RunFolderLostError,
-    )
-
+def run_to_exit_code(arguments: list[str], log_format: LogFormat) -> None:
+    """Run the job of these arguments, and report an error by a message and an exit code."""
+    configure_logging(log_format)
     try:
         _run(load_arguments(arguments))
-    except ConfigError as error:
-        _report(error)
-        raise typer.Exit(EXIT_BAD_CONFIGURATION) from None
-    except HostMemoryError as error:
-        _report(error)
-        raise typer.Exit(EXIT_DOES_NOT_FIT) from None
-    except (CheckpointError, NotRetriedError, RankDisagreementError, RunFolderLostError) as error:
-        _report(error)
-        raise typer.Exit(1) from None
-    except PeerError as error:
-        # Each surviving rank speaks: which one is first is not known, nor who lives to be second.
-        typer.echo(f"offload-adam: {error}", err=True)
-        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            typer.echo("interrupted; the metrics written so far are kept", err=True)
+            _print_error("interrupted; the metrics written so far are kept", log_format)
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    except Exception as error:
+        raise typer.Exit(_report(error, log_format)) from None
 
 
 def load_arguments(arguments: list[str]) -> RunConfig:
@@ -84,26 +90,62 @@ def load_arguments(arguments: list[str]) -> RunConfig:
 
 
 def _run(config: RunConfig) -> None:
+    """Run the job, and write how it ended to the file that the scripts in launch/ ask for."""
     from offload_adam.train.job import run_job  # with torch, which takes seconds
 
-    _show_log()
-    run_job(config)
+    outcome = run_job(config)
+    path = os.environ.get("OFFLOAD_ADAM_OUTCOME_FILE")
+    if path and os.environ.get("LOCAL_RANK", "0") == "0":
+        Path(path).write_text(json.dumps(outcome._asdict()), encoding="utf-8")
 
 
-def _show_log() -> None:
-    """Print the package's log on stderr: on rank 0 also what it has planned, elsewhere warnings."""
-    logging.basicConfig(format="%(name)s: %(message)s")
-    is_first = os.environ.get("RANK", "0") == "0"
-    logging.getLogger("offload_adam").setLevel(logging.INFO if is_first else logging.WARNING)
+def _report(error: Exception, log_format: LogFormat) -> int:
+    """Print an error, pass it to torchrun, and return the exit code."""
+    from offload_adam.config import ConfigError
 
-
-def _report(error: Exception) -> None:
-    """Print what all ranks have found, once a node.
-
-    torchrun ends every rank as soon as one has ended, so the others wait for the first one to
-    speak; one that is still there afterwards speaks for itself.
-    """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    on_all_ranks = (
+        ConfigError,
+        HostMemoryError,
+        CheckpointError,
+        NotRetriedError,
+        RankDisagreementError,
+        RunFolderLostError,
+    )
+    if isinstance(error, on_all_ranks) and os.environ.get("LOCAL_RANK", "0") != "0":
+        # Local rank 0 prints the same error and exits, and torchrun then ends this rank by SIGTERM.
+        # If that does not happen, this rank prints the error itself.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_WAIT_FOR_FIRST_RANK_S)
-    typer.echo(f"offload-adam: {error}", err=True)
+    # Every surviving rank prints a PeerError, since torchrun may end any of them before it prints.
+    if isinstance(error, (*on_all_ranks, PeerError)):
+        text = str(error)
+        _print_error(text, log_format)
+    else:
+        text = f"{type(error).__name__}: {error}"
+        logger.error("%s", text, exc_info=error)
+    _write_error_file(text)
+    if isinstance(error, ConfigError):
+        return EXIT_BAD_CONFIGURATION
+    return EXIT_DOES_NOT_FIT if isinstance(error, HostMemoryError) else 1
+
+
+def _print_error(text: str, log_format: LogFormat) -> None:
+    if log_format == LogFormat.JSON:
+        logger.error("%s", text)
+    else:
+        typer.echo(f"offload-adam: {text}", err=True)
+
+
+def _write_error_file(text: str) -> None:
+    """Write an error to the file that torchrun quotes in its failure report.
+
+    torch's own `record` would write a traceback, and nothing for an exit by code.
+
+    Source: `ErrorHandler` of torch.distributed.elastic.multiprocessing.errors, for the format.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    message = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+    with suppress(OSError):
+        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")

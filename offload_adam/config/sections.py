@@ -121,8 +121,8 @@ class ProfileSection(Section):
 class ObserveSection(Section):
     """Where metrics go besides `metrics.jsonl`.
 
-    `http_port` serves `/status`, `/metrics` and a live page on rank 0, on loopback unless
-    `http_host` says otherwise; 0 lets the system choose a port.
+    `http_port` serves `/metrics` (Prometheus), `/status` (JSON) and `/healthz` on rank 0; 0 lets
+    the system choose a port. `http_host` is the address to listen on, loopback by default.
     """
 
     http_port: Annotated[int, Field(ge=0, le=65535)] | None = None

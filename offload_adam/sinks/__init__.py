@@ -1,1 +1,1 @@
-"""Where a run's metrics go besides its own file: a web page, Prometheus, TensorBoard, wandb."""
+"""Destinations of rank 0's metrics in addition to `metrics.jsonl`: HTTP, TensorBoard, wandb."""

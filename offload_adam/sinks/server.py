@@ -1,108 +1,212 @@
-"""A small web server on rank 0: `/metrics` for Prometheus, `/status` as JSON, and a live page."""
+"""The HTTP server on rank 0: `/metrics`, `/status` and `/healthz`, read-only.
+
+Come here to add an address, or to change how the server protects itself from its clients.
+`train/observation.py` supplies the values.
+"""
 
 from __future__ import annotations
 
-import json
+import ipaddress
 import logging
+import re
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
-from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from offload_adam.errors import MissingExtraError
-from offload_adam.sinks.page import PAGE
-from offload_adam.sinks.sink import Record, numbers_of
+from offload_adam.sinks.sink import Record, require_extra, to_json
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
+    from prometheus_client.registry import Collector
 
 logger = logging.getLogger(__name__)
 
-Status = Callable[[], Mapping[str, Any]]
-"""Returns what `/status` shows beside the last record; called for each request."""
+CONNECTION_S = 10.0
+"""A connection is closed at this age, idle or not. Every answer takes less than two seconds."""
+MOST_CONNECTIONS = 32
+"""Further connections wait in the kernel's queue."""
+_POLL_S = 0.5
+_JOIN_S = 5.0
+_HOST_HEADER = re.compile(r"(?:\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[a-z0-9._-]+))(?::\d+)?")
+_TEXT, _JSON = "text/plain; charset=utf-8", "application/json"
+_NOT_THIS_HOST = (
+    "The Host header does not name this machine. Use the machine's IP address in place of the "
+    "name, or localhost if the server listens on loopback.\n"
+)
+_INDEX = """offload_adam
+/metrics  for Prometheus
+/status   the last step, every rank and rank 0's memory, as JSON
+/healthz  200 while the run makes progress, otherwise 503 with the reason
+"""
 
 
 class StatusServer:
-    """Serves the newest record.
+    """Serves the state of a run over HTTP, without authentication.
 
-    Owns: a listening socket and the threads that answer, until `close`.
+    Only GET and HEAD are allowed. The Host header must name this machine (see `_is_own_host`), so
+    that a web page in a user's browser cannot read the answers through DNS rebinding.
+
+    `/healthz` is for a Kubernetes liveness probe of the pod of rank 0. It judges all ranks, and a
+    failed rank ends all of them, so the other pods need no probe:
+
+        livenessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 10,
+                        timeoutSeconds: 5, failureThreshold: 3}
+        startupProbe:  {httpGet: {path: /healthz, port: 8080}, periodSeconds: 10,
+                        failureThreshold: 180}
+
+    The server starts just before the first step, so the startup probe allows for compilation and
+    for loading a checkpoint. A run that detects a failure ends by itself within 10 s and logs the
+    reason, so the liveness probe waits for 30 s.
 
     Args:
-        port: 0 lets the system choose; `port` says which.
-        host: loopback unless told otherwise. There is no authentication.
-        status: further values of `/status`.
+        port: 0 lets the system choose one, see `port`.
+        host: the address or name to bind.
+        status: returns further values of `/status`, in addition to the last record. NaN and
+            infinities become null.
+        health: returns the reason why the run makes no progress, None while it does.
+        collector: yields the metric families of `/metrics`.
+
+    Owns: a listening socket, a thread for all connections and two that answer, until `close`.
+    Threads: `status`, `health` and `collector` are called on the threads that answer.
 
     Raises:
-        MissingExtraError: prometheus_client is not installed.
+        MissingExtraError: prometheus_client or waitress is not installed.
         OSError: the port is taken.
     """
 
-    def __init__(self, port: int, host: str, status: Status) -> None:
-        try:
-            from prometheus_client import CollectorRegistry, Gauge, generate_latest
-        except ImportError as error:
-            raise MissingExtraError(
-                "observe.http_port needs prometheus_client: pip install 'offload-adam[watch]'"
-            ) from error
-        self._registry = CollectorRegistry()
-        self._new_gauge: Callable[[str, str], Any] = lambda name, text: Gauge(
-            name, text, registry=self._registry
-        )
-        self._exposition: Callable[[], bytes] = lambda: generate_latest(self._registry)
-        self._gauges: dict[str, Any] = {}
-        self._status = status
-        self._last: Record = {}
-        self._server = make_server(host, port, self._answer, _Server, _QuietHandler)
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, name="status server", daemon=True
-        )
-        self._thread.start()
-        logger.info("watch this run at http://%s:%d", host, self.port)
+    def __init__(
+        self,
+        port: int,
+        host: str,
+        status: Callable[[], Mapping[str, Any]],
+        health: Callable[[], str | None] = lambda: None,
+        collector: Collector | None = None,
+    ) -> None:
+        require_extra("http_port")
+        from prometheus_client import CollectorRegistry
+        from prometheus_client.exposition import choose_encoder
+        from waitress.server import create_server
 
-    @property
-    def port(self) -> int:
-        """The port that is listened on."""
-        return self._server.server_port
+        self._registry = CollectorRegistry()
+        if collector is not None:
+            self._registry.register(collector)
+        self._choose_encoder = choose_encoder
+        self._status = status
+        self._health = health
+        self._last: Record = {}
+        listener = _listen(host, port)
+        address, self.port = listener.getsockname()[:2]
+        self._on_loopback = ipaddress.ip_address(address).is_loopback
+        self._names = {"localhost"}
+        if not self._on_loopback:
+            # Resolved once, since DNS may take seconds to answer.
+            self._names |= {host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}
+        # Waitress warns whenever a request waits for a thread, which is no event of the run.
+        logging.getLogger("waitress").setLevel(logging.ERROR)
+        self._channels: dict[int, Any] = {}
+        self._server = create_server(
+            self._answer,
+            map=self._channels,
+            sockets=[listener],
+            threads=2,
+            backlog=MOST_CONNECTIONS,
+            # The listener and the pipe that wakes the thread count as well.
+            connection_limit=MOST_CONNECTIONS + 2,
+            max_request_header_size=16 * 1024,
+            max_request_body_size=1024,
+            log_socket_errors=False,
+            ident=None,
+        )
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="status server", daemon=True)
+        self._thread.start()
+        shown = f"[{host}]" if ":" in host else host
+        logger.info("Serving metrics of this run at http://%s:%d", shown, self.port)
 
     def write(self, record: Record) -> None:
-        """Show one record from now on."""
-        for name, number in numbers_of(record).items():
-            gauge = self._gauges.get(name)
-            if gauge is None:
-                metric = "offload_adam_" + "".join(c if c.isalnum() else "_" for c in name)
-                gauge = self._gauges[name] = self._new_gauge(metric, f"{name} of the last step")
-            gauge.set(number)
+        """Show this record in `/status`."""
         self._last = record
 
     def close(self) -> None:
-        """Stop listening."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        """Close all connections and end the threads, within 5 s. Idempotent."""
+        if not self._closing.is_set():
+            self._closing.set()
+            self._server.pull_trigger()
+        self._thread.join(_JOIN_S)
+
+    def _run(self) -> None:
+        from waitress import wasyncore
+
+        while not self._closing.is_set():
+            # poll(2), not select(2): a training process may have file descriptors above 1023.
+            wasyncore.loop(timeout=_POLL_S, use_poll=True, map=self._channels, count=1)
+            self._drop_old_connections()
+        self._server.task_dispatcher.shutdown(timeout=_JOIN_S / 2)
+        wasyncore.close_all(self._channels, ignore_all=True)
+
+    def _drop_old_connections(self) -> None:
+        # Waitress drops only idle connections. A client that sends its request byte by byte would
+        # keep its connection without limit.
+        oldest_s = time.time() - CONNECTION_S
+        for channel in self._server.active_channels.values():
+            if channel.creation_time < oldest_s and not channel.requests:
+                channel.will_close = True
 
     def _answer(self, environment: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
-        path = environment.get("PATH_INFO", "/")
+        method = environment["REQUEST_METHOD"]
+        if not self._is_own_host(environment.get("HTTP_HOST", "")):
+            status, content_type, text = "403 Forbidden", _TEXT, _NOT_THIS_HOST
+        elif method not in ("GET", "HEAD"):
+            status, content_type, text = "405 Method Not Allowed", _TEXT, "Use GET or HEAD.\n"
+        else:
+            accept = environment.get("HTTP_ACCEPT", "")
+            status, content_type, text = self._page(environment["PATH_INFO"], accept)
+        body = text.encode()
+        headers = [
+            ("Content-Type", content_type),
+            ("Content-Length", str(len(body))),
+            ("Cache-Control", "no-store"),
+            ("Allow", "GET, HEAD"),
+        ]
+        start(status, headers)
+        return [] if method == "HEAD" else [body]
+
+    def _page(self, path: str, accept: str) -> tuple[str, str, str]:
+        """Return the HTTP status, content type and text of a path."""
         if path == "/":
-            return _reply(start, "text/html; charset=utf-8", PAGE.encode())
+            return "200 OK", _TEXT, _INDEX
         if path == "/metrics":
-            return _reply(start, "text/plain; version=0.0.4; charset=utf-8", self._exposition())
+            encode, content_type = self._choose_encoder(accept)
+            return "200 OK", content_type, encode(self._registry).decode()
         if path == "/status":
-            status = {"last": dict(self._last), **self._status()}
-            return _reply(start, "application/json", json.dumps(status).encode())
-        start("404 Not Found", [("Content-Type", "text/plain")])
-        return [b"there are /, /metrics and /status\n"]
+            return "200 OK", _JSON, to_json({"last": self._last, **self._status()})
+        if path == "/healthz":
+            problem = self._health()
+            if problem is None:
+                return "200 OK", _JSON, to_json({"healthy": True})
+            body = to_json({"healthy": False, "reason": problem})
+            return "503 Service Unavailable", _JSON, body
+        return "404 Not Found", _TEXT, _INDEX
+
+    def _is_own_host(self, header: str) -> bool:
+        """Return whether a Host header names this machine.
+
+        Bound to loopback: localhost and loopback addresses. Bound elsewhere: these, the bound host,
+        this machine's names, and every IP address, since it may be that of a port mapping.
+        Rebinding needs a DNS name that the attacker controls, so an address is safe.
+        """
+        match = _HOST_HEADER.fullmatch(header.lower())
+        if match is None:
+            return False
+        name = (match["address"] or match["name"]).rstrip(".")
+        try:
+            return ipaddress.ip_address(name).is_loopback or not self._on_loopback
+        except ValueError:
+            return name in self._names
 
 
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-
-
-class _QuietHandler(WSGIRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing: requests are not events of the run."""
-
-
-def _reply(start: StartResponse, kind: str, body: bytes) -> Iterable[bytes]:
-    start("200 OK", [("Content-Type", kind), ("Content-Length", str(len(body)))])
-    return [body]
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    return socket.create_server((host, port), family=family)

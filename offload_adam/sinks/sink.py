@@ -1,31 +1,45 @@
-"""What a sink is, and that one which fails never stops training."""
+"""What all sinks share: their interface, their optional packages, and how they read a record."""
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
 from typing import Any, Protocol
+
+from offload_adam.errors import MissingExtraError
 
 logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
-"""One step's metrics, as in a line of `metrics.jsonl`."""
+"""The metrics of one step, with the names of a line of `metrics.jsonl`."""
+
+EXTRAS = {
+    "http_port": ("watch", ("prometheus_client", "waitress")),
+    "tensorboard": ("tensorboard", ("tensorboard",)),
+    "wandb_project": ("wandb", ("wandb",)),
+}
+"""Key of the section `observe` -> the extra that it needs, and the packages of this extra."""
 
 
 class MetricSink(Protocol):
-    """Takes the record of every step, on rank 0."""
+    """Receives the record of every step, on rank 0."""
 
     def write(self, record: Record) -> None:
-        """Take one record."""
+        """Process the record of one step."""
         ...
 
     def close(self) -> None:
-        """Finish what is buffered, and give back what the sink holds."""
+        """Flush buffered records and free resources."""
         ...
 
 
 class GuardedSinks:
-    """Passes records to sinks, and drops a sink that raises, with a log of why.
+    """Passes records to several sinks, and drops a sink that raises an exception.
+
+    Training continues without the dropped sink; its traceback is logged.
 
     Owns: the sinks, until `close`.
     """
@@ -34,14 +48,14 @@ class GuardedSinks:
         self._sinks = list(sinks)
 
     def write(self, record: Record) -> None:
-        """Pass one record on."""
+        """Write one record to every sink."""
         for sink in list(self._sinks):
             if not _succeeds(sink, lambda sink=sink: sink.write(record)):  # type: ignore[misc]
                 self._sinks.remove(sink)
                 _succeeds(sink, sink.close)
 
     def close(self) -> None:
-        """Close every sink that is left. Idempotent."""
+        """Close all sinks. Idempotent."""
         sinks, self._sinks = self._sinks, []
         for sink in sinks:
             _succeeds(sink, sink.close)
@@ -51,15 +65,35 @@ def _succeeds(sink: MetricSink, action: Callable[[], None]) -> bool:
     try:
         action()
     except Exception:
-        logger.exception("%s has failed and gets no more; training goes on", type(sink).__name__)
+        logger.exception("Dropping %s after an error, training continues", type(sink).__name__)
         return False
     return True
 
 
-def numbers_of(record: Record) -> dict[str, float]:
-    """Return the numbers of a record by name, nested ones joined with a slash.
+def missing_extra(key: str) -> str | None:
+    """Return how to install what `observe.<key>` needs, None if it is installed."""
+    extra, packages = EXTRAS[key]
+    missing = [package for package in packages if find_spec(package) is None]
+    if not missing:
+        return None
+    return f"needs {' and '.join(missing)}: pip install 'offload-adam[{extra}]'"
 
-    Bools count as 0 and 1; what is not a number, such as the loss of a skipped step, is left out.
+
+def require_extra(key: str) -> None:
+    """Check that the packages for `observe.<key>` are installed.
+
+    Raises:
+        MissingExtraError: naming the packages and the extra.
+    """
+    problem = missing_extra(key)
+    if problem is not None:
+        raise MissingExtraError(f"observe.{key} {problem}")
+
+
+def numbers_of(record: Record) -> dict[str, float]:
+    """Return the numbers of a record by name. Names of nested values are joined by a slash.
+
+    Bools become 0 or 1, and NaN stays NaN (the loss of a skipped step). Other values are left out.
     """
     numbers: dict[str, float] = {}
     for name, value in record.items():
@@ -69,3 +103,23 @@ def numbers_of(record: Record) -> dict[str, float]:
         elif isinstance(value, (bool, int, float)):
             numbers[name] = float(value)
     return numbers
+
+
+def to_json(value: Any) -> str:
+    """Return strict JSON in one line. Floats read back exactly.
+
+    NaN and infinities, which JSON cannot represent, become null. Values of other types than JSON's
+    become their `str`.
+    """
+    return json.dumps(_finite_or_none(value), allow_nan=False, default=str)
+
+
+def _finite_or_none(value: Any) -> Any:
+    """Replace every NaN and infinity in nested mappings, lists and tuples by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite_or_none(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite_or_none(inner) for inner in value]
+    return value

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from offload_adam.errors import MissingExtraError
-from offload_adam.sinks.sink import Record, numbers_of
+from offload_adam.sinks.sink import Record, numbers_of, require_extra
 
 
 class TensorBoardSink:
-    """Writes each number of a record as a scalar at its step.
+    """Writes each number of a record as a scalar of its step.
 
     Owns: an event file in `folder`.
 
@@ -18,16 +17,13 @@ class TensorBoardSink:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise MissingExtraError(
-                "observe.tensorboard needs tensorboard: pip install 'offload-adam[tensorboard]'"
-            ) from error
+        require_extra("tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(folder))
 
     def write(self, record: Record) -> None:
-        """Take one record."""
+        """Write one record and flush the file."""
         for name, number in numbers_of(record).items():
             if name != "step":
                 self._writer.add_scalar(name, number, record["step"])

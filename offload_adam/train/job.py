@@ -1,20 +1,23 @@
-"""A run from its configuration to its summary."""
+"""A run from its configuration to its summary: checks, ranks, optimizer, steps, checkpoints."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from itertools import chain
+from typing import NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from offload_adam.config import ConfigError, RunConfig
+from offload_adam.config import ConfigError, Mistake, RunConfig
+from offload_adam.config.optimizer_sections import AdamSection
 from offload_adam.coordinator.admission import Field, require_same
 from offload_adam.coordinator.endings import EndingGuard, preemptible
 from offload_adam.coordinator.progress import PROGRESS
@@ -23,21 +26,20 @@ from offload_adam.errors import CheckpointError, HostMemoryError, RankDisagreeme
 from offload_adam.kernels.threads import cores_per_rank
 from offload_adam.mindspore.adam import Adam
 from offload_adam.optimizer import OffloadAdam
-from offload_adam.train.bigram import bigram_loss
-from offload_adam.train.corpus import Corpus
-from offload_adam.train.loop import Job, Saver, run_steps
-from offload_adam.train.optimizer import build_optimizer, failure_policy
-from offload_adam.train.preparation import prepare
+from offload_adam.train.console import step_display, summary_table
+from offload_adam.train.data import Corpus, bigram_loss, load_corpus
+from offload_adam.train.loop import Job, run_steps
+from offload_adam.train.model import build_model, find_factory
+from offload_adam.train.optimizer import build_optimizer, build_schedule, failure_policy
 from offload_adam.train.profiler import profiled_job
-from offload_adam.train.progress import step_display
-from offload_adam.train.records import MetricsFile
+from offload_adam.train.records import MetricsFile, RunTotals
 from offload_adam.train.run_folder import (
     METRICS_NAME,
-    continue_run_folder,
-    prepare_run_folder,
+    locked_run_folder,
+    open_run_folder,
+    require_writable,
     run_folder,
 )
-from offload_adam.train.run_lock import locked_run_folder
 from offload_adam.train.saving import (
     CheckpointSaver,
     checkpoint_path,
@@ -45,27 +47,37 @@ from offload_adam.train.saving import (
     resume,
     what_stands,
 )
-from offload_adam.train.schedule import build_schedule
-from offload_adam.train.sinks import watched
-from offload_adam.train.slowness import update_speed
-from offload_adam.train.summary import RunTotals, summary_table
+from offload_adam.train.sinks import reject_missing_extras, watched
+from offload_adam.train.speeds import update_speed
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
-def run_job(config: RunConfig, console: Console | None = None, saver: Saver | None = None) -> None:
+class Outcome(NamedTuple):
+    """How a run without an error ended.
+
+    step: the last step that was taken.
+    preempted: whether a signal ended the run before its last step.
+    saved: whether there is a checkpoint of this step.
+    """
+
+    step: int
+    preempted: bool
+    saved: bool
+
+
+def run_job(config: RunConfig, console: Console | None = None) -> Outcome:
     """Train as configured, alone or as one of torchrun's ranks; rank 0 writes and reports.
 
-    Everything that can be wrong with the configuration is tried before the ranks join.
-
-    Args:
-        saver: writes the checkpoints, in place of the job's own.
+    All mistakes of the configuration that can be found without other ranks are found before the
+    ranks join.
 
     Raises:
         ConfigError: data, model or world do not fit the configuration.
         HostMemoryError: the state does not fit into a node's memory.
-        PeerFailedError: ranks have died, hung, or never come. Where the training thread cannot
-            raise it, because it is in a collective that is not ours, the process is ended.
+        PeerFailedError: ranks have died, hung, or never joined. If the training thread cannot
+            raise it, because it hangs in a collective of DDP or the user, the process exits.
     """
     corpus, model = prepare(config)
     failures = failure_policy(config)
@@ -83,39 +95,89 @@ def run_job(config: RunConfig, console: Console | None = None, saver: Saver | No
         with final(CheckpointError, ConfigError):
             job = resume(job)
             require_place(job)
-        first_step = job.first_step
-        job = replace(job, saver=saver or CheckpointSaver(job, require_held))
-        if first_step > config.train.num_steps:
-            logger.info("all %d steps have been taken: nothing is left to do", first_step - 1)
+        last_step = job.first_step - 1
+        job = replace(job, saver=CheckpointSaver(job, require_held))
+        if last_step >= config.train.num_steps:
+            if world.rank == 0:
+                logger.info("All %d steps have been taken already: nothing to do", last_step)
         elif world.rank == 0:
-            _train_and_report(job, console or Console(), require_held)
+            last_step = _train_and_report(job, console or Console(), require_held)
         else:
             with profiled_job(job):
-                for _ in run_steps(job):
-                    pass
+                for record in run_steps(job):
+                    last_step = record.step
+        preempted = last_step < config.train.num_steps
+        return Outcome(last_step, preempted, checkpoint_path(config, last_step).is_dir())
+
+
+def prepare(config: RunConfig) -> tuple[Corpus, nn.Module]:
+    """Return the data, and the model on the CPU, after checking all that one rank can check.
+
+    Raises:
+        ConfigError: with every mistake found in environment, run folder, packages, data and model.
+            If there are others, the user's model factory is only looked up, not called: it may
+            take long.
+    """
+    mistakes: list[Mistake] = []
+
+    def attempt(check: Callable[[], T]) -> T | None:
+        try:
+            return check()
+        except ConfigError as error:
+            mistakes.extend(error.mistakes)
+            return None
+
+    attempt(lambda: _require_environment(config))
+    attempt(lambda: reject_missing_extras(config))
+    if os.environ.get("RANK", "0") == "0":
+        attempt(lambda: require_writable(config))
+    corpus = attempt(lambda: load_corpus(config.data, config.train.sequence_length))
+    factory = config.model.factory
+    if mistakes and factory is not None:
+        attempt(lambda: find_factory(factory))
+    model = None if mistakes else attempt(lambda: build_model(config))
+    if corpus is None or model is None:
+        raise ConfigError("configuration", mistakes)
+    return corpus, model
+
+
+def _require_environment(config: RunConfig) -> None:
+    """Check torchrun's variables, and that AMSGrad runs on one rank only."""
+    mistakes = []
+    try:
+        World.from_environment()
+    except ValueError as error:
+        mistakes.append(Mistake("environment", str(error)))
+    key = "use_amsgrad" if isinstance(config.optimizer, AdamSection) else "amsgrad"
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if getattr(config.optimizer, key) and world_size.isdecimal() and int(world_size) > 1:
+        problem = f"works on one rank only, and there are {world_size}"
+        mistakes.append(Mistake(f"optimizer.{key}", problem))
+    if mistakes:
+        raise ConfigError("environment", mistakes)
 
 
 @contextmanager
 def _assembled(
     config: RunConfig, world: World, corpus: Corpus, model: nn.Module
 ) -> Iterator[tuple[nn.Module, OffloadAdam | Adam]]:
-    """Make the optimizer on this rank's device, and close it after the block.
+    """Build the optimizer on this rank's device, and close it after the body.
 
-    Yields the model as the ranks train it, in DistributedDataParallel or as it is, and the
-    optimizer. What goes wrong here goes wrong at every start.
+    Yields the model, in DistributedDataParallel where that reduces, and the optimizer. Errors in
+    here are final: they would be raised again after a restart.
     """
     with final(TypeError, ValueError, RankDisagreementError, HostMemoryError):
         require_same(world.ranks, "configuration", _fields(config, corpus))
         parallel_model = _distributed(config, world, model)
         optimizer = build_optimizer(config, parallel_model)
     with closing(optimizer):
-        # Not before: where Numba starts its OpenMP threads it also sets how many torch uses.
+        # After the optimizer: when Numba starts its OpenMP threads, it also sets torch's number.
         torch.set_num_threads(cores_per_rank(world.local_world_size))
         yield parallel_model, optimizer
 
 
 def _fields(config: RunConfig, corpus: Corpus) -> list[Field]:
-    """Return what the ranks of a run must have in common before they make the optimizer."""
+    """Return what must be the same on all ranks before they build the optimizer."""
     sections = config.model_dump(mode="json")
     fields = [
         (f"{section}.{key}", repr(value))
@@ -126,10 +188,10 @@ def _fields(config: RunConfig, corpus: Corpus) -> list[Field]:
 
 
 def _distributed(config: RunConfig, world: World, model: nn.Module) -> nn.Module:
-    """Put the model on this rank's device, with rank 0's weights, in DDP where that reduces."""
+    """Move the model to this rank's device, with rank 0's weights; wrap it if DDP reduces."""
     model = model.to(world.device)
     _copy_from_rank_0(model, world)
-    # From here on each rank draws for itself: two ranks must not drop the same activations.
+    # From here on each rank has its own random numbers: dropout must differ between ranks.
     torch.manual_seed(config.run.seed + world.rank)
     if config.optimizer.gradient_reduction == "external" and world.world_size > 1:
         return DistributedDataParallel(model)
@@ -138,7 +200,7 @@ def _distributed(config: RunConfig, world: World, model: nn.Module) -> nn.Module
 
 @torch.no_grad()
 def _copy_from_rank_0(model: nn.Module, world: World) -> None:
-    """Give all ranks rank 0's weights, should a user's factory draw them without the seed."""
+    """Copy rank 0's weights to all ranks: a user's factory may ignore the seed."""
     if world.world_size == 1:
         return
     for tensor in chain(model.parameters(), model.buffers()):
@@ -147,30 +209,31 @@ def _copy_from_rank_0(model: nn.Module, world: World) -> None:
         tensor.copy_(received)
 
 
-def _train_and_report(job: Job, console: Console, require_held: Callable[[], None]) -> None:
-    """Run the steps on rank 0, which shows and writes them, and close with the summary.
+def _train_and_report(job: Job, console: Console, require_held: Callable[[], None]) -> int:
+    """Run the steps on rank 0, which shows and writes them; return the last step.
 
     Args:
-        require_held: raises once another job has taken the run's folder over.
+        require_held: raises an error once another job has taken the run's folder over.
     """
     config = job.config
     with PROGRESS.at("the bigram baseline", long_running=True):
         baseline = bigram_loss(job.corpus.training, job.corpus.validation)
     for line in _introduction(job, baseline):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+        _print(console, line)
     folder = run_folder(config)
     totals = RunTotals(job.tokens_per_step)
     speed = update_speed(job)
     display = step_display(console, config.train.num_steps)
     with (
-        watched(job) as sinks,
+        watched(job, totals) as sinks,
         display.shown(),
         profiled_job(job),
         ExitStack() as opened,
     ):
         metrics: MetricsFile | None = None
         for record in run_steps(job):
-            if metrics is None:  # a first step that fails touches nothing of an earlier run
+            if metrics is None:
+                # Only now: a failed first step must not touch an earlier run's files.
                 metrics = opened.enter_context(_metrics_file(job, console))
             require_held()
             metrics.write(record)
@@ -179,28 +242,31 @@ def _train_and_report(job: Job, console: Console, require_held: Callable[[], Non
                 speed.take(record)
             sinks.write(asdict(record))
             display.show(record)
-    last = 0 if totals.last is None else totals.last.step
+    assert totals.last is not None, "a run has a step"
+    last = totals.last.step
     if last < config.train.num_steps:
         saved = checkpoint_path(config, last).is_dir()
         words = "with a checkpoint" if saved else "without a checkpoint"
-        console.print(f"preempted: ended after step {last}, {words}", highlight=False)
+        _print(console, f"preempted: ended after step {last}, {words}")
     console.print(summary_table(totals, baseline, folder))
+    return last
 
 
 def _metrics_file(job: Job, console: Console) -> MetricsFile:
-    """Make the run's folder its own, and open the file for its records."""
-    goes_on = job.first_step > 1
-    if goes_on:
-        notes = continue_run_folder(job.config, job.first_step - 1)
-    else:
-        notes = prepare_run_folder(job.config)
-    for line in notes:
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
-    return MetricsFile(run_folder(job.config) / METRICS_NAME, goes_on=goes_on)
+    """Take over the run's folder, and open the file of its records."""
+    note = open_run_folder(job.config, job.first_step - 1)
+    if note is not None:
+        _print(console, note)
+    path = run_folder(job.config) / METRICS_NAME
+    return MetricsFile(path, goes_on=job.first_step > 1)
+
+
+def _print(console: Console, line: str) -> None:
+    console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _introduction(job: Job, baseline: float) -> Iterator[str]:
-    """Yield the lines that say what is about to run."""
+    """Yield the lines that describe the run before its first step."""
     world, config, train = job.world, job.config, job.config.train
     numel = sum(parameter.numel() for parameter in job.model.parameters())
     yield (

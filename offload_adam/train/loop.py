@@ -1,4 +1,4 @@
-"""The training loop: microbatches, one optimizer step, its record."""
+"""The training loop: microbatches, one optimizer step, its record, evaluations and checkpoints."""
 
 from __future__ import annotations
 
@@ -25,30 +25,29 @@ from offload_adam.mindspore.adam import Adam
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.profiling.phases import STEP
 from offload_adam.spans import Stopwatch, span
-from offload_adam.train.corpus import Corpus
-from offload_adam.train.evaluation import evaluate
-from offload_adam.train.loss import next_token_loss
+from offload_adam.train.data import Batch, Corpus, sample_batch
+from offload_adam.train.model import evaluate, next_token_loss
 from offload_adam.train.records import StepRecord
-from offload_adam.train.sampling import Batch, sample_batch
 
 
 class Saver(Protocol):
     """Writes checkpoints of the run."""
 
     def save(self, step: int, *, last: bool) -> None:
-        """Write a checkpoint of the state after this step, committed where it is the last."""
+        """Write a checkpoint of the state after this step; the last one is committed at once."""
 
     def commit_written(self) -> None:
-        """Commit what has been written beside the training since the last step."""
+        """Commit a checkpoint that has been written in the background since the last step."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """The parts of a run; `parallel_model` is `model`, or DistributedDataParallel around it.
+    """The parts of a run.
 
-    preemption: asks for an early end; saver: writes checkpoints; first_step: where
-    a run begins, or goes on; first_sample: how many samples all ranks together have seen before it;
-    resumed_from: the checkpoint that it goes on from.
+    parallel_model: `model`, or DistributedDataParallel around it.
+    first_step: the first step of this process; above 1 if the run was resumed.
+    first_sample: samples that all ranks together have seen before `first_step`.
+    resumed_from: the checkpoint from which the run was resumed.
     """
 
     config: RunConfig
@@ -71,7 +70,7 @@ class Job:
         return train.batch_size * train.gradient_accumulation_steps * self.world.world_size
 
     def samples_before(self, step: int) -> int:
-        """Return how many samples the run has seen before a step, whatever its worlds were."""
+        """Return the samples that all ranks have seen before a step, also in earlier worlds."""
         return self.first_sample + (step - self.first_step) * self.samples_per_step
 
     @property
@@ -81,9 +80,9 @@ class Job:
 
 
 def run_steps(job: Job) -> Iterator[StepRecord]:
-    """Train, and yield a record after every step; all ranks do so together.
+    """Train, and yield a record after each step. Collective.
 
-    A preempted run saves and ends after the step in which the ranks have agreed on it.
+    A preempted run saves and ends after the step in which all ranks have agreed to stop.
     """
     train, every = job.config.train, job.config.checkpoint.every
     for step in range(job.first_step, train.num_steps + 1):
@@ -107,10 +106,7 @@ def run_steps(job: Job) -> Iterator[StepRecord]:
 
 
 def _run_step(job: Job, step: int) -> StepRecord:
-    """Do one optimizer step; one that is skipped counts as a step and leaves the schedule alone.
-
-    Nothing was updated then, so neither the rate nor Adam's bias correction moves on.
-    """
+    """Run one optimizer step and return its record."""
     start_s = time.perf_counter()
     watch = Stopwatch()
     PROGRESS.begin_step(job.optimizer.num_steps + 1)
@@ -119,12 +115,13 @@ def _run_step(job: Job, step: int) -> StepRecord:
     with watch.span("step"):
         job.optimizer.step()
         job.optimizer.zero_grad()
-    # Read between the step and the schedule: a rate that moves by itself is shown from then on.
+    # After step(), where Adam's own schedule shows this step's rate, and before ours moves on.
     lr = job.optimizer.param_groups[0]["lr"]
     with watch.span("loss"):
         mean_loss = _mean_over_ranks(loss, job.world)
     outcome = job.optimizer.last_step
     assert outcome is not None, "step() has run"
+    # A skipped step updates nothing, so neither the rate nor Adam's bias correction moves on.
     if not outcome.skipped and job.schedule is not None:
         job.schedule.step()
     step_ms = (time.perf_counter() - start_s) * 1e3
@@ -144,9 +141,9 @@ def _run_step(job: Job, step: int) -> StepRecord:
 
 
 def _accumulate_gradients(job: Job, step: int, watch: Stopwatch) -> torch.Tensor:
-    """Run forward and backward over the step's microbatches; return their mean loss, 0-d.
+    """Run forward and backward of all microbatches; return their mean loss, 0-d.
 
-    Only the last one's backward reduces, unless the host adds up: then each of them does.
+    Gradients are reduced in the last backward only; with host accumulation, in every backward.
     """
     num_microbatches = job.config.train.gradient_accumulation_steps
     section = job.config.optimizer
@@ -155,8 +152,10 @@ def _accumulate_gradients(job: Job, step: int, watch: Stopwatch) -> torch.Tensor
     for microbatch in range(num_microbatches):
         is_last = microbatch == num_microbatches - 1
         with ExitStack() as stack:
-            if not is_last and job.config.optimizer.accumulate is None:
-                _without_reduction(job, stack)
+            if not is_last and section.accumulate is None:
+                stack.enter_context(job.optimizer.no_sync())
+                if isinstance(job.parallel_model, DistributedDataParallel):
+                    stack.enter_context(job.parallel_model.no_sync())
             with watch.span("data"):
                 batch = _next_batch(job, step, microbatch)
             with watch.span("forward"):
@@ -167,14 +166,8 @@ def _accumulate_gradients(job: Job, step: int, watch: Stopwatch) -> torch.Tensor
     return total
 
 
-def _without_reduction(job: Job, stack: ExitStack) -> None:
-    """Keep gradients on this rank until the stack unwinds."""
-    stack.enter_context(job.optimizer.no_sync())
-    if isinstance(job.parallel_model, DistributedDataParallel):
-        stack.enter_context(job.parallel_model.no_sync())
-
-
 def _next_batch(job: Job, step: int, microbatch: int) -> Batch:
+    """Return this rank's batch: within a step, samples are numbered by microbatch, then rank."""
     train, world = job.config.train, job.world
     number = microbatch * world.world_size + world.rank
     first = job.samples_before(step) + number * train.batch_size

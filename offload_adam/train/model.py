@@ -1,8 +1,9 @@
-"""The model of a job: the built-in one, or the user's own by its import path."""
+"""The job's model, built-in or imported from the user's code, its loss and its evaluation."""
 
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import sys
 import traceback
@@ -10,22 +11,33 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from offload_adam.config import ConfigError, Mistake, RunConfig
-from offload_adam.config.sections import ModelSection
+from offload_adam.config.sections import ModelSection, ModelSizes, TrainSection
+from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.coordinator.startup import World
 from offload_adam.torch_private import is_lazy
-from offload_adam.train.gpt import GPT
+from offload_adam.train.data import (
+    VOCABULARY_SIZE,
+    Batch,
+    ByteTokens,
+    cut_batch,
+    evaluation_starts,
+)
 
 _KEY = "model.factory"
+_INIT_STD = 0.02
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build_model(config: RunConfig) -> nn.Module:
-    """Return the model on the CPU, in the configured dtype, drawn from the run's seed.
+    """Return the model on the CPU, in the configured dtype, initialised from the run's seed.
 
-    Raises: ConfigError where the user's factory cannot be found, fails, or returns no model, or one
-        with tensors that cannot be trained in the configured dtype.
+    Raises:
+        ConfigError: the user's factory is missing, fails, or returns something else than a module;
+            or the module has tensors that cannot be trained.
     """
     torch.manual_seed(config.run.seed)
     if config.model.sizes is not None:
@@ -41,8 +53,8 @@ def build_model(config: RunConfig) -> nn.Module:
 def _call_factory(section: ModelSection) -> nn.Module:
     """Call the user's `package.module:function` with `model.arguments` as keywords.
 
-    It has to return an nn.Module that maps (batch, time) int64 tokens below 256 to floating
-    (batch, time, vocabulary) logits, vocabulary 256 or more.
+    It must return an nn.Module that maps (batch, time) int64 tokens below 256 to floating-point
+    (batch, time, vocabulary) logits, where the vocabulary is 256 or more.
     """
     factory = find_factory(str(section.factory))
     try:
@@ -62,10 +74,12 @@ def _call_factory(section: ModelSection) -> nn.Module:
 def find_factory(spec: str) -> Callable[..., Any]:
     """Return the function that `package.module:function` names; the working folder is searched too.
 
-    Raises: ConfigError where the module or the function is missing or fails to import.
+    Raises:
+        ConfigError: the module or the function is missing, or the import fails.
     """
     module_name, _, function_name = spec.partition(":")
-    _search_working_folder()
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # `python -m` does this, the console script does not
     try:
         found: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
@@ -80,13 +94,13 @@ def find_factory(spec: str) -> Callable[..., Any]:
 
 
 def _reject_unready(model: nn.Module) -> None:
-    """Reject parameters and buffers that have no shape, no values, or that lose half of them.
+    """Reject parameters and buffers that are lazy, on the meta device, or complex.
 
-    On the meta device itself, where a plan is made, no values are wanted.
+    A plan builds the model on the meta device on purpose, so there meta tensors are accepted.
     """
     problems: dict[str, list[str]] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        problem = _what_is_missing(tensor)
+        problem = _problem_of(tensor)
         if problem is not None:
             problems.setdefault(problem, []).append(name)
     if problems:
@@ -94,21 +108,21 @@ def _reject_unready(model: nn.Module) -> None:
         raise ConfigError("configuration", found)
 
 
-def _what_is_missing(tensor: torch.Tensor) -> str | None:
+def _problem_of(tensor: torch.Tensor) -> str | None:
     if is_lazy(tensor):
         return (
-            "no shape yet, for the module is lazy: call the model once in the factory, such as "
+            "no shape yet, because the module is lazy: call the model once in the factory, such as "
             "model(torch.zeros(1, 8, dtype=torch.int64))"
         )
     if tensor.is_meta and torch.get_default_device().type != "meta":
         return (
-            "no values, for it is on the meta device: call model.to_empty(device='cpu') in the "
-            "factory, and initialise what that makes"
+            "no values, because it is on the meta device: call model.to_empty(device='cpu') in the "
+            "factory, then initialise the tensors"
         )
     if tensor.is_complex():
         return (
-            "complex numbers, which are not trained and which train.dtype would make real: keep "
-            "torch.view_as_real of it in the model, and torch.view_as_complex in the forward"
+            "complex numbers, which are not trained and which train.dtype would make real: store "
+            "torch.view_as_real of it, and use torch.view_as_complex in the forward"
         )
     return None
 
@@ -119,12 +133,125 @@ def _listed(names: list[str]) -> str:
 
 
 def _described(error: BaseException) -> str:
-    """Return the error and where it was raised, in place of a traceback."""
+    """Return the error and where it was raised."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
 
 
-def _search_working_folder() -> None:
-    """Let the console script import from where it was started, as `python -m` does."""
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+def next_token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the mean cross entropy in nats a token, 0-d, in fp32 whatever the model's dtype.
+
+    Raises:
+        ConfigError: the model does not return (batch, time, vocabulary) logits.
+    """
+    logits: object = model(batch.inputs)
+    if not isinstance(logits, torch.Tensor):
+        raise _wrong_logits(batch, type(logits).__name__)
+    if (
+        logits.dim() != 3
+        or logits.shape[:2] != batch.inputs.shape
+        or logits.shape[2] < VOCABULARY_SIZE
+        or not logits.is_floating_point()
+    ):
+        raise _wrong_logits(batch, f"{logits.dtype} of shape {tuple(logits.shape)}")
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, tokens: ByteTokens, train: TrainSection, world: World) -> float:
+    """Return the mean loss in nats over `eval_sequences` sequences of the split. Collective.
+
+    The ranks share the sequences; the result is the same for any number of ranks.
+    """
+    starts = evaluation_starts(tokens.size, train.sequence_length, train.eval_sequences)
+    own = starts[world.rank :: world.world_size]
+    total = torch.zeros(2, dtype=torch.float64, device="cpu")  # sum of losses, number of sequences
+    was_training = model.training
+    model.eval()
+    for first in range(0, len(own), train.batch_size):
+        chosen = own[first : first + train.batch_size]
+        batch = cut_batch(tokens, chosen, train.sequence_length).to(world.device)
+        loss = next_token_loss(model, batch)
+        total[0] += loss.item() * len(chosen)
+        total[1] += len(chosen)
+        PROGRESS.move()
+    model.train(was_training)
+    world.ranks.all_reduce(total)
+    return float(total[0] / total[1])
+
+
+def _wrong_logits(batch: Batch, got: str) -> ConfigError:
+    wanted = f"({batch.inputs.shape[0]}, {batch.inputs.shape[1]}, {VOCABULARY_SIZE} or more)"
+    return ConfigError.at(
+        _KEY, f"the model must return floating-point logits of shape {wanted}, got {got}"
+    )
+
+
+class Attention(nn.Module):
+    """Causal self-attention over (batch, time, width)."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = self.query_key_value(x).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (batch, heads, time, head width)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.output(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """A transformer block: pre-norm attention and GELU MLP, both added to the residual stream."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = Attention(width, num_heads)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp_input = nn.Linear(width, 4 * width)
+        self.mlp_output = nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp_output(F.gelu(self.mlp_input(self.mlp_norm(x))))  # type: ignore[no-any-return]
+
+
+class GPT(nn.Module):
+    """Maps (batch, time) int64 bytes to (batch, time, 256) logits of the next byte.
+
+    max_length: the longest time; each position has its own embedding.
+
+    Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
+    """
+
+    def __init__(self, sizes: ModelSizes, max_length: int) -> None:
+        super().__init__()
+        width = sizes.width
+        self.token_embedding = nn.Embedding(VOCABULARY_SIZE, width)
+        self.position_embedding = nn.Embedding(max_length, width)
+        self.blocks = nn.ModuleList(Block(width, sizes.num_heads) for _ in range(sizes.num_layers))
+        self.final_norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY_SIZE, bias=False)
+        if sizes.tied_head:
+            self.head.weight = self.token_embedding.weight
+        self._init_weights()
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(tokens.shape[1], dtype=torch.int64, device=tokens.device)
+        x = self.token_embedding(tokens) + self.position_embedding(positions)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.final_norm(x))  # type: ignore[no-any-return]
+
+    def _init_weights(self) -> None:
+        """Draw all matrices with one scale; those that write to the residual stream with less."""
+        residual_std = _INIT_STD / math.sqrt(2 * len(self.blocks))
+        for name, parameter in self.named_parameters():
+            if parameter.dim() >= 2:
+                writes_residual = name.endswith(("attention.output.weight", "mlp_output.weight"))
+                nn.init.normal_(parameter, std=residual_std if writes_residual else _INIT_STD)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)

@@ -1,4 +1,4 @@
-"""The job's optimizer, made from the configuration."""
+"""The job's optimizer and learning-rate schedule, built from the configuration."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from offload_adam.config import RunConfig
 from offload_adam.config.declared import read_options
@@ -20,7 +22,9 @@ from offload_adam.schedules import schedule_from_state
 def build_optimizer(config: RunConfig, model: nn.Module) -> OffloadAdam | Adam:
     """Return the optimizer of `model`'s trainable parameters."""
     section = config.optimizer
-    execution = _execution(config)
+    execution = read_options(config, ExecutionOptions)  # the arguments that both optimizers take
+    execution["reduce_dtype"] = torch.float32 if execution["reduce_dtype"] else None
+    execution |= {"offload": offload_policy(config), "failures": failure_policy(config)}
     if isinstance(section, AdamSection):
         return _adam(section, model, execution)
     return _offload_adam(section, model, execution)
@@ -66,15 +70,8 @@ def _adam(section: AdamSection, model: nn.Module, execution: dict[str, Any]) -> 
     )
 
 
-def _execution(config: RunConfig) -> dict[str, Any]:
-    """Return the arguments that both optimizers take, besides the module."""
-    chosen = read_options(config, ExecutionOptions)
-    chosen["reduce_dtype"] = torch.float32 if chosen["reduce_dtype"] else None
-    return {**chosen, "offload": offload_policy(config), "failures": failure_policy(config)}
-
-
 def offload_policy(config: RunConfig) -> OffloadPolicy:
-    """Return where the job's optimizer keeps its state, and how it is moved."""
+    """Return where the optimizer stores its state, and how it is moved."""
     return OffloadPolicy(
         **read_options(config, OffloadPolicy),
         snapshot_buffer_nbytes=config.checkpoint.used_buffer_nbytes,
@@ -82,12 +79,12 @@ def offload_policy(config: RunConfig) -> OffloadPolicy:
 
 
 def failure_policy(config: RunConfig) -> FailurePolicy:
-    """Return when the job's ranks give up on each other."""
+    """Return the time limits after which a rank is declared dead or hung."""
     return FailurePolicy(**read_options(config, FailurePolicy))
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> Iterator[dict[str, Any]]:
-    """Yield the parameter groups: weight decay acts on matrices, not on biases and norms.
+    """Yield the parameter groups: weight decay for matrices, none for biases and norms.
 
     Source: common practice since Brown et al., "Language Models are Few-Shot Learners" (2020).
     """
@@ -98,3 +95,25 @@ def decay_groups(model: nn.Module, weight_decay: float) -> Iterator[dict[str, An
         yield {"params": matrices, "weight_decay": weight_decay}
     if others:
         yield {"params": others, "weight_decay": 0.0}
+
+
+def build_schedule(optimizer: Optimizer, config: RunConfig) -> LRScheduler | None:
+    """Return the scheduler to step after each update; None if Adam has a schedule of its own.
+
+    The rate rises linearly over W warmup updates, then falls along a cosine. Update u of N, counted
+    from 0, uses `lr * (u + 1) / (W + 1)` while u < W, and then
+    `floor + (lr - floor) * (1 + cos(pi * (u - W) / (N - W))) / 2` with `floor = min_lr_ratio * lr`.
+    """
+    section = config.optimizer
+    if isinstance(section, AdamSection) and section.schedules_itself:
+        return None
+    warmup_steps = config.schedule.warmup_steps
+    # At least 1: a run that ends within its warmup has no decay steps, and torch divides by them.
+    decay_steps = max(1, config.train.num_steps - warmup_steps)
+    floor = config.schedule.min_lr_ratio * optimizer.param_groups[0]["lr"]
+    decay = CosineAnnealingLR(optimizer, decay_steps, eta_min=floor)
+    if warmup_steps == 0:
+        return decay
+    # warmup_steps + 1, so that the first update has a rate above zero.
+    warmup = LinearLR(optimizer, start_factor=1 / (warmup_steps + 1), total_iters=warmup_steps)
+    return SequentialLR(optimizer, [warmup, decay], milestones=[warmup_steps])

@@ -1,4 +1,4 @@
-"""What a configuration would train, for a plan: the model's sizes without its memory."""
+"""The planner's inputs of a configuration: parameter sizes, without their memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def subject_of(config: RunConfig, *, on_device: bool) -> tuple[list[ParameterSpe
 
 
 def specs_of(model: nn.Module) -> list[ParameterSpec]:
-    """Return a model's trainable parameters as the layout sees them."""
+    """Return the sizes and bucket keys of a model's trainable parameters."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         ParameterSpec(i, p.numel(), p.element_size(), bucket_key_of(p))
@@ -38,14 +38,14 @@ def specs_of(model: nn.Module) -> list[ParameterSpec]:
 
 
 def training_of_job(job: Job) -> Training:
-    """Return how a job trains, its world as it is."""
+    """Return how a job trains, on its own world."""
     training = training_of(job.config, job.world.device.type == "cuda")
     world = job.world
     return replace(training, world_size=world.world_size, local_world_size=world.local_world_size)
 
 
 def training_of(config: RunConfig, on_device: bool) -> Training:
-    """Return how a configuration trains, for one rank: the world is not part of it."""
+    """Return how a configuration trains on one rank; the caller sets the world size."""
     section, train = config.optimizer, config.train
     return Training(
         on_device=on_device,

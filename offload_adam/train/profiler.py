@@ -1,4 +1,4 @@
-"""Profiling of the job: what is recorded while it trains, and the report of it."""
+"""Profile the job: record spans and memory while it trains, then write the report."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch.distributed as dist
 
-from offload_adam.config.optimizer_sections import AdamSection, OffloadAdamSection
+from offload_adam.config.optimizer_sections import AdamSection
 from offload_adam.errors import MissingExtraError
 from offload_adam.gradients.stand_in import gradient_of
 from offload_adam.kernels.threads import threads_per_rank
@@ -32,8 +30,7 @@ from offload_adam.torch_private import default_store
 from offload_adam.train.loop import Job
 from offload_adam.train.plan import specs_of, training_of_job
 from offload_adam.train.run_folder import METRICS_NAME, run_folder
-from offload_adam.train.slowness import limit_gb_per_s
-from offload_adam.train.speeds import known_speeds
+from offload_adam.train.speeds import known_speeds, limit_gb_per_s
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +39,7 @@ REPORT_NAME = "report.html"
 
 @contextmanager
 def profiled_job(job: Job) -> Iterator[None]:
-    """Record the steps inside where `profile.enabled` is set. Collective at its begin and end."""
+    """Record the steps in the body if `profile.enabled`. Collective at its start and end."""
     section = job.config.profile
     if not section.enabled:
         yield
@@ -68,7 +65,7 @@ def profiled_job(job: Job) -> Iterator[None]:
 
 
 def _gradients(job: Job) -> Iterator[LedgerEntry]:
-    """Yield what `.grad` holds now; the optimizer's own ledger has what has left it."""
+    """Yield the gradients in `.grad` now; the optimizer's ledger has those that have left it."""
     for parameter in job.model.parameters():
         gradient = gradient_of(parameter)
         nbytes = 0 if gradient is None or gradient.is_sparse else gradient.nbytes
@@ -76,22 +73,22 @@ def _gradients(job: Job) -> Iterator[LedgerEntry]:
 
 
 def _report(job: Job, profiles: Sequence[RankProfile]) -> None:
-    """Write the report, and say what bounds the run even where it cannot be drawn."""
-    folder = run_folder(job.config)
+    """Log the diagnosis and the memory peaks, and write the report if plotly is installed."""
+    path = run_folder(job.config) / REPORT_NAME
     found = diagnose(profiles, facts_of(job))
-    for said in [found, *peaks_of(profiles)]:
-        if said is not None:
-            logger.info("%s", said.sentence)
+    for item in [found, *peaks_of(profiles)]:
+        if item is not None:
+            logger.info("%s", item.sentence)
     try:
-        write_report(_inputs(job, profiles, found, folder), folder / REPORT_NAME)
+        write_report(_inputs(job, profiles, found), path)
     except MissingExtraError as error:
-        logger.warning("%s; memory.jsonl and trace.json are written", error)
-        return
-    logger.info("the profile is in %s, beside trace.json and memory.jsonl", folder / REPORT_NAME)
+        logger.warning("Skipping %s: %s; trace.json and memory.jsonl are written", path, error)
+    else:
+        logger.info("Wrote the profile to %s; trace.json and memory.jsonl are beside it", path)
 
 
 def facts_of(job: Job) -> RunFacts:
-    """Return the settings of the run that a diagnosis may ask to change."""
+    """Return the settings of the run that a diagnosis may suggest to change."""
     optimizer, train = job.config.optimizer, job.config.train
     on_device = job.world.device.type == "cuda"
     num_cores = threads_per_rank(job.world.local_world_size, on_device=on_device)
@@ -105,12 +102,10 @@ def facts_of(job: Job) -> RunFacts:
     )
 
 
-def _inputs(
-    job: Job, profiles: Sequence[RankProfile], found: Diagnosis | None, folder: Path
-) -> ReportInputs:
-    lines = (folder / METRICS_NAME).read_text(encoding="utf-8").splitlines()
-    records: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    name = "Adam" if not isinstance(job.config.optimizer, OffloadAdamSection) else "OffloadAdam"
+def _inputs(job: Job, profiles: Sequence[RankProfile], found: Diagnosis | None) -> ReportInputs:
+    metrics = run_folder(job.config) / METRICS_NAME
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    name = "Adam" if isinstance(job.config.optimizer, AdamSection) else "OffloadAdam"
     title = f"Profile of {job.config.run.name}: {name} on {job.world.world_size} rank(s)"
     achieved = _achieved_gb_per_s(job, profiles[0])
     return ReportInputs(
@@ -127,7 +122,7 @@ def _inputs(
 
 
 def _planned_ms(job: Job) -> dict[Resource, tuple[float, str]]:
-    """Return what a step is planned to spend on updates and transfers, as far as it is known."""
+    """Return the planned ms of a step's updates and network transfers, where speeds are known."""
     training = training_of_job(job)
     machine = known_speeds(training)
     timing = predict_time(specs_of(job.model), training, machine)
@@ -142,9 +137,9 @@ def _planned_ms(job: Job) -> dict[Resource, tuple[float, str]]:
 
 
 def _predicted(job: Job, profile: RankProfile) -> dict[str, int]:
-    """Return what the plan says of the categories that the ledger knows.
+    """Return the planned bytes of the categories that the ledger has.
 
-    Not of gradients that leave `.grad` during backward: no sample catches them at their most.
+    Without gradients that leave `.grad` during backward: no sample is taken at their peak.
     """
     training = training_of_job(job)
     plan = predict(specs_of(job.model), training)
@@ -156,17 +151,17 @@ def _predicted(job: Job, profile: RankProfile) -> dict[str, int]:
 
 
 def _achieved_gb_per_s(job: Job, profile: RankProfile) -> float | None:
-    """Return the traffic of rank 0's updates by their time, the median of each bucket.
+    """Return the bandwidth of rank 0's updates: their traffic over the sum of the buckets' medians.
 
-    None where it is not known: on a device, and where a lazy update moves what it needs only.
+    None if the traffic is not known: for updates on a device, and for lazy updates.
     """
     section = job.config.optimizer
     nbytes = update_nbytes(specs_of(job.model), training_of_job(job))
     if nbytes == 0 or (isinstance(section, AdamSection) and section.use_lazy):
         return None
-    lengths_ns: dict[int, list[int]] = defaultdict(list)
+    durations_ns: dict[int, list[int]] = defaultdict(list)
     for span in profile.spans:
         if span.name == "update" and span.bucket != NO_BUCKET:
-            lengths_ns[span.bucket].append(span.end_ns - span.start_ns)
-    busy_ns = sum(median(lengths) for lengths in lengths_ns.values())
+            durations_ns[span.bucket].append(span.end_ns - span.start_ns)
+    busy_ns = sum(median(durations) for durations in durations_ns.values())
     return nbytes / busy_ns if busy_ns > 0 else None

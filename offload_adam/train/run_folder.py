@@ -1,17 +1,36 @@
-"""The folder that a run writes to, which never mixes the records of two runs."""
+"""The folder of a run: its files, which never mix the records of two runs, and its lock.
+
+<run.dir>/<run.name>/config.yaml, metrics.jsonl, lock, checkpoints/step-<n>/
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import LeaseCompromise, SoftFileLease, Timeout
+
 from offload_adam.config import ConfigError, RunConfig, dump_config
+from offload_adam.errors import RunFolderLostError
+
+logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
 METRICS_NAME = "metrics.jsonl"
+LOCK_NAME = "lock"
+
+LEASE_S = 30.0
+"""Seconds without a refresh after which the lock of a process on another host is taken over."""
+
+_REFRESHES = 10  # per lease, so that a second start is rejected after a tenth of the lease
+_POLL_S = 0.1
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -20,69 +39,148 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def require_writable(config: RunConfig) -> None:
-    """Try to make the run's folder, and leave nothing behind.
+    """Check that the run's folder can be created, without creating it.
 
     Raises:
-        ConfigError: it cannot be made or written to.
+        ConfigError: the folder cannot be created or written to.
     """
     folder = run_folder(config)
     present = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
-        # A rehearsal beside the real place: whether one may is for the file system to say.
+        # Create the missing part of the path in a temporary folder next to the real place: only
+        # the file system knows whether it allows that.
         with tempfile.TemporaryDirectory(prefix=".offload-adam-", dir=present) as place:
             (place / folder.relative_to(present)).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise ConfigError.at(
-            "run.dir",
-            f"{folder} cannot be written to ({error}): name a folder in which files may be made",
+            "run.dir", f"{folder} cannot be written to ({error}): choose a writable folder"
         ) from error
 
 
-def prepare_run_folder(config: RunConfig) -> list[str]:
-    """Create the folder, write the resolved configuration, and return what should be said about it.
+def open_run_folder(config: RunConfig, last_step: int) -> str | None:
+    """Create the folder, write the resolved configuration, and return a note for the user.
 
-    Files of an earlier run move aside as `metrics-<n>.jsonl` and `config-<n>.yaml`.
+    Args:
+        last_step: the last step of the checkpoint that the run resumes from. Records after it are
+            dropped, since the run repeats these steps. 0 if the run begins: then files of an
+            earlier run are renamed to `metrics-<n>.jsonl` and `config-<n>.yaml`.
     """
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
-    notes = _move_aside(folder)
+    if last_step == 0:
+        note = _rename_earlier_files(folder)
+    else:
+        note = f"resuming after step {last_step}"
+        path = folder / METRICS_NAME
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        kept = [line for line in lines if _step_of(line) <= last_step]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     (folder / CONFIG_NAME).write_text(dump_config(config), encoding="utf-8")
-    return notes
-
-
-def continue_run_folder(config: RunConfig, step: int) -> list[str]:
-    """Keep the records up to `step`, drop what came after it, and return what should be said.
-
-    A run that goes on writes those steps again, with the same values.
-    """
-    folder = run_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_NAME).write_text(dump_config(config), encoding="utf-8")
-    path = folder / METRICS_NAME
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    kept = [line for line in lines if _step_of(line) <= step]
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    return [f"resuming after step {step}"]
+    return note
 
 
 def _step_of(line: str) -> float:
-    """Return the step of a record; one that was cut short counts as later than all."""
+    """Return the step of a record; infinity for a truncated line, so that it is dropped."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
 
 
-def _move_aside(folder: Path) -> list[str]:
-    present = [path for name in (METRICS_NAME, CONFIG_NAME) if (path := folder / name).exists()]
+def _rename_earlier_files(folder: Path) -> str | None:
+    names = (METRICS_NAME, CONFIG_NAME)
+    present = [path for name in names if (path := folder / name).exists()]
     if not present:
-        return []
+        return None
     number = 1
-    while any(_numbered(folder / name, number).exists() for name in (METRICS_NAME, CONFIG_NAME)):
+    while any(_numbered(folder / name, number).exists() for name in names):
         number += 1
     moved = [path.rename(_numbered(path, number)).name for path in present]
-    return [f"{folder} holds an earlier run: its files are now {' and '.join(moved)}"]
+    return f"{folder} holds an earlier run: its files are now {' and '.join(moved)}"
 
 
 def _numbered(path: Path, number: int) -> Path:
     return path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+@contextmanager
+def locked_run_folder(config: RunConfig) -> Iterator[Callable[[], None]]:
+    """Hold the lock of the run's folder on rank 0; other ranks do nothing.
+
+    The lock is a file that its owner refreshes, so it needs no `flock`. It is taken over from a
+    dead process of this host at once, and from a process of another host or container after
+    `LEASE_S` seconds without a refresh.
+
+    Yields:
+        A function that raises `RunFolderLostError` once another job has taken the folder over.
+
+    Raises:
+        ConfigError: another process holds the lock; names its host and process id.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield lambda: None
+        return
+    folder = run_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = SoftFileLease(
+        folder / LOCK_NAME,
+        lease_duration=LEASE_S,
+        heartbeat_interval=LEASE_S / _REFRESHES,
+        on_compromise=_warn,
+        thread_local=False,
+    )
+    try:
+        try:
+            _acquire(lock, folder)
+        except OSError as error:
+            raise ConfigError.at(
+                "run.dir", f"{folder / LOCK_NAME} cannot be created: {error}"
+            ) from error
+        yield lambda: _require_held(lock, folder)
+    finally:
+        lock.release()
+        with suppress(OSError):
+            folder.rmdir()  # fails unless the folder is empty
+
+
+def _acquire(lock: SoftFileLease, folder: Path) -> None:
+    """Acquire the lock; raise as soon as its owner refreshes it, or after two leases."""
+    began, first_seen = time.monotonic(), None
+    while True:
+        with suppress(Timeout):
+            lock.acquire(timeout=0)
+            return
+        with suppress(FileNotFoundError):
+            refreshed = (folder / LOCK_NAME).stat().st_mtime_ns
+            first_seen = refreshed if first_seen is None else first_seen
+            if refreshed != first_seen or time.monotonic() - began > 2 * LEASE_S:
+                raise ConfigError.at(
+                    "run.name",
+                    f"{folder} is in use by {_owner_of(lock)}: wait until that run has ended, or "
+                    "choose another run.name",
+                )
+        time.sleep(_POLL_S)
+
+
+def _owner_of(lock: SoftFileLease) -> str:
+    owner = lock.owner
+    return "another process" if owner is None else f"process {owner.pid} on {owner.hostname}"
+
+
+def _warn(loss: LeaseCompromise) -> None:
+    logger.warning(
+        "Lost the lock %s (%s): another run may start in this folder", loss.lock_file, loss.reason
+    )
+
+
+def _require_held(lock: SoftFileLease, folder: Path) -> None:
+    """Raise an error if another process owns the lock now."""
+    for _ in range(2):  # a rejected start may exchange the file for a moment, so look twice
+        owner = lock.owner
+        if owner is None or owner.token == lock.token:
+            return
+        time.sleep(_POLL_S)
+    raise RunFolderLostError(
+        f"{folder} was taken over by {_owner_of(lock)}, because this process did not refresh its "
+        f"lock for {LEASE_S:.0f} s. This run ends, so that two runs do not mix their files."
+    )

@@ -1,4 +1,4 @@
-"""Checkpoints of the job: written as it trains, kept as many as wanted, found at the next start."""
+"""The job's checkpoints: written during training, pruned, and loaded at the next start."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import attempt
 from offload_adam.errors import CheckpointError, PeerError, PeerFailedError
 from offload_adam.train.loop import Job
+from offload_adam.train.records import CheckpointTotals
 from offload_adam.train.run_folder import run_folder
+from offload_adam.units import format_nbytes
 
 logger = logging.getLogger(__name__)
 
@@ -49,45 +51,45 @@ MAY_CHANGE = (
     "observe.",
     "checkpoint.",
 )
-"""Keys (a dot at the end stands for a section) that a resumed run may have otherwise."""
+"""Keys that a resumed run may change; a dot at the end stands for a whole section."""
 
 
 class CheckpointSaver:
-    """Writes checkpoints of one job under `<run folder>/checkpoints/step-<n>`.
+    """Writes the checkpoints of one job to `<run folder>/checkpoints/step-<n>`.
 
-    With `checkpoint.mode: async` training goes on meanwhile, but for the last one of a run. One is
-    written at a time: where the next is due before it has ended, the training thread waits for it.
+    With `checkpoint.mode: async` training goes on while a checkpoint is written, except for the
+    last one. If the next checkpoint is due before that, the training thread waits.
 
     Args:
-        require_held: raises where another job has taken the run's folder over.
+        require_held: raises an error if another job has taken the run's folder over.
 
-    num_failed counts what could not be written: a run goes on without, unless
-    `checkpoint.required`.
+    totals: counts checkpoints, and those that could not be written. The run goes on without the
+        latter, unless `checkpoint.required`.
     """
 
     def __init__(self, job: Job, require_held: Callable[[], None] = lambda: None) -> None:
         self._job = job
         self._require_held = require_held
         self._pending: tuple[Path, PendingCheckpoint] | None = None
-        # What this process has written or read to the last byte; the run's lock keeps others out.
+        # Checkpoints that this process has written or read completely. The lock of the run's folder
+        # keeps other runs from changing them.
         self._whole = set() if job.resumed_from is None else {job.resumed_from}
-        self.num_failed = 0
+        self.totals = CheckpointTotals.of_resumed(job.resumed_from, job.first_step - 1)
 
     def save(self, step: int, *, last: bool) -> None:
-        """Write a checkpoint of the state after this step, or begin to. Collective.
+        """Write a checkpoint of the state after this step, or start to. Collective.
 
         Args:
-            last: nothing follows it; it is committed when this returns.
+            last: no step follows, so commit the checkpoint before returning.
 
         Raises:
-            CheckpointError, PeerError, OSError: where `checkpoint.required`.
+            CheckpointError, PeerError, OSError: only if `checkpoint.required`.
         """
         self._require_held()
         self._finish_pending()
-        path = checkpoint_path(self._job.config, step)
-        job = self._job
+        job, path = self._job, checkpoint_path(self._job.config, step)
         with self._tolerating(path):
-            if self._stands(path):
+            if self._is_written(path):
                 return
             extra = {
                 "step": step,
@@ -95,100 +97,108 @@ class CheckpointSaver:
                 "config": job.config.model_dump(mode="json"),
                 "train": _state(job),
             }
+            self.totals.start(step)
             if job.config.checkpoint.mode == "async" and not last:
-                self._pending = (
-                    path,
-                    begin_checkpoint(path, model=job.model, optimizer=job.optimizer, extra=extra),
+                pending = begin_checkpoint(
+                    path, model=job.model, optimizer=job.optimizer, extra=extra
                 )
+                self._pending = (path, pending)
             else:
                 save_checkpoint(path, model=job.model, optimizer=job.optimizer, extra=extra)
-                self._keep(path)
+                self._committed(path)
 
     def commit_written(self) -> None:
-        """Commit what all ranks have written meanwhile, as the last step has told. Collective then.
+        """Commit the pending checkpoint if the last step reported that all ranks have written it.
+
+        Collective only when it commits, so call it on all ranks after the same step.
 
         Raises:
-            CheckpointError, PeerError, OSError: where `checkpoint.required`.
+            CheckpointError, PeerError, OSError: only if `checkpoint.required`.
         """
         if self._pending is None:
             return
         path, pending = self._pending
         with self._tolerating(path):
-            if not pending.commit_if_written():
-                return
-            self._committed(path, pending)
-        self._pending = None
+            if pending.commit_if_written():
+                self._committed(path, pending)
 
     def _finish_pending(self) -> None:
-        """Wait for the checkpoint that is being written in the background. Collective."""
+        """Wait for the pending checkpoint and commit it. Collective."""
         if self._pending is None:
             return
         path, pending = self._pending
-        self._pending = None
-        logger.info("waiting for checkpoint %s to be written", path)
+        logger.info("Waiting for checkpoint %s to be written", path)
         with self._tolerating(path):
             pending.wait()
             self._committed(path, pending)
 
-    def _committed(self, path: Path, pending: PendingCheckpoint) -> None:
-        """Say what it has cost, and remove what is too old."""
-        if pending.num_waits > 0 and self._job.world.rank == 0:
-            logger.info(
-                "updates waited for checkpoint %s %d times, %.2f s together: with a larger "
-                "checkpoint.snapshot_buffer_nbytes they wait less",
-                path,
-                pending.num_waits,
-                pending.waited_s,
-            )
-        self._keep(path)
-
-    def _stands(self, path: Path) -> bool:
-        """Tell whether this run has written the checkpoint already; set another one aside.
-
-        Collective: rank 0 looks, since ranks may see a shared folder change at different times.
-        """
-
-        ranks = self._job.optimizer.ranks
-        stands = False
-        with raise_on_all_ranks(ranks, "looking for a checkpoint"):
-            if ranks.rank == 0 and path.exists():
-                stands = path in self._whole
-                if not stands:  # whole or not, it is none of this run's steps
-                    aside = _move_aside(path.parent, [path.name])
-                    logger.warning(
-                        "%s was not written by this run: moved into %s", path, aside.name
-                    )
-        return gather_texts(ranks, "written" if stands else "")[0] == "written"
-
-    @contextmanager
-    def _tolerating(self, path: Path) -> Iterator[None]:
-        """Let a checkpoint fail inside, unless it is required; the ranks' verdicts are the same."""
-        try:
-            yield
-        except PeerFailedError:
-            raise
-        except (OSError, CheckpointError, PeerError):
-            self._pending = None
-            self.num_failed += 1
-            if self._job.config.checkpoint.required:
-                raise
-            logger.exception(
-                "checkpoint %s cannot be written (%d so far); training goes on without it",
-                path,
-                self.num_failed,
-            )
-
-    def _keep(self, path: Path) -> None:
-        """Count a committed checkpoint, and remove those that are not to be kept.
-
-        Only checkpoints that are known to be whole count for `keep_last`: a damaged one must not
-        make an older, whole one go. What killed runs have left unfinished is removed, too.
-        """
+    def _committed(self, path: Path, pending: PendingCheckpoint | None = None) -> None:
+        """Log a committed checkpoint, and remove old ones; both on rank 0 only."""
+        self._pending = None
         if self._job.world.rank != 0:
             return
         self._require_held()
         self._whole.add(path)
-        section, folder = self._job.config.checkpoint, path.parent
+        nbytes = self.totals.add(path)
+        size = "unknown size" if nbytes is None else format_nbytes(nbytes)
+        logger.info("Wrote checkpoint %s (%s in %.1f s)", path, size, self.totals.last_duration_s)
+        if pending is not None and pending.num_waits > 0:
+            logger.info(
+                "Updates waited %d times, %.2f s in total, for checkpoint %s. A larger "
+                "checkpoint.snapshot_buffer_nbytes shortens these waits.",
+                pending.num_waits,
+                pending.waited_s,
+                path,
+            )
+        self._prune(path.parent)
+
+    def _is_written(self, path: Path) -> bool:
+        """Return whether this run has written the checkpoint already. Collective.
+
+        A checkpoint at this path that this run has not written is moved aside. Only rank 0 looks:
+        ranks may see changes of a shared folder at different times.
+        """
+        ranks = self._job.optimizer.ranks
+        is_written = False
+        with raise_on_all_ranks(ranks, "looking for a checkpoint"):
+            if ranks.rank == 0 and path.exists():
+                is_written = path in self._whole
+                if not is_written:
+                    aside = _move_aside(path.parent, [path.name])
+                    logger.warning("Moved %s, which this run has not written, to %s", path, aside)
+        return gather_texts(ranks, "written" if is_written else "")[0] == "written"
+
+    @contextmanager
+    def _tolerating(self, path: Path) -> Iterator[None]:
+        """Skip the checkpoint if the body fails, unless it is required.
+
+        All ranks fail or succeed together: the functions called in the body make sure of that.
+        """
+        try:
+            yield
+        except PeerFailedError:
+            raise
+        except (OSError, CheckpointError, PeerError) as error:
+            self._pending = None
+            self.totals.num_failed += 1
+            if self._job.config.checkpoint.required:
+                raise
+            # An OSError is raised on its own rank only, the others on every rank.
+            if isinstance(error, OSError) or self._job.world.rank == 0:
+                logger.exception(
+                    "Skipping checkpoint %s (%d so far); training goes on without it: %s",
+                    path,
+                    self.totals.num_failed,
+                    error,
+                )
+
+    def _prune(self, folder: Path) -> None:
+        """Remove old checkpoints, and unfinished ones of killed runs.
+
+        Only checkpoints known to be whole count for `keep_last`: a damaged one must not cause the
+        removal of an older, whole one.
+        """
+        section = self._job.config.checkpoint
         steps = sorted(steps_in(folder))
         whole = [step for step in steps if folder / f"step-{step}" in self._whole]
         for step in steps:
@@ -196,19 +206,21 @@ class CheckpointSaver:
             if is_old and (section.keep_every is None or step % section.keep_every):
                 shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
         for unfinished in folder.glob(f"step-*{PARTIAL_SUFFIX}"):
-            # The run's lock says that no other save writes these; an export may be beside them.
+            # No other save writes to these, because this run holds the lock of the folder. Other
+            # names are left alone: the user may export a checkpoint to this folder right now.
             if _UNFINISHED.fullmatch(unfinished.name):
                 discard(unfinished)
 
 
 def require_place(job: Job) -> None:
-    """Find before the first step that the ranks do not write to one disk. Collective.
+    """Check before the first step that all ranks write to one shared folder. Collective.
 
-    A place that cannot be written may be mended before the first is due, and is only logged.
+    A folder that cannot be written to is only logged: the user may fix it before the first
+    checkpoint is due.
 
     Raises:
-        CheckpointError: the folder is not shared by all ranks.
-        PeerError, OSError: it cannot be written, where `checkpoint.required`.
+        CheckpointError: the ranks do not share the folder.
+        PeerError, OSError: the folder cannot be written to, and `checkpoint.required`.
     """
     section = job.config.checkpoint
     if section.every == 0 or job.world.world_size == 1:
@@ -222,11 +234,11 @@ def require_place(job: Job) -> None:
     except (OSError, PeerError):
         if section.required:
             raise
-        logger.exception("no checkpoint could be written into %s now; training begins", folder)
+        logger.exception("Cannot write checkpoints to %s now; training begins nevertheless", folder)
 
 
 def checkpoint_path(config: RunConfig, step: int) -> Path:
-    """Return where the checkpoint after a step is."""
+    """Return the path of the checkpoint after a step."""
     return run_folder(config) / FOLDER_NAME / f"step-{step}"
 
 
@@ -239,7 +251,7 @@ def steps_in(folder: Path) -> Iterator[int]:
 
 
 def what_stands(config: RunConfig) -> str:
-    """Return what a run that ends now has saved, and what is lost."""
+    """Return a sentence on what is saved and what is lost if the run ends now."""
     newest = max(steps_in(run_folder(config) / FOLDER_NAME), default=None)
     if newest is None:
         return "there is no checkpoint: all steps of the run are lost"
@@ -247,20 +259,25 @@ def what_stands(config: RunConfig) -> str:
 
 
 def find_checkpoint(config: RunConfig) -> Path | None:
-    """Return the checkpoint that a run goes on from, None to begin.
+    """Return the checkpoint to resume from; None if the run begins at its first step.
 
-    With `checkpoint.resume: auto`, and whenever torchrun has restarted the run, it is the newest
-    whole one of the run's folder: each is read to its last byte before it is taken, and a damaged
-    one is passed over with a warning.
+    With `checkpoint.resume: auto`, and after every restart by torchrun, this is the newest whole
+    one in the run's folder. Each is read completely, and damaged ones are skipped with a warning.
 
     Raises:
-        ConfigError: `checkpoint.resume` names one that is not whole.
+        ConfigError: `checkpoint.resume` is the path of a damaged or missing checkpoint.
     """
     resume = config.checkpoint.resume
     if resume == "auto" or attempt() > 0:
-        found = _newest_whole(run_folder(config) / FOLDER_NAME)
-        if found is not None:
-            return found
+        folder = run_folder(config) / FOLDER_NAME
+        for step in sorted(steps_in(folder), reverse=True):
+            path = folder / f"step-{step}"
+            try:
+                verify_checkpoint(path)
+            except CheckpointError as error:
+                logger.warning("Skipping checkpoint %s: %s", path, error)
+            else:
+                return path
     if resume in ("auto", "never"):
         return None
     try:
@@ -270,43 +287,29 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     return Path(resume)
 
 
-def _newest_whole(folder: Path) -> Path | None:
-    for step in sorted(steps_in(folder), reverse=True):
-        path = folder / f"step-{step}"
-        try:
-            verify_checkpoint(path)
-        except CheckpointError as error:
-            logger.warning("Skipping checkpoint %s: %s", path, error)
-        else:
-            return path
-    return None
-
-
 def set_aside(config: RunConfig, first_step: int) -> None:
-    """Move checkpoints of this step and later ones out of the way of those that the run will write.
+    """Move checkpoints of this step and later ones to a subfolder.
 
-    They are damaged, or another run's: were they left, this one could not write its own, and a
-    later start would go on from theirs. They stay in a folder beside the others.
+    They are damaged or belong to another run. If they stayed, this run could not write its own,
+    and a later start would resume from them.
     """
     folder = run_folder(config) / FOLDER_NAME
     later = [step for step in sorted(steps_in(folder)) if step >= first_step]
     if not later:
         return
+    steps = ", ".join(map(str, later))
     try:
         aside = _move_aside(folder, [f"step-{step}" for step in later])
     except OSError:
-        logger.exception("%s holds checkpoints of an earlier run, which cannot be moved", folder)
+        logger.exception("Cannot move checkpoints of an earlier run (step %s) in %s", steps, folder)
         return
     logger.warning(
-        "%s holds checkpoints of step(s) %s that this run does not go on from: they are in %s now",
-        folder,
-        ", ".join(map(str, later)),
-        aside.name,
+        "Moved checkpoints of step %s, from which this run does not resume, to %s", steps, aside
     )
 
 
 def _move_aside(folder: Path, names: Sequence[str]) -> Path:
-    """Move checkpoints to a new folder `earlier-<n>` beside them, and return it."""
+    """Move checkpoints to a new subfolder `earlier-<n>`, and return it."""
     number = 1
     while (aside := folder / f"earlier-{number}").exists():
         number += 1
@@ -317,14 +320,14 @@ def _move_aside(folder: Path, names: Sequence[str]) -> Path:
 
 
 def resume(job: Job) -> Job:
-    """Load the checkpoint to go on from, if there is one, and return the job after it. Collective.
+    """Load the checkpoint to resume from, if there is one; return the job after it. Collective.
 
-    Rank 0 looks for it. Random states are restored where the world is as large as it was;
-    otherwise each rank has drawn its own from the seed, and what depends on them differs.
+    Rank 0 chooses the checkpoint. Random states are restored if the world size is that of the
+    checkpoint. Otherwise each rank keeps its state from the seed, so dropout differs.
 
     Raises:
-        ConfigError: a key has changed that may not; the checkpoint named is damaged.
-        CheckpointError: it is of another model.
+        ConfigError: a key differs that may not change; the checkpoint named is damaged.
+        CheckpointError: the checkpoint is of another model.
     """
     ranks = job.optimizer.ranks
     with PROGRESS.at("checkpoint", long_running=True):
@@ -335,60 +338,46 @@ def resume(job: Job) -> Job:
         if job.world.rank == 0:
             set_aside(job.config, job.first_step)
         return job
-    _reject_changes(job.config, _config_of(Path(found)))
-    extra = load_checkpoint(found, model=job.model, optimizer=job.optimizer)
+    path = Path(found)
+    _reject_changes(job.config, path)
+    extra = load_checkpoint(path, model=job.model, optimizer=job.optimizer)
     _load_state(job, extra["train"])
     step: int = extra["step"]
     if job.world.rank == 0:
-        logger.info("Resuming from %s at step %d", found, step)
+        logger.info("Resuming from %s at step %d", path, step)
         set_aside(job.config, step + 1)
-    return replace(
-        job,
-        first_step=step + 1,
-        first_sample=extra["samples"],
-        resumed_from=Path(found),
-    )
+    return replace(job, first_step=step + 1, first_sample=extra["samples"], resumed_from=path)
 
 
-def _config_of(path: Path) -> dict[str, Any]:
-    """Return the configuration of the run that wrote a checkpoint.
+def _reject_changes(config: RunConfig, checkpoint: Path) -> None:
+    """Reject a configuration that differs from the checkpoint's in a key that may not change.
 
     Raises:
-        ConfigError: no training run wrote it.
+        ConfigError: naming the key and both values; or no training run wrote the checkpoint.
     """
-    extra = read_manifest(path).decoded_extra()
+    extra = read_manifest(checkpoint).decoded_extra()
     if not {"step", "samples", "config", "train"} <= set(extra):
         raise ConfigError.at(
             "checkpoint.resume",
-            f"{path} was not written by a training run: load it with load_checkpoint in a loop "
-            "of your own",
+            f"{checkpoint} was not written by a training run: load it with load_checkpoint in a "
+            "loop of your own",
         )
-    config: dict[str, Any] = extra["config"]
-    return config
-
-
-def _reject_changes(config: RunConfig, saved: dict[str, Any]) -> None:
-    """Reject a run that is not the one that was saved.
-
-    Raises:
-        ConfigError: naming the key and both values.
-    """
-    now = config.model_dump(mode="json")
+    now, saved = config.model_dump(mode="json"), extra["config"]
     for section in sorted({*now, *saved}):
         values, before = now.get(section, {}), saved.get(section, {})
         for key in sorted({*values, *before}):
-            path = f"{section}.{key}"
-            if values.get(key) != before.get(key) and not path.startswith(MAY_CHANGE):
+            name = f"{section}.{key}"
+            if values.get(key) != before.get(key) and not name.startswith(MAY_CHANGE):
                 raise ConfigError.at(
-                    path,
+                    name,
                     f"was {json.dumps(before.get(key))} in the checkpoint, and is "
-                    f"{json.dumps(values.get(key))}: set it back, or begin anew with "
+                    f"{json.dumps(values.get(key))}: set it back, or begin a new run with "
                     "checkpoint.resume=never and another run.name",
                 )
 
 
 def _state(job: Job) -> dict[str, Any]:
-    """Return the schedule, and every rank's random state. Collective."""
+    """Return the state of the schedule, and every rank's random state. Collective."""
     random = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode("ascii")
     every = gather_texts(job.optimizer.ranks, random)
     schedule = None if job.schedule is None else job.schedule.state_dict()

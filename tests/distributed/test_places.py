@@ -1,8 +1,9 @@
-"""Where every rank is, as one of them sees it: through the store, and in `/status` of a run."""
+"""The progress of every rank, as one of them reads it: from the store, and over HTTP in a run."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 import urllib.error
@@ -21,7 +22,7 @@ Seen = list[tuple[int, int, str, int | None]]
 
 
 def look(rank: int, world_size: int) -> Seen:
-    """Be somewhere, and return where all are, once it is known of all."""
+    """Enter a phase, and return what all ranks have published, once all have entered theirs."""
     import torch
 
     ranks = open_rank_group(None)
@@ -46,17 +47,22 @@ def test_every_rank_sees_where_all_are(ranks: RankPool) -> None:
     assert ranks.run(look, 3) == [expected] * 3
 
 
+def read(port: int, path: str) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=30) as answer:
+        text: str = answer.read().decode()
+        return text
+
+
 def status(port: int) -> dict[str, Any] | None:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/status", timeout=30) as answer:
-            found: dict[str, Any] = json.loads(answer.read())
-            return found
+        found: dict[str, Any] = json.loads(read(port, "/status"))
+        return found
     except (urllib.error.URLError, ConnectionError):
         return None
 
 
-def on_their_way(places: list[dict[str, Any]]) -> bool:
-    """Tell whether both ranks have said that they are past the first step."""
+def have_begun(places: list[dict[str, Any]]) -> bool:
+    """Return whether both ranks have published that they are past the first step."""
     return len(places) == 2 and all(place["step"] > 1 for place in places)
 
 
@@ -64,6 +70,7 @@ def on_their_way(places: list[dict[str, Any]]) -> bool:
 @pytest.mark.distributed
 def test_a_run_on_two_ranks_shows_both(tmp_path: Path) -> None:
     pytest.importorskip("prometheus_client")
+    pytest.importorskip("waitress")
     settings = [f"--run.dir={tmp_path}", "--train.num_steps=100000", "--checkpoint.every=5"]
     port = 18_000 + hash(str(tmp_path)) % 10_000
     process = subprocess.Popen(
@@ -75,11 +82,12 @@ def test_a_run_on_two_ranks_shows_both(tmp_path: Path) -> None:
     try:
         found: dict[str, Any] | None = None
         deadline_s = time.monotonic() + 90
-        while found is None or not found["last_checkpoint"] or not on_their_way(found["ranks"]):
+        while found is None or not found["last_checkpoint"] or not have_begun(found["ranks"]):
             assert time.monotonic() < deadline_s, found
             assert process.poll() is None
             time.sleep(0.2)
             found = status(port)
+        health, metrics = read(port, "/healthz"), read(port, "/metrics")
     finally:
         process.terminate()
         process.wait(60)
@@ -87,3 +95,8 @@ def test_a_run_on_two_ranks_shows_both(tmp_path: Path) -> None:
     assert all(rank["phase"] for rank in found["ranks"])
     assert found["last_checkpoint"] % 5 == 0
     assert found["last"]["loss"] > 0
+    assert health == '{"healthy": true}'
+    for name in ("step", "heartbeat_age_seconds", "progress_age_seconds"):
+        samples = re.findall(rf'offload_adam_rank_{name}{{.*rank="(\d)".*}} (.*)', metrics)
+        assert [rank for rank, _ in samples] == ["0", "1"]
+        assert all(0 <= float(value) < 1e5 for _, value in samples)

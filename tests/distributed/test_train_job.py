@@ -17,10 +17,8 @@ import torch
 
 from offload_adam.config import RunConfig, load_config
 from offload_adam.config.optimizer_sections import OffloadAdamSection
-from offload_adam.train.corpus import load_corpus
-from offload_adam.train.loss import next_token_loss
-from offload_adam.train.model import build_model
-from offload_adam.train.sampling import sample_batch
+from offload_adam.train.data import load_corpus, sample_batch
+from offload_adam.train.model import build_model, next_token_loss
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "tiny.yaml"

@@ -1,4 +1,4 @@
-"""The launch scripts, with stand-ins for Python and torchrun that note what they are asked."""
+"""The launch scripts, with a stand-in for Python that records and prints its arguments."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ case "$*" in
   *ensurepip*) exit "${{WITHOUT_VENV:-0}}" ;;
   *hashlib*) exec "{sys.executable}" "$@" ;;
   *device_count*) echo "${{GPUS:-0}}" ;;
+  */launch/torchrun.py*)
+    shift
+    printf '%s\\n' "$@"
+    ;;
   "-m venv "*)
     folder="${{@: -1}}"
     rm -rf "$folder"
     mkdir -p "$folder/bin"
     cp "$0" "$folder/bin/python"
-    printf '#!/usr/bin/env bash\\nprintf "%%s\\\\n" "$@"\\n' >"$folder/bin/torchrun"
-    chmod +x "$folder/bin/torchrun"
+    cp "$0" "$folder/bin/torchrun"
     ;;
   *"pip install"*) exit "${{PIP_STATUS:-0}}" ;;
 esac

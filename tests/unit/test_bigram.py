@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from offload_adam.train.bigram import bigram_loss
+from offload_adam.train.data import bigram_loss
 
 
 def naive_loss(training: bytes, validation: bytes, smoothing: float) -> float:

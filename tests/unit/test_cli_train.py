@@ -117,7 +117,7 @@ def test_a_folder_without_permission_ends_with_2(tmp_path: Path) -> None:
 def test_what_can_be_found_without_a_start_is_found_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offload_adam.train.sinks.find_spec", lambda _: None)
+    monkeypatch.setattr("offload_adam.sinks.sink.find_spec", lambda _: None)
     monkeypatch.setenv("WORLD_SIZE", "2")
     (tmp_path / "taken").touch()
     code, output = train(

@@ -8,8 +8,12 @@ import pytest
 
 from offload_adam.config import ConfigError
 from offload_adam.config.sections import DataSection
-from offload_adam.train.corpus import load_corpus, split_by_hash
-from offload_adam.train.sources import matching_files, standard_library_files
+from offload_adam.train.data import (
+    load_corpus,
+    matching_files,
+    split_by_hash,
+    standard_library_files,
+)
 
 
 def write(root: Path, contents: dict[str, bytes]) -> None:

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from offload_adam.config.sections import ModelSizes, TrainSection
 from offload_adam.coordinator.ranks import open_rank_group
 from offload_adam.coordinator.startup import World
-from offload_adam.train.evaluation import evaluate
-from offload_adam.train.gpt import GPT
+from offload_adam.train.model import GPT, evaluate
 from tests.support.ranks import RankPool
 
 TOKENS = np.random.default_rng(0).integers(256, size=201).astype(np.uint8)

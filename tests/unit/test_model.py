@@ -12,10 +12,8 @@ from torch import nn
 
 from offload_adam.config import ConfigError, RunConfig
 from offload_adam.config.sections import ModelSizes
-from offload_adam.train.gpt import GPT
-from offload_adam.train.loss import next_token_loss
-from offload_adam.train.model import build_model
-from offload_adam.train.sampling import Batch
+from offload_adam.train.data import Batch
+from offload_adam.train.model import GPT, build_model, next_token_loss
 
 
 def small_gpt(*, tied_head: bool = True) -> GPT:

@@ -16,18 +16,18 @@ import pytest
 
 from offload_adam.config import ConfigError, RunConfig
 from offload_adam.errors import RunFolderLostError
-from offload_adam.train import run_lock
-from offload_adam.train.run_lock import locked_run_folder
+from offload_adam.train import run_folder
+from offload_adam.train.run_folder import locked_run_folder
 
 ROOT = Path(__file__).parents[2]
 
 HOLDER = """
 import sys, time
 from offload_adam.config import RunConfig
-from offload_adam.train import run_lock
-from offload_adam.train.run_lock import locked_run_folder
+from offload_adam.train import run_folder
+from offload_adam.train.run_folder import locked_run_folder
 
-run_lock.LEASE_S = float(sys.argv[2])
+run_folder.LEASE_S = float(sys.argv[2])
 with locked_run_folder(RunConfig.model_validate({"run": {"name": "case", "dir": sys.argv[1]}})):
     print("held", flush=True)
     time.sleep(100)
@@ -53,7 +53,7 @@ def start_holder(folder: Path, lease_s: float = 3.0) -> subprocess.Popen[str]:
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "LEASE_S", 3.0)
+    monkeypatch.setattr(run_folder, "LEASE_S", 3.0)
     monkeypatch.delenv("RANK", raising=False)
 
 
@@ -113,7 +113,7 @@ def write_lock_of_another_host(folder: Path, lease_s: float) -> Path:
 def test_a_lock_of_another_host_is_taken_over_when_it_is_not_refreshed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_lock, "LEASE_S", 1.0)
+    monkeypatch.setattr(run_folder, "LEASE_S", 1.0)
     write_lock_of_another_host(tmp_path, 1.0)
     began = time.monotonic()
     with locked_run_folder(config(tmp_path)):
@@ -123,7 +123,7 @@ def test_a_lock_of_another_host_is_taken_over_when_it_is_not_refreshed(
 def test_a_lock_of_another_host_is_respected_while_it_is_refreshed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_lock, "LEASE_S", 2.0)
+    monkeypatch.setattr(run_folder, "LEASE_S", 2.0)
     lock = write_lock_of_another_host(tmp_path, 2.0)
     refresh = threading.Timer(0.5, lambda: os.utime(lock))
     refresh.start()
@@ -140,7 +140,7 @@ def test_a_job_whose_folder_was_taken_over_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a stop that lasted longer than the lease, on another host."""
-    monkeypatch.setattr(run_lock, "LEASE_S", 0.6)
+    monkeypatch.setattr(run_folder, "LEASE_S", 0.6)
     with locked_run_folder(config(tmp_path)) as require_held:
         lock = tmp_path / "case" / "lock"
         record = lock.read_text(encoding="utf-8")
@@ -164,7 +164,7 @@ def test_only_rank_0_holds_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_lock_that_cannot_be_made_is_a_mistake_of_the_configuration(tmp_path: Path) -> None:
     (tmp_path / "case" / "lock").mkdir(parents=True)
     with (
-        pytest.raises(ConfigError, match="lock cannot be made"),
+        pytest.raises(ConfigError, match="lock cannot be created"),
         locked_run_folder(config(tmp_path)),
     ):
         pass

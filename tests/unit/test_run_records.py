@@ -1,4 +1,4 @@
-"""What a run leaves behind: records that read back exactly, and folders that never mix two runs."""
+"""Records of a run read back exactly, and its folder never mixes the files of two runs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from pathlib import Path
 from rich.console import Console
 
 from offload_adam.config import RunConfig, load_config
-from offload_adam.train.progress import step_display
-from offload_adam.train.records import MetricsFile, StepRecord
-from offload_adam.train.run_folder import prepare_run_folder
-from offload_adam.train.summary import RunTotals, summary_table
+from offload_adam.train.console import step_display, summary_table
+from offload_adam.train.records import CheckpointTotals, MetricsFile, RunTotals, StepRecord
+from offload_adam.train.run_folder import open_run_folder
 
 
 def record(step: int = 1, loss: float = 0.1 + 0.2, val_loss: float | None = None) -> StepRecord:
@@ -40,12 +39,12 @@ def test_floats_read_back_exactly() -> None:
     assert values["timings_ms"] == {"forward": 5.0, "step": 15.0, "optimizer.update": 10.0}
 
 
-def test_what_was_not_measured_is_left_out() -> None:
+def test_absent_values_are_left_out() -> None:
     assert "val_loss" not in json.loads(record().to_json())
     assert "non_finite" not in json.loads(record().to_json())
 
 
-def test_what_is_not_finite_is_null_and_the_line_is_still_json() -> None:
+def test_non_finite_values_are_null_in_valid_json() -> None:
     def refuse(name: str) -> float:
         raise AssertionError(f"{name} is not JSON")
 
@@ -66,15 +65,15 @@ def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
 
 
 def test_files_of_earlier_runs_move_aside(tmp_path: Path) -> None:
-    def prepare(seed: int) -> list[str]:
+    def prepare(seed: int) -> str | None:
         values = {"run": {"name": "x", "dir": str(tmp_path), "seed": seed}}
-        return prepare_run_folder(RunConfig.model_validate(values))
+        return open_run_folder(RunConfig.model_validate(values), last_step=0)
 
-    assert prepare(0) == []
+    assert prepare(0) is None
     (tmp_path / "x" / "metrics.jsonl").write_text("first")
-    assert "metrics-1.jsonl and config-1.yaml" in prepare(1)[0]
+    assert "metrics-1.jsonl and config-1.yaml" in str(prepare(1))
     (tmp_path / "x" / "metrics.jsonl").write_text("second")
-    assert "metrics-2.jsonl and config-2.yaml" in prepare(2)[0]
+    assert "metrics-2.jsonl and config-2.yaml" in str(prepare(2))
     assert not (tmp_path / "x" / "metrics.jsonl").exists()
     assert (tmp_path / "x" / "metrics-1.jsonl").read_text() == "first"
     assert (tmp_path / "x" / "metrics-2.jsonl").read_text() == "second"
@@ -112,4 +111,27 @@ def test_both_displays_show_loss_and_skips() -> None:
                 display.show(shown)
         assert "loss 1.2500" in text.getvalue()
         assert "validation loss 1.5000" in text.getvalue()
-        assert "step 2 was skipped: not finite in head.weight" in text.getvalue()
+        assert "Skipped step 2: non-finite gradient in head.weight" in text.getvalue()
+
+
+def test_checkpoints_are_counted_with_their_files(tmp_path: Path) -> None:
+    totals = CheckpointTotals()
+    for step in (5, 10):
+        path = tmp_path / f"step-{step}"
+        path.mkdir()
+        (path / "rank-0.safetensors").write_bytes(b"x" * step)
+        (path / "manifest.json").write_bytes(b"{}")
+        totals.start(step)
+        assert totals.add(path) == step + 2
+    assert (totals.num_written, totals.nbytes, totals.last_step) == (2, 19, 10)
+    assert totals.last_duration_s is not None
+    assert 0.0 <= totals.last_duration_s < 10.0
+    assert totals.add(tmp_path / "vanished") is None
+    assert (totals.num_written, totals.nbytes) == (3, 19)
+
+
+def test_a_resumed_run_counts_from_the_checkpoint_that_it_loaded(tmp_path: Path) -> None:
+    totals = CheckpointTotals.of_resumed(tmp_path, 7)
+    assert (totals.num_written, totals.last_step) == (0, 7)
+    assert totals.last_commit_s == tmp_path.stat().st_mtime
+    assert CheckpointTotals.of_resumed(None, 0) == CheckpointTotals()

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import torch
 
-from offload_adam.train.sampling import cut_batch, evaluation_starts, sample_batch
+from offload_adam.train.data import cut_batch, evaluation_starts, sample_batch
 
 TOKENS = np.random.default_rng(0).integers(256, size=5000).astype(np.uint8)
 

@@ -10,7 +10,7 @@ import torch
 
 from offload_adam.config import RunConfig
 from offload_adam.config.sections import ScheduleSection, TrainSection
-from offload_adam.train.schedule import build_schedule
+from offload_adam.train.optimizer import build_schedule
 
 
 def rates(schedule: ScheduleSection, lr: float, num_steps: int) -> list[float]:

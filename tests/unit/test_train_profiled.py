@@ -1,11 +1,10 @@
-"""A profiled and watched run: what it writes, that it adds up, and that it changes no bit."""
+"""A profiled run: what it writes, that it adds up, and that it changes no bit."""
 
 from __future__ import annotations
 
 import io
 import json
 import re
-import urllib.request
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,11 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from offload_adam.config import ConfigError, RunConfig
-from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.config import RunConfig
 from offload_adam.doctor import bandwidth_cache
-from offload_adam.sinks import server
-from offload_adam.train import sinks as watched
 from offload_adam.train.job import run_job
 from offload_adam.train.model import build_model
 from tests.unit.test_train_alone import SMALL, run
@@ -83,40 +79,6 @@ def run_with(folder: Path, sections: dict[str, Any]) -> list[dict[str, Any]]:
 def test_without_profiling_nothing_is_written(tmp_path: Path) -> None:
     run(tmp_path, train=STEPS)
     assert {path.name for path in (tmp_path / "case").iterdir()} == {"config.yaml", "metrics.jsonl"}
-
-
-def test_a_watched_run_answers_while_it_trains(tmp_path: Path) -> None:
-    pytest.importorskip("prometheus_client")
-    answers: list[dict[str, Any]] = []
-
-    class Asking(server.StatusServer):
-        def write(self, record: Any) -> None:
-            super().write(record)
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/status", timeout=60) as got:
-                answers.append(json.loads(got.read()))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watched, "StatusServer", Asking)
-        patch.setattr(PROGRESS, "phase", "start")  # a test that raised has left its place
-        run(tmp_path, train=STEPS, observe={"http_port": 0}, checkpoint={"every": 3})
-    assert [answer["last"]["step"] for answer in answers] == list(range(1, 9))
-    assert answers[0]["of_steps"] == 8
-    assert answers[0]["memory_bytes"]["exp_avg"] > 0
-    assert answers[0]["memory_bytes"]["resident"] > answers[0]["memory_bytes"]["exp_avg"]
-    assert [answer["last_checkpoint"] for answer in answers[2:]] == [None, 3, 3, 3, 6, 6]
-    assert [answer["ranks"] for answer in answers] == [
-        [{"rank": 0, "step": n, "phase": "start", "bucket": None}] for n in range(1, 9)
-    ]
-
-
-def test_a_sink_without_its_package_is_a_mistake_of_the_configuration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(watched, "find_spec", lambda name: None)
-    for key, value in (("http_port", 0), ("tensorboard", True), ("wandb_project", "p")):
-        with pytest.raises(ConfigError, match=rf"observe\.{key}.*pip install"):
-            run(tmp_path, observe={key: value})
-    assert not (tmp_path / "case").exists()
 
 
 def test_the_report_compares_updates_with_what_doctor_kept(

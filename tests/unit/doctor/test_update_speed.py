@@ -1,4 +1,4 @@
-"""The warning of a run whose updates get less than half of what the memory gives."""
+"""The warning of a run whose updates get less than half of the memory bandwidth."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from offload_adam.doctor import bandwidth_cache
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import allowed_cores
 from offload_adam.step.host_update import HostUpdate
-from offload_adam.train import slowness
+from offload_adam.train import speeds
 from offload_adam.train.records import StepRecord
-from offload_adam.train.slowness import NUM_STEPS, NUM_WARMUP, UpdateSpeed
+from offload_adam.train.speeds import NUM_STEPS, NUM_WARMUP, UpdateSpeed
 from tests.unit.test_train_alone import SMALL, run
 
 
@@ -41,7 +41,7 @@ def warnings_after(speed: UpdateSpeed, log: pytest.LogCaptureFixture, *times_ms:
     return len([one for one in log.records if "less than half" in one.getMessage()])
 
 
-def test_less_than_half_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_updates_below_half_of_the_limit_warn_once(caplog: pytest.LogCaptureFixture) -> None:
     # 1e9 bytes at 40 GB/s take 25 ms: half of it is 50 ms.
     every = NUM_WARMUP + NUM_STEPS
     assert warnings_after(UpdateSpeed(10**9, 40.0), caplog, *[49.0] * every) == 0
@@ -87,10 +87,10 @@ def overlapping(num_layers: int) -> tuple[torch.nn.Module, OffloadAdam]:
     return model, optimizer
 
 
-def test_the_time_of_an_update_stands_once_in_the_next_record_skipped_or_not(
+def test_an_overlapped_update_is_timed_once_in_the_next_record_skipped_or_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each of three buckets' updates takes 20 ms more; the step before a skipped one counts."""
+    """Slow down the update of each of three buckets by 20 ms; steps 3 and 4 are skipped."""
     update = HostUpdate.update
 
     def slow(*arguments: Any, **keywords: Any) -> None:
@@ -108,13 +108,13 @@ def test_the_time_of_an_update_stands_once_in_the_next_record_skipped_or_not(
         found.append((report.skipped, report.timings.get("update", 0.0)))
     optimizer.close()
     assert [skipped for skipped, _ in found] == [False, False, True, True, False, False]
-    # A first step has none yet, and after a skipped one there is none.
+    # The record of the first step has no time yet, and a skipped step leaves none to the next.
     assert [spent_s > 0.0 for _, spent_s in found] == [False, True, True, False, False, True]
     for _, spent_s in found:
         assert spent_s == 0.0 or 0.06 <= spent_s < 0.6
 
 
-def test_waiting_for_a_checkpoint_is_no_update() -> None:
+def test_waiting_for_a_checkpoint_does_not_count_as_update_time() -> None:
     model, optimizer = overlapping(2)
     model(torch.randn(2, 64)).sum().backward()
     core = optimizer._alive()
@@ -131,19 +131,19 @@ def test_waiting_for_a_checkpoint_is_no_update() -> None:
     assert report.timings["update"] < 0.2
 
 
-def test_updates_beside_a_forward_on_the_same_cores_are_not_judged(
+def test_updates_that_overlap_with_a_forward_on_the_same_cores_are_not_judged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(slowness, "LEAST_NBYTES", 1)
-    monkeypatch.setattr(slowness, "_limit_gb_per_s", lambda num_threads: 1e6)
+    monkeypatch.setattr(speeds, "LEAST_NBYTES", 1)
+    monkeypatch.setattr(speeds, "_limit_gb_per_s", lambda num_threads: 1e6)
     run(tmp_path, optimizer={"overlap": True})
     assert "less than half" not in caplog.text
 
 
 @pytest.fixture
 def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Judge every run, however small, and keep nothing of this machine."""
-    monkeypatch.setattr(slowness, "LEAST_NBYTES", 1)
+    """Judge every run, however small, with an empty cache of bandwidths."""
+    monkeypatch.setattr(speeds, "LEAST_NBYTES", 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -171,27 +171,29 @@ def test_without_doctor_a_run_measures_for_itself(monkeypatch: pytest.MonkeyPatc
         measured.extend(counts)
         return dict.fromkeys(counts, 30.0)
 
-    monkeypatch.setattr(slowness, "measure_bandwidth", measure)
-    assert slowness._limit_gb_per_s(1) == 30.0
+    monkeypatch.setattr(speeds, "measure_bandwidth", measure)
+    assert speeds._limit_gb_per_s(1) == 30.0
     assert measured == [1]
     bandwidth_cache.keep(bandwidth_cache.Bandwidth({1: 20.0}))
-    assert slowness._limit_gb_per_s(1) == 20.0
-    assert slowness._limit_gb_per_s(allowed_cores() + 1) is None
+    assert speeds._limit_gb_per_s(1) == 20.0
+    assert speeds._limit_gb_per_s(allowed_cores() + 1) is None
     assert measured == [1]
 
 
 @pytest.mark.usefixtures("judged")
-def test_no_room_for_a_measurement_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measurement_that_does_not_fit_into_memory_is_skipped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def lack(counts: list[int], *, numel: int) -> dict[int, float]:
-        raise HostMemoryError("no room")
+        raise HostMemoryError("does not fit")
 
-    monkeypatch.setattr(slowness, "measure_bandwidth", lack)
-    assert slowness._limit_gb_per_s(1) is None
+    monkeypatch.setattr(speeds, "measure_bandwidth", lack)
+    assert speeds._limit_gb_per_s(1) is None
 
 
 def test_small_models_are_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(num_threads: int) -> float:
-        raise AssertionError("nothing is to be measured")
+        raise AssertionError("nothing must be measured")
 
-    monkeypatch.setattr(slowness, "_limit_gb_per_s", fail)
+    monkeypatch.setattr(speeds, "_limit_gb_per_s", fail)
     run(tmp_path, train=SMALL["train"] | {"num_steps": 2})

@@ -1,68 +1,66 @@
-"""How rank 0 shows a run as it goes: a bar in a terminal, a line now and then elsewhere."""
+"""What rank 0 prints about a run: its steps, as a bar or as lines, and a summary at the end."""
 
 from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
-from offload_adam.train.records import StepRecord
+from offload_adam.train.records import RunTotals, StepRecord
 
 _LINE_EVERY_S = 5.0
 
 
 class StepDisplay(Protocol):
-    """Shows each step; used within its own `shown()` block."""
+    """Shows each step; used inside its own `shown()` context."""
 
     def shown(self) -> AbstractContextManager[object]:
-        """Return the block within which steps are shown."""
+        """Return the context inside which steps are shown."""
 
     def show(self, record: StepRecord) -> None:
         """Show one step."""
 
 
 def step_display(console: Console, num_steps: int) -> StepDisplay:
-    """Return the display that suits the console."""
+    """Return a bar for a terminal, and lines for a log file or a pipe."""
     if console.is_terminal:
         return BarDisplay(console, num_steps)
     return LineDisplay(console, num_steps)
 
 
 def describe(record: StepRecord) -> str:
-    """Return a step's figures in one line."""
+    """Return the metrics of a step in one line, with the time of each phase of at least 0.5 ms."""
+    phases = {name: ms for name, ms in record.timings_ms.items() if "." not in name}
+    split = ", ".join(f"{name} {ms:.0f}" for name, ms in phases.items() if ms >= 0.5)
     figures = [
         f"loss {record.loss:.4f}",
         f"lr {record.lr:.2e}",
         f"norm {record.grad_norm:.3f}",
         f"{record.tokens_per_s:,.0f} tokens/s",
         f"{record.step_ms:.0f} ms",
-        f"({describe_split(record)})",
+        f"({split})",
     ]
     if record.val_loss is not None:
         figures.append(f"validation loss {record.val_loss:.4f}")
     return "  ".join(figures)
 
 
-def describe_split(record: StepRecord) -> str:
-    """Return where a step's time went, the optimizer's own phases left to the summary."""
-    phases = {name: ms for name, ms in record.timings_ms.items() if "." not in name}
-    return ", ".join(f"{name} {ms:.0f}" for name, ms in phases.items() if ms >= 0.5)
-
-
 def describe_skip(record: StepRecord) -> str:
-    """Return why a step changed nothing."""
-    names = ", ".join(record.non_finite[:3]) or "a gradient"
+    """Return why a step was skipped."""
+    names = ", ".join(record.non_finite[:3]) or "a parameter"
     more = f" and {len(record.non_finite) - 3} more" if len(record.non_finite) > 3 else ""
-    return f"step {record.step} was skipped: not finite in {names}{more}"
+    return f"Skipped step {record.step}: non-finite gradient in {names}{more}"
 
 
 class BarDisplay:
-    """A progress bar with the last step's figures below it."""
+    """A progress bar, and below it the metrics of the last step."""
 
     def __init__(self, console: Console, num_steps: int) -> None:
         self._bar = Progress(
@@ -82,7 +80,7 @@ class BarDisplay:
 
 
 class LineDisplay:
-    """A line for the first step, the last, each evaluation, and otherwise every few seconds."""
+    """A line for the first and the last step, each evaluation, and every few seconds."""
 
     def __init__(self, console: Console, num_steps: int) -> None:
         self._console = console
@@ -102,6 +100,35 @@ class LineDisplay:
             self._print(f"step {record.step}/{self._num_steps}  {describe(record)}")
 
     def _print(self, line: str) -> None:
-        # Logs are read by line: no wrapping, no markup, and at once.
+        # One record is one line of a log: no wrapping and no markup, and flushed at once.
         self._console.print(line, soft_wrap=True, markup=False, highlight=False)
         self._console.file.flush()
+
+
+def summary_table(totals: RunTotals, bigram_loss: float, folder: Path) -> Table:
+    """Return the table that ends a run. Losses are in nats a token.
+
+    A preempted run has no final validation loss, unless its last step was evaluated.
+    """
+    last = totals.last
+    assert last is not None, "a run has a step"
+    table = Table(title=f"{folder.name}: {totals.num_steps} steps", show_header=False)
+    table.add_column("what")
+    table.add_column("value", justify="right", overflow="fold")
+    if last.val_loss is not None:
+        table.add_row("final validation loss", f"{last.val_loss:.4f} nats")
+    table.add_row("bigram baseline, same split", f"{bigram_loss:.4f} nats")
+    table.add_row("final training loss", f"{last.loss:.4f} nats")
+    table.add_row("steps (of these skipped)", f"{totals.num_steps} ({totals.num_skipped})")
+    seconds = totals.total_ms / 1e3
+    table.add_row("time in steps", f"{seconds:.1f} s")
+    table.add_row(
+        "throughput", f"{totals.num_steps * totals.tokens_per_step / seconds:,.0f} tokens/s"
+    )
+    table.add_section()
+    for phase, total_ms in totals.timings_ms.items():
+        share = total_ms / totals.total_ms
+        table.add_row(phase, f"{total_ms / totals.num_steps:.2f} ms a step  {share:4.0%}")
+    table.add_section()
+    table.add_row("run folder", str(folder))
+    return table

@@ -1,0 +1,82 @@
+"""Run torchrun, then print in one last line what happened, and exit with the job's own exit code.
+
+torchrun itself ends with a traceback and exit code 1 after every error and every signal. The
+scripts beside this file run it in place of torchrun; LAUNCHED_AS is the name of the script.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+AGAIN = "run the same command again"
+RESUMES = f"{AGAIN}; it resumes from the newest checkpoint, if there is one"
+SENTENCES = {
+    2: f"the configuration was rejected: correct it and {AGAIN}",
+    3: "the job does not fit into memory: `offload-adam plan CONFIG` shows what needs how much",
+}
+
+
+def run(arguments: list[str], folder: Path) -> tuple[int, str]:
+    """Run torchrun and return the job's exit code, and what happened and what to do."""
+    # Inherited by the ranks. Local rank 0 writes the file if the job ends without an error.
+    outcome_file = folder / "outcome.json"
+    os.environ["OFFLOAD_ADAM_OUTCOME_FILE"] = str(outcome_file)
+    # torchrun copies the error of the first failed rank to this file, and complains without it.
+    os.environ.setdefault("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
+    try:
+        torchrun(arguments)
+    except ChildFailedError as error:
+        print(error, file=sys.stderr)
+        return describe_failure(error)
+    except SignalException as error:
+        # torchrun does not tell how its ranks ended after a signal; the file does.
+        if not outcome_file.exists():
+            name = error.sigval.name
+            return 128 + error.sigval, f"{name} ended the run: {RESUMES}"
+    except Exception:
+        traceback.print_exc()
+        return 1, "torchrun failed, see its error above"
+    return 0, describe_end(outcome_file)
+
+
+def describe_failure(error: ChildFailedError) -> tuple[int, str]:
+    """Return the exit code of the first rank that failed, and what to do."""
+    # torchrun ends the other ranks by SIGTERM, so a rank that exited by itself failed first.
+    failures = sorted(error.failures.items(), key=lambda f: (f[1].exitcode <= 0, f[1].timestamp))
+    rank, failure = failures[0]
+    # As in a shell: a rank that a signal has killed has 128 and the signal's number.
+    code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    return code, SENTENCES.get(code, f"rank {rank} failed: fix the cause and {RESUMES}")
+
+
+def describe_end(outcome_file: Path) -> str:
+    """Return how a run without an error ended."""
+    if not outcome_file.exists():
+        return "the run is done"
+    outcome = json.loads(outcome_file.read_text(encoding="utf-8"))
+    if not outcome["preempted"]:
+        return f"the run is done after step {outcome['step']}"
+    saved = "and can be resumed" if outcome["saved"] else "without a checkpoint of this step"
+    return f"the run was preempted after step {outcome['step']} {saved}: {AGAIN}"
+
+
+def main() -> None:
+    """Run torchrun with the arguments of this process."""
+    with tempfile.TemporaryDirectory(prefix="offload-adam-") as folder:
+        code, text = run(sys.argv[1:], Path(folder))
+    name = os.environ.get("LAUNCHED_AS", "torchrun.py")
+    print(f"{name}: {text} (exit code {code})", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The log of a command on stderr: one record a line, with time, level and rank, as text or JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import TextIO
+
+_TEXT = "%(asctime)s %(levelname)-7s rank %(rank)s %(name)s: %(message)s"
+
+
+class LogFormat(StrEnum):
+    """How log records are written: text for people, JSON for a log collector."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+class JsonFormatter(logging.Formatter):
+    """Formats a record as one JSON object on one line; `time` is ISO 8601 in UTC.
+
+    Keys: time, level, rank, logger, message, and exception with the traceback of an error.
+    """
+
+    def __init__(self, rank: str) -> None:
+        super().__init__()
+        self._rank = int(rank) if rank.isdecimal() else rank
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC)
+        values = {
+            "time": time.isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "rank": self._rank,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            values["exception"] = self.formatException(record.exc_info)
+        return json.dumps(values)
+
+
+def configure_logging(log_format: LogFormat) -> None:
+    """Write log records and Python warnings to stderr, from INFO on rank 0 and else from WARNING.
+
+    Only commands call this: the library itself configures no logging. If the root logger has
+    handlers already, they are kept and no handler is added.
+    """
+    rank = os.environ.get("RANK", "0")
+    handler = logging.StreamHandler()
+    if log_format == LogFormat.JSON:
+        handler.setFormatter(JsonFormatter(rank))
+    else:
+        handler.setFormatter(logging.Formatter(_TEXT, "%Y-%m-%d %H:%M:%S", defaults={"rank": rank}))
+    logging.basicConfig(handlers=[handler])
+    logging.getLogger("offload_adam").setLevel(logging.INFO if rank == "0" else logging.WARNING)
+    # logging.captureWarnings would log two lines for each warning, the second of source code.
+    warnings.showwarning = _log_warning
+
+
+def _log_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    logger = logging.getLogger("py.warnings")
+    logger.warning("%s: %s (%s, line %d)", category.__name__, message, filename, lineno)

@@ -1,0 +1,220 @@
+"""The job's data: text files as byte tokens, split by file, and the batches drawn from them.
+
+files --load_corpus--> Corpus(training, validation) --sample_batch, cut_batch--> Batch
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from offload_adam.config import ConfigError
+from offload_adam.config.sections import DataSection
+
+VOCABULARY_SIZE = 256
+ByteTokens = npt.NDArray[np.uint8]
+_SEPARATOR = b"\0"
+# Installed packages and tests differ between installations. pydoc_data holds one large file of
+# prose that would outweigh all other files of its split.
+_LEFT_OUT = frozenset(
+    {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-packages"}
+)
+
+
+class SourceFile(NamedTuple):
+    """A file, and its POSIX path relative to the root of its source."""
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The tokens of both splits, (num_tokens,) uint8 each, and one line that describes them."""
+
+    training: ByteTokens
+    validation: ByteTokens
+    description: str
+
+
+class Batch(NamedTuple):
+    """Tokens, and the token that follows each of them: (batch, time) int64 both."""
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on `device`."""
+        return Batch(self.inputs.to(device), self.targets.to(device))
+
+
+def load_corpus(data: DataSection, sequence_length: int) -> Corpus:
+    """Read and split the files that the configuration names.
+
+    Raises:
+        ConfigError: no file matches, a file cannot be read, or a split is shorter than one sequence
+            and its next token.
+    """
+    if data.path is None:
+        key, files = "data.source", standard_library_files()
+    else:
+        key, files = "data.path", matching_files(data.path)
+    if len(files) == 1:
+        corpus = _split_by_position(files[0], data.validation_fraction, key)
+    else:
+        corpus = _split_by_file(files, data.validation_fraction, key)
+    for split, tokens in (("training", corpus.training), ("validation", corpus.validation)):
+        if tokens.size <= sequence_length:
+            raise ConfigError.at(
+                key,
+                f"too little data: {tokens.size:,} bytes for {split}, but one sequence needs "
+                f"{sequence_length + 1:,} (train.sequence_length and its next token); "
+                "give more text, or change data.validation_fraction or train.sequence_length",
+            )
+    return corpus
+
+
+def standard_library_files(root: Path | None = None) -> list[SourceFile]:
+    """Return the Python files of the interpreter's standard library, sorted by name."""
+    root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _LEFT_OUT]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    if not files:
+        raise ConfigError.at(
+            "data.source",
+            f"the standard library in {root} has no source files; give data.path instead",
+        )
+    return sorted(SourceFile(path.relative_to(root).as_posix(), path) for path in files)
+
+
+def matching_files(pattern: str) -> list[SourceFile]:
+    """Return the files that match a glob, sorted by name; `**` spans folders, `~` is the home.
+
+    Raises:
+        ConfigError: no file matches.
+    """
+    pattern = os.path.expanduser(pattern)
+    parts = Path(pattern).parts[:-1]
+    num_fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    root = Path(*parts[:num_fixed])  # names start after the folder before the first wildcard
+    paths = [Path(match) for match in glob.glob(pattern, recursive=True)]
+    files = [SourceFile(path.relative_to(root).as_posix(), path) for path in paths]
+    found = sorted(file for file in files if file.path.is_file())
+    if not found:
+        raise ConfigError.at(
+            "data.path", f"no file matches {pattern!r} (from the folder {Path.cwd()})"
+        )
+    return found
+
+
+def split_by_hash(names: Sequence[str], validation_fraction: float) -> tuple[list[str], list[str]]:
+    """Return the training names and the validation names, in the given order.
+
+    The split of a name depends only on its own hash: it is the same on every rank and machine, and
+    stays when files are added or removed. If one split would be empty, the name whose hash is
+    nearest moves to it. Needs two names or more.
+    """
+    position = {name: _position_of(name) for name in names}
+    ordered = sorted(names, key=position.__getitem__)
+    limit = max(validation_fraction, position[ordered[0]])
+    limit = min(limit, position[ordered[-2]])
+    training = [name for name in names if position[name] > limit]
+    validation = [name for name in names if position[name] <= limit]
+    return training, validation
+
+
+def _position_of(name: str) -> float:
+    """Map a name's hash to [0, 1)."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _split_by_file(files: list[SourceFile], fraction: float, key: str) -> Corpus:
+    paths = dict(files)
+    training, validation = split_by_hash(list(paths), fraction)
+    train_tokens = _tokens([paths[name] for name in training], key)
+    validation_tokens = _tokens([paths[name] for name in validation], key)
+    description = (
+        f"{len(training)} file(s), {train_tokens.size:,} bytes for training; "
+        f"{len(validation)} file(s), {validation_tokens.size:,} bytes for validation"
+    )
+    return Corpus(train_tokens, validation_tokens, description)
+
+
+def _split_by_position(file: SourceFile, fraction: float, key: str) -> Corpus:
+    tokens = _tokens([file.path], key)
+    start = tokens.size - int(tokens.size * fraction)
+    description = (
+        f"one file only, so it is split by position: its first {start:,} bytes for training, "
+        f"its last {tokens.size - start:,} bytes for validation"
+    )
+    return Corpus(tokens[:start], tokens[start:], description)
+
+
+def _tokens(paths: list[Path], key: str) -> ByteTokens:
+    """Return the bytes of all files, with a zero byte between two files."""
+    try:
+        contents = [path.read_bytes() for path in paths]
+    except OSError as error:
+        raise ConfigError.at(key, f"cannot be read: {error}") from error
+    return np.frombuffer(_SEPARATOR.join(contents), dtype=np.uint8)
+
+
+def sample_batch(
+    tokens: ByteTokens, batch_size: int, sequence_length: int, *, seed: int, first: int
+) -> Batch:
+    """Draw samples `first` to `first + batch_size - 1` of the run, uniformly.
+
+    A sample depends only on the seed and its number, not on the rank or the world size. So a
+    resumed run needs only the number of samples drawn so far.
+    """
+    numbers = range(first, first + batch_size)
+    num_starts = tokens.size - sequence_length
+    starts = [int(np.random.default_rng((seed, number)).integers(num_starts)) for number in numbers]
+    return cut_batch(tokens, np.array(starts, dtype=np.int64), sequence_length)
+
+
+def evaluation_starts(
+    num_tokens: int, sequence_length: int, num_sequences: int
+) -> npt.NDArray[np.int64]:
+    """Return where to cut at most `num_sequences` evenly spread sequences that share no target."""
+    num_sequences = min(num_sequences, (num_tokens - 1) // sequence_length)
+    last_start = num_tokens - 1 - sequence_length
+    return np.linspace(0, last_start, num_sequences).astype(np.int64)
+
+
+def cut_batch(tokens: ByteTokens, starts: npt.NDArray[np.int64], sequence_length: int) -> Batch:
+    """Return the sequences that begin at `starts`, one row each."""
+    rows = tokens[starts[:, np.newaxis] + np.arange(sequence_length + 1)].astype(np.int64)
+    return Batch(torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:]))
+
+
+def bigram_loss(training: ByteTokens, validation: ByteTokens, smoothing: float = 1.0) -> float:
+    """Return the validation loss of a bigram model, in nats a token: the baseline of a run.
+
+    The model predicts a byte from the previous one alone, with the pair counts of the training
+    split plus `smoothing` as its probabilities.
+    """
+    counts = _pair_counts(training) + smoothing
+    log_probabilities = np.log(counts) - np.log(counts.sum(axis=1, keepdims=True))
+    seen = _pair_counts(validation)
+    return float(-(seen * log_probabilities).sum() / seen.sum())
+
+
+def _pair_counts(tokens: ByteTokens) -> npt.NDArray[np.int64]:
+    """Return how often each byte (column) follows each byte (row), (256, 256) int64."""
+    pairs = tokens[:-1].astype(np.int64) * VOCABULARY_SIZE + tokens[1:]
+    counts = np.bincount(pairs, minlength=VOCABULARY_SIZE**2)
+    return counts.reshape(VOCABULARY_SIZE, VOCABULARY_SIZE)

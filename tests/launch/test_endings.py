@@ -1,0 +1,102 @@
+"""How the launch scripts end under the real torchrun: exit code, last line, and no traceback."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(200)]
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "launch" / "single_node.sh"
+TINY = str(ROOT / "configs" / "tiny.yaml")
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    """Start the tiny job on two ranks through the script."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {"RANKS_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [str(SCRIPT), TINY, f"--run.dir={folder}", *overrides],
+        cwd=folder,
+        env=os.environ | environment | {"PATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def end_of(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Wait for the script; return its exit code, its output and the last line of the output."""
+    try:
+        printed, _ = process.communicate(timeout=90)
+    finally:
+        process.terminate()
+    return process.returncode, printed, printed.splitlines()[-1]
+
+
+def test_a_rejected_configuration_ends_with_2(tmp_path: Path) -> None:
+    code, printed, last = end_of(start(tmp_path, "--train.num_stepz=3"))
+    assert code == 2
+    assert last == (
+        f"{SCRIPT}: the configuration was rejected: correct it and run the same command again "
+        "(exit code 2)"
+    )
+    assert "traceback : " in printed  # torchrun's own report, which quotes our error
+    assert printed.count("did you mean train.num_steps?") == 2
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "sentence"),
+    [
+        ((-15, 3), 3, "the job does not fit into memory"),
+        ((1, -9), 1, "rank 0 failed"),
+        ((-9, -15), 137, "rank 0 failed"),
+    ],
+)
+def test_the_exit_code_is_that_of_the_rank_that_failed_first(
+    codes: tuple[int, ...], code: int, sentence: str
+) -> None:
+    """The other ranks are ended by torchrun with SIGTERM (-15), at times within the same second."""
+    spec = importlib.util.spec_from_file_location("launch_torchrun", ROOT / "launch/torchrun.py")
+    assert spec is not None
+    assert spec.loader is not None
+    launched = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(launched)
+    failures = {rank: ProcessFailure(rank, 1, one, "") for rank, one in enumerate(codes)}
+    found = launched.describe_failure(ChildFailedError("offload_adam", failures))
+    assert found[0] == code
+    assert sentence in found[1]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_preempted_run_ends_with_0_and_is_resumed(tmp_path: Path, number: int) -> None:
+    process = start(tmp_path, "--train.num_steps=100000")
+    metrics = tmp_path / "tiny" / "metrics.jsonl"
+    deadline_s = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    process.send_signal(number)
+    code, printed, last = end_of(process)
+    step = metrics.read_text().count("\n")
+    assert code == 0, printed
+    assert last == (
+        f"{SCRIPT}: the run was preempted after step {step} and can be resumed: "
+        "run the same command again (exit code 0)"
+    )
+    assert "Traceback" not in printed
+    code, printed, last = end_of(start(tmp_path, f"--train.num_steps={step + 1}"))
+    assert (code, last) == (0, f"{SCRIPT}: the run is done after step {step + 1} (exit code 0)")
+    assert printed.count(f"Resuming from {tmp_path}/tiny/checkpoints/step-{step} at step") == 1

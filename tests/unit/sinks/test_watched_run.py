@@ -1,0 +1,379 @@
+"""The HTTP server in a real run, and the Grafana dashboard of its metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from offload_adam.config import ConfigError
+from offload_adam.coordinator.progress import PROGRESS, PeerRecord, Process, ProgressRecord
+from offload_adam.coordinator.verdicts import Verdict
+from offload_adam.sinks import sink
+from offload_adam.sinks.server import StatusServer
+from offload_adam.train import loop, sinks
+from offload_adam.train.model import next_token_loss
+from offload_adam.train.observation import Observation
+from offload_adam.train.records import RunTotals
+from tests.unit.test_train_alone import SMALL, run
+
+pytest.importorskip("waitress")
+prometheus = pytest.importorskip("prometheus_client.parser")
+
+DASHBOARD = Path(__file__).parents[3] / "launch" / "grafana.json"
+STEPS = SMALL["train"] | {"num_steps": 8}
+BREAKS_ONCE = {"sizes": None, "factory": "tests.unit.test_train_alone:BreaksOnce"}
+
+
+class Seen(NamedTuple):
+    """The answers of the server after one step."""
+
+    status: dict[str, Any]
+    metrics: dict[str, float]
+    names: set[str]
+
+
+def read(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        text: str = answer.read().decode()
+        return text
+
+
+def look(server: StatusServer) -> Seen:
+    base = f"http://127.0.0.1:{server.port}"
+    assert read(f"{base}/healthz") == '{"healthy": true}'
+    metrics, names = {}, set()
+    for family in prometheus.text_string_to_metric_families(read(f"{base}/metrics")):
+        names.add(family.name + "_total" * (family.type == "counter"))
+        for sample in family.samples:
+            labels = {name: value for name, value in sample.labels.items() if name != "host"}
+            assert labels.pop("run") == "case"
+            metrics[" ".join([sample.name.removeprefix("offload_adam_"), *labels.values()])] = (
+                sample.value
+            )
+    return Seen(json.loads(read(f"{base}/status")), metrics, names)
+
+
+def watch(
+    folder: Path, patch: pytest.MonkeyPatch, **sections: dict[str, Any]
+) -> tuple[list[Seen], list[dict[str, Any]]]:
+    """Train with a server, and return its answers after each step and the run's records."""
+    seen: list[Seen] = []
+
+    class Asking(StatusServer):
+        def write(self, record: sink.Record) -> None:
+            super().write(record)
+            seen.append(look(self))
+
+    patch.setattr(sinks, "StatusServer", Asking)
+    patch.setattr(PROGRESS, "phase", "start")  # a test that raised has left its phase
+    records, _ = run(folder, observe={"http_port": 0}, **sections)
+    return seen, records
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Seen], list[dict[str, Any]]]:
+    """A run of 8 steps, in which step 5 is skipped."""
+    with pytest.MonkeyPatch.context() as patch:
+        return watch(
+            tmp_path_factory.mktemp("watched"),
+            patch,
+            model=BREAKS_ONCE,
+            train=STEPS | {"eval_every": 4},
+            checkpoint={"every": 3},
+        )
+
+
+def test_the_status_follows_the_run(watched: tuple[list[Seen], list[dict[str, Any]]]) -> None:
+    answers = [seen.status for seen in watched[0]]
+    assert [answer["last"]["step"] for answer in answers] == list(range(1, 9))
+    assert [answer["last"]["loss"] for answer in answers] == [r["loss"] for r in watched[1]]
+    assert (answers[0]["run"], answers[0]["of_steps"], answers[0]["world_size"]) == ("case", 8, 1)
+    memory = answers[0]["memory_bytes"]
+    assert memory["resident"] > memory["exp_avg"] > 0
+    assert [answer["last_checkpoint"] for answer in answers] == [None] * 3 + [3] * 3 + [6] * 2
+    for answer in answers:
+        (rank,) = answer["ranks"]
+        assert (rank["rank"], rank["phase"], rank["bucket"]) == (0, "start", None)
+        assert (rank["waiting"], rank["still_s"] < 60) == (False, True)
+    assert [answer["ranks"][0]["step"] for answer in answers] == list(range(1, 9))
+
+
+def test_the_metrics_are_those_of_the_records(
+    watched: tuple[list[Seen], list[dict[str, Any]]],
+) -> None:
+    seconds = 0.0
+    for number, (seen, record) in enumerate(zip(*watched, strict=True), 1):
+        metrics = seen.metrics
+        seconds += record["step_ms"] / 1e3
+        assert metrics["steps_total"] == metrics["step"] == record["step"] == number
+        assert metrics["final_step"] == 8
+        assert metrics["skipped_steps_total"] == (number >= 5)
+        assert metrics["tokens_total"] == number * 4 * 16
+        assert metrics["learning_rate"] == record["lr"]
+        assert metrics["tokens_per_second"] == record["tokens_per_s"]
+        assert metrics["step_seconds_total"] == pytest.approx(seconds)
+        if record["skipped"]:
+            assert math.isnan(metrics["loss"])
+            assert math.isnan(metrics["gradient_norm"])
+        else:
+            assert metrics["loss"] == record["loss"]
+            assert metrics["gradient_norm"] == record["grad_norm"]
+        phases = [metrics[f"phase_seconds_total {name} 0"] for name in ("forward", "backward")]
+        assert 0 < sum(phases) < seconds
+    evaluated = [seen.metrics.get("validation_loss") for seen in watched[0]]
+    first, last = watched[1][3]["val_loss"], watched[1][7]["val_loss"]
+    assert evaluated == [None] * 3 + [first] * 4 + [last]
+
+
+def test_the_metrics_are_read_when_scraped(
+    watched: tuple[list[Seen], list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    before, _, after, *_, last = [seen.metrics for seen in watched[0][2:]]
+    assert "checkpoint_age_seconds" not in before
+    assert before["checkpoints_written_total"] == before["checkpoint_written_bytes_total"] == 0
+    assert after["checkpoints_written_total"] == 1
+    assert 0 <= after["checkpoint_age_seconds"] < 60
+    assert 0 < after["checkpoint_duration_seconds"] < 60
+    # One fp32 embedding of 256 x 256, its two moments, and little else.
+    assert 3 * 4 * 256 * 256 < after["checkpoint_written_bytes_total"] < 4 * 4 * 256 * 256
+    assert last["checkpoints_written_total"] == 2
+    assert last["checkpoints_failed_total"] == 0
+    assert last["memory_bytes exp_avg cpu 0"] == 4 * 256 * 256
+    assert last["process_resident_bytes 0"] > 50e6
+    assert last["node_available_bytes 0"] > 0
+    assert last["rank_heartbeat_age_seconds 0"] == 0
+    assert last["rank_step 0"] == 8
+    assert 0 <= last["rank_progress_age_seconds 0"] < 60
+
+
+def test_counters_of_a_resumed_run_count_its_own_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, train=STEPS | {"num_steps": 3}, checkpoint={"every": 3})
+    seen, _ = watch(tmp_path, monkeypatch, train=STEPS | {"num_steps": 5}, checkpoint={"every": 9})
+    assert [s.metrics["step"] for s in seen] == [4, 5]
+    assert [s.metrics["steps_total"] for s in seen] == [1, 2]
+    assert [s.status["last_checkpoint"] for s in seen] == [3, 3]
+    assert all(0 < s.metrics["checkpoint_age_seconds"] < 60 for s in seen)
+    assert seen[0].metrics["checkpoints_written_total"] == 0
+
+
+def test_the_dashboard_draws_exactly_the_exported_metrics(
+    watched: tuple[list[Seen], list[dict[str, Any]]],
+) -> None:
+    dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    panels = dashboard["panels"]
+    expressions = [target["expr"] for panel in panels for target in panel.get("targets", [])]
+    drawn = set(re.findall(r"offload_adam_\w+", " ".join(expressions)))
+    assert drawn == watched[0][-1].names
+    asked = [variable["query"] for variable in dashboard["templating"]["list"]]
+    asked_names = set(re.findall(r"offload_adam_\w+", json.dumps(asked)))
+    assert asked_names <= drawn
+    assert {v["name"] for v in dashboard["templating"]["list"]} == {"datasource", "run", "rank"}
+
+
+def test_the_dashboards_panels_are_complete_and_do_not_overlap() -> None:
+    dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        for x in range(place["x"], place["x"] + place["w"]):
+            for y in range(place["y"], place["y"] + place["h"]):
+                assert (x, y) not in taken, panel["title"]
+                taken.add((x, y))
+        if panel["type"] != "row":
+            assert panel["datasource"]["uid"] == "${datasource}"
+            assert panel["fieldConfig"]["defaults"]["unit"]
+            # Without the variable, a panel would mix the runs of one Prometheus.
+            assert all('run=~"$run"' in target["expr"] for target in panel["targets"])
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids))
+
+
+def test_an_error_of_the_training_is_reported_while_sinks_are_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[tuple[int, dict[str, Any]]] = []
+
+    class Asking(StatusServer):
+        def close(self) -> None:
+            with pytest.raises(urllib.error.HTTPError) as failed:
+                read(f"http://127.0.0.1:{self.port}/healthz")
+            answers.append((failed.value.code, json.loads(failed.value.read())))
+            super().close()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of tokens")
+
+    monkeypatch.setattr(sinks, "StatusServer", Asking)
+    monkeypatch.setattr(loop, "_run_step", fail)
+    with pytest.raises(RuntimeError, match="out of tokens"):
+        run(tmp_path, train=STEPS, observe={"http_port": 0})
+    reason = "Training ended with RuntimeError: out of tokens"
+    assert answers == [(503, {"healthy": False, "reason": reason})]
+
+
+def test_a_run_that_hangs_in_its_forward_is_not_healthy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ports: list[int] = []
+    reasons: list[str] = []
+
+    class Opened(StatusServer):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            ports.append(self.port)
+
+    def hang(*arguments: Any) -> torch.Tensor:
+        """Return the loss, but in the first step wait until the server has noticed the hang."""
+        deadline_s = time.monotonic() + 20
+        while not reasons:
+            assert time.monotonic() < deadline_s
+            try:
+                read(f"http://127.0.0.1:{ports[0]}/healthz")
+            except urllib.error.HTTPError as error:
+                reasons.append(json.loads(error.read())["reason"])
+        return next_token_loss(*arguments)
+
+    monkeypatch.setattr(sinks, "StatusServer", Opened)
+    monkeypatch.setattr(loop, "next_token_loss", hang)
+    run(tmp_path, train=STEPS, observe={"http_port": 0}, coordinator={"stuck_after": 0.3})
+    (reason,) = reasons
+    assert re.fullmatch(
+        r"No rank has made progress for 0\.3 s: rank 0 \(.*\) in forward, step 1\.", reason
+    )
+
+
+class Ranks:
+    """A fake rank group with a watch that knows these records."""
+
+    def __init__(self, *records: PeerRecord, failure: Verdict | None = None) -> None:
+        self.watch, self.failure = self, failure
+        self.records = records
+
+    def places(self) -> tuple[PeerRecord, ...]:
+        return self.records
+
+
+class Stub:
+    """An object with these attributes."""
+
+    def __init__(self, **attributes: Any) -> None:
+        self.__dict__.update(attributes)
+
+
+def record(rank: int, still_s: float, *, left: str | None = None, **place: Any) -> PeerRecord:
+    progress = ProgressRecord(step=3, **{"phase": "forward", **place})
+    return PeerRecord(rank, Process("node", "one", 7, 0.0), 5, progress, still_s, left)
+
+
+def observe(ranks: Ranks | None) -> Observation:
+    """Return the observation of a job with these ranks, whose `stuck_after` is 10 s."""
+    config = Stub(
+        run=Stub(name="case"), train=Stub(num_steps=1), coordinator=Stub(stuck_after=10.0)
+    )
+    world = Stub(ranks=Stub(watch=None, failure=None) if ranks is None else ranks)
+    optimizer = Stub(memory_ledger=list)
+    job: Any = Stub(config=config, world=world, saver=None, optimizer=optimizer)
+    return Observation(job, RunTotals(1))
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [record(0, 99), record(1, 9)],
+        [record(0, 99, waiting=True), record(1, 99, phase="evaluation", long_running=True)],
+        [record(0, 1), record(1, 99, left="")],
+        [],
+    ],
+    ids=["one moves", "one is busy for long", "one has left", "nothing is known yet"],
+)
+def test_a_run_is_healthy_while_a_rank_makes_progress(records: list[PeerRecord]) -> None:
+    assert observe(Ranks(*records)).problem() is None
+
+
+def test_a_run_without_progress_names_the_ranks_that_the_others_wait_for() -> None:
+    waits, hangs = record(0, 11, waiting=True), record(1, 12, phase="backward")
+    problem = observe(Ranks(waits, hangs)).problem()
+    assert problem == (
+        "No rank has made progress for 10 s: rank 1 (process 7 on node) in backward, step 3."
+    )
+    both = observe(Ranks(waits, replace(waits, rank=1))).problem()
+    assert both is not None
+    assert "rank 0 " in both
+    assert "rank 1 " in both
+
+
+def test_a_verdict_of_the_ranks_is_the_problem() -> None:
+    ranks = Ranks(record(0, 0), failure=Verdict((1,), "rank 1 is dead: no heartbeat."))
+    assert observe(ranks).problem() == "rank 1 is dead: no heartbeat."
+
+
+def test_a_single_rank_is_judged_by_its_own_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    observation = observe(None)
+    now_s = [100.0]
+    monkeypatch.setattr("offload_adam.train.observation.time.monotonic", lambda: now_s[0])
+    PROGRESS.move()
+    assert observation.problem() is None
+    now_s[0] += 9.0
+    assert observation.problem() is None
+    now_s[0] += 2.0
+    assert "No rank has made progress for 10 s: rank 0" in str(observation.problem())
+    with PROGRESS.at("evaluation", long_running=True):
+        now_s[0] += 99.0
+        assert observation.problem() is None
+    PROGRESS.move()
+    assert observation.problem() is None
+
+
+def heartbeat_ages(observation: Observation) -> list[float]:
+    families = {family.name: family for family in observation.collect()}
+    samples = families["offload_adam_rank_heartbeat_age_seconds"].samples
+    return [sample.value for sample in samples]
+
+
+def test_a_heartbeat_ages_until_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(record(0, 0), record(1, 0))
+    observation = observe(ranks)
+    now_s = [100.0]
+    monkeypatch.setattr("offload_adam.train.observation.time.monotonic", lambda: now_s[0])
+    assert heartbeat_ages(observation) == [0, 0]
+    now_s[0] += 15
+    ranks.records = (replace(record(0, 0), beat=6), record(1, 0))
+    assert heartbeat_ages(observation) == [0, 15]
+    now_s[0] += 15
+    ranks.records = (replace(record(0, 0), beat=7), record(1, 0))
+    assert heartbeat_ages(observation) == [0, 30]
+
+
+@pytest.fixture
+def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sink, "find_spec", lambda name: None)
+
+
+@pytest.mark.usefixtures("nothing_installed")
+@pytest.mark.parametrize(
+    ("key", "value"), [("http_port", 0), ("tensorboard", True), ("wandb_project", "p")]
+)
+def test_a_sink_without_its_package_is_a_mistake_of_the_configuration(
+    tmp_path: Path, key: str, value: object
+) -> None:
+    with pytest.raises(ConfigError, match=rf"observe\.{key}.*pip install"):
+        run(tmp_path, observe={key: value})
+    assert not (tmp_path / "case").exists()
+
+
+@pytest.mark.usefixtures("nothing_installed")
+def test_a_run_without_sinks_needs_no_package(tmp_path: Path) -> None:
+    run(tmp_path, train=STEPS)
