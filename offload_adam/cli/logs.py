@@ -45,19 +45,22 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(log_format: LogFormat) -> None:
-    """Write log records and Python warnings to stderr, from INFO on rank 0 and else from WARNING.
+    """Write log records and Python warnings to stderr.
+
+    Rank 0 logs from INFO on. Most warnings are the same on all ranks, so that the other ranks log
+    only errors, and RuntimeWarnings: these concern the process or its machine.
 
     Only commands call this: the library itself configures no logging. If the root logger has
     handlers already, they are kept and no handler is added.
     """
-    rank = os.environ.get("RANK", "0")
+    rank = _rank()
     handler = logging.StreamHandler()
     if log_format == LogFormat.JSON:
         handler.setFormatter(JsonFormatter(rank))
     else:
         handler.setFormatter(logging.Formatter(_TEXT, "%Y-%m-%d %H:%M:%S", defaults={"rank": rank}))
     logging.basicConfig(handlers=[handler])
-    logging.getLogger("offload_adam").setLevel(logging.INFO if rank == "0" else logging.WARNING)
+    logging.getLogger("offload_adam").setLevel(logging.INFO if rank == "0" else logging.ERROR)
     # logging.captureWarnings would log two lines for each warning, the second of source code.
     warnings.showwarning = _log_warning
 
@@ -70,5 +73,10 @@ def _log_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    logger = logging.getLogger("py.warnings")
-    logger.warning("%s: %s (%s, line %d)", category.__name__, message, filename, lineno)
+    if _rank() == "0" or issubclass(category, RuntimeWarning):
+        logger = logging.getLogger("py.warnings")
+        logger.warning("%s: %s (%s, line %d)", category.__name__, message, filename, lineno)
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", "0")

@@ -137,7 +137,7 @@ def _print_error(text: str, log_format: LogFormat) -> None:
 
 
 def _write_error_file(text: str) -> None:
-    """Write an error to the file that torchrun quotes in its failure report.
+    """Write one line on an error to the file that torchrun quotes in its failure report.
 
     torch's own `record` would write a traceback, and nothing for an exit by code.
 
@@ -146,6 +146,9 @@ def _write_error_file(text: str) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
         return
-    message = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+    lines = text.splitlines() or [""]
+    # One line: the log has the whole text, such as the table of what does not fit.
+    summary = ": ".join(line.strip() for line in lines) if len(lines) == 2 else lines[0]
+    message = {"message": summary, "extraInfo": {"timestamp": str(int(time.time()))}}
     with suppress(OSError):
         Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")

@@ -234,7 +234,9 @@ def _train_and_report(job: Job, console: Console, require_held: Callable[[], Non
         for record in run_steps(job):
             if metrics is None:
                 # Only now: a failed first step must not touch an earlier run's files.
-                metrics = opened.enter_context(_metrics_file(job, console))
+                open_run_folder(config, job.first_step - 1)
+                metrics = MetricsFile(folder / METRICS_NAME, goes_on=job.first_step > 1)
+                opened.enter_context(metrics)
             require_held()
             metrics.write(record)
             totals.add(record)
@@ -250,15 +252,6 @@ def _train_and_report(job: Job, console: Console, require_held: Callable[[], Non
         _print(console, f"preempted: ended after step {last}, {words}")
     console.print(summary_table(totals, baseline, folder))
     return last
-
-
-def _metrics_file(job: Job, console: Console) -> MetricsFile:
-    """Take over the run's folder, and open the file of its records."""
-    note = open_run_folder(job.config, job.first_step - 1)
-    if note is not None:
-        _print(console, note)
-    path = run_folder(job.config) / METRICS_NAME
-    return MetricsFile(path, goes_on=job.first_step > 1)
 
 
 def _print(console: Console, line: str) -> None:

@@ -57,8 +57,8 @@ def require_writable(config: RunConfig) -> None:
         ) from error
 
 
-def open_run_folder(config: RunConfig, last_step: int) -> str | None:
-    """Create the folder, write the resolved configuration, and return a note for the user.
+def open_run_folder(config: RunConfig, last_step: int) -> None:
+    """Create the folder, and write the resolved configuration to it.
 
     Args:
         last_step: the last step of the checkpoint that the run resumes from. Records after it are
@@ -68,15 +68,13 @@ def open_run_folder(config: RunConfig, last_step: int) -> str | None:
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     if last_step == 0:
-        note = _rename_earlier_files(folder)
+        _rename_earlier_files(folder)
     else:
-        note = f"resuming after step {last_step}"
         path = folder / METRICS_NAME
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         kept = [line for line in lines if _step_of(line) <= last_step]
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     (folder / CONFIG_NAME).write_text(dump_config(config), encoding="utf-8")
-    return note
 
 
 def _step_of(line: str) -> float:
@@ -87,20 +85,15 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _rename_earlier_files(folder: Path) -> str | None:
-    names = (METRICS_NAME, CONFIG_NAME)
-    present = [path for name in names if (path := folder / name).exists()]
+def _rename_earlier_files(folder: Path) -> None:
+    present = [path for name in (METRICS_NAME, CONFIG_NAME) if (path := folder / name).exists()]
     if not present:
-        return None
+        return
     number = 1
-    while any(_numbered(folder / name, number).exists() for name in names):
+    while list(folder.glob(f"metrics-{number}.*")) or list(folder.glob(f"config-{number}.*")):
         number += 1
-    moved = [path.rename(_numbered(path, number)).name for path in present]
-    return f"{folder} holds an earlier run: its files are now {' and '.join(moved)}"
-
-
-def _numbered(path: Path, number: int) -> Path:
-    return path.with_name(f"{path.stem}-{number}{path.suffix}")
+    moved = [path.rename(path.with_stem(f"{path.stem}-{number}")).name for path in present]
+    logger.info("Renamed the files of an earlier run in %s to %s", folder, " and ".join(moved))
 
 
 @contextmanager

@@ -183,8 +183,7 @@ class CheckpointSaver:
             self.totals.num_failed += 1
             if self._job.config.checkpoint.required:
                 raise
-            # An OSError is raised on its own rank only, the others on every rank.
-            if isinstance(error, OSError) or self._job.world.rank == 0:
+            if _logs(error, self._job):
                 logger.exception(
                     "Skipping checkpoint %s (%d so far); training goes on without it: %s",
                     path,
@@ -231,10 +230,18 @@ def require_place(job: Job) -> None:
             require_shared(folder, job.optimizer.ranks)
     except PeerFailedError:
         raise
-    except (OSError, PeerError):
+    except (OSError, PeerError) as error:
         if section.required:
             raise
-        logger.exception("Cannot write checkpoints to %s now; training begins nevertheless", folder)
+        if _logs(error, job):
+            logger.exception(
+                "Cannot write checkpoints to %s now: %s; training begins", folder, error
+            )
+
+
+def _logs(error: Exception, job: Job) -> bool:
+    """Return whether this rank logs an error: an OSError is its own, others are on every rank."""
+    return isinstance(error, OSError) or job.world.rank == 0
 
 
 def checkpoint_path(config: RunConfig, step: int) -> Path:

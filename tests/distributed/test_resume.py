@@ -389,7 +389,7 @@ def test_a_place_that_cannot_be_written_is_said_before_the_first_step(
             saving.require_place(job)
     else:
         saving.require_place(job)
-        assert "no checkpoint could be written into" in caplog.text
+        assert "Cannot write checkpoints to" in caplog.text
         assert "Not a directory" in caplog.text
 
 

@@ -43,7 +43,7 @@ def test_the_curve_goes_on_exactly_after_any_failure(
     ended = run(tmp_path, f"{fault}/7", *SHORT, *overlap, options=options)
     assert ended.code == 0, ended.printed
     assert "fault on rank 1: " in ended.printed
-    assert "after step 4" in ended.printed
+    assert "step-4 at step 4" in ended.printed
     assert bits(ended) == uninterrupted
     folder = tmp_path / "tiny" / "checkpoints"
     assert sorted(steps_in(folder)) == [4, 8, 12]
@@ -130,7 +130,7 @@ def test_a_mount_that_vanishes_in_the_middle(
     assert list(steps_in(disk)) == [4]
     verify_checkpoint(disk / "step-4")
     ended = run(tmp_path, "", *saving, within=within)
-    assert "after step 4" in ended.printed.replace("\n", "")
+    assert "step-4 at step 4" in ended.printed.replace("\n", "")
     assert ended.code == 0, ended.printed
     assert bits(ended) == uninterrupted
     assert sorted(path.name for path in disk.iterdir()) == ["step-12", "step-4", "step-8"]

@@ -26,6 +26,8 @@ configure_logging(LogFormat(sys.argv[1]))
 logger = logging.getLogger("offload_adam.some.module")
 logger.debug("not shown")
 logger.info("two\\nlines, %s", '"quoted"')
+logger.warning("warned")
+warnings.warn("of the configuration", UserWarning)
 warnings.warn("a lone surrogate \\udc80", RuntimeWarning)
 try:
     1 / 0
@@ -52,8 +54,10 @@ def test_each_text_line_has_time_level_rank_and_logger() -> None:
     lines = logged("text", "0")
     time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
     assert re.fullmatch(rf"{time} INFO    rank 0 offload_adam\.some\.module: two", lines[0])
-    assert re.match(rf"{time} WARNING rank 0 py\.warnings: RuntimeWarning: a lone", lines[2])
-    assert re.fullmatch(rf"{time} ERROR   rank 0 offload_adam\.some\.module: divided", lines[3])
+    assert re.fullmatch(rf"{time} WARNING rank 0 offload_adam\.some\.module: warned", lines[2])
+    assert re.match(rf"{time} WARNING rank 0 py\.warnings: UserWarning: of the", lines[3])
+    assert re.match(rf"{time} WARNING rank 0 py\.warnings: RuntimeWarning: a lone", lines[4])
+    assert re.fullmatch(rf"{time} ERROR   rank 0 offload_adam\.some\.module: divided", lines[5])
     assert lines[-1] == "ZeroDivisionError: division by zero"
 
 
@@ -66,17 +70,21 @@ def test_each_json_line_is_one_object() -> None:
         assert abs((time - before).total_seconds()) < 60
     common = {"rank": 0, "logger": "offload_adam.some.module"}
     assert records[0] == common | {"level": "INFO", "message": 'two\nlines, "quoted"'}
-    assert records[1]["logger"] == "py.warnings"
-    assert "RuntimeWarning: a lone surrogate \udc80 (<string>, line " in records[1]["message"]
-    assert records[2]["exception"].startswith("Traceback")
-    assert records[2].keys() == {"level", "rank", "logger", "message", "exception"}
+    assert records[1] == common | {"level": "WARNING", "message": "warned"}
+    assert records[3]["logger"] == "py.warnings"
+    assert "RuntimeWarning: a lone surrogate \udc80 (<string>, line " in records[3]["message"]
+    assert records[4]["exception"].startswith("Traceback")
+    assert records[4].keys() == {"level", "rank", "logger", "message", "exception"}
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_other_ranks_log_warnings_only(log_format: str) -> None:
+def test_other_ranks_log_only_what_concerns_them(log_format: str) -> None:
     lines = logged(log_format, "3")
-    assert "two" not in "".join(lines)
-    assert re.search(r'rank 3 py\.warnings|"rank": 3, "logger": "py\.warnings"', lines[0])
+    of_rank = r'rank 3 {0}|"rank": 3, "logger": "{0}"'
+    assert re.search(of_rank.format(r"py\.warnings"), lines[0])
+    assert "RuntimeWarning" in lines[0]
+    assert re.search(of_rank.format(r"offload_adam\.some\.module"), lines[1])
+    assert "divided" in lines[1]
 
 
 def test_an_import_of_the_library_configures_no_logging() -> None:
@@ -92,17 +100,16 @@ def test_an_import_of_the_library_configures_no_logging() -> None:
 
 
 def test_a_run_writes_json_lines_only(tmp_path: Path) -> None:
-    """One line for the checkpoint that is written, and one for the resume; mistakes, too."""
+    """One line for the resume, and one for each checkpoint; a mistake is a line, too."""
+    overrides = [f"--run.dir={tmp_path}", "--train.eval_sequences=2", "--checkpoint.every=1"]
+    first = CliRunner().invoke(app, ["train", TINY, "--train.num_steps=1", *overrides])
+    assert first.exit_code == 0
+    lines = train(tmp_path, 0, "--train.num_steps=2", "--checkpoint.every=1")
+    text = "\n".join(line["message"] for line in lines)
     folder = tmp_path / "tiny" / "checkpoints"
-    for num_steps in (1, 2):
-        lines = train(tmp_path, 0, f"--train.num_steps={num_steps}", "--checkpoint.every=1")
-        path = folder / f"step-{num_steps}"
-        (written,) = (line for line in lines if line["message"].startswith("Wrote checkpoint"))
-        assert re.fullmatch(
-            rf"Wrote checkpoint {path} \([\d.]+ KiB in [\d.]+ s\)", written["message"]
-        )
-    messages = [line["message"] for line in lines]
-    assert messages.count(f"Resuming from {folder / 'step-1'} at step 1") == 1
+    assert text.count(f"Resuming from {folder}/step-1 at step 1") == 1
+    assert text.count("Wrote checkpoint") == 1
+    assert re.search(rf"Wrote checkpoint {folder}/step-2 \([\d.]+ KiB in [\d.]+ s\)", text)
     (mistake,) = train(tmp_path, 2, "--train.num_stepz=1")
     assert mistake["level"] == "ERROR"
     assert "did you mean train.num_steps?" in mistake["message"]
@@ -130,7 +137,7 @@ def test_torchruns_report_quotes_the_error_and_no_traceback(
     assert CliRunner().invoke(app, ["train", TINY, "--train.num_stepz=3"]).exit_code == 2
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(error_file))
     report = str(ChildFailedError("offload_adam", {0: failure}))
-    assert f"traceback : {TINY}: 1 mistake\n    train.num_stepz: no such key" in report
+    assert f"traceback : {TINY}: 1 mistake: train.num_stepz: no such key; did you" in report
     assert "Traceback" not in report
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from offload_adam.config import RunConfig, load_config
@@ -64,16 +66,20 @@ def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
             assert steps == list(range(1, step + 1))
 
 
-def test_files_of_earlier_runs_move_aside(tmp_path: Path) -> None:
-    def prepare(seed: int) -> str | None:
-        values = {"run": {"name": "x", "dir": str(tmp_path), "seed": seed}}
-        return open_run_folder(RunConfig.model_validate(values), last_step=0)
+def test_files_of_earlier_runs_move_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
 
-    assert prepare(0) is None
+    def prepare(seed: int) -> str:
+        caplog.clear()
+        values = {"run": {"name": "x", "dir": str(tmp_path), "seed": seed}}
+        open_run_folder(RunConfig.model_validate(values), last_step=0)
+        return caplog.text
+
+    assert prepare(0) == ""
     (tmp_path / "x" / "metrics.jsonl").write_text("first")
-    assert "metrics-1.jsonl and config-1.yaml" in str(prepare(1))
+    assert "metrics-1.jsonl and config-1.yaml" in prepare(1)
     (tmp_path / "x" / "metrics.jsonl").write_text("second")
-    assert "metrics-2.jsonl and config-2.yaml" in str(prepare(2))
+    assert "metrics-2.jsonl and config-2.yaml" in prepare(2)
     assert not (tmp_path / "x" / "metrics.jsonl").exists()
     assert (tmp_path / "x" / "metrics-1.jsonl").read_text() == "first"
     assert (tmp_path / "x" / "metrics-2.jsonl").read_text() == "second"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -173,9 +174,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("last", [None, 2])
 def test_a_first_step_that_fails_touches_nothing_of_an_earlier_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int | None
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    last: int | None,
 ) -> None:
-    """Where a run begins anew, and where it goes on before the last record."""
+    """Both if the run begins anew, and if it resumes before the last record."""
+    caplog.set_level(logging.INFO)
     every = 0 if last is None else last
     section = {"every": every, "resume": "auto"}
     train = SMALL["train"] | {"num_steps": 3}
@@ -192,9 +197,11 @@ def test_a_first_step_that_fails_touches_nothing_of_an_earlier_run(
         with pytest.raises(RuntimeError, match="no such kernel"):
             run(tmp_path, train=train, checkpoint=section)
     assert contents(tmp_path) == before
-    records, printed = run(tmp_path, train=train, checkpoint=section)
+    caplog.clear()
+    records, _ = run(tmp_path, train=train, checkpoint=section)
     assert [record["step"] for record in records] == [1, 2, 3]
-    assert ("holds an earlier run" if last is None else "resuming after step 2") in printed
+    line = f"Resuming from {tmp_path}/case/checkpoints/step-2 at step 2"
+    assert ("Renamed the files of an earlier run" if last is None else line) in caplog.text
 
 
 def test_a_model_that_returns_no_logits_is_a_mistake_of_the_configuration(tmp_path: Path) -> None:
