@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-from offload_adam.bench.training.contenders import SEQUENTIAL
-from offload_adam.bench.training.measure import Alone, Task, measure
+from offload_adam.bench.training.batches import choose_batches
+from offload_adam.bench.training.contenders import MODEL_ALONE, SEQUENTIAL
+from offload_adam.bench.training.measure import Steps, Task, measure
 from offload_adam.bench.training.model import Sizes
-from offload_adam.bench.training.ratios import choose_batches
 
 RATIO = 1.5
 """Of forward to update: the margin for times that vary from run to run."""
@@ -24,7 +24,7 @@ class NoBatchError(Exception):
     """No batch has a forward that is long enough; the message has the numbers."""
 
 
-def choose_batch(alone: Mapping[int, Alone], update_ms: float, free_nbytes: int | None) -> int:
+def choose_batch(alone: Mapping[int, Steps], update_ms: float, free_nbytes: int | None) -> int:
     """Return the number of sequences whose forward takes RATIO times the update.
 
     Times and memory are extrapolated on straight lines through what was measured.
@@ -37,7 +37,7 @@ def choose_batch(alone: Mapping[int, Alone], update_ms: float, free_nbytes: int 
     Raises:
         NoBatchError: the forward would take too long, or too much memory.
     """
-    forward_ms = {batch: one.forward_ms for batch, one in alone.items()}
+    forward_ms = {batch: one.forward_ms or 0.0 for batch, one in alone.items()}
     numbers = f"F = {forward_ms} ms by number of sequences, U = {update_ms:.1f} ms"
     if len(alone) < 2:
         raise NoBatchError(f"fewer than two batches fit into the GPU: {numbers}")
@@ -54,7 +54,7 @@ def choose_batch(alone: Mapping[int, Alone], update_ms: float, free_nbytes: int 
     return batch
 
 
-def _peak_nbytes(alone: Mapping[int, Alone], batch: int) -> float:
+def _peak_nbytes(alone: Mapping[int, Steps], batch: int) -> float:
     """Return the peak memory of a batch, on the line through the least and the largest measured."""
     low, high = min(alone), max(alone)
     low_nbytes, high_nbytes = (alone[b].peak_gpu_nbytes or 0 for b in (low, high))
@@ -68,12 +68,12 @@ def measure_and_choose(sizes: Sizes, device: torch.device) -> int:
         NoBatchError: no batch will do.
     """
 
-    def task(contender: str | None, batches: tuple[int, ...]) -> Task:
+    def task(contender: str, batches: tuple[int, ...]) -> Task:
         return Task(
             contender=contender, sizes=sizes, device=str(device), batches=batches, num_steps=3
         )
 
-    alone = measure(task(None, PROBED)).alone
+    alone = measure(task(MODEL_ALONE, PROBED)).steps
     update_ms = measure(task(SEQUENTIAL, PROBED[:1])).steps[PROBED[0]].updates_only_ms
     assert update_ms is not None
     free_nbytes = None

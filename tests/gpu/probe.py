@@ -19,8 +19,8 @@ import torch
 
 from offload_adam import OffloadAdam
 from offload_adam.bench.machine import describe_machine
+from offload_adam.bench.report import write_json
 from offload_adam.bench.training.model import Sizes, make_model, make_tokens
-from offload_adam.bench.training.report import write
 from offload_adam.kernels.threads import allowed_cores, select_threading_layer
 from offload_adam.memory.arena import HostArena
 from offload_adam.memory.pinning import CudaRuntime
@@ -49,7 +49,7 @@ class Report:
     def note(self, name: str, value: Any) -> None:
         self.values[name] = value
         print(f"[{time.perf_counter() - self._start_s:6.1f} s] {name}: {value}", flush=True)
-        write(self.values, self._path)
+        write_json(self.values, self._path)
 
     def attempt(self, name: str, measure: Callable[[], object]) -> None:
         """Run a measurement; if it fails, note why, so that the next one still runs."""

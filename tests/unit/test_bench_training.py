@@ -1,4 +1,4 @@
-"""`bench train`: its ratios, its conditions, and all of it on a machine that is made up."""
+"""`bench train`: batches, conditions, and the whole report on a simulated machine."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor
 from typer.testing import CliRunner
 
-from offload_adam.bench.contender import MAX_GRAD_NORM
+from offload_adam.bench.peers import MAX_GRAD_NORM
 from offload_adam.bench.training import __main__ as training_main
 from offload_adam.bench.training import contenders as contenders_module
 from offload_adam.bench.training import process as process_module
 from offload_adam.bench.training import run as run_module
+from offload_adam.bench.training.batches import choose_batches
 from offload_adam.bench.training.conditions import Condition, Point, Result, evaluate, reached
 from offload_adam.bench.training.contenders import (
     CONTENDERS,
@@ -38,7 +39,6 @@ from offload_adam.bench.training.contenders import (
 )
 from offload_adam.bench.training.measure import (
     OUT_OF_MEMORY,
-    Alone,
     HostPeak,
     Measured,
     Steps,
@@ -47,10 +47,8 @@ from offload_adam.bench.training.measure import (
 )
 from offload_adam.bench.training.model import Sizes, make_model, make_tokens
 from offload_adam.bench.training.process import TrainBenchmarkError, in_own_process
-from offload_adam.bench.training.ratios import choose_batches
-from offload_adam.bench.training.report import summary
 from offload_adam.bench.training.run import failures, measure_train
-from offload_adam.bench.training.table import LABELS
+from offload_adam.bench.training.table import LABELS, markdown
 from offload_adam.cli.app import app
 
 TINY = Sizes(num_layers=1, width=8, num_heads=2, vocabulary=16, sequence_length=4)
@@ -165,12 +163,12 @@ class MadeUp:
         if self.broken is not None and task.contender == self.broken:
             raise TrainBenchmarkError("it broke")
         batches = [batch for batch in task.batches if batch <= self.fits]
-        if task.contender is None:
+        if task.contender == MODEL_ALONE:
             alone = {
-                b: Alone(forward_ms=2.0 * b, forward_backward_ms=6.0 * b, peak_gpu_nbytes=2**29)
+                b: Steps(steps_ms=(6.0 * b,), forward_ms=2.0 * b, peak_gpu_nbytes=2**29)
                 for b in batches
             }
-            return Measured(num_parameters=7, alone=alone)
+            return Measured(num_parameters=7, steps=alone)
         steps = {batch: self.steps(task.contender, batch) for batch in batches}
         return Measured(num_parameters=7, buckets=(30, 50), steps=steps)
 
@@ -215,7 +213,10 @@ def test_the_report_has_every_number_of_a_made_up_machine() -> None:
         "tokens_per_s": pytest.approx(20 * 4 / 0.12),
         "step_ms": 120.0,
         "exposed_ms": 0.0,
+        "update_ms": None,
         "peak_gpu_gib": 0.5,
+        "peak_host_gib": 0.0,
+        "steps_ms": [120.0],
     }
     assert set(third["contenders"]) == {MODEL_ALONE, *CONTENDERS}
     missing = {"reason": "not importable", "failed": False}
@@ -229,10 +230,13 @@ def test_the_report_has_every_number_of_a_made_up_machine() -> None:
     assert report["reached"][NAMES[5]] is True
     everyone = [task for task in machine.tasks if task.contender == PLAIN]
     assert [task.batches for task in everyone] == [(5, 10, 20, 40, 80)]
-    text = "\n".join(summary(report))
-    assert "F/U 1.00 (20 sequences)" in text
-    assert f"NO       {NAMES[1]}" in text
-    assert f"  {TORCHAO:<26} not importable" in text
+    text = markdown([report])
+    assert "20 x 4 tokens\n\nForward F: 40 ms. Update U: 40 ms. F/U: 1. One bucket b: 25" in text
+    assert f"- {NAMES[1]}: NO\n" in text
+    assert f"- {NAMES[3]}: not known\n" in text
+    (row,) = {line for line in text.splitlines() if LABELS[TORCHAO] in line}
+    assert "not importable" in row
+    assert "predicted" not in text
 
 
 def test_ratios_that_do_not_fit_are_not_tried() -> None:
@@ -256,7 +260,7 @@ def test_given_batches_are_measured_and_the_report_is_kept_after_each_contender(
     machine = MadeUp()
     names = [OVERLAPPED, TORCHAO, SEQUENTIAL]
     report = report_of(machine, batches=[30, 10, 30], contenders=names, keep=kept.append)
-    assert [task.contender for task in machine.tasks] == [None, *names]
+    assert [task.contender for task in machine.tasks] == [MODEL_ALONE, *names]
     assert {task.batches for task in machine.tasks} == {(10, 30)}
     assert [list(one["points"][0]["contenders"]) for one in kept] == [
         [MODEL_ALONE, *names[:n]] for n in range(len(names) + 1)
@@ -304,27 +308,24 @@ def test_a_batch_that_is_too_large_is_no_failure() -> None:
     assert list(failures(report)) == []
 
 
-@pytest.mark.parametrize("contender", [None, SEQUENTIAL, OVERLAPPED, PLAIN])
-def test_a_real_task_on_a_cpu(contender: str | None) -> None:
+@pytest.mark.parametrize("contender", [MODEL_ALONE, SEQUENTIAL, OVERLAPPED, PLAIN])
+def test_a_real_task_on_a_cpu(contender: str) -> None:
     task = Task(contender=contender, sizes=TINY, device="cpu", batches=(2, 1), num_steps=2)
     told: list[Measured] = []
     found = measure(task, told.append)
-    assert [len(one.steps) + len(one.alone) for one in told] == [1, 2]
+    assert [len(one.steps) for one in told] == [1, 2]
     assert told[-1] == found
     block = 8 * (3 * 8 + 8 + 2 * 4 * 8) + 2 * 2 * 8
     assert found.num_parameters == 2 * 16 * 8 + block + 2 * 8
-    if contender is None:
-        assert set(found.alone) == {1, 2}
-        assert all(one.forward_ms > 0 for one in found.alone.values())
-        return
     assert set(found.steps) == {1, 2}
     for steps in found.steps.values():
         assert len(steps.steps_ms) == 2
         assert min(steps.steps_ms) > 0
-        assert steps.update_ms > 0
+        assert (steps.forward_ms or 0.0) > 0 or contender != MODEL_ALONE
+        assert (steps.update_ms or 0.0) > 0 or contender == MODEL_ALONE
         assert steps.peak_gpu_nbytes is None
-        assert (steps.updates_only_ms is None) == (contender == PLAIN)
-    assert bool(found.buckets) == (contender != PLAIN)
+        assert (steps.updates_only_ms is None) == (contender in (PLAIN, MODEL_ALONE))
+    assert bool(found.buckets) == (contender in (SEQUENTIAL, OVERLAPPED))
 
 
 @pytest.mark.parametrize("contender", [TORCHAO, FSDP2, DEEPSPEED])
@@ -334,13 +335,13 @@ def test_peers_of_the_gpu_say_so_on_a_cpu(contender: str) -> None:
 
 
 def fail_at(task: Task, tell: Any) -> Measured:
-    """Stand in for `measure`: tell the first batch, then do what the dtype says."""
-    found = Measured(alone={1: Alone(forward_ms=1.0, forward_backward_ms=3.0)})
+    """Stand in for `measure`: report the first batch, then fail as the contender's name says."""
+    found = Measured(steps={1: Steps(steps_ms=(3.0,), forward_ms=1.0)})
     tell(found)
-    if task.sizes.dtype == "hang":
+    if task.contender == "hang":
         time.sleep(100.0)
-    if task.sizes.dtype == "die":
-        # The queue's thread needs a moment to send what was told.
+    if task.contender == "die":
+        # The queue's thread needs a moment to send the first batch.
         time.sleep(0.5)
         os._exit(7)
     raise RuntimeError("out of luck\nmore")
@@ -354,22 +355,22 @@ def fail_at(task: Task, tell: Any) -> Measured:
         ("hang", 2.0, "it did not end within 2 s"),
     ],
 )
-def test_what_a_process_told_before_it_failed_counts(
+def test_the_batches_before_a_failure_count(
     how: str, limit_s: float, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A forked process has the stand-in, and needs no second to start.
     monkeypatch.setattr(process_module, "measure", fail_at)
     monkeypatch.setattr(process_module, "START_METHOD", "fork")
     task = Task(
-        contender=None,
-        sizes=replace(TINY, dtype=how),
+        contender=how,
+        sizes=TINY,
         device="cpu",
         batches=(1, 2),
         num_steps=1,
         time_limit_s=limit_s,
     )
     found = in_own_process(task)
-    assert set(found.alone) == {1}
+    assert set(found.steps) == {1}
     assert found.reasons == {2: reason}
 
 
@@ -387,7 +388,7 @@ def test_a_contender_clips_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contenders_module, "_require_gpu", lambda model: None)
     monkeypatch.setattr(
         contenders_module,
-        "_init_alone",
+        "_init_process_group",
         lambda: dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1),
     )
     unpinned = functools.partial(fsdp.CPUOffloadPolicy, pin_memory=False)
@@ -450,7 +451,7 @@ def test_the_command_prints_and_writes(tmp_path: Path, monkeypatch: pytest.Monke
     assert asked == [(sizes, (3, 5), (PLAIN, FSDP2))]
     assert json.loads(file.read_text()) == report
     assert not list(tmp_path.glob("*.part"))
-    assert "(5 sequences)" in result.output
+    assert "5 x 4 tokens" in result.output
     monkeypatch.setattr(training_main, "measure_train", measured)
     monkeypatch.setattr(sys, "argv", ["training", *arguments, *chosen])
     training_main.main()
@@ -464,6 +465,7 @@ def test_the_command_prints_and_writes(tmp_path: Path, monkeypatch: pytest.Monke
         ("--batches=3,x", "not x"),
         ("--batches=0", "not 0"),
         ("--contenders=nobody", "unknown contenders: nobody"),
+        ("--dtype=int8", "int8"),
     ],
 )
 def test_a_wrong_option_is_named(

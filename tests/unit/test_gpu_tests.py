@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from offload_adam import OffloadAdam
 from offload_adam.bench.training.contenders import OVERLAPPED, SEQUENTIAL, TORCHAO
-from offload_adam.bench.training.measure import Alone
+from offload_adam.bench.training.measure import Steps
 from offload_adam.bench.training.model import Sizes
 from offload_adam.spans import SpanRecorder
 from tests.gpu.batches import RATIO, NoBatchError, choose_batch, measure_and_choose
@@ -154,12 +154,12 @@ def test_a_measurement_that_fails_does_not_stop_the_next_one(tmp_path: Path) -> 
     assert report.failed == ["pinning"]
 
 
-def alone(forward_ms: dict[int, float], gib: float = 0.1) -> dict[int, Alone]:
+def alone(forward_ms: dict[int, float], gib: float = 0.1) -> dict[int, Steps]:
     """Return times of the model alone; `gib` is the memory of a sequence."""
     return {
-        batch: Alone(
+        batch: Steps(
+            steps_ms=(4 * ms,),
             forward_ms=ms,
-            forward_backward_ms=4 * ms,
             peak_gpu_nbytes=int((1.0 + gib * batch) * 2**30),
         )
         for batch, ms in forward_ms.items()
@@ -200,9 +200,9 @@ def test_a_batch_is_measured_and_chosen_on_a_cpu() -> None:
 
 
 def test_everything_for_a_gpu_is_imported_with_the_required_packages_alone() -> None:
-    modules = sorted(f"tests.gpu.{file.stem}" for file in (ROOT / "tests" / "gpu").glob("*.py"))
-    training = (ROOT / "offload_adam" / "bench" / "training").glob("*.py")
-    modules += [f"offload_adam.bench.training.{file.stem}" for file in sorted(training)]
+    files = [*ROOT.glob("tests/gpu/*.py"), *ROOT.glob("offload_adam/bench/**/*.py")]
+    modules = [".".join(f.relative_to(ROOT).with_suffix("").parts) for f in sorted(files)]
+    assert "offload_adam.bench.training.measure" in modules
     # What torch and the others need themselves is there, too. Everything else is blocked.
     code = f"""
 import importlib, importlib.metadata, re, sys
