@@ -172,28 +172,34 @@ def best_of(name: str, variants: Sequence[str], results: Sequence[Result]) -> Re
     return replace(fastest, name=name, variant=fastest.name)
 
 
-def comparison_report(
+def compare(
     benchmark: str,
-    results: Sequence[Result],
+    contenders: Sequence[Contender],
     *,
     numel: int,
     num_pairs: int,
     machine: Mapping[str, Any],
     left_out: Mapping[str, str],
     definitions: Mapping[str, str],
+    best: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
-    """Return the JSON object of `bench kernel` and `bench step`.
+    """Time contenders, this package first, and return the report, a JSON object.
 
     Args:
-        left_out: why a contender was not measured, by name.
+        left_out: why a contender is not among them, by name.
         definitions: what this benchmark's own entries mean, by name.
+        best: variants by name; the fastest variant is added under this name after this package.
     """
+    with torch.no_grad():
+        timings = interleave(contenders, num_pairs)
+    ours, *others = summarize(timings, contenders, numel)
+    bests = [best_of(name, variants, others) for name, variants in (best or {}).items()]
     return {
         "benchmark": benchmark,
         "numel": numel,
         "num_pairs": num_pairs,
         "machine": machine,
-        "results": [asdict(result) for result in results],
+        "results": [asdict(result) for result in (ours, *bests, *others)],
         "left_out": left_out,
         "definitions": {**DEFINITIONS, **definitions},
     }

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
 
-from offload_adam.bench.harness import (
-    OURS,
-    Clock,
-    Contender,
-    comparison_report,
-    interleave,
-    prepare_machine,
-    summarize,
-)
+from offload_adam.bench.harness import OURS, Contender, compare, prepare_machine
 from offload_adam.bench.peers import ADAMW, available_peers, torch_fused
 from offload_adam.bench.planes import Planes, make_planes
 from offload_adam.kernels import adam, threads
@@ -26,9 +17,7 @@ BYTES_PER_PARAM = 28
 """Gradient, master weight and both moments are read, the last three are written, 4 bytes each."""
 
 
-def measure_kernel(
-    numel: int, num_threads: int, num_pairs: int, *, clock: Clock = time.perf_counter
-) -> dict[str, Any]:
+def measure_kernel(numel: int, num_threads: int, num_pairs: int) -> dict[str, Any]:
     """Return the report of `bench kernel`, a JSON object.
 
     Raises:
@@ -40,9 +29,9 @@ def measure_kernel(
     contenders = [offload_update(make_planes(numel, huge_pages=True), num_threads)]
     for name, optimizer in {"torch_fused": torch_fused(theirs), **peers}.items():
         contenders.append(Contender(name, optimizer.step, BYTES_PER_PARAM))
-    return comparison_report(
+    return compare(
         "kernel",
-        summarize(interleave(contenders, num_pairs, clock=clock), contenders, numel),
+        contenders,
         numel=numel,
         num_pairs=num_pairs,
         machine=machine,

@@ -6,22 +6,12 @@ advance, in each way that can be the fastest.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from offload_adam.bench.harness import (
-    OURS,
-    Clock,
-    Contender,
-    best_of,
-    comparison_report,
-    interleave,
-    prepare_machine,
-    summarize,
-)
+from offload_adam.bench.harness import OURS, Contender, compare, prepare_machine
 from offload_adam.bench.peers import (
     ADAMW,
     MAX_GRAD_NORM,
@@ -68,9 +58,7 @@ def step_tensors(numel: int, huge_pages: bool) -> StepTensors:
     return StepTensors(gradient, parameter, planes)
 
 
-def measure_step(
-    numel: int, num_threads: int, num_pairs: int, *, clock: Clock = time.perf_counter
-) -> dict[str, Any]:
+def measure_step(numel: int, num_threads: int, num_pairs: int) -> dict[str, Any]:
     """Return the report of `bench step`, a JSON object.
 
     Raises:
@@ -85,22 +73,20 @@ def measure_step(
         *torch_steps(tensors),
         *(clipped_step(name, optimizer, tensors) for name, optimizer in peers.items()),
     ]
-    with torch.no_grad():
-        timings = interleave(contenders, num_pairs, clock=clock)
-    ours, *others = summarize(timings, contenders, numel)
-    return comparison_report(
+    return compare(
         "step",
-        [ours, best_of("torch_fused", (CLIPPED, SCALED), others), *others],
+        contenders,
         numel=numel,
         num_pairs=num_pairs,
         machine=machine,
         left_out=left_out,
+        best={"torch_fused": (CLIPPED, SCALED)},
         definitions={
             "torch_fused": f"the faster of {CLIPPED} and {SCALED}",
             CLIPPED: "gradient converted to fp32, clip_grad_norm_, fused AdamW, rounded to bf16",
             SCALED: "the same, but the clip factor goes to fused AdamW as grad_scale",
-            BLOCKED: "a loop over blocks that fit into the cache, each converted, updated by fused "
-            "AdamW and converted back; torch has no optimizer that works like this",
+            BLOCKED: "fused AdamW in a loop over blocks that fit into the cache, with conversions "
+            "before and after; torch has no optimizer that works like this",
         },
     )
 

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 
@@ -99,7 +99,10 @@ def _show(measure: Callable[[], dict[str, Any]], json_file: Path | None) -> None
 
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            # One line each, without the place in the source.
+            warnings.showwarning = lambda message, *_, **__: typer.echo(
+                f"warning: {message}", err=True
+            )
             report = measure()
     except HostMemoryError as error:
         typer.echo(f"offload-adam: {error}", err=True)
@@ -109,15 +112,3 @@ def _show(measure: Callable[[], dict[str, Any]], json_file: Path | None) -> None
     if json_file is not None:
         write_json(report, json_file)
         typer.echo(f"Wrote {json_file}")
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """Print a warning as one line, without its place in the source."""
-    typer.echo(f"warning: {message}", err=True)

@@ -114,8 +114,6 @@ def measure_limit(
     numel: int = 64_000_000,
     num_threads: int = 1,
     num_pairs: int = 7,
-    *,
-    clock: Clock = time.perf_counter,
 ) -> dict[str, Any]:
     """Measure "kernel" or "step" against the limit of this machine.
 
@@ -149,9 +147,9 @@ def measure_limit(
             *torch_steps(huge, "_huge_pages"),
         ]
     with torch.no_grad():
-        found = compare(contenders, passes, copies, numel, num_pairs, clock=clock)
+        found = compare(contenders, passes, copies, numel, num_pairs)
         if work == "kernel":
-            found["denormal_ratio"] = denormal_ratio(update, huge.planes, num_pairs, clock=clock)
+            found["denormal_ratio"] = denormal_ratio(update, huge.planes, num_pairs)
     return {
         "benchmark": f"limit {work}",
         "numel": numel,
@@ -216,9 +214,7 @@ def with_torch_fused(results: Sequence[Result]) -> list[Result]:
     return [results[0], *bests, *results[1:]]
 
 
-def denormal_ratio(
-    update: Contender, planes: Planes, num_pairs: int, *, clock: Clock = time.perf_counter
-) -> float:
+def denormal_ratio(update: Contender, planes: Planes, num_pairs: int) -> float:
     """Return the update's time with denormal moments over its time with normal ones."""
 
     def normal() -> None:
@@ -235,7 +231,7 @@ def denormal_ratio(
         Contender("normal", update.run, prepare=normal),
         Contender("denormal", update.run, prepare=denormal),
     ]
-    timings = interleave(contenders, num_pairs, clock=clock)
+    timings = interleave(contenders, num_pairs)
     return median_ratio(pair_up(timings["normal"], timings["denormal"]))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from statistics import median
@@ -13,7 +12,6 @@ import numpy.typing as npt
 
 from offload_adam.bench.harness import (
     OURS,
-    Clock,
     Contender,
     interleave,
     median_ratio,
@@ -73,8 +71,6 @@ def measure_rows(
     touched: int = 1_000,
     num_threads: int = 1,
     num_pairs: int = 7,
-    *,
-    clock: Clock = time.perf_counter,
 ) -> dict[str, Any]:
     """Measure the update of `touched` random rows of a table, and of all its rows.
 
@@ -89,7 +85,7 @@ def measure_rows(
     planes.gradient[touched * width :] = 0.0
     # Both work on one table, so that the dense update evicts the rows from the caches.
     lazy = lazy_updates(planes, width, touched, num_threads)
-    timings = interleave([lazy, offload_update(planes, num_threads)], num_pairs, clock=clock)
+    timings = interleave([lazy, offload_update(planes, num_threads)], num_pairs)
     return {
         "benchmark": "rows",
         "num_pairs": num_pairs,
