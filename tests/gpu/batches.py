@@ -1,4 +1,4 @@
-"""Choose a batch whose forward is longer than the update, from measured times."""
+"""Choose a batch whose forward takes longer than the update, from measured times."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from offload_adam.bench.training.measure import Steps, Task, measure
 from offload_adam.bench.training.model import Sizes
 
 RATIO = 1.5
-"""Of forward to update: the margin for times that vary from run to run."""
+"""Of forward to update, with a margin because times vary from run to run."""
 PROBED = (8, 64)
 LONGEST_FORWARD_MS = 400.0
-"""A step takes four forwards, and a test takes some ten steps."""
+"""A step takes as long as four forwards, and a test takes about ten steps."""
 MEMORY_SHARE = 0.7
-"""Of the free GPU memory. The peak is of the model alone, without the optimizer's slots."""
+"""Of the free GPU memory. The measured peak does not include the optimizer's slots."""
 
 
 class NoBatchError(Exception):
-    """No batch has a forward that is long enough; the message has the numbers."""
+    """No batch has a long enough forward; the message has the measured times."""
 
 
 def choose_batch(alone: Mapping[int, Steps], update_ms: float, free_nbytes: int | None) -> int:
     """Return the number of sequences whose forward takes RATIO times the update.
 
-    Times and memory are extrapolated on straight lines through what was measured.
+    Times and memory are extrapolated on straight lines through the measured values.
 
     Args:
         alone: of at least two batches, by number of sequences.
@@ -55,17 +55,17 @@ def choose_batch(alone: Mapping[int, Steps], update_ms: float, free_nbytes: int 
 
 
 def _peak_nbytes(alone: Mapping[int, Steps], batch: int) -> float:
-    """Return the peak memory of a batch, on the line through the least and the largest measured."""
+    """Return the peak of a batch, on the line through the smallest and largest measured batch."""
     low, high = min(alone), max(alone)
     low_nbytes, high_nbytes = (alone[b].peak_gpu_nbytes or 0 for b in (low, high))
     return low_nbytes + (high_nbytes - low_nbytes) * (batch - low) / (high - low)
 
 
 def measure_and_choose(sizes: Sizes, device: torch.device) -> int:
-    """Measure forward and update, and choose a batch by them.
+    """Measure forward and update, and choose a batch.
 
     Raises:
-        NoBatchError: no batch will do.
+        NoBatchError: no batch is suitable.
     """
 
     def task(contender: str, batches: tuple[int, ...]) -> Task:
