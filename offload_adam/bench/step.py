@@ -1,7 +1,7 @@
 """`bench step`: all of a step on a CPU: bf16 gradient, clipping, AdamW, bf16 parameter.
 
-torch has no such step. It is built here from torch's functions, with every buffer allocated in
-advance, in each way that can be the fastest.
+torch has no such step. Two variants are built from torch's functions here, with every buffer
+allocated in advance.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 
 from offload_adam.bench.harness import OURS, Contender, compare, prepare_machine
 from offload_adam.bench.peers import (
-    ADAMW,
     MAX_GRAD_NORM,
     OUR_SETTINGS,
     available_peers,
@@ -21,9 +20,8 @@ from offload_adam.bench.peers import (
 )
 from offload_adam.bench.planes import Planes, allocate, fill_with_noise, make_planes
 from offload_adam.optimizer import OffloadAdam
-from offload_adam.torch_private import fused_adamw
 
-CLIPPED, SCALED, BLOCKED = "torch_clip_grad_norm", "torch_grad_scale", "torch_fused_blocked"
+CLIPPED, SCALED = "torch_clip_grad_norm", "torch_grad_scale"
 OURS_BYTES_PER_PARAM = 2 + 2 + 24 + 2
 """The gradient is read twice, for the norm and for the update; the fp32 state is read and written;
 the parameter is written."""
@@ -85,8 +83,6 @@ def measure_step(numel: int, num_threads: int, num_pairs: int) -> dict[str, Any]
             "torch_fused": f"the faster of {CLIPPED} and {SCALED}",
             CLIPPED: "gradient converted to fp32, clip_grad_norm_, fused AdamW, rounded to bf16",
             SCALED: "the same, but the clip factor goes to fused AdamW as grad_scale",
-            BLOCKED: "fused AdamW in a loop over blocks that fit into the cache, with conversions "
-            "before and after; torch has no optimizer that works like this",
         },
     )
 
@@ -100,11 +96,10 @@ def offload_adam(tensors: StepTensors, num_threads: int) -> OffloadAdam:
 
 
 def torch_steps(tensors: StepTensors, suffix: str = "") -> list[Contender]:
-    """Return the ways of torch to take this step, all on the same tensors."""
+    """Return the variants of torch, both on the same tensors."""
     return [
         clipped_step(CLIPPED + suffix, torch_fused(tensors.planes), tensors),
         scaled_step(SCALED + suffix, torch_fused(tensors.planes), tensors),
-        blocked_step(BLOCKED + suffix, tensors),
     ]
 
 
@@ -137,58 +132,6 @@ def scaled_step(name: str, optimizer: torch.optim.Optimizer, tensors: StepTensor
     # Gradient converted; read for the norm; the update, which also writes the scaled gradient;
     # parameter converted.
     return Contender(name, run, (2 + 4) + 4 + (28 + 4) + (4 + 2))
-
-
-def blocked_step(name: str, tensors: StepTensors, block_numel: int = 1 << 20) -> Contender:
-    """Return a step over blocks that stay in the cache between conversion and update.
-
-    It calls the functional form of fused AdamW and converts each gradient twice, once for the norm.
-    This is the least memory traffic that torch allows.
-    """
-    planes = tensors.planes
-    blocks = [
-        tensor.split(block_numel)
-        for tensor in (
-            tensors.gradient,
-            planes.master_weight,
-            planes.exp_avg,
-            planes.exp_avg_sq,
-            tensors.parameter,
-        )
-    ]
-    scratch = planes.gradient[:block_numel]
-    norms = torch.zeros(len(blocks[0]))
-    found_inf, step = torch.zeros(()), torch.zeros(())
-
-    def widened(block: torch.Tensor) -> torch.Tensor:
-        return scratch[: block.numel()].copy_(block)
-
-    def run() -> None:
-        for index, gradient in enumerate(blocks[0]):
-            norms[index] = torch.linalg.vector_norm(widened(gradient))
-        scale = clip_divisor(torch.linalg.vector_norm(norms))
-        step.add_(1)
-        for gradient, master, exp_avg, exp_avg_sq, parameter in zip(*blocks, strict=True):
-            fused_adamw(
-                [master],
-                [widened(gradient)],
-                [exp_avg],
-                [exp_avg_sq],
-                [],
-                [step],
-                lr=ADAMW.lr,
-                beta1=ADAMW.beta1,
-                beta2=ADAMW.beta2,
-                weight_decay=ADAMW.weight_decay,
-                eps=ADAMW.eps,
-                amsgrad=False,
-                maximize=False,
-                grad_scale=scale,
-                found_inf=found_inf,
-            )
-            parameter.copy_(master)
-
-    return Contender(name, run, OURS_BYTES_PER_PARAM)
 
 
 def clip_divisor(total_norm: torch.Tensor) -> torch.Tensor:

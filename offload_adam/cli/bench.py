@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -41,10 +40,7 @@ def bench_kernel(
 
     Exit codes: 0 done, 2 a wrong option, 3 not enough memory, 1 anything else.
     """
-    num_threads = _prepare(threads, json_file)
-    from offload_adam.bench.kernel import measure_kernel
-
-    _show(lambda: measure_kernel(numel, num_threads, pairs), json_file)
+    _compare("kernel", numel, threads, pairs, json_file)
 
 
 @bench_app.command("step")
@@ -58,14 +54,13 @@ def bench_step(
 
     Exit codes: 0 done, 2 a wrong option, 3 not enough memory, 1 anything else.
     """
-    num_threads = _prepare(threads, json_file)
-    from offload_adam.bench.step import measure_step
-
-    _show(lambda: measure_step(numel, num_threads, pairs), json_file)
+    _compare("step", numel, threads, pairs, json_file)
 
 
-def _prepare(threads: int | None, json_file: Path | None) -> int:
-    """Check the options that typer cannot check, and return the number of threads."""
+def _compare(
+    work: str, numel: int, threads: int | None, pairs: int, json_file: Path | None
+) -> None:
+    """Check the options that typer cannot check, measure, print the table and write the file."""
     from offload_adam.kernels.threads import allowed_cores
 
     cores = allowed_cores()
@@ -80,7 +75,26 @@ def _prepare(threads: int | None, json_file: Path | None) -> int:
     # A peer with its own OpenMP runtime reads this variable when it is loaded, and has no other
     # setting.
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
-    return num_threads
+    from offload_adam.bench import kernel, step
+    from offload_adam.bench.report import comparison, write_json
+    from offload_adam.errors import HostMemoryError
+
+    measure = kernel.measure_kernel if work == "kernel" else step.measure_step
+    try:
+        with warnings.catch_warnings():
+            # One line each, without the place in the source.
+            warnings.showwarning = lambda message, *_, **__: typer.echo(
+                f"warning: {message}", err=True
+            )
+            report = measure(numel, num_threads, pairs)
+    except HostMemoryError as error:
+        typer.echo(f"offload-adam: {error}", err=True)
+        raise typer.Exit(EXIT_DOES_NOT_FIT) from None
+    for line in comparison(report):
+        typer.echo(line)
+    if json_file is not None:
+        write_json(report, json_file)
+        typer.echo(f"Wrote {json_file}")
 
 
 def require_writable(path: Path) -> None:
@@ -90,25 +104,3 @@ def require_writable(path: Path) -> None:
         raise typer.BadParameter(f"there is no folder {folder}", param_hint="--json")
     if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
         raise typer.BadParameter(f"{path} cannot be written", param_hint="--json")
-
-
-def _show(measure: Callable[[], dict[str, Any]], json_file: Path | None) -> None:
-    """Measure, print the table and write the file."""
-    from offload_adam.bench.report import comparison, write_json
-    from offload_adam.errors import HostMemoryError
-
-    try:
-        with warnings.catch_warnings():
-            # One line each, without the place in the source.
-            warnings.showwarning = lambda message, *_, **__: typer.echo(
-                f"warning: {message}", err=True
-            )
-            report = measure()
-    except HostMemoryError as error:
-        typer.echo(f"offload-adam: {error}", err=True)
-        raise typer.Exit(EXIT_DOES_NOT_FIT) from None
-    for line in comparison(report):
-        typer.echo(line)
-    if json_file is not None:
-        write_json(report, json_file)
-        typer.echo(f"Wrote {json_file}")

@@ -30,18 +30,21 @@ from offload_adam.bench.harness import (
     summarize,
 )
 from offload_adam.bench.kernel import BYTES_PER_PARAM, offload_update
-from offload_adam.bench.peers import torch_fused
+from offload_adam.bench.peers import ADAMW, torch_fused
 from offload_adam.bench.planes import Planes, fill_with_noise
 from offload_adam.bench.report import comparison_table, heading
 from offload_adam.bench.step import (
     CLIPPED,
     OURS_BYTES_PER_PARAM,
     SCALED,
+    StepTensors,
+    clip_divisor,
     offload_adam,
     step_tensors,
     torch_steps,
 )
 from offload_adam.kernels.probe import STREAM_NBYTES, pass_over
+from offload_adam.torch_private import fused_adamw
 from tests.bench.command import run
 
 logger = logging.getLogger(__name__)
@@ -144,7 +147,9 @@ def measure_limit(
         contenders = [
             Contender(OURS, optimizer.step, OURS_BYTES_PER_PARAM),
             *torch_steps(ordinary),
+            blocked_step("torch_fused_blocked", ordinary),
             *torch_steps(huge, "_huge_pages"),
+            blocked_step("torch_fused_blocked_huge_pages", huge),
         ]
     with torch.no_grad():
         found = compare(contenders, passes, copies, numel, num_pairs)
@@ -203,8 +208,60 @@ def compare(
     }
 
 
+def blocked_step(name: str, tensors: StepTensors, block_numel: int = 1 << 20) -> Contender:
+    """Return a step over blocks that stay in the cache between conversion and update.
+
+    It calls the functional form of fused AdamW and converts each gradient twice, once for the norm.
+    No optimizer of torch works like this, but it has the least memory traffic that torch allows.
+    """
+    planes = tensors.planes
+    blocks = [
+        tensor.split(block_numel)
+        for tensor in (
+            tensors.gradient,
+            planes.master_weight,
+            planes.exp_avg,
+            planes.exp_avg_sq,
+            tensors.parameter,
+        )
+    ]
+    scratch = planes.gradient[:block_numel]
+    norms = torch.zeros(len(blocks[0]))
+    found_inf, step = torch.zeros(()), torch.zeros(())
+
+    def widened(block: torch.Tensor) -> torch.Tensor:
+        return scratch[: block.numel()].copy_(block)
+
+    def run() -> None:
+        for index, gradient in enumerate(blocks[0]):
+            norms[index] = torch.linalg.vector_norm(widened(gradient))
+        scale = clip_divisor(torch.linalg.vector_norm(norms))
+        step.add_(1)
+        for gradient, master, exp_avg, exp_avg_sq, parameter in zip(*blocks, strict=True):
+            fused_adamw(
+                [master],
+                [widened(gradient)],
+                [exp_avg],
+                [exp_avg_sq],
+                [],
+                [step],
+                lr=ADAMW.lr,
+                beta1=ADAMW.beta1,
+                beta2=ADAMW.beta2,
+                weight_decay=ADAMW.weight_decay,
+                eps=ADAMW.eps,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=scale,
+                found_inf=found_inf,
+            )
+            parameter.copy_(master)
+
+    return Contender(name, run, OURS_BYTES_PER_PARAM)
+
+
 def with_torch_fused(results: Sequence[Result]) -> list[Result]:
-    """Insert the faster of torch's two ways after this package, for each kind of memory."""
+    """Insert the faster of torch's variants after this package, for each kind of memory."""
     names = {result.name for result in results}
     bests = [
         best_of(f"torch_fused{suffix}", (CLIPPED + suffix, SCALED + suffix), results)

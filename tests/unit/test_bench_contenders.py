@@ -14,13 +14,13 @@ from offload_adam.bench.peers import ADAMW, MAX_GRAD_NORM, deepspeed_cpu_adam, t
 from offload_adam.bench.planes import Planes, fill_with_noise, make_planes
 from offload_adam.bench.step import (
     StepTensors,
-    blocked_step,
     clip_divisor,
     clipped_step,
     offload_adam,
     scaled_step,
     step_tensors,
 )
+from tests.bench.limit import blocked_step
 from tests.support.kernel_reference import Float64Array, ReferenceState, reference_update
 
 NUMEL, NUM_STEPS = 5000, 5

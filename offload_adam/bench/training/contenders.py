@@ -68,7 +68,6 @@ class ModelAlone(TrainContender):
         super().__init__(model, None)
 
     def update(self) -> None:
-        """Free the gradients."""
         self.model.zero_grad()
 
 
@@ -85,11 +84,9 @@ class Offloading(TrainContender):
         """Do nothing: `OffloadAdam.step` clips."""
 
     def finish(self) -> None:
-        """Wait for the updates."""
         self.optimizer.synchronize()
 
     def close(self) -> None:
-        """Close the optimizer."""
         self.optimizer.close()
 
 
@@ -126,7 +123,6 @@ class _Fsdp2(TrainContender):
         super().__init__(model, torch.optim.AdamW(model.parameters(), **SETTINGS, fused=True))
 
     def close(self) -> None:
-        """Destroy the process group."""
         dist.destroy_process_group()
 
 
@@ -160,15 +156,12 @@ class _DeepSpeed(TrainContender):
         super().__init__(self._engine, optimizer)
 
     def backward(self, tokens: torch.Tensor) -> None:
-        """Run forward and backward through the engine."""
         self._engine.backward(self._engine(tokens))
 
     def update(self) -> None:
-        """Step; the engine clips and frees the gradients."""
-        self._engine.step()
+        self._engine.step()  # which clips and frees the gradients
 
     def close(self) -> None:
-        """Destroy the process group."""
         dist.destroy_process_group()
 
 
