@@ -57,7 +57,7 @@ def taking(name: str, clock: FakeClock, *times_ms: float, bytes_per_param: int =
 
 @pytest.fixture(autouse=True)
 def _quick_and_clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Do not rest between turns, and leave torch's threads as they were."""
+    """Do not rest between turns, and restore torch's threads."""
     monkeypatch.setattr("offload_adam.bench.harness.REST_S", 0.0)
     before = torch.get_num_threads()
     yield
@@ -115,7 +115,9 @@ def test_memory_is_checked_before_it_is_allocated() -> None:
         prepare_machine(1 << 60, 1)
 
 
-def test_a_peer_that_is_not_installed_is_left_out_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_is_not_installed_is_left_out_with_a_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed.ops.adam", None)
     optimizers, left_out = available_peers(make_planes(128, huge_pages=False))
     assert optimizers == {}
@@ -134,7 +136,7 @@ def test_a_busy_machine_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.filterwarnings("ignore:The machine is busy")
 @pytest.mark.parametrize("measure", [kernel.measure_kernel, step.measure_step])
-def test_a_report_holds_what_was_measured_and_on_what(
+def test_a_report_has_results_and_the_machine(
     measure: Callable[[int, int, int], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("offload_adam.bench.peers.PEERS", {})
@@ -167,8 +169,8 @@ def test_tables_are_aligned_and_long_cells_do_not_widen_them() -> None:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
-    """Return what runs `offload-adam bench` and gives its exit code and all that it printed."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so that what the command sets is undone
+    """Return a function that runs `offload-adam bench` and returns its exit code and output."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the command sets it; monkeypatch restores it
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr("offload_adam.bench.peers.PEERS", {})
 
@@ -209,7 +211,7 @@ def test_a_wrong_option_ends_with_2_before_anything_is_measured(
     problem: str,
 ) -> None:
     def measured(*_: object) -> None:
-        raise AssertionError("measured all the same")
+        raise AssertionError("measured in spite of a wrong option")
 
     for module, name in ((kernel, "kernel"), (step, "step")):
         monkeypatch.setattr(module, f"measure_{name}", measured)

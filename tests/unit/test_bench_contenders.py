@@ -1,4 +1,4 @@
-"""Every contender computes the same AdamW: a benchmark of wrong arithmetic is worth nothing."""
+"""Every contender computes the same AdamW: otherwise its time would say nothing."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tests.bench.limit import blocked_step
 from tests.support.kernel_reference import Float64Array, ReferenceState, reference_update
 
 NUMEL, NUM_STEPS = 5000, 5
-# Weights of up to 4 are rounded to fp32 in every step, by 2**-23 at most, and changed by 1e-3 each
-# time: a mistake of one part in 1000 in the update would show.
+# Each step rounds weights of up to 4 to fp32, an error of 2**-23 at most, and changes them by 1e-3:
+# an update that is wrong by one part in 1000 exceeds the tolerance.
 TOLERANCE = NUM_STEPS * 2.0**-23 + 1e-6
 
 MakeOptimizer = Callable[[Planes], torch.optim.Optimizer]
@@ -33,7 +33,7 @@ MakeOptimizer = Callable[[Planes], torch.optim.Optimizer]
 
 @pytest.fixture(autouse=True)
 def _torch_threads() -> Iterator[None]:
-    """Leave torch's threads as they were."""
+    """Restore torch's threads."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -146,7 +146,7 @@ def test_small_gradients_are_not_scaled_up() -> None:
     assert float(clip_divisor(torch.tensor(4 * MAX_GRAD_NORM))) == pytest.approx(4.0)
 
 
-def test_noise_fills_all_of_a_stream() -> None:
+def test_noise_fills_a_whole_tensor() -> None:
     target = torch.zeros((1 << 20) + 5)
     fill_with_noise(target, scale=2.0)
     assert float(target.std()) == pytest.approx(2.0, rel=0.01)

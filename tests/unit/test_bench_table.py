@@ -1,4 +1,4 @@
-"""`bench table` and `bench predict`: from result files to the documentation's table and picture."""
+"""`bench table` and `bench predict`: tables and pictures from result files."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_bars_are_as_long_as_their_times() -> None:
         for rect in root.iter("{http://www.w3.org/2000/svg}rect")
         if rect.get("height") == "18"
     ]
-    # The longest of a batch's steps is as wide as the picture has room for: 850 and 1800.5 ms.
+    # The longest step of each batch, 850 and 1800.5 ms, has the full width.
     exact = [
         *((600 / 850, 0.0), (600 / 850, 250 / 850), (600 / 850, 6 / 850)),
         *((1.0, 0.0), (1800 / 1800.5, 0.0)),
@@ -128,13 +128,13 @@ def test_predictions_follow_from_the_speeds(tmp_path: Path) -> None:
         steps = {name: row["step_ms"] for name, row in point["contenders"].items()}
         order = [MODEL_ALONE, PLAIN, OVERLAPPED, SEQUENTIAL]
         assert sorted(steps, key=lambda name: steps[name]) == order
-    # Where the forward is short, only it hides updates; where it is long, all but one bucket's.
+    # With a short forward, a part of the update is exposed, and less with faster host memory.
     exposed = [points[4, host]["contenders"][OVERLAPPED]["exposed_ms"] for host in (50.0, 100.0)]
     assert exposed[0] > exposed[1]
     assert run("predict", "--batches=x", "--host-bandwidths=1", "--bus-bandwidth=1").exit_code == 2
 
 
-def test_the_predictions_beside_the_gpu_tests_are_those_of_this_version() -> None:
+def test_the_predictions_for_the_gpu_tests_are_up_to_date() -> None:
     kept = json.loads(PREDICTIONS.read_text(encoding="utf-8"))
     sizes = copy.copy(kept["model"])
     numel = sizes.pop("num_parameters")

@@ -54,7 +54,7 @@ from offload_adam.cli.app import app
 TINY = Sizes(num_layers=1, width=8, num_heads=2, vocabulary=16, sequence_length=4)
 
 
-def test_batches_lie_on_the_line_through_what_was_measured() -> None:
+def test_batches_are_interpolated_from_the_measured_times() -> None:
     forward_ms = {4: 10.0, 16: 34.0}  # 2 + 2 a sequence
     assert choose_batches(forward_ms, 20.0) == {0.25: 2, 0.5: 4, 1.0: 9, 2.0: 19, 4.0: 39}
     assert choose_batches(forward_ms, 20.0, largest=19) == {0.25: 2, 0.5: 4, 1.0: 9, 2.0: 19}
@@ -65,7 +65,7 @@ def test_batches_lie_on_the_line_through_what_was_measured() -> None:
         choose_batches({4: 1.0}, 1.0)
 
 
-def test_a_forward_that_does_not_grow_asks_for_more() -> None:
+def test_equal_forward_times_lead_to_a_larger_batch() -> None:
     assert choose_batches({4: 10.0, 16: 10.0}, 20.0, [1.0]) == {1.0: 32}
 
 
@@ -129,7 +129,7 @@ def test_a_condition_fails_just_past_its_bound(point: Point, failing: list[str])
     assert [name for name, one in judged(point).items() if one.holds is False] == failing
 
 
-def test_what_was_not_measured_is_not_told() -> None:
+def test_a_condition_without_results_is_not_known() -> None:
     alone = replace(POINT, results={OVERLAPPED: POINT.results[OVERLAPPED]})
     found = judged(alone)
     assert [found[name].holds for name in NAMES] == [True, *[None] * 6]
@@ -138,7 +138,7 @@ def test_what_was_not_measured_is_not_told() -> None:
     assert {one.holds for one in nobody.values()} == {None}
 
 
-def test_a_condition_is_reached_where_it_holds_everywhere_it_can_be_told() -> None:
+def test_a_condition_is_reached_if_it_holds_at_every_point_where_it_is_known() -> None:
     good, bad = evaluate(POINT), evaluate(with_ours(exposed_ms=12.0))
     assert reached({"1": good, "2": good})[NAMES[0]] is True
     assert reached({"1": bad, "2": good})[NAMES[0]] is False
@@ -146,8 +146,8 @@ def test_a_condition_is_reached_where_it_holds_everywhere_it_can_be_told() -> No
     assert reached({"1": good})[NAMES[4]] is None
 
 
-class MadeUp:
-    """A machine on which all times follow from the batch: F = 2 ms a sequence, U = 40 ms."""
+class SimulatedMachine:
+    """Computes all times from the batch: F = 2 ms for each sequence, U = 40 ms."""
 
     UPDATE_MS = 40.0
 
@@ -184,12 +184,12 @@ class MadeUp:
         )
 
 
-def report_of(machine: MadeUp, **options: Any) -> dict[str, Any]:
+def report_of(machine: SimulatedMachine, **options: Any) -> dict[str, Any]:
     return measure_train(TINY, "cpu", run=machine, **options)
 
 
-def test_the_report_has_every_number_of_a_made_up_machine() -> None:
-    machine = MadeUp()
+def test_the_report_has_every_number_of_a_simulated_machine() -> None:
+    machine = SimulatedMachine()
     report = report_of(machine)
     assert json.loads(json.dumps(report)) == report
     assert [point["num_sequences"] for point in report["points"]] == [5, 10, 20, 40, 80]
@@ -240,15 +240,15 @@ def test_the_report_has_every_number_of_a_made_up_machine() -> None:
 
 
 def test_ratios_that_do_not_fit_are_not_tried() -> None:
-    report = report_of(MadeUp(fits=40))
+    report = report_of(SimulatedMachine(fits=40))
     assert [point["target_ratio"] for point in report["points"]] == [0.25, 0.5, 1.0, 2.0]
     assert report["not_tried"] == [4.0]
-    assert report_of(MadeUp(), largest_batch=12)["not_tried"] == [1.0, 2.0, 4.0]
+    assert report_of(SimulatedMachine(), largest_batch=12)["not_tried"] == [1.0, 2.0, 4.0]
 
 
 @pytest.mark.parametrize("broken", [FSDP2, OVERLAPPED])
 def test_a_contender_that_breaks_has_the_reason_in_its_row(broken: str) -> None:
-    report = report_of(MadeUp(broken=broken))
+    report = report_of(SimulatedMachine(broken=broken))
     for point in report["points"]:
         assert point["contenders"][broken] == {"reason": "it broke", "failed": True}
         assert point["contenders"][PLAIN]["step_ms"] > 0
@@ -257,7 +257,7 @@ def test_a_contender_that_breaks_has_the_reason_in_its_row(broken: str) -> None:
 
 def test_given_batches_are_measured_and_the_report_is_kept_after_each_contender() -> None:
     kept: list[dict[str, Any]] = []
-    machine = MadeUp()
+    machine = SimulatedMachine()
     names = [OVERLAPPED, TORCHAO, SEQUENTIAL]
     report = report_of(machine, batches=[30, 10, 30], contenders=names, keep=kept.append)
     assert [task.contender for task in machine.tasks] == [MODEL_ALONE, *names]
@@ -276,7 +276,7 @@ def test_given_batches_are_measured_and_the_report_is_kept_after_each_contender(
 def test_no_contender_gets_all_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = [1000.0]
     monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
-    machine = MadeUp()
+    machine = SimulatedMachine()
 
     def hang(task: Task) -> Measured:
         machine.tasks.append(task)
@@ -296,7 +296,7 @@ def test_no_contender_gets_all_of_the_time(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_batch_that_is_too_large_is_no_failure() -> None:
-    class SmallGpu(MadeUp):
+    class SmallGpu(SimulatedMachine):
         def __call__(self, task: Task) -> Measured:
             found = super().__call__(task)
             reasons = {b: OUT_OF_MEMORY for b in task.batches if b > self.fits}
@@ -311,10 +311,10 @@ def test_a_batch_that_is_too_large_is_no_failure() -> None:
 @pytest.mark.parametrize("contender", [MODEL_ALONE, SEQUENTIAL, OVERLAPPED, PLAIN])
 def test_a_real_task_on_a_cpu(contender: str) -> None:
     task = Task(contender=contender, sizes=TINY, device="cpu", batches=(2, 1), num_steps=2)
-    told: list[Measured] = []
-    found = measure(task, told.append)
-    assert [len(one.steps) for one in told] == [1, 2]
-    assert told[-1] == found
+    reported: list[Measured] = []
+    found = measure(task, reported.append)
+    assert [len(one.steps) for one in reported] == [1, 2]
+    assert reported[-1] == found
     block = 8 * (3 * 8 + 8 + 2 * 4 * 8) + 2 * 2 * 8
     assert found.num_parameters == 2 * 16 * 8 + block + 2 * 8
     assert set(found.steps) == {1, 2}
@@ -329,7 +329,7 @@ def test_a_real_task_on_a_cpu(contender: str) -> None:
 
 
 @pytest.mark.parametrize("contender", [TORCHAO, FSDP2, DEEPSPEED])
-def test_peers_of_the_gpu_say_so_on_a_cpu(contender: str) -> None:
+def test_peers_for_a_gpu_are_unavailable_on_a_cpu(contender: str) -> None:
     task = Task(contender=contender, sizes=TINY, device="cpu", batches=(1,), num_steps=1)
     assert measure(task) == Measured(unavailable="works on a GPU only")
 
@@ -358,7 +358,7 @@ def fail_at(task: Task, tell: Any) -> Measured:
 def test_the_batches_before_a_failure_count(
     how: str, limit_s: float, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A forked process has the stand-in, and needs no second to start.
+    # A forked process inherits the patched function, and starts faster.
     monkeypatch.setattr(process_module, "measure", fail_at)
     monkeypatch.setattr(process_module, "START_METHOD", "fork")
     task = Task(
@@ -374,7 +374,7 @@ def test_the_batches_before_a_failure_count(
     assert found.reasons == {2: reason}
 
 
-def test_the_peak_of_host_memory_outlasts_its_end() -> None:
+def test_the_peak_of_host_memory_remains_after_the_memory_is_freed() -> None:
     nbytes = 64 * 2**20
     with HostPeak(torch.device("cpu")) as host:
         held = bytearray(b"1" * nbytes)
@@ -384,7 +384,7 @@ def test_the_peak_of_host_memory_outlasts_its_end() -> None:
 
 
 def test_a_contender_clips_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FSDP2 works on a CPU as well, if nothing asks it to pin memory."""
+    """FSDP2 works on a CPU too, if it does not pin memory."""
     monkeypatch.setattr(contenders_module, "_require_gpu", lambda model: None)
     monkeypatch.setattr(
         contenders_module,
@@ -416,7 +416,7 @@ def test_a_peer_that_is_not_installed_starts_no_process(monkeypatch: pytest.Monk
     assert in_own_process(task) == Measured(unavailable="no_such_package is not installed")
 
 
-def test_an_error_in_a_process_of_its_own_is_told() -> None:
+def test_an_error_in_the_contenders_process_is_raised() -> None:
     task = Task(contender="nobody", sizes=TINY, device="cpu", batches=(1,), num_steps=1)
     with pytest.raises(TrainBenchmarkError, match="KeyError: 'nobody'"):
         in_own_process(task)
@@ -433,7 +433,7 @@ def test_it_needs_neither_pydantic_nor_typer_nor_rich() -> None:
 
 
 def test_the_command_prints_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = report_of(MadeUp(), batches=[3, 5])
+    report = report_of(SimulatedMachine(), batches=[3, 5])
     asked: list[Any] = []
 
     def measured(sizes: Sizes, device: str, **options: Any) -> dict[str, Any]:
@@ -481,7 +481,7 @@ def test_a_wrong_option_is_named(
 
 
 def test_a_failure_is_an_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
-    report = report_of(MadeUp(broken=PLAIN), batches=[3])
+    report = report_of(SimulatedMachine(broken=PLAIN), batches=[3])
     for module in (run_module, training_main):
         monkeypatch.setattr(module, "measure_train", lambda *_, **__: report)
     result = CliRunner().invoke(app, ["bench", "train"])

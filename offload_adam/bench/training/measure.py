@@ -54,7 +54,7 @@ class Task:
 class Steps:
     """Training steps of one contender at one batch.
 
-    steps_ms: each timed step, measured on the device. Steps follow each other without a wait.
+    steps_ms: each timed step, including its work on the device, from the end of the step before.
     forward_ms: median of the forward, for the model alone.
     update_ms: median time from the end of backward until the whole update has finished; None for
         the model alone.
