@@ -18,7 +18,7 @@ NumHeads = Annotated[int, typer.Option(min=1, help="Attention heads; must divide
 Vocabulary = Annotated[int, typer.Option(min=1, help="Rows of the embedding and of the head.")]
 SequenceLength = Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")]
 Dtype = Annotated[
-    str, typer.Option("--dtype", help="Of the parameters: bfloat16, float16 or float32.")
+    str, typer.Option("--dtype", help="Dtype of the parameters: bfloat16, float16 or float32.")
 ]
 
 
@@ -31,16 +31,17 @@ def bench_train(
     dtype: Dtype = "bfloat16",
     num_steps: Annotated[int, typer.Option(min=1, help="Steps to time.")] = 5,
     batches: Annotated[
-        str, typer.Option(help="Numbers of sequences, such as 48,144; default: see above.")
+        str, typer.Option(help="Numbers of sequences, such as 48,144; default: chosen as above.")
     ] = "",
     largest_batch: Annotated[
         int | None, typer.Option(min=1, help="Most sequences to choose; default: no limit.")
     ] = None,
     contenders: Annotated[
-        str | None, typer.Option(help="Names separated by commas; default: all.")
+        str | None, typer.Option(help="Names from the list above, with commas; default: all.")
     ] = None,
     time_limit: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="For everything; default: no limit.")
+        float | None,
+        typer.Option(metavar="SECONDS", help="Limit for all contenders together; default: none."),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -48,6 +49,9 @@ def bench_train(
 
     Runs on the GPU if there is one. Without --batches, chooses batches whose forward takes 0.25 to
     4 times as long as the optimizer's update. Writes the file after each contender.
+
+    Contenders: offload_adam, torch_fused, offload_adam_sequential, fsdp2_cpu_offload,
+    torchao_cpu_offload, deepspeed_zero_offload.
 
     Exit codes: 0 done, 2 a wrong option, 1 a contender failed or had no time.
     """
@@ -111,13 +115,13 @@ def _sizes(
 def bench_predict(
     batches: Annotated[str, typer.Option(help="Numbers of sequences, such as 48,144.")],
     host_bandwidths: Annotated[
-        str, typer.Option(metavar="GB/S", help="Of host memory; several, such as 60,100,150.")
+        str, typer.Option(metavar="GB/S", help="Bandwidths of host memory, such as 60,100,150.")
     ],
     bus_bandwidth: Annotated[
-        float, typer.Option(metavar="GB/S", min=1e-3, help="Of copies in one direction.")
+        float, typer.Option(metavar="GB/S", min=1e-3, help="Bandwidth of copies in one direction.")
     ],
     device_bandwidth: Annotated[
-        float, typer.Option(metavar="GB/S", min=1e-3, help="Of GPU memory.")
+        float, typer.Option(metavar="GB/S", min=1e-3, help="Bandwidth of GPU memory.")
     ],
     tera_flops: Annotated[
         float,

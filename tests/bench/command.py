@@ -22,14 +22,15 @@ def run(
     `num_threads` is the number of allowed cores.
     """
     parser = argparse.ArgumentParser(
-        description=(inspect.getdoc(measure) or "").partition("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=(inspect.getdoc(measure) or "").partition("\n\n")[0]
     )
     for name, parameter in inspect.signature(measure).parameters.items():
         default = allowed_cores() if name == "num_threads" else parameter.default
         if isinstance(default, int | str):
             option = f"--{name.replace('_', '-')}"
-            parser.add_argument(option, type=type(default), default=default, help=" ")
+            parser.add_argument(
+                option, type=type(default), default=default, help="default: %(default)s"
+            )
     parser.add_argument("--json", type=Path, help="write the report here")
     options = vars(parser.parse_args())
     file: Path | None = options.pop("json")

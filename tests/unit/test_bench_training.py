@@ -492,6 +492,8 @@ def test_a_failure_is_an_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
         training_main.main()
 
 
-def test_every_contender_has_a_label() -> None:
+def test_every_contender_has_a_label_and_is_in_the_help() -> None:
     assert set(CONTENDERS) == {OVERLAPPED, SEQUENTIAL, PLAIN, TORCHAO, FSDP2, DEEPSPEED}
     assert set(LABELS) == {MODEL_ALONE, *CONTENDERS}
+    result = CliRunner().invoke(app, ["bench", "train", "--help"], env={"COLUMNS": "200"})
+    assert all(name in result.output for name in CONTENDERS)

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--batches", default="", help="numbers of sequences, such as 48,144")
     parser.add_argument("--largest-batch", type=int, help="most sequences to choose")
     parser.add_argument("--contenders", default=",".join(CONTENDERS), help="default: all")
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="for everything")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="for all contenders")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     try:
