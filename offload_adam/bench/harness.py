@@ -1,7 +1,7 @@
 """Time contenders in turns in one process, and compare each with this package.
 
-`bench kernel`, `bench step` and the measurements in tests/bench make a list of contenders and call
-`interleave`. `bench train` runs each contender in its own process and uses its own timing.
+`bench kernel` and `bench step` make a list of contenders for `compare`; the measurements in
+tests/bench call `interleave`. `bench train` runs each contender in its own process instead.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Clock = Callable[[], float]
 
 OURS = "offload_adam"
 WARMUP_ROUNDS = 2
-# Idle threads of torch's and Numba's pools spin for some milliseconds. Without a pause they would
-# take the cores of the next contender.
+# After its work, a thread of torch's or Numba's pool spins for a while. Without this pause it would
+# take a core of the next contender.
 REST_S = 0.01
 DEFINITIONS = {
     "ms_median": "milliseconds of one run, median over the rounds",
