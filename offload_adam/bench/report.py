@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_WIDEST = 44
-"""Longer cells, such as error messages, do not widen their column."""
+_WIDEST = 16
+"""Longer cells after the first column, such as error messages, do not widen their column."""
 
 
 def write_json(report: Mapping[str, Any], path: Path) -> None:
@@ -24,8 +24,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         [cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)
     ]
     widths = [
-        max(len(cell) for cell in column if len(cell) <= _WIDEST)
-        for column in zip(*cells, strict=True)
+        max(len(cell) for cell in column if number == 0 or len(cell) <= _WIDEST)
+        for number, column in enumerate(zip(*cells, strict=True))
     ]
     lines = []
     for first, *others in cells:

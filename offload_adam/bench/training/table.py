@@ -67,9 +67,10 @@ def markdown(reports: Sequence[Report], predictions: Sequence[Report] = ()) -> s
 
 def title(report: Report, point: Report) -> str:
     """Return device, model and batch in one line."""
-    model = report["model"]
+    model, numel = report["model"], report["model"]["num_parameters"]
+    size = f"{numel / 1e9:.3g} B" if numel >= 1e7 else f"{numel:,}"
     return (
-        f"{report['device']}: {model['num_parameters'] / 1e9:.3g} B parameters in "
+        f"{report['device']}: {size} parameters in "
         f"{model['dtype']}, {point['num_sequences']} x {model['sequence_length']} tokens"
     )
 
