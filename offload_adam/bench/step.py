@@ -88,7 +88,7 @@ def measure_step(numel: int, num_threads: int, num_pairs: int) -> dict[str, Any]
 
 
 def offload_adam(tensors: StepTensors, num_threads: int) -> OffloadAdam:
-    """Return this package's optimizer with a parameter of its own and the shared gradient."""
+    """Return this package's optimizer over a copy of the parameter, with the shared gradient."""
     parameter = torch.nn.Parameter(tensors.parameter.clone())
     optimizer = OffloadAdam([parameter], **OUR_SETTINGS, num_threads=num_threads)
     parameter.grad = tensors.gradient

@@ -1,8 +1,8 @@
 """`python -m tests.bench.limit`: the update and the step against the machine's memory bandwidth.
 
 The limit is a pass that reads and writes the same bytes as an fp32 update, without arithmetic.
-torch runs in ordinary memory and in huge pages as this package does, which shows the part of the
-difference that comes from the memory.
+torch runs in ordinary memory and, as this package does, in huge pages: the difference between both
+comes from the memory alone.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ NUM_ATTEMPTS = 3
 LEAST_SHARE_OF_COPY = 0.9
 COPY_BYTES_PER_PARAM = 8
 DENORMAL = 5.6e-45
-"""Four times the smallest positive float32, where a moment of zero gradients stops decaying."""
+"""Four times the smallest positive float32: exp_avg and exp_avg_sq stop decaying there."""
 
 
 class DisturbedError(RuntimeError):
@@ -61,7 +61,7 @@ class DisturbedError(RuntimeError):
 
 
 def numba_pass(name: str, planes: Planes, num_threads: int) -> Contender:
-    """Return a pass over all streams at once."""
+    """Return one pass over all four tensors at once."""
     streams = (planes.gradient, planes.master_weight, planes.exp_avg, planes.exp_avg_sq)
     gradient, first, second, third = (stream.numpy() for stream in streams)
     return Contender(
@@ -70,7 +70,7 @@ def numba_pass(name: str, planes: Planes, num_threads: int) -> Contender:
 
 
 def torch_pass(name: str, planes: Planes) -> Contender:
-    """Return passes over one stream after the other; 1 and 0 change no value."""
+    """Return passes over one tensor after the other. The factors 1 and 0 change no value."""
 
     def multiply_and_add() -> None:
         planes.master_weight.mul_(1.0)
@@ -81,7 +81,7 @@ def torch_pass(name: str, planes: Planes) -> Contender:
 
 
 def plain_copy(name: str, planes: Planes) -> Contender:
-    """Return a copy of one stream."""
+    """Return a copy of one tensor."""
     target = planes.gradient.clone()
     return Contender(name, lambda: target.copy_(planes.gradient), COPY_BYTES_PER_PARAM)
 
@@ -95,8 +95,8 @@ def choose_limit(
     """Return the name of the fastest pass, and all bandwidths in 1e9 bytes a second.
 
     Raises:
-        DisturbedError: the pass has less than 0.9 of the fastest copy's bandwidth, so the pass was
-            disturbed and does not show what the machine can do.
+        DisturbedError: this pass has less than 0.9 of the fastest copy's bandwidth, so other
+            processes disturbed it.
     """
     measured = {
         one.name: gb_per_s(one.bytes_per_param, numel, median(timings[one.name]))

@@ -88,8 +88,10 @@ def measure_profile(
 ) -> dict[str, Any]:
     """Measure the processor time of steps on one thread, which other processes disturb little.
 
-    sampler_share is the processor time of the sampling thread for each second: at most this part of
-    a step is lost to it. overhead is ratio - 1 + sampler_share; 0.02 is 2%.
+    Returns:
+        sampler_share: processor time of the sampling thread for each second, which is at most the
+            part of a step that sampling costs.
+        overhead: ratio - 1 + sampler_share; 0.02 is 2%.
 
     Raises:
         HostMemoryError: the node does not have enough memory available.

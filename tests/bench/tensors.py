@@ -81,7 +81,7 @@ def measure_tensors(
     *,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Any]:
-    """Measure what the optimizer adds to a plain backward, for both ways of use.
+    """Measure the time that the optimizer adds to a plain backward, drop-in and streaming.
 
     Raises:
         DisturbedError: the machine was disturbed at every attempt.
@@ -118,10 +118,10 @@ def measure_tensors(
 
 
 def overhead(timings: Mapping[str, Sequence[float]], use: str) -> dict[str, Any]:
-    """Return what `use` adds to plain backward with many tensors and with one.
+    """Return the time that `use` adds to plain backward, with many tensors and with one.
 
     Raises:
-        DisturbedError: in some round, it adds nothing.
+        DisturbedError: in some round, the added time is not positive.
     """
     added = {}
     for label in ("many", "one"):

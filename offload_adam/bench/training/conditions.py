@@ -21,7 +21,7 @@ class Result:
 
     step_ms: median of its steps.
     exposed_ms: step_ms without forward and backward of the model alone.
-    update_ms: the update without a model beside it.
+    update_ms: the update alone, after backward has finished.
     """
 
     step_ms: float

@@ -204,7 +204,7 @@ def parse_contenders(text: str) -> tuple[str, ...]:
     """Return names of CONTENDERS that are separated by commas.
 
     Raises:
-        ValueError: a name is unknown, or there is none.
+        ValueError: a name is unknown, or the text has no name.
     """
     names = [word.strip() for word in text.split(",") if word.strip()]
     unknown = [name for name in names if name not in CONTENDERS]

@@ -26,7 +26,7 @@ from offload_adam.layout.budget import Category
 NUM_WARMUPS = 2
 """Steps before the timed ones: the first compiles and allocates, the second fills caches."""
 NUM_UPDATES = 3
-"""Updates that are timed without a model beside them."""
+"""Updates that are timed alone, after backward has finished."""
 PRECEDING = ("reduce", "norm", "agree")
 """Phases of a step that come before its updates."""
 OUT_OF_MEMORY = "the GPU has too little memory"
@@ -98,8 +98,8 @@ class Measured:
 class HostPeak:
     """The maximum of host memory taken since this object was made, sampled by a thread.
 
-    On a GPU: by how much the node's available memory fell, since the resident memory of a process
-    does not always include memory that CUDA pins. On a CPU: by how much the resident memory grew.
+    On a GPU, this is the decrease of the node's available memory: the resident memory of a process
+    does not always include memory that CUDA pins. On a CPU, it is the growth of resident memory.
     """
 
     def __init__(self, device: torch.device) -> None:
