@@ -1,1 +1,4 @@
-"""Measures this machine's limit, this package and its peers in one run, interleaved."""
+"""Compares this package with other Adam implementations, on this machine and in one run.
+
+Start at `harness.py` for `bench kernel` and `bench step`, at `training/` for `bench train`.
+"""

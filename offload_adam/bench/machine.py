@@ -1,4 +1,4 @@
-"""Say what was measured on: a number without its machine says nothing."""
+"""Describe the machine, for the reports: a time means nothing without it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _BUSY_LOAD_PER_CORE = 0.25
 
 
 def describe_machine(num_threads: int) -> dict[str, Any]:
-    """Return the machine as a JSON object, and warn where others are using it."""
+    """Return the machine as a JSON object, and warn if other processes are using it."""
     cores = threads.allowed_cores()
     load = os.getloadavg()
     busy = load[0] > _BUSY_LOAD_PER_CORE * cores
     if busy:
         warnings.warn(
-            f"the machine is busy (load average {load[0]:.2f} on {cores} cores): times will be "
-            "long and ratios uncertain",
+            f"The machine is busy (load average {load[0]:.2f} on {cores} cores). Times will be too "
+            "long and ratios uncertain.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -53,9 +53,9 @@ def describe_machine(num_threads: int) -> dict[str, Any]:
 
 
 def _commit(folder: Path) -> str | None:
-    """Return the commit of a checkout. Without `.git`: what BENCH_COMMIT is set to, or None.
+    """Return the commit of a checkout, with a `+` if tracked files differ from the commit.
 
-    A `+` behind it says that tracked files differ from the commit.
+    Without `.git`, return the environment variable BENCH_COMMIT.
     """
     if not (folder / ".git").exists():
         return os.environ.get("BENCH_COMMIT")
@@ -77,7 +77,7 @@ def _cpu_model() -> str:
 
 
 def _transparent_hugepage() -> str | None:
-    """Return the kernel's setting, None where it has none; /sys shows the chosen word in []."""
+    """Return the kernel's setting, None without one. /sys shows it as `always [madvise] never`."""
     try:
         path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
         text = path.read_text(encoding="ascii")

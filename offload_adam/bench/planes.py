@@ -1,98 +1,68 @@
-"""The streams of an fp32 update, in huge pages as this package allocates or as `torch.empty` does.
-
-Peers run on both: in memory as torch allocates it, which is what their users have, and in the same
-pages as this package. Those that share a kind of memory share its planes.
-"""
+"""The tensors that an update works on: gradient, master weight and moments."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import psutil
 import torch
 
-from offload_adam.errors import HostMemoryError
 from offload_adam.memory.arena import HostArena, padded_nbytes
-from offload_adam.units import format_nbytes
-
-HUGE_PAGES = "huge pages"
-ORDINARY = "torch.empty"
-MEMORY_DEFINITIONS = {
-    HUGE_PAGES: "an anonymous private mapping with MADV_HUGEPAGE, as this package's own state",
-    ORDINARY: "what torch.empty gives",
-    "..._huge_pages": "the peer of that name on memory of the same kind as this package's",
-}
-
-
-def named(name: str, memory: str) -> str:
-    """Return a peer's name with its memory, where that is not what torch allocates by itself."""
-    return name if memory == ORDINARY else f"{name}_huge_pages"
-
-
-def allocate(numel: int, dtype: torch.dtype, num_streams: int, memory: str) -> list[torch.Tensor]:
-    """Return uninitialised streams in one kind of memory.
-
-    Raises:
-        HostMemoryError: the node does not have that much memory available.
-    """
-    if memory == ORDINARY:
-        return [torch.empty(numel, dtype=dtype) for _ in range(num_streams)]
-    arena = HostArena(num_streams * padded_nbytes(numel, dtype))
-    return [arena.take(numel, dtype) for _ in range(num_streams)]
-
 
 _PATTERN_NUMEL = 1 << 20
 
 
 @dataclass(frozen=True)
 class Planes:
-    """Four fp32 streams of one length.
-
-    memory: HUGE_PAGES or ORDINARY.
-    """
+    """Four fp32 tensors of shape (numel,)."""
 
     gradient: torch.Tensor
     master_weight: torch.Tensor
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
-    memory: str
 
     @property
     def numel(self) -> int:
-        """Return the elements of each stream."""
+        """Elements of each tensor."""
         return self.gradient.numel()
 
 
-def make_planes(numel: int, memory: str) -> Planes:
-    """Return zero moments and random weights and gradients, every page present.
+def allocate(
+    numel: int, dtype: torch.dtype, num_tensors: int, huge_pages: bool
+) -> list[torch.Tensor]:
+    """Return uninitialized tensors of shape (numel,).
+
+    Args:
+        huge_pages: allocate as this package allocates its state, in a private mapping with
+            MADV_HUGEPAGE; otherwise with `torch.empty`.
 
     Raises:
-        HostMemoryError: the node does not have that much memory available.
+        HostMemoryError: the node does not have enough memory available.
     """
-    gradient, master_weight, exp_avg, exp_avg_sq = allocate(numel, torch.float32, 4, memory)
-    fill_with_noise(gradient)
-    fill_with_noise(master_weight, scale=1.0)
-    exp_avg.zero_()
-    exp_avg_sq.zero_()
-    return Planes(gradient, master_weight, exp_avg, exp_avg_sq, memory)
+    if not huge_pages:
+        return [torch.empty(numel, dtype=dtype) for _ in range(num_tensors)]
+    arena = HostArena(num_tensors * padded_nbytes(numel, dtype))
+    return [arena.take(numel, dtype) for _ in range(num_tensors)]
 
 
-def require_memory(nbytes: int) -> None:
-    """Reject what the node cannot hold: `torch.empty` would be granted it, and end the process.
+def make_planes(numel: int, huge_pages: bool) -> Planes:
+    """Return random weights and gradients and zero moments. Every page is written once.
 
     Raises:
-        HostMemoryError: that many bytes are not available.
+        HostMemoryError: the node does not have enough memory available.
     """
-    available_nbytes = psutil.virtual_memory().available
-    if nbytes > available_nbytes:
-        raise HostMemoryError(
-            f"this benchmark needs about {format_nbytes(nbytes)} of memory and "
-            f"{format_nbytes(available_nbytes)} is available: measure fewer parameters"
-        )
+    planes = Planes(*allocate(numel, torch.float32, 4, huge_pages))
+    fill_with_noise(planes.gradient)
+    fill_with_noise(planes.master_weight, scale=1.0)
+    planes.exp_avg.zero_()
+    planes.exp_avg_sq.zero_()
+    return planes
 
 
 def fill_with_noise(target: torch.Tensor, scale: float = 0.01) -> None:
-    """Fill with one repeated pattern of normal noise: the numbers do not matter, the time does."""
+    """Fill with normal noise of this standard deviation.
+
+    One block of noise is repeated: the values do not change the time, and drawing them is slow.
+    """
     generator = torch.Generator().manual_seed(0)
     pattern = torch.randn(min(_PATTERN_NUMEL, target.numel()), generator=generator) * scale
     for part in target.split(_PATTERN_NUMEL):

@@ -1,119 +1,139 @@
-"""`bench step`: all of a CPU-side step, bf16 gradient to bf16 parameter."""
+"""`bench step`: all of a step on a CPU: bf16 gradient, clipping, AdamW, bf16 parameter.
+
+torch has no such step. Two variants are built from torch's functions here, with every buffer
+allocated in advance.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from statistics import median
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from offload_adam.bench.comparison import compare, use_threads, yardsticks
-from offload_adam.bench.contender import Contender
-from offload_adam.bench.interleave import Clock
-from offload_adam.bench.limit import Limit
-from offload_adam.bench.machine import describe_machine
-from offload_adam.bench.peers import available_peers, torch_fused
-from offload_adam.bench.planes import HUGE_PAGES, ORDINARY, named, require_memory
-from offload_adam.bench.results import DEFINITIONS, Result
-from offload_adam.bench.step_contenders import (
-    BLOCKED,
-    CLIPPED,
-    SCALED,
-    BlockedStep,
-    ClippedStep,
-    OffloadStep,
-    ScaledStep,
-    StepStreams,
-    step_streams,
+from offload_adam.bench.harness import OURS, Contender, compare, prepare_machine
+from offload_adam.bench.peers import (
+    MAX_GRAD_NORM,
+    OUR_SETTINGS,
+    available_peers,
+    torch_fused,
 )
+from offload_adam.bench.planes import Planes, allocate, fill_with_noise, make_planes
+from offload_adam.optimizer import OffloadAdam
 
-# Two sets of planes with the copies' targets and bf16 streams; this package's state and its
-# parameter, which stands twice while it moves into its bucket.
-_HOST_BYTES_PER_PARAM = 2 * (16 + 4 + 4) + 12 + 4
+CLIPPED, SCALED = "torch_clip_grad_norm", "torch_grad_scale"
+OURS_BYTES_PER_PARAM = 2 + 2 + 24 + 2
+"""The gradient is read twice, for the norm and for the update; the fp32 state is read and written;
+the parameter is written."""
+_NORM_EPS = 1e-6  # clip_grad_norm_ adds it to the norm before it divides by the norm
 
 
 @dataclass(frozen=True)
-class Bound:
-    """What this machine's bandwidth leaves for a step of so many bytes to reach."""
+class StepTensors:
+    """The tensors of a step.
 
-    ms: float
-    ratio_to_torch_fused: float
+    gradient: bf16, shared by all contenders, which only read it.
+    parameter: bf16, written by the peers.
+    planes: the peers' fp32 state, and a buffer for the fp32 gradient.
+    """
+
+    gradient: torch.Tensor
+    parameter: torch.Tensor
+    planes: Planes
 
 
-def measure_step(
-    numel: int, num_threads: int, num_pairs: int, *, clock: Clock = time.perf_counter
-) -> dict[str, Any]:
+def step_tensors(numel: int, huge_pages: bool) -> StepTensors:
+    """Return tensors in which master weight and parameter have the same values.
+
+    Raises:
+        HostMemoryError: the node does not have enough memory available.
+    """
+    planes = make_planes(numel, huge_pages)
+    gradient, parameter = allocate(numel, torch.bfloat16, 2, huge_pages)
+    fill_with_noise(gradient)
+    parameter.copy_(planes.master_weight)
+    planes.master_weight.copy_(parameter)
+    return StepTensors(gradient, parameter, planes)
+
+
+def measure_step(numel: int, num_threads: int, num_pairs: int) -> dict[str, Any]:
     """Return the report of `bench step`, a JSON object.
 
     Raises:
-        LimitRefusedError: the machine was disturbed at every attempt.
         HostMemoryError: the node does not have enough memory available.
     """
-    require_memory(_HOST_BYTES_PER_PARAM * numel)
-    use_threads(num_threads)
-    machine = describe_machine(num_threads)
-    ordinary, huge = (step_streams(numel, memory) for memory in (ORDINARY, HUGE_PAGES))
-    peers, left_out = peer_steps([ordinary, huge])
-    with torch.no_grad():
-        comparison = compare(
-            [OffloadStep(ordinary, num_threads), *peers],
-            yardsticks([huge.wide, ordinary.wide], num_threads),
-            numel,
-            num_pairs,
-            clock=clock,
-        )
-    results = with_torch_fused(comparison.results)
-    return {
-        "benchmark": "step",
-        "numel": numel,
-        "num_pairs": num_pairs,
-        "machine": machine,
-        **asdict(replace(comparison, results=results)),
-        "bound": asdict(bandwidth_bound(comparison.limit, results[0], results[1])),
-        "left_out": left_out,
-        "definitions": {
-            **DEFINITIONS,
-            "bound": "this step's bytes at the limit's bandwidth, and their share of torch_fused's "
-            "time, median over the rounds: what a step could reach that had nothing to compute",
+    # The peers' tensors; our state, and our parameter twice while it moves into its bucket.
+    machine = prepare_machine((16 + 4 + 12 + 4) * numel, num_threads)
+    tensors = step_tensors(numel, huge_pages=False)
+    peers, left_out = available_peers(tensors.planes)
+    contenders = [
+        Contender(OURS, offload_adam(tensors, num_threads).step, OURS_BYTES_PER_PARAM),
+        *torch_steps(tensors),
+        *(clipped_step(name, optimizer, tensors) for name, optimizer in peers.items()),
+    ]
+    return compare(
+        "step",
+        contenders,
+        numel=numel,
+        num_pairs=num_pairs,
+        machine=machine,
+        left_out=left_out,
+        best={"torch_fused": (CLIPPED, SCALED)},
+        definitions={
             "torch_fused": f"the faster of {CLIPPED} and {SCALED}",
             CLIPPED: "gradient converted to fp32, clip_grad_norm_, fused AdamW, rounded to bf16",
-            SCALED: "the same with fused AdamW fed the clip factor through grad_scale",
-            BLOCKED: "fused AdamW in blocks that stay in cache between conversions and update: a "
-            "loop that torch does not come with",
+            SCALED: "the same, but the clip factor goes to fused AdamW as grad_scale",
         },
-    }
+    )
 
 
-def bandwidth_bound(limit: Limit, ours: Result, torch_fused: Result) -> Bound:
-    """Return the time of this package's step if it ran at the limit's bandwidth."""
-    share = ours.bytes_per_param / limit.bytes_per_param
-    rounds = zip(limit.pairs_ms, torch_fused.pairs, strict=True)
-    return Bound(limit.ms_median * share, median(ms * share / pair.ms for ms, pair in rounds))
+def offload_adam(tensors: StepTensors, num_threads: int) -> OffloadAdam:
+    """Return this package's optimizer over a copy of the parameter, with the shared gradient."""
+    parameter = torch.nn.Parameter(tensors.parameter.clone())
+    optimizer = OffloadAdam([parameter], **OUR_SETTINGS, num_threads=num_threads)
+    parameter.grad = tensors.gradient
+    return optimizer
 
 
-def peer_steps(every_streams: Sequence[StepStreams]) -> tuple[list[Contender], dict[str, str]]:
-    """Return torch's ways and the peers that work here on all streams, and why others do not."""
-    contenders: list[Contender] = []
-    left_out: dict[str, str] = {}
-    for streams in every_streams:
-        optimizers, left_out = available_peers(streams.wide)
-        contenders += [
-            ClippedStep(CLIPPED, torch_fused(streams.wide), streams),
-            ScaledStep(torch_fused(streams.wide), streams),
-            BlockedStep(streams),
-            *(ClippedStep(name, one, streams) for name, one in optimizers.items()),
-        ]
-    return contenders, left_out
+def torch_steps(tensors: StepTensors, suffix: str = "") -> list[Contender]:
+    """Return the variants of torch, both on the same tensors."""
+    return [
+        clipped_step(CLIPPED + suffix, torch_fused(tensors.planes), tensors),
+        scaled_step(SCALED + suffix, torch_fused(tensors.planes), tensors),
+    ]
 
 
-def with_torch_fused(results: Sequence[Result]) -> list[Result]:
-    """Return the results with torch's baselines, the faster of its two ways, put in second."""
-    baselines = []
-    for memory in (ORDINARY, HUGE_PAGES):
-        ways = {named(CLIPPED, memory), named(SCALED, memory)}
-        faster = min((one for one in results if one.name in ways), key=lambda one: one.ms_median)
-        baselines.append(replace(faster, name=named("torch_fused", memory), variant=faster.name))
-    return [results[0], *baselines, *results[1:]]
+def clipped_step(name: str, optimizer: torch.optim.Optimizer, tensors: StepTensors) -> Contender:
+    """Return a step that converts, calls `clip_grad_norm_` and the optimizer, and converts back."""
+    master: torch.nn.Parameter = optimizer.param_groups[0]["params"][0]
+
+    def run() -> None:
+        tensors.planes.gradient.copy_(tensors.gradient)
+        torch.nn.utils.clip_grad_norm_([master], MAX_GRAD_NORM)
+        optimizer.step()
+        tensors.parameter.copy_(tensors.planes.master_weight)
+
+    # Gradient converted; read for the norm; scaled; the update; parameter converted.
+    return Contender(name, run, (2 + 4) + 4 + 8 + 28 + (4 + 2))
+
+
+def scaled_step(name: str, optimizer: torch.optim.Optimizer, tensors: StepTensors) -> Contender:
+    """Return a step in which fused AdamW clips: it divides the gradient by `grad_scale`."""
+    found_inf = torch.zeros(())
+
+    def run() -> None:
+        gradient = tensors.planes.gradient.copy_(tensors.gradient)
+        # torch.amp.GradScaler passes both values to the optimizer as these attributes.
+        optimizer.grad_scale = clip_divisor(torch.linalg.vector_norm(gradient))  # type: ignore[attr-defined]
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        optimizer.step()
+        tensors.parameter.copy_(tensors.planes.master_weight)
+
+    # Gradient converted; read for the norm; the update, which also writes the scaled gradient;
+    # parameter converted.
+    return Contender(name, run, (2 + 4) + 4 + (28 + 4) + (4 + 2))
+
+
+def clip_divisor(total_norm: torch.Tensor) -> torch.Tensor:
+    """Return the number to divide gradients by: 1 / the factor of `clip_grad_norm_`, at least 1."""
+    return ((total_norm + _NORM_EPS) / MAX_GRAD_NORM).clamp_(min=1.0)

@@ -1,1 +1,1 @@
-"""What only a GPU can show; `tests/gpu/run.sh` runs all of it, and fails where none ran."""
+"""Tests that need a GPU. `tests/gpu/run.sh` runs all of them, and fails if no test ran."""

@@ -1,4 +1,4 @@
-"""Every test of this folder needs a GPU, and is skipped without one; results are kept at once."""
+"""Skip the tests of this folder without a GPU, and write each result as soon as a test ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 MOST_TEXT = 4000
-"""Characters of a failure that are kept: its end, where the error is."""
+"""The last characters of a failure are written: the error is at its end."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,14 +28,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Without this folder on the command line the option does not exist.
+    # The option exists only if this folder is on the command line.
     file: Path | None = config.getoption("--results", None)
     if file is not None:
         config.pluginmanager.register(ResultFile(file))
 
 
 class ResultFile:
-    """Adds each result to a file at once: pytest itself shows failures when all tests are over."""
+    """Adds each result to a file at once; pytest itself shows failures after the last test."""
 
     def __init__(self, file: Path) -> None:
         self._file = file

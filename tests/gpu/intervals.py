@@ -1,4 +1,4 @@
-"""Stretches of time, and how much of some lies within others."""
+"""Intervals of time, and how much they overlap."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Interval(NamedTuple):
-    """Half-open; in whatever unit both sides have."""
+    """A half-open interval, in any unit."""
 
     start: float
     end: float
@@ -30,7 +30,7 @@ def total(intervals: Sequence[Interval]) -> float:
 
 
 def shared(one: Sequence[Interval], other: Sequence[Interval]) -> float:
-    """Return for how long both unions are inside."""
+    """Return the length of the intersection of both unions."""
     length = 0.0
     mine, others = merged(one), merged(other)
     first = 0

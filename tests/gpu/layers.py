@@ -1,4 +1,4 @@
-"""A model whose gradients are what it is given, to the bit, on a GPU and on a CPU alike."""
+"""A model whose gradients are exactly its inputs, with the same bits on a GPU and on a CPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Unit(nn.Module):
 
 
 class Layers(nn.Module):
-    """Units in a ModuleList, which the optimizer waits for one by one."""
+    """Units in a ModuleList. The forward of each unit waits for its own buckets."""
 
     def __init__(self, num_units: int = 6, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
         super().__init__()
@@ -81,7 +81,10 @@ def train(model: Layers, optimizer: OffloadAdam, steps: range, device: str) -> N
 
 
 def bits(model: Layers, optimizer: OffloadAdam) -> list[dict[str, torch.Tensor]]:
-    """Return host copies of every parameter and its state; an fp32 one is its master weight."""
+    """Return host copies of every parameter and its state.
+
+    An fp32 parameter without a master weight in its state is its own master weight.
+    """
     optimizer.synchronize()
     found = []
     for parameter in model.parameters():

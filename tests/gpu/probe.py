@@ -1,9 +1,9 @@
-"""Measure what a step depends on: pinning and the bus, or the update by number of threads.
+"""Measure pinning and the bus, or the update with several numbers of threads.
 
     python -m tests.gpu.probe bus|update REPORT.json
 
-Without a GPU the sizes are small, and only the host's part is measured. The report is written
-after each value, and a measurement that fails leaves the reason in place of its values.
+Without a GPU, sizes are small, and only the host is measured. The report is written after each
+value. If a measurement fails, the report has the reason instead of its values.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 
 from offload_adam import OffloadAdam
 from offload_adam.bench.machine import describe_machine
+from offload_adam.bench.report import write_json
 from offload_adam.bench.training.model import Sizes, make_model, make_tokens
-from offload_adam.bench.training.report import write
 from offload_adam.kernels.threads import allowed_cores, select_threading_layer
 from offload_adam.memory.arena import HostArena
 from offload_adam.memory.pinning import CudaRuntime
@@ -30,7 +30,7 @@ NUM_COPIES = 4
 NUM_SMALL_COPIES = 2000
 SMALL_NBYTES = 4096
 BYTES_PER_ELEMENT = 28
-"""Host memory traffic of one bf16 element's update: gradient and parameter 2 each, state 24."""
+"""Host memory traffic to update one bf16 element: gradient 2, parameter 2, state 24."""
 NUM_THREADS = (4, 8, 12, 14, 15, 16)
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Report:
-    """Values by name, in a file that is complete after each."""
+    """Values by name, written to a file after each value."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -49,10 +49,10 @@ class Report:
     def note(self, name: str, value: Any) -> None:
         self.values[name] = value
         print(f"[{time.perf_counter() - self._start_s:6.1f} s] {name}: {value}", flush=True)
-        write(self.values, self._path)
+        write_json(self.values, self._path)
 
     def attempt(self, name: str, measure: Callable[[], object]) -> None:
-        """Run a measurement; if it fails, note why, so that the next one still runs."""
+        """Run a measurement. If it fails, note the reason; the next measurement still runs."""
         try:
             measure()
         except Exception as error:
@@ -61,7 +61,7 @@ class Report:
 
 
 def probe_bus(report: Report) -> None:
-    """Measure what needs no kernels: memory, pinning, copies and the GPU."""
+    """Measure memory, pinning, copies and the GPU, none of which needs our kernels."""
     on_gpu = torch.cuda.is_available()
     nbytes = 8 * GIB if on_gpu else 64 * 2**20
     report.attempt("machine", lambda: note_machine(report))
@@ -72,13 +72,13 @@ def probe_bus(report: Report) -> None:
 
 
 def probe_update(report: Report) -> None:
-    """Measure the update by number of threads."""
+    """Measure the update with several numbers of threads."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report.attempt("update", lambda: note_update(report, device))
 
 
 def note_machine(report: Report) -> None:
-    """Say which versions, processor and GPU this is."""
+    """Note versions, processor and GPU."""
     select_threading_layer()
     report.note("machine", describe_machine(allowed_cores()))
     report.note("cuda", torch.version.cuda)
@@ -96,7 +96,7 @@ def note_machine(report: Report) -> None:
 
 
 def _output_of(command: str) -> str:
-    """Return what a shell command prints; nothing where it does not exist."""
+    """Return the output of a shell command, empty if the command does not exist."""
     try:
         done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=20)
     except subprocess.TimeoutExpired:
@@ -112,10 +112,10 @@ def note_commit(report: Report, nbytes: int) -> None:
 
 
 def note_pinning(report: Report, nbytes: int) -> None:
-    """Time pinning, all copies from and to the pinned arena, and unpinning."""
+    """Time pinning, copies from and to the pinned arena, and unpinning."""
     arena = HostArena(nbytes)
     gibs = arena.nbytes / GIB
-    torch.zeros(1, device="cuda")  # so that the first call does not pay for the context
+    torch.zeros(1, device="cuda")  # creates the CUDA context before the timed calls
     runtime = CudaRuntime(torch.device("cuda", 0))
     seconds, _ = _timed(lambda: arena.pin(runtime))
     report.note("pin_s_per_gib", seconds / gibs)
@@ -150,7 +150,7 @@ def _copy_rate(*pairs: Pair) -> dict[str, float]:
 
 
 def _small_copies(target: torch.Tensor, source: torch.Tensor) -> dict[str, float]:
-    """Return the milliseconds of many copies of 4 KiB, each to a page of its own."""
+    """Return the milliseconds of many copies of 4 KiB, 64 KiB apart."""
     starts = range(0, NUM_SMALL_COPIES * 65536, 65536)
     pieces = [slice(start, start + SMALL_NBYTES) for start in starts]
 
@@ -163,7 +163,7 @@ def _small_copies(target: torch.Tensor, source: torch.Tensor) -> dict[str, float
 
 
 def _issue_and_finish(issue: Callable[[], None]) -> tuple[float, float]:
-    """Return the seconds until all is issued, and until the device has finished."""
+    """Return the seconds until all work is issued, and until the device has finished."""
     torch.cuda.synchronize()
     start_s = time.perf_counter()
     issue()
@@ -173,14 +173,14 @@ def _issue_and_finish(issue: Callable[[], None]) -> tuple[float, float]:
 
 
 def _timed(action: Callable[[], T]) -> tuple[float, T]:
-    """Return the seconds that a call takes, and its result."""
+    """Return the duration of a call in seconds, and its result."""
     start_s = time.perf_counter()
     result = action()
     return time.perf_counter() - start_s, result
 
 
 def note_matmul(report: Report, width: int = 8192, times: int = 20) -> None:
-    """Measure the GPU's bf16 matrix multiplication."""
+    """Measure the speed of bf16 matrix multiplication on the GPU."""
     a, b = (torch.randn(width, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
 
     def multiply() -> None:
@@ -193,7 +193,7 @@ def note_matmul(report: Report, width: int = 8192, times: int = 20) -> None:
 
 
 def note_update(report: Report, device: torch.device) -> None:
-    """Time one optimizer's sequential update with different numbers of threads."""
+    """Time the sequential update of one optimizer with several numbers of threads."""
     sizes = Sizes(num_layers=8, width=2048, num_heads=16)
     if device.type != "cuda":
         sizes = Sizes(num_layers=1, width=64, num_heads=2, sequence_length=16)
@@ -225,7 +225,7 @@ PROBES = {"bus": probe_bus, "update": probe_update}
 
 
 def main() -> None:
-    """Run one of the probes; fail if a measurement failed."""
+    """Run one of the probes; exit with 1 if a measurement failed."""
     name, path = sys.argv[1:]
     report = Report(Path(path))
     PROBES[name](report)

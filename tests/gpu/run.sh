@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# What only a GPU can show: tests, then training steps beside those of other optimizers.
-# Results are written to $OUT, by default tests/bench/results. Fails where no test ran.
-#   tests/gpu/run.sh            tests and bench, whatever the tests show
-#   tests/gpu/run.sh tests ...  the tests alone; every other argument goes to pytest
-#   tests/gpu/run.sh bench ...  the measurement alone; every other argument goes to it
-#   tests/gpu/run.sh --time-limit SECONDS part-1       short tests, and the machine's probe
+# Runs the tests that need a GPU, then `bench train`.
+# Writes results to $OUT, by default tests/bench/results. Fails if no test ran.
+#   tests/gpu/run.sh            tests, then bench even if tests failed
+#   tests/gpu/run.sh tests ...  only the tests; other arguments go to pytest
+#   tests/gpu/run.sh bench ...  only `bench train`; other arguments go to it
+#   tests/gpu/run.sh --time-limit SECONDS part-1       short tests, and probes of the machine
 #   tests/gpu/run.sh --time-limit SECONDS part-2 ...   contenders at two batches of a 1.3 B model;
-#                               every other argument goes to offload_adam.bench.training
+#                               other arguments go to offload_adam.bench.training
 #   tests/gpu/run.sh --time-limit SECONDS long         a thousand steps with random delays
-# In a part each step has a limit: its share of the time that is left, so unused time goes to later
-# steps. A failed step does not stop the next one, and the exit status is 0 only when all succeeded.
-# A part writes few files: a log of all steps, a line of JSON for each test as soon as it ends, and
-# what is measured, after each value or contender.
-# torch, numba, numpy, psutil and pytest are enough. Wheels in .whl/ are installed to a temporary
-# folder first. PYTHON chooses an interpreter, else it is the checkout's own environment or python3.
+# Each step of a part has a limit: its share of the time that is left, so later steps get the unused
+# time. The next step runs even if a step fails. The exit status is 0 only if all steps succeed.
+# A part writes a log of all steps, a line of JSON for each test as soon as it ends, and reports of
+# measurements, updated after each value or contender.
+# Needs torch, numba, numpy, psutil and pytest only. Wheels in .whl/ are first installed to a
+# temporary folder. PYTHON is the interpreter; default: .venv of this checkout, or python3.
 set -euo pipefail
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.."
@@ -25,9 +25,9 @@ fi
 out="${OUT:-tests/bench/results}"
 long_test="tests/gpu/test_bits.py::test_a_thousand_steps_with_random_delays_give_the_sequential_bits"
 
-# Each step of a part: its name, its share of the time, and what it runs. A process of pytest takes
-# seconds to start, so short files share one; a file that may hang or crash has one of its own.
-# The first steps run while the kernels compile, and need none.
+# Each step of a part: its name, its weight for the share of time, and its command. A process of
+# pytest takes seconds to start, so short files share one; a file that may hang or crash does not.
+# The first steps need no kernels: they run while the kernels compile.
 part_1=(
   "nccl 50 pytest test_nccl.py"
   "bus 50 probe bus"
@@ -55,15 +55,15 @@ print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
   "$python" -m offload_adam.bench.training --json "$out/$name.json" "$@"
 }
 
-# Without the configuration's own options, which need pytest-timeout. Where that is missing, a test
-# that hangs ends with its step; its stacks are in the log in any case.
+# The options in pyproject.toml need pytest-timeout. Without it, a test that hangs ends when the
+# limit of its step kills the step. The log has the stacks in both cases.
 pytest_options=(-o addopts= -m "" --require-marker=gpu -ra)
 if "$python" -c 'import pytest_timeout' 2>/dev/null; then
   pytest_options+=(--timeout=60)
 fi
 
-# bounded SECONDS COMMAND...: runs a command for at most this long, and adds what it says to the
-# log. Not through a pipe: a process that outlives the command would keep the pipe open.
+# bounded SECONDS COMMAND...: runs a command with a time limit, and appends its output to the log.
+# It uses no pipe: a process that outlives the command would keep the pipe open.
 bounded() {
   timeout --kill-after=5 "$@" >>"$log" 2>&1
 }
@@ -82,7 +82,7 @@ run_step() {
   esac
 }
 
-# Kernels compile on one core, each process loads what is compiled by then.
+# Compiles the kernels in the background, on one core. Other processes load the compiled ones.
 start_warm_up() {
   timeout "$time_limit" "$python" -m tests.gpu.warm_up >"$out/warm_up.log" 2>&1 &
   warm_up=$!
@@ -97,7 +97,7 @@ install_wheels() {
     --upgrade --target "$site" .whl/*.whl || failed+=(wheels)
 }
 
-# part NAME STEP...: runs steps until all are over, each within its share of what is left.
+# part NAME STEP...: runs all steps, each within its share of the time that is left.
 part() {
   local name="$1" step weight words total=0 start status
   shift
@@ -128,7 +128,7 @@ part() {
       >>"$log"
     tail -n 12 "$log"
   done
-  # A warm-up that is still busy was not needed.
+  # Kill the warm-up if it still runs: no step is left that could need it.
   kill "$warm_up" 2>/dev/null || wait "$warm_up" || failed+=(warm_up)
   [[ ${#failed[@]} -eq 0 ]] || { printf 'FAILED: %s\n' "${failed[*]}"; exit 1; }
 }

@@ -1,4 +1,4 @@
-"""`Adam` on a GPU: state beside the parameters and on the host, against the same on the CPU."""
+"""`Adam` on a GPU, with state on the GPU or on the host, against the reference on the CPU."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_gpu_follows_the_reference(
 
 
 def on_host(optimizer: Adam) -> Any:
-    """Return what `check` reads of an optimizer, in host memory."""
+    """Return host copies of the parameter groups and state that `check` reads."""
 
     class Copied:
         def __init__(self) -> None:

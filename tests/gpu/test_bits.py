@@ -1,4 +1,4 @@
-"""A GPU gives the bits of the sequential step on a CPU, however its copies and updates overlap."""
+"""Overlapped steps on a GPU give the same bits as sequential steps on a CPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def expected() -> list[dict[str, torch.Tensor]]:
     [{}, {"pin": "staging"}, {"pin": "none"}, {"bucket_nbytes": 1 << 30}, {"bucket_nbytes": 1}],
     ids=str,
 )
-def test_every_way_gives_the_bits_of_the_cpu(
+def test_every_option_gives_the_bits_of_the_cpu(
     expected: list[dict[str, torch.Tensor]], overlap: bool, options: dict[str, Any]
 ) -> None:
     model, optimizer = make("cuda", overlap=overlap, **options)
@@ -42,7 +42,7 @@ def test_every_way_gives_the_bits_of_the_cpu(
     optimizer.close()
 
 
-def test_the_part_on_the_host_keeps_its_bits_beside_one_on_the_gpu(
+def test_state_on_the_host_and_on_the_gpu_follows_the_cpu(
     expected: list[dict[str, torch.Tensor]],
 ) -> None:
     model, optimizer = make("cuda", overlap=True, offload_fraction=0.5)
@@ -50,7 +50,7 @@ def test_the_part_on_the_host_keeps_its_bits_beside_one_on_the_gpu(
     states = optimizer._alive().states
     hosted = {name: s.plan.location.is_host for s in states for name in s.names}
     assert set(hosted.values()) == {False, True}
-    # The norm of what stays is summed in another order: the clip factor may differ by one ULP.
+    # The GPU sums the norm of its part in another order, so the clip factor may differ by one ULP.
     found = bits(model, optimizer)
     for (name, parameter), one, other in zip(
         model.named_parameters(), found, expected, strict=True
@@ -62,7 +62,7 @@ def test_the_part_on_the_host_keeps_its_bits_beside_one_on_the_gpu(
 
 
 class DelayedStreams(CudaStreams):
-    """Lanes on which work is late, at random."""
+    """Streams with random delays before and after the work."""
 
     random = random.Random(0)
 

@@ -1,4 +1,4 @@
-"""Pinned bytes to the byte, what happens where CUDA refuses, and memory that never grows."""
+"""The exact number of pinned bytes, pinning that fails, and memory that does not grow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.gpu.layers import gradients_of, make, train
 
 
 @pytest.mark.parametrize("pin", ["all", "staging", "none"])
-def test_exactly_what_was_asked_for_is_pinned(pin: str) -> None:
+def test_exactly_the_requested_memory_is_pinned(pin: str) -> None:
     _, optimizer = make("cuda", pin=pin)
     held = optimizer.host_nbytes
     expected = {"all": held["state"] + held["staging"], "staging": held["staging"], "none": 0}
@@ -30,7 +30,7 @@ def test_exactly_what_was_asked_for_is_pinned(pin: str) -> None:
     gc.collect()
 
 
-def test_a_real_refusal_leaves_no_error_behind() -> None:
+def test_pinning_that_fails_leaves_no_cuda_error() -> None:
     arena = HostArena(3 * 4096, piece_nbytes=4096)
     tensor = arena.take(4096, torch.uint8)
     runtime = CudaRuntime(torch.device("cuda", 0))
@@ -41,7 +41,7 @@ def test_a_real_refusal_leaves_no_error_behind() -> None:
     assert not tensor.is_pinned()
     assert arena.pinned_nbytes == 0
     assert runtime.unregister(second) == 0
-    # A launch that found an old error would raise it.
+    # A pending CUDA error would be raised by the next launch.
     assert float(torch.ones(10, device="cuda").sum()) == 10.0
     arena.pin(runtime)
     assert tensor.is_pinned()
@@ -78,7 +78,7 @@ def test_nothing_is_allocated_after_the_first_steps(overlap: bool) -> None:
         assert allocations() == before
         optimizer.zero_grad()
     assert torch.cuda.memory_stats()["segment.all.allocated"] == segments
-    # Python's own objects come and go; a buffer of the optimizer's would come in every step.
+    # Python's objects change the resident memory a little. A leaked buffer would add up over steps.
     assert psutil.Process().memory_info().rss - resident < 2 * 2**20
 
 

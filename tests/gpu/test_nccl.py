@@ -1,4 +1,4 @@
-"""NCCL with one rank: averages of views in every dtype, waits, groups of ours, abort, destroy."""
+"""NCCL with one rank: collectives on views in every dtype, waits, our groups, abort, destroy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NUMEL = 1 << 20
 
 @pytest.fixture
 def device(tmp_path: Path) -> Iterator[torch.device]:
-    """Return the first GPU, with a default group that has opened its communicator at once."""
+    """Return the first GPU, with a default group whose communicator is already open."""
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     dist.init_process_group(
@@ -64,13 +64,13 @@ def test_collectives_of_one_rank_change_no_bit(device: torch.device, dtype: torc
 def test_collectives_work_in_place_on_a_part_of_a_buffer(
     device: torch.device, dtype: torch.dtype, offset: int
 ) -> None:
-    # Buckets and shards are views of larger buffers, and need not begin at an aligned address.
+    # Buckets and shards are views of larger buffers, and may start at an unaligned address.
     group = dist.new_group([0], backend="nccl")
     whole = torch.randn(NUMEL + 2 * 4096, device=device).to(dtype)
     before = whole.clone()
     view = whole[offset : offset + NUMEL]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the names of the collectives are not deprecated
+        warnings.simplefilter("error")  # to notice deprecated names of collectives
         for operation in (dist.ReduceOp.AVG, dist.ReduceOp.SUM):
             reduce_scatter(view, view, operation, group=group, async_op=True).wait()
             dist.all_reduce(view, operation, group=group, async_op=True).wait()
@@ -80,7 +80,7 @@ def test_collectives_work_in_place_on_a_part_of_a_buffer(
     dist.destroy_process_group(group)
 
 
-def test_a_group_over_the_whole_world_is_of_its_backend(device: torch.device) -> None:
+def test_a_group_of_all_ranks_has_the_requested_backend(device: torch.device) -> None:
     for backend, tensor in (("nccl", torch.ones(8, device=device)), ("gloo", torch.ones(8))):
         group = open_group(f"of {backend}", [0], 0, backend, timedelta(seconds=60))
         assert dist.get_backend(group) == backend
@@ -98,7 +98,7 @@ def test_the_host_waits_for_work_on_the_device(device: torch.device) -> None:
     assert work.is_completed()
 
 
-def test_a_group_of_our_own_is_used_aborted_and_destroyed(device: torch.device) -> None:
+def test_our_group_can_be_used_aborted_and_destroyed(device: torch.device) -> None:
     subgroup = open_group("own", [0], 0, "nccl", timedelta(seconds=60))
     buffer = torch.ones(NUMEL, device=device)
     dist.all_reduce(buffer, group=subgroup)
@@ -117,12 +117,12 @@ def test_an_abort_ends_a_collective_that_waits_for_the_device(device: torch.devi
     torch.cuda.synchronize()
     torch.cuda._sleep(200_000_000)
     dist.all_reduce(buffer, group=group, async_op=True)
-    # `abort_collectives` suppresses errors, so that this would pass without an abort.
+    # `abort_collectives` suppresses errors, so a test with it would pass without an abort.
     backend: Any = group._get_backend(device)
     backend.abort()
     torch.cuda.synchronize()
     dist.destroy_process_group(group)
-    # Neither the device nor another group is harmed.
+    # The device and the other group still work.
     dist.all_reduce(buffer, group=other)
     torch.cuda.synchronize()
     assert torch.equal(buffer, torch.ones_like(buffer))

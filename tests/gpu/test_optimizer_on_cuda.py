@@ -1,4 +1,4 @@
-"""The path of parameters on a GPU; the same path runs with parameters in host memory elsewhere."""
+"""Parameters on a GPU; other tests run the same code with parameters in host memory."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_state_is_pinned_and_a_saved_parameter_is_small() -> None:
     assert torch.equal(clone, weight)
 
 
-def test_a_gradient_that_is_not_finite_changes_no_bit() -> None:
+def test_a_non_finite_gradient_changes_no_bit() -> None:
     model = make_model(torch.float16)
     optimizer = OffloadAdam(model.named_parameters(), module=model)
     before = [parameter.detach().clone() for parameter in model.parameters()]

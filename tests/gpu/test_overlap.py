@@ -1,4 +1,4 @@
-"""Updates and copies run beside the model's work: intervals of torch's profiler, intersected."""
+"""Updates and copies overlap with the model: intersections of intervals from torch's profiler."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ MARK = "spin_kernel"
 
 @dataclass(frozen=True)
 class Timeline:
-    """What ran when, in microseconds of the profiler's clock.
+    """Intervals in microseconds of the profiler's clock.
 
     forwards, backwards: kernels of the model.
-    down, up: copies; updates: spans of the update thread.
+    down, up: D2H and H2D copies.
+    updates: spans of the update thread.
     """
 
     forwards: list[Interval]
@@ -82,15 +83,15 @@ def record(batch: int, overlap: bool) -> Timeline:
 
 
 def set_mark() -> None:
-    """Launch a kernel that nothing else launches: it parts forward, backward and the rest.
+    """Launch a kernel that nothing else launches, to separate forward, backward and the rest.
 
-    The profiler's own annotations do not do: backward launches from a thread of its own.
+    The profiler's annotations cannot do this: autograd launches backward from another thread.
     """
     torch.cuda._sleep(1)
 
 
 def timeline(events: list[Any], recorder: SpanRecorder, clock_us: float) -> Timeline:
-    """Sort the profiler's events and the optimizer's spans; three marks stand in each step."""
+    """Sort the profiler's events and the optimizer's spans. Each step has three marks."""
     on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
 
     def named(text: str) -> list[Interval]:
@@ -119,11 +120,11 @@ def _interval(event: Any) -> Interval:
     return Interval(event.time_range.start, event.time_range.end)
 
 
-def test_updates_and_copies_run_beside_forward_and_backward(batch: int) -> None:
+def test_updates_and_copies_overlap_with_forward_and_backward(batch: int) -> None:
     found = record(batch, overlap=True)
     assert found.forwards
     assert found.backwards
-    # Of one update's time the last forward can hide none: nothing follows it.
+    # The update of the last step is not hidden: no forward follows.
     hideable = min(total(found.updates), total(found.forwards)) * (NUM_STEPS - 1) / NUM_STEPS
     assert shared(found.updates, found.forwards) >= LEAST_SHARE * hideable
     up = total(found.up) * (NUM_STEPS - 1) / NUM_STEPS
@@ -132,6 +133,6 @@ def test_updates_and_copies_run_beside_forward_and_backward(batch: int) -> None:
     assert shared(found.down, found.backwards) >= LEAST_SHARE * total(found.down)
 
 
-def test_without_overlap_updates_stand_alone(batch: int) -> None:
+def test_without_overlap_no_update_runs_during_a_forward(batch: int) -> None:
     found = record(batch, overlap=False)
     assert shared(found.updates, found.forwards) <= 0.02 * total(found.updates)

@@ -1,4 +1,4 @@
-"""A model on two streams: gradients that one computes late, parameters that both read."""
+"""A model on two streams: one computes a gradient late, and both read parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DELAY_CYCLES = 200_000_000
 
 
 class Late(torch.autograd.Function):
-    """The identity; its backward first keeps the current stream busy."""
+    """The identity; its backward first delays the current stream."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -29,7 +29,7 @@ class Late(torch.autograd.Function):
 
 
 class TwoStreams(nn.Module):
-    """`early` is read on the current stream and `late` on a side stream; both gradients are `x`."""
+    """Reads `early` on the current stream and `late` on a side stream; both gradients are `x`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class TwoStreams(nn.Module):
         self.side = torch.cuda.Stream()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # First in forward is last in backward: this parameter completes the bucket.
+        # First in forward, hence last in backward: this gradient completes the bucket.
         completing = (self.early * x).sum()
         current = torch.cuda.current_stream()
         self.side.wait_stream(current)

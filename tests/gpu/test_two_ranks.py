@@ -1,4 +1,4 @@
-"""Two ranks on one GPU over gloo: the sharded path with real streams has the bits of the CPU."""
+"""Two ranks on one GPU over gloo: sharded steps with CUDA streams give the bits of the CPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RankBits = list[dict[str, torch.Tensor]]
 def train_rank(
     rank: int, world_size: int, device: str, kind: type[OffloadAdam], overlap: bool
 ) -> RankBits:
-    """Train, and return copies of all state. All groups are gloo: NCCL rejects a shared GPU."""
+    """Train, and return copies of all state. Uses gloo, since NCCL rejects two ranks on one GPU."""
     open_group = ranks._open_group
 
     def open_gloo(of: Any, purpose: str, backend: str) -> Any:
@@ -34,8 +34,8 @@ def train_rank(
         found = bits(model, optimizer)
         optimizer.close()
     for state in found:
-        # On a CPU an fp32 parameter is its own master and whole on every rank; on a GPU the master
-        # is a shard. Its value is compared as the weight.
+        # On a CPU, an fp32 parameter is its own master weight, whole on every rank. On a GPU, the
+        # master weight is a shard. The values are compared as the weight.
         if state["weight"].dtype == torch.float32:
             del state["master_weight"]
     return found

@@ -1,4 +1,4 @@
-"""What users put around an optimizer on a GPU: loss scaling, DDP, graphs, more than one device."""
+"""Uses of the optimizer on a GPU: loss scaling, DDP, CUDA graphs, more than one device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from offload_adam import OffloadAdam, OffloadPolicy
 from tests.gpu.layers import Layers, assert_same_bits, bits, gradients_of, make, train
 
 
-def test_a_grad_scaler_skips_on_infinity_and_goes_on() -> None:
+def test_a_grad_scaler_skips_a_step_with_an_infinite_gradient() -> None:
     model = torch.nn.Linear(64, 8, device="cuda")
     optimizer = OffloadAdam(model.parameters(), lr=1e-2)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**16, growth_interval=1000)
@@ -46,7 +46,7 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_ddp_averages_and_the_optimizer_takes_what_it_leaves() -> None:
+def test_the_optimizer_uses_the_gradients_that_ddp_averaged() -> None:
     torch.manual_seed(0)
     layers = [torch.nn.Linear(32, 64), torch.nn.Tanh(), torch.nn.Linear(64, 4)]
     reference = torch.nn.Sequential(*layers).cuda()
@@ -65,11 +65,11 @@ def test_ddp_averages_and_the_optimizer_takes_what_it_leaves() -> None:
     optimizer.close()
 
 
-def test_a_graph_that_would_capture_the_copies_is_refused() -> None:
+def test_capturing_the_copies_in_a_graph_raises() -> None:
     model, optimizer = make("cuda", overlap=True)
     train(model, optimizer, range(3), "cuda")
     given = gradients_of(model, 3, "cuda")
-    optimizer.synchronize()  # what waits for the last update lies outside of the graph
+    optimizer.synchronize()  # outside of the graph, since the wait cannot be captured
     with (
         torch.cuda.graph(torch.cuda.CUDAGraph()),
         pytest.raises(RuntimeError, match=r"graph is being captured.*without module="),
@@ -95,7 +95,7 @@ def test_a_forward_is_captured_after_synchronize_and_follows_the_updates() -> No
     optimizer.close()
 
 
-def test_nothing_is_allocated_where_a_part_stays_on_the_gpu() -> None:
+def test_no_memory_is_added_if_a_part_of_the_state_stays_on_the_gpu() -> None:
     model, optimizer = make("cuda", overlap=True, offload_fraction=0.5)
     train(model, optimizer, range(4), "cuda")
     optimizer.synchronize()
@@ -105,7 +105,7 @@ def test_nothing_is_allocated_where_a_part_stays_on_the_gpu() -> None:
     optimizer.synchronize()
     torch.cuda.synchronize()
     after = torch.cuda.memory_stats()
-    # The update there has temporaries, which the caching allocator hands out again.
+    # The update on the GPU has temporaries, whose memory the caching allocator reuses.
     for key in ("segment.all.allocated", "reserved_bytes.all.current"):
         assert after[key] == before[key], key
 

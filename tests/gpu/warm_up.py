@@ -1,4 +1,4 @@
-"""Compile the kernels of each dtype for what runs next: `python -m tests.gpu.warm_up`."""
+"""Compile the kernels of each dtype into the cache: `python -m tests.gpu.warm_up`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
 def warm_up(device: str) -> None:
-    """Make a streaming optimizer for each dtype, which compiles what it will launch."""
+    """Construct a streaming optimizer for each dtype; this compiles its kernels."""
     for dtype in DTYPES:
         model = torch.nn.Linear(64, 64, device=device, dtype=dtype)
         OffloadAdam(model.parameters(), module=model).close()

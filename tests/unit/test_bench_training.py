@@ -1,4 +1,4 @@
-"""`bench train`: its ratios, its conditions, and all of it on a machine that is made up."""
+"""`bench train`: batches, conditions, and the whole report on a simulated machine."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor
 from typer.testing import CliRunner
 
-from offload_adam.bench.contender import MAX_GRAD_NORM
+from offload_adam.bench.peers import MAX_GRAD_NORM
 from offload_adam.bench.training import __main__ as training_main
 from offload_adam.bench.training import contenders as contenders_module
 from offload_adam.bench.training import process as process_module
 from offload_adam.bench.training import run as run_module
+from offload_adam.bench.training.batches import choose_batches
 from offload_adam.bench.training.conditions import Condition, Point, Result, evaluate, reached
 from offload_adam.bench.training.contenders import (
     CONTENDERS,
@@ -38,7 +39,6 @@ from offload_adam.bench.training.contenders import (
 )
 from offload_adam.bench.training.measure import (
     OUT_OF_MEMORY,
-    Alone,
     HostPeak,
     Measured,
     Steps,
@@ -47,16 +47,14 @@ from offload_adam.bench.training.measure import (
 )
 from offload_adam.bench.training.model import Sizes, make_model, make_tokens
 from offload_adam.bench.training.process import TrainBenchmarkError, in_own_process
-from offload_adam.bench.training.ratios import choose_batches
-from offload_adam.bench.training.report import summary
 from offload_adam.bench.training.run import failures, measure_train
-from offload_adam.bench.training.table import LABELS
+from offload_adam.bench.training.table import LABELS, markdown
 from offload_adam.cli.app import app
 
 TINY = Sizes(num_layers=1, width=8, num_heads=2, vocabulary=16, sequence_length=4)
 
 
-def test_batches_lie_on_the_line_through_what_was_measured() -> None:
+def test_batches_are_interpolated_from_the_measured_times() -> None:
     forward_ms = {4: 10.0, 16: 34.0}  # 2 + 2 a sequence
     assert choose_batches(forward_ms, 20.0) == {0.25: 2, 0.5: 4, 1.0: 9, 2.0: 19, 4.0: 39}
     assert choose_batches(forward_ms, 20.0, largest=19) == {0.25: 2, 0.5: 4, 1.0: 9, 2.0: 19}
@@ -67,7 +65,7 @@ def test_batches_lie_on_the_line_through_what_was_measured() -> None:
         choose_batches({4: 1.0}, 1.0)
 
 
-def test_a_forward_that_does_not_grow_asks_for_more() -> None:
+def test_equal_forward_times_lead_to_a_larger_batch() -> None:
     assert choose_batches({4: 10.0, 16: 10.0}, 20.0, [1.0]) == {1.0: 32}
 
 
@@ -131,7 +129,7 @@ def test_a_condition_fails_just_past_its_bound(point: Point, failing: list[str])
     assert [name for name, one in judged(point).items() if one.holds is False] == failing
 
 
-def test_what_was_not_measured_is_not_told() -> None:
+def test_a_condition_without_results_is_not_known() -> None:
     alone = replace(POINT, results={OVERLAPPED: POINT.results[OVERLAPPED]})
     found = judged(alone)
     assert [found[name].holds for name in NAMES] == [True, *[None] * 6]
@@ -140,7 +138,7 @@ def test_what_was_not_measured_is_not_told() -> None:
     assert {one.holds for one in nobody.values()} == {None}
 
 
-def test_a_condition_is_reached_where_it_holds_everywhere_it_can_be_told() -> None:
+def test_a_condition_is_reached_if_it_holds_at_every_point_where_it_is_known() -> None:
     good, bad = evaluate(POINT), evaluate(with_ours(exposed_ms=12.0))
     assert reached({"1": good, "2": good})[NAMES[0]] is True
     assert reached({"1": bad, "2": good})[NAMES[0]] is False
@@ -148,8 +146,8 @@ def test_a_condition_is_reached_where_it_holds_everywhere_it_can_be_told() -> No
     assert reached({"1": good})[NAMES[4]] is None
 
 
-class MadeUp:
-    """A machine on which all times follow from the batch: F = 2 ms a sequence, U = 40 ms."""
+class SimulatedMachine:
+    """Computes all times from the batch: F = 2 ms for each sequence, U = 40 ms."""
 
     UPDATE_MS = 40.0
 
@@ -165,12 +163,12 @@ class MadeUp:
         if self.broken is not None and task.contender == self.broken:
             raise TrainBenchmarkError("it broke")
         batches = [batch for batch in task.batches if batch <= self.fits]
-        if task.contender is None:
+        if task.contender == MODEL_ALONE:
             alone = {
-                b: Alone(forward_ms=2.0 * b, forward_backward_ms=6.0 * b, peak_gpu_nbytes=2**29)
+                b: Steps(steps_ms=(6.0 * b,), forward_ms=2.0 * b, peak_gpu_nbytes=2**29)
                 for b in batches
             }
-            return Measured(num_parameters=7, alone=alone)
+            return Measured(num_parameters=7, steps=alone)
         steps = {batch: self.steps(task.contender, batch) for batch in batches}
         return Measured(num_parameters=7, buckets=(30, 50), steps=steps)
 
@@ -186,12 +184,12 @@ class MadeUp:
         )
 
 
-def report_of(machine: MadeUp, **options: Any) -> dict[str, Any]:
+def report_of(machine: SimulatedMachine, **options: Any) -> dict[str, Any]:
     return measure_train(TINY, "cpu", run=machine, **options)
 
 
-def test_the_report_has_every_number_of_a_made_up_machine() -> None:
-    machine = MadeUp()
+def test_the_report_has_every_number_of_a_simulated_machine() -> None:
+    machine = SimulatedMachine()
     report = report_of(machine)
     assert json.loads(json.dumps(report)) == report
     assert [point["num_sequences"] for point in report["points"]] == [5, 10, 20, 40, 80]
@@ -215,7 +213,10 @@ def test_the_report_has_every_number_of_a_made_up_machine() -> None:
         "tokens_per_s": pytest.approx(20 * 4 / 0.12),
         "step_ms": 120.0,
         "exposed_ms": 0.0,
+        "update_ms": None,
         "peak_gpu_gib": 0.5,
+        "peak_host_gib": 0.0,
+        "steps_ms": [120.0],
     }
     assert set(third["contenders"]) == {MODEL_ALONE, *CONTENDERS}
     missing = {"reason": "not importable", "failed": False}
@@ -229,22 +230,25 @@ def test_the_report_has_every_number_of_a_made_up_machine() -> None:
     assert report["reached"][NAMES[5]] is True
     everyone = [task for task in machine.tasks if task.contender == PLAIN]
     assert [task.batches for task in everyone] == [(5, 10, 20, 40, 80)]
-    text = "\n".join(summary(report))
-    assert "F/U 1.00 (20 sequences)" in text
-    assert f"NO       {NAMES[1]}" in text
-    assert f"  {TORCHAO:<26} not importable" in text
+    text = markdown([report])
+    assert "20 x 4 tokens\n\nForward F: 40 ms. Update U: 40 ms. F/U: 1. One bucket b: 25" in text
+    assert f"- {NAMES[1]}: NO\n" in text
+    assert f"- {NAMES[3]}: not known\n" in text
+    (row,) = {line for line in text.splitlines() if LABELS[TORCHAO] in line}
+    assert "not importable" in row
+    assert "predicted" not in text
 
 
 def test_ratios_that_do_not_fit_are_not_tried() -> None:
-    report = report_of(MadeUp(fits=40))
+    report = report_of(SimulatedMachine(fits=40))
     assert [point["target_ratio"] for point in report["points"]] == [0.25, 0.5, 1.0, 2.0]
     assert report["not_tried"] == [4.0]
-    assert report_of(MadeUp(), largest_batch=12)["not_tried"] == [1.0, 2.0, 4.0]
+    assert report_of(SimulatedMachine(), largest_batch=12)["not_tried"] == [1.0, 2.0, 4.0]
 
 
 @pytest.mark.parametrize("broken", [FSDP2, OVERLAPPED])
 def test_a_contender_that_breaks_has_the_reason_in_its_row(broken: str) -> None:
-    report = report_of(MadeUp(broken=broken))
+    report = report_of(SimulatedMachine(broken=broken))
     for point in report["points"]:
         assert point["contenders"][broken] == {"reason": "it broke", "failed": True}
         assert point["contenders"][PLAIN]["step_ms"] > 0
@@ -253,10 +257,10 @@ def test_a_contender_that_breaks_has_the_reason_in_its_row(broken: str) -> None:
 
 def test_given_batches_are_measured_and_the_report_is_kept_after_each_contender() -> None:
     kept: list[dict[str, Any]] = []
-    machine = MadeUp()
+    machine = SimulatedMachine()
     names = [OVERLAPPED, TORCHAO, SEQUENTIAL]
     report = report_of(machine, batches=[30, 10, 30], contenders=names, keep=kept.append)
-    assert [task.contender for task in machine.tasks] == [None, *names]
+    assert [task.contender for task in machine.tasks] == [MODEL_ALONE, *names]
     assert {task.batches for task in machine.tasks} == {(10, 30)}
     assert [list(one["points"][0]["contenders"]) for one in kept] == [
         [MODEL_ALONE, *names[:n]] for n in range(len(names) + 1)
@@ -272,7 +276,7 @@ def test_given_batches_are_measured_and_the_report_is_kept_after_each_contender(
 def test_no_contender_gets_all_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = [1000.0]
     monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
-    machine = MadeUp()
+    machine = SimulatedMachine()
 
     def hang(task: Task) -> Measured:
         machine.tasks.append(task)
@@ -292,7 +296,7 @@ def test_no_contender_gets_all_of_the_time(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_batch_that_is_too_large_is_no_failure() -> None:
-    class SmallGpu(MadeUp):
+    class SmallGpu(SimulatedMachine):
         def __call__(self, task: Task) -> Measured:
             found = super().__call__(task)
             reasons = {b: OUT_OF_MEMORY for b in task.batches if b > self.fits}
@@ -304,43 +308,40 @@ def test_a_batch_that_is_too_large_is_no_failure() -> None:
     assert list(failures(report)) == []
 
 
-@pytest.mark.parametrize("contender", [None, SEQUENTIAL, OVERLAPPED, PLAIN])
-def test_a_real_task_on_a_cpu(contender: str | None) -> None:
+@pytest.mark.parametrize("contender", [MODEL_ALONE, SEQUENTIAL, OVERLAPPED, PLAIN])
+def test_a_real_task_on_a_cpu(contender: str) -> None:
     task = Task(contender=contender, sizes=TINY, device="cpu", batches=(2, 1), num_steps=2)
-    told: list[Measured] = []
-    found = measure(task, told.append)
-    assert [len(one.steps) + len(one.alone) for one in told] == [1, 2]
-    assert told[-1] == found
+    reported: list[Measured] = []
+    found = measure(task, reported.append)
+    assert [len(one.steps) for one in reported] == [1, 2]
+    assert reported[-1] == found
     block = 8 * (3 * 8 + 8 + 2 * 4 * 8) + 2 * 2 * 8
     assert found.num_parameters == 2 * 16 * 8 + block + 2 * 8
-    if contender is None:
-        assert set(found.alone) == {1, 2}
-        assert all(one.forward_ms > 0 for one in found.alone.values())
-        return
     assert set(found.steps) == {1, 2}
     for steps in found.steps.values():
         assert len(steps.steps_ms) == 2
         assert min(steps.steps_ms) > 0
-        assert steps.update_ms > 0
+        assert (steps.forward_ms or 0.0) > 0 or contender != MODEL_ALONE
+        assert (steps.update_ms or 0.0) > 0 or contender == MODEL_ALONE
         assert steps.peak_gpu_nbytes is None
-        assert (steps.updates_only_ms is None) == (contender == PLAIN)
-    assert bool(found.buckets) == (contender != PLAIN)
+        assert (steps.updates_only_ms is None) == (contender in (PLAIN, MODEL_ALONE))
+    assert bool(found.buckets) == (contender in (SEQUENTIAL, OVERLAPPED))
 
 
 @pytest.mark.parametrize("contender", [TORCHAO, FSDP2, DEEPSPEED])
-def test_peers_of_the_gpu_say_so_on_a_cpu(contender: str) -> None:
+def test_peers_for_a_gpu_are_unavailable_on_a_cpu(contender: str) -> None:
     task = Task(contender=contender, sizes=TINY, device="cpu", batches=(1,), num_steps=1)
     assert measure(task) == Measured(unavailable="works on a GPU only")
 
 
 def fail_at(task: Task, tell: Any) -> Measured:
-    """Stand in for `measure`: tell the first batch, then do what the dtype says."""
-    found = Measured(alone={1: Alone(forward_ms=1.0, forward_backward_ms=3.0)})
+    """Stand in for `measure`: report the first batch, then fail as the contender's name says."""
+    found = Measured(steps={1: Steps(steps_ms=(3.0,), forward_ms=1.0)})
     tell(found)
-    if task.sizes.dtype == "hang":
+    if task.contender == "hang":
         time.sleep(100.0)
-    if task.sizes.dtype == "die":
-        # The queue's thread needs a moment to send what was told.
+    if task.contender == "die":
+        # The queue's thread needs a moment to send the first batch.
         time.sleep(0.5)
         os._exit(7)
     raise RuntimeError("out of luck\nmore")
@@ -354,26 +355,26 @@ def fail_at(task: Task, tell: Any) -> Measured:
         ("hang", 2.0, "it did not end within 2 s"),
     ],
 )
-def test_what_a_process_told_before_it_failed_counts(
+def test_the_batches_before_a_failure_count(
     how: str, limit_s: float, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A forked process has the stand-in, and needs no second to start.
+    # A forked process inherits the patched function, and starts faster.
     monkeypatch.setattr(process_module, "measure", fail_at)
     monkeypatch.setattr(process_module, "START_METHOD", "fork")
     task = Task(
-        contender=None,
-        sizes=replace(TINY, dtype=how),
+        contender=how,
+        sizes=TINY,
         device="cpu",
         batches=(1, 2),
         num_steps=1,
         time_limit_s=limit_s,
     )
     found = in_own_process(task)
-    assert set(found.alone) == {1}
+    assert set(found.steps) == {1}
     assert found.reasons == {2: reason}
 
 
-def test_the_peak_of_host_memory_outlasts_its_end() -> None:
+def test_the_peak_of_host_memory_remains_after_the_memory_is_freed() -> None:
     nbytes = 64 * 2**20
     with HostPeak(torch.device("cpu")) as host:
         held = bytearray(b"1" * nbytes)
@@ -383,11 +384,11 @@ def test_the_peak_of_host_memory_outlasts_its_end() -> None:
 
 
 def test_a_contender_clips_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FSDP2 works on a CPU as well, if nothing asks it to pin memory."""
+    """FSDP2 works on a CPU too, if it does not pin memory."""
     monkeypatch.setattr(contenders_module, "_require_gpu", lambda model: None)
     monkeypatch.setattr(
         contenders_module,
-        "_init_alone",
+        "_init_process_group",
         lambda: dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1),
     )
     unpinned = functools.partial(fsdp.CPUOffloadPolicy, pin_memory=False)
@@ -415,7 +416,7 @@ def test_a_peer_that_is_not_installed_starts_no_process(monkeypatch: pytest.Monk
     assert in_own_process(task) == Measured(unavailable="no_such_package is not installed")
 
 
-def test_an_error_in_a_process_of_its_own_is_told() -> None:
+def test_an_error_in_the_contenders_process_is_raised() -> None:
     task = Task(contender="nobody", sizes=TINY, device="cpu", batches=(1,), num_steps=1)
     with pytest.raises(TrainBenchmarkError, match="KeyError: 'nobody'"):
         in_own_process(task)
@@ -432,7 +433,7 @@ def test_it_needs_neither_pydantic_nor_typer_nor_rich() -> None:
 
 
 def test_the_command_prints_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = report_of(MadeUp(), batches=[3, 5])
+    report = report_of(SimulatedMachine(), batches=[3, 5])
     asked: list[Any] = []
 
     def measured(sizes: Sizes, device: str, **options: Any) -> dict[str, Any]:
@@ -450,7 +451,7 @@ def test_the_command_prints_and_writes(tmp_path: Path, monkeypatch: pytest.Monke
     assert asked == [(sizes, (3, 5), (PLAIN, FSDP2))]
     assert json.loads(file.read_text()) == report
     assert not list(tmp_path.glob("*.part"))
-    assert "(5 sequences)" in result.output
+    assert "5 x 4 tokens" in result.output
     monkeypatch.setattr(training_main, "measure_train", measured)
     monkeypatch.setattr(sys, "argv", ["training", *arguments, *chosen])
     training_main.main()
@@ -464,6 +465,7 @@ def test_the_command_prints_and_writes(tmp_path: Path, monkeypatch: pytest.Monke
         ("--batches=3,x", "not x"),
         ("--batches=0", "not 0"),
         ("--contenders=nobody", "unknown contenders: nobody"),
+        ("--dtype=int8", "int8"),
     ],
 )
 def test_a_wrong_option_is_named(
@@ -479,7 +481,7 @@ def test_a_wrong_option_is_named(
 
 
 def test_a_failure_is_an_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
-    report = report_of(MadeUp(broken=PLAIN), batches=[3])
+    report = report_of(SimulatedMachine(broken=PLAIN), batches=[3])
     for module in (run_module, training_main):
         monkeypatch.setattr(module, "measure_train", lambda *_, **__: report)
     result = CliRunner().invoke(app, ["bench", "train"])
@@ -490,6 +492,8 @@ def test_a_failure_is_an_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
         training_main.main()
 
 
-def test_every_contender_has_a_label() -> None:
+def test_every_contender_has_a_label_and_is_in_the_help() -> None:
     assert set(CONTENDERS) == {OVERLAPPED, SEQUENTIAL, PLAIN, TORCHAO, FSDP2, DEEPSPEED}
     assert set(LABELS) == {MODEL_ALONE, *CONTENDERS}
+    result = CliRunner().invoke(app, ["bench", "train", "--help"], env={"COLUMNS": "200"})
+    assert all(name in result.output for name in CONTENDERS)

@@ -1,4 +1,4 @@
-"""The logic of the tests that need a GPU, without one."""
+"""The logic of the GPU tests and of their script, tested without a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from offload_adam import OffloadAdam
 from offload_adam.bench.training.contenders import OVERLAPPED, SEQUENTIAL, TORCHAO
-from offload_adam.bench.training.measure import Alone
+from offload_adam.bench.training.measure import Steps
 from offload_adam.bench.training.model import Sizes
 from offload_adam.spans import SpanRecorder
 from tests.gpu.batches import RATIO, NoBatchError, choose_batch, measure_and_choose
@@ -57,12 +57,12 @@ def test_intervals_are_counted_as_their_units_are(
     assert all(left.end < right.start for left, right in pairwise(union))
 
 
-def test_what_begins_in_a_window_is_within() -> None:
+def test_intervals_that_begin_in_a_window_are_within_it() -> None:
     found = within([Interval(0, 5), Interval(5, 6), Interval(9, 12)], [Interval(5, 10)])
     assert found == [Interval(5, 6), Interval(9, 12)]
 
 
-def test_a_timeline_sorts_what_a_profiler_saw() -> None:
+def test_a_timeline_sorts_the_events_of_a_profiler() -> None:
     cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
 
     def event(name: str, start: float, end: float, device: Any = cuda) -> Any:
@@ -98,7 +98,7 @@ def test_a_timeline_sorts_what_a_profiler_saw() -> None:
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_the_model_of_the_bits_trains_alike_where_its_state_is_taken_away(overlap: bool) -> None:
+def test_simulated_offloading_gives_the_bits_of_plain_steps(overlap: bool) -> None:
     results = []
     for kind, overlapped in ((OffloadAdam, False), (Offloading, overlap)):
         model, optimizer = make("cpu", kind, overlap=overlapped)
@@ -113,7 +113,7 @@ def test_the_model_of_the_bits_trains_alike_where_its_state_is_taken_away(overla
         assert_same_bits(*results)
 
 
-def test_two_ranks_have_the_bits_of_two_that_offload(ranks: RankPool) -> None:
+def test_two_ranks_with_simulated_offloading_give_the_bits_of_plain_steps(ranks: RankPool) -> None:
     expected = ranks.run(train_rank, 2, "cpu", OffloadAdam, False)
     found = ranks.run(train_rank, 2, "cpu", Offloading, True)
     for mine, reference in zip(found, expected, strict=True):
@@ -121,7 +121,7 @@ def test_two_ranks_have_the_bits_of_two_that_offload(ranks: RankPool) -> None:
 
 
 @pytest.mark.parametrize("name", PROBES)
-def test_the_probe_measures_the_host_of_a_machine_without_a_gpu(
+def test_the_probe_measures_the_host_without_a_gpu(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -154,12 +154,12 @@ def test_a_measurement_that_fails_does_not_stop_the_next_one(tmp_path: Path) -> 
     assert report.failed == ["pinning"]
 
 
-def alone(forward_ms: dict[int, float], gib: float = 0.1) -> dict[int, Alone]:
+def alone(forward_ms: dict[int, float], gib: float = 0.1) -> dict[int, Steps]:
     """Return times of the model alone; `gib` is the memory of a sequence."""
     return {
-        batch: Alone(
+        batch: Steps(
+            steps_ms=(4 * ms,),
             forward_ms=ms,
-            forward_backward_ms=4 * ms,
             peak_gpu_nbytes=int((1.0 + gib * batch) * 2**30),
         )
         for batch, ms in forward_ms.items()
@@ -183,7 +183,7 @@ def test_the_batch_of_the_overlap_has_a_forward_longer_than_the_update() -> None
         ({8: 2.2}, 25.0, 0.1, "fewer than two batches fit into the GPU"),
     ],
 )
-def test_without_such_a_batch_the_reason_has_the_numbers(
+def test_the_error_without_a_suitable_batch_has_the_measured_times(
     times: dict[int, float], update_ms: float, gib: float, reason: str
 ) -> None:
     with pytest.raises(NoBatchError, match=reason) as raised:
@@ -200,10 +200,10 @@ def test_a_batch_is_measured_and_chosen_on_a_cpu() -> None:
 
 
 def test_everything_for_a_gpu_is_imported_with_the_required_packages_alone() -> None:
-    modules = sorted(f"tests.gpu.{file.stem}" for file in (ROOT / "tests" / "gpu").glob("*.py"))
-    training = (ROOT / "offload_adam" / "bench" / "training").glob("*.py")
-    modules += [f"offload_adam.bench.training.{file.stem}" for file in sorted(training)]
-    # What torch and the others need themselves is there, too. Everything else is blocked.
+    files = [*ROOT.glob("tests/gpu/*.py"), *ROOT.glob("offload_adam/bench/**/*.py")]
+    modules = [".".join(f.relative_to(ROOT).with_suffix("").parts) for f in sorted(files)]
+    assert "offload_adam.bench.training.measure" in modules
+    # Blocks all packages except the required ones and their own requirements.
     code = f"""
 import importlib, importlib.metadata, re, sys
 
@@ -230,7 +230,7 @@ for name in {["tests.conftest", *modules]}: importlib.import_module(name)
 
 
 STAND_IN = """#!/usr/bin/env bash
-# Stands in for Python: notes what it is asked for, and fails or hangs where it is told to.
+# Replaces Python: logs its arguments, and fails or hangs for some of them.
 arguments="$*"
 [[ "$arguments" != *"import pytest_timeout"* ]] || exit 1
 echo "$arguments" >>"$OUT/asked"
@@ -261,12 +261,12 @@ WARM_UP = "-m tests.gpu.warm_up"
 
 
 def asked_in_turn(out: Path) -> list[str]:
-    """Return what the stand-in was asked for, but for the warm-up, which runs beside the rest."""
+    """Return the logged arguments in order, without the warm-up, which runs in parallel."""
     asked = (out / "asked").read_text().splitlines()
     return [line for line in asked if line != WARM_UP]
 
 
-def test_a_part_goes_on_after_a_step_that_fails_or_hangs(tmp_path: Path) -> None:
+def test_a_part_continues_after_a_step_that_fails_or_hangs(tmp_path: Path) -> None:
     start_s = time.monotonic()
     run = run_script(tmp_path, "--time-limit", "24", "part-1")
     assert time.monotonic() - start_s < 45.0
@@ -339,7 +339,7 @@ def test_results_are_kept_as_soon_as_a_test_ends(pytester: pytest.Pytester) -> N
 @pytest.mark.slow
 @pytest.mark.timeout(320)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_parts_measure_what_a_cpu_has(tmp_path: Path) -> None:
+def test_parts_run_on_a_cpu(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path)}
 
     def run(*arguments: str) -> Any:

@@ -1,9 +1,10 @@
-"""What is asked of an overlapped step, as inequalities between measured times."""
+"""What an overlapped step has to achieve, as inequalities between measured times."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from offload_adam.bench.training.contenders import FSDP2, OVERLAPPED, PLAIN, TORCHAO
 
@@ -11,15 +12,16 @@ STREAMING_SLACK = 1.15
 PLAIN_SLACK = 1.10
 SHARE_OF_PEERS = 0.25
 HIDEABLE = 0.75
-"""A peer's update that takes at most this much longer than the forward could nearly be hidden."""
+"""A forward that takes at least this part of a peer's update could hide most of the update."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """One contender at one batch.
 
-    step_ms: median of its steps; exposed_ms: that less forward and backward of the model alone.
-    update_ms: the update by itself.
+    step_ms: median of its steps.
+    exposed_ms: step_ms without forward and backward of the model alone.
+    update_ms: the update alone, after backward has finished.
     """
 
     step_ms: float
@@ -30,11 +32,11 @@ class Result:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One ratio of forward to update.
+    """The results at one batch.
 
     forward_ms: F, the model's forward alone.
-    update_ms: U, this package's updates with their copies to the device, one after the other.
-    bucket_ms: b, the way of one bucket: down, update, up.
+    update_ms: U, this package's updates with their H2D copies, without overlap.
+    bucket_ms: b, D2H copy, update and H2D copy of one bucket.
     results: by contender, those that work here.
     """
 
@@ -48,7 +50,7 @@ class Point:
 class Condition:
     """One inequality: `value <= bound`.
 
-    holds: None where it asks for nothing here, or cannot be told; `reason` says why.
+    holds: None if the inequality does not apply at this batch or has no result; `reason` says why.
     """
 
     name: str
@@ -60,93 +62,72 @@ class Condition:
 
 def evaluate(point: Point) -> list[Condition]:
     """Return every condition at one point."""
-    found = [_hidden(point), _near_plain(point)]
+    forward, update = point.forward_ms, point.update_ms
+
+    def hidden(ours: Result, _: Result) -> tuple[float, float]:
+        bound = STREAMING_SLACK * (max(0.0, update - forward) + point.bucket_ms)
+        return ours.exposed_ms, bound
+
+    def near_plain(ours: Result, plain: Result) -> tuple[float, float] | str:
+        return "F < U" if forward < update else (ours.step_ms, PLAIN_SLACK * plain.step_ms)
+
+    def share(ours: Result, peer: Result) -> tuple[float, float] | str:
+        if forward < HIDEABLE * peer.update_ms:
+            return f"F < {HIDEABLE} * its update"
+        return ours.exposed_ms, SHARE_OF_PEERS * peer.exposed_ms
+
+    def never_more(ours: Result, peer: Result) -> tuple[float, float]:
+        return ours.exposed_ms, peer.exposed_ms
+
+    def memory(ours: Result, peer: Result) -> tuple[float, float] | str:
+        if ours.peak_gpu_nbytes is None or peer.peak_gpu_nbytes is None:
+            return "no GPU"
+        return ours.peak_gpu_nbytes, peer.peak_gpu_nbytes
+
+    asked: list[tuple[str, str, Callable[[Result, Result], Any]]] = [
+        (f"exposed <= {STREAMING_SLACK} * (max(0, U - F) + b)", OVERLAPPED, hidden),
+        (f"step <= {PLAIN_SLACK} * plain AdamW's where F >= U", PLAIN, near_plain),
+    ]
     for peer in (TORCHAO, FSDP2):
-        found += [_share_of(point, peer), _never_more(point, peer)]
-    return [*found, _memory(point)]
+        name = f"exposed <= {SHARE_OF_PEERS} * that of {peer} where F >= {HIDEABLE} * its update"
+        asked += [(name, peer, share), (f"exposed <= that of {peer}", peer, never_more)]
+    asked.append((f"peak GPU memory <= that of {TORCHAO}", TORCHAO, memory))
+    return [_condition(name, point.results, other, compare) for name, other, compare in asked]
 
 
-def reached(conditions: Mapping[str, list[Condition]]) -> dict[str, bool | None]:
-    """Return for each condition whether it holds wherever it asks for something.
+def _condition(
+    name: str,
+    results: Mapping[str, Result],
+    other: str,
+    compare: Callable[[Result, Result], tuple[float, float] | str],
+) -> Condition:
+    """Evaluate one condition.
 
-    None where it could be told nowhere.
+    Args:
+        other: the contender to compare with, besides this package.
+        compare: maps both results to value and bound, or to a reason why the condition does not
+            apply.
     """
-    together: dict[str, bool | None] = {}
-    for condition in (one for every in conditions.values() for one in every):
-        before = together.get(condition.name)
-        if condition.holds is None:
-            together.setdefault(condition.name, None)
-        else:
-            together[condition.name] = condition.holds and before is not False
-    return together
-
-
-def _hidden(point: Point) -> Condition:
-    name = f"exposed <= {STREAMING_SLACK} * (max(0, U - F) + b)"
-    bound = STREAMING_SLACK * (max(0.0, point.update_ms - point.forward_ms) + point.bucket_ms)
-    ours = point.results.get(OVERLAPPED)
-    if ours is None:
-        return _untold(name, OVERLAPPED)
-    return _compared(name, ours.exposed_ms, bound)
-
-
-def _near_plain(point: Point) -> Condition:
-    name = f"step <= {PLAIN_SLACK} * plain AdamW's where F >= U"
-    if point.forward_ms < point.update_ms:
-        return _unasked(name, "F < U")
-    found = _pair(point, PLAIN)
+    missing = [needed for needed in (OVERLAPPED, other) if needed not in results]
+    if missing:
+        found: tuple[float, float] | str = f"{missing[0]} was not measured"
+    else:
+        found = compare(results[OVERLAPPED], results[other])
     if isinstance(found, str):
-        return _untold(name, found)
-    ours, plain = found
-    return _compared(name, ours.step_ms, PLAIN_SLACK * plain.step_ms)
-
-
-def _share_of(point: Point, peer: str) -> Condition:
-    name = f"exposed <= {SHARE_OF_PEERS} * that of {peer} where F >= {HIDEABLE} * its update"
-    found = _pair(point, peer)
-    if isinstance(found, str):
-        return _untold(name, found)
-    ours, theirs = found
-    if point.forward_ms < HIDEABLE * theirs.update_ms:
-        return _unasked(name, f"F < {HIDEABLE} * its update")
-    return _compared(name, ours.exposed_ms, SHARE_OF_PEERS * theirs.exposed_ms)
-
-
-def _never_more(point: Point, peer: str) -> Condition:
-    name = f"exposed <= that of {peer}"
-    found = _pair(point, peer)
-    if isinstance(found, str):
-        return _untold(name, found)
-    ours, theirs = found
-    return _compared(name, ours.exposed_ms, theirs.exposed_ms)
-
-
-def _memory(point: Point) -> Condition:
-    name = f"peak GPU memory <= that of {TORCHAO}"
-    found = _pair(point, TORCHAO)
-    if isinstance(found, str):
-        return _untold(name, found)
-    ours, theirs = found
-    if ours.peak_gpu_nbytes is None or theirs.peak_gpu_nbytes is None:
-        return _unasked(name, "no GPU")
-    return _compared(name, ours.peak_gpu_nbytes, theirs.peak_gpu_nbytes)
-
-
-def _pair(point: Point, peer: str) -> tuple[Result, Result] | str:
-    """Return this package's result and the peer's, or the name of the one that is missing."""
-    ours, theirs = point.results.get(OVERLAPPED), point.results.get(peer)
-    if ours is None:
-        return OVERLAPPED
-    return peer if theirs is None else (ours, theirs)
-
-
-def _compared(name: str, value: float, bound: float) -> Condition:
+        return Condition(name=name, value=None, bound=None, holds=None, reason=found)
+    value, bound = found
     return Condition(name=name, value=value, bound=bound, holds=value <= bound)
 
 
-def _unasked(name: str, reason: str) -> Condition:
-    return Condition(name=name, value=None, bound=None, holds=None, reason=reason)
+def reached(points: Mapping[str, list[Condition]]) -> dict[str, bool | None]:
+    """Return for each condition whether it holds at all points where it applies, None if nowhere.
 
-
-def _untold(name: str, missing: str) -> Condition:
-    return _unasked(name, f"{missing} was not measured")
+    Args:
+        points: the conditions of each point.
+    """
+    combined: dict[str, bool | None] = {}
+    for condition in (one for conditions in points.values() for one in conditions):
+        before = combined.setdefault(condition.name, None)
+        if condition.holds is not None:
+            combined[condition.name] = condition.holds and before is not False
+    return combined

@@ -1,36 +1,41 @@
-"""This package, plain AdamW on the device, and other offload optimizers, each training a model."""
+"""The contenders of `bench train`: each makes an optimizer for a model and trains with it."""
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from offload_adam.bench.contender import ADAMW, MAX_GRAD_NORM
-from offload_adam.bench.peers import PeerUnavailableError
+from offload_adam.bench.harness import OURS
+from offload_adam.bench.peers import (
+    MAX_GRAD_NORM,
+    OUR_SETTINGS,
+    SETTINGS,
+    PeerUnavailableError,
+    deepspeed_adamw,
+    import_peer,
+)
 from offload_adam.bench.training.model import Decoder
 from offload_adam.optimizer import OffloadAdam
 
 MODEL_ALONE = "model_alone"
-"""Forward and backward without an optimizer: a step's exposed time is measured against it."""
-OVERLAPPED, SEQUENTIAL, PLAIN = "offload_adam", "offload_adam_sequential", "torch_fused"
+"""Forward and backward without an optimizer; the exposed time of a step is measured against it."""
+OVERLAPPED, SEQUENTIAL, PLAIN = OURS, f"{OURS}_sequential", "torch_fused"
 TORCHAO, FSDP2, DEEPSPEED = "torchao_cpu_offload", "fsdp2_cpu_offload", "deepspeed_zero_offload"
 PACKAGES = {TORCHAO: "torchao", DEEPSPEED: "deepspeed"}
 """The package that a contender needs in addition to those of this one."""
 
 
 class TrainContender:
-    """A model with its optimizer; `update` is what a training step does beside the model's work.
+    """A model and its optimizer.
 
-    Lifecycle: made for one model, which it may move; `close` when it is done.
+    Lifecycle: may move the model to another device or wrap it; call `close` at the end.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         self.model = model
         self._optimizer = optimizer
 
@@ -39,7 +44,8 @@ class TrainContender:
         self.model(tokens).backward()
 
     def update(self) -> None:
-        """Clip, step, and drop the gradients; it may return before all of that is over."""
+        """Clip, step and free the gradients. The update may still run when this returns."""
+        assert self._optimizer is not None
         self.clip()
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -49,10 +55,20 @@ class TrainContender:
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
 
     def finish(self) -> None:
-        """Return when the parameters hold the last step's result, as far as the host knows."""
+        """Wait until the updates on the host have finished; the device may still be copying."""
 
     def close(self) -> None:
-        """End what the contender began."""
+        """Free the optimizer's threads, memory and process groups."""
+
+
+class ModelAlone(TrainContender):
+    """The model without an optimizer."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__(model, None)
+
+    def update(self) -> None:
+        self.model.zero_grad()
 
 
 class Offloading(TrainContender):
@@ -60,39 +76,22 @@ class Offloading(TrainContender):
 
     def __init__(self, model: nn.Module, overlap: bool) -> None:
         self.optimizer = OffloadAdam(
-            model.parameters(),
-            **_settings(),
-            decoupled_weight_decay=True,
-            max_grad_norm=MAX_GRAD_NORM,
-            module=model,
-            overlap=overlap,
+            model.parameters(), **OUR_SETTINGS, module=model, overlap=overlap
         )
         super().__init__(model, self.optimizer)
 
     def clip(self) -> None:
-        """Do nothing: the optimizer clips in its step."""
+        """Do nothing: `OffloadAdam.step` clips."""
 
     def finish(self) -> None:
-        """Wait for the updates."""
         self.optimizer.synchronize()
 
     def close(self) -> None:
-        """Close the optimizer."""
         self.optimizer.close()
 
 
-def _settings() -> dict[str, Any]:
-    """Return the hyperparameters as torch names them, the same for all."""
-    return {
-        "lr": ADAMW.lr,
-        "betas": (ADAMW.beta1, ADAMW.beta2),
-        "eps": ADAMW.eps,
-        "weight_decay": ADAMW.weight_decay,
-    }
-
-
 def _plain(model: Decoder) -> TrainContender:
-    return TrainContender(model, torch.optim.AdamW(model.parameters(), **_settings(), fused=True))
+    return TrainContender(model, torch.optim.AdamW(model.parameters(), **SETTINGS, fused=True))
 
 
 class _Torchao(TrainContender):
@@ -100,12 +99,9 @@ class _Torchao(TrainContender):
 
     def __init__(self, model: Decoder) -> None:
         _require_gpu(model)
-        try:
-            offload: Any = importlib.import_module("torchao.optim").CPUOffloadOptimizer
-        except (ImportError, AttributeError) as error:
-            raise PeerUnavailableError(f"not importable: {error}") from error
+        offload = import_peer("torchao.optim", "CPUOffloadOptimizer")
         optimizer = offload(
-            model.parameters(), torch.optim.AdamW, offload_gradients=True, fused=True, **_settings()
+            model.parameters(), torch.optim.AdamW, offload_gradients=True, fused=True, **SETTINGS
         )
         super().__init__(model, optimizer)
 
@@ -118,19 +114,15 @@ class _Fsdp2(TrainContender):
 
     def __init__(self, model: Decoder) -> None:
         _require_gpu(model)
-        try:
-            fsdp: Any = importlib.import_module("torch.distributed.fsdp")
-            policy, shard = fsdp.CPUOffloadPolicy(), fsdp.fully_shard
-        except (ImportError, AttributeError) as error:
-            raise PeerUnavailableError(f"not importable: {error}") from error
-        _init_alone()
+        policy = import_peer("torch.distributed.fsdp", "CPUOffloadPolicy")()
+        shard = import_peer("torch.distributed.fsdp", "fully_shard")
+        _init_process_group()
         for block in model.blocks:
             shard(block, offload_policy=policy)
         shard(model, offload_policy=policy)
-        super().__init__(model, torch.optim.AdamW(model.parameters(), **_settings(), fused=True))
+        super().__init__(model, torch.optim.AdamW(model.parameters(), **SETTINGS, fused=True))
 
     def close(self) -> None:
-        """End the process group."""
         dist.destroy_process_group()
 
 
@@ -139,22 +131,16 @@ class _DeepSpeed(TrainContender):
 
     def __init__(self, model: Decoder) -> None:
         _require_gpu(model)
-        try:
-            deepspeed: Any = importlib.import_module("deepspeed")
-            adam: Any = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
-        except ImportError as error:
-            raise PeerUnavailableError(f"not importable: {error}") from error
-        _init_alone()
-        try:
-            optimizer = adam(model.parameters(), **_settings(), adamw_mode=True)
-        except RuntimeError as error:
-            raise PeerUnavailableError(f"does not work here: {error}") from error
+        initialize = import_peer("deepspeed", "initialize")
+        _init_process_group()
+        optimizer = deepspeed_adamw(model.parameters())
         dtype = next(model.parameters()).dtype
-        self._engine, *_ = deepspeed.initialize(
+        self._engine, *_ = initialize(
             model=model,
             optimizer=optimizer,
             config={
-                "train_micro_batch_size_per_gpu": 1,  # it counts samples, and nothing else
+                # DeepSpeed requires this number, but only counts samples with it.
+                "train_micro_batch_size_per_gpu": 1,
                 "gradient_clipping": MAX_GRAD_NORM,
                 "zero_optimization": {
                     "stage": 2,
@@ -170,15 +156,12 @@ class _DeepSpeed(TrainContender):
         super().__init__(self._engine, optimizer)
 
     def backward(self, tokens: torch.Tensor) -> None:
-        """Run forward and backward through the engine."""
         self._engine.backward(self._engine(tokens))
 
     def update(self) -> None:
-        """Step; the engine clips and drops the gradients."""
-        self._engine.step()
+        self._engine.step()  # which clips and frees the gradients
 
     def close(self) -> None:
-        """End the process group."""
         dist.destroy_process_group()
 
 
@@ -187,8 +170,8 @@ def _require_gpu(model: nn.Module) -> None:
         raise PeerUnavailableError("works on a GPU only")
 
 
-def _init_alone() -> None:
-    """Make this process a world of its own, for peers that know no other way."""
+def _init_process_group() -> None:
+    """Create a process group of this process alone, for peers that need one."""
     os.environ.setdefault("LOCAL_RANK", "0")
     torch.cuda.set_device(0)
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
@@ -202,7 +185,32 @@ CONTENDERS: Mapping[str, Callable[[Decoder], TrainContender]] = {
     TORCHAO: _Torchao,
     DEEPSPEED: _DeepSpeed,
 }
-"""By name, in the order in which they are measured: the most wanted first, should time run out.
+"""By name. The most important ones come first, in case the time limit ends the measurement.
 
-Each takes the model, and raises PeerUnavailableError where it does not work here.
+Each raises PeerUnavailableError if it does not work on this machine.
 """
+
+
+def make_contender(name: str, model: Decoder) -> TrainContender:
+    """Return one of CONTENDERS, or the model alone.
+
+    Raises:
+        PeerUnavailableError: the contender does not work on this machine.
+    """
+    return ModelAlone(model) if name == MODEL_ALONE else CONTENDERS[name](model)
+
+
+def parse_contenders(text: str) -> tuple[str, ...]:
+    """Return names of CONTENDERS that are separated by commas.
+
+    Raises:
+        ValueError: a name is unknown, or the text has no name.
+    """
+    names = [word.strip() for word in text.split(",") if word.strip()]
+    unknown = [name for name in names if name not in CONTENDERS]
+    if unknown or not names:
+        raise ValueError(
+            f"unknown contenders: {', '.join(unknown) or 'none given'}; choose from "
+            + ", ".join(CONTENDERS)
+        )
+    return tuple(names)

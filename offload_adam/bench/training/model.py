@@ -1,4 +1,4 @@
-"""The model of the benchmark: a plain decoder, of which only sizes and dtype matter."""
+"""The model that `bench train` trains: a plain decoder with random weights."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+DTYPES = ("bfloat16", "float16", "float32")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """What a measured model is made of.
+    """Sizes and dtype of the model.
 
     width: of the residual stream, a multiple of `num_heads`.
     sequence_length: tokens of each sequence; batches differ in the number of sequences.
-    dtype: of the parameters, as torch spells it.
+    dtype: of the parameters, one of DTYPES.
     """
 
     num_layers: int = 8
@@ -31,16 +33,18 @@ class Sizes:
             raise ValueError(
                 f"num_heads ({self.num_heads}) must divide width ({self.width}): change one of them"
             )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype}")
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Return the dtype of the parameters."""
+        """The dtype of the parameters."""
         found: torch.dtype = getattr(torch, self.dtype)
         return found
 
 
 class Block(nn.Module):
-    """Attention and a GELU network, each normalised first and added to the residual stream."""
+    """Attention and a GELU network, each with layer norm at its input and a residual connection."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -62,10 +66,10 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Maps (batch, time) tokens to the mean cross entropy of the next ones.
+    """Maps (batch, time) tokens to the mean cross entropy of the next token.
 
-    Blocks are computed again in backward: so batches that are large enough for a forward as long as
-    the update fit into a GPU. It is the same for every contender.
+    Blocks are recomputed in backward, for every contender alike. Otherwise the large batches, whose
+    forward takes as long as the update, would not fit into a GPU.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -86,14 +90,14 @@ class Decoder(nn.Module):
 
 
 def make_model(sizes: Sizes, device: torch.device) -> Decoder:
-    """Return the model with the same weights each time."""
+    """Return the model; its weights are the same in every process."""
     torch.manual_seed(0)
     with torch.device(device):
         return Decoder(sizes).to(sizes.torch_dtype)
 
 
 def make_tokens(sizes: Sizes, num_sequences: int, device: torch.device) -> torch.Tensor:
-    """Return (num_sequences, sequence_length + 1) tokens, the same each time."""
+    """Return (num_sequences, sequence_length + 1) int64 tokens, the same in every process."""
     generator = torch.Generator().manual_seed(1)
     shape = (num_sequences, sizes.sequence_length + 1)
     return torch.randint(sizes.vocabulary, shape, generator=generator).to(device)

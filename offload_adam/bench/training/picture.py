@@ -1,4 +1,4 @@
-"""The documentation's picture of `bench train`: step times as bars, drawn as SVG."""
+"""Draw the step times of `bench train` as bars, in SVG."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MODEL_COLOR, EXPOSED_COLOR, TEXT_COLOR = "#BBBBBB", "#D55E00", "#222222"
 def svg(reports: Sequence[Mapping[str, Any]]) -> str:
     """Return one group of bars for each report and batch.
 
-    A bar is a training step: forward and backward alone, then what the optimizer adds.
+    A bar is a training step: forward and backward alone, then the exposed time of the optimizer.
     """
     parts: list[str] = []
     y = LEGEND
@@ -42,7 +42,7 @@ def _legend() -> Iterator[str]:
 
 
 def _group(report: Mapping[str, Any], point: Mapping[str, Any], top: int) -> Iterator[str]:
-    """Yield the bars of one batch, to a scale of their own."""
+    """Yield the bars of one batch; the longest has the full width."""
     rows = point["contenders"]
     longest_ms = max((row["step_ms"] for row in rows.values() if "step_ms" in row), default=1.0)
     yield _text(10, top + 24, title(report, point), weight="bold")
@@ -53,7 +53,7 @@ def _group(report: Mapping[str, Any], point: Mapping[str, Any], top: int) -> Ite
             yield _text(LABEL_WIDTH, y + 14, row["reason"], style="italic")
             continue
         scale = BAR_WIDTH / longest_ms
-        # Noise can make the exposed time negative.
+        # Noise can make a small exposed time negative.
         exposed_ms = max(0.0, row["exposed_ms"] or 0.0)
         model = (row["step_ms"] - exposed_ms) * scale
         yield _bar(LABEL_WIDTH, y, model, MODEL_COLOR)

@@ -1,4 +1,4 @@
-"""What `plan` expects of `bench train` on a machine of which only the speeds are known."""
+"""Predict the times of `bench train` from the speeds of a machine, with the model of `plan`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from offload_adam.plan.prediction import predict
 from offload_adam.plan.timing import GB, predict_overlap, predict_time, update_nbytes
 
 PLAIN_PASSES = 10
-"""Elements that plain AdamW moves on the device for each parameter: the norm reads a gradient,
-clipping reads and writes it, the update reads four tensors and writes three."""
+"""Elements that plain AdamW moves on the device for each parameter. The norm reads the gradient,
+clipping reads and writes it, and the update reads four tensors and writes three."""
 
 
 def predict_train(
@@ -30,14 +30,14 @@ def predict_train(
     device_gb_per_s: float,
     tera_flops: float,
 ) -> dict[str, Any]:
-    """Return the predicted times of this package, plain AdamW and the model alone, as JSON.
+    """Return predicted times of this package, plain AdamW and the model alone, a JSON object.
 
     Args:
         batches: numbers of sequences.
-        host_gb_per_s: bandwidths of host memory; each has a row for each batch.
-        bus_gb_per_s: of copies in one direction.
-        device_gb_per_s: of GPU memory.
-        tera_flops: 1e12 operations a second of forward and backward.
+        host_gb_per_s: bandwidths of host memory, each predicted for each batch.
+        bus_gb_per_s: bandwidth of copies in one direction.
+        device_gb_per_s: bandwidth of GPU memory.
+        tera_flops: speed of forward and backward, 1e12 operations a second.
     """
     specs = _specs(sizes)
     held = predict(specs, Training())
@@ -63,7 +63,7 @@ def predict_train(
 
 
 def _specs(sizes: Sizes) -> list[ParameterSpec]:
-    """Return the model's parameters in their order, without memory for them."""
+    """Return the model's parameters in their order, without allocating them."""
     with torch.device("meta"):
         model = Decoder(sizes)
     itemsize = sizes.torch_dtype.itemsize
@@ -78,9 +78,9 @@ def _point(
 ) -> dict[str, Any]:
     """Return the times of one batch on one machine, in milliseconds.
 
-    `plan` counts a forward and a backward of twice its length. The model computes its blocks again
-    in backward, so a step is longer by one more forward. What is exposed stays the same: only the
-    next forward hides updates.
+    `plan` assumes a backward of twice the forward's length. This model recomputes its blocks in
+    backward, which adds one more forward. The exposed time stays the same, since only the next
+    forward hides updates.
     """
     training = Training(num_tokens=num_tokens)
     timeline = predict_overlap(specs, training, machine)

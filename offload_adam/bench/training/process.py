@@ -1,4 +1,4 @@
-"""Measure one contender in a process of its own, so that nothing of it stays behind."""
+"""Measure one contender in its own process, so that its memory and threads end with it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from offload_adam.bench.training.measure import Measured, Task, measure
 
 logger = logging.getLogger(__name__)
 
-START_METHOD = "spawn"
-"""A forked process could not use CUDA."""
+START_METHOD = "spawn"  # a forked process cannot use CUDA
 _POLL_S = 1.0
 _EXIT_S = 10.0
 _DONE = None
@@ -29,15 +28,16 @@ class TrainBenchmarkError(RuntimeError):
 def in_own_process(task: Task) -> Measured:
     """Carry out a task in a spawned process, within its time limit.
 
-    If the process fails or hangs after its first batch, the batches until then are returned, with
-    the reason for each of the others.
+    If the process fails or hangs after its first batch, return the batches measured so far, and the
+    reason for each batch that is missing.
 
     Raises:
         TrainBenchmarkError: the process failed or hung before its first batch was measured.
     """
-    package = PACKAGES.get(task.contender or "")
+    package = PACKAGES.get(task.contender)
     if package is not None and importlib.util.find_spec(package) is None:
-        return Measured(unavailable=f"{package} is not installed")  # a process would take seconds
+        # Without this check, a process would take seconds to find the same.
+        return Measured(unavailable=f"{package} is not installed")
     context: Any = multiprocessing.get_context(START_METHOD)
     answers: Any = context.Queue()
     process = context.Process(target=_answer, args=(task, answers), daemon=True)
@@ -54,13 +54,13 @@ def in_own_process(task: Task) -> Measured:
         return found
     if found is None:
         raise TrainBenchmarkError(failure)
-    logger.warning("%s: %s", task.contender, failure)
-    missing = [batch for batch in task.batches if batch not in {**found.alone, **found.steps}]
+    logger.warning("Lost some batches of %s: %s", task.contender, failure)
+    missing = [batch for batch in task.batches if batch not in found.steps]
     return replace(found, reasons={**dict.fromkeys(missing, failure), **found.reasons})
 
 
 def _collect(answers: Any, process: Any, time_limit_s: float) -> tuple[Measured | None, str | None]:
-    """Return the last thing that the process has found, and why it has not finished if so."""
+    """Return the last results of the process, and the reason if it did not finish."""
     found: Measured | None = None
     end_s = time.monotonic() + time_limit_s
     while (left_s := end_s - time.monotonic()) > 0:
@@ -79,7 +79,7 @@ def _collect(answers: Any, process: Any, time_limit_s: float) -> tuple[Measured 
 
 
 def _answer(task: Task, answers: Any) -> None:
-    """Put what is measured into the queue after each batch, then None or the error's text."""
+    """Put the results into the queue after each batch, then _DONE or the text of an error."""
     try:
         answers.put(measure(task, answers.put))
         answers.put(_DONE)

@@ -1,12 +1,13 @@
-"""The documentation's table of `bench train`, from result files and predictions."""
+"""Show results of `bench train` as Markdown, with predictions beside the measured times."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from offload_adam.bench.report import machine_line, table
 from offload_adam.bench.training.contenders import (
     DEEPSPEED,
     FSDP2,
@@ -28,24 +29,17 @@ LABELS = {
     TORCHAO: "torchao CPUOffloadOptimizer",
     DEEPSPEED: "DeepSpeed ZeRO-2 + CPU offload",
 }
-_COLUMNS = (
-    "optimizer",
-    "tokens/s",
-    "step, ms",
-    "predicted",
-    "exposed, ms",
-    "predicted",
-    "peak GPU, GiB",
-    "peak host, GiB",
-)
 _NONE = "-"
 
 
 def read(path: Path, command: str) -> Report:
-    """Return a file that `bench train` or `bench predict` has written; `command` is which of them.
+    """Return a report of `bench train` or `bench predict`.
+
+    Args:
+        command: "train" or "predict".
 
     Raises:
-        ValueError: the file is of another kind; the message says what writes such a one.
+        ValueError: the file cannot be read, or is not a report of this command.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -57,60 +51,60 @@ def read(path: Path, command: str) -> Report:
 
 
 def markdown(reports: Sequence[Report], predictions: Sequence[Report] = ()) -> str:
-    """Return a heading and a table for each report and batch."""
+    """Return a heading and a table for each report and batch, then conditions and machine."""
     lines: list[str] = []
     for report in reports:
-        for point in report["points"]:
-            lines += [f"### {title(report, point)}", "", *_table(report, point, predictions), ""]
         expected = [one for one in predictions if one["model"] == report["model"]]
-        notes = [_conditions_line(report), _source(report), *map(_assumptions, expected)]
-        lines += [line for note in notes for line in (note, "")]
+        for point in report["points"]:
+            lines += [f"### {title(report, point)}", "", _times(point), ""]
+            lines += [*_table(point, expected), ""]
+        words = {True: "yes", False: "NO", None: "not known"}
+        lines += [f"- {name}: {words[holds]}" for name, holds in report["reached"].items()]
+        lines += ["", machine_line(report["machine"]), ""]
+        lines += [line for one in expected for line in (_assumptions(one), "")]
     return "\n".join(lines)
 
 
 def title(report: Report, point: Report) -> str:
-    """Return what was trained on what, in one line."""
-    model = report["model"]
+    """Return device, model and batch in one line."""
+    model, numel = report["model"], report["model"]["num_parameters"]
+    size = f"{numel / 1e9:.3g} B" if numel >= 1e7 else f"{numel:,}"
     return (
-        f"{report['device']}: {model['num_parameters'] / 1e9:.3g} B parameters in "
+        f"{report['device']}: {size} parameters in "
         f"{model['dtype']}, {point['num_sequences']} x {model['sequence_length']} tokens"
     )
 
 
-def _table(report: Report, point: Report, predictions: Sequence[Report]) -> Iterator[str]:
-    yield _line(_COLUMNS)
-    yield _line(["---", *["---:"] * (len(_COLUMNS) - 1)])
+def _table(point: Report, predictions: Sequence[Report]) -> list[str]:
+    times = ("step", "exposed")
+    header = ["optimizer", "tokens/s"]
+    for time in times:
+        header += [f"{time}, ms", *(["predicted"] if predictions else [])]
+    header += ["peak GPU, GiB", "peak host, GiB"]
+    rows = []
     for name, row in point["contenders"].items():
-        label = LABELS.get(name, name)
+        cells = [LABELS.get(name, name)]
         if "reason" in row:
-            yield _line([label, row["reason"], *[_NONE] * (len(_COLUMNS) - 2)])
+            rows.append([*cells, row["reason"], *[_NONE] * (len(header) - 2)])
             continue
-        yield _line(
-            [
-                label,
-                f"{row['tokens_per_s']:,.0f}",
-                _number(row["step_ms"]),
-                predicted(predictions, report, point, name, "step_ms"),
-                _number(row["exposed_ms"]),
-                predicted(predictions, report, point, name, "exposed_ms"),
-                _number(row.get("peak_gpu_gib")),
-                _number(row.get("peak_host_gib")),
-            ]
-        )
+        cells.append(f"{row['tokens_per_s']:,.0f}")
+        for time in times:
+            cells.append(_number(row[f"{time}_ms"]))
+            if predictions:
+                cells.append(_predicted(predictions, point, name, f"{time}_ms"))
+        cells += [_number(row.get(f"peak_{place}_gib")) for place in ("gpu", "host")]
+        rows.append(cells)
+    return table(header, rows)
 
 
-def predicted(
-    predictions: Sequence[Report], report: Report, point: Report, name: str, key: str
-) -> str:
-    """Return the predicted value of a row, a range where predictions differ, "-" without any.
+def _predicted(predictions: Sequence[Report], point: Report, name: str, key: str) -> str:
+    """Return the predicted value of a row, a range if predictions differ, "-" without any.
 
-    A prediction counts if it is of the same model and batch. Predictions differ by the bandwidth of
-    host memory that they assume.
+    Predictions of the same batch differ in the assumed bandwidth of host memory.
     """
     values = [
         expected["contenders"][name][key]
         for prediction in predictions
-        if prediction["model"] == report["model"]
         for expected in prediction["points"]
         if expected["num_sequences"] == point["num_sequences"] and name in expected["contenders"]
     ]
@@ -127,14 +121,12 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-
-def _conditions_line(report: Report) -> str:
-    said = {True: "yes", False: "no", None: "not told"}
-    found = [f"{name}: {said[holds]}" for name, holds in report["reached"].items()]
-    return "Conditions: " + ("; ".join(found) or "none could be told") + "."
+def _times(point: Report) -> str:
+    keys = ("forward_ms", "update_ms", "ratio", "bucket_ms")
+    forward, update, ratio, bucket = (_number(point[key]) for key in keys)
+    return (
+        f"Forward F: {forward} ms. Update U: {update} ms. F/U: {ratio}. One bucket b: {bucket} ms."
+    )
 
 
 def _assumptions(prediction: Report) -> str:
@@ -142,19 +134,4 @@ def _assumptions(prediction: Report) -> str:
     return (
         f"Predicted for host memory of {', '.join(host)} GB/s, a bus of "
         f"{prediction['bus_gb_per_s']:g} GB/s, and {prediction['tera_flops']:g} TFLOP/s."
-    )
-
-
-def _source(report: Report) -> str:
-    """Return where the numbers are from, and F and U of each batch."""
-    machine = report["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    times = "; ".join(
-        f"{point['num_sequences']} sequences: F {_number(point['forward_ms'])} ms, "
-        f"U {_number(point['update_ms'])} ms"
-        for point in report["points"]
-    )
-    return (
-        f"{machine['date']}, commit {machine['commit']}, {machine['cpu']} with "
-        f"{machine['cores_allowed']} cores, Python {machine['python']}, {versions}. {times}."
     )

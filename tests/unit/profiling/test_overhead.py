@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from offload_adam import OffloadAdam, OffloadPolicy
-from offload_adam.bench.profile import compare_steps, measure_profile
 from offload_adam.profiling.sampler import MemorySampler
 from offload_adam.spans import SpanRecorder, recorded_by, span
 from offload_adam.step.ledger import by_category
+from tests.bench.profile import compare_steps, measure_profile
 from tests.support.reference import Weights, exact_gradients
 
 NUM_STEPS = 50

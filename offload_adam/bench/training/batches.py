@@ -1,0 +1,102 @@
+"""Read batches from the command line, or choose them by the ratio of forward to update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from offload_adam.bench.training.measure import Steps
+
+TARGET_RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
+NEAR = 0.25
+"""A measured ratio is near its target if they differ by at most this part of the target."""
+NUM_ROUNDS = 3
+"""Rounds in which batches are chosen, each from the times of all rounds before."""
+
+
+def parse_batches(text: str) -> tuple[int, ...]:
+    """Return numbers of sequences that are separated by commas; empty for an empty text.
+
+    Raises:
+        ValueError: a word is not a whole number of at least 1.
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    wrong = [word for word in words if not word.isdecimal() or int(word) < 1]
+    if wrong:
+        raise ValueError(f"batches must be numbers above 0, such as 48,144, not {', '.join(wrong)}")
+    return tuple(int(word) for word in words)
+
+
+def choose_batches(
+    forward_ms: Mapping[int, float],
+    update_ms: float,
+    targets: Sequence[float] = TARGET_RATIOS,
+    *,
+    largest: int | None = None,
+) -> dict[float, int]:
+    """Return the number of sequences for each ratio of forward to update.
+
+    Times are interpolated and extrapolated on the line through the two nearest measured batches.
+
+    Args:
+        forward_ms: of at least two batches, by number of sequences.
+        largest: most sequences to choose; ratios that need more are left out.
+
+    Raises:
+        ValueError: fewer than two batches were measured.
+    """
+    chosen = {}
+    for target in targets:
+        batch = max(1, round(_batch_of(target * update_ms, forward_ms)))
+        if largest is None or batch <= largest:
+            chosen[target] = batch
+    return chosen
+
+
+def _batch_of(wanted_ms: float, forward_ms: Mapping[int, float]) -> float:
+    points = sorted(forward_ms.items())
+    if len(points) < 2:
+        raise ValueError("The forward must have been measured at two batches at least.")
+    number = next((n for n, (_, ms) in enumerate(points) if ms >= wanted_ms), len(points) - 1)
+    (low, low_ms), (high, high_ms) = points[max(0, number - 1)], points[max(1, number)]
+    slope = (high_ms - low_ms) / (high - low)
+    if slope <= 0.0:  # both batches are too small to make a difference: try a larger one
+        return 2.0 * high
+    return low + (wanted_ms - low_ms) / slope
+
+
+def is_near(ratio: float, target: float) -> bool:
+    """Tell whether a measured ratio is near its target."""
+    return abs(ratio - target) <= NEAR * target
+
+
+def tune_batches(
+    measure_alone: Callable[[Sequence[int]], Mapping[int, Steps]],
+    update_ms: float,
+    first_batches: Sequence[int],
+    targets: Sequence[float],
+    largest: int | None,
+) -> tuple[dict[int, Steps], dict[float, int]]:
+    """Choose batches and measure the model alone at them, until the ratios are near the targets.
+
+    Args:
+        measure_alone: measures the model alone, and leaves out batches that do not fit.
+
+    Returns:
+        The model's steps by batch, and the batch of each ratio that was reached or approached.
+    """
+    alone = dict(measure_alone(first_batches))
+    chosen: dict[float, int] = {}
+    for _ in range(NUM_ROUNDS):
+        forward_ms = {batch: one.forward_ms or 0.0 for batch, one in alone.items()}
+        chosen = choose_batches(forward_ms, update_ms, targets, largest=largest)
+        unknown = sorted(set(chosen.values()) - set(alone))
+        alone.update(measure_alone(unknown) if unknown else {})
+        too_large = [batch for batch in unknown if batch not in alone]
+        if too_large:
+            largest = too_large[0] - 1
+        elif all(
+            is_near((alone[batch].forward_ms or 0.0) / update_ms, target)
+            for target, batch in chosen.items()
+        ):
+            break
+    return alone, {target: batch for target, batch in chosen.items() if batch in alone}
