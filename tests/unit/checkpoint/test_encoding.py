@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from offload_adam import CheckpointError
-from offload_adam.checkpoint.format import MAX_NBYTES, TAG, decode, encode
+from offload_adam.checkpoint.encoding import MAX_NBYTES, TAG, decode, encode
 from tests.unit.checkpoint.test_format import JSON, places
 
 
@@ -158,7 +158,7 @@ LOOP.append(LOOP)
     [
         (
             {"a": [1, len]},
-            r"^x\['a'\]\[1\] is of type builtin_function_or_method, which .*: give numbers",
+            r"^x\['a'\]\[1\] is of type builtin_function_or_method, which .*\. Save numbers",
         ),
         ({(1, len): 2}, "is of type builtin_function"),
         (Color.RED, "is of type Color"),
@@ -203,7 +203,7 @@ def test_the_largest_and_the_deepest_value(tmp_path: Any) -> None:
 
 @settings(max_examples=100)
 @given(st.data())
-def test_any_text_is_decoded_or_refused(data: st.DataObject) -> None:
+def test_any_text_is_decoded_or_rejected(data: st.DataObject) -> None:
     """Whatever stands in an encoded value; nothing is allocated that the text does not hold."""
     value = encode(data.draw(VALUES), "x")
     holder = [value]
@@ -240,7 +240,7 @@ def test_any_text_is_decoded_or_refused(data: st.DataObject) -> None:
     ],
     ids=str,
 )
-def test_a_wrong_text_is_refused(text: Any) -> None:
+def test_a_wrong_text_is_rejected(text: Any) -> None:
     with pytest.raises(CheckpointError, match="x cannot be decoded"):
         decode([text], "x")
 

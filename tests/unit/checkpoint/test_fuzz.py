@@ -1,4 +1,4 @@
-"""Checkpoints of any content: loaded, or refused with a clean error, and never half."""
+"""Checkpoints of any content: loaded, or rejected with a clean error, and never half."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from offload_adam import (
     load_checkpoint,
     save_checkpoint,
 )
-from offload_adam.checkpoint.convert import import_torch_pickle
 from offload_adam.checkpoint.format import MANIFEST_NAME, sealed
+from offload_adam.checkpoint.torch_import import import_torch_pickle
 from offload_adam.schedules import CosineDecayLR
 from tests.unit.checkpoint.test_format import JSON, places
 
@@ -63,7 +63,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Saved:
 
 @settings(max_examples=100)
 @given(st.data())
-def test_any_damage_is_refused(saved: Saved, data: st.DataObject) -> None:
+def test_any_damage_is_rejected(saved: Saved, data: st.DataObject) -> None:
     """Bytes that are flipped, cut off or put in: no checkpoint is any of these."""
     name = data.draw(st.sampled_from(sorted(saved.files)))
     content = bytearray(saved.files[name])
@@ -92,7 +92,7 @@ def _same(content: bytes, original: bytes) -> bool:
 
 @settings(max_examples=100)
 @given(st.data())
-def test_any_sealed_manifest_is_loaded_or_refused(saved: Saved, data: st.DataObject) -> None:
+def test_any_sealed_manifest_is_loaded_or_rejected(saved: Saved, data: st.DataObject) -> None:
     """Whatever stands at whatever place, with a checksum that is right."""
     values = json.loads(saved.files[MANIFEST_NAME])
     del values["sha256"]
@@ -110,7 +110,7 @@ def test_any_sealed_manifest_is_loaded_or_refused(saved: Saved, data: st.DataObj
 
 @settings(max_examples=100)
 @given(st.data())
-def test_any_pickled_file_is_imported_or_refused(
+def test_any_pickled_file_is_imported_or_rejected(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     folder = tmp_path_factory.mktemp("import")

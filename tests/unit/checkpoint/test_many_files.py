@@ -14,22 +14,13 @@ import torch
 from torch import nn
 
 from offload_adam import OffloadAdam, OffloadPolicy, load_checkpoint
-from offload_adam.checkpoint.files import (
-    Part,
-    RankFile,
-    VerifiedFile,
-    commit_files,
-    rank_file_name,
-)
-from offload_adam.checkpoint.format import (
-    FORMAT_VERSION,
-    Manifest,
-    OptimizerEntry,
-    RankEntry,
-    encode,
-)
-from offload_adam.checkpoint.load import NUM_OPEN_FILES, verify_checkpoint
+from offload_adam.checkpoint.commit import commit_files
+from offload_adam.checkpoint.encoding import encode
+from offload_adam.checkpoint.format import FORMAT_VERSION, Manifest, OptimizerEntry, RankEntry
+from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.checkpoint.optimizer_access import ParameterNames, plain_state
+from offload_adam.checkpoint.rank_file import Part, RankFile, rank_file_name
+from offload_adam.checkpoint.reader import NUM_OPEN_FILES, VerifiedFile
 from offload_adam.checkpoint.save import manifest_of, sharded_parts
 from offload_adam.errors import CheckpointError
 
@@ -158,7 +149,7 @@ import os, resource, sys
 from pathlib import Path
 import torch
 from offload_adam import load_checkpoint
-from offload_adam.checkpoint.convert import export_dcp, export_torch
+from offload_adam.checkpoint.export import export_dcp, export_torch
 from offload_adam.checkpoint.load import verify_checkpoint
 from tests.unit.checkpoint.test_many_files import make, state_of
 

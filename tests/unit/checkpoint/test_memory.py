@@ -34,7 +34,7 @@ from offload_adam import (
     load_checkpoint,
     save_checkpoint,
 )
-from offload_adam.checkpoint.convert import export_torch
+from offload_adam.checkpoint.export import export_torch
 
 folder = Path(sys.argv[1])
 

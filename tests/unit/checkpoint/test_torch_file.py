@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from offload_adam.checkpoint import convert
-from offload_adam.checkpoint.convert import Streamed, write_torch_file
-from offload_adam.checkpoint.files import as_bytes
+from offload_adam.checkpoint import torch_file
+from offload_adam.checkpoint.rank_file import as_bytes
+from offload_adam.checkpoint.torch_file import Streamed, write_torch_file
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -85,7 +85,7 @@ def test_torch_loads_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large_nbytes: int, mmap: bool
 ) -> None:
     """From 1 GiB on, here also from 100 bytes on, records have lengths of 64 bits."""
-    monkeypatch.setattr(convert, "_LARGE_NBYTES", large_nbytes)
+    monkeypatch.setattr(torch_file, "_LARGE_NBYTES", large_nbytes)
     path = tmp_path / "t.pt"
     write_torch_file(path, content_of(streamed))
     found = torch.load(path, weights_only=True, mmap=mmap)
