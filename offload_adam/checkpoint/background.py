@@ -53,8 +53,10 @@ def begin_checkpoint(
         with PROGRESS.at("checkpoint", long_running=True):
             save = open_save(Path(path), model, optimizer, core, extra, lock.buffers)
             with save.discarding():
+                # A forward may modify these tensors without waiting, so they are written first.
                 with raise_on_all_ranks(save.ranks, "writing a checkpoint"):
                     save.write_whole()
+                # From here on, updates wait for buckets that the thread has not read.
                 core.external_edits.lock_snapshot(save.buckets)
                 try:
                     return PendingCheckpoint(save, optimizer, lock)
@@ -137,6 +139,7 @@ class PendingCheckpoint:
     def _result(self) -> RankEntry:
         """Return this rank's part of the manifest, after a last check for modified parameters."""
         entry = self._writer.result()
+        # Edits after the last step are not noticed yet, but may be in the bytes that were written.
         with self._optimizer._lock:
             self._optimizer._alive().external_edits.wait_for_snapshot()
         self._snapshot_lock.raise_if_invalidated()
@@ -169,6 +172,7 @@ class _Writer:
             self._snapshot_lock.set_reader()
             self._read(self._snapshot_lock.raise_if_invalidated)
             self._save.write_copies(self._snapshot_lock.raise_if_invalidated)
+            # An edit may have come while the last tensor was read.
             self._snapshot_lock.raise_if_invalidated()
             self._entry = self._save.finish()
         except Exception as error:
@@ -176,6 +180,7 @@ class _Writer:
             with suppress(OSError):
                 self._save.remove()
         finally:
+            # Also after an error: otherwise updates would wait forever.
             self._snapshot_lock.finish_reading()
 
     def _read(self, before_each: Callable[[], None]) -> None:

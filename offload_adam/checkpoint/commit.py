@@ -72,8 +72,9 @@ def commit_files(partial: Path, target: Path, manifest: Manifest) -> None:
     text = manifest.to_json()
     # Parsing checks that the pieces of all ranks together cover every tensor exactly once.
     parse_manifest(text, str(target))
+    # Rank 0 must see every rank's file at its full length: a rank may have lost its mount.
     for name, entry in manifest.files.items():
-        VerifiedFile(partial, name, entry).close()  # checks the length
+        VerifiedFile(partial, name, entry).close()
     with (partial / MANIFEST_NAME).open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -103,6 +104,7 @@ def publish(partial: Path, target: Path) -> None:
     try:
         _rename(partial, target)
     except OSError as error:
+        # The codes of this error differ between file systems, so look for the target instead.
         if not os.path.lexists(target):
             raise
         raise CheckpointError(
@@ -124,7 +126,8 @@ def _rename(partial: Path, target: Path) -> None:
         else:
             partial.unlink()
             return
-    partial.rename(target)  # fails if the target is a folder with files in it
+    # Raises an error if the target is a folder with files in it, as every checkpoint is.
+    partial.rename(target)
 
 
 def discard(partial: Path) -> None:

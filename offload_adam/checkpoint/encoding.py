@@ -96,6 +96,7 @@ def decode(value: Any, name: str) -> Any:
 
 
 def _encode(value: Any, path: _Path) -> Any:
+    # Compared with `is`, not isinstance: a bool is an int, and a subclass would lose its type.
     kind = type(value)
     if len(path) > _MAX_DEPTH:
         raise CheckpointError(
@@ -111,6 +112,7 @@ def _encode(value: Any, path: _Path) -> Any:
     if kind is float:
         return value if math.isfinite(value) else {TAG: "float", "value": repr(value)}
     if kind is str:
+        # JSON does not define what a lone surrogate means.
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
             raise _rejected(path, "text with a lone surrogate", "Save it as bytes")
         return value
@@ -158,6 +160,7 @@ def _encode_mapping(tag: str, value: dict[Any, Any], path: _Path) -> Any:
     if tag == "dict" and TAG not in value and all(type(key) is str for key in value):
         return dict(zip(keys, values, strict=True))
     found = {TAG: tag, "pairs": [list(pair) for pair in zip(keys, values, strict=True)]}
+    # Only the factory of a defaultdict, and only by name: decoding calls no other function.
     factory = getattr(value, "default_factory", None)
     if factory is not None:
         name = getattr(factory, "__name__", "")
@@ -174,6 +177,7 @@ def _encode_tensor(value: torch.Tensor, path: _Path) -> Any:
     if value.requires_grad:
         raise _rejected(path, "a tensor that requires gradients", "Save tensor.detach()")
     _require_small(value.nbytes, path)  # before a copy of any size is made
+    # The bytes of a conjugate or negated view are those of its base, so these are resolved.
     flat = value.resolve_conj().resolve_neg().cpu().contiguous().view(-1)
     return {
         TAG: "torch.Tensor",
@@ -185,6 +189,7 @@ def _encode_tensor(value: torch.Tensor, path: _Path) -> Any:
 
 def _encode_array(value: np.ndarray[Any, Any] | np.generic, path: _Path) -> Any:
     is_array = isinstance(value, np.ndarray)
+    # Structured and object dtypes are not in the table, nor are subclasses of NumPy's scalars.
     dtype = _ARRAY_DTYPES.get(value.dtype.str)
     if dtype != value.dtype or not (is_array or type(value) is value.dtype.type is dtype.type):
         raise _rejected(
@@ -219,6 +224,7 @@ def _decode(value: Any) -> Any:
         return value
     if TAG not in value:
         return {key: _decode(inner) for key, inner in value.items()}
+    # An unknown tag is a KeyError, and unknown fields are a TypeError: `decode` rejects both.
     return _DECODERS[value[TAG]](**{key: inner for key, inner in value.items() if key != TAG})
 
 

@@ -126,6 +126,7 @@ def _readable(where: str, values: Mapping[Any, Any], left_out: list[str]) -> dic
     for key, value in values.items():
         with TemporaryDirectory() as folder:
             file = Path(folder, "value.pt")
+            # Whether torch loads a type depends on its version, so try it with this one.
             try:
                 write_torch_file(file, value)
                 torch.load(file, weights_only=True)
@@ -180,6 +181,7 @@ def _dcp_save(content: dict[str, Any], folder: Path) -> None:
         try:
             dcp.save(content, checkpoint_id=folder, no_dist=True)
         except CheckpointException as error:
+            # It holds the error of each rank, and there is only one rank.
             failure, _ = next(iter(error.failures.values()))
             raise failure from None
 

@@ -208,6 +208,7 @@ def parse_manifest(text: str | bytes, origin: str) -> Manifest:
     Raises:
         CheckpointError: as `read_manifest`.
     """
+    # The digest first: a message about a field of a damaged manifest would mislead.
     try:
         values = json.loads(text, object_pairs_hook=_without_repetition)
         if isinstance(values, dict):
@@ -218,6 +219,7 @@ def parse_manifest(text: str | bytes, origin: str) -> Manifest:
                 )
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{origin} is not JSON: {error}. Load another checkpoint.") from error
+    # Then the version: the fields of another one may differ.
     version = values.get("format_version") if isinstance(values, dict) else None
     if isinstance(version, int) and version not in READABLE_VERSIONS:
         other = " or a newer one" if version > FORMAT_VERSION else ""
@@ -231,6 +233,7 @@ def parse_manifest(text: str | bytes, origin: str) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{origin}: {where or 'the manifest'}: {first['msg']}.") from error
+    # Decode once now: load_checkpoint must not find invalid values after it has modified the state.
     try:
         manifest.decoded_values()
         manifest.decoded_extra()
@@ -258,6 +261,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check_files(manifest: Manifest, origin: str) -> None:
     for name, entry in manifest.files.items():
+        # A name such as ../x would lead out of the folder.
         if not _PLAIN_NAME.fullmatch(name) or name == MANIFEST_NAME:
             raise CheckpointError(f"{origin}: {name!r} is not a plain file name.")
         if len(entry.checksums) != -(-entry.nbytes // BLOCK_NBYTES):
@@ -277,6 +281,7 @@ def _check_tensor(manifest: Manifest, entry: TensorEntry) -> None:
         start, end = range_of_box(entry.memory_shape, piece.box)
         if piece.start + (end - start) * DTYPES[entry.dtype].itemsize > file.nbytes:
             raise ValueError(f"a piece exceeds the end of {piece.file}")
+    # In ascending order, each range must begin where the one before it ends.
     ranges = [(start, end) for start, end, _ in sorted_pieces(entry)]
     numel = math.prod(entry.shape)
     for (_, end), (start, _) in pairwise([(0, 0), *ranges, (numel, numel)]):

@@ -66,6 +66,7 @@ def load_checkpoint(
     folder = Path(path)
     with locked(optimizer), PROGRESS.at("checkpoint", long_running=True), ExitStack() as stack:
         core = optimizer._settled_on_all_ranks("preparing to load a checkpoint")
+        # All checks come first, on all ranks: an error here has modified nothing on any rank.
         with raise_on_all_ranks(optimizer.ranks, "reading a checkpoint"):
             manifest = read_manifest(folder)
             reader = stack.enter_context(closing(CheckpointReader(folder, manifest)))
@@ -84,6 +85,7 @@ def load_checkpoint(
             # Sync master weights with the loaded parameters, and accept the versions of these: the
             # next step must not take the load for a modification by the user.
             core.external_edits.sync_all()
+            # Last: an error above leaves groups and step counts as they are.
             load_plain()
             core.num_steps = manifest.step
     return manifest.decoded_extra()
@@ -176,6 +178,7 @@ def _read_in_place(
             saved = _plane_name(reader.manifest, name, key)
             reads += _range_reads(reader, saved, shard, plane)
         if name not in loaded:
+            # Every rank reads whole parameters, but only its own ranges of the state.
             loaded.add(name)
             reads += _whole_reads(reader, f"model/{name}", shard.parameter.detach())
     for name, tensor in state.whole.items():

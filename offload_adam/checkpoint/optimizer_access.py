@@ -125,6 +125,7 @@ def _plan(
         for key in LAID_OUT:
             if options.get(key, False) != group.get(key, False):
                 raise ValueError(f"it has {key}={options.get(key, False)} in group {number}")
+        # As a whole: a saved option may be valid only together with other saved ones.
         optimizer._check_group({**group, **options})
     entries = {
         optimizer._index_of[shard.parameter]: {"step": steps[name]}

@@ -57,6 +57,7 @@ class Part:
 
     def blobs(self) -> Iterator[tuple[Blob, tuple[int, ...]]]:
         """Divide the range into boxes; yield each one as a blob with its offsets in the tensor."""
+        # safetensors has only rectangular tensors, so a flat range becomes a few boxes.
         memory_shape = [self.shape[dim] for dim in self.order]
         done = 0
         for box in boxes_of_range(memory_shape, self.start, self.end):
@@ -163,6 +164,7 @@ class FileWriter:
                 "data_offsets": [offset, end],
             }
             offset = end
+        # The header comes before the data, so all sizes must be known before the first write.
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # aligns the data
         self.starts: dict[str, int] = {}
@@ -172,6 +174,7 @@ class FileWriter:
             position += blob.nbytes
         self._path = path
         self._expected_nbytes = position
+        # Unbuffered: blocks are large, and an error is raised by the write that fails.
         self._raw = path.open("xb", buffering=0)
         self._file = _SummedFile(self._raw)
         try:

@@ -19,13 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from offload_adam.checkpoint.format import (
-    BLOCK_NBYTES,
-    DTYPES,
-    FileEntry,
-    Manifest,
-    sorted_pieces,
-)
+from offload_adam.checkpoint.format import BLOCK_NBYTES, DTYPES, FileEntry, Manifest, sorted_pieces
 from offload_adam.checkpoint.rank_file import as_bytes
 from offload_adam.errors import CheckpointError
 from offload_adam.state.state_shard import inverse_order
@@ -62,6 +56,7 @@ class CheckpointReader:
         self._memory = BlockMemory()
         self._open: OrderedDict[str, VerifiedFile] = OrderedDict()
         try:
+            # Open each file once, so that a missing file is an error before anything is loaded.
             for name in manifest.files:
                 self._file(name)
         except BaseException:
@@ -95,6 +90,7 @@ class CheckpointReader:
         # In the order of the files, no block is read twice, although few blocks are kept.
         for file, start, target, low, high in sorted(reads, key=itemgetter(0, 1)):
             part = target[low:high]
+            # A device tensor is read through a host buffer of one block.
             for piece in part.split(BLOCK_NBYTES // part.element_size()):
                 host = (
                     piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu")
@@ -163,6 +159,7 @@ class VerifiedFile:
         self._entry = entry
         self._memory = memory or BlockMemory()
         self._descriptor = open_regular(self._path)
+        # Of the descriptor, not of the path: another file may be there by now.
         nbytes = os.fstat(self._descriptor).st_size
         if nbytes != entry.nbytes:
             self.close()
@@ -203,6 +200,7 @@ class VerifiedFile:
         known = self._memory.find(self._path, number)
         if known is not None:
             return memoryview(known)[:length]
+        # The block is kept only if it is intact, since `find` does not verify it again.
         block = self._memory.allocate_block()
         view = memoryview(block)[:length]
         self._fill(view, start)
@@ -216,6 +214,7 @@ class VerifiedFile:
 
     def _fill(self, view: memoryview, start: int) -> None:
         done = 0
+        # preadv may return fewer bytes than requested.
         while done < len(view):
             try:
                 count = os.preadv(self._descriptor, [view[done:]], start + done)

@@ -20,12 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from offload_adam.checkpoint.commit import (
-    commit_files,
-    discard,
-    partial_name,
-    remove_abandoned,
-)
+from offload_adam.checkpoint.commit import commit_files, discard, partial_name, remove_abandoned
 from offload_adam.checkpoint.encoding import encode
 from offload_adam.checkpoint.format import (
     DTYPE_NAMES,
@@ -36,13 +31,7 @@ from offload_adam.checkpoint.format import (
     TensorEntry,
 )
 from offload_adam.checkpoint.optimizer_access import ParameterNames, locked, plain_state
-from offload_adam.checkpoint.rank_file import (
-    Part,
-    RankFile,
-    as_bytes,
-    host_bytes,
-    rank_file_name,
-)
+from offload_adam.checkpoint.rank_file import Part, RankFile, as_bytes, host_bytes, rank_file_name
 from offload_adam.coordinator.admission import gather_texts, raise_on_all_ranks
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import RankGroup
@@ -72,7 +61,8 @@ def save_checkpoint(
     time leaves `path` complete or missing, and other checkpoints unchanged. If several processes
     save to one path, one succeeds and the others raise an error.
 
-    Gradients are not saved, and neither are gradients accumulated so far: save after a step.
+    Gradients are not saved. During an accumulation the checkpoint holds the weights and the state
+    from before it, so save after a step.
 
     Args:
         extra: returned by `load_checkpoint`; rank 0's is saved. Any nesting of lists, tuples, sets,
@@ -91,6 +81,7 @@ def save_checkpoint(
         with PROGRESS.at("checkpoint", long_running=True):
             save = open_save(Path(path), model, optimizer, core, extra)
             with save.discarding():
+                # An error on one rank ends the save on all ranks, so that none waits for it below.
                 with raise_on_all_ranks(save.ranks, "writing a checkpoint"):
                     entry = save.write()
                 save.commit(entry)
@@ -128,7 +119,7 @@ def open_save(
             values={name: encode(value, name) for name, value in state.values.items()},
             extra=encode(dict(extra or {}), "extra"),
         )
-    # Only rank 0 chooses the random name. Another save of the same path gets another folder.
+    # Rank 0 chooses the random name. Two saves of one path never write to the same folder.
     own = partial_name(target.name) if ranks.rank == 0 else ""
     partial = target.with_name(gather_texts(ranks, own)[0])
     with _discarding(partial, ranks):
@@ -165,12 +156,14 @@ def require_shared(folder: Path, ranks: RankGroup) -> None:
         if ranks.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             path.touch()
+    # The first block has ended on every rank, so the file exists by now.
     with raise_on_all_ranks(ranks, "looking for rank 0's folder"):
         if not path.is_file():
             raise CheckpointError(
                 f"{folder.parent} is not shared: this rank does not see a file of rank 0. "
                 "Use a folder on a file system that all ranks share."
             )
+    # The second block has ended on every rank, so no rank still looks for the file.
     if ranks.rank == 0:
         path.unlink(missing_ok=True)
 
@@ -181,6 +174,7 @@ def _open_folder(target: Path, partial: Path, ranks: RankGroup) -> None:
         if target.exists():
             raise CheckpointError(f"{target} exists and is never overwritten. Choose another path.")
         if ranks.rank == 0:
+            # Free the disk space of killed saves before this save needs it.
             remove_abandoned(target)
             partial.mkdir(parents=True)
     require_shared(partial, ranks)
@@ -223,6 +217,7 @@ class Save:
         in_order = [part for some in self._buckets.values() for part in some]
         self._copies = places_in(buffers, in_order)
         direct = [part for part in in_order if part.name not in self._copies]
+        # The order in which the background thread writes. The header has it from the beginning.
         name = rank_file_name(ranks.rank, ranks.world_size)
         self._file = RankFile(self._partial, name, [*self._whole, *direct, *self._copies.values()])
 
@@ -290,7 +285,8 @@ class Save:
 
     def commit(self, entry: RankEntry) -> None:
         """Write the manifest and rename the folder, when every rank has written. Collective."""
-        # Gathering the entries waits for all ranks, so rank 0 renames only complete files.
+        # A rank has an entry only after its fsync. So when rank 0 has them all, all files are on
+        # the disk. If the rename fails, rank 0's error is raised on every rank.
         texts = gather_texts(self.ranks, entry.model_dump_json())
         with raise_on_all_ranks(self.ranks, "committing a checkpoint"):
             if self.ranks.rank == 0:
@@ -336,6 +332,7 @@ def places_in(buffers: Sequence[torch.Tensor], parts: Iterable[Part]) -> dict[st
             start, end = used[number], used[number] + part.data.nbytes
             if end <= buffer.nbytes:
                 placed[part.name] = replace(part, data=buffer[start:end].view(part.data.dtype))
+                # Aligned, so that a view of any dtype is possible.
                 used[number] = align(end, ALIGNMENT_NBYTES)
                 break
     return placed
@@ -408,7 +405,7 @@ def model_state(model: nn.Module, core: ShardedAdam) -> ModelState:
     own = {id(p): name for name, p in model.named_parameters() if id(p) in trained}
     live = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     by_memory = {_memory(tensor): tensor for tensor in live.values()}
-    by_memory.pop(None, None)
+    by_memory.pop(None, None)  # tensors without memory are not comparable
     computed_from_trained = set(own.values())
     found = ModelState({}, {}, {}, {})
     for name, value in model.state_dict(keep_vars=True).items():
@@ -446,6 +443,7 @@ def whole_part(name: str, tensor: torch.Tensor) -> Part:
         )
     if tensor.dtype not in DTYPE_NAMES:
         raise CheckpointError(f"{name} has dtype {tensor.dtype}, which a checkpoint cannot hold.")
+    # A view if the tensor is dense in any order of dimensions, such as channels_last.
     order = memory_order(tensor)
     flat = tensor.permute(order).reshape(-1)
     return Part(name, tuple(tensor.shape), order, 0, tensor.numel(), flat)

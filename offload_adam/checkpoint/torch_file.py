@@ -79,6 +79,7 @@ def write_torch_file(path: Path, content: object) -> None:
 
     Source: PyTorch's notes on serialization; PKWARE, APPNOTE.TXT.
     """
+    # Pickling first collects the tensors. Their bytes are read while their records are written.
     pickled = io.BytesIO()
     pickler = _Pickler(pickled)
     pickler.dump(content)
@@ -107,6 +108,7 @@ def _write_record(
     record = ZipInfo(f"{_FOLDER}/{name}")
     record.CRC = 0  # FileHeader needs a value; zipfile writes the real one after the data
     header_nbytes = len(record.FileHeader(is_large)) + _FIELD.size
+    # The extra field follows the record's name, so its length moves the data that comes after it.
     padding = -(start + header_nbytes) % _ALIGNMENT_NBYTES
     record.extra = _FIELD.pack(_PADDING_ID, padding) + bytes(padding)
     with archive.open(record, "w", force_zip64=is_large) as out:
@@ -126,6 +128,7 @@ class _Pickler(pickle.Pickler):
             obj = _in_memory(obj)
         if not isinstance(obj, Streamed):
             return NotImplemented
+        # Tensors with one key get one storage, so tied weights are written once.
         storage = self.storages.setdefault(obj.key, _Storage(len(self.storages), obj))
         hooks: OrderedDict[int, Any] = OrderedDict()
         view = (storage, 0, obj.shape, obj.strides, False, hooks)

@@ -51,6 +51,7 @@ def import_torch_pickle(
     with partial_output(target) as folder:
         model, optimizer = _read_torch_pickle(source, model_key, optimizer_key)
         model_tensors = {name: v for name, v in model.items() if isinstance(v, torch.Tensor)}
+        # A checkpoint stores a tied tensor once, under its first name.
         tied = _tied(model_tensors)
         own = {name: value for name, value in model_tensors.items() if name not in tied}
         entry, state = _optimizer_state(optimizer, own, names)
