@@ -1,4 +1,4 @@
-"""The format: boxes, files and manifests, and that whatever is wrong with them is a clean error."""
+"""Boxes, files and manifests: each invalid one is a clean error."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_box_that_is_no_contiguous_part_is_rejected(
 
 
 def some_bytes(count: int) -> tuple[memoryview, ...]:
-    """Return random bytes in two views, of which one may be empty."""
+    """Return random bytes in two views; one may be empty."""
     content = memoryview(np.random.default_rng(count).bytes(count))
     return content[: count // 3], content[count // 3 :]
 
@@ -167,7 +167,7 @@ except OSError as error:
 
 
 def test_a_disk_that_fills_up_is_an_error(tmp_path: Path) -> None:
-    """Before it is full a disk takes a part of what it is given, and says so only in a count."""
+    """Just before the disk is full, a write succeeds with only a part of its bytes."""
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "f")]
     assert subprocess.run(command, timeout=100, check=False).returncode == errno.EFBIG
 
@@ -298,7 +298,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 @settings(max_examples=300)
 @given(st.data())
 def test_any_manifest_is_read_or_rejected(data: st.DataObject) -> None:
-    """Whatever is put at whatever place: a manifest, or a CheckpointError, and nothing else."""
+    """Replaces any part of a manifest: the result is a manifest or a CheckpointError."""
     values: Any = manifest()
     for _ in range(data.draw(st.integers(1, 3))):
         path = data.draw(st.sampled_from(places(values)))

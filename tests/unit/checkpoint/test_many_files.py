@@ -1,4 +1,4 @@
-"""A checkpoint of many ranks: more files than a process may open, and each of them read once."""
+"""A checkpoint with more files than a process may open. Each block is read once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def state_of(model: nn.Module, optimizer: OffloadAdam) -> list[torch.Tensor]:
 
 
 def cut(part: Part, rank: int) -> Part:
-    """Return what of a part a rank of many would have."""
+    """Return the range of a part that one of many ranks would own."""
     numel = part.end - part.start
     low, high = rank * numel // NUM_RANKS, (rank + 1) * numel // NUM_RANKS
     return replace(part, start=low, end=high, data=part.data[low:high])
@@ -56,7 +56,7 @@ def write_file(folder: Path, rank: int, parts: list[Part]) -> RankEntry:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Tensor]]:
-    """Write a checkpoint as if by so many ranks, and return what it holds, too."""
+    """Write a checkpoint as `NUM_RANKS` ranks would; return it and its tensors."""
     target = tmp_path_factory.mktemp("many") / "c"
     partial = target.with_name("c.partial")
     partial.mkdir()
@@ -84,7 +84,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Te
 
 
 class Watched:
-    """Counts the blocks that are read, by file, and how many files are open at once."""
+    """Counts the blocks read from each file, and the files that are open at once."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.blocks: list[tuple[Path, int]] = []
