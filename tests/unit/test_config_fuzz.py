@@ -57,7 +57,7 @@ def read_or_reject(text: str | bytes, *overrides: str) -> None:
 @given(FILES)
 @example({"Adam": {}})
 @example({"optimizer": {"Adam": {}}})
-def test_any_mapping_is_read_or_rejectd(values: dict[str, Any]) -> None:
+def test_any_mapping_is_read_or_rejected(values: dict[str, Any]) -> None:
     read_or_reject(yaml.safe_dump(values))
 
 
@@ -72,7 +72,7 @@ def test_any_mapping_is_read_or_rejectd(values: dict[str, Any]) -> None:
 @example("[" * 1200)
 @example("- " * 1200)
 @example("{" * 1200)
-def test_any_text_is_read_or_rejectd(text: str | bytes) -> None:
+def test_any_text_is_read_or_rejected(text: str | bytes) -> None:
     read_or_reject(text)
 
 
@@ -87,5 +87,5 @@ def test_any_text_is_read_or_rejectd(text: str | bytes) -> None:
     )
 )
 @example(["--run.name=" + "[" * 1200])
-def test_any_override_is_read_or_rejectd(overrides: list[str]) -> None:
+def test_any_override_is_read_or_rejected(overrides: list[str]) -> None:
     read_or_reject("{}", *overrides)
