@@ -1,4 +1,4 @@
-"""Write a checkpoint while training goes on."""
+"""Writes a checkpoint in a thread while training continues."""
 
 from __future__ import annotations
 
@@ -27,23 +27,25 @@ def begin_checkpoint(
     optimizer: ShardedOptimizer,
     extra: Mapping[str, Any] | None = None,
 ) -> PendingCheckpoint:
-    """Begin a checkpoint of the state as it is now, and let training go on. Collective.
+    """Start a checkpoint of the current state, and return while a thread writes it. Collective.
 
-    A thread copies the buckets that are updated first into the optimizer's snapshot buffer, as
-    many as fit, and writes the others straight from the state. An update waits for a bucket that is
-    neither copied nor written yet, so the saved bytes are those of this step. Besides this buffer
-    (`snapshot_buffer_nbytes`) a rank needs 4 MiB for state on a device. Frozen parameters and
-    buffers, which a forward may change, are written before this function returns.
+    Frozen parameters and buffers, which a forward may modify, are written before this function
+    returns. The thread then copies the buckets that are updated first into the snapshot buffer, as
+    many as fit, and writes the others directly from the state. An update waits for a bucket that is
+    neither copied nor written, so the checkpoint holds the state of this step.
 
-    `commit_if_written`, called after every step, or `wait` makes it a checkpoint. If parameters are
-    modified outside the optimizer meanwhile (`load_state_dict`, `clamp_`), the checkpoint fails.
-    Modifications through `.data` or NumPy are not seen, so wait before them.
+    To commit the checkpoint, call `commit_if_written` after every step, or `wait`. If parameters
+    are modified outside the optimizer before that (`load_state_dict`, `clamp_`), the checkpoint
+    fails. Modifications through `.data` or NumPy are not detected: call `wait` before them.
 
-    Args: as `save_checkpoint`.
+    Args:
+        path, model, optimizer, extra: as `save_checkpoint`.
 
     Raises:
-        CheckpointError: as `save_checkpoint`; another one has not been waited for.
+        CheckpointError: as `save_checkpoint`; or another checkpoint is still being written.
         OSError: on the rank where writing failed; the others raise a PeerError. No file is left.
+
+    Cost: `OffloadPolicy.snapshot_buffer_nbytes` of host memory, and 4 MiB for state on a device.
     """
     with locked(optimizer):
         core = optimizer._settled_on_all_ranks("preparing a checkpoint")
@@ -51,13 +53,15 @@ def begin_checkpoint(
         with PROGRESS.at("checkpoint", long_running=True):
             save = open_save(Path(path), model, optimizer, core, extra, lock.buffers)
             with save.discarding():
+                # A forward may modify these tensors without waiting, so they are written first.
                 with raise_on_all_ranks(save.ranks, "writing a checkpoint"):
                     save.write_whole()
+                # From here on, updates wait for buckets that the thread has not read.
                 core.external_edits.lock_snapshot(save.buckets)
                 try:
                     return PendingCheckpoint(save, optimizer, lock)
                 except BaseException:
-                    # Updates must not wait for a thread that could not be started.
+                    # The thread could not be started: updates must not wait for it.
                     lock.finish_reading()
                     lock.close_snapshot()
                     raise
@@ -66,12 +70,12 @@ def begin_checkpoint(
 class PendingCheckpoint:
     """A checkpoint that a thread writes during training.
 
-    num_waits, waited_s: how often updates of this rank waited for the thread, and for how long in
-        total; set when the checkpoint is committed or has failed.
+    num_waits, waited_s: how often updates of this rank waited for the thread, and their total wait
+        in seconds; set when the checkpoint is committed or has failed.
 
-    Owns: the writing thread. Closing the optimizer abandons the checkpoint and ends the thread.
+    Owns: the writing thread. Closing the optimizer cancels the checkpoint and ends the thread.
     Lifecycle: `commit_if_written` after every step, or `wait`; the same calls on every rank.
-    Threads: only the thread that calls `step()`, since both are collective.
+    Threads: only the training thread may call these methods, since both are collective.
     """
 
     def __init__(
@@ -97,6 +101,8 @@ class PendingCheckpoint:
         Raises:
             CheckpointError, OSError, PeerError: as `wait`.
         """
+        # The all-reduce of each step carries the smallest number of finished snapshots of all
+        # ranks. So all ranks see the same number, and decide alike without another collective.
         report = self._optimizer.last_step
         if self._is_over or report is None or report.notice.saved < self._number:
             return self._is_over
@@ -104,10 +110,10 @@ class PendingCheckpoint:
         return True
 
     def wait(self) -> None:
-        """Wait until all ranks have written, and commit. Collective; does nothing the second time.
+        """Wait until all ranks have written, and commit. Collective. A second call does nothing.
 
         Raises:
-            CheckpointError: parameters were modified outside the optimizer meanwhile.
+            CheckpointError: parameters were modified outside the optimizer in the meantime.
             OSError: on the rank where writing failed; the others raise a PeerError.
         """
         if self._is_over:
@@ -118,7 +124,8 @@ class PendingCheckpoint:
                 with raise_on_all_ranks(self._save.ranks, "writing a checkpoint"):
                     entry = self._result()
             except BaseException:
-                # The thread still writes if the wait for it was interrupted.
+                # After a KeyboardInterrupt the thread still writes, and the folder is about to be
+                # removed.
                 self._snapshot_lock.stop_reader("the wait for the checkpoint was interrupted")
                 raise
             finally:
@@ -130,8 +137,9 @@ class PendingCheckpoint:
             self._save.commit(entry)
 
     def _result(self) -> RankEntry:
-        """Return what this rank has written, after a last check for modified parameters."""
+        """Return this rank's part of the manifest, after a last check for modified parameters."""
         entry = self._writer.result()
+        # Edits after the last step are not noticed yet, but may be in the bytes that were written.
         with self._optimizer._lock:
             self._optimizer._alive().external_edits.wait_for_snapshot()
         self._snapshot_lock.raise_if_invalidated()
@@ -139,10 +147,9 @@ class PendingCheckpoint:
 
 
 class _Writer:
-    """The thread that writes one rank's file. It runs no kernel and no collective.
+    """The thread that writes one rank's file. It calls no kernel and no collective."""
 
-    It holds no reference to the optimizer: dropping the optimizer abandons the checkpoint.
-    """
+    # No reference to the optimizer: deleting the optimizer must cancel the checkpoint.
 
     def __init__(self, save: Save, snapshot_lock: SnapshotLock) -> None:
         self._save = save
@@ -153,7 +160,7 @@ class _Writer:
         self._thread.start()
 
     def result(self) -> RankEntry:
-        """Wait for the thread, and return its result or raise its error."""
+        """Wait for the thread; return its result or raise its error."""
         self._thread.join()
         if self._failure is not None:
             raise self._failure
@@ -165,6 +172,7 @@ class _Writer:
             self._snapshot_lock.set_reader()
             self._read(self._snapshot_lock.raise_if_invalidated)
             self._save.write_copies(self._snapshot_lock.raise_if_invalidated)
+            # An edit may have come while the last tensor was read.
             self._snapshot_lock.raise_if_invalidated()
             self._entry = self._save.finish()
         except Exception as error:
@@ -172,10 +180,12 @@ class _Writer:
             with suppress(OSError):
                 self._save.remove()
         finally:
+            # Also after an error: otherwise updates would wait forever.
             self._snapshot_lock.finish_reading()
 
     def _read(self, before_each: Callable[[], None]) -> None:
-        """Copy the buckets that fit, then write the others; free each for updates once read."""
+        """Copy the buckets that fit, then write the others. Release each as soon as it is read."""
+        # All copies first: memory is faster than the disk, so these updates wait only briefly.
         for bucket in self._save.buckets:
             if self._save.copy_bucket(bucket, before_each):
                 self._snapshot_lock.release_bucket(bucket)

@@ -1,11 +1,11 @@
-"""The optimizer state for `torch.distributed.checkpoint`: a tensor subclass with its hooks.
+"""The optimizer state for `torch.distributed.checkpoint` (DCP).
 
     state = {"model": model.state_dict(), "optimizer": OptimizerState(model, optimizer)}
     dcp.save(state, checkpoint_id="folder")
-    dcp.load(state, checkpoint_id="folder")  # in any world; straight into the state
+    dcp.load(state, checkpoint_id="folder")  # in any world size, directly into the state
 
-What torch writes and reads there is torch's: its metadata and everything that is no tensor are
-pickled, it commits nothing, and it would cast. `save_checkpoint` does not.
+torch writes and reads these files. Unlike `save_checkpoint`, DCP pickles metadata and all values
+that are not tensors, casts silently on load, and does not commit a save by one rename.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import nn
 
-from offload_adam.checkpoint.format import FORMAT_VERSION, decoded_optimizer, encode
+from offload_adam.checkpoint.encoding import encode
+from offload_adam.checkpoint.format import FORMAT_VERSION, decoded_optimizer
 from offload_adam.checkpoint.optimizer_access import (
     ParameterNames,
     check_optimizer,
@@ -29,10 +30,10 @@ from offload_adam.state.state_shard import BoxTensor, memory_order, range_source
 
 
 class OptimizerState:
-    """An optimizer as torch's `Stateful`: what `dcp.save` and `dcp.load` ask for its state dict.
+    """An optimizer as torch's `Stateful`, for `dcp.save` and `dcp.load`.
 
-    Weights are the model's, which goes beside it. Everything is found by the model's parameter
-    names, and the world may be of another size when it is loaded.
+    It holds no weights: save the model's state dict too. Parameters are identified by their names
+    in the model, so the world size may change.
     """
 
     def __init__(self, model: nn.Module, optimizer: ShardedOptimizer) -> None:
@@ -41,10 +42,10 @@ class OptimizerState:
         self._optimizer = optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this rank's boxes, which are views of the state, and the rest as JSON."""
+        """Return this rank's boxes, which are views of the state, and all other state as JSON."""
         with locked(self._optimizer):
             core = self._optimizer._settled()
-            # dcp.load writes into these boxes, which a running checkpoint may still read.
+            # dcp.load writes into these boxes, which a background checkpoint may still read.
             core.external_edits.wait_for_snapshot()
             plain = encode(plain_state(self._optimizer, core, self._name_of), "optimizer")
             state: dict[str, dict[str, BoxTensor]] = {}
@@ -60,7 +61,7 @@ class OptimizerState:
         return {"state": state, "plain": text}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what is no tensor; `dcp.load` has read the boxes in place before it calls this.
+        """Load the state that is not tensors. `dcp.load` has already read the boxes in place.
 
         Raises:
             CheckpointError: groups or parameters differ.
@@ -75,10 +76,10 @@ class OptimizerState:
 
 
 def plain_text(num_steps: int, format_version: int, plain: Mapping[str, Any]) -> str:
-    """Return what is no tensor as the text that stands beside the tensors.
+    """Return the state that is not tensors as JSON.
 
     Args:
-        format_version: that `plain` is encoded in, see `decoded_optimizer`.
+        format_version: of the encoding of `plain`, see `decoded_optimizer`.
     """
     values = {"format_version": format_version, "num_steps": num_steps, "optimizer": plain}
     return json.dumps(values, allow_nan=False)

@@ -1,6 +1,6 @@
-"""How checkpoints access an optimizer: its lock, and its state other than tensors.
+"""Access of checkpoints to an optimizer: its lock, and its state except tensors.
 
-A checkpoint holds `locked(optimizer)` and reads the core that `_settled_on_all_ranks` returns.
+Checkpoints hold `locked(optimizer)` and use the core that `_settled_on_all_ranks` returns.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ _NOT_OPTIONS = ("params", "param_names")
 
 
 def check_optimizer(optimizer: object) -> None:
-    """Check that this is an optimizer whose state a checkpoint can hold.
+    """Check that checkpoints support this optimizer.
 
     Raises:
         TypeError: the optimizer is not one of this package.
     """
     if not isinstance(optimizer, ShardedOptimizer):
         raise TypeError(
-            f"checkpoints do not support the optimizer {type(optimizer).__qualname__}. Pass an "
+            f"Checkpoints do not support the optimizer {type(optimizer).__qualname__}. Pass an "
             "OffloadAdam, OffloadAdamW or offload_adam.Adam. To convert a file with the state of "
-            "torch.optim.AdamW, use `offload_adam checkpoint import`"
+            "torch.optim.AdamW, use `offload-adam checkpoint import`."
         )
 
 
 def locked(optimizer: ShardedOptimizer) -> AbstractContextManager[object]:
-    """Check the optimizer, and return the lock that other threads wait for when they call it.
+    """Check the optimizer, and return its lock. Other threads wait for it when they call a method.
 
     Raises:
         TypeError: the optimizer is not one of this package.
@@ -46,7 +46,7 @@ def locked(optimizer: ShardedOptimizer) -> AbstractContextManager[object]:
 
 
 class ParameterNames:
-    """A model's names of its parameters, a tied one under its first."""
+    """Names of a model's parameters. A tied parameter has its first name."""
 
     def __init__(self, model: nn.Module) -> None:
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -60,8 +60,8 @@ class ParameterNames:
         name = self._names.get(id(parameter))
         if name is None:
             raise CheckpointError(
-                f"the optimizer has a parameter of shape {tuple(parameter.shape)} that is not "
-                "among the model's: give the model that the optimizer trains"
+                f"The optimizer has a parameter of shape {tuple(parameter.shape)} that the model "
+                "does not have. Pass the model that the optimizer trains."
             )
         return name
 
@@ -69,7 +69,7 @@ class ParameterNames:
 def plain_state(
     optimizer: ShardedOptimizer, core: ShardedAdam, name_of: ParameterNames
 ) -> dict[str, Any]:
-    """Return the state other than tensors: groups, step counts by name, the subclass's own state.
+    """Return the state except tensors: groups, step counts by name, and the subclass's own state.
 
     The caller holds the optimizer's lock.
     """
@@ -91,9 +91,10 @@ def plan_plain_state(
     saved: Mapping[str, Any],
     name_of: ParameterNames,
 ) -> Callable[[], None]:
-    """Check what `plain_state` saved, and return a function that loads it and cannot fail.
+    """Check the saved result of `plain_state`, and return a function that loads it.
 
-    The caller holds the optimizer's lock until it has called this function.
+    All checks run here, so the returned function cannot fail halfway. The caller holds the
+    optimizer's lock until it has called this function.
 
     Raises:
         CheckpointError: groups or parameters differ, or this optimizer rejects a hyperparameter.
@@ -101,7 +102,7 @@ def plan_plain_state(
     try:
         return _plan(optimizer, core, saved, name_of)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the saved optimizer does not fit this one: {error}") from error
+        raise CheckpointError(f"The saved optimizer does not match this one: {error}.") from error
 
 
 def _plan(
@@ -124,6 +125,7 @@ def _plan(
         for key in LAID_OUT:
             if options.get(key, False) != group.get(key, False):
                 raise ValueError(f"it has {key}={options.get(key, False)} in group {number}")
+        # As a whole: a saved option may be valid only together with other saved ones.
         optimizer._check_group({**group, **options})
     entries = {
         optimizer._index_of[shard.parameter]: {"step": steps[name]}
@@ -136,7 +138,8 @@ def _plan(
             shard.step.fill_(steps[name])
         load_further()
         for group, entry in zip(groups, saved["groups"], strict=True):
-            dict.update(group, entry["options"])  # may hold values that users cannot set
+            # AdamGroup.update would reject the saved values of a dynamic lr or weight decay.
+            dict.update(group, entry["options"])
 
     return load
 
@@ -144,5 +147,5 @@ def _plan(
 def _check_names(where: str, saved: Iterable[str], here: Collection[str]) -> None:
     """Check that two sets of names are the same."""
     for name in sorted({*saved} ^ {*here}):
-        which = "this optimizer alone has" if name in here else "this optimizer does not have"
+        which = "only this optimizer has" if name in here else "this optimizer does not have"
         raise ValueError(f"{where}: {which} {name!r}")

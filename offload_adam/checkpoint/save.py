@@ -1,9 +1,9 @@
-"""Write a checkpoint: every rank writes its own shards, and one rename commits them.
+"""Writes a checkpoint: every rank writes its own shards, and one rename commits them.
 
 save_checkpoint
-    open_save       check what is saved; make a partial folder and each rank's file in it
-    Save.write      write this rank's file (`background` writes it bucket by bucket instead)
-    Save.commit     gather the ranks' entries; rank 0 writes the manifest and renames
+    open_save       check the values to save; create a partial folder and this rank's file in it
+    Save.write      write this rank's file (background.py writes it bucket by bucket instead)
+    Save.commit     gather the ranks' entries; rank 0 writes the manifest and renames the folder
 """
 
 from __future__ import annotations
@@ -20,17 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from offload_adam.checkpoint.files import (
-    Part,
-    RankFile,
-    as_bytes,
-    commit_files,
-    discard,
-    host_bytes,
-    partial_name,
-    rank_file_name,
-    remove_abandoned,
-)
+from offload_adam.checkpoint.commit import commit_files, discard, partial_name, remove_abandoned
+from offload_adam.checkpoint.encoding import encode
 from offload_adam.checkpoint.format import (
     DTYPE_NAMES,
     FORMAT_VERSION,
@@ -38,9 +29,9 @@ from offload_adam.checkpoint.format import (
     OptimizerEntry,
     RankEntry,
     TensorEntry,
-    encode,
 )
 from offload_adam.checkpoint.optimizer_access import ParameterNames, locked, plain_state
+from offload_adam.checkpoint.rank_file import Part, RankFile, as_bytes, host_bytes, rank_file_name
 from offload_adam.coordinator.admission import gather_texts, raise_on_all_ranks
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import RankGroup
@@ -62,26 +53,26 @@ def save_checkpoint(
     optimizer: ShardedOptimizer,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write model and optimizer into a new folder that every rank sees. Collective.
+    """Save model and optimizer into a new folder on a file system that all ranks share. Collective.
 
-    Each rank writes the ranges that it owns, straight from host memory; ranges on a device are
-    copied in blocks of 4 MiB. All files go into a folder beside `path` whose name ends in
-    `.partial`. When every rank's bytes are on the disk, one rename makes the folder a checkpoint: a
-    crash at any moment leaves earlier checkpoints as they are. If several processes save to one
-    path, one succeeds and the others raise an error.
+    Each rank writes its own shards directly from host memory; shards on a device are copied in
+    blocks of 4 MiB. The files are written to a folder next to `path` whose name ends in `.partial`.
+    When the files of all ranks are on the disk, the folder is renamed to `path`. So a crash at any
+    time leaves `path` complete or missing, and other checkpoints unchanged. If several processes
+    save to one path, one succeeds and the others raise an error.
 
     Gradients are not saved. During an accumulation the checkpoint holds the weights and the state
     from before it, so save after a step.
 
     Args:
-        extra: what `load_checkpoint` is to return; rank 0's is saved. Any nesting of lists, tuples,
-            sets, dicts, numbers, text, bytes, and of tensors and NumPy arrays of up to 1 MiB: for
+        extra: returned by `load_checkpoint`; rank 0's is saved. Any nesting of lists, tuples, sets,
+            dicts, numbers, text, bytes, and of tensors and NumPy arrays of at most 1 MiB each. For
             example the `state_dict()` of a scheduler, a sampler or a GradScaler, and states of
-            random number generators. Types and values come back exactly, tensors on the host.
+            random number generators. Types and values are restored exactly, tensors on the host.
 
     Raises:
-        CheckpointError: on every rank. The path exists, now or when all is written; the folder is
-            not shared by all ranks; or a value in `extra`, in the optimizer's groups or in the
+        CheckpointError: on every rank. The path exists, at the beginning or at the rename; the
+            ranks do not share the folder; or a value in `extra`, in the parameter groups or in the
             model's state dict cannot be saved.
         OSError: on the rank where writing failed; the others raise a PeerError. No file is left.
     """
@@ -90,6 +81,7 @@ def save_checkpoint(
         with PROGRESS.at("checkpoint", long_running=True):
             save = open_save(Path(path), model, optimizer, core, extra)
             with save.discarding():
+                # An error on one rank ends the save on all ranks, so that none waits for it below.
                 with raise_on_all_ranks(save.ranks, "writing a checkpoint"):
                     entry = save.write()
                 save.commit(entry)
@@ -103,7 +95,7 @@ def open_save(
     extra: Mapping[str, Any] | None,
     buffers: Sequence[torch.Tensor] = (),
 ) -> Save:
-    """Check everything that is saved, and open a partial folder and this rank's file. Collective.
+    """Check the values to save, and open a partial folder and this rank's file. Collective.
 
     Args:
         buffers: see `Save`.
@@ -112,7 +104,7 @@ def open_save(
     with raise_on_all_ranks(ranks, "preparing a checkpoint"):
         if core.snapshot_lock.is_open:
             raise CheckpointError(
-                "another checkpoint is being written in the background: wait for it first"
+                "Another checkpoint is being written in the background. Wait for it first."
             )
         plain = encode(plain_state(optimizer, core, ParameterNames(model)), "optimizer")
         state = model_state(model, core)
@@ -127,7 +119,7 @@ def open_save(
             values={name: encode(value, name) for name, value in state.values.items()},
             extra=encode(dict(extra or {}), "extra"),
         )
-    # Rank 0's name for the folder: two saves of one path must not write into one.
+    # Rank 0 chooses the random name. Two saves of one path never write to the same folder.
     own = partial_name(target.name) if ranks.rank == 0 else ""
     partial = target.with_name(gather_texts(ranks, own)[0])
     with _discarding(partial, ranks):
@@ -140,44 +132,49 @@ def open_save(
 
 @contextmanager
 def _discarding(partial: Path, ranks: RankGroup) -> Iterator[None]:
-    """Remove the partial folder if the body raises an error, which every rank then does."""
+    """Remove the partial folder if the body raises an error, which it does on every rank."""
     try:
         yield
     except BaseException as error:
-        # When a peer has failed, other ranks may not know yet and still write into the folder.
+        # If a peer died, other ranks may not know it yet and still write into the folder. The next
+        # save to this path removes it.
         if ranks.rank == 0 and not isinstance(error, PeerFailedError):
             discard(partial)
         raise
 
 
 def require_shared(folder: Path, ranks: RankGroup) -> None:
-    """Check that every rank sees the folder that rank 0 makes, by a file in it. Collective.
+    """Check that every rank sees the same folder, by a file that rank 0 creates. Collective.
 
     Raises:
         CheckpointError: on every rank, naming the ranks that do not see the file.
-        OSError: on rank 0, where the file cannot be written; the others raise a PeerError.
+        OSError: on rank 0, if it cannot create the file; the others raise a PeerError.
     """
-    # A name of its own: another job may look for its token in the same folder.
+    # A random name: another job may check the same folder at the same time.
     path = folder / f"{_TOKEN_NAME}-{gather_texts(ranks, uuid.uuid4().hex)[0]}"
     with raise_on_all_ranks(ranks, "opening a checkpoint"):
         if ranks.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             path.touch()
+    # The first block has ended on every rank, so the file exists by now.
     with raise_on_all_ranks(ranks, "looking for rank 0's folder"):
         if not path.is_file():
             raise CheckpointError(
-                f"{folder.parent} is not shared: this rank does not see what rank 0 has written"
+                f"{folder.parent} is not shared: this rank does not see a file of rank 0. "
+                "Use a folder on a file system that all ranks share."
             )
+    # The second block has ended on every rank, so no rank still looks for the file.
     if ranks.rank == 0:
         path.unlink(missing_ok=True)
 
 
 def _open_folder(target: Path, partial: Path, ranks: RankGroup) -> None:
-    """Make the partial folder on rank 0, and check that every rank sees it."""
+    """Create the partial folder on rank 0, and check that every rank sees it."""
     with raise_on_all_ranks(ranks, "opening a checkpoint"):
         if target.exists():
-            raise CheckpointError(f"{target} exists: a checkpoint is never written over")
+            raise CheckpointError(f"{target} exists and is never overwritten. Choose another path.")
         if ranks.rank == 0:
+            # Free the disk space of killed saves before this save needs it.
             remove_abandoned(target)
             partial.mkdir(parents=True)
     require_shared(partial, ranks)
@@ -186,15 +183,15 @@ def _open_folder(target: Path, partial: Path, ranks: RankGroup) -> None:
 class Save:
     """A checkpoint in progress: this rank's file in a partial folder, and the commit.
 
-    Owns: this rank's file, until `finish`, `close` or an error.
-    Lifecycle: either `write`, or `write_whole`, then `copy_bucket` and `write_bucket` for each of
-    `buckets`, then `write_copies` and `finish`; after that `commit`.
+    Owns: this rank's open file, until `finish`, `close` or an error.
+    Lifecycle: `write`, then `commit`. In the background: `write_whole`; `copy_bucket` for each of
+    `buckets`; `write_bucket` for each; `write_copies`, `finish` and `commit`.
 
     Args:
-        parts: what this rank writes.
-        plain: the manifest when the save began, without tensors and files.
+        parts: the tensors that this rank writes.
+        plain: the manifest without tensors and files.
         buffers: the optimizer's snapshot buffers, for copies of the buckets that are updated first.
-            The copies come last in the file.
+            The copies are at the end of the file.
     """
 
     def __init__(
@@ -215,21 +212,22 @@ class Save:
         for part in parts:
             if part.bucket is not None:
                 self._buckets.setdefault(part.bucket, []).append(part)
-        # The bucket that the next update writes to comes first.
+        # Overlapped updates run in forward order, from the last bucket to the first.
         self._buckets = dict(sorted(self._buckets.items(), reverse=True))
         in_order = [part for some in self._buckets.values() for part in some]
         self._copies = places_in(buffers, in_order)
         direct = [part for part in in_order if part.name not in self._copies]
+        # The order in which the background thread writes. The header has it from the beginning.
         name = rank_file_name(ranks.rank, ranks.world_size)
         self._file = RankFile(self._partial, name, [*self._whole, *direct, *self._copies.values()])
 
     @property
     def buckets(self) -> list[int]:
-        """The buckets that are read, in that order."""
+        """The buckets in the order in which they are read."""
         return list(self._buckets)
 
     def write(self) -> RankEntry:
-        """Write this rank's file at once, without copies."""
+        """Write this rank's file in one go, without copies."""
         assert not self._copies
         self.write_whole()
         for bucket in self._buckets:
@@ -237,7 +235,7 @@ class Save:
         return self.finish()
 
     def write_whole(self) -> None:
-        """Write what the optimizer does not update: frozen parameters and buffers."""
+        """Write the tensors that the optimizer does not update: frozen parameters and buffers."""
         self._file.write(self._whole)
 
     def copy_bucket(self, bucket: int, before_each: Callable[[], None] = lambda: None) -> bool:
@@ -247,7 +245,7 @@ class Save:
             before_each: called before each tensor.
 
         Returns:
-            Whether these are all tensors of the bucket, so that it may be updated.
+            Whether all tensors of the bucket are copied, so that it may be updated.
         """
         copied = [part for part in self._buckets[bucket] if part.name in self._copies]
         for part in copied:
@@ -256,7 +254,7 @@ class Save:
         return len(copied) == len(self._buckets[bucket])
 
     def write_bucket(self, bucket: int, before_each: Callable[[], None] = lambda: None) -> None:
-        """Write the tensors of a bucket that are not copied, straight from the state.
+        """Write the tensors of a bucket that are not copied, directly from the state.
 
         Args:
             before_each: called before each tensor.
@@ -273,20 +271,22 @@ class Save:
             self._file.write([copy])
 
     def finish(self) -> RankEntry:
-        """Flush the file."""
+        """Flush the file to the disk and close it."""
         return self._file.finish()
 
     def close(self) -> None:
-        """Close the file as it is."""
+        """Close the file, complete or not."""
         self._file.close()
 
     def remove(self) -> None:
-        """Remove this rank's file; the checkpoint cannot be committed any more."""
+        """Remove this rank's file. The checkpoint cannot be committed afterwards."""
         self.close()
         self._file.path.unlink(missing_ok=True)
 
     def commit(self, entry: RankEntry) -> None:
-        """Write the manifest and rename the folder, once every rank has written. Collective."""
+        """Write the manifest and rename the folder, when every rank has written. Collective."""
+        # A rank has an entry only after its fsync. So when rank 0 has them all, all files are on
+        # the disk. If the rename fails, rank 0's error is raised on every rank.
         texts = gather_texts(self.ranks, entry.model_dump_json())
         with raise_on_all_ranks(self.ranks, "committing a checkpoint"):
             if self.ranks.rank == 0:
@@ -305,7 +305,7 @@ class Save:
 
 
 def manifest_of(entries: Sequence[RankEntry], plain: Manifest) -> Manifest:
-    """Complete the manifest with what every rank has written."""
+    """Return the manifest with the tensors and files of all ranks."""
     tensors: dict[str, TensorEntry] = {}
     for entry in entries:
         for name, tensor in entry.tensors.items():
@@ -318,9 +318,9 @@ def manifest_of(entries: Sequence[RankEntry], plain: Manifest) -> Manifest:
 
 
 def places_in(buffers: Sequence[torch.Tensor], parts: Iterable[Part]) -> dict[str, Part]:
-    """Place copies of parts in snapshot buffers, in order, and return the copies by name.
+    """Assign memory in snapshot buffers to copies of parts; return these copies by name.
 
-    A part that does not fit is left out; later ones may still fit.
+    Parts are placed in order. One that does not fit is left out, but smaller ones may follow.
 
     Args:
         buffers: (n,) uint8 each, starting at a multiple of 128 bytes.
@@ -332,13 +332,16 @@ def places_in(buffers: Sequence[torch.Tensor], parts: Iterable[Part]) -> dict[st
             start, end = used[number], used[number] + part.data.nbytes
             if end <= buffer.nbytes:
                 placed[part.name] = replace(part, data=buffer[start:end].view(part.data.dtype))
+                # Aligned, so that a view of any dtype is possible.
                 used[number] = align(end, ALIGNMENT_NBYTES)
                 break
     return placed
 
 
 def copy_bytes(part: Part, copy: Part) -> None:
-    """Fill a copy. NumPy copies on the calling thread and releases the interpreter's lock."""
+    """Copy the data of a part."""
+    # NumPy copies on the calling thread alone and releases the GIL. torch would copy with all its
+    # threads, on the cores that training uses.
     target = np.frombuffer(as_bytes(copy.data), dtype=np.uint8)
     done = 0
     for view in host_bytes(part.data):
@@ -348,22 +351,23 @@ def copy_bytes(part: Part, copy: Part) -> None:
 
 
 def _parts(model: nn.Module, core: ShardedAdam, state: ModelState) -> list[Part]:
-    """Return what this rank writes; rank 0 adds whole tensors and the names of empty ones."""
+    """Return the tensors that this rank writes."""
     rank = core.ranks.rank
     if rank != 0 and not core.is_sharded:
-        return []
+        return []  # every rank has the same state
     sharded = list(sharded_parts(model, core))
     parts = [part for part in sharded if part.end > part.start]
     if rank == 0:
         whole = state.whole | state.computed
         parts += [whole_part(name, tensor) for name, tensor in whole.items()]
+        # Empty tensors are in the manifest too, and rank 0 adds them.
         known = {part.name for part in parts}
         parts += [part for part in sharded if part.name not in known]
     return parts
 
 
 def sharded_parts(model: nn.Module, core: ShardedAdam) -> Iterator[Part]:
-    """Yield this rank's ranges of all trained parameters and their state, bucket by bucket."""
+    """Yield this rank's ranges of all trained parameters and of their state, bucket by bucket."""
     name_of = ParameterNames(model)
     for shard in shards_of(core.states):
         name = name_of(shard.parameter)
@@ -376,13 +380,13 @@ def sharded_parts(model: nn.Module, core: ShardedAdam) -> Iterator[Part]:
 
 @dataclass(frozen=True, slots=True)
 class ModelState:
-    """A model's state dict but for what the optimizer trains, by names in a checkpoint.
+    """A model's state dict without the trained parameters, by names in the checkpoint.
 
-    whole: frozen parameters and saved buffers, the live tensors.
-    computed: tensors that a module computes when it is saved, from which `load_state_dict` restores
-        its state: `get_extra_state`, a `_save_to_state_dict` of its own, state-dict hooks.
-    values: as `computed`, entries that are no tensors.
-    tied: further names of live tensors, each with the one that the tensor is saved under.
+    whole: frozen parameters and persistent buffers; the live tensors.
+    computed: tensors that a module computes for its state dict, and that `load_state_dict` restores
+        it from: `get_extra_state`, an overridden `_save_to_state_dict`, state-dict hooks.
+    values: like `computed`, but entries that are not tensors.
+    tied: other names of tied tensors, each with the name under which the tensor is saved.
     """
 
     whole: dict[str, torch.Tensor]
@@ -392,16 +396,16 @@ class ModelState:
 
 
 def model_state(model: nn.Module, core: ShardedAdam) -> ModelState:
-    """Divide a model's state dict into its live tensors and its computed entries.
+    """Divide a model's state dict into live tensors and computed entries.
 
     Raises:
-        CheckpointError: a tensor of it is not initialized.
+        CheckpointError: a tensor is lazy and not initialized yet.
     """
     trained = {id(shard.parameter) for shard in shards_of(core.states)}
     own = {id(p): name for name, p in model.named_parameters() if id(p) in trained}
     live = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     by_memory = {_memory(tensor): tensor for tensor in live.values()}
-    by_memory.pop(None, None)
+    by_memory.pop(None, None)  # tensors without memory are not comparable
     computed_from_trained = set(own.values())
     found = ModelState({}, {}, {}, {})
     for name, value in model.state_dict(keep_vars=True).items():
@@ -410,8 +414,8 @@ def model_state(model: nn.Module, core: ShardedAdam) -> ModelState:
             found.values[full_name] = value
             continue
         if is_lazy(value):
-            raise CheckpointError(f"{name!r} of the model is not initialized: run a forward first")
-        # A hook may detach a live tensor, which makes another object of the same memory.
+            raise CheckpointError(f"{name!r} of the model is not initialized. Run a forward first.")
+        # A hook may have detached a live tensor: another object with the same memory.
         tensor = live.get(id(value), by_memory.get(_memory(value)))
         if tensor is not None:
             first = own.setdefault(id(tensor), name)
@@ -425,20 +429,21 @@ def model_state(model: nn.Module, core: ShardedAdam) -> ModelState:
 
 
 def _memory(tensor: torch.Tensor) -> tuple[object, ...] | None:
-    """Return what two objects that are the same tensor have in common, None without memory."""
+    """Return a key that is equal for two views of the same elements; None without memory."""
     if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.data_ptr() == 0:
         return None
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def whole_part(name: str, tensor: torch.Tensor) -> Part:
-    """Return a whole tensor as one part; a copy where its elements do not lie together."""
+    """Return a whole tensor as one part. It is copied if its elements are not contiguous."""
     if tensor.layout is not torch.strided:
         raise CheckpointError(
-            f"{name} has layout {tensor.layout}: a checkpoint holds dense tensors"
+            f"{name} has layout {tensor.layout}, but checkpoints hold only dense tensors."
         )
     if tensor.dtype not in DTYPE_NAMES:
-        raise CheckpointError(f"{name} has dtype {tensor.dtype}, which a checkpoint cannot hold")
+        raise CheckpointError(f"{name} has dtype {tensor.dtype}, which a checkpoint cannot hold.")
+    # A view if the tensor is dense in any order of dimensions, such as channels_last.
     order = memory_order(tensor)
     flat = tensor.permute(order).reshape(-1)
     return Part(name, tuple(tensor.shape), order, 0, tensor.numel(), flat)

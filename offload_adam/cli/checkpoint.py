@@ -1,4 +1,4 @@
-"""`offload-adam checkpoint`: look at one, check every byte, turn it into torch's forms."""
+"""`offload-adam checkpoint`: verify, inspect, export and import checkpoints."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ import typer
 EXIT_DAMAGED = 1
 
 checkpoint_app = typer.Typer(
-    help="Look at checkpoints, export and import them.", no_args_is_help=True
+    help="Verify, inspect, export and import checkpoints.", no_args_is_help=True
 )
 
 
 class ExportForm(StrEnum):
-    """What a checkpoint can be exported to."""
+    """Formats of `export`."""
 
     TORCH = "torch"
     DCP = "dcp"
 
 
 class ImportForm(StrEnum):
-    """What a checkpoint can be imported from: pickled files only by this name."""
+    """Formats of `import`. The name is required: unpickling a file is never the default."""
 
     TORCH_PICKLE = "torch-pickle"
 
 
-Folder = Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint's folder.")]
+Folder = Annotated[Path, typer.Argument(metavar="PATH", help="Folder of the checkpoint.")]
 
 
 @checkpoint_app.command("verify")
 def verify(path: Folder) -> None:
-    """Read a checkpoint to its last byte.
+    """Verify every byte of a checkpoint against its checksums.
 
-    Exit codes: 0 it is whole, 1 it is not, and the message says where.
+    Exit codes: 0 intact, 1 damaged or not a checkpoint.
     """
     from offload_adam.checkpoint.load import verify_checkpoint
     from offload_adam.errors import CheckpointError
@@ -47,14 +47,14 @@ def verify(path: Folder) -> None:
         typer.echo(f"offload-adam: {error}", err=True)
         raise typer.Exit(EXIT_DAMAGED) from None
     nbytes = sum(file.nbytes for file in manifest.files.values())
-    typer.echo(f"{path} is whole: step {manifest.step}, {nbytes:,} bytes verified")
+    typer.echo(f"{path} is intact: step {manifest.step}, {nbytes:,} bytes verified")
 
 
 @checkpoint_app.command("inspect")
 def inspect(path: Folder) -> None:
-    """Show what a checkpoint holds, from its manifest alone.
+    """List the contents of a checkpoint. Reads only its manifest.
 
-    Exit codes: 0 done, 1 the manifest cannot be read.
+    Exit codes: 0 done, 1 damaged or not a checkpoint.
     """
     from rich.console import Console
     from rich.table import Table
@@ -85,51 +85,59 @@ def inspect(path: Folder) -> None:
 @checkpoint_app.command("export")
 def export(
     path: Folder,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new file, or folder for dcp.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New file, or new folder for dcp.")],
     form: Annotated[
         ExportForm,
-        typer.Option("--format", help="torch: one plain file; dcp: torch's distributed folder."),
+        typer.Option(
+            "--format",
+            help="torch: a file for torch.load. dcp: a folder for torch.distributed.checkpoint.",
+        ),
     ],
 ) -> None:
-    """Write a checkpoint in one of torch's own forms.
+    """Write a checkpoint in a format of torch.
 
-    Exit codes: 0 done, 1 it cannot be read or written, and nothing is left of OUT.
+    Exit codes: 0 done, 1 failed, without a partial OUT.
     """
-    from offload_adam.checkpoint.convert import export_dcp, export_torch
+    from offload_adam.checkpoint.export import export_dcp, export_torch
     from offload_adam.errors import CheckpointError
 
     try:
-        taken_by = (export_torch if form is ExportForm.TORCH else export_dcp)(path, out)
+        loaded_by = (export_torch if form is ExportForm.TORCH else export_dcp)(path, out)
     except (CheckpointError, OSError) as error:
         typer.echo(f"offload-adam: {error}", err=True)
         raise typer.Exit(EXIT_DAMAGED) from None
-    typer.echo(f"{out} is written, for {taken_by}")
+    typer.echo(f"Wrote {out} for {loaded_by}")
 
 
 @checkpoint_app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(metavar="FILE", help="What torch.save has written.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="File that torch.save wrote.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
     form: Annotated[
         ImportForm,
         typer.Option(
-            "--format", help="torch-pickle: unpickle FILE, tensors and plain values of it alone."
+            "--format",
+            help="torch-pickle: load FILE with weights_only=True, so no code in it runs.",
         ),
     ],
-    model_key: Annotated[str, typer.Option(help="Where in it the model's state dict is.")] = (
+    model_key: Annotated[str, typer.Option(help="Key of the model's state dict in FILE.")] = (
         "model"
     ),
-    optimizer_key: Annotated[str, typer.Option(help="Where the optimizer's is.")] = "optimizer",
+    optimizer_key: Annotated[
+        str, typer.Option(help="Key of the optimizer's state dict in FILE.")
+    ] = "optimizer",
     names: Annotated[
         Path | None,
-        typer.Option(help="The optimizer's parameters by name, one a line, in its order."),
+        typer.Option(
+            help="File with the names of the optimizer's parameters, one per line, in its order."
+        ),
     ] = None,
 ) -> None:
-    """Make a checkpoint of a pickled torch.optim.AdamW and its model.
+    """Make a checkpoint of a file with a model and its torch.optim.Adam or AdamW.
 
-    Exit codes: 0 done, 1 it cannot be read, and nothing is left of OUT.
+    Exit codes: 0 done, 1 failed, without a partial OUT.
     """
-    from offload_adam.checkpoint.convert import import_torch_pickle
+    from offload_adam.checkpoint.torch_import import import_torch_pickle
     from offload_adam.errors import CheckpointError
     from offload_adam.units import format_nbytes
 
@@ -144,4 +152,4 @@ def import_(
     except (CheckpointError, OSError, UnicodeDecodeError) as error:
         typer.echo(f"offload-adam: {error}", err=True)
         raise typer.Exit(EXIT_DAMAGED) from None
-    typer.echo(f"{out} is written, {format_nbytes(nbytes)}, for load_checkpoint")
+    typer.echo(f"Wrote {out} ({format_nbytes(nbytes)}) for load_checkpoint")

@@ -1,4 +1,4 @@
-"""`offload-adam config`: every key of a configuration, with its value and what it means."""
+"""`offload-adam config`: prints every key of a configuration with its value and a comment."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ from typing import Annotated
 
 import typer
 
-from offload_adam.cli.train import EXIT_BAD_CONFIGURATION
+from offload_adam.cli.train import EXIT_BAD_CONFIGURATION, load_arguments
 
 
 def config(
     config: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG]", help="A YAML file; the defaults without.")
+        str | None,
+        typer.Argument(metavar="[CONFIG]", help="A YAML file. Without one, prints the defaults."),
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[--section.key=value]", help="What to change of it."),
+        typer.Argument(metavar="[--section.key=value]", help="Keys to change."),
     ] = None,
 ) -> None:
-    """Print a whole configuration as YAML, defaults included, with comments.
+    """Print the whole configuration as YAML with comments, defaults included.
 
-    Exit codes: 0 done, 2 bad configuration.
+    Exit codes: 0 done, 2 invalid configuration.
     """
-    from offload_adam.config import ConfigError, RunConfig, explain_config, load_config
+    from offload_adam.config import ConfigError, RunConfig, explain_config
 
     try:
-        loaded = RunConfig() if config is None else load_config(config, overrides or [])
+        loaded = RunConfig() if config is None else load_arguments([config, *(overrides or [])])
     except ConfigError as error:
         typer.echo(f"offload-adam: {error}", err=True)
         raise typer.Exit(EXIT_BAD_CONFIGURATION) from None

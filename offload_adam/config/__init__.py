@@ -1,6 +1,6 @@
-"""The validated configuration of a run: YAML text and dotted overrides in, one frozen model out.
+"""The configuration of a run: YAML and overrides of the command line, read as a `RunConfig`.
 
-Nothing here imports torch, so that a mistake is reported before anything slow or shared starts.
+Nothing here imports torch, which takes seconds: mistakes are reported before that.
 """
 
 from offload_adam.config.load import dump_config, explain_config, load_config

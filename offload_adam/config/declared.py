@@ -1,4 +1,4 @@
-"""The keys of a configuration that `offload_adam.options` declares."""
+"""Turns the options that `offload_adam.options` declares into keys of a configuration."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ P = TypeVar("P", ExecutionOptions, OffloadPolicy, FailurePolicy)
 
 
 class Section(BaseModel):
-    """A mapping of the YAML file that admits no unknown key and no value of another type."""
+    """A mapping of the YAML file. Unknown keys and values of another type are mistakes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 def keys_of(section: str) -> type[Section]:
-    """Return a base class with the keys that options declare for a section of this name."""
+    """Return a base class for a section, with a key for each option that names this section."""
     keys: dict[str, Any] = {
         option.key.removeprefix(f"{section}."): (
             _type_of(option),
@@ -43,12 +43,12 @@ def keys_of(section: str) -> type[Section]:
 
 
 def read_options(config: BaseModel, policy: type[P]) -> dict[str, Any]:
-    """Return option -> value of every option of a policy that has a key."""
+    """Return the configured values of the options of a policy, by option name."""
     return dict(_read(config, policy))
 
 
 def short_dtype(**names: str) -> BeforeValidator:
-    """Let torch's own names of dtypes, such as `float32`, stand for their short forms."""
+    """Return a validator that replaces long names by short ones, such as `float32` by `fp32`."""
     return BeforeValidator(lambda name: names.get(name, name) if isinstance(name, str) else name)
 
 
@@ -60,7 +60,7 @@ def _read(config: BaseModel, policy: type[P]) -> Iterator[tuple[str, Any]]:
 
 
 def _type_of(option: Option) -> Any:
-    """Return the type with which pydantic reads an option; null stands for its default."""
+    """Return the type of an option for pydantic. null means the default."""
     kind: Any
     match option.rule:
         case Flag():
@@ -70,7 +70,7 @@ def _type_of(option: Option) -> Any:
         case Dtype(name, short):
             kind = Annotated[Literal[short], short_dtype(**{name: short})]
         case Number() as rule:
-            finite = None if rule.kind is int else False  # pydantic knows it of floats only
+            finite = None if rule.kind is int else False  # pydantic rejects this argument for int
             bounds = Field(gt=rule.above, ge=rule.least, le=rule.most, allow_inf_nan=finite)
             kind = Annotated[rule.kind, bounds]
         case _:

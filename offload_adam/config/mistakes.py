@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, all of it at once, and how that reads."""
+"""The error of a configuration: a list of all mistakes, each with its path."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from typing import NamedTuple
 
 
 class Mistake(NamedTuple):
-    """One thing to mend: the dotted path where it stands (or "") and what to do about it."""
+    """One mistake.
+
+    path: dotted, of the key; "" for a mistake that concerns no single key.
+    problem: in lower case without a full stop, such as "must be greater than 0, got 0".
+    """
 
     path: str
     problem: str
@@ -17,9 +21,10 @@ class Mistake(NamedTuple):
 
 
 class ConfigError(ValueError):
-    """The run's configuration cannot be used; `mistakes` holds everything that was found.
+    """The configuration of a run is invalid.
 
-    `origin` names the file or the part of the job that the mistakes belong to.
+    origin: the file, or the part of the job that reports the mistakes.
+    mistakes: all of them.
     """
 
     def __init__(self, origin: str, mistakes: Sequence[Mistake]) -> None:
@@ -31,5 +36,5 @@ class ConfigError(ValueError):
 
     @classmethod
     def at(cls, path: str, problem: str) -> ConfigError:
-        """Return the error for a single mistake found while the job was being put together."""
+        """Return an error with one mistake that was found after the file had been read."""
         return cls("configuration", [Mistake(path, problem)])

@@ -1,18 +1,11 @@
-"""The section of the optimizer: one form for each of the two, told apart by `optimizer.name`."""
+"""The section `optimizer`: its keys depend on `optimizer.name`."""
 
 from __future__ import annotations
 
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Discriminator,
-    Field,
-    FiniteFloat,
-    PlainValidator,
-    Tag,
-)
+from pydantic import BeforeValidator, Discriminator, Field, FiniteFloat, PlainValidator, Tag
 
 from offload_adam.config.declared import keys_of
 from offload_adam.schedules import schedule_from_state
@@ -23,7 +16,7 @@ NotNegative = Annotated[FiniteFloat, Field(ge=0)]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 
 TAGS = ("OffloadAdam", "Adam")
-"""The optimizers' names. pydantic puts them into the places of mistakes, where no key has them."""
+"""Names of the optimizers. pydantic adds them to the paths of mistakes."""
 
 Name = Annotated[
     Literal["OffloadAdam", "Adam"],
@@ -32,20 +25,20 @@ Name = Annotated[
 
 
 class ExecutionKeys(keys_of("optimizer")):  # type: ignore[misc]  # a created class
-    """How either optimizer is run."""
+    """Keys of both optimizers."""
 
-    # Unlike the optimizers, a job has a default for drop-in mode too.
+    # The optimizers require this option where they cannot know the answer; a run has a default.
     gradient_reduction: Literal["optimizer", "external"] = Field(
         default="optimizer",
-        description="Who averages gradients over the ranks; external wraps the model in "
-        "DistributedDataParallel.",
+        description="What averages gradients over the ranks: the optimizer, or (external) "
+        "DistributedDataParallel around the model.",
     )
 
 
 class OffloadAdamSection(ExecutionKeys):
     """`OffloadAdam` and its hyperparameters.
 
-    `streaming` lets gradients leave during backward; without it they stay in `.grad` until
+    `streaming` copies gradients to the host during backward. Without it they stay in `.grad` until
     `step()`.
     """
 
@@ -62,7 +55,7 @@ class OffloadAdamSection(ExecutionKeys):
 
     @property
     def streams(self) -> bool:
-        """Whether gradients leave during backward."""
+        """Whether gradients are copied to the host during backward."""
         return self.streaming
 
 
@@ -70,9 +63,9 @@ LearningRate = float | list[float] | dict[str, Any]
 
 
 def _read_learning_rate(value: object) -> LearningRate:
-    """Return a learning rate in one of its three forms, each tried here.
+    """Validate a learning rate: a number, a list of numbers or a schedule.
 
-    A union of types would answer a mistake with one message for each of them.
+    With a union of types, pydantic would report one mistake for each type.
     """
     if isinstance(value, dict):
         try:
@@ -90,7 +83,7 @@ def _read_learning_rate(value: object) -> LearningRate:
 def _rate(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(
-            "must be a number, a list of one number a step, or a schedule such as "
+            "must be a number, a list with one number for each step, or a schedule such as "
             "{name: WarmUpLR, learning_rate: 1e-3, warmup_steps: 100}"
         )
     if not (math.isfinite(value) and value >= 0):
@@ -99,11 +92,11 @@ def _rate(value: object) -> float:
 
 
 class AdamSection(ExecutionKeys):
-    """`Adam` and its arguments; gradients leave during backward where `use_offload` is set.
+    """`Adam` and its arguments.
 
-    `learning_rate` is a number, which the section `schedule` moves, or else stands for itself: a
-    list of one number a step, or one of this package's schedules as a mapping of its name and its
-    arguments.
+    `use_offload` copies gradients to the host during backward. `learning_rate` is a number, a list
+    with one number for each step, or a schedule: a mapping of its name and its arguments. The
+    section `schedule` changes only a number.
     """
 
     name: Name
@@ -123,12 +116,12 @@ class AdamSection(ExecutionKeys):
 
     @property
     def streams(self) -> bool:
-        """Whether gradients leave during backward."""
+        """Whether gradients are copied to the host during backward."""
         return self.use_offload
 
     @property
     def schedules_itself(self) -> bool:
-        """Whether the learning rate changes without the section `schedule`."""
+        """Whether the learning rate changes with the step, without the section `schedule`."""
         return not isinstance(self.learning_rate, float)
 
 

@@ -1,11 +1,9 @@
-"""The configuration as a whole, and the rules that tie keys of different places together."""
+"""The whole configuration, and the conflicts between its keys."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import NamedTuple
-
-from pydantic import model_validator
 
 from offload_adam.config.declared import Section
 from offload_adam.config.optimizer_sections import (
@@ -28,22 +26,17 @@ from offload_adam.config.sections import (
 
 
 class Conflict(NamedTuple):
-    """Keys that are each in range and still do not go together; the first is the one to blame."""
+    """Keys whose values are valid but contradict each other.
+
+    paths: dotted paths of the keys. The mistake is reported at the first one.
+    """
 
     paths: tuple[str, ...]
     problem: str
 
 
-class ConflictError(ValueError):
-    """Carries every conflict out of pydantic's validation, which passes on one error only."""
-
-    def __init__(self, conflicts: tuple[Conflict, ...]) -> None:
-        self.conflicts = conflicts
-        super().__init__("; ".join(f"{c.paths[0]}: {c.problem}" for c in conflicts))
-
-
 class RunConfig(Section):
-    """Everything a run is told; each section is a mapping of the YAML file."""
+    """The configuration of a run. Each field is a section of the YAML file."""
 
     run: RunSection = RunSection()
     model: ModelSection = ModelSection()
@@ -57,16 +50,9 @@ class RunConfig(Section):
     profile: ProfileSection = ProfileSection()
     observe: ObserveSection = ObserveSection()
 
-    @model_validator(mode="after")
-    def _reject_conflicts(self) -> RunConfig:
-        conflicts = tuple(find_conflicts(self))
-        if conflicts:
-            raise ConflictError(conflicts)
-        return self
-
 
 def find_conflicts(config: RunConfig) -> Iterator[Conflict]:
-    """Yield every pair of keys that contradict each other."""
+    """Yield the conflicts between keys."""
     yield from _model_conflicts(config.model)
     yield from _data_conflicts(config.data)
     yield from _streaming_conflicts(config.optimizer)
@@ -78,12 +64,12 @@ def _model_conflicts(model: ModelSection) -> Iterator[Conflict]:
     if (model.sizes is None) == (model.factory is None):
         yield Conflict(
             ("model.factory", "model.sizes"),
-            "give either model.sizes or model.factory, the other one null or left out",
+            "set exactly one of model.sizes and model.factory",
         )
     if model.arguments and model.factory is None:
         yield Conflict(
             ("model.arguments", "model.factory"),
-            "these go to model.factory, which is not given",
+            "these are passed to model.factory, which is not set",
         )
     if model.sizes is not None and model.sizes.width % model.sizes.num_heads:
         yield Conflict(
@@ -97,7 +83,7 @@ def _data_conflicts(data: DataSection) -> Iterator[Conflict]:
     if (data.source is None) == (data.path is None):
         yield Conflict(
             ("data.path", "data.source"),
-            "give either data.source or data.path, the other one null or left out",
+            "set exactly one of data.source and data.path",
         )
 
 
@@ -107,18 +93,18 @@ def _adam_conflicts(adam: AdamSection, schedule: ScheduleSection) -> Iterator[Co
         if getattr(adam, one) and getattr(adam, other):
             yield Conflict(
                 (f"optimizer.{one}", f"optimizer.{other}"),
-                f"excludes optimizer.{other}: set one of them to false",
+                f"conflicts with optimizer.{other}: set one of them to false",
             )
     if adam.use_nesterov and adam.use_amsgrad and not adam.epsilon_hat:
         yield Conflict(
             ("optimizer.use_nesterov", "optimizer.use_amsgrad"),
-            "excludes optimizer.use_amsgrad: set one of them to false",
+            "conflicts with optimizer.use_amsgrad: set one of them to false",
         )
     if adam.schedules_itself and schedule != ScheduleSection():
         yield Conflict(
             ("schedule", "optimizer.learning_rate"),
-            "optimizer.learning_rate changes with the step by itself: leave out this section, or "
-            "give a single number there",
+            "optimizer.learning_rate already is a schedule: remove this section, or set "
+            "optimizer.learning_rate to a number",
         )
 
 
@@ -127,8 +113,7 @@ def _streaming_conflicts(optimizer: OffloadAdamSection | AdamSection) -> Iterato
     if optimizer.overlap and not optimizer.streams:
         yield Conflict(
             ("optimizer.overlap", f"optimizer.{key}"),
-            f"overlap needs optimizer.{key}: true, for without it no forward waits for its "
-            "parameters",
+            f"needs optimizer.{key}: true, since otherwise no forward waits for its parameters",
         )
     if optimizer.accumulate is None:
         return
@@ -136,11 +121,11 @@ def _streaming_conflicts(optimizer: OffloadAdamSection | AdamSection) -> Iterato
         yield Conflict(
             ("optimizer.accumulate", f"optimizer.{key}"),
             f"host accumulation needs optimizer.{key}: true, "
-            "for without it gradients stay in .grad until step()",
+            "since otherwise gradients stay in .grad until step()",
         )
     if optimizer.gradient_reduction == "external":
         yield Conflict(
             ("optimizer.accumulate", "optimizer.gradient_reduction"),
             "host accumulation needs optimizer.gradient_reduction: optimizer, "
-            "for DistributedDataParallel adds up in .grad",
+            "since DistributedDataParallel accumulates in .grad",
         )

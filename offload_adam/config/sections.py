@@ -1,37 +1,32 @@
-"""The sections of a run's configuration: every key, its type, its range and its default.
+"""The sections of a run's configuration: every key with its type, range and default.
 
-Only keys that something reads stand here: a key without effect would be worse than an unknown one.
+`offload-adam config` prints the docstrings. The optimizer's section is in optimizer_sections.py.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    FiniteFloat,
-    PositiveInt,
-    StringConstraints,
-    model_validator,
-)
+from pydantic import Field, FiniteFloat, PositiveInt, StringConstraints, model_validator
 
 from offload_adam.config.declared import Section, keys_of, short_dtype
 
-# A name that YAML reads as a number (`--run.name=7`) is still a name.
+# Accept a name that YAML reads as a number, such as `--run.name=7`.
 Name = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]
+NAME_PATTERN = r"^\w[\w.-]*$"
 FACTORY_PATTERN = r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*$"
 
 
 class RunSection(Section):
-    """Where the run writes (`<dir>/<name>/`) and what it draws its random numbers from."""
+    """The folder of the run, `<dir>/<name>/`, and the seed of its random numbers."""
 
-    name: Annotated[Name, StringConstraints(pattern=r"^\w[\w.-]*$")] = "run"
+    name: Annotated[Name, StringConstraints(pattern=NAME_PATTERN)] = "run"
     dir: Annotated[Name, StringConstraints(min_length=1)] = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
 class ModelSizes(Section):
-    """The sizes of the byte-level GPT; `width` is that of the residual stream."""
+    """Sizes of the built-in byte-level GPT. `width` is that of the residual stream."""
 
     num_layers: PositiveInt = 4
     width: PositiveInt = 128
@@ -40,9 +35,9 @@ class ModelSizes(Section):
 
 
 class ModelSection(Section):
-    """Either the sizes of the built-in model or the import path of the user's own.
+    """The model: `sizes` of the built-in one, or `factory` for your own.
 
-    `factory` is `package.module:function`, called with `arguments` as keywords.
+    `factory` is `package.module:function`. It is called with `arguments` as keyword arguments.
     """
 
     sizes: ModelSizes | None = None
@@ -58,7 +53,7 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """Either a named source or a glob over the user's own files, read as bytes."""
+    """The training text, read as bytes: a named `source`, or `path`, a glob over your own files."""
 
     source: Literal["python-stdlib"] | None = None
     path: Annotated[str, StringConstraints(min_length=1)] | None = None
@@ -73,10 +68,11 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    """How long and in what portions to train.
+    """The training loop.
 
-    `batch_size` counts the sequences of one rank's microbatch, `sequence_length` is in tokens.
-    `eval_every` is in steps, and 0 evaluates at the end only; `eval_sequences` is over all ranks.
+    `batch_size` is the number of sequences in one rank's microbatch, `sequence_length` the number
+    of tokens in each. `eval_every` is in steps; 0 evaluates only at the end. `eval_sequences` is
+    the number of sequences of an evaluation, over all ranks.
     """
 
     num_steps: PositiveInt = 100
@@ -89,27 +85,27 @@ class TrainSection(Section):
 
 
 class ScheduleSection(Section):
-    """The learning rate: `warmup_steps` upwards in a line, then a cosine down to a floor.
+    """The learning rate: linear warmup for `warmup_steps`, then cosine decay to a minimum.
 
-    The floor is `min_lr_ratio` times `optimizer.lr`; 1 keeps the rate constant after the warmup.
-    A run that is shorter than its warmup ends within it.
+    The minimum is `min_lr_ratio` times `optimizer.lr`. With a ratio of 1 the learning rate is
+    constant after the warmup. A run that is shorter than its warmup has no decay.
     """
 
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     min_lr_ratio: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.1
 
 
-# mypy cannot see the keys of a created base class, and takes them for Any.
+# mypy does not accept a base class that a function returns.
 class MemorySection(keys_of("memory")):  # type: ignore[misc]
-    """Which memory holds the optimizer's state, and what of it is page-locked for a GPU."""
+    """Where the optimizer state is stored, and which host memory is pinned."""
 
 
 class CoordinatorSection(keys_of("coordinator")):  # type: ignore[misc]
-    """When ranks give up on each other. A dead or a hung rank ends the run on all of them."""
+    """When a peer counts as dead or hung. A dead or hung rank ends the run on all ranks."""
 
 
 class ProfileSection(Section):
-    """Whether spans and memory are recorded, and how often memory is sampled.
+    """Profiling: records spans, and samples memory every `interval_ms`.
 
     A profiled run writes `report.html`, `trace.json` and `memory.jsonl`.
     """
@@ -121,8 +117,8 @@ class ProfileSection(Section):
 class ObserveSection(Section):
     """Where metrics go besides `metrics.jsonl`.
 
-    `http_port` serves `/metrics` (Prometheus), `/status` (JSON) and `/healthz` on rank 0; 0 lets
-    the system choose a port. `http_host` is the address to listen on, loopback by default.
+    With `http_port`, rank 0 serves `/metrics` (Prometheus), `/status` (JSON) and `/healthz` on
+    `http_host`, which is loopback by default. Port 0 lets the system choose a free port.
     """
 
     http_port: Annotated[int, Field(ge=0, le=65535)] | None = None
@@ -132,14 +128,19 @@ class ObserveSection(Section):
 
 
 class CheckpointSection(Section):
-    """When checkpoints are written (`every` steps, 0 for never) and which are kept.
+    """When checkpoints are written, which are kept, and where a run resumes.
 
-    `mode: async` lets training go on while one is written. Updates wait for what has neither been
-    written yet nor been copied. `snapshot_buffer_nbytes` limits a rank's host memory for copies.
-    `keep_last` of them stay, and those whose step is a multiple of `keep_every`. `resume: auto`
-    goes on from the newest whole one of the run's folder, a path from that one, `never` begins;
-    what torchrun restarts goes on from the newest in any case. A checkpoint that cannot be written
-    ends the run only where it is `required`.
+    A checkpoint is written after `every` steps; 0 writes none. With `mode: async`, training
+    continues meanwhile: an update waits only for buckets that are neither written nor copied to
+    the snapshot buffer. `snapshot_buffer_nbytes` limits the host memory of this buffer on each
+    rank.
+
+    The newest `keep_last` checkpoints are kept, and those whose step is a multiple of `keep_every`.
+    If a checkpoint cannot be written, the run continues, unless checkpoints are `required`.
+
+    `resume: auto` resumes from the newest intact checkpoint in the run's folder, `never` starts
+    from step 0, and a path resumes from that checkpoint. A run that torchrun restarts always
+    resumes from its newest checkpoint.
     """
 
     every: Annotated[int, Field(ge=0)] = 0
@@ -152,5 +153,5 @@ class CheckpointSection(Section):
 
     @property
     def used_buffer_nbytes(self) -> int:
-        """Most host bytes of a rank's snapshot buffer: 0 without checkpoints in the background."""
+        """Limit of a rank's snapshot buffer in bytes: 0 unless checkpoints are asynchronous."""
         return self.snapshot_buffer_nbytes if self.mode == "async" and self.every > 0 else 0

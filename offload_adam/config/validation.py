@@ -1,118 +1,186 @@
-"""From a mapping to a `RunConfig`, or to every mistake in it."""
+"""Validates a mapping as a `RunConfig`: every mistake at once, with the nearest valid key."""
 
 from __future__ import annotations
 
 import copy
+import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from offload_adam.config.key_names import keys_beside, nearest_key
 from offload_adam.config.mistakes import Mistake
 from offload_adam.config.optimizer_sections import TAGS
-from offload_adam.config.run_config import ConflictError, RunConfig
-from offload_adam.config.sections import FACTORY_PATTERN
+from offload_adam.config.run_config import RunConfig, find_conflicts
+from offload_adam.config.sections import FACTORY_PATTERN, NAME_PATTERN
 
-_PATTERN_ADVICE = {
-    FACTORY_PATTERN: "must read package.module:function",
-    r"^\w[\w.-]*$": "must be a plain folder name: letters, digits, and . _ - after the first",
+# What a value must be, by the type of pydantic's error. pydantic's own messages name Python types.
+_EXPECTED = {
+    "bool_type": "must be true or false",
+    "dict_type": "must be a mapping of keys to values",
+    "float_type": "must be a number",
+    "int_type": "must be an integer",
+    "invalid_key": "must be text, as every key",
+    "missing": "must be a list of two numbers",  # the second beta
+    "model_attributes_type": "must be a mapping of keys to values",
+    "model_type": "must be a mapping of keys to values",
+    "string_too_short": "must not be empty",
+    "string_type": "must be text",
+    "too_long": "must be a list of two numbers",
+    "tuple_type": "must be a list of two numbers",
 }
+_PATTERNS = {
+    FACTORY_PATTERN: "must have the form package.module:function",
+    NAME_PATTERN: "must be a folder name of letters, digits and . _ -, with no . or - first",
+}
+# Names of one thing, here and in PyTorch, transformers, torchtitan, Lightning and nanoGPT.
+_SYNONYMS = [
+    set(names.split())
+    for names in (
+        "batch_size batch micro_batch_size local_batch_size per_device_train_batch_size",
+        "betas beta1 beta2 adam_beta1 adam_beta2",
+        "dir out_dir output_dir dump_folder default_root_dir",
+        "dtype precision",
+        "eps epsilon adam_epsilon",
+        "eval_every eval_interval eval_steps val_check_interval",
+        "every interval save_steps save_interval every_n_train_steps",
+        "gradient_accumulation_steps grad_accum grad_accum_steps accumulate_grad_batches",
+        "keep_last keep_latest_k save_total_limit save_top_k",
+        "lr learning_rate base_lr max_lr",
+        "max_grad_norm grad_clip max_norm clip_grad_norm gradient_clip_val",
+        "min_lr_ratio min_lr min_lr_factor",
+        "num_heads n_head n_heads num_attention_heads heads",
+        "num_layers n_layer n_layers num_hidden_layers layers depth",
+        "num_steps steps max_steps train_steps max_iters iterations epochs max_epochs "
+        "num_epochs num_train_epochs",
+        "resume resume_from resume_from_checkpoint",
+        "sequence_length seq_len seq_length block_size context_length max_length",
+        "tied_head tie_word_embeddings weight_tying",
+        "warmup_steps warmup warmup_iters num_warmup_steps",
+        "weight_decay wd",
+        "width n_embd dim hidden_size d_model embed_dim",
+    )
+]
 
 
 def validate(values: dict[str, Any]) -> tuple[RunConfig | None, list[Mistake]]:
-    """Return the configuration, or None and everything that is wrong with `values`.
-
-    pydantic compares keys with each other only where each is right by itself. So wrong values
-    give way to defaults for a second look, and conflicts with those defaults are left out.
-    """
+    """Return the configuration, or None and all mistakes in `values`."""
     try:
-        return RunConfig.model_validate(values), []
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
-        details = error.errors()
-    mistakes = _without_repetition(details)
-    if any(_conflicts_of(detail) for detail in details):
-        return None, mistakes
-    wrong = {mistake.path for mistake in mistakes}
+        return None, _mistakes_of(error.errors(), values)
+    mistakes = [Mistake(conflict.paths[0], conflict.problem) for conflict in find_conflicts(config)]
+    return (None if mistakes else config), mistakes
+
+
+def _mistakes_of(details: list[ErrorDetails], values: dict[str, Any]) -> list[Mistake]:
+    """Return pydantic's errors as mistakes, and the conflicts between the keys that are valid."""
+    mistakes = list(dict.fromkeys(map(_mistake_of, details)))
+    # Conflicts can only be found in a complete configuration, so defaults replace invalid values.
     mended = copy.deepcopy(values)
     for detail in details:
         _remove(mended, _place(detail))
     try:
-        RunConfig.model_validate(mended)
-    except ValidationError as error:
-        mistakes += [
-            Mistake(conflict.paths[0], conflict.problem)
-            for detail in error.errors()
-            for conflict in _conflicts_of(detail)
-            if not any(_touches(path, wrong) for path in conflict.paths)
-        ]
-    return None, mistakes
+        config = RunConfig.model_validate(mended)
+    except ValidationError:
+        return mistakes
+    wrong = {mistake.path for mistake in mistakes}
+    return mistakes + [
+        Mistake(conflict.paths[0], conflict.problem)
+        for conflict in find_conflicts(config)
+        # A conflict with the default of an invalid value says nothing about the file.
+        if not any(_touches(path, wrong) for path in conflict.paths)
+    ]
 
 
-def _without_repetition(details: list[ErrorDetails]) -> list[Mistake]:
-    """Return the mistakes in the order found, each path and problem once."""
-    return list(dict.fromkeys(mistake for detail in details for mistake in _mistakes_of(detail)))
-
-
-def _mistakes_of(detail: ErrorDetails) -> list[Mistake]:
-    conflicts = _conflicts_of(detail)
-    if conflicts:
-        return [Mistake(conflict.paths[0], conflict.problem) for conflict in conflicts]
-    path = ".".join(map(str, _place(detail)))
-    if detail["type"] == "extra_forbidden":
+def _mistake_of(detail: ErrorDetails) -> Mistake:
+    kind, place = detail["type"], _place(detail)
+    path = ".".join(map(str, place[:-1] if kind == "missing" else place))
+    if kind == "extra_forbidden":
         tag = next((part for part in detail["loc"] if part in TAGS), TAGS[0])
-        return [Mistake(path, _unknown_key(path, str(tag)))]
-    return [Mistake(path, f"{_problem(detail)}, got {_shown(detail['input'])}")]
+        return Mistake(path, _unknown_key(path, str(tag)))
+    problem = _EXPECTED.get(kind) or _PATTERNS.get(detail.get("ctx", {}).get("pattern", ""))
+    if problem is None:
+        problem = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return Mistake(path, f"{problem}, got {_shown(detail['input'])}")
 
 
 def _place(detail: ErrorDetails) -> tuple[int | str, ...]:
-    """Return where a mistake stands, without what pydantic adds to tell optimizers apart."""
+    """Return the keys that lead to an error, without the tag that pydantic adds to them."""
     first, *rest = detail["loc"] or ("",)
     return (first, *(rest[1:] if first == "optimizer" and rest[:1] and rest[0] in TAGS else rest))
 
 
-def _conflicts_of(detail: ErrorDetails) -> tuple[Any, ...]:
-    raised = detail.get("ctx", {}).get("error")
-    return raised.conflicts if isinstance(raised, ConflictError) else ()
-
-
-def _unknown_key(path: str, tag: str) -> str:
-    nearest = nearest_key(RunConfig, path, tag)
-    if nearest is not None:
-        return f"no such key; did you mean {nearest}?"
-    return f"no such key; here you can set {', '.join(keys_beside(RunConfig, path, tag))}"
-
-
-def _problem(detail: ErrorDetails) -> str:
-    """Return pydantic's message as advice, in YAML's words rather than in Python's."""
-    context = detail.get("ctx", {})
-    if detail["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return "must be a mapping of keys to values"
-    if detail["type"] == "string_pattern_mismatch":
-        return _PATTERN_ADVICE[context["pattern"]]
-    if detail["type"] in ("missing", "too_long"):
-        return "has the wrong number of values"
-    return detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-
-
 def _shown(value: object) -> str:
-    """Return a wrong value as YAML would write it, cut to a readable length."""
+    """Return a value as YAML would write it, in at most 60 characters."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _touches(path: str, wrong: set[str]) -> bool:
-    """Say whether a mistake was found at `path`, above it or below it."""
+    """Return whether a mistake is at `path`, above it or below it."""
     below, above = f"{path}.", tuple(f"{other}." for other in wrong)
     return below.startswith(above) or any(other.startswith(below) for other in above)
 
 
 def _remove(values: dict[str, Any], place: Sequence[int | str]) -> None:
-    """Remove the key at `place` from nested mappings; an item takes its whole list along."""
+    """Remove the key at `place` from nested mappings, or the whole list that an item is in."""
     inner = values.get(str(place[0]))
     if len(place) > 1 and isinstance(inner, dict):
         _remove(inner, place[1:])
     else:
         values.pop(str(place[0]), None)
+
+
+def _unknown_key(path: str, tag: str) -> str:
+    """Return the problem of an unknown key.
+
+    Args:
+        tag: the optimizer whose keys count.
+    """
+    nearest = _nearest_keys(path, tag)
+    if nearest:
+        return f"unknown key; did you mean {' and '.join(nearest)}?"
+    names = (known.rpartition(".")[2] for known in _keys_beside(path, tag))
+    return f"unknown key; here you can set {', '.join(names)}"
+
+
+def _nearest_keys(path: str, tag: str) -> list[str]:
+    """Return the valid keys closest to `path`: by name or synonym, else by spelling."""
+    name = path.rpartition(".")[2]
+    names = next((names for names in _SYNONYMS if name in names), {name})
+    beside, everywhere = _keys_beside(path, tag), _key_paths(tag)
+    for known in (beside, everywhere):
+        same = [key for key in known if key.rpartition(".")[2] in names]
+        if same:
+            return same
+    for known in (beside, everywhere):
+        keys = {key.rpartition(".")[2]: key for key in known}
+        like = difflib.get_close_matches(name, keys, n=1, cutoff=0.65)
+        if like:
+            return [keys[like[0]]]
+    return []
+
+
+def _keys_beside(path: str, tag: str) -> list[str]:
+    """Return the valid keys of the section in which `path` is."""
+    parent = path.rpartition(".")[0]
+    return [known for known in _key_paths(tag) if known.rpartition(".")[0] == parent]
+
+
+@cache
+def _key_paths(tag: str) -> tuple[str, ...]:
+    """Return the dotted paths of all keys of a configuration with this optimizer."""
+    # A configuration of defaults has every key.
+    config = RunConfig.model_validate({"optimizer": {"name": tag}})
+    return tuple(_walk(config.model_dump(), ""))
+
+
+def _walk(values: dict[str, Any], prefix: str) -> Iterator[str]:
+    for name, value in values.items():
+        yield prefix + name
+        if isinstance(value, dict):
+            yield from _walk(value, f"{prefix}{name}.")

@@ -1,4 +1,14 @@
-"""YAML as the configuration reads it: floats such as 1e-4 are floats, a key stands once."""
+"""Reads and writes YAML 1.2's core schema with PyYAML, which follows YAML 1.1.
+
+text        YAML 1.1    here, as in YAML 1.2
+1e-4        "1e-4"      0.0001
+1:30        90          "1:30"
+017         15          17
+0o17        "0o17"      15
+1_000       1000        "1_000"
+no, off     false       "no", "off"
+2024-01-01  a date      "2024-01-01"
+"""
 
 from __future__ import annotations
 
@@ -10,81 +20,106 @@ import yaml
 
 from offload_adam.config.mistakes import Mistake
 
-_FLOAT_TAG = "tag:yaml.org,2002:float"
-_TIMESTAMP_TAG = "tag:yaml.org,2002:timestamp"
-# YAML 1.2's rule. That of YAML 1.1, which PyYAML follows, reads `1e-4` as a string.
-_FLOAT_PATTERN = re.compile(
-    r"""^(?: [-+]? (?: [0-9][0-9_]* \. [0-9_]* | \. [0-9][0-9_]* ) (?: [eE][-+]?[0-9]+ )?
-           | [-+]? [0-9][0-9_]* [eE][-+]?[0-9]+
-           | [-+]? \. (?: inf | Inf | INF )
-           | \. (?: nan | NaN | NAN ) )$""",
-    re.VERBOSE,
+_TAG = "tag:yaml.org,2002:"
+# Of the types whose patterns match a plain scalar, the first one counts. The last column lists the
+# characters that such a scalar may start with.
+_CORE_SCHEMA = (
+    ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
 )
+_CORE_TAGS = [_TAG + name for name in ("null", "bool", "int", "float", "str", "seq", "map")]
 
 
 class ConfigLoader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2's floats and without dates, which no key takes."""
+    """PyYAML's safe loader with the types of YAML 1.2's core schema and no others."""
 
 
-ConfigLoader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if tag not in (_FLOAT_TAG, _TIMESTAMP_TAG)]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+class ConfigDumper(yaml.SafeDumper):
+    """Quotes strings that either version of YAML would read as another type."""
+
+
+ConfigLoader.yaml_implicit_resolvers = {}
+for _name, _pattern, _starts in _CORE_SCHEMA:
+    for _kind in (ConfigLoader, ConfigDumper):
+        _kind.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), _starts)
+
+
+def _construct_int(loader: ConfigLoader, node: yaml.ScalarNode) -> int:
+    text = loader.construct_scalar(node)
+    # Base 0 would reject 017, which is 17 in YAML 1.2.
+    return int(text, 0 if text[:2] in ("0o", "0x") else 10)
+
+
+# The constructor of None raises an error for every other tag.
+ConfigLoader.yaml_constructors = {
+    tag: yaml.SafeLoader.yaml_constructors[tag] for tag in (*_CORE_TAGS, None)
 }
-ConfigLoader.add_implicit_resolver(_FLOAT_TAG, _FLOAT_PATTERN, list("-+.0123456789"))
+ConfigLoader.add_constructor(f"{_TAG}int", _construct_int)
+
+
+def write_yaml(value: Any) -> str:
+    """Return a value as YAML, with the keys of mappings in their order."""
+    text: str = yaml.dump(value, Dumper=ConfigDumper, sort_keys=False)
+    return text
 
 
 def read_yaml(text: str) -> tuple[Any, list[Mistake]]:
-    """Return the value of one YAML document and a mistake for each key that stands twice.
+    """Return the value of one YAML document, and a mistake for each duplicate or merge key.
 
-    Raises: yaml.YAMLError where the text is not YAML, or holds a value that contains itself.
+    Raises:
+        yaml.YAMLError: the text is not YAML, or a value in it contains itself.
     """
     loader = ConfigLoader(text)
     try:
         root = loader.get_single_node()
         if root is None:
             return None, []
-        _reject_endless(root, set(), set())
-        duplicates = list(_duplicate_keys(root, "", set()))
-        return loader.construct_document(root), duplicates
+        mistakes = list(_mistakes_below(root, "", frozenset(), set()))
+        return loader.construct_document(root), mistakes
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
-    except ValueError as error:  # a number of a form that YAML knows and Python does not
+    except ValueError as error:  # int or float cannot parse a scalar with an explicit tag
         raise yaml.YAMLError(str(error)) from error
     finally:
         loader.dispose()
 
 
-def _reject_endless(node: yaml.Node, around: set[int], finished: set[int]) -> None:
-    """Reject an alias that leads back to a node around it: such a value cannot be written out."""
-    if id(node) in around:
-        raise yaml.YAMLError(
-            f"the anchor in line {node.start_mark.line + 1} stands for a value that contains itself"
-        )
+def _mistakes_below(
+    node: yaml.Node, path: str, above: frozenset[int], finished: set[int]
+) -> Iterator[Mistake]:
+    """Yield a mistake for each duplicate or merge key below `node`.
+
+    Args:
+        path: the dotted path of `node`.
+        above: ids of the nodes that contain `node`.
+        finished: ids of the nodes that were checked before; an alias repeats its node.
+    """
+    if id(node) in above:
+        line = node.start_mark.line + 1
+        raise yaml.YAMLError(f"the value of the anchor in line {line} contains itself")
     if isinstance(node, yaml.ScalarNode) or id(node) in finished:
         return
-    around.add(id(node))
-    for item in node.value:
-        for inner in item if isinstance(item, tuple) else (item,):
-            _reject_endless(inner, around, finished)
-    around.discard(id(node))
-    finished.add(id(node))
-
-
-def _duplicate_keys(node: yaml.Node, path: str, seen: set[int]) -> Iterator[Mistake]:
-    """Yield a mistake for every repeated key below `node`, which stands at the dotted `path`."""
-    if id(node) in seen:  # an alias stands for a node that has been looked at
-        return
-    seen.add(id(node))
-    if isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            yield from _duplicate_keys(item, f"{path}.{index}", seen)
-    if not isinstance(node, yaml.MappingNode):
-        return
+    above |= {id(node)}
     first_lines: dict[str, int] = {}
-    for key, value in node.value:
-        name, line = str(key.value), key.start_mark.line + 1
+    for index, item in enumerate(node.value):
+        key, value = item if isinstance(node, yaml.MappingNode) else (None, item)
+        name = str(index if key is None else key.value)
         here = f"{path}.{name}".lstrip(".")
-        if name in first_lines:
-            yield Mistake(here, f"stands twice, in lines {first_lines[name]} and {line}")
-        first_lines.setdefault(name, line)
-        yield from _duplicate_keys(value, here, seen)
+        if key is not None:
+            yield from _mistakes_below(key, here, above, finished)
+            line = key.start_mark.line + 1
+            if name in first_lines:
+                yield Mistake(here, f"duplicate key, in lines {first_lines[name]} and {line}")
+            if name == "<<" and key.style is None:
+                yield Mistake(
+                    here, f"merge key in line {line}: write the keys out, as YAML 1.2 does"
+                )
+            first_lines.setdefault(name, line)
+        yield from _mistakes_below(value, here, above, finished)
+    finished.add(id(node))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from offload_adam.checkpoint.background import PendingCheckpoint, begin_checkpoint
-from offload_adam.checkpoint.files import PARTIAL_SUFFIX, discard
+from offload_adam.checkpoint.commit import PARTIAL_SUFFIX, discard
 from offload_adam.checkpoint.format import read_manifest
 from offload_adam.checkpoint.load import load_checkpoint, verify_checkpoint
 from offload_adam.checkpoint.save import require_shared, save_checkpoint

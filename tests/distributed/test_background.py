@@ -241,7 +241,7 @@ def test_one_is_written_at_a_time(tmp_path: Path, held: Held) -> None:
     model, optimizer = make("fp32", seed=1)
     pending = begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     for begin in (begin_checkpoint, save_checkpoint):
-        with pytest.raises(CheckpointError, match="wait for it first"):
+        with pytest.raises(CheckpointError, match="Wait for it first"):
             begin(tmp_path / "d", model=model, optimizer=optimizer)
     held.go.set()
     pending.wait()
@@ -325,7 +325,7 @@ def test_a_disk_without_room_for_a_header_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("offload_adam.checkpoint.files._SummedFile.write", full)
+    monkeypatch.setattr("offload_adam.checkpoint.rank_file._SummedFile.write", full)
     model, optimizer = make("fp32", seed=1)
     for begin in (begin_checkpoint, save_checkpoint):
         with pytest.raises(OSError, match="No space left"):

@@ -22,7 +22,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from offload_adam import OffloadAdam, save_checkpoint
-from offload_adam.checkpoint import files, save
+from offload_adam.checkpoint import commit, rank_file, save
 
 where, folder = sys.argv[1:]
 
@@ -30,18 +30,18 @@ def killed(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if where == "in the middle of the file":
-    write, count = files._SummedFile.write, [0]
+    write, count = rank_file._SummedFile.write, [0]
     def some(self, data):
         count[0] += 1
         killed() if count[0] == 4 else write(self, data)
-    files._SummedFile.write = some
+    rank_file._SummedFile.write = some
 elif where == "before the manifest":
     save.commit_files = killed
 elif where == "before the rename":
     Path.rename = killed
 elif where == "after the rename":
-    flush = files.flush_folder
-    files.flush_folder = lambda path: flush(path) if path.suffix else killed()
+    flush = commit.flush_folder
+    commit.flush_folder = lambda path: flush(path) if path.suffix else killed()
 model = torch.nn.Linear(40, 30)
 optimizer = OffloadAdam(model.parameters(), lr=0.1)
 model(torch.ones(2, 40)).sum().backward()

@@ -88,7 +88,7 @@ def test_what_exists_is_not_written_over(tmp_path: Path) -> None:
     for form in ("torch", "dcp"):
         code, output = command("export", "--format", form, tmp_path / "c", tmp_path / "c")
         assert code == 1
-        assert "is not written over" in output
+        assert "is never overwritten" in output
     assert command("export", tmp_path / "c", tmp_path / "t.pt")[0] == 2  # no form is the default
 
 
@@ -155,7 +155,7 @@ def test_a_plain_adamw_is_imported(tmp_path: Path, dtype: torch.dtype, named: bo
             assert torch.equal(found["master_weight"], one.float())
     code, output = command(*how)
     assert code == 1
-    assert "never written over" in output
+    assert "is never overwritten" in output
 
 
 def test_names_are_asked_for_where_they_cannot_be_known(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_names_are_asked_for_where_they_cannot_be_known(tmp_path: Path) -> None:
     how = ("import", "--format", "torch-pickle", path, tmp_path / "c")
     code, output = command(*how)
     assert code == 1
-    assert "give --names" in output
+    assert "Pass --names" in output
     names = [name for name, _ in model.named_parameters()]
     (tmp_path / "n").write_text("\n".join(names[:-1]))
     assert command(*how, "--names", tmp_path / "n")[0] == 1
@@ -191,7 +191,7 @@ def test_no_code_of_a_file_runs(tmp_path: Path) -> None:
     pickled(tmp_path / "t.pt", model, torch.optim.AdamW(model.parameters()), more=Trap(trap))
     code, output = command("import", "--format", "torch-pickle", tmp_path / "t.pt", tmp_path / "c")
     assert code == 1
-    assert "is no file of tensors and plain values" in output
+    assert "holds more than tensors and plain values" in output
     assert not trap.exists()
     torch.load(tmp_path / "t.pt", weights_only=False)
     assert trap.exists()
@@ -212,12 +212,12 @@ def test_what_is_no_such_file(tmp_path: Path) -> None:
     (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
     for name, words in {
         "sgd": "has no 'betas'",
-        "text": "is no file of tensors",
-        "empty": "is no file of tensors",
+        "text": "was not written by torch.save",
+        "empty": "was not written by torch.save",
         "list": "has no state dict under 'model'",
-        "none": "is no optimizer's state dict",
+        "none": "is not the state dict of an optimizer",
         "sparse": "a['b'] is a tensor of torch.float32, torch.sparse_coo",
-        "cut": "is no file of tensors",
+        "cut": "was not written by torch.save",
         "missing": "cannot be opened",
     }.items():
         code, output = command(

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from offload_adam.checkpoint.files import RankFile
 from offload_adam.checkpoint.format import RankEntry, read_manifest
 from offload_adam.checkpoint.load import verify_checkpoint
+from offload_adam.checkpoint.rank_file import RankFile
 from offload_adam.config import ConfigError, RunConfig
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.coordinator.startup import World

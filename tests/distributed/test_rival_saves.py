@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from offload_adam import CheckpointError, OffloadAdam, begin_checkpoint, save_checkpoint
-from offload_adam.checkpoint import files
-from offload_adam.checkpoint.files import partial_name, publish
+from offload_adam.checkpoint import commit
+from offload_adam.checkpoint.commit import partial_name, publish
 from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.checkpoint.save import Save
 from tests.support.ranks import RankPool
@@ -54,7 +54,9 @@ def test_a_save_that_is_overtaken_fails_and_leaves_the_other(
         commit(save, entry)
 
     monkeypatch.setattr(Save, "commit", overtaken)
-    with pytest.raises(CheckpointError, match=f"{path} was written by another process meanwhile"):
+    with pytest.raises(
+        CheckpointError, match=f"{path} was written by another process in the meantime"
+    ):
         save_in_a_way(path, model, optimizer)
     verify_checkpoint(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
@@ -136,7 +138,7 @@ def test_only_what_ended_processes_of_this_node_left_is_removed(
     save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     left = {entry.name for entry in tmp_path.iterdir()}
     assert left == {"c", *names.values()} - {names["ended"], names["ours, given up"]}
-    monkeypatch.setattr(files, "_in_progress", set())
+    monkeypatch.setattr(commit, "_in_progress", set())
     optimizer.close()
 
 
@@ -155,7 +157,7 @@ def test_a_file_replaces_no_other_file(
     one.write_text("one")
     other.write_text("other")
     publish(one, target)
-    with pytest.raises(CheckpointError, match="was written by another process meanwhile"):
+    with pytest.raises(CheckpointError, match="was written by another process in the meantime"):
         publish(other, target)
     assert target.read_text() == "one"
     assert not one.exists()

@@ -20,8 +20,8 @@ from offload_adam import (
     load_checkpoint,
     save_checkpoint,
 )
-from offload_adam.checkpoint.files import _SummedFile
 from offload_adam.checkpoint.load import verify_checkpoint
+from offload_adam.checkpoint.rank_file import _SummedFile
 from offload_adam.checkpoint.save import Save
 from offload_adam.errors import CheckpointError
 from tests.distributed.test_checkpoints import assert_same, make, train, whole_state

@@ -21,8 +21,8 @@ from offload_adam import (
     save_checkpoint,
 )
 from offload_adam.checkpoint import save
-from offload_adam.checkpoint.files import Part, _SummedFile
 from offload_adam.checkpoint.format import read_manifest
+from offload_adam.checkpoint.rank_file import Part, _SummedFile
 from offload_adam.coordinator import node_memory
 from offload_adam.errors import HostMemoryError
 from offload_adam.layout.flat import ParameterSpec

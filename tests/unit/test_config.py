@@ -1,4 +1,4 @@
-"""The configuration: what is read, what is refused, and that all mistakes come at once."""
+"""The configuration: valid and invalid values, and all mistakes reported at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from offload_adam.cli.app import app
 from offload_adam.config import (
@@ -16,7 +17,8 @@ from offload_adam.config import (
     explain_config,
     load_config,
 )
-from offload_adam.config.optimizer_sections import AdamSection, OffloadAdamSection
+from offload_adam.config.optimizer_sections import TAGS, AdamSection, OffloadAdamSection
+from offload_adam.config.validation import _SYNONYMS, _key_paths
 from offload_adam.options import ExecutionOptions, FailurePolicy, OffloadPolicy, options_of
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -69,6 +71,64 @@ def test_an_empty_mapping_is_a_run_named_after_its_file(tmp_path: Path) -> None:
     assert config.model.sizes is not None
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("017", 17),
+        ("0o17", 15),
+        ("0x1F", 31),
+        ("-3", -3),
+        ("1_000", "1_000"),
+        ("1:30:00", "1:30:00"),
+        ("0b11", "0b11"),
+        ("no", "no"),
+        ("off", "off"),
+        ("Yes", "Yes"),
+        ("TRUE", True),
+        ("~", None),
+        ("", None),
+        ("=", "="),
+        ("2024-01-01", "2024-01-01"),
+        (".5", 0.5),
+        ("1e3", 1000.0),
+        ("-.INF", float("-inf")),
+        ("!!int 017", 17),
+        ("!!str 17", "17"),
+    ],
+)
+def test_scalars_have_the_types_of_the_core_schema_of_yaml_1_2(
+    tmp_path: Path, text: str, value: object
+) -> None:
+    for config in (
+        load(tmp_path, f"model: {{factory: 'm:f', arguments: {{x: {text}}}}}"),
+        load(tmp_path, "model: {factory: 'm:f'}", f"--model.arguments.x={text}"),
+    ):
+        found = config.model.arguments["x"]
+        assert (type(found), found) == (type(value), value)
+
+
+@pytest.mark.parametrize(
+    "value", ["1e-3", "0o17", "no", "017", "1_000", "<<", "=", "~", "1:30", "", "2024-01-01"]
+)
+def test_text_that_looks_like_another_type_survives_writing(tmp_path: Path, value: str) -> None:
+    config = RunConfig.model_validate({"model": {"factory": "m:f", "arguments": {value: value}}})
+    assert load(tmp_path, dump_config(config)).model.arguments == {value: value}
+    # Also for other programs that read config.yaml by the rules of YAML 1.1.
+    assert yaml.safe_load(dump_config(config))["model"]["arguments"] == {value: value}
+
+
+@pytest.mark.parametrize("tag", ["binary", "set", "timestamp", "omap"])
+def test_types_outside_of_the_core_schema_are_rejected(tmp_path: Path, tag: str) -> None:
+    assert tag in mistakes(tmp_path, f"run: {{name: !!{tag} aGk=}}")[""]
+
+
+def test_a_merge_key_is_rejected_with_its_line(tmp_path: Path) -> None:
+    text = "train: &a {num_steps: 3}\nmodel:\n  factory: m:f\n  arguments: {<<: *a, '<': 1}"
+    found = mistakes(tmp_path, text)
+    assert set(found) == {"model.arguments.<<"}
+    assert "merge key in line 4" in found["model.arguments.<<"]
+
+
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.e-4", "1.0e-04", "0.0001", "+1e-4"])
 def test_floats_are_read_in_every_notation(tmp_path: Path, text: str) -> None:
     for config in (
@@ -116,13 +176,39 @@ def test_arguments_of_a_factory_are_passed_as_they_are(tmp_path: Path) -> None:
         ("train: {num_stepz: 3}", "train.num_stepz", "train.num_steps"),
         ("train: {lr: 3}", "train.lr", "optimizer.lr"),
         ("model: {sizes: {layers: 3}}", "model.sizes.layers", "model.sizes.num_layers"),
-        ("optimizer: {learning_rate: 3}", "optimizer.learning_rate", "weight_decay"),
+        ("optimizer: {learning_rate: 3}", "optimizer.learning_rate", "optimizer.lr"),
+        ("optimizer: {beta1: 0.9}", "optimizer.beta1", "optimizer.betas"),
+        (
+            "optimizer: {name: Adam, betas: [0, 0]}",
+            "optimizer.betas",
+            "optimizer.beta1 and optimizer.beta2",
+        ),
+        ("train: {batch: 3}", "train.batch", "train.batch_size"),
+        ("train: {max_iters: 3}", "train.max_iters", "train.num_steps"),
+        ("train: {epochs: 3}", "train.epochs", "train.num_steps"),
+        ("train: {grad_accum: 3}", "train.grad_accum", "train.gradient_accumulation_steps"),
+        ("optimizer: {steps: 3}", "optimizer.steps", "train.num_steps"),
+        ("optimizer: {grad_clip: 3}", "optimizer.grad_clip", "optimizer.max_grad_norm"),
+        ("seq_len: 3", "seq_len", "train.sequence_length"),
+        ("num_step: 3", "num_step", "train.num_steps"),
     ],
 )
-def test_an_unknown_key_is_named_beside_the_nearest(
+def test_an_unknown_key_is_reported_with_the_nearest(
     tmp_path: Path, text: str, path: str, nearest: str
 ) -> None:
-    assert nearest in mistakes(tmp_path, text)[path]
+    assert mistakes(tmp_path, text)[path] == f"unknown key; did you mean {nearest}?"
+
+
+def test_every_synonym_stands_for_a_key() -> None:
+    known = {path.rpartition(".")[2] for tag in TAGS for path in _key_paths(tag)}
+    assert all(names & known for names in _SYNONYMS)
+    assert len(set.union(*_SYNONYMS)) == sum(map(len, _SYNONYMS))
+
+
+@pytest.mark.parametrize("value", ["0.9", "[0.9]", "[0.9, 0.99, 0.999]", "{a: 1}"])
+def test_anything_but_two_betas_says_what_is_expected(tmp_path: Path, value: str) -> None:
+    problem = mistakes(tmp_path, "{}", f"--optimizer.betas={value}")["optimizer.betas"]
+    assert problem.startswith("must be a list of two numbers, got ")
 
 
 @pytest.mark.parametrize(
@@ -161,14 +247,14 @@ def test_an_unknown_key_is_named_beside_the_nearest(
         ("memory.offload_fraction", "1.5"),
     ],
 )
-def test_a_value_out_of_range_or_of_another_type_is_refused(
+def test_a_value_out_of_range_or_of_another_type_is_rejected(
     tmp_path: Path, path: str, value: str
 ) -> None:
     found = mistakes(tmp_path, "{}", f"--{path}={value}")
     assert [key for key in found if key.startswith(path)] == list(found)
 
 
-def test_a_beta_out_of_range_is_named_by_its_place(tmp_path: Path) -> None:
+def test_the_path_of_a_beta_out_of_range_has_its_index(tmp_path: Path) -> None:
     assert set(mistakes(tmp_path, "optimizer: {betas: [0.9, 1.0]}")) == {"optimizer.betas.1"}
 
 
@@ -186,7 +272,7 @@ def test_a_beta_out_of_range_is_named_by_its_place(tmp_path: Path) -> None:
         ("optimizer: {name: Adam, learning_rate: 0.1, overlap: true}", "optimizer.overlap"),
     ],
 )
-def test_keys_that_contradict_each_other_are_refused(tmp_path: Path, text: str, path: str) -> None:
+def test_keys_that_contradict_each_other_are_rejected(tmp_path: Path, text: str, path: str) -> None:
     assert set(mistakes(tmp_path, text)) == {path}
 
 
@@ -232,7 +318,7 @@ def test_a_learning_rate_has_three_forms_that_survive_writing(tmp_path: Path, ra
         ("optimizer.use_amsgrad=true", "optimizer.use_amsgrad"),
     ],
 )
-def test_mistakes_in_the_arguments_of_adam_are_named(
+def test_mistakes_in_the_arguments_of_adam_have_their_path(
     tmp_path: Path, override: str, path: str
 ) -> None:
     assert set(mistakes(tmp_path, ADAM, f"--{override}")) == {path}
@@ -244,7 +330,7 @@ def test_keys_of_the_other_optimizer_are_not_suggested(tmp_path: Path) -> None:
     assert "did you mean optimizer.learning_rate?" in problem
 
 
-def test_a_rate_that_moves_by_itself_has_no_schedule_beside_it(tmp_path: Path) -> None:
+def test_a_learning_rate_that_is_a_schedule_excludes_the_section_schedule(tmp_path: Path) -> None:
     text = "optimizer: {name: Adam, learning_rate: [0.1, 0.2]}\nschedule: {warmup_steps: 1}"
     assert set(mistakes(tmp_path, text)) == {"schedule"}
 
@@ -270,6 +356,7 @@ memory:
         "optimizer.betas.0",
         "optimizer.lrr",
         "memory",
+        "eps",
         "",
     }
 
@@ -279,14 +366,14 @@ def test_a_conflict_with_a_value_that_is_itself_wrong_is_left_out(tmp_path: Path
     assert set(mistakes(tmp_path, text)) == {"model.factory"}
 
 
-def test_a_key_that_stands_twice_is_named_with_its_lines(tmp_path: Path) -> None:
+def test_a_duplicate_key_is_reported_with_its_lines(tmp_path: Path) -> None:
     found = mistakes(tmp_path, "train:\n  num_steps: 3\n  batch_size: 1\n  num_steps: 4\n")
     assert "lines 2 and 4" in found["train.num_steps"]
 
 
 @pytest.mark.parametrize(
     "override",
-    ["train.num_steps=3", "--train.num_steps", "--num_steps=3", "--train.=3", "--=3", "-s.k=3"],
+    ["train.num_steps=3", "--train.num_steps", "--train.=3", "--=3", "-s.k=3"],
 )
 def test_a_malformed_override_is_shown_with_the_right_form(tmp_path: Path, override: str) -> None:
     problem = mistakes(tmp_path, "{}", override)[""]
@@ -295,9 +382,23 @@ def test_a_malformed_override_is_shown_with_the_right_form(tmp_path: Path, overr
 
 
 @pytest.mark.parametrize(
+    ("override", "path", "problem"),
+    [
+        ("--num_steps=3", "num_steps", "unknown key; did you mean train.num_steps?"),
+        ("--foo=1", "foo", "unknown key; here you can set run, model, data, train, optimizer, "),
+        ("--train=1", "train", "must be a mapping of keys to values, got 1"),
+    ],
+)
+def test_an_override_without_a_section_gets_a_plain_answer(
+    tmp_path: Path, override: str, path: str, problem: str
+) -> None:
+    assert mistakes(tmp_path, "{}", override)[path].startswith(problem)
+
+
+@pytest.mark.parametrize(
     "content", [b"", b"- a\n- b\n", b"3", b"a: [", b"\xff\xfe\x00", b"a: b: c"]
 )
-def test_a_file_that_holds_no_mapping_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_without_a_mapping_is_rejected(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "case.yaml"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"case\.yaml"):
@@ -308,7 +409,7 @@ def test_a_file_that_holds_no_mapping_is_refused(tmp_path: Path, content: bytes)
     ("text", "problem"),
     [("", "is empty"), ("# to be done\n", "is empty"), ("---\n", "is empty"), ("[3]", "got list")],
 )
-def test_overrides_are_judged_beside_a_file_that_holds_no_mapping(
+def test_overrides_are_checked_although_the_file_has_no_mapping(
     tmp_path: Path, text: str, problem: str
 ) -> None:
     found = mistakes(
@@ -335,8 +436,8 @@ def test_a_missing_file_and_bad_overrides_come_together(tmp_path: Path) -> None:
         "&a [*a]",
     ],
 )
-def test_a_value_that_contains_itself_is_refused_with_its_line(tmp_path: Path, text: str) -> None:
-    assert "line 1 stands for a value that contains itself" in mistakes(tmp_path, text)[""]
+def test_a_value_that_contains_itself_is_rejected_with_its_line(tmp_path: Path, text: str) -> None:
+    assert "the value of the anchor in line 1 contains itself" in mistakes(tmp_path, text)[""]
 
 
 def test_an_alias_beside_its_anchor_is_a_copy(tmp_path: Path) -> None:
@@ -344,7 +445,7 @@ def test_an_alias_beside_its_anchor_is_a_copy(tmp_path: Path) -> None:
     assert load(tmp_path, text).model.arguments["c"] == {"d": [1, [2]]}
 
 
-def test_yaml_that_would_build_objects_is_refused(tmp_path: Path) -> None:
+def test_yaml_that_would_build_objects_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not YAML"):
         load(tmp_path, "run: !!python/object/apply:os.getcwd []")
 

@@ -1,4 +1,4 @@
-"""Whatever stands in a configuration file or on the command line: a run, or a clean error."""
+"""Any configuration file and command line is read, or is a ConfigError."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ FILES = st.dictionaries(
 )
 
 
-def read_or_refuse(text: str | bytes, *overrides: str) -> None:
+def read_or_reject(text: str | bytes, *overrides: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "case.yaml"
         path.write_bytes(text.encode("utf-8", "replace") if isinstance(text, str) else text)
         try:
             config = load_config(path, overrides)
         except ConfigError as error:
-            refused = error
+            rejected = error
         else:
             path.write_text(dump_config(config), encoding="utf-8")
-            assert load_config(path) == config  # what was read can be written and read again
+            assert load_config(path) == config  # the resolved configuration reads back
             return
-    assert refused.mistakes
-    assert str(refused)
+    assert rejected.mistakes
+    assert str(rejected)
 
 
 @settings(max_examples=60)
 @given(FILES)
 @example({"Adam": {}})
 @example({"optimizer": {"Adam": {}}})
-def test_any_mapping_is_read_or_refused(values: dict[str, Any]) -> None:
-    read_or_refuse(yaml.safe_dump(values))
+def test_any_mapping_is_read_or_rejected(values: dict[str, Any]) -> None:
+    read_or_reject(yaml.safe_dump(values))
 
 
 @settings(max_examples=60)
@@ -72,8 +72,8 @@ def test_any_mapping_is_read_or_refused(values: dict[str, Any]) -> None:
 @example("[" * 1200)
 @example("- " * 1200)
 @example("{" * 1200)
-def test_any_text_is_read_or_refused(text: str | bytes) -> None:
-    read_or_refuse(text)
+def test_any_text_is_read_or_rejected(text: str | bytes) -> None:
+    read_or_reject(text)
 
 
 @settings(max_examples=60)
@@ -87,5 +87,5 @@ def test_any_text_is_read_or_refused(text: str | bytes) -> None:
     )
 )
 @example(["--run.name=" + "[" * 1200])
-def test_any_override_is_read_or_refused(overrides: list[str]) -> None:
-    read_or_refuse("{}", *overrides)
+def test_any_override_is_read_or_rejected(overrides: list[str]) -> None:
+    read_or_reject("{}", *overrides)

@@ -1,4 +1,4 @@
-"""`offload-adam checkpoint`: what is whole, what is not, and what is in it."""
+"""`offload-adam checkpoint verify` and `inspect`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def command(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def test_what_is_in_it_is_shown(saved: Path) -> None:
+def test_inspect_lists_the_contents(saved: Path) -> None:
     code, output = command("inspect", str(saved))
     assert code == 0
     assert "saved by 1 rank(s)" in output
@@ -33,10 +33,10 @@ def test_what_is_in_it_is_shown(saved: Path) -> None:
         assert words in output
 
 
-def test_damage_is_said_with_its_place(saved: Path) -> None:
+def test_verify_names_the_damaged_bytes(saved: Path) -> None:
     code, output = command("verify", str(saved))
     assert code == 0
-    assert "is whole: step 0" in output
+    assert "is intact: step 0" in output
     (file,) = saved.glob("*.safetensors")
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -46,8 +46,8 @@ def test_damage_is_said_with_its_place(saved: Path) -> None:
     assert "is damaged between byte 0" in output
 
 
-def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_checkpoint(tmp_path: Path) -> None:
     for name in ("verify", "inspect"):
         code, output = command(name, str(tmp_path))
         assert code == 1
-        assert "is no checkpoint" in output
+        assert "is not a checkpoint" in output

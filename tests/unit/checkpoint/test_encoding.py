@@ -1,4 +1,4 @@
-"""Values in JSON: each comes back with its type and its bits, or is rejected by its place."""
+"""Encoding as JSON: a value is restored with its exact type and bits, or rejected with its path."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from offload_adam import CheckpointError
-from offload_adam.checkpoint.format import MAX_NBYTES, TAG, decode, encode
+from offload_adam.checkpoint.encoding import MAX_NBYTES, TAG, decode, encode
 from tests.unit.checkpoint.test_format import JSON, places
 
 
 def bits(value: Any) -> Any:
-    """Return what two values have in common exactly if no program can tell them apart."""
+    """Return a key that two values share only if they have the same type and bits."""
     kind = type(value)
     if kind is float:
         return kind, "nan" if math.isnan(value) else struct.pack("d", value)
@@ -49,7 +49,7 @@ def bits(value: Any) -> Any:
 
 
 def through_text(value: Any) -> Any:
-    """Return a value as it comes out of the text of a manifest."""
+    """Return a value after encoding, writing as JSON, parsing and decoding."""
     text = json.dumps(encode(value, "x"), allow_nan=False)
     return decode(json.loads(text), "x")
 
@@ -148,7 +148,7 @@ class Text(str):
     __slots__ = ()
 
 
-Point = namedtuple("Point", "x y")  # the kind that would come back as a tuple
+Point = namedtuple("Point", "x y")  # would be decoded as a tuple
 LOOP: list[Any] = []
 LOOP.append(LOOP)
 
@@ -158,7 +158,7 @@ LOOP.append(LOOP)
     [
         (
             {"a": [1, len]},
-            r"^x\['a'\]\[1\] is of type builtin_function_or_method, which .*: give numbers",
+            r"^x\['a'\]\[1\] is of type builtin_function_or_method, which .*\. Save numbers",
         ),
         ({(1, len): 2}, "is of type builtin_function"),
         (Color.RED, "is of type Color"),
@@ -203,8 +203,8 @@ def test_the_largest_and_the_deepest_value(tmp_path: Any) -> None:
 
 @settings(max_examples=100)
 @given(st.data())
-def test_any_text_is_decoded_or_refused(data: st.DataObject) -> None:
-    """Whatever stands in an encoded value; nothing is allocated that the text does not hold."""
+def test_any_text_is_decoded_or_rejected(data: st.DataObject) -> None:
+    """Replaces any part of an encoded value. Decoding allocates no more than the text holds."""
     value = encode(data.draw(VALUES), "x")
     holder = [value]
     *path, last = data.draw(st.sampled_from([p for p in places(holder) if p]))
@@ -240,7 +240,7 @@ def test_any_text_is_decoded_or_refused(data: st.DataObject) -> None:
     ],
     ids=str,
 )
-def test_a_wrong_text_is_refused(text: Any) -> None:
+def test_a_wrong_text_is_rejected(text: Any) -> None:
     with pytest.raises(CheckpointError, match="x cannot be decoded"):
         decode([text], "x")
 

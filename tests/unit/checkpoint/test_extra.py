@@ -23,7 +23,7 @@ from tests.unit.checkpoint.test_encoding import bits
 
 
 class Warmup:
-    """A callable object, of which torch keeps the attributes."""
+    """A callable object. torch saves its attributes."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps

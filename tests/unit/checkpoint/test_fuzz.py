@@ -1,4 +1,4 @@
-"""Checkpoints of any content: loaded, or refused with a clean error, and never half."""
+"""Damaged checkpoints: each is loaded completely or rejected with a clean error."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from offload_adam import (
     load_checkpoint,
     save_checkpoint,
 )
-from offload_adam.checkpoint.convert import import_torch_pickle
 from offload_adam.checkpoint.format import MANIFEST_NAME, sealed
+from offload_adam.checkpoint.torch_import import import_torch_pickle
 from offload_adam.schedules import CosineDecayLR
 from tests.unit.checkpoint.test_format import JSON, places
 
 
 class Saved:
-    """A checkpoint, what trains it, and its files as they were."""
+    """A checkpoint, its model and optimizer, and the original content of its files."""
 
     def __init__(self, folder: Path, *, adam: bool) -> None:
         torch.manual_seed(0)
@@ -48,7 +48,7 @@ class Saved:
             (self.folder / name).write_bytes(content)
 
     def load(self) -> bool:
-        """Tell whether it could be loaded; where not, by nothing but a CheckpointError."""
+        """Return whether the checkpoint loads. Any error but CheckpointError fails the test."""
         try:
             load_checkpoint(self.folder, model=self.model, optimizer=self.optimizer)
         except CheckpointError:
@@ -63,8 +63,8 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Saved:
 
 @settings(max_examples=100)
 @given(st.data())
-def test_any_damage_is_refused(saved: Saved, data: st.DataObject) -> None:
-    """Bytes that are flipped, cut off or put in: no checkpoint is any of these."""
+def test_any_damage_is_rejected(saved: Saved, data: st.DataObject) -> None:
+    """Flipped, removed or inserted bytes are always detected."""
     name = data.draw(st.sampled_from(sorted(saved.files)))
     content = bytearray(saved.files[name])
     at = data.draw(st.integers(0, len(content) - 1))
@@ -83,7 +83,7 @@ def test_any_damage_is_refused(saved: Saved, data: st.DataObject) -> None:
 
 
 def _same(content: bytes, original: bytes) -> bool:
-    """Tell whether a manifest says the same, with more blanks for example."""
+    """Return whether a manifest has the same content, for example with more blanks."""
     try:
         return bool(json.loads(content) == json.loads(original))
     except ValueError:
@@ -92,8 +92,8 @@ def _same(content: bytes, original: bytes) -> bool:
 
 @settings(max_examples=100)
 @given(st.data())
-def test_any_sealed_manifest_is_loaded_or_refused(saved: Saved, data: st.DataObject) -> None:
-    """Whatever stands at whatever place, with a checksum that is right."""
+def test_any_sealed_manifest_is_loaded_or_rejected(saved: Saved, data: st.DataObject) -> None:
+    """Replaces any part of a manifest, and seals it with the correct checksum."""
     values = json.loads(saved.files[MANIFEST_NAME])
     del values["sha256"]
     for _ in range(data.draw(st.integers(1, 2))):
@@ -110,7 +110,7 @@ def test_any_sealed_manifest_is_loaded_or_refused(saved: Saved, data: st.DataObj
 
 @settings(max_examples=100)
 @given(st.data())
-def test_any_pickled_file_is_imported_or_refused(
+def test_any_pickled_file_is_imported_or_rejected(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     folder = tmp_path_factory.mktemp("import")

@@ -1,4 +1,4 @@
-"""A checkpoint of many ranks: more files than a process may open, and each of them read once."""
+"""A checkpoint with more files than a process may open. Each block is read once."""
 
 from __future__ import annotations
 
@@ -14,22 +14,13 @@ import torch
 from torch import nn
 
 from offload_adam import OffloadAdam, OffloadPolicy, load_checkpoint
-from offload_adam.checkpoint.files import (
-    Part,
-    RankFile,
-    VerifiedFile,
-    commit_files,
-    rank_file_name,
-)
-from offload_adam.checkpoint.format import (
-    FORMAT_VERSION,
-    Manifest,
-    OptimizerEntry,
-    RankEntry,
-    encode,
-)
-from offload_adam.checkpoint.load import NUM_OPEN_FILES, verify_checkpoint
+from offload_adam.checkpoint.commit import commit_files
+from offload_adam.checkpoint.encoding import encode
+from offload_adam.checkpoint.format import FORMAT_VERSION, Manifest, OptimizerEntry, RankEntry
+from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.checkpoint.optimizer_access import ParameterNames, plain_state
+from offload_adam.checkpoint.rank_file import Part, RankFile, rank_file_name
+from offload_adam.checkpoint.reader import NUM_OPEN_FILES, VerifiedFile
 from offload_adam.checkpoint.save import manifest_of, sharded_parts
 from offload_adam.errors import CheckpointError
 
@@ -49,7 +40,7 @@ def state_of(model: nn.Module, optimizer: OffloadAdam) -> list[torch.Tensor]:
 
 
 def cut(part: Part, rank: int) -> Part:
-    """Return what of a part a rank of many would have."""
+    """Return the range of a part that one of many ranks would own."""
     numel = part.end - part.start
     low, high = rank * numel // NUM_RANKS, (rank + 1) * numel // NUM_RANKS
     return replace(part, start=low, end=high, data=part.data[low:high])
@@ -65,7 +56,7 @@ def write_file(folder: Path, rank: int, parts: list[Part]) -> RankEntry:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Tensor]]:
-    """Write a checkpoint as if by so many ranks, and return what it holds, too."""
+    """Write a checkpoint as `NUM_RANKS` ranks would; return it and its tensors."""
     target = tmp_path_factory.mktemp("many") / "c"
     partial = target.with_name("c.partial")
     partial.mkdir()
@@ -93,7 +84,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Te
 
 
 class Watched:
-    """Counts the blocks that are read, by file, and how many files are open at once."""
+    """Counts the blocks read from each file, and the files that are open at once."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.blocks: list[tuple[Path, int]] = []
@@ -158,7 +149,7 @@ import os, resource, sys
 from pathlib import Path
 import torch
 from offload_adam import load_checkpoint
-from offload_adam.checkpoint.convert import export_dcp, export_torch
+from offload_adam.checkpoint.export import export_dcp, export_torch
 from offload_adam.checkpoint.load import verify_checkpoint
 from tests.unit.checkpoint.test_many_files import make, state_of
 

@@ -1,4 +1,4 @@
-"""What a checkpoint takes beyond the state: the peaks of saving, loading and exporting.
+"""Peak memory of saving, loading and exporting a checkpoint, beyond the state.
 
 Measured: the largest resident memory of the process while it runs, over what it had before. Files
 are written and read with plain calls, so the page cache is no part of it.
@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 
 STATED_NBYTES = 4 * 2**22
-"""Four blocks, to load; to save nothing of a state on the host, besides room for copies."""
+"""Loading takes four blocks. Saving host state takes nothing besides the snapshot buffer."""
 EXPORT_NBYTES = 5 * 2**22
-"""Four blocks as they are read, and one as it is written."""
+"""Four blocks for reading and one for writing."""
 SLACK_NBYTES = 4 * 2**20
-"""Objects of Python's and what the allocator keeps."""
+"""Python objects, and memory that the allocator keeps."""
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""What the allocator is told, so that freed memory is gone and cannot hide what is taken."""
+"""Makes the allocator return freed memory, which could otherwise be reused unnoticed."""
 
 MEASURE = """
 import json, sys
@@ -34,7 +34,7 @@ from offload_adam import (
     load_checkpoint,
     save_checkpoint,
 )
-from offload_adam.checkpoint.convert import export_torch
+from offload_adam.checkpoint.export import export_torch
 
 folder = Path(sys.argv[1])
 
@@ -69,7 +69,7 @@ def step():
 
 
 step()
-save_checkpoint(folder / "first", **of)  # what is imported and kept is there by now
+save_checkpoint(folder / "first", **of)  # warm-up: imports and caches
 load_checkpoint(folder / "first", **of)
 export_torch(folder / "first", folder / "first.pt")
 pending = []
@@ -106,7 +106,7 @@ def test_no_copy_of_the_state_is_made(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert found["state"] > 8 * (STATED_NBYTES + SLACK_NBYTES)
     peaks = found["peaks"]
-    assert peaks["a tensor's copy"] > STATED_NBYTES + SLACK_NBYTES  # it would be seen
+    assert peaks["a tensor's copy"] > STATED_NBYTES + SLACK_NBYTES  # a copy would be noticed
     assert peaks["sync"] < SLACK_NBYTES, peaks
     assert peaks["async"] < SLACK_NBYTES, peaks
     assert peaks["load"] < STATED_NBYTES + SLACK_NBYTES, peaks

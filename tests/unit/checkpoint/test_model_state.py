@@ -1,4 +1,4 @@
-"""Whatever torch's own `state_dict` and `load_state_dict` keep of a model, a checkpoint keeps."""
+"""A checkpoint keeps everything that `state_dict` and `load_state_dict` keep of a model."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from offload_adam import (
     load_checkpoint,
     save_checkpoint,
 )
-from offload_adam.checkpoint.convert import import_torch_pickle
 from offload_adam.checkpoint.format import MANIFEST_NAME, read_manifest, sealed
 from offload_adam.checkpoint.save import model_state
+from offload_adam.checkpoint.torch_import import import_torch_pickle
 from offload_adam.cli.app import app
 from tests.unit.checkpoint.test_encoding import bits
 
 
 class Extra(nn.Linear):
-    """Keeps a value of any kind beside its weights."""
+    """Has an extra state of any type."""
 
     value: Any = None
 
@@ -43,7 +43,7 @@ class Extra(nn.Linear):
 
 
 class Packed(nn.Linear):
-    """Saves a buffer in another form than it has."""
+    """Saves a buffer in a form that differs from the live one."""
 
     packed: torch.Tensor
 
@@ -83,7 +83,7 @@ class Renamed(nn.Linear):
 
 
 class Split(nn.Linear):
-    """Saves the rows of a fused weight apart, and a copy of its bias."""
+    """Saves the rows of a fused weight as separate tensors, and a copy of its bias."""
 
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__(num_in, num_out)
@@ -152,7 +152,7 @@ def save(folder: Path, how: str, model: nn.Module, optimizer: OffloadAdam) -> No
 @pytest.mark.parametrize("how", ["at once", "background"])
 @pytest.mark.parametrize("kind", [Extra, Packed, Renamed, Split, Cached])
 def test_a_module_with_its_own_state_dict(kind: type[nn.Linear], how: str, tmp_path: Path) -> None:
-    """Afterwards the model is what torch's load_state_dict makes of it."""
+    """The loaded model equals one that torch's load_state_dict has loaded."""
     model, optimizer = make(kind)
     train(model, optimizer)
     layer: Any = model[1]
@@ -183,14 +183,14 @@ def test_a_module_with_its_own_state_dict(kind: type[nn.Linear], how: str, tmp_p
         assert torch.equal(first.value, torch.tensor([5.0, 3.0]))
     again, third = make(kind)
     train(again, third)
-    train(again, third)  # as without a checkpoint
+    train(again, third)  # the reference, without a checkpoint
     train(found, other)
     for one, two in zip(found.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, two)
 
 
 def test_live_tensors_are_read_in_place_whatever_a_hook_calls_them() -> None:
-    """A copy of each would take the memory of the frozen weights once more."""
+    """Copies would double the memory of the frozen weights."""
     model, optimizer = make(Renamed)
     state = model_state(model, optimizer._settled())
     assert state.computed == {}
@@ -200,7 +200,7 @@ def test_live_tensors_are_read_in_place_whatever_a_hook_calls_them() -> None:
 
 def buffer_of(content: bytes) -> io.BytesIO:
     file = io.BytesIO(content)
-    file.seek(len(content))  # as torch.save leaves it
+    file.seek(len(content))  # torch.save leaves the position at the end
     return file
 
 
@@ -223,7 +223,7 @@ def test_extra_state_of_any_kind(value: Any, tmp_path: Path) -> None:
     before = bits(value)
     save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     for other_value in ("another", torch.ones(9, 9)):
-        layer.value = other_value  # its kind and its shape may be others
+        layer.value = other_value  # type and shape may differ from the saved ones
         load_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
         assert bits(layer.value) == before
 
@@ -237,7 +237,7 @@ def test_extra_state_that_cannot_be_held_is_rejected_by_name(tmp_path: Path) -> 
 
 
 def test_the_layers_must_save_the_same_entries(tmp_path: Path) -> None:
-    """Nothing is changed where the names differ; what no module takes is an error."""
+    """If names differ, nothing is modified. An entry that no module loads is an error."""
     with_state, first = make(Extra)
     without, second = make(nn.Linear, seed=2)
     save_checkpoint(tmp_path / "with", model=with_state, optimizer=first)
@@ -247,7 +247,7 @@ def test_the_layers_must_save_the_same_entries(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "without", model=with_state, optimizer=first)
     assert all(map(torch.equal, before, with_state.parameters()))
     before = [parameter.clone() for parameter in without.parameters()]
-    with pytest.raises(CheckpointError, match=r"has 'model/1\._extra_state', which this model"):
+    with pytest.raises(CheckpointError, match=r"has 'model/1\._extra_state', but this model"):
         load_checkpoint(tmp_path / "with", model=without, optimizer=second)
     assert all(map(torch.equal, before, without.parameters()))
     without.register_state_dict_post_hook(
@@ -272,11 +272,11 @@ def test_a_checkpoint_of_format_2_leaves_such_state_and_says_so(
     with caplog.at_level(logging.WARNING):
         load_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     assert model[1].value == {"kept": 1}
-    assert "does not have 'model/1._extra_state'" in caplog.text
+    assert "Keeping the current 'model/1._extra_state'" in caplog.text
 
 
-def test_a_frozen_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
-    """Its bytes would have been read into part of it."""
+def test_a_frozen_tensor_of_another_shape_is_rejected(tmp_path: Path) -> None:
+    """Otherwise the saved bytes would be read into a part of the tensor."""
     small, first = make(nn.Linear)
     small.register_buffer("table", torch.ones(3))
     save_checkpoint(tmp_path / "c", model=small, optimizer=first)
@@ -288,7 +288,7 @@ def test_a_frozen_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 
 def test_parametrized_and_frozen_layers(tmp_path: Path) -> None:
-    """Also a frozen weight that the state dict leaves out, which torch would miss."""
+    """Also a frozen weight that the state dict omits, which torch reports as missing."""
 
     def kind(num_in: int, num_out: int) -> nn.Module:
         normed = parametrizations.weight_norm(nn.Linear(num_in, num_out))
@@ -317,7 +317,7 @@ def test_what_load_state_dict_rejects_is_an_error(tmp_path: Path) -> None:
     model, optimizer = make(Packed)
     save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     model[1].packed = torch.zeros(3)
-    with pytest.raises(CheckpointError, match="load_state_dict of the model rejects"):
+    with pytest.raises(CheckpointError, match="load_state_dict of the model failed"):
         load_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
 
 
@@ -377,14 +377,14 @@ def test_other_state_is_exported_imported_and_shown(tmp_path: Path) -> None:
 
 
 class OwnLoad(nn.Linear):
-    """Loads in a method of its own, which takes and returns less than torch's."""
+    """Overrides load_state_dict with fewer arguments and without a result."""
 
     def load_state_dict(self, state_dict: Any) -> None:  # type: ignore[override]
         super().load_state_dict(state_dict)
 
 
 class Rounded(nn.Linear):
-    """Saves its weights as bfloat16, as models do that are published."""
+    """Saves its weights as bfloat16, as many published models do."""
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -1,4 +1,4 @@
-"""What belongs to a parameter is saved by its name, and found by it wherever it stands."""
+"""State is saved by parameter name, so the order of parameters may change."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_parameter_in_another_group_is_named(tmp_path: Path) -> None:
     assert all(map(torch.equal, before, model.parameters()))
 
 
-def test_the_manifest_says_what_is_whose(tmp_path: Path) -> None:
+def test_the_manifest_has_the_names_of_parameters(tmp_path: Path) -> None:
     model, optimizer = trained()
     save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     manifest = read_manifest(tmp_path / "c")

@@ -1,4 +1,4 @@
-"""Files that torch reads, against those that torch writes: record by record, byte by byte."""
+"""Compares our files for torch.load with those of torch.save, record by record."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from offload_adam.checkpoint import convert
-from offload_adam.checkpoint.convert import Streamed, write_torch_file
-from offload_adam.checkpoint.files import as_bytes
+from offload_adam.checkpoint import torch_file
+from offload_adam.checkpoint.rank_file import as_bytes
+from offload_adam.checkpoint.torch_file import Streamed, write_torch_file
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -34,7 +34,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def content_of(make: Callable[[str, torch.Tensor], Any]) -> dict[str, Any]:
-    """Return an object with tensors in it, or what stands for them; one of them stands twice."""
+    """Return an object with tensors or `Streamed` ones in it; one of them is in it twice."""
     made = {name: make(name, tensor) for name, tensor in tensors().items()}
     return {
         "model": {**made, "tied": made["bf16"]},
@@ -46,7 +46,7 @@ def content_of(make: Callable[[str, torch.Tensor], Any]) -> dict[str, Any]:
 
 
 def streamed(name: str, tensor: torch.Tensor) -> Streamed:
-    """Return what stands for a tensor; its bytes come in pieces."""
+    """Return a `Streamed` for a tensor, with several blocks."""
     order = sorted(range(tensor.dim()), key=lambda dim: -tensor.stride()[dim])
     flat = tensor.permute(order).reshape(-1)
     pieces = [as_bytes(piece) for piece in flat.split(64)]
@@ -54,7 +54,7 @@ def streamed(name: str, tensor: torch.Tensor) -> Streamed:
 
 
 def records(path: Path) -> dict[str, bytes]:
-    """Return what is in a file by name; reading it compares the checksums."""
+    """Return the records of a file by name. zipfile verifies their checksums."""
     with zipfile.ZipFile(path) as archive:
         return {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
 
@@ -75,7 +75,7 @@ def test_every_record_is_the_one_that_torch_writes(tmp_path: Path) -> None:
     write_torch_file(tmp_path / "ours.pt", content_of(streamed))
     torch.save(content_of(lambda _, tensor: tensor), tmp_path / "torchs.pt")
     expected = records(tmp_path / "torchs.pt")
-    del expected[".data/serialization_id"]  # a hash that only tells files apart
+    del expected[".data/serialization_id"]  # a hash that only identifies the file
     assert records(tmp_path / "ours.pt") == expected
 
 
@@ -84,8 +84,8 @@ def test_every_record_is_the_one_that_torch_writes(tmp_path: Path) -> None:
 def test_torch_loads_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large_nbytes: int, mmap: bool
 ) -> None:
-    """From 1 GiB on, here also from 100 bytes on, records have lengths of 64 bits."""
-    monkeypatch.setattr(convert, "_LARGE_NBYTES", large_nbytes)
+    """Records have 64-bit lengths from 1 GiB on; in one case here from 100 bytes on."""
+    monkeypatch.setattr(torch_file, "_LARGE_NBYTES", large_nbytes)
     path = tmp_path / "t.pt"
     write_torch_file(path, content_of(streamed))
     found = torch.load(path, weights_only=True, mmap=mmap)

@@ -1,0 +1,297 @@
+"""Encodes Python values as JSON, and decodes them exactly as they were.
+
+A type that JSON lacks becomes an object with its name under "$type":
+
+    (1, inf)    {"$type": "tuple", "items": [1, {"$type": "float", "value": "inf"}]}
+    {3: "a"}    {"$type": "dict", "pairs": [[3, "a"]]}
+
+A dict with the key "$type" is encoded as pairs, so every object with this key is such a type.
+Types are compared exactly: a subclass would be decoded as its base class, so it is rejected.
+Decoding constructs only the types below, and allocates no more than the size of the text.
+"""
+
+from __future__ import annotations
+
+import binascii
+import io
+import math
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from offload_adam.errors import CheckpointError
+
+TAG = "$type"
+MAX_NBYTES = 1024 * 1024
+"""Limit of one tensor, array or bytes object: larger ones would make the manifest slow to parse."""
+_MAX_DEPTH = 50  # one level takes up to 4 levels of JSON, of which pydantic allows 255
+_MAX_INT_BITS = 4096  # Python does not parse integers of more than 4300 digits
+
+_SEQUENCES: dict[str, Callable[[list[Any]], Any]] = {
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+    "torch.Size": torch.Size,
+}
+_MAPPINGS: dict[str, type[dict[Any, Any]]] = {
+    "dict": dict,
+    "OrderedDict": OrderedDict,
+    "Counter": Counter,
+    "defaultdict": defaultdict,
+}
+_FACTORIES = {kind.__name__: kind for kind in (bool, int, float, str, tuple, list, dict, set)}
+_TORCH_DTYPES = {
+    str(dtype): dtype
+    for dtype in (
+        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.complex128),
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+        *(torch.float8_e8m0fnu, torch.complex32),
+    )
+}
+_ARRAY_DTYPES = {
+    np.dtype(name).newbyteorder(order).str: np.dtype(name).newbyteorder(order)
+    for name in ("?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16")
+    for order in ("<", ">")
+}
+_MALFORMED = (
+    *(ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError),
+    *(TypeError, ValueError),
+)
+
+_Path = tuple[Any, ...]
+"""The name of the outermost value, then the keys that lead to a value inside it."""
+
+
+def encode(value: object, name: str) -> Any:
+    """Return a value as lists, dicts, strings, numbers and None.
+
+    Args:
+        name: of the value, for error messages.
+
+    Raises:
+        CheckpointError: a value inside is of another type; the message names its path.
+    """
+    return _encode(value, (name,))
+
+
+def decode(value: Any, name: str) -> Any:
+    """Return the value that `encode` encoded. Tensors are on the host.
+
+    Args:
+        name: of the value, for error messages.
+
+    Raises:
+        CheckpointError: `encode` did not write this value.
+    """
+    try:
+        return _decode(value)
+    except _MALFORMED as error:
+        raise CheckpointError(f"{name} cannot be decoded: {error!r}.") from error
+
+
+def _encode(value: Any, path: _Path) -> Any:
+    # Compared with `is`, not isinstance: a bool is an int, and a subclass would lose its type.
+    kind = type(value)
+    if len(path) > _MAX_DEPTH:
+        raise CheckpointError(
+            f"{path[0]} has more than {_MAX_DEPTH} levels or contains itself. Save less nested "
+            "values."
+        )
+    if value is None or kind is bool:
+        return value
+    if kind is int:
+        if value.bit_length() > _MAX_INT_BITS:
+            raise _rejected(path, f"an integer of {value.bit_length()} bits", "Save it as bytes")
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else {TAG: "float", "value": repr(value)}
+    if kind is str:
+        # JSON does not define what a lone surrogate means.
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise _rejected(path, "text with a lone surrogate", "Save it as bytes")
+        return value
+    if kind is list:
+        return _encode_all(value, path)
+    for tag, sequence in _SEQUENCES.items():
+        if kind is sequence:
+            return {TAG: tag, "items": _encode_all(value, path)}
+    for tag, mapping in _MAPPINGS.items():
+        if kind is mapping:
+            return _encode_mapping(tag, value, path)
+    if kind is complex:
+        return {TAG: "complex", "items": _encode_all((value.real, value.imag), path)}
+    if kind in (bytes, bytearray):
+        return {TAG: kind.__name__, "data": _text_of(value, path)}
+    if kind is io.BytesIO:
+        return {TAG: "BytesIO", "data": _text_of(value.getvalue(), path), "at": value.tell()}
+    if kind is torch.dtype and str(value) in _TORCH_DTYPES:
+        return {TAG: "torch.dtype", "value": str(value)}
+    if kind is torch.device:
+        return {TAG: "torch.device", "value": str(value)}
+    if kind is torch.Tensor:
+        return _encode_tensor(value, path)
+    if kind is np.ndarray or isinstance(value, np.generic):
+        return _encode_array(value, path)
+    raise _rejected(
+        path,
+        f"of type {kind.__name__}",
+        "Save numbers, text, bytes, tensors, arrays, lists, tuples, sets and dicts",
+    )
+
+
+def _rejected(path: _Path, what: str, remedy: str) -> CheckpointError:
+    where = str(path[0]) + "".join(f"[{key!r}]" for key in path[1:])
+    return CheckpointError(f"{where} is {what}, which a checkpoint cannot hold. {remedy}.")
+
+
+def _encode_all(values: Iterable[Any], path: _Path) -> list[Any]:
+    return [_encode(value, (*path, index)) for index, value in enumerate(values)]
+
+
+def _encode_mapping(tag: str, value: dict[Any, Any], path: _Path) -> Any:
+    keys = [_encode(key, (*path, key)) for key in value]
+    values = [_encode(inner, (*path, key)) for key, inner in value.items()]
+    if tag == "dict" and TAG not in value and all(type(key) is str for key in value):
+        return dict(zip(keys, values, strict=True))
+    found = {TAG: tag, "pairs": [list(pair) for pair in zip(keys, values, strict=True)]}
+    # Only the factory of a defaultdict, and only by name: decoding calls no other function.
+    factory = getattr(value, "default_factory", None)
+    if factory is not None:
+        name = getattr(factory, "__name__", "")
+        if _FACTORIES.get(name) is not factory:
+            raise _rejected(path, f"a defaultdict of {factory!r}", "Save a dict")
+        found["factory"] = name
+    return found
+
+
+def _encode_tensor(value: torch.Tensor, path: _Path) -> Any:
+    if value.layout is not torch.strided or value.is_meta or str(value.dtype) not in _TORCH_DTYPES:
+        what = f"a tensor of {value.dtype}, {value.layout} on {value.device}"
+        raise _rejected(path, what, "Save a dense one")
+    if value.requires_grad:
+        raise _rejected(path, "a tensor that requires gradients", "Save tensor.detach()")
+    _require_small(value.nbytes, path)  # before a copy of any size is made
+    # The bytes of a conjugate or negated view are those of its base, so these are resolved.
+    flat = value.resolve_conj().resolve_neg().cpu().contiguous().view(-1)
+    return {
+        TAG: "torch.Tensor",
+        "dtype": str(value.dtype),
+        "shape": list(value.shape),
+        "data": _text_of(flat.view(torch.uint8).numpy().tobytes(), path),
+    }
+
+
+def _encode_array(value: np.ndarray[Any, Any] | np.generic, path: _Path) -> Any:
+    is_array = isinstance(value, np.ndarray)
+    # Structured and object dtypes are not in the table, nor are subclasses of NumPy's scalars.
+    dtype = _ARRAY_DTYPES.get(value.dtype.str)
+    if dtype != value.dtype or not (is_array or type(value) is value.dtype.type is dtype.type):
+        raise _rejected(
+            path, f"of type {type(value).__name__} and {value.dtype}", "Save plain numbers"
+        )
+    _require_small(value.nbytes, path)
+    found = {TAG: "numpy.ndarray" if is_array else "numpy.generic", "dtype": value.dtype.str}
+    if is_array:
+        found["shape"] = list(value.shape)
+    return {**found, "data": _text_of(value.tobytes(), path)}
+
+
+def _require_small(nbytes: int, path: _Path) -> None:
+    if nbytes > MAX_NBYTES:
+        remedy = f"The limit is {MAX_NBYTES:,} bytes; make it a buffer of the model"
+        raise _rejected(path, f"{nbytes:,} bytes long", remedy)
+
+
+def _text_of(data: bytes | bytearray, path: _Path) -> str:
+    _require_small(len(data), path)
+    return binascii.b2a_base64(data, newline=False).decode("ascii")
+
+
+def _bytes_of(data: str) -> bytearray:
+    return bytearray(binascii.a2b_base64(data.encode("ascii"), strict_mode=True))
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    if TAG not in value:
+        return {key: _decode(inner) for key, inner in value.items()}
+    # An unknown tag is a KeyError, and unknown fields are a TypeError: `decode` rejects both.
+    return _DECODERS[value[TAG]](**{key: inner for key, inner in value.items() if key != TAG})
+
+
+def _decode_sequence(make: Callable[[list[Any]], Any], /, items: list[Any]) -> Any:
+    return make([_decode(inner) for inner in items])
+
+
+def _decode_mapping(
+    kind: type[dict[Any, Any]], /, pairs: Sequence[tuple[Any, Any]], factory: str | None = None
+) -> Any:
+    found = kind()
+    found.update({_decode(key): _decode(inner) for key, inner in pairs})
+    if len(found) < len(pairs):
+        raise ValueError("duplicate key")
+    if factory is not None:
+        found.default_factory = _FACTORIES[factory]  # type: ignore[attr-defined]
+    return found
+
+
+def _decode_float(value: str) -> float:
+    return {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[value]
+
+
+def _decode_complex(items: list[Any]) -> complex:
+    real, imaginary = (_decode(inner) for inner in items)
+    return complex(real, imaginary)
+
+
+def _decode_file(data: str, at: int) -> io.BytesIO:
+    file = io.BytesIO(_bytes_of(data))
+    file.seek(at)
+    return file
+
+
+def _decode_tensor(dtype: str, shape: list[int], data: str) -> torch.Tensor:
+    content, kind = _bytes_of(data), _TORCH_DTYPES[dtype]
+    if math.prod(shape) * kind.itemsize != len(content):
+        raise ValueError(f"{len(content)} bytes for shape {shape}")
+    if not content:
+        return torch.empty(shape, dtype=kind, device="cpu")
+    flat = torch.frombuffer(content, dtype=torch.uint8)
+    # Any other byte than 0 and 1 would be an invalid bool, so bools are converted.
+    return (flat.to(kind) if kind is torch.bool else flat.view(kind)).view(shape)
+
+
+def _decode_array(dtype: str, shape: list[int], data: str) -> np.ndarray[Any, Any]:
+    kind = _ARRAY_DTYPES[dtype]
+    if kind == np.bool_:
+        return np.frombuffer(_bytes_of(data), np.uint8).astype(np.bool_).reshape(shape)
+    return np.frombuffer(_bytes_of(data), kind).reshape(shape)
+
+
+def _decode_scalar(dtype: str, data: str) -> Any:
+    return _decode_array(dtype, [], data)[()]
+
+
+_DECODERS: Mapping[str, Callable[..., Any]] = {
+    **{tag: partial(_decode_sequence, make) for tag, make in _SEQUENCES.items()},
+    **{tag: partial(_decode_mapping, kind) for tag, kind in _MAPPINGS.items()},
+    "float": _decode_float,
+    "complex": _decode_complex,
+    "bytes": lambda data: bytes(_bytes_of(data)),
+    "bytearray": _bytes_of,
+    "BytesIO": _decode_file,
+    "torch.dtype": lambda value: _TORCH_DTYPES[value],
+    "torch.device": lambda value: torch.device(value),
+    "torch.Tensor": _decode_tensor,
+    "numpy.ndarray": _decode_array,
+    "numpy.generic": _decode_scalar,
+}

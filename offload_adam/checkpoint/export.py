@@ -1,0 +1,229 @@
+"""Exports a checkpoint as a file of `torch.save` or a folder of `torch.distributed.checkpoint`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from offload_adam.checkpoint.commit import partial_output, publish
+from offload_adam.checkpoint.dcp import plain_text
+from offload_adam.checkpoint.format import (
+    DTYPES,
+    Manifest,
+    OptimizerEntry,
+    decoded_optimizer,
+    read_manifest,
+)
+from offload_adam.checkpoint.rank_file import as_bytes
+from offload_adam.checkpoint.reader import CheckpointReader
+from offload_adam.checkpoint.torch_file import Streamed, write_torch_file
+from offload_adam.state.state_dict import pack_full
+from offload_adam.state.state_shard import (
+    Box,
+    BoxSource,
+    BoxTensor,
+    inverse_order,
+    logical_box,
+    range_of_box,
+)
+
+_MODEL, _OPTIMIZER = "model/", "optimizer/"
+
+
+def export_torch(path: Path, out: Path) -> str:
+    """Write a checkpoint as one file for `torch.load(out, weights_only=True)`.
+
+    The file holds a dict. "model" and "optimizer" are state dicts of the model and of torch's Adam
+    or AdamW with the same groups. "step" and "extra" are the saved ones, without values that torch
+    does not load with `weights_only`, such as NumPy arrays. Tensors are read, verified and written
+    block by block; they keep the order of their elements in memory.
+
+    Returns:
+        The torch optimizer that loads the file, how it differs, and which values are left out.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or `out` exists.
+        OSError: `out` cannot be written.
+    """
+    with partial_output(out) as partial_file, _open(path) as reader:
+        manifest = reader.manifest
+        left_out: list[str] = []
+        model = {name: _streamed(reader, saved) for name, saved in _model_names(manifest).items()}
+        content = {
+            "model": model | _readable("model", _model_values(manifest), left_out),
+            "optimizer": _torch_state(reader, manifest, left_out),
+            "step": manifest.step,
+            "extra": _readable("extra", manifest.decoded_extra(), left_out),
+        }
+        write_torch_file(partial_file, content)
+        publish(partial_file, out)
+    loaded_by = _torch_optimizer(manifest.optimizer)
+    if left_out:
+        listed = ", ".join(left_out)
+        loaded_by += f", without {listed}, which torch.load(weights_only=True) does not load"
+    return loaded_by
+
+
+def _open(path: Path) -> closing[CheckpointReader]:
+    return closing(CheckpointReader(path, read_manifest(path)))
+
+
+def _torch_state(
+    reader: CheckpointReader, manifest: Manifest, left_out: list[str]
+) -> dict[str, Any]:
+    """Return a state dict for torch's optimizers. They ignore the key of the master weights."""
+    planes = _state_names(manifest)
+    plain = decoded_optimizer(manifest.optimizer.model_dump(), manifest.format_version)
+    names: list[str] = []
+    groups = []
+    for number, group in enumerate(plain["groups"]):
+        packed = list(range(len(names), len(names) + len(group["parameters"])))
+        names += group["parameters"]
+        options = _readable(f"param_groups[{number}]", group["options"], left_out)
+        groups.append({**options, "params": packed, "param_names": group["parameters"]})
+    whole = {
+        packed: {
+            "step": _step(name, manifest.optimizer.steps[name]),
+            **{key: _streamed(reader, saved) for key, saved in planes[name].items()},
+        }
+        for packed, name in enumerate(names)
+        if name in planes
+    }
+    packed_ids = {packed: packed for packed in whole}
+    further = _readable("optimizer", plain["further"], left_out)
+    return pack_full(groups, packed_ids, whole, further)
+
+
+def _streamed(reader: CheckpointReader, saved: str) -> Streamed:
+    """Return a saved tensor for torch's file, with the saved order in memory."""
+    entry = reader.manifest.tensors[saved]
+    strides, step = [0] * len(entry.shape), 1
+    for dim in reversed(entry.order):
+        strides[dim] = step
+        step *= entry.shape[dim]
+    dtype, shape = DTYPES[entry.dtype], tuple(entry.shape)
+    return Streamed(saved, dtype, shape, tuple(strides), partial(reader.blocks, saved))
+
+
+def _step(name: str, count: float) -> Streamed:
+    """Return a step count as torch saves it: a float32 tensor."""
+    value = torch.tensor([count], dtype=torch.float32, device="cpu")
+    return Streamed(f"step of {name}", value.dtype, (), (), lambda: [as_bytes(value)])
+
+
+def _readable(where: str, values: Mapping[Any, Any], left_out: list[str]) -> dict[Any, Any]:
+    """Return the values that `torch.load(weights_only=True)` loads; list others in `left_out`."""
+    found = {}
+    for key, value in values.items():
+        with TemporaryDirectory() as folder:
+            file = Path(folder, "value.pt")
+            # Whether torch loads a type depends on its version, so try it with this one.
+            try:
+                write_torch_file(file, value)
+                torch.load(file, weights_only=True)
+                found[key] = value
+            except Exception:  # torch does not document which errors it raises
+                left_out.append(f"{where}[{key!r}]")
+    return found
+
+
+def _torch_optimizer(optimizer: OptimizerEntry) -> str:
+    """Return the name of the torch optimizer that loads a state, and what it lacks."""
+    every = [group.options for group in optimizer.groups]
+    decoupled = {bool(options.get("decoupled_weight_decay")) for options in every}
+    name = "torch.optim.AdamW" if decoupled == {True} else "torch.optim.Adam"
+    has_nesterov = any(options.get("nesterov") for options in every)
+    return f"{name}, which has no nesterov" if has_nesterov else name
+
+
+def export_dcp(path: Path, out: Path) -> str:
+    """Write a checkpoint as a folder for `torch.distributed.checkpoint.load`, in any world size.
+
+    The keys are those of `{"model": model.state_dict(), "optimizer": OptimizerState(model,
+    optimizer)}`. Boxes are read, verified and written one after the other.
+
+    Returns:
+        The call that loads the folder.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or `out` exists.
+    """
+    with partial_output(out) as partial_folder, _open(path) as reader:
+        manifest = reader.manifest
+        plain = plain_text(manifest.step, manifest.format_version, manifest.optimizer.model_dump())
+        state = {
+            name: {key: _lazy(reader, saved) for key, saved in planes.items()}
+            for name, planes in _state_names(manifest).items()
+        }
+        model = {name: _lazy(reader, saved) for name, saved in _model_names(manifest).items()}
+        content = {
+            "model": model | _model_values(manifest),
+            "optimizer": {"state": state, "plain": plain},
+        }
+        _dcp_save(content, partial_folder)
+        publish(partial_folder, out)
+    return 'dcp.load({"model": model.state_dict(), "optimizer": OptimizerState(model, optimizer)})'
+
+
+def _dcp_save(content: dict[str, Any], folder: Path) -> None:
+    """Call `dcp.save` on one rank. Its CheckpointException is replaced by its cause."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is ", category=UserWarning)
+        try:
+            dcp.save(content, checkpoint_id=folder, no_dist=True)
+        except CheckpointException as error:
+            # It holds the error of each rank, and there is only one rank.
+            failure, _ = next(iter(error.failures.values()))
+            raise failure from None
+
+
+def _lazy(reader: CheckpointReader, saved: str) -> BoxTensor:
+    """Return a saved tensor whose boxes are read when torch writes them."""
+    entry = reader.manifest.tensors[saved]
+    boxes = [piece.box for piece in entry.pieces]
+    if not boxes:  # an empty tensor has no pieces
+        boxes = [Box((0,) * len(entry.shape), tuple(entry.memory_shape))]
+    sources = [
+        BoxSource(logical_box(box, entry.order), partial(_read_box, reader, saved, box))
+        for box in boxes
+    ]
+    return BoxTensor(entry.shape, DTYPES[entry.dtype], sources)
+
+
+def _read_box(reader: CheckpointReader, saved: str, box: Box) -> torch.Tensor:
+    entry = reader.manifest.tensors[saved]
+    start, end = range_of_box(entry.memory_shape, box)
+    flat = torch.empty(end - start, dtype=DTYPES[entry.dtype], device="cpu")
+    reader.fill(saved, flat, start)
+    return flat.view(box.sizes).permute(inverse_order(entry.order))
+
+
+def _model_names(manifest: Manifest) -> dict[str, str]:
+    """Return the saved name of each tensor in the model's state dict, tied ones included."""
+    own = {name: name for name in manifest.tensors if name.startswith(_MODEL)}
+    return {name.removeprefix(_MODEL): saved for name, saved in (own | manifest.tied).items()}
+
+
+def _model_values(manifest: Manifest) -> dict[str, Any]:
+    """Return the entries of the model's state dict that are not tensors."""
+    values = manifest.decoded_values()
+    return {name.removeprefix(_MODEL): value for name, value in values.items()}
+
+
+def _state_names(manifest: Manifest) -> dict[str, dict[str, str]]:
+    """Return the saved names of the state tensors: parameter -> key -> saved name."""
+    found: dict[str, dict[str, str]] = {name: {} for name in manifest.optimizer.steps}
+    for saved in manifest.tensors:
+        name, _, key = saved.removeprefix(_OPTIMIZER).rpartition("/")
+        if saved.startswith(_OPTIMIZER) and name in found:
+            found[name][key] = saved
+    return found

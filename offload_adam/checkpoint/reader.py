@@ -1,0 +1,269 @@
+"""Reads tensors of a checkpoint. Every byte is verified before it is used.
+
+CheckpointReader    tensors, from whichever files hold their pieces
+VerifiedFile        ranges of bytes of one file, verified block by block
+BlockMemory         the blocks that were verified last
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from math import prod
+from operator import itemgetter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from offload_adam.checkpoint.format import BLOCK_NBYTES, DTYPES, FileEntry, Manifest, sorted_pieces
+from offload_adam.checkpoint.rank_file import as_bytes
+from offload_adam.errors import CheckpointError
+from offload_adam.state.state_shard import inverse_order
+
+# A checkpoint has one file for each rank, and many systems let a process open only 1,024.
+NUM_OPEN_FILES = 8
+# Verified blocks in memory. The pieces of one tensor are usually in one or two files.
+NUM_BLOCKS = 4
+_DAMAGED = "Load another checkpoint."
+
+
+class Read(NamedTuple):
+    """One read: from byte `start` of a file into elements [low, high) of `target`, which is 1-d."""
+
+    file: str
+    start: int
+    target: torch.Tensor
+    low: int
+    high: int
+
+
+class CheckpointReader:
+    """Reads tensors of a checkpoint, with few of its files open at once.
+
+    Owns: at most `NUM_OPEN_FILES` descriptors and `NUM_BLOCKS` blocks, until `close`.
+
+    Raises:
+        CheckpointError: a file is missing or does not have the length in the manifest.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._folder = folder
+        self._memory = BlockMemory()
+        self._open: OrderedDict[str, VerifiedFile] = OrderedDict()
+        try:
+            # Open each file once, so that a missing file is an error before anything is loaded.
+            for name in manifest.files:
+                self._file(name)
+        except BaseException:
+            self.close()
+            raise
+
+    def verify(self) -> None:
+        """Verify every byte of every file.
+
+        Raises:
+            CheckpointError: naming the damaged file and block.
+        """
+        for name in self.manifest.files:
+            self._file(name).verify()
+
+    def reads(self, name: str, target: torch.Tensor, start: int) -> Iterator[Read]:
+        """Yield the reads of elements [start, start + n) of a tensor, in its saved order.
+
+        Args:
+            target: (n,) of the saved dtype, on any device.
+        """
+        itemsize, end = target.element_size(), start + target.numel()
+        for low, high, piece in sorted_pieces(self.manifest.tensors[name]):
+            first, last = max(low, start), min(high, end)
+            if first < last:
+                at = piece.start + (first - low) * itemsize
+                yield Read(piece.file, at, target, first - start, last - start)
+
+    def read(self, reads: Iterable[Read]) -> None:
+        """Read all of `reads`."""
+        # In the order of the files, no block is read twice, although few blocks are kept.
+        for file, start, target, low, high in sorted(reads, key=itemgetter(0, 1)):
+            part = target[low:high]
+            # A device tensor is read through a host buffer of one block.
+            for piece in part.split(BLOCK_NBYTES // part.element_size()):
+                host = (
+                    piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu")
+                )
+                self._file(file).read_into(as_bytes(host), start)
+                start += host.nbytes
+                if host is not piece:
+                    piece.copy_(host)
+
+    def fill(self, name: str, target: torch.Tensor, start: int) -> None:
+        """Read elements [start, start + n) of a tensor into `target`, see `reads`."""
+        self.read(self.reads(name, target, start))
+
+    def blocks(self, name: str) -> Iterator[memoryview]:
+        """Yield the bytes of a tensor in its saved order. Each view is valid until the next one."""
+        entry = self.manifest.tensors[name]
+        numel, dtype = prod(entry.shape), DTYPES[entry.dtype]
+        buffer = torch.empty(min(numel, BLOCK_NBYTES // dtype.itemsize), dtype=dtype, device="cpu")
+        for start in range(0, numel, max(1, buffer.numel())):
+            part = buffer[: numel - start]
+            self.fill(name, part, start)
+            yield as_bytes(part)
+
+    def whole(self, name: str) -> torch.Tensor:
+        """Return a tensor on the host, with its logical shape and the saved order in memory."""
+        entry = self.manifest.tensors[name]
+        flat = torch.empty(prod(entry.shape), dtype=DTYPES[entry.dtype], device="cpu")
+        self.fill(name, flat, 0)
+        return flat.view(entry.memory_shape).permute(inverse_order(entry.order))
+
+    def close(self) -> None:
+        """Close all files. Idempotent."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def _file(self, name: str) -> VerifiedFile:
+        """Return an open file; close the least recently used one if too many are open."""
+        file = self._open.get(name)
+        if file is None:
+            if len(self._open) == NUM_OPEN_FILES:
+                _, oldest = self._open.popitem(last=False)
+                oldest.close()
+            file = VerifiedFile(self._folder, name, self.manifest.files[name], self._memory)
+            self._open[name] = file
+        self._open.move_to_end(name)
+        return file
+
+
+class VerifiedFile:
+    """Reads ranges of one file, and verifies every byte against the checksums of the manifest.
+
+    Owns: a descriptor, until `close`.
+
+    Args:
+        memory: verified blocks, shared with other files; None to use its own.
+
+    Raises:
+        CheckpointError: the file is missing or does not have the length in the manifest.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, entry: FileEntry, memory: BlockMemory | None = None
+    ) -> None:
+        self._path = folder / name
+        self._entry = entry
+        self._memory = memory or BlockMemory()
+        self._descriptor = open_regular(self._path)
+        # Of the descriptor, not of the path: another file may be there by now.
+        nbytes = os.fstat(self._descriptor).st_size
+        if nbytes != entry.nbytes:
+            self.close()
+            raise CheckpointError(
+                f"{self._path} has {nbytes} bytes, not {entry.nbytes}. {_DAMAGED}"
+            )
+
+    def read_into(self, target: memoryview, start: int) -> None:
+        """Fill `target`, a view of bytes, from byte `start` of the file.
+
+        Raises:
+            CheckpointError: a block is damaged or cannot be read.
+        """
+        if not 0 <= start <= start + len(target) <= self._entry.nbytes:
+            raise CheckpointError(f"{self._path} has no bytes {start} to {start + len(target)}.")
+        done = 0
+        while done < len(target):
+            number, skipped = divmod(start + done, BLOCK_NBYTES)
+            block = self._verified(number)
+            part = block[skipped : skipped + len(target) - done]
+            target[done : done + len(part)] = part
+            done += len(part)
+
+    def verify(self) -> None:
+        """Verify every block."""
+        for number in range(len(self._entry.checksums)):
+            self._verified(number)
+
+    def close(self) -> None:
+        """Close the file. Idempotent."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _verified(self, number: int) -> memoryview:
+        start = number * BLOCK_NBYTES
+        length = min(BLOCK_NBYTES, self._entry.nbytes - start)
+        known = self._memory.find(self._path, number)
+        if known is not None:
+            return memoryview(known)[:length]
+        # The block is kept only if it is intact, since `find` does not verify it again.
+        block = self._memory.allocate_block()
+        view = memoryview(block)[:length]
+        self._fill(view, start)
+        if zlib.crc32(view) != self._entry.checksums[number]:
+            raise CheckpointError(
+                f"{self._path} is damaged between byte {start} and {start + length}: its checksum "
+                f"is wrong. {_DAMAGED}"
+            )
+        self._memory.keep(self._path, number, block)
+        return view
+
+    def _fill(self, view: memoryview, start: int) -> None:
+        done = 0
+        # preadv may return fewer bytes than requested.
+        while done < len(view):
+            try:
+                count = os.preadv(self._descriptor, [view[done:]], start + done)
+            except OSError as error:
+                raise CheckpointError(f"{self._path} cannot be read: {error.strerror}.") from error
+            if count == 0:
+                raise CheckpointError(
+                    f"{self._path} ends before byte {start + len(view)}. {_DAMAGED}"
+                )
+            done += count
+
+
+class BlockMemory:
+    """The last verified blocks of all files of a checkpoint, at most `NUM_BLOCKS`."""
+
+    def __init__(self) -> None:
+        self._blocks: OrderedDict[tuple[Path, int], bytearray] = OrderedDict()
+
+    def find(self, file: Path, number: int) -> bytearray | None:
+        """Return a verified block, or None if it was evicted."""
+        block = self._blocks.get((file, number))
+        if block is not None:
+            self._blocks.move_to_end((file, number))
+        return block
+
+    def allocate_block(self) -> bytearray:
+        """Return memory for a block; evict the least recently used one if all are in use."""
+        if len(self._blocks) < NUM_BLOCKS:
+            return bytearray(BLOCK_NBYTES)
+        return self._blocks.popitem(last=False)[1]
+
+    def keep(self, file: Path, number: int, block: bytearray) -> None:
+        """Store a verified block."""
+        self._blocks[file, number] = block
+
+
+def open_regular(path: Path) -> int:
+    """Open a regular file for reading.
+
+    Raises:
+        CheckpointError: it cannot be opened, or is not a regular file.
+    """
+    # A link could lead out of the checkpoint. Without O_NONBLOCK, opening a pipe could hang.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be opened: {error.strerror}.") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{path} is not a regular file.")
+    return descriptor
