@@ -30,7 +30,7 @@ from offload_adam.layout.budget import (
 )
 from offload_adam.layout.schedule import Operation, Task
 from offload_adam.params.bucket import BucketState
-from offload_adam.spans import Spans, span
+from offload_adam.spans import Stopwatch, span
 from offload_adam.step.messages import UpdateInputs
 from offload_adam.step.update_tasks import UpdateTasks
 
@@ -80,14 +80,14 @@ class Executor:
         tasks: UpdateTasks,
         worker: Worker | None,
         ranks: RankGroup,
-        spans: Spans,
+        stopwatch: Stopwatch,
         arrived: Callable[[int], None],
     ) -> None:
         """Begin with nothing under way.
 
         Args:
             worker: None to run everything on the calling thread.
-            spans: told of work that is done on the worker, and of waits in `wait_for_buckets`.
+            stopwatch: told of work that is done on the worker, and of waits in `wait_for_buckets`.
             arrived: told of each bucket when its parameters may be read again after `apply` has
                 returned.
         """
@@ -95,7 +95,7 @@ class Executor:
         self._tasks = tasks
         self._worker = worker
         self._ranks = ranks
-        self._spans = spans
+        self._stopwatch = stopwatch
         self._arrived = arrived
         # Those that the calling thread finishes: to shards on a device, and on the host.
         self._copies: tuple[deque[GradientCopy], deque[GradientCopy]] = (deque(), deque())
@@ -260,7 +260,7 @@ class Executor:
     # After the agreement.
 
     def apply(
-        self, gradients: Sequence[BucketGradients], inputs: UpdateInputs, spans: Spans
+        self, gradients: Sequence[BucketGradients], inputs: UpdateInputs, stopwatch: Stopwatch
     ) -> None:
         """Update, copy and gather every bucket that has an active parameter, in forward order.
 
@@ -268,10 +268,10 @@ class Executor:
         state on a device: see `Schedule.after_agreement`.
 
         Args:
-            spans: told of what the calling thread does before this returns.
+            stopwatch: told of what the calling thread does before this returns.
         """
         self._tasks.record_last_read()
-        to_launch: list[Callable[[Spans], None]] = []
+        to_launch: list[Callable[[Stopwatch], None]] = []
         for position, number in enumerate(self._tasks.stream_waits.schedule.forward_order):
             state = self._tasks.states[number]
             active = inputs.active[state.indices]
@@ -281,10 +281,10 @@ class Executor:
                 continue
             update = partial(self._tasks.update, number, gradients[number], active, inputs)
             if self._worker is None:
-                update(spans)
+                update(stopwatch)
             elif state.plan.location.is_host:
                 what = f"the update of bucket {number}"
-                self._updates[number] = self._submit(what, partial(update, self._spans))
+                self._updates[number] = self._submit(what, partial(update, self._stopwatch))
             else:
                 to_launch.append(update)
             if state.plan.gathers:
@@ -292,14 +292,14 @@ class Executor:
             self._to_use[number] = position
             self._used_on.pop(number, None)
             if self._worker is None:
-                self._gather_ahead(spans)
+                self._gather_ahead(stopwatch)
         # After the loop, because launching takes this thread a while (some 25 kernels for a million
         # elements), and the host's updates run meanwhile.
         for launch in to_launch:
-            launch(spans)
+            launch(stopwatch)
         if self._worker is None:
             for number in list(self._to_use):
-                self._use(number, spans)
+                self._use(number, stopwatch)
 
     def _skip_update(self, state: BucketState) -> None:
         """Keep a skipped bucket's turn among those that use staging slots."""
@@ -327,14 +327,14 @@ class Executor:
         self._reject_forked()
         # Before the wait for an update, which may wait until a capture is over.
         self._tasks.stream_waits.streams_of(needed[0]).reject_capture()
-        with self._spans.span("update wait"):
+        with self._stopwatch.span("update wait"):
             last = max(self._to_use[number] for number in needed)
             while self._to_gather and self._to_use[self._to_gather[0]] <= last:
-                self._gather_next(self._spans)
+                self._gather_next(self._stopwatch)
             for number in sorted(needed, key=self._to_use.__getitem__):
-                self._use(number, self._spans)
+                self._use(number, self._stopwatch)
                 self._arrived(number)
-        self._gather_ahead(self._spans)
+        self._gather_ahead(self._stopwatch)
 
     def _wait_on_other_streams(self, buckets: Collection[int]) -> None:
         """Let a stream that has not waited for these buckets wait, where another one has.
@@ -365,25 +365,25 @@ class Executor:
         while len(self._copy_jobs) > 2 * len(self._tasks.states):
             self._await(self._copy_jobs.popleft(), "reduce", needs_peers=True)
 
-    def _use(self, number: int, spans: Spans) -> None:
-        self._tasks.wait_for_parameters(number, spans)
+    def _use(self, number: int, stopwatch: Stopwatch) -> None:
+        self._tasks.wait_for_parameters(number, stopwatch)
         del self._to_use[number]
         stream = self._tasks.stream_waits.streams_of(number).current()
         if stream is not None:
             self._used_on[number] = {stream}
 
-    def _gather_next(self, spans: Spans) -> None:
+    def _gather_next(self, stopwatch: Stopwatch) -> None:
         # Forgotten only when it is issued: after an interrupt it is still to come on this rank too.
         with torch.no_grad():
-            self._tasks.gather(self._to_gather[0], spans)
+            self._tasks.gather(self._to_gather[0], stopwatch)
         self._to_gather.popleft()
 
-    def _gather_ahead(self, spans: Spans) -> None:
+    def _gather_ahead(self, stopwatch: Stopwatch) -> None:
         """Issue the next gather if nothing need be waited for."""
         if self._to_gather:
             job = self._updates.get(self._to_gather[0])
             if job is None or job.is_over():
-                self._gather_next(spans)
+                self._gather_next(stopwatch)
 
     def forget_streams(self) -> None:
         """Let any stream read parameters without a wait: the host has waited until all are there.

@@ -297,11 +297,12 @@ class StepReport:
     skipped: a gradient was not finite or `found_inf` was set: nothing was changed.
     num_updated: parameters that were updated: those with a gradient on any rank.
     non_finite: names of the parameters whose gradient was not finite, on any rank.
-    timings: seconds by phase: reduce, norm, agree, update, H2D copy, gather; `device update`, to
-        launch those of state on a device; `checkpoint wait`, what updates have waited for one that
-        is being written; and `update wait`, what the model's forward has waited for updates. Where
-        updates run beside the next forward, those of a step are in the report of the next one, also
-        where that one is skipped.
+    timings: seconds by phase: reduce, edits, norm, agree, update, H2D copy, gather, and
+        `device update`: launch the updates of state on a device;
+        `checkpoint wait`: updates waited for a checkpoint to read their bucket;
+        `update wait`: the model's forward waited for updates.
+        If updates overlap the next forward, the report of the next step contains the times of
+        this step's updates, also if the next step is skipped.
     notice: what all ranks have agreed on beside the step, from their `notice`.
     """
 

@@ -25,7 +25,7 @@ from offload_adam.layout.schedule import Operation, plan_schedule
 from offload_adam.memory.arena import HostArena, close_all, leave_all
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.selection import Named, NewParameter
-from offload_adam.spans import NullSpans, Spans, Stopwatch
+from offload_adam.spans import Stopwatch, span
 from offload_adam.step.absence import AbsenceWatch
 from offload_adam.step.build import Storage, build_states
 from offload_adam.step.device_update import DeviceUpdate
@@ -325,7 +325,8 @@ class ShardedAdam:
         if self.forward_hooks is not None:
             self.forward_hooks.step_begins()
         # 0. The previous step's updates read the gradient shards that this step fills.
-        self.executor.finish_updates()
+        with span("wait previous"):
+            self.executor.finish_updates()
         background = self._background.take()
         # 1. Bring every gradient to its shard.
         failure = self._reduce(inputs, stopwatch)
@@ -337,7 +338,8 @@ class ShardedAdam:
         # 4. Update bucket by bucket, in the order in which the next forward needs them.
         if not decision.skip:
             active = agreement.present_counts.numpy() > 0
-            self.external_edits.sync(changed)
+            with stopwatch.span("edits"):
+                self.external_edits.sync(changed)
             self.external_edits.bump_versions(active)
             update_inputs = UpdateInputs(
                 active, inputs.hyperparameters, decision.gradient_scale, inputs.step, inputs.lazy
@@ -362,14 +364,16 @@ class ShardedAdam:
     def total_norm(self, inputs: StepInputs) -> float:
         """Reduce what is left and return the global gradient norm, unscaled. Collective."""
         self.executor.finish_updates()
-        failure = self._reduce(inputs, NullSpans())
-        agreement, _ = self._agree(inputs, failure, NullSpans())
+        stopwatch = Stopwatch()  # nobody reads it
+        failure = self._reduce(inputs, stopwatch)
+        agreement, _ = self._agree(inputs, failure, stopwatch)
         return decide(agreement, None, inputs.factor).total_norm
 
     def norms(self, inputs: StepInputs) -> npt.NDArray[np.float64]:
         """Reduce what is left and return each parameter's gradient norm, as it is. Collective."""
         self.executor.finish_updates()
-        self._agree(inputs, self._reduce(inputs, NullSpans()), NullSpans())
+        stopwatch = Stopwatch()  # nobody reads it
+        self._agree(inputs, self._reduce(inputs, stopwatch), stopwatch)
         squares = np.zeros(len(self._parameters))
 
         def add_dense(*, hosted: bool) -> None:
@@ -390,7 +394,7 @@ class ShardedAdam:
         self.ranks.all_reduce(torch.from_numpy(squares))
         return np.sqrt(squares)
 
-    def _reduce(self, inputs: StepInputs, spans: Spans) -> Exception | None:
+    def _reduce(self, inputs: StepInputs, stopwatch: Stopwatch) -> Exception | None:
         """Bring all gradients to their shards, and return this rank's first error.
 
         The error is raised once all ranks know of it: until then its peers wait in the next
@@ -399,11 +403,11 @@ class ShardedAdam:
         if not self.reduction.streams:
             # `.grad` still holds everything, and may have been edited since it was last read.
             self.reduction.reset()
-        with spans.span("reduce"):
+        with stopwatch.span("reduce"):
             return self.reduction.finish() or inputs.failure
 
     def _agree(
-        self, inputs: StepInputs, failure: Exception | None, spans: Spans
+        self, inputs: StepInputs, failure: Exception | None, stopwatch: Stopwatch
     ) -> tuple[Agreement, list[int]]:
         """Exchange what each rank has found, and raise an error unless all take the same step.
 
@@ -413,13 +417,13 @@ class ShardedAdam:
         Returns:
             The agreement, and the indices of externally edited parameters.
         """
-        found = self._find(inputs, failure, spans)
-        agreement = self._exchange(inputs, found, spans)
+        found = self._find(inputs, failure, stopwatch)
+        agreement = self._exchange(inputs, found, stopwatch)
         if agreement.late and not agreement.failed_ranks:
-            with spans.span("reduce"):
+            with stopwatch.span("reduce"):
                 failure = self.reduction.take_late_gradients()
-            found = self._find(inputs, failure, spans)
-            agreement = self._exchange(inputs, found, spans)
+            found = self._find(inputs, failure, stopwatch)
+            agreement = self._exchange(inputs, found, stopwatch)
         if found.failure is not None:
             raise found.failure
         changed = found.changed
@@ -431,7 +435,9 @@ class ShardedAdam:
             reject_partial_presence(agreement, self.ranks.world_size, self._names)
         return agreement, changed
 
-    def _find(self, inputs: StepInputs, failure: Exception | None, spans: Spans) -> _LocalFindings:
+    def _find(
+        self, inputs: StepInputs, failure: Exception | None, stopwatch: Stopwatch
+    ) -> _LocalFindings:
         """Look at this rank's gradients and parameters. Never raises.
 
         Args:
@@ -443,8 +449,9 @@ class ShardedAdam:
         try:
             reject_unfrozen(self._frozen)
             found.late = self.reduction.has_late_gradients()
-            found.changed = self.external_edits.find()
-            found.unseen = self.external_edits.find_unseen(found.changed)
+            with stopwatch.span("edits"):
+                found.changed = self.external_edits.find()
+                found.unseen = self.external_edits.find_unseen(found.changed)
             self._reject_unready()
             for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
                 found.present[state.indices] = gradients.present
@@ -452,13 +459,15 @@ class ShardedAdam:
                 update.allocate_for(state, gradients, lazy=inputs.lazy)
             if inputs.factor != 1.0:
                 reject_partly_multiplied(inputs, found.present, self._names)
-            with spans.span("norm"):
+            with stopwatch.span("norm"):
                 found.sum_of_squares = self._sum_of_squares()
         except Exception as error:
             found.failure = error
         return found
 
-    def _exchange(self, inputs: StepInputs, found: _LocalFindings, spans: Spans) -> Agreement:
+    def _exchange(
+        self, inputs: StepInputs, found: _LocalFindings, stopwatch: Stopwatch
+    ) -> Agreement:
         """Exchange what the ranks found, in the one all-reduce of a step."""
         changes = self.external_edits.checksum(found.changed) if self.ranks.world_size > 1 else 0
         findings = Findings(
@@ -475,7 +484,7 @@ class ShardedAdam:
             notice=inputs.notice,
             present=torch.from_numpy(found.present),
         )
-        with spans.span("agree"):
+        with stopwatch.span("agree"):
             return agree(self.ranks, findings)
 
     def _share_unseen(

@@ -9,12 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.layout.schedule import Operation, Schedule
 from offload_adam.params.bucket import BucketState
-from offload_adam.spans import Spans
+from offload_adam.spans import Stopwatch
 from offload_adam.step.device_update import DeviceUpdate
 from offload_adam.step.host_update import HostUpdate
 from offload_adam.step.messages import UpdateInputs
@@ -93,29 +92,29 @@ class UpdateTasks:
         gradients: BucketGradients,
         active: npt.NDArray[np.bool_],
         inputs: UpdateInputs,
-        spans: Spans,
+        stopwatch: Stopwatch,
     ) -> None:
         """Update this rank's shard of a bucket, and start it on its way up to its device."""
         state = self.states[number]
-        self._await_turn(state, spans)
+        self._await_turn(state, stopwatch)
         is_host = state.plan.location.is_host
-        with spans.span("update" if is_host else "device update", number):
+        with stopwatch.span("update" if is_host else "device update", number):
             param_out = self._param_out(state)
             self.updates[number].update(state, gradients, active, inputs, param_out)
             if not is_host:
                 self.stream_waits.record(Operation.UPDATE, number)
         if state.plan.is_offloaded:
-            with spans.span("H2D copy", number):
+            with stopwatch.span("H2D copy", number):
                 self._copy_h2d(state, active, param_out)
 
-    def _await_turn(self, state: BucketState, spans: Spans) -> None:
+    def _await_turn(self, state: BucketState, stopwatch: Stopwatch) -> None:
         """Wait for the slot that the update writes, and for a checkpoint that reads the bucket."""
         number = state.layout.index
-        with spans.span("H2D copy", number) if state.plan.is_offloaded else nullcontext():
+        with stopwatch.span("H2D copy", number) if state.plan.is_offloaded else nullcontext():
             # On the host: until the H2D copy of the bucket that had this staging slot is over.
             self.stream_waits.wait_before(Operation.UPDATE, number)
         if self._snapshot_lock.holds(number):
-            with spans.span("checkpoint wait", number):
+            with stopwatch.span("checkpoint wait", number):
                 self._snapshot_lock.wait_until_free(number)
 
     def _param_out(self, state: BucketState) -> torch.Tensor | None:
@@ -163,22 +162,22 @@ class UpdateTasks:
         """
         self.stream_waits.record(Operation.COPY_H2D, number)
 
-    def gather(self, number: int, spans: Spans) -> None:
+    def gather(self, number: int, stopwatch: Stopwatch) -> None:
         """Start bringing the other ranks' shards of a bucket, once."""
         state = self.states[number]
         # Outside of the span: this may wait on the host for the update of this rank's shard.
         self.stream_waits.wait_before(Operation.GATHER, number)
-        with spans.span("gather", number):
+        with stopwatch.span("gather", number):
             if number not in self._gathering:  # else an interrupt came before its end was marked
                 streams = self.stream_waits.streams_of(number)
                 self._gathering[number] = self._collectives.gather(streams, state.flat)
             self.stream_waits.record(Operation.GATHER, number)
 
-    def wait_for_parameters(self, number: int, spans: Spans) -> None:
+    def wait_for_parameters(self, number: int, stopwatch: Stopwatch) -> None:
         """Wait until a bucket's parameters are up to date: the compute stream, or the caller."""
         pending = self._gathering.get(number)
         if pending is not None:
-            with PROGRESS.at("gather", number), spans.span("gather", number):
+            with stopwatch.span("gather", number):
                 pending.wait(self._ranks)
             del self._gathering[number]
         self.stream_waits.wait_before(Operation.USE, number)
