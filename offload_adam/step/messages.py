@@ -297,7 +297,7 @@ class StepReport:
     skipped: a gradient was not finite or `found_inf` was set: nothing was changed.
     num_updated: parameters that were updated: those with a gradient on any rank.
     non_finite: names of the parameters whose gradient was not finite, on any rank.
-    timings: seconds by phase: reduce, edits, norm, agree, update, H2D copy, gather, and
+    timings: seconds by phase: reduce, norm, agree, update, H2D copy, gather, and
         `device update`: launch the updates of state on a device;
         `checkpoint wait`: updates waited for a checkpoint to read their bucket;
         `update wait`: the model's forward waited for updates.

@@ -338,7 +338,7 @@ class ShardedAdam:
         # 4. Update bucket by bucket, in the order in which the next forward needs them.
         if not decision.skip:
             active = agreement.present_counts.numpy() > 0
-            with stopwatch.span("edits"):
+            with span("edits"):
                 self.external_edits.sync(changed)
             self.external_edits.bump_versions(active)
             update_inputs = UpdateInputs(
@@ -449,7 +449,7 @@ class ShardedAdam:
         try:
             reject_unfrozen(self._frozen)
             found.late = self.reduction.has_late_gradients()
-            with stopwatch.span("edits"):
+            with span("edits"):
                 found.changed = self.external_edits.find()
                 found.unseen = self.external_edits.find_unseen(found.changed)
             self._reject_unready()
