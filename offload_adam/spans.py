@@ -1,39 +1,61 @@
-"""Spans: which phase took how long, on which thread and for which bucket."""
+"""Spans: how long each phase took, on which thread and for which bucket.
+
+Each phase is marked by one call of `span` or `Stopwatch.span`, which tells all who want to know:
+
+    Stopwatch        sums the seconds of each phase        `last_step.timings`
+    PROGRESS         where this rank is now                messages about hung ranks, `/status`
+    SpanRecorder     start and end of each span            `offload-adam profile`
+    record_function  a range for torch's profiler          `torch.profiler.profile(...)`
+
+An ordinary `torch.profiler.profile` records the thread that starts it, and autograd's threads. It
+records the update thread as well if it is given
+`experimental_config=torch.profiler._ExperimentalConfig(profile_all_threads=True)`.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
+from torch.profiler import record_function
 
 from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.torch_private import profiler_is_on
 
 NO_BUCKET = -1
 _NOTHING = nullcontext()
 
+RANGES: Mapping[str, str] = {
+    # Backward hooks, and `step()` for gradients that stay in `.grad`.
+    "pack": "OffloadAdam::pack",  # copy a bucket's gradients to one slot
+    # `step()`.
+    "wait previous": "OffloadAdam::wait_previous",  # for the previous step's updates
+    "reduce": "OffloadAdam::reduce",  # wait until the gradients of all ranks are averaged
+    "edits": "OffloadAdam::edits",  # find weights that the user modified
+    "agree": "OffloadAdam::agree",  # the step's small all-reduce
+    "device update": "OffloadAdam::device_update",  # launch updates of state on a device
+    # `step()` and forward hooks.
+    "update wait": "OffloadAdam::wait_update",  # for the update of a bucket
+    "gather": "OffloadAdam::all_gather",  # issue a bucket's all-gather, or wait for it
+    # The update thread; without overlap the calling thread.
+    "D2H copy": "OffloadAdam::d2h_copy",  # wait for a bucket's gradients, cast or add them
+    "norm": "OffloadAdam::norm",  # sums of squares
+    "checkpoint wait": "OffloadAdam::wait_checkpoint",  # until a snapshot has read the bucket
+    "update": "OffloadAdam::update",  # the kernel
+    "H2D copy": "OffloadAdam::h2d_copy",  # wait for the staging slot, issue the copy
+}
+"""The optimizer's phases: the name in timings and reports, and the range in torch's profiler.
 
-class Spans(Protocol):
-    """Something that is told when a named phase starts and ends."""
-
-    def span(self, name: str, bucket: int = NO_BUCKET) -> AbstractContextManager[None]:
-        """Return a context that encloses one stretch of the phase `name`, for one bucket or all."""
-        ...
-
-
-class NullSpans:
-    """Spans that nobody watches."""
-
-    def span(self, name: str, bucket: int = NO_BUCKET) -> AbstractContextManager[None]:
-        """Return a context that does nothing."""
-        return _NOTHING
+Spans of other names, as of a training loop, make no range.
+"""
 
 
 class Span(NamedTuple):
-    """One recorded stretch; times are `time.perf_counter_ns()` of this process."""
+    """One recorded span; times are `time.perf_counter_ns()` of this process."""
 
     name: str
     bucket: int
@@ -43,10 +65,11 @@ class Span(NamedTuple):
 
 
 class SpanRecorder:
-    """Keeps the latest spans of every thread, in memory that is allocated once.
+    """Keeps the latest spans of all threads.
 
-    Owns: room for `capacity` spans, 40 bytes each; when it is full the oldest are written over and
-    `num_dropped` counts them. Any thread may record.
+    Owns: one table of `capacity` spans, 40 bytes each. When it is full, new spans overwrite the
+        oldest; `num_dropped` counts those.
+    Threads: any thread may record.
     """
 
     def __init__(self, capacity: int = 200_000) -> None:
@@ -55,10 +78,6 @@ class SpanRecorder:
         self._threads: dict[int, tuple[int, str]] = {}
         self._count = 0
         self._lock = threading.Lock()
-
-    def span(self, name: str, bucket: int = NO_BUCKET) -> AbstractContextManager[None]:
-        """Return a context that records what it encloses, also where that raises."""
-        return _Recording(self, name, bucket)
 
     def add(self, name: str, bucket: int, start_ns: int, end_ns: int) -> None:
         """Record a span of the calling thread."""
@@ -73,11 +92,11 @@ class SpanRecorder:
 
     @property
     def num_dropped(self) -> int:
-        """How many spans have been written over."""
+        """How many spans were overwritten."""
         return max(0, self._count - len(self._table))
 
     def spans(self) -> list[Span]:
-        """Return what has been recorded, by start."""
+        """Return the recorded spans, sorted by start."""
         with self._lock:
             rows = self._table[: min(self._count, len(self._table))].copy()
             names, threads = list(self._names), [name for _, name in self._threads.values()]
@@ -96,34 +115,47 @@ class SpanRecorder:
         return known[0]
 
 
-class _Recording:
-    """One span while it runs."""
-
-    __slots__ = ("_bucket", "_name", "_recorder", "_start_ns")
-
-    def __init__(self, recorder: SpanRecorder, name: str, bucket: int) -> None:
-        self._recorder = recorder
-        self._name = name
-        self._bucket = bucket
-
-    def __enter__(self) -> None:
-        self._start_ns = time.perf_counter_ns()
-
-    def __exit__(self, *_: object) -> None:
-        self._recorder.add(self._name, self._bucket, self._start_ns, time.perf_counter_ns())
-
-
-_recorder: Spans = NullSpans()
+_recorder: SpanRecorder | None = None
 
 
 def span(name: str, bucket: int = NO_BUCKET) -> AbstractContextManager[None]:
-    """Enclose a stretch that the process's recorder keeps; without one it costs a call."""
-    return _recorder.span(name, bucket)
+    """Mark the body as one span of a phase, for the recorder and for torch's profiler.
+
+    Cost: two function calls if there is no recorder and no profiler.
+    """
+    # torch's `record_function` costs several microseconds even if no profiler runs.
+    if _recorder is None and not profiler_is_on():
+        return _NOTHING
+    return _OpenSpan(name, bucket, _recorder)
+
+
+class _OpenSpan:
+    """One span while it runs. It ends also if the body raises."""
+
+    __slots__ = ("_bucket", "_name", "_range", "_recorder", "_start_ns")
+
+    def __init__(self, name: str, bucket: int, recorder: SpanRecorder | None) -> None:
+        self._name = name
+        self._bucket = bucket
+        self._recorder = recorder
+        self._range: record_function | None = None
+
+    def __enter__(self) -> None:
+        if self._name in RANGES and profiler_is_on():
+            self._range = record_function(RANGES[self._name])
+            self._range.__enter__()
+        self._start_ns = time.perf_counter_ns()
+
+    def __exit__(self, *error: Any) -> None:
+        if self._recorder is not None:
+            self._recorder.add(self._name, self._bucket, self._start_ns, time.perf_counter_ns())
+        if self._range is not None:
+            self._range.__exit__(*error)
 
 
 @contextmanager
-def recorded_by(recorder: Spans) -> Iterator[None]:
-    """Let every `span` of this process, on all its threads, go to `recorder` inside."""
+def recorded_by(recorder: SpanRecorder) -> Iterator[None]:
+    """Record every span of this process, on all its threads, while the body runs."""
     global _recorder
     before = _recorder
     _recorder = recorder
@@ -134,26 +166,24 @@ def recorded_by(recorder: Spans) -> Iterator[None]:
 
 
 class Stopwatch:
-    """Wall time in seconds, summed for each name; the process's recorder keeps each stretch.
+    """Sums the wall time of spans by phase, in seconds, and records where this rank is.
 
-    A span is also where this process is meanwhile.
-
-    Lifecycle: one for each step, whose `elapsed_s` is read when the step is over; or one for what
-        runs beside the steps, of which `take` gives what has been added since.
-    Threads: several may add, each to names of its own.
+    Lifecycle: one for each step, whose `elapsed_s` is read at its end; and one for work beside the
+        steps, from which `take` removes the sums of each step.
+    Threads: several may add, each to phases of its own.
     """
 
     def __init__(self) -> None:
         self.elapsed_s: dict[str, float] = {}
 
     def take(self) -> dict[str, float]:
-        """Return the sums so far and begin anew; nothing may be adding meanwhile."""
+        """Return the sums and start again from zero. No thread may be in a span meanwhile."""
         taken, self.elapsed_s = self.elapsed_s, {}
         return taken
 
     @contextmanager
     def span(self, name: str, bucket: int = NO_BUCKET) -> Iterator[None]:
-        """Add the time inside the context to `name`, also where it raises."""
+        """Add the time of the body to a phase, also if the body raises; see `span`."""
         start_s = time.perf_counter()
         try:
             with PROGRESS.at(name, None if bucket == NO_BUCKET else bucket), span(name, bucket):

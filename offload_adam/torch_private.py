@@ -228,6 +228,17 @@ def cuda_runtime_functions() -> Any:
     return torch.cuda.cudart()
 
 
+# --- Profiling. Without it, constructing an optimizer raises an error.
+
+_find("torch.autograd.profiler", "_is_profiler_enabled")
+
+
+def profiler_is_on() -> bool:
+    """Return whether a torch profiler or `emit_nvtx` runs in this process, on any thread."""
+    # `torch.autograd._profiler_enabled` is always False under `profile_all_threads`.
+    return torch.autograd.profiler._is_profiler_enabled
+
+
 # --- Process groups and stores. Without these, constructing an optimizer raises an error.
 
 # Tested with torch 2.11 to 2.13: `*_single` replaces `*_tensor` from 2.13 on, 2.11 has the latter.

@@ -1,4 +1,4 @@
-"""Warn about parameters that never get a gradient: the model may have others in their place."""
+"""Warn about parameters that never get a gradient: the model may no longer use them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 logger = logging.getLogger(__name__)
 
 NUM_STEPS = 10
-"""Steps that a parameter may be without a gradient before a warning."""
+"""After so many steps without a gradient of a parameter, warn."""
 
 
 class AbsenceWatch:
-    """Looks, in the first steps with its parameters, for those that no rank has a gradient for.
+    """Warns once, after `NUM_STEPS` steps, about parameters without a gradient on any rank.
 
-    Lifecycle: warns once, after `NUM_STEPS`; further parameters start the count again.
+    When parameters are added, the count starts again.
 
     Args:
-        names, parameters: grow with the optimizer.
+        names, parameters: of all parameters; these lists grow with `add_param_group`.
     """
 
     def __init__(self, names: Sequence[str], parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -54,9 +54,9 @@ class AbsenceWatch:
         if absent:
             more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
             logger.warning(
-                "no gradient in %d steps for parameter %s%s: they are not trained. If the model "
-                "uses them, it has other objects in their place (load_state_dict(assign=True)): "
-                "make a new optimizer",
+                "No gradient in %d steps for parameter(s) %s%s: they are not trained. If the model "
+                "uses parameters of these names, other objects have taken their place, as by "
+                "load_state_dict(assign=True). Construct a new optimizer then.",
                 NUM_STEPS,
                 ", ".join(absent[:5]),
                 more,

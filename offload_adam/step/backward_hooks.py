@@ -1,4 +1,4 @@
-"""Gradient hooks: tell when each gradient is ready, and when a backward is over."""
+"""Hooks on parameters that tell the reduction of ready gradients and of a backward's end."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ from offload_adam.torch_private import (
     queue_backward_callback,
 )
 
+# A bucket of at most so many parameters delivers each of them.
 _ALL_DELIVER_UP_TO = 64
+# In larger buckets, every so many parameters deliver.
 _DELIVER_EVERY = 16
 
 
 class BackwardHooks:
-    """Forwards post-accumulate hooks of parameters to the reduction, a few at a time.
+    """Passes ready gradients from post-accumulate hooks to the reduction, in batches.
 
-    In a bucket of many small parameters most hooks only note the arrival: ten thousand deliveries
-    would cost more than the update. Every sixteenth parameter, and the one that backward brings
-    last, delivers what has been noted. Undelivered gradients stay in `.grad` until `step()` reads
-    them. On a device, a change of the stream on which autograd writes gradients delivers, too: what
-    is delivered together was written on one stream.
+    In a bucket of many small parameters, most hooks only append the parameter to a list: ten
+    thousand calls of the reduction would take longer than the update. Every sixteenth parameter,
+    and the last one in backward order, delivers the list. The end of the backward delivers the
+    rest. If a backward runs no delivering hook, `step()` reads its gradients from `.grad`.
 
-    The end of a backward is a callback queued once for each graph task. A reentrant checkpoint runs
-    nested tasks, and each of their ends calls back too: only the one outside any autograd node
-    counts. State is keyed by task, not by a flag, so that a backward that raised leaves nothing
-    behind.
+    On a device, the list is also delivered when autograd changes the stream on which it writes
+    gradients: all gradients of one delivery were written on one stream.
 
-    Owns: one hook handle a parameter, until `remove`.
+    Autograd calls `_task_ended` at the end of each graph task. A reentrant checkpoint runs tasks
+    nested in another one; only the end of the outermost task ends the backward.
+
+    Owns: one hook handle per parameter, until `remove`.
     """
 
     def __init__(
@@ -43,25 +45,27 @@ class BackwardHooks:
         reduction: GradientReduction,
         current_stream: Callable[[torch.device], Hashable],
     ) -> None:
-        """Begin without hooks.
+        """Construct without hooks.
 
         Args:
+            reduction: receives the gradients.
             current_stream: returns a device's current stream, None for host memory.
         """
         self._reduction = reduction
         self._current_stream = current_stream
         self._has_streams = False
-        self._stream: Hashable = None  # that of `_arrived`
+        self._stream: Hashable = None  # the gradients in `_arrived` were written on it
         self._handles: list[RemovableHandle] = []
         self._arrived: list[torch.Tensor] = []
+        # By task, not a flag: a backward that raised an error has no end that could reset a flag.
         self._tasks: set[int] = set()
         self._last_task = NO_GRAPH_TASK
         self._enabled = True
-        # Autograd has a thread for each device: buckets leave one after the other all the same.
+        # Autograd runs hooks on one thread per device, but buckets must be sent one after another.
         self._lock = threading.RLock()
 
     def attach(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Hook the parameters of one bucket, given in the order in which backward brings them."""
+        """Put hooks on the parameters of one bucket, given in backward order."""
         every = 1 if len(parameters) <= _ALL_DELIVER_UP_TO else _DELIVER_EVERY
         has_streams = self._current_stream(parameters[0].device) is not None
         self._has_streams |= has_streams
@@ -72,7 +76,7 @@ class BackwardHooks:
             self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
 
     def remove(self) -> None:
-        """Take every hook off. Idempotent."""
+        """Remove all hooks. Idempotent."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -83,14 +87,14 @@ class BackwardHooks:
         self._arrived.clear()
 
     def forget(self) -> None:
-        """Forget what a backward that raised has left."""
+        """Forget the arrivals and tasks of a backward that raised an error."""
         self.forget_arrivals()
         self._tasks.clear()
         self._last_task = NO_GRAPH_TASK
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Tell the reduction nothing of the backwards inside."""
+        """Pass nothing to the reduction from backwards in the body."""
         before = self._enabled
         self._enabled = False
         try:
@@ -126,8 +130,8 @@ class BackwardHooks:
 
     def _pass_on(self) -> None:
         arrived = self._arrived[:]
-        # In place: the hooks of most parameters are bound to this very list, and another device's
-        # thread may have added to it meanwhile.
+        # In place, as most hooks are the `append` of this very list. Only the first `len(arrived)`:
+        # the thread of another device may have appended more since the copy.
         del self._arrived[: len(arrived)]
         self._reduction.gradients_ready(arrived, self._stream)
 
@@ -140,7 +144,7 @@ class BackwardHooks:
 
     def _task_ended(self) -> None:
         if current_autograd_node() is not None:
-            return
+            return  # a nested task ended: an outer autograd node is still running
         with self._lock:
             if self._arrived:
                 self._pass_on()

@@ -1,4 +1,4 @@
-"""Build the state of an optimizer's buckets: plans, arenas and planes, on a backend."""
+"""Build the state of new parameters: plan their buckets, allocate arenas and cut planes."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from offload_adam.transfer.streams import Streams, streams_for
 
 
 def is_device(device: torch.device) -> bool:
-    """Tell whether a tensor's device is another memory than the host's."""
+    """Return whether tensors on this device are outside of host memory."""
     return device.type != "cpu"
 
 
 def empty_cache(device: torch.device) -> None:
-    """Return the allocator's unused blocks on a device to its driver."""
+    """Return the unused blocks of torch's allocator on a device to the driver."""
     if device.type == "cuda":
         # torch.cuda.empty_cache() creates a context on the current device, which may be another.
         with torch.cuda.device(device):
@@ -49,7 +49,7 @@ def empty_cache(device: torch.device) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """Functions and numbers of slots; tests put simulated devices in their place."""
+    """How the package uses devices, threads and collectives; tests simulate all of them."""
 
     is_device: Callable[[torch.device], bool] = is_device
     make_runtime: Callable[[torch.device], CudaRuntime | None] = cuda_runtime
@@ -66,8 +66,8 @@ class Storage:
     """Where and how an optimizer's state is stored.
 
     policy: decides the location and the formats of each bucket.
-    backend: what all of it runs on.
-    runtime: page-locks host memory; None where nothing is to be.
+    backend: devices, threads and collectives.
+    runtime: page-locks host memory; None to page-lock nothing.
     offload: the user's options for memory.
     """
 
@@ -76,12 +76,20 @@ class Storage:
     runtime: CudaRuntime | None = None
     offload: OffloadPolicy = OffloadPolicy()
 
+    def make_buffer(self, arenas: list[HostArena], nbytes: int) -> HostArena:
+        """Allocate host memory for copies, page-locked if the policy says so, in `arenas`."""
+        arena = HostArena(nbytes)
+        if self.policy.pins_staging and self.runtime is not None:
+            arena.pin_or_warn(self.runtime, "These copies go through pageable memory")
+        arenas.append(arena)
+        return arena
+
     def share_of(self, ranks: RankGroup) -> tuple[int, int]:
-        """Return this rank's place among those that a bucket's state is divided over."""
+        """Return this rank's index among the ranks that shard the state, and their number."""
         return (0, 1) if self.policy.replicated else (ranks.rank, ranks.world_size)
 
     def spec_of(self, item: NewParameter) -> ParameterSpec:
-        """Return a parameter as the layout sees it."""
+        """Return the sizes of a parameter, from which the layout plans its bucket."""
         return ParameterSpec(
             item.index,
             item.parameter.numel(),
@@ -93,10 +101,11 @@ class Storage:
 
 
 class Built(NamedTuple):
-    """Result of `build_states`: one BucketState per bucket, and the arenas behind them.
+    """Result of `build_states`.
 
-    arena: the memory that the states lie in.
-    snapshot_buffer: for a checkpoint's copies of them; empty if no copies are allowed.
+    states: one for each bucket.
+    arena: the host memory of the states.
+    snapshot_buffer: host memory for a checkpoint's copies of the states; empty if not wanted.
     """
 
     states: list[BucketState]
@@ -113,15 +122,17 @@ def build_states(
     *,
     buffer_nbytes: int = 0,
 ) -> Built:
-    """Take parameters in: their buckets' states, and the memory for these.
+    """Put parameters into buckets, and allocate and fill the state of these. Collective.
 
-    Every host byte is mapped first, so that a model that does not fit changes nothing; then
-    parameters move one bucket at a time. Rank 0's values become every rank's, as
-    DistributedDataParallel does.
+    Broadcasts the parameters of rank 0 to all ranks, as DistributedDataParallel does.
 
     Args:
+        first_bucket: index of the first new bucket.
         touch: see `HostArena`.
-        buffer_nbytes: most bytes of the snapshot buffer, which is no larger than its content.
+        buffer_nbytes: limit of the snapshot buffer.
+
+    Raises:
+        HostMemoryError: host memory is short, on any rank; the parameters are unchanged.
     """
     plans = plan_state(list(map(storage.spec_of, new)), storage.policy, first_index=first_bucket)
     parts: list[int] = []
@@ -137,6 +148,8 @@ def build_states(
     if buffer_nbytes > 0:
         needed[Category.SNAPSHOT_BUFFER] = buffer_nbytes
     admit_memory(ranks, needed, allow_overcommit=storage.offload.allow_overcommit)
+    # Map and commit all host memory before the first parameter moves to a bucket: if memory is
+    # short, no parameter has changed.
     with raise_on_all_ranks(ranks, "allocating its state"):
         arena = HostArena(arena_nbytes(parts), parts=parts, touch=touch)
         snapshot_buffer = HostArena(buffer_nbytes)
@@ -155,7 +168,7 @@ def build_states(
         states.append(_build(plan, items, arena, ranks, storage))
     for device in dict.fromkeys(item.parameter.device for item in new):
         if storage.backend.is_device(device):
-            # Parameters have left their old blocks, which few later tensors fit into.
+            # The parameters now lie in flat buckets. Few later tensors fit into their old blocks.
             storage.backend.empty_cache(device)
     return Built(states, arena, snapshot_buffer)
 

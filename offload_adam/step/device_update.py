@@ -1,8 +1,12 @@
-"""One bucket's work where its state is on a device: torch's own operations, in float64.
+"""Norm and update of one bucket with state on a device, by torch's own operations in float64.
 
-A bucket's segments are walked in runs of at most `RUN_NUMEL` elements. A run is gathered by
-`_foreach_copy_` into flat float64 rows, computed there by one operation for each term whatever the
-number of tensors, and scattered back, which is the only rounding. Nothing waits for the device.
+    segments   | w0 | w1 |   w2   |      w3      |      float32, or 16-bit gradients
+                 |    |    |    |   gather a run of at most RUN_NUMEL elements
+    row        |  w0, w1, part of w2  |                 float64: one operation for each term
+                 |    |    |    |   scatter: the only rounding
+
+The number of launches depends on the number of runs, not of tensors. The update never waits for the
+device; the sum of squares waits once.
 """
 
 from __future__ import annotations
@@ -29,10 +33,10 @@ from offload_adam.step.messages import UpdateInputs
 from offload_adam.torch_private import foreach_copy
 
 RUN_NUMEL = 1 << 20
-"""Elements that are computed at once: the temporaries of an update are 32 MiB, those of a sum of
-squares 8 MiB, whatever the size of the model."""
+"""Elements of a run: the temporaries of an update take 32 MiB, those of a sum of squares 8 MiB,
+independent of the size of the model."""
 
-_NUM_ROWS = 4
+_NUM_ROWS = 4  # gradient, weight and two moments
 
 Tensors = Sequence[torch.Tensor]
 
@@ -41,15 +45,16 @@ Tensors = Sequence[torch.Tensor]
 class DeviceSegments:
     """Segments of one bucket that are updated with the same scalars; 1-d tensors on one device.
 
-    gradients: in a floating dtype of their own, read only.
-    master_weights, exp_avgs, exp_avg_sqs, max_exp_avg_sqs: float32, updated in place; the last for
-        amsgrad only. No two may overlap.
-    param_out: where the parameters' own 16-bit values are written, or None where the master weights
-        are the parameters.
+    gradients: of any floating dtype, only read.
+    master_weights, exp_avgs, exp_avg_sqs: float32, updated in place.
+    max_exp_avg_sqs: the same for amsgrad, else None.
+    param_out: receive the 16-bit parameters; None if the master weights are the parameters.
+
+    No two tensors may overlap.
 
     Raises:
-        ValueError: a list is not as long as that of the gradients, or a tensor is not 1-d and as
-            long as its gradient, or not of the dtype or device that is asked for.
+        ValueError: the lists differ in length; or a tensor differs from its gradient in shape or
+            device, or has the wrong dtype.
     """
 
     gradients: Tensors
@@ -71,7 +76,7 @@ class DeviceSegments:
         if len(tensors) != len(self.gradients):
             raise ValueError(f"{name} has {len(tensors)} tensors, gradients {len(self.gradients)}")
         for index, (tensor, gradient) in enumerate(zip(tensors, self.gradients, strict=True)):
-            # A copy would broadcast one element over many.
+            # Without this check, copy_() would silently broadcast a tensor of one element.
             if tensor.shape != (gradient.numel(),) or tensor.device != self.gradients[0].device:
                 raise ValueError(
                     f"{name}[{index}] has shape {tuple(tensor.shape)} on {tensor.device}: it must "
@@ -93,27 +98,26 @@ def foreach_update(
 ) -> None:
     """Apply one Adam update to all segments, in place.
 
-    The formula is `kernels.adam`'s. All of it is float64 on the float32 state and the gradient as
-    they are when the call is made, and each stored value is rounded once, so it is the float32
-    nearest to the float64 result or a neighbour of that one: within 1 ULP, also where terms of
-    opposite signs cancel, unless they leave less than 2**-27 of themselves. (The float64 errors, a
-    few 2**-53 of the terms, then show.) A 16-bit parameter is the master weight, rounded.
+    The formula is that of `kernels.adam`, in float64. Each stored value is rounded to float32 once,
+    and is within 1 ULP of the exact result. An exception: if terms of opposite signs cancel to less
+    than 2**-27 of their size, the float64 errors (a few 2**-53 of the terms) become visible. A
+    16-bit parameter is the rounded master weight.
 
-    Two differences from the host kernel, which rounds at every operation: a moment below 2**-126 is
-    kept where torch keeps denormals, and a square that passes float32 is infinite only where it is
-    stored.
+    The host kernel rounds at every operation. So there are two differences: here a moment below
+    2**-126 is kept if torch keeps denormals, and a square beyond the range of float32 becomes
+    infinite only when it is stored.
 
     Args:
-        segments: what is updated.
+        segments: the tensors to update.
         hyper: hyperparameters of the segments' group.
-        step: 1-based count of updates that this one completes.
-        gradient_scale: unscaling times clip factor, applied to every gradient element.
-        run_numel: elements that are computed at once.
+        step: 1-based number of this update.
+        gradient_scale: factor of every gradient element: clip factor / loss scale.
+        run_numel: elements of a run.
 
     Raises:
         ValueError: `run_numel` is less than 1.
 
-    Cost: 34 bytes of temporaries for each of `run_numel` elements; some 25 launches a run.
+    Cost: 34 bytes of temporaries for each of `run_numel` elements; about 25 launches per run.
     Source: Kingma and Ba, "Adam", section 2; Dozat 2016; Loshchilov and Hutter for the decay.
     """
     scalars = update_scalars(hyper, step, gradient_scale)
@@ -124,9 +128,9 @@ def foreach_update(
 
 @torch.no_grad()
 def sum_of_squares(gradients: Tensors, *, run_numel: int = RUN_NUMEL) -> float:
-    """Return the float64 sum of squares of 1-d tensors on one device, not finite if an element is.
+    """Return the float64 sum of squares of 1-d tensors on one device, non-finite if an element is.
 
-    Waits for the device once. No square overflows: float32's largest is 1e77 when squared.
+    Waits for the device once. No square overflows: that of float32's largest value is 1e77.
     """
     if not gradients:
         return 0.0
@@ -147,7 +151,7 @@ class _Slice:
 
 
 def _runs(tensors: Tensors, run_numel: int) -> Iterator[list[_Slice]]:
-    """Cut the tensors, end to end, into runs of `run_numel` elements; the last may be shorter."""
+    """Cut the concatenated tensors into runs of `run_numel` elements; the last may be shorter."""
     if run_numel < 1:
         raise ValueError(f"run_numel is {run_numel}: it must be at least 1")
     run: list[_Slice] = []
@@ -167,21 +171,21 @@ def _runs(tensors: Tensors, run_numel: int) -> Iterator[list[_Slice]]:
 
 
 def _scratch(tensors: Tensors, num_rows: int, run_numel: int) -> torch.Tensor:
-    """Return (num_rows, n) uninitialised float64 on the tensors' device, n enough for a run."""
+    """Return uninitialised (num_rows, elements of a run) float64 on the tensors' device."""
     numel = min(run_numel, sum(tensor.numel() for tensor in tensors))
     device = tensors[0].device if tensors else None
     return torch.empty((num_rows, numel), dtype=torch.float64, device=device)
 
 
 def _gather(tensors: Tensors, run: Sequence[_Slice], row: torch.Tensor) -> torch.Tensor:
-    """Copy a run of the tensors into the row, exactly, and return the part that it fills."""
+    """Copy a run of the tensors into the row, without rounding, and return the filled part."""
     flat = row[: sum(part.end - part.start for part in run)]
     foreach_copy(_cut(flat, run), _pick(tensors, run))
     return flat
 
 
 def _scatter(flat: torch.Tensor, tensors: Tensors, run: Sequence[_Slice]) -> None:
-    """Round a flat run to the tensors' dtype and put it where `_gather` would take it from."""
+    """Copy a flat run back to the tensors, the reverse of `_gather`; rounds to their dtype."""
     foreach_copy(_pick(tensors, run), _cut(flat, run))
 
 
@@ -206,17 +210,19 @@ def _update_run(
     m.mul_(scalars.beta1).add_(g, alpha=1.0 - scalars.beta1)
     infinite = v.isinf()
     v.mul_(scalars.beta2).addcmul_(g, g, value=1.0 - scalars.beta2)
-    v.masked_fill_(infinite, math.inf)  # where beta2 is 0, the product is NaN
+    # An infinite second moment stays infinite. With beta2 = 0 the product above is NaN.
+    v.masked_fill_(infinite, math.inf)
     _scatter(m, segments.exp_avgs, run)
     _scatter(v, segments.exp_avg_sqs, run)
     if scalars.nesterov:
         m.mul_(scalars.beta1).add_(g, alpha=1.0 - scalars.beta1)
     if segments.max_exp_avg_sqs is not None:
-        # The gradient is done with: its row takes the largest so far.
+        # The gradient is no longer needed: reuse its row.
         largest = _gather(segments.max_exp_avg_sqs, run, rows[0])
         torch.maximum(v, largest, out=v)
         _scatter(v, segments.max_exp_avg_sqs, run)
-    m.masked_fill_(v.isinf(), 0.0)  # it may be infinite too, and their quotient NaN
+    # m / inf is 0, but if m is infinite too the quotient is NaN.
+    m.masked_fill_(v.isinf(), 0.0)
     denominator = v.sqrt_().mul_(scalars.denominator_scale).add_(scalars.eps)
     w.mul_(1.0 - scalars.decay).add_(m.div_(denominator), alpha=-scalars.step_size)
     _scatter(w, segments.master_weights, run)
@@ -226,17 +232,17 @@ def _update_run(
 
 
 class DeviceUpdate:
-    """Does with torch's operations what `HostUpdate` does with the kernels.
+    """Has the methods of `HostUpdate`, but runs torch's operations on the device.
 
-    Replicated state is never divided: every parameter is one segment there. Of sharded
-    state the segments are what this rank owns.
+    With replicated state every parameter is one segment. With sharded state the segments are those
+    of this rank's shard.
     """
 
     def allocate_for(self, state: BucketState, gradients: BucketGradients, *, lazy: bool) -> None:
-        """Temporaries come from torch's own cache of device memory."""
+        """Do nothing: torch's caching allocator provides the temporaries."""
 
     def sum_of_squares(self, state: BucketState, gradients: BucketGradients) -> float:
-        """Return the float64 sum of squares of the dense gradients, not finite if one is not."""
+        """Return the float64 sum of squares of the dense gradients, non-finite if one is."""
         found = [gradient for _, gradient in _dense(state, gradients, gradients.readable)]
         return sum_of_squares(found)
 
@@ -252,7 +258,7 @@ class DeviceUpdate:
     def non_finite_positions(
         self, state: BucketState, gradients: BucketGradients
     ) -> npt.NDArray[np.int64]:
-        """Return the positions of the bucket's parameters with a gradient that is not finite."""
+        """Return the positions of the bucket's parameters with a non-finite gradient."""
         found = _dense(state, gradients, gradients.readable)
         bad = [s.position for s, gradient in found if not torch.isfinite(gradient).all()]
         return np.array(bad, dtype=np.int64)
@@ -268,10 +274,12 @@ class DeviceUpdate:
         """Update the `active` parameters and count the step for them.
 
         Args:
-            param_out: where the 16-bit parameters are written, None where the master is it.
+            active: (n,) bool, by position in the bucket.
+            param_out: receives the 16-bit parameters; None if the master is the parameter.
         """
         counts = inputs.count_step(state, active)
         prepared = active & needs_preparation(state, gradients)
+        # Parameters of one group and step count share their scalars, and so one call.
         alike: dict[tuple[int, int], list[tuple[Segment, torch.Tensor]]] = defaultdict(list)
         for segment, gradient in _dense(state, gradients, active & ~prepared):
             key = int(state.groups[segment.position]), int(counts[segment.position])
@@ -339,7 +347,10 @@ def _update_rows(
     step: int,
     param_out: torch.Tensor | None,
 ) -> None:
-    """Update copies of the touched rows, each given once, and put them back."""
+    """Copy the touched rows out of the state, update them, and write them back.
+
+    `touched` must have no duplicate rows: one of two updates would be lost.
+    """
     if touched.rows.numel() == 0:
         return
     planes = state.planes

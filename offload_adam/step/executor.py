@@ -1,4 +1,4 @@
-"""What runs a step's tasks: all on the calling thread, or updates beside the next forward."""
+"""Run a step's tasks on the calling thread, or on the update thread during the next forward."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from offload_adam.layout.budget import (
 )
 from offload_adam.layout.schedule import Operation, Task
 from offload_adam.params.bucket import BucketState
-from offload_adam.spans import Spans, span
+from offload_adam.spans import Stopwatch, span
 from offload_adam.step.messages import UpdateInputs
 from offload_adam.step.update_tasks import UpdateTasks
 
@@ -40,7 +40,7 @@ _exiting = threading.Event()
 
 
 class Job(Protocol):
-    """One job under way; see `update_thread.Ticket`."""
+    """A submitted job; see `update_thread.Ticket`."""
 
     what: str
 
@@ -50,7 +50,7 @@ class Job(Protocol):
 
 
 class Worker(Protocol):
-    """What runs jobs beside the caller, in order; see `update_thread.UpdateThread`."""
+    """Runs jobs in order on another thread; see `update_thread.UpdateThread`."""
 
     def submit(self, what: str, job: Callable[[], None]) -> Job: ...
 
@@ -60,18 +60,25 @@ class Worker(Protocol):
 class Executor:
     """Runs the tasks of a step, in the order of the schedule.
 
-    Backward drives it bucket by bucket (`start_copy`, `sum_local`). After the agreement it gets
-    the rest at once (`apply`).
+    During backward, hooks start the copies bucket by bucket (`start_copy`, `sum_local`). After the
+    agreement, `apply` starts all updates at once.
 
-    Without a worker everything runs on the calling thread, and all parameters may be read when
-    `apply` returns. With a worker, the worker alone launches kernels and issues copies, and `apply`
-    returns before the updates are over. They run in forward order; `wait_for_buckets` is called
-    before a part of the model reads its parameters, and waits for the buckets of that part alone.
-    The calling thread issues every collective. It issues all-gathers in forward order up to the
-    needed buckets, also on ranks that skip layers, and the next one if its update is over. Both
-    ways give the same bits.
+    Without a worker, everything runs on the calling thread, and all parameters may be read when
+    `apply` returns.
 
-    Owns: the worker, and everything that is still to be waited for.
+    With a worker, `apply` returns while the updates still run on the worker, in forward order:
+
+        worker           update 3   update 2   update 1   update 0
+        calling thread   apply | wait 3, gather 3, gather 2 | forward of 3 | wait 2, gather 1 | ...
+
+    - For state on the host, the worker alone launches kernels and issues H2D copies.
+    - `wait_for_buckets` runs before a unit reads its parameters and waits for its buckets alone.
+    - The calling thread issues every collective. It issues all-gathers in forward order up to the
+      needed buckets, also on ranks that skip layers, and one further if its update has finished.
+
+    Both ways give the same bits.
+
+    Owns: the worker, and the lists of copies, updates and all-gathers to wait for.
     """
 
     def __init__(
@@ -80,32 +87,31 @@ class Executor:
         tasks: UpdateTasks,
         worker: Worker | None,
         ranks: RankGroup,
-        spans: Spans,
+        stopwatch: Stopwatch,
         arrived: Callable[[int], None],
     ) -> None:
-        """Begin with nothing under way.
+        """Construct an executor without any task.
 
         Args:
             worker: None to run everything on the calling thread.
-            spans: told of work that is done on the worker, and of waits in `wait_for_buckets`.
-            arrived: told of each bucket when its parameters may be read again after `apply` has
-                returned.
+            stopwatch: times updates on the worker, and the waits in `wait_for_buckets`.
+            arrived: called with each bucket that `wait_for_buckets` has waited for.
         """
         self._transfer = transfer
         self._tasks = tasks
         self._worker = worker
         self._ranks = ranks
-        self._spans = spans
+        self._stopwatch = stopwatch
         self._arrived = arrived
-        # Those that the calling thread finishes: to shards on a device, and on the host.
+        # Copies that the calling thread finishes: to shards on a device, to shards on the host.
         self._copies: tuple[deque[GradientCopy], deque[GradientCopy]] = (deque(), deque())
-        self._lost: BaseException | None = None  # what has ended one of them
+        self._lost: BaseException | None = None  # the error that ended one of `_copies`
         self._copy_jobs: deque[Job] = deque()
         self._begun: GradientCopy | None = None  # the copy that the worker finishes next
-        self._has_begun = False  # there may be one
-        self._updates: dict[int, Job] = {}
-        self._to_gather: deque[int] = deque()
-        self._to_use: dict[int, int] = {}
+        self._has_begun = False  # the worker may have set `_begun`
+        self._updates: dict[int, Job] = {}  # by bucket
+        self._to_gather: deque[int] = deque()  # in forward order
+        self._to_use: dict[int, int] = {}  # buckets not waited for yet: their forward positions
         self._used_on: dict[int, set[Hashable]] = {}  # the streams that have waited for a bucket
         self._pid = os.getpid()
         _notice_exit()
@@ -120,11 +126,12 @@ class Executor:
     def start_copy(self, copy: GradientCopy) -> None:
         """Start to copy a bucket's gradients to their shard.
 
-        Never waits for another rank, and in a world of one only where the host has fallen behind.
+        Never waits for another rank. With one rank it waits if the host is more than
+        `NUM_FOLDS_IN_FLIGHT` copies behind.
         """
         self._transfer.start_copy(copy)
         if not self._runs_on_worker(copy.state):
-            # The calling thread must not wait here: it finishes copies that have arrived.
+            # In backward this thread must not wait: it finishes only copies that have arrived.
             self._copies[copy.state.plan.location.is_host].append(copy)
             self._finish_own_copies(wait=False)
             return
@@ -135,24 +142,23 @@ class Executor:
             self._await(self._copy_jobs.popleft(), "reduce")
 
     def _waits_for_host_alone(self, copy: GradientCopy) -> bool:
-        """Tell whether a copy waits for nothing but this process's own host.
-
-        No stream can wait for the host to cast or add gradients. So backward must, or one that is
-        faster than the host would hold all of its gradients on the device.
-        """
+        """Return whether a copy waits for this process's own host alone, and for no other rank."""
+        # No stream can wait until the host has cast or added gradients. Backward has to wait
+        # instead, or a fast backward would keep all of its gradients on the device.
         return self._ranks.world_size == 1 and self._transfer.goes_through_buffer(copy)
 
     def _advance(self, copy: GradientCopy | None) -> None:
-        """Begin a copy, and finish the one before it, so that both get on at once. By the worker.
+        """Begin a copy, then finish the previous one, so that the two overlap. Runs on the worker.
 
         Args:
-            copy: None if no other follows.
+            copy: None to finish the last copy.
         """
         before, self._begun = self._begun, copy
         if copy is not None:
             self._transfer.begin_copy(copy)
         self._finish(before)
-        if copy is not None and copy.through is None:  # nothing of it goes on by itself
+        if copy is not None and copy.through is None:
+            # No D2H copy to a buffer is in flight that the next call could overlap with.
             self._begun = None
             self._finish(copy)
 
@@ -162,7 +168,7 @@ class Executor:
             self._sum(copy.state.layout.index, copy.gradients)
 
     def sum_local(self, number: int, gradients: BucketGradients) -> None:
-        """Let a worker sum squares of gradients that stay where autograd left them. Never waits."""
+        """Let the worker sum the squares of gradients that stay in `.grad`. Never waits."""
         if self._runs_on_worker(self._tasks.states[number]):
             what = f"the norm of bucket {number}"
             self._copy_jobs.append(self._submit(what, partial(self._sum, number, gradients)))
@@ -172,15 +178,18 @@ class Executor:
             self._tasks.sum_of_squares(number, gradients)
 
     def finish_copies(self, *, wait: bool) -> None:
-        """Finish, in order, the copies that have arrived; with `wait` all copies.
+        """Finish, in order, the copies that have arrived.
+
+        Args:
+            wait: wait for all copies and finish them.
 
         Raises:
-            RuntimeError: the copy of a gradient of this step has ended with an error before.
+            RuntimeError: an earlier copy of this step failed.
         """
         if wait and self._lost is not None:
             raise RuntimeError(
-                "gradients of this step are missing, for an error has ended their copy to the "
-                "gradient shard: call zero_grad() on the optimizer and run the backward again"
+                "Gradients of this step are missing: their copy to the gradient shard failed. Call "
+                "zero_grad() on the optimizer and run the backward again."
             ) from self._lost
         if wait and self._has_begun:
             self._has_begun = False
@@ -194,7 +203,8 @@ class Executor:
         for copies in self._copies:
             while copies:
                 for copy in islice(copies, NUM_FOLD_BUFFERS):
-                    if wait or copy.state.plan.pins_staging:  # else CUDA would block this thread
+                    # A D2H copy to pageable memory would block this thread.
+                    if wait or copy.state.plan.pins_staging:
                         self._transfer.begin_copy(copy)
                 if not (wait or self._transfer.has_arrived(copies[0]) or self._holds_many(copies)):
                     break
@@ -208,41 +218,38 @@ class Executor:
             raise
 
     def drop_lost_copies(self) -> None:
-        """Go on without gradients whose copy has ended with an error: nobody wants them now."""
+        """Forget the error of a failed copy: the gradients of its step are dropped."""
         self._lost = None
 
     def _holds_many(self, copies: Sequence[GradientCopy]) -> bool:
-        """Tell whether the oldest copy must be waited for, to free its slot or its gradients.
-
-        Otherwise a reduction, or a fold, that is slower than backward would hold all gradients on
-        the device.
-        """
+        """Return whether to wait for the oldest copy, to free its slot or its gradients."""
+        # Without this limit, a reduction or a fold that is slower than backward would keep all
+        # gradients on the device.
         if self._waits_for_host_alone(copies[0]):
             return len(copies) > NUM_FOLDS_IN_FLIGHT
         too_many = len(copies) >= NUM_SLOTS_IN_FLIGHT
         return too_many and self._transfer.waits_on_stream_alone(copies[0])
 
     def sum_of_squares(self, gradients: Sequence[BucketGradients]) -> float:
-        """Return this rank's sum of squares in float64.
-
-        The buckets' sums are added up in one order, whenever each was taken, so that the result is
-        deterministic.
-        """
+        """Return this rank's sum of squares in float64."""
         if self._worker is not None:
-            # The calling thread waits for the device while the worker still finishes copies.
+            # First the buckets on a device: this thread waits for the device while the worker still
+            # finishes copies.
             for number in self._numbers(on_host=False):
                 self._tasks.sum_of_squares(number, gradients[number])
             on_host = self._numbers(on_host=True)
             self.run_on_worker(
                 "norm", lambda: [self._tasks.sum_of_squares(n, gradients[n]) for n in on_host]
             )
+        # One fixed order of addition, whatever the order in which the buckets' sums were computed,
+        # makes the result deterministic.
         total = 0.0
         for number, given in enumerate(gradients):
             total += self._tasks.sum_of_squares(number, given)
         return total
 
     def non_finite_indices(self, gradients: Sequence[BucketGradients]) -> npt.NDArray[np.int64]:
-        """Return the indices of parameters whose gradient, in this rank's shard, is not finite."""
+        """Return the indices of parameters with a non-finite gradient in this rank's shard."""
         found = [np.zeros(0, dtype=np.int64)]
 
         def find(numbers: Iterable[int]) -> None:
@@ -260,31 +267,31 @@ class Executor:
     # After the agreement.
 
     def apply(
-        self, gradients: Sequence[BucketGradients], inputs: UpdateInputs, spans: Spans
+        self, gradients: Sequence[BucketGradients], inputs: UpdateInputs, stopwatch: Stopwatch
     ) -> None:
-        """Update, copy and gather every bucket that has an active parameter, in forward order.
+        """Update, copy and all-gather every bucket with an active parameter, in forward order.
 
-        With a worker, its jobs are submitted before the calling thread launches the updates of
-        state on a device: see `Schedule.after_agreement`.
+        With a worker, this submits the updates and returns; `wait_for_buckets` does the rest.
 
         Args:
-            spans: told of what the calling thread does before this returns.
+            stopwatch: times the work of the calling thread.
         """
         self._tasks.record_last_read()
-        to_launch: list[Callable[[Spans], None]] = []
+        to_launch: list[Callable[[Stopwatch], None]] = []
         for position, number in enumerate(self._tasks.stream_waits.schedule.forward_order):
             state = self._tasks.states[number]
             active = inputs.active[state.indices]
             if not active.any() or state.layout.numel == 0:
+                # An empty shard is not updated, but its parameters count the step.
                 inputs.count_step(state, active)
                 self._skip_update(state)
                 continue
             update = partial(self._tasks.update, number, gradients[number], active, inputs)
             if self._worker is None:
-                update(spans)
+                update(stopwatch)
             elif state.plan.location.is_host:
                 what = f"the update of bucket {number}"
-                self._updates[number] = self._submit(what, partial(update, self._spans))
+                self._updates[number] = self._submit(what, partial(update, self._stopwatch))
             else:
                 to_launch.append(update)
             if state.plan.gathers:
@@ -292,17 +299,17 @@ class Executor:
             self._to_use[number] = position
             self._used_on.pop(number, None)
             if self._worker is None:
-                self._gather_ahead(spans)
-        # After the loop, because launching takes this thread a while (some 25 kernels for a million
-        # elements), and the host's updates run meanwhile.
+                self._gather_ahead(stopwatch)
+        # After the loop, so that the worker has its jobs: launching takes this thread a while, for
+        # about 25 kernels per million elements. `Schedule.after_agreement` has the same order.
         for launch in to_launch:
-            launch(spans)
+            launch(stopwatch)
         if self._worker is None:
             for number in list(self._to_use):
-                self._use(number, spans)
+                self._use(number, stopwatch)
 
     def _skip_update(self, state: BucketState) -> None:
-        """Keep a skipped bucket's turn among those that use staging slots."""
+        """Record the H2D event of a bucket without an update, in its turn, for its staging slot."""
         if not state.plan.stages_parameters:
             return
         number = state.layout.index
@@ -313,9 +320,10 @@ class Executor:
             skip()
 
     def wait_for_buckets(self, buckets: Collection[int]) -> None:
-        """Return when these buckets' parameters may be read. By the model's own thread.
+        """Wait until these buckets' parameters may be read. Called by the training thread.
 
-        On a device the stream waits, not the host, for what has been issued.
+        The host waits for updates on the worker. For issued copies and all-gathers on a device, the
+        current stream waits, not the host.
         """
         self._bound_backlog()
         self._wait_on_other_streams(buckets)
@@ -325,21 +333,21 @@ class Executor:
         if not needed:
             return
         self._reject_forked()
-        # Before the wait for an update, which may wait until a capture is over.
+        # Before any wait: the update may itself wait until the capture has ended, a deadlock.
         self._tasks.stream_waits.streams_of(needed[0]).reject_capture()
-        with self._spans.span("update wait"):
+        with self._stopwatch.span("update wait"):
             last = max(self._to_use[number] for number in needed)
             while self._to_gather and self._to_use[self._to_gather[0]] <= last:
-                self._gather_next(self._spans)
+                self._gather_next(self._stopwatch)
             for number in sorted(needed, key=self._to_use.__getitem__):
-                self._use(number, self._spans)
+                self._use(number, self._stopwatch)
                 self._arrived(number)
-        self._gather_ahead(self._spans)
+        self._gather_ahead(self._stopwatch)
 
     def _wait_on_other_streams(self, buckets: Collection[int]) -> None:
-        """Let a stream that has not waited for these buckets wait, where another one has.
+        """Let the current stream wait for buckets for which only other streams have waited.
 
-        The model may run parts that share a bucket on several streams.
+        The model may run units that share a bucket on several streams.
         """
         for number in buckets:
             used_on = self._used_on.get(number)
@@ -352,82 +360,83 @@ class Executor:
     def _reject_forked(self) -> None:
         if os.getpid() != self._pid:
             raise UnreadyParameterError(
-                "this process was forked while parameters were being updated, by a thread that it "
-                "has not: call synchronize() on the optimizer before you fork, or spawn"
+                "This process was forked while a thread of its parent updated the parameters. Call "
+                "synchronize() on the optimizer before you fork, or spawn processes instead."
             )
 
     def _bound_backlog(self) -> None:
-        """Let no more than two backwards' gradients be on their way.
-
-        With several ranks a backward does not wait after its first hook, so a forward does where
-        several backwards add up on the host.
-        """
+        """Wait until at most two backwards' gradient copies are unfinished."""
+        # With several ranks, hooks of a backward must not wait for other ranks. So the next forward
+        # waits, if several backwards accumulate on the host faster than it adds them.
         while len(self._copy_jobs) > 2 * len(self._tasks.states):
             self._await(self._copy_jobs.popleft(), "reduce", needs_peers=True)
 
-    def _use(self, number: int, spans: Spans) -> None:
-        self._tasks.wait_for_parameters(number, spans)
+    def _use(self, number: int, stopwatch: Stopwatch) -> None:
+        self._tasks.wait_for_parameters(number, stopwatch)
         del self._to_use[number]
         stream = self._tasks.stream_waits.streams_of(number).current()
         if stream is not None:
             self._used_on[number] = {stream}
 
-    def _gather_next(self, spans: Spans) -> None:
-        # Forgotten only when it is issued: after an interrupt it is still to come on this rank too.
+    def _gather_next(self, stopwatch: Stopwatch) -> None:
+        # The bucket is removed only after its all-gather was issued. If a KeyboardInterrupt comes
+        # before, this rank still issues it later, in the same order as the other ranks.
         with torch.no_grad():
-            self._tasks.gather(self._to_gather[0], spans)
+            self._tasks.gather(self._to_gather[0], stopwatch)
         self._to_gather.popleft()
 
-    def _gather_ahead(self, spans: Spans) -> None:
-        """Issue the next gather if nothing need be waited for."""
+    def _gather_ahead(self, stopwatch: Stopwatch) -> None:
+        """Issue the next all-gather, unless its update is still running."""
         if self._to_gather:
             job = self._updates.get(self._to_gather[0])
             if job is None or job.is_over():
-                self._gather_next(spans)
+                self._gather_next(stopwatch)
 
     def forget_streams(self) -> None:
-        """Let any stream read parameters without a wait: the host has waited until all are there.
-
-        A CUDA graph could not capture such a wait.
-        """
+        """Let every stream read parameters without a wait: the host has waited for all of them."""
+        # A CUDA graph cannot capture a wait for work that was issued before the capture.
         self._used_on.clear()
 
     def finish_updates(self) -> None:
-        """Return when all parameters may be read, and no update is under way.
+        """Wait until all updates have finished and all parameters may be read.
 
         Raises:
-            Exception: what an update has raised.
+            Exception: the error of an update.
         """
         self.wait_for_buckets(list(self._to_use))
-        assert not self._to_gather, "what is gathered is used"
+        assert not self._to_gather, "every bucket to gather is also in `_to_use`"
         self._updates.clear()
 
     def close(self) -> bool:
-        """End the worker when it has done what it was given; tell if it has. Idempotent."""
+        """Let the worker finish its jobs and end; return whether it has ended. Idempotent."""
         has_ended = self._worker is None or self._worker.close()
         if self._to_gather and not _exiting.is_set():
             logger.error(
-                "the optimizer was dropped before all parameters were gathered, so they differ "
-                "between ranks now: call synchronize() or close() before"
+                "The optimizer was dropped before all parameters were gathered, so they now differ "
+                "between ranks. Call synchronize() or close() before you drop it."
             )
         return has_ended
 
     # The worker.
 
     def run_on_worker(self, phase: str, job: Callable[[], object]) -> None:
-        """Do something on the thread that launches the updates, and return when it is done."""
+        """Run a job on the thread that launches the updates, and wait for it.
+
+        Args:
+            phase: names the job in messages.
+        """
         if self._worker is None:
             job()
         else:
             self._await(self._submit(f"the {phase}", job), phase)
 
     def _runs_on_worker(self, state: BucketState) -> bool:
-        """Tell whether the worker, not the calling thread, finishes copies and runs updates."""
+        """Return whether the worker, not the calling thread, copies and updates this bucket."""
         return self._worker is not None and state.plan.location.is_host
 
     def _submit(self, what: str, job: Callable[[], object]) -> Job:
         def run() -> None:
-            # Gradients are on by default in every thread.
+            # Autograd is on by default in every thread. PROGRESS shows the training thread alone.
             with torch.no_grad(), PROGRESS.untracked():
                 job()
 
@@ -435,7 +444,7 @@ class Executor:
         return self._worker.submit(what, run)
 
     def wait_for_update(self, task: Task) -> None:
-        """Block the calling thread until an update that the worker runs, if any, is over."""
+        """Block the calling thread until the worker has finished a bucket's update, if any."""
         job = self._updates.get(task.bucket)
         if job is not None:
             self._await(job, "update", bucket=task.bucket)
@@ -446,12 +455,12 @@ class Executor:
         """Wait for a job, and raise an error if a peer fails meanwhile.
 
         Args:
-            phase: for error messages.
+            phase: names the wait in messages.
             needs_peers: the job itself waits for other ranks.
 
         Raises:
-            Exception: what the job raised.
-            PeerFailedError: naming the ranks that have failed.
+            Exception: the job's error.
+            PeerFailedError: naming the failed ranks.
         """
         if job.wait(0.0):
             return
@@ -461,5 +470,7 @@ class Executor:
 
 @functools.cache
 def _notice_exit() -> None:
-    """Know of the interpreter's exit before what was made earlier is finalized by it."""
+    """Set `_exiting` when the interpreter exits, before optimizers are finalized."""
+    # atexit runs the latest registration first. The finalizers' own was made with the first of
+    # them, and an optimizer makes one before its executor.
     atexit.register(_exiting.set)

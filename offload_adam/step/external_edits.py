@@ -1,4 +1,4 @@
-"""Find weights that were edited outside of `step()`, and sync master weights with them."""
+"""Find parameters that the user modified outside of `step()`, and sync master weights with them."""
 
 from __future__ import annotations
 
@@ -35,14 +35,16 @@ _CHUNK = 256
 class VersionWatch:
     """Compares every parameter's version counter and address with those after our last write.
 
-    Sees: in-place writes under no_grad, `load_state_dict`, other optimizers, replaced storage, and,
-    with a module, another object in the parameter's place. Does not see: writes through `.data` or
-    NumPy, which bump no version (`ExternalEdits` compares values for those).
-    Cost: two attributes of each parameter before a step, and one after it.
+    Finds in-place writes under no_grad, `load_state_dict`, writes of other optimizers, and replaced
+    storage. With a module, also another object in the parameter's place. Does not find writes
+    through `.data` or NumPy, which bump no version counter: `ExternalEdits` compares values.
+
+    Cost: reads two attributes of each parameter before a step, and one after it.
     """
 
     def __init__(self, module: torch.nn.Module | None) -> None:
-        # Weakly: the model may hold the optimizer, and the executor's finalizer holds this object.
+        # A weak reference: the executor's finalizer holds this object, and the model may hold the
+        # optimizer. A strong one would keep both alive for ever.
         self._module = None if module is None else weakref.ref(module)
         self._names: list[str] = []
         self._parameters: list[torch.nn.Parameter] = []
@@ -52,7 +54,7 @@ class VersionWatch:
         self._registrations: list[Registration] = []
 
     def extend(self, names: Sequence[str], parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Watch further parameters, from how they are now."""
+        """Watch more parameters; their present values count as unmodified."""
         self._names += names
         self._parameters += parameters
         self._addresses += [parameter.data_ptr() for parameter in parameters]
@@ -62,15 +64,15 @@ class VersionWatch:
             self._registrations += _registrations(module, parameters)
 
     def accept_versions(self) -> None:
-        """Take the parameters as they are now for unchanged."""
+        """Treat the present values of all parameters as unmodified."""
         self._versions = list(map(version_of, self._parameters))
 
     def mark(self) -> None:
-        """Remember the parameters as they are now, for `since_mark`."""
+        """Remember the present version counters, for `since_mark`."""
         self._marked = list(map(version_of, self._parameters))
 
     def since_mark(self, changed: Sequence[int]) -> list[int]:
-        """Return those of what `changed` returned that were written to after `mark`."""
+        """Return the positions in `changed` of parameters that were written to after `mark`."""
         known = len(self._marked)
         return [
             position
@@ -79,7 +81,7 @@ class VersionWatch:
         ]
 
     def count_writes(self, written: npt.NDArray[np.bool_]) -> None:
-        """Bump and accept the versions of the parameters that we are about to write.
+        """Bump the version counters of parameters that the update will write, and accept them.
 
         Args:
             written: (n,) bool, by position.
@@ -92,7 +94,7 @@ class VersionWatch:
         self.accept_versions()
 
     def bump_again(self, positions: Sequence[int]) -> None:
-        """Bump the versions of these parameters, and take them for unchanged."""
+        """Bump the version counters of these parameters once more, and accept them."""
         torch.autograd.graph.increment_version([self._parameters[p] for p in positions])
         for position in positions:
             self._versions[position] = version_of(self._parameters[position])
@@ -103,7 +105,7 @@ class VersionWatch:
         Raises:
             ParameterReplacedError: naming a parameter whose storage or object was replaced.
         """
-        # A few hundred at a time, so that the second look at each finds it in the cache.
+        # 256 at a time, so that the parameters are still in the CPU's cache for the second pass.
         changed: list[int] = []
         for start in range(0, len(self._parameters), _CHUNK):
             end = start + _CHUNK
@@ -120,7 +122,7 @@ class VersionWatch:
         return changed
 
     def reject_written(self, positions: Iterable[int]) -> None:
-        """Reject writes to parameters whose update was under way: it has written over them.
+        """Raise an error if the user wrote to a parameter during its update, which overwrote it.
 
         Raises:
             UnreadyParameterError: naming a parameter written to since `accept_versions`.
@@ -128,13 +130,16 @@ class VersionWatch:
         for position in positions:
             if version_of(self._parameters[position]) != self._versions[position]:
                 raise UnreadyParameterError(
-                    f"parameter {self._names[position]!r} was written to while its update was "
-                    "under way, which has overwritten it: call synchronize() on the optimizer "
-                    "before you change weights"
+                    f"Parameter {self._names[position]!r} was written to while its update was "
+                    "running, which has overwritten it. Call synchronize() on the optimizer before "
+                    "you modify weights."
                 )
 
     def checksum(self, positions: Sequence[int]) -> int:
-        """Return a checksum below 2**53 over which parameters changed and to what, 0 for none."""
+        """Return a checksum of these positions and their parameters' values, 0 if there are none.
+
+        It is below 2**53, so that float64 holds it exactly in the agreement.
+        """
         if not positions:
             return 0
         checksum = zlib.crc32(np.asarray(positions, dtype=np.int64).tobytes())
@@ -154,17 +159,17 @@ class VersionWatch:
 
     def _reject(self, position: int, what: str) -> None:
         raise ParameterReplacedError(
-            f"parameter {self._names[position]!r} is no longer what this optimizer updates: "
-            f"{what}. Move or cast the model (.to, .half) and load with assign=True before the "
-            "optimizer is made, or make a new one; to change weights in place use copy_() under "
-            "no_grad"
+            f"Parameter {self._names[position]!r} is no longer the tensor that this optimizer "
+            f"updates: {what}. Move or cast the model (.to, .half) and load with assign=True "
+            "before you construct the optimizer, or construct a new one. To modify weights "
+            "in-place, use copy_() under no_grad."
         )
 
 
 def _registrations(
     module: torch.nn.Module, parameters: Sequence[torch.nn.Parameter]
 ) -> list[Registration]:
-    """Return where the module registers these parameters; reading that later is a dict look-up."""
+    """Return where the module registers these parameters: dict, key and parameter of each."""
     wanted = {id(parameter) for parameter in parameters}
     return [
         (registered_parameters(owner), key, parameter)
@@ -175,20 +180,21 @@ def _registrations(
 
 
 _PIECE = 2**18
-"""Elements at a time: loading a checkpoint ends with this, and must not copy what it has loaded."""
+"""Elements that are compared at a time: a load of a checkpoint must not need memory for a copy of
+all parameters."""
 
 _SAMPLE_BLOCKS = 128
-"""Blocks of a bucket in one sample: up to 0.1 ms, where the update of 16 M elements takes 19 ms."""
+"""Blocks of a bucket in one sample: at most 0.1 ms; the update of 16 M elements takes 19 ms."""
 
 
 def sync_master(state: BucketState, positions: Collection[int]) -> None:
-    """Give exactly those master elements the parameter's value whose rounding differs from it.
+    """Set master elements to their parameter elements, where rounding the master gives another.
 
-    So a `clamp_` moves only what it clamped, and loading the weights that were saved with the
-    optimizer loses none of the master's low bits. Bits are compared, so that NaN equals itself.
+    The other master elements keep their low bits: after a `clamp_`, those that were not clamped;
+    after loading the weights that were saved with the optimizer, all of them.
 
     Args:
-        positions: the changed parameters, by their place in the bucket.
+        positions: of the modified parameters in the bucket.
     """
     for position, master, parameter in _segments(state):
         if position in positions:
@@ -200,8 +206,8 @@ def sync_master(state: BucketState, positions: Collection[int]) -> None:
 def differing(state: BucketState) -> list[int]:
     """Return the positions of parameters that no longer equal their rounded masters.
 
-    Cost: one pass over this rank's shard of parameters and masters, and a D2H copy of the
-        parameters where they are on a device and the state is not.
+    Cost: reads this rank's shard of parameters and masters once, and copies the parameters from the
+        device if the state is on the host.
     """
     if state.own_master or all(
         _equal(*piece) for piece in _pieces(state.planes.master_weight, state.shard)
@@ -219,9 +225,9 @@ def differing(state: BucketState) -> list[int]:
 
 
 def sample_differs(state: BucketState, turn: int) -> bool:
-    """Tell whether parameters differ from their rounded masters in blocks spread over the shard.
+    """Return whether a sample of blocks, spread over the shard, differs from its rounded masters.
 
-    A shard of less than 256 blocks is compared as a whole.
+    A shard of fewer than 256 blocks is compared as a whole.
 
     Args:
         turn: selects the blocks; consecutive turns visit all of them.
@@ -248,10 +254,10 @@ def _segments(state: BucketState) -> Iterator[tuple[int, torch.Tensor, torch.Ten
 def _pieces(
     master: torch.Tensor, parameter: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield both a piece at a time, the parameter's on the master's device."""
+    """Yield pieces of both tensors, those of the parameter on the master's device."""
     for part, given in zip(master.split(_PIECE), parameter.split(_PIECE), strict=True):
-        # From a device, the host waits here for the stream that waits for the last step's H2D
-        # copies: none of them reads the master when it is written.
+        # The copy from a device waits for the current stream, which waits for the last step's H2D
+        # copies. So none of them still reads the master when the caller writes it.
         yield part, given.to(part.device)
 
 
@@ -264,32 +270,33 @@ def _differs(master: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    # Bits, not values, are compared: NaN equals itself then, and -0 differs from 0.
     return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
 
 
 _FIRST_STEPS = 2
-"""Steps that compare everything at first: weights may have been written before the first of them,
-and a loop that writes after every step shows in the second."""
+"""The first steps compare all elements: weights may have been written before the first one, and a
+training loop that writes after every step is found in the second."""
 
 _STEPS_AFTER_WRITE = 10
-"""Steps that compare everything after a write that was found: another one may be smaller."""
+"""So many steps after a write was found compare all elements: a sample may miss the next write."""
 
 _SAMPLED_BUCKETS = 32
-"""Buckets that one step samples at most, in turns: this bounds the time whatever the model."""
+"""One step samples at most so many buckets, in turns, so that its time has a limit."""
 
 
 class ExternalEdits:
-    """Tells the step which parameters were written to, and a checkpoint being written what it lost.
+    """Finds the parameters that the user modified, for the step and for a background checkpoint.
 
-    Parameters are meant by their index over all of the optimizer.
+    All methods identify a parameter by its index in the optimizer.
 
     Owns: the version watch.
 
     Args:
-        module: where parameters are registered, to notice another object in their place.
-        states: all buckets; grows with the optimizer.
-        places: the bucket of each parameter and its position there; grows with the optimizer.
-        snapshot_lock: keeps updates off what a checkpoint still reads.
+        module: the model, to find another object in a parameter's place.
+        states: all buckets; this list grows with `add_param_group`.
+        places: the bucket of each parameter and its position there; grows too.
+        snapshot_lock: invalidated if the user modifies parameters that a checkpoint still reads.
     """
 
     def __init__(
@@ -309,17 +316,19 @@ class ExternalEdits:
         self._has_warned = False
 
     def extend(self, new: Sequence[NewParameter]) -> None:
-        """Watch further parameters, from how they are now."""
+        """Watch more parameters; their present values count as unmodified."""
         self._watch.extend([item.name for item in new], [item.parameter for item in new])
         self.compare_all()
 
     def compare_all(self) -> None:
-        """Compare every parameter with its master in the next steps: either may be new."""
+        """Let the next steps compare all parameters with their masters, as after a load."""
         self._is_first = True
         self._num_thorough = _FIRST_STEPS
 
     def find(self) -> list[int]:
-        """Return the parameters written to since the last step, and tell the snapshot lock of them.
+        """Return the parameters whose version counter moved since the last step.
+
+        An open snapshot is invalidated if it has not read one of them.
 
         Raises:
             ParameterReplacedError: naming a parameter whose storage or object was replaced.
@@ -331,14 +340,14 @@ class ExternalEdits:
         return changed
 
     def find_unseen(self, changed: Sequence[int]) -> list[int]:
-        """Return parameters that were written through `.data` or NumPy, as far as a look shows.
+        """Return parameters that were written through `.data` or NumPy, as far as they are found.
 
-        No version counter moves then, but the parameter differs from its rounded master. The first
-        steps compare everything. Later ones compare a sample, which finds a write to all of a model
-        and may miss one to a few elements.
+        Such a write moves no version counter, but the parameter differs from its rounded master.
+        The first steps compare all elements. Later steps compare a sample: it finds a write to the
+        whole model, and may miss a write to a few elements.
 
         Args:
-            changed: what `find` returned; these are known already.
+            changed: the result of `find`; these parameters are left out.
         """
         if self._num_thorough == 0:
             turn, every = self._num_applied, 1 + len(self._states) // _SAMPLED_BUCKETS
@@ -352,7 +361,7 @@ class ExternalEdits:
         return self.all_unseen(changed)
 
     def all_unseen(self, changed: Sequence[int]) -> list[int]:
-        """Return what `find_unseen` looks for, having compared every parameter."""
+        """Return the same as `find_unseen`, after comparing all elements."""
         known = set(changed)
         found = [
             int(state.indices[position]) for state in self._states for position in differing(state)
@@ -360,33 +369,32 @@ class ExternalEdits:
         return sorted(set(found) - known)
 
     def report_unseen(self, names: Sequence[str]) -> None:
-        """Compare everything for some steps, and warn once.
-
-        A write before the first step needs no warning: every shard is compared then.
+        """Compare all elements in the next steps, and warn once.
 
         Args:
             names: the parameters that were written.
         """
         if self._is_first:
-            return
+            return  # the first step compares all elements, so it has found every such write
         self._num_thorough = _STEPS_AFTER_WRITE
         if not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "%d parameter(s), %r first, were written through .data or NumPy; their master "
-                "weights follow. Not every such write can be found: write under torch.no_grad() "
-                "without .data, or call refresh_master() after it",
+                "%d parameter(s), %r first, were written through .data or NumPy. Their master "
+                "weights were updated, but not every such write can be found. Write under "
+                "torch.no_grad() without .data, or call refresh_master() after it.",
                 len(names),
                 names[0],
             )
 
     def checksum(self, changed: Sequence[int]) -> int:
-        """Return a checksum below 2**53 over which parameters changed and to what, 0 for none."""
+        """Return a checksum of these parameters; see `VersionWatch.checksum`."""
         return self._watch.checksum(changed)
 
     def sync(self, changed: Sequence[int]) -> None:
-        """Let the masters follow these parameters, once nobody reads them any more."""
+        """Set the masters of these parameters to the values that the user wrote."""
         if changed:
+            # The snapshot's reader may still read these masters.
             self.snapshot_lock.wait_until_all_free()
         positions: dict[int, set[int]] = {}
         for index in changed:
@@ -396,7 +404,7 @@ class ExternalEdits:
             sync_master(self._states[bucket], members)
 
     def sync_all(self) -> None:
-        """Let every master follow its parameter, for writes that no version counter saw."""
+        """Sync all masters with their parameters, after writes that moved no version counter."""
         self.snapshot_lock.note_changes([state.layout.index for state in self._states])
         self.snapshot_lock.wait_until_all_free()
         for state in self._states:
@@ -404,31 +412,30 @@ class ExternalEdits:
         self._watch.accept_versions()
 
     def bump_versions(self, written: npt.NDArray[np.bool_]) -> None:
-        """Bump the versions of the parameters that the step is about to write.
-
-        Our writes go through the flat bucket: autograd's check against stale graphs must see them.
-        Counted before they happen, while `find` has the parameters in the cache.
+        """Bump the version counters of the parameters that the step is about to write.
 
         Args:
             written: (num parameters,) bool.
         """
+        # The kernels and copies write to the flat bucket's memory, which bumps no counter. Autograd
+        # must see these writes, to reject a backward through a graph that saved the old values.
+        # Before the writes, since `find` has just brought the parameters into the CPU's cache.
         self._watch.count_writes(written)
         self._num_applied += 1
         self._is_first = False
         self._num_thorough = max(0, self._num_thorough - 1)
 
     def arrived(self, bucket: int) -> None:
-        """Count our writes to a bucket once more, as its parameters may be read from now on.
-
-        A graph that read the old values after `step()` then fails autograd's version check. A
-        backward that is running already is left alone: `ForwardHooks.check` looks at its gradients,
-        and that error says more.
+        """Bump the version counters of a bucket's parameters again, after its overlapped update.
 
         Raises:
-            UnreadyParameterError: naming a parameter that was written to in the meantime.
+            UnreadyParameterError: naming a parameter that the user wrote to during the update.
         """
         positions = self._states[bucket].indices.tolist()
         self._watch.reject_written(positions)
+        # A graph built between `step()` and now saved old values under the first bump's versions:
+        # with this bump its backward raises autograd's error. But not if that backward is running:
+        # `ForwardHooks.check` then raises an error that says more.
         if current_graph_task() == NO_GRAPH_TASK:
             self._watch.bump_again(positions)
 
@@ -436,12 +443,12 @@ class ExternalEdits:
         """Begin a snapshot: updates of these buckets wait until its reader releases them."""
         self._watch.mark()
         for device in {state.device for state in self._states if state.device.type == "cuda"}:
-            # The reader copies device buckets on a stream of its own.
+            # The reader copies device buckets on another stream, which does not wait for this one.
             torch.cuda.current_stream(device).synchronize()
         self.snapshot_lock.acquire_buckets(buckets)
 
     def wait_for_snapshot(self) -> None:
-        """Wait until the reader has released all buckets; note external edits up to then."""
+        """Wait until the reader has released all buckets; check for external edits before."""
         if self.snapshot_lock.is_open:
             self.find()
             self.snapshot_lock.wait_until_all_free()

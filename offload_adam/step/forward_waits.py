@@ -1,4 +1,4 @@
-"""Let each part of a model wait, before its forward, for its own parameters and no others."""
+"""Forward hooks: each unit of a model waits for its own parameters before its forward."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BucketOf = Mapping[nn.Parameter, int]
 
 @dataclass(eq=False)
 class Unit:
-    """A module, and the buckets that are waited for before its forward; tracing adds to them."""
+    """A module, and the buckets that its forward waits for; tracing adds to them."""
 
     module: nn.Module
     name: str
@@ -37,24 +37,25 @@ def find_units(
 ) -> list[Unit]:
     """Return the units of a model, the root first.
 
-    A unit waits for everything in its subtree: a child whose parameters its parent reads fires no
-    hook of its own, as in `nn.MultiheadAttention`. What lies outside of all units is waited for by
-    the module that owns it.
+    A unit waits for the parameters of its whole subtree: if a parent reads the parameters of its
+    child, as `nn.MultiheadAttention` does, the child's hook does not run. A module outside of all
+    units waits for its own parameters.
 
     Args:
-        bucket_of: the bucket of every parameter that the optimizer has.
-        chosen: the units; None for the children of every ModuleList (the outermost ones).
-        whole: the root waits for what lies outside of the units, as where nothing can be traced.
+        bucket_of: the bucket of each parameter of the optimizer.
+        chosen: the units; None for the children of every outermost ModuleList.
+        whole: the root waits for all parameters outside of units, because tracing is impossible.
 
     Raises:
-        ValueError: a chosen unit is no part of the root.
+        ValueError: a chosen unit is not a module of the root.
     """
     named = {module: name for name, module in root.named_modules()}
     modules = list(_list_children(root)) if chosen is None else list(chosen)
     for module in modules:
         if module not in named:
             raise ValueError(
-                f"units: a {type(module).__name__} is given that is no part of module="
+                f"units contains a {type(module).__name__} that is not a submodule of module=. "
+                "Pass modules of the model that is passed as module=."
             )
     inside = {member for module in modules for member in module.modules()} - {root}
     first = Unit(root, "", _buckets(root.parameters(recurse=False), bucket_of))
@@ -76,7 +77,7 @@ def find_units(
 
 
 def outside(root: nn.Module, bucket_of: BucketOf) -> set[int]:
-    """Return the buckets with a parameter that is none of the model's."""
+    """Return the buckets with a parameter that the model does not have."""
     members = set(root.parameters())
     return {bucket for parameter, bucket in bucket_of.items() if parameter not in members}
 
@@ -107,7 +108,7 @@ _QUESTIONS = (
 
 
 def _harmless() -> set[Any]:
-    """Return the functions that read no element of their arguments."""
+    """Return torch's functions that read only metadata of a tensor, none of its elements."""
     getters = (getattr(torch.Tensor, name, None) for name in _METADATA)
     found: set[Any] = {getter.__get__ for getter in getters if getter is not None}
     questions = (getattr(torch.Tensor, name, None) for name in _QUESTIONS)
@@ -115,9 +116,9 @@ def _harmless() -> set[Any]:
 
 
 class FirstUse(TorchFunctionMode):
-    """Calls back when a function of torch is given a parameter, before the function runs.
+    """Calls back before a torch function runs that has a parameter among its arguments.
 
-    Cost: about 1.5 us a function; it is on for one forward.
+    Cost: about 1.5 us per function, during one forward.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class FirstUse(TorchFunctionMode):
         """Watch these parameters.
 
         Args:
-            seen: is given the id of the parameter.
+            seen: called with the id of the parameter.
         """
         super().__init__()
         self._ids = {id(parameter) for parameter in parameters}
@@ -134,11 +135,11 @@ class FirstUse(TorchFunctionMode):
         self._harmless = _harmless()
 
     def begin(self) -> None:
-        """Be on, until `end`, for the calling thread."""
+        """Watch the functions of the calling thread until `end`."""
         self.__enter__()  # type: ignore[no-untyped-call]
 
     def end(self) -> None:
-        """Be off."""
+        """Stop watching."""
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
@@ -148,9 +149,9 @@ class FirstUse(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Look at the arguments, and call the function."""
+        """Report parameters among the arguments, then call the function."""
         kwargs = kwargs or {}
-        # What is being compiled would be compiled with this very look into it.
+        # torch.compile would trace `_look` into the code that it compiles.
         if not torch.compiler.is_compiling() and func not in self._harmless:
             self._look(args)
             self._look(kwargs.values())
@@ -165,24 +166,24 @@ class FirstUse(TorchFunctionMode):
 
 
 class ForwardHooks:
-    """Waits, before the forward of each unit of a model, for the unit's own buckets.
+    """Lets the forward of each unit of a model wait for the unit's own buckets.
 
-    The root without gradients (an evaluation), a unit that is called outside of the root's forward,
-    and `state_dict` and `load_state_dict` of any module wait for everything: nothing would notice
-    there what was read too early. Where gradients flow, `check` does: if a bucket produced a
-    gradient but no hook waited for it, its parameters were read without our hooks.
+    `check` finds parameters that were read without our hooks: their bucket produced a gradient, but
+    no hook waited for it. Where there are no gradients, nothing would find such a read. So the
+    following wait for all buckets: the root's forward under no_grad (an evaluation), a unit called
+    outside of the root's forward, and `state_dict` and `load_state_dict` of any module.
 
-    The first forward is traced, while nothing is under way yet: a parameter that is read before any
-    unit has waited for its bucket is from then on waited for by the unit that was entered last.
+    The first forward is traced, before any update runs. If it reads a parameter whose bucket no
+    unit has waited for, the unit that was entered last waits for that bucket from then on.
 
-    Owns: hooks on the model until `remove`. Copies and pickles of the model have none. `removals`
-        takes them off, too, and holds the model only where it is compiled.
+    Owns: hooks on the model until `remove`. Copies and pickles of the model have no hooks. Closing
+        `removals` removes the hooks too; `removals` refers to the model only if it is compiled.
     """
 
     def __init__(
         self, root: nn.Module, executor: Executor, chosen: Sequence[nn.Module] | None
     ) -> None:
-        """Prepare for a model; `attach` puts the hooks on.
+        """Construct without hooks on the model; `attach` puts them on.
 
         Args:
             chosen: the units, None for the children of every ModuleList.
@@ -191,21 +192,21 @@ class ForwardHooks:
         self._executor = executor
         self._chosen = chosen
         self._bucket_of: BucketOf = {}
-        self._always: set[int] = set()
+        self._always: set[int] = set()  # buckets that `step()` itself waits for
         self.removals = ExitStack()
-        self._depth = 0
-        self._waited: set[int] = set()
-        self._latest: Unit | None = None
+        self._depth = 0  # how many forwards of the root are running, one inside another
+        self._waited: set[int] = set()  # buckets waited for since the last step
+        self._latest: Unit | None = None  # the unit entered last
         self._tracing: FirstUse | None = None
         self._is_traced = False
         self._has_overlapped = False
         self._was_pending = False
 
     def attach(self, bucket_of: BucketOf) -> None:
-        """Put hooks on for these parameters, in place of earlier ones. Nothing is under way."""
+        """Put hooks on the model, in place of earlier ones. No update may be running."""
         self.remove()
         if self._bucket_of:
-            # The later ones may have a gradient of a backward before they were attached.
+            # Parameters that were added later may already have a gradient: `check` must accept it.
             self._waited |= set(bucket_of.values()) - set(self._bucket_of.values())
         self._bucket_of = bucket_of
         self._always = outside(self._root, bucket_of)
@@ -214,8 +215,8 @@ class ForwardHooks:
         units = find_units(self._root, bucket_of, self._chosen, whole=self._is_traced)
         if is_compiled(self._root):
             logger.warning(
-                "the model is compiled as a whole, so its forward waits for all of its parameters "
-                "at once: compile its layers one by one to hide the updates under it"
+                "The model is compiled as a whole, so its forward waits for all parameters at "
+                "once. Compile its layers one by one to overlap the updates with the forward."
             )
             units[0].buckets |= set(bucket_of.values())
         for unit in units:
@@ -234,7 +235,8 @@ class ForwardHooks:
             self._keep(unit.module.register_forward_pre_hook(hook, prepend=True))
             return
 
-        # A hook would be compiled into the module, or be left out: its caller waits.
+        # torch.compile would trace a hook into the compiled code, or drop it. So wrap the compiled
+        # call: the wrapper runs outside of it.
         def call(*args: Any, **kwargs: Any) -> Any:
             hook()
             return compiled(*args, **kwargs)
@@ -246,16 +248,16 @@ class ForwardHooks:
         self.removals.callback(handle.remove)
 
     def remove(self) -> None:
-        """Take every hook off. Idempotent."""
+        """Remove all hooks. Idempotent."""
         self.removals.close()
 
     def step_begins(self) -> None:
-        """Hear that the forward and backward of a step are over."""
+        """Reset after the forward and backward: a forward that raised may not have left."""
         self._leave_tracing()
         self._depth = 0
 
     def step_ended(self) -> None:
-        """Hear that `step()` has left updates running, or not."""
+        """Note whether `step()` has left updates running. Waits for the buckets of `_always`."""
         if self._executor.is_pending and self._always:
             self._executor.wait_for_buckets(self._always)
         self._was_pending = self._executor.is_pending
@@ -263,50 +265,50 @@ class ForwardHooks:
         self._waited = set(self._always)
 
     def wait_for_all(self) -> None:
-        """Wait for everything."""
+        """Wait for all buckets and all updates."""
         self._executor.wait_for_buckets(set(self._bucket_of.values()))
         self._executor.finish_updates()
         self._waited.update(self._bucket_of.values())
 
     def check(self, brought: Iterable[int], name_of: Callable[[int], str]) -> None:
-        """Look whether the buckets that brought gradients had been waited for.
+        """Check that a hook has waited for each bucket that produced a gradient.
 
-        In the first step nothing was under way, so nothing wrong was read: such buckets are waited
-        for inside `step()` from then on, with a warning.
+        Before the first step with overlap, no update was running, so the forward read the right
+        parameters. `step()` then waits for such buckets from now on, with a warning.
 
         Args:
             brought: buckets with a gradient since the last step.
-            name_of: gives the name of a bucket's first parameter.
+            name_of: returns the name of a bucket's first parameter.
 
         Raises:
-            UnreadyParameterError: a gradient was computed from parameters that may not have
-                arrived.
+            UnreadyParameterError: a forward may have read parameters before their update.
         """
         missed = sorted(set(brought) - self._waited)
         if not missed:
             return
         if self._was_pending:
             raise UnreadyParameterError(
-                f"parameter {name_of(missed[0])!r} (and its bucket) has a gradient, but the "
-                "forward that used it did not wait for the last step's update: it was called in a "
-                "way that skips hooks, or the gradient was set by hand. Call synchronize() after "
-                "step(), call the model instead of its forward(), or make the optimizer with "
-                "overlap=False"
+                f"Parameter {name_of(missed[0])!r} has a gradient, but no hook waited for the "
+                "update of its bucket before the forward: the forward was called in a way that "
+                "skips hooks, or the gradient was set by hand. Call synchronize() after step(), "
+                "call the model instead of its forward(), or construct the optimizer with "
+                "overlap=False."
             )
         if not self._has_overlapped:
             self._always.update(missed)
             logger.warning(
-                "step() waits for %d of %d buckets, such as that of %r: the forward that used them "
-                "ran no hook (a model compiled as a whole, or a direct call of forward())",
+                "From now on, step() itself waits for %d of %d buckets, such as that of %r. The "
+                "forward used them without running a hook (a model compiled as a whole, or a "
+                "direct call of forward()).",
                 len(missed),
                 len(set(self._bucket_of.values())),
                 name_of(missed[0]),
             )
 
     def _enter(self, unit: Unit) -> None:
-        """Wait for what a unit's forward is about to read."""
+        """Wait for the parameters that a unit's forward is about to read."""
         if torch.compiler.is_compiling():
-            return  # compiled away: then nobody waits, and `check` notices
+            return  # the compiled code contains no wait; `check` finds that none ran
         if unit.module is self._root:
             self._depth += 1
             if not torch.is_grad_enabled():
@@ -321,7 +323,7 @@ class ForwardHooks:
         self._waited |= unit.buckets
 
     def _leave(self) -> None:
-        """Leave the root's forward, also where it has raised."""
+        """Leave the root's forward, also if it raised an error."""
         self._depth = max(0, self._depth - 1)
         if self._depth == 0:
             self._leave_tracing()
@@ -331,7 +333,7 @@ class ForwardHooks:
             return
         self._is_traced = True
         if self._executor.is_pending:
-            # Tracing must see the first reader of parameters that were attached later.
+            # Tracing again, for parameters that were added later: no update may run meanwhile.
             self.wait_for_all()
         self._waited = set(self._always)
         buckets = {id(parameter): bucket for parameter, bucket in self._bucket_of.items()}
@@ -344,16 +346,16 @@ class ForwardHooks:
             self._tracing = None
 
     def _used(self, bucket: int) -> None:
-        """Let the unit that was entered last wait for a bucket that nobody has waited for."""
+        """Let the unit that was entered last wait for a bucket, if no unit has waited for it."""
         if bucket not in self._waited and self._latest is not None:
             self._latest.buckets.add(bucket)
             self._waited.add(bucket)
 
 
 class _Hook:
-    """A hook of the optimizer's, of which copies of the model have nothing.
+    """A hook on a module. Copies and pickles of the module get a function that does nothing.
 
-    A copy that kept it would copy the optimizer with it, or wait for updates of another model.
+    Otherwise a copy of the model would contain a copy of the optimizer, or wait for its updates.
     """
 
     def __init__(self, owner: ForwardHooks, action: Callable[[], None]) -> None:
@@ -374,13 +376,13 @@ class _Hook:
     def _reject_torn(self) -> None:
         if self._owner._executor.is_pending:
             raise UnreadyParameterError(
-                "the model is copied while its parameters are being updated: call synchronize() on "
-                "the optimizer first"
+                "The model was copied while its parameters were being updated. Call synchronize() "
+                "on the optimizer before you copy the model."
             )
 
 
 def _nothing(*_: Any) -> None:
-    """Do nothing, in the place of a hook."""
+    """Do nothing: replaces a hook in copies of the model."""
 
 
 def _make_nothing() -> Callable[..., None]:

@@ -1,9 +1,9 @@
-"""One bucket's work where its state is in host memory: block sums, then the fused update.
+"""Norm and update of one bucket with state in host memory, by the Numba kernels.
 
-fold              before both: gradients that are cast or added on their way to the shard
-sum_of_squares    before the agreement: one launch for each gradient dtype
-update            after it: plain gradients in one launch for each dtype, then, one parameter
-                  after the other, those that need their whole gradient (see `gradients.whole`)
+fold              before the agreement: cast or add gradients into the gradient shard
+sum_of_squares    before the agreement: one launch per gradient dtype
+update            after the agreement: one launch per gradient dtype; then one launch for each
+                  parameter that needs its whole gradient (see `gradients.whole`)
 """
 
 from __future__ import annotations
@@ -32,32 +32,33 @@ from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import FORMATS, bits_of
 from offload_adam.step.messages import UpdateInputs
 
-# Numba's workqueue layer ends the process when two threads launch at once, as those of two
-# optimizers would.
+# Numba's workqueue layer aborts the process if two threads launch kernels at once, as the threads
+# of two optimizers would.
 _launching = threading.Lock()
 
 MIN_PIECE_NUMEL = 32 * 1024
-"""Elements below which another thread costs more to wake than it saves; no bit depends on it."""
+"""Fewest elements per thread: waking a thread for fewer costs more than it saves. The number of
+threads changes no bit of the result."""
 
 
 class HostUpdate:
     """Runs the Numba kernels over one bucket at a time, on this rank's threads.
 
-    Owns: the array of block sums, and room for the largest gradient that is prepared whole; every
-        bucket uses both.
-    Lifecycle: `add_buckets` for every set of buckets, at construction, compiles and allocates;
-        `allocate_for` in each step for what its sparse gradients need, before anything is changed.
-    Threads: one at a time launches kernels.
+    Owns: two buffers that all buckets share: the block sums, and the largest gradient that is
+        prepared whole.
+    Lifecycle: `add_buckets` compiles kernels and allocates memory when buckets are added. In each
+        step, before anything is modified, `allocate_for` does so for sparse gradients.
+    Threads: `_launching` lets one thread at a time launch kernels.
     """
 
     def __init__(self, num_threads: int | None, *, on_device: bool = False) -> None:
-        # Numba's OpenMP pool sets torch's thread count to its own size when it starts.
+        # Numba's OpenMP pool changes torch's number of threads when it starts: restore it below.
         num_torch_threads = torch.get_num_threads()
         self._num_threads = threads.plan_threads(num_threads, on_device=on_device)
         threads.use_threads(self._num_threads)
         torch.set_num_threads(num_torch_threads)
-        # Numba takes longer to import than the rest of the package: it is loaded with the first
-        # optimizer, not with `import offload_adam`.
+        # Numba takes longer to import than the rest of the package. So `import offload_adam` does
+        # not import it, the first optimizer does.
         from offload_adam.kernels import adam, first_touch, fold, norm, sparse
 
         self._adam, self._first_touch, self._norm, self._sparse = adam, first_touch, norm, sparse
@@ -68,26 +69,29 @@ class HostUpdate:
 
     @property
     def nbytes(self) -> Mapping[str, int]:
-        """Host bytes by what they are for."""
+        """Host bytes by category."""
         return {
             Category.BLOCK_SUMS: self._block_sums.nbytes,
             Category.PREPARED: self._whole_gradient.nbytes,
         }
 
     def touch(self, memory: torch.Tensor) -> None:
-        """Write to every page of (n,) uint8, each from the thread that updates float32 there."""
+        """Write to every page of (n,) uint8 from the thread that will update its float32 elements.
+
+        Linux places a page in the memory of the NUMA node whose thread writes to it first.
+        """
         with _launching:
             num_pieces = self._use_threads(memory.numel() // FLOAT32_NBYTES)
             self._first_touch.touch(memory.numpy(), num_pieces)
 
     def add_buckets(self, states: Iterable[BucketState]) -> None:
-        """Compile what these buckets will launch, and make room for their block sums."""
+        """Compile the kernels that these buckets launch, and allocate their buffers."""
         for state in states:
             shard = state.planes.gradient_shard
             gradient_format = FORMATS[state.dtype if shard is None else shard.dtype]
             self._norm.compile_kernel(gradient_format)
             self._compile_update(state, gradient_format)
-            # Gradients that are copied straight into the shard are not folded.
+            # Gradients that the device copies straight into the shard are not folded.
             if shard is not None and state.plan.is_offloaded and not state.plan.copies_straight:
                 self._compile_fold(shard.dtype, state.gradient_dtype)
             if state.plan.stages_parameters and state.dtype == torch.float32:
@@ -97,14 +101,18 @@ class HostUpdate:
                 self._block_sums = np.zeros(state.layout.num_blocks, dtype=np.float64)
 
     def allocate_for(self, state: BucketState, gradients: BucketGradients, *, lazy: bool) -> None:
-        """Compile and make room for what sparse gradients need."""
+        """Compile kernels and allocate memory for this step's sparse gradients."""
         if gradients.rows and lazy:
             self._sparse.compile_kernel(FloatFormat.FLOAT32, _param_format(state))
         elif gradients.rows:
             self._allocate_whole(state, needs_preparation(state, gradients))
 
     def _allocate_whole(self, state: BucketState, prepared: npt.NDArray[np.bool_]) -> None:
-        """Compile and make room for the whole gradients of these parameters of a bucket."""
+        """Compile and allocate for parameters whose gradients are prepared whole.
+
+        Args:
+            prepared: (n,) bool, by position in the bucket.
+        """
         numels = state.segments.numels[prepared[state.segments.positions]]
         largest = int(numels.max(initial=0))
         if largest > 0:
@@ -122,16 +130,15 @@ class HostUpdate:
         self._adam.compile_kernel(gradient_format, _param_format(state), amsgrad)
 
     def fold(self, shard: torch.Tensor, source: torch.Tensor, *, adds: bool) -> None:
-        """Copy gradients to a part of a gradient shard, or add them; the bits are torch's.
-
-        Dtypes that no bucket has, as of gradients set by hand, go through torch, on one thread
-        under torchrun: compiling a kernel would stop the step for seconds.
+        """Copy gradients to a part of a gradient shard, or add them, with the same bits as torch.
 
         Args:
             shard: (n,) contiguous, on the host.
             source: (n,) contiguous, on the host, in any dtype.
-            adds: add to `shard` instead of writing over it.
+            adds: add to `shard` instead of overwriting it.
         """
+        # torch handles pairs of dtypes that no bucket has, as of gradients that the user set: to
+        # compile a kernel would stop the step for seconds.
         if (shard.dtype, source.dtype) not in self._folds:
             shard.add_(source) if adds else shard.copy_(source)
             return
@@ -140,7 +147,7 @@ class HostUpdate:
             self._fold.fold(bits_of(shard), bits_of(source), num_pieces, adds=adds)
 
     def sum_of_squares(self, state: BucketState, gradients: BucketGradients) -> float:
-        """Return the float64 sum of squares of this shard's gradients, not finite if one is."""
+        """Return the float64 sum of squares of this shard's gradients, non-finite if one is."""
         return float(np.sum(self._sum_blocks(state, gradients)))
 
     def squares_by_position(
@@ -156,14 +163,17 @@ class HostUpdate:
     def non_finite_positions(
         self, state: BucketState, gradients: BucketGradients
     ) -> npt.NDArray[np.int64]:
-        """Return the positions of the bucket's parameters with a gradient that is not finite."""
+        """Return the positions of the bucket's parameters with a non-finite gradient."""
         blocks = np.flatnonzero(~np.isfinite(self._sum_blocks(state, gradients)))
         return np.unique(_positions_of(state, blocks))
 
     def _sum_blocks(
         self, state: BucketState, gradients: BucketGradients
     ) -> npt.NDArray[np.float64]:
-        """Return the sum of squares of each block of the shard, 0 where there is no gradient."""
+        """Return the sum of squares of each block of the shard, 0 for blocks without gradient.
+
+        The result is valid until the next call, which overwrites it.
+        """
         sums = self._block_sums[: state.layout.num_blocks]
         sums.fill(0.0)
         for table in gradients.tables(state, gradients.readable):
@@ -189,7 +199,8 @@ class HostUpdate:
         """Update the shard's segments of `active` parameters and count the step for them.
 
         Args:
-            param_out: (shard_numel,) where 16-bit parameters are written; None for fp32 ones.
+            active: (n,) bool, by position in the bucket.
+            param_out: (shard_numel,) receives the 16-bit parameters; None for fp32 parameters.
         """
         counts = inputs.count_step(state, active)
         prepared = active & needs_preparation(state, gradients)
@@ -209,10 +220,10 @@ class HostUpdate:
         scalars: npt.NDArray[np.float32],
         param_out: torch.Tensor | None,
     ) -> None:
-        """Update the table's segments.
+        """Update the table's segments in one launch.
 
         Args:
-            rows: the row of `scalars` for each segment.
+            rows: (num segments,) the row of `scalars` that each segment uses.
         """
         planes = state.planes
         largest = planes.max_exp_avg_sq
@@ -245,7 +256,7 @@ class HostUpdate:
         hyper, how = inputs.preparation_of(state, segment.position)
         out = self._whole_gradient[: segment.numel]
         gradient = prepare_gradient(state, gradients, segment, how, lazy=inputs.lazy, out=out)
-        scalars = scalar_row(hyper, step, 1.0)
+        scalars = scalar_row(hyper, step, 1.0)  # the preparation has scaled the gradient
         if isinstance(gradient, GradientRows):
             self._update_rows(state, segment, gradient, scalars, param_out)
             return
@@ -263,7 +274,7 @@ class HostUpdate:
         scalars: npt.NDArray[np.float32],
         param_out: torch.Tensor | None,
     ) -> None:
-        """Update the touched rows, each given once, of a parameter that this rank holds whole."""
+        """Update rows of a parameter that this rank holds whole; `touched` has no duplicates."""
         planes = state.planes
         with _launching:
             self._sparse.update_rows(
@@ -280,7 +291,7 @@ class HostUpdate:
             )
 
     def _use_threads(self, numel: int) -> int:
-        """Set the thread mask for a launch over so many elements; return its number of pieces."""
+        """Set Numba's number of threads for a launch over `numel` elements, and return it."""
         useful = -(-numel // MIN_PIECE_NUMEL)
         num_pieces = max(1, min(self._num_threads, useful))
         threads.use_threads(num_pieces)

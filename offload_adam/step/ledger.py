@@ -1,4 +1,4 @@
-"""Who holds which bytes: every allocation of an optimizer by category, bucket and device."""
+"""The ledger: the bytes that an optimizer has allocated, by category, bucket and device."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from offload_adam.params.bucket import BucketState
 
 
 class LedgerEntry(NamedTuple):
-    """Bytes that one thing takes now.
+    """The bytes of one allocation.
 
-    category: a `Category`, or a plane of state by torch's key.
-    bucket: None for what all buckets share.
+    category: a `Category`, or torch's key of a state tensor, such as "exp_avg".
+    bucket: None for memory that all buckets share.
     device: "cpu", "cuda:0" and so on.
     """
 
@@ -25,7 +25,7 @@ class LedgerEntry(NamedTuple):
 
 
 def bucket_entries(state: BucketState) -> Iterator[LedgerEntry]:
-    """Yield what one bucket takes: its parameters and this rank's planes."""
+    """Yield the allocations of one bucket: its parameters and this rank's planes of state."""
     index = state.layout.index
     yield LedgerEntry(Category.PARAMETERS, index, str(state.device), state.flat.nbytes)
     planes = state.planes.named(own_master=state.own_master)
@@ -36,7 +36,7 @@ def bucket_entries(state: BucketState) -> Iterator[LedgerEntry]:
 
 
 def by_category(entries: Iterable[LedgerEntry]) -> dict[str, int]:
-    """Return bytes by category; what lies on a device stands apart, as `category on cuda:0`."""
+    """Return bytes by category; those on a device have keys such as "exp_avg on cuda:0"."""
     totals: Counter[str] = Counter()
     for entry in entries:
         totals[_label(entry)] += entry.nbytes
@@ -44,7 +44,7 @@ def by_category(entries: Iterable[LedgerEntry]) -> dict[str, int]:
 
 
 def by_bucket(entries: Iterable[LedgerEntry]) -> dict[int, dict[str, int]]:
-    """Return the bytes of each bucket by category, without what all buckets share."""
+    """Return the bytes of each bucket by category, without memory that all buckets share."""
     buckets: dict[int, dict[str, int]] = {}
     for entry in entries:
         if entry.bucket is not None:

@@ -1,4 +1,4 @@
-"""What a step is told, what it decides from the agreement, what it reports, and its errors."""
+"""Data of a step: inputs, the decision after the agreement, the report; and its errors."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ from offload_adam.params.selection import Named
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """What one step is told by its caller, besides the gradients.
+    """The inputs of one step besides the gradients.
 
     hyperparameters: indexed by `NewParameter.group`.
-    num_per_group: how many of these there are for each parameter group.
-    grad_scale: what the loss was multiplied by; gradients are divided by it.
-    found_inf: not 0 where the caller has seen a gradient that is not finite.
+    num_per_group: number of entries of `hyperparameters` for each parameter group.
+    grad_scale: the loss scale; gradients are divided by it.
+    found_inf: not 0 if the caller found a non-finite gradient.
     max_norm: global 2-norm to clip to, None for no clipping.
-    step: step count of all parameters, this step included; None where each counts its own updates.
-    lazy: sparse gradients update the rows they touch and no others.
-    failure: why they could not be read on this rank; the other ranks must hear of it.
-    notice: what rides along for the training loop.
-    factor: that clipping, or the caller, has applied to the stand-ins in `.grad`.
-    multiplied: the indices of the parameters for which it has.
-    call: what the caller is doing, which must be the same on all ranks.
+    step: step count of all parameters, including this step; None if each parameter counts its own
+        updates.
+    lazy: a sparse gradient updates only the rows that it has entries for.
+    failure: this rank's error in reading the inputs. The agreement tells the other ranks.
+    notice: flags of the training loop that the agreement exchanges too.
+    factor: the factor that the user or clipping applied to the stand-ins in `.grad`.
+    multiplied: indices of the parameters whose stand-ins were multiplied by `factor`.
+    call: name of the running call, which must be the same on all ranks.
     """
 
     hyperparameters: Sequence[Hyperparameters]
@@ -54,13 +55,13 @@ class StepInputs:
     call: str = "step()"
 
     def checksum(self) -> int:
-        """Return a checksum of what must be the same on all ranks."""
+        """Return a checksum of the fields that must be the same on all ranks."""
         return zlib.crc32(
             repr((self.hyperparameters, self.max_norm, self.step, self.factor, self.call)).encode()
         )
 
     def fields(self) -> list[Field]:
-        """Return what `checksum` is taken over, field by field."""
+        """Return the fields behind `checksum`, by name, for an error message."""
         fields = [
             (f"{name} of group {number // self.num_per_group}", repr(value))
             for number, hyper in enumerate(self.hyperparameters)
@@ -80,9 +81,10 @@ _NORM_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds this to the norm it divi
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What all ranks do with this step; the same on every one, computed from the agreement alone.
+    """Whether to skip the step, and how to scale gradients. The same on every rank.
 
-    gradient_scale: what the kernel multiplies gradients with, unscaling times clip factor.
+    total_norm, clip_factor: see `StepReport`.
+    gradient_scale: factor of every gradient in the kernel: clip factor * factor / loss scale.
     """
 
     skip: bool
@@ -92,10 +94,11 @@ class Decision:
 
 
 def decide(agreement: Agreement, max_norm: float | None, factor: float = 1.0) -> Decision:
-    """Turn the agreement into a scale or a skip, in float64.
+    """Decide from the agreement alone whether to skip, and compute the scale in float64.
 
     Args:
-        factor: further factor of all gradients.
+        max_norm: global 2-norm to clip to, None for no clipping.
+        factor: see `StepInputs`.
 
     Source: torch.nn.utils.clip_grad_norm_, for the factor max_norm / (norm + 1e-6), at most 1.
     """
@@ -127,7 +130,7 @@ class UpdateInputs:
     def count_step(
         self, state: BucketState, active: npt.NDArray[np.bool_]
     ) -> npt.NDArray[np.int64]:
-        """Count the step for the bucket's active parameters and return its step counts."""
+        """Count the step for the bucket's active parameters; return (n,) step counts of all."""
         counts = state.step_counts.numpy()
         if self.step is None:
             counts[active] += 1.0
@@ -141,17 +144,21 @@ class UpdateInputs:
         counts: npt.NDArray[np.int64],
         active: npt.NDArray[np.bool_],
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Return each parameter's row number, and the rows: one for each (group, step) in use.
+        """Return the scalars of the update: one row for each (group, step count) in use.
 
         Args:
-            counts: (n,) completed steps, this one included, of each parameter.
-            active: (n,) parameters that are updated; the others' row numbers mean nothing.
+            counts: (n,) step count of each parameter, including this step.
+            active: (n,) bool, the parameters that are updated.
+
+        Returns:
+            (n,) the row of each parameter, undefined for inactive ones; and the rows, (num rows,
+            NUM_SCALARS) float32.
         """
         rows = np.zeros(counts.size, dtype=np.int64)
         pairs = np.stack([state.groups[active], counts[active]], axis=1)
         if len(pairs) == 0:
             return rows, np.zeros((0, NUM_SCALARS), dtype=np.float32)
-        if (pairs == pairs[0]).all():
+        if (pairs == pairs[0]).all():  # the usual case, without the sort of `np.unique`
             unique = pairs[:1]
         else:
             unique, rows[active] = np.unique(pairs, axis=0, return_inverse=True)
@@ -164,7 +171,10 @@ class UpdateInputs:
     def preparation_of(
         self, state: BucketState, position: int
     ) -> tuple[Hyperparameters, Preparation]:
-        """Return how a gradient is prepared, and the hyperparameters for its update after that."""
+        """Return how to prepare a whole gradient, and the hyperparameters for its update.
+
+        The preparation applies the weight decay, so these hyperparameters have none.
+        """
         hyper = self.hyperparameters[state.groups[position]]
         centralized = bool(state.centralized[position])
         how = Preparation(self.gradient_scale, hyper.weight_decay, centralized)
@@ -172,9 +182,10 @@ class UpdateInputs:
 
 
 _SAME_SETTINGS = (
-    ". Set the same on every rank: run the same schedule, and make the same edits of param_groups "
-    "and calls of clip_grad_norm_. Where ranks use different parameters, clip with max_grad_norm "
-    "or optimizer.clip_grad_norm_(); take norms of streamed gradients on all ranks"
+    ". Set the same values on every rank: run the same schedule, and make the same edits of "
+    "param_groups and calls of clip_grad_norm_. If ranks use different parameters, clip with "
+    "max_grad_norm or optimizer.clip_grad_norm_(). Compute norms of streamed gradients on all "
+    "ranks"
 )
 
 
@@ -184,12 +195,13 @@ def reject_disagreement(
     inputs: StepInputs,
     changed_names: Sequence[str],
 ) -> None:
-    """Raise where a rank failed, or where ranks would not take the same step.
+    """Raise an error if a rank failed, or if the ranks would not take the same step.
 
-    Collective where hyperparameters differ, which all ranks see: they tell each other which.
+    If hyperparameters differ, which all ranks see in the agreement, a further collective finds
+    which ones.
 
     Args:
-        inputs: what this rank would step with.
+        inputs: this rank's inputs.
         changed_names: the parameters modified outside the optimizer on this rank.
 
     Raises:
@@ -203,21 +215,21 @@ def reject_disagreement(
         )
     if len(set(agreement.steps)) > 1:
         raise RankDisagreementError(
-            f"ranks are at different steps: {list(agreement.steps)}, by rank. Load the same "
-            "checkpoint on every rank, and call step() equally often"
+            f"Ranks are at different steps: {list(agreement.steps)}, by rank. Load the same "
+            "checkpoint on every rank, and call step() the same number of times."
         )
     if len(set(agreement.grad_scales)) > 1:
         raise RankDisagreementError(
             f"grad_scale differs between ranks: {list(agreement.grad_scales)}. Start "
-            "the loss scalers of all ranks from one scale, and lower it on all of them when "
-            "last_step.skipped (a torch.amp.GradScaler does)"
+            "the loss scalers of all ranks with the same scale, and lower it on all of them if "
+            "last_step.skipped (a torch.amp.GradScaler does so)."
         )
     if len(set(agreement.settings)) > 1:
         require_same(ranks, "setting", inputs.fields(), remedy=_SAME_SETTINGS)
         raise AssertionError("settings differ, but none of what they are made of")
     if len(set(agreement.changes)) > 1:
         here = ", ".join(map(repr, changed_names[:5])) or "nothing"
-        # 0 stands for no change.
+        # A checksum of 0 means that the rank modified nothing.
         others = "but not on the others" if 0 in agreement.changes else "unlike on the others"
         raise RankDisagreementError(
             "Parameters were modified outside the optimizer on rank(s) "
@@ -227,7 +239,7 @@ def reject_disagreement(
 
 
 def reject_partial_presence(agreement: Agreement, world_size: int, names: Sequence[str]) -> None:
-    """Raise where gradients that are said to be averaged are not on all ranks.
+    """Raise an error if a gradient that the user has averaged is not present on all ranks.
 
     Raises:
         RankDisagreementError: naming the first such parameter.
@@ -236,31 +248,31 @@ def reject_partial_presence(agreement: Agreement, world_size: int, names: Sequen
     partial = torch.nonzero((counts > 0) & (counts < world_size)).flatten().tolist()
     if partial:
         raise RankDisagreementError(
-            f"parameter {names[partial[0]]!r} has a gradient on {int(counts[partial[0]])} of "
-            f"{world_size} ranks, but with gradient_reduction='external' gradients must be "
-            "averaged, and so present, on all of them"
+            f"Parameter {names[partial[0]]!r} has a gradient on {int(counts[partial[0]])} of "
+            f"{world_size} ranks. With gradient_reduction='external' every gradient must be "
+            "averaged before step(), and so be present on all ranks or on none."
         )
 
 
 def reject_partly_multiplied(
     inputs: StepInputs, present: npt.NDArray[np.bool_], names: Sequence[str]
 ) -> None:
-    """Raise where the caller has multiplied some gradients that have left `.grad`, but not all.
+    """Raise an error if only some of the gradients that have left `.grad` were multiplied.
 
     Raises:
-        ValueError: naming a parameter whose gradient it has not.
+        ValueError: naming a parameter whose gradient was not multiplied.
     """
     for index in np.flatnonzero(present).tolist():
         if index not in inputs.multiplied:
             raise ValueError(
-                f"gradients were multiplied by {inputs.factor} (clipped) after they had left "
-                f".grad, but that of parameter {names[index]!r} was not. Multiply those of all "
-                "parameters, or construct the optimizer without module="
+                f"Gradients were multiplied by {inputs.factor} (clipped) after they had left "
+                f".grad, but the gradient of parameter {names[index]!r} was not. Multiply the "
+                "gradients of all parameters, or construct the optimizer without module=."
             )
 
 
 def reject_unfrozen(frozen: Sequence[Named]) -> None:
-    """Raise where a parameter without state has a gradient.
+    """Raise an error if a parameter without state has a gradient.
 
     Raises:
         ValueError: naming the parameter.
@@ -268,21 +280,21 @@ def reject_unfrozen(frozen: Sequence[Named]) -> None:
     for name, parameter in frozen:
         if gradient_of(parameter) is not None:
             raise ValueError(
-                f"parameter {name!r} has a gradient, but did not require one when the optimizer "
-                "was made, and has no state: make the optimizer before freezing it, or leave it "
-                "out and add_param_group it when it is unfrozen"
+                f"Parameter {name!r} has a gradient but no state: it did not require a gradient "
+                "when the optimizer was constructed. Construct the optimizer before you freeze it, "
+                "or leave it out and pass it to add_param_group() when you unfreeze it."
             )
 
 
 def _changed(checksums: Sequence[int]) -> list[int]:
-    """Return the ranks that changed something where others did not; else those that differ."""
+    """Return the ranks with changes if others have none, else those that differ from most."""
     if 0 in checksums:
         return [rank for rank, checksum in enumerate(checksums) if checksum != 0]
     return _minority(checksums)
 
 
 def _minority(values: Sequence[int]) -> list[int]:
-    """Return the ranks whose value is not the most common one (of ties, the first)."""
+    """Return the ranks whose value is not the most common one; the first wins a tie."""
     common = max(values, key=lambda value: (values.count(value), -values.index(value)))
     return [rank for rank, value in enumerate(values) if value != common]
 
@@ -291,18 +303,19 @@ def _minority(values: Sequence[int]) -> list[int]:
 class StepReport:
     """The outcome of one `step()`.
 
-    total_norm: 2-norm of the mean gradient of all parameters, unscaled and before clipping; NaN
-        where it is not finite.
-    clip_factor: what every gradient was multiplied by, 1.0 where nothing was clipped.
-    skipped: a gradient was not finite or `found_inf` was set: nothing was changed.
-    num_updated: parameters that were updated: those with a gradient on any rank.
-    non_finite: names of the parameters whose gradient was not finite, on any rank.
-    timings: seconds by phase: reduce, norm, agree, update, H2D copy, gather; `device update`, to
-        launch those of state on a device; `checkpoint wait`, what updates have waited for one that
-        is being written; and `update wait`, what the model's forward has waited for updates. Where
-        updates run beside the next forward, those of a step are in the report of the next one, also
-        where that one is skipped.
-    notice: what all ranks have agreed on beside the step, from their `notice`.
+    total_norm: 2-norm of the mean gradient of all parameters, divided by the loss scale, before
+        clipping; NaN if a gradient is not finite.
+    clip_factor: every gradient was multiplied by it; 1.0 without clipping.
+    skipped: a gradient was not finite, or `found_inf` was set, and nothing was changed.
+    num_updated: how many parameters were updated: those with a gradient on any rank.
+    non_finite: names of the parameters with a non-finite gradient on any rank.
+    timings: seconds by phase: reduce, norm, agree, update, H2D copy, gather, and
+        `device update`: launch the updates of state on a device;
+        `checkpoint wait`: updates waited for a checkpoint to read their bucket;
+        `update wait`: the model's forward waited for updates.
+        If updates overlap the next forward, the report of the next step contains the times of
+        this step's updates, also if the next step is skipped.
+    notice: the flags of the training loop, combined over all ranks.
     """
 
     total_norm: float
@@ -315,7 +328,7 @@ class StepReport:
 
     @property
     def reason(self) -> str:
-        """Why a step was skipped, with at most five names."""
+        """Why the step was skipped, with at most five names of parameters."""
         if not self.non_finite:
             return "found_inf was set"
         more = len(self.non_finite) - 5

@@ -1,4 +1,4 @@
-"""Bring gradients to where the update reads them, bucket by bucket, in one order on every rank."""
+"""Average gradients over the ranks, bucket by bucket, in the same order on every rank."""
 
 from __future__ import annotations
 
@@ -24,33 +24,36 @@ from offload_adam.transfer.stream_waits import StreamWaits
 _grad = attrgetter("grad")
 
 _EMPTIED = (
-    "the .grad of parameter {!r} was set to None, but its gradient has already left in this step's "
-    "backward. Drop the gradients of all parameters with optimizer.zero_grad(), or construct the "
-    "optimizer without module= to keep them in .grad"
+    "The .grad of parameter {!r} was set to None, but its gradient has already left .grad in this "
+    "step's backward. Drop the gradients of all parameters with optimizer.zero_grad(), or "
+    "construct the optimizer without module= to keep them in .grad."
 )
 
 
 class GradientReduction:
     """Moves each bucket's gradients from `.grad`, reduced over the ranks, to its gradient shard.
 
-    During a streaming backward, hooks call `gradients_ready` and buckets leave in their fixed order
-    as soon as all their gradients are there; what is missing at the end of the backward counts
-    zeros. Without hooks, `finish` does all of it inside `step()`. One reduced backward a step is
-    the rule; with `accumulates` a further one adds in fp32 to the shard.
+    When gradients stream, hooks call `gradients_ready` during backward. A bucket is sent as soon as
+    all of its gradients are ready and all earlier buckets are sent. At the end of the backward the
+    remaining buckets are sent, with zeros for missing gradients. Without hooks, `finish` sends all
+    buckets inside `step()`.
+
+    A step has one reduced backward, called a round. With `policy.accumulates`, each further
+    backward is another round that adds to the gradient shard in fp32.
 
     Owns: this step's `BucketGradients`.
     Lifecycle: `reset` after each step, and from `zero_grad`.
 
     Args:
-        states: all buckets; grows with the optimizer.
+        policy: says whether gradients are averaged here (if not, those in `.grad` are final), and
+            whether later backwards add to earlier ones.
+        states: all buckets; this list grows with `add_param_group`.
         stream_waits: orders the streams on which gradients are written.
         transfer: packs and reduces a bucket's gradients.
-        executor: brings what `transfer` returns to the gradient shard.
-        policy: says whether gradients are averaged here (otherwise `.grad` is final as it stands),
-            and whether later backwards add to those of earlier ones.
+        executor: copies the reduced gradients to the gradient shard.
         takes_rows: gradients may be sparse.
-        streamed: gradients leave `.grad` during backward, which holds stand-ins afterwards; this is
-            what torch's own functions may do with them. None: they stay until the step.
+        streamed: lets torch's functions work on the stand-ins that `.grad` holds after a gradient
+            has left during backward. None: gradients stay in `.grad` until the step.
     """
 
     def __init__(
@@ -78,21 +81,21 @@ class GradientReduction:
         self._executor = executor
         self._readers: list[GradientReader] = []
         self._place_of: dict[int, tuple[int, int]] = {}
-        self._next = 0
-        self._num_rounds = 0
-        self._begun = False
-        self._shows_stand_ins = False  # some `.grad` may hold one
-        self._hidden = False  # a further backward of this step has hidden those of earlier ones
-        self._missing: list[set[int]] = []  # positions that no backward of this round has brought
+        self._next = 0  # the next bucket to send
+        self._num_rounds = 0  # further rounds of this step: 0 in its first one
+        self._begun = False  # hooks have delivered gradients in this step
+        self._shows_stand_ins = False  # some `.grad` may hold a stand-in
+        self._hidden = False  # a further backward has hidden the stand-ins of earlier ones
+        self._missing: list[set[int]] = []  # by bucket: positions without a gradient in this round
         self.gradients: list[BucketGradients] = []
 
     @property
     def has_gradients(self) -> bool:
-        """Whether some have left since the last step or `reset`."""
+        """Whether a gradient has left `.grad` since the last step or `reset`."""
         return self._begun or self._next > 0
 
     def extend(self, states: Sequence[BucketState]) -> None:
-        """Add the latest of `states` to the order, after those that are known or have left."""
+        """Append new buckets, already in `states`, to the order in which buckets are sent."""
         for state in states:
             takes_rows = self._takes_rows and not state.layout.amsgrad
             reader = GradientReader(state.names, state.parameters, takes_rows=takes_rows)
@@ -105,24 +108,25 @@ class GradientReduction:
                 self._place_of[id(parameter)] = (state.layout.index, position)
 
     def gradients_ready(self, parameters: Sequence[torch.Tensor], stream: Hashable = None) -> None:
-        """Take gradients in the order of their arrival, and send off every bucket that is complete.
+        """Take gradients out of `.grad`, and send every bucket that is complete.
 
         Args:
-            stream: where they were written, None in host memory.
+            parameters: those with a new gradient, in order of arrival.
+            stream: the stream that wrote the gradients, None in host memory.
 
         Raises:
             ValueError: a second reduced backward (or a parameter shared by reentrant checkpoints),
-                and no room was reserved to add to what has left.
+                without memory to accumulate gradients.
         """
         if not self._begun:
-            # Parameters that no forward has read may still be in an H2D copy, and an update may
-            # still read the gradient shards.
+            # An update may still read the gradient shards that this backward writes, and parameters
+            # that no forward has read may still be in an H2D copy.
             self._executor.finish_updates()
             self._hide_from_backward()
         self._begun = True
         places = [self._place_of[id(parameter)] for parameter in parameters]
         numbers, all_positions = zip(*places, strict=True)
-        if numbers.count(numbers[0]) == len(numbers):  # grouping costs as much as taking them
+        if numbers.count(numbers[0]) == len(numbers):  # the usual case; grouping is slow
             groups: Iterable[tuple[int, Sequence[int]]] = [(numbers[0], all_positions)]
         else:
             groups = (
@@ -140,20 +144,21 @@ class GradientReduction:
                 self._send_next()
 
     def _hide_from_backward(self) -> None:
-        """Hide stand-ins from the backward that runs, which replaces them one by one otherwise.
+        """Empty every `.grad` that holds a stand-in, all at once, for the running backward.
 
-        With parameters on several devices autograd's other threads may be replacing them now.
+        Otherwise autograd adds to each stand-in, which then has to be replaced one by one.
         """
+        # With parameters on several devices, other threads of autograd may write `.grad` right now.
         if len({state.device for state in self._states}) == 1:
             self.hide_stand_ins()
-            # In the first round, those of this step are shown as soon as a gradient has left.
+            # In the first round, stand-ins of this step appear as soon as its gradients leave.
             self._hidden = self._num_rounds > 0
 
     def zero_grad(self, *, set_to_none: bool) -> None:
-        """Forget this step's gradients, as `reset`; the caller empties `.grad`, or fills it.
+        """Forget this step's gradients, as `reset` does. The caller then writes `.grad`.
 
         Args:
-            set_to_none: the caller sets every `.grad` to None, stand-ins too.
+            set_to_none: the caller sets every `.grad` to None, also those with stand-ins.
         """
         self.reset()
         if not set_to_none:
@@ -161,18 +166,22 @@ class GradientReduction:
         self._shows_stand_ins = False
 
     def hide_stand_ins(self) -> None:
-        """Empty `.grad` where it holds a stand-in."""
+        """Set every `.grad` that holds a stand-in to None."""
         if self._shows_stand_ins:
             for reader in self._readers:
                 reader.hide_stand_ins()
         self._shows_stand_ins = False
 
     def backward_began(self) -> None:
-        """Reject a further backward after some `.grad` was set to None, as by model.zero_grad().
+        """Raise an error if `.grad` was set to None before a further backward of this step.
 
-        The gradient that had left it would be added all the same.
+        `model.zero_grad()` does so. But it cannot drop the gradient that has left `.grad`, to which
+        the further backward would add.
+
+        Raises:
+            ValueError: naming a parameter.
         """
-        # A nested backward: it is this package that has emptied `.grad` then.
+        # If `_hidden`, this is a nested backward, and this package has emptied `.grad`.
         if not self.has_gradients or self._hidden:
             return
         for reader, gradients in zip(self._readers, self.gradients, strict=True):
@@ -181,23 +190,24 @@ class GradientReduction:
                 raise ValueError(_EMPTIED.format(name))
 
     def backward_ended(self) -> None:
-        """Send off what this backward left incomplete, so that every rank issues the same order."""
+        """Send the incomplete buckets too, so that all ranks issue the same collectives."""
         while self._next < len(self._states):
             self._send_next()
         self._hidden = False
 
     def finish(self) -> Exception | None:
-        """Send off this step's gradients, finish their copies, and return this rank's first error.
+        """Send the remaining buckets, finish all copies, and return this rank's first error.
 
-        Collective. The order of collectives is kept even after an error, which the caller must
-        carry to the other ranks: a rank that left the sequence would leave them waiting.
+        Collective. An error does not end the sequence of collectives, or the other ranks would
+        hang. The caller must tell them of the error.
         """
         failure: Exception | None = None
         if self._rows is not None and not self.streams:
             failure = self._rows.read_ahead(self._states, self._readers)
         failure = self._send_rest() or failure
         if self._accumulates and self._averages:
-            # Ranks may have run different numbers of backwards; the others wait for every bucket.
+            # Ranks may have run different numbers of backwards. Those with fewer send zeros, since
+            # their peers wait for every bucket of every round.
             most = largest_on_any_rank(self._ranks, self._num_rounds)
             while self._num_rounds < most:
                 self._open_round()
@@ -224,10 +234,10 @@ class GradientReduction:
         return failure
 
     def has_late_gradients(self) -> bool:
-        """Tell whether a `.grad` appeared, on this rank, after its bucket had left.
+        """Return whether the user set a `.grad` after its bucket was sent.
 
         Raises:
-            ValueError: `.grad` was set, also to None, after the parameter's gradient had left.
+            ValueError: `.grad` was set, or emptied, though the parameter's gradient has left it.
         """
         if not self.streams:
             return False
@@ -239,6 +249,7 @@ class GradientReduction:
             if not all(left):
                 pairs = zip(expected, left, strict=True)
                 expected = [stand_in if has_left else None for stand_in, has_left in pairs]
+            # The usual case, without a loop in Python: every `.grad` is as this package left it.
             if all(map(is_, map(_grad, state.parameters), expected)):
                 continue
             present = gradients.present
@@ -246,10 +257,10 @@ class GradientReduction:
                 if gradient_of(parameter) is not None:
                     if present[position]:
                         raise ValueError(
-                            f"parameter {state.names[position]!r} has a .grad at step(), but its "
-                            "gradient has already left in this step's backward: edit gradients "
-                            "with tensor hooks, or make the optimizer without module= to keep them "
-                            "in .grad"
+                            f"Parameter {state.names[position]!r} has a .grad at step(), but its "
+                            "gradient has already left .grad in this step's backward. Modify "
+                            "gradients in tensor hooks, or construct the optimizer without module= "
+                            "to keep them in .grad."
                         )
                     late = True
                 elif parameter.grad is None and left[position]:
@@ -257,22 +268,20 @@ class GradientReduction:
         return late
 
     def take_late_gradients(self) -> Exception | None:
-        """Send all buckets once more for gradients that were set by hand after the backward.
+        """Send all buckets again, with the gradients that the user set after they were sent.
 
-        Every rank must do it when any has such gradients. They are added to what other ranks sent
-        in time, or else to zeros, which is exact in any dtype.
+        Collective: all ranks call this if any rank has such gradients. Each is added to the sum of
+        the gradients that other ranks sent before, or to zeros, which is exact in any dtype.
         """
         self._open_round()
         return self.finish()
 
     def reset(self) -> None:
-        """Forget this step's gradients; a backward that was begun is completed, for the peers.
-
-        It may have raised on this rank alone, and the others wait for all of its buckets.
-        """
+        """Forget this step's gradients."""
         self._executor.drop_lost_copies()
         unfinished = self._next < len(self._states) and self.has_gradients
         if unfinished:
+            # The backward may have raised on this rank alone: its peers wait for all buckets.
             self._send_rest()
         self._executor.finish_copies(wait=True)
         for reader in self._readers:
@@ -293,13 +302,17 @@ class GradientReduction:
             self._missing = [set(range(len(state.parameters))) for state in self._states]
 
     def _open_round(self) -> None:
-        """Start over with the first bucket, to add to the gradient shards."""
+        """Begin again with the first bucket; its gradients are added to the gradient shards."""
         self._num_rounds += 1
         self._next = 0
         self._start_counting()
 
     def _add_round(self, number: int, position: int) -> None:
-        """Make way for a gradient whose bucket has left, where room was reserved to add it."""
+        """Open another round for a gradient whose bucket was already sent in this one.
+
+        Raises:
+            ValueError: gradients do not accumulate.
+        """
         if self._accumulates:
             self.backward_ended()
             self._open_round()
@@ -307,29 +320,29 @@ class GradientReduction:
             return
         name = self._states[number].names[position]
         raise ValueError(
-            f"the gradient of parameter {name!r} has already been reduced in this step, and this "
-            "backward brings another: run all but the last backward of a step inside no_sync(), or "
-            "make the optimizer with accumulate='host' to add them on the host"
+            f"The gradient of parameter {name!r} has already been reduced in this step, and this "
+            "backward produced another one. Run all but the last backward of a step inside "
+            "no_sync(), or construct the optimizer with accumulate='host'."
         )
 
     def _send_rest(self) -> Exception | None:
-        """Send off every bucket that has not left yet, and return the first error of this rank."""
+        """Send every bucket that was not sent yet, and return this rank's first error."""
         failure: Exception | None = None
         while self._next < len(self._states):
             try:
                 self._send_next()
             except (TypeError, ValueError) as error:
                 failure = failure or error
-            # A copy that adds to a shard is not issued at once, as slots of a ring require. And
-            # gradients that stay in `.grad` are in memory twice while a slot holds them: so only
-            # one bucket's are at a time.
+            # Wait for each bucket's copy in two cases. A late gradient is added to its shard by the
+            # host, later than a ring slot may be reused. A gradient that stays in `.grad` is in
+            # memory twice while a slot holds it, so at most one bucket's are.
             late = self._num_rounds > 0 and not self._accumulates
             self._executor.finish_copies(wait=late or not self.streams)
         return failure
 
     @torch.no_grad()
     def _send_next(self) -> None:
-        """Take the next bucket's gradients out of `.grad` and start them on their way."""
+        """Take the next bucket's gradients out of `.grad`, and start their reduction or copy."""
         number = self._next
         self._next = number + 1
         self._shows_stand_ins = self.streams
@@ -338,6 +351,7 @@ class GradientReduction:
         try:
             found = self._read(state)
         except (TypeError, ValueError):
+            # Keep the sequence: peers wait for this bucket, and the slot's next user for its event.
             if self._averages:
                 self._start_reduction(state, [None] * len(state.parameters))
             elif state.plan.packs:
@@ -354,7 +368,7 @@ class GradientReduction:
             self._executor.sum_local(number, gradients)
         else:
             self._copy_alone(state, found.tensors)
-        if self._num_rounds > 0:  # an earlier round may have had other gradients
+        if self._num_rounds > 0:  # an earlier round may have sent gradients of other parameters
             self._readers[number].show_stand_ins(
                 [*np.flatnonzero(gradients.dense), *gradients.local_rows]
             )
@@ -362,7 +376,7 @@ class GradientReduction:
     def _note_stream(self, number: int, positions: Sequence[int], stream: Hashable) -> None:
         self._stream_waits.gradients_written(number, stream)
         if not self._missing[number].issuperset(positions):
-            # They are added to those that were taken, on the current stream.
+            # A gradient arrived again: `take` adds it to the first one, on the current stream.
             self._wait_for_gradients(number)
             current = self._stream_waits.current_stream(self._states[number].device)
             self._stream_waits.gradients_written(number, current)
@@ -376,7 +390,7 @@ class GradientReduction:
         return found or self._readers[state.layout.index].read(keep=not self.streams)
 
     def _start_reduction(self, state: BucketState, gradients: list[torch.Tensor | None]) -> None:
-        """Pack a bucket, zeros for what is missing, and start its mean over the ranks."""
+        """Pack a bucket, zeros for missing gradients, and start to average it over the ranks."""
         number = state.layout.index
         present = np.array([gradient is not None for gradient in gradients], dtype=np.bool_)
         idle = self._rows is not None and self._rows.is_without_dense(state)
@@ -392,7 +406,8 @@ class GradientReduction:
         """Copy (or add) this rank's segments of gradients that need no reduction."""
         given = self.gradients[state.layout.index]
         present = np.array([gradient is not None for gradient in gradients], dtype=np.bool_)
-        # A later round must not add a slot's zeros to what the shard had in the step before.
+        # Packing writes zeros for missing gradients. In a later round they would be added to shard
+        # segments that still hold the gradients of an earlier step.
         packs = state.plan.packs and self._num_rounds == 0
         if packs and present.any():
             copy: GradientCopy | None = self._transfer.pack(state, gradients, given, adds=False)

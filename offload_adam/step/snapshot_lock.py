@@ -1,4 +1,4 @@
-"""Keeps updates off the state that a background checkpoint is still reading."""
+"""`SnapshotLock`: updates wait while a background checkpoint still reads their bucket."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class SnapshotLock:
 
     def wait_until_free(self, bucket: int) -> None:
         """Wait until the reader has released a bucket."""
-        if bucket not in self._held:
+        if bucket not in self._held:  # the usual case, without taking the lock
             return
         start_s = time.monotonic()
         with self._changed:
@@ -111,8 +111,9 @@ class SnapshotLock:
         """
         if not self._unread_before.isdisjoint(buckets):
             self._invalidated_by = (
-                "parameters were modified outside the optimizer while they were written: wait for "
-                "the checkpoint before you change them, or write it without the background"
+                "Parameters were modified outside the optimizer while a background checkpoint "
+                "still read them. Wait for the checkpoint before you modify them, or write it with "
+                "save_checkpoint()."
             )
         self._unread_before = set(self._held)
 
@@ -126,18 +127,19 @@ class SnapshotLock:
             raise CheckpointError(self._invalidated_by)
 
     def stop_reader(
-        self, reason: str = "the optimizer was closed before the checkpoint was written"
+        self, reason: str = "The optimizer was closed before the checkpoint was written."
     ) -> None:
-        """Invalidate the snapshot, and wait until the reader has stopped; nothing if it has.
+        """Invalidate the snapshot and wait until the reader has stopped, if one is running.
 
         Args:
-            reason: for the error message of whoever waits for the checkpoint.
+            reason: message of the error that waiting for the checkpoint raises.
         """
         if self.num_finished == self.num_begun:
             return
         self._invalidated_by = reason
         if self._reader == threading.get_ident():
-            return  # the reader has dropped the last reference to the optimizer: no wait for itself
+            # The reader has dropped the last reference to the optimizer: it cannot wait for itself.
+            return
         with self._changed:
             self._changed.wait_for(lambda: self.num_finished == self.num_begun)
 

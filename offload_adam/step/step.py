@@ -1,4 +1,4 @@
-"""The optimizer without torch's conventions: parameters in, one agreed step at a time."""
+"""`ShardedAdam`: one rank's shard of the state, and the step. Start here to follow a step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from offload_adam.layout.schedule import Operation, plan_schedule
 from offload_adam.memory.arena import HostArena, close_all, leave_all
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.selection import Named, NewParameter
-from offload_adam.spans import NullSpans, Spans, Stopwatch
+from offload_adam.spans import Stopwatch, span
 from offload_adam.step.absence import AbsenceWatch
 from offload_adam.step.build import Storage, build_states
 from offload_adam.step.device_update import DeviceUpdate
@@ -35,6 +35,7 @@ from offload_adam.step.forward_waits import ForwardHooks
 from offload_adam.step.host_update import HostUpdate
 from offload_adam.step.ledger import LedgerEntry, bucket_entries
 from offload_adam.step.messages import (
+    Decision,
     StepInputs,
     StepReport,
     UpdateInputs,
@@ -58,10 +59,11 @@ logger = logging.getLogger(__name__)
 class _LocalFindings:
     """What this rank found before the agreement.
 
-    present: (num parameters,) bool, which have a gradient on this rank.
-    failure: what it will raise once all ranks know of it.
-    late: gradients were set by hand after their bucket had been sent.
-    changed, unseen: indices of externally edited parameters, seen by their version counter or not.
+    present: (num parameters,) bool, the parameters with a gradient on this rank.
+    failure: this rank raises it after the agreement has told all ranks.
+    late: the user set gradients after their bucket was sent.
+    changed: indices of parameters whose version counter the user's edits moved.
+    unseen: indices of parameters that were edited without moving the version counter.
     sum_of_squares: of this rank's gradients, in float64; not finite if a gradient is not.
     """
 
@@ -77,8 +79,8 @@ class ShardedAdam:
     """This rank's shard of the Adam state, and the step that all ranks take together.
 
     Owns: all bucket states, the detector of external edits, slots, buffers and the executor.
-        `resources` ends what runs beside the caller, takes hooks off the model and unpins memory,
-        in this order, and holds neither this object nor the model.
+        Closing `resources` removes the model's hooks, ends the update thread and unpins memory. It
+        refers neither to this object nor to the model, so a finalizer may hold it.
     Lifecycle: `extend` for every set of parameters, `step` any number of times.
     """
 
@@ -94,12 +96,14 @@ class ShardedAdam:
         takes_rows: bool = False,
         streamed: StreamedGradients | None = None,
     ) -> None:
-        """Begin without parameters.
+        """Construct an optimizer without parameters.
 
         Args:
-            num_threads, on_device: as for `plan_threads`.
-            overlaps: `step` returns before the updates are over; `executor` tells when they are.
-            takes_rows, streamed: as for `GradientReduction`.
+            storage: where and how the state is stored.
+            num_threads, on_device: see `plan_threads`.
+            module: the model, to find parameters that the user replaces by other objects.
+            overlaps: run updates on a thread of their own, while `step` returns.
+            takes_rows, streamed: see `GradientReduction`.
         """
         self.ranks = ranks
         self.num_steps = 0
@@ -116,7 +120,7 @@ class ShardedAdam:
         self._absence = AbsenceWatch(self._names, self._parameters)
         self.arenas: list[HostArena] = []
         self.resources = ExitStack()
-        # Keeps updates off the state that a checkpoint in the background still reads.
+        # Updates wait for a background checkpoint that still reads their bucket.
         self.snapshot_lock = SnapshotLock()
         self.external_edits = ExternalEdits(module, self.states, self._places, self.snapshot_lock)
         self._host_update: HostUpdate | None = None
@@ -124,8 +128,8 @@ class ShardedAdam:
         self._updates: list[BucketUpdate] = []
 
         backend = storage.backend
-        # A partial, not a bound method: the finalizer must not keep this object or the model alive.
-        make_buffer = partial(_make_buffer, storage, self.arenas)
+        # Not a bound method of this object: `resources` reaches it, see the class.
+        make_buffer = partial(storage.make_buffer, self.arenas)
         self._rings = Rings(make_buffer)
         self.stream_waits = StreamWaits(ranks, backend.make_streams)
         collectives = backend.make_collectives(ranks)
@@ -151,7 +155,7 @@ class ShardedAdam:
             self.external_edits.arrived,
         )
         self.stream_waits.wait_for_update = self.executor.wait_for_update
-        self.resources.callback(_end, self.executor, self.arenas)
+        self.resources.callback(_release, self.executor, self.arenas)
         self.reduction = GradientReduction(
             ranks,
             storage.policy,
@@ -169,13 +173,15 @@ class ShardedAdam:
         new: Sequence[NewParameter],
         frozen: Sequence[Named] = (),
     ) -> None:
-        """Take further parameters in: adopt, allocate, compile. Collective where ranks share state.
+        """Add parameters: flatten them into buckets, allocate their state, compile their kernels.
+
+        Collective.
 
         Args:
-            frozen: parameters without state, by name: they must stay without a gradient.
+            frozen: parameters without state; a step with a gradient of one of them raises an error.
 
         Raises:
-            HostMemoryError: the optimizer is as before then.
+            HostMemoryError: memory is short; the optimizer is unchanged.
         """
         self.executor.finish_copies(wait=True)
         self.executor.finish_updates()
@@ -196,7 +202,8 @@ class ShardedAdam:
             num_reduce_slots=self._storage.backend.num_reduce_slots,
             num_staging_slots=self._storage.backend.num_staging_slots,
         )
-        # Memory that may run out comes before the lists of buckets and parameters grow.
+        # Allocate before the lists of buckets and parameters grow: running out of memory must leave
+        # the optimizer unchanged.
         self.transfer.allocate(all_states, schedule)
         self.tasks.reserve(all_states, schedule)
         self._rings.allocate()
@@ -224,20 +231,20 @@ class ShardedAdam:
         self.external_edits.extend(new)
 
     def _use_host_update(self) -> HostUpdate:
-        """Return the host's update, made with the first bucket that needs it: it loads Numba."""
+        """Return the host update; construct it for the first bucket on the host: it loads Numba."""
         if self._host_update is None:
             self._host_update = HostUpdate(self._num_threads, on_device=self._on_device)
             self.transfer.fold = self._host_update.fold
         return self._host_update
 
     def _touch_host(self, memory: torch.Tensor) -> None:
-        """Commit a plane in host memory from the threads that will update it."""
+        """Touch every page of a plane from the thread that will update it, for NUMA locality."""
         host = self._use_host_update()
         self.executor.run_on_worker("first touch of memory", lambda: host.touch(memory))
 
     @property
     def host_nbytes(self) -> dict[str, int]:
-        """Host bytes that this rank holds now, by what they are for."""
+        """Host bytes that this rank has allocated, by category."""
         update = {Category.BLOCK_SUMS: 0, Category.PREPARED: 0}
         if self._host_update is not None:
             update |= self._host_update.nbytes
@@ -249,7 +256,7 @@ class ShardedAdam:
         }
 
     def ledger(self) -> list[LedgerEntry]:
-        """Return who holds which bytes now, on the host and on devices."""
+        """Return every allocation of this rank, on the host and on devices."""
         entries = [entry for state in self.states for entry in bucket_entries(state)]
         shared = {k: n for k, n in self.host_nbytes.items() if k != Category.STATE}
         entries += [LedgerEntry(name, None, "cpu", nbytes) for name, nbytes in shared.items()]
@@ -262,10 +269,10 @@ class ShardedAdam:
     def hook_forward(
         self, module: torch.nn.Module, units: Sequence[torch.nn.Module] | None
     ) -> None:
-        """Let the forward of this model wait for its parameters, part by part.
+        """Put hooks on a model that let the forward of each unit wait for its own buckets.
 
         Args:
-            units: the parts, None for the children of every ModuleList.
+            units: None for the children of every ModuleList.
         """
         if self.forward_hooks is None:
             self.forward_hooks = ForwardHooks(module, self.executor, units)
@@ -274,27 +281,28 @@ class ShardedAdam:
         self.forward_hooks.attach({parameter: bucket for parameter, (bucket, _) in places})
 
     def synchronize(self) -> None:
-        """Return when all parameters and all state hold the result of the last step.
+        """Block until all parameters and all state hold the result of the last step.
 
-        From then on the host may write to state.
+        The host may then write to the state.
         """
         if self.forward_hooks is not None:
             self.forward_hooks.wait_for_all()
         self.executor.finish_updates()
-        # The compute stream waits for these, and the host does not. But copies read state, and a
-        # CUDA graph could not capture another stream's wait.
+        # So far only the compute stream waits for H2D copies and all-gathers. The host waits too:
+        # the copies read state that the host may write from now on, and a CUDA graph cannot capture
+        # a wait for work that was issued before its capture.
         self.stream_waits.block_until_over(Operation.COPY_H2D)
         self.stream_waits.block_until_over(Operation.GATHER)
         self.executor.forget_streams()
 
     @property
     def share(self) -> tuple[int, int]:
-        """This rank's place among those that the state is divided over."""
+        """This rank's index among the ranks that the state is sharded over, and their number."""
         return self._storage.share_of(self.ranks)
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each rank holds a part of the state, or all of it."""
+        """Whether each rank holds a part of the state; if not, each holds all of it."""
         return not self._storage.policy.replicated
 
     @property
@@ -312,9 +320,9 @@ class ShardedAdam:
         return self.states[bucket], position
 
     def step(self, inputs: StepInputs) -> StepReport:
-        """Reduce, agree, then skip or update; the next forward waits for what still runs.
+        """Reduce, agree, then skip or update.
 
-        Collective.
+        Updates may still run when this returns; the next forward waits for them. Collective.
 
         Raises:
             PeerError: another rank raised an error in this step.
@@ -324,62 +332,100 @@ class ShardedAdam:
         PROGRESS.begin_step(self.num_steps + 1)
         if self.forward_hooks is not None:
             self.forward_hooks.step_begins()
-        # 0. The previous step's updates read the gradient shards that this step fills.
-        self.executor.finish_updates()
+        # 0. Updates of the previous step still read the gradient shards that this step writes.
+        with span("wait previous"):
+            self.executor.finish_updates()
         background = self._background.take()
-        # 1. Bring every gradient to its shard.
+        # 1. Bring every gradient to its shard. An error is carried to the agreement, not raised:
+        # other ranks may already wait in the next collective.
         failure = self._reduce(inputs, stopwatch)
-        # 2. One all-reduce of what each rank has found in its gradients and parameters.
+        # 2. One all-reduce of what each rank found in its gradients and parameters.
         agreement, changed = self._agree(inputs, failure, stopwatch)
-        # 3. Decide, from the agreement alone: the same on all ranks.
+        # 3. Decide from the agreement alone, so that all ranks decide the same.
         decision = decide(agreement, inputs.max_norm, inputs.factor)
         non_finite = self._names_of_non_finite(agreement) if decision.skip else ()
-        # 4. Update bucket by bucket, in the order in which the next forward needs them.
+        num_updated = 0
         if not decision.skip:
-            active = agreement.present_counts.numpy() > 0
+            # 4. Update bucket by bucket, in the order in which the next forward needs them.
+            num_updated = self._apply(inputs, agreement, changed, decision, stopwatch)
+        self._finish_step(agreement)
+        return StepReport(
+            decision.total_norm,
+            decision.clip_factor,
+            decision.skip,
+            num_updated,
+            non_finite,
+            _added(background, stopwatch.elapsed_s),
+            agreement.notice,
+        )
+
+    def _apply(
+        self,
+        inputs: StepInputs,
+        agreement: Agreement,
+        changed: Sequence[int],
+        decision: Decision,
+        stopwatch: Stopwatch,
+    ) -> int:
+        """Start the updates, on the update thread if there is one.
+
+        Args:
+            changed: indices of the parameters that the user modified.
+
+        Returns:
+            How many parameters are updated: those with a gradient on any rank.
+        """
+        active = agreement.present_counts.numpy() > 0
+        with span("edits"):
             self.external_edits.sync(changed)
-            self.external_edits.bump_versions(active)
-            update_inputs = UpdateInputs(
-                active, inputs.hyperparameters, decision.gradient_scale, inputs.step, inputs.lazy
-            )
-            self.executor.apply(self.reduction.gradients, update_inputs, stopwatch)
+        # Before the updates write: `bump_versions` says why.
+        self.external_edits.bump_versions(active)
+        update_inputs = UpdateInputs(
+            active, inputs.hyperparameters, decision.gradient_scale, inputs.step, inputs.lazy
+        )
+        self.executor.apply(self.reduction.gradients, update_inputs, stopwatch)
+        return int(active.sum())
+
+    def _finish_step(self, agreement: Agreement) -> None:
+        """Prepare for the next backward and forward."""
         self.reduction.reset()
         if self.forward_hooks is not None:
             self.forward_hooks.step_ended()
         if self.ranks.rank == 0:
             self._absence.see(agreement.present_counts)
         self.num_steps += 1
-        return StepReport(
-            decision.total_norm,
-            decision.clip_factor,
-            decision.skip,
-            0 if decision.skip else int((agreement.present_counts > 0).sum()),
-            non_finite,
-            _added(background, stopwatch.elapsed_s),
-            agreement.notice,
-        )
 
     def total_norm(self, inputs: StepInputs) -> float:
-        """Reduce what is left and return the global gradient norm, unscaled. Collective."""
+        """Reduce the gradients, if not yet done, and return their global norm. Collective.
+
+        The norm is that of the mean gradients, divided by `inputs.grad_scale`.
+        """
         self.executor.finish_updates()
-        failure = self._reduce(inputs, NullSpans())
-        agreement, _ = self._agree(inputs, failure, NullSpans())
+        stopwatch = Stopwatch()  # nobody reads it
+        failure = self._reduce(inputs, stopwatch)
+        agreement, _ = self._agree(inputs, failure, stopwatch)
         return decide(agreement, None, inputs.factor).total_norm
 
     def norms(self, inputs: StepInputs) -> npt.NDArray[np.float64]:
-        """Reduce what is left and return each parameter's gradient norm, as it is. Collective."""
+        """Reduce the gradients, if not yet done, and return each parameter's norm. Collective.
+
+        Returns:
+            (num parameters,) float64, of the mean gradients, not divided by `inputs.grad_scale`.
+        """
         self.executor.finish_updates()
-        self._agree(inputs, self._reduce(inputs, NullSpans()), NullSpans())
+        stopwatch = Stopwatch()  # nobody reads it
+        self._agree(inputs, self._reduce(inputs, stopwatch), stopwatch)
         squares = np.zeros(len(self._parameters))
 
-        def add_dense(*, hosted: bool) -> None:
+        def add_dense(*, hosted: bool) -> None:  # hosted: buckets with state on the host
             for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
                 if state.plan.location.is_host is hosted:
                     update = self._updates[state.layout.index]
                     found = update.squares_by_position(state, gradients)
                     squares[state.indices] += found
 
-        # What every rank has whole is counted by rank 0.
+        # Rank 0 alone counts gradients that every rank holds whole: those of replicated state, and
+        # sparse ones.
         if self.ranks.rank == 0 or self.is_sharded:
             add_dense(hosted=False)
             self.executor.run_on_worker("norms", lambda: add_dense(hosted=True))
@@ -390,37 +436,38 @@ class ShardedAdam:
         self.ranks.all_reduce(torch.from_numpy(squares))
         return np.sqrt(squares)
 
-    def _reduce(self, inputs: StepInputs, spans: Spans) -> Exception | None:
+    def _reduce(self, inputs: StepInputs, stopwatch: Stopwatch) -> Exception | None:
         """Bring all gradients to their shards, and return this rank's first error.
 
-        The error is raised once all ranks know of it: until then its peers wait in the next
-        collective.
+        The caller raises the error after the agreement has told the other ranks.
         """
         if not self.reduction.streams:
-            # `.grad` still holds everything, and may have been edited since it was last read.
+            # `.grad` still holds every gradient. The user may have modified it since
+            # `clip_grad_norm_` read it, so it is read again.
             self.reduction.reset()
-        with spans.span("reduce"):
+        with stopwatch.span("reduce"):
             return self.reduction.finish() or inputs.failure
 
     def _agree(
-        self, inputs: StepInputs, failure: Exception | None, spans: Spans
+        self, inputs: StepInputs, failure: Exception | None, stopwatch: Stopwatch
     ) -> tuple[Agreement, list[int]]:
-        """Exchange what each rank has found, and raise an error unless all take the same step.
+        """Exchange what each rank found, and raise an error unless all ranks take the same step.
 
         Args:
-            failure: why this rank cannot take the step.
+            failure: this rank's error in the reduction, None if there was none.
 
         Returns:
             The agreement, and the indices of externally edited parameters.
         """
-        found = self._find(inputs, failure, spans)
-        agreement = self._exchange(inputs, found, spans)
+        found = self._find(inputs, failure, stopwatch)
+        agreement = self._exchange(inputs, found, stopwatch)
         if agreement.late and not agreement.failed_ranks:
-            with spans.span("reduce"):
+            with stopwatch.span("reduce"):
                 failure = self.reduction.take_late_gradients()
-            found = self._find(inputs, failure, spans)
-            agreement = self._exchange(inputs, found, spans)
+            found = self._find(inputs, failure, stopwatch)
+            agreement = self._exchange(inputs, found, stopwatch)
         if found.failure is not None:
+            # Only now: the agreement has told the other ranks, which raise a PeerError.
             raise found.failure
         changed = found.changed
         if agreement.unseen and not agreement.failed_ranks:
@@ -431,11 +478,13 @@ class ShardedAdam:
             reject_partial_presence(agreement, self.ranks.world_size, self._names)
         return agreement, changed
 
-    def _find(self, inputs: StepInputs, failure: Exception | None, spans: Spans) -> _LocalFindings:
-        """Look at this rank's gradients and parameters. Never raises.
+    def _find(
+        self, inputs: StepInputs, failure: Exception | None, stopwatch: Stopwatch
+    ) -> _LocalFindings:
+        """Examine this rank's gradients and parameters. An error is stored, not raised.
 
         Args:
-            failure: what this rank would have raised so far; there is nothing to look at then.
+            failure: this rank's error so far. If there is one, nothing is examined.
         """
         found = _LocalFindings(np.zeros(len(self._parameters), dtype=np.bool_), failure)
         if failure is not None:
@@ -443,8 +492,9 @@ class ShardedAdam:
         try:
             reject_unfrozen(self._frozen)
             found.late = self.reduction.has_late_gradients()
-            found.changed = self.external_edits.find()
-            found.unseen = self.external_edits.find_unseen(found.changed)
+            with span("edits"):
+                found.changed = self.external_edits.find()
+                found.unseen = self.external_edits.find_unseen(found.changed)
             self._reject_unready()
             for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
                 found.present[state.indices] = gradients.present
@@ -452,14 +502,16 @@ class ShardedAdam:
                 update.allocate_for(state, gradients, lazy=inputs.lazy)
             if inputs.factor != 1.0:
                 reject_partly_multiplied(inputs, found.present, self._names)
-            with spans.span("norm"):
+            with stopwatch.span("norm"):
                 found.sum_of_squares = self._sum_of_squares()
         except Exception as error:
             found.failure = error
         return found
 
-    def _exchange(self, inputs: StepInputs, found: _LocalFindings, spans: Spans) -> Agreement:
-        """Exchange what the ranks found, in the one all-reduce of a step."""
+    def _exchange(
+        self, inputs: StepInputs, found: _LocalFindings, stopwatch: Stopwatch
+    ) -> Agreement:
+        """All-reduce the findings of all ranks: the one small collective of a step."""
         changes = self.external_edits.checksum(found.changed) if self.ranks.world_size > 1 else 0
         findings = Findings(
             sum_of_squares=found.sum_of_squares,
@@ -475,15 +527,16 @@ class ShardedAdam:
             notice=inputs.notice,
             present=torch.from_numpy(found.present),
         )
-        with spans.span("agree"):
+        with stopwatch.span("agree"):
             return agree(self.ranks, findings)
 
     def _share_unseen(
         self, agreement: Agreement, changed: list[int], unseen: list[int]
     ) -> tuple[Agreement, list[int]]:
-        """Add to the changed parameters those that any rank found written unseen. Collective.
+        """Add the parameters whose edits any rank found without a version counter. Collective.
 
-        A rank compares its shard alone, but holds whole parameters: so all take checksums of them.
+        Returns:
+            The agreement with checksums of these edits, and the indices of all edited parameters.
         """
         flags = torch.zeros(len(self._parameters), dtype=torch.bool, device="cpu")
         flags[unseen or self.external_edits.all_unseen(changed)] = True
@@ -492,6 +545,8 @@ class ShardedAdam:
         self.external_edits.report_unseen([self._names[index] for index in unseen])
         changed = sorted({*changed, *unseen})
         if self.ranks.world_size > 1:
+            # A rank compares only its shard with the master weights, but holds whole parameters: an
+            # edit that another rank found is in this rank's checksum too.
             checksum = self.external_edits.checksum(changed)
             own = torch.tensor([checksum], dtype=torch.int64, device="cpu")
             gathered = self.ranks.all_gather(own)
@@ -499,17 +554,17 @@ class ShardedAdam:
         return agreement, changed
 
     def _reject_unready(self) -> None:
-        """Reject gradients of a forward that did not wait for its parameters."""
+        """Raise an error for gradients of a forward that did not wait for its parameters."""
         if self.forward_hooks is not None:
             given = zip(self.states, self.reduction.gradients, strict=True)
             brought = [state.layout.index for state, gradients in given if gradients.present.any()]
             self.forward_hooks.check(brought, lambda number: self.states[number].names[0])
 
     def _sum_of_squares(self) -> float:
-        """Return this rank's share of the sum; not finite if one of its gradients is not.
+        """Return this rank's part of the sum; not finite if one of its gradients is not.
 
-        What every rank has whole is counted by rank 0: sparse gradients, and all of them where
-        the state is replicated.
+        Rank 0 alone counts the gradients that every rank holds whole: sparse gradients, and all
+        gradients if the state is replicated.
         """
         gradients = self.reduction.gradients
         dense = self.executor.sum_of_squares(gradients)
@@ -521,7 +576,10 @@ class ShardedAdam:
         return dense if self.is_sharded else 0.0
 
     def _names_of_non_finite(self, agreement: Agreement) -> tuple[str, ...]:
-        """Return which parameters made the step be skipped, on any rank. Collective if any did."""
+        """Return the parameters with a non-finite gradient on any rank.
+
+        Collective if the agreement reports non-finite gradients, which is the same on all ranks.
+        """
         if not agreement.non_finite:
             return ()
         flags = torch.zeros(len(self._parameters), dtype=torch.bool, device="cpu")
@@ -531,25 +589,23 @@ class ShardedAdam:
         return tuple(self._names[index] for index in torch.nonzero(flags).flatten().tolist())
 
 
-def _end(executor: Executor, arenas: Sequence[HostArena]) -> None:
-    """End the executor, then unpin and drop the memory that it used.
-
-    Memory that an update may still use is neither unpinned nor unmapped: a kernel would write to
-    memory of others, and the device would copy from it.
-    """
-    has_ended = False  # also if the wait is interrupted
+def _release(executor: Executor, arenas: Sequence[HostArena]) -> None:
+    """End the executor, then unpin and drop the arenas that its updates used."""
+    has_ended = False  # also if `close` is interrupted
     try:
         has_ended = executor.close()
     finally:
         if has_ended:
             close_all(arenas)
         else:
+            # The running update would write to memory that others may have mapped by then, and the
+            # device would copy from memory that is no longer pinned.
             leave_all(arenas)
             logger.error(
-                "an update was still running when its optimizer was dropped, so its %s of host "
-                "memory stay allocated, %s of them pinned, until the process ends. Look for an "
-                "earlier error of this or another rank, and call close() on the optimizer when you "
-                "have finished with it",
+                "An update was still running when its optimizer was dropped. %s of its host memory "
+                "stay allocated, %s of them pinned, until the process ends. Look for an earlier "
+                "error of this or another rank, and call close() on the optimizer when you have "
+                "finished with it.",
                 format_nbytes(sum(arena.nbytes for arena in arenas)),
                 format_nbytes(sum(arena.pinned_nbytes for arena in arenas)),
             )
@@ -558,12 +614,3 @@ def _end(executor: Executor, arenas: Sequence[HostArena]) -> None:
 def _added(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
     """Return the sums of both by name."""
     return {name: first.get(name, 0.0) + second.get(name, 0.0) for name in {**first, **second}}
-
-
-def _make_buffer(storage: Storage, arenas: list[HostArena], nbytes: int) -> HostArena:
-    """Return host memory for copies, page-locked where that was asked for."""
-    arena = HostArena(nbytes)
-    if storage.policy.pins_staging and storage.runtime is not None:
-        arena.pin_or_warn(storage.runtime, "These copies go through pageable memory")
-    arenas.append(arena)
-    return arena

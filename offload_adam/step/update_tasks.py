@@ -1,4 +1,4 @@
-"""The tasks of a step that update one bucket, each with the waits that the schedule gives it."""
+"""The tasks that update one bucket, each with the waits that `layout.schedule` gives it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.layout.schedule import Operation, Schedule
 from offload_adam.params.bucket import BucketState
-from offload_adam.spans import Spans
+from offload_adam.spans import Stopwatch
 from offload_adam.step.device_update import DeviceUpdate
 from offload_adam.step.host_update import HostUpdate
 from offload_adam.step.messages import UpdateInputs
@@ -24,17 +23,17 @@ from offload_adam.transfer.slots import Rings
 from offload_adam.transfer.stream_waits import StreamWaits
 
 BucketUpdate = HostUpdate | DeviceUpdate
-"""What a step does with one bucket's final gradients, by where the bucket's state is."""
+"""Sums squares and updates a bucket, by where the bucket's state is."""
 
 
 class UpdateTasks:
     """Runs single tasks; the executor decides when, and on which thread.
 
     Args:
-        states, updates: one for each bucket; grow with the optimizer.
+        states, updates: one for each bucket; these lists grow with `add_param_group`.
         snapshot_lock: makes an update wait for a checkpoint that still reads the bucket.
 
-    Owns: the gathers that are under way.
+    Owns: the all-gathers that were issued and not waited for.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class UpdateTasks:
         return gradients.squares
 
     def non_finite(self, number: int, gradients: BucketGradients) -> npt.NDArray[np.int64]:
-        """Return the indices of a bucket's parameters whose gradient, here, is not finite."""
+        """Return the indices of a bucket's parameters with a non-finite gradient on this rank."""
         state = self.states[number]
         rows = state.indices[gradients.non_finite_rows()]
         if np.isfinite(self.sum_of_squares(number, gradients)):
@@ -83,7 +82,10 @@ class UpdateTasks:
         return np.concatenate([state.indices[positions], rows])
 
     def record_last_read(self) -> None:
-        """Record on the compute stream that the model has read the parameters for the last time."""
+        """Record on the compute stream that the model has read this step's parameters.
+
+        H2D copies wait for this event before they overwrite the parameters.
+        """
         offloaded = [s.layout.index for s in self.states if s.plan.is_offloaded]
         self.stream_waits.record_all(Operation.RELEASE, offloaded)
 
@@ -93,29 +95,30 @@ class UpdateTasks:
         gradients: BucketGradients,
         active: npt.NDArray[np.bool_],
         inputs: UpdateInputs,
-        spans: Spans,
+        stopwatch: Stopwatch,
     ) -> None:
-        """Update this rank's shard of a bucket, and start it on its way up to its device."""
+        """Update this rank's shard of a bucket, and issue the H2D copy of its parameters."""
         state = self.states[number]
-        self._await_turn(state, spans)
+        self._await_turn(state, stopwatch)
         is_host = state.plan.location.is_host
-        with spans.span("update" if is_host else "device update", number):
+        with stopwatch.span("update" if is_host else "device update", number):
             param_out = self._param_out(state)
             self.updates[number].update(state, gradients, active, inputs, param_out)
             if not is_host:
                 self.stream_waits.record(Operation.UPDATE, number)
         if state.plan.is_offloaded:
-            with spans.span("H2D copy", number):
+            with stopwatch.span("H2D copy", number):
                 self._copy_h2d(state, active, param_out)
 
-    def _await_turn(self, state: BucketState, spans: Spans) -> None:
-        """Wait for the slot that the update writes, and for a checkpoint that reads the bucket."""
+    def _await_turn(self, state: BucketState, stopwatch: Stopwatch) -> None:
+        """Wait for the staging slot that the update writes, and for a checkpoint of the bucket."""
         number = state.layout.index
-        with spans.span("H2D copy", number) if state.plan.is_offloaded else nullcontext():
-            # On the host: until the H2D copy of the bucket that had this staging slot is over.
+        with stopwatch.span("H2D copy", number) if state.plan.is_offloaded else nullcontext():
+            # The kernel writes the staging slot from this thread. So this thread, not a stream,
+            # waits until the H2D copy of the bucket that used the slot before has read it.
             self.stream_waits.wait_before(Operation.UPDATE, number)
         if self._snapshot_lock.holds(number):
-            with spans.span("checkpoint wait", number):
+            with stopwatch.span("checkpoint wait", number):
                 self._snapshot_lock.wait_until_free(number)
 
     def _param_out(self, state: BucketState) -> torch.Tensor | None:
@@ -125,12 +128,12 @@ class UpdateTasks:
         return self._staging_slot(state) if state.plan.is_offloaded else state.shard
 
     def _staging_slot(self, state: BucketState) -> torch.Tensor:
-        """Return the host slot from which a bucket's parameters go up."""
+        """Return the host slot from which a bucket's parameters are copied to the device."""
         slot = self.stream_waits.schedule.staging_slots[state.layout.index]
         return self._rings.staging_slot(state.layout.bucket_key, slot, state.layout.shard_numel)
 
     def stage(self, state: BucketState) -> torch.Tensor:
-        """Let this thread copy a shard's fp32 parameters to the slot from which they go up."""
+        """Copy a shard's fp32 parameters to its staging slot, on this thread; return the slot."""
         slot, update = self._staging_slot(state), self.updates[state.layout.index]
         assert not isinstance(update, DeviceUpdate)
         update.fold(slot, state.planes.master_weight, adds=False)
@@ -143,14 +146,14 @@ class UpdateTasks:
         number = state.layout.index
         source = state.planes.master_weight if param_out is None else param_out
         if param_out is None and state.plan.stages_parameters:
-            # A copy to a device out of memory that is not page-locked would wait for it.
+            # The master is not page-locked: CUDA would block this thread for the whole H2D copy.
             source = self.stage(state)
 
         def copy() -> None:
             for start, end in _runs(state, active):
                 state.shard[start:end].copy_(source[start:end], non_blocking=True)
 
-        # Waits until the model has read the parameters for the last time in this step.
+        # The H2D stream first waits for RELEASE: the model may still read the old parameters.
         self.stream_waits.run(
             Operation.COPY_H2D, number, copy, reads=[source], writes=[state.shard]
         )
@@ -163,29 +166,31 @@ class UpdateTasks:
         """
         self.stream_waits.record(Operation.COPY_H2D, number)
 
-    def gather(self, number: int, spans: Spans) -> None:
-        """Start bringing the other ranks' shards of a bucket, once."""
+    def gather(self, number: int, stopwatch: Stopwatch) -> None:
+        """Issue the all-gather of a bucket's parameters."""
         state = self.states[number]
-        # Outside of the span: this may wait on the host for the update of this rank's shard.
+        # Outside the span: this may block until the worker has updated this rank's shard.
         self.stream_waits.wait_before(Operation.GATHER, number)
-        with spans.span("gather", number):
-            if number not in self._gathering:  # else an interrupt came before its end was marked
+        with stopwatch.span("gather", number):
+            # An earlier call may have issued it and then been interrupted. A second one would not
+            # match the other ranks' collectives.
+            if number not in self._gathering:
                 streams = self.stream_waits.streams_of(number)
                 self._gathering[number] = self._collectives.gather(streams, state.flat)
             self.stream_waits.record(Operation.GATHER, number)
 
-    def wait_for_parameters(self, number: int, spans: Spans) -> None:
-        """Wait until a bucket's parameters are up to date: the compute stream, or the caller."""
+    def wait_for_parameters(self, number: int, stopwatch: Stopwatch) -> None:
+        """Wait for a bucket's new parameters: the compute stream on a device, else the host."""
         pending = self._gathering.get(number)
         if pending is not None:
-            with PROGRESS.at("gather", number), spans.span("gather", number):
+            with stopwatch.span("gather", number):
                 pending.wait(self._ranks)
             del self._gathering[number]
         self.stream_waits.wait_before(Operation.USE, number)
 
 
 def _runs(state: BucketState, active: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """Return the stretches of the shard that hold active parameters; one where all are."""
+    """Return the (start, end) of each active parameter in the shard; one run if all are active."""
     if active.all():
         return [(0, state.layout.shard_numel)]
     segments = state.segments.select(active)

@@ -1,4 +1,4 @@
-"""The one thread on which an overlapped step's updates run, one after the other."""
+"""The update thread: runs the updates of an overlapped step, one after another."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Callable
 _NAME = "offload_adam update"
 
 CLOSE_TIMEOUT_S = 30.0
-"""Seconds to wait for the jobs of an optimizer that is dropped, or alive at exit."""
+"""Seconds that `close` waits for running jobs, as when an optimizer is dropped or at exit."""
 
 
 class Ticket:
-    """One job of the update thread, to be waited for."""
+    """A handle to wait for one job of the update thread."""
 
     __slots__ = ("_error", "_over", "what")
 
@@ -24,14 +24,14 @@ class Ticket:
         self._error: BaseException | None = None
 
     def is_over(self) -> bool:
-        """Tell, without waiting, whether the job has ended, well or not."""
+        """Return, without waiting, whether the job has ended, with or without an error."""
         return self._over.is_set()
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait for the job to end; tell whether it has.
+        """Wait for the job to end; return whether it has.
 
         Raises:
-            BaseException: what the job raised, with the traceback from its own thread.
+            BaseException: the job's error, with its traceback from the update thread.
         """
         if not self._over.wait(timeout_s):
             return False
@@ -45,14 +45,14 @@ class Ticket:
 
 
 class _Jobs:
-    """What the thread and its owner share, so that the thread does not keep the owner alive.
+    """The queue that the thread shares with its owner.
 
-    The queue is bounded by who fills it: a step's updates are over before the next one's begin, a
-    forward waits where the copies of more than two backwards are not finished, and in a world of
-    one a backward does where the host has fallen behind. With other ranks a hook could not wait.
+    The thread holds this object, not the owner: a thread that held the owner would keep it alive.
     """
 
     def __init__(self) -> None:
+        # Needs no limit of its own. The updates of a step end before those of the next begin, and
+        # `Executor.start_copy` and `_bound_backlog` limit the unfinished gradient copies.
         self.waiting: deque[tuple[Callable[[], None], Ticket]] = deque()
         self.changed = threading.Condition()
         self.is_closed = False
@@ -68,13 +68,13 @@ class _Jobs:
 
 
 class UpdateThread:
-    """Runs jobs one after the other, beside the thread that gives them.
+    """Runs submitted jobs on a thread of its own, in order.
 
-    After a job has raised, later jobs are skipped and raise the same error: state may be half
-    updated.
+    After a job has raised an error, later jobs are skipped and raise the same error: the state may
+    be half updated.
 
-    Owns: a daemon thread, started with the first job.
-    Lifecycle: ends with `close`, or when this object is collected.
+    Owns: a daemon thread, started by the first job.
+    Lifecycle: ends with `close`, or when this object is garbage-collected.
     """
 
     def __init__(self) -> None:
@@ -83,10 +83,10 @@ class UpdateThread:
         self._end = weakref.finalize(self, _close, self._jobs)
 
     def submit(self, what: str, job: Callable[[], None]) -> Ticket:
-        """Give the thread a job; never blocks.
+        """Append a job to the queue. Never blocks.
 
         Args:
-            what: added to an error that the job raises, such as "the update of bucket 3".
+            what: names the job in a note on its error, such as "the update of bucket 3".
         """
         ticket = Ticket(what)
         if self._thread is None:
@@ -100,14 +100,15 @@ class UpdateThread:
         return ticket
 
     def close(self) -> bool:
-        """End the thread when it has done what it was given. Idempotent.
+        """Let the thread finish its jobs and end, for at most `CLOSE_TIMEOUT_S`. Idempotent.
 
         Returns:
-            Whether no job is running. If False, one may still use the memory that it was given.
+            Whether the thread has ended. If not, its job may still use the optimizer's memory.
         """
         self._end()
         if self._thread is None or self._thread is threading.current_thread():
-            # If the collector has dropped the owner on this very thread, no kernel runs now.
+            # The garbage collector may finalize the owner on the update thread itself, which cannot
+            # join itself. No kernel is running then.
             return True
         self._thread.join(CLOSE_TIMEOUT_S)
         return not self._thread.is_alive()
@@ -132,4 +133,4 @@ def _run(jobs: _Jobs) -> None:
                 error.add_note(f"raised on the update thread, in {ticket.what}")
                 jobs.failure = error
         ticket._end(jobs.failure)
-        del found, job, ticket
+        del found, job, ticket  # else the optimizer would stay alive until the next job

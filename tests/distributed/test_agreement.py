@@ -61,4 +61,4 @@ def test_ranks_at_different_steps_are_refused(ranks: RankPool) -> None:
     first, second, third = ranks.run(part, 3)
     assert first == second == third
     assert first.error == "RankDisagreementError"
-    assert "ranks are at different steps: [51, 41, 51]" in first.message
+    assert "Ranks are at different steps: [51, 41, 51]" in first.message

@@ -264,7 +264,7 @@ MISTAKES: dict[str, tuple[Mistake, str, str, str]] = {
     "max_norm": (
         clip_otherwise,
         "RankDisagreementError",
-        "the norm to clip to is 0.5 where rank 0 has None. Set the same on every rank",
+        "the norm to clip to is 0.5 where rank 0 has None. Set the same values on every rank",
         "RankDisagreementError",
     ),
 }

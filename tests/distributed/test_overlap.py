@@ -170,7 +170,7 @@ def drop_in_the_middle(rank: int, world_size: int) -> str:
 
 def test_ranks_that_drop_an_optimizer_too_early_are_told(ranks: RankPool) -> None:
     for logged in ranks.run(drop_in_the_middle, 2):
-        assert "they differ between ranks now: call synchronize() or close()" in logged
+        assert "they now differ between ranks. Call synchronize() or close()" in logged
 
 
 def train_with_one_fallen_back(rank: int, world_size: int) -> tuple[list[bytes], bool]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from offload_adam.layout.schedule import Lane, Operation, Schedule, Task
-from offload_adam.spans import Spans
+from offload_adam.spans import Stopwatch
 from tests.simulation.backend import SimulatedStreams
 from tests.simulation.case import Case, Step, simple_case
 from tests.simulation.simulation import Simulation, clean_reference_of
@@ -116,11 +116,11 @@ def look_ahead_to_an_update_that_is_not_over(simulation: Simulation, patch: Patc
     executor = simulation.core.executor
     stream_waits = simulation.core.stream_waits
 
-    def hasty(spans: Spans) -> None:
+    def hasty(stopwatch: Stopwatch) -> None:
         with patch.context() as inner:
             inner.setattr(stream_waits, "wait_for_update", lambda task: None)
             if executor._to_gather:
-                executor._gather_next(spans)
+                executor._gather_next(stopwatch)
 
     patch.setattr(executor, "_gather_ahead", hasty)
 

@@ -294,7 +294,7 @@ def test_a_parameter_frozen_at_construction_may_not_get_a_gradient_later() -> No
     optimizer = OffloadAdam(model.named_parameters())
     model.bias.requires_grad_(True)
     model(torch.ones(1, 3)).sum().backward()
-    with pytest.raises(ValueError, match="'bias' has a gradient, but did not require one"):
+    with pytest.raises(ValueError, match="'bias' has a gradient but no state: it did not"):
         optimizer.step()
 
 

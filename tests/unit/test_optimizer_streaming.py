@@ -443,7 +443,7 @@ def test_a_step_without_gradients_whose_copy_has_failed_is_rejected(
         model(torch.ones(2, 16)).sum().backward()
         optimizer.step()
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"missing.*call zero_grad\(\)"):
+        with pytest.raises(RuntimeError, match=r"are missing.*Call zero_grad\(\)"):
             optimizer.step()
     optimizer.zero_grad()
     model(torch.ones(2, 16)).sum().backward()

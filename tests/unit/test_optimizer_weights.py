@@ -455,8 +455,8 @@ def test_parameters_that_never_have_a_gradient_are_named_once(
 
     assert train(9) == []
     (message,) = train(10)
-    assert message.startswith("no gradient in 10 steps for parameter 'weight': they are not")
+    assert message.startswith("No gradient in 10 steps for parameter(s) 'weight': they are not")
     optimizer.add_param_group({"params": [("new", torch.nn.Parameter(torch.ones(1)))]})
     assert train(9) == []
     (message,) = train(10)
-    assert "for parameter 'weight', 'new': they" in message
+    assert "for parameter(s) 'weight', 'new': they" in message

@@ -181,7 +181,7 @@ def test_multiplying_some_gradients_or_in_between_backwards_is_an_error() -> Non
     model, optimizer = streamed()
     assert model.weight.grad is not None
     model.weight.grad.mul_(0.5)
-    with pytest.raises(ValueError, match="that of parameter 'bias' was not"):
+    with pytest.raises(ValueError, match="gradient of parameter 'bias' was not"):
         optimizer.step()
     assert model.bias.grad is not None
     model.bias.grad.mul_(0.25)

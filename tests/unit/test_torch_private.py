@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
 
 import offload_adam
 from offload_adam import OffloadAdam, torch_private
@@ -237,6 +239,19 @@ def test_hooks_of_optimizers() -> None:
     optimizer.register_load_state_dict_post_hook(lambda *_: None)
     assert len([*torch_private.load_state_dict_pre_hooks(optimizer)]) == 1
     assert len([*torch_private.load_state_dict_post_hooks(optimizer)]) == 1
+
+
+@pytest.mark.parametrize("all_threads", [False, True])
+def test_a_profiler_is_noticed_on_every_thread(all_threads: bool) -> None:
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(torch_private.profiler_is_on()))
+    config = _ExperimentalConfig(profile_all_threads=all_threads)
+    with profile(activities=[ProfilerActivity.CPU], experimental_config=config):
+        found.append(torch_private.profiler_is_on())
+        thread.start()
+        thread.join()
+    assert found == [True, True]
+    assert not torch_private.profiler_is_on()
 
 
 def test_found_inf_flags_are_those_that_a_scaler_updates_by() -> None:

@@ -146,7 +146,7 @@ def test_a_forked_child_ends_and_leaves_the_memory_pinned(ended: dict[str, Ended
 def test_at_exit_memory_that_an_update_still_uses_stays_pinned(ended: dict[str, Ended]) -> None:
     returncode, lines, log = ended["stuck"]
     assert (returncode, lines) == (0, []), log
-    assert "an update was still running when its optimizer was dropped" in log
+    assert "An update was still running when its optimizer was dropped" in log
 
 
 class HeldUp:

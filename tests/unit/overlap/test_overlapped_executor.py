@@ -16,7 +16,7 @@ from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.budget import NUM_SLOTS_IN_FLIGHT
 from offload_adam.layout.schedule import Operation, Task, plan_schedule
 from offload_adam.layout.state_plan import StateLocation
-from offload_adam.spans import NullSpans, Stopwatch
+from offload_adam.spans import Stopwatch
 from offload_adam.step.executor import Executor
 from offload_adam.step.update_thread import UpdateThread
 from offload_adam.transfer.stream_waits import StreamWaits
@@ -89,7 +89,7 @@ def begin(
     # A skipped bucket counts no step of its own: these states have no counts.
     inputs = cast(Any, SimpleNamespace(active=active, count_step=lambda state, active_here: None))
     gradients: list[Any] = [None] * NUM_BUCKETS
-    executor.apply(gradients, inputs, NullSpans())
+    executor.apply(gradients, inputs, Stopwatch())
     return executor, tasks
 
 
@@ -256,7 +256,7 @@ def test_a_sequential_backward_finishes_copies_in_order_and_waits_for_nothing() 
     transfer = Arriving()
     tasks: Any = RecordedTasks()
     executor = Executor(
-        cast(Any, transfer), tasks, None, RankGroup(), NullSpans(), lambda number: None
+        cast(Any, transfer), tasks, None, RankGroup(), Stopwatch(), lambda number: None
     )
     executor.start_copy(cast(Any, FakeCopy("first")))
     transfer.arrived.add("second")
@@ -278,7 +278,7 @@ def test_reductions_on_a_device_hold_no_more_slots_than_planned(
     """A copy for which the host would wait is never finished early: a hook must not wait."""
     transfer, tasks = Arriving(), RecordedTasks()
     executor = Executor(
-        cast(Any, transfer), cast(Any, tasks), None, RankGroup(), NullSpans(), lambda number: None
+        cast(Any, transfer), cast(Any, tasks), None, RankGroup(), Stopwatch(), lambda number: None
     )
     for number in range(5):
         executor.start_copy(cast(Any, kind(number)))
@@ -311,7 +311,7 @@ def test_a_copy_through_a_buffer_begins_before_the_one_before_it_is_finished(
         tasks,
         None if worker is None else worker(),
         RankGroup(world_size=2),
-        NullSpans(),
+        Stopwatch(),
         lambda number: None,
     )
     for state in tasks.states:
