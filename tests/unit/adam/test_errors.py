@@ -270,7 +270,7 @@ def test_a_vector_that_has_run_out_stops_before_anything_changes() -> None:
         optimizer((torch.ones(3),))
     before = frozen_state(optimizer)
     for _ in range(2):
-        with pytest.raises(ValueError, match="learning_rate has 2 values.*none for step 2"):
+        with pytest.raises(ValueError, match=r"learning_rate has 2 values.*none for step 2"):
             optimizer((torch.ones(3),))
     assert frozen_state(optimizer) == before
     assert optimizer.global_step == 2
