@@ -72,7 +72,7 @@ class BucketGradients:
 
     @property
     def readable(self) -> npt.NDArray[np.bool_]:
-        """Which parameters have a dense gradient to read: all in a reduced shard, which has zeros."""
+        """Which parameters have a dense gradient to read, here or as zeros of a reduced shard."""
         return np.ones_like(self.dense) if self._complete else self.dense
 
     def add_local(self, found: LocalGradients) -> None:
