@@ -1,4 +1,9 @@
-"""Exact Adam with its state sharded in host memory, for models whose state no GPU holds."""
+"""Adam and AdamW with their state sharded over the ranks in host memory.
+
+    optimizer = OffloadAdamW(model.parameters(), lr=3e-4, module=model)
+
+For models whose optimizer state does not fit on a GPU. The update is exact fp32 Adam.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +51,7 @@ __all__ = [
     "save_checkpoint",
 ]
 
-_HOMES = {
+_MODULE_OF = {
     "CheckpointError": "offload_adam.errors",
     "PendingCheckpoint": "offload_adam.checkpoint.background",
     "begin_checkpoint": "offload_adam.checkpoint.background",
@@ -68,10 +73,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name at its first use, so that the command line answers without torch."""
-    if name not in _HOMES:
+    """Import a public name on first use, so that the command line can start without torch."""
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:

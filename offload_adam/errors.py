@@ -1,20 +1,45 @@
-"""Exceptions that callers may want to tell apart; plain mistakes are ValueError or TypeError."""
+"""Exceptions that callers may want to catch by type, and the function that warns users.
+
+Wrong arguments raise ValueError or TypeError.
+"""
 
 from __future__ import annotations
 
+import sys
+import warnings
+
+_SKIPPED_PACKAGES = ("offload_adam", "torch")
+
+
+def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
+    """Issue a warning at the user's line: the innermost frame outside this package and torch."""
+    # A fixed stacklevel is wrong for subclasses and for methods that torch has wrapped.
+    # `skip_file_prefixes` needs Python 3.12.
+    stacklevel = 1
+    frame = sys._getframe()
+    while frame.f_back is not None and _package_of(frame.f_globals) in _SKIPPED_PACKAGES:
+        frame = frame.f_back
+        stacklevel += 1
+    warnings.warn(message, category, stacklevel=stacklevel)
+
+
+def _package_of(module_globals: dict[str, object]) -> str:
+    return str(module_globals.get("__name__")).partition(".")[0]
+
 
 class RankDisagreementError(RuntimeError):
-    """Ranks that must agree do not: the message names the ranks and what differs."""
+    """Ranks differ in a value that must be the same on all; the message names ranks and value."""
 
 
 class PeerError(RuntimeError):
-    """Another rank raised an error in the same call; see its traceback."""
+    """Another rank raised an error in the same call; see the traceback in that rank's log."""
 
 
 class PeerFailedError(PeerError):
-    """Ranks that the others waited for have died, stopped, or left.
+    """A peer that this rank waited for has died, hung or closed its optimizer.
 
-    ranks: their global ranks; empty where it is the store that cannot be reached.
+    Attributes:
+        ranks: global ranks of these peers; empty if the rendezvous store cannot be reached.
     """
 
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
@@ -26,15 +51,15 @@ class PeerFailedError(PeerError):
 
 
 class ParameterReplacedError(RuntimeError):
-    """A parameter's storage is no longer the one that the optimizer updates."""
+    """A parameter's storage was replaced, so updates of the optimizer no longer reach it."""
 
 
 class UnreadyParameterError(RuntimeError):
-    """A parameter was read or written beside its update, in a way that does not wait for it."""
+    """A parameter was read or written during its update, without the hooks that wait for it."""
 
 
 class StreamedGradientError(RuntimeError):
-    """An operation needs the values of a gradient that has left `.grad` during backward."""
+    """An operation needs the values of a gradient that was moved out of `.grad` during backward."""
 
 
 class HostMemoryError(MemoryError):
@@ -42,16 +67,16 @@ class HostMemoryError(MemoryError):
 
 
 class MissingExtraError(ImportError):
-    """An optional package is not installed; the message says which extra brings it."""
+    """An optional package is not installed; the message names the extra to install."""
 
 
 class NotRetriedError(RuntimeError):
-    """A restarted run meets the mark of an error that no restart can mend."""
+    """A restarted run found the record of an earlier error that no restart can fix."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read, does not fit, or is damaged; the message says where."""
+    """A checkpoint is unreadable, damaged or of another model; the message names the file."""
 
 
 class RunFolderLostError(RuntimeError):
-    """Another job has taken the run's folder over, since this process seemed dead."""
+    """Another job took over the run's folder because this process seemed dead."""

@@ -1,4 +1,4 @@
-"""`OffloadAdam` and `OffloadAdamW`: state sharded in host memory, by torch's conventions."""
+"""`OffloadAdam` and `OffloadAdamW`: torch's Adam and AdamW with sharded state in host memory."""
 
 from __future__ import annotations
 
@@ -15,59 +15,77 @@ from offload_adam.sharded_optimizer import ShardedOptimizer
 
 
 class OffloadAdam(ShardedOptimizer):
-    """Adam and AdamW with fp32 state in host memory, sharded over the ranks.
+    """Adam with fp32 state in host memory, sharded over the ranks.
 
-    The update is torch's: `w - lr * m_hat / (sqrt(v_hat) + eps)`, in fp32 from fp32 master weights,
-    whatever the parameters' dtype. Construction moves each parameter into a flat bucket (the
-    objects stay the same) and allocates all state; with more than one rank it is collective, as are
-    `step`, `clip_grad_norm_`, `add_param_group` and `full_state_dict`.
+    The update is that of `torch.optim.Adam`: `w - lr * m_hat / (sqrt(v_hat) + eps)`. It is computed
+    in fp32, from fp32 master weights if the parameters have 16 bits. Construction moves each
+    parameter's data into a flat bucket and allocates all state; the Parameter objects stay the
+    same. With more than one rank, construction, `step`, `clip_grad_norm_`, `add_param_group` and
+    `full_state_dict` are collective.
 
-    Drop-in, without `module`: gradients stay in `.grad` until `step()` reads them. Streaming, with
-    `module`: gradients leave during backward, bucket by bucket, and `.grad` then holds stand-ins.
-    `torch.nn.utils.clip_grad_norm_` clips through them, collectively: call it on all ranks and for
-    all parameters. Any operation besides a 2-norm and an in-place multiplication by a number raises
-    an error. Without `module` nobody can tell that a parameter of the model was replaced by another
-    (`load_state_dict(assign=True)`), which is not trained then.
+    There are two modes:
 
-    Calls of several threads run one after the other, each as a whole.
+    - Drop-in, without `module` or with DDP: gradients stay in `.grad` until `step()` reads them.
+    - Streaming, with `module` and no DDP: each bucket's gradients are reduced and copied to the
+      host during backward. `.grad` then holds stand-ins without values.
+      `torch.nn.utils.clip_grad_norm_` works on them: call it on all ranks and for all parameters.
+      Only a 2-norm and an in-place multiplication by a number are supported; other operations raise
+      `StreamedGradientError`.
+
+        optimizer = OffloadAdam(model.parameters(), lr=1e-3, module=model)
+        for batch in batches:
+            model(batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    Without `module`, do not replace parameters of the model (`load_state_dict(assign=True)`): this
+    goes unnoticed, and the new ones are not trained.
 
     Args:
-        params: parameters, group dicts, or (name, parameter) pairs; fp32, bf16 and fp16 may be
-            mixed. Parameters that do not require a gradient are left out.
-        lr, betas, eps, weight_decay: as in torch; read from the groups at each step. Betas in [0,
-            1).
-        amsgrad: keep the maximum of exp_avg_sq; with one rank only.
-        nesterov: look ahead with the first moment: `b1 * m + (1 - b1) * g` in its place.
-        maximize: ascend.
-        decoupled_weight_decay: AdamW's decay instead of L2.
-        max_grad_norm: clip gradients to this global 2-norm inside the update.
-        module: the model, for streaming.
-        process_group: ranks that share the state; None for the default group.
-        gradient_reduction: "optimizer": local gradients are averaged here (ZeRO-2); "external": DDP
-            or the caller has averaged them (ZeRO-1). With `module` and not given: external where it
-            is or contains DDP, else optimizer. Must be given with more than one rank and no
-            `module`.
-        reduce_dtype: torch.float32 to average 16-bit gradients in fp32; None for their own dtype.
-        accumulate: "host" reserves fp32 room for gradients, so that several reduced backwards add
-            up.
-        overlap: let `step()` return before the updates are over, and each part of `module` wait for
-            its own parameters. What reads parameters otherwise calls `synchronize` first. None for
-            parameters on a GPU and `module` given; on a CPU there is nothing to hide updates under.
-        state_dtype: torch.float32, or None for the same.
-        num_threads: threads of this rank's kernels; None for allowed cores / ranks on this node,
-            less one, for the thread that launches work, where parameters are on a GPU.
-        offload: where the state lies and how it is moved: pinned memory, bucket size, the share
-            that stays on the GPU, and so on. See `OffloadPolicy`.
-        failures: after how many seconds a rank is declared dead or hung. See `FailurePolicy`.
+        params: parameters, group dicts, or (name, parameter) pairs. fp32, bf16 and fp16 may be
+            mixed. Parameters with `requires_grad=False` are skipped.
+        lr: learning rate, a float or a one-element tensor. `lr`, `betas`, `eps` and `weight_decay`
+            are read from `param_groups` at each step, so schedulers work.
+        betas: decay rates of the first and second moment, in [0, 1).
+        eps: added to the denominator.
+        weight_decay: L2 penalty, added to the gradient. See `decoupled_weight_decay`.
+        amsgrad: use the running maximum of exp_avg_sq. Not supported with more than one rank.
+        nesterov: replace the first moment m by `b1 * m + (1 - b1) * g` in the update.
+        maximize: maximize the objective instead of minimizing it.
+        decoupled_weight_decay: apply weight decay to the weights, as AdamW does.
+        max_grad_norm: clip the global 2-norm of each step's gradients to this value. None for no
+            clipping. Unlike `clip_grad_norm_`, it needs no extra collective.
+        module: the model, for streaming. It also gives the parameters their names.
+        process_group: ranks that share the state. None for the default group.
+        gradient_reduction: "optimizer": backward leaves local gradients and the optimizer averages
+            them over the ranks (ZeRO-2). "external": DDP or the caller averages them (ZeRO-1). None
+            for "external" if `module` is or contains DDP, else "optimizer". Required with more than
+            one rank and no `module`.
+        reduce_dtype: torch.float32 to average 16-bit gradients in fp32, for accuracy over many
+            ranks at twice the traffic. None to average in the gradients' dtype.
+        accumulate: for several backwards in one step. "host" reduces each backward's gradients and
+            sums them in fp32 shards on the host, which costs 4 bytes for each element of a shard.
+            None sums in `.grad`; wrap all backwards but the last in `no_sync()`.
+        overlap: return from `step()` before the updates finish. The forward of each unit of
+            `module` waits for its own parameters. Call `synchronize()` before reading parameters in
+            any other way. None for True if `module` is given and all parameters are on a GPU.
+        state_dtype: dtype of the state. Only torch.float32 is supported, which None also means.
+        num_threads: CPU threads of this rank's update. None for the allowed cores divided by the
+            ranks of this node, minus one if parameters are on a GPU: the thread that launches
+            kernels needs it.
+        offload: pinned memory, bucket size, the share of state that stays on the GPU, and more. See
+            `OffloadPolicy`.
+        failures: seconds after which a rank counts as dead or hung. See `FailurePolicy`.
 
-    Owns: process groups of its own, hooks on the parameters, host memory. `close` ends all three.
+    Owns: process groups, hooks on the parameters, and host memory. `close` releases all three.
+    Threads: calls from several threads run one after another.
 
     Raises:
-        TypeError, ValueError: for arguments and parameters that cannot be used, by name, before
-            anything is allocated.
+        TypeError, ValueError: an argument or a parameter cannot be used. Nothing was allocated.
         RuntimeError: WORLD_SIZE > 1 and no process group is initialised.
         HostMemoryError: the state does not fit into this node's memory.
-        PeerFailedError: ranks never come; from any collective later, ranks that die or hang.
+        PeerFailedError: ranks did not construct the optimizer in time. Every later collective also
+            raises it if a rank dies or hangs.
 
     Source: Kingma and Ba, "Adam" (2015); Loshchilov and Hutter, "Decoupled Weight Decay" (2019);
     Reddi et al., "On the Convergence of Adam" (2018); Rajbhandari et al., "ZeRO" (2020); Ren et
@@ -135,9 +153,9 @@ class OffloadAdamW(OffloadAdam):
     """AdamW with fp32 state in host memory: `OffloadAdam` with decoupled weight decay.
 
     Args:
-        weight_decay: decoupled from the gradient, 1e-2 by default, as in `torch.optim.AdamW`.
+        weight_decay: weight decay coefficient, 1e-2 by default as in `torch.optim.AdamW`.
 
-    All other arguments, and everything else, are as for `OffloadAdam`.
+    For all other arguments and the behaviour, see `OffloadAdam`.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019).
     """

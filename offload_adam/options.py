@@ -5,9 +5,9 @@
                    -->  its YAML key        with the same default and range (config/declared.py)
                    -->  its documentation   of a policy's class, and of `offload-adam config`
 
-A new option of a policy is a field here, the code that reads it, and a test. One of
-`ExecutionOptions` also stands in the signatures and docstrings of the optimizers (a test compares
-names and defaults). sharded_optimizer/execution.py decides from the options how an optimizer runs.
+To add an option to a policy, add a field here, the code that reads it, and a test. An option of
+`ExecutionOptions` is also added to the signatures and docstrings of the optimizers; a test compares
+names and defaults. sharded_optimizer/execution.py turns the options into decisions.
 Nothing here imports torch or pydantic at run time.
 """
 
@@ -26,19 +26,20 @@ if TYPE_CHECKING:
 C = TypeVar("C")
 
 Pin = Literal["all", "staging", "none"]
-"""What is pinned: state and the buffers of copies, these buffers alone, or nothing."""
+"""Page-locked host memory: state and staging buffers, staging buffers only, or none."""
 
 _DECLARED = "offload_adam option"
 
 
 class Rule(Protocol):
-    """The values that an option may have."""
+    """The type and range of an option's values."""
 
     def check(self, name: str, value: Any, or_none: str = "") -> None:
-        """Raise TypeError or ValueError, naming the option.
+        """Raise TypeError or ValueError if `value` is not allowed.
 
         Args:
-            or_none: " or None" where None is allowed too.
+            name: the option's name, for the error message.
+            or_none: " or None" if None is also allowed, for the error message.
         """
         ...
 
@@ -48,19 +49,19 @@ class Flag:
     """True or False."""
 
     def check(self, name: str, value: Any, or_none: str = "") -> None:
-        """Raise TypeError for any other value."""
+        """Raise TypeError if `value` is not a bool."""
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be a bool{or_none}, not {value!r}")
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One of a few strings; None is listed where the error is to name it."""
+    """One of a few strings. `values` includes None if the error message should list it."""
 
     values: tuple[str | None, ...]
 
     def check(self, name: str, value: Any, or_none: str = "") -> None:
-        """Raise ValueError for any other value."""
+        """Raise ValueError if `value` is not one of `values`."""
         if value not in self.values:
             named = [repr(known) for known in self.values]
             allowed = " or ".join(named) if len(named) < 3 else f"one of {', '.join(named)}"
@@ -69,25 +70,26 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Dtype:
-    """The torch dtype of this name; in YAML its short form, such as fp32."""
+    """One torch dtype, such as `name="float32"`; `short` is its name in YAML, such as fp32."""
 
     name: str
     short: str
 
     def check(self, name: str, value: Any, or_none: str = "") -> None:
-        """Raise ValueError for any other value."""
+        """Raise ValueError for any other dtype."""
         if str(value) != f"torch.{self.name}":
             raise ValueError(f"{name} must be torch.{self.name}{or_none}, not {value}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Number:
-    """A number in a range; a bool is none.
+    """A number in a range, with at least one bound. A bool is rejected.
 
-    kind: int, or float for any real number. At least one bound is given.
-    above: an exclusive bound. least, most: inclusive ones.
-    finite: infinity is not allowed; YAML never allows it.
-    unit: for errors, such as "seconds".
+    kind: int, or float for any real number.
+    above: exclusive lower bound.
+    least, most: inclusive lower and upper bounds.
+    finite: reject infinity. YAML values must always be finite.
+    unit: for error messages, such as "seconds".
     """
 
     kind: type[int] | type[float] = float
@@ -98,7 +100,7 @@ class Number:
     unit: str = ""
 
     def check(self, name: str, value: Any, or_none: str = "") -> None:
-        """Raise TypeError for other types, ValueError outside of the range."""
+        """Raise TypeError for another type, ValueError for a number outside the range."""
         types = int if self.kind is int else (int, float)
         if isinstance(value, bool) or not isinstance(value, types):
             what = ("an int" if self.kind is int else "a number") + (self.unit and " of ")
@@ -107,7 +109,8 @@ class Number:
             raise ValueError(f"{name} must {self._range}, not {value}")
 
     def _contains(self, value: float) -> bool:
-        # Comparisons alone: an int may be too large for a float, and with NaN each one is False.
+        # Comparisons only, no conversion: a Python int may be too large for a float. Every
+        # comparison with NaN is False, so NaN is rejected by the bound that is always given.
         return (
             (self.above is None or value > self.above)
             and (self.least is None or value >= self.least)
@@ -126,12 +129,12 @@ class Number:
 
 
 class Option(NamedTuple):
-    """What one field declares.
+    """The declaration of one option, read from its dataclass field.
 
-    text: what it means, for users.
-    rule: None where the code that uses the option checks it.
-    key: its dotted path in a run's configuration; "" where it has none.
-    shared: ranks must have the same value.
+    text: documentation for users.
+    rule: check of the value; None if the code that uses the option checks it.
+    key: dotted path in a run's YAML configuration; "" if the configuration does not have it.
+    shared: all ranks must have the same value.
     """
 
     name: str
@@ -145,22 +148,22 @@ class Option(NamedTuple):
 def option(
     default: Any, rule: Rule | None, text: str, *, key: str = "", shared: bool = False
 ) -> Any:
-    """Declare a dataclass field as an option; None is allowed where it is the default."""
+    """Declare a dataclass field as an option. None is allowed if it is the default."""
     return field(default=default, metadata={_DECLARED: (rule, text, key, shared)})
 
 
 def options_of(policy: Any) -> Iterator[Option]:
-    """Yield the options that a dataclass, or an instance of one, declares."""
+    """Yield the options declared by a dataclass or by the class of an instance."""
     for item in fields(policy):
         if _DECLARED in item.metadata:
             yield Option(item.name, item.default, *item.metadata[_DECLARED])
 
 
 def check_options(policy: Any) -> None:
-    """Check every option of an instance.
+    """Check the value of every option of a policy instance.
 
     Raises:
-        TypeError, ValueError: naming the option.
+        TypeError, ValueError: for the first wrong value; the message names the option.
     """
     for declared in options_of(policy):
         value = getattr(policy, declared.name)
@@ -170,10 +173,13 @@ def check_options(policy: Any) -> None:
 
 
 def check_policy(name: str, policy: Any, kind: type) -> None:
-    """Check that an argument is a policy of this kind, and all of its options.
+    """Check that `policy` is an instance of `kind` and that its options are valid.
+
+    Args:
+        name: the argument's name, for the error message.
 
     Raises:
-        TypeError, ValueError: naming the argument or the option.
+        TypeError, ValueError: the message names the argument or the option.
     """
     if not isinstance(policy, kind):
         raise TypeError(f"{name} must be {kind.__name__}(...), not {policy!r}")
@@ -190,76 +196,83 @@ def _documented(policy: type[C]) -> type[C]:
 @_documented
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OffloadPolicy:
-    """Where the optimizer's state lies and how it is moved, for `OffloadAdam(offload=...)`.
+    """Where the optimizer stores its state and how it moves data, for `OffloadAdam(offload=...)`.
 
-    Values are checked when an optimizer is constructed, so that a mistake on one rank is an error
-    on all ranks.
+        OffloadAdamW(model.parameters(), module=model, offload=OffloadPolicy(pin="staging"))
+
+    Values are checked when an optimizer is constructed, not here. A mistake on one rank then raises
+    an error on all ranks.
     """
 
     pin: Pin = option(
         "all",
         Choice(get_args(Pin)),
-        "Page-locked host memory where a parameter is on CUDA: 'all' state, only the buffers of "
-        "copies ('staging'), or 'none'. If pinning all state fails, falls back to 'staging' with a "
-        "warning.",
+        "Host memory to page-lock if a parameter is on CUDA: 'all' pins state and staging "
+        "buffers, 'staging' only the buffers that copies go through, 'none' nothing. 'all' is "
+        "fastest. If pinning all state fails, it falls back to 'staging' with a warning.",
         key="memory.pin",
     )
     offload_fraction: float = option(
         1.0,
         Number(least=0, most=1),
-        "Share of the elements of parameters on CUDA that have their state on the host, in whole "
-        "buckets. The state of the buckets that the forward needs first stays on the GPU and is "
-        "updated there, within 2 ULP of the host's result.",
+        "Fraction of the elements of parameters on CUDA whose state is on the host, rounded up to "
+        "whole buckets. Lower it if GPU memory is free. The buckets that the forward needs first "
+        "then keep their state on the GPU. They are updated there, within 2 ULP of the host's "
+        "result.",
         key="memory.offload_fraction",
         shared=True,
     )
     bucket_nbytes: int | None = option(
         None,
         Number(kind=int, least=1),
-        "Bytes of parameters that are reduced and gathered at once; null for 32 MiB times the "
-        "number of ranks, but at most 256 MiB or a 16th of all parameters, and at least 32 MiB.",
+        "Bytes of parameters in one bucket, the unit of reduce-scatter, update and all-gather. "
+        "By default 32 MiB times the number of ranks, limited to 256 MiB and to a 16th of all "
+        "parameters, but at least 32 MiB. Lower it if staging buffers take too much memory.",
         key="optimizer.bucket_nbytes",
         shared=True,
     )
     snapshot_buffer_nbytes: int = option(
         0,
         Number(kind=int, least=0),
-        "Most host bytes for copies that `begin_checkpoint` makes of unwritten state, so that "
-        "updates need not wait for the disk.",
+        "Maximum host bytes in which `begin_checkpoint` copies state that is not yet on disk. "
+        "Updates wait for the disk only if this buffer is full. 0 for no buffer.",
     )
     allow_overcommit: bool = option(
         False,
         Flag(),
-        "Construct the optimizer even if the state of this node's ranks seems not to fit into its "
-        "memory.",
+        "Construct the optimizer even if the state of this node's ranks is predicted not to fit "
+        "into the node's memory, instead of raising HostMemoryError.",
         key="memory.allow_overcommit",
     )
     units: Sequence[torch.nn.Module] | None = option(
         None,
         None,
-        "Parts of `module` that each wait for their own parameters when updates overlap. None: the "
-        "children of every ModuleList.",
+        "Submodules of `module` whose forward waits for their own parameters only, while other "
+        "updates run. None for the children of every ModuleList. Set it if the model's layers are "
+        "not in a ModuleList.",
     )
 
 
 @_documented
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailurePolicy:
-    """When ranks give up on each other, for `OffloadAdam(failures=...)`.
+    """After which time a peer counts as dead or hung, for `OffloadAdam(failures=...)`.
 
-    Values are checked when an optimizer is constructed, as those of `OffloadPolicy`.
+    Waiting ranks then raise `PeerFailedError`. Values are checked when an optimizer is constructed.
     """
 
     dead_after: float = option(
         10.0,
         Number(above=0, finite=True, unit="seconds"),
-        "Seconds without a heartbeat after which a rank is declared dead.",
+        "Seconds without a heartbeat after which a rank is declared dead. Raise it if the machine "
+        "is so busy that live ranks miss heartbeats.",
         key="coordinator.dead_after",
     )
     stuck_after: float = option(
         300.0,
         Number(above=0, finite=True, unit="seconds"),
-        "Seconds without progress after which a live rank that others wait for is declared hung.",
+        "Seconds without progress after which a live rank that others wait for is declared hung. "
+        "Raise it if one rank may work alone for longer, or use `optimizer.long_running()`.",
         key="coordinator.stuck_after",
     )
 
@@ -273,10 +286,10 @@ _MAX_NORM = Number(above=0)  # infinity clips nothing
 
 
 def check_max_norm(name: str, value: float | None) -> float | None:
-    """Return a norm to clip to as a float, or None for no clipping.
+    """Check a maximum gradient norm; return it as a float, or None for no clipping.
 
     Raises:
-        TypeError, ValueError: naming it.
+        TypeError, ValueError: the message calls the value `name`.
     """
     if value is None:
         return None
@@ -286,9 +299,9 @@ def check_max_norm(name: str, value: float | None) -> float | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutionOptions:
-    """The arguments that `OffloadAdam` and `Adam` have in common, besides hyperparameters.
+    """The arguments that `OffloadAdam` and `Adam` have in common, except hyperparameters.
 
-    Their signatures repeat the names and defaults, so that `help()` and editors show them.
+    The signatures of both repeat the names and defaults, so that `help()` and editors show them.
     """
 
     module: torch.nn.Module | None = None
@@ -296,45 +309,48 @@ class ExecutionOptions:
     max_grad_norm: float | None = option(
         None,
         _MAX_NORM,
-        "Clip gradients to this global 2-norm inside the update.",
+        "Clip the global 2-norm of the gradients to this value, inside the update. By default they "
+        "are not clipped.",
         key="optimizer.max_grad_norm",
         shared=True,
     )
     gradient_reduction: str | None = option(
         None,
         Choice(("optimizer", "external")),
-        "Who averages gradients over the ranks: the optimizer, or DistributedDataParallel.",
+        "Who averages gradients over the ranks: 'optimizer', or 'external' for "
+        "DistributedDataParallel or your own code.",
         key="optimizer.gradient_reduction",
     )
     reduce_dtype: torch.dtype | None = option(
         None,
         Dtype("float32", "fp32"),
-        "fp32 to average 16-bit gradients in fp32; null for their own dtype.",
+        "fp32 to average 16-bit gradients in fp32. By default they are averaged in their dtype.",
         key="optimizer.reduce_dtype",
         shared=True,
     )
     state_dtype: torch.dtype | None = option(
-        None, Dtype("float32", "fp32"), "The dtype of the state; None for torch.float32."
+        None, Dtype("float32", "fp32"), "Dtype of the state: torch.float32, which None also means."
     )
     accumulate: str | None = option(
         None,
         Choice(("host", None)),
-        "'host' sends every microbatch's gradient at once and adds them up in fp32 on the host; "
-        "null adds them up in `.grad` and sends the sum.",
+        "How the gradients of several microbatches add up. 'host' reduces and copies the gradients "
+        "of every microbatch, and sums in fp32 on the host. By default they sum in `.grad`, and "
+        "the sum is reduced once.",
         key="optimizer.accumulate",
         shared=True,
     )
     num_threads: int | None = option(
         None,
         Number(kind=int, least=1),
-        "Threads of a rank's kernels; null for allowed cores / ranks on this node, less one where "
-        "parameters are on a GPU.",
+        "CPU threads of this rank's update. By default the allowed cores divided by the ranks of "
+        "this node, minus one if parameters are on a GPU.",
         key="optimizer.num_threads",
     )
     overlap: bool | None = option(
         None,
         Flag(),
-        "Hide updates under the next forward; null does so on a GPU.",
+        "Run updates during the next forward. By default true if all parameters are on a GPU.",
         key="optimizer.overlap",
     )
     offload: OffloadPolicy = OffloadPolicy()
@@ -342,17 +358,16 @@ class ExecutionOptions:
 
 
 def resolve_overlap(overlap: bool | None, *, hooked: bool, reduces: bool, on_device: bool) -> bool:
-    """Tell whether updates run during the next forward.
-
-    Gradients that others have averaged stay in `.grad`, where the next backward may write. An
-    update that still reads them in host memory would be too late.
+    """Return whether updates run during the next forward.
 
     Args:
-        overlap: the option.
-        hooked: the forward of a model waits for its parameters.
+        overlap: the option's value.
+        hooked: hooks on the model's forward wait for its parameters.
         reduces: the optimizer averages the gradients.
         on_device: all parameters are on a device.
     """
     if overlap is None:
         overlap = on_device
+    # Gradients averaged by DDP or the caller stay in `.grad`. In host memory a running update would
+    # read them there while the next backward overwrites them.
     return overlap and hooked and (reduces or on_device)

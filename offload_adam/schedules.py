@@ -1,9 +1,10 @@
-"""Learning rates as functions of the 0-based step, under MindSpore's names.
+"""Learning rate schedules under MindSpore's names: callables of the 0-based step.
 
     Adam(parameters, learning_rate=CosineDecayLR(1e-5, 1e-3, 10_000))
     LambdaLR(OffloadAdam(parameters, lr=1.0), CosineDecayLR(1e-5, 1e-3, 10_000))
 
-All arithmetic is Python's float64.
+All arithmetic is in float64. Every schedule raises TypeError or ValueError for a wrong argument,
+which the message names.
 
 Source: the documentation of `mindspore.nn`'s learning rate schedules (MindSpore 2.10).
 """
@@ -19,7 +20,7 @@ from typing import Any
 
 
 class LearningRateSchedule(ABC):
-    """A learning rate for every step. Derive from it, or give any callable, for one of your own."""
+    """Base class of schedules. `Adam` and `LambdaLR` also accept any callable of the step."""
 
     @abstractmethod
     def __call__(self, step: int) -> float:
@@ -28,30 +29,33 @@ class LearningRateSchedule(ABC):
 
 @dataclass(frozen=True)
 class BuiltInSchedule(LearningRateSchedule):
-    """A schedule that its name and its arguments say all of, so that it can be saved."""
+    """A schedule that is fully described by its name and arguments, so that it can be saved."""
 
     def to_state(self) -> dict[str, Any]:
-        """Return the name and the arguments, as plain values."""
+        """Return the name and the arguments as plain values, for `schedule_from_state`."""
         arguments = {field.name: getattr(self, field.name) for field in fields(self)}
         return {"name": type(self).__name__, **arguments}
 
 
 def schedule_from_state(state: Mapping[str, Any]) -> BuiltInSchedule:
-    """Return the schedule that a mapping of its name and its arguments describes.
+    """Construct a schedule from its name and arguments.
+
+    Args:
+        state: from `to_state`: the key "name" and the arguments.
 
     Raises:
-        TypeError: a missing or unknown argument, or one of another type.
-        ValueError: an unknown name, or an argument out of its range.
+        TypeError: an argument is missing, unknown or of a wrong type.
+        ValueError: the name is unknown, or an argument is out of range.
     """
     arguments = dict(state)
     name = arguments.pop("name", None)
     schedule = _BY_NAME.get(name) if isinstance(name, str) else None
     if schedule is None:
-        raise ValueError(f"there is no schedule {name!r}: name one of {', '.join(_BY_NAME)}")
+        raise ValueError(f"There is no schedule {name!r}. Use one of {', '.join(_BY_NAME)}.")
     known = [field.name for field in fields(schedule)]
     unknown = [argument for argument in arguments if argument not in known]
     if unknown:
-        raise TypeError(f"{name} has no argument {unknown[0]!r}; it has {', '.join(known)}")
+        raise TypeError(f"{name} has no argument {unknown[0]!r}. It has {', '.join(known)}.")
     try:
         return schedule(**arguments)
     except TypeError as error:
@@ -66,10 +70,7 @@ class ExponentialDecayLR(BuiltInSchedule):
         learning_rate: above 0.
         decay_rate: above 0.
         decay_steps: above 0.
-        is_stair: the exponent is rounded down.
-
-    Raises:
-        TypeError, ValueError: naming the argument; so do all schedules here.
+        is_stair: round the exponent down, so that the rate drops every `decay_steps` steps.
     """
 
     learning_rate: float
@@ -88,7 +89,14 @@ class ExponentialDecayLR(BuiltInSchedule):
 
 @dataclass(frozen=True)
 class NaturalExpDecayLR(BuiltInSchedule):
-    """`learning_rate * exp(-decay_rate * step)`; a stair goes down every `decay_steps` steps."""
+    """`learning_rate * exp(-decay_rate * step)`.
+
+    Args:
+        learning_rate: above 0.
+        decay_rate: above 0.
+        decay_steps: above 0, used only with `is_stair`.
+        is_stair: round `step` down to a multiple of `decay_steps`.
+    """
 
     learning_rate: float
     decay_rate: float
@@ -106,7 +114,14 @@ class NaturalExpDecayLR(BuiltInSchedule):
 
 @dataclass(frozen=True)
 class InverseDecayLR(BuiltInSchedule):
-    """`learning_rate / (1 + decay_rate * step / decay_steps)`; a stair rounds the quotient down."""
+    """`learning_rate / (1 + decay_rate * step / decay_steps)`.
+
+    Args:
+        learning_rate: above 0.
+        decay_rate: above 0.
+        decay_steps: above 0.
+        is_stair: round `step / decay_steps` down.
+    """
 
     learning_rate: float
     decay_rate: float
@@ -124,11 +139,11 @@ class InverseDecayLR(BuiltInSchedule):
 
 @dataclass(frozen=True)
 class CosineDecayLR(BuiltInSchedule):
-    """Half a cosine from `max_lr` down to `min_lr` within `decay_steps`, and `min_lr` from there.
+    """Half a cosine from `max_lr` down to `min_lr` over `decay_steps` steps, then `min_lr`.
 
     Args:
-        min_lr: at least 0.
-        max_lr: above `min_lr`.
+        min_lr: at least 0. The rate from step `decay_steps` on.
+        max_lr: above `min_lr`. The rate of step 0.
         decay_steps: above 0.
     """
 
@@ -151,14 +166,15 @@ class CosineDecayLR(BuiltInSchedule):
 
 @dataclass(frozen=True)
 class PolynomialDecayLR(BuiltInSchedule):
-    """`(learning_rate - end) * (1 - step / decay_steps) ** power + end` within `decay_steps`.
+    """`(learning_rate - end) * (1 - step / decay_steps) ** power + end` for `decay_steps` steps.
 
     Args:
         learning_rate: above 0.
-        end_learning_rate: at least 0, kept from `decay_steps` on.
+        end_learning_rate: at least 0, `end` in the formula. The rate from step `decay_steps` on.
         decay_steps: above 0.
         power: above 0.
-        update_decay_steps: past `decay_steps` go on with the next multiple of them instead.
+        update_decay_steps: after `decay_steps` steps, do not stay at `end`, but replace `decay_steps`
+            in the formula by its next multiple that is at least `step`.
     """
 
     learning_rate: float
@@ -186,7 +202,7 @@ class PolynomialDecayLR(BuiltInSchedule):
 
 @dataclass(frozen=True)
 class WarmUpLR(BuiltInSchedule):
-    """A line from 0 at the first step to `learning_rate` at step `warmup_steps` and after it.
+    """Linear from 0 at step 0 to `learning_rate` at step `warmup_steps`, then constant.
 
     Args:
         learning_rate: at least 0.
@@ -228,7 +244,7 @@ def _check_decay(learning_rate: float, decay_rate: float, decay_steps: int, is_s
 def _check_number(name: str, value: float, *, zero: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, not {value!r}")
-    # A range, not isfinite, which cannot be asked of an integer that no float can hold.
+    # Not math.isfinite, which raises OverflowError for an int that no float can hold.
     if not 0 <= value <= sys.float_info.max or (value == 0 and not zero):
         least = "at least" if zero else "above"
         raise ValueError(f"{name} must be finite and {least} 0, not {value}")

@@ -1,4 +1,8 @@
-"""Move one bucket's gradients to its gradient shard: pack, reduce, D2H copy, cast or add."""
+"""Move one bucket's gradients to its gradient shard: pack, reduce, D2H copy, cast or add.
+
+.grad --pack--> slot --reduce--> pieces --D2H copy--> shard                 copied straight
+                                                `---> host buffer --fold--> shard
+"""
 
 from __future__ import annotations
 
@@ -24,20 +28,23 @@ from offload_adam.transfer.stream_waits import StreamWaits
 
 
 class Fold(Protocol):
-    """Copies gradients to a part of a shard in host memory, or adds them there."""
+    """Function that casts gradients into a part of a shard in host memory, or adds them to it."""
 
     def __call__(self, shard: torch.Tensor, source: torch.Tensor, *, adds: bool) -> None: ...
 
 
 class Piece(NamedTuple):
-    """One range of a shard and where its gradient comes from; `adds` to what the shard holds."""
+    """One range of a shard, starting at `start`, and the tensor with its gradient.
+
+    adds: add to the values in the shard instead of overwriting them.
+    """
 
     source: torch.Tensor
     start: int
     adds: bool
 
     def of(self, shard: torch.Tensor) -> torch.Tensor:
-        """Return the piece's part of a plane of the shard."""
+        """Return this range of a plane of the shard."""
         return shard[self.start : self.start + self.source.numel()]
 
 
@@ -46,11 +53,11 @@ class GradientCopy:
     """The copy of one bucket's gradients to this rank's shard.
 
     complete: the pieces cover the whole shard, with zeros for missing gradients.
-    pending: the reduction whose result the pieces are; `pooled_slot` is its memory, if a pool gave
-        it.
-    is_straight: the D2H copies go into the shard itself.
-    is_issued: they have been issued.
-    through: the host buffer that they fill otherwise.
+    pending: the reduction that writes the pieces, if any.
+    pooled_slot: memory of the reduction, to be released to the pool; None for a slot of a ring.
+    is_straight: the D2H copy writes into the shard itself.
+    is_issued: the D2H copy was issued.
+    through: the host buffer that the D2H copy writes into if it is not straight.
     """
 
     state: BucketState
@@ -65,20 +72,23 @@ class GradientCopy:
 
 
 class GradientTransfer:
-    """Moves gradients from where autograd left them to gradient shards, a bucket at a time.
+    """Moves gradients from the tensors of autograd to gradient shards, one bucket at a time.
 
-    `pack` packs a bucket into a slot, and starts its mean over the ranks; `take_segments` takes
-    this rank's own segments from where they are. Either returns a `GradientCopy`, which is brought
-    to the shard by `start_copy`, `begin_copy` and `finish_copy`. The D2H copy targets the shard if
-    the dtypes match, nothing is added, and the shard is page-locked: `start_copy` issues it.
-    Otherwise it targets a host buffer: `begin_copy` issues it, and `finish_copy` casts or adds.
+    Lifecycle of one bucket's gradients in a step:
+
+    1. `pack` copies them into a slot and starts their mean over the ranks. Or `take_segments` takes
+       this rank's segments from the tensors themselves. Both return a `GradientCopy`.
+    2. `start_copy` issues the D2H copy into the shard, if the dtypes match, nothing is added and
+       the shard is page-locked.
+    3. `begin_copy` otherwise issues the D2H copy into a host buffer.
+    4. `finish_copy` waits for the copy, and casts or adds from the buffer to the shard.
 
     Attributes:
         fold: set with the first bucket whose state is in host memory.
 
-    Owns: the slots in which buckets in host memory are reduced, and two host buffers for each dtype
-        of gradients that cannot be copied straight. They are used in turn: one copy may have begun
-        while the one before it is finished.
+    Owns: the pool of slots for buckets in host memory, and two host buffers for each dtype of
+        gradients that cannot be copied straight. The buffers are used in turn: one copy may begin
+        while the previous one is finished.
     """
 
     def __init__(
@@ -89,11 +99,11 @@ class GradientTransfer:
         rings: Rings,
         make_arena: Callable[[int], HostArena],
     ) -> None:
-        """Begin without slots and buffers.
+        """Start without slots and buffers.
 
         Args:
-            rings: own the slots into which buckets on a device are packed.
-            make_arena: allocates host memory of so many bytes for a buffer.
+            rings: owns the slots into which buckets on a device are packed.
+            make_arena: allocates this many bytes of host memory for the buffers.
         """
         self._ranks = ranks
         self._collectives = collectives
@@ -108,7 +118,7 @@ class GradientTransfer:
 
     @property
     def host_nbytes(self) -> int:
-        """Host bytes of the buffers."""
+        """Host bytes of the buffers for gradients that are cast or added."""
         return sum(arena.nbytes for arena in self._arenas.values())
 
     @property
@@ -119,9 +129,9 @@ class GradientTransfer:
     def allocate(self, states: Sequence[BucketState], schedule: Schedule) -> None:
         """Allocate the buffers that these buckets need, and reserve their slots.
 
-        Nothing is under way.
+        No gradient copy may be running: a buffer that is too small is freed.
         """
-        # The largest first: what is too small for the next one is allocated, and pinned, again.
+        # Largest first: a buffer too small for the next bucket would be allocated and pinned again.
         for state in sorted(states, key=lambda state: -state.layout.numel):
             plan, bucket = state.plan, state.layout
             if plan.uses_ring:
@@ -145,9 +155,9 @@ class GradientTransfer:
         """Pack a bucket's gradients into a slot, and start their mean if ranks average them.
 
         Args:
-            tensors: one for each parameter; None, which counts zeros, where there is none.
-            gradients: get the shard when the copy is finished.
-            adds: add to the shard instead of writing over it.
+            tensors: the gradient of each parameter. None for a missing one, packed as zeros.
+            gradients: receives the shard in `finish_copy`.
+            adds: add to the shard instead of overwriting it.
         """
         number = state.layout.index
         slot, pooled = self._acquire_slot(state)
@@ -167,10 +177,12 @@ class GradientTransfer:
                 foreach_copy(targets, sources)
 
         with span("pack", number):
-            # Waits for the D2H copy of the bucket that had this slot of the ring before.
+            # The compute stream first waits for the D2H copy of the previous bucket in this slot of
+            # the ring, which still reads it.
             self._stream_waits.run(Operation.PACK, number, pack, reads=sources, writes=[slot])
         if not state.plan.gradient.averaged:
             return GradientCopy(state, gradients, [Piece(slot, 0, adds)], complete=True)
+        # The collective reads the slot, so its stream waits until the compute stream has packed it.
         self._stream_waits.wait_before(Operation.REDUCE, number)
         streams = self._stream_waits.streams_of(number)
         pending = self._collectives.mean(streams, slot, state.layout.shard_bounds(state.rank))
@@ -179,7 +191,7 @@ class GradientTransfer:
         return GradientCopy(state, gradients, pieces, True, pending, pooled)
 
     def _acquire_slot(self, state: BucketState) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return memory to pack a bucket into, and what of it goes back to the pool."""
+        """Return memory to pack a bucket into, and the same memory again if the pool owns it."""
         bucket = state.layout
         if state.plan.uses_ring:
             slot_number = self._stream_waits.schedule.reduce_slots[bucket.index]
@@ -201,8 +213,8 @@ class GradientTransfer:
         """Return the copy of this rank's segments of gradients that are not packed, if any.
 
         Args:
-            tensors: one for each parameter, None where there is none.
-            gradients: know which parameters' gradients are added to what the shard holds.
+            tensors: the gradient of each parameter, None for a missing one.
+            gradients: parameters that are already `dense` there are added to the shard.
         """
         pieces = []
         for position, parameter_start, shard_start, numel in state.segments.each:
@@ -212,13 +224,14 @@ class GradientTransfer:
                 pieces.append(Piece(source, shard_start, bool(gradients.dense[position])))
         if not pieces:
             return None
-        # Whoever waits until they are packed waits until they are written.
+        # The D2H copy waits for PACK if the plan packs. Nothing is packed here, so record that
+        # event now, after backward has written the gradients.
         written = Operation.PACK if state.plan.packs else Operation.GRADIENT
         self._stream_waits.record(written, state.layout.index)
         return GradientCopy(state, gradients, pieces, complete=False)
 
     def start_copy(self, copy: GradientCopy) -> None:
-        """Issue the D2H copy if it can go straight into the shard. Never waits."""
+        """Issue the D2H copy if it can write straight into the shard. Never blocks the host."""
         state = copy.state
         shard = state.planes.gradient_shard
         assert shard is not None
@@ -232,47 +245,49 @@ class GradientTransfer:
             self._issue(copy, shard)
 
     def goes_through_buffer(self, copy: GradientCopy) -> bool:
-        """Tell whether a copy that has started is cast or added to the shard by the host."""
+        """Return whether the host casts or adds a started copy to the shard, from a buffer."""
         return copy.state.plan.is_offloaded and not copy.is_straight
 
     def has_arrived(self, copy: GradientCopy) -> bool:
-        """Tell, without waiting, whether `finish_copy` would return at once.
+        """Return whether `finish_copy` would return at once. Does not wait.
 
-        For a shard on a device: whether the compute stream would not wait either. For a copy
-        through memory that is not page-locked: whether it would wait for no other rank.
+        If the shard is on a device, True also means that the compute stream would not wait. If the
+        host memory is not page-locked, True only means that no wait depends on another rank.
         """
         number = copy.state.layout.index
         if copy.is_issued:
             return self._stream_waits.is_over(Operation.COPY_D2H, number)
         if copy.pending is None:
-            # One that is still to be copied to the host is waited for where others must make way.
+            # If offloaded, the D2H copy has not even been issued.
             return not copy.state.plan.is_offloaded
         return copy.pending.is_completed() and self._stream_waits.is_over(Operation.REDUCE, number)
 
     def waits_on_stream_alone(self, copy: GradientCopy) -> bool:
-        """Tell whether `finish_copy` makes the compute stream wait, and never the host."""
+        """Return whether `finish_copy` makes only the compute stream wait, never the host."""
         on_stream = copy.pending is None or copy.pending.work is None
         return on_stream and not copy.state.plan.location.is_host
 
     def begin_copy(self, copy: GradientCopy) -> None:
-        """Issue the D2H copy if it goes through a host buffer; once.
+        """Issue the D2H copy into a host buffer, unless it was issued or goes straight.
 
-        One thread begins and finishes all copies, in order, and begins one ahead at most. It never
-        waits, unless the buffer is not page-locked: CUDA then blocks the thread.
+        Does not wait, unless the buffer is not page-locked: CUDA then blocks the calling thread.
+
+        Threads: one thread begins and finishes all copies, in order. It begins at most one copy
+        ahead of the one that it finishes, because there are two buffers.
         """
         if not self.goes_through_buffer(copy) or copy.is_issued:
             return
         dtypes = {piece.source.dtype for piece in copy.pieces}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        # Where none was allocated, as for gradients set by hand, it is not page-locked: CUDA may
-        # deadlock with a collective that is under way.
+        # `allocate` made no buffer for gradients of another dtype, such as those set by hand. The
+        # new one is not page-locked: pinning memory while a collective runs may deadlock in CUDA.
         self._fit_buffers(dtype, copy.state.layout.shard_numel, HostArena)
         copy.through = self._buffers[dtype][self._num_begun % NUM_FOLD_BUFFERS]
         self._num_begun += 1
         self._issue(copy, copy.through)
 
     def finish_copy(self, copy: GradientCopy) -> None:
-        """Block until the gradients are in the shard."""
+        """Wait until the gradients are in the shard, and hand it to `copy.gradients`."""
         state = copy.state
         number = state.layout.index
         shard = state.planes.gradient_shard
@@ -282,17 +297,18 @@ class GradientTransfer:
                 copy.pending.wait(self._ranks)
         with span("D2H copy", number):
             self.begin_copy(copy)
-            # On the host: until the D2H copy, or the reduction, is over.
+            # The host waits for the D2H copy, or for the reduction if there is no such copy.
             self._stream_waits.wait_before(Operation.SUM_SQUARES, number)
             if not copy.is_straight:
                 self._fold(copy, shard)
         copy.gradients.set_shard(shard, complete=copy.complete)
+        # Only now is the slot free: until here, the fold has read it.
         if copy.pooled_slot is not None:
             self.slots.release(copy.pooled_slot)
         copy.pieces.clear()
 
     def _issue(self, copy: GradientCopy, target: torch.Tensor) -> None:
-        """Copy the pieces to their places in `target`, on the stream of D2H copies."""
+        """Copy the pieces to their ranges of `target` on the D2H stream."""
         number = copy.state.layout.index
         pieces = list(copy.pieces)
 
@@ -301,12 +317,12 @@ class GradientTransfer:
                 piece.of(target).copy_(piece.source, non_blocking=True)
 
         sources = [piece.source for piece in pieces]
-        # Waits for the reduction, or for backward where nothing is reduced.
+        # The D2H stream first waits for the reduction, or for backward if nothing is reduced.
         self._stream_waits.run(Operation.COPY_D2H, number, issue, reads=sources, writes=[target])
         copy.is_issued = True
 
     def _fold(self, copy: GradientCopy, shard: torch.Tensor) -> None:
-        """Copy or add the pieces to the shard, out of the buffer that they came through, if any."""
+        """Cast or add the pieces to the shard, from the host buffer if they were copied to one."""
         pieces = list(copy.pieces)
         if copy.state.plan.location.is_host:
             assert self.fold is not None
@@ -327,7 +343,7 @@ class GradientTransfer:
     def _fit_buffers(
         self, dtype: torch.dtype, numel: int, make_arena: Callable[[int], HostArena]
     ) -> None:
-        """Make the host buffers of a dtype large enough for a shard."""
+        """Allocate the host buffers of a dtype again if they are smaller than a shard."""
         buffers = self._buffers.get(dtype)
         if buffers is not None and buffers[0].numel() >= numel:
             return

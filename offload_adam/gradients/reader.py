@@ -13,13 +13,13 @@ from offload_adam.params.elements import FORMATS
 
 
 class LocalGradients(NamedTuple):
-    """The gradients of one bucket where autograd left them, one entry a parameter.
+    """The gradients of one bucket in the tensors of autograd, by position in the bucket.
 
-    tensors: dense, in the parameter's memory order; None where there is none. Holding them keeps
-        the memory alive that `addresses` point to.
-    addresses: of the first element, 0 where there is none.
-    dtypes: all that occur, in a fixed order.
-    rows: sparse gradients, by position; they have no entry in `tensors`.
+    tensors: dense gradients in the parameter's memory order; None for a missing or sparse one. The
+        references keep the memory at `addresses` alive.
+    addresses: address of the first element, 0 for None.
+    dtypes: the dtypes that occur, sorted by name.
+    rows: sparse gradients, by position.
     """
 
     tensors: list[torch.Tensor | None]
@@ -31,11 +31,11 @@ class LocalGradients(NamedTuple):
 class GradientReader:
     """Reads the gradients of one bucket's parameters in their memory order.
 
-    Each gradient is looked at once, all of it together: among ten thousand small ones every object
-    is a cache miss, and those cost more than the interpreter.
-
     Args:
-        takes_rows: sparse gradients are read as rows instead of rejected.
+        takes_rows: read sparse gradients as rows instead of rejecting them.
+
+    Cost: one visit of each gradient. With ten thousand small gradients each object is a cache miss,
+    which costs more than the interpreter, so `take` checks and takes a gradient in one visit.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class GradientReader:
         self.stand_ins: list[StandIn | None] = [None] * len(self._parameters)
 
     def make_stand_ins(self, source: StreamedGradients | None, indices: Sequence[int]) -> None:
-        """Make what `.grad` holds after a gradient has left; without them it is None then.
+        """Construct the placeholders for `.grad`. Without this call, taken gradients become None.
 
         Args:
-            source: knows the gradients' norms, and multiplies them.
-            indices: what it knows these parameters by.
+            source: computes norms of the gradients, and multiplies them.
+            indices: index of each of these parameters in the optimizer, for `source`.
         """
         rows = zip(self._names, self._parameters, indices, strict=True)
         self._source, self._indices = source, indices
@@ -70,10 +70,10 @@ class GradientReader:
         ]
 
     def take(self, positions: Sequence[int]) -> None:
-        """Take gradients out of `.grad` while they are still warm from backward.
+        """Take gradients out of `.grad` right after backward wrote them, while they are in cache.
 
-        What needs a second look is left to `read`. A gradient that comes again before that is
-        added, as autograd would have added it in `.grad`.
+        Gradients that must be checked or copied are left for `read`. A second gradient before
+        `read` is added to the first, as autograd adds in `.grad`.
         """
         if not self._all_contiguous:
             return
@@ -82,7 +82,7 @@ class GradientReader:
         for position in positions:
             parameter = self._parameters[position]
             gradient = parameter.grad
-            # `_is_plain` once more, without the call.
+            # The same as `_is_plain`, inlined: a call costs more than the checks.
             if (
                 gradient is None
                 or type(gradient) is StandIn
@@ -96,7 +96,7 @@ class GradientReader:
                 continue
             try:
                 parameter.grad = stand_ins[position]
-            except RuntimeError:
+            except RuntimeError:  # `module.to()` changed the parameter
                 self._remake_stand_in(position)
             before = taken[position]
             if before is not None:
@@ -107,15 +107,14 @@ class GradientReader:
     def read(self, *, keep: bool) -> LocalGradients:
         """Return each parameter's gradient in the parameter's own element order, or None.
 
-        A gradient whose strides differ from the parameter's is copied; all others are returned as
-        they are, those that have been taken first.
+        A gradient whose strides differ from the parameter's is copied; others share memory.
 
         Args:
-            keep: leave `.grad` as it is; else a stand-in is there afterwards where it was read.
+            keep: do not modify `.grad`. Otherwise a stand-in replaces each gradient that was read.
 
         Raises:
-            ValueError: naming the parameter, for a sparse or complex gradient or one on another
-                device; nothing is taken then.
+            ValueError: a gradient is sparse, complex or on another device; the message names the
+                parameter. `.grad` was not modified.
         """
         tensors, addresses = list(self._taken), list(self._addresses)
         rest = [position for position, tensor in enumerate(tensors) if tensor is None]
@@ -142,7 +141,7 @@ class GradientReader:
         return LocalGradients(tensors, addresses, sorted(dtypes, key=str), rows)
 
     def forget(self) -> None:
-        """Drop gradients that were taken and not read, as where `read` has raised."""
+        """Drop gradients that were taken but not read, for example after `read` has raised."""
         if self._has_taken:
             self._has_taken = False
             self._taken[:] = [None] * len(self._taken)
@@ -152,7 +151,8 @@ class GradientReader:
         """Return the name of a parameter whose `.grad` was set to None after its gradient had left.
 
         Args:
-            left: by position, whether a gradient has left, besides those that have been taken.
+            left: by position, whether a gradient was read and sent. Gradients that were taken but
+                not read are known here.
         """
         for name, parameter, has_left, taken in zip(
             self._names, self._parameters, left, self._taken, strict=True
@@ -162,13 +162,13 @@ class GradientReader:
         return None
 
     def hide_stand_ins(self) -> None:
-        """Empty `.grad` where it holds a stand-in, so that autograd need not replace it."""
+        """Set `.grad` to None if it is a stand-in, so that autograd stores its gradient there."""
         for parameter in self._parameters:
             if type(parameter.grad) is StandIn:
                 parameter.grad = None
 
     def show_stand_ins(self, positions: Iterable[int]) -> None:
-        """Put stand-ins where gradients have left, unless `.grad` holds another one."""
+        """Put stand-ins into `.grad` at these positions, unless it holds a gradient."""
         for position in positions:
             if self._parameters[position].grad is None:
                 self._leave_stand_in(position)
@@ -186,7 +186,7 @@ class GradientReader:
         self.stand_ins[position] = parameter.grad = stand_in
 
     def _is_plain(self, gradient: torch.Tensor, numel: int) -> bool:
-        """Tell whether a gradient can be read as it lies in memory."""
+        """Return whether the kernels can read a gradient's memory without a check or copy."""
         return (
             self._all_contiguous
             and gradient.layout is torch.strided
@@ -198,13 +198,13 @@ class GradientReader:
         )
 
     def _conform(self, position: int, gradient: torch.Tensor) -> torch.Tensor:
-        """Return the gradient in its parameter's memory order, copied only where it is not."""
+        """Check a gradient, and return it in its parameter's memory order, as a copy if needed."""
         parameter = self._parameters[position]
         if parameter.numel() != self._numels[position]:
             raise ValueError(
-                f"parameter {self._names[position]!r} has {parameter.numel()} elements, and had "
+                f"Parameter {self._names[position]!r} has {parameter.numel()} elements, but had "
                 f"{self._numels[position]} when the optimizer was constructed. Wrap, shard or "
-                "resize a model before the optimizer is constructed"
+                "resize a model before you construct the optimizer."
             )
         if (
             gradient.layout is not torch.strided
@@ -213,7 +213,8 @@ class GradientReader:
             or gradient.is_cuda != self._on_cuda
         ):
             self._reject(position, gradient)
-        # A view of a conjugate's imaginary part is negated only when it is read by torch.
+        # The imaginary part of a conjugate is a lazily negated view: torch negates when it reads,
+        # but the kernels read the memory.
         gradient = gradient.resolve_neg()
         if gradient.stride() == parameter.stride():
             return gradient
@@ -240,16 +241,17 @@ class GradientReader:
         known = (torch.strided, torch.sparse_coo) if self._takes_rows else (torch.strided,)
         if gradient.layout not in known:
             raise ValueError(
-                f"the gradient of parameter {name!r} is {gradient.layout}: OffloadAdam "
-                "takes dense ones only, and so does amsgrad (for nn.Embedding pass sparse=False)"
+                f"The gradient of parameter {name!r} is {gradient.layout}, but OffloadAdam and "
+                "amsgrad support only dense gradients. For nn.Embedding, pass sparse=False."
             )
         if gradient.dtype not in FORMATS:
             raise ValueError(
-                f"the gradient of parameter {name!r} has dtype {gradient.dtype}; supported are "
-                "float32, bfloat16 and float16"
+                f"The gradient of parameter {name!r} has dtype {gradient.dtype}. Supported are "
+                "float32, bfloat16 and float16."
             )
         parameter = self._parameters[position]
         raise ValueError(
-            f"the gradient of parameter {name!r} has shape {tuple(gradient.shape)} on "
-            f"{gradient.device}, the parameter {tuple(parameter.shape)} on {parameter.device}"
+            f"The gradient of parameter {name!r} has shape {tuple(gradient.shape)} on "
+            f"{gradient.device}, but the parameter has shape {tuple(parameter.shape)} on "
+            f"{parameter.device}. Set .grad to a tensor of the parameter's shape and device."
         )

@@ -1,4 +1,4 @@
-"""Average sparse gradients over the ranks: every rank gets all ranks' entries."""
+"""Average sparse gradients over the ranks, by an all-gather of their entries."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from offload_adam.params.bucket import BucketState
 from offload_adam.transfer.collectives import PendingCollective
 
 _NONE, _DENSE, _NO_ENTRIES = 0, -1, 1
-"""What a rank has for a parameter: nothing, a dense gradient, or a sparse one of n - 1 entries."""
+"""Codes of one rank's gradient of a parameter: none, dense, or 1 + n for n sparse entries."""
 
 
 class RowExchange:
-    """Exchanges the entries of sparse gradients, beside the reduction of the dense ones.
+    """Gathers the entries of sparse gradients from all ranks. Dense gradients are reduced instead.
 
-    Where gradients stay in `.grad` until the step, they are all read before the first bucket is
-    sent: so buckets in which no rank has a dense gradient need no reduction, and a large table with
-    sparse gradients does not send its zeros.
+    If gradients stay in `.grad` until the step, `read_ahead` reads all of them before the first
+    bucket is reduced. Buckets in which no rank has a dense gradient are then not reduced: a large
+    table with sparse gradients sends no zeros.
 
-    Lifecycle: `read_ahead` and `finish` once a step, collective; `forget` after it.
+    Lifecycle: `read_ahead` and `finish` once per step, collective; `forget` after the step.
     """
 
     def __init__(self, ranks: RankGroup) -> None:
@@ -39,13 +39,14 @@ class RowExchange:
     def read_ahead(
         self, states: Sequence[BucketState], readers: Sequence[GradientReader]
     ) -> Exception | None:
-        """Read every bucket's gradients and tell all ranks; return this rank's first error."""
+        """Read all gradients and exchange their kinds. Return this rank's first error."""
         failure: Exception | None = None
         kinds = _no_kinds(states)
         for state, reader in zip(states, readers, strict=True):
             try:
                 found = reader.read(keep=True)
             except (TypeError, ValueError) as error:
+                # Do not raise here: the other ranks wait in the exchange below.
                 failure = failure or error
                 found = LocalGradients([None] * len(state.names), [0] * len(state.names), [], {})
             self._found[state.layout.index] = found
@@ -55,19 +56,21 @@ class RowExchange:
         return failure
 
     def take(self, bucket: int) -> LocalGradients | None:
-        """Return what has been read ahead of this bucket, once."""
+        """Return and drop the gradients of this bucket from `read_ahead`, if any."""
         return self._found.pop(bucket, None)
 
     def is_without_dense(self, state: BucketState) -> bool:
-        """Tell whether no rank is known to have a dense gradient in this bucket."""
+        """Return whether `read_ahead` found no dense gradient of this bucket on any rank."""
         return self._kinds is not None and not (self._kinds[:, state.indices] == _DENSE).any()
 
     def finish(
         self, states: Sequence[BucketState], gradients: Sequence[BucketGradients]
     ) -> Exception | None:
-        """Make all ranks' entries, each divided by their number, final; return an error.
+        """Replace local sparse gradients by all ranks' entries, divided by the number of ranks.
 
-        The error is the same on every rank.
+        Returns:
+            None, or an error, the same on every rank, if a parameter's gradients are sparse on some
+            ranks and dense on others.
         """
         kinds = self._kinds
         if kinds is None:
@@ -90,7 +93,7 @@ class RowExchange:
         self._kinds = None
 
     def _exchange(self, kinds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return every rank's kinds, (world_size, num_parameters) in rank order."""
+        """Return every rank's kinds, int64 (world_size, num_parameters), in rank order."""
         own = torch.from_numpy(kinds)
         return torch.stack(self._ranks.all_gather(own)).numpy()
 
@@ -101,7 +104,7 @@ class RowExchange:
         position: int,
         counts: npt.NDArray[np.int64],
     ) -> None:
-        """Gather the entries of one parameter, `counts` from each rank."""
+        """Gather the entries of one parameter; `counts` has the number of entries of each rank."""
         own = gradients.local_rows.pop(position, None) or _no_entries(state, position)
         values = own.values.float() / self._ranks.world_size
         entries = GradientRows(
@@ -136,9 +139,9 @@ def _mixed(
         for position in np.flatnonzero(mixed[state.indices]).tolist():
             sparse = np.flatnonzero(kinds[:, state.indices[position]] > _NONE).tolist()
             return RankDisagreementError(
-                f"the gradient of parameter {state.names[position]!r} is sparse on rank(s) "
-                f"{ranks.at(sparse)} and dense on others: use the layer in the same way on every "
-                "rank"
+                f"The gradient of parameter {state.names[position]!r} is sparse on rank(s) "
+                f"{ranks.at(sparse)} and dense on others. Use the layer in the same way on every "
+                "rank."
             )
     return None
 
@@ -154,7 +157,8 @@ def _no_entries(state: BucketState, position: int) -> GradientRows:
 def _all_entries(
     own: torch.Tensor, counts: npt.NDArray[np.int64], ranks: RankGroup
 ) -> torch.Tensor:
-    """Return all ranks' entries one after the other; each is sent padded to the largest."""
+    """Return the concatenated entries of all ranks."""
+    # An all-gather needs equal sizes: pad to the largest count and cut the padding off again.
     padded = own.new_zeros((int(counts.max()), *own.shape[1:]))
     padded[: own.shape[0]] = own
     gathered = [torch.empty_like(padded) for _ in counts]

@@ -1,4 +1,4 @@
-"""Where this step's gradients of one bucket are, as a table that the kernels read."""
+"""`BucketGradients`: a step's gradients of one bucket, as tables of addresses for the kernels."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from offload_adam.params.elements import FORMATS, in_memory_order
 
 @dataclass(frozen=True, slots=True)
 class SegmentTable:
-    """Segments of one gradient format: where each gradient lies and which state belongs to it.
+    """Segments of one gradient format: addresses of gradients and offsets of their state.
 
-    addresses, starts, numels: int64, one entry a segment, see `kernels.adam.update`.
-    positions: int64, each segment's parameter in the bucket.
+    addresses, starts, numels: (num segments,) int64, see `kernels.adam.update`.
+    positions: (num segments,) int64, position in the bucket of each segment's parameter.
     """
 
     gradient_format: FloatFormat
@@ -41,13 +41,14 @@ class SegmentTable:
 class BucketGradients:
     """One step's gradients of one bucket on this rank.
 
-    Either held where autograd left them, whole and one tensor a parameter, or in this rank's
-    shard in one flat host tensor. Sparse ones stand apart, as rows of the whole parameter.
+    Dense gradients are either the whole tensors of autograd, one per parameter, or one flat tensor
+    with this rank's shard of them. Sparse gradients are rows of whole parameters.
+
     Attributes:
-        dense: which parameters had a dense gradient on this rank.
-        local_rows: sparse gradients of this rank, by position, still to be averaged.
-        rows: those that are final.
-        squares: the sum of squares of the dense ones in this rank's shard, None until it is taken.
+        dense: (num parameters,) bool, which parameters had a dense gradient on this rank.
+        local_rows: this rank's sparse gradients before averaging, by position.
+        rows: averaged sparse gradients, by position.
+        squares: sum of squares of the dense gradients in this rank's shard; None until computed.
     """
 
     def __init__(self, state: BucketState) -> None:
@@ -62,7 +63,7 @@ class BucketGradients:
 
     @property
     def present(self) -> npt.NDArray[np.bool_]:
-        """Which parameters have a gradient here."""
+        """Which parameters had a dense or sparse gradient on this rank."""
         if not self.rows and not self.local_rows:
             return self.dense
         present = self.dense.copy()
@@ -71,11 +72,11 @@ class BucketGradients:
 
     @property
     def readable(self) -> npt.NDArray[np.bool_]:
-        """Which parameters can be read here: a reduced shard has zeros for absent ones."""
+        """Which parameters have a dense gradient to read, here or as zeros of a reduced shard."""
         return np.ones_like(self.dense) if self._complete else self.dense
 
     def add_local(self, found: LocalGradients) -> None:
-        """Keep these gradients until the step is over, beside any that are held."""
+        """Hold these dense gradients until the step ends, in addition to earlier ones."""
         addresses = np.array(found.addresses, dtype=np.int64)
         arrived = np.array([tensor is not None for tensor in found.tensors], dtype=np.bool_)
         self.squares = None
@@ -84,37 +85,38 @@ class BucketGradients:
         self.dense |= arrived
 
     def add_rows(self, found: LocalGradients) -> None:
-        """Take sparse gradients in, beside those of an earlier backward."""
+        """Append sparse gradients to those of earlier backwards."""
         for position, rows in found.rows.items():
             before = self.local_rows.get(position)
             self.local_rows[position] = rows if before is None else before.joined(rows)
 
     def accept_local_rows(self) -> None:
-        """Take this rank's sparse gradients for final, where nobody averages them."""
+        """Use this rank's sparse gradients without averaging."""
         self.rows, self.local_rows = self.local_rows, {}
 
     def bring_rows_to_host(self) -> None:
-        """Copy final sparse gradients to where the kernels read them; on the host nothing moves."""
+        """Copy the averaged sparse gradients to host memory, where the kernels read them."""
         self.rows = {
             position: GradientRows(rows.cpu(), values.cpu())
             for position, (rows, values) in self.rows.items()
         }
 
     def reject_both(self, state: BucketState) -> None:
-        """Reject a parameter that one backward gave a sparse, another a dense gradient.
+        """Reject a parameter with a sparse gradient from one backward and a dense one from another.
 
         Raises:
-            ValueError: naming the parameter.
+            ValueError: the message names the parameter.
         """
         for position in (*self.rows, *self.local_rows):
             if self.dense[position]:
                 raise ValueError(
-                    f"parameter {state.names[position]!r} has a sparse gradient from one backward "
-                    "of this step and a dense one from another"
+                    f"Parameter {state.names[position]!r} has a sparse gradient from one backward "
+                    "of this step and a dense one from another. Use its layer in the same way in "
+                    "all backwards of a step."
                 )
 
     def rows_sum_of_squares(self) -> float:
-        """Return the float64 sum of squares of the sparse gradients, duplicates summed before."""
+        """Return the float64 sum of squares of all sparse gradients, with duplicate rows summed."""
         return sum(self.rows_squares().values(), 0.0)
 
     def rows_squares(self) -> dict[int, float]:
@@ -127,17 +129,19 @@ class BucketGradients:
         }
 
     def non_finite_rows(self) -> list[int]:
-        """Return the positions of sparse gradients with a value that is not finite."""
+        """Return the positions of sparse gradients with a non-finite value."""
         return [p for p, rows in self.rows.items() if not torch.isfinite(rows.values).all()]
 
     def mark_present(self, present: npt.NDArray[np.bool_]) -> None:
-        """Hear which parameters had a dense gradient on this rank in a bucket that is leaving."""
+        """Record which parameters had a dense gradient on this rank when the bucket was sent."""
         self.dense |= present
 
     def set_shard(self, shard: torch.Tensor, *, complete: bool) -> None:
         """Read gradients from this rank's shard from now on.
 
-        complete: the shard has zeros where this rank had no gradient.
+        Args:
+            shard: (shard_numel,) in a gradient dtype.
+            complete: the shard has zeros for parameters without a gradient on this rank.
         """
         self.squares = None
         self._shard = shard
@@ -146,7 +150,8 @@ class BucketGradients:
     def tables(self, state: BucketState, active: npt.NDArray[np.bool_]) -> Iterator[SegmentTable]:
         """Yield the segments of `active` parameters, one table for each gradient format.
 
-        Parameters with a sparse gradient are left out.
+        Args:
+            active: (num parameters,) bool. Parameters with a sparse gradient are skipped.
         """
         segments = state.segments
         if segments.numels.size == 0:
@@ -177,13 +182,13 @@ class BucketGradients:
             gradient = found.tensors[segment.position]
             if gradient is not None:
                 return in_memory_order(gradient)[start : start + segment.numel]
-        raise LookupError(f"no gradient is held for {state.names[segment.position]!r}")
+        raise LookupError(f"No gradient is held for {state.names[segment.position]!r}.")
 
 
 def _has_dtype(
     found: LocalGradients, dtype: torch.dtype, segments: ShardSegments
 ) -> npt.NDArray[np.bool_]:
-    """Return which segments' gradients are among those found, and of this dtype."""
+    """Return which segments have a gradient of this dtype in `found`."""
     matches = [tensor is not None and tensor.dtype == dtype for tensor in found.tensors]
     return np.array(matches, dtype=np.bool_)[segments.positions]
 

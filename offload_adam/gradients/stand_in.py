@@ -1,4 +1,4 @@
-"""What `.grad` holds after a gradient has left, and what torch's functions may do with it."""
+"""`StandIn`: placeholder in `.grad` after a gradient was moved out during backward."""
 
 from __future__ import annotations
 
@@ -29,23 +29,26 @@ _CLIP = (
     "drop gradients with optimizer.zero_grad()"
 )
 _LOSS_SCALE = (
-    "In place of a GradScaler, scale the loss and set optimizer.grad_scale (a non-finite gradient "
-    "skips the step)"
+    "Instead of using a GradScaler, scale the loss and set optimizer.grad_scale (a non-finite "
+    "gradient skips the step)"
 )
 
 
 class StandIn(torch.Tensor):
     """A gradient without storage: it shows that its parameter had a gradient, and has no values.
 
-    It has the parameter's shape, strides, dtype and device. The next backward replaces it. Its
-    2-norm is that of the gradient averaged over all ranks, and collective; multiplying it by a
-    number, as `torch.nn.utils.clip_grad_norm_` does, changes the next update. Every other operation
-    raises an error, so that no tool computes with values that are not there.
+    It has the parameter's shape, strides, dtype and device. The next backward replaces it. It
+    supports the two operations of `torch.nn.utils.clip_grad_norm_`:
 
-    Owns: nothing; it keeps neither the parameter nor the optimizer alive.
+    - Its 2-norm is the norm of the gradient averaged over all ranks. Collective.
+    - Multiplying it in place by a number multiplies the gradient in the next update.
+
+    Every other operation raises `StreamedGradientError`.
+
+    Owns: nothing. It keeps neither the parameter nor the optimizer alive.
     """
 
-    # torch's default would turn the results of operations into this class.
+    # torch's default would convert results of operations to this class.
     __torch_function__ = no_torch_function
 
     _name: str
@@ -66,8 +69,8 @@ class StandIn(torch.Tensor):
 
         Args:
             name: for error messages.
-            source: takes the norm and multiplies; None for neither.
-            index: what the source knows the parameter by.
+            source: computes norms and multiplies gradients; None to reject both.
+            index: index of the parameter in the optimizer, for `source`.
         """
         return _make(parameter, name, weakref.ref(parameter), source, index)
 
@@ -88,7 +91,7 @@ class StandIn(torch.Tensor):
                 return args[1].clone()  # create_graph=True: autograd puts the result into .grad
             if first._source is not None and _is_plain_norm(func, args, kwargs):
                 return first._norm(first._source)
-            # A copy is multiplied by itself: the gradient must not change with it.
+            # Multiplying a copy (of `.to()` or deepcopy) must not change the gradient.
             scales = func in _SCALED and _is_number(args[1]) and not first._is_copy
             if first._source is not None and scales:
                 first._source.multiply(first._index, args[1], inverse=_SCALED[func])
@@ -102,12 +105,12 @@ class StandIn(torch.Tensor):
 
     @property
     def data(self) -> StandIn:
-        """The stand-in itself, for it has no graph."""
+        """The stand-in itself, which has no autograd graph to detach from."""
         return self
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
-        """Take another dtype and device, as module.to() does; reject values."""
+        """Accept another stand-in, as module.to() assigns it; reject a tensor with values."""
         if not isinstance(value, StandIn):
             raise self._error("an assignment to .data")
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
@@ -117,7 +120,7 @@ class StandIn(torch.Tensor):
         return self._other(is_copy=True)
 
     def __repr__(self) -> str:  # type: ignore[override]
-        """Show what it stands for."""
+        """Show the parameter's name and the gradient's shape, dtype and device."""
         return (
             f"StandIn(the gradient of {self._name!r} has left .grad, shape={list(self.shape)}, "
             f"dtype={self.dtype}, device={self.device})"
@@ -138,22 +141,20 @@ class StandIn(torch.Tensor):
         return torch.tensor(source.norm(self._index), dtype=torch.float32, device=self.device)
 
     def _replace(self, gradient: torch.Tensor) -> StandIn:
-        """Put the gradient of a further backward into `.grad`.
-
-        Autograd adds to `.grad` in-place and does not look at the result. The clone is needed
-        because the gradient may be shared with other parameters.
-        """
+        """Replace the stand-in in `.grad` by the gradient of another backward."""
         parameter = self._parameter()
         assert parameter is not None, "autograd holds it"
+        # Autograd adds to `.grad` in place and ignores the result, so assign `.grad` here. Clone,
+        # because autograd may share this gradient with other parameters.
         parameter.grad = gradient.clone()
         return self
 
     def _error(self, operation: str) -> StreamedGradientError:
         remedy = _LOSS_SCALE if operation.startswith("_amp_") else _CLIP
         return StreamedGradientError(
-            f"{operation} needs the gradient of parameter {self._name!r}, which has left .grad "
-            f"during backward because the optimizer streams gradients. {remedy}, or construct the "
-            "optimizer without module= to keep gradients in .grad"
+            f"{operation} needs the gradient of parameter {self._name!r}, but the optimizer moved "
+            f"it out of .grad during backward. {remedy}, or construct the optimizer without "
+            "module= to keep gradients in .grad."
         )
 
 
@@ -164,7 +165,7 @@ def _reject(name: str) -> Callable[..., Any]:
     return method
 
 
-# These read or write memory without an operation that torch would dispatch.
+# These access memory without a dispatched operation, so __torch_dispatch__ cannot reject them.
 for _method in (
     *("item", "tolist", "numpy", "data_ptr", "storage", "share_memory_"),
     *("__array__", "__bool__", "__float__", "__int__", "__index__", "__complex__"),
@@ -174,7 +175,7 @@ for _method in (
 
 
 def gradient_of(parameter: torch.Tensor) -> torch.Tensor | None:
-    """Return what `.grad` holds, None where that is a stand-in."""
+    """Return `.grad`, or None if it is a stand-in."""
     gradient = parameter.grad
     return None if type(gradient) is StandIn else gradient
 
@@ -204,7 +205,7 @@ def _make(
     return made
 
 
-# In-place multiplication and whether it is a division.
+# In-place multiplications by a number; True for divisions.
 _SCALED = {
     _aten.mul_.Tensor: False,
     _aten.mul_.Scalar: False,
@@ -220,7 +221,7 @@ _FOREACH: dict[Any, Callable[..., torch.Tensor]] = {
 
 
 def _is_plain_norm(func: Any, args: Sequence[Any], kwargs: Any) -> bool:
-    """Tell whether an operation takes the 2-norm of a whole tensor."""
+    """Return whether an operation computes the 2-norm of a whole tensor."""
     if func not in (_aten.linalg_vector_norm.default, _aten.norm.Scalar):
         return False
     order, *rest = [*args[1:], 2]
@@ -245,10 +246,11 @@ def _stand_ins_in(value: Any) -> Iterator[StandIn]:
 
 
 class StreamedGradients:
-    """Norms of this step's streamed gradients, and what the caller has multiplied them by.
+    """Norms of this step's streamed gradients, and the factors that users multiplied them by.
 
     Args:
-        take_norms: returns the 2-norm of each parameter's reduced gradient. Collective.
+        take_norms: returns the 2-norm of each parameter's reduced gradient, (num parameters,)
+            float64. Collective.
 
     Lifecycle: `gradients_left` for each bucket with gradients, `forget` after each step.
     """
@@ -258,7 +260,7 @@ class StreamedGradients:
         self.forget()
 
     def forget(self) -> None:
-        """Start over with the next step."""
+        """Reset for the next step."""
         self.has_gradients = False
         self._norms: npt.NDArray[np.float64] | None = None
         self._factors: dict[int, float] = {}
@@ -266,47 +268,48 @@ class StreamedGradients:
         self._scalar: tuple[torch.Tensor, int, float] | None = None
 
     def gradients_left(self) -> None:
-        """Hear that further gradients have left `.grad`."""
+        """Record that another bucket's gradients were moved out of `.grad`."""
         self.has_gradients = True
         self._norms = None
         self._added_later = bool(self._factors)
 
     def norm(self, index: int) -> float:
-        """Return the 2-norm of one parameter's gradient. Collective after a backward."""
+        """Return the 2-norm of one parameter's gradient. Collective, once after each backward."""
         if self._norms is None:
             self._norms = self._take_norms()
         return float(self._norms[index]) * abs(self._factors.get(index, 1.0))
 
     def multiply(self, index: int, factor: float | torch.Tensor, *, inverse: bool = False) -> None:
-        """Multiply the gradient of one parameter in the next update, or divide it."""
+        """Multiply one parameter's gradient in the next update; divide it if `inverse`."""
         value = self._read(factor) if isinstance(factor, torch.Tensor) else float(factor)
         before = self._factors.get(index, 1.0)
         self._factors[index] = float(np.float64(before) / value if inverse else before * value)
 
     def _read(self, factor: torch.Tensor) -> float:
-        """Read a scalar tensor once, for thousands of gradients are multiplied by the same one."""
+        """Return a scalar tensor's value, cached by identity and version."""
+        # Clipping multiplies thousands of gradients by one tensor; each float() may sync a device.
         known = self._scalar
         if known is None or known[0] is not factor or known[1] != version_of(factor):
             known = self._scalar = (factor, version_of(factor), float(factor))
         return known[2]
 
     def factor(self) -> float:
-        """Return the factor of all gradients.
+        """Return the one factor of all gradients, 1.0 if none was multiplied.
 
         Raises:
-            ValueError: there is more than one.
+            ValueError: gradients have different factors, or some came after a multiplication.
         """
         factors = {*map(repr, self._factors.values())}
         if len(factors) > 1:
             raise ValueError(
-                f"gradients that have left .grad were multiplied by different factors: "
+                f"Gradients that were moved out of .grad were multiplied by different factors: "
                 f"{', '.join(sorted(factors)[:3])}. Multiply all of them by one number, or "
-                "construct the optimizer without module="
+                "construct the optimizer without module=."
             )
         if self._added_later:
             raise ValueError(
-                "a backward has brought further gradients after those of this step were "
-                "multiplied (clipped) in .grad. Multiply them after the last backward of a step"
+                "A backward produced more gradients after those of this step were multiplied "
+                "(clipped) in .grad. Multiply or clip after the last backward of a step."
             )
         return next(iter(self._factors.values()), 1.0)
 

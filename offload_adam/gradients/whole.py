@@ -1,6 +1,7 @@
-"""Gradients that must be worked on whole before the update: centralized ones, and sparse ones.
+"""Prepare centralized and sparse gradients for the kernel, which cannot read them directly.
 
-What is prepared is scaled and has its weight decay in it, in fp32: the update takes it as it is.
+A prepared gradient is fp32, already scaled, and includes weight decay: the update applies neither
+again.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from offload_adam.params.elements import in_shape_of
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """What a gradient is prepared with.
+    """How a gradient is prepared.
 
-    scale: unscaling times clip factor.
-    weight_decay: L2, of the weight as it is before the update.
-    centralized: the mean over all dimensions but the first is subtracted.
+    scale: factor of the gradient: 1 / loss scale times clip factor.
+    weight_decay: L2 coefficient, applied to the weight before the update.
+    centralized: subtract the mean over all dimensions but the first.
     """
 
     scale: float
@@ -33,7 +34,7 @@ class Preparation:
 
 
 def needs_preparation(state: BucketState, gradients: BucketGradients) -> npt.NDArray[np.bool_]:
-    """Return which of the bucket's parameters have a gradient that is prepared."""
+    """Return which parameters need `prepare_gradient`: (num parameters,) bool."""
     if not gradients.rows:
         return state.centralized
     needed = state.centralized.copy()
@@ -50,12 +51,12 @@ def prepare_gradient(
     lazy: bool,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor | GradientRows:
-    """Return a parameter's gradient in this rank's shard, scaled, decayed and centralized.
+    """Return this rank's segment of a gradient, scaled, with weight decay, and centralized.
 
     Args:
-        lazy: return a sparse gradient as rows, each once; such a shard has whole parameters.
-        out: (segment.numel,) float32, which is overwritten and returned where the gradient is not
-            lazy; None for new memory.
+        lazy: return a sparse gradient as unique rows. The shard must have whole parameters.
+        out: (segment.numel,) float32, overwritten and returned unless rows are returned; None for
+            new memory.
 
     Source: Yong et al., "Gradient Centralization" (2020).
     """
@@ -79,7 +80,7 @@ def prepare_gradient(
         parameter = state.parameters[segment.position]
         shaped = in_shape_of(out, parameter)
         dims = tuple(range(1, parameter.dim()))
-        # In float64, where no sum of finite gradients overflows.
+        # In float64, because an fp32 sum of finite gradients may overflow.
         shaped.sub_(shaped.mean(dim=dims, keepdim=True, dtype=torch.float64))
     return out
 
@@ -87,15 +88,15 @@ def prepare_gradient(
 def _prepare_rows(
     entries: GradientRows, weight: torch.Tensor, segment: Segment, how: Preparation
 ) -> GradientRows:
-    """Return the elements of sparse entries that lie in a segment, as rows of width 1, decayed.
+    """Return a segment's elements of sparse entries, as rows of width 1, with weight decay.
 
-    Every entry decays its row, also where several entries have one row.
+    Weight decay is added once per entry, so several times to a repeated row.
 
     Args:
         weight: (segment.numel,) float32.
 
     Returns:
-        Offsets in the segment, with repetitions.
+        Rows are offsets in the segment, with repetitions.
     """
     rows, values = entries
     columns = torch.arange(values.shape[1], dtype=rows.dtype, device=rows.device)
@@ -109,7 +110,7 @@ def _prepare_rows(
 def _prepare_whole_rows(
     entries: GradientRows, weight: torch.Tensor, how: Preparation
 ) -> GradientRows:
-    """Return sparse entries of a parameter that this rank has whole, decayed and centralized.
+    """Return sparse entries of a whole parameter, with weight decay, and centralized.
 
     Args:
         weight: float32, all of the parameter's elements.

@@ -1,9 +1,9 @@
-"""Pure arithmetic on ints: what every rank of a world stores, does and sends.
+"""Pure arithmetic on ints: how many bytes each rank stores and sends, and in which order.
 
-flat          buckets, and which elements of which parameter each rank owns; start here
-state_plan    StatePlan: where and in which formats a bucket's state is stored
-schedule      the tasks of a step, their lanes and what they wait for
+flat          buckets, and the elements of each parameter that a rank owns; start here
+state_plan    StatePlan: location and formats of a bucket's state
+schedule      the tasks of a step, their lanes and their waits
 budget        bytes that a plan stores and moves; the number of slots
-timeline      when each task of a schedule runs, from how long each takes
-ring          what ranks send in a collective, and how fast
+timeline      start and end of each task of a schedule, from its duration
+ring          bytes that ranks send in a collective, and the speed
 """

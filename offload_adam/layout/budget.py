@@ -1,4 +1,4 @@
-"""How many bytes the optimizer state of a layout takes and moves, before anything is allocated."""
+"""Bytes that a layout's optimizer state takes and moves, computed before it is allocated."""
 
 from __future__ import annotations
 
@@ -21,48 +21,46 @@ NUM_REDUCE_SLOTS = 3
 NUM_SLOTS_IN_FLIGHT = 2
 """Slots of a pool that are in use at once: one is packed while another is averaged.
 
-No more are where a device adds up what is averaged. Where the host does, a pool grows with its pace
-and that of the ranks.
+This is exact if a device accumulates the averages. If the host does, the pool may grow: it depends
+on the speed of the host and of the other ranks.
 """
 
 NUM_FOLDS_IN_FLIGHT = 3
-"""Buckets that wait in a world of one for the host to cast or add them, before backward waits."""
+"""With one rank: buckets that may wait for the host to cast or add them before backward waits."""
 
 ALIGNMENT_NBYTES = 128
 """Tensors in host memory start at multiples of this, so that no vector load crosses a cache line.
 
-A shard of any dtype is a multiple of this long, because it has whole blocks of 128 elements.
+The size of a shard is a multiple of it for every dtype, because a shard has whole blocks of 128
+elements.
 """
 
 CHECKPOINT_BLOCK_NBYTES = 4 * 1024 * 1024
-"""Bytes of a checkpoint's file that have one checksum: so a part can be verified alone."""
+"""Bytes of a checkpoint's file per checksum, so that a part can be verified on its own."""
 
 
 class Category:
-    """What memory is for, in the ledger, the plan and reports; a plane of state has torch's key.
+    """The purpose of memory, in the ledger, the plan and reports. A plane of state has torch's key.
 
-    slots: where gradients are packed and averaged. staging: buffers of copies between host and
-    device. prepared: a gradient that the kernel reads in another form. snapshot buffer: copies for
-    a checkpoint in the background. state: all planes in host memory together. Plain strings,
-    because users see them as keys.
+    Plain strings instead of an enum, because users see them as keys.
     """
 
     PARAMETERS = "parameters"
     GRADIENTS = "gradients"
     GRADIENT_SHARDS = "gradient shards"
-    STATE = "state"
-    SLOTS = "slots"
-    STAGING = "staging"
+    STATE = "state"  # all planes in host memory together
+    SLOTS = "slots"  # into which gradients are packed, and in which they are averaged
+    STAGING = "staging"  # buffers of copies between host and device
     BLOCK_SUMS = "block_sums"
-    PREPARED = "prepared"
-    SNAPSHOT_BUFFER = "snapshot buffer"
+    PREPARED = "prepared"  # centralized and sparse gradients in the kernel's form
+    SNAPSHOT_BUFFER = "snapshot buffer"  # copies for a checkpoint in the background
     CHECKPOINT_WRITER = "checkpoint writer"
 
 
 def plane_nbytes(plan: StatePlan) -> dict[str, int]:
-    """Return the bytes of one rank's shard of one bucket, plane by plane, gradients included.
+    """Return the bytes of each plane of one rank's shard of one bucket, gradients included.
 
-    Each plane is a whole number of blocks, so that planes cut from one arena stay aligned.
+    Each plane has whole blocks, so that planes in one arena stay aligned.
     """
     state = plan.state
     itemsizes = {
@@ -76,9 +74,9 @@ def plane_nbytes(plan: StatePlan) -> dict[str, int]:
 
 
 def saved_nbytes(plan: StatePlan) -> int:
-    """Return the bytes of one rank's shard of one bucket that a checkpoint holds.
+    """Return the bytes of one rank's shard of one bucket in a checkpoint.
 
-    These are its parameters and planes of state, with the padding between them.
+    They are its parameters and planes of state, including padding.
     """
     return plan.bucket.shard_numel * (plan.bucket.itemsize + plan.state.itemsize)
 
@@ -86,7 +84,7 @@ def saved_nbytes(plan: StatePlan) -> int:
 def snapshot_buffer_nbytes(plans: Sequence[StatePlan], limit_nbytes: int) -> int:
     """Return the bytes of one rank's snapshot buffer.
 
-    This is what copies of these buckets take, or the limit rounded down to a multiple of 128.
+    It is the size of copies of these buckets, or the limit rounded down to a multiple of 128.
     """
     nbytes = sum(map(saved_nbytes, plans))
     return min(nbytes, limit_nbytes // ALIGNMENT_NBYTES * ALIGNMENT_NBYTES)
@@ -95,8 +93,8 @@ def snapshot_buffer_nbytes(plans: Sequence[StatePlan], limit_nbytes: int) -> int
 def traffic_nbytes(plan: StatePlan) -> int:
     """Return the bytes that norm and update of one rank's shard of one bucket read and write.
 
-    The gradient is read by the norm and by the update, which reads and writes each plane of state
-    (a parameter that is its own master weight, too) and writes the rounded parameter.
+    Both read the gradient. The update reads and writes each plane of state, and an fp32 parameter
+    that is its own master weight. It writes a 16-bit parameter.
     """
     return update_traffic_nbytes(plan) + plan.bucket.shard_numel * _gradient_itemsize(plan)
 
@@ -111,20 +109,21 @@ def update_traffic_nbytes(plan: StatePlan) -> int:
 
 
 def exchange_traffic_nbytes(plan: StatePlan) -> int:
-    """Return the bytes that one rank copies in host memory around the mean of one bucket.
+    """Return the bytes that one rank reads and writes in host memory around a bucket's mean.
 
-    All gradients are packed into a slot, in the dtype of the mean; this rank's shard is copied.
+    All gradients are packed into a slot in the dtype of the mean, and this rank's shard of the
+    result is copied.
     """
     bucket, itemsize = plan.bucket, plan.gradient.itemsize
     return bucket.numel * (bucket.itemsize + itemsize) + bucket.shard_numel * 2 * itemsize
 
 
 def _gradient_itemsize(plan: StatePlan) -> int:
-    """Return the bytes of an element of the gradient where it is read."""
+    """Return the bytes of an element of the gradient that the update reads."""
     return plan.gradient.shard_itemsize or plan.bucket.itemsize
 
 
 def block_sums_nbytes(buckets: Sequence[Bucket]) -> int:
-    """Return the bytes of the one array of block sums that all buckets share, 1/16 an element."""
+    """Return the bytes of the array of block sums that all buckets share: 8 per block of 128."""
     largest = max((bucket.shard_numel for bucket in buckets), default=0)
     return largest // BLOCK_NUMEL * BLOCK_SUM_NBYTES

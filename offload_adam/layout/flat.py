@@ -1,13 +1,13 @@
-"""Flat buckets, and the shard of each that a rank owns.
+"""Flat buckets, and the shard of each bucket that a rank owns.
 
     bucket   | p3 ........ pad | p2 .. pad | p1 ............... pad | pad |
     block    |  128 elements each                                         |
     shard    |       rank 0       |       rank 1       |      rank 2      |
     segments |     p3[0:...]      | p3 rest, p2, p1[0:]|     p1 rest      |
 
-Parameters stand in the order in which backward produces their gradients: the reverse of the order
-in which they were given. Each starts at a multiple of 128 elements, and a bucket is padded so that
-every rank owns one contiguous shard of whole blocks.
+Parameters are in the order in which backward produces their gradients: the reverse of the order in
+which they were given. Each starts at a multiple of 128 elements. A bucket is padded so that every
+rank owns one contiguous shard of whole blocks.
 
 Worked example: parameters 0, 1 and 2 of 100, 300 and 130 elements, one bucket, two ranks.
 
@@ -40,8 +40,8 @@ BLOCK_NUMEL = 128
 class ParameterSpec:
     """One parameter as the layout sees it.
 
-    bucket_key: the same for all parameters of a bucket: dtype, device and the two fields below.
-    amsgrad: the largest second moment so far is state, too.
+    bucket_key: equal for all parameters of a bucket; it encodes dtype, device and `amsgrad`.
+    amsgrad: the state includes the largest second moment so far.
     on_device: the parameter is not in host memory.
     """
 
@@ -55,7 +55,7 @@ class ParameterSpec:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where one parameter lies in its bucket: elements [start, end)."""
+    """The range of one parameter in its bucket: elements [start, end)."""
 
     parameter: int
     start: int
@@ -68,10 +68,11 @@ class Placement:
 
 
 class Segment(NamedTuple):
-    """The part of one parameter that lies in one rank's shard.
+    """The part of one parameter in one rank's shard.
 
-    `position` is the parameter's place in the bucket's `placements`; `parameter_start` counts from
-    the parameter's first element and `shard_start` from the shard's.
+    position: index of the parameter in the bucket's `placements`.
+    parameter_start: offset of the segment in the parameter, in elements.
+    shard_start: offset of the segment in the shard, in elements.
     """
 
     position: int
@@ -80,7 +81,7 @@ class Segment(NamedTuple):
     numel: int
 
     def of(self, plane: Flat) -> Flat:
-        """Return the segment's part of a flat tensor as long as the shard."""
+        """Return the segment's part of a flat tensor of the shard's length."""
         return plane[self.shard_start : self.shard_start + self.numel]
 
 
@@ -88,8 +89,8 @@ class Segment(NamedTuple):
 class Bucket:
     """Parameters that are reduced and gathered in one collective.
 
-    numel: includes all padding; a multiple of 128 * world_size.
-    world_size: ranks that the bucket is divided over.
+    numel: elements including all padding, a multiple of 128 * world_size.
+    world_size: number of ranks that share the bucket.
 
     Raises:
         ValueError: placements overlap, are out of order, unaligned, or leave the bucket.
@@ -118,12 +119,12 @@ class Bucket:
 
     @property
     def shard_numel(self) -> int:
-        """Elements that each rank owns."""
+        """Number of elements that each rank owns."""
         return self.numel // self.world_size
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of one shard."""
+        """Number of blocks of one shard."""
         return self.shard_numel // BLOCK_NUMEL
 
     def shard_bounds(self, rank: int) -> tuple[int, int]:
@@ -155,15 +156,14 @@ def plan_buckets(
 ) -> tuple[Bucket, ...]:
     """Lay parameters out in buckets, in the order in which backward completes them.
 
-    A bucket is closed when the next parameter would take it past `bucket_nbytes`; a parameter
-    larger than that has one of its own. The result depends on the arguments alone, so every rank
-    computes the same.
+    A bucket is closed when the next parameter would exceed `bucket_nbytes`. A larger parameter gets
+    its own bucket.
 
     Args:
         specs: parameters in forward order.
-        world_size: ranks that share each bucket.
+        world_size: number of ranks that share each bucket.
         bucket_nbytes: bytes of parameters at which a bucket is full.
-        first_index: index of the first new bucket, where others exist already.
+        first_index: index of the first new bucket, after those that already exist.
     """
     if world_size < 1 or bucket_nbytes < 1:
         raise ValueError(f"{world_size=} and {bucket_nbytes=} must be at least 1")
@@ -180,7 +180,8 @@ def plan_buckets(
             filled_nbytes[spec.bucket_key] = 0
         group.append(spec)
         filled_nbytes[spec.bucket_key] += nbytes
-    # A bucket is complete with its last gradient: the one of the lowest forward index.
+    # In the order of completion: backward completes a bucket with the gradient of the
+    # parameter that is first in the forward.
     position = {spec.index: place for place, spec in enumerate(specs)}
     groups.sort(key=lambda group: -position[group[-1].index])
     return tuple(
@@ -189,7 +190,7 @@ def plan_buckets(
 
 
 def _place(group: Iterable[ParameterSpec], index: int, world_size: int) -> Bucket:
-    """Give every parameter of one bucket its range."""
+    """Assign a range to every parameter of one bucket."""
     placements = []
     start = 0
     for spec in group:

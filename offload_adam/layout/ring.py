@@ -1,19 +1,19 @@
-"""What ranks send when they average or gather a bucket around a ring, and how fast they do."""
+"""Bytes and speed of ring collectives that average or gather a bucket."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 ALL_REDUCE_PASSES = 2
-"""An all-reduce is a reduce-scatter and an all-gather, each one pass."""
+"""Passes of an all-reduce: a reduce-scatter and an all-gather."""
 
 
 @dataclass(frozen=True, slots=True)
 class RingSpeed:
-    """What a rank sends in one pass of a bucket around the ring, in 1e9 bytes a second.
+    """Speed at which a rank sends in one pass around the ring, in 1e9 bytes per second.
 
-    mean_16bit, mean_32bit: while gradients of this width are averaged, which costs arithmetic, too.
-    gather: while parameters of any width are gathered.
+    mean_16bit, mean_32bit: while averaging gradients of this width, arithmetic included.
+    gather: while gathering parameters of any width.
     """
 
     mean_16bit: float
@@ -22,19 +22,19 @@ class RingSpeed:
 
     @classmethod
     def uniform(cls, gb_per_s: float) -> RingSpeed:
-        """Return the speed of ranks that do everything equally fast."""
+        """Return the same speed for all collectives."""
         return cls(gb_per_s, gb_per_s, gb_per_s)
 
     def mean(self, itemsize: int) -> float:
-        """Return the speed of averaging elements of so many bytes."""
+        """Return the speed of averaging elements of `itemsize` bytes."""
         return self.mean_16bit if itemsize == 2 else self.mean_32bit
 
     @property
     def least(self) -> float:
-        """The slowest of all."""
+        """The lowest of the three speeds."""
         return min(self.mean_16bit, self.mean_32bit, self.gather)
 
 
 def pass_nbytes(nbytes: int, world_size: int) -> float:
-    """Return what a rank sends in one pass: all of a bucket's bytes but one rank's share."""
+    """Return the bytes that a rank sends in one pass: all of a bucket except one rank's share."""
     return (world_size - 1) / world_size * nbytes

@@ -1,6 +1,6 @@
-"""What one step does, on which lane, and what each task waits for: a value, fixed for a layout.
+"""The tasks of one step, the lane of each, and its waits: a constant of the layout.
 
-    lane      who works there              tasks of bucket b
+    lane      runs on                      tasks of bucket b
     compute   the model's own stream       GRADIENT  PACK              RELEASE          USE
     reduce    the collective of gradients            REDUCE
     D2H       copies to the host                       COPY_D2H
@@ -8,15 +8,17 @@
     H2D       copies to the device                                        COPY_H2D
     gather    the collective of parameters                                  GATHER
 
-Tasks of one lane run in the order in which they are issued. Between lanes nothing is ordered but by
-a wait of this schedule, or by the one agreement of the step: it comes after every SUM_SQUARES and
-before every UPDATE. Where parameters are in host memory there are no copies and no streams: what is
-launched is over at once, a collective is waited for by its own handle, and of these waits only
-those for an UPDATE do anything.
+Tasks of one lane run in the order in which they are issued. Tasks of different lanes are ordered
+only by the waits of this schedule and by the one agreement of the step, which comes after every
+SUM_SQUARES and before every UPDATE.
 
-No task waits for a task of the step before. A backward begins when every USE has been waited for,
-so that on the compute lane all of them come before the first GRADIENT; and every UPDATE comes after
-a COPY_D2H that has waited for a GRADIENT.
+If parameters are in host memory, there are no copies and no streams. A launched task has finished
+when the launch returns, and collectives are waited for by their handles. Then only the waits for an
+UPDATE have an effect.
+
+No task needs to wait for a task of the previous step. A backward starts after every USE, so on the
+compute lane all USE tasks come before the first GRADIENT. Every UPDATE comes after a COPY_D2H that
+has waited for a GRADIENT.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from offload_adam.layout.state_plan import StatePlan
 
 
 class Lane(Enum):
-    """A place where tasks run one after the other."""
+    """A stream or thread on which tasks run one after another."""
 
     COMPUTE = "compute"
     REDUCE = "reduce"
@@ -44,15 +46,15 @@ class Lane(Enum):
 class Operation(Enum):
     """One kind of work on one bucket.
 
-    GRADIENT: backward writes the gradients, as autograd left them.
-    PACK: they are copied, end to end, into a slot on their device.
-    REDUCE: the slot is averaged over the ranks.
-    COPY_D2H: this rank's shard of them is copied to the host.
-    SUM_SQUARES: its block sums are taken.
-    RELEASE: `step()` is reached: the model has done its last reading of the parameters.
-    UPDATE: the shard's state and parameters are updated, on the host or on the device.
-    COPY_H2D: this rank's shard of the parameters is copied to the device.
-    GATHER: the other ranks' shards come.
+    GRADIENT: backward writes the gradients.
+    PACK: copy the gradients, concatenated, into a slot on their device.
+    REDUCE: average the slot over the ranks.
+    COPY_D2H: copy this rank's shard of the gradients to the host.
+    SUM_SQUARES: compute the sums of squares of the shard's blocks.
+    RELEASE: marks the call of `step()`, after the model's last read of the parameters.
+    UPDATE: update the shard's state and parameters, on the host or on the device.
+    COPY_H2D: copy this rank's shard of the parameters to the device.
+    GATHER: all-gather the parameters.
     USE: the next forward reads the parameters.
     """
 
@@ -69,7 +71,7 @@ class Operation(Enum):
 
     @property
     def lane(self) -> Lane:
-        """Where it runs, but see `Schedule.lane_of`."""
+        """The lane if the state is in host memory. See `Schedule.lane_of` for all cases."""
         return _LANES[self]
 
 
@@ -96,18 +98,18 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The tasks of one step on both sides of its one agreement, and what they wait for.
+    """The tasks of one step before and after its one agreement, and their waits.
 
-    before_agreement: every task until the agreement, in the order in which the tasks are issued:
-        bucket by bucket as backward completes them, then the sums of squares of `on_device`.
-    after_agreement: every other task, in the order in which the overlapped step issues the tasks of
-        each lane: the host's updates, the device's updates, and what the next forward needs, each
-        in forward order. The sequential step finishes one bucket after the other instead.
-    waits: for each task the earlier tasks of other lanes that must be over. One for an UPDATE is
-        made by the thread that issues the waiting task, all others by the task's own lane.
-    on_device: buckets whose state is on the device of their parameters. What the update thread
-        does for others, the compute lane does for them.
-    reduce_slots, staging_slots: which slot of its kind's ring a bucket uses.
+    before_agreement: the tasks until the agreement, in the order in which they are issued: bucket
+        by bucket as backward completes them, then SUM_SQUARES of the buckets in `on_device`.
+    after_agreement: the other tasks, in the order in which the overlapped step issues them on each
+        lane: updates on the host, updates on the device, then GATHER and USE, each in forward
+        order. The sequential step finishes one bucket after another instead.
+    waits: for each task, the earlier tasks of other lanes that must have finished. The thread that
+        issues a task waits for an UPDATE; the task's lane waits for all other tasks.
+    on_device: buckets whose state is on the device of their parameters. Their SUM_SQUARES and
+        UPDATE run on the compute lane instead of the update lane.
+    reduce_slots, staging_slots: slot of each bucket in its ring, by bucket index.
     """
 
     before_agreement: tuple[Task, ...]
@@ -118,13 +120,13 @@ class Schedule:
     on_device: frozenset[int]
 
     def lane_of(self, task: Task) -> Lane:
-        """Return where a task runs."""
+        """Return the lane of a task."""
         lane = task.operation.lane
         return Lane.COMPUTE if lane is Lane.UPDATE and task.bucket in self.on_device else lane
 
     @property
     def forward_order(self) -> tuple[int, ...]:
-        """The buckets as the next forward needs them."""
+        """Bucket indices in the order in which the next forward reads the buckets."""
         return tuple(t.bucket for t in self.after_agreement if t.operation is Operation.USE)
 
 
@@ -135,7 +137,7 @@ def plan_schedule(
 
     Args:
         plans: in the order in which backward completes the buckets.
-        num_reduce_slots, num_staging_slots: slots in the ring of each bucket key.
+        num_reduce_slots, num_staging_slots: number of slots in the ring of each bucket key.
     """
     forward = plans[::-1]
     reduce_slots, earlier_packed = _deal([p for p in plans if p.uses_ring], num_reduce_slots)
@@ -166,18 +168,16 @@ _TURN_ON_DEVICE = 2
 
 
 def _turn_of(task: Task, on_device: frozenset[int]) -> int:
-    """Return the turn of a task on its side of the agreement: all buckets take each turn together.
-
-    The device's updates come after the host's: these are submitted to the update thread, which
-    works on them while the calling thread launches the device's.
-    """
+    """Return the sort key of a task on its side of the agreement, equal for all buckets."""
+    # Updates on the device come after those on the host: the update thread already works on the
+    # host's while the calling thread launches the device's.
     if task.operation.lane is Lane.UPDATE and task.bucket in on_device:
         return _TURN_ON_DEVICE
     return _TURNS.get(task.operation, 0)
 
 
 def _of_others(schedule: Schedule, task: Task) -> tuple[Task, ...]:
-    """Return the waits of a task that its own lane does not make needless."""
+    """Return the waits of a task for other lanes. Tasks of one lane run in order anyway."""
     lane = schedule.lane_of(task)
     return tuple(w for w in schedule.waits[task] if schedule.lane_of(w) is not lane)
 
@@ -191,8 +191,8 @@ def ring_nbytes(
     """Return the bytes of the slots of a ring, each as large as the largest bucket that uses it.
 
     Args:
-        plans: those that use a slot, in the order in which they do.
-        nbytes_of: what a bucket takes in its slot.
+        plans: buckets that use a slot, in the order of their use.
+        nbytes_of: returns the bytes of a bucket in its slot.
     """
     slots, _ = _deal(plans, num_slots)
     largest: dict[tuple[str, int], int] = {}
@@ -203,7 +203,7 @@ def ring_nbytes(
 
 
 def _deal(plans: Sequence[StatePlan], num_slots: int) -> tuple[dict[int, int], dict[int, int]]:
-    """Deal slots out in turn; return each bucket's, and the bucket that had it before, if any."""
+    """Assign slots in turn; return each bucket's slot, and the previous bucket in it, if any."""
     slots: dict[int, int] = {}
     earlier: dict[int, int] = {}
     for bucket_key in dict.fromkeys(plan.bucket.bucket_key for plan in plans):
@@ -216,15 +216,16 @@ def _deal(plans: Sequence[StatePlan], num_slots: int) -> tuple[dict[int, int], d
 
 
 def _tasks_before_agreement(plan: StatePlan, earlier: int | None) -> dict[Task, tuple[Task, ...]]:
-    """Return a bucket's tasks before the agreement, each with what it waits for.
+    """Return a bucket's tasks before the agreement, each with its waits.
 
     Args:
-        earlier: the bucket whose gradients had this slot of the ring before, if any.
+        earlier: the previous bucket in this slot of the ring, if any.
     """
     number = plan.bucket.index
     source = Task(Operation.GRADIENT, number)
     tasks: dict[Task, tuple[Task, ...]] = {source: ()}
     if plan.packs:
+        # The slot must not be overwritten before its previous content is on the host.
         emptied = () if earlier is None else (Task(Operation.COPY_D2H, earlier),)
         source = Task(Operation.PACK, number)
         tasks[source] = emptied
@@ -239,21 +240,22 @@ def _tasks_before_agreement(plan: StatePlan, earlier: int | None) -> dict[Task, 
 
 
 def _tasks_after_agreement(plan: StatePlan, earlier: int | None) -> dict[Task, tuple[Task, ...]]:
-    """Return a bucket's tasks after the agreement, each with what it waits for.
-
-    The H2D copy is issued by the thread that has made the update, and so needs no wait for it.
+    """Return a bucket's tasks after the agreement, each with its waits.
 
     Args:
-        earlier: the bucket whose parameters had this staging slot before, if any.
+        earlier: the previous bucket in this staging slot, if any.
     """
     number = plan.bucket.index
+    # The kernel writes new parameters into the slot, which the previous H2D copy still reads.
     emptied = () if earlier is None else (Task(Operation.COPY_H2D, earlier),)
     tasks: dict[Task, tuple[Task, ...]] = {Task(Operation.UPDATE, number): emptied}
     if plan.is_offloaded:
         tasks[Task(Operation.RELEASE, number)] = ()
-        # Only the first H2D copy of a step needs this wait, but which copy is first depends on the
-        # step's gradients. Where the host has waited for the sum of squares of a bucket that is
-        # kept on the device, no copy needs it; but not every step, nor every rank, has such a sum.
+        # The copy overwrites parameters, so it must come after the model's last read of them. It
+        # needs no wait for UPDATE: the thread that ran the update issues it. Only the first H2D
+        # copy of a step needs the wait for RELEASE, but which copy is first depends on the step's
+        # gradients. If the host has waited for SUM_SQUARES of a bucket on the device, no copy needs
+        # it, but not every step and rank has such a bucket.
         tasks[Task(Operation.COPY_H2D, number)] = (Task(Operation.RELEASE, number),)
     ready = tuple(task for task in tasks if task.operation is not Operation.RELEASE)
     if plan.gathers:

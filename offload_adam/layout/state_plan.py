@@ -1,4 +1,4 @@
-"""Decide once how each bucket's state is stored, and how its gradients and parameters move.
+"""`StatePlan`: how each bucket's state is stored, and how its gradients and parameters move.
 
     parameters   state               location     gradients                  new parameters
     host         host                HOST         read in place, or a shard  written by the kernel
@@ -6,7 +6,8 @@
     device       device, sharded     DEVICE       a shard on the device      written by torch
     device       device, every rank  REPLICATED   read in place, or a shard  written by torch
 
-Construction allocates by the plan, the schedule orders by it, and `offload-adam plan` counts by it.
+It is computed once. Construction allocates by the plan, the schedule is derived from it, and
+`offload-adam plan` predicts memory with it.
 
 Worked example: two ranks, one bucket of 1000 bf16 parameters on a GPU, averaged by this package.
 
@@ -30,21 +31,20 @@ from offload_adam.options import OffloadPolicy
 
 FLOAT32_NBYTES = 4
 
-# Where the size of a bucket is not given, it weighs two costs of a step whose updates take longer
-# than the forward. Take 8 ranks of a node with 400 GB/s of host memory, an update that moves 28
-# bytes for each bf16 parameter, and P bytes of parameters in buckets of b bytes.
-# - Each bucket costs 250 to 450 us whatever its size: threads are woken and copies are launched.
-#   The update of a shard of 32 MiB takes 9.4 ms at the rank's 50 GB/s, so that 350 us are 4 %. That
-#   of a shard of 4 MiB takes 1.2 ms, and they are a third. Hence 32 MiB a rank.
-# - The way of one bucket to the host, through the update and back stays exposed: some 12 ms for
-#   256 MiB.
-# The sum, P / b * 350 us + b / 256 MiB * 12 ms, is least at b = 145 MB for 2.7 GB of parameters (18
-# buckets) and at 330 MB for 14 GB (42 buckets). Hence at least 16 buckets and at most 256 MiB, of
-# which the device holds three for the averages. Beyond 8 ranks the shards become smaller again, but
-# the buckets of 1 GB of parameters cost 1.7 ms at most, and its forward over 4096 tokens takes
-# 10 ms at 400 TFLOP/s.
+# The default bucket size balances two costs of a step whose updates take longer than the forward.
+# Assume 8 ranks on a node with 400 GB/s of host memory, an update that moves 28 bytes for each bf16
+# parameter, and P bytes of parameters in buckets of b bytes.
+# - Each bucket costs 250 to 450 us regardless of its size, to wake threads and launch copies. The
+#   update of a 32 MiB shard takes 9.4 ms at the rank's 50 GB/s, so 350 us add 4 %. The update of a
+#   4 MiB shard takes 1.2 ms, so they add a third. Hence 32 MiB per rank.
+# - D2H copy, update and H2D copy of one bucket are never hidden: about 12 ms for 256 MiB.
+# The sum, P / b * 350 us + b / 256 MiB * 12 ms, is minimal at b = 145 MB for 2.7 GB of parameters
+# (18 buckets) and at 330 MB for 14 GB (42 buckets). Hence at least 16 buckets, and at most 256 MiB,
+# of which the device holds three for the averages. With more than 8 ranks the shards are smaller,
+# but the buckets of 1 GB of parameters cost at most 1.7 ms, while its forward over 4096 tokens
+# takes 10 ms at 400 TFLOP/s.
 AUTO_SHARD_NBYTES = 32 * 1024 * 1024
-"""Bytes of a rank's share of a bucket, and the least bytes of a bucket."""
+"""Default bytes of a rank's share of a bucket, and minimum bytes of a bucket."""
 MOST_AUTO_NBYTES = 256 * 1024 * 1024
 LEAST_AUTO_BUCKETS = 16
 
@@ -65,18 +65,18 @@ class StateLocation(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatePolicy:
-    """What decides how state is stored, beside the parameters themselves.
+    """The options from which `plan_state` decides how state is stored.
 
-    world_size: ranks that train together.
-    bucket_nbytes: bytes of parameters that are reduced and gathered at once; None to choose them by
-        the world and the parameters, see `resolve_bucket_nbytes`.
+    world_size: number of ranks that train together.
+    bucket_nbytes: bytes of parameters in one bucket; None for the default of
+        `resolve_bucket_nbytes`.
     reduces: this package averages the gradients over the ranks.
-    accumulates: several backwards of a step add up in the gradient shard, in fp32.
+    accumulates: several backwards of a step are summed in the gradient shard, in fp32.
     reduces_in_fp32: 16-bit gradients are averaged in fp32.
-    streams: gradients leave `.grad` during backward.
-    replicated: state is stored where its parameter is, whole on every rank.
-    offload_fraction: smallest fraction of the elements on a device whose state is on the host.
-    pins_state, pins_staging: host state, and the buffers of copies, are page-locked.
+    streams: gradients are moved out of `.grad` during backward.
+    replicated: state is stored on its parameter's device, whole on every rank.
+    offload_fraction: minimum fraction of the elements on a device whose state is on the host.
+    pins_state, pins_staging: host state, and staging buffers, are page-locked.
     """
 
     world_size: int = 1
@@ -118,22 +118,22 @@ class StatePolicy:
 
     @property
     def num_shards(self) -> int:
-        """Ranks that a bucket's state is divided over."""
+        """Number of ranks that share a bucket's state."""
         return 1 if self.replicated else self.world_size
 
     @property
     def averages(self) -> bool:
-        """Whether there is anything to average, and this package does it."""
+        """Whether this package averages gradients, over more than one rank."""
         return self.reduces and self.world_size > 1
 
 
 @dataclass(frozen=True, slots=True)
 class StateFormat:
-    """Bytes an element of each plane of state; 0 for a plane that does not exist.
+    """Bytes per element of each plane of state; 0 for a plane that does not exist.
 
-    master_weight: 0 where the parameter is fp32 and in the memory of its state: it is its own
+    master_weight: 0 if the parameter is fp32 and on the device of its state, because it is its own
         master weight.
-    max_exp_avg_sq: for amsgrad only.
+    max_exp_avg_sq: only with amsgrad.
     """
 
     master_weight: int
@@ -143,19 +143,19 @@ class StateFormat:
 
     @property
     def itemsize(self) -> int:
-        """Bytes an element of all planes."""
+        """Bytes per element of all planes together."""
         return self.master_weight + self.exp_avg + self.exp_avg_sq + self.max_exp_avg_sq
 
 
 @dataclass(frozen=True, slots=True)
 class GradientPlan:
-    """How the gradients of one bucket get from autograd to the update.
+    """How the gradients of one bucket move from autograd to the update.
 
-    averaged: over the ranks, by this package.
-    streams: they leave `.grad` during backward.
-    itemsize: bytes an element while they are averaged and copied.
-    shard_itemsize: bytes an element of this rank's gradient shard, which is kept for the update; 0
-        where gradients are read where autograd left them.
+    averaged: this package averages them over the ranks.
+    streams: they are moved out of `.grad` during backward.
+    itemsize: bytes per element while they are averaged and copied.
+    shard_itemsize: bytes per element of this rank's gradient shard, which the update reads; 0 if it
+        reads the tensors of autograd instead.
     accumulates: later backwards of a step add to the shard.
     """
 
@@ -193,10 +193,10 @@ class StatePlan:
 
     @property
     def copies_straight(self) -> bool:
-        """Whether gradients are copied from a device into the gradient shard itself.
+        """Whether D2H copies of gradients write into the gradient shard itself.
 
-        Such a copy is issued at once and the host does not take part in it. Other gradients go
-        through a buffer, since they are cast or added, or since the shard is not page-locked.
+        Such a copy can be issued at once, without work for the host. Other gradients are copied
+        through a buffer: the host casts or adds them, or the shard is not page-locked.
         """
         gradient = self.gradient
         return (
@@ -208,28 +208,30 @@ class StatePlan:
 
     @property
     def uses_ring(self) -> bool:
-        """Whether gradients are packed into a slot of a ring, and not of a pool that grows.
+        """Whether gradients are packed into a slot of a ring, whose size is fixed.
 
-        A slot of a ring is emptied by a copy that is issued at once: the next bucket that uses the
-        slot could not wait for any other. Gradients that nobody averages go through a ring, too,
-        where they leave during backward: their memory is free for backward once they are packed,
-        and what is on its way to the host is no more than the slots, however slow the bus is.
+        Otherwise they are packed into a slot of a pool that grows, or not at all.
         """
+        # Only a copy that is issued at once may empty a slot of a ring: the next bucket in the slot
+        # waits for it on a stream. Streamed gradients use a ring even without averaging: their own
+        # memory is free once they are packed, and the slots bound the memory that waits for a slow
+        # bus.
         gradient = self.gradient
         return self.copies_straight and (gradient.averaged or gradient.streams)
 
     @property
     def packs(self) -> bool:
-        """Whether gradients are copied, end to end, into a slot of a ring or a pool."""
+        """Whether gradients are concatenated in a slot of a ring or a pool."""
         return self.gradient.averaged or self.uses_ring
 
     @property
     def stages_parameters(self) -> bool:
-        """Whether updated parameters go to the device from a staging slot.
+        """Whether the H2D copy of updated parameters reads a staging slot.
 
-        The kernel writes 16-bit parameters there. An fp32 master weight is copied there first where
-        it is not page-locked: a copy from it would block the thread that issues it.
+        The kernel writes 16-bit parameters there. An fp32 master weight is copied there first if it
+        is not page-locked.
         """
+        # A copy from memory that is not page-locked would block the thread that issues it.
         is_16bit = self.bucket.itemsize < FLOAT32_NBYTES
         return self.is_offloaded and (is_16bit or (self.pins_staging and not self.pinned))
 
@@ -239,11 +241,11 @@ def plan_state(
 ) -> tuple[StatePlan, ...]:
     """Lay parameters out in buckets, and decide for each bucket how its state is stored.
 
-    A pure function, so that every rank, and a plan made in advance, computes the same.
+    A pure function: every rank, and `offload-adam plan`, compute the same result.
 
     Args:
         specs: parameters in forward order.
-        first_index: index of the first new bucket, where others exist already.
+        first_index: index of the first new bucket, after those that already exist.
     """
     buckets = plan_buckets(
         specs,
@@ -269,14 +271,13 @@ def plan_state(
 
 
 def resolve_bucket_nbytes(specs: Sequence[ParameterSpec], policy: StatePolicy) -> int:
-    """Return the bytes of parameters at which a bucket of these is full.
+    """Return the bytes of parameters at which a bucket is full.
 
-    Where the policy gives no size, a bucket has 32 MiB for each rank that has a shard, but at most
-    256 MiB or a 16th of the parameters, and at least 32 MiB. The result depends on the arguments
-    alone, so every rank computes the same.
+    The default is 32 MiB for each rank that has a shard. It is limited to 256 MiB and to a 16th of
+    the parameters, but is at least 32 MiB.
 
     Args:
-        specs: the parameters that are added together.
+        specs: the parameters that are laid out together.
     """
     if policy.bucket_nbytes is not None:
         return policy.bucket_nbytes
@@ -288,17 +289,16 @@ def resolve_bucket_nbytes(specs: Sequence[ParameterSpec], policy: StatePolicy) -
 def kept_on_device(buckets: Sequence[Bucket], offload_fraction: float) -> frozenset[int]:
     """Return the indices of the buckets on a device whose state stays there.
 
-    They are the buckets that the next forward needs first. The device updates them at once, and
-    the forward runs over them while the host updates the others. The first bucket that does not
-    fit ends the search, so that the buckets are neighbors and never hold more elements than the
-    fraction leaves to the device.
+    They are the buckets that the next forward reads first: the device updates them at once, and the
+    forward reads them while the host updates the other buckets. The search ends at the first bucket
+    that does not fit, so they are contiguous in forward order.
 
     Args:
         buckets: in the order in which backward completes them, the reverse of forward order.
-        offload_fraction: of the elements, those whose state is on the host at least.
+        offload_fraction: minimum fraction of the elements whose state is on the host.
     """
     if offload_fraction == 1.0:
-        return frozenset()  # also of buckets without elements
+        return frozenset()  # the loop below would keep buckets without elements
     candidates = [bucket for bucket in reversed(buckets) if bucket.on_device]
     total = sum(bucket.numel for bucket in candidates)
     left = total - math.ceil(offload_fraction * total)

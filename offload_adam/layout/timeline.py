@@ -1,4 +1,4 @@
-"""When each task of one step runs, if its tasks take as long as they are said to."""
+"""Predict start and end of each task of one step from the durations of the tasks."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ class Interval(NamedTuple):
 class Timeline:
     """One step: the backward, the agreement, the updates and the next forward.
 
-    intervals: in the order of the schedule, tasks that take no time included.
+    intervals: in the order of the schedule, including tasks with zero duration.
     """
 
     intervals: tuple[Interval, ...]
 
     @property
     def end_s(self) -> float:
-        """How long the step takes: the next begins when the forward is over."""
+        """Seconds that the step takes, until the next forward has ended."""
         return max((interval.end_s for interval in self.intervals), default=0.0)
 
     @property
     def model_s(self) -> float:
-        """How long forward and backward alone take."""
+        """Seconds that forward and backward take without the optimizer."""
         return sum(i.end_s - i.start_s for i in self.intervals if i.task.operation in _MODEL)
 
     @property
     def exposed_s(self) -> float:
-        """How much longer a step is than forward and backward alone."""
+        """Seconds by which a step is longer than forward and backward."""
         return max(0.0, self.end_s - self.model_s)
 
     def draw(self, width: int = 100) -> str:
         """Return a line of text for each lane, with `width` characters for the whole step.
 
-        A character stands for the bucket that its time goes to, in turn 0-9, a-z, A-Z, or for the
-        one that takes most of it; "." for none.
+        Each character is the bucket that takes most of its time slice, named 0-9, a-z, A-Z and then
+        0 again; "." for none.
         """
         lines = []
         for lane in Lane:
@@ -62,15 +62,14 @@ class Timeline:
 
 
 def predict_timeline(schedule: Schedule, seconds_of: Callable[[Task], float]) -> Timeline:
-    """Let every task begin as soon as its lane, its bucket and its waits allow.
+    """Start every task as soon as its lane, its bucket and its waits allow.
 
-    A task begins after the one before it on its lane and the one before it of its bucket, as the
-    threads issue them, and, after the agreement, when all sums of squares and the backward are
-    over.
+    A task starts after the previous task on its lane, the previous task of its bucket and its
+    waits. A task after the agreement also starts after all tasks before the agreement.
 
     Args:
-        seconds_of: how long a task takes. GRADIENT and USE are the bucket's parts of the model's
-            backward and forward.
+        seconds_of: returns the duration of a task. GRADIENT and USE are the bucket's parts of the
+            model's backward and forward.
 
     Source: list scheduling (Graham, "Bounds on multiprocessing timing anomalies").
     """
@@ -95,7 +94,7 @@ def predict_timeline(schedule: Schedule, seconds_of: Callable[[Task], float]) ->
 
 
 def _drawn(members: Sequence[Interval], end_s: float, width: int) -> str:
-    """Return one lane."""
+    """Return the characters of one lane."""
     cells, most = ["."] * width, [0.0] * width
     for task, _, start_s, stop_s in members:
         start, stop = start_s / end_s * width, stop_s / end_s * width

@@ -1,11 +1,11 @@
-"""Adam as the documentation of MindSpore specifies it: arguments, groups, schedules.
+"""Adam as the documentation of `mindspore.nn.Adam` specifies it: arguments, groups, schedules.
 
-adam             Adam: construction, steps, what is saved; start here
-arguments        checks of the arguments, one by one
+adam             Adam: construction, steps, saved state; start here
+arguments        checks of scalar arguments
 groups           parameter groups with MindSpore's keys
 dynamic          learning rates and weight decays that change with the step
-decay_filter     parameters that weight decay leaves out
-given_gradients  gradients that `opt(gradients)` is given
+decay_filter     parameters without weight decay
+given_gradients  gradients passed to `opt(gradients)`
 inspection       the properties and getters that MindSpore documents
 """
 

@@ -1,8 +1,7 @@
-"""`Adam` by the specification of `mindspore.nn.Adam`, for PyTorch's parameters."""
+"""`Adam`, which follows the specification of `mindspore.nn.Adam` for PyTorch parameters."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from offload_adam.coordinator.admission import Field, raise_on_all_ranks
+from offload_adam.errors import warn_user
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.mindspore.arguments import (
     check_amsgrad,
@@ -49,42 +49,53 @@ _DYNAMIC_KEYS = ("lr", "weight_decay")
 class Adam(InspectableAdam):
     """Adam with the arguments, groups, modes and order of operations of `mindspore.nn.Adam`.
 
-    One update, with `t` the number of updates of this optimizer, this one included:
-    `m = b1 m + (1 - b1) g`, `v = b2 v + (1 - b2) g^2`,
-    `w -= lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)`, where g is
-    `gradient / loss_scale + weight_decay * w`. All of it is fp32 whatever the parameter's dtype.
+    The update number t of this optimizer, starting with 1, computes in fp32 for every dtype:
 
-    Give gradients in a tuple, `opt(gradients)`, or torch's way in `.grad` with `opt.step()`. With
-    more than one rank both are collective, and so is construction. A skipped step advances neither
-    the step counter nor a schedule.
+        g  = gradient / loss_scale + weight_decay * w
+        m  = beta1 * m + (1 - beta1) * g
+        v  = beta2 * v + (1 - beta2) * g^2
+        w -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
-    A state dict holds the global step, the schedules of this package and vectors. It does not hold
-    a user's own callables: construct the optimizer with the same ones before loading.
+    Pass gradients as a tuple, `opt(gradients)`, or leave them in `.grad` and call `opt.step()`.
+    With more than one rank, construction and both calls are collective. A skipped step does not
+    advance the step counter or the schedules.
+
+    A state dict holds the global step, this package's schedules and learning rates given as one
+    value per step. It does not hold your own callables: construct the optimizer with the same
+    callables before loading.
 
     Args:
         params: parameters, (name, parameter) pairs, or group dicts with the keys `params`, `lr`,
-            `weight_decay`, `grad_centralization` and, in a dict of its own, `order_params`.
-        learning_rate: a number or 0-d tensor; a 1-d tensor or an iterable, one value a step, read
-            once; or a callable of the 0-based step, such as the `offload_adam.schedules`.
-        beta1, beta2: floats in the open interval (0.0, 1.0).
-        eps: a float above 0.
-        use_locking: accepted; calls of several threads always run one after the other.
-        use_nesterov: `b1 m + (1 - b1) g` stands for m in the last line.
-        weight_decay: L2, a number or a callable of the 0-based step. Without groups it leaves out
-            parameters with beta or gamma in their names and, with `module`, torch's norm layers.
+            `weight_decay` and `grad_centralization`. One more dict with the key `order_params` may
+            give the order of all parameters.
+        learning_rate: a number or a 0-d tensor; a 1-d tensor or an iterable with one value per
+            step, read at construction; or a callable of the 0-based step, such as those of
+            `offload_adam.schedules`.
+        beta1, beta2: decay rates of m and v, floats in the open interval (0.0, 1.0).
+        eps: a float above 0, added to the denominator.
+        use_locking: has no effect, since calls from several threads always run one after another.
+        use_nesterov: replace m in the last line by `beta1 * m + (1 - beta1) * g`.
+        weight_decay: L2 penalty, a number or a callable of the 0-based step. If `params` are not in
+            groups, parameters with beta or gamma in their names are excluded and, with `module`,
+            those of torch's norm layers.
         loss_scale: gradients are divided by it.
-        use_amsgrad: the largest v so far stands for v; with one rank only.
-        epsilon_hat: `w -= lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)`, the arithmetic
-            that MindSpore was observed to use.
-        decay_norms: weight decay acts on the norm layers of `module`, too.
-        module: the model: it gives names and, with `use_offload`, streams gradients as they arise.
+        use_amsgrad: replace v in the last line by the largest v so far. Not supported with more
+            than one rank.
+        epsilon_hat: replace the last line by
+            `w -= lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps)`, the arithmetic that
+            MindSpore was observed to use.
+        decay_norms: do not exclude the norm layers of `module` from weight decay.
+        module: the model. It gives the parameters their names. With `use_offload`, gradients are
+            also moved to the host during backward.
         max_grad_norm, process_group, gradient_reduction, reduce_dtype, state_dtype, accumulate,
             overlap, num_threads, offload, failures: as for `OffloadAdam`.
-        **kwargs: `use_lazy`: a sparse gradient updates only the rows it touches; `use_offload`:
-            state lies sharded in host memory, instead of beside its parameter on every rank.
+        **kwargs: `use_lazy` (default False): a sparse gradient updates only the rows that it
+            touches. `use_offload` (default False): store the state sharded in host memory, instead
+            of whole on every rank and on the parameter's device.
 
     Raises:
-        KeyError, TypeError, ValueError, RuntimeError: by argument, before anything is allocated.
+        KeyError, TypeError, ValueError, RuntimeError: an argument is wrong; the message names it.
+            Nothing was allocated.
 
     Source: the documentation of `mindspore.nn.Adam` (MindSpore 2.10); Kingma and Ba, "Adam"
     (2015); Dozat, "Incorporating Nesterov Momentum into Adam" (2016); Reddi et al., "On the
@@ -188,8 +199,8 @@ class Adam(InspectableAdam):
         self._grouped = groups.grouped
         self._add_groups(groups.members, defaults)
         if self.use_offload and any(group["grad_centralization"] for group in self.param_groups):
-            warnings.warn(
-                "grad_centralization has no effect with use_offload=True", UserWarning, stacklevel=2
+            warn_user(
+                "grad_centralization has no effect with use_offload=True. Leave one of them out."
             )
         self._warn_of_decay(groups, module)
 
@@ -203,27 +214,29 @@ class Adam(InspectableAdam):
             warn_if_all_decay(item.group % 2 == 0 for item in self._select(0).new)
 
     def __call__(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
-        """Take one step with these gradients, whatever `.grad` holds. Collective.
+        """Take one step with these gradients instead of those in `.grad`. Collective.
 
         Args:
-            gradients: one for each of `parameters`, in that order: its shape, dtype and device,
-                dense or sparse COO; None for none. They are read during the call only.
+            gradients: one for each of `parameters`, in that order, or None. Each has its
+                parameter's shape, dtype and device, and is dense or sparse COO. They are read only
+                during the call.
 
         Returns:
-            A tensor holding True, also for a skipped step (`last_step.skipped`).
+            A bool tensor with the value True, even if the step was skipped (`last_step.skipped`).
 
         Raises:
-            TypeError, ValueError: naming the parameter; on every rank, and nothing is changed.
+            TypeError, ValueError: a gradient is wrong; the message names the parameter. No rank
+                modified anything.
             PeerError: another rank rejected its gradients.
         """
         with self._lock:
             core = self._alive()
             names = {id(parameter): name for name, parameter in core.named_parameters()}
             parameters = self.parameters
-            named = [names.get(id(p), "a frozen one") for p in parameters]
+            named = [names.get(id(p), "(frozen)") for p in parameters]
             with raise_on_all_ranks(self._ranks, "reading the given gradients"):
                 checked = check_given(gradients, named, parameters)
-            # A backward may have sent gradients off already: the given ones stand for them.
+            # A backward may have moved gradients out of .grad; the given ones replace them.
             core.reduction.reset()
             if self._hooks is not None:
                 self._hooks.forget()
@@ -245,12 +258,10 @@ class Adam(InspectableAdam):
             check_beta(name, beta)
         for name in ("maximize", "decoupled_weight_decay"):
             if group[name]:
-                raise ValueError(
-                    f"{name}=True is not part of this Adam's update: use OffloadAdam for it"
-                )
+                raise ValueError(f"{name}=True is not supported by Adam. Use OffloadAdam instead.")
 
     def _select(self, first_group: int) -> Selection:
-        """Number parameters by group and by whether weight decay acts on them."""
+        """Assign each parameter the hyperparameters 2 * group, or 2 * group + 1 without decay."""
         selection = super()._select(first_group)
         new = []
         for item in selection.new:
@@ -273,7 +284,7 @@ class Adam(InspectableAdam):
             grad_scale=self.loss_scale,
             step=self._global_step + 1,
             lazy=self.use_lazy,
-            num_per_group=2,  # with weight decay and without
+            num_per_group=2,  # with and without weight decay
         )
 
     def _stepped(self, report: StepReport) -> None:
@@ -297,7 +308,7 @@ class Adam(InspectableAdam):
         self, further: Mapping[str, Any], entries: Mapping[int, Mapping[str, Any]]
     ) -> Callable[[], None]:
         if "global_step" not in further:
-            # Another optimizer's: its parameters count their own updates.
+            # Saved by torch or OffloadAdam, which count the updates of each parameter.
             steps = [int(entry["step"]) for entry in entries.values() if "step" in entry]
             return lambda: setattr(self, "_global_step", max(steps, default=0))
         loaded = [
@@ -310,7 +321,7 @@ class Adam(InspectableAdam):
 
         global_step = further["global_step"]
         if not isinstance(global_step, int) or global_step < 0:
-            raise ValueError(f"the saved global_step is {global_step!r}, no count of steps")
+            raise ValueError(f"The saved global_step is {global_step!r}, not a number of steps.")
 
         def load() -> None:
             self._global_step = global_step
@@ -323,22 +334,22 @@ class Adam(InspectableAdam):
 
 
 def _first(value: float | Dynamic) -> float:
-    """Return what a group shows before the first step."""
+    """Return the value that a group shows before the first step."""
     return value.at(0) if isinstance(value, Dynamic) else value
 
 
 def _ignores_nesterov(use_nesterov: bool, use_amsgrad: bool, epsilon_hat: bool) -> bool:
-    """Tell whether nesterov has no effect beside amsgrad.
+    """Return whether nesterov is ignored because amsgrad is set, and warn if it is.
 
     Raises:
-        ValueError: both, in the specified arithmetic, which says nothing of the pair.
+        ValueError: both are set without `epsilon_hat`: the specification does not define the pair.
     """
     if not (use_nesterov and use_amsgrad):
         return False
     if not epsilon_hat:
         raise ValueError(
-            "use_nesterov=True and use_amsgrad=True exclude each other: pass one of them "
-            "(with epsilon_hat=True nesterov is ignored, as MindSpore does)"
+            "use_nesterov=True and use_amsgrad=True exclude each other. Pass one of them, or "
+            "epsilon_hat=True to ignore use_nesterov as MindSpore does."
         )
-    warnings.warn("use_nesterov has no effect together with use_amsgrad", UserWarning, stacklevel=2)
+    warn_user("use_nesterov has no effect together with use_amsgrad. Leave it out.")
     return True

@@ -1,4 +1,4 @@
-"""Checks of the arguments of `Adam`, one by one."""
+"""Checks of the scalar arguments of `Adam`. Each returns the value if it is valid."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _KWARGS = ("use_lazy", "use_offload")
 
 
 def check_flag(name: str, value: object) -> bool:
-    """Return a bool, and nothing else.
+    """Check that the value is a bool.
 
     Raises:
-        TypeError: naming the argument.
+        TypeError: the message names the argument.
     """
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, not {value!r}")
@@ -20,10 +20,10 @@ def check_flag(name: str, value: object) -> bool:
 
 
 def check_beta(name: str, value: object) -> float:
-    """Return a float between 0 and 1, both excluded.
+    """Check for a float in the open interval (0.0, 1.0).
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: the message names the argument.
     """
     if not isinstance(value, float):
         raise TypeError(f"{name} must be a float, not {value!r}")
@@ -33,10 +33,10 @@ def check_beta(name: str, value: object) -> float:
 
 
 def check_eps(value: object) -> float:
-    """Return a finite float above 0.
+    """Check for a finite float above 0.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: the message names the argument.
     """
     if not isinstance(value, float):
         raise TypeError(f"eps must be a float, not {value!r}")
@@ -44,10 +44,10 @@ def check_eps(value: object) -> float:
 
 
 def check_loss_scale(value: object) -> float:
-    """Return a finite number above 0 as a float.
+    """Check for a finite number above 0, and return it as a float.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: the message names the argument.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"loss_scale must be a float, not {value!r}")
@@ -58,40 +58,40 @@ def check_kwargs(kwargs: Mapping[str, object]) -> tuple[bool, bool]:
     """Return `use_lazy` and `use_offload`.
 
     Raises:
-        KeyError: another keyword.
-        TypeError: a value that is not a bool.
-        ValueError: both.
+        KeyError: an unknown keyword.
+        TypeError: a value is not a bool.
+        ValueError: both are True.
     """
     for name in kwargs:
         if name not in _KWARGS:
             raise KeyError(
-                f"Adam takes no argument {name!r}; further ones are use_lazy, use_offload"
+                f"Adam has no argument {name!r}. Other keywords are use_lazy and use_offload."
             )
     lazy = check_flag("use_lazy", kwargs.get("use_lazy", False))
     offload = check_flag("use_offload", kwargs.get("use_offload", False))
     if lazy and offload:
         raise ValueError(
-            "use_lazy=True and use_offload=True exclude each other: lazy updates need whole rows "
-            "beside the parameter; pass one of them"
+            "use_lazy=True and use_offload=True exclude each other, because a lazy update needs "
+            "the state of whole rows on the parameter's device. Pass one of them."
         )
     return lazy, offload
 
 
 def check_amsgrad(*, amsgrad: bool, lazy: bool, offload: bool) -> None:
-    """Reject amsgrad where it has no meaning.
+    """Reject amsgrad together with `use_lazy` or `use_offload`.
 
     Raises:
-        ValueError: naming both arguments.
+        ValueError: the message names both arguments.
     """
     for name, given in (("use_lazy", lazy), ("use_offload", offload)):
         if amsgrad and given:
             raise ValueError(
-                f"use_amsgrad=True and {name}=True exclude each other: pass one of them"
+                f"use_amsgrad=True and {name}=True exclude each other. Pass one of them."
             )
 
 
 def _positive(name: str, value: float) -> float:
-    # A range, not isfinite, which cannot be asked of an integer that no float can hold.
+    # Not math.isfinite, which raises OverflowError for an int that no float can hold.
     if not 0.0 < value <= sys.float_info.max:
         raise ValueError(f"{name} must be finite and above 0, not {value}")
     return float(value)

@@ -13,11 +13,11 @@ import torch
 from offload_adam.schedules import BuiltInSchedule, schedule_from_state
 
 MAX_NUM_VALUES = 10_000_000
-"""A learning rate that is given as an iterable is read at once, up to this many values."""
+"""Maximum number of values of a learning rate that is given as one value per step."""
 
 
 class ValueVector:
-    """One learning rate a step, read once; a step beyond its end is an error.
+    """A learning rate given as one value per step. A step after the last value raises an error.
 
     Args:
         values: (n,) float64.
@@ -32,8 +32,8 @@ class ValueVector:
     def __call__(self, step: int) -> float:
         if step >= len(self):
             raise ValueError(
-                f"learning_rate was given as {len(self)} values, and step {step} (counted from 0) "
-                "needs another: give one value for every step, or a schedule"
+                f"learning_rate has {len(self)} values, one per step, but none for step {step} "
+                "(counted from 0). Pass a value for every step, or a schedule."
             )
         return float(self.values[step])
 
@@ -42,8 +42,8 @@ class Dynamic:
     """A hyperparameter that is a function of the 0-based step.
 
     Args:
-        name: the argument, for messages.
-        function: called for every step, and again when it is read.
+        name: the argument, for error messages.
+        function: called for every step, and again when the value is read.
     """
 
     def __init__(self, name: str, function: Callable[[int], Any]) -> None:
@@ -54,8 +54,8 @@ class Dynamic:
         """Return the value for a step.
 
         Raises:
-            TypeError: the function returned no number.
-            ValueError: it returned a negative number or one that is not finite, or has run out.
+            TypeError: the function did not return a number.
+            ValueError: it returned a negative or non-finite number, or has no value for this step.
         """
         value = self.function(step)
         if isinstance(value, torch.Tensor) and value.numel() == 1:
@@ -64,15 +64,15 @@ class Dynamic:
 
     @property
     def num_values(self) -> int | None:
-        """How many steps there are values for, None without end."""
+        """Number of steps that have a value. None if every step has one."""
         return len(self.function) if isinstance(self.function, ValueVector) else None
 
     def shown_at(self, step: int) -> float:
-        """Return the value for a step, or the last one there is."""
+        """Return the value for a step, or the last value if there is none for it."""
         return self.at(step if self.num_values is None else min(step, self.num_values - 1))
 
     def to_state(self) -> dict[str, Any]:
-        """Return what `with_state` needs to go on from here."""
+        """Return plain values from which `load_dynamic` restores this hyperparameter."""
         if isinstance(self.function, ValueVector):
             return {"values": self.function.values}
         if isinstance(self.function, BuiltInSchedule):
@@ -85,14 +85,15 @@ class Dynamic:
 def load_dynamic(
     name: str, saved: Mapping[str, Any] | None, present: Dynamic | None
 ) -> tuple[Dynamic | None, Callable[[], object]]:
-    """Return a saved hyperparameter's function, and what loads its own state.
+    """Return the hyperparameter as saved, and a function that loads its callable's own state.
 
     Args:
-        saved: what `to_state` returned, None for a fixed number.
-        present: the loading optimizer's, which is kept where it is the user's own callable.
+        saved: from `to_state`, or None if it was a fixed number.
+        present: the hyperparameter of the loading optimizer. A callable of the user is taken from
+            here, because a state dict cannot hold it.
 
     Raises:
-        ValueError: the saved one was the user's own callable, and `present` is not.
+        ValueError: a callable of the user was saved, but `present` is not one.
     """
     if saved is None:
         return None, _nothing
@@ -107,22 +108,25 @@ def load_dynamic(
         return Dynamic(name, schedule_from_state(saved["schedule"])), _nothing
     if present is None or isinstance(present.function, (ValueVector, BuiltInSchedule)):
         raise ValueError(
-            f"the saved {name} was a callable of your own, which a saved state cannot hold: make "
-            "the optimizer with it, then load"
+            f"The saved {name} was a callable of your own, which a state dict cannot hold. "
+            "Construct the optimizer with this callable, then load."
         )
     if saved["callable"] is None:
         return present, _nothing
     function: Any = present.function
     if not hasattr(function, "load_state_dict"):
-        raise ValueError(f"the saved {name} has state, but {function!r} has no load_state_dict()")
+        raise ValueError(
+            f"The saved {name} has state, but {function!r} has no load_state_dict(). Construct the "
+            "optimizer with the same callable as when it was saved."
+        )
     return present, lambda: function.load_state_dict(saved["callable"])
 
 
 def read_learning_rate(name: str, value: object) -> float | Dynamic:
-    """Read a learning rate: a number, one value a step, or a callable of the 0-based step.
+    """Read a learning rate: a number, one value per step, or a callable of the 0-based step.
 
     Raises:
-        TypeError, ValueError: naming the argument and what is allowed.
+        TypeError, ValueError: the message names the argument and the allowed values.
     """
     if isinstance(value, torch.Tensor):
         return _read_tensor(name, value)
@@ -135,8 +139,8 @@ def read_learning_rate(name: str, value: object) -> float | Dynamic:
     if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, set, frozenset)):
         return Dynamic(name, _read_values(name, value))
     raise TypeError(
-        f"{name} must be a number, a tensor, an iterable of one number a step, or a callable of "
-        f"the step, not {value!r}"
+        f"{name} must be a number, a tensor, an iterable with one number per step, or a callable "
+        f"of the step, not {value!r}"
     )
 
 
@@ -144,7 +148,7 @@ def read_weight_decay(name: str, value: object) -> float | Dynamic:
     """Read a weight decay: a number, or a callable of the 0-based step.
 
     Raises:
-        TypeError, ValueError: naming the argument and what is allowed.
+        TypeError, ValueError: the message names the argument and the allowed values.
     """
     if callable(value) and not isinstance(value, torch.Tensor):
         return Dynamic(name, value)
@@ -154,14 +158,14 @@ def read_weight_decay(name: str, value: object) -> float | Dynamic:
 
 
 def check_amount(name: str, value: Any) -> float:
-    """Return a finite number of at least 0 as a float.
+    """Check for a finite number of at least 0, and return it as a float.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: the message names the argument.
     """
     if not _is_number(value):
         raise TypeError(f"{name} must be a number, not {value!r}")
-    # An integer or a fraction may be more than a float can hold; what else there is, is a float.
+    # An int or a Fraction may be too large for a float: compare it unconverted.
     number: Any = value if isinstance(value, numbers.Rational) else float(value)
     if not 0.0 <= number <= sys.float_info.max:
         raise ValueError(f"{name} must be finite and at least 0, not {value}")
@@ -181,12 +185,12 @@ def _read_tensor(name: str, value: torch.Tensor) -> float | Dynamic:
 
 
 def _read_values(name: str, values: Iterable[object]) -> ValueVector:
-    """Read an iterable, once and to its end."""
+    """Read all values of an iterable, which may be a generator."""
     numbers_: list[float] = []
     for position, value in enumerate(values):
         if position == MAX_NUM_VALUES:
             raise ValueError(
-                f"{name} has more than {MAX_NUM_VALUES} values; give a callable of the step instead"
+                f"{name} has more than {MAX_NUM_VALUES} values. Pass a callable of the step."
             )
         if isinstance(value, torch.Tensor) and value.numel() == 1:
             value = value.item()
@@ -196,9 +200,11 @@ def _read_values(name: str, values: Iterable[object]) -> ValueVector:
 
 def _vector(name: str, values: torch.Tensor) -> ValueVector:
     if values.numel() == 0:
-        raise ValueError(f"{name} has no value: give one for every step")
+        raise ValueError(f"{name} has no values. Pass one for every step.")
     if values.numel() > MAX_NUM_VALUES:
-        raise ValueError(f"{name} has more than {MAX_NUM_VALUES} values; give a callable instead")
+        raise ValueError(
+            f"{name} has more than {MAX_NUM_VALUES} values. Pass a callable of the step."
+        )
     bad = torch.nonzero(~(torch.isfinite(values) & (values >= 0))).flatten()
     if bad.numel() > 0:
         position = int(bad[0])
@@ -211,4 +217,4 @@ def _is_number(value: object) -> bool:
 
 
 def _nothing() -> None:
-    """Load nothing: a schedule is a function of the step alone."""
+    """Load nothing, since a schedule has no state besides its arguments."""

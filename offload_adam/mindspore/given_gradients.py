@@ -1,4 +1,4 @@
-"""Gradients that are handed to the optimizer instead of left in `.grad`."""
+"""Gradients that are passed to `opt(gradients)` instead of left in `.grad`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ def check_given(
     """Return the gradients as a list, one for each parameter, each usable as its `.grad`.
 
     Raises:
-        ValueError: another number of gradients; another shape or device than the parameter's.
-        TypeError: not a sequence; neither tensor nor None; another dtype or layout.
+        ValueError: the number of gradients is wrong, or a shape or device is not the parameter's.
+        TypeError: not a sequence, an entry is neither tensor nor None, or a dtype or layout is
+            wrong.
     """
     if isinstance(gradients, torch.Tensor) or not isinstance(gradients, Sequence):
         raise TypeError(
@@ -28,8 +29,8 @@ def check_given(
         )
     if len(gradients) != len(parameters):
         raise ValueError(
-            f"there are {len(gradients)} gradients for {len(parameters)} parameters: give one "
-            "each, in the order of `parameters`, None where there is none"
+            f"Got {len(gradients)} gradients for {len(parameters)} parameters. Pass one for "
+            "each, in the order of `optimizer.parameters`, or None for a parameter without one."
         )
     for name, parameter, gradient in zip(names, parameters, gradients, strict=True):
         if gradient is not None:
@@ -38,33 +39,35 @@ def check_given(
 
 
 def _check(name: str, parameter: torch.Tensor, gradient: object) -> None:
-    what = f"the gradient given for parameter {name!r}"
+    what = f"The gradient given for parameter {name!r}"
     if isinstance(gradient, StandIn):
         raise TypeError(
             f"{what} is a stand-in, because the optimizer streams gradients out of .grad. Call "
-            "step(), or construct the optimizer without module= to keep gradients in .grad"
+            "step(), or construct the optimizer without module= to keep gradients in .grad."
         )
     if not isinstance(gradient, torch.Tensor):
-        raise TypeError(f"{what} is a {type(gradient).__name__}: give a tensor or None")
+        raise TypeError(f"{what} is a {type(gradient).__name__}. Pass a tensor or None.")
     if not parameter.requires_grad:
-        raise ValueError(f"{what} has no use: the parameter does not require a gradient; give None")
+        raise ValueError(
+            f"{what} has no effect, because the parameter does not require a gradient. Pass None."
+        )
     if gradient.dtype != parameter.dtype:
-        raise TypeError(f"{what} has dtype {gradient.dtype}, the parameter {parameter.dtype}")
+        raise TypeError(f"{what} has dtype {gradient.dtype} instead of {parameter.dtype}.")
     if gradient.layout not in _LAYOUTS:
-        raise TypeError(f"{what} is {gradient.layout}; dense and torch.sparse_coo are allowed")
+        raise TypeError(f"{what} is {gradient.layout}. Pass a dense or torch.sparse_coo one.")
     if gradient.shape != parameter.shape:
         raise ValueError(
-            f"{what} has shape {tuple(gradient.shape)}, the parameter {tuple(parameter.shape)}"
+            f"{what} has shape {tuple(gradient.shape)} instead of {tuple(parameter.shape)}."
         )
     if gradient.device != parameter.device:
-        raise ValueError(f"{what} is on {gradient.device}, the parameter on {parameter.device}")
+        raise ValueError(f"{what} is on {gradient.device} instead of {parameter.device}.")
 
 
 @contextmanager
 def in_place_of_grad(
     parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
 ) -> Iterator[None]:
-    """Let these be the parameters' `.grad` inside, and what was there again afterwards."""
+    """Set the parameters' `.grad` to these gradients inside the context, then restore it."""
     before = [parameter.grad for parameter in parameters]
     try:
         for parameter, gradient in zip(parameters, gradients, strict=True):

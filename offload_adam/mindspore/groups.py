@@ -1,14 +1,14 @@
-"""Parameter groups as `Adam` takes them: what they may hold, and the order of all parameters."""
+"""Parameter groups of `Adam`: their keys, and the order of all parameters."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, cast
 
 import torch
 
+from offload_adam.errors import warn_user
 from offload_adam.mindspore.arguments import check_flag
 from offload_adam.mindspore.dynamic import Dynamic, read_learning_rate, read_weight_decay
 
@@ -16,14 +16,14 @@ _KEYS = ("params", "lr", "weight_decay", "grad_centralization", "order_params")
 
 
 class AdamGroup(dict[str, Any]):
-    """A parameter group in which a value that changes with the step cannot be written.
+    """A parameter group that rejects assignments to values that change with the step.
 
-    Where `lr` or `weight_decay` is dynamic the entry shows the value last used.
+    If `lr` or `weight_decay` is dynamic, the entry shows the value last used.
 
     Attributes:
-        dynamic: functions of the step, by key.
-        own: keys that the group was given a value for, instead of taking the optimizer's.
-        filtered: weight decay leaves out what the names say (`decay_filter`).
+        dynamic: functions of the step, by key: "lr", "weight_decay".
+        own: keys that the user gave for this group; others have the optimizer's value.
+        filtered: weight decay excludes parameters by name and layer, see `decay_filter`.
     """
 
     dynamic: Mapping[str, Dynamic] = {}
@@ -36,7 +36,7 @@ class AdamGroup(dict[str, Any]):
         super().__setitem__(key, value)
 
     def update(self, *others: Any, **values: Any) -> None:
-        """Set several entries; a dict's own `update` would go past `__setitem__`."""
+        """Set several entries. `dict.update` would not call `__setitem__`."""
         merged = dict(*others, **values)
         for key, value in merged.items():
             self._reject_dynamic(key, value)
@@ -49,8 +49,8 @@ class AdamGroup(dict[str, Any]):
     def _reject_dynamic(self, key: str, value: Any) -> None:
         if key in self.dynamic and self.get(key, value) != value:
             raise ValueError(
-                f"{key} of this group changes with the step and cannot be set to {value!r}: make "
-                "the optimizer with a fixed one to let a torch scheduler or your code move it"
+                f"{key} of this group changes with the step and cannot be set to {value!r}. To let "
+                f"a torch scheduler or your code set it, construct Adam with a fixed number for it."
             )
 
     def values_at(self, step: int) -> dict[str, float]:
@@ -61,23 +61,23 @@ class AdamGroup(dict[str, Any]):
         }
 
     def shown_at(self, step: int) -> dict[str, float]:
-        """Return what `values_at` does, but the last values where they have run out."""
+        """Return the values for a step, or the last ones if a list of values has ended."""
         return {
             key: self.dynamic[key].shown_at(step) if key in self.dynamic else float(self[key])
             for key in self._shown
         }
 
     def show(self, values: Mapping[str, float]) -> None:
-        """Let the entries show the values that a step has used."""
+        """Set the entries of dynamic values to those that a step used."""
         super().update({key: values[key] for key in self.dynamic})
 
 
 @dataclass(frozen=True)
 class Groups:
-    """All that `params` says.
+    """The parsed argument `params`.
 
-    order: every parameter in the order that `order_params` asks for, None without.
-    grouped: `params` held groups, so that each decides on its own weight decay.
+    order: all parameters in the order of `order_params`, None without it.
+    grouped: `params` held groups. Weight decay then applies to all parameters of a group.
     """
 
     members: list[AdamGroup] = field(default_factory=list)
@@ -87,20 +87,20 @@ class Groups:
 
 @dataclass(frozen=True, slots=True)
 class GroupDefaults:
-    """What a group that says nothing gets."""
+    """The values of a group that does not give its own."""
 
     lr: float | Dynamic
     weight_decay: float | Dynamic
 
 
 def read_groups(params: object, defaults: GroupDefaults) -> Groups:
-    """Read what the optimizer was given as `params`.
+    """Parse the argument `params`.
 
     Raises:
-        ValueError: None, nothing, an empty group, or an order that does not hold every parameter.
+        ValueError: `params` or a group is empty, or `order_params` lacks a parameter.
         TypeError: not an iterable of parameters, of (name, parameter) pairs, or of group dicts.
-        KeyError: an unknown key in a group, or one without `params`.
-        RuntimeError: a parameter that stands twice.
+        KeyError: a group has an unknown key, or no `params`.
+        RuntimeError: a parameter occurs twice.
     """
     items = _listed("params", params)
     grouped = isinstance(items[0], Mapping)
@@ -126,7 +126,7 @@ def read_group(given: Mapping[str, Any], defaults: GroupDefaults, where: str) ->
     """Read one group dict.
 
     Args:
-        where: what messages call it.
+        where: name of the group in error messages.
 
     Raises:
         KeyError, TypeError, ValueError: as `read_groups`.
@@ -140,10 +140,10 @@ def read_group(given: Mapping[str, Any], defaults: GroupDefaults, where: str) ->
 
 
 def reject_repeated(new: Sequence[AdamGroup], known: Sequence[Mapping[str, Any]]) -> None:
-    """Reject a parameter that stands in two groups, or twice in one.
+    """Reject a parameter that occurs twice, in one group or in two.
 
     Raises:
-        RuntimeError: saying where.
+        RuntimeError: the message names both places.
     """
     seen = {id(p): "a group of this optimizer" for group in known for p in group["params"]}
     for number, group in enumerate(new):
@@ -151,8 +151,8 @@ def reject_repeated(new: Sequence[AdamGroup], known: Sequence[Mapping[str, Any]]
             parameter = _parameter_of(member)
             if id(parameter) in seen:
                 raise RuntimeError(
-                    f"parameter {position} of group {number} is also in {seen[id(parameter)]}: "
-                    "a parameter belongs to one group, once"
+                    f"Parameter {position} of group {number} is also in {seen[id(parameter)]}. "
+                    "Pass each parameter in one group, once."
                 )
             seen[id(parameter)] = f"group {number} at {position}"
 
@@ -167,8 +167,8 @@ def vector_lengths(groups: Iterable[AdamGroup]) -> None:
     lengths = {rate.num_values for rate in rates} - {None}
     if len(lengths) > 1:
         raise ValueError(
-            f"learning rates that are given as values must have equal length in all groups, not "
-            f"{sorted(lengths, key=str)}"
+            f"Learning rates with one value per step have different lengths in the groups: "
+            f"{sorted(lengths, key=str)}. Pass equally many values in all groups."
         )
 
 
@@ -206,25 +206,25 @@ def _group(
 def _listed(name: str, values: object) -> list[Any]:
     """Return a non-empty iterable as a list."""
     if values is None:
-        raise ValueError(f"{name} is None: give the parameters to optimize")
+        raise ValueError(f"{name} is None. Pass the parameters to optimize.")
     unordered = isinstance(values, (set, frozenset, str, bytes, Mapping, torch.Tensor))
     if unordered or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a list of parameters, not a {type(values).__name__}")
     items = list(values)
     if not items:
-        raise ValueError(f"{name} is empty: give the parameters to optimize")
+        raise ValueError(f"{name} is empty. Pass the parameters to optimize.")
     return items
 
 
 def _parameter_of(item: object) -> object:
-    """Return the parameter of a (name, parameter) pair, and anything else as it is."""
+    """Return the parameter of a (name, parameter) pair, and any other item unchanged."""
     if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
         return item[1]
     return item
 
 
 def _can_be_optimized(item: object) -> bool:
-    """Tell whether this is a parameter, or a plain tensor that collects gradients like one."""
+    """Return whether this is a parameter, or a plain tensor with `requires_grad=True`."""
     return isinstance(item, torch.nn.Parameter) or (
         isinstance(item, torch.Tensor) and item.requires_grad
     )
@@ -233,18 +233,16 @@ def _can_be_optimized(item: object) -> bool:
 def _read_order(
     orders: Sequence[Mapping[str, Any]], members: Sequence[AdamGroup]
 ) -> list[torch.nn.Parameter] | None:
-    """Return the order of all parameters, None where none is asked for."""
+    """Return the order given by `order_params`, or None without it."""
     if not orders:
         return None
     if len(orders) > 1:
-        raise ValueError("order_params is given twice: give one order of all parameters")
+        raise ValueError("order_params is given twice. Pass one order of all parameters.")
     ignored = sorted(set(orders[0]) - {"order_params"})
     if ignored:
-        warnings.warn(
-            f"the group with order_params also holds {ignored}, which have no effect there: give "
-            "them in a group of their own",
-            UserWarning,
-            stacklevel=2,
+        warn_user(
+            f"The group with order_params also holds {ignored}, which have no effect there. Put "
+            "them into the groups with the parameters."
         )
     given = orders[0]["order_params"]
     if isinstance(given, (str, bytes, torch.Tensor)) or not isinstance(given, Iterable):
@@ -253,9 +251,12 @@ def _read_order(
     known = {id(_parameter_of(item)) for group in members for item in group["params"]}
     for position, parameter in enumerate(order):
         if id(parameter) not in known:
-            raise ValueError(f"order_params has at {position} a parameter that is in no group")
+            raise ValueError(
+                f"order_params[{position}] is not in any group. List only parameters of the groups."
+            )
     if len(order) != len(known) or len({id(parameter) for parameter in order}) != len(known):
         raise ValueError(
-            f"order_params must hold each of the {len(known)} parameters once; it has {len(order)}"
+            f"order_params must hold each of the {len(known)} parameters once, not "
+            f"{len(order)} entries"
         )
     return cast(list[torch.nn.Parameter], order)

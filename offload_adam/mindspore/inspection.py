@@ -1,4 +1,4 @@
-"""What an `Adam` can be asked about its parameters, rates and steps."""
+"""`InspectableAdam`: the read-only properties and getters of `Adam`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from offload_adam.sharded_optimizer import ShardedOptimizer
 class InspectableAdam(ShardedOptimizer):
     """The properties and getters that `mindspore.nn.Adam` documents; `Adam` adds the update.
 
-    Lifecycle: a subclass sets the attributes while it is constructed.
+    Lifecycle: the constructor of the subclass sets the attributes.
     """
 
     use_offload: bool
@@ -24,9 +24,10 @@ class InspectableAdam(ShardedOptimizer):
 
     @property
     def parameters(self) -> tuple[torch.nn.Parameter, ...]:
-        """All parameters in walking order: the order in which `opt(gradients)` takes gradients.
+        """All parameters, in the order in which `opt(gradients)` expects the gradients.
 
-        That is the order of `order_params`, else that of the groups, with `use_offload` reversed.
+        That is the order of `order_params` if it was given, then parameters of groups added later.
+        Otherwise it is the order of the groups, reversed with `use_offload`.
         """
         if self._order is not None:
             later = [p for p in self._in_group_order() if id(p) not in set(map(id, self._order))]
@@ -40,7 +41,7 @@ class InspectableAdam(ShardedOptimizer):
 
     @property
     def global_step(self) -> int:
-        """How many updates have been made; skipped steps are none."""
+        """Number of updates so far, without skipped steps."""
         return self._global_step
 
     @property
@@ -50,7 +51,7 @@ class InspectableAdam(ShardedOptimizer):
 
     @property
     def is_group_lr(self) -> bool:
-        """Whether a group has a learning rate of its own."""
+        """Whether any group was given its own learning rate."""
         return any("lr" in group.own for group in self._groups())
 
     @property
@@ -69,23 +70,25 @@ class InspectableAdam(ShardedOptimizer):
         return any("weight_decay" in group.dynamic for group in self._groups())
 
     def get_lr(self) -> float | tuple[float, ...]:
-        """Return the learning rate of the coming step, one a parameter where groups have their own.
+        """Return the learning rate of the next step.
 
-        Where a vector has run out it is the last one.
+        Returns:
+            One number; or one for each of `parameters`, if any group was given its own. After the
+            last value of a list of values, the last value.
         """
         return self._in_force("lr", self.is_group_lr)
 
     def get_weight_decay(self) -> float | tuple[float, ...]:
-        """Return the weight decay of the coming step, one a parameter where groups differ in it."""
+        """Return the weight decay of the next step: one number, or one for each of `parameters`."""
         grouped = any("weight_decay" in group.own for group in self._groups())
         return self._in_force("weight_decay", grouped)
 
     def get_lr_parameter(self, param: Any) -> float | list[float]:
-        """Return the learning rate of the coming step for a parameter, or for each of a list.
+        """Return the learning rate of the next step for a parameter, or for each in a list.
 
         Raises:
-            TypeError: neither a parameter nor a list of them.
-            ValueError: a parameter of no group.
+            TypeError: `param` is not a parameter or a list of parameters.
+            ValueError: a parameter is in no group.
         """
         rates = self._by_parameter("lr")
         if isinstance(param, torch.Tensor):
@@ -94,13 +97,15 @@ class InspectableAdam(ShardedOptimizer):
             raise TypeError(f"param must be a parameter or a list of them, not {param!r}")
         for position, item in enumerate(param):
             if not isinstance(item, torch.Tensor):
-                raise TypeError(f"param has at {position} a {type(item).__name__}, not a parameter")
+                raise TypeError(
+                    f"param[{position}] must be a parameter, not a {type(item).__name__}"
+                )
         return [self._rate_of(item, rates) for item in param]
 
     @staticmethod
     def _rate_of(parameter: torch.Tensor, rates: Mapping[int, float]) -> float:
         if id(parameter) not in rates:
-            raise ValueError("param is in no group of this optimizer")
+            raise ValueError("param is not in any group of this optimizer")
         return rates[id(parameter)]
 
     def _in_force(self, key: str, by_parameter: bool) -> float | tuple[float, ...]:
@@ -116,7 +121,7 @@ class InspectableAdam(ShardedOptimizer):
 
     @property
     def target(self) -> str:
-        """Where updates are computed: "CPU", or "GPU" for state beside parameters on a GPU."""
+        """Where updates are computed: "CPU", or "GPU" if state and parameters are on a GPU."""
         on_host = self.use_offload or all(p.device.type == "cpu" for p in self._in_group_order())
         return "CPU" if on_host else "GPU"
 
@@ -128,8 +133,8 @@ class InspectableAdam(ShardedOptimizer):
             raise ValueError(f"target must be 'CPU', not {value!r}")
         if self.target != "CPU":
             raise ValueError(
-                "target cannot become 'CPU' for parameters on a GPU: make the optimizer with "
-                "use_offload=True"
+                "target cannot be set to 'CPU', because parameters and state are on a GPU. "
+                "Construct the optimizer with use_offload=True."
             )
 
     def _groups(self) -> list[AdamGroup]:

@@ -1,7 +1,7 @@
-"""What is optimized: parameters, their groups and buckets.
+"""Parameters, their groups, and their buckets.
 
-selection    which parameters are optimized, and which are rejected; start here
-groups       checks of parameter groups, their hyperparameters and later edits
+selection    select parameters to optimize, and reject unsupported ones; start here
+groups       check parameter groups, read their hyperparameters, detect later edits
 bucket       BucketState: one bucket's flat tensor, its state and its segments
 elements     supported dtypes, and the order of a tensor's elements in memory
 """

@@ -1,4 +1,4 @@
-"""One bucket: the flat tensor that its parameters become views of, and its state."""
+"""`BucketState`: the flat tensor that a bucket's parameters are views of, and their state."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from offload_adam.params.elements import in_shape_of, with_own_storage
 def flatten_parameters(bucket: Bucket, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
     """Move the parameters of one bucket into one flat tensor, and return it.
 
-    Each parameter is assigned its part through `.data`, so that it stays the same object with its
-    own version counter.
+    Each parameter becomes a view of its part, and stays the same object.
 
     Args:
-        parameters: in the order of the bucket's placements; one dtype, one device.
+        parameters: in the order of the bucket's placements; all of one dtype and device.
 
     Returns:
         (bucket.numel,) on the parameters' device, zero in the padding.
@@ -34,12 +33,14 @@ def flatten_parameters(bucket: Bucket, parameters: Sequence[torch.nn.Parameter])
         if placed.numel > 0:
             view = in_shape_of(with_own_storage(flat[placed.start : placed.end]), parameter)
             view.copy_(parameter.data)
+            # Through `.data`: references in the model stay valid, and each parameter keeps its own
+            # version counter, which views of one tensor would share.
             parameter.data = view
     return flat
 
 
 def _allocate(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return zeros; on the host they are in huge pages, as the state is."""
+    """Return zeros, on the host in huge pages as the state."""
     if device.type != "cpu":
         return torch.zeros(numel, dtype=dtype, device=device)
     return HostArena(padded_nbytes(numel, dtype), survives_fork=True).take(numel, dtype)
@@ -47,7 +48,7 @@ def _allocate(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Ten
 
 @dataclass(frozen=True, slots=True)
 class ShardSegments:
-    """The segments of one shard, one by one and as int64 columns with one row for each."""
+    """The segments of one shard, as tuples and as int64 columns of shape (num segments,)."""
 
     each: tuple[Segment, ...]
     positions: npt.NDArray[np.int64]
@@ -63,7 +64,11 @@ class ShardSegments:
         return cls(each, *(np.ascontiguousarray(column) for column in columns))
 
     def select(self, chosen: npt.NDArray[np.bool_]) -> list[Segment]:
-        """Return the segments of the chosen parameters: (num parameters,) bool."""
+        """Return the segments of chosen parameters.
+
+        Args:
+            chosen: (num parameters,) bool.
+        """
         return [self.each[row] for row in np.flatnonzero(chosen[self.positions]).tolist()]
 
 
@@ -71,16 +76,19 @@ class ShardSegments:
 class BucketState:
     """One rank's part of one bucket.
 
-    plan: how it is stored; its `pinned` tells whether the state is page-locked in fact.
-    rank: this rank's place among those that the bucket is divided over.
-    parameters, names, indices, groups: in the order of the layout's placements; `indices` count
-        over all parameters of the optimizer, `groups` over what a step is given hyperparameters of.
+    plan: where and how it is stored. `plan.pinned` is False if pinning was planned but failed.
+    rank: this rank's index among the ranks that share the bucket.
+    parameters, names: in the order of the layout's placements.
+    indices: (num parameters,) int64, index of each parameter in the optimizer.
+    groups: (num parameters,) int64, index of each parameter's hyperparameters in a step's list.
     flat: (numel,) all parameters of the bucket, on their device, in their dtype.
-    shard: (shard_numel,) this rank's part of `flat`.
-    step_counts: (num parameters,) float32 on the host, completed updates, as torch counts them.
-    centralized: (num parameters,) whose gradients are centralized.
+    shard: (shard_numel,) view of this rank's part of `flat`.
+    planes: master weights, moments and gradient shard, each (shard_numel,).
+    step_counts: (num parameters,) float32 on the host, number of updates, as in torch.
+    centralized: (num parameters,) bool, whose gradients are centralized.
+    segments: the parts of parameters in this rank's shard.
 
-    Lifecycle: made once; tensors are written in place and never replaced.
+    Lifecycle: constructed once. Tensors are modified in place and never replaced.
     """
 
     plan: StatePlan
@@ -98,7 +106,7 @@ class BucketState:
 
     @property
     def layout(self) -> Bucket:
-        """Where its parameters lie."""
+        """The bucket's size and the placement of its parameters."""
         return self.plan.bucket
 
     @property
@@ -118,5 +126,5 @@ class BucketState:
 
     @property
     def device(self) -> torch.device:
-        """Where the bucket's parameters live."""
+        """The device of the bucket's parameters."""
         return self.flat.device

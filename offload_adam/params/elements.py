@@ -1,8 +1,8 @@
-"""The elements of a tensor as flat arrays have them: their format, and their order in memory.
+"""Formats of tensor elements, and their order in flat arrays.
 
-A parameter keeps its strides if its elements fill one stretch of memory without gaps, as with
-channels_last; otherwise it becomes contiguous. Flat arrays, such as a bucket, hold the elements of
-a parameter, its gradient and its state in this memory order.
+A parameter keeps its strides in its bucket if its elements fill memory without gaps, as with
+channels_last. Otherwise it becomes contiguous. Flat arrays hold the elements of a parameter, its
+gradient and its state in this memory order.
 
 Worked example: a parameter of shape (2, 3), whose element at [i, j] is called ij.
 
@@ -25,11 +25,11 @@ from offload_adam.kernels.formats import FloatFormat
 FORMATS: dict[torch.dtype, FloatFormat] = {
     getattr(torch, element_format.value): element_format for element_format in FloatFormat
 }
-"""The supported dtypes of parameters and gradients, with the kernels' names for them."""
+"""The supported dtypes of parameters and gradients, and their formats in the kernels."""
 
 
 def bits_of(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
-    """Return a host tensor as the NumPy array in whose dtype the kernels know its format."""
+    """Return a host tensor as a NumPy array of the dtype that the kernels use for its format."""
     bits_dtype = FORMATS[tensor.dtype].bits_dtype
     if tensor.dtype != torch.float32:
         tensor = tensor.view(torch.int16)  # NumPy has no bfloat16
@@ -37,7 +37,7 @@ def bits_of(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
 
 
 def memory_strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Return the strides that a parameter has in its bucket."""
+    """Return a parameter's strides in its bucket: its own if it has no gaps, else contiguous."""
     order = sorted(range(tensor.dim()), key=lambda dim: (tensor.stride(dim), tensor.shape[dim]))
     expected = 1
     for dim in order:
@@ -58,16 +58,16 @@ def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def with_own_storage(part: torch.Tensor) -> torch.Tensor:
-    """Return a tensor over the same elements, whose storage is these elements alone.
+    """Return a tensor over the same memory, whose storage has only these elements.
 
-    Whatever saves or copies its storage then reads no other bytes.
+    Saving or copying its storage then reads no bytes of other parameters.
     """
     with torch.cuda.device_of(part):  # DLPack exports from the current device only
         return torch.from_dlpack(part)
 
 
 def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the elements of a tensor without gaps as they lie in memory, 1-d, without a copy."""
+    """Return the elements of a tensor without gaps as a 1-d view in memory order."""
     return tensor.as_strided((tensor.numel(),), (1,))
 
 

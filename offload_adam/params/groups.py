@@ -1,4 +1,4 @@
-"""Parameter groups: their checks, the hyperparameters that a step reads, and edits of them."""
+"""Check parameter groups, read their hyperparameters, and detect edits of groups."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ _BOOLEANS = ("amsgrad", "nesterov", "maximize", "decoupled_weight_decay")
 
 
 def check_group(group: Mapping[str, Any]) -> None:
-    """Reject hyperparameters that cannot be right, naming argument, value and what is allowed.
+    """Check a group's hyperparameters.
 
     Raises:
-        TypeError, ValueError: for the first argument that is wrong.
+        TypeError, ValueError: for the first wrong one; the message names it, its value and the
+            allowed values.
     """
     lr = _number("lr", group["lr"])
     eps = _number("eps", group["eps"])
@@ -40,7 +41,7 @@ def check_group(group: Mapping[str, Any]) -> None:
 
 
 def hyperparameters_of(group: Mapping[str, Any]) -> Hyperparameters:
-    """Read one group's hyperparameters as they are at this step; schedulers may have moved them."""
+    """Return a group's current hyperparameters, which schedulers may have changed."""
     beta1, beta2 = group["betas"]
     return Hyperparameters(
         lr=float(group["lr"]),
@@ -60,10 +61,11 @@ def names_of(
 ) -> list[list[str]]:
     """Return a name for every parameter of every group.
 
-    The names given with the parameters come first, then those of `module`, then the position.
+    It is the name given with the parameter, else that in `module`, else its position, such as
+    "param_groups[0]['params'][3]".
 
     Args:
-        first_group: the first one's place in `param_groups`.
+        first_group: index of the first group in `param_groups`.
     """
     known = {} if module is None else {id(p): name for name, p in module.named_parameters()}
     return [
@@ -78,7 +80,7 @@ def names_of(
 def known_names(
     groups: Sequence[Mapping[str, Any]], module: torch.nn.Module | None
 ) -> list[list[str]] | None:
-    """Return the names of all parameters, None where one has no name or shares it with another."""
+    """Return the names of all parameters, or None if any name is missing or repeated."""
     known = {} if module is None else {id(p): name for name, p in module.named_parameters()}
     if any("param_names" not in g and any(id(p) not in known for p in g["params"]) for g in groups):
         return None
@@ -109,16 +111,21 @@ def _number(name: str, value: Any) -> float:
 
 
 LAID_OUT = ("amsgrad", "grad_centralization")
-"""Options that decide what state there is, or how gradients are read: fixed with the group."""
+"""Options that determine the allocated state or how gradients are read. They cannot change."""
 
 
 class GroupWatch:
-    """Compares parameter groups with those that state was made for.
+    """Compares parameter groups with those for which state was allocated.
 
-    Sees: parameters appended to a group, taken out, replaced or moved to another; groups that came
-    without `add_param_group` or have gone; options of `LAID_OUT` that changed; hyperparameters that
-    cannot be right. Another order of a group's parameters changes nothing and passes.
-    Cost: one comparison of each parameter's identity a step.
+    It detects:
+
+    - parameters that were added to a group, removed, replaced or moved to another group;
+    - groups that were added without `add_param_group`, or removed;
+    - changes of the options in `LAID_OUT`, and wrong hyperparameters.
+
+    Reordering the parameters of a group is allowed.
+
+    Cost: one identity comparison per parameter and step.
     """
 
     def __init__(self, module: torch.nn.Module | None) -> None:
@@ -128,7 +135,7 @@ class GroupWatch:
         self._names: dict[int, str] = {}
 
     def extend(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Remember further groups, as they are now."""
+        """Remember the current parameters and options of more groups."""
         every = names_of(groups, self._module, first_group=len(self._members))
         for group, names in zip(groups, every, strict=True):
             members = list(group["params"])
@@ -139,36 +146,38 @@ class GroupWatch:
     def check(
         self, groups: Sequence[dict[str, Any]], check_group: Callable[[dict[str, Any]], None]
     ) -> None:
-        """Reject what a step could not follow.
+        """Check that the groups still match the state, and that their hyperparameters are valid.
 
         Args:
-            check_group: rejects bad hyperparameters of a group.
+            check_group: raises an error for wrong hyperparameters of a group.
 
         Raises:
-            TypeError, ValueError: naming the group, what is wrong there, and the remedy.
+            TypeError, ValueError: the message names the group, what is wrong, and the remedy.
         """
         if len(groups) != len(self._members):
             raise ValueError(
-                f"there are {len(groups)} parameter groups, and this optimizer has state for "
-                f"{len(self._members)}: add a group with add_param_group(); to take one out, make "
-                "a new optimizer"
+                f"There are {len(groups)} parameter groups, but this optimizer has state for "
+                f"{len(self._members)}. Add groups with add_param_group(); to remove one, "
+                "construct a new optimizer."
             )
         for number, group in enumerate(groups):
             try:
                 check_group(group)
                 members, known = group["params"], self._members[number]
             except KeyError as error:
-                raise ValueError(f"param_groups[{number}] has no {error} any more") from error
+                raise ValueError(
+                    f"param_groups[{number}] has lost its key {error}. Set it again."
+                ) from error
             except (TypeError, ValueError) as error:
                 raise type(error)(f"param_groups[{number}]: {error}") from error
-            # Not by ==, which compares values, and with them the bits of equal scalars.
+            # By identity: == would compare the values of the parameters.
             if len(members) != len(known) or not all(map(is_, members, known)):
                 self._reject_moved(groups)
-                self._members[number] = list(members)  # only their order is another
+                self._members[number] = list(members)  # only reordered
             self._reject_options(number, _laid_out(group))
 
     def _reject_moved(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Reject the first parameter that is not in the group whose state it has."""
+        """Reject the first parameter that is not in the group for which it has state."""
         home = {
             id(member): number for number, known in enumerate(self._members) for member in known
         }
@@ -178,29 +187,29 @@ class GroupWatch:
                 before = home.pop(id(member), None)
                 if before is None:
                     raise ValueError(
-                        f"{where} was put there after the optimizer had been made, and has no "
-                        "state: take it out, and use add_param_group() for further parameters"
+                        f"{where} was added after the optimizer was constructed, and has no "
+                        "state. Remove it, and add parameters with add_param_group()."
                     )
                 if before != number:
                     raise ValueError(
-                        f"parameter {self._names[id(member)]!r} was moved from param_groups"
-                        f"[{before}] to {where}, which this optimizer cannot follow: put it back, "
-                        "or make a new optimizer with other groups"
+                        f"Parameter {self._names[id(member)]!r} was moved from param_groups"
+                        f"[{before}] to {where}, which is not supported. Move it back, or "
+                        "construct a new optimizer with other groups."
                     )
         for identity, number in home.items():
             raise ValueError(
-                f"parameter {self._names[identity]!r} was taken out of param_groups[{number}], "
-                "which still holds its state: put it back (without a gradient it is not updated), "
-                "or make a new optimizer without it"
+                f"Parameter {self._names[identity]!r} was removed from param_groups[{number}] but "
+                "still has state. Put it back (without a gradient it is not updated), or construct "
+                "a new optimizer without it."
             )
 
     def _reject_options(self, number: int, options: Mapping[str, Any]) -> None:
         for key, made_with in self._options[number].items():
             if options[key] != made_with:
                 raise ValueError(
-                    f"param_groups[{number}][{key!r}] is {options[key]!r}, and its state was made "
-                    f"for {made_with!r}: set it back, or make a new optimizer with {key}="
-                    f"{options[key]!r}"
+                    f"param_groups[{number}][{key!r}] was changed to {options[key]!r}, but its "
+                    f"state was allocated for {made_with!r}. Set it back, or construct a new "
+                    f"optimizer with {key}={options[key]!r}."
                 )
 
 

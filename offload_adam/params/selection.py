@@ -1,4 +1,4 @@
-"""Which parameters are optimized, which are rejected, and which of them share a bucket."""
+"""Select the parameters to optimize, and reject unsupported ones."""
 
 from __future__ import annotations
 
@@ -19,66 +19,63 @@ Named = tuple[str, torch.nn.Parameter]
 
 
 def bucket_key_of(parameter: torch.Tensor) -> str:
-    """Return what parameters of one bucket share: dtype and device."""
+    """Return a key that all parameters of one bucket share: dtype and device."""
     return f"{parameter.dtype}@{parameter.device}"
 
 
 def check_parameter(name: str, parameter: torch.Tensor) -> None:
-    """Reject a parameter that cannot be updated, naming it.
+    """Check that a parameter can be optimized. Error messages call it `name`.
 
     Raises:
-        TypeError: a tensor subclass such as DTensor; one rank's part of a parameter, from FSDP1 or
-            DeepSpeed ZeRO-3.
-        ValueError: not initialised yet, made in inference mode, sparse, complex, of another dtype
-            than fp32, bf16 and fp16, on another device than CPU and CUDA, or with elements that
-            share memory.
+        TypeError: it is a tensor subclass such as DTensor, or one rank's part of a parameter from
+            FSDP1 or DeepSpeed ZeRO-3.
+        ValueError: it is not initialised yet, was created in inference mode, is sparse, is not
+            fp32, bf16 or fp16, is not on CPU or CUDA, or its elements share memory.
     """
     if is_lazy(parameter):
         raise ValueError(
-            f"parameter {name!r} is not initialised yet: run a forward of the model, which gives "
-            "lazy modules their shapes, before the optimizer is made"
+            f"Parameter {name!r} is not initialised yet. Run a forward of the model, which gives "
+            "lazy modules their shapes, before you construct the optimizer."
         )
     if parameter.is_inference():
         raise ValueError(
-            f"parameter {name!r} was made in inference mode, and cannot be written: make the model "
-            "outside of torch.inference_mode()"
+            f"Parameter {name!r} was created in inference mode and cannot be modified. Construct "
+            "the model outside torch.inference_mode()."
         )
     for mark, partitioner in PARTITIONER_MARKS.items():
         if hasattr(parameter, mark):
             raise TypeError(
-                f"parameter {name!r} belongs to {partitioner}: each rank holds another part, which "
-                "rank 0's would overwrite. Wrap the model in DistributedDataParallel, or leave it "
-                "unwrapped: the optimizer state is sharded either way"
+                f"Parameter {name!r} belongs to {partitioner}, where each rank has "
+                "another part of the parameters. Wrap the model in DistributedDataParallel, or do "
+                "not wrap it: this optimizer shards its state either way."
             )
     data = parameter.data
     if type(data) is not torch.Tensor:
         raise TypeError(
-            f"parameter {name!r} is a {type(data).__name__}: only plain tensors can be optimized"
+            f"Parameter {name!r} is a {type(data).__name__}. Only plain tensors are supported."
         )
     if data.layout is not torch.strided:
-        raise ValueError(f"parameter {name!r} is {data.layout}: only dense parameters can be")
+        raise ValueError(f"Parameter {name!r} is {data.layout}. Only dense ones are supported.")
     if data.dtype not in FORMATS:
         supported = ", ".join(str(dtype) for dtype in FORMATS)
-        raise ValueError(f"parameter {name!r} has dtype {data.dtype}; supported are {supported}")
+        raise ValueError(f"Parameter {name!r} has dtype {data.dtype}. Supported are {supported}.")
     if data.device.type not in _DEVICES:
         raise ValueError(
-            f"parameter {name!r} is on device {str(data.device)!r}; supported are CPU and CUDA: "
-            "materialise and move the model before the optimizer is made"
+            f"Parameter {name!r} is on device {str(data.device)!r}, but only CPU and CUDA are "
+            "supported. Materialise and move the model before you construct the optimizer."
         )
     if any(
         stride == 0 and size > 1 for size, stride in zip(data.shape, data.stride(), strict=True)
     ):
         raise ValueError(
-            f"parameter {name!r} is expanded, its elements share memory: .clone() it first"
+            f"Parameter {name!r} is expanded, so its elements share memory. Pass a .clone() of it."
         )
 
 
 def _reject_overlaps(members: Iterable[Named]) -> None:
-    """Reject distinct parameters that overlap in memory, naming both.
-
-    Tied weights are one parameter used twice, and pass. Two parameters over the same memory would
-    each get memory of its own, and the tie would be lost silently.
-    """
+    """Reject distinct parameters that overlap in memory. One parameter used twice is allowed."""
+    # Each of two parameters over the same memory would move to its own part of a bucket, which
+    # would untie them silently.
     extents = sorted(
         (str(parameter.device), *_extent(parameter), name)
         for name, parameter in members
@@ -87,13 +84,13 @@ def _reject_overlaps(members: Iterable[Named]) -> None:
     for (device, _, end, name), (next_device, start, _, next_name) in pairwise(extents):
         if device == next_device and start < end:
             raise ValueError(
-                f"parameters {name!r} and {next_name!r} overlap in memory: pass one parameter that "
-                "both modules use (tied weights), or .clone() one of them"
+                f"Parameters {name!r} and {next_name!r} overlap in memory. Use one parameter in "
+                "both modules (tied weights), or .clone() one of them."
             )
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return the half-open range of addresses between a tensor's first and last element."""
+    """Return the range [first, end) of addresses that a tensor spans."""
     last = sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
@@ -102,11 +99,11 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class NewParameter:
-    """A trainable parameter that the optimizer is about to allocate state for.
+    """A trainable parameter for which the optimizer will allocate state.
 
-    index: counts over all trainable parameters.
-    group: index of its hyperparameters among those of a step. This is its parameter group, unless
-        the optimizer keeps several sets of hyperparameters for one group.
+    index: index among all trainable parameters of the optimizer.
+    group: index of its hyperparameters in a step's list. This is its parameter group, unless the
+        optimizer has several sets of hyperparameters for one group.
     centralized: the mean over all dimensions but the first is subtracted from its gradients.
     """
 
@@ -119,13 +116,13 @@ class NewParameter:
 
     @property
     def bucket_key(self) -> str:
-        """What the parameters of one bucket share: dtype, device, and which planes they have."""
+        """A key that all parameters of one bucket share: dtype, device and planes of state."""
         return bucket_key_of(self.parameter) + ("+amsgrad" if self.amsgrad else "")
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The parameters of some groups: those that get state, and by name those that do not."""
+    """The trainable (`new`) and the frozen parameters of some groups."""
 
     new: list[NewParameter]
     frozen: list[Named]
@@ -138,7 +135,13 @@ def select_parameters(
     first_index: int,
     first_group: int,
 ) -> Selection:
-    """Separate the trainable parameters of these groups from the frozen ones, and number them."""
+    """Separate the trainable parameters of these groups from the frozen ones.
+
+    Args:
+        module: gives names to the parameters; None to use their positions.
+        first_index: index of the first new parameter in the optimizer.
+        first_group: index of the first of `groups` in `param_groups`.
+    """
     selection = Selection([], [])
     names = names_of(groups, module, first_group=first_group)
     for number, (group, group_names) in enumerate(zip(groups, names, strict=True), first_group):
@@ -155,13 +158,13 @@ def select_parameters(
 
 
 def check_parameters(new: Iterable[NewParameter], known: Iterable[Named]) -> None:
-    """Reject parameters that cannot be optimized, or that overlap in memory with others.
+    """Check that parameters can be optimized and do not overlap in memory.
 
     Args:
-        known: parameters that are optimized already.
+        known: parameters that already have state.
 
     Raises:
-        TypeError, ValueError: naming the parameter.
+        TypeError, ValueError: the message names the parameter.
     """
     members = [(item.name, item.parameter) for item in new]
     for name, parameter in members:
@@ -170,25 +173,25 @@ def check_parameters(new: Iterable[NewParameter], known: Iterable[Named]) -> Non
 
 
 def reject_unrelated(module: torch.nn.Module | None, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Reject a module that holds none of the parameters: it is the wrong module.
+    """Reject a module that has none of the parameters, because it must be the wrong module.
 
     Raises:
-        ValueError: naming the module's type.
+        ValueError: the message names the module's type.
     """
     if module is None:
         return
     held = set(map(id, module.parameters()))
     if not any(id(parameter) in held for group in groups for parameter in group["params"]):
         raise ValueError(
-            f"module= is a {type(module).__name__} that holds none of the parameters: pass the "
-            "model whose parameters these are, as it is now, or leave module= out"
+            f"module= is a {type(module).__name__} that has none of the parameters. Pass the model "
+            "that has these parameters, or leave module= out."
         )
 
 
 def describe(
     selection: Selection, groups: Sequence[Mapping[str, Any]], *, first_group: int
 ) -> list[tuple[str, str]]:
-    """Describe what every rank must have in common, field by field."""
+    """Return the fields that must be equal on all ranks, as (description, value)."""
     fields = [
         ("the number of parameter groups", str(len(groups))),
         ("the number of trainable parameters", str(len(selection.new))),

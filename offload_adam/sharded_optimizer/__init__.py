@@ -1,4 +1,12 @@
-"""What every optimizer of this package is beneath its arguments: shards, hooks, the step."""
+"""The base class of the public optimizers, without their arguments.
+
+optimizer     ShardedOptimizer: construction, groups, hooks, the step; start here
+state_access  StateAccess, its base: state dicts, edits of `optimizer.state`
+execution     decisions from the options
+loss_scale    what a GradScaler sets, and what it is told
+owners        which parameters already have an optimizer
+compiling     keeps methods out of torch.compile
+"""
 
 from offload_adam.sharded_optimizer.optimizer import ShardedOptimizer
 

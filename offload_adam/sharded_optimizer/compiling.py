@@ -1,4 +1,4 @@
-"""Methods that `torch.compile` leaves as they are."""
+"""Keep methods out of `torch.compile`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ R = TypeVar("R")
 
 
 def never_compiled(method: Callable[P, R]) -> Callable[P, R]:
-    """Run a method as it is within `torch.compile`, which cannot follow threads and collectives.
-
-    `torch.compiler.disable` as a decorator would import the compiler together with this package,
-    which takes about as long as torch itself; by the first call `torch.optim` has imported it.
-    """
+    """Run a method uncompiled in `torch.compile`, which cannot trace threads and collectives."""
+    # At the first call, not at import: `torch.compiler.disable` imports the compiler, which takes
+    # about as long as importing torch. By the first call, `torch.optim` has imported it anyway.
     disabled: list[Callable[P, R]] = []
 
     @functools.wraps(method)

@@ -1,8 +1,7 @@
-"""Check an optimizer's options, and decide from them once how it runs."""
+"""Check an optimizer's options and turn them into decisions: the one place that decides."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from importlib import metadata
 from typing import NamedTuple
@@ -11,6 +10,7 @@ import torch
 
 from offload_adam.coordinator.admission import Field
 from offload_adam.coordinator.ranks import world_size_of
+from offload_adam.errors import warn_user
 from offload_adam.layout.state_plan import StatePolicy
 from offload_adam.options import (
     ExecutionOptions,
@@ -29,8 +29,8 @@ class Execution(NamedTuple):
 
     policy: decides where each bucket's state is stored. `policy.reduces` is the resolved
         `gradient_reduction`: True for "optimizer", False for "external".
-    streams: gradients leave `.grad` during backward.
-    overlaps: updates run while the next forward does.
+    streams: gradients are moved out of `.grad` during backward.
+    overlaps: updates run during the next forward.
     """
 
     policy: StatePolicy
@@ -41,15 +41,15 @@ class Execution(NamedTuple):
 def decide_execution(
     options: ExecutionOptions, *, replicated: bool = False, on_device: Sequence[bool]
 ) -> Execution:
-    """Check the options, and decide how the optimizer runs.
+    """Check the options and decide how the optimizer runs.
 
     Args:
-        replicated: state is stored with its parameter, whole on every rank; `module` then gives
-            names only.
+        replicated: state is stored with its parameter, whole on every rank. `module` then only
+            gives names.
         on_device: for each parameter, whether it is on a device.
 
     Raises:
-        TypeError, ValueError: naming the option.
+        TypeError, ValueError: an option is wrong; the message names it.
         RuntimeError: WORLD_SIZE > 1 and no process group is initialised.
     """
     check_options(options)
@@ -74,17 +74,17 @@ def decide_execution(
         options.overlap, hooked=hooked, reduces=reduces, on_device=all(on_device)
     )
     if options.overlap and not overlaps:
-        warnings.warn(
-            "overlap=True has no effect where gradients in host memory are averaged by others: "
-            "let this optimizer do it (gradient_reduction='optimizer')",
+        warn_user(
+            "overlap=True has no effect, because DDP or the caller averages gradients in host "
+            "memory. Pass gradient_reduction='optimizer' to let the optimizer average them.",
             RuntimeWarning,
-            stacklevel=4,
         )
     return Execution(policy, streams, overlaps)
 
 
 def shared_fields(options: ExecutionOptions, execution: Execution) -> list[Field]:
-    """Return what must be equal on all ranks; the bits of a step depend on the versions, too."""
+    """Return the fields that must be equal on all ranks, as (description, value)."""
+    # Other versions of a library may compute other bits, and the ranks' weights would diverge.
     return [
         ("the version of offload_adam", __version__),
         ("the version of torch", str(torch.__version__)),
@@ -102,9 +102,10 @@ def shared_fields(options: ExecutionOptions, execution: Execution) -> list[Field
 
 
 def usable_failures(failures: object) -> FailurePolicy:
-    """Return `failures` if it is valid, else the default; `decide_execution` rejects it later.
+    """Return `failures` if it is valid, else the default.
 
-    Ranks must have met before they can reject an argument together.
+    The ranks connect with it before they check arguments, so that a wrong argument raises on all
+    ranks. `decide_execution` then rejects an invalid one.
     """
     try:
         check_policy("failures", failures, FailurePolicy)
@@ -124,7 +125,7 @@ def _resolve_reduction(options: ExecutionOptions, world_size: int) -> str:
     """Return who averages the gradients over the ranks: "optimizer" or "external".
 
     Raises:
-        ValueError: the given one conflicts with DDP, or one must be given.
+        ValueError: `gradient_reduction` conflicts with DDP, or is missing where it is required.
     """
     given, module = options.gradient_reduction, options.module
     has_ddp = module is not None and any(
@@ -132,54 +133,54 @@ def _resolve_reduction(options: ExecutionOptions, world_size: int) -> str:
     )
     if given == "optimizer" and has_ddp:
         raise ValueError(
-            "gradient_reduction='optimizer' with a DistributedDataParallel module would take "
-            "gradients away from DDP: pass 'external', or the module without DDP"
+            "gradient_reduction='optimizer' does not work with a DistributedDataParallel module, "
+            "because DDP averages the gradients. Pass 'external', or the module without DDP."
         )
     if given is not None:
         return given
     if module is None and world_size > 1:
         raise ValueError(
-            "with more than one rank and no module=, gradient_reduction must be given: 'optimizer' "
-            "if this optimizer is to average the gradients, 'external' if DDP or your own code has"
+            "gradient_reduction must be given with more than one rank and no module=. Pass "
+            "'optimizer' to let this optimizer average the gradients, 'external' if DDP or your "
+            "own code averages them."
         )
     return "external" if has_ddp else "optimizer"
 
 
 def _check_needs_of_hooks(options: ExecutionOptions, *, hooked: bool, streams: bool) -> None:
-    """Check that a model has hooks where an option relies on them.
+    """Reject options that need hooks on the model if it has none.
 
     Args:
-        hooked: the forward of `module` may wait for its parameters.
-        streams: gradients leave `.grad` during backward.
+        hooked: hooks on the forward of `module` can wait for its parameters.
+        streams: gradients are moved out of `.grad` during backward.
     """
     if options.accumulate is not None and not streams:
         raise ValueError(
-            "accumulate='host' adds gradients that leave during backward: it needs module= and "
-            "gradient_reduction='optimizer'. Without them .grad accumulates as always"
+            "accumulate='host' needs module= and gradient_reduction='optimizer', because it sums "
+            "gradients that are moved to the host during backward. Pass both, or leave accumulate "
+            "out: gradients then accumulate in .grad."
         )
     units = options.offload.units
     if not hooked and (options.overlap or units is not None):
         name = "overlap=True" if options.overlap else "units="
         raise ValueError(
-            f"{name} lets the parts of a model wait for their own parameters: it needs module= and "
-            "state in host memory"
+            f"{name} needs module= and state in host memory, because the model's forward waits "
+            f"for its parameters. Pass module=model, or leave {name.rstrip('=')} out."
         )
     for unit in units or ():
         if not isinstance(unit, torch.nn.Module):
-            raise TypeError(f"units must be modules of module=, not {unit!r}")
+            raise TypeError(f"units must be submodules of module=, not {unit!r}")
 
 
 def _warn_of_fraction_without_effect(policy: StatePolicy, on_device: bool) -> None:
-    """Warn where offload_fraction is given and no parameter's state could stay on a GPU.
+    """Warn if `offload_fraction` is below 1 but cannot have an effect.
 
     Args:
         on_device: some parameter is on a device.
     """
     if policy.offload_fraction < 1.0 and (policy.replicated or not on_device):
-        why = "all of it stays there" if on_device else "no parameter is on one"
-        warnings.warn(
-            f"offload_fraction={policy.offload_fraction} has no effect: it says how much state "
-            f"leaves the GPU, and {why}",
-            UserWarning,
-            stacklevel=5,
+        why = "all state stays on the GPU" if on_device else "no parameter is on a GPU"
+        warn_user(
+            f"offload_fraction={policy.offload_fraction} has no effect, because {why}. Leave it "
+            "out of OffloadPolicy."
         )

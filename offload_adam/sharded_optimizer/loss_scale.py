@@ -1,4 +1,4 @@
-"""What a loss scaler, or the caller in its place, has set on an optimizer before a step."""
+"""Read what a GradScaler or the caller set on an optimizer, and report skipped steps back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from offload_adam.torch_private import found_inf_flags
 
 
 class LossScale(NamedTuple):
-    """What gradients are divided by, and whether one that is not finite has been seen (not 0)."""
+    """The loss scale of one step.
+
+    grad_scale: gradients are divided by it.
+    found_inf: not 0 if the scaler saw a non-finite gradient.
+    """
 
     grad_scale: float
     found_inf: float
@@ -21,20 +25,22 @@ class LossScale(NamedTuple):
 def read_loss_scale(optimizer: object, *, gradients_leave: bool) -> LossScale:
     """Read `grad_scale` and `found_inf` as set by a GradScaler; default to 1 and 0.
 
-    A GradScaler hands over the sum of its checks. Where gradients have left `.grad` there are none:
-    the sum is the int 0, and no tensor, and its `unscale_` has unscaled nothing.
+    Args:
+        gradients_leave: gradients are moved out of `.grad` during backward.
 
     Raises:
-        ValueError: a scale that cannot be one; a GradScaler that saw no gradient.
+        ValueError: the scale is not finite and above 0, or a GradScaler checked no gradient.
     """
     scale = getattr(optimizer, "grad_scale", 1.0)
     found_inf = getattr(optimizer, "found_inf", None)
+    # A GradScaler sets `found_inf` to the sum of its checks, one for each device with gradients. If
+    # all gradients have left `.grad`, it checked none: the sum is the int 0, not a tensor.
     blind = type(found_inf) is int and found_inf == 0 and isinstance(scale, torch.Tensor | None)
     if gradients_leave and blind:
         raise ValueError(
-            "a GradScaler reads .grad, which gradients leave during backward here: make the "
-            "optimizer without module=, or scale the loss yourself and set grad_scale, and "
-            "found_inf as a float or a tensor (a gradient that is not finite is noticed anyway)"
+            "A GradScaler found no gradients in .grad, because this optimizer moves them out "
+            "during backward. Construct the optimizer without module=, or scale the loss yourself "
+            "and set optimizer.grad_scale; steps with non-finite gradients are skipped anyway."
         )
     grad_scale = 1.0 if scale is None else float(scale)
     if not (math.isfinite(grad_scale) and grad_scale > 0.0):
@@ -46,12 +52,13 @@ def report_skip(optimizer: torch.optim.Optimizer) -> None:
     """Tell the GradScaler that called `step()`, if one did, that all ranks skipped this step.
 
     A GradScaler has seen only this rank's `.grad`. It misses an overflow on another rank, and one
-    that arose in the sum over ranks. Its `update()` would then grow the scale of this rank alone,
-    or of all ranks into the next overflow.
+    that arose in the sum over ranks. Its `update()` would then grow the scale on this rank only,
+    or on all ranks, which would overflow again.
 
-    It passes no reference to itself, and a new tensor as `found_inf`. So look for its `step` among
-    the callers and set the flags that its `update()` reads. Skipped steps alone pay for this.
+    Cost: a walk over the call stack, in skipped steps only.
     """
+    # The scaler passes no reference to itself, and `found_inf` is a new tensor that it never reads
+    # again. So find its `step` among the callers, and set the flags that its `update()` reads.
     frame = inspect.currentframe()
     while frame is not None:
         scaler = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None

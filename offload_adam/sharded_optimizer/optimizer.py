@@ -1,4 +1,4 @@
-"""The base of the public optimizers: construction, groups, hooks, the step with its errors."""
+"""`ShardedOptimizer`, the base of the public optimizers: construction, groups, hooks, the step."""
 
 from __future__ import annotations
 
@@ -63,22 +63,22 @@ logger = logging.getLogger(__name__)
 class ShardedOptimizer(StateAccess):
     """A `torch.optim.Optimizer` over a `ShardedAdam`: the base of the public optimizers.
 
-    Subclasses check their arguments and groups, return each group's hyperparameters, and may
-    add to what is saved. This class adds construction, groups, hooks and the step to
-    `StateAccess`.
+    It adds construction, groups, hooks and the step to `StateAccess`. A subclass checks its own
+    arguments and groups, and returns each group's hyperparameters. It may save further state.
 
-    Owns: process groups of its own, hooks on the parameters, host memory. `close` ends all three.
+    Owns: process groups, hooks on the parameters, and host memory. `close` releases all three.
     Lifecycle: a subclass's constructor calls `_construct` once.
     """
 
-    # GradScaler hands grad_scale and found_inf over instead of deciding on this rank alone.
+    # GradScaler then sets grad_scale and found_inf and calls step() on every rank. Otherwise it
+    # would skip the step on this rank only, and the other ranks would wait for it.
     _step_supports_amp_scaling = True
 
     # Set by a loss scaler before step() and deleted after it; absent means 1 and 0.
     grad_scale: torch.Tensor | float | None
     found_inf: torch.Tensor | float | None
 
-    # What the work runs on. A simulated machine has its own.
+    # Runtime and devices; tests and simulations replace it.
     _backend = Backend()
 
     def _construct(
@@ -89,12 +89,12 @@ class ShardedOptimizer(StateAccess):
         replicated: bool = False,
         takes_rows: bool = False,
     ) -> None:
-        """Check everything, then allocate and build, or leave nothing behind. Collective.
+        """Check all arguments and allocate the state, or release everything and raise. Collective.
 
         Args:
             add_groups: checks the subclass's own arguments and calls `_add_groups`.
-            replicated: state is stored with its parameter, whole on every rank.
-            takes_rows: gradients may be sparse.
+            replicated: store the state with its parameter, whole on every rank.
+            takes_rows: accept sparse gradients.
         """
         torch_private.check()
         self._lock = threading.RLock()
@@ -116,8 +116,8 @@ class ShardedOptimizer(StateAccess):
         self._ranks = open_rank_group(options.process_group, usable_failures(options.failures))
         resources = ExitStack()
         resources.callback(self._ranks.release)
-        # At exit too: a process group that outlives the interpreter's modules ends it with an
-        # abort.
+        # `finalize` also runs at exit: a process group that is destroyed after the interpreter's
+        # modules aborts the process.
         self._release = weakref.finalize(self, _close_in, os.getpid(), resources)
 
         try:
@@ -132,7 +132,7 @@ class ShardedOptimizer(StateAccess):
             self.max_grad_norm = options.max_grad_norm
             self._units = options.offload.units
             policy, streams, overlaps = execution
-            # Nothing is copied to or from a device otherwise.
+            # Replicated state is updated on its device, without copies to or from the host.
             copied = [] if policy.replicated else list(compress(devices, on_device))
             runtime = self._backend.make_runtime(copied[0]) if copied else None
             self._core = ShardedAdam(
@@ -145,6 +145,8 @@ class ShardedOptimizer(StateAccess):
                 takes_rows=takes_rows,
                 streamed=self._streamed if streams else None,
             )
+            # Callbacks run in reverse order. After a peer has failed, collectives must be aborted
+            # before `resources` closes the update thread, which may be waiting for one.
             resources.callback(self._core.resources.close)
             resources.callback(self._core.snapshot_lock.stop_reader)
             resources.callback(self._ranks.abort_devices)
@@ -165,7 +167,7 @@ class ShardedOptimizer(StateAccess):
         """Return the current hyperparameters, indexed by `NewParameter.group`."""
 
     def _add_groups(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        """Check the groups and let torch add them; nothing is allocated yet."""
+        """Check the groups and let torch add them. Allocates nothing."""
         if defaults["amsgrad"]:
             self._reject_distributed_amsgrad()
         torch.optim.Optimizer.__init__(self, params, defaults)
@@ -178,11 +180,11 @@ class ShardedOptimizer(StateAccess):
         return []
 
     def _step_inputs(self) -> StepInputs:
-        """Return the subclass's inputs of a step; a loss scaler and clipping are added to them."""
+        """Return the subclass's inputs of a step; the caller adds loss scale and clipping."""
         return StepInputs(hyperparameters=self._hyperparameters())
 
     def _stepped(self, report: StepReport) -> None:
-        """Called after each step, also a skipped one."""
+        """Hook for subclasses, called after each step and each skipped step."""
 
     def _select(self, first_group: int) -> Selection:
         """Return the parameters of the groups from this one on."""
@@ -224,13 +226,14 @@ class ShardedOptimizer(StateAccess):
         """Add a parameter group, at any time between steps. Collective after construction.
 
         Raises:
-            TypeError, ValueError: as the constructor; the optimizer is as before then.
+            TypeError, ValueError: as the constructor. The optimizer is unchanged then.
         """
         if self._core is None and self._release.alive:
             self._append_group(param_group)
             return
         core = self._alive()
-        core.synchronize()  # it may issue all-gathers, which the body below must not
+        # Outside the `with`, whose body must not issue collectives: this may issue all-gathers.
+        core.synchronize()
         num_groups = len(self.param_groups)
         try:
             with raise_on_all_ranks(self._ranks, "add_param_group"):
@@ -249,7 +252,7 @@ class ShardedOptimizer(StateAccess):
         reject_owned(new)
 
     def _append_group(self, param_group: dict[str, Any]) -> None:
-        """Let torch complete and append one group, then check it."""
+        """Let torch fill in defaults and append one group, then check the group."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         self._check_group(group)
@@ -259,8 +262,8 @@ class ShardedOptimizer(StateAccess):
     def _reject_distributed_amsgrad(self) -> None:
         if self._distributed:
             raise ValueError(
-                "amsgrad=True is not supported in distributed training (world size > 1): "
-                "pass amsgrad=False, or train on one rank"
+                "amsgrad=True is not supported in distributed training (world size > 1). "
+                "Pass amsgrad=False, or train on one rank."
             )
 
     @overload
@@ -272,18 +275,20 @@ class ShardedOptimizer(StateAccess):
     @never_compiled
     @serialized
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Average what is still to be averaged, clip, update; or skip, on every rank. Collective.
+        """Reduce, clip and apply the gradients, or skip the step on every rank. Collective.
 
-        `last_step` says what happened. A gradient that is not finite on any rank, or a `found_inf`
-        that is not 0, skips the step: no bit of state, parameters or step counters changes.
+        All ranks skip the step if any rank has a non-finite gradient or a `found_inf` other than 0.
+        Parameters, state and step counters then keep their exact values. `last_step` holds the
+        outcome.
 
         Args:
             closure: evaluates the loss and calls backward; its result is returned.
 
         Raises:
-            ValueError: a gradient that cannot be used, by the parameter's name.
-            ParameterReplacedError: a parameter's storage was replaced, by name.
-            RankDisagreementError, PeerError: ranks do not agree on this step.
+            ValueError: a gradient cannot be used; the message names the parameter.
+            ParameterReplacedError: a parameter's storage was replaced; the message names it.
+            RankDisagreementError: the ranks differ in groups or gradients of this step.
+            PeerError: another rank raised an error, died or hung.
         """
         core = self._alive()
         loss = None
@@ -298,25 +303,31 @@ class ShardedOptimizer(StateAccess):
         self.last_step = report
         self._stepped(report)
         if torch_private.has_step_post_hooks(self):
-            core.synchronize()  # they run when this returns, and may read parameters
+            core.synchronize()  # post hooks run when this returns and may read parameters
         if report.skipped:
             self.skipped_steps += 1
             report_skip(self)
-            logger.warning("step skipped (%d so far): %s", self.skipped_steps, report.reason)
+            logger.warning("Skipped step (%d so far): %s", self.skipped_steps, report.reason)
         elif report.num_updated == 0 and not self._warned_idle:
             self._warned_idle = True
             logger.warning(
-                "step() found no gradient on any parameter: was backward() called, on the module "
-                "whose parameters this optimizer has?"
+                "step() found no gradient on any parameter. Call backward() first, and check that "
+                "this optimizer has the parameters of the model that computed the loss"
             )
         return loss
 
     @serialized
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Clip the next step's gradients to this global 2-norm, and return the norm. Collective.
+        """Clip the global 2-norm of the next step's gradients, and return the norm. Collective.
 
-        The norm is that of the mean gradient over all ranks, unscaled; gradients are clipped inside
-        the update, so `.grad` keeps its values.
+        The update applies the clip factor, so `.grad` keeps its values.
+
+        Args:
+            max_norm: clip to this norm, above 0.
+
+        Returns:
+            0-d float64 tensor on the CPU: the norm before clipping of the gradients averaged over
+            all ranks, with the loss scale divided out.
         """
         core = self._alive()
         limit = check_max_norm("max_norm", max_norm)
@@ -334,7 +345,7 @@ class ShardedOptimizer(StateAccess):
 
     @serialized
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients, also those that have left `.grad` since the last step.
+        """Drop all gradients, including those moved out of `.grad` since the last step.
 
         Args:
             set_to_none: as in torch; a stand-in always becomes None.
@@ -352,7 +363,10 @@ class ShardedOptimizer(StateAccess):
                 parameter.grad = None
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Keep gradients in `.grad` during backwards inside, to be added to those of the next."""
+        """Accumulate in `.grad` during backwards inside the context, as DDP's `no_sync`.
+
+        The next backward outside adds to these gradients and reduces the sum.
+        """
         if self._hooks is None:
             return nullcontext()
         reduction = self._alive().reduction
@@ -361,7 +375,7 @@ class ShardedOptimizer(StateAccess):
         return self._hooks.paused()
 
     def long_running(self, what: str) -> AbstractContextManager[None]:
-        """Exempt the body from `stuck_after`, for example an evaluation on one rank alone.
+        """Exempt the context from `stuck_after`, for example an evaluation on one rank only.
 
         Args:
             what: name of the work, for error messages.
@@ -370,14 +384,13 @@ class ShardedOptimizer(StateAccess):
 
     @serialized
     def close(self) -> None:
-        """Take the hooks off, end the process groups, free host memory. Idempotent.
+        """Remove the hooks, destroy the process groups and free host memory. Idempotent.
 
-        Parameters stay usable; a tensor of the state that the caller still holds keeps its bytes.
-
-        A checkpoint that is being written in the background is abandoned.
+        Parameters stay usable. Memory of state tensors that the caller still references is not
+        freed. A checkpoint that is being written in the background is abandoned.
 
         Raises:
-            Exception: what an update has raised beside this thread.
+            Exception: raised by a running update in the update thread.
         """
         try:
             if self._core is not None and self._release.alive:
@@ -398,10 +411,10 @@ class ShardedOptimizer(StateAccess):
 
     @property
     def max_grad_norm(self) -> float | None:
-        """The global 2-norm that every step clips to, None for no clipping; the same on all ranks.
+        """The global 2-norm that every step clips to. None for no clipping. Set it on all ranks.
 
         Raises:
-            TypeError, ValueError: where it is set to what cannot be one.
+            TypeError, ValueError: the new value is not a number above 0 or None.
         """
         return self._max_grad_norm
 
@@ -410,7 +423,7 @@ class ShardedOptimizer(StateAccess):
         self._max_grad_norm = check_max_norm("max_grad_norm", value)
 
     def _inputs(self) -> StepInputs:
-        """Read this step's inputs, or carry the error until all ranks know of it."""
+        """Read this step's inputs; keep an error, so that the step raises on all ranks."""
         try:
             return self._read_inputs()
         except Exception as error:
@@ -432,7 +445,7 @@ class ShardedOptimizer(StateAccess):
         )
 
     def _check_groups_and_load_edits(self) -> None:
-        """Check the groups and `optimizer.state`, and load tensors that users put there."""
+        """Check the groups and `optimizer.state`, and load tensors that users assigned there."""
         self._group_watch.check(self.param_groups, self._check_group)
         core = self._alive()
         self._check_entries()
@@ -442,11 +455,9 @@ class ShardedOptimizer(StateAccess):
 
 
 def _close_in(pid: int, resources: ExitStack) -> None:
-    """Close the resources of an optimizer in the process that made it.
-
-    A forked child has neither its threads nor its connections: it would wait for a thread that it
-    lacks, or abort its parent's communicators.
-    """
+    """Close the resources of an optimizer, but only in the process `pid` that constructed it."""
+    # A forked child has a copy of the optimizer, without its threads. Closing it there would wait
+    # for a thread that does not exist, or abort the parent's communicators.
     if os.getpid() == pid:
         resources.close()
 
@@ -456,7 +467,7 @@ def _norms_of(optimizer: weakref.ref[ShardedOptimizer]) -> npt.NDArray[np.float6
     alive = optimizer()
     if alive is None:
         raise StreamedGradientError(
-            "the optimizer that streamed this gradient no longer exists. Set .grad to None, or "
-            "keep the optimizer"
+            "The optimizer that streamed this gradient no longer exists. Set .grad to None, or "
+            "keep a reference to the optimizer."
         )
     return alive._gradient_norms()

@@ -1,4 +1,7 @@
-"""Which parameters have an optimizer already: two would lay out and write one memory."""
+"""Reject parameters that another optimizer already owns.
+
+The second optimizer would move a parameter's data out of the first one's bucket.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +16,25 @@ _OWNERS: weakref.WeakSet[StateAccess] = weakref.WeakSet()
 
 
 def add_owner(optimizer: StateAccess) -> None:
-    """Count an optimizer as the owner of its parameters, until it is closed or collected."""
+    """Register an optimizer as the owner of its parameters until it is closed or collected."""
     _OWNERS.add(optimizer)
 
 
 def reject_owned(new: Iterable[NewParameter]) -> None:
-    """Reject parameters that another optimizer of this package holds.
+    """Reject parameters that another open optimizer of this package trains.
 
     Raises:
-        ValueError: naming the first one.
+        ValueError: the message names the first such parameter.
     """
     new = list(new)
     if _first_owned(new) is None:
         return
-    gc.collect()  # nobody may hold the other any more, but a cycle that it is in
+    gc.collect()  # the other optimizer may be garbage that only a reference cycle keeps
     owned = _first_owned(new)
     if owned is not None:
         raise ValueError(
-            f"parameter {owned.name!r} is trained by another optimizer of this package already: "
-            "close() that first, or give this one other parameters"
+            f"Parameter {owned.name!r} is already trained by another optimizer of this package. "
+            "Call close() on that optimizer first, or pass other parameters."
         )
 
 

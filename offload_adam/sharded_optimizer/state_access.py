@@ -1,4 +1,4 @@
-"""Access to the state of an optimizer: as attributes, as `optimizer.state`, and as state dicts."""
+"""`StateAccess`: read and load optimizer state, by `optimizer.state` and by state dicts."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def serialized(method: Method) -> Method:
-    """Run a method while holding the optimizer's lock, so that calls of other threads wait.
+    """Run a method while holding the optimizer's lock, so that calls from other threads wait.
 
     The lock is reentrant: a closure, a hook or a signal handler may call the optimizer again.
-    Threads: only those that call the optimizer take the lock. Gradient hooks, the update thread and
-    the thread that writes a checkpoint must not: the thread that holds it waits for them.
+
+    Threads: only threads that call the optimizer take the lock. Gradient hooks, the update thread
+    and the thread that writes a checkpoint must not take it: its holder waits for them.
     """
 
     @functools.wraps(method)
@@ -47,10 +48,10 @@ def serialized(method: Method) -> Method:
 
 
 class StateAccess(torch.optim.Optimizer):
-    """The part of an optimizer that reads and loads its state; `ShardedOptimizer` constructs it.
+    """The part of an optimizer that reads and loads its state; base of `ShardedOptimizer`.
 
-    The state itself is in `_core`. State dicts have torch's form, local or full. Checkpoints take
-    `_lock` and read the core that `_settled` returns.
+    The state itself is in `_core`. State dicts have torch's form, for this rank or whole.
+    Checkpoints hold `_lock` and read the core that `_settled` returns.
 
     Lifecycle: `_core` is None during construction and after `close`.
     Threads: public methods hold `_lock`, so concurrent calls run one after another.
@@ -58,7 +59,7 @@ class StateAccess(torch.optim.Optimizer):
 
     _core: ShardedAdam | None
     _module: torch.nn.Module | None
-    _index_of: dict[torch.nn.Parameter, int]  # each one's place among all that are trained
+    _index_of: dict[torch.nn.Parameter, int]  # index among all trainable parameters
     _ranks: RankGroup
     _release: weakref.finalize[Any, Any]
     _state_edits: StateEdits
@@ -76,21 +77,21 @@ class StateAccess(torch.optim.Optimizer):
             TypeError: always; the message names the methods that copy or save the state.
         """
         raise TypeError(
-            f"{type(self).__name__} cannot be copied or pickled: it is tied to its model's "
-            "parameters, hooks, process groups and memory of its own. Save full_state_dict() "
+            f"{type(self).__name__} cannot be copied or pickled, because it owns hooks, process "
+            "groups and pinned memory for the parameters of its model. Save full_state_dict() "
             "(whole, on rank 0), local_state_dict() (this rank's part) or a checkpoint "
-            "(offload_adam.save_checkpoint), and load that into an optimizer that is made anew; "
-            "copy the model without it"
+            "(offload_adam.save_checkpoint), and load it into a new optimizer. To copy the model, "
+            "copy it without the optimizer."
         )
 
     def _further_state(self) -> dict[str, Any]:
-        """Return the state that a subclass saves in addition to torch's entries."""
+        """Return plain values that a subclass saves in addition to torch's entries."""
         return {}
 
     def _plan_further_state(
         self, further: Mapping[str, Any], entries: Mapping[int, Mapping[str, Any]]
     ) -> Callable[[], None]:
-        """Check what `_further_state` saved; return a function that loads it and cannot fail.
+        """Check values saved by `_further_state`; return a function that loads them without errors.
 
         Args:
             further: empty if an optimizer of another class saved the state.
@@ -103,8 +104,10 @@ class StateAccess(torch.optim.Optimizer):
         """Wait until all parameters and all state hold the result of the last step.
 
         Call this before reading parameters other than through the model's forward or a state dict,
-        and before writing to a tensor of `optimizer.state` in place. On a GPU only the current
-        stream waits for the parameters. Collective if `step()` leaves updates running.
+        and before modifying a tensor of `optimizer.state` in place. Collective if `overlaps`.
+
+        On a GPU, the host waits for the state, but only the current stream waits for the
+        parameters.
 
         Raises:
             Exception: raised by an update in the update thread.
@@ -113,10 +116,11 @@ class StateAccess(torch.optim.Optimizer):
 
     @serialized
     def refresh_master(self) -> None:
-        """Let master weights follow parameters written through `.data` or NumPy.
+        """Copy parameters modified through `.data` or NumPy to their master weights.
 
-        No version counter sees such writes. `step()` compares values, in later steps only a sample
-        of them. Call this on every rank, after the same write on every rank.
+        Version counters do not count such writes. `step()` detects them by comparing values, but
+        after the first steps it compares only a sample. Modify parameters the same way on every
+        rank, then call this on every rank.
         """
         with torch.no_grad():
             self._settled().external_edits.sync_all()
@@ -146,7 +150,7 @@ class StateAccess(torch.optim.Optimizer):
         return self._ranks
 
     def _holds(self, parameter: torch.nn.Parameter) -> bool:
-        """Return whether this optimizer is open and has state for this parameter."""
+        """Return whether this optimizer is not closed and has state for this parameter."""
         return self._release.alive and parameter in self._index_of
 
     def memory_ledger(self) -> list[LedgerEntry]:
@@ -154,20 +158,21 @@ class StateAccess(torch.optim.Optimizer):
         return self._alive().ledger()
 
     def _settled(self) -> ShardedAdam:
-        """Finish running updates, load edits of `optimizer.state`, and return the core."""
+        """Wait for running updates, load edits of `optimizer.state`, and return the core."""
         core = self._alive()
         core.synchronize()
         self._load_state_edits(core)
         return core
 
     def _settled_on_all_ranks(self, phase: str) -> ShardedAdam:
-        """Do as `_settled`, and raise an error on all ranks if one has a bad edit. Collective.
+        """Do as `_settled`, but raise on all ranks if one rank has a bad edit. Collective.
 
         Args:
-            phase: what the caller does, for the error message.
+            phase: the calling method, for the error message.
         """
         core = self._alive()
-        core.synchronize()  # it may issue all-gathers, which the body below must not
+        # Outside the `with`, whose body must not issue collectives: this may issue all-gathers.
+        core.synchronize()
         with raise_on_all_ranks(self._ranks, phase):
             self._load_state_edits(core)
         return core
@@ -175,16 +180,19 @@ class StateAccess(torch.optim.Optimizer):
     def _alive(self) -> ShardedAdam:
         """Return the core; raise RuntimeError if the optimizer was closed."""
         if self._core is None or not self._release.alive:
-            raise RuntimeError("this optimizer has been closed: make a new one to go on training")
+            raise RuntimeError(
+                "This optimizer has been closed. Construct a new one to continue training."
+            )
         return self._core
 
     @serialized
     def state_dict(self) -> dict[str, Any]:
-        """Return the state: plain tensors with one rank, else a `StateShard` of each.
+        """Return the state: plain tensors with one rank, `StateShard` tensors with more.
 
         Tensors share memory with the optimizer, as torch's do. A `StateShard` has the parameter's
-        shape and this rank's elements: `torch.distributed.checkpoint` saves it and loads it in any
-        world, `torch.save` raises an error. Loads into the same rank of the same world.
+        shape and this rank's elements. `torch.distributed.checkpoint` saves it, and loads it with
+        any world size. `torch.save` raises an error. `load_state_dict` accepts the dict on the same
+        rank of the same world size.
         """
         saved = self.local_state_dict()
         core = self._alive()
@@ -199,13 +207,14 @@ class StateAccess(torch.optim.Optimizer):
 
     @serialized
     def local_state_dict(self) -> dict[str, Any]:
-        """Return this rank's state as plain tensors: whole with one rank, else its 1-d ranges.
+        """Return this rank's state as plain tensors: whole with one rank, 1-d ranges with more.
 
-        For a file for each rank. Loads into the same rank of the same world.
+        Use it to write one file per rank with `torch.save`. `load_state_dict` accepts it on the
+        same rank of the same world size.
         """
         rank, world_size = self._settled().share
         saved = super().state_dict()
-        # Copies of the entries: an edit of the saved dict must not become one of optimizer.state.
+        # Copy the entries: an edit of the saved dict must not change optimizer.state.
         saved["state"] = {packed: dict(entry) for packed, entry in saved["state"].items()}
         saved[STATE_KEY] = {"world_size": world_size, "rank": rank, **self._marked()}
         return saved
@@ -215,8 +224,8 @@ class StateAccess(torch.optim.Optimizer):
         """Return a plain `torch.optim.AdamW` state dict on rank 0, else {}. Collective.
 
         Moments are fp32 copies in each parameter's shape. The master weights of 16-bit parameters
-        stand under the key "offload_adam", which torch ignores. It loads into an `OffloadAdam` of
-        any world size, when every rank is given it.
+        are under the key "offload_adam", which torch ignores. To load it into an `OffloadAdam` of
+        any world size, pass it to `load_state_dict` on every rank.
         """
         core = self._settled_on_all_ranks("full_state_dict")
         whole: dict[int, dict[str, torch.Tensor]] = {}
@@ -229,19 +238,23 @@ class StateAccess(torch.optim.Optimizer):
         return pack_full(groups, self._trainable_ids(), whole, self._marked())
 
     def _marked(self) -> dict[str, Any]:
-        """Return what a saved state holds besides torch's entries, the parameters' names first."""
+        """Return the entries under `STATE_KEY`: the parameters' names and the subclass's state."""
         names = known_names(self.param_groups, self._module)
         return {**({} if names is None else {"param_names": names}), **self._further_state()}
 
     @serialized
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state in place: this rank's own, a full one, or one of torch's Adam and AdamW.
+        """Load a state in place, after checking all of it.
 
-        Everything is checked before anything is changed. Parameters are matched by name where
-        both sides have names, else by position.
+        Parameters are matched by name if both sides have names, else by position.
+
+        Args:
+            state_dict: from `state_dict`, `local_state_dict` or `full_state_dict`, or from torch's
+                Adam or AdamW.
 
         Raises:
-            ValueError: another world or rank, other groups, names or shapes, by name.
+            ValueError: the state is of another rank or world size, or its groups, names or shapes
+                differ; the message names them. Nothing was modified.
         """
         core = self._settled()
         state_dict = dict(state_dict)
@@ -266,17 +279,18 @@ class StateAccess(torch.optim.Optimizer):
             ]
             load_further = self._plan_further_state(saved.further, entries)
             core.external_edits.wait_for_snapshot()
-            for target, source in copies:  # a source may be the target itself
+            for target, source in copies:  # a source may be its own target: no copy into a new dict
                 target.copy_(source)
             core.external_edits.compare_all()
         load_further()
         for group, merged in zip(self.param_groups, groups, strict=True):
-            dict.update(group, merged)  # a saved value may be one that users cannot set
+            # Not `group.update`, which rejects keys that users must not set themselves.
+            dict.update(group, merged)
         for post_hook in load_state_dict_post_hooks(self):
             post_hook(self)
 
     def _trainable_ids(self) -> dict[int, int]:
-        """Return torch's packed id (place over all groups) by each parameter's index."""
+        """Return a map from parameter index to torch's packed id, its position over all groups."""
         every = [parameter for group in self.param_groups for parameter in group["params"]]
         return {
             self._index_of[parameter]: packed
@@ -288,15 +302,16 @@ class StateAccess(torch.optim.Optimizer):
         """Check that `optimizer.state` still has an entry for every parameter."""
         if self.state is not self._own_state or len(self.state) < len(self._index_of):
             raise ValueError(
-                "optimizer.state was replaced or has lost entries: they show the state, which lies "
-                "elsewhere. Use load_state_dict(), or make a new optimizer to begin anew"
+                "optimizer.state was replaced or has lost entries, but its entries are only views "
+                "of the state. Use load_state_dict() to change state, or construct a new optimizer "
+                "to reset it."
             )
 
     def _load_state_edits(self, core: ShardedAdam) -> None:
-        """Load tensors that users put into `optimizer.state`, and show the optimizer's own again.
+        """Copy tensors that users assigned in `optimizer.state`, and put our own tensors back.
 
         Raises:
-            TypeError, ValueError: a value that cannot be state, or an entry that is gone.
+            TypeError, ValueError: a value cannot be state, or an entry is missing.
         """
         self._check_entries()
         if self._state_edits.is_untouched(self.state):
@@ -312,8 +327,8 @@ class StateAccess(torch.optim.Optimizer):
                 ]
             except KeyError as error:
                 raise ValueError(
-                    f"an entry of optimizer.state has lost {error}. Use load_state_dict() to set "
-                    "state, or make a new optimizer to begin anew"
+                    f"An entry of optimizer.state has lost its key {error}. Use load_state_dict() "
+                    "to change state, or construct a new optimizer to reset it."
                 ) from error
             core.external_edits.wait_for_snapshot()
             for target, source in copies:

@@ -1,1 +1,6 @@
-"""The optimizer state as callers save and load it."""
+"""The optimizer state in the forms that callers save and load.
+
+state_shard  one rank's range of each parameter's state, as plain tensors and for DCP; start here
+state_dict   the state dicts of `OffloadAdam` and of torch
+state_edits  tensors that users assign in `optimizer.state`
+"""

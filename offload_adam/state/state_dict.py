@@ -1,4 +1,4 @@
-"""The form of saved optimizer states: this rank's own, a full one, and torch's."""
+"""Read and write state dicts: of this rank, full ones, and those of torch's Adam and AdamW."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from offload_adam.params.groups import LAID_OUT
 from offload_adam.state.state_shard import check_step_count
 
 STATE_KEY = "offload_adam"
-"""The entry of a state dict that torch ignores, and that says where a state belongs."""
+"""Key of our own entries in a state dict, such as world size and names. torch ignores it."""
 
 _WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")
 
@@ -32,11 +32,12 @@ _TORCH_DEFAULTS = {"foreach": None, "capturable": False, "differentiable": False
 
 @dataclass(frozen=True, slots=True)
 class SavedState:
-    """A state dict, read and found to belong here.
+    """A state dict after `read_saved` has checked it.
 
-    state: torch's keys by packed id, with `master_weight` where one was saved.
-    further: what stands under `STATE_KEY`, empty where another optimizer saved it.
-    names: of each group's parameters, None where they were saved without.
+    state: torch's keys by packed id, with `master_weight` if it was saved.
+    groups: the saved parameter groups.
+    further: the entries under `STATE_KEY`; empty if another optimizer saved the state.
+    names: names of each group's parameters, None if they were saved without names.
     """
 
     state: Mapping[int, Mapping[str, Any]]
@@ -45,17 +46,22 @@ class SavedState:
     names: Sequence[Sequence[str]] | None
 
     def ids_for(self, names: Sequence[Sequence[str]] | None) -> list[list[Any]]:
-        """Return the saved ids of each group's parameters: by name where both have names.
+        """Return the saved ids of each group's parameters, in the order of this optimizer.
+
+        Parameters are matched by name if both sides have names, else by position.
+
+        Args:
+            names: names of this optimizer's parameters by group, or None.
 
         Raises:
-            ValueError: the names of a group differ, or no group lists an entry.
+            ValueError: the names of a group differ, or an entry is in no group.
         """
         ids = [list(group["params"]) for group in self.groups]
         unlisted = sorted({*self.state} - {*chain(*ids)}, key=str)
         if unlisted:
             raise ValueError(
-                f"the saved state has entries that no group lists: {unlisted[:5]}. A conversion "
-                "may have changed its keys, for example from numbers to text"
+                f"The saved state has entries that no group lists: {unlisted[:5]}. Check whether a "
+                "conversion changed its keys, for example from numbers to text."
             )
         if names is None or self.names is None:
             return ids
@@ -66,16 +72,16 @@ class SavedState:
             missing, unexpected = sorted({*own} - {*their}), sorted({*their} - {*own})
             if missing or unexpected:
                 raise ValueError(
-                    f"the saved group {number} has other parameters: missing {missing}, "
-                    f"unexpected {unexpected}. Pass the parameters with the names and in the "
-                    "groups that they were saved with"
+                    f"The saved group {number} has other parameters: missing {missing}, "
+                    f"unexpected {unexpected}. Construct the optimizer with the same names and "
+                    "groups as when the state was saved."
                 )
             found.append([places[name] for name in own])
         return found
 
 
 def bare_names(names: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Return names as the model itself has them, without what DDP and torch.compile put before."""
+    """Return names without the prefixes of DDP, torch.compile and activation checkpointing."""
     bare = [[_WRAPPERS.sub("", name) for name in group] for group in names]
     if all(name.startswith("module.") for group in bare for name in group):
         bare = [[name.removeprefix("module.") for name in group] for group in bare]
@@ -83,11 +89,11 @@ def bare_names(names: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 def _saved_names(state_dict: Mapping[str, Any]) -> list[list[str]] | None:
-    """Return the names of each group's parameters, None where they are not told apart by names."""
+    """Return the names of each group's parameters, None if some are missing or repeated."""
     groups = state_dict["param_groups"]
     if any(isinstance(saved_id, str) for group in groups for saved_id in group["params"]):
-        # torch's set_optimizer_state_dict has put `params` in this optimizer's order by then, and
-        # has left `param_names` in that of the saved one.
+        # torch's set_optimizer_state_dict has reordered `params` for this optimizer, but not
+        # `param_names`, which would now assign the wrong names.
         return None
     marked = state_dict.get(STATE_KEY, {}).get("param_names")
     names = [group.get("param_names") for group in groups] if marked is None else marked
@@ -101,20 +107,23 @@ def _saved_names(state_dict: Mapping[str, Any]) -> list[list[str]] | None:
 
 
 def read_saved(state_dict: Mapping[str, Any], world_size: int, rank: int) -> SavedState:
-    """Read a state dict; reject another rank's.
+    """Read and check a state dict.
 
     Raises:
-        ValueError: not a state dict, one that holds the ranges of another rank or world, or one of
-            an optimizer that is no Adam.
+        ValueError: it is not a state dict, it has the ranges of another rank or world size, or an
+            optimizer other than Adam saved it.
     """
     if "state" not in state_dict or "param_groups" not in state_dict:
-        raise ValueError("not an optimizer's state dict: 'state' and 'param_groups' are missing")
+        raise ValueError(
+            "This is not an optimizer's state dict: it needs 'state' and 'param_groups'. Pass the "
+            "result of state_dict(), local_state_dict() or full_state_dict()."
+        )
     marker = state_dict.get(STATE_KEY, {})
     if "world_size" in marker and (marker["world_size"], marker["rank"]) != (world_size, rank):
         raise ValueError(
-            f"this state was saved by rank {marker['rank']} of {marker['world_size']} and holds "
-            f"only its ranges; it cannot be loaded into rank {rank} of {world_size}. Save with "
-            "full_state_dict() in the old world and load that here"
+            f"This state was saved by rank {marker['rank']} of {marker['world_size']} and holds "
+            f"only its ranges. It cannot be loaded into rank {rank} of {world_size}. Save with "
+            "full_state_dict() on the old ranks, and load that here."
         )
     masters = marker.get("master_weight", {})
     state = {
@@ -128,25 +137,25 @@ def read_saved(state_dict: Mapping[str, Any], world_size: int, rank: int) -> Sav
 def _reject_foreign(
     state: Mapping[Any, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Reject what another optimizer than Adam and AdamW saved: its moments mean something else.
+    """Reject state of optimizers other than Adam and AdamW, whose moments mean something else.
 
-    A group may hold more than is known here: schedulers and users put keys of their own there.
+    Unknown keys in a group are allowed, because schedulers and users add their own.
     """
     for number, group in enumerate(groups):
         for key in _GROUP_KEYS:
             if key not in group:
                 raise ValueError(
-                    f"the saved group {number} has no {key!r}, which every state of Adam and AdamW "
-                    "has: it is another optimizer's, and cannot be loaded"
+                    f"The saved group {number} has no {key!r}, which Adam and AdamW always save. "
+                    "Load a state that was saved by Adam, AdamW or this optimizer."
                 )
     for packed, entry in state.items():
         for key in entry:
             if key not in _STATE_KEYS:
                 raise ValueError(
-                    f"the saved state of parameter {packed} has {key!r}, which Adam and AdamW do "
-                    "not have: it is another optimizer's, and cannot be loaded"
+                    f"The saved state of parameter {packed} has {key!r}, which Adam and AdamW do "
+                    "not have. Load a state that was saved by Adam, AdamW or this optimizer."
                 )
-        check_step_count(f"the saved step of parameter {packed}", entry.get("step", 0))
+        check_step_count(f"The saved step of parameter {packed}", entry.get("step", 0))
 
 
 def merge_groups(
@@ -154,19 +163,21 @@ def merge_groups(
     saved: Sequence[Mapping[str, Any]],
     check: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
-    """Return each group's options as saved; options that the saved ones lack keep their values.
+    """Return the options to set in each group: those that were saved, without `params`.
 
     Args:
-        check: rejects a bad completed group.
+        groups: the optimizer's groups, which are not modified.
+        check: raises an error if a group's hyperparameters are wrong.
 
     Raises:
-        ValueError: another number of groups or parameters, or another of `LAID_OUT`.
+        ValueError: the number of groups or parameters differs, or an option of `LAID_OUT`.
     """
     counts = [len(group["params"]) for group in groups]
     saved_counts = [len(group["params"]) for group in saved]
     if counts != saved_counts:
         raise ValueError(
-            f"the saved state has groups of {saved_counts} parameters, this optimizer of {counts}"
+            f"The saved state has groups of {saved_counts} parameters, but this optimizer has "
+            f"groups of {counts}. Construct it with the groups that were saved."
         )
     merged = []
     for number, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
@@ -174,8 +185,8 @@ def merge_groups(
             made_with = group.get(key, False)
             if saved_group.get(key, made_with) != made_with:
                 raise ValueError(
-                    f"group {number} was saved with {key}={saved_group[key]} and this optimizer "
-                    f"has {key}={made_with}: make it with the same"
+                    f"Group {number} was saved with {key}={saved_group[key]}, but this optimizer "
+                    f"has {key}={made_with}. Construct it with the saved value."
                 )
         kept = {
             key: copy.deepcopy(value)
@@ -193,13 +204,14 @@ def pack_full(
     whole: Mapping[int, Mapping[str, Any]],
     further: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return a plain `torch.optim.AdamW` state dict, master weights under a key of their own.
+    """Return a plain `torch.optim.AdamW` state dict, with master weights under `STATE_KEY`.
 
     Args:
-        groups: packed groups, as `Optimizer.state_dict` gives them.
-        packed_ids: torch's packed id by the parameter's index.
-        whole: torch's keys by the parameter's index, with tensors or what will be one.
-        further: what torch ignores.
+        groups: packed groups, as in `Optimizer.state_dict()["param_groups"]`.
+        packed_ids: torch's packed id by parameter index.
+        whole: state with torch's keys by parameter index. Values are tensors, or placeholders that
+            the caller replaces later.
+        further: more entries under `STATE_KEY`.
     """
     masters = {}
     state = {}
@@ -218,10 +230,13 @@ def pack_full(
 def gather_bucket(
     state: BucketState, ranks: RankGroup
 ) -> dict[int, dict[str, torch.Tensor]] | None:
-    """Return the whole state of one bucket's parameters by their index, on rank 0 only. Collective.
+    """Gather the whole state of one bucket's parameters on rank 0. Collective.
 
-    Tensors are copies, fp32, in each parameter's shape. One bucket is whole at a time, besides what
-    rank 0 keeps.
+    Returns:
+        On rank 0, fp32 copies in each parameter's shape, with torch's keys by parameter index. None
+        on other ranks.
+
+    Cost: one plane of the bucket in host memory, in addition to the result.
     """
     whole: dict[int, dict[str, torch.Tensor]] = {
         index: {"step": state.step_counts[position].clone()}
@@ -244,12 +259,12 @@ def gather_bucket(
 
 
 def _gather_plane(plane: torch.Tensor, ranks: RankGroup, num_shards: int) -> torch.Tensor | None:
-    """Return all ranks' shards of one plane end to end, on rank 0 only."""
+    """Return all ranks' shards of one plane, concatenated, on rank 0; None on other ranks."""
     if num_shards == 1:
         return plane
     if plane.numel() == 0:
         return plane if ranks.rank == 0 else None
-    plane = plane.cpu()  # the control group's collectives are of host memory
+    plane = plane.cpu()  # the control group only supports host memory
     parts: list[torch.Tensor] | None = None
     flat = None
     if ranks.rank == 0:

@@ -1,7 +1,7 @@
-"""One rank's part of each parameter's state: its range, the boxes of that range, its tensors.
+"""One rank's part of each parameter's state, as plain tensors and for distributed checkpoints.
 
-A rank owns a range of a parameter's elements, in the order in which they lie in memory. Such a
-range is cut into N-d boxes, each of which is one contiguous run of elements:
+A rank owns a range of a parameter's elements in memory order. `torch.distributed.checkpoint` (DCP)
+needs N-d boxes, so the range is cut into boxes whose elements are contiguous in memory:
 
 shape (4, 5), range [3, 17)     . . . X X     box 1: row 0, columns 3 to 4
                                 X X X X X     box 2: rows 1 to 2
@@ -22,7 +22,7 @@ from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import in_memory_order, in_shape_of, with_own_storage
 from offload_adam.torch_private import ATEN_TO_COPY, make_wrapper_subclass
 
-if TYPE_CHECKING:  # its import takes seconds: methods that torch calls from there import it
+if TYPE_CHECKING:  # importing it takes seconds, so only the methods that DCP calls import it
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
     from torch.distributed.checkpoint.planner import WriteItem
 
@@ -47,7 +47,7 @@ class Box(NamedTuple):
 def boxes_of_range(shape: Sequence[int], start: int, end: int) -> list[Box]:
     """Cut elements [start, end) of a row-major tensor into boxes, in order.
 
-    There are at most 2 * ndim - 1, and each one's elements lie together in the flat tensor.
+    There are at most 2 * ndim - 1 boxes. The elements of each are contiguous in the flat tensor.
     """
     if start >= end:
         return []
@@ -73,7 +73,7 @@ def boxes_of_range(shape: Sequence[int], start: int, end: int) -> list[Box]:
 
 
 def _in_row(shape: Sequence[int], index: int, start: int, end: int) -> list[Box]:
-    """Cut a range within one slice along the first dimension."""
+    """Cut elements [start, end) of the slice `index` along the first dimension."""
     return [
         Box((index, *box.offsets), (1, *box.sizes)) for box in boxes_of_range(shape[1:], start, end)
     ]
@@ -83,19 +83,21 @@ def range_of_box(shape: Sequence[int], box: Box) -> tuple[int, int]:
     """Return the flat range [start, end) of a box.
 
     Raises:
-        ValueError: the box leaves the tensor, or its elements do not lie together.
+        ValueError: the box exceeds the tensor, or its elements are not contiguous.
     """
     if not len(shape) == len(box.offsets) == len(box.sizes):
-        raise ValueError(f"{box} has another number of dimensions than a tensor of {list(shape)}")
+        raise ValueError(
+            f"{box} and a tensor of {list(shape)} differ in their number of dimensions."
+        )
     start, stride, open_above = 0, 1, False
     for size, offset, extent in zip(
         reversed(shape), reversed(box.offsets), reversed(box.sizes), strict=True
     ):
         if offset < 0 or extent < 0 or offset + extent > size:
-            raise ValueError(f"{box} leaves a tensor of {list(shape)}")
-        # Once a dimension is not covered whole, all above it must be a single index.
+            raise ValueError(f"{box} exceeds a tensor of {list(shape)}.")
+        # If the box does not cover a dimension, it must have one index in all outer dimensions.
         if open_above and extent > 1:
-            raise ValueError(f"{box} is no contiguous part of a tensor of {list(shape)}")
+            raise ValueError(f"{box} is not a contiguous part of a tensor of {list(shape)}.")
         open_above = open_above or extent != size
         start += offset * stride
         stride *= size
@@ -103,18 +105,18 @@ def range_of_box(shape: Sequence[int], box: Box) -> tuple[int, int]:
 
 
 def logical_box(box: Box, order: Sequence[int]) -> Box:
-    """Return a box that counts in dimensions as they lie in memory in logical ones."""
+    """Return a box with its dimensions permuted from memory order to logical order."""
     inverse = inverse_order(order)
     return Box(tuple(box.offsets[i] for i in inverse), tuple(box.sizes[i] for i in inverse))
 
 
 def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Return a dense tensor's dimensions as they lie in memory, the outermost first."""
+    """Return a dense tensor's dimensions in memory order, the outermost first."""
     return tuple(sorted(range(tensor.dim()), key=lambda dim: (-tensor.stride()[dim], dim)))
 
 
 def inverse_order(order: Sequence[int]) -> list[int]:
-    """Return what permutes dimensions as they lie in memory back into logical ones."""
+    """Return the permutation from memory order back to logical order."""
     return [order.index(dim) for dim in range(len(order))]
 
 
@@ -129,13 +131,13 @@ def local_range(state: BucketState, position: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class ParameterShard:
-    """This rank's range of one parameter, in the order in which its elements lie in memory.
+    """This rank's range of one parameter and its state, in memory order.
 
-    bucket: the index of the bucket that it is in.
-    start, end: elements [start, end) of the parameter.
-    weight: (end - start,) view of the parameter itself, in its dtype, on its device.
-    planes: (end - start,) float32 views of the state by torch's keys.
-    step: 0-d view of its step count.
+    bucket: index of the parameter's bucket.
+    start, end: this rank owns elements [start, end).
+    weight: (end - start,) view of the parameter, in its dtype, on its device.
+    planes: (end - start,) float32 views of the state, by torch's keys.
+    step: 0-d view of the step count.
     """
 
     parameter: torch.nn.Parameter
@@ -174,9 +176,9 @@ def _shards_of_bucket(state: BucketState) -> Iterator[ParameterShard]:
 def local_state(state: BucketState, position: int) -> dict[str, torch.Tensor]:
     """Return torch's keys with views of this rank's state of one parameter.
 
-    With one rank every tensor has the parameter's shape and strides; with more it is the 1-d range
-    `local_range`, which may be empty. Each has a storage of its own over the shared memory, so that
-    saving it does not write a whole plane.
+    With one rank, every tensor has the parameter's shape and strides. With more, it is the 1-d
+    range `local_range`, which may be empty. Each tensor has its own storage over the shared memory,
+    because `torch.save` writes whole storages, here a whole plane.
     """
     entry = {"step": state.step_counts[position]}
     for key, plane in state.planes.named(own_master=state.own_master).items():
@@ -199,7 +201,7 @@ def _view(state: BucketState, position: int, plane: torch.Tensor) -> torch.Tenso
 
 
 def state_shard(state: BucketState, position: int, local: torch.Tensor) -> StateShard:
-    """Return a tensor of `local_state` as a part of the whole that knows its place."""
+    """Return a tensor of `local_state` as a `StateShard`."""
     parameter = state.parameters[position]
     start, _ = local_range(state, position)
     return StateShard(parameter.shape, memory_order(parameter), start, local)
@@ -208,16 +210,19 @@ def state_shard(state: BucketState, position: int, local: torch.Tensor) -> State
 def plan_load(
     state: BucketState, position: int, saved: Mapping[str, Any]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Check a saved state of one parameter, and return (target, source) of copies that load it.
+    """Check a saved state of one parameter, and return the copies that load it.
 
     Args:
         saved: the keys of `local_state`, with tensors of the parameter's whole shape (from any
-            world, or from torch's own Adam) or of this rank's ranges. What is missing is zero, as
-            torch makes moments at the first step; a missing master weight is left to follow the
-            parameter.
+            world size, or from torch's Adam) or of this rank's range. Missing moments are loaded as
+            zeros, since torch creates them at the first step. A missing master weight is not
+            loaded: it is copied from the parameter later.
+
+    Returns:
+        (target, source) pairs.
 
     Raises:
-        ValueError: naming the parameter, for a shape that is neither.
+        ValueError: a tensor has another shape; the message names the parameter.
     """
     copies = []
     for key, target in local_state(state, position).items():
@@ -235,27 +240,30 @@ def plan_load(
 
 
 def check_step_count(what: str, value: Any) -> None:
-    """Reject what is no count of updates.
+    """Check that a value is a number of updates: whole and at least 0.
+
+    Args:
+        what: name of the value, for the error message.
 
     Raises:
-        ValueError: saying what it is.
+        ValueError: it is not.
     """
     count = float(value)
     if not (count >= 0.0 and count.is_integer()):
-        raise ValueError(f"{what} is {count}, no count of updates")
+        raise ValueError(f"{what} must be a whole number of updates, not {count}")
 
 
 def _part_of(
     state: BucketState, position: int, what: str, value: torch.Tensor, target: torch.Tensor
 ) -> torch.Tensor:
-    """Return the part of a saved tensor that belongs into `target`."""
+    """Return the part of a saved tensor that `target` holds."""
     parameter = state.parameters[position]
     if isinstance(value, StateShard) and value.shape == parameter.shape:
         start, end = local_range(state, position)
         if not value.has_range_of(memory_order(parameter), start, end):
             raise ValueError(
-                f"the saved {what} is {value!r}, and this rank needs elements [{start}, {end}). "
-                "Load it through torch.distributed.checkpoint, or load a full_state_dict()"
+                f"The saved {what} is {value!r}, but this rank needs elements [{start}, {end}). "
+                "Load it through torch.distributed.checkpoint, or load a full_state_dict()."
             )
         return value.to_local()
     if (
@@ -270,23 +278,23 @@ def _part_of(
         return in_memory_order(whole.copy_(value))[start:end]
     if value.shape != target.shape:
         raise ValueError(
-            f"the saved {what} has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}"
+            f"The saved {what} has shape {tuple(value.shape)} instead of "
+            f"{tuple(parameter.shape)}. Load a state that was saved for this model."
         )
     return value
 
 
 class BoxSource(NamedTuple):
-    """A box of a tensor in its logical dimensions, and what returns its elements in that shape."""
+    """A box in logical dimensions, and a function that returns its elements as a tensor."""
 
     box: Box
     tensor: Callable[[], torch.Tensor]
 
 
 class BoxTensor(torch.Tensor):
-    """A tensor of which this process has some boxes: torch saves these, and loads into them.
+    """A tensor of which this process holds some boxes: DCP saves them and loads into them.
 
-    It has the whole tensor's shape and no elements of its own. Every operation on it raises an
-    error.
+    It has the shape of the whole tensor and no storage. Every operation on it raises an error.
 
     Source: the `_Checkpointable` protocol of `torch.distributed.checkpoint`.
     """
@@ -300,33 +308,33 @@ class BoxTensor(torch.Tensor):
         dtype: torch.dtype,
         sources: Iterable[BoxSource],
     ) -> BoxTensor:
-        """Make one of these boxes; where no process has any, torch would lose the tensor."""
+        """Construct it from boxes. At least one process must have one, or DCP loses the tensor."""
         tensor = make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype)
         assert isinstance(tensor, BoxTensor)
         tensor._sources = {source.box.offsets: source for source in sources}
         return tensor
 
     def _boxes(self) -> dict[tuple[int, ...], BoxSource]:
-        """Return what is here, by the offsets of each box."""
+        """Return this process's boxes by their offsets."""
         return self._sources
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's own has mangled names
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Raise an error: there is nothing to compute with."""
-        raise NotImplementedError(f"{cls.__name__} is for checkpoints only, and not for {func}")
+        """Raise an error, since there are no elements to compute with."""
+        raise NotImplementedError(f"{cls.__name__} only supports checkpoints, not {func}.")
 
     def __repr__(self) -> str:  # type: ignore[override]
-        """Show the shape and how many boxes are here."""
+        """Show the shape and the number of this process's boxes."""
         return f"{type(self).__name__}(shape={list(self.shape)}, boxes={len(self._boxes())})"
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        """Return what of the tensor is here."""
+        """Return the metadata of this process's boxes."""
         return [_chunk(source.box) for source in self._boxes().values()]
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
-        """Return one item for each box."""
+        """Return one DCP write item per box."""
         from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
         from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
@@ -341,7 +349,7 @@ class BoxTensor(torch.Tensor):
         ]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
-        """Return the elements of one box: to be written, or to be loaded into."""
+        """Return the elements of one box, which DCP writes or loads into."""
         assert index.offset is not None
         return self._boxes()[tuple(index.offset)].tensor()
 
@@ -359,7 +367,7 @@ def range_sources(
 
     Args:
         shape: of the whole tensor.
-        order: its dimensions as they lie in memory, the outermost first.
+        order: dimensions in memory order, the outermost first.
         start: index in memory order of the first element of `local`.
         local: (n,) elements [start, start + n).
     """
@@ -369,18 +377,18 @@ def range_sources(
         view = local[done : done + numel].view(box.sizes).permute(inverse_order(order))
         sources.append(BoxSource(logical_box(box, order), view.detach))
         done += numel
-    if shape.numel() == 0:  # DCP loses a tensor of which no rank has a box
+    if shape.numel() == 0:  # DCP drops a tensor without boxes on any rank
         none = Box((0,) * len(shape), tuple(shape))
         sources.append(BoxSource(none, local.view(shape).detach))
     return sources
 
 
 class StateShard(BoxTensor):
-    """A tensor of the parameter's shape of which this rank holds a flat range.
+    """A tensor of the parameter's shape, of which this rank holds a contiguous range of elements.
 
-    `torch.distributed.checkpoint` saves and loads it in any world. It can be copied, moved, cast,
-    compared and loaded; `to_local()` gives the elements themselves. It cannot be pickled, because
-    one rank's file would not hold the state of the others.
+    `torch.distributed.checkpoint` saves it and loads it with any world size. It can be copied,
+    moved, cast and compared, and `copy_` loads into it. `to_local()` returns this rank's elements.
+    It cannot be pickled, because one rank's file would lack the other ranks' state.
     """
 
     _order: tuple[int, ...]
@@ -391,13 +399,13 @@ class StateShard(BoxTensor):
     def __new__(
         cls, shape: Sequence[int], order: tuple[int, ...], start: int, local: torch.Tensor
     ) -> StateShard:
-        """Make one of a rank's range.
+        """Construct it from a rank's range.
 
         Args:
             shape: of the parameter.
-            order: its dimensions as they lie in memory, the outermost first.
+            order: dimensions in memory order, the outermost first.
             start: index in memory order of the first element of `local`.
-            local: (n,) elements [start, start + n); shared, not copied.
+            local: (n,) elements [start, start + n), not copied.
         """
         shard = make_wrapper_subclass(
             cls, torch.Size(shape), dtype=local.dtype, device=local.device
@@ -411,7 +419,7 @@ class StateShard(BoxTensor):
         return self._local
 
     def has_range_of(self, order: tuple[int, ...], start: int, end: int) -> bool:
-        """Tell whether it holds exactly elements [start, end) in this memory order."""
+        """Return whether it holds exactly elements [start, end) in this memory order."""
         own = (self._start, self._start + self._local.numel())
         return self._order == order and own == (start, end)
 
@@ -421,25 +429,25 @@ class StateShard(BoxTensor):
         return copied
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Never:
-        """Reject to be pickled, as `torch.save` does.
+        """Reject pickling, as by `torch.save`.
 
         Raises:
-            TypeError: naming what saves the state of every rank.
+            TypeError: always; the message names the ways to save the state of all ranks.
         """
         raise TypeError(
-            f"state_dict() holds {self._range()} on this rank only, so that its file would lose "
-            "the state of the other ranks. Call full_state_dict() on every rank and save what rank "
-            "0 gets, or use offload_adam.save_checkpoint or torch.distributed.checkpoint; for a "
-            "file for each rank, save local_state_dict()"
+            f"state_dict() holds only {self._range()} on this rank, so a file of it would lack the "
+            "state of the other ranks. Call full_state_dict() on every rank and save the result of "
+            "rank 0, or use offload_adam.save_checkpoint or torch.distributed.checkpoint. To write "
+            "one file per rank, save local_state_dict()."
         )
 
     def __repr__(self) -> str:  # type: ignore[override]
-        """Show the shape, and the range that is here."""
+        """Show the shape and this rank's range."""
         return f"StateShard({self._range()}, shape={list(self.shape)})"
 
     def _boxes(self) -> dict[tuple[int, ...], BoxSource]:
-        # Made when asked for: dcp.async_save copies a tensor by its attributes, and would keep
-        # boxes that are views of the optimizer's memory.
+        # Not cached: dcp.async_save copies the tensor's attributes, and cached boxes would still be
+        # views of the optimizer's memory, which the next step modifies.
         sources = range_sources(self.shape, self._order, self._start, self._local)
         return {source.box.offsets: source for source in sources}
 
@@ -451,7 +459,7 @@ class StateShard(BoxTensor):
         return StateShard(self.shape, self._order, self._start, local)
 
     def _local_part(self, value: torch.Tensor) -> torch.Tensor | None:
-        """Return the elements of another tensor that lie where this rank's do, None if not here."""
+        """Return another tensor's elements of this rank's range, None if it does not have them."""
         end = self._start + self._local.numel()
         if isinstance(value, StateShard):
             fits = value.shape == self.shape and value.has_range_of(self._order, self._start, end)
@@ -469,7 +477,8 @@ class StateShard(BoxTensor):
         first = args[0] if args else None
         if isinstance(first, StateShard):
             if func in _LIKE_ITSELF:
-                kwargs.pop("memory_format", None)  # one of the whole shape, and this is 1-d
+                # It is a format for the whole shape, but the local tensor is 1-d.
+                kwargs.pop("memory_format", None)
                 return first._with(func(first._local, *args[1:], **kwargs))
             if func is _aten.new_empty.default and tuple(args[1]) == first.shape:
                 return first._with(func(first._local, first._local.shape, **kwargs))
@@ -479,6 +488,6 @@ class StateShard(BoxTensor):
                     result = func(first._local, part, *args[2:], **kwargs)
                     return first if func is _aten.copy_.default else result
         raise NotImplementedError(
-            f"{func} cannot be computed from {first!r}. Use to_local() for the elements of this "
-            "rank, or the optimizer's full_state_dict() for whole tensors"
+            f"{func} is not supported for {first!r}. Use to_local() for the elements of this rank, "
+            "or the optimizer's full_state_dict() for whole tensors."
         )

@@ -56,7 +56,7 @@ def test_amsgrad_and_an_unnamed_reduction_are_refused_before_anything_is_allocat
             assert outcomes[position].error == "ValueError"
             assert outcomes[position].message.startswith(AMSGRAD)
         assert outcomes[3].error == "ValueError"
-        assert "no module=, gradient_reduction must be given" in outcomes[3].message
+        assert "gradient_reduction must be given with more than one rank" in outcomes[3].message
 
 
 def reject_without_group(rank: int, world_size: int) -> list[Outcome]:

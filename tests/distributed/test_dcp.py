@@ -63,5 +63,5 @@ def test_torch_alone_reads_it(ranks: RankPool, tmp_path: Path) -> None:
 def test_a_box_tensor_is_for_checkpoints_only() -> None:
     tensor = BoxTensor((2, 3), torch.float32, [])
     assert repr(tensor) == "BoxTensor(shape=[2, 3], boxes=0)"
-    with pytest.raises(NotImplementedError, match="for checkpoints only"):
+    with pytest.raises(NotImplementedError, match="only supports checkpoints"):
         _ = tensor + 1

@@ -1,9 +1,10 @@
-"""Every mistake in the arguments has an error that names it, before anything is touched."""
+"""Wrong arguments raise an error that names them, before anything is modified."""
 
 from __future__ import annotations
 
 import errno
 import json
+import linecache
 import math
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from offload_adam import Adam, FailurePolicy, OffloadAdam, OffloadPolicy
+from offload_adam import Adam, FailurePolicy, OffloadAdam, OffloadAdamW, OffloadPolicy
 from offload_adam.errors import HostMemoryError
 
 
@@ -51,7 +52,7 @@ from offload_adam.errors import HostMemoryError
         (
             {"module": torch.nn.Linear(2, 2)},
             ValueError,
-            "module= is a Linear that holds none of the parameters",
+            "module= is a Linear that has none of the parameters",
         ),
         ({"process_group": 5}, TypeError, "process_group must be .* not 5"),
         ({"overlap": 1}, TypeError, "overlap must be a bool or None, not 1"),
@@ -66,6 +67,25 @@ def test_options_are_checked(options: dict[str, Any], error: type[Exception], wo
     assert parameter.data_ptr() == address
 
 
+class Subclassed(OffloadAdamW):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [OffloadAdam, OffloadAdamW, Adam])
+def test_a_warning_points_at_the_users_line(kind: Any) -> None:
+    with pytest.warns(UserWarning, match="has no effect") as caught:
+        kind([torch.nn.Parameter(torch.ones(3))], offload=OffloadPolicy(offload_fraction=0.5))
+    assert [warning.filename for warning in caught] == [__file__]
+    assert "kind(" in linecache.getline(__file__, caught[0].lineno)
+
+
+def test_a_warning_of_a_subclass_points_into_the_users_class() -> None:
+    with pytest.warns(UserWarning, match="has no effect") as caught:
+        Subclassed([torch.nn.Parameter(torch.ones(3))], offload=OffloadPolicy(offload_fraction=0.5))
+    assert "super()" in linecache.getline(caught[0].filename, caught[0].lineno)
+
+
 def test_parameters_are_checked_by_name() -> None:
     def refuse(tensor: torch.Tensor, error: type[Exception], words: str) -> None:
         with pytest.raises(error, match=words):
@@ -78,14 +98,14 @@ def test_parameters_are_checked_by_name() -> None:
     refuse(torch.eye(3).to_sparse(), ValueError, "'p' is torch.sparse_coo")
     with torch.inference_mode():
         made_there = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match="'p' was made in inference mode"):
+    with pytest.raises(ValueError, match="'p' was created in inference mode"):
         OffloadAdam([("p", made_there)])
     partitioned = torch.nn.Parameter(torch.ones(2))
     partitioned.ds_id = 0  # type: ignore[attr-defined]
-    with pytest.raises(TypeError, match="'p' belongs to DeepSpeed ZeRO-3: each rank holds another"):
+    with pytest.raises(TypeError, match="'p' belongs to DeepSpeed ZeRO-3, where each rank"):
         OffloadAdam([("p", partitioned)])
     lazy = torch.nn.LazyLinear(3)
-    with pytest.raises(ValueError, match="'weight' is not initialised yet: run a forward"):
+    with pytest.raises(ValueError, match=r"'weight' is not initialised yet\. Run a forward"):
         OffloadAdam(lazy.named_parameters())
     lazy(torch.ones(1, 2))
     OffloadAdam(lazy.named_parameters())
@@ -97,7 +117,7 @@ def test_parameters_are_checked_by_name() -> None:
 
 def test_names_come_from_the_module_or_the_position() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2).double())
-    with pytest.raises(ValueError, match=r"parameter '0.weight'"):
+    with pytest.raises(ValueError, match=r"Parameter '0.weight'"):
         OffloadAdam(model.parameters(), module=model)
     with pytest.raises(ValueError, match=r"\"param_groups\[0\]\['params'\]\[0\]\""):
         OffloadAdam(model.parameters())
@@ -147,10 +167,10 @@ def test_a_parameter_has_one_optimizer_at_a_time() -> None:
     shared = torch.nn.Parameter(torch.ones(3))
     first = OffloadAdam([("shared", shared)], lr=0.1)
     for make in (OffloadAdam, Adam):
-        with pytest.raises(ValueError, match=r"'q' is trained by another optimizer .* close\(\)"):
+        with pytest.raises(ValueError, match=r"'q' is already trained .*Call close\(\)"):
             make([("p", torch.nn.Parameter(torch.ones(3))), ("q", shared)])
     other = OffloadAdam([("other", torch.nn.Parameter(torch.ones(3)))])
-    with pytest.raises(ValueError, match="'q' is trained by another"):
+    with pytest.raises(ValueError, match="'q' is already trained by another"):
         other.add_param_group({"params": [("q", shared)]})
     shared.grad = torch.ones(3)
     first.step()

@@ -99,7 +99,7 @@ def test_a_tensor_that_is_changed_in_place_is_checked_again() -> None:
 def test_a_hyperparameter_that_is_missing_is_named() -> None:
     optimizer = made()
     edit = lambda: optimizer.param_groups[1].pop("eps")  # noqa: E731
-    refuse(optimizer, edit, ValueError, r"param_groups\[1\] has no 'eps'")
+    refuse(optimizer, edit, ValueError, r"param_groups\[1\] has lost its key 'eps'")
 
 
 @pytest.mark.parametrize("bad", [-1.0, 0, math.nan, "1", True])
@@ -127,22 +127,22 @@ def test_parameters_that_come_or_go_are_refused_by_name() -> None:
     other = parameter()
     edited(
         lambda groups: groups[0]["params"].append(other),
-        r"\['params'\]\[2\] was put there .* add_param_group\(\)",
+        r"\['params'\]\[2\] was added after .* add_param_group\(\)",
     )
-    edited(lambda groups: groups[0]["params"].pop(), "'b' was taken out of param_groups.0.")
+    edited(lambda groups: groups[0]["params"].pop(), "'b' was removed from param_groups.0.")
     edited(
         # An equal scalar in its place is another parameter all the same.
         lambda groups: groups[1].update(
             params=[torch.nn.Parameter(groups[1]["params"][0].clone())]
         ),
-        r"param_groups\[1\]\['params'\]\[0\] was put there",
+        r"param_groups\[1\]\['params'\]\[0\] was added after",
     )
     edited(
         lambda groups: groups[1]["params"].append(groups[0]["params"].pop(0)),
         r"'a' was moved from param_groups\[0\] to param_groups\[1\]\['params'\]\[1\]",
     )
-    edited(lambda groups: groups[1].pop("params"), r"param_groups\[1\] has no 'params'")
-    edited(lambda groups: groups.pop(), "there are 1 parameter groups, .* state for 2")
+    edited(lambda groups: groups[1].pop("params"), r"param_groups\[1\] has lost its key 'params'")
+    edited(lambda groups: groups.pop(), "There are 1 parameter groups, .* state for 2")
     edited(lambda groups: groups.append({**groups[0], "params": [other]}), "add_param_group")
     edited(lambda groups: groups.reverse(), "'c' was moved from")
 
@@ -153,13 +153,13 @@ def test_an_equal_scalar_is_another_parameter() -> None:
     scalar.grad = torch.ones(())
     same = torch.nn.Parameter(torch.ones(()))
     edit = lambda: optimizer.param_groups[0].update(params=[same])  # noqa: E731
-    refuse(optimizer, edit, ValueError, "was put there after the optimizer had been made")
+    refuse(optimizer, edit, ValueError, "was added after the optimizer was constructed")
 
 
 def test_an_edit_is_refused_before_a_further_group_is_taken_in() -> None:
     optimizer = made()
     optimizer.param_groups[0]["params"].append(parameter())
-    with pytest.raises(ValueError, match="was put there after"):
+    with pytest.raises(ValueError, match="was added after"):
         optimizer.add_param_group({"params": [("d", parameter())]})
     assert len(optimizer.param_groups) == 2
     optimizer.param_groups[0]["params"].pop()
@@ -217,14 +217,15 @@ def test_another_order_of_a_group_is_no_edit() -> None:
 def test_options_that_lay_out_the_state_stay(optimizer_type: Any, key: str) -> None:
     optimizer = made(optimizer_type)
     edit = lambda: optimizer.param_groups[1].update({key: True})  # noqa: E731
-    refuse(optimizer, edit, ValueError, rf"param_groups\[1\]\['{key}'\] is True, .* {key}=True")
+    words = rf"param_groups\[1\]\['{key}'\] was changed to True, .* {key}=True"
+    refuse(optimizer, edit, ValueError, words)
 
 
 def test_a_loaded_centralization_must_be_the_same() -> None:
     optimizer = made(Adam)
     saved = optimizer.full_state_dict()
     saved["param_groups"][1]["grad_centralization"] = True
-    with pytest.raises(ValueError, match="group 1 was saved with grad_centralization=True"):
+    with pytest.raises(ValueError, match="Group 1 was saved with grad_centralization=True"):
         optimizer.load_state_dict(saved)
     optimizer.step()
 

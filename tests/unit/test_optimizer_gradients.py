@@ -335,5 +335,5 @@ def test_a_parameter_that_was_sharded_after_construction_is_named() -> None:
     optimizer = OffloadAdam([("weight", parameter)])
     parameter.data = torch.ones(2)
     parameter.grad = torch.ones(2)
-    with pytest.raises(ValueError, match="'weight' has 2 elements, and had 4 when the optimizer"):
+    with pytest.raises(ValueError, match="'weight' has 2 elements, but had 4 when the optimizer"):
         optimizer.step()

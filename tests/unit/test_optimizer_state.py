@@ -128,7 +128,9 @@ def test_what_does_not_fit_is_refused_and_nothing_changes() -> None:
     good = copy.deepcopy(optimizer.state_dict())
     broken = copy.deepcopy(good)
     broken["state"][3]["exp_avg"] = torch.zeros(7)
-    with pytest.raises(ValueError, match=r"exp_avg of parameter .*shape \(7,\), expected \(140,\)"):
+    with pytest.raises(
+        ValueError, match=r"exp_avg of parameter .*shape \(7,\) instead of \(140,\)"
+    ):
         optimizer.load_state_dict(broken)
     other_world = copy.deepcopy(good)
     other_world["offload_adam"] = {"world_size": 4, "rank": 1}
@@ -136,7 +138,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes() -> None:
         optimizer.load_state_dict(other_world)
     fewer = copy.deepcopy(good)
     fewer["param_groups"][0]["params"] = [0, 1]
-    with pytest.raises(ValueError, match=r"\[2\] parameters, this optimizer of \[4\]"):
+    with pytest.raises(ValueError, match=r"\[2\] parameters, but .* groups of \[4\]"):
         optimizer.load_state_dict(fewer)
     amsgrad = copy.deepcopy(good)
     amsgrad["param_groups"][0]["amsgrad"] = True
@@ -186,7 +188,7 @@ def test_another_optimizers_state_is_refused(make: Any, words: str) -> None:
     train(optimizer, range(1))
     before = bits(optimizer)
     saved = trained_state(make)
-    with pytest.raises(ValueError, match=f"{words}.*another optimizer's"):
+    with pytest.raises(ValueError, match=f"{words}.*saved by Adam, AdamW"):
         optimizer.load_state_dict(saved)
     saved["param_groups"][0] |= optimizer.state_dict()["param_groups"][0]
     if set(saved["state"][0]) != {"step", "exp_avg", "exp_avg_sq"}:
@@ -202,7 +204,8 @@ def test_a_step_that_is_no_count_is_refused(count: float) -> None:
     before = bits(optimizer)
     saved = copy.deepcopy(optimizer.full_state_dict())
     saved["state"][1]["step"] = torch.tensor(count)
-    with pytest.raises(ValueError, match=f"step of parameter 1 is {count}, no count of updates"):
+    words = f"step of parameter 1 must be a whole number of updates, not {count}"
+    with pytest.raises(ValueError, match=words):
         optimizer.load_state_dict(saved)
     assert bits(optimizer) == before
 
@@ -317,7 +320,7 @@ def test_an_entry_that_lost_a_key_is_refused() -> None:
     train(optimizer, range(1))
     del optimizer.state[optimizer.param_groups[0]["params"][0]]["exp_avg"]
     for use in (optimizer.state_dict, optimizer.full_state_dict, optimizer.step):
-        with pytest.raises(ValueError, match=r"optimizer\.state has lost 'exp_avg'"):
+        with pytest.raises(ValueError, match=r"optimizer\.state has lost its key .exp_avg."):
             use()
 
 

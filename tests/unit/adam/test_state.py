@@ -166,7 +166,7 @@ def test_a_decoupled_decay_is_refused() -> None:
     parameter.grad = torch.ones(3)
     theirs.step()
     ours = Adam([torch.nn.Parameter(torch.ones(3))])
-    with pytest.raises(ValueError, match="decoupled_weight_decay=True is not part"):
+    with pytest.raises(ValueError, match="decoupled_weight_decay=True is not supported by Adam"):
         ours.load_state_dict(theirs.state_dict())
     assert ours.global_step == 0
 

@@ -178,7 +178,7 @@ def test_a_group_is_added_later() -> None:
     optimizer((torch.ones(3),))
     with pytest.raises(KeyError, match="betas"):
         optimizer.add_param_group({"params": [later], "betas": (0.9, 0.9)})
-    with pytest.raises(ValueError, match="equal length"):
+    with pytest.raises(ValueError, match="different lengths"):
         optimizer.add_param_group({"params": [later], "lr": [0.1]})
     optimizer.add_param_group({"params": [later], "weight_decay": 0.5})
     assert len(optimizer.parameters) == 2
