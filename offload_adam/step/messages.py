@@ -172,7 +172,7 @@ class UpdateInputs:
 
 
 _SAME_SETTINGS = (
-    ". Set the same on every rank: run the same schedule, and make the same edits of param_groups "
+    "Set the same on every rank: run the same schedule, and make the same edits of param_groups "
     "and calls of clip_grad_norm_. Where ranks use different parameters, clip with max_grad_norm "
     "or optimizer.clip_grad_norm_(); take norms of streamed gradients on all ranks"
 )
