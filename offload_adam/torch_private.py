@@ -1,18 +1,19 @@
 """Every private or undocumented name of torch that this package uses.
 
 When a torch release breaks something, look here first. Each name is bound once, at import, so that
-hooks pay for no look-up. `check` rejects a torch without one of them when an optimizer is
-constructed. All were tested with torch 2.13; comments name other versions where they matter.
+hooks need no attribute look-up. If torch lacks one of them, `check` raises an error when an
+optimizer is constructed. All were tested with torch 2.13; comments name other versions where they
+matter.
 
 Some private names cannot be called through this file, because torch itself looks for them:
 
-    where                              name                         missing: what happens
-    sharded_optimizer/optimizer.py     `_step_supports_amp_scaling` GradScaler unscales by itself
+    where                              name                         if torch ignores the name
+    sharded_optimizer/optimizer.py     `_step_supports_amp_scaling` GradScaler unscales gradients
     state/state_shard.py               `__create_write_items__`     torch.distributed.checkpoint
                                        `__create_chunk_list__`      rejects the tensor
                                        `__get_tensor_shard__`
-    step/forward_waits.py            `_version`, in a list of     nothing: the entry has no
-                                       attributes to ignore         effect
+    step/forward_waits.py              `_version`, in a list of     no effect
+                                       attributes to ignore
 
 tests/unit/test_torch_private.py checks these, how each name behaves, and that no other file of the
 package uses a private name.
@@ -44,12 +45,12 @@ def check() -> None:
     if _missing:
         raise RuntimeError(
             f"torch {torch.__version__} lacks {', '.join(_missing)}, which offload_adam needs. "
-            "Install torch 2.13, with which this version was tested"
+            "Install torch 2.13, with which this version was tested."
         )
 
 
 def _find(module: str, path: str) -> Any:
-    """Return an object of torch; if there is none, note this for `check` and return a stub."""
+    """Return an object of torch. If torch lacks it, note this for `check` and return a stub."""
     try:
         return attrgetter(path)(importlib.import_module(module))
     except (ImportError, AttributeError):
@@ -61,18 +62,25 @@ def _raise_missing(*_: Any, **__: Any) -> Any:
     check()
 
 
-# --- Autograd. Without these, constructing an optimizer raises an error.
+# --- Autograd. Without these, constructing an optimizer raises an error. torch has no public way to
+# find out inside a hook which backward is running, or to run code at the end of a backward.
 
 NO_GRAPH_TASK = -1
 """What `current_graph_task` returns outside of a backward."""
 
 current_graph_task: Callable[[], int] = _find("torch", "_C._current_graph_task_id")
-"""Return the number of the backward that this thread runs; nested backwards have their own."""
+"""Return the number of the backward that this thread runs. A nested backward has another number.
+
+Used to detect in a gradient hook that a new backward began.
+"""
 
 queue_backward_callback: Callable[[Callable[[], None]], None] = _find(
     "torch.autograd", "Variable._execution_engine.queue_callback"
 )
-"""Call a function at the end of the running backward. Raises an error outside of a backward."""
+"""Call a function at the end of the running backward. Raises an error outside of a backward.
+
+Used to detect the end of a backward.
+"""
 
 current_autograd_node: Callable[[], torch.autograd.graph.Node | None] = _find(
     "torch", "_C._current_autograd_node"
@@ -83,7 +91,7 @@ current_autograd_node: Callable[[], torch.autograd.graph.Node | None] = _find(
 def is_accumulating_gradient() -> bool:
     """Return whether the current operation is autograd's own addition to `.grad`."""
     node = current_autograd_node()
-    # If this node is renamed, a second backward over a stand-in raises StreamedGradientError.
+    # If torch renames this node, a second backward over a stand-in raises StreamedGradientError.
     return node is not None and node.name() == "torch::autograd::AccumulateGrad"
 
 
@@ -91,38 +99,46 @@ def is_accumulating_gradient() -> bool:
 
 # An attrgetter costs no more than the attribute itself.
 version_of: Callable[[torch.Tensor], int] = attrgetter("_version")
-"""Return how often a tensor's memory was written in-place."""
+"""Return how often a tensor was modified in place. Used to detect edits by users; not public."""
 
 base_of: Callable[[torch.Tensor], torch.Tensor | None] = attrgetter("_base")
-"""Return the tensor of which this one is a view, None if it is not a view."""
+"""Return the tensor of which this one is a view, None if it is not a view. Not public."""
 
-# The public `indices()` and `values()` raise an error on a tensor that is not coalesced.
+# For sparse gradients. The public `indices()` and `values()` raise an error on a tensor that is not
+# coalesced.
 coo_indices: Callable[[torch.Tensor], torch.Tensor] = _find("torch", "Tensor._indices")
 coo_values: Callable[[torch.Tensor], torch.Tensor] = _find("torch", "Tensor._values")
 
 make_wrapper_subclass: Callable[..., Any] = _find("torch", "Tensor._make_wrapper_subclass")
-"""Return a tensor of a subclass that has a shape and no memory."""
+"""Return a tensor of a subclass that has a shape and no memory.
+
+Used for `.grad` while gradients are streamed, and for shards in checkpoints. A public meta tensor
+has the wrong device.
+"""
 
 no_torch_function: Any = _find("torch", "_C._disabled_torch_function_impl")
 """The `__torch_function__` of a subclass whose operations return plain tensors."""
 
-# torch.load(weights_only=True) accepts this function by its name.
+# A saved file names this function, and torch.load(weights_only=True) accepts only such names.
 rebuild_tensor: Callable[..., torch.Tensor] = _find("torch._utils", "_rebuild_tensor_v2")
 
 is_lazy: Callable[[object], bool] = _find("torch.nn.parameter", "is_lazy")
-"""Return whether a parameter or buffer has no shape before the first forward."""
-
+"""Return whether a parameter or buffer has no shape yet, before the first forward."""
 
 # --- Operators. Without these, constructing an optimizer raises an error.
 
 foreach_copy: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], None] = _find(
     "torch", "_foreach_copy_"
 )
-"""Copy the second tensors into the first ones, on a GPU in few kernels."""
+"""Copy the second tensors into the first ones. On a GPU it takes a few kernels for all of them;
+the public `Tensor.copy_` takes one kernel for each.
+"""
 
-# For the benchmark alone.
+# Used by the benchmark only.
 fused_adamw: Callable[..., None] = _find("torch", "_fused_adamw_")
 
+# A `__torch_dispatch__` sees these operators, which casts and gradient clipping call. The stand-ins
+# for streamed gradients handle them.
 ATEN_TO_COPY: Any = _find("torch", "ops.aten._to_copy.default")
 ATEN_FOREACH_NORM: Any = _find("torch", "ops.aten._foreach_norm.Scalar")
 ATEN_FOREACH_MUL: tuple[Any, ...] = (
@@ -144,16 +160,19 @@ norm_base: type[nn.Module] = _find("torch.nn.modules.batchnorm", "_NormBase")
 registered_parameters: Callable[[nn.Module], dict[str, nn.Parameter | None]] = attrgetter(
     "_parameters"
 )
-"""Return a module's own dict of its own parameters, which `setattr` on the module changes."""
+"""Return the dict in which a module registers its own parameters, without those of submodules.
+
+Used in every step to detect a replaced parameter; `named_parameters` would walk all submodules.
+"""
 
 
 def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
-    """Return what calling a module runs after `module.compile()`, None if it is not compiled."""
+    """Return the function that runs a module after `module.compile()`, None if not compiled."""
     return module._compiled_call_impl
 
 
 def set_compiled_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
-    """Set what calling a module runs."""
+    """Replace the function that runs a compiled module."""
     module._compiled_call_impl = call
 
 
@@ -168,7 +187,7 @@ _global_step_post_hooks: dict[int, Any] = _find(
 
 
 def has_step_post_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether functions are registered to run after `step()` of this optimizer or of all."""
+    """Return whether post-step hooks are registered, on this optimizer or globally."""
     return bool(optimizer._optimizer_step_post_hooks or _global_step_post_hooks)
 
 
@@ -185,7 +204,7 @@ def load_state_dict_post_hooks(optimizer: torch.optim.Optimizer) -> Iterable[Cal
 def found_inf_flags(
     scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer
 ) -> Iterable[torch.Tensor]:
-    """Return the flags by which the scaler's `update()` decides, one for each device."""
+    """Return the flags, one for each device, from which the scaler's `update()` sets the scale."""
     return scaler._found_inf_per_device(optimizer).values()
 
 
@@ -195,7 +214,7 @@ def _note_missing_attributes() -> None:
     _find("torch", "Tensor._base")
     _find("torch.nn", "Module._compiled_call_impl")
     _find("torch.amp", "GradScaler._found_inf_per_device")
-    # Their constructors set these: the class has an annotation only.
+    # Constructors set these attributes, so the class has only their annotations.
     for owner, name in (
         (nn.Module, "_parameters"),
         (torch.optim.Optimizer, "_optimizer_step_post_hooks"),
@@ -213,14 +232,15 @@ PARTITIONER_MARKS: Mapping[str, str] = {
     "_is_flat_param": "FSDP1 (FullyShardedDataParallel)",
     "ds_id": "DeepSpeed ZeRO-3",
 }
-"""The attribute by which each of these marks plain tensors that differ from rank to rank.
+"""The attribute by which each library marks plain tensors that hold another part on each rank.
 
-If one is renamed, such parameters are accepted, and rank 0's part overwrites those of the others.
+Used to reject such parameters. If a library renames its attribute, its parameters are accepted, and
+rank 0's part overwrites the parts of all other ranks.
 """
 
 
 def cuda_runtime_functions() -> Any:
-    """Return the part of CUDA's runtime that torch binds, which has no documented list.
+    """Return the functions of CUDA's runtime that torch binds; torch does not document which.
 
     Used: cudaHostRegister, cudaHostUnregister, cudaError, cudaGetErrorString. If one is missing,
     pinning raises an AttributeError.
@@ -241,7 +261,7 @@ def profiler_is_on() -> bool:
 
 # --- Process groups and stores. Without these, constructing an optimizer raises an error.
 
-# Tested with torch 2.11 to 2.13: `*_single` replaces `*_tensor` from 2.13 on, 2.11 has the latter.
+# torch 2.13 renamed `*_tensor` to `*_single`; tested with 2.11 to 2.13.
 reduce_scatter: Callable[..., Any] = (
     getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 )
@@ -252,7 +272,10 @@ all_gather: Callable[..., Any] = (
 _C10D = "torch.distributed.distributed_c10d"
 
 default_store: Callable[[], dist.Store] = _find(_C10D, "_get_default_store")
-"""Return the store of the default group; raises an error if there is no such group."""
+"""Return the store of the default group; raise an error if there is no such group.
+
+The public `init_process_group(init_method=...)` creates the store and does not return it.
+"""
 
 _new_process_group: Callable[..., Any] = _find(_C10D, "_new_process_group_helper")
 _group_ranks: Any = _find(_C10D, "_world.pg_group_ranks")
@@ -263,11 +286,14 @@ _find("torch.distributed", "ProcessGroup.bound_device_id")
 def connect_to_default_store(timeout: timedelta) -> dist.Store:
     """Return a new connection to the default group's store.
 
-    A store's client that waits keeps every other thread waiting, so each thread needs its own.
+    Args:
+        timeout: of each call on the connection.
 
     Raises:
         AttributeError, NotImplementedError, RuntimeError: this kind of store has no `clone`.
     """
+    # While one thread waits in a store's client, other threads cannot use the client. So each
+    # thread needs its own.
     store: Any = default_store()
     connection: dist.Store = store.clone()
     connection.set_timeout(timeout)
@@ -275,10 +301,9 @@ def connect_to_default_store(timeout: timedelta) -> dist.Store:
 
 
 def store_without_prefixes(store: dist.Store) -> dist.Store:
-    """Return the store under all prefixes; a torch without this attribute uses `store` itself.
-
-    A torch without it lets torchrun restart a run that stopped with a final error.
-    """
+    """Return the store under all prefixes."""
+    # With a torch that lacks this attribute, keys are under the prefixes of one attempt. torchrun
+    # then restarts a run that stopped with a final error.
     found: dist.Store = getattr(store, "_underlying_non_prefix_store", store)
     return found
 
@@ -286,12 +311,14 @@ def store_without_prefixes(store: dist.Store) -> dist.Store:
 def open_group(
     name: str, ranks: Sequence[int], rank: int, backend: str, timeout: timedelta
 ) -> dist.ProcessGroup:
-    """Open a process group under a name that has never been used. Collective for `ranks` alone.
+    """Open a process group. Collective for `ranks` only, unlike the public `dist.new_group`.
 
     Args:
+        name: never used before.
         ranks: global ranks of its members, in the group's order.
-        rank: this process's place among them.
-        backend: "gloo", or "nccl", whose kernels get a stream of high priority.
+        rank: this process's rank in the group.
+        backend: "gloo", or "nccl", whose kernels get a high-priority stream.
+        timeout: of every collective.
     """
     options = _nccl_options(timeout) if backend == "nccl" else None
     with _unbound_default_group():
@@ -306,14 +333,15 @@ def open_group(
             timeout=timeout,
         )
     assert isinstance(group, dist.ProcessGroup)
+    # `dist.broadcast` and others look up here which rank of the group a global rank is.
     _group_ranks[group] = {member: place for place, member in enumerate(ranks)}
     return group
 
 
 def _nccl_options(timeout: timedelta) -> Any:
-    """Return options for collectives that run beside the kernels of a forward or backward.
+    """Return options for collectives that overlap with the kernels of a forward or backward.
 
-    A stream of high priority starts them before the kernels that wait, as FSDP2's streams do.
+    As in FSDP2, a high-priority stream starts them before kernels that are queued already.
     """
     # Looked up late: a torch without NCCL has no such class.
     options: Any = dist.distributed_c10d.ProcessGroupNCCL.Options(is_high_priority_stream=True)
@@ -323,12 +351,10 @@ def _nccl_options(timeout: timedelta) -> Any:
 
 @contextmanager
 def _unbound_default_group() -> Iterator[None]:
-    """Let no NCCL group in the body be split from the default group.
-
-    With `init_process_group(device_id=...)`, torch splits the communicator of a new group from that
-    of the default group. A split is a collective over all ranks, so it hangs unless every rank
-    opens a group. Without a bound device, the members make their communicator alone.
-    """
+    """Create NCCL groups in the body without splitting the default group's communicator."""
+    # With `init_process_group(device_id=...)`, torch splits a new group's communicator from that of
+    # the default group. A split is a collective over all ranks, so it hangs unless every rank opens
+    # a group. Without a bound device, only the members create the communicator.
     default: Any = dist.group.WORLD
     device = default.bound_device_id
     default.bound_device_id = None
@@ -339,9 +365,10 @@ def _unbound_default_group() -> Iterator[None]:
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:
-    """Return the timeout that the user gave a group; torch's default if the group has no backend.
+    """Return the timeout that the user set for a group, 30 minutes if the group has no backend.
 
-    If `_timeout` is missing, constructing an optimizer with several ranks raises an AttributeError.
+    torch has a public way to set it, and none to read it. If `_timeout` is missing, constructing an
+    optimizer with several ranks raises an AttributeError.
     """
     for device_type in ("cpu", "cuda"):
         try:
@@ -349,11 +376,11 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta:
         except RuntimeError:
             continue
         return timedelta(seconds=options._timeout.total_seconds())
-    return timedelta(minutes=30)
+    return timedelta(minutes=30)  # torch's default
 
 
 def abort_collectives(group: dist.ProcessGroup, device_type: str) -> None:
-    """End a group's collectives on a device. Without `abort`, the group's timeout ends them."""
+    """Abort a group's collectives on a device. If torch lacks `abort`, they time out."""
     with suppress(AttributeError, RuntimeError):
         backend: Any = group._get_backend(torch.device(device_type))
         backend.abort()

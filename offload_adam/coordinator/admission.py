@@ -1,4 +1,4 @@
-"""Errors and settings that concern all ranks: every rank goes on, or every rank raises."""
+"""Checks across ranks: if one rank fails or has different settings, every rank raises an error."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def raise_on_all_ranks(ranks: RankGroup, phase: str) -> Iterator[None]:
     becomes a `PeerError` that quotes it elsewhere.
 
     Args:
-        phase: what the body does, for the error message.
+        phase: describes the body in the error message, such as "construction".
     """
     if ranks.world_size == 1:
         yield
@@ -53,7 +53,8 @@ def raise_on_all_ranks(ranks: RankGroup, phase: str) -> Iterator[None]:
         messages = gather_texts(ranks, message)
     except PeerFailedError as peer_error:
         if failure is not None:
-            raise failure from peer_error  # the peer may have failed because of it
+            # This rank's own error may have ended the peer, so it is the one to report.
+            raise failure from peer_error
         raise
     failed = [rank for rank, text in enumerate(messages) if text]
     if not failed:
@@ -61,22 +62,22 @@ def raise_on_all_ranks(ranks: RankGroup, phase: str) -> Iterator[None]:
     kind_name, _, problem = messages[failed[0]].partition(": ")
     kind = _SHARED_ERRORS.get(kind_name)
     if failure is not None and (kind is None or len(set(messages)) == 1):
-        raise failure
-    text = f"rank(s) {ranks.at(failed)} failed in {phase}: "
+        raise failure  # with its own traceback
+    text = f"Rank(s) {ranks.at(failed)} failed in {phase}: "
     raise (PeerError(text + messages[failed[0]]) if kind is None else kind(text + problem)) from (
         failure
     )
 
 
 def require_same(ranks: RankGroup, what: str, fields: Sequence[Field], *, remedy: str = "") -> None:
-    """Raise an error on every rank if any rank has another value in a field. Collective.
+    """Raise an error on every rank if the value of a field differs between ranks. Collective.
 
-    The ranks compare digests first. Only if these differ does rank 0 broadcast its fields, and the
-    error quotes for each rank the first field that differs from rank 0's.
+    The ranks compare digests first. Only if these differ does rank 0 broadcast its fields. The
+    error then quotes for each rank the first field that differs from rank 0's.
 
     Args:
-        what: what the fields describe, for the error message.
-        remedy: the end of the error message.
+        what: names the object that the fields describe, such as "optimizer".
+        remedy: sentences that end the error message.
 
     Raises:
         RankDisagreementError: naming the ranks, the field, and both values.
@@ -89,17 +90,17 @@ def require_same(ranks: RankGroup, what: str, fields: Sequence[Field], *, remedy
     if not different:
         return
     reference = [(field, value) for field, value in json.loads(_broadcast_text(ranks, text))]
-    (first,) = ranks.at([0])
+    (first,) = ranks.at([0])  # its rank in the default group, which may not be 0
     differences = gather_texts(ranks, _first_difference(reference, fields, first))
     ranks_by_difference: dict[str, list[int]] = {}
     for place in different:
         ranks_by_difference.setdefault(differences[place], []).append(place)
     raise RankDisagreementError(
-        "; ".join(
-            f"rank(s) {ranks.at(others)} have another {what} than rank {first}: {difference}"
+        ". ".join(
+            f"Rank(s) {ranks.at(others)} have a different {what} than rank {first}: {difference}"
             for difference, others in ranks_by_difference.items()
         )
-        + remedy
+        + f". {remedy}".rstrip()
     )
 
 
@@ -114,6 +115,7 @@ def gather_texts(ranks: RankGroup, text: str) -> list[str]:
     ]
     if max(lengths) == 0:
         return [""] * len(lengths)
+    # An all-gather takes tensors of one shape, so the texts are padded to the longest one.
     own = torch.zeros(max(lengths), dtype=torch.uint8, device="cpu")
     own[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8, device="cpu")
     buffers = ranks.all_gather(own)
@@ -136,15 +138,19 @@ def _broadcast_text(ranks: RankGroup, text: str) -> str:
 
 
 def _first_difference(reference: Sequence[Field], fields: Sequence[Field], rank: int) -> str:
-    """Describe the first field that differs from the reference, which is this rank's."""
+    """Describe the first of this rank's fields that differs from the reference.
+
+    Args:
+        reference: the fields of `rank`.
+    """
     for expected, found in zip_longest(reference, fields):
         if expected == found:
             continue
-        if expected is None or found is None:
-            present, where = (found, "here") if expected is None else (expected, f"on rank {rank}")
-            assert present is not None
-            return f"{present[0]} is {present[1]} {where} only"
+        if expected is None:
+            return f"they have {found[0]} ({found[1]}), which rank {rank} lacks"
+        if found is None:
+            return f"they lack {expected[0]}, which is {expected[1]} on rank {rank}"
         if expected[0] != found[0]:
-            return f"it has {found[0]} where rank {rank} has {expected[0]}"
-        return f"{found[0]} is {found[1]} where rank {rank} has {expected[1]}"
+            return f"they have {found[0]}, but rank {rank} has {expected[0]}"
+        return f"{found[0]} is {found[1]}, but {expected[1]} on rank {rank}"
     return "nothing"

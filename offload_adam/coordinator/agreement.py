@@ -1,4 +1,11 @@
-"""The one small all-reduce of a step: norm, finiteness, presence, and errors of any rank."""
+"""The one small all-reduce of a step: norm, finiteness, presence, and errors of any rank.
+
+The float64 message is a table with one row for each rank, and one number for each parameter:
+
+    rank 0   squares  non_finite  found_inf  ...  saved  unseen     filled by rank 0, else 0
+    rank 1   squares  non_finite  found_inf  ...  saved  unseen     filled by rank 1, else 0
+    counts   present[0]  present[1]  ...                            1 from each rank with a gradient
+"""
 
 from __future__ import annotations
 
@@ -28,11 +35,11 @@ _NUM_FINDINGS = 12
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Messages besides the gradients' findings that a rank sends with a step.
+    """Requests and reports that do not concern the gradients of a step.
 
-    stop: the training loop asks to end after this step. Agreed: any rank asks, so all end.
+    stop: the training loop asks to end after this step. All ranks end if any rank asks.
     saved: number of background checkpoints that this rank has written, failed ones included.
-        Agreed: the smallest number of any rank.
+        All ranks use the smallest number of any rank.
     """
 
     stop: bool = False
@@ -43,8 +50,10 @@ class Notice:
 class Findings:
     """What one rank contributes to the agreement on a step.
 
-    sum_of_squares: float64, of this rank's shard of the reduced gradients, unscaled.
+    sum_of_squares: of this rank's shard of the reduced gradients, before unscaling.
     non_finite: this rank's shard holds a NaN or an infinity.
+    found_inf: as set by a GradScaler; any value but 0 skips the step.
+    grad_scale: as set by a GradScaler, 1 without one.
     changes: checksum below 2**53 of the parameters modified outside the optimizer, 0 for none.
     unseen: parameters differ from their masters, but no version counter changed.
     failed: this rank raises an error after the all-reduce.
@@ -90,18 +99,17 @@ class Agreement:
 
 
 def agree(ranks: RankGroup, findings: Findings) -> Agreement:
-    """Exchange findings in one all-reduce: 12 float64 per rank and 1 per parameter. Collective.
-
-    Every rank fills its own row of the table. So the sums over ranks are computed here, in rank
-    order, and do not depend on the order of additions in the collective.
-    """
+    """Exchange findings in one all-reduce: 12 float64 per rank and 1 per parameter. Collective."""
     world_size = ranks.world_size
     message = torch.zeros(
         world_size * _NUM_FINDINGS + findings.present.numel(), dtype=torch.float64, device="cpu"
     )
+    # Each rank adds to rows of zeros, so the all-reduce changes no value. `_read` then sums over
+    # ranks in rank order, and the result does not depend on the collective's order of additions.
+    # Checksums and counters are integers below 2**53, which float64 holds exactly.
     table = message[: world_size * _NUM_FINDINGS].view(world_size, _NUM_FINDINGS)
-    # A NaN in the sum would make the other rows NaN as well, so only the flag is sent.
     own = [0.0] * _NUM_FINDINGS
+    # If any rank is non-finite, `_read` uses no sum, so the message stays finite.
     own[_SQUARES] = 0.0 if findings.non_finite else findings.sum_of_squares
     own[_NON_FINITE] = float(findings.non_finite)
     own[_FOUND_INF] = float(findings.found_inf != 0.0)

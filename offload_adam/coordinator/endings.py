@@ -1,4 +1,4 @@
-"""How a process of a run ends: in bounded time after a failure, and saved after a signal."""
+"""Exit of a run's process: in bounded time after a failure, with a checkpoint after a signal."""
 
 from __future__ import annotations
 
@@ -25,25 +25,32 @@ from offload_adam.torch_private import connect_to_default_store
 
 logger = logging.getLogger(__name__)
 
+# Clean-up after an error ends within this time, or the process is ended.
 GRACE_S = 10.0
+# Schedulers send SIGTERM before they end a job; Slurm's `--signal=USR1` sends SIGUSR1 instead.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# The thread that answers polls every `_POLL_S`, so a live rank answers well within this time.
 ANSWER_WITHIN_S = 5.0
+# The exit code that a shell reports for a process ended by SIGTERM.
 EXIT_AT_ONCE = 128 + signal.SIGTERM
-# A scheduler may signal a rank and torchrun's agent, which passes it on: that is one request.
+# A scheduler may signal a rank and torchrun's agent, which forwards the signal. Both are one
+# request.
 ONE_REQUEST_S = 3.0
 _POLL_S = 0.5
 _PAUSE_S = 0.05
+# Longest wait for the disk before the process exits at once.
 _LAST_WORDS_S = 2.0
 _PREFIX = "offload_adam/preemption"
 
 
 class EndingGuard:
-    """Ends this process `GRACE_S` after a failure if it has not ended by itself.
+    """Context that ends this process `GRACE_S` after a failure if the process is still running.
 
-    The training thread may hang in a collective that is not ours, where we cannot raise an error,
-    or its clean-up may wait for dead peers.
+    The training thread may hang in one of the user's collectives, where we cannot raise an error.
+    Or its clean-up may wait for dead peers.
 
-    Owns: a thread, within the context, which encloses the work and the clean-up after it.
+    Owns: a thread that runs while the context is open. Open the context around the training and
+        its clean-up.
     """
 
     def __init__(self, ranks: RankGroup) -> None:
@@ -61,12 +68,16 @@ class EndingGuard:
 
     @contextmanager
     def hurried(self) -> Iterator[None]:
-        """After an error in the body, allow `GRACE_S` for clean-up and ignore further Ctrl-Cs."""
+        """After an error in the body, allow `GRACE_S` for clean-up and ignore further Ctrl-Cs.
+
+        Python allows `signal.signal` on the main thread only.
+        """
         try:
             yield
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt)
             if threading.current_thread() is threading.main_thread():
+                # A second Ctrl-C would interrupt the clean-up that the first one started.
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
             self._exit_code = 128 + signal.SIGINT if interrupted else 1
             raise
@@ -76,8 +87,9 @@ class EndingGuard:
         if self._over.wait(GRACE_S):
             return
         failure = self._ranks.failure
-        text = f"the clean-up took more than {GRACE_S:g} s" if failure is None else failure.text
+        text = failure.text if failure else f"Clean-up after an error took more than {GRACE_S:g} s."
         print(f"offload-adam: rank {self._ranks.rank}: {text}", file=sys.stderr, flush=True)
+        # Not sys.exit: it raises in this thread only, and interpreter exit would wait for the hang.
         os._exit(1 if self._exit_code is None else self._exit_code)
 
     def _must_end(self) -> bool:
@@ -85,17 +97,27 @@ class EndingGuard:
 
 
 class Preemption:
-    """Takes SIGTERM and SIGUSR1 as a request to save and end after the current step.
+    """Treats SIGTERM and SIGUSR1 as a request to save and end after the current step.
 
-    After a failure torchrun's agent also sends SIGTERM, to the surviving ranks. So a signal is a
-    request only if every rank answers through the store; otherwise the run has failed.
+    After a rank fails, torchrun's agent also sends SIGTERM, to the surviving ranks. So a signal
+    counts as a request only if every rank answers through the store. If one does not answer, the
+    run has failed.
 
-    A second SIGTERM, `ONE_REQUEST_S` or more after the first signal, ends this process at once,
-    unless a peer has failed: then the agent sent the SIGTERM, and the failure ends the run.
+        rank that got a signal      store               every rank
+        set "asked"             ->  asked           ->  reads it within `_POLL_S`
+        set "answer/<rank>"     ->  answer/0..n-1   <-  set "answer/<rank>"
+        all answered within `ANSWER_WITHIN_S`: `is_requested` becomes True; otherwise `accuse`
+
+    A second SIGTERM, `ONE_REQUEST_S` or more after the first signal, ends this process at once.
+    But if a peer has failed, the agent sent that SIGTERM, and the failure ends the run.
+
+    Attributes:
+        is_requested: whether the training loop is to save and end after this step.
 
     Owns: a thread, and a connection to the store that only this thread uses.
-    Threads: signals reach the thread through a wakeup descriptor. That works while the main thread
-        is in a collective, and blocks no signal in other threads or child processes.
+    Threads: the thread reads signals from a wakeup descriptor. A Python handler would not run while
+        the main thread is in a collective. Blocking the signals for `sigwait` would also block them
+        in other threads and in child processes.
     """
 
     def __init__(self, ranks: RankGroup, what_stands: Callable[[], str]) -> None:
@@ -104,7 +126,7 @@ class Preemption:
         self._ranks = ranks
         self._store = _own_store() if ranks.world_size > 1 else None
         self._reader, self._writer = os.pipe()
-        os.set_blocking(self._writer, False)
+        os.set_blocking(self._writer, False)  # `set_wakeup_fd` requires it
         self._ending = threading.Event()
         self._thread = threading.Thread(
             target=self._run, name="offload_adam-preemption", daemon=True
@@ -117,55 +139,69 @@ class Preemption:
         self._thread.start()
 
     def stop(self, *, deaf: bool) -> None:
-        """Stop the thread and restore the previous handlers; `deaf` keeps ignoring the signals."""
+        """Stop the thread and restore the previous handlers.
+
+        Args:
+            deaf: ignore further signals instead of restoring their handlers.
+        """
         self._ending.set()
         signal.set_wakeup_fd(self._previous_fd)
         if not deaf:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
-        os.write(self._writer, b"\0")
+        os.write(self._writer, b"\0")  # ends the thread's `select` at once
         self._thread.join(ANSWER_WITHIN_S + 2 * _POLL_S)
-        if not self._thread.is_alive():
+        if not self._thread.is_alive():  # else leak them: a new file could reuse their numbers
             os.close(self._reader)
             os.close(self._writer)
 
     def _run(self) -> None:
-        is_settled, told_s = False, None
+        """Decide on the first request of any rank; end on a late second SIGTERM to this rank."""
+        is_settled, first_signal_s = False, None
         while not self._ending.is_set():
             names = self._received()
             if self._ending.is_set():
                 return
-            if told_s is not None and time.monotonic() - told_s > ONE_REQUEST_S:
+            if first_signal_s is not None and time.monotonic() - first_signal_s > ONE_REQUEST_S:
                 if signal.SIGTERM.name in names:
                     self._end_at_once()
             elif not is_settled:
                 is_settled = self._settle(names[0] if names else None)
-            if names and told_s is None:
-                told_s = time.monotonic()
+            if names and first_signal_s is None:
+                first_signal_s = time.monotonic()
 
     def _settle(self, name: str | None) -> bool:
-        """Act on a signal to this rank or another; return False if there was none."""
+        """Decide on a signal to this rank or another rank; return False if there was none.
+
+        Args:
+            name: the signal that this rank received, None for none.
+        """
         try:
             if name is None and not (self._store and self._store.check(["asked"])):
                 return False
             self._decide(name or "a signal to another rank")
         except RuntimeError as error:
-            # The watch handles a failed store. With a signal besides, the run has failed.
+            # A failed store alone is the watch's task. After a signal it means that torchrun's
+            # agent, which hosts the store, is ending: the run has failed.
             if name is None:
                 return False
-            accuse(Verdict((), f"Received {name}, and the store does not answer ({error})."))
+            text = (
+                f"Received {name}, and the store does not answer ({error}). This run has failed, "
+                "and no checkpoint is saved."
+            )
+            accuse(Verdict((), text))
         return True
 
     def _end_at_once(self) -> None:
         """Print what is lost and end this process, unless another rank has failed."""
         if self._has_failed():
             return
-        # `what_stands` reads the disk, and the process may hang because of that disk.
+        # `what_stands` reads the disk, which may be the reason why the process hangs.
         timer = threading.Timer(_LAST_WORDS_S, os._exit, (EXIT_AT_ONCE,))
         timer.daemon = True
         timer.start()
         print(
-            f"offload-adam: rank {self._ranks.rank}: received SIGTERM again, exiting at once "
+            f"offload-adam: rank {self._ranks.rank}: Received SIGTERM again, exiting at once "
             f"in {PROGRESS.where}",
             file=sys.stderr,
             flush=True,
@@ -178,7 +214,7 @@ class Preemption:
         watch = self._ranks.watch
         if watch is None:
             return False
-        # One beat until a peer sees the failure, one until this rank reads of it, and some slack.
+        # One beat until a peer writes the verdict, one until this rank reads it, and some slack.
         timeout_s = 2.5 * watch.failures.beat_s
         return wait_until(lambda: watch.failure is not None, pause_s=_PAUSE_S, timeout_s=timeout_s)
 
@@ -189,18 +225,18 @@ class Preemption:
         return [signal.Signals(n).name for n in numbers if n in SIGNALS]
 
     def _decide(self, name: str) -> None:
-        """Accept the request if all ranks answer; otherwise fail the run."""
+        """Accept the request if all ranks answer; otherwise end the run on all ranks."""
         silent = self._ranks_that_do_not_answer()
         if silent:
             text = (
                 f"Received {name}, and rank(s) {silent} did not answer within {ANSWER_WITHIN_S:g} "
-                "s. This run has failed, and no checkpoint is saved."
+                "s. This run has failed, and no checkpoint is saved. Check the logs of these ranks."
             )
             accuse(Verdict(tuple(silent), text))
             return
         logger.info(
-            "Received %s, ending after this step. A SIGTERM %g s from now, or later, ends this "
-            "process at once.",
+            "Received %s, ending after this step. A SIGTERM after %g s or more ends this process "
+            "at once.",
             name,
             ONE_REQUEST_S,
         )
@@ -220,30 +256,34 @@ class Preemption:
 def preemptible(
     ranks: RankGroup, what_stands: Callable[[], str] = lambda: "its steps are lost"
 ) -> Iterator[Preemption]:
-    """Take SIGTERM and SIGUSR1 in the body as requests to save and end.
+    """Treat SIGTERM and SIGUSR1 in the body as requests to save and end.
 
     Args:
-        what_stands: returns a sentence on what is saved and what is lost if the process ends at
-            once. Called on another thread.
+        what_stands: returns a sentence that names the newest checkpoint and the steps that are lost
+            if the process ends at once. Called on another thread.
     """
     preemption = Preemption(ranks, what_stands)
     if threading.current_thread() is not threading.main_thread():
-        yield preemption  # Python gives signals to the main thread only
+        yield preemption  # Python installs signal handlers on the main thread only
         return
     preemption.start()
     try:
         yield preemption
     except BaseException:
-        # After a failure the agent sends SIGTERM; it must not cut off our error message.
+        # torchrun's agent sends SIGTERM after a failure, before our error message is printed.
         preemption.stop(deaf=ranks.world_size > 1)
         raise
     preemption.stop(deaf=False)
 
 
 def _wake_only(number: int, frame: FrameType | None) -> None:
-    """Do nothing: the wakeup descriptor has notified the thread."""
+    """Do nothing, but keep the signal's default action from ending the process.
+
+    The wakeup descriptor has notified the thread already.
+    """
 
 
 def _own_store() -> dist.Store:
+    # One store lives through torchrun's restarts: `attempt` keeps out an earlier attempt's keys.
     connection = connect_to_default_store(timedelta(seconds=ANSWER_WITHIN_S))
     return dist.PrefixStore(f"{_PREFIX}/{attempt()}", connection)

@@ -19,6 +19,7 @@ from offload_adam.units import format_nbytes
 logger = logging.getLogger(__name__)
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
+# Version 1 writes about 2**63 for "no limit"; no machine has 2**60 bytes.
 _UNLIMITED_NBYTES = 1 << 60
 
 
@@ -27,7 +28,7 @@ class NodeNeed:
     """Memory that the ranks of one node need, and memory that is available there.
 
     nbytes: bytes by purpose, summed over the ranks of the node.
-    limit: what bounds the available memory, for the error message.
+    limit: whose limit `available_nbytes` is, such as "of the machine".
     """
 
     host: str
@@ -42,7 +43,7 @@ class NodeNeed:
         return sum(self.nbytes.values())
 
     def table(self) -> str:
-        """Return a table of the needs and of the available memory, one line each."""
+        """Return a table: one line for each purpose, their sum, and the available memory."""
         rows = [*self.nbytes.items(), ("together", self.total_nbytes)]
         rows.append((f"available ({self.limit})", self.available_nbytes))
         width = max(len(name) for name, _ in rows)
@@ -54,10 +55,10 @@ def admit_memory(ranks: RankGroup, nbytes: Mapping[str, int], *, allow_overcommi
 
     Args:
         nbytes: bytes that this rank is about to allocate, by purpose.
-        allow_overcommit: log a warning instead.
+        allow_overcommit: log a warning instead of raising.
 
     Raises:
-        HostMemoryError: with the table of the first such node.
+        HostMemoryError: with the table of the first node that lacks memory.
     """
     needs = _needs(ranks, nbytes)
     lacking = [need for need in needs if need.total_nbytes > need.available_nbytes]
@@ -65,9 +66,9 @@ def admit_memory(ranks: RankGroup, nbytes: Mapping[str, int], *, allow_overcommi
         return
     need = lacking[0]
     message = (
-        f"the optimizer state of rank(s) {list(need.ranks)} does not fit into the memory of "
-        f"{need.host}:\n{need.table()}\nUse more nodes, which share the state, or a smaller model; "
-        "allow_overcommit=True (memory.allow_overcommit) tries it nevertheless"
+        f"The optimizer state of rank(s) {list(need.ranks)} does not fit into the memory of "
+        f"{need.host}:\n{need.table()}\nUse more nodes, which share the state, or a smaller model. "
+        "To allocate it nevertheless, set allow_overcommit=True (memory.allow_overcommit)."
     )
     if not allow_overcommit:
         raise HostMemoryError(message)
@@ -75,7 +76,10 @@ def admit_memory(ranks: RankGroup, nbytes: Mapping[str, int], *, allow_overcommi
 
 
 def _needs(ranks: RankGroup, nbytes: Mapping[str, int]) -> list[NodeNeed]:
-    """Gather every rank's needs and sum them by node, in the order of the nodes' first ranks."""
+    """Gather every rank's needs and sum them by node, in the order of the nodes' first ranks.
+
+    Collective.
+    """
     process = Process.own()
     available_nbytes, limit = available_memory()
     own = json.dumps([process.machine, process.host, dict(nbytes), available_nbytes, limit])
@@ -83,11 +87,17 @@ def _needs(ranks: RankGroup, nbytes: Mapping[str, int]) -> list[NodeNeed]:
     nodes: dict[str, list[tuple[int, list[object]]]] = {}
     for place, text in enumerate(texts):
         machine, *rest = json.loads(text)
+        # By machine, not by host name: two containers may share a name and not their memory limit.
         nodes.setdefault(machine, []).append((ranks.global_ranks[place], rest))
     return [_sum_of(members) for members in nodes.values()]
 
 
 def _sum_of(members: Sequence[tuple[int, list[object]]]) -> NodeNeed:
+    """Sum the needs of a node's ranks.
+
+    Args:
+        members: for each rank: the rank, and [host, bytes by purpose, available bytes, limit].
+    """
     total: dict[str, int] = {}
     available: list[tuple[int, str]] = []
     for _, (_, nbytes, available_nbytes, limit) in members:
@@ -96,7 +106,7 @@ def _sum_of(members: Sequence[tuple[int, list[object]]]) -> NodeNeed:
             total[name] = total.get(name, 0) + size
         assert isinstance(available_nbytes, int)
         available.append((available_nbytes, str(limit)))
-    # The ranks looked at different moments, so the smallest value counts.
+    # The ranks measure at different times and may be in different control groups.
     smallest, limit = min(available)
     ranks = tuple(rank for rank, _ in members)
     return NodeNeed(str(members[0][1][0]), ranks, total, smallest, limit)
@@ -105,8 +115,8 @@ def _sum_of(members: Sequence[tuple[int, list[object]]]) -> NodeNeed:
 def available_memory() -> tuple[int, str]:
     """Return the bytes that this process can still allocate, and what sets that limit.
 
-    The minimum over the machine and the control groups, version 1 or 2, of this process. Page cache
-    that the kernel can drop counts as available.
+    The result is the minimum over the machine and this process's control groups, version 1 or 2.
+    Page cache that the kernel can drop counts as available.
     """
     found = [(int(psutil.virtual_memory().available), "of the machine")]
     found += control_group_memory(CGROUP_ROOT, _own_groups())
@@ -114,10 +124,11 @@ def available_memory() -> tuple[int, str]:
 
 
 def control_group_memory(root: Path, groups: Mapping[str, str]) -> list[tuple[int, str]]:
-    """Return available bytes and limit of each memory group from this process's to the root.
+    """Return (available bytes, limit) of this process's memory control group and its parents.
 
     Args:
-        groups: this process's path by controller, "" for version 2.
+        root: where the control groups are mounted.
+        groups: path of this process's group by controller; the key "" is version 2.
     """
     found = []
     if "memory" in groups:
@@ -130,6 +141,11 @@ def control_group_memory(root: Path, groups: Mapping[str, str]) -> list[tuple[in
 
 
 def _left_upwards(root: Path, group: str, files: tuple[str, str, str]) -> list[tuple[int, str]]:
+    """Return (available bytes, limit) of a group and its parents, skipping those without a limit.
+
+    Args:
+        files: name of the limit's file, of the usage's file, and of the page cache's statistic.
+    """
     limit_name, usage_name, cache_name = files
     folder = root / group.strip("/")
     if not folder.is_dir():
@@ -167,6 +183,7 @@ def _number(path: Path) -> int | None:
 
 
 def _statistic(path: Path, name: str) -> int:
+    """Return a value of a file with lines "name value", 0 if it is missing."""
     try:
         lines = path.read_text(encoding="ascii").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""How far this process is, and the record of it that its peers read while they wait."""
+"""The phase and step of this process, and the record in which its peers read them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ _thread = threading.local()
 
 @dataclass
 class ProgressRecord:
-    """Where the training thread is. That thread writes it, any thread reads it.
+    """The current phase of the training thread. That thread writes the record, any thread reads it.
 
-    Other threads leave it as it is: see `untracked`.
+    Calls by threads inside `untracked` change nothing but `moves`.
 
     step: the optimizer step that began last, from 1 on.
-    phase: what the thread does; bucket: for which bucket, None for all.
+    phase: the operation that the thread runs, such as "update".
+    bucket: the bucket that it works on, None for all.
     waiting: the thread waits in one of our collectives for other ranks.
-    long_running: the phase may take long without a move (compilation, a slow disk), so it is exempt
-        from `stuck_after`.
+    long_running: the phase may take long without a change (compilation, a slow disk), so it is
+        exempt from `stuck_after`.
     moves: counts all changes. If it stays the same, the process makes no progress.
     """
 
@@ -47,10 +48,12 @@ class ProgressRecord:
     def at(
         self, phase: str, bucket: int | None = None, *, long_running: bool = False
     ) -> Iterator[None]:
-        """Record `phase` for the body. If the body raises, the phase and bucket of the error stay.
+        """Record `phase` for the body.
+
+        After an error in the body, its phase and bucket stay, so that messages name them.
 
         Args:
-            long_running: see the field; a phase inside a long-running one is long-running too.
+            long_running: see the field. A phase inside a long-running one is long-running too.
         """
         outer = self.phase, self.bucket, self.long_running
         self._move(phase, bucket, self.long_running or long_running)
@@ -58,13 +61,13 @@ class ProgressRecord:
             yield
         except BaseException:
             if not _is_untracked():
-                self.long_running = outer[2]
+                self.long_running = outer[2]  # else `stuck_after` would not apply any more
             raise
         self._move(*outer)
 
     @contextmanager
     def untracked(self) -> Iterator[None]:
-        """Ignore what the calling thread does in the body: it is not the training thread."""
+        """Ignore the calling thread's phases and waits: it is not the training thread."""
         before = _is_untracked()
         _thread.is_untracked = True
         try:
@@ -74,7 +77,11 @@ class ProgressRecord:
 
     @contextmanager
     def awaiting(self, *, peers: bool) -> Iterator[None]:
-        """Record that the body waits for other ranks, through a thread of ours, if `peers`."""
+        """Record that the body waits for a thread of ours that itself waits for other ranks.
+
+        Args:
+            peers: False records nothing: the thread does not depend on other ranks.
+        """
         if not peers:
             yield
             return
@@ -92,10 +99,11 @@ class ProgressRecord:
         self.moves += 1
 
     def move(self) -> None:
-        """Record progress within a phase, also from a thread that is not tracked.
+        """Record progress within a phase, also from an untracked thread.
 
-        An update that waits for a checkpoint makes progress.
+        For example, an update that waits for a checkpoint is not hung.
         """
+        # Two threads may lose one of two counts. The watch only compares for equality.
         self.moves += 1
 
     def begin_step(self, step: int) -> None:
@@ -115,15 +123,15 @@ def _is_untracked() -> bool:
 
 
 PROGRESS = ProgressRecord()
-"""The progress of this process: it trains one model, on one thread."""
+"""The progress of this process. One record is enough, because one thread trains one model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
     """A process on a machine.
 
-    machine: boot id of the kernel and pid namespace, within which `pid` is valid.
-    born: creation time, which tells the process from a later one with the same pid.
+    machine: boot id of the kernel and pid namespace; `pid` is valid only within them.
+    born: creation time in seconds since the epoch. A later process with the same pid has another.
     """
 
     host: str
@@ -142,18 +150,20 @@ class Process:
             return False
         try:
             process = psutil.Process(self.pid)
+            # A zombie has ended, but its parent has not read its exit code yet.
             return process.create_time() != self.born or process.status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True
-        except psutil.Error:
+        except psutil.Error:  # such as a process of another user: its heartbeats decide
             return False
 
 
 @dataclass(frozen=True, slots=True)
 class PeerRecord:
-    """What a rank publishes with each heartbeat.
+    """The record that a rank publishes with each heartbeat.
 
-    beat: counts the heartbeats.
+    rank: in the default group.
+    beat: number of this heartbeat.
     progress: a copy, taken with the heartbeat.
     still_s: seconds since its training thread last made progress.
     left: None while the rank runs; then its last error, or "" if it ended without one.
@@ -184,7 +194,7 @@ class PeerRecord:
 
 
 def _machine() -> str:
-    """Return an id of this kernel and pid namespace; containers on one host differ in it."""
+    """Return an id of this kernel and pid namespace; it differs between containers on one host."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"

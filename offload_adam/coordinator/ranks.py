@@ -33,6 +33,8 @@ from offload_adam.torch_private import (
 logger = logging.getLogger(__name__)
 
 _SLICE = timedelta(seconds=SLICE_S)
+# Between two queries of a collective on a device: longer than a query takes, and short against a
+# collective.
 _POLL_S = 1e-3
 
 
@@ -42,12 +44,16 @@ class RankGroup:
 
     Owns: a gloo group for control messages, one group per device type for buckets, and the watch
         over the peers. The user's collectives run on other groups. A world of one owns nothing.
-    Lifecycle: `open_rank_group` on every rank; `release` closes the groups.
+    Lifecycle: call `open_rank_group` on every rank; `release` closes the groups.
     Threads: any thread may `wait`, each for its own work.
 
-    rank: this process's place in the user's group, whose order may differ from the default group's.
-    global_ranks: the rank in the default group, by place.
-    name: equal on these ranks, and never used by another rank group.
+    rank: this process's rank in the user's group, whose order may differ from the default group's.
+    control: the gloo group, None after `release`.
+    data: the group for buckets, by device type.
+    global_ranks: for each rank of the user's group, its rank in the default group.
+    name: the same on these ranks, and never used by another rank group.
+    timeout: of every collective, as the user set it for the group.
+    watch: None in a world of one, or if the store does not support one.
     """
 
     rank: int = 0
@@ -61,13 +67,14 @@ class RankGroup:
     _unfinished: set[dist.Work] = field(default_factory=set)
 
     def at(self, places: Iterable[int]) -> list[int]:
-        """Return the ranks in the default group at these places, as messages name them."""
+        """Translate ranks of the user's group into ranks of the default group, for messages."""
         return [self.global_ranks[place] for place in places]
 
     def open_data_groups(self, device_types: Iterable[str]) -> None:
         """Open the groups for buckets on device types that have none yet. Collective."""
         if self.world_size == 1:
             return
+        # Sorted, because every rank must open the groups in the same order.
         for device_type in sorted(set(device_types) - set(self.data)):
             backend = "nccl" if device_type == "cuda" else "gloo"
             self.data[device_type] = _open_group(self, device_type, backend)
@@ -77,17 +84,21 @@ class RankGroup:
         return self.data[device.type]
 
     def wait(self, work: dist.Work | None, *, on_device: bool = False) -> None:
-        """Wait for a collective, and raise an error if a peer fails meanwhile.
+        """Wait for a collective, and raise an error if a peer fails during the wait.
 
-        On host memory this costs no more than `work.wait()`, which returns when the work is done.
-        Only long waits are cut into slices. Collectives on a device are polled.
+        A wait for a collective on host memory is cut into slices of `SLICE_S`. A shorter wait costs
+        no more than `work.wait()`. A collective on a device is polled.
+
+        Args:
+            work: of an async collective.
+            on_device: the collective works on device memory.
 
         Raises:
-            PeerFailedError: naming the ranks that have failed, where they were, and what to do.
+            PeerFailedError: naming the failed ranks, their last phase, and what to do.
         """
         assert work is not None
         PROGRESS.wait(True)
-        # Work whose wait ends early, by an error or Ctrl-C, stays in this set: see `release`.
+        # If an error or Ctrl-C ends the wait early, the work stays in this set: see `release`.
         self._unfinished.add(work)
         try:
             is_over = partial(self._is_over, work, on_device)
@@ -103,10 +114,12 @@ class RankGroup:
         pause_s: float = 0.0,
         longest_pause_s: float | None = None,
     ) -> None:
-        """Wait for a condition that may depend on other ranks; the arguments are `wait_until`'s.
+        """Wait for a condition that may depend on other ranks.
+
+        Args: as those of `waiting.wait_until`.
 
         Raises:
-            PeerFailedError: naming the ranks that have failed, where they were, and what to do.
+            PeerFailedError: naming the failed ranks, their last phase, and what to do.
         """
         wait_until(
             is_over, check=self.raise_failure, pause_s=pause_s, longest_pause_s=longest_pause_s
@@ -114,14 +127,14 @@ class RankGroup:
 
     @property
     def failure(self) -> Verdict | None:
-        """The verdict on the ranks that have failed, None while all run."""
+        """The verdict on the failed ranks, None while all ranks run."""
         return None if self.watch is None else self.watch.failure
 
     def raise_failure(self) -> None:
         """Raise an error if a peer has failed.
 
         Raises:
-            PeerFailedError: naming the ranks that have failed, where they were, and what to do.
+            PeerFailedError: naming the failed ranks, their last phase, and what to do.
         """
         if self.watch is not None:
             self.watch.raise_failure()
@@ -132,7 +145,7 @@ class RankGroup:
             self.wait(dist.all_reduce(tensor, operation, group=self._open_control(), async_op=True))
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Return every rank's host tensor of one shape, in rank order. Collective."""
+        """Return every rank's host tensor in rank order; all have the same shape. Collective."""
         if self.world_size == 1:
             return [tensor]
         gathered = [torch.zeros_like(tensor) for _ in range(self.world_size)]
@@ -140,37 +153,42 @@ class RankGroup:
         return gathered
 
     def broadcast(self, tensor: torch.Tensor) -> None:
-        """Give every rank the first one's host tensor, in place. Collective."""
+        """Copy rank 0's host tensor to every rank, in place. Collective."""
         if self.world_size > 1:
             source = self.global_ranks[0]
             self.wait(dist.broadcast(tensor, source, group=self._open_control(), async_op=True))
 
     def _open_control(self) -> dist.ProcessGroup:
-        """Return the control group. None in its place would be the default group."""
-        if self.control is None:
+        """Return the control group; raise an error if it is closed."""
+        if self.control is None:  # torch would take None as the default group
             raise RuntimeError(
-                "the process groups of this optimizer have been closed: make a new one to go on "
-                "training"
+                "The process groups of this optimizer are closed. Construct a new optimizer to "
+                "continue training."
             )
         return self.control
 
     def _is_over(self, work: dist.Work, on_device: bool) -> bool:
-        """Wait for up to one slice, on a device not at all; raise if the collective has failed."""
+        """Return whether a collective is complete, after at most one slice on host memory.
+
+        Raises:
+            PeerFailedError, or RuntimeError without a watch: the collective has failed.
+        """
         try:
             if not on_device:
                 work.wait(_SLICE)
             elif work.is_completed():
-                work.wait()  # the current stream waits for the collective's stream
+                work.wait()  # makes the current stream wait for the collective's stream
             else:
-                return False  # a wait with a timeout would make NCCL abort its communicator
+                return False  # polled: `wait(timeout)` would make NCCL abort its communicator
         except RuntimeError as error:
+            # gloo raises the same error for a wait that timed out and for a failed collective.
             if not work.is_completed():
-                return False  # only the slice is over
+                return False
             raise error if self.watch is None else self.watch.explain(error) from error
         return True
 
     def broadcast_data(self, tensor: torch.Tensor) -> None:
-        """Give every rank the first one's tensor of any device, in place. Collective."""
+        """Copy rank 0's tensor, on any device, to every rank, in place. Collective."""
         if self.world_size > 1:
             group = self.data_group(tensor.device)
             source = self.global_ranks[0]
@@ -180,8 +198,7 @@ class RankGroup:
     def abort_devices(self) -> None:
         """Abort the collectives on devices if a peer has failed, because it never joins them.
 
-        Otherwise unpinning memory and exiting would wait for the device until the backend's own
-        timeout.
+        Without this, unpinning memory and exiting would wait until the backend's own timeout.
         """
         if self.failure is None:
             return
@@ -195,13 +212,14 @@ class RankGroup:
         self.control = None
         self.data = {}
         if self.watch is not None:
+            # First: a peer that sees a closed connection then finds out that this rank has left.
             self.watch.leave()
         if self._unfinished:
             _abandon(groups)
         if not dist.is_initialized():
             return
         for group in groups:
-            # If the default group was destroyed and opened again, ours are destroyed already.
+            # Destroying the default group destroyed ours, even if it is open again by now.
             with suppress(ValueError):
                 dist.destroy_process_group(group)
 
@@ -210,7 +228,7 @@ def check_process_group(process_group: object) -> None:
     """Check that `process_group` is a process group, None, or `GroupMember.NON_GROUP_MEMBER`.
 
     Raises:
-        TypeError: saying what was given.
+        TypeError: quoting the argument.
     """
     if process_group is None or (
         dist.is_available()
@@ -221,8 +239,8 @@ def check_process_group(process_group: object) -> None:
     ):
         return
     raise TypeError(
-        "process_group must be a torch.distributed.ProcessGroup, as new_group() returns it, or "
-        f"None for the default group, not {process_group!r}"
+        f"process_group must be a torch.distributed.ProcessGroup or None, not {process_group!r}. "
+        "Pass the result of torch.distributed.new_group(), or None for the default group."
     )
 
 
@@ -238,18 +256,18 @@ def is_distributed(process_group: dist.ProcessGroup | None) -> bool:
 
 
 def world_size_of(process_group: dist.ProcessGroup | None) -> int:
-    """Return the size of `process_group`, of the default group, or 1 without any.
+    """Return the size of `process_group`, of the default group for None, or 1 without any group.
 
     Raises:
-        RuntimeError: a launcher started several ranks and no group is initialised, so every rank
+        RuntimeError: a launcher started several ranks, but no group is initialized, so every rank
             would train its own model.
     """
     if not _is_initialized():
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched > 1:
             raise RuntimeError(
-                f"WORLD_SIZE={launched}, but no process group is initialised, so every rank would "
-                "train alone: call torch.distributed.init_process_group() first"
+                f"WORLD_SIZE={launched}, but no process group is initialized, so every rank would "
+                "train its own model. Call torch.distributed.init_process_group() first."
             )
         return 1
     return dist.get_world_size(process_group)
@@ -261,8 +279,9 @@ def open_rank_group(
     """Open a rank group over the ranks of `process_group`, with its own control group. Collective.
 
     Args:
-        process_group: None for the default group; without that, the result is a world of one.
-        failures: time limits for failed peers.
+        process_group: None for the default group. Without a default group, the result is a world
+            of one.
+        failures: time limits after which a peer counts as failed.
 
     Raises:
         ValueError: this process is not in `process_group`.
@@ -272,8 +291,8 @@ def open_rank_group(
         return RankGroup()
     if dist.get_world_size(process_group) < 1:
         raise ValueError(
-            f"rank {dist.get_rank()} is not in process_group: construct the optimizer only on the "
-            "ranks of process_group"
+            f"Rank {dist.get_rank()} is not in process_group. Construct the optimizer only on the "
+            "ranks of process_group."
         )
     base = process_group if process_group is not None else dist.group.WORLD
     assert base is not None
@@ -291,12 +310,21 @@ def open_rank_group(
 
 
 def _open_watch(ranks: RankGroup, failures: FailurePolicy) -> PeerWatch | None:
-    """Wait for the other ranks in the store, and start to watch them."""
+    """Wait until all ranks have published a record, then start to watch them.
+
+    Returns:
+        None, with a warning in the log, if the default group's store cannot be cloned.
+    """
     try:
-        # The watch needs its own connection: a waiting store client blocks all other threads.
+        # The watch needs its own connection: while one thread waits in a store client, the client
+        # blocks all other threads.
         connection = connect_to_default_store(timedelta(seconds=failures.dead_after))
     except (AttributeError, NotImplementedError, RuntimeError) as error:
-        logger.warning("Failed ranks will not be named: this store has no clone() (%s)", error)
+        logger.warning(
+            "Not watching other ranks, so errors will not name failed ranks: "
+            "the default group's store has no clone() (%s)",
+            error,
+        )
         return None
     store = dist.PrefixStore(ranks.name, connection)
     watch = PeerWatch(store, ranks.rank, ranks.global_ranks, failures)
@@ -313,10 +341,10 @@ def attempt() -> int:
 
 
 def _unused_name(ranks: tuple[int, ...]) -> str:
-    """Return a name that these ranks agree on without communication and never reuse.
+    """Return a name that is the same on these ranks and is never reused; without communication.
 
-    All ranks open their rank groups in one order, so each of them counts to the same number. The
-    count starts anew with every default group.
+    All ranks open their rank groups in the same order, so each counts to the same number. The count
+    restarts with every default group.
     """
     counts = _openings.setdefault(dist.group.WORLD, {})
     number = next(counts.setdefault(ranks, itertools.count()))
@@ -333,10 +361,11 @@ _openings: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], itertools.count[
 def _abandon(groups: Iterable[dist.ProcessGroup]) -> None:
     """Leak groups with an unfinished collective.
 
-    gloo's destructor holds the GIL until all started collectives have timed out, so a process with
-    a stopped peer would hang that long.
+    gloo's destructor holds the GIL until all started collectives have timed out. With a dead peer,
+    that would freeze this process for the group's timeout, 30 minutes by default.
     """
     for group in groups:
+        # A reference that nobody drops: the interpreter's exit does not run the destructor either.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
@@ -345,12 +374,12 @@ def _is_initialized() -> bool:
 
 
 def _open_group(ranks: RankGroup, purpose: str, backend: str) -> dist.ProcessGroup:
-    """Open a process group over a rank group, in its order. Collective for these ranks alone.
+    """Open a process group with a rank group's ranks, in its order. Collective for these only.
 
-    Not by `dist.new_group`, which is collective for all ranks and sorts them: rank 0 of a sorted
-    group would gather the wrong shard where the user's group is not sorted. With
-    `use_local_synchronization=True` it derives the name from the number of groups that this process
-    is in, so ranks in different numbers of groups would never meet.
+    `dist.new_group` does not fit, for three reasons. It is collective for all ranks of the default
+    group. It sorts the ranks, so all-gathers would exchange shards if the user's group is unsorted.
+    With `use_local_synchronization=True` it is collective for the members only, but derives the
+    name from the number of this process's groups: ranks in different numbers of groups would hang.
     """
     name = f"{ranks.name}/{purpose}"
     return open_group(name, ranks.global_ranks, ranks.rank, backend, ranks.timeout)

@@ -1,4 +1,4 @@
-"""Join the ranks that torchrun started, and leave them cleanly, also after errors."""
+"""Join the ranks that torchrun started, and close all groups at the end, also after errors."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from offload_adam.torch_private import default_store, store_without_prefixes
 _MARK = "offload_adam/not_retried"
 _SHARED_GPU = "shared_gpu"
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-_PR_SET_PDEATHSIG = 1
-# What other launchers leave out of torchrun's variables has a default; these have none.
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>; Python has no name for it
+# Other launchers set only some of torchrun's variables. These have no default.
 _REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 
@@ -34,7 +34,7 @@ _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT
 class World:
     """Rank and world size of this process; without torchrun it is rank 0 of 1.
 
-    ranks: for the job's own collectives, with a watch over the peers once they have joined.
+    ranks: for the job's own collectives, with a watch over the peers inside `joined_world`.
     """
 
     rank: int = 0
@@ -48,15 +48,15 @@ class World:
         """Return the world that torchrun's variables describe; without WORLD_SIZE, a world of one.
 
         Raises:
-            ValueError: naming the missing or invalid variables, and what to do.
+            ValueError: naming the missing or invalid variables.
         """
         if "WORLD_SIZE" not in environment:
             return cls()
         problems = list(_problems_of(environment))
         if problems:
             raise ValueError(
-                f"{'; '.join(problems)}: start the ranks with torchrun, which sets all of these "
-                "in the environment, or unset WORLD_SIZE to run one process alone"
+                f"{'; '.join(problems)}. Start the ranks with torchrun, which sets all of these "
+                "in the environment, or unset WORLD_SIZE to run one process alone."
             )
         return cls(
             rank=int(environment["RANK"]),
@@ -67,12 +67,12 @@ class World:
 
     @property
     def device(self) -> torch.device:
-        """The device of this rank's model: its own GPU, or the CPU.
+        """The device of this rank's model: the GPU with its local rank's index, or the CPU.
 
-        Its own is the GPU of its local rank, or the only visible one: Slurm's `--gpus-per-task` and
-        Ray show each rank its own GPU alone, as number 0.
+        If one GPU is visible, it is that one.
         """
         if torch.cuda.is_available():
+            # Slurm's --gpus-per-task and Ray make one GPU visible to each rank, with index 0.
             return torch.device("cuda", self.local_rank if torch.cuda.device_count() > 1 else 0)
         return torch.device("cpu")
 
@@ -87,14 +87,14 @@ def joined_world(
 
     Args:
         timeout: of every collective of the default group.
-        failures: time limits for failed peers.
+        failures: time limits after which a peer counts as failed.
 
     Lifecycle: close all objects that hold a process group (an optimizer) inside the body. An object
         that outlives the groups aborts the process at exit.
 
     Raises:
         PeerFailedError: naming the ranks that did not join in time.
-        RuntimeError: this rank has no GPU of its own, on all ranks if two of them share one.
+        RuntimeError: no GPU is visible for this rank. Or two ranks use the same GPU: on all ranks.
         NotRetriedError: an earlier attempt ended with an error that a restart cannot fix.
     """
     world = World.from_environment()
@@ -117,23 +117,23 @@ def joined_world(
 
 
 def end_with_parent() -> None:
-    """Ask Linux to send this process SIGTERM when torchrun's agent ends, also if it is killed.
+    """Ask Linux to send this process SIGTERM when torchrun's agent ends.
 
-    A killed agent cannot stop its workers, which would train on without it.
+    An agent that is killed cannot stop its workers, which would continue to train without it.
     """
     if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:  # it ended before prctl, so no signal will come
+    if os.getppid() != parent:  # the agent ended before prctl, which sends no signal then
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _problems_of(environment: Mapping[str, str]) -> Iterator[str]:
-    """Yield what is missing or invalid in torchrun's variables."""
+    """Yield a phrase for each problem with torchrun's variables."""
     missing = [name for name in _REQUIRED if not environment.get(name)]
     if missing:
-        yield f"WORLD_SIZE asks for ranks that join, but {', '.join(missing)} is not set"
+        yield f"WORLD_SIZE is in the environment, but {', '.join(missing)} is not set, or is empty"
     given = {name: environment[name] for name in _NUMBERS if environment.get(name)}
     wrong = [f"{name}={value!r}" for name, value in given.items() if not value.isdecimal()]
     if wrong:
@@ -143,21 +143,22 @@ def _problems_of(environment: Mapping[str, str]) -> Iterator[str]:
 
 
 def _use_own_gpu(world: World) -> None:
+    """Make this rank's GPU the current device; raise an error if it is not visible."""
     num_gpus = torch.cuda.device_count()
     if world.device.index >= num_gpus:
         raise RuntimeError(
-            f"local rank {world.local_rank} has no GPU of its own, because {num_gpus} are visible: "
-            f"start torchrun with --nproc-per-node={num_gpus}, show each rank its own GPU alone "
-            "with CUDA_VISIBLE_DEVICES, or hide the GPUs from the run with CUDA_VISIBLE_DEVICES="
+            f"Local rank {world.local_rank} has no GPU, because only {num_gpus} are visible. Start "
+            f"torchrun with --nproc-per-node={num_gpus}, set CUDA_VISIBLE_DEVICES to one GPU for "
+            "each rank, or train on the CPU with an empty CUDA_VISIBLE_DEVICES."
         )
     torch.cuda.set_device(world.device)
 
 
 def _claim_gpu(meeting: dist.Store, world: World) -> None:
-    """Note in the store that this rank uses its GPU, or the error if another rank does so, too.
+    """Write to the store that this rank uses its GPU, or an error if another rank uses it too.
 
-    Where each rank sees one GPU, several may see the same one. Their numbers do not tell, so the
-    UUID does. A GPU without one is accepted; NCCL rejects two ranks on it later.
+    If one GPU is visible to each rank, it has index 0 on all of them, so the UUID is compared. A
+    GPU without a UUID is accepted; if two ranks share it, NCCL raises an error later.
     """
     gpu = torch.cuda.get_device_properties(world.device)
     if not hasattr(gpu, "uuid"):
@@ -167,26 +168,26 @@ def _claim_gpu(meeting: dist.Store, world: World) -> None:
     if user != own:
         meeting.set(
             _SHARED_GPU,
-            f"ranks {user} and {own} use the same GPU, {gpu.name} with UUID {gpu.uuid} on "
-            f"{Process.own().host}: start one rank for each GPU of a node, and let each rank see "
-            "all GPUs, or its own alone (CUDA_VISIBLE_DEVICES, Slurm's --gpus-per-task)",
+            f"Ranks {user} and {own} use the same GPU, {gpu.name} with UUID {gpu.uuid} on "
+            f"{Process.own().host}. Start one rank for each GPU of a node, and make all GPUs or a "
+            "different one visible to each rank (CUDA_VISIBLE_DEVICES, Slurm's --gpus-per-task).",
         )
 
 
 def _open_default_group(world: World, timeout: timedelta, failures: FailurePolicy) -> None:
-    """Initialise the default group over a store prefix of this attempt alone.
+    """Wait for all ranks in the store, then initialize the default group.
 
-    torchrun's agent keeps one store across restarts, so without the prefix restarted ranks would
-    read the addresses of the previous attempt. The ranks meet in the store first, because gloo and
-    NCCL do not name the ranks that are missing.
+    gloo and NCCL do not name the ranks that are missing; `roll_call` does.
     """
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     reject_retry(store)
+    # torchrun's agent keeps one store across restarts. Without this prefix, restarted ranks would
+    # read the addresses of the previous attempt.
     store = dist.PrefixStore(f"attempt-{attempt()}", store)
     meeting = dist.PrefixStore("meeting", store)
     on_cuda = world.device.type == "cuda"
     if on_cuda:
-        # Before the roll call, after which every rank's claim is known.
+        # Before the roll call: when it returns, every rank has claimed its GPU.
         _claim_gpu(meeting, world)
     meeting.set(f"rank/{world.rank}", Process.own().host)
     join_timeout = min(timeout, timedelta(seconds=failures.stuck_after))
@@ -204,21 +205,22 @@ def _open_default_group(world: World, timeout: timedelta, failures: FailurePolic
 
 
 def reject_retry(store: dist.Store) -> None:
-    """Raise an error if an earlier attempt ended with a final error, as marked by `final`.
+    """Raise an error if an earlier attempt ended with an error that `final` marked.
 
     Raises:
         NotRetriedError: quoting that error.
     """
-    agent_store = store_without_prefixes(store)  # torchrun's agent keeps it through restarts
+    agent_store = store_without_prefixes(store)  # torchrun's agent keeps it across restarts
     if attempt() > 0 and agent_store.check([_mark()]):
         raise NotRetriedError(
-            f"Not retried, because a restart cannot fix: {agent_store.get(_mark()).decode()}"
+            "Not retrying, because a restart cannot fix this error: "
+            f"{agent_store.get(_mark()).decode()}"
         )
 
 
 @contextmanager
 def final(*kinds: type[Exception]) -> Iterator[None]:
-    """Mark errors of these kinds in the body as final: a restart cannot fix them."""
+    """Mark errors of these kinds in the body as final: `reject_retry` raises on a restart."""
     try:
         yield
     except kinds as error:
@@ -229,4 +231,5 @@ def final(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def _mark() -> str:
+    """Return the store's key for a final error of this run."""
     return f"{_MARK}/{os.environ.get('TORCHELASTIC_RUN_ID', '')}"

@@ -1,4 +1,4 @@
-"""Which ranks have failed, judged from the records that they published, and the error for users."""
+"""Decide from the records that ranks published which of them have failed; the errors for users."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from dataclasses import asdict, dataclass
 
 from offload_adam.coordinator.progress import PeerRecord
 
-_MOST_NAMED = 8
+_MOST_NAMED = 8  # ranks in one message: it must stay readable if 1000 ranks hang
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The failed ranks and the error message. All ranks use the first verdict in the store."""
+    """The failed ranks and the error message.
+
+    The first verdict that a rank writes to the store is final; all ranks raise this one.
+    """
 
     ranks: tuple[int, ...]
     text: str
@@ -33,7 +36,7 @@ def dead_verdict(record: PeerRecord) -> Verdict:
     """Return the verdict on a rank whose process ended without `leave`."""
     return Verdict(
         (record.rank,),
-        f"rank {record.rank} is dead: {record.address} ended unexpectedly, last seen in "
+        f"Rank {record.rank} is dead: {record.address} ended unexpectedly, last seen in "
         f"{record.progress.where}. Check its log and the kernel's log (out of memory?), then "
         "restart from the newest checkpoint.",
     )
@@ -43,7 +46,7 @@ def silent_verdict(record: PeerRecord, silent_s: float) -> Verdict:
     """Return the verdict on a rank that sends no heartbeats."""
     return Verdict(
         (record.rank,),
-        f"rank {record.rank} is dead: {record.address} has sent no heartbeat for {silent_s:.0f} s, "
+        f"Rank {record.rank} is dead: {record.address} has sent no heartbeat for {silent_s:.0f} s, "
         f"last seen in {record.progress.where}. It was stopped, or its machine or network is down. "
         "Restart from the newest checkpoint.",
     )
@@ -54,8 +57,8 @@ def exited_verdict(record: PeerRecord) -> Verdict:
     why = f" with {record.left}" if record.left else ""
     return Verdict(
         (record.rank,),
-        f"rank {record.rank} exited{why}: {record.address}, last seen in {record.progress.where}. "
-        "All ranks must take the same steps.",
+        f"Rank {record.rank} exited{why}: {record.address}, last seen in {record.progress.where}. "
+        "Other ranks were waiting for it. Check its log. All ranks must take the same steps.",
     )
 
 
@@ -64,6 +67,10 @@ def hung_verdict(records: Sequence[PeerRecord], stuck_after: float) -> Verdict |
 
     A rank that makes progress, waits, or is in a long-running phase is not hung. If all ranks wait,
     they wait for each other, and all are hung.
+
+    Args:
+        records: of all ranks.
+        stuck_after: seconds.
     """
     present = [record for record in records if record.left is None]
     if not any(record.progress.waiting and record.still_s > stuck_after for record in present):
@@ -74,7 +81,8 @@ def hung_verdict(records: Sequence[PeerRecord], stuck_after: float) -> Verdict |
         return _verdict_on(
             still,
             f"Hung while other ranks waited for more than {stuck_after:g} s: {_places(still)}. "
-            "Inspect with py-spy dump --pid; if the work takes that long, raise stuck_after.",
+            "Inspect these processes with py-spy dump --pid. If the work takes that long, increase "
+            "stuck_after.",
         )
     if not busy and all(record.still_s > stuck_after for record in present):
         return _verdict_on(
@@ -90,9 +98,9 @@ def late_verdict(records: Sequence[PeerRecord], problem: str) -> Verdict:
     absent = [record for record in records if not record.progress.waiting]
     return _verdict_on(
         absent,
-        f"A collective failed ({problem}), and no rank was found dead; "
-        f"{_places(absent or records)}. All ranks must take the same steps, each within the "
-        "process group's timeout.",
+        f"A collective failed ({problem}), and no rank was found dead. "
+        f"{'Not in the collective' if absent else 'Waiting'}: {_places(absent or records)}. "
+        "All ranks must take the same steps, each within the process group's timeout.",
     )
 
 
@@ -101,7 +109,7 @@ def unreachable_verdict(silence_s: float) -> Verdict:
     return Verdict(
         (),
         f"The store has not answered for {silence_s:.0f} s. Check the process that hosts it (under "
-        "torchrun the agent on the first machine) and the network to it.",
+        "torchrun the agent on the first node) and the network to it.",
     )
 
 

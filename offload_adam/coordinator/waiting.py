@@ -1,4 +1,4 @@
-"""The loop behind every wait that must not hang: it polls, checks for failures, and pauses."""
+"""The loop of every wait that must not hang: it polls, checks for failures, and pauses."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterable
 import torch.distributed as dist
 
 SLICE_S = 0.5
-"""Timeout of one blocking call in a wait. Until it returns, the thread does not notice that a peer
-has failed, nor Ctrl-C if the call blocks in C++."""
+"""Timeout of one blocking call in a wait.
+
+Until the call returns, the thread does not notice that a peer has failed. If the call blocks in
+C++, the thread does not notice Ctrl-C either.
+"""
 
 
 def wait_until(
@@ -24,10 +27,10 @@ def wait_until(
 
     Args:
         is_over: polls without blocking, or blocks for up to `SLICE_S` itself.
-        check: called after each call that returned False; its error ends the wait.
+        check: called after each `is_over` that returned False; an error in it ends the wait.
         pause_s: seconds to sleep between two calls; 0 for an `is_over` that blocks.
-        longest_pause_s: doubles the pause after each call up to this; None keeps it constant.
-        timeout_s: None waits without a limit of its own.
+        longest_pause_s: the pause doubles after each call up to this; None keeps it constant.
+        timeout_s: seconds, None for no limit.
     """
     deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
     while not is_over():
@@ -50,7 +53,9 @@ def wait_for_ranks(
     longest_pause_s: float | None = None,
     timeout_s: float,
 ) -> list[int]:
-    """Wait until the store has a key `prefix/rank` for each rank; the pauses are `wait_until`'s.
+    """Wait until the store has a key `prefix/rank` for each rank.
+
+    The pauses are as in `wait_until`.
 
     Returns:
         The ranks whose key is missing after `timeout_s`.
@@ -58,6 +63,7 @@ def wait_for_ranks(
     missing = list(ranks)
 
     def have_all() -> bool:
+        # `check` returns at once. `Store.wait` blocks in C++ and does not name the missing keys.
         missing[:] = [rank for rank in missing if not store.check([f"{prefix}/{rank}"])]
         return not missing
 

@@ -30,23 +30,25 @@ from offload_adam.options import FailurePolicy
 logger = logging.getLogger(__name__)
 
 _VERDICT = "verdict"
+# A rank that waits longer in a collective checks all ranks, not only the next one.
 _SUSPECT_AFTER_S = 2.0
-"""A wait in a collective that lasts longer makes this rank check all ranks, not only the next."""
+# Longest wait at exit for a heartbeat thread that hangs in a store call.
 _JOIN_S = 2.0
 
 
 class PeerWatch:
     """Publishes this rank's record in the store and watches its peers' records.
 
-    Each rank watches the next one, so the load of the store per heartbeat does not grow with the
-    number of ranks. A rank that detects a failure writes the verdict; the others read it with their
-    next heartbeat. A rank that waits long in a collective, or whose collective failed, checks all
-    ranks.
+        heartbeat of rank r:   set rank/r  ->  check verdict  ->  get rank/(r + 1)
+
+    So a heartbeat makes a fixed number of store calls, for any number of ranks. A rank reads all
+    ranks' records only if it waits long in a collective or its collective failed. A rank that
+    detects a failure writes the verdict. All ranks read the verdict with their next heartbeat.
 
     Owns: a thread, and a connection to the store that only this thread uses.
-    Lifecycle: `start` when every rank's first record is in the store; `leave` tells the peers that
-        this rank ends.
-    Threads: any thread may call all methods except `start` and `leave`.
+    Lifecycle: `announce`, then `start` when every rank's first record is in the store. `leave`
+        tells the peers that this rank ends.
+    Threads: any thread may call all methods except `announce`, `start` and `leave`.
     """
 
     def __init__(
@@ -58,15 +60,17 @@ class PeerWatch:
         self._global_ranks = global_ranks
         self._process = Process.own()
         self._verdict: Verdict | None = None
-        self._broken: str | None = None
-        self._accusation: Verdict | None = None
+        self._broken: str | None = None  # error text of a failed collective
+        self._accusation: Verdict | None = None  # see `accuse`
         self._wake = threading.Event()
         self._judged = threading.Event()
         self._ending = threading.Event()
         self._left = ""
         self._beat = 0
-        self._moves, self._moved_s = -1, 0.0
-        self._reached_s = time.monotonic()
+        self._moves, self._moved_s = -1, 0.0  # last `PROGRESS.moves`, and since when
+        self._reached_s = time.monotonic()  # when the store last answered
+        # By rank: the last heartbeat read, and when it was first read. This clock alone is used, so
+        # the clocks of the nodes need not agree.
         self._seen: dict[int, tuple[int, float]] = {}
         self._askers: deque[threading.Event] = deque()
         self._places: tuple[PeerRecord, ...] = ()
@@ -84,8 +88,9 @@ class PeerWatch:
     def leave(self) -> None:
         """Publish that this rank ends, and with which error, and stop the thread. Idempotent.
 
-        Call it before the interpreter exits: a thread inside the store then aborts the process.
+        Call it before the interpreter exits: a thread in a store call at exit aborts the process.
         """
+        # `last_value` is the error that ended the main program, seen from an exit handler.
         error = sys.exc_info()[1] or getattr(sys, "last_value", None)
         self._left = "" if error is None else f"{type(error).__name__}: {error}"[:300]
         self._ending.set()
@@ -94,9 +99,12 @@ class PeerWatch:
             self._thread.join(_JOIN_S)
 
     def places(self, wait_s: float = 1.0) -> tuple[PeerRecord, ...]:
-        """Return every rank's current record; after `wait_s` without an answer, the previous ones.
+        """Return every rank's current record.
 
-        Only the heartbeat thread reads the store, so this call asks that thread.
+        Only the heartbeat thread reads the store, so this method asks that thread.
+
+        Args:
+            wait_s: seconds; without an answer by then, returns the records of the previous call.
         """
         answered = threading.Event()
         self._askers.append(answered)
@@ -109,7 +117,8 @@ class PeerWatch:
         """The verdict that ends the run, None while no rank has failed."""
         if self._verdict is None:
             silence_s = time.monotonic() - self._reached_s
-            # The heartbeat thread itself may hang in a store that does not answer.
+            # The heartbeat thread itself may hang in a store that does not answer, so the calling
+            # thread also decides, 2 s later than `_note_store_error` would.
             if not self._ending.is_set() and silence_s > self.failures.dead_after + 2.0:
                 return unreachable_verdict(silence_s)
         return self._verdict
@@ -118,30 +127,41 @@ class PeerWatch:
         """Raise an error if a peer has failed.
 
         Raises:
-            PeerFailedError: naming the ranks, where they were, and what to do.
+            PeerFailedError: naming the failed ranks, their last phase, and what to do.
         """
         failure = self.failure
         if failure is not None:
             raise self._error(failure)
 
     def explain(self, error: BaseException) -> PeerFailedError:
-        """Return an error that names the failed peer; waits up to about `dead_after` to find it."""
+        """Return an error that names the failed peer; wait for up to about `dead_after` to find it.
+
+        Args:
+            error: raised by a collective.
+        """
+        # The reason is at the end of the first line. A C++ backtrace may follow on further lines.
         problem = str(error).strip().split("\n")[0][-200:]
         timed_out = "timed out" in problem.lower()
         self._broken = problem
         self._wake.set()
+        # A peer counts as dead only after `dead_after` without a heartbeat. After a timeout all
+        # may be alive, and the next check of all ranks decides. Three beats are slack.
         beats_s = 3 * self.failures.beat_s
         self._judged.wait(beats_s if timed_out else self.failures.dead_after + beats_s)
-        failure = self.failure or Verdict((), f"A collective failed: {problem}.")
+        text = (
+            f"A collective failed: {problem}. No rank was found dead; check the logs of all ranks."
+        )
+        failure = self.failure or Verdict((), text)
         return self._error(failure)
 
     def _publish_verdict(self, verdict: Verdict) -> None:
-        """Write the verdict for all ranks; if the store has one already, adopt that one."""
+        """Write the verdict for all ranks; if the store has one already, use that one."""
         try:
+            # An empty expected value writes only if the key is missing; returns what is stored.
             written = self._store.compare_set(_VERDICT, "", verdict.to_json())
             verdict = Verdict.from_json(written)
         except (RuntimeError, ValueError) as error:
-            logger.debug("Could not write the verdict: %s", error)
+            logger.debug("Could not write the verdict: %s", error)  # this rank ends all the same
         self._verdict = verdict
         self._judged.set()
 
@@ -165,20 +185,22 @@ class PeerWatch:
             self._wake.wait(self.failures.beat_s)
             self._wake.clear()
             if time.monotonic() - began_s > self.failures.dead_after / 2:
-                self._seen.clear()  # this process was stopped: the peers may have sent heartbeats
+                # This process was suspended. What it last read of its peers is as old as that.
+                self._seen.clear()
         try:
             self._publish(self._left)
         except RuntimeError:
-            logger.debug("The store was closed before this rank left")
+            logger.debug("Could not publish that this rank left: the store is closed")
 
     def _answer(self) -> None:
-        """Read all records if a thread waits in `places`."""
+        """Read all records if a thread waits in `places`, and wake that thread."""
         if self._askers:
             self._places = tuple(self._read(rank) for rank in range(len(self._global_ranks)))
         while self._askers:
             self._askers.popleft().set()
 
     def _publish(self, left: str | None) -> None:
+        """Write this rank's record to the store; `left` is the field of `PeerRecord`."""
         now_s = time.monotonic()
         if PROGRESS.moves != self._moves:
             self._moves, self._moved_s = PROGRESS.moves, now_s
@@ -211,7 +233,7 @@ class PeerWatch:
             self._publish_verdict(found)
 
     def _check_next_rank(self) -> Verdict | None:
-        """Check the next rank that has not left."""
+        """Check the next rank that has not left, in the order of ranks."""
         for distance in range(1, len(self._global_ranks)):
             record = self._read((self._rank + distance) % len(self._global_ranks))
             if record.left is None:
@@ -219,6 +241,7 @@ class PeerWatch:
         return None
 
     def _check_all_ranks(self) -> Verdict | None:
+        """Check all ranks for failures of any kind: this rank waits for one of them."""
         others = [self._read(rank) for rank in range(len(self._global_ranks)) if rank != self._rank]
         for record in others:
             found = exited_verdict(record) if record.left is not None else None
@@ -231,8 +254,9 @@ class PeerWatch:
         return hung_verdict([own, *others], self.failures.stuck_after)
 
     def _sign_of_death(self, record: PeerRecord) -> Verdict | None:
+        """Return a verdict if a rank's process is gone or its heartbeats have stopped."""
         if record.process.is_gone(self._process):
-            # It may have left after the record that was read, so read again.
+            # Between the first read and `is_gone`, the rank may have published that it leaves.
             last = self._read(self._global_ranks.index(record.rank))
             return dead_verdict(last) if last.left is None else None
         now_s = time.monotonic()
@@ -249,6 +273,7 @@ class PeerWatch:
 
     def _note_store_error(self, error: RuntimeError) -> None:
         silence_s = time.monotonic() - self._reached_s
+        """End the run if the store has not answered for `dead_after`, or after an accusation."""
         logger.debug("The store does not answer: %s", error)
         if self._accusation is not None or silence_s > self.failures.dead_after:
             self._verdict = self._accusation or unreachable_verdict(silence_s)
@@ -259,7 +284,7 @@ _watches: weakref.WeakSet[PeerWatch] = weakref.WeakSet()
 
 
 def accuse(verdict: Verdict) -> None:
-    """End the run on all ranks with this verdict, also if this process is in a wait."""
+    """End the run on all ranks with this verdict. Any thread may call it, also during a wait."""
     for watch in list(_watches):
         watch._accusation = verdict
         watch._wake.set()
@@ -271,7 +296,7 @@ def roll_call(
     """Wait until every rank's first record is in the store.
 
     Args:
-        what: what the ranks are to do, for the error message.
+        what: the action that the ranks' records stand for, such as "join the run".
 
     Raises:
         PeerFailedError: naming the ranks whose record is missing after `timeout`.
@@ -279,7 +304,13 @@ def roll_call(
     timeout_s = timeout.total_seconds()
     peers = [peer for peer in range(len(global_ranks)) if peer != rank]
     missing = wait_for_ranks(
-        store, "rank", peers, pause_s=0.001, longest_pause_s=0.2, timeout_s=timeout_s
+        # Polls less often the longer the wait: 1000 ranks may wait for one slow rank.
+        store,
+        "rank",
+        peers,
+        pause_s=0.001,
+        longest_pause_s=0.2,
+        timeout_s=timeout_s,
     )
     if missing:
         absent = tuple(global_ranks[peer] for peer in missing)

@@ -1,6 +1,6 @@
-"""Host memory: who owns which bytes, and which of them are page-locked.
+"""Host memory for the state, and page-locking (pinning) of it.
 
 arena      HostArena: one mapping, cut into tensors; start here
-pinning    page-locking of exactly these bytes, and its end
+pinning    page-lock exactly these bytes, and unlock them
 planes     the tensors that hold one bucket's state
 """

@@ -1,4 +1,11 @@
-"""One anonymous mapping for all of a rank's state, cut into tensors that each have a storage."""
+"""One anonymous mapping for all of a rank's state, cut into tensors that each have a storage.
+
+    |<------------------ piece ----------------->|<------------------ piece ---- ...
+    | tensor 0 | tensor 1 |    tensor 2    |.....| tensor 3 |  tensor 4  | ...
+                                            unused: tensor 3 would have crossed into the next piece
+
+Each piece is pinned by one call to CUDA.
+"""
 
 from __future__ import annotations
 
@@ -23,20 +30,23 @@ from offload_adam.units import format_nbytes
 
 logger = logging.getLogger(__name__)
 
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; Python has no name for it.
+_MADV_POPULATE_WRITE = 23  # since Linux 5.14; Python has no name for it
 
 Touch = Callable[[torch.Tensor], None]
-"""Writes to every page of (n,) uint8, each from the thread that will update it."""
+"""Writes to every page of an (n,) uint8 tensor, each from the kernel thread that will update it.
+
+Linux then places the page on the NUMA node of this thread.
+"""
 
 
 class HostArena:
-    """Host memory of one fixed size, given out from its start to its end.
+    """Host memory of a fixed size, allocated to tensors from start to end.
 
-    Owns: an anonymous private mapping, backed by huge pages where the kernel grants them (private,
-        because shared mappings get none by default), and what pins it.
-    Lifecycle: its pages are present from construction on. The bytes live as long as any tensor
-        taken from them. They are pinned from `pin` until `close` or this object's collection: the
-        owner keeps it, and closes it at the interpreter's exit too.
+    Owns: an anonymous private mapping, in huge pages if the kernel grants them, and its
+        registration with CUDA.
+    Lifecycle: all pages are present after construction. The bytes live as long as any tensor in
+        them. They are pinned from `pin` until `close` or until this object is garbage-collected.
+        The owner must call `close` at the interpreter's exit too.
     """
 
     def __init__(
@@ -51,17 +61,18 @@ class HostArena:
         """Map and commit `nbytes`.
 
         Args:
-            nbytes: capacity: the sum of `padded_nbytes` of all that is taken, or, where that is
-                more than a piece, `arena_nbytes`.
-            parts: bytes of what will be taken, in order; only `touch` looks at them.
-            touch: commits each part in turn; None to commit all from the calling thread, which is
-                faster, and right where all memory is equally near.
-            survives_fork: keep the mapping in forked children. State is kept out of them: a forked
-                data loader must not copy it.
-            piece_nbytes: bytes that are pinned at once; nothing that is taken crosses them.
+            nbytes: capacity, from `arena_nbytes`. The sum of `padded_nbytes` is enough if it fits
+                into one piece.
+            parts: bytes of each tensor that will be taken, in order; used by `touch` only.
+            touch: commits each part. None commits all pages from the calling thread, which is
+                faster, and right on a machine with one NUMA node.
+            survives_fork: keep the mapping in forked children. Otherwise a forked data loader does
+                not copy it.
+            piece_nbytes: bytes that are pinned by one call. No tensor crosses from one piece into
+                the next, unless it is larger than a piece.
 
         Raises:
-            HostMemoryError: the kernel does not grant that much.
+            HostMemoryError: the kernel cannot map that much.
         """
         self.nbytes = nbytes
         self._used_nbytes = 0
@@ -71,14 +82,16 @@ class HostArena:
         self._mapping: mmap.mmap | None = None
         if nbytes == 0:
             return
+        # Private, because Linux gives no huge pages to shared anonymous memory by default.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         try:
             self._mapping = mmap.mmap(-1, nbytes, flags=flags)
         except OSError as error:
             raise HostMemoryError(
-                f"{format_nbytes(nbytes)} of host memory cannot be mapped: {error.strerror}"
+                f"{format_nbytes(nbytes)} of host memory cannot be mapped: {error.strerror}. Use "
+                "more nodes or a smaller model, or raise the limit of virtual memory (ulimit -v)."
             ) from error
-        self._advise("MADV_HUGEPAGE")
+        self._advise("MADV_HUGEPAGE")  # before the first touch, which fixes the pages' size
         if not survives_fork:
             self._advise("MADV_DONTFORK")
         if touch is None:
@@ -89,9 +102,9 @@ class HostArena:
                 touch(everything[start:end])
 
     def take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return the next `numel` elements as a zeroed 1-d tensor with a storage of its own.
+        """Return the next `numel` elements as a zeroed 1-d tensor.
 
-        A storage of its own means that saving or copying the tensor touches its bytes only.
+        The tensor has its own storage, so saving or copying it touches its bytes only.
         """
         if numel == 0:
             return torch.empty(0, dtype=dtype, device="cpu")
@@ -99,22 +112,26 @@ class HostArena:
         offset = _place(self._used_nbytes, nbytes, self._piece_nbytes)
         self._used_nbytes = offset + nbytes
         if self._mapping is None or self._used_nbytes > self.nbytes:
-            raise AssertionError(f"arena of {self.nbytes} bytes asked for {self._used_nbytes}")
+            raise AssertionError(
+                f"An arena of {self.nbytes} bytes was asked for {self._used_nbytes} bytes."
+            )
         return torch.frombuffer(self._mapping, dtype=dtype, count=numel, offset=offset)
 
     @property
     def pinned_nbytes(self) -> int:
-        """Bytes that are page-locked now: all or none."""
+        """Bytes that are page-locked now: either all or none."""
         return 0 if self._registration is None else self._registration.nbytes
 
     def pin(self, runtime: CudaRuntime) -> None:
-        """Page-lock exactly this mapping; torch rounds its own pinned blocks up to powers of two.
+        """Page-lock exactly this mapping.
 
-        After the pages are committed, for pinning would commit them from the calling thread.
+        torch's own pinned allocator would round the size up to a power of two.
 
         Raises:
-            PinRefusedError: with what stood in the way; the arena works on, unpinned.
+            PinRefusedError: CUDA did not pin it; the arena stays usable, unpinned.
         """
+        # The pages are committed already. Otherwise pinning would commit them from this thread, on
+        # its NUMA node.
         if self._mapping is None or self._registration is not None:
             return
         address = torch.frombuffer(self._mapping, dtype=torch.uint8).data_ptr()
@@ -124,68 +141,81 @@ class HostArena:
         ]
         self._registration = Registration(runtime, pieces)
         self._unpin = weakref.finalize(self, self._registration.release)
-        # At exit, finalizers run latest first: this one would run before that of the owner, which
-        # waits for the threads and copies that use the memory.
+        # At exit, finalizers run in reverse order of creation. This one would run before the
+        # owner's, which waits for the threads and copies that use the memory.
         self._unpin.atexit = False
 
     def pin_or_warn(self, runtime: CudaRuntime, otherwise: str) -> None:
-        """Pin, or warn of what stood in the way and what happens instead."""
+        """Pin; if CUDA does not pin, warn with the reason.
+
+        Args:
+            otherwise: a sentence for the warning: the consequence of unpinned memory.
+        """
         try:
             self.pin(runtime)
         except PinRefusedError as error:
-            warnings.warn(f"{error}. {otherwise}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{error} {otherwise}", RuntimeWarning, stacklevel=2)
 
     def close(self) -> None:
-        """Unpin, and give up the arena's own hold on the bytes. Idempotent."""
+        """Unpin, and drop the arena's own reference to the mapping. Idempotent."""
         if self._unpin is not None:
             self._unpin()
         self._mapping = None
 
     def _advise(self, name: str) -> None:
-        """Give the kernel a hint where this platform has it."""
+        """Give the kernel a hint if this platform has it."""
         advice = getattr(mmap, name, None)
         if advice is None or self._mapping is None:
             return
         try:
             self._mapping.madvise(advice)
         except OSError as error:
-            logger.debug("%s refused: %s", name, error)
+            logger.debug("Kernel rejected %s: %s", name, error)
 
     def _commit(self) -> None:
-        """Make every page present now, so that no later step pays for it or fails on it."""
+        """Make every page present now, so that no step takes page faults or runs out of memory."""
         assert self._mapping is not None
         try:
             self._mapping.madvise(_MADV_POPULATE_WRITE)
-        except OSError:
+        except OSError:  # an older kernel: write to every page instead
             torch.frombuffer(self._mapping, dtype=torch.uint8).zero_()
 
 
 def close_all(arenas: Iterable[HostArena]) -> None:
-    """Close arenas; those that were added since are among them."""
+    """Close all arenas.
+
+    Args:
+        arenas: read when the function runs, so a finalizer also closes arenas added later.
+    """
     for arena in arenas:
         arena.close()
 
 
+# References that keep leaked arenas from being unmapped.
 _LEFT: list[HostArena] = []
 
 
 def leave_all(arenas: Iterable[HostArena]) -> None:
-    """Leave arenas mapped and pinned until the process ends: something may still use them."""
+    """Leak arenas: keep them mapped and pinned until the process ends. Work may still use them."""
     _LEFT.extend(arenas)
 
 
 def padded_nbytes(numel: int, dtype: torch.dtype) -> int:
-    """Return the bytes that `take` uses up for these elements."""
+    """Return the bytes that `take` uses for these elements, padding included."""
     return align(numel * dtype.itemsize, ALIGNMENT_NBYTES)
 
 
 def arena_nbytes(parts: Iterable[int], piece_nbytes: int = PIECE_NBYTES) -> int:
-    """Return the capacity for what will be taken: the sum, and less than a part for each piece."""
+    """Return the capacity that `take` needs for these parts, including padding and gaps.
+
+    Args:
+        parts: bytes of each tensor, in order.
+    """
     return max((end for _, end in _places(parts, piece_nbytes)), default=0)
 
 
 def _places(parts: Iterable[int], piece_nbytes: int) -> Iterator[tuple[int, int]]:
-    """Yield where each part will lie."""
+    """Yield (start, end) in bytes of each part, in the way in which `take` places it."""
     end = 0
     for nbytes in parts:
         if nbytes > 0:
@@ -195,6 +225,6 @@ def _places(parts: Iterable[int], piece_nbytes: int) -> Iterator[tuple[int, int]
 
 
 def _place(offset: int, nbytes: int, piece_nbytes: int) -> int:
-    """Return where a part may start: it lies in one piece, unless it is larger than that."""
-    room = piece_nbytes - offset % piece_nbytes
-    return offset if nbytes <= room else offset + room
+    """Return where a part starts: at `offset`, or at the next piece if it would cross into that."""
+    left_nbytes = piece_nbytes - offset % piece_nbytes
+    return offset if nbytes <= left_nbytes else offset + left_nbytes

@@ -14,9 +14,10 @@ from offload_adam.memory.arena import HostArena
 class StatePlanes:
     """This rank's Adam state of one bucket; every tensor is flat and `shard_numel` long.
 
-    master_weight: float32; the parameter's own shard where the plan has no plane for it.
+    master_weight: float32, or the parameter's own shard if the plan has no plane for it.
+    exp_avg, exp_avg_sq: float32.
     max_exp_avg_sq: float32, None without amsgrad.
-    gradient_shard: the reduced gradient, None where it is read where autograd left it.
+    gradient_shard: the reduced gradient, None if the kernel reads `.grad` itself.
     """
 
     master_weight: torch.Tensor
@@ -26,10 +27,11 @@ class StatePlanes:
     gradient_shard: torch.Tensor | None
 
     def named(self, *, own_master: bool) -> dict[str, torch.Tensor]:
-        """Return the planes that are state, by torch's keys.
+        """Return the planes that belong to the optimizer's state, by torch's keys.
 
-        A parameter that is its own master weight has no `master_weight` entry: it is saved with the
-        model, and a second copy could only contradict it.
+        Args:
+            own_master: the parameter is its own master weight, so there is no entry for it. The
+                parameter is saved with the model, and a second copy might differ.
         """
         planes = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         if self.max_exp_avg_sq is not None:
@@ -43,7 +45,7 @@ def allocate_planes(plan: StatePlan, arena: HostArena, shard: torch.Tensor) -> S
     """Allocate one bucket's planes, zeroed, and fill the master weights from `shard`.
 
     Args:
-        arena: holds the planes whose location is the host; the others are on the shard's device.
+        arena: for planes in host memory. Other planes are allocated on the shard's device.
         shard: (shard_numel,) this rank's part of the parameters. If they are their own master
             weights, this tensor is the plane.
     """
@@ -70,5 +72,5 @@ def allocate_planes(plan: StatePlan, arena: HostArena, shard: torch.Tensor) -> S
 
 
 def gradient_dtype(dtype: torch.dtype, itemsize: int) -> torch.dtype:
-    """Return a gradient's dtype: that of its parameter, or float32 where it is planned wider."""
+    """Return the dtype of a gradient shard: its parameter's, or float32 if planned wider."""
     return dtype if itemsize == dtype.itemsize else torch.float32

@@ -182,10 +182,10 @@ class UpdateInputs:
 
 
 _SAME_SETTINGS = (
-    ". Set the same values on every rank: run the same schedule, and make the same edits of "
+    "Set the same values on every rank: run the same schedule, and make the same edits of "
     "param_groups and calls of clip_grad_norm_. If ranks use different parameters, clip with "
     "max_grad_norm or optimizer.clip_grad_norm_(). Compute norms of streamed gradients on all "
-    "ranks"
+    "ranks."
 )
 
 

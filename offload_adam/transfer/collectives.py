@@ -1,7 +1,7 @@
 """The two collectives on a bucket: mean of the gradients, and all-gather of the parameters.
 
-All are issued by the thread that runs forward, backward or `step()`, in one order on every rank, on
-a process group that nobody else uses.
+The thread that runs forward, backward or `step()` issues them, in the same order on every rank.
+They run on a process group that only the optimizer uses.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from offload_adam.transfer.streams import HostStreams, Streams
 
 @dataclass(frozen=True, slots=True)
 class PendingCollective:
-    """A collective in flight, the memory it works on, and where this rank's part will lie.
+    """A collective in flight, its memory, and this rank's part of its result.
 
-    work: None if a stream waits for it; a wait for the stream's event is enough then.
-    buffer: held, so that its memory lives until the work is done.
+    work: the host waits for it. None on CUDA: there the lane's stream waits for the collective, so
+        the event that is recorded on the stream afterwards covers it.
+    buffer: the collective's memory; this reference keeps it alive until the work is complete.
+    shard: a view of `buffer`.
     """
 
     work: dist.Work | None
@@ -32,14 +34,14 @@ class PendingCollective:
     shard: torch.Tensor
 
     def is_completed(self) -> bool:
-        """Return, without waiting, whether the host has nothing to wait for."""
+        """Return, without waiting, whether `wait` would return at once."""
         return self.work is None or bool(self.work.is_completed())
 
     def wait(self, ranks: RankGroup) -> None:
-        """Block until it is over, or until a peer fails.
+        """Block until the collective is complete; return at once if a stream waits for it.
 
         Raises:
-            PeerFailedError: naming the ranks that have failed.
+            PeerFailedError: naming the failed ranks.
         """
         if self.work is not None:
             ranks.wait(self.work, on_device=self.buffer.is_cuda)
@@ -54,16 +56,11 @@ class Collectives:
     def mean(
         self, streams: Streams, buffer: torch.Tensor, part: tuple[int, int]
     ) -> PendingCollective:
-        """Start averaging a bucket's gradients over the ranks.
-
-        float16 is divided before it is summed: otherwise the sum of a few large gradients would
-        overflow. On gloo the whole bucket is all-reduced and sliced, which is twice as fast as
-        gloo's reduce-scatter and gives the same bits. Elsewhere the bucket is reduce-scattered in
-        place, unless every rank needs all of it.
+        """Start averaging a bucket's gradients over the ranks. Collective.
 
         Args:
             buffer: (numel,) gradients of the bucket in the reduce dtype; overwritten.
-            part: the range [start, end) that this rank needs: its shard, or the whole.
+            part: the range [start, end) that this rank needs: its shard, or the whole bucket.
         """
         group = self._ranks.data_group(buffer.device)
         shard = buffer[part[0] : part[1]]
@@ -71,8 +68,10 @@ class Collectives:
         def start() -> Any:
             operation = dist.ReduceOp.AVG
             if buffer.dtype == torch.float16:
+                # Divide first: the sum of a few large gradients would overflow float16.
                 buffer.div_(self._ranks.world_size)
                 operation = dist.ReduceOp.SUM
+            # On gloo an all-reduce is twice as fast as a reduce-scatter and gives the same bits.
             if dist.get_backend(group) == "gloo" or shard.numel() == buffer.numel():
                 return dist.all_reduce(buffer, operation, group=group, async_op=True)
             return reduce_scatter(shard, buffer, operation, group=group, async_op=True)
@@ -80,10 +79,10 @@ class Collectives:
         return _issue(Lane.REDUCE, streams, start, buffer, shard)
 
     def gather(self, streams: Streams, flat: torch.Tensor) -> PendingCollective:
-        """Start gathering every rank's shard of a bucket's parameters, in place.
+        """Start an all-gather of a bucket's parameters, in place. Collective.
 
         Args:
-            flat: (numel,) the bucket; this rank's shard of it is up to date.
+            flat: (numel,) the bucket; this rank has updated its own shard of it.
         """
         group = self._ranks.data_group(flat.device)
         shard = flat.chunk(self._ranks.world_size)[self._ranks.rank]
@@ -102,10 +101,13 @@ def _issue(
     shard: torch.Tensor,
 ) -> PendingCollective:
     """Start a collective on its lane. On a device the lane waits for it, and the host does not."""
+    # The collectives of `HostStreams` are gloo's: their thread works while the host continues.
     if isinstance(streams, HostStreams):
         return PendingCollective(start(), buffer, shard)
 
     def start_and_wait() -> None:
+        # The backend runs the collective on its own stream. This wait makes the lane's stream wait
+        # for that stream, and returns at once.
         start().wait()
 
     streams.launch(lane, start_and_wait, reads=[buffer], writes=[buffer])

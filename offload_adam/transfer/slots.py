@@ -1,4 +1,4 @@
-"""Buffers that buckets use in turn: a pool that grows, and rings of fixed slots."""
+"""Buffers that buckets share in turn: a pool that grows, and rings of fixed slots."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from offload_adam.torch_private import base_of
 
 
 class SlotPool:
-    """Bucket-sized buffers, handed out without ever waiting.
+    """Bucket-sized buffers that are allocated on demand and reused.
 
-    If a hook waited here for a collective, it would deadlock when one rank skips its backward. So a
-    pool without a free slot allocates another. A slot is filled from `.grad`, which is freed with
-    it, so there is at most one for each bucket and backward in flight. Once there are as many as
-    the pace of the ranks requires, nothing is allocated.
+    `acquire` never waits. A hook that waited for an earlier collective would deadlock if another
+    rank skipped its backward. So if no slot is free, the pool allocates a new one. A slot takes the
+    gradients of one bucket, so there is at most one for each bucket and backward in flight. After
+    the first steps there are enough slots, and nothing is allocated.
 
-    Owns: every buffer, by dtype and device, each as large as the largest bucket of these.
+    Owns: all buffers. Those of one dtype and device all fit the largest bucket of that dtype and
+        device.
     """
 
     def __init__(self) -> None:
@@ -34,7 +35,7 @@ class SlotPool:
         return self._nbytes
 
     def reserve(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Announce buckets of this size; slots that are too small for them are freed."""
+        """Make future slots large enough for `numel` elements, and free smaller ones."""
         if numel > self._capacity.get((dtype, device), 0):
             self._capacity[dtype, device] = numel
             outgrown = self._free.pop((dtype, device), [])
@@ -50,12 +51,12 @@ class SlotPool:
         return slot[:numel]
 
     def release(self, buffer: torch.Tensor) -> None:
-        """Take back a buffer from `acquire`; nothing may still read or write it."""
-        slot = base_of(buffer)
+        """Return a buffer from `acquire` to the pool. No work in flight may use it any more."""
+        slot = base_of(buffer)  # `acquire` returned a view
         assert slot is not None
         if slot.numel() == self._capacity[slot.dtype, slot.device]:
             self._free[slot.dtype, slot.device].append(slot)
-        else:
+        else:  # `reserve` has increased the capacity since: drop it
             self._nbytes[slot.device] -= slot.nbytes
 
 
@@ -63,8 +64,9 @@ class SlotPool:
 class _Ring:
     """The slots of one bucket key.
 
-    numels: elements that each slot must have: those of the largest bucket (or shard) that uses it.
     device: None for host memory.
+    numels: by slot: elements of the largest bucket (or shard) that uses it.
+    slots: by slot: the allocated buffer.
     """
 
     dtype: torch.dtype
@@ -80,21 +82,24 @@ class _Ring:
 
 
 class Rings:
-    """Slots that the buckets of each key use in turn.
+    """Staging and reduction slots that the buckets of each bucket key share in turn.
 
-    The schedule decides which bucket uses which slot, and what it waits for before that. It does so
-    for each bucket key on its own, so no two keys share a slot.
+    The schedule assigns a slot to each bucket, and makes the bucket wait for the slot's previous
+    user. Buckets with different keys never share a slot.
 
-    Owns: host slots in the parameters' own 16-bit formats, and slots on devices.
-    Lifecycle: reserve a slot for every bucket, then call `allocate`, while no copy or reduction is
-        in flight; nothing is allocated later.
+        bucket (one key, two slots)   0  1  2  3  4
+        slot                          0  1  0  1  0
+
+    Owns: host slots for H2D copies in the parameters' own 16-bit dtypes, and slots on devices.
+    Lifecycle: reserve a slot for every bucket, then call `allocate` while no copy or reduction is
+        in flight. Nothing is allocated later.
     """
 
     def __init__(self, make_arena: Callable[[int], HostArena]) -> None:
-        """Begin without slots.
+        """Create a ring set without slots.
 
         Args:
-            make_arena: allocates host memory of so many bytes, page-locked where that is asked for.
+            make_arena: allocates that many bytes of host memory, pinned if pinning is configured.
         """
         self._make_arena = make_arena
         self._arenas: dict[str, HostArena] = {}
@@ -116,17 +121,17 @@ class Rings:
         return totals
 
     def reserve_staging(self, key: str, slot: int, dtype: torch.dtype, numel: int) -> None:
-        """Announce that a shard of a bucket key uses this host slot."""
+        """Make a host slot of a bucket key large enough for a shard of `numel` elements."""
         self._staging.setdefault(key, _Ring(dtype)).reserve(slot, numel)
 
     def reserve_reduction(
         self, key: str, slot: int, dtype: torch.dtype, device: torch.device, numel: int
     ) -> None:
-        """Announce that a bucket of a key uses this slot on its device."""
+        """Make a device slot of a bucket key large enough for a bucket of `numel` elements."""
         self._reduction.setdefault(key, _Ring(dtype, device)).reserve(slot, numel)
 
     def allocate(self) -> None:
-        """Allocate each slot that is not there, or is too small, in its final size."""
+        """Allocate each slot that is missing or too small."""
         for ring in self._reduction.values():
             for slot in filter(ring.is_too_small, ring.numels):
                 ring.slots[slot] = torch.empty(
@@ -137,6 +142,7 @@ class Rings:
                 self._allocate_staging(key, ring)
 
     def _allocate_staging(self, key: str, ring: _Ring) -> None:
+        # One arena holds all slots of a key, so all are allocated anew if one of them grows.
         if key in self._arenas:
             self._arenas[key].close()
         nbytes = sum(padded_nbytes(numel, ring.dtype) for numel in ring.numels.values())
@@ -144,9 +150,9 @@ class Rings:
         ring.slots = {slot: arena.take(numel, ring.dtype) for slot, numel in ring.numels.items()}
 
     def staging_slot(self, key: str, slot: int, numel: int) -> torch.Tensor:
-        """Return the first elements of a host slot."""
+        """Return the first `numel` elements of a host slot."""
         return self._staging[key].slots[slot][:numel]
 
     def reduction_slot(self, key: str, slot: int, numel: int) -> torch.Tensor:
-        """Return the first elements of a slot on a device."""
+        """Return the first `numel` elements of a slot on a device."""
         return self._reduction[key].slots[slot][:numel]

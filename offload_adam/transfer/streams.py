@@ -1,6 +1,6 @@
 """The streams on which copies and collectives run, and the tensors in flight on them.
 
-As in torch, `Streams.wait` makes a stream wait and costs the host nothing, and `Event.synchronize`
+As in torch, `Streams.wait` makes a stream wait and does not block the host. `Event.synchronize`
 blocks the calling thread.
 """
 
@@ -22,29 +22,36 @@ logger = logging.getLogger(__name__)
 
 
 class Event(Protocol):
-    """A point in a lane's work, as `torch.cuda.Event` is one."""
+    """A point in a lane's work, like a `torch.cuda.Event`."""
 
     def query(self) -> bool:
-        """Return, without waiting, whether the work before it is over."""
+        """Return, without waiting, whether the work before the event is complete."""
         ...
 
     def synchronize(self) -> None:
-        """Block the calling thread until the work before it is over."""
+        """Block the calling thread until the work before the event is complete."""
         ...
 
 
 class Streams(Protocol):
     """The lanes of one device.
 
-    The lane COMPUTE is the calling thread's current stream, which a model may change while it runs.
+        lane       stream                                 work
+        COMPUTE    the calling thread's current stream    forward, backward, packing gradients
+        REDUCE     ours                                   reduce-scatter of gradients
+        D2H, H2D   ours, one each                         copies of gradients and parameters
+        GATHER     ours                                   all-gather of parameters
+        UPDATE     none: a host thread                    Adam update
 
-    Threads: any may issue work.
+    The model may change its current stream while it runs.
+
+    Threads: any thread may issue work.
     """
 
     def current(self) -> Hashable:
-        """Return the stream that COMPUTE is to the calling thread now, None in host memory.
+        """Return the calling thread's current stream, None for host memory.
 
-        Compare it by `==` alone: with torch's streams, both `== None` and `!= None` are False.
+        Compare streams with `==` only: for torch's streams, both `== None` and `!= None` are False.
         """
         ...
 
@@ -60,29 +67,31 @@ class Streams(Protocol):
         reads: Iterable[torch.Tensor] = (),
         writes: Iterable[torch.Tensor] = (),
     ) -> None:
-        """Call `action` so that what it issues runs on a lane, after all that was issued there.
+        """Call `action` with the lane's stream as the current one.
+
+        The work that it issues runs after all earlier work of the lane.
 
         Args:
-            reads, writes: the tensors that the action touches. They are held until its work is
-                over, so that no allocator reuses their memory.
+            reads, writes: the tensors that the work touches. They are held until it is complete, so
+                that no allocator reuses their memory.
         """
         ...
 
     def record(self, lane: Lane, *, on: Hashable = None) -> Event:
-        """Return the event after all that has been issued on a lane.
+        """Return an event after all work that has been issued on a lane.
 
         Args:
-            on: for COMPUTE a stream that `current` returned; None for the one that is current now.
+            on: for COMPUTE, a stream from `current`; None for the stream that is current now.
         """
         ...
 
     def wait(self, lane: Lane, event: Event) -> None:
-        """Make what is issued on a lane from now on wait for `event`."""
+        """Make all work that is issued on a lane from now on wait for `event`."""
         ...
 
 
 class _Done:
-    """The event of work that is over when it has been issued."""
+    """An event that has always happened, for work on host memory."""
 
     def query(self) -> bool:
         return True
@@ -95,7 +104,7 @@ DONE = _Done()
 
 
 class HostStreams:
-    """The lanes of parameters in host memory: an action is over when its launch returns."""
+    """The lanes of parameters in host memory: work is complete when `launch` returns."""
 
     def current(self) -> Hashable:
         """Return None: there are no streams."""
@@ -136,22 +145,21 @@ Stream = TypeVar("Stream", bound=Hashable)
 class DeviceStreams(ABC, Generic[Stream]):
     """The lanes of one device, and the tensors in flight on them.
 
-    Tensors that another stream than their own reads are held here until the event after that work,
-    and not by `Tensor.record_stream`: they are freed by the first `record` after that event, and
-    not when the allocator next looks. What COMPUTE reads need not be held as long as it is one
-    stream: its allocator hands memory out again to work that comes later on that stream.
+    CUDA's caching allocator orders the reuse of memory on the stream that allocated it only. So a
+    tensor that is used on another stream is held here until an event after that use. The first
+    `record` after the event frees it, sooner than `Tensor.record_stream` would.
 
-    Where the model changes its current stream, what is launched on COMPUTE still runs in the order
-    in which it is issued: the new stream waits for the one before.
+    Work on COMPUTE runs in the order in which it is issued, also if the model changes its current
+    stream: the new stream waits for the previous one.
 
     Owns: every tensor in flight.
     """
 
     def __init__(self, own: Mapping[Lane, Stream]) -> None:
-        """Begin with nothing in flight.
+        """Start with nothing in flight.
 
         Args:
-            own: one stream for each lane but COMPUTE and UPDATE.
+            own: a stream for each lane except COMPUTE and UPDATE.
         """
         self._own = own
         self._compute: Stream | None = None
@@ -165,7 +173,7 @@ class DeviceStreams(ABC, Generic[Stream]):
         """Return the calling thread's current stream."""
 
     def reject_capture(self) -> None:
-        """Return: no other device than CUDA's captures anything."""
+        """Do nothing: only CUDA devices capture graphs."""
 
     def launch(
         self,
@@ -178,18 +186,19 @@ class DeviceStreams(ABC, Generic[Stream]):
         """Call the action with the lane's stream as the current one."""
         reads, writes = list(reads), list(writes)
         self._run(self._enter(lane), action, reads, writes)
+        # As long as COMPUTE is one stream, its own allocator orders the reuse of memory.
         if lane is not Lane.COMPUTE or self._has_several:
             with self._lock:
                 self._unrecorded[lane] += (*reads, *writes)
 
     def record(self, lane: Lane, *, on: Hashable = None) -> Event:
-        """Record an event; drop the tensors whose events have happened."""
+        """Record an event, and release the tensors whose events have happened."""
         if on is not None:
             self._has_several = True
             return self._record_on(on)  # type: ignore[arg-type]
         stream = self._enter(lane)
-        # Taken before the event is recorded: other threads may issue work in between, and the event
-        # must come after the work on every tensor that it stands for.
+        # Take the tensors before recording the event. In between, another thread may issue work and
+        # add its tensors; the event may come before that work, so it must not release them.
         with self._lock:
             tensors, self._unrecorded[lane] = self._unrecorded[lane], []
         event = self._record_on(stream)
@@ -210,7 +219,7 @@ class DeviceStreams(ABC, Generic[Stream]):
         self._wait_on(self.current(), event)
 
     def _enter(self, lane: Lane) -> Stream:
-        """Return the lane's stream; a new one of COMPUTE goes on where the last one was left."""
+        """Return the lane's stream. If COMPUTE has a new one, make it wait for the previous one."""
         if lane in self._own:
             return self._own[lane]
         self.reject_capture()
@@ -233,7 +242,7 @@ class DeviceStreams(ABC, Generic[Stream]):
 
     @abstractmethod
     def _record_on(self, stream: Stream) -> Event:
-        """Return the event after all that has been issued on a stream."""
+        """Return an event after all work that has been issued on a stream."""
 
     @abstractmethod
     def _wait_on(self, stream: Stream, event: Event) -> None:
@@ -241,39 +250,44 @@ class DeviceStreams(ABC, Generic[Stream]):
 
     @abstractmethod
     def _has_happened(self, event: Event) -> bool:
-        """Tell, without waiting, whether an event has happened."""
+        """Return, without waiting, whether an event has happened."""
 
 
+# Parts of CUDA's errors for a thread that queries an event while another thread captures a graph.
+# torch raises them as RuntimeError without an error code.
 _CAPTURING = ("when stream is capturing", "a previous error during capture")
-"""What CUDA says to a thread that asks for an event while another one captures a graph."""
+# Between two attempts to wait while another thread captures.
 _CAPTURE_PAUSE_S = 1e-3
-_SPOILED = (
-    "a CUDA graph was being captured while the optimizer waited for work on the GPU. That goes on, "
-    "but CUDA gives the capture up: call synchronize() on the optimizer before the capture"
+_CAPTURE_INVALIDATED = (
+    "A CUDA graph was being captured while the optimizer waited for work on the GPU. The "
+    "optimizer's work continues, but CUDA invalidates the capture. Call synchronize() on the "
+    "optimizer before the capture."
 )
 
 
 class CudaEvent:
-    """A CUDA event that any thread can wait for, also while another one captures a graph.
+    """A CUDA event that any thread can wait for, also while another thread captures a graph.
 
-    CUDA forbids this, and the capture is lost. The work before the event goes on all the same.
+    CUDA forbids such a wait and invalidates the capture. The work before the event still completes.
     """
 
     _has_warned = False
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
-        """Record the event; a host thread that waits for it sleeps.
-
-        One that spins would take a core from the kernels.
-        """
+        """Record the event on a stream."""
+        # Blocking: a host thread that waits sleeps. By default it spins and takes a core from the
+        # update's kernels.
         self.event = torch.cuda.Event(blocking=True)
         self.event.record(stream)
-        # torch asks for an event with the thread's current device: a thread that has never used
-        # one, as the update thread, would make a context on device 0.
+        # torch queries an event on the thread's current device. A thread that has never set one,
+        # such as the update thread, would create a context on device 0.
         self._device = stream.device
 
     def query(self) -> bool:
-        """Return, without waiting, whether the work before it is over; not during a capture."""
+        """Return, without waiting, whether the work before the event is complete.
+
+        Returns False while another thread captures a graph.
+        """
         try:
             with torch.cuda.device(self._device):
                 return bool(self.event.query())
@@ -282,10 +296,12 @@ class CudaEvent:
             return False
 
     def synchronize(self) -> None:
-        """Block the calling thread until the work before it, and any other's capture, is over.
+        """Block the calling thread until the work before the event is complete.
+
+        If another thread captures a graph, wait until its capture has ended, too.
 
         Raises:
-            RuntimeError: this thread itself is capturing, and would wait for ever.
+            RuntimeError: this thread itself is capturing, so the wait would never end.
         """
         while True:
             try:
@@ -297,25 +313,24 @@ class CudaEvent:
                 time.sleep(_CAPTURE_PAUSE_S)
 
     def _outlast_capture(self, error: RuntimeError) -> None:
-        """Say once what to do about another thread's capture; raise any other error."""
+        """Log once what to do about another thread's capture; raise any other error."""
         if not any(text in str(error) for text in _CAPTURING):
             raise error
         if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(_SPOILED) from error
+            raise RuntimeError(_CAPTURE_INVALIDATED) from error
         if not CudaEvent._has_warned:
             CudaEvent._has_warned = True
-            logger.error(_SPOILED)
+            logger.error(_CAPTURE_INVALIDATED)
 
 
 class CudaStreams(DeviceStreams[torch.cuda.Stream]):
     """The CUDA streams of one device.
 
-    Raises:
-        RuntimeError: by what uses COMPUTE while a CUDA graph is being captured.
+    Methods that use COMPUTE raise a RuntimeError while a CUDA graph is being captured.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Make the streams."""
+        """Create the streams."""
         lanes = (Lane.REDUCE, Lane.D2H, Lane.H2D, Lane.GATHER)
         super().__init__({lane: torch.cuda.Stream(device) for lane in lanes})
         self._device = device
@@ -331,8 +346,8 @@ class CudaStreams(DeviceStreams[torch.cuda.Stream]):
         reads: Iterable[torch.Tensor],
         writes: Iterable[torch.Tensor],
     ) -> None:
-        # The device comes first. Otherwise a thread that has never used this device would be left
-        # with a context on device 0, which takes half a GiB for each rank.
+        # Set the device first. Leaving `torch.cuda.stream` restores the previous stream. In a
+        # thread that has never set a device, this creates a context on device 0: half a GiB a rank.
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
             action()
 
@@ -347,17 +362,18 @@ class CudaStreams(DeviceStreams[torch.cuda.Stream]):
         return event.query()
 
     def reject_capture(self) -> None:
-        """Raise during a capture: a replay would not run the hooks that wait and issue copies.
+        """Raise an error if the current stream is being captured in a CUDA graph.
 
         Raises:
             RuntimeError: saying what to do before the capture.
         """
+        # A replay does not run Python hooks, which wait for buckets and issue copies.
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "a CUDA graph is being captured, and its replays would run no hook of the "
-                "optimizer's. To capture a forward alone, call synchronize() on the optimizer "
-                "before. To capture forward and backward, make the optimizer without module=, and "
-                "keep its step() outside of the graph"
+                "A CUDA graph is being captured, and its replays would not run the optimizer's "
+                "hooks. To capture a forward alone, call synchronize() on the optimizer before the "
+                "capture. To capture forward and backward, construct the optimizer without "
+                "module=, and call step() outside the graph."
             )
 
 

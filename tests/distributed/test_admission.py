@@ -132,8 +132,8 @@ def test_a_mistake_on_one_rank_is_an_error_on_all(ranks: RankPool) -> None:
         assert outcome.error in ("ValueError", "TypeError")
         phase, _, message = outcome.message.partition(": ")
         assert phase in (
-            "rank(s) [1] failed in construction",
-            "rank(s) [1] failed in add_param_group",
+            "Rank(s) [1] failed in construction",
+            "Rank(s) [1] failed in add_param_group",
         )
         assert message.startswith(problem)
 
@@ -151,7 +151,7 @@ def test_what_is_no_mistake_keeps_its_own_error_where_it_happened(ranks: RankPoo
     assert first == third
     assert second == Outcome("OSError", "no space")
     assert first.error == "PeerError"
-    assert first.message == "rank(s) [1] failed in allocating its state: OSError: no space"
+    assert first.message == "Rank(s) [1] failed in allocating its state: OSError: no space"
 
 
 def make_different_models(rank: int, world_size: int) -> list[Outcome]:
@@ -193,20 +193,22 @@ def test_ranks_with_different_models_are_told_the_first_difference(ranks: RankPo
     first, second, third = ranks.run(make_different_models, 3)
     assert first == second == third
     expected = [
-        "the name of parameter 1 is other where rank 0 has w1",
-        "the shape of 'w0' is (2, 3) where rank 0 has (3, 2)",
-        "the dtype of 'w0' is torch.bfloat16 where rank 0 has torch.float32",
-        "the name of parameter 0 is w1 where rank 0 has w0",
-        "the number of trainable parameters is 1 where rank 0 has 2",
-        "the number of parameter groups is 2 where rank 0 has 1",
-        "lr of group 0 is 0.01 where rank 0 has 0.001",
-        "max_grad_norm is 1.0 where rank 0 has None",
-        "reduce_dtype is torch.float32 where rank 0 has None",
-        "the version of torch is 1.0 where rank 0 has " + torch.__version__,
+        "the name of parameter 1 is other, but w1 on rank 0",
+        "the shape of 'w0' is (2, 3), but (3, 2) on rank 0",
+        "the dtype of 'w0' is torch.bfloat16, but torch.float32 on rank 0",
+        "the name of parameter 0 is w1, but w0 on rank 0",
+        "the number of trainable parameters is 1, but 2 on rank 0",
+        "the number of parameter groups is 2, but 1 on rank 0",
+        "lr of group 0 is 0.01, but 0.001 on rank 0",
+        "max_grad_norm is 1.0, but None on rank 0",
+        "reduce_dtype is torch.float32, but None on rank 0",
+        f"the version of torch is 1.0, but {torch.__version__} on rank 0",
     ]
     for outcome, difference in zip(first, expected, strict=True):
         assert outcome.error == "RankDisagreementError"
-        assert outcome.message == (f"rank(s) [2] have another optimizer than rank 0: {difference}")
+        assert outcome.message == (
+            f"Rank(s) [2] have a different optimizer than rank 0: {difference}."
+        )
 
 
 def differ_each_in_its_way(rank: int, world_size: int) -> Outcome:
@@ -222,9 +224,9 @@ def test_each_differing_rank_is_told_apart(ranks: RankPool) -> None:
     assert all(other == first for other in others)
     name = "\"param_groups[0]['params'][0]\""
     assert first.message == (
-        "rank(s) [1] have another optimizer than rank 0: lr of group 0 is 0.01 where rank 0 has "
-        "0.001; rank(s) [2, 3] have another optimizer than rank 0: the shape of "
-        f"{name} is (4,) where rank 0 has (3,)"
+        "Rank(s) [1] have a different optimizer than rank 0: lr of group 0 is 0.01, but 0.001 "
+        "on rank 0. Rank(s) [2, 3] have a different optimizer than rank 0: the shape of "
+        f"{name} is (4,), but (3,) on rank 0."
     )
 
 
@@ -240,7 +242,7 @@ def test_a_rank_outside_of_the_given_group_is_told_so(ranks: RankPool) -> None:
     inside, outside = ranks.run(make_outside_of_the_group, 2)
     assert inside == Outcome("", "")
     assert outside.error == "ValueError"
-    assert "rank 1 is not in process_group" in outside.message
+    assert "Rank 1 is not in process_group" in outside.message
 
 
 def start_from_different_weights(

@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_refused_on_every_rank(ranks: RankPool, tmp_path: P
         "exists",
         "that the model does not have",
         "object",
-        "rank(s) [1] failed in preparing a checkpoint: extra['hook'] is of type builtin_function",
+        "Rank(s) [1] failed in preparing a checkpoint: extra['hook'] is of type builtin_function",
         "is not a checkpoint",
         "has shape",
         "Loading does not cast",

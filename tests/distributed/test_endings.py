@@ -53,7 +53,7 @@ def test_a_killed_rank_ends_the_step_of_the_others(own_ranks: RankPool) -> None:
                 assert outcome.type is RankDied
             else:
                 assert outcome.type is PeerFailedError
-                assert "rank 1 is dead: process " in outcome.message
+                assert "Rank 1 is dead: process " in outcome.message
                 assert f"(This is rank {rank}, in " in outcome.message
 
 

@@ -80,7 +80,7 @@ def failures(pool: RankPool, how: str) -> list[RankError]:
 
 def test_a_stopped_rank_is_dead(own_ranks: RankPool) -> None:
     for error in failures(own_ranks, "stop"):
-        assert "rank 1 is dead: process " in error.message
+        assert "Rank 1 is dead: process " in error.message
         assert "has sent no heartbeat for " in error.message
         assert "last seen in " in error.message
 
@@ -93,7 +93,7 @@ def test_a_rank_that_hangs_is_stuck_though_its_heart_beats(own_ranks: RankPool) 
 
 def test_a_rank_that_leaves_is_named(own_ranks: RankPool) -> None:
     for error in failures(own_ranks, "leave"):
-        assert "rank 1 exited: process " in error.message
+        assert "Rank 1 exited: process " in error.message
         assert "All ranks must take the same steps" in error.message
 
 

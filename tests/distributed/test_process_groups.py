@@ -167,8 +167,8 @@ def errors_of_rank_2(rank: int, world_size: int) -> list[str]:
 def test_errors_name_a_rank_by_its_number_in_the_default_group(ranks: RankPool) -> None:
     _, first, second = ranks.run(errors_of_rank_2, 3)
     wanted = [
-        "rank(s) [2] failed in construction",
-        "rank(s) [2] have another optimizer than rank 1",
+        "Rank(s) [2] failed in construction",
+        "Rank(s) [2] have a different optimizer than rank 1",
         "rank(s) [2] raised an error",
         "modified outside the optimizer on rank(s) [2]",
     ]

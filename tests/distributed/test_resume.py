@@ -367,7 +367,7 @@ def test_a_folder_that_is_not_shared_is_found_before_the_first_step(
     found = run_on_ranks(ranks, tmp_path, 2, train_apart)
     assert [outcome.error for outcome in found] == ["CheckpointError"] * 2
     for outcome in found:
-        assert "rank(s) [1] failed in looking for rank 0's folder: runs/case is not shared" in (
+        assert "Rank(s) [1] failed in looking for rank 0's folder: runs/case is not shared" in (
             outcome.message
         )
     assert not list(tmp_path.rglob("metrics.jsonl"))

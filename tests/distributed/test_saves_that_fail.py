@@ -249,7 +249,7 @@ def test_a_failed_update_ends_the_save_with_its_own_error(
 ) -> None:
     first, second = own_ranks.run(save_after_a_failed_update, 2, str(tmp_path), timeout=60.0)
     assert (second.error, second.message) == ("MemoryError", "no memory for an update")
-    assert (first.error, "rank 1 exited" in first.message) == ("PeerFailedError", True)
+    assert (first.error, "Rank 1 exited" in first.message) == ("PeerFailedError", True)
     assert not list(tmp_path.iterdir())
 
 

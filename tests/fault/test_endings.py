@@ -103,7 +103,7 @@ def test_workers_end_with_a_killed_agent(tmp_path: Path) -> None:
 def test_a_restart_goes_on_after_a_failure(tmp_path: Path) -> None:
     ended = run(tmp_path, "kill@update", options=("--max-restarts=1",))
     assert ended.code == 0, ended.printed
-    assert "rank 1 is dead" in ended.printed
+    assert "Rank 1 is dead" in ended.printed
     assert [record["step"] for record in ended.records] == list(range(1, 41))
 
 
@@ -112,7 +112,10 @@ def test_what_a_restart_cannot_mend_is_not_retried(tmp_path: Path) -> None:
     ended = run(tmp_path, "differ@shape", options=("--max-restarts=2",))
     assert ended.code == 1
     assert ended.records == []
-    assert "Not retried, because a restart cannot fix: RankDisagreementError: " in ended.printed
+    assert (
+        "Not retrying, because a restart cannot fix this error: RankDisagreementError: "
+        in ended.printed
+    )
 
 
 def test_a_foreign_checkpoint_is_not_tried_again(tmp_path: Path) -> None:
@@ -121,7 +124,7 @@ def test_a_foreign_checkpoint_is_not_tried_again(tmp_path: Path) -> None:
     ended = run(tmp_path, "", larger, "--checkpoint.every=2", options=("--max-restarts=2",))
     assert ended.code == 1
     assert "model.sizes: was " in ended.printed
-    assert "Not retried, because a restart cannot fix: ConfigError: " in ended.printed
+    assert "Not retrying, because a restart cannot fix this error: ConfigError: " in ended.printed
     assert [record["step"] for record in ended.records] == [1, 2]
 
 

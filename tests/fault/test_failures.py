@@ -20,7 +20,7 @@ def test_a_killed_rank_is_named_and_ends_the_run(tmp_path: Path, place: str) -> 
     ended = run(tmp_path, f"kill@{place}")
     assert ended.code == 1
     assert ended.took_s < BOUND_S
-    assert "offload-adam: rank 1 is dead: process " in ended.printed
+    assert "offload-adam: Rank 1 is dead: process " in ended.printed
     assert "(This is rank 0, in " in ended.printed
     assert "offload_adam/" not in ended.printed  # no traceback of ours
     assert [record["step"] for record in ended.records] in ([1, 2], [1, 2, 3])
@@ -30,7 +30,7 @@ def test_a_stopped_rank_is_dead_to_the_others(tmp_path: Path) -> None:
     ended = run(tmp_path, "stop@forward")
     assert ended.code == 1
     assert ended.took_s < BOUND_S + TORCHRUN_S
-    assert "rank 1 is dead: process " in ended.printed
+    assert "Rank 1 is dead: process " in ended.printed
     assert "has sent no heartbeat for " in ended.printed
     assert ", last seen in " in ended.printed
 
@@ -49,7 +49,7 @@ def test_an_error_on_one_rank_is_told_to_the_others(tmp_path: Path, place: str) 
     assert ended.code == 1
     assert ended.took_s < BOUND_S
     assert "RuntimeError: a fault of the test's" in ended.printed  # its own traceback
-    assert "rank 1 exited with RuntimeError: a fault of the test's" in ended.printed
+    assert "Rank 1 exited with RuntimeError: a fault of the test's" in ended.printed
 
 
 def test_a_hang_in_a_collective_that_is_not_ours_ends_the_run(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_hang_in_a_collective_that_is_not_ours_ends_the_run(tmp_path: Path) ->
     ended = run(tmp_path, "stop@forward", "--optimizer.gradient_reduction=external")
     assert ended.code == 1
     assert ended.took_s < BOUND_S + TORCHRUN_S
-    assert "offload-adam: rank 0: rank 1 is dead: process " in ended.printed
+    assert "offload-adam: rank 0: Rank 1 is dead: process " in ended.printed
 
 
 def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
@@ -70,16 +70,16 @@ def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "difference"),
     [
-        ("configuration", "train.batch_size is 3 where rank 0 has 8"),
-        ("dtype", "is torch.bfloat16 where rank 0 has torch.float32"),
-        ("shape", "is (33,) where rank 0 has (32,)"),
+        ("configuration", "train.batch_size is 3, but 8 on rank 0"),
+        ("dtype", "is torch.bfloat16, but torch.float32 on rank 0"),
+        ("shape", "is (33,), but (32,) on rank 0"),
     ],
 )
 def test_ranks_that_differ_are_told_where(tmp_path: Path, kind: str, difference: str) -> None:
     ended = run(tmp_path, f"differ@{kind}")
     assert ended.code == 1
     assert ended.records == []
-    assert "rank(s) [1] have another " in ended.printed
+    assert "Rank(s) [1] have a different " in ended.printed
     assert difference in ended.printed
 
 
@@ -88,7 +88,7 @@ def test_state_that_does_not_fit_is_refused_with_its_table(tmp_path: Path) -> No
     ended = run(tmp_path, "lack@memory")
     assert ended.code == 1  # torchrun's own
     assert "exitcode  : 3 " in ended.printed
-    assert "the optimizer state of rank(s) [0, 1] does not fit into the memory of " in ended.printed
+    assert "The optimizer state of rank(s) [0, 1] does not fit into the memory of " in ended.printed
     assert ended.records == []
     assert ended.printed.count("  together ") == 1  # said once
     allowed = tmp_path / "allowed"
@@ -103,7 +103,7 @@ def test_memory_that_is_gone_at_construction_is_said_on_all(tmp_path: Path) -> N
     assert ended.code == 1
     assert "exitcode  : 3 " in ended.printed
     assert "of host memory cannot be mapped: Cannot allocate memory" in ended.printed
-    assert "rank(s) [1] failed in allocating its state" in ended.printed
+    assert "Rank(s) [1] failed in allocating its state" in ended.printed
     assert "offload_adam/" not in ended.printed  # no traceback of ours
     assert ended.records == []
 
@@ -113,7 +113,7 @@ def test_an_error_in_the_update_thread_is_told_to_the_others(tmp_path: Path) -> 
     assert ended.code == 1
     assert ended.took_s < BOUND_S
     assert "RuntimeError: a fault of the test's" in ended.printed
-    assert "rank 1 exited with RuntimeError: a fault of the test's" in ended.printed
+    assert "Rank 1 exited with RuntimeError: a fault of the test's" in ended.printed
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

@@ -70,7 +70,7 @@ def test_a_second_sigterm_ends_a_run_that_hangs(
     ended = finish(tmp_path, process)
     assert ended.code == 143
     assert ended.took_s < 5
-    assert "received SIGTERM again, exiting at once in " in ended.printed
+    assert "Received SIGTERM again, exiting at once in " in ended.printed
     checkpoint = tmp_path / "tiny" / "checkpoints" / "step-2"
     assert checkpoint.is_dir() == (every > 0)
     stands = f"checkpoint {checkpoint} stands; the steps after it are lost"
@@ -100,8 +100,8 @@ def test_the_sigterm_of_a_failure_is_no_second_one(tmp_path: Path) -> None:
     of_rank["1"].kill()
     ended = finish(tmp_path, process)
     assert ended.code == 1
-    assert "rank 1 is dead" in ended.printed
-    assert "received SIGTERM again" not in ended.printed
+    assert "Rank 1 is dead" in ended.printed
+    assert "Received SIGTERM again" not in ended.printed
 
 
 def test_a_second_sigterm_ends_a_rank_and_the_others_name_it(tmp_path: Path) -> None:
@@ -116,5 +116,5 @@ def test_a_second_sigterm_ends_a_rank_and_the_others_name_it(tmp_path: Path) -> 
     ended = finish(tmp_path, process)
     assert ended.code == 1
     assert ended.took_s < 30
-    assert "rank 1: received SIGTERM again, exiting at once in " in ended.printed
-    assert "rank 1 is dead" in ended.printed
+    assert "rank 1: Received SIGTERM again, exiting at once in " in ended.printed
+    assert "Rank 1 is dead" in ended.printed

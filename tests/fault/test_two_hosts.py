@@ -161,6 +161,6 @@ def test_a_host_that_is_cut_off_ends_on_both_sides(hosts: list[Host], tmp_path: 
     finally:
         end_all(tmp_path)
     first, second = ((tmp_path / f"printed-{host.address}").read_text() for host in hosts)
-    assert "offload-adam: rank 1 is dead: process " in first
+    assert "offload-adam: Rank 1 is dead: process " in first
     assert "has sent no heartbeat for " in first
     assert "The store has not answered for " in second

@@ -62,7 +62,7 @@ class SimulatedStreams(DeviceStreams[Stream]):
 
 
 class HostLanes:
-    """Lanes of parameters in host memory: what is launched is done at once, by the thread."""
+    """Lanes of parameters in host memory: the launching thread runs the work at once."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
@@ -75,7 +75,7 @@ class HostLanes:
         reads: Iterable[torch.Tensor] = (),
         writes: Iterable[torch.Tensor] = (),
     ) -> None:
-        """Do it."""
+        """Run the action."""
         self._machine.elapse()
         self._machine.touch(self._machine.task, reads, writes)
         action()
@@ -88,11 +88,11 @@ class HostLanes:
         """Return: nothing is captured."""
 
     def record(self, lane: Lane, *, on: Hashable = None) -> Event:
-        """Return a point that is behind us."""
+        """Return an event that has happened."""
         return DONE
 
     def wait(self, lane: Lane, event: Event) -> None:
-        """Return: it is over."""
+        """Do nothing: every event has happened."""
 
 
 class SimulatedCollective:
@@ -102,24 +102,24 @@ class SimulatedCollective:
         self._event = event
 
     def is_completed(self) -> bool:
-        """Tell, without waiting, whether it is over."""
+        """Return, without waiting, whether the collective is complete."""
         return self._event.at is not None
 
     def wait(self) -> None:
-        """Let the clock run until it is."""
+        """Run the machine until the collective is complete."""
         self._event.synchronize()
 
 
 class Peers(Protocol):
-    """What stands for the other ranks of a world."""
+    """The simulated other ranks of a world."""
 
     def fill(self, flat: torch.Tensor) -> Callable[[], None]:
-        """Return what brings the other ranks' shards of a bucket, as they are now."""
+        """Return a function that writes the other ranks' current shards into a bucket."""
         ...
 
 
 class SimulatedCollectives(Collectives):
-    """Collectives with peers that are mirrors: the mean of equal gradients is each of them."""
+    """Collectives with peers that have the same gradients, so the mean is this rank's gradient."""
 
     def __init__(self, machine: Machine, peers: Peers) -> None:
         self._machine = machine
@@ -128,7 +128,7 @@ class SimulatedCollectives(Collectives):
     def mean(
         self, streams: Streams, buffer: torch.Tensor, part: tuple[int, int]
     ) -> PendingCollective:
-        """Leave this rank's part as it is, and nothing of use elsewhere."""
+        """Keep this rank's part, and fill the remainder of the buffer with NaN."""
 
         def scatter() -> None:
             poison(buffer[: part[0]])
@@ -137,7 +137,7 @@ class SimulatedCollectives(Collectives):
         return self._issue(Lane.REDUCE, streams, scatter, buffer, buffer[part[0] : part[1]])
 
     def gather(self, streams: Streams, flat: torch.Tensor) -> PendingCollective:
-        """Bring the other ranks' shards."""
+        """Write the other ranks' shards into the bucket."""
         return self._issue(Lane.GATHER, streams, self._peers.fill(flat), flat, flat)
 
     def _issue(

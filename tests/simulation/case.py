@@ -17,10 +17,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Step(NamedTuple):
     """One step.
 
-    rounds: for each backward the layers that its forward uses, in this order.
-    evaluates: parameters are read once more between the backward and the step.
-    non_finite: a layer whose first gradient is not finite, None for a step that is taken.
-    drops: gradients are forgotten (zero_grad) and the backward is done again.
+    rounds: for each backward, the layers that its forward uses, in order.
+    evaluates: read the parameters once more between the backward and the step.
+    non_finite: a layer with a non-finite gradient, so the step is skipped; None for none.
+    drops: discard the gradients (zero_grad) and run the backward again.
     """
 
     rounds: tuple[tuple[int, ...], ...]
@@ -29,17 +29,17 @@ class Step(NamedTuple):
     drops: bool
 
     def uses_all_of(self, case: Case) -> bool:
-        """Tell whether one backward at least is that of every layer."""
+        """Return whether at least one backward uses every layer."""
         return any(len(used) == len(case.layers) for used in self.rounds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """All that a run depends on, but for the times of the simulated machine.
+    """All inputs of a run except the random times of the simulated machine.
 
     layers: for each layer its parameters, as (number of elements, name of the dtype).
     on_device: parameters are on the simulated device, else in host memory.
-    side_layers: layers that run on a second stream of the device, beside the others.
+    side_layers: layers that run on a second stream of the device.
     """
 
     layers: tuple[tuple[tuple[int, str], ...], ...]

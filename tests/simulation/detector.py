@@ -1,4 +1,4 @@
-"""Find accesses to the same memory that nothing orders."""
+"""Detect races: unordered accesses to the same memory."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 
 Clock = tuple[int, ...]
-"""How much of each actor's work is ordered before a point, one count an actor."""
+"""A vector clock: for each actor, how much of its work is ordered before a point."""
 
 
 class Race(NamedTuple):
-    """Two accesses, at least one of them a write, that nothing orders; by their tasks' names."""
+    """The task names of two unordered accesses, of which at least one is a write."""
 
     first: str
     second: str
@@ -36,13 +36,14 @@ class _Stretch:
 
 
 class Detector:
-    """Remembers who read and wrote what, and reports what is unordered.
+    """Records each actor's reads and writes of memory, and reports races.
 
-    Of each actor its last accesses suffice: what is ordered after them is after all earlier ones.
-    Memory is told apart by the address of its storage, which nobody else may get meanwhile.
+    Only each actor's last accesses are stored: an access ordered after them is also ordered after
+    all earlier ones. Memory is identified by its storage's address, so a test must not free a
+    storage whose address may be reused.
 
     Args:
-        actors: whose counts the clocks hold, in their order.
+        actors: in the order of the clocks' counts.
     """
 
     def __init__(self, actors: Sequence[str]) -> None:
@@ -58,7 +59,7 @@ class Detector:
         reads: Iterable[torch.Tensor],
         writes: Iterable[torch.Tensor],
     ) -> None:
-        """Note accesses by an actor's work at `clock`, after a look at all before."""
+        """Compare accesses by an actor at `clock` with all earlier ones, and record them."""
         access = _Access(clock[self._places[actor]], name)
         for tensor in reads:
             own, overlapping = self._stretches_of(tensor)
@@ -73,7 +74,7 @@ class Detector:
             own.writes[actor] = access
 
     def forget(self, tensor: torch.Tensor) -> None:
-        """Begin anew with memory that its allocator has taken back and hands out again."""
+        """Forget all accesses to memory that its allocator has freed."""
         self._stretches.pop(tensor.untyped_storage().data_ptr(), None)
 
     def _compare(self, actor: str, clock: Clock, name: str, others: dict[str, _Access]) -> None:

@@ -1,9 +1,11 @@
-"""Lanes and threads of a machine that does not exist, under one seeded virtual clock.
+"""Simulated lanes and threads of a machine, under one seeded virtual clock.
 
-What is launched on a lane is queued there and done later, at a virtual time that is drawn: lanes
-get on at different speeds, so that copies and kernels end late and out of order. Host work takes no
-time but what is drawn for it. A vector clock follows what is ordered by launches and waits alone,
-whatever the drawn times happen to do.
+Work that is launched on a lane is queued and runs later, at a random virtual time. Lanes run at
+different random speeds, so copies and kernels end late and out of order. Host work takes a random
+virtual time.
+
+Beside that clock, a vector clock records the order that launches and waits guarantee. It does not
+depend on the random times, so it finds a missing wait even if the times hide it.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ ACTORS = (TRAINING, UPDATE, *(stream.value for stream in STREAMS))
 class SimulatedEvent:
     """A point in a lane's work.
 
-    clock: what is ordered before it. at: when it was reached, None as long as it was not.
+    clock: the work that is ordered before the event.
+    at: virtual time at which the event happened, None before.
     """
 
     machine: Machine
@@ -47,14 +50,14 @@ class SimulatedEvent:
     at: float | None = None
 
     def query(self) -> bool:
-        """Let the clock run until the work up to it is over: whoever asks, asks again and again."""
+        """Run the machine until the event has happened, since callers poll until it has."""
         while self.at is None:
-            # Without any work before it, it is reached by looking for some.
-            assert self.machine.advance() or self.at is not None, "it will never be reached"
+            # `advance` also passes events without work before them.
+            assert self.machine.advance() or self.at is not None, "the event never happens"
         return True
 
     def synchronize(self) -> None:
-        """Let the clock run until it is; what comes after on this thread is ordered after it."""
+        """Run the machine until the event has happened; order this thread's later work after it."""
         self.query()
         self.machine.join(self.clock)
 
@@ -69,7 +72,7 @@ class _Work:
 
 @dataclass
 class _Queue:
-    """What waits on one lane: work, events of its own, and events of other lanes to wait for."""
+    """One lane's queue of work, own events, and (in tuples) events of other lanes to wait for."""
 
     pace: float
     items: deque[_Work | SimulatedEvent | tuple[SimulatedEvent]] = field(default_factory=deque)
@@ -79,11 +82,11 @@ class _Queue:
 class Machine:
     """One device's lanes, the training thread and the update thread.
 
-    Everything runs on the calling thread, deterministically: `thread` says as which one.
+    Everything runs on the calling thread, deterministically. `thread` names the simulated thread.
 
     Args:
-        seed: of every time that is drawn.
-        detector: told of every access.
+        seed: of all random times.
+        detector: gets every memory access.
     """
 
     def __init__(self, seed: int, detector: Detector) -> None:
@@ -102,16 +105,16 @@ class Machine:
         self._seen: Clock = (0,) * len(ACTORS)
         self._clocks: dict[str, Clock] = {actor: (0,) * len(ACTORS) for actor in ACTORS}
 
-    # What is ordered.
+    # Vector clocks.
 
     def release(self) -> Clock:
-        """Return what is ordered before now on this thread; what it does next is not in it."""
+        """Return this thread's clock, and advance it, so that its later work is not included."""
         clock = self._clocks[self.thread]
         self._clocks[self.thread] = _ticked(clock, self.thread)
         return clock
 
     def join(self, clock: Clock) -> None:
-        """Order what this thread does from now on after `clock`."""
+        """Order this thread's later work after `clock`."""
         self._clocks[self.thread] = _joined(self._clocks[self.thread], clock)
 
     def touch(
@@ -120,7 +123,7 @@ class Machine:
         """Note accesses of this thread itself."""
         self.detector.access(self.thread, self._clocks[self.thread], name, reads, writes)
 
-    # What is queued.
+    # Queues.
 
     def launch(
         self,
@@ -135,8 +138,8 @@ class Machine:
         """Queue work.
 
         Args:
-            after: host work that is ordered before this work, but not before what follows it on the
-                lane; else that is all of this thread, and before both.
+            after: clock of host work that is ordered before this work, but not before later work on
+                the lane. None orders all of this thread's earlier work before both.
         """
         if after is None:
             self.elapse()
@@ -150,7 +153,7 @@ class Machine:
         queue.items.append(_Work(action, self.now, duration))
 
     def record(self, lane: Stream) -> SimulatedEvent:
-        """Return the point after all that is queued on a lane."""
+        """Return an event after all work that is queued on a lane."""
         self.elapse()
         clock = _joined(self._clocks[lane.value], self.release())
         self._clocks[lane.value] = clock
@@ -159,16 +162,16 @@ class Machine:
         return event
 
     def wait(self, lane: Stream, event: SimulatedEvent) -> None:
-        """Let what is queued on a lane from now on begin after `event`."""
+        """Make work that is queued on a lane from now on wait for `event`."""
         self.elapse()
         clock = _joined(self._clocks[lane.value], self.release())
         self._clocks[lane.value] = _joined(clock, event.clock)
         self._queues[lane].items.append((event,))
 
-    # What happens.
+    # Virtual time.
 
     def elapse(self) -> None:
-        """Let some time go by on the host, in which lanes and the update thread may get on."""
+        """Advance the host by a random time, in which lanes and the update thread may run."""
         if self._in_action or self._host_pace == 0.0:
             return
         until = self.now + self.random.expovariate(1.0) * self._host_pace
@@ -179,7 +182,7 @@ class Machine:
             self.beside()
 
     def advance(self) -> bool:
-        """Do the work that ends first; tell whether there was any."""
+        """Run the work that ends first; return whether there was any."""
         end = self._first_end()
         for queue in self._queues.values():
             head = queue.items[0] if queue.items else None
@@ -191,25 +194,25 @@ class Machine:
         return False
 
     def drain(self) -> None:
-        """Do everything that is queued."""
+        """Run all queued work."""
         while self.advance():
             pass
         assert not any(queue.items for queue in self._queues.values())
 
     def freed_at(self) -> Clock:
-        """Return what is ordered before memory that is freed now is used again on COMPUTE.
+        """Return the clock before which COMPUTE cannot reuse memory that is freed now.
 
-        The allocator of a device orders by nothing but the host's own order and that lane's.
+        A caching allocator guarantees only the order of the host and of that stream.
         """
         if self._in_action:
             return (0,) * len(ACTORS)
         return _joined(self._clocks[self.thread], self._seen)
 
     def saw(self, event: SimulatedEvent) -> None:
-        """Hear that the host has looked and found an event reached.
+        """Record that the host has queried an event that had happened.
 
-        It frees memory by that. For the order of tasks it does not count: another time the same
-        look finds nothing.
+        The host frees memory after such a query, so `freed_at` includes the event. The order of
+        tasks does not, because the same query may return False in another run.
         """
         self._seen = _joined(self._seen, event.clock)
 
@@ -217,12 +220,12 @@ class Machine:
         self._in_action = True
         try:
             work.action()
-            del work.action  # what it holds may be freed while it counts as the lane's doing
+            del work.action  # frees the memory that it holds while `_in_action` is set
         finally:
             self._in_action = False
 
     def _first_end(self) -> float:
-        """Return when the next work ends, infinity where there is none."""
+        """Return when the next work ends, infinity if no work can run."""
         busy = [queue for queue in self._queues.values() if queue.items]
         while any(self._pass_marks(queue) for queue in busy):
             pass
@@ -236,7 +239,7 @@ class Machine:
         return min(ends)
 
     def _pass_marks(self, queue: _Queue) -> bool:
-        """Pass the events at a queue's head; tell whether there were any."""
+        """Pass the events at a queue's head; return whether there were any."""
         passed = False
         while queue.items:
             head = queue.items[0]

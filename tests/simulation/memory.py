@@ -1,4 +1,4 @@
-"""Memory of the simulated machine that is worth nothing once it has been given back."""
+"""Memory of the simulated machine that is filled with NaN as soon as it is freed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ def poison(tensor: torch.Tensor) -> None:
 
 
 class GradientMemory:
-    """What autograd takes gradients from.
+    """The allocator of the simulated autograd's gradients.
 
-    A tensor's memory is free when its last holder lets go, and from then on full of NaN. On the
-    host that is after all who held it. That of a device goes by the rule of a caching allocator: it
-    is free for work on the stream that was current when it was taken, whatever other streams and
-    lanes are still to read.
+    When the last reference to a tensor is dropped, its memory is filled with NaN. On a device this
+    follows the rule of a caching allocator: the memory is reused in the order of the stream that
+    was current at the allocation, also if another stream or lane has not read it yet.
 
-    Owns: every byte until the end, so that no address comes to stand for something else.
+    Owns: every byte until the end, so that an address never refers to other memory.
     """
 
     def __init__(self, machine: Machine, *, on_device: bool) -> None:
@@ -35,7 +34,7 @@ class GradientMemory:
         self._free: defaultdict[tuple[Stream, int], list[bytearray]] = defaultdict(list)
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return memory with undefined content; that of a device is for the current stream."""
+        """Allocate a tensor with undefined content, on a device for the current stream."""
         numel = torch.Size(shape).numel()
         if numel == 0:
             return torch.empty(shape, dtype=dtype)
@@ -60,12 +59,11 @@ class GradientMemory:
 
 
 class SimulatedSlots(SlotPool):
-    """A pool whose slots are worth nothing once released.
+    """A pool that fills its slots with NaN when they are released.
 
-    What is done after `acquire` comes after what was done before `release`, by the threads' own
-    order: a slot is in the list that both of them use, or it is not. On a device the next to use it
-    is work on COMPUTE. Where that is two streams, the next user is compared with the last one
-    itself.
+    The host's work after `acquire` is ordered after its work before the `release` of the same slot.
+    On a device the next user of a slot is work on COMPUTE. If COMPUTE is two streams, the slot is
+    not filled; instead the detector compares its next use with its last one.
     """
 
     def __init__(self, machine: Machine, *, on_device: bool, two_streams: bool) -> None:
@@ -76,7 +74,7 @@ class SimulatedSlots(SlotPool):
         self._released_at: dict[int, Clock] = {}
 
     def acquire(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return a slot, after what the host did before it was released."""
+        """Return a slot, ordered after the host's work before its release."""
         slot = super().acquire(numel, dtype, device)
         released_at = self._released_at.pop(slot.data_ptr(), None)
         if released_at is not None:
@@ -84,7 +82,7 @@ class SimulatedSlots(SlotPool):
         return slot
 
     def release(self, slot: torch.Tensor) -> None:
-        """Take it back; all reading must be over."""
+        """Return a slot to the pool; no one may read it any more."""
         name = "the next use of a slot"
         if self._two_streams:
             self._released_at[slot.data_ptr()] = self._machine.freed_at()

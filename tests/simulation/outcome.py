@@ -12,7 +12,7 @@ from offload_adam.step.step import ShardedAdam
 
 
 class Read(NamedTuple):
-    """What the model found in a parameter after so many steps."""
+    """The values that the model read from a parameter, and the number of steps before the read."""
 
     step: int
     parameter: int
@@ -20,7 +20,7 @@ class Read(NamedTuple):
 
 
 class StateKey(NamedTuple):
-    """A stretch of one parameter's plane, from its element `start` on."""
+    """A range of one parameter's plane that begins at the parameter's element `start`."""
 
     parameter: int
     plane: str
@@ -29,13 +29,14 @@ class StateKey(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What a run came to.
+    """The result of a run.
 
-    weights: for each number of steps taken, every parameter's values (of the reference only).
-    reads: what the model read, of a simulated run only.
-    state: at the end, of this rank's shard.
-    reports: whether each step was skipped, and its clip factor.
-    kept: the same with all state updated by the device's own operations, which round otherwise.
+    weights: for each number of steps, the values of every parameter; of the reference run only.
+    reads: the values that the model read; of a simulated run only.
+    state: this rank's shard of the state at the end.
+    reports: for each step, whether it was skipped, and its clip factor.
+    kept: the result if torch's operations update all state on the device; they round differently
+        from the kernels.
     """
 
     weights: list[list[torch.Tensor]] = field(default_factory=list)
@@ -45,7 +46,7 @@ class Outcome:
     kept: Outcome | None = None
 
     def with_kept(self, parameters: Collection[int]) -> Outcome:
-        """Return the outcome where the state of these parameters is kept on the device."""
+        """Return the outcome if the state of these parameters is on the device."""
         assert self.kept is not None
         weights = [
             [others[i] if i in parameters else own[i] for i in range(len(own))]

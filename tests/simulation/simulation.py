@@ -1,4 +1,4 @@
-"""A case on the simulated machine, in a world of mirrors, beside its run on the plain host."""
+"""Run a case on the simulated machine, and compare it with its run on the plain host."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from tests.support.cuda_runtime import StandInRuntime
 
 
 class Mirrors(RankGroup):
-    """One rank of a world whose other ranks do what this one does.
+    """One rank of a world whose other ranks do the same as this rank.
 
-    What they find in their own shards is what the reference run found in the whole, less this
-    rank's part: sums of squares of few-bit numbers are exact.
+    The other ranks' sums of squares are those of the reference run less this rank's. With numbers
+    of few bits this difference is exact.
     """
 
     def __init__(self, case: Case, reference: Outcome) -> None:
@@ -52,7 +52,7 @@ class Mirrors(RankGroup):
         self.num_agreed = 0
 
     def all_reduce(self, tensor: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
-        """Put the mirrored ranks' parts in."""
+        """Add the parts of the mirrored ranks."""
         if operation == dist.ReduceOp.MAX:
             return
         if tensor.dtype != torch.float64:
@@ -75,23 +75,23 @@ class Mirrors(RankGroup):
         return [tensor.clone() for _ in range(self.world_size)]
 
     def wait(self, work: Any, *, on_device: bool = False) -> None:
-        """Let the clock run until a collective is over."""
+        """Run the machine until a collective is complete."""
         work.wait()
 
     def broadcast_data(self, tensor: torch.Tensor) -> None:
-        """Leave it: all ranks have the same."""
+        """Do nothing: all ranks have the same tensor."""
 
 
 class _RaceFoundError(Exception):
-    """All that was asked for is known."""
+    """Ends a run early: a race has been found."""
 
 
 class Simulation:
-    """A case on the simulated machine, beside peers and a model that are simulated, too.
+    """A case on the simulated machine, with simulated peers and a simulated model.
 
     Args:
-        reference: what the same case came to on the plain host.
-        seed: of all times.
+        reference: outcome of the same case on the plain host.
+        seed: of all random times.
     """
 
     def __init__(self, case: Case, reference: Outcome, seed: int) -> None:
@@ -144,12 +144,12 @@ class Simulation:
         watch_order(self.core, self.wrong)
 
     def with_schedule(self, schedule: Schedule) -> None:
-        """Go on with another schedule."""
+        """Use another schedule from now on."""
         devices = {state.layout.index: state.device for state in self.core.states}
         self.core.stream_waits.use_schedule(schedule, devices)
 
     def run(self) -> list[str]:
-        """Train; return what was found wrong, races first."""
+        """Train; return a description of each mistake found, races first."""
         self.outcome.reports = train(self._case, self.core, self.parameters, self)
         self.core.executor.close()
         self.machine.drain()
@@ -158,7 +158,7 @@ class Simulation:
         return [*found, *self.wrong, *self._differences()]
 
     def has_race(self) -> bool:
-        """Train until a step is over in which the vector clock has reported something, if any."""
+        """Train until the end of the first step with a race; return whether there was one."""
         self._ends_at_race = True
         with suppress(_RaceFoundError):
             self.run()
@@ -166,7 +166,7 @@ class Simulation:
 
     @property
     def races(self) -> list[Race]:
-        """What the vector clock has reported."""
+        """The races that the vector clock has found."""
         return self.detector.races
 
     def _differences(self) -> list[str]:
@@ -185,7 +185,7 @@ class Simulation:
     # The model's device.
 
     def read(self, buckets: Sequence[BucketState], what: str) -> None:
-        """Read parameters; on COMPUTE, late, where there is a device."""
+        """Read parameters; with a device, on COMPUTE at a later virtual time."""
         step = self._num_steps
 
         def look() -> None:
@@ -202,7 +202,7 @@ class Simulation:
             look()
 
     def gradient(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """Return memory in which the values are, or will be once COMPUTE gets there."""
+        """Return a tensor that holds the values, on a device once COMPUTE has written them."""
         gradient = self._memory.take(name, tuple(values.shape), values.dtype)
         target = gradient.detach()
         if self._case.on_device:
@@ -215,7 +215,7 @@ class Simulation:
 
     @contextmanager
     def both_streams(self) -> Iterator[None]:
-        """Let the side stream begin after the main one, which goes on when both are over."""
+        """Make the side stream wait for the main one, and after the body the main one for both."""
         if self._case.side_layers:
             self.machine.wait(Side.COMPUTE, self.machine.record(Lane.COMPUTE))
         yield
@@ -224,12 +224,12 @@ class Simulation:
             self.machine.wait(Lane.COMPUTE, self.machine.record(Side.COMPUTE))
 
     def enter(self, layer: int) -> None:
-        """Go on on the stream of this layer."""
+        """Make the stream of this layer the current one."""
         is_side = layer in self._case.side_layers
         self.machine.current_stream = Side.COMPUTE if is_side else Lane.COMPUTE
 
     def write_state(self, buckets: Sequence[BucketState]) -> None:
-        """Note that the host writes to state in its memory; the values stay."""
+        """Record that the host writes to state in host memory; the values stay the same."""
         for state in buckets:
             if state.plan.location.is_host:
                 planes = state.planes.named(own_master=state.own_master)
@@ -245,7 +245,7 @@ class Simulation:
     # The peers.
 
     def fill(self, flat: torch.Tensor) -> Callable[[], None]:
-        """Bring what the reference has; look whether this rank's own shard is it, too."""
+        """Return a function that fills in the reference's values and checks this rank's shard."""
         state = next(state for state in self.core.states if state.flat is flat)
         low, high = state.layout.shard_bounds(state.rank)
         step = self._ranks.num_agreed

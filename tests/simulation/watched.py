@@ -1,4 +1,4 @@
-"""Let the detector see what the host does with memory, which no stream is told of."""
+"""Report the host's memory accesses to the detector; no stream sees these accesses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.simulation.memory import poison
 
 
 class WatchedUpdate:
-    """An update whose reading and writing of a bucket's planes is noted."""
+    """An update that reports its reads and writes of a bucket's planes."""
 
     def __init__(self, inner: BucketUpdate, machine: Machine) -> None:
         self._inner = inner
@@ -54,9 +54,9 @@ class WatchedUpdate:
         return self._inner.non_finite_positions(state, gradients)
 
     def _look(self, what: str, state: BucketState, gradients: BucketGradients) -> None:
-        """Note a reading whose result the host has when it returns.
+        """Report a read of gradients whose result the host needs at once.
 
-        Where there is nothing to read on a device, the host does not wait for it.
+        On a device the host waits for the read, unless there is nothing to read.
         """
         name = f"{what} of bucket {state.layout.index}"
         found = _gradients(state, gradients, gradients.readable)
@@ -100,12 +100,12 @@ def _parts(
 def _gradients(
     state: BucketState, gradients: BucketGradients, chosen: npt.NDArray[np.bool_]
 ) -> list[torch.Tensor]:
-    """Return the gradients of the chosen parameters' segments, where they lie."""
+    """Return the gradients of the chosen parameters' segments, as views."""
     return [gradients.segment_gradient(state, segment) for segment in state.segments.select(chosen)]
 
 
 def watch_folds(transfer: GradientTransfer, machine: Machine) -> None:
-    """Let casts and sums of gradients, which the host makes, be noted; what is read is used up."""
+    """Report the host's casts and sums of gradients, and fill a buffer with NaN after its use."""
     fold = transfer.fold
     if fold is None:
         return
@@ -121,7 +121,7 @@ def watch_folds(transfer: GradientTransfer, machine: Machine) -> None:
 
 
 def watch_staging(tasks: UpdateTasks, machine: Machine) -> None:
-    """Let copies of fp32 parameters to their slots, which the host makes, be noted."""
+    """Report the host's copies of fp32 parameters to their staging slots."""
     stage = tasks.stage
 
     def watched(state: BucketState) -> torch.Tensor:
@@ -134,12 +134,13 @@ def watch_staging(tasks: UpdateTasks, machine: Machine) -> None:
 
 
 def watch_order(core: ShardedAdam, wrong: list[str]) -> None:
-    """Compare the order in which a lane's tasks are issued with that of the schedule.
+    """Compare the order in which a lane's tasks are issued with the schedule's order.
 
-    An order of gathers that differs between ranks is no race, and mirrored ranks share it.
+    The detector cannot find a wrong order of all-gathers: it is no race, and mirrored ranks all
+    have the same order.
 
     Args:
-        wrong: gets a line for each task that comes too late.
+        wrong: gets a line for each task that is issued too late.
     """
     stream_waits, executor = core.stream_waits, core.executor
     apply = executor.apply
@@ -161,7 +162,7 @@ def watch_order(core: ShardedAdam, wrong: list[str]) -> None:
         begin(operation, bucket)
 
     patched: Any = stream_waits
-    # A skipped bucket takes its turn by `record` alone, and the host records no update.
+    # Both, because a skipped bucket only calls `record`, and an update on the host does not.
     patched.wait_before = partial(watched, stream_waits.wait_before)
     patched.record = partial(watched, stream_waits.record)
     patched = executor
@@ -169,7 +170,7 @@ def watch_order(core: ShardedAdam, wrong: list[str]) -> None:
 
 
 def name_tasks(stream_waits: StreamWaits, machine: Machine) -> None:
-    """Let what is launched bear the name of the task that has begun last on its thread."""
+    """Name launched work after the task that began last on the launching thread."""
     begin = stream_waits.wait_before
 
     def named(operation: Operation, bucket: int) -> None:

@@ -1,4 +1,4 @@
-"""A stand-in for CUDA's runtime: it notes what is pinned, and finds what would do harm."""
+"""A stand-in for CUDA's runtime that records registrations and checks the rules for them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ HOST = torch.device("cpu")
 
 
 class StandInRuntime(CudaRuntime):
-    """Pins nothing, but keeps the books of a driver that does.
+    """Pins nothing, but records registrations as a driver would.
 
-    calls: what it was asked, in order.
-    registered: bytes by the address that they were registered at.
-    refuse_after: registrations that are granted before one is refused.
-    current: the current device; None for one that this process has no context on.
+    calls: all calls, in order.
+    registered: number of bytes by registered address.
+    refuse_after: number of registrations that succeed before one fails.
+    current: the current device; None for a device on which this process has no context.
     """
 
     def __init__(self, device: torch.device = HOST, refuse_after: int | None = None) -> None:

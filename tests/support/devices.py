@@ -1,13 +1,13 @@
-"""Parameters in host memory that an optimizer takes for a device's.
+"""A simulated device for tests: parameters are in host memory, and threads run the lanes.
 
     lane                    runs
     COMPUTE                 at once, on the calling thread, as autograd does on a CPU
-    DOWN                    on a thread of its own, in the order of issue
-    UP                      on a thread of its own
-    REDUCE and GATHER       on one thread together: all ranks must start collectives in one order
+    D2H                     on its own thread, in the order of issue
+    H2D                     on its own thread, in the order of issue
+    REDUCE and GATHER       on one thread: all ranks must start collectives in the same order
 
-So copies and collectives are asynchronous, as on a GPU: a backward never waits for a collective,
-which may need a rank that runs no backward. Only COMPUTE blocks where it waits for another lane.
+So copies and collectives are asynchronous, as on a GPU. A backward never waits for a collective,
+which may depend on a rank that runs no backward. Only COMPUTE blocks if it waits for another lane.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Job = Callable[[], object]
 
 
 class NamedStream:
-    """A stream that compares as torch.cuda.Stream: None is neither equal to it nor unequal."""
+    """A stream that compares like torch.cuda.Stream: both `== None` and `!= None` are False."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -49,7 +49,7 @@ class NamedStream:
 
 
 class ThreadEvent:
-    """A point in the work of a lane's thread; raises what the work before it has raised."""
+    """A point in the work of a lane's thread; re-raises an error of the work before it."""
 
     def __init__(self) -> None:
         self._reached = threading.Event()

@@ -89,7 +89,7 @@ def test_an_environment_that_no_launcher_makes_ends_with_2(
     code, output = train(TINY, f"--run.dir={tmp_path}", "--train.num_steps=1")
     assert code == 2, output
     assert problem in output
-    assert "start the ranks with torchrun" in output
+    assert "Start the ranks with torchrun" in output
     assert list(tmp_path.iterdir()) == []
 
 

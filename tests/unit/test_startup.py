@@ -100,7 +100,7 @@ def test_of_several_gpus_a_rank_has_that_of_its_local_rank(monkeypatch: pytest.M
     assert gpus.join([["a", "b", "c"]] * 2) == [None, None]
     assert sorted(gpus.chosen) == ["a", "b"]
     gpus.see("a", "b")
-    with pytest.raises(RuntimeError, match=r"local rank 2 .*2 are visible.*--nproc-per-node=2"):
+    with pytest.raises(RuntimeError, match=r"Local rank 2 .*2 are visible.*--nproc-per-node=2"):
         startup._use_own_gpu(World(2, 3, local_rank=2))
 
 
@@ -109,7 +109,8 @@ def test_every_rank_is_told_which_two_share_a_gpu(monkeypatch: pytest.MonkeyPatc
     errors = gpus.join([["a"], ["b"], ["a"]])
     assert len({str(error) for error in errors}) == 1
     with pytest.raises(
-        RuntimeError, match=r"ranks (0 and 2|2 and 0) use .*Fast GPU with UUID a.*its own alone"
+        RuntimeError,
+        match=r"Ranks (0 and 2|2 and 0) use .*Fast GPU with UUID a.*a different one visible",
     ):
         raise errors[0] or AssertionError
     assert gpus.opened == []

@@ -292,7 +292,7 @@ def test_updates_outlast_a_capture_and_their_user_is_told(
     event.synchronize()
     assert cast(Any, event).event.happened
     (record,) = caplog.records
-    assert "call synchronize() on the optimizer before the capture" in record.getMessage()
+    assert "Call synchronize() on the optimizer before the capture" in record.getMessage()
 
 
 def test_who_captures_does_not_wait_for_its_own_capture(
@@ -302,7 +302,7 @@ def test_who_captures_does_not_wait_for_its_own_capture(
     event = CudaStreams(DEVICE).record(Lane.D2H)
     cuda.captures = True
     for use in (event.query, event.synchronize):
-        with pytest.raises(RuntimeError, match=r"call synchronize\(\) on the optimizer before"):
+        with pytest.raises(RuntimeError, match=r"Call synchronize\(\) on the optimizer before"):
             use()
 
 
@@ -316,7 +316,7 @@ def test_other_errors_of_events_are_raised(cuda: FakeCuda, monkeypatch: pytest.M
 
 
 def test_nccl_is_never_waited_for_with_a_timeout() -> None:
-    """It would take the end of the timeout for the end of its communicator."""
+    """NCCL would abort its communicator when the timeout ends."""
     asked: list[tuple[object, ...]] = []
     polls = iter([False, False, True])
 
