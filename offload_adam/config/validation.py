@@ -23,7 +23,6 @@ _EXPECTED = {
     "dict_type": "must be a mapping of keys to values",
     "float_type": "must be a number",
     "int_type": "must be an integer",
-    "invalid_key": "must be text, as every key",
     "missing": "must be a list of two numbers",  # the second beta
     "model_attributes_type": "must be a mapping of keys to values",
     "model_type": "must be a mapping of keys to values",
@@ -98,6 +97,9 @@ def _mistakes_of(details: list[ErrorDetails], values: dict[str, Any]) -> list[Mi
 
 def _mistake_of(detail: ErrorDetails) -> Mistake:
     kind, place = detail["type"], _place(detail)
+    if kind == "invalid_key" or place[-1] == "[key]":  # such as 3, in a section or a plain mapping
+        path = ".".join(str(part) for part in place if part != "[key]")
+        return Mistake(path, "this key is not text: put it in quotes")
     path = ".".join(map(str, place[:-1] if kind == "missing" else place))
     if kind == "extra_forbidden":
         tag = next((part for part in detail["loc"] if part in TAGS), TAGS[0])

@@ -117,9 +117,7 @@ def _mistakes_below(
             if name in first_lines:
                 yield Mistake(here, f"duplicate key, in lines {first_lines[name]} and {line}")
             if name == "<<" and key.style is None:
-                yield Mistake(
-                    here, f"merge key in line {line}: write the keys out, as YAML 1.2 does"
-                )
+                yield Mistake(here, f"merge key in line {line}: write its keys out")
             first_lines.setdefault(name, line)
         yield from _mistakes_below(value, here, above, finished)
     finished.add(id(node))

@@ -83,7 +83,7 @@ class BackwardHooks:
         self.forget()
 
     def forget_arrivals(self) -> None:
-        """Forget arrivals that were not delivered: the step has read these gradients itself."""
+        """Forget undelivered arrivals: `step()` has read these gradients from `.grad`."""
         self._arrived.clear()
 
     def forget(self) -> None:

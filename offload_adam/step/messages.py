@@ -112,13 +112,14 @@ def decide(agreement: Agreement, max_norm: float | None, factor: float = 1.0) ->
 
 @dataclass(frozen=True, slots=True)
 class UpdateInputs:
-    """What one step adds to the fixed schedule.
+    """The inputs of the updates of one step, the same for all buckets.
 
     active: (num parameters,) bool, those with a gradient on any rank.
     hyperparameters: indexed by `BucketState.groups`.
-    gradient_scale: unscaling times clip factor.
-    step: the step count of every parameter, this update included; None where each has its own.
-    lazy: sparse gradients update the rows they touch and no others.
+    gradient_scale: factor of every gradient: clip factor * factor / loss scale.
+    step: step count of all parameters, including this step; None if each parameter counts its own
+        updates.
+    lazy: a sparse gradient updates only the rows that it has entries for.
     """
 
     active: npt.NDArray[np.bool_]

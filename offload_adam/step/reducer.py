@@ -217,7 +217,7 @@ class GradientReduction:
         return failure or rows_failure
 
     def _finish_rows(self) -> Exception | None:
-        """Make sparse gradients final, and return this rank's error."""
+        """Average sparse gradients, unless the user has; return this rank's first error."""
         failure: Exception | None = None
         for state, gradients in zip(self._states, self.gradients, strict=True):
             try:

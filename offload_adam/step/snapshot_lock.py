@@ -32,8 +32,8 @@ class SnapshotLock:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._held: set[int] = set()
-        self._unread_before: set[int] = set()
+        self._held: set[int] = set()  # buckets that the reader has not released yet
+        self._unread_before: set[int] = set()  # `_held` as of the last `note_changes`
         self._invalidated_by = ""
         self._reader = 0
         self.is_open = False
@@ -60,6 +60,7 @@ class SnapshotLock:
 
     def holds(self, bucket: int) -> bool:
         """Return whether an update of a bucket has to wait."""
+        # No lock: only the training thread adds buckets, and `wait_until_free` looks again.
         return bucket in self._held
 
     def wait_until_free(self, bucket: int) -> None:
@@ -102,13 +103,13 @@ class SnapshotLock:
         self.is_open = self.num_begun > self.num_finished
 
     def note_changes(self, buckets: Collection[int]) -> None:
-        """Invalidate the snapshot if the user has modified parameters that it had still to read.
-
-        The reader may have read a part of them before and a part after the modification.
+        """Invalidate the snapshot if the user has modified parameters before they were read.
 
         Args:
             buckets: those with parameters that were modified since the last call.
         """
+        # The time of the modification is unknown. A bucket that was unread at the last call may
+        # have been read in part before it and in part after it.
         if not self._unread_before.isdisjoint(buckets):
             self._invalidated_by = (
                 "Parameters were modified outside the optimizer while a background checkpoint "

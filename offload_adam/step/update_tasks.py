@@ -56,7 +56,7 @@ class UpdateTasks:
         self._gathering: dict[int, PendingCollective] = {}
 
     def reserve(self, states: Sequence[BucketState], schedule: Schedule) -> None:
-        """Reserve the slots from which these buckets' parameters are copied to their device."""
+        """Reserve the staging slots for the H2D copies of these buckets' parameters."""
         for state in states:
             if state.plan.stages_parameters:
                 bucket = state.layout
@@ -159,11 +159,9 @@ class UpdateTasks:
         )
 
     def skip_copy_h2d(self, number: int) -> None:
-        """Record an H2D event for a skipped bucket that has a staging slot.
-
-        The next user of the slot waits on this event, and so on all H2D copies before it: the copy
-        of the bucket that had the slot last may still read it.
-        """
+        """Record an H2D event for a skipped bucket that has a staging slot."""
+        # The next user of the slot waits on this bucket's event. Recorded now, the event comes
+        # after all earlier H2D copies, one of which may still read the slot.
         self.stream_waits.record(Operation.COPY_H2D, number)
 
     def gather(self, number: int, stopwatch: Stopwatch) -> None:

@@ -122,6 +122,14 @@ def test_types_outside_of_the_core_schema_are_rejected(tmp_path: Path, tag: str)
     assert tag in mistakes(tmp_path, f"run: {{name: !!{tag} aGk=}}")[""]
 
 
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [("3: 4", "3"), ("run: {1: 2}", "run.1"), ("model: {arguments: {3: 4}}", "model.arguments.3")],
+)
+def test_a_key_that_is_not_text_is_rejected(tmp_path: Path, text: str, path: str) -> None:
+    assert mistakes(tmp_path, text)[path] == "this key is not text: put it in quotes"
+
+
 def test_a_merge_key_is_rejected_with_its_line(tmp_path: Path) -> None:
     text = "train: &a {num_steps: 3}\nmodel:\n  factory: m:f\n  arguments: {<<: *a, '<': 1}"
     found = mistakes(tmp_path, text)

@@ -1,4 +1,4 @@
-"""The ledger: every byte that an optimizer holds stands in it once."""
+"""The ledger lists every allocated byte of an optimizer once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from offload_adam.step.ledger import by_category
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_the_ledger_adds_up_to_what_is_held(dtype: torch.dtype, amsgrad: bool) -> None:
+def test_the_ledger_adds_up_to_the_allocated_bytes(dtype: torch.dtype, amsgrad: bool) -> None:
     parameters = [torch.nn.Parameter(torch.zeros(300, 7, dtype=dtype)) for _ in range(5)]
     optimizer = OffloadAdam(parameters, amsgrad=amsgrad, offload=OffloadPolicy(bucket_nbytes=9000))
     entries = optimizer.memory_ledger()
@@ -30,7 +30,7 @@ def test_the_ledger_adds_up_to_what_is_held(dtype: torch.dtype, amsgrad: bool) -
     assert {entry.device for entry in entries} == {"cpu"}
 
 
-def test_room_for_prepared_gradients_is_counted() -> None:
+def test_the_buffer_of_prepared_gradients_is_counted() -> None:
     parameter = torch.nn.Parameter(torch.zeros(10, 3))
     optimizer = Adam([{"params": [parameter], "grad_centralization": True}])
     assert by_category(optimizer.memory_ledger())["prepared"] == 30 * 4

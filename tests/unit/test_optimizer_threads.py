@@ -46,7 +46,7 @@ def made(kind: str) -> tuple[nn.Module, Any]:
 
 
 def run_together(*works: Callable[[], None]) -> None:
-    """Run every work in a thread of its own, and raise what any of them raised."""
+    """Run each function in a thread of its own, and raise the first error."""
     errors: list[BaseException] = []
 
     def run(work: Callable[[], None]) -> None:
@@ -66,7 +66,7 @@ def run_together(*works: Callable[[], None]) -> None:
 
 
 def weights_by_step(kind: str) -> list[torch.Tensor]:
-    """Return all weights after 0, 1, ... steps that one thread took."""
+    """Return all weights after 0, 1, ... steps of one thread."""
     model, optimizer = made(kind)
     weights = []
     for _ in range(NUM_STEPS + 1):

@@ -1,4 +1,4 @@
-"""An update thread that is as late as can be: a job runs when somebody waits for it."""
+"""An update thread as slow as possible: a job runs only when a caller waits for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.devices import HOST_AS_DEVICE
 
 
 class LazyJob:
-    """A job that has not begun before it is waited for."""
+    """A job that does not begin before a caller waits for it."""
 
     def __init__(self, worker: LazyWorker, what: str, run: Callable[[], None]) -> None:
         self.what = what
@@ -33,7 +33,7 @@ class LazyJob:
 
 
 class LazyWorker:
-    """Whatever reads a parameter without waiting for it reads the old one, each time."""
+    """Runs jobs at the last moment, so that a read without a wait gets the old value every time."""
 
     def __init__(self) -> None:
         self.waiting: deque[LazyJob] = deque()
@@ -64,16 +64,16 @@ class LazyWorker:
 
 
 latest: list[LazyWorker] = []
-"""Workers in the order in which they were made."""
+"""All workers, in the order of their construction."""
 
 
 class Lazy(OffloadAdam):
-    """Overlapped, with updates that come at the last moment."""
+    """An overlapped optimizer whose updates run at the last moment."""
 
     _backend = Backend(make_worker=LazyWorker)
 
 
 class LazyOffloading(Lazy):
-    """The path of parameters on a device, with parameters in host memory."""
+    """Treats parameters in host memory like parameters on a device."""
 
     _backend = replace(HOST_AS_DEVICE, make_worker=LazyWorker)

@@ -17,7 +17,7 @@ MAIN, SIDE = NamedStream("main"), NamedStream("side")
 
 
 class Sink:
-    """Notes what arrives, and whether two threads were ever in it at once."""
+    """Records arrivals, and whether two threads ever called it at once."""
 
     def __init__(self) -> None:
         self.arrived: list[int] = []
@@ -59,7 +59,7 @@ def test_deliveries_of_several_threads_take_turns_and_none_is_lost() -> None:
     assert sorted(sink.arrived) == sorted(map(id, parameters))
 
 
-def test_what_is_delivered_together_was_written_on_one_stream() -> None:
+def test_all_gradients_of_a_delivery_were_written_on_one_stream() -> None:
     sink = Sink()
     stream = [MAIN]
     hooks = BackwardHooks(cast(Any, sink), lambda device: stream[0])

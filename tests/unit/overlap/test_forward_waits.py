@@ -71,7 +71,7 @@ class HeadIsRead(Plain):
 
 
 class Attends(Plain):
-    """MultiheadAttention reads the weight of its child `out_proj`, and calls it never."""
+    """MultiheadAttention reads the weight of its child `out_proj`, but never calls the child."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Normed(Plain):
 
 
 class Alternates(Plain):
-    """Another block is left out in every forward."""
+    """Each forward skips another block."""
 
     turn = 0
 
@@ -238,7 +238,7 @@ def updates(worker: LazyWorker) -> list[str]:
 
 
 def step_once(model: nn.Module, optimizer: OffloadAdam, step: int = 0) -> LazyWorker:
-    """Leave a step's updates waiting, and return who is to make them."""
+    """Take a step whose updates do not run yet, and return the worker that would run them."""
     model(batch(step)).square().sum().backward()
     optimizer.step()
     worker = latest[-1]
@@ -293,7 +293,7 @@ def test_user_named_units_are_waited_for_as_a_whole() -> None:
     assert counts[0] == counts[1] < counts[2] == num_updates
 
 
-def test_units_that_are_no_part_of_the_model_are_refused() -> None:
+def test_units_that_are_not_modules_of_the_model_are_rejected() -> None:
     model = make_model(Plain)
     with pytest.raises(ValueError, match="units contains a Linear that is not a sub"):
         make(OffloadAdam, model, units=[nn.Linear(2, 2)])
@@ -358,7 +358,7 @@ READERS = [
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("optimizer_class", [Lazy, LazyOffloading])
-def test_what_reads_parameters_outside_of_forward_is_served(
+def test_reads_outside_of_forward_get_the_new_parameters(
     reader: Callable[[nn.Module, OffloadAdam], list[torch.Tensor]],
     optimizer_class: type[OffloadAdam],
 ) -> None:
@@ -398,7 +398,7 @@ def test_weights_loaded_right_after_a_step_stay() -> None:
 
 
 @pytest.mark.parametrize("optimizer_class", [Lazy, LazyOffloading])
-def test_a_write_beside_an_update_is_refused_and_one_after_it_is_followed(
+def test_a_write_during_an_update_is_rejected_and_one_after_it_reaches_the_master(
     optimizer_class: type[OffloadAdam],
 ) -> None:
     model = make_model(Plain)
@@ -417,7 +417,7 @@ def test_a_write_beside_an_update_is_refused_and_one_after_it_is_followed(
         model(batch(3))
 
 
-def test_copies_of_the_model_know_nothing_of_the_optimizer() -> None:
+def test_copies_of_the_model_have_no_hooks() -> None:
     model = make_model(Plain)
     optimizer = make(Lazy, model)
     step_once(model, optimizer)
@@ -463,7 +463,7 @@ class LaterReadEarly(Plain):
         return super().forward(x) + early
 
 
-def test_the_gradient_of_a_read_before_its_update_is_refused() -> None:
+def test_the_gradient_of_a_read_before_the_update_is_rejected() -> None:
     model = make_model(LaterReadEarly)
     optimizer = make(Lazy, model)
     step_once(model, optimizer)
@@ -472,7 +472,7 @@ def test_the_gradient_of_a_read_before_its_update_is_refused() -> None:
         loss.backward()
 
 
-def test_a_penalty_on_weights_of_the_last_step_is_refused() -> None:
+def test_a_penalty_on_weights_of_the_last_step_is_rejected() -> None:
     model = make_model(Plain)
     optimizer = make(Lazy, model)
     step_once(model, optimizer)
@@ -537,7 +537,7 @@ def test_a_group_added_between_backward_and_step_keeps_its_gradient() -> None:
     assert results[0] == results[1]
 
 
-def test_a_forked_worker_that_reads_parameters_under_way_is_told(
+def test_a_forked_worker_that_reads_parameters_during_updates_raises_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = make_model(Plain)
@@ -614,7 +614,7 @@ def test_accumulation_and_zero_grad_at_any_moment(sync: bool) -> None:
     assert run(Lazy, overlap=True) == run(OffloadAdam, overlap=False)
 
 
-def test_no_more_than_two_backwards_are_on_their_way_however_slow_the_thread_is() -> None:
+def test_at_most_two_backwards_are_unfinished_however_slow_the_thread_is() -> None:
     model = make_model(Plain)
     optimizer = make(Lazy, model, accumulate="host")
     model(batch(0)).square().sum().backward()
@@ -652,7 +652,7 @@ def test_groups_that_are_added_right_after_a_step_stream_and_overlap_too() -> No
     assert run(Lazy, overlap=True) == run(OffloadAdam, overlap=False)
 
 
-def test_a_graph_from_before_the_step_is_refused_by_autograd() -> None:
+def test_autograd_rejects_a_graph_from_before_the_step() -> None:
     model = make_model(Plain)
     optimizer = make(Lazy, model)
     first = model(batch(0)).square().sum()

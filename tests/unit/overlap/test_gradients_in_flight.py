@@ -75,7 +75,7 @@ def make(bus: threading.Event, **options: Any) -> tuple[Layers, OffloadAdam]:
 @pytest.mark.parametrize(
     "options", [{}, {"accumulate": "host"}, {"pin": "staging"}], ids=["slots", "added", "staging"]
 )
-def test_backward_waits_where_the_bus_is_slower(options: dict[str, Any], overlap: bool) -> None:
+def test_backward_waits_if_the_bus_is_slower(options: dict[str, Any], overlap: bool) -> None:
     bus = threading.Event()
     model, optimizer = make(bus, overlap=overlap, **options)
     seen: list[int] = []
@@ -99,7 +99,7 @@ def test_backward_waits_where_the_bus_is_slower(options: dict[str, Any], overlap
 
 
 def _wait_until_still(seen: list[int]) -> None:
-    """Return when nothing has come for a while."""
+    """Wait until nothing has arrived for a while."""
     end_s = time.monotonic() + TIMEOUT_S
     before = -1
     while len(seen) != before or not seen:

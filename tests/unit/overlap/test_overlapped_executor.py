@@ -28,7 +28,7 @@ NUM_BUCKETS = 4
 
 
 class EagerWorker(LazyWorker):
-    """An update thread that is always done already."""
+    """An update thread that runs each job at once."""
 
     def submit(self, what: str, job: Callable[[], None]) -> LazyJob:
         given = super().submit(what, job)
@@ -37,7 +37,7 @@ class EagerWorker(LazyWorker):
 
 
 class RecordedTasks:
-    """Tasks that only write down that they ran; a gather waits for its update, as scheduled."""
+    """Tasks that only record that they ran; a gather waits for its update, as scheduled."""
 
     def __init__(self, locations: Sequence[StateLocation] = (StateLocation.HOST,) * 4) -> None:
         plans = [
@@ -79,7 +79,7 @@ class RecordedTasks:
 def begin(
     worker: Any, tasks: RecordedTasks | None = None, *, skipped: Collection[int] = ()
 ) -> tuple[Executor, RecordedTasks]:
-    """Return an executor that has been given a step's updates. Forward order is 3, 2, 1, 0."""
+    """Return an executor after `apply` of one step. Forward order is 3, 2, 1, 0."""
     tasks = tasks or RecordedTasks()
     executor = Executor(
         cast(Any, None), cast(Any, tasks), worker, RankGroup(), Stopwatch(), lambda number: None
@@ -97,7 +97,7 @@ def names(tasks: RecordedTasks, name: str) -> list[int]:
     return [number for what, number in tasks.done if what == name]
 
 
-def test_apply_returns_before_any_update_and_need_runs_no_more_than_it_must() -> None:
+def test_apply_returns_before_any_update_and_a_wait_runs_only_the_needed_ones() -> None:
     executor, tasks = begin(LazyWorker())
     assert tasks.done == []
     assert executor.is_pending
@@ -107,7 +107,7 @@ def test_apply_returns_before_any_update_and_need_runs_no_more_than_it_must() ->
     assert tasks.done == [("update", 3), ("gather", 3), ("use", 3)]
 
 
-def test_every_earlier_gather_is_issued_first_and_its_bucket_stays_to_be_used() -> None:
+def test_earlier_gathers_are_issued_first_and_their_buckets_are_still_pending() -> None:
     executor, tasks = begin(LazyWorker())
     executor.wait_for_buckets([1])
     assert names(tasks, "gather") == [3, 2, 1]
@@ -118,7 +118,7 @@ def test_every_earlier_gather_is_issued_first_and_its_bucket_stays_to_be_used() 
     assert not executor.is_pending
 
 
-def test_the_next_gather_is_issued_ahead_where_its_update_is_over() -> None:
+def test_the_next_gather_is_issued_ahead_if_its_update_has_finished() -> None:
     executor, tasks = begin(EagerWorker())
     executor.wait_for_buckets([3])
     assert names(tasks, "gather") == [3, 2]
@@ -150,7 +150,7 @@ def test_the_overlapped_step_issues_its_tasks_in_the_order_of_the_schedule(
 
 
 @pytest.mark.parametrize("locations", LOCATIONS)
-def test_the_sequential_step_finishes_one_bucket_after_the_other(
+def test_the_sequential_step_finishes_the_buckets_one_by_one(
     locations: tuple[StateLocation, ...],
 ) -> None:
     _, tasks = begin(None, RecordedTasks(locations))
@@ -167,7 +167,7 @@ def test_a_skipped_bucket_keeps_its_turn_among_those_with_staging_slots(worker: 
     assert turns == [("copy_h2d", 2), ("skip", 1), ("copy_h2d", 0)]
 
 
-def test_a_true_thread_makes_the_updates_in_forward_order_without_being_waited_for() -> None:
+def test_the_update_thread_runs_updates_in_forward_order_before_any_wait() -> None:
     thread = UpdateThread()
     over = threading.Event()
     _, tasks = begin(thread)
@@ -177,7 +177,7 @@ def test_a_true_thread_makes_the_updates_in_forward_order_without_being_waited_f
     thread.close()
 
 
-def test_a_job_that_raised_stops_all_later_ones_and_every_ticket_says_why() -> None:
+def test_later_jobs_are_skipped_after_an_error_and_raise_the_same_error() -> None:
     thread = UpdateThread()
     ran: list[int] = []
 
@@ -215,7 +215,7 @@ def test_a_job_that_drops_the_owner_does_not_wait_for_itself() -> None:
 
 
 class FakeCopy(str):
-    """The copy of a bucket's gradients, by a name."""
+    """The gradient copy of a bucket, identified by a name."""
 
     state = SimpleNamespace(
         plan=SimpleNamespace(pins_staging=False, location=StateLocation.OFFLOADED)
@@ -223,11 +223,11 @@ class FakeCopy(str):
 
 
 class Reducing(FakeCopy):
-    """The copy of a bucket whose reduction only a stream waits for."""
+    """A gradient copy after a reduction for which a stream waits, not the host."""
 
 
 class Arriving:
-    """A transfer whose copies arrive when the test says; it writes down what finishes."""
+    """A transfer whose copies arrive when the test says so; records finished copies."""
 
     def __init__(self) -> None:
         self.arrived: set[str] = set()

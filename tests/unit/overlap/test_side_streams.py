@@ -94,7 +94,9 @@ def make(*streams: NamedStream, **options: Any) -> tuple[Model, OffloadAdam, Two
 
 
 @pytest.mark.parametrize("order", [(MAIN, SIDE), (SIDE, MAIN), (MAIN, SIDE, MAIN, SIDE)])
-def test_whoever_sends_a_bucket_waits_for_every_other_stream(order: tuple[NamedStream]) -> None:
+def test_the_sending_stream_waits_for_every_other_stream(
+    order: tuple[NamedStream],
+) -> None:
     model, optimizer, lanes = make(*order)
     model(torch.ones(128)).backward()
     completing = order[0]
@@ -129,7 +131,7 @@ def test_each_stream_that_reads_a_bucket_waits_for_it_once() -> None:
 
 
 def test_after_synchronize_no_stream_waits() -> None:
-    """A graph could not capture a wait, and the error about one says to synchronize."""
+    """A graph cannot capture such a wait, and the error about it says to synchronize."""
     model, optimizer, lanes = make(MAIN, SIDE)
     step(model, optimizer)
     optimizer.synchronize()
