@@ -1,7 +1,7 @@
-"""Run torchrun, then print in one last line what happened, and exit with the job's own exit code.
+"""Run torchrun, print what happened as the last line, and exit with the job's own exit code.
 
-torchrun itself ends with a traceback and exit code 1 after every error and every signal. The
-scripts beside this file run it in place of torchrun; LAUNCHED_AS is the name of the script.
+After an error or a signal, torchrun itself ends with a traceback and exit code 1. The scripts in
+this folder run this file in place of torchrun. LAUNCHED_AS is the name of the script to print.
 """
 
 from __future__ import annotations

@@ -137,9 +137,9 @@ def _print_error(text: str, log_format: LogFormat) -> None:
 
 
 def _write_error_file(text: str) -> None:
-    """Write one line on an error to the file that torchrun quotes in its failure report.
+    """Write one line about an error to the file that torchrun quotes in its failure report.
 
-    torch's own `record` would write a traceback, and nothing for an exit by code.
+    torch's own `record` writes a whole traceback, and writes nothing if the process exits by code.
 
     Source: `ErrorHandler` of torch.distributed.elastic.multiprocessing.errors, for the format.
     """

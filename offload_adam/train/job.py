@@ -163,8 +163,8 @@ def _assembled(
 ) -> Iterator[tuple[nn.Module, OffloadAdam | Adam]]:
     """Build the optimizer on this rank's device, and close it after the body.
 
-    Yields the model, in DistributedDataParallel where that reduces, and the optimizer. Errors in
-    here are final: they would be raised again after a restart.
+    Yields the model, in DistributedDataParallel if DDP reduces the gradients, and the optimizer.
+    Errors during construction are final: a restart would raise them again.
     """
     with final(TypeError, ValueError, RankDisagreementError, HostMemoryError):
         require_same(world.ranks, "configuration", _fields(config, corpus))
