@@ -380,7 +380,7 @@ def test_the_peak_of_host_memory_remains_after_the_memory_is_freed() -> None:
         held = bytearray(b"1" * nbytes)
         most = host.nbytes()
         del held
-        assert host.nbytes() == most >= nbytes // 2
+        assert host.nbytes() >= most >= nbytes // 2
 
 
 def test_a_contender_clips_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,8 @@ class HostPeak:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._before = self._peak = self._taken_nbytes()
+        # Without this lock, one thread could overwrite a higher peak of the other.
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -118,8 +120,9 @@ class HostPeak:
 
     def nbytes(self) -> int:
         """Return the peak until now."""
-        self._peak = max(self._peak, self._taken_nbytes())
-        return self._peak - self._before
+        with self._lock:
+            self._peak = max(self._peak, self._taken_nbytes())
+            return self._peak - self._before
 
     def _sample(self) -> None:
         while not self._stop.wait(_SAMPLE_S):
