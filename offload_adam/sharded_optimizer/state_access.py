@@ -280,7 +280,7 @@ class StateAccess(torch.optim.Optimizer):
             load_further = self._plan_further_state(saved.further, entries)
             # A background checkpoint may still read the tensors that are overwritten here.
             core.external_edits.wait_for_snapshot()
-            for target, source in copies:  # a source may be its own target: no copy into a new dict
+            for target, source in copies:  # a source may be the target itself
                 target.copy_(source)
             # The next step must compare all values: the model may have been loaded as well, so a
             # parameter may differ from its loaded master weight.
