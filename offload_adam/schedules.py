@@ -173,8 +173,8 @@ class PolynomialDecayLR(BuiltInSchedule):
         end_learning_rate: at least 0, `end` in the formula. The rate from step `decay_steps` on.
         decay_steps: above 0.
         power: above 0.
-        update_decay_steps: after `decay_steps` steps, do not stay at `end`, but replace `decay_steps`
-            in the formula by its next multiple that is at least `step`.
+        update_decay_steps: do not stay at `end` after `decay_steps` steps, but replace
+            `decay_steps` in the formula by its next multiple that is at least `step`.
     """
 
     learning_rate: float

@@ -98,7 +98,7 @@ class GradientReader:
                 parameter.grad = stand_ins[position]
             except RuntimeError:  # `module.to()` changed the parameter
                 self._remake_stand_in(position)
-            before = taken[position]
+            before = taken[position]  # of an earlier backward, not read yet
             if before is not None:
                 gradient = before.add_(gradient)
             taken[position] = gradient

@@ -106,6 +106,7 @@ class RowExchange:
     ) -> None:
         """Gather the entries of one parameter; `counts` has the number of entries of each rank."""
         own = gradients.local_rows.pop(position, None) or _no_entries(state, position)
+        # Divide in fp32: a 16-bit quotient would lose precision before the sum.
         values = own.values.float() / self._ranks.world_size
         entries = GradientRows(
             _all_entries(own.rows, counts, self._ranks),

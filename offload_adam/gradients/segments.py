@@ -79,7 +79,7 @@ class BucketGradients:
         """Hold these dense gradients until the step ends, in addition to earlier ones."""
         addresses = np.array(found.addresses, dtype=np.int64)
         arrived = np.array([tensor is not None for tensor in found.tensors], dtype=np.bool_)
-        self.squares = None
+        self.squares = None  # computed from the earlier gradients
         self._held.append(found)
         self._addresses[arrived] = addresses[arrived]
         self.dense |= arrived
@@ -143,7 +143,7 @@ class BucketGradients:
             shard: (shard_numel,) in a gradient dtype.
             complete: the shard has zeros for parameters without a gradient on this rank.
         """
-        self.squares = None
+        self.squares = None  # computed from the earlier gradients
         self._shard = shard
         self._complete = complete
 
@@ -157,7 +157,7 @@ class BucketGradients:
         if segments.numels.size == 0:
             return
         if self.rows:
-            active = active.copy()
+            active = active.copy()  # it belongs to the caller
             active[list(self.rows)] = False
         chosen = active[segments.positions]
         if self._shard is not None:

@@ -270,7 +270,7 @@ class StreamedGradients:
     def gradients_left(self) -> None:
         """Record that another bucket's gradients were moved out of `.grad`."""
         self.has_gradients = True
-        self._norms = None
+        self._norms = None  # computed without these gradients
         self._added_later = bool(self._factors)
 
     def norm(self, index: int) -> float:
@@ -299,6 +299,7 @@ class StreamedGradients:
         Raises:
             ValueError: gradients have different factors, or some came after a multiplication.
         """
+        # By repr, so that several NaN count as one value.
         factors = {*map(repr, self._factors.values())}
         if len(factors) > 1:
             raise ValueError(

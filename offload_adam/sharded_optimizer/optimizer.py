@@ -113,6 +113,7 @@ class ShardedOptimizer(StateAccess):
         self._core: ShardedAdam | None = None
         self._hooks: BackwardHooks | None = None
         self._index_of: dict[torch.nn.Parameter, int] = {}
+        # Before the arguments are checked: only connected ranks can raise an error together.
         self._ranks = open_rank_group(options.process_group, usable_failures(options.failures))
         resources = ExitStack()
         resources.callback(self._ranks.release)
@@ -240,7 +241,7 @@ class ShardedOptimizer(StateAccess):
                 self._append_later_group(param_group)
             self._build_state(core, num_groups)
         except BaseException:
-            del self.param_groups[num_groups:]
+            del self.param_groups[num_groups:]  # torch has appended it already
             raise
 
     def _append_later_group(self, param_group: dict[str, Any]) -> None:
@@ -297,6 +298,7 @@ class ShardedOptimizer(StateAccess):
                 loss = closure()
         with torch.no_grad():
             report = core.step(self._inputs())
+        # The step has read the gradients of incomplete buckets itself.
         if self._hooks is not None:
             self._hooks.forget_arrivals()
         self._max_norm_once = None
@@ -394,6 +396,7 @@ class ShardedOptimizer(StateAccess):
         """
         try:
             if self._core is not None and self._release.alive:
+                # First, because updates may wait for the checkpoint to read their buckets.
                 self._core.snapshot_lock.stop_reader()
                 self._core.reduction.hide_stand_ins()
                 self._core.synchronize()

@@ -278,9 +278,12 @@ class StateAccess(torch.optim.Optimizer):
                 for copy in plan_load(*core.bucket_and_position(index), entry)
             ]
             load_further = self._plan_further_state(saved.further, entries)
+            # A background checkpoint may still read the tensors that are overwritten here.
             core.external_edits.wait_for_snapshot()
-            for target, source in copies:  # a source may be its own target: no copy into a new dict
+            for target, source in copies:  # a source may be the target itself
                 target.copy_(source)
+            # The next step must compare all values: the model may have been loaded as well, so a
+            # parameter may differ from its loaded master weight.
             core.external_edits.compare_all()
         load_further()
         for group, merged in zip(self.param_groups, groups, strict=True):
@@ -330,6 +333,7 @@ class StateAccess(torch.optim.Optimizer):
                     f"An entry of optimizer.state has lost its key {error}. Use load_state_dict() "
                     "to change state, or construct a new optimizer to reset it."
                 ) from error
+            # A background checkpoint may still read the tensors that are overwritten here.
             core.external_edits.wait_for_snapshot()
             for target, source in copies:
                 target.copy_(source)

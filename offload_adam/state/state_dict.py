@@ -193,7 +193,7 @@ def merge_groups(
             for key, value in saved_group.items()
             if key not in ("params", "param_names", *_TORCH_DEFAULTS)
         }
-        check({**group, **kept})
+        check({**group, **kept})  # the completed group, before any group is modified
         merged.append(kept)
     return merged
 
@@ -250,6 +250,7 @@ def gather_bucket(
         for position, index in enumerate(state.indices.tolist()):
             placed = state.layout.placements[position]
             parameter = state.parameters[position]
+            # The plane has memory order: fill a tensor of the parameter's strides, then reorder.
             values = torch.empty_strided(
                 parameter.shape, parameter.stride(), dtype=plane.dtype, device="cpu"
             )

@@ -271,6 +271,7 @@ def _part_of(
         and value.shape == parameter.shape
         and (value.shape != target.shape or value.dim() != 1)
     ):
+        # Bring it into memory order, in which the range is contiguous.
         whole = torch.empty_strided(
             parameter.shape, parameter.stride(), dtype=value.dtype, device=value.device
         )

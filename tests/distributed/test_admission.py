@@ -125,7 +125,7 @@ def test_a_mistake_on_one_rank_is_an_error_on_all(ranks: RankPool) -> None:
         AMSGRAD,
         "accumulate must be 'host' or None, not 'disk'",
         "gradient_reduction must be 'optimizer' or 'external', not 'nobody'",
-        "parameter",
+        "Parameter",
         "betas[1] must lie in [0, 1), not 1.5",
     ]
     for outcome, problem in zip(first, problems, strict=True):

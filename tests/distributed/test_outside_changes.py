@@ -260,7 +260,7 @@ MISTAKES: dict[str, tuple[Mistake, str, str, str]] = {
     "eps": (set_another_eps, "RankDisagreementError", "eps of group 0", "RankDisagreementError"),
     "no_lr": (set_no_lr, "TypeError", "lr must be a number, not None", "PeerError"),
     "beta": (set_a_beta_of_one, "ValueError", "betas[0] must lie in [0, 1)", "PeerError"),
-    "taken_out": (take_a_parameter_out, "ValueError", "'w1' was taken out", "PeerError"),
+    "taken_out": (take_a_parameter_out, "ValueError", "'w1' was removed", "PeerError"),
     "max_norm": (
         clip_otherwise,
         "RankDisagreementError",
