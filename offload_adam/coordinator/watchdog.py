@@ -144,8 +144,9 @@ class PeerWatch:
         timed_out = "timed out" in problem.lower()
         self._broken = problem
         self._wake.set()
-        # A peer counts as dead only after `dead_after` without a heartbeat. After a timeout all
-        # may be alive, and the next check of all ranks decides. Three beats are slack.
+        # A peer on another node counts as dead only after `dead_after` without a heartbeat. After a
+        # timeout all peers may be alive, and the next check of all ranks decides. Three beats are
+        # slack.
         beats_s = 3 * self.failures.beat_s
         self._judged.wait(beats_s if timed_out else self.failures.dead_after + beats_s)
         text = (

@@ -1,7 +1,12 @@
 """The fused Adam update over a table of gradient segments, in one pass over the state.
 
-A segment is a contiguous range of one parameter's elements that this rank owns. Its gradient has an
-address of its own; its master weight, moments and 16-bit parameter have one offset in flat arrays.
+A segment is a contiguous range of one parameter's elements that this rank owns. Each segment's
+gradient has its own address. Master weight, moments and 16-bit parameter are flat arrays, in which
+the segment has one offset:
+
+    gradients    [segment 0]      [segment 1]    [segment 2]     anywhere in memory
+    flat state   [segment 0 | segment 1 | segment 2 | padding]   one array for each plane
+    threads      |---- piece 0 ----|---- piece 1 ---|            cut at whole blocks
 """
 
 from __future__ import annotations
@@ -48,7 +53,8 @@ def _build() -> Any:
     ) -> int:
         total = work_starts[work_starts.size - 1]
         for piece in numba.prange(num_pieces):
-            # Pieces are cut at whole blocks, not at segments; each walks the segments it overlaps.
+            # Pieces are cut at whole blocks, not at segments, so all threads get equal work. Each
+            # thread walks the segments that its piece overlaps.
             position = total * piece // num_pieces // BLOCK_NUMEL * BLOCK_NUMEL
             end = total
             if piece + 1 < num_pieces:
@@ -73,7 +79,7 @@ def _build() -> Any:
                 position += numel
                 segment += 1
             finish_stores()
-        return fingerprint
+        return fingerprint  # makes the fingerprint part of Numba's cache key
 
     return jit(update_segments, parallel=True)
 
@@ -108,7 +114,7 @@ def update(
         scalars: (r, NUM_SCALARS) float32, see `scalar_row`.
         master: float32 weights, updated in place.
         exp_avg, exp_avg_sq, max_exp_avg_sq: float32 moments, in place; the last for amsgrad.
-        param_out: where the parameter is written in its own 16-bit format; None if `master` is the
+        param_out: the 16-bit parameter, written in its own format; None if `master` is the
             parameter.
         num_pieces: number of threads that share the work.
 

@@ -1,10 +1,10 @@
 """The Adam update of one contiguous range of elements, as vector instructions in LLVM IR.
 
 The update of one vector is a chain of dependent instructions, about 90 cycles long: gradient,
-moments, square root, division, weight. A processor that meets whole chains one after the other
-fills its window of waiting instructions, and then issues too few loads to keep the memory busy. So
-the loop is a software pipeline of four stages. Each turn runs every stage once, for four different
-vectors, none of which depends on another. With five vectors:
+moments, square root, division, weight. Whole chains, one after the other, would fill the
+processor's window of waiting instructions. It would then issue too few loads to keep the memory
+busy. So the loop is a software pipeline of four stages. Each turn runs every stage once, for four
+independent vectors. With five vectors:
 
                 v0         v1         v2         v3         v4
     prologue    moments    moments    moments
@@ -16,12 +16,12 @@ vectors, none of which depends on another. With five vectors:
                                                  weight     quotient
                                                             weight
 
-Results wait for the next turn in registers: one quotient, one direction and root, one direction and
+Registers carry results to the next turn: one quotient, one direction and root, one direction and
 second moment. Ranges of fewer than three vectors, and the elements before and after whole vectors,
-go through the same stages one after the other. The bits are the same either way.
+run the same stages one after the other. Both orders compute the same bits.
 
-The 16-bit parameter is stored past the caches, because nothing has read it: an ordinary store would
-first read the cache line.
+The 16-bit parameter is written with nontemporal stores, which bypass the caches. The kernel does
+not read it, and an ordinary store would first read the cache line.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ from offload_adam.kernels.numba_private import (
     no_value,
 )
 
-_LANES = 16
+_LANES = 16  # float32 in one AVX-512 register, or in two AVX2 registers
 _INTP = ir.IntType(64)
 
 
 def supports_ir() -> bool:
-    """Return whether the IR kernel updates the elements on this machine, not `adam_plain`.
+    """Return whether this machine uses the IR kernel (True) or `adam_plain` (False).
 
-    - x86-64: yes; it was made for AVX2 and AVX-512. Without FMA both kernels call libm for every
-      multiply-add and are ten times slower, the IR kernel still the faster one.
-    - AArch64: yes, by the assembly: no calls, and fewer values on the stack than with AVX2. It has
-      not been run there.
-    - All others: no, nothing was checked. LLVM splits 16 lanes on any target, but an instruction
-      that the target lacks may become a call for each lane, or may not compile at all.
+    - x86-64: IR kernel, written for AVX2 and AVX-512. Without FMA both kernels call libm for every
+      multiply-add and are ten times slower; the IR kernel is still the faster one.
+    - AArch64: IR kernel. It has not been run there; the assembly has no calls, and spills fewer
+      values to the stack than with AVX2.
+    - Others: `adam_plain`; nothing was checked. LLVM splits 16 lanes on any target. But it may call
+      a function for each lane of an instruction that the target lacks, or fail to compile it.
 
     On x86-64 without F16C (before 2012, or with NUMBA_CPU_NAME=generic), float16 crashes in both.
     """
@@ -63,7 +63,7 @@ def supports_ir() -> bool:
 
 
 class _Arrays(NamedTuple):
-    """The addresses of a range's arrays, or the types of their elements; None where absent."""
+    """The addresses of a range's arrays, or the types of their elements; None for absent arrays."""
 
     gradient: Any
     master: Any
@@ -104,7 +104,7 @@ class _Stages:
         self._elements = elements
 
     def moments(self, i: Any) -> tuple[Any, Any]:
-        """Update the moments; return the direction and the second moment to divide it by."""
+        """Update the moments; return the direction and the second moment that divides it."""
         b, v, s = self._builder, self._vectors, self._scalars
         gradient = v.load(self._arrays.gradient, i, self._elements.gradient)
         if self._plain:
@@ -113,13 +113,14 @@ class _Stages:
             w = v.load(self._arrays.master, i, types.float32)
             g = v.fma(s[at.GRADIENT_SCALE], gradient, b.fmul(s[at.L2], w))
         m = v.flush_tiny(v.load(self._arrays.exp_avg, i, types.float32))
+        # beta1 is the sum of two float32, see `scalar_row`.
         fresh = b.fmul(s[at.ONE_MINUS_BETA1], g)
         m = v.fma(s[at.BETA1], m, v.fma(s[at.BETA1_REST], m, fresh))
         v.store(m, self._arrays.exp_avg, i, types.float32)
         before = v.flush_tiny(v.load(self._arrays.exp_avg_sq, i, types.float32))
         fresh = b.fmul(b.fmul(s[at.ONE_MINUS_BETA2], g), g)
         second = v.fma(s[at.BETA2], before, v.fma(s[at.BETA2_REST], before, fresh))
-        # BETA2_REST may be negative or 0: infinity times it would make the sum NaN.
+        # BETA2_REST may be negative or 0. With an infinite moment the sum would be NaN.
         second = v.where_infinite(before, before, second)
         v.store(second, self._arrays.exp_avg_sq, i, types.float32)
         if self._arrays.max_exp_avg_sq is not None:
@@ -137,18 +138,18 @@ class _Stages:
         return direction, self._vectors.sqrt(second)
 
     def quotient(self, direction: Any, root: Any) -> tuple[Any]:
-        """Return the direction over its denominator.
-
-        The division comes before the step size: a small moment times it would be denormal.
-        """
+        """Return the direction divided by its denominator."""
+        # `weight` multiplies by the step size after this division. Before it, the product of the
+        # step size and a small moment would be denormal.
         scale, eps = self._scalars[at.DENOMINATOR_SCALE], self._scalars[at.EPS]
         return (self._builder.fdiv(direction, self._vectors.fma(scale, root, eps)),)
 
     def weight(self, i: Any, quotient: Any, *, past_caches: bool = False) -> None:
-        """Update the weight and store it in the parameter's format, too.
+        """Update the master weight, and write the 16-bit parameter if there is one.
 
         Args:
-            past_caches: store the parameter past the caches, at an address aligned to 16 elements.
+            past_caches: bypass the caches for the parameter, whose address must be aligned to 16
+                elements.
         """
         b, v, s = self._builder, self._vectors, self._scalars
         w = v.load(self._arrays.master, i, types.float32)
@@ -195,6 +196,7 @@ def adam_ir(
 
             _emit_range(builder, stages, arrays, structs[0].nitems)
 
+        # Two copies of the loop, so that the test runs once for a range and not for each element.
         with builder.if_else(_is_plain(builder, values)) as (then, otherwise):
             with then:
                 emit(True)
@@ -230,9 +232,11 @@ def _is_plain(builder: Any, scalars: list[Any]) -> Any:
 
 @intrinsic
 def finish_stores(typingctx: Any) -> Any:
-    """Order the stores that went past the caches before the thread's later stores."""
+    """Make the thread's nontemporal stores visible before its later stores."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        # x86 orders nontemporal stores only at a fence. Without one, the thread that launched the
+        # kernel could see that it has finished and still read an old parameter.
         builder.fence("seq_cst")
         return no_value(context)
 
@@ -249,6 +253,7 @@ def _emit_range(
     whole = builder.mul(builder.sdiv(builder.sub(numel, start), lanes), lanes)
     end = builder.add(start, whole)
     _emit_in_turn(builder, single, _constant(0), start, 1)
+    # The pipeline's prologue starts three vectors.
     many = builder.icmp_signed(">=", whole, _constant(3 * _LANES))
     with builder.if_else(many) as (then, otherwise):
         with then:
@@ -265,6 +270,7 @@ def _emit_lead(builder: Any, param_out: Any, numel: Any) -> Any:
     """
     if param_out is None:
         return _constant(0)
+    # -address modulo the 32 bytes of a vector of 16-bit elements, then in elements.
     before = builder.neg(builder.ptrtoint(param_out, _INTP))
     nbytes = builder.and_(before, _constant(2 * _LANES - 1))
     lead = builder.lshr(nbytes, _constant(1))
@@ -289,7 +295,7 @@ def _emit_pipeline(builder: Any, stages: _Stages, start: Any, end: Any) -> None:
     quotient = stages.quotient(*stages.root(*stages.moments(start)))
     root = stages.root(*stages.moments(away(start, 1)))
     moments = stages.moments(away(start, 2))
-    # Stack slots in the IR; LLVM turns them into registers.
+    # Stack slots here stand for phi nodes; LLVM turns them into registers.
     carried = [alloca_once_value(builder, one) for one in (*quotient, *root, *moments)]
     loop = for_range_slice(builder, away(start, 3), end, _constant(_LANES), _INTP)
     with loop as (i, _):

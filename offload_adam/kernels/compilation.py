@@ -44,18 +44,19 @@ def source_fingerprint() -> int:
 def jit(function: Callable[..., Any], **options: Any) -> Any:
     """Return Numba's dispatcher for `function`, cached on disk if a folder is writable.
 
-    `error_model="numpy"` makes division follow IEEE 754 instead of raising. fastmath stays off,
-    because it lets LLVM assume that no value is NaN. Kernels release the interpreter lock, so that
-    backward continues meanwhile: parallel loops always do, others because of `nogil`. The caller
-    keeps the kernel's memory alive, and lets no other thread use it.
+    Threads: kernels release the GIL. The caller keeps the kernel's memory alive, and lets no other
+        thread use it during the call.
     """
+    # error_model="numpy": a division by 0 follows IEEE 754 instead of raising. nogil: backward
+    # continues during a kernel; parallel loops release the GIL in any case. fastmath stays off,
+    # because it lets LLVM assume that no value is NaN.
     options = {"error_model": "numpy", "nogil": True, **options}
     try:
         return numba.njit(function, cache=True, **options)
     except RuntimeError:
         warnings.warn(
-            "No cache folder for compiled kernels is writable: every process compiles them again. "
-            "Set NUMBA_CACHE_DIR to a writable folder to keep them.",
+            "No cache folder for compiled kernels is writable, so every process compiles them "
+            "again. Set NUMBA_CACHE_DIR to a writable folder.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -63,9 +64,10 @@ def jit(function: Callable[..., Any], **options: Any) -> Any:
 
 
 def inner(function: Callable[..., Any]) -> Any:
-    """Return the dispatcher of a function that kernels call; it is cached only inside of them.
+    """Return the dispatcher of a function that kernels inline; it has no disk cache.
 
-    A cache of its own would outlive a change in the functions it inlines: see `source_fingerprint`.
+    A cached function would not be recompiled if a function that it inlines changes: see
+    `source_fingerprint`.
     """
     return numba.njit(function, error_model="numpy")
 
@@ -73,7 +75,7 @@ def inner(function: Callable[..., Any]) -> Any:
 def compile_now(dispatcher: Any, arguments: tuple[Any, ...], label: str) -> None:
     """Compile the specialisation that these example arguments select, or load it from the cache.
 
-    If several processes need it, one compiles it, and the others load the result.
+    If several processes need it at the same time, one compiles it and the others wait and load it.
     """
     signature = tuple(numba.typeof(argument) for argument in arguments)
     if is_compiled(dispatcher, signature):
@@ -90,11 +92,12 @@ def compile_now(dispatcher: Any, arguments: tuple[Any, ...], label: str) -> None
 
 @contextmanager
 def _alone(dispatcher: Any) -> Iterator[None]:
-    """Keep other processes that share this kernel's cache from compiling it meanwhile.
+    """Hold a file lock, so that no other process with the same cache compiles this kernel.
 
-    Numba's index allows one writer only: two could give the same file name to two specialisations,
-    and one process would later load the other's code.
+    Without a lock file (no cache, no locks, or `LOCK_S` is over), the body runs unlocked.
     """
+    # Numba's cache index supports one writer. Two writers could give the same file name to two
+    # specialisations, and a process would later load the wrong one.
     folder = cache_folder(dispatcher)
     if folder is None:
         yield
@@ -103,7 +106,7 @@ def _alone(dispatcher: Any) -> Iterator[None]:
     try:
         lock.acquire()
     except (OSError, NotImplementedError, Timeout) as error:
-        # The file system has no locks, or the other process is stopped: compile twice, not never.
+        # The file system has no locks, or the process that holds the lock is suspended.
         logger.warning("Compiling without a lock on the kernel cache: %s", error)
         yield
         return
@@ -114,7 +117,9 @@ def _alone(dispatcher: Any) -> Iterator[None]:
 
 
 def _announce(label: str) -> None:
-    logger.info("Compiling the %s kernel for this machine; the cache keeps it", label)
+    logger.info(
+        "Compiling the %s kernel for this machine; later runs load it from the cache", label
+    )
 
 
 def _compile(dispatcher: Any, signature: tuple[Any, ...]) -> None:
@@ -122,6 +127,11 @@ def _compile(dispatcher: Any, signature: tuple[Any, ...]) -> None:
         compile_signature(dispatcher, signature)
     except OSError as error:
         # A full or deleted cache folder must not stop training: continue without the cache.
-        warnings.warn(f"Cannot cache compiled kernels: {error}", RuntimeWarning, stacklevel=3)
+        warnings.warn(
+            f"Cannot cache compiled kernels: {error}. Free space in Numba's cache folder, or set "
+            "NUMBA_CACHE_DIR to another one.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
         disable_cache(dispatcher)
         compile_signature(dispatcher, signature)

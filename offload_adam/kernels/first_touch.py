@@ -11,17 +11,18 @@ import numpy.typing as npt
 from offload_adam.kernels import threads
 from offload_adam.kernels.compilation import jit
 
-PAGE_NBYTES = 4096
+PAGE_NBYTES = 4096  # with huge pages, this only writes more often than needed
 
 
 def _write_pages(memory: Any, num_pieces: Any) -> None:
     total = memory.size
     for piece in numba.prange(num_pieces):
-        # One piece per thread, in the order of the update's pieces.
+        # One piece per thread, in the order of the update's pieces: Linux places a page on the NUMA
+        # node of the thread that writes it first.
         part = memory[total * piece // num_pieces : total * (piece + 1) // num_pieces]
         for at in range(0, part.size, PAGE_NBYTES):
             part[at] = 0
-        if part.size > 0:
+        if part.size > 0:  # the last page, if the piece does not start at a page
             part[part.size - 1] = 0
 
 
@@ -31,8 +32,8 @@ _kernel = jit(_write_pages, parallel=True)
 def touch(memory: npt.NDArray[np.uint8], num_threads: int) -> None:
     """Write a zero to every page of fresh memory, each from the thread that will update it.
 
-    Memory is divided as `kernels.adam` divides a shard, to within a block of 128 elements and the
-    padding between parameters.
+    Memory is divided between threads as `kernels.adam` divides a shard. The cuts may differ by a
+    block of 128 elements and by the padding between parameters.
 
     Cost: one write per page of 4 KiB.
     Threads: `num_threads`, each over one contiguous piece.

@@ -1,4 +1,4 @@
-"""Copy or add one array of gradients to another, cast to its format."""
+"""Copy or add gradients to an array, cast to the format of this array."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def fold(
 ) -> None:
     """Copy `source` to `target`, or add it, with one rounding to the format of `target`.
 
-    The bits are torch's, for any `num_pieces`, except that a NaN may become another NaN where it is
-    cast or added.
+    The bits are those of torch, for any `num_pieces`. Only a NaN
+    that is cast or added may become another NaN.
 
     Args:
-        target: (n,) contiguous, written in place; as `FloatFormat.bits_dtype` carries its format.
+        target: (n,) contiguous, written in place; its NumPy dtype is a `FloatFormat.bits_dtype`.
         source: (n,) contiguous, in any of the formats; it does not overlap with `target`.
         num_pieces: number of threads that share the work.
         adds: add to `target` instead of writing over it.

@@ -11,8 +11,8 @@ import numpy.typing as npt
 class FloatFormat(Enum):
     """One element format; the value is torch's name of the dtype.
 
-    Numba has no bfloat16, and no float16 that vectorises, so 16-bit integers carry both. At compile
-    time the signedness tells them apart: unsigned is bfloat16, signed is float16.
+    Numba has no bfloat16, and its float16 code is not vectorised. So 16-bit integers hold the bits
+    of both: uint16 for bfloat16 and int16 for float16, which selects the code at compile time.
     """
 
     FLOAT32 = "float32"

@@ -26,8 +26,8 @@ _F64 = ir.DoubleType()
 LINE_NBYTES = 64
 """Bytes of a cache line."""
 
-_LANES = 16
-_PREFETCH_NBYTES = 1024
+_LANES = 16  # fixed, because the number of lanes decides the order of additions and so the bits
+_PREFETCH_NBYTES = 1024  # bytes ahead of the block that is summed
 
 
 def _constant(value: int) -> ir.Constant:
@@ -67,7 +67,7 @@ def window(array: Any, low: Any, high: Any) -> Any:
 
 @overload(window)
 def _window(array: Any, low: Any, high: Any) -> Any:
-    # Numba types a conditional expression as Optional, which intrinsics do not accept.
+    # Numba types `None if ... else ...` as Optional, which intrinsics do not accept.
     def absent(array: Any, low: Any, high: Any) -> Any:
         return None
 
@@ -99,7 +99,7 @@ def flush_tiny(typingctx: Any, value: Any) -> Any:
 
 @intrinsic
 def widen(typingctx: Any, carried: Any) -> Any:
-    """Return an element as `FloatFormat.bits_dtype` holds it, converted exactly to float32."""
+    """Convert the bits of an element, of a `FloatFormat.bits_dtype`, exactly to float32."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return Vectors(builder, 1).widen(arguments[0], carried)
@@ -109,7 +109,7 @@ def widen(typingctx: Any, carried: Any) -> Any:
 
 @intrinsic
 def round_for(typingctx: Any, array: Any, value: Any) -> Any:
-    """Return a float32 rounded to the format of the array's elements, as these are carried."""
+    """Return the bits of a float32 rounded to the format of the array's elements."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return Vectors(builder, 1).round(arguments[1], array.dtype)
@@ -119,9 +119,9 @@ def round_for(typingctx: Any, array: Any, value: Any) -> Any:
 
 @intrinsic
 def cast_for(typingctx: Any, array: Any, carried: Any) -> Any:
-    """Return a carried element in the format of the array's elements.
+    """Return the bits of an element, cast to the format of the array's elements.
 
-    Where the formats are the same, its bits are the same, also those of a NaN.
+    If the formats are the same, all bits stay, also those of a NaN.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -137,8 +137,11 @@ def cast_for(typingctx: Any, array: Any, carried: Any) -> Any:
 def block_sum_of_squares(typingctx: Any, array: Any, start: Any) -> Any:
     """Return the sum of squares of 128 elements in float64, in one order on every machine.
 
-    Each of 16 float64 lanes adds 8 squares, in order; the lanes are then folded by halves. The
-    square of a float32 is exact in float64, so fusing the multiply with the add changes nothing.
+        lane j (of 16):  x[j]^2 + x[j + 16]^2 + ... + x[j + 112]^2     8 squares, in order
+        then             16 lanes -> 8 -> 4 -> 2 -> 1                  upper half added to lower
+
+    With bfloat16, lane j starts with x[2 j] and x[2 j + 1] instead: see `_load_block`. The square
+    of a float32 is exact in float64, so a fused multiply-add computes the same bits.
     """
     element = array.dtype
 
@@ -157,10 +160,8 @@ def block_sum_of_squares(typingctx: Any, array: Any, start: Any) -> Any:
 
 
 def _prefetch_block(builder: Any, block: Any, element: Any) -> None:
-    """Emit prefetches for the lines of a later block; invalid addresses are ignored.
-
-    The processor's own prefetcher stops at the end of a page, and gradients lie in 4 KiB pages.
-    """
+    """Emit prefetches for the lines of a later block; invalid addresses are ignored."""
+    # The processor's own prefetcher stops at the end of a page, and gradients are in 4 KiB pages.
     itemsize = element.bitwidth // 8
     for nbytes in range(0, BLOCK_NUMEL * itemsize, LINE_NBYTES):
         line = builder.gep(block, [_constant((_PREFETCH_NBYTES + nbytes) // itemsize)])
@@ -180,8 +181,8 @@ def _emit_prefetch(builder: Any, address: Any, *, for_writing: bool) -> None:
 def _load_block(builder: Any, block: Any, element: Any) -> Iterator[Any]:
     """Emit the loads of 128 elements and yield them as vectors of 16 float32.
 
-    Two bfloat16 are read as one 32-bit integer and taken apart by a shift and a mask, which is half
-    the work of widening each.
+    Two bfloat16 are read as one 32-bit integer. A shift and a mask turn it into two float32, which
+    is half the work of widening each.
     """
     if element == types.uint16:
         for pairs in _load_vectors(builder, block, I32, BLOCK_NUMEL // 2, 2):

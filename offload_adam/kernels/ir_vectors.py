@@ -20,9 +20,10 @@ F32 = ir.FloatType()
 class Vectors:
     """Emits instructions on vectors of `lanes` float32 at the builder's position.
 
-    One lane is a scalar, which LLVM's own vectoriser accepts; it does not accept <1 x float>.
+    One lane is a scalar, because LLVM's own vectoriser does not accept <1 x float>.
 
-    Carried elements are float32, bfloat16 bits (uint16) or float16 bits (int16), by Numba's type.
+    "Carried" elements are float32, or the bits of bfloat16 (uint16) or float16 (int16). The Numba
+    type of the array's elements tells which.
     """
 
     def __init__(self, builder: Any, lanes: int) -> None:
@@ -60,10 +61,8 @@ class Vectors:
         return self._constant(F32, 0.0)
 
     def flush_tiny(self, a: Any) -> Any:
-        """Return 0 where |a| is below the smallest normal number (2**-126), else a.
-
-        The test reads the exponent's bits, because comparing floats is itself slow on denormals.
-        """
+        """Return 0 where |a| is below the smallest normal number (2**-126), else a."""
+        # Tests the exponent's bits, because comparing floats is itself slow on denormals.
         exponent = self._builder.and_(self._bits(a), self._constant(I32, 0x7F800000))
         tiny = self._builder.icmp_unsigned("==", exponent, self._constant(I32, 0))
         return self._builder.select(tiny, self.zeros(), a)
@@ -72,6 +71,7 @@ class Vectors:
         """Return the carried elements array[index : index + lanes], widened exactly to float32."""
         pointer = self._address(array, index, element)
         loaded = self._builder.load(pointer)
+        # By default LLVM assumes the alignment of the whole vector; such a load would fault.
         loaded.align = element.bitwidth // 8
         return self.widen(loaded, element)
 
@@ -81,9 +81,9 @@ class Vectors:
         self._builder.store(self.round(value, element), pointer).align = element.bitwidth // 8
 
     def store_past_caches(self, value: Any, array: Any, index: Any, element: Any) -> None:
-        """Write like `store`, past the caches, to an address aligned to the whole vector.
+        """Write like `store`, but bypass the caches; the address is aligned to the whole vector.
 
-        Reads nothing, whereas an ordinary store first reads the cache line that it writes to.
+        An ordinary store first reads the cache line that it writes to.
         """
         pointer = self._address(array, index, element)
         stored = self._builder.store(self.round(value, element), pointer)
@@ -110,9 +110,11 @@ class Vectors:
         if element == types.int16:
             half = builder.fptrunc(value, self._vector(ir.HalfType()))
             return builder.bitcast(half, self._vector(I16))
+        # To nearest even: add half of the last kept bit, less one unless that bit is odd, and cut.
         bits = self._bits(value)
         odd = builder.and_(builder.lshr(bits, self._constant(I32, 16)), self._constant(I32, 1))
         rounded = builder.add(builder.add(bits, self._constant(I32, 0x7FFF)), odd)
+        # The addition could turn a NaN into an infinity or a number: set its quiet bit instead.
         quiet = builder.or_(bits, self._constant(I32, 0x400000))
         is_nan = builder.fcmp_unordered("uno", value, value)
         chosen = builder.select(is_nan, quiet, rounded)

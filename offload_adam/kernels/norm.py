@@ -20,7 +20,7 @@ def _sum_range(gradient: Any, sums: Any, first: Any) -> None:
     for block in range(whole):
         sums[first + block] = block_sum_of_squares(gradient, block * BLOCK_NUMEL)
     rest = gradient.size - whole * BLOCK_NUMEL
-    if rest > 0:
+    if rest > 0:  # zeros add nothing, so the sum has the same bits as in a longer block
         padded = np.zeros(BLOCK_NUMEL, dtype=gradient.dtype)
         padded[:rest] = gradient[whole * BLOCK_NUMEL :]
         sums[first + whole] = block_sum_of_squares(padded, 0)
@@ -37,7 +37,7 @@ def _build() -> Any:
     ) -> int:
         total = work_starts[work_starts.size - 1]
         for piece in numba.prange(pieces):
-            # Work is counted in blocks, so that no two pieces share a block.
+            # Work is counted in blocks, so that no two threads write the same sum.
             position = total * piece // pieces
             end = total * (piece + 1) // pieces
             segment = np.searchsorted(work_starts, position, side="right") - 1

@@ -1,4 +1,4 @@
-"""A read-modify-write pass over as many arrays as an update has, to measure memory bandwidth."""
+"""A memory bandwidth probe: a read-modify-write pass over as many arrays as an update has."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ def pass_over(
 ) -> None:
     """Read four float32 arrays of shape (n,) and write the last three, with unchanged values.
 
-    It multiplies by 1 and adds 0; both are arguments, so that LLVM cannot omit the arithmetic.
+    The pass multiplies by 1 and adds 0.
 
     Cost: 28 bytes per element.
     Threads: `num_threads`, each over one contiguous piece.
     """
     threads.use_threads(num_threads)
+    # 1 and 0 are arguments, so that LLVM cannot omit the arithmetic.
     _kernel(gradient, first, second, third, np.float32(1.0), np.float32(0.0), num_threads)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+# Places in the row. A beta is the sum of two float32, BETA and BETA_REST: see `scalar_row`. The
+# update's direction is MOMENT * m + FRESH * g, where m is the new first moment.
 GRADIENT_SCALE, L2, BETA1, BETA1_REST, ONE_MINUS_BETA1 = 0, 1, 2, 3, 4
 BETA2, BETA2_REST, ONE_MINUS_BETA2 = 5, 6, 7
 DECAY, STEP_SIZE, MOMENT, FRESH, DENOMINATOR_SCALE, EPS = 8, 9, 10, 11, 12, 13
@@ -80,8 +82,8 @@ def update_scalars(hyper: Hyperparameters, step: int, gradient_scale: float) -> 
 def scalar_row(hyper: Hyperparameters, step: int, gradient_scale: float) -> npt.NDArray[np.float32]:
     """Return the row of `NUM_SCALARS` float32 for an update, each scalar rounded once.
 
-    A beta is passed as the unevaluated sum of two float32, because 0.999 rounded to float32 changes
-    the steady state of `exp_avg_sq` by a factor of 1 + 1.3e-5.
+    A beta is the sum of two float32, which the kernel never adds. With one float32, 0.999 would be
+    rounded, and the steady state of `exp_avg_sq` would change by a factor of 1 + 1.3e-5.
 
     Args:
         hyper, step, gradient_scale: see `update_scalars`.

@@ -18,11 +18,11 @@ from offload_adam.kernels.compilation import compile_now, jit, source_fingerprin
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.intrinsics import LINE_NBYTES, prefetch, window
 
+# Rows to prefetch ahead. They can be anywhere in the table, so no hardware prefetcher finds them.
 _ROWS_AHEAD = 4
-"""Rows to prefetch ahead: they lie anywhere in the table, so no hardware prefetcher finds them."""
-
-_LINE_NUMEL = LINE_NBYTES // 4  # float32 elements
-_PREFETCH_NUMEL = 256  # the hardware prefetcher finds the rest of a longer row
+_LINE_NUMEL = LINE_NBYTES // 4  # float32 elements in a cache line
+# Elements of a row to prefetch; the hardware prefetcher continues in a longer row.
+_PREFETCH_NUMEL = 256
 
 
 def _build() -> Any:
@@ -84,8 +84,8 @@ def update_rows(
     """Apply one Adam update to the touched rows of a table of n rows; no other row changes.
 
     Bit-identical for any `num_pieces` and any order of the rows, and equal to `update` on the same
-    elements. The caller checks the rows: one outside [0, n) writes outside the arrays, and two
-    threads may update a row that occurs twice at the same time.
+    elements. The caller must check the rows. A row outside [0, n) makes the kernel write outside
+    the arrays. A row that occurs twice may be updated by two threads at the same time.
 
     Args:
         gradient_format: format of the gradient.
@@ -95,8 +95,8 @@ def update_rows(
         scalars: (NUM_SCALARS,) float32, see `scalar_row`.
         master: (n * width,) float32 weights, updated in place.
         exp_avg, exp_avg_sq: (n * width,) float32 moments, updated in place.
-        param_out: (n * width,) where the parameter is written in its own 16-bit format; None if
-            `master` is the parameter.
+        param_out: (n * width,) the 16-bit parameter, written in its own format; None if `master` is
+            the parameter.
         num_pieces: number of threads that share the work.
 
     Cost: for an element of a touched row what `update` costs, and nothing for the other rows.

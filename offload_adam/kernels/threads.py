@@ -10,6 +10,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+# The process that has planned its threads; a forked child has another pid.
 _owner_pid: int | None = None
 
 
@@ -32,9 +33,8 @@ def allowed_cores(pid: int = 0) -> int:
 def cores_per_rank(local_world_size: int | None = None) -> int:
     """Return the cores of this process's share of the node, at least 1.
 
-    torchrun exports OMP_NUM_THREADS=1, and Numba would use every core for every rank. Both are
-    wrong, so both are ignored. If torchrun bound each rank to a part of the node, the ranks share
-    the cores of the agent, and no rank gets more than its own part.
+    torchrun exports OMP_NUM_THREADS=1, and Numba's default is all cores for every rank. Both are
+    wrong for several ranks, so both are ignored.
 
     Args:
         local_world_size: ranks on this node; None means LOCAL_WORLD_SIZE, or 1 if it is unset.
@@ -44,16 +44,17 @@ def cores_per_rank(local_world_size: int | None = None) -> int:
     own = allowed_cores()
     shared = own
     if "TORCHELASTIC_RUN_ID" in os.environ:
+        # If torchrun bound each rank to a part of the node, the agent's mask covers all ranks.
         shared = max(own, allowed_cores(os.getppid()))
     return max(1, min(own, shared // max(1, local_world_size)))
 
 
 def threads_per_rank(local_world_size: int | None = None, *, on_device: bool) -> int:
-    """Return the threads of this rank's kernels where none are given, at least 1.
+    """Return the default number of threads for this rank's kernels, at least 1.
 
-    There is one for each of its cores. With parameters on a device one core stays free for the
-    training thread, which launches the device's work during the updates. If it shared a core with a
-    kernel, launches would be late, and the kernel's other threads would wait for the slowed one.
+    The default is one for each of the rank's cores. With parameters on a device, one core stays
+    free for the training thread, which launches the device's work during the updates. On a shared
+    core, launches would be late, and the kernel's other threads would wait for the slowed one.
 
     Args:
         local_world_size: as for `cores_per_rank`.
@@ -63,7 +64,7 @@ def threads_per_rank(local_world_size: int | None = None, *, on_device: bool) ->
 
 
 def threads_per_node(local_world_size: int, *, on_device: bool) -> int:
-    """Return the threads of all local ranks' kernels, as far as this process alone may run them."""
+    """Return the threads of all local ranks' kernels, at most this process's cores."""
     of_rank = threads_per_rank(local_world_size, on_device=on_device)
     return min(allowed_cores(), local_world_size * of_rank)
 
@@ -117,9 +118,9 @@ def _read(path: Path) -> str:
 
 
 def spans_nodes(nodes: Path = Path("/sys/devices/system/node")) -> bool:
-    """Return whether this process's threads may run on the cores of more than one NUMA node.
+    """Return whether this process may run on the cores of more than one NUMA node.
 
-    Otherwise a page is near to all of them, whichever thread writes to it first.
+    If not, it does not matter which thread writes to a page first.
     """
     try:
         own = os.sched_getaffinity(0)
@@ -141,9 +142,8 @@ def _cores(cpulist: Path) -> set[int]:
 def select_threading_layer() -> str:
     """Start Numba's threads and return the name of the threading layer that they run on.
 
-    OpenMP comes first, because it accepts launches from several threads. `workqueue` is part of
-    Numba and always works, but aborts the process on a second concurrent launch: hence the warning.
-    A layer or an order set by the user is kept, and so is a layer that already runs.
+    The user's NUMBA_THREADING_LAYER or NUMBA_THREADING_LAYER_PRIORITY takes precedence, as does a
+    layer that already runs. Warns if only `workqueue` is available.
 
     Raises:
         ValueError: no layer that the user has set can be loaded.
@@ -151,15 +151,17 @@ def select_threading_layer() -> str:
     import numba
 
     if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
+        # OpenMP first, because it accepts launches from several threads. `workqueue` is part of
+        # Numba, but aborts the process if two threads launch kernels at the same time.
         numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
     # Numba loads a layer at its first launch, or at this call.
     numba.get_num_threads()
     layer = str(numba.threading_layer())
     if layer == "workqueue":
         warnings.warn(
-            "only Numba's workqueue threading layer is available: no second thread of this process "
-            "may run a parallel Numba function while the optimizer steps, or the process aborts. "
-            "Install an OpenMP runtime (libgomp) to lift this",
+            "Only Numba's workqueue threading layer is available. The process aborts if another "
+            "thread runs a parallel Numba function while the optimizer steps. Install an OpenMP "
+            "runtime (libgomp) to prevent this.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -170,7 +172,7 @@ def plan_threads(num_threads: int | None, *, on_device: bool = False) -> int:
     """Return the number of threads for this rank's kernels and log it with the threading layer.
 
     Args:
-        num_threads: the user's choice; None for `threads_per_rank`.
+        num_threads: as set by the user; None for `threads_per_rank`.
         on_device: some parameters are on a device.
 
     Raises:
@@ -185,17 +187,17 @@ def plan_threads(num_threads: int | None, *, on_device: bool = False) -> int:
     threads = threads_per_rank(on_device=on_device) if num_threads is None else num_threads
     if threads > numba.config.NUMBA_NUM_THREADS:
         warnings.warn(
-            f"num_threads={threads} is more than the {numba.config.NUMBA_NUM_THREADS} that Numba "
-            "was started with, so fewer threads share the work. Raise NUMBA_NUM_THREADS",
+            f"num_threads={threads} is more than the {numba.config.NUMBA_NUM_THREADS} threads of "
+            "Numba, so fewer threads share the work. Increase NUMBA_NUM_THREADS.",
             RuntimeWarning,
             stacklevel=2,
         )
-    logger.info("kernels use %d thread(s) on the %s threading layer", threads, layer)
+    logger.info("Running kernels with %d thread(s) on the %s threading layer", threads, layer)
     return threads
 
 
 def use_threads(num_threads: int) -> None:
-    """Set the number of threads for the calling thread's next launches.
+    """Set the number of threads for later launches by the calling thread.
 
     Raises:
         RuntimeError: in a forked child.
@@ -207,9 +209,10 @@ def use_threads(num_threads: int) -> None:
 
 
 def _reject_forked_child() -> None:
-    """Raise in a forked child: it lacks OpenMP's threads, and a launch would end the process."""
+    """Raise an error in a forked child."""
+    # fork copies only the calling thread. A launch on OpenMP's missing threads ends the process.
     if _owner_pid is not None and _owner_pid != os.getpid():
         raise RuntimeError(
-            "this process was forked from one that had an optimizer: kernels cannot run in it. "
-            "Use the 'spawn' start method for processes that train"
+            "This process was forked from a process with an optimizer, so kernels cannot run in "
+            "it. Use the 'spawn' start method for processes that train."
         )

@@ -142,6 +142,6 @@ def test_twenty_runs_of_eight_ranks_end_with_0(tmp_path: Path) -> None:
 
 def test_a_run_that_is_asked_during_its_start_ends(tmp_path: Path) -> None:
     process = start(tmp_path, "", LONG)
-    wait_for(tmp_path, "kernels use", process)
+    wait_for(tmp_path, "Running kernels with", process)
     process.send_signal(signal.SIGTERM)
     assert finish(tmp_path, process).took_s < 30

@@ -190,7 +190,7 @@ def test_workqueue_is_kept_where_the_user_asks_for_it_and_warns() -> None:
         NUMBA_THREADING_LAYER="workqueue",
     )
     assert (
-        output.startswith("workqueue ['only Numba's workqueue") or "workqueue threading" in output
+        output.startswith("workqueue ['Only Numba's workqueue") or "workqueue threading" in output
     )
     assert "libgomp" in output
 
