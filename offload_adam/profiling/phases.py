@@ -54,11 +54,13 @@ PHASES = {
     "device update": Phase(Resource.UPDATE, "#86C9EF"),
     "checkpoint wait": Phase(Resource.CHECKPOINTS, "#7F6A5A"),
     "update wait": Phase(Resource.UPDATE, "#D8E8F2"),
+    "wait previous": Phase(Resource.UPDATE, "#BFD9E8"),
+    "edits": Phase(Resource.UPDATE, "#9DB8C7"),
     LATE: Phase(Resource.LATENESS, "#B2182B"),
 }
 """Spans with other names are charged to no resource."""
 
-WAITS = frozenset({"update wait", "reduce", "norm"})
+WAITS = frozenset({"update wait", "wait previous", "reduce", "norm"})
 """Spans in which the training thread may wait for another thread of its rank. If other threads work
 meanwhile, the time is charged to the resources that they use."""
 ENTERED_AND_WAITED = frozenset({"agree", "all-reduce"})
