@@ -244,7 +244,9 @@ def parse_manifest(text: str | bytes, origin: str) -> Manifest:
         try:
             _check_tensor(manifest, entry)
         except ValueError as error:
-            raise CheckpointError(f"{origin}: tensor {name!r}: {error}.") from error
+            raise CheckpointError(
+                f"{origin}: tensor {name!r}: {str(error).rstrip('.')}."
+            ) from error
     for alias, name in manifest.tied.items():
         if name not in manifest.tensors or alias in manifest.tensors:
             raise CheckpointError(f"{origin}: {alias!r} cannot be another name of {name!r}.")

@@ -102,7 +102,9 @@ def plan_plain_state(
     try:
         return _plan(optimizer, core, saved, name_of)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"The saved optimizer does not match this one: {error}.") from error
+        raise CheckpointError(
+            f"The saved optimizer does not match this one: {str(error).rstrip('.')}."
+        ) from error
 
 
 def _plan(

@@ -273,8 +273,8 @@ class PeerWatch:
         return PeerRecord.from_json(self._store.get(f"rank/{rank}"))
 
     def _note_store_error(self, error: RuntimeError) -> None:
-        silence_s = time.monotonic() - self._reached_s
         """End the run if the store has not answered for `dead_after`, or after an accusation."""
+        silence_s = time.monotonic() - self._reached_s
         logger.debug("The store does not answer: %s", error)
         if self._accusation is not None or silence_s > self.failures.dead_after:
             self._verdict = self._accusation or unreachable_verdict(silence_s)

@@ -101,7 +101,7 @@ def wait_for_a_late_rank(rank: int, world_size: int) -> None:
         over.set("step", "")
         assert outcome.error == "PeerFailedError"
         assert "Timed out" in outcome.message
-        assert "; rank 1 (process " in outcome.message
+        assert "Not in the collective: rank 1 (process " in outcome.message
     else:
         over.wait(["step"], timedelta(seconds=60))
     optimizer.close()

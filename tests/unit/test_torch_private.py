@@ -25,7 +25,9 @@ HOME = "torch_private.py"
 # Private names of others than torch.
 NOT_OF_TORCH = {
     "_exit",  # os
+    "_asdict",  # NamedTuple, documented
     "_replace",  # NamedTuple, documented
+    "_getframe",  # sys, documented
     "_cache",  # numba's dispatcher
 }
 # What torch looks for in our files, and documents nowhere; see the table in the file.
