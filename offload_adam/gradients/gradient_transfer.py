@@ -199,7 +199,7 @@ class GradientTransfer:
         slot = self.slots.acquire(bucket.numel, state.gradient_dtype, state.device)
         return slot, slot
 
-    def pass_by(self, state: BucketState) -> None:
+    def skip_pack(self, state: BucketState) -> None:
         """Record a D2H event for a bucket that is not packed: the next user of its slot waits."""
         if state.plan.uses_ring:
             self._stream_waits.record(Operation.COPY_D2H, state.layout.index)

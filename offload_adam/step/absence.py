@@ -28,7 +28,7 @@ class AbsenceWatch:
         self._ever = torch.zeros(0, dtype=torch.bool, device="cpu")
         self._num_steps = 0
 
-    def see(self, present_counts: torch.Tensor) -> None:
+    def record(self, present_counts: torch.Tensor) -> None:
         """Note which parameters had a gradient in a step.
 
         Args:

@@ -155,17 +155,17 @@ def _runs(tensors: Tensors, run_numel: int) -> Iterator[list[_Slice]]:
     if run_numel < 1:
         raise ValueError(f"run_numel is {run_numel}: it must be at least 1")
     run: list[_Slice] = []
-    room = run_numel
+    left = run_numel
     for index, tensor in enumerate(tensors):
         start, numel = 0, tensor.numel()
         while start < numel:
-            end = min(numel, start + room)
+            end = min(numel, start + left)
             run.append(_Slice(index, start, end))
-            room -= end - start
+            left -= end - start
             start = end
-            if room == 0:
+            if left == 0:
                 yield run
-                run, room = [], run_numel
+                run, left = [], run_numel
     if run:
         yield run
 

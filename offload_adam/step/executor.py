@@ -88,24 +88,24 @@ class Executor:
         worker: Worker | None,
         ranks: RankGroup,
         stopwatch: Stopwatch,
-        arrived: Callable[[int], None],
+        on_waited: Callable[[int], None],
     ) -> None:
         """Construct an executor without any task.
 
         Args:
             worker: None to run everything on the calling thread.
             stopwatch: times updates on the worker, and the waits in `wait_for_buckets`.
-            arrived: called with each bucket that `wait_for_buckets` has waited for.
+            on_waited: called with each bucket that `wait_for_buckets` has waited for.
         """
         self._transfer = transfer
         self._tasks = tasks
         self._worker = worker
         self._ranks = ranks
         self._stopwatch = stopwatch
-        self._arrived = arrived
+        self._on_waited = on_waited
         # Copies that the calling thread finishes: to shards on a device, to shards on the host.
         self._copies: tuple[deque[GradientCopy], deque[GradientCopy]] = (deque(), deque())
-        self._lost: BaseException | None = None  # the error that ended one of `_copies`
+        self._copy_error: BaseException | None = None  # the error that ended one of `_copies`
         self._copy_jobs: deque[Job] = deque()
         self._begun: GradientCopy | None = None  # the copy that the worker finishes next
         self._has_begun = False  # the worker may have set `_begun`
@@ -186,11 +186,11 @@ class Executor:
         Raises:
             RuntimeError: an earlier copy of this step failed.
         """
-        if wait and self._lost is not None:
+        if wait and self._copy_error is not None:
             raise RuntimeError(
                 "Gradients of this step are missing: their copy to the gradient shard failed. Call "
                 "zero_grad() on the optimizer and run the backward again."
-            ) from self._lost
+            ) from self._copy_error
         if wait and self._has_begun:
             self._has_begun = False
             what = "the last gradient copy"
@@ -214,12 +214,12 @@ class Executor:
         try:
             self._transfer.finish_copy(copies.popleft())
         except BaseException as error:
-            self._lost = error
+            self._copy_error = error
             raise
 
     def drop_lost_copies(self) -> None:
         """Forget the error of a failed copy: the gradients of its step are dropped."""
-        self._lost = None
+        self._copy_error = None
 
     def _holds_many(self, copies: Sequence[GradientCopy]) -> bool:
         """Return whether to wait for the oldest copy, to free its slot or its gradients."""
@@ -306,7 +306,7 @@ class Executor:
             launch(stopwatch)
         if self._worker is None:
             for number in list(self._to_use):
-                self._use(number, stopwatch)
+                self._wait_for_bucket(number, stopwatch)
 
     def _skip_update(self, state: BucketState) -> None:
         """Record the H2D event of a bucket without an update, in its turn, for its staging slot."""
@@ -340,8 +340,8 @@ class Executor:
             while self._to_gather and self._to_use[self._to_gather[0]] <= last:
                 self._gather_next(self._stopwatch)
             for number in sorted(needed, key=self._to_use.__getitem__):
-                self._use(number, self._stopwatch)
-                self._arrived(number)
+                self._wait_for_bucket(number, self._stopwatch)
+                self._on_waited(number)
         self._gather_ahead(self._stopwatch)
 
     def _wait_on_other_streams(self, buckets: Collection[int]) -> None:
@@ -371,7 +371,7 @@ class Executor:
         while len(self._copy_jobs) > 2 * len(self._tasks.states):
             self._await(self._copy_jobs.popleft(), "reduce", needs_peers=True)
 
-    def _use(self, number: int, stopwatch: Stopwatch) -> None:
+    def _wait_for_bucket(self, number: int, stopwatch: Stopwatch) -> None:
         self._tasks.wait_for_parameters(number, stopwatch)
         del self._to_use[number]
         stream = self._tasks.stream_waits.streams_of(number).current()

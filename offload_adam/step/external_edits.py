@@ -425,7 +425,7 @@ class ExternalEdits:
         self._is_first = False
         self._num_thorough = max(0, self._num_thorough - 1)
 
-    def arrived(self, bucket: int) -> None:
+    def after_update(self, bucket: int) -> None:
         """Bump the version counters of a bucket's parameters again, after its overlapped update.
 
         Raises:

@@ -76,7 +76,7 @@ def find_units(
     return units
 
 
-def outside(root: nn.Module, bucket_of: BucketOf) -> set[int]:
+def buckets_outside(root: nn.Module, bucket_of: BucketOf) -> set[int]:
     """Return the buckets with a parameter that the model does not have."""
     members = set(root.parameters())
     return {bucket for parameter, bucket in bucket_of.items() if parameter not in members}
@@ -95,24 +95,24 @@ def _buckets(parameters: Iterable[nn.Parameter], bucket_of: BucketOf) -> set[int
     return {bucket_of[parameter] for parameter in parameters if parameter in bucket_of}
 
 
-_METADATA = (
+_METADATA_ATTRIBUTES = (
     "dtype", "device", "shape", "ndim", "layout", "requires_grad", "grad", "grad_fn", "is_leaf",
     "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "itemsize", "nbytes",
     "_version", "names", "output_nr", "retains_grad",
 )  # fmt: skip
-_QUESTIONS = (
+_METADATA_METHODS = (
     "size", "dim", "numel", "nelement", "stride", "storage_offset", "data_ptr", "element_size",
     "is_contiguous", "is_floating_point", "is_complex", "get_device", "ndimension", "__len__",
     "__hash__",
 )  # fmt: skip
 
 
-def _harmless() -> set[Any]:
+def _metadata_functions() -> set[Any]:
     """Return torch's functions that read only metadata of a tensor, none of its elements."""
-    getters = (getattr(torch.Tensor, name, None) for name in _METADATA)
+    getters = (getattr(torch.Tensor, name, None) for name in _METADATA_ATTRIBUTES)
     found: set[Any] = {getter.__get__ for getter in getters if getter is not None}
-    questions = (getattr(torch.Tensor, name, None) for name in _QUESTIONS)
-    return found | {question for question in questions if question is not None}
+    methods = (getattr(torch.Tensor, name, None) for name in _METADATA_METHODS)
+    return found | {method for method in methods if method is not None}
 
 
 class FirstUse(TorchFunctionMode):
@@ -132,7 +132,7 @@ class FirstUse(TorchFunctionMode):
         super().__init__()
         self._ids = {id(parameter) for parameter in parameters}
         self._seen = seen
-        self._harmless = _harmless()
+        self._metadata_functions = _metadata_functions()
 
     def begin(self) -> None:
         """Watch the functions of the calling thread until `end`."""
@@ -152,7 +152,7 @@ class FirstUse(TorchFunctionMode):
         """Report parameters among the arguments, then call the function."""
         kwargs = kwargs or {}
         # torch.compile would trace `_look` into the code that it compiles.
-        if not torch.compiler.is_compiling() and func not in self._harmless:
+        if not torch.compiler.is_compiling() and func not in self._metadata_functions:
             self._look(args)
             self._look(kwargs.values())
         return func(*args, **kwargs)
@@ -209,7 +209,7 @@ class ForwardHooks:
             # Parameters that were added later may already have a gradient: `check` must accept it.
             self._waited |= set(bucket_of.values()) - set(self._bucket_of.values())
         self._bucket_of = bucket_of
-        self._always = outside(self._root, bucket_of)
+        self._always = buckets_outside(self._root, bucket_of)
         inner = [module for module in self._root.modules() if module is not self._root]
         self._is_traced = any(map(is_compiled, (self._root, *inner)))
         units = find_units(self._root, bucket_of, self._chosen, whole=self._is_traced)
@@ -270,20 +270,20 @@ class ForwardHooks:
         self._executor.finish_updates()
         self._waited.update(self._bucket_of.values())
 
-    def check(self, brought: Iterable[int], name_of: Callable[[int], str]) -> None:
+    def check(self, with_gradient: Iterable[int], name_of: Callable[[int], str]) -> None:
         """Check that a hook has waited for each bucket that produced a gradient.
 
         Before the first step with overlap, no update was running, so the forward read the right
         parameters. `step()` then waits for such buckets from now on, with a warning.
 
         Args:
-            brought: buckets with a gradient since the last step.
+            with_gradient: buckets with a gradient since the last step.
             name_of: returns the name of a bucket's first parameter.
 
         Raises:
             UnreadyParameterError: a forward may have read parameters before their update.
         """
-        missed = sorted(set(brought) - self._waited)
+        missed = sorted(set(with_gradient) - self._waited)
         if not missed:
             return
         if self._was_pending:

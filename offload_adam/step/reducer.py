@@ -355,7 +355,7 @@ class GradientReduction:
             if self._averages:
                 self._start_reduction(state, [None] * len(state.parameters))
             elif state.plan.packs:
-                self._transfer.pass_by(state)
+                self._transfer.skip_pack(state)
             raise
         gradients = self.gradients[number]
         gradients.add_rows(found)
@@ -396,7 +396,7 @@ class GradientReduction:
         idle = self._rows is not None and self._rows.is_without_dense(state)
         self.gradients[number].mark_present(present)
         if state.layout.numel == 0 or idle:
-            self._transfer.pass_by(state)
+            self._transfer.skip_pack(state)
             return
         adds = self._num_rounds > 0
         copy = self._transfer.pack(state, gradients, self.gradients[number], adds=adds)
@@ -417,4 +417,4 @@ class GradientReduction:
         if copy is not None:
             self._executor.start_copy(copy)
         elif packs:
-            self._transfer.pass_by(state)
+            self._transfer.skip_pack(state)

@@ -152,7 +152,7 @@ class ShardedAdam:
             backend.make_worker() if overlaps else None,
             ranks,
             self._background,
-            self.external_edits.arrived,
+            self.external_edits.after_update,
         )
         self.stream_waits.wait_for_update = self.executor.wait_for_update
         self.resources.callback(_release, self.executor, self.arenas)
@@ -208,9 +208,9 @@ class ShardedAdam:
         self.tasks.reserve(all_states, schedule)
         self._rings.allocate()
         with PROGRESS.at("compilation", long_running=True):
-            hosted = [state for state in states if state.plan.location.is_host]
-            if hosted:
-                self._use_host_update().add_buckets(hosted)
+            on_host = [state for state in states if state.plan.location.is_host]
+            if on_host:
+                self._use_host_update().add_buckets(on_host)
         self.snapshot_lock.buffers.append(buffer.take(buffer.nbytes, torch.uint8))
         self._updates += [
             self._use_host_update() if state.plan.location.is_host else self._device_update
@@ -392,7 +392,7 @@ class ShardedAdam:
         if self.forward_hooks is not None:
             self.forward_hooks.step_ended()
         if self.ranks.rank == 0:
-            self._absence.see(agreement.present_counts)
+            self._absence.record(agreement.present_counts)
         self.num_steps += 1
 
     def total_norm(self, inputs: StepInputs) -> float:
@@ -417,9 +417,9 @@ class ShardedAdam:
         self._agree(inputs, self._reduce(inputs, stopwatch), stopwatch)
         squares = np.zeros(len(self._parameters))
 
-        def add_dense(*, hosted: bool) -> None:  # hosted: buckets with state on the host
+        def add_dense(*, on_host: bool) -> None:
             for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
-                if state.plan.location.is_host is hosted:
+                if state.plan.location.is_host is on_host:
                     update = self._updates[state.layout.index]
                     found = update.squares_by_position(state, gradients)
                     squares[state.indices] += found
@@ -427,8 +427,8 @@ class ShardedAdam:
         # Rank 0 alone counts gradients that every rank holds whole: those of replicated state, and
         # sparse ones.
         if self.ranks.rank == 0 or self.is_sharded:
-            add_dense(hosted=False)
-            self.executor.run_on_worker("norms", lambda: add_dense(hosted=True))
+            add_dense(on_host=False)
+            self.executor.run_on_worker("norms", lambda: add_dense(on_host=True))
         if self.ranks.rank == 0:
             for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
                 for position, square in gradients.rows_squares().items():
@@ -557,8 +557,8 @@ class ShardedAdam:
         """Raise an error for gradients of a forward that did not wait for its parameters."""
         if self.forward_hooks is not None:
             given = zip(self.states, self.reduction.gradients, strict=True)
-            brought = [state.layout.index for state, gradients in given if gradients.present.any()]
-            self.forward_hooks.check(brought, lambda number: self.states[number].names[0])
+            with_gradient = [s.layout.index for s, gradients in given if gradients.present.any()]
+            self.forward_hooks.check(with_gradient, lambda number: self.states[number].names[0])
 
     def _sum_of_squares(self) -> float:
         """Return this rank's part of the sum; not finite if one of its gradients is not.
