@@ -36,6 +36,7 @@ from offload_adam.step.update_tasks import UpdateTasks
 
 logger = logging.getLogger(__name__)
 
+# Set when the interpreter exits: then nobody can call `close` any more.
 _exiting = threading.Event()
 
 
@@ -66,17 +67,19 @@ class Executor:
     Without a worker, everything runs on the calling thread, and all parameters may be read when
     `apply` returns.
 
-    With a worker, `apply` returns while the updates still run on the worker, in forward order:
+    With a worker, `apply` returns while the updates still run on the worker, in forward order. Here
+    the forward reads bucket 3 first:
 
         worker           update 3   update 2   update 1   update 0
         calling thread   apply | wait 3, gather 3, gather 2 | forward of 3 | wait 2, gather 1 | ...
 
     - For state on the host, the worker alone launches kernels and issues H2D copies.
-    - `wait_for_buckets` runs before a unit reads its parameters and waits for its buckets alone.
+    - `wait_for_buckets` runs before a unit reads its parameters, and waits only for its buckets.
     - The calling thread issues every collective. It issues all-gathers in forward order up to the
-      needed buckets, also on ranks that skip layers, and one further if its update has finished.
+      needed buckets, also on ranks that skip layers, so that all ranks issue the same sequence. It
+      issues one more if that bucket's update has finished.
 
-    Both ways give the same bits.
+    The results have the same bits with and without a worker.
 
     Owns: the worker, and the lists of copies, updates and all-gathers to wait for.
     """
@@ -103,7 +106,7 @@ class Executor:
         self._ranks = ranks
         self._stopwatch = stopwatch
         self._on_waited = on_waited
-        # Copies that the calling thread finishes: to shards on a device, to shards on the host.
+        # Copies that the calling thread finishes, by whether the shard is on the host.
         self._copies: tuple[deque[GradientCopy], deque[GradientCopy]] = (deque(), deque())
         self._copy_error: BaseException | None = None  # the error that ended one of `_copies`
         self._copy_jobs: deque[Job] = deque()
@@ -143,8 +146,8 @@ class Executor:
 
     def _waits_for_host_alone(self, copy: GradientCopy) -> bool:
         """Return whether a copy waits for this process's own host alone, and for no other rank."""
-        # No stream can wait until the host has cast or added gradients. Backward has to wait
-        # instead, or a fast backward would keep all of its gradients on the device.
+        # A stream cannot wait for the host to cast or add gradients. So backward itself waits, or a
+        # fast backward would keep all of its gradients on the device.
         return self._ranks.world_size == 1 and self._transfer.goes_through_buffer(copy)
 
     def _advance(self, copy: GradientCopy | None) -> None:
@@ -202,6 +205,7 @@ class Executor:
     def _finish_own_copies(self, *, wait: bool) -> None:
         for copies in self._copies:
             while copies:
+                # Begin as many copies as there are host buffers for them.
                 for copy in islice(copies, NUM_FOLD_BUFFERS):
                     # A D2H copy to pageable memory would block this thread.
                     if wait or copy.state.plan.pins_staging:
@@ -297,7 +301,7 @@ class Executor:
             if state.plan.gathers:
                 self._to_gather.append(number)
             self._to_use[number] = position
-            self._used_on.pop(number, None)
+            self._used_on.pop(number, None)  # no stream has waited for this update yet
             if self._worker is None:
                 self._gather_ahead(stopwatch)
         # After the loop, so that the worker has its jobs: launching takes this thread a while, for
@@ -309,13 +313,16 @@ class Executor:
                 self._wait_for_bucket(number, stopwatch)
 
     def _skip_update(self, state: BucketState) -> None:
-        """Record the H2D event of a bucket without an update, in its turn, for its staging slot."""
+        """Record an H2D event for a bucket without an update: its staging slot's next user waits.
+
+        The event must come after the copies of earlier buckets, so the worker's queue is used.
+        """
         if not state.plan.stages_parameters:
             return
         number = state.layout.index
         skip = partial(self._tasks.skip_copy_h2d, number)
         if self._runs_on_worker(state):
-            self._submit(f"the turn of bucket {number}", skip)
+            self._submit(f"the skipped update of bucket {number}", skip)
         else:
             skip()
 
@@ -333,7 +340,7 @@ class Executor:
         if not needed:
             return
         self._reject_forked()
-        # Before any wait: the update may itself wait until the capture has ended, a deadlock.
+        # Before any wait: the update itself may wait until the capture has ended, a deadlock.
         self._tasks.stream_waits.streams_of(needed[0]).reject_capture()
         with self._stopwatch.span("update wait"):
             last = max(self._to_use[number] for number in needed)
@@ -372,6 +379,7 @@ class Executor:
             self._await(self._copy_jobs.popleft(), "reduce", needs_peers=True)
 
     def _wait_for_bucket(self, number: int, stopwatch: Stopwatch) -> None:
+        """Wait for a bucket's parameters, and record the stream that has waited."""
         self._tasks.wait_for_parameters(number, stopwatch)
         del self._to_use[number]
         stream = self._tasks.stream_waits.streams_of(number).current()
@@ -471,6 +479,7 @@ class Executor:
 @functools.cache
 def _notice_exit() -> None:
     """Set `_exiting` when the interpreter exits, before optimizers are finalized."""
-    # atexit runs the latest registration first. The finalizers' own was made with the first of
-    # them, and an optimizer makes one before its executor.
+    # atexit runs callbacks in reverse order of registration. `weakref.finalize` registers its own
+    # callback with the process's first finalizer, and an optimizer creates a finalizer before its
+    # executor. So this callback runs before all finalizers.
     atexit.register(_exiting.set)
