@@ -200,7 +200,7 @@ class GradientTransfer:
         return slot, slot
 
     def skip_pack(self, state: BucketState) -> None:
-        """Record a D2H event for a bucket that is not packed: the next user of its slot waits."""
+        """Record a D2H event for a bucket that is not packed: its slot's next user waits for it."""
         if state.plan.uses_ring:
             self._stream_waits.record(Operation.COPY_D2H, state.layout.index)
 
@@ -278,6 +278,7 @@ class GradientTransfer:
         if not self.goes_through_buffer(copy) or copy.is_issued:
             return
         dtypes = {piece.source.dtype for piece in copy.pieces}
+        # Gradients of several dtypes go through one buffer: fp32 holds each 16-bit value exactly.
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         # `allocate` made no buffer for gradients of another dtype, such as those set by hand. The
         # new one is not page-locked: pinning memory while a collective runs may deadlock in CUDA.
@@ -297,15 +298,17 @@ class GradientTransfer:
                 copy.pending.wait(self._ranks)
         with span("D2H copy", number):
             self.begin_copy(copy)
-            # The host waits for the D2H copy, or for the reduction if there is no such copy.
+            # Wait for the D2H copy, or for the reduction if there is no such copy. For a shard on
+            # the host this thread waits, for a shard on a device only the compute stream.
             self._stream_waits.wait_before(Operation.SUM_SQUARES, number)
             if not copy.is_straight:
                 self._fold(copy, shard)
         copy.gradients.set_shard(shard, complete=copy.complete)
-        # Only now is the slot free: until here, the fold has read it.
+        # Only now is the slot free: the fold above reads it. On a device the fold may still be
+        # running, but the next pack into the slot comes after it on the compute stream.
         if copy.pooled_slot is not None:
             self.slots.release(copy.pooled_slot)
-        copy.pieces.clear()
+        copy.pieces.clear()  # frees gradients that were not packed
 
     def _issue(self, copy: GradientCopy, target: torch.Tensor) -> None:
         """Copy the pieces to their ranges of `target` on the D2H stream."""

@@ -78,7 +78,7 @@ class StandIn(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch's own has mangled names
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Let autograd replace the stand-in and modules convert it; reject everything else."""
+        """Handle autograd, `module.to()`, `zero_()` and gradient clipping; reject all else."""
         first = args[0] if args else None
         if isinstance(first, StandIn):
             if func is _aten.detach.default:
@@ -283,6 +283,7 @@ class StreamedGradients:
         """Multiply one parameter's gradient in the next update; divide it if `inverse`."""
         value = self._read(factor) if isinstance(factor, torch.Tensor) else float(factor)
         before = self._factors.get(index, 1.0)
+        # By np.float64: as in torch, a division by zero gives infinity and raises no error.
         self._factors[index] = float(np.float64(before) / value if inverse else before * value)
 
     def _read(self, factor: torch.Tensor) -> float:

@@ -84,7 +84,11 @@ class Storage:
         """
         arena = HostArena(nbytes)
         if self.policy.pins_staging and self.runtime is not None:
-            arena.pin_or_warn(self.runtime, "These copies go through pageable memory")
+            arena.pin_or_warn(
+                self.runtime,
+                "Copies through this buffer use pageable memory, which is slower. Raise the limit, "
+                "or pass pin='none' (memory.pin: none).",
+            )
         arenas.append(arena)
         return arena
 
@@ -160,8 +164,8 @@ def build_states(
     if storage.policy.pins_state and storage.runtime is not None:
         arena.pin_or_warn(
             storage.runtime,
-            "State stays pageable and is copied through pinned buffers, which is slower: lift the "
-            "limit, or pass pin='staging' (memory.pin: staging)",
+            "State stays pageable and is copied through pinned buffers, which is slower. Raise the "
+            "limit, or pass pin='staging' (memory.pin: staging).",
         )
     if arena.pinned_nbytes == 0:  # not asked for, or failed: the plan must not rely on it
         plans = tuple(replace(plan, pinned=False) for plan in plans)

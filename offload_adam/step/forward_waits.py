@@ -95,6 +95,7 @@ def _buckets(parameters: Iterable[nn.Parameter], bucket_of: BucketOf) -> set[int
     return {bucket_of[parameter] for parameter in parameters if parameter in bucket_of}
 
 
+# Attributes and methods of a tensor that read none of its elements.
 _METADATA_ATTRIBUTES = (
     "dtype", "device", "shape", "ndim", "layout", "requires_grad", "grad", "grad_fn", "is_leaf",
     "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "itemsize", "nbytes",
@@ -116,7 +117,7 @@ def _metadata_functions() -> set[Any]:
 
 
 class FirstUse(TorchFunctionMode):
-    """Calls back before a torch function runs that has a parameter among its arguments.
+    """Calls back before each torch function that has a parameter among its arguments.
 
     Cost: about 1.5 us per function, during one forward.
     """
@@ -127,7 +128,7 @@ class FirstUse(TorchFunctionMode):
         """Watch these parameters.
 
         Args:
-            seen: called with the id of the parameter.
+            seen: called with `id(parameter)`.
         """
         super().__init__()
         self._ids = {id(parameter) for parameter in parameters}
@@ -203,7 +204,11 @@ class ForwardHooks:
         self._was_pending = False
 
     def attach(self, bucket_of: BucketOf) -> None:
-        """Put hooks on the model, in place of earlier ones. No update may be running."""
+        """Put hooks on the model, instead of earlier ones. No update may be running.
+
+        Args:
+            bucket_of: the bucket of each parameter of the optimizer.
+        """
         self.remove()
         if self._bucket_of:
             # Parameters that were added later may already have a gradient: `check` must accept it.
@@ -232,6 +237,7 @@ class ForwardHooks:
         hook = _Hook(self, lambda: self._enter(unit))
         compiled = compiled_call(unit.module)
         if compiled is None:
+            # First: other pre-hooks may read parameters, as that of weight_norm does.
             self._keep(unit.module.register_forward_pre_hook(hook, prepend=True))
             return
 
@@ -252,7 +258,7 @@ class ForwardHooks:
         self.removals.close()
 
     def step_begins(self) -> None:
-        """Reset after the forward and backward: a forward that raised may not have left."""
+        """Reset: a forward that raised an error may not have reached `_leave`."""
         self._leave_tracing()
         self._depth = 0
 
@@ -273,8 +279,8 @@ class ForwardHooks:
     def check(self, with_gradient: Iterable[int], name_of: Callable[[int], str]) -> None:
         """Check that a hook has waited for each bucket that produced a gradient.
 
-        Before the first step with overlap, no update was running, so the forward read the right
-        parameters. `step()` then waits for such buckets from now on, with a warning.
+        If no update was running, the forward has read the right parameters. Before the first step
+        with overlap, `step()` then waits for such buckets itself from now on, with a warning.
 
         Args:
             with_gradient: buckets with a gradient since the last step.
@@ -299,7 +305,8 @@ class ForwardHooks:
             logger.warning(
                 "From now on, step() itself waits for %d of %d buckets, such as that of %r. The "
                 "forward used them without running a hook (a model compiled as a whole, or a "
-                "direct call of forward()).",
+                "direct call of forward()). To overlap their updates with the forward, compile the "
+                "layers one by one, and call the model instead of its forward().",
                 len(missed),
                 len(set(self._bucket_of.values())),
                 name_of(missed[0]),
@@ -312,10 +319,11 @@ class ForwardHooks:
         if unit.module is self._root:
             self._depth += 1
             if not torch.is_grad_enabled():
+                # There will be no gradients, from which `check` finds a read without a wait.
                 self.wait_for_all()
                 return
             self._begin_tracing()
-        if self._depth == 0:
+        if self._depth == 0:  # called outside of the root's forward: what it reads is unknown
             self.wait_for_all()
             return
         self._latest = unit
@@ -335,6 +343,7 @@ class ForwardHooks:
         if self._executor.is_pending:
             # Tracing again, for parameters that were added later: no update may run meanwhile.
             self.wait_for_all()
+        # Count only the waits of this forward, so that every first use is seen.
         self._waited = set(self._always)
         buckets = {id(parameter): bucket for parameter, bucket in self._bucket_of.items()}
         self._tracing = FirstUse(self._bucket_of, lambda found: self._used(buckets[found]))
@@ -353,9 +362,9 @@ class ForwardHooks:
 
 
 class _Hook:
-    """A hook on a module. Copies and pickles of the module get a function that does nothing.
+    """A hook on a module. In copies and pickles of the module, a no-op function replaces it.
 
-    Otherwise a copy of the model would contain a copy of the optimizer, or wait for its updates.
+    Otherwise a copy of the model would copy the optimizer too, or wait for this model's updates.
     """
 
     def __init__(self, owner: ForwardHooks, action: Callable[[], None]) -> None:

@@ -34,7 +34,7 @@ class StepInputs:
     step: step count of all parameters, including this step; None if each parameter counts its own
         updates.
     lazy: a sparse gradient updates only the rows that it has entries for.
-    failure: this rank's error in reading the inputs. The agreement tells the other ranks.
+    failure: this rank's error in reading the inputs. The agreement reports it to other ranks.
     notice: flags of the training loop that the agreement exchanges too.
     factor: the factor that the user or clipping applied to the stand-ins in `.grad`.
     multiplied: indices of the parameters whose stand-ins were multiplied by `factor`.
@@ -227,7 +227,7 @@ def reject_disagreement(
         )
     if len(set(agreement.settings)) > 1:
         require_same(ranks, "setting", inputs.fields(), remedy=_SAME_SETTINGS)
-        raise AssertionError("settings differ, but none of what they are made of")
+        raise AssertionError("Checksums of the settings differ, but no setting does.")
     if len(set(agreement.changes)) > 1:
         here = ", ".join(map(repr, changed_names[:5])) or "nothing"
         # A checksum of 0 means that the rank modified nothing.
@@ -240,7 +240,7 @@ def reject_disagreement(
 
 
 def reject_partial_presence(agreement: Agreement, world_size: int, names: Sequence[str]) -> None:
-    """Raise an error if a gradient that the user has averaged is not present on all ranks.
+    """Raise an error if a gradient is on some ranks only, although the user has averaged it.
 
     Raises:
         RankDisagreementError: naming the first such parameter.

@@ -413,7 +413,7 @@ def test_a_write_during_an_update_is_rejected_and_one_after_it_reaches_the_maste
     step_once(model, optimizer, 2)
     with torch.no_grad():
         model.get_parameter("head.bias").clamp_(-1.0, 1.0)
-    with pytest.raises(UnreadyParameterError, match=r"'head.bias' was written to.*synchronize"):
+    with pytest.raises(UnreadyParameterError, match=r"'head.bias' was modified while.*synchronize"):
         model(batch(3))
 
 
