@@ -1,7 +1,7 @@
 """Spans: how long each phase took, on which thread and for which bucket.
 
-A phase of the step is marked by `with Stopwatch.span(...)`, which feeds all of these, or by
-`with span(...)`, which feeds the last two:
+A phase is marked by `with stopwatch.span(...)`, which feeds all of these, or by `with span(...)`,
+which feeds the last two:
 
     Stopwatch        sums the seconds of each phase        `last_step.timings`
     PROGRESS         the phase of this rank now            messages about hung ranks, `/status`
@@ -170,7 +170,7 @@ class Stopwatch:
     """Sums the wall time of spans by phase, in seconds, and sets this rank's phase in `PROGRESS`.
 
     Lifecycle: one for each step, whose `elapsed_s` is read at the end of the step. Another one
-        times updates that run after `step()` has returned; the next step calls `take` on it.
+        times updates and waits after `step()` has returned; the next step calls `take` on it.
     Threads: several threads may add, but no two to the same phase: there is no lock.
     """
 

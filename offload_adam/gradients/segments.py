@@ -94,14 +94,14 @@ class BucketGradients:
         """Use this rank's sparse gradients without averaging."""
         self.rows, self.local_rows = self.local_rows, {}
 
-    def bring_rows_to_host(self) -> None:
+    def copy_rows_to_host(self) -> None:
         """Copy the averaged sparse gradients to host memory, where the kernels read them."""
         self.rows = {
             position: GradientRows(rows.cpu(), values.cpu())
             for position, (rows, values) in self.rows.items()
         }
 
-    def reject_both(self, state: BucketState) -> None:
+    def reject_mixed(self, state: BucketState) -> None:
         """Reject a parameter with a sparse gradient from one backward and a dense one from another.
 
         Raises:

@@ -252,7 +252,7 @@ class StreamedGradients:
         take_norms: returns the 2-norm of each parameter's reduced gradient, (num parameters,)
             float64. Collective.
 
-    Lifecycle: `gradients_left` for each bucket with gradients, `forget` after each step.
+    Lifecycle: `gradients_moved` for each bucket with gradients, `forget` after each step.
     """
 
     def __init__(self, take_norms: Callable[[], npt.NDArray[np.float64]]) -> None:
@@ -267,7 +267,7 @@ class StreamedGradients:
         self._added_later = False
         self._scalar: tuple[torch.Tensor, int, float] | None = None
 
-    def gradients_left(self) -> None:
+    def gradients_moved(self) -> None:
         """Record that another bucket's gradients were moved out of `.grad`."""
         self.has_gradients = True
         self._norms = None  # computed without these gradients

@@ -110,8 +110,8 @@ class Executor:
         self._copies: tuple[deque[GradientCopy], deque[GradientCopy]] = (deque(), deque())
         self._copy_error: BaseException | None = None  # the error that ended one of `_copies`
         self._copy_jobs: deque[Job] = deque()
-        self._begun: GradientCopy | None = None  # the copy that the worker finishes next
-        self._has_begun = False  # the worker may have set `_begun`
+        self._unfinished: GradientCopy | None = None  # the copy that the worker finishes next
+        self._may_have_unfinished = False  # the worker may have set `_unfinished`
         self._updates: dict[int, Job] = {}  # by bucket
         self._to_gather: deque[int] = deque()  # in forward order
         self._to_use: dict[int, int] = {}  # buckets not waited for yet: their forward positions
@@ -132,7 +132,7 @@ class Executor:
         Never waits for another rank. With one rank it waits if the host is more than
         `NUM_FOLDS_IN_FLIGHT` copies behind.
         """
-        self._transfer.start_copy(copy)
+        self._transfer.start_direct_copy(copy)
         if not self._runs_on_worker(copy.state):
             # In backward this thread must not wait: it finishes only copies that have arrived.
             self._copies[copy.state.plan.location.is_host].append(copy)
@@ -140,7 +140,7 @@ class Executor:
             return
         what = f"the gradient copy of bucket {copy.state.layout.index}"
         self._copy_jobs.append(self._submit(what, partial(self._advance, copy)))
-        self._has_begun |= self._transfer.goes_through_buffer(copy)
+        self._may_have_unfinished |= self._transfer.goes_through_buffer(copy)
         while self._waits_for_host_alone(copy) and len(self._copy_jobs) > NUM_FOLDS_IN_FLIGHT:
             self._await(self._copy_jobs.popleft(), "reduce")
 
@@ -151,18 +151,18 @@ class Executor:
         return self._ranks.world_size == 1 and self._transfer.goes_through_buffer(copy)
 
     def _advance(self, copy: GradientCopy | None) -> None:
-        """Begin a copy, then finish the previous one, so that the two overlap. Runs on the worker.
+        """Start a copy, then finish the previous one, so that the two overlap. Runs on the worker.
 
         Args:
             copy: None to finish the last copy.
         """
-        before, self._begun = self._begun, copy
+        before, self._unfinished = self._unfinished, copy
         if copy is not None:
-            self._transfer.begin_copy(copy)
+            self._transfer.start_buffered_copy(copy)
         self._finish(before)
-        if copy is not None and copy.through is None:
+        if copy is not None and copy.host_buffer is None:
             # No D2H copy to a buffer is in flight that the next call could overlap with.
-            self._begun = None
+            self._unfinished = None
             self._finish(copy)
 
     def _finish(self, copy: GradientCopy | None) -> None:
@@ -194,8 +194,8 @@ class Executor:
                 "Gradients of this step are missing: their copy to the gradient shard failed. Call "
                 "zero_grad() on the optimizer and run the backward again."
             ) from self._copy_error
-        if wait and self._has_begun:
-            self._has_begun = False
+        if wait and self._may_have_unfinished:
+            self._may_have_unfinished = False
             what = "the last gradient copy"
             self._copy_jobs.append(self._submit(what, partial(self._advance, None)))
         while wait and self._copy_jobs:
@@ -205,11 +205,11 @@ class Executor:
     def _finish_own_copies(self, *, wait: bool) -> None:
         for copies in self._copies:
             while copies:
-                # Begin as many copies as there are host buffers for them.
+                # Start as many copies as there are host buffers for them.
                 for copy in islice(copies, NUM_FOLD_BUFFERS):
                     # A D2H copy to pageable memory would block this thread.
                     if wait or copy.state.plan.pins_staging:
-                        self._transfer.begin_copy(copy)
+                        self._transfer.start_buffered_copy(copy)
                 if not (wait or self._transfer.has_arrived(copies[0]) or self._holds_many(copies)):
                     break
                 self._finish_oldest(copies)
@@ -313,14 +313,12 @@ class Executor:
                 self._wait_for_bucket(number, stopwatch)
 
     def _skip_update(self, state: BucketState) -> None:
-        """Record an H2D event for a bucket without an update: its staging slot's next user waits.
-
-        The event must come after the copies of earlier buckets, so the worker's queue is used.
-        """
+        """Record an H2D event for a bucket without an update; its slot's next user waits for it."""
         if not state.plan.stages_parameters:
             return
         number = state.layout.index
         skip = partial(self._tasks.skip_copy_h2d, number)
+        # In the worker's queue: the event must come after the H2D copies of earlier buckets.
         if self._runs_on_worker(state):
             self._submit(f"the skipped update of bucket {number}", skip)
         else:

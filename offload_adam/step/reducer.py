@@ -228,7 +228,7 @@ class GradientReduction:
         failure: Exception | None = None
         for state, gradients in zip(self._states, self.gradients, strict=True):
             try:
-                gradients.reject_both(state)
+                gradients.reject_mixed(state)
             except ValueError as error:
                 failure = failure or error
             if self._rows is None:
@@ -237,7 +237,7 @@ class GradientReduction:
             failure = self._rows.finish(self._states, self.gradients) or failure
         for state, gradients in zip(self._states, self.gradients, strict=True):
             if state.plan.location.is_host:
-                gradients.bring_rows_to_host()
+                gradients.copy_rows_to_host()
         return failure
 
     def has_late_gradients(self) -> bool:
@@ -369,7 +369,7 @@ class GradientReduction:
         gradients = self.gradients[number]
         gradients.add_rows(found)
         if self._streamed is not None and (found.dtypes or found.rows):
-            self._streamed.gradients_left()
+            self._streamed.gradients_moved()
         if self._averages:
             self._start_reduction(state, found.tensors)
         elif state.planes.gradient_shard is None:

@@ -53,14 +53,14 @@ def one_reduction_slot_for_all(simulation: Simulation, patch: Patch) -> None:
 
 def pooled_slot_released_before_its_copy(simulation: Simulation, patch: Patch) -> None:
     transfer = simulation.core.transfer
-    start = transfer.start_copy
+    start = transfer.start_direct_copy
 
     def hasty(gradient_copy: Any) -> None:
         start(gradient_copy)
         transfer.slots.release(gradient_copy.pooled_slot)
         gradient_copy.pooled_slot = None
 
-    patch.setattr(transfer, "start_copy", hasty)
+    patch.setattr(transfer, "start_direct_copy", hasty)
 
 
 def skipped_bucket_without_an_event(simulation: Simulation, patch: Patch) -> None:

@@ -202,7 +202,7 @@ def make_core(
     """Return a `ShardedAdam` with these parameters.
 
     Args:
-        slots: where buckets in host memory are averaged; None for a pool as usual.
+        slots: replaces the pool of slots in which gradients are averaged; None for the usual one.
     """
     policy = make_policy(case, ranks.world_size, offload_fraction)
     device = parameters[0].device

@@ -233,13 +233,13 @@ class Arriving:
         self.arrived: set[str] = set()
         self.finished: list[str] = []
 
-    def start_copy(self, gradient_copy: Any) -> None:
+    def start_direct_copy(self, gradient_copy: Any) -> None:
         pass
 
     def goes_through_buffer(self, gradient_copy: Any) -> bool:
         return False
 
-    def begin_copy(self, gradient_copy: Any) -> None:
+    def start_buffered_copy(self, gradient_copy: Any) -> None:
         pass
 
     def has_arrived(self, gradient_copy: Any) -> bool:
@@ -292,13 +292,13 @@ def test_a_copy_through_a_buffer_begins_before_the_one_before_it_is_finished(
     done: list[tuple[str, int]] = []
 
     class Copies(Arriving):
-        def begin_copy(self, gradient_copy: Any) -> None:
-            if gradient_copy.through is None:
+        def start_buffered_copy(self, gradient_copy: Any) -> None:
+            if gradient_copy.host_buffer is None:
                 done.append(("begin", gradient_copy.state.layout.index))
-            gradient_copy.through = object()
+            gradient_copy.host_buffer = object()
 
         def finish_copy(self, gradient_copy: Any) -> None:
-            self.begin_copy(gradient_copy)
+            self.start_buffered_copy(gradient_copy)
             done.append(("finish", gradient_copy.state.layout.index))
 
         def goes_through_buffer(self, gradient_copy: Any) -> bool:
@@ -315,7 +315,9 @@ def test_a_copy_through_a_buffer_begins_before_the_one_before_it_is_finished(
         lambda number: None,
     )
     for state in tasks.states:
-        executor.start_copy(cast(Any, SimpleNamespace(state=state, gradients=None, through=None)))
+        executor.start_copy(
+            cast(Any, SimpleNamespace(state=state, gradients=None, host_buffer=None))
+        )
     if worker is None:  # during backward, as many as there are buffers
         assert done == [("begin", 0), ("begin", 1)]
     executor.finish_copies(wait=True)
