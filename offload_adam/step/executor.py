@@ -36,7 +36,8 @@ from offload_adam.step.update_tasks import UpdateTasks
 
 logger = logging.getLogger(__name__)
 
-# Set when the interpreter exits: then nobody can call `close` any more.
+# Set when the interpreter exits. `close` then logs no error about parameters that were not
+# gathered, because no code will read them.
 _exiting = threading.Event()
 
 
@@ -106,7 +107,7 @@ class Executor:
         self._ranks = ranks
         self._stopwatch = stopwatch
         self._on_waited = on_waited
-        # Copies that the calling thread finishes, by whether the shard is on the host.
+        # Copies that the calling thread finishes: [0] to shards on a device, [1] on the host.
         self._copies: tuple[deque[GradientCopy], deque[GradientCopy]] = (deque(), deque())
         self._copy_error: BaseException | None = None  # the error that ended one of `_copies`
         self._copy_jobs: deque[Job] = deque()

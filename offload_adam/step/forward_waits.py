@@ -323,7 +323,7 @@ class ForwardHooks:
                 self.wait_for_all()
                 return
             self._begin_tracing()
-        if self._depth == 0:  # called outside of the root's forward: what it reads is unknown
+        if self._depth == 0:  # called outside of the root's forward, so its reads were not traced
             self.wait_for_all()
             return
         self._latest = unit

@@ -27,7 +27,7 @@ class StepInputs:
     """The inputs of one step besides the gradients.
 
     hyperparameters: indexed by `NewParameter.group`.
-    num_per_group: number of entries of `hyperparameters` for each parameter group.
+    num_per_group: how many entries of `hyperparameters` each parameter group has.
     grad_scale: the loss scale; gradients are divided by it.
     found_inf: not 0 if the caller found a non-finite gradient.
     max_norm: global 2-norm to clip to, None for no clipping.
@@ -231,11 +231,11 @@ def reject_disagreement(
     if len(set(agreement.changes)) > 1:
         here = ", ".join(map(repr, changed_names[:5])) or "nothing"
         # A checksum of 0 means that the rank modified nothing.
-        others = "but not on the others" if 0 in agreement.changes else "unlike on the others"
+        unlike = "but not" if 0 in agreement.changes else "differently than"
         raise RankDisagreementError(
             "Parameters were modified outside the optimizer on rank(s) "
-            f"{ranks.at(_changed(agreement.changes))} {others} (modified here: {here}). Apply the "
-            "same change on every rank, or broadcast it."
+            f"{ranks.at(_changed(agreement.changes))} {unlike} on the others (modified here: "
+            f"{here}). Apply the same change on every rank, or broadcast it."
         )
 
 

@@ -124,8 +124,9 @@ class GradientReduction:
                 without memory to accumulate gradients.
         """
         if not self._begun:
-            # An update may still read the gradient shards that this backward writes, and parameters
-            # that no forward has read may still be in an H2D copy.
+            # Wait for the previous step: its updates may still read the gradient shards that this
+            # backward writes, and H2D copies of parameters that no forward has read may still run.
+            # Because of this wait, `layout.schedule` needs no waits from one step to the next.
             self._executor.finish_updates()
             self._hide_from_backward()
         self._begun = True

@@ -550,8 +550,8 @@ class ShardedAdam:
             The agreement with checksums of all edits, and the indices of the edited parameters.
         """
         flags = torch.zeros(len(self._parameters), dtype=torch.bool, device="cpu")
-        # Another rank found such an edit. If this rank found none in its sample, it now compares
-        # all elements.
+        # Some rank found such an edit. If this rank found none in its sample, it now compares all
+        # elements.
         flags[unseen or self.external_edits.all_unseen(changed)] = True
         flags = flags_on_any_rank(self.ranks, flags)
         unseen = torch.nonzero(flags).flatten().tolist()
