@@ -1,14 +1,15 @@
 """Spans: how long each phase took, on which thread and for which bucket.
 
-Each phase is marked by one call of `span` or `Stopwatch.span`, which tells all who want to know:
+A phase is marked by `with stopwatch.span(...)`, which feeds all of these, or by `with span(...)`,
+which feeds the last two:
 
     Stopwatch        sums the seconds of each phase        `last_step.timings`
-    PROGRESS         where this rank is now                messages about hung ranks, `/status`
+    PROGRESS         the phase of this rank now            messages about hung ranks, `/status`
     SpanRecorder     start and end of each span            `offload-adam profile`
     record_function  a range for torch's profiler          `torch.profiler.profile(...)`
 
-An ordinary `torch.profiler.profile` records the thread that starts it, and autograd's threads. It
-records the update thread as well if it is given
+By default, `torch.profiler.profile` records the thread that starts it, and autograd's threads. To
+record the update thread too, pass
 `experimental_config=torch.profiler._ExperimentalConfig(profile_all_threads=True)`.
 """
 
@@ -30,18 +31,18 @@ NO_BUCKET = -1
 _NOTHING = nullcontext()
 
 RANGES: Mapping[str, str] = {
-    # Backward hooks, and `step()` for gradients that stay in `.grad`.
+    # In backward hooks; in `step()` for gradients that stay in `.grad`.
     "pack": "OffloadAdam::pack",  # copy a bucket's gradients to one slot
-    # `step()`.
+    # In `step()`.
     "wait previous": "OffloadAdam::wait_previous",  # for the previous step's updates
     "reduce": "OffloadAdam::reduce",  # wait until the gradients of all ranks are averaged
     "edits": "OffloadAdam::edits",  # find weights that the user modified
     "agree": "OffloadAdam::agree",  # the step's small all-reduce
     "device update": "OffloadAdam::device_update",  # launch updates of state on a device
-    # `step()` and forward hooks.
+    # In `step()` and in forward hooks.
     "update wait": "OffloadAdam::wait_update",  # for the update of a bucket
     "gather": "OffloadAdam::all_gather",  # issue a bucket's all-gather, or wait for it
-    # The update thread; without overlap the calling thread.
+    # On the update thread; without overlap, on the calling thread.
     "D2H copy": "OffloadAdam::d2h_copy",  # wait for a bucket's gradients, cast or add them
     "norm": "OffloadAdam::norm",  # sums of squares
     "checkpoint wait": "OffloadAdam::wait_checkpoint",  # until a snapshot has read the bucket
@@ -50,7 +51,7 @@ RANGES: Mapping[str, str] = {
 }
 """The optimizer's phases: the name in timings and reports, and the range in torch's profiler.
 
-Spans of other names, as of a training loop, make no range.
+Spans with other names, such as those of a training loop, do not appear in torch's profiler.
 """
 
 
@@ -67,8 +68,8 @@ class Span(NamedTuple):
 class SpanRecorder:
     """Keeps the latest spans of all threads.
 
-    Owns: one table of `capacity` spans, 40 bytes each. When it is full, new spans overwrite the
-        oldest; `num_dropped` counts those.
+    Owns: one table of `capacity` spans, 40 bytes each, 8 MB by default. When it is full, new spans
+        overwrite the oldest ones; `num_dropped` counts the overwritten spans.
     Threads: any thread may record.
     """
 
@@ -166,18 +167,18 @@ def recorded_by(recorder: SpanRecorder) -> Iterator[None]:
 
 
 class Stopwatch:
-    """Sums the wall time of spans by phase, in seconds, and records where this rank is.
+    """Sums the wall time of spans by phase, in seconds, and sets this rank's phase in `PROGRESS`.
 
-    Lifecycle: one for each step, whose `elapsed_s` is read at its end; and one for work beside the
-        steps, from which `take` removes the sums of each step.
-    Threads: several may add, each to phases of its own.
+    Lifecycle: one for each step, whose `elapsed_s` is read at the end of the step. Another one
+        times updates and waits after `step()` has returned; the next step calls `take` on it.
+    Threads: several threads may add, but no two to the same phase: there is no lock.
     """
 
     def __init__(self) -> None:
         self.elapsed_s: dict[str, float] = {}
 
     def take(self) -> dict[str, float]:
-        """Return the sums and start again from zero. No thread may be in a span meanwhile."""
+        """Return the sums and reset them to zero. No thread may be in a span during the call."""
         taken, self.elapsed_s = self.elapsed_s, {}
         return taken
 

@@ -6,5 +6,5 @@ gradient_transfer  pack, reduce, D2H copy, cast or add
 segments           addresses of a step's gradients of a bucket, as a table for the kernels
 whole              centralized and sparse gradients, which are prepared before the kernel
 sparse             sparse gradients as rows
-row_exchange       average sparse gradients over the ranks
+row_exchange       average sparse gradients over the ranks, by an all-gather of their rows
 """

@@ -55,9 +55,9 @@ class GradientCopy:
     complete: the pieces cover the whole shard, with zeros for missing gradients.
     pending: the reduction that writes the pieces, if any.
     pooled_slot: memory of the reduction, to be released to the pool; None for a slot of a ring.
-    is_straight: the D2H copy writes into the shard itself.
+    is_direct: the D2H copy writes into the shard itself.
     is_issued: the D2H copy was issued.
-    through: the host buffer that the D2H copy writes into if it is not straight.
+    host_buffer: the buffer that the D2H copy writes into if it is not direct.
     """
 
     state: BucketState
@@ -66,9 +66,9 @@ class GradientCopy:
     complete: bool
     pending: PendingCollective | None = None
     pooled_slot: torch.Tensor | None = None
-    is_straight: bool = False
+    is_direct: bool = False
     is_issued: bool = False
-    through: torch.Tensor | None = None
+    host_buffer: torch.Tensor | None = None
 
 
 class GradientTransfer:
@@ -78,17 +78,17 @@ class GradientTransfer:
 
     1. `pack` copies them into a slot and starts their mean over the ranks. Or `take_segments` takes
        this rank's segments from the tensors themselves. Both return a `GradientCopy`.
-    2. `start_copy` issues the D2H copy into the shard, if the dtypes match, nothing is added and
-       the shard is page-locked.
-    3. `begin_copy` otherwise issues the D2H copy into a host buffer.
+    2. `start_direct_copy` issues the D2H copy into the shard, if the dtypes match, nothing is added
+       and the shard is page-locked.
+    3. `start_buffered_copy` otherwise issues the D2H copy into a host buffer.
     4. `finish_copy` waits for the copy, and casts or adds from the buffer to the shard.
 
     Attributes:
         fold: set with the first bucket whose state is in host memory.
 
-    Owns: the pool of slots for buckets in host memory, and two host buffers for each dtype of
-        gradients that cannot be copied straight. The buffers are used in turn: one copy may begin
-        while the previous one is finished.
+    Owns: the pool of slots for averaged buckets that use no ring, and two host buffers for each
+        dtype of gradients that are not copied directly. The buffers are used in turn: one copy may
+        start while the previous one is finished.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class GradientTransfer:
         """Start without slots and buffers.
 
         Args:
-            rings: owns the slots into which buckets on a device are packed.
+            rings: owns the slots into which buckets are packed whose D2H copies are direct.
             make_arena: allocates this many bytes of host memory for the buffers.
         """
         self._ranks = ranks
@@ -199,8 +199,8 @@ class GradientTransfer:
         slot = self.slots.acquire(bucket.numel, state.gradient_dtype, state.device)
         return slot, slot
 
-    def pass_by(self, state: BucketState) -> None:
-        """Record a D2H event for a bucket that is not packed: the next user of its slot waits."""
+    def skip_pack(self, state: BucketState) -> None:
+        """Record a D2H event for a bucket that is not packed: its slot's next user waits for it."""
         if state.plan.uses_ring:
             self._stream_waits.record(Operation.COPY_D2H, state.layout.index)
 
@@ -230,8 +230,8 @@ class GradientTransfer:
         self._stream_waits.record(written, state.layout.index)
         return GradientCopy(state, gradients, pieces, complete=False)
 
-    def start_copy(self, copy: GradientCopy) -> None:
-        """Issue the D2H copy if it can write straight into the shard. Never blocks the host."""
+    def start_direct_copy(self, copy: GradientCopy) -> None:
+        """Issue the D2H copy if it can write into the shard itself. Never blocks the host."""
         state = copy.state
         shard = state.planes.gradient_shard
         assert shard is not None
@@ -241,12 +241,12 @@ class GradientTransfer:
             and state.plan.pinned
             and not any(piece.adds or piece.source.dtype != shard.dtype for piece in copy.pieces)
         ):
-            copy.is_straight = True
+            copy.is_direct = True
             self._issue(copy, shard)
 
     def goes_through_buffer(self, copy: GradientCopy) -> bool:
         """Return whether the host casts or adds a started copy to the shard, from a buffer."""
-        return copy.state.plan.is_offloaded and not copy.is_straight
+        return copy.state.plan.is_offloaded and not copy.is_direct
 
     def has_arrived(self, copy: GradientCopy) -> bool:
         """Return whether `finish_copy` would return at once. Does not wait.
@@ -267,24 +267,25 @@ class GradientTransfer:
         on_stream = copy.pending is None or copy.pending.work is None
         return on_stream and not copy.state.plan.location.is_host
 
-    def begin_copy(self, copy: GradientCopy) -> None:
-        """Issue the D2H copy into a host buffer, unless it was issued or goes straight.
+    def start_buffered_copy(self, copy: GradientCopy) -> None:
+        """Issue the D2H copy into a host buffer, unless it was issued or is direct.
 
         Does not wait, unless the buffer is not page-locked: CUDA then blocks the calling thread.
 
-        Threads: one thread begins and finishes all copies, in order. It begins at most one copy
+        Threads: one thread starts and finishes all copies, in order. It starts at most one copy
         ahead of the one that it finishes, because there are two buffers.
         """
         if not self.goes_through_buffer(copy) or copy.is_issued:
             return
         dtypes = {piece.source.dtype for piece in copy.pieces}
+        # Gradients of several dtypes go through one buffer: fp32 holds each 16-bit value exactly.
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         # `allocate` made no buffer for gradients of another dtype, such as those set by hand. The
         # new one is not page-locked: pinning memory while a collective runs may deadlock in CUDA.
         self._fit_buffers(dtype, copy.state.layout.shard_numel, HostArena)
-        copy.through = self._buffers[dtype][self._num_begun % NUM_FOLD_BUFFERS]
+        copy.host_buffer = self._buffers[dtype][self._num_begun % NUM_FOLD_BUFFERS]
         self._num_begun += 1
-        self._issue(copy, copy.through)
+        self._issue(copy, copy.host_buffer)
 
     def finish_copy(self, copy: GradientCopy) -> None:
         """Wait until the gradients are in the shard, and hand it to `copy.gradients`."""
@@ -296,16 +297,18 @@ class GradientTransfer:
             with span("reduce", number):
                 copy.pending.wait(self._ranks)
         with span("D2H copy", number):
-            self.begin_copy(copy)
-            # The host waits for the D2H copy, or for the reduction if there is no such copy.
+            self.start_buffered_copy(copy)
+            # Wait for the D2H copy, or for the reduction if there is no such copy. For a shard on
+            # the host this thread waits, for a shard on a device only the compute stream.
             self._stream_waits.wait_before(Operation.SUM_SQUARES, number)
-            if not copy.is_straight:
+            if not copy.is_direct:
                 self._fold(copy, shard)
         copy.gradients.set_shard(shard, complete=copy.complete)
-        # Only now is the slot free: until here, the fold has read it.
+        # Only now is the slot free: the fold above reads it. On a device the fold may still be
+        # running, but the next pack into the slot comes after it on the compute stream.
         if copy.pooled_slot is not None:
             self.slots.release(copy.pooled_slot)
-        copy.pieces.clear()
+        copy.pieces.clear()  # frees gradients that were not packed
 
     def _issue(self, copy: GradientCopy, target: torch.Tensor) -> None:
         """Copy the pieces to their ranges of `target` on the D2H stream."""
@@ -327,7 +330,7 @@ class GradientTransfer:
         if copy.state.plan.location.is_host:
             assert self.fold is not None
             for piece in pieces:
-                source = piece.source if copy.through is None else piece.of(copy.through)
+                source = piece.source if copy.host_buffer is None else piece.of(copy.host_buffer)
                 self.fold(piece.of(shard), source, adds=piece.adds)
             return
 

@@ -134,6 +134,7 @@ class GradientReader:
         if not keep:
             for position in rest:
                 if tensors[position] is None and position not in rows:
+                    # A stand-in from an earlier backward must not remain: there is no gradient.
                     self._parameters[position].grad = None
                 else:
                     self._leave_stand_in(position)
@@ -219,7 +220,7 @@ class GradientReader:
         if gradient.stride() == parameter.stride():
             return gradient
         if parameter.is_contiguous() and gradient.is_contiguous():
-            return gradient
+            return gradient  # only the strides of dimensions of size 1 differ, which have no effect
         ordered = torch.empty_strided(
             parameter.shape, parameter.stride(), dtype=gradient.dtype, device=gradient.device
         )

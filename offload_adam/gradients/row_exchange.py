@@ -24,6 +24,8 @@ _NONE, _DENSE, _NO_ENTRIES = 0, -1, 1
 class RowExchange:
     """Gathers the entries of sparse gradients from all ranks. Dense gradients are reduced instead.
 
+    First the ranks exchange the kind of each gradient: none, dense, or sparse with n entries.
+
     If gradients stay in `.grad` until the step, `read_ahead` reads all of them before the first
     bucket is reduced. Buckets in which no rank has a dense gradient are then not reduced: a large
     table with sparse gradients sends no zeros.
@@ -81,6 +83,7 @@ class RowExchange:
         mixed = _mixed(kinds, states, self._ranks)
         if mixed is not None:
             return mixed
+        # All ranks have the same kinds, so all issue the same all-gathers in the same order.
         for state, found in zip(states, gradients, strict=True):
             for position in np.flatnonzero((kinds[:, state.indices] > _NONE).any(axis=0)).tolist():
                 counts = np.maximum(kinds[:, state.indices[position]] - _NO_ENTRIES, 0)
@@ -88,7 +91,7 @@ class RowExchange:
         return None
 
     def forget(self) -> None:
-        """Drop what was read ahead."""
+        """Drop the gradients and kinds from `read_ahead`."""
         self._found.clear()
         self._kinds = None
 

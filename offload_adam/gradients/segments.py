@@ -76,7 +76,7 @@ class BucketGradients:
         return np.ones_like(self.dense) if self._complete else self.dense
 
     def add_local(self, found: LocalGradients) -> None:
-        """Hold these dense gradients until the step ends, in addition to earlier ones."""
+        """Hold these dense gradients until the step ends, besides those of other parameters."""
         addresses = np.array(found.addresses, dtype=np.int64)
         arrived = np.array([tensor is not None for tensor in found.tensors], dtype=np.bool_)
         self.squares = None  # computed from the earlier gradients
@@ -94,14 +94,14 @@ class BucketGradients:
         """Use this rank's sparse gradients without averaging."""
         self.rows, self.local_rows = self.local_rows, {}
 
-    def bring_rows_to_host(self) -> None:
+    def copy_rows_to_host(self) -> None:
         """Copy the averaged sparse gradients to host memory, where the kernels read them."""
         self.rows = {
             position: GradientRows(rows.cpu(), values.cpu())
             for position, (rows, values) in self.rows.items()
         }
 
-    def reject_both(self, state: BucketState) -> None:
+    def reject_mixed(self, state: BucketState) -> None:
         """Reject a parameter with a sparse gradient from one backward and a dense one from another.
 
         Raises:
@@ -169,6 +169,7 @@ class BucketGradients:
             for dtype in found.dtypes:
                 offsets = segments.parameter_starts * dtype.itemsize
                 addresses = self._addresses[segments.positions] + offsets
+                # Usually all gradients have one dtype, and the table has all chosen segments.
                 alone = len(self._held) == 1 and len(found.dtypes) == 1
                 mask = chosen if alone else chosen & _has_dtype(found, dtype, segments)
                 yield from _table(state, dtype, addresses, mask)

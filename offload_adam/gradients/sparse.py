@@ -77,6 +77,6 @@ def sum_duplicates(entries: GradientRows) -> GradientRows:
         size=size,
         dtype=values.dtype,
         device=values.device,
-        check_invariants=False,
+        check_invariants=False,  # the rows are valid; torch warns if this is left out
     ).coalesce()
     return GradientRows(summed.indices()[0], summed.values())

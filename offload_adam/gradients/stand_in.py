@@ -78,7 +78,7 @@ class StandIn(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch's own has mangled names
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Let autograd replace the stand-in and modules convert it; reject everything else."""
+        """Handle autograd, `module.to()`, `zero_()` and gradient clipping; reject all else."""
         first = args[0] if args else None
         if isinstance(first, StandIn):
             if func is _aten.detach.default:
@@ -252,7 +252,7 @@ class StreamedGradients:
         take_norms: returns the 2-norm of each parameter's reduced gradient, (num parameters,)
             float64. Collective.
 
-    Lifecycle: `gradients_left` for each bucket with gradients, `forget` after each step.
+    Lifecycle: `gradients_moved` for each bucket with gradients, `forget` after each step.
     """
 
     def __init__(self, take_norms: Callable[[], npt.NDArray[np.float64]]) -> None:
@@ -267,7 +267,7 @@ class StreamedGradients:
         self._added_later = False
         self._scalar: tuple[torch.Tensor, int, float] | None = None
 
-    def gradients_left(self) -> None:
+    def gradients_moved(self) -> None:
         """Record that another bucket's gradients were moved out of `.grad`."""
         self.has_gradients = True
         self._norms = None  # computed without these gradients
@@ -283,6 +283,7 @@ class StreamedGradients:
         """Multiply one parameter's gradient in the next update; divide it if `inverse`."""
         value = self._read(factor) if isinstance(factor, torch.Tensor) else float(factor)
         before = self._factors.get(index, 1.0)
+        # By np.float64: as in torch, a division by zero gives infinity and raises no error.
         self._factors[index] = float(np.float64(before) / value if inverse else before * value)
 
     def _read(self, factor: torch.Tensor) -> float:

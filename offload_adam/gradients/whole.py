@@ -66,6 +66,7 @@ def prepare_gradient(
         if state.layout.world_size == 1:
             entries = _prepare_whole_rows(entries, weight, how)
         else:
+            # A shard may begin or end inside a row, so its elements become rows of width 1.
             entries = _prepare_rows(entries, weight, segment, how)
         if lazy:
             return sum_duplicates(entries)

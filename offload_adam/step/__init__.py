@@ -2,16 +2,16 @@
 
 step             ShardedAdam: construction and the step, top-down; start here
 backward_hooks   hooks that pass gradients to the reducer during backward
-reducer          when each bucket is sent, and what `.grad` holds afterwards
-executor         which thread runs each task, and who waits for it
+reducer          when each bucket's gradients are reduced, and what `.grad` holds afterwards
+executor         which thread runs each task, and which thread or stream waits for it
 update_thread    the thread that runs overlapped updates
 update_tasks     norm, update, H2D copy and all-gather of one bucket, and their stream waits
 host_update      the update of state in host memory
 device_update    the update of state on a device
 messages         inputs, decision, report and errors of a step
-forward_waits    hooks that let each unit of a model wait for its own buckets
+forward_waits    forward hooks: each unit of a model waits for its own buckets
 external_edits   finds weights that the user modified
-snapshot_lock    updates wait for a background checkpoint
+snapshot_lock    makes updates wait for a background checkpoint that still reads the state
 absence          warns about parameters that never get a gradient
 build            allocates the state of new parameters
 ledger           bytes by category, bucket and device

@@ -10,7 +10,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 NUM_STEPS = 10
-"""After so many steps without a gradient of a parameter, warn."""
+"""Steps without a gradient of a parameter after which to warn about it."""
 
 
 class AbsenceWatch:
@@ -28,8 +28,8 @@ class AbsenceWatch:
         self._ever = torch.zeros(0, dtype=torch.bool, device="cpu")
         self._num_steps = 0
 
-    def see(self, present_counts: torch.Tensor) -> None:
-        """Note which parameters had a gradient in a step.
+    def record(self, present_counts: torch.Tensor) -> None:
+        """Record which parameters had a gradient in one step.
 
         Args:
             present_counts: (num parameters,) int64, on how many ranks each has a gradient.
@@ -55,8 +55,8 @@ class AbsenceWatch:
             more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
             logger.warning(
                 "No gradient in %d steps for parameter(s) %s%s: they are not trained. If the model "
-                "uses parameters of these names, other objects have taken their place, as by "
-                "load_state_dict(assign=True). Construct a new optimizer then.",
+                "uses parameters of these names, these are other objects now, such as after "
+                "load_state_dict(assign=True): construct a new optimizer.",
                 NUM_STEPS,
                 ", ".join(absent[:5]),
                 more,

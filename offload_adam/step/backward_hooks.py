@@ -1,4 +1,4 @@
-"""Hooks on parameters that tell the reduction of ready gradients and of a backward's end."""
+"""Hooks on parameters that report ready gradients and the end of a backward to the reduction."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from offload_adam.torch_private import (
     queue_backward_callback,
 )
 
-# A bucket of at most so many parameters delivers each of them.
+# In a bucket of at most this many parameters, every hook delivers its gradient at once.
 _ALL_DELIVER_UP_TO = 64
-# In larger buckets, every so many parameters deliver.
+# In a larger bucket, one hook in this many delivers, for itself and those before it.
 _DELIVER_EVERY = 16
 
 
@@ -34,8 +34,8 @@ class BackwardHooks:
     On a device, the list is also delivered when autograd changes the stream on which it writes
     gradients: all gradients of one delivery were written on one stream.
 
-    Autograd calls `_task_ended` at the end of each graph task. A reentrant checkpoint runs tasks
-    nested in another one; only the end of the outermost task ends the backward.
+    Autograd calls `_task_ended` at the end of each graph task. Reentrant activation checkpointing
+    nests graph tasks; only the end of the outermost task ends the backward.
 
     Owns: one hook handle per parameter, until `remove`.
     """
@@ -58,7 +58,7 @@ class BackwardHooks:
         self._handles: list[RemovableHandle] = []
         self._arrived: list[torch.Tensor] = []
         # By task, not a flag: a backward that raised an error has no end that could reset a flag.
-        self._tasks: set[int] = set()
+        self._tasks: set[int] = set()  # graph tasks whose end will call `_task_ended`
         self._last_task = NO_GRAPH_TASK
         self._enabled = True
         # Autograd runs hooks on one thread per device, but buckets must be sent one after another.
@@ -94,7 +94,7 @@ class BackwardHooks:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Pass nothing to the reduction from backwards in the body."""
+        """Report no gradients of backwards in the body, which stay in `.grad`; see `no_sync`."""
         before = self._enabled
         self._enabled = False
         try:
@@ -130,8 +130,8 @@ class BackwardHooks:
 
     def _pass_on(self) -> None:
         arrived = self._arrived[:]
-        # In place, as most hooks are the `append` of this very list. Only the first `len(arrived)`:
-        # the thread of another device may have appended more since the copy.
+        # Empty the list in place, because most hooks are its `append`. Delete only what was copied:
+        # autograd's thread of another device may have appended more since the copy.
         del self._arrived[: len(arrived)]
         self._reduction.gradients_ready(arrived, self._stream)
 

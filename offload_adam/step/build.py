@@ -49,7 +49,7 @@ def empty_cache(device: torch.device) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """How the package uses devices, threads and collectives; tests simulate all of them."""
+    """Factories for devices, threads and collectives; tests replace them with simulated ones."""
 
     is_device: Callable[[torch.device], bool] = is_device
     make_runtime: Callable[[torch.device], CudaRuntime | None] = cuda_runtime
@@ -77,10 +77,18 @@ class Storage:
     offload: OffloadPolicy = OffloadPolicy()
 
     def make_buffer(self, arenas: list[HostArena], nbytes: int) -> HostArena:
-        """Allocate host memory for copies, page-locked if the policy says so, in `arenas`."""
+        """Allocate host memory for copies, page-locked if the policy says so, and append it.
+
+        Args:
+            arenas: the list to append to; its owner closes the arenas.
+        """
         arena = HostArena(nbytes)
         if self.policy.pins_staging and self.runtime is not None:
-            arena.pin_or_warn(self.runtime, "These copies go through pageable memory")
+            arena.pin_or_warn(
+                self.runtime,
+                "Copies through this buffer use pageable memory, which is slower. Raise the limit, "
+                "or pass pin='none' (memory.pin: none).",
+            )
         arenas.append(arena)
         return arena
 
@@ -122,14 +130,14 @@ def build_states(
     *,
     buffer_nbytes: int = 0,
 ) -> Built:
-    """Put parameters into buckets, and allocate and fill the state of these. Collective.
+    """Put parameters into buckets, and allocate and fill the buckets' state. Collective.
 
     Broadcasts the parameters of rank 0 to all ranks, as DistributedDataParallel does.
 
     Args:
         first_bucket: index of the first new bucket.
         touch: see `HostArena`.
-        buffer_nbytes: limit of the snapshot buffer.
+        buffer_nbytes: maximum bytes of the snapshot buffer.
 
     Raises:
         HostMemoryError: host memory is short, on any rank; the parameters are unchanged.
@@ -156,10 +164,10 @@ def build_states(
     if storage.policy.pins_state and storage.runtime is not None:
         arena.pin_or_warn(
             storage.runtime,
-            "State stays pageable and is copied through pinned buffers, which is slower: lift the "
-            "limit, or pass pin='staging' (memory.pin: staging)",
+            "State stays pageable and is copied through pinned buffers, which is slower. Raise the "
+            "limit, or pass pin='staging' (memory.pin: staging).",
         )
-    if arena.pinned_nbytes == 0:
+    if arena.pinned_nbytes == 0:  # not asked for, or failed: the plan must not rely on it
         plans = tuple(replace(plan, pinned=False) for plan in plans)
     by_index = {item.index: item for item in new}
     states = []
@@ -168,7 +176,8 @@ def build_states(
         states.append(_build(plan, items, arena, ranks, storage))
     for device in dict.fromkeys(item.parameter.device for item in new):
         if storage.backend.is_device(device):
-            # The parameters now lie in flat buckets. Few later tensors fit into their old blocks.
+            # The parameters were copied into flat buckets. Few later tensors fit their old blocks
+            # in torch's cache, so return these blocks to the driver.
             storage.backend.empty_cache(device)
     return Built(states, arena, snapshot_buffer)
 

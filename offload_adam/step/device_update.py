@@ -74,17 +74,20 @@ class DeviceSegments:
 
     def _check(self, name: str, tensors: Tensors, is_state: bool) -> None:
         if len(tensors) != len(self.gradients):
-            raise ValueError(f"{name} has {len(tensors)} tensors, gradients {len(self.gradients)}")
+            raise ValueError(
+                f"{name} has {len(tensors)} tensors, but gradients has {len(self.gradients)}. Pass "
+                "one tensor for each gradient."
+            )
         for index, (tensor, gradient) in enumerate(zip(tensors, self.gradients, strict=True)):
             # Without this check, copy_() would silently broadcast a tensor of one element.
             if tensor.shape != (gradient.numel(),) or tensor.device != self.gradients[0].device:
                 raise ValueError(
-                    f"{name}[{index}] has shape {tuple(tensor.shape)} on {tensor.device}: it must "
-                    f"be 1-d of {gradient.numel()} elements on {self.gradients[0].device}"
+                    f"{name}[{index}] has shape {tuple(tensor.shape)} on {tensor.device}. It must "
+                    f"be 1-d with {gradient.numel()} elements on {self.gradients[0].device}."
                 )
             if not tensor.is_floating_point() or (is_state and tensor.dtype != torch.float32):
                 allowed = "float32" if is_state else "a floating dtype"
-                raise ValueError(f"{name}[{index}] is {tensor.dtype}: it must be {allowed}")
+                raise ValueError(f"{name}[{index}] is {tensor.dtype}. It must be {allowed}.")
 
 
 @torch.no_grad()
@@ -103,8 +106,8 @@ def foreach_update(
     than 2**-27 of their size, the float64 errors (a few 2**-53 of the terms) become visible. A
     16-bit parameter is the rounded master weight.
 
-    The host kernel rounds at every operation. So there are two differences: here a moment below
-    2**-126 is kept if torch keeps denormals, and a square beyond the range of float32 becomes
+    The host kernel rounds to float32 at every operation, so it differs in two cases. Here, a moment
+    below 2**-126 is kept if torch keeps denormals, and a square beyond the range of float32 becomes
     infinite only when it is stored.
 
     Args:
@@ -153,19 +156,19 @@ class _Slice:
 def _runs(tensors: Tensors, run_numel: int) -> Iterator[list[_Slice]]:
     """Cut the concatenated tensors into runs of `run_numel` elements; the last may be shorter."""
     if run_numel < 1:
-        raise ValueError(f"run_numel is {run_numel}: it must be at least 1")
+        raise ValueError(f"run_numel is {run_numel}. It must be at least 1.")
     run: list[_Slice] = []
-    room = run_numel
+    left = run_numel
     for index, tensor in enumerate(tensors):
         start, numel = 0, tensor.numel()
         while start < numel:
-            end = min(numel, start + room)
+            end = min(numel, start + left)
             run.append(_Slice(index, start, end))
-            room -= end - start
+            left -= end - start
             start = end
-            if room == 0:
+            if left == 0:
                 yield run
-                run, room = [], run_numel
+                run, left = [], run_numel
     if run:
         yield run
 
@@ -307,6 +310,7 @@ class DeviceUpdate:
         if isinstance(gradient, GradientRows):
             _update_rows(state, segment, gradient, hyper, step, param_out)
             return
+        # The scale is 1.0, because the preparation has already scaled the gradient.
         foreach_update(_segments_of(state, [(segment, gradient)], param_out), hyper, step, 1.0)
 
 
@@ -354,6 +358,7 @@ def _update_rows(
     if touched.rows.numel() == 0:
         return
     planes = state.planes
+    # No maximum: amsgrad rejects sparse gradients.
     targets = [planes.master_weight, planes.exp_avg, planes.exp_avg_sq]
     if param_out is not None:
         targets.append(param_out)

@@ -36,6 +36,8 @@ from offload_adam.step.update_tasks import UpdateTasks
 
 logger = logging.getLogger(__name__)
 
+# Set when the interpreter exits. `close` then logs no error about parameters that were not
+# gathered, because no code will read them.
 _exiting = threading.Event()
 
 
@@ -66,17 +68,19 @@ class Executor:
     Without a worker, everything runs on the calling thread, and all parameters may be read when
     `apply` returns.
 
-    With a worker, `apply` returns while the updates still run on the worker, in forward order:
+    With a worker, `apply` returns while the updates still run on the worker, in forward order. Here
+    the forward reads bucket 3 first:
 
         worker           update 3   update 2   update 1   update 0
         calling thread   apply | wait 3, gather 3, gather 2 | forward of 3 | wait 2, gather 1 | ...
 
     - For state on the host, the worker alone launches kernels and issues H2D copies.
-    - `wait_for_buckets` runs before a unit reads its parameters and waits for its buckets alone.
+    - `wait_for_buckets` runs before a unit reads its parameters, and waits only for its buckets.
     - The calling thread issues every collective. It issues all-gathers in forward order up to the
-      needed buckets, also on ranks that skip layers, and one further if its update has finished.
+      needed buckets, also on ranks that skip layers, so that all ranks issue the same sequence. It
+      issues one more if that bucket's update has finished.
 
-    Both ways give the same bits.
+    The results have the same bits with and without a worker.
 
     Owns: the worker, and the lists of copies, updates and all-gathers to wait for.
     """
@@ -88,27 +92,27 @@ class Executor:
         worker: Worker | None,
         ranks: RankGroup,
         stopwatch: Stopwatch,
-        arrived: Callable[[int], None],
+        on_waited: Callable[[int], None],
     ) -> None:
         """Construct an executor without any task.
 
         Args:
             worker: None to run everything on the calling thread.
             stopwatch: times updates on the worker, and the waits in `wait_for_buckets`.
-            arrived: called with each bucket that `wait_for_buckets` has waited for.
+            on_waited: called with each bucket that `wait_for_buckets` has waited for.
         """
         self._transfer = transfer
         self._tasks = tasks
         self._worker = worker
         self._ranks = ranks
         self._stopwatch = stopwatch
-        self._arrived = arrived
-        # Copies that the calling thread finishes: to shards on a device, to shards on the host.
+        self._on_waited = on_waited
+        # Copies that the calling thread finishes: [0] to shards on a device, [1] on the host.
         self._copies: tuple[deque[GradientCopy], deque[GradientCopy]] = (deque(), deque())
-        self._lost: BaseException | None = None  # the error that ended one of `_copies`
+        self._copy_error: BaseException | None = None  # the error that ended one of `_copies`
         self._copy_jobs: deque[Job] = deque()
-        self._begun: GradientCopy | None = None  # the copy that the worker finishes next
-        self._has_begun = False  # the worker may have set `_begun`
+        self._unfinished: GradientCopy | None = None  # the copy that the worker finishes next
+        self._may_have_unfinished = False  # the worker may have set `_unfinished`
         self._updates: dict[int, Job] = {}  # by bucket
         self._to_gather: deque[int] = deque()  # in forward order
         self._to_use: dict[int, int] = {}  # buckets not waited for yet: their forward positions
@@ -129,7 +133,7 @@ class Executor:
         Never waits for another rank. With one rank it waits if the host is more than
         `NUM_FOLDS_IN_FLIGHT` copies behind.
         """
-        self._transfer.start_copy(copy)
+        self._transfer.start_direct_copy(copy)
         if not self._runs_on_worker(copy.state):
             # In backward this thread must not wait: it finishes only copies that have arrived.
             self._copies[copy.state.plan.location.is_host].append(copy)
@@ -137,29 +141,29 @@ class Executor:
             return
         what = f"the gradient copy of bucket {copy.state.layout.index}"
         self._copy_jobs.append(self._submit(what, partial(self._advance, copy)))
-        self._has_begun |= self._transfer.goes_through_buffer(copy)
+        self._may_have_unfinished |= self._transfer.goes_through_buffer(copy)
         while self._waits_for_host_alone(copy) and len(self._copy_jobs) > NUM_FOLDS_IN_FLIGHT:
             self._await(self._copy_jobs.popleft(), "reduce")
 
     def _waits_for_host_alone(self, copy: GradientCopy) -> bool:
         """Return whether a copy waits for this process's own host alone, and for no other rank."""
-        # No stream can wait until the host has cast or added gradients. Backward has to wait
-        # instead, or a fast backward would keep all of its gradients on the device.
+        # A stream cannot wait for the host to cast or add gradients. So backward itself waits, or a
+        # fast backward would keep all of its gradients on the device.
         return self._ranks.world_size == 1 and self._transfer.goes_through_buffer(copy)
 
     def _advance(self, copy: GradientCopy | None) -> None:
-        """Begin a copy, then finish the previous one, so that the two overlap. Runs on the worker.
+        """Start a copy, then finish the previous one, so that the two overlap. Runs on the worker.
 
         Args:
             copy: None to finish the last copy.
         """
-        before, self._begun = self._begun, copy
+        before, self._unfinished = self._unfinished, copy
         if copy is not None:
-            self._transfer.begin_copy(copy)
+            self._transfer.start_buffered_copy(copy)
         self._finish(before)
-        if copy is not None and copy.through is None:
+        if copy is not None and copy.host_buffer is None:
             # No D2H copy to a buffer is in flight that the next call could overlap with.
-            self._begun = None
+            self._unfinished = None
             self._finish(copy)
 
     def _finish(self, copy: GradientCopy | None) -> None:
@@ -186,13 +190,13 @@ class Executor:
         Raises:
             RuntimeError: an earlier copy of this step failed.
         """
-        if wait and self._lost is not None:
+        if wait and self._copy_error is not None:
             raise RuntimeError(
                 "Gradients of this step are missing: their copy to the gradient shard failed. Call "
                 "zero_grad() on the optimizer and run the backward again."
-            ) from self._lost
-        if wait and self._has_begun:
-            self._has_begun = False
+            ) from self._copy_error
+        if wait and self._may_have_unfinished:
+            self._may_have_unfinished = False
             what = "the last gradient copy"
             self._copy_jobs.append(self._submit(what, partial(self._advance, None)))
         while wait and self._copy_jobs:
@@ -202,10 +206,11 @@ class Executor:
     def _finish_own_copies(self, *, wait: bool) -> None:
         for copies in self._copies:
             while copies:
+                # Start as many copies as there are host buffers for them.
                 for copy in islice(copies, NUM_FOLD_BUFFERS):
                     # A D2H copy to pageable memory would block this thread.
                     if wait or copy.state.plan.pins_staging:
-                        self._transfer.begin_copy(copy)
+                        self._transfer.start_buffered_copy(copy)
                 if not (wait or self._transfer.has_arrived(copies[0]) or self._holds_many(copies)):
                     break
                 self._finish_oldest(copies)
@@ -214,12 +219,12 @@ class Executor:
         try:
             self._transfer.finish_copy(copies.popleft())
         except BaseException as error:
-            self._lost = error
+            self._copy_error = error
             raise
 
     def drop_lost_copies(self) -> None:
         """Forget the error of a failed copy: the gradients of its step are dropped."""
-        self._lost = None
+        self._copy_error = None
 
     def _holds_many(self, copies: Sequence[GradientCopy]) -> bool:
         """Return whether to wait for the oldest copy, to free its slot or its gradients."""
@@ -297,7 +302,7 @@ class Executor:
             if state.plan.gathers:
                 self._to_gather.append(number)
             self._to_use[number] = position
-            self._used_on.pop(number, None)
+            self._used_on.pop(number, None)  # no stream has waited for this update yet
             if self._worker is None:
                 self._gather_ahead(stopwatch)
         # After the loop, so that the worker has its jobs: launching takes this thread a while, for
@@ -306,16 +311,17 @@ class Executor:
             launch(stopwatch)
         if self._worker is None:
             for number in list(self._to_use):
-                self._use(number, stopwatch)
+                self._wait_for_bucket(number, stopwatch)
 
     def _skip_update(self, state: BucketState) -> None:
-        """Record the H2D event of a bucket without an update, in its turn, for its staging slot."""
+        """Record an H2D event for a bucket without an update; its slot's next user waits for it."""
         if not state.plan.stages_parameters:
             return
         number = state.layout.index
         skip = partial(self._tasks.skip_copy_h2d, number)
+        # In the worker's queue: the event must come after the H2D copies of earlier buckets.
         if self._runs_on_worker(state):
-            self._submit(f"the turn of bucket {number}", skip)
+            self._submit(f"the skipped update of bucket {number}", skip)
         else:
             skip()
 
@@ -333,15 +339,15 @@ class Executor:
         if not needed:
             return
         self._reject_forked()
-        # Before any wait: the update may itself wait until the capture has ended, a deadlock.
+        # Before any wait: the update itself may wait until the capture has ended, a deadlock.
         self._tasks.stream_waits.streams_of(needed[0]).reject_capture()
         with self._stopwatch.span("update wait"):
             last = max(self._to_use[number] for number in needed)
             while self._to_gather and self._to_use[self._to_gather[0]] <= last:
                 self._gather_next(self._stopwatch)
             for number in sorted(needed, key=self._to_use.__getitem__):
-                self._use(number, self._stopwatch)
-                self._arrived(number)
+                self._wait_for_bucket(number, self._stopwatch)
+                self._on_waited(number)
         self._gather_ahead(self._stopwatch)
 
     def _wait_on_other_streams(self, buckets: Collection[int]) -> None:
@@ -371,7 +377,8 @@ class Executor:
         while len(self._copy_jobs) > 2 * len(self._tasks.states):
             self._await(self._copy_jobs.popleft(), "reduce", needs_peers=True)
 
-    def _use(self, number: int, stopwatch: Stopwatch) -> None:
+    def _wait_for_bucket(self, number: int, stopwatch: Stopwatch) -> None:
+        """Wait for a bucket's parameters, and record the stream that has waited."""
         self._tasks.wait_for_parameters(number, stopwatch)
         del self._to_use[number]
         stream = self._tasks.stream_waits.streams_of(number).current()
@@ -471,6 +478,7 @@ class Executor:
 @functools.cache
 def _notice_exit() -> None:
     """Set `_exiting` when the interpreter exits, before optimizers are finalized."""
-    # atexit runs the latest registration first. The finalizers' own was made with the first of
-    # them, and an optimizer makes one before its executor.
+    # atexit runs callbacks in reverse order of registration. `weakref.finalize` registers its own
+    # callback with the process's first finalizer, and an optimizer creates a finalizer before its
+    # executor. So this callback runs before all finalizers.
     atexit.register(_exiting.set)

@@ -33,11 +33,11 @@ _CHUNK = 256
 
 
 class VersionWatch:
-    """Compares every parameter's version counter and address with those after our last write.
+    """Compares each parameter's version counter and address with those after the last update.
 
     Finds in-place writes under no_grad, `load_state_dict`, writes of other optimizers, and replaced
-    storage. With a module, also another object in the parameter's place. Does not find writes
-    through `.data` or NumPy, which bump no version counter: `ExternalEdits` compares values.
+    storage. With a module, also finds another object in the parameter's place. Does not find writes
+    through `.data` or NumPy, which bump no version counter: `ExternalEdits` finds those by value.
 
     Cost: reads two attributes of each parameter before a step, and one after it.
     """
@@ -130,9 +130,9 @@ class VersionWatch:
         for position in positions:
             if version_of(self._parameters[position]) != self._versions[position]:
                 raise UnreadyParameterError(
-                    f"Parameter {self._names[position]!r} was written to while its update was "
-                    "running, which has overwritten it. Call synchronize() on the optimizer before "
-                    "you modify weights."
+                    f"Parameter {self._names[position]!r} was modified while its update was "
+                    "running, which has overwritten the modified values. Call synchronize() on the "
+                    "optimizer before you modify weights."
                 )
 
     def checksum(self, positions: Sequence[int]) -> int:
@@ -147,7 +147,7 @@ class VersionWatch:
             data = self._parameters[position].detach().cpu()
             flat = in_memory_order(data) if data.numel() else data.flatten()
             checksum = zlib.crc32(flat.view(torch.uint8).numpy().data, checksum)
-        return checksum + 1
+        return checksum + 1  # 0 is for no positions
 
     def _position(self, parameter: torch.nn.Parameter) -> int:
         return next(i for i, known in enumerate(self._parameters) if known is parameter)
@@ -180,18 +180,21 @@ def _registrations(
 
 
 _PIECE = 2**18
-"""Elements that are compared at a time: a load of a checkpoint must not need memory for a copy of
-all parameters."""
+"""Elements that are compared at a time, so that comparing all parameters, as after a load, needs
+no memory for a copy of them."""
 
 _SAMPLE_BLOCKS = 128
-"""Blocks of a bucket in one sample: at most 0.1 ms; the update of 16 M elements takes 19 ms."""
+"""A sample has this many blocks of a bucket, or up to twice as many.
+
+Comparing them takes at most 0.1 ms; for comparison, the update of 16 M elements takes 19 ms.
+"""
 
 
 def sync_master(state: BucketState, positions: Collection[int]) -> None:
-    """Set master elements to their parameter elements, where rounding the master gives another.
+    """Set each master element to its parameter element, unless it already rounds to this element.
 
-    The other master elements keep their low bits: after a `clamp_`, those that were not clamped;
-    after loading the weights that were saved with the optimizer, all of them.
+    Master elements that do so keep their low bits. After a `clamp_`, these are the elements that
+    were not clamped; after loading the weights that were saved with the optimizer, all elements.
 
     Args:
         positions: of the modified parameters in the bucket.
@@ -275,14 +278,14 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 _FIRST_STEPS = 2
-"""The first steps compare all elements: weights may have been written before the first one, and a
-training loop that writes after every step is found in the second."""
+"""This many first steps compare all elements. The first step finds weights that were written before
+it; the second one finds a training loop that writes after every step."""
 
 _STEPS_AFTER_WRITE = 10
-"""So many steps after a write was found compare all elements: a sample may miss the next write."""
+"""After a write was found, this many steps compare all elements: a sample may miss the next one."""
 
 _SAMPLED_BUCKETS = 32
-"""One step samples at most so many buckets, in turns, so that its time has a limit."""
+"""One step samples at most this many buckets, in turns, to bound its time."""
 
 
 class ExternalEdits:
@@ -312,7 +315,7 @@ class ExternalEdits:
         self._places = places
         self._num_applied = 0
         self._is_first = True
-        self._num_thorough = _FIRST_STEPS
+        self._num_thorough = _FIRST_STEPS  # this many further steps compare all elements
         self._has_warned = False
 
     def extend(self, new: Sequence[NewParameter]) -> None:
@@ -321,14 +324,14 @@ class ExternalEdits:
         self.compare_all()
 
     def compare_all(self) -> None:
-        """Let the next steps compare all parameters with their masters, as after a load."""
+        """Let the next steps compare all elements with their masters, for example after a load."""
         self._is_first = True
         self._num_thorough = _FIRST_STEPS
 
     def find(self) -> list[int]:
         """Return the parameters whose version counter moved since the last step.
 
-        An open snapshot is invalidated if it has not read one of them.
+        Invalidates an open snapshot that may not have read all of them before they were modified.
 
         Raises:
             ParameterReplacedError: naming a parameter whose storage or object was replaced.
@@ -340,7 +343,7 @@ class ExternalEdits:
         return changed
 
     def find_unseen(self, changed: Sequence[int]) -> list[int]:
-        """Return parameters that were written through `.data` or NumPy, as far as they are found.
+        """Return parameters that were written through `.data` or NumPy; may miss some.
 
         Such a write moves no version counter, but the parameter differs from its rounded master.
         The first steps compare all elements. Later steps compare a sample: it finds a write to the
@@ -372,17 +375,18 @@ class ExternalEdits:
         """Compare all elements in the next steps, and warn once.
 
         Args:
-            names: the parameters that were written.
+            names: the parameters that were written, on any rank.
         """
         if self._is_first:
-            return  # the first step compares all elements, so it has found every such write
+            return  # nothing was missed: the first step compares all elements
         self._num_thorough = _STEPS_AFTER_WRITE
         if not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "%d parameter(s), %r first, were written through .data or NumPy. Their master "
-                "weights were updated, but not every such write can be found. Write under "
-                "torch.no_grad() without .data, or call refresh_master() after it.",
+                "%d parameter(s), such as %r, were modified through .data or NumPy. Their master "
+                "weights were updated, but not every such modification can be found. Modify "
+                "parameters under torch.no_grad() without .data, or call refresh_master() "
+                "afterwards.",
                 len(names),
                 names[0],
             )
@@ -419,13 +423,13 @@ class ExternalEdits:
         """
         # The kernels and copies write to the flat bucket's memory, which bumps no counter. Autograd
         # must see these writes, to reject a backward through a graph that saved the old values.
-        # Before the writes, since `find` has just brought the parameters into the CPU's cache.
+        # It is cheapest now: `find` has just loaded the parameters into the CPU's cache.
         self._watch.count_writes(written)
         self._num_applied += 1
         self._is_first = False
         self._num_thorough = max(0, self._num_thorough - 1)
 
-    def arrived(self, bucket: int) -> None:
+    def after_update(self, bucket: int) -> None:
         """Bump the version counters of a bucket's parameters again, after its overlapped update.
 
         Raises:

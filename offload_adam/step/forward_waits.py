@@ -76,7 +76,7 @@ def find_units(
     return units
 
 
-def outside(root: nn.Module, bucket_of: BucketOf) -> set[int]:
+def buckets_outside(root: nn.Module, bucket_of: BucketOf) -> set[int]:
     """Return the buckets with a parameter that the model does not have."""
     members = set(root.parameters())
     return {bucket for parameter, bucket in bucket_of.items() if parameter not in members}
@@ -95,28 +95,29 @@ def _buckets(parameters: Iterable[nn.Parameter], bucket_of: BucketOf) -> set[int
     return {bucket_of[parameter] for parameter in parameters if parameter in bucket_of}
 
 
-_METADATA = (
+# Attributes and methods of a tensor that read none of its elements.
+_METADATA_ATTRIBUTES = (
     "dtype", "device", "shape", "ndim", "layout", "requires_grad", "grad", "grad_fn", "is_leaf",
     "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "itemsize", "nbytes",
     "_version", "names", "output_nr", "retains_grad",
 )  # fmt: skip
-_QUESTIONS = (
+_METADATA_METHODS = (
     "size", "dim", "numel", "nelement", "stride", "storage_offset", "data_ptr", "element_size",
     "is_contiguous", "is_floating_point", "is_complex", "get_device", "ndimension", "__len__",
     "__hash__",
 )  # fmt: skip
 
 
-def _harmless() -> set[Any]:
+def _metadata_functions() -> set[Any]:
     """Return torch's functions that read only metadata of a tensor, none of its elements."""
-    getters = (getattr(torch.Tensor, name, None) for name in _METADATA)
+    getters = (getattr(torch.Tensor, name, None) for name in _METADATA_ATTRIBUTES)
     found: set[Any] = {getter.__get__ for getter in getters if getter is not None}
-    questions = (getattr(torch.Tensor, name, None) for name in _QUESTIONS)
-    return found | {question for question in questions if question is not None}
+    methods = (getattr(torch.Tensor, name, None) for name in _METADATA_METHODS)
+    return found | {method for method in methods if method is not None}
 
 
 class FirstUse(TorchFunctionMode):
-    """Calls back before a torch function runs that has a parameter among its arguments.
+    """Calls back before each torch function that has a parameter among its arguments.
 
     Cost: about 1.5 us per function, during one forward.
     """
@@ -127,12 +128,12 @@ class FirstUse(TorchFunctionMode):
         """Watch these parameters.
 
         Args:
-            seen: called with the id of the parameter.
+            seen: called with `id(parameter)`.
         """
         super().__init__()
         self._ids = {id(parameter) for parameter in parameters}
         self._seen = seen
-        self._harmless = _harmless()
+        self._metadata_functions = _metadata_functions()
 
     def begin(self) -> None:
         """Watch the functions of the calling thread until `end`."""
@@ -152,7 +153,7 @@ class FirstUse(TorchFunctionMode):
         """Report parameters among the arguments, then call the function."""
         kwargs = kwargs or {}
         # torch.compile would trace `_look` into the code that it compiles.
-        if not torch.compiler.is_compiling() and func not in self._harmless:
+        if not torch.compiler.is_compiling() and func not in self._metadata_functions:
             self._look(args)
             self._look(kwargs.values())
         return func(*args, **kwargs)
@@ -203,13 +204,17 @@ class ForwardHooks:
         self._was_pending = False
 
     def attach(self, bucket_of: BucketOf) -> None:
-        """Put hooks on the model, in place of earlier ones. No update may be running."""
+        """Put hooks on the model, instead of earlier ones. No update may be running.
+
+        Args:
+            bucket_of: the bucket of each parameter of the optimizer.
+        """
         self.remove()
         if self._bucket_of:
             # Parameters that were added later may already have a gradient: `check` must accept it.
             self._waited |= set(bucket_of.values()) - set(self._bucket_of.values())
         self._bucket_of = bucket_of
-        self._always = outside(self._root, bucket_of)
+        self._always = buckets_outside(self._root, bucket_of)
         inner = [module for module in self._root.modules() if module is not self._root]
         self._is_traced = any(map(is_compiled, (self._root, *inner)))
         units = find_units(self._root, bucket_of, self._chosen, whole=self._is_traced)
@@ -232,6 +237,7 @@ class ForwardHooks:
         hook = _Hook(self, lambda: self._enter(unit))
         compiled = compiled_call(unit.module)
         if compiled is None:
+            # First: other pre-hooks may read parameters, as that of weight_norm does.
             self._keep(unit.module.register_forward_pre_hook(hook, prepend=True))
             return
 
@@ -252,7 +258,7 @@ class ForwardHooks:
         self.removals.close()
 
     def step_begins(self) -> None:
-        """Reset after the forward and backward: a forward that raised may not have left."""
+        """Reset: a forward that raised an error may not have reached `_leave`."""
         self._leave_tracing()
         self._depth = 0
 
@@ -270,20 +276,20 @@ class ForwardHooks:
         self._executor.finish_updates()
         self._waited.update(self._bucket_of.values())
 
-    def check(self, brought: Iterable[int], name_of: Callable[[int], str]) -> None:
+    def check(self, with_gradient: Iterable[int], name_of: Callable[[int], str]) -> None:
         """Check that a hook has waited for each bucket that produced a gradient.
 
-        Before the first step with overlap, no update was running, so the forward read the right
-        parameters. `step()` then waits for such buckets from now on, with a warning.
+        If no update was running, the forward has read the right parameters. Before the first step
+        with overlap, `step()` then waits for such buckets itself from now on, with a warning.
 
         Args:
-            brought: buckets with a gradient since the last step.
+            with_gradient: buckets with a gradient since the last step.
             name_of: returns the name of a bucket's first parameter.
 
         Raises:
             UnreadyParameterError: a forward may have read parameters before their update.
         """
-        missed = sorted(set(brought) - self._waited)
+        missed = sorted(set(with_gradient) - self._waited)
         if not missed:
             return
         if self._was_pending:
@@ -299,7 +305,8 @@ class ForwardHooks:
             logger.warning(
                 "From now on, step() itself waits for %d of %d buckets, such as that of %r. The "
                 "forward used them without running a hook (a model compiled as a whole, or a "
-                "direct call of forward()).",
+                "direct call of forward()). To overlap their updates with the forward, compile the "
+                "layers one by one, and call the model instead of its forward().",
                 len(missed),
                 len(set(self._bucket_of.values())),
                 name_of(missed[0]),
@@ -312,10 +319,11 @@ class ForwardHooks:
         if unit.module is self._root:
             self._depth += 1
             if not torch.is_grad_enabled():
+                # There will be no gradients, from which `check` finds a read without a wait.
                 self.wait_for_all()
                 return
             self._begin_tracing()
-        if self._depth == 0:
+        if self._depth == 0:  # called outside of the root's forward, so its reads were not traced
             self.wait_for_all()
             return
         self._latest = unit
@@ -335,6 +343,7 @@ class ForwardHooks:
         if self._executor.is_pending:
             # Tracing again, for parameters that were added later: no update may run meanwhile.
             self.wait_for_all()
+        # Count only the waits of this forward, so that every first use is seen.
         self._waited = set(self._always)
         buckets = {id(parameter): bucket for parameter, bucket in self._bucket_of.items()}
         self._tracing = FirstUse(self._bucket_of, lambda found: self._used(buckets[found]))
@@ -353,9 +362,9 @@ class ForwardHooks:
 
 
 class _Hook:
-    """A hook on a module. Copies and pickles of the module get a function that does nothing.
+    """A hook on a module. In copies and pickles of the module, a no-op function replaces it.
 
-    Otherwise a copy of the model would contain a copy of the optimizer, or wait for its updates.
+    Otherwise a copy of the model would copy the optimizer too, or wait for this model's updates.
     """
 
     def __init__(self, owner: ForwardHooks, action: Callable[[], None]) -> None:

@@ -37,15 +37,15 @@ from offload_adam.step.messages import UpdateInputs
 _launching = threading.Lock()
 
 MIN_PIECE_NUMEL = 32 * 1024
-"""Fewest elements per thread: waking a thread for fewer costs more than it saves. The number of
-threads changes no bit of the result."""
+"""Fewest elements per thread: waking a thread for fewer costs more time than it saves. The result
+has the same bits for every number of threads."""
 
 
 class HostUpdate:
     """Runs the Numba kernels over one bucket at a time, on this rank's threads.
 
-    Owns: two buffers that all buckets share: the block sums, and the largest gradient that is
-        prepared whole.
+    Owns: two buffers that all buckets share: for the block sums of the largest bucket, and for the
+        largest gradient that is prepared whole.
     Lifecycle: `add_buckets` compiles kernels and allocates memory when buckets are added. In each
         step, before anything is modified, `allocate_for` does so for sparse gradients.
     Threads: `_launching` lets one thread at a time launch kernels.
@@ -137,8 +137,8 @@ class HostUpdate:
             source: (n,) contiguous, on the host, in any dtype.
             adds: add to `shard` instead of overwriting it.
         """
-        # torch handles pairs of dtypes that no bucket has, as of gradients that the user set: to
-        # compile a kernel would stop the step for seconds.
+        # Gradients that the user set may have another dtype than any bucket. torch handles them:
+        # compiling a kernel for them would stop the step for seconds.
         if (shard.dtype, source.dtype) not in self._folds:
             shard.add_(source) if adds else shard.copy_(source)
             return

@@ -27,14 +27,14 @@ class StepInputs:
     """The inputs of one step besides the gradients.
 
     hyperparameters: indexed by `NewParameter.group`.
-    num_per_group: number of entries of `hyperparameters` for each parameter group.
+    num_per_group: how many entries of `hyperparameters` each parameter group has.
     grad_scale: the loss scale; gradients are divided by it.
     found_inf: not 0 if the caller found a non-finite gradient.
     max_norm: global 2-norm to clip to, None for no clipping.
     step: step count of all parameters, including this step; None if each parameter counts its own
         updates.
     lazy: a sparse gradient updates only the rows that it has entries for.
-    failure: this rank's error in reading the inputs. The agreement tells the other ranks.
+    failure: this rank's error in reading the inputs. The agreement reports it to other ranks.
     notice: flags of the training loop that the agreement exchanges too.
     factor: the factor that the user or clipping applied to the stand-ins in `.grad`.
     multiplied: indices of the parameters whose stand-ins were multiplied by `factor`.
@@ -227,20 +227,20 @@ def reject_disagreement(
         )
     if len(set(agreement.settings)) > 1:
         require_same(ranks, "setting", inputs.fields(), remedy=_SAME_SETTINGS)
-        raise AssertionError("settings differ, but none of what they are made of")
+        raise AssertionError("Checksums of the settings differ, but no setting does.")
     if len(set(agreement.changes)) > 1:
         here = ", ".join(map(repr, changed_names[:5])) or "nothing"
         # A checksum of 0 means that the rank modified nothing.
-        others = "but not on the others" if 0 in agreement.changes else "unlike on the others"
+        unlike = "but not" if 0 in agreement.changes else "differently than"
         raise RankDisagreementError(
             "Parameters were modified outside the optimizer on rank(s) "
-            f"{ranks.at(_changed(agreement.changes))} {others} (modified here: {here}). Apply the "
-            "same change on every rank, or broadcast it."
+            f"{ranks.at(_changed(agreement.changes))} {unlike} on the others (modified here: "
+            f"{here}). Apply the same change on every rank, or broadcast it."
         )
 
 
 def reject_partial_presence(agreement: Agreement, world_size: int, names: Sequence[str]) -> None:
-    """Raise an error if a gradient that the user has averaged is not present on all ranks.
+    """Raise an error if a gradient is on some ranks only, although the user has averaged it.
 
     Raises:
         RankDisagreementError: naming the first such parameter.

@@ -31,15 +31,19 @@ _EMPTIED = (
 
 
 class GradientReduction:
-    """Moves each bucket's gradients from `.grad`, reduced over the ranks, to its gradient shard.
+    """Averages each bucket's gradients over the ranks, and moves them to its gradient shard.
 
-    When gradients stream, hooks call `gradients_ready` during backward. A bucket is sent as soon as
-    all of its gradients are ready and all earlier buckets are sent. At the end of the backward the
-    remaining buckets are sent, with zeros for missing gradients. Without hooks, `finish` sends all
-    buckets inside `step()`.
+    To send a bucket is to read its gradients from `.grad` and to start their reduction, or their
+    copy if nothing is reduced. All ranks send all buckets in the same order.
 
-    A step has one reduced backward, called a round. With `policy.accumulates`, each further
-    backward is another round that adds to the gradient shard in fp32.
+    If gradients stream (`streamed` is set), hooks call `gradients_ready` during backward. A bucket
+    is sent as soon as all of its gradients are ready and all earlier buckets are sent. At the end
+    of the backward the remaining buckets are sent, with zeros for missing gradients. Without hooks,
+    `finish` sends all buckets inside `step()`.
+
+    A round sends each bucket once. A step has one round, for its one reduced backward. With
+    `policy.accumulates`, each further backward is another round that adds to the gradient shard in
+    fp32. Gradients that the user sets too late for their bucket are another round, too.
 
     Owns: this step's `BucketGradients`.
     Lifecycle: `reset` after each step, and from `zero_grad`.
@@ -80,6 +84,7 @@ class GradientReduction:
         self._transfer = transfer
         self._executor = executor
         self._readers: list[GradientReader] = []
+        # By `id(parameter)`: its bucket and its position there.
         self._place_of: dict[int, tuple[int, int]] = {}
         self._next = 0  # the next bucket to send
         self._num_rounds = 0  # further rounds of this step: 0 in its first one
@@ -119,8 +124,9 @@ class GradientReduction:
                 without memory to accumulate gradients.
         """
         if not self._begun:
-            # An update may still read the gradient shards that this backward writes, and parameters
-            # that no forward has read may still be in an H2D copy.
+            # Wait for the previous step: its updates may still read the gradient shards that this
+            # backward writes, and H2D copies of parameters that no forward has read may still run.
+            # Because of this wait, `layout.schedule` needs no waits from one step to the next.
             self._executor.finish_updates()
             self._hide_from_backward()
         self._begun = True
@@ -151,11 +157,13 @@ class GradientReduction:
         # With parameters on several devices, other threads of autograd may write `.grad` right now.
         if len({state.device for state in self._states}) == 1:
             self.hide_stand_ins()
-            # In the first round, stand-ins of this step appear as soon as its gradients leave.
+            # In a further round, gradients of this step have left, and `.grad` is now empty: only
+            # this flag tells `backward_began` that the user did not empty it. In the first round,
+            # each gradient that leaves is replaced by a stand-in.
             self._hidden = self._num_rounds > 0
 
     def zero_grad(self, *, set_to_none: bool) -> None:
-        """Forget this step's gradients, as `reset` does. The caller then writes `.grad`.
+        """Forget this step's gradients, as `reset` does. The caller then clears every `.grad`.
 
         Args:
             set_to_none: the caller sets every `.grad` to None, also those with stand-ins.
@@ -175,8 +183,8 @@ class GradientReduction:
     def backward_began(self) -> None:
         """Raise an error if `.grad` was set to None before a further backward of this step.
 
-        `model.zero_grad()` does so. But it cannot drop the gradient that has left `.grad`, to which
-        the further backward would add.
+        For example, `model.zero_grad()` sets it. But it cannot drop the gradient that has already
+        left `.grad`, to which the further backward would add.
 
         Raises:
             ValueError: naming a parameter.
@@ -198,8 +206,8 @@ class GradientReduction:
     def finish(self) -> Exception | None:
         """Send the remaining buckets, finish all copies, and return this rank's first error.
 
-        Collective. An error does not end the sequence of collectives, or the other ranks would
-        hang. The caller must tell them of the error.
+        Collective. After an error, this rank still issues all collectives, or the other ranks would
+        hang. The caller must report the error to them.
         """
         failure: Exception | None = None
         if self._rows is not None and not self.streams:
@@ -217,11 +225,11 @@ class GradientReduction:
         return failure or rows_failure
 
     def _finish_rows(self) -> Exception | None:
-        """Average sparse gradients, unless the user has; return this rank's first error."""
+        """Average sparse gradients, unless the user has done so; return this rank's first error."""
         failure: Exception | None = None
         for state, gradients in zip(self._states, self.gradients, strict=True):
             try:
-                gradients.reject_both(state)
+                gradients.reject_mixed(state)
             except ValueError as error:
                 failure = failure or error
             if self._rows is None:
@@ -230,7 +238,7 @@ class GradientReduction:
             failure = self._rows.finish(self._states, self.gradients) or failure
         for state, gradients in zip(self._states, self.gradients, strict=True):
             if state.plan.location.is_host:
-                gradients.bring_rows_to_host()
+                gradients.copy_rows_to_host()
         return failure
 
     def has_late_gradients(self) -> bool:
@@ -268,7 +276,7 @@ class GradientReduction:
         return late
 
     def take_late_gradients(self) -> Exception | None:
-        """Send all buckets again, with the gradients that the user set after they were sent.
+        """Send all buckets again, with the gradients that the user set after their bucket was sent.
 
         Collective: all ranks call this if any rank has such gradients. Each is added to the sum of
         the gradients that other ranks sent before, or to zeros, which is exact in any dtype.
@@ -333,9 +341,10 @@ class GradientReduction:
                 self._send_next()
             except (TypeError, ValueError) as error:
                 failure = failure or error
-            # Wait for each bucket's copy in two cases. A late gradient is added to its shard by the
-            # host, later than a ring slot may be reused. A gradient that stays in `.grad` is in
-            # memory twice while a slot holds it, so at most one bucket's are.
+            # Wait for each bucket's copy in two cases. 1. The host adds a late gradient to its
+            # shard, but a slot of a ring may be reused before the host has read it. 2. A gradient
+            # that stays in `.grad` is in memory twice while a slot holds it, so fill one slot at a
+            # time.
             late = self._num_rounds > 0 and not self._accumulates
             self._executor.finish_copies(wait=late or not self.streams)
         return failure
@@ -351,16 +360,17 @@ class GradientReduction:
         try:
             found = self._read(state)
         except (TypeError, ValueError):
-            # Keep the sequence: peers wait for this bucket, and the slot's next user for its event.
+            # Do not skip the bucket: peers wait for its collective, and the next user of its slot
+            # waits for its event.
             if self._averages:
                 self._start_reduction(state, [None] * len(state.parameters))
             elif state.plan.packs:
-                self._transfer.pass_by(state)
+                self._transfer.skip_pack(state)
             raise
         gradients = self.gradients[number]
         gradients.add_rows(found)
         if self._streamed is not None and (found.dtypes or found.rows):
-            self._streamed.gradients_left()
+            self._streamed.gradients_moved()
         if self._averages:
             self._start_reduction(state, found.tensors)
         elif state.planes.gradient_shard is None:
@@ -368,7 +378,9 @@ class GradientReduction:
             self._executor.sum_local(number, gradients)
         else:
             self._copy_alone(state, found.tensors)
-        if self._num_rounds > 0:  # an earlier round may have sent gradients of other parameters
+        # `read` leaves stand-ins only for the gradients of this round. Earlier rounds may have sent
+        # gradients of other parameters.
+        if self._num_rounds > 0:
             self._readers[number].show_stand_ins(
                 [*np.flatnonzero(gradients.dense), *gradients.local_rows]
             )
@@ -396,7 +408,7 @@ class GradientReduction:
         idle = self._rows is not None and self._rows.is_without_dense(state)
         self.gradients[number].mark_present(present)
         if state.layout.numel == 0 or idle:
-            self._transfer.pass_by(state)
+            self._transfer.skip_pack(state)
             return
         adds = self._num_rounds > 0
         copy = self._transfer.pack(state, gradients, self.gradients[number], adds=adds)
@@ -417,4 +429,4 @@ class GradientReduction:
         if copy is not None:
             self._executor.start_copy(copy)
         elif packs:
-            self._transfer.pass_by(state)
+            self._transfer.skip_pack(state)

@@ -14,15 +14,16 @@ from offload_adam.errors import CheckpointError
 
 
 class SnapshotLock:
-    """The buckets that one background checkpoint has not read yet: their updates wait.
+    """Makes updates wait for the buckets that a background checkpoint has not read yet.
 
     A reader thread copies each bucket to a buffer or writes it to a file, then releases it.
 
     buffers: snapshot buffers in host memory, uint8, for the copies of one snapshot at a time.
     is_open: from `acquire_buckets` until `close_snapshot`.
     num_waits, waited_s: how often and how long updates have waited since `acquire_buckets`.
-    num_begun, num_finished: how many snapshots have begun, and how many of them the reader has
-        finished or given up; in each step the ranks agree on the latter.
+    num_begun: how many snapshots have begun.
+    num_finished: how many of them the reader has finished or given up. In each step the ranks agree
+        on this number.
 
     Lifecycle: `acquire_buckets` in the training thread; `release_bucket` for each bucket and
     `finish_reading` in the reader, also after an error; `close_snapshot` in the training thread.
@@ -109,7 +110,7 @@ class SnapshotLock:
             buckets: those with parameters that were modified since the last call.
         """
         # The time of the modification is unknown. A bucket that was unread at the last call may
-        # have been read in part before it and in part after it.
+        # have been read in part before the modification and in part after it.
         if not self._unread_before.isdisjoint(buckets):
             self._invalidated_by = (
                 "Parameters were modified outside the optimizer while a background checkpoint "

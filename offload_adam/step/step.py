@@ -60,10 +60,10 @@ class _LocalFindings:
     """What this rank found before the agreement.
 
     present: (num parameters,) bool, the parameters with a gradient on this rank.
-    failure: this rank raises it after the agreement has told all ranks.
-    late: the user set gradients after their bucket was sent.
-    changed: indices of parameters whose version counter the user's edits moved.
-    unseen: indices of parameters that were edited without moving the version counter.
+    failure: this rank's error. It is raised after the agreement has reported it to all ranks.
+    late: the user set a `.grad` after the reduction of its bucket had started.
+    changed: indices of parameters that the user edited, found by their version counters.
+    unseen: indices of parameters that the user edited without moving the version counter.
     sum_of_squares: of this rank's gradients, in float64; not finite if a gradient is not.
     """
 
@@ -79,8 +79,9 @@ class ShardedAdam:
     """This rank's shard of the Adam state, and the step that all ranks take together.
 
     Owns: all bucket states, the detector of external edits, slots, buffers and the executor.
-        Closing `resources` removes the model's hooks, ends the update thread and unpins memory. It
-        refers neither to this object nor to the model, so a finalizer may hold it.
+        Closing `resources` removes the model's hooks, ends the update thread and unpins memory.
+        `resources` does not refer to this object, nor to the model unless it is compiled, so a
+        `weakref.finalize` may hold it without keeping either alive.
     Lifecycle: `extend` for every set of parameters, `step` any number of times.
     """
 
@@ -102,7 +103,7 @@ class ShardedAdam:
             storage: where and how the state is stored.
             num_threads, on_device: see `plan_threads`.
             module: the model, to find parameters that the user replaces by other objects.
-            overlaps: run updates on a thread of their own, while `step` returns.
+            overlaps: run updates on the update thread; `step` returns before they have finished.
             takes_rows, streamed: see `GradientReduction`.
         """
         self.ranks = ranks
@@ -113,7 +114,7 @@ class ShardedAdam:
         self.overlaps = overlaps
         self._num_threads = num_threads
         self._on_device = on_device
-        self._places: list[tuple[int, int]] = []
+        self._places: list[tuple[int, int]] = []  # by parameter: its bucket, its position there
         self._frozen: list[Named] = []
         self._names: list[str] = []
         self._parameters: list[torch.nn.Parameter] = []
@@ -128,7 +129,8 @@ class ShardedAdam:
         self._updates: list[BucketUpdate] = []
 
         backend = storage.backend
-        # Not a bound method of this object: `resources` reaches it, see the class.
+        # Not a bound method: the executor in `resources` refers to `make_buffer` through the
+        # transfer, and `resources` must not refer to this object.
         make_buffer = partial(storage.make_buffer, self.arenas)
         self._rings = Rings(make_buffer)
         self.stream_waits = StreamWaits(ranks, backend.make_streams)
@@ -152,7 +154,7 @@ class ShardedAdam:
             backend.make_worker() if overlaps else None,
             ranks,
             self._background,
-            self.external_edits.arrived,
+            self.external_edits.after_update,
         )
         self.stream_waits.wait_for_update = self.executor.wait_for_update
         self.resources.callback(_release, self.executor, self.arenas)
@@ -183,8 +185,10 @@ class ShardedAdam:
         Raises:
             HostMemoryError: memory is short; the optimizer is unchanged.
         """
+        # Copies and updates in flight may use the slots and buffers that are allocated again below.
         self.executor.finish_copies(wait=True)
         self.executor.finish_updates()
+        # On one NUMA node it does not matter which thread touches a page first.
         touch = self._touch_host if spans_nodes() else None
         states, arena, buffer = build_states(
             new,
@@ -208,9 +212,9 @@ class ShardedAdam:
         self.tasks.reserve(all_states, schedule)
         self._rings.allocate()
         with PROGRESS.at("compilation", long_running=True):
-            hosted = [state for state in states if state.plan.location.is_host]
-            if hosted:
-                self._use_host_update().add_buckets(hosted)
+            on_host = [state for state in states if state.plan.location.is_host]
+            if on_host:
+                self._use_host_update().add_buckets(on_host)
         self.snapshot_lock.buffers.append(buffer.take(buffer.nbytes, torch.uint8))
         self._updates += [
             self._use_host_update() if state.plan.location.is_host else self._device_update
@@ -231,14 +235,14 @@ class ShardedAdam:
         self.external_edits.extend(new)
 
     def _use_host_update(self) -> HostUpdate:
-        """Return the host update; construct it for the first bucket on the host: it loads Numba."""
+        """Return the host update, constructed on the first call because it imports Numba."""
         if self._host_update is None:
             self._host_update = HostUpdate(self._num_threads, on_device=self._on_device)
             self.transfer.fold = self._host_update.fold
         return self._host_update
 
     def _touch_host(self, memory: torch.Tensor) -> None:
-        """Touch every page of a plane from the thread that will update it, for NUMA locality."""
+        """Write to each page of a plane from the kernel thread that will update it; see `Touch`."""
         host = self._use_host_update()
         self.executor.run_on_worker("first touch of memory", lambda: host.touch(memory))
 
@@ -269,10 +273,10 @@ class ShardedAdam:
     def hook_forward(
         self, module: torch.nn.Module, units: Sequence[torch.nn.Module] | None
     ) -> None:
-        """Put hooks on a model that let the forward of each unit wait for its own buckets.
+        """Put forward hooks on a model: each unit's forward waits for the unit's own buckets.
 
         Args:
-            units: None for the children of every ModuleList.
+            units: the modules that wait separately; None for the children of every ModuleList.
         """
         if self.forward_hooks is None:
             self.forward_hooks = ForwardHooks(module, self.executor, units)
@@ -288,9 +292,9 @@ class ShardedAdam:
         if self.forward_hooks is not None:
             self.forward_hooks.wait_for_all()
         self.executor.finish_updates()
-        # So far only the compute stream waits for H2D copies and all-gathers. The host waits too:
-        # the copies read state that the host may write from now on, and a CUDA graph cannot capture
-        # a wait for work that was issued before its capture.
+        # So far only the compute stream waits for H2D copies and all-gathers. The host must wait
+        # too, for two reasons. The copies read state that the host may write from now on. And a
+        # CUDA graph cannot capture a wait for work that was issued before its capture.
         self.stream_waits.block_until_over(Operation.COPY_H2D)
         self.stream_waits.block_until_over(Operation.GATHER)
         self.executor.forget_streams()
@@ -320,9 +324,9 @@ class ShardedAdam:
         return self.states[bucket], position
 
     def step(self, inputs: StepInputs) -> StepReport:
-        """Reduce, agree, then skip or update.
+        """Reduce the gradients, agree with the other ranks, then skip or update. Collective.
 
-        Updates may still run when this returns; the next forward waits for them. Collective.
+        Updates may still run when this returns; the next forward waits for them.
 
         Raises:
             PeerError: another rank raised an error in this step.
@@ -332,14 +336,16 @@ class ShardedAdam:
         PROGRESS.begin_step(self.num_steps + 1)
         if self.forward_hooks is not None:
             self.forward_hooks.step_begins()
-        # 0. Updates of the previous step still read the gradient shards that this step writes.
+        # 0. Wait for the updates of the previous step: they read the gradient shards that this step
+        # writes.
         with span("wait previous"):
             self.executor.finish_updates()
+        # These are the times of the previous step's updates, complete only after the wait above.
         background = self._background.take()
-        # 1. Bring every gradient to its shard. An error is carried to the agreement, not raised:
-        # other ranks may already wait in the next collective.
+        # 1. Finish the reduction of every bucket's gradients. An error is passed to the agreement,
+        # not raised: other ranks may already wait in the next collective.
         failure = self._reduce(inputs, stopwatch)
-        # 2. One all-reduce of what each rank found in its gradients and parameters.
+        # 2. Agree: one all-reduce of what each rank found in its gradients and parameters.
         agreement, changed = self._agree(inputs, failure, stopwatch)
         # 3. Decide from the agreement alone, so that all ranks decide the same.
         decision = decide(agreement, inputs.max_norm, inputs.factor)
@@ -378,7 +384,7 @@ class ShardedAdam:
         active = agreement.present_counts.numpy() > 0
         with span("edits"):
             self.external_edits.sync(changed)
-        # Before the updates write: `bump_versions` says why.
+        # Before the updates write to the parameters; `bump_versions` explains why.
         self.external_edits.bump_versions(active)
         update_inputs = UpdateInputs(
             active, inputs.hyperparameters, decision.gradient_scale, inputs.step, inputs.lazy
@@ -391,8 +397,8 @@ class ShardedAdam:
         self.reduction.reset()
         if self.forward_hooks is not None:
             self.forward_hooks.step_ended()
-        if self.ranks.rank == 0:
-            self._absence.see(agreement.present_counts)
+        if self.ranks.rank == 0:  # the counts are the same on all ranks: one warning is enough
+            self._absence.record(agreement.present_counts)
         self.num_steps += 1
 
     def total_norm(self, inputs: StepInputs) -> float:
@@ -417,9 +423,9 @@ class ShardedAdam:
         self._agree(inputs, self._reduce(inputs, stopwatch), stopwatch)
         squares = np.zeros(len(self._parameters))
 
-        def add_dense(*, hosted: bool) -> None:  # hosted: buckets with state on the host
+        def add_dense(*, on_host: bool) -> None:
             for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
-                if state.plan.location.is_host is hosted:
+                if state.plan.location.is_host is on_host:
                     update = self._updates[state.layout.index]
                     found = update.squares_by_position(state, gradients)
                     squares[state.indices] += found
@@ -427,8 +433,8 @@ class ShardedAdam:
         # Rank 0 alone counts gradients that every rank holds whole: those of replicated state, and
         # sparse ones.
         if self.ranks.rank == 0 or self.is_sharded:
-            add_dense(hosted=False)
-            self.executor.run_on_worker("norms", lambda: add_dense(hosted=True))
+            add_dense(on_host=False)
+            self.executor.run_on_worker("norms", lambda: add_dense(on_host=True))
         if self.ranks.rank == 0:
             for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
                 for position, square in gradients.rows_squares().items():
@@ -437,9 +443,9 @@ class ShardedAdam:
         return np.sqrt(squares)
 
     def _reduce(self, inputs: StepInputs, stopwatch: Stopwatch) -> Exception | None:
-        """Bring all gradients to their shards, and return this rank's first error.
+        """Finish the reduction of all gradients, and return this rank's first error.
 
-        The caller raises the error after the agreement has told the other ranks.
+        The caller raises the error after the agreement has reported it to the other ranks.
         """
         if not self.reduction.streams:
             # `.grad` still holds every gradient. The user may have modified it since
@@ -462,12 +468,14 @@ class ShardedAdam:
         found = self._find(inputs, failure, stopwatch)
         agreement = self._exchange(inputs, found, stopwatch)
         if agreement.late and not agreement.failed_ranks:
+            # On some rank the user set a `.grad` after its bucket was reduced. Reduce all buckets
+            # again, with these gradients added, and repeat the agreement.
             with stopwatch.span("reduce"):
                 failure = self.reduction.take_late_gradients()
             found = self._find(inputs, failure, stopwatch)
             agreement = self._exchange(inputs, found, stopwatch)
         if found.failure is not None:
-            # Only now: the agreement has told the other ranks, which raise a PeerError.
+            # Only now, because the agreement has reported it: the other ranks raise a PeerError.
             raise found.failure
         changed = found.changed
         if agreement.unseen and not agreement.failed_ranks:
@@ -533,20 +541,26 @@ class ShardedAdam:
     def _share_unseen(
         self, agreement: Agreement, changed: list[int], unseen: list[int]
     ) -> tuple[Agreement, list[int]]:
-        """Add the parameters whose edits any rank found without a version counter. Collective.
+        """Share the edits that a rank found without a version counter. Collective.
+
+        Args:
+            changed, unseen: this rank's; see `_LocalFindings`.
 
         Returns:
-            The agreement with checksums of these edits, and the indices of all edited parameters.
+            The agreement with checksums of all edits, and the indices of the edited parameters.
         """
         flags = torch.zeros(len(self._parameters), dtype=torch.bool, device="cpu")
+        # Some rank found such an edit. If this rank found none in its sample, it now compares all
+        # elements.
         flags[unseen or self.external_edits.all_unseen(changed)] = True
         flags = flags_on_any_rank(self.ranks, flags)
         unseen = torch.nonzero(flags).flatten().tolist()
         self.external_edits.report_unseen([self._names[index] for index in unseen])
         changed = sorted({*changed, *unseen})
         if self.ranks.world_size > 1:
-            # A rank compares only its shard with the master weights, but holds whole parameters: an
-            # edit that another rank found is in this rank's checksum too.
+            # Each rank compares only its own shard with the masters, so ranks may find different
+            # parameters. But each rank holds whole parameters, so all of them can compute the
+            # checksum of every parameter that any rank found.
             checksum = self.external_edits.checksum(changed)
             own = torch.tensor([checksum], dtype=torch.int64, device="cpu")
             gathered = self.ranks.all_gather(own)
@@ -557,11 +571,11 @@ class ShardedAdam:
         """Raise an error for gradients of a forward that did not wait for its parameters."""
         if self.forward_hooks is not None:
             given = zip(self.states, self.reduction.gradients, strict=True)
-            brought = [state.layout.index for state, gradients in given if gradients.present.any()]
-            self.forward_hooks.check(brought, lambda number: self.states[number].names[0])
+            with_gradient = [s.layout.index for s, gradients in given if gradients.present.any()]
+            self.forward_hooks.check(with_gradient, lambda number: self.states[number].names[0])
 
     def _sum_of_squares(self) -> float:
-        """Return this rank's part of the sum; not finite if one of its gradients is not.
+        """Return this rank's part of the global sum; not finite if one of its gradients is not.
 
         Rank 0 alone counts the gradients that every rank holds whole: sparse gradients, and all
         gradients if the state is replicated.
@@ -591,21 +605,21 @@ class ShardedAdam:
 
 def _release(executor: Executor, arenas: Sequence[HostArena]) -> None:
     """End the executor, then unpin and drop the arenas that its updates used."""
-    has_ended = False  # also if `close` is interrupted
+    has_ended = False  # stays False if `close` is interrupted
     try:
         has_ended = executor.close()
     finally:
         if has_ended:
             close_all(arenas)
         else:
-            # The running update would write to memory that others may have mapped by then, and the
-            # device would copy from memory that is no longer pinned.
+            # Do not free the arenas: the running update would write to addresses that other code
+            # may have mapped by then, and the device would copy from memory that is not pinned.
             leave_all(arenas)
             logger.error(
                 "An update was still running when its optimizer was dropped. %s of its host memory "
                 "stay allocated, %s of them pinned, until the process ends. Look for an earlier "
-                "error of this or another rank, and call close() on the optimizer when you have "
-                "finished with it.",
+                "error on this or another rank, and call close() on an optimizer that you no "
+                "longer need.",
                 format_nbytes(sum(arena.nbytes for arena in arenas)),
                 format_nbytes(sum(arena.pinned_nbytes for arena in arenas)),
             )

@@ -23,11 +23,11 @@ from offload_adam.transfer.slots import Rings
 from offload_adam.transfer.stream_waits import StreamWaits
 
 BucketUpdate = HostUpdate | DeviceUpdate
-"""Sums squares and updates a bucket, by where the bucket's state is."""
+"""Norm and update of a bucket: `HostUpdate` for state in host memory, else `DeviceUpdate`."""
 
 
 class UpdateTasks:
-    """Runs single tasks; the executor decides when, and on which thread.
+    """Runs the tasks of one bucket; the executor decides when, and on which thread.
 
     Args:
         states, updates: one for each bucket; these lists grow with `add_param_group`.

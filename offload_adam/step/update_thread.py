@@ -10,7 +10,7 @@ from collections.abc import Callable
 _NAME = "offload_adam update"
 
 CLOSE_TIMEOUT_S = 30.0
-"""Seconds that `close` waits for running jobs, as when an optimizer is dropped or at exit."""
+"""Seconds that `close` waits for unfinished jobs, when an optimizer is dropped or at exit."""
 
 
 class Ticket:
@@ -51,7 +51,7 @@ class _Jobs:
     """
 
     def __init__(self) -> None:
-        # Needs no limit of its own. The updates of a step end before those of the next begin, and
+        # No limit is needed here. The updates of a step end before those of the next begin, and
         # `Executor.start_copy` and `_bound_backlog` limit the unfinished gradient copies.
         self.waiting: deque[tuple[Callable[[], None], Ticket]] = deque()
         self.changed = threading.Condition()
@@ -90,6 +90,7 @@ class UpdateThread:
         """
         ticket = Ticket(what)
         if self._thread is None:
+            # Daemon: a job that hangs must not keep the interpreter from exiting.
             self._thread = threading.Thread(
                 target=_run, args=(self._jobs,), name=_NAME, daemon=True
             )
@@ -133,4 +134,5 @@ def _run(jobs: _Jobs) -> None:
                 error.add_note(f"raised on the update thread, in {ticket.what}")
                 jobs.failure = error
         ticket._end(jobs.failure)
-        del found, job, ticket  # else the optimizer would stay alive until the next job
+        # These locals refer to the optimizer, and would keep it alive until the next job.
+        del found, job, ticket

@@ -90,16 +90,17 @@ class Rings:
         bucket (one key, two slots)   0  1  2  3  4
         slot                          0  1  0  1  0
 
-    Owns: host slots for H2D copies in the parameters' own 16-bit dtypes, and slots on devices.
+    Owns: staging slots on the host, for H2D copies of parameters in their own dtype; and reduction
+        slots on devices, for gradients.
     Lifecycle: reserve a slot for every bucket, then call `allocate` while no copy or reduction is
         in flight. Nothing is allocated later.
     """
 
     def __init__(self, make_arena: Callable[[int], HostArena]) -> None:
-        """Create a ring set without slots.
+        """Construct rings without slots.
 
         Args:
-            make_arena: allocates that many bytes of host memory, pinned if pinning is configured.
+            make_arena: allocates this many bytes of host memory, pinned if pinning is configured.
         """
         self._make_arena = make_arena
         self._arenas: dict[str, HostArena] = {}

@@ -11,8 +11,8 @@ from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.schedule import Lane, Operation, Schedule, Task, plan_schedule
 from offload_adam.transfer.streams import Event, Streams
 
-# Pauses between queries of an event. The first is short against a bucket's copy, so that an update
-# starts without delay; they double so that a long wait leaves the core to the kernels.
+# Pauses between queries of an event. The first is much shorter than a bucket's copy, so that an
+# update starts without delay. They double, so that a long wait leaves the core to the kernels.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2e-5, 1e-3
 
 

@@ -145,12 +145,12 @@ Stream = TypeVar("Stream", bound=Hashable)
 class DeviceStreams(ABC, Generic[Stream]):
     """The lanes of one device, and the tensors in flight on them.
 
-    CUDA's caching allocator orders the reuse of memory on the stream that allocated it only. So a
-    tensor that is used on another stream is held here until an event after that use. The first
-    `record` after the event frees it, sooner than `Tensor.record_stream` would.
+    CUDA's caching allocator orders the reuse of memory only on the stream that allocated it. So a
+    tensor that is used on another stream is held here until an event after that use has happened.
+    The first `record` after that drops it, sooner than `Tensor.record_stream` would free it.
 
-    Work on COMPUTE runs in the order in which it is issued, also if the model changes its current
-    stream: the new stream waits for the previous one.
+    Work on COMPUTE runs in the order in which it is issued. If the model changes its current
+    stream, the new stream waits for the previous one.
 
     Owns: every tensor in flight.
     """
@@ -193,7 +193,7 @@ class DeviceStreams(ABC, Generic[Stream]):
 
     def record(self, lane: Lane, *, on: Hashable = None) -> Event:
         """Record an event, and release the tensors whose events have happened."""
-        if on is not None:
+        if on is not None:  # a stream that is not the current one: COMPUTE has several
             self._has_several = True
             return self._record_on(on)  # type: ignore[arg-type]
         stream = self._enter(lane)

@@ -171,7 +171,7 @@ def test_a_write_through_data_on_one_rank_is_refused_and_can_be_mended(
 ) -> None:
     for outcome, equal in ranks.run(change_data_on_one, world_size, odd):
         assert outcome.error == "RankDisagreementError"
-        assert f"modified outside the optimizer on rank(s) [{odd}] unlike on" in outcome.message
+        assert f"outside the optimizer on rank(s) [{odd}] differently than on" in outcome.message
         assert "'w1'" in outcome.message
         assert equal
 

@@ -1,4 +1,4 @@
-"""The simulated machine as what an optimizer runs on: streams, collectives, a worker."""
+"""A backend for the optimizer on the simulated machine: streams, collectives and a worker."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.simulation.memory import poison
 
 
 class SimulatedStreams(DeviceStreams[Stream]):
-    """The lanes of the machine's device: those of a GPU, but for what a stream and an event are."""
+    """The lanes of the machine's device: the code for GPUs, with simulated streams and events."""
 
     def __init__(self, machine: Machine) -> None:
         super().__init__({lane: lane for lane in LANES if lane is not Lane.COMPUTE})
@@ -42,7 +42,7 @@ class SimulatedStreams(DeviceStreams[Stream]):
         reads: Iterable[torch.Tensor],
         writes: Iterable[torch.Tensor],
     ) -> None:
-        """Queue it, under the name of the task that has last begun on this thread."""
+        """Queue the action, under the name of the task that this thread began last."""
         self._machine.launch(stream, action, self._machine.task, reads=reads, writes=writes)
 
     def _record_on(self, stream: Stream) -> Event:
@@ -167,12 +167,12 @@ class SimulatedJob:
         self._worker = worker
 
     def is_over(self) -> bool:
-        """Tell whether it has ended."""
+        """Return whether the job has ended."""
         self._worker.machine.elapse()
         return self.ended is not None
 
     def wait(self, timeout_s: float) -> bool:
-        """Run jobs up to this one if there is time; raise what a job has raised."""
+        """Run jobs up to this one, none with a timeout of 0; raise the error of a job."""
         while timeout_s > 0.0 and self.ended is None:
             assert self._worker.run_next()
         if self.ended is None:
@@ -184,13 +184,13 @@ class SimulatedJob:
 
 
 class SimulatedWorker:
-    """Runs jobs as the update thread: when somebody waits for them, or at drawn moments before."""
+    """Runs jobs as the update thread: at random times, or at last when a caller waits for them."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.failure: BaseException | None = None
         self._waiting: deque[SimulatedJob] = deque()
-        machine.beside = self.run_next
+        machine.run_update_job = self.run_next
 
     def submit(self, what: str, job: Callable[[], None]) -> SimulatedJob:
         """Queue a job."""
@@ -200,7 +200,7 @@ class SimulatedWorker:
         return given
 
     def run_next(self) -> bool:
-        """Run one job; tell whether there was any. Jobs are not interrupted by others."""
+        """Run one job; return whether there was any. One job does not interrupt another."""
         if not self._waiting or self.machine.thread == UPDATE:
             return False
         job = self._waiting.popleft()
@@ -221,7 +221,7 @@ class SimulatedWorker:
         return True
 
     def close(self) -> bool:
-        """Do what was given."""
+        """Run all jobs."""
         while self.run_next():
             pass
         return True

@@ -119,7 +119,7 @@ _RANGES: dict[str, st.SearchStrategy[Any]] = {
     "on_device": st.sampled_from([True, True, True, False]),
     "overlaps": st.sampled_from([True, True, True, False]),
     "pin": st.sampled_from(["all", "staging", "none"]),
-    # A slot or two, and mostly a bucket for each parameter, so that slots change hands.
+    # Mostly one bucket per parameter, and one or two slots, so that buckets reuse slots.
     "bucket_nbytes": st.sampled_from([100, 100, 100, 1200]),
     "num_reduce_slots": st.sampled_from([2, 1]),
     "num_staging_slots": st.sampled_from([2, 1]),
@@ -135,11 +135,11 @@ _RANGES: dict[str, st.SearchStrategy[Any]] = {
 def cases(
     draw: st.DrawFn, /, *, dtype: str | None = None, world_size: int | None = None, **fixed: Any
 ) -> Case:
-    """Draw what is not given.
+    """Draw a case at random.
 
     Args:
         dtype: a name of `MIXTURES`.
-        fixed: fields of the case.
+        world_size, fixed: fields of the case that are not drawn.
     """
     names = MIXTURES[dtype or draw(st.sampled_from(sorted(MIXTURES)))]
     parameters = st.tuples(_SIZES, st.sampled_from(names))
@@ -176,9 +176,10 @@ def _steps(draw: st.DrawFn, num_layers: int, accumulates: bool) -> Step:
 
 
 def simple_case(num_layers: int, dtype: str, *, bucket_nbytes: int = 100, **options: Any) -> Case:
-    """Return a case of layers of one parameter each, and one bucket where no more are allowed.
+    """Return a case of layers of one parameter each, by default one bucket per layer.
 
-    After two steps of all layers there is one of each alone, so that each is once the first.
+    After two steps that use all layers, each layer is used alone in one step, so that each bucket
+    is the first of a step once.
     """
     every = tuple(range(num_layers))
     uses = [every, every, *((layer,) for layer in every), every]

@@ -4,7 +4,7 @@ Work that is launched on a lane is queued and runs later, at a random virtual ti
 different random speeds, so copies and kernels end late and out of order. Host work takes a random
 virtual time.
 
-Beside that clock, a vector clock records the order that launches and waits guarantee. It does not
+In addition, a vector clock records the order that launches and waits guarantee. It does not
 depend on the random times, so it finds a missing wait even if the times hide it.
 """
 
@@ -96,7 +96,7 @@ class Machine:
         self.thread = TRAINING
         self.task = "construction"
         self.current_stream: Stream = Lane.COMPUTE
-        self.beside: Callable[[], bool] = lambda: False
+        self.run_update_job: Callable[[], bool] = lambda: False
         self._in_action = False
         self._host_pace = self.random.choice([0.0, 0.0, 0.1, 1.0, 10.0])
         self._queues: dict[Stream, _Queue] = {
@@ -179,7 +179,7 @@ class Machine:
             self.advance()
         self.now = max(self.now, until)
         if self.thread == TRAINING and self.random.random() < 0.2:
-            self.beside()
+            self.run_update_job()
 
     def advance(self) -> bool:
         """Run the work that ends first; return whether there was any."""

@@ -1,4 +1,4 @@
-"""What a run came to."""
+"""The outcome of a run: what the model read, and the state at the end."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ class Outcome:
     reads: the values that the model read; of a simulated run only.
     state: this rank's shard of the state at the end.
     reports: for each step, whether it was skipped, and its clip factor.
-    kept: the result if torch's operations update all state on the device; they round differently
-        from the kernels.
+    updated_on_device: the result if all state is on the device, where torch's operations update it
+        and round differently from the kernels; None if no state is there.
     """
 
     weights: list[list[torch.Tensor]] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
     state: dict[StateKey, torch.Tensor] = field(default_factory=dict)
     reports: list[tuple[bool, float]] = field(default_factory=list)
-    kept: Outcome | None = None
+    updated_on_device: Outcome | None = None
 
-    def with_kept(self, parameters: Collection[int]) -> Outcome:
+    def with_device_state(self, parameters: Collection[int]) -> Outcome:
         """Return the outcome if the state of these parameters is on the device."""
-        assert self.kept is not None
+        assert self.updated_on_device is not None
         weights = [
             [others[i] if i in parameters else own[i] for i in range(len(own))]
-            for own, others in zip(self.weights, self.kept.weights, strict=True)
+            for own, others in zip(self.weights, self.updated_on_device.weights, strict=True)
         ]
         state = {
-            key: (self.kept if key.parameter in parameters else self).state[key]
+            key: (self.updated_on_device if key.parameter in parameters else self).state[key]
             for key in self.state
         }
         return replace(self, weights=weights, state=state)

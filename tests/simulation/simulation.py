@@ -40,8 +40,8 @@ from tests.support.cuda_runtime import StandInRuntime
 class Mirrors(RankGroup):
     """One rank of a world whose other ranks do the same as this rank.
 
-    The other ranks' sums of squares are those of the reference run less this rank's. With numbers
-    of few bits this difference is exact.
+    The other ranks' sum of squares is the reference run's minus this rank's. All numbers have few
+    bits, so the difference is exact.
     """
 
     def __init__(self, case: Case, reference: Outcome) -> None:
@@ -129,12 +129,15 @@ class Simulation:
                 self.machine, on_device=case.on_device, two_streams=bool(case.side_layers)
             ),
         )
-        if reference.kept is not None:
+        if reference.updated_on_device is not None:
             states = {i: self.core.bucket_and_position(i)[0] for i in range(len(self.parameters))}
-            kept = {index for index, state in states.items() if not state.plan.location.is_host}
-            self._reference = reference.with_kept(kept)
+            on_device = {
+                index for index, state in states.items() if not state.plan.location.is_host
+            }
+            self._reference = reference.with_device_state(on_device)
         if case.on_device:
-            # On a device this is a D2H copy, which waits on COMPUTE. Here it would read at once.
+            # On a device, `find_unseen` reads parameters by a D2H copy, which waits for COMPUTE.
+            # Here it would read them before the simulated work on COMPUTE has run.
             self.core.external_edits.find_unseen = lambda changed: []  # type: ignore[method-assign]
         tasks = self.core.tasks
         tasks.updates = cast(Any, [WatchedUpdate(one, self.machine) for one in tasks.updates])
@@ -215,7 +218,7 @@ class Simulation:
 
     @contextmanager
     def both_streams(self) -> Iterator[None]:
-        """Make the side stream wait for the main one, and after the body the main one for both."""
+        """Fork to the side stream, and join it to the main stream after the body."""
         if self._case.side_layers:
             self.machine.wait(Side.COMPUTE, self.machine.record(Lane.COMPUTE))
         yield
@@ -245,7 +248,10 @@ class Simulation:
     # The peers.
 
     def fill(self, flat: torch.Tensor) -> Callable[[], None]:
-        """Return a function that fills in the reference's values and checks this rank's shard."""
+        """Return a function that simulates the all-gather of a bucket.
+
+        It fills in the reference's values and checks that this rank's shard has the same ones.
+        """
         state = next(state for state in self.core.states if state.flat is flat)
         low, high = state.layout.shard_bounds(state.rank)
         step = self._ranks.num_agreed
@@ -260,7 +266,7 @@ class Simulation:
             if not all(
                 torch.equal(sent[a : a + n], flat[low + a : low + a + n]) for a, n in segments
             ):
-                self.wrong.append(f"{task}: the peers were sent something else")
+                self.wrong.append(f"{task}: this rank sent other values than the reference's")
             flat[low:high] = sent
 
         return exchange
@@ -268,7 +274,7 @@ class Simulation:
 
 @cache
 def clean_reference_of(case: Case, num_seeds: int) -> Outcome:
-    """Return the reference of a case in which nothing is wrong at any of the seeds from 0 on."""
+    """Return the reference of a case, after checking that its runs with these seeds are correct."""
     reference = reference_of(case)
     for seed in range(num_seeds):
         assert Simulation(case, reference, seed).run() == [], f"at seed {seed}"

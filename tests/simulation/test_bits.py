@@ -1,4 +1,4 @@
-"""On a machine whose work ends late and out of order, the bits are those of the plain host."""
+"""On a machine whose work ends late and out of order, the bits are those of a sequential run."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from tests.simulation.waits import Kind, kinds_of
 
 NUM_EXAMPLES = 3
 NUM_REUSING = 2
-"""In how many of them, at least, a ring that there is has a slot for more than one bucket."""
+"""At least this many of the examples must have a ring in which buckets share a slot."""
 
 PLACES = list(product(("fp32", "bf16", "mixed"), ("all", "staging", "none"), (1, 2)))
 
 
 STAGING: Kind = (Operation.UPDATE, Operation.COPY_H2D)
 REDUCTION: Kind = (Operation.PACK, Operation.COPY_D2H)
-BESIDE: dict[str, dict[str, Any]] = {
+OTHER_OPTIONS: dict[str, dict[str, Any]] = {
     "fp16": {"dtype": "fp16"},
     "host": {"on_device": False},
     "sequential": {"overlaps": False},
-    "kept": {"offload_fraction": 0.0},
+    "device state": {"offload_fraction": 0.0},
 }
 
 
-def run_beside_the_reference(case: Case, seed: int) -> set[Kind]:
-    """Return which rings changed hands, by the waits for it, in a step that was taken."""
+def run_and_compare(case: Case, seed: int) -> set[Kind]:
+    """Run a case and check it; return the rings in which buckets shared slots, by their waits."""
     simulation = Simulation(case, reference_of(case), seed)
     assert simulation.run() == []
-    # Who reads nothing finds nothing.
+    # The comparison is worthless unless every parameter was read after the last step.
     read = {(step, index) for step, index, _ in simulation.outcome.reads}
     assert {(len(case.steps), index) for index in range(len(case.parameters))} <= read
     if not any(step.uses_all_of(case) and step.non_finite is None for step in case.steps):
@@ -48,15 +48,15 @@ def run_beside_the_reference(case: Case, seed: int) -> set[Kind]:
 
 
 def run_some(number: int, **fixed: Any) -> Counter[Kind]:
-    """Run cases that depend on `number`; return how many of them made which rings change hands."""
+    """Run cases drawn with seed `number`; count those in which buckets shared slots, by ring."""
     rings: Counter[Kind] = Counter()
 
-    # To make what fails simpler takes minutes: that is left to the test of many runs.
+    # No shrinking, which takes minutes; the slow test below shrinks failing cases.
     @drawn_from(number)
     @settings(max_examples=NUM_EXAMPLES, database=None, phases=[Phase.generate])
     @given(case=cases(**fixed), seed=st.integers(0, 1 << 30))
     def run(case: Case, seed: int) -> None:
-        rings.update(run_beside_the_reference(case, seed))
+        rings.update(run_and_compare(case, seed))
 
     run()
     return rings
@@ -71,9 +71,9 @@ def test_the_bits_are_those_of_the_sequential_host(dtype: str, pin: Pin, world_s
     assert rings[REDUCTION] >= (NUM_REUSING if world_size > 1 and pin == "all" else 0)
 
 
-@pytest.mark.parametrize("name", BESIDE)
-def test_the_bits_of_other_ways_are_those_of_the_sequential_host(name: str) -> None:
-    run_some(0, **({"dtype": "mixed", "on_device": True, "overlaps": True} | BESIDE[name]))
+@pytest.mark.parametrize("name", OTHER_OPTIONS)
+def test_the_bits_of_other_options_are_those_of_the_sequential_host(name: str) -> None:
+    run_some(0, **({"dtype": "mixed", "on_device": True, "overlaps": True} | OTHER_OPTIONS[name]))
 
 
 @pytest.mark.slow
@@ -81,15 +81,15 @@ def test_the_bits_of_other_ways_are_those_of_the_sequential_host(name: str) -> N
 @settings(max_examples=500)
 @given(case=cases(), seed=st.integers(0, 1 << 30))
 def test_the_bits_are_those_of_the_sequential_host_in_many_runs(case: Case, seed: int) -> None:
-    run_beside_the_reference(case, seed)
+    run_and_compare(case, seed)
 
 
 @pytest.mark.parametrize("overlaps", [True, False])
-def test_a_slot_serves_the_bucket_that_had_it_last_while_others_are_passed_by(
+def test_a_slot_is_reused_across_steps_that_skip_buckets(
     overlaps: bool,
 ) -> None:
     every = (0, 1, 2, 3, 4, 5)
-    # In the second step, the slot of layer 0 comes to layer 4 by way of layer 2, which is not used.
+    # Layers 0, 2 and 4 share a slot. The second step skips layer 2, so layer 4 follows layer 0.
     rounds = [every, (0, 4, 5), (0, 5), every]
     case = Case(
         layers=tuple(((300, "bf16"),) for _ in every),
@@ -103,7 +103,7 @@ def test_a_slot_serves_the_bucket_that_had_it_last_while_others_are_passed_by(
         assert Simulation(case, reference, seed).run() == []
 
 
-def test_without_overlap_slots_are_emptied_while_backward_goes_on() -> None:
+def test_without_overlap_slots_are_reused_during_backward() -> None:
     every = tuple(range(12))
     case = Case(
         layers=tuple(((300, "bf16"),) for _ in every),
@@ -121,7 +121,7 @@ def test_without_overlap_slots_are_emptied_while_backward_goes_on() -> None:
 
 
 @pytest.mark.parametrize("overlaps", [True, False])
-def test_kinds_that_are_reduced_in_one_dtype_share_no_slot(overlaps: bool) -> None:
+def test_bucket_keys_with_one_reduce_dtype_share_no_slot(overlaps: bool) -> None:
     layers = tuple(((300, name),) for name in ("bf16", "fp32", "fp16") * 3)
     every = tuple(range(len(layers)))
     case = Case(
@@ -140,7 +140,7 @@ def test_kinds_that_are_reduced_in_one_dtype_share_no_slot(overlaps: bool) -> No
 
 @pytest.mark.parametrize("overlaps", [True, False])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_what_the_device_updates_is_gathered_after_its_update(
+def test_parameters_are_gathered_after_their_update_on_the_device(
     world_size: int, overlaps: bool
 ) -> None:
     case = simple_case(4, "bf16", world_size=world_size, offload_fraction=0.5, overlaps=overlaps)
@@ -152,7 +152,7 @@ def test_what_the_device_updates_is_gathered_after_its_update(
 
 
 @pytest.mark.parametrize("overlaps", [True, False])
-def test_fp32_parameters_go_up_through_slots_where_state_is_not_pinned(overlaps: bool) -> None:
+def test_fp32_parameters_without_pinned_state_use_staging_slots(overlaps: bool) -> None:
     every = tuple(range(5))
     case = Case(
         layers=tuple(((300, "fp32"),) for _ in every),

@@ -1,4 +1,4 @@
-"""Errors of order that are more than one wait too few are found as well."""
+"""The simulation also finds ordering bugs other than one missing wait of the schedule."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from tests.simulation.simulation import Simulation, clean_reference_of
 NUM_SEEDS = 6
 
 ALONE = simple_case(4, "bf16")
-ALONE_FP32 = simple_case(4, "fp32")  # copied to the device from the master weights themselves
+ALONE_FP32 = simple_case(4, "fp32")  # H2D copies read the master weights themselves
 TWO = simple_case(4, "bf16", world_size=2, rank=1)
-KEPT = simple_case(4, "bf16", world_size=2, offload_fraction=0.0)
+DEVICE_STATE = simple_case(4, "bf16", world_size=2, offload_fraction=0.0)
 POOLED = simple_case(4, "bf16", world_size=2, pin="staging")
-# Buckets of two layers that run on two streams.
+# Each bucket has two layers, which run on two streams.
 SIDE_LAYERS = (0, 2, 4)
-BESIDE = simple_case(6, "bf16", bucket_nbytes=1600, side_layers=SIDE_LAYERS)
-BESIDE_TWO = simple_case(6, "bf16", bucket_nbytes=1600, side_layers=SIDE_LAYERS, world_size=2)
-BESIDE_KEPT = simple_case(
+SIDE = simple_case(6, "bf16", bucket_nbytes=1600, side_layers=SIDE_LAYERS)
+SIDE_TWO = simple_case(6, "bf16", bucket_nbytes=1600, side_layers=SIDE_LAYERS, world_size=2)
+SIDE_DEVICE_STATE = simple_case(
     6, "bf16", bucket_nbytes=1600, side_layers=SIDE_LAYERS, world_size=2, offload_fraction=0.0
 )
-# Without a bucket between, none but the copy itself says that a slot is free.
-PASSED_BY = Case(
+# The second step skips the buckets between 0 and 5: only an event for skipped buckets tells when
+# their slots are free.
+SKIPS_BUCKETS = Case(
     layers=tuple(((300, "bf16"),) for _ in range(6)),
     steps=(Step(((0, 4, 5),), False, None, False), Step(((0, 5),), False, None, False)),
     bucket_nbytes=100,
@@ -52,25 +53,25 @@ def one_reduction_slot_for_all(simulation: Simulation, patch: Patch) -> None:
 
 def pooled_slot_released_before_its_copy(simulation: Simulation, patch: Patch) -> None:
     transfer = simulation.core.transfer
-    start = transfer.start_copy
+    start = transfer.start_direct_copy
 
     def hasty(gradient_copy: Any) -> None:
         start(gradient_copy)
         transfer.slots.release(gradient_copy.pooled_slot)
         gradient_copy.pooled_slot = None
 
-    patch.setattr(transfer, "start_copy", hasty)
+    patch.setattr(transfer, "start_direct_copy", hasty)
 
 
-def slot_kept_by_nobody_where_buckets_are_passed_by(simulation: Simulation, patch: Patch) -> None:
+def skipped_bucket_without_an_event(simulation: Simulation, patch: Patch) -> None:
     patch.setattr(simulation.core.tasks, "skip_copy_h2d", lambda number: None)
 
 
 def gather_before_its_copy_h2d(simulation: Simulation, patch: Patch) -> None:
-    _begin_nothing_of(simulation, patch, Operation.GATHER)
+    _skip_waits_of(simulation, patch, Operation.GATHER)
 
 
-def _begin_nothing_of(simulation: Simulation, patch: Patch, skipped: Operation) -> None:
+def _skip_waits_of(simulation: Simulation, patch: Patch, skipped: Operation) -> None:
     stream_waits = simulation.core.stream_waits
     begin = stream_waits.wait_before
 
@@ -81,7 +82,7 @@ def _begin_nothing_of(simulation: Simulation, patch: Patch, skipped: Operation) 
     patch.setattr(stream_waits, "wait_before", hasty)
 
 
-def copy_d2h_without_an_edge_from_compute(simulation: Simulation, patch: Patch) -> None:
+def copy_d2h_that_does_not_wait_for_compute(simulation: Simulation, patch: Patch) -> None:
     stream_waits = simulation.core.stream_waits
     start = simulation.machine.record(Lane.COMPUTE)
 
@@ -95,7 +96,7 @@ def copy_d2h_without_an_edge_from_compute(simulation: Simulation, patch: Patch) 
     patch.setattr(stream_waits, "record", early)
 
 
-def update_that_nobody_waits_for(simulation: Simulation, patch: Patch) -> None:
+def update_without_a_wait(simulation: Simulation, patch: Patch) -> None:
     stream_waits = simulation.core.stream_waits
     patch.setattr(stream_waits, "wait_for_update", lambda task: None)
 
@@ -112,7 +113,7 @@ def release_at_the_end_of_backward(simulation: Simulation, patch: Patch) -> None
     patch.setattr(tasks, "record_last_read", lambda: None)
 
 
-def look_ahead_to_an_update_that_is_not_over(simulation: Simulation, patch: Patch) -> None:
+def gather_ahead_of_an_unfinished_update(simulation: Simulation, patch: Patch) -> None:
     executor = simulation.core.executor
     stream_waits = simulation.core.stream_waits
 
@@ -125,7 +126,7 @@ def look_ahead_to_an_update_that_is_not_over(simulation: Simulation, patch: Patc
     patch.setattr(executor, "_gather_ahead", hasty)
 
 
-def backward_begun_before_all_is_settled(simulation: Simulation, patch: Patch) -> None:
+def backward_that_does_not_wait_for_updates(simulation: Simulation, patch: Patch) -> None:
     reduction = simulation.core.reduction
     ready = reduction.gradients_ready
 
@@ -136,19 +137,19 @@ def backward_begun_before_all_is_settled(simulation: Simulation, patch: Patch) -
     patch.setattr(reduction, "gradients_ready", hasty)
 
 
-def step_begun_before_all_is_settled(simulation: Simulation, patch: Patch) -> None:
-    backward_begun_before_all_is_settled(simulation, patch)
+def step_that_does_not_wait_for_updates(simulation: Simulation, patch: Patch) -> None:
+    backward_that_does_not_wait_for_updates(simulation, patch)
     patch.setattr(simulation.core.executor, "finish_updates", lambda: None)
 
 
-def gradients_of_one_stream_alone_waited_for(simulation: Simulation, patch: Patch) -> None:
+def gradients_of_other_streams_not_waited_for(simulation: Simulation, patch: Patch) -> None:
     patch.setattr(simulation.core.stream_waits, "wait_for_gradients", lambda *_: None)
 
 
 def gradients_freed_to_another_stream_before_they_are_read(
     simulation: Simulation, patch: Patch
 ) -> None:
-    # A property of the class: what the instance notes then has no effect.
+    # A property of the class, so that an assignment to the instance has no effect.
     never = property(lambda self: False, lambda self, value: None)
     patch.setattr(SimulatedStreams, "_has_several", never, raising=False)
 
@@ -161,7 +162,7 @@ def slot_used_by_two_streams_at_once(simulation: Simulation, patch: Patch) -> No
     )
 
 
-def parameters_waited_for_by_one_stream_alone(simulation: Simulation, patch: Patch) -> None:
+def parameters_not_waited_for_on_other_streams(simulation: Simulation, patch: Patch) -> None:
     patch.setattr(simulation.core.executor, "_wait_on_other_streams", lambda buckets: None)
 
 
@@ -173,20 +174,20 @@ BUGS: list[tuple[Callable[[Simulation, Patch], None], Case]] = [
     (one_staging_slot_for_all, ALONE),
     (one_reduction_slot_for_all, TWO),
     (pooled_slot_released_before_its_copy, POOLED),
-    (slot_kept_by_nobody_where_buckets_are_passed_by, PASSED_BY),
+    (skipped_bucket_without_an_event, SKIPS_BUCKETS),
     (gather_before_its_copy_h2d, TWO),
-    (copy_d2h_without_an_edge_from_compute, ALONE),
-    (update_that_nobody_waits_for, TWO),
-    (update_that_nobody_waits_for, ALONE),
+    (copy_d2h_that_does_not_wait_for_compute, ALONE),
+    (update_without_a_wait, TWO),
+    (update_without_a_wait, ALONE),
     (release_at_the_end_of_backward, ALONE),
-    (look_ahead_to_an_update_that_is_not_over, TWO),
-    (backward_begun_before_all_is_settled, TWO),
-    (step_begun_before_all_is_settled, ALONE),
-    (gradients_of_one_stream_alone_waited_for, BESIDE),
-    (gradients_of_one_stream_alone_waited_for, BESIDE_TWO),
-    (gradients_freed_to_another_stream_before_they_are_read, BESIDE_KEPT),
-    (slot_used_by_two_streams_at_once, replace(BESIDE_KEPT, bucket_nbytes=100)),
-    (parameters_waited_for_by_one_stream_alone, BESIDE),
+    (gather_ahead_of_an_unfinished_update, TWO),
+    (backward_that_does_not_wait_for_updates, TWO),
+    (step_that_does_not_wait_for_updates, ALONE),
+    (gradients_of_other_streams_not_waited_for, SIDE),
+    (gradients_of_other_streams_not_waited_for, SIDE_TWO),
+    (gradients_freed_to_another_stream_before_they_are_read, SIDE_DEVICE_STATE),
+    (slot_used_by_two_streams_at_once, replace(SIDE_DEVICE_STATE, bucket_nbytes=100)),
+    (parameters_not_waited_for_on_other_streams, SIDE),
     (load_while_copies_read_the_state, ALONE_FP32),
 ]
 
@@ -203,7 +204,7 @@ def test_a_bug_is_found(bug: Callable[[Simulation, Patch], None], case: Case) ->
     assert num_found >= NUM_SEEDS // 2
 
 
-def gathers_in_the_order_of_need(simulation: Simulation, patch: Patch) -> None:
+def gathers_of_needed_buckets_first(simulation: Simulation, patch: Patch) -> None:
     executor = simulation.core.executor
     wait = executor.wait_for_buckets
 
@@ -225,13 +226,13 @@ def updates_in_backward_order(simulation: Simulation, patch: Patch) -> None:
 @pytest.mark.parametrize(
     ("bug", "case"),
     [
-        (gathers_in_the_order_of_need, TWO),
+        (gathers_of_needed_buckets_first, TWO),
         (updates_in_backward_order, ALONE),
-        (updates_in_backward_order, KEPT),
+        (updates_in_backward_order, DEVICE_STATE),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_an_order_that_is_not_that_of_the_schedule_is_found(
+def test_a_wrong_order_of_tasks_is_found(
     bug: Callable[[Simulation, Patch], None], case: Case
 ) -> None:
     reference = clean_reference_of(case, NUM_SEEDS)
@@ -243,12 +244,12 @@ def test_an_order_that_is_not_that_of_the_schedule_is_found(
 
 
 @pytest.mark.parametrize("case", [ALONE, TWO], ids=["alone", "two"])
-def test_without_a_vector_clock_the_bits_tell_of_a_bug(case: Case) -> None:
+def test_a_bug_shows_in_the_bits_too(case: Case) -> None:
     reference = clean_reference_of(case, NUM_SEEDS)
-    assert any(_bits_tell(Simulation(case, reference, seed)) for seed in range(NUM_SEEDS))
+    assert any(_bits_differ(Simulation(case, reference, seed)) for seed in range(NUM_SEEDS))
 
 
-def _bits_tell(simulation: Simulation) -> bool:
+def _bits_differ(simulation: Simulation) -> bool:
     with pytest.MonkeyPatch.context() as patch:
         one_staging_slot_for_all(simulation, patch)
         return any("read" in text or "sent" in text for text in simulation.run())

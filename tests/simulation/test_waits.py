@@ -1,4 +1,4 @@
-"""Every wait of a schedule is needed: without any one of them, something unordered is found."""
+"""Every wait of a schedule is needed: if any one is removed, the simulation finds a race."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ ON_DEVICE = {
     "through a buffer": simple_case(3, "bf16", world_size=2, pin="staging"),
     "alone through a buffer": simple_case(3, "bf16", pin="staging"),
     "fp32 staging": simple_case(4, "fp32", pin="staging"),
-    "half kept": simple_case(4, "bf16", offload_fraction=0.5),
-    "kept": simple_case(3, "bf16", world_size=2, offload_fraction=0.0),
+    "half of the state on the device": simple_case(4, "bf16", offload_fraction=0.5),
+    "state on the device": simple_case(3, "bf16", world_size=2, offload_fraction=0.0),
 }
 ON_HOST = {
     "host": simple_case(3, "bf16", world_size=2, on_device=False),
@@ -37,13 +37,13 @@ def schedule_of(case: Case, reference: Outcome) -> Schedule:
 
 
 def without(schedule: Schedule, task: Task, waited: Task) -> Schedule:
-    """Return a schedule less one wait."""
+    """Return a schedule without one of its waits."""
     rest = tuple(other for other in schedule.waits[task] if other != waited)
     return replace(schedule, waits={**schedule.waits, task: rest})
 
 
 def is_caught(case: Case, reference: Outcome, task: Task, waited: Task) -> bool:
-    """Tell whether the vector clock reports the missing wait, whatever the bits are."""
+    """Return whether the vector clock reports a race, with any seed, if this wait is removed."""
     for seed in range(NUM_SEEDS):
         simulation = Simulation(case, reference, seed)
         simulation.with_schedule(without(simulation.core.stream_waits.schedule, task, waited))
@@ -61,8 +61,8 @@ def test_each_wait_that_is_removed_is_caught(name: str) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_sum_of_what_is_kept_stands_in_for_release_where_there_is_one(rank: int) -> None:
-    # Of the two layers that are kept, rank 1 has nothing but padding.
+def test_the_norm_of_device_state_makes_waits_for_release_redundant(rank: int) -> None:
+    # The state of two layers is on the device. Rank 1's shards of them contain only padding.
     case = replace(
         simple_case(4, "bf16", world_size=2, rank=rank, offload_fraction=0.5),
         layers=tuple(((numel, "bf16"),) for numel in (100, 100, 300, 300)),
@@ -73,7 +73,7 @@ def test_the_sum_of_what_is_kept_stands_in_for_release_where_there_is_one(rank: 
         1 - rank
     ] * 2
     waits = waits_of(schedule_of(case, reference))
-    # In a world of two they are reduced in every step, and the host waits on COMPUTE for the sum.
+    # With two ranks they are reduced in every step, and the host waits for their norm on COMPUTE.
     for_release = [wait for wait in waits if wait[1].operation is Operation.RELEASE]
     caught = [wait for wait in for_release if is_caught(case, reference, *wait)]
     assert len(for_release) == 2
@@ -85,13 +85,13 @@ def test_on_the_host_each_wait_for_an_update_that_is_removed_is_caught(name: str
     case = ON_HOST[name]
     reference = clean_reference_of(case, NUM_SEEDS)
     waits = list(waits_of(schedule_of(case, reference)))
-    # What is launched there is over, and a collective is waited for by its own handle.
+    # Launched work is complete at once, and collectives are waited for by their own handles.
     real = [wait for wait in waits if wait[1].operation is Operation.UPDATE]
     assert real != []
     assert [wait for wait in real if not is_caught(case, reference, *wait)] == []
 
 
-def test_these_are_all_kinds_of_waits_that_there_are() -> None:
+def test_these_cases_have_every_kind_of_wait() -> None:
     tried: set[Kind] = set()
     for case in ON_DEVICE.values():
         tried |= kinds_of(schedule_of(case, reference_of(case)))
@@ -99,7 +99,7 @@ def test_these_are_all_kinds_of_waits_that_there_are() -> None:
 
 
 def all_kinds() -> set[Kind]:
-    """Return the kinds of waits of every plan that buckets on a device can have, all alike."""
+    """Return the kinds of waits in every plan for parameters on a device with equal buckets."""
     specs = [ParameterSpec(index, 100, 2, "f", on_device=True) for index in range(6)]
     kinds = set()
     flag = [True, False]

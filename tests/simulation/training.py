@@ -1,4 +1,4 @@
-"""Run a case: the same for the plain host, one task after the other, and the simulated machine."""
+"""Run a case, by the same code on the simulated machine and on the sequential host."""
 
 from __future__ import annotations
 
@@ -36,30 +36,30 @@ HYPER = Hyperparameters(
 
 
 class Device(Protocol):
-    """Where the model itself runs."""
+    """The device of the model: it performs, or records, what the model does."""
 
     def read(self, buckets: Sequence[BucketState], what: str) -> None:
         """Read parameters."""
         ...
 
     def gradient(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """Return a gradient that has, or will have, these values."""
+        """Return a gradient with these values; work that is still queued may write them."""
         ...
 
     def both_streams(self) -> AbstractContextManager[None]:
-        """Run a forward or a backward, of which parts may be on a second stream."""
+        """Run a forward or a backward in the body; parts of it may be on a second stream."""
         ...
 
     def enter(self, layer: int) -> None:
-        """Hear which layer comes next."""
+        """Called before each layer."""
         ...
 
     def write_state(self, buckets: Sequence[BucketState]) -> None:
-        """Let the host write to state, as a load does."""
+        """Called when the host may write to state, as a load does."""
         ...
 
     def step_over(self) -> None:
-        """Hear that a step has been taken."""
+        """Called after each step."""
         ...
 
 
@@ -123,7 +123,7 @@ def _backward(
 
 
 class _Host:
-    """The plain host: what is asked for is done."""
+    """The sequential host: it records the parameters after each step."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], outcome: Outcome) -> None:
         self._parameters = parameters
@@ -150,10 +150,10 @@ class _Host:
 
 
 def reference_of(case: Case) -> Outcome:
-    """Run a case in a world of one on the plain host, by the sequential executor."""
+    """Run a case with one rank in host memory, without overlap."""
     outcome = _plain(case, offload_fraction=1.0)
     if case.on_device and case.offload_fraction < 1.0:
-        outcome.kept = _plain(case, offload_fraction=0.0)
+        outcome.updated_on_device = _plain(case, offload_fraction=0.0)
     return outcome
 
 
@@ -199,10 +199,10 @@ def make_core(
     offload_fraction: float,
     slots: SlotPool | None = None,
 ) -> ShardedAdam:
-    """Return a core with the parameters taken in.
+    """Return a `ShardedAdam` with these parameters.
 
     Args:
-        slots: where buckets in host memory are averaged; None for a pool as usual.
+        slots: replaces the pool of slots in which gradients are averaged; None for the usual one.
     """
     policy = make_policy(case, ranks.world_size, offload_fraction)
     device = parameters[0].device

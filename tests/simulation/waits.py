@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from offload_adam.layout.schedule import Operation, Schedule, Task
 
 Kind = tuple[Operation, Operation]
-"""The operation that waits, and that which it waits for."""
+"""The operation that waits, and the operation that it waits for."""
 
 
 def waits_of(schedule: Schedule) -> Iterator[tuple[Task, Task]]:

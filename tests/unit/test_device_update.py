@@ -224,7 +224,7 @@ def test_a_run_of_no_elements_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"exp_avgs": []}, r"exp_avgs has 0 tensors, gradients 1"),
+        ({"exp_avgs": []}, r"exp_avgs has 0 tensors, but gradients has 1\. Pass"),
         ({"master_weights": [torch.zeros(1)]}, r"master_weights\[0\] has shape \(1,\).*4 elements"),
         ({"gradients": [torch.zeros(2, 2)]}, r"gradients\[0\] has shape \(2, 2\)"),
         ({"exp_avg_sqs": [torch.zeros(4).half()]}, r"exp_avg_sqs\[0\] is torch.float16.*float32"),

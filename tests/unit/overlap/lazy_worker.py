@@ -33,7 +33,7 @@ class LazyJob:
 
 
 class LazyWorker:
-    """Runs jobs at the last moment, so that a read without a wait gets the old value every time."""
+    """Runs jobs only when a caller waits for them: a read without a wait always gets old values."""
 
     def __init__(self) -> None:
         self.waiting: deque[LazyJob] = deque()
@@ -68,7 +68,7 @@ latest: list[LazyWorker] = []
 
 
 class Lazy(OffloadAdam):
-    """An overlapped optimizer whose updates run at the last moment."""
+    """An overlapped optimizer whose updates run only when a caller waits for them."""
 
     _backend = Backend(make_worker=LazyWorker)
 

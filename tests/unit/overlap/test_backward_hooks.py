@@ -1,4 +1,4 @@
-"""Hooks that autograd's threads of several devices run at once."""
+"""Backward hooks that autograd's threads of several devices run at the same time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Sink:
 def test_deliveries_of_several_threads_take_turns_and_none_is_lost() -> None:
     sink = Sink()
     hooks = BackwardHooks(cast(Any, sink), lambda device: None)
-    hooks._last_task = torch._C._current_graph_task_id()  # no backward is under way to enter
+    hooks._last_task = torch._C._current_graph_task_id()  # so that `_enter_task` is not called
     parameters = [torch.zeros(1) for _ in range(200)]
 
     def deliver(members: list[torch.Tensor]) -> None:
@@ -65,7 +65,7 @@ def test_all_gradients_of_a_delivery_were_written_on_one_stream() -> None:
     hooks = BackwardHooks(cast(Any, sink), lambda device: stream[0])
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(80)]
     hooks.attach(parameters)
-    # Every sixteenth delivers, and the last; between them, the streams take turns in tens.
+    # Every 16th hook delivers, and the last one. The stream changes after every ten parameters.
     ended = []
     sink.backward_ended = lambda: ended.append(True)  # type: ignore[method-assign]
 
@@ -92,7 +92,7 @@ def test_most_hooks_of_one_stream_deliver_nothing() -> None:
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(80)]
     hooks.attach(parameters)
     sum((p.sum() for p in reversed(parameters)), torch.zeros(())).backward()
-    # The first one, whose stream nobody knew, every sixteenth, and the last.
+    # The hooks at positions 0, 16, 32, 48 and 64 deliver, and the last one.
     assert [number for number, _ in sink.deliveries] == [1, *[16] * 4, 15]
 
 

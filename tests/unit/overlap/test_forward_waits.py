@@ -1,4 +1,4 @@
-"""Each part of a model waits for its own parameters, whatever way the model reads them."""
+"""Each unit of a model waits for its own parameters, however the model reads them."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class Chain(nn.Sequential):
 
 
 class Normed(Plain):
-    """weight_norm computes the weight in a forward pre-hook of its own."""
+    """weight_norm computes the weight in its own forward pre-hook."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Normed(Plain):
 
 
 class Alternates(Plain):
-    """Each forward skips another block."""
+    """Each forward skips a different block."""
 
     turn = 0
 
@@ -413,7 +413,7 @@ def test_a_write_during_an_update_is_rejected_and_one_after_it_reaches_the_maste
     step_once(model, optimizer, 2)
     with torch.no_grad():
         model.get_parameter("head.bias").clamp_(-1.0, 1.0)
-    with pytest.raises(UnreadyParameterError, match=r"'head.bias' was written to.*synchronize"):
+    with pytest.raises(UnreadyParameterError, match=r"'head.bias' was modified while.*synchronize"):
         model(batch(3))
 
 
@@ -445,13 +445,13 @@ def test_a_forward_that_skips_hooks_is_an_error_before_any_bad_update() -> None:
     before = bits(model)
     optimizer.zero_grad()
     assert bits(model) == before
-    # The next forward is as it should be again.
+    # The next forward works again.
     model(batch(2)).square().sum().backward()
     optimizer.step()
 
 
 class LaterReadEarly(Plain):
-    """From its second forward on reads the head's weight long before the head is entered."""
+    """From its second forward on, reads the head's weight long before the head's own forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -604,7 +604,7 @@ def test_accumulation_and_zero_grad_at_any_moment(sync: bool) -> None:
             else:
                 model(batch(step)).square().sum().backward()
             optimizer.zero_grad(set_to_none=step != 1)
-            model(batch(step + 10))  # a forward that is thrown away
+            model(batch(step + 10))  # its output is not used
             model(batch(step + 20)).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=step != 1)

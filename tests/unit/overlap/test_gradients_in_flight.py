@@ -1,7 +1,7 @@
-"""In a world of one, the gradients that are on their way to the host are bounded.
+"""With one rank, the memory of gradients whose D2H copy has not finished is bounded.
 
-The bus is a thread that a test holds up. Backward must then wait once the slots are full: on the
-stream, which the stand-in for a device lets the calling thread do.
+A test delays the thread that performs D2H copies. Backward must then wait once the slots are full.
+On a GPU the stream would wait; the simulated device makes the calling thread wait instead.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TIMEOUT_S = 30.0
 
 
 class HeldUp(ThreadStreams):
-    """Lanes whose D2H copies begin when the test says so."""
+    """Lanes whose D2H copies begin when the test sets `bus`."""
 
     def __init__(self, bus: threading.Event) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def test_backward_waits_if_the_bus_is_slower(options: dict[str, Any], overlap: b
     backward.start()
     _wait_until_still(seen)
     assert backward.is_alive()
-    # One more fills a slot and waits for it, and the next one is being computed.
+    # The slots are full. One more gradient waits for a slot, and the next one is being computed.
     assert NUM_REDUCE_SLOTS <= len(seen) <= NUM_REDUCE_SLOTS + 2
     bus.set()
     backward.join(TIMEOUT_S)
@@ -99,7 +99,7 @@ def test_backward_waits_if_the_bus_is_slower(options: dict[str, Any], overlap: b
 
 
 def _wait_until_still(seen: list[int]) -> None:
-    """Wait until nothing has arrived for a while."""
+    """Wait until no gradient has been computed for 0.3 s."""
     end_s = time.monotonic() + TIMEOUT_S
     before = -1
     while len(seen) != before or not seen:
@@ -128,7 +128,7 @@ def test_a_slot_is_as_large_as_the_largest_bucket_that_uses_it() -> None:
     # Backward begins with the last: 128 and 256, 512 and 128, 4096 and 1024 have a slot each.
     (slots,) = [entry.nbytes for entry in optimizer.memory_ledger() if entry.category == "slots"]
     assert slots == 2 * (256 + 512 + 4096)
-    # Forward begins with the first: two slots in turn.
+    # Forward begins with the first bucket and uses two slots in turn.
     assert optimizer.host_nbytes["staging"] == 2 * (1024 + 4096)
     specs = [ParameterSpec(i, size, 2, "bf16") for i, size in enumerate(sizes)]
     plan = predict(specs, Training(offload=offload))

@@ -1,4 +1,4 @@
-"""The host writes to state only when no H2D copy of the last step reads it any more."""
+"""The host writes to state only after the last step's H2D copies have read it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order in which the overlapped executor gathers, waits and looks ahead."""
+"""The order in which the overlapped executor waits and issues all-gathers, also ahead of need."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def begin(
     )
     tasks.stream_waits.wait_for_update = executor.wait_for_update
     active = np.array([number not in skipped for number in range(NUM_BUCKETS)])
-    # A skipped bucket counts no step of its own: these states have no counts.
+    # These states have no step counts, which the executor would increase for a skipped bucket.
     inputs = cast(Any, SimpleNamespace(active=active, count_step=lambda state, active_here: None))
     gradients: list[Any] = [None] * NUM_BUCKETS
     executor.apply(gradients, inputs, Stopwatch())
@@ -227,19 +227,19 @@ class Reducing(FakeCopy):
 
 
 class Arriving:
-    """A transfer whose copies arrive when the test says so; records finished copies."""
+    """A transfer whose copies arrive when a test adds them to `arrived`; records finished ones."""
 
     def __init__(self) -> None:
         self.arrived: set[str] = set()
         self.finished: list[str] = []
 
-    def start_copy(self, gradient_copy: Any) -> None:
+    def start_direct_copy(self, gradient_copy: Any) -> None:
         pass
 
     def goes_through_buffer(self, gradient_copy: Any) -> bool:
         return False
 
-    def begin_copy(self, gradient_copy: Any) -> None:
+    def start_buffered_copy(self, gradient_copy: Any) -> None:
         pass
 
     def has_arrived(self, gradient_copy: Any) -> bool:
@@ -292,13 +292,13 @@ def test_a_copy_through_a_buffer_begins_before_the_one_before_it_is_finished(
     done: list[tuple[str, int]] = []
 
     class Copies(Arriving):
-        def begin_copy(self, gradient_copy: Any) -> None:
-            if gradient_copy.through is None:
+        def start_buffered_copy(self, gradient_copy: Any) -> None:
+            if gradient_copy.host_buffer is None:
                 done.append(("begin", gradient_copy.state.layout.index))
-            gradient_copy.through = object()
+            gradient_copy.host_buffer = object()
 
         def finish_copy(self, gradient_copy: Any) -> None:
-            self.begin_copy(gradient_copy)
+            self.start_buffered_copy(gradient_copy)
             done.append(("finish", gradient_copy.state.layout.index))
 
         def goes_through_buffer(self, gradient_copy: Any) -> bool:
@@ -315,8 +315,10 @@ def test_a_copy_through_a_buffer_begins_before_the_one_before_it_is_finished(
         lambda number: None,
     )
     for state in tasks.states:
-        executor.start_copy(cast(Any, SimpleNamespace(state=state, gradients=None, through=None)))
-    if worker is None:  # in backward, as far as there are buffers
+        executor.start_copy(
+            cast(Any, SimpleNamespace(state=state, gradients=None, host_buffer=None))
+        )
+    if worker is None:  # during backward, as many as there are buffers
         assert done == [("begin", 0), ("begin", 1)]
     executor.finish_copies(wait=True)
     order = [("begin", 0)]

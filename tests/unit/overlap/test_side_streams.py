@@ -1,4 +1,4 @@
-"""A model that runs its parts on several streams, which compare as torch's do."""
+"""A model that runs its parts on several streams; `==` and `!=` behave as for torch's streams."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TwoStreams(ThreadStreams):
 
 
 class Part(nn.Module):
-    """A layer on a stream of its own, in forward and backward."""
+    """A layer that runs on its own stream, in forward and backward."""
 
     def __init__(self, stream: NamedStream) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ def test_after_synchronize_no_stream_waits() -> None:
 
 
 def test_a_capture_is_rejected_before_an_update_is_waited_for() -> None:
-    """The update may wait until the capture is over."""
+    """The update may itself wait until the capture has ended."""
     model, optimizer, _ = make(MAIN, make_worker=LazyWorker)
     step(model, optimizer)
     worker = latest[-1]

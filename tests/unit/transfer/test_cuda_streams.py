@@ -1,4 +1,4 @@
-"""`CudaStreams` against a stand-in for torch.cuda that writes down what is issued on what."""
+"""`CudaStreams` against a fake torch.cuda that records which work is issued on which stream."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from tests.support.devices import NamedStream
 
 
 class FakeEvent:
-    """An event that happens when the test says so.
+    """An event that happens when the test sets `happened`.
 
-    Whoever asks for it must do so with its device as the current one.
+    The event's device must be the current one in each query.
     """
 
     current_device: ClassVar[list[torch.device | None]] = [None]
@@ -64,7 +64,7 @@ class FakeStream(NamedStream):
 
 
 class FakeCuda:
-    """What `CudaStreams` uses of torch.cuda."""
+    """The part of torch.cuda that `CudaStreams` uses."""
 
     Stream = FakeStream
     Event = FakeEvent
@@ -106,7 +106,7 @@ DEVICE = torch.device("cuda", 3)
 
 
 def recorded(streams: Any, lane: Lane) -> FakeEvent:
-    """Record an event on a lane, and return what torch has of it."""
+    """Record an event on a lane, and return the fake torch event inside."""
     return cast(FakeEvent, cast(CudaEvent, streams.record(lane)).event)
 
 
@@ -258,7 +258,7 @@ def test_a_capture_is_refused_before_it_is_spoiled(cuda: FakeCuda) -> None:
 
 
 class DuringCapture(FakeEvent):
-    """An event that CUDA tells nobody of for a while, or for another reason never."""
+    """An event of which CUDA rejects the first two queries with the error `reason`."""
 
     reason = "CUDA error: operation not permitted when stream is capturing\nCUDA kernel errors ..."
 
@@ -351,7 +351,7 @@ def test_a_collective_on_a_device_is_waited_for_by_its_lane_and_not_by_the_host(
     monkeypatch.setattr(RankGroup, "data_group", lambda self, device: None)
 
     class OnDevice(torch.Tensor):
-        """A host tensor that says that it is on a GPU."""
+        """A host tensor whose `is_cuda` is True."""
 
         is_cuda = True
 

@@ -1,4 +1,4 @@
-"""When a copy of gradients has arrived."""
+"""`GradientTransfer.has_arrived`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.plans import equal_plans
 def test_a_reduction_that_only_a_stream_waits_for_has_not_arrived_before_its_event(
     location: StateLocation,
 ) -> None:
-    """Else finishing the copy would let the compute stream wait for the reduction in backward."""
+    """Otherwise, finishing the copy in backward would make the compute stream wait for it."""
     over: set[tuple[Operation, int]] = set()
     waits = SimpleNamespace(is_over=lambda operation, bucket: (operation, bucket) in over)
     transfer = GradientTransfer(RankGroup(), *cast(Any, (None, waits, None, None)))
