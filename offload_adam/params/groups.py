@@ -110,7 +110,7 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-LAID_OUT = ("amsgrad", "grad_centralization")
+FIXED_OPTIONS = ("amsgrad", "grad_centralization")
 """Options that determine the allocated state or how gradients are read. They cannot change."""
 
 
@@ -121,7 +121,7 @@ class GroupWatch:
 
     - parameters that were added to a group, removed, replaced or moved to another group;
     - groups that were added without `add_param_group`, or removed;
-    - changes of the options in `LAID_OUT`, and wrong hyperparameters.
+    - changes of the options in `FIXED_OPTIONS`, and wrong hyperparameters.
 
     Reordering the parameters of a group is allowed.
 
@@ -140,7 +140,7 @@ class GroupWatch:
         for group, names in zip(groups, every, strict=True):
             members = list(group["params"])
             self._members.append(members)
-            self._options.append(_laid_out(group))
+            self._options.append(_fixed_options(group))
             self._names |= {id(member): name for member, name in zip(members, names, strict=True)}
 
     def check(
@@ -174,17 +174,17 @@ class GroupWatch:
             if len(members) != len(known) or not all(map(is_, members, known)):
                 self._reject_moved(groups)
                 self._members[number] = list(members)  # only reordered
-            self._reject_options(number, _laid_out(group))
+            self._reject_options(number, _fixed_options(group))
 
     def _reject_moved(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Reject the first parameter that is not in the group for which it has state."""
-        home = {
+        group_of = {
             id(member): number for number, known in enumerate(self._members) for member in known
         }
         for number, group in enumerate(groups):
             for position, member in enumerate(group["params"]):
                 where = f"param_groups[{number}]['params'][{position}]"
-                before = home.pop(id(member), None)
+                before = group_of.pop(id(member), None)
                 if before is None:
                     raise ValueError(
                         f"{where} was added after the optimizer was constructed, and has no "
@@ -196,7 +196,7 @@ class GroupWatch:
                         f"[{before}] to {where}, which is not supported. Move it back, or "
                         "construct a new optimizer with other groups."
                     )
-        for identity, number in home.items():
+        for identity, number in group_of.items():
             raise ValueError(
                 f"Parameter {self._names[identity]!r} was removed from param_groups[{number}] but "
                 "still has state. Put it back (without a gradient it is not updated), or construct "
@@ -213,5 +213,5 @@ class GroupWatch:
                 )
 
 
-def _laid_out(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: group.get(key, False) for key in LAID_OUT}
+def _fixed_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: group.get(key, False) for key in FIXED_OPTIONS}

@@ -216,7 +216,7 @@ class StateAccess(torch.optim.Optimizer):
         saved = super().state_dict()
         # Copy the entries: an edit of the saved dict must not change optimizer.state.
         saved["state"] = {packed: dict(entry) for packed, entry in saved["state"].items()}
-        saved[STATE_KEY] = {"world_size": world_size, "rank": rank, **self._marked()}
+        saved[STATE_KEY] = {"world_size": world_size, "rank": rank, **self._package_entries()}
         return saved
 
     @serialized
@@ -235,9 +235,9 @@ class StateAccess(torch.optim.Optimizer):
         if self._ranks.rank != 0:
             return {}
         groups = super().state_dict()["param_groups"]
-        return pack_full(groups, self._trainable_ids(), whole, self._marked())
+        return pack_full(groups, self._trainable_ids(), whole, self._package_entries())
 
-    def _marked(self) -> dict[str, Any]:
+    def _package_entries(self) -> dict[str, Any]:
         """Return the entries under `STATE_KEY`: the parameters' names and the subclass's state."""
         names = known_names(self.param_groups, self._module)
         return {**({} if names is None else {"param_names": names}), **self._further_state()}

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import in_memory_order
-from offload_adam.params.groups import LAID_OUT
+from offload_adam.params.groups import FIXED_OPTIONS
 from offload_adam.state.state_shard import check_step_count
 
 STATE_KEY = "offload_adam"
@@ -65,18 +65,18 @@ class SavedState:
             )
         if names is None or self.names is None:
             return ids
-        ours, saved = bare_names(names), bare_names(self.names)
+        ours, theirs = bare_names(names), bare_names(self.names)
         found = []
-        for number, (own, their, group_ids) in enumerate(zip(ours, saved, ids, strict=True)):
-            places = dict(zip(their, group_ids, strict=True))
-            missing, unexpected = sorted({*own} - {*their}), sorted({*their} - {*own})
+        for number, (own, saved, group_ids) in enumerate(zip(ours, theirs, ids, strict=True)):
+            id_of = dict(zip(saved, group_ids, strict=True))
+            missing, unexpected = sorted({*own} - {*saved}), sorted({*saved} - {*own})
             if missing or unexpected:
                 raise ValueError(
                     f"The saved group {number} has other parameters: missing {missing}, "
                     f"unexpected {unexpected}. Construct the optimizer with the same names and "
                     "groups as when the state was saved."
                 )
-            found.append([places[name] for name in own])
+            found.append([id_of[name] for name in own])
         return found
 
 
@@ -95,8 +95,8 @@ def _saved_names(state_dict: Mapping[str, Any]) -> list[list[str]] | None:
         # torch's set_optimizer_state_dict has reordered `params` for this optimizer, but not
         # `param_names`, which would now assign the wrong names.
         return None
-    marked = state_dict.get(STATE_KEY, {}).get("param_names")
-    names = [group.get("param_names") for group in groups] if marked is None else marked
+    listed = state_dict.get(STATE_KEY, {}).get("param_names")
+    names = [group.get("param_names") for group in groups] if listed is None else listed
     if len(names) != len(groups) or any(
         group_names is None or len(group_names) != len(group["params"])
         for group_names, group in zip(names, groups, strict=True)
@@ -170,7 +170,7 @@ def merge_groups(
         check: raises an error if a group's hyperparameters are wrong.
 
     Raises:
-        ValueError: the number of groups or parameters differs, or an option of `LAID_OUT`.
+        ValueError: the number of groups or parameters differs, or an option of `FIXED_OPTIONS`.
     """
     counts = [len(group["params"]) for group in groups]
     saved_counts = [len(group["params"]) for group in saved]
@@ -181,7 +181,7 @@ def merge_groups(
         )
     merged = []
     for number, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
-        for key in LAID_OUT:
+        for key in FIXED_OPTIONS:
             made_with = group.get(key, False)
             if saved_group.get(key, made_with) != made_with:
                 raise ValueError(

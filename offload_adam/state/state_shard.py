@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # importing it takes seconds, so only the methods that DCP ca
     from torch.distributed.checkpoint.planner import WriteItem
 
 _aten = torch.ops.aten
-_LIKE_ITSELF = {
+_LOCAL_OPERATIONS = {
     _aten.alias.default,
     _aten.clone.default,
     _aten.detach.default,
@@ -89,16 +89,16 @@ def range_of_box(shape: Sequence[int], box: Box) -> tuple[int, int]:
         raise ValueError(
             f"{box} and a tensor of {list(shape)} differ in their number of dimensions."
         )
-    start, stride, open_above = 0, 1, False
+    start, stride, is_partial = 0, 1, False
     for size, offset, extent in zip(
         reversed(shape), reversed(box.offsets), reversed(box.sizes), strict=True
     ):
         if offset < 0 or extent < 0 or offset + extent > size:
             raise ValueError(f"{box} exceeds a tensor of {list(shape)}.")
         # If the box does not cover a dimension, it must have one index in all outer dimensions.
-        if open_above and extent > 1:
+        if is_partial and extent > 1:
             raise ValueError(f"{box} is not a contiguous part of a tensor of {list(shape)}.")
-        open_above = open_above or extent != size
+        is_partial = is_partial or extent != size
         start += offset * stride
         stride *= size
     return start, start + prod(box.sizes)
@@ -477,7 +477,7 @@ class StateShard(BoxTensor):
         kwargs = kwargs or {}
         first = args[0] if args else None
         if isinstance(first, StateShard):
-            if func in _LIKE_ITSELF:
+            if func in _LOCAL_OPERATIONS:
                 # It is a format for the whole shape, but the local tensor is 1-d.
                 kwargs.pop("memory_format", None)
                 return first._with(func(first._local, *args[1:], **kwargs))
