@@ -39,13 +39,15 @@ class PeerFailedError(PeerError):
     """A peer that this rank waited for has died, hung or closed its optimizer.
 
     Attributes:
-        ranks: global ranks of these peers; empty if the rendezvous store cannot be reached.
+        ranks: global ranks of the failed peers; empty if the rendezvous store cannot be reached.
     """
 
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
         super().__init__(message)
         self.ranks = ranks
 
+    # An exception is pickled as its class and `args`, here only the message. Without this method,
+    # an error that a child process sends to its parent would lose `ranks`.
     def __reduce__(self) -> tuple[type[PeerFailedError], tuple[str, tuple[int, ...]]]:
         return type(self), (str(self), self.ranks)
 
@@ -55,7 +57,7 @@ class ParameterReplacedError(RuntimeError):
 
 
 class UnreadyParameterError(RuntimeError):
-    """A parameter was read or written during its update, without the hooks that wait for it."""
+    """A parameter was read, written or copied before its update finished, or may have been."""
 
 
 class StreamedGradientError(RuntimeError):
@@ -71,7 +73,7 @@ class MissingExtraError(ImportError):
 
 
 class NotRetriedError(RuntimeError):
-    """A restarted run found the record of an earlier error that no restart can fix."""
+    """A restarted run stops, because its folder records an error that no restart can fix."""
 
 
 class CheckpointError(RuntimeError):

@@ -18,8 +18,8 @@ def check_group(group: Mapping[str, Any]) -> None:
     """Check a group's hyperparameters.
 
     Raises:
-        TypeError, ValueError: for the first wrong one; the message names it, its value and the
-            allowed values.
+        TypeError, ValueError: for the first wrong hyperparameter; the message names it, its value
+            and the allowed values.
     """
     lr = _number("lr", group["lr"])
     eps = _number("eps", group["eps"])
@@ -36,6 +36,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     for name in _BOOLEANS:
         if not isinstance(group[name], bool):
             raise TypeError(f"{name} must be a bool, not {group[name]!r}")
+    # Only groups of `Adam`, or groups loaded from its state, have this key.
     if not isinstance(group.get("epsilon_hat", False), bool):
         raise TypeError(f"epsilon_hat must be a bool, not {group['epsilon_hat']!r}")
 
@@ -61,8 +62,8 @@ def names_of(
 ) -> list[list[str]]:
     """Return a name for every parameter of every group.
 
-    It is the name given with the parameter, else that in `module`, else its position, such as
-    "param_groups[0]['params'][3]".
+    This is the name given with the parameter, else its name in `module`, else its position, such
+    as "param_groups[0]['params'][3]".
 
     Args:
         first_group: index of the first group in `param_groups`.
@@ -80,7 +81,7 @@ def names_of(
 def known_names(
     groups: Sequence[Mapping[str, Any]], module: torch.nn.Module | None
 ) -> list[list[str]] | None:
-    """Return the names of all parameters, or None if any name is missing or repeated."""
+    """Return the names of all parameters by group, or None if any is missing or repeated."""
     known = {} if module is None else {id(p): name for name, p in module.named_parameters()}
     if any("param_names" not in g and any(id(p) not in known for p in g["params"]) for g in groups):
         return None
@@ -196,7 +197,7 @@ class GroupWatch:
                         f"[{before}] to {where}, which is not supported. Move it back, or "
                         "construct a new optimizer with other groups."
                     )
-        for identity, number in group_of.items():
+        for identity, number in group_of.items():  # not found in any group
             raise ValueError(
                 f"Parameter {self._names[identity]!r} was removed from param_groups[{number}] but "
                 "still has state. Put it back (without a gradient it is not updated), or construct "
@@ -214,4 +215,5 @@ class GroupWatch:
 
 
 def _fixed_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    # Only groups of `Adam` have grad_centralization.
     return {key: group.get(key, False) for key in FIXED_OPTIONS}
