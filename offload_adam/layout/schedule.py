@@ -140,8 +140,10 @@ def plan_schedule(
         num_reduce_slots, num_staging_slots: number of slots in the ring of each bucket key.
     """
     forward = plans[::-1]
-    reduce_slots, earlier_packed = _deal([p for p in plans if p.uses_ring], num_reduce_slots)
-    staging_slots, earlier_staged = _deal(
+    reduce_slots, earlier_packed = _assign_slots(
+        [p for p in plans if p.uses_ring], num_reduce_slots
+    )
+    staging_slots, earlier_staged = _assign_slots(
         [plan for plan in forward if plan.stages_parameters], num_staging_slots
     )
     before: dict[Task, tuple[Task, ...]] = {}
@@ -151,32 +153,34 @@ def plan_schedule(
     for plan in forward:
         after |= _tasks_after_agreement(plan, earlier_staged.get(plan.bucket.index))
     on_device = frozenset(plan.bucket.index for plan in plans if not plan.location.is_host)
-    turn = partial(_turn_of, on_device=on_device)
+    order = partial(_order_of, on_device=on_device)
     schedule = Schedule(
-        tuple(sorted(before, key=turn)),
-        tuple(sorted(after, key=turn)),
+        tuple(sorted(before, key=order)),
+        tuple(sorted(after, key=order)),
         before | after,
         reduce_slots,
         staging_slots,
         on_device,
     )
-    return replace(schedule, waits={task: _of_others(schedule, task) for task in schedule.waits})
+    return replace(
+        schedule, waits={task: _waits_on_other_lanes(schedule, task) for task in schedule.waits}
+    )
 
 
-_TURNS = {Operation.UPDATE: 1, Operation.COPY_H2D: 1, Operation.GATHER: 3, Operation.USE: 3}
-_TURN_ON_DEVICE = 2
+_ORDER = {Operation.UPDATE: 1, Operation.COPY_H2D: 1, Operation.GATHER: 3, Operation.USE: 3}
+_ORDER_ON_DEVICE = 2
 
 
-def _turn_of(task: Task, on_device: frozenset[int]) -> int:
+def _order_of(task: Task, on_device: frozenset[int]) -> int:
     """Return the sort key of a task on its side of the agreement, equal for all buckets."""
     # Updates on the device come after those on the host: the update thread already works on the
     # host's while the calling thread launches the device's.
     if task.operation.lane is Lane.UPDATE and task.bucket in on_device:
-        return _TURN_ON_DEVICE
-    return _TURNS.get(task.operation, 0)
+        return _ORDER_ON_DEVICE
+    return _ORDER.get(task.operation, 0)
 
 
-def _of_others(schedule: Schedule, task: Task) -> tuple[Task, ...]:
+def _waits_on_other_lanes(schedule: Schedule, task: Task) -> tuple[Task, ...]:
     """Return the waits of a task for other lanes. Tasks of one lane run in order anyway."""
     lane = schedule.lane_of(task)
     return tuple(w for w in schedule.waits[task] if schedule.lane_of(w) is not lane)
@@ -194,7 +198,7 @@ def ring_nbytes(
         plans: buckets that use a slot, in the order of their use.
         nbytes_of: returns the bytes of a bucket in its slot.
     """
-    slots, _ = _deal(plans, num_slots)
+    slots, _ = _assign_slots(plans, num_slots)
     largest: dict[tuple[str, int], int] = {}
     for plan in plans:
         key = plan.bucket.bucket_key, slots[plan.bucket.index]
@@ -202,7 +206,9 @@ def ring_nbytes(
     return sum(largest.values())
 
 
-def _deal(plans: Sequence[StatePlan], num_slots: int) -> tuple[dict[int, int], dict[int, int]]:
+def _assign_slots(
+    plans: Sequence[StatePlan], num_slots: int
+) -> tuple[dict[int, int], dict[int, int]]:
     """Assign slots in turn; return each bucket's slot, and the previous bucket in it, if any."""
     slots: dict[int, int] = {}
     earlier: dict[int, int] = {}

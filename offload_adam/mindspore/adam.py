@@ -35,7 +35,7 @@ from offload_adam.mindspore.groups import (
     read_group,
     read_groups,
     reject_repeated,
-    vector_lengths,
+    reject_unequal_lengths,
 )
 from offload_adam.mindspore.inspection import InspectableAdam
 from offload_adam.options import ExecutionOptions, FailurePolicy, OffloadPolicy
@@ -175,7 +175,7 @@ class Adam(InspectableAdam):
                 "epsilon_hat": epsilon_hat,
                 "grad_centralization": False,
             }
-            self._read(params, defaults, module, decay_norms)
+            self._read_groups(params, defaults, module, decay_norms)
 
         self._construct(
             options,
@@ -184,7 +184,7 @@ class Adam(InspectableAdam):
             takes_rows=True,  # sparse gradients
         )
 
-    def _read(
+    def _read_groups(
         self,
         params: object,
         defaults: dict[str, Any],
@@ -193,7 +193,7 @@ class Adam(InspectableAdam):
     ) -> None:
         """Read the groups and let torch add them."""
         groups = read_groups(params, self._group_defaults)
-        vector_lengths(groups.members)
+        reject_unequal_lengths(groups.members)
         self._norms = set() if decay_norms else norm_parameters(module)
         self._order = groups.order
         self._grouped = groups.grouped
@@ -248,7 +248,7 @@ class Adam(InspectableAdam):
         if not isinstance(param_group, AdamGroup):
             param_group = read_group(param_group, self._group_defaults, "the new group")
             reject_repeated([param_group], self.param_groups)
-            vector_lengths([*self._groups(), param_group])
+            reject_unequal_lengths([*self._groups(), param_group])
         super()._append_group(param_group)
 
     def _check_group(self, group: dict[str, Any]) -> None:

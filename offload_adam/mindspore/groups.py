@@ -157,7 +157,7 @@ def reject_repeated(new: Sequence[AdamGroup], known: Sequence[Mapping[str, Any]]
             seen[id(parameter)] = f"group {number} at {position}"
 
 
-def vector_lengths(groups: Iterable[AdamGroup]) -> None:
+def reject_unequal_lengths(groups: Iterable[AdamGroup]) -> None:
     """Reject learning rates of different lengths.
 
     Raises:

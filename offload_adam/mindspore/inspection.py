@@ -76,12 +76,12 @@ class InspectableAdam(ShardedOptimizer):
             One number; or one for each of `parameters`, if any group was given its own. After the
             last value of a list of values, the last value.
         """
-        return self._in_force("lr", self.is_group_lr)
+        return self._current_values("lr", self.is_group_lr)
 
     def get_weight_decay(self) -> float | tuple[float, ...]:
         """Return the weight decay of the next step: one number, or one for each of `parameters`."""
         grouped = any("weight_decay" in group.own for group in self._groups())
-        return self._in_force("weight_decay", grouped)
+        return self._current_values("weight_decay", grouped)
 
     def get_lr_parameter(self, param: Any) -> float | list[float]:
         """Return the learning rate of the next step for a parameter, or for each in a list.
@@ -108,7 +108,7 @@ class InspectableAdam(ShardedOptimizer):
             raise ValueError("param is not in any group of this optimizer")
         return rates[id(parameter)]
 
-    def _in_force(self, key: str, by_parameter: bool) -> float | tuple[float, ...]:
+    def _current_values(self, key: str, by_parameter: bool) -> float | tuple[float, ...]:
         values = self._by_parameter(key)
         if by_parameter:
             return tuple(values[id(parameter)] for parameter in self.parameters)
