@@ -1,4 +1,4 @@
-"""The tasks of one step, the lane of each, and its waits: a constant of the layout.
+"""The tasks of one step, the lane of each task, and its waits. They depend only on the layout.
 
     lane      runs on                      tasks of bucket b
     compute   the model's own stream       GRADIENT  PACK              RELEASE          USE
@@ -12,9 +12,9 @@ Tasks of one lane run in the order in which they are issued. Tasks of different 
 only by the waits of this schedule and by the one agreement of the step, which comes after every
 SUM_SQUARES and before every UPDATE.
 
-If parameters are in host memory, there are no copies and no streams. A launched task has finished
-when the launch returns, and collectives are waited for by their handles. Then only the waits for an
-UPDATE have an effect.
+If parameters are in host memory, there are no copies and no streams. A launched task has then
+finished when the launch returns, and the host waits for collectives by their handles. So only the
+waits for an UPDATE have an effect.
 
 No task needs to wait for a task of the previous step. A backward starts after every USE, so on the
 compute lane all USE tasks come before the first GRADIENT. Every UPDATE comes after a COPY_D2H that
@@ -172,9 +172,12 @@ _ORDER_ON_DEVICE = 2
 
 
 def _order_of(task: Task, on_device: frozenset[int]) -> int:
-    """Return the sort key of a task on its side of the agreement, equal for all buckets."""
-    # Updates on the device come after those on the host: the update thread already works on the
-    # host's while the calling thread launches the device's.
+    """Return the sort key of a task among those before, or after, the agreement.
+
+    It is equal for all buckets, so that sorting keeps their order.
+    """
+    # Updates on the device come after those on the host: the update thread already runs updates on
+    # the host while the calling thread launches those on the device.
     if task.operation.lane is Lane.UPDATE and task.bucket in on_device:
         return _ORDER_ON_DEVICE
     return _ORDER.get(task.operation, 0)
@@ -192,7 +195,7 @@ def ring_nbytes(
     *,
     num_slots: int,
 ) -> int:
-    """Return the bytes of the slots of a ring, each as large as the largest bucket that uses it.
+    """Return the bytes of all slots of a ring. Each is as large as the largest bucket that uses it.
 
     Args:
         plans: buckets that use a slot, in the order of their use.
@@ -209,7 +212,11 @@ def ring_nbytes(
 def _assign_slots(
     plans: Sequence[StatePlan], num_slots: int
 ) -> tuple[dict[int, int], dict[int, int]]:
-    """Assign slots in turn; return each bucket's slot, and the previous bucket in it, if any."""
+    """Assign slots to buckets in turn, separately for each bucket key.
+
+    Returns:
+        Two maps from bucket index: to its slot, and to the previous bucket in this slot, if any.
+    """
     slots: dict[int, int] = {}
     earlier: dict[int, int] = {}
     for bucket_key in dict.fromkeys(plan.bucket.bucket_key for plan in plans):
@@ -257,11 +264,11 @@ def _tasks_after_agreement(plan: StatePlan, earlier: int | None) -> dict[Task, t
     tasks: dict[Task, tuple[Task, ...]] = {Task(Operation.UPDATE, number): emptied}
     if plan.is_offloaded:
         tasks[Task(Operation.RELEASE, number)] = ()
-        # The copy overwrites parameters, so it must come after the model's last read of them. It
-        # needs no wait for UPDATE: the thread that ran the update issues it. Only the first H2D
-        # copy of a step needs the wait for RELEASE, but which copy is first depends on the step's
-        # gradients. If the host has waited for SUM_SQUARES of a bucket on the device, no copy needs
-        # it, but not every step and rank has such a bucket.
+        # The copy overwrites parameters, so it must come after RELEASE: the model has then read
+        # them for the last time. Only the first H2D copy of a step needs this wait, and none if the
+        # host has waited for SUM_SQUARES of a bucket on the device. Both depend on the step's
+        # gradients and on the rank, so every copy waits. No wait for UPDATE is needed: the thread
+        # that has run the update issues the copy.
         tasks[Task(Operation.COPY_H2D, number)] = (Task(Operation.RELEASE, number),)
     ready = tuple(task for task in tasks if task.operation is not Operation.RELEASE)
     if plan.gathers:
