@@ -1,4 +1,4 @@
-"""Parameters that weight decay excludes by default, if no groups are given."""
+"""Parameters to which weight decay does not apply by default, if no groups are given."""
 
 from __future__ import annotations
 

@@ -157,15 +157,16 @@ def _check_needs_of_hooks(options: ExecutionOptions, *, hooked: bool, streams: b
     if options.accumulate is not None and not streams:
         raise ValueError(
             "accumulate='host' needs module= and gradient_reduction='optimizer', because it sums "
-            "gradients that are moved to the host during backward. Pass both, or leave accumulate "
-            "out: gradients then accumulate in .grad."
+            "gradients that are moved to the host during backward. Pass both (and use_offload=True "
+            "to Adam), or leave accumulate out: gradients then accumulate in .grad."
         )
     units = options.offload.units
     if not hooked and (options.overlap or units is not None):
         name = "overlap=True" if options.overlap else "units="
         raise ValueError(
-            f"{name} needs module= and state in host memory, because the model's forward waits "
-            f"for its parameters. Pass module=model, or leave {name.rstrip('=')} out."
+            f"{name} needs module= and state in host memory, because the model's forward waits for "
+            "updates there. Pass module=model (and use_offload=True to Adam), or leave "
+            f"{name.rstrip('=')} out."
         )
     for unit in units or ():
         if not isinstance(unit, torch.nn.Module):
