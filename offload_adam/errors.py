@@ -65,7 +65,7 @@ class StreamedGradientError(RuntimeError):
 
 
 class HostMemoryError(MemoryError):
-    """The optimizer state does not fit into this node's memory; nothing was allocated."""
+    """The optimizer state does not fit into this node's memory; nothing stays allocated."""
 
 
 class MissingExtraError(ImportError):
@@ -73,12 +73,12 @@ class MissingExtraError(ImportError):
 
 
 class NotRetriedError(RuntimeError):
-    """A restarted run stops, because its folder records an error that no restart can fix."""
+    """A restarted run found the record of an earlier error that no restart can fix."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is unreadable, damaged or of another model; the message names the file."""
+    """A checkpoint cannot be written, or is unreadable, damaged or of another model."""
 
 
 class RunFolderLostError(RuntimeError):
-    """Another job took over the run's folder because this process seemed dead."""
+    """Another job took over the run's folder, because this process did not refresh its lock."""

@@ -13,7 +13,10 @@ import torch
 from offload_adam.schedules import BuiltInSchedule, schedule_from_state
 
 MAX_NUM_VALUES = 10_000_000
-"""Maximum number of values of a learning rate that is given as one value per step."""
+"""Maximum number of values of a learning rate that is given as one value per step: 80 MB.
+
+So an endless generator raises an error instead of filling the memory.
+"""
 
 
 class ValueVector:

@@ -105,7 +105,9 @@ class InspectableAdam(ShardedOptimizer):
     @staticmethod
     def _rate_of(parameter: torch.Tensor, rates: Mapping[int, float]) -> float:
         if id(parameter) not in rates:
-            raise ValueError("param is not in any group of this optimizer. Pass a parameter that is.")
+            raise ValueError(
+                "param is not in any group of this optimizer. Pass a parameter that is."
+            )
         return rates[id(parameter)]
 
     def _current_values(self, key: str, by_parameter: bool) -> float | tuple[float, ...]:

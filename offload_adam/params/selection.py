@@ -77,8 +77,8 @@ def check_parameter(name: str, parameter: torch.Tensor) -> None:
 
 def _reject_overlaps(members: Iterable[Named]) -> None:
     """Reject distinct parameters that overlap in memory. One parameter used twice is allowed."""
-    # Two parameters over the same memory would move to different parts of a bucket. They would no
-    # longer be tied, without an error.
+    # Two parameters over the same memory would move to different parts of a bucket, so they would
+    # silently no longer be tied.
     extents = sorted(
         (str(parameter.device), *_extent(parameter), name)
         for name, parameter in members
@@ -206,7 +206,9 @@ def describe(
             (f"the name of parameter {item.index}", item.name),
             (f"the shape of {item.name!r}", str(tuple(parameter.shape))),
             (f"the dtype of {item.name!r}", str(parameter.dtype)),
+            # Not the device: each rank has its own GPU.
             (f"the device type of {item.name!r}", parameter.device.type),
+            # A shard is a range in memory order, so other strides would mix up elements.
             (f"the strides of {item.name!r}", str(memory_strides(parameter))),
             (f"the group of {item.name!r}", str(item.group)),
             (f"the centralization of {item.name!r}", str(item.centralized)),

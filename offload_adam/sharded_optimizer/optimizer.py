@@ -390,7 +390,7 @@ class ShardedOptimizer(StateAccess):
         return self._hooks.paused()
 
     def long_running(self, what: str) -> AbstractContextManager[None]:
-        """Never declare this rank hung inside the context, as in an evaluation on one rank only.
+        """Keep this rank from being declared hung inside the context, as in an evaluation on it.
 
         `FailurePolicy.stuck_after` does not apply inside; `dead_after` does.
 

@@ -120,8 +120,8 @@ class StateAccess(torch.optim.Optimizer):
     def refresh_master(self) -> None:
         """Copy parameters that were modified through `.data` or NumPy to their master weights.
 
-        Without this, the next update would overwrite such a modification: version counters do not
-        count it, and `step()` compares only a sample of the values after the first steps. Modify
+        Without this, the next update may overwrite such a modification: version counters do not
+        count it, and after the first steps `step()` compares only a sample of the values. Modify
         parameters the same way on every rank, then call this on every rank.
         """
         with torch.no_grad():
@@ -283,8 +283,8 @@ class StateAccess(torch.optim.Optimizer):
             load_further = self._plan_further_state(saved.further, entries)
             # A background checkpoint may still read the tensors that are overwritten here.
             core.external_edits.wait_for_snapshot()
-            # With the dict of this optimizer's own `state_dict`, source and target are the same
-            # memory, and `copy_` does nothing.
+            # If the dict is from this optimizer's own `state_dict`, source and target share memory,
+            # and the copy changes nothing.
             for target, source in copies:
                 target.copy_(source)
             # The next step must compare all values: the model may have been loaded as well, so a

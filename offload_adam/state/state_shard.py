@@ -35,7 +35,7 @@ _LOCAL_OPERATIONS = {
     _aten.empty_like.default,
     _aten.zeros_like.default,
 }
-"""Operations on a `StateShard` whose result is a `StateShard` with the result of its elements."""
+"""Operations that are applied to the elements of a `StateShard` and return a `StateShard`."""
 
 
 class Box(NamedTuple):
@@ -96,7 +96,7 @@ def range_of_box(shape: Sequence[int], box: Box) -> tuple[int, int]:
     ):
         if offset < 0 or extent < 0 or offset + extent > size:
             raise ValueError(f"{box} exceeds a tensor of {list(shape)}.")
-        # If the box covers only a part of a dimension, it must have one index in each outer one.
+        # If the box covers a dimension only in part, every outer dimension must have one index.
         if is_partial and extent > 1:
             raise ValueError(f"{box} is not a contiguous part of a tensor of {list(shape)}.")
         is_partial = is_partial or extent != size
@@ -213,13 +213,13 @@ def state_shard(state: BucketState, position: int, local: torch.Tensor) -> State
 def plan_load(
     state: BucketState, position: int, saved: Mapping[str, Any]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Check a saved state of one parameter, and return the copies that load it.
+    """Check the saved state of one parameter, and return the copies that load it.
 
     Args:
         saved: the keys of `local_state`, with tensors of the parameter's whole shape (from any
             world size, or from torch's Adam) or of this rank's range. Missing moments are loaded as
-            zeros, since torch creates them at the first step. A missing master weight is not
-            loaded: it is copied from the parameter later.
+            zeros, since torch creates them at the first step. Without a saved master weight, the
+            current one stays; the next step replaces it if the parameter is not its rounded value.
 
     Returns:
         (target, source) pairs.
@@ -371,7 +371,7 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
 def range_sources(
     shape: Sequence[int], order: Sequence[int], start: int, local: torch.Tensor
 ) -> list[BoxSource]:
-    """Return the boxes of one rank's range of a tensor, as views of it.
+    """Return the boxes of one rank's range of a tensor, as views of `local`.
 
     Args:
         shape: of the whole tensor.
