@@ -102,7 +102,9 @@ def plan_plain_state(
     try:
         return _plan(optimizer, core, saved, name_of)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"The saved optimizer does not match this one: {error}.") from error
+        # Some of these messages are fragments, others are sentences with a full stop.
+        reason = str(error).removesuffix(".")
+        raise CheckpointError(f"The saved optimizer does not match this one: {reason}.") from error
 
 
 def _plan(

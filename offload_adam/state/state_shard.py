@@ -84,21 +84,22 @@ def range_of_box(shape: Sequence[int], box: Box) -> tuple[int, int]:
     """Return the flat range [start, end) of a box.
 
     Raises:
-        ValueError: the box exceeds the tensor, or its elements are not contiguous.
+        ValueError: the box exceeds the tensor, or its elements are not contiguous. The message is a
+            fragment, to which the caller adds the name of the tensor.
     """
     if not len(shape) == len(box.offsets) == len(box.sizes):
         raise ValueError(
-            f"{box} and a tensor of {list(shape)} differ in their number of dimensions."
+            f"{box} and a tensor of {list(shape)} differ in their number of dimensions"
         )
     start, stride, is_partial = 0, 1, False
     for size, offset, extent in zip(
         reversed(shape), reversed(box.offsets), reversed(box.sizes), strict=True
     ):
         if offset < 0 or extent < 0 or offset + extent > size:
-            raise ValueError(f"{box} exceeds a tensor of {list(shape)}.")
+            raise ValueError(f"{box} exceeds a tensor of {list(shape)}")
         # If the box covers a dimension only in part, every outer dimension must have one index.
         if is_partial and extent > 1:
-            raise ValueError(f"{box} is not a contiguous part of a tensor of {list(shape)}.")
+            raise ValueError(f"{box} is not a contiguous part of a tensor of {list(shape)}")
         is_partial = is_partial or extent != size
         start += offset * stride
         stride *= size
