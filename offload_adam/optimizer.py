@@ -92,6 +92,13 @@ class OffloadAdam(ShardedOptimizer):
             `OffloadPolicy`.
         failures: seconds after which a rank counts as dead or hung. See `FailurePolicy`.
 
+    Attributes:
+        last_step: `StepReport` of the last step: norm, clip factor, whether the step was skipped,
+            and timings. None before the first step.
+        skipped_steps: number of steps that were skipped since construction.
+        grad_scale: loss scale by which gradients are divided; 1 if not set. A GradScaler sets it
+            for each step. Set it if you scale the loss yourself.
+
     Cost: for bf16 parameters on a GPU, 14 bytes of host memory per parameter, divided by the number
         of ranks: 4 each for master weight, exp_avg and exp_avg_sq, and 2 for the gradient. Buffers
         add a few buckets. `offload-adam plan` predicts the memory of a run.

@@ -58,7 +58,8 @@ class Adam(InspectableAdam):
 
     Pass gradients as a tuple, `opt(gradients)`, or leave them in `.grad` and call `opt.step()`.
     With more than one rank, construction and both calls are collective. A skipped step does not
-    advance the step counter or the schedules.
+    advance the step counter or the schedules. The attributes `last_step`, `skipped_steps` and
+    `grad_scale` are those of `OffloadAdam`.
 
     A state dict holds the global step, this package's schedules and learning rates given as one
     value per step. Of your own callables it holds only the result of their `state_dict()`, if they

@@ -108,7 +108,7 @@ def test_bandwidths_give_times_that_are_marked_as_rough(tmp_path: Path) -> None:
         (("--params=1e9", "--world-size=6", "--local-world-size=4"), "multiple of local_world"),
         (("--params=1e9", "--host-bandwidth=0"), "above 0"),
         ((CONFIG, "--train.num_stepz=3"), "did you mean train.num_steps"),
-        (("missing.yaml",), "no such file"),
+        (("missing.yaml",), "file not found"),
     ],
 )
 def test_a_wrong_option_exits_with_2(arguments: tuple[str, ...], words: str) -> None:
