@@ -1,8 +1,16 @@
-"""Adam and AdamW with their state sharded over the ranks in host memory.
+"""Adam and AdamW for models whose optimizer state does not fit on a GPU.
+
+The state is stored in host memory and sharded over the ranks. The update is fp32 Adam, without
+approximations.
 
     optimizer = OffloadAdamW(model.parameters(), lr=3e-4, module=model)
 
-For models whose optimizer state does not fit on a GPU. The update is exact fp32 Adam.
+OffloadAdam, OffloadAdamW                            with the arguments of torch.optim; start here
+Adam                                                 with the arguments of mindspore.nn.Adam
+OffloadPolicy, FailurePolicy                         their options for memory and for failed ranks
+save_checkpoint, begin_checkpoint, load_checkpoint   checkpoints of model and optimizer
+
+Schedules of the learning rate under MindSpore's names are in `offload_adam.schedules`.
 """
 
 from __future__ import annotations

@@ -39,13 +39,15 @@ class PeerFailedError(PeerError):
     """A peer that this rank waited for has died, hung or closed its optimizer.
 
     Attributes:
-        ranks: global ranks of these peers; empty if the rendezvous store cannot be reached.
+        ranks: global ranks of the failed peers; empty if the rendezvous store cannot be reached.
     """
 
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
         super().__init__(message)
         self.ranks = ranks
 
+    # An exception is pickled as its class and `args`, here only the message. Without this method,
+    # an error that a child process sends to its parent would lose `ranks`.
     def __reduce__(self) -> tuple[type[PeerFailedError], tuple[str, tuple[int, ...]]]:
         return type(self), (str(self), self.ranks)
 
@@ -55,7 +57,7 @@ class ParameterReplacedError(RuntimeError):
 
 
 class UnreadyParameterError(RuntimeError):
-    """A parameter was read or written during its update, without the hooks that wait for it."""
+    """A parameter was read, written or copied before its update finished, or may have been."""
 
 
 class StreamedGradientError(RuntimeError):
@@ -63,7 +65,7 @@ class StreamedGradientError(RuntimeError):
 
 
 class HostMemoryError(MemoryError):
-    """The optimizer state does not fit into this node's memory; nothing was allocated."""
+    """The optimizer state does not fit into this node's memory; nothing stays allocated."""
 
 
 class MissingExtraError(ImportError):
@@ -75,8 +77,8 @@ class NotRetriedError(RuntimeError):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is unreadable, damaged or of another model; the message names the file."""
+    """A checkpoint cannot be written, or is unreadable, damaged or of another model."""
 
 
 class RunFolderLostError(RuntimeError):
-    """Another job took over the run's folder because this process seemed dead."""
+    """Another job took over the run's folder, because this process did not refresh its lock."""

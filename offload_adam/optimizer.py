@@ -17,20 +17,28 @@ from offload_adam.sharded_optimizer import ShardedOptimizer
 class OffloadAdam(ShardedOptimizer):
     """Adam with fp32 state in host memory, sharded over the ranks.
 
-    The update is that of `torch.optim.Adam`: `w - lr * m_hat / (sqrt(v_hat) + eps)`. It is computed
-    in fp32, from fp32 master weights if the parameters have 16 bits. Construction moves each
-    parameter's data into a flat bucket and allocates all state; the Parameter objects stay the
-    same. With more than one rank, construction, `step`, `clip_grad_norm_`, `add_param_group` and
-    `full_state_dict` are collective.
+    Update number t of a parameter w with gradient g is that of `torch.optim.Adam`, in fp32:
+
+        m  = b1 * m + (1 - b1) * g
+        v  = b2 * v + (1 - b2) * g^2
+        w -= lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+    If w has 16 bits, or is on a GPU and its state is not, its fp32 master weight is updated and
+    then copied to w. Construction moves each parameter's data into a flat bucket and allocates all
+    state; the Parameter objects stay the same. With more than one rank, construction, `step`,
+    `clip_grad_norm_`, `add_param_group` and `full_state_dict` are collective.
 
     There are two modes:
 
-    - Drop-in, without `module` or with DDP: gradients stay in `.grad` until `step()` reads them.
-    - Streaming, with `module` and no DDP: each bucket's gradients are reduced and copied to the
-      host during backward. `.grad` then holds stand-ins without values.
-      `torch.nn.utils.clip_grad_norm_` works on them: call it on all ranks and for all parameters.
-      Only a 2-norm and an in-place multiplication by a number are supported; other operations raise
-      `StreamedGradientError`.
+    - Drop-in, without `module` or with `gradient_reduction="external"`: gradients stay in `.grad`
+      until `step()` reads them.
+    - Streaming, with `module` and `gradient_reduction="optimizer"`: each bucket's gradients are
+      reduced and copied to the host during backward. `.grad` then holds stand-ins: tensors with a
+      shape but without values. `torch.nn.utils.clip_grad_norm_` works on them: call it on all ranks
+      and for all parameters. Stand-ins support only a 2-norm and an in-place multiplication by a
+      number; other operations raise `StreamedGradientError`.
+
+    For example, in streaming mode:
 
         optimizer = OffloadAdam(model.parameters(), lr=1e-3, module=model)
         for batch in batches:
@@ -38,37 +46,44 @@ class OffloadAdam(ShardedOptimizer):
             optimizer.step()
             optimizer.zero_grad()
 
-    Without `module`, do not replace parameters of the model (`load_state_dict(assign=True)`): this
-    goes unnoticed, and the new ones are not trained.
+    Without `module`, the optimizer does not notice if another Parameter object takes the place of
+    one in the model, for example by `load_state_dict(assign=True)`. The new one is not trained.
 
     Args:
         params: parameters, group dicts, or (name, parameter) pairs. fp32, bf16 and fp16 may be
-            mixed. Parameters with `requires_grad=False` are skipped.
+            mixed. Parameters with `requires_grad=False` get no state and are not updated.
         lr: learning rate, a float or a one-element tensor. `lr`, `betas`, `eps` and `weight_decay`
             are read from `param_groups` at each step, so schedulers work.
-        betas: decay rates of the first and second moment, in [0, 1).
-        eps: added to the denominator.
-        weight_decay: L2 penalty, added to the gradient. See `decoupled_weight_decay`.
-        amsgrad: use the running maximum of exp_avg_sq. Not supported with more than one rank.
-        nesterov: replace the first moment m by `b1 * m + (1 - b1) * g` in the update.
+        betas: (b1, b2), the decay rates of the moments m and v, each in [0, 1).
+        eps: added to the denominator, at least 0.
+        weight_decay: coefficient of the L2 penalty: `weight_decay * w` is added to g. See
+            `decoupled_weight_decay`.
+        amsgrad: replace v in the last line by the largest v so far, which costs 4 more bytes of
+            state per parameter. Not supported with more than one rank.
+        nesterov: replace m in the last line by `b1 * m + (1 - b1) * g`.
         maximize: maximize the objective instead of minimizing it.
-        decoupled_weight_decay: apply weight decay to the weights, as AdamW does.
-        max_grad_norm: clip the global 2-norm of each step's gradients to this value. None for no
-            clipping. Unlike `clip_grad_norm_`, it needs no extra collective.
-        module: the model, for streaming. It also gives the parameters their names.
+        decoupled_weight_decay: subtract `lr * weight_decay * w` from w, as AdamW does, instead of
+            adding weight decay to the gradient.
+        max_grad_norm: clip the 2-norm of each step's gradients, over all parameters and averaged
+            over the ranks, to this value. None for no clipping. Needs no extra collective, unlike
+            `clip_grad_norm_`.
+        module: the model, for streaming and overlap. It also gives the parameters their names.
         process_group: ranks that share the state. None for the default group.
         gradient_reduction: "optimizer": backward leaves local gradients and the optimizer averages
             them over the ranks (ZeRO-2). "external": DDP or the caller averages them (ZeRO-1). None
-            for "external" if `module` is or contains DDP, else "optimizer". Required with more than
-            one rank and no `module`.
+            means "external" if `module` is or contains DDP, else "optimizer". Required with more
+            than one rank and no `module`.
         reduce_dtype: torch.float32 to average 16-bit gradients in fp32, for accuracy over many
             ranks at twice the traffic. None to average in the gradients' dtype.
-        accumulate: for several backwards in one step. "host" reduces each backward's gradients and
-            sums them in fp32 shards on the host, which costs 4 bytes for each element of a shard.
-            None sums in `.grad`; wrap all backwards but the last in `no_sync()`.
+        accumulate: how the gradients of several backwards of one step are summed. None: in `.grad`,
+            and the sum is reduced once; in streaming mode, wrap all backwards but the last in
+            `no_sync()`. "host", in streaming mode only: each backward's gradients are reduced,
+            copied and added to fp32 gradient shards on the host. No gradients stay in `.grad`, but
+            each backward costs a reduction and a copy. A shard takes 4 bytes per element.
         overlap: return from `step()` before the updates finish. The forward of each unit of
-            `module` waits for its own parameters. Call `synchronize()` before reading parameters in
-            any other way. None for True if `module` is given and all parameters are on a GPU.
+            `module` (see `OffloadPolicy.units`) then waits for the unit's own parameters. Call
+            `synchronize()` before reading parameters in any other way. None means True if `module`
+            is given and all parameters are on a GPU.
         state_dtype: dtype of the state. Only torch.float32 is supported, which None also means.
         num_threads: CPU threads of this rank's update. None for the allowed cores divided by the
             ranks of this node, minus one if parameters are on a GPU: the thread that launches
@@ -77,6 +92,16 @@ class OffloadAdam(ShardedOptimizer):
             `OffloadPolicy`.
         failures: seconds after which a rank counts as dead or hung. See `FailurePolicy`.
 
+    Attributes:
+        last_step: `StepReport` of the last step: norm, clip factor, whether the step was skipped,
+            and timings. None before the first step.
+        skipped_steps: number of steps that were skipped since construction.
+        grad_scale: loss scale by which gradients are divided; 1 if not set. A GradScaler sets it
+            for each step. Set it if you scale the loss yourself.
+
+    Cost: for bf16 parameters on a GPU, 14 bytes of host memory per parameter, divided by the number
+        of ranks: 4 each for master weight, exp_avg and exp_avg_sq, and 2 for the gradient. Buffers
+        add a few buckets. `offload-adam plan` predicts the memory of a run.
     Owns: process groups, hooks on the parameters, and host memory. `close` releases all three.
     Threads: calls from several threads run one after another.
 
@@ -87,9 +112,9 @@ class OffloadAdam(ShardedOptimizer):
         PeerFailedError: ranks did not construct the optimizer in time. Every later collective also
             raises it if a rank dies or hangs.
 
-    Source: Kingma and Ba, "Adam" (2015); Loshchilov and Hutter, "Decoupled Weight Decay" (2019);
-    Reddi et al., "On the Convergence of Adam" (2018); Rajbhandari et al., "ZeRO" (2020); Ren et
-    al., "ZeRO-Offload" (2021).
+    Source: Kingma and Ba, "Adam" (2015); Loshchilov and Hutter, "Decoupled Weight Decay
+    Regularization" (2019); Reddi et al., "On the Convergence of Adam and Beyond" (2018);
+    Rajbhandari et al., "ZeRO" (2020); Ren et al., "ZeRO-Offload" (2021).
     """
 
     def __init__(
@@ -153,9 +178,10 @@ class OffloadAdamW(OffloadAdam):
     """AdamW with fp32 state in host memory: `OffloadAdam` with decoupled weight decay.
 
     Args:
-        weight_decay: weight decay coefficient, 1e-2 by default as in `torch.optim.AdamW`.
+        weight_decay: each update also subtracts `lr * weight_decay * w` from the weight w. 1e-2 by
+            default, as in `torch.optim.AdamW`.
 
-    For all other arguments and the behaviour, see `OffloadAdam`.
+    For all other arguments, the modes and the cost, see `OffloadAdam`.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019).
     """

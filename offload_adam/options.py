@@ -7,14 +7,15 @@
 
 To add an option to a policy, add a field here, the code that reads it, and a test. An option of
 `ExecutionOptions` is also added to the signatures and docstrings of the optimizers; a test compares
-names and defaults. sharded_optimizer/execution.py turns the options into decisions.
-Nothing here imports torch or pydantic at run time.
+names and defaults. sharded_optimizer/execution.py turns the options into decisions. Nothing here
+imports torch or pydantic at run time, so that the command line, which reads them, starts fast.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, get_args
@@ -28,7 +29,7 @@ C = TypeVar("C")
 Pin = Literal["all", "staging", "none"]
 """Page-locked host memory: state and staging buffers, staging buffers only, or none."""
 
-_DECLARED = "offload_adam option"
+_DECLARED = "offload_adam option"  # key in the metadata of a dataclass field
 
 
 class Rule(Protocol):
@@ -188,7 +189,16 @@ def check_policy(name: str, policy: Any, kind: type) -> None:
 
 def _documented(policy: type[C]) -> type[C]:
     """Add the text of every option to the docstring of its class."""
-    lines = [f"    {declared.name}: {declared.text}" for declared in options_of(policy)]
+    lines = [
+        textwrap.fill(
+            f"{declared.name}: {declared.text}",
+            width=100,
+            initial_indent="    ",
+            subsequent_indent="        ",
+            break_on_hyphens=False,
+        )
+        for declared in options_of(policy)
+    ]
     policy.__doc__ = "\n".join([inspect.cleandoc(policy.__doc__ or ""), "", "Args:", *lines])
     return policy
 
@@ -209,16 +219,18 @@ class OffloadPolicy:
         Choice(get_args(Pin)),
         "Host memory to page-lock if a parameter is on CUDA: 'all' pins state and staging "
         "buffers, 'staging' only the buffers that copies go through, 'none' nothing. 'all' is "
-        "fastest. If pinning all state fails, it falls back to 'staging' with a warning.",
+        "fastest, but the system cannot swap the state out. If pinning all state fails, 'all' "
+        "falls back to 'staging' with a warning.",
         key="memory.pin",
     )
     offload_fraction: float = option(
         1.0,
         Number(least=0, most=1),
-        "Fraction of the elements of parameters on CUDA whose state is on the host, rounded up to "
-        "whole buckets. Lower it if GPU memory is free. The buckets that the forward needs first "
-        "then keep their state on the GPU. They are updated there, within 2 ULP of the host's "
-        "result.",
+        "Fraction, from 0 to 1, of the elements of parameters on CUDA whose state is in host "
+        "memory, rounded up to whole buckets. Lower it if GPU memory is free: the buckets that the "
+        "forward needs first then keep their state on the GPU and are updated there, within 2 ULP "
+        "of the exact result. This takes 12 bytes per 16-bit parameter, or 8 per fp32 parameter, "
+        "divided by the number of ranks, and the gradients of these buckets.",
         key="memory.offload_fraction",
         shared=True,
     )
@@ -226,39 +238,43 @@ class OffloadPolicy:
         None,
         Number(kind=int, least=1),
         "Bytes of parameters in one bucket, the unit of reduce-scatter, update and all-gather. "
-        "By default 32 MiB times the number of ranks, limited to 256 MiB and to a 16th of all "
-        "parameters, but at least 32 MiB. Lower it if staging buffers take too much memory.",
+        "By default 32 MiB times the number of ranks, limited to 256 MiB and to 1/16 of the bytes "
+        "of all parameters, but at least 32 MiB. Lower it if the buffers for buckets take too much "
+        "memory. Smaller buckets cost more launches and collectives.",
         key="optimizer.bucket_nbytes",
         shared=True,
     )
     snapshot_buffer_nbytes: int = option(
         0,
         Number(kind=int, least=0),
-        "Maximum host bytes in which `begin_checkpoint` copies state that is not yet on disk. "
-        "Updates wait for the disk only if this buffer is full. 0 for no buffer.",
+        "Maximum bytes of host memory, for each rank, into which `begin_checkpoint` copies state "
+        "that is not yet on disk. An update waits for the disk only if the state of its bucket "
+        "does not fit. 0 for no buffer.",
     )
     allow_overcommit: bool = option(
         False,
         Flag(),
         "Construct the optimizer even if the state of this node's ranks is predicted not to fit "
-        "into the node's memory, instead of raising HostMemoryError.",
+        "into the node's memory, instead of raising HostMemoryError. Set it if the prediction is "
+        "wrong for this node, for example because other processes will free memory.",
         key="memory.allow_overcommit",
     )
     units: Sequence[torch.nn.Module] | None = option(
         None,
         None,
-        "Submodules of `module` whose forward waits for their own parameters only, while other "
-        "updates run. None for the children of every ModuleList. Set it if the model's layers are "
-        "not in a ModuleList.",
+        "Submodules of `module` whose forward waits only for their own parameters, while updates "
+        "of other parameters run. None for the children of every outermost ModuleList. Set it if "
+        "the model's layers are not in a ModuleList.",
     )
 
 
 @_documented
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailurePolicy:
-    """After which time a peer counts as dead or hung, for `OffloadAdam(failures=...)`.
+    """When a rank counts as dead or hung, for `OffloadAdam(failures=...)`.
 
-    Waiting ranks then raise `PeerFailedError`. Values are checked when an optimizer is constructed.
+    Ranks that wait for it then raise `PeerFailedError`. Values are checked when an optimizer is
+    constructed.
     """
 
     dead_after: float = option(
@@ -301,7 +317,7 @@ def check_max_norm(name: str, value: float | None) -> float | None:
 class ExecutionOptions:
     """The arguments that `OffloadAdam` and `Adam` have in common, except hyperparameters.
 
-    The signatures of both repeat the names and defaults, so that `help()` and editors show them.
+    Both signatures repeat these names and defaults, so that `help()` and editors show them.
     """
 
     module: torch.nn.Module | None = None
@@ -334,9 +350,9 @@ class ExecutionOptions:
     accumulate: str | None = option(
         None,
         Choice(("host", None)),
-        "How the gradients of several microbatches add up. 'host' reduces and copies the gradients "
-        "of every microbatch, and sums in fp32 on the host. By default they sum in `.grad`, and "
-        "the sum is reduced once.",
+        "How the gradients of several microbatches are summed. 'host' reduces and copies the "
+        "gradients of every microbatch, and sums them in fp32 on the host. By default they are "
+        "summed in `.grad`, and the sum is reduced once.",
         key="optimizer.accumulate",
         shared=True,
     )
@@ -350,7 +366,8 @@ class ExecutionOptions:
     overlap: bool | None = option(
         None,
         Flag(),
-        "Run updates during the next forward. By default true if all parameters are on a GPU.",
+        "Return from `step()` before the updates finish: they run during the next forward. By "
+        "default true if all parameters are on a GPU.",
         key="optimizer.overlap",
     )
     offload: OffloadPolicy = OffloadPolicy()
@@ -368,6 +385,6 @@ def resolve_overlap(overlap: bool | None, *, hooked: bool, reduces: bool, on_dev
     """
     if overlap is None:
         overlap = on_device
-    # Gradients averaged by DDP or the caller stay in `.grad`. In host memory a running update would
-    # read them there while the next backward overwrites them.
+    # Gradients that DDP or the caller averages stay in `.grad`. If they are in host memory, an
+    # update that is still running reads them there while the next backward overwrites them.
     return overlap and hooked and (reduces or on_device)

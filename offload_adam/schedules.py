@@ -3,8 +3,8 @@
     Adam(parameters, learning_rate=CosineDecayLR(1e-5, 1e-3, 10_000))
     LambdaLR(OffloadAdam(parameters, lr=1.0), CosineDecayLR(1e-5, 1e-3, 10_000))
 
-All arithmetic is in float64. Every schedule raises TypeError or ValueError for a wrong argument,
-which the message names.
+All arithmetic is in float64. Every schedule raises TypeError or ValueError for a wrong argument and
+names the argument.
 
 Source: the documentation of `mindspore.nn`'s learning rate schedules (MindSpore 2.10).
 """
@@ -173,8 +173,9 @@ class PolynomialDecayLR(BuiltInSchedule):
         end_learning_rate: at least 0, `end` in the formula. The rate from step `decay_steps` on.
         decay_steps: above 0.
         power: above 0.
-        update_decay_steps: do not stay at `end` after `decay_steps` steps, but replace
-            `decay_steps` in the formula by its next multiple that is at least `step`.
+        update_decay_steps: after `decay_steps` steps, do not stay at `end`. Instead, replace
+            `decay_steps` in the formula by its smallest multiple that is at least `step`, so that
+            the rate jumps up after each multiple and decays to `end` again.
     """
 
     learning_rate: float

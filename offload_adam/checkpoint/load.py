@@ -51,6 +51,11 @@ def load_checkpoint(
     Every block is verified and read directly into the state. Then `model.load_state_dict` runs with
     the tensors and with the entries that modules add to a state dict (`get_extra_state`, hooks).
 
+    Args:
+        path: a checkpoint, the same on every rank.
+        model, optimizer: constructed with the names, shapes, dtypes and groups that were saved.
+            Both are modified in place.
+
     Returns:
         The saved `extra`, with its tensors on the host.
 

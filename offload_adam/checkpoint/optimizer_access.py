@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from offload_adam.errors import CheckpointError
-from offload_adam.params.groups import LAID_OUT
+from offload_adam.params.groups import FIXED_OPTIONS
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.state.state_shard import check_step_count, shards_of
 from offload_adam.step.step import ShardedAdam
@@ -102,9 +102,9 @@ def plan_plain_state(
     try:
         return _plan(optimizer, core, saved, name_of)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"The saved optimizer does not match this one: {str(error).rstrip('.')}."
-        ) from error
+        # Some of these messages are fragments, others are sentences with a full stop.
+        reason = str(error).removesuffix(".")
+        raise CheckpointError(f"The saved optimizer does not match this one: {reason}.") from error
 
 
 def _plan(
@@ -124,7 +124,7 @@ def _plan(
         names = {name_of(parameter) for parameter in group["params"]}
         _check_names(f"its group {number}", entry["parameters"], names)
         options = entry["options"]
-        for key in LAID_OUT:
+        for key in FIXED_OPTIONS:
             if options.get(key, False) != group.get(key, False):
                 raise ValueError(f"it has {key}={options.get(key, False)} in group {number}")
         # As a whole: a saved option may be valid only together with other saved ones.

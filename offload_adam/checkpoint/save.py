@@ -65,6 +65,12 @@ def save_checkpoint(
     from before it, so save after a step.
 
     Args:
+        path: the same on every rank. Nothing may exist there yet; missing parent folders are
+            created.
+        model: has all parameters of `optimizer`. Its whole state dict is saved, frozen parameters
+            and buffers included. Parameters keep their names in `model`, so pass `ddp.module`
+            instead of a DDP wrapper if the checkpoint is to load without DDP.
+        optimizer: its groups, step counts and state are saved.
         extra: returned by `load_checkpoint`; rank 0's is saved. Any nesting of lists, tuples, sets,
             dicts, numbers, text, bytes, and of tensors and NumPy arrays of at most 1 MiB each. For
             example the `state_dict()` of a scheduler, a sampler or a GradScaler, and states of

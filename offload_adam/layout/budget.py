@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from offload_adam.layout.flat import BLOCK_NUMEL, Bucket
 from offload_adam.layout.state_plan import FLOAT32_NBYTES, StatePlan
 
-BLOCK_SUM_NBYTES = 8
-
+BLOCK_SUM_NBYTES = 8  # float64
 NUM_STAGING_SLOTS = 2
 """Host slots for updated parameters: the kernel writes one while the other is copied."""
 
 NUM_FOLD_BUFFERS = 2
-"""Host buffers for gradients that are cast or added: one is read while a copy fills the other."""
+"""Host buffers for gradients that are cast or added: a copy fills one while the host reads one."""
 
 NUM_REDUCE_SLOTS = 3
 """Slots on a device for gradients: one is packed, one averaged, and one is copied to the host."""
@@ -21,28 +20,29 @@ NUM_REDUCE_SLOTS = 3
 NUM_SLOTS_IN_FLIGHT = 2
 """Slots of a pool that are in use at once: one is packed while another is averaged.
 
-This is exact if a device accumulates the averages. If the host does, the pool may grow: it depends
-on the speed of the host and of the other ranks.
+This is exact if a device accumulates the averages. If the host does, more slots may be in use: how
+many depends on the speed of the host and of the other ranks.
 """
 
 NUM_FOLDS_IN_FLIGHT = 3
-"""With one rank: buckets that may wait for the host to cast or add them before backward waits."""
+"""With one rank: buckets that the host may still have to cast or add. With more, backward waits."""
 
 ALIGNMENT_NBYTES = 128
 """Tensors in host memory start at multiples of this, so that no vector load crosses a cache line.
 
-The size of a shard is a multiple of it for every dtype, because a shard has whole blocks of 128
+The bytes of a shard are such a multiple for every dtype, because a shard has whole blocks of 128
 elements.
 """
 
 CHECKPOINT_BLOCK_NBYTES = 4 * 1024 * 1024
-"""Bytes of a checkpoint's file per checksum, so that a part can be verified on its own."""
+"""Bytes of a checkpoint's file that share one checksum, so that a part can be verified alone."""
 
 
 class Category:
-    """The purpose of memory, in the ledger, the plan and reports. A plane of state has torch's key.
+    """The purpose of memory, in the ledger, the plan and reports.
 
-    Plain strings instead of an enum, because users see them as keys.
+    For a single plane of state, torch's key is used instead, such as "exp_avg". Plain strings
+    instead of an enum, because users see them as keys.
     """
 
     PARAMETERS = "parameters"
@@ -91,7 +91,7 @@ def snapshot_buffer_nbytes(plans: Sequence[StatePlan], limit_nbytes: int) -> int
 
 
 def traffic_nbytes(plan: StatePlan) -> int:
-    """Return the bytes that norm and update of one rank's shard of one bucket read and write.
+    """Return the bytes that the norm and the update of one rank's shard of a bucket read and write.
 
     Both read the gradient. The update reads and writes each plane of state, and an fp32 parameter
     that is its own master weight. It writes a 16-bit parameter.
@@ -109,10 +109,10 @@ def update_traffic_nbytes(plan: StatePlan) -> int:
 
 
 def exchange_traffic_nbytes(plan: StatePlan) -> int:
-    """Return the bytes that one rank reads and writes in host memory around a bucket's mean.
+    """Return the bytes that one rank reads and writes in host memory to average a bucket.
 
-    All gradients are packed into a slot in the dtype of the mean, and this rank's shard of the
-    result is copied.
+    All gradients are packed into a slot in the dtype of the average, and this rank's shard of the
+    result is copied. The collective itself is not counted.
     """
     bucket, itemsize = plan.bucket, plan.gradient.itemsize
     return bucket.numel * (bucket.itemsize + itemsize) + bucket.shard_numel * 2 * itemsize

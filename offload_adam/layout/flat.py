@@ -33,12 +33,16 @@ Flat = TypeVar("Flat", bound=_Sliceable)
 """A tensor or an array with one dimension."""
 
 BLOCK_NUMEL = 128
-"""Elements of a block: the unit of alignment, of sharding and of the gradient norm."""
+"""Elements of a block: the unit of alignment, of sharding and of the gradient norm.
+
+No block belongs to two parameters or two shards, so its sum of squares does not depend on the
+number of ranks. Larger blocks would need fewer sums (8 bytes each), but more padding.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterSpec:
-    """One parameter as the layout sees it.
+    """The properties of a parameter that determine its layout.
 
     bucket_key: equal for all parameters of a bucket; it encodes dtype, device and `amsgrad`.
     amsgrad: the state includes the largest second moment so far.
@@ -109,12 +113,16 @@ class Bucket:
         end = 0
         for placed in self.placements:
             if placed.start != align(end) or placed.end < placed.start:
-                raise ValueError(f"bucket {self.index}: {placed} must start at {align(end)}")
+                raise ValueError(
+                    f"In bucket {self.index}, {placed} must start at {align(end)} and must not end "
+                    "before its start."
+                )
             end = placed.end
-        if self.numel != align(align(end), BLOCK_NUMEL * self.world_size):
+        expected = align(end, BLOCK_NUMEL * self.world_size)
+        if self.numel != expected:
             raise ValueError(
-                f"bucket {self.index} of {self.numel} elements must end with the first whole "
-                f"block of all {self.world_size} shards after element {end}"
+                f"Bucket {self.index} must have {expected} elements, not {self.numel}: its "
+                f"parameters end at {end}, and each of {self.world_size} shards has whole blocks."
             )
 
     @property
@@ -180,8 +188,8 @@ def plan_buckets(
             filled_nbytes[spec.bucket_key] = 0
         group.append(spec)
         filled_nbytes[spec.bucket_key] += nbytes
-    # In the order of completion: backward completes a bucket with the gradient of the
-    # parameter that is first in the forward.
+    # Backward completes a bucket with the gradient of the parameter that comes first in the
+    # forward: the last one in the group.
     position = {spec.index: place for place, spec in enumerate(specs)}
     groups.sort(key=lambda group: -position[group[-1].index])
     return tuple(

@@ -1,4 +1,4 @@
-"""Bytes and speed of ring collectives that average or gather a bucket."""
+"""Bytes and speed of the ring collectives that average or gather a bucket."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ ALL_REDUCE_PASSES = 2
 class RingSpeed:
     """Speed at which a rank sends in one pass around the ring, in 1e9 bytes per second.
 
-    mean_16bit, mean_32bit: while averaging gradients of this width, arithmetic included.
-    gather: while gathering parameters of any width.
+    mean_16bit, mean_32bit: while gradients of this width are averaged, arithmetic included.
+    gather: while parameters of any width are gathered.
     """
 
     mean_16bit: float

@@ -1,4 +1,4 @@
-"""The tasks of one step, the lane of each, and its waits: a constant of the layout.
+"""The tasks of one step, the lane of each task, and its waits. They depend only on the layout.
 
     lane      runs on                      tasks of bucket b
     compute   the model's own stream       GRADIENT  PACK              RELEASE          USE
@@ -12,9 +12,9 @@ Tasks of one lane run in the order in which they are issued. Tasks of different 
 only by the waits of this schedule and by the one agreement of the step, which comes after every
 SUM_SQUARES and before every UPDATE.
 
-If parameters are in host memory, there are no copies and no streams. A launched task has finished
-when the launch returns, and collectives are waited for by their handles. Then only the waits for an
-UPDATE have an effect.
+If parameters are in host memory, there are no copies and no streams. A launched task has then
+finished when the launch returns, and the host waits for collectives by their handles. So only the
+waits for an UPDATE have an effect.
 
 No task needs to wait for a task of the previous step. A backward starts after every USE, so on the
 compute lane all USE tasks come before the first GRADIENT. Every UPDATE comes after a COPY_D2H that
@@ -140,8 +140,10 @@ def plan_schedule(
         num_reduce_slots, num_staging_slots: number of slots in the ring of each bucket key.
     """
     forward = plans[::-1]
-    reduce_slots, earlier_packed = _deal([p for p in plans if p.uses_ring], num_reduce_slots)
-    staging_slots, earlier_staged = _deal(
+    reduce_slots, earlier_packed = _assign_slots(
+        [p for p in plans if p.uses_ring], num_reduce_slots
+    )
+    staging_slots, earlier_staged = _assign_slots(
         [plan for plan in forward if plan.stages_parameters], num_staging_slots
     )
     before: dict[Task, tuple[Task, ...]] = {}
@@ -151,32 +153,37 @@ def plan_schedule(
     for plan in forward:
         after |= _tasks_after_agreement(plan, earlier_staged.get(plan.bucket.index))
     on_device = frozenset(plan.bucket.index for plan in plans if not plan.location.is_host)
-    turn = partial(_turn_of, on_device=on_device)
+    order = partial(_order_of, on_device=on_device)
     schedule = Schedule(
-        tuple(sorted(before, key=turn)),
-        tuple(sorted(after, key=turn)),
+        tuple(sorted(before, key=order)),
+        tuple(sorted(after, key=order)),
         before | after,
         reduce_slots,
         staging_slots,
         on_device,
     )
-    return replace(schedule, waits={task: _of_others(schedule, task) for task in schedule.waits})
+    return replace(
+        schedule, waits={task: _waits_on_other_lanes(schedule, task) for task in schedule.waits}
+    )
 
 
-_TURNS = {Operation.UPDATE: 1, Operation.COPY_H2D: 1, Operation.GATHER: 3, Operation.USE: 3}
-_TURN_ON_DEVICE = 2
+_ORDER = {Operation.UPDATE: 1, Operation.COPY_H2D: 1, Operation.GATHER: 3, Operation.USE: 3}
+_ORDER_ON_DEVICE = 2
 
 
-def _turn_of(task: Task, on_device: frozenset[int]) -> int:
-    """Return the sort key of a task on its side of the agreement, equal for all buckets."""
-    # Updates on the device come after those on the host: the update thread already works on the
-    # host's while the calling thread launches the device's.
+def _order_of(task: Task, on_device: frozenset[int]) -> int:
+    """Return the sort key of a task among those before, or after, the agreement.
+
+    It is equal for all buckets, so that sorting keeps their order.
+    """
+    # Updates on the device come after those on the host: the update thread already runs updates on
+    # the host while the calling thread launches those on the device.
     if task.operation.lane is Lane.UPDATE and task.bucket in on_device:
-        return _TURN_ON_DEVICE
-    return _TURNS.get(task.operation, 0)
+        return _ORDER_ON_DEVICE
+    return _ORDER.get(task.operation, 0)
 
 
-def _of_others(schedule: Schedule, task: Task) -> tuple[Task, ...]:
+def _waits_on_other_lanes(schedule: Schedule, task: Task) -> tuple[Task, ...]:
     """Return the waits of a task for other lanes. Tasks of one lane run in order anyway."""
     lane = schedule.lane_of(task)
     return tuple(w for w in schedule.waits[task] if schedule.lane_of(w) is not lane)
@@ -188,13 +195,13 @@ def ring_nbytes(
     *,
     num_slots: int,
 ) -> int:
-    """Return the bytes of the slots of a ring, each as large as the largest bucket that uses it.
+    """Return the bytes of all slots of a ring. Each is as large as the largest bucket that uses it.
 
     Args:
         plans: buckets that use a slot, in the order of their use.
         nbytes_of: returns the bytes of a bucket in its slot.
     """
-    slots, _ = _deal(plans, num_slots)
+    slots, _ = _assign_slots(plans, num_slots)
     largest: dict[tuple[str, int], int] = {}
     for plan in plans:
         key = plan.bucket.bucket_key, slots[plan.bucket.index]
@@ -202,8 +209,14 @@ def ring_nbytes(
     return sum(largest.values())
 
 
-def _deal(plans: Sequence[StatePlan], num_slots: int) -> tuple[dict[int, int], dict[int, int]]:
-    """Assign slots in turn; return each bucket's slot, and the previous bucket in it, if any."""
+def _assign_slots(
+    plans: Sequence[StatePlan], num_slots: int
+) -> tuple[dict[int, int], dict[int, int]]:
+    """Assign slots to buckets in turn, separately for each bucket key.
+
+    Returns:
+        Two maps from bucket index: to its slot, and to the previous bucket in this slot, if any.
+    """
     slots: dict[int, int] = {}
     earlier: dict[int, int] = {}
     for bucket_key in dict.fromkeys(plan.bucket.bucket_key for plan in plans):
@@ -251,11 +264,11 @@ def _tasks_after_agreement(plan: StatePlan, earlier: int | None) -> dict[Task, t
     tasks: dict[Task, tuple[Task, ...]] = {Task(Operation.UPDATE, number): emptied}
     if plan.is_offloaded:
         tasks[Task(Operation.RELEASE, number)] = ()
-        # The copy overwrites parameters, so it must come after the model's last read of them. It
-        # needs no wait for UPDATE: the thread that ran the update issues it. Only the first H2D
-        # copy of a step needs the wait for RELEASE, but which copy is first depends on the step's
-        # gradients. If the host has waited for SUM_SQUARES of a bucket on the device, no copy needs
-        # it, but not every step and rank has such a bucket.
+        # The copy overwrites parameters, so it must come after RELEASE: the model has then read
+        # them for the last time. Only the first H2D copy of a step needs this wait, and none if the
+        # host has waited for SUM_SQUARES of a bucket on the device. Both depend on the step's
+        # gradients and on the rank, so every copy waits. No wait for UPDATE is needed: the thread
+        # that has run the update issues the copy.
         tasks[Task(Operation.COPY_H2D, number)] = (Task(Operation.RELEASE, number),)
     ready = tuple(task for task in tasks if task.operation is not Operation.RELEASE)
     if plan.gathers:

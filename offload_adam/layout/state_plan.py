@@ -6,8 +6,8 @@
     device       device, sharded     DEVICE       a shard on the device      written by torch
     device       device, every rank  REPLICATED   read in place, or a shard  written by torch
 
-It is computed once. Construction allocates by the plan, the schedule is derived from it, and
-`offload-adam plan` predicts memory with it.
+The plans are computed once. Construction allocates by them, the schedule is derived from them, and
+`offload-adam plan` predicts memory with them.
 
 Worked example: two ranks, one bucket of 1000 bf16 parameters on a GPU, averaged by this package.
 
@@ -50,7 +50,7 @@ LEAST_AUTO_BUCKETS = 16
 
 
 class StateLocation(Enum):
-    """Where a bucket's parameters are, and where this rank's part of their state is."""
+    """Where a bucket's parameters are stored, and where this rank's part of their state is."""
 
     HOST = "parameters and state in host memory"
     OFFLOADED = "parameters on a device, state in host memory"
@@ -193,10 +193,11 @@ class StatePlan:
 
     @property
     def copies_straight(self) -> bool:
-        """Whether D2H copies of gradients write into the gradient shard itself.
+        """Whether D2H copies of gradients write directly into the gradient shard.
 
-        Such a copy can be issued at once, without work for the host. Other gradients are copied
-        through a buffer: the host casts or adds them, or the shard is not page-locked.
+        Such a copy can be issued as soon as the gradients are reduced, without work for the host.
+        Otherwise gradients are copied to a buffer first: the host must cast or add them, or the
+        shard is not page-locked.
         """
         gradient = self.gradient
         return (
@@ -208,14 +209,14 @@ class StatePlan:
 
     @property
     def uses_ring(self) -> bool:
-        """Whether gradients are packed into a slot of a ring, whose size is fixed.
+        """Whether gradients are packed into a slot of a ring with a fixed number of slots.
 
         Otherwise they are packed into a slot of a pool that grows, or not at all.
         """
-        # Only a copy that is issued at once may empty a slot of a ring: the next bucket in the slot
-        # waits for it on a stream. Streamed gradients use a ring even without averaging: their own
-        # memory is free once they are packed, and the slots bound the memory that waits for a slow
-        # bus.
+        # The next bucket in a slot waits on a stream for the D2H copy that empties the slot. This
+        # copy must have been issued by then, and only a direct copy is issued early enough.
+        # Streamed gradients use a ring even without averaging: their own memory is free once they
+        # are packed, so gradients that wait for a slow bus take no more memory than the slots.
         gradient = self.gradient
         return self.copies_straight and (gradient.averaged or gradient.streams)
 
@@ -226,10 +227,11 @@ class StatePlan:
 
     @property
     def stages_parameters(self) -> bool:
-        """Whether the H2D copy of updated parameters reads a staging slot.
+        """Whether the H2D copy of updated parameters reads from a staging slot.
 
-        The kernel writes 16-bit parameters there. An fp32 master weight is copied there first if it
-        is not page-locked.
+        The kernel writes 16-bit parameters into the slot. For fp32 parameters, the H2D copy reads
+        the master weight itself, unless only the slot is page-locked: the master weight is then
+        copied into the slot first.
         """
         # A copy from memory that is not page-locked would block the thread that issues it.
         is_16bit = self.bucket.itemsize < FLOAT32_NBYTES
@@ -241,7 +243,7 @@ def plan_state(
 ) -> tuple[StatePlan, ...]:
     """Lay parameters out in buckets, and decide for each bucket how its state is stored.
 
-    A pure function: every rank, and `offload-adam plan`, compute the same result.
+    A pure function, so that every rank and `offload-adam plan` compute the same result.
 
     Args:
         specs: parameters in forward order.
@@ -289,16 +291,16 @@ def resolve_bucket_nbytes(specs: Sequence[ParameterSpec], policy: StatePolicy) -
 def kept_on_device(buckets: Sequence[Bucket], offload_fraction: float) -> frozenset[int]:
     """Return the indices of the buckets on a device whose state stays there.
 
-    They are the buckets that the next forward reads first: the device updates them at once, and the
-    forward reads them while the host updates the other buckets. The search ends at the first bucket
-    that does not fit, so they are contiguous in forward order.
+    They are the first buckets in forward order: the device updates them at once, and the next
+    forward reads them while the host updates the other buckets. Smaller buckets after the first one
+    that does not fit are not kept either.
 
     Args:
         buckets: in the order in which backward completes them, the reverse of forward order.
         offload_fraction: minimum fraction of the elements whose state is on the host.
     """
     if offload_fraction == 1.0:
-        return frozenset()  # the loop below would keep buckets without elements
+        return frozenset()  # the loop below would keep leading buckets without elements
     candidates = [bucket for bucket in reversed(buckets) if bucket.on_device]
     total = sum(bucket.numel for bucket in candidates)
     left = total - math.ceil(offload_fraction * total)

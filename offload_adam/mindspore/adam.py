@@ -35,7 +35,7 @@ from offload_adam.mindspore.groups import (
     read_group,
     read_groups,
     reject_repeated,
-    vector_lengths,
+    reject_unequal_lengths,
 )
 from offload_adam.mindspore.inspection import InspectableAdam
 from offload_adam.options import ExecutionOptions, FailurePolicy, OffloadPolicy
@@ -49,7 +49,7 @@ _DYNAMIC_KEYS = ("lr", "weight_decay")
 class Adam(InspectableAdam):
     """Adam with the arguments, groups, modes and order of operations of `mindspore.nn.Adam`.
 
-    The update number t of this optimizer, starting with 1, computes in fp32 for every dtype:
+    Update number t of the optimizer (1, 2, ...) computes in fp32, whatever the parameters' dtype:
 
         g  = gradient / loss_scale + weight_decay * w
         m  = beta1 * m + (1 - beta1) * g
@@ -58,40 +58,46 @@ class Adam(InspectableAdam):
 
     Pass gradients as a tuple, `opt(gradients)`, or leave them in `.grad` and call `opt.step()`.
     With more than one rank, construction and both calls are collective. A skipped step does not
-    advance the step counter or the schedules.
+    advance the step counter or the schedules. The attributes `last_step`, `skipped_steps` and
+    `grad_scale` are those of `OffloadAdam`.
 
     A state dict holds the global step, this package's schedules and learning rates given as one
-    value per step. It does not hold your own callables: construct the optimizer with the same
-    callables before loading.
+    value per step. Of your own callables it holds only the result of their `state_dict()`, if they
+    have one: construct the optimizer with the same callables before loading.
 
     Args:
         params: parameters, (name, parameter) pairs, or group dicts with the keys `params`, `lr`,
             `weight_decay` and `grad_centralization`. One more dict with the key `order_params` may
-            give the order of all parameters.
+            give the order of all parameters. `grad_centralization` (default False) subtracts from
+            each gradient of 2 or more dimensions the mean over all dimensions but the first; it has
+            no effect with `use_offload`.
         learning_rate: a number or a 0-d tensor; a 1-d tensor or an iterable with one value per
             step, read at construction; or a callable of the 0-based step, such as those of
-            `offload_adam.schedules`.
+            `offload_adam.schedules`. A step after the last value raises ValueError.
         beta1, beta2: decay rates of m and v, floats in the open interval (0.0, 1.0).
         eps: a float above 0, added to the denominator.
         use_locking: has no effect, since calls from several threads always run one after another.
-        use_nesterov: replace m in the last line by `beta1 * m + (1 - beta1) * g`.
+        use_nesterov: replace m in the last line by `beta1 * m + (1 - beta1) * g`. Not supported
+            with `use_amsgrad`.
         weight_decay: L2 penalty, a number or a callable of the 0-based step. If `params` are not in
-            groups, parameters with beta or gamma in their names are excluded and, with `module`,
-            those of torch's norm layers.
-        loss_scale: gradients are divided by it.
+            groups, it does not apply to parameters with beta or gamma in their names and, with
+            `module`, to those of torch's norm layers.
+        loss_scale: gradients are divided by it. Multiply the loss by the same number.
         use_amsgrad: replace v in the last line by the largest v so far. Not supported with more
-            than one rank.
+            than one rank, `use_lazy` or `use_offload`.
         epsilon_hat: replace the last line by
             `w -= lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps)`, the arithmetic that
-            MindSpore was observed to use.
-        decay_norms: do not exclude the norm layers of `module` from weight decay.
+            MindSpore was observed to use. `use_nesterov` is then ignored with `use_amsgrad`.
+        decay_norms: apply weight decay to the norm layers of `module` too.
         module: the model. It gives the parameters their names. With `use_offload`, gradients are
-            also moved to the host during backward.
+            also moved to the host during backward, as in the streaming mode of `OffloadAdam`.
         max_grad_norm, process_group, gradient_reduction, reduce_dtype, state_dtype, accumulate,
-            overlap, num_threads, offload, failures: as for `OffloadAdam`.
+            overlap, num_threads, offload, failures: as for `OffloadAdam`. Without `use_offload`,
+            `accumulate`, `overlap` and `OffloadPolicy.units` cannot be set.
         **kwargs: `use_lazy` (default False): a sparse gradient updates only the rows that it
             touches. `use_offload` (default False): store the state sharded in host memory, instead
-            of whole on every rank and on the parameter's device.
+            of whole on every rank and on the parameter's device. It needs less GPU memory, but
+            each step copies gradients and parameters. Both cannot be set together.
 
     Raises:
         KeyError, TypeError, ValueError, RuntimeError: an argument is wrong; the message names it.
@@ -175,16 +181,16 @@ class Adam(InspectableAdam):
                 "epsilon_hat": epsilon_hat,
                 "grad_centralization": False,
             }
-            self._read(params, defaults, module, decay_norms)
+            self._read_groups(params, defaults, module, decay_norms)
 
         self._construct(
             options,
             add_groups,
-            replicated=kwargs.get("use_offload") is not True,  # checked in `add_groups`
+            replicated=kwargs.get("use_offload") is not True,  # its type is checked in `add_groups`
             takes_rows=True,  # sparse gradients
         )
 
-    def _read(
+    def _read_groups(
         self,
         params: object,
         defaults: dict[str, Any],
@@ -193,7 +199,7 @@ class Adam(InspectableAdam):
     ) -> None:
         """Read the groups and let torch add them."""
         groups = read_groups(params, self._group_defaults)
-        vector_lengths(groups.members)
+        reject_unequal_lengths(groups.members)
         self._norms = set() if decay_norms else norm_parameters(module)
         self._order = groups.order
         self._grouped = groups.grouped
@@ -211,6 +217,7 @@ class Adam(InspectableAdam):
         group = groups.members[0]
         decays = group["weight_decay"] > 0 or "weight_decay" in group.dynamic
         if not groups.grouped and module is None and decays:
+            # `_select` gives even numbers to the parameters with weight decay.
             warn_if_all_decay(item.group % 2 == 0 for item in self._select(0).new)
 
     def __call__(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
@@ -236,7 +243,8 @@ class Adam(InspectableAdam):
             named = [names.get(id(p), "(frozen)") for p in parameters]
             with raise_on_all_ranks(self._ranks, "reading the given gradients"):
                 checked = check_given(gradients, named, parameters)
-            # A backward may have moved gradients out of .grad; the given ones replace them.
+            # A backward may have moved gradients out of .grad. The given ones replace them, so drop
+            # what the reduction and the hooks hold of that backward.
             core.reduction.reset()
             if self._hooks is not None:
                 self._hooks.forget()
@@ -248,7 +256,7 @@ class Adam(InspectableAdam):
         if not isinstance(param_group, AdamGroup):
             param_group = read_group(param_group, self._group_defaults, "the new group")
             reject_repeated([param_group], self.param_groups)
-            vector_lengths([*self._groups(), param_group])
+            reject_unequal_lengths([*self._groups(), param_group])
         super()._append_group(param_group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -261,7 +269,10 @@ class Adam(InspectableAdam):
                 raise ValueError(f"{name}=True is not supported by Adam. Use OffloadAdam instead.")
 
     def _select(self, first_group: int) -> Selection:
-        """Assign each parameter the hyperparameters 2 * group, or 2 * group + 1 without decay."""
+        """Set each parameter's `group` to 2 * group with weight decay, 2 * group + 1 without.
+
+        `_hyperparameters` returns two entries for each group in this order.
+        """
         selection = super()._select(first_group)
         new = []
         for item in selection.new:
@@ -282,7 +293,7 @@ class Adam(InspectableAdam):
         return StepInputs(
             hyperparameters=self._hyperparameters(),
             grad_scale=self.loss_scale,
-            step=self._global_step + 1,
+            step=self._global_step + 1,  # t of the formulas, for every parameter
             lazy=self.use_lazy,
             num_per_group=2,  # with and without weight decay
         )
@@ -292,7 +303,7 @@ class Adam(InspectableAdam):
             return
         for group in self._groups():
             if group.dynamic:
-                group.show(group.shown_at(self._global_step))
+                group.show(group.shown_at(self._global_step))  # what this step has used
         self._global_step += 1
 
     def _further_state(self) -> dict[str, Any]:
@@ -308,7 +319,8 @@ class Adam(InspectableAdam):
         self, further: Mapping[str, Any], entries: Mapping[int, Mapping[str, Any]]
     ) -> Callable[[], None]:
         if "global_step" not in further:
-            # Saved by torch or OffloadAdam, which count the updates of each parameter.
+            # Saved by torch or OffloadAdam, which count the updates of each parameter. A parameter
+            # without a gradient in some steps has a smaller count.
             steps = [int(entry["step"]) for entry in entries.values() if "step" in entry]
             return lambda: setattr(self, "_global_step", max(steps, default=0))
         loaded = [
@@ -320,6 +332,7 @@ class Adam(InspectableAdam):
         ]
 
         global_step = further["global_step"]
+        # It comes from a file, so it may be of any type.
         if not isinstance(global_step, int) or global_step < 0:
             raise ValueError(f"The saved global_step is {global_step!r}, not a number of steps.")
 

@@ -50,7 +50,7 @@ def check_loss_scale(value: object) -> float:
         TypeError, ValueError: the message names the argument.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"loss_scale must be a float, not {value!r}")
+        raise TypeError(f"loss_scale must be a number, not {value!r}")
     return _positive("loss_scale", value)
 
 
@@ -65,14 +65,15 @@ def check_kwargs(kwargs: Mapping[str, object]) -> tuple[bool, bool]:
     for name in kwargs:
         if name not in _KWARGS:
             raise KeyError(
-                f"Adam has no argument {name!r}. Other keywords are use_lazy and use_offload."
+                f"Adam has no argument {name!r}. Besides its named arguments, it only accepts "
+                "use_lazy and use_offload."
             )
     lazy = check_flag("use_lazy", kwargs.get("use_lazy", False))
     offload = check_flag("use_offload", kwargs.get("use_offload", False))
     if lazy and offload:
         raise ValueError(
             "use_lazy=True and use_offload=True exclude each other, because a lazy update needs "
-            "the state of whole rows on the parameter's device. Pass one of them."
+            "the state of whole rows on the parameter's device. Pass only one of them."
         )
     return lazy, offload
 
@@ -86,7 +87,7 @@ def check_amsgrad(*, amsgrad: bool, lazy: bool, offload: bool) -> None:
     for name, given in (("use_lazy", lazy), ("use_offload", offload)):
         if amsgrad and given:
             raise ValueError(
-                f"use_amsgrad=True and {name}=True exclude each other. Pass one of them."
+                f"use_amsgrad=True and {name}=True exclude each other. Pass only one of them."
             )
 
 

@@ -1,4 +1,4 @@
-"""Parameters that weight decay excludes by default, if no groups are given."""
+"""Parameters to which weight decay does not apply by default, if no groups are given."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from offload_adam.errors import warn_user
 from offload_adam.torch_private import norm_base
 
-_FILTERED_NAMES = ("beta", "gamma")
+_FILTERED_NAMES = ("beta", "gamma")  # as MindSpore names the parameters of its norm layers
 _NORM_LAYERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, norm_base)
 
 

@@ -1,4 +1,4 @@
-"""Learning rates and weight decays: fixed numbers, or values that change with the step."""
+"""Learning rates and weight decays: a fixed number, or a value that changes with the step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ import torch
 from offload_adam.schedules import BuiltInSchedule, schedule_from_state
 
 MAX_NUM_VALUES = 10_000_000
-"""Maximum number of values of a learning rate that is given as one value per step."""
+"""Maximum number of values of a learning rate that is given as one value per step: 80 MB.
+
+So an endless generator raises an error instead of filling the memory.
+"""
 
 
 class ValueVector:
@@ -32,8 +35,8 @@ class ValueVector:
     def __call__(self, step: int) -> float:
         if step >= len(self):
             raise ValueError(
-                f"learning_rate has {len(self)} values, one per step, but none for step {step} "
-                "(counted from 0). Pass a value for every step, or a schedule."
+                f"learning_rate has {len(self)} values, one per step, so there is none for step "
+                f"{step} (counted from 0). Pass a value for every step, or a schedule."
             )
         return float(self.values[step])
 
@@ -42,8 +45,9 @@ class Dynamic:
     """A hyperparameter that is a function of the 0-based step.
 
     Args:
-        name: the argument, for error messages.
-        function: called for every step, and again when the value is read.
+        name: the argument's name, for error messages.
+        function: called several times for one step, for example by `get_lr`, so it must return the
+            same value each time.
     """
 
     def __init__(self, name: str, function: Callable[[int], Any]) -> None:
@@ -68,7 +72,7 @@ class Dynamic:
         return len(self.function) if isinstance(self.function, ValueVector) else None
 
     def shown_at(self, step: int) -> float:
-        """Return the value for a step, or the last value if there is none for it."""
+        """Return the value for a step. After the end of a list of values, return the last one."""
         return self.at(step if self.num_values is None else min(step, self.num_values - 1))
 
     def to_state(self) -> dict[str, Any]:
@@ -88,9 +92,10 @@ def load_dynamic(
     """Return the hyperparameter as saved, and a function that loads its callable's own state.
 
     Args:
-        saved: from `to_state`, or None if it was a fixed number.
+        name: the hyperparameter's name, for error messages.
+        saved: from `to_state`, or None if the hyperparameter was a fixed number.
         present: the hyperparameter of the loading optimizer. A callable of the user is taken from
-            here, because a state dict cannot hold it.
+            here, because a state dict cannot hold the callable.
 
     Raises:
         ValueError: a callable of the user was saved, but `present` is not one.
@@ -208,7 +213,7 @@ def _vector(name: str, values: torch.Tensor) -> ValueVector:
     bad = torch.nonzero(~(torch.isfinite(values) & (values >= 0))).flatten()
     if bad.numel() > 0:
         position = int(bad[0])
-        check_amount(f"{name}[{position}]", float(values[position]))
+        check_amount(f"{name}[{position}]", float(values[position]))  # raises an error
     return ValueVector(values)
 
 
@@ -217,4 +222,4 @@ def _is_number(value: object) -> bool:
 
 
 def _nothing() -> None:
-    """Load nothing, since a schedule has no state besides its arguments."""
+    """Load nothing: the hyperparameter has no state besides the one that was already restored."""

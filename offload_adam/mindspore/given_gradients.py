@@ -1,4 +1,4 @@
-"""Gradients that are passed to `opt(gradients)` instead of left in `.grad`."""
+"""Check gradients that are passed to `opt(gradients)`, and put them into `.grad` for one step."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def check_given(
     """
     if isinstance(gradients, torch.Tensor) or not isinstance(gradients, Sequence):
         raise TypeError(
-            f"gradients must be a tuple with one entry for each parameter, not a "
+            "gradients must be a tuple with one entry for each parameter, not a "
             f"{type(gradients).__name__}"
         )
     if len(gradients) != len(parameters):
         raise ValueError(
-            f"Got {len(gradients)} gradients for {len(parameters)} parameters. Pass one for "
-            "each, in the order of `optimizer.parameters`, or None for a parameter without one."
+            f"Got {len(gradients)} gradients for {len(parameters)} parameters. Pass a gradient or "
+            "None for each parameter, in the order of `optimizer.parameters`."
         )
     for name, parameter, gradient in zip(names, parameters, gradients, strict=True):
         if gradient is not None:
@@ -54,7 +54,9 @@ def _check(name: str, parameter: torch.Tensor, gradient: object) -> None:
     if gradient.dtype != parameter.dtype:
         raise TypeError(f"{what} has dtype {gradient.dtype} instead of {parameter.dtype}.")
     if gradient.layout not in _LAYOUTS:
-        raise TypeError(f"{what} is {gradient.layout}. Pass a dense or torch.sparse_coo one.")
+        raise TypeError(
+            f"{what} has the layout {gradient.layout}. Pass a dense or torch.sparse_coo tensor."
+        )
     if gradient.shape != parameter.shape:
         raise ValueError(
             f"{what} has shape {tuple(gradient.shape)} instead of {tuple(parameter.shape)}."

@@ -18,12 +18,13 @@ _KEYS = ("params", "lr", "weight_decay", "grad_centralization", "order_params")
 class AdamGroup(dict[str, Any]):
     """A parameter group that rejects assignments to values that change with the step.
 
-    If `lr` or `weight_decay` is dynamic, the entry shows the value last used.
+    If `lr` or `weight_decay` is dynamic, the entry shows the value that the last step used.
 
     Attributes:
         dynamic: functions of the step, by key: "lr", "weight_decay".
-        own: keys that the user gave for this group; others have the optimizer's value.
-        filtered: weight decay excludes parameters by name and layer, see `decay_filter`.
+        own: keys that the user set for this group; the others have the optimizer's value.
+        filtered: weight decay does not apply to parameters that `decay_filter` excludes by name or
+            layer.
     """
 
     dynamic: Mapping[str, Dynamic] = {}
@@ -50,7 +51,7 @@ class AdamGroup(dict[str, Any]):
         if key in self.dynamic and self.get(key, value) != value:
             raise ValueError(
                 f"{key} of this group changes with the step and cannot be set to {value!r}. To let "
-                f"a torch scheduler or your code set it, construct Adam with a fixed number for it."
+                "a torch scheduler or your code set it, construct Adam with a fixed number for it."
             )
 
     def values_at(self, step: int) -> dict[str, float]:
@@ -61,7 +62,7 @@ class AdamGroup(dict[str, Any]):
         }
 
     def shown_at(self, step: int) -> dict[str, float]:
-        """Return the values for a step, or the last ones if a list of values has ended."""
+        """Return the values for a step. After the end of a list of values, return the last one."""
         return {
             key: self.dynamic[key].shown_at(step) if key in self.dynamic else float(self[key])
             for key in self._shown
@@ -69,6 +70,7 @@ class AdamGroup(dict[str, Any]):
 
     def show(self, values: Mapping[str, float]) -> None:
         """Set the entries of dynamic values to those that a step used."""
+        # Not `self.update`, which rejects them.
         super().update({key: values[key] for key in self.dynamic})
 
 
@@ -76,8 +78,9 @@ class AdamGroup(dict[str, Any]):
 class Groups:
     """The parsed argument `params`.
 
+    members: the groups, or one group of all parameters if `params` holds no groups.
     order: all parameters in the order of `order_params`, None without it.
-    grouped: `params` held groups. Weight decay then applies to all parameters of a group.
+    grouped: `params` holds groups. Weight decay then applies to all parameters of a group.
     """
 
     members: list[AdamGroup] = field(default_factory=list)
@@ -87,7 +90,7 @@ class Groups:
 
 @dataclass(frozen=True, slots=True)
 class GroupDefaults:
-    """The values of a group that does not give its own."""
+    """The values of a group that does not set its own."""
 
     lr: float | Dynamic
     weight_decay: float | Dynamic
@@ -105,7 +108,7 @@ def read_groups(params: object, defaults: GroupDefaults) -> Groups:
     items = _listed("params", params)
     grouped = isinstance(items[0], Mapping)
     if any(isinstance(item, Mapping) is not grouped for item in items):
-        raise TypeError("params must hold parameters or group dicts, not both")
+        raise TypeError("params holds both parameters and group dicts. Pass only one of them.")
     if not grouped:
         group = _group(items, {}, defaults, "params")
         group.filtered = True
@@ -117,7 +120,7 @@ def read_groups(params: object, defaults: GroupDefaults) -> Groups:
         if "order_params" not in item
     ]
     if not members:
-        raise ValueError("params has no group with parameters")
+        raise ValueError("params has no group with the key 'params'. Add the groups to optimize.")
     reject_repeated(members, [])
     return Groups(members, _read_order(orders, members), grouped=True)
 
@@ -133,9 +136,9 @@ def read_group(given: Mapping[str, Any], defaults: GroupDefaults, where: str) ->
     """
     for key in given:
         if key not in _KEYS:
-            raise KeyError(f"{where} has the key {key!r}; a group may hold {', '.join(_KEYS)}")
+            raise KeyError(f"{where} has the key {key!r}. A group may have {', '.join(_KEYS)}.")
     if "params" not in given:
-        raise KeyError(f"{where} has no 'params'")
+        raise KeyError(f"{where} has no 'params'. Add the parameters of the group.")
     return _group(_listed(f"{where}['params']", given["params"]), given, defaults, where)
 
 
@@ -151,23 +154,23 @@ def reject_repeated(new: Sequence[AdamGroup], known: Sequence[Mapping[str, Any]]
             parameter = _parameter_of(member)
             if id(parameter) in seen:
                 raise RuntimeError(
-                    f"Parameter {position} of group {number} is also in {seen[id(parameter)]}. "
-                    "Pass each parameter in one group, once."
+                    f"The parameter at position {position} of group {number} is also in "
+                    f"{seen[id(parameter)]}. Pass each parameter once, in one group."
                 )
-            seen[id(parameter)] = f"group {number} at {position}"
+            seen[id(parameter)] = f"group {number} at position {position}"
 
 
-def vector_lengths(groups: Iterable[AdamGroup]) -> None:
-    """Reject learning rates of different lengths.
+def reject_unequal_lengths(groups: Iterable[AdamGroup]) -> None:
+    """Reject learning rates with different numbers of values, one value per step.
 
     Raises:
-        ValueError: naming the lengths.
+        ValueError: the message names the numbers of values.
     """
     rates = [group.dynamic["lr"] for group in groups if "lr" in group.dynamic]
     lengths = {rate.num_values for rate in rates} - {None}
     if len(lengths) > 1:
         raise ValueError(
-            f"Learning rates with one value per step have different lengths in the groups: "
+            "Learning rates with one value per step have different lengths in the groups: "
             f"{sorted(lengths, key=str)}. Pass equally many values in all groups."
         )
 
@@ -178,11 +181,13 @@ def _group(
     for position, item in enumerate(items):
         if not _can_be_optimized(_parameter_of(item)):
             raise TypeError(
-                f"{where} has at {position} a {type(item).__name__}: expected a parameter, or a "
-                "(name, parameter) pair"
+                f"{where} has an item of type {type(item).__name__} at position {position}. Pass "
+                "parameters or (name, parameter) pairs."
             )
     if len({isinstance(item, torch.Tensor) for item in items}) > 1:
-        raise TypeError(f"{where} must hold parameters or (name, parameter) pairs, not both")
+        raise TypeError(
+            f"{where} holds both parameters and (name, parameter) pairs. Pass only one of them."
+        )
     group = AdamGroup(params=items)
     lr, weight_decay = given.get("lr"), given.get("weight_decay")
     values = {
@@ -207,6 +212,8 @@ def _listed(name: str, values: object) -> list[Any]:
     """Return a non-empty iterable as a list."""
     if values is None:
         raise ValueError(f"{name} is None. Pass the parameters to optimize.")
+    # Parameters must have the same order on all ranks, and a set has no fixed order. The other
+    # types are iterable too, but not over parameters.
     unordered = isinstance(values, (set, frozenset, str, bytes, Mapping, torch.Tensor))
     if unordered or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a list of parameters, not a {type(values).__name__}")
@@ -256,7 +263,7 @@ def _read_order(
             )
     if len(order) != len(known) or len({id(parameter) for parameter in order}) != len(known):
         raise ValueError(
-            f"order_params must hold each of the {len(known)} parameters once, not "
-            f"{len(order)} entries"
+            f"order_params has {len(order)} entries, but there are {len(known)} parameters. List "
+            "each parameter once."
         )
     return cast(list[torch.nn.Parameter], order)

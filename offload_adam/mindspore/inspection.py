@@ -14,7 +14,7 @@ from offload_adam.sharded_optimizer import ShardedOptimizer
 class InspectableAdam(ShardedOptimizer):
     """The properties and getters that `mindspore.nn.Adam` documents; `Adam` adds the update.
 
-    Lifecycle: the constructor of the subclass sets the attributes.
+    Lifecycle: the subclass's constructor sets the attributes.
     """
 
     use_offload: bool
@@ -26,8 +26,8 @@ class InspectableAdam(ShardedOptimizer):
     def parameters(self) -> tuple[torch.nn.Parameter, ...]:
         """All parameters, in the order in which `opt(gradients)` expects the gradients.
 
-        That is the order of `order_params` if it was given, then parameters of groups added later.
-        Otherwise it is the order of the groups, reversed with `use_offload`.
+        If `order_params` was given, this is its order, followed by parameters of groups added
+        later. Otherwise it is the order of the groups, reversed with `use_offload`.
         """
         if self._order is not None:
             later = [p for p in self._in_group_order() if id(p) not in set(map(id, self._order))]
@@ -73,15 +73,15 @@ class InspectableAdam(ShardedOptimizer):
         """Return the learning rate of the next step.
 
         Returns:
-            One number; or one for each of `parameters`, if any group was given its own. After the
-            last value of a list of values, the last value.
+            One number; or, if any group was given its own, one number for each of `parameters`.
+            After the end of a list of values, the last value.
         """
-        return self._in_force("lr", self.is_group_lr)
+        return self._current_values("lr", self.is_group_lr)
 
     def get_weight_decay(self) -> float | tuple[float, ...]:
-        """Return the weight decay of the next step: one number, or one for each of `parameters`."""
+        """Return the weight decay of the next step, in the form of `get_lr`."""
         grouped = any("weight_decay" in group.own for group in self._groups())
-        return self._in_force("weight_decay", grouped)
+        return self._current_values("weight_decay", grouped)
 
     def get_lr_parameter(self, param: Any) -> float | list[float]:
         """Return the learning rate of the next step for a parameter, or for each in a list.
@@ -105,10 +105,12 @@ class InspectableAdam(ShardedOptimizer):
     @staticmethod
     def _rate_of(parameter: torch.Tensor, rates: Mapping[int, float]) -> float:
         if id(parameter) not in rates:
-            raise ValueError("param is not in any group of this optimizer")
+            raise ValueError(
+                "param is not in any group of this optimizer. Pass a parameter that is."
+            )
         return rates[id(parameter)]
 
-    def _in_force(self, key: str, by_parameter: bool) -> float | tuple[float, ...]:
+    def _current_values(self, key: str, by_parameter: bool) -> float | tuple[float, ...]:
         values = self._by_parameter(key)
         if by_parameter:
             return tuple(values[id(parameter)] for parameter in self.parameters)

@@ -19,7 +19,7 @@ from offload_adam.params.elements import in_shape_of, with_own_storage
 def flatten_parameters(bucket: Bucket, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
     """Move the parameters of one bucket into one flat tensor, and return it.
 
-    Each parameter becomes a view of its part, and stays the same object.
+    Each Parameter object stays the same. Its data becomes a view of its part of the flat tensor.
 
     Args:
         parameters: in the order of the bucket's placements; all of one dtype and device.
@@ -31,6 +31,7 @@ def flatten_parameters(bucket: Bucket, parameters: Sequence[torch.nn.Parameter])
     flat = _allocate(bucket.numel, first.dtype, first.device)
     for placed, parameter in zip(bucket.placements, parameters, strict=True):
         if placed.numel > 0:
+            # With its own storage: `torch.save` of one parameter would write the whole bucket.
             view = in_shape_of(with_own_storage(flat[placed.start : placed.end]), parameter)
             view.copy_(parameter.data)
             # Through `.data`: references in the model stay valid, and each parameter keeps its own
@@ -40,9 +41,10 @@ def flatten_parameters(bucket: Bucket, parameters: Sequence[torch.nn.Parameter])
 
 
 def _allocate(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return zeros, on the host in huge pages as the state."""
+    """Return zeros. In host memory they are in huge pages, if the kernel grants them."""
     if device.type != "cpu":
         return torch.zeros(numel, dtype=dtype, device=device)
+    # Unlike state, parameters must be readable in forked children, such as data loader workers.
     return HostArena(padded_nbytes(numel, dtype), survives_fork=True).take(numel, dtype)
 
 
@@ -80,12 +82,14 @@ class BucketState:
     rank: this rank's index among the ranks that share the bucket.
     parameters, names: in the order of the layout's placements.
     indices: (num parameters,) int64, index of each parameter in the optimizer.
-    groups: (num parameters,) int64, index of each parameter's hyperparameters in a step's list.
+    groups: (num parameters,) int64, index of each parameter's hyperparameters in
+        `StepInputs.hyperparameters`.
     flat: (numel,) all parameters of the bucket, on their device, in their dtype.
     shard: (shard_numel,) view of this rank's part of `flat`.
     planes: master weights, moments and gradient shard, each (shard_numel,).
     step_counts: (num parameters,) float32 on the host, number of updates, as in torch.
-    centralized: (num parameters,) bool, whose gradients are centralized.
+    centralized: (num parameters,) bool, whether the mean over all dimensions but the first is
+        subtracted from a parameter's gradients.
     segments: the parts of parameters in this rank's shard.
 
     Lifecycle: constructed once. Tensors are modified in place and never replaced.
@@ -111,7 +115,7 @@ class BucketState:
 
     @property
     def own_master(self) -> bool:
-        """Whether fp32 parameters are their own master weights."""
+        """Whether the parameters are their own master weights; then they are fp32."""
         return self.plan.state.master_weight == 0
 
     @property

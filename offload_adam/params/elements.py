@@ -41,7 +41,7 @@ def memory_strides(tensor: torch.Tensor) -> tuple[int, ...]:
     order = sorted(range(tensor.dim()), key=lambda dim: (tensor.stride(dim), tensor.shape[dim]))
     expected = 1
     for dim in order:
-        if tensor.shape[dim] != 1:
+        if tensor.shape[dim] != 1:  # torch may give a dimension of size 1 any stride
             if tensor.stride(dim) != expected:
                 return _contiguous_strides(tensor.shape)
             expected *= tensor.shape[dim]
@@ -60,7 +60,7 @@ def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 def with_own_storage(part: torch.Tensor) -> torch.Tensor:
     """Return a tensor over the same memory, whose storage has only these elements.
 
-    Saving or copying its storage then reads no bytes of other parameters.
+    `torch.save` and `copy.deepcopy` handle whole storages, and so touch no other parameters.
     """
     with torch.cuda.device_of(part):  # DLPack exports from the current device only
         return torch.from_dlpack(part)

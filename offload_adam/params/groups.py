@@ -18,8 +18,8 @@ def check_group(group: Mapping[str, Any]) -> None:
     """Check a group's hyperparameters.
 
     Raises:
-        TypeError, ValueError: for the first wrong one; the message names it, its value and the
-            allowed values.
+        TypeError, ValueError: for the first wrong hyperparameter; the message names it, its value
+            and the allowed values.
     """
     lr = _number("lr", group["lr"])
     eps = _number("eps", group["eps"])
@@ -36,6 +36,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     for name in _BOOLEANS:
         if not isinstance(group[name], bool):
             raise TypeError(f"{name} must be a bool, not {group[name]!r}")
+    # Only groups of `Adam`, or groups loaded from its state, have this key.
     if not isinstance(group.get("epsilon_hat", False), bool):
         raise TypeError(f"epsilon_hat must be a bool, not {group['epsilon_hat']!r}")
 
@@ -61,8 +62,8 @@ def names_of(
 ) -> list[list[str]]:
     """Return a name for every parameter of every group.
 
-    It is the name given with the parameter, else that in `module`, else its position, such as
-    "param_groups[0]['params'][3]".
+    This is the name given with the parameter, else its name in `module`, else its position, such
+    as "param_groups[0]['params'][3]".
 
     Args:
         first_group: index of the first group in `param_groups`.
@@ -80,7 +81,7 @@ def names_of(
 def known_names(
     groups: Sequence[Mapping[str, Any]], module: torch.nn.Module | None
 ) -> list[list[str]] | None:
-    """Return the names of all parameters, or None if any name is missing or repeated."""
+    """Return the names of all parameters by group, or None if any is missing or repeated."""
     known = {} if module is None else {id(p): name for name, p in module.named_parameters()}
     if any("param_names" not in g and any(id(p) not in known for p in g["params"]) for g in groups):
         return None
@@ -110,7 +111,7 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-LAID_OUT = ("amsgrad", "grad_centralization")
+FIXED_OPTIONS = ("amsgrad", "grad_centralization")
 """Options that determine the allocated state or how gradients are read. They cannot change."""
 
 
@@ -121,7 +122,7 @@ class GroupWatch:
 
     - parameters that were added to a group, removed, replaced or moved to another group;
     - groups that were added without `add_param_group`, or removed;
-    - changes of the options in `LAID_OUT`, and wrong hyperparameters.
+    - changes of the options in `FIXED_OPTIONS`, and wrong hyperparameters.
 
     Reordering the parameters of a group is allowed.
 
@@ -140,7 +141,7 @@ class GroupWatch:
         for group, names in zip(groups, every, strict=True):
             members = list(group["params"])
             self._members.append(members)
-            self._options.append(_laid_out(group))
+            self._options.append(_fixed_options(group))
             self._names |= {id(member): name for member, name in zip(members, names, strict=True)}
 
     def check(
@@ -174,17 +175,17 @@ class GroupWatch:
             if len(members) != len(known) or not all(map(is_, members, known)):
                 self._reject_moved(groups)
                 self._members[number] = list(members)  # only reordered
-            self._reject_options(number, _laid_out(group))
+            self._reject_options(number, _fixed_options(group))
 
     def _reject_moved(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Reject the first parameter that is not in the group for which it has state."""
-        home = {
+        group_of = {
             id(member): number for number, known in enumerate(self._members) for member in known
         }
         for number, group in enumerate(groups):
             for position, member in enumerate(group["params"]):
                 where = f"param_groups[{number}]['params'][{position}]"
-                before = home.pop(id(member), None)
+                before = group_of.pop(id(member), None)
                 if before is None:
                     raise ValueError(
                         f"{where} was added after the optimizer was constructed, and has no "
@@ -196,7 +197,7 @@ class GroupWatch:
                         f"[{before}] to {where}, which is not supported. Move it back, or "
                         "construct a new optimizer with other groups."
                     )
-        for identity, number in home.items():
+        for identity, number in group_of.items():  # not found in any group
             raise ValueError(
                 f"Parameter {self._names[identity]!r} was removed from param_groups[{number}] but "
                 "still has state. Put it back (without a gradient it is not updated), or construct "
@@ -213,5 +214,6 @@ class GroupWatch:
                 )
 
 
-def _laid_out(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: group.get(key, False) for key in LAID_OUT}
+def _fixed_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    # Only groups of `Adam` have grad_centralization.
+    return {key: group.get(key, False) for key in FIXED_OPTIONS}

@@ -45,17 +45,19 @@ def check_parameter(name: str, parameter: torch.Tensor) -> None:
     for mark, partitioner in PARTITIONER_MARKS.items():
         if hasattr(parameter, mark):
             raise TypeError(
-                f"Parameter {name!r} belongs to {partitioner}, where each rank has "
-                "another part of the parameters. Wrap the model in DistributedDataParallel, or do "
-                "not wrap it: this optimizer shards its state either way."
+                f"Parameter {name!r} belongs to {partitioner}, which shards parameters over the "
+                "ranks. Wrap the model in DistributedDataParallel instead, or do not wrap it: this "
+                "optimizer shards its state either way."
             )
-    data = parameter.data
+    data = parameter.data  # without the class Parameter, but still with a tensor subclass
     if type(data) is not torch.Tensor:
         raise TypeError(
             f"Parameter {name!r} is a {type(data).__name__}. Only plain tensors are supported."
         )
     if data.layout is not torch.strided:
-        raise ValueError(f"Parameter {name!r} is {data.layout}. Only dense ones are supported.")
+        raise ValueError(
+            f"Parameter {name!r} has the layout {data.layout}. Only dense tensors are supported."
+        )
     if data.dtype not in FORMATS:
         supported = ", ".join(str(dtype) for dtype in FORMATS)
         raise ValueError(f"Parameter {name!r} has dtype {data.dtype}. Supported are {supported}.")
@@ -68,14 +70,15 @@ def check_parameter(name: str, parameter: torch.Tensor) -> None:
         stride == 0 and size > 1 for size, stride in zip(data.shape, data.stride(), strict=True)
     ):
         raise ValueError(
-            f"Parameter {name!r} is expanded, so its elements share memory. Pass a .clone() of it."
+            f"Parameter {name!r} is expanded, so its elements share memory. Use a .clone() of it "
+            "in the model."
         )
 
 
 def _reject_overlaps(members: Iterable[Named]) -> None:
     """Reject distinct parameters that overlap in memory. One parameter used twice is allowed."""
-    # Each of two parameters over the same memory would move to its own part of a bucket, which
-    # would untie them silently.
+    # Two parameters over the same memory would move to different parts of a bucket, so they would
+    # silently no longer be tied.
     extents = sorted(
         (str(parameter.device), *_extent(parameter), name)
         for name, parameter in members
@@ -102,8 +105,8 @@ class NewParameter:
     """A trainable parameter for which the optimizer will allocate state.
 
     index: index among all trainable parameters of the optimizer.
-    group: index of its hyperparameters in a step's list. This is its parameter group, unless the
-        optimizer has several sets of hyperparameters for one group.
+    group: index of its hyperparameters in `StepInputs.hyperparameters`. This is the index of its
+        parameter group, unless the optimizer has several sets of hyperparameters for one group.
     centralized: the mean over all dimensions but the first is subtracted from its gradients.
     """
 
@@ -203,7 +206,9 @@ def describe(
             (f"the name of parameter {item.index}", item.name),
             (f"the shape of {item.name!r}", str(tuple(parameter.shape))),
             (f"the dtype of {item.name!r}", str(parameter.dtype)),
+            # Not the device: each rank has its own GPU.
             (f"the device type of {item.name!r}", parameter.device.type),
+            # A shard is a range in memory order, so other strides would mix up elements.
             (f"the strides of {item.name!r}", str(memory_strides(parameter))),
             (f"the group of {item.name!r}", str(item.group)),
             (f"the centralization of {item.name!r}", str(item.centralized)),

@@ -1,4 +1,4 @@
-"""Check an optimizer's options and turn them into decisions: the one place that decides."""
+"""Check an optimizer's options and decide from them how it stores state and takes its steps."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def decide_execution(
     """Check the options and decide how the optimizer runs.
 
     Args:
-        replicated: state is stored with its parameter, whole on every rank. `module` then only
-            gives names.
+        replicated: state is stored with its parameter, whole on every rank. `module` is then used
+            only for the names of parameters, not for hooks.
         on_device: for each parameter, whether it is on a device.
 
     Raises:
@@ -84,7 +84,7 @@ def decide_execution(
 
 def shared_fields(options: ExecutionOptions, execution: Execution) -> list[Field]:
     """Return the fields that must be equal on all ranks, as (description, value)."""
-    # Other versions of a library may compute other bits, and the ranks' weights would diverge.
+    # Another version of a library may compute other bits, so that the weights of the ranks diverge.
     return [
         ("the version of offload_adam", __version__),
         ("the version of torch", str(torch.__version__)),
@@ -104,8 +104,8 @@ def shared_fields(options: ExecutionOptions, execution: Execution) -> list[Field
 def usable_failures(failures: object) -> FailurePolicy:
     """Return `failures` if it is valid, else the default.
 
-    The ranks connect with it before they check arguments, so that a wrong argument raises on all
-    ranks. `decide_execution` then rejects an invalid one.
+    The ranks need a valid policy to connect, which they do before they check arguments, so that a
+    wrong argument raises on all ranks. `decide_execution` then rejects the invalid policy.
     """
     try:
         check_policy("failures", failures, FailurePolicy)
@@ -157,15 +157,16 @@ def _check_needs_of_hooks(options: ExecutionOptions, *, hooked: bool, streams: b
     if options.accumulate is not None and not streams:
         raise ValueError(
             "accumulate='host' needs module= and gradient_reduction='optimizer', because it sums "
-            "gradients that are moved to the host during backward. Pass both, or leave accumulate "
-            "out: gradients then accumulate in .grad."
+            "gradients that are moved to the host during backward. Pass both (and use_offload=True "
+            "to Adam), or leave accumulate out: gradients then accumulate in .grad."
         )
     units = options.offload.units
     if not hooked and (options.overlap or units is not None):
         name = "overlap=True" if options.overlap else "units="
         raise ValueError(
-            f"{name} needs module= and state in host memory, because the model's forward waits "
-            f"for its parameters. Pass module=model, or leave {name.rstrip('=')} out."
+            f"{name} needs module= and state in host memory, because the model's forward waits for "
+            "updates there. Pass module=model (and use_offload=True to Adam), or leave "
+            f"{name.rstrip('=')} out."
         )
     for unit in units or ():
         if not isinstance(unit, torch.nn.Module):

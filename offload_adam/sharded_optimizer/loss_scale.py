@@ -51,14 +51,15 @@ def read_loss_scale(optimizer: object, *, gradients_leave: bool) -> LossScale:
 def report_skip(optimizer: torch.optim.Optimizer) -> None:
     """Tell the GradScaler that called `step()`, if one did, that all ranks skipped this step.
 
-    A GradScaler has seen only this rank's `.grad`. It misses an overflow on another rank, and one
-    that arose in the sum over ranks. Its `update()` would then grow the scale on this rank only,
-    or on all ranks, which would overflow again.
+    A GradScaler checks only this rank's `.grad`. It misses an overflow on another rank or in the
+    sum over the ranks. Its `update()` would then not reduce the scale: the ranks' scales would
+    differ, or the next step would overflow again on all ranks.
 
     Cost: a walk over the call stack, in skipped steps only.
     """
-    # The scaler passes no reference to itself, and `found_inf` is a new tensor that it never reads
-    # again. So find its `step` among the callers, and set the flags that its `update()` reads.
+    # The scaler passes no reference to itself to `step()`, and never reads the tensor again that it
+    # sets as `found_inf`. So find the scaler's `step` among the callers, and set the flags that its
+    # `update()` reads.
     frame = inspect.currentframe()
     while frame is not None:
         scaler = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None

@@ -64,7 +64,7 @@ class ShardedOptimizer(StateAccess):
     """A `torch.optim.Optimizer` over a `ShardedAdam`: the base of the public optimizers.
 
     It adds construction, groups, hooks and the step to `StateAccess`. A subclass checks its own
-    arguments and groups, and returns each group's hyperparameters. It may save further state.
+    arguments and groups, and returns each group's hyperparameters. A subclass may save more state.
 
     Owns: process groups, hooks on the parameters, and host memory. `close` releases all three.
     Lifecycle: a subclass's constructor calls `_construct` once.
@@ -106,6 +106,8 @@ class ShardedOptimizer(StateAccess):
         self.notice = Notice()
         self._warned_idle = False
         self._max_norm_once: float | None = None
+        # A weak reference: stand-ins in `.grad` must not keep a dropped optimizer and its state
+        # alive.
         self._streamed = StreamedGradients(partial(_norms_of, weakref.ref(self)))
         self._module = module
         self._group_watch = GroupWatch(module)
@@ -117,8 +119,8 @@ class ShardedOptimizer(StateAccess):
         self._ranks = open_rank_group(options.process_group, usable_failures(options.failures))
         resources = ExitStack()
         resources.callback(self._ranks.release)
-        # `finalize` also runs at exit: a process group that is destroyed after the interpreter's
-        # modules aborts the process.
+        # `finalize` also runs at exit, before the interpreter clears its modules. A process group
+        # that is destroyed after that aborts the process.
         self._release = weakref.finalize(self, _close_in, os.getpid(), resources)
 
         try:
@@ -134,6 +136,7 @@ class ShardedOptimizer(StateAccess):
             self._units = options.offload.units
             policy, streams, overlaps = execution
             # Replicated state is updated on its device, without copies to or from the host.
+            # Memory that the runtime of one device page-locks is page-locked for all devices.
             copied = [] if policy.replicated else list(compress(devices, on_device))
             runtime = self._backend.make_runtime(copied[0]) if copied else None
             self._core = ShardedAdam(
@@ -146,8 +149,9 @@ class ShardedOptimizer(StateAccess):
                 takes_rows=takes_rows,
                 streamed=self._streamed if streams else None,
             )
-            # Callbacks run in reverse order. After a peer has failed, collectives must be aborted
-            # before `resources` closes the update thread, which may be waiting for one.
+            # Callbacks run in reverse order: the hooks are removed first. After a peer has failed,
+            # collectives must be aborted before `core.resources` closes the update thread, which
+            # may be waiting for a collective.
             resources.callback(self._core.resources.close)
             resources.callback(self._core.snapshot_lock.stop_reader)
             resources.callback(self._ranks.abort_devices)
@@ -157,7 +161,7 @@ class ShardedOptimizer(StateAccess):
                 )
                 resources.callback(self._hooks.remove)
             self._build_state(self._core, 0)
-            self._own_state = self.state
+            self._own_state = self.state  # to detect that a user replaces the whole dict
             add_owner(self)
         except BaseException:
             self._release()
@@ -188,7 +192,7 @@ class ShardedOptimizer(StateAccess):
         """Hook for subclasses, called after each step and each skipped step."""
 
     def _select(self, first_group: int) -> Selection:
-        """Return the parameters of the groups from this one on."""
+        """Return the parameters of the groups from `first_group` on."""
         return select_parameters(
             self.param_groups[first_group:],
             self._module,
@@ -200,7 +204,7 @@ class ShardedOptimizer(StateAccess):
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _build_state(self, core: ShardedAdam, first_group: int) -> None:
-        """Build the state of the groups from this one on. Collective."""
+        """Allocate the state of the groups from `first_group` on, and attach hooks. Collective."""
         selection = self._select(first_group)
         new = selection.new
         groups = self.param_groups[first_group:]
@@ -226,14 +230,18 @@ class ShardedOptimizer(StateAccess):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, at any time between steps. Collective after construction.
 
+        Args:
+            param_group: a dict with the key "params", and options that differ from the defaults.
+
         Raises:
-            TypeError, ValueError: as the constructor. The optimizer is unchanged then.
+            TypeError, ValueError: as in the constructor. The optimizer is then unchanged.
         """
         if self._core is None and self._release.alive:
             self._append_group(param_group)
             return
         core = self._alive()
-        # Outside the `with`, whose body must not issue collectives: this may issue all-gathers.
+        # Not inside the `with` below: a body must not issue collectives, and `synchronize` may
+        # issue all-gathers.
         core.synchronize()
         num_groups = len(self.param_groups)
         try:
@@ -241,7 +249,7 @@ class ShardedOptimizer(StateAccess):
                 self._append_later_group(param_group)
             self._build_state(core, num_groups)
         except BaseException:
-            del self.param_groups[num_groups:]  # torch has appended it already
+            del self.param_groups[num_groups:]  # torch has already appended the rejected group
             raise
 
     def _append_later_group(self, param_group: dict[str, Any]) -> None:
@@ -276,11 +284,11 @@ class ShardedOptimizer(StateAccess):
     @never_compiled
     @serialized
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Reduce, clip and apply the gradients, or skip the step on every rank. Collective.
+        """Reduce and clip the gradients and update the parameters. Collective.
 
         All ranks skip the step if any rank has a non-finite gradient or a `found_inf` other than 0.
-        Parameters, state and step counters then keep their exact values. `last_step` holds the
-        outcome.
+        Parameters, state and the parameters' step counts then keep their exact values. `last_step`
+        holds the outcome as a `StepReport`.
 
         Args:
             closure: evaluates the loss and calls backward; its result is returned.
@@ -298,7 +306,8 @@ class ShardedOptimizer(StateAccess):
                 loss = closure()
         with torch.no_grad():
             report = core.step(self._inputs())
-        # The step has read the gradients of incomplete buckets itself.
+        # The step has read the gradients of incomplete buckets itself, so gradients that arrived
+        # for these buckets must not count towards the next backward.
         if self._hooks is not None:
             self._hooks.forget_arrivals()
         self._max_norm_once = None
@@ -322,10 +331,11 @@ class ShardedOptimizer(StateAccess):
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Clip the global 2-norm of the next step's gradients, and return the norm. Collective.
 
-        The update applies the clip factor, so `.grad` keeps its values.
+        Call it after the backward and before `step`. The update applies the clip factor, so `.grad`
+        keeps its values. For the next step only, `max_norm` replaces `max_grad_norm`.
 
         Args:
-            max_norm: clip to this norm, above 0.
+            max_norm: clip to this norm, above 0; infinity only computes the norm.
 
         Returns:
             0-d float64 tensor on the CPU: the norm before clipping of the gradients averaged over
@@ -367,17 +377,22 @@ class ShardedOptimizer(StateAccess):
     def no_sync(self) -> AbstractContextManager[None]:
         """Accumulate in `.grad` during backwards inside the context, as DDP's `no_sync`.
 
-        The next backward outside adds to these gradients and reduces the sum.
+        The next backward outside adds to these gradients and reduces the sum. Without streaming,
+        backwards accumulate in `.grad` anyway, and the context has no effect.
         """
         if self._hooks is None:
             return nullcontext()
         reduction = self._alive().reduction
         if not reduction.has_gradients:
+            # Stand-ins of the last step are still in `.grad` if the caller did not zero it. Remove
+            # them, so that autograd stores gradients there.
             reduction.hide_stand_ins()
         return self._hooks.paused()
 
     def long_running(self, what: str) -> AbstractContextManager[None]:
-        """Exempt the context from `stuck_after`, for example an evaluation on one rank only.
+        """Keep this rank from being declared hung inside the context, as in an evaluation on it.
+
+        `FailurePolicy.stuck_after` does not apply inside; `dead_after` does.
 
         Args:
             what: name of the work, for error messages.
@@ -388,8 +403,8 @@ class ShardedOptimizer(StateAccess):
     def close(self) -> None:
         """Remove the hooks, destroy the process groups and free host memory. Idempotent.
 
-        Parameters stay usable. Memory of state tensors that the caller still references is not
-        freed. A checkpoint that is being written in the background is abandoned.
+        Parameters stay usable. State tensors that the caller still references keep their memory. A
+        checkpoint that is being written in the background is abandoned.
 
         Raises:
             Exception: raised by a running update in the update thread.
@@ -426,7 +441,7 @@ class ShardedOptimizer(StateAccess):
         self._max_grad_norm = check_max_norm("max_grad_norm", value)
 
     def _inputs(self) -> StepInputs:
-        """Read this step's inputs; keep an error, so that the step raises on all ranks."""
+        """Read this step's inputs. They carry an error, so that the step raises it on all ranks."""
         try:
             return self._read_inputs()
         except Exception as error:

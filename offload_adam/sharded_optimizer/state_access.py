@@ -50,8 +50,9 @@ def serialized(method: Method) -> Method:
 class StateAccess(torch.optim.Optimizer):
     """The part of an optimizer that reads and loads its state; base of `ShardedOptimizer`.
 
-    The state itself is in `_core`. State dicts have torch's form, for this rank or whole.
-    Checkpoints hold `_lock` and read the core that `_settled` returns.
+    The state itself is in `_core`. State dicts have torch's form and hold this rank's part or the
+    whole state. The functions of `checkpoint/` hold `_lock` and read the core that `_settled`
+    returns.
 
     Lifecycle: `_core` is None during construction and after `close`.
     Threads: public methods hold `_lock`, so concurrent calls run one after another.
@@ -63,7 +64,7 @@ class StateAccess(torch.optim.Optimizer):
     _ranks: RankGroup
     _release: weakref.finalize[Any, Any]
     _state_edits: StateEdits
-    _own_state: Mapping[torch.Tensor, Any]
+    _own_state: Mapping[torch.Tensor, Any]  # `state` as constructed, to detect a replacement
     _lock: threading.RLock
 
     @abstractmethod
@@ -106,8 +107,9 @@ class StateAccess(torch.optim.Optimizer):
         Call this before reading parameters other than through the model's forward or a state dict,
         and before modifying a tensor of `optimizer.state` in place. Collective if `overlaps`.
 
-        On a GPU, the host waits for the state, but only the current stream waits for the
-        parameters.
+        The calling thread waits for updates in host memory, copies to a GPU and all-gathers.
+        Updates of state on a GPU are kernels on the current stream, as in torch: later work on this
+        stream sees their result, and other streams must wait for it.
 
         Raises:
             Exception: raised by an update in the update thread.
@@ -116,11 +118,11 @@ class StateAccess(torch.optim.Optimizer):
 
     @serialized
     def refresh_master(self) -> None:
-        """Copy parameters modified through `.data` or NumPy to their master weights.
+        """Copy parameters that were modified through `.data` or NumPy to their master weights.
 
-        Version counters do not count such writes. `step()` detects them by comparing values, but
-        after the first steps it compares only a sample. Modify parameters the same way on every
-        rank, then call this on every rank.
+        Without this, the next update may overwrite such a modification: version counters do not
+        count it, and after the first steps `step()` compares only a sample of the values. Modify
+        parameters the same way on every rank, then call this on every rank.
         """
         with torch.no_grad():
             self._settled().external_edits.sync_all()
@@ -171,7 +173,8 @@ class StateAccess(torch.optim.Optimizer):
             phase: the calling method, for the error message.
         """
         core = self._alive()
-        # Outside the `with`, whose body must not issue collectives: this may issue all-gathers.
+        # Not inside the `with`: its body must not issue collectives, and `synchronize` may issue
+        # all-gathers.
         core.synchronize()
         with raise_on_all_ranks(self._ranks, phase):
             self._load_state_edits(core)
@@ -216,7 +219,7 @@ class StateAccess(torch.optim.Optimizer):
         saved = super().state_dict()
         # Copy the entries: an edit of the saved dict must not change optimizer.state.
         saved["state"] = {packed: dict(entry) for packed, entry in saved["state"].items()}
-        saved[STATE_KEY] = {"world_size": world_size, "rank": rank, **self._marked()}
+        saved[STATE_KEY] = {"world_size": world_size, "rank": rank, **self._package_entries()}
         return saved
 
     @serialized
@@ -235,9 +238,9 @@ class StateAccess(torch.optim.Optimizer):
         if self._ranks.rank != 0:
             return {}
         groups = super().state_dict()["param_groups"]
-        return pack_full(groups, self._trainable_ids(), whole, self._marked())
+        return pack_full(groups, self._trainable_ids(), whole, self._package_entries())
 
-    def _marked(self) -> dict[str, Any]:
+    def _package_entries(self) -> dict[str, Any]:
         """Return the entries under `STATE_KEY`: the parameters' names and the subclass's state."""
         names = known_names(self.param_groups, self._module)
         return {**({} if names is None else {"param_names": names}), **self._further_state()}
@@ -253,8 +256,8 @@ class StateAccess(torch.optim.Optimizer):
                 Adam or AdamW.
 
         Raises:
-            ValueError: the state is of another rank or world size, or its groups, names or shapes
-                differ; the message names them. Nothing was modified.
+            TypeError, ValueError: the state is of another rank or world size, or its groups, names
+                or shapes differ; the message names them. Nothing was modified.
         """
         core = self._settled()
         state_dict = dict(state_dict)
@@ -280,20 +283,23 @@ class StateAccess(torch.optim.Optimizer):
             load_further = self._plan_further_state(saved.further, entries)
             # A background checkpoint may still read the tensors that are overwritten here.
             core.external_edits.wait_for_snapshot()
-            for target, source in copies:  # a source may be the target itself
+            # If the dict is from this optimizer's own `state_dict`, source and target share memory,
+            # and the copy changes nothing.
+            for target, source in copies:
                 target.copy_(source)
             # The next step must compare all values: the model may have been loaded as well, so a
             # parameter may differ from its loaded master weight.
             core.external_edits.compare_all()
         load_further()
         for group, merged in zip(self.param_groups, groups, strict=True):
-            # Not `group.update`, which rejects keys that users must not set themselves.
+            # Not `group.update`: a subclass of dict, such as AdamGroup, rejects keys there that
+            # users must not set themselves.
             dict.update(group, merged)
         for post_hook in load_state_dict_post_hooks(self):
             post_hook(self)
 
     def _trainable_ids(self) -> dict[int, int]:
-        """Return a map from parameter index to torch's packed id, its position over all groups."""
+        """Map a parameter's index to its id in torch's state dicts: its position in all groups."""
         every = [parameter for group in self.param_groups for parameter in group["params"]]
         return {
             self._index_of[parameter]: packed

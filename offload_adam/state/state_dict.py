@@ -15,26 +15,28 @@ import torch.distributed as dist
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import in_memory_order
-from offload_adam.params.groups import LAID_OUT
+from offload_adam.params.groups import FIXED_OPTIONS
 from offload_adam.state.state_shard import check_step_count
 
 STATE_KEY = "offload_adam"
 """Key of our own entries in a state dict, such as world size and names. torch ignores it."""
 
 _WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")
-
+"""What torch.compile and activation checkpointing insert into a parameter's name."""
 _PLANES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_weight")
 _STATE_KEYS = ("step", *_PLANES)
 _GROUP_KEYS = ("lr", "betas", "eps", "weight_decay", "amsgrad")
 
 _TORCH_DEFAULTS = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
+"""Options of torch's AdamW without a meaning here. Saved for torch to load, dropped on load."""
 
 
 @dataclass(frozen=True, slots=True)
 class SavedState:
     """A state dict after `read_saved` has checked it.
 
-    state: torch's keys by packed id, with `master_weight` if it was saved.
+    state: the entry of each parameter with torch's keys, and with `master_weight` if it was saved.
+        By packed id: torch's number of a parameter, which counts over all groups.
     groups: the saved parameter groups.
     further: the entries under `STATE_KEY`; empty if another optimizer saved the state.
     names: names of each group's parameters, None if they were saved without names.
@@ -54,7 +56,7 @@ class SavedState:
             names: names of this optimizer's parameters by group, or None.
 
         Raises:
-            ValueError: the names of a group differ, or an entry is in no group.
+            ValueError: the names of a group differ, or no group lists an entry of the state.
         """
         ids = [list(group["params"]) for group in self.groups]
         unlisted = sorted({*self.state} - {*chain(*ids)}, key=str)
@@ -65,38 +67,40 @@ class SavedState:
             )
         if names is None or self.names is None:
             return ids
-        ours, saved = bare_names(names), bare_names(self.names)
+        ours, theirs = bare_names(names), bare_names(self.names)
         found = []
-        for number, (own, their, group_ids) in enumerate(zip(ours, saved, ids, strict=True)):
-            places = dict(zip(their, group_ids, strict=True))
-            missing, unexpected = sorted({*own} - {*their}), sorted({*their} - {*own})
+        for number, (own, saved, group_ids) in enumerate(zip(ours, theirs, ids, strict=True)):
+            id_of = dict(zip(saved, group_ids, strict=True))
+            missing, unexpected = sorted({*own} - {*saved}), sorted({*saved} - {*own})
             if missing or unexpected:
                 raise ValueError(
                     f"The saved group {number} has other parameters: missing {missing}, "
                     f"unexpected {unexpected}. Construct the optimizer with the same names and "
                     "groups as when the state was saved."
                 )
-            found.append([places[name] for name in own])
+            found.append([id_of[name] for name in own])
         return found
 
 
 def bare_names(names: Sequence[Sequence[str]]) -> list[list[str]]:
     """Return names without the prefixes of DDP, torch.compile and activation checkpointing."""
     bare = [[_WRAPPERS.sub("", name) for name in group] for group in names]
+    # DDP adds "module." to every name. If some names lack it, it is an attribute of the model.
     if all(name.startswith("module.") for group in bare for name in group):
         bare = [[name.removeprefix("module.") for name in group] for group in bare]
     return bare
 
 
 def _saved_names(state_dict: Mapping[str, Any]) -> list[list[str]] | None:
-    """Return the names of each group's parameters, None if some are missing or repeated."""
+    """Return the saved names of each group's parameters, None if any is missing or repeated."""
     groups = state_dict["param_groups"]
     if any(isinstance(saved_id, str) for group in groups for saved_id in group["params"]):
         # torch's set_optimizer_state_dict has reordered `params` for this optimizer, but not
         # `param_names`, which would now assign the wrong names.
         return None
-    marked = state_dict.get(STATE_KEY, {}).get("param_names")
-    names = [group.get("param_names") for group in groups] if marked is None else marked
+    # Our own entry comes first: it also has names that were taken from `module`.
+    listed = state_dict.get(STATE_KEY, {}).get("param_names")
+    names = [group.get("param_names") for group in groups] if listed is None else listed
     if len(names) != len(groups) or any(
         group_names is None or len(group_names) != len(group["params"])
         for group_names, group in zip(names, groups, strict=True)
@@ -110,8 +114,8 @@ def read_saved(state_dict: Mapping[str, Any], world_size: int, rank: int) -> Sav
     """Read and check a state dict.
 
     Raises:
-        ValueError: it is not a state dict, it has the ranges of another rank or world size, or an
-            optimizer other than Adam saved it.
+        ValueError: it is not a state dict, it has the ranges of another rank or world size, or it
+            is not the state of an Adam or AdamW.
     """
     if "state" not in state_dict or "param_groups" not in state_dict:
         raise ValueError(
@@ -137,7 +141,7 @@ def read_saved(state_dict: Mapping[str, Any], world_size: int, rank: int) -> Sav
 def _reject_foreign(
     state: Mapping[Any, Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Reject state of optimizers other than Adam and AdamW, whose moments mean something else.
+    """Reject state of optimizers other than Adam and AdamW: equal keys may mean something else.
 
     Unknown keys in a group are allowed, because schedulers and users add their own.
     """
@@ -170,7 +174,7 @@ def merge_groups(
         check: raises an error if a group's hyperparameters are wrong.
 
     Raises:
-        ValueError: the number of groups or parameters differs, or an option of `LAID_OUT`.
+        ValueError: the number of groups or of parameters differs, or one of `FIXED_OPTIONS` does.
     """
     counts = [len(group["params"]) for group in groups]
     saved_counts = [len(group["params"]) for group in saved]
@@ -181,7 +185,7 @@ def merge_groups(
         )
     merged = []
     for number, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
-        for key in LAID_OUT:
+        for key in FIXED_OPTIONS:
             made_with = group.get(key, False)
             if saved_group.get(key, made_with) != made_with:
                 raise ValueError(
@@ -189,7 +193,7 @@ def merge_groups(
                     f"has {key}={made_with}. Construct it with the saved value."
                 )
         kept = {
-            key: copy.deepcopy(value)
+            key: copy.deepcopy(value)  # an lr tensor must not be shared with the saved state
             for key, value in saved_group.items()
             if key not in ("params", "param_names", *_TORCH_DEFAULTS)
         }
@@ -250,7 +254,7 @@ def gather_bucket(
         for position, index in enumerate(state.indices.tolist()):
             placed = state.layout.placements[position]
             parameter = state.parameters[position]
-            # The plane has memory order: fill a tensor of the parameter's strides, then reorder.
+            # The plane is in memory order: fill a tensor of the parameter's strides, then reorder.
             values = torch.empty_strided(
                 parameter.shape, parameter.stride(), dtype=plane.dtype, device="cpu"
             )
@@ -260,10 +264,13 @@ def gather_bucket(
 
 
 def _gather_plane(plane: torch.Tensor, ranks: RankGroup, num_shards: int) -> torch.Tensor | None:
-    """Return all ranks' shards of one plane, concatenated, on rank 0; None on other ranks."""
+    """Return all ranks' shards of one plane, concatenated, on rank 0; None on other ranks.
+
+    With one shard, every rank has the whole plane and returns it.
+    """
     if num_shards == 1:
         return plane
-    if plane.numel() == 0:
+    if plane.numel() == 0:  # on every rank, so no other rank waits in this gather
         return plane if ranks.rank == 0 else None
     plane = plane.cpu()  # the control group only supports host memory
     parts: list[torch.Tensor] | None = None
@@ -272,5 +279,6 @@ def _gather_plane(plane: torch.Tensor, ranks: RankGroup, num_shards: int) -> tor
         flat = torch.empty(plane.numel() * ranks.world_size, dtype=plane.dtype, device="cpu")
         parts = list(flat.chunk(ranks.world_size))
     rank_0 = ranks.global_ranks[0]
+    # Not a blocking gather: `ranks.wait` raises an error if a peer dies meanwhile.
     ranks.wait(dist.gather(plane, parts, dst=rank_0, group=ranks.control, async_op=True))
     return flat

@@ -19,7 +19,7 @@ class StateEdits:
 
         optimizer.state[parameter]["exp_avg"] = tensor    # found and copied at the next step
 
-    Cost: one identity comparison per tensor, about 0.3 us per parameter.
+    Cost: in each step one identity comparison per tensor, about 0.3 us per parameter.
     """
 
     def __init__(self) -> None:
@@ -33,6 +33,8 @@ class StateEdits:
 
     def is_untouched(self, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> bool:
         """Return whether every entry still holds the optimizer's own tensors, and no others."""
+        # Compared in the order of insertion. If a user has only reordered the entries, `find` runs
+        # for nothing.
         found = chain.from_iterable(map(_values, state.values()))
         num_found = sum(map(len, state.values()))
         return num_found == len(self._tensors) and all(map(is_, found, self._tensors))
@@ -43,8 +45,8 @@ class StateEdits:
         """Yield each parameter whose entry has a replaced tensor, and the whole entry.
 
         Raises:
-            KeyError: an entry lacks a key; the argument is the key.
-            TypeError, ValueError: a value is not a tensor, or not a step count.
+            KeyError: an entry lacks a key; the error's argument is the key.
+            TypeError, ValueError: the value of a key is not a tensor, or not a step count.
         """
         for parameter, own in self._own.items():
             entry = state[parameter]

@@ -22,12 +22,12 @@ from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import in_memory_order, in_shape_of, with_own_storage
 from offload_adam.torch_private import ATEN_TO_COPY, make_wrapper_subclass
 
-if TYPE_CHECKING:  # importing it takes seconds, so only the methods that DCP calls import it
+if TYPE_CHECKING:  # importing DCP takes seconds, so only the methods that DCP calls import it
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
     from torch.distributed.checkpoint.planner import WriteItem
 
 _aten = torch.ops.aten
-_LIKE_ITSELF = {
+_LOCAL_OPERATIONS = {
     _aten.alias.default,
     _aten.clone.default,
     _aten.detach.default,
@@ -35,6 +35,7 @@ _LIKE_ITSELF = {
     _aten.empty_like.default,
     _aten.zeros_like.default,
 }
+"""Operations that are applied to the elements of a `StateShard` and return a `StateShard`."""
 
 
 class Box(NamedTuple):
@@ -83,22 +84,23 @@ def range_of_box(shape: Sequence[int], box: Box) -> tuple[int, int]:
     """Return the flat range [start, end) of a box.
 
     Raises:
-        ValueError: the box exceeds the tensor, or its elements are not contiguous.
+        ValueError: the box exceeds the tensor, or its elements are not contiguous. The message is a
+            fragment, to which the caller adds the name of the tensor.
     """
     if not len(shape) == len(box.offsets) == len(box.sizes):
         raise ValueError(
-            f"{box} and a tensor of {list(shape)} differ in their number of dimensions."
+            f"{box} and a tensor of {list(shape)} differ in their number of dimensions"
         )
-    start, stride, open_above = 0, 1, False
+    start, stride, is_partial = 0, 1, False
     for size, offset, extent in zip(
         reversed(shape), reversed(box.offsets), reversed(box.sizes), strict=True
     ):
         if offset < 0 or extent < 0 or offset + extent > size:
-            raise ValueError(f"{box} exceeds a tensor of {list(shape)}.")
-        # If the box does not cover a dimension, it must have one index in all outer dimensions.
-        if open_above and extent > 1:
-            raise ValueError(f"{box} is not a contiguous part of a tensor of {list(shape)}.")
-        open_above = open_above or extent != size
+            raise ValueError(f"{box} exceeds a tensor of {list(shape)}")
+        # If the box covers a dimension only in part, every outer dimension must have one index.
+        if is_partial and extent > 1:
+            raise ValueError(f"{box} is not a contiguous part of a tensor of {list(shape)}")
+        is_partial = is_partial or extent != size
         start += offset * stride
         stride *= size
     return start, start + prod(box.sizes)
@@ -124,6 +126,7 @@ def local_range(state: BucketState, position: int) -> tuple[int, int]:
     """Return the range [start, end) of a parameter, in memory order, that this rank owns."""
     low, high = state.layout.shard_bounds(state.rank)
     placed = state.layout.placements[position]
+    # Clamped, so that a parameter outside this shard has an empty range inside the parameter.
     start = min(max(placed.start, low), placed.end)
     end = max(min(placed.end, high), start)
     return start - placed.start, end - placed.start
@@ -159,6 +162,7 @@ def _shards_of_bucket(state: BucketState) -> Iterator[ParameterShard]:
     low, _ = state.layout.shard_bounds(state.rank)
     for position, parameter in enumerate(state.parameters):
         start, end = local_range(state, position)
+        # An empty range may be outside the shard, where its offset would be negative.
         offset = state.layout.placements[position].start + start - low if end > start else 0
         part = slice(offset, offset + end - start)
         planes = state.planes.named(own_master=state.own_master)
@@ -177,8 +181,7 @@ def local_state(state: BucketState, position: int) -> dict[str, torch.Tensor]:
     """Return torch's keys with views of this rank's state of one parameter.
 
     With one rank, every tensor has the parameter's shape and strides. With more, it is the 1-d
-    range `local_range`, which may be empty. Each tensor has its own storage over the shared memory,
-    because `torch.save` writes whole storages, here a whole plane.
+    range `local_range`, which may be empty.
     """
     entry = {"step": state.step_counts[position]}
     for key, plane in state.planes.named(own_master=state.own_master).items():
@@ -189,11 +192,12 @@ def local_state(state: BucketState, position: int) -> dict[str, torch.Tensor]:
 def _view(state: BucketState, position: int, plane: torch.Tensor) -> torch.Tensor:
     start, end = local_range(state, position)
     parameter = state.parameters[position]
-    if start == end:
+    if start == end:  # no memory to view: the parameter is empty or outside this shard
         whole = state.layout.world_size == 1
         return torch.empty(parameter.shape if whole else 0, dtype=plane.dtype, device=plane.device)
     low, _ = state.layout.shard_bounds(state.rank)
     offset = state.layout.placements[position].start + start - low
+    # With its own storage, because `torch.save` writes whole storages: here all of the plane.
     part = with_own_storage(plane[offset : offset + end - start])
     if state.layout.world_size == 1:
         return in_shape_of(part, parameter)
@@ -210,13 +214,13 @@ def state_shard(state: BucketState, position: int, local: torch.Tensor) -> State
 def plan_load(
     state: BucketState, position: int, saved: Mapping[str, Any]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Check a saved state of one parameter, and return the copies that load it.
+    """Check the saved state of one parameter, and return the copies that load it.
 
     Args:
         saved: the keys of `local_state`, with tensors of the parameter's whole shape (from any
             world size, or from torch's Adam) or of this rank's range. Missing moments are loaded as
-            zeros, since torch creates them at the first step. A missing master weight is not
-            loaded: it is copied from the parameter later.
+            zeros, since torch creates them at the first step. Without a saved master weight, the
+            current one stays; the next step replaces it if the parameter is not its rounded value.
 
     Returns:
         (target, source) pairs.
@@ -229,6 +233,7 @@ def plan_load(
         value = saved.get(key)
         if value is None:
             if key != "master_weight":
+                # A 0-d zero: `copy_` broadcasts it, so no memory of the target's size is needed.
                 copies.append((target, torch.zeros((), dtype=target.dtype, device=target.device)))
         elif key == "step":
             count = torch.tensor(float(value), dtype=target.dtype, device=target.device)
@@ -246,7 +251,7 @@ def check_step_count(what: str, value: Any) -> None:
         what: name of the value, for the error message.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is not such a number.
     """
     count = float(value)
     if not (count >= 0.0 and count.is_integer()):
@@ -271,7 +276,7 @@ def _part_of(
         and value.shape == parameter.shape
         and (value.shape != target.shape or value.dim() != 1)
     ):
-        # Bring it into memory order, in which the range is contiguous.
+        # A tensor of the whole shape. Copied into memory order, this rank's range is contiguous.
         whole = torch.empty_strided(
             parameter.shape, parameter.stride(), dtype=value.dtype, device=value.device
         )
@@ -309,7 +314,10 @@ class BoxTensor(torch.Tensor):
         dtype: torch.dtype,
         sources: Iterable[BoxSource],
     ) -> BoxTensor:
-        """Construct it from boxes. At least one process must have one, or DCP loses the tensor."""
+        """Construct a tensor from this process's boxes.
+
+        At least one process must have a box, or DCP does not save the tensor.
+        """
         tensor = make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype)
         assert isinstance(tensor, BoxTensor)
         tensor._sources = {source.box.offsets: source for source in sources}
@@ -364,7 +372,7 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
 def range_sources(
     shape: Sequence[int], order: Sequence[int], start: int, local: torch.Tensor
 ) -> list[BoxSource]:
-    """Return the boxes of one rank's range of a tensor, as views of it.
+    """Return the boxes of one rank's range of a tensor, as views of `local`.
 
     Args:
         shape: of the whole tensor.
@@ -376,9 +384,10 @@ def range_sources(
     for box in boxes_of_range([shape[dim] for dim in order], start, start + local.numel()):
         numel = torch.Size(box.sizes).numel()
         view = local[done : done + numel].view(box.sizes).permute(inverse_order(order))
+        # The bound method `view.detach` returns a new tensor over the same memory on each call.
         sources.append(BoxSource(logical_box(box, order), view.detach))
         done += numel
-    if shape.numel() == 0:  # DCP drops a tensor without boxes on any rank
+    if shape.numel() == 0:  # one empty box, since DCP does not save a tensor without boxes
         none = Box((0,) * len(shape), tuple(shape))
         sources.append(BoxSource(none, local.view(shape).detach))
     return sources
@@ -400,7 +409,7 @@ class StateShard(BoxTensor):
     def __new__(
         cls, shape: Sequence[int], order: tuple[int, ...], start: int, local: torch.Tensor
     ) -> StateShard:
-        """Construct it from a rank's range.
+        """Construct the shard of a rank.
 
         Args:
             shape: of the parameter.
@@ -416,11 +425,11 @@ class StateShard(BoxTensor):
         return shard
 
     def to_local(self) -> torch.Tensor:
-        """Return this rank's elements, 1-d in memory order, sharing memory."""
+        """Return this rank's elements as a 1-d tensor in memory order that shares their memory."""
         return self._local
 
     def has_range_of(self, order: tuple[int, ...], start: int, end: int) -> bool:
-        """Return whether it holds exactly elements [start, end) in this memory order."""
+        """Return whether this shard holds exactly elements [start, end) in this memory order."""
         own = (self._start, self._start + self._local.numel())
         return self._order == order and own == (start, end)
 
@@ -460,7 +469,11 @@ class StateShard(BoxTensor):
         return StateShard(self.shape, self._order, self._start, local)
 
     def _local_part(self, value: torch.Tensor) -> torch.Tensor | None:
-        """Return another tensor's elements of this rank's range, None if it does not have them."""
+        """Return the elements of `value` in this rank's range, or None if it lacks some of them.
+
+        Args:
+            value: a shard of the same range, a tensor of the whole shape, or a 0-d tensor.
+        """
         end = self._start + self._local.numel()
         if isinstance(value, StateShard):
             fits = value.shape == self.shape and value.has_range_of(self._order, self._start, end)
@@ -477,10 +490,12 @@ class StateShard(BoxTensor):
         kwargs = kwargs or {}
         first = args[0] if args else None
         if isinstance(first, StateShard):
-            if func in _LIKE_ITSELF:
-                # It is a format for the whole shape, but the local tensor is 1-d.
+            if func in _LOCAL_OPERATIONS:
+                # A memory format such as channels_last needs all dimensions, but the local tensor
+                # is 1-d.
                 kwargs.pop("memory_format", None)
                 return first._with(func(first._local, *args[1:], **kwargs))
+            # `dcp.async_save` allocates its host copy by `new_empty` with the whole shape.
             if func is _aten.new_empty.default and tuple(args[1]) == first.shape:
                 return first._with(func(first._local, first._local.shape, **kwargs))
             if func in (_aten.copy_.default, _aten.equal.default):

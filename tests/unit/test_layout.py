@@ -158,7 +158,7 @@ def test_the_sum_on_a_device_does_not_hold_up_the_backward_of_later_buckets() ->
     assert schedule.waits[Task(Operation.SUM_SQUARES, 0)] == (Task(Operation.REDUCE, 0),)
 
 
-def test_slots_are_dealt_in_turn_and_taken_over_from_who_had_them_before() -> None:
+def test_slots_are_assigned_in_turn_and_wait_for_the_previous_bucket() -> None:
     plans = plans_of(5, on_device=frozenset(range(5)))
     schedule = plan_schedule(plans, num_reduce_slots=2, num_staging_slots=3)
     assert schedule.reduce_slots == {0: 0, 1: 1, 2: 0, 3: 1, 4: 0}

@@ -95,14 +95,14 @@ def test_parameters_are_checked_by_name() -> None:
     refuse(torch.ones(3, dtype=torch.complex64), ValueError, "'p' has dtype torch.complex64")
     refuse(torch.ones(3, device="meta"), ValueError, "'p' is on device 'meta'")
     refuse(torch.ones(1).expand(3), ValueError, r"'p' is expanded.*clone\(\)")
-    refuse(torch.eye(3).to_sparse(), ValueError, "'p' is torch.sparse_coo")
+    refuse(torch.eye(3).to_sparse(), ValueError, "'p' has the layout torch.sparse_coo")
     with torch.inference_mode():
         made_there = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="'p' was created in inference mode"):
         OffloadAdam([("p", made_there)])
     partitioned = torch.nn.Parameter(torch.ones(2))
     partitioned.ds_id = 0  # type: ignore[attr-defined]
-    with pytest.raises(TypeError, match="'p' belongs to DeepSpeed ZeRO-3, where each rank"):
+    with pytest.raises(TypeError, match="'p' belongs to DeepSpeed ZeRO-3, which shards"):
         OffloadAdam([("p", partitioned)])
     lazy = torch.nn.LazyLinear(3)
     with pytest.raises(ValueError, match=r"'weight' is not initialised yet\. Run a forward"):

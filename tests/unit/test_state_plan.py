@@ -158,5 +158,5 @@ def test_a_layout_that_cannot_be_right_is_rejected() -> None:
     ):
         with pytest.raises(ValueError, match="must start at"):
             replace(bucket, placements=placements)
-    with pytest.raises(ValueError, match="must end with the first whole block"):
+    with pytest.raises(ValueError, match=f"must have {bucket.numel} elements, not"):
         replace(bucket, numel=bucket.numel + 256)
