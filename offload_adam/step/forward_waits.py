@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import UnreadyParameterError
 from offload_adam.step.executor import Executor
 from offload_adam.torch_private import compiled_call, is_compiled, set_compiled_call
@@ -181,13 +182,19 @@ class ForwardHooks:
     """
 
     def __init__(
-        self, root: nn.Module, executor: Executor, chosen: Sequence[nn.Module] | None
+        self,
+        ranks: RankGroup,
+        root: nn.Module,
+        executor: Executor,
+        chosen: Sequence[nn.Module] | None,
     ) -> None:
         """Construct without hooks on the model; `attach` puts them on.
 
         Args:
+            ranks: rank 0 warns for all, since all ranks run the same model.
             chosen: the units, None for the children of every ModuleList.
         """
+        self._ranks = ranks
         self._root = root
         self._executor = executor
         self._chosen = chosen
@@ -214,10 +221,11 @@ class ForwardHooks:
         self._is_traced = any(map(is_compiled, (self._root, *inner)))
         units = find_units(self._root, bucket_of, self._chosen, whole=self._is_traced)
         if is_compiled(self._root):
-            logger.warning(
-                "The model is compiled as a whole, so its forward waits for all parameters at "
-                "once. Compile its layers one by one to overlap the updates with the forward."
-            )
+            if self._ranks.rank == 0:
+                logger.warning(
+                    "The model is compiled as a whole, so its forward waits for all parameters at "
+                    "once. Compile its layers one by one to overlap the updates with the forward."
+                )
             units[0].buckets |= set(bucket_of.values())
         for unit in units:
             self._attach_to(unit)
@@ -296,14 +304,15 @@ class ForwardHooks:
             )
         if not self._has_overlapped:
             self._always.update(missed)
-            logger.warning(
-                "From now on, step() itself waits for %d of %d buckets, such as that of %r. The "
-                "forward used them without running a hook (a model compiled as a whole, or a "
-                "direct call of forward()).",
-                len(missed),
-                len(set(self._bucket_of.values())),
-                name_of(missed[0]),
-            )
+            if self._ranks.rank == 0:
+                logger.warning(
+                    "From now on, step() itself waits for %d of %d buckets, such as that of %r. "
+                    "The forward used them without running a hook (a model compiled as a whole, "
+                    "or a direct call of forward()).",
+                    len(missed),
+                    len(set(self._bucket_of.values())),
+                    name_of(missed[0]),
+                )
 
     def _enter(self, unit: Unit) -> None:
         """Wait for the parameters that a unit's forward is about to read."""

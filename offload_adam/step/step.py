@@ -122,7 +122,9 @@ class ShardedAdam:
         self.resources = ExitStack()
         # Updates wait for a background checkpoint that still reads their bucket.
         self.snapshot_lock = SnapshotLock()
-        self.external_edits = ExternalEdits(module, self.states, self._places, self.snapshot_lock)
+        self.external_edits = ExternalEdits(
+            ranks, module, self.states, self._places, self.snapshot_lock
+        )
         self._host_update: HostUpdate | None = None
         self._device_update = DeviceUpdate()
         self._updates: list[BucketUpdate] = []
@@ -275,7 +277,7 @@ class ShardedAdam:
             units: None for the children of every ModuleList.
         """
         if self.forward_hooks is None:
-            self.forward_hooks = ForwardHooks(module, self.executor, units)
+            self.forward_hooks = ForwardHooks(self.ranks, module, self.executor, units)
             self.resources.callback(self.forward_hooks.removals.close)
         places = zip(self._parameters, self._places, strict=True)
         self.forward_hooks.attach({parameter: bucket for parameter, (bucket, _) in places})
@@ -391,7 +393,7 @@ class ShardedAdam:
         self.reduction.reset()
         if self.forward_hooks is not None:
             self.forward_hooks.step_ended()
-        if self.ranks.rank == 0:
+        if self.ranks.rank == 0:  # the counts are the same on all ranks
             self._absence.see(agreement.present_counts)
         self.num_steps += 1
 
