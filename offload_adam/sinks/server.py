@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from offload_adam.sinks.sink import Record, require_extra, to_json
+from offload_adam.sinks.sink import Record, to_json
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -72,7 +72,6 @@ class StatusServer:
     Threads: `status`, `health` and `collector` are called on the threads that answer.
 
     Raises:
-        MissingExtraError: prometheus_client or waitress is not installed.
         OSError: the port is taken.
     """
 
@@ -84,7 +83,6 @@ class StatusServer:
         health: Callable[[], str | None] = lambda: None,
         collector: Collector | None = None,
     ) -> None:
-        require_extra("http_port")
         from prometheus_client import CollectorRegistry
         from prometheus_client.exposition import choose_encoder
         from waitress.server import create_server

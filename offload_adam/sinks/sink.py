@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, Protocol
-
-from offload_adam.errors import MissingExtraError
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +27,9 @@ class MetricSink(Protocol):
 
     def write(self, record: Record) -> None:
         """Process the record of one step."""
-        ...
 
     def close(self) -> None:
         """Flush buffered records and free resources."""
-        ...
 
 
 class GuardedSinks:
@@ -44,30 +40,36 @@ class GuardedSinks:
     Owns: the sinks, until `close`.
     """
 
-    def __init__(self, sinks: Iterable[MetricSink]) -> None:
-        self._sinks = list(sinks)
+    def __init__(self) -> None:
+        self._sinks: list[MetricSink] = []
+
+    def add(self, sink: MetricSink) -> None:
+        """Add a sink. Sinks are written and closed in the order in which they were added."""
+        self._sinks.append(sink)
 
     def write(self, record: Record) -> None:
         """Write one record to every sink."""
         for sink in list(self._sinks):
-            if not _succeeds(sink, lambda sink=sink: sink.write(record)):  # type: ignore[misc]
+            try:
+                sink.write(record)
+            except Exception:
+                logger.exception(
+                    "Dropping %s after an error, training continues", type(sink).__name__
+                )
                 self._sinks.remove(sink)
-                _succeeds(sink, sink.close)
+                _close(sink)
 
     def close(self) -> None:
         """Close all sinks. Idempotent."""
-        sinks, self._sinks = self._sinks, []
-        for sink in sinks:
-            _succeeds(sink, sink.close)
+        while self._sinks:
+            _close(self._sinks.pop(0))
 
 
-def _succeeds(sink: MetricSink, action: Callable[[], None]) -> bool:
+def _close(sink: MetricSink) -> None:
     try:
-        action()
+        sink.close()
     except Exception:
-        logger.exception("Dropping %s after an error, training continues", type(sink).__name__)
-        return False
-    return True
+        logger.exception("Cannot close %s", type(sink).__name__)
 
 
 def missing_extra(key: str) -> str | None:
@@ -77,17 +79,6 @@ def missing_extra(key: str) -> str | None:
     if not missing:
         return None
     return f"needs {' and '.join(missing)}: pip install 'offload-adam[{extra}]'"
-
-
-def require_extra(key: str) -> None:
-    """Check that the packages for `observe.<key>` are installed.
-
-    Raises:
-        MissingExtraError: naming the packages and the extra.
-    """
-    problem = missing_extra(key)
-    if problem is not None:
-        raise MissingExtraError(f"observe.{key} {problem}")
 
 
 def numbers_of(record: Record) -> dict[str, float]:

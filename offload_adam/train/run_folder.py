@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from filelock import LeaseCompromise, SoftFileLease, Timeout
 
@@ -57,24 +58,28 @@ def require_writable(config: RunConfig) -> None:
         ) from error
 
 
-def open_run_folder(config: RunConfig, last_step: int) -> None:
-    """Create the folder, and write the resolved configuration to it.
+def open_run_folder(config: RunConfig, last_step: int) -> TextIO:
+    """Create the folder, write the resolved configuration to it, and open the file of records.
 
     Args:
         last_step: the last step of the checkpoint that the run resumes from. Records after it are
             dropped, since the run repeats these steps. 0 if the run begins: then files of an
             earlier run are renamed to `metrics-<n>.jsonl` and `config-<n>.yaml`.
+
+    Returns:
+        The file to append records to. It writes each line at once, so that a killed run keeps them.
     """
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / METRICS_NAME
     if last_step == 0:
         _rename_earlier_files(folder)
     else:
-        path = folder / METRICS_NAME
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         kept = [line for line in lines if _step_of(line) <= last_step]
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     (folder / CONFIG_NAME).write_text(dump_config(config), encoding="utf-8")
+    return path.open("a", encoding="utf-8", buffering=1)
 
 
 def _step_of(line: str) -> float:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from offload_adam.config import ConfigError, Mistake, RunConfig
 from offload_adam.sinks.server import StatusServer
-from offload_adam.sinks.sink import EXTRAS, GuardedSinks, MetricSink, missing_extra
-from offload_adam.sinks.tensorboard import TensorBoardSink
-from offload_adam.sinks.wandb import WandbSink
+from offload_adam.sinks.sink import EXTRAS, GuardedSinks, missing_extra
+from offload_adam.sinks.trackers import TensorBoardSink, WandbSink
 from offload_adam.train.loop import Job
 from offload_adam.train.observation import Observation
-from offload_adam.train.records import RunTotals
+from offload_adam.train.records import CheckpointTotals, RunTotals
 from offload_adam.train.run_folder import run_folder
 
 
@@ -33,45 +32,33 @@ def reject_missing_extras(config: RunConfig) -> None:
 
 
 @contextmanager
-def watched(job: Job, totals: RunTotals) -> Iterator[GuardedSinks]:
+def opened_sinks(
+    job: Job, totals: RunTotals, checkpoints: CheckpointTotals
+) -> Iterator[GuardedSinks]:
     """Open the sinks, and close them after the body.
 
     Args:
-        totals: the caller adds each step, also while the server reads them.
+        totals, checkpoints: are added to while the server reads them.
 
     Raises:
         OSError: the port `observe.http_port` is taken.
     """
-    section, folder = job.config.observe, run_folder(job.config)
-    observation = Observation(job, totals)
-    sinks: list[MetricSink] = []
-    with ExitStack() as opened:
+    section, name, folder = job.config.observe, job.config.run.name, run_folder(job.config)
+    observation = Observation(job, totals, checkpoints)
+    sinks = GuardedSinks()
+    try:
         if section.tensorboard:
-            sinks.append(TensorBoardSink(folder / "tensorboard"))
-            opened.callback(sinks[-1].close)
+            sinks.add(TensorBoardSink(folder / "tensorboard"))
         if section.wandb_project is not None:
             values = job.config.model_dump(mode="json")
-            sinks.append(WandbSink(section.wandb_project, job.config.run.name, folder, values))
-            opened.callback(sinks[-1].close)
+            sinks.add(WandbSink(section.wandb_project, name, folder, values))
         if section.http_port is not None:
             # Closed last, so that /healthz reports an error of the run until then.
-            sinks.append(
-                StatusServer(
-                    section.http_port,
-                    section.http_host,
-                    observation.status,
-                    observation.problem,
-                    observation,
-                )
-            )
-            opened.callback(sinks[-1].close)
-        # All are open. From here on GuardedSinks closes each, even if closing another one fails.
-        opened.pop_all()
-    guarded = GuardedSinks(sinks)
-    try:
-        yield guarded
+            port, host, see = section.http_port, section.http_host, observation
+            sinks.add(StatusServer(port, host, see.status, see.problem, see))
+        yield sinks
     except BaseException as error:
         observation.error = error
         raise
     finally:
-        guarded.close()
+        sinks.close()

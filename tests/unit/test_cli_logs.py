@@ -140,7 +140,7 @@ def test_torchruns_report_quotes_the_error_and_no_traceback(
     assert CliRunner().invoke(app, ["train", TINY, "--train.num_stepz=3"]).exit_code == 2
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(error_file))
     report = str(ChildFailedError("offload_adam", {0: failure}))
-    assert f"traceback : {TINY}: 1 mistake: train.num_stepz: no such key; did you" in report
+    assert f"traceback : {TINY}: 1 mistake: train.num_stepz: unknown key; did you" in report
     assert "Traceback" not in report
 
 

@@ -23,7 +23,7 @@ from offload_adam.sinks.server import StatusServer
 from offload_adam.train import loop, sinks
 from offload_adam.train.model import next_token_loss
 from offload_adam.train.observation import Observation
-from offload_adam.train.records import RunTotals
+from offload_adam.train.records import CheckpointTotals, RunTotals
 from tests.unit.test_train_alone import SMALL, run
 
 pytest.importorskip("waitress")
@@ -285,8 +285,8 @@ def observe(ranks: Ranks | None) -> Observation:
     )
     world = Stub(ranks=Stub(watch=None, failure=None) if ranks is None else ranks)
     optimizer = Stub(memory_ledger=list)
-    job: Any = Stub(config=config, world=world, saver=None, optimizer=optimizer)
-    return Observation(job, RunTotals(1))
+    job: Any = Stub(config=config, world=world, optimizer=optimizer)
+    return Observation(job, RunTotals(1), CheckpointTotals())
 
 
 @pytest.mark.parametrize(
@@ -357,23 +357,32 @@ def test_a_heartbeat_ages_until_the_next_one(monkeypatch: pytest.MonkeyPatch) ->
     assert heartbeat_ages(observation) == [0, 30]
 
 
-@pytest.fixture
-def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sink, "find_spec", lambda name: None)
-
-
-@pytest.mark.usefixtures("nothing_installed")
 @pytest.mark.parametrize(
-    ("key", "value"), [("http_port", 0), ("tensorboard", True), ("wandb_project", "p")]
+    ("key", "value", "package", "extra"),
+    [
+        ("http_port", 0, "prometheus_client", "watch"),
+        ("http_port", 0, "waitress", "watch"),
+        ("tensorboard", True, "tensorboard", "tensorboard"),
+        ("wandb_project", "p", "wandb", "wandb"),
+    ],
 )
-def test_a_sink_without_its_package_is_a_mistake_of_the_configuration(
-    tmp_path: Path, key: str, value: object
+def test_a_missing_package_of_a_sink_is_a_mistake_that_names_the_extra(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    key: str,
+    value: object,
+    package: str,
+    extra: str,
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"observe\.{key}.*pip install"):
+    monkeypatch.setattr(sink, "find_spec", lambda name: None if name == package else True)
+    message = rf"observe\.{key}: needs {package}: pip install 'offload-adam\[{extra}\]'"
+    with pytest.raises(ConfigError, match=message):
         run(tmp_path, observe={key: value})
     assert not (tmp_path / "case").exists()
 
 
-@pytest.mark.usefixtures("nothing_installed")
-def test_a_run_without_sinks_needs_no_package(tmp_path: Path) -> None:
+def test_a_run_without_sinks_needs_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sink, "find_spec", lambda name: None)
     run(tmp_path, train=STEPS)
