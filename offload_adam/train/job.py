@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from offload_adam.config import ConfigError, Mistake, RunConfig
 from offload_adam.config.optimizer_sections import AdamSection
-from offload_adam.coordinator.admission import Field, require_same
+from offload_adam.coordinator.admission import require_same
 from offload_adam.coordinator.endings import EndingGuard, preemptible
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.startup import COLLECTIVE_TIMEOUT, World, final, joined_world
@@ -166,7 +166,11 @@ def _assembled(
     Errors during construction are final: a restart would raise them again.
     """
     with final(TypeError, ValueError, RankDisagreementError, HostMemoryError):
-        require_same(world.ranks, "configuration", _fields(config, corpus))
+        # What must be the same on all ranks before they build the optimizer.
+        sections = config.model_dump(mode="json").items()
+        fields = [(f"{s}.{key}", repr(v)) for s, values in sections for key, v in values.items()]
+        fields.append(("the data", corpus.description))
+        require_same(world.ranks, "configuration", fields)
         parallel_model = _distributed(config, world, model)
         optimizer = build_optimizer(config, parallel_model)
     with closing(optimizer):
@@ -175,37 +179,20 @@ def _assembled(
         yield parallel_model, optimizer
 
 
-def _fields(config: RunConfig, corpus: Corpus) -> list[Field]:
-    """Return what must be the same on all ranks before they build the optimizer."""
-    sections = config.model_dump(mode="json")
-    fields = [
-        (f"{section}.{key}", repr(value))
-        for section, values in sections.items()
-        for key, value in values.items()
-    ]
-    return [*fields, ("the data", corpus.description)]
-
-
 def _distributed(config: RunConfig, world: World, model: nn.Module) -> nn.Module:
     """Move the model to this rank's device, with rank 0's weights; wrap it if DDP reduces."""
     model = model.to(world.device)
-    _copy_from_rank_0(model, world)
+    if world.world_size > 1:
+        # Rank 0's weights, since a user's factory may ignore the seed.
+        for tensor in chain(model.parameters(), model.buffers()):
+            received = tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+            world.ranks.broadcast(received)
+            tensor.detach().copy_(received)
     # From here on each rank has its own random numbers: dropout must differ between ranks.
     torch.manual_seed(config.run.seed + world.rank)
     if config.optimizer.gradient_reduction == "external" and world.world_size > 1:
         return DistributedDataParallel(model)
     return model
-
-
-@torch.no_grad()
-def _copy_from_rank_0(model: nn.Module, world: World) -> None:
-    """Copy rank 0's weights to all ranks: a user's factory may ignore the seed."""
-    if world.world_size == 1:
-        return
-    for tensor in chain(model.parameters(), model.buffers()):
-        received = tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
-        world.ranks.broadcast(received)
-        tensor.copy_(received)
 
 
 def _train_and_report(

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from filelock import LeaseCompromise, SoftFileLease, Timeout
+from filelock import SoftFileLease, Timeout
 
 from offload_adam.config import ConfigError, RunConfig, dump_config
 from offload_adam.errors import RunFolderLostError
@@ -124,16 +124,15 @@ def locked_run_folder(config: RunConfig) -> Iterator[Callable[[], None]]:
         folder / LOCK_NAME,
         lease_duration=LEASE_S,
         heartbeat_interval=LEASE_S / _REFRESHES,
-        on_compromise=_warn,
+        on_compromise=lambda loss: logger.warning(
+            "Lost the lock %s (%s): another run may start in this folder",
+            loss.lock_file,
+            loss.reason,
+        ),
         thread_local=False,
     )
     try:
-        try:
-            _acquire(lock, folder)
-        except OSError as error:
-            raise ConfigError.at(
-                "run.dir", f"{folder / LOCK_NAME} cannot be created: {error}"
-            ) from error
+        _acquire(lock, folder)
         yield lambda: _require_held(lock, folder)
     finally:
         lock.release()
@@ -145,9 +144,14 @@ def _acquire(lock: SoftFileLease, folder: Path) -> None:
     """Acquire the lock; raise as soon as its owner refreshes it, or after two leases."""
     began, first_seen = time.monotonic(), None
     while True:
-        with suppress(Timeout):
+        try:
             lock.acquire(timeout=0)
             return
+        except Timeout:
+            pass
+        except OSError as error:
+            place = folder / LOCK_NAME
+            raise ConfigError.at("run.dir", f"{place} cannot be created: {error}") from error
         with suppress(FileNotFoundError):
             refreshed = (folder / LOCK_NAME).stat().st_mtime_ns
             first_seen = refreshed if first_seen is None else first_seen
@@ -163,12 +167,6 @@ def _acquire(lock: SoftFileLease, folder: Path) -> None:
 def _owner_of(lock: SoftFileLease) -> str:
     owner = lock.owner
     return "another process" if owner is None else f"process {owner.pid} on {owner.hostname}"
-
-
-def _warn(loss: LeaseCompromise) -> None:
-    logger.warning(
-        "Lost the lock %s (%s): another run may start in this folder", loss.lock_file, loss.reason
-    )
 
 
 def _require_held(lock: SoftFileLease, folder: Path) -> None:

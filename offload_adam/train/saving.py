@@ -59,13 +59,12 @@ class CheckpointSaver:
     """Writes the checkpoints of one job to `<run folder>/checkpoints/step-<n>`.
 
     With `checkpoint.mode: async` training goes on while a checkpoint is written, except for the
-    last one. If the next checkpoint is due before that, the training thread waits.
+    last one. If the next checkpoint is due before that, the training thread waits. A checkpoint
+    that cannot be written is logged and counted; with `checkpoint.required` its CheckpointError,
+    PeerError or OSError is raised.
 
     Args:
         require_held: raises an error if another job has taken the run's folder over.
-
-    totals: counts checkpoints, and those that could not be written. The run goes on without the
-        latter, unless `checkpoint.required`.
     """
 
     def __init__(self, job: Job, require_held: Callable[[], None]) -> None:
@@ -89,9 +88,6 @@ class CheckpointSaver:
 
         Args:
             last: no step follows, so commit the checkpoint before returning.
-
-        Raises:
-            CheckpointError, PeerError, OSError: only if `checkpoint.required`.
         """
         self._require_held()
         if self._pending is not None:
@@ -120,9 +116,6 @@ class CheckpointSaver:
         """Commit the pending checkpoint if the last step reported that all ranks have written it.
 
         Collective only when it commits, so call it on all ranks after the same step.
-
-        Raises:
-            CheckpointError, PeerError, OSError: only if `checkpoint.required`.
         """
         if self._pending is not None:
             with self._tolerating():
