@@ -96,12 +96,14 @@ class Observation:
     def status(self) -> dict[str, Any]:
         """Return the values of `/status`, apart from the last record."""
         job = self._job
+        memory = by_category(job.optimizer.memory_ledger())
+        memory |= {name: nbytes for name, _, nbytes in self._process_memory()}
         return {
             "run": job.config.run.name,
             "of_steps": job.config.train.num_steps,
             "world_size": job.world.world_size,
             "last_checkpoint": self._checkpoints.last_step,
-            "memory_bytes": self._memory(),
+            "memory_bytes": {name: nbytes for name, nbytes in memory.items() if nbytes},
             "ranks": [
                 {
                     "rank": record.rank,
@@ -194,20 +196,16 @@ class Observation:
         for entry in self._job.optimizer.memory_ledger():
             held["0", entry.category, entry.device] += entry.nbytes
         yield "memory_bytes", held
-        yield "process_resident_bytes", {("0",): psutil.Process().memory_info().rss}
-        yield "node_available_bytes", {("0",): psutil.virtual_memory().available}
+        for _, name, nbytes in self._process_memory():
+            yield name, {("0",): nbytes}
+
+    def _process_memory(self) -> Iterator[tuple[str, str, int]]:
+        """Yield the names in `/status` and `/metrics`, and the bytes, of rank 0 and its node."""
+        yield "resident", "process_resident_bytes", psutil.Process().memory_info().rss
+        yield "available on the node", "node_available_bytes", psutil.virtual_memory().available
         if torch.cuda.is_initialized():
             allocated = torch.cuda.memory_allocated(self._job.world.device)
-            yield "device_allocated_bytes", {("0",): allocated}
-
-    def _memory(self) -> dict[str, int]:
-        """Return bytes of rank 0: by category, of its process and its GPU, and free on its node."""
-        memory = by_category(self._job.optimizer.memory_ledger())
-        memory["resident"] = psutil.Process().memory_info().rss
-        memory["available on the node"] = psutil.virtual_memory().available
-        if torch.cuda.is_initialized():
-            memory["allocated on the device"] = torch.cuda.memory_allocated(self._job.world.device)
-        return {name: nbytes for name, nbytes in memory.items() if nbytes}
+            yield "allocated on the device", "device_allocated_bytes", allocated
 
     def _ranks(self) -> tuple[PeerRecord, ...]:
         """Return the progress of every rank, as published with its last heartbeat."""

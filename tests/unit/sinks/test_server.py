@@ -40,15 +40,22 @@ def strict_json(text: str) -> Any:
     return json.loads(text, parse_constant=reject)
 
 
+class NoMetrics:
+    def collect(self) -> list[Any]:
+        return []
+
+
 @pytest.fixture
 def open_server() -> Iterator[Callable[..., StatusServer]]:
     """Opens servers that are closed after the test."""
     opened: list[StatusServer] = []
 
     def open_one(
-        host: str = "127.0.0.1", status: Callable[[], Any] = dict, **keywords: Any
+        host: str = "127.0.0.1",
+        status: Callable[[], Any] = dict,
+        health: Callable[[], str | None] = lambda: None,
     ) -> StatusServer:
-        opened.append(StatusServer(0, host, status, **keywords))
+        opened.append(StatusServer(0, host, status, health, NoMetrics()))
         return opened[-1]
 
     yield open_one
@@ -181,7 +188,7 @@ def test_a_failing_callback_is_an_error_of_its_request_alone(
 
 def test_a_port_that_is_taken_is_an_error(server: StatusServer) -> None:
     with pytest.raises(OSError, match="in use"):
-        StatusServer(server.port, "127.0.0.1", dict)
+        StatusServer(server.port, "127.0.0.1", dict, lambda: None, NoMetrics())
 
 
 def test_a_client_that_sends_byte_by_byte_is_dropped(
