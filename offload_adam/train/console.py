@@ -31,14 +31,9 @@ def describe(record: StepRecord) -> str:
     ]
     if record.val_loss is not None:
         figures.append(f"validation loss {record.val_loss:.4f}")
+    if record.skipped:
+        figures.append("skipped")  # the log names the parameters
     return "  ".join(figures)
-
-
-def describe_skip(record: StepRecord) -> str:
-    """Return why a step was skipped."""
-    names = ", ".join(record.non_finite[:3]) or "a parameter"
-    more = f" and {len(record.non_finite) - 3} more" if len(record.non_finite) > 3 else ""
-    return f"Skipped step {record.step}: non-finite gradient in {names}{more}"
 
 
 def print_line(console: Console, line: str) -> None:
@@ -51,7 +46,8 @@ class StepDisplay:
     """Shows each step, inside the context `shown()`.
 
     On a terminal: a progress bar, and below it the metrics of the last step. In a log file or a
-    pipe: a line for the first and the last step, each evaluation, and every few seconds.
+    pipe: a line for the first and the last step, each evaluation, and every few seconds. On both:
+    a line for each skipped step.
     """
 
     def __init__(self, console: Console, num_steps: int) -> None:
@@ -70,17 +66,17 @@ class StepDisplay:
 
     def show(self, record: StepRecord) -> None:
         """Show one step."""
-        if record.skipped:
-            print_line(self._console, describe_skip(record))
+        text, now_s = describe(record), time.monotonic()
         if self._console.is_terminal:
             self._bar.update(self._task, completed=record.step)
-            self._live.update(Group(self._bar, Text(describe(record))))
-            return
-        now_s = time.monotonic()
-        due = now_s - self._last_line_s >= _LINE_EVERY_S
-        if due or record.val_loss is not None or record.step == self._num_steps:
+            self._live.update(Group(self._bar, Text(text)))
+            due = False
+        else:
+            due = record.val_loss is not None or record.step == self._num_steps
+            due |= now_s - self._last_line_s >= _LINE_EVERY_S
+        if due or record.skipped:
             self._last_line_s = now_s
-            print_line(self._console, f"step {record.step}/{self._num_steps}  {describe(record)}")
+            print_line(self._console, f"step {record.step}/{self._num_steps}  {text}")
 
 
 def summary_table(totals: RunTotals, bigram_loss: float, folder: Path) -> Table:
