@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, Protocol
 
+from offload_adam.config import ConfigError, Mistake
+from offload_adam.config.sections import ObserveSection
+
 logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
@@ -72,13 +75,22 @@ def _close(sink: MetricSink) -> None:
         logger.exception("Cannot close %s", type(sink).__name__)
 
 
-def missing_extra(key: str) -> str | None:
-    """Return how to install what `observe.<key>` needs, None if it is installed."""
-    extra, packages = EXTRAS[key]
-    missing = [package for package in packages if find_spec(package) is None]
-    if not missing:
-        return None
-    return f"needs {' and '.join(missing)}: pip install 'offload-adam[{extra}]'"
+def reject_missing_extras(section: ObserveSection) -> None:
+    """Reject sinks whose packages are not installed, before the ranks join.
+
+    Raises:
+        ConfigError: naming each key and its extra.
+    """
+    mistakes = []
+    for key, (extra, packages) in EXTRAS.items():
+        missing = [package for package in packages if find_spec(package) is None]
+        # Port 0 asks for a server too, although it is falsy and equals False.
+        value = getattr(section, key)
+        if missing and value is not None and value is not False:
+            problem = f"needs {' and '.join(missing)}: pip install 'offload-adam[{extra}]'"
+            mistakes.append(Mistake(f"observe.{key}", problem))
+    if mistakes:
+        raise ConfigError("configuration", mistakes)
 
 
 def numbers_of(record: Record) -> dict[str, float]:

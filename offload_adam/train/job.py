@@ -26,10 +26,12 @@ from offload_adam.errors import CheckpointError, HostMemoryError, RankDisagreeme
 from offload_adam.kernels.threads import cores_per_rank
 from offload_adam.mindspore.adam import Adam
 from offload_adam.optimizer import OffloadAdam
+from offload_adam.sinks.sink import reject_missing_extras
 from offload_adam.train.console import StepDisplay, print_line, summary_table
 from offload_adam.train.data import Corpus, bigram_loss, load_corpus
 from offload_adam.train.loop import Job, run_steps
 from offload_adam.train.model import build_model, find_factory
+from offload_adam.train.observation import opened_sinks
 from offload_adam.train.optimizer import build_optimizer, build_schedule, failure_policy
 from offload_adam.train.profiler import profiled_job
 from offload_adam.train.records import RunTotals
@@ -46,7 +48,6 @@ from offload_adam.train.saving import (
     resume,
     what_stands,
 )
-from offload_adam.train.sinks import opened_sinks, reject_missing_extras
 from offload_adam.train.speeds import update_speed
 
 logger = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ def prepare(config: RunConfig) -> tuple[Corpus, nn.Module]:
             return None
 
     attempt(lambda: _require_environment(config))
-    attempt(lambda: reject_missing_extras(config))
+    attempt(lambda: reject_missing_extras(config.observe))
     if os.environ.get("RANK", "0") == "0":
         attempt(lambda: require_writable(config))
     corpus = attempt(lambda: load_corpus(config.data, config.train.sequence_length))

@@ -1,4 +1,4 @@
-"""What rank 0 shows of a run over HTTP: `/status`, `/healthz` and the metrics of `/metrics`.
+"""The sinks of a run, and what its HTTP server shows: `/status`, `/healthz` and `/metrics`.
 
 Come here to add a metric. `launch/grafana.json` draws the metrics, and a test compares the two.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,13 @@ import psutil
 import torch
 
 from offload_adam.coordinator.progress import PROGRESS, PeerRecord, Process
+from offload_adam.sinks.server import StatusServer
+from offload_adam.sinks.sink import GuardedSinks
+from offload_adam.sinks.trackers import TensorBoardSink, WandbSink
 from offload_adam.step.ledger import by_category
 from offload_adam.train.loop import Job
 from offload_adam.train.records import CheckpointTotals, RunTotals
+from offload_adam.train.run_folder import run_folder
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -218,3 +223,36 @@ class Observation:
             self._moves, self._moved_s = PROGRESS.moves, now_s
         beat = time.monotonic_ns()  # a new one in every call: this process is alive
         return (PeerRecord(0, self._process, beat, replace(PROGRESS), now_s - self._moved_s),)
+
+
+@contextmanager
+def opened_sinks(
+    job: Job, totals: RunTotals, checkpoints: CheckpointTotals
+) -> Iterator[GuardedSinks]:
+    """Open the sinks, and close them after the body.
+
+    Args:
+        totals, checkpoints: are added to while the server reads them.
+
+    Raises:
+        OSError: the port `observe.http_port` is taken.
+    """
+    section, name, folder = job.config.observe, job.config.run.name, run_folder(job.config)
+    observation = Observation(job, totals, checkpoints)
+    sinks = GuardedSinks()
+    try:
+        if section.tensorboard:
+            sinks.add(TensorBoardSink(folder / "tensorboard"))
+        if section.wandb_project is not None:
+            values = job.config.model_dump(mode="json")
+            sinks.add(WandbSink(section.wandb_project, name, folder, values))
+        if section.http_port is not None:
+            # Closed last, so that /healthz reports an error of the run until then.
+            port, host, see = section.http_port, section.http_host, observation
+            sinks.add(StatusServer(port, host, see.status, see.problem, see))
+        yield sinks
+    except BaseException as error:
+        observation.error = error
+        raise
+    finally:
+        sinks.close()
