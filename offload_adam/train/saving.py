@@ -165,15 +165,8 @@ class CheckpointSaver:
         except (OSError, CheckpointError, PeerError) as error:
             self._pending = None
             self.totals.num_failed += 1
-            if self._job.config.checkpoint.required:
-                raise
-            if _logs(error, self._job):
-                logger.exception(
-                    "Skipping checkpoint %s (%d so far); training goes on without it: %s",
-                    self._path,
-                    self.totals.num_failed,
-                    error,
-                )
+            text = "Skipping checkpoint %s (%d so far); training goes on without it: %s"
+            _tolerate(error, self._job, text, self._path, self.totals.num_failed)
 
     def _prune(self, folder: Path) -> None:
         """Remove old checkpoints, and unfinished ones of killed runs.
@@ -205,8 +198,7 @@ def require_place(job: Job) -> None:
         CheckpointError: the ranks do not share the folder.
         PeerError, OSError: the folder cannot be written to, and `checkpoint.required`.
     """
-    section = job.config.checkpoint
-    if section.every == 0 or job.world.world_size == 1:
+    if job.config.checkpoint.every == 0 or job.world.world_size == 1:
         return
     folder = run_folder(job.config) / FOLDER_NAME
     try:
@@ -215,17 +207,16 @@ def require_place(job: Job) -> None:
     except PeerFailedError:
         raise
     except (OSError, PeerError) as error:
-        if section.required:
-            raise
-        if _logs(error, job):
-            logger.exception(
-                "Cannot write checkpoints to %s now: %s; training begins", folder, error
-            )
+        _tolerate(error, job, "Cannot write checkpoints to %s; training begins: %s", folder)
 
 
-def _logs(error: Exception, job: Job) -> bool:
-    """Return whether this rank logs an error: an OSError is its own, others are on every rank."""
-    return isinstance(error, OSError) or job.world.rank == 0
+def _tolerate(error: Exception, job: Job, text: str, *values: object) -> None:
+    """Log an error, or raise it if checkpoints are required."""
+    if job.config.checkpoint.required:
+        raise error
+    # An OSError is this rank's own, others are on every rank.
+    if isinstance(error, OSError) or job.world.rank == 0:
+        logger.error(text, *values, error, exc_info=error)
 
 
 def checkpoint_path(config: RunConfig, step: int) -> Path:
