@@ -237,22 +237,22 @@ def opened_sinks(
     Raises:
         OSError: the port `observe.http_port` is taken.
     """
-    section, name, folder = job.config.observe, job.config.run.name, run_folder(job.config)
-    observation = Observation(job, totals, checkpoints)
+    section, folder = job.config.observe, run_folder(job.config)
+    seen = Observation(job, totals, checkpoints)
     sinks = GuardedSinks()
     try:
         if section.tensorboard:
             sinks.add(TensorBoardSink(folder / "tensorboard"))
         if section.wandb_project is not None:
             values = job.config.model_dump(mode="json")
-            sinks.add(WandbSink(section.wandb_project, name, folder, values))
+            sinks.add(WandbSink(section.wandb_project, job.config.run.name, folder, values))
         if section.http_port is not None:
             # Closed last, so that /healthz reports an error of the run until then.
-            port, host, see = section.http_port, section.http_host, observation
-            sinks.add(StatusServer(port, host, see.status, see.problem, see))
+            port, host = section.http_port, section.http_host
+            sinks.add(StatusServer(port, host, seen.status, seen.problem, seen))
         yield sinks
     except BaseException as error:
-        observation.error = error
+        seen.error = error
         raise
     finally:
         sinks.close()
