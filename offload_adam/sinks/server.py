@@ -118,8 +118,10 @@ class StatusServer:
     def close(self) -> None:
         """Close all connections and end the threads, within 5 s. Idempotent."""
         if not self._closing.is_set():
-            self._closing.set()
+            # In this order: once the flag is set, the thread may close the trigger's descriptor at
+            # any time, and its number may belong to another file by then.
             self._server.pull_trigger()
+            self._closing.set()
         self._thread.join(_JOIN_S)
 
     def _run(self) -> None:

@@ -102,7 +102,7 @@ def test_the_status_is_valid_json_whatever_the_values(
 def test_health_is_a_status_code_with_the_reason(open_server: Callable[..., StatusServer]) -> None:
     problem: list[str | None] = [None]
     server = open_server(health=lambda: problem[0])
-    assert ask(server, "/healthz")[0::2] == (200, '{"healthy": true}')
+    assert ask(server, "/healthz")[0::2] == (200, '{"healthy":true}')
     problem[0] = "rank 1 is dead"
     status, _, text = ask(server, "/healthz")
     assert (status, strict_json(text)) == (503, {"healthy": False, "reason": "rank 1 is dead"})
@@ -256,3 +256,17 @@ def test_close_is_prompt_and_leaves_no_thread_and_no_socket(
         assert time.monotonic() - began_s < 10, threading.enumerate()
         time.sleep(0.01)
     assert psutil.Process().num_fds() == descriptors
+
+
+def test_close_wakes_the_thread_before_it_may_end(
+    server: StatusServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pull = server._server.pull_trigger
+
+    def pull_late() -> None:
+        server._thread.join(2 * server_module._POLL_S)  # time to end, if it were told to
+        pull()
+
+    monkeypatch.setattr(server._server, "pull_trigger", pull_late)
+    server.close()
+    assert not server._thread.is_alive()
