@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, Protocol
+
+import pydantic_core
 
 from offload_adam.config import ConfigError, Mistake
 from offload_adam.config.sections import ObserveSection
@@ -114,15 +114,4 @@ def to_json(value: Any) -> str:
     NaN and infinities, which JSON cannot represent, become null. Values of other types than JSON's
     become their `str`.
     """
-    return json.dumps(_finite_or_none(value), allow_nan=False, default=str)
-
-
-def _finite_or_none(value: Any) -> Any:
-    """Replace every NaN and infinity in nested mappings, lists and tuples by None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite_or_none(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite_or_none(inner) for inner in value]
-    return value
+    return pydantic_core.to_json(value, inf_nan_mode="null", fallback=str).decode()

@@ -50,7 +50,7 @@ def read(url: str) -> str:
 
 def look(server: StatusServer) -> Seen:
     base = f"http://127.0.0.1:{server.port}"
-    assert read(f"{base}/healthz") == '{"healthy": true}'
+    assert read(f"{base}/healthz") == '{"healthy":true}'
     metrics, names = {}, set()
     for family in prometheus.text_string_to_metric_families(read(f"{base}/metrics")):
         names.add(family.name + "_total" * (family.type == "counter"))
