@@ -11,8 +11,11 @@ import warnings
 _SKIPPED_PACKAGES = ("offload_adam", "torch")
 
 
-def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
-    """Issue a warning at the user's line: the innermost frame outside this package and torch."""
+def warn_user(message: str) -> None:
+    """Issue a UserWarning at the user's line: the innermost frame outside this package and torch.
+
+    For mistakes that all ranks make alike: the commands show UserWarnings of rank 0 only.
+    """
     # A fixed stacklevel is wrong for subclasses and for methods that torch has wrapped.
     # `skip_file_prefixes` needs Python 3.12.
     stacklevel = 1
@@ -20,7 +23,7 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     while frame.f_back is not None and _package_of(frame.f_globals) in _SKIPPED_PACKAGES:
         frame = frame.f_back
         stacklevel += 1
-    warnings.warn(message, category, stacklevel=stacklevel)
+    warnings.warn(message, UserWarning, stacklevel=stacklevel)
 
 
 def _package_of(module_globals: dict[str, object]) -> str:

@@ -129,7 +129,10 @@ def _check(
     by_module = {*state.computed, *state.values}
     for name in sorted(by_module - {*manifest.tensors, *manifest.values}):
         if manifest.format_version == 2 and name in state.values:
-            logger.warning("Keeping the current %r: checkpoints of format 2 do not have it", name)
+            if core.ranks.rank == 0:  # all ranks load the same checkpoint
+                logger.warning(
+                    "Keeping the current %r: checkpoints of format 2 do not have it", name
+                )
             continue
         raise CheckpointError(f"The checkpoint has no {name!r}. {_SAME_MODEL}")
     # Master weights of a 16-bit parameter are not needed if the parameter is fp32 now.

@@ -13,8 +13,7 @@ from offload_adam.cli.checkpoint import checkpoint_app
 from offload_adam.cli.config import config
 from offload_adam.cli.doctor import doctor
 from offload_adam.cli.plan import plan
-from offload_adam.cli.profile import profile
-from offload_adam.cli.train import train
+from offload_adam.cli.train import profile, train
 
 app = typer.Typer(
     name="offload-adam",

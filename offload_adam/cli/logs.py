@@ -47,8 +47,10 @@ class JsonFormatter(logging.Formatter):
 def configure_logging(log_format: LogFormat) -> None:
     """Write log records and Python warnings to stderr.
 
-    Rank 0 logs from INFO on. Most warnings are the same on all ranks, so that the other ranks log
-    only errors, and RuntimeWarnings: these concern the process or its machine.
+    Rank 0 logs from INFO on, the other ranks from WARNING on: their node or GPU may be the one with
+    a problem. What all ranks would log alike, the package logs on rank 0 only. Of Python's
+    warnings, the other ranks show RuntimeWarnings, which concern a process or its machine. A
+    UserWarning concerns the user's code or configuration, which all ranks share.
 
     Only commands call this: the library itself configures no logging. If the root logger has
     handlers already, they are kept and no handler is added.
@@ -60,7 +62,7 @@ def configure_logging(log_format: LogFormat) -> None:
     else:
         handler.setFormatter(logging.Formatter(_TEXT, "%Y-%m-%d %H:%M:%S", defaults={"rank": rank}))
     logging.basicConfig(handlers=[handler])
-    logging.getLogger("offload_adam").setLevel(logging.INFO if rank == "0" else logging.ERROR)
+    logging.getLogger("offload_adam").setLevel(logging.INFO if rank == "0" else logging.WARNING)
     # logging.captureWarnings would log two lines for each warning, the second of source code.
     warnings.showwarning = _log_warning
 

@@ -72,7 +72,8 @@ def admit_memory(ranks: RankGroup, nbytes: Mapping[str, int], *, allow_overcommi
     )
     if not allow_overcommit:
         raise HostMemoryError(message)
-    logger.warning("%s", message)
+    if ranks.rank == 0:  # the needs were gathered, so all ranks name the same node
+        logger.warning("%s", message)
 
 
 def _needs(ranks: RankGroup, nbytes: Mapping[str, int]) -> list[NodeNeed]:

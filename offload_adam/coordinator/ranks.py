@@ -320,11 +320,12 @@ def _open_watch(ranks: RankGroup, failures: FailurePolicy) -> PeerWatch | None:
         # blocks all other threads.
         connection = connect_to_default_store(timedelta(seconds=failures.dead_after))
     except (AttributeError, NotImplementedError, RuntimeError) as error:
-        logger.warning(
-            "Not watching other ranks, so errors will not name failed ranks: "
-            "the default group's store has no clone() (%s)",
-            error,
-        )
+        if ranks.rank == 0:  # all ranks have the same kind of store
+            logger.warning(
+                "Not watching other ranks, so errors will not name failed ranks: "
+                "the default group's store has no clone() (%s)",
+                error,
+            )
         return None
     store = dist.PrefixStore(ranks.name, connection)
     watch = PeerWatch(store, ranks.rank, ranks.global_ranks, failures)

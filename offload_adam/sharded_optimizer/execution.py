@@ -76,8 +76,7 @@ def decide_execution(
     if options.overlap and not overlaps:
         warn_user(
             "overlap=True has no effect, because DDP or the caller averages gradients in host "
-            "memory. Pass gradient_reduction='optimizer' to let the optimizer average them.",
-            RuntimeWarning,
+            "memory. Pass gradient_reduction='optimizer' to let the optimizer average them."
         )
     return Execution(policy, streams, overlaps)
 

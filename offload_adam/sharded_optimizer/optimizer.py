@@ -318,13 +318,15 @@ class ShardedOptimizer(StateAccess):
         if report.skipped:
             self.skipped_steps += 1
             report_skip(self)
-            logger.warning("Skipped step (%d so far): %s", self.skipped_steps, report.reason)
+            if core.ranks.rank == 0:  # all ranks skip for the same reason
+                logger.warning("Skipped step (%d so far): %s", self.skipped_steps, report.reason)
         elif report.num_updated == 0 and not self._warned_idle:
             self._warned_idle = True
-            logger.warning(
-                "step() found no gradient on any parameter. Call backward() first, and check that "
-                "this optimizer has the parameters of the model that computed the loss"
-            )
+            if core.ranks.rank == 0:  # `num_updated` is the same on all ranks
+                logger.warning(
+                    "step() found no gradient on any parameter. Call backward() first, and check "
+                    "that this optimizer has the parameters of the model that computed the loss"
+                )
         return loss
 
     @serialized

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from offload_adam.sinks.sink import Record, require_extra, to_json
+from offload_adam.sinks.sink import Record, to_json
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -48,18 +48,6 @@ class StatusServer:
     Only GET and HEAD are allowed. The Host header must name this machine (see `_is_own_host`), so
     that a web page in a user's browser cannot read the answers through DNS rebinding.
 
-    `/healthz` is for a Kubernetes liveness probe of the pod of rank 0. It judges all ranks, and a
-    failed rank ends all of them, so the other pods need no probe:
-
-        livenessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 10,
-                        timeoutSeconds: 5, failureThreshold: 3}
-        startupProbe:  {httpGet: {path: /healthz, port: 8080}, periodSeconds: 10,
-                        failureThreshold: 180}
-
-    The server starts just before the first step, so the startup probe allows for compilation and
-    for loading a checkpoint. A run that detects a failure ends by itself within 10 s and logs the
-    reason, so the liveness probe waits for 30 s.
-
     Args:
         port: 0 lets the system choose one, see `port`.
         host: the address or name to bind.
@@ -72,7 +60,6 @@ class StatusServer:
     Threads: `status`, `health` and `collector` are called on the threads that answer.
 
     Raises:
-        MissingExtraError: prometheus_client or waitress is not installed.
         OSError: the port is taken.
     """
 
@@ -81,22 +68,21 @@ class StatusServer:
         port: int,
         host: str,
         status: Callable[[], Mapping[str, Any]],
-        health: Callable[[], str | None] = lambda: None,
-        collector: Collector | None = None,
+        health: Callable[[], str | None],
+        collector: Collector,
     ) -> None:
-        require_extra("http_port")
         from prometheus_client import CollectorRegistry
         from prometheus_client.exposition import choose_encoder
         from waitress.server import create_server
 
         self._registry = CollectorRegistry()
-        if collector is not None:
-            self._registry.register(collector)
+        self._registry.register(collector)
         self._choose_encoder = choose_encoder
         self._status = status
         self._health = health
         self._last: Record = {}
-        listener = _listen(host, port)
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((host, port), family=family)
         address, self.port = listener.getsockname()[:2]
         self._on_loopback = ipaddress.ip_address(address).is_loopback
         self._names = {"localhost"}
@@ -132,8 +118,10 @@ class StatusServer:
     def close(self) -> None:
         """Close all connections and end the threads, within 5 s. Idempotent."""
         if not self._closing.is_set():
-            self._closing.set()
+            # In this order: once the flag is set, the thread may close the trigger's descriptor at
+            # any time, and its number may belong to another file by then.
             self._server.pull_trigger()
+            self._closing.set()
         self._thread.join(_JOIN_S)
 
     def _run(self) -> None:
@@ -142,17 +130,14 @@ class StatusServer:
         while not self._closing.is_set():
             # poll(2), not select(2): a training process may have file descriptors above 1023.
             wasyncore.loop(timeout=_POLL_S, use_poll=True, map=self._channels, count=1)
-            self._drop_old_connections()
+            # Waitress drops only idle connections. A client that sends its request byte by byte
+            # would keep its connection without limit.
+            oldest_s = time.time() - CONNECTION_S
+            for channel in self._server.active_channels.values():
+                if channel.creation_time < oldest_s and not channel.requests:
+                    channel.will_close = True
         self._server.task_dispatcher.shutdown(timeout=_JOIN_S / 2)
         wasyncore.close_all(self._channels, ignore_all=True)
-
-    def _drop_old_connections(self) -> None:
-        # Waitress drops only idle connections. A client that sends its request byte by byte would
-        # keep its connection without limit.
-        oldest_s = time.time() - CONNECTION_S
-        for channel in self._server.active_channels.values():
-            if channel.creation_time < oldest_s and not channel.requests:
-                channel.will_close = True
 
     def _answer(self, environment: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
         method = environment["REQUEST_METHOD"]
@@ -205,8 +190,3 @@ class StatusServer:
             return ipaddress.ip_address(name).is_loopback or not self._on_loopback
         except ValueError:
             return name in self._names
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-    return socket.create_server((host, port), family=family)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, Protocol
 
-from offload_adam.errors import MissingExtraError
+import pydantic_core
+
+from offload_adam.config import ConfigError, Mistake
+from offload_adam.config.sections import ObserveSection
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +30,9 @@ class MetricSink(Protocol):
 
     def write(self, record: Record) -> None:
         """Process the record of one step."""
-        ...
 
     def close(self) -> None:
         """Flush buffered records and free resources."""
-        ...
 
 
 class GuardedSinks:
@@ -44,50 +43,54 @@ class GuardedSinks:
     Owns: the sinks, until `close`.
     """
 
-    def __init__(self, sinks: Iterable[MetricSink]) -> None:
-        self._sinks = list(sinks)
+    def __init__(self) -> None:
+        self._sinks: list[MetricSink] = []
+
+    def add(self, sink: MetricSink) -> None:
+        """Add a sink. Sinks are written and closed in the order in which they were added."""
+        self._sinks.append(sink)
 
     def write(self, record: Record) -> None:
         """Write one record to every sink."""
         for sink in list(self._sinks):
-            if not _succeeds(sink, lambda sink=sink: sink.write(record)):  # type: ignore[misc]
+            try:
+                sink.write(record)
+            except Exception:
+                logger.exception(
+                    "Dropping %s after an error, training continues", type(sink).__name__
+                )
                 self._sinks.remove(sink)
-                _succeeds(sink, sink.close)
+                _close(sink)
 
     def close(self) -> None:
         """Close all sinks. Idempotent."""
-        sinks, self._sinks = self._sinks, []
-        for sink in sinks:
-            _succeeds(sink, sink.close)
+        while self._sinks:
+            _close(self._sinks.pop(0))
 
 
-def _succeeds(sink: MetricSink, action: Callable[[], None]) -> bool:
+def _close(sink: MetricSink) -> None:
     try:
-        action()
+        sink.close()
     except Exception:
-        logger.exception("Dropping %s after an error, training continues", type(sink).__name__)
-        return False
-    return True
+        logger.exception("Cannot close %s", type(sink).__name__)
 
 
-def missing_extra(key: str) -> str | None:
-    """Return how to install what `observe.<key>` needs, None if it is installed."""
-    extra, packages = EXTRAS[key]
-    missing = [package for package in packages if find_spec(package) is None]
-    if not missing:
-        return None
-    return f"needs {' and '.join(missing)}: pip install 'offload-adam[{extra}]'"
-
-
-def require_extra(key: str) -> None:
-    """Check that the packages for `observe.<key>` are installed.
+def reject_missing_extras(section: ObserveSection) -> None:
+    """Reject sinks whose packages are not installed, before the ranks join.
 
     Raises:
-        MissingExtraError: naming the packages and the extra.
+        ConfigError: naming each key and its extra.
     """
-    problem = missing_extra(key)
-    if problem is not None:
-        raise MissingExtraError(f"observe.{key} {problem}")
+    mistakes = []
+    for key, (extra, packages) in EXTRAS.items():
+        missing = [package for package in packages if find_spec(package) is None]
+        # Port 0 asks for a server too, although it is falsy and equals False.
+        value = getattr(section, key)
+        if missing and value is not None and value is not False:
+            problem = f"needs {' and '.join(missing)}: pip install 'offload-adam[{extra}]'"
+            mistakes.append(Mistake(f"observe.{key}", problem))
+    if mistakes:
+        raise ConfigError("configuration", mistakes)
 
 
 def numbers_of(record: Record) -> dict[str, float]:
@@ -111,15 +114,4 @@ def to_json(value: Any) -> str:
     NaN and infinities, which JSON cannot represent, become null. Values of other types than JSON's
     become their `str`.
     """
-    return json.dumps(_finite_or_none(value), allow_nan=False, default=str)
-
-
-def _finite_or_none(value: Any) -> Any:
-    """Replace every NaN and infinity in nested mappings, lists and tuples by None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite_or_none(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite_or_none(inner) for inner in value]
-    return value
+    return pydantic_core.to_json(value, inf_nan_mode="null", fallback=str).decode()

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import ParameterReplacedError, UnreadyParameterError
 from offload_adam.layout.flat import BLOCK_NUMEL
 from offload_adam.params.bucket import BucketState
@@ -296,6 +297,7 @@ class ExternalEdits:
     Owns: the version watch.
 
     Args:
+        ranks: rank 0 logs for all.
         module: the model, to find another object in a parameter's place.
         states: all buckets; this list grows with `add_param_group`.
         places: the bucket of each parameter and its position there; grows too.
@@ -304,11 +306,13 @@ class ExternalEdits:
 
     def __init__(
         self,
+        ranks: RankGroup,
         module: torch.nn.Module | None,
         states: Sequence[BucketState],
         places: Sequence[tuple[int, int]],
         snapshot_lock: SnapshotLock,
     ) -> None:
+        self._ranks = ranks
         self.snapshot_lock = snapshot_lock
         self._watch = VersionWatch(module)
         self._states = states
@@ -375,12 +379,12 @@ class ExternalEdits:
         """Compare all elements in the next steps, and warn once.
 
         Args:
-            names: the parameters that were written, on any rank.
+            names: the parameters that were written, the same on all ranks.
         """
         if self._is_first:
             return  # nothing was missed: the first step compares all elements
         self._num_thorough = _STEPS_AFTER_WRITE
-        if not self._has_warned:
+        if not self._has_warned and self._ranks.rank == 0:
             self._has_warned = True
             logger.warning(
                 "%d parameter(s), such as %r, were modified through .data or NumPy. Their master "

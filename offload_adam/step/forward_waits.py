@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import UnreadyParameterError
 from offload_adam.step.executor import Executor
 from offload_adam.torch_private import compiled_call, is_compiled, set_compiled_call
@@ -182,13 +183,19 @@ class ForwardHooks:
     """
 
     def __init__(
-        self, root: nn.Module, executor: Executor, chosen: Sequence[nn.Module] | None
+        self,
+        ranks: RankGroup,
+        root: nn.Module,
+        executor: Executor,
+        chosen: Sequence[nn.Module] | None,
     ) -> None:
         """Construct without hooks on the model; `attach` puts them on.
 
         Args:
+            ranks: rank 0 warns about a compiled model, which is the same on all ranks.
             chosen: the units, None for the children of every ModuleList.
         """
+        self._ranks = ranks
         self._root = root
         self._executor = executor
         self._chosen = chosen
@@ -219,10 +226,11 @@ class ForwardHooks:
         self._is_traced = any(map(is_compiled, (self._root, *inner)))
         units = find_units(self._root, bucket_of, self._chosen, whole=self._is_traced)
         if is_compiled(self._root):
-            logger.warning(
-                "The model is compiled as a whole, so its forward waits for all parameters at "
-                "once. Compile its layers one by one to overlap the updates with the forward."
-            )
+            if self._ranks.rank == 0:
+                logger.warning(
+                    "The model is compiled as a whole, so its forward waits for all parameters at "
+                    "once. Compile its layers one by one to overlap the updates with the forward."
+                )
             units[0].buckets |= set(bucket_of.values())
         for unit in units:
             self._attach_to(unit)

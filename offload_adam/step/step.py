@@ -123,7 +123,9 @@ class ShardedAdam:
         self.resources = ExitStack()
         # Updates wait for a background checkpoint that still reads their bucket.
         self.snapshot_lock = SnapshotLock()
-        self.external_edits = ExternalEdits(module, self.states, self._places, self.snapshot_lock)
+        self.external_edits = ExternalEdits(
+            ranks, module, self.states, self._places, self.snapshot_lock
+        )
         self._host_update: HostUpdate | None = None
         self._device_update = DeviceUpdate()
         self._updates: list[BucketUpdate] = []
@@ -279,7 +281,7 @@ class ShardedAdam:
             units: the modules that wait separately; None for the children of every ModuleList.
         """
         if self.forward_hooks is None:
-            self.forward_hooks = ForwardHooks(module, self.executor, units)
+            self.forward_hooks = ForwardHooks(self.ranks, module, self.executor, units)
             self.resources.callback(self.forward_hooks.removals.close)
         places = zip(self._parameters, self._places, strict=True)
         self.forward_hooks.attach({parameter: bucket for parameter, (bucket, _) in places})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,23 +15,6 @@ from rich.text import Text
 from offload_adam.train.records import RunTotals, StepRecord
 
 _LINE_EVERY_S = 5.0
-
-
-class StepDisplay(Protocol):
-    """Shows each step; used inside its own `shown()` context."""
-
-    def shown(self) -> AbstractContextManager[object]:
-        """Return the context inside which steps are shown."""
-
-    def show(self, record: StepRecord) -> None:
-        """Show one step."""
-
-
-def step_display(console: Console, num_steps: int) -> StepDisplay:
-    """Return a bar for a terminal, and lines for a log file or a pipe."""
-    if console.is_terminal:
-        return BarDisplay(console, num_steps)
-    return LineDisplay(console, num_steps)
 
 
 def describe(record: StepRecord) -> str:
@@ -49,20 +31,29 @@ def describe(record: StepRecord) -> str:
     ]
     if record.val_loss is not None:
         figures.append(f"validation loss {record.val_loss:.4f}")
+    if record.skipped:
+        figures.append("skipped")  # the log names the parameters
     return "  ".join(figures)
 
 
-def describe_skip(record: StepRecord) -> str:
-    """Return why a step was skipped."""
-    names = ", ".join(record.non_finite[:3]) or "a parameter"
-    more = f" and {len(record.non_finite) - 3} more" if len(record.non_finite) > 3 else ""
-    return f"Skipped step {record.step}: non-finite gradient in {names}{more}"
+def print_line(console: Console, line: str) -> None:
+    """Print one line of a log: no wrapping and no markup, and flushed at once."""
+    console.print(line, soft_wrap=True, markup=False, highlight=False)
+    console.file.flush()
 
 
-class BarDisplay:
-    """A progress bar, and below it the metrics of the last step."""
+class StepDisplay:
+    """Shows each step, inside the context `shown()`.
+
+    On a terminal: a progress bar, and below it the metrics of the last step. In a log file or a
+    pipe: a line for the first and the last step, each evaluation, and every few seconds. On both:
+    a line for each skipped step.
+    """
 
     def __init__(self, console: Console, num_steps: int) -> None:
+        self._console = console
+        self._num_steps = num_steps
+        self._last_line_s = float("-inf")
         self._bar = Progress(
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         )
@@ -70,39 +61,22 @@ class BarDisplay:
         self._live = Live(self._bar, console=console)
 
     def shown(self) -> AbstractContextManager[object]:
-        return self._live
+        """Return the context inside which steps are shown."""
+        return self._live if self._console.is_terminal else nullcontext()
 
     def show(self, record: StepRecord) -> None:
-        self._bar.update(self._task, completed=record.step)
-        self._live.update(Group(self._bar, Text(describe(record))))
-        if record.skipped:
-            self._live.console.print(describe_skip(record), markup=False, highlight=False)
-
-
-class LineDisplay:
-    """A line for the first and the last step, each evaluation, and every few seconds."""
-
-    def __init__(self, console: Console, num_steps: int) -> None:
-        self._console = console
-        self._num_steps = num_steps
-        self._last_line_s = float("-inf")
-
-    def shown(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def show(self, record: StepRecord) -> None:
-        if record.skipped:
-            self._print(describe_skip(record))
-        now_s = time.monotonic()
-        due = now_s - self._last_line_s >= _LINE_EVERY_S
-        if due or record.val_loss is not None or record.step == self._num_steps:
+        """Show one step."""
+        text, now_s = describe(record), time.monotonic()
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=record.step)
+            self._live.update(Group(self._bar, Text(text)))
+            due = False
+        else:
+            due = record.val_loss is not None or record.step == self._num_steps
+            due |= now_s - self._last_line_s >= _LINE_EVERY_S
+        if due or record.skipped:
             self._last_line_s = now_s
-            self._print(f"step {record.step}/{self._num_steps}  {describe(record)}")
-
-    def _print(self, line: str) -> None:
-        # One record is one line of a log: no wrapping and no markup, and flushed at once.
-        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
-        self._console.file.flush()
+            print_line(self._console, f"step {record.step}/{self._num_steps}  {text}")
 
 
 def summary_table(totals: RunTotals, bigram_loss: float, folder: Path) -> Table:

@@ -9,7 +9,7 @@ import glob
 import hashlib
 import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,13 +29,6 @@ _SEPARATOR = b"\0"
 _LEFT_OUT = frozenset(
     {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-packages"}
 )
-
-
-class SourceFile(NamedTuple):
-    """A file, and its POSIX path relative to the root of its source."""
-
-    name: str
-    path: Path
 
 
 @dataclass(frozen=True)
@@ -69,23 +62,21 @@ def load_corpus(data: DataSection, sequence_length: int) -> Corpus:
         key, files = "data.source", standard_library_files()
     else:
         key, files = "data.path", matching_files(data.path)
-    if len(files) == 1:
-        corpus = _split_by_position(files[0], data.validation_fraction, key)
-    else:
-        corpus = _split_by_file(files, data.validation_fraction, key)
-    for split, tokens in (("training", corpus.training), ("validation", corpus.validation)):
+    split = _split_by_position if len(files) == 1 else _split_by_file
+    corpus = split(files, data.validation_fraction, key)
+    for side, tokens in (("training", corpus.training), ("validation", corpus.validation)):
         if tokens.size <= sequence_length:
             raise ConfigError.at(
                 key,
-                f"too little data: {tokens.size:,} bytes for {split}, but one sequence needs "
+                f"too little data: {tokens.size:,} bytes for {side}, but one sequence needs "
                 f"{sequence_length + 1:,} (train.sequence_length and its next token); "
                 "give more text, or change data.validation_fraction or train.sequence_length",
             )
     return corpus
 
 
-def standard_library_files(root: Path | None = None) -> list[SourceFile]:
-    """Return the Python files of the interpreter's standard library, sorted by name."""
+def standard_library_files(root: Path | None = None) -> dict[str, Path]:
+    """Return the Python files of the interpreter's standard library, see `_by_name`."""
     root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     files = []
     for folder, subfolders, names in os.walk(root):
@@ -96,11 +87,11 @@ def standard_library_files(root: Path | None = None) -> list[SourceFile]:
             "data.source",
             f"the standard library in {root} has no source files; give data.path instead",
         )
-    return sorted(SourceFile(path.relative_to(root).as_posix(), path) for path in files)
+    return _by_name(files, root)
 
 
-def matching_files(pattern: str) -> list[SourceFile]:
-    """Return the files that match a glob, sorted by name; `**` spans folders, `~` is the home.
+def matching_files(pattern: str) -> dict[str, Path]:
+    """Return the files that match a glob, see `_by_name`; `**` spans folders, `~` is the home.
 
     Raises:
         ConfigError: no file matches.
@@ -110,13 +101,17 @@ def matching_files(pattern: str) -> list[SourceFile]:
     num_fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
     root = Path(*parts[:num_fixed])  # names start after the folder before the first wildcard
     paths = [Path(match) for match in glob.glob(pattern, recursive=True)]
-    files = [SourceFile(path.relative_to(root).as_posix(), path) for path in paths]
-    found = sorted(file for file in files if file.path.is_file())
-    if not found:
+    files = [path for path in paths if path.is_file()]
+    if not files:
         raise ConfigError.at(
             "data.path", f"no file matches {pattern!r} (from the folder {Path.cwd()})"
         )
-    return found
+    return _by_name(files, root)
+
+
+def _by_name(files: Iterable[Path], root: Path) -> dict[str, Path]:
+    """Return files by their POSIX path relative to the root, sorted."""
+    return dict(sorted((path.relative_to(root).as_posix(), path) for path in files))
 
 
 def split_by_hash(names: Sequence[str], validation_fraction: float) -> tuple[list[str], list[str]]:
@@ -126,7 +121,11 @@ def split_by_hash(names: Sequence[str], validation_fraction: float) -> tuple[lis
     stays when files are added or removed. If one split would be empty, the name whose hash is
     nearest moves to it. Needs two names or more.
     """
-    position = {name: _position_of(name) for name in names}
+    digests = {
+        name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names
+    }
+    # The first 8 bytes of the hash, as a fraction in [0, 1).
+    position = {name: int.from_bytes(digests[name][:8], "big") / 2**64 for name in names}
     ordered = sorted(names, key=position.__getitem__)
     limit = max(validation_fraction, position[ordered[0]])
     limit = min(limit, position[ordered[-2]])
@@ -135,17 +134,10 @@ def split_by_hash(names: Sequence[str], validation_fraction: float) -> tuple[lis
     return training, validation
 
 
-def _position_of(name: str) -> float:
-    """Map a name's hash to [0, 1)."""
-    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def _split_by_file(files: list[SourceFile], fraction: float, key: str) -> Corpus:
-    paths = dict(files)
-    training, validation = split_by_hash(list(paths), fraction)
-    train_tokens = _tokens([paths[name] for name in training], key)
-    validation_tokens = _tokens([paths[name] for name in validation], key)
+def _split_by_file(files: dict[str, Path], fraction: float, key: str) -> Corpus:
+    training, validation = split_by_hash(list(files), fraction)
+    train_tokens = _tokens([files[name] for name in training], key)
+    validation_tokens = _tokens([files[name] for name in validation], key)
     description = (
         f"{len(training)} file(s), {train_tokens.size:,} bytes for training; "
         f"{len(validation)} file(s), {validation_tokens.size:,} bytes for validation"
@@ -153,8 +145,8 @@ def _split_by_file(files: list[SourceFile], fraction: float, key: str) -> Corpus
     return Corpus(train_tokens, validation_tokens, description)
 
 
-def _split_by_position(file: SourceFile, fraction: float, key: str) -> Corpus:
-    tokens = _tokens([file.path], key)
+def _split_by_position(files: dict[str, Path], fraction: float, key: str) -> Corpus:
+    tokens = _tokens(files.values(), key)
     start = tokens.size - int(tokens.size * fraction)
     description = (
         f"one file only, so it is split by position: its first {start:,} bytes for training, "
@@ -163,7 +155,7 @@ def _split_by_position(file: SourceFile, fraction: float, key: str) -> Corpus:
     return Corpus(tokens[:start], tokens[start:], description)
 
 
-def _tokens(paths: list[Path], key: str) -> ByteTokens:
+def _tokens(paths: Iterable[Path], key: str) -> ByteTokens:
     """Return the bytes of all files, with a zero byte between two files."""
     try:
         contents = [path.read_bytes() for path in paths]

@@ -6,10 +6,10 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import timedelta
 from itertools import chain
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TextIO, TypeVar
 
 import torch
 from rich.console import Console
@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from offload_adam.config import ConfigError, Mistake, RunConfig
 from offload_adam.config.optimizer_sections import AdamSection
-from offload_adam.coordinator.admission import Field, require_same
+from offload_adam.coordinator.admission import require_same
 from offload_adam.coordinator.endings import EndingGuard, preemptible
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.startup import COLLECTIVE_TIMEOUT, World, final, joined_world
@@ -26,15 +26,16 @@ from offload_adam.errors import CheckpointError, HostMemoryError, RankDisagreeme
 from offload_adam.kernels.threads import cores_per_rank
 from offload_adam.mindspore.adam import Adam
 from offload_adam.optimizer import OffloadAdam
-from offload_adam.train.console import step_display, summary_table
+from offload_adam.sinks.sink import reject_missing_extras
+from offload_adam.train.console import StepDisplay, print_line, summary_table
 from offload_adam.train.data import Corpus, bigram_loss, load_corpus
 from offload_adam.train.loop import Job, run_steps
 from offload_adam.train.model import build_model, find_factory
+from offload_adam.train.observation import opened_sinks
 from offload_adam.train.optimizer import build_optimizer, build_schedule, failure_policy
 from offload_adam.train.profiler import profiled_job
-from offload_adam.train.records import MetricsFile, RunTotals
+from offload_adam.train.records import RunTotals
 from offload_adam.train.run_folder import (
-    METRICS_NAME,
     locked_run_folder,
     open_run_folder,
     require_writable,
@@ -47,7 +48,6 @@ from offload_adam.train.saving import (
     resume,
     what_stands,
 )
-from offload_adam.train.sinks import reject_missing_extras, watched
 from offload_adam.train.speeds import update_speed
 
 logger = logging.getLogger(__name__)
@@ -96,15 +96,15 @@ def run_job(config: RunConfig, console: Console | None = None) -> Outcome:
             job = resume(job)
             require_place(job)
         last_step = job.first_step - 1
-        job = replace(job, saver=CheckpointSaver(job, require_held))
+        saver = CheckpointSaver(job, require_held)
         if last_step >= config.train.num_steps:
             if world.rank == 0:
                 logger.info("All %d steps have been taken already: nothing to do", last_step)
         elif world.rank == 0:
-            last_step = _train_and_report(job, console or Console(), require_held)
+            last_step = _train_and_report(job, saver, console or Console(), require_held)
         else:
             with profiled_job(job):
-                for record in run_steps(job):
+                for record in run_steps(job, saver):
                     last_step = record.step
         preempted = last_step < config.train.num_steps
         return Outcome(last_step, preempted, checkpoint_path(config, last_step).is_dir())
@@ -128,7 +128,7 @@ def prepare(config: RunConfig) -> tuple[Corpus, nn.Module]:
             return None
 
     attempt(lambda: _require_environment(config))
-    attempt(lambda: reject_missing_extras(config))
+    attempt(lambda: reject_missing_extras(config.observe))
     if os.environ.get("RANK", "0") == "0":
         attempt(lambda: require_writable(config))
     corpus = attempt(lambda: load_corpus(config.data, config.train.sequence_length))
@@ -167,7 +167,11 @@ def _assembled(
     Errors during construction are final: a restart would raise them again.
     """
     with final(TypeError, ValueError, RankDisagreementError, HostMemoryError):
-        require_same(world.ranks, "configuration", _fields(config, corpus))
+        # What must be the same on all ranks before they build the optimizer.
+        sections = config.model_dump(mode="json").items()
+        fields = [(f"{s}.{key}", repr(v)) for s, values in sections for key, v in values.items()]
+        fields.append(("the data", corpus.description))
+        require_same(world.ranks, "configuration", fields)
         parallel_model = _distributed(config, world, model)
         optimizer = build_optimizer(config, parallel_model)
     with closing(optimizer):
@@ -176,21 +180,15 @@ def _assembled(
         yield parallel_model, optimizer
 
 
-def _fields(config: RunConfig, corpus: Corpus) -> list[Field]:
-    """Return what must be the same on all ranks before they build the optimizer."""
-    sections = config.model_dump(mode="json")
-    fields = [
-        (f"{section}.{key}", repr(value))
-        for section, values in sections.items()
-        for key, value in values.items()
-    ]
-    return [*fields, ("the data", corpus.description)]
-
-
 def _distributed(config: RunConfig, world: World, model: nn.Module) -> nn.Module:
     """Move the model to this rank's device, with rank 0's weights; wrap it if DDP reduces."""
     model = model.to(world.device)
-    _copy_from_rank_0(model, world)
+    if world.world_size > 1:
+        # Rank 0's weights, since a user's factory may ignore the seed.
+        for tensor in chain(model.parameters(), model.buffers()):
+            received = tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+            world.ranks.broadcast(received)
+            tensor.detach().copy_(received)
     # From here on each rank has its own random numbers: dropout must differ between ranks.
     torch.manual_seed(config.run.seed + world.rank)
     if config.optimizer.gradient_reduction == "external" and world.world_size > 1:
@@ -198,18 +196,9 @@ def _distributed(config: RunConfig, world: World, model: nn.Module) -> nn.Module
     return model
 
 
-@torch.no_grad()
-def _copy_from_rank_0(model: nn.Module, world: World) -> None:
-    """Copy rank 0's weights to all ranks: a user's factory may ignore the seed."""
-    if world.world_size == 1:
-        return
-    for tensor in chain(model.parameters(), model.buffers()):
-        received = tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
-        world.ranks.broadcast(received)
-        tensor.copy_(received)
-
-
-def _train_and_report(job: Job, console: Console, require_held: Callable[[], None]) -> int:
+def _train_and_report(
+    job: Job, saver: CheckpointSaver, console: Console, require_held: Callable[[], None]
+) -> int:
     """Run the steps on rank 0, which shows and writes them; return the last step.
 
     Args:
@@ -219,26 +208,23 @@ def _train_and_report(job: Job, console: Console, require_held: Callable[[], Non
     with PROGRESS.at("the bigram baseline", long_running=True):
         baseline = bigram_loss(job.corpus.training, job.corpus.validation)
     for line in _introduction(job, baseline):
-        _print(console, line)
-    folder = run_folder(config)
+        print_line(console, line)
     totals = RunTotals(job.tokens_per_step)
     speed = update_speed(job)
-    display = step_display(console, config.train.num_steps)
+    display = StepDisplay(console, config.train.num_steps)
     with (
-        watched(job, totals) as sinks,
+        opened_sinks(job, totals, saver.totals) as sinks,
         display.shown(),
         profiled_job(job),
         ExitStack() as opened,
     ):
-        metrics: MetricsFile | None = None
-        for record in run_steps(job):
+        metrics: TextIO | None = None
+        for record in run_steps(job, saver):
             if metrics is None:
                 # Only now: a failed first step must not touch an earlier run's files.
-                open_run_folder(config, job.first_step - 1)
-                metrics = MetricsFile(folder / METRICS_NAME, goes_on=job.first_step > 1)
-                opened.enter_context(metrics)
+                metrics = opened.enter_context(open_run_folder(config, job.first_step - 1))
             require_held()
-            metrics.write(record)
+            metrics.write(record.to_json() + "\n")
             totals.add(record)
             if speed is not None:
                 speed.take(record)
@@ -249,13 +235,9 @@ def _train_and_report(job: Job, console: Console, require_held: Callable[[], Non
     if last < config.train.num_steps:
         saved = checkpoint_path(config, last).is_dir()
         words = "with a checkpoint" if saved else "without a checkpoint"
-        _print(console, f"preempted: ended after step {last}, {words}")
-    console.print(summary_table(totals, baseline, folder))
+        print_line(console, f"preempted: ended after step {last}, {words}")
+    console.print(summary_table(totals, baseline, run_folder(config)))
     return last
-
-
-def _print(console: Console, line: str) -> None:
-    console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _introduction(job: Job, baseline: float) -> Iterator[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -29,15 +29,8 @@ from offload_adam.train.data import Batch, Corpus, sample_batch
 from offload_adam.train.model import evaluate, next_token_loss
 from offload_adam.train.records import StepRecord
 
-
-class Saver(Protocol):
-    """Writes checkpoints of the run."""
-
-    def save(self, step: int, *, last: bool) -> None:
-        """Write a checkpoint of the state after this step; the last one is committed at once."""
-
-    def commit_written(self) -> None:
-        """Commit a checkpoint that has been written in the background since the last step."""
+if TYPE_CHECKING:
+    from offload_adam.train.saving import CheckpointSaver
 
 
 @dataclass(frozen=True)
@@ -58,7 +51,6 @@ class Job:
     optimizer: OffloadAdam | Adam
     schedule: LRScheduler | None
     preemption: Preemption
-    saver: Saver | None = None
     first_step: int = 1
     first_sample: int = 0
     resumed_from: Path | None = None
@@ -79,7 +71,7 @@ class Job:
         return self.samples_per_step * self.config.train.sequence_length
 
 
-def run_steps(job: Job) -> Iterator[StepRecord]:
+def run_steps(job: Job, saver: CheckpointSaver) -> Iterator[StepRecord]:
     """Train, and yield a record after each step. Collective.
 
     A preempted run saves and ends after the step in which all ranks have agreed to stop.
@@ -96,11 +88,10 @@ def run_steps(job: Job) -> Iterator[StepRecord]:
         outcome = job.optimizer.last_step
         stops = outcome is not None and outcome.notice.stop
         is_last = stops or step == train.num_steps
-        if job.saver is not None:
-            job.saver.commit_written()
-            if stops or (every > 0 and (is_last or step % every == 0)):
-                with span("checkpoint"):
-                    job.saver.save(step, last=is_last)
+        saver.commit_written()
+        if stops or (every > 0 and (is_last or step % every == 0)):
+            with span("checkpoint"):
+                saver.save(step, last=is_last)
         if stops:
             return
 

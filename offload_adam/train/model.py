@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -81,16 +82,16 @@ def find_factory(spec: str) -> Callable[..., Any]:
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # `python -m` does this, the console script does not
     try:
-        found: Any = importlib.import_module(module_name)
+        found = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         raise ConfigError.at(_KEY, f"cannot import {module_name}: {_described(error)}") from error
-    for name in function_name.split("."):
-        if not hasattr(found, name):
-            raise ConfigError.at(_KEY, f"{module_name} has no {function_name}")
-        found = getattr(found, name)
-    if not callable(found):
-        raise ConfigError.at(_KEY, f"{spec} is not a function: it is a {type(found).__name__}")
-    return found  # type: ignore[no-any-return]
+    try:
+        function: Callable[..., Any] = attrgetter(function_name)(found)
+    except AttributeError as error:
+        raise ConfigError.at(_KEY, f"{module_name} has no {function_name}") from error
+    if not callable(function):
+        raise ConfigError.at(_KEY, f"{spec} is not a function: it is a {type(function).__name__}")
+    return function
 
 
 def _reject_unready(model: nn.Module) -> None:
@@ -103,9 +104,12 @@ def _reject_unready(model: nn.Module) -> None:
         problem = _problem_of(tensor)
         if problem is not None:
             problems.setdefault(problem, []).append(name)
-    if problems:
-        found = [Mistake(_KEY, f"{_listed(names)}: {text}") for text, names in problems.items()]
-        raise ConfigError("configuration", found)
+    mistakes = []
+    for problem, names in problems.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        mistakes.append(Mistake(_KEY, f"{', '.join(names[:3])}{more}: {problem}"))
+    if mistakes:
+        raise ConfigError("configuration", mistakes)
 
 
 def _problem_of(tensor: torch.Tensor) -> str | None:
@@ -127,11 +131,6 @@ def _problem_of(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}"
-
-
 def _described(error: BaseException) -> str:
     """Return the error and where it was raised."""
     place = traceback.extract_tb(error.__traceback__)[-1]
@@ -145,15 +144,22 @@ def next_token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
         ConfigError: the model does not return (batch, time, vocabulary) logits.
     """
     logits: object = model(batch.inputs)
-    if not isinstance(logits, torch.Tensor):
-        raise _wrong_logits(batch, type(logits).__name__)
     if (
-        logits.dim() != 3
+        not isinstance(logits, torch.Tensor)
+        or logits.dim() != 3
         or logits.shape[:2] != batch.inputs.shape
         or logits.shape[2] < VOCABULARY_SIZE
         or not logits.is_floating_point()
     ):
-        raise _wrong_logits(batch, f"{logits.dtype} of shape {tuple(logits.shape)}")
+        got = type(logits).__name__
+        if isinstance(logits, torch.Tensor):
+            got = f"{logits.dtype} of shape {tuple(logits.shape)}"
+        batch_size, time = batch.inputs.shape
+        raise ConfigError.at(
+            _KEY,
+            "the model must return floating-point logits of shape "
+            f"({batch_size}, {time}, {VOCABULARY_SIZE} or more), got {got}",
+        )
     return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
 
 
@@ -178,13 +184,6 @@ def evaluate(model: nn.Module, tokens: ByteTokens, train: TrainSection, world: W
     model.train(was_training)
     world.ranks.all_reduce(total)
     return float(total[0] / total[1])
-
-
-def _wrong_logits(batch: Batch, got: str) -> ConfigError:
-    wanted = f"({batch.inputs.shape[0]}, {batch.inputs.shape[1]}, {VOCABULARY_SIZE} or more)"
-    return ConfigError.at(
-        _KEY, f"the model must return floating-point logits of shape {wanted}, got {got}"
-    )
 
 
 class Attention(nn.Module):

@@ -1,4 +1,4 @@
-"""What rank 0 shows of a run over HTTP: `/status`, `/healthz` and the metrics of `/metrics`.
+"""The sinks of a run, and what its HTTP server shows: `/status`, `/healthz` and `/metrics`.
 
 Come here to add a metric. `launch/grafana.json` draws the metrics, and a test compares the two.
 """
@@ -7,36 +7,71 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
 from offload_adam.coordinator.progress import PROGRESS, PeerRecord, Process
+from offload_adam.sinks.server import StatusServer
+from offload_adam.sinks.sink import GuardedSinks
+from offload_adam.sinks.trackers import TensorBoardSink, WandbSink
 from offload_adam.step.ledger import by_category
 from offload_adam.train.loop import Job
 from offload_adam.train.records import CheckpointTotals, RunTotals
-from offload_adam.train.saving import CheckpointSaver
+from offload_adam.train.run_folder import run_folder
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
-Samples = float | None | Mapping[tuple[str, ...], float]
-"""A number, None if it is not known yet, or the number for each combination of label values."""
-Family = Callable[..., "Metric"]
-"""`Observation._family` for one type of metric."""
+Samples = float | None | Mapping[Any, float]
+"""A number, None if it is not known yet, or the number for each tuple of label values."""
 
-_OF_LAST_STEP = {
-    "step": ("step", "The last step, counted from the run's first start."),
-    "loss": ("loss", "Training loss of the last step in nats per token, mean over ranks."),
-    "learning_rate": ("lr", "Learning rate of the last step."),
-    "gradient_norm": ("grad_norm", "Global gradient norm of the last step, before clipping."),
-    "tokens_per_second": ("tokens_per_s", "Tokens of the last step by its time, of all ranks."),
+METRICS = {
+    "steps_total": "Steps, skipped ones included.",
+    "skipped_steps_total": "Steps that were skipped.",
+    "tokens_total": "Tokens that all ranks together trained on.",
+    "step_seconds_total": "Wall time of steps, without evaluation and checkpoints.",
+    "phase_seconds_total": (
+        "Wall time of each phase of a step. Phases optimizer.* overlap with other phases."
+    ),
+    "final_step": "The step after which the run ends.",
+    "validation_loss": "Loss of the last evaluation in nats per token, mean over ranks.",
+    "step": "The last step, counted from the run's first start.",
+    "loss": "Training loss of the last step in nats per token, mean over ranks.",
+    "learning_rate": "Learning rate of the last step.",
+    "gradient_norm": "Global gradient norm of the last step, before clipping.",
+    "tokens_per_second": "Tokens of the last step by its time, of all ranks.",
+    "checkpoints_written_total": "Committed checkpoints.",
+    "checkpoints_failed_total": "Checkpoints that failed to be written.",
+    "checkpoint_written_bytes_total": "Size of the committed checkpoints, files of all ranks.",
+    "checkpoint_age_seconds": "Time since the newest checkpoint was committed.",
+    "checkpoint_duration_seconds": "Time from the start to the commit of the newest checkpoint.",
+    "rank_step": "The optimizer step that each rank began last.",
+    "rank_heartbeat_age_seconds": (
+        "Time since rank 0 saw a new heartbeat of a rank, to the precision of the scrapes."
+    ),
+    "rank_progress_age_seconds": "Time since the training thread of each rank last made progress.",
+    "memory_bytes": "Memory that the optimizer holds, parameters included.",
+    "process_resident_bytes": "Resident memory of the process.",
+    "node_available_bytes": "Memory that is available on the node.",
+    "device_allocated_bytes": "Memory that torch has allocated on the GPU.",
 }
-"""Gauge -> the field of `StepRecord` that it shows, and its help text."""
+"""Metric -> its help text. Counters end in `_total`, all others are gauges."""
+_LABELS = {
+    "phase_seconds_total": ("rank", "phase"),
+    "rank_step": ("rank", "host"),
+    "rank_heartbeat_age_seconds": ("rank", "host"),
+    "rank_progress_age_seconds": ("rank", "host"),
+    "memory_bytes": ("rank", "category", "device"),
+    "process_resident_bytes": ("rank",),
+    "node_available_bytes": ("rank",),
+    "device_allocated_bytes": ("rank",),
+}
+"""Metric -> its labels, apart from `run`."""
 
 
 class Observation:
@@ -49,15 +84,16 @@ class Observation:
     A NaN loss or norm of a skipped step is exported as NaN, which Prometheus stores and Grafana
     draws as a gap. A metric that is not known yet has no samples.
 
-    Threads: the server's threads call all methods, while the training thread adds to `totals`.
+    Threads: the server's threads call all methods, while the training thread adds to both totals.
 
     error: the exception that ended the training, set by the owner.
     """
 
-    def __init__(self, job: Job, totals: RunTotals) -> None:
+    def __init__(self, job: Job, totals: RunTotals, checkpoints: CheckpointTotals) -> None:
         self.error: BaseException | None = None
         self._job = job
         self._totals = totals
+        self._checkpoints = checkpoints
         self._process = Process.own()
         self._moves, self._moved_s = PROGRESS.moves, time.monotonic()
         self._beats: dict[int, tuple[int, float]] = {}
@@ -65,12 +101,14 @@ class Observation:
     def status(self) -> dict[str, Any]:
         """Return the values of `/status`, apart from the last record."""
         job = self._job
+        memory = by_category(job.optimizer.memory_ledger())
+        memory |= {name: nbytes for name, _, nbytes in self._process_memory()}
         return {
             "run": job.config.run.name,
             "of_steps": job.config.train.num_steps,
             "world_size": job.world.world_size,
-            "last_checkpoint": self._checkpoints().last_step,
-            "memory_bytes": self._memory(),
+            "last_checkpoint": self._checkpoints.last_step,
+            "memory_bytes": {name: nbytes for name, nbytes in memory.items() if nbytes},
             "ranks": [
                 {
                     "rank": record.rank,
@@ -111,137 +149,68 @@ class Observation:
         """Yield the metric families of `/metrics`, with values as of now."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        counter = partial(self._family, CounterMetricFamily)
-        gauge = partial(self._family, GaugeMetricFamily)
-        totals, last = self._totals, self._totals.last
-        yield counter("steps_total", "Steps, skipped ones included.", totals.num_steps)
-        yield counter("skipped_steps_total", "Steps that were skipped.", totals.num_skipped)
-        yield counter(
-            "tokens_total",
-            "Tokens that all ranks together trained on.",
-            totals.num_steps * totals.tokens_per_step,
-        )
-        yield counter(
-            "step_seconds_total",
-            "Wall time of steps, without evaluation and checkpoints.",
-            totals.total_ms / 1e3,
-        )
-        yield counter(
-            "phase_seconds_total",
-            "Wall time of each phase of a step. Phases optimizer.* overlap with other phases.",
-            # dict() copies without releasing the GIL: the training thread may add phases.
-            {("0", phase): ms / 1e3 for phase, ms in dict(totals.timings_ms).items()},
-            ("rank", "phase"),
-        )
-        yield gauge(
-            "final_step", "The step after which the run ends.", self._job.config.train.num_steps
-        )
-        yield gauge(
-            "validation_loss",
-            "Loss of the last evaluation in nats per token, mean over ranks.",
-            totals.val_loss,
-        )
-        for name, (field, text) in _OF_LAST_STEP.items():
-            yield gauge(name, text, None if last is None else getattr(last, field))
-        yield from self._collect_checkpoints(counter, gauge)
-        yield from self._collect_ranks(gauge)
-        yield from self._collect_memory(gauge)
+        known = dict((*self._of_run(), *self._of_ranks(), *self._of_memory()))
+        for name, text in METRICS.items():
+            kind: Any = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            family = kind(f"offload_adam_{name}", text, labels=("run", *_LABELS.get(name, ())))
+            samples = known.get(name)
+            if not isinstance(samples, Mapping):
+                samples = {} if samples is None else {(): samples}
+            for values, number in samples.items():
+                family.add_metric((self._job.config.run.name, *values), number)
+            yield family
 
-    def _collect_checkpoints(self, counter: Family, gauge: Family) -> Iterator[Metric]:
-        totals = self._checkpoints()
-        commit_s = totals.last_commit_s
-        yield counter("checkpoints_written_total", "Committed checkpoints.", totals.num_written)
-        yield counter(
-            "checkpoints_failed_total", "Checkpoints that failed to be written.", totals.num_failed
-        )
-        yield counter(
-            "checkpoint_written_bytes_total",
-            "Size of the committed checkpoints, files of all ranks.",
-            totals.nbytes,
-        )
-        yield gauge(
-            "checkpoint_age_seconds",
-            "Time since the newest checkpoint was committed.",
-            None if commit_s is None else time.time() - commit_s,
-        )
-        yield gauge(
-            "checkpoint_duration_seconds",
-            "Time from the start to the commit of the newest checkpoint.",
-            totals.last_duration_s,
-        )
+    def _of_run(self) -> Iterator[tuple[str, Samples]]:
+        totals, last, saved = self._totals, self._totals.last, self._checkpoints
+        yield "steps_total", totals.num_steps
+        yield "skipped_steps_total", totals.num_skipped
+        yield "tokens_total", totals.num_steps * totals.tokens_per_step
+        yield "step_seconds_total", totals.total_ms / 1e3
+        # dict() copies without releasing the GIL: the training thread may add phases.
+        phases = {("0", phase): ms / 1e3 for phase, ms in dict(totals.timings_ms).items()}
+        yield "phase_seconds_total", phases
+        yield "final_step", self._job.config.train.num_steps
+        yield "validation_loss", totals.val_loss
+        if last is not None:
+            yield "step", last.step
+            yield "loss", last.loss
+            yield "learning_rate", last.lr
+            yield "gradient_norm", last.grad_norm
+            yield "tokens_per_second", last.tokens_per_s
+        yield "checkpoints_written_total", saved.num_written
+        yield "checkpoints_failed_total", saved.num_failed
+        yield "checkpoint_written_bytes_total", saved.nbytes
+        commit_s = saved.last_commit_s
+        yield "checkpoint_age_seconds", None if commit_s is None else time.time() - commit_s
+        yield "checkpoint_duration_seconds", saved.last_duration_s
 
-    def _collect_ranks(self, gauge: Family) -> Iterator[Metric]:
+    def _of_ranks(self) -> Iterator[tuple[str, Samples]]:
         now_s = time.monotonic()
-        steps: dict[tuple[str, ...], float] = {}
-        ages: dict[tuple[str, ...], float] = {}
-        still: dict[tuple[str, ...], float] = {}
-        for record in self._ranks():
+        records = {(str(r.rank), r.process.host): r for r in self._ranks()}
+        for record in records.values():
             # Clocks of hosts differ, so the age counts from the scrape that first saw this beat.
             if self._beats.get(record.rank, (None, 0.0))[0] != record.beat:
                 self._beats[record.rank] = record.beat, now_s
-            values = str(record.rank), record.process.host
-            steps[values] = record.progress.step
-            ages[values] = now_s - self._beats[record.rank][1]
-            still[values] = record.still_s
-        for name, text, samples in (
-            ("rank_step", "The optimizer step that each rank began last.", steps),
-            (
-                "rank_heartbeat_age_seconds",
-                "Time since rank 0 saw a new heartbeat of a rank, to the precision of the scrapes.",
-                ages,
-            ),
-            (
-                "rank_progress_age_seconds",
-                "Time since the training thread of each rank last made progress.",
-                still,
-            ),
-        ):
-            yield gauge(name, text, samples, ("rank", "host"))
+        ages = {labels: now_s - self._beats[r.rank][1] for labels, r in records.items()}
+        yield "rank_step", {labels: r.progress.step for labels, r in records.items()}
+        yield "rank_heartbeat_age_seconds", ages
+        yield "rank_progress_age_seconds", {labels: r.still_s for labels, r in records.items()}
 
-    def _collect_memory(self, gauge: Family) -> Iterator[Metric]:
+    def _of_memory(self) -> Iterator[tuple[str, Samples]]:
         held: Counter[tuple[str, ...]] = Counter()
         for entry in self._job.optimizer.memory_ledger():
             held["0", entry.category, entry.device] += entry.nbytes
-        yield gauge(
-            "memory_bytes",
-            "Memory that the optimizer holds, parameters included.",
-            held,
-            ("rank", "category", "device"),
-        )
-        resident = psutil.Process().memory_info().rss
-        available = psutil.virtual_memory().available
-        on_device = None
+        yield "memory_bytes", held
+        for _, name, nbytes in self._process_memory():
+            yield name, {("0",): nbytes}
+
+    def _process_memory(self) -> Iterator[tuple[str, str, int]]:
+        """Yield the names in `/status` and `/metrics`, and the bytes, of rank 0 and its node."""
+        yield "resident", "process_resident_bytes", psutil.Process().memory_info().rss
+        yield "available on the node", "node_available_bytes", psutil.virtual_memory().available
         if torch.cuda.is_initialized():
-            on_device = torch.cuda.memory_allocated(self._job.world.device)
-        for name, text, nbytes in (
-            ("process_resident_bytes", "Resident memory of the process.", resident),
-            ("node_available_bytes", "Memory that is available on the node.", available),
-            ("device_allocated_bytes", "Memory that torch has allocated on the GPU.", on_device),
-        ):
-            yield gauge(name, text, {} if nbytes is None else {("0",): nbytes}, ("rank",))
-
-    def _family(
-        self, kind: Any, name: str, text: str, samples: Samples, labels: tuple[str, ...] = ()
-    ) -> Metric:
-        family: Any = kind(f"offload_adam_{name}", text, labels=("run", *labels))
-        if not isinstance(samples, Mapping):
-            samples = {} if samples is None else {(): samples}
-        for values, number in samples.items():
-            family.add_metric((self._job.config.run.name, *values), number)
-        return family  # type: ignore[no-any-return]
-
-    def _memory(self) -> dict[str, int]:
-        """Return bytes of rank 0: by category, of its process and its GPU, and free on its node."""
-        memory = by_category(self._job.optimizer.memory_ledger())
-        memory["resident"] = psutil.Process().memory_info().rss
-        memory["available on the node"] = psutil.virtual_memory().available
-        if torch.cuda.is_initialized():
-            memory["allocated on the device"] = torch.cuda.memory_allocated(self._job.world.device)
-        return {name: nbytes for name, nbytes in memory.items() if nbytes}
-
-    def _checkpoints(self) -> CheckpointTotals:
-        saver = self._job.saver
-        return saver.totals if isinstance(saver, CheckpointSaver) else CheckpointTotals()
+            allocated = torch.cuda.memory_allocated(self._job.world.device)
+            yield "allocated on the device", "device_allocated_bytes", allocated
 
     def _ranks(self) -> tuple[PeerRecord, ...]:
         """Return the progress of every rank, as published with its last heartbeat."""
@@ -254,3 +223,36 @@ class Observation:
             self._moves, self._moved_s = PROGRESS.moves, now_s
         beat = time.monotonic_ns()  # a new one in every call: this process is alive
         return (PeerRecord(0, self._process, beat, replace(PROGRESS), now_s - self._moved_s),)
+
+
+@contextmanager
+def opened_sinks(
+    job: Job, totals: RunTotals, checkpoints: CheckpointTotals
+) -> Iterator[GuardedSinks]:
+    """Open the sinks, and close them after the body.
+
+    Args:
+        totals, checkpoints: are added to while the server reads them.
+
+    Raises:
+        OSError: the port `observe.http_port` is taken.
+    """
+    section, folder = job.config.observe, run_folder(job.config)
+    seen = Observation(job, totals, checkpoints)
+    sinks = GuardedSinks()
+    try:
+        if section.tensorboard:
+            sinks.add(TensorBoardSink(folder / "tensorboard"))
+        if section.wandb_project is not None:
+            values = job.config.model_dump(mode="json")
+            sinks.add(WandbSink(section.wandb_project, job.config.run.name, folder, values))
+        if section.http_port is not None:
+            # Closed last, so that /healthz reports an error of the run until then.
+            port, host = section.http_port, section.http_host
+            sinks.add(StatusServer(port, host, seen.status, seen.problem, seen))
+        yield sinks
+    except BaseException as error:
+        seen.error = error
+        raise
+    finally:
+        sinks.close()

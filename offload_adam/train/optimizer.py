@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 
 from offload_adam.config import RunConfig
 from offload_adam.config.declared import read_options
-from offload_adam.config.optimizer_sections import AdamSection, OffloadAdamSection
+from offload_adam.config.optimizer_sections import AdamSection, ExecutionKeys
 from offload_adam.mindspore.adam import Adam
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.options import ExecutionOptions, FailurePolicy, OffloadPolicy
@@ -22,52 +22,18 @@ from offload_adam.schedules import schedule_from_state
 def build_optimizer(config: RunConfig, model: nn.Module) -> OffloadAdam | Adam:
     """Return the optimizer of `model`'s trainable parameters."""
     section = config.optimizer
-    execution = read_options(config, ExecutionOptions)  # the arguments that both optimizers take
-    execution["reduce_dtype"] = torch.float32 if execution["reduce_dtype"] else None
-    execution |= {"offload": offload_policy(config), "failures": failure_policy(config)}
+    # The keys of a section are the names of its optimizer's arguments; both share some of them.
+    own = type(section).model_fields.keys() - ExecutionKeys.model_fields.keys() - {"name"}
+    arguments = {key: getattr(section, key) for key in own} | read_options(config, ExecutionOptions)
+    arguments["reduce_dtype"] = torch.float32 if section.reduce_dtype else None
+    arguments |= {"offload": offload_policy(config), "failures": failure_policy(config)}
     if isinstance(section, AdamSection):
-        return _adam(section, model, execution)
-    return _offload_adam(section, model, execution)
-
-
-def _offload_adam(
-    section: OffloadAdamSection, model: nn.Module, execution: dict[str, Any]
-) -> OffloadAdam:
-    return OffloadAdam(
-        list(decay_groups(model, section.weight_decay)),
-        lr=section.lr,
-        betas=section.betas,
-        eps=section.eps,
-        weight_decay=section.weight_decay,
-        amsgrad=section.amsgrad,
-        nesterov=section.nesterov,
-        maximize=section.maximize,
-        decoupled_weight_decay=section.decoupled_weight_decay,
-        module=model if section.streaming else None,
-        **execution,
-    )
-
-
-def _adam(section: AdamSection, model: nn.Module, execution: dict[str, Any]) -> Adam:
-    rate = section.learning_rate
-    return Adam(
-        [(name, p) for name, p in model.named_parameters() if p.requires_grad],
-        learning_rate=schedule_from_state(rate) if isinstance(rate, dict) else rate,
-        beta1=section.beta1,
-        beta2=section.beta2,
-        eps=section.eps,
-        use_locking=section.use_locking,
-        use_nesterov=section.use_nesterov,
-        weight_decay=section.weight_decay,
-        loss_scale=section.loss_scale,
-        use_amsgrad=section.use_amsgrad,
-        use_lazy=section.use_lazy,
-        use_offload=section.use_offload,
-        epsilon_hat=section.epsilon_hat,
-        decay_norms=section.decay_norms,
-        module=model,
-        **execution,
-    )
+        if isinstance(section.learning_rate, dict):
+            arguments["learning_rate"] = schedule_from_state(section.learning_rate)
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        return Adam(named, module=model, **arguments)
+    module = model if arguments.pop("streaming") else None
+    return OffloadAdam(list(decay_groups(model, section.weight_decay)), module=module, **arguments)
 
 
 def offload_policy(config: RunConfig) -> OffloadPolicy:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from offload_adam.errors import MissingExtraError
 from offload_adam.gradients.stand_in import gradient_of
 from offload_adam.kernels.threads import threads_per_rank
 from offload_adam.layout.budget import Category
+from offload_adam.layout.flat import ParameterSpec
+from offload_adam.plan.inputs import Training
 from offload_adam.plan.prediction import predict
 from offload_adam.plan.timing import predict_time, update_nbytes
 from offload_adam.profiling.diagnosis import Diagnosis, RunFacts, diagnose
@@ -44,22 +47,14 @@ def profiled_job(job: Job) -> Iterator[None]:
     if not section.enabled:
         yield
         return
-    store = default_store() if dist.is_initialized() else None
-
-    def ledger() -> Mapping[str, int]:
-        return by_category([*job.optimizer.memory_ledger(), *_gradients(job)])
-
-    def finish(profiles: list[RankProfile]) -> None:
-        _report(job, profiles)
-
     with profiled(
         run_folder(job.config),
-        ledger,
-        finish,
+        lambda: by_category([*job.optimizer.memory_ledger(), *_gradients(job)]),
+        partial(_report, job),
         interval_s=section.interval_ms / 1e3,
         rank=job.world.rank,
         world_size=job.world.world_size,
-        store=store,
+        store=default_store() if dist.is_initialized() else None,
     ):
         yield
 
@@ -105,59 +100,59 @@ def facts_of(job: Job) -> RunFacts:
 def _inputs(job: Job, profiles: Sequence[RankProfile], found: Diagnosis | None) -> ReportInputs:
     metrics = run_folder(job.config) / METRICS_NAME
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    name = "Adam" if isinstance(job.config.optimizer, AdamSection) else "OffloadAdam"
-    title = f"Profile of {job.config.run.name}: {name} on {job.world.world_size} rank(s)"
-    achieved = _achieved_gb_per_s(job, profiles[0])
+    section = job.config.optimizer
+    title = f"Profile of {job.config.run.name}: {section.name} on {job.world.world_size} rank(s)"
+    specs, training = specs_of(job.model), training_of_job(job)
+    lazy = isinstance(section, AdamSection) and section.use_lazy  # their traffic is not known
+    achieved = None if lazy else _achieved_gb_per_s(update_nbytes(specs, training), profiles[0])
     return ReportInputs(
         title,
         profiles,
         found,
         records,
-        predicted=_predicted(job, profiles[0]),
+        predicted=_predicted(job, specs, training, profiles[0].peaks),
         achieved=achieved,
         limit=None if achieved is None else limit_gb_per_s(job),
         buckets=by_bucket(job.optimizer.memory_ledger()),
-        planned_ms=_planned_ms(job),
+        planned_ms=_planned_ms(specs, training),
     )
 
 
-def _planned_ms(job: Job) -> dict[Resource, tuple[float, str]]:
+def _planned_ms(
+    specs: list[ParameterSpec], training: Training
+) -> dict[Resource, tuple[float, str]]:
     """Return the planned ms of a step's updates and network transfers, where speeds are known."""
-    training = training_of_job(job)
     machine = known_speeds(training)
-    timing = predict_time(specs_of(job.model), training, machine)
-    if timing is None:
-        return {}
-    resources = {"update": Resource.UPDATE, "network": Resource.TRANSFERS}
+    timing = predict_time(specs, training, machine)
+    seconds = {} if timing is None else timing.seconds
     return {
-        resource: (timing.seconds[name] * 1e3, machine.source_of(name).value)
-        for name, resource in resources.items()
-        if name in timing.seconds
+        resource: (seconds[name] * 1e3, machine.source_of(name).value)
+        for name, resource in (("update", Resource.UPDATE), ("network", Resource.TRANSFERS))
+        if name in seconds
     }
 
 
-def _predicted(job: Job, profile: RankProfile) -> dict[str, int]:
+def _predicted(
+    job: Job, specs: list[ParameterSpec], training: Training, categories: Iterable[str]
+) -> dict[str, int]:
     """Return the planned bytes of the categories that the ledger has.
 
     Without gradients that leave `.grad` during backward: no sample is taken at their peak.
     """
-    training = training_of_job(job)
-    plan = predict(specs_of(job.model), training)
+    plan = predict(specs, training)
     leaves = training.streams and training.reduces
-    on_device = {f"{name} on {job.world.device}": n for name, n in plan.device.items()}
-    every = {**plan.host, **on_device}
-    known = [name for name in profile.peaks if not (leaves and name.startswith(Category.GRADIENTS))]
+    every = {**plan.host, **{f"{name} on {job.world.device}": n for name, n in plan.device.items()}}
+    known = [name for name in categories if not (leaves and name.startswith(Category.GRADIENTS))]
     return {name: every.get(name, 0) for name in known}
 
 
-def _achieved_gb_per_s(job: Job, profile: RankProfile) -> float | None:
+def _achieved_gb_per_s(nbytes: int, profile: RankProfile) -> float | None:
     """Return the bandwidth of rank 0's updates: their traffic over the sum of the buckets' medians.
 
-    None if the traffic is not known: for updates on a device, and for lazy updates.
+    Args:
+        nbytes: traffic of one update on the host, 0 if all updates run on a device.
     """
-    section = job.config.optimizer
-    nbytes = update_nbytes(specs_of(job.model), training_of_job(job))
-    if nbytes == 0 or (isinstance(section, AdamSection) and section.use_lazy):
+    if nbytes == 0:
         return None
     durations_ns: dict[int, list[int]] = defaultdict(list)
     for span in profile.spans:

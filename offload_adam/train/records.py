@@ -1,14 +1,10 @@
-"""What a run records: one record a step, the file of these records, and totals over the run."""
+"""What a run records: one record a step, and totals over the run."""
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from offload_adam.sinks.sink import to_json
 
@@ -47,34 +43,6 @@ class StepRecord:
         if self.val_loss is None:
             del values["val_loss"]
         return to_json(values)
-
-
-class MetricsFile:
-    """Writes the records of one run, one JSON object a line.
-
-    Owns: the open file. Lifecycle: a context manager. `write` flushes, so that a killed run keeps
-    its records.
-    """
-
-    def __init__(self, path: Path, *, goes_on: bool = False) -> None:
-        """Open an empty file, or append to the file of a resumed run if `goes_on`."""
-        self._file = path.open("a" if goes_on else "w", encoding="utf-8")
-
-    def write(self, record: StepRecord) -> None:
-        """Append one record."""
-        self._file.write(record.to_json() + "\n")
-        self._file.flush()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.close()
 
 
 @dataclass
@@ -120,35 +88,3 @@ class CheckpointTotals:
     last_step: int | None = None
     last_commit_s: float | None = None
     last_duration_s: float | None = None
-    _step: int = 0
-    _start_s: float = 0.0
-
-    @classmethod
-    def of_resumed(cls, path: Path | None, step: int) -> Self:
-        """Return the totals of a run that has loaded the checkpoint `path`, None for a new run."""
-        totals = cls()
-        if path is not None:
-            totals.last_step = step
-            with suppress(OSError):
-                totals.last_commit_s = path.stat().st_mtime
-        return totals
-
-    def start(self, step: int) -> None:
-        """Note that the checkpoint of this step is being written."""
-        self._step, self._start_s = step, time.monotonic()
-
-    def add(self, path: Path) -> int | None:
-        """Count the checkpoint that was started last and is committed now.
-
-        Returns:
-            Its size in bytes, None if the files cannot be read.
-        """
-        self.num_written += 1
-        self.last_step, self.last_commit_s = self._step, time.time()
-        self.last_duration_s = time.monotonic() - self._start_s
-        try:
-            nbytes = sum(file.stat().st_size for file in path.iterdir())
-        except OSError:  # the disk may vanish after the commit, which must not end the run
-            return None
-        self.nbytes += nbytes
-        return nbytes

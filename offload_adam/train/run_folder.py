@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
-from filelock import LeaseCompromise, SoftFileLease, Timeout
+from filelock import SoftFileLease, Timeout
 
 from offload_adam.config import ConfigError, RunConfig, dump_config
 from offload_adam.errors import RunFolderLostError
@@ -57,24 +58,28 @@ def require_writable(config: RunConfig) -> None:
         ) from error
 
 
-def open_run_folder(config: RunConfig, last_step: int) -> None:
-    """Create the folder, and write the resolved configuration to it.
+def open_run_folder(config: RunConfig, last_step: int) -> TextIO:
+    """Create the folder, write the resolved configuration to it, and open the file of records.
 
     Args:
         last_step: the last step of the checkpoint that the run resumes from. Records after it are
             dropped, since the run repeats these steps. 0 if the run begins: then files of an
             earlier run are renamed to `metrics-<n>.jsonl` and `config-<n>.yaml`.
+
+    Returns:
+        The file to append records to. It writes each line at once, so that a killed run keeps them.
     """
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / METRICS_NAME
     if last_step == 0:
         _rename_earlier_files(folder)
     else:
-        path = folder / METRICS_NAME
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         kept = [line for line in lines if _step_of(line) <= last_step]
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     (folder / CONFIG_NAME).write_text(dump_config(config), encoding="utf-8")
+    return path.open("a", encoding="utf-8", buffering=1)
 
 
 def _step_of(line: str) -> float:
@@ -119,16 +124,15 @@ def locked_run_folder(config: RunConfig) -> Iterator[Callable[[], None]]:
         folder / LOCK_NAME,
         lease_duration=LEASE_S,
         heartbeat_interval=LEASE_S / _REFRESHES,
-        on_compromise=_warn,
+        on_compromise=lambda loss: logger.warning(
+            "Lost the lock %s (%s): another run may start in this folder",
+            loss.lock_file,
+            loss.reason,
+        ),
         thread_local=False,
     )
     try:
-        try:
-            _acquire(lock, folder)
-        except OSError as error:
-            raise ConfigError.at(
-                "run.dir", f"{folder / LOCK_NAME} cannot be created: {error}"
-            ) from error
+        _acquire(lock, folder)
         yield lambda: _require_held(lock, folder)
     finally:
         lock.release()
@@ -140,9 +144,14 @@ def _acquire(lock: SoftFileLease, folder: Path) -> None:
     """Acquire the lock; raise as soon as its owner refreshes it, or after two leases."""
     began, first_seen = time.monotonic(), None
     while True:
-        with suppress(Timeout):
+        try:
             lock.acquire(timeout=0)
             return
+        except Timeout:
+            pass
+        except OSError as error:
+            place = folder / LOCK_NAME
+            raise ConfigError.at("run.dir", f"{place} cannot be created: {error}") from error
         with suppress(FileNotFoundError):
             refreshed = (folder / LOCK_NAME).stat().st_mtime_ns
             first_seen = refreshed if first_seen is None else first_seen
@@ -158,12 +167,6 @@ def _acquire(lock: SoftFileLease, folder: Path) -> None:
 def _owner_of(lock: SoftFileLease) -> str:
     owner = lock.owner
     return "another process" if owner is None else f"process {owner.pid} on {owner.hostname}"
-
-
-def _warn(loss: LeaseCompromise) -> None:
-    logger.warning(
-        "Lost the lock %s (%s): another run may start in this folder", loss.lock_file, loss.reason
-    )
 
 
 def _require_held(lock: SoftFileLease, folder: Path) -> None:

@@ -7,8 +7,9 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,90 +59,89 @@ class CheckpointSaver:
     """Writes the checkpoints of one job to `<run folder>/checkpoints/step-<n>`.
 
     With `checkpoint.mode: async` training goes on while a checkpoint is written, except for the
-    last one. If the next checkpoint is due before that, the training thread waits.
+    last one. If the next checkpoint is due before that, the training thread waits. A checkpoint
+    that cannot be written is logged and counted; with `checkpoint.required` its CheckpointError,
+    PeerError or OSError is raised.
 
     Args:
         require_held: raises an error if another job has taken the run's folder over.
-
-    totals: counts checkpoints, and those that could not be written. The run goes on without the
-        latter, unless `checkpoint.required`.
     """
 
-    def __init__(self, job: Job, require_held: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, job: Job, require_held: Callable[[], None]) -> None:
         self._job = job
         self._require_held = require_held
-        self._pending: tuple[Path, PendingCheckpoint] | None = None
+        self.totals = CheckpointTotals()
+        # The checkpoint that was begun last.
+        self._step, self._start_s = 0, 0.0
+        self._pending: PendingCheckpoint | None = None
         # Checkpoints that this process has written or read completely. The lock of the run's folder
         # keeps other runs from changing them.
-        self._whole = set() if job.resumed_from is None else {job.resumed_from}
-        self.totals = CheckpointTotals.of_resumed(job.resumed_from, job.first_step - 1)
+        self._whole: set[Path] = set()
+        if job.resumed_from is not None:
+            self._whole.add(job.resumed_from)
+            self.totals.last_step = job.first_step - 1
+            with suppress(OSError):
+                self.totals.last_commit_s = job.resumed_from.stat().st_mtime
 
     def save(self, step: int, *, last: bool) -> None:
         """Write a checkpoint of the state after this step, or start to. Collective.
 
         Args:
             last: no step follows, so commit the checkpoint before returning.
-
-        Raises:
-            CheckpointError, PeerError, OSError: only if `checkpoint.required`.
         """
         self._require_held()
-        self._finish_pending()
-        job, path = self._job, checkpoint_path(self._job.config, step)
-        with self._tolerating(path):
-            if self._is_written(path):
-                return
+        if self._pending is not None:
+            logger.info("Waiting for checkpoint %s to be written", self._path)
+            with self._tolerating():
+                self._pending.wait()
+                self._committed()
+        job = self._job
+        self._step, self._start_s = step, time.monotonic()
+        with self._tolerating():
             extra = {
                 "step": step,
                 "samples": job.samples_before(step + 1),
                 "config": job.config.model_dump(mode="json"),
                 "train": _state(job),
             }
-            self.totals.start(step)
             if job.config.checkpoint.mode == "async" and not last:
-                pending = begin_checkpoint(
-                    path, model=job.model, optimizer=job.optimizer, extra=extra
+                self._pending = begin_checkpoint(
+                    self._path, model=job.model, optimizer=job.optimizer, extra=extra
                 )
-                self._pending = (path, pending)
             else:
-                save_checkpoint(path, model=job.model, optimizer=job.optimizer, extra=extra)
-                self._committed(path)
+                save_checkpoint(self._path, model=job.model, optimizer=job.optimizer, extra=extra)
+                self._committed()
 
     def commit_written(self) -> None:
         """Commit the pending checkpoint if the last step reported that all ranks have written it.
 
         Collective only when it commits, so call it on all ranks after the same step.
-
-        Raises:
-            CheckpointError, PeerError, OSError: only if `checkpoint.required`.
         """
-        if self._pending is None:
-            return
-        path, pending = self._pending
-        with self._tolerating(path):
-            if pending.commit_if_written():
-                self._committed(path, pending)
+        if self._pending is not None:
+            with self._tolerating():
+                if self._pending.commit_if_written():
+                    self._committed()
 
-    def _finish_pending(self) -> None:
-        """Wait for the pending checkpoint and commit it. Collective."""
-        if self._pending is None:
-            return
-        path, pending = self._pending
-        logger.info("Waiting for checkpoint %s to be written", path)
-        with self._tolerating(path):
-            pending.wait()
-            self._committed(path, pending)
+    @property
+    def _path(self) -> Path:
+        return checkpoint_path(self._job.config, self._step)
 
-    def _committed(self, path: Path, pending: PendingCheckpoint | None = None) -> None:
-        """Log a committed checkpoint, and remove old ones; both on rank 0 only."""
-        self._pending = None
+    def _committed(self) -> None:
+        """Count and log a committed checkpoint, and remove old ones; all on rank 0 only."""
+        path, pending, self._pending = self._path, self._pending, None
         if self._job.world.rank != 0:
             return
         self._require_held()
         self._whole.add(path)
-        nbytes = self.totals.add(path)
-        size = "unknown size" if nbytes is None else format_nbytes(nbytes)
-        logger.info("Wrote checkpoint %s (%s in %.1f s)", path, size, self.totals.last_duration_s)
+        totals, size = self.totals, "unknown size"
+        totals.num_written += 1
+        totals.last_step, totals.last_commit_s = self._step, time.time()
+        totals.last_duration_s = time.monotonic() - self._start_s
+        with suppress(OSError):  # the disk may vanish after the commit, which must not end the run
+            nbytes = sum(file.stat().st_size for file in path.iterdir())
+            totals.nbytes += nbytes
+            size = format_nbytes(nbytes)
+        logger.info("Wrote checkpoint %s (%s in %.1f s)", path, size, totals.last_duration_s)
         if pending is not None and pending.num_waits > 0:
             logger.info(
                 "Updates waited %d times, %.2f s in total, for checkpoint %s. A larger "
@@ -152,24 +152,8 @@ class CheckpointSaver:
             )
         self._prune(path.parent)
 
-    def _is_written(self, path: Path) -> bool:
-        """Return whether this run has written the checkpoint already. Collective.
-
-        A checkpoint at this path that this run has not written is moved aside. Only rank 0 looks:
-        ranks may see changes of a shared folder at different times.
-        """
-        ranks = self._job.optimizer.ranks
-        is_written = False
-        with raise_on_all_ranks(ranks, "looking for a checkpoint"):
-            if ranks.rank == 0 and path.exists():
-                is_written = path in self._whole
-                if not is_written:
-                    aside = _move_aside(path.parent, [path.name])
-                    logger.warning("Moved %s, which this run has not written, to %s", path, aside)
-        return gather_texts(ranks, "written" if is_written else "")[0] == "written"
-
     @contextmanager
-    def _tolerating(self, path: Path) -> Iterator[None]:
+    def _tolerating(self) -> Iterator[None]:
         """Skip the checkpoint if the body fails, unless it is required.
 
         All ranks fail or succeed together: the functions called in the body make sure of that.
@@ -181,15 +165,8 @@ class CheckpointSaver:
         except (OSError, CheckpointError, PeerError) as error:
             self._pending = None
             self.totals.num_failed += 1
-            if self._job.config.checkpoint.required:
-                raise
-            if _logs(error, self._job):
-                logger.exception(
-                    "Skipping checkpoint %s (%d so far); training goes on without it: %s",
-                    path,
-                    self.totals.num_failed,
-                    error,
-                )
+            text = "Skipping checkpoint %s (%d so far); training goes on without it: %s"
+            _tolerate(error, self._job, text, self._path, self.totals.num_failed)
 
     def _prune(self, folder: Path) -> None:
         """Remove old checkpoints, and unfinished ones of killed runs.
@@ -198,7 +175,7 @@ class CheckpointSaver:
         removal of an older, whole one.
         """
         section = self._job.config.checkpoint
-        steps = sorted(steps_in(folder))
+        steps = steps_in(folder)
         whole = [step for step in steps if folder / f"step-{step}" in self._whole]
         for step in steps:
             is_old = len(whole) >= section.keep_last and step < whole[-section.keep_last]
@@ -221,8 +198,7 @@ def require_place(job: Job) -> None:
         CheckpointError: the ranks do not share the folder.
         PeerError, OSError: the folder cannot be written to, and `checkpoint.required`.
     """
-    section = job.config.checkpoint
-    if section.every == 0 or job.world.world_size == 1:
+    if job.config.checkpoint.every == 0 or job.world.world_size == 1:
         return
     folder = run_folder(job.config) / FOLDER_NAME
     try:
@@ -231,17 +207,16 @@ def require_place(job: Job) -> None:
     except PeerFailedError:
         raise
     except (OSError, PeerError) as error:
-        if section.required:
-            raise
-        if _logs(error, job):
-            logger.exception(
-                "Cannot write checkpoints to %s now: %s; training begins", folder, error
-            )
+        _tolerate(error, job, "Cannot write checkpoints to %s; training begins: %s", folder)
 
 
-def _logs(error: Exception, job: Job) -> bool:
-    """Return whether this rank logs an error: an OSError is its own, others are on every rank."""
-    return isinstance(error, OSError) or job.world.rank == 0
+def _tolerate(error: Exception, job: Job, text: str, *values: object) -> None:
+    """Log an error, or raise it if checkpoints are required."""
+    if job.config.checkpoint.required:
+        raise error
+    # An OSError is this rank's own, others are on every rank.
+    if isinstance(error, OSError) or job.world.rank == 0:
+        logger.error(text, *values, error, exc_info=error)
 
 
 def checkpoint_path(config: RunConfig, step: int) -> Path:
@@ -249,12 +224,10 @@ def checkpoint_path(config: RunConfig, step: int) -> Path:
     return run_folder(config) / FOLDER_NAME / f"step-{step}"
 
 
-def steps_in(folder: Path) -> Iterator[int]:
-    """Yield the steps of the committed checkpoints in a folder."""
-    for path in folder.glob("step-*"):
-        match = _STEP_NAME.fullmatch(path.name)
-        if match is not None and path.is_dir():
-            yield int(match[1])
+def steps_in(folder: Path) -> list[int]:
+    """Return the steps of the committed checkpoints in a folder, sorted."""
+    matches = (_STEP_NAME.fullmatch(path.name) for path in folder.glob("step-*") if path.is_dir())
+    return sorted(int(match[1]) for match in matches if match is not None)
 
 
 def what_stands(config: RunConfig) -> str:
@@ -277,7 +250,7 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     resume = config.checkpoint.resume
     if resume == "auto" or attempt() > 0:
         folder = run_folder(config) / FOLDER_NAME
-        for step in sorted(steps_in(folder), reverse=True):
+        for step in reversed(steps_in(folder)):
             path = folder / f"step-{step}"
             try:
                 verify_checkpoint(path)
@@ -295,35 +268,29 @@ def find_checkpoint(config: RunConfig) -> Path | None:
 
 
 def set_aside(config: RunConfig, first_step: int) -> None:
-    """Move checkpoints of this step and later ones to a subfolder.
+    """Move checkpoints of this step and later ones to a new subfolder `earlier-<n>`.
 
     They are damaged or belong to another run. If they stayed, this run could not write its own,
     and a later start would resume from them.
     """
     folder = run_folder(config) / FOLDER_NAME
-    later = [step for step in sorted(steps_in(folder)) if step >= first_step]
+    later = [step for step in steps_in(folder) if step >= first_step]
     if not later:
         return
     steps = ", ".join(map(str, later))
+    number = 1
+    while (aside := folder / f"earlier-{number}").exists():
+        number += 1
     try:
-        aside = _move_aside(folder, [f"step-{step}" for step in later])
+        aside.mkdir()
+        for step in later:
+            (folder / f"step-{step}").rename(aside / f"step-{step}")
     except OSError:
         logger.exception("Cannot move checkpoints of an earlier run (step %s) in %s", steps, folder)
         return
     logger.warning(
         "Moved checkpoints of step %s, from which this run does not resume, to %s", steps, aside
     )
-
-
-def _move_aside(folder: Path, names: Sequence[str]) -> Path:
-    """Move checkpoints to a new subfolder `earlier-<n>`, and return it."""
-    number = 1
-    while (aside := folder / f"earlier-{number}").exists():
-        number += 1
-    aside.mkdir()
-    for name in names:
-        (folder / name).rename(aside / name)
-    return aside
 
 
 def resume(job: Job) -> Job:

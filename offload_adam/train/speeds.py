@@ -72,7 +72,6 @@ class UpdateSpeed:
     def __init__(self, nbytes: int, limit_gb_per_s: float) -> None:
         self._nbytes = nbytes
         self._limit_gb_per_s = limit_gb_per_s
-        self._num_seen = 0
         self._updates_ms: list[float] = []
 
     def take(self, record: StepRecord) -> None:
@@ -80,17 +79,12 @@ class UpdateSpeed:
         # An overlapped update is timed in the record of the next step, skipped or not. So any
         # record with a time counts.
         update_ms = record.timings_ms.get("optimizer.update", 0.0)
-        if update_ms <= 0.0 or len(self._updates_ms) == NUM_STEPS:
-            return
-        self._num_seen += 1
-        if self._num_seen <= NUM_WARMUP:
+        if update_ms <= 0.0 or len(self._updates_ms) == NUM_WARMUP + NUM_STEPS:
             return
         self._updates_ms.append(update_ms)
-        if len(self._updates_ms) == NUM_STEPS:
-            self._judge()
-
-    def _judge(self) -> None:
-        achieved = self._nbytes / median(self._updates_ms) / 1e6
+        if len(self._updates_ms) < NUM_WARMUP + NUM_STEPS:
+            return
+        achieved = self._nbytes / median(self._updates_ms[NUM_WARMUP:]) / 1e6
         if achieved < LEAST_SHARE * self._limit_gb_per_s:
             logger.warning(
                 "The update moves %.1f GB/s on this rank, less than half of the %.1f GB/s that are "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from logging.handlers import BufferingHandler
 from typing import Any, NamedTuple
 
 import pytest
@@ -270,3 +272,28 @@ def test_scaling_by_a_power_of_two_changes_no_bit(ranks: RankPool) -> None:
     for weight, exact in zip(unscaled[0][1], expected, strict=True):
         # Three fp32 roundings of a weight below 4, and of updates of at most lr each.
         assert torch.allclose(weight.double(), exact, rtol=0.0, atol=1e-6)
+
+
+def warnings_of_two_bad_steps(rank: int, world_size: int) -> list[str]:
+    """Return what this rank logs about a step that is skipped and one without gradients."""
+    collected = BufferingHandler(capacity=100)
+    logger = logging.getLogger("offload_adam")
+    logger.addHandler(collected)
+    model = Weights(SHAPES)
+    optimizer = make(model, streams=False)
+    gradients = exact_gradients(model.all, rank, world_size)
+    if rank == BAD_RANK:
+        gradients[3][0] = math.nan
+    model(gradients).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    optimizer.close()
+    logger.removeHandler(collected)
+    warned = [record for record in collected.buffer if record.levelno >= logging.WARNING]
+    return [record.getMessage().partition(" (")[0].partition(".")[0] for record in warned]
+
+
+def test_what_happens_on_all_ranks_is_logged_on_rank_0_only(ranks: RankPool) -> None:
+    logged = ranks.run(warnings_of_two_bad_steps, 3)
+    assert logged == [["Skipped step", "step() found no gradient on any parameter"], [], []]

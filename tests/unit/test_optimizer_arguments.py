@@ -80,6 +80,15 @@ def test_a_warning_points_at_the_users_line(kind: Any) -> None:
     assert "kind(" in linecache.getline(__file__, caught[0].lineno)
 
 
+def test_overlap_without_effect_is_a_user_warning() -> None:
+    """The commands show UserWarnings once, and RuntimeWarnings on every rank."""
+    model = torch.nn.Linear(2, 2)
+    options: Any = {"gradient_reduction": "external", "overlap": True}
+    with pytest.warns(UserWarning, match="overlap=True has no effect") as caught:
+        OffloadAdam(model.parameters(), module=model, **options)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_a_warning_of_a_subclass_points_into_the_users_class() -> None:
     with pytest.warns(UserWarning, match="has no effect") as caught:
         Subclassed([torch.nn.Parameter(torch.ones(3))], offload=OffloadPolicy(offload_fraction=0.5))

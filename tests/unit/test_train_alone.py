@@ -163,7 +163,8 @@ def test_a_skipped_step_counts_and_leaves_the_schedule_alone(tmp_path: Path) -> 
     rates = [0.01 * update / 8 for update in (1, 2, 3, 4, 5, 5, 6, 7)]
     assert [record["lr"] for record in records] == pytest.approx(rates)
     assert records[5]["loss"] < records[0]["loss"]
-    assert "Skipped step 5: non-finite gradient in table.weight" in printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("step 5/")]
+    assert line.endswith("skipped")
     assert "8 (1)" in printed
 
 

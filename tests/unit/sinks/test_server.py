@@ -40,15 +40,22 @@ def strict_json(text: str) -> Any:
     return json.loads(text, parse_constant=reject)
 
 
+class NoMetrics:
+    def collect(self) -> list[Any]:
+        return []
+
+
 @pytest.fixture
 def open_server() -> Iterator[Callable[..., StatusServer]]:
     """Opens servers that are closed after the test."""
     opened: list[StatusServer] = []
 
     def open_one(
-        host: str = "127.0.0.1", status: Callable[[], Any] = dict, **keywords: Any
+        host: str = "127.0.0.1",
+        status: Callable[[], Any] = dict,
+        health: Callable[[], str | None] = lambda: None,
     ) -> StatusServer:
-        opened.append(StatusServer(0, host, status, **keywords))
+        opened.append(StatusServer(0, host, status, health, NoMetrics()))
         return opened[-1]
 
     yield open_one
@@ -95,7 +102,7 @@ def test_the_status_is_valid_json_whatever_the_values(
 def test_health_is_a_status_code_with_the_reason(open_server: Callable[..., StatusServer]) -> None:
     problem: list[str | None] = [None]
     server = open_server(health=lambda: problem[0])
-    assert ask(server, "/healthz")[0::2] == (200, '{"healthy": true}')
+    assert ask(server, "/healthz")[0::2] == (200, '{"healthy":true}')
     problem[0] = "rank 1 is dead"
     status, _, text = ask(server, "/healthz")
     assert (status, strict_json(text)) == (503, {"healthy": False, "reason": "rank 1 is dead"})
@@ -181,7 +188,7 @@ def test_a_failing_callback_is_an_error_of_its_request_alone(
 
 def test_a_port_that_is_taken_is_an_error(server: StatusServer) -> None:
     with pytest.raises(OSError, match="in use"):
-        StatusServer(server.port, "127.0.0.1", dict)
+        StatusServer(server.port, "127.0.0.1", dict, lambda: None, NoMetrics())
 
 
 def test_a_client_that_sends_byte_by_byte_is_dropped(
@@ -249,3 +256,17 @@ def test_close_is_prompt_and_leaves_no_thread_and_no_socket(
         assert time.monotonic() - began_s < 10, threading.enumerate()
         time.sleep(0.01)
     assert psutil.Process().num_fds() == descriptors
+
+
+def test_close_wakes_the_thread_before_it_may_end(
+    server: StatusServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pull = server._server.pull_trigger
+
+    def pull_late() -> None:
+        server._thread.join(2 * server_module._POLL_S)  # time to end, if it were told to
+        pull()
+
+    monkeypatch.setattr(server._server, "pull_trigger", pull_late)
+    server.close()
+    assert not server._thread.is_alive()

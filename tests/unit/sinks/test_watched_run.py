@@ -20,10 +20,10 @@ from offload_adam.coordinator.progress import PROGRESS, PeerRecord, Process, Pro
 from offload_adam.coordinator.verdicts import Verdict
 from offload_adam.sinks import sink
 from offload_adam.sinks.server import StatusServer
-from offload_adam.train import loop, sinks
+from offload_adam.train import loop, observation
 from offload_adam.train.model import next_token_loss
 from offload_adam.train.observation import Observation
-from offload_adam.train.records import RunTotals
+from offload_adam.train.records import CheckpointTotals, RunTotals
 from tests.unit.test_train_alone import SMALL, run
 
 pytest.importorskip("waitress")
@@ -50,7 +50,7 @@ def read(url: str) -> str:
 
 def look(server: StatusServer) -> Seen:
     base = f"http://127.0.0.1:{server.port}"
-    assert read(f"{base}/healthz") == '{"healthy": true}'
+    assert read(f"{base}/healthz") == '{"healthy":true}'
     metrics, names = {}, set()
     for family in prometheus.text_string_to_metric_families(read(f"{base}/metrics")):
         names.add(family.name + "_total" * (family.type == "counter"))
@@ -74,7 +74,7 @@ def watch(
             super().write(record)
             seen.append(look(self))
 
-    patch.setattr(sinks, "StatusServer", Asking)
+    patch.setattr(observation, "StatusServer", Asking)
     patch.setattr(PROGRESS, "phase", "start")  # a test that raised has left its phase
     records, _ = run(folder, observe={"http_port": 0}, **sections)
     return seen, records
@@ -216,7 +216,7 @@ def test_an_error_of_the_training_is_reported_while_sinks_are_closed(
     def fail(*_: object) -> None:
         raise RuntimeError("out of tokens")
 
-    monkeypatch.setattr(sinks, "StatusServer", Asking)
+    monkeypatch.setattr(observation, "StatusServer", Asking)
     monkeypatch.setattr(loop, "_run_step", fail)
     with pytest.raises(RuntimeError, match="out of tokens"):
         run(tmp_path, train=STEPS, observe={"http_port": 0})
@@ -246,7 +246,7 @@ def test_a_run_that_hangs_in_its_forward_is_not_healthy(
                 reasons.append(json.loads(error.read())["reason"])
         return next_token_loss(*arguments)
 
-    monkeypatch.setattr(sinks, "StatusServer", Opened)
+    monkeypatch.setattr(observation, "StatusServer", Opened)
     monkeypatch.setattr(loop, "next_token_loss", hang)
     run(tmp_path, train=STEPS, observe={"http_port": 0}, coordinator={"stuck_after": 0.3})
     (reason,) = reasons
@@ -285,8 +285,8 @@ def observe(ranks: Ranks | None) -> Observation:
     )
     world = Stub(ranks=Stub(watch=None, failure=None) if ranks is None else ranks)
     optimizer = Stub(memory_ledger=list)
-    job: Any = Stub(config=config, world=world, saver=None, optimizer=optimizer)
-    return Observation(job, RunTotals(1))
+    job: Any = Stub(config=config, world=world, optimizer=optimizer)
+    return Observation(job, RunTotals(1), CheckpointTotals())
 
 
 @pytest.mark.parametrize(
@@ -321,59 +321,68 @@ def test_a_verdict_of_the_ranks_is_the_problem() -> None:
 
 
 def test_a_single_rank_is_judged_by_its_own_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    observation = observe(None)
+    alone = observe(None)
     now_s = [100.0]
     monkeypatch.setattr("offload_adam.train.observation.time.monotonic", lambda: now_s[0])
     PROGRESS.move()
-    assert observation.problem() is None
+    assert alone.problem() is None
     now_s[0] += 9.0
-    assert observation.problem() is None
+    assert alone.problem() is None
     now_s[0] += 2.0
-    assert "No rank has made progress for 10 s: rank 0" in str(observation.problem())
+    assert "No rank has made progress for 10 s: rank 0" in str(alone.problem())
     with PROGRESS.at("evaluation", long_running=True):
         now_s[0] += 99.0
-        assert observation.problem() is None
+        assert alone.problem() is None
     PROGRESS.move()
-    assert observation.problem() is None
+    assert alone.problem() is None
 
 
-def heartbeat_ages(observation: Observation) -> list[float]:
-    families = {family.name: family for family in observation.collect()}
+def heartbeat_ages(watched: Observation) -> list[float]:
+    families = {family.name: family for family in watched.collect()}
     samples = families["offload_adam_rank_heartbeat_age_seconds"].samples
     return [sample.value for sample in samples]
 
 
 def test_a_heartbeat_ages_until_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks(record(0, 0), record(1, 0))
-    observation = observe(ranks)
+    pair = observe(ranks)
     now_s = [100.0]
     monkeypatch.setattr("offload_adam.train.observation.time.monotonic", lambda: now_s[0])
-    assert heartbeat_ages(observation) == [0, 0]
+    assert heartbeat_ages(pair) == [0, 0]
     now_s[0] += 15
     ranks.records = (replace(record(0, 0), beat=6), record(1, 0))
-    assert heartbeat_ages(observation) == [0, 15]
+    assert heartbeat_ages(pair) == [0, 15]
     now_s[0] += 15
     ranks.records = (replace(record(0, 0), beat=7), record(1, 0))
-    assert heartbeat_ages(observation) == [0, 30]
+    assert heartbeat_ages(pair) == [0, 30]
 
 
-@pytest.fixture
-def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sink, "find_spec", lambda name: None)
-
-
-@pytest.mark.usefixtures("nothing_installed")
 @pytest.mark.parametrize(
-    ("key", "value"), [("http_port", 0), ("tensorboard", True), ("wandb_project", "p")]
+    ("key", "value", "package", "extra"),
+    [
+        ("http_port", 0, "prometheus_client", "watch"),
+        ("http_port", 0, "waitress", "watch"),
+        ("tensorboard", True, "tensorboard", "tensorboard"),
+        ("wandb_project", "p", "wandb", "wandb"),
+    ],
 )
-def test_a_sink_without_its_package_is_a_mistake_of_the_configuration(
-    tmp_path: Path, key: str, value: object
+def test_a_missing_package_of_a_sink_is_a_mistake_that_names_the_extra(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    key: str,
+    value: object,
+    package: str,
+    extra: str,
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"observe\.{key}.*pip install"):
+    monkeypatch.setattr(sink, "find_spec", lambda name: None if name == package else True)
+    message = rf"observe\.{key}: needs {package}: pip install 'offload-adam\[{extra}\]'"
+    with pytest.raises(ConfigError, match=message):
         run(tmp_path, observe={key: value})
     assert not (tmp_path / "case").exists()
 
 
-@pytest.mark.usefixtures("nothing_installed")
-def test_a_run_without_sinks_needs_no_package(tmp_path: Path) -> None:
+def test_a_run_without_sinks_needs_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sink, "find_spec", lambda name: None)
     run(tmp_path, train=STEPS)
