@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 
-_SKIPPED_PACKAGES = ("offload_adam", "torch")
+_SKIPPED_PACKAGES = ("offload_adam", "torch", "contextlib")
 
 
 def warn_user(message: str) -> None:
