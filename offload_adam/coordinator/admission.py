@@ -93,8 +93,8 @@ def require_same(ranks: RankGroup, what: str, fields: Sequence[Field], *, remedy
     (first,) = ranks.at([0])  # its rank in the default group, which may not be 0
     differences = gather_texts(ranks, _first_difference(reference, fields, first))
     ranks_by_difference: dict[str, list[int]] = {}
-    for place in different:
-        ranks_by_difference.setdefault(differences[place], []).append(place)
+    for rank in different:
+        ranks_by_difference.setdefault(differences[rank], []).append(rank)
     raise RankDisagreementError(
         ". ".join(
             f"Rank(s) {ranks.at(others)} have a different {what} than rank {first}: {difference}"

@@ -39,7 +39,7 @@ ONE_REQUEST_S = 3.0
 _POLL_S = 0.5
 _PAUSE_S = 0.05
 # Longest wait for the disk before the process exits at once.
-_LAST_WORDS_S = 2.0
+_DISK_TIMEOUT_S = 2.0
 _PREFIX = "offload_adam/preemption"
 
 
@@ -120,9 +120,9 @@ class Preemption:
         in other threads and in child processes.
     """
 
-    def __init__(self, ranks: RankGroup, what_stands: Callable[[], str]) -> None:
+    def __init__(self, ranks: RankGroup, describe_lost_steps: Callable[[], str]) -> None:
         self.is_requested = False
-        self._what_stands = what_stands
+        self._describe_lost_steps = describe_lost_steps
         self._ranks = ranks
         self._store = _own_store() if ranks.world_size > 1 else None
         self._reader, self._writer = os.pipe()
@@ -138,15 +138,15 @@ class Preemption:
         self._previous = {number: signal.signal(number, _wake_only) for number in SIGNALS}
         self._thread.start()
 
-    def stop(self, *, deaf: bool) -> None:
+    def stop(self, *, ignore_signals: bool) -> None:
         """Stop the thread and restore the previous handlers.
 
         Args:
-            deaf: ignore further signals instead of restoring their handlers.
+            ignore_signals: ignore further signals instead of restoring their handlers.
         """
         self._ending.set()
         signal.set_wakeup_fd(self._previous_fd)
-        if not deaf:
+        if not ignore_signals:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
         os.write(self._writer, b"\0")  # ends the thread's `select` at once
@@ -157,7 +157,7 @@ class Preemption:
 
     def _run(self) -> None:
         """Decide on the first request of any rank; end on a late second SIGTERM to this rank."""
-        is_settled, first_signal_s = False, None
+        is_handled, first_signal_s = False, None
         while not self._ending.is_set():
             names = self._received()
             if self._ending.is_set():
@@ -165,12 +165,12 @@ class Preemption:
             if first_signal_s is not None and time.monotonic() - first_signal_s > ONE_REQUEST_S:
                 if signal.SIGTERM.name in names:
                     self._end_at_once()
-            elif not is_settled:
-                is_settled = self._settle(names[0] if names else None)
+            elif not is_handled:
+                is_handled = self._handle_request(names[0] if names else None)
             if names and first_signal_s is None:
                 first_signal_s = time.monotonic()
 
-    def _settle(self, name: str | None) -> bool:
+    def _handle_request(self, name: str | None) -> bool:
         """Decide on a signal to this rank or another rank; return False if there was none.
 
         Args:
@@ -196,8 +196,8 @@ class Preemption:
         """Print what is lost and end this process, unless another rank has failed."""
         if self._has_failed():
             return
-        # `what_stands` reads the disk, which may be the reason why the process hangs.
-        timer = threading.Timer(_LAST_WORDS_S, os._exit, (EXIT_AT_ONCE,))
+        # `describe_lost_steps` reads the disk, which may be the reason why the process hangs.
+        timer = threading.Timer(_DISK_TIMEOUT_S, os._exit, (EXIT_AT_ONCE,))
         timer.daemon = True
         timer.start()
         print(
@@ -206,7 +206,7 @@ class Preemption:
             file=sys.stderr,
             flush=True,
         )
-        print(f"offload-adam: {self._what_stands()}", file=sys.stderr, flush=True)
+        print(f"offload-adam: {self._describe_lost_steps()}", file=sys.stderr, flush=True)
         os._exit(EXIT_AT_ONCE)
 
     def _has_failed(self) -> bool:
@@ -226,7 +226,7 @@ class Preemption:
 
     def _decide(self, name: str) -> None:
         """Accept the request if all ranks answer; otherwise end the run on all ranks."""
-        silent = self._ranks_that_do_not_answer()
+        silent = self._silent_ranks()
         if silent:
             text = (
                 f"Received {name}, and rank(s) {silent} did not answer within {ANSWER_WITHIN_S:g} "
@@ -242,7 +242,7 @@ class Preemption:
         )
         self.is_requested = True
 
-    def _ranks_that_do_not_answer(self) -> list[int]:
+    def _silent_ranks(self) -> list[int]:
         store = self._store
         if store is None:
             return []
@@ -254,15 +254,15 @@ class Preemption:
 
 @contextmanager
 def preemptible(
-    ranks: RankGroup, what_stands: Callable[[], str] = lambda: "its steps are lost"
+    ranks: RankGroup, describe_lost_steps: Callable[[], str] = lambda: "its steps are lost"
 ) -> Iterator[Preemption]:
     """Treat SIGTERM and SIGUSR1 in the body as requests to save and end.
 
     Args:
-        what_stands: returns a sentence that names the newest checkpoint and the steps that are lost
+        describe_lost_steps: returns a sentence that names the newest checkpoint and the steps that are lost
             if the process ends at once. Called on another thread.
     """
-    preemption = Preemption(ranks, what_stands)
+    preemption = Preemption(ranks, describe_lost_steps)
     if threading.current_thread() is not threading.main_thread():
         yield preemption  # Python installs signal handlers on the main thread only
         return
@@ -271,9 +271,9 @@ def preemptible(
         yield preemption
     except BaseException:
         # torchrun's agent sends SIGTERM after a failure, before our error message is printed.
-        preemption.stop(deaf=ranks.world_size > 1)
+        preemption.stop(ignore_signals=ranks.world_size > 1)
         raise
-    preemption.stop(deaf=False)
+    preemption.stop(ignore_signals=False)
 
 
 def _wake_only(number: int, frame: FrameType | None) -> None:

@@ -85,10 +85,10 @@ def _needs(ranks: RankGroup, nbytes: Mapping[str, int]) -> list[NodeNeed]:
     own = json.dumps([process.machine, process.host, dict(nbytes), available_nbytes, limit])
     texts = gather_texts(ranks, own) if ranks.world_size > 1 else [own]
     nodes: dict[str, list[tuple[int, list[object]]]] = {}
-    for place, text in enumerate(texts):
+    for rank, text in enumerate(texts):
         machine, *rest = json.loads(text)
         # By machine, not by host name: two containers may share a name and not their memory limit.
-        nodes.setdefault(machine, []).append((ranks.global_ranks[place], rest))
+        nodes.setdefault(machine, []).append((ranks.global_ranks[rank], rest))
     return [_sum_of(members) for members in nodes.values()]
 
 
@@ -133,14 +133,16 @@ def control_group_memory(root: Path, groups: Mapping[str, str]) -> list[tuple[in
     found = []
     if "memory" in groups:
         files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        found += _left_upwards(root / "memory", groups["memory"], files)
+        found += _available_in_parents(root / "memory", groups["memory"], files)
     if "" in groups:
         files = ("memory.max", "memory.current", "inactive_file")
-        found += _left_upwards(root, groups[""], files)
+        found += _available_in_parents(root, groups[""], files)
     return found
 
 
-def _left_upwards(root: Path, group: str, files: tuple[str, str, str]) -> list[tuple[int, str]]:
+def _available_in_parents(
+    root: Path, group: str, files: tuple[str, str, str]
+) -> list[tuple[int, str]]:
     """Return (available bytes, limit) of a group and its parents, skipping those without a limit.
 
     Args:

@@ -215,7 +215,7 @@ class RankGroup:
             # First: a peer that sees a closed connection then finds out that this rank has left.
             self.watch.leave()
         if self._unfinished:
-            _abandon(groups)
+            _leak(groups)
         if not dist.is_initialized():
             return
         for group in groups:
@@ -358,7 +358,7 @@ _openings: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], itertools.count[
 )
 
 
-def _abandon(groups: Iterable[dist.ProcessGroup]) -> None:
+def _leak(groups: Iterable[dist.ProcessGroup]) -> None:
     """Leak groups with an unfinished collective.
 
     gloo's destructor holds the GIL until all started collectives have timed out. With a dead peer,

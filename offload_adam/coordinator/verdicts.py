@@ -80,7 +80,7 @@ def hung_verdict(records: Sequence[PeerRecord], stuck_after: float) -> Verdict |
     if still:
         return _verdict_on(
             still,
-            f"Hung while other ranks waited for more than {stuck_after:g} s: {_places(still)}. "
+            f"Hung while other ranks waited for more than {stuck_after:g} s: {_describe(still)}. "
             "Inspect these processes with py-spy dump --pid. If the work takes that long, increase "
             "stuck_after.",
         )
@@ -88,7 +88,7 @@ def hung_verdict(records: Sequence[PeerRecord], stuck_after: float) -> Verdict |
         return _verdict_on(
             present,
             f"All ranks have waited for each other for more than {stuck_after:g} s: "
-            f"{_places(present)}. All ranks must take the same steps.",
+            f"{_describe(present)}. All ranks must take the same steps.",
         )
     return None
 
@@ -99,7 +99,7 @@ def late_verdict(records: Sequence[PeerRecord], problem: str) -> Verdict:
     return _verdict_on(
         absent,
         f"A collective failed ({problem}), and no rank was found dead. "
-        f"{'Not in the collective' if absent else 'Waiting'}: {_places(absent or records)}. "
+        f"{'Not in the collective' if absent else 'Waiting'}: {_describe(absent or records)}. "
         "All ranks must take the same steps, each within the process group's timeout.",
     )
 
@@ -117,6 +117,6 @@ def _verdict_on(records: Iterable[PeerRecord], text: str) -> Verdict:
     return Verdict(tuple(record.rank for record in records), text)
 
 
-def _places(records: Sequence[PeerRecord]) -> str:
+def _describe(records: Sequence[PeerRecord]) -> str:
     named = records[:_MOST_NAMED]
     return "; ".join(f"rank {r.rank} ({r.address}) in {r.progress.where}" for r in named)

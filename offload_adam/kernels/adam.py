@@ -20,7 +20,7 @@ import numpy.typing as npt
 from offload_adam.kernels import adam_ir, adam_plain
 from offload_adam.kernels import scalars as at
 from offload_adam.kernels.adam_ir import finish_stores
-from offload_adam.kernels.compilation import compile_now, inner, jit, source_fingerprint
+from offload_adam.kernels.compilation import compile_now, jit, jit_inlined, source_fingerprint
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.intrinsics import pointer_to, window
 from offload_adam.layout.flat import BLOCK_NUMEL
@@ -30,7 +30,7 @@ Float32Array = npt.NDArray[np.float32]
 ElementArray = npt.NDArray[Any]
 
 
-update_range = inner((adam_ir if adam_ir.supports_ir() else adam_plain).update_range)
+update_range = jit_inlined((adam_ir if adam_ir.supports_ir() else adam_plain).update_range)
 """The loop over one range of elements. Both choices compute the same bits."""
 
 

@@ -144,11 +144,11 @@ class _Stages:
         scale, eps = self._scalars[at.DENOMINATOR_SCALE], self._scalars[at.EPS]
         return (self._builder.fdiv(direction, self._vectors.fma(scale, root, eps)),)
 
-    def weight(self, i: Any, quotient: Any, *, past_caches: bool = False) -> None:
+    def weight(self, i: Any, quotient: Any, *, nontemporal: bool = False) -> None:
         """Update the master weight, and write the 16-bit parameter if there is one.
 
         Args:
-            past_caches: bypass the caches for the parameter, whose address must be aligned to 16
+            nontemporal: bypass the caches for the parameter, whose address must be aligned to 16
                 elements.
         """
         b, v, s = self._builder, self._vectors, self._scalars
@@ -157,7 +157,7 @@ class _Stages:
         w = b.fsub(w, v.fma(s[at.DECAY], w, step))
         v.store(w, self._arrays.master, i, types.float32)
         if self._arrays.param_out is not None:
-            store = v.store_past_caches if past_caches else v.store
+            store = v.store_nontemporal if nontemporal else v.store
             store(w, self._arrays.param_out, i, self._elements.param_out)
 
 
@@ -290,7 +290,7 @@ def _emit_pipeline(builder: Any, stages: _Stages, start: Any, end: Any) -> None:
         return builder.add(i, _constant(vectors * _LANES))
 
     def weight(i: Any, quotient: Any) -> None:
-        stages.weight(i, quotient, past_caches=True)
+        stages.weight(i, quotient, nontemporal=True)
 
     quotient = stages.quotient(*stages.root(*stages.moments(start)))
     root = stages.root(*stages.moments(away(start, 1)))

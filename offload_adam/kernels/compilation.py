@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 SLOW_COMPILATION_S = 1.0
 """Seconds after which a compilation that still runs is logged."""
 
-LOCK_S = 120.0
+LOCK_TIMEOUT_S = 120.0
 """Seconds to wait for another process that compiles the same kernel, before compiling it here."""
 
 
@@ -63,7 +63,7 @@ def jit(function: Callable[..., Any], **options: Any) -> Any:
         return numba.njit(function, **options)
 
 
-def inner(function: Callable[..., Any]) -> Any:
+def jit_inlined(function: Callable[..., Any]) -> Any:
     """Return the dispatcher of a function that kernels inline; it has no disk cache.
 
     A cached function would not be recompiled if a function that it inlines changes: see
@@ -80,21 +80,21 @@ def compile_now(dispatcher: Any, arguments: tuple[Any, ...], label: str) -> None
     signature = tuple(numba.typeof(argument) for argument in arguments)
     if is_compiled(dispatcher, signature):
         return
-    announcement = threading.Timer(SLOW_COMPILATION_S, _announce, [label])
-    announcement.daemon = True
-    announcement.start()
+    timer = threading.Timer(SLOW_COMPILATION_S, _log_compilation, [label])
+    timer.daemon = True
+    timer.start()
     try:
-        with _alone(dispatcher):
+        with _cache_lock(dispatcher):
             _compile(dispatcher, signature)
     finally:
-        announcement.cancel()
+        timer.cancel()
 
 
 @contextmanager
-def _alone(dispatcher: Any) -> Iterator[None]:
+def _cache_lock(dispatcher: Any) -> Iterator[None]:
     """Hold a file lock, so that no other process with the same cache compiles this kernel.
 
-    Without a lock file (no cache, no locks, or `LOCK_S` is over), the body runs unlocked.
+    Without a lock file (no cache, no locks, or `LOCK_TIMEOUT_S` is over), the body runs unlocked.
     """
     # Numba's cache index supports one writer. Two writers could give the same file name to two
     # specialisations, and a process would later load the wrong one.
@@ -102,7 +102,7 @@ def _alone(dispatcher: Any) -> Iterator[None]:
     if folder is None:
         yield
         return
-    lock = FileLock(folder / f"{dispatcher.py_func.__name__}.lock", timeout=LOCK_S)
+    lock = FileLock(folder / f"{dispatcher.py_func.__name__}.lock", timeout=LOCK_TIMEOUT_S)
     try:
         lock.acquire()
     except (OSError, NotImplementedError, Timeout) as error:
@@ -116,7 +116,7 @@ def _alone(dispatcher: Any) -> Iterator[None]:
         lock.release()
 
 
-def _announce(label: str) -> None:
+def _log_compilation(label: str) -> None:
     logger.info(
         "Compiling the %s kernel for this machine; later runs load it from the cache", label
     )

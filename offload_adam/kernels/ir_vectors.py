@@ -68,7 +68,7 @@ class Vectors:
         return self._builder.select(tiny, self.zeros(), a)
 
     def load(self, array: Any, index: Any, element: Any) -> Any:
-        """Return the carried elements array[index : index + lanes], widened exactly to float32."""
+        """Return the raw elements array[index : index + lanes], widened exactly to float32."""
         pointer = self._address(array, index, element)
         loaded = self._builder.load(pointer)
         # By default LLVM assumes the alignment of the whole vector; such a load would fault.
@@ -76,11 +76,11 @@ class Vectors:
         return self.widen(loaded, element)
 
     def store(self, value: Any, array: Any, index: Any, element: Any) -> None:
-        """Write to array[index : index + lanes], rounded to carried elements."""
+        """Write to array[index : index + lanes], rounded to raw elements."""
         pointer = self._address(array, index, element)
         self._builder.store(self.round(value, element), pointer).align = element.bitwidth // 8
 
-    def store_past_caches(self, value: Any, array: Any, index: Any, element: Any) -> None:
+    def store_nontemporal(self, value: Any, array: Any, index: Any, element: Any) -> None:
         """Write like `store`, but bypass the caches; the address is aligned to the whole vector.
 
         An ordinary store first reads the cache line that it writes to.
@@ -91,19 +91,19 @@ class Vectors:
         one = self._builder.module.add_metadata([ir.Constant(I32, 1)])
         stored.set_metadata("nontemporal", one)
 
-    def widen(self, carried: Any, element: Any) -> Any:
-        """Return carried elements as float32, exactly."""
+    def widen(self, raw: Any, element: Any) -> Any:
+        """Return raw elements as float32, exactly."""
         builder = self._builder
         if element == types.float32:
-            return carried
+            return raw
         if element == types.int16:
-            half = builder.bitcast(carried, self._vector(ir.HalfType()))
+            half = builder.bitcast(raw, self._vector(ir.HalfType()))
             return builder.fpext(half, self.kind)
-        wide = builder.zext(carried, self._vector(I32))
+        wide = builder.zext(raw, self._vector(I32))
         return builder.bitcast(builder.shl(wide, self._constant(I32, 16)), self.kind)
 
     def round(self, value: Any, element: Any) -> Any:
-        """Return float32 rounded to carried elements, to nearest even; a NaN stays a NaN."""
+        """Return float32 rounded to raw elements, to nearest even; a NaN stays a NaN."""
         builder = self._builder
         if element == types.float32:
             return value
@@ -132,9 +132,9 @@ class Vectors:
         return ir.Constant(self._vector(scalar), [value] * self.lanes)
 
     def _address(self, array: Any, index: Any, element: Any) -> Any:
-        carried = F32 if element == types.float32 else I16
+        raw = F32 if element == types.float32 else I16
         pointer = self._builder.gep(array, [index])
-        return self._builder.bitcast(pointer, self._vector(carried).as_pointer())
+        return self._builder.bitcast(pointer, self._vector(raw).as_pointer())
 
     def _call(self, operation: str, *operands: Any) -> Any:
         kind = ir.FunctionType(self.kind, [self.kind] * len(operands))

@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from offload_adam.kernels.compilation import compile_now, inner, jit, source_fingerprint
+from offload_adam.kernels.compilation import compile_now, jit, jit_inlined, source_fingerprint
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.intrinsics import block_sum_of_squares, pointer_to
 from offload_adam.layout.flat import BLOCK_NUMEL
@@ -26,7 +26,7 @@ def _sum_range(gradient: Any, sums: Any, first: Any) -> None:
         sums[first + whole] = block_sum_of_squares(padded, 0)
 
 
-sum_range = inner(_sum_range)
+sum_range = jit_inlined(_sum_range)
 
 
 def _build() -> Any:

@@ -109,7 +109,7 @@ def run_part(
 @pytest.mark.parametrize("name", sorted(OPTIONS))
 @pytest.mark.parametrize("reduction", ["optimizer", "external"])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_do_what_one_does_with_the_mean(
+def test_ranks_match_one_rank_with_the_mean_gradient(
     ranks: RankPool, name: str, reduction: str, world_size: int
 ) -> None:
     by_call = world_size == 2
@@ -145,7 +145,7 @@ def reject_amsgrad(rank: int, world_size: int) -> list[Outcome]:
     return outcomes
 
 
-def test_amsgrad_is_refused_on_every_rank_naming_those_that_asked(ranks: RankPool) -> None:
+def test_amsgrad_is_rejected_on_every_rank_and_names_the_ranks_that_set_it(ranks: RankPool) -> None:
     for outcomes in ranks.run(reject_amsgrad, 3, timeout=60.0):
         assert [outcome.error for outcome in outcomes] == ["ValueError"] * 3
         assert all("amsgrad" in outcome.message for outcome in outcomes)

@@ -35,7 +35,7 @@ def notify(rank: int, world_size: int) -> list[Notice]:
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_any_rank_stops_all_and_the_slowest_says_what_is_saved(
+def test_one_rank_stops_all_and_the_slowest_rank_decides_what_is_saved(
     ranks: RankPool, world_size: int
 ) -> None:
     slowest = 7 if world_size == 1 else 5
@@ -57,7 +57,7 @@ def part(rank: int, world_size: int) -> Outcome:
     return outcome
 
 
-def test_ranks_at_different_steps_are_refused(ranks: RankPool) -> None:
+def test_ranks_at_different_steps_are_rejected(ranks: RankPool) -> None:
     first, second, third = ranks.run(part, 3)
     assert first == second == third
     assert first.error == "RankDisagreementError"

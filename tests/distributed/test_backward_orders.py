@@ -71,7 +71,7 @@ def use_parameters_in_other_orders(rank: int, world_size: int) -> list[list[torc
     return found
 
 
-def test_ranks_may_use_other_parameters_in_other_orders(ranks: RankPool) -> None:
+def test_ranks_may_use_different_parameters_in_different_orders(ranks: RankPool) -> None:
     world_size = 3
     found = ranks.run(use_parameters_in_other_orders, world_size)[0]
     for step, means in enumerate(found):

@@ -188,7 +188,7 @@ def refuse(rank: int, world_size: int, path: str, other: str) -> list[Outcome]:
     return outcomes
 
 
-def test_what_does_not_fit_is_refused_on_every_rank(ranks: RankPool, tmp_path: Path) -> None:
+def test_mismatched_checkpoints_are_rejected_on_every_rank(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(save, 2, "fp32", str(tmp_path / "c"), timeout=60.0)
     found = ranks.run(refuse, 2, str(tmp_path / "c"), str(tmp_path / "d"), timeout=60.0)
     for one, other in pairwise(found):

@@ -79,7 +79,7 @@ def drop_and_start_again(rank: int, world_size: int, store: str) -> list[torch.T
     return [parameter.detach().clone() for parameter in model.all]
 
 
-def test_a_lost_optimizer_takes_no_gradients(ranks: RankPool, tmp_path: Path) -> None:
+def test_a_dropped_optimizer_takes_no_gradients(ranks: RankPool, tmp_path: Path) -> None:
     first, second = ranks.run(drop_and_start_again, 2, str(tmp_path / "store"))
     for weight, other, before in zip(first, second, Weights([(300,), (4,)]).all, strict=True):
         assert torch.equal(weight, other)
@@ -135,7 +135,7 @@ print("left")
 """
 
 
-def test_leaving_without_close_is_no_abort(tmp_path: Path) -> None:
+def test_exiting_without_close_does_not_abort(tmp_path: Path) -> None:
     """Rank 0 destroys the process groups under a live optimizer, rank 1 just ends."""
     environment = {**os.environ, "NUMBA_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"

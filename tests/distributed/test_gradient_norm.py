@@ -194,7 +194,7 @@ def step_on_partial_averages(rank: int, world_size: int) -> tuple[Outcome, list[
     return result
 
 
-def test_averages_that_are_not_on_all_ranks_are_refused(ranks: RankPool) -> None:
+def test_averaged_gradients_that_some_ranks_lack_are_rejected(ranks: RankPool) -> None:
     results = ranks.run(step_on_partial_averages, 3)
     for outcome, end, unchanged in results:
         assert outcome.error == "RankDisagreementError"

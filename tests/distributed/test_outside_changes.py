@@ -129,7 +129,7 @@ def change_on_one(rank: int, world_size: int, odd: int, streams: bool) -> tuple[
 @pytest.mark.parametrize(
     ("world_size", "odd", "streams"), [(2, 0, True), (2, 1, False), (3, 2, True)]
 )
-def test_a_change_on_one_rank_is_refused_by_its_number_and_can_be_mended(
+def test_an_edit_on_one_rank_raises_an_error_that_names_it_and_can_be_corrected(
     ranks: RankPool, world_size: int, odd: int, streams: bool
 ) -> None:
     for rank, (outcome, equal) in enumerate(ranks.run(change_on_one, world_size, odd, streams)):
@@ -166,7 +166,7 @@ def change_data_on_one(rank: int, world_size: int, odd: int) -> tuple[Outcome, b
 
 
 @pytest.mark.parametrize(("world_size", "odd"), [(2, 1), (3, 1)])
-def test_a_write_through_data_on_one_rank_is_refused_and_can_be_mended(
+def test_a_write_through_data_on_one_rank_raises_and_can_be_corrected(
     ranks: RankPool, world_size: int, odd: int
 ) -> None:
     for outcome, equal in ranks.run(change_data_on_one, world_size, odd):
@@ -298,7 +298,7 @@ def make_mistakes(rank: int, world_size: int, streams: bool) -> list[Mended]:
 
 
 @pytest.mark.parametrize("streams", [False, True])
-def test_a_mistake_on_one_rank_ends_the_step_on_all_and_can_be_mended(
+def test_a_mistake_on_one_rank_ends_the_step_on_all_and_can_be_corrected(
     ranks: RankPool, streams: bool
 ) -> None:
     results = ranks.run(make_mistakes, 3, streams)
@@ -349,7 +349,7 @@ def use_a_sparse_gradient(
 
 
 @pytest.mark.parametrize("streams", [False, True])
-def test_a_sparse_gradient_on_one_rank_is_named_there_and_hangs_none(
+def test_a_sparse_gradient_on_one_rank_is_named_and_no_rank_hangs(
     ranks: RankPool, streams: bool
 ) -> None:
     first, second = ranks.run(use_a_sparse_gradient, 2, streams)

@@ -91,7 +91,7 @@ HOWS = ["alike", "apart", "last_rank_all", "skips_backward", "evaluates", "saves
 
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_ranks_that_part_keep_one_order_and_the_sequential_bits(
+def test_ranks_that_use_different_blocks_keep_one_order_and_the_sequential_bits(
     ranks: RankPool, how: str, dtype: str
 ) -> None:
     expected = ranks.run(train, 2, how, OffloadAdam, False, dtype)
@@ -100,7 +100,7 @@ def test_ranks_that_part_keep_one_order_and_the_sequential_bits(
         assert ranks.run(train, 2, how, maker, True, dtype) == expected
 
 
-def test_three_ranks_that_part(ranks: RankPool) -> None:
+def test_three_ranks_that_use_different_blocks(ranks: RankPool) -> None:
     expected = ranks.run(train, 3, "apart", OffloadAdam, False, "bfloat16")
     assert ranks.run(train, 3, "apart", Lazy, True, "bfloat16") == expected
 
@@ -168,7 +168,7 @@ def drop_in_the_middle(rank: int, world_size: int) -> str:
     return logged.getvalue()
 
 
-def test_ranks_that_drop_an_optimizer_too_early_are_told(ranks: RankPool) -> None:
+def test_dropping_an_optimizer_before_its_gathers_is_reported(ranks: RankPool) -> None:
     for logged in ranks.run(drop_in_the_middle, 2):
         assert "they now differ between ranks. Call synchronize() or close()" in logged
 
@@ -200,7 +200,7 @@ def train_with_one_fallen_back(rank: int, world_size: int) -> tuple[list[bytes],
     return found, left_running
 
 
-def test_a_rank_that_falls_back_and_one_that_overlaps_go_together(ranks: RankPool) -> None:
+def test_a_rank_that_waits_in_step_and_one_that_overlaps_agree(ranks: RankPool) -> None:
     results = ranks.run(train_with_one_fallen_back, 2)
     assert results[0][0] == results[1][0]
     assert [left_running for _, left_running in results] == [False, True]

@@ -209,7 +209,7 @@ def _step_alike(shared: OffloadAdam, own: OffloadAdam) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_random_runs_are_those_of_a_world_of_one(ranks: RankPool, seed: int) -> None:
+def test_random_runs_match_a_world_of_one(ranks: RankPool, seed: int) -> None:
     world_size = 2 + seed % 3
     num_taken = ranks.run(run_beside_a_world_of_one, world_size, seed)
     assert len(set(num_taken)) == 1
@@ -217,6 +217,6 @@ def test_random_runs_are_those_of_a_world_of_one(ranks: RankPool, seed: int) -> 
 
 
 @pytest.mark.slow
-def test_many_random_runs_are_those_of_a_world_of_one(ranks: RankPool) -> None:
+def test_many_random_runs_match_a_world_of_one(ranks: RankPool) -> None:
     for seed in range(8, 68):
         ranks.run(run_beside_a_world_of_one, 2 + seed % 3, seed)

@@ -103,7 +103,7 @@ def test_every_saved_file_loads_to_the_bit(
 
 
 @pytest.mark.parametrize("version", write.EXTRAS)
-def test_a_training_run_goes_on_from_a_saved_folder(
+def test_a_training_run_resumes_from_a_saved_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
     """The checkpoint after step 4 gives steps 5 to 8 the losses that they had."""

@@ -74,7 +74,7 @@ def assert_same(found: Run, expected: Run) -> None:
         assert torch.equal(tensor, expected_tensors[key]), key
 
 
-def test_a_full_state_goes_on_in_any_world(ranks: RankPool) -> None:
+def test_a_full_state_resumes_in_any_world_size(ranks: RankPool) -> None:
     uninterrupted = run_from_the_start(0, 1, NUM_BEFORE + NUM_AFTER)
     assert_same(ranks.run(run_from_the_start, 3, NUM_BEFORE + NUM_AFTER)[0], uninterrupted)
     for saving in (2, 3):

@@ -212,7 +212,7 @@ def save_edited_state(rank: int, world_size: int, path: str, mode: str) -> list[
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_an_edit_that_one_rank_alone_cannot_follow_ends_the_save_on_all(
+def test_an_edit_that_is_invalid_on_one_rank_fails_the_save_on_all(
     ranks: RankPool, tmp_path: Path, mode: str
 ) -> None:
     (first, saved), (second, _) = ranks.run(save_edited_state, 2, str(tmp_path), mode)

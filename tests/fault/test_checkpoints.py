@@ -34,7 +34,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, .
     [f"kill@{place}" for place in ("forward", "backward", "reduce", "agree", "update", "gather")]
     + ["hang@update", "raise@forward", "raise@update"],
 )
-def test_the_curve_goes_on_exactly_after_any_failure(
+def test_the_loss_curve_is_unchanged_after_any_failure(
     tmp_path: Path, uninterrupted: list[tuple[Any, ...]], fault: str
 ) -> None:
     """In step 7, after one of two checkpoints that are due before it; an update beside it, too."""
@@ -156,7 +156,7 @@ def test_a_disk_of_its_own_that_is_full(
         verify_checkpoint(disk / "checkpoints" / f"step-{step}")
 
 
-def test_a_checkpoint_that_is_required_ends_the_run(tmp_path: Path) -> None:
+def test_a_required_checkpoint_that_fails_ends_the_run(tmp_path: Path) -> None:
     ended = run(tmp_path, "fill@write/8", *SHORT, "--checkpoint.required=true")
     assert ended.code == 1
     assert "File too large" in ended.printed

@@ -100,14 +100,14 @@ def test_workers_end_with_a_killed_agent(tmp_path: Path) -> None:
     assert not alive
 
 
-def test_a_restart_goes_on_after_a_failure(tmp_path: Path) -> None:
+def test_a_restart_resumes_after_a_failure(tmp_path: Path) -> None:
     ended = run(tmp_path, "kill@update", options=("--max-restarts=1",))
     assert ended.code == 0, ended.printed
     assert "Rank 1 is dead" in ended.printed
     assert [record["step"] for record in ended.records] == list(range(1, 41))
 
 
-def test_what_a_restart_cannot_mend_is_not_retried(tmp_path: Path) -> None:
+def test_an_error_that_a_restart_cannot_fix_is_not_retried(tmp_path: Path) -> None:
     """The fault is gone at the second attempt, which must not be a try."""
     ended = run(tmp_path, "differ@shape", options=("--max-restarts=2",))
     assert ended.code == 1
@@ -140,7 +140,7 @@ def test_twenty_runs_of_eight_ranks_end_with_0(tmp_path: Path) -> None:
         assert ended.code == 0, ended.printed
 
 
-def test_a_run_that_is_asked_during_its_start_ends(tmp_path: Path) -> None:
+def test_a_signal_during_the_start_ends_the_run(tmp_path: Path) -> None:
     process = start(tmp_path, "", LONG)
     wait_for(tmp_path, "Running kernels with", process)
     process.send_signal(signal.SIGTERM)

@@ -88,7 +88,7 @@ def test_signals_in_one_burst_are_one_request(tmp_path: Path) -> None:
     assert "preempted: ended after step 4, with a checkpoint" in ended.printed
 
 
-def test_the_sigterm_of_a_failure_is_no_second_one(tmp_path: Path) -> None:
+def test_the_sigterm_after_a_failure_is_no_second_request(tmp_path: Path) -> None:
     """Rank 1 hangs after the request and dies: the survivors' last words are about it."""
     patient = ("--coordinator.stuck_after=90", "--train.num_steps=100000")
     process = start(tmp_path, "hang@forward", *patient, ranks=3)

@@ -82,7 +82,7 @@ def test_a_kernel_waits_for_the_process_that_compiles_it(cache_folder: Path) -> 
 def test_a_lock_that_is_never_given_back_stops_nobody(
     cache_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(compilation, "LOCK_S", 0.0)
+    monkeypatch.setattr(compilation, "LOCK_TIMEOUT_S", 0.0)
     kernel = compilation.jit(double)
     with FileLock(Path(kernel.stats.cache_path) / "double.lock"):
         compilation.compile_now(kernel, (3.0,), "double")
@@ -143,7 +143,7 @@ def assembly_of(update_range: Any, gradient_format: FloatFormat) -> str:
     It is compiled here, because Numba has no assembly of a kernel from its cache.
     """
     state, param_out = np.zeros(0, dtype=np.float32), FloatFormat.BFLOAT16.dtype_tag()
-    kernel = compilation.inner(update_range)
+    kernel = compilation.jit_inlined(update_range)
     arguments = (gradient_format.dtype_tag(), state, state, state, None, param_out, state)
     compilation.compile_now(kernel, arguments, "update")
     (assembly,) = kernel.inspect_asm().values()
@@ -174,7 +174,7 @@ def _first_block_sum(gradient: Any) -> Any:
 
 @pytest.mark.skipif(not has_avx2, reason="looks for AVX2's instructions")
 def test_the_block_sum_vectorises() -> None:
-    kernel = compilation.inner(_first_block_sum)
+    kernel = compilation.jit_inlined(_first_block_sum)
     compilation.compile_now(kernel, (FloatFormat.BFLOAT16.dtype_tag(),), "norm")
     (assembly,) = kernel.inspect_asm().values()
     assert vector_instructions(assembly, "vmulpd") + vector_instructions(assembly, "vfmadd.*pd") > 0
@@ -182,7 +182,7 @@ def test_the_block_sum_vectorises() -> None:
 
 @pytest.mark.skipif(not has_avx2, reason="looks for AVX2's instructions")
 def test_the_fold_vectorises() -> None:
-    kernel = compilation.inner(fold.add_range.py_func)
+    kernel = compilation.jit_inlined(fold.add_range.py_func)
     arguments = (FloatFormat.FLOAT32.dtype_tag(), FloatFormat.BFLOAT16.dtype_tag())
     compilation.compile_now(kernel, arguments, "fold")
     (assembly,) = kernel.inspect_asm().values()
