@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 
-_SKIPPED_PACKAGES = ("offload_adam", "torch")
+_SKIPPED_PACKAGES = ("offload_adam", "torch", "importlib")  # kernels are imported late
 
 
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
@@ -19,7 +19,8 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     frame = sys._getframe()
     while frame.f_back is not None and _package_of(frame.f_globals) in _SKIPPED_PACKAGES:
         frame = frame.f_back
-        stacklevel += 1
+        # `warnings.warn` does not count the frames of a running import either.
+        stacklevel += "importlib._bootstrap" not in frame.f_code.co_filename
     warnings.warn(message, category, stacklevel=stacklevel)
 
 

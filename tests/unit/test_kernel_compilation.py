@@ -42,6 +42,21 @@ def test_without_any_cache_folder_a_kernel_warns_and_runs(monkeypatch: pytest.Mo
     assert kernel(3.0) == 6.0
 
 
+def test_a_warning_during_an_import_points_at_the_users_line() -> None:
+    output = run_python(
+        """
+        import warnings
+        from numba.core import caching
+        caching.CacheImpl._locator_classes = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            from offload_adam.kernels import norm  # line 7 of this script, which starts empty
+        print({(str(one.filename), one.lineno) for one in caught if "folder" in str(one.message)})
+        """
+    )
+    assert output == "{('<string>', 7)}\n"
+
+
 def test_a_cache_that_cannot_be_written_warns_and_is_given_up(
     cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,8 +65,9 @@ def test_a_cache_that_cannot_be_written_warns_and_is_given_up(
 
     kernel = compilation.jit(double)
     monkeypatch.setattr(caching.IndexDataCacheFile, "save", refuse)
-    with pytest.warns(RuntimeWarning, match="no space left"):
+    with pytest.warns(RuntimeWarning, match="no space left") as caught:
         compilation.compile_now(kernel, (3.0,), "double")
+    assert [warning.filename for warning in caught] == [__file__]
     assert kernel(3.0) == 6.0
     assert kernel(3) == 6  # a second specialisation does not try the disk again
     assert not list(cache_folder.rglob("*.nbc"))
@@ -116,6 +132,7 @@ def test_a_change_in_an_inlined_file_reaches_the_cached_kernel(tmp_path: Path) -
             kernels.parent / package,
             ignore=shutil.ignore_patterns("__pycache__"),
         )
+    shutil.copy(CHECKOUT / "offload_adam" / "errors.py", kernels.parent)
     (kernels.parent / "__init__.py").touch()
     source = ONE_UPDATE + "run_one_update(); print(weight[0])"
     assert float(run_python(source, root=tmp_path)) == pytest.approx(-0.1)
