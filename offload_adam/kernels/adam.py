@@ -78,7 +78,7 @@ def _build() -> Any:
                 )
                 position += numel
                 segment += 1
-            finish_stores()
+            finish_stores()  # each thread fences its own nontemporal stores
         return fingerprint  # makes the fingerprint part of Numba's cache key
 
     return jit(update_segments, parallel=True)
@@ -113,12 +113,14 @@ def update(
         rows: (n,) row of `scalars` for each segment.
         scalars: (r, NUM_SCALARS) float32, see `scalar_row`.
         master: float32 weights, updated in place.
-        exp_avg, exp_avg_sq, max_exp_avg_sq: float32 moments, in place; the last for amsgrad.
+        exp_avg, exp_avg_sq: float32 moments, updated in place.
+        max_exp_avg_sq: float32, updated in place; None without amsgrad.
         param_out: the 16-bit parameter, written in its own format; None if `master` is the
             parameter.
         num_pieces: number of threads that share the work.
 
-    Cost: per element 24 bytes of state, 2 or 4 of gradient, and 2 for a 16-bit parameter.
+    Cost: memory traffic per element: 24 bytes of state (32 with amsgrad), 2 or 4 of gradient, and
+    2 for a 16-bit parameter.
     Threads: `num_pieces` pieces under the thread mask of the calling thread.
     """
     _update_segments(

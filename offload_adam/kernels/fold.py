@@ -55,12 +55,12 @@ def fold(
 ) -> None:
     """Copy `source` to `target`, or add it, with one rounding to the format of `target`.
 
-    The bits are those of torch, for any `num_pieces`. Only a NaN
-    that is cast or added may become another NaN.
+    Bit-identical to torch, for any `num_pieces`. Only the bits of a NaN that is cast or added may
+    differ.
 
     Args:
         target: (n,) contiguous, written in place; its NumPy dtype is a `FloatFormat.bits_dtype`.
-        source: (n,) contiguous, in any of the formats; it does not overlap with `target`.
+        source: (n,) contiguous, in any of the formats; must not overlap `target`.
         num_pieces: number of threads that share the work.
         adds: add to `target` instead of writing over it.
 

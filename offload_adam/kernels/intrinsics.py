@@ -27,7 +27,7 @@ LINE_NBYTES = 64
 """Bytes of a cache line."""
 
 _LANES = 16  # fixed, because the number of lanes decides the order of additions and so the bits
-_PREFETCH_NBYTES = 1024  # bytes ahead of the block that is summed
+_PREFETCH_NBYTES = 1024  # distance from the block that is summed to the block that is prefetched
 
 
 def _constant(value: int) -> ir.Constant:
@@ -99,7 +99,7 @@ def flush_tiny(typingctx: Any, value: Any) -> Any:
 
 @intrinsic
 def widen(typingctx: Any, raw: Any) -> Any:
-    """Convert the bits of an element, of a `FloatFormat.bits_dtype`, exactly to float32."""
+    """Convert an element, given as its `FloatFormat.bits_dtype`, exactly to float32."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return Vectors(builder, 1).widen(arguments[0], raw)
@@ -121,7 +121,7 @@ def round_for(typingctx: Any, array: Any, value: Any) -> Any:
 def cast_for(typingctx: Any, array: Any, raw: Any) -> Any:
     """Return the bits of an element, cast to the format of the array's elements.
 
-    If the formats are the same, all bits stay, also those of a NaN.
+    If both formats are the same, the bits are unchanged, even those of a NaN.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -209,7 +209,7 @@ def _splat(value: int) -> ir.Constant:
 
 
 def _fma(builder: Any, kind: Any, a: Any, b: Any, c: Any) -> Any:
-    """Emit a * b + c on vectors; the builder's own fma takes scalars only."""
+    """Emit a * b + c with one rounding, on vectors; the builder's own fma takes scalars only."""
     function = get_or_insert_function(
         builder.module, ir.FunctionType(kind, [kind] * 3), f"llvm.fma.v{_LANES}f64"
     )

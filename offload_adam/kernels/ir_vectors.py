@@ -1,4 +1,4 @@
-"""Emit float32 arithmetic on vectors: the same bits for one lane as for many.
+"""Emit float32 arithmetic on vectors, which computes the same bits for any number of lanes.
 
 Only IEEE 754 operations are emitted, and LLVM may not contract or reorder any of them.
 """
@@ -22,8 +22,8 @@ class Vectors:
 
     One lane is a scalar, because LLVM's own vectoriser does not accept <1 x float>.
 
-    "Carried" elements are float32, or the bits of bfloat16 (uint16) or float16 (int16). The Numba
-    type of the array's elements tells which.
+    "Raw" elements are elements as an array holds them: float32, or the bits of bfloat16 (uint16) or
+    float16 (int16). The parameter `element` is their Numba type, which identifies the format.
     """
 
     def __init__(self, builder: Any, lanes: int) -> None:
@@ -110,7 +110,8 @@ class Vectors:
         if element == types.int16:
             half = builder.fptrunc(value, self._vector(ir.HalfType()))
             return builder.bitcast(half, self._vector(I16))
-        # To nearest even: add half of the last kept bit, less one unless that bit is odd, and cut.
+        # To nearest even: add 0x7FFF, plus 1 if the lowest kept bit is 1; then drop 16 bits. So a
+        # tie rounds up only if the lowest kept bit is 1.
         bits = self._bits(value)
         odd = builder.and_(builder.lshr(bits, self._constant(I32, 16)), self._constant(I32, 1))
         rounded = builder.add(builder.add(bits, self._constant(I32, 0x7FFF)), odd)

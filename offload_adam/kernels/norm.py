@@ -75,11 +75,11 @@ def block_sums(
         gradient_format: format of all gradients of the table.
         addresses: (n,) address of each segment's first gradient element.
         starts: (n,) offset of each segment in the shard, a multiple of 128.
-        numels: (n,) elements of each segment.
+        numels: (n,) number of elements of each segment.
         sums: float64, one for each block of the shard; blocks outside all segments keep their sums.
         num_pieces: number of threads that share the work.
 
-    Cost: the gradient's bytes, and 1/16 byte per element.
+    Cost: reads the gradient once, and writes 1/16 byte per element.
     Threads: `num_pieces` pieces under the thread mask of the calling thread.
     """
     blocks = (numels + (BLOCK_NUMEL - 1)) // BLOCK_NUMEL
