@@ -19,7 +19,7 @@ from offload_adam.units import format_nbytes
 logger = logging.getLogger(__name__)
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
-# Version 1 writes about 2**63 for "no limit"; no machine has 2**60 bytes.
+# Version 1 of control groups reports "no limit" as about 2**63. No machine has 2**60 bytes.
 _UNLIMITED_NBYTES = 1 << 60
 
 
@@ -44,7 +44,7 @@ class NodeNeed:
 
     def table(self) -> str:
         """Return a table: one line for each purpose, their sum, and the available memory."""
-        rows = [*self.nbytes.items(), ("together", self.total_nbytes)]
+        rows = [*self.nbytes.items(), ("total", self.total_nbytes)]
         rows.append((f"available ({self.limit})", self.available_nbytes))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"  {name:<{width}}  {format_nbytes(size):>10}" for name, size in rows)
@@ -106,7 +106,7 @@ def _sum_of(members: Sequence[tuple[int, list[object]]]) -> NodeNeed:
             total[name] = total.get(name, 0) + size
         assert isinstance(available_nbytes, int)
         available.append((available_nbytes, str(limit)))
-    # The ranks measure at different times and may be in different control groups.
+    # The minimum, because the ranks measure at different times and may be in different groups.
     smallest, limit = min(available)
     ranks = tuple(rank for rank, _ in members)
     return NodeNeed(str(members[0][1][0]), ranks, total, smallest, limit)

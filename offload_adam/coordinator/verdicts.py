@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass
 
 from offload_adam.coordinator.progress import PeerRecord
 
-_MOST_NAMED = 8  # ranks in one message: it must stay readable if 1000 ranks hang
+_MOST_NAMED = 8  # most ranks in a message, which must stay readable if 1000 ranks hang
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """The failed ranks and the error message.
 
-    The first verdict that a rank writes to the store is final; all ranks raise this one.
+    The first verdict that any rank writes to the store is final, and every rank raises it.
     """
 
     ranks: tuple[int, ...]
@@ -63,7 +63,7 @@ def exited_verdict(record: PeerRecord) -> Verdict:
 
 
 def hung_verdict(records: Sequence[PeerRecord], stuck_after: float) -> Verdict | None:
-    """Return a verdict if one rank waited for `stuck_after` and other ranks make no progress.
+    """Return a verdict if a rank has waited for `stuck_after` and others make no progress.
 
     A rank that makes progress, waits, or is in a long-running phase is not hung. If all ranks wait,
     they wait for each other, and all are hung.

@@ -60,7 +60,7 @@ class PeerWatch:
         self._global_ranks = global_ranks
         self._process = Process.own()
         self._verdict: Verdict | None = None
-        self._collective_error: str | None = None  # error text of a failed collective
+        self._collective_error: str | None = None  # text of the error that a collective raised
         self._accusation: Verdict | None = None  # see `accuse`
         self._wake = threading.Event()
         self._has_verdict = threading.Event()
@@ -69,8 +69,8 @@ class PeerWatch:
         self._beat = 0
         self._moves, self._moved_s = -1, 0.0  # last `PROGRESS.moves`, and since when
         self._reached_s = time.monotonic()  # when the store last answered
-        # By rank: the last heartbeat read, and when it was first read. This clock alone is used, so
-        # the clocks of the nodes need not agree.
+        # By rank: number of the last heartbeat read, and this process's time when it was first
+        # read. No other clock is used, so the clocks of the nodes need not agree.
         self._seen: dict[int, tuple[int, float]] = {}
         self._readers: deque[threading.Event] = deque()
         self._records: tuple[PeerRecord, ...] = ()
@@ -145,8 +145,8 @@ class PeerWatch:
         self._collective_error = problem
         self._wake.set()
         # A peer on another node counts as dead only after `dead_after` without a heartbeat. After a
-        # timeout all peers may be alive, and the next check of all ranks decides. Three beats are
-        # slack.
+        # timeout all peers may be alive, and the next check of all ranks decides. Three beats leave
+        # time for that check.
         beats_s = 3 * self.failures.beat_s
         self._has_verdict.wait(beats_s if timed_out else self.failures.dead_after + beats_s)
         text = (
@@ -186,7 +186,8 @@ class PeerWatch:
             self._wake.wait(self.failures.beat_s)
             self._wake.clear()
             if time.monotonic() - began_s > self.failures.dead_after / 2:
-                # This process was suspended. What it last read of its peers is as old as that.
+                # This process was suspended and read no heartbeats meanwhile. Forget the times of
+                # the old ones, so that live peers do not count as silent.
                 self._seen.clear()
         try:
             self._publish(self._last_error)
@@ -273,8 +274,8 @@ class PeerWatch:
         return PeerRecord.from_json(self._store.get(f"rank/{rank}"))
 
     def _note_store_error(self, error: RuntimeError) -> None:
-        silence_s = time.monotonic() - self._reached_s
         """End the run if the store has not answered for `dead_after`, or after an accusation."""
+        silence_s = time.monotonic() - self._reached_s
         logger.debug("The store does not answer: %s", error)
         if self._accusation is not None or silence_s > self.failures.dead_after:
             self._verdict = self._accusation or unreachable_verdict(silence_s)
@@ -304,8 +305,8 @@ def roll_call(
     """
     timeout_s = timeout.total_seconds()
     peers = [peer for peer in range(len(global_ranks)) if peer != rank]
+    # Polls less often the longer the wait: 1000 ranks may wait for one slow rank.
     missing = wait_for_ranks(
-        # Polls less often the longer the wait: 1000 ranks may wait for one slow rank.
         store,
         "rank",
         peers,
