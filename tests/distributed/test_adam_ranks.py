@@ -1,4 +1,4 @@
-"""`Adam` on several ranks: one rank with the mean gradient, and errors that reach everybody."""
+"""`Adam` on several ranks matches one rank with the mean gradient; errors reach all ranks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def gradients_of(
 
 
 def mean_of(parts: list[list[torch.Tensor | None]]) -> list[torch.Tensor | None]:
-    """Return the mean of parts; of sparse ones all entries stand one after the other."""
+    """Return the mean of the parts' gradients; sparse gradients are concatenated."""
     means: list[torch.Tensor | None] = []
     for members in zip(*parts, strict=True):
         there = [member / len(parts) for member in members if member is not None]
@@ -154,7 +154,7 @@ def test_amsgrad_is_rejected_on_every_rank_and_names_the_ranks_that_set_it(ranks
 
 
 def fail_on_one(rank: int, world_size: int) -> list[Outcome]:
-    """Rank 1 alone gives wrong gradients; nobody hangs, and a corrected call works."""
+    """Give wrong gradients on rank 1 only: no rank hangs, and a corrected call works."""
     model = make_model()
     optimizer = Adam(model.parameters(), [0.1, 0.2], gradient_reduction="optimizer")
     right = tuple(gradients_of(model, 0, 0, 1))

@@ -1,4 +1,4 @@
-"""Construction: every rank makes the same optimizer, or every rank is told why not."""
+"""Construction: every rank constructs the same optimizer, or every rank raises an error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AMSGRAD = "amsgrad=True is not supported in distributed training (world size > 1
 
 
 def refused(model: torch.nn.Module, make: Callable[[], OffloadAdam]) -> Outcome:
-    """Make an optimizer that is refused, and hold that nothing was allocated or moved for it."""
+    """Construct an optimizer that is rejected; check that nothing was allocated or moved for it."""
     addresses = [parameter.data_ptr() for parameter in model.parameters()]
     with patch("offload_adam.memory.arena.mmap.mmap", side_effect=AssertionError("allocated")):
         outcome = outcome_of(make)
@@ -83,7 +83,7 @@ def test_a_launcher_without_a_process_group_is_an_error(ranks: RankPool) -> None
 
 
 def reject_on_one(rank: int, world_size: int) -> list[Outcome]:
-    """Rank 1 alone has a mistake; ranks 0 and 2 would wait for it for ever."""
+    """Make a mistake on rank 1 only, for which ranks 0 and 2 must not wait forever."""
     here = rank == 1
     model = Weights([(3,), (4,)])
     third = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64 if here else torch.float32))
@@ -139,7 +139,7 @@ def test_a_mistake_on_one_rank_is_an_error_on_all(ranks: RankPool) -> None:
 
 
 def fail_alone(rank: int, world_size: int) -> Outcome:
-    """Rank 1 fails where no argument is at fault."""
+    """Raise an error on rank 1 that no argument causes."""
     model = Weights([(3,)])
     broken = OSError("no space") if rank == 1 else None
     with patch("offload_adam.step.build.HostArena", side_effect=broken, return_value=None):

@@ -1,4 +1,4 @@
-"""What rides in the step's one message, besides the norm."""
+"""Values that the all-reduce of a step carries besides the norm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.distributed
 
 
 def notify(rank: int, world_size: int) -> list[Notice]:
-    """Return what the steps agreed on; rank 1 alone is to stop, and is slowest with its file."""
+    """Return the steps' agreements; only rank 1 asks to stop, and it is the slowest to write."""
     model = Weights([(300,)])
     optimizer = OffloadAdam(model.parameters(), gradient_reduction="optimizer", num_threads=1)
     agreed = []

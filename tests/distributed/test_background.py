@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on: the bytes of one step, and how they end."""
+"""Checkpoints that are written during training: they hold the bytes of one step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WAIT_S = 60.0
 
 
 class Held:
-    """Lets the thread that writes take its first bucket, and the others when it is told to."""
+    """Lets the writer thread take its first bucket at once, and the others when told to."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached = threading.Event()
@@ -62,7 +62,7 @@ def files(path: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bytes_are_those_of_one_step(tmp_path: Path, held: Held, kind: str) -> None:
-    """An update comes while half is written: it waits, and the file is that of a plain save."""
+    """An update that begins while half is written waits; the file equals that of a plain save."""
     model, optimizer = make(kind, seed=1)
     train(model, optimizer, 0, 3)
     save_checkpoint(tmp_path / "plain", model=model, optimizer=optimizer)
@@ -162,7 +162,7 @@ def test_a_bucket_can_be_updated_once_it_is_written(held: Held, tmp_path: Path) 
 
 
 def commit_together(rank: int, world_size: int, folder: str) -> tuple[int, dict[str, Any], Any]:
-    """Commit when both have written, rank 1 being slow; return after which step it was."""
+    """Commit when both ranks have written, rank 1 slowly; return the step after which they did."""
     go = threading.Event()
     finish = Save.finish
 
@@ -201,7 +201,7 @@ def test_all_ranks_commit_after_the_same_step(ranks: RankPool, tmp_path: Path) -
 
 
 def fail_on_one(rank: int, world_size: int, folder: str) -> list[Any]:
-    """A disk that fills up on rank 1, beside the training."""
+    """Fill up the disk of rank 1 during training."""
     write = Save.write_bucket
 
     def failing(save: Save, bucket: int, *rest: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints in torch's own forms, and what torch has pickled as a checkpoint."""
+"""Export of checkpoints in torch's formats, and import of checkpoints that torch has pickled."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_an_import_asks_for_parameter_names_that_it_cannot_know(tmp_path: Path) 
 
 
 class Trap:
-    """Unpickled with its code it makes a folder."""
+    """Creates a folder if a reader unpickles it and runs its code."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

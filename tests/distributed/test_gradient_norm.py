@@ -1,4 +1,4 @@
-"""The global norm over ranks, and gradients that others have averaged."""
+"""The global norm over ranks, and gradients that were averaged outside the optimizer."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make(model: Weights, *, streams: bool, max_grad_norm: float | None = None) -
 
 
 class Clipped(NamedTuple):
-    """The norms that one rank was told, and its weights at the end."""
+    """The norms that one rank reported, and its final weights."""
 
     returned: list[float]
     reported: list[float]

@@ -1,4 +1,4 @@
-"""Ranks that stop, hang, leave or never come: the others are told who, where, and what to do."""
+"""Ranks that stop, hang, exit or never start: errors name the rank, its phase and a remedy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BOUND_S = 30.0
 
 
 def stumble(rank: int, world_size: int, how: str) -> float:
-    """Take steps until rank 1 stumbles; return how long the failing step took the others."""
+    """Take steps until rank 1 fails; return the seconds that the failing step took elsewhere."""
     model = Weights([(300,), (2000,)])
     optimizer = OffloadAdam(
         model.parameters(),
@@ -64,7 +64,7 @@ def _stumble(how: str) -> None:
 
 
 def start(rank: int, world_size: int) -> None:
-    """Let the processes start, so that the bound is for what follows."""
+    """Start the processes, so that the time limit does not include their start."""
 
 
 def failures(pool: RankPool, how: str) -> list[RankError]:

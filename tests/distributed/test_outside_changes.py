@@ -1,4 +1,4 @@
-"""What is done to parameters, groups and gradients from outside, on all ranks or on one alone."""
+"""External edits of parameters, groups and gradients, on all ranks or on one rank only."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_masters_follow_a_change_that_all_ranks_make(
 
 
 def change_on_one(rank: int, world_size: int, odd: int, streams: bool) -> tuple[Outcome, bool]:
-    """One rank clamps alone and is refused; then the others do the same, and the step is taken."""
+    """Clamp on one rank only, which raises an error; then clamp on the others and take the step."""
     model, expected_model = Weights(SHAPES), Weights(SHAPES)
     optimizer, expected_optimizer = (
         make(model, streams=streams),
@@ -177,7 +177,7 @@ def test_a_write_through_data_on_one_rank_raises_and_can_be_corrected(
 
 
 class Mended(NamedTuple):
-    """What one rank's mistake gave, and whether the mended step equals one without it."""
+    """The outcome of a mistake, and whether the corrected step equals a step without it."""
 
     outcome: Outcome
     unchanged: bool
@@ -324,7 +324,7 @@ class SparseOnOne(torch.nn.Module):
 def use_a_sparse_gradient(
     rank: int, world_size: int, streams: bool
 ) -> tuple[Outcome, Outcome, list[bytes], list[bytes]]:
-    """Rank 1 alone has a sparse gradient; after it has been dropped, the next step is taken."""
+    """Give rank 1 only a sparse gradient; drop this gradient and take the next step."""
     torch.manual_seed(7)
     model = SparseOnOne(sparse=rank == 1)
     optimizer = OffloadAdam(

@@ -1,4 +1,4 @@
-"""Updates beside the next forward, over ranks that do not do the same: the sequential bits."""
+"""Updates that overlap with the next forward, on ranks that differ, give the sequential bits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NUM_STEPS = 5
 
 
 class Blocks(nn.Module):
-    """Blocks of which every rank may leave out others."""
+    """Blocks; each rank may leave out different ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def batch(rank: int, step: int) -> torch.Tensor:
 
 
 def left_out(rank: int, step: int, how: str) -> set[int]:
-    """Return the blocks that this rank leaves out: others than its peers do."""
+    """Return the blocks that this rank leaves out; its peers leave out different ones."""
     if how == "apart":
         return {(rank + step) % 4, (rank + 2 * step) % 4}
     if how == "last_rank_all" and rank > 0 and step % 2:
@@ -207,7 +207,7 @@ def test_a_rank_that_waits_in_step_and_one_that_overlaps_agree(ranks: RankPool) 
 
 
 def fail_in_update(rank: int, world_size: int) -> str:
-    """Let rank 1's update thread raise; return what this rank is told, and by which call."""
+    """Raise in rank 1's update thread; return this rank's error and the call that raised it."""
     model = Blocks()
     optimizer = OffloadAdam(
         model.parameters(),

@@ -1,4 +1,4 @@
-"""The progress of every rank, as one of them reads it: from the store, and over HTTP in a run."""
+"""The progress of every rank, as one rank reads it from the store, and over HTTP in a run."""
 
 from __future__ import annotations
 

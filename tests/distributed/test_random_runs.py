@@ -1,4 +1,4 @@
-"""Random runs: what ranks do apart, a world of one does to the same bits with the mean gradients.
+"""Random runs: several ranks give the same bits as a world of one with the mean gradients.
 
 Ranks run different numbers of backwards over different parameters in different orders, and set some
 gradients by hand. Gradients are few-bit numbers, so that their sums and means are exact.

@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint: the same losses and weights, what is kept and refused."""
+"""A run that resumes has the same losses and weights; checkpoints that are kept or rejected."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 def test_a_damaged_checkpoint_does_not_count_as_one_to_keep(tmp_path: Path) -> None:
-    """Three are to be kept, and only those count that are known to be whole."""
+    """Three checkpoints are to be kept, and only checkpoints that are known to be whole count."""
     run(tmp_path)
     damaged = tmp_path / "case" / "checkpoints" / "step-8" / "rank-00000-of-00001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -230,7 +230,7 @@ def test_resume_never_and_by_path(tmp_path: Path) -> None:
 
 
 def test_no_run_resumes_from_a_checkpoint_of_another_run(tmp_path: Path) -> None:
-    """One of another seed, that began anew and was cut off before it came as far."""
+    """The other run has another seed, started anew, and was cut off before it came as far."""
     run(tmp_path)
     folder = tmp_path / "case" / "checkpoints"
     foreign = {step: checksums(tmp_path, step) for step in (4, 8, 12)}

@@ -1,4 +1,4 @@
-"""Files that earlier versions wrote load into any world, and training goes on as it did then."""
+"""Files of earlier versions load into any world size, and training continues as it did then."""
 
 from __future__ import annotations
 

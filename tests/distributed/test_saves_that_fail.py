@@ -1,4 +1,4 @@
-"""Saves that fail, wherever they do: the earlier checkpoint is as it was, and training goes on."""
+"""Saves that fail at any place leave the earlier checkpoint unchanged, and training continues."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_a_rank_whose_disk_has_gone_commits_nothing(ranks: RankPool, tmp_path: P
 
 
 def save_edited_state(rank: int, world_size: int, path: str, mode: str) -> list[Outcome]:
-    """Put what is no state into one rank's `optimizer.state` before a save."""
+    """Put an invalid entry into one rank's `optimizer.state` before a save."""
     model, optimizer = make("fp32", seed=1)
     train(model, optimizer, 0, 1)
     parameter = next(iter(optimizer.state))

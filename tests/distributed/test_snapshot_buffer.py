@@ -1,4 +1,4 @@
-"""Checkpoints beside training that copy what is updated first: nothing waits, nothing is lost."""
+"""Background checkpoints that copy buckets before their update, so that no step waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that end while a checkpoint is written, under torchrun: the run goes on, exactly."""
+"""Ranks that end during a checkpoint, under torchrun: the run resumes with the same losses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def bits(ended: Ended) -> list[tuple[Any, ...]]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
-    """Return what a run records that nothing happens to."""
+    """Return the records of a run without a fault."""
     ended = run(tmp_path_factory.mktemp("whole"), "", *SHORT)
     assert ended.code == 0, ended.printed
     return bits(ended)

@@ -1,4 +1,4 @@
-"""Ranks that fail in the training command: what the user sees, and that nothing is left."""
+"""Ranks that fail in the training command: the messages, and that no process is left."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.fault, pytest.mark.timeout(200)]
 
 BOUND_S = 30.0
 TORCHRUN_S = 35.0
-"""What torchrun takes to kill a rank that is stopped, after the others have ended."""
+"""Seconds that torchrun takes to kill a stopped rank after the others have ended."""
 
 
 @pytest.mark.parametrize("place", ["forward", "backward", "reduce", "agree", "update", "gather"])
@@ -53,7 +53,7 @@ def test_an_error_on_one_rank_is_reported_on_the_others(tmp_path: Path, place: s
 
 
 def test_a_hang_in_a_collective_that_is_not_ours_ends_the_run(tmp_path: Path) -> None:
-    """DistributedDataParallel waits where nothing can be raised."""
+    """DistributedDataParallel waits in its own collective, where we cannot raise an error."""
     ended = run(tmp_path, "stop@forward", "--optimizer.gradient_reduction=external")
     assert ended.code == 1
     assert ended.took_s < BOUND_S + TORCHRUN_S
@@ -86,7 +86,7 @@ def test_an_error_names_the_difference_between_ranks(
 
 
 def test_state_that_does_not_fit_is_rejected_with_its_table(tmp_path: Path) -> None:
-    """Both ranks look at the machine; only one of them sees how small it is."""
+    """Both ranks measure the machine's memory; only one of them measures too little."""
     ended = run(tmp_path, "lack@memory")
     assert ended.code == 1  # torchrun's own
     assert "exitcode  : 3 " in ended.printed
@@ -100,7 +100,7 @@ def test_state_that_does_not_fit_is_rejected_with_its_table(tmp_path: Path) -> N
 
 
 def test_a_failed_allocation_is_reported_on_all_ranks(tmp_path: Path) -> None:
-    """Admission has found room enough; the kernel then does not give it to one of the ranks."""
+    """The memory check passes, but the kernel then rejects one rank's allocation."""
     ended = run(tmp_path, "take@memory", "--coordinator.stuck_after=30")
     assert ended.code == 1
     assert "exitcode  : 3 " in ended.printed
