@@ -8,6 +8,6 @@ node_memory  check that the state of a node's ranks fits into its memory
 progress     phase and step of the training thread, which every rank publishes to its peers
 watchdog     heartbeats through the store; detects failed ranks
 verdicts     decide from the ranks' records which ranks have failed; the errors for users
-endings      exit in bounded time after a failure; save and exit after a signal
+shutdown     exit in bounded time after a failure; save and exit after a signal
 waiting      the polling loop of every wait that must not hang
 """
