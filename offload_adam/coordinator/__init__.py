@@ -2,7 +2,7 @@
 
 startup      join the ranks that torchrun started; errors that a restart cannot fix
 ranks        RankGroup: rank, size, our process groups, and waits for collectives
-admission    raise an error on all ranks; compare settings over ranks
+rank_checks  raise an error on all ranks; compare settings over ranks
 agreement    the one all-reduce of a step
 node_memory  check that the state of a node's ranks fits into its memory
 progress     phase and step of the training thread, which every rank publishes to its peers

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from offload_adam.coordinator.admission import gather_texts
 from offload_adam.coordinator.progress import Process
+from offload_adam.coordinator.rank_checks import gather_texts
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import HostMemoryError
 from offload_adam.units import format_nbytes

@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from offload_adam.config import ConfigError, Mistake, RunConfig
 from offload_adam.config.optimizer_sections import AdamSection
-from offload_adam.coordinator.admission import Field, require_same
 from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.coordinator.rank_checks import Field, require_same
 from offload_adam.coordinator.shutdown import EndingGuard, preemptible
 from offload_adam.coordinator.startup import COLLECTIVE_TIMEOUT, World, final, joined_world
 from offload_adam.errors import CheckpointError, HostMemoryError, RankDisagreementError
