@@ -8,13 +8,16 @@ from __future__ import annotations
 import sys
 import warnings
 
-_SKIPPED_PACKAGES = ("offload_adam", "torch", "contextlib")
+# contextlib: context managers of ours; importlib: kernels are imported late.
+_SKIPPED_PACKAGES = ("offload_adam", "torch", "contextlib", "importlib")
 
 
-def warn_user(message: str) -> None:
-    """Issue a UserWarning at the user's line: the innermost frame outside this package and torch.
+def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
+    """Issue a warning at the user's line: the innermost frame outside this package and torch.
 
-    For mistakes that all ranks make alike: the commands show UserWarnings of rank 0 only.
+    Args:
+        category: UserWarning for a mistake that all ranks make alike, since the commands show
+            UserWarnings of rank 0 only. RuntimeWarning for a problem of this rank or its machine.
     """
     # A fixed stacklevel is wrong for subclasses and for methods that torch has wrapped.
     # `skip_file_prefixes` needs Python 3.12.
@@ -22,8 +25,9 @@ def warn_user(message: str) -> None:
     frame = sys._getframe()
     while frame.f_back is not None and _package_of(frame.f_globals) in _SKIPPED_PACKAGES:
         frame = frame.f_back
-        stacklevel += 1
-    warnings.warn(message, UserWarning, stacklevel=stacklevel)
+        # `warnings.warn` does not count the frames of a running import either.
+        stacklevel += "importlib._bootstrap" not in frame.f_code.co_filename
+    warnings.warn(message, category, stacklevel=stacklevel)
 
 
 def _package_of(module_globals: dict[str, object]) -> str:

@@ -91,7 +91,8 @@ current_autograd_node: Callable[[], torch.autograd.graph.Node | None] = _find(
 def is_accumulating_gradient() -> bool:
     """Return whether the current operation is autograd's own addition to `.grad`."""
     node = current_autograd_node()
-    # If torch renames this node, a second backward over a stand-in raises StreamedGradientError.
+    # If torch renames this node, a second backward that adds to a streamed gradient's stand-in
+    # raises StreamedGradientError.
     return node is not None and node.name() == "torch::autograd::AccumulateGrad"
 
 
@@ -99,7 +100,7 @@ def is_accumulating_gradient() -> bool:
 
 # An attrgetter costs no more than the attribute itself.
 version_of: Callable[[torch.Tensor], int] = attrgetter("_version")
-"""Return how often a tensor was modified in place. Used to detect edits by users; not public."""
+"""Return how often a tensor was modified in place. Used to detect edits by users. Not public."""
 
 base_of: Callable[[torch.Tensor], torch.Tensor | None] = attrgetter("_base")
 """Return the tensor of which this one is a view, None if it is not a view. Not public."""
@@ -152,7 +153,7 @@ ATEN_FOREACH_DIV: tuple[Any, ...] = (
 
 
 # --- Modules and optimizers. Without these, constructing an optimizer raises an error; without
-# `_orig_mod` alone, a module of torch.compile() counts as one that is not compiled.
+# `_orig_mod` alone, a module that torch.compile() returned counts as not compiled.
 
 norm_base: type[nn.Module] = _find("torch.nn.modules.batchnorm", "_NormBase")
 """The base class of all batch and instance norms."""
@@ -204,7 +205,7 @@ def load_state_dict_post_hooks(optimizer: torch.optim.Optimizer) -> Iterable[Cal
 def found_inf_flags(
     scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer
 ) -> Iterable[torch.Tensor]:
-    """Return the flags, one for each device, from which the scaler's `update()` sets the scale."""
+    """Return the flags, one per device, from which the scaler's `update()` computes the scale."""
     return scaler._found_inf_per_device(optimizer).values()
 
 
@@ -232,7 +233,7 @@ PARTITIONER_MARKS: Mapping[str, str] = {
     "_is_flat_param": "FSDP1 (FullyShardedDataParallel)",
     "ds_id": "DeepSpeed ZeRO-3",
 }
-"""The attribute by which each library marks plain tensors that hold another part on each rank.
+"""Attributes of plain tensors that hold one rank's part of a parameter, with their libraries.
 
 Used to reject such parameters. If a library renames its attribute, its parameters are accepted, and
 rank 0's part overwrites the parts of all other ranks.
@@ -301,9 +302,9 @@ def connect_to_default_store(timeout: timedelta) -> dist.Store:
 
 
 def store_without_prefixes(store: dist.Store) -> dist.Store:
-    """Return the store under all prefixes."""
-    # With a torch that lacks this attribute, keys are under the prefixes of one attempt. torchrun
-    # then restarts a run that stopped with a final error.
+    """Return the store that a chain of `PrefixStore`s wraps, or `store` itself if it is none."""
+    # If torch lacks this attribute, keys keep the prefix of one attempt. A restarted run then does
+    # not find the record of a final error, and runs again.
     found: dist.Store = getattr(store, "_underlying_non_prefix_store", store)
     return found
 

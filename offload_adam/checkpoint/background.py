@@ -14,8 +14,8 @@ from torch import nn
 from offload_adam.checkpoint.format import RankEntry
 from offload_adam.checkpoint.optimizer_access import locked
 from offload_adam.checkpoint.save import Save, open_save
-from offload_adam.coordinator.admission import raise_on_all_ranks
 from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.coordinator.rank_checks import raise_on_all_ranks
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.step.snapshot_lock import SnapshotLock
 

@@ -30,8 +30,8 @@ from offload_adam.checkpoint.format import (
 from offload_adam.checkpoint.optimizer_access import ParameterNames, locked, plan_plain_state
 from offload_adam.checkpoint.reader import CheckpointReader, Read
 from offload_adam.checkpoint.save import ModelState, model_state
-from offload_adam.coordinator.admission import raise_on_all_ranks
 from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.coordinator.rank_checks import raise_on_all_ranks
 from offload_adam.errors import CheckpointError
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.state.state_shard import ParameterShard, memory_order, shards_of

@@ -32,8 +32,8 @@ from offload_adam.checkpoint.format import (
 )
 from offload_adam.checkpoint.optimizer_access import ParameterNames, locked, plain_state
 from offload_adam.checkpoint.rank_file import Part, RankFile, as_bytes, host_bytes, rank_file_name
-from offload_adam.coordinator.admission import gather_texts, raise_on_all_ranks
 from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.coordinator.rank_checks import gather_texts, raise_on_all_ranks
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import CheckpointError, PeerFailedError
 from offload_adam.layout.budget import ALIGNMENT_NBYTES

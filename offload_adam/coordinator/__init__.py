@@ -2,12 +2,12 @@
 
 startup      join the ranks that torchrun started; errors that a restart cannot fix
 ranks        RankGroup: rank, size, our process groups, and waits for collectives
-admission    raise an error on all ranks; compare settings over ranks
+rank_checks  raise an error on all ranks; compare settings over ranks
 agreement    the one all-reduce of a step
 node_memory  check that the state of a node's ranks fits into its memory
-progress     phase and step of the training thread, as published to the peers
+progress     phase and step of the training thread, which every rank publishes to its peers
 watchdog     heartbeats through the store; detects failed ranks
 verdicts     decide from the ranks' records which ranks have failed; the errors for users
-endings      exit in bounded time after a failure; save and exit after a signal
+shutdown     exit in bounded time after a failure; save and exit after a signal
 waiting      the polling loop of every wait that must not hang
 """

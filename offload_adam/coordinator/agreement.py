@@ -37,9 +37,9 @@ _NUM_FINDINGS = 12
 class Notice:
     """Requests and reports that do not concern the gradients of a step.
 
-    stop: the training loop asks to end after this step. All ranks end if any rank asks.
-    saved: number of background checkpoints that this rank has written, failed ones included.
-        All ranks use the smallest number of any rank.
+    stop: the training loop asks to end after this step. All ranks end if any rank asks for it.
+    saved: number of background checkpoints that this rank has written, failed ones included. The
+        agreement has the smallest number of any rank.
     """
 
     stop: bool = False
@@ -79,8 +79,12 @@ class Findings:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Result of `agree`, identical on all ranks.
+    """Result of `agree`, identical on all ranks: the fields of `Findings`, combined over the ranks.
 
+    A bool is True if any rank's is. A tuple has one value for each rank, in rank order.
+
+    sum_of_squares: over all ranks, NaN if `non_finite`.
+    failed_ranks: the ranks that raise an error after the all-reduce.
     present_counts: (num_parameters,) int64, on how many ranks each parameter has a gradient.
     """
 
@@ -109,7 +113,7 @@ def agree(ranks: RankGroup, findings: Findings) -> Agreement:
     # Checksums and counters are integers below 2**53, which float64 holds exactly.
     table = message[: world_size * _NUM_FINDINGS].view(world_size, _NUM_FINDINGS)
     own = [0.0] * _NUM_FINDINGS
-    # If any rank is non-finite, `_read` uses no sum, so the message stays finite.
+    # If any rank is non-finite, `_read` ignores all sums, so no NaN or infinity need be sent.
     own[_SQUARES] = 0.0 if findings.non_finite else findings.sum_of_squares
     own[_NON_FINITE] = float(findings.non_finite)
     own[_FOUND_INF] = float(findings.found_inf != 0.0)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from offload_adam.coordinator.admission import gather_texts
 from offload_adam.coordinator.progress import Process
+from offload_adam.coordinator.rank_checks import gather_texts
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import HostMemoryError
 from offload_adam.units import format_nbytes
@@ -19,7 +19,7 @@ from offload_adam.units import format_nbytes
 logger = logging.getLogger(__name__)
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
-# Version 1 writes about 2**63 for "no limit"; no machine has 2**60 bytes.
+# Version 1 of control groups reports "no limit" as about 2**63. No machine has 2**60 bytes.
 _UNLIMITED_NBYTES = 1 << 60
 
 
@@ -44,7 +44,7 @@ class NodeNeed:
 
     def table(self) -> str:
         """Return a table: one line for each purpose, their sum, and the available memory."""
-        rows = [*self.nbytes.items(), ("together", self.total_nbytes)]
+        rows = [*self.nbytes.items(), ("total", self.total_nbytes)]
         rows.append((f"available ({self.limit})", self.available_nbytes))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"  {name:<{width}}  {format_nbytes(size):>10}" for name, size in rows)
@@ -86,10 +86,10 @@ def _needs(ranks: RankGroup, nbytes: Mapping[str, int]) -> list[NodeNeed]:
     own = json.dumps([process.machine, process.host, dict(nbytes), available_nbytes, limit])
     texts = gather_texts(ranks, own) if ranks.world_size > 1 else [own]
     nodes: dict[str, list[tuple[int, list[object]]]] = {}
-    for place, text in enumerate(texts):
+    for rank, text in enumerate(texts):
         machine, *rest = json.loads(text)
         # By machine, not by host name: two containers may share a name and not their memory limit.
-        nodes.setdefault(machine, []).append((ranks.global_ranks[place], rest))
+        nodes.setdefault(machine, []).append((ranks.global_ranks[rank], rest))
     return [_sum_of(members) for members in nodes.values()]
 
 
@@ -107,7 +107,7 @@ def _sum_of(members: Sequence[tuple[int, list[object]]]) -> NodeNeed:
             total[name] = total.get(name, 0) + size
         assert isinstance(available_nbytes, int)
         available.append((available_nbytes, str(limit)))
-    # The ranks measure at different times and may be in different control groups.
+    # The minimum, because the ranks measure at different times and may be in different groups.
     smallest, limit = min(available)
     ranks = tuple(rank for rank, _ in members)
     return NodeNeed(str(members[0][1][0]), ranks, total, smallest, limit)
@@ -134,14 +134,16 @@ def control_group_memory(root: Path, groups: Mapping[str, str]) -> list[tuple[in
     found = []
     if "memory" in groups:
         files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        found += _left_upwards(root / "memory", groups["memory"], files)
+        found += _available_in_parents(root / "memory", groups["memory"], files)
     if "" in groups:
         files = ("memory.max", "memory.current", "inactive_file")
-        found += _left_upwards(root, groups[""], files)
+        found += _available_in_parents(root, groups[""], files)
     return found
 
 
-def _left_upwards(root: Path, group: str, files: tuple[str, str, str]) -> list[tuple[int, str]]:
+def _available_in_parents(
+    root: Path, group: str, files: tuple[str, str, str]
+) -> list[tuple[int, str]]:
     """Return (available bytes, limit) of a group and its parents, skipping those without a limit.
 
     Args:

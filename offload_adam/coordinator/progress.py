@@ -20,12 +20,12 @@ _thread = threading.local()
 class ProgressRecord:
     """The current phase of the training thread. That thread writes the record, any thread reads it.
 
-    Calls by threads inside `untracked` change nothing but `moves`.
+    Inside `untracked`, phases and waits of the calling thread are ignored; `move` still counts.
 
     step: the optimizer step that began last, from 1 on.
     phase: the operation that the thread runs, such as "update".
-    bucket: the bucket that it works on, None for all.
-    waiting: the thread waits in one of our collectives for other ranks.
+    bucket: the bucket that the phase works on, None for all.
+    waiting: the thread waits for other ranks, in one of our collectives or for a thread in one.
     long_running: the phase may take long without a change (compilation, a slow disk), so it is
         exempt from `stuck_after`.
     moves: counts all changes. If it stays the same, the process makes no progress.
@@ -61,7 +61,7 @@ class ProgressRecord:
             yield
         except BaseException:
             if not _is_untracked():
-                self.long_running = outer[2]  # else `stuck_after` would not apply any more
+                self.long_running = outer[2]  # otherwise `stuck_after` would never apply again
             raise
         self._move(*outer)
 
@@ -92,7 +92,7 @@ class ProgressRecord:
             self.wait(False)
 
     def wait(self, waiting: bool) -> None:
-        """Record that the thread begins, or ends, to wait for other ranks."""
+        """Record that the thread begins (True) or ends (False) a wait for other ranks."""
         if _is_untracked():
             return
         self.waiting = waiting
@@ -103,7 +103,8 @@ class ProgressRecord:
 
         For example, an update that waits for a checkpoint is not hung.
         """
-        # Two threads may lose one of two counts. The watch only compares for equality.
+        # `+=` is not atomic, so two threads may together add only 1. That is enough: the watch only
+        # tests whether the count has changed.
         self.moves += 1
 
     def begin_step(self, step: int) -> None:
@@ -131,7 +132,7 @@ class Process:
     """A process on a machine.
 
     machine: boot id of the kernel and pid namespace; `pid` is valid only within them.
-    born: creation time in seconds since the epoch. A later process with the same pid has another.
+    born: creation time in seconds since the epoch. It tells apart processes that reuse a pid.
     """
 
     host: str

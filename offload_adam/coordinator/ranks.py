@@ -33,8 +33,8 @@ from offload_adam.torch_private import (
 logger = logging.getLogger(__name__)
 
 _SLICE = timedelta(seconds=SLICE_S)
-# Between two queries of a collective on a device: longer than a query takes, and short against a
-# collective.
+# Seconds between two queries of a collective on a device: much longer than a query takes, and much
+# shorter than a collective.
 _POLL_S = 1e-3
 
 
@@ -86,11 +86,11 @@ class RankGroup:
     def wait(self, work: dist.Work | None, *, on_device: bool = False) -> None:
         """Wait for a collective, and raise an error if a peer fails during the wait.
 
-        A wait for a collective on host memory is cut into slices of `SLICE_S`. A shorter wait costs
-        no more than `work.wait()`. A collective on a device is polled.
+        A wait for a collective on host memory is cut into slices of `SLICE_S`. A wait shorter than
+        a slice costs no more than `work.wait()`. A collective on a device is polled.
 
         Args:
-            work: of an async collective.
+            work: returned by a collective with `async_op=True`.
             on_device: the collective works on device memory.
 
         Raises:
@@ -196,7 +196,7 @@ class RankGroup:
             self.wait(work, on_device=tensor.is_cuda)
 
     def abort_devices(self) -> None:
-        """Abort the collectives on devices if a peer has failed, because it never joins them.
+        """Abort the collectives on devices if a peer has failed: that peer never joins them.
 
         Without this, unpinning memory and exiting would wait until the backend's own timeout.
         """
@@ -212,14 +212,16 @@ class RankGroup:
         self.control = None
         self.data = {}
         if self.watch is not None:
-            # First: a peer that sees a closed connection then finds out that this rank has left.
+            # Before the groups close: a peer whose collective fails on the closed connection then
+            # reads in the store that this rank has left.
             self.watch.leave()
         if self._unfinished:
-            _abandon(groups)
+            _leak(groups)
         if not dist.is_initialized():
             return
         for group in groups:
-            # Destroying the default group destroyed ours, even if it is open again by now.
+            # torch destroys our groups with the default group, and raises ValueError for them if a
+            # new default group is open by now.
             with suppress(ValueError):
                 dist.destroy_process_group(group)
 
@@ -359,7 +361,7 @@ _openings: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], itertools.count[
 )
 
 
-def _abandon(groups: Iterable[dist.ProcessGroup]) -> None:
+def _leak(groups: Iterable[dist.ProcessGroup]) -> None:
     """Leak groups with an unfinished collective.
 
     gloo's destructor holds the GIL until all started collectives have timed out. With a dead peer,

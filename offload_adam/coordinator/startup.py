@@ -21,7 +21,7 @@ from offload_adam.errors import NotRetriedError
 from offload_adam.options import FailurePolicy
 from offload_adam.torch_private import default_store, store_without_prefixes
 
-_MARK = "offload_adam/not_retried"
+_MARK = "offload_adam/not_retried"  # prefix of the store's key for an error that is final
 _SHARED_GPU = "shared_gpu"
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>; Python has no name for it
@@ -67,9 +67,9 @@ class World:
 
     @property
     def device(self) -> torch.device:
-        """The device of this rank's model: the GPU with its local rank's index, or the CPU.
+        """The device of this rank's model: a GPU, or the CPU if no GPU is visible.
 
-        If one GPU is visible, it is that one.
+        With several visible GPUs, it is the one whose index is the local rank.
         """
         if torch.cuda.is_available():
             # Slurm's --gpus-per-task and Ray make one GPU visible to each rank, with index 0.
@@ -94,7 +94,7 @@ def joined_world(
 
     Raises:
         PeerFailedError: naming the ranks that did not join in time.
-        RuntimeError: no GPU is visible for this rank. Or two ranks use the same GPU: on all ranks.
+        RuntimeError: this rank's GPU is not visible; or, on all ranks, two ranks use the same GPU.
         NotRetriedError: an earlier attempt ended with an error that a restart cannot fix.
     """
     world = World.from_environment()
@@ -147,7 +147,7 @@ def _use_own_gpu(world: World) -> None:
     num_gpus = torch.cuda.device_count()
     if world.device.index >= num_gpus:
         raise RuntimeError(
-            f"Local rank {world.local_rank} has no GPU, because only {num_gpus} are visible. Start "
+            f"Local rank {world.local_rank} has no GPU: it sees {num_gpus} GPU(s). Start "
             f"torchrun with --nproc-per-node={num_gpus}, set CUDA_VISIBLE_DEVICES to one GPU for "
             "each rank, or train on the CPU with an empty CUDA_VISIBLE_DEVICES."
         )
@@ -155,7 +155,7 @@ def _use_own_gpu(world: World) -> None:
 
 
 def _claim_gpu(meeting: dist.Store, world: World) -> None:
-    """Write to the store that this rank uses its GPU, or an error if another rank uses it too.
+    """Record in the store that this rank uses its GPU, or an error if another rank already does.
 
     If one GPU is visible to each rank, it has index 0 on all of them, so the UUID is compared. A
     GPU without a UUID is accepted; if two ranks share it, NCCL raises an error later.
@@ -220,7 +220,7 @@ def reject_retry(store: dist.Store) -> None:
 
 @contextmanager
 def final(*kinds: type[Exception]) -> Iterator[None]:
-    """Mark errors of these kinds in the body as final: `reject_retry` raises on a restart."""
+    """Record errors of these types in the store as final; after a restart `reject_retry` raises."""
     try:
         yield
     except kinds as error:

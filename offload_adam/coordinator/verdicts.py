@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass
 
 from offload_adam.coordinator.progress import PeerRecord
 
-_MOST_NAMED = 8  # ranks in one message: it must stay readable if 1000 ranks hang
+_MOST_NAMED = 8  # most ranks in a message, which must stay readable if 1000 ranks hang
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """The failed ranks and the error message.
 
-    The first verdict that a rank writes to the store is final; all ranks raise this one.
+    The first verdict that any rank writes to the store is final, and every rank raises it.
     """
 
     ranks: tuple[int, ...]
@@ -63,7 +63,7 @@ def exited_verdict(record: PeerRecord) -> Verdict:
 
 
 def hung_verdict(records: Sequence[PeerRecord], stuck_after: float) -> Verdict | None:
-    """Return a verdict if one rank waited for `stuck_after` and other ranks make no progress.
+    """Return a verdict if a rank has waited for `stuck_after` and others make no progress.
 
     A rank that makes progress, waits, or is in a long-running phase is not hung. If all ranks wait,
     they wait for each other, and all are hung.
@@ -80,7 +80,7 @@ def hung_verdict(records: Sequence[PeerRecord], stuck_after: float) -> Verdict |
     if still:
         return _verdict_on(
             still,
-            f"Hung while other ranks waited for more than {stuck_after:g} s: {_places(still)}. "
+            f"Hung while other ranks waited for more than {stuck_after:g} s: {_describe(still)}. "
             "Inspect these processes with py-spy dump --pid. If the work takes that long, increase "
             "stuck_after.",
         )
@@ -88,7 +88,7 @@ def hung_verdict(records: Sequence[PeerRecord], stuck_after: float) -> Verdict |
         return _verdict_on(
             present,
             f"All ranks have waited for each other for more than {stuck_after:g} s: "
-            f"{_places(present)}. All ranks must take the same steps.",
+            f"{_describe(present)}. All ranks must take the same steps.",
         )
     return None
 
@@ -99,7 +99,7 @@ def late_verdict(records: Sequence[PeerRecord], problem: str) -> Verdict:
     return _verdict_on(
         absent,
         f"A collective failed ({problem}), and no rank was found dead. "
-        f"{'Not in the collective' if absent else 'Waiting'}: {_places(absent or records)}. "
+        f"{'Not in the collective' if absent else 'Waiting'}: {_describe(absent or records)}. "
         "All ranks must take the same steps, each within the process group's timeout.",
     )
 
@@ -117,6 +117,6 @@ def _verdict_on(records: Iterable[PeerRecord], text: str) -> Verdict:
     return Verdict(tuple(record.rank for record in records), text)
 
 
-def _places(records: Sequence[PeerRecord]) -> str:
+def _describe(records: Sequence[PeerRecord]) -> str:
     named = records[:_MOST_NAMED]
     return "; ".join(f"rank {r.rank} ({r.address}) in {r.progress.where}" for r in named)

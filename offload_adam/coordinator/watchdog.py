@@ -60,20 +60,20 @@ class PeerWatch:
         self._global_ranks = global_ranks
         self._process = Process.own()
         self._verdict: Verdict | None = None
-        self._broken: str | None = None  # error text of a failed collective
+        self._collective_error: str | None = None  # text of the error that a collective raised
         self._accusation: Verdict | None = None  # see `accuse`
         self._wake = threading.Event()
-        self._judged = threading.Event()
+        self._has_verdict = threading.Event()
         self._ending = threading.Event()
-        self._left = ""
+        self._last_error = ""
         self._beat = 0
         self._moves, self._moved_s = -1, 0.0  # last `PROGRESS.moves`, and since when
         self._reached_s = time.monotonic()  # when the store last answered
-        # By rank: the last heartbeat read, and when it was first read. This clock alone is used, so
-        # the clocks of the nodes need not agree.
+        # By rank: number of the last heartbeat read, and this process's time when it was first
+        # read. No other clock is used, so the clocks of the nodes need not agree.
         self._seen: dict[int, tuple[int, float]] = {}
-        self._askers: deque[threading.Event] = deque()
-        self._places: tuple[PeerRecord, ...] = ()
+        self._readers: deque[threading.Event] = deque()
+        self._records: tuple[PeerRecord, ...] = ()
         self._thread = threading.Thread(target=self._run, name="offload_adam-watch", daemon=True)
 
     def announce(self) -> None:
@@ -92,7 +92,7 @@ class PeerWatch:
         """
         # `last_value` is the error that ended the main program, seen from an exit handler.
         error = sys.exc_info()[1] or getattr(sys, "last_value", None)
-        self._left = "" if error is None else f"{type(error).__name__}: {error}"[:300]
+        self._last_error = "" if error is None else f"{type(error).__name__}: {error}"[:300]
         self._ending.set()
         self._wake.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
@@ -107,10 +107,10 @@ class PeerWatch:
             wait_s: seconds; without an answer by then, returns the records of the previous call.
         """
         answered = threading.Event()
-        self._askers.append(answered)
+        self._readers.append(answered)
         self._wake.set()
         answered.wait(wait_s)
-        return self._places
+        return self._records
 
     @property
     def failure(self) -> Verdict | None:
@@ -142,13 +142,13 @@ class PeerWatch:
         # The reason is at the end of the first line. A C++ backtrace may follow on further lines.
         problem = str(error).strip().split("\n")[0][-200:]
         timed_out = "timed out" in problem.lower()
-        self._broken = problem
+        self._collective_error = problem
         self._wake.set()
         # A peer on another node counts as dead only after `dead_after` without a heartbeat. After a
-        # timeout all peers may be alive, and the next check of all ranks decides. Three beats are
-        # slack.
+        # timeout all peers may be alive, and the next check of all ranks decides. Three beats leave
+        # time for that check.
         beats_s = 3 * self.failures.beat_s
-        self._judged.wait(beats_s if timed_out else self.failures.dead_after + beats_s)
+        self._has_verdict.wait(beats_s if timed_out else self.failures.dead_after + beats_s)
         text = (
             f"A collective failed: {problem}. No rank was found dead; check the logs of all ranks."
         )
@@ -164,7 +164,7 @@ class PeerWatch:
         except (RuntimeError, ValueError) as error:
             logger.debug("Could not write the verdict: %s", error)  # this rank ends all the same
         self._verdict = verdict
-        self._judged.set()
+        self._has_verdict.set()
 
     def _error(self, verdict: Verdict) -> PeerFailedError:
         rank = self._global_ranks[self._rank]
@@ -178,27 +178,28 @@ class PeerWatch:
             began_s = time.monotonic()
             try:
                 self._publish(None)
-                self._listen()
-                self._answer()
+                self._look_for_failures()
+                self._answer_readers()
                 self._reached_s = time.monotonic()
             except RuntimeError as error:
                 self._note_store_error(error)
             self._wake.wait(self.failures.beat_s)
             self._wake.clear()
             if time.monotonic() - began_s > self.failures.dead_after / 2:
-                # This process was suspended. What it last read of its peers is as old as that.
+                # This process was suspended and read no heartbeats meanwhile. Forget the times of
+                # the old ones, so that live peers do not count as silent.
                 self._seen.clear()
         try:
-            self._publish(self._left)
+            self._publish(self._last_error)
         except RuntimeError:
             logger.debug("Could not publish that this rank left: the store is closed")
 
-    def _answer(self) -> None:
+    def _answer_readers(self) -> None:
         """Read all records if a thread waits in `places`, and wake that thread."""
-        if self._askers:
-            self._places = tuple(self._read(rank) for rank in range(len(self._global_ranks)))
-        while self._askers:
-            self._askers.popleft().set()
+        if self._readers:
+            self._records = tuple(self._read(rank) for rank in range(len(self._global_ranks)))
+        while self._readers:
+            self._readers.popleft().set()
 
     def _publish(self, left: str | None) -> None:
         """Write this rank's record to the store; `left` is the field of `PeerRecord`."""
@@ -216,16 +217,16 @@ class PeerWatch:
         )
         self._store.set(f"rank/{self._rank}", record.to_json())
 
-    def _listen(self) -> None:
+    def _look_for_failures(self) -> None:
         """Read the verdict. Without one, check the next rank, or all if a collective hangs."""
         if self._verdict is not None:
             return
         if self._store.check([_VERDICT]):
             self._verdict = Verdict.from_json(self._store.get(_VERDICT))
-            self._judged.set()
+            self._has_verdict.set()
             return
         waited_s = time.monotonic() - self._moved_s if PROGRESS.waiting else 0.0
-        if self._broken is not None or waited_s > _SUSPECT_AFTER_S:
+        if self._collective_error is not None or waited_s > _SUSPECT_AFTER_S:
             found = self._check_all_ranks()
         else:
             found = self._check_next_rank()
@@ -238,7 +239,7 @@ class PeerWatch:
         for distance in range(1, len(self._global_ranks)):
             record = self._read((self._rank + distance) % len(self._global_ranks))
             if record.left is None:
-                return self._sign_of_death(record)
+                return self._find_death(record)
         return None
 
     def _check_all_ranks(self) -> Verdict | None:
@@ -246,15 +247,15 @@ class PeerWatch:
         others = [self._read(rank) for rank in range(len(self._global_ranks)) if rank != self._rank]
         for record in others:
             found = exited_verdict(record) if record.left is not None else None
-            found = found or self._sign_of_death(record)
+            found = found or self._find_death(record)
             if found is not None:
                 return found
         own = self._read(self._rank)
-        if self._broken is not None and "timed out" in self._broken.lower():
-            return late_verdict(others, self._broken)
+        if self._collective_error is not None and "timed out" in self._collective_error.lower():
+            return late_verdict(others, self._collective_error)
         return hung_verdict([own, *others], self.failures.stuck_after)
 
-    def _sign_of_death(self, record: PeerRecord) -> Verdict | None:
+    def _find_death(self, record: PeerRecord) -> Verdict | None:
         """Return a verdict if a rank's process is gone or its heartbeats have stopped."""
         if record.process.is_gone(self._process):
             # Between the first read and `is_gone`, the rank may have published that it leaves.
@@ -278,7 +279,7 @@ class PeerWatch:
         logger.debug("The store does not answer: %s", error)
         if self._accusation is not None or silence_s > self.failures.dead_after:
             self._verdict = self._accusation or unreachable_verdict(silence_s)
-            self._judged.set()
+            self._has_verdict.set()
 
 
 _watches: weakref.WeakSet[PeerWatch] = weakref.WeakSet()
@@ -304,8 +305,8 @@ def roll_call(
     """
     timeout_s = timeout.total_seconds()
     peers = [peer for peer in range(len(global_ranks)) if peer != rank]
+    # Polls less often the longer the wait: 1000 ranks may wait for one slow rank.
     missing = wait_for_ranks(
-        # Polls less often the longer the wait: 1000 ranks may wait for one slow rank.
         store,
         "rank",
         peers,

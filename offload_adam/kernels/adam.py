@@ -20,7 +20,7 @@ import numpy.typing as npt
 from offload_adam.kernels import adam_ir, adam_plain
 from offload_adam.kernels import scalars as at
 from offload_adam.kernels.adam_ir import finish_stores
-from offload_adam.kernels.compilation import compile_now, inner, jit, source_fingerprint
+from offload_adam.kernels.compilation import compile_now, jit, jit_inlined, source_fingerprint
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.intrinsics import pointer_to, window
 from offload_adam.layout.flat import BLOCK_NUMEL
@@ -30,7 +30,7 @@ Float32Array = npt.NDArray[np.float32]
 ElementArray = npt.NDArray[Any]
 
 
-update_range = inner((adam_ir if adam_ir.supports_ir() else adam_plain).update_range)
+update_range = jit_inlined((adam_ir if adam_ir.supports_ir() else adam_plain).update_range)
 """The loop over one range of elements. Both choices compute the same bits."""
 
 
@@ -78,7 +78,7 @@ def _build() -> Any:
                 )
                 position += numel
                 segment += 1
-            finish_stores()
+            finish_stores()  # each thread fences its own nontemporal stores
         return fingerprint  # makes the fingerprint part of Numba's cache key
 
     return jit(update_segments, parallel=True)
@@ -113,12 +113,14 @@ def update(
         rows: (n,) row of `scalars` for each segment.
         scalars: (r, NUM_SCALARS) float32, see `scalar_row`.
         master: float32 weights, updated in place.
-        exp_avg, exp_avg_sq, max_exp_avg_sq: float32 moments, in place; the last for amsgrad.
+        exp_avg, exp_avg_sq: float32 moments, updated in place.
+        max_exp_avg_sq: float32, updated in place; None without amsgrad.
         param_out: the 16-bit parameter, written in its own format; None if `master` is the
             parameter.
         num_pieces: number of threads that share the work.
 
-    Cost: per element 24 bytes of state, 2 or 4 of gradient, and 2 for a 16-bit parameter.
+    Cost: memory traffic per element: 24 bytes of state (32 with amsgrad), 2 or 4 of gradient, and
+    2 for a 16-bit parameter.
     Threads: `num_pieces` pieces under the thread mask of the calling thread.
     """
     _update_segments(

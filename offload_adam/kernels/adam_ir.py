@@ -1,24 +1,24 @@
 """The Adam update of one contiguous range of elements, as vector instructions in LLVM IR.
 
 The update of one vector is a chain of dependent instructions, about 90 cycles long: gradient,
-moments, square root, division, weight. Whole chains, one after the other, would fill the
-processor's window of waiting instructions. It would then issue too few loads to keep the memory
-busy. So the loop is a software pipeline of four stages. Each turn runs every stage once, for four
-independent vectors. With five vectors:
+moments, square root, division, weight. If the loop ran one whole chain after the other, the waiting
+instructions would fill the processor's reorder buffer. The processor would then issue too few loads
+to saturate the memory. So the loop is a software pipeline of four stages. Each iteration runs every
+stage once, for four independent vectors. With five vectors:
 
                 v0         v1         v2         v3         v4
     prologue    moments    moments    moments
                 root       root
                 quotient
-    turn 3      weight     quotient   root       moments
-    turn 4                 weight     quotient   root       moments
+    i = 3       weight     quotient   root       moments
+    i = 4                  weight     quotient   root       moments
     epilogue                          weight     quotient   root
                                                  weight     quotient
                                                             weight
 
-Registers carry results to the next turn: one quotient, one direction and root, one direction and
-second moment. Ranges of fewer than three vectors, and the elements before and after whole vectors,
-run the same stages one after the other. Both orders compute the same bits.
+Registers carry results to the next iteration: one quotient, one direction and root, one direction
+and second moment. Ranges of fewer than three vectors, and the elements before and after whole
+vectors, run the same stages one after the other. Both orders compute the same bits.
 
 The 16-bit parameter is written with nontemporal stores, which bypass the caches. The kernel does
 not read it, and an ordinary store would first read the cache line.
@@ -80,6 +80,9 @@ class _Stages:
 
     A `plain` update has neither L2 nor Nesterov, and omits their multiplications.
 
+    The direction is the numerator of the update, before it is divided: the first moment, or
+    Nesterov's combination of the first moment and the gradient.
+
     A stored moment below 2**-126 counts as 0. Denormal arithmetic is up to a hundred times slower
     on some processors, and with any `eps` above 1e-12 the weight is the same.
 
@@ -104,7 +107,7 @@ class _Stages:
         self._elements = elements
 
     def moments(self, i: Any) -> tuple[Any, Any]:
-        """Update the moments; return the direction and the second moment that divides it."""
+        """Update the moments; return the direction and the second moment for its denominator."""
         b, v, s = self._builder, self._vectors, self._scalars
         gradient = v.load(self._arrays.gradient, i, self._elements.gradient)
         if self._plain:
@@ -144,12 +147,12 @@ class _Stages:
         scale, eps = self._scalars[at.DENOMINATOR_SCALE], self._scalars[at.EPS]
         return (self._builder.fdiv(direction, self._vectors.fma(scale, root, eps)),)
 
-    def weight(self, i: Any, quotient: Any, *, past_caches: bool = False) -> None:
+    def weight(self, i: Any, quotient: Any, *, nontemporal: bool = False) -> None:
         """Update the master weight, and write the 16-bit parameter if there is one.
 
         Args:
-            past_caches: bypass the caches for the parameter, whose address must be aligned to 16
-                elements.
+            nontemporal: bypass the caches for the parameter; its address must then be aligned to
+                16 elements.
         """
         b, v, s = self._builder, self._vectors, self._scalars
         w = v.load(self._arrays.master, i, types.float32)
@@ -157,7 +160,7 @@ class _Stages:
         w = b.fsub(w, v.fma(s[at.DECAY], w, step))
         v.store(w, self._arrays.master, i, types.float32)
         if self._arrays.param_out is not None:
-            store = v.store_past_caches if past_caches else v.store
+            store = v.store_nontemporal if nontemporal else v.store
             store(w, self._arrays.param_out, i, self._elements.param_out)
 
 
@@ -270,7 +273,7 @@ def _emit_lead(builder: Any, param_out: Any, numel: Any) -> Any:
     """
     if param_out is None:
         return _constant(0)
-    # -address modulo the 32 bytes of a vector of 16-bit elements, then in elements.
+    # (-address) modulo 32, the bytes of a vector of 16-bit elements; then in elements of 2 bytes.
     before = builder.neg(builder.ptrtoint(param_out, _INTP))
     nbytes = builder.and_(before, _constant(2 * _LANES - 1))
     lead = builder.lshr(nbytes, _constant(1))
@@ -290,7 +293,7 @@ def _emit_pipeline(builder: Any, stages: _Stages, start: Any, end: Any) -> None:
         return builder.add(i, _constant(vectors * _LANES))
 
     def weight(i: Any, quotient: Any) -> None:
-        stages.weight(i, quotient, past_caches=True)
+        stages.weight(i, quotient, nontemporal=True)
 
     quotient = stages.quotient(*stages.root(*stages.moments(start)))
     root = stages.root(*stages.moments(away(start, 1)))

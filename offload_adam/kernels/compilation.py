@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 import numba
 from filelock import FileLock, Timeout
 
+from offload_adam.errors import warn_user
 from offload_adam.kernels.numba_private import (
     cache_folder,
     compile_signature,
@@ -25,9 +25,9 @@ from offload_adam.layout.flat import BLOCK_NUMEL
 logger = logging.getLogger(__name__)
 
 SLOW_COMPILATION_S = 1.0
-"""Seconds after which a compilation that still runs is logged."""
+"""A compilation that is still running after this many seconds is logged."""
 
-LOCK_S = 120.0
+LOCK_TIMEOUT_S = 120.0
 """Seconds to wait for another process that compiles the same kernel, before compiling it here."""
 
 
@@ -53,17 +53,16 @@ def jit(function: Callable[..., Any], **options: Any) -> Any:
     options = {"error_model": "numpy", "nogil": True, **options}
     try:
         return numba.njit(function, cache=True, **options)
-    except RuntimeError:
-        warnings.warn(
+    except RuntimeError:  # Numba found no writable cache folder
+        warn_user(
             "No cache folder for compiled kernels is writable, so every process compiles them "
             "again. Set NUMBA_CACHE_DIR to a writable folder.",
             RuntimeWarning,
-            stacklevel=2,
         )
         return numba.njit(function, **options)
 
 
-def inner(function: Callable[..., Any]) -> Any:
+def jit_inlined(function: Callable[..., Any]) -> Any:
     """Return the dispatcher of a function that kernels inline; it has no disk cache.
 
     A cached function would not be recompiled if a function that it inlines changes: see
@@ -76,25 +75,29 @@ def compile_now(dispatcher: Any, arguments: tuple[Any, ...], label: str) -> None
     """Compile the specialisation that these example arguments select, or load it from the cache.
 
     If several processes need it at the same time, one compiles it and the others wait and load it.
+
+    Args:
+        label: names the kernel and its formats in the log.
     """
     signature = tuple(numba.typeof(argument) for argument in arguments)
     if is_compiled(dispatcher, signature):
         return
-    announcement = threading.Timer(SLOW_COMPILATION_S, _announce, [label])
-    announcement.daemon = True
-    announcement.start()
+    timer = threading.Timer(SLOW_COMPILATION_S, _log_compilation, [label])
+    timer.daemon = True
+    timer.start()
     try:
-        with _alone(dispatcher):
+        with _cache_lock(dispatcher):
             _compile(dispatcher, signature)
     finally:
-        announcement.cancel()
+        timer.cancel()
 
 
 @contextmanager
-def _alone(dispatcher: Any) -> Iterator[None]:
+def _cache_lock(dispatcher: Any) -> Iterator[None]:
     """Hold a file lock, so that no other process with the same cache compiles this kernel.
 
-    Without a lock file (no cache, no locks, or `LOCK_S` is over), the body runs unlocked.
+    The body runs without the lock if the kernel has no disk cache, if the file system has no locks,
+    or if the lock is not free within `LOCK_TIMEOUT_S`.
     """
     # Numba's cache index supports one writer. Two writers could give the same file name to two
     # specialisations, and a process would later load the wrong one.
@@ -102,7 +105,7 @@ def _alone(dispatcher: Any) -> Iterator[None]:
     if folder is None:
         yield
         return
-    lock = FileLock(folder / f"{dispatcher.py_func.__name__}.lock", timeout=LOCK_S)
+    lock = FileLock(folder / f"{dispatcher.py_func.__name__}.lock", timeout=LOCK_TIMEOUT_S)
     try:
         lock.acquire()
     except (OSError, NotImplementedError, Timeout) as error:
@@ -116,7 +119,7 @@ def _alone(dispatcher: Any) -> Iterator[None]:
         lock.release()
 
 
-def _announce(label: str) -> None:
+def _log_compilation(label: str) -> None:
     logger.info(
         "Compiling the %s kernel for this machine; later runs load it from the cache", label
     )
@@ -127,11 +130,10 @@ def _compile(dispatcher: Any, signature: tuple[Any, ...]) -> None:
         compile_signature(dispatcher, signature)
     except OSError as error:
         # A full or deleted cache folder must not stop training: continue without the cache.
-        warnings.warn(
+        warn_user(
             f"Cannot cache compiled kernels: {error}. Free space in Numba's cache folder, or set "
             "NUMBA_CACHE_DIR to another one.",
             RuntimeWarning,
-            stacklevel=3,
         )
         disable_cache(dispatcher)
         compile_signature(dispatcher, signature)

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from offload_adam.kernels import threads
 from offload_adam.kernels.compilation import jit
 
-PAGE_NBYTES = 4096  # with huge pages, this only writes more often than needed
+# The smallest page of Linux. A huge page is then written more often than needed, which is harmless.
+PAGE_NBYTES = 4096
 
 
 def _write_pages(memory: Any, num_pieces: Any) -> None:

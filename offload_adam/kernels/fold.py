@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from offload_adam.kernels.compilation import compile_now, inner, jit, source_fingerprint
+from offload_adam.kernels.compilation import compile_now, jit, jit_inlined, source_fingerprint
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.intrinsics import cast_for, round_for, widen
 
@@ -23,8 +23,8 @@ def _add_range(target: Any, source: Any) -> None:
         target[i] = round_for(target, widen(target[i]) + widen(source[i]))
 
 
-copy_range = inner(_copy_range)
-add_range = inner(_add_range)
+copy_range = jit_inlined(_copy_range)
+add_range = jit_inlined(_add_range)
 
 
 def _build() -> Any:
@@ -55,12 +55,12 @@ def fold(
 ) -> None:
     """Copy `source` to `target`, or add it, with one rounding to the format of `target`.
 
-    The bits are those of torch, for any `num_pieces`. Only a NaN
-    that is cast or added may become another NaN.
+    Bit-identical to torch, for any `num_pieces`. Only the bits of a NaN that is cast or added may
+    differ.
 
     Args:
         target: (n,) contiguous, written in place; its NumPy dtype is a `FloatFormat.bits_dtype`.
-        source: (n,) contiguous, in any of the formats; it does not overlap with `target`.
+        source: (n,) contiguous, in any of the formats; must not overlap `target`.
         num_pieces: number of threads that share the work.
         adds: add to `target` instead of writing over it.
 

@@ -22,14 +22,14 @@ class FloatFormat(Enum):
     @property
     def bits_dtype(self) -> np.dtype[np.generic]:
         """The NumPy dtype that carries the bits of this format to the kernels."""
-        return np.dtype(_CARRIERS[self.value])
+        return np.dtype(_BITS_DTYPES[self.value])
 
     def dtype_tag(self) -> npt.NDArray[np.generic]:
         """Return an empty array whose dtype selects a kernel's specialisation."""
         return np.empty(0, dtype=self.bits_dtype)
 
 
-_CARRIERS: dict[str, type[np.generic]] = {
+_BITS_DTYPES: dict[str, type[np.generic]] = {
     "float32": np.float32,
     "bfloat16": np.uint16,
     "float16": np.int16,

@@ -27,7 +27,7 @@ LINE_NBYTES = 64
 """Bytes of a cache line."""
 
 _LANES = 16  # fixed, because the number of lanes decides the order of additions and so the bits
-_PREFETCH_NBYTES = 1024  # bytes ahead of the block that is summed
+_PREFETCH_NBYTES = 1024  # distance from the block that is summed to the block that is prefetched
 
 
 def _constant(value: int) -> ir.Constant:
@@ -98,13 +98,13 @@ def flush_tiny(typingctx: Any, value: Any) -> Any:
 
 
 @intrinsic
-def widen(typingctx: Any, carried: Any) -> Any:
-    """Convert the bits of an element, of a `FloatFormat.bits_dtype`, exactly to float32."""
+def widen(typingctx: Any, raw: Any) -> Any:
+    """Convert an element, given as its `FloatFormat.bits_dtype`, exactly to float32."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return Vectors(builder, 1).widen(arguments[0], carried)
+        return Vectors(builder, 1).widen(arguments[0], raw)
 
-    return types.float32(carried), codegen
+    return types.float32(raw), codegen
 
 
 @intrinsic
@@ -118,19 +118,19 @@ def round_for(typingctx: Any, array: Any, value: Any) -> Any:
 
 
 @intrinsic
-def cast_for(typingctx: Any, array: Any, carried: Any) -> Any:
+def cast_for(typingctx: Any, array: Any, raw: Any) -> Any:
     """Return the bits of an element, cast to the format of the array's elements.
 
-    If the formats are the same, all bits stay, also those of a NaN.
+    If both formats are the same, the bits are unchanged, even those of a NaN.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if array.dtype == carried:
+        if array.dtype == raw:
             return arguments[1]
         vectors = Vectors(builder, 1)
-        return vectors.round(vectors.widen(arguments[1], carried), array.dtype)
+        return vectors.round(vectors.widen(arguments[1], raw), array.dtype)
 
-    return array.dtype(array, carried), codegen
+    return array.dtype(array, raw), codegen
 
 
 @intrinsic
@@ -153,8 +153,8 @@ def block_sum_of_squares(typingctx: Any, array: Any, start: Any) -> Any:
         _prefetch_block(builder, block, element)
         for floats in _load_block(builder, block, element):
             value = builder.fpext(floats, wide)
-            total = _fused(builder, wide, value, value, total)
-        return _fold(builder, total, _LANES)
+            total = _fma(builder, wide, value, value, total)
+        return _sum_lanes(builder, total, _LANES)
 
     return types.float64(array, types.int64), codegen
 
@@ -208,15 +208,15 @@ def _splat(value: int) -> ir.Constant:
     return ir.Constant(ir.VectorType(I32, _LANES), [value] * _LANES)
 
 
-def _fused(builder: Any, kind: Any, a: Any, b: Any, c: Any) -> Any:
-    """Emit a * b + c on vectors; the builder's own fma takes scalars only."""
+def _fma(builder: Any, kind: Any, a: Any, b: Any, c: Any) -> Any:
+    """Emit a * b + c with one rounding, on vectors; the builder's own fma takes scalars only."""
     function = get_or_insert_function(
         builder.module, ir.FunctionType(kind, [kind] * 3), f"llvm.fma.v{_LANES}f64"
     )
     return builder.call(function, [a, b, c])
 
 
-def _fold(builder: Any, vector: Any, lanes: int) -> Any:
+def _sum_lanes(builder: Any, vector: Any, lanes: int) -> Any:
     """Emit the sum of a vector's lanes: halves added until one lane is left."""
     while lanes > 1:
         lanes //= 2

@@ -1,4 +1,4 @@
-"""Emit float32 arithmetic on vectors: the same bits for one lane as for many.
+"""Emit float32 arithmetic on vectors, which computes the same bits for any number of lanes.
 
 Only IEEE 754 operations are emitted, and LLVM may not contract or reorder any of them.
 """
@@ -22,8 +22,8 @@ class Vectors:
 
     One lane is a scalar, because LLVM's own vectoriser does not accept <1 x float>.
 
-    "Carried" elements are float32, or the bits of bfloat16 (uint16) or float16 (int16). The Numba
-    type of the array's elements tells which.
+    "Raw" elements are elements as an array holds them: float32, or the bits of bfloat16 (uint16) or
+    float16 (int16). The parameter `element` is their Numba type, which identifies the format.
     """
 
     def __init__(self, builder: Any, lanes: int) -> None:
@@ -68,7 +68,7 @@ class Vectors:
         return self._builder.select(tiny, self.zeros(), a)
 
     def load(self, array: Any, index: Any, element: Any) -> Any:
-        """Return the carried elements array[index : index + lanes], widened exactly to float32."""
+        """Return the raw elements array[index : index + lanes], widened exactly to float32."""
         pointer = self._address(array, index, element)
         loaded = self._builder.load(pointer)
         # By default LLVM assumes the alignment of the whole vector; such a load would fault.
@@ -76,11 +76,11 @@ class Vectors:
         return self.widen(loaded, element)
 
     def store(self, value: Any, array: Any, index: Any, element: Any) -> None:
-        """Write to array[index : index + lanes], rounded to carried elements."""
+        """Write to array[index : index + lanes], rounded to raw elements."""
         pointer = self._address(array, index, element)
         self._builder.store(self.round(value, element), pointer).align = element.bitwidth // 8
 
-    def store_past_caches(self, value: Any, array: Any, index: Any, element: Any) -> None:
+    def store_nontemporal(self, value: Any, array: Any, index: Any, element: Any) -> None:
         """Write like `store`, but bypass the caches; the address is aligned to the whole vector.
 
         An ordinary store first reads the cache line that it writes to.
@@ -91,26 +91,27 @@ class Vectors:
         one = self._builder.module.add_metadata([ir.Constant(I32, 1)])
         stored.set_metadata("nontemporal", one)
 
-    def widen(self, carried: Any, element: Any) -> Any:
-        """Return carried elements as float32, exactly."""
+    def widen(self, raw: Any, element: Any) -> Any:
+        """Return raw elements as float32, exactly."""
         builder = self._builder
         if element == types.float32:
-            return carried
+            return raw
         if element == types.int16:
-            half = builder.bitcast(carried, self._vector(ir.HalfType()))
+            half = builder.bitcast(raw, self._vector(ir.HalfType()))
             return builder.fpext(half, self.kind)
-        wide = builder.zext(carried, self._vector(I32))
+        wide = builder.zext(raw, self._vector(I32))
         return builder.bitcast(builder.shl(wide, self._constant(I32, 16)), self.kind)
 
     def round(self, value: Any, element: Any) -> Any:
-        """Return float32 rounded to carried elements, to nearest even; a NaN stays a NaN."""
+        """Return float32 rounded to raw elements, to nearest even; a NaN stays a NaN."""
         builder = self._builder
         if element == types.float32:
             return value
         if element == types.int16:
             half = builder.fptrunc(value, self._vector(ir.HalfType()))
             return builder.bitcast(half, self._vector(I16))
-        # To nearest even: add half of the last kept bit, less one unless that bit is odd, and cut.
+        # To nearest even: add 0x7FFF, plus 1 if the lowest kept bit is 1; then drop 16 bits. So a
+        # tie rounds up only if the lowest kept bit is 1.
         bits = self._bits(value)
         odd = builder.and_(builder.lshr(bits, self._constant(I32, 16)), self._constant(I32, 1))
         rounded = builder.add(builder.add(bits, self._constant(I32, 0x7FFF)), odd)
@@ -132,9 +133,9 @@ class Vectors:
         return ir.Constant(self._vector(scalar), [value] * self.lanes)
 
     def _address(self, array: Any, index: Any, element: Any) -> Any:
-        carried = F32 if element == types.float32 else I16
+        raw = F32 if element == types.float32 else I16
         pointer = self._builder.gep(array, [index])
-        return self._builder.bitcast(pointer, self._vector(carried).as_pointer())
+        return self._builder.bitcast(pointer, self._vector(raw).as_pointer())
 
     def _call(self, operation: str, *operands: Any) -> Any:
         kind = ir.FunctionType(self.kind, [self.kind] * len(operands))

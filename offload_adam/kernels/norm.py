@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from offload_adam.kernels.compilation import compile_now, inner, jit, source_fingerprint
+from offload_adam.kernels.compilation import compile_now, jit, jit_inlined, source_fingerprint
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.intrinsics import block_sum_of_squares, pointer_to
 from offload_adam.layout.flat import BLOCK_NUMEL
@@ -26,7 +26,7 @@ def _sum_range(gradient: Any, sums: Any, first: Any) -> None:
         sums[first + whole] = block_sum_of_squares(padded, 0)
 
 
-sum_range = inner(_sum_range)
+sum_range = jit_inlined(_sum_range)
 
 
 def _build() -> Any:
@@ -75,11 +75,11 @@ def block_sums(
         gradient_format: format of all gradients of the table.
         addresses: (n,) address of each segment's first gradient element.
         starts: (n,) offset of each segment in the shard, a multiple of 128.
-        numels: (n,) elements of each segment.
+        numels: (n,) number of elements of each segment.
         sums: float64, one for each block of the shard; blocks outside all segments keep their sums.
         num_pieces: number of threads that share the work.
 
-    Cost: the gradient's bytes, and 1/16 byte per element.
+    Cost: reads the gradient once, and writes 1/16 byte per element.
     Threads: `num_pieces` pieces under the thread mask of the calling thread.
     """
     blocks = (numels + (BLOCK_NUMEL - 1)) // BLOCK_NUMEL

@@ -50,7 +50,7 @@ def llvm_type(context: Any, kind: Any) -> Any:
 
 
 def no_value(context: Any) -> Any:
-    """Return what an intrinsic of type void returns.
+    """Return the value that the code generator of a void intrinsic must return.
 
     Checked with 0.68.1. If `get_dummy_value` is missing, compiling the update raises
     AttributeError.
@@ -67,7 +67,7 @@ def compile_signature(dispatcher: Any, signature: tuple[Any, ...]) -> None:
 
 
 def is_compiled(dispatcher: Any, signature: tuple[Any, ...]) -> bool:
-    """Return whether this process has the specialisation.
+    """Return whether this process has compiled or loaded the specialisation.
 
     Checked with 0.68.1. If `overloads` is missing, constructing an optimizer raises AttributeError.
     """

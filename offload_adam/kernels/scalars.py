@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-# Places in the row. A beta is the sum of two float32, BETA and BETA_REST: see `scalar_row`. The
+# Indices into the row. A beta is the sum of two float32, BETA and BETA_REST: see `scalar_row`. The
 # update's direction is MOMENT * m + FRESH * g, where m is the new first moment.
 GRADIENT_SCALE, L2, BETA1, BETA1_REST, ONE_MINUS_BETA1 = 0, 1, 2, 3, 4
 BETA2, BETA2_REST, ONE_MINUS_BETA2 = 5, 6, 7
@@ -18,7 +18,11 @@ NUM_SCALARS = 14
 
 @dataclass(frozen=True, kw_only=True)
 class Hyperparameters:
-    """Hyperparameters of one parameter group as plain floats, validated by the optimizer."""
+    """Hyperparameters of one parameter group as plain floats, validated by the optimizer.
+
+    epsilon_hat: add `eps` to the root of the second moment before bias correction, as MindSpore
+        does. If False, add it after bias correction, as torch does.
+    """
 
     lr: float
     beta1: float
@@ -40,6 +44,8 @@ class UpdateScalars:
     v = beta2 * v + (1 - beta2) * g * g
     n = beta1 * m + (1 - beta1) * g  if nesterov else  m
     w = w - decay * w - step_size * n / (denominator_scale * sqrt(v) + eps)
+
+    With amsgrad, the last line uses the largest v so far.
     """
 
     gradient_scale: float

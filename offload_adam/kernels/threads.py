@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from offload_adam.errors import warn_user
+
 logger = logging.getLogger(__name__)
 
-# The process that has planned its threads; a forked child has another pid.
+# Pid of the process that called `plan_threads`. A forked child inherits this value, but has another
+# pid.
 _owner_pid: int | None = None
 
 
@@ -54,7 +56,8 @@ def threads_per_rank(local_world_size: int | None = None, *, on_device: bool) ->
 
     The default is one for each of the rank's cores. With parameters on a device, one core stays
     free for the training thread, which launches the device's work during the updates. On a shared
-    core, launches would be late, and the kernel's other threads would wait for the slowed one.
+    core, launches would be late, and the kernel's other threads would wait for the thread on this
+    core.
 
     Args:
         local_world_size: as for `cores_per_rank`.
@@ -105,7 +108,7 @@ def _quota_v2(folder: Path) -> float | None:
 
 
 def _quota_v1(folder: Path) -> float | None:
-    quota_us = int(_read(folder / "cpu.cfs_quota_us") or -1)
+    quota_us = int(_read(folder / "cpu.cfs_quota_us") or -1)  # -1: no limit
     period_us = int(_read(folder / "cpu.cfs_period_us") or 0)
     return quota_us / period_us if quota_us > 0 and period_us > 0 else None
 
@@ -158,12 +161,11 @@ def select_threading_layer() -> str:
     numba.get_num_threads()
     layer = str(numba.threading_layer())
     if layer == "workqueue":
-        warnings.warn(
+        warn_user(
             "Only Numba's workqueue threading layer is available. The process aborts if another "
             "thread runs a parallel Numba function while the optimizer steps. Install an OpenMP "
             "runtime (libgomp) to prevent this.",
             RuntimeWarning,
-            stacklevel=2,
         )
     return layer
 
@@ -186,11 +188,10 @@ def plan_threads(num_threads: int | None, *, on_device: bool = False) -> int:
     layer = select_threading_layer()
     threads = threads_per_rank(on_device=on_device) if num_threads is None else num_threads
     if threads > numba.config.NUMBA_NUM_THREADS:
-        warnings.warn(
+        warn_user(
             f"num_threads={threads} is more than the {numba.config.NUMBA_NUM_THREADS} threads of "
             "Numba, so fewer threads share the work. Increase NUMBA_NUM_THREADS.",
             RuntimeWarning,
-            stacklevel=2,
         )
     logger.info("Running kernels with %d thread(s) on the %s threading layer", threads, layer)
     return threads

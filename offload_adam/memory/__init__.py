@@ -1,6 +1,6 @@
 """Host memory for the state, and page-locking (pinning) of it.
 
-arena      HostArena: one mapping, cut into tensors; start here
+arena      HostArena: one mapping, divided into tensors; start here
 pinning    page-lock exactly these bytes, and unlock them
 planes     the tensors that hold one bucket's state
 """

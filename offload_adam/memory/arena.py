@@ -1,4 +1,4 @@
-"""One anonymous mapping for all of a rank's state, cut into tensors that each have a storage.
+"""One anonymous mapping for all of a rank's state, divided into tensors with their own storages.
 
     |<------------------ piece ----------------->|<------------------ piece ---- ...
     | tensor 0 | tensor 1 |    tensor 2    |.....| tensor 3 |  tensor 4  | ...
@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import logging
 import mmap
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from offload_adam.errors import HostMemoryError
+from offload_adam.errors import HostMemoryError, warn_user
 from offload_adam.layout.budget import ALIGNMENT_NBYTES
 from offload_adam.layout.flat import align
 from offload_adam.memory.pinning import (
@@ -66,8 +65,8 @@ class HostArena:
             parts: bytes of each tensor that will be taken, in order; used by `touch` only.
             touch: commits each part. None commits all pages from the calling thread, which is
                 faster, and right on a machine with one NUMA node.
-            survives_fork: keep the mapping in forked children. Otherwise a forked data loader does
-                not copy it.
+            survives_fork: keep the mapping in forked children. By default they do not inherit it,
+                so the memory of forked data loaders does not count it again.
             piece_nbytes: bytes that are pinned by one call. No tensor crosses from one piece into
                 the next, unless it is larger than a piece.
 
@@ -104,7 +103,7 @@ class HostArena:
     def take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the next `numel` elements as a zeroed 1-d tensor.
 
-        The tensor has its own storage, so saving or copying it touches its bytes only.
+        The tensor has its own storage, so saving it does not save the rest of the arena.
         """
         if numel == 0:
             return torch.empty(0, dtype=dtype, device="cpu")
@@ -154,7 +153,7 @@ class HostArena:
         try:
             self.pin(runtime)
         except PinRefusedError as error:
-            warnings.warn(f"{error} {otherwise}", RuntimeWarning, stacklevel=2)
+            warn_user(f"{error} {otherwise}", RuntimeWarning)
 
     def close(self) -> None:
         """Unpin, and drop the arena's own reference to the mapping. Idempotent."""
@@ -215,7 +214,7 @@ def arena_nbytes(parts: Iterable[int], piece_nbytes: int = PIECE_NBYTES) -> int:
 
 
 def _places(parts: Iterable[int], piece_nbytes: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) in bytes of each part, in the way in which `take` places it."""
+    """Yield (start, end) in bytes of each part, at the offset at which `take` places it."""
     end = 0
     for nbytes in parts:
         if nbytes > 0:
@@ -225,6 +224,6 @@ def _places(parts: Iterable[int], piece_nbytes: int) -> Iterator[tuple[int, int]
 
 
 def _place(offset: int, nbytes: int, piece_nbytes: int) -> int:
-    """Return where a part starts: at `offset`, or at the next piece if it would cross into that."""
+    """Return where a part starts: at `offset`, or at the next piece if it would cross into it."""
     left_nbytes = piece_nbytes - offset % piece_nbytes
     return offset if nbytes <= left_nbytes else offset + left_nbytes

@@ -14,7 +14,7 @@ from offload_adam.memory.arena import HostArena
 class StatePlanes:
     """This rank's Adam state of one bucket; every tensor is flat and `shard_numel` long.
 
-    master_weight: float32, or the parameter's own shard if the plan has no plane for it.
+    master_weight: float32. If the plan has no such plane, the parameter's own shard.
     exp_avg, exp_avg_sq: float32.
     max_exp_avg_sq: float32, None without amsgrad.
     gradient_shard: the reduced gradient, None if the kernel reads `.grad` itself.

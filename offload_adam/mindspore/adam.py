@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from offload_adam.coordinator.admission import Field, raise_on_all_ranks
+from offload_adam.coordinator.rank_checks import Field, raise_on_all_ranks
 from offload_adam.errors import warn_user
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.mindspore.arguments import (

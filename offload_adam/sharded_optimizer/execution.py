@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from offload_adam.coordinator.admission import Field
+from offload_adam.coordinator.rank_checks import Field
 from offload_adam.coordinator.ranks import world_size_of
 from offload_adam.errors import warn_user
 from offload_adam.layout.state_plan import StatePolicy

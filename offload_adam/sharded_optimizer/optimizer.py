@@ -20,9 +20,9 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from offload_adam import torch_private
-from offload_adam.coordinator.admission import Field, raise_on_all_ranks, require_same
 from offload_adam.coordinator.agreement import Notice
 from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.coordinator.rank_checks import Field, raise_on_all_ranks, require_same
 from offload_adam.coordinator.ranks import (
     check_process_group,
     is_distributed,

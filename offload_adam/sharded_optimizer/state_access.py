@@ -11,7 +11,7 @@ from typing import Any, Never, SupportsIndex, TypeVar, cast
 
 import torch
 
-from offload_adam.coordinator.admission import raise_on_all_ranks
+from offload_adam.coordinator.rank_checks import raise_on_all_ranks
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.params.groups import known_names
 from offload_adam.state.state_dict import (

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from offload_adam.coordinator.admission import raise_on_all_ranks
 from offload_adam.coordinator.node_memory import admit_memory
+from offload_adam.coordinator.rank_checks import raise_on_all_ranks
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.budget import (
     NUM_REDUCE_SLOTS,

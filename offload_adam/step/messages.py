@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.coordinator.admission import Field, require_same
 from offload_adam.coordinator.agreement import Agreement, Notice
+from offload_adam.coordinator.rank_checks import Field, require_same
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import PeerError, RankDisagreementError
 from offload_adam.gradients.stand_in import gradient_of

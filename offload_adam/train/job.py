@@ -18,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from offload_adam.config import ConfigError, Mistake, RunConfig
 from offload_adam.config.optimizer_sections import AdamSection
-from offload_adam.coordinator.admission import require_same
-from offload_adam.coordinator.endings import EndingGuard, preemptible
 from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.coordinator.rank_checks import require_same
+from offload_adam.coordinator.shutdown import EndingGuard, preemptible
 from offload_adam.coordinator.startup import COLLECTIVE_TIMEOUT, World, final, joined_world
 from offload_adam.errors import CheckpointError, HostMemoryError, RankDisagreementError
 from offload_adam.kernels.threads import cores_per_rank

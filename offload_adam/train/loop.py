@@ -18,8 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from offload_adam.config import RunConfig
 from offload_adam.config.optimizer_sections import AdamSection
 from offload_adam.coordinator.agreement import Notice
-from offload_adam.coordinator.endings import Preemption
 from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.coordinator.shutdown import Preemption
 from offload_adam.coordinator.startup import World
 from offload_adam.mindspore.adam import Adam
 from offload_adam.optimizer import OffloadAdam

@@ -22,8 +22,8 @@ from offload_adam.checkpoint.format import read_manifest
 from offload_adam.checkpoint.load import load_checkpoint, verify_checkpoint
 from offload_adam.checkpoint.save import require_shared, save_checkpoint
 from offload_adam.config import ConfigError, RunConfig
-from offload_adam.coordinator.admission import gather_texts, raise_on_all_ranks
 from offload_adam.coordinator.progress import PROGRESS
+from offload_adam.coordinator.rank_checks import gather_texts, raise_on_all_ranks
 from offload_adam.coordinator.ranks import attempt
 from offload_adam.errors import CheckpointError, PeerError, PeerFailedError
 from offload_adam.train.loop import Job

@@ -50,7 +50,7 @@ def run_a_second_backward(rank: int, world_size: int) -> tuple[Outcome, list[flo
     return result
 
 
-def test_a_second_reduced_backward_without_room_names_both_ways_out(ranks: RankPool) -> None:
+def test_a_second_reduced_backward_without_accumulate_names_both_remedies(ranks: RankPool) -> None:
     results = ranks.run(run_a_second_backward, 2)
     for outcome, _ in results:
         assert outcome.error == "ValueError"

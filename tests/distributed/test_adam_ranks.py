@@ -1,4 +1,4 @@
-"""`Adam` on several ranks: one rank with the mean gradient, and errors that reach everybody."""
+"""`Adam` on several ranks matches one rank with the mean gradient; errors reach all ranks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def gradients_of(
 
 
 def mean_of(parts: list[list[torch.Tensor | None]]) -> list[torch.Tensor | None]:
-    """Return the mean of parts; of sparse ones all entries stand one after the other."""
+    """Return the mean of the parts' gradients; sparse gradients are concatenated."""
     means: list[torch.Tensor | None] = []
     for members in zip(*parts, strict=True):
         there = [member / len(parts) for member in members if member is not None]
@@ -109,7 +109,7 @@ def run_part(
 @pytest.mark.parametrize("name", sorted(OPTIONS))
 @pytest.mark.parametrize("reduction", ["optimizer", "external"])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_do_what_one_does_with_the_mean(
+def test_ranks_match_one_rank_with_the_mean_gradient(
     ranks: RankPool, name: str, reduction: str, world_size: int
 ) -> None:
     by_call = world_size == 2
@@ -145,7 +145,7 @@ def reject_amsgrad(rank: int, world_size: int) -> list[Outcome]:
     return outcomes
 
 
-def test_amsgrad_is_refused_on_every_rank_naming_those_that_asked(ranks: RankPool) -> None:
+def test_amsgrad_is_rejected_on_every_rank_and_names_the_ranks_that_set_it(ranks: RankPool) -> None:
     for outcomes in ranks.run(reject_amsgrad, 3, timeout=60.0):
         assert [outcome.error for outcome in outcomes] == ["ValueError"] * 3
         assert all("amsgrad" in outcome.message for outcome in outcomes)
@@ -154,7 +154,7 @@ def test_amsgrad_is_refused_on_every_rank_naming_those_that_asked(ranks: RankPoo
 
 
 def fail_on_one(rank: int, world_size: int) -> list[Outcome]:
-    """Rank 1 alone gives wrong gradients; nobody hangs, and a corrected call works."""
+    """Give wrong gradients on rank 1 only: no rank hangs, and a corrected call works."""
     model = make_model()
     optimizer = Adam(model.parameters(), [0.1, 0.2], gradient_reduction="optimizer")
     right = tuple(gradients_of(model, 0, 0, 1))

@@ -91,7 +91,7 @@ def run_reference(name: str, world_size: int, dtype: torch.dtype) -> ReferenceAd
 @pytest.mark.parametrize("name", sorted(OPTIONS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_all_ranks_entries_are_brought_together(
+def test_the_entries_of_all_ranks_are_combined(
     ranks: RankPool, name: str, dtype: torch.dtype, world_size: int
 ) -> None:
     found = ranks.run(run_rank, world_size, name, dtype, timeout=60.0)

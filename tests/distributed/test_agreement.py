@@ -1,4 +1,4 @@
-"""What rides in the step's one message, besides the norm."""
+"""Values that the all-reduce of a step carries besides the norm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.distributed
 
 
 def notify(rank: int, world_size: int) -> list[Notice]:
-    """Return what the steps agreed on; rank 1 alone is to stop, and is slowest with its file."""
+    """Return the steps' agreements; only rank 1 asks to stop, and it is the slowest to write."""
     model = Weights([(300,)])
     optimizer = OffloadAdam(model.parameters(), gradient_reduction="optimizer", num_threads=1)
     agreed = []
@@ -35,7 +35,7 @@ def notify(rank: int, world_size: int) -> list[Notice]:
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_any_rank_stops_all_and_the_slowest_says_what_is_saved(
+def test_one_rank_stops_all_and_the_slowest_rank_decides_what_is_saved(
     ranks: RankPool, world_size: int
 ) -> None:
     slowest = 7 if world_size == 1 else 5
@@ -57,7 +57,7 @@ def part(rank: int, world_size: int) -> Outcome:
     return outcome
 
 
-def test_ranks_at_different_steps_are_refused(ranks: RankPool) -> None:
+def test_ranks_at_different_steps_are_rejected(ranks: RankPool) -> None:
     first, second, third = ranks.run(part, 3)
     assert first == second == third
     assert first.error == "RankDisagreementError"

@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on: the bytes of one step, and how they end."""
+"""Checkpoints that are written during training: they hold the bytes of one step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WAIT_S = 60.0
 
 
 class Held:
-    """Lets the thread that writes take its first bucket, and the others when it is told to."""
+    """Lets the writer thread take its first bucket at once, and the others when told to."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached = threading.Event()
@@ -62,7 +62,7 @@ def files(path: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bytes_are_those_of_one_step(tmp_path: Path, held: Held, kind: str) -> None:
-    """An update comes while half is written: it waits, and the file is that of a plain save."""
+    """An update that begins while half is written waits; the file equals that of a plain save."""
     model, optimizer = make(kind, seed=1)
     train(model, optimizer, 0, 3)
     save_checkpoint(tmp_path / "plain", model=model, optimizer=optimizer)
@@ -98,7 +98,7 @@ def test_updates_of_a_device_wait_as_well(
     test_the_bytes_are_those_of_one_step(tmp_path, held, kind)
 
 
-def test_updates_beside_the_forward_wait_as_well(tmp_path: Path, held: Held) -> None:
+def test_updates_that_overlap_with_the_forward_wait_as_well(tmp_path: Path, held: Held) -> None:
     """`step()` returns, and the forward waits for updates that wait for the writer."""
     models, optimizers = [], []
     for _ in range(2):
@@ -131,7 +131,7 @@ def test_updates_beside_the_forward_wait_as_well(tmp_path: Path, held: Held) -> 
     other.close()
 
 
-def test_closing_frees_updates_beside_the_forward(tmp_path: Path, held: Held) -> None:
+def test_close_releases_updates_that_overlap_with_the_forward(tmp_path: Path, held: Held) -> None:
     model = Model()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = OffloadAdam(
@@ -145,7 +145,7 @@ def test_closing_frees_updates_beside_the_forward(tmp_path: Path, held: Held) ->
     assert not list(tmp_path.glob("*/*"))
 
 
-def test_a_bucket_is_free_when_it_is_written(held: Held, tmp_path: Path) -> None:
+def test_a_bucket_can_be_updated_once_it_is_written(held: Held, tmp_path: Path) -> None:
     """The bucket that is updated first is written first: its update need not wait for the rest."""
     model, optimizer = make("fp32", seed=1)
     train(model, optimizer, 0, 1)
@@ -162,7 +162,7 @@ def test_a_bucket_is_free_when_it_is_written(held: Held, tmp_path: Path) -> None
 
 
 def commit_together(rank: int, world_size: int, folder: str) -> tuple[int, dict[str, Any], Any]:
-    """Commit when both have written, rank 1 being slow; return after which step it was."""
+    """Commit when both ranks have written, rank 1 slowly; return the step after which they did."""
     go = threading.Event()
     finish = Save.finish
 
@@ -201,7 +201,7 @@ def test_all_ranks_commit_after_the_same_step(ranks: RankPool, tmp_path: Path) -
 
 
 def fail_on_one(rank: int, world_size: int, folder: str) -> list[Any]:
-    """A disk that fills up on rank 1, beside the training."""
+    """Fill up the disk of rank 1 during training."""
     write = Save.write_bucket
 
     def failing(save: Save, bucket: int, *rest: Callable[[], None]) -> None:
@@ -227,7 +227,7 @@ def fail_on_one(rank: int, world_size: int, folder: str) -> list[Any]:
     return found
 
 
-def test_a_writer_that_fails_is_told_to_all(ranks: RankPool, tmp_path: Path) -> None:
+def test_a_failed_write_is_reported_on_all_ranks(ranks: RankPool, tmp_path: Path) -> None:
     (step, first), (other_step, second) = ranks.run(fail_on_one, 2, str(tmp_path))
     assert step == other_step
     assert first.error == "PeerError"
@@ -237,7 +237,7 @@ def test_a_writer_that_fails_is_told_to_all(ranks: RankPool, tmp_path: Path) -> 
     verify_checkpoint(tmp_path / "d")
 
 
-def test_one_is_written_at_a_time(tmp_path: Path, held: Held) -> None:
+def test_one_checkpoint_is_written_at_a_time(tmp_path: Path, held: Held) -> None:
     model, optimizer = make("fp32", seed=1)
     pending = begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     for begin in (begin_checkpoint, save_checkpoint):
@@ -250,7 +250,7 @@ def test_one_is_written_at_a_time(tmp_path: Path, held: Held) -> None:
     assert files(tmp_path / "c") == files(tmp_path / "d")
 
 
-def test_close_abandons_it(tmp_path: Path, held: Held) -> None:
+def test_close_abandons_an_unfinished_checkpoint(tmp_path: Path, held: Held) -> None:
     model, optimizer = make("fp32", seed=1)
     pending = begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     assert held.reached.wait(WAIT_S)
@@ -264,7 +264,7 @@ def test_close_abandons_it(tmp_path: Path, held: Held) -> None:
 
 @pytest.mark.parametrize("how", ["clamp", "load", "refresh"])
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
-def test_a_change_from_outside_is_no_checkpoint(
+def test_an_external_edit_during_the_write_spoils_the_checkpoint(
     tmp_path: Path, held: Held, how: str, kind: str
 ) -> None:
     model, optimizer = make(kind, seed=1)
@@ -288,7 +288,9 @@ def test_a_change_from_outside_is_no_checkpoint(
     save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
 
 
-def test_changes_before_and_after_are_none_of_it(tmp_path: Path, held: Held) -> None:
+def test_external_edits_before_and_after_the_write_do_not_spoil_it(
+    tmp_path: Path, held: Held
+) -> None:
     model, optimizer = make("bf16", seed=1)
     train(model, optimizer, 0, 1)
     with torch.no_grad():
@@ -304,7 +306,7 @@ def test_changes_before_and_after_are_none_of_it(tmp_path: Path, held: Held) -> 
     assert files(tmp_path / "c") == files(tmp_path / "plain")
 
 
-def test_loading_waits_until_it_is_read(tmp_path: Path, held: Held) -> None:
+def test_loading_waits_until_the_checkpoint_has_read_the_state(tmp_path: Path, held: Held) -> None:
     model, optimizer = make("fp32", seed=1)
     train(model, optimizer, 0, 1)
     save_checkpoint(tmp_path / "one", model=model, optimizer=optimizer)
@@ -319,7 +321,7 @@ def test_loading_waits_until_it_is_read(tmp_path: Path, held: Held) -> None:
     assert files(tmp_path / "beside") == files(tmp_path / "two")
 
 
-def test_a_disk_without_room_for_a_header_leaves_nothing(
+def test_a_disk_too_full_for_the_header_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Ranks whose backwards differ: in order, in what they use, in whether there is one at all."""
+"""Ranks whose backwards differ in order or in the parameters used, or that run no backward."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Means = list[torch.Tensor | None]
 
 
 def make(model: torch.nn.Module, **options: Any) -> OffloadAdam:
-    """Make an optimizer whose exp_avg is the mean gradient itself, with a bucket a parameter."""
+    """Make an optimizer with a bucket per parameter, whose exp_avg is the mean gradient itself."""
     return OffloadAdam(
         model.named_parameters(),
         betas=(0.0, 0.9),
@@ -43,7 +43,7 @@ def assert_means(found: list[torch.Tensor], expected: Means) -> None:
 
 
 def place(rank: int, step: int) -> tuple[list[int], set[int]]:
-    """Return this rank's order of use in this step, and what it does not use."""
+    """Return the order in which this rank uses parameters in this step, and the unused ones."""
     generator = torch.Generator().manual_seed(100 * step + rank)
     order = torch.randperm(len(SHAPES), generator=generator).tolist()
     return order, set(order[: rank + step])
@@ -71,7 +71,7 @@ def use_parameters_in_other_orders(rank: int, world_size: int) -> list[list[torc
     return found
 
 
-def test_ranks_may_use_other_parameters_in_other_orders(ranks: RankPool) -> None:
+def test_ranks_may_use_different_parameters_in_different_orders(ranks: RankPool) -> None:
     world_size = 3
     found = ranks.run(use_parameters_in_other_orders, world_size)[0]
     for step, means in enumerate(found):
@@ -131,7 +131,7 @@ def test_a_rank_may_run_no_backward_or_fewer(ranks: RankPool, options: dict[str,
 
 
 def raise_in_backward(rank: int, world_size: int, raising: dict[int, int]) -> list[torch.Tensor]:
-    """Raise in the backward of some ranks, at this gradient of theirs; drop it all and go on."""
+    """Raise in the backward of some ranks, at this gradient; drop all gradients and continue."""
     model = Weights(SHAPES)
     # In two buckets, so that a rank may raise before it has sent any.
     optimizer = make(model, bucket_nbytes=4096)
@@ -165,7 +165,7 @@ def test_a_backward_that_raises_leaves_nothing_behind(
 
 
 def train_two_optimizers(rank: int, world_size: int) -> list[torch.Tensor]:
-    """Two optimizers share one backward, and are stepped in another order than they were made."""
+    """Share a backward between two optimizers; step them in another order than constructed."""
     model = Weights(SHAPES)
     names = list(model.named_parameters())
     optimizers = [

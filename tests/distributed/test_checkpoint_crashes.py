@@ -56,7 +56,7 @@ NEWEST = {
     "before the rename": 4,
     "after the rename": 8,
 }
-"""The step of the newest checkpoint where the process is killed there."""
+"""By the place of the kill: the step of the newest checkpoint afterwards."""
 
 
 def make() -> tuple[torch.nn.Module, OffloadAdam]:
@@ -78,7 +78,7 @@ class Killed(NamedTuple):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Killed]:
-    """Return the runs by where they were killed; their processes start side by side."""
+    """Return the runs by the place of the kill; their processes run at the same time."""
     runs, processes = {}, []
     for where in NEWEST:
         root = tmp_path_factory.mktemp("run")

@@ -1,4 +1,4 @@
-"""Checkpoints from any world into any other, to the bit, and what is refused."""
+"""Checkpoints load bit-identically into any world size; mismatches are rejected."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def save(rank: int, world_size: int, kind: str, path: str) -> dict[str, Any]:
 
 
 def pass_on(rank: int, world_size: int, kind: str, paths: tuple[str, str]) -> dict[str, Any]:
-    """Load into a model that was drawn otherwise, and save again."""
+    """Load into a model with other initial weights, and save again."""
     source, target = paths
     model, optimizer = make(kind, seed=2 + rank)
     extra = load_checkpoint(source, model=model, optimizer=optimizer)
@@ -188,7 +188,7 @@ def refuse(rank: int, world_size: int, path: str, other: str) -> list[Outcome]:
     return outcomes
 
 
-def test_what_does_not_fit_is_refused_on_every_rank(ranks: RankPool, tmp_path: Path) -> None:
+def test_mismatched_checkpoints_are_rejected_on_every_rank(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(save, 2, "fp32", str(tmp_path / "c"), timeout=60.0)
     found = ranks.run(refuse, 2, str(tmp_path / "c"), str(tmp_path / "d"), timeout=60.0)
     for one, other in pairwise(found):
@@ -209,7 +209,7 @@ def test_what_does_not_fit_is_refused_on_every_rank(ranks: RankPool, tmp_path: P
 
 
 class Scaled(nn.Linear):
-    """Keeps a number beside its weights, as FP8 layers do."""
+    """Keeps a number besides its weights, as FP8 layers do."""
 
     scale = 0.0
 

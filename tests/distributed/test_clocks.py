@@ -18,7 +18,7 @@ from tests.support.ranks import RankPool
 NUM_COLLECTIVES = 20
 TICK_NS = 1_000_000
 DRIFT = 10
-"""Rank r's clock gains r ticks in so many."""
+"""The clock of rank r gains r ticks in this many."""
 # A rank's offset is that of a probe, and is taken to be that of the moment after the last one.
 # A probe reads the clock three times, beside a few readings of the threads that sample memory.
 TOLERANCE_NS = 4 * NUM_PROBES * 2 * TICK_NS // DRIFT

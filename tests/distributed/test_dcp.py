@@ -29,7 +29,7 @@ def save(rank: int, world_size: int, kind: str, path: str) -> dict[str, Any]:
 
 
 def pass_on(rank: int, world_size: int, kind: str, source: str, target: str) -> dict[str, Any]:
-    """Load into a model that was drawn otherwise and had taken a step, and save again."""
+    """Load into a model with other initial weights that has taken a step, and save again."""
     model, optimizer = make(kind, seed=2 + rank, channels_last=world_size == 3)
     train(model, optimizer, 7, 8)
     dcp.load(state_of(model, optimizer), checkpoint_id=source)
@@ -48,7 +48,7 @@ def test_from_2_to_3_to_1_ranks_to_the_bit(ranks: RankPool, kind: str, tmp_path:
 
 
 def test_torch_alone_reads_it(ranks: RankPool, tmp_path: Path) -> None:
-    """Plain tensors, as somebody has them who does not know this package."""
+    """Load into plain tensors, as a script without this package does."""
     original = ranks.run(save, 2, "fp32", str(tmp_path / "0"), timeout=60.0)[0]
     names = [name for name, _ in make("fp32", seed=1)[0].named_parameters() if name != "frozen"]
     shapes = {name: original["weights"][name].shape for name in names}

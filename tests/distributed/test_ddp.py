@@ -79,7 +79,7 @@ def train_in_float64(world_size: int) -> list[torch.Tensor]:
     return [parameter.detach() for parameter in model.parameters()]
 
 
-def test_every_way_of_ddp_is_the_training_of_one_process(ranks: RankPool) -> None:
+def test_training_with_ddp_matches_one_process(ranks: RankPool) -> None:
     expected = train_in_float64(2)
     first, second = ranks.run(train_every_way, 2)
     for way, other in zip(first, second, strict=True):

@@ -1,4 +1,4 @@
-"""The core of the package under other defaults of torch gives the bits that it gives without."""
+"""With another default dtype or device of torch, the package computes the same bits."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def train(model: nn.Module, optimizer: Any, batches: list[torch.Tensor]) -> None
 def everything(
     rank: int, world_size: int, kind: str, name: str | None, folder: str
 ) -> dict[str, Any]:
-    """Train, save in every way, load in every way, train on; return what came of it."""
+    """Train, save in every way, load in every way, train on; return all results."""
     case = CASES[kind]
     torch.manual_seed(0)
     models = [Model(case.sparse).to(case.dtype) for _ in range(5)]

@@ -1,4 +1,4 @@
-"""Checkpoints in torch's own forms, and what torch has pickled as a checkpoint."""
+"""Export of checkpoints in torch's formats, and import of checkpoints that torch has pickled."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def command(*arguments: object) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "adam_offload"])
-def test_torch_loads_what_is_exported(ranks: RankPool, kind: str, tmp_path: Path) -> None:
+def test_torch_loads_an_export(ranks: RankPool, kind: str, tmp_path: Path) -> None:
     original = ranks.run(save, 2, kind, str(tmp_path / "c"), timeout=60.0)[0]
     code, output = command("export", "--format", "torch", tmp_path / "c", tmp_path / "t.pt")
     assert (code, output.count("torch.optim.Adam")) == (0, 1), output
@@ -82,7 +82,7 @@ def test_a_dcp_folder_loads_as_one_of_torchs(ranks: RankPool, kind: str, tmp_pat
     assert_same(original, whole_state(model, optimizer))
 
 
-def test_what_exists_is_not_written_over(tmp_path: Path) -> None:
+def test_an_export_overwrites_nothing(tmp_path: Path) -> None:
     model, optimizer = make("fp32", seed=1)
     save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     for form in ("torch", "dcp"):
@@ -93,7 +93,7 @@ def test_what_exists_is_not_written_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["torch", "dcp"])
-def test_what_is_damaged_is_not_exported(tmp_path: Path, form: str) -> None:
+def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path, form: str) -> None:
     model, optimizer = make("fp32", seed=1)
     save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     (file,) = (tmp_path / "c").glob("*.safetensors")
@@ -158,7 +158,7 @@ def test_a_plain_adamw_is_imported(tmp_path: Path, dtype: torch.dtype, named: bo
     assert "is never overwritten" in output
 
 
-def test_names_are_asked_for_where_they_cannot_be_known(tmp_path: Path) -> None:
+def test_an_import_asks_for_parameter_names_that_it_cannot_know(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     path = tmp_path / "t.pt"
     pickled(path, model, torch.optim.AdamW(model.parameters()))
@@ -176,7 +176,7 @@ def test_names_are_asked_for_where_they_cannot_be_known(tmp_path: Path) -> None:
 
 
 class Trap:
-    """Unpickled with its code it makes a folder."""
+    """Creates a folder if a reader unpickles it and runs its code."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -185,7 +185,7 @@ class Trap:
         return os.mkdir, (str(self._folder),)
 
 
-def test_no_code_of_a_file_runs(tmp_path: Path) -> None:
+def test_an_import_runs_no_code_of_the_file(tmp_path: Path) -> None:
     model = plain_model()
     trap = tmp_path / "trap"
     pickled(tmp_path / "t.pt", model, torch.optim.AdamW(model.parameters()), more=Trap(trap))
@@ -228,7 +228,7 @@ def test_what_is_no_such_file(tmp_path: Path) -> None:
     assert not [*tmp_path.glob("c"), *tmp_path.glob("c.*")]
 
 
-def test_training_goes_on_after_an_import(tmp_path: Path) -> None:
+def test_training_continues_after_an_import(tmp_path: Path) -> None:
     """The next steps are those of torch, up to fp32 rounding."""
     model, optimizer = pickled(
         tmp_path / "t.pt", m := plain_model(), torch.optim.AdamW(m.parameters(), lr=0.01)

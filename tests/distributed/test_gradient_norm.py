@@ -1,4 +1,4 @@
-"""The global norm over ranks, and gradients that others have averaged."""
+"""The global norm over ranks, and gradients that were averaged outside the optimizer."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make(model: Weights, *, streams: bool, max_grad_norm: float | None = None) -
 
 
 class Clipped(NamedTuple):
-    """The norms that one rank was told, and its weights at the end."""
+    """The norms that one rank reported, and its final weights."""
 
     returned: list[float]
     reported: list[float]
@@ -194,7 +194,7 @@ def step_on_partial_averages(rank: int, world_size: int) -> tuple[Outcome, list[
     return result
 
 
-def test_averages_that_are_not_on_all_ranks_are_refused(ranks: RankPool) -> None:
+def test_averaged_gradients_that_some_ranks_lack_are_rejected(ranks: RankPool) -> None:
     results = ranks.run(step_on_partial_averages, 3)
     for outcome, end, unchanged in results:
         assert outcome.error == "RankDisagreementError"

@@ -1,4 +1,4 @@
-"""Ranks that stop, hang, leave or never come: the others are told who, where, and what to do."""
+"""Ranks that stop, hang, exit or never start: errors name the rank, its phase and a remedy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BOUND_S = 30.0
 
 
 def stumble(rank: int, world_size: int, how: str) -> float:
-    """Take steps until rank 1 stumbles; return how long the failing step took the others."""
+    """Take steps until rank 1 fails; return the seconds that the failing step took elsewhere."""
     model = Weights([(300,), (2000,)])
     optimizer = OffloadAdam(
         model.parameters(),
@@ -64,7 +64,7 @@ def _stumble(how: str) -> None:
 
 
 def start(rank: int, world_size: int) -> None:
-    """Let the processes start, so that the bound is for what follows."""
+    """Start the processes, so that the time limit does not include their start."""
 
 
 def failures(pool: RankPool, how: str) -> list[RankError]:
@@ -85,20 +85,20 @@ def test_a_stopped_rank_is_dead(own_ranks: RankPool) -> None:
         assert "last seen in " in error.message
 
 
-def test_a_rank_that_hangs_is_stuck_though_its_heart_beats(own_ranks: RankPool) -> None:
+def test_a_rank_that_hangs_is_named_although_it_sends_heartbeats(own_ranks: RankPool) -> None:
     for error in failures(own_ranks, "hang"):
         assert "Hung while other ranks waited for more than 3 s: rank 1 (process " in error.message
         assert "step 3" in error.message
 
 
-def test_a_rank_that_leaves_is_named(own_ranks: RankPool) -> None:
+def test_a_rank_that_exits_is_named(own_ranks: RankPool) -> None:
     for error in failures(own_ranks, "leave"):
         assert "Rank 1 exited: process " in error.message
         assert "All ranks must take the same steps" in error.message
 
 
 @pytest.mark.parametrize("how", ["evaluate", "compile", "busy"])
-def test_long_work_is_no_failure(own_ranks: RankPool, how: str) -> None:
+def test_long_running_work_is_no_failure(own_ranks: RankPool, how: str) -> None:
     waited_s = own_ranks.run(stumble, 3, how)
     assert waited_s[0] > 1.5 * PATIENCE_S
 
@@ -119,7 +119,7 @@ def never_come(rank: int, world_size: int) -> str:
     return str(caught.value)
 
 
-def test_a_rank_that_never_comes_is_named(own_ranks: RankPool) -> None:
+def test_a_rank_that_never_starts_is_named(own_ranks: RankPool) -> None:
     messages = own_ranks.run(never_come, 3)
     for message in (messages[0], messages[2]):
         assert message.startswith(

@@ -1,4 +1,4 @@
-"""What is done to parameters, groups and gradients from outside, on all ranks or on one alone."""
+"""External edits of parameters, groups and gradients, on all ranks or on one rank only."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_masters_follow_a_change_that_all_ranks_make(
 
 
 def change_on_one(rank: int, world_size: int, odd: int, streams: bool) -> tuple[Outcome, bool]:
-    """One rank clamps alone and is refused; then the others do the same, and the step is taken."""
+    """Clamp on one rank only, which raises an error; then clamp on the others and take the step."""
     model, expected_model = Weights(SHAPES), Weights(SHAPES)
     optimizer, expected_optimizer = (
         make(model, streams=streams),
@@ -129,7 +129,7 @@ def change_on_one(rank: int, world_size: int, odd: int, streams: bool) -> tuple[
 @pytest.mark.parametrize(
     ("world_size", "odd", "streams"), [(2, 0, True), (2, 1, False), (3, 2, True)]
 )
-def test_a_change_on_one_rank_is_refused_by_its_number_and_can_be_mended(
+def test_an_edit_on_one_rank_raises_an_error_that_names_it_and_can_be_corrected(
     ranks: RankPool, world_size: int, odd: int, streams: bool
 ) -> None:
     for rank, (outcome, equal) in enumerate(ranks.run(change_on_one, world_size, odd, streams)):
@@ -166,7 +166,7 @@ def change_data_on_one(rank: int, world_size: int, odd: int) -> tuple[Outcome, b
 
 
 @pytest.mark.parametrize(("world_size", "odd"), [(2, 1), (3, 1)])
-def test_a_write_through_data_on_one_rank_is_refused_and_can_be_mended(
+def test_a_write_through_data_on_one_rank_raises_and_can_be_corrected(
     ranks: RankPool, world_size: int, odd: int
 ) -> None:
     for outcome, equal in ranks.run(change_data_on_one, world_size, odd):
@@ -177,7 +177,7 @@ def test_a_write_through_data_on_one_rank_is_refused_and_can_be_mended(
 
 
 class Mended(NamedTuple):
-    """What one rank's mistake gave, and whether the mended step equals one without it."""
+    """The outcome of a mistake, and whether the corrected step equals a step without it."""
 
     outcome: Outcome
     unchanged: bool
@@ -298,7 +298,7 @@ def make_mistakes(rank: int, world_size: int, streams: bool) -> list[Mended]:
 
 
 @pytest.mark.parametrize("streams", [False, True])
-def test_a_mistake_on_one_rank_ends_the_step_on_all_and_can_be_mended(
+def test_a_mistake_on_one_rank_ends_the_step_on_all_and_can_be_corrected(
     ranks: RankPool, streams: bool
 ) -> None:
     results = ranks.run(make_mistakes, 3, streams)
@@ -324,7 +324,7 @@ class SparseOnOne(torch.nn.Module):
 def use_a_sparse_gradient(
     rank: int, world_size: int, streams: bool
 ) -> tuple[Outcome, Outcome, list[bytes], list[bytes]]:
-    """Rank 1 alone has a sparse gradient; after it has been dropped, the next step is taken."""
+    """Give rank 1 only a sparse gradient; drop this gradient and take the next step."""
     torch.manual_seed(7)
     model = SparseOnOne(sparse=rank == 1)
     optimizer = OffloadAdam(
@@ -349,7 +349,7 @@ def use_a_sparse_gradient(
 
 
 @pytest.mark.parametrize("streams", [False, True])
-def test_a_sparse_gradient_on_one_rank_is_named_there_and_hangs_none(
+def test_a_sparse_gradient_on_one_rank_is_named_and_no_rank_hangs(
     ranks: RankPool, streams: bool
 ) -> None:
     first, second = ranks.run(use_a_sparse_gradient, 2, streams)

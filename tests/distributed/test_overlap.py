@@ -1,4 +1,4 @@
-"""Updates beside the next forward, over ranks that do not do the same: the sequential bits."""
+"""Updates that overlap with the next forward, on ranks that differ, give the sequential bits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NUM_STEPS = 5
 
 
 class Blocks(nn.Module):
-    """Blocks of which every rank may leave out others."""
+    """Blocks; each rank may leave out different ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def batch(rank: int, step: int) -> torch.Tensor:
 
 
 def left_out(rank: int, step: int, how: str) -> set[int]:
-    """Return the blocks that this rank leaves out: others than its peers do."""
+    """Return the blocks that this rank leaves out; its peers leave out different ones."""
     if how == "apart":
         return {(rank + step) % 4, (rank + 2 * step) % 4}
     if how == "last_rank_all" and rank > 0 and step % 2:
@@ -91,7 +91,7 @@ HOWS = ["alike", "apart", "last_rank_all", "skips_backward", "evaluates", "saves
 
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_ranks_that_part_keep_one_order_and_the_sequential_bits(
+def test_ranks_that_use_different_blocks_keep_one_order_and_the_sequential_bits(
     ranks: RankPool, how: str, dtype: str
 ) -> None:
     expected = ranks.run(train, 2, how, OffloadAdam, False, dtype)
@@ -100,7 +100,7 @@ def test_ranks_that_part_keep_one_order_and_the_sequential_bits(
         assert ranks.run(train, 2, how, maker, True, dtype) == expected
 
 
-def test_three_ranks_that_part(ranks: RankPool) -> None:
+def test_three_ranks_that_use_different_blocks(ranks: RankPool) -> None:
     expected = ranks.run(train, 3, "apart", OffloadAdam, False, "bfloat16")
     assert ranks.run(train, 3, "apart", Lazy, True, "bfloat16") == expected
 
@@ -168,7 +168,7 @@ def drop_in_the_middle(rank: int, world_size: int) -> str:
     return logged.getvalue()
 
 
-def test_ranks_that_drop_an_optimizer_too_early_are_told(ranks: RankPool) -> None:
+def test_dropping_an_optimizer_before_its_gathers_is_reported(ranks: RankPool) -> None:
     for logged in ranks.run(drop_in_the_middle, 2):
         assert "they now differ between ranks. Call synchronize() or close()" in logged
 
@@ -200,14 +200,14 @@ def train_with_one_fallen_back(rank: int, world_size: int) -> tuple[list[bytes],
     return found, left_running
 
 
-def test_a_rank_that_falls_back_and_one_that_overlaps_go_together(ranks: RankPool) -> None:
+def test_a_rank_that_waits_in_step_and_one_that_overlaps_agree(ranks: RankPool) -> None:
     results = ranks.run(train_with_one_fallen_back, 2)
     assert results[0][0] == results[1][0]
     assert [left_running for _, left_running in results] == [False, True]
 
 
 def fail_in_update(rank: int, world_size: int) -> str:
-    """Let rank 1's update thread raise; return what this rank is told, and by which call."""
+    """Raise in rank 1's update thread; return this rank's error and the call that raised it."""
     model = Blocks()
     optimizer = OffloadAdam(
         model.parameters(),

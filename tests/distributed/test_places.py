@@ -1,4 +1,4 @@
-"""The progress of every rank, as one of them reads it: from the store, and over HTTP in a run."""
+"""The progress of every rank, as one rank reads it from the store, and over HTTP in a run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def look(rank: int, world_size: int) -> Seen:
     return seen
 
 
-def test_every_rank_sees_where_all_are(ranks: RankPool) -> None:
+def test_every_rank_reads_the_progress_of_all_ranks(ranks: RankPool) -> None:
     expected = [(rank, 10 + rank, f"phase of {rank}", rank) for rank in range(3)]
     assert ranks.run(look, 3) == [expected] * 3
 

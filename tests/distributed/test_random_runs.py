@@ -1,4 +1,4 @@
-"""Random runs: what ranks do apart, a world of one does to the same bits with the mean gradients.
+"""Random runs: several ranks give the same bits as a world of one with the mean gradients.
 
 Ranks run different numbers of backwards over different parameters in different orders, and set some
 gradients by hand. Gradients are few-bit numbers, so that their sums and means are exact.
@@ -209,7 +209,7 @@ def _step_alike(shared: OffloadAdam, own: OffloadAdam) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_random_runs_are_those_of_a_world_of_one(ranks: RankPool, seed: int) -> None:
+def test_random_runs_match_a_world_of_one(ranks: RankPool, seed: int) -> None:
     world_size = 2 + seed % 3
     num_taken = ranks.run(run_beside_a_world_of_one, world_size, seed)
     assert len(set(num_taken)) == 1
@@ -217,6 +217,6 @@ def test_random_runs_are_those_of_a_world_of_one(ranks: RankPool, seed: int) -> 
 
 
 @pytest.mark.slow
-def test_many_random_runs_are_those_of_a_world_of_one(ranks: RankPool) -> None:
+def test_many_random_runs_match_a_world_of_one(ranks: RankPool) -> None:
     for seed in range(8, 68):
         ranks.run(run_beside_a_world_of_one, 2 + seed % 3, seed)

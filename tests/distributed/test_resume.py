@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint: the same losses and weights, what is kept and refused."""
+"""A run that resumes has the same losses and weights; checkpoints that are kept or rejected."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def run_on_ranks(
     return ranks.run(train, world_size, sections, env=agent)
 
 
-def test_what_is_damaged_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = run(tmp_path)
     folder = tmp_path / "case" / "checkpoints"
     for step, name in ((12, "manifest.json"), (8, "rank-00000-of-00001.safetensors")):
@@ -153,8 +153,8 @@ def test_what_is_damaged_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptur
         assert (folder / "earlier-1" / f"step-{step}").is_dir()
 
 
-def test_a_damaged_checkpoint_makes_no_whole_one_go(tmp_path: Path) -> None:
-    """Three are to be kept, and only those count that are known to be whole."""
+def test_a_damaged_checkpoint_does_not_count_as_one_to_keep(tmp_path: Path) -> None:
+    """Three checkpoints are to be kept, and only checkpoints that are known to be whole count."""
     run(tmp_path)
     damaged = tmp_path / "case" / "checkpoints" / "step-8" / "rank-00000-of-00001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -230,8 +230,8 @@ def test_resume_never_and_by_path(tmp_path: Path) -> None:
     assert bits(anew) == bits(whole)
 
 
-def test_what_another_run_has_left_is_not_gone_on_from(tmp_path: Path) -> None:
-    """One of another seed, that began anew and was cut off before it came as far."""
+def test_no_run_resumes_from_a_checkpoint_of_another_run(tmp_path: Path) -> None:
+    """The other run has another seed, started anew, and was cut off before it came as far."""
     run(tmp_path)
     folder = tmp_path / "case" / "checkpoints"
     foreign = {step: checksums(tmp_path, step) for step in (4, 8, 12)}
@@ -251,7 +251,7 @@ def test_what_another_run_has_left_is_not_gone_on_from(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["never", "path"])
-def test_a_restart_goes_on_from_the_newest_however_the_run_began(
+def test_a_restart_resumes_from_the_newest_checkpoint_however_the_run_began(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     run(tmp_path / "a")
@@ -267,7 +267,7 @@ def test_a_restart_goes_on_from_the_newest_however_the_run_began(
     assert saving.find_checkpoint(config) == newest
 
 
-def test_old_checkpoints_go_and_some_stay(tmp_path: Path) -> None:
+def test_old_checkpoints_are_removed_and_some_are_kept(tmp_path: Path) -> None:
     run(tmp_path, checkpoint={"every": 1, "keep_last": 2, "keep_every": 5})
     assert steps(tmp_path) == [5, 10, 11, 12]
 
@@ -287,7 +287,7 @@ def test_a_checkpoint_that_cannot_be_written(
     assert "(3 so far); training goes on without it" in caplog.text
 
 
-def test_a_checkpoint_beside_the_training_is_the_same(tmp_path: Path) -> None:
+def test_a_background_checkpoint_is_the_same(tmp_path: Path) -> None:
     """Written at every second step, so that many a save is still under way at the next one."""
     often = {"every": 2, "keep_last": 10}
     whole = run(tmp_path / "sync", checkpoint=often)
@@ -321,7 +321,7 @@ def test_a_slow_disk_is_waited_for_by_the_next_checkpoint(
 
 
 @pytest.mark.parametrize("required", [False, True])
-def test_a_disk_that_fills_up_beside_the_training(
+def test_a_disk_that_fills_up_during_training(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -375,7 +375,7 @@ def test_a_folder_that_is_not_shared_is_found_before_the_first_step(
 
 
 @pytest.mark.parametrize("required", [False, True])
-def test_a_place_that_cannot_be_written_is_said_before_the_first_step(
+def test_an_unwritable_folder_is_reported_before_the_first_step(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, required: bool
 ) -> None:
     """Ranks that are not alone look first; here there is one, which is told of two."""
@@ -394,7 +394,7 @@ def test_a_place_that_cannot_be_written_is_said_before_the_first_step(
         assert "Not a directory" in caplog.text
 
 
-def test_what_killed_runs_have_left_is_removed(tmp_path: Path) -> None:
+def test_leftovers_of_killed_runs_are_removed(tmp_path: Path) -> None:
     unfinished = tmp_path / "case" / "checkpoints" / "step-3.partial"
     unfinished.mkdir(parents=True)
     (unfinished / "rank-00000-of-00001.safetensors").write_bytes(b"half")
@@ -403,7 +403,7 @@ def test_what_killed_runs_have_left_is_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_a_run_goes_on_in_another_world(ranks: RankPool, tmp_path: Path) -> None:
+def test_a_run_resumes_in_another_world_size(ranks: RankPool, tmp_path: Path) -> None:
     run_on_ranks(ranks, tmp_path, 2)
     two = checksums(tmp_path, 12)
     assert len(two) == 2

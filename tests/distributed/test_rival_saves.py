@@ -117,7 +117,7 @@ def test_of_two_jobs_of_two_ranks_one_succeeds(ranks: RankPool, tmp_path: Path) 
     assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
 
 
-def test_only_what_ended_processes_of_this_node_left_is_removed(
+def test_only_leftovers_of_ended_processes_of_this_node_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended = max(psutil.pids()) + 100_000

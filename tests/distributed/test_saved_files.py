@@ -1,4 +1,4 @@
-"""Files that earlier versions wrote load into any world, and training goes on as it did then."""
+"""Files of earlier versions load into any world size, and training continues as it did then."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_every_saved_file_loads_to_the_bit(
 
 
 @pytest.mark.parametrize("version", write.EXTRAS)
-def test_a_training_run_goes_on_from_a_saved_folder(
+def test_a_training_run_resumes_from_a_saved_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
     """The checkpoint after step 4 gives steps 5 to 8 the losses that they had."""

@@ -1,4 +1,4 @@
-"""A full state goes to any world and on to the same bits; a rank's own only back to that rank."""
+"""A full state loads into any world size with the same bits; a rank's state only on that rank."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def advance(model: Model, optimizer: OffloadAdam, steps: range, rank: int, world
 
 
 def standing(model: Model, optimizer: OffloadAdam) -> Run:
-    """Return copies, cut loose from the optimizer's memory."""
+    """Return copies that share no memory with the optimizer."""
     full = optimizer.full_state_dict()
     local = optimizer.local_state_dict()
     local["state"] = {
@@ -74,7 +74,7 @@ def assert_same(found: Run, expected: Run) -> None:
         assert torch.equal(tensor, expected_tensors[key]), key
 
 
-def test_a_full_state_goes_on_in_any_world(ranks: RankPool) -> None:
+def test_a_full_state_resumes_in_any_world_size(ranks: RankPool) -> None:
     uninterrupted = run_from_the_start(0, 1, NUM_BEFORE + NUM_AFTER)
     assert_same(ranks.run(run_from_the_start, 3, NUM_BEFORE + NUM_AFTER)[0], uninterrupted)
     for saving in (2, 3):

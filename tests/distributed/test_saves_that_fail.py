@@ -1,4 +1,4 @@
-"""Saves that fail, wherever they do: the earlier checkpoint is as it was, and training goes on."""
+"""Saves that fail at any place leave the earlier checkpoint unchanged, and training continues."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_a_rank_whose_disk_has_gone_commits_nothing(ranks: RankPool, tmp_path: P
 
 
 def save_edited_state(rank: int, world_size: int, path: str, mode: str) -> list[Outcome]:
-    """Put what is no state into one rank's `optimizer.state` before a save."""
+    """Put an invalid entry into one rank's `optimizer.state` before a save."""
     model, optimizer = make("fp32", seed=1)
     train(model, optimizer, 0, 1)
     parameter = next(iter(optimizer.state))
@@ -212,7 +212,7 @@ def save_edited_state(rank: int, world_size: int, path: str, mode: str) -> list[
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_an_edit_that_one_rank_alone_cannot_follow_ends_the_save_on_all(
+def test_an_edit_that_is_invalid_on_one_rank_fails_the_save_on_all(
     ranks: RankPool, tmp_path: Path, mode: str
 ) -> None:
     (first, saved), (second, _) = ranks.run(save_edited_state, 2, str(tmp_path), mode)

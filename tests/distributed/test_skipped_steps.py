@@ -1,4 +1,4 @@
-"""Invariant 3: a step that is skipped for one rank changes no bit on any, and training goes on."""
+"""Invariant 3: a step that one rank skips changes no bit on any rank, and training continues."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ AdamType = type[OffloadAdam] | type[Adam]
 
 
 class Skipped(NamedTuple):
-    """What one rank saw of a run with a bad step: bits before and after it, and at the end."""
+    """One rank's bits before and after the bad step of a run, and at the end."""
 
     before: list[bytes]
     after: list[bytes]

@@ -1,4 +1,4 @@
-"""Checkpoints beside training that copy what is updated first: nothing waits, nothing is lost."""
+"""Background checkpoints that copy buckets before their update, so that no step waits."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def assert_trained(kind: str, end: int, found: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_with_a_buffer_no_step_waits_for_a_disk_that_stands_still(
+def test_with_a_buffer_no_step_waits_for_a_disk_that_hangs(
     tmp_path: Path, disk: Disk, kind: str
 ) -> None:
     model, optimizer = make(kind, seed=1, buffer_nbytes=PLENTY)
@@ -131,7 +131,7 @@ def test_what_a_device_updates_is_copied_as_well(
     tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(Adam, "_backend", HOST_AS_DEVICE)
-    test_with_a_buffer_no_step_waits_for_a_disk_that_stands_still(tmp_path, disk, kind)
+    test_with_a_buffer_no_step_waits_for_a_disk_that_hangs(tmp_path, disk, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -217,7 +217,7 @@ def test_a_failed_save_gives_its_buffer_back(tmp_path: Path, disk: Disk, full_at
     optimizer.close()
 
 
-def test_closing_abandons_what_has_only_been_copied(tmp_path: Path, disk: Disk) -> None:
+def test_close_abandons_buckets_that_have_only_been_copied(tmp_path: Path, disk: Disk) -> None:
     model, optimizer = make("fp32", seed=1, buffer_nbytes=PLENTY)
     begin_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     assert disk.reached.wait(WAIT_S)
@@ -227,7 +227,7 @@ def test_closing_abandons_what_has_only_been_copied(tmp_path: Path, disk: Disk) 
     assert not list(tmp_path.glob("*/*"))
 
 
-def test_a_checkpoint_that_is_waited_for_copies_nothing(tmp_path: Path) -> None:
+def test_a_blocking_checkpoint_copies_nothing(tmp_path: Path) -> None:
     """In one that training waits for, buckets come in the order of their updates."""
     files = []
     for buffer_nbytes in (0, PLENTY):
@@ -339,7 +339,7 @@ def test_later_groups_share_what_is_left_of_the_limit(tmp_path: Path, disk: Disk
     optimizer.close()
 
 
-def test_a_buffer_that_does_not_fit_is_refused_with_the_state(
+def test_a_buffer_that_does_not_fit_is_rejected_with_the_state(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(node_memory, "available_memory", lambda: (10_000, "of a small machine"))
@@ -353,7 +353,7 @@ def test_a_buffer_that_does_not_fit_is_refused_with_the_state(
 @pytest.mark.parametrize(
     ("value", "error"), [(-1, ValueError), (1.5, TypeError), (True, TypeError)]
 )
-def test_a_buffer_that_is_no_number_of_bytes_is_refused(value: Any, error: type[Exception]) -> None:
+def test_an_invalid_buffer_size_is_rejected(value: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="snapshot_buffer_nbytes must be"):
         OffloadAdam(
             [nn.Parameter(torch.zeros(3))], offload=OffloadPolicy(snapshot_buffer_nbytes=value)

@@ -47,7 +47,7 @@ def run_throttled(
     return finding(folder / "case")
 
 
-def test_an_unhindered_run_is_bound_by_the_model(
+def test_an_unthrottled_run_is_bound_by_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sentence = run_throttled(tmp_path, monkeypatch, None)

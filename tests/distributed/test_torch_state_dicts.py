@@ -27,7 +27,7 @@ KINDS = ("bf16", "streaming", "adam_beside", "adam_offload")
 
 
 def save(rank: int, world_size: int, kind: str, path: str, flat: bool, raw: bool) -> dict[str, Any]:
-    """Save as a script does that does not know this package."""
+    """Save as a script without this package does."""
     model, optimizer = make(kind, seed=1)
     train(model, optimizer, 0, 3)
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
@@ -41,7 +41,7 @@ def save(rank: int, world_size: int, kind: str, path: str, flat: bool, raw: bool
 
 
 def load(rank: int, world_size: int, kind: str, path: str, flat: bool) -> dict[str, Any]:
-    """Load into a model that was drawn otherwise and had taken a step."""
+    """Load into a model with other initial weights that has taken a step."""
     model, optimizer = make(kind, seed=2, channels_last=world_size == 3)
     train(model, optimizer, 7, 8)
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
@@ -146,7 +146,7 @@ def test_torch_loads_a_full_state_exactly(ranks: RankPool, broadcast: bool) -> N
 
 
 def pickle_states(rank: int, world_size: int) -> tuple[list[Outcome], bool]:
-    """Try all that would write one rank's part as if it were the whole."""
+    """Try every way of writing one rank's part as if it were the whole state."""
     torch.manual_seed(0)
     model = DistributedDataParallel(torch.nn.Linear(8, 8))
     optimizer = OffloadAdam(model.parameters(), gradient_reduction="external")

@@ -1,4 +1,4 @@
-"""Fewer elements than ranks, groups that come later, and worlds within the world."""
+"""Fewer elements than ranks, groups that are added later, and optimizers on some of the ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def train(model: Weights, optimizer: OffloadAdam, steps: range, rank: int, world
 
 
 def assert_trained(weights: list[torch.Tensor], shapes: list[tuple[int, ...]], ranks: int) -> None:
-    """Hold weights to torch's Adam on the mean gradient, in float64."""
+    """Compare weights with torch's Adam on the mean gradient, in float64."""
     model = Weights(shapes)
     steps = [
         mean_of([exact_gradients(model.all, 10 * step + rank, ranks) for rank in range(ranks)])

@@ -32,7 +32,7 @@ IS_FAULTY = RANK == "1" and IS_FIRST_ATTEMPT
 
 
 class Fault:
-    """What happens, and at which step; it happens once."""
+    """A fault and its step; it happens once."""
 
     def __init__(self, action: str, step: int, rank: str = "1") -> None:
         self._action = action
@@ -62,7 +62,7 @@ class Fault:
 
 
 def before(owner: Any, name: str, fault: Callable[[], None]) -> None:
-    """Have `fault` happen before each call of a function, for every later import of it, too."""
+    """Call `fault` before each call of a function, also where the function is imported later."""
     original = getattr(owner, name)
 
     def faulty(*args: Any, **kwargs: Any) -> Any:
@@ -73,7 +73,7 @@ def before(owner: Any, name: str, fault: Callable[[], None]) -> None:
 
 
 def spoil_loss(value: float, step: int) -> None:
-    """Multiply one loss with a number that is not finite."""
+    """Multiply one loss by a non-finite number."""
     loop: Any = importlib.import_module("offload_adam.train.loop")
     original = loop.next_token_loss
 
@@ -109,7 +109,7 @@ def differ(kind: str) -> None:
 
 
 def lack_memory() -> None:
-    """Let this machine look smaller than any state, to rank 1."""
+    """Make rank 1 measure less available memory than any state needs."""
     if not IS_FAULTY:
         return
     node_memory: Any = importlib.import_module("offload_adam.coordinator.node_memory")
@@ -117,7 +117,7 @@ def lack_memory() -> None:
 
 
 def take_memory() -> None:
-    """Leave this rank no address space for its state, which admission does not see."""
+    """Leave this rank no address space for its state; the memory check does not notice this."""
     if not IS_FAULTY:
         return
     construction: Any = importlib.import_module("offload_adam.step.build")
@@ -135,7 +135,7 @@ def take_memory() -> None:
 
 
 def install_in_save(action: str, place: str, step: int) -> None:
-    """Put the fault into the saving of a checkpoint, after STEP at the earliest."""
+    """Put the fault into the first save of a checkpoint at or after STEP."""
     from offload_adam.checkpoint import save
     from offload_adam.train import loop
 
@@ -152,7 +152,7 @@ def install_in_save(action: str, place: str, step: int) -> None:
 
 
 def install(action: str, place: str, step: int) -> None:
-    """Put the fault where it belongs."""
+    """Install the fault."""
     if action == "differ":
         differ(place)
     elif action in ("nan", "inf"):

@@ -1,4 +1,4 @@
-"""Start the training command under torchrun with a fault in it, and see how it ends."""
+"""Start the training command under torchrun with a fault in it, and report how it ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PATIENCE = ("--coordinator.dead_after=6", "--coordinator.stuck_after=3")
 
 
 class Ended(NamedTuple):
-    """How a run ended; `took_s` counts from the fault, or from the start where none was told."""
+    """How a run ended; `took_s` counts from the fault, or from the start if none was reported."""
 
     code: int
     printed: str
@@ -75,7 +75,7 @@ def wait_for_steps(folder: Path, process: subprocess.Popen[str], num_steps: int 
 
 
 def finish(folder: Path, process: subprocess.Popen[str], timeout_s: float = 90) -> Ended:
-    """Wait for the end of a run, and hold that it leaves no process behind."""
+    """Wait for the end of a run, and check that it leaves no process behind."""
     start_s = time.monotonic()
     try:
         code = process.wait(timeout=timeout_s)

@@ -1,4 +1,4 @@
-"""Ranks that end while a checkpoint is written, under torchrun: the run goes on, exactly."""
+"""Ranks that end during a checkpoint, under torchrun: the run resumes with the same losses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def bits(ended: Ended) -> list[tuple[Any, ...]]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
-    """Return what a run records that nothing happens to."""
+    """Return the records of a run without a fault."""
     ended = run(tmp_path_factory.mktemp("whole"), "", *SHORT)
     assert ended.code == 0, ended.printed
     return bits(ended)
@@ -34,7 +34,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, .
     [f"kill@{place}" for place in ("forward", "backward", "reduce", "agree", "update", "gather")]
     + ["hang@update", "raise@forward", "raise@update"],
 )
-def test_the_curve_goes_on_exactly_after_any_failure(
+def test_the_loss_curve_is_unchanged_after_any_failure(
     tmp_path: Path, uninterrupted: list[tuple[Any, ...]], fault: str
 ) -> None:
     """In step 7, after one of two checkpoints that are due before it; an update beside it, too."""
@@ -156,7 +156,7 @@ def test_a_disk_of_its_own_that_is_full(
         verify_checkpoint(disk / "checkpoints" / f"step-{step}")
 
 
-def test_a_checkpoint_that_is_required_ends_the_run(tmp_path: Path) -> None:
+def test_a_required_checkpoint_that_fails_ends_the_run(tmp_path: Path) -> None:
     ended = run(tmp_path, "fill@write/8", *SHORT, "--checkpoint.required=true")
     assert ended.code == 1
     assert "File too large" in ended.printed

@@ -1,4 +1,4 @@
-"""Ranks that fail in the training command: what the user sees, and that nothing is left."""
+"""Ranks that fail in the training command: the messages, and that no process is left."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.fault, pytest.mark.timeout(200)]
 
 BOUND_S = 30.0
 TORCHRUN_S = 35.0
-"""What torchrun takes to kill a rank that is stopped, after the others have ended."""
+"""Seconds that torchrun takes to kill a stopped rank after the others have ended."""
 
 
 @pytest.mark.parametrize("place", ["forward", "backward", "reduce", "agree", "update", "gather"])
@@ -35,7 +35,7 @@ def test_a_stopped_rank_is_dead_to_the_others(tmp_path: Path) -> None:
     assert ", last seen in " in ended.printed
 
 
-def test_a_rank_that_hangs_is_named_with_its_place(tmp_path: Path) -> None:
+def test_a_rank_that_hangs_is_named_with_its_phase(tmp_path: Path) -> None:
     ended = run(tmp_path, "hang@update")
     assert ended.code == 1
     assert ended.took_s < BOUND_S
@@ -44,7 +44,7 @@ def test_a_rank_that_hangs_is_named_with_its_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["forward", "update"])
-def test_an_error_on_one_rank_is_told_to_the_others(tmp_path: Path, place: str) -> None:
+def test_an_error_on_one_rank_is_reported_on_the_others(tmp_path: Path, place: str) -> None:
     ended = run(tmp_path, f"raise@{place}")
     assert ended.code == 1
     assert ended.took_s < BOUND_S
@@ -53,14 +53,14 @@ def test_an_error_on_one_rank_is_told_to_the_others(tmp_path: Path, place: str) 
 
 
 def test_a_hang_in_a_collective_that_is_not_ours_ends_the_run(tmp_path: Path) -> None:
-    """DistributedDataParallel waits where nothing can be raised."""
+    """DistributedDataParallel waits in its own collective, where we cannot raise an error."""
     ended = run(tmp_path, "stop@forward", "--optimizer.gradient_reduction=external")
     assert ended.code == 1
     assert ended.took_s < BOUND_S + TORCHRUN_S
     assert "offload-adam: rank 0: Rank 1 is dead: process " in ended.printed
 
 
-def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
+def test_a_rank_that_never_starts_is_named(tmp_path: Path) -> None:
     ended = run(tmp_path, "hang@start")
     assert ended.code == 1
     assert ended.took_s < BOUND_S
@@ -75,7 +75,9 @@ def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
         ("shape", "is (33,), but (32,) on rank 0"),
     ],
 )
-def test_ranks_that_differ_are_told_where(tmp_path: Path, kind: str, difference: str) -> None:
+def test_an_error_names_the_difference_between_ranks(
+    tmp_path: Path, kind: str, difference: str
+) -> None:
     ended = run(tmp_path, f"differ@{kind}")
     assert ended.code == 1
     assert ended.records == []
@@ -83,8 +85,8 @@ def test_ranks_that_differ_are_told_where(tmp_path: Path, kind: str, difference:
     assert difference in ended.printed
 
 
-def test_state_that_does_not_fit_is_refused_with_its_table(tmp_path: Path) -> None:
-    """Both ranks look at the machine; only one of them sees how small it is."""
+def test_state_that_does_not_fit_is_rejected_with_its_table(tmp_path: Path) -> None:
+    """Both ranks measure the machine's memory; only one of them measures too little."""
     ended = run(tmp_path, "lack@memory")
     assert ended.code == 1  # torchrun's own
     assert "exitcode  : 3 " in ended.printed
@@ -97,8 +99,8 @@ def test_state_that_does_not_fit_is_refused_with_its_table(tmp_path: Path) -> No
     assert ended.code == 0, ended.printed
 
 
-def test_memory_that_is_gone_at_construction_is_said_on_all(tmp_path: Path) -> None:
-    """Admission has found room enough; the kernel then does not give it to one of the ranks."""
+def test_a_failed_allocation_is_reported_on_all_ranks(tmp_path: Path) -> None:
+    """The memory check passes, but the kernel then rejects one rank's allocation."""
     ended = run(tmp_path, "take@memory", "--coordinator.stuck_after=30")
     assert ended.code == 1
     assert "exitcode  : 3 " in ended.printed
@@ -108,7 +110,7 @@ def test_memory_that_is_gone_at_construction_is_said_on_all(tmp_path: Path) -> N
     assert ended.records == []
 
 
-def test_an_error_in_the_update_thread_is_told_to_the_others(tmp_path: Path) -> None:
+def test_an_error_in_the_update_thread_is_reported_on_the_others(tmp_path: Path) -> None:
     ended = run(tmp_path, "raise@update", "--optimizer.overlap=true")
     assert ended.code == 1
     assert ended.took_s < BOUND_S
@@ -117,7 +119,7 @@ def test_an_error_in_the_update_thread_is_told_to_the_others(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_what_is_not_finite_on_one_rank_skips_the_step_on_all(tmp_path: Path, value: str) -> None:
+def test_a_non_finite_value_on_one_rank_skips_the_step_on_all(tmp_path: Path, value: str) -> None:
     ended = run(tmp_path, f"{value}@loss", "--train.num_steps=6")
     assert ended.code == 0, ended.printed
     assert [record["skipped"] for record in ended.records] == [False, False, True] + [False] * 3

@@ -1,4 +1,4 @@
-"""A SIGTERM after a request to end: it ends at once, and a failure or a burst is none."""
+"""A second SIGTERM ends a run at once; one in a burst or after a failure is no second request."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def test_signals_in_one_burst_are_one_request(tmp_path: Path) -> None:
     assert "preempted: ended after step 4, with a checkpoint" in ended.printed
 
 
-def test_the_sigterm_of_a_failure_is_no_second_one(tmp_path: Path) -> None:
-    """Rank 1 hangs after the request and dies: the survivors' last words are about it."""
+def test_the_sigterm_after_a_failure_is_no_second_request(tmp_path: Path) -> None:
+    """Rank 1 hangs after the request and dies: the last message of the survivors names it."""
     patient = ("--coordinator.stuck_after=90", "--train.num_steps=100000")
     process = start(tmp_path, "hang@forward", *patient, ranks=3)
     wait_for(tmp_path, "fault on rank", process)

@@ -1,4 +1,4 @@
-"""A pytest plugin that says at the end how many tests ran by marker, and what was left out."""
+"""A pytest plugin that prints how many tests ran and were left out, by marker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model of the checkpoint tests; saved files depend on it, so it stays as it is."""
+"""The model of the checkpoint tests. Saved files depend on it, so do not change it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class Model(nn.Module):
-    """Shapes that no world divides, memory in another order, a buffer, a frozen and a tied one."""
+    """Shapes that no world size divides, buffers, and empty, frozen and tied parameters."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -17,6 +17,6 @@ def equal_plans(num_buckets: int, *, numel: int = 100, world_size: int = 1) -> l
 
 
 def offloaded(plan: StatePlan) -> StatePlan:
-    """Return a plan as it is where parameters are on a device and their state is not."""
+    """Return the plan for parameters on a device whose state is in host memory."""
     gradient = replace(plan.gradient, shard_itemsize=plan.gradient.itemsize)
     return replace(plan, location=StateLocation.OFFLOADED, gradient=gradient, pinned=True)

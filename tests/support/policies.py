@@ -1,4 +1,4 @@
-"""Options of the policies, given by their names alone."""
+"""Give options of the policies as plain keyword arguments."""
 
 from __future__ import annotations
 

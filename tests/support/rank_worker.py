@@ -1,4 +1,4 @@
-"""What runs inside one process of the rank pool: calls, each in a process group of its own."""
+"""One process of the rank pool: it runs calls, each in its own process group."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import torch.distributed as dist
 IDLE = b"idle"
 RELEASE = b"release"
 
-# What torchrun sets. A call sees its own values or none, never those that pytest was started with.
+# Variables that torchrun sets. A call sees its own values or none, never those of pytest.
 _TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 _ORPHAN_MARGIN_S = 30.0
 
@@ -48,9 +48,9 @@ class Raised(NamedTuple):
 def serve(connection: Connection, store_port: int, stacks: Path) -> None:
     """Run calls until the connection closes.
 
-    Each call is answered by its outcome. Then comes the release, once every rank's outcome is
-    known or this one raised; the process group is left and `IDLE` is sent. SIGUSR1 writes the
-    stack of every thread to `stacks`.
+    After each call, send its outcome. Then wait for `RELEASE`, which the pool sends once every
+    rank's outcome is known or this rank has raised. Then destroy the process group and send `IDLE`.
+    SIGUSR1 writes the stack of every thread to `stacks`.
     """
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
@@ -60,7 +60,7 @@ def serve(connection: Connection, store_port: int, stacks: Path) -> None:
         os.environ.pop(name, None)
     # Loopback, whatever this machine's name resolves to.
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
-    # One thread each: two for each of four ranks on two cores run at a tenth of the speed.
+    # One thread per rank: with two, four ranks on two cores run at a tenth of the speed.
     os.environ["NUMBA_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", store_port, is_master=False)
@@ -82,8 +82,8 @@ def _serve_one(connection: Connection, store: dist.Store) -> None:
         connection.send_bytes(_outcome(call, store))
         connection.recv_bytes()
         gc.collect()
-        # What is alive now is modules and what they keep, above all Numba's: to look at it after
-        # each call takes longer than most calls.
+        # The objects that are alive now belong to modules, mostly Numba's. Without this, each later
+        # collection would scan them, which takes longer than most calls.
         gc.freeze()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -112,7 +112,8 @@ def _execute(call: Call, store: dist.Store) -> Any:
         world_size=call.world_size,
         timeout=timedelta(seconds=call.timeout_s),
     )
-    # A rank that destroys this group at once would break the others' connecting to it.
+    # Without this, a rank that destroys the group at once would break connections that its peers
+    # are still opening.
     dist.barrier()
     function: Callable[..., Any]
     function, args = pickle.loads(call.payload)

@@ -8,7 +8,7 @@
     def test_sum(ranks: RankPool) -> None:
         assert ranks.run(sum_of_ranks, 2, 10) == [21.0, 21.0]
 
-The function and what it takes and returns are pickled, so it stands at the top level of a module.
+The function, its arguments and its result are pickled, so it must be at the top level of a module.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from tests.support.rank_worker import IDLE, RELEASE, Call, Raised, serve
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
+# Time limits in seconds: for the start of the processes, for the ranks that remain after one has
+# failed, for leaving the process group, and for a hung rank to write its stacks.
 _START_S = 100.0
 _GRACE_S = 10.0
 _TEARDOWN_S = 30.0
@@ -47,7 +49,7 @@ class RankDied(Exception):
 class RankError(NamedTuple):
     """How one rank failed: its exception, `TimeoutError` if it hung, or `RankDied`.
 
-    `traceback` is the rank's own; of a rank that hung, where its threads stood.
+    `traceback` is the rank's own traceback, or the stacks of its threads if it hung.
     """
 
     type: type[BaseException]
@@ -166,7 +168,7 @@ class RankPool:
         return workers
 
     def _discard_busy(self) -> None:
-        """End every process that still does something; the next call starts others."""
+        """Kill every process that is still busy; the next call starts new ones."""
         for worker in self._workers:
             if not worker.idle:
                 worker.kill()
@@ -205,15 +207,15 @@ class _Worker:
 
     def release(self) -> None:
         """Let the rank leave its process group."""
-        with contextlib.suppress(OSError):  # one that has died needs no leave
+        with contextlib.suppress(OSError):  # a process that has died has left already
             self.connection.send_bytes(RELEASE)
             self.released = True
 
     def outcome(self, rank: int) -> Any:
-        """Return the answer that has arrived, or why none will."""
+        """Return the outcome that has arrived, or a `RankError` if the process died."""
         try:
-            # After a death the connection may still hold the answer. Where it does not, and a
-            # child of the rank's own keeps it open, reading would wait for that child.
+            # The connection of a dead process may still hold the outcome. If it does not, and a
+            # child of that process keeps it open, reading would wait for the child.
             if not self.connection.poll():
                 raise EOFError
             outcome = pickle.loads(self.connection.recv_bytes())
@@ -231,7 +233,7 @@ class _Worker:
         return f"its process ended with exit code {code}"
 
     def becomes_idle(self, deadline_s: float) -> bool:
-        """Wait until the process has nothing left to do; False when it ends, or time does."""
+        """Wait until the process is idle; return False if it ends or the deadline passes first."""
         if not self.idle:
             with contextlib.suppress(EOFError, OSError):
                 if self.connection.poll(max(0.0, deadline_s - time.monotonic())):
@@ -265,7 +267,7 @@ def _collect(workers: Sequence[_Worker], timeout_s: float, grace_s: float) -> di
     waiting = dict(enumerate(workers))
     deadline_s = time.monotonic() + timeout_s
     while waiting and (left_s := deadline_s - time.monotonic()) > 0:
-        # The sentinel as well: a child of the rank's own may keep the connection open.
+        # The sentinel as well: a child process of the rank may keep the connection open.
         ready = wait(
             [w.connection for w in waiting.values()]
             + [w.process.sentinel for w in waiting.values()],
@@ -277,7 +279,7 @@ def _collect(workers: Sequence[_Worker], timeout_s: float, grace_s: float) -> di
             outcomes[rank] = worker.outcome(rank)
             del waiting[rank]
             if isinstance(outcomes[rank], RankError):
-                # Its leave closes its connections, which ends what the others wait for.
+                # Leaving closes its connections, so the collectives of the other ranks fail.
                 worker.release()
                 deadline_s = min(deadline_s, time.monotonic() + grace_s)
     for rank, worker in waiting.items():

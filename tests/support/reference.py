@@ -1,4 +1,4 @@
-"""A small model with given gradients, and what Adam makes of it in float64, computed by torch."""
+"""A small model with given gradients, and the result of torch's Adam on it in float64."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def exact_gradients(
 
 
 def mean_of(by_rank: Sequence[Gradients]) -> list[torch.Tensor | None]:
-    """Return the float64 mean over the ranks, zeros where one has none; None where none has one."""
+    """Return float64 means over the ranks; a missing gradient counts as 0, None if all lack it."""
     means: list[torch.Tensor | None] = []
     for gradients in zip(*by_rank, strict=True):
         present = [gradient.double() for gradient in gradients if gradient is not None]
@@ -102,7 +102,7 @@ class Outcome(NamedTuple):
 
 
 def outcome_of(action: Callable[[], object]) -> Outcome:
-    """Call and report, so that one rank's error can be looked at beside the others'."""
+    """Call `action` and return how it ended, so that a test can compare the errors of ranks."""
     try:
         action()
     except Exception as error:

@@ -24,7 +24,7 @@ NUM_STEPS = 4
 
 @dataclass(frozen=True)
 class Scenario:
-    """How the run is made: the way of use, the options, and what is odd about it."""
+    """Settings of a run: how the optimizer gets its gradients, its options, and oddities."""
 
     mode: str = "drop_in"  # drop_in, external, streaming, no_sync, accumulate, by_hand
     max_grad_norm: float | None = None
@@ -49,7 +49,7 @@ class Offloading(OffloadAdam):
 
 
 class Model(torch.nn.Module):
-    """Parameters of every odd kind; the loss of `forward` has the given gradients, exactly."""
+    """Unusual parameters of every kind; the loss of `forward` has exactly the given gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def gradients_of(
         if position == 6 and step % 2 == 1:
             gradients.append(None)  # on no rank
         elif position == 4 and scenario.uneven_presence and scenario.mode != "external":
-            # On the last rank alone, and worth the whole world's.
+            # On the last rank only, multiplied so that the mean is the same.
             gradient = (base * world_size).to(parameter.dtype)
             gradients.append(gradient if rank == world_size - 1 else None)
         else:
@@ -104,7 +104,7 @@ def gradients_of(
 
 
 def _weights(world_size: int) -> list[int]:
-    """Return one weight a rank; they add up to `world_size` and differ."""
+    """Return one weight per rank; the weights differ and add up to `world_size`."""
     weights = [1 - 2 * rank for rank in range(world_size - 1)]
     return [*weights, world_size - sum(weights)]
 
@@ -159,7 +159,7 @@ def backward(
     gradients: list[torch.Tensor | None],
     scenario: Scenario,
 ) -> None:
-    """Bring the gradients to the optimizer in the scenario's way."""
+    """Pass the gradients to the optimizer in the scenario's mode."""
     if scenario.mode in ("by_hand", "external"):
         for parameter, gradient in zip(model.weights, gradients, strict=True):
             parameter.grad = gradient

@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_two_ranks(arguments: list[str], folder: Path, *, timeout_s: float) -> str:
-    """Run what torchrun is to be given in this folder, and return what it printed.
+    """Run torchrun with these arguments in this folder, and return its standard output.
 
     Raises:
-        AssertionError: with all that was printed, where it did not end with 0.
+        AssertionError: the exit code is not 0; the message has the whole output.
         subprocess.TimeoutExpired: it took longer.
     """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -42,6 +42,21 @@ def test_without_any_cache_folder_a_kernel_warns_and_runs(monkeypatch: pytest.Mo
     assert kernel(3.0) == 6.0
 
 
+def test_a_warning_during_an_import_points_at_the_users_line() -> None:
+    output = run_python(
+        """
+        import warnings
+        from numba.core import caching
+        caching.CacheImpl._locator_classes = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            from offload_adam.kernels import norm  # line 7 of this script, which starts empty
+        print({(str(one.filename), one.lineno) for one in caught if "folder" in str(one.message)})
+        """
+    )
+    assert output == "{('<string>', 7)}\n"
+
+
 def test_a_cache_that_cannot_be_written_warns_and_is_given_up(
     cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,8 +65,9 @@ def test_a_cache_that_cannot_be_written_warns_and_is_given_up(
 
     kernel = compilation.jit(double)
     monkeypatch.setattr(caching.IndexDataCacheFile, "save", refuse)
-    with pytest.warns(RuntimeWarning, match="no space left"):
+    with pytest.warns(RuntimeWarning, match="no space left") as caught:
         compilation.compile_now(kernel, (3.0,), "double")
+    assert [warning.filename for warning in caught] == [__file__]
     assert kernel(3.0) == 6.0
     assert kernel(3) == 6  # a second specialisation does not try the disk again
     assert not list(cache_folder.rglob("*.nbc"))
@@ -82,7 +98,7 @@ def test_a_kernel_waits_for_the_process_that_compiles_it(cache_folder: Path) -> 
 def test_a_lock_that_is_never_given_back_stops_nobody(
     cache_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(compilation, "LOCK_S", 0.0)
+    monkeypatch.setattr(compilation, "LOCK_TIMEOUT_S", 0.0)
     kernel = compilation.jit(double)
     with FileLock(Path(kernel.stats.cache_path) / "double.lock"):
         compilation.compile_now(kernel, (3.0,), "double")
@@ -116,6 +132,7 @@ def test_a_change_in_an_inlined_file_reaches_the_cached_kernel(tmp_path: Path) -
             kernels.parent / package,
             ignore=shutil.ignore_patterns("__pycache__"),
         )
+    shutil.copy(CHECKOUT / "offload_adam" / "errors.py", kernels.parent)
     (kernels.parent / "__init__.py").touch()
     source = ONE_UPDATE + "run_one_update(); print(weight[0])"
     assert float(run_python(source, root=tmp_path)) == pytest.approx(-0.1)
@@ -143,7 +160,7 @@ def assembly_of(update_range: Any, gradient_format: FloatFormat) -> str:
     It is compiled here, because Numba has no assembly of a kernel from its cache.
     """
     state, param_out = np.zeros(0, dtype=np.float32), FloatFormat.BFLOAT16.dtype_tag()
-    kernel = compilation.inner(update_range)
+    kernel = compilation.jit_inlined(update_range)
     arguments = (gradient_format.dtype_tag(), state, state, state, None, param_out, state)
     compilation.compile_now(kernel, arguments, "update")
     (assembly,) = kernel.inspect_asm().values()
@@ -174,7 +191,7 @@ def _first_block_sum(gradient: Any) -> Any:
 
 @pytest.mark.skipif(not has_avx2, reason="looks for AVX2's instructions")
 def test_the_block_sum_vectorises() -> None:
-    kernel = compilation.inner(_first_block_sum)
+    kernel = compilation.jit_inlined(_first_block_sum)
     compilation.compile_now(kernel, (FloatFormat.BFLOAT16.dtype_tag(),), "norm")
     (assembly,) = kernel.inspect_asm().values()
     assert vector_instructions(assembly, "vmulpd") + vector_instructions(assembly, "vfmadd.*pd") > 0
@@ -182,7 +199,7 @@ def test_the_block_sum_vectorises() -> None:
 
 @pytest.mark.skipif(not has_avx2, reason="looks for AVX2's instructions")
 def test_the_fold_vectorises() -> None:
-    kernel = compilation.inner(fold.add_range.py_func)
+    kernel = compilation.jit_inlined(fold.add_range.py_func)
     arguments = (FloatFormat.FLOAT32.dtype_tag(), FloatFormat.BFLOAT16.dtype_tag())
     compilation.compile_now(kernel, arguments, "fold")
     (assembly,) = kernel.inspect_asm().values()

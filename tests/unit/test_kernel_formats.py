@@ -11,7 +11,7 @@ import torch
 from numba import types
 from numba.extending import intrinsic
 
-from offload_adam.kernels.compilation import inner
+from offload_adam.kernels.compilation import jit_inlined
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.ir_vectors import Vectors
 from offload_adam.kernels.numba_private import array_struct, no_value
@@ -42,7 +42,7 @@ def _convert_all(source: Any, target: Any) -> None:
         convert(source, target, i, 1)
 
 
-convert_all = inner(_convert_all)
+convert_all = jit_inlined(_convert_all)
 
 
 def torch_dtype(target: FloatFormat) -> torch.dtype:

@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 import offload_adam
 from offload_adam.kernels import numba_private
-from offload_adam.kernels.compilation import inner
+from offload_adam.kernels.compilation import jit_inlined
 
 SIGNATURE = (types.float64,)
 
@@ -54,11 +54,11 @@ def test_the_names_of_code_generation_work() -> None:
         nothing()
         return sum_of_roots(array)
 
-    assert inner(both)(np.array([1.0, 4.0, 9.0])) == 6.0
+    assert jit_inlined(both)(np.array([1.0, 4.0, 9.0])) == 6.0
 
 
 def test_a_specialisation_is_compiled_once_and_known() -> None:
-    kernel = inner(lambda value: value * 2)
+    kernel = jit_inlined(lambda value: value * 2)
     assert not numba_private.is_compiled(kernel, SIGNATURE)
     numba_private.compile_signature(kernel, SIGNATURE)
     assert numba_private.is_compiled(kernel, SIGNATURE)

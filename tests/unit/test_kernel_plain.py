@@ -10,7 +10,7 @@ import pytest
 
 from offload_adam.kernels import adam, adam_ir, adam_plain, sparse
 from offload_adam.kernels.adam import Float32Array
-from offload_adam.kernels.compilation import inner
+from offload_adam.kernels.compilation import jit_inlined
 from offload_adam.kernels.formats import FloatFormat
 from tests.unit.kernel_cases import (
     MODES,
@@ -35,7 +35,7 @@ FORMATS = [
 ]
 """All pairs of formats; both values of amsgrad occur with each single format."""
 
-plain_range = inner(adam_plain.update_range)
+plain_range = jit_inlined(adam_plain.update_range)
 
 needs_ir = pytest.mark.skipif(
     not adam_ir.supports_ir(), reason="this machine uses the plain loop only"

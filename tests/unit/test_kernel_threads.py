@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import os
 from pathlib import Path
 
@@ -156,6 +157,13 @@ def test_a_plan_larger_than_numbas_pool_warns(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(threads, "_owner_pid", None)
     with pytest.warns(RuntimeWarning, match="num_threads=1000 is more than"):
         assert threads.plan_threads(1000) == 1000
+
+
+def test_a_warning_about_threads_points_at_the_users_line() -> None:
+    with pytest.warns(RuntimeWarning, match="num_threads=1000 is more than") as caught:
+        OffloadAdam([torch.nn.Parameter(torch.ones(3))], num_threads=1000)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert "num_threads=1000)" in linecache.getline(__file__, caught[0].lineno)
 
 
 def test_the_plan_ignores_torchruns_one_and_names_the_layer() -> None:

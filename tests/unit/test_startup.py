@@ -100,7 +100,7 @@ def test_of_several_gpus_a_rank_has_that_of_its_local_rank(monkeypatch: pytest.M
     assert gpus.join([["a", "b", "c"]] * 2) == [None, None]
     assert sorted(gpus.chosen) == ["a", "b"]
     gpus.see("a", "b")
-    with pytest.raises(RuntimeError, match=r"Local rank 2 .*2 are visible.*--nproc-per-node=2"):
+    with pytest.raises(RuntimeError, match=r"Local rank 2 .*2 GPU\(s\).*--nproc-per-node=2"):
         startup._use_own_gpu(World(2, 3, local_rank=2))
 
 

@@ -60,7 +60,7 @@ def test_the_table_says_what_needs_what() -> None:
     assert need.table().splitlines() == [
         "  exp_avg                       1.00 KiB",
         "  exp_avg_sq                    3.00 KiB",
-        "  together                      4.00 KiB",
+        "  total                         4.00 KiB",
         "  available (of the machine)    2.00 KiB",
     ]
 

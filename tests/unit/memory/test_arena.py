@@ -77,8 +77,11 @@ def test_a_refusal_at_any_piece_unpins_the_rest_and_leaves_no_error(granted: int
 
 def test_a_refusal_is_told_with_what_happens_instead() -> None:
     runtime = StandInRuntime(refuse_after=0)
-    with pytest.warns(RuntimeWarning, match=r"did not pin 100 B .*error 2.*\. It is slow"):
+    with pytest.warns(
+        RuntimeWarning, match=r"did not pin 100 B .*error 2.*\. It is slow"
+    ) as caught:
         HostArena(100).pin_or_warn(runtime, "It is slow")
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 @pytest.mark.parametrize("order", list(permutations(["arena", "tensor", "close"])), ids=str)

@@ -22,6 +22,7 @@ from offload_adam.errors import (
 Field = tuple[str, str]
 """Name and value of a setting that must be the same on all ranks."""
 
+# User errors: `raise_on_all_ranks` re-raises these on every rank with their own type.
 _SHARED_ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
     for kind in (TypeError, ValueError, RankDisagreementError, HostMemoryError, CheckpointError)
@@ -32,10 +33,11 @@ _SHARED_ERRORS: dict[str, type[Exception]] = {
 def raise_on_all_ranks(ranks: RankGroup, phase: str) -> Iterator[None]:
     """Raise an error on every rank if the body raises one on any rank. Collective.
 
-    The body itself must not be collective. Leaving it takes two small all-gathers. User errors
-    (TypeError, ValueError and the like) are re-raised on every rank and name the failing ranks,
-    unless all ranks raise the same error. Any other exception propagates on its own rank and
-    becomes a `PeerError` that quotes it elsewhere.
+    The body itself must not be collective. At its end the ranks run one small all-gather, and a
+    second one if a rank failed. User errors (TypeError, ValueError and others, see
+    `_SHARED_ERRORS`) are re-raised on every rank and name the failing ranks, unless all ranks raise
+    the same error. Any other exception propagates on its own rank, and the other ranks raise a
+    `PeerError` that quotes it.
 
     Args:
         phase: describes the body in the error message, such as "construction".
@@ -53,7 +55,7 @@ def raise_on_all_ranks(ranks: RankGroup, phase: str) -> Iterator[None]:
         messages = gather_texts(ranks, message)
     except PeerFailedError as peer_error:
         if failure is not None:
-            # This rank's own error may have ended the peer, so it is the one to report.
+            # This rank's own error may be why the peer ended, so report this error.
             raise failure from peer_error
         raise
     failed = [rank for rank, text in enumerate(messages) if text]
@@ -62,7 +64,7 @@ def raise_on_all_ranks(ranks: RankGroup, phase: str) -> Iterator[None]:
     kind_name, _, problem = messages[failed[0]].partition(": ")
     kind = _SHARED_ERRORS.get(kind_name)
     if failure is not None and (kind is None or len(set(messages)) == 1):
-        raise failure  # with its own traceback
+        raise failure  # with its original traceback
     text = f"Rank(s) {ranks.at(failed)} failed in {phase}: "
     raise (PeerError(text + messages[failed[0]]) if kind is None else kind(text + problem)) from (
         failure
@@ -93,8 +95,8 @@ def require_same(ranks: RankGroup, what: str, fields: Sequence[Field], *, remedy
     (first,) = ranks.at([0])  # its rank in the default group, which may not be 0
     differences = gather_texts(ranks, _first_difference(reference, fields, first))
     ranks_by_difference: dict[str, list[int]] = {}
-    for place in different:
-        ranks_by_difference.setdefault(differences[place], []).append(place)
+    for rank in different:
+        ranks_by_difference.setdefault(differences[rank], []).append(rank)
     raise RankDisagreementError(
         ". ".join(
             f"Rank(s) {ranks.at(others)} have a different {what} than rank {first}: {difference}"
@@ -115,7 +117,7 @@ def gather_texts(ranks: RankGroup, text: str) -> list[str]:
     ]
     if max(lengths) == 0:
         return [""] * len(lengths)
-    # An all-gather takes tensors of one shape, so the texts are padded to the longest one.
+    # An all-gather needs tensors of one shape, so each text is padded to the length of the longest.
     own = torch.zeros(max(lengths), dtype=torch.uint8, device="cpu")
     own[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8, device="cpu")
     buffers = ranks.all_gather(own)
@@ -153,4 +155,4 @@ def _first_difference(reference: Sequence[Field], fields: Sequence[Field], rank:
         if expected[0] != found[0]:
             return f"they have {found[0]}, but rank {rank} has {expected[0]}"
         return f"{found[0]} is {found[1]}, but {expected[1]} on rank {rank}"
-    return "nothing"
+    return "nothing"  # this rank equals the reference, so nobody reads its text

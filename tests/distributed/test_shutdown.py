@@ -1,4 +1,4 @@
-"""How a world ends: by a killed rank, by a plain exit, and what it holds until then."""
+"""How ranks end: after a killed rank, or by a plain exit; and the memory they hold until then."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_killed_rank_ends_the_step_of_the_others(own_ranks: RankPool) -> None:
 
 
 def drop_and_start_again(rank: int, world_size: int, store: str) -> list[torch.Tensor]:
-    """Lose an optimizer without close(), and keep one over the end of its process group."""
+    """Drop an optimizer without close(), and keep another after its process group's end."""
     model = Weights([(300,), (4,)])
     dropped = OffloadAdam(model.parameters(), module=model, num_threads=1)
     kept = OffloadAdam(Weights([(5,)]).parameters(), gradient_reduction="optimizer", num_threads=1)
@@ -79,7 +79,7 @@ def drop_and_start_again(rank: int, world_size: int, store: str) -> list[torch.T
     return [parameter.detach().clone() for parameter in model.all]
 
 
-def test_a_lost_optimizer_takes_no_gradients(ranks: RankPool, tmp_path: Path) -> None:
+def test_a_dropped_optimizer_takes_no_gradients(ranks: RankPool, tmp_path: Path) -> None:
     first, second = ranks.run(drop_and_start_again, 2, str(tmp_path / "store"))
     for weight, other, before in zip(first, second, Weights([(300,), (4,)]).all, strict=True):
         assert torch.equal(weight, other)
@@ -87,7 +87,7 @@ def test_a_lost_optimizer_takes_no_gradients(ranks: RankPool, tmp_path: Path) ->
 
 
 def wait_for_a_late_rank(rank: int, world_size: int) -> None:
-    """Take a step whose peer comes only when it is over, where the group's timeout is 2 s."""
+    """Take a step that the peer joins too late: the group's timeout is 2 s."""
     over = dist.PrefixStore("over", _get_default_store())
     group = dist.new_group(list(range(world_size)), timeout=timedelta(seconds=2))
     model = Weights([(300,)])
@@ -135,7 +135,7 @@ print("left")
 """
 
 
-def test_leaving_without_close_is_no_abort(tmp_path: Path) -> None:
+def test_exiting_without_close_does_not_abort(tmp_path: Path) -> None:
     """Rank 0 destroys the process groups under a live optimizer, rank 1 just ends."""
     environment = {**os.environ, "NUMBA_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"

@@ -1,4 +1,4 @@
-"""Construction: every rank makes the same optimizer, or every rank is told why not."""
+"""Construction: every rank constructs the same optimizer, or every rank raises an error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AMSGRAD = "amsgrad=True is not supported in distributed training (world size > 1
 
 
 def refused(model: torch.nn.Module, make: Callable[[], OffloadAdam]) -> Outcome:
-    """Make an optimizer that is refused, and hold that nothing was allocated or moved for it."""
+    """Construct an optimizer that is rejected; check that nothing was allocated or moved for it."""
     addresses = [parameter.data_ptr() for parameter in model.parameters()]
     with patch("offload_adam.memory.arena.mmap.mmap", side_effect=AssertionError("allocated")):
         outcome = outcome_of(make)
@@ -48,7 +48,7 @@ def reject_everywhere(rank: int, world_size: int) -> list[Outcome]:
     return outcomes
 
 
-def test_amsgrad_and_an_unnamed_reduction_are_refused_before_anything_is_allocated(
+def test_amsgrad_and_an_unnamed_reduction_are_rejected_before_anything_is_allocated(
     ranks: RankPool,
 ) -> None:
     for outcomes in ranks.run(reject_everywhere, 2):
@@ -83,7 +83,7 @@ def test_a_launcher_without_a_process_group_is_an_error(ranks: RankPool) -> None
 
 
 def reject_on_one(rank: int, world_size: int) -> list[Outcome]:
-    """Rank 1 alone has a mistake; ranks 0 and 2 would wait for it for ever."""
+    """Make a mistake on rank 1 only, for which ranks 0 and 2 must not wait forever."""
     here = rank == 1
     model = Weights([(3,), (4,)])
     third = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64 if here else torch.float32))
@@ -139,14 +139,14 @@ def test_a_mistake_on_one_rank_is_an_error_on_all(ranks: RankPool) -> None:
 
 
 def fail_alone(rank: int, world_size: int) -> Outcome:
-    """Rank 1 fails where no argument is at fault."""
+    """Raise an error on rank 1 that no argument causes."""
     model = Weights([(3,)])
     broken = OSError("no space") if rank == 1 else None
     with patch("offload_adam.step.build.HostArena", side_effect=broken, return_value=None):
         return outcome_of(lambda: OffloadAdam(model.parameters(), gradient_reduction="optimizer"))
 
 
-def test_what_is_no_mistake_keeps_its_own_error_where_it_happened(ranks: RankPool) -> None:
+def test_an_error_that_no_argument_causes_keeps_its_type_on_its_rank(ranks: RankPool) -> None:
     first, second, third = ranks.run(fail_alone, 3)
     assert first == third
     assert second == Outcome("OSError", "no space")
@@ -189,7 +189,7 @@ def make_different_models(rank: int, world_size: int) -> list[Outcome]:
     ]
 
 
-def test_ranks_with_different_models_are_told_the_first_difference(ranks: RankPool) -> None:
+def test_an_error_about_different_models_quotes_the_first_difference(ranks: RankPool) -> None:
     first, second, third = ranks.run(make_different_models, 3)
     assert first == second == third
     expected = [
@@ -219,7 +219,7 @@ def differ_each_in_its_way(rank: int, world_size: int) -> Outcome:
     )
 
 
-def test_each_differing_rank_is_told_apart(ranks: RankPool) -> None:
+def test_the_error_quotes_the_difference_of_each_rank(ranks: RankPool) -> None:
     first, *others = ranks.run(differ_each_in_its_way, 4)
     assert all(other == first for other in others)
     name = "\"param_groups[0]['params'][0]\""
@@ -238,7 +238,7 @@ def make_outside_of_the_group(rank: int, world_size: int) -> Outcome:
     return outcome
 
 
-def test_a_rank_outside_of_the_given_group_is_told_so(ranks: RankPool) -> None:
+def test_a_rank_outside_the_given_group_raises_an_error(ranks: RankPool) -> None:
     inside, outside = ranks.run(make_outside_of_the_group, 2)
     assert inside == Outcome("", "")
     assert outside.error == "ValueError"
@@ -263,7 +263,7 @@ def start_from_different_weights(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rank_0s_weights_become_every_ranks(ranks: RankPool, dtype: torch.dtype) -> None:
+def test_the_weights_of_rank_0_are_broadcast(ranks: RankPool, dtype: torch.dtype) -> None:
     results = ranks.run(start_from_different_weights, 3, dtype)
     given = results[0][0]
     assert results[1][0] != given
@@ -294,7 +294,7 @@ def refuse_fsdp1(rank: int, world_size: int, wraps: bool) -> list[Outcome]:
 
 
 @pytest.mark.parametrize("wraps", [False, True])
-def test_parts_of_fsdp1_are_not_taken_for_replicas(ranks: RankPool, wraps: bool) -> None:
+def test_shards_of_fsdp1_are_rejected(ranks: RankPool, wraps: bool) -> None:
     for outcomes in ranks.run(refuse_fsdp1, 2, wraps):
         for outcome in outcomes:
             assert outcome.error == "TypeError"

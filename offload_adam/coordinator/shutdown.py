@@ -25,29 +25,30 @@ from offload_adam.torch_private import connect_to_default_store
 
 logger = logging.getLogger(__name__)
 
-# Clean-up after an error ends within this time, or the process is ended.
+# Seconds for the clean-up after an error. Then the process is ended.
 GRACE_S = 10.0
 # Schedulers send SIGTERM before they end a job; Slurm's `--signal=USR1` sends SIGUSR1 instead.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# The thread that answers polls every `_POLL_S`, so a live rank answers well within this time.
+# Seconds. A rank's thread reads requests every `_POLL_S`, so a live rank answers well within this
+# time.
 ANSWER_WITHIN_S = 5.0
 # The exit code that a shell reports for a process ended by SIGTERM.
 EXIT_AT_ONCE = 128 + signal.SIGTERM
-# A scheduler may signal a rank and torchrun's agent, which forwards the signal. Both are one
-# request.
+# Seconds. A scheduler may signal both a rank and torchrun's agent, which forwards the signal to the
+# rank. Two signals within this time are therefore one request.
 ONE_REQUEST_S = 3.0
 _POLL_S = 0.5
 _PAUSE_S = 0.05
-# Longest wait for the disk before the process exits at once.
-_LAST_WORDS_S = 2.0
+# Longest wait in seconds for `describe_lost_steps`, which reads the disk, before the process exits.
+_DISK_TIMEOUT_S = 2.0
 _PREFIX = "offload_adam/preemption"
 
 
 class EndingGuard:
-    """Context that ends this process `GRACE_S` after a failure if the process is still running.
+    """Context manager: end this process if it is still running `GRACE_S` after a failure.
 
-    The training thread may hang in one of the user's collectives, where we cannot raise an error.
-    Or its clean-up may wait for dead peers.
+    Needed because the training thread may hang in one of the user's collectives, where we cannot
+    raise an error, or in a clean-up that waits for dead peers.
 
     Owns: a thread that runs while the context is open. Open the context around the training and
         its clean-up.
@@ -120,9 +121,9 @@ class Preemption:
         in other threads and in child processes.
     """
 
-    def __init__(self, ranks: RankGroup, what_stands: Callable[[], str]) -> None:
+    def __init__(self, ranks: RankGroup, describe_lost_steps: Callable[[], str]) -> None:
         self.is_requested = False
-        self._what_stands = what_stands
+        self._describe_lost_steps = describe_lost_steps
         self._ranks = ranks
         self._store = _own_store() if ranks.world_size > 1 else None
         self._reader, self._writer = os.pipe()
@@ -138,15 +139,15 @@ class Preemption:
         self._previous = {number: signal.signal(number, _wake_only) for number in SIGNALS}
         self._thread.start()
 
-    def stop(self, *, deaf: bool) -> None:
+    def stop(self, *, ignore_signals: bool) -> None:
         """Stop the thread and restore the previous handlers.
 
         Args:
-            deaf: ignore further signals instead of restoring their handlers.
+            ignore_signals: ignore further signals instead of restoring their handlers.
         """
         self._ending.set()
         signal.set_wakeup_fd(self._previous_fd)
-        if not deaf:
+        if not ignore_signals:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
         os.write(self._writer, b"\0")  # ends the thread's `select` at once
@@ -156,8 +157,8 @@ class Preemption:
             os.close(self._writer)
 
     def _run(self) -> None:
-        """Decide on the first request of any rank; end on a late second SIGTERM to this rank."""
-        is_settled, first_signal_s = False, None
+        """Decide on the first request of any rank; exit on a late second SIGTERM to this rank."""
+        is_handled, first_signal_s = False, None
         while not self._ending.is_set():
             names = self._received()
             if self._ending.is_set():
@@ -165,13 +166,13 @@ class Preemption:
             if first_signal_s is not None and time.monotonic() - first_signal_s > ONE_REQUEST_S:
                 if signal.SIGTERM.name in names:
                     self._end_at_once()
-            elif not is_settled:
-                is_settled = self._settle(names[0] if names else None)
+            elif not is_handled:
+                is_handled = self._handle_request(names[0] if names else None)
             if names and first_signal_s is None:
                 first_signal_s = time.monotonic()
 
-    def _settle(self, name: str | None) -> bool:
-        """Decide on a signal to this rank or another rank; return False if there was none.
+    def _handle_request(self, name: str | None) -> bool:
+        """Accept or reject a request to end; return False if no rank has received a signal.
 
         Args:
             name: the signal that this rank received, None for none.
@@ -181,8 +182,8 @@ class Preemption:
                 return False
             self._decide(name or "a signal to another rank")
         except RuntimeError as error:
-            # A failed store alone is the watch's task. After a signal it means that torchrun's
-            # agent, which hosts the store, is ending: the run has failed.
+            # Without a signal, the watch detects a failed store. After a signal, a failed store
+            # means that torchrun's agent, which hosts it, is ending: the run has failed.
             if name is None:
                 return False
             text = (
@@ -196,8 +197,9 @@ class Preemption:
         """Print what is lost and end this process, unless another rank has failed."""
         if self._has_failed():
             return
-        # `what_stands` reads the disk, which may be the reason why the process hangs.
-        timer = threading.Timer(_LAST_WORDS_S, os._exit, (EXIT_AT_ONCE,))
+        # `describe_lost_steps` reads the disk. If the process hangs because the disk does not
+        # answer, the timer ends it.
+        timer = threading.Timer(_DISK_TIMEOUT_S, os._exit, (EXIT_AT_ONCE,))
         timer.daemon = True
         timer.start()
         print(
@@ -206,7 +208,7 @@ class Preemption:
             file=sys.stderr,
             flush=True,
         )
-        print(f"offload-adam: {self._what_stands()}", file=sys.stderr, flush=True)
+        print(f"offload-adam: {self._describe_lost_steps()}", file=sys.stderr, flush=True)
         os._exit(EXIT_AT_ONCE)
 
     def _has_failed(self) -> bool:
@@ -226,7 +228,7 @@ class Preemption:
 
     def _decide(self, name: str) -> None:
         """Accept the request if all ranks answer; otherwise end the run on all ranks."""
-        silent = self._ranks_that_do_not_answer()
+        silent = self._silent_ranks()
         if silent:
             text = (
                 f"Received {name}, and rank(s) {silent} did not answer within {ANSWER_WITHIN_S:g} "
@@ -242,7 +244,7 @@ class Preemption:
         )
         self.is_requested = True
 
-    def _ranks_that_do_not_answer(self) -> list[int]:
+    def _silent_ranks(self) -> list[int]:
         store = self._store
         if store is None:
             return []
@@ -254,26 +256,28 @@ class Preemption:
 
 @contextmanager
 def preemptible(
-    ranks: RankGroup, what_stands: Callable[[], str] = lambda: "its steps are lost"
+    ranks: RankGroup,
+    describe_lost_steps: Callable[[], str] = lambda: "the steps of this run are lost",
 ) -> Iterator[Preemption]:
     """Treat SIGTERM and SIGUSR1 in the body as requests to save and end.
 
     Args:
-        what_stands: returns a sentence that names the newest checkpoint and the steps that are lost
-            if the process ends at once. Called on another thread.
+        describe_lost_steps: returns a sentence that names the newest checkpoint and the steps that
+            are lost if the process ends at once. Called on another thread.
     """
-    preemption = Preemption(ranks, what_stands)
+    preemption = Preemption(ranks, describe_lost_steps)
     if threading.current_thread() is not threading.main_thread():
-        yield preemption  # Python installs signal handlers on the main thread only
+        yield preemption  # inactive: Python installs signal handlers on the main thread only
         return
     preemption.start()
     try:
         yield preemption
     except BaseException:
-        # torchrun's agent sends SIGTERM after a failure, before our error message is printed.
-        preemption.stop(deaf=ranks.world_size > 1)
+        # After a failure torchrun's agent sends SIGTERM. With the previous handler restored, it
+        # would end this process before our error message is printed.
+        preemption.stop(ignore_signals=ranks.world_size > 1)
         raise
-    preemption.stop(deaf=False)
+    preemption.stop(ignore_signals=False)
 
 
 def _wake_only(number: int, frame: FrameType | None) -> None:
@@ -284,6 +288,7 @@ def _wake_only(number: int, frame: FrameType | None) -> None:
 
 
 def _own_store() -> dist.Store:
-    # One store lives through torchrun's restarts: `attempt` keeps out an earlier attempt's keys.
+    # The store survives torchrun's restarts. The prefix separates this attempt's keys from earlier
+    # ones.
     connection = connect_to_default_store(timedelta(seconds=ANSWER_WITHIN_S))
     return dist.PrefixStore(f"{_PREFIX}/{attempt()}", connection)

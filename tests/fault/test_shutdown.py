@@ -1,4 +1,4 @@
-"""How the training command ends when it is asked to, and that restarts go on or stop."""
+"""How the training command ends on request, and when restarts resume or stop."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_signal_to_one_rank_ends_all_after_one_step(
 def test_a_signal_to_the_agent_ends_all_after_one_step(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    """Of itself torchrun would end at SIGUSR1, without a word to its ranks."""
+    """By default torchrun would end at SIGUSR1 without a signal to its ranks."""
     options = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",)
     process = start(tmp_path, "", LONG, options=options if number == signal.SIGUSR1 else ())
     wait_for_steps(tmp_path, process)
@@ -66,7 +66,7 @@ def test_a_signal_to_the_agent_ends_all_after_one_step(
 
 
 def test_a_signal_to_the_survivors_of_a_failure_is_no_preemption(tmp_path: Path) -> None:
-    """Rank 1 is stopped and cannot answer; the others must not take it for a request."""
+    """Rank 1 is stopped and cannot answer, so the signal must not count as a request to end."""
     process = start(tmp_path, "", LONG, "--coordinator.dead_after=60", ranks=3)
     wait_for_steps(tmp_path, process)
     os.kill(worker(tmp_path, 1).pid, signal.SIGSTOP)
@@ -100,15 +100,15 @@ def test_workers_end_with_a_killed_agent(tmp_path: Path) -> None:
     assert not alive
 
 
-def test_a_restart_goes_on_after_a_failure(tmp_path: Path) -> None:
+def test_a_restart_resumes_after_a_failure(tmp_path: Path) -> None:
     ended = run(tmp_path, "kill@update", options=("--max-restarts=1",))
     assert ended.code == 0, ended.printed
     assert "Rank 1 is dead" in ended.printed
     assert [record["step"] for record in ended.records] == list(range(1, 41))
 
 
-def test_what_a_restart_cannot_mend_is_not_retried(tmp_path: Path) -> None:
-    """The fault is gone at the second attempt, which must not be a try."""
+def test_an_error_that_a_restart_cannot_fix_is_not_retried(tmp_path: Path) -> None:
+    """The fault is absent from the second attempt, which must not train all the same."""
     ended = run(tmp_path, "differ@shape", options=("--max-restarts=2",))
     assert ended.code == 1
     assert ended.records == []
@@ -140,7 +140,7 @@ def test_twenty_runs_of_eight_ranks_end_with_0(tmp_path: Path) -> None:
         assert ended.code == 0, ended.printed
 
 
-def test_a_run_that_is_asked_during_its_start_ends(tmp_path: Path) -> None:
+def test_a_signal_during_the_start_ends_the_run(tmp_path: Path) -> None:
     process = start(tmp_path, "", LONG)
     wait_for(tmp_path, "Running kernels with", process)
     process.send_signal(signal.SIGTERM)
