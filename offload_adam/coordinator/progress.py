@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 _thread = threading.local()
+_counts = threading.Lock()
 
 
 @dataclass
@@ -26,8 +27,8 @@ class ProgressRecord:
     phase: the operation that the thread runs, such as "update".
     bucket: the bucket that the phase works on, None for all.
     waiting: the thread waits for other ranks, in one of our collectives or for a thread in one.
-    long_running: the phase may take long without a change (compilation, a slow disk), so it is
-        exempt from `stuck_after`.
+    long_running: number of open phases that may take long without a change (compilation, a slow
+        disk). While there is one, the process is exempt from `stuck_after`.
     moves: counts all changes. If it stays the same, the process makes no progress.
     """
 
@@ -35,7 +36,7 @@ class ProgressRecord:
     phase: str = "start"
     bucket: int | None = None
     waiting: bool = False
-    long_running: bool = False
+    long_running: int = 0
     moves: int = 0
 
     @property
@@ -55,15 +56,17 @@ class ProgressRecord:
         Args:
             long_running: see the field. A phase inside a long-running one is long-running too.
         """
-        outer = self.phase, self.bucket, self.long_running
-        self._move(phase, bucket, self.long_running or long_running)
+        counts = long_running and not _is_untracked()
+        outer = self.phase, self.bucket
+        if counts:
+            self._add_long_running(1)
         try:
+            self._move(phase, bucket)
             yield
-        except BaseException:
-            if not _is_untracked():
-                self.long_running = outer[2]  # otherwise `stuck_after` would never apply again
-            raise
-        self._move(*outer)
+            self._move(*outer)
+        finally:
+            if counts:  # otherwise `stuck_after` would never apply again
+                self._add_long_running(-1)
 
     @contextmanager
     def untracked(self) -> Iterator[None]:
@@ -112,11 +115,17 @@ class ProgressRecord:
         self.step = step
         self.moves += 1
 
-    def _move(self, phase: str, bucket: int | None, long_running: bool) -> None:
+    def _move(self, phase: str, bucket: int | None) -> None:
         if _is_untracked():
             return
-        self.phase, self.bucket, self.long_running = phase, bucket, long_running
+        self.phase, self.bucket = phase, bucket
         self.moves += 1
+
+    def _add_long_running(self, change: int) -> None:
+        # Several threads may save checkpoints at once, and `+=` is not atomic. A count, because a
+        # flag that each thread restores to its former value may stay set.
+        with _counts:
+            self.long_running += change
 
 
 def _is_untracked() -> bool:

@@ -1,0 +1,53 @@
+"""The progress record that the watchdog reads."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from offload_adam.coordinator.progress import ProgressRecord
+
+
+def test_long_running_phases_of_two_threads_end_in_any_order() -> None:
+    record = ProgressRecord()
+    inside, leave = threading.Event(), threading.Event()
+
+    def save() -> None:
+        with record.at("checkpoint", long_running=True):
+            inside.set()
+            assert leave.wait(10)
+
+    thread = threading.Thread(target=save)
+    with record.at("checkpoint", long_running=True):
+        thread.start()
+        assert inside.wait(10)
+    # This thread's phase ended first, and the other thread's is still open.
+    assert record.long_running
+    leave.set()
+    thread.join()
+    assert not record.long_running
+
+
+def test_a_phase_in_a_long_running_one_is_long_running() -> None:
+    record = ProgressRecord()
+    with record.at("checkpoint", long_running=True):
+        with record.at("write"):
+            assert record.long_running
+        assert record.long_running
+    assert not record.long_running
+
+
+def test_an_error_keeps_the_phase_and_ends_the_exemption() -> None:
+    record = ProgressRecord()
+    with pytest.raises(OSError, match="full"), record.at("checkpoint", long_running=True):
+        raise OSError("full")
+    assert record.phase == "checkpoint"
+    assert not record.long_running
+
+
+def test_untracked_threads_change_neither_phase_nor_exemption() -> None:
+    record = ProgressRecord()
+    with record.untracked(), record.at("checkpoint", long_running=True):
+        assert not record.long_running
+        assert record.phase == "start"
