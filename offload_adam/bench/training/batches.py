@@ -1,4 +1,4 @@
-"""Read batches from the command line, or choose them by the ratio of forward to update."""
+"""Choose batches by the ratio of forward to update."""
 
 from __future__ import annotations
 
@@ -11,19 +11,6 @@ NEAR = 0.25
 """A measured ratio is near its target if they differ by at most this part of the target."""
 NUM_ROUNDS = 3
 """Rounds in which batches are chosen, each from the times of all rounds before."""
-
-
-def parse_batches(text: str) -> tuple[int, ...]:
-    """Return numbers of sequences that are separated by commas; empty for an empty text.
-
-    Raises:
-        ValueError: a word is not a whole number of at least 1.
-    """
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    wrong = [word for word in words if not word.isdecimal() or int(word) < 1]
-    if wrong:
-        raise ValueError(f"batches must be numbers above 0, such as 48,144, not {', '.join(wrong)}")
-    return tuple(int(word) for word in words)
 
 
 def choose_batches(

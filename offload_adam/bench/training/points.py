@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from offload_adam.bench.training.batches import is_near
-from offload_adam.bench.training.conditions import Condition, Point, Result, evaluate
 from offload_adam.bench.training.contenders import MODEL_ALONE, SEQUENTIAL
 from offload_adam.bench.training.measure import OUT_OF_MEMORY, Measured, Steps
 
@@ -39,8 +37,8 @@ def describe_point(
     sequential: Measured | None,
     sequence_length: int,
     bus_down_gb_per_s: float | None,
-) -> tuple[dict[str, Any], list[Condition]]:
-    """Return the report's point of one batch, and its conditions.
+) -> dict[str, Any]:
+    """Return the report's point of one batch.
 
     Args:
         target: ratio of forward to update that the batch was chosen for, None if it was given.
@@ -56,13 +54,6 @@ def describe_point(
     buckets = next((one.buckets for one in (timed, *measured.values()) if one.buckets), ())
     bucket_ms = _bucket_ms(buckets, update_ms, bus_down_gb_per_s) if update_ms else None
     ratio = forward_ms / update_ms if forward_ms and update_ms else None
-    conditions = []
-    if alone and forward_ms is not None and update_ms is not None and bucket_ms is not None:
-        results = {name: _result(one, alone) for name, one in steps.items() if name != MODEL_ALONE}
-        point = Point(
-            forward_ms=forward_ms, update_ms=update_ms, bucket_ms=bucket_ms, results=results
-        )
-        conditions = evaluate(point)
     num_tokens = batch * sequence_length
     return {
         "target_ratio": target,
@@ -77,8 +68,7 @@ def describe_point(
             name: _row(steps[name], alone, num_tokens) if name in steps else _no_row(one, batch)
             for name, one in measured.items()
         },
-        "conditions": [asdict(condition) for condition in conditions],
-    }, conditions
+    }
 
 
 def _update_ms(timed: Measured, batch: int) -> float | None:
@@ -96,15 +86,6 @@ def _bucket_ms(
     largest = max(buckets)
     down_ms = 0.0 if bus_down_gb_per_s is None else largest / bus_down_gb_per_s / 1e6
     return update_ms * largest / sum(buckets) + down_ms
-
-
-def _result(steps: Steps, alone: Steps) -> Result:
-    return Result(
-        step_ms=steps.step_ms,
-        exposed_ms=steps.step_ms - alone.step_ms,
-        update_ms=steps.update_ms or 0.0,
-        peak_gpu_nbytes=steps.peak_gpu_nbytes,
-    )
 
 
 def _row(steps: Steps, alone: Steps | None, num_tokens: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Run `bench train`: choose the batches, measure every contender, and evaluate the conditions."""
+"""Run `bench train`: choose the batches and measure every contender."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 
 from offload_adam.bench.machine import describe_machine
 from offload_adam.bench.training.batches import TARGET_RATIOS, tune_batches
-from offload_adam.bench.training.conditions import reached
 from offload_adam.bench.training.contenders import CONTENDERS, MODEL_ALONE, SEQUENTIAL
 from offload_adam.bench.training.measure import Measured, Steps, Task
 from offload_adam.bench.training.model import Sizes
@@ -172,17 +171,6 @@ class _Session:
 
     def report(self) -> dict[str, Any]:
         """Return all results so far as a JSON object."""
-        points = [
-            describe_point(
-                target,
-                batch,
-                self.measured,
-                sequential=self.sequential,
-                sequence_length=self.sizes.sequence_length,
-                bus_down_gb_per_s=self.bus_down_gb_per_s,
-            )
-            for target, batch in self.batches
-        ]
         everything = [one for one in (self.sequential, *self.measured.values()) if one is not None]
         on_gpu = self.device.startswith("cuda")
         return {
@@ -196,8 +184,17 @@ class _Session:
             "num_steps": self.num_steps,
             "num_buckets": max((len(one.buckets) for one in everything), default=0),
             "bus_down_gb_per_s": self.bus_down_gb_per_s,
-            "points": [shown for shown, _ in points],
-            "reached": reached({str(n): found for n, (_, found) in enumerate(points)}),
+            "points": [
+                describe_point(
+                    target,
+                    batch,
+                    self.measured,
+                    sequential=self.sequential,
+                    sequence_length=self.sizes.sequence_length,
+                    bus_down_gb_per_s=self.bus_down_gb_per_s,
+                )
+                for target, batch in self.batches
+            ],
             "not_tried": self.not_tried,
             "wall_s": self.wall_s,
             "definitions": DEFINITIONS,
