@@ -16,8 +16,8 @@ from offload_adam.bench.report import comparison, write_json
 from offload_adam.bench.step import measure_step
 from offload_adam.bench.training.contenders import CONTENDERS
 from offload_adam.bench.training.model import add_size_options, read_sizes
-from offload_adam.bench.training.process import TrainBenchmarkError
-from offload_adam.bench.training.run import NUM_STEPS, failures, measure_train
+from offload_adam.bench.training.results import failures
+from offload_adam.bench.training.run import NUM_STEPS, TrainBenchmarkError, measure_train
 from offload_adam.bench.training.table import markdown
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import allowed_cores

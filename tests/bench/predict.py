@@ -17,7 +17,7 @@ from offload_adam.bench.__main__ import whole_numbers
 from offload_adam.bench.report import write_json
 from offload_adam.bench.training.contenders import MODEL_ALONE, OVERLAPPED, PLAIN, SEQUENTIAL
 from offload_adam.bench.training.model import Decoder, Sizes, add_size_options, read_sizes
-from offload_adam.bench.training.points import GIB
+from offload_adam.bench.training.results import GIB
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.plan.inputs import Machine, Training, total_numel
 from offload_adam.plan.prediction import predict

@@ -45,8 +45,9 @@ from offload_adam.bench.training.measure import (
     measure,
 )
 from offload_adam.bench.training.model import Sizes, make_model, make_tokens
-from offload_adam.bench.training.process import TrainBenchmarkError, in_own_process
-from offload_adam.bench.training.run import failures, measure_train
+from offload_adam.bench.training.process import in_own_process
+from offload_adam.bench.training.results import failures
+from offload_adam.bench.training.run import TrainBenchmarkError, measure_train
 from offload_adam.bench.training.table import LABELS, markdown
 from offload_adam.cli.app import app
 from tests.bench.conditions import evaluate, reached
@@ -84,7 +85,7 @@ class SimulatedMachine:
         if task.contender in (TORCHAO, DEEPSPEED):
             return Measured(unavailable="not importable")
         if self.broken is not None and task.contender == self.broken:
-            raise TrainBenchmarkError("it broke")
+            return Measured(reasons=dict.fromkeys(task.batches, "it broke"))
         batches = [batch for batch in task.batches if batch <= self.fits]
         if task.contender == MODEL_ALONE:
             alone = {
@@ -172,6 +173,12 @@ def test_a_contender_that_breaks_has_the_reason_in_its_row(broken: str) -> None:
     assert next(failures(report)) == f"{broken} at 5 sequences: it broke"
 
 
+@pytest.mark.parametrize("broken", [MODEL_ALONE, SEQUENTIAL])
+def test_batches_cannot_be_chosen_without_forward_and_update(broken: str) -> None:
+    with pytest.raises(TrainBenchmarkError, match=f"{broken} failed.*: it broke"):
+        report_of(SimulatedMachine(broken=broken))
+
+
 def test_given_batches_are_measured_and_the_report_is_kept_after_each_contender() -> None:
     kept: list[dict[str, Any]] = []
     machine = SimulatedMachine()
@@ -198,7 +205,7 @@ def test_no_contender_gets_all_of_the_time(monkeypatch: pytest.MonkeyPatch) -> N
     def hang(task: Task) -> Measured:
         machine.tasks.append(task)
         now_s[0] += task.time_limit_s
-        raise TrainBenchmarkError("it did not end")
+        return Measured(reasons=dict.fromkeys(task.batches, "it did not end"))
 
     names = [OVERLAPPED, PLAIN, FSDP2, SEQUENTIAL]
     report = measure_train(TINY, "cpu", batches=[1], contenders=names, time_limit_s=200.0, run=hang)
@@ -333,10 +340,9 @@ def test_a_peer_that_is_not_installed_starts_no_process(monkeypatch: pytest.Monk
     assert in_own_process(task) == Measured(unavailable="no_such_package is not installed")
 
 
-def test_an_error_in_the_contenders_process_is_raised() -> None:
+def test_an_error_in_the_contenders_process_is_the_reason() -> None:
     task = Task(contender="nobody", sizes=TINY, device="cpu", batches=(1,), num_steps=1)
-    with pytest.raises(TrainBenchmarkError, match="KeyError: 'nobody'"):
-        in_own_process(task)
+    assert in_own_process(task) == Measured(reasons={1: "KeyError: 'nobody'"})
 
 
 def test_it_needs_neither_pydantic_nor_typer_nor_rich() -> None:
