@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -21,6 +21,7 @@ from offload_adam.kernels import threads
 from offload_adam.units import format_nbytes
 
 Clock = Callable[[], float]
+Result = dict[str, Any]  # the times of one contender; DEFINITIONS explains the keys
 
 OURS = "offload_adam"
 WARMUP_ROUNDS = 2
@@ -28,6 +29,7 @@ WARMUP_ROUNDS = 2
 # take a core of the next contender.
 REST_S = 0.01
 DEFINITIONS = {
+    "variant": "for the best of several contenders, the name of this contender",
     "ms_median": "milliseconds of one run, median over the rounds",
     "pairs": "one for each round: milliseconds of offload_adam, of this entry, and their ratio",
     "ratio_to_this": "this entry's time / offload_adam's time, median over the pairs; above 1, "
@@ -53,32 +55,6 @@ class Contender:
     run: Callable[[], object]
     bytes_per_param: int = 0
     prepare: Callable[[], object] | None = None
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The times of two contenders in one round, in milliseconds; `ratio` is ms / this_ms."""
-
-    this_ms: float
-    ms: float
-    ratio: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """The times of one contender; DEFINITIONS explains the fields.
-
-    variant: for the best of several contenders, the name of this contender.
-    """
-
-    name: str
-    bytes_per_param: int
-    ms_median: float
-    ms_min: float
-    gb_per_s: float
-    ratio_to_this: float
-    pairs: tuple[Pair, ...]
-    variant: str | None = None
 
 
 def prepare_machine(nbytes: int, num_threads: int) -> dict[str, Any]:
@@ -128,15 +104,15 @@ def _timed(contender: Contender, clock: Clock) -> float:
     return clock() - start_s
 
 
-def pair_up(this_ms: Sequence[float], other_ms: Sequence[float]) -> tuple[Pair, ...]:
-    """Return the pairs of two contenders, round by round."""
+def pair_up(this_ms: Sequence[float], other_ms: Sequence[float]) -> list[dict[str, float]]:
+    """Return the pairs of two contenders, round by round, as DEFINITIONS explains them."""
     rounds = zip(this_ms, other_ms, strict=True)
-    return tuple(Pair(this, other, other / this) for this, other in rounds)
+    return [{"this_ms": this, "ms": other, "ratio": other / this} for this, other in rounds]
 
 
-def median_ratio(pairs: Sequence[Pair]) -> float:
+def median_ratio(pairs: Sequence[Mapping[str, float]]) -> float:
     """Return the median of the pairs' ratios, which is not the ratio of the medians."""
-    return median(pair.ratio for pair in pairs)
+    return median(pair["ratio"] for pair in pairs)
 
 
 def gb_per_s(bytes_per_param: int, numel: int, milliseconds: float) -> float:
@@ -148,28 +124,31 @@ def summarize(
     timings: Mapping[str, Sequence[float]], contenders: Sequence[Contender], numel: int
 ) -> list[Result]:
     """Return one result for each contender, in the order of the contenders."""
-    results = []
+    results: list[Result] = []
     for contender in contenders:
         times = timings[contender.name]
         pairs = pair_up(timings[OURS], times)
         results.append(
-            Result(
-                name=contender.name,
-                bytes_per_param=contender.bytes_per_param,
-                ms_median=median(times),
-                ms_min=min(times),
-                gb_per_s=gb_per_s(contender.bytes_per_param, numel, median(times)),
-                ratio_to_this=median_ratio(pairs),
-                pairs=pairs,
-            )
+            {
+                "name": contender.name,
+                "bytes_per_param": contender.bytes_per_param,
+                "ms_median": median(times),
+                "ms_min": min(times),
+                "gb_per_s": gb_per_s(contender.bytes_per_param, numel, median(times)),
+                "ratio_to_this": median_ratio(pairs),
+                "pairs": pairs,
+                "variant": None,
+            }
         )
     return results
 
 
 def best_of(name: str, variants: Sequence[str], results: Sequence[Result]) -> Result:
     """Return a copy of the fastest of some results under a new name."""
-    fastest = min((one for one in results if one.name in variants), key=lambda one: one.ms_median)
-    return replace(fastest, name=name, variant=fastest.name)
+    fastest = min(
+        (one for one in results if one["name"] in variants), key=lambda one: one["ms_median"]
+    )
+    return {**fastest, "name": name, "variant": fastest["name"]}
 
 
 def compare(
@@ -199,7 +178,7 @@ def compare(
         "numel": numel,
         "num_pairs": num_pairs,
         "machine": machine,
-        "results": [asdict(result) for result in (ours, *bests, *others)],
+        "results": [ours, *bests, *others],
         "left_out": left_out,
         "definitions": {**DEFINITIONS, **definitions},
     }

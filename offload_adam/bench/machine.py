@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import subprocess
-import warnings
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +18,8 @@ import torch
 from offload_adam.kernels import threads
 from offload_adam.units import format_nbytes
 
+logger = logging.getLogger(__name__)
+
 _PACKAGES = ("torch", "numba", "numpy", "deepspeed")
 _BUSY_LOAD_PER_CORE = 0.25
 
@@ -28,11 +30,11 @@ def describe_machine(num_threads: int) -> dict[str, Any]:
     load = os.getloadavg()
     busy = load[0] > _BUSY_LOAD_PER_CORE * cores
     if busy:
-        warnings.warn(
-            f"The machine is busy (load average {load[0]:.2f} on {cores} cores). Times will be too "
-            "long and ratios uncertain.",
-            RuntimeWarning,
-            stacklevel=2,
+        logger.warning(
+            "The machine is busy (load average %.2f on %d cores). Times will be too long and "
+            "ratios uncertain.",
+            load[0],
+            cores,
         )
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

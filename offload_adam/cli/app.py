@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from offload_adam import __version__
-from offload_adam.cli.bench import bench_app
-from offload_adam.cli.bench_train import bench_predict, bench_table, bench_train
+from offload_adam.cli.bench import bench
 from offload_adam.cli.checkpoint import checkpoint_app
 from offload_adam.cli.config import config
 from offload_adam.cli.doctor import doctor
@@ -27,10 +26,11 @@ app.command(context_settings={"ignore_unknown_options": True})(profile)
 app.command(context_settings={"ignore_unknown_options": True})(plan)
 app.command(context_settings={"ignore_unknown_options": True})(config)
 app.command()(doctor)
-bench_app.command("train")(bench_train)
-bench_app.command("predict")(bench_predict)
-bench_app.command("table")(bench_table)
-app.add_typer(bench_app, name="bench")
+# Every argument is passed on, --help too.
+app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    add_help_option=False,
+)(bench)
 app.add_typer(checkpoint_app, name="checkpoint")
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from statistics import median
 from typing import Any
 
@@ -195,16 +194,16 @@ def compare(
                 raise
     results = with_torch_fused(summarize(timings, contenders, numel))
     limit_ms = timings[limit]
-    share = results[0].bytes_per_param / STREAM_NBYTES
-    rounds = zip(limit_ms, results[1].pairs, strict=True)
+    share = results[0]["bytes_per_param"] / STREAM_NBYTES
+    rounds = zip(limit_ms, results[1]["pairs"], strict=True)
     return {
         "limit": limit,
         "limit_ms": median(limit_ms),
         "measured_gb_per_s": measured,
         "limit_ratio": median_ratio(pair_up(timings[OURS], limit_ms)),
         "bound_ms": median(limit_ms) * share,
-        "bound_ratio": median(ms * share / pair.ms for ms, pair in rounds),
-        "results": [asdict(result) for result in results],
+        "bound_ratio": median(ms * share / pair["ms"] for ms, pair in rounds),
+        "results": results,
     }
 
 
@@ -262,7 +261,7 @@ def blocked_step(name: str, tensors: StepTensors, block_numel: int = 1 << 20) ->
 
 def with_torch_fused(results: Sequence[Result]) -> list[Result]:
     """Insert the faster of torch's variants after this package, for each kind of memory."""
-    names = {result.name for result in results}
+    names = {result["name"] for result in results}
     bests = [
         best_of(f"torch_fused{suffix}", (CLIPPED + suffix, SCALED + suffix), results)
         for suffix in ("", "_huge_pages")

@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -131,7 +130,7 @@ def compare_steps(timings: Mapping[str, Sequence[float]]) -> dict[str, Any]:
         "off_ms": median(timings[OFF]),
         "on_ms": median(timings[ON]),
         "ratio": median_ratio(pairs),
-        "pairs": [asdict(pair) for pair in pairs],
+        "pairs": pairs,
     }
 
 

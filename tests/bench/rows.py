@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from statistics import median
 from typing import Any
 
@@ -105,7 +104,7 @@ def compare_rows(timings: Mapping[str, Sequence[float]]) -> dict[str, Any]:
         "lazy_ms": median(lazy_ms),
         "dense_ms": median(timings[OURS]),
         "ratio": median_ratio(pairs),
-        "pairs": [asdict(pair) for pair in pairs],
+        "pairs": pairs,
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from statistics import median
 from typing import Any
 
@@ -137,7 +136,7 @@ def overhead(timings: Mapping[str, Sequence[float]], use: str) -> dict[str, Any]
         "ratio": median_ratio(pairs),
         "many_ms": median(added["many"]),
         "one_ms": median(added["one"]),
-        "pairs": [asdict(pair) for pair in pairs],
+        "pairs": pairs,
     }
 
 

@@ -6,7 +6,7 @@
 #   tests/gpu/run.sh bench ...  only `bench train`; other arguments go to it
 #   tests/gpu/run.sh --time-limit SECONDS part-1       short tests, and probes of the machine
 #   tests/gpu/run.sh --time-limit SECONDS part-2 ...   contenders at two batches of a 1.3 B model;
-#                               other arguments go to offload_adam.bench.training
+#                               other arguments go to `bench train`
 #   tests/gpu/run.sh --time-limit SECONDS long         a thousand steps with random delays
 # Each step of a part has a limit: its share of the time that is left, so later steps get the unused
 # time. The next step runs even if a step fails. The exit status is 0 only if all steps succeed.
@@ -52,7 +52,7 @@ run_bench() {
 assert torch.cuda.is_available(), "there is no GPU to measure"
 print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))')"
   mkdir -p "$out"
-  "$python" -m offload_adam.bench.training --json "$out/$name.json" "$@"
+  "$python" -m offload_adam.bench train --json "$out/$name.json" "$@"
 }
 
 # The options in pyproject.toml need pytest-timeout. Without it, a test that hangs ends when the
@@ -76,7 +76,7 @@ run_step() {
       -o faulthandler_timeout=40 --results="$lines" "${@/#test_/tests/gpu/test_}" ;;
     probe) bounded "$limit" "$python" -m tests.gpu.probe "$1" "$out/$1.json" ;;
     wait) bounded "$limit" tail --pid="$warm_up" -f /dev/null ;;
-    train) bounded "$limit" "$python" -m offload_adam.bench.training --json "$out/training.json" \
+    train) bounded "$limit" "$python" -m offload_adam.bench train --json "$out/training.json" \
       --num-layers 24 --width 2048 --num-heads 16 --vocabulary 32000 --batches 48,144 \
       --num-steps 3 --time-limit $((limit - 15)) "${more[@]}" ;;
   esac

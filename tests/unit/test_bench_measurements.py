@@ -28,8 +28,6 @@ from tests.bench.limit import (
 )
 from tests.unit.test_bench import FakeClock, taking
 
-pytestmark = pytest.mark.filterwarnings("ignore:The machine is busy")
-
 
 @pytest.fixture(autouse=True)
 def _quick_and_clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""`bench table` and `bench predict`: tables and pictures from result files."""
+"""`tests.bench.table` and `.predict`: what is made of the results of `bench train`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from typer.testing import CliRunner
 
 from offload_adam.bench.training.contenders import (
     FSDP2,
@@ -18,11 +17,13 @@ from offload_adam.bench.training.contenders import (
     OVERLAPPED,
     PLAIN,
     SEQUENTIAL,
+    TORCHAO,
 )
 from offload_adam.bench.training.model import Sizes
-from offload_adam.bench.training.picture import BAR_WIDTH, EXPOSED_COLOR, MODEL_COLOR, svg
-from offload_adam.bench.training.predict import predict_train
-from offload_adam.cli.app import app
+from tests.bench import predict, table
+from tests.bench.conditions import Condition, evaluate, reached
+from tests.bench.picture import BAR_WIDTH, EXPOSED_COLOR, MODEL_COLOR, svg
+from tests.bench.predict import predict_train
 
 RECORDED = Path(__file__).with_name("recorded_bench_train.json")
 PREDICTIONS = Path(__file__).parents[1] / "gpu" / "predictions.json"
@@ -46,20 +47,15 @@ def prediction(host_gb_per_s: float, step_ms: float) -> dict[str, Any]:
     }
 
 
-def run(*arguments: str | Path) -> Any:
-    return CliRunner().invoke(app, ["bench", *map(str, arguments)], env={"COLUMNS": "300"})
-
-
 def test_one_command_makes_the_table_and_the_picture(tmp_path: Path) -> None:
-    expected: list[str | Path] = []
+    expected: list[str] = []
     for host, step_ms in ((60.0, 1100.4), (150.0, 725.0)):
         file = tmp_path / f"predicted-{host:.0f}.json"
         file.write_text(json.dumps(prediction(host, step_ms)))
-        expected += ["--predictions", file]
-    table, picture = tmp_path / "table.md", tmp_path / "steps.svg"
-    result = run("table", RECORDED, *expected, "--markdown", table, "--picture", picture)
-    assert result.exit_code == 0, result.output
-    text = re.sub(" +", " ", table.read_text())  # columns are aligned
+        expected += ["--predictions", str(file)]
+    markdown, picture = tmp_path / "table.md", tmp_path / "steps.svg"
+    table.main([str(RECORDED), *expected, f"--markdown={markdown}", f"--picture={picture}"])
+    text = re.sub(" +", " ", markdown.read_text())  # columns are aligned
     assert "### A GPU: 1.34 B parameters in bfloat16, 48 x 512 tokens" in text
     cells = "28,912 | 850 | 725 to 1,100 | 250 | 200 | 12.5 | 19.2"
     assert f"| offload_adam, overlapped | {cells} |" in text
@@ -71,7 +67,9 @@ def test_one_command_makes_the_table_and_the_picture(tmp_path: Path) -> None:
     assert "commit 0123456789ab" in text
     assert "Forward F: 150 ms. Update U: 375 ms. F/U: 0.4. One bucket b: 4.3 ms." in text
     assert "Predicted for host memory of 60 GB/s, a bus of 50 GB/s, and 450 TFLOP/s." in text
-    assert "step <= 1.1 * plain AdamW's where F >= U: yes" in text
+    # F < U at 48 sequences, and plain AdamW was not measured at 144.
+    assert "- step <= 1.1 * plain AdamW's where F >= U: not known\n" in text
+    assert "- exposed <= 1.15 * (max(0, U - F) + b): yes\n" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.count("|") - line.count("\\|") for line in rows} == {9}
     assert picture.read_text() == svg([REPORT])
@@ -98,24 +96,22 @@ def test_bars_are_as_long_as_their_times() -> None:
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"benchmark": "kernel"}'])
-def test_another_file_is_rejected(tmp_path: Path, content: str) -> None:
+def test_another_file_is_rejected(
+    tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "other.json"
     file.write_text(content)
-    result = run("table", file)
-    assert result.exit_code == 2
-    assert str(file) in result.output.replace("\n", "")
-    assert run("table", RECORDED, "--predictions", RECORDED).exit_code == 2
+    for arguments in ([str(file)], [str(RECORDED), f"--predictions={file}"]):
+        with pytest.raises(SystemExit, match="2"):
+            table.main(arguments)
+        assert str(file) in capsys.readouterr().err
 
 
 def test_predictions_follow_from_the_speeds(tmp_path: Path) -> None:
     file = tmp_path / "predicted.json"
-    result = run(
-        "predict",
-        *("--num-layers=2", "--width=256", "--num-heads=4", "--batches=4,64"),
-        *("--host-bandwidths=50,100", "--bus-bandwidth=40", "--device-bandwidth=2000"),
-        *("--tflops=1", f"--json={file}"),
-    )
-    assert result.exit_code == 0, result.output
+    model = ["--num-layers=2", "--width=256", "--num-heads=4", "--batches=4,64"]
+    speeds = ["--host-bandwidths=50,100", "--bus-bandwidth=40", "--device-bandwidth=2000"]
+    predict.main([*model, *speeds, "--tflops=1", f"--json={file}"])
     found = json.loads(file.read_text())
     numel = found["model"]["num_parameters"]
     points = {(p["num_sequences"], p["host_gb_per_s"]): p for p in found["points"]}
@@ -131,7 +127,8 @@ def test_predictions_follow_from_the_speeds(tmp_path: Path) -> None:
     # With a short forward, a part of the update is exposed, and less with faster host memory.
     exposed = [points[4, host]["contenders"][OVERLAPPED]["exposed_ms"] for host in (50.0, 100.0)]
     assert exposed[0] > exposed[1]
-    assert run("predict", "--batches=x", "--host-bandwidths=1", "--bus-bandwidth=1").exit_code == 2
+    with pytest.raises(SystemExit, match="2"):
+        predict.main([*model, *speeds, "--tflops=1", "--host-bandwidths=x", f"--json={file}"])
 
 
 def test_the_predictions_for_the_gpu_tests_are_up_to_date() -> None:
@@ -151,3 +148,90 @@ def test_the_predictions_for_the_gpu_tests_are_up_to_date() -> None:
         for name, row in now["contenders"].items():
             assert before["contenders"][name] == pytest.approx(row, rel=0.05, abs=2.0), name
     assert FSDP2 not in kept["points"][0]["contenders"]
+
+
+def row(step_ms: float, exposed_ms: float, update_ms: float, gib: float) -> dict[str, float]:
+    return {
+        "step_ms": step_ms,
+        "exposed_ms": exposed_ms,
+        "update_ms": update_ms,
+        "peak_gpu_gib": gib,
+    }
+
+
+POINT: dict[str, Any] = {
+    "forward_ms": 100.0,
+    "forward_backward_ms": 299.0,
+    "update_ms": 80.0,
+    "bucket_ms": 10.0,
+    "contenders": {
+        OVERLAPPED: row(310.0, 11.0, 85.0, 1000.0),
+        PLAIN: row(305.0, 6.0, 6.0, 3000.0),
+        TORCHAO: row(400.0, 101.0, 110.0, 1000.0),
+        FSDP2: row(350.0, 51.0, 140.0, 900.0),
+    },
+}
+NAMES = (
+    "exposed <= 1.15 * (max(0, U - F) + b)",
+    "step <= 1.1 * plain AdamW's where F >= U",
+    "exposed <= 0.25 * that of torchao_cpu_offload where F >= 0.75 * its update",
+    "exposed <= that of torchao_cpu_offload",
+    "exposed <= 0.25 * that of fsdp2_cpu_offload where F >= 0.75 * its update",
+    "exposed <= that of fsdp2_cpu_offload",
+    "peak GPU memory <= that of torchao_cpu_offload",
+)
+
+
+def judged(point: dict[str, Any]) -> dict[str, Condition]:
+    found = evaluate(point)
+    assert [condition.name for condition in found] == list(NAMES)
+    return {condition.name: condition for condition in found}
+
+
+def with_ours(**changes: Any) -> dict[str, Any]:
+    rows = POINT["contenders"]
+    return {**POINT, "contenders": {**rows, OVERLAPPED: {**rows[OVERLAPPED], **changes}}}
+
+
+def test_every_condition_by_hand() -> None:
+    found = judged(POINT)
+    # 1.15 * (0 + 10); 1.1 * 305; 101 / 4; FSDP2's update takes 140, of which 105 is more than F.
+    bounds = [11.5, 335.5, 25.25, 101.0, None, 51.0, 1000]
+    assert [found[name].bound for name in NAMES] == pytest.approx(bounds)
+    assert [found[name].holds for name in NAMES] == [True, True, True, True, None, True, True]
+    slower = judged({**POINT, "update_ms": 130.0})
+    assert slower[NAMES[0]].bound == pytest.approx(1.15 * (30.0 + 10.0))
+    assert slower[NAMES[1]].holds is None
+    assert slower[NAMES[1]].reason == "F < U"
+
+
+@pytest.mark.parametrize(
+    ("point", "failing"),
+    [
+        (with_ours(exposed_ms=11.6), [NAMES[0]]),
+        (with_ours(step_ms=336.0), [NAMES[1]]),
+        (with_ours(exposed_ms=25.3), [NAMES[0], NAMES[2]]),
+        (with_ours(exposed_ms=51.1), [NAMES[0], NAMES[2], NAMES[5]]),
+        (with_ours(exposed_ms=101.1), [NAMES[0], NAMES[2], NAMES[3], NAMES[5]]),
+        (with_ours(peak_gpu_gib=1001.0), [NAMES[6]]),
+    ],
+)
+def test_a_condition_fails_just_past_its_bound(point: dict[str, Any], failing: list[str]) -> None:
+    assert [name for name, one in judged(point).items() if one.holds is False] == failing
+
+
+def test_a_condition_without_results_is_not_known() -> None:
+    alone = {**POINT, "contenders": {OVERLAPPED: POINT["contenders"][OVERLAPPED]}}
+    found = judged(alone)
+    assert [found[name].holds for name in NAMES] == [True, *[None] * 6]
+    assert found[NAMES[3]].reason == f"{TORCHAO} was not measured"
+    nobody = judged({**POINT, "contenders": {TORCHAO: {"reason": "not importable"}}})
+    assert {one.holds for one in nobody.values()} == {None}
+
+
+def test_a_condition_is_reached_if_it_holds_at_every_point_where_it_is_known() -> None:
+    good, bad = evaluate(POINT), evaluate(with_ours(exposed_ms=12.0))
+    assert reached([good, good])[NAMES[0]] is True
+    assert reached([bad, good])[NAMES[0]] is False
+    assert reached([good, bad])[NAMES[0]] is False
+    assert reached([good])[NAMES[4]] is None

@@ -1,4 +1,4 @@
-"""Read batches from the command line, or choose them by the ratio of forward to update."""
+"""Choose batches by the ratio of forward to update."""
 
 from __future__ import annotations
 
@@ -7,23 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from offload_adam.bench.training.measure import Steps
 
 TARGET_RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
+FIRST_BATCHES = (4, 16)
+"""The choice starts from the times at these numbers of sequences."""
 NEAR = 0.25
 """A measured ratio is near its target if they differ by at most this part of the target."""
 NUM_ROUNDS = 3
 """Rounds in which batches are chosen, each from the times of all rounds before."""
-
-
-def parse_batches(text: str) -> tuple[int, ...]:
-    """Return numbers of sequences that are separated by commas; empty for an empty text.
-
-    Raises:
-        ValueError: a word is not a whole number of at least 1.
-    """
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    wrong = [word for word in words if not word.isdecimal() or int(word) < 1]
-    if wrong:
-        raise ValueError(f"batches must be numbers above 0, such as 48,144, not {', '.join(wrong)}")
-    return tuple(int(word) for word in words)
 
 
 def choose_batches(
@@ -72,8 +61,6 @@ def is_near(ratio: float, target: float) -> bool:
 def tune_batches(
     measure_alone: Callable[[Sequence[int]], Mapping[int, Steps]],
     update_ms: float,
-    first_batches: Sequence[int],
-    targets: Sequence[float],
     largest: int | None,
 ) -> tuple[dict[int, Steps], dict[float, int]]:
     """Choose batches and measure the model alone at them, until the ratios are near the targets.
@@ -84,11 +71,11 @@ def tune_batches(
     Returns:
         The model's steps by batch, and the batch of each ratio that was reached or approached.
     """
-    alone = dict(measure_alone(first_batches))
+    alone = dict(measure_alone(FIRST_BATCHES))
     chosen: dict[float, int] = {}
     for _ in range(NUM_ROUNDS):
         forward_ms = {batch: one.forward_ms or 0.0 for batch, one in alone.items()}
-        chosen = choose_batches(forward_ms, update_ms, targets, largest=largest)
+        chosen = choose_batches(forward_ms, update_ms, largest=largest)
         unknown = sorted(set(chosen.values()) - set(alone))
         alone.update(measure_alone(unknown) if unknown else {})
         too_large = [batch for batch in unknown if batch not in alone]

@@ -198,19 +198,3 @@ def make_contender(name: str, model: Decoder) -> TrainContender:
         PeerUnavailableError: the contender does not work on this machine.
     """
     return ModelAlone(model) if name == MODEL_ALONE else CONTENDERS[name](model)
-
-
-def parse_contenders(text: str) -> tuple[str, ...]:
-    """Return names of CONTENDERS that are separated by commas.
-
-    Raises:
-        ValueError: a name is unknown, or the text has no name.
-    """
-    names = [word.strip() for word in text.split(",") if word.strip()]
-    unknown = [name for name in names if name not in CONTENDERS]
-    if unknown or not names:
-        raise ValueError(
-            f"unknown contenders: {', '.join(unknown) or 'none given'}; choose from "
-            + ", ".join(CONTENDERS)
-        )
-    return tuple(names)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +11,19 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 DTYPES = ("bfloat16", "float16", "float32")
+SIZES_HELP = {
+    "num_layers": "number of blocks",
+    "width": "width of the residual stream",
+    "num_heads": "attention heads; must divide the width",
+    "vocabulary": "rows of the embedding and of the head",
+    "sequence_length": "tokens of a sequence; batches differ in the number of sequences",
+    "dtype": "dtype of the parameters: " + ", ".join(DTYPES),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Sizes and dtype of the model.
-
-    width: of the residual stream, a multiple of `num_heads`.
-    sequence_length: tokens of each sequence; batches differ in the number of sequences.
-    dtype: of the parameters, one of DTYPES.
-    """
+    """Sizes and dtype of the model; SIZES_HELP has their meanings."""
 
     num_layers: int = 8
     width: int = 1536
@@ -29,6 +33,9 @@ class Sizes:
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
+        for name in ("num_layers", "width", "num_heads", "vocabulary", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.width % self.num_heads:
             raise ValueError(
                 f"num_heads ({self.num_heads}) must divide width ({self.width}): change one of them"
@@ -41,6 +48,29 @@ class Sizes:
         """The dtype of the parameters."""
         found: torch.dtype = getattr(torch, self.dtype)
         return found
+
+
+def add_size_options(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each field of `Sizes`."""
+    for size in fields(Sizes):
+        parser.add_argument(
+            f"--{size.name.replace('_', '-')}",
+            type=type(size.default),
+            default=size.default,
+            help=f"{SIZES_HELP[size.name]}; default: %(default)s",
+        )
+
+
+def read_sizes(options: argparse.Namespace) -> Sizes:
+    """Return the sizes that these options give.
+
+    Raises:
+        argparse.ArgumentTypeError: they are not the sizes of a model.
+    """
+    try:
+        return Sizes(**{size.name: getattr(options, size.name) for size in fields(Sizes)})
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 class Block(nn.Module):

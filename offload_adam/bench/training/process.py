@@ -21,18 +21,11 @@ _EXIT_S = 10.0
 _DONE = None
 
 
-class TrainBenchmarkError(RuntimeError):
-    """A contender could not be measured."""
-
-
 def in_own_process(task: Task) -> Measured:
     """Carry out a task in a spawned process, within its time limit.
 
-    If the process fails or hangs after its first batch, return the batches measured so far, and the
-    reason for each batch that is missing.
-
-    Raises:
-        TrainBenchmarkError: the process failed or hung before its first batch was measured.
+    If the process fails or hangs, return the batches measured so far, and the reason for each batch
+    that is missing.
     """
     package = PACKAGES.get(task.contender)
     if package is not None and importlib.util.find_spec(package) is None:
@@ -46,22 +39,18 @@ def in_own_process(task: Task) -> Measured:
         found, failure = _collect(answers, process, task.time_limit_s)
         if failure is None:
             process.join(timeout=_EXIT_S)
+            return found
     finally:
         process.kill()
         process.join()
-    if failure is None:
-        assert found is not None
-        return found
-    if found is None:
-        raise TrainBenchmarkError(failure)
-    logger.warning("Lost some batches of %s: %s", task.contender, failure)
+    logger.warning("Failed to measure %s: %s", task.contender, failure)
     missing = [batch for batch in task.batches if batch not in found.steps]
     return replace(found, reasons={**dict.fromkeys(missing, failure), **found.reasons})
 
 
-def _collect(answers: Any, process: Any, time_limit_s: float) -> tuple[Measured | None, str | None]:
+def _collect(answers: Any, process: Any, time_limit_s: float) -> tuple[Measured, str | None]:
     """Return the last results of the process, and the reason if it did not finish."""
-    found: Measured | None = None
+    found = Measured()
     end_s = time.monotonic() + time_limit_s
     while (left_s := end_s - time.monotonic()) > 0:
         try:

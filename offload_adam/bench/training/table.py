@@ -1,10 +1,8 @@
-"""Show results of `bench train` as Markdown, with predictions beside the measured times."""
+"""Show the report of `bench train` as Markdown."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from offload_adam.bench.report import machine_line, table
@@ -29,40 +27,23 @@ LABELS = {
     TORCHAO: "torchao CPUOffloadOptimizer",
     DEEPSPEED: "DeepSpeed ZeRO-2 + CPU offload",
 }
-_NONE = "-"
+NONE = "-"
 
 
-def read(path: Path, command: str) -> Report:
-    """Return a report of `bench train` or `bench predict`.
-
-    Args:
-        command: "train" or "predict".
-
-    Raises:
-        ValueError: the file cannot be read, or is not a report of this command.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict) or found.get("benchmark") != command:
-        raise ValueError(f"{path} is no file of `offload-adam bench {command} --json {path.name}`")
-    return found
-
-
-def markdown(reports: Sequence[Report], predictions: Sequence[Report] = ()) -> str:
-    """Return a heading and a table for each report and batch, then conditions and machine."""
+def markdown(report: Report) -> str:
+    """Return a heading and a table for each batch, then the machine."""
     lines: list[str] = []
-    for report in reports:
-        expected = [one for one in predictions if one["model"] == report["model"]]
-        for point in report["points"]:
-            lines += [f"### {title(report, point)}", "", _times(point), ""]
-            lines += [*_table(point, expected), ""]
-        words = {True: "yes", False: "NO", None: "not known"}
-        lines += [f"- {name}: {words[holds]}" for name, holds in report["reached"].items()]
-        lines += ["", machine_line(report["machine"]), ""]
-        lines += [line for one in expected for line in (_assumptions(one), "")]
-    return "\n".join(lines)
+    for point in report["points"]:
+        lines += [*heading(report, point), *table(*rows(point)), ""]
+    return "\n".join([*lines, machine_line(report["machine"])])
+
+
+def heading(report: Report, point: Report) -> list[str]:
+    """Return the title of a batch, and the times that all contenders have in common."""
+    keys = ("forward_ms", "update_ms", "ratio", "bucket_ms")
+    forward, update, ratio, bucket = (number(point[key]) for key in keys)
+    times = f"Forward F: {forward} ms. Update U: {update} ms. F/U: {ratio}."
+    return [f"### {title(report, point)}", "", f"{times} One bucket b: {bucket} ms.", ""]
 
 
 def title(report: Report, point: Report) -> str:
@@ -75,63 +56,22 @@ def title(report: Report, point: Report) -> str:
     )
 
 
-def _table(point: Report, predictions: Sequence[Report]) -> list[str]:
-    times = ("step", "exposed")
-    header = ["optimizer", "tokens/s"]
-    for time in times:
-        header += [f"{time}, ms", *(["predicted"] if predictions else [])]
-    header += ["peak GPU, GiB", "peak host, GiB"]
-    rows = []
+def rows(point: Report) -> tuple[list[str], list[list[str]]]:
+    """Return the header of the table of one batch, and its rows."""
+    header = ["optimizer", "tokens/s", "step, ms", "exposed, ms", "peak GPU, GiB", "peak host, GiB"]
+    keys = ("step_ms", "exposed_ms", "peak_gpu_gib", "peak_host_gib")
+    cells = []
     for name, row in point["contenders"].items():
-        cells = [LABELS.get(name, name)]
         if "reason" in row:
-            rows.append([*cells, row["reason"], *[_NONE] * (len(header) - 2)])
-            continue
-        cells.append(f"{row['tokens_per_s']:,.0f}")
-        for time in times:
-            cells.append(_number(row[f"{time}_ms"]))
-            if predictions:
-                cells.append(_predicted(predictions, point, name, f"{time}_ms"))
-        cells += [_number(row.get(f"peak_{place}_gib")) for place in ("gpu", "host")]
-        rows.append(cells)
-    return table(header, rows)
+            values = [row["reason"], *[NONE] * len(keys)]
+        else:
+            values = [f"{row['tokens_per_s']:,.0f}", *(number(row.get(key)) for key in keys)]
+        cells.append([LABELS.get(name, name), *values])
+    return header, cells
 
 
-def _predicted(predictions: Sequence[Report], point: Report, name: str, key: str) -> str:
-    """Return the predicted value of a row, a range if predictions differ, "-" without any.
-
-    Predictions of the same batch differ in the assumed bandwidth of host memory.
-    """
-    values = [
-        expected["contenders"][name][key]
-        for prediction in predictions
-        for expected in prediction["points"]
-        if expected["num_sequences"] == point["num_sequences"] and name in expected["contenders"]
-    ]
-    if not values:
-        return _NONE
-    ends = dict.fromkeys([_number(min(values)), _number(max(values))])
-    return " to ".join(ends)
-
-
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     """Return three digits or more, "-" for an unknown number."""
     if value is None:
-        return _NONE
+        return NONE
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def _times(point: Report) -> str:
-    keys = ("forward_ms", "update_ms", "ratio", "bucket_ms")
-    forward, update, ratio, bucket = (_number(point[key]) for key in keys)
-    return (
-        f"Forward F: {forward} ms. Update U: {update} ms. F/U: {ratio}. One bucket b: {bucket} ms."
-    )
-
-
-def _assumptions(prediction: Report) -> str:
-    host = dict.fromkeys(f"{point['host_gb_per_s']:g}" for point in prediction["points"])
-    return (
-        f"Predicted for host memory of {', '.join(host)} GB/s, a bus of "
-        f"{prediction['bus_gb_per_s']:g} GB/s, and {prediction['tera_flops']:g} TFLOP/s."
-    )

@@ -1,16 +1,23 @@
-"""Predict the times of `bench train` from the speeds of a machine, with the model of `plan`."""
+"""`python -m tests.bench.predict`: the times of `bench train` on a machine with given speeds.
+
+The predictions follow the model of `offload-adam plan`.
+"""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from offload_adam.bench.__main__ import whole_numbers
+from offload_adam.bench.report import write_json
 from offload_adam.bench.training.contenders import MODEL_ALONE, OVERLAPPED, PLAIN, SEQUENTIAL
-from offload_adam.bench.training.model import Decoder, Sizes
-from offload_adam.bench.training.points import GIB
+from offload_adam.bench.training.model import Decoder, Sizes, add_size_options, read_sizes
+from offload_adam.bench.training.results import GIB
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.plan.inputs import Machine, Training, total_numel
 from offload_adam.plan.prediction import predict
@@ -112,3 +119,35 @@ def _point(
 
 def _ms(seconds: float) -> float:
     return round(seconds * 1e3, 1)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the predictions for a model and a machine."""
+    parser = argparse.ArgumentParser(description="Predict the times of `bench train`.")
+    add = parser.add_argument
+    add_size_options(parser)
+    add("--batches", required=True, type=whole_numbers, help="numbers of sequences: 48,144")
+    add("--host-bandwidths", required=True, metavar="GB/S", help="of host memory: 60,100,150")
+    add("--bus-bandwidth", required=True, type=float, metavar="GB/S", help="in one direction")
+    add("--device-bandwidth", required=True, type=float, metavar="GB/S", help="of GPU memory")
+    add("--tflops", required=True, type=float, help="speed of forward and backward, in TFLOP/s")
+    add("--json", required=True, type=Path, help="write the predictions here")
+    options = parser.parse_args(arguments)
+    try:
+        host_gb_per_s = [float(word) for word in options.host_bandwidths.split(",")]
+        sizes = read_sizes(options)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        parser.error(str(error))
+    found = predict_train(
+        sizes,
+        options.batches,
+        host_gb_per_s=host_gb_per_s,
+        bus_gb_per_s=options.bus_bandwidth,
+        device_gb_per_s=options.device_bandwidth,
+        tera_flops=options.tflops,
+    )
+    write_json(found, options.json)
+
+
+if __name__ == "__main__":
+    main()

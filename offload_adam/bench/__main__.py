@@ -1,0 +1,179 @@
+"""`offload-adam bench`, or `python -m offload_adam.bench` on machines without typer."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from offload_adam.bench.kernel import measure_kernel
+from offload_adam.bench.report import comparison, write_json
+from offload_adam.bench.step import measure_step
+from offload_adam.bench.training.contenders import CONTENDERS
+from offload_adam.bench.training.model import add_size_options, read_sizes
+from offload_adam.bench.training.results import failures
+from offload_adam.bench.training.run import NUM_STEPS, TrainBenchmarkError, measure_train
+from offload_adam.bench.training.table import markdown
+from offload_adam.errors import HostMemoryError
+from offload_adam.kernels.threads import allowed_cores
+
+EXIT_DOES_NOT_FIT = 3
+LEAST_PAIRS = 7
+KERNEL = "Compare the Adam update alone, in fp32."
+STEP = "Compare whole steps on the CPU: bf16 gradient, clipping, AdamW, bf16 parameter."
+TRAIN = "Compare training steps of this package, plain AdamW and other offload optimizers."
+CHOICE = (
+    "Without --batches, chooses batches whose forward takes 0.25 to 4 times as long as the "
+    f"optimizer's update. Contenders: {', '.join(CONTENDERS)}."
+)
+EXIT_CODES = (
+    "Exit codes: 0 done, 2 a wrong option, 3 not enough memory, 1 anything else, such as a "
+    "contender that failed or had no time."
+)
+
+
+def main(
+    arguments: Sequence[str] | None = None, prog: str = "python -m offload_adam.bench"
+) -> None:
+    """Run a benchmark, print its table and write its report."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Compare this package with other Adam implementations on this machine.",
+        epilog=EXIT_CODES,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, text in (("kernel", KERNEL), ("step", STEP)):
+        command = commands.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
+        command.set_defaults(run=_compare, work=name)
+        _add_compare_options(command)
+    command = commands.add_parser(
+        "train", help=TRAIN, description=f"{TRAIN} {CHOICE}", epilog=EXIT_CODES
+    )
+    command.set_defaults(run=_train)
+    _add_train_options(command)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    try:
+        options.run(options)
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
+
+
+def _add_compare_options(parser: argparse.ArgumentParser) -> None:
+    add, cores = parser.add_argument, allowed_cores()
+    add(
+        "--numel",
+        type=at_least(1),
+        default=64_000_000,
+        help="number of parameters; default: %(default)s",
+    )
+    add("--threads", type=at_least(1), default=cores, help="default: all allowed cores")
+    rounds = "timed rounds, each with all contenders; default: %(default)s"
+    add("--pairs", type=at_least(LEAST_PAIRS), default=LEAST_PAIRS, help=rounds)
+    add("--json", type=writable, help="write the full report here")
+
+
+def _add_train_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add_size_options(parser)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="default: cuda if there is a GPU")
+    timed = "steps to time; default: %(default)s"
+    add("--num-steps", type=at_least(1), default=NUM_STEPS, help=timed)
+    chosen = "numbers of sequences, such as 48,144; default: chosen as above"
+    add("--batches", type=whole_numbers, default=(), help=chosen)
+    add("--largest-batch", type=at_least(1), help="most sequences to choose; default: no limit")
+    names = "names from the list above, with commas; default: all"
+    add("--contenders", type=contender_names, default=tuple(CONTENDERS), help=names)
+    limit = "for all contenders together; default: none"
+    add("--time-limit", type=float, metavar="SECONDS", help=limit)
+    add("--json", type=writable, help="write the report here after each contender")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a function that reads a whole number of at least `least`."""
+
+    def read(text: str) -> int:
+        if not text.strip().isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a number of at least {least}, not {text}")
+        return int(text)
+
+    return read
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Return numbers of at least 1 that are separated by commas; empty for an empty text."""
+    return tuple(at_least(1)(word) for word in text.split(",") if word.strip())
+
+
+def contender_names(text: str) -> tuple[str, ...]:
+    """Return names of CONTENDERS that are separated by commas."""
+    names = [word.strip() for word in text.split(",") if word.strip()]
+    unknown = [name for name in names if name not in CONTENDERS]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(
+            f"unknown contenders: {', '.join(unknown) or 'none given'}; choose from "
+            + ", ".join(CONTENDERS)
+        )
+    return tuple(names)
+
+
+def writable(text: str) -> Path:
+    """Reject a file that cannot be written, before minutes of measuring."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} cannot be written")
+    return path
+
+
+def _compare(options: argparse.Namespace) -> None:
+    """Run `bench kernel` or `bench step`."""
+    if options.threads > (cores := allowed_cores()):
+        raise argparse.ArgumentTypeError(
+            f"--threads: {options.threads} is more than the {cores} core(s) that this process may "
+            "use"
+        )
+    # A peer with its own OpenMP runtime reads this variable when it is loaded, and has no other
+    # setting.
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    measure = measure_kernel if options.work == "kernel" else measure_step
+    try:
+        report = measure(options.numel, options.threads, options.pairs)
+    except HostMemoryError as error:
+        print(f"offload-adam: {error}", file=sys.stderr)
+        sys.exit(EXIT_DOES_NOT_FIT)
+    print("\n".join(comparison(report)))
+    if options.json is not None:
+        write_json(report, options.json)
+        print(f"Wrote {options.json}")
+
+
+def _train(options: argparse.Namespace) -> None:
+    """Run `bench train`."""
+    try:
+        report = measure_train(
+            read_sizes(options),
+            options.device,
+            num_steps=options.num_steps,
+            batches=options.batches,
+            largest_batch=options.largest_batch,
+            contenders=options.contenders,
+            time_limit_s=options.time_limit,
+            keep=lambda report: None if options.json is None else write_json(report, options.json),
+        )
+    except TrainBenchmarkError as error:
+        sys.exit(f"offload-adam: {error}")
+    print(markdown(report))
+    if failed := list(failures(report)):
+        sys.exit("offload-adam: " + "; ".join(failed))
+
+
+if __name__ == "__main__":
+    main()
