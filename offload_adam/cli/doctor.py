@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from offload_adam.cli.bench import require_writable
+
 EXIT_FAILED = 1
 
 
@@ -52,14 +54,13 @@ def doctor(
 
     Exit codes: 0 no check failed, 1 some check failed, 2 wrong option.
     """
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        folder_name = json_file.absolute().parent
-        raise typer.BadParameter(f"there is no folder {folder_name}", param_hint="--json")
+    if json_file is not None:
+        require_writable(json_file)
     import torch
     from rich.console import Console
 
     from offload_adam.doctor.examination import examine
-    from offload_adam.doctor.finding import Status, findings_table, summary, worst
+    from offload_adam.doctor.finding import findings_table, summary, worst
     from offload_adam.doctor.network import look_at_network
 
     network = look_at_network() if measure else None
@@ -67,24 +68,25 @@ def doctor(
         os.environ["WORLD_SIZE"] = "1"  # the ranks have parted: this process may now step alone
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return  # one rank of each node runs the other checks: the ranks would disturb each other
+    num_ranks = local_world_size or max(1, torch.cuda.device_count())
     findings, bandwidth = examine(
-        local_world_size or max(1, torch.cuda.device_count()),
-        folder,
-        measure=measure,
-        num_parameters=params,
-        network=network,
+        num_ranks, folder, measure=measure, num_parameters=params, network=network
     )
     console = Console()
     console.print(findings_table(findings))
     console.print(summary(findings), highlight=False)
+    status = worst(findings)
     if json_file is not None:
         values = {
-            "status": worst(findings).value,
-            "findings": [asdict(finding) for finding in findings],
-            "bandwidth_gb_per_s": {str(n): value for n, value in bandwidth.memory.items()},
+            "status": status,
+            "findings": [
+                {"topic": one.topic, "status": one.status, "found": one.found, "advice": one.advice}
+                for one in findings
+            ],
+            "bandwidth_gb_per_s": bandwidth.memory,
             "step_gb_per_s": bandwidth.step,
             "network": None if network is None else asdict(network),
         }
         json_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    if worst(findings) is Status.FAILED:
+    if status == "failed":
         raise typer.Exit(EXIT_FAILED)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
+from functools import partial
 from statistics import median
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -24,14 +23,10 @@ NUM_STREAMS = 4
 # Four arrays of 128 MB do not fit into the caches that cores share. Their size is not a power of
 # two: arrays that far apart compete for the same cache lines and take twice the time.
 STREAM_NUMEL = 32_000_000
-NUM_PASSES = 7
 NUM_PARAMETERS = 8
 STEP_NUMEL = 24_000_000
 """Elements of all parameters of the measured step, which needs 15 bytes of memory for each."""
-NUM_STEPS = 9
-_NUM_WARMUP = 2
 COPY_NBYTES = 256 * 1024 * 1024
-NUM_COPIES = 10
 
 
 def counts_to_try(num_cores: int) -> list[int]:
@@ -41,7 +36,7 @@ def counts_to_try(num_cores: int) -> list[int]:
 
 
 def measure_bandwidth(
-    thread_counts: Iterable[int], *, numel: int = STREAM_NUMEL, num_passes: int = NUM_PASSES
+    thread_counts: Iterable[int], *, numel: int = STREAM_NUMEL, num_passes: int = 7
 ) -> dict[int, float]:
     """Return the bandwidth of host memory in 1e9 bytes a second, by number of threads.
 
@@ -55,25 +50,16 @@ def measure_bandwidth(
         HostMemoryError: the arrays do not fit into the available memory.
     """
     arena = HostArena(NUM_STREAMS * padded_nbytes(numel, torch.float32))
-    streams = [arena.take(numel, torch.float32).numpy() for _ in range(NUM_STREAMS)]
-    return {
-        count: STREAM_NBYTES * numel / _pass_s(streams, count, num_passes) / 1e9
-        for count in thread_counts
-    }
+    a, b, c, d = (arena.take(numel, torch.float32).numpy() for _ in range(NUM_STREAMS))
+
+    def gb_per_s(count: int) -> float:
+        seconds = _median_s(partial(pass_over, a, b, c, d, count), num_passes)
+        return STREAM_NBYTES * numel / seconds / 1e9
+
+    return {count: gb_per_s(count) for count in thread_counts}
 
 
-def _pass_s(streams: list[npt.NDArray[np.float32]], num_threads: int, num_passes: int) -> float:
-    """Return the median seconds of a pass, without the first, which may compile."""
-    gradient, first, second, third = streams
-    seconds = []
-    for _ in range(1 + num_passes):
-        start_s = time.perf_counter()
-        pass_over(gradient, first, second, third, num_threads)
-        seconds.append(time.perf_counter() - start_s)
-    return median(seconds[1:])
-
-
-def measure_step(num_threads: int, *, numel: int = STEP_NUMEL, num_steps: int = NUM_STEPS) -> float:
+def measure_step(num_threads: int, *, numel: int = STEP_NUMEL, num_steps: int = 9) -> float:
     """Return the bandwidth of an optimizer step in 1e9 bytes a second, the median over the steps.
 
     One rank steps bf16 parameters on the CPU with clipping and without streaming: norm and update.
@@ -90,18 +76,10 @@ def measure_step(num_threads: int, *, numel: int = STEP_NUMEL, num_steps: int = 
     ]
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 0.01)
-    optimizer = OffloadAdam(parameters, max_grad_norm=1.0, num_threads=num_threads)
-    with closing(optimizer):
-        seconds = [_step_s(optimizer) for _ in range(_NUM_WARMUP + num_steps)]
+    with closing(OffloadAdam(parameters, max_grad_norm=1.0, num_threads=num_threads)) as optimizer:
+        step_s = _median_s(optimizer.step, num_steps, num_warmup=2)
     specs = [ParameterSpec(i, each, 2, "bf16") for i in range(NUM_PARAMETERS)]
-    nbytes = sum(map(traffic_nbytes, plan_state(specs, StatePolicy())))
-    return nbytes / median(seconds[_NUM_WARMUP:]) / 1e9
-
-
-def _step_s(optimizer: OffloadAdam) -> float:
-    start_s = time.perf_counter()
-    optimizer.step()
-    return time.perf_counter() - start_s
+    return sum(map(traffic_nbytes, plan_state(specs, StatePolicy()))) / step_s / 1e9
 
 
 def bus_gb_per_s(index: int) -> tuple[float, float]:
@@ -114,27 +92,23 @@ def bus_gb_per_s(index: int) -> tuple[float, float]:
         HostMemoryError: the memory cannot be allocated or pinned.
     """
     gpu = torch.device("cuda", index)
-    arena = HostArena(COPY_NBYTES)
-    arena.pin(CudaRuntime(gpu))
-    try:
+    with closing(HostArena(COPY_NBYTES)) as arena:
+        arena.pin(CudaRuntime(gpu))
         host = arena.take(COPY_NBYTES, torch.uint8)
         device = torch.empty(COPY_NBYTES, dtype=torch.uint8, device=gpu)
-        return _copy_gb_per_s(host, device), _copy_gb_per_s(device, host)
-    finally:
-        arena.close()
+        # A copy that is not `non_blocking` returns when it is over.
+        h2d_s, d2h_s = (
+            _median_s(partial(device.copy_, host)),
+            _median_s(partial(host.copy_, device)),
+        )
+    return COPY_NBYTES / h2d_s / 1e9, COPY_NBYTES / d2h_s / 1e9
 
 
-def _copy_gb_per_s(source: torch.Tensor, target: torch.Tensor) -> float:
-    """Return the bandwidth of the median copy, without the first, which warms up."""
-    device = target.device if target.is_cuda else source.device
-    milliseconds: list[float] = []
-    with torch.cuda.device(device):
-        for _ in range(1 + NUM_COPIES):
-            start = torch.cuda.Event(enable_timing=True)
-            end = torch.cuda.Event(enable_timing=True)
-            start.record()
-            target.copy_(source, non_blocking=True)
-            end.record()
-            end.synchronize()
-            milliseconds.append(start.elapsed_time(end))
-    return source.nbytes / median(milliseconds[1:]) / 1e6
+def _median_s(call: Callable[[], object], num_calls: int = 10, num_warmup: int = 1) -> float:
+    """Return the median seconds of a call. The first calls, which may compile, do not count."""
+    seconds = []
+    for _ in range(num_warmup + num_calls):
+        start_s = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start_s)
+    return median(seconds[num_warmup:])

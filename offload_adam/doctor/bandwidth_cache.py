@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def ranks_like(world_size: int, local_world_size: int, device: str) -> Ranks:
     return Ranks(world_size, local_world_size, "nccl" if device == "cuda" else "gloo", device)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class Bandwidth:
     """Measured bandwidths in 1e9 bytes a second; empty or None where nothing was measured.
 
@@ -60,15 +60,6 @@ class Bandwidth:
     network: Mapping[Ranks, RingSpeed] = field(default_factory=dict)
     bus: float | None = None
 
-    def updated(self, newer: Bandwidth) -> Bandwidth:
-        """Return a copy with the values that `newer` has."""
-        return Bandwidth(
-            newer.memory or self.memory,
-            self.step if newer.step is None else newer.step,
-            {**self.network, **newer.network},
-            self.bus if newer.bus is None else newer.bus,
-        )
-
 
 def _path() -> Path:
     """Return the file's path, below XDG_CACHE_HOME or else below ~/.cache.
@@ -81,21 +72,20 @@ def _path() -> Path:
     return base / "offload_adam" / "bandwidth.json"
 
 
-def keep(bandwidth: Bandwidth) -> Path | None:
+def keep(measured: Bandwidth) -> Path | None:
     """Update the file with what was measured, and leave its other values as they are.
 
     Returns:
         The file, or None, with a warning in the log, if it cannot be written.
     """
-    known = recall().updated(bandwidth)
+    known = recall()
+    networks = {**known.network, **measured.network}
     values = {
         "machine": _machine(),
-        "memory_gb_per_s": {str(threads): value for threads, value in known.memory.items()},
-        "step_gb_per_s": known.step,
-        "bus_gb_per_s": known.bus,
-        "network_gb_per_s": [
-            {**asdict(ranks), **asdict(speed)} for ranks, speed in known.network.items()
-        ],
+        "memory_gb_per_s": measured.memory or known.memory,
+        "step_gb_per_s": measured.step or known.step,
+        "bus_gb_per_s": measured.bus or known.bus,
+        "network_gb_per_s": [{**asdict(ranks), **asdict(networks[ranks])} for ranks in networks],
     }
     try:
         path = _path()
@@ -116,36 +106,30 @@ def recall() -> Bandwidth:
         values: Any = json.loads(_path().read_text(encoding="utf-8"))
         if values["machine"] != _machine():
             return Bandwidth()
-        memory = {int(count): float(value) for count, value in values["memory_gb_per_s"].items()}
         # Files of earlier versions have neither bus nor network.
-        network = dict(map(_network_entry, values.get("network_gb_per_s", ())))
+        step, bus = values["step_gb_per_s"], values.get("bus_gb_per_s")
+        entries = values.get("network_gb_per_s", [])
         return Bandwidth(
-            {count: value for count, value in memory.items() if count > 0 and _is_possible(value)},
-            _possible_or_none(values["step_gb_per_s"]),
+            {int(count): _speed(value) for count, value in values["memory_gb_per_s"].items()},
+            None if step is None else _speed(step),
             {
-                ranks: speed
-                for ranks, speed in network.items()
-                if all(map(_is_possible, asdict(speed).values()))
+                Ranks(*(entry[one.name] for one in fields(Ranks))): RingSpeed(
+                    *(_speed(entry[one.name]) for one in fields(RingSpeed))
+                )
+                for entry in entries
             },
-            _possible_or_none(values.get("bus_gb_per_s")),
+            None if bus is None else _speed(bus),
         )
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         logger.debug("No measured bandwidth is known: %s", error)
         return Bandwidth()
 
 
-def _network_entry(entry: Mapping[str, Any]) -> tuple[Ranks, RingSpeed]:
-    sizes = int(entry["world_size"]), int(entry["local_world_size"])
-    speeds = (float(entry[name]) for name in ("mean_16bit", "mean_32bit", "gather"))
-    return Ranks(*sizes, str(entry["backend"]), str(entry["device"])), RingSpeed(*speeds)
-
-
-def _possible_or_none(value: Any) -> float | None:
-    return float(value) if value is not None and _is_possible(float(value)) else None
-
-
-def _is_possible(gb_per_s: float) -> bool:
-    return 0 < gb_per_s < 1e9  # rejects NaN, too
+def _speed(value: Any) -> float:
+    """Return a number of GB/s, and reject an impossible one; NaN is impossible, too."""
+    if not 0 < float(value) < 1e9:
+        raise ValueError(f"{value} GB/s is impossible")
+    return float(value)
 
 
 def _machine() -> dict[str, Any]:

@@ -2,60 +2,38 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from typing import NamedTuple
 
 from rich.table import Table
 from rich.text import Text
 
-
-class Status(StrEnum):
-    """Severity of a finding: nothing to do, slower or tighter than need be, or a run will fail."""
-
-    OK = "ok"
-    WARNING = "warning"
-    FAILED = "failed"
+STATUSES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
+"""The statuses of findings with their styles, from the least to the most severe."""
 
 
-_STYLES = {Status.OK: "green", Status.WARNING: "yellow", Status.FAILED: "bold red"}
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """What a check found, and what to do about it.
 
-    advice: empty if and only if the status is ok.
+    advice: "" if nothing needs to be done. Without it a run takes more time or memory than need be.
+    is_fatal: without the advice a run cannot start, or is sure to fail later.
     """
 
     topic: str
-    status: Status
     found: str
     advice: str = ""
+    is_fatal: bool = False
 
-    def __post_init__(self) -> None:
-        if (self.status is Status.OK) == bool(self.advice):
-            raise AssertionError(f"{self.topic}: {self.status} with the advice {self.advice!r}")
-
-
-def ok(topic: str, found: str) -> Finding:
-    """Return a finding that needs no action."""
-    return Finding(topic, Status.OK, found)
+    @property
+    def status(self) -> str:
+        """Return the key of `STATUSES`."""
+        return "failed" if self.is_fatal else "warning" if self.advice else "ok"
 
 
-def warning(topic: str, found: str, advice: str) -> Finding:
-    """Return a finding that costs a run time or memory."""
-    return Finding(topic, Status.WARNING, found, advice)
-
-
-def failed(topic: str, found: str, advice: str) -> Finding:
-    """Return a finding with which a run cannot start, or is sure to fail later."""
-    return Finding(topic, Status.FAILED, found, advice)
-
-
-def worst(findings: Iterable[Finding]) -> Status:
+def worst(findings: Iterable[Finding]) -> str:
     """Return the most severe status, ok if there are no findings."""
-    return max((one.status for one in findings), key=list(Status).index, default=Status.OK)
+    return max((one.status for one in findings), key=list(STATUSES).index, default="ok")
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
@@ -64,15 +42,15 @@ def findings_table(findings: Sequence[Finding]) -> Table:
     table.columns[0].no_wrap = table.columns[1].no_wrap = True
     table.columns[2].overflow = "fold"
     for finding in findings:
-        style = _STYLES[finding.status]
+        style = STATUSES[finding.status]
         text = Text(finding.found)
         if finding.advice:
             text.append(f"\n-> {finding.advice}", style=style)
-        table.add_row(Text(finding.status.value, style=style), Text(finding.topic), text)
+        table.add_row(Text(finding.status, style=style), Text(finding.topic), text)
     return table
 
 
 def summary(findings: Sequence[Finding]) -> str:
     """Return the number of findings of each status."""
-    counts = {status: sum(one.status is status for one in findings) for status in Status}
-    return ", ".join(f"{count} {status.value}" for status, count in counts.items())
+    counts = Counter(one.status for one in findings)
+    return ", ".join(f"{counts[status]} {status}" for status in STATUSES)

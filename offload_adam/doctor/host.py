@@ -7,16 +7,16 @@ import platform
 import re
 import resource
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from itertools import groupby
 from pathlib import Path
 
 import numba
 import psutil
-import torch
 
 from offload_adam.coordinator.node_memory import available_memory
-from offload_adam.doctor.finding import Finding, ok, warning
+from offload_adam.doctor.finding import Finding
 from offload_adam.kernels.threads import (
     allowed_cores,
     cgroup_cores,
@@ -36,17 +36,23 @@ _PROBE_NBYTES = 64 * 1024 * 1024
 def core_findings(local_world_size: int, *, on_device: bool) -> Iterator[Finding]:
     """Yield the cores that this process may use, and the threads of each local rank."""
     mask, present = sorted(os.sched_getaffinity(0)), os.cpu_count() or 1
-    yield ok("affinity", f"may use {len(mask)} of {present} core(s): {ranges(mask)}")
-    yield cpu_quota(cgroup_cores())
+    yield Finding("affinity", f"may use {len(mask)} of {present} core(s): {ranges(mask)}")
+    quota = cgroup_cores()
+    if quota is None:
+        yield Finding("CPU quota", "no cgroup limits the CPU time")
+    else:
+        found = f"the cgroup limits the CPU time to that of {quota:g} core(s)"
+        advice = "raise the quota to 1 core or more: below that the kernel pauses every thread"
+        yield Finding("CPU quota", found, advice if quota < 1.0 else "")
     num_threads = threads_per_rank(local_world_size, on_device=on_device)
-    yield from thread_plan(local_world_size, mask, num_threads)
+    num_cores = allowed_cores()
+    found = f"{local_world_size} rank(s) with {num_threads} thread(s) each on {num_cores} core(s)"
+    advice = f"start at most {num_cores} rank(s) on this node"
+    yield Finding("local ranks", found, advice if local_world_size > num_cores else "")
     limit = int(numba.config.NUMBA_NUM_THREADS)
     found = f"Numba has {limit} thread(s), and a rank uses {num_threads}"
-    if limit < num_threads:
-        advice = f"unset NUMBA_NUM_THREADS, or set it to {num_threads} or more"
-        yield warning("Numba's threads", found, advice)
-    else:
-        yield ok("Numba's threads", found)
+    advice = f"unset NUMBA_NUM_THREADS, or set it to {num_threads} or more"
+    yield Finding("Numba's threads", found, advice if limit < num_threads else "")
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -57,29 +63,6 @@ def ranges(numbers: Iterable[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)
 
 
-def cpu_quota(cores: float | None) -> Finding:
-    """Judge the CPU quota of the cgroup, in cores; None for no limit."""
-    if cores is None:
-        return ok("CPU quota", "no cgroup limits the CPU time")
-    found = f"the cgroup limits the CPU time to that of {cores:g} core(s)"
-    if cores < 1.0:
-        advice = "raise the quota to 1 core or more: below that the kernel pauses every thread"
-        return warning("CPU quota", found, advice)
-    return ok("CPU quota", found)
-
-
-def thread_plan(local_world_size: int, mask: Sequence[int], num_threads: int) -> Iterator[Finding]:
-    """Yield the threads of each local rank, a warning if there are more ranks than cores."""
-    num_cores = allowed_cores()
-    for rank in range(local_world_size):
-        topic, found = f"local rank {rank}", f"{num_threads} thread(s) on core(s) {ranges(mask)}"
-        if local_world_size > num_cores:
-            found += f", shared by {local_world_size} ranks"
-            yield warning(topic, found, f"start at most {num_cores} rank(s) on this node")
-        else:
-            yield ok(topic, found)
-
-
 def threading_layer() -> Finding:
     """Return the threading layer that Numba selects."""
     with warnings.catch_warnings():
@@ -88,8 +71,8 @@ def threading_layer() -> Finding:
     if layer == "workqueue":
         found = "workqueue: a second thread that runs a parallel Numba function aborts the process"
         advice = "install an OpenMP runtime: apt-get install libgomp1"
-        return warning("threading layer", found, advice)
-    return ok("threading layer", layer)
+        return Finding("threading layer", found, advice)
+    return Finding("threading layer", layer)
 
 
 def vector_width() -> Finding:
@@ -100,11 +83,9 @@ def vector_width() -> Finding:
     """
     bits = widest_register(_compiled_loop())
     if bits is None:
-        return ok("vector width", f"unknown for {platform.machine()}")
-    if bits < 256:
-        advice = "unset NUMBA_CPU_NAME and NUMBA_CPU_FEATURES; if unset, the processor has no AVX2"
-        return warning("vector width", f"{bits} bits", advice)
-    return ok("vector width", f"{bits} bits")
+        return Finding("vector width", f"unknown for {platform.machine()}")
+    advice = "unset NUMBA_CPU_NAME and NUMBA_CPU_FEATURES; if unset, the processor has no AVX2"
+    return Finding("vector width", f"{bits} bits", advice if bits < 256 else "")
 
 
 def widest_register(assembly: str) -> int | None:
@@ -128,10 +109,9 @@ def available() -> Finding:
     nbytes, limit = available_memory()
     total = int(psutil.virtual_memory().total)
     found = f"{format_nbytes(nbytes)} available ({limit}), of {format_nbytes(total)}"
-    if nbytes < _LEAST_AVAILABLE_SHARE * total:
-        advice = "stop other processes that use memory, or raise the cgroup's memory limit"
-        return warning("host memory", found, advice)
-    return ok("host memory", found)
+    advice = "stop other processes that use memory, or raise the cgroup's memory limit"
+    is_little = nbytes < _LEAST_AVAILABLE_SHARE * total
+    return Finding("host memory", found, advice if is_little else "")
 
 
 def locked_limit(*, needed: bool) -> Finding:
@@ -142,16 +122,15 @@ def locked_limit(*, needed: bool) -> Finding:
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if limit == resource.RLIM_INFINITY:
-        return ok("locked memory", "unlimited")
-    found = f"limit (ulimit -l): {format_nbytes(limit)}"
-    if not needed:
-        return ok("locked memory", f"{found}; nothing is pinned without CUDA")
+        return Finding("locked memory", "unlimited")
+    found, advice = f"limit (ulimit -l): {format_nbytes(limit)}", ""
     memory_nbytes, _ = available_memory()
-    if limit < memory_nbytes:
+    if not needed:
+        found += "; nothing is pinned without CUDA"
+    elif limit < memory_nbytes:
         found += f", less than the {format_nbytes(memory_nbytes)} of available memory"
         advice = "raise the limit: ulimit -l unlimited; in Docker: --ulimit memlock=-1"
-        return warning("locked memory", found, advice)
-    return ok("locked memory", found)
+    return Finding("locked memory", found, advice)
 
 
 def huge_pages(setting: Path = HUGE_PAGE_SETTING) -> Finding:
@@ -160,53 +139,41 @@ def huge_pages(setting: Path = HUGE_PAGE_SETTING) -> Finding:
         text = setting.read_text(encoding="ascii")
     except OSError:
         found = "this kernel has no transparent huge pages"
-        return warning("huge pages", found, "boot a kernel with CONFIG_TRANSPARENT_HUGEPAGE")
+        return Finding("huge pages", found, "boot a kernel with CONFIG_TRANSPARENT_HUGEPAGE")
     chosen = text.partition("[")[2].partition("]")[0] or text.strip()
-    found, share = f"setting: {chosen}", granted_share()
+    found, advice = f"setting: {chosen}", ""
+    share = granted_share()
     if share is not None:
         found += f"; {share:.0%} of a test allocation is in huge pages"
     if chosen == "never":
-        return warning("huge pages", found, f"as root: echo madvise > {HUGE_PAGE_SETTING}")
-    if share is not None and share < 0.5:
+        advice = f"as root: echo madvise > {HUGE_PAGE_SETTING}"
+    elif share is not None and share < 0.5:
         advice = "as root, compact the memory: echo 1 > /proc/sys/vm/compact_memory"
-        return warning("huge pages", found, advice)
-    return ok("huge pages", found)
+    return Finding("huge pages", found, advice)
 
 
-def granted_share() -> float | None:
+def granted_share(smaps: Path = Path("/proc/self/smaps_rollup")) -> float | None:
     """Return the share of a new allocation that is in huge pages, None if the kernel hides it."""
-    arena = HostArena(_PROBE_NBYTES)
-    address = arena.take(_PROBE_NBYTES, torch.uint8).data_ptr()
+
+    def huge_nbytes() -> int:
+        found = re.search(r"AnonHugePages:\s*(\d+) kB", smaps.read_text(encoding="ascii"))
+        return 1024 * int(found[1]) if found else 0
+
     try:
-        text = Path("/proc/self/smaps").read_text(encoding="ascii", errors="replace")
+        before_nbytes = huge_nbytes()
+        with closing(HostArena(_PROBE_NBYTES)):
+            return (huge_nbytes() - before_nbytes) / _PROBE_NBYTES
     except OSError:
         return None
-    nbytes = huge_nbytes(text, address)
-    return None if nbytes is None else min(1.0, nbytes / _PROBE_NBYTES)
-
-
-def huge_nbytes(smaps: str, address: int) -> int | None:
-    """Return AnonHugePages, in bytes, of the mapping in `/proc/self/smaps` that holds `address`."""
-    inside = False
-    for line in smaps.splitlines():
-        first, _, rest = line.partition(" ")
-        if not first.endswith(":"):  # the first line of a mapping: START-END in hexadecimal
-            start, _, end = first.partition("-")
-            inside = int(start, 16) <= address < int(end, 16)
-        elif inside and first == "AnonHugePages:":
-            return int(rest.split()[0]) * 1024
-    return None
 
 
 def numa(local_world_size: int, nodes: Path = NUMA_NODES) -> Finding:
     """Return the NUMA nodes, a warning if a rank would use the memory of several."""
     folders = sorted(nodes.glob("node[0-9]*"), key=lambda folder: int(folder.name[4:]))
     if len(folders) < 2:
-        return ok("NUMA", "one node: all memory is equally fast for every core")
+        return Finding("NUMA", "one node: all memory is equally fast for every core")
     cores = {folder.name[4:]: (folder / "cpulist").read_text("ascii").strip() for folder in folders}
     found = "; ".join(f"node {name}: core(s) {own or 'none'}" for name, own in cores.items())
     num_with_cores = sum(map(bool, cores.values()))
-    if local_world_size < num_with_cores:
-        advice = f"start {num_with_cores} ranks or more, each bound: torchrun --numa-binding=node"
-        return warning("NUMA", found, advice)
-    return ok("NUMA", found)
+    advice = f"start {num_with_cores} ranks or more, each bound: torchrun --numa-binding=node"
+    return Finding("NUMA", found, advice if local_world_size < num_with_cores else "")

@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from offload_adam.doctor.finding import Finding, failed, ok, warning
+from offload_adam.doctor.finding import Finding
 from offload_adam.units import format_nbytes
 
 CHECKPOINT_NBYTES = 16
@@ -25,15 +25,15 @@ def free_disk(folder: Path) -> Finding:
     """Return the free space where runs are written: `folder`, or its nearest existing parent."""
     existing = _existing(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        return failed("disk", f"{existing} is not writable", "set run.dir to another folder")
+        found, advice = f"{existing} is not writable", "set run.dir to another folder"
+        return Finding("disk", found, advice, is_fatal=True)
     nbytes = shutil.disk_usage(existing).free
     found = (
         f"{format_nbytes(nbytes)} free in {existing}: "
         f"a checkpoint of {nbytes / CHECKPOINT_NBYTES:.2g} parameters"
     )
-    if nbytes < _LEAST_FREE_NBYTES:
-        return warning("disk", found, "free some space, or set run.dir to a larger disk")
-    return ok("disk", found)
+    advice = "free some space, or set run.dir to a larger disk"
+    return Finding("disk", found, advice if nbytes < _LEAST_FREE_NBYTES else "")
 
 
 def last_save(folder: Path, num_parameters: float | None) -> Finding:
@@ -42,25 +42,22 @@ def last_save(folder: Path, num_parameters: float | None) -> Finding:
     Args:
         num_parameters: number that the ranks of this node save; None if it is not known.
     """
+    timeout = os.environ.get(_TIMEOUT_VARIABLE, TORCHRUN_TIMEOUT_S)
     try:
-        timeout_s = float(os.environ.get(_TIMEOUT_VARIABLE, TORCHRUN_TIMEOUT_S))
+        timeout_s = float(timeout)
     except ValueError:
-        found = f"{_TIMEOUT_VARIABLE} is {os.environ[_TIMEOUT_VARIABLE]!r}, which is not a number"
-        return warning("last save", found, "set it to a number of seconds")
-    return save_in_time(write_gb_per_s(_existing(folder)), timeout_s, num_parameters)
-
-
-def save_in_time(gb_per_s: float, timeout_s: float, num_parameters: float | None) -> Finding:
-    """Compare the time of a checkpoint with the time that a preempted run has for it."""
+        found = f"{_TIMEOUT_VARIABLE} is {timeout!r}, which is not a number"
+        return Finding("last save", found, "set it to a number of seconds")
+    gb_per_s = write_gb_per_s(_existing(folder))
     most = gb_per_s * 1e9 * timeout_s / CHECKPOINT_NBYTES
     found = (
         f"{gb_per_s:.2g} GB/s to the disk: {most:.2g} parameters in the {timeout_s:.0f} s that "
         "torchrun gives a preempted run"
     )
     if num_parameters is None or num_parameters <= most:
-        return ok("last save", found)
+        return Finding("last save", found)
     needed_s = num_parameters * CHECKPOINT_NBYTES / gb_per_s / 1e9
-    return warning(
+    return Finding(
         "last save",
         f"{found}; saving {num_parameters:.2g} takes {needed_s:.0f} s, so the run would be killed",
         f"start torchrun with --shutdown-timeout={2 * needed_s:.0f} (launch/: set "

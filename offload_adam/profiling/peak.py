@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from offload_adam.profiling.phases import STEP
 from offload_adam.profiling.profile import RankProfile, steps_of
@@ -11,7 +12,6 @@ from offload_adam.units import format_nbytes
 
 REST = "the rest of the process"
 """Memory that is not in the ledger: activations, data, libraries and so on."""
-NUM_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Peak:
             during += f" of step {self.step}"
         named = [
             f"{name} ({format_nbytes(nbytes)}, {nbytes / self.nbytes:.0%})"
-            for name, nbytes in list(self.parts.items())[:NUM_NAMED]
+            for name, nbytes in list(self.parts.items())[:3]
         ]
         return (
             f"Memory peaked {during}, {self.seconds:.1f} s after the first sample, with "
@@ -64,37 +64,29 @@ def place_of(category: str) -> str:
     return category.partition(" on ")[2] or "host"
 
 
+def total_of(sample: Mapping[str, Any], where: str) -> int:
+    """Return all bytes in use in a place: resident in the process, or allocated by torch."""
+    return int(sample["rss"] if where == "host" else sample.get("device_allocated", 0))
+
+
+def parts_of(sample: Mapping[str, Any], where: str) -> dict[str, int]:
+    """Return the bytes in one place by category of the ledger, and `REST`."""
+    parts = {name: n for name, n in sample["ledger"].items() if place_of(name) == where and n}
+    return {**parts, REST: max(0, total_of(sample, where) - sum(parts.values()))}
+
+
 def _peaks(profile: RankProfile) -> Iterator[Peak]:
-    if not profile.samples:
-        return
-    yield _peak(profile, "host", "rss")
-    on_device = [sample for sample in profile.samples if "device_allocated" in sample]
-    devices = {place_of(name) for sample in on_device for name in sample["ledger"]} - {"host"}
-    for device in sorted(devices):
-        yield _peak(profile, device, "device_allocated")
-
-
-def _peak(profile: RankProfile, where: str, total: str) -> Peak:
-    """Return the peak in one place.
-
-    Args:
-        total: key of a sample with the bytes used there.
-    """
-    sample = max(profile.samples, key=lambda sample: int(sample.get(total, -1)))
-    nbytes, time_ns = int(sample[total]), sample["time_ns"]
-    parts = {
-        name: held for name, held in sample["ledger"].items() if place_of(name) == where and held
-    }
-    parts[REST] = max(0, nbytes - sum(parts.values()))
-    ordered = dict(sorted(parts.items(), key=lambda part: part[1], reverse=True))
-    seconds = (time_ns - profile.samples[0]["time_ns"]) / 1e9
-    training = {step.thread for step in steps_of(profile.spans)}
-    around = [
-        span
-        for span in profile.spans
-        if span.thread in training and span.start_ns <= time_ns < span.end_ns
-    ]
-    step = next((span.bucket for span in around if span.name == STEP), None)
-    innermost = max(around, key=lambda span: span.start_ns, default=None)
-    phase = "" if innermost is None else innermost.name
-    return Peak(profile.rank, where, nbytes, ordered, seconds, phase, step)
+    """Yield the peak of a rank in host memory, and on each of its devices."""
+    samples, spans = profile.samples, profile.spans
+    places = dict.fromkeys(place_of(name) for sample in samples for name in sample["ledger"])
+    for where in dict.fromkeys(["host", *places]) if samples else ():
+        sample = max(samples, key=lambda sample: total_of(sample, where))
+        nbytes, time_ns = total_of(sample, where), sample["time_ns"]
+        parts = sorted(parts_of(sample, where).items(), key=lambda part: -part[1])
+        seconds = (time_ns - samples[0]["time_ns"]) / 1e9
+        training = {step.thread for step in steps_of(spans)}
+        around = [s for s in spans if s.thread in training and s.start_ns <= time_ns < s.end_ns]
+        step = next((span.bucket for span in around if span.name == STEP), None)
+        phase = max(around, key=lambda span: span.start_ns).name if around else ""
+        if nbytes > 0:
+            yield Peak(profile.rank, where, nbytes, dict(parts), seconds, phase, step)

@@ -57,17 +57,12 @@ def write_report(inputs: ReportInputs, path: Path) -> None:
         raise MissingExtraError(
             "report.html needs plotly: pip install 'offload-adam[report]'"
         ) from error
+    # Without the mode bar, which would cover the legend. A double click resets the zoom.
+    config = {"responsive": True, "displayModeBar": False}
+    options = {"full_html": False, "include_plotlyjs": False, "config": config}
     sections = [
-        f"<section><h2>{html.escape(chart.title)}</h2><p>{html.escape(chart.caption)}</p>"
-        + plotly.io.to_html(
-            chart.figure,
-            full_html=False,
-            include_plotlyjs=False,
-            # Without the mode bar, which would cover the legend. A double click resets the zoom.
-            config={"responsive": True, "displayModeBar": False},
-            div_id=f"chart-{chart.key}",
-        )
-        + "</section>"
+        f"<h2>{html.escape(chart.title)}</h2><p>{html.escape(chart.caption)}</p>"
+        + plotly.io.to_html(chart.figure, div_id=f"chart-{chart.key}", **options)
         for chart in charts.all_charts(inputs.profiles, inputs.records, inputs.predicted)
     ]
     diagnosis, peaks = inputs.diagnosis, peaks_of(inputs.profiles)
@@ -75,7 +70,8 @@ def write_report(inputs: ReportInputs, path: Path) -> None:
         title=html.escape(inputs.title),
         sentence=html.escape(diagnosis.sentence if diagnosis else "No whole step was recorded."),
         notes="\n".join(f"<p>{html.escape(note)}</p>" for note in _notes(inputs, peaks)),
-        tables="\n".join(_bytes_table(inputs, peak) for peak in peaks) + _buckets_table(inputs),
+        tables="\n".join(_bytes_table(inputs, peak) for peak in peaks),
+        buckets=_buckets_table(inputs.buckets),
         charts="\n".join(sections),
         script=get_plotlyjs(),
     )
@@ -112,43 +108,38 @@ def _bytes_table(inputs: ReportInputs, peak: Peak) -> str:
     held = inputs.profiles[0].peaks
     planned = {n: size for n, size in inputs.predicted.items() if place_of(n) == peak.where}
     others = [name for name in (*held, *planned) if place_of(name) == peak.where]
-    head = [f"rank {peak.rank}, {peak.where}", "at the peak", "", "maximum", "predicted", ""]
-    rows = [_row(head, tag="th")]
+    rows = [[f"rank {peak.rank}, {peak.where}", "at the peak", "", "maximum", "predicted", ""]]
     for category in dict.fromkeys([*peak.parts, *others]):
-        found, expected = held.get(category), planned.get(category)
-        if not (peak.parts.get(category) or found or expected):
+        part, found, expected = (
+            peak.parts.get(category, 0),
+            held.get(category),
+            planned.get(category),
+        )
+        if not (part or found or expected):
             continue
         differs = (
-            expected is not None
-            and found is not None
+            found is not None
+            and expected is not None
             and abs(found - expected) > TOLERANCE * max(expected, 1)
         )
-        part = peak.parts.get(category, 0)
-        cells = [category, format_nbytes(part), f"{part / peak.nbytes:.1%}"]
-        cells += [_shown(found), _shown(expected)]
         mark = f"differs by more than {TOLERANCE:.0%}" if differs else ""
-        rows.append(_row([*cells, mark], kind="differs" if differs else ""))
-    rows.append(_row(["total", format_nbytes(peak.nbytes), "", ""], kind="total"))
-    return f'<div class="wide"><table>{"".join(rows)}</table></div>'
+        cells = [category, format_nbytes(part), f"{part / peak.nbytes:.1%}"]
+        rows.append([*cells, _shown(found), _shown(expected), mark])
+    return _table([*rows, ["total", format_nbytes(peak.nbytes)]])
 
 
-def _buckets_table(inputs: ReportInputs) -> str:
-    """Return a folded table of the bytes of each bucket, which are constant over the run."""
-    if not inputs.buckets:
-        return ""
-    names = list(dict.fromkeys(name for held in inputs.buckets.values() for name in held))
-    rows = [_row(["bucket", *names], tag="th")]
-    for number, held in sorted(inputs.buckets.items()):
-        rows.append(_row([str(number), *(_shown(held.get(name)) for name in names)]))
-    return (
-        "<details><summary>By bucket, on rank 0</summary><div class=wide>"
-        f"<table>{''.join(rows)}</table></div></details>"
-    )
+def _buckets_table(buckets: Mapping[int, Mapping[str, int]]) -> str:
+    """Return the table of the bytes of each bucket, which are constant over the run."""
+    names = list(dict.fromkeys(name for held in buckets.values() for name in held))
+    rows = [
+        [str(n), *(_shown(held.get(name)) for name in names)] for n, held in sorted(buckets.items())
+    ]
+    return _table([["bucket", *names], *rows])
 
 
-def _row(cells: Sequence[str], *, tag: str = "td", kind: str = "") -> str:
-    inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-    return f"<tr{f' class={kind}' if kind else ''}>{inner}</tr>"
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def _shown(nbytes: int | None) -> str:
@@ -163,48 +154,22 @@ _PAGE = """<!doctype html>
 <title>{title}</title>
 <link rel="icon" href="data:,">
 <style>
-:root {{ color-scheme: light dark;
-  --ink: #1b1f24; --paper: #ffffff; --line: #d5dae0; --mark: #b35900; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #e4e8ee; --paper: #14171b; --line: #3a424c; --mark: #ffb266; }}
-}}
-body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  margin: 0 auto; padding: 1rem; max-width: 1240px; }}
-h1 {{ font-size: 1.4rem; }} h2 {{ font-size: 1.1rem; margin-bottom: 0; }}
-section {{ border-top: 1px solid var(--line); margin-top: 1.5rem; padding-top: .5rem; }}
-.finding {{ font-size: 1.15rem; }}
-.wide {{ overflow-x: auto; margin-top: .5rem; }}
-table {{ border-collapse: collapse; }}
-td, th {{ padding: .2rem 1.2rem .2rem 0; text-align: left; border-bottom: 1px solid var(--line); }}
-td:nth-child(n+2):nth-child(-n+5), th:nth-child(n+2):nth-child(-n+5) {{ text-align: right;
-  font-variant-numeric: tabular-nums; }}
-td:nth-child(n+2) {{ white-space: nowrap; }}
-tr.total td {{ font-weight: 600; }}
-tr.differs td {{ color: var(--mark); font-weight: 600; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: auto; padding: 1rem; max-width: 1240px; }}
+table {{ border-collapse: collapse; margin-top: .5rem; }}
+td {{ padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #d5dae0; white-space: nowrap; }}
+tr:first-child {{ font-weight: 600; }}
+td:nth-child(n+2):nth-child(-n+5) {{ text-align: right; }}
 </style>
 <script>{script}</script>
 </head>
 <body>
 <h1>{title}</h1>
-<p class="finding">{sentence}</p>
+<p><b>{sentence}</b></p>
 {notes}
-<section><h2>What used the memory</h2>
-{tables}</section>
+<h2>What used the memory</h2>
+{tables}
+<details><summary>By bucket, on rank 0</summary>{buckets}</details>
 {charts}
-<script>
-// Charts are transparent: the color of their text and lines follows the page's scheme.
-const dark = window.matchMedia("(prefers-color-scheme: dark)");
-function recolor() {{
-  const style = getComputedStyle(document.documentElement);
-  const ink = style.getPropertyValue("--ink"), line = style.getPropertyValue("--line");
-  for (const chart of document.querySelectorAll(".plotly-graph-div")) {{
-    Plotly.relayout(chart, {{"font.color": ink, "xaxis.gridcolor": line, "yaxis.gridcolor": line,
-      "xaxis.zerolinecolor": line, "yaxis.zerolinecolor": line}});
-  }}
-}}
-recolor();
-dark.addEventListener("change", recolor);
-</script>
 </body>
 </html>
 """

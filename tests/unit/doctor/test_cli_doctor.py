@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from offload_adam.cli.app import app
 from offload_adam.doctor import bandwidth_cache, examination
 from offload_adam.doctor.bandwidth import measure_bandwidth, measure_step
-from offload_adam.doctor.finding import failed, findings_table, ok, summary, warning
+from offload_adam.doctor.finding import Finding, findings_table, summary
 
 
 def doctor(*arguments: str) -> tuple[int, str]:
@@ -36,10 +36,8 @@ def test_everything_found_is_shown_and_written(tmp_path: Path) -> None:
     values = json.loads(path.read_text())
     assert code == (1 if values["status"] == "failed" else 0), output
     topics = [finding["topic"] for finding in values["findings"]]
-    assert [topic for topic in topics if topic.startswith("local rank")] == [
-        "local rank 0",
-        "local rank 1",
-    ]
+    found = {finding["topic"]: finding["found"] for finding in values["findings"]}
+    assert found["local ranks"].startswith("2 rank(s) with ")
     for topic in topics:
         assert topic in output
     for finding in values["findings"]:
@@ -82,9 +80,9 @@ def test_only_local_rank_0_prints(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_the_table_keeps_to_its_width_and_loses_no_word(width: int) -> None:
     findings = [
-        ok("huge pages", "set to [madvise]"),
-        warning("locked memory", "a limit " * 20, "raise it " * 20 + "last"),
-        failed("disk", "/a/very/long/path" * 8, "choose another"),
+        Finding("huge pages", "set to [madvise]"),
+        Finding("locked memory", "a limit " * 20, "raise it " * 20 + "last"),
+        Finding("disk", "/a/very/long/path" * 8, "choose another", is_fatal=True),
     ]
     text = io.StringIO()
     Console(file=text, width=width).print(findings_table(findings))
