@@ -5,6 +5,6 @@ Nothing here imports torch, which takes seconds: mistakes are reported before th
 
 from offload_adam.config.load import dump_config, explain_config, load_config
 from offload_adam.config.mistakes import ConfigError, Mistake
-from offload_adam.config.run_config import RunConfig
+from offload_adam.config.sections import RunConfig
 
 __all__ = ["ConfigError", "Mistake", "RunConfig", "dump_config", "explain_config", "load_config"]

@@ -7,25 +7,23 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from inspect import cleandoc
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
 from offload_adam.config.mistakes import ConfigError, Mistake
-from offload_adam.config.run_config import RunConfig
+from offload_adam.config.sections import RunConfig
 from offload_adam.config.validation import validate
 from offload_adam.config.yaml_text import read_yaml, write_yaml
 
 _OVERRIDE = re.compile(r"--(?P<path>[\w-]+(?:\.[\w-]+)*)=(?P<value>.*)", re.DOTALL)
 # Each key excludes the other one. An override of one removes the file's value of the other.
-_ALTERNATIVES = (("model", "sizes", "factory"), ("data", "source", "path"))
-
-
-class Override(NamedTuple):
-    """One `--section.key=value` of the command line."""
-
-    path: tuple[str, ...]
-    value: Any
+_ALTERNATIVES = {
+    "model.sizes": "factory",
+    "model.factory": "sizes",
+    "data.source": "path",
+    "data.path": "source",
+}
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -40,12 +38,12 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: with every mistake of the file and of the overrides.
     """
     path = Path(path)
-    parsed, mistakes = parse_overrides(overrides)
-    try:
-        values, in_file = _read_mapping(path)
-    except ConfigError as error:
-        raise ConfigError(error.origin, [*error.mistakes, *mistakes]) from error.__cause__
-    mistakes = [*in_file, *mistakes, *_apply(values, parsed)]
+    values, mistakes = _read_file(path)
+    parsed, in_overrides = _parse_overrides(overrides)
+    mistakes += in_overrides
+    if values is None:
+        raise ConfigError(str(path), mistakes)
+    mistakes += _apply(values, parsed)
     run = values.setdefault("run", {})
     if isinstance(run, dict):
         run.setdefault("name", path.stem)
@@ -55,22 +53,20 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def _read_mapping(path: Path) -> tuple[dict[str, Any], list[Mistake]]:
+def _read_file(path: Path) -> tuple[dict[str, Any] | None, list[Mistake]]:
     """Return the mapping in a file, and the mistakes that were found while it was parsed.
 
-    An empty file counts as {}, so that the overrides are checked too.
-
-    Raises:
-        ConfigError: the file cannot be read or is not YAML.
+    A file with another value counts as {}, so that the overrides are checked too. None if the file
+    cannot be read or is not YAML.
     """
     try:
         values, mistakes = read_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(str(path), [Mistake("", "file not found")]) from error
+    except FileNotFoundError:
+        return None, [Mistake("", "file not found")]
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), [Mistake("", f"cannot be read: {error}")]) from error
+        return None, [Mistake("", f"cannot be read: {error}")]
     except yaml.YAMLError as error:
-        raise ConfigError(str(path), [Mistake("", f"is not YAML: {error}")]) from error
+        return None, [Mistake("", f"is not YAML: {error}")]
     if isinstance(values, dict):
         return values, mistakes
     problem = f"must be a mapping of sections, got {type(values).__name__}"
@@ -79,9 +75,12 @@ def _read_mapping(path: Path) -> tuple[dict[str, Any], list[Mistake]]:
     return {}, [Mistake("", problem), *mistakes]
 
 
-def parse_overrides(arguments: Sequence[str]) -> tuple[list[Override], list[Mistake]]:
-    """Return the overrides in the order given, and a mistake for each that cannot be parsed."""
-    overrides: list[Override] = []
+def _parse_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, Any]], list[Mistake]]:
+    """Return the dotted path and the value of each override, and a mistake for each malformed one.
+
+    The overrides are in the order given.
+    """
+    overrides: list[tuple[str, Any]] = []
     mistakes: list[Mistake] = []
     for argument in arguments:
         match = _OVERRIDE.fullmatch(argument)
@@ -89,37 +88,39 @@ def parse_overrides(arguments: Sequence[str]) -> tuple[list[Override], list[Mist
             problem = f"cannot parse {argument!r}: write --section.key=value without spaces"
             mistakes.append(Mistake("", problem))
             continue
+        path, value = match.groups()
         try:
-            value, in_value = read_yaml(match["value"])
+            value, in_value = read_yaml(value, path)
+            mistakes += in_value
         except yaml.YAMLError:  # text such as **/*.txt
-            value, in_value = match["value"], []
-        overrides.append(Override(tuple(match["path"].split(".")), value))
-        mistakes.extend(Mistake(match["path"], str(mistake)) for mistake in in_value)
+            pass
+        overrides.append((path, value))
     return overrides, mistakes
 
 
-def _apply(values: dict[str, Any], overrides: Sequence[Override]) -> list[Mistake]:
+def _apply(values: dict[str, Any], overrides: Sequence[tuple[str, Any]]) -> list[Mistake]:
     """Set the value of each override in `values`; return the mistakes."""
-    named = {override.path[:2] for override in overrides if override.value is not None}
-    for section, *keys in _ALTERNATIVES:
+    # First for all overrides: two that exclude each other must both remain, to be reported.
+    for path, value in overrides:
+        section, *below = path.split(".")
+        other = _ALTERNATIVES.get(".".join([section, *below[:1]]))
         mapping = values.get(section)
-        for wanted, other in (keys, keys[::-1]):
-            if isinstance(mapping, dict) and (section, wanted) in named:
-                mapping.pop(other, None)
-    return [mistake for override in overrides if (mistake := _set(values, override))]
+        if other and value is not None and isinstance(mapping, dict):
+            mapping.pop(other, None)
+    return [mistake for path, value in overrides if (mistake := _set(values, path, value))]
 
 
-def _set(values: dict[str, Any], override: Override) -> Mistake | None:
+def _set(values: dict[str, Any], path: str, value: Any) -> Mistake | None:
     parent: Any = values
-    *sections, name = override.path
+    *sections, name = path.split(".")
     for depth, key in enumerate(sections, start=1):
         if parent.get(key) is None:  # absent, or a section without any keys
             parent[key] = {}
         parent = parent[key]
         if not isinstance(parent, dict):
             where = ".".join(sections[:depth])
-            return Mistake(".".join(override.path), f"{where} is not a mapping, so it has no keys")
-    parent[name] = override.value
+            return Mistake(path, f"{where} is not a mapping, so it has no keys")
+    parent[name] = value
     return None
 
 

@@ -28,7 +28,6 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, origin: str, mistakes: Sequence[Mistake]) -> None:
-        self.origin = origin
         self.mistakes = tuple(mistakes)
         count = "1 mistake" if len(self.mistakes) == 1 else f"{len(self.mistakes)} mistakes"
         lines = [f"{origin}: {count}", *(f"  {mistake}" for mistake in self.mistakes)]

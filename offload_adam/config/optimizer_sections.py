@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, FiniteFloat, PlainValidator, Tag
+from pydantic import (
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    PlainValidator,
+    PositiveFloat,
+    Tag,
+)
 
 from offload_adam.config.declared import keys_of
 from offload_adam.schedules import schedule_from_state
 
-Beta = Annotated[FiniteFloat, Field(ge=0, lt=1)]
-OpenBeta = Annotated[FiniteFloat, Field(gt=0, lt=1)]
-NotNegative = Annotated[FiniteFloat, Field(ge=0)]
-Positive = Annotated[FiniteFloat, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+OpenBeta = Annotated[float, Field(gt=0, lt=1)]
 
-TAGS = ("OffloadAdam", "Adam")
-"""Names of the optimizers. pydantic adds them to the paths of mistakes."""
+Name = Literal["OffloadAdam", "Adam"]
 
-Name = Annotated[
-    Literal["OffloadAdam", "Adam"],
-    BeforeValidator(lambda name: "OffloadAdam" if name == "offload_adam" else name),
-]
+# The optimizers require gradient_reduction where they cannot know it; a run has a default.
+ExecutionKeys = keys_of("optimizer", gradient_reduction="optimizer")
 
 
-class ExecutionKeys(keys_of("optimizer")):  # type: ignore[misc]  # a created class
-    """Keys of both optimizers."""
-
-    # The optimizers require this option where they cannot know the answer; a run has a default.
-    gradient_reduction: Literal["optimizer", "external"] = Field(
-        default="optimizer",
-        description="What averages gradients over the ranks: the optimizer, or (external) "
-        "DistributedDataParallel around the model.",
-    )
-
-
-class OffloadAdamSection(ExecutionKeys):
+class OffloadAdamSection(ExecutionKeys):  # type: ignore[misc, valid-type]  # a created class
     """`OffloadAdam` and its hyperparameters.
 
     `streaming` copies gradients to the host during backward. Without it they stay in `.grad` until
@@ -43,10 +34,10 @@ class OffloadAdamSection(ExecutionKeys):
     """
 
     name: Name = "OffloadAdam"
-    lr: Positive = 1e-3
+    lr: PositiveFloat = 1e-3
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
-    eps: Positive = 1e-8
-    weight_decay: NotNegative = 0.0
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
     decoupled_weight_decay: bool = False
     amsgrad: bool = False
     nesterov: bool = False
@@ -62,7 +53,7 @@ class OffloadAdamSection(ExecutionKeys):
 LearningRate = float | list[float] | dict[str, Any]
 
 
-def _read_learning_rate(value: object) -> LearningRate:
+def _read_learning_rate(value: Any) -> LearningRate:
     """Validate a learning rate: a number, a list of numbers or a schedule.
 
     With a union of types, pydantic would report one mistake for each type.
@@ -73,25 +64,18 @@ def _read_learning_rate(value: object) -> LearningRate:
         except (KeyError, TypeError) as error:
             raise ValueError(str(error)) from error
         return value
-    if isinstance(value, list):
-        if not value:
-            raise ValueError("must have at least one value")
-        return [_rate(item) for item in value]
-    return _rate(value)
-
-
-def _rate(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    rates = value if isinstance(value, list) else [value]
+    if not rates or not all(type(rate) in (int, float) for rate in rates):
         raise ValueError(
             "must be a number, a list with one number for each step, or a schedule such as "
             "{name: WarmUpLR, learning_rate: 1e-3, warmup_steps: 100}"
         )
-    if not (math.isfinite(value) and value >= 0):
+    if not all(0 <= rate <= sys.float_info.max for rate in rates):
         raise ValueError("must be finite and at least 0")
-    return float(value)
+    return [float(rate) for rate in rates] if isinstance(value, list) else float(rates[0])
 
 
-class AdamSection(ExecutionKeys):
+class AdamSection(ExecutionKeys):  # type: ignore[misc, valid-type]
     """`Adam` and its arguments.
 
     `use_offload` copies gradients to the host during backward. `learning_rate` is a number, a list
@@ -103,11 +87,11 @@ class AdamSection(ExecutionKeys):
     learning_rate: Annotated[LearningRate, PlainValidator(_read_learning_rate)] = 1e-3
     beta1: OpenBeta = 0.9
     beta2: OpenBeta = 0.999
-    eps: Positive = 1e-8
+    eps: PositiveFloat = 1e-8
     use_locking: bool = False
     use_nesterov: bool = False
-    weight_decay: NotNegative = 0.0
-    loss_scale: Positive = 1.0
+    weight_decay: NonNegativeFloat = 0.0
+    loss_scale: PositiveFloat = 1.0
     use_amsgrad: bool = False
     use_lazy: bool = False
     use_offload: bool = False

@@ -1,4 +1,4 @@
-"""The sections of a run's configuration: every key with its type, range and default.
+"""The configuration of a run and its sections: every key with its type, range and default.
 
 `offload-adam config` prints the docstrings. The optimizer's section is in optimizer_sections.py.
 """
@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, FiniteFloat, PositiveInt, StringConstraints, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from offload_adam.config.declared import Section, keys_of, short_dtype
+from offload_adam.config.declared import Section, keys_of
+from offload_adam.config.optimizer_sections import OffloadAdamSection, OptimizerSection
 
-# Accept a name that YAML reads as a number, such as `--run.name=7`.
-Name = Annotated[str, Field(strict=False, coerce_numbers_to_str=True)]
 NAME_PATTERN = r"^\w[\w.-]*$"
 FACTORY_PATTERN = r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*$"
 
@@ -20,8 +19,8 @@ FACTORY_PATTERN = r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*$"
 class RunSection(Section):
     """The folder of the run, `<dir>/<name>/`, and the seed of its random numbers."""
 
-    name: Annotated[Name, StringConstraints(pattern=NAME_PATTERN)] = "run"
-    dir: Annotated[Name, StringConstraints(min_length=1)] = "runs"
+    name: str = Field(default="run", pattern=NAME_PATTERN)
+    dir: str = Field(default="runs", min_length=1)
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
@@ -41,7 +40,7 @@ class ModelSection(Section):
     """
 
     sizes: ModelSizes | None = None
-    factory: Annotated[str, StringConstraints(pattern=FACTORY_PATTERN)] | None = None
+    factory: str | None = Field(default=None, pattern=FACTORY_PATTERN)
     arguments: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -56,8 +55,8 @@ class DataSection(Section):
     """The training text, read as bytes: a named `source`, or `path`, a glob over your own files."""
 
     source: Literal["python-stdlib"] | None = None
-    path: Annotated[str, StringConstraints(min_length=1)] | None = None
-    validation_fraction: Annotated[FiniteFloat, Field(gt=0, lt=1)] = 0.1
+    path: str | None = Field(default=None, min_length=1)
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
     @model_validator(mode="before")
     @classmethod
@@ -79,8 +78,8 @@ class TrainSection(Section):
     batch_size: PositiveInt = 8
     sequence_length: PositiveInt = 128
     gradient_accumulation_steps: PositiveInt = 1
-    dtype: Annotated[Literal["fp32", "bf16"], short_dtype(float32="fp32", bfloat16="bf16")] = "fp32"
-    eval_every: Annotated[int, Field(ge=0)] = 0
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    eval_every: NonNegativeInt = 0
     eval_sequences: PositiveInt = 256
 
 
@@ -91,8 +90,8 @@ class ScheduleSection(Section):
     constant after the warmup. A run that is shorter than its warmup has no decay.
     """
 
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    min_lr_ratio: Annotated[FiniteFloat, Field(ge=0, le=1)] = 0.1
+    warmup_steps: NonNegativeInt = 0
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
 
 
 # mypy does not accept a base class that a function returns.
@@ -111,7 +110,7 @@ class ProfileSection(Section):
     """
 
     enabled: bool = False
-    interval_ms: Annotated[FiniteFloat, Field(ge=1)] = 100.0
+    interval_ms: Annotated[float, Field(ge=1)] = 100.0
 
 
 class ObserveSection(Section):
@@ -122,9 +121,9 @@ class ObserveSection(Section):
     """
 
     http_port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    http_host: Annotated[str, StringConstraints(min_length=1)] = "127.0.0.1"
+    http_host: str = Field(default="127.0.0.1", min_length=1)
     tensorboard: bool = False
-    wandb_project: Annotated[str, StringConstraints(min_length=1)] | None = None
+    wandb_project: str | None = Field(default=None, min_length=1)
 
 
 class CheckpointSection(Section):
@@ -143,15 +142,40 @@ class CheckpointSection(Section):
     resumes from its newest checkpoint.
     """
 
-    every: Annotated[int, Field(ge=0)] = 0
+    every: NonNegativeInt = 0
     mode: Literal["sync", "async"] = "sync"
-    snapshot_buffer_nbytes: Annotated[int, Field(ge=0)] = 256 * 1024 * 1024
+    snapshot_buffer_nbytes: NonNegativeInt = 256 * 1024 * 1024
     keep_last: PositiveInt = 2
     keep_every: PositiveInt | None = None
     required: bool = False
-    resume: Annotated[Name, StringConstraints(min_length=1)] = "auto"
+    resume: str = Field(default="auto", min_length=1)
 
     @property
     def used_buffer_nbytes(self) -> int:
         """Limit of a rank's snapshot buffer in bytes: 0 unless checkpoints are asynchronous."""
         return self.snapshot_buffer_nbytes if self.mode == "async" and self.every > 0 else 0
+
+
+class RunConfig(Section):
+    """The configuration of a run. Each field is a section of the YAML file."""
+
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    train: TrainSection = TrainSection()
+    optimizer: OptimizerSection = OffloadAdamSection()
+    schedule: ScheduleSection = ScheduleSection()
+    memory: MemorySection = MemorySection()
+    coordinator: CoordinatorSection = CoordinatorSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    profile: ProfileSection = ProfileSection()
+    observe: ObserveSection = ObserveSection()
+
+
+TEXT_KEYS = frozenset(
+    f"{name}.{key}"
+    for name, section in RunConfig()
+    for key, field in type(section).model_fields.items()
+    if field.annotation in (str, str | None)
+)
+"""Dotted paths of the keys whose value is any text."""

@@ -5,26 +5,25 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from offload_adam.config.conflicts import find_conflicts
 from offload_adam.config.mistakes import Mistake
-from offload_adam.config.optimizer_sections import TAGS
-from offload_adam.config.run_config import RunConfig, find_conflicts
-from offload_adam.config.sections import FACTORY_PATTERN, NAME_PATTERN
+from offload_adam.config.sections import FACTORY_PATTERN, NAME_PATTERN, RunConfig
+
+Key = tuple[str, str]
+"""The dotted path of a section ("" for the sections themselves), and a name in it."""
 
 # What a value must be, by the type of pydantic's error. pydantic's own messages name Python types.
 _EXPECTED = {
     "bool_type": "must be true or false",
     "dict_type": "must be a mapping of keys to values",
-    "float_type": "must be a number",
-    "int_type": "must be an integer",
     "missing": "must be a list of two numbers",  # the second beta
-    "model_attributes_type": "must be a mapping of keys to values",
     "model_type": "must be a mapping of keys to values",
     "string_too_short": "must not be empty",
     "string_type": "must be text",
@@ -67,32 +66,27 @@ _SYNONYMS = [
 
 def validate(values: dict[str, Any]) -> tuple[RunConfig | None, list[Mistake]]:
     """Return the configuration, or None and all mistakes in `values`."""
+    mistakes: list[Mistake] = []
     try:
-        config = RunConfig.model_validate(values)
+        mended = RunConfig.model_validate(values)
     except ValidationError as error:
-        return None, _mistakes_of(error.errors(), values)
-    mistakes = [Mistake(conflict.paths[0], conflict.problem) for conflict in find_conflicts(config)]
-    return (None if mistakes else config), mistakes
-
-
-def _mistakes_of(details: list[ErrorDetails], values: dict[str, Any]) -> list[Mistake]:
-    """Return pydantic's errors as mistakes, and the conflicts between the keys that are valid."""
-    mistakes = list(dict.fromkeys(map(_mistake_of, details)))
-    # Conflicts can only be found in a complete configuration, so defaults replace invalid values.
-    mended = copy.deepcopy(values)
-    for detail in details:
-        _remove(mended, _place(detail))
-    try:
-        config = RunConfig.model_validate(mended)
-    except ValidationError:
-        return mistakes
-    wrong = {mistake.path for mistake in mistakes}
-    return mistakes + [
-        Mistake(conflict.paths[0], conflict.problem)
-        for conflict in find_conflicts(config)
+        mistakes = list(dict.fromkeys(map(_mistake_of, error.errors())))
+        # Conflicts can only be found in a complete configuration: defaults replace invalid values.
+        values = copy.deepcopy(values)
+        for detail in error.errors():
+            _remove(values, _place(detail))
+        try:
+            mended = RunConfig.model_validate(values)
+        except ValidationError:
+            return None, mistakes
+    wrong = [mistake.path for mistake in mistakes]
+    mistakes += [
+        Mistake(path, problem)
+        for path, other, problem in find_conflicts(mended)
         # A conflict with the default of an invalid value says nothing about the file.
-        if not any(_touches(path, wrong) for path in conflict.paths)
+        if not any(_contain(key, place) for key in (path, other) for place in wrong)
     ]
+    return (None if mistakes else mended), mistakes
 
 
 def _mistake_of(detail: ErrorDetails) -> Mistake:
@@ -102,8 +96,8 @@ def _mistake_of(detail: ErrorDetails) -> Mistake:
         return Mistake(path, "this key is not text: put it in quotes")
     path = ".".join(map(str, place[:-1] if kind == "missing" else place))
     if kind == "extra_forbidden":
-        tag = next((part for part in detail["loc"] if part in TAGS), TAGS[0])
-        return Mistake(path, _unknown_key(path, str(tag)))
+        tag = str(detail["loc"][1]) if place[0] == "optimizer" else "OffloadAdam"
+        return Mistake(path, _unknown_key(path, tag))
     problem = _EXPECTED.get(kind) or _PATTERNS.get(detail.get("ctx", {}).get("pattern", ""))
     if problem is None:
         problem = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
@@ -111,9 +105,10 @@ def _mistake_of(detail: ErrorDetails) -> Mistake:
 
 
 def _place(detail: ErrorDetails) -> tuple[int | str, ...]:
-    """Return the keys that lead to an error, without the tag that pydantic adds to them."""
-    first, *rest = detail["loc"] or ("",)
-    return (first, *(rest[1:] if first == "optimizer" and rest[:1] and rest[0] in TAGS else rest))
+    """Return the keys that lead to an error."""
+    # After "optimizer", pydantic adds the name of the optimizer whose keys it has checked.
+    place = detail["loc"]
+    return place[:1] + place[2:] if place[0] == "optimizer" else place
 
 
 def _shown(value: object) -> str:
@@ -122,10 +117,9 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _touches(path: str, wrong: set[str]) -> bool:
-    """Return whether a mistake is at `path`, above it or below it."""
-    below, above = f"{path}.", tuple(f"{other}." for other in wrong)
-    return below.startswith(above) or any(other.startswith(below) for other in above)
+def _contain(one: str, other: str) -> bool:
+    """Return whether two dotted paths are the same, or one is inside the other."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _remove(values: dict[str, Any], place: Sequence[int | str]) -> None:
@@ -138,51 +132,41 @@ def _remove(values: dict[str, Any], place: Sequence[int | str]) -> None:
 
 
 def _unknown_key(path: str, tag: str) -> str:
-    """Return the problem of an unknown key.
+    """Return the problem of an unknown key: the closest keys by name or synonym, else by spelling.
 
     Args:
         tag: the optimizer whose keys count.
     """
-    nearest = _nearest_keys(path, tag)
+    section, _, name = path.rpartition(".")
+    everywhere = _known_keys(tag)
+    beside = [key for key in everywhere if key[0] == section]
+    synonyms = next((names for names in _SYNONYMS if name in names), {name})
+    nearest = _named(synonyms, beside) or _named(synonyms, everywhere)
+    nearest = nearest or _spelled_like(name, beside) or _spelled_like(name, everywhere)
     if nearest:
-        return f"unknown key; did you mean {' and '.join(nearest)}?"
-    names = (known.rpartition(".")[2] for known in _keys_beside(path, tag))
-    return f"unknown key; here you can set {', '.join(names)}"
+        paths = " and ".join(".".join(key).lstrip(".") for key in nearest)
+        return f"unknown key; did you mean {paths}?"
+    return f"unknown key; here you can set {', '.join(known for _, known in beside)}"
 
 
-def _nearest_keys(path: str, tag: str) -> list[str]:
-    """Return the valid keys closest to `path`: by name or synonym, else by spelling."""
-    name = path.rpartition(".")[2]
-    names = next((names for names in _SYNONYMS if name in names), {name})
-    beside, everywhere = _keys_beside(path, tag), _key_paths(tag)
-    for known in (beside, everywhere):
-        same = [key for key in known if key.rpartition(".")[2] in names]
-        if same:
-            return same
-    for known in (beside, everywhere):
-        keys = {key.rpartition(".")[2]: key for key in known}
-        like = difflib.get_close_matches(name, keys, n=1, cutoff=0.65)
-        if like:
-            return [keys[like[0]]]
-    return []
+def _named(names: Collection[str], keys: Sequence[Key]) -> list[Key]:
+    return [key for key in keys if key[1] in names]
 
 
-def _keys_beside(path: str, tag: str) -> list[str]:
-    """Return the valid keys of the section in which `path` is."""
-    parent = path.rpartition(".")[0]
-    return [known for known in _key_paths(tag) if known.rpartition(".")[0] == parent]
+def _spelled_like(name: str, keys: Sequence[Key]) -> list[Key]:
+    return _named(difflib.get_close_matches(name, {key[1] for key in keys}, 1, 0.65), keys)
 
 
 @cache
-def _key_paths(tag: str) -> tuple[str, ...]:
-    """Return the dotted paths of all keys of a configuration with this optimizer."""
+def _known_keys(tag: str) -> tuple[Key, ...]:
+    """Return all keys of a configuration with this optimizer."""
     # A configuration of defaults has every key.
     config = RunConfig.model_validate({"optimizer": {"name": tag}})
     return tuple(_walk(config.model_dump(), ""))
 
 
-def _walk(values: dict[str, Any], prefix: str) -> Iterator[str]:
+def _walk(values: dict[str, Any], section: str) -> Iterator[Key]:
     for name, value in values.items():
-        yield prefix + name
+        yield section, name
         if isinstance(value, dict):
-            yield from _walk(value, f"{prefix}{name}.")
+            yield from _walk(value, f"{section}.{name}".lstrip("."))

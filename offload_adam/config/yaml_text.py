@@ -8,6 +8,8 @@ text        YAML 1.1    here, as in YAML 1.2
 1_000       1000        "1_000"
 no, off     false       "no", "off"
 2024-01-01  a date      "2024-01-01"
+
+A key whose value is text gets the text as it is written: `run.name: 017` is "017".
 """
 
 from __future__ import annotations
@@ -19,21 +21,18 @@ from typing import Any
 import yaml
 
 from offload_adam.config.mistakes import Mistake
+from offload_adam.config.sections import TEXT_KEYS
 
 _TAG = "tag:yaml.org,2002:"
-# Of the types whose patterns match a plain scalar, the first one counts. The last column lists the
-# characters that such a scalar may start with.
-_CORE_SCHEMA = (
-    ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
-)
-_CORE_TAGS = [_TAG + name for name in ("null", "bool", "int", "float", "str", "seq", "map")]
+_NUMBERS = (f"{_TAG}bool", f"{_TAG}int", f"{_TAG}float")
+# Of the types whose patterns match a plain scalar, the first one counts.
+_CORE_SCHEMA = {
+    "null": r"null|Null|NULL|~|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
 
 
 class ConfigLoader(yaml.SafeLoader):
@@ -45,9 +44,10 @@ class ConfigDumper(yaml.SafeDumper):
 
 
 ConfigLoader.yaml_implicit_resolvers = {}
-for _name, _pattern, _starts in _CORE_SCHEMA:
+for _name, _pattern in _CORE_SCHEMA.items():
     for _kind in (ConfigLoader, ConfigDumper):
-        _kind.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), _starts)
+        # None: the scalar may start with any character.
+        _kind.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), None)
 
 
 def _construct_int(loader: ConfigLoader, node: yaml.ScalarNode) -> int:
@@ -58,7 +58,8 @@ def _construct_int(loader: ConfigLoader, node: yaml.ScalarNode) -> int:
 
 # The constructor of None raises an error for every other tag.
 ConfigLoader.yaml_constructors = {
-    tag: yaml.SafeLoader.yaml_constructors[tag] for tag in (*_CORE_TAGS, None)
+    tag: yaml.SafeLoader.yaml_constructors[tag]
+    for tag in (None, *(_TAG + name for name in (*_CORE_SCHEMA, "str", "seq", "map")))
 }
 ConfigLoader.add_constructor(f"{_TAG}int", _construct_int)
 
@@ -69,8 +70,11 @@ def write_yaml(value: Any) -> str:
     return text
 
 
-def read_yaml(text: str) -> tuple[Any, list[Mistake]]:
+def read_yaml(text: str, path: str = "") -> tuple[Any, list[Mistake]]:
     """Return the value of one YAML document, and a mistake for each duplicate or merge key.
+
+    Args:
+        path: dotted, of the key whose value the document is; "" for a whole file.
 
     Raises:
         yaml.YAMLError: the text is not YAML, or a value in it contains itself.
@@ -80,7 +84,8 @@ def read_yaml(text: str) -> tuple[Any, list[Mistake]]:
         root = loader.get_single_node()
         if root is None:
             return None, []
-        mistakes = list(_mistakes_below(root, "", frozenset(), set()))
+        root = _keep_text(root, path)
+        mistakes = list(_mistakes_below(root, path, frozenset(), set()))
         return loader.construct_document(root), mistakes
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
@@ -90,10 +95,18 @@ def read_yaml(text: str) -> tuple[Any, list[Mistake]]:
         loader.dispose()
 
 
+def _keep_text(node: yaml.Node, path: str) -> yaml.Node:
+    """Return the node of a number or bool as text if the key at `path` expects text."""
+    if path in TEXT_KEYS and node.tag in _NUMBERS:
+        # A new node: an alias may use the same one where a number is expected.
+        return yaml.ScalarNode(f"{_TAG}str", node.value)
+    return node
+
+
 def _mistakes_below(
     node: yaml.Node, path: str, above: frozenset[int], finished: set[int]
 ) -> Iterator[Mistake]:
-    """Yield a mistake for each duplicate or merge key below `node`.
+    """Yield a mistake for each duplicate or merge key below `node`; keep the text of text keys.
 
     Args:
         path: the dotted path of `node`.
@@ -119,5 +132,6 @@ def _mistakes_below(
             if name == "<<" and key.style is None:
                 yield Mistake(here, f"merge key in line {line}: write its keys out")
             first_lines.setdefault(name, line)
+            node.value[index] = (key, _keep_text(value, here))
         yield from _mistakes_below(value, here, above, finished)
     finished.add(id(node))

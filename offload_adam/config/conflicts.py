@@ -1,0 +1,64 @@
+"""The conflicts between keys of a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from offload_adam.config.optimizer_sections import AdamSection
+from offload_adam.config.sections import RunConfig, ScheduleSection
+
+
+def find_conflicts(config: RunConfig) -> Iterator[tuple[str, str, str]]:
+    """Yield two keys whose values are valid but contradict each other, and the problem.
+
+    The mistake is reported at the first of the two dotted paths.
+    """
+    model, sizes, optimizer = config.model, config.model.sizes, config.optimizer
+    if (sizes is None) == (model.factory is None):
+        problem = "set exactly one of model.sizes and model.factory"
+        yield "model.factory", "model.sizes", problem
+    if model.arguments and model.factory is None:
+        problem = "these are passed to model.factory, which is not set"
+        yield "model.arguments", "model.factory", problem
+    if sizes is not None and sizes.width % sizes.num_heads:
+        problem = f"must be a multiple of model.sizes.num_heads ({sizes.num_heads})"
+        yield "model.sizes.width", "model.sizes.num_heads", f"{problem}, got {sizes.width}"
+    if (config.data.source is None) == (config.data.path is None):
+        yield "data.path", "data.source", "set exactly one of data.source and data.path"
+    streaming = "use_offload" if isinstance(optimizer, AdamSection) else "streaming"
+    if optimizer.overlap and not optimizer.streams:
+        problem = "since otherwise no forward waits for its parameters"
+        yield _needs("overlap", streaming, "true", problem)
+    if optimizer.accumulate is not None and not optimizer.streams:
+        problem = "since otherwise gradients stay in .grad until step()"
+        yield _needs("accumulate", streaming, "true", problem)
+    if optimizer.accumulate is not None and optimizer.gradient_reduction == "external":
+        problem = "since DistributedDataParallel accumulates in .grad"
+        yield _needs("accumulate", "gradient_reduction", "optimizer", problem)
+    if isinstance(optimizer, AdamSection):
+        yield from _adam_conflicts(optimizer, config.schedule)
+
+
+def _needs(key: str, other: str, value: str, reason: str) -> tuple[str, str, str]:
+    """Return the conflict of a key of the optimizer that needs a value of another one."""
+    return f"optimizer.{key}", f"optimizer.{other}", f"needs optimizer.{other}: {value}, {reason}"
+
+
+def _adam_conflicts(adam: AdamSection, schedule: ScheduleSection) -> Iterator[tuple[str, str, str]]:
+    exclusive = [
+        ("use_lazy", "use_offload"),
+        ("use_amsgrad", "use_lazy"),
+        ("use_amsgrad", "use_offload"),
+    ]
+    if not adam.epsilon_hat:
+        exclusive.append(("use_nesterov", "use_amsgrad"))
+    for one, other in exclusive:
+        if getattr(adam, one) and getattr(adam, other):
+            problem = f"conflicts with optimizer.{other}: set one of them to false"
+            yield f"optimizer.{one}", f"optimizer.{other}", problem
+    if adam.schedules_itself and schedule != ScheduleSection():
+        problem = (
+            "optimizer.learning_rate already is a schedule: remove this section, or set "
+            "optimizer.learning_rate to a number"
+        )
+        yield "schedule", "optimizer.learning_rate", problem
