@@ -70,8 +70,8 @@ def _read_learning_rate(value: object) -> LearningRate:
     if isinstance(value, dict):
         try:
             schedule_from_state(value)
-        except (KeyError, TypeError) as error:
-            raise ValueError(str(error)) from error
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(str(error).removesuffix(".")) from error
         return value
     if isinstance(value, list):
         if not value:
@@ -86,9 +86,13 @@ def _rate(value: object) -> float:
             "must be a number, a list with one number for each step, or a schedule such as "
             "{name: WarmUpLR, learning_rate: 1e-3, warmup_steps: 100}"
         )
-    if not (math.isfinite(value) and value >= 0):
+    try:
+        rate = float(value)
+    except OverflowError:  # an integer above the largest float
+        rate = math.inf
+    if not (math.isfinite(rate) and rate >= 0):
         raise ValueError("must be finite and at least 0")
-    return float(value)
+    return rate
 
 
 class AdamSection(ExecutionKeys):

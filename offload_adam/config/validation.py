@@ -45,8 +45,10 @@ _SYNONYMS = [
         "dtype precision",
         "eps epsilon adam_epsilon",
         "eval_every eval_interval eval_steps val_check_interval",
-        "every interval save_steps save_interval every_n_train_steps",
+        "every interval save_steps save_every save_interval every_n_train_steps",
         "gradient_accumulation_steps grad_accum grad_accum_steps accumulate_grad_batches",
+        "http_host host",
+        "http_port port",
         "keep_last keep_latest_k save_total_limit save_top_k",
         "lr learning_rate base_lr max_lr",
         "max_grad_norm grad_clip max_norm clip_grad_norm gradient_clip_val",
@@ -55,6 +57,7 @@ _SYNONYMS = [
         "num_layers n_layer n_layers num_hidden_layers layers depth",
         "num_steps steps max_steps train_steps max_iters iterations epochs max_epochs "
         "num_epochs num_train_epochs",
+        "path file files data_path dataset data_dir",
         "resume resume_from resume_from_checkpoint",
         "sequence_length seq_len seq_length block_size context_length max_length",
         "tied_head tie_word_embeddings weight_tying",
@@ -103,7 +106,9 @@ def _mistake_of(detail: ErrorDetails) -> Mistake:
     path = ".".join(map(str, place[:-1] if kind == "missing" else place))
     if kind == "extra_forbidden":
         tag = next((part for part in detail["loc"] if part in TAGS), TAGS[0])
-        return Mistake(path, _unknown_key(path, str(tag)))
+        # Apart from `path`, since the unknown key may have a dot in it.
+        parent, name = ".".join(map(str, place[:-1])), str(place[-1])
+        return Mistake(path, _unknown_key(parent, name, str(tag)))
     problem = _EXPECTED.get(kind) or _PATTERNS.get(detail.get("ctx", {}).get("pattern", ""))
     if problem is None:
         problem = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
@@ -137,40 +142,34 @@ def _remove(values: dict[str, Any], place: Sequence[int | str]) -> None:
         values.pop(str(place[0]), None)
 
 
-def _unknown_key(path: str, tag: str) -> str:
-    """Return the problem of an unknown key.
+def _unknown_key(parent: str, name: str, tag: str) -> str:
+    """Return the problem of the unknown key `name` in the section `parent`.
 
     Args:
         tag: the optimizer whose keys count.
     """
-    nearest = _nearest_keys(path, tag)
+    beside = [known for known in _key_paths(tag) if known.rpartition(".")[0] == parent]
+    nearest = _nearest_keys(name.lower(), beside, _key_paths(tag))
     if nearest:
         return f"unknown key; did you mean {' and '.join(nearest)}?"
-    names = (known.rpartition(".")[2] for known in _keys_beside(path, tag))
+    names = (known.rpartition(".")[2] for known in beside)
     return f"unknown key; here you can set {', '.join(names)}"
 
 
-def _nearest_keys(path: str, tag: str) -> list[str]:
-    """Return the valid keys closest to `path`: by name or synonym, else by spelling."""
-    name = path.rpartition(".")[2]
+def _nearest_keys(name: str, beside: Sequence[str], everywhere: Sequence[str]) -> list[str]:
+    """Return the valid keys closest to `name`: by name or synonym, else by spelling."""
     names = next((names for names in _SYNONYMS if name in names), {name})
-    beside, everywhere = _keys_beside(path, tag), _key_paths(tag)
     for known in (beside, everywhere):
         same = [key for key in known if key.rpartition(".")[2] in names]
         if same:
             return same
-    for known in (beside, everywhere):
+    # In another section, only a small typo: few words that look alike mean the same there.
+    for known, cutoff in ((beside, 0.65), (everywhere, 0.8)):
         keys = {key.rpartition(".")[2]: key for key in known}
-        like = difflib.get_close_matches(name, keys, n=1, cutoff=0.65)
+        like = difflib.get_close_matches(name, keys, n=1, cutoff=cutoff)
         if like:
             return [keys[like[0]]]
     return []
-
-
-def _keys_beside(path: str, tag: str) -> list[str]:
-    """Return the valid keys of the section in which `path` is."""
-    parent = path.rpartition(".")[0]
-    return [known for known in _key_paths(tag) if known.rpartition(".")[0] == parent]
 
 
 @cache
