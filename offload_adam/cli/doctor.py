@@ -10,8 +10,6 @@ from typing import Annotated
 
 import typer
 
-from offload_adam.cli.bench import require_writable
-
 EXIT_FAILED = 1
 
 
@@ -54,8 +52,9 @@ def doctor(
 
     Exit codes: 0 no check failed, 1 some check failed, 2 wrong option.
     """
-    if json_file is not None:
-        require_writable(json_file)
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        folder_name = json_file.absolute().parent
+        raise typer.BadParameter(f"there is no folder {folder_name}", param_hint="--json")
     import torch
     from rich.console import Console
 

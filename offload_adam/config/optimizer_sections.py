@@ -61,8 +61,8 @@ def _read_learning_rate(value: Any) -> LearningRate:
     if isinstance(value, dict):
         try:
             schedule_from_state(value)
-        except (KeyError, TypeError) as error:
-            raise ValueError(str(error)) from error
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(str(error).removesuffix(".")) from error
         return value
     rates = value if isinstance(value, list) else [value]
     if not rates or not all(type(rate) in (int, float) for rate in rates):

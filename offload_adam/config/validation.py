@@ -44,8 +44,10 @@ _SYNONYMS = [
         "dtype precision",
         "eps epsilon adam_epsilon",
         "eval_every eval_interval eval_steps val_check_interval",
-        "every interval save_steps save_interval every_n_train_steps",
+        "every interval save_steps save_every save_interval every_n_train_steps",
         "gradient_accumulation_steps grad_accum grad_accum_steps accumulate_grad_batches",
+        "http_host host",
+        "http_port port",
         "keep_last keep_latest_k save_total_limit save_top_k",
         "lr learning_rate base_lr max_lr",
         "max_grad_norm grad_clip max_norm clip_grad_norm gradient_clip_val",
@@ -54,6 +56,7 @@ _SYNONYMS = [
         "num_layers n_layer n_layers num_hidden_layers layers depth",
         "num_steps steps max_steps train_steps max_iters iterations epochs max_epochs "
         "num_epochs num_train_epochs",
+        "path file files data_path dataset data_dir",
         "resume resume_from resume_from_checkpoint",
         "sequence_length seq_len seq_length block_size context_length max_length",
         "tied_head tie_word_embeddings weight_tying",
@@ -97,7 +100,9 @@ def _mistake_of(detail: ErrorDetails) -> Mistake:
     path = ".".join(map(str, place[:-1] if kind == "missing" else place))
     if kind == "extra_forbidden":
         tag = str(detail["loc"][1]) if place[0] == "optimizer" else "OffloadAdam"
-        return Mistake(path, _unknown_key(path, tag))
+        # Apart from `path`, since the unknown key may have a dot in it.
+        parent, name = ".".join(map(str, place[:-1])), str(place[-1])
+        return Mistake(path, _unknown_key(parent, name, tag))
     problem = _EXPECTED.get(kind) or _PATTERNS.get(detail.get("ctx", {}).get("pattern", ""))
     if problem is None:
         problem = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
@@ -131,18 +136,20 @@ def _remove(values: dict[str, Any], place: Sequence[int | str]) -> None:
         values.pop(str(place[0]), None)
 
 
-def _unknown_key(path: str, tag: str) -> str:
-    """Return the problem of an unknown key: the closest keys by name or synonym, else by spelling.
+def _unknown_key(parent: str, name: str, tag: str) -> str:
+    """Return the problem of the unknown key `name` in the section `parent`.
+
+    It names the closest keys, by name or synonym, else by spelling.
 
     Args:
         tag: the optimizer whose keys count.
     """
-    section, _, name = path.rpartition(".")
-    everywhere = _known_keys(tag)
-    beside = [key for key in everywhere if key[0] == section]
+    everywhere, name = _known_keys(tag), name.lower()
+    beside = [key for key in everywhere if key[0] == parent]
     synonyms = next((names for names in _SYNONYMS if name in names), {name})
     nearest = _named(synonyms, beside) or _named(synonyms, everywhere)
-    nearest = nearest or _spelled_like(name, beside) or _spelled_like(name, everywhere)
+    # In another section, only a small typo: few words that look alike mean the same there.
+    nearest = nearest or _spelled_like(name, beside, 0.65) or _spelled_like(name, everywhere, 0.8)
     if nearest:
         paths = " and ".join(".".join(key).lstrip(".") for key in nearest)
         return f"unknown key; did you mean {paths}?"
@@ -153,8 +160,8 @@ def _named(names: Collection[str], keys: Sequence[Key]) -> list[Key]:
     return [key for key in keys if key[1] in names]
 
 
-def _spelled_like(name: str, keys: Sequence[Key]) -> list[Key]:
-    return _named(difflib.get_close_matches(name, {key[1] for key in keys}, 1, 0.65), keys)
+def _spelled_like(name: str, keys: Sequence[Key], cutoff: float) -> list[Key]:
+    return _named(difflib.get_close_matches(name, {key[1] for key in keys}, 1, cutoff), keys)
 
 
 @cache

@@ -53,7 +53,11 @@ for _name, _pattern in _CORE_SCHEMA.items():
 def _construct_int(loader: ConfigLoader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node)
     # Base 0 would reject 017, which is 17 in YAML 1.2.
-    return int(text, 0 if text[:2] in ("0o", "0x") else 10)
+    value = int(text, 0 if text[:2] in ("0o", "0x") else 10)
+    # A value that Python cannot print could not be shown in a message or saved. `int` itself checks
+    # the number of digits in decimal only.
+    str(value)
+    return value
 
 
 # The constructor of None raises an error for every other tag.
@@ -89,8 +93,8 @@ def read_yaml(text: str, path: str = "") -> tuple[Any, list[Mistake]]:
         return loader.construct_document(root), mistakes
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
-    except ValueError as error:  # int or float cannot parse a scalar with an explicit tag
-        raise yaml.YAMLError(str(error)) from error
+    except (ValueError, KeyError, IndexError) as error:  # such as !!int a, !!bool a, !!float ''
+        raise yaml.YAMLError(f"a value cannot be read: {error}") from error
     finally:
         loader.dispose()
 

@@ -130,11 +130,12 @@ class StatusServer:
         while not self._closing.is_set():
             # poll(2), not select(2): a training process may have file descriptors above 1023.
             wasyncore.loop(timeout=_POLL_S, use_poll=True, map=self._channels, count=1)
-            # Waitress drops only idle connections. A client that sends its request byte by byte
-            # would keep its connection without limit.
+            # Waitress drops only idle connections. A client that sends its request byte by byte,
+            # or thousands of requests at once, would keep its connection without limit. A single
+            # request is answered first.
             oldest_s = time.time() - CONNECTION_S
             for channel in self._server.active_channels.values():
-                if channel.creation_time < oldest_s and not channel.requests:
+                if channel.creation_time < oldest_s and len(channel.requests) != 1:
                     channel.will_close = True
         self._server.task_dispatcher.shutdown(timeout=_JOIN_S / 2)
         wasyncore.close_all(self._channels, ignore_all=True)
@@ -163,7 +164,10 @@ class StatusServer:
         if path == "/":
             return "200 OK", _TEXT, _INDEX
         if path == "/metrics":
-            encode, content_type = self._choose_encoder(accept)
+            try:
+                encode, content_type = self._choose_encoder(accept)
+            except TypeError:  # prometheus_client compares a version such as "abc" to numbers
+                encode, content_type = self._choose_encoder("")
             return "200 OK", content_type, encode(self._registry).decode()
         if path == "/status":
             return "200 OK", _JSON, to_json({"last": self._last, **self._status()})

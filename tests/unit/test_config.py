@@ -226,12 +226,21 @@ def test_arguments_of_a_factory_are_passed_as_they_are(tmp_path: Path) -> None:
         ("optimizer: {grad_clip: 3}", "optimizer.grad_clip", "optimizer.max_grad_norm"),
         ("seq_len: 3", "seq_len", "train.sequence_length"),
         ("num_step: 3", "num_step", "train.num_steps"),
+        ("optimizer: {LR: 3}", "optimizer.LR", "optimizer.lr"),
+        ("observe: {port: 3}", "observe.port", "observe.http_port"),
+        ("checkpoint: {save_every: 3}", "checkpoint.save_every", "checkpoint.every"),
+        ("data: {file: a}", "data.file", "data.path"),  # not "profile", spelled almost alike
     ],
 )
 def test_an_unknown_key_is_reported_with_the_nearest(
     tmp_path: Path, text: str, path: str, nearest: str
 ) -> None:
     assert mistakes(tmp_path, text)[path] == f"unknown key; did you mean {nearest}?"
+
+
+def test_the_keys_beside_an_unknown_key_with_a_dot_are_listed(tmp_path: Path) -> None:
+    found = mistakes(tmp_path, "run: {'0.95)': 3}")
+    assert found == {"run.0.95)": "unknown key; here you can set name, dir, seed"}
 
 
 def test_every_synonym_stands_for_a_key() -> None:
@@ -460,6 +469,13 @@ def test_a_missing_file_and_bad_overrides_come_together(tmp_path: Path) -> None:
     assert len(caught.value.mistakes) == 2
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "value", ["!!int a", "!!int ''", "!!float ''", "!!bool a", "1" * 5000, "0x" + "1" * 5000]
+)
+def test_a_scalar_that_cannot_be_read_is_rejected(tmp_path: Path, value: str) -> None:
+    assert "a value cannot be read" in mistakes(tmp_path, f"train: {{num_steps: {value}}}")[""]
 
 
 @pytest.mark.parametrize(

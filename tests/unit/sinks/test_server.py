@@ -214,6 +214,40 @@ def test_a_client_that_sends_byte_by_byte_is_dropped(
     assert ask(server, "/healthz")[0] == 200
 
 
+def test_a_client_with_a_long_queue_of_requests_is_dropped(
+    open_server: Callable[..., StatusServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "CONNECTION_S", 1.0)
+
+    def slow_status() -> dict[str, Any]:
+        time.sleep(0.2)
+        return {}
+
+    server = open_server(status=slow_status)
+    began_s = time.monotonic()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+        client.sendall(b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200)
+        while True:
+            assert time.monotonic() - began_s < 15, "the connection is still open"
+            try:
+                if client.recv(10_000) == b"":
+                    break
+            except ConnectionResetError:
+                break
+    assert time.monotonic() - began_s > 0.9
+    assert ask(server, "/healthz")[0] == 200
+
+
+@pytest.mark.parametrize("version", ["abc", "1.0.0.x", ""])
+def test_an_unknown_version_of_openmetrics_is_answered(
+    server: StatusServer, caplog: pytest.LogCaptureFixture, version: str
+) -> None:
+    accept = f"Accept: application/openmetrics-text; version={version}\r\n".encode()
+    request = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n" + accept + b"\r\n"
+    assert raw(server, request).startswith(b"HTTP/1.1 200 ")
+    assert not caplog.records
+
+
 def test_idle_connections_are_bounded_and_make_room(
     open_server: Callable[..., StatusServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
