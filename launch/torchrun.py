@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -50,9 +51,12 @@ def run(arguments: list[str], folder: Path) -> tuple[int, str]:
 
 def describe_failure(error: ChildFailedError) -> tuple[int, str]:
     """Return the exit code of the first rank that failed, and what to do."""
-    # torchrun ends the other ranks by SIGTERM, so a rank that exited by itself failed first.
-    failures = sorted(error.failures.items(), key=lambda f: (f[1].exitcode <= 0, f[1].timestamp))
-    rank, failure = failures[0]
+    # torchrun ends the other ranks by SIGTERM, and by SIGKILL no sooner than 30 s later. Times are
+    # whole seconds: of two ranks in the same one, the peer of a killed rank has exited by itself.
+    rank, failure = min(
+        error.failures.items(),
+        key=lambda f: (f[1].exitcode == -signal.SIGTERM, f[1].timestamp, f[1].exitcode),
+    )
     # As in a shell: a rank that a signal has killed has 128 and the signal's number.
     code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     return code, SENTENCES.get(code, f"rank {rank} failed: fix the cause and {RESUMES}")

@@ -88,7 +88,9 @@ def run_to_exit_code(arguments: list[str], log_format: LogFormat) -> None:
         if os.environ.get("RANK", "0") == "0":
             _print_error("interrupted; the metrics written so far are kept", log_format)
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    except Exception as error:
+    # SystemExit: rich raises it, without a message, if the reader of stdout has gone; and a user's
+    # model may call sys.exit(), even with code 0.
+    except (Exception, SystemExit) as error:
         raise typer.Exit(_report(error, log_format)) from None
 
 
@@ -115,7 +117,7 @@ def _run(config: RunConfig) -> None:
         Path(path).write_text(json.dumps(outcome._asdict()), encoding="utf-8")
 
 
-def _report(error: Exception, log_format: LogFormat) -> int:
+def _report(error: Exception | SystemExit, log_format: LogFormat) -> int:
     """Print an error, pass it to torchrun, and return the exit code."""
     from offload_adam.config import ConfigError
 

@@ -60,7 +60,7 @@ class StatusServer:
     Threads: `status`, `health` and `collector` are called on the threads that answer.
 
     Raises:
-        OSError: the port is taken.
+        OSError: the port is taken, or `host` is no name or address of this machine.
     """
 
     def __init__(

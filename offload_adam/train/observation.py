@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
+from offload_adam.config import ConfigError
 from offload_adam.coordinator.progress import PROGRESS, PeerRecord, Process
 from offload_adam.sinks.server import StatusServer
 from offload_adam.sinks.sink import GuardedSinks
@@ -235,7 +236,7 @@ def opened_sinks(
         totals, checkpoints: are added to while the server reads them.
 
     Raises:
-        OSError: the port `observe.http_port` is taken.
+        ConfigError: the server cannot listen, since its port is taken or its host unknown.
     """
     section, folder = job.config.observe, run_folder(job.config)
     seen = Observation(job, totals, checkpoints)
@@ -249,7 +250,12 @@ def opened_sinks(
         if section.http_port is not None:
             # Closed last, so that /healthz reports an error of the run until then.
             port, host = section.http_port, section.http_host
-            sinks.add(StatusServer(port, host, seen.status, seen.problem, seen))
+            try:
+                server = StatusServer(port, host, seen.status, seen.problem, seen)
+            except OSError as error:
+                problem = f"cannot listen on {host}, port {port}: {error.strerror}"
+                raise ConfigError.at("observe.http_port", problem) from error
+            sinks.add(server)
         yield sinks
     except BaseException as error:
         seen.error = error

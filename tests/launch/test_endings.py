@@ -56,15 +56,17 @@ def test_a_rejected_configuration_ends_with_2(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("codes", "code", "sentence"),
+    ("codes", "times_s", "code", "sentence"),
     [
-        ((-15, 3), 3, "the job does not fit into memory"),
-        ((1, -9), 1, "rank 0 failed"),
-        ((-9, -15), 137, "rank 0 failed"),
+        ((-15, 3), (7, 7), 3, "the job does not fit into memory"),
+        ((1, -9), (7, 37), 1, "rank 0 failed"),  # torchrun has killed a rank that hung
+        ((1, -9), (12, 7), 137, "rank 1 failed"),  # rank 0 says that its peer is dead
+        ((1, -9), (7, 7), 137, "rank 1 failed"),
+        ((-9, -15), (7, 7), 137, "rank 0 failed"),
     ],
 )
 def test_the_exit_code_is_that_of_the_rank_that_failed_first(
-    codes: tuple[int, ...], code: int, sentence: str
+    codes: tuple[int, ...], times_s: tuple[int, ...], code: int, sentence: str
 ) -> None:
     """The other ranks are ended by torchrun with SIGTERM (-15), at times within the same second."""
     spec = importlib.util.spec_from_file_location("launch_torchrun", ROOT / "launch/torchrun.py")
@@ -73,6 +75,8 @@ def test_the_exit_code_is_that_of_the_rank_that_failed_first(
     launched = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(launched)
     failures = {rank: ProcessFailure(rank, 1, one, "") for rank, one in enumerate(codes)}
+    for failure, time_s in zip(failures.values(), times_s, strict=True):
+        failure.timestamp = time_s
     found = launched.describe_failure(ChildFailedError("offload_adam", failures))
     assert found[0] == code
     assert sentence in found[1]

@@ -165,6 +165,20 @@ def test_the_first_rank_of_a_node_speaks_first(monkeypatch: pytest.MonkeyPatch) 
     assert slept == [5.0]
 
 
+@pytest.mark.parametrize("code", [0, 7])
+def test_an_exit_within_the_run_is_an_error_with_a_traceback(
+    code: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def leave(*_: object) -> None:
+        sys.exit(code)
+
+    monkeypatch.setattr("offload_adam.train.job.run_job", leave)
+    assert train(TINY)[0] == 1
+    (record,) = caplog.records
+    assert record.getMessage() == f"SystemExit: {code}"
+    assert record.exc_info is not None
+
+
 def test_the_file_may_stand_behind_the_overrides(tmp_path: Path) -> None:
     code, output = train(f"--run.dir={tmp_path}", "--train.num_steps=2", TINY)
     assert code == 0, output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -379,6 +380,17 @@ def test_a_missing_package_of_a_sink_is_a_mistake_that_names_the_extra(
     with pytest.raises(ConfigError, match=message):
         run(tmp_path, observe={key: value})
     assert not (tmp_path / "case").exists()
+
+
+def test_a_server_that_cannot_listen_is_a_mistake(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        message = rf"observe\.http_port: cannot listen on 127\.0\.0\.1, port {port}: .* in use"
+        with pytest.raises(ConfigError, match=message):
+            run(tmp_path, train=STEPS, observe={"http_port": port})
+    unknown = {"http_port": 0, "http_host": "no-such-host.invalid"}
+    with pytest.raises(ConfigError, match=r"cannot listen on no-such-host\.invalid"):
+        run(tmp_path, train=STEPS, observe=unknown)
 
 
 def test_a_run_without_sinks_needs_no_package(
