@@ -68,15 +68,16 @@ class StatusServer:
         port: int,
         host: str,
         status: Callable[[], Mapping[str, Any]],
-        health: Callable[[], str | None],
-        collector: Collector,
+        health: Callable[[], str | None] = lambda: None,
+        collector: Collector | None = None,
     ) -> None:
         from prometheus_client import CollectorRegistry
         from prometheus_client.exposition import choose_encoder
         from waitress.server import create_server
 
         self._registry = CollectorRegistry()
-        self._registry.register(collector)
+        if collector is not None:
+            self._registry.register(collector)
         self._choose_encoder = choose_encoder
         self._status = status
         self._health = health

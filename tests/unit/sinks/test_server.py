@@ -188,7 +188,7 @@ def test_a_failing_callback_is_an_error_of_its_request_alone(
 
 def test_a_port_that_is_taken_is_an_error(server: StatusServer) -> None:
     with pytest.raises(OSError, match="in use"):
-        StatusServer(server.port, "127.0.0.1", dict, lambda: None, NoMetrics())
+        StatusServer(server.port, "127.0.0.1", dict)
 
 
 def test_a_client_that_sends_byte_by_byte_is_dropped(
