@@ -194,7 +194,7 @@ def test_an_error_on_one_rank_is_an_error_on_all(ranks: RankPool) -> None:
         assert outcomes[4].error == "RankDisagreementError"
         assert "sparse on rank(s) [0, 2] and dense on others" in outcomes[4].message
         assert outcomes[5].error == "ValueError"
-        assert "2 values, one per step, but none for step 2" in outcomes[5].message
+        assert "2 values, one per step, so there is none for step 2" in outcomes[5].message
     assert [outcome.error for outcome in found[1][:4]] == [
         "ValueError",
         "ValueError",

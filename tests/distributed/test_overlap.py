@@ -187,7 +187,6 @@ def train_with_one_fallen_back(rank: int, world_size: int) -> tuple[list[bytes],
     assert hooks is not None
     if rank == 0:
         hooks.remove()
-        logging.getLogger("offload_adam").setLevel(logging.ERROR)
     left_running = False
     for step in range(NUM_STEPS):
         model(batch(rank, step), set()).square().mean().backward()

@@ -344,7 +344,7 @@ def test_a_buffer_that_does_not_fit_is_rejected_with_the_state(
 ) -> None:
     monkeypatch.setattr(node_memory, "available_memory", lambda: (10_000, "of a small machine"))
     OffloadAdam([nn.Parameter(torch.zeros(512))]).close()  # 4 KiB of moments, and no buffer
-    with pytest.raises(HostMemoryError, match=r"snapshot buffer +6.00 KiB\n +together +10.00 KiB"):
+    with pytest.raises(HostMemoryError, match=r"snapshot buffer +6.00 KiB\n +total +10.00 KiB"):
         OffloadAdam(
             [nn.Parameter(torch.zeros(512))], offload=OffloadPolicy(snapshot_buffer_nbytes=PLENTY)
         )

@@ -27,7 +27,7 @@ COMPUTE = "is spent on the model's forward and backward"
 def finding(folder: Path) -> str:
     """Return the sentence at the top of a run's report."""
     page = (folder / "report.html").read_text(encoding="utf-8")
-    found = re.search(r'<p class="finding">(.*?)</p>', page, re.DOTALL)
+    found = re.search(r"<p><b>(A step takes .*?)</b></p>", page, re.DOTALL)
     assert found is not None
     return html.unescape(found[1])
 
