@@ -248,7 +248,11 @@ def _range_reads(
 
 
 def _whole_reads(reader: CheckpointReader, name: str, target: torch.Tensor) -> Iterable[Read]:
-    """Return the reads of a whole tensor, or read it here, as `_range_reads`."""
+    """Return the reads of a whole tensor.
+
+    If `target` is not dense or its memory order has changed, read and copy the tensor here, and
+    return no reads.
+    """
     order = memory_order(target)
     flat = target.permute(order)
     if flat.is_contiguous() and list(order) == reader.manifest.tensors[name].order:

@@ -229,7 +229,7 @@ class Save:
 
     @property
     def buckets(self) -> list[int]:
-        """The buckets in the order in which they are read."""
+        """Bucket numbers, last first: the order in which overlapped updates modify them."""
         return list(self._buckets)
 
     def write(self) -> RankEntry:
@@ -290,7 +290,10 @@ class Save:
         self._file.path.unlink(missing_ok=True)
 
     def commit(self, entry: RankEntry) -> None:
-        """Write the manifest and rename the folder, when every rank has written. Collective."""
+        """Gather all ranks' entries; rank 0 writes the manifest and renames the folder.
+
+        Collective.
+        """
         # A rank has an entry only after its fsync. So when rank 0 has them all, all files are on
         # the disk. If the rename fails, rank 0's error is raised on every rank.
         texts = gather_texts(self.ranks, entry.model_dump_json())

@@ -100,7 +100,7 @@ def _parse_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, Any]], l
 
 def _apply(values: dict[str, Any], overrides: Sequence[tuple[str, Any]]) -> list[Mistake]:
     """Set the value of each override in `values`; return the mistakes."""
-    # First for all overrides: two that exclude each other must both remain, to be reported.
+    # Before any override is set: if two exclude each other, both remain and are reported.
     for path, value in overrides:
         section, *below = path.split(".")
         other = _ALTERNATIVES.get(".".join([section, *below[:1]]))

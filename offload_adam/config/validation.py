@@ -100,7 +100,7 @@ def _mistake_of(detail: ErrorDetails) -> Mistake:
     path = ".".join(map(str, place[:-1] if kind == "missing" else place))
     if kind == "extra_forbidden":
         tag = str(detail["loc"][1]) if place[0] == "optimizer" else "OffloadAdam"
-        # Apart from `path`, since the unknown key may have a dot in it.
+        # Not split from `path`: the unknown key may have a dot in it.
         parent, name = ".".join(map(str, place[:-1])), str(place[-1])
         return Mistake(path, _unknown_key(parent, name, tag))
     problem = _EXPECTED.get(kind) or _PATTERNS.get(detail.get("ctx", {}).get("pattern", ""))
@@ -148,7 +148,7 @@ def _unknown_key(parent: str, name: str, tag: str) -> str:
     beside = [key for key in everywhere if key[0] == parent]
     synonyms = next((names for names in _SYNONYMS if name in names), {name})
     nearest = _named(synonyms, beside) or _named(synonyms, everywhere)
-    # In another section, only a small typo: few words that look alike mean the same there.
+    # Names of other sections must be spelled more alike: similar names rarely mean the same there.
     nearest = nearest or _spelled_like(name, beside, 0.65) or _spelled_like(name, everywhere, 0.8)
     if nearest:
         paths = " and ".join(".".join(key).lstrip(".") for key in nearest)

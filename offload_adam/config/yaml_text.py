@@ -60,7 +60,7 @@ def _construct_int(loader: ConfigLoader, node: yaml.ScalarNode) -> int:
     return value
 
 
-# The constructor of None raises an error for every other tag.
+# PyYAML calls the constructor of None for unknown tags: it raises an error.
 ConfigLoader.yaml_constructors = {
     tag: yaml.SafeLoader.yaml_constructors[tag]
     for tag in (None, *(_TAG + name for name in (*_CORE_SCHEMA, "str", "seq", "map")))
