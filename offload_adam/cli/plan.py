@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +15,6 @@ from offload_adam.cli.train import EXIT_BAD_CONFIGURATION, EXIT_DOES_NOT_FIT
 
 if TYPE_CHECKING:
     from offload_adam.layout.flat import ParameterSpec
-    from offload_adam.layout.timeline import Timeline
     from offload_adam.plan.inputs import Machine, Training
 
 _ITEMSIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -95,7 +94,10 @@ def plan(
     Exit codes: 0 it fits, 2 wrong option or configuration, 3 it does not fit,
     1 any other error.
     """
+    from rich.console import Console
+
     from offload_adam.config import ConfigError
+    from offload_adam.plan.tables import plan_run
     from offload_adam.plan.timing import predict_overlap
 
     speeds = {
@@ -132,7 +134,13 @@ def plan(
         raise typer.Exit(EXIT_BAD_CONFIGURATION) from None
     if timeline_file is not None and timeline is not None:
         timeline_file.write_text(timeline.draw(), encoding="utf-8")
-    if not _report(specs, training, machine, timeline, json_file):
+    values, parts = plan_run(specs, training, machine, timeline)
+    console = Console()
+    for part in parts:
+        console.print(part)
+    if json_file is not None:
+        json_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    if not values["fits"]:
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
 
@@ -237,52 +245,3 @@ def parse_nbytes(text: str) -> int:
             f"{text!r} is not a size: give a number and a unit, such as 80GiB or 512GB"
         ) from None
     return int(nbytes)
-
-
-def _report(
-    specs: list[ParameterSpec],
-    training: Training,
-    machine: Machine,
-    timeline: Timeline | None,
-    json_file: Path | None,
-) -> bool:
-    """Print the plan, write it to `json_file` if given, and return whether it fits."""
-    from rich.console import Console
-
-    from offload_adam.plan.advice import fits, largest_model, options
-    from offload_adam.plan.inputs import total_numel
-    from offload_adam.plan.prediction import predict
-    from offload_adam.plan.tables import plan_tables
-    from offload_adam.plan.timing import predict_time
-
-    found = predict(specs, training)
-    timing = predict_time(specs, training, machine)
-    changes = list(options(specs, training))
-    largest = largest_model(max(spec.itemsize for spec in specs), training, machine)
-    fit = fits(found, training, machine)
-    console = Console()
-    for part in plan_tables(found, training, machine, timing, timeline, changes, largest, fit):
-        console.print(part)
-    if json_file is not None:
-        values: dict[str, Any] = {
-            "num_parameters": total_numel(specs),
-            "training": asdict(training),
-            "machine": asdict(machine),
-            "bytes_per_rank": asdict(found),
-            "bytes_per_node": {
-                place: {name: nbytes * training.local_world_size for name, nbytes in held.items()}
-                for place, held in (("host", found.host), ("device", found.device))
-            },
-            "seconds_at_least": None if timing is None else timing.least_s,
-            "seconds_at_most": None if timing is None else timing.total_s,
-            "seconds_overlapped": None if timeline is None else timeline.end_s,
-            "seconds_exposed": None if timeline is None else timeline.exposed_s,
-            "seconds": None if timing is None else dict(timing.seconds),
-            "bound": None if timing is None else timing.bound,
-            "rough": None if timing is None else list(timing.doubts),
-            "options": [asdict(option) for option in changes],
-            "largest_model": largest,
-            "fits": fit,
-        }
-        json_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    return fit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from offload_adam.layout.budget import (
@@ -69,17 +69,19 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
         num_slots=NUM_STAGING_SLOTS,
     )
     # Gradients that the host casts or adds, or whose shard is not pinned, go through a buffer.
-    buffered = [plan for plan in plans if plan.is_offloaded and not plan.copies_straight]
-    host[Category.STAGING] += NUM_FOLD_BUFFERS * sum(
-        _largest(buffered, lambda plan: plan.bucket.shard_numel * plan.gradient.itemsize).values()
-    )
+    largest: Counter[str] = Counter()
+    for plan in plans:
+        if plan.is_offloaded and not plan.copies_straight:
+            key, nbytes = plan.bucket.bucket_key, plan.bucket.shard_numel * plan.gradient.itemsize
+            largest[key] = max(largest[key], nbytes)
+    host[Category.STAGING] += NUM_FOLD_BUFFERS * largest.total()
     host[Category.SNAPSHOT_BUFFER] = snapshot_buffer_nbytes(
         plans, training.offload.snapshot_buffer_nbytes
     )
     if training.on_device and training.saves:
         # Parameters on a device are written through a buffer; host memory is written in place.
         host[Category.CHECKPOINT_WRITER] = CHECKPOINT_BLOCK_NBYTES
-    return Prediction(_positive(host), _positive(device), len(plans))
+    return Prediction(dict(+host), dict(+device), len(plans))
 
 
 def _gradients(plans: Sequence[StatePlan], training: Training) -> int:
@@ -112,16 +114,3 @@ def _slots(plans: Sequence[StatePlan]) -> int:
 
 def _slot_nbytes(plan: StatePlan) -> int:
     return plan.bucket.numel * plan.gradient.itemsize
-
-
-def _largest(plans: Sequence[StatePlan], nbytes_of: Callable[[StatePlan], int]) -> dict[str, int]:
-    """Return the bytes of the largest bucket of each bucket_key."""
-    largest: dict[str, int] = {}
-    for plan in plans:
-        bucket_key = plan.bucket.bucket_key
-        largest[bucket_key] = max(largest.get(bucket_key, 0), nbytes_of(plan))
-    return largest
-
-
-def _positive(totals: Mapping[str, int]) -> dict[str, int]:
-    return {name: nbytes for name, nbytes in totals.items() if nbytes}

@@ -1,47 +1,70 @@
-"""The tables and sentences that `offload-adam plan` prints."""
+"""The plan of a run, as JSON and as the tables and sentences that `offload-adam plan` prints."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 from rich.table import Table
 
+from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.timeline import Timeline
-from offload_adam.plan.advice import Option
-from offload_adam.plan.inputs import Machine, Training
-from offload_adam.plan.prediction import Prediction
-from offload_adam.plan.timing import StepTime
+from offload_adam.plan.advice import fits, largest_model, options
+from offload_adam.plan.inputs import Machine, Training, total_numel
+from offload_adam.plan.prediction import Prediction, predict
+from offload_adam.plan.timing import StepTime, predict_time
 from offload_adam.units import format_nbytes
 
 
-def plan_tables(
-    plan: Prediction,
-    training: Training,
-    machine: Machine,
-    timing: StepTime | None,
-    timeline: Timeline | None,
-    changes: Sequence[Option],
-    largest: int | None,
-    fit: bool,
-) -> Iterator[Table | str]:
-    """Yield what is printed, in order."""
-    yield _bytes(plan, training, machine)
-    yield _fits(fit, training, machine)
+def plan_run(
+    specs: Sequence[ParameterSpec], training: Training, machine: Machine, timeline: Timeline | None
+) -> tuple[dict[str, Any], list[Table | str]]:
+    """Return the plan of a run: a JSON object, and what is printed of it, in order."""
+    plan = predict(specs, training)
+    timing = predict_time(specs, training, machine)
+    changes = list(options(specs, training))
+    largest = largest_model(max(spec.itemsize for spec in specs), training, machine)
+    fit = fits(plan, training, machine)
+    values: dict[str, Any] = {
+        "num_parameters": total_numel(specs),
+        "training": asdict(training),
+        "machine": asdict(machine),
+        "bytes_per_rank": asdict(plan),
+        "bytes_per_node": {
+            place: {name: nbytes * training.local_world_size for name, nbytes in held.items()}
+            for place, held in (("host", plan.host), ("device", plan.device))
+        },
+        "seconds_at_least": None if timing is None else timing.least_s,
+        "seconds_at_most": None if timing is None else timing.total_s,
+        "seconds_overlapped": None if timeline is None else timeline.end_s,
+        "seconds_exposed": None if timeline is None else timeline.exposed_s,
+        "seconds": None if timing is None else timing.seconds,
+        "bound": None if timing is None else timing.bound,
+        "rough": None if timing is None else timing.doubts,
+        "options": [asdict(option) for option in changes],
+        "largest_model": largest,
+        "fits": fit,
+    }
+    parts: list[Table | str] = [_bytes(plan, training, machine), _fits(fit, training, machine)]
     if largest is not None:
-        yield f"With these settings, the largest model that fits has {largest:.2e} parameters."
+        parts.append(
+            f"With these settings, the largest model that fits has {largest:.2e} parameters."
+        )
     if timing is None:
-        yield (
+        parts.append(
             "The time of a step is not known: give --host-bandwidth, --bus-bandwidth and "
             "--network-bandwidth in GB/s, or run offload-adam doctor on the training machine, "
             "alone and under torchrun."
         )
     else:
-        yield _times(timing, timeline, machine)
-        yield from (f"rough: {doubt}" for doubt in timing.doubts)
+        parts.append(_times(timing, timeline, machine))
+        parts += [f"rough: {doubt}" for doubt in timing.doubts]
     if changes:
         rows = [(one.setting, _signed(one.host), _signed(one.device)) for one in changes]
         columns = ("setting", "host of a rank", "device of a rank")
-        yield _table("Settings that would change the memory", columns, rows)
+        parts.append(_table("Settings that would change the memory", columns, rows))
+    return values, parts
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -97,7 +120,8 @@ def _times(timing: StepTime, timeline: Timeline | None, machine: Machine) -> Tab
     table.columns[1].justify = "right"
     for name, seconds in timing.seconds.items():
         marked = f"{name} (slowest)" if name == timing.bound else name
-        table.add_row(marked, f"{seconds:.4g}", _speed(name, machine))
+        speed = f"{_speed(name, machine)}, {machine.source_of(name)}"
+        table.add_row(marked, f"{seconds:.4g}", speed)
     table.add_section()
     table.add_row("at least, with perfect overlap", f"{timing.least_s:.4g}")
     if timeline is not None:
@@ -108,27 +132,19 @@ def _times(timing: StepTime, timeline: Timeline | None, machine: Machine) -> Tab
 
 
 def _speed(resource: str, machine: Machine) -> str:
-    """Return the speed of a resource, and where it comes from."""
-    match resource:
-        case "compute":
-            speed = f"{machine.tera_flops:g} TFLOPS"
-        case "update":
-            speed = f"{machine.host_gb_per_s:.4g} GB/s"
-        case "bus":
-            speed = f"{machine.bus_gb_per_s:.4g} GB/s"
-        case _:
-            assert machine.network is not None
-            mean, gather = machine.network.mean_16bit, machine.network.gather
-            wide = machine.network.mean_32bit
-            speed = (
-                f"{gather:.3g} GB/s"
-                if mean == wide == gather
-                else f"{mean:.3g} (bf16) and {wide:.3g} (fp32) GB/s averaged, {gather:.3g} gathered"
-            )
-    return f"{speed}, {machine.source_of(resource)}"
+    """Return the speed of a resource."""
+    network = machine.network
+    if resource == "compute":
+        return f"{machine.tera_flops:g} TFLOPS"
+    if resource != "network" or network is None:
+        speed = machine.host_gb_per_s if resource == "update" else machine.bus_gb_per_s
+        return f"{speed:.4g} GB/s"
+    mean, wide, gather = network.mean_16bit, network.mean_32bit, network.gather
+    if mean == wide == gather:
+        return f"{gather:.3g} GB/s"
+    return f"{mean:.3g} (bf16) and {wide:.3g} (fp32) GB/s averaged, {gather:.3g} gathered"
 
 
 def _signed(nbytes: int) -> str:
-    if nbytes == 0:
-        return ""
-    return ("+" if nbytes > 0 else "-") + format_nbytes(abs(nbytes))
+    sign = "+" if nbytes > 0 else "-"
+    return sign + format_nbytes(abs(nbytes)) if nbytes else ""

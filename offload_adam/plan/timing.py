@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from offload_adam.layout.budget import (
@@ -12,9 +12,9 @@ from offload_adam.layout.budget import (
     traffic_nbytes,
     update_traffic_nbytes,
 )
-from offload_adam.layout.flat import Bucket, ParameterSpec
-from offload_adam.layout.ring import ALL_REDUCE_PASSES, RingSpeed, pass_nbytes
-from offload_adam.layout.schedule import Operation, Task, plan_schedule
+from offload_adam.layout.flat import ParameterSpec
+from offload_adam.layout.ring import ALL_REDUCE_PASSES, pass_nbytes
+from offload_adam.layout.schedule import Operation, plan_schedule
 from offload_adam.layout.state_plan import StatePlan
 from offload_adam.layout.timeline import Timeline, predict_timeline
 from offload_adam.plan.inputs import Machine, Source, Training, total_numel
@@ -27,6 +27,12 @@ COMPARED_NUMEL = (8_000_000, 64_000_000)
 """Elements of a node's shards for which tests compare predictions with measured steps. Fixed costs,
 which are not predicted, dominate smaller steps."""
 MOST_COMPARED_RANKS = 2
+_RESOURCES = {
+    "compute": (Operation.GRADIENT, Operation.USE),
+    "update": (Operation.SUM_SQUARES, Operation.UPDATE),
+    "bus": (Operation.COPY_D2H, Operation.COPY_H2D),
+    "network": (Operation.REDUCE, Operation.GATHER),
+}
 _HOW_TO_MEASURE = {
     "update": "run offload-adam doctor on the training machine",
     "bus": "give --bus-bandwidth, or run offload-adam doctor on the training machine",
@@ -71,44 +77,32 @@ def predict_time(
         bus: D2H copies of gradients and H2D copies of parameters.
         network: collectives, as sends of one rank around a ring.
     """
-    plans = training.plan(specs)
-    found = {
-        "update": _copy_s(_update_nbytes(plans, training), machine.host_gb_per_s),
-        "bus": _copy_s(_bus_nbytes(plans), machine.bus_gb_per_s),
-        "network": _network_s(plans, training, machine.network),
-    }
-    seconds = {name: known_s for name, known_s in found.items() if known_s}
-    if not seconds:
+    buckets = [_bucket_seconds(plan, training, machine) for plan in training.plan(specs)]
+    seconds: dict[str, float] = {}
+    doubts: list[str] = []
+    for name, operations in _RESOURCES.items():
+        parts = [bucket[operation] for bucket in buckets for operation in operations]
+        known = [part for part in parts if part is not None]
+        if len(known) == len(parts) and any(known):
+            seconds[name] = sum(known)
+        elif len(known) < len(parts) and name in _HOW_TO_MEASURE:
+            doubts.append(f"no bandwidth is known for the {name}: {_HOW_TO_MEASURE[name]}")
+    if not seconds.keys() & _HOW_TO_MEASURE.keys():
         return None
-    compute = _compute_s(specs, training, machine)
-    if compute is not None:
-        seconds = {"compute": compute, **seconds}
-    unknown = [name for name, known_s in found.items() if known_s is None]
-    return StepTime(seconds, tuple(_doubts(specs, training, machine, seconds, unknown)))
+    given = [name for name in seconds if machine.source_of(name) is Source.GIVEN]
+    if given:
+        doubts.insert(0, f"speeds were given, not measured: {', '.join(given)}")
+    return StepTime(seconds, (*doubts, *_doubts(specs, training)))
 
 
 def update_nbytes(specs: Sequence[ParameterSpec], training: Training) -> int:
     """Return the bytes of host memory that one rank's updates read and write, without the norm."""
-    return sum(update_traffic_nbytes(plan) for plan in _on_host(training.plan(specs)))
+    plans = [plan for plan in training.plan(specs) if plan.location.is_host]
+    return sum(map(update_traffic_nbytes, plans))
 
 
-def _doubts(
-    specs: Sequence[ParameterSpec],
-    training: Training,
-    machine: Machine,
-    known: Collection[str],
-    unknown: Collection[str],
-) -> Iterator[str]:
-    """Yield the reasons why a prediction is rough.
-
-    Args:
-        known, unknown: resources with a known and an unknown speed.
-    """
-    given = [name for name in known if machine.source_of(name) is Source.GIVEN]
-    if given:
-        yield f"speeds were given, not measured: {', '.join(given)}"
-    for name in unknown:
-        yield f"no bandwidth is known for the {name}: {_HOW_TO_MEASURE[name]}"
+def _doubts(specs: Sequence[ParameterSpec], training: Training) -> Iterator[str]:
+    """Yield how the run differs from those whose times tests compare with predictions."""
     shards = 1 if training.replicated else training.world_size
     on_node = total_numel(specs) * training.local_world_size // shards
     least, most = COMPARED_NUMEL
@@ -123,76 +117,48 @@ def _doubts(
         yield "predictions were checked against measured steps of ranks on one node only"
 
 
-def _copy_s(nbytes: int, gb_per_s: float | None) -> float | None:
-    """Return the seconds that bytes take, None if the speed is unknown."""
-    if nbytes == 0:
-        return 0.0
-    return None if gb_per_s is None else nbytes / GB / gb_per_s
+def _bucket_seconds(
+    plan: StatePlan, training: Training, machine: Machine
+) -> dict[Operation, float | None]:
+    """Return how long the operations on a bucket take, None where the speed is unknown.
 
-
-def _on_host(plans: Sequence[StatePlan]) -> list[StatePlan]:
-    return [plan for plan in plans if plan.location.is_host]
-
-
-def _update_nbytes(plans: Sequence[StatePlan], training: Training) -> int:
-    """Return the bytes of host memory that the ranks of a node read and write in a step."""
-    of_rank = sum(map(traffic_nbytes, _on_host(plans)))
-    # Gradients in host memory are also packed, averaged there, and copied to the gradient shard.
-    averages_on_host = not training.on_device and training.reduces and training.world_size > 1
-    if averages_on_host and not training.replicated:
-        of_rank += sum(map(exchange_traffic_nbytes, plans))
-    return of_rank * training.local_world_size
-
-
-def _bus_nbytes(plans: Sequence[StatePlan]) -> int:
-    """Return the bytes that one GPU copies, D2H and H2D together."""
-    return sum(
-        plan.bucket.shard_numel * (plan.gradient.itemsize + plan.bucket.itemsize)
-        for plan in plans
-        if plan.is_offloaded
-    )
-
-
-def _network_s(
-    plans: Sequence[StatePlan], training: Training, network: RingSpeed | None
-) -> float | None:
-    """Return the seconds of a step's collectives, None if their speed is unknown."""
-    if training.world_size == 1 or (training.replicated and not training.reduces):
-        return 0.0
-    if network is None:
-        return None
+    Packing and updates on the device take no time.
+    """
+    bucket, network = plan.bucket, machine.network
+    gradient_itemsize, world_size = plan.gradient.itemsize, training.world_size
+    # The ranks of a node share its memory.
+    on_host = training.local_world_size if plan.location.is_host else 0
+    update = update_traffic_nbytes(plan)
+    norm = traffic_nbytes(plan) - update
+    averages = training.reduces and world_size > 1
+    if averages and not training.on_device and not training.replicated:
+        # Gradients in host memory are also packed, averaged there, and copied to their shard.
+        update += exchange_traffic_nbytes(plan)
     # A reduce-scatter is one pass around the ring. An all-reduce is two: gloo, on CPUs, has no fast
     # reduce-scatter, and replicated state needs the whole average but no all-gather.
     all_reduces = training.replicated or not training.on_device
-    passes = 0 if not training.reduces else ALL_REDUCE_PASSES if all_reduces else 1
-    return sum(
-        passes * _mean_pass_s(plan, training, network)
-        + (0.0 if training.replicated else _gather_s(plan.bucket, training, network))
-        for plan in plans
-    )
-
-
-def _mean_pass_s(plan: StatePlan, training: Training, network: RingSpeed) -> float:
-    """Return the seconds of one pass of a bucket's gradients around the ring."""
-    itemsize = plan.gradient.itemsize
-    nbytes = pass_nbytes(plan.bucket.numel * itemsize, training.world_size)
-    return nbytes / GB / network.mean(itemsize)
-
-
-def _gather_s(bucket: Bucket, training: Training, network: RingSpeed) -> float:
-    """Return the seconds of the all-gather of a bucket's parameters."""
-    nbytes = pass_nbytes(bucket.numel * bucket.itemsize, training.world_size)
-    return nbytes / GB / network.gather
-
-
-def _compute_s(
-    specs: Sequence[ParameterSpec], training: Training, machine: Machine
-) -> float | None:
-    """Return the seconds of forward and backward, None if tokens or speed are unknown."""
-    if machine.tera_flops is None or training.num_tokens is None:
-        return None
-    flops = FLOPS_PER_PARAMETER * total_numel(specs) * training.num_tokens
-    return flops / 1e12 / machine.tera_flops
+    passes = 0 if not averages else ALL_REDUCE_PASSES if all_reduces else 1
+    mean = passes * pass_nbytes(bucket.numel * gradient_itemsize, world_size)
+    gather = 0 if training.replicated else pass_nbytes(bucket.numel * bucket.itemsize, world_size)
+    mean_speed = None if network is None else network.mean(gradient_itemsize)
+    on_bus = bucket.shard_numel if plan.is_offloaded else 0
+    numel = sum(placed.numel for placed in bucket.placements)
+    flops = FLOPS_PER_PARAMETER * numel * (training.num_tokens or 0)
+    giga_flops = machine.tera_flops and training.num_tokens and 1e3 * machine.tera_flops
+    work: dict[Operation, tuple[float, float | None]] = {
+        Operation.GRADIENT: (flops * (1 - FORWARD_SHARE), giga_flops),
+        Operation.USE: (flops * FORWARD_SHARE, giga_flops),
+        Operation.SUM_SQUARES: (on_host * norm, machine.host_gb_per_s),
+        Operation.UPDATE: (on_host * update, machine.host_gb_per_s),
+        Operation.COPY_D2H: (on_bus * gradient_itemsize, machine.bus_gb_per_s),
+        Operation.COPY_H2D: (on_bus * bucket.itemsize, machine.bus_gb_per_s),
+        Operation.REDUCE: (mean, mean_speed),
+        Operation.GATHER: (gather, None if network is None else network.gather),
+    }
+    return {
+        operation: amount / GB / speed if amount and speed else None if amount else 0.0
+        for operation, (amount, speed) in work.items()
+    }
 
 
 def predict_overlap(
@@ -201,48 +167,19 @@ def predict_overlap(
     """Return one step's timeline, None if the step does not overlap or a speed is unknown.
 
     Forward and backward are divided over the buckets by their elements. The prediction assumes that
-    copies, collectives and updates do not slow each other down, and that packing and updates on the
-    device take no time.
+    copies, collectives and updates do not slow each other down.
     """
-    compute_s = _compute_s(specs, training, machine)
-    host, bus, network = machine.host_gb_per_s, machine.bus_gb_per_s, machine.network
-    if training.world_size == 1:
-        network = RingSpeed.uniform(1.0)  # one rank sends nothing
-    if compute_s is None or host is None or bus is None or network is None:
-        return None
     # The schedule has times neither for a model on the CPU, which shares cores with the updates,
     # nor for gradients that someone else averages after backward.
     if not (training.overlaps and training.on_device and training.reduces):
         return None
+    if machine.tera_flops is None or training.num_tokens is None:
+        return None
     plans = training.plan(specs)
-    by_index = {plan.bucket.index: plan for plan in plans}
-    element_s = compute_s / total_numel(specs)
-
-    def seconds_of(task: Task) -> float:
-        plan = by_index[task.bucket]
-        bucket = plan.bucket
-        numel = sum(placed.numel for placed in bucket.placements)
-        update = update_traffic_nbytes(plan) * training.local_world_size
-        both = traffic_nbytes(plan) * training.local_world_size
-        match task.operation:
-            case Operation.GRADIENT:
-                return element_s * (1 - FORWARD_SHARE) * numel
-            case Operation.USE:
-                return element_s * FORWARD_SHARE * numel
-            case Operation.REDUCE:
-                return _mean_pass_s(plan, training, network)
-            case Operation.GATHER:
-                return _gather_s(bucket, training, network)
-            case Operation.COPY_D2H:
-                return bucket.shard_numel * plan.gradient.itemsize / GB / bus
-            case Operation.COPY_H2D:
-                return bucket.shard_numel * bucket.itemsize / GB / bus
-            case Operation.SUM_SQUARES if plan.location.is_host:
-                return (both - update) / GB / host
-            case Operation.UPDATE if plan.location.is_host:
-                return update / GB / host
-            case _:
-                return 0.0
-
-    slots = {"num_reduce_slots": NUM_REDUCE_SLOTS, "num_staging_slots": NUM_STAGING_SLOTS}
-    return predict_timeline(plan_schedule(plans, **slots), seconds_of)
+    buckets = {plan.bucket.index: _bucket_seconds(plan, training, machine) for plan in plans}
+    if any(None in bucket.values() for bucket in buckets.values()):
+        return None
+    schedule = plan_schedule(
+        plans, num_reduce_slots=NUM_REDUCE_SLOTS, num_staging_slots=NUM_STAGING_SLOTS
+    )
+    return predict_timeline(schedule, lambda task: buckets[task.bucket].get(task.operation) or 0.0)
