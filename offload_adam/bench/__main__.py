@@ -16,9 +16,8 @@ from offload_adam.bench.report import comparison, write_json
 from offload_adam.bench.step import measure_step
 from offload_adam.bench.training.contenders import CONTENDERS
 from offload_adam.bench.training.model import add_size_options, read_sizes
-from offload_adam.bench.training.results import failures
+from offload_adam.bench.training.results import failures, markdown
 from offload_adam.bench.training.run import NUM_STEPS, TrainBenchmarkError, measure_train
-from offload_adam.bench.training.table import markdown
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import allowed_cores
 
@@ -81,8 +80,6 @@ def _add_compare_options(parser: argparse.ArgumentParser) -> None:
 def _add_train_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_size_options(parser)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="default: cuda if there is a GPU")
     timed = "steps to time; default: %(default)s"
     add("--num-steps", type=at_least(1), default=NUM_STEPS, help=timed)
     chosen = "numbers of sequences, such as 48,144; default: chosen as above"
@@ -160,7 +157,7 @@ def _train(options: argparse.Namespace) -> None:
     try:
         report = measure_train(
             read_sizes(options),
-            options.device,
+            "cuda" if torch.cuda.is_available() else "cpu",
             num_steps=options.num_steps,
             batches=options.batches,
             largest_batch=options.largest_batch,

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from offload_adam.bench.training.table import LABELS, title
+from offload_adam.bench.training.contenders import LABELS
+from offload_adam.bench.training.results import title
 
 WIDTH, LABEL_WIDTH, BAR_WIDTH = 920, 310, 420
 ROW, BAR, HEAD, LEGEND = 26, 18, 40, 34

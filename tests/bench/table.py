@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from offload_adam.bench.report import machine_line, table
-from offload_adam.bench.training.table import NONE, heading, number, rows
+from offload_adam.bench.training.results import NONE, number, point_heading, point_rows
 from tests.bench.conditions import evaluate, reached
 from tests.bench.picture import svg
 
@@ -40,7 +40,7 @@ def markdown(reports: Sequence[Report], predictions: Sequence[Report] = ()) -> s
     for report in reports:
         expected = [one for one in predictions if one["model"] == report["model"]]
         for point in report["points"]:
-            lines += [*heading(report, point), *_with_predictions(point, expected), ""]
+            lines += [*point_heading(report, point), *_with_predictions(point, expected), ""]
         words = {True: "yes", False: "NO", None: "not known"}
         found = reached([evaluate(point) for point in report["points"]])
         lines += [f"- {name}: {words[holds]}" for name, holds in found.items()]
@@ -51,7 +51,7 @@ def markdown(reports: Sequence[Report], predictions: Sequence[Report] = ()) -> s
 
 def _with_predictions(point: Report, predictions: Sequence[Report]) -> list[str]:
     """Return the table of a batch, with a column of predictions after each kind of time."""
-    header, cells = rows(point)
+    header, cells = point_rows(point)
     if predictions:
         for key, column in (("exposed_ms", "exposed, ms"), ("step_ms", "step, ms")):
             place = header.index(column) + 1

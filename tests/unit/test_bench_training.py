@@ -30,6 +30,7 @@ from offload_adam.bench.training.contenders import (
     CONTENDERS,
     DEEPSPEED,
     FSDP2,
+    LABELS,
     MODEL_ALONE,
     OVERLAPPED,
     PLAIN,
@@ -46,9 +47,8 @@ from offload_adam.bench.training.measure import (
 )
 from offload_adam.bench.training.model import Sizes, make_model, make_tokens
 from offload_adam.bench.training.process import in_own_process
-from offload_adam.bench.training.results import failures
+from offload_adam.bench.training.results import failures, markdown
 from offload_adam.bench.training.run import TrainBenchmarkError, measure_train
-from offload_adam.bench.training.table import LABELS, markdown
 from offload_adam.cli.app import app
 from tests.bench.conditions import evaluate, reached
 

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-
-from offload_adam.bench.training.measure import Steps
+from collections.abc import Mapping, Sequence
 
 TARGET_RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
-FIRST_BATCHES = (4, 16)
-"""The choice starts from the times at these numbers of sequences."""
 NEAR = 0.25
 """A measured ratio is near its target if they differ by at most this part of the target."""
-NUM_ROUNDS = 3
-"""Rounds in which batches are chosen, each from the times of all rounds before."""
 
 
 def choose_batches(
@@ -56,34 +50,3 @@ def _batch_of(wanted_ms: float, forward_ms: Mapping[int, float]) -> float:
 def is_near(ratio: float, target: float) -> bool:
     """Tell whether a measured ratio is near its target."""
     return abs(ratio - target) <= NEAR * target
-
-
-def tune_batches(
-    measure_alone: Callable[[Sequence[int]], Mapping[int, Steps]],
-    update_ms: float,
-    largest: int | None,
-) -> tuple[dict[int, Steps], dict[float, int]]:
-    """Choose batches and measure the model alone at them, until the ratios are near the targets.
-
-    Args:
-        measure_alone: measures the model alone, and leaves out batches that do not fit.
-
-    Returns:
-        The model's steps by batch, and the batch of each ratio that was reached or approached.
-    """
-    alone = dict(measure_alone(FIRST_BATCHES))
-    chosen: dict[float, int] = {}
-    for _ in range(NUM_ROUNDS):
-        forward_ms = {batch: one.forward_ms or 0.0 for batch, one in alone.items()}
-        chosen = choose_batches(forward_ms, update_ms, largest=largest)
-        unknown = sorted(set(chosen.values()) - set(alone))
-        alone.update(measure_alone(unknown) if unknown else {})
-        too_large = [batch for batch in unknown if batch not in alone]
-        if too_large:
-            largest = too_large[0] - 1
-        elif all(
-            is_near((alone[batch].forward_ms or 0.0) / update_ms, target)
-            for target, batch in chosen.items()
-        ):
-            break
-    return alone, {target: batch for target, batch in chosen.items() if batch in alone}

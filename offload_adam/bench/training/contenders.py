@@ -25,6 +25,15 @@ MODEL_ALONE = "model_alone"
 """Forward and backward without an optimizer; the exposed time of a step is measured against it."""
 OVERLAPPED, SEQUENTIAL, PLAIN = OURS, f"{OURS}_sequential", "torch_fused"
 TORCHAO, FSDP2, DEEPSPEED = "torchao_cpu_offload", "fsdp2_cpu_offload", "deepspeed_zero_offload"
+LABELS = {
+    MODEL_ALONE: "forward and backward alone",
+    OVERLAPPED: "offload_adam, overlapped",
+    SEQUENTIAL: "offload_adam, sequential",
+    PLAIN: "torch AdamW(fused=True), nothing offloaded",
+    FSDP2: "FSDP2 + CPUOffloadPolicy + fused AdamW",
+    TORCHAO: "torchao CPUOffloadOptimizer",
+    DEEPSPEED: "DeepSpeed ZeRO-2 + CPU offload",
+}
 PACKAGES = {TORCHAO: "torchao", DEEPSPEED: "deepspeed"}
 """The package that a contender needs in addition to those of this one."""
 
@@ -189,12 +198,3 @@ CONTENDERS: Mapping[str, Callable[[Decoder], TrainContender]] = {
 
 Each raises PeerUnavailableError if it does not work on this machine.
 """
-
-
-def make_contender(name: str, model: Decoder) -> TrainContender:
-    """Return one of CONTENDERS, or the model alone.
-
-    Raises:
-        PeerUnavailableError: the contender does not work on this machine.
-    """
-    return ModelAlone(model) if name == MODEL_ALONE else CONTENDERS[name](model)

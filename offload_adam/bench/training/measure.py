@@ -15,10 +15,11 @@ import torch
 
 from offload_adam.bench.peers import PeerUnavailableError
 from offload_adam.bench.training.contenders import (
+    CONTENDERS,
+    MODEL_ALONE,
     ModelAlone,
     Offloading,
     TrainContender,
-    make_contender,
 )
 from offload_adam.bench.training.model import Sizes, make_model, make_tokens
 from offload_adam.layout.budget import Category
@@ -147,7 +148,7 @@ def measure(task: Task, tell: Callable[[Measured], None] = lambda found: None) -
     gc.collect()
     with HostPeak(device) as host:
         try:
-            contender = make_contender(task.contender, model)
+            contender = {MODEL_ALONE: ModelAlone, **CONTENDERS}[task.contender](model)
         except PeerUnavailableError as error:
             return Measured(unavailable=str(error))
         try:
@@ -175,7 +176,11 @@ def _buckets(contender: TrainContender) -> tuple[int, ...]:
 def _steps(contender: TrainContender, task: Task, batch: int, host: HostPeak) -> Steps:
     device = torch.device(task.device)
     tokens = make_tokens(task.sizes, batch, device)
-    _reset_peak(device)
+    on_gpu = device.type == "cuda"
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
     def step() -> None:
         contender.backward(tokens)
@@ -186,11 +191,14 @@ def _steps(contender: TrainContender, task: Task, batch: int, host: HostPeak) ->
     synchronize(device)
     steps = Steps(
         steps_ms=tuple(steps_ms),
-        peak_gpu_nbytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        peak_gpu_nbytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
         peak_host_nbytes=host.nbytes(),
     )
     if isinstance(contender, ModelAlone):
-        forwards = [_forward_ms(contender, tokens) for _ in range(NUM_WARMUPS + task.num_steps)]
+        forwards = [
+            _elapsed_ms(device, lambda: contender.model(tokens))
+            for _ in range(NUM_WARMUPS + task.num_steps)
+        ]
         return replace(steps, forward_ms=median(forwards[NUM_WARMUPS:]))
     updates = [_update_ms(contender, tokens) for _ in range(NUM_UPDATES)]
     only = [own for _, own in updates if own is not None]
@@ -199,14 +207,6 @@ def _steps(contender: TrainContender, task: Task, batch: int, host: HostPeak) ->
         update_ms=median(whole for whole, _ in updates),
         updates_only_ms=median(only) if only else None,
     )
-
-
-def _reset_peak(device: torch.device) -> None:
-    """Reset the recorded peak of GPU memory to the current allocation."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _consecutive_ms(step: Callable[[], None], num_steps: int, device: torch.device) -> list[float]:
@@ -242,31 +242,31 @@ class _Mark:
         return (self._time_s - earlier._time_s) * 1e3
 
 
-def _forward_ms(contender: TrainContender, tokens: torch.Tensor) -> float:
-    """Return the milliseconds of one forward, from an idle device until it is idle again."""
-    synchronize(tokens.device)
-    start_s = time.perf_counter()
-    contender.model(tokens)
-    synchronize(tokens.device)
-    return (time.perf_counter() - start_s) * 1e3
-
-
 def _update_ms(contender: TrainContender, tokens: torch.Tensor) -> tuple[float, float | None]:
     """Return the milliseconds of one update after backward has finished.
 
     The second value leaves out the phases in PRECEDING; it is None for other optimizers.
     """
+
+    def update() -> None:
+        contender.update()
+        contender.finish()
+
     contender.backward(tokens)
-    synchronize(tokens.device)
-    start_s = time.perf_counter()
-    contender.update()
-    contender.finish()
-    synchronize(tokens.device)
-    whole_ms = (time.perf_counter() - start_s) * 1e3
+    whole_ms = _elapsed_ms(tokens.device, update)
     if not isinstance(contender, Offloading) or contender.optimizer.last_step is None:
         return whole_ms, None
     timings = contender.optimizer.last_step.timings
     return whole_ms, whole_ms - 1e3 * sum(timings.get(phase, 0.0) for phase in PRECEDING)
+
+
+def _elapsed_ms(device: torch.device, work: Callable[[], object]) -> float:
+    """Return the milliseconds of some work, from an idle device until it is idle again."""
+    synchronize(device)
+    start_s = time.perf_counter()
+    work()
+    synchronize(device)
+    return (time.perf_counter() - start_s) * 1e3
 
 
 def synchronize(device: torch.device) -> None:

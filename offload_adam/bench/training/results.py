@@ -1,4 +1,4 @@
-"""Turn measurements into the report of `bench train`, which has a point for each batch."""
+"""The results of `bench train`, with a point for each batch: as JSON, and as Markdown."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 
+from offload_adam.bench.report import machine_line, table
 from offload_adam.bench.training.batches import is_near
-from offload_adam.bench.training.contenders import MODEL_ALONE, SEQUENTIAL
+from offload_adam.bench.training.contenders import LABELS, MODEL_ALONE, SEQUENTIAL
 from offload_adam.bench.training.measure import OUT_OF_MEMORY, Measured, Steps
 from offload_adam.bench.training.model import Sizes
 
+Report = Mapping[str, Any]
+
 GIB = 2**30
+NONE = "-"
 DEFINITIONS = {
     "forward_ms": "F: the model's forward alone, median",
     "forward_backward_ms": "the model's forward and backward alone, median",
@@ -124,7 +128,7 @@ class Results:
         }
 
 
-def failures(report: Mapping[str, Any]) -> Iterator[str]:
+def failures(report: Report) -> Iterator[str]:
     """Yield every failure, with its contender and batch.
 
     A peer that is not installed is not a failure, and a batch that is too large is not one either.
@@ -133,3 +137,50 @@ def failures(report: Mapping[str, Any]) -> Iterator[str]:
         for name, row in point["contenders"].items():
             if row.get("failed"):
                 yield f"{name} at {point['num_sequences']} sequences: {row['reason']}"
+
+
+def markdown(report: Report) -> str:
+    """Return a heading and a table for each batch, then the machine."""
+    lines: list[str] = []
+    for point in report["points"]:
+        lines += [*point_heading(report, point), *table(*point_rows(point)), ""]
+    return "\n".join([*lines, machine_line(report["machine"])])
+
+
+def point_heading(report: Report, point: Report) -> list[str]:
+    """Return the title of a batch, and the times that all contenders have in common."""
+    keys = ("forward_ms", "update_ms", "ratio", "bucket_ms")
+    forward, update, ratio, bucket = (number(point[key]) for key in keys)
+    times = f"Forward F: {forward} ms. Update U: {update} ms. F/U: {ratio}."
+    return [f"### {title(report, point)}", "", f"{times} One bucket b: {bucket} ms.", ""]
+
+
+def title(report: Report, point: Report) -> str:
+    """Return device, model and batch in one line."""
+    model, numel = report["model"], report["model"]["num_parameters"]
+    size = f"{numel / 1e9:.3g} B" if numel >= 1e7 else f"{numel:,}"
+    return (
+        f"{report['device']}: {size} parameters in "
+        f"{model['dtype']}, {point['num_sequences']} x {model['sequence_length']} tokens"
+    )
+
+
+def point_rows(point: Report) -> tuple[list[str], list[list[str]]]:
+    """Return the header of the table of one batch, and its rows."""
+    header = ["optimizer", "tokens/s", "step, ms", "exposed, ms", "peak GPU, GiB", "peak host, GiB"]
+    keys = ("step_ms", "exposed_ms", "peak_gpu_gib", "peak_host_gib")
+    cells = []
+    for name, row in point["contenders"].items():
+        if "reason" in row:
+            values = [row["reason"], *[NONE] * len(keys)]
+        else:
+            values = [f"{row['tokens_per_s']:,.0f}", *(number(row.get(key)) for key in keys)]
+        cells.append([LABELS.get(name, name), *values])
+    return header, cells
+
+
+def number(value: float | None) -> str:
+    """Return three digits or more, "-" for an unknown number."""
+    if value is None:
+        return NONE
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from offload_adam.bench.machine import describe_machine
-from offload_adam.bench.training.batches import FIRST_BATCHES, TARGET_RATIOS, tune_batches
+from offload_adam.bench.training.batches import TARGET_RATIOS, choose_batches, is_near
 from offload_adam.bench.training.contenders import CONTENDERS, MODEL_ALONE, SEQUENTIAL
 from offload_adam.bench.training.measure import OUT_OF_MEMORY, Measured, Task
 from offload_adam.bench.training.model import Sizes
@@ -24,6 +24,10 @@ from offload_adam.kernels.threads import allowed_cores, select_threading_layer
 logger = logging.getLogger(__name__)
 
 NUM_STEPS = 5
+FIRST_BATCHES = (4, 16)
+"""The choice of batches starts from the times at these numbers of sequences."""
+NUM_ROUNDS = 3
+"""Rounds in which batches are chosen, each from the times of all rounds before."""
 PROCESS_TIMEOUT_S = 900.0
 LEAST_S = 15.0
 """With less time left, a contender is skipped: starting its process takes seconds."""
@@ -112,7 +116,7 @@ def measure_train(
 def _choose_batches(
     results: Results, measure: Callable[[str, Sequence[int]], Measured], largest: int | None
 ) -> None:
-    """Choose the batches; this also measures the model alone."""
+    """Choose batches and measure the model alone at them, until the ratios are near the targets."""
 
     def required(name: str, batches: Sequence[int]) -> Measured:
         found = measure(name, batches)
@@ -125,12 +129,25 @@ def _choose_batches(
 
     results.sequential = required(SEQUENTIAL, FIRST_BATCHES[:1])
     update_ms = results.sequential.steps[FIRST_BATCHES[0]].updates_only_ms or 0.0
-    alone, chosen = tune_batches(
-        lambda batches: required(MODEL_ALONE, batches).steps, update_ms, largest
-    )
+    alone = dict(required(MODEL_ALONE, FIRST_BATCHES).steps)
+    chosen: dict[float, int] = {}
+    for _ in range(NUM_ROUNDS):
+        forward_ms = {batch: one.forward_ms or 0.0 for batch, one in alone.items()}
+        chosen = choose_batches(forward_ms, update_ms, largest=largest)
+        unknown = sorted(set(chosen.values()) - set(alone))
+        alone.update(required(MODEL_ALONE, unknown).steps if unknown else {})
+        too_large = [batch for batch in unknown if batch not in alone]
+        if too_large:
+            largest = too_large[0] - 1
+        elif all(
+            is_near((alone[batch].forward_ms or 0.0) / update_ms, target)
+            for target, batch in chosen.items()
+        ):
+            break
     results.measured[MODEL_ALONE] = Measured(steps=alone)
-    results.batches = sorted(chosen.items())
-    results.not_tried = [target for target in TARGET_RATIOS if target not in chosen]
+    results.batches = sorted((t, batch) for t, batch in chosen.items() if batch in alone)
+    tried = [target for target, _ in results.batches]
+    results.not_tried = [target for target in TARGET_RATIOS if target not in tried]
 
 
 def _bus_down_gb_per_s(device: str) -> float | None:
