@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,11 +26,12 @@ from offload_adam.checkpoint.format import (
     Manifest,
     OptimizerEntry,
     Piece,
+    RankEntry,
     TensorEntry,
     parse_manifest,
     sealed,
 )
-from offload_adam.checkpoint.rank_file import Blob, FileWriter
+from offload_adam.checkpoint.rank_file import Part, RankFile
 from offload_adam.checkpoint.reader import VerifiedFile
 from offload_adam.errors import CheckpointError
 from offload_adam.state.state_shard import Box, boxes_of_range, range_of_box
@@ -66,57 +68,58 @@ def test_a_box_that_is_no_contiguous_part_is_rejected(
         range_of_box((4, 4), Box(offsets, sizes))
 
 
-def some_bytes(count: int) -> tuple[memoryview, ...]:
-    """Return random bytes in two views; one may be empty."""
-    content = memoryview(np.random.default_rng(count).bytes(count))
-    return content[: count // 3], content[count // 3 :]
+def part_of(name: str, count: int) -> Part:
+    """Return `count` random bytes."""
+    content = torch.from_numpy(np.random.default_rng(count).integers(0, 256, count, np.uint8))
+    return Part(name, (count,), (0,), 0, count, content)
 
 
-def content_of(blob: Blob) -> bytes:
-    return b"".join(blob.data)
+def content_of(part: Part) -> bytes:
+    return part.data.numpy().tobytes()
 
 
-def write_file(path: Path, blobs: list[Blob]) -> tuple[FileEntry, dict[str, int]]:
-    file = FileWriter(path, blobs)
-    for blob in blobs:
-        file.write(blob)
-    return file.finish(), file.starts
+def write_file(path: Path, parts: list[Part]) -> RankEntry:
+    file = RankFile(path.parent, path.name, parts)
+    file.write(parts)
+    return file.finish()
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> tuple[Path, FileEntry, dict[str, int], list[Blob]]:
-    blobs = [
-        Blob("a", "U8", (3,), some_bytes(3)),
-        Blob("b", "U8", (BLOCK_NBYTES + 77,), some_bytes(BLOCK_NBYTES + 77)),
-        Blob("empty", "U8", (0,), some_bytes(0)),
-        Blob("c", "U8", (1000,), some_bytes(1000)),
+def written(tmp_path: Path) -> tuple[Path, RankEntry, list[Part]]:
+    parts = [
+        part_of("a", 3),
+        part_of("b", BLOCK_NBYTES + 77),
+        part_of("empty", 0),
+        part_of("c", 1000),
     ]
-    entry, starts = write_file(tmp_path / "rank.safetensors", blobs)
-    return tmp_path, entry, starts, blobs
+    return tmp_path, write_file(tmp_path / "rank.safetensors", parts), parts
 
 
 def test_what_is_written_is_read_back_in_any_part(
-    written: tuple[Path, FileEntry, dict[str, int], list[Blob]],
+    written: tuple[Path, RankEntry, list[Part]],
 ) -> None:
-    folder, entry, starts, blobs = written
-    with closing(VerifiedFile(folder, "rank.safetensors", entry)) as file:
+    folder, entry, parts = written
+    with closing(VerifiedFile(folder, "rank.safetensors", entry.file)) as file:
         file.verify()
-        for blob in blobs:
-            content = content_of(blob)
+        assert entry.tensors["empty"].pieces == []
+        for part in (part for part in parts if part.name != "empty"):
+            content = content_of(part)
+            (piece,) = entry.tensors[part.name].pieces
             for low, high in ((0, len(content)), (1, 2), (len(content) // 2, len(content))):
                 target = bytearray(max(0, min(high, len(content)) - low))
-                file.read_into(memoryview(target), starts[blob.name] + low)
+                file.read_into(memoryview(target), piece.start + low)
                 assert bytes(target) == content[low : low + len(target)]
 
 
 def test_the_file_is_safetensors(
-    written: tuple[Path, FileEntry, dict[str, int], list[Blob]],
+    written: tuple[Path, RankEntry, list[Part]],
 ) -> None:
     safetensors = pytest.importorskip("safetensors")
-    folder, _, _, blobs = written
+    folder, _, parts = written
     with safetensors.safe_open(folder / "rank.safetensors", "numpy") as file:
-        for blob in blobs:
-            assert file.get_tensor(blob.name).tobytes() == content_of(blob)
+        assert set(file.keys()) == {"a@0", "b@0", "c@0"}
+        for part in (part for part in parts if part.name != "empty"):
+            assert file.get_tensor(f"{part.name}@0").tobytes() == content_of(part)
 
 
 def damage(path: Path, how: str) -> None:
@@ -139,14 +142,12 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["truncated", "longer", "flipped", "missing", "a link", "a pipe"])
-def test_a_damaged_file_is_rejected(
-    written: tuple[Path, FileEntry, dict[str, int], list[Blob]], how: str
-) -> None:
-    folder, entry, _, _ = written
+def test_a_damaged_file_is_rejected(written: tuple[Path, RankEntry, list[Part]], how: str) -> None:
+    folder, entry, _ = written
     damage(folder / "rank.safetensors", how)
     with (
         pytest.raises(CheckpointError, match=r"rank\.safetensors"),
-        closing(VerifiedFile(folder, "rank.safetensors", entry)) as file,
+        closing(VerifiedFile(folder, "rank.safetensors", entry.file)) as file,
     ):
         file.verify()
 
@@ -154,13 +155,15 @@ def test_a_damaged_file_is_rejected(
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-from offload_adam.checkpoint.rank_file import Blob, FileWriter
+import torch
+from offload_adam.checkpoint.rank_file import Part, RankFile
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 try:
-    blob = Blob("a", "U8", (3 * 2**19,), [memoryview(bytes(3 * 2**19))])
-    FileWriter(Path(sys.argv[1]), [blob]).write(blob)
+    count = 3 * 2**19
+    part = Part("a", (count,), (0,), 0, count, torch.zeros(count, dtype=torch.uint8))
+    RankFile(Path(sys.argv[1]), "f", [part]).write([part])
 except OSError as error:
     sys.exit(error.errno)
 """
@@ -168,13 +171,12 @@ except OSError as error:
 
 def test_a_disk_that_fills_up_is_an_error(tmp_path: Path) -> None:
     """Just before the disk is full, a write succeeds with only a part of its bytes."""
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "f")]
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
     assert subprocess.run(command, timeout=100, check=False).returncode == errno.EFBIG
 
 
 def test_nothing_is_read_past_the_end(tmp_path: Path) -> None:
-    blob = Blob("a", "F32", (0, 3), [np.zeros((0, 3), dtype=np.float32).data])
-    entry, _ = write_file(tmp_path / "f", [blob])
+    entry = write_file(tmp_path / "f", [Part("a", (0, 3), (0, 1), 0, 0, torch.zeros(0))]).file
     with closing(VerifiedFile(tmp_path, "f", entry)) as file:
         file.read_into(memoryview(bytearray(1)), entry.nbytes - 1)
         with pytest.raises(CheckpointError, match="has no bytes"):
@@ -184,7 +186,7 @@ def test_nothing_is_read_past_the_end(tmp_path: Path) -> None:
 def test_a_file_is_never_written_over(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"kept")
     with pytest.raises(FileExistsError):
-        FileWriter(tmp_path / "f", [])
+        RankFile(tmp_path, "f", [])
     assert (tmp_path / "f").read_bytes() == b"kept"
 
 
