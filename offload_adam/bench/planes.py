@@ -41,7 +41,7 @@ def allocate(
     if not huge_pages:
         return [torch.empty(numel, dtype=dtype) for _ in range(num_tensors)]
     arena = HostArena(num_tensors * padded_nbytes(numel, dtype))
-    return [arena.take(numel, dtype) for _ in range(num_tensors)]
+    return [arena.allocate(numel, dtype) for _ in range(num_tensors)]
 
 
 def make_planes(numel: int, huge_pages: bool) -> Planes:

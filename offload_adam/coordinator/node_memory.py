@@ -50,7 +50,9 @@ class NodeNeed:
         return "\n".join(f"  {name:<{width}}  {format_nbytes(size):>10}" for name, size in rows)
 
 
-def admit_memory(ranks: RankGroup, nbytes: Mapping[str, int], *, allow_overcommit: bool) -> None:
+def check_node_memory(
+    ranks: RankGroup, nbytes: Mapping[str, int], *, allow_overcommit: bool
+) -> None:
     """Raise an error on every rank if the state does not fit into some node's memory. Collective.
 
     Args:

@@ -65,7 +65,7 @@ def raise_on_all_ranks(ranks: RankGroup, phase: str) -> Iterator[None]:
     kind = _SHARED_ERRORS.get(kind_name)
     if failure is not None and (kind is None or len(set(messages)) == 1):
         raise failure  # with its original traceback
-    text = f"Rank(s) {ranks.at(failed)} failed in {phase}: "
+    text = f"Rank(s) {ranks.to_global(failed)} failed in {phase}: "
     raise (PeerError(text + messages[failed[0]]) if kind is None else kind(text + problem)) from (
         failure
     )
@@ -92,14 +92,15 @@ def require_same(ranks: RankGroup, what: str, fields: Sequence[Field], *, remedy
     if not different:
         return
     reference = [(field, value) for field, value in json.loads(_broadcast_text(ranks, text))]
-    (first,) = ranks.at([0])  # its rank in the default group, which may not be 0
+    (first,) = ranks.to_global([0])  # its rank in the default group, which may not be 0
     differences = gather_texts(ranks, _first_difference(reference, fields, first))
     ranks_by_difference: dict[str, list[int]] = {}
     for rank in different:
         ranks_by_difference.setdefault(differences[rank], []).append(rank)
     raise RankDisagreementError(
         ". ".join(
-            f"Rank(s) {ranks.at(others)} have a different {what} than rank {first}: {difference}"
+            f"Rank(s) {ranks.to_global(others)} have a different {what} than rank {first}: "
+            f"{difference}"
             for difference, others in ranks_by_difference.items()
         )
         + f". {remedy}".rstrip()

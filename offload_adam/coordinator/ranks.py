@@ -66,9 +66,9 @@ class RankGroup:
     watch: PeerWatch | None = None
     _unfinished: set[dist.Work] = field(default_factory=set)
 
-    def at(self, places: Iterable[int]) -> list[int]:
+    def to_global(self, ranks: Iterable[int]) -> list[int]:
         """Translate ranks of the user's group into ranks of the default group, for messages."""
-        return [self.global_ranks[place] for place in places]
+        return [self.global_ranks[rank] for rank in ranks]
 
     def open_data_groups(self, device_types: Iterable[str]) -> None:
         """Open the groups for buckets on device types that have none yet. Collective."""

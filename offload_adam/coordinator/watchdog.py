@@ -98,7 +98,7 @@ class PeerWatch:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(_JOIN_S)
 
-    def places(self, wait_s: float = 1.0) -> tuple[PeerRecord, ...]:
+    def read_records(self, wait_s: float = 1.0) -> tuple[PeerRecord, ...]:
         """Return every rank's current record.
 
         Only the heartbeat thread reads the store, so this method asks that thread.

@@ -50,7 +50,7 @@ def measure_bandwidth(
         HostMemoryError: the arrays do not fit into the available memory.
     """
     arena = HostArena(NUM_STREAMS * padded_nbytes(numel, torch.float32))
-    a, b, c, d = (arena.take(numel, torch.float32).numpy() for _ in range(NUM_STREAMS))
+    a, b, c, d = (arena.allocate(numel, torch.float32).numpy() for _ in range(NUM_STREAMS))
 
     def gb_per_s(count: int) -> float:
         seconds = _median_s(partial(pass_over, a, b, c, d, count), num_passes)
@@ -94,7 +94,7 @@ def bus_gb_per_s(index: int) -> tuple[float, float]:
     gpu = torch.device("cuda", index)
     with closing(HostArena(COPY_NBYTES)) as arena:
         arena.pin(CudaRuntime(gpu))
-        host = arena.take(COPY_NBYTES, torch.uint8)
+        host = arena.allocate(COPY_NBYTES, torch.uint8)
         device = torch.empty(COPY_NBYTES, dtype=torch.uint8, device=gpu)
         # A copy that is not `non_blocking` returns when it is over.
         h2d_s, d2h_s = (

@@ -141,7 +141,7 @@ class GradientTransfer:
                 )
             elif plan.gradient.averaged:
                 self.slots.reserve(bucket.numel, state.gradient_dtype, state.device)
-            if plan.is_offloaded and not plan.copies_straight:
+            if plan.is_offloaded and not plan.copies_directly:
                 self._fit_buffers(state.gradient_dtype, bucket.shard_numel, self._make_arena)
 
     def pack(
@@ -354,4 +354,4 @@ class GradientTransfer:
             self._arenas[dtype].close()
         arena = make_arena(NUM_FOLD_BUFFERS * padded_nbytes(numel, dtype))
         self._arenas[dtype] = arena
-        self._buffers[dtype] = [arena.take(numel, dtype) for _ in range(NUM_FOLD_BUFFERS)]
+        self._buffers[dtype] = [arena.allocate(numel, dtype) for _ in range(NUM_FOLD_BUFFERS)]

@@ -32,7 +32,7 @@ class GradientReader:
     """Reads the gradients of one bucket's parameters in their memory order.
 
     Args:
-        takes_rows: read sparse gradients as rows instead of rejecting them.
+        accepts_sparse: read sparse gradients as rows instead of rejecting them.
 
     Cost: one visit of each gradient. With ten thousand small gradients each object is a cache miss,
     which costs more than the interpreter, so `take` checks and takes a gradient in one visit.
@@ -43,9 +43,9 @@ class GradientReader:
         names: Sequence[str],
         parameters: Sequence[torch.nn.Parameter],
         *,
-        takes_rows: bool = False,
+        accepts_sparse: bool = False,
     ) -> None:
-        self._takes_rows = takes_rows
+        self._accepts_sparse = accepts_sparse
         self._names = list(names)
         self._parameters = list(parameters)
         self._numels = [parameter.numel() for parameter in parameters]
@@ -124,7 +124,7 @@ class GradientReader:
             if gradient is None:
                 continue
             if not self._is_plain(gradient, self._numels[position]):
-                if gradient.is_sparse and self._takes_rows:
+                if gradient.is_sparse and self._accepts_sparse:
                     rows[position] = self._rows_of(position, gradient)
                     continue
                 gradient = self._conform(position, gradient)
@@ -239,7 +239,7 @@ class GradientReader:
     def _reject(self, position: int, gradient: torch.Tensor | None) -> NoReturn:
         assert gradient is not None
         name = self._names[position]
-        known = (torch.strided, torch.sparse_coo) if self._takes_rows else (torch.strided,)
+        known = (torch.strided, torch.sparse_coo) if self._accepts_sparse else (torch.strided,)
         if gradient.layout not in known:
             raise ValueError(
                 f"The gradient of parameter {name!r} is {gradient.layout}, but OffloadAdam and "

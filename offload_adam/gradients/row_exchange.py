@@ -144,8 +144,8 @@ def _mixed(
             sparse = np.flatnonzero(kinds[:, state.indices[position]] > _NONE).tolist()
             return RankDisagreementError(
                 f"The gradient of parameter {state.names[position]!r} is sparse on rank(s) "
-                f"{ranks.at(sparse)} and dense on others. Use the layer in the same way on every "
-                "rank."
+                f"{ranks.to_global(sparse)} and dense on others. Use the layer in the same way on "
+                "every rank."
             )
     return None
 

@@ -192,7 +192,7 @@ class StatePlan:
         return self.bucket.world_size > 1 and self.bucket.numel > 0
 
     @property
-    def copies_straight(self) -> bool:
+    def copies_directly(self) -> bool:
         """Whether D2H copies of gradients write directly into the gradient shard.
 
         Such a copy can be issued as soon as the gradients are reduced, without work for the host.
@@ -218,7 +218,7 @@ class StatePlan:
         # Streamed gradients use a ring even without averaging: their own memory is free once they
         # are packed, so gradients that wait for a slow bus take no more memory than the slots.
         gradient = self.gradient
-        return self.copies_straight and (gradient.averaged or gradient.streams)
+        return self.copies_directly and (gradient.averaged or gradient.streams)
 
     @property
     def packs(self) -> bool:

@@ -22,7 +22,7 @@ from offload_adam.layout.flat import align
 from offload_adam.memory.pinning import (
     PIECE_NBYTES,
     CudaRuntime,
-    PinRefusedError,
+    PinError,
     Registration,
 )
 from offload_adam.units import format_nbytes
@@ -100,7 +100,7 @@ class HostArena:
             for start, end in _places(parts, piece_nbytes):
                 touch(everything[start:end])
 
-    def take(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Return the next `numel` elements as a zeroed 1-d tensor.
 
         The tensor has its own storage, so saving it does not save the rest of the arena.
@@ -127,7 +127,7 @@ class HostArena:
         torch's own pinned allocator would round the size up to a power of two.
 
         Raises:
-            PinRefusedError: CUDA did not pin it; the arena stays usable, unpinned.
+            PinError: CUDA did not pin it; the arena stays usable, unpinned.
         """
         # The pages are committed already. Otherwise pinning would commit them from this thread, on
         # its NUMA node.
@@ -152,7 +152,7 @@ class HostArena:
         """
         try:
             self.pin(runtime)
-        except PinRefusedError as error:
+        except PinError as error:
             warn_user(f"{error} {otherwise}", RuntimeWarning)
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ No tensor may cross from one piece into the next, because a copy across two regi
 """
 
 
-class PinRefusedError(HostMemoryError):
+class PinError(HostMemoryError):
     """CUDA did not pin the memory. Pieces pinned before the failure are unpinned again."""
 
 
@@ -88,7 +88,7 @@ class Registration:
             pieces: (address, bytes) of each.
 
         Raises:
-            PinRefusedError: naming the piece, CUDA's error and the limit of locked memory.
+            PinError: naming the piece, CUDA's error and the limit of locked memory.
         """
         self._runtime = runtime
         self._pid = os.getpid()
@@ -100,7 +100,7 @@ class Registration:
                 runtime.clear_error()
                 self.release()
                 total = format_nbytes(sum(size for _, size in pieces))
-                raise PinRefusedError(
+                raise PinError(
                     f"CUDA did not pin {total} of host memory ({runtime.describe(status)}; piece "
                     f"{number} of {len(pieces)}, {format_nbytes(nbytes)}). The limit of locked "
                     f"memory (ulimit -l) is {locked_limit()}."

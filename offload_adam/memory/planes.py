@@ -50,18 +50,18 @@ def allocate_planes(plan: StatePlan, arena: HostArena, shard: torch.Tensor) -> S
             weights, this tensor is the plane.
     """
 
-    def take(dtype: torch.dtype) -> torch.Tensor:
+    def allocate(dtype: torch.dtype) -> torch.Tensor:
         if plan.location.is_host:
-            return arena.take(plan.bucket.shard_numel, dtype)
+            return arena.allocate(plan.bucket.shard_numel, dtype)
         return torch.zeros(plan.bucket.shard_numel, dtype=dtype, device=shard.device)
 
     planes = StatePlanes(
-        master_weight=take(torch.float32) if plan.state.master_weight else shard,
-        exp_avg=take(torch.float32),
-        exp_avg_sq=take(torch.float32),
-        max_exp_avg_sq=take(torch.float32) if plan.state.max_exp_avg_sq else None,
+        master_weight=allocate(torch.float32) if plan.state.master_weight else shard,
+        exp_avg=allocate(torch.float32),
+        exp_avg_sq=allocate(torch.float32),
+        max_exp_avg_sq=allocate(torch.float32) if plan.state.max_exp_avg_sq else None,
         gradient_shard=(
-            take(gradient_dtype(shard.dtype, plan.gradient.shard_itemsize))
+            allocate(gradient_dtype(shard.dtype, plan.gradient.shard_itemsize))
             if plan.gradient.shard_itemsize
             else None
         ),

@@ -187,7 +187,7 @@ class Adam(InspectableAdam):
             options,
             add_groups,
             replicated=kwargs.get("use_offload") is not True,  # its type is checked in `add_groups`
-            takes_rows=True,  # sparse gradients
+            accepts_sparse=True,  # sparse gradients
         )
 
     def _read_groups(

@@ -45,7 +45,7 @@ def _allocate(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Ten
     if device.type != "cpu":
         return torch.zeros(numel, dtype=dtype, device=device)
     # Unlike state, parameters must be readable in forked children, such as data loader workers.
-    return HostArena(padded_nbytes(numel, dtype), survives_fork=True).take(numel, dtype)
+    return HostArena(padded_nbytes(numel, dtype), survives_fork=True).allocate(numel, dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
     # Gradients that the host casts or adds, or whose shard is not pinned, go through a buffer.
     largest: Counter[str] = Counter()
     for plan in plans:
-        if plan.is_offloaded and not plan.copies_straight:
+        if plan.is_offloaded and not plan.copies_directly:
             key, nbytes = plan.bucket.bucket_key, plan.bucket.shard_numel * plan.gradient.itemsize
             largest[key] = max(largest[key], nbytes)
     host[Category.STAGING] += NUM_FOLD_BUFFERS * largest.total()

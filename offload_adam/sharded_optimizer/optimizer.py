@@ -87,14 +87,14 @@ class ShardedOptimizer(StateAccess):
         add_groups: Callable[[], None],
         *,
         replicated: bool = False,
-        takes_rows: bool = False,
+        accepts_sparse: bool = False,
     ) -> None:
         """Check all arguments and allocate the state, or release everything and raise. Collective.
 
         Args:
             add_groups: checks the subclass's own arguments and calls `_add_groups`.
             replicated: store the state with its parameter, whole on every rank.
-            takes_rows: accept sparse gradients.
+            accepts_sparse: accept sparse gradients.
         """
         torch_private.check()
         self._lock = threading.RLock()
@@ -146,7 +146,7 @@ class ShardedOptimizer(StateAccess):
                 on_device=any(on_device),
                 module=module,
                 overlaps=overlaps,
-                takes_rows=takes_rows,
+                accepts_sparse=accepts_sparse,
                 streamed=self._streamed if streams else None,
             )
             # Callbacks run in reverse order: the hooks are removed first. After a peer has failed,

@@ -199,7 +199,7 @@ class StateAccess(torch.optim.Optimizer):
         """
         saved = self.local_state_dict()
         core = self._alive()
-        if core.share[1] == 1:
+        if core.partition[1] == 1:
             return saved
         for index, packed in self._trainable_ids().items():
             bucket, position = core.bucket_and_position(index)
@@ -215,7 +215,7 @@ class StateAccess(torch.optim.Optimizer):
         Use it to write one file per rank with `torch.save`. `load_state_dict` accepts it on the
         same rank of the same world size.
         """
-        rank, world_size = self._settled().share
+        rank, world_size = self._settled().partition
         saved = super().state_dict()
         # Copy the entries: an edit of the saved dict must not change optimizer.state.
         saved["state"] = {packed: dict(entry) for packed, entry in saved["state"].items()}
@@ -264,7 +264,7 @@ class StateAccess(torch.optim.Optimizer):
         for pre_hook in load_state_dict_pre_hooks(self):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        rank, world_size = core.share
+        rank, world_size = core.partition
         saved = read_saved(state_dict, world_size, rank)
         groups = merge_groups(self.param_groups, saved.groups, self._check_group)
         saved_ids = saved.ids_for(known_names(self.param_groups, self._module))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from offload_adam.coordinator.node_memory import admit_memory
+from offload_adam.coordinator.node_memory import check_node_memory
 from offload_adam.coordinator.rank_checks import raise_on_all_ranks
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.layout.budget import (
@@ -92,7 +92,7 @@ class Storage:
         arenas.append(arena)
         return arena
 
-    def share_of(self, ranks: RankGroup) -> tuple[int, int]:
+    def partition_of(self, ranks: RankGroup) -> tuple[int, int]:
         """Return this rank's index among the ranks that shard the state, and their number."""
         return (0, 1) if self.policy.replicated else (ranks.rank, ranks.world_size)
 
@@ -155,7 +155,7 @@ def build_states(
     buffer_nbytes = snapshot_buffer_nbytes(plans, buffer_nbytes)
     if buffer_nbytes > 0:
         needed[Category.SNAPSHOT_BUFFER] = buffer_nbytes
-    admit_memory(ranks, needed, allow_overcommit=storage.offload.allow_overcommit)
+    check_node_memory(ranks, needed, allow_overcommit=storage.offload.allow_overcommit)
     # Map and commit all host memory before the first parameter moves to a bucket: if memory is
     # short, no parameter has changed.
     with raise_on_all_ranks(ranks, "allocating its state"):
@@ -195,7 +195,7 @@ def _build(
     flat = flatten_parameters(bucket, parameters)
     if bucket.numel > 0:
         ranks.broadcast_data(flat)
-    rank, _ = storage.share_of(ranks)
+    rank, _ = storage.partition_of(ranks)
     low, high = bucket.shard_bounds(rank)
     shard = flat[low:high]
     return BucketState(

@@ -92,7 +92,7 @@ class HostUpdate:
             self._norm.compile_kernel(gradient_format)
             self._compile_update(state, gradient_format)
             # Gradients that the device copies straight into the shard are not folded.
-            if shard is not None and state.plan.is_offloaded and not state.plan.copies_straight:
+            if shard is not None and state.plan.is_offloaded and not state.plan.copies_directly:
                 self._compile_fold(shard.dtype, state.gradient_dtype)
             if state.plan.stages_parameters and state.dtype == torch.float32:
                 self._compile_fold(torch.float32, torch.float32)

@@ -211,8 +211,8 @@ def reject_disagreement(
     """
     if agreement.failed_ranks:
         raise PeerError(
-            f"{inputs.call} aborted: rank(s) {ranks.at(agreement.failed_ranks)} raised an error "
-            "(see their traceback)."
+            f"{inputs.call} aborted: rank(s) {ranks.to_global(agreement.failed_ranks)} raised an "
+            "error (see their traceback)."
         )
     if len(set(agreement.steps)) > 1:
         raise RankDisagreementError(
@@ -234,8 +234,8 @@ def reject_disagreement(
         unlike = "but not" if 0 in agreement.changes else "differently than"
         raise RankDisagreementError(
             "Parameters were modified outside the optimizer on rank(s) "
-            f"{ranks.at(_changed(agreement.changes))} {unlike} on the others (modified here: "
-            f"{here}). Apply the same change on every rank, or broadcast it."
+            f"{ranks.to_global(_changed(agreement.changes))} {unlike} on the others (modified "
+            f"here: {here}). Apply the same change on every rank, or broadcast it."
         )
 
 

@@ -55,7 +55,7 @@ class GradientReduction:
         stream_waits: orders the streams on which gradients are written.
         transfer: packs and reduces a bucket's gradients.
         executor: copies the reduced gradients to the gradient shard.
-        takes_rows: gradients may be sparse.
+        accepts_sparse: gradients may be sparse.
         streamed: lets torch's functions work on the stand-ins that `.grad` holds after a gradient
             has left during backward. None: gradients stay in `.grad` until the step.
     """
@@ -69,7 +69,7 @@ class GradientReduction:
         transfer: GradientTransfer,
         executor: Executor,
         *,
-        takes_rows: bool = False,
+        accepts_sparse: bool = False,
         streamed: StreamedGradients | None = None,
     ) -> None:
         self._streamed = streamed
@@ -77,8 +77,8 @@ class GradientReduction:
         self._averages = policy.averages
         self.streams = streamed is not None
         self._accumulates = policy.accumulates
-        self._rows = RowExchange(ranks) if takes_rows and self._averages else None
-        self._takes_rows = takes_rows
+        self._rows = RowExchange(ranks) if accepts_sparse and self._averages else None
+        self._accepts_sparse = accepts_sparse
         self._states = states
         self._stream_waits = stream_waits
         self._transfer = transfer
@@ -102,8 +102,8 @@ class GradientReduction:
     def extend(self, states: Sequence[BucketState]) -> None:
         """Append new buckets, already in `states`, to the order in which buckets are sent."""
         for state in states:
-            takes_rows = self._takes_rows and not state.layout.amsgrad
-            reader = GradientReader(state.names, state.parameters, takes_rows=takes_rows)
+            accepts_sparse = self._accepts_sparse and not state.layout.amsgrad
+            reader = GradientReader(state.names, state.parameters, accepts_sparse=accepts_sparse)
             if self.streams:
                 reader.make_stand_ins(self._streamed, state.indices.tolist())
             self._readers.append(reader)

@@ -94,7 +94,7 @@ class ShardedAdam:
         on_device: bool = False,
         module: torch.nn.Module | None,
         overlaps: bool,
-        takes_rows: bool = False,
+        accepts_sparse: bool = False,
         streamed: StreamedGradients | None = None,
     ) -> None:
         """Construct an optimizer without parameters.
@@ -104,7 +104,7 @@ class ShardedAdam:
             num_threads, on_device: see `plan_threads`.
             module: the model, to find parameters that the user replaces by other objects.
             overlaps: run updates on the update thread; `step` returns before they have finished.
-            takes_rows, streamed: see `GradientReduction`.
+            accepts_sparse, streamed: see `GradientReduction`.
         """
         self.ranks = ranks
         self.num_steps = 0
@@ -167,7 +167,7 @@ class ShardedAdam:
             self.stream_waits,
             self.transfer,
             self.executor,
-            takes_rows=takes_rows,
+            accepts_sparse=accepts_sparse,
             streamed=streamed,
         )
         self.forward_hooks: ForwardHooks | None = None
@@ -217,7 +217,7 @@ class ShardedAdam:
             on_host = [state for state in states if state.plan.location.is_host]
             if on_host:
                 self._use_host_update().add_buckets(on_host)
-        self.snapshot_lock.buffers.append(buffer.take(buffer.nbytes, torch.uint8))
+        self.snapshot_lock.buffers.append(buffer.allocate(buffer.nbytes, torch.uint8))
         self._updates += [
             self._use_host_update() if state.plan.location.is_host else self._device_update
             for state in states
@@ -302,9 +302,9 @@ class ShardedAdam:
         self.executor.forget_streams()
 
     @property
-    def share(self) -> tuple[int, int]:
+    def partition(self) -> tuple[int, int]:
         """This rank's index among the ranks that the state is sharded over, and their number."""
-        return self._storage.share_of(self.ranks)
+        return self._storage.partition_of(self.ranks)
 
     @property
     def is_sharded(self) -> bool:

@@ -217,7 +217,7 @@ class Observation:
         """Return the progress of every rank, as published with its last heartbeat."""
         watch = self._job.world.ranks.watch
         if watch is not None:
-            return watch.places()
+            return watch.read_records()
         # A single rank sends no heartbeats, so `still_s` counts from the last call with a change.
         now_s = time.monotonic()
         if PROGRESS.moves != self._moves:

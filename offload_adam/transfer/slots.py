@@ -148,7 +148,9 @@ class Rings:
             self._arenas[key].close()
         nbytes = sum(padded_nbytes(numel, ring.dtype) for numel in ring.numels.values())
         arena = self._arenas[key] = self._make_arena(nbytes)
-        ring.slots = {slot: arena.take(numel, ring.dtype) for slot, numel in ring.numels.items()}
+        ring.slots = {
+            slot: arena.allocate(numel, ring.dtype) for slot, numel in ring.numels.items()
+        }
 
     def staging_slot(self, key: str, slot: int, numel: int) -> torch.Tensor:
         """Return the first `numel` elements of a host slot."""

@@ -119,7 +119,7 @@ def note_pinning(report: Report, nbytes: int) -> None:
     runtime = CudaRuntime(torch.device("cuda", 0))
     seconds, _ = _timed(lambda: arena.pin(runtime))
     report.note("pin_s_per_gib", seconds / gibs)
-    source, target = (arena.take(GIB, torch.uint8) for _ in range(2))
+    source, target = (arena.allocate(GIB, torch.uint8) for _ in range(2))
     report.note("is_pinned", [source.is_pinned(), source[4096:].is_pinned()])
     first, second = (torch.empty(GIB, dtype=torch.uint8, device="cuda") for _ in range(2))
     report.note("h2d", _copy_rate((first, source)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from offload_adam.memory.arena import HostArena
-from offload_adam.memory.pinning import CudaRuntime, PinRefusedError
+from offload_adam.memory.pinning import CudaRuntime, PinError
 from tests.gpu.layers import gradients_of, make, train
 
 
@@ -32,11 +32,11 @@ def test_exactly_the_requested_memory_is_pinned(pin: str) -> None:
 
 def test_pinning_that_fails_leaves_no_cuda_error() -> None:
     arena = HostArena(3 * 4096, piece_nbytes=4096)
-    tensor = arena.take(4096, torch.uint8)
+    tensor = arena.allocate(4096, torch.uint8)
     runtime = CudaRuntime(torch.device("cuda", 0))
     second = tensor.data_ptr() + 4096
     assert runtime.register(second, 4096) == 0
-    with pytest.raises(PinRefusedError, match=r"piece 2 of 3.*ulimit -l"):
+    with pytest.raises(PinError, match=r"piece 2 of 3.*ulimit -l"):
         arena.pin(runtime)
     assert not tensor.is_pinned()
     assert arena.pinned_nbytes == 0

@@ -93,7 +93,7 @@ def test_how_gradients_and_parameters_move(
     policy: dict[str, object], itemsize: int, straight: bool, ring: bool, staged: bool
 ) -> None:
     plan = plan_of(itemsize, **policy)  # type: ignore[arg-type]
-    assert (plan.copies_straight, plan.uses_ring, plan.stages_parameters) == (
+    assert (plan.copies_directly, plan.uses_ring, plan.stages_parameters) == (
         straight,
         ring,
         staged,

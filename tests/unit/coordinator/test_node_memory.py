@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 
 from offload_adam.coordinator import node_memory
-from offload_adam.coordinator.node_memory import NodeNeed, admit_memory, control_group_memory
+from offload_adam.coordinator.node_memory import NodeNeed, check_node_memory, control_group_memory
 from offload_adam.coordinator.ranks import RankGroup, open_rank_group
 from offload_adam.errors import HostMemoryError
 from tests.support.ranks import RankPool
@@ -70,19 +70,19 @@ def test_overcommitment_is_a_warning(
 ) -> None:
     monkeypatch.setattr(node_memory, "available_memory", lambda: (2047, "of the machine"))
     with pytest.raises(HostMemoryError, match="does not fit"):
-        admit_memory(RankGroup(), {"exp_avg": 2048}, allow_overcommit=False)
-    admit_memory(RankGroup(), {"exp_avg": 2048}, allow_overcommit=True)
+        check_node_memory(RankGroup(), {"exp_avg": 2048}, allow_overcommit=False)
+    check_node_memory(RankGroup(), {"exp_avg": 2048}, allow_overcommit=True)
     assert "does not fit" in caplog.text
-    admit_memory(RankGroup(), {"exp_avg": 2047}, allow_overcommit=False)
+    check_node_memory(RankGroup(), {"exp_avg": 2047}, allow_overcommit=False)
 
 
 def need_more_on_one_rank(rank: int, world_size: int) -> str:
     ranks = open_rank_group(None)
     sees = patch.object(node_memory, "available_memory", lambda: (4000 + rank, "of the machine"))
     with sees:
-        admit_memory(ranks, {"exp_avg": 1000}, allow_overcommit=False)
+        check_node_memory(ranks, {"exp_avg": 1000}, allow_overcommit=False)
         with pytest.raises(HostMemoryError) as caught:
-            admit_memory(ranks, {"exp_avg": 1000 + rank}, allow_overcommit=False)
+            check_node_memory(ranks, {"exp_avg": 1000 + rank}, allow_overcommit=False)
     ranks.release()
     return str(caught.value)
 

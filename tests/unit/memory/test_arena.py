@@ -16,7 +16,7 @@ from offload_adam.memory.arena import (
     arena_nbytes,
     padded_nbytes,
 )
-from offload_adam.memory.pinning import PinRefusedError
+from offload_adam.memory.pinning import PinError
 from tests.support.cuda_runtime import StandInRuntime
 
 PIECE = 3 * 4096
@@ -27,7 +27,7 @@ def test_what_is_taken_lies_in_one_piece_and_nothing_is_lost_below_one() -> None
     assert arena_nbytes(parts) == 4096 * 5 + 128 + 128
     assert arena_nbytes(parts, PIECE) == 2 * PIECE + 4096
     arena = HostArena(arena_nbytes(parts, PIECE), piece_nbytes=PIECE)
-    taken = [arena.take(nbytes, torch.uint8) for nbytes in parts if nbytes]
+    taken = [arena.allocate(nbytes, torch.uint8) for nbytes in parts if nbytes]
     base = taken[0].data_ptr()
     places = [(t.data_ptr() - base, t.data_ptr() - base + t.nbytes) for t in taken]
     for (_, end), (start, _) in pairwise(places):
@@ -36,13 +36,13 @@ def test_what_is_taken_lies_in_one_piece_and_nothing_is_lost_below_one() -> None
         assert start % ALIGNMENT_NBYTES == 0
         assert start // PIECE == (end - 1) // PIECE
     with pytest.raises(AssertionError, match="asked for"):
-        arena.take(1, torch.uint8)
+        arena.allocate(1, torch.uint8)
 
 
 def test_pinned_are_exactly_the_bytes_of_the_arena_in_pieces() -> None:
     runtime = StandInRuntime()
     arena = HostArena(2 * PIECE + 100, piece_nbytes=PIECE)
-    taken = arena.take(10, torch.float32)
+    taken = arena.allocate(10, torch.float32)
     assert arena.pinned_nbytes == 0
     arena.pin(runtime)
     arena.pin(runtime)
@@ -63,14 +63,14 @@ def test_pinned_are_exactly_the_bytes_of_the_arena_in_pieces() -> None:
 def test_a_refusal_at_any_piece_unpins_the_rest_and_leaves_no_error(granted: int) -> None:
     runtime = StandInRuntime(refuse_after=granted)
     arena = HostArena(2 * PIECE + 100, piece_nbytes=PIECE)
-    with pytest.raises(PinRefusedError) as refusal:
+    with pytest.raises(PinError) as refusal:
         arena.pin(runtime)
     assert f"error 2; piece {granted + 1} of 3" in str(refusal.value)
     assert "ulimit -l" in str(refusal.value)
     assert runtime.registered == {}
     assert not runtime.has_error
     assert arena.pinned_nbytes == 0
-    assert float(arena.take(4, torch.float32).sum()) == 0.0
+    assert float(arena.allocate(4, torch.float32).sum()) == 0.0
     arena.close()
     assert runtime.calls.count("unregister") == granted
 
@@ -90,7 +90,7 @@ def test_it_ends_in_any_order_once(order: tuple[str, ...]) -> None:
     held: dict[str, object] = {"arena": HostArena(4096)}
     arena = held["arena"]
     assert isinstance(arena, HostArena)
-    held["tensor"] = arena.take(8, torch.float32)
+    held["tensor"] = arena.allocate(8, torch.float32)
     arena.pin(runtime)
     held["close"] = arena.close
     del arena
@@ -108,7 +108,7 @@ def test_it_ends_in_any_order_once(order: tuple[str, ...]) -> None:
 def test_it_is_unpinned_before_it_is_unmapped_also_in_a_cycle() -> None:
     runtime = StandInRuntime()
     arena = HostArena(4096)
-    tensor = arena.take(8, torch.float32)
+    tensor = arena.allocate(8, torch.float32)
     arena.pin(runtime)
     tensor.arena = arena  # type: ignore[attr-defined]
     arena.tensor = tensor  # type: ignore[attr-defined]
@@ -125,7 +125,7 @@ def test_each_part_is_committed_by_what_is_told_to() -> None:
         parts=parts,
         touch=lambda memory: touched.append((memory.data_ptr(), memory.nbytes)),
     )
-    first, second = arena.take(100, torch.float32), arena.take(50, torch.bfloat16)
+    first, second = arena.allocate(100, torch.float32), arena.allocate(50, torch.bfloat16)
     assert touched == [(first.data_ptr(), parts[0]), (second.data_ptr(), parts[1])]
 
 

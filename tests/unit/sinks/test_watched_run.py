@@ -263,7 +263,7 @@ class Ranks:
         self.watch, self.failure = self, failure
         self.records = records
 
-    def places(self) -> tuple[PeerRecord, ...]:
+    def read_records(self) -> tuple[PeerRecord, ...]:
         return self.records
 
 

@@ -35,7 +35,7 @@ def look(rank: int, world_size: int) -> Seen:
             assert time.monotonic() < deadline_s, seen
             seen = [
                 (peer.rank, peer.progress.step, peer.progress.phase, peer.progress.bucket)
-                for peer in ranks.watch.places()
+                for peer in ranks.watch.read_records()
             ]
         ranks.all_reduce(torch.zeros(1))
     ranks.release()
