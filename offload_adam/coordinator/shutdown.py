@@ -25,7 +25,8 @@ from offload_adam.torch_private import connect_to_default_store
 
 logger = logging.getLogger(__name__)
 
-# Seconds for the clean-up after an error. Then the process is ended.
+# Seconds for the clean-up after an error. Then the process is ended. Clean-up takes milliseconds
+# unless it waits for a dead peer, which never returns; torchrun itself kills after 30 s.
 GRACE_S = 10.0
 # Schedulers send SIGTERM before they end a job; Slurm's `--signal=USR1` sends SIGUSR1 instead.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

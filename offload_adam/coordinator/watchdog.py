@@ -30,9 +30,12 @@ from offload_adam.options import FailurePolicy
 logger = logging.getLogger(__name__)
 
 _VERDICT = "verdict"
-# A rank that waits longer in a collective checks all ranks, not only the next one.
+# A rank that waits longer in a collective reads all ranks' records at each heartbeat, not only the
+# next rank's. Far above an ordinary wait, so that usual steps cost one read a beat, and far below
+# `stuck_after`, which is judged from these records.
 _SUSPECT_AFTER_S = 2.0
-# Longest wait at exit for a heartbeat thread that hangs in a store call.
+# Longest wait at exit for the heartbeat thread to publish that this rank leaves, which takes
+# milliseconds. If the store hangs, the thread is a daemon and ends with the process.
 _JOIN_S = 2.0
 
 
@@ -195,7 +198,7 @@ class PeerWatch:
             logger.debug("Could not publish that this rank left: the store is closed")
 
     def _answer_readers(self) -> None:
-        """Read all records if a thread waits in `places`, and wake that thread."""
+        """Read all records if a thread waits in `read_records`, and wake that thread."""
         if self._readers:
             self._records = tuple(self._read(rank) for rank in range(len(self._global_ranks)))
         while self._readers:

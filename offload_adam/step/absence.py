@@ -10,7 +10,11 @@ import torch
 logger = logging.getLogger(__name__)
 
 NUM_STEPS = 10
-"""Steps without a gradient of a parameter after which to warn about it."""
+"""Steps without a gradient of a parameter after which to warn about it.
+
+Early enough to stop a run that trains nothing; parameters that only some batches use, such as those
+of experts, usually have had a gradient by then.
+"""
 
 
 class AbsenceWatch:
