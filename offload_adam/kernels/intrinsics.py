@@ -27,8 +27,8 @@ LINE_NBYTES = 64
 """Bytes of a cache line."""
 
 _LANES = 16  # fixed, because the number of lanes decides the order of additions and so the bits
-# Distance from the block that is summed to the block that is prefetched: two blocks of fp32, so that
-# a line arrives from memory before its turn.
+# Distance from the block that is summed to the block that is prefetched: two blocks of fp32. Nearer
+# lines would not arrive from memory before their turn.
 _PREFETCH_NBYTES = 1024
 
 
