@@ -5,9 +5,9 @@ A type that JSON lacks becomes an object with its name under "$type":
     (1, inf)    {"$type": "tuple", "items": [1, {"$type": "float", "value": "inf"}]}
     {3: "a"}    {"$type": "dict", "pairs": [[3, "a"]]}
 
-A dict with the key "$type" is encoded as pairs, so every object with this key is such a type.
+A dict that has the key "$type" is encoded as pairs, so "$type" in JSON always names a type.
 Types are compared exactly: a subclass would be decoded as its base class, so it is rejected.
-Decoding constructs only the types below, and allocates no more than the size of the text.
+Decoding constructs only the types below, and allocates memory in proportion to the text.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from offload_adam.errors import CheckpointError
 TAG = "$type"
 MAX_NBYTES = 1024 * 1024
 """Limit of one tensor, array or bytes object: larger ones would make the manifest slow to parse."""
-_MAX_DEPTH = 50  # one level takes up to 4 levels of JSON, of which pydantic allows 255
-_MAX_INT_BITS = 4096  # Python does not parse integers of more than 4300 digits
+# A level takes up to 3 Python frames to decode, and Python allows 1,000 frames by default.
+_MAX_DEPTH = 50
+# 1,234 digits. Python converts at most 4,300 digits (14,284 bits) from or to text by default.
+_MAX_INT_BITS = 4096
 
 _SEQUENCES: dict[str, Callable[[list[Any]], Any]] = {
     "tuple": tuple,
@@ -63,19 +65,20 @@ _MALFORMED = (
     *(ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError),
     *(TypeError, ValueError),
 )
+"""Errors of the decoders if a value is malformed. Others, such as MemoryError, propagate."""
 
 _Path = tuple[Any, ...]
 """The name of the outermost value, then the keys that lead to a value inside it."""
 
 
 def encode(value: object, name: str) -> Any:
-    """Return a value as lists, dicts, strings, numbers and None.
+    """Return a value as lists, dicts with text keys, strings, finite numbers, bools and None.
 
     Args:
-        name: of the value, for error messages.
+        name: what error messages call the value.
 
     Raises:
-        CheckpointError: a value inside is of another type; the message names its path.
+        CheckpointError: the value, or one inside it, cannot be encoded; the message names its path.
     """
     return _encode(value, (name,))
 
@@ -84,15 +87,18 @@ def decode(value: Any, name: str) -> Any:
     """Return the value that `encode` encoded. Tensors are on the host.
 
     Args:
-        name: of the value, for error messages.
+        name: what error messages call the value.
 
     Raises:
-        CheckpointError: `encode` did not write this value.
+        CheckpointError: `value` is not a result of `encode`.
     """
     try:
         return _decode(value)
     except _MALFORMED as error:
-        raise CheckpointError(f"{name} cannot be decoded: {error!r}.") from error
+        raise CheckpointError(
+            f"{name} cannot be decoded ({type(error).__name__}: {str(error).rstrip('.')}). Load it "
+            "with the version of offload_adam that wrote it, or load another checkpoint."
+        ) from error
 
 
 def _encode(value: Any, path: _Path) -> Any:
@@ -100,8 +106,8 @@ def _encode(value: Any, path: _Path) -> Any:
     kind = type(value)
     if len(path) > _MAX_DEPTH:
         raise CheckpointError(
-            f"{path[0]} has more than {_MAX_DEPTH} levels or contains itself. Save less nested "
-            "values."
+            f"{path[0]} has more than {_MAX_DEPTH} levels of nesting, or contains itself. Nest its "
+            "values less deeply."
         )
     if value is None or kind is bool:
         return value
@@ -165,7 +171,9 @@ def _encode_mapping(tag: str, value: dict[Any, Any], path: _Path) -> Any:
     if factory is not None:
         name = getattr(factory, "__name__", "")
         if _FACTORIES.get(name) is not factory:
-            raise _rejected(path, f"a defaultdict of {factory!r}", "Save a dict")
+            raise _rejected(
+                path, f"a defaultdict of {name or type(factory).__name__}", "Save a dict instead"
+            )
         found["factory"] = name
     return found
 
@@ -173,11 +181,11 @@ def _encode_mapping(tag: str, value: dict[Any, Any], path: _Path) -> Any:
 def _encode_tensor(value: torch.Tensor, path: _Path) -> Any:
     if value.layout is not torch.strided or value.is_meta or str(value.dtype) not in _TORCH_DTYPES:
         what = f"a tensor of {value.dtype}, {value.layout} on {value.device}"
-        raise _rejected(path, what, "Save a dense one")
+        raise _rejected(path, what, "Save a dense tensor with data, of a dtype such as float32")
     if value.requires_grad:
         raise _rejected(path, "a tensor that requires gradients", "Save tensor.detach()")
     _require_small(value.nbytes, path)  # before a copy of any size is made
-    # The bytes of a conjugate or negated view are those of its base, so these are resolved.
+    # A conjugate or negated view has the bytes of its base. Resolving writes out its own values.
     flat = value.resolve_conj().resolve_neg().cpu().contiguous().view(-1)
     return {
         TAG: "torch.Tensor",
@@ -189,11 +197,14 @@ def _encode_tensor(value: torch.Tensor, path: _Path) -> Any:
 
 def _encode_array(value: np.ndarray[Any, Any] | np.generic, path: _Path) -> Any:
     is_array = isinstance(value, np.ndarray)
-    # Structured and object dtypes are not in the table, nor are subclasses of NumPy's scalars.
+    # The table has no structured or object dtypes. Scalars must be exactly of the type to which the
+    # dtype's text is decoded: np.longlong and subclasses of NumPy's scalar types are not.
     dtype = _ARRAY_DTYPES.get(value.dtype.str)
     if dtype != value.dtype or not (is_array or type(value) is value.dtype.type is dtype.type):
         raise _rejected(
-            path, f"of type {type(value).__name__} and {value.dtype}", "Save plain numbers"
+            path,
+            f"of type {type(value).__name__} and dtype {value.dtype}",
+            "Save numbers of a dtype such as int64 or float32",
         )
     _require_small(value.nbytes, path)
     found = {TAG: "numpy.ndarray" if is_array else "numpy.generic", "dtype": value.dtype.str}
@@ -204,7 +215,7 @@ def _encode_array(value: np.ndarray[Any, Any] | np.generic, path: _Path) -> Any:
 
 def _require_small(nbytes: int, path: _Path) -> None:
     if nbytes > MAX_NBYTES:
-        remedy = f"The limit is {MAX_NBYTES:,} bytes; make it a buffer of the model"
+        remedy = f"The limit is {MAX_NBYTES:,} bytes: register larger data as a buffer of the model"
         raise _rejected(path, f"{nbytes:,} bytes long", remedy)
 
 
@@ -224,7 +235,7 @@ def _decode(value: Any) -> Any:
         return value
     if TAG not in value:
         return {key: _decode(inner) for key, inner in value.items()}
-    # An unknown tag is a KeyError, and unknown fields are a TypeError: `decode` rejects both.
+    # An unknown tag raises a KeyError, an unknown field a TypeError: `decode` replaces both.
     return _DECODERS[value[TAG]](**{key: inner for key, inner in value.items() if key != TAG})
 
 
@@ -262,17 +273,17 @@ def _decode_file(data: str, at: int) -> io.BytesIO:
 def _decode_tensor(dtype: str, shape: list[int], data: str) -> torch.Tensor:
     content, kind = _bytes_of(data), _TORCH_DTYPES[dtype]
     if math.prod(shape) * kind.itemsize != len(content):
-        raise ValueError(f"{len(content)} bytes for shape {shape}")
+        raise ValueError(f"{len(content)} bytes are not a {dtype} tensor of shape {shape}")
     if not content:
         return torch.empty(shape, dtype=kind, device="cpu")
     flat = torch.frombuffer(content, dtype=torch.uint8)
-    # Any other byte than 0 and 1 would be an invalid bool, so bools are converted.
+    # A byte other than 0 and 1 would be an invalid bool: `to` makes it True.
     return (flat.to(kind) if kind is torch.bool else flat.view(kind)).view(shape)
 
 
 def _decode_array(dtype: str, shape: list[int], data: str) -> np.ndarray[Any, Any]:
     kind = _ARRAY_DTYPES[dtype]
-    if kind == np.bool_:
+    if kind == np.bool_:  # as in _decode_tensor
         return np.frombuffer(_bytes_of(data), np.uint8).astype(np.bool_).reshape(shape)
     return np.frombuffer(_bytes_of(data), kind).reshape(shape)
 

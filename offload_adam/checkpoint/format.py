@@ -4,8 +4,8 @@
     rank-00000-of-00002.safetensors     rank 0's pieces of the tensors
     rank-00001-of-00002.safetensors     rank 1's
 
-The manifest has checksums of the files and of itself. Values that JSON lacks are encoded, see
-encoding.py.
+The manifest has checksums of the files and of its own text. encoding.py describes how values that
+JSON lacks are written.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ FORMAT_VERSION = 3
 READABLE_VERSIONS = (2, FORMAT_VERSION)
 MANIFEST_NAME = "manifest.json"
 BLOCK_NBYTES = CHECKPOINT_BLOCK_NBYTES
+"""Bytes of a file under one checksum: 4 MiB. Changing it makes saved checkpoints unreadable."""
+LOAD_ANOTHER = "Load another checkpoint."
+"""What to do about a damaged checkpoint, for error messages."""
 
 DTYPES = {
     "F32": torch.float32,
@@ -53,6 +56,8 @@ StepCount = Annotated[FiniteFloat, Field(ge=0, le=2**24)]
 
 
 class _Entry(BaseModel):
+    """Base of the manifest's entries. It rejects unknown fields and converts no types."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
@@ -71,9 +76,9 @@ class Piece(_Entry):
 
 
 class TensorEntry(_Entry):
-    """One tensor. Its boxes have its dimensions in memory order, the outermost first.
+    """One tensor. The boxes of its pieces list the dimensions in memory order, outermost first.
 
-    shape: logical.
+    shape: the sizes of the logical dimensions.
     order: the logical dimension of each dimension in memory order.
 
     Example: a channels_last weight of logical shape (5, 3, 2, 2) has the order [0, 2, 3, 1] and the
@@ -144,20 +149,26 @@ class Manifest(_Entry):
     extra: dict[str, Any]
 
     def decoded_values(self) -> dict[str, Any]:
-        """Return the entries of the model's state dict that are not tensors."""
+        """Return the entries of the model's state dict that are not tensors.
+
+        Raises:
+            CheckpointError: an entry cannot be decoded.
+        """
         return {name: decode(value, name) for name, value in self.values.items()}
 
     def decoded_extra(self) -> dict[str, Any]:
         """Return the `extra` that was given to `save_checkpoint`.
 
         Raises:
-            CheckpointError: it cannot be decoded.
+            CheckpointError: `extra` cannot be decoded.
         """
         if self.format_version == 2:
-            return self.extra
+            return self.extra  # saved as plain JSON, without encoding
         found = decode(self.extra, "extra")
         if not isinstance(found, dict):
-            raise CheckpointError(f"extra must be a dict, not a {type(found).__name__}.")
+            raise CheckpointError(
+                f"extra must be a dict, not a {type(found).__name__}. {LOAD_ANOTHER}"
+            )
         return found
 
     def to_json(self) -> str:
@@ -175,6 +186,7 @@ def sealed(values: dict[str, Any]) -> str:
 
 
 def _digest(values: dict[str, Any]) -> str:
+    # Sorted and without spaces: the digest depends neither on the order of keys nor on the layout.
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -182,20 +194,28 @@ def _digest(values: dict[str, Any]) -> str:
 def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of a checkpoint.
 
-    All files are in the folder, and the pieces of a tensor cover each element exactly once.
+    No file name leads out of the folder. The pieces of a tensor lie inside their files and cover
+    each element exactly once. The files themselves are not opened.
 
     Raises:
-        CheckpointError: naming the invalid entry and the problem.
+        CheckpointError: the manifest is missing, damaged, invalid or of an unknown version. The
+            message names the invalid entry.
     """
     path = folder / MANIFEST_NAME
     if not path.exists():
-        raise CheckpointError(f"{folder} is not a checkpoint: it has no {MANIFEST_NAME}.")
+        raise CheckpointError(
+            f"{folder} is not a checkpoint: it has no {MANIFEST_NAME}. Pass a folder that "
+            "save_checkpoint wrote."
+        )
+    # Reading from a pipe could hang.
     if not path.is_file():
-        raise CheckpointError(f"{path} is not a regular file.")
+        raise CheckpointError(f"{path} is not a regular file. {LOAD_ANOTHER}")
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}. Check its permissions and the disk."
+        ) from error
     return parse_manifest(text, str(path))
 
 
@@ -203,7 +223,7 @@ def parse_manifest(text: str | bytes, origin: str) -> Manifest:
     """Parse and check the text of a manifest.
 
     Args:
-        origin: the path, for error messages.
+        origin: the path of the manifest, for error messages.
 
     Raises:
         CheckpointError: as `read_manifest`.
@@ -214,12 +234,10 @@ def parse_manifest(text: str | bytes, origin: str) -> Manifest:
         if isinstance(values, dict):
             digest = values.pop("sha256", None)
             if digest != _digest(values):
-                raise CheckpointError(
-                    f"{origin} is damaged: its checksum is wrong. Load another checkpoint."
-                )
+                raise CheckpointError(f"{origin} is damaged: its checksum is wrong. {LOAD_ANOTHER}")
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{origin} is not JSON: {error}. Load another checkpoint.") from error
-    # Then the version: the fields of another one may differ.
+        raise CheckpointError(f"{origin} is not JSON: {error}. {LOAD_ANOTHER}") from error
+    # Then the version: another version may have other fields.
     version = values.get("format_version") if isinstance(values, dict) else None
     if isinstance(version, int) and version not in READABLE_VERSIONS:
         other = " or a newer one" if version > FORMAT_VERSION else ""
@@ -232,7 +250,9 @@ def parse_manifest(text: str | bytes, origin: str) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{origin}: {where or 'the manifest'}: {first['msg']}.") from error
+        raise CheckpointError(
+            f"{origin}: {where or 'the manifest'}: {first['msg']}. {LOAD_ANOTHER}"
+        ) from error
     # Decode once now: load_checkpoint must not find invalid values after it has modified the state.
     try:
         manifest.decoded_values()
@@ -245,11 +265,14 @@ def parse_manifest(text: str | bytes, origin: str) -> Manifest:
             _check_tensor(manifest, entry)
         except ValueError as error:
             raise CheckpointError(
-                f"{origin}: tensor {name!r}: {str(error).rstrip('.')}."
+                f"{origin}: tensor {name!r}: {str(error).rstrip('.')}. {LOAD_ANOTHER}"
             ) from error
     for alias, name in manifest.tied.items():
-        if name not in manifest.tensors or alias in manifest.tensors:
-            raise CheckpointError(f"{origin}: {alias!r} cannot be another name of {name!r}.")
+        listed = f"{origin}: {alias!r} is listed as another name of {name!r}"
+        if name not in manifest.tensors:
+            raise CheckpointError(f"{listed}, which is not a saved tensor. {LOAD_ANOTHER}")
+        if alias in manifest.tensors:
+            raise CheckpointError(f"{listed}, but is itself a saved tensor. {LOAD_ANOTHER}")
     return manifest
 
 
@@ -262,27 +285,44 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_files(manifest: Manifest, origin: str) -> None:
+    """Check the names of the files, and that each file has one checksum per block."""
     for name, entry in manifest.files.items():
         # A name such as ../x would lead out of the folder.
         if not _PLAIN_NAME.fullmatch(name) or name == MANIFEST_NAME:
-            raise CheckpointError(f"{origin}: {name!r} is not a plain file name.")
-        if len(entry.checksums) != -(-entry.nbytes // BLOCK_NBYTES):
-            raise CheckpointError(f"{origin}: {name} does not have one checksum for each 4 MiB.")
+            raise CheckpointError(
+                f"{origin}: {name!r} is not a plain file name that a rank could have written. "
+                f"{LOAD_ANOTHER}"
+            )
+        needed = -(-entry.nbytes // BLOCK_NBYTES)
+        if len(entry.checksums) != needed:
+            raise CheckpointError(
+                f"{origin}: {name} has {entry.nbytes} bytes and needs {needed} checksum(s), one "
+                f"for each 4 MiB, but has {len(entry.checksums)}. {LOAD_ANOTHER}"
+            )
 
 
 def _check_tensor(manifest: Manifest, entry: TensorEntry) -> None:
-    """Check that the pieces of a tensor cover it exactly once and lie inside their files."""
+    """Check that the pieces of a tensor lie inside their files and cover each element once.
+
+    Raises:
+        ValueError: the message is a fragment, to which the caller adds the tensor's name.
+    """
     if entry.dtype not in DTYPES:
         raise ValueError(f"unknown dtype {entry.dtype!r}")
     if sorted(entry.order) != list(range(len(entry.shape))):
-        raise ValueError(f"{entry.order} is not an order of {len(entry.shape)} dimensions")
+        raise ValueError(
+            f"order {entry.order} is not a permutation of {len(entry.shape)} dimensions"
+        )
     for piece in entry.pieces:
         file = manifest.files.get(piece.file)
         if file is None:
             raise ValueError(f"{piece.file!r} is not a file of the checkpoint")
         start, end = range_of_box(entry.memory_shape, piece.box)
-        if piece.start + (end - start) * DTYPES[entry.dtype].itemsize > file.nbytes:
-            raise ValueError(f"a piece exceeds the end of {piece.file}")
+        last = piece.start + (end - start) * DTYPES[entry.dtype].itemsize
+        if last > file.nbytes:
+            raise ValueError(
+                f"a piece exceeds the end of {piece.file}: it ends at byte {last} of {file.nbytes}"
+            )
     # In ascending order, each range must begin where the one before it ends.
     ranges = [(start, end) for start, end, _ in sorted_pieces(entry)]
     numel = math.prod(entry.shape)
@@ -294,19 +334,23 @@ def _check_tensor(manifest: Manifest, entry: TensorEntry) -> None:
 
 
 def sorted_pieces(entry: TensorEntry) -> list[tuple[int, int, Piece]]:
-    """Return the flat range [start, end) of each non-empty piece, in ascending order."""
+    """Return (start, end, piece) of each non-empty piece in ascending order.
+
+    The piece holds elements [start, end) of the tensor, counted in memory order.
+    """
     found = [(*range_of_box(entry.memory_shape, piece.box), piece) for piece in entry.pieces]
     return sorted((item for item in found if item[1] > item[0]), key=lambda item: item[:2])
 
 
 def decoded_optimizer(saved: Mapping[str, Any], format_version: int) -> Any:
-    """Return what `plain_state` returned when the checkpoint was saved.
+    """Decode the saved result of `optimizer_access.plain_state`.
 
     Args:
         saved: `Manifest.optimizer` as a dict.
+        format_version: of the checkpoint that holds `saved`.
 
     Raises:
-        CheckpointError: it cannot be decoded.
+        CheckpointError: `saved` cannot be decoded.
     """
     if format_version > 2:
         return decode(saved, "the saved optimizer")
