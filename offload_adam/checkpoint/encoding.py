@@ -133,9 +133,9 @@ def _encode(value: Any, path: _Path) -> Any:
     if kind is complex:
         return {TAG: "complex", "items": _encode_all((value.real, value.imag), path)}
     if kind in (bytes, bytearray):
-        return {TAG: kind.__name__, "data": _text_of(value, path)}
+        return {TAG: kind.__name__, "data": _to_base64(value, path)}
     if kind is io.BytesIO:
-        return {TAG: "BytesIO", "data": _text_of(value.getvalue(), path), "at": value.tell()}
+        return {TAG: "BytesIO", "data": _to_base64(value.getvalue(), path), "at": value.tell()}
     if kind is torch.dtype and str(value) in _TORCH_DTYPES:
         return {TAG: "torch.dtype", "value": str(value)}
     if kind is torch.device:
@@ -191,7 +191,7 @@ def _encode_tensor(value: torch.Tensor, path: _Path) -> Any:
         TAG: "torch.Tensor",
         "dtype": str(value.dtype),
         "shape": list(value.shape),
-        "data": _text_of(flat.view(torch.uint8).numpy().tobytes(), path),
+        "data": _to_base64(flat.view(torch.uint8).numpy().tobytes(), path),
     }
 
 
@@ -210,7 +210,7 @@ def _encode_array(value: np.ndarray[Any, Any] | np.generic, path: _Path) -> Any:
     found = {TAG: "numpy.ndarray" if is_array else "numpy.generic", "dtype": value.dtype.str}
     if is_array:
         found["shape"] = list(value.shape)
-    return {**found, "data": _text_of(value.tobytes(), path)}
+    return {**found, "data": _to_base64(value.tobytes(), path)}
 
 
 def _require_small(nbytes: int, path: _Path) -> None:
@@ -219,12 +219,12 @@ def _require_small(nbytes: int, path: _Path) -> None:
         raise _rejected(path, f"{nbytes:,} bytes long", remedy)
 
 
-def _text_of(data: bytes | bytearray, path: _Path) -> str:
+def _to_base64(data: bytes | bytearray, path: _Path) -> str:
     _require_small(len(data), path)
     return binascii.b2a_base64(data, newline=False).decode("ascii")
 
 
-def _bytes_of(data: str) -> bytearray:
+def _from_base64(data: str) -> bytearray:
     return bytearray(binascii.a2b_base64(data.encode("ascii"), strict_mode=True))
 
 
@@ -265,27 +265,28 @@ def _decode_complex(items: list[Any]) -> complex:
 
 
 def _decode_file(data: str, at: int) -> io.BytesIO:
-    file = io.BytesIO(_bytes_of(data))
+    file = io.BytesIO(_from_base64(data))
     file.seek(at)
     return file
 
 
 def _decode_tensor(dtype: str, shape: list[int], data: str) -> torch.Tensor:
-    content, kind = _bytes_of(data), _TORCH_DTYPES[dtype]
-    if math.prod(shape) * kind.itemsize != len(content):
+    content, torch_dtype = _from_base64(data), _TORCH_DTYPES[dtype]
+    if math.prod(shape) * torch_dtype.itemsize != len(content):
         raise ValueError(f"{len(content)} bytes are not a {dtype} tensor of shape {shape}")
     if not content:
-        return torch.empty(shape, dtype=kind, device="cpu")
+        return torch.empty(shape, dtype=torch_dtype, device="cpu")
     flat = torch.frombuffer(content, dtype=torch.uint8)
     # A byte other than 0 and 1 would be an invalid bool: `to` makes it True.
-    return (flat.to(kind) if kind is torch.bool else flat.view(kind)).view(shape)
+    is_bool = torch_dtype is torch.bool
+    return (flat.to(torch_dtype) if is_bool else flat.view(torch_dtype)).view(shape)
 
 
 def _decode_array(dtype: str, shape: list[int], data: str) -> np.ndarray[Any, Any]:
-    kind = _ARRAY_DTYPES[dtype]
-    if kind == np.bool_:  # as in _decode_tensor
-        return np.frombuffer(_bytes_of(data), np.uint8).astype(np.bool_).reshape(shape)
-    return np.frombuffer(_bytes_of(data), kind).reshape(shape)
+    numpy_dtype = _ARRAY_DTYPES[dtype]
+    if numpy_dtype == np.bool_:  # as in _decode_tensor
+        return np.frombuffer(_from_base64(data), np.uint8).astype(np.bool_).reshape(shape)
+    return np.frombuffer(_from_base64(data), numpy_dtype).reshape(shape)
 
 
 def _decode_scalar(dtype: str, data: str) -> Any:
@@ -297,8 +298,8 @@ _DECODERS: Mapping[str, Callable[..., Any]] = {
     **{tag: partial(_decode_mapping, kind) for tag, kind in _MAPPINGS.items()},
     "float": _decode_float,
     "complex": _decode_complex,
-    "bytes": lambda data: bytes(_bytes_of(data)),
-    "bytearray": _bytes_of,
+    "bytes": lambda data: bytes(_from_base64(data)),
+    "bytearray": _from_base64,
     "BytesIO": _decode_file,
     "torch.dtype": lambda value: _TORCH_DTYPES[value],
     "torch.device": lambda value: torch.device(value),

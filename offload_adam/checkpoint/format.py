@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError
 
 from offload_adam.checkpoint.encoding import decode
 from offload_adam.errors import CheckpointError
@@ -50,7 +50,6 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _PLAIN_NAME = re.compile(r"[\w-][\w.-]*")
-Count = Annotated[int, Field(ge=0)]
 StepCount = Annotated[FiniteFloat, Field(ge=0, le=2**24)]
 """Step counts are float32, as in torch: larger integers are not exact."""
 
@@ -64,10 +63,10 @@ class _Entry(BaseModel):
 class Piece(_Entry):
     """A box of a tensor. Its elements are contiguous in `file`, from byte `start`."""
 
-    offsets: list[Count]
-    sizes: list[Count]
+    offsets: list[NonNegativeInt]
+    sizes: list[NonNegativeInt]
     file: str
-    start: Count
+    start: NonNegativeInt
 
     @property
     def box(self) -> Box:
@@ -86,8 +85,8 @@ class TensorEntry(_Entry):
     """
 
     dtype: str
-    shape: list[Count]
-    order: list[Count]
+    shape: list[NonNegativeInt]
+    order: list[NonNegativeInt]
     pieces: list[Piece]
 
     @property
@@ -99,8 +98,8 @@ class TensorEntry(_Entry):
 class FileEntry(_Entry):
     """One file: its length in bytes, and the CRC-32 of each block of 4 MiB."""
 
-    nbytes: Count
-    checksums: list[Count]
+    nbytes: NonNegativeInt
+    checksums: list[NonNegativeInt]
 
 
 class RankEntry(_Entry):
@@ -138,9 +137,9 @@ class Manifest(_Entry):
     extra: the argument of `save_checkpoint`, encoded.
     """
 
-    format_version: Count
-    step: Count
-    world_size: Count
+    format_version: NonNegativeInt
+    step: NonNegativeInt
+    world_size: NonNegativeInt
     tensors: dict[str, TensorEntry]
     files: dict[str, FileEntry]
     optimizer: OptimizerEntry
