@@ -4,8 +4,8 @@
     dcp.save(state, checkpoint_id="folder")
     dcp.load(state, checkpoint_id="folder")  # in any world size, directly into the state
 
-torch writes and reads these files. Unlike `save_checkpoint`, DCP pickles metadata and all values
-that are not tensors, casts silently on load, and does not commit a save by one rename.
+torch writes and reads these files. Unlike `save_checkpoint`, DCP pickles its metadata and all
+values that are not tensors, casts silently on load, and does not commit a save by one rename.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from offload_adam.state.state_shard import BoxTensor, memory_order, range_source
 class OptimizerState:
     """An optimizer as torch's `Stateful`, for `dcp.save` and `dcp.load`.
 
-    It holds no weights: save the model's state dict too. Parameters are identified by their names
-    in the model, so the world size may change.
+    It holds no parameters: save the model's state dict too. State is saved under the parameters'
+    names in the model, so the world size may change between save and load.
     """
 
     def __init__(self, model: nn.Module, optimizer: ShardedOptimizer) -> None:
@@ -42,10 +42,15 @@ class OptimizerState:
         self._optimizer = optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this rank's boxes, which are views of the state, and all other state as JSON."""
+        """Return this rank's part of the state. `dcp.load` writes into it in place.
+
+        Returns:
+            "state": parameter name -> key -> `BoxTensor`, whose boxes are views of the state.
+            "plain": all state except tensors, as JSON.
+        """
         with locked(self._optimizer):
             core = self._optimizer._settled()
-            # dcp.load writes into these boxes, which a background checkpoint may still read.
+            # dcp.load overwrites this memory, which a background checkpoint may still read.
             core.external_edits.wait_for_snapshot()
             plain = encode(plain_state(self._optimizer, core, self._name_of), "optimizer")
             state: dict[str, dict[str, BoxTensor]] = {}
@@ -61,12 +66,13 @@ class OptimizerState:
         return {"state": state, "plain": text}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load the state that is not tensors. `dcp.load` has already read the boxes in place.
+        """Load all state except tensors, which `dcp.load` has already read in place.
 
         Raises:
-            CheckpointError: groups or parameters differ.
+            CheckpointError: parameter groups or parameters differ from those of this optimizer.
         """
         values = json.loads(state_dict["plain"])
+        # Files written in format 2 do not name a version.
         plain = decoded_optimizer(values["optimizer"], values.get("format_version", 2))
         with locked(self._optimizer):
             core = self._optimizer._settled()
@@ -76,10 +82,12 @@ class OptimizerState:
 
 
 def plain_text(num_steps: int, format_version: int, plain: Mapping[str, Any]) -> str:
-    """Return the state that is not tensors as JSON.
+    """Return an optimizer's state except tensors as JSON.
 
     Args:
-        format_version: of the encoding of `plain`, see `decoded_optimizer`.
+        num_steps: steps of the optimizer.
+        format_version: the version of the checkpoint format in which `plain` is encoded.
+        plain: a `format.OptimizerEntry` as a dict.
     """
     values = {"format_version": format_version, "num_steps": num_steps, "optimizer": plain}
     return json.dumps(values, allow_nan=False)

@@ -27,7 +27,12 @@ from offload_adam.checkpoint.format import (
     decoded_optimizer,
     read_manifest,
 )
-from offload_adam.checkpoint.optimizer_access import ParameterNames, locked, plan_plain_state
+from offload_adam.checkpoint.optimizer_access import (
+    SAME_MODEL,
+    ParameterNames,
+    locked,
+    plan_plain_state,
+)
 from offload_adam.checkpoint.reader import CheckpointReader, Read
 from offload_adam.checkpoint.save import ModelState, model_state
 from offload_adam.coordinator.progress import PROGRESS
@@ -38,8 +43,6 @@ from offload_adam.state.state_shard import ParameterShard, memory_order, shards_
 from offload_adam.step.step import ShardedAdam
 
 logger = logging.getLogger(__name__)
-
-_SAME_MODEL = "Construct the model and the optimizer as they were when they were saved."
 
 
 def load_checkpoint(
@@ -60,9 +63,9 @@ def load_checkpoint(
         The saved `extra`, with its tensors on the host.
 
     Raises:
-        CheckpointError: on every rank. If the message names damage or `load_state_dict`, a part of
-            the state is loaded, and you must load another checkpoint. Otherwise nothing is
-            modified.
+        CheckpointError: on every rank. If a file is damaged or cannot be read, or if the model's
+            `load_state_dict` fails, the state is loaded only in part: load another checkpoint.
+            After other errors nothing is modified.
 
     Cost: beyond the state, a rank needs 4 blocks of 4 MiB of host memory, one more if state is on a
         device, and a whole tensor if the order of its elements in memory has changed. At most 8
@@ -85,12 +88,13 @@ def load_checkpoint(
             core.external_edits.wait_for_snapshot()
             _read_in_place(reader, name_of, core, state)
             if _load_modules(reader, model, state):
-                # load_state_dict may have overwritten weights with the rounded copies of a hook.
+                # A hook may return rounded copies of weights in the state dict, and load_state_dict
+                # has then copied them over the weights.
                 _read_in_place(reader, name_of, core, state)
-            # Sync master weights with the loaded parameters, and accept the versions of these: the
-            # next step must not take the load for a modification by the user.
+            # Sync master weights with the loaded parameters, and record the version counters of
+            # the parameters: the next step must not mistake the load for an edit by the user.
             core.external_edits.sync_all()
-            # Last: an error above leaves groups and step counts as they are.
+            # Last, so that an error above leaves groups and step counts as they are.
             load_plain()
             core.num_steps = manifest.step
     return manifest.decoded_extra()
@@ -100,7 +104,8 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> Manifest:
     """Verify the manifest and every byte of a checkpoint.
 
     Raises:
-        CheckpointError: naming the damaged file and its bytes.
+        CheckpointError: the manifest is invalid, or a file is missing, damaged or cannot be read.
+            The message names the file and the damaged range of bytes.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
@@ -119,29 +124,31 @@ def _check(
         expected[f"model/{name}"] = shard.parameter
         for key, plane in shard.planes.items():
             saved = _plane_name(manifest, name, key)
+            # If the parameter is its own master weight, `saved` is already expected.
             expected.setdefault(saved, plane)
             _compare(manifest.tensors, saved, plane.dtype, shard.parameter.shape)
     expected |= state.whole
     for name, tensor in expected.items():
         if name.startswith("model/"):
             _compare(manifest.tensors, name, tensor.dtype, tensor.shape)
-    # Of entries that modules compute, only names are compared: their shapes may vary between saves.
+    # Entries that modules compute may change their shape between saves: compare only the names.
     by_module = {*state.computed, *state.values}
     for name in sorted(by_module - {*manifest.tensors, *manifest.values}):
         if manifest.format_version == 2 and name in state.values:
             if core.ranks.rank == 0:  # all ranks load the same checkpoint
                 logger.warning(
-                    "Keeping the current %r: checkpoints of format 2 do not have it", name
+                    "Keeping the current value of %r: checkpoints of format 2 do not store it", name
                 )
             continue
-        raise CheckpointError(f"The checkpoint has no {name!r}. {_SAME_MODEL}")
-    # Master weights of a 16-bit parameter are not needed if the parameter is fp32 now.
-    own = "/master_weight"
-    surplus = [n for n in manifest.tensors if n not in expected and not n.endswith(own)]
+        raise CheckpointError(f"The checkpoint has no {name!r}. {SAME_MODEL}")
+    # A saved master weight may be unused here: an fp32 parameter has one only if its state is on
+    # another device.
+    master = "/master_weight"
+    surplus = [n for n in manifest.tensors if n not in expected and not n.endswith(master)]
     surplus = [n for n in [*surplus, *manifest.values] if n not in by_module]
     if surplus:
         raise CheckpointError(
-            f"The checkpoint has {surplus[0]!r}, but this model and optimizer do not. {_SAME_MODEL}"
+            f"The checkpoint has {surplus[0]!r}, but this model and optimizer do not. {SAME_MODEL}"
         )
 
 
@@ -149,19 +156,18 @@ def _plane_name(manifest: Manifest, name: str, key: str) -> str:
     """Return the saved name of a parameter's state tensor."""
     saved = f"optimizer/{name}/{key}"
     if key == "master_weight" and saved not in manifest.tensors:
-        return f"model/{name}"  # the saved parameter is fp32 and thus its own master weight
+        # An fp32 parameter on the device of its state is its own master weight.
+        return f"model/{name}"
     return saved
 
 
 def _compare(
-    tensors: Mapping[str, TensorEntry],
-    name: str,
-    dtype: torch.dtype,
-    shape: Iterable[int],
+    tensors: Mapping[str, TensorEntry], name: str, dtype: torch.dtype, shape: Iterable[int]
 ) -> None:
+    """Check that a tensor is saved with this dtype and logical shape."""
     entry = tensors.get(name)
     if entry is None:
-        raise CheckpointError(f"The checkpoint has no {name!r}. {_SAME_MODEL}")
+        raise CheckpointError(f"The checkpoint has no {name!r}. {SAME_MODEL}")
     if entry.dtype != DTYPE_NAMES[dtype]:
         raise CheckpointError(
             f"{name!r} is {entry.dtype} in the checkpoint and {DTYPE_NAMES[dtype]} here. Loading "
@@ -170,14 +176,14 @@ def _compare(
     if entry.shape != list(shape):
         raise CheckpointError(
             f"{name!r} has shape {entry.shape} in the checkpoint and {list(shape)} here. "
-            f"{_SAME_MODEL}"
+            f"{SAME_MODEL}"
         )
 
 
 def _read_in_place(
     reader: CheckpointReader, name_of: ParameterNames, core: ShardedAdam, state: ModelState
 ) -> None:
-    """Read all live tensors in place, in one pass over the files."""
+    """Read parameters, optimizer state and buffers in place, in one pass over the files."""
     loaded = set()
     reads: list[Read] = []
     for shard in shards_of(core.states):
@@ -197,14 +203,14 @@ def _read_in_place(
 def _load_modules(reader: CheckpointReader, model: nn.Module, state: ModelState) -> bool:
     """Call `model.load_state_dict` with the saved entries that modules computed.
 
-    The other entries of this state dict are the live tensors themselves. They are already read, and
+    All other entries of the state dict that it gets are the live tensors, which are already loaded;
     torch does not copy a tensor to itself. So modules and hooks see a complete state dict.
 
     Returns:
         Whether an entry is not a live tensor, so that it may have been copied over one.
 
     Raises:
-        CheckpointError: a module does not load an entry.
+        CheckpointError: `load_state_dict` fails, or it does not load a saved entry.
     """
     values = reader.manifest.decoded_values()
     for name in {*state.computed, *state.values} & reader.manifest.tensors.keys():
@@ -218,13 +224,17 @@ def _load_modules(reader: CheckpointReader, model: nn.Module, state: ModelState)
         options = {"strict": False} if {"strict", "kwargs"} & parameters.keys() else {}
         result = model.load_state_dict(taken, **options)
     except Exception as error:  # user code: hooks and overridden methods
-        raise CheckpointError(f"load_state_dict of the model failed: {error}") from error
+        raise CheckpointError(
+            f"load_state_dict of the model failed: {type(error).__name__}: "
+            f"{str(error).rstrip('.')}. The model is loaded only in part: fix its load_state_dict "
+            "or its hooks, and load again."
+        ) from error
     unexpected = getattr(result, "unexpected_keys", ())
     left = sorted(name for name in unexpected if f"model/{name}" in values)
     if left:
         raise CheckpointError(
-            f"load_state_dict of the model does not load {left[0]!r}, although its state dict has "
-            "this entry. Add a load hook to the model."
+            f"load_state_dict of the model does not load {left[0]!r}, an entry of the model's own "
+            "state dict. Add a load hook to the model."
         )
     live = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     return any(id(value) not in live for value in taken.values())
@@ -235,8 +245,8 @@ def _range_reads(
 ) -> Iterable[Read]:
     """Return the reads of a shard's range.
 
-    If the order of elements in memory has changed, the range is read here, and no reads are
-    returned.
+    If the parameter's order of elements in memory has changed since the save, read the range here,
+    and return no reads.
     """
     order = memory_order(shard.parameter)
     if list(order) == reader.manifest.tensors[name].order:
@@ -250,8 +260,8 @@ def _range_reads(
 def _whole_reads(reader: CheckpointReader, name: str, target: torch.Tensor) -> Iterable[Read]:
     """Return the reads of a whole tensor.
 
-    If `target` is not dense or its memory order has changed, read and copy the tensor here, and
-    return no reads.
+    If `target` has gaps, or its order of elements in memory has changed since the save, read and
+    copy the tensor here, and return no reads.
     """
     order = memory_order(target)
     flat = target.permute(order)

@@ -1,6 +1,7 @@
-"""Access of checkpoints to an optimizer: its lock, and its state except tensors.
+"""What checkpoints need of an optimizer: its lock, its parameters' names, and its plain state.
 
-Checkpoints hold `locked(optimizer)` and use the core that `_settled_on_all_ranks` returns.
+The plain state is all state except tensors. The callers hold `locked(optimizer)` while they use the
+core that `_settled_on_all_ranks` has returned.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from offload_adam.checkpoint.format import LOAD_ANOTHER
 from offload_adam.errors import CheckpointError
 from offload_adam.params.groups import FIXED_OPTIONS
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.state.state_shard import check_step_count, shards_of
 from offload_adam.step.step import ShardedAdam
 
+# Not saved as options: parameters are saved by their names in the model.
 _NOT_OPTIONS = ("params", "param_names")
+SAME_MODEL = "Construct the model and the optimizer as they were when they were saved."
+"""What to do about a checkpoint of another model or optimizer, for error messages."""
 
 
 def check_optimizer(optimizer: object) -> None:
@@ -36,7 +41,9 @@ def check_optimizer(optimizer: object) -> None:
 
 
 def locked(optimizer: ShardedOptimizer) -> AbstractContextManager[object]:
-    """Check the optimizer, and return its lock. Other threads wait for it when they call a method.
+    """Check the optimizer, and return its lock.
+
+    While a thread holds the lock, other threads that call a method of the optimizer wait.
 
     Raises:
         TypeError: the optimizer is not one of this package.
@@ -46,16 +53,16 @@ def locked(optimizer: ShardedOptimizer) -> AbstractContextManager[object]:
 
 
 class ParameterNames:
-    """Names of a model's parameters. A tied parameter has its first name."""
+    """The names of a model's parameters. A tied parameter has its first name."""
 
     def __init__(self, model: nn.Module) -> None:
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def __call__(self, parameter: torch.Tensor) -> str:
-        """Return the name of an optimizer's parameter.
+        """Return the model's name of a parameter that the optimizer trains.
 
         Raises:
-            CheckpointError: the model does not have the parameter.
+            CheckpointError: the model does not have this parameter.
         """
         name = self._names.get(id(parameter))
         if name is None:
@@ -69,7 +76,7 @@ class ParameterNames:
 def plain_state(
     optimizer: ShardedOptimizer, core: ShardedAdam, name_of: ParameterNames
 ) -> dict[str, Any]:
-    """Return the state except tensors: groups, step counts by name, and the subclass's own state.
+    """Return the fields of `format.OptimizerEntry`, not encoded yet.
 
     The caller holds the optimizer's lock.
     """
@@ -97,14 +104,22 @@ def plan_plain_state(
     optimizer's lock until it has called this function.
 
     Raises:
-        CheckpointError: groups or parameters differ, or this optimizer rejects a hyperparameter.
+        CheckpointError: parameter groups, their parameters or their fixed options differ from those
+            of this optimizer, or this optimizer rejects a saved value.
     """
     try:
         return _plan(optimizer, core, saved, name_of)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         # Some of these messages are fragments, others are sentences with a full stop.
         reason = str(error).removesuffix(".")
-        raise CheckpointError(f"The saved optimizer does not match this one: {reason}.") from error
+        raise CheckpointError(
+            f"The checkpoint does not match this optimizer: {reason}. {SAME_MODEL}"
+        ) from error
+    except (AttributeError, KeyError) as error:
+        raise CheckpointError(
+            f"The saved state of the optimizer is invalid ({type(error).__name__}: {error}). "
+            f"{LOAD_ANOTHER}"
+        ) from error
 
 
 def _plan(
@@ -115,19 +130,26 @@ def _plan(
 ) -> Callable[[], None]:
     groups, steps = optimizer.param_groups, saved["steps"]
     if len(saved["groups"]) != len(groups):
-        raise ValueError(f"it has {len(saved['groups'])} groups, not {len(groups)}")
+        raise ValueError(
+            f"it was saved with {len(saved['groups'])} parameter group(s), but this optimizer has "
+            f"{len(groups)}"
+        )
     shards = {name_of(shard.parameter): shard for shard in shards_of(core.states)}
-    _check_names("its step counts", steps, shards)
+    _check_names("among the trained parameters", steps, shards)
     for name, count in steps.items():
         check_step_count(f"the step count of {name!r}", count)
     for number, (group, entry) in enumerate(zip(groups, saved["groups"], strict=True)):
         names = {name_of(parameter) for parameter in group["params"]}
-        _check_names(f"its group {number}", entry["parameters"], names)
+        _check_names(f"in group {number}", entry["parameters"], names)
         options = entry["options"]
         for key in FIXED_OPTIONS:
-            if options.get(key, False) != group.get(key, False):
-                raise ValueError(f"it has {key}={options.get(key, False)} in group {number}")
-        # As a whole: a saved option may be valid only together with other saved ones.
+            was, now = options.get(key, False), group.get(key, False)
+            if was != now:
+                raise ValueError(
+                    f"group {number} was saved with {key}={was}, but has {key}={now} in this "
+                    "optimizer"
+                )
+        # Check all options together: one may be valid only with the saved values of others.
         optimizer._check_group({**group, **options})
     entries = {
         optimizer._index_of[shard.parameter]: {"step": steps[name]}
@@ -147,7 +169,8 @@ def _plan(
 
 
 def _check_names(where: str, saved: Iterable[str], here: Collection[str]) -> None:
-    """Check that two sets of names are the same."""
+    """Check that the saved names are those of this optimizer, in any order."""
     for name in sorted({*saved} ^ {*here}):
-        which = "only this optimizer has" if name in here else "this optimizer does not have"
-        raise ValueError(f"{where}: {which} {name!r}")
+        if name in here:
+            raise ValueError(f"this optimizer has {name!r} {where}, but the checkpoint does not")
+        raise ValueError(f"the checkpoint has {name!r} {where}, but this optimizer does not")

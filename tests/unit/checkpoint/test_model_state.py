@@ -272,7 +272,7 @@ def test_a_checkpoint_of_format_2_leaves_such_state_and_says_so(
     with caplog.at_level(logging.WARNING):
         load_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     assert model[1].value == {"kept": 1}
-    assert "Keeping the current 'model/1._extra_state'" in caplog.text
+    assert "Keeping the current value of 'model/1._extra_state'" in caplog.text
 
 
 def test_a_frozen_tensor_of_another_shape_is_rejected(tmp_path: Path) -> None:
