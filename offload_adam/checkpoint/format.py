@@ -354,8 +354,10 @@ def decoded_optimizer(saved: Mapping[str, Any], format_version: int) -> Any:
     if format_version > 2:
         return decode(saved, "the saved optimizer")
     # Version 2 did not encode values, so `betas`, the only tuple, was saved as a list.
-    groups = [
-        {**group, "options": {**group["options"], "betas": tuple(group["options"]["betas"])}}
-        for group in saved["groups"]
-    ]
+    groups = []
+    for group in saved["groups"]:
+        options = dict(group["options"])
+        if isinstance(options.get("betas"), list):
+            options["betas"] = tuple(options["betas"])
+        groups.append({**group, "options": options})
     return {**saved, "groups": groups}

@@ -6,6 +6,7 @@ import inspect
 import json
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,23 @@ def test_a_mapping_of_format_2_is_not_taken_for_a_tag(tmp_path: Path) -> None:
     (tmp_path / "c" / MANIFEST_NAME).write_text(text)
     assert load_checkpoint(tmp_path / "c", model=model, optimizer=optimizer) == extra
     assert optimizer.param_groups[0]["betas"] == (0.5, 0.75)
+
+
+@pytest.mark.parametrize(("betas", "words"), [(5, "betas must be two numbers, not 5"), (None, "")])
+def test_betas_of_format_2_may_be_missing_but_not_wrong(
+    tmp_path: Path, betas: int | None, words: str
+) -> None:
+    model, optimizer, _ = make("StepLR")
+    save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
+    values = read_manifest(tmp_path / "c").model_dump()
+    options = values["optimizer"]["groups"][0]["options"]
+    del values["values"], options["betas"]
+    if betas is not None:
+        options["betas"] = betas
+    text = sealed({**values, "format_version": 2})
+    (tmp_path / "c" / MANIFEST_NAME).write_text(text)
+    with pytest.raises(CheckpointError, match=words) if words else nullcontext():
+        load_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
 
 
 def test_a_later_change_of_extra_does_not_reach_the_checkpoint(tmp_path: Path) -> None:
