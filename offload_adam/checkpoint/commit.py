@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from offload_adam.checkpoint.format import MANIFEST_NAME, Manifest, parse_manifest
+from offload_adam.checkpoint.format import MANIFEST_NAME, Manifest, parse_manifest, sealed
 from offload_adam.checkpoint.reader import VerifiedFile
 from offload_adam.errors import CheckpointError
 
@@ -69,7 +69,7 @@ def commit_files(partial: Path, target: Path, manifest: Manifest) -> None:
         CheckpointError: a file is missing, since a rank wrote to another disk or its disk was
             unmounted; or another process has written `target` in the meantime.
     """
-    text = manifest.to_json()
+    text = sealed(manifest.model_dump())
     # Parsing checks that the pieces of all ranks together cover every tensor exactly once.
     parse_manifest(text, str(target))
     # Rank 0 must see every rank's file at its full length: a rank may have lost its mount.

@@ -170,13 +170,9 @@ class Manifest(_Entry):
             )
         return found
 
-    def to_json(self) -> str:
-        """Return the text of `manifest.json`."""
-        return sealed(self.model_dump())
-
 
 def sealed(values: dict[str, Any]) -> str:
-    """Return a mapping as JSON with its own SHA-256, which detects any damage to the text.
+    """Return values as JSON with their SHA-256, as in `manifest.json`.
 
     Raises:
         ValueError: a number is not finite.
@@ -193,8 +189,8 @@ def _digest(values: dict[str, Any]) -> str:
 def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of a checkpoint.
 
-    No file name leads out of the folder. The pieces of a tensor lie inside their files and cover
-    each element exactly once. The files themselves are not opened.
+    No file name may lead out of the folder, and the pieces of a tensor must lie inside their files
+    and cover each element exactly once. The files themselves are not opened.
 
     Raises:
         CheckpointError: the manifest is missing, damaged, invalid or of an unknown version. The
@@ -227,16 +223,8 @@ def parse_manifest(text: str | bytes, origin: str) -> Manifest:
     Raises:
         CheckpointError: as `read_manifest`.
     """
-    # The digest first: a message about a field of a damaged manifest would mislead.
-    try:
-        values = json.loads(text, object_pairs_hook=_without_repetition)
-        if isinstance(values, dict):
-            digest = values.pop("sha256", None)
-            if digest != _digest(values):
-                raise CheckpointError(f"{origin} is damaged: its checksum is wrong. {LOAD_ANOTHER}")
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{origin} is not JSON: {error}. {LOAD_ANOTHER}") from error
-    # Then the version: another version may have other fields.
+    values = _unsealed(text, origin)
+    # The version comes before the fields, which differ between versions.
     version = values.get("format_version") if isinstance(values, dict) else None
     if isinstance(version, int) and version not in READABLE_VERSIONS:
         other = " or a newer one" if version > FORMAT_VERSION else ""
@@ -273,6 +261,20 @@ def parse_manifest(text: str | bytes, origin: str) -> Manifest:
         if alias in manifest.tensors:
             raise CheckpointError(f"{listed}, but is itself a saved tensor. {LOAD_ANOTHER}")
     return manifest
+
+
+def _unsealed(text: str | bytes, origin: str) -> Any:
+    """Return the values of a sealed text, without their digest. They may still be of any type."""
+    try:
+        values = json.loads(text, object_pairs_hook=_without_repetition)
+        # Compare before any field is checked: a message about a damaged field would mislead.
+        if isinstance(values, dict):
+            digest = values.pop("sha256", None)
+            if digest != _digest(values):
+                raise CheckpointError(f"{origin} is damaged: its checksum is wrong. {LOAD_ANOTHER}")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{origin} is not valid JSON: {error}. {LOAD_ANOTHER}") from error
+    return values
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -346,7 +348,7 @@ def decoded_optimizer(saved: Mapping[str, Any], format_version: int) -> Any:
 
     Args:
         saved: `Manifest.optimizer` as a dict.
-        format_version: of the checkpoint that holds `saved`.
+        format_version: of the checkpoint in which `saved` is.
 
     Raises:
         CheckpointError: `saved` cannot be decoded.
