@@ -2,7 +2,6 @@
 
 CheckpointReader    tensors, from whichever files hold their pieces
 VerifiedFile        ranges of bytes of one file, verified block by block
-BlockMemory         the blocks that were verified last
 """
 
 from __future__ import annotations
@@ -19,7 +18,14 @@ from typing import NamedTuple
 
 import torch
 
-from offload_adam.checkpoint.format import BLOCK_NBYTES, DTYPES, FileEntry, Manifest, sorted_pieces
+from offload_adam.checkpoint.format import (
+    BLOCK_NBYTES,
+    DTYPES,
+    LOAD_ANOTHER,
+    FileEntry,
+    Manifest,
+    sorted_pieces,
+)
 from offload_adam.checkpoint.rank_file import as_bytes
 from offload_adam.errors import CheckpointError
 from offload_adam.state.state_shard import inverse_order
@@ -28,7 +34,8 @@ from offload_adam.state.state_shard import inverse_order
 NUM_OPEN_FILES = 8
 # Verified blocks in memory. The pieces of one tensor are usually in one or two files.
 NUM_BLOCKS = 4
-_DAMAGED = "Load another checkpoint."
+_Blocks = OrderedDict[tuple[Path, int], bytearray]
+"""Verified blocks by file and number, the least recently used one first."""
 
 
 class Read(NamedTuple):
@@ -53,7 +60,7 @@ class CheckpointReader:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.manifest = manifest
         self._folder = folder
-        self._memory = BlockMemory()
+        self._blocks = _Blocks()
         self._open: OrderedDict[str, VerifiedFile] = OrderedDict()
         try:
             # Open each file once, so that a missing file is an error before anything is loaded.
@@ -67,7 +74,7 @@ class CheckpointReader:
         """Verify every byte of every file.
 
         Raises:
-            CheckpointError: naming the damaged file and block.
+            CheckpointError: a file is damaged or cannot be read; the message names the bytes.
         """
         for name in self.manifest.files:
             self._file(name).verify()
@@ -80,28 +87,31 @@ class CheckpointReader:
         """
         itemsize, end = target.element_size(), start + target.numel()
         for low, high, piece in sorted_pieces(self.manifest.tensors[name]):
+            # The elements of the piece that are asked for: [first, last).
             first, last = max(low, start), min(high, end)
             if first < last:
-                at = piece.start + (first - low) * itemsize
-                yield Read(piece.file, at, target, first - start, last - start)
+                first_byte = piece.start + (first - low) * itemsize
+                yield Read(piece.file, first_byte, target, first - start, last - start)
 
     def read(self, reads: Iterable[Read]) -> None:
-        """Read all of `reads`."""
-        # In the order of the files, no block is read twice, although few blocks are kept.
+        """Read all of `reads`.
+
+        Raises:
+            CheckpointError: a file is damaged or cannot be read.
+        """
+        # Sorted by file and byte, no block is read twice, although only few blocks stay in memory.
         for file, start, target, low, high in sorted(reads, key=itemgetter(0, 1)):
             part = target[low:high]
             # A device tensor is read through a host buffer of one block.
             for piece in part.split(BLOCK_NBYTES // part.element_size()):
-                host = (
-                    piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu")
-                )
+                host = piece if piece.is_cpu else torch.empty_like(piece, device="cpu")
                 self._file(file).read_into(as_bytes(host), start)
                 start += host.nbytes
                 if host is not piece:
                     piece.copy_(host)
 
     def fill(self, name: str, target: torch.Tensor, start: int) -> None:
-        """Read elements [start, start + n) of a tensor into `target`, see `reads`."""
+        """Read elements [start, start + n) of a tensor into `target`, as `reads`."""
         self.read(self.reads(name, target, start))
 
     def blocks(self, name: str) -> Iterator[memoryview]:
@@ -109,7 +119,7 @@ class CheckpointReader:
         entry = self.manifest.tensors[name]
         numel, dtype = prod(entry.shape), DTYPES[entry.dtype]
         buffer = torch.empty(min(numel, BLOCK_NBYTES // dtype.itemsize), dtype=dtype, device="cpu")
-        for start in range(0, numel, max(1, buffer.numel())):
+        for start in range(0, numel, max(1, buffer.numel())):  # range rejects a step of 0
             part = buffer[: numel - start]
             self.fill(name, part, start)
             yield as_bytes(part)
@@ -134,7 +144,7 @@ class CheckpointReader:
             if len(self._open) == NUM_OPEN_FILES:
                 _, oldest = self._open.popitem(last=False)
                 oldest.close()
-            file = VerifiedFile(self._folder, name, self.manifest.files[name], self._memory)
+            file = VerifiedFile(self._folder, name, self.manifest.files[name], self._blocks)
             self._open[name] = file
         self._open.move_to_end(name)
         return file
@@ -146,35 +156,39 @@ class VerifiedFile:
     Owns: a descriptor, until `close`.
 
     Args:
-        memory: verified blocks, shared with other files; None to use its own.
+        blocks: at most `NUM_BLOCKS` verified blocks, shared with other files; None to use its own.
 
     Raises:
         CheckpointError: the file is missing or does not have the length in the manifest.
     """
 
     def __init__(
-        self, folder: Path, name: str, entry: FileEntry, memory: BlockMemory | None = None
+        self, folder: Path, name: str, entry: FileEntry, blocks: _Blocks | None = None
     ) -> None:
         self._path = folder / name
         self._entry = entry
-        self._memory = memory or BlockMemory()
-        self._descriptor = open_regular(self._path)
-        # Of the descriptor, not of the path: another file may be there by now.
+        self._blocks = _Blocks() if blocks is None else blocks
+        self._descriptor = _open_regular(self._path)
+        # Not the size of the path: another file may be there by now.
         nbytes = os.fstat(self._descriptor).st_size
         if nbytes != entry.nbytes:
             self.close()
             raise CheckpointError(
-                f"{self._path} has {nbytes} bytes, not {entry.nbytes}. {_DAMAGED}"
+                f"{self._path} has {nbytes:,} bytes, but was written with {entry.nbytes:,}. "
+                f"{LOAD_ANOTHER}"
             )
 
     def read_into(self, target: memoryview, start: int) -> None:
-        """Fill `target`, a view of bytes, from byte `start` of the file.
+        """Fill `target`, a view of single bytes, from byte `start` of the file on.
 
         Raises:
             CheckpointError: a block is damaged or cannot be read.
         """
         if not 0 <= start <= start + len(target) <= self._entry.nbytes:
-            raise CheckpointError(f"{self._path} has no bytes {start} to {start + len(target)}.")
+            raise CheckpointError(
+                f"{self._path} has no bytes {start} to {start + len(target)}: it has "
+                f"{self._entry.nbytes}. {LOAD_ANOTHER}"
+            )
         done = 0
         while done < len(target):
             number, skipped = divmod(start + done, BLOCK_NBYTES)
@@ -195,22 +209,25 @@ class VerifiedFile:
             self._descriptor = -1
 
     def _verified(self, number: int) -> memoryview:
+        """Return a block, from memory or from the file. It is valid until the next call."""
         start = number * BLOCK_NBYTES
         length = min(BLOCK_NBYTES, self._entry.nbytes - start)
-        known = self._memory.find(self._path, number)
-        if known is not None:
-            return memoryview(known)[:length]
-        # The block is kept only if it is intact, since `find` does not verify it again.
-        block = self._memory.allocate_block()
-        view = memoryview(block)[:length]
-        self._fill(view, start)
-        if zlib.crc32(view) != self._entry.checksums[number]:
-            raise CheckpointError(
-                f"{self._path} is damaged between byte {start} and {start + length}: its checksum "
-                f"is wrong. {_DAMAGED}"
-            )
-        self._memory.keep(self._path, number, block)
-        return view
+        block = self._blocks.pop((self._path, number), None)
+        if block is None:
+            if len(self._blocks) < NUM_BLOCKS:
+                block = bytearray(BLOCK_NBYTES)
+            else:  # reuse the memory of the least recently used block
+                _, block = self._blocks.popitem(last=False)
+            view = memoryview(block)[:length]
+            self._fill(view, start)
+            if zlib.crc32(view) != self._entry.checksums[number]:
+                raise CheckpointError(
+                    f"{self._path} is damaged between byte {start} and {start + length}: its "
+                    f"checksum is wrong. {LOAD_ANOTHER}"
+                )
+        # Only now: blocks in this dict are not verified again. The last one is used most recently.
+        self._blocks[self._path, number] = block
+        return memoryview(block)[:length]
 
     def _fill(self, view: memoryview, start: int) -> None:
         done = 0
@@ -219,39 +236,19 @@ class VerifiedFile:
             try:
                 count = os.preadv(self._descriptor, [view[done:]], start + done)
             except OSError as error:
-                raise CheckpointError(f"{self._path} cannot be read: {error.strerror}.") from error
+                raise CheckpointError(
+                    f"{self._path} cannot be read from byte {start + done}: {error.strerror}. "
+                    "Check the disk, or load another checkpoint."
+                ) from error
             if count == 0:
                 raise CheckpointError(
-                    f"{self._path} ends before byte {start + len(view)}. {_DAMAGED}"
+                    f"{self._path} ends at byte {start + done}, but was written with "
+                    f"{self._entry.nbytes:,} bytes. {LOAD_ANOTHER}"
                 )
             done += count
 
 
-class BlockMemory:
-    """The last verified blocks of all files of a checkpoint, at most `NUM_BLOCKS`."""
-
-    def __init__(self) -> None:
-        self._blocks: OrderedDict[tuple[Path, int], bytearray] = OrderedDict()
-
-    def find(self, file: Path, number: int) -> bytearray | None:
-        """Return a verified block, or None if it was evicted."""
-        block = self._blocks.get((file, number))
-        if block is not None:
-            self._blocks.move_to_end((file, number))
-        return block
-
-    def allocate_block(self) -> bytearray:
-        """Return memory for a block; evict the least recently used one if all are in use."""
-        if len(self._blocks) < NUM_BLOCKS:
-            return bytearray(BLOCK_NBYTES)
-        return self._blocks.popitem(last=False)[1]
-
-    def keep(self, file: Path, number: int, block: bytearray) -> None:
-        """Store a verified block."""
-        self._blocks[file, number] = block
-
-
-def open_regular(path: Path) -> int:
+def _open_regular(path: Path) -> int:
     """Open a regular file for reading.
 
     Raises:
@@ -262,8 +259,11 @@ def open_regular(path: Path) -> int:
     try:
         descriptor = os.open(path, flags)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be opened: {error.strerror}.") from error
+        raise CheckpointError(
+            f"{path} cannot be opened: {error.strerror}. Check that the checkpoint is complete and "
+            "that its files can be read."
+        ) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise CheckpointError(f"{path} is not a regular file.")
+        raise CheckpointError(f"{path} is not a regular file. {LOAD_ANOTHER}")
     return descriptor
