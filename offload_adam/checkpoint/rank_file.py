@@ -1,4 +1,4 @@
-"""Writes a rank's file of a checkpoint: safetensors with checksums."""
+"""Writes one rank's file of a checkpoint, in the safetensors format, and computes its checksums."""
 
 from __future__ import annotations
 
@@ -112,8 +112,11 @@ class RankFile:
     def write(self, parts: Iterable[Part]) -> None:
         """Write the next parts."""
         for part in parts:
-            for piece in self._tensors[part.name].pieces[:1]:
-                assert self._file.nbytes == piece.start, "parts are written in the header's order"
+            pieces = self._tensors[part.name].pieces
+            # The header is already written, so it fixes where each part begins.
+            assert not pieces or pieces[0].start == self._file.nbytes, (
+                "parts must be written in the order of the header"
+            )
             # The boxes of a part are consecutive, so its data is written as one.
             for view in host_bytes(part.data):
                 self._file.write(view)
@@ -121,14 +124,19 @@ class RankFile:
     def finish(self) -> RankEntry:
         """Flush the file to the disk, close it, and return this rank's part of the manifest."""
         self._file.finish_block()
-        assert self._file.nbytes == self._expected_nbytes, "every part has been written"
+        nbytes = self._file.nbytes
+        assert nbytes == self._expected_nbytes, "a part of the header was not written"
         os.fsync(self._raw.fileno())  # the rename that commits must not reach the disk first
         # A broken file system may report success although it has lost data.
-        if os.fstat(self._raw.fileno()).st_size != self._file.nbytes:
-            message = "the file has another length than was written"
+        found = os.fstat(self._raw.fileno()).st_size
+        if found != nbytes:
+            message = (
+                f"the file has {found:,} bytes after {nbytes:,} were written. Check the disk and "
+                "its file system"
+            )
             raise OSError(errno.EIO, message, str(self.path))
         self.close()
-        entry = FileEntry(nbytes=self._file.nbytes, checksums=self._file.checksums)
+        entry = FileEntry(nbytes=nbytes, checksums=self._file.checksums)
         return RankEntry(name=self.path.name, file=entry, tensors=self._tensors)
 
     def close(self) -> None:
@@ -146,19 +154,15 @@ class _SummedFile:
 
     def __init__(self, file: RawIOBase) -> None:
         self._file = file
-        self._checksum = 0
-        self._filled = 0
+        self._checksum = 0  # of the current block
+        self._filled = 0  # bytes of the current block
         self.checksums: list[int] = []
         self.nbytes = 0
 
     def write(self, data: memoryview) -> None:
-        for start in range(0, len(data), BLOCK_NBYTES):
-            self._write_some(data[start : start + BLOCK_NBYTES])
-
-    def _write_some(self, data: memoryview) -> None:
         while data:
-            # A write may write only a part, for example just before the disk is full.
             part = data[: BLOCK_NBYTES - self._filled]
+            # A write may write only a part, for example just before the disk is full.
             part = part[: self._file.write(part)]
             self._checksum = zlib.crc32(part, self._checksum)
             self._filled += len(part)
@@ -168,6 +172,7 @@ class _SummedFile:
                 self.finish_block()
 
     def finish_block(self) -> None:
+        """Store the checksum of the current block, which may be shorter at the end of the file."""
         if self._filled:
             self.checksums.append(self._checksum)
             self._checksum = self._filled = 0
