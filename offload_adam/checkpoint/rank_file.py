@@ -33,7 +33,8 @@ class Part:
     reader therefore finds a channels_last weight with its channels in the last dimension.
 
     shape, order: of the whole tensor, see `format.TensorEntry`.
-    data: 1-d, on any device; elements [start, end) in memory order.
+    start: the first element of the range, counted in memory order.
+    data: (n,), on any device: elements [start, start + n).
     bucket: the bucket whose update modifies `data`; None if no update does.
     """
 
@@ -41,7 +42,6 @@ class Part:
     shape: tuple[int, ...]
     order: tuple[int, ...]
     start: int
-    end: int
     data: torch.Tensor
     bucket: int | None = None
 
@@ -69,7 +69,7 @@ class RankFile:
             boxes[part.name] = []
             # safetensors has only rectangular tensors, so a flat range becomes a few boxes.
             memory_shape = [part.shape[dim] for dim in part.order]
-            for box in boxes_of_range(memory_shape, part.start, part.end):
+            for box in boxes_of_range(memory_shape, part.start, part.start + part.data.numel()):
                 boxes[part.name].append((box, nbytes))
                 end = nbytes + prod(box.sizes) * part.data.element_size()
                 header[f"{part.name}@{','.join(map(str, box.offsets))}"] = {

@@ -365,7 +365,7 @@ def _parts(model: nn.Module, core: ShardedAdam, state: ModelState) -> list[Part]
     if rank != 0 and not core.is_sharded:
         return []  # every rank has the same state
     sharded = list(sharded_parts(model, core))
-    parts = [part for part in sharded if part.end > part.start]
+    parts = [part for part in sharded if part.data.numel()]
     if rank == 0:
         whole = state.whole | state.computed
         parts += [whole_part(name, tensor) for name, tensor in whole.items()]
@@ -384,7 +384,7 @@ def sharded_parts(model: nn.Module, core: ShardedAdam) -> Iterator[Part]:
         tensors = {f"model/{name}": shard.weight}
         tensors |= {f"optimizer/{name}/{key}": plane for key, plane in shard.planes.items()}
         for full_name, data in tensors.items():
-            yield Part(full_name, shape, order, shard.start, shard.end, data, shard.bucket)
+            yield Part(full_name, shape, order, shard.start, data, shard.bucket)
 
 
 @dataclass(frozen=True, slots=True)
@@ -455,4 +455,4 @@ def whole_part(name: str, tensor: torch.Tensor) -> Part:
     # A view if the tensor is dense in any order of dimensions, such as channels_last.
     order = memory_order(tensor)
     flat = tensor.permute(order).reshape(-1)
-    return Part(name, tuple(tensor.shape), order, 0, tensor.numel(), flat)
+    return Part(name, tuple(tensor.shape), order, 0, flat)

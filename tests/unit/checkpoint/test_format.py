@@ -71,7 +71,7 @@ def test_a_box_that_is_no_contiguous_part_is_rejected(
 def part_of(name: str, count: int) -> Part:
     """Return `count` random bytes."""
     content = torch.from_numpy(np.random.default_rng(count).integers(0, 256, count, np.uint8))
-    return Part(name, (count,), (0,), 0, count, content)
+    return Part(name, (count,), (0,), 0, content)
 
 
 def content_of(part: Part) -> bytes:
@@ -162,7 +162,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 try:
     count = 3 * 2**19
-    part = Part("a", (count,), (0,), 0, count, torch.zeros(count, dtype=torch.uint8))
+    part = Part("a", (count,), (0,), 0, torch.zeros(count, dtype=torch.uint8))
     RankFile(Path(sys.argv[1]), "f", [part]).write([part])
 except OSError as error:
     sys.exit(error.errno)
@@ -176,7 +176,7 @@ def test_a_disk_that_fills_up_is_an_error(tmp_path: Path) -> None:
 
 
 def test_nothing_is_read_past_the_end(tmp_path: Path) -> None:
-    entry = write_file(tmp_path / "f", [Part("a", (0, 3), (0, 1), 0, 0, torch.zeros(0))]).file
+    entry = write_file(tmp_path / "f", [Part("a", (0, 3), (0, 1), 0, torch.zeros(0))]).file
     with closing(VerifiedFile(tmp_path, "f", entry)) as file:
         file.read_into(memoryview(bytearray(1)), entry.nbytes - 1)
         with pytest.raises(CheckpointError, match="has no bytes"):

@@ -41,14 +41,14 @@ def state_of(model: nn.Module, optimizer: OffloadAdam) -> list[torch.Tensor]:
 
 def cut(part: Part, rank: int) -> Part:
     """Return the range of a part that one of many ranks would own."""
-    numel = part.end - part.start
+    numel = part.data.numel()
     low, high = rank * numel // NUM_RANKS, (rank + 1) * numel // NUM_RANKS
-    return replace(part, start=low, end=high, data=part.data[low:high])
+    return replace(part, start=low, data=part.data[low:high])
 
 
 def write_file(folder: Path, rank: int, parts: list[Part]) -> RankEntry:
     own = [cut(part, rank) for part in parts]
-    own = [part for part in own if part.end > part.start]
+    own = [part for part in own if part.data.numel()]
     file = RankFile(folder, rank_file_name(rank, NUM_RANKS), own)
     file.write(own)
     return file.finish()
