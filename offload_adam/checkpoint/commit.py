@@ -51,8 +51,7 @@ def partial_output(out: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: `out` exists.
     """
-    if out.exists():
-        raise CheckpointError(f"{out} exists and is never overwritten. Choose another path.")
+    require_new(out)
     remove_abandoned(out)
     partial = out.with_name(partial_name(out.name))
     try:
@@ -60,6 +59,16 @@ def partial_output(out: Path) -> Iterator[Path]:
     except BaseException:
         discard(partial)
         raise
+
+
+def require_new(target: Path) -> None:
+    """Check that nothing exists at the path of a new checkpoint or file.
+
+    Raises:
+        CheckpointError: `target` exists.
+    """
+    if target.exists():
+        raise CheckpointError(f"{target} exists and is never overwritten. Choose another path.")
 
 
 def commit_files(partial: Path, target: Path, manifest: Manifest) -> None:

@@ -20,7 +20,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from offload_adam.checkpoint.commit import commit_files, discard, partial_name, remove_abandoned
+from offload_adam.checkpoint.commit import (
+    commit_files,
+    discard,
+    partial_name,
+    remove_abandoned,
+    require_new,
+)
 from offload_adam.checkpoint.encoding import encode
 from offload_adam.checkpoint.format import (
     DTYPE_NAMES,
@@ -177,8 +183,7 @@ def require_shared(folder: Path, ranks: RankGroup) -> None:
 def _open_folder(target: Path, partial: Path, ranks: RankGroup) -> None:
     """Create the partial folder on rank 0, and check that every rank sees it."""
     with raise_on_all_ranks(ranks, "opening a checkpoint"):
-        if target.exists():
-            raise CheckpointError(f"{target} exists and is never overwritten. Choose another path.")
+        require_new(target)
         if ranks.rank == 0:
             # Free the disk space of killed saves before this save needs it.
             remove_abandoned(target)
