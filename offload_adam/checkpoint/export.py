@@ -23,7 +23,6 @@ from offload_adam.checkpoint.format import (
     decoded_optimizer,
     read_manifest,
 )
-from offload_adam.checkpoint.rank_file import as_bytes
 from offload_adam.checkpoint.reader import CheckpointReader
 from offload_adam.checkpoint.torch_file import Streamed, write_torch_file
 from offload_adam.state.state_dict import pack_full
@@ -92,7 +91,8 @@ def _torch_state(
         groups.append({**options, "params": packed, "param_names": group["parameters"]})
     whole = {
         packed: {
-            "step": _step(name, manifest.optimizer.steps[name]),
+            # A float32 tensor, as torch's optimizers save it.
+            "step": torch.tensor(manifest.optimizer.steps[name], dtype=torch.float32, device="cpu"),
             **{key: _streamed(reader, saved) for key, saved in planes[name].items()},
         }
         for packed, name in enumerate(names)
@@ -112,12 +112,6 @@ def _streamed(reader: CheckpointReader, saved: str) -> Streamed:
         step *= entry.shape[dim]
     dtype, shape = DTYPES[entry.dtype], tuple(entry.shape)
     return Streamed(saved, dtype, shape, tuple(strides), partial(reader.blocks, saved))
-
-
-def _step(name: str, count: float) -> Streamed:
-    """Return a step count as torch saves it: a float32 tensor."""
-    value = torch.tensor([count], dtype=torch.float32, device="cpu")
-    return Streamed(f"step of {name}", value.dtype, (), (), lambda: [as_bytes(value)])
 
 
 def _readable(where: str, values: Mapping[Any, Any], left_out: list[str]) -> dict[Any, Any]:

@@ -25,6 +25,7 @@ from zipfile import ZipFile, ZipInfo
 
 import torch
 
+from offload_adam.checkpoint.rank_file import as_bytes
 from offload_adam.torch_private import rebuild_tensor
 
 _FOLDER = "archive"
@@ -149,12 +150,12 @@ class _Storage(NamedTuple):
 def _in_memory(tensor: torch.Tensor) -> Streamed:
     """Return a host tensor as a `Streamed`."""
     whole = tensor.contiguous()
-    data = whole.view(-1).view(torch.uint8).numpy().data if whole.numel() else b""
+    data = as_bytes(whole.view(-1))
     # The id stays unique: the pickler's memo keeps the tensor alive.
     return Streamed(
         f"in memory at {id(tensor)}",
         tensor.dtype,
         tuple(tensor.shape),
         whole.stride(),
-        lambda: [memoryview(data)],
+        lambda: [data],
     )
