@@ -96,13 +96,13 @@ class PendingCheckpoint:
         Collective only when it commits, so call it on all ranks after the same step.
 
         Returns:
-            Whether the checkpoint is committed now or was committed or failed before.
+            Whether the checkpoint is over: this or an earlier call has committed it, or it failed.
 
         Raises:
             CheckpointError, OSError, PeerError: as `wait`.
         """
         # The all-reduce of each step carries the smallest number of finished snapshots of all
-        # ranks. So all ranks see the same number, and decide alike without another collective.
+        # ranks. So all ranks see the same number and decide alike, without another collective.
         report = self._optimizer.last_step
         if self._is_over or report is None or report.notice.saved < self._number:
             return self._is_over
@@ -124,22 +124,20 @@ class PendingCheckpoint:
                 with raise_on_all_ranks(self._save.ranks, "writing a checkpoint"):
                     entry = self._result()
             except BaseException:
-                # After a KeyboardInterrupt the thread still writes, and the folder is about to be
-                # removed.
-                self._snapshot_lock.stop_reader("the wait for the checkpoint was interrupted")
+                # After a KeyboardInterrupt the thread still writes, but `discarding` is about to
+                # remove the folder.
+                self._snapshot_lock.stop_reader("Waiting for the checkpoint was interrupted.")
                 raise
             finally:
                 self._snapshot_lock.close_snapshot()
-                self.num_waits, self.waited_s = (
-                    self._snapshot_lock.num_waits,
-                    self._snapshot_lock.waited_s,
-                )
+                self.num_waits = self._snapshot_lock.num_waits
+                self.waited_s = self._snapshot_lock.waited_s
             self._save.commit(entry)
 
     def _result(self) -> RankEntry:
         """Return this rank's part of the manifest, after a last check for modified parameters."""
         entry = self._writer.result()
-        # Edits after the last step are not noticed yet, but may be in the bytes that were written.
+        # Edits since the last step are not detected yet, but the written bytes may contain them.
         with self._optimizer._lock:
             self._optimizer._alive().external_edits.wait_for_snapshot()
         self._snapshot_lock.raise_if_invalidated()
@@ -172,7 +170,7 @@ class _Writer:
             self._snapshot_lock.set_reader()
             self._read(self._snapshot_lock.raise_if_invalidated)
             self._save.write_copies(self._snapshot_lock.raise_if_invalidated)
-            # An edit may have come while the last tensor was read.
+            # An edit may have been detected while the last tensor was read.
             self._snapshot_lock.raise_if_invalidated()
             self._entry = self._save.finish()
         except Exception as error:
@@ -184,7 +182,11 @@ class _Writer:
             self._snapshot_lock.finish_reading()
 
     def _read(self, before_each: Callable[[], None]) -> None:
-        """Copy the buckets that fit, then write the others. Release each as soon as it is read."""
+        """Copy the buckets that fit, then write the others. Release each as soon as it is read.
+
+        Args:
+            before_each: called before each tensor.
+        """
         # All copies first: memory is faster than the disk, so these updates wait only briefly.
         for bucket in self._save.buckets:
             if self._save.copy_bucket(bucket, before_each):

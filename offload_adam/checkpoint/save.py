@@ -116,7 +116,8 @@ def open_save(
     with raise_on_all_ranks(ranks, "preparing a checkpoint"):
         if core.snapshot_lock.is_open:
             raise CheckpointError(
-                "Another checkpoint is being written in the background. Wait for it first."
+                "Another checkpoint is being written in the background. Wait for it first: call "
+                "its `wait`."
             )
         plain = encode(plain_state(optimizer, core, ParameterNames(model)), "optimizer")
         state = model_state(model, core)
@@ -149,7 +150,7 @@ def _discarding(partial: Path, ranks: RankGroup) -> Iterator[None]:
         yield
     except BaseException as error:
         # If a peer died, other ranks may not know it yet and still write into the folder. The next
-        # save to this path removes it.
+        # save to this path removes the folder.
         if ranks.rank == 0 and not isinstance(error, PeerFailedError):
             discard(partial)
         raise
@@ -200,7 +201,7 @@ class Save:
 
     Args:
         parts: the tensors that this rank writes.
-        plain: the manifest without tensors and files.
+        manifest: without tensors and files, which `commit` adds.
         buffers: the optimizer's snapshot buffers, for copies of the buckets that are updated first.
             The copies are at the end of the file.
     """
@@ -211,13 +212,13 @@ class Save:
         partial: Path,
         ranks: RankGroup,
         parts: Sequence[Part],
-        plain: Manifest,
+        manifest: Manifest,
         buffers: Sequence[torch.Tensor] = (),
     ) -> None:
         self.ranks = ranks
         self._target = target
         self._partial = partial
-        self._plain = plain
+        self._manifest = manifest
         self._whole = [part for part in parts if part.bucket is None]
         self._buckets: dict[int, list[Part]] = {}
         for part in parts:
@@ -225,8 +226,8 @@ class Save:
                 self._buckets.setdefault(part.bucket, []).append(part)
         # Overlapped updates run in forward order, from the last bucket to the first.
         self._buckets = dict(sorted(self._buckets.items(), reverse=True))
-        in_order = [part for some in self._buckets.values() for part in some]
-        self._copies = places_in(buffers, in_order)
+        in_order = [part for bucket in self._buckets.values() for part in bucket]
+        self._copies = _place_copies(buffers, in_order)
         direct = [part for part in in_order if part.name not in self._copies]
         # The order in which the background thread writes. The header has it from the beginning.
         name = rank_file_name(ranks.rank, ranks.world_size)
@@ -238,8 +239,8 @@ class Save:
         return list(self._buckets)
 
     def write(self) -> RankEntry:
-        """Write this rank's file in one go, without copies."""
-        assert not self._copies
+        """Write this rank's file at once, directly from the state."""
+        assert not self._copies, "copies need `copy_bucket` and `write_copies`"
         self.write_whole()
         for bucket in self._buckets:
             self.write_bucket(bucket)
@@ -249,7 +250,7 @@ class Save:
         """Write the tensors that the optimizer does not update: frozen parameters and buffers."""
         self._file.write(self._whole)
 
-    def copy_bucket(self, bucket: int, before_each: Callable[[], None] = lambda: None) -> bool:
+    def copy_bucket(self, bucket: int, before_each: Callable[[], None]) -> bool:
         """Copy the tensors of a bucket that have a place in a snapshot buffer.
 
         Args:
@@ -275,8 +276,12 @@ class Save:
                 before_each()
                 self._file.write([part])
 
-    def write_copies(self, before_each: Callable[[], None] = lambda: None) -> None:
-        """Write the copies, after all other tensors."""
+    def write_copies(self, before_each: Callable[[], None]) -> None:
+        """Write the copies, after all other tensors.
+
+        Args:
+            before_each: called before each copy.
+        """
         for copy in self._copies.values():
             before_each()
             self._file.write([copy])
@@ -305,7 +310,7 @@ class Save:
         with raise_on_all_ranks(self.ranks, "committing a checkpoint"):
             if self.ranks.rank == 0:
                 entries = [RankEntry.model_validate_json(text) for text in texts]
-                commit_files(self._partial, self._target, manifest_of(entries, self._plain))
+                commit_files(self._partial, self._target, manifest_of(entries, self._manifest))
 
     @contextmanager
     def discarding(self) -> Iterator[None]:
@@ -318,8 +323,8 @@ class Save:
                 raise
 
 
-def manifest_of(entries: Sequence[RankEntry], plain: Manifest) -> Manifest:
-    """Return the manifest with the tensors and files of all ranks."""
+def manifest_of(entries: Sequence[RankEntry], manifest: Manifest) -> Manifest:
+    """Return `manifest` with the tensors and files of all ranks."""
     tensors: dict[str, TensorEntry] = {}
     for entry in entries:
         for name, tensor in entry.tensors.items():
@@ -328,13 +333,13 @@ def manifest_of(entries: Sequence[RankEntry], plain: Manifest) -> Manifest:
                 tensor = before.model_copy(update={"pieces": [*before.pieces, *tensor.pieces]})
             tensors[name] = tensor
     files = {entry.name: entry.file for entry in entries}
-    return plain.model_copy(update={"tensors": tensors, "files": files})
+    return manifest.model_copy(update={"tensors": tensors, "files": files})
 
 
-def places_in(buffers: Sequence[torch.Tensor], parts: Iterable[Part]) -> dict[str, Part]:
+def _place_copies(buffers: Sequence[torch.Tensor], parts: Iterable[Part]) -> dict[str, Part]:
     """Assign memory in snapshot buffers to copies of parts; return these copies by name.
 
-    Parts are placed in order. One that does not fit is left out, but smaller ones may follow.
+    Parts are placed in order. A part that does not fit is left out, but smaller ones may follow.
 
     Args:
         buffers: (n,) uint8 each, starting at a multiple of 128 bytes.
@@ -353,7 +358,7 @@ def places_in(buffers: Sequence[torch.Tensor], parts: Iterable[Part]) -> dict[st
 
 
 def copy_bytes(part: Part, copy: Part) -> None:
-    """Copy the data of a part."""
+    """Copy the data of a part into that of `copy`, on the host."""
     # NumPy copies on the calling thread alone and releases the GIL. torch would copy with all its
     # threads, on the cores that training uses.
     target = np.frombuffer(as_bytes(copy.data), dtype=np.uint8)
@@ -374,9 +379,9 @@ def _parts(model: nn.Module, core: ShardedAdam, state: ModelState) -> list[Part]
     if rank == 0:
         whole = state.whole | state.computed
         parts += [whole_part(name, tensor) for name, tensor in whole.items()]
-        # Empty tensors are in the manifest too, and rank 0 adds them.
-        known = {part.name for part in parts}
-        parts += [part for part in sharded if part.name not in known]
+        # Every tensor must be in the manifest, also one without elements on any rank.
+        names = {part.name for part in parts}
+        parts += [part for part in sharded if part.name not in names]
     return parts
 
 
@@ -416,11 +421,11 @@ def model_state(model: nn.Module, core: ShardedAdam) -> ModelState:
         CheckpointError: a tensor is lazy and not initialized yet.
     """
     trained = {id(shard.parameter) for shard in shards_of(core.states)}
-    own = {id(p): name for name, p in model.named_parameters() if id(p) in trained}
+    first_names = {id(p): name for name, p in model.named_parameters() if id(p) in trained}
+    trained_names = {*first_names.values()}
     live = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     by_memory = {_memory(tensor): tensor for tensor in live.values()}
     by_memory.pop(None, None)  # tensors without memory are not comparable
-    computed_from_trained = set(own.values())
     found = ModelState({}, {}, {}, {})
     for name, value in model.state_dict(keep_vars=True).items():
         full_name = f"model/{name}"
@@ -428,16 +433,20 @@ def model_state(model: nn.Module, core: ShardedAdam) -> ModelState:
             found.values[full_name] = value
             continue
         if is_lazy(value):
-            raise CheckpointError(f"{name!r} of the model is not initialized. Run a forward first.")
+            raise CheckpointError(
+                f"{name!r} of the model is not initialized. Run a forward pass first."
+            )
         # A hook may have detached a live tensor: another object with the same memory.
         tensor = live.get(id(value), by_memory.get(_memory(value)))
         if tensor is not None:
-            first = own.setdefault(id(tensor), name)
+            first = first_names.setdefault(id(tensor), name)
             if first != name:
                 found.tied[full_name] = f"model/{first}"
             elif id(tensor) not in trained:
                 found.whole[full_name] = tensor.detach()
-        elif name not in computed_from_trained:
+        # A hook may return a copy of a trained parameter, for example a rounded one. The parameter
+        # itself is saved under this name.
+        elif name not in trained_names:
             found.computed[full_name] = value.detach()
     return found
 
@@ -450,13 +459,22 @@ def _memory(tensor: torch.Tensor) -> tuple[object, ...] | None:
 
 
 def whole_part(name: str, tensor: torch.Tensor) -> Part:
-    """Return a whole tensor as one part. It is copied if its elements are not contiguous."""
+    """Return a whole tensor as one part. It is copied if its elements are not contiguous.
+
+    Raises:
+        CheckpointError: its layout or dtype cannot be saved.
+    """
     if tensor.layout is not torch.strided:
         raise CheckpointError(
-            f"{name} has layout {tensor.layout}, but checkpoints hold only dense tensors."
+            f"{name} has layout {tensor.layout}, but checkpoints hold only dense tensors. Convert "
+            "it with to_dense(), or leave it out of the state dict (a buffer: persistent=False)."
         )
     if tensor.dtype not in DTYPE_NAMES:
-        raise CheckpointError(f"{name} has dtype {tensor.dtype}, which a checkpoint cannot hold.")
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES)
+        raise CheckpointError(
+            f"{name} has dtype {tensor.dtype}, which a checkpoint cannot hold. Convert it to one "
+            f"of {known}, or leave it out of the state dict (a buffer: persistent=False)."
+        )
     # A view if the tensor is dense in any order of dimensions, such as channels_last.
     order = memory_order(tensor)
     flat = tensor.permute(order).reshape(-1)
