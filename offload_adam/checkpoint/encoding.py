@@ -235,8 +235,12 @@ def _decode(value: Any) -> Any:
         return value
     if TAG not in value:
         return {key: _decode(inner) for key, inner in value.items()}
-    # An unknown tag raises a KeyError, an unknown field a TypeError: `decode` replaces both.
-    return _DECODERS[value[TAG]](**{key: inner for key, inner in value.items() if key != TAG})
+    fields = dict(value)
+    tag = fields.pop(TAG)
+    if tag not in _DECODERS:
+        raise ValueError(f"unknown type {tag!r}")
+    # A wrong field raises a TypeError, which `decode` replaces.
+    return _DECODERS[tag](**fields)
 
 
 def _decode_sequence(make: Callable[[list[Any]], Any], /, items: list[Any]) -> Any:

@@ -245,6 +245,13 @@ def test_a_wrong_text_is_rejected(text: Any) -> None:
         decode([text], "x")
 
 
+def test_an_unknown_type_is_named() -> None:
+    with pytest.raises(
+        CheckpointError, match=r"x cannot be decoded \(ValueError: unknown type 'a'"
+    ):
+        decode({TAG: "a"}, "x")
+
+
 def test_a_bool_that_is_neither_0_nor_1_becomes_1() -> None:
     found = decode(
         [
