@@ -17,7 +17,9 @@ from offload_adam.checkpoint.save import manifest_of, whole_part
 from offload_adam.errors import CheckpointError
 
 _PLANES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+# Options of torch's implementations, which offload_adam does not have, and what is no option.
 _NO_OPTIONS = ("params", "param_names", "foreach", "capturable", "differentiable", "fused")
+_PASS_NAMES = "Pass --names FILE, with one parameter name per line in the optimizer's order."
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _WIDENED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -90,26 +92,30 @@ def _read_torch_pickle(
     try:
         content = torch.load(source, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise CheckpointError(f"{source} cannot be opened: {error.strerror}.") from error
+        raise CheckpointError(
+            f"{source} cannot be opened: {error.strerror}. Check the path and its permissions."
+        ) from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         # torch puts its reason after several lines of advice, some of it to run the file's code.
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
         raise CheckpointError(
             f"{source} holds more than tensors and plain values, or was not written by torch.save: "
-            f"{reason.rstrip('.')}. Code in a file is not run: save only "
-            "the two state dicts."
+            f"{reason.rstrip('.')}. Code in a file is not run: save only the two state dicts."
         ) from error
     for key in (model_key, optimizer_key):
         if not isinstance(content, dict) or not isinstance(content.get(key), Mapping):
-            has = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+            has = f"a {type(content).__name__}"
+            if isinstance(content, dict):
+                has = f"the keys {', '.join(sorted(map(repr, content)))}"
             raise CheckpointError(
-                f"{source} has no state dict under {key!r}, only {has}. Name the keys with "
+                f"{source} has no state dict under {key!r}: it holds {has}. Name the keys with "
                 "--model-key and --optimizer-key."
             )
     model, optimizer = content[model_key], content[optimizer_key]
     if not {"state", "param_groups"} <= set(optimizer):
         raise CheckpointError(
-            f"{optimizer_key!r} of {source} is not the state dict of an optimizer."
+            f"{optimizer_key!r} of {source} is not the state dict of an optimizer. Name with "
+            "--optimizer-key the key of a dict that has 'state' and 'param_groups'."
         )
     return model, optimizer
 
@@ -133,7 +139,7 @@ def _optimizer_state(
     try:
         groups = list(optimizer["param_groups"])
         ids = [packed for group in groups for packed in group["params"]]
-        names = dict(zip(ids, given or _names(groups, len(ids), model), strict=True))
+        names = dict(zip(ids, _names(groups, len(ids), model, given), strict=True))
         tensors: dict[str, torch.Tensor] = {}
         steps: dict[str, float] = {}
         entries = []
@@ -151,23 +157,44 @@ def _optimizer_state(
         raise
     except _MALFORMED as error:
         raise CheckpointError(
-            f"The file has no valid state of torch's Adam or AdamW: {error!r}."
+            "The file has no valid state of torch's Adam or AdamW "
+            f"({type(error).__name__}: {str(error).rstrip('.')}). Save optimizer.state_dict() anew."
         ) from error
 
 
 def _names(
-    groups: Sequence[Mapping[str, Any]], count: int, model: Mapping[str, torch.Tensor]
-) -> list[str]:
-    """Return the names of the optimizer's parameters in its order."""
-    if all("param_names" in group for group in groups):
-        return [name for group in groups for name in group["param_names"]]
-    if len(model) == count and len(groups) == 1:
+    groups: Sequence[Mapping[str, Any]],
+    count: int,
+    model: Mapping[str, torch.Tensor],
+    given: Sequence[str] | None,
+) -> Sequence[str]:
+    """Return the names of the optimizer's `count` parameters in its order: `given`, if not empty.
+
+    Raises:
+        CheckpointError: the names are unknown, not `count`, or not those of the model's tensors.
+    """
+    if given:
+        names = given
+    elif all("param_names" in group for group in groups):
+        names = [name for group in groups for name in group["param_names"]]
+    elif len(model) == count and len(groups) == 1:
         return list(model)
-    raise CheckpointError(
-        f"The optimizer has {count} parameters without names in {len(groups)} group(s), and the "
-        f"model has {len(model)} tensors. Pass --names FILE, with one parameter name per line in "
-        "the optimizer's order."
-    )
+    else:
+        raise CheckpointError(
+            f"The optimizer has {count} parameters without names in {len(groups)} group(s), and "
+            f"the model has {len(model)} tensors. {_PASS_NAMES}"
+        )
+    if len(names) != count:
+        raise CheckpointError(
+            f"There are {len(names)} names for the optimizer's {count} parameters. {_PASS_NAMES}"
+        )
+    for name in names:
+        if name not in model:
+            raise CheckpointError(
+                f"{name!r} is named as a parameter of the optimizer, but the model has no such "
+                f"tensor, or has it under an earlier name to which it is tied. {_PASS_NAMES}"
+            )
+    return names
 
 
 def _require_options(group: Mapping[str, Any]) -> None:

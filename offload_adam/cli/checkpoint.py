@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from math import prod
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-EXIT_DAMAGED = 1
+EXIT_FAILED = 1
 
 checkpoint_app = typer.Typer(
     help="Verify, inspect, export and import checkpoints.", no_args_is_help=True
@@ -32,6 +34,18 @@ class ImportForm(StrEnum):
 Folder = Annotated[Path, typer.Argument(metavar="PATH", help="Folder of the checkpoint.")]
 
 
+@contextmanager
+def _exit_on_error() -> Iterator[None]:
+    """Print an error of a checkpoint or a file without a traceback, and exit with 1."""
+    from offload_adam.errors import CheckpointError
+
+    try:
+        yield
+    except (CheckpointError, OSError) as error:
+        typer.echo(f"offload-adam: {error}", err=True)
+        raise typer.Exit(EXIT_FAILED) from None
+
+
 @checkpoint_app.command("verify")
 def verify(path: Folder) -> None:
     """Verify every byte of a checkpoint against its checksums.
@@ -39,13 +53,9 @@ def verify(path: Folder) -> None:
     Exit codes: 0 intact, 1 damaged or not a checkpoint.
     """
     from offload_adam.checkpoint.load import verify_checkpoint
-    from offload_adam.errors import CheckpointError
 
-    try:
+    with _exit_on_error():
         manifest = verify_checkpoint(path)
-    except CheckpointError as error:
-        typer.echo(f"offload-adam: {error}", err=True)
-        raise typer.Exit(EXIT_DAMAGED) from None
     nbytes = sum(file.nbytes for file in manifest.files.values())
     typer.echo(f"{path} is intact: step {manifest.step}, {nbytes:,} bytes verified")
 
@@ -60,14 +70,10 @@ def inspect(path: Folder) -> None:
     from rich.table import Table
 
     from offload_adam.checkpoint.format import DTYPES, read_manifest
-    from offload_adam.errors import CheckpointError
     from offload_adam.units import format_nbytes
 
-    try:
+    with _exit_on_error():
         manifest = read_manifest(path)
-    except CheckpointError as error:
-        typer.echo(f"offload-adam: {error}", err=True)
-        raise typer.Exit(EXIT_DAMAGED) from None
     title = f"step {manifest.step}, saved by {manifest.world_size} rank(s)"
     table = Table("tensor", "dtype", "shape", "pieces", "size", title=title)
     for name, entry in sorted(manifest.tensors.items()):
@@ -99,13 +105,9 @@ def export(
     Exit codes: 0 done, 1 failed, without a partial OUT.
     """
     from offload_adam.checkpoint.export import export_dcp, export_torch
-    from offload_adam.errors import CheckpointError
 
-    try:
+    with _exit_on_error():
         loaded_by = (export_torch if form is ExportForm.TORCH else export_dcp)(path, out)
-    except (CheckpointError, OSError) as error:
-        typer.echo(f"offload-adam: {error}", err=True)
-        raise typer.Exit(EXIT_DAMAGED) from None
     typer.echo(f"Wrote {out} for {loaded_by}")
 
 
@@ -138,18 +140,25 @@ def import_(
     Exit codes: 0 done, 1 failed, without a partial OUT.
     """
     from offload_adam.checkpoint.torch_import import import_torch_pickle
-    from offload_adam.errors import CheckpointError
     from offload_adam.units import format_nbytes
 
-    try:
+    with _exit_on_error():
         nbytes = import_torch_pickle(
             source,
             out,
             model_key=model_key,
             optimizer_key=optimizer_key,
-            names=None if names is None else names.read_text(encoding="utf-8").split(),
+            names=None if names is None else _read_names(names),
         )
-    except (CheckpointError, OSError, UnicodeDecodeError) as error:
-        typer.echo(f"offload-adam: {error}", err=True)
-        raise typer.Exit(EXIT_DAMAGED) from None
     typer.echo(f"Wrote {out} ({format_nbytes(nbytes)}) for load_checkpoint")
+
+
+def _read_names(path: Path) -> list[str]:
+    from offload_adam.errors import CheckpointError
+
+    try:
+        return path.read_text(encoding="utf-8").split()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path} is not UTF-8 text. Pass a text file with one parameter name per line."
+        ) from error

@@ -167,8 +167,16 @@ def test_an_import_asks_for_parameter_names_that_it_cannot_know(tmp_path: Path) 
     assert code == 1
     assert "Pass --names" in output
     names = [name for name, _ in model.named_parameters()]
-    (tmp_path / "n").write_text("\n".join(names[:-1]))
-    assert command(*how, "--names", tmp_path / "n")[0] == 1
+    for given, words in (
+        (names[:-1], "There are 3 names for the optimizer's 4 parameters"),
+        ([*names[:-1], "other"], "'other' is named as a parameter of the optimizer, but the model"),
+    ):
+        (tmp_path / "n").write_text("\n".join(given))
+        code, output = command(*how, "--names", tmp_path / "n")
+        assert (code, words in " ".join(output.split())) == (1, True), output
+    (tmp_path / "n").write_bytes(b"\xff")
+    code, output = command(*how, "--names", tmp_path / "n")
+    assert (code, f"{tmp_path / 'n'} is not UTF-8 text" in " ".join(output.split())) == (1, True)
     (tmp_path / "n").write_text("\n".join(names))
     code, output = command(*how, "--names", tmp_path / "n")
     assert code == 0, output
