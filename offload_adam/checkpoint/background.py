@@ -182,7 +182,7 @@ class _Writer:
             self._snapshot_lock.finish_reading()
 
     def _read(self, before_each: Callable[[], None]) -> None:
-        """Copy the buckets that fit, then write the others. Release each as soon as it is read.
+        """Copy the tensors that fit, then write the others. Release each bucket once it is read.
 
         Args:
             before_each: called before each tensor.

@@ -268,7 +268,7 @@ def _decode_complex(items: list[Any]) -> complex:
     return complex(real, imaginary)
 
 
-def _decode_file(data: str, at: int) -> io.BytesIO:
+def _decode_bytes_io(data: str, at: int) -> io.BytesIO:
     file = io.BytesIO(_from_base64(data))
     file.seek(at)
     return file
@@ -304,7 +304,7 @@ _DECODERS: Mapping[str, Callable[..., Any]] = {
     "complex": _decode_complex,
     "bytes": lambda data: bytes(_from_base64(data)),
     "bytearray": _from_base64,
-    "BytesIO": _decode_file,
+    "BytesIO": _decode_bytes_io,
     "torch.dtype": lambda value: _TORCH_DTYPES[value],
     "torch.device": lambda value: torch.device(value),
     "torch.Tensor": _decode_tensor,

@@ -58,10 +58,10 @@ def export_torch(path: Path, out: Path) -> str:
         left_out: list[str] = []
         model = {name: _streamed(reader, saved) for name, saved in _model_names(manifest).items()}
         content = {
-            "model": model | _readable("model", _model_values(manifest), left_out),
+            "model": model | _loadable("model", _model_values(manifest), left_out),
             "optimizer": _torch_state(reader, manifest, left_out),
             "step": manifest.step,
-            "extra": _readable("extra", manifest.decoded_extra(), left_out),
+            "extra": _loadable("extra", manifest.decoded_extra(), left_out),
         }
         write_torch_file(partial_file, content)
         publish(partial_file, out)
@@ -87,7 +87,7 @@ def _torch_state(
     for number, group in enumerate(plain["groups"]):
         packed = list(range(len(names), len(names) + len(group["parameters"])))
         names += group["parameters"]
-        options = _readable(f"param_groups[{number}]", group["options"], left_out)
+        options = _loadable(f"param_groups[{number}]", group["options"], left_out)
         groups.append({**options, "params": packed, "param_names": group["parameters"]})
     whole = {
         packed: {
@@ -99,7 +99,7 @@ def _torch_state(
         if name in planes
     }
     packed_ids = {packed: packed for packed in whole}
-    further = _readable("optimizer", plain["further"], left_out)
+    further = _loadable("optimizer", plain["further"], left_out)
     return pack_full(groups, packed_ids, whole, further)
 
 
@@ -114,7 +114,7 @@ def _streamed(reader: CheckpointReader, saved: str) -> Streamed:
     return Streamed(saved, dtype, shape, tuple(strides), partial(reader.blocks, saved))
 
 
-def _readable(where: str, values: Mapping[Any, Any], left_out: list[str]) -> dict[Any, Any]:
+def _loadable(where: str, values: Mapping[Any, Any], left_out: list[str]) -> dict[Any, Any]:
     """Return the values that `torch.load(weights_only=True)` loads; list others in `left_out`."""
     found = {}
     for key, value in values.items():

@@ -203,8 +203,8 @@ def _read_in_place(
 def _load_modules(reader: CheckpointReader, model: nn.Module, state: ModelState) -> bool:
     """Call `model.load_state_dict` with the saved entries that modules computed.
 
-    All other entries of the state dict that it gets are the live tensors, which are already loaded;
-    torch does not copy a tensor to itself. So modules and hooks see a complete state dict.
+    The other entries of the passed state dict are the live tensors themselves: torch does not copy
+    a tensor to itself, and modules and hooks see a complete state dict.
 
     Returns:
         Whether an entry is not a live tensor, so that it may have been copied over one.
@@ -216,13 +216,13 @@ def _load_modules(reader: CheckpointReader, model: nn.Module, state: ModelState)
     for name in {*state.computed, *state.values} & reader.manifest.tensors.keys():
         values[name] = reader.whole(name)
     current = model.state_dict(keep_vars=True)
-    taken = {name: values.get(f"model/{name}", value) for name, value in current.items()}
+    entries = {name: values.get(f"model/{name}", value) for name, value in current.items()}
     try:
         # With strict=False, the model may omit entries from its own state dict. A model that
         # overrides load_state_dict may not have this argument.
         parameters = inspect.signature(model.load_state_dict).parameters
         options = {"strict": False} if {"strict", "kwargs"} & parameters.keys() else {}
-        result = model.load_state_dict(taken, **options)
+        result = model.load_state_dict(entries, **options)
     except Exception as error:  # user code: hooks and overridden methods
         raise CheckpointError(
             f"load_state_dict of the model failed: {type(error).__name__}: "
@@ -230,14 +230,14 @@ def _load_modules(reader: CheckpointReader, model: nn.Module, state: ModelState)
             "or its hooks, and load again."
         ) from error
     unexpected = getattr(result, "unexpected_keys", ())
-    left = sorted(name for name in unexpected if f"model/{name}" in values)
-    if left:
+    not_loaded = sorted(name for name in unexpected if f"model/{name}" in values)
+    if not_loaded:
         raise CheckpointError(
-            f"load_state_dict of the model does not load {left[0]!r}, an entry of the model's own "
-            "state dict. Add a load hook to the model."
+            f"load_state_dict of the model does not load {not_loaded[0]!r}, although the model's "
+            "state dict has this entry. Add a load hook to the model."
         )
     live = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    return any(id(value) not in live for value in taken.values())
+    return any(id(value) not in live for value in entries.values())
 
 
 def _range_reads(

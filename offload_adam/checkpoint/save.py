@@ -49,8 +49,6 @@ from offload_adam.state.state_shard import memory_order, shards_of
 from offload_adam.step.step import ShardedAdam
 from offload_adam.torch_private import is_lazy
 
-_TOKEN_NAME = "token"
-
 
 def save_checkpoint(
     path: str | os.PathLike[str],
@@ -164,7 +162,7 @@ def require_shared(folder: Path, ranks: RankGroup) -> None:
         OSError: on rank 0, if it cannot create the file; the others raise a PeerError.
     """
     # A random name: another job may check the same folder at the same time.
-    path = folder / f"{_TOKEN_NAME}-{gather_texts(ranks, uuid.uuid4().hex)[0]}"
+    path = folder / f"token-{gather_texts(ranks, uuid.uuid4().hex)[0]}"
     with raise_on_all_ranks(ranks, "opening a checkpoint"):
         if ranks.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -213,7 +211,7 @@ class Save:
         ranks: RankGroup,
         parts: Sequence[Part],
         manifest: Manifest,
-        buffers: Sequence[torch.Tensor] = (),
+        buffers: Sequence[torch.Tensor],
     ) -> None:
         self.ranks = ranks
         self._target = target
@@ -224,7 +222,8 @@ class Save:
         for part in parts:
             if part.bucket is not None:
                 self._buckets.setdefault(part.bucket, []).append(part)
-        # Overlapped updates run in forward order, from the last bucket to the first.
+        # Buckets are numbered in backward order. Overlapped updates run in forward order, so they
+        # modify the last bucket first.
         self._buckets = dict(sorted(self._buckets.items(), reverse=True))
         in_order = [part for bucket in self._buckets.values() for part in bucket]
         self._copies = _place_copies(buffers, in_order)

@@ -17,11 +17,11 @@ from offload_adam.checkpoint.save import manifest_of, whole_part
 from offload_adam.errors import CheckpointError
 
 _PLANES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-# Options of torch's implementations, which offload_adam does not have, and what is no option.
+# Keys of torch's groups that are not saved as options: parameters, and settings of torch's kernels.
 _NO_OPTIONS = ("params", "param_names", "foreach", "capturable", "differentiable", "fused")
 _PASS_NAMES = "Pass --names FILE, with one parameter name per line in the optimizer's order."
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-_WIDENED = (torch.float32, torch.bfloat16, torch.float16)
+_EXACT_IN_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def import_torch_pickle(
@@ -53,7 +53,7 @@ def import_torch_pickle(
     with partial_output(target) as folder:
         model, optimizer = _read_torch_pickle(source, model_key, optimizer_key)
         model_tensors = {name: v for name, v in model.items() if isinstance(v, torch.Tensor)}
-        # A checkpoint stores a tied tensor once, under its first name.
+        # A checkpoint stores a tied tensor only once, under its first name.
         tied = _tied(model_tensors)
         own = {name: value for name, value in model_tensors.items() if name not in tied}
         entry, state = _optimizer_state(optimizer, own, names)
@@ -214,10 +214,11 @@ def _planes(
         value = saved.get(key)
         if value is None:
             value = torch.zeros_like(weight, dtype=torch.float32)
-        if value.shape != weight.shape or value.dtype not in _WIDENED:
+        if value.shape != weight.shape or value.dtype not in _EXACT_IN_FLOAT32:
             raise CheckpointError(
-                f"{key} of {name!r} is {value.dtype} of shape {list(value.shape)}. It must be a "
-                f"floating-point tensor of shape {list(weight.shape)}, as the weight."
+                f"{key} of {name!r} is {value.dtype} of shape {list(value.shape)}, but must be "
+                f"float32, bfloat16 or float16 of the weight's shape {list(weight.shape)}. Save "
+                "model and optimizer of the same run."
             )
         planes[key] = value
     if weight.dtype != torch.float32:

@@ -175,6 +175,16 @@ def test_a_disk_that_fills_up_is_an_error(tmp_path: Path) -> None:
     assert subprocess.run(command, timeout=100, check=False).returncode == errno.EFBIG
 
 
+def test_a_file_that_loses_bytes_while_it_is_written_is_an_error(tmp_path: Path) -> None:
+    part = part_of("a", 1000)
+    file = RankFile(tmp_path, "f", [part])
+    file.write([part])
+    os.truncate(tmp_path / "f", 900)
+    with pytest.raises(OSError, match=r"the file has 900 bytes after 1,\d+ were written"):
+        file.finish()
+    file.close()
+
+
 def test_nothing_is_read_past_the_end(tmp_path: Path) -> None:
     entry = write_file(tmp_path / "f", [Part("a", (0, 3), (0, 1), 0, torch.zeros(0))]).file
     with closing(VerifiedFile(tmp_path, "f", entry)) as file:
