@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -168,8 +168,7 @@ class _Writer:
     def _run(self) -> None:
         try:
             self._snapshot_lock.set_reader()
-            self._read(self._snapshot_lock.raise_if_invalidated)
-            self._save.write_copies(self._snapshot_lock.raise_if_invalidated)
+            self._read()
             # An edit may have been detected while the last tensor was read.
             self._snapshot_lock.raise_if_invalidated()
             self._entry = self._save.finish()
@@ -181,16 +180,14 @@ class _Writer:
             # Also after an error: otherwise updates would wait forever.
             self._snapshot_lock.finish_reading()
 
-    def _read(self, before_each: Callable[[], None]) -> None:
-        """Copy the tensors that fit, then write the others. Release each bucket once it is read.
-
-        Args:
-            before_each: called before each tensor.
-        """
+    def _read(self) -> None:
+        """Copy the tensors that fit, then write all. Release each bucket once it is read."""
+        check = self._snapshot_lock.raise_if_invalidated
         # All copies first: memory is faster than the disk, so these updates wait only briefly.
         for bucket in self._save.buckets:
-            if self._save.copy_bucket(bucket, before_each):
+            if self._save.copy_bucket(bucket, check):
                 self._snapshot_lock.release_bucket(bucket)
         for bucket in self._save.buckets:
-            self._save.write_bucket(bucket, before_each)
+            self._save.write_bucket(bucket, check)
             self._snapshot_lock.release_bucket(bucket)
+        self._save.write_copies(check)

@@ -1,4 +1,4 @@
-"""Makes a checkpoint of a partial folder by one rename, and removes what killed saves left.
+"""Turns a partial folder into a checkpoint by one rename; removes folders that killed saves left.
 
 A save writes into `<checkpoint>.<node>-<process>-<random>.partial`. This name identifies the
 process that writes: a later save removes the folder of a killed process, but not that of a save

@@ -195,7 +195,8 @@ class Save:
 
     Owns: this rank's open file, until `finish`, `close` or an error.
     Lifecycle: `write`, then `commit`. In the background: `write_whole`; `copy_bucket` for each of
-    `buckets`; `write_bucket` for each; `write_copies`, `finish` and `commit`.
+    `buckets`; `write_bucket` for each; `write_copies`, `finish` and `commit`. The three methods
+    with an argument `before_each` call it before each tensor; its error ends the write.
 
     Args:
         parts: the tensors that this rank writes.
@@ -252,9 +253,6 @@ class Save:
     def copy_bucket(self, bucket: int, before_each: Callable[[], None]) -> bool:
         """Copy the tensors of a bucket that have a place in a snapshot buffer.
 
-        Args:
-            before_each: called before each tensor.
-
         Returns:
             Whether all tensors of the bucket are copied, so that it may be updated.
         """
@@ -265,22 +263,14 @@ class Save:
         return len(copied) == len(self._buckets[bucket])
 
     def write_bucket(self, bucket: int, before_each: Callable[[], None] = lambda: None) -> None:
-        """Write the tensors of a bucket that are not copied, directly from the state.
-
-        Args:
-            before_each: called before each tensor.
-        """
+        """Write the tensors of a bucket that are not copied, directly from the state."""
         for part in self._buckets[bucket]:
             if part.name not in self._copies:
                 before_each()
                 self._file.write([part])
 
     def write_copies(self, before_each: Callable[[], None]) -> None:
-        """Write the copies, after all other tensors.
-
-        Args:
-            before_each: called before each copy.
-        """
+        """Write the copies, after all other tensors."""
         for copy in self._copies.values():
             before_each()
             self._file.write([copy])
