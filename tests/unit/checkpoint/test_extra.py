@@ -89,7 +89,7 @@ def test_every_scheduler_of_torch_is_tested() -> None:
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_resumed_schedule_goes_on_as_it_would_have(name: str, tmp_path: Path) -> None:
+def test_a_resumed_schedule_equals_an_uninterrupted_one(name: str, tmp_path: Path) -> None:
     model, optimizer, scheduler = make(name)
     run(scheduler, optimizer, 0, 3)
     state = scheduler.state_dict()
@@ -144,7 +144,7 @@ def test_generators_samplers_and_scalers(tmp_path: Path) -> None:
     assert bits(other.state_dict()) == bits(scaler.state_dict())
 
 
-def test_what_cannot_be_held_is_rejected_and_nothing_is_left(tmp_path: Path) -> None:
+def test_a_value_that_cannot_be_saved_is_rejected_and_no_file_is_left(tmp_path: Path) -> None:
     model, optimizer, scheduler = make("StepLR")
     state = {**scheduler.state_dict(), "fn": [make]}
     with pytest.raises(CheckpointError, match=r"\['fn'\]\[0\] is of type function"):
@@ -172,7 +172,7 @@ def test_options_of_a_group_come_back_as_they_were(tmp_path: Path) -> None:
     assert {key: found[key] for key in expected} == expected
 
 
-def test_a_mapping_of_format_2_is_not_taken_for_a_tag(tmp_path: Path) -> None:
+def test_a_dict_of_format_2_is_not_decoded(tmp_path: Path) -> None:
     model, optimizer, _ = make("StepLR")
     extra = {"mine": {"$type": "tuple", "items": [1]}}
     save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer, extra=extra)

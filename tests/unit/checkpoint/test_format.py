@@ -95,7 +95,7 @@ def written(tmp_path: Path) -> tuple[Path, RankEntry, list[Part]]:
     return tmp_path, write_file(tmp_path / "rank.safetensors", parts), parts
 
 
-def test_what_is_written_is_read_back_in_any_part(
+def test_any_range_of_a_written_file_is_read_back(
     written: tuple[Path, RankEntry, list[Part]],
 ) -> None:
     folder, entry, parts = written
@@ -234,7 +234,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
     return values
 
 
-def test_a_manifest_survives_its_text() -> None:
+def test_a_manifest_is_read_back_as_it_was_written() -> None:
     text = sealed(manifest())
     assert sealed(parse_manifest(text, "m").model_dump()) == text
 
@@ -287,7 +287,7 @@ def test_a_changed_digit_of_a_manifest_is_seen(old: str, new: str) -> None:
     ],
     ids=str,
 )
-def test_a_manifest_that_cannot_be_right_is_rejected(changes: dict[str, Any], words: str) -> None:
+def test_an_invalid_manifest_is_rejected(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
         parse_manifest(sealed(manifest(**changes)), "m")
 

@@ -1,7 +1,7 @@
 """Peak memory of saving, loading and exporting a checkpoint, beyond the state.
 
-Measured: the largest resident memory of the process while it runs, over what it had before. Files
-are written and read with plain calls, so the page cache is no part of it.
+Measured is by how much the peak resident memory of a process exceeds its memory before the call.
+Files are not mapped into memory, so the page cache does not count.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 
 STATED_NBYTES = 4 * 2**22
-"""Loading takes four blocks. Saving host state takes nothing besides the snapshot buffer."""
+"""Loading takes four blocks. Saving host state takes only the snapshot buffer, which exists."""
 EXPORT_NBYTES = 5 * 2**22
 """Four blocks for reading and one for writing."""
 SLACK_NBYTES = 4 * 2**20
 """Python objects, and memory that the allocator keeps."""
-GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""Makes the allocator return freed memory, which could otherwise be reused unnoticed."""
+ALLOCATOR_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""Freed memory returns to the system: otherwise its reuse would hide an allocation."""
 
 MEASURE = """
 import json, sys
@@ -75,15 +75,15 @@ export_torch(folder / "first", folder / "first.pt")
 pending = []
 
 
-def beside():
-    pending.append(begin_checkpoint(folder / "beside", **of))
+def in_background():
+    pending.append(begin_checkpoint(folder / "background", **of))
     optimizer._alive().external_edits.wait_for_snapshot()
     pending[0].wait()
 
 
 found = {
     "sync": peak(lambda: save_checkpoint(folder / "sync", **of)),
-    "async": peak(beside),
+    "async": peak(in_background),
     "load": peak(lambda: load_checkpoint(folder / "sync", **of)),
     "export": peak(lambda: export_torch(folder / "sync", folder / "t.pt")),
     "a tensor's copy": peak(lambda: optimizer.state[next(model.parameters())]["exp_avg"].clone()),
@@ -92,11 +92,11 @@ print(json.dumps({"peaks": found, "state": optimizer.host_nbytes["state"]}))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc of Linux's")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_no_copy_of_the_state_is_made(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])} | GIVES_BACK,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])} | ALLOCATOR_SETTINGS,
         capture_output=True,
         text=True,
         timeout=100,

@@ -189,7 +189,7 @@ def test_a_module_with_its_own_state_dict(kind: type[nn.Linear], how: str, tmp_p
         assert torch.equal(one, two)
 
 
-def test_live_tensors_are_read_in_place_whatever_a_hook_calls_them() -> None:
+def test_live_tensors_are_read_in_place_under_any_name_that_a_hook_gives_them() -> None:
     """Copies would double the memory of the frozen weights."""
     model, optimizer = make(Renamed)
     state = model_state(model, optimizer._settled())
@@ -313,7 +313,7 @@ def test_a_layer_that_is_not_initialized_is_named(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_load_state_dict_rejects_is_an_error(tmp_path: Path) -> None:
+def test_an_error_of_load_state_dict_is_reported(tmp_path: Path) -> None:
     model, optimizer = make(Packed)
     save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
     model[1].packed = torch.zeros(3)
@@ -393,7 +393,7 @@ class Rounded(nn.Linear):
 
 
 @pytest.mark.parametrize("kind", [OwnLoad, Rounded])
-def test_trained_weights_come_back_to_the_bit_whatever_the_model_does(
+def test_trained_weights_are_restored_to_the_bit_for_any_load_state_dict(
     tmp_path: Path, kind: type[nn.Linear]
 ) -> None:
     torch.manual_seed(0)
