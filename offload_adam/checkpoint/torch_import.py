@@ -184,9 +184,11 @@ def _names(
             f"The optimizer has {count} parameters without names in {len(groups)} group(s), and "
             f"the model has {len(model)} tensors. {_PASS_NAMES}"
         )
-    if len(names) != count:
+    num_different = len({*names})
+    if not num_different == len(names) == count:
         raise CheckpointError(
-            f"There are {len(names)} names for the optimizer's {count} parameters. {_PASS_NAMES}"
+            f"There are {len(names)} names, {num_different} of them different, for the optimizer's "
+            f"{count} parameters. {_PASS_NAMES}"
         )
     for name in names:
         if name not in model:

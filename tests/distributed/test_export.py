@@ -168,7 +168,9 @@ def test_an_import_asks_for_parameter_names_that_it_cannot_know(tmp_path: Path) 
     assert "Pass --names" in output
     names = [name for name, _ in model.named_parameters()]
     for given, words in (
-        (names[:-1], "There are 3 names for the optimizer's 4 parameters"),
+        (names[:-1], "There are 3 names, 3 of them different, for the optimizer's 4 parameters"),
+        ([*names[:-1], names[0]], "There are 4 names, 3 of them different"),
+        ([*names, names[0]], "There are 5 names, 4 of them different"),
         ([*names[:-1], "other"], "'other' is named as a parameter of the optimizer, but the model"),
     ):
         (tmp_path / "n").write_text("\n".join(given))
