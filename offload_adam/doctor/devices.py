@@ -19,10 +19,11 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def device_findings(local_world_size: int, measured: Bandwidth | None) -> Iterator[Finding]:
-    """Yield whether CUDA works, and the memory and bus of each GPU.
+    """Yield findings on CUDA, and on the memory and the bus of each GPU.
 
     Args:
-        measured: receives the speed of the slowest bus; None to measure no bus.
+        local_world_size: number of ranks to be started on this node.
+        measured: `bus` is set to the bandwidth of the slowest bus; None to measure no bus.
     """
     if not torch.cuda.is_available():
         yield without_cuda(_DRIVER.exists())
@@ -47,7 +48,7 @@ def device_findings(local_world_size: int, measured: Bandwidth | None) -> Iterat
 
 
 def without_cuda(has_driver: bool) -> Finding:
-    """Return that there is no GPU, a warning if the NVIDIA driver is loaded."""
+    """Return the finding that there is no GPU, a warning if the NVIDIA driver is loaded."""
     if not has_driver:
         return Finding("CUDA", "no GPU: parameters and state share the host's memory")
     if torch.version.cuda is None:
@@ -59,7 +60,10 @@ def without_cuda(has_driver: bool) -> Finding:
 
 
 def bus(index: int, measured: Bandwidth) -> Finding:
-    """Measure copies between pinned host memory and one GPU, in both directions."""
+    """Measure copies between pinned host memory and one GPU, in both directions.
+
+    `measured.bus` becomes the slowest bandwidth so far, over GPUs and directions.
+    """
     topic = f"bus of GPU {index}"
     try:
         h2d, d2h = bus_gb_per_s(index)

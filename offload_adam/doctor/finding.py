@@ -16,8 +16,9 @@ STATUSES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 class Finding(NamedTuple):
     """What a check found, and what to do about it.
 
-    advice: "" if nothing needs to be done. Without it a run takes more time or memory than need be.
-    is_fatal: without the advice a run cannot start, or is sure to fail later.
+    advice: what to do; "" if nothing needs to be done. A run that ignores the advice takes more
+        time or memory than it needs.
+    is_fatal: a run that ignores the advice cannot start, or is sure to fail later.
     """
 
     topic: str

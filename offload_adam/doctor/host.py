@@ -1,4 +1,4 @@
-"""Checks of this node's cores and host memory, and of what Numba makes of them."""
+"""Checks of this node: cores, Numba's threads and vectors, host memory, huge pages, NUMA nodes."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def granted_share(smaps: Path = Path("/proc/self/smaps_rollup")) -> float | None
 
 
 def numa(local_world_size: int, nodes: Path = NUMA_NODES) -> Finding:
-    """Return the NUMA nodes, a warning if a rank would use the memory of several."""
+    """Return the NUMA nodes, a warning if there are fewer ranks than nodes with cores."""
     folders = sorted(nodes.glob("node[0-9]*"), key=lambda folder: int(folder.name[4:]))
     if len(folders) < 2:
         return Finding("NUMA", "one node: all memory is equally fast for every core")

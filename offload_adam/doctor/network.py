@@ -50,13 +50,17 @@ _LEAST = {
         "train.gradient_accumulation_steps",
     ),
 }
-"""By backend, and whether there is one node only: the GB/s below which something is wrong, and what
-to check then."""
+"""(backend, whether all ranks are on one node) -> (GB/s that a sound network reaches, what to check
+if this one does not)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """The measured speed of these ranks' network; if it failed, None and the error's text."""
+    """The measured speed of the ranks' network.
+
+    speed: None if the measurement failed.
+    trouble: text of the error; "" if the measurement succeeded.
+    """
 
     ranks: Ranks
     speed: RingSpeed | None
@@ -64,7 +68,7 @@ class Network:
 
 
 def look_at_network() -> Network | None:
-    """Join the ranks that torchrun started, measure, and leave them. Collective.
+    """Join the ranks that torchrun started, measure their network, and leave them. Collective.
 
     Returns:
         The speed, or the error's text; None for a process without peers.
@@ -90,7 +94,7 @@ def measure_network(
     slowest rank, and the median round counts.
 
     Args:
-        nbytes: of a bucket.
+        nbytes: bytes of a bucket.
     """
     ranks.open_data_groups([device.type])
     streams = streams_for(device)
@@ -114,7 +118,8 @@ def measure_network(
         ]
         for one in pending:
             one.wait(ranks)
-        # On a device, the host has not waited yet: the collective is over when its stream is.
+        # On a GPU, `one.wait` returns at once, because the lane's stream waits for the collectives.
+        # An event on that stream tells when they are over; on a CPU, it has passed already.
         ranks.wait_until(streams.record(lane).query, pause_s=_POLL_S)
         return time.perf_counter() - start_s
 
@@ -122,7 +127,7 @@ def measure_network(
         numel = nbytes // dtype.itemsize // world_size * world_size
         buckets = [torch.zeros(numel, dtype=dtype, device=device) for _ in range(NUM_IN_FLIGHT)]
         rounds = [round_s(lane, buckets) for _ in range(1 + NUM_ROUNDS)]
-        # The first round connects the ranks.
+        # The first round does not count: in it the backend connects the ranks.
         slowest = torch.tensor(rounds[1:], dtype=torch.float64, device="cpu")
         ranks.all_reduce(slowest, dist.ReduceOp.MAX)
         sent_nbytes = NUM_IN_FLIGHT * passes * pass_nbytes(buckets[0].nbytes, world_size)

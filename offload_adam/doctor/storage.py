@@ -40,7 +40,8 @@ def last_save(folder: Path, num_parameters: float | None) -> Finding:
     """Measure the disk, and return whether a preempted run can save before it is killed.
 
     Args:
-        num_parameters: number that the ranks of this node save; None if it is not known.
+        folder: where runs are to be written; a parent if it does not exist yet.
+        num_parameters: parameters that the ranks of this node save; None if not known.
     """
     timeout = os.environ.get(_TIMEOUT_VARIABLE, TORCHRUN_TIMEOUT_S)
     try:
@@ -71,7 +72,7 @@ def write_gb_per_s(folder: Path) -> float:
     Raises:
         OSError: the file does not fit on the disk.
     """
-    block = os.urandom(_BLOCK_NBYTES)
+    block = os.urandom(_BLOCK_NBYTES)  # random, so that the file system cannot compress it
     with tempfile.NamedTemporaryFile(dir=folder, prefix="offload_adam-", buffering=0) as file:
         start_s = time.perf_counter()
         for _ in range(WRITE_NBYTES // _BLOCK_NBYTES):
