@@ -21,11 +21,12 @@ from offload_adam.optimizer import OffloadAdam
 
 NUM_STREAMS = 4
 # Four arrays of 128 MB do not fit into the caches that cores share. Their size is not a power of
-# two: arrays that far apart compete for the same cache lines and take twice the time.
+# two: elements at power-of-two distances map to the same cache sets, which doubles the time.
 STREAM_NUMEL = 32_000_000
 NUM_PARAMETERS = 8
 STEP_NUMEL = 24_000_000
-"""Elements of all parameters of the measured step, which needs 15 bytes of memory for each."""
+"""Elements of all parameters of the measured step. Each needs 16 bytes: 2 for the parameter, 2 for
+its gradient and 12 for its state."""
 COPY_NBYTES = 256 * 1024 * 1024
 
 
@@ -40,11 +41,13 @@ def measure_bandwidth(
 ) -> dict[int, float]:
     """Return the bandwidth of host memory in 1e9 bytes a second, by number of threads.
 
-    The arrays are allocated as optimizer state is, and read and written as an update does it. The
-    median pass counts. The arrays are freed on return.
+    A pass reads four arrays and writes three of them, as an update does. The arrays are allocated
+    like optimizer state and freed on return.
 
     Args:
+        thread_counts: numbers of threads to measure with.
         numel: float32 elements of each of the four arrays.
+        num_passes: passes for each number of threads, after one warmup pass; the median counts.
 
     Raises:
         HostMemoryError: the arrays do not fit into the available memory.
@@ -62,31 +65,35 @@ def measure_bandwidth(
 def measure_step(num_threads: int, *, numel: int = STEP_NUMEL, num_steps: int = 9) -> float:
     """Return the bandwidth of an optimizer step in 1e9 bytes a second, the median over the steps.
 
-    One rank steps bf16 parameters on the CPU with clipping and without streaming: norm and update.
-    A plan predicts the time of a step as its traffic over this bandwidth. WORLD_SIZE must be 1 or
-    unset.
+    The measured steps are those of one rank with bf16 parameters on the CPU, with clipping and
+    without streaming: they consist of norm and update. A plan predicts the time of a step as its
+    memory traffic over this bandwidth. WORLD_SIZE must be 1 or unset.
 
     Raises:
         HostMemoryError: the state does not fit into the available memory.
     """
-    each = max(1, numel // NUM_PARAMETERS)
+    parameter_numel = max(1, numel // NUM_PARAMETERS)
     parameters = [
-        nn.Parameter(torch.zeros(each, dtype=torch.bfloat16, device="cpu"))
+        nn.Parameter(torch.zeros(parameter_numel, dtype=torch.bfloat16, device="cpu"))
         for _ in range(NUM_PARAMETERS)
     ]
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 0.01)
     with closing(OffloadAdam(parameters, max_grad_norm=1.0, num_threads=num_threads)) as optimizer:
         step_s = _median_s(optimizer.step, num_steps, num_warmup=2)
-    specs = [ParameterSpec(i, each, 2, "bf16") for i in range(NUM_PARAMETERS)]
-    return sum(map(traffic_nbytes, plan_state(specs, StatePolicy()))) / step_s / 1e9
+    specs = [ParameterSpec(i, parameter_numel, 2, "bf16") for i in range(NUM_PARAMETERS)]
+    step_nbytes = sum(traffic_nbytes(plan) for plan in plan_state(specs, StatePolicy()))
+    return step_nbytes / step_s / 1e9
 
 
 def bus_gb_per_s(index: int) -> tuple[float, float]:
-    """Return the bandwidths of H2D and D2H copies of pinned memory, in 1e9 bytes a second.
+    """Return the bandwidths of H2D and of D2H copies of pinned memory, in 1e9 bytes a second.
+
+    The host's clock times blocking copies of 256 MiB, and the median copy of each direction counts.
+    The time includes the launch and the wait, some microseconds of the milliseconds of a copy.
 
     Args:
-        index: of the visible GPU.
+        index: index of a visible GPU.
 
     Raises:
         HostMemoryError: the memory cannot be allocated or pinned.
@@ -96,16 +103,16 @@ def bus_gb_per_s(index: int) -> tuple[float, float]:
         arena.pin(CudaRuntime(gpu))
         host = arena.allocate(COPY_NBYTES, torch.uint8)
         device = torch.empty(COPY_NBYTES, dtype=torch.uint8, device=gpu)
-        # A copy that is not `non_blocking` returns when it is over.
-        h2d_s, d2h_s = (
-            _median_s(partial(device.copy_, host)),
-            _median_s(partial(host.copy_, device)),
-        )
+        # Without `non_blocking`, `copy_` calls cudaMemcpyAsync and then cudaStreamSynchronize, in
+        # both directions and for pinned memory, too. Nothing else is on this stream, so the host's
+        # clock needs no events.
+        h2d_s = _median_s(partial(device.copy_, host))
+        d2h_s = _median_s(partial(host.copy_, device))
     return COPY_NBYTES / h2d_s / 1e9, COPY_NBYTES / d2h_s / 1e9
 
 
 def _median_s(call: Callable[[], object], num_calls: int = 10, num_warmup: int = 1) -> float:
-    """Return the median seconds of a call. The first calls, which may compile, do not count."""
+    """Return the median seconds of a call, without the first `num_warmup`, which may compile."""
     seconds = []
     for _ in range(num_warmup + num_calls):
         start_s = time.perf_counter()

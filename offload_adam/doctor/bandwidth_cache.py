@@ -19,9 +19,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The ranks that a network speed was measured with. It is valid for no other ranks.
+    """The ranks that a network speed was measured with. The speed is valid for no other ranks.
 
-    backend: of the collectives. device: type of the device that holds the buckets.
+    backend: backend of the collectives, "nccl" or "gloo".
+    device: type of the device that holds the buckets, "cuda" or "cpu".
     """
 
     world_size: int
@@ -49,10 +50,10 @@ def ranks_like(world_size: int, local_world_size: int, device: str) -> Ranks:
 class Bandwidth:
     """Measured bandwidths in 1e9 bytes a second; empty or None where nothing was measured.
 
-    memory: by number of threads.
-    step: of an optimizer step with the threads of all ranks of a node.
-    network: by the ranks that it was measured with.
-    bus: of the slowest GPU's copies, in their slower direction.
+    memory: bandwidth of host memory, by number of threads.
+    step: bandwidth of an optimizer step with the threads of all ranks of a node.
+    network: speeds of the collectives, by the ranks that they were measured with.
+    bus: bandwidth of the slowest GPU's copies, in their slower direction.
     """
 
     memory: Mapping[int, float] = field(default_factory=dict)
@@ -73,7 +74,7 @@ def _path() -> Path:
 
 
 def keep(measured: Bandwidth) -> Path | None:
-    """Update the file with what was measured, and leave its other values as they are.
+    """Write the measured values into the file, and keep its values of everything else.
 
     Returns:
         The file, or None, with a warning in the log, if it cannot be written.
@@ -101,24 +102,25 @@ def keep(measured: Bandwidth) -> Path | None:
 
 
 def recall() -> Bandwidth:
-    """Return the bandwidths in the file; none if it is missing, damaged or of another machine."""
+    """Return the bandwidths in the file, empty if it is missing, damaged or of another machine."""
     try:
         values: Any = json.loads(_path().read_text(encoding="utf-8"))
         if values["machine"] != _machine():
             return Bandwidth()
+        memory, step = values["memory_gb_per_s"], values["step_gb_per_s"]
         # Files of earlier versions have neither bus nor network.
-        step, bus = values["step_gb_per_s"], values.get("bus_gb_per_s")
-        entries = values.get("network_gb_per_s", [])
+        bus, entries = values.get("bus_gb_per_s"), values.get("network_gb_per_s", [])
+        network = {}
+        for entry in entries:
+            ranks = Ranks(**{key.name: entry[key.name] for key in fields(Ranks)})
+            network[ranks] = RingSpeed(
+                **{key.name: _speed(entry[key.name]) for key in fields(RingSpeed)}
+            )
         return Bandwidth(
-            {int(count): _speed(value) for count, value in values["memory_gb_per_s"].items()},
-            None if step is None else _speed(step),
-            {
-                Ranks(*(entry[one.name] for one in fields(Ranks))): RingSpeed(
-                    *(_speed(entry[one.name]) for one in fields(RingSpeed))
-                )
-                for entry in entries
-            },
-            None if bus is None else _speed(bus),
+            memory={int(count): _speed(value) for count, value in memory.items()},
+            step=None if step is None else _speed(step),
+            network=network,
+            bus=None if bus is None else _speed(bus),
         )
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         logger.debug("No measured bandwidth is known: %s", error)
@@ -126,14 +128,18 @@ def recall() -> Bandwidth:
 
 
 def _speed(value: Any) -> float:
-    """Return a number of GB/s, and reject an impossible one; NaN is impossible, too."""
+    """Return a speed in GB/s.
+
+    Raises:
+        ValueError: the speed is impossible: zero, negative, huge or NaN.
+    """
     if not 0 < float(value) < 1e9:
         raise ValueError(f"{value} GB/s is impossible")
     return float(value)
 
 
 def _machine() -> dict[str, Any]:
-    """Return what must be equal for a measurement to be valid."""
+    """Return what identifies this machine. Measurements of a machine that differs are ignored."""
     return {
         "host": platform.node(),
         "architecture": platform.machine(),

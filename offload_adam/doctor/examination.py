@@ -17,10 +17,11 @@ from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import threads_per_node
 
 GOOD_SHARE = 0.8
-"""Of the highest bandwidth: all threads of a node should reach it."""
+"""Share of the highest bandwidth that all threads of a node together should reach."""
 STEP_SHARE = 0.5
-"""Of the memory bandwidth: a whole optimizer step should reach it."""
+"""Share of the memory bandwidth that a whole optimizer step should reach."""
 BUSY_LOAD_PER_CORE = 0.5
+"""Load average per measured thread above which the measurements are in doubt."""
 
 
 def examine(
@@ -41,12 +42,12 @@ def examine(
         measure: measure memory, bus and disk, which takes some seconds, and save the bandwidths
             for training and plans.
         num_parameters: number that the ranks of this node save; None if it is not known.
-        network: what the ranks have measured together; None for a process without peers.
+        network: the speed that the ranks have measured together; None for a process without peers.
     """
     measured = Bandwidth()
     on_device = torch.cuda.is_available()
 
-    def bandwidth() -> Iterator[Finding]:
+    def memory_and_step() -> Iterator[Finding]:
         load_average = os.getloadavg()[0]  # read first: the measurement itself raises it
         num_threads = threads_per_node(local_world_size, on_device=on_device)
         measured.memory = measure_bandwidth(counts_to_try(num_threads))
@@ -54,18 +55,17 @@ def examine(
         measured.step = measure_step(num_threads)
         yield step_finding(measured.step, measured.memory[num_threads])
 
-    def ranks() -> Iterator[Finding]:
+    def between_ranks() -> Iterator[Finding]:
         yield network_finding(network, bandwidth_cache.recall(), local_world_size)
         if network is not None and network.speed is not None:
             measured.network = {network.ranks: network.speed}
 
-    def kept() -> Iterator[Finding]:
+    def save() -> Iterator[Finding]:
         path = None if measured == Bandwidth() else bandwidth_cache.keep(measured)
         if path is not None:
             found = f"saved in {path}; training and `offload-adam plan` read it"
             yield Finding("bandwidth kept", found)
 
-    gpus = devices.device_findings(local_world_size, measured if measure else None)
     checks: dict[str, Callable[[], Iterable[Finding]]] = {
         "cores": lambda: host.core_findings(local_world_size, on_device=on_device),
         "threading layer": lambda: [host.threading_layer()],
@@ -74,10 +74,11 @@ def examine(
         "locked memory": lambda: [host.locked_limit(needed=on_device)],
         "huge pages": lambda: [host.huge_pages()],
         "NUMA": lambda: [host.numa(local_world_size)],
-        "bandwidth": lambda: bandwidth() if measure else [],
-        "network": ranks,
-        "CUDA": lambda: gpus,
-        "bandwidth kept": kept,
+        "bandwidth": lambda: memory_and_step() if measure else [],
+        "network": between_ranks,
+        "CUDA": lambda: devices.device_findings(local_world_size, measured if measure else None),
+        # After the last check that measures a bandwidth. The disk's speed is not saved.
+        "bandwidth kept": save,
         "disk": lambda: [storage.free_disk(folder)],
         "last save": lambda: [storage.last_save(folder, num_parameters)] if measure else [],
     }
@@ -86,7 +87,7 @@ def examine(
 
 
 def run_check(topic: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
-    """Yield the findings of a check; if it raises, the exception is the last finding."""
+    """Yield the findings of a check. If the check raises, the exception becomes a finding."""
     try:
         yield from check()
     except HostMemoryError as error:
@@ -104,16 +105,19 @@ def bandwidth_findings(gb_per_s: Mapping[int, float], load_average: float) -> It
         gb_per_s: by number of threads; the ranks of a node use the largest number together.
         load_average: of the minute before the measurement.
     """
-    most = max(gb_per_s)
+    all_threads = max(gb_per_s)
     best = max(gb_per_s, key=lambda count: gb_per_s[count])
     for count, measured in gb_per_s.items():
         found, advice = f"{measured:.1f} GB/s", ""
-        if count == most and measured < GOOD_SHARE * gb_per_s[best]:
+        if count == all_threads and measured < GOOD_SHARE * gb_per_s[best]:
             found += f", but {best} thread(s) reach {gb_per_s[best]:.1f} GB/s"
             advice = f"set optimizer.num_threads: {best} for all ranks of a node together"
         yield Finding(f"bandwidth, {count} thread(s)", found, advice)
-    if load_average > BUSY_LOAD_PER_CORE * most:
-        found = f"load average {load_average:.1f} on {most} core(s): other processes were running"
+    if load_average > BUSY_LOAD_PER_CORE * all_threads:
+        found = (
+            f"load average {load_average:.1f} on {all_threads} core(s): other processes were "
+            "running"
+        )
         yield Finding("load", found, "the bandwidths may be too low: measure on an idle machine")
 
 
