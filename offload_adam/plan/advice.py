@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.state_plan import resolve_bucket_nbytes
@@ -13,38 +14,65 @@ from offload_adam.plan.prediction import Prediction, predict
 _PROBE_NUMEL = 10**10
 
 
-def fits(plan: Prediction, training: Training, machine: Machine) -> bool:
-    """Return whether the ranks of a node fit into its memory, as far as its size is known."""
+class Need(NamedTuple):
+    """Bytes that a run needs of one memory, and those that it may use; None if unknown."""
+
+    memory: str
+    needed_nbytes: int
+    available_nbytes: int | None
+
+    @property
+    def is_met(self) -> bool:
+        """Return whether the run fits into this memory, as far as its size is known."""
+        return self.available_nbytes is None or self.needed_nbytes <= self.available_nbytes
+
+
+def needs(plan: Prediction, training: Training, machine: Machine) -> list[Need]:
+    """Return the needs of all ranks of a node on the host, and of one rank on its GPU."""
     on_node = plan.host_nbytes * training.local_world_size
-    host = machine.host_nbytes is None or on_node <= machine.host_nbytes
-    device = machine.device_nbytes is None or plan.device_nbytes <= machine.device_nbytes
-    return host and device
+    found = [Need("host memory per node", on_node, machine.host_nbytes)]
+    if training.on_device:
+        found.append(Need("memory per GPU", plan.device_nbytes, machine.device_nbytes))
+    return found
 
 
 def largest_model(itemsize: int, training: Training, machine: Machine) -> int | None:
-    """Return how many parameters fit, to three digits; None if no memory is known."""
-    if machine.host_nbytes is None and machine.device_nbytes is None:
+    """Return how many parameters fit, too few by at most 0.1%; None if no memory is known.
+
+    Args:
+        itemsize: bytes of an element of the parameters.
+    """
+
+    def needs_of(numel: int) -> list[Need]:
+        return needs(predict(synthetic_specs(numel, itemsize), training), training, machine)
+
+    def fits(numel: int) -> bool:
+        return all(need.is_met for need in needs_of(numel))
+
+    probe = needs_of(_PROBE_NUMEL)
+    if all(need.available_nbytes is None for need in probe):
         return None
-
-    def plan(numel: int) -> Prediction:
-        return predict(synthetic_specs(numel, itemsize), training)
-
-    # Bytes are nearly proportional to parameters: bisect around the number that proportion gives.
-    probe = plan(_PROBE_NUMEL)
-    memories = (
-        (machine.host_nbytes, probe.host_nbytes * training.local_world_size),
-        (machine.device_nbytes, probe.device_nbytes),
-    )
-    found = [_PROBE_NUMEL * have // need for have, need in memories if have is not None and need]
-    guess = min([*found, MOST_NUMEL])
-    guesses = [guess * 101 // 100 + 1, guess * 99 // 100, guess]
-    low, high = 0, MOST_NUMEL + 1
+    # Bytes are nearly proportional to parameters. Starting near the result saves predictions, which
+    # take up to 0.2 s each.
+    proportional = [
+        _PROBE_NUMEL * need.available_nbytes // need.needed_nbytes
+        for need in probe
+        if need.available_nbytes is not None and need.needed_nbytes > 0
+    ]
+    low = min([*proportional, MOST_NUMEL])
+    high = low * 101 // 100 + 1
+    # Find a `low` that fits and a `high` that does not, then bisect.
+    while low > 0 and not fits(low):
+        low, high = low // 2, low
+    while high <= MOST_NUMEL and fits(high):
+        low, high = high, 2 * high
+    high = min(high, MOST_NUMEL + 1)
     while high - low > max(1, low // 1000):
         middle = (low + high) // 2
-        numel = guesses.pop() if guesses else min(middle, 2 * low or middle)
-        if low < numel < high:
-            is_held = fits(plan(numel), training, machine)
-            low, high = (numel, high) if is_held else (low, numel)
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
     return low
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.timeline import Timeline
-from offload_adam.plan.advice import fits, largest_model, options
+from offload_adam.plan.advice import Need, largest_model, needs, options
 from offload_adam.plan.inputs import Machine, Training, total_numel
 from offload_adam.plan.prediction import Prediction, predict
 from offload_adam.plan.timing import StepTime, predict_time
@@ -25,7 +25,8 @@ def plan_run(
     timing = predict_time(specs, training, machine)
     changes = list(options(specs, training))
     largest = largest_model(max(spec.itemsize for spec in specs), training, machine)
-    fit = fits(plan, training, machine)
+    memories = needs(plan, training, machine)
+    fits = all(need.is_met for need in memories)
     values: dict[str, Any] = {
         "num_parameters": total_numel(specs),
         "training": asdict(training),
@@ -44,9 +45,9 @@ def plan_run(
         "rough": None if timing is None else timing.doubts,
         "options": [asdict(option) for option in changes],
         "largest_model": largest,
-        "fits": fit,
+        "fits": fits,
     }
-    parts: list[Table | str] = [_bytes(plan, training, machine), _fits(fit, training, machine)]
+    parts: list[Table | str] = [_bytes(plan, training, machine), _verdict(memories, training)]
     if largest is not None:
         parts.append(
             f"With these settings, the largest model that fits has {largest:.2e} parameters."
@@ -99,16 +100,20 @@ def _bytes(plan: Prediction, training: Training, machine: Machine) -> Table:
     return table
 
 
-def _fits(fit: bool, training: Training, machine: Machine) -> str:
-    """Return whether it fits, and which memory was not compared."""
-    if not fit:
-        return "It does not fit."
-    unknown = ["host"] if machine.host_nbytes is None else []
-    if training.on_device and machine.device_nbytes is None:
-        unknown.append("GPU")
+def _verdict(memories: Sequence[Need], training: Training) -> str:
+    """Return whether the run fits, with the numbers if it does not."""
+    exceeded = [
+        f"it needs {format_nbytes(need.needed_nbytes)} of {need.memory}, and "
+        f"{format_nbytes(need.available_nbytes)} are available"
+        for need in memories
+        if need.available_nbytes is not None and not need.is_met
+    ]
+    if exceeded:
+        return f"It does not fit: {'; '.join(exceeded)}."
+    unknown = [need.memory for need in memories if need.available_nbytes is None]
     if unknown:
-        named = " and the ".join(unknown)
-        return f"It fits as far as is known, but the memory of the {named} is not known."
+        named = " and ".join(unknown)
+        return f"It fits as far as is known, but the available {named} is not known."
     own = " and the memory that CUDA itself uses" if training.on_device else ""
     return f"It fits, without counting activations{own}."
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from offload_adam.cli.app import app
 from offload_adam.cli.plan import parse_nbytes
 from offload_adam.doctor import bandwidth_cache
-from offload_adam.plan.advice import fits, largest_model, options
+from offload_adam.plan.advice import largest_model, needs, options
 from offload_adam.plan.inputs import MOST_NUMEL, Machine, Training, synthetic_specs
 from offload_adam.plan.prediction import predict
 from offload_adam.train import speeds
@@ -66,11 +66,17 @@ def test_a_share_of_the_state_stays_on_the_gpus(tmp_path: Path) -> None:
     assert "offload_fraction must lie in [0, 1]" in output
 
 
-@pytest.mark.parametrize("memory", [("--gpu-memory=24GiB",), ("--host-memory=100GiB",)])
-def test_what_does_not_fit_exits_with_3(memory: tuple[str, ...]) -> None:
-    code, output = plan("--params=13e9", "--world-size=4", *MACHINE, *memory)
+@pytest.mark.parametrize(
+    ("memory", "reason"),
+    [
+        ("--gpu-memory=24GiB", "it needs 24.59 GiB of memory per GPU, and 24.00 GiB"),
+        ("--host-memory=100GiB", "it needs 169.71 GiB of host memory per node, and 100.00 GiB"),
+    ],
+)
+def test_what_does_not_fit_exits_with_3(memory: str, reason: str) -> None:
+    code, output = plan("--params=13e9", "--world-size=4", *MACHINE, memory)
     assert code == 3
-    assert "It does not fit." in output
+    assert f"It does not fit: {reason} are available." in " ".join(output.split())
 
 
 def test_a_configuration_is_planned_without_its_memory(tmp_path: Path) -> None:
@@ -127,6 +133,11 @@ def test_options_say_what_they_would_save() -> None:
     assert beside["optimizer.use_offload: true"].device < 0
 
 
+def fits(numel: int, training: Training, machine: Machine) -> bool:
+    plan = predict(synthetic_specs(numel, 2), training)
+    return all(need.is_met for need in needs(plan, training, machine))
+
+
 def test_the_largest_model_is_the_last_that_fits() -> None:
     for training, machine in (
         (Training(), Machine(host_nbytes=10**12)),
@@ -141,10 +152,9 @@ def test_the_largest_model_is_the_last_that_fits() -> None:
     ):
         most = largest_model(2, training, machine)
         assert most is not None
-        assert fits(predict(synthetic_specs(most, 2), training), training, machine)
+        assert fits(most, training, machine)
         if most < MOST_NUMEL:
-            larger = synthetic_specs(most + most // 500 + 2, 2)
-            assert not fits(predict(larger, training), training, machine)
+            assert not fits(most + most // 500 + 2, training, machine)
 
 
 def test_a_bandwidth_that_doctor_saved_is_used(
@@ -244,7 +254,7 @@ def test_the_plan_says_why_it_has_no_time() -> None:
         ((CONFIG,), "It fits, without counting activations."),
         (
             ("--params=1e6", "--host-memory=64GiB"),
-            "It fits as far as is known, but the memory of the GPU is not known.",
+            "It fits as far as is known, but the available memory per GPU is not known.",
         ),
     ],
 )
