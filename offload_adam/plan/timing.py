@@ -20,6 +20,7 @@ from offload_adam.layout.timeline import Timeline, predict_timeline
 from offload_adam.plan.inputs import Machine, Source, Training, total_numel
 
 GB = 1e9
+TERA = 1e12
 FLOPS_PER_PARAMETER = 6
 """Operations for each parameter and token: two in forward, four in backward."""
 FORWARD_SHARE = 1 / 3
@@ -97,8 +98,7 @@ def predict_time(
 
 def update_nbytes(specs: Sequence[ParameterSpec], training: Training) -> int:
     """Return the bytes of host memory that one rank's updates read and write, without the norm."""
-    plans = [plan for plan in training.plan(specs) if plan.location.is_host]
-    return sum(map(update_traffic_nbytes, plans))
+    return sum(update_traffic_nbytes(p) for p in training.plan(specs) if p.location.is_host)
 
 
 def _doubts(specs: Sequence[ParameterSpec], training: Training) -> Iterator[str]:
@@ -120,45 +120,71 @@ def _doubts(specs: Sequence[ParameterSpec], training: Training) -> Iterator[str]
 def _bucket_seconds(
     plan: StatePlan, training: Training, machine: Machine
 ) -> dict[Operation, float | None]:
-    """Return how long the operations on a bucket take, None where the speed is unknown.
+    """Return how long each operation on a bucket takes, None where the speed is unknown.
 
-    Packing and updates on the device take no time.
+    Packing is not predicted. Updates on the device take no time.
     """
     bucket, network = plan.bucket, machine.network
-    gradient_itemsize, world_size = plan.gradient.itemsize, training.world_size
-    # The ranks of a node share its memory.
-    on_host = training.local_world_size if plan.location.is_host else 0
+    numel = sum(placed.numel for placed in bucket.placements)  # without padding
+    flops = FLOPS_PER_PARAMETER * numel * (training.num_tokens or 0)
+    norm, update = _memory_nbytes(plan, training)
+    copied_numel = bucket.shard_numel if plan.is_offloaded else 0
+    mean, gather = _sent_nbytes(plan, training)
+    mean_speed = None if network is None else network.mean(plan.gradient.itemsize)
+    gather_speed = None if network is None else network.gather
+    return {
+        Operation.GRADIENT: _seconds(flops * (1 - FORWARD_SHARE), TERA, machine.tera_flops),
+        Operation.USE: _seconds(flops * FORWARD_SHARE, TERA, machine.tera_flops),
+        Operation.SUM_SQUARES: _seconds(norm, GB, machine.host_gb_per_s),
+        Operation.UPDATE: _seconds(update, GB, machine.host_gb_per_s),
+        Operation.COPY_D2H: _seconds(
+            copied_numel * plan.gradient.itemsize, GB, machine.bus_gb_per_s
+        ),
+        Operation.COPY_H2D: _seconds(copied_numel * bucket.itemsize, GB, machine.bus_gb_per_s),
+        Operation.REDUCE: _seconds(mean, GB, mean_speed),
+        Operation.GATHER: _seconds(gather, GB, gather_speed),
+    }
+
+
+def _seconds(amount: float, unit: float, speed: float | None) -> float | None:
+    """Return how long an amount takes at a speed in units a second, None if that is unknown."""
+    if amount == 0:
+        return 0.0
+    return None if speed is None else amount / unit / speed
+
+
+def _memory_nbytes(plan: StatePlan, training: Training) -> tuple[int, int]:
+    """Return the host memory that norm and update of a bucket read and write, on all local ranks.
+
+    The ranks of a node share the bandwidth of its memory.
+    """
+    if not plan.location.is_host:
+        return 0, 0
     update = update_traffic_nbytes(plan)
     norm = traffic_nbytes(plan) - update
-    averages = training.reduces and world_size > 1
-    if averages and not training.on_device and not training.replicated:
+    if _averages(training) and not training.on_device and not training.replicated:
         # Gradients in host memory are also packed, averaged there, and copied to their shard.
         update += exchange_traffic_nbytes(plan)
-    # A reduce-scatter is one pass around the ring. An all-reduce is two: gloo, on CPUs, has no fast
-    # reduce-scatter, and replicated state needs the whole average but no all-gather.
-    all_reduces = training.replicated or not training.on_device
-    passes = 0 if not averages else ALL_REDUCE_PASSES if all_reduces else 1
-    mean = passes * pass_nbytes(bucket.numel * gradient_itemsize, world_size)
-    gather = 0 if training.replicated else pass_nbytes(bucket.numel * bucket.itemsize, world_size)
-    mean_speed = None if network is None else network.mean(gradient_itemsize)
-    on_bus = bucket.shard_numel if plan.is_offloaded else 0
-    numel = sum(placed.numel for placed in bucket.placements)
-    flops = FLOPS_PER_PARAMETER * numel * (training.num_tokens or 0)
-    giga_flops = machine.tera_flops and training.num_tokens and 1e3 * machine.tera_flops
-    work: dict[Operation, tuple[float, float | None]] = {
-        Operation.GRADIENT: (flops * (1 - FORWARD_SHARE), giga_flops),
-        Operation.USE: (flops * FORWARD_SHARE, giga_flops),
-        Operation.SUM_SQUARES: (on_host * norm, machine.host_gb_per_s),
-        Operation.UPDATE: (on_host * update, machine.host_gb_per_s),
-        Operation.COPY_D2H: (on_bus * gradient_itemsize, machine.bus_gb_per_s),
-        Operation.COPY_H2D: (on_bus * bucket.itemsize, machine.bus_gb_per_s),
-        Operation.REDUCE: (mean, mean_speed),
-        Operation.GATHER: (gather, None if network is None else network.gather),
-    }
-    return {
-        operation: amount / GB / speed if amount and speed else None if amount else 0.0
-        for operation, (amount, speed) in work.items()
-    }
+    return training.local_world_size * norm, training.local_world_size * update
+
+
+def _sent_nbytes(plan: StatePlan, training: Training) -> tuple[float, float]:
+    """Return the bytes that a rank sends to average a bucket's gradients, and to gather it."""
+    bucket, world_size = plan.bucket, training.world_size
+    mean = gather = 0.0
+    if _averages(training):
+        # A reduce-scatter is one pass around the ring. An all-reduce is two: gloo, on CPUs, has no
+        # fast reduce-scatter, and replicated state needs the whole average but no all-gather.
+        passes = ALL_REDUCE_PASSES if training.replicated or not training.on_device else 1
+        mean = passes * pass_nbytes(bucket.numel * plan.gradient.itemsize, world_size)
+    if not training.replicated:
+        gather = pass_nbytes(bucket.numel * bucket.itemsize, world_size)
+    return mean, gather
+
+
+def _averages(training: Training) -> bool:
+    """Return whether the optimizer averages gradients between ranks."""
+    return training.reduces and training.world_size > 1
 
 
 def predict_overlap(
