@@ -13,9 +13,11 @@ from offload_adam.layout.state_plan import StatePlan, StatePolicy, plan_state
 from offload_adam.options import OffloadPolicy, check_options, resolve_overlap
 
 SYNTHETIC_NUMEL = 50_000_000
-"""Elements of a parameter of a model of which only the size is known. In a model with more than
-MOST_SYNTHETIC such parameters, each has more elements instead."""
+"""Elements of a parameter of a model of which only the size is known."""
 MOST_SYNTHETIC = 4_000
+"""Largest number of such parameters: in a larger model each has more elements instead."""
+_LEAST_EQUAL = 20
+"""Number of such parameters from which all have equal sizes."""
 MOST_NUMEL = 10**15
 
 
@@ -128,7 +130,7 @@ class Machine:
 
 
 def synthetic_specs(numel: int, itemsize: int) -> list[ParameterSpec]:
-    """Return parameters of equal size, but for the last, with `numel` elements together.
+    """Return parameters with `numel` elements together, for a model of which nothing else is known.
 
     Raises:
         ValueError: `numel` is not between 1 and MOST_NUMEL.
@@ -137,9 +139,16 @@ def synthetic_specs(numel: int, itemsize: int) -> list[ParameterSpec]:
         raise ValueError(
             f"the number of parameters must be at least 1 and at most {MOST_NUMEL:.0e}, not {numel}"
         )
-    each = max(SYNTHETIC_NUMEL, -(-numel // MOST_SYNTHETIC))
-    whole, rest = divmod(numel, each)
-    sizes = [each] * whole + ([rest] if rest else [])
+    num_parameters = min(MOST_SYNTHETIC, -(-numel // SYNTHETIC_NUMEL))
+    if num_parameters < _LEAST_EQUAL:
+        # Were few parameters equal, one more would make all of them, and their buckets, smaller.
+        whole, rest = divmod(numel, SYNTHETIC_NUMEL)
+        sizes = [SYNTHETIC_NUMEL] * whole + ([rest] if rest else [])
+    else:
+        # Equal parameters fill buckets equally. A smaller last one could make its bucket larger
+        # than all others, and all slots with it: slots have the size of the largest bucket.
+        smaller, num_larger = divmod(numel, num_parameters)
+        sizes = [smaller + 1] * num_larger + [smaller] * (num_parameters - num_larger)
     return [ParameterSpec(i, size, itemsize, f"{itemsize} bytes") for i, size in enumerate(sizes)]
 
 

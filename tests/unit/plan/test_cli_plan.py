@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,15 @@ def test_options_say_what_they_would_save() -> None:
     assert found["twice as many ranks"].host < 0
     beside = {o.setting: o for o in options(synthetic_specs(10**9, 2), Training(replicated=True))}
     assert beside["optimizer.use_offload: true"].device < 0
+
+
+@pytest.mark.parametrize("start", [1e7, 5e8, 1e10])
+def test_a_model_with_more_parameters_never_needs_less(start: float) -> None:
+    training = Training(world_size=8, local_world_size=8, accumulates=True, reduce_fp32=True)
+    plans = [predict(synthetic_specs(int(start * 1.03**i), 2), training) for i in range(40)]
+    for smaller, larger in pairwise(plans):
+        assert smaller.host_nbytes < larger.host_nbytes
+        assert smaller.device_nbytes < larger.device_nbytes
 
 
 def fits(numel: int, training: Training, machine: Machine) -> bool:
