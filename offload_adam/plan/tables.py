@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from offload_adam.layout.budget import Category
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.timeline import Timeline
 from offload_adam.plan.advice import Need, largest_model, needs, options
@@ -15,6 +16,18 @@ from offload_adam.plan.inputs import Machine, Training, total_numel
 from offload_adam.plan.prediction import Prediction, predict
 from offload_adam.plan.timing import StepTime, predict_time
 from offload_adam.units import format_nbytes
+
+_LABELS = {
+    Category.GRADIENTS: "gradients (.grad)",
+    Category.SLOTS: "slots (packed gradients)",
+    Category.STAGING: "staging (copy buffers)",
+    Category.BLOCK_SUMS: "block_sums (of norm)",
+    "compute": "compute: forward and backward",
+    "update": "update: norm and update on host",
+    "bus": "bus: copies between host and GPU",
+    "network": "network: collectives",
+}
+"""Rows that need an explanation. JSON contains the keys."""
 
 
 def plan_run(
@@ -47,7 +60,7 @@ def plan_run(
         "largest_model": largest,
         "fits": fits,
     }
-    parts: list[Table | str] = [_bytes(plan, training, machine), _verdict(memories, training)]
+    parts: list[Table | str] = [_memory(plan, training, machine), _verdict(memories, training)]
     if largest is not None:
         parts.append(
             f"With these settings, the largest model that fits has {largest:.2e} parameters."
@@ -60,10 +73,12 @@ def plan_run(
         )
     else:
         parts.append(_times(timing, timeline, machine))
-        parts += [f"rough: {doubt}" for doubt in timing.doubts]
+        if timing.doubts:
+            parts.append("These times are rough:")
+        parts += [f"- {doubt}" for doubt in timing.doubts]
     if changes:
         rows = [(one.setting, _signed(one.host), _signed(one.device)) for one in changes]
-        columns = ("setting", "host of a rank", "device of a rank")
+        columns = ("setting", "host, per rank", "GPU, per rank")
         parts.append(_table("Settings that would change the memory", columns, rows))
     return values, parts
 
@@ -78,19 +93,23 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     return table
 
 
-def _bytes(plan: Prediction, training: Training, machine: Machine) -> Table:
+def _memory(plan: Prediction, training: Training, machine: Machine) -> Table:
+    """Return the bytes of each category, their sum, and the available memory."""
     local = training.local_world_size
-    nodes = training.world_size // local
+    num_nodes = training.world_size // local
 
-    def row(name: str, host: int, device: int) -> list[str]:
+    def row(label: str, host: int, device: int) -> list[str]:
         nbytes = (host, host * local, device, device * local)
-        return [name, *(format_nbytes(n) if n else "" for n in nbytes)]
+        return [label, *(format_nbytes(n) if n else "" for n in nbytes)]
 
-    names = dict.fromkeys([*plan.host, *plan.device])
     table = _table(
-        f"{training.world_size} rank(s) on {nodes} node(s), {plan.num_buckets} bucket(s)",
-        ("", "host: rank", "host: node", "device: rank", "devices: node"),
-        [row(name, plan.host.get(name, 0), plan.device.get(name, 0)) for name in names],
+        f"Memory of {training.world_size} rank(s) on {num_nodes} node(s), with "
+        f"{plan.num_buckets} bucket(s)",
+        ("", "host,\nper rank", "host,\nper node", "GPU,\nper rank", "GPUs,\nper node"),
+        [
+            row(_LABELS.get(name, name), plan.host.get(name, 0), plan.device.get(name, 0))
+            for name in dict.fromkeys([*plan.host, *plan.device])
+        ],
     )
     table.add_section()
     table.add_row(*row("total", plan.host_nbytes, plan.device_nbytes))
@@ -119,35 +138,42 @@ def _verdict(memories: Sequence[Need], training: Training) -> str:
 
 
 def _times(timing: StepTime, timeline: Timeline | None, machine: Machine) -> Table:
-    has_model = "compute" in timing.seconds
-    title = "A step" if has_model else "A step, without forward and backward"
+    """Return the seconds and the speed of each resource, and the seconds of a step."""
+    title = "Predicted time of a step"
+    if "compute" not in timing.seconds:
+        title += ", without forward and backward"
     table = Table("", "seconds", "speed", title=title)
     table.columns[1].justify = "right"
     for name, seconds in timing.seconds.items():
-        marked = f"{name} (slowest)" if name == timing.bound else name
         speed = f"{_speed(name, machine)}, {machine.source_of(name)}"
-        table.add_row(marked, f"{seconds:.4g}", speed)
+        table.add_row(_LABELS[name], f"{seconds:.4g}", speed)
+    if len(timing.seconds) == 1:
+        return table  # the rows below would repeat its time
     table.add_section()
-    table.add_row("at least, with perfect overlap", f"{timing.least_s:.4g}")
+    least = f"{timing.least_s:.4g}", f"the time of {timing.bound}"
+    table.add_row("at least, with perfect overlap", *least)
     if timeline is not None:
         table.add_row("overlapped as scheduled", f"{timeline.end_s:.4g}")
-        table.add_row("exposed part of the optimizer", f"{timeline.exposed_s:.4g}")
-    table.add_row("without overlap", f"{timing.total_s:.4g}")
+        table.add_row("  exposed, on top of compute", f"{timeline.exposed_s:.4g}")
+    table.add_row("at most, without overlap", f"{timing.total_s:.4g}")
     return table
 
 
 def _speed(resource: str, machine: Machine) -> str:
-    """Return the speed of a resource."""
+    """Return the known speed of a resource."""
+    match resource:
+        case "compute":
+            return f"{machine.tera_flops:g} TFLOPS"
+        case "update":
+            return f"{machine.host_gb_per_s:.4g} GB/s"
+        case "bus":
+            return f"{machine.bus_gb_per_s:.4g} GB/s"
     network = machine.network
-    if resource == "compute":
-        return f"{machine.tera_flops:g} TFLOPS"
-    if resource != "network" or network is None:
-        speed = machine.host_gb_per_s if resource == "update" else machine.bus_gb_per_s
-        return f"{speed:.4g} GB/s"
-    mean, wide, gather = network.mean_16bit, network.mean_32bit, network.gather
-    if mean == wide == gather:
+    assert network is not None
+    mean16, mean32, gather = network.mean_16bit, network.mean_32bit, network.gather
+    if mean16 == mean32 == gather:
         return f"{gather:.3g} GB/s"
-    return f"{mean:.3g} (bf16) and {wide:.3g} (fp32) GB/s averaged, {gather:.3g} gathered"
+    return f"averaging {mean16:.3g} (bf16) or {mean32:.3g} (fp32), gathering {gather:.3g} GB/s"
 
 
 def _signed(nbytes: int) -> str:

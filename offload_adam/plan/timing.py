@@ -25,9 +25,10 @@ FLOPS_PER_PARAMETER = 6
 """Operations for each parameter and token: two in forward, four in backward."""
 FORWARD_SHARE = 1 / 3
 COMPARED_NUMEL = (8_000_000, 64_000_000)
-"""Elements of a node's shards for which tests compare predictions with measured steps. Fixed costs,
-which are not predicted, dominate smaller steps."""
+"""Least and most elements of a node's shards for which tests compare predictions with measured
+steps. Fixed costs, which are not predicted, dominate smaller steps."""
 MOST_COMPARED_RANKS = 2
+"""Largest number of ranks for which tests do so."""
 _RESOURCES = {
     "compute": (Operation.GRADIENT, Operation.USE),
     "update": (Operation.SUM_SQUARES, Operation.UPDATE),
@@ -84,10 +85,14 @@ def predict_time(
     for name, operations in _RESOURCES.items():
         parts = [bucket[operation] for bucket in buckets for operation in operations]
         known = [part for part in parts if part is not None]
-        if len(known) == len(parts) and any(known):
+        if len(known) < len(parts):
+            if name in _HOW_TO_MEASURE:
+                doubts.append(
+                    f"no bandwidth is known for the {name}, so its time is missing: "
+                    f"{_HOW_TO_MEASURE[name]}"
+                )
+        elif any(known):  # otherwise this run does not use the resource
             seconds[name] = sum(known)
-        elif len(known) < len(parts) and name in _HOW_TO_MEASURE:
-            doubts.append(f"no bandwidth is known for the {name}: {_HOW_TO_MEASURE[name]}")
     if not seconds.keys() & _HOW_TO_MEASURE.keys():
         return None
     given = [name for name in seconds if machine.source_of(name) is Source.GIVEN]
@@ -102,19 +107,19 @@ def update_nbytes(specs: Sequence[ParameterSpec], training: Training) -> int:
 
 
 def _doubts(specs: Sequence[ParameterSpec], training: Training) -> Iterator[str]:
-    """Yield how the run differs from those whose times tests compare with predictions."""
+    """Yield how the run differs from those whose predicted times tests compare with real ones."""
     shards = 1 if training.replicated else training.world_size
     on_node = total_numel(specs) * training.local_world_size // shards
     least, most = COMPARED_NUMEL
     if not least <= on_node <= most:
         yield (
-            f"a node updates {on_node:.2g} parameters, and predictions were checked against "
-            f"measured steps of {least:.2g} to {most:.2g}"
+            f"a node updates {on_node:.2g} parameters, but predictions were compared with measured "
+            f"steps of {least:.2g} to {most:.2g} parameters only"
         )
     if training.on_device or training.world_size > MOST_COMPARED_RANKS:
-        yield "predictions were checked against measured steps of one or two ranks on a CPU only"
+        yield "predictions were compared with measured steps of one or two ranks on a CPU only"
     elif training.local_world_size < training.world_size:
-        yield "predictions were checked against measured steps of ranks on one node only"
+        yield "predictions were compared with measured steps of ranks on one node only"
 
 
 def _bucket_seconds(

@@ -146,7 +146,10 @@ def test_a_plan_uses_only_the_network_speed_of_its_own_ranks(
     for other in (("--world-size=4",), ("--world-size=2", "--local-world-size=1")):
         values, output = planned(tmp_path, *config, *other)
         assert "network" not in values["seconds"]
-        assert "no bandwidth is known for the network: run offload-adam doctor under" in output
+        assert (
+            "no bandwidth is known for the network, so its time is missing: run offload-adam "
+            "doctor under"
+        ) in output
     values, output = planned(tmp_path, *config, "--world-size=2", "--network-bandwidth=7")
     assert values["machine"]["network"] == {"mean_16bit": 7, "mean_32bit": 7, "gather": 7}
     assert "speeds were given, not measured: network" in output
