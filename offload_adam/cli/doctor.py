@@ -37,7 +37,7 @@ def doctor(
         ),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write all findings to this file.")
+        Path | None, typer.Option("--json", help="Write all findings to this file as JSON.")
     ] = None,
 ) -> None:
     """Check this machine before a run.

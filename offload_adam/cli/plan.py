@@ -50,7 +50,7 @@ def plan(
         typer.Option(help="Share of the state on the host. By default as in CONFIG, or all."),
     ] = None,
     host_bandwidth: Annotated[
-        float | None, typer.Option(metavar="GB/S", help="Bandwidth of a node's memory.")
+        float | None, typer.Option(metavar="GB/S", help="Bandwidth of a node's memory in a step.")
     ] = None,
     bus_bandwidth: Annotated[
         float | None,
@@ -210,7 +210,8 @@ def _machine(
         host_nbytes, _ = available_memory()
     else:
         host_nbytes = parse_nbytes(host_memory)
-    host, bus, network, tera_flops = given.values()
+    host, bus = given["--host-bandwidth"], given["--bus-bandwidth"]
+    network, tera_flops = given["--network-bandwidth"], given["--tflops"]
     by_resource = {"update": host, "bus": bus, "network": network}
     named = {name: Source.GIVEN for name, value in by_resource.items() if value is not None}
     return replace(

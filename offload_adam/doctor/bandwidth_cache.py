@@ -123,7 +123,7 @@ def recall() -> Bandwidth:
             bus=None if bus is None else _speed(bus),
         )
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        logger.debug("No measured bandwidth is known: %s", error)
+        logger.debug("Found no measured bandwidths: %s: %s", type(error).__name__, error)
         return Bandwidth()
 
 

@@ -35,7 +35,10 @@ def device_findings(local_world_size: int, measured: Bandwidth | None) -> Iterat
         yield Finding("CUDA", found, advice)
     elif count < local_world_size:
         found = f"{count} GPU(s) for {local_world_size} local ranks"
-        advice = f"start --nproc-per-node={count}, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+        advice = (
+            f"start at most {count} rank(s) on this node (torchrun --nproc-per-node={count}), or "
+            "set CUDA_VISIBLE_DEVICES to an empty string to train on CPUs"
+        )
         yield Finding("CUDA", found, advice, is_fatal=True)
     for index in range(count):
         free_nbytes, total_nbytes = torch.cuda.mem_get_info(index)

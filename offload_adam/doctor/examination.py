@@ -63,8 +63,8 @@ def examine(
     def save() -> Iterator[Finding]:
         path = None if measured == Bandwidth() else bandwidth_cache.keep(measured)
         if path is not None:
-            found = f"saved in {path}; training and `offload-adam plan` read it"
-            yield Finding("bandwidth kept", found)
+            found = f"in {path}, for training and `offload-adam plan`"
+            yield Finding("saved bandwidths", found)
 
     checks: dict[str, Callable[[], Iterable[Finding]]] = {
         "cores": lambda: host.core_findings(local_world_size, on_device=on_device),
@@ -78,7 +78,7 @@ def examine(
         "network": between_ranks,
         "CUDA": lambda: devices.device_findings(local_world_size, measured if measure else None),
         # After the last check that measures a bandwidth. The disk's speed is not saved.
-        "bandwidth kept": save,
+        "saved bandwidths": save,
         "disk": lambda: [storage.free_disk(folder)],
         "last save": lambda: [storage.last_save(folder, num_parameters)] if measure else [],
     }
@@ -111,7 +111,10 @@ def bandwidth_findings(gb_per_s: Mapping[int, float], load_average: float) -> It
         found, advice = f"{measured:.1f} GB/s", ""
         if count == all_threads and measured < GOOD_SHARE * gb_per_s[best]:
             found += f", but {best} thread(s) reach {gb_per_s[best]:.1f} GB/s"
-            advice = f"set optimizer.num_threads: {best} for all ranks of a node together"
+            advice = (
+                f"use {best} thread(s) for all ranks of a node together: optimizer.num_threads is "
+                "the number of one rank"
+            )
         yield Finding(f"bandwidth, {count} thread(s)", found, advice)
     if load_average > BUSY_LOAD_PER_CORE * all_threads:
         found = (
@@ -124,5 +127,5 @@ def bandwidth_findings(gb_per_s: Mapping[int, float], load_average: float) -> It
 def step_finding(step: float, memory: float) -> Finding:
     """Compare the bandwidth of a step with that of the memory, both in GB/s for equal threads."""
     found = f"{step:.1f} GB/s, {step / memory:.0%} of the memory bandwidth"
-    advice = "measure on an idle machine; if it stays low, check the lines on cores and threads"
+    advice = "measure on an idle machine; if it stays low, see the checks of cores and threads"
     return Finding("bandwidth of a step", found, advice if step < STEP_SHARE * memory else "")

@@ -108,7 +108,7 @@ def available() -> Finding:
     """Return the memory available to a run, as limited by the machine or by a cgroup."""
     nbytes, limit = available_memory()
     total = int(psutil.virtual_memory().total)
-    found = f"{format_nbytes(nbytes)} available ({limit}), of {format_nbytes(total)}"
+    found = f"{format_nbytes(nbytes)} available ({limit}); the machine has {format_nbytes(total)}"
     advice = "stop other processes that use memory, or raise the cgroup's memory limit"
     is_little = nbytes < _LEAST_AVAILABLE_SHARE * total
     return Finding("host memory", found, advice if is_little else "")

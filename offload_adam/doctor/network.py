@@ -149,10 +149,15 @@ def network_finding(network: Network | None, known: Bandwidth, num_ranks: int) -
         num_ranks: number of ranks on this node.
     """
     if network is None:
-        parts = [f"{ranks}: {_speeds(speed)}" for ranks, speed in known.network.items()]
+        earlier = [f"{ranks}: {_speeds(speed)}" for ranks, speed in known.network.items()]
         command = f"torchrun --nproc-per-node={max(2, num_ranks)} -m offload_adam doctor"
-        parts += [f"to measure it, start doctor as the run is started; on one node: {command}"]
-        return Finding("network", "; ".join(parts))
+        found = (
+            "not measured. To measure it, start doctor as you start the run; on one node: "
+            f"{command}"
+        )
+        if earlier:
+            found += f". Measured earlier: {'; '.join(earlier)}"
+        return Finding("network", found)
     if network.speed is None:
         advice = (
             "check that every rank reaches MASTER_ADDR and all other ranks: firewalls, and the "

@@ -30,7 +30,7 @@ def free_disk(folder: Path) -> Finding:
     nbytes = shutil.disk_usage(existing).free
     found = (
         f"{format_nbytes(nbytes)} free in {existing}: "
-        f"a checkpoint of {nbytes / CHECKPOINT_NBYTES:.2g} parameters"
+        f"enough for one checkpoint of {nbytes / CHECKPOINT_NBYTES:.2g} parameters"
     )
     advice = "free some space, or set run.dir to a larger disk"
     return Finding("disk", found, advice if nbytes < _LEAST_FREE_NBYTES else "")
@@ -52,8 +52,8 @@ def last_save(folder: Path, num_parameters: float | None) -> Finding:
     gb_per_s = write_gb_per_s(_existing(folder))
     most = gb_per_s * 1e9 * timeout_s / CHECKPOINT_NBYTES
     found = (
-        f"{gb_per_s:.2g} GB/s to the disk: {most:.2g} parameters in the {timeout_s:.0f} s that "
-        "torchrun gives a preempted run"
+        f"the disk takes {gb_per_s:.2g} GB/s: a preempted run can save {most:.2g} parameters in "
+        f"the {timeout_s:.0f} s before torchrun kills it"
     )
     if num_parameters is None or num_parameters <= most:
         return Finding("last save", found)

@@ -257,7 +257,7 @@ def test_a_lower_bandwidth_with_more_threads_is_a_warning() -> None:
     assert rising[0].topic == "bandwidth, 1 thread(s)"
     falling = list(bandwidth_findings({1: 10.0, 2: 20.0, 4: 11.0}, 3.0))
     assert [one.status for one in falling] == ["ok", "ok", *["warning"] * 2]
-    assert "2 for all ranks" in falling[2].advice
+    assert "use 2 thread(s) for all ranks" in falling[2].advice
     assert falling[3].topic == "load"
 
 
@@ -315,7 +315,7 @@ def test_measuring_the_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(storage, "WRITE_NBYTES", 8 * 2**20)
     finding = storage.last_save(tmp_path / "to be made", 1e15)
     assert finding.status == "warning"
-    assert "in the 7 s that torchrun gives" in finding.found
+    assert "in the 7 s before torchrun kills it" in finding.found
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "soon")
     assert storage.last_save(tmp_path, None).status == "warning"
