@@ -43,7 +43,7 @@ def plan(
     ] = None,
     host_memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Memory of one node. By default what is free here."),
+        typer.Option(metavar="SIZE", help="Memory of one node. By default that available here."),
     ] = None,
     offload_fraction: Annotated[
         float | None,
@@ -125,8 +125,8 @@ def plan(
         timeline = predict_overlap(specs, training, machine)
         if timeline_file is not None and timeline is None:
             raise ValueError(
-                "--timeline needs a step that overlaps (parameters on a GPU, gradients streamed "
-                "and averaged by the optimizer) and all speeds: --tflops with --tokens, "
+                "--timeline needs an overlapped step: parameters on a GPU, and gradients that the "
+                "optimizer streams and averages. It also needs all speeds: --tflops with --tokens, "
                 "--host-bandwidth, --bus-bandwidth, and for several ranks --network-bandwidth"
             )
     except (ConfigError, ValueError) as error:
@@ -151,7 +151,7 @@ def _subject(
     param_dtype: str,
     gpu_memory: str | None,
 ) -> tuple[list[ParameterSpec], Training]:
-    """Return the parameters and how they are trained, from a file or from the options alone."""
+    """Return the parameters and how they are trained, from CONFIG or from --params."""
     from offload_adam.plan.inputs import Training, synthetic_specs
 
     if (config is None) == (params is None):
@@ -178,7 +178,9 @@ def _machine(
     *,
     measure: bool,
 ) -> Machine:
-    """Return the machine: this one, or another if its memory is given; given speeds go first.
+    """Return the machine: another one if its memory is given, otherwise this one.
+
+    Speeds that are given replace known ones.
 
     Args:
         given: speeds by option, None where the option is absent.

@@ -117,7 +117,7 @@ def _changes(
     if training.on_device and not training.replicated and training.offload.offload_fraction > 0.5:
         yield "memory.offload_fraction: 0.5", specs, training.with_offload(offload_fraction=0.5)
     if training.world_size > 1 and not training.replicated:
-        if training.reduces:  # someone else averages in `.grad`, in its dtype
+        if training.reduces:  # another library averages in `.grad`, in its dtype
             external = replace(training, reduces=False, accumulates=False, reduce_fp32=False)
             yield "optimizer.gradient_reduction: external", specs, external
         else:

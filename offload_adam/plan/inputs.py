@@ -27,14 +27,14 @@ class Training:
 
     on_device: parameters are on a GPU, their state on the host.
     streams: gradients are averaged and copied during backward, bucket by bucket.
-    reduces: the optimizer averages the gradients over the ranks.
-    overlap: argument of the optimizers.
+    reduces: the optimizer averages the gradients over the ranks; if not, another library does.
+    overlap: the optimizer's argument of this name.
     accumulates: several backwards of a step add up in the gradient shards, in fp32.
     reduce_fp32: 16-bit gradients are averaged in fp32.
     replicated: every rank stores all state, where its parameters are.
     offload: where state is stored, the bucket size, what is pinned, and the snapshot buffer.
     saves: checkpoints are written.
-    num_tokens: of one rank in a step, over all microbatches; None if unknown.
+    num_tokens: tokens of one rank in a step, over all microbatches; None if unknown.
     """
 
     world_size: int = 1
@@ -110,10 +110,11 @@ class Machine:
     host_nbytes, device_nbytes: memory that a run may use, of the node and of one GPU.
     host_gb_per_s: bandwidth of an optimizer step with the threads of all ranks of a node, in 1e9
         bytes read and written a second.
-    bus_gb_per_s: of one GPU's copies in one direction.
+    bus_gb_per_s: bandwidth of one GPU's copies in one direction.
     network: bandwidth at which a rank sends in collectives.
     tera_flops: speed of one rank's forward and backward, in 1e12 operations a second.
-    sources: of the speeds of "update", "bus" and "network"; a missing one is given.
+    sources: where the speeds of "update" (host_gb_per_s), "bus" and "network" come from. A speed
+        that is not listed was given.
     """
 
     host_nbytes: int | None = None

@@ -68,7 +68,8 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
         lambda plan: plan.bucket.shard_numel * plan.bucket.itemsize,
         num_slots=NUM_STAGING_SLOTS,
     )
-    # Gradients that the host casts or adds, or whose shard is not pinned, go through a buffer.
+    # Gradients that the host casts or adds, or whose shard is not pinned, go through buffers, which
+    # fit the largest bucket of their key.
     largest: Counter[str] = Counter()
     for plan in plans:
         if plan.is_offloaded and not plan.copies_directly:
@@ -87,8 +88,8 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
 def _gradients(plans: Sequence[StatePlan], training: Training) -> int:
     """Return the bytes of `.grad` at its peak.
 
-    Gradients that are read in place, or averaged by someone else, stay until the update. Others are
-    freed during backward, bucket by bucket.
+    Gradients that are read in place, or averaged by another library, stay until the update. Others
+    are freed during backward, bucket by bucket.
     """
     freed = training.streams and training.reduces and not training.replicated
     sizes = [plan.bucket.numel * plan.bucket.itemsize for plan in plans]

@@ -33,7 +33,7 @@ _LABELS = {
 def plan_run(
     specs: Sequence[ParameterSpec], training: Training, machine: Machine, timeline: Timeline | None
 ) -> tuple[dict[str, Any], list[Table | str]]:
-    """Return the plan of a run: a JSON object, and what is printed of it, in order."""
+    """Return the plan of a run as a JSON object, and as the tables and sentences to print."""
     plan = predict(specs, training)
     timing = predict_time(specs, training, machine)
     changes = list(options(specs, training))
@@ -68,7 +68,7 @@ def plan_run(
     if timing is None:
         parts.append(
             "The time of a step is not known: give --host-bandwidth, --bus-bandwidth and "
-            "--network-bandwidth in GB/s, or run offload-adam doctor on the training machine, "
+            "--network-bandwidth in GB/s. Or run offload-adam doctor on the training machine, "
             "alone and under torchrun."
         )
     else:
@@ -131,8 +131,9 @@ def _verdict(memories: Sequence[Need], training: Training) -> str:
         return f"It does not fit: {'; '.join(exceeded)}."
     unknown = [need.memory for need in memories if need.available_nbytes is None]
     if unknown:
+        # The command knows the memory of a host, so only that of a GPU can be missing.
         named = " and ".join(unknown)
-        return f"It fits as far as is known, but the available {named} is not known."
+        return f"It fits as far as is known, but the {named} is not known: give --gpu-memory."
     own = " and the memory that CUDA itself uses" if training.on_device else ""
     return f"It fits, without counting activations{own}."
 

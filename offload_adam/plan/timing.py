@@ -29,6 +29,7 @@ COMPARED_NUMEL = (8_000_000, 64_000_000)
 steps. Fixed costs, which are not predicted, dominate smaller steps."""
 MOST_COMPARED_RANKS = 2
 """Largest number of ranks for which tests do so."""
+# By resource, the operations of the schedule that use it.
 _RESOURCES = {
     "compute": (Operation.GRADIENT, Operation.USE),
     "update": (Operation.SUM_SQUARES, Operation.UPDATE),
@@ -71,9 +72,9 @@ class StepTime:
 def predict_time(
     specs: Sequence[ParameterSpec], training: Training, machine: Machine
 ) -> StepTime | None:
-    """Return the time of a step, None if no bandwidth is known.
+    """Return the time of a step, None if no bandwidth that it needs is known.
 
-    The resources are:
+    The keys of `StepTime.seconds`:
         compute: forward and backward, if tokens and speed are known.
         update: norm and update of all ranks of a node, which share its memory.
         bus: D2H copies of gradients and H2D copies of parameters.
@@ -94,7 +95,7 @@ def predict_time(
         elif any(known):  # otherwise this run does not use the resource
             seconds[name] = sum(known)
     if not seconds.keys() & _HOW_TO_MEASURE.keys():
-        return None
+        return None  # forward and backward alone are no prediction of the optimizer
     given = [name for name in seconds if machine.source_of(name) is Source.GIVEN]
     if given:
         doubts.insert(0, f"speeds were given, not measured: {', '.join(given)}")
@@ -200,8 +201,8 @@ def predict_overlap(
     Forward and backward are divided over the buckets by their elements. The prediction assumes that
     copies, collectives and updates do not slow each other down.
     """
-    # The schedule has times neither for a model on the CPU, which shares cores with the updates,
-    # nor for gradients that someone else averages after backward.
+    # A model on the CPU shares cores with the updates: both are slower than alone. Gradients that
+    # another library averages after backward are not in the schedule.
     if not (training.overlaps and training.on_device and training.reduces):
         return None
     if machine.tera_flops is None or training.num_tokens is None:
