@@ -83,8 +83,8 @@ def plan(
 ) -> None:
     """Predict the memory of each rank, whether it fits, and the time of a step.
 
-    Nothing is allocated. Parameters are on a GPU with --gpu-memory, or if this
-    machine has one.
+    Nothing is allocated. The parameters of CONFIG are on a GPU with --gpu-memory
+    or if this machine has a GPU, those of --params always.
 
     The time is predicted from bandwidths: `offload-adam doctor` has saved those
     of this machine, --measure measures them now, and options override both.
