@@ -131,13 +131,14 @@ class StatusServer:
         while not self._closing.is_set():
             # poll(2), not select(2): a training process may have file descriptors above 1023.
             wasyncore.loop(timeout=_POLL_S, use_poll=True, map=self._channels, count=1)
-            # Waitress drops only idle connections. A client that sends its request byte by byte,
-            # or thousands of requests at once, would keep its connection without limit. A single
-            # request is answered first.
+            # Waitress drops only idle connections. A client that sends its request byte by byte, or
+            # thousands of requests at once, would keep its connection without limit. A single
+            # request is answered first. Setting `will_close` is not enough: it takes effect once
+            # the socket is writable, so a client that reads no answer would block its thread.
             oldest_s = time.time() - CONNECTION_S
-            for channel in self._server.active_channels.values():
+            for channel in list(self._server.active_channels.values()):
                 if channel.creation_time < oldest_s and len(channel.requests) != 1:
-                    channel.will_close = True
+                    channel.handle_close()
         self._server.task_dispatcher.shutdown(timeout=_JOIN_S / 2)
         wasyncore.close_all(self._channels, ignore_all=True)
 

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 import psutil
@@ -236,6 +236,25 @@ def test_a_client_with_a_long_queue_of_requests_is_dropped(
                 break
     assert time.monotonic() - began_s > 0.9
     assert ask(server, "/healthz")[0] == 200
+
+
+def test_clients_that_read_no_answer_are_dropped(
+    open_server: Callable[..., StatusServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "CONNECTION_S", 1.0)
+    server = open_server(status=lambda: {"long": "x" * 1_000_000})
+    with ExitStack() as opened:
+        for _ in range(3):  # more than there are threads that answer
+            client = opened.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", server.port))
+            client.sendall(b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
+        for connections in (3, 0):  # accepted, then dropped
+            deadline_s = time.monotonic() + 15
+            while len(server._server.active_channels) != connections:
+                assert time.monotonic() < deadline_s
+                time.sleep(0.01)
+        assert ask(server, "/healthz")[0] == 200
 
 
 @pytest.mark.parametrize("version", ["abc", "1.0.0.x", ""])
