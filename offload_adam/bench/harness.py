@@ -1,7 +1,8 @@
 """Time contenders in turns in one process, and compare each with this package.
 
 `bench kernel` and `bench step` make a list of contenders for `compare`; the measurements in
-tests/bench call `interleave`. `bench train` runs each contender in its own process instead.
+tests/bench of the source repository call `interleave`. `bench train` runs each contender in its own
+process instead.
 """
 
 from __future__ import annotations

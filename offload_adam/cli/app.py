@@ -19,6 +19,7 @@ app = typer.Typer(
     help="Train with an Adam optimizer whose state is sharded over the ranks in host memory.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
 )
 # Overrides such as --train.num_steps=3 begin with -- but are arguments, not options of typer.
 app.command(context_settings={"ignore_unknown_options": True})(train)

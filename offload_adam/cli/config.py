@@ -6,18 +6,15 @@ from typing import Annotated
 
 import typer
 
-from offload_adam.cli.train import EXIT_BAD_CONFIGURATION, load_arguments
+from offload_adam.cli.train import EXIT_BAD_CONFIGURATION, OverridesArgument, load_arguments
 
 
 def config(
     config: Annotated[
         str | None,
-        typer.Argument(metavar="[CONFIG]", help="A YAML file. Without one, prints the defaults."),
+        typer.Argument(metavar="CONFIG", help="A YAML file. Without one, prints the defaults."),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[--section.key=value]", help="Keys to change."),
-    ] = None,
+    overrides: OverridesArgument = None,
 ) -> None:
     """Print the whole configuration as YAML with comments, defaults included.
 

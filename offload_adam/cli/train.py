@@ -58,7 +58,7 @@ def train(
 
     Exit codes: 0 done or preempted, 2 bad configuration, 3 does not fit into memory,
     130 interrupted, 143 ended at once by SIGTERM, 1 any other error. torchrun replaces each code
-    but 0 by 1; the scripts in launch/ do not.
+    but 0 by 1; the scripts in launch/ of the source repository do not.
     """
     run_to_exit_code([config, *(overrides or [])], log_format)
 
@@ -70,10 +70,11 @@ def profile(
 ) -> None:
     """Train as configured in CONFIG, alone or under torchrun, and write a profile.
 
-    The run's folder gets report.html, which begins with what bounds a step and which setting to
+    The run's folder gets report.html, which begins with what limits a step and which setting to
     change; trace.json for Perfetto; and memory.jsonl with samples of the memory in use.
 
     This is `train` with profile.enabled. A few dozen steps are enough: --train.num_steps=50.
+
     Exit codes: as for `train`.
     """
     run_to_exit_code([config, "--profile.enabled=true", *(overrides or [])], log_format)
@@ -101,14 +102,19 @@ def load_arguments(arguments: list[str]) -> RunConfig:
     overrides = [argument for argument in arguments if argument.startswith("-")]
     files = [argument for argument in arguments if not argument.startswith("-")]
     if len(files) != 1:
-        problem = "name one configuration file" if not files else f"one file, not {files}"
-        hint = f"{problem}; an override is one word, --section.key=value"
-        raise ConfigError("command line", [Mistake("", hint)])
+        found = f", not {' and '.join(files)}" if files else ""
+        hint = "an override is one word, --section.key=value"
+        raise ConfigError(
+            "command line", [Mistake("", f"name one configuration file{found}; {hint}")]
+        )
     return load_config(files[0], overrides)
 
 
 def _run(config: RunConfig) -> None:
-    """Run the job, and write how it ended to the file that the scripts in launch/ ask for."""
+    """Run the job, and write its outcome to OFFLOAD_ADAM_OUTCOME_FILE.
+
+    launch/torchrun.py in the source repository sets this variable and reads the file.
+    """
     from offload_adam.train.job import run_job  # with torch, which takes seconds
 
     outcome = run_job(config)
