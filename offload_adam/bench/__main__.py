@@ -17,7 +17,12 @@ from offload_adam.bench.step import measure_step
 from offload_adam.bench.training.contenders import CONTENDERS
 from offload_adam.bench.training.model import add_size_options, read_sizes
 from offload_adam.bench.training.results import failures, markdown
-from offload_adam.bench.training.run import NUM_STEPS, TrainBenchmarkError, measure_train
+from offload_adam.bench.training.run import (
+    NUM_STEPS,
+    ModelTooLargeError,
+    TrainBenchmarkError,
+    measure_train,
+)
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import allowed_cores
 
@@ -165,6 +170,8 @@ def _train(options: argparse.Namespace) -> None:
             time_limit_s=options.time_limit,
             keep=lambda report: None if options.json is None else write_json(report, options.json),
         )
+    except ModelTooLargeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     except TrainBenchmarkError as error:
         sys.exit(f"offload-adam: {error}")
     print(markdown(report))

@@ -110,6 +110,14 @@ class SimulatedMachine:
         )
 
 
+class SmallGpu(SimulatedMachine):
+    """Batches above `fits` do not fit into its GPU."""
+
+    def __call__(self, task: Task) -> Measured:
+        found = super().__call__(task)
+        return replace(found, reasons={b: OUT_OF_MEMORY for b in task.batches if b > self.fits})
+
+
 def report_of(machine: SimulatedMachine, **options: Any) -> dict[str, Any]:
     return measure_train(TINY, "cpu", run=machine, **options)
 
@@ -181,6 +189,30 @@ def test_batches_cannot_be_chosen_without_forward_and_update(broken: str) -> Non
         report_of(SimulatedMachine(broken=broken))
 
 
+@pytest.mark.parametrize("fits", [3, 15])
+def test_a_model_that_is_too_large_to_choose_batches_is_a_wrong_option(
+    fits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = SmallGpu(fits=fits)
+    measured = functools.partial(measure_train, run=machine)
+    monkeypatch.setattr(bench_main, "measure_train", measured)
+    result = CliRunner().invoke(app, ["bench", "train"])
+    assert result.exit_code == 2
+    assert "too little memory for 4 and 16 sequences" in result.output
+    assert "--batches" in result.output
+    assert report_of(machine, batches=[1])["points"][0]["num_sequences"] == 1
+
+
+def test_the_model_alone_must_not_fail_at_one_of_two_batches() -> None:
+    class Flaky(SimulatedMachine):
+        def __call__(self, task: Task) -> Measured:
+            found = super().__call__(task)
+            return replace(found, reasons={b: "it broke" for b in task.batches if b > self.fits})
+
+    with pytest.raises(TrainBenchmarkError, match=f"{MODEL_ALONE} failed.*: it broke"):
+        report_of(Flaky(fits=4))
+
+
 def test_given_batches_are_measured_and_the_report_is_kept_after_each_contender() -> None:
     kept: list[dict[str, Any]] = []
     machine = SimulatedMachine()
@@ -222,12 +254,6 @@ def test_no_contender_gets_all_of_the_time(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_batch_that_is_too_large_is_no_failure() -> None:
-    class SmallGpu(SimulatedMachine):
-        def __call__(self, task: Task) -> Measured:
-            found = super().__call__(task)
-            reasons = {b: OUT_OF_MEMORY for b in task.batches if b > self.fits}
-            return replace(found, reasons=reasons)
-
     report = report_of(SmallGpu(fits=5), batches=[5, 6], contenders=[PLAIN])
     row = report["points"][1]["contenders"][PLAIN]
     assert row == {"reason": OUT_OF_MEMORY, "failed": False}

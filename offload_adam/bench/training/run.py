@@ -39,6 +39,10 @@ class TrainBenchmarkError(RuntimeError):
     """The measurement that the choice of batches needs has failed."""
 
 
+class ModelTooLargeError(RuntimeError):
+    """The model does not fit into the GPU at FIRST_BATCHES."""
+
+
 def measure_train(
     sizes: Sizes,
     device: str,
@@ -67,6 +71,7 @@ def measure_train(
 
     Raises:
         TrainBenchmarkError: `batches` is empty, and the measurement to choose them failed.
+        ModelTooLargeError: `batches` is empty, and the model is too large to choose them.
     """
     end_s = math.inf if time_limit_s is None else time.monotonic() + time_limit_s
     select_threading_layer()
@@ -118,18 +123,23 @@ def _choose_batches(
 ) -> None:
     """Choose batches and measure the model alone at them, until the ratios are near the targets."""
 
-    def required(name: str, batches: Sequence[int]) -> Measured:
+    def required(name: str, batches: Sequence[int], least: int = 1) -> Measured:
+        """Measure batches, of which `least` must have times unless they do not fit."""
         found = measure(name, batches)
-        # A batch at which the model alone does not fit is left out of the choice.
-        allowed = OUT_OF_MEMORY if name == MODEL_ALONE else None
-        failures = [reason for reason in found.reasons.values() if reason != allowed]
-        if failures and not found.steps:
+        failures = [reason for reason in found.reasons.values() if reason != OUT_OF_MEMORY]
+        if failures and len(found.steps) < least:
             raise TrainBenchmarkError(f"{name} failed, so no batches were chosen: {failures[0]}")
         return found
 
     results.sequential = required(SEQUENTIAL, FIRST_BATCHES[:1])
+    alone = dict(required(MODEL_ALONE, FIRST_BATCHES, least=2).steps)
+    if not results.sequential.steps or len(alone) < 2:
+        first = " and ".join(map(str, FIRST_BATCHES))
+        raise ModelTooLargeError(
+            f"The GPU has too little memory for {first} sequences, from whose times the batches "
+            "are chosen. Make the model smaller, or give --batches."
+        )
     update_ms = results.sequential.steps[FIRST_BATCHES[0]].updates_only_ms or 0.0
-    alone = dict(required(MODEL_ALONE, FIRST_BATCHES).steps)
     chosen: dict[float, int] = {}
     for _ in range(NUM_ROUNDS):
         forward_ms = {batch: one.forward_ms or 0.0 for batch, one in alone.items()}
