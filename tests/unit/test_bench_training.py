@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from offload_adam.bench import __main__ as bench_main
 from offload_adam.bench.peers import MAX_GRAD_NORM
 from offload_adam.bench.training import contenders as contenders_module
-from offload_adam.bench.training import process as process_module
+from offload_adam.bench.training import measure as measure_module
 from offload_adam.bench.training import run as run_module
 from offload_adam.bench.training.batches import choose_batches
 from offload_adam.bench.training.contenders import (
@@ -45,10 +45,10 @@ from offload_adam.bench.training.measure import (
     Measured,
     Steps,
     Task,
+    in_own_process,
     measure,
 )
 from offload_adam.bench.training.model import Sizes, make_model, make_tokens
-from offload_adam.bench.training.process import in_own_process
 from offload_adam.bench.training.results import failures, markdown
 from offload_adam.bench.training.run import TrainBenchmarkError, measure_train
 from offload_adam.cli.app import app
@@ -311,8 +311,8 @@ def test_the_batches_before_a_failure_count(
     how: str, limit_s: float, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A forked process inherits the patched function, and starts faster.
-    monkeypatch.setattr(process_module, "measure", fail_at)
-    monkeypatch.setattr(process_module, "START_METHOD", "fork")
+    monkeypatch.setattr(measure_module, "measure", fail_at)
+    monkeypatch.setattr(measure_module, "START_METHOD", "fork")
     task = Task(
         contender=how,
         sizes=TINY,
@@ -363,7 +363,7 @@ def test_a_contender_clips_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_peer_that_is_not_installed_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_module, "START_METHOD", "no such method")
+    monkeypatch.setattr(measure_module, "START_METHOD", "no such method")
     monkeypatch.setitem(contenders_module.PACKAGES, TORCHAO, "no_such_package")
     task = Task(contender=TORCHAO, sizes=TINY, device="cpu", batches=(1,), num_steps=1)
     assert in_own_process(task) == Measured(unavailable="no_such_package is not installed")

@@ -13,9 +13,8 @@ import torch
 from offload_adam.bench.machine import describe_machine
 from offload_adam.bench.training.batches import TARGET_RATIOS, choose_batches, is_near
 from offload_adam.bench.training.contenders import CONTENDERS, MODEL_ALONE, SEQUENTIAL
-from offload_adam.bench.training.measure import OUT_OF_MEMORY, Measured, Task
+from offload_adam.bench.training.measure import OUT_OF_MEMORY, Measured, Task, in_own_process
 from offload_adam.bench.training.model import Sizes
-from offload_adam.bench.training.process import in_own_process
 from offload_adam.bench.training.results import Results
 from offload_adam.doctor.bandwidth import bus_gb_per_s
 from offload_adam.errors import HostMemoryError
