@@ -53,19 +53,19 @@ def main(
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, text in (("kernel", KERNEL), ("step", STEP)):
         command = commands.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
-        command.set_defaults(run=_compare, work=name)
+        command.set_defaults(run=_compare, work=name, parser=command)
         _add_compare_options(command)
     command = commands.add_parser(
         "train", help=TRAIN, description=f"{TRAIN} {CHOICE}", epilog=EXIT_CODES
     )
-    command.set_defaults(run=_train)
+    command.set_defaults(run=_train, parser=command)
     _add_train_options(command)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     try:
         options.run(options)
     except argparse.ArgumentTypeError as error:
-        parser.error(str(error))
+        options.parser.error(str(error))
 
 
 def _add_compare_options(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +76,8 @@ def _add_compare_options(parser: argparse.ArgumentParser) -> None:
         default=64_000_000,
         help="number of parameters; default: %(default)s",
     )
-    add("--threads", type=at_least(1), default=cores, help="default: all allowed cores")
+    threads = "threads of every contender; default: all allowed cores"
+    add("--threads", type=at_least(1), default=cores, help=threads)
     rounds = "timed rounds, each with all contenders; default: %(default)s"
     add("--pairs", type=at_least(LEAST_PAIRS), default=LEAST_PAIRS, help=rounds)
     add("--json", type=writable, help="write the full report here")

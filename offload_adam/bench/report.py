@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_WIDEST = 16
+_WIDEST = 17
 """Longer cells after the first column, such as error messages, do not widen their column."""
 
 
@@ -62,7 +62,7 @@ def comparison_table(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     ]
     yield from table(header, rows)
     yield ""
-    yield "bytes: memory traffic of a parameter. ratio: the row's time / offload_adam's, median."
+    yield "bytes: memory traffic per parameter. ratio: the row's time / offload_adam's, median."
     for result in results:
         if result["variant"] is not None:
             yield f"{result['name']} is {result['variant']}, the fastest of its variants."

@@ -176,7 +176,7 @@ class _DeepSpeed(TrainContender):
 
 def _require_gpu(model: nn.Module) -> None:
     if not next(model.parameters()).is_cuda:
-        raise PeerUnavailableError("works on a GPU only")
+        raise PeerUnavailableError("needs a GPU")
 
 
 def _init_process_group() -> None:

@@ -38,7 +38,7 @@ NUM_UPDATES = 3
 """Updates that are timed alone, after backward has finished."""
 PRECEDING = ("reduce", "norm", "agree")
 """Phases of a step that come before its updates."""
-OUT_OF_MEMORY = "the GPU has too little memory"
+OUT_OF_MEMORY = "out of GPU memory"
 _SAMPLE_S = 0.05
 START_METHOD = "spawn"  # a forked process cannot use CUDA
 _POLL_S = 1.0
@@ -117,7 +117,7 @@ def in_own_process(task: Task) -> Measured:
     package = PACKAGES.get(task.contender)
     if package is not None and importlib.util.find_spec(package) is None:
         # Without this check, a process would take seconds to find the same.
-        return Measured(unavailable=f"{package} is not installed")
+        return Measured(unavailable="not installed")
     context: Any = multiprocessing.get_context(START_METHOD)
     answers: Any = context.Queue()
     process = context.Process(target=_answer, args=(task, answers), daemon=True)

@@ -43,7 +43,7 @@ class Results:
 
     bus_down_gb_per_s: bandwidth of D2H copies, None without a GPU.
     batches: (target ratio or None if the batch was given, number of sequences).
-    not_tried: target ratios without a batch that fits.
+    not_tried: target ratios without a batch of their own, because none fits or is small enough.
     sequential: the measurement that gave U to choose the batches.
     measured: by contender, including the model alone.
     wall_s: seconds that the measurement of each contender took.

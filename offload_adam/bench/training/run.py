@@ -84,6 +84,7 @@ def measure_train(
 
     def measure(name: str, chosen: Sequence[int], num_left: int = 1) -> Measured:
         """Measure a contender, one of `num_left` that are not measured yet."""
+        logger.info("Measuring %s at %s sequences", name, ", ".join(map(str, chosen)))
         left_s = end_s - time.monotonic()
         limit_s = min(PROCESS_TIMEOUT_S, left_s, SHARES * left_s / num_left)
         if limit_s < LEAST_S:
@@ -111,8 +112,10 @@ def measure_train(
         chosen = sorted({batch for _, batch in results.batches})
         found = results.measured[name] = measure(name, chosen, len(names) - number)
         results.wall_s[name] = round(time.monotonic() - start_s, 1)
-        problem = found.unavailable or found.reasons or "no problem"
-        logger.info("Measured %s in %.1f s: %s", name, results.wall_s[name], problem)
+        reasons = [f"{reason} at {batch} sequences" for batch, reason in found.reasons.items()]
+        problems = [found.unavailable] if found.unavailable else reasons
+        outcome = f"; {', '.join(problems)}" if problems else ""
+        logger.info("Finished %s in %.1f s%s", name, results.wall_s[name], outcome)
         keep(results.report())
     return results.report()
 
@@ -154,7 +157,9 @@ def _choose_batches(
         ):
             break
     results.measured[MODEL_ALONE] = Measured(steps=alone)
-    results.batches = sorted((t, batch) for t, batch in chosen.items() if batch in alone)
+    # Of a small model, several targets may share the batch 1: the largest is nearest to its ratio.
+    targets = {batch: target for target, batch in chosen.items() if batch in alone}
+    results.batches = sorted((target, batch) for batch, target in targets.items())
     tried = [target for target, _ in results.batches]
     results.not_tried = [target for target in TARGET_RATIOS if target not in tried]
 
