@@ -25,7 +25,8 @@ class ReportInputs:
     """The content of the report.
 
     records: the lines of `metrics.jsonl`.
-    predicted: bytes by category of the ledger, for one rank.
+    profiles: of all ranks, by rank.
+    predicted: bytes by category of rank 0's ledger; they are the same for each rank.
     achieved: GB/s of rank 0's updates, None if it is not known.
     limit: this rank's share of the memory bandwidth in GB/s, None if it is not known.
     buckets: bytes by bucket and category, on rank 0.
@@ -105,8 +106,13 @@ def _notes(inputs: ReportInputs, peaks: Sequence[Peak]) -> Iterator[str]:
 
 def _bytes_table(inputs: ReportInputs, peak: Peak) -> str:
     """Return the table of one peak, with the categories marked that differ from the plan."""
-    held = inputs.profiles[0].peaks
-    planned = {n: size for n, size in inputs.predicted.items() if place_of(n) == peak.where}
+    held = inputs.profiles[peak.rank].peaks
+    # Predicted for rank 0's device: each rank names its own.
+    planned = {
+        name.replace(place_of(name), peak.where): nbytes
+        for name, nbytes in inputs.predicted.items()
+        if (place_of(name) == "host") == (peak.where == "host")
+    }
     others = [name for name in (*held, *planned) if place_of(name) == peak.where]
     rows = [[f"rank {peak.rank}, {peak.where}", "at the peak", "", "maximum", "predicted", ""]]
     for category in dict.fromkeys([*peak.parts, *others]):

@@ -114,6 +114,20 @@ def test_the_report_says_what_used_the_most_memory(tmp_path: Path) -> None:
     assert "with 1.00 GiB resident on rank 0. Its largest parts: the rest of the process" in page
 
 
+def test_the_peak_of_a_device_is_compared_on_its_own_rank(tmp_path: Path) -> None:
+    profiles = []
+    for rank, nbytes in enumerate([3 * 2**20, 4 * 2**20]):
+        held = {f"state on cuda:{rank}": nbytes}
+        sample = {**PROFILES[rank].samples[0], "device_allocated": nbytes, "ledger": held}
+        profiles.append(replace(PROFILES[rank], samples=[sample], peaks=held))
+    predicted = {"state on cuda:0": 3 * 2**20}
+    write_report(inputs(profiles=profiles, predicted=predicted), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    cells = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr.*?</tr>", page)]
+    differs = "differs by more than 2%"
+    assert ["state on cuda:1", "4.00 MiB", "100.0%", "4.00 MiB", "3.00 MiB", differs] in cells
+
+
 def test_the_report_names_ranks_that_lost_spans(tmp_path: Path) -> None:
     profiles = [PROFILES[0], replace(PROFILES[1], num_dropped=7)]
     write_report(inputs(profiles=profiles), tmp_path / "report.html")
