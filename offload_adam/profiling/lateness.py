@@ -80,15 +80,15 @@ def _collectives(spans: Sequence[Span]) -> dict[tuple[str, int], list[_Collectiv
             entered["reduce", span.bucket].append(span.end_ns)
         elif span.name in ("reduce", "gather") and span.bucket != NO_BUCKET:
             waits[key].append(number)
-    for key in waits:
+    found = {}
+    for key, numbers in waits.items():
         if key[0] == "gather":
-            entered[key] = [spans[number].end_ns for number in waits[key][-2::-2][::-1]]
-            waits[key] = waits[key][-1::-2][::-1]
-    # Paired from the end: either list may lack its earliest entries.
-    return {
-        key: [
-            _Collective(*pair)
-            for pair in zip(reversed(entered[key]), reversed(waits[key]), strict=False)
-        ][::-1]
-        for key in waits
-    }
+            # Of an odd number, the first has lost its partner.
+            numbers = numbers[len(numbers) % 2 :]
+            entered[key] = [spans[number].end_ns for number in numbers[::2]]
+            numbers = numbers[1::2]
+        # Either list may lack its earliest entries.
+        surplus = len(entered[key]) - len(numbers)
+        pairs = zip(entered[key][max(0, surplus) :], numbers[max(0, -surplus) :], strict=True)
+        found[key] = [_Collective(*pair) for pair in pairs]
+    return found
