@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from offload_adam.profiling.lateness import with_late_ranks
-from offload_adam.profiling.peak import parts_of, place_of
+from offload_adam.profiling.peak import REST, parts_of, place_of
 from offload_adam.profiling.phases import PHASES, STEP
 from offload_adam.profiling.profile import (
     RankProfile,
@@ -113,7 +113,7 @@ def _gantt(profiles: Sequence[RankProfile]) -> Chart:
     figure.update_xaxes(range=[0.0, (step.end_ns - step.start_ns) / 1e6])
     caption = (
         f"Step {step.bucket}, which has the median length on rank 0. Times are on rank 0's clock. "
-        "The number after a phase is the bucket; after `late rank` it is the rank that is late."
+        "The number after a phase is the bucket; after `late rank`, the rank that is late."
     )
     return Chart("gantt", "One step on every rank and thread", caption, figure)
 
@@ -164,9 +164,9 @@ def _memory(profile: RankProfile, predicted: Mapping[str, int]) -> Iterator[Char
             times, nbytes = zip(*own, strict=True)
             traces.append(_line("not shared (USS)", times, nbytes, line={"dash": "dot"}))
         caption = (
-            "Bytes by category; a click on a name hides it. The dashed line is the total that was "
-            "predicted without the rest. The dotted line is the part of the process's memory that "
-            "no other process shares."
+            "Memory by category; a click on a name hides it. The dashed line is the predicted "
+            f"total, without {REST}. The dotted line is the part of the process's memory that no "
+            "other process shares."
         )
         key, title = f"memory-{number}", f"Memory of rank {profile.rank}, {place}"
         figure = _figure(traces, xaxis_title="seconds", yaxis_title="GiB")

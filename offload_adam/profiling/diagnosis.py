@@ -22,7 +22,7 @@ NOTABLE_SHARE = 0.1
 class RunFacts:
     """Settings of the run that the advice depends on.
 
-    num_threads: that each rank's update used. num_cores: that it might have used.
+    num_threads: threads of each rank's update. num_cores: cores that it could have used.
     pinned: all state in host memory is pinned.
     """
 
@@ -109,8 +109,9 @@ def diagnose(profiles: Sequence[RankProfile], facts: RunFacts) -> Diagnosis | No
 class _Charges:
     """Where the time of one rank's steps goes, in nanoseconds.
 
-    waited: by the late rank that it waited for.
-    by_phase: own work, without collectives.
+    charged: by resource.
+    waited: time that this rank waited for late ranks, by late rank.
+    by_phase: time in phases other than collectives.
     """
 
     profile: RankProfile
@@ -173,6 +174,7 @@ def _latest(ranks: Sequence[_Charges]) -> LateRank | None:
         return None
     steps = np.array([[rank.num_steps] for rank in ranks])
     numbers = [rank.profile.rank for rank in ranks]
+    # Row: the rank that waits; column: the late rank that it waits for.
     waited_ms = np.array([[rank.waited[i] for i in numbers] for rank in ranks]) / steps / 1e6
     late_ms = waited_ms.sum(axis=0) / (len(ranks) - 1) - waited_ms.sum(axis=1)
     slow = int(late_ms.argmax())

@@ -88,7 +88,7 @@ def _notes(inputs: ReportInputs, peaks: Sequence[Peak]) -> Iterator[str]:
         else:
             yield (
                 f"{text}, {inputs.achieved / inputs.limit:.0%} of the {inputs.limit:.1f} GB/s that "
-                "is its share of this machine's measured memory bandwidth."
+                "are this rank's share of the machine's measured memory bandwidth."
             )
     if inputs.diagnosis is not None:
         for resource, (planned_ms, source) in inputs.planned_ms.items():

@@ -18,6 +18,12 @@ Report = Mapping[str, Any]
 
 GIB = 2**30
 NONE = "-"
+LEGEND = (
+    "F: the model's forward.",
+    f"U: offload_adam's updates without overlap, measured with {SEQUENTIAL}.",
+    "b: the largest bucket's part of U, and its D2H copy.",
+    "exposed: a step's time minus that of forward and backward alone.",
+)
 DEFINITIONS = {
     "forward_ms": "F: the model's forward alone, median",
     "forward_backward_ms": "the model's forward and backward alone, median",
@@ -140,11 +146,11 @@ def failures(report: Report) -> Iterator[str]:
 
 
 def markdown(report: Report) -> str:
-    """Return a heading and a table for each batch, then the machine."""
+    """Return a heading and a table for each batch, then a legend and the machine."""
     lines: list[str] = []
     for point in report["points"]:
         lines += [*point_heading(report, point), *table(*point_rows(point)), ""]
-    return "\n".join([*lines, machine_line(report["machine"])])
+    return "\n".join([*lines, *LEGEND, "", machine_line(report["machine"])])
 
 
 def point_heading(report: Report, point: Report) -> list[str]:
