@@ -52,7 +52,8 @@ def run(arguments: list[str], folder: Path) -> tuple[int, str]:
 def describe_failure(error: ChildFailedError) -> tuple[int, str]:
     """Return the exit code of the first rank that failed, and what to do."""
     # torchrun ends the other ranks by SIGTERM, and by SIGKILL no sooner than 30 s later. Times are
-    # whole seconds: of two ranks in the same one, the peer of a killed rank has exited by itself.
+    # whole seconds: in the same second, a killed rank (negative code) comes before a peer that
+    # exited because of it.
     rank, failure = min(
         error.failures.items(),
         key=lambda f: (f[1].exitcode == -signal.SIGTERM, f[1].timestamp, f[1].exitcode),

@@ -70,7 +70,7 @@ def _collectives(spans: Sequence[Span]) -> dict[tuple[str, int], list[_Collectiv
     two spans: it is entered at the end of the first, and waited for in the second.
     """
     entered: dict[tuple[str, int], list[int]] = defaultdict(list)
-    waits: dict[tuple[str, int], list[int]] = defaultdict(list)
+    waits: dict[tuple[str, int], list[int]] = defaultdict(list)  # indices of `spans`
     for number, span in enumerate(spans):
         key = (span.name, span.bucket)
         if span.name in ENTERED_AND_WAITED:

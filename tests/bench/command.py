@@ -1,4 +1,4 @@
-"""Run a measurement from the command line."""
+"""Run a measurement from the command line, and repeat one that other processes disturbed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,33 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from offload_adam.bench.report import machine_line, write_json
 from offload_adam.kernels.threads import allowed_cores
+
+logger = logging.getLogger(__name__)
+
+NUM_ATTEMPTS = 3
+T = TypeVar("T")
+
+
+class DisturbedError(RuntimeError):
+    """The machine was disturbed; measure again."""
+
+
+def undisturbed(attempt: Callable[[], T]) -> T:
+    """Return the result of the first attempt that raises no DisturbedError.
+
+    Raises:
+        DisturbedError: the machine was disturbed at every attempt.
+    """
+    for number in range(1, NUM_ATTEMPTS):
+        try:
+            return attempt()
+        except DisturbedError as error:
+            logger.warning("Attempt %d of %d failed: %s", number, NUM_ATTEMPTS, error)
+    return attempt()
 
 
 def run(

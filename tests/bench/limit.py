@@ -7,7 +7,6 @@ comes from the memory alone.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
@@ -44,19 +43,12 @@ from offload_adam.bench.step import (
 )
 from offload_adam.kernels.probe import STREAM_NBYTES, pass_over
 from offload_adam.torch_private import fused_adamw
-from tests.bench.command import run
+from tests.bench.command import DisturbedError, run, undisturbed
 
-logger = logging.getLogger(__name__)
-
-NUM_ATTEMPTS = 3
 LEAST_SHARE_OF_COPY = 0.9
 COPY_BYTES_PER_PARAM = 8
 DENORMAL = 5.6e-45
 """Four times the smallest positive float32: exp_avg and exp_avg_sq stop decaying there."""
-
-
-class DisturbedError(RuntimeError):
-    """The machine was disturbed; measure again."""
 
 
 def numba_pass(name: str, planes: Planes, num_threads: int) -> Contender:
@@ -182,16 +174,12 @@ def compare(
     Raises:
         DisturbedError: the machine was disturbed at every attempt.
     """
-    everything = [*passes, *copies, *contenders]
-    for attempt in range(1, NUM_ATTEMPTS + 1):
-        timings = interleave(everything, num_pairs, clock=clock)
-        try:
-            limit, measured = choose_limit(timings, passes, copies, numel)
-            break
-        except DisturbedError as error:
-            logger.warning("Attempt %d of %d failed: %s", attempt, NUM_ATTEMPTS, error)
-            if attempt == NUM_ATTEMPTS:
-                raise
+
+    def attempt() -> tuple[dict[str, list[float]], str, dict[str, float]]:
+        timings = interleave([*passes, *copies, *contenders], num_pairs, clock=clock)
+        return timings, *choose_limit(timings, passes, copies, numel)
+
+    timings, limit, measured = undisturbed(attempt)
     results = with_torch_fused(summarize(timings, contenders, numel))
     limit_ms = timings[limit]
     share = results[0]["bytes_per_param"] / STREAM_NBYTES
@@ -299,9 +287,9 @@ def show(report: Mapping[str, Any]) -> Iterator[str]:
     for name, bandwidth in report["measured_gb_per_s"].items():
         yield f"{name}: {bandwidth:.1f} GB/s"
     yield (
-        f"{report['limit']}: {report['limit_ms']:.1f} ms, {report['limit_ratio']:.3f} of {OURS}. "
+        f"{report['limit']}: {report['limit_ms']:.1f} ms, {report['limit_ratio']:.3f} of {OURS}'s time. "
         f"At its bandwidth, this work takes {report['bound_ms']:.1f} ms, "
-        f"{report['bound_ratio']:.2f} of torch_fused."
+        f"{report['bound_ratio']:.2f} of torch_fused's time."
     )
     if "denormal_ratio" in report:
         yield f"Time with denormal moments over normal ones: {report['denormal_ratio']:.3f}"

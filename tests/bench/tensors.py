@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
@@ -21,10 +20,7 @@ from offload_adam.bench.harness import (
 from offload_adam.bench.peers import OUR_SETTINGS
 from offload_adam.bench.report import heading, table
 from offload_adam.optimizer import OffloadAdam
-from tests.bench.command import run
-from tests.bench.limit import NUM_ATTEMPTS, DisturbedError
-
-logger = logging.getLogger(__name__)
+from tests.bench.command import DisturbedError, run, undisturbed
 
 PLAIN, DROP_IN, STREAMING = "plain", "drop_in", "streaming"
 
@@ -96,15 +92,12 @@ def measure_tensors(
         for use in (PLAIN, DROP_IN, STREAMING)
         for label, shape in shapes.items()
     ]
-    for attempt in range(1, NUM_ATTEMPTS + 1):
+
+    def attempt() -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
         timings = interleave(contenders, num_pairs, clock=clock)
-        try:
-            uses = {use: overhead(timings, use) for use in (DROP_IN, STREAMING)}
-            break
-        except DisturbedError as error:
-            logger.warning("Attempt %d of %d failed: %s", attempt, NUM_ATTEMPTS, error)
-            if attempt == NUM_ATTEMPTS:
-                raise
+        return timings, {use: overhead(timings, use) for use in (DROP_IN, STREAMING)}
+
+    timings, uses = undisturbed(attempt)
     return {
         "benchmark": "tensors",
         "num_pairs": num_pairs,

@@ -17,8 +17,8 @@ from offload_adam.bench.harness import OURS, WARMUP_ROUNDS, Contender
 from offload_adam.bench.planes import fill_with_noise, make_planes
 from offload_adam.bench.step import CLIPPED, SCALED
 from tests.bench import command, limit, rows, tensors
+from tests.bench.command import DisturbedError
 from tests.bench.limit import (
-    DisturbedError,
     choose_limit,
     compare,
     measure_limit,
@@ -92,7 +92,7 @@ def test_a_disturbed_limit_is_measured_again(monkeypatch: pytest.MonkeyPatch) ->
     # 28 bytes in 40 ms, against 8 in 3 ms: disturbed, once.
     disturbed = [40.0] * (7 + WARMUP_ROUNDS)
     assert compared(*disturbed, 9.0)["limit_ms"] == pytest.approx(9.0)
-    monkeypatch.setattr(limit, "NUM_ATTEMPTS", 2)
+    monkeypatch.setattr(command, "NUM_ATTEMPTS", 2)
     with pytest.raises(DisturbedError, match="on a quiet machine"):
         compared(40.0)
 
