@@ -18,6 +18,7 @@ import torch
 
 from offload_adam.kernels import threads
 from offload_adam.units import format_nbytes
+from offload_adam.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def _transparent_hugepage() -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    versions = {}
+    versions = {"offload_adam": __version__}
     for package in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)

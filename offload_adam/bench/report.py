@@ -79,11 +79,11 @@ def heading(report: Mapping[str, Any], subject: str) -> Iterator[str]:
 
 def machine_line(machine: Mapping[str, Any]) -> str:
     """Return the machine of a report in one line."""
+    commit = f"commit {machine['commit']}, " if machine["commit"] else ""  # none in a wheel
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
-        f"{machine['date']}, commit {machine['commit']}, {machine['cpu']} with "
-        f"{machine['cores_allowed']} cores and {machine['memory']}, {machine['num_threads']} "
-        f"thread(s) on {machine['threading_layer']}, huge pages: "
-        f"{machine['transparent_hugepage']}, load {machine['load_average'][0]:.2f} before, "
-        f"Python {machine['python']}, {versions}."
+        f"{machine['date']}, {commit}{machine['cpu']} with {machine['cores_allowed']} cores and "
+        f"{machine['memory']}, {machine['num_threads']} thread(s) on {machine['threading_layer']}, "
+        f"huge pages: {machine['transparent_hugepage'] or 'none'}, load "
+        f"{machine['load_average'][0]:.2f} before, Python {machine['python']}, {versions}."
     )

@@ -48,9 +48,9 @@ def configure_logging(log_format: LogFormat) -> None:
     """Write log records and Python warnings to stderr.
 
     Rank 0 logs from INFO on, the other ranks from WARNING on: their node or GPU may be the one with
-    a problem. What all ranks would log alike, the package logs on rank 0 only. Of Python's
-    warnings, the other ranks show RuntimeWarnings, which concern a process or its machine. A
-    UserWarning concerns the user's code or configuration, which all ranks share.
+    a problem. The package logs a message that would be the same on all ranks on rank 0 only. Of
+    Python's warnings, the other ranks show RuntimeWarnings, which concern a process or its machine.
+    A UserWarning concerns the user's code or configuration, which all ranks share.
 
     Only commands call this: the library itself configures no logging. If the root logger has
     handlers already, they are kept and no handler is added.

@@ -38,9 +38,10 @@ class RunFacts:
 class LateRank:
     """The rank that accounts for most of the time that ranks wait for late ranks.
 
-    late_ms: time a step that the other ranks wait for this rank, minus the time that it waits
-        itself; mean over the other ranks and the steps.
-    phase: takes this rank longer than the other ranks; "" if no phase explains half of `late_ms`.
+    late_ms: time that the other ranks wait for this rank, minus the time that it waits itself; mean
+        over the other ranks and the steps.
+    phase: the one that takes this rank longer than the other ranks; "" if no phase explains half of
+        `late_ms`.
     sentence: what was found and what to check.
     """
 

@@ -49,7 +49,7 @@ class StatusServer:
     that a web page in a user's browser cannot read the answers through DNS rebinding.
 
     Args:
-        port: 0 lets the system choose one, see `port`.
+        port: 0 lets the system choose one, which the attribute `port` has.
         host: the address or name to bind.
         status: returns further values of `/status`, in addition to the last record. NaN and
             infinities become null.
@@ -119,8 +119,8 @@ class StatusServer:
     def close(self) -> None:
         """Close all connections and end the threads, within 5 s. Idempotent."""
         if not self._closing.is_set():
-            # In this order: once the flag is set, the thread may close the trigger's descriptor at
-            # any time, and its number may belong to another file by then.
+            # Wake the thread before the flag is set: after that, the thread may close the trigger's
+            # descriptor at any time, and another file of this process may get the same number.
             self._server.pull_trigger()
             self._closing.set()
         self._thread.join(_JOIN_S)

@@ -287,8 +287,8 @@ def show(report: Mapping[str, Any]) -> Iterator[str]:
     for name, bandwidth in report["measured_gb_per_s"].items():
         yield f"{name}: {bandwidth:.1f} GB/s"
     yield (
-        f"{report['limit']}: {report['limit_ms']:.1f} ms, {report['limit_ratio']:.3f} of {OURS}'s time. "
-        f"At its bandwidth, this work takes {report['bound_ms']:.1f} ms, "
+        f"{report['limit']}: {report['limit_ms']:.1f} ms, {report['limit_ratio']:.3f} of {OURS}'s "
+        f"time. At its bandwidth, this work takes {report['bound_ms']:.1f} ms, "
         f"{report['bound_ratio']:.2f} of torch_fused's time."
     )
     if "denormal_ratio" in report:

@@ -30,10 +30,11 @@ from offload_adam.bench.harness import (
 )
 from offload_adam.bench.peers import available_peers
 from offload_adam.bench.planes import make_planes
-from offload_adam.bench.report import table
+from offload_adam.bench.report import machine_line, table
 from offload_adam.cli.app import app
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import allowed_cores
+from offload_adam.version import __version__
 
 
 class FakeClock:
@@ -230,6 +231,12 @@ def test_a_measurement_that_does_not_fit_says_so(
 
     monkeypatch.setattr(bench_main, "measure_kernel", fail)
     assert run("kernel") == (3, "offload-adam: needs 3 TiB\n")
+
+
+def test_an_installed_package_has_a_version_but_no_commit() -> None:
+    line = machine_line({**machine.describe_machine(1), "commit": None})
+    assert "commit" not in line
+    assert f"offload_adam {__version__}, torch {torch.__version__}" in line
 
 
 def test_results_name_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
