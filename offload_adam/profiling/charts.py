@@ -108,7 +108,8 @@ def _gantt(profiles: Sequence[RankProfile]) -> Chart:
             # Rows in order of their first span, also an earlier one: the training thread is first.
             row = rows[f"rank {profile.rank} {span.thread}"]
             if span.name != STEP and span.end_ns > step.start_ns and span.start_ns < step.end_ns:
-                row.append(_moved(span, -step.start_ns))
+                begin_ns, end_ns = span.start_ns - step.start_ns, span.end_ns - step.start_ns
+                row.append(span._replace(start_ns=begin_ns, end_ns=end_ns))
     figure = _bars({row: spans for row, spans in rows.items() if spans})
     figure.update_xaxes(range=[0.0, (step.end_ns - step.start_ns) / 1e6])
     caption = (
@@ -116,10 +117,6 @@ def _gantt(profiles: Sequence[RankProfile]) -> Chart:
         "The number after a phase is the bucket; after `late rank`, the rank that is late."
     )
     return Chart("gantt", "One step on every rank and thread", caption, figure)
-
-
-def _moved(span: Span, by_ns: int) -> Span:
-    return span._replace(start_ns=span.start_ns + by_ns, end_ns=span.end_ns + by_ns)
 
 
 def _split(profiles: Sequence[RankProfile]) -> Chart:

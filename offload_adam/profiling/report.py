@@ -27,8 +27,8 @@ class ReportInputs:
     records: the lines of `metrics.jsonl`.
     profiles: of all ranks, by rank.
     predicted: bytes by category of rank 0's ledger; they are the same for each rank.
-    achieved: GB/s of rank 0's updates, None if it is not known.
-    limit: this rank's share of the memory bandwidth in GB/s, None if it is not known.
+    update_gb_per_s: bandwidth of rank 0's updates, None if it is not known.
+    memory_gb_per_s: rank 0's share of the memory bandwidth, None if it is not known.
     buckets: bytes by bucket and category, on rank 0.
     planned_ms: milliseconds that a step was predicted to spend on a resource, and the source of
         its speed.
@@ -39,8 +39,8 @@ class ReportInputs:
     diagnosis: Diagnosis | None
     records: Sequence[Mapping[str, Any]] = ()
     predicted: Mapping[str, int] = field(default_factory=dict)
-    achieved: float | None = None
-    limit: float | None = None
+    update_gb_per_s: float | None = None
+    memory_gb_per_s: float | None = None
     buckets: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     planned_ms: Mapping[Resource, tuple[float, str]] = field(default_factory=dict)
 
@@ -81,14 +81,15 @@ def write_report(inputs: ReportInputs, path: Path) -> None:
 
 def _notes(inputs: ReportInputs, peaks: Sequence[Peak]) -> Iterator[str]:
     """Yield the paragraphs below the diagnosis."""
-    if inputs.achieved is not None:
-        text = f"Updates move {inputs.achieved:.1f} GB/s on rank 0"
-        if inputs.limit is None:
+    measured, share = inputs.update_gb_per_s, inputs.memory_gb_per_s
+    if measured is not None:
+        text = f"Updates move {measured:.1f} GB/s on rank 0"
+        if share is None:
             yield f"{text}. To measure this machine's memory bandwidth, run offload-adam doctor."
         else:
             yield (
-                f"{text}, {inputs.achieved / inputs.limit:.0%} of the {inputs.limit:.1f} GB/s that "
-                "are this rank's share of the machine's measured memory bandwidth."
+                f"{text}, {measured / share:.0%} of the {share:.1f} GB/s that are this rank's "
+                "share of the machine's measured memory bandwidth."
             )
     if inputs.diagnosis is not None:
         for resource, (planned_ms, source) in inputs.planned_ms.items():

@@ -111,8 +111,8 @@ def _inputs(job: Job, profiles: Sequence[RankProfile], found: Diagnosis | None) 
         found,
         records,
         predicted=_predicted(job, specs, training, profiles[0].peaks),
-        achieved=achieved,
-        limit=None if achieved is None else limit_gb_per_s(job),
+        update_gb_per_s=achieved,
+        memory_gb_per_s=None if achieved is None else limit_gb_per_s(job),
         buckets=by_bucket(job.optimizer.memory_ledger()),
         planned_ms=_planned_ms(specs, training),
     )

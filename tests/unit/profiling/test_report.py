@@ -31,8 +31,8 @@ def inputs(**changes: Any) -> ReportInputs:
         "diagnosis": None,
         "records": RECORDS,
         "predicted": {"state": 9 * 2**20, "staging": 5},
-        "achieved": 15.0,
-        "limit": 30.0,
+        "update_gb_per_s": 15.0,
+        "memory_gb_per_s": 30.0,
     }
     return ReportInputs(**{**values, **changes})
 
