@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from offload_adam.cli.train import EXIT_BAD_CONFIGURATION, EXIT_DOES_NOT_FIT
+from offload_adam.cli.train import (
+    EXIT_BAD_CONFIGURATION,
+    EXIT_DOES_NOT_FIT,
+    OverridesArgument,
+    load_arguments,
+)
 
 if TYPE_CHECKING:
     from offload_adam.layout.flat import ParameterSpec
@@ -22,12 +27,9 @@ _ITEMSIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 def plan(
     config: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG]", help="A YAML file. Or give --params.")
+        str | None, typer.Argument(metavar="CONFIG", help="A YAML file. Or give --params.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[--section.key=value]", help="Keys of CONFIG to override."),
-    ] = None,
+    overrides: OverridesArgument = None,
     params: Annotated[
         float | None, typer.Option(help="Number of parameters, such as 7e9, instead of CONFIG.")
     ] = None,
@@ -157,7 +159,6 @@ def _subject(
     if (config is None) == (params is None):
         raise ValueError("give either CONFIG or --params")
     if params is None:
-        from offload_adam.cli.train import load_arguments
         from offload_adam.train.plan import subject_of
 
         return subject_of(
