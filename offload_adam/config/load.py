@@ -17,6 +17,8 @@ from offload_adam.config.validation import validate
 from offload_adam.config.yaml_text import read_yaml, write_yaml
 
 _OVERRIDE = re.compile(r"--(?P<path>[\w-]+(?:\.[\w-]+)*)=(?P<value>.*)", re.DOTALL)
+# pydantic cannot dump a configuration of more than 255 levels, and most walks over one recurse.
+_MAX_LEVELS = 100
 # Each key excludes the other one. An override of one removes the file's value of the other.
 _ALTERNATIVES = {
     "model.sizes": "factory",
@@ -44,6 +46,9 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     if values is None:
         raise ConfigError(str(path), mistakes)
     mistakes += _apply(values, parsed)
+    if _is_too_deep(values):
+        problem = f"mappings and lists are nested more than {_MAX_LEVELS} levels deep"
+        raise ConfigError(str(path), [*mistakes, Mistake("", problem)])
     run = values.setdefault("run", {})
     if isinstance(run, dict):
         run.setdefault("name", path.stem)
@@ -122,6 +127,18 @@ def _set(values: dict[str, Any], path: str, value: Any) -> Mistake | None:
             return Mistake(path, f"{where} is not a mapping, so it has no keys")
     parent[name] = value
     return None
+
+
+def _is_too_deep(values: dict[str, Any]) -> bool:
+    """Return whether more than `_MAX_LEVELS` mappings and lists contain one another."""
+    level: list[Any] = [values]
+    for _ in range(_MAX_LEVELS):
+        inner: dict[int, Any] = {}  # by id: aliases may repeat a value without limit
+        for value in level:
+            items = value.values() if isinstance(value, dict) else value
+            inner |= {id(item): item for item in items if isinstance(item, (dict, list))}
+        level = list(inner.values())
+    return bool(level)
 
 
 def dump_config(config: RunConfig) -> str:

@@ -491,6 +491,37 @@ def test_a_value_that_contains_itself_is_rejected_with_its_line(tmp_path: Path, 
     assert "the value of the anchor in line 1 contains itself" in mistakes(tmp_path, text)[""]
 
 
+def nested(levels: int) -> str:
+    """Return a YAML file of that many mappings, each in the one before."""
+    below = levels - 2  # the whole file and `model` are two of them
+    return f"model: {{factory: 'm:f', arguments: {'{a: ' * below}1{'}' * below}}}"
+
+
+def test_a_configuration_of_100_levels_is_read_and_written(tmp_path: Path) -> None:
+    config = load(tmp_path, nested(100))
+    assert load(tmp_path, dump_config(config)) == config
+    override = f"--model.arguments.{'a.' * 97}a=1"
+    assert load(tmp_path, "model: {factory: 'm:f'}", override) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "override"),
+    [
+        (nested(101), "--run.seed=1"),
+        (nested(10_000), "--run.seed=1"),
+        ("model: {factory: 'm:f'}", f"--model.arguments.{'a.' * 98}a=1"),
+        ("{}", f"--{'a.' * 2000}a=1"),
+        (nested(60), f"--model.arguments.{'a.' * 50}a={'[' * 50}{']' * 50}"),
+    ],
+    ids=["file", "very deep file", "override", "very long override", "both"],
+)
+def test_a_configuration_of_more_levels_is_rejected(
+    tmp_path: Path, text: str, override: str
+) -> None:
+    problem = mistakes(tmp_path, text, override)[""]
+    assert "nested more than 100 levels deep" in problem or "nested too deeply" in problem
+
+
 def test_an_alias_beside_its_anchor_is_a_copy(tmp_path: Path) -> None:
     text = "model: {factory: 'm:f', arguments: {a: &a [1, [2]], b: *a, c: {d: *a}}}"
     assert load(tmp_path, text).model.arguments["c"] == {"d": [1, [2]]}
