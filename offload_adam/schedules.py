@@ -15,7 +15,7 @@ import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 
@@ -56,6 +56,10 @@ def schedule_from_state(state: Mapping[str, Any]) -> BuiltInSchedule:
     unknown = [argument for argument in arguments if argument not in known]
     if unknown:
         raise TypeError(f"{name} has no argument {unknown[0]!r}. It has {', '.join(known)}.")
+    required = [field.name for field in fields(schedule) if field.default is MISSING]
+    missing = [argument for argument in required if argument not in arguments]
+    if missing:
+        raise TypeError(f"{name} needs the argument(s) {', '.join(missing)}.")
     try:
         return schedule(**arguments)
     except TypeError as error:

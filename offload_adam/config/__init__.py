@@ -1,6 +1,6 @@
-"""The configuration of a run: YAML and overrides of the command line, read as a `RunConfig`.
+"""The configuration of a run: a YAML file and command-line overrides, read as a `RunConfig`.
 
-Nothing here imports torch, which takes seconds: mistakes are reported before that.
+Nothing here imports torch, which takes seconds, so that mistakes are reported at once.
 """
 
 from offload_adam.config.load import dump_config, explain_config, load_config

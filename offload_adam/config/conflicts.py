@@ -1,4 +1,4 @@
-"""The conflicts between keys of a configuration."""
+"""Finds keys of a configuration whose values are valid alone but not together."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from offload_adam.config.sections import RunConfig, ScheduleSection
 
 
 def find_conflicts(config: RunConfig) -> Iterator[tuple[str, str, str]]:
-    """Yield two keys whose values are valid but contradict each other, and the problem.
+    """Yield the dotted paths of two keys that contradict each other, and the problem.
 
-    The mistake is reported at the first of the two dotted paths.
+    The problem is reported for the first key.
     """
     model, sizes, optimizer = config.model, config.model.sizes, config.optimizer
     if (sizes is None) == (model.factory is None):
         problem = "set exactly one of model.sizes and model.factory"
         yield "model.factory", "model.sizes", problem
     if model.arguments and model.factory is None:
-        problem = "these are passed to model.factory, which is not set"
+        problem = "these are arguments of model.factory, which is not set: set it, or remove them"
         yield "model.arguments", "model.factory", problem
     if sizes is not None and sizes.width % sizes.num_heads:
         problem = f"must be a multiple of model.sizes.num_heads ({sizes.num_heads})"
@@ -40,25 +40,26 @@ def find_conflicts(config: RunConfig) -> Iterator[tuple[str, str, str]]:
 
 
 def _needs(key: str, other: str, value: str, reason: str) -> tuple[str, str, str]:
-    """Return the conflict of a key of the optimizer that needs a value of another one."""
+    """Return the conflict of `optimizer.<key>`, which needs `optimizer.<other>` to be `value`."""
     return f"optimizer.{key}", f"optimizer.{other}", f"needs optimizer.{other}: {value}, {reason}"
 
 
 def _adam_conflicts(adam: AdamSection, schedule: ScheduleSection) -> Iterator[tuple[str, str, str]]:
     exclusive = [
-        ("use_lazy", "use_offload"),
-        ("use_amsgrad", "use_lazy"),
-        ("use_amsgrad", "use_offload"),
+        ("use_lazy", "use_offload", ""),
+        ("use_amsgrad", "use_lazy", ""),
+        ("use_amsgrad", "use_offload", ""),
     ]
     if not adam.epsilon_hat:
-        exclusive.append(("use_nesterov", "use_amsgrad"))
-    for one, other in exclusive:
+        remedy = ", or set optimizer.epsilon_hat to true, which ignores use_nesterov"
+        exclusive.append(("use_nesterov", "use_amsgrad", remedy))
+    for one, other, remedy in exclusive:
         if getattr(adam, one) and getattr(adam, other):
-            problem = f"conflicts with optimizer.{other}: set one of them to false"
+            problem = f"conflicts with optimizer.{other}: set one of them to false{remedy}"
             yield f"optimizer.{one}", f"optimizer.{other}", problem
     if adam.schedules_itself and schedule != ScheduleSection():
         problem = (
-            "optimizer.learning_rate already is a schedule: remove this section, or set "
+            "optimizer.learning_rate is a schedule itself: remove this section, or set "
             "optimizer.learning_rate to a number"
         )
         yield "schedule", "optimizer.learning_rate", problem

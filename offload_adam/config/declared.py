@@ -21,16 +21,17 @@ from offload_adam.options import (
 
 
 class Section(BaseModel):
-    """A mapping of the YAML file. Unknown keys and values of another type are mistakes."""
+    """Base class of a section of the YAML file. Unknown keys and wrong types are mistakes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def keys_of(section: str, **defaults: Any) -> type[Section]:
-    """Return a base class for a section, with a key for each option that names this section.
+    """Return a base class for a section, with the keys that options declare in this section.
 
     Args:
-        defaults: replace the default of an option, by the name of its key.
+        section: such as "memory", for the options whose `key` is `memory.<name>`.
+        defaults: key -> default that replaces the option's.
     """
     keys: dict[str, Any] = {}
     for policy in (ExecutionOptions, OffloadPolicy, FailurePolicy):
@@ -43,14 +44,14 @@ def keys_of(section: str, **defaults: Any) -> type[Section]:
 
 
 def read_options(config: BaseModel, policy: type) -> dict[str, Any]:
-    """Return the configured values of the options of a policy, by option name."""
+    """Return option name -> configured value, for the options of a policy that have a key."""
     return {
         option.name: attrgetter(option.key)(config) for option in options_of(policy) if option.key
     }
 
 
 def _type_of(option: Option, default: Any) -> Any:
-    """Return the type of an option for pydantic. null means the default."""
+    """Return the type that pydantic checks an option's key for. null means the default."""
     kind: Any
     match option.rule:
         case Flag():
@@ -62,7 +63,7 @@ def _type_of(option: Option, default: Any) -> Any:
         case Number() as rule:
             kind = Annotated[rule.kind, Field(gt=rule.above, ge=rule.least, le=rule.most)]
         case _:
-            raise TypeError(f"option {option.name} has the key {option.key}, but no rule")
+            raise TypeError(f"Option {option.name} has the key {option.key} but no rule. Add one.")
     if default is None:
         return kind | None
     return Annotated[kind, BeforeValidator(lambda value: default if value is None else value)]

@@ -19,7 +19,8 @@ from offload_adam.config.yaml_text import read_yaml, write_yaml
 _OVERRIDE = re.compile(r"--(?P<path>[\w-]+(?:\.[\w-]+)*)=(?P<value>.*)", re.DOTALL)
 # pydantic cannot dump a configuration of more than 255 levels, and most walks over one recurse.
 _MAX_LEVELS = 100
-# Each key excludes the other one. An override of one removes the file's value of the other.
+# Key -> the key of the same section that it excludes. An override of the first removes the second
+# from the values of the file.
 _ALTERNATIVES = {
     "model.sizes": "factory",
     "model.factory": "sizes",
@@ -29,15 +30,16 @@ _ALTERNATIVES = {
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Return the configuration in a YAML file, changed by overrides of the command line.
+    """Return the configuration in a YAML file, changed by command-line overrides.
 
-    If `run.name` is missing, the run gets the name of the file.
+    If `run.name` is missing, the run gets the name of the file without its suffix.
 
     Args:
-        overrides: `--section.key=value` each, with a value in YAML. The last one of a key counts.
+        overrides: strings `--section.key=value` with a value in YAML. If several set the same key,
+            the last one wins.
 
     Raises:
-        ConfigError: with every mistake of the file and of the overrides.
+        ConfigError: with every mistake in the file and in the overrides.
     """
     path = Path(path)
     values, mistakes = _read_file(path)
@@ -59,19 +61,23 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any] | None, list[Mistake]]:
-    """Return the mapping in a file, and the mistakes that were found while it was parsed.
+    """Return the mapping in a file, and the mistakes found while reading it.
 
-    A file with another value counts as {}, so that the overrides are checked too. None if the file
-    cannot be read or is not YAML.
+    Returns {} with a mistake if the file has no mapping, so that overrides are still validated, and
+    None with a mistake if the file cannot be read or parsed.
     """
     try:
         values, mistakes = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None, [Mistake("", "file not found")]
-    except (OSError, UnicodeDecodeError) as error:
-        return None, [Mistake("", f"cannot be read: {error}")]
+    except OSError as error:
+        return None, [Mistake("", f"cannot be read: {error.strerror}")]
+    except UnicodeDecodeError as error:
+        return None, [Mistake("", f"is not UTF-8 text: {error.reason} at byte {error.start}")]
     except yaml.YAMLError as error:
-        return None, [Mistake("", f"is not YAML: {error}")]
+        # PyYAML has seen only the text, and names it so.
+        problem = str(error).replace('"<unicode string>"', f'"{path}"')
+        return None, [Mistake("", f"cannot be read as YAML: {problem}")]
     if isinstance(values, dict):
         return values, mistakes
     problem = f"must be a mapping of sections, got {type(values).__name__}"
@@ -81,10 +87,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any] | None, list[Mistake]]:
 
 
 def _parse_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, Any]], list[Mistake]]:
-    """Return the dotted path and the value of each override, and a mistake for each malformed one.
-
-    The overrides are in the order given.
-    """
+    """Return the (dotted path, value) of each override in order, and the mistakes in them."""
     overrides: list[tuple[str, Any]] = []
     mistakes: list[Mistake] = []
     for argument in arguments:
@@ -97,15 +100,16 @@ def _parse_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, Any]], l
         try:
             value, in_value = read_yaml(value, path)
             mistakes += in_value
-        except yaml.YAMLError:  # text such as **/*.txt
-            pass
+        except yaml.YAMLError:
+            pass  # keep the value as text, such as **/*.txt
         overrides.append((path, value))
     return overrides, mistakes
 
 
 def _apply(values: dict[str, Any], overrides: Sequence[tuple[str, Any]]) -> list[Mistake]:
     """Set the value of each override in `values`; return the mistakes."""
-    # Before any override is set: if two exclude each other, both remain and are reported.
+    # In a loop of its own, so that only values of the file are removed: two overrides that exclude
+    # each other both remain, and validation reports them.
     for path, value in overrides:
         section, *below = path.split(".")
         other = _ALTERNATIVES.get(".".join([section, *below[:1]]))
@@ -116,6 +120,7 @@ def _apply(values: dict[str, Any], overrides: Sequence[tuple[str, Any]]) -> list
 
 
 def _set(values: dict[str, Any], path: str, value: Any) -> Mistake | None:
+    """Set a value in nested mappings; return a mistake if its parent is not a mapping."""
     parent: Any = values
     *sections, name = path.split(".")
     for depth, key in enumerate(sections, start=1):
@@ -147,7 +152,7 @@ def dump_config(config: RunConfig) -> str:
 
 
 def explain_config(config: RunConfig) -> str:
-    """Return the text of `dump_config` with a comment on each section and each described key."""
+    """Return the text of `dump_config` with a comment above each section and documented key."""
     lines: list[str] = []
     for name, values in config.model_dump(mode="json").items():
         section = type(getattr(config, name))
@@ -161,4 +166,5 @@ def explain_config(config: RunConfig) -> str:
 
 def _comment(text: str) -> Iterator[str]:
     for paragraph in text.split("\n\n"):
+        # 94, so that a comment that is indented and begins with "# " ends before column 100.
         yield from (f"# {line}" for line in textwrap.wrap(" ".join(paragraph.split()), 94))

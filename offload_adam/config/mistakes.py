@@ -1,4 +1,4 @@
-"""The error of a configuration: a list of all mistakes, each with its path."""
+"""The error for an invalid configuration: a list of all mistakes, each with its key."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 
 class Mistake(NamedTuple):
-    """One mistake.
+    """One mistake in a configuration.
 
-    path: dotted, of the key; "" for a mistake that concerns no single key.
+    path: dotted path of the key, such as "train.num_steps"; "" if no single key is at fault.
     problem: in lower case without a full stop, such as "must be greater than 0, got 0".
     """
 
@@ -23,8 +23,8 @@ class Mistake(NamedTuple):
 class ConfigError(ValueError):
     """The configuration of a run is invalid.
 
-    origin: the file, or the part of the job that reports the mistakes.
-    mistakes: all of them.
+    origin: where the mistakes are, for the first line of the message: the path of the file,
+        "command line", or "configuration" for those found later.
     """
 
     def __init__(self, origin: str, mistakes: Sequence[Mistake]) -> None:
@@ -35,5 +35,5 @@ class ConfigError(ValueError):
 
     @classmethod
     def at(cls, path: str, problem: str) -> ConfigError:
-        """Return an error with one mistake that was found after the file had been read."""
+        """Return an error with one mistake, found after the configuration was read."""
         return cls("configuration", [Mistake(path, problem)])

@@ -1,4 +1,4 @@
-"""The section `optimizer`: its keys depend on `optimizer.name`."""
+"""The section `optimizer`, whose keys depend on `optimizer.name`: `OffloadAdam` or `Adam`."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ OpenBeta = Annotated[float, Field(gt=0, lt=1)]
 
 Name = Literal["OffloadAdam", "Adam"]
 
-# The optimizers require gradient_reduction where they cannot know it; a run has a default.
+# The constructors require gradient_reduction with several ranks and no `module`. A run need not set
+# it, since the job itself wraps the model in DistributedDataParallel if "external" is configured.
 ExecutionKeys = keys_of("optimizer", gradient_reduction="optimizer")
 
 
 class OffloadAdamSection(ExecutionKeys):  # type: ignore[misc, valid-type]  # a created class
     """`OffloadAdam` and its hyperparameters.
 
-    `streaming` copies gradients to the host during backward. Without it they stay in `.grad` until
-    `step()`.
+    `weight_decay` applies to matrices, not to biases and norms. `streaming` copies gradients to the
+    host during backward. Without it they stay in `.grad` until `step()`.
     """
 
     name: Name = "OffloadAdam"
@@ -56,13 +57,14 @@ LearningRate = float | list[float] | dict[str, Any]
 def _read_learning_rate(value: Any) -> LearningRate:
     """Validate a learning rate: a number, a list of numbers or a schedule.
 
-    With a union of types, pydantic would report one mistake for each type.
+    Not a union of types, for which pydantic would report one mistake for each type.
     """
     if isinstance(value, dict):
         try:
             schedule_from_state(value)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(str(error).removesuffix(".")) from error
+        except (TypeError, ValueError, OverflowError) as error:
+            reason = str(error).removesuffix(".")
+            raise ValueError(f"must be a valid schedule ({reason})") from error
         return value
     rates = value if isinstance(value, list) else [value]
     if not rates or not all(type(rate) in (int, float) for rate in rates):
@@ -79,8 +81,8 @@ class AdamSection(ExecutionKeys):  # type: ignore[misc, valid-type]
     """`Adam` and its arguments.
 
     `use_offload` copies gradients to the host during backward. `learning_rate` is a number, a list
-    with one number for each step, or a schedule: a mapping of its name and its arguments. The
-    section `schedule` changes only a number.
+    with one number for each step, or a schedule: a mapping with its `name` and its arguments. The
+    section `schedule` applies only to a number.
     """
 
     name: Name
@@ -105,11 +107,12 @@ class AdamSection(ExecutionKeys):  # type: ignore[misc, valid-type]
 
     @property
     def schedules_itself(self) -> bool:
-        """Whether the learning rate changes with the step, without the section `schedule`."""
+        """Whether `learning_rate` is a schedule or a list, so that `schedule` does not apply."""
         return not isinstance(self.learning_rate, float)
 
 
 def _tag(value: object) -> str:
+    """Return which optimizer's keys apply to a section, given as a mapping or as an instance."""
     name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
     return "Adam" if name == "Adam" else "OffloadAdam"
 

@@ -1,6 +1,7 @@
 """The configuration of a run and its sections: every key with its type, range and default.
 
-`offload-adam config` prints the docstrings. The optimizer's section is in optimizer_sections.py.
+The docstrings of sections are for users: `offload-adam config` prints them. The section `optimizer`
+is in optimizer_sections.py, and the keys of options are declared in offload_adam/options.py.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ FACTORY_PATTERN = r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*$"
 
 
 class RunSection(Section):
-    """The folder of the run, `<dir>/<name>/`, and the seed of its random numbers."""
+    """The folder of the run, `<dir>/<name>/`, and the seed of weights, data and dropout."""
 
     name: str = Field(default="run", pattern=NAME_PATTERN)
     dir: str = Field(default="runs", min_length=1)
@@ -25,7 +26,7 @@ class RunSection(Section):
 
 
 class ModelSizes(Section):
-    """Sizes of the built-in byte-level GPT. `width` is that of the residual stream."""
+    """Sizes of the built-in byte-level GPT. `width` is the size of the residual stream."""
 
     num_layers: PositiveInt = 4
     width: PositiveInt = 128
@@ -34,9 +35,10 @@ class ModelSizes(Section):
 
 
 class ModelSection(Section):
-    """The model: `sizes` of the built-in one, or `factory` for your own.
+    """The model: `sizes` of the built-in GPT, or `factory` for a model of your own.
 
-    `factory` is `package.module:function`. It is called with `arguments` as keyword arguments.
+    `factory` is written `package.module:function`. The function is called with `arguments` as
+    keyword arguments and returns a torch.nn.Module.
     """
 
     sizes: ModelSizes | None = None
@@ -52,7 +54,11 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """The training text, read as bytes: a named `source`, or `path`, a glob over your own files."""
+    """The training text, read as bytes: a named `source`, or `path`, a glob over your own files.
+
+    About `validation_fraction` of the files are used for validation only. If there is one file,
+    this fraction at its end is.
+    """
 
     source: Literal["python-stdlib"] | None = None
     path: str | None = Field(default=None, min_length=1)
@@ -70,8 +76,9 @@ class TrainSection(Section):
     """The training loop.
 
     `batch_size` is the number of sequences in one rank's microbatch, `sequence_length` the number
-    of tokens in each. `eval_every` is in steps; 0 evaluates only at the end. `eval_sequences` is
-    the number of sequences of an evaluation, over all ranks.
+    of tokens in each sequence, and `dtype` that of the parameters. The validation loss is computed
+    every `eval_every` steps, or only at the end if that is 0, and after the last step. All ranks
+    together use `eval_sequences` sequences for it.
     """
 
     num_steps: PositiveInt = 100
@@ -86,27 +93,29 @@ class TrainSection(Section):
 class ScheduleSection(Section):
     """The learning rate: linear warmup for `warmup_steps`, then cosine decay to a minimum.
 
-    The minimum is `min_lr_ratio` times `optimizer.lr`. With a ratio of 1 the learning rate is
-    constant after the warmup. A run that is shorter than its warmup has no decay.
+    The decay ends at `train.num_steps`. The minimum is `min_lr_ratio` times the learning rate of
+    the optimizer. With a ratio of 1 the learning rate is constant after the warmup. A run that is
+    shorter than its warmup has no decay.
     """
 
     warmup_steps: NonNegativeInt = 0
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
 
 
-# mypy does not accept a base class that a function returns.
+# type: ignore, since mypy does not accept a base class that a function returns.
 class MemorySection(keys_of("memory")):  # type: ignore[misc]
     """Where the optimizer state is stored, and which host memory is pinned."""
 
 
 class CoordinatorSection(keys_of("coordinator")):  # type: ignore[misc]
-    """When a peer counts as dead or hung. A dead or hung rank ends the run on all ranks."""
+    """When a rank counts as dead or hung, which ends the run on all ranks."""
 
 
 class ProfileSection(Section):
-    """Profiling: records spans, and samples memory every `interval_ms`.
+    """Profiling: records how long each part of a step takes, and samples memory.
 
-    A profiled run writes `report.html`, `trace.json` and `memory.jsonl`.
+    Memory is sampled every `interval_ms`. A profiled run writes `report.html`, `trace.json` and
+    `memory.jsonl` to its folder.
     """
 
     enabled: bool = False
@@ -114,10 +123,10 @@ class ProfileSection(Section):
 
 
 class ObserveSection(Section):
-    """Where metrics go besides `metrics.jsonl`.
+    """Where metrics are written or served, in addition to `metrics.jsonl` in the run's folder.
 
     With `http_port`, rank 0 serves `/metrics` (Prometheus), `/status` (JSON) and `/healthz` on
-    `http_host`, which is loopback by default. Port 0 lets the system choose a free port.
+    `http_host`, which is loopback by default. With port 0 the system chooses a free port.
     """
 
     http_port: Annotated[int, Field(ge=0, le=65535)] | None = None
@@ -129,17 +138,18 @@ class ObserveSection(Section):
 class CheckpointSection(Section):
     """When checkpoints are written, which are kept, and where a run resumes.
 
-    A checkpoint is written after `every` steps; 0 writes none. With `mode: async`, training
-    continues meanwhile: an update waits only for buckets that are neither written nor copied to
-    the snapshot buffer. `snapshot_buffer_nbytes` limits the host memory of this buffer on each
-    rank.
+    A checkpoint is written every `every` steps and after the last step; 0 writes none, except if a
+    signal ends the run early. With `mode: async`, training continues while it is written: an update
+    of a bucket waits only if the bucket is neither on disk nor in the snapshot buffer yet.
+    `snapshot_buffer_nbytes` limits the host memory of this buffer on each rank.
 
     The newest `keep_last` checkpoints are kept, and those whose step is a multiple of `keep_every`.
-    If a checkpoint cannot be written, the run continues, unless checkpoints are `required`.
+    If a checkpoint cannot be written, the run continues without it, unless checkpoints are
+    `required`: then the run ends with an error.
 
-    `resume: auto` resumes from the newest intact checkpoint in the run's folder, `never` starts
-    from step 0, and a path resumes from that checkpoint. A run that torchrun restarts always
-    resumes from its newest checkpoint.
+    `resume: auto` resumes from the newest intact checkpoint in the run's folder, `never` begins at
+    the first step, and a path resumes from the checkpoint at that path. A run that torchrun
+    restarts always resumes from its newest checkpoint.
     """
 
     every: NonNegativeInt = 0
@@ -152,7 +162,7 @@ class CheckpointSection(Section):
 
     @property
     def used_buffer_nbytes(self) -> int:
-        """Limit of a rank's snapshot buffer in bytes: 0 unless checkpoints are asynchronous."""
+        """Limit of a rank's snapshot buffer in bytes: 0 if no checkpoint is async."""
         return self.snapshot_buffer_nbytes if self.mode == "async" and self.every > 0 else 0
 
 
@@ -178,4 +188,4 @@ TEXT_KEYS = frozenset(
     for key, field in type(section).model_fields.items()
     if field.annotation in (str, str | None)
 )
-"""Dotted paths of the keys whose value is any text."""
+"""Dotted paths of the keys whose value may be any text, even text that looks like a number."""

@@ -1,4 +1,4 @@
-"""Validates a mapping as a `RunConfig`: every mistake at once, with the nearest valid key."""
+"""Validates a mapping as a `RunConfig`: finds all mistakes, and suggests known for unknown keys."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from offload_adam.config.mistakes import Mistake
 from offload_adam.config.sections import FACTORY_PATTERN, NAME_PATTERN, RunConfig
 
 Key = tuple[str, str]
-"""The dotted path of a section ("" for the sections themselves), and a name in it."""
+"""The dotted path of a section, "" for the top level, and the name of a key in it."""
 
-# What a value must be, by the type of pydantic's error. pydantic's own messages name Python types.
+# Type of pydantic's error -> what a value must be. Used where pydantic's own message names Python
+# types. Tuples are pairs: the two betas.
 _EXPECTED = {
     "bool_type": "must be true or false",
     "dict_type": "must be a mapping of keys to values",
-    "missing": "must be a list of two numbers",  # the second beta
+    "missing": "must be a list of two numbers",  # no second beta; all keys have defaults
     "model_type": "must be a mapping of keys to values",
     "string_too_short": "must not be empty",
     "string_type": "must be text",
@@ -32,9 +33,10 @@ _EXPECTED = {
 }
 _PATTERNS = {
     FACTORY_PATTERN: "must have the form package.module:function",
-    NAME_PATTERN: "must be a folder name of letters, digits and . _ -, with no . or - first",
+    NAME_PATTERN: "must have only letters, digits and . _ -, and not begin with . or -",
 }
-# Names of one thing, here and in PyTorch, transformers, torchtitan, Lightning and nanoGPT.
+# Each set has the names of one setting: ours, and those of PyTorch, transformers, torchtitan,
+# Lightning and nanoGPT.
 _SYNONYMS = [
     set(names.split())
     for names in (
@@ -68,13 +70,13 @@ _SYNONYMS = [
 
 
 def validate(values: dict[str, Any]) -> tuple[RunConfig | None, list[Mistake]]:
-    """Return the configuration, or None and all mistakes in `values`."""
+    """Return the configuration and no mistakes, or None and all mistakes in `values`."""
     mistakes: list[Mistake] = []
     try:
         mended = RunConfig.model_validate(values)
     except ValidationError as error:
         mistakes = list(dict.fromkeys(map(_mistake_of, error.errors())))
-        # Conflicts can only be found in a complete configuration: defaults replace invalid values.
+        # Conflicts can only be found in a valid configuration, so defaults replace invalid values.
         values = copy.deepcopy(values)
         for detail in error.errors():
             _remove(values, _place(detail))
@@ -86,7 +88,7 @@ def validate(values: dict[str, Any]) -> tuple[RunConfig | None, list[Mistake]]:
     mistakes += [
         Mistake(path, problem)
         for path, other, problem in find_conflicts(mended)
-        # A conflict with the default of an invalid value says nothing about the file.
+        # Leave out conflicts that involve a default that has replaced an invalid value.
         if not any(_contain(key, place) for key in (path, other) for place in wrong)
     ]
     return (None if mistakes else mended), mistakes
@@ -110,25 +112,25 @@ def _mistake_of(detail: ErrorDetails) -> Mistake:
 
 
 def _place(detail: ErrorDetails) -> tuple[int | str, ...]:
-    """Return the keys that lead to an error."""
-    # After "optimizer", pydantic adds the name of the optimizer whose keys it has checked.
+    """Return the keys and list indices that lead to the value with the error."""
+    # After "optimizer", pydantic inserts the tag of the section that it has validated.
     place = detail["loc"]
     return place[:1] + place[2:] if place[0] == "optimizer" else place
 
 
 def _shown(value: object) -> str:
-    """Return a value as YAML would write it, in at most 60 characters."""
+    """Return a value as JSON, cut to 60 characters."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _contain(one: str, other: str) -> bool:
-    """Return whether two dotted paths are the same, or one is inside the other."""
+    """Return whether two dotted paths are equal, or one leads to a key inside the other."""
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _remove(values: dict[str, Any], place: Sequence[int | str]) -> None:
-    """Remove the key at `place` from nested mappings, or the whole list that an item is in."""
+    """Remove the key at `place` from nested mappings. A list is removed whole, not its item."""
     inner = values.get(str(place[0]))
     if len(place) > 1 and isinstance(inner, dict):
         _remove(inner, place[1:])
@@ -139,16 +141,17 @@ def _remove(values: dict[str, Any], place: Sequence[int | str]) -> None:
 def _unknown_key(parent: str, name: str, tag: str) -> str:
     """Return the problem of the unknown key `name` in the section `parent`.
 
-    It names the closest keys, by name or synonym, else by spelling.
+    It suggests keys with this name or a synonym, else the key with the most similar spelling, both
+    first from the same section. If there are none, it lists the keys of the section.
 
     Args:
-        tag: the optimizer whose keys count.
+        tag: the optimizer whose keys are suggested.
     """
     everywhere, name = _known_keys(tag), name.lower()
     beside = [key for key in everywhere if key[0] == parent]
     synonyms = next((names for names in _SYNONYMS if name in names), {name})
     nearest = _named(synonyms, beside) or _named(synonyms, everywhere)
-    # Names of other sections must be spelled more alike: similar names rarely mean the same there.
+    # A higher cutoff in other sections, where a similar name rarely means the same thing.
     nearest = nearest or _spelled_like(name, beside, 0.65) or _spelled_like(name, everywhere, 0.8)
     if nearest:
         paths = " and ".join(".".join(key).lstrip(".") for key in nearest)
@@ -166,8 +169,8 @@ def _spelled_like(name: str, keys: Sequence[Key], cutoff: float) -> list[Key]:
 
 @cache
 def _known_keys(tag: str) -> tuple[Key, ...]:
-    """Return all keys of a configuration with this optimizer."""
-    # A configuration of defaults has every key.
+    """Return all keys of a configuration with this optimizer, sections included."""
+    # A dump of the defaults has every key.
     config = RunConfig.model_validate({"optimizer": {"name": tag}})
     return tuple(_walk(config.model_dump(), ""))
 

@@ -1,6 +1,6 @@
-"""Reads and writes YAML 1.2's core schema with PyYAML, which follows YAML 1.1.
+"""Reads and writes YAML 1.2's core schema with PyYAML, whose own types are those of YAML 1.1.
 
-text        YAML 1.1    here, as in YAML 1.2
+written     YAML 1.1    here, as in YAML 1.2
 1e-4        "1e-4"      0.0001
 1:30        90          "1:30"
 017         15          17
@@ -9,7 +9,7 @@ text        YAML 1.1    here, as in YAML 1.2
 no, off     false       "no", "off"
 2024-01-01  a date      "2024-01-01"
 
-A key whose value is text gets the text as it is written: `run.name: 017` is "017".
+A key that expects text gets the value exactly as written: `run.name: 017` is "017".
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from offload_adam.config.sections import TEXT_KEYS
 
 _TAG = "tag:yaml.org,2002:"
 _NUMBERS = (f"{_TAG}bool", f"{_TAG}int", f"{_TAG}float")
-# Of the types whose patterns match a plain scalar, the first one counts.
+# An unquoted scalar has the first of these types whose pattern matches all of it, else it is text.
 _CORE_SCHEMA = {
     "null": r"null|Null|NULL|~|",
     "bool": r"true|True|TRUE|false|False|FALSE",
@@ -40,7 +40,7 @@ class ConfigLoader(yaml.SafeLoader):
 
 
 class ConfigDumper(yaml.SafeDumper):
-    """Quotes strings that either version of YAML would read as another type."""
+    """PyYAML's dumper. Quotes strings that YAML 1.1 or 1.2 would read as another type."""
 
 
 ConfigLoader.yaml_implicit_resolvers = {}
@@ -54,13 +54,13 @@ def _construct_int(loader: ConfigLoader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node)
     # Base 0 would reject 017, which is 17 in YAML 1.2.
     value = int(text, 0 if text[:2] in ("0o", "0x") else 10)
-    # A value that Python cannot print could not be shown in a message or saved. `int` itself checks
-    # the number of digits in decimal only.
+    # Raises ValueError if the decimal form is too long for Python to print, so that every value can
+    # be shown in a message and saved. `int` checks the length of decimal text only, not of 0x.
     str(value)
     return value
 
 
-# PyYAML calls the constructor of None for unknown tags: it raises an error.
+# PyYAML calls the constructor registered for None if a tag is unknown: it raises an error.
 ConfigLoader.yaml_constructors = {
     tag: yaml.SafeLoader.yaml_constructors[tag]
     for tag in (None, *(_TAG + name for name in (*_CORE_SCHEMA, "str", "seq", "map")))
@@ -69,7 +69,7 @@ ConfigLoader.add_constructor(f"{_TAG}int", _construct_int)
 
 
 def write_yaml(value: Any) -> str:
-    """Return a value as YAML, with the keys of mappings in their order."""
+    """Return a value as YAML, with the keys of mappings in insertion order."""
     text: str = yaml.dump(value, Dumper=ConfigDumper, sort_keys=False)
     return text
 
@@ -78,7 +78,7 @@ def read_yaml(text: str, path: str = "") -> tuple[Any, list[Mistake]]:
     """Return the value of one YAML document, and a mistake for each duplicate or merge key.
 
     Args:
-        path: dotted, of the key whose value the document is; "" for a whole file.
+        path: dotted path of the key whose value the text is; "" for a whole file.
 
     Raises:
         yaml.YAMLError: the text is not YAML, or a value in it contains itself.
@@ -102,7 +102,7 @@ def read_yaml(text: str, path: str = "") -> tuple[Any, list[Mistake]]:
 def _keep_text(node: yaml.Node, path: str) -> yaml.Node:
     """Return the node of a number or bool as text if the key at `path` expects text."""
     if path in TEXT_KEYS and node.tag in _NUMBERS:
-        # A new node: an alias may use the same one where a number is expected.
+        # A new node: an alias may use the same node as the value of a key that expects a number.
         return yaml.ScalarNode(f"{_TAG}str", node.value)
     return node
 
@@ -110,12 +110,12 @@ def _keep_text(node: yaml.Node, path: str) -> yaml.Node:
 def _mistakes_below(
     node: yaml.Node, path: str, above: frozenset[int], finished: set[int]
 ) -> Iterator[Mistake]:
-    """Yield a mistake for each duplicate or merge key below `node`; keep the text of text keys.
+    """Yield a mistake for each duplicate or merge key below `node`; apply `_keep_text` to values.
 
     Args:
         path: the dotted path of `node`.
         above: ids of the nodes that contain `node`.
-        finished: ids of the nodes that were checked before; an alias repeats its node.
+        finished: ids of the nodes that have been checked; an alias is its anchor's node again.
     """
     if id(node) in above:
         line = node.start_mark.line + 1
@@ -134,7 +134,8 @@ def _mistakes_below(
             if name in first_lines:
                 yield Mistake(here, f"duplicate key, in lines {first_lines[name]} and {line}")
             if name == "<<" and key.style is None:
-                yield Mistake(here, f"merge key in line {line}: write its keys out")
+                problem = "which YAML 1.2 does not have: write the merged keys out"
+                yield Mistake(here, f"merge key in line {line}, {problem}")
             first_lines.setdefault(name, line)
             node.value[index] = (key, _keep_text(value, here))
         yield from _mistakes_below(value, here, above, finished)

@@ -144,6 +144,11 @@ def test_text_that_looks_like_another_type_survives_writing(tmp_path: Path, valu
     assert yaml.safe_load(dump_config(config))["model"]["arguments"] == {value: value}
 
 
+def test_an_error_in_yaml_has_the_name_of_the_file_and_the_line(tmp_path: Path) -> None:
+    problem = mistakes(tmp_path, "run: {}\ntrain: [")[""]
+    assert f'"{tmp_path / "case.yaml"}", line 2, column 9' in problem
+
+
 @pytest.mark.parametrize("tag", ["binary", "set", "timestamp", "omap"])
 def test_types_outside_of_the_core_schema_are_rejected(tmp_path: Path, tag: str) -> None:
     assert tag in mistakes(tmp_path, f"run: {{name: !!{tag} aGk=}}")[""]
@@ -528,7 +533,7 @@ def test_an_alias_beside_its_anchor_is_a_copy(tmp_path: Path) -> None:
 
 
 def test_yaml_that_would_build_objects_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is not YAML"):
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
         load(tmp_path, "run: !!python/object/apply:os.getcwd []")
 
 

@@ -91,6 +91,7 @@ WRONG += [
         "end_learning_rate",
     ),
     ("PolynomialDecayLR", {**_polynomial, "update_decay_steps": 0}, TypeError, "update_decay"),
+    ("WarmUpLR", {}, TypeError, r"WarmUpLR needs the argument\(s\) learning_rate, warmup_steps"),
 ]
 
 
