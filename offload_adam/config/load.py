@@ -43,8 +43,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     values, mistakes = _read_file(path)
-    parsed, in_overrides = _parse_overrides(overrides)
-    mistakes += in_overrides
+    parsed, override_mistakes = _parse_overrides(overrides)
+    mistakes += override_mistakes
     if values is None:
         raise ConfigError(str(path), mistakes)
     mistakes += _apply(values, parsed)
@@ -98,8 +98,8 @@ def _parse_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, Any]], l
             continue
         path, value = match.groups()
         try:
-            value, in_value = read_yaml(value, path)
-            mistakes += in_value
+            value, value_mistakes = read_yaml(value, path)
+            mistakes += value_mistakes
         except yaml.YAMLError:
             pass  # keep the value as text, such as **/*.txt
         overrides.append((path, value))

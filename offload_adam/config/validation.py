@@ -73,37 +73,37 @@ def validate(values: dict[str, Any]) -> tuple[RunConfig | None, list[Mistake]]:
     """Return the configuration and no mistakes, or None and all mistakes in `values`."""
     mistakes: list[Mistake] = []
     try:
-        mended = RunConfig.model_validate(values)
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
         mistakes = list(dict.fromkeys(map(_mistake_of, error.errors())))
         # Conflicts can only be found in a valid configuration, so defaults replace invalid values.
         values = copy.deepcopy(values)
         for detail in error.errors():
-            _remove(values, _place(detail))
+            _remove(values, _location(detail))
         try:
-            mended = RunConfig.model_validate(values)
+            config = RunConfig.model_validate(values)
         except ValidationError:
             return None, mistakes
-    wrong = [mistake.path for mistake in mistakes]
+    invalid_paths = [mistake.path for mistake in mistakes]
     mistakes += [
         Mistake(path, problem)
-        for path, other, problem in find_conflicts(mended)
+        for path, other, problem in find_conflicts(config)
         # Leave out conflicts that involve a default that has replaced an invalid value.
-        if not any(_contain(key, place) for key in (path, other) for place in wrong)
+        if not any(_overlap(key, invalid) for key in (path, other) for invalid in invalid_paths)
     ]
-    return (None if mistakes else mended), mistakes
+    return (None if mistakes else config), mistakes
 
 
 def _mistake_of(detail: ErrorDetails) -> Mistake:
-    kind, place = detail["type"], _place(detail)
-    if kind == "invalid_key" or place[-1] == "[key]":  # such as 3, in a section or a plain mapping
-        path = ".".join(str(part) for part in place if part != "[key]")
+    kind, location = detail["type"], _location(detail)
+    if kind == "invalid_key" or location[-1] == "[key]":  # such as 3, in a section or `arguments`
+        path = ".".join(str(part) for part in location if part != "[key]")
         return Mistake(path, "this key is not text: put it in quotes")
-    path = ".".join(map(str, place[:-1] if kind == "missing" else place))
+    path = ".".join(map(str, location[:-1] if kind == "missing" else location))
     if kind == "extra_forbidden":
-        tag = str(detail["loc"][1]) if place[0] == "optimizer" else "OffloadAdam"
+        tag = str(detail["loc"][1]) if location[0] == "optimizer" else "OffloadAdam"
         # Not split from `path`: the unknown key may have a dot in it.
-        parent, name = ".".join(map(str, place[:-1])), str(place[-1])
+        parent, name = ".".join(map(str, location[:-1])), str(location[-1])
         return Mistake(path, _unknown_key(parent, name, tag))
     problem = _EXPECTED.get(kind) or _PATTERNS.get(detail.get("ctx", {}).get("pattern", ""))
     if problem is None:
@@ -111,11 +111,11 @@ def _mistake_of(detail: ErrorDetails) -> Mistake:
     return Mistake(path, f"{problem}, got {_shown(detail['input'])}")
 
 
-def _place(detail: ErrorDetails) -> tuple[int | str, ...]:
+def _location(detail: ErrorDetails) -> tuple[int | str, ...]:
     """Return the keys and list indices that lead to the value with the error."""
     # After "optimizer", pydantic inserts the tag of the section that it has validated.
-    place = detail["loc"]
-    return place[:1] + place[2:] if place[0] == "optimizer" else place
+    location = detail["loc"]
+    return location[:1] + location[2:] if location[0] == "optimizer" else location
 
 
 def _shown(value: object) -> str:
@@ -124,18 +124,18 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _contain(one: str, other: str) -> bool:
+def _overlap(first: str, second: str) -> bool:
     """Return whether two dotted paths are equal, or one leads to a key inside the other."""
-    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+    return f"{first}.".startswith(f"{second}.") or f"{second}.".startswith(f"{first}.")
 
 
-def _remove(values: dict[str, Any], place: Sequence[int | str]) -> None:
-    """Remove the key at `place` from nested mappings. A list is removed whole, not its item."""
-    inner = values.get(str(place[0]))
-    if len(place) > 1 and isinstance(inner, dict):
-        _remove(inner, place[1:])
+def _remove(values: dict[str, Any], location: Sequence[int | str]) -> None:
+    """Remove the key at `location` from nested mappings. A list is removed whole, not its item."""
+    inner = values.get(str(location[0]))
+    if len(location) > 1 and isinstance(inner, dict):
+        _remove(inner, location[1:])
     else:
-        values.pop(str(place[0]), None)
+        values.pop(str(location[0]), None)
 
 
 def _unknown_key(parent: str, name: str, tag: str) -> str:
@@ -148,23 +148,23 @@ def _unknown_key(parent: str, name: str, tag: str) -> str:
         tag: the optimizer whose keys are suggested.
     """
     everywhere, name = _known_keys(tag), name.lower()
-    beside = [key for key in everywhere if key[0] == parent]
+    siblings = [key for key in everywhere if key[0] == parent]
     synonyms = next((names for names in _SYNONYMS if name in names), {name})
-    nearest = _named(synonyms, beside) or _named(synonyms, everywhere)
+    nearest = _keys_named(synonyms, siblings) or _keys_named(synonyms, everywhere)
     # A higher cutoff in other sections, where a similar name rarely means the same thing.
-    nearest = nearest or _spelled_like(name, beside, 0.65) or _spelled_like(name, everywhere, 0.8)
+    nearest = nearest or _spelled_like(name, siblings, 0.65) or _spelled_like(name, everywhere, 0.8)
     if nearest:
         paths = " and ".join(".".join(key).lstrip(".") for key in nearest)
         return f"unknown key; did you mean {paths}?"
-    return f"unknown key; here you can set {', '.join(known for _, known in beside)}"
+    return f"unknown key; here you can set {', '.join(known for _, known in siblings)}"
 
 
-def _named(names: Collection[str], keys: Sequence[Key]) -> list[Key]:
+def _keys_named(names: Collection[str], keys: Sequence[Key]) -> list[Key]:
     return [key for key in keys if key[1] in names]
 
 
 def _spelled_like(name: str, keys: Sequence[Key], cutoff: float) -> list[Key]:
-    return _named(difflib.get_close_matches(name, {key[1] for key in keys}, 1, cutoff), keys)
+    return _keys_named(difflib.get_close_matches(name, {key[1] for key in keys}, 1, cutoff), keys)
 
 
 @cache
