@@ -1,1 +1,1 @@
-"""The example job: a byte-level language model, or the user's own, trained with `OffloadAdam`."""
+"""The job of `offload-adam train`: it trains a byte-level GPT or the user's model."""

@@ -1,4 +1,4 @@
-"""What rank 0 prints about a run: its steps, as a bar or as lines, and a summary at the end."""
+"""What rank 0 prints about a run: its steps, as a progress bar or as lines, and a summary."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from rich.text import Text
 
 from offload_adam.train.records import RunTotals, StepRecord
 
+# Seconds between two lines in a log file: progress is visible, and an hour has at most 720 lines.
 _LINE_EVERY_S = 5.0
 
 
 def describe(record: StepRecord) -> str:
-    """Return the metrics of a step in one line, with the time of each phase of at least 0.5 ms."""
+    """Return the metrics of a step in one line, with the phases that took at least 0.5 ms."""
     phases = {name: ms for name, ms in record.timings_ms.items() if "." not in name}
     split = ", ".join(f"{name} {ms:.0f}" for name, ms in phases.items() if ms >= 0.5)
     figures = [
@@ -32,22 +33,24 @@ def describe(record: StepRecord) -> str:
     if record.val_loss is not None:
         figures.append(f"validation loss {record.val_loss:.4f}")
     if record.skipped:
-        figures.append("skipped")  # the log names the parameters
+        figures.append("skipped")  # the optimizer has logged which gradients are non-finite
     return "  ".join(figures)
 
 
 def print_line(console: Console, line: str) -> None:
-    """Print one line of a log: no wrapping and no markup, and flushed at once."""
+    """Print one line without wrapping or markup, and flush it."""
     console.print(line, soft_wrap=True, markup=False, highlight=False)
     console.file.flush()
 
 
 class StepDisplay:
-    """Shows each step, inside the context `shown()`.
+    """Shows the steps of a run on the console.
 
-    On a terminal: a progress bar, and below it the metrics of the last step. In a log file or a
-    pipe: a line for the first and the last step, each evaluation, and every few seconds. On both:
-    a line for each skipped step.
+    On a terminal: a progress bar, and below it the metrics of the last step. In a file or a pipe: a
+    line for the first and the last step, for each evaluation, and every 5 s. On both: a line for
+    each skipped step.
+
+    Lifecycle: call `show` inside the context `shown()`.
     """
 
     def __init__(self, console: Console, num_steps: int) -> None:
@@ -82,7 +85,8 @@ class StepDisplay:
 def summary_table(totals: RunTotals, bigram_loss: float, folder: Path) -> Table:
     """Return the table that ends a run. Losses are in nats a token.
 
-    A preempted run has no final validation loss, unless its last step was evaluated.
+    A validation loss is in the table only if the last step was evaluated: the last step of a
+    preempted run may not be.
     """
     last = totals.last
     assert last is not None, "a run has a step"

@@ -24,8 +24,8 @@ from offload_adam.config.sections import DataSection
 VOCABULARY_SIZE = 256
 ByteTokens = npt.NDArray[np.uint8]
 _SEPARATOR = b"\0"
-# Installed packages and tests differ between installations. pydoc_data holds one large file of
-# prose that would outweigh all other files of its split.
+# Folders of the standard library that are not read. Tests and installed packages differ between
+# installations. pydoc_data has one large file of prose, which would dominate its split.
 _LEFT_OUT = frozenset(
     {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-packages"}
 )
@@ -33,7 +33,7 @@ _LEFT_OUT = frozenset(
 
 @dataclass(frozen=True)
 class Corpus:
-    """The tokens of both splits, (num_tokens,) uint8 each, and one line that describes them."""
+    """The tokens of both splits, (num_tokens,) uint8 each, and a line that describes the splits."""
 
     training: ByteTokens
     validation: ByteTokens
@@ -41,7 +41,7 @@ class Corpus:
 
 
 class Batch(NamedTuple):
-    """Tokens, and the token that follows each of them: (batch, time) int64 both."""
+    """Tokens, and for each token the one that follows it; both (batch, time) int64."""
 
     inputs: torch.Tensor
     targets: torch.Tensor
@@ -56,7 +56,7 @@ def load_corpus(data: DataSection, sequence_length: int) -> Corpus:
 
     Raises:
         ConfigError: no file matches, a file cannot be read, or a split is shorter than one sequence
-            and its next token.
+            plus one token.
     """
     if data.path is None:
         key, files = "data.source", standard_library_files()
@@ -69,14 +69,14 @@ def load_corpus(data: DataSection, sequence_length: int) -> Corpus:
             raise ConfigError.at(
                 key,
                 f"too little data: {tokens.size:,} bytes for {side}, but one sequence needs "
-                f"{sequence_length + 1:,} (train.sequence_length and its next token); "
-                "give more text, or change data.validation_fraction or train.sequence_length",
+                f"{sequence_length + 1:,} (train.sequence_length + 1); give more text, or change "
+                "data.validation_fraction or train.sequence_length",
             )
     return corpus
 
 
 def standard_library_files(root: Path | None = None) -> dict[str, Path]:
-    """Return the Python files of the interpreter's standard library, see `_by_name`."""
+    """Return the standard library's Python files, by their POSIX path relative to `root`."""
     root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     files = []
     for folder, subfolders, names in os.walk(root):
@@ -85,13 +85,18 @@ def standard_library_files(root: Path | None = None) -> dict[str, Path]:
     if not files:
         raise ConfigError.at(
             "data.source",
-            f"the standard library in {root} has no source files; give data.path instead",
+            f"the standard library in {root} has no source files; set data.path to your own text",
         )
     return _by_name(files, root)
 
 
 def matching_files(pattern: str) -> dict[str, Path]:
-    """Return the files that match a glob, see `_by_name`; `**` spans folders, `~` is the home.
+    """Return the files that match a glob, by their POSIX path relative to its fixed folders.
+
+    The fixed folders are those before the first wildcard.
+
+    Args:
+        pattern: `**` matches any number of folders, and `~` at the start is the home folder.
 
     Raises:
         ConfigError: no file matches.
@@ -99,27 +104,27 @@ def matching_files(pattern: str) -> dict[str, Path]:
     pattern = os.path.expanduser(pattern)
     parts = Path(pattern).parts[:-1]
     num_fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
-    root = Path(*parts[:num_fixed])  # names start after the folder before the first wildcard
+    root = Path(*parts[:num_fixed])
     paths = [Path(match) for match in glob.glob(pattern, recursive=True)]
     files = [path for path in paths if path.is_file()]
     if not files:
         raise ConfigError.at(
-            "data.path", f"no file matches {pattern!r} (from the folder {Path.cwd()})"
+            "data.path", f"no file matches {pattern!r} (the working folder is {Path.cwd()})"
         )
     return _by_name(files, root)
 
 
 def _by_name(files: Iterable[Path], root: Path) -> dict[str, Path]:
-    """Return files by their POSIX path relative to the root, sorted."""
+    """Return the files by their POSIX path relative to `root`, sorted by it."""
     return dict(sorted((path.relative_to(root).as_posix(), path) for path in files))
 
 
 def split_by_hash(names: Sequence[str], validation_fraction: float) -> tuple[list[str], list[str]]:
     """Return the training names and the validation names, in the given order.
 
-    The split of a name depends only on its own hash: it is the same on every rank and machine, and
-    stays when files are added or removed. If one split would be empty, the name whose hash is
-    nearest moves to it. Needs two names or more.
+    The split of a name depends only on its hash, so it is the same on every rank and machine, and
+    stays the same when other files are added or removed. If one split would be empty, the name
+    whose hash is nearest to the limit moves to it. Needs two names or more.
     """
     digests = {
         name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names
@@ -127,8 +132,8 @@ def split_by_hash(names: Sequence[str], validation_fraction: float) -> tuple[lis
     # The first 8 bytes of the hash, as a fraction in [0, 1).
     position = {name: int.from_bytes(digests[name][:8], "big") / 2**64 for name in names}
     ordered = sorted(names, key=position.__getitem__)
-    limit = max(validation_fraction, position[ordered[0]])
-    limit = min(limit, position[ordered[-2]])
+    limit = max(validation_fraction, position[ordered[0]])  # at least one name for validation
+    limit = min(limit, position[ordered[-2]])  # at least one name for training
     training = [name for name in names if position[name] > limit]
     validation = [name for name in names if position[name] <= limit]
     return training, validation
@@ -149,8 +154,8 @@ def _split_by_position(files: dict[str, Path], fraction: float, key: str) -> Cor
     tokens = _tokens(files.values(), key)
     start = tokens.size - int(tokens.size * fraction)
     description = (
-        f"one file only, so it is split by position: its first {start:,} bytes for training, "
-        f"its last {tokens.size - start:,} bytes for validation"
+        f"only one file, split by position: its first {start:,} bytes for training, its last "
+        f"{tokens.size - start:,} bytes for validation"
     )
     return Corpus(tokens[:start], tokens[start:], description)
 
@@ -160,17 +165,17 @@ def _tokens(paths: Iterable[Path], key: str) -> ByteTokens:
     try:
         contents = [path.read_bytes() for path in paths]
     except OSError as error:
-        raise ConfigError.at(key, f"cannot be read: {error}") from error
+        raise ConfigError.at(key, f"{error.filename} cannot be read: {error.strerror}") from error
     return np.frombuffer(_SEPARATOR.join(contents), dtype=np.uint8)
 
 
 def sample_batch(
     tokens: ByteTokens, batch_size: int, sequence_length: int, *, seed: int, first: int
 ) -> Batch:
-    """Draw samples `first` to `first + batch_size - 1` of the run, uniformly.
+    """Draw samples `first` to `first + batch_size - 1` of the run, at uniform positions.
 
-    A sample depends only on the seed and its number, not on the rank or the world size. So a
-    resumed run needs only the number of samples drawn so far.
+    A sample depends only on the seed and its number, not on the rank or the world size. A resumed
+    run therefore needs only the number of samples drawn so far.
     """
     numbers = range(first, first + batch_size)
     num_starts = tokens.size - sequence_length
@@ -181,23 +186,23 @@ def sample_batch(
 def evaluation_starts(
     num_tokens: int, sequence_length: int, num_sequences: int
 ) -> npt.NDArray[np.int64]:
-    """Return where to cut at most `num_sequences` evenly spread sequences that share no target."""
+    """Return the starts of at most `num_sequences` sequences, evenly spread, without overlap."""
     num_sequences = min(num_sequences, (num_tokens - 1) // sequence_length)
     last_start = num_tokens - 1 - sequence_length
     return np.linspace(0, last_start, num_sequences).astype(np.int64)
 
 
 def cut_batch(tokens: ByteTokens, starts: npt.NDArray[np.int64], sequence_length: int) -> Batch:
-    """Return the sequences that begin at `starts`, one row each."""
+    """Return the sequences that begin at `starts` (batch,), one row each."""
     rows = tokens[starts[:, np.newaxis] + np.arange(sequence_length + 1)].astype(np.int64)
     return Batch(torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:]))
 
 
 def bigram_loss(training: ByteTokens, validation: ByteTokens, smoothing: float = 1.0) -> float:
-    """Return the validation loss of a bigram model, in nats a token: the baseline of a run.
+    """Return the validation loss of a bigram model in nats a token: the baseline of a run.
 
-    The model predicts a byte from the previous one alone, with the pair counts of the training
-    split plus `smoothing` as its probabilities.
+    The model predicts a byte from the previous byte alone. Its probabilities are proportional to
+    the counts of byte pairs in the training split plus `smoothing`.
     """
     counts = _pair_counts(training) + smoothing
     log_probabilities = np.log(counts) - np.log(counts.sum(axis=1, keepdims=True))

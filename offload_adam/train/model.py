@@ -1,4 +1,4 @@
-"""The job's model, built-in or imported from the user's code, its loss and its evaluation."""
+"""The job's model (the built-in GPT, or the user's), its loss, and its evaluation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from offload_adam.train.data import (
 )
 
 _KEY = "model.factory"
-_INIT_STD = 0.02
+_INIT_STD = 0.02  # GPT-2's
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -37,8 +37,8 @@ def build_model(config: RunConfig) -> nn.Module:
     """Return the model on the CPU, in the configured dtype, initialised from the run's seed.
 
     Raises:
-        ConfigError: the user's factory is missing, fails, or returns something else than a module;
-            or the module has tensors that cannot be trained.
+        ConfigError: the user's factory is missing, fails, or does not return a module; or the
+            module has no trainable parameter, or tensors that cannot be trained.
     """
     torch.manual_seed(config.run.seed)
     if config.model.sizes is not None:
@@ -47,7 +47,11 @@ def build_model(config: RunConfig) -> nn.Module:
         model = _call_factory(config.model)
     _reject_unready(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError.at(_KEY, "the model has no parameter that requires a gradient")
+        raise ConfigError.at(
+            _KEY,
+            "the model has no parameter that requires a gradient: set requires_grad on those that "
+            "are to be trained",
+        )
     return model.to(_DTYPES[config.train.dtype])
 
 
@@ -73,14 +77,14 @@ def _call_factory(section: ModelSection) -> nn.Module:
 
 
 def find_factory(spec: str) -> Callable[..., Any]:
-    """Return the function that `package.module:function` names; the working folder is searched too.
+    """Import the function that `package.module:function` names, also from the working folder.
 
     Raises:
         ConfigError: the module or the function is missing, or the import fails.
     """
     module_name, _, function_name = spec.partition(":")
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # `python -m` does this, the console script does not
+        sys.path.append(os.getcwd())  # `python -m` adds it, the console script does not
     try:
         found = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
@@ -97,7 +101,7 @@ def find_factory(spec: str) -> Callable[..., Any]:
 def _reject_unready(model: nn.Module) -> None:
     """Reject parameters and buffers that are lazy, on the meta device, or complex.
 
-    A plan builds the model on the meta device on purpose, so there meta tensors are accepted.
+    Meta tensors are accepted if meta is the default device: a plan builds the model there.
     """
     problems: dict[str, list[str]] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -113,32 +117,36 @@ def _reject_unready(model: nn.Module) -> None:
 
 
 def _problem_of(tensor: torch.Tensor) -> str | None:
+    """Return why a parameter or buffer cannot be trained and what to do, or None."""
     if is_lazy(tensor):
         return (
-            "no shape yet, because the module is lazy: call the model once in the factory, such as "
+            "no shape yet, because the module is lazy; call the model once in the factory, such as "
             "model(torch.zeros(1, 8, dtype=torch.int64))"
         )
     if tensor.is_meta and torch.get_default_device().type != "meta":
         return (
-            "no values, because it is on the meta device: call model.to_empty(device='cpu') in the "
-            "factory, then initialise the tensors"
+            "no values, because the tensor is on the meta device; call "
+            "model.to_empty(device='cpu') in the factory, then initialize the tensors"
         )
     if tensor.is_complex():
         return (
-            "complex numbers, which are not trained and which train.dtype would make real: store "
-            "torch.view_as_real of it, and use torch.view_as_complex in the forward"
+            "complex numbers, which cannot be trained; store torch.view_as_real of the tensor, and "
+            "use torch.view_as_complex in the forward"
         )
     return None
 
 
 def _described(error: BaseException) -> str:
-    """Return the error and where it was raised."""
+    """Return the error and, unless the import system itself raised it, where it was raised."""
     place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+    text = f"{type(error).__name__}: {error}"
+    if place.filename.startswith("<frozen importlib"):
+        return text
+    return f"{text} ({place.filename}, line {place.lineno})"
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the mean cross entropy in nats a token, 0-d, in fp32 whatever the model's dtype.
+    """Return the mean cross entropy in nats a token, 0-d, in fp32 for any dtype of the model.
 
     Raises:
         ConfigError: the model does not return (batch, time, vocabulary) logits.
@@ -165,9 +173,15 @@ def next_token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, tokens: ByteTokens, train: TrainSection, world: World) -> float:
-    """Return the mean loss in nats over `eval_sequences` sequences of the split. Collective.
+    """Return the mean loss in nats a token over `eval_sequences` sequences. Collective.
 
-    The ranks share the sequences; the result is the same for any number of ranks.
+    The sequences are distributed over the ranks, and the mean is over those of all ranks. It is the
+    same for any number of ranks.
+
+    Args:
+        model: not its DistributedDataParallel wrapper, whose forward may be collective: a rank may
+            have one batch more than others.
+        tokens: the validation split.
     """
     starts = evaluation_starts(tokens.size, train.sequence_length, train.eval_sequences)
     own = starts[world.rank :: world.world_size]
@@ -180,7 +194,7 @@ def evaluate(model: nn.Module, tokens: ByteTokens, train: TrainSection, world: W
         loss = next_token_loss(model, batch)
         total[0] += loss.item() * len(chosen)
         total[1] += len(chosen)
-        PROGRESS.move()
+        PROGRESS.move()  # so that peers do not declare this rank hung during a long evaluation
     model.train(was_training)
     world.ranks.all_reduce(total)
     return float(total[0] / total[1])
@@ -246,7 +260,11 @@ class GPT(nn.Module):
         return self.head(self.final_norm(x))  # type: ignore[no-any-return]
 
     def _init_weights(self) -> None:
-        """Draw all matrices with one scale; those that write to the residual stream with less."""
+        """Draw matrices from N(0, 0.02), and smaller those that write to the residual stream.
+
+        The residual stream sums the output of two matrices per block, so their scale is divided by
+        the square root of the number of these matrices, as in GPT-2.
+        """
         residual_std = _INIT_STD / math.sqrt(2 * len(self.blocks))
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:

@@ -22,7 +22,8 @@ from offload_adam.schedules import schedule_from_state
 def build_optimizer(config: RunConfig, model: nn.Module) -> OffloadAdam | Adam:
     """Return the optimizer of `model`'s trainable parameters."""
     section = config.optimizer
-    # The keys of a section are the names of its optimizer's arguments; both share some of them.
+    # The keys of a section are the names of its optimizer's arguments. `read_options` returns those
+    # that both optimizers have.
     own = type(section).model_fields.keys() - ExecutionKeys.model_fields.keys() - {"name"}
     arguments = {key: getattr(section, key) for key in own} | read_options(config, ExecutionOptions)
     arguments["reduce_dtype"] = torch.float32 if section.reduce_dtype else None
@@ -37,7 +38,7 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> OffloadAdam | Adam:
 
 
 def offload_policy(config: RunConfig) -> OffloadPolicy:
-    """Return where the optimizer stores its state, and how it is moved."""
+    """Return the options for where the optimizer stores its state and how it moves data."""
     return OffloadPolicy(
         **read_options(config, OffloadPolicy),
         snapshot_buffer_nbytes=config.checkpoint.used_buffer_nbytes,
@@ -50,7 +51,9 @@ def failure_policy(config: RunConfig) -> FailurePolicy:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> Iterator[dict[str, Any]]:
-    """Yield the parameter groups: weight decay for matrices, none for biases and norms.
+    """Yield the parameter groups of the trainable parameters.
+
+    Tensors with two or more dimensions get the weight decay; biases and norms get none.
 
     Source: common practice since Brown et al., "Language Models are Few-Shot Learners" (2020).
     """
@@ -64,7 +67,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> Iterator[dict[str, An
 
 
 def build_schedule(optimizer: Optimizer, config: RunConfig) -> LRScheduler | None:
-    """Return the scheduler to step after each update; None if Adam has a schedule of its own.
+    """Return the scheduler to step after each update, or None if Adam's own schedule applies.
 
     The rate rises linearly over W warmup updates, then falls along a cosine. Update u of N, counted
     from 0, uses `lr * (u + 1) / (W + 1)` while u < W, and then
@@ -74,12 +77,12 @@ def build_schedule(optimizer: Optimizer, config: RunConfig) -> LRScheduler | Non
     if isinstance(section, AdamSection) and section.schedules_itself:
         return None
     warmup_steps = config.schedule.warmup_steps
-    # At least 1: a run that ends within its warmup has no decay steps, and torch divides by them.
+    # At least 1, since torch divides by it, and a run that ends within its warmup has no decay.
     decay_steps = max(1, config.train.num_steps - warmup_steps)
     floor = config.schedule.min_lr_ratio * optimizer.param_groups[0]["lr"]
     decay = CosineAnnealingLR(optimizer, decay_steps, eta_min=floor)
     if warmup_steps == 0:
         return decay
-    # warmup_steps + 1, so that the first update has a rate above zero.
+    # 1 / (warmup_steps + 1), so that the learning rate of the first update is above zero.
     warmup = LinearLR(optimizer, start_factor=1 / (warmup_steps + 1), total_iters=warmup_steps)
     return SequentialLR(optimizer, [warmup, decay], milestones=[warmup_steps])

@@ -1,4 +1,4 @@
-"""The planner's inputs of a configuration: parameter sizes, without their memory."""
+"""Reads the planner's inputs from a configuration or a job, without allocating parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from offload_adam.train.optimizer import offload_policy
 
 
 def subject_of(config: RunConfig, *, on_device: bool) -> tuple[list[ParameterSpec], Training]:
-    """Return the trainable parameters, built on the meta device, and how they are trained.
+    """Return a configuration's trainable parameters, and how it trains them on one rank.
+
+    The model is built on the meta device. The caller sets the world size.
+
+    Args:
+        on_device: plan for a GPU even if none is visible.
 
     Raises:
         ConfigError: the model cannot be built.
@@ -38,14 +43,14 @@ def specs_of(model: nn.Module) -> list[ParameterSpec]:
 
 
 def training_of_job(job: Job) -> Training:
-    """Return how a job trains, on its own world."""
+    """Return how a job trains, with its world size."""
     training = training_of(job.config, job.world.device.type == "cuda")
     world = job.world
     return replace(training, world_size=world.world_size, local_world_size=world.local_world_size)
 
 
 def training_of(config: RunConfig, on_device: bool) -> Training:
-    """Return how a configuration trains on one rank; the caller sets the world size."""
+    """Return how a configuration trains its parameters; the caller sets the world size."""
     section, train = config.optimizer, config.train
     return Training(
         on_device=on_device,

@@ -1,4 +1,4 @@
-"""What a run records: one record a step, and totals over the run."""
+"""What a run records: one record for each step, and totals over the run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from offload_adam.sinks.sink import to_json
 
 @dataclass(frozen=True)
 class StepRecord:
-    """The metrics of one step, as rank 0 sees them. All sinks use these names.
+    """The metrics of one step, as seen by rank 0. All sinks use the names of these fields.
 
     step: counts from 1 and includes skipped steps.
     loss: mean over ranks and microbatches, in nats a token. It may be NaN or infinite.
     lr: the learning rate of this step.
     grad_norm: the global norm before clipping, non-finite if a gradient is.
     step_ms: wall time of the step, without evaluation and checkpoints.
+    tokens_per_s: of all ranks together.
     timings_ms: how the host spent `step_ms`, by phase. Phases named `optimizer.*` overlap with
         other phases.
     non_finite: names of parameters with non-finite gradients.
@@ -36,7 +37,7 @@ class StepRecord:
     val_loss: float | None = None
 
     def to_json(self) -> str:
-        """Return one line of JSON. Floats read back exactly, and non-finite ones become null."""
+        """Return one line of JSON, with exact floats, and null for non-finite ones."""
         values: dict[str, Any] = asdict(self)
         if not self.non_finite:
             del values["non_finite"]
@@ -49,7 +50,7 @@ class StepRecord:
 class RunTotals:
     """Sums over the steps of this process. A resumed run starts at zero again.
 
-    val_loss: of the last evaluation.
+    val_loss: validation loss of the last evaluation, None before it.
     """
 
     tokens_per_step: int
@@ -73,13 +74,14 @@ class RunTotals:
 
 @dataclass
 class CheckpointTotals:
-    """The checkpoints of this process. Rank 0 counts all of them, other ranks only failures.
+    """The checkpoints that this process has written. Ranks other than 0 count only failures.
 
     nbytes: size of the committed checkpoints, files of all ranks together.
-    last_step, last_commit_s: of the newest checkpoint, which is the loaded one at first if the run
-        was resumed. `last_commit_s` is a `time.time()`.
-    last_duration_s: from the start to the commit of the newest checkpoint. If it was written in
-        the background, training steps are included.
+    last_step: step of the newest checkpoint. If the run was resumed, this is first the checkpoint
+        that was loaded.
+    last_commit_s: when the newest checkpoint was committed, as a `time.time()`.
+    last_duration_s: seconds from the start to the commit of the newest checkpoint, None before this
+        process has written one. Training steps during a background write are included.
     """
 
     num_written: int = 0
