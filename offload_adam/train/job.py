@@ -1,4 +1,4 @@
-"""A run from its configuration to its summary: checks, ranks, optimizer, steps, checkpoints."""
+"""Runs a job from its configuration to its summary: come here for the order of the parts."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ T = TypeVar("T")
 
 
 class Outcome(NamedTuple):
-    """How a run without an error ended.
+    """How a run that raised no error ended.
 
-    step: the last step that was taken.
+    step: the last step that has run.
     preempted: whether a signal ended the run before its last step.
-    saved: whether there is a checkpoint of this step.
+    saved: whether there is a checkpoint of `step`.
     """
 
     step: int
@@ -68,19 +68,21 @@ class Outcome(NamedTuple):
 
 
 def run_job(config: RunConfig, console: Console | None = None) -> Outcome:
-    """Train as configured, alone or as one of torchrun's ranks; rank 0 writes and reports.
+    """Train as configured, alone or as one of torchrun's ranks.
 
-    All mistakes of the configuration that can be found without other ranks are found before the
-    ranks join.
+    Rank 0 alone prints the steps and writes their records; all ranks write checkpoints. Mistakes in
+    the configuration that one rank can find alone are reported before the ranks join.
 
     Raises:
-        ConfigError: data, model or world do not fit the configuration.
+        ConfigError: the data, the model or the environment do not fit the configuration.
         HostMemoryError: the state does not fit into a node's memory.
         PeerFailedError: ranks have died, hung, or never joined. If the training thread cannot
-            raise it, because it hangs in a collective of DDP or the user, the process exits.
+            raise it, because it hangs in a collective of DDP or of the user, the process exits.
     """
     corpus, model = prepare(config)
     failures = failure_policy(config)
+    # Above `stuck_after`, so that a hung rank is declared hung, with its name, before a collective
+    # times out without one.
     timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=2 * failures.stuck_after))
     with (
         locked_run_folder(config) as require_held,
@@ -92,14 +94,18 @@ def run_job(config: RunConfig, console: Console | None = None) -> Outcome:
     ):
         schedule = build_schedule(optimizer, config)
         job = Job(config, world, corpus, model, parallel_model, optimizer, schedule, preemption)
-        with final(CheckpointError, ConfigError):
+        with final(CheckpointError, ConfigError):  # a restart would raise them again
             job = resume(job)
             require_place(job)
         last_step = job.first_step - 1
         saver = CheckpointSaver(job, require_held)
         if last_step >= config.train.num_steps:
             if world.rank == 0:
-                logger.info("All %d steps have been taken already: nothing to do", last_step)
+                logger.info(
+                    "Nothing to do: the run is at step %d, and train.num_steps is %d",
+                    last_step,
+                    config.train.num_steps,
+                )
         elif world.rank == 0:
             last_step = _train_and_report(job, saver, console or Console(), require_held)
         else:
@@ -111,12 +117,12 @@ def run_job(config: RunConfig, console: Console | None = None) -> Outcome:
 
 
 def prepare(config: RunConfig) -> tuple[Corpus, nn.Module]:
-    """Return the data, and the model on the CPU, after checking all that one rank can check.
+    """Make all checks that need no other rank; return the data, and the model on the CPU.
 
     Raises:
-        ConfigError: with every mistake found in environment, run folder, packages, data and model.
-            If there are others, the user's model factory is only looked up, not called: it may
-            take long.
+        ConfigError: with every mistake found in environment, packages, run folder, data and model.
+            The user's model factory may take long, so it is imported but not called if there are
+            mistakes already.
     """
     mistakes: list[Mistake] = []
 
@@ -163,8 +169,10 @@ def _assembled(
 ) -> Iterator[tuple[nn.Module, OffloadAdam | Adam]]:
     """Build the optimizer on this rank's device, and close it after the body.
 
-    Yields the model, in DistributedDataParallel if DDP reduces the gradients, and the optimizer.
     Errors during construction are final: a restart would raise them again.
+
+    Yields:
+        The model, in DistributedDataParallel if that averages the gradients, and the optimizer.
     """
     with final(TypeError, ValueError, RankDisagreementError, HostMemoryError):
         # What must be the same on all ranks before they build the optimizer.
@@ -175,21 +183,22 @@ def _assembled(
         parallel_model = _distributed(config, world, model)
         optimizer = build_optimizer(config, parallel_model)
     with closing(optimizer):
-        # After the optimizer: when Numba starts its OpenMP threads, it also sets torch's number.
+        # After the optimizer is built: Numba then starts its OpenMP threads, which also sets
+        # torch's number of threads.
         torch.set_num_threads(cores_per_rank(world.local_world_size))
         yield parallel_model, optimizer
 
 
 def _distributed(config: RunConfig, world: World, model: nn.Module) -> nn.Module:
-    """Move the model to this rank's device, with rank 0's weights; wrap it if DDP reduces."""
+    """Move the model with rank 0's weights to this rank's device; wrap it in DDP if configured."""
     model = model.to(world.device)
     if world.world_size > 1:
-        # Rank 0's weights, since a user's factory may ignore the seed.
+        # A user's factory may ignore the seed, so ranks may have different weights.
         for tensor in chain(model.parameters(), model.buffers()):
             received = tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
             world.ranks.broadcast(received)
             tensor.detach().copy_(received)
-    # From here on each rank has its own random numbers: dropout must differ between ranks.
+    # Another seed for each rank: their dropout must differ.
     torch.manual_seed(config.run.seed + world.rank)
     if config.optimizer.gradient_reduction == "external" and world.world_size > 1:
         return DistributedDataParallel(model)
@@ -199,10 +208,10 @@ def _distributed(config: RunConfig, world: World, model: nn.Module) -> nn.Module
 def _train_and_report(
     job: Job, saver: CheckpointSaver, console: Console, require_held: Callable[[], None]
 ) -> int:
-    """Run the steps on rank 0, which shows and writes them; return the last step.
+    """Run the steps on rank 0, write and print their records, and return the last step.
 
     Args:
-        require_held: raises an error once another job has taken the run's folder over.
+        require_held: raises an error if another job has taken over the run's folder.
     """
     config = job.config
     with PROGRESS.at("the bigram baseline", long_running=True):
@@ -221,7 +230,8 @@ def _train_and_report(
         metrics: TextIO | None = None
         for record in run_steps(job, saver):
             if metrics is None:
-                # Only now: a failed first step must not touch an earlier run's files.
+                # Only now, so that a run whose first step fails leaves an earlier run's files as
+                # they are.
                 metrics = opened.enter_context(open_run_folder(config, job.first_step - 1))
             require_held()
             metrics.write(record.to_json() + "\n")

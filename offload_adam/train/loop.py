@@ -35,11 +35,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """The parts of a run.
+    """The parts of a run, on one rank.
 
     parallel_model: `model`, or DistributedDataParallel around it.
-    first_step: the first step of this process; above 1 if the run was resumed.
-    first_sample: samples that all ranks together have seen before `first_step`.
+    schedule: steps the learning rate; None if Adam has a schedule of its own.
+    first_step: the first step of this process, counted from 1; above 1 if the run was resumed.
+    first_sample: number of samples that all ranks together have seen before `first_step`.
     resumed_from: the checkpoint from which the run was resumed.
     """
 
@@ -62,7 +63,10 @@ class Job:
         return train.batch_size * train.gradient_accumulation_steps * self.world.world_size
 
     def samples_before(self, step: int) -> int:
-        """Return the samples that all ranks have seen before a step, also in earlier worlds."""
+        """Return the samples that all ranks together have seen before a step.
+
+        Steps before `first_step` may have run with another number of ranks.
+        """
         return self.first_sample + (step - self.first_step) * self.samples_per_step
 
     @property
@@ -74,7 +78,8 @@ class Job:
 def run_steps(job: Job, saver: CheckpointSaver) -> Iterator[StepRecord]:
     """Train, and yield a record after each step. Collective.
 
-    A preempted run saves and ends after the step in which all ranks have agreed to stop.
+    After a signal, the run ends with the step in which all ranks agree to stop, and saves a
+    checkpoint.
     """
     train, every = job.config.train, job.config.checkpoint.every
     for step in range(job.first_step, train.num_steps + 1):
@@ -84,6 +89,7 @@ def run_steps(job: Job, saver: CheckpointSaver) -> Iterator[StepRecord]:
             with PROGRESS.at("evaluation"), span("evaluation"):
                 val_loss = evaluate(job.model, job.corpus.validation, train, job.world)
             record = dataclasses.replace(record, val_loss=val_loss)
+        # Before the checkpoint, so that every step of a committed checkpoint has its record.
         yield record
         outcome = job.optimizer.last_step
         stops = outcome is not None and outcome.notice.stop
@@ -106,13 +112,13 @@ def _run_step(job: Job, step: int) -> StepRecord:
     with watch.span("step"):
         job.optimizer.step()
         job.optimizer.zero_grad()
-    # After step(), where Adam's own schedule shows this step's rate, and before ours moves on.
+    # Read after step(), which sets the rate of Adam's own schedule, and before our schedule's step.
     lr = job.optimizer.param_groups[0]["lr"]
     with watch.span("loss"):
         mean_loss = _mean_over_ranks(loss, job.world)
     outcome = job.optimizer.last_step
     assert outcome is not None, "step() has run"
-    # A skipped step updates nothing, so neither the rate nor Adam's bias correction moves on.
+    # A skipped step updates nothing and does not count for the bias correction, nor for the rate.
     if not outcome.skipped and job.schedule is not None:
         job.schedule.step()
     step_ms = (time.perf_counter() - start_s) * 1e3
@@ -134,7 +140,7 @@ def _run_step(job: Job, step: int) -> StepRecord:
 def _accumulate_gradients(job: Job, step: int, watch: Stopwatch) -> torch.Tensor:
     """Run forward and backward of all microbatches; return their mean loss, 0-d.
 
-    Gradients are reduced in the last backward only; with host accumulation, in every backward.
+    Gradients are reduced in the last backward only, or in every backward if `accumulate` is "host".
     """
     num_microbatches = job.config.train.gradient_accumulation_steps
     section = job.config.optimizer
@@ -158,7 +164,7 @@ def _accumulate_gradients(job: Job, step: int, watch: Stopwatch) -> torch.Tensor
 
 
 def _next_batch(job: Job, step: int, microbatch: int) -> Batch:
-    """Return this rank's batch: within a step, samples are numbered by microbatch, then rank."""
+    """Return this rank's batch. Samples of a step are numbered by microbatch, then by rank."""
     train, world = job.config.train, job.world
     number = microbatch * world.world_size + world.rank
     first = job.samples_before(step) + number * train.batch_size

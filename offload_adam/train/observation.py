@@ -1,6 +1,6 @@
 """The sinks of a run, and what its HTTP server shows: `/status`, `/healthz` and `/metrics`.
 
-Come here to add a metric. `launch/grafana.json` draws the metrics, and a test compares the two.
+Come here to add a metric. `launch/grafana.json` draws the metrics; a test checks that both agree.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
 Samples = float | None | Mapping[Any, float]
-"""A number, None if it is not known yet, or the number for each tuple of label values."""
+"""The value of a metric: a number, None if not known yet, or one number per tuple of labels."""
 
 METRICS = {
     "steps_total": "Steps, skipped ones included.",
@@ -39,15 +39,15 @@ METRICS = {
     "phase_seconds_total": (
         "Wall time of each phase of a step. Phases optimizer.* overlap with other phases."
     ),
-    "final_step": "The step after which the run ends.",
+    "final_step": "The last step of the run, as configured.",
     "validation_loss": "Loss of the last evaluation in nats per token, mean over ranks.",
-    "step": "The last step, counted from the run's first start.",
+    "step": "The last step that has run, counted from the first start of the run.",
     "loss": "Training loss of the last step in nats per token, mean over ranks.",
     "learning_rate": "Learning rate of the last step.",
     "gradient_norm": "Global gradient norm of the last step, before clipping.",
-    "tokens_per_second": "Tokens of the last step by its time, of all ranks.",
+    "tokens_per_second": "Tokens of the last step, of all ranks together, divided by its time.",
     "checkpoints_written_total": "Committed checkpoints.",
-    "checkpoints_failed_total": "Checkpoints that failed to be written.",
+    "checkpoints_failed_total": "Checkpoints that could not be written.",
     "checkpoint_written_bytes_total": "Size of the committed checkpoints, files of all ranks.",
     "checkpoint_age_seconds": "Time since the newest checkpoint was committed.",
     "checkpoint_duration_seconds": "Time from the start to the commit of the newest checkpoint.",
@@ -76,16 +76,17 @@ _LABELS = {
 
 
 class Observation:
-    """The state of a run as its HTTP server reads it, always on rank 0.
+    """The state of a run as its HTTP server shows it. Lives on rank 0.
 
-    Prometheus conventions hold for the metrics: base units, counters end in `_total`. Counters
-    count the work of this process, so they restart at zero when a run resumes, which `rate()`
-    handles. Every metric has the label `run`. Numbers of one rank have the label `rank`.
+    The metrics follow Prometheus's conventions: base units, and names of counters end in `_total`.
+    Counters count the work of this process, so they restart at zero when a run resumes, which
+    `rate()` handles. Every metric has the label `run`, and a number of a single rank the label
+    `rank`.
 
     A NaN loss or norm of a skipped step is exported as NaN, which Prometheus stores and Grafana
-    draws as a gap. A metric that is not known yet has no samples.
+    draws as a gap. A metric whose value is not known yet has no samples.
 
-    Threads: the server's threads call all methods, while the training thread adds to both totals.
+    Threads: the server's threads call all methods, while the training thread changes both totals.
 
     error: the exception that ended the training, set by the owner.
     """
@@ -100,7 +101,7 @@ class Observation:
         self._beats: dict[int, tuple[int, float]] = {}
 
     def status(self) -> dict[str, Any]:
-        """Return the values of `/status`, apart from the last record."""
+        """Return the values of `/status`, apart from the last record, which the server adds."""
         job = self._job
         memory = by_category(job.optimizer.memory_ledger())
         memory |= {name: nbytes for name, _, nbytes in self._process_memory()}
@@ -125,12 +126,12 @@ class Observation:
         }
 
     def problem(self) -> str | None:
-        """Return why the run makes no progress, None while it does.
+        """Return why the run makes no progress, or None if it does.
 
         There are three reasons: training raised an exception; the ranks declared a rank dead or
         hung; or no rank made progress for `coordinator.stuck_after` seconds. The third covers hangs
-        that no rank declares: in a collective of DDP, or in a run with one rank. Long-running
-        phases (evaluation, compilation, checkpoints) never count as a hang.
+        that no rank declares: in a collective of DDP, or in a run with one rank. A rank in a
+        long-running phase, such as a compilation or a checkpoint, never counts as hung.
         """
         if self.error is not None:
             return f"Training ended with {type(self.error).__name__}: {self.error}"
@@ -189,7 +190,7 @@ class Observation:
         now_s = time.monotonic()
         records = {(str(r.rank), r.process.host): r for r in self._ranks()}
         for record in records.values():
-            # Clocks of hosts differ, so the age counts from the scrape that first saw this beat.
+            # The clocks of hosts differ, so a beat's age counts from the call that saw it first.
             if self._beats.get(record.rank, (None, 0.0))[0] != record.beat:
                 self._beats[record.rank] = record.beat, now_s
         ages = {labels: now_s - self._beats[r.rank][1] for labels, r in records.items()}
@@ -206,7 +207,7 @@ class Observation:
             yield name, {("0",): nbytes}
 
     def _process_memory(self) -> Iterator[tuple[str, str, int]]:
-        """Yield the names in `/status` and `/metrics`, and the bytes, of rank 0 and its node."""
+        """Yield (name in `/status`, name in `/metrics`, bytes) for rank 0 and its node."""
         yield "resident", "process_resident_bytes", psutil.Process().memory_info().rss
         yield "available on the node", "node_available_bytes", psutil.virtual_memory().available
         if torch.cuda.is_initialized():
@@ -230,13 +231,13 @@ class Observation:
 def opened_sinks(
     job: Job, totals: RunTotals, checkpoints: CheckpointTotals
 ) -> Iterator[GuardedSinks]:
-    """Open the sinks, and close them after the body.
+    """Open the configured sinks, and close them after the body.
 
     Args:
-        totals, checkpoints: are added to while the server reads them.
+        totals, checkpoints: read by the server while the training thread adds to them.
 
     Raises:
-        ConfigError: the server cannot listen, since its port is taken or its host unknown.
+        ConfigError: the server cannot listen: its port is in use, or its host unknown.
     """
     section, folder = job.config.observe, run_folder(job.config)
     seen = Observation(job, totals, checkpoints)

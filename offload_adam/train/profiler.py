@@ -1,4 +1,4 @@
-"""Profile the job: record spans and memory while it trains, then write the report."""
+"""Profiles the job: records spans and memory while it trains, then writes the report."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def profiled_job(job: Job) -> Iterator[None]:
 
 
 def _gradients(job: Job) -> Iterator[LedgerEntry]:
-    """Yield the gradients in `.grad` now; the optimizer's ledger has those that have left it."""
+    """Yield the bytes of each gradient in `.grad`. The optimizer's ledger has all others."""
     for parameter in job.model.parameters():
         gradient = gradient_of(parameter)
         nbytes = 0 if gradient is None or gradient.is_sparse else gradient.nbytes
@@ -83,7 +83,7 @@ def _report(job: Job, profiles: Sequence[RankProfile]) -> None:
 
 
 def facts_of(job: Job) -> RunFacts:
-    """Return the settings of the run that a diagnosis may suggest to change."""
+    """Return the settings of the run on which the advice of a diagnosis depends."""
     optimizer, train = job.config.optimizer, job.config.train
     on_device = job.world.device.type == "cuda"
     num_cores = threads_per_rank(job.world.local_world_size, on_device=on_device)
@@ -103,7 +103,8 @@ def _inputs(job: Job, profiles: Sequence[RankProfile], found: Diagnosis | None) 
     section = job.config.optimizer
     title = f"Profile of {job.config.run.name}: {section.name} on {job.world.world_size} rank(s)"
     specs, training = specs_of(job.model), training_of_job(job)
-    lazy = isinstance(section, AdamSection) and section.use_lazy  # their traffic is not known
+    # A lazy update moves only the rows that have a gradient, so its traffic is not known.
+    lazy = isinstance(section, AdamSection) and section.use_lazy
     achieved = None if lazy else _achieved_gb_per_s(update_nbytes(specs, training), profiles[0])
     return ReportInputs(
         title,
@@ -121,7 +122,10 @@ def _inputs(job: Job, profiles: Sequence[RankProfile], found: Diagnosis | None) 
 def _planned_ms(
     specs: list[ParameterSpec], training: Training
 ) -> dict[Resource, tuple[float, str]]:
-    """Return the planned ms of a step's updates and network transfers, where speeds are known."""
+    """Return the planned ms in a step, and the source of the speed, by resource.
+
+    Only for updates and network transfers, and only where the speed is known.
+    """
     machine = known_speeds(training)
     timing = predict_time(specs, training, machine)
     seconds = {} if timing is None else timing.seconds
@@ -135,9 +139,10 @@ def _planned_ms(
 def _predicted(
     job: Job, specs: list[ParameterSpec], training: Training, categories: Iterable[str]
 ) -> dict[str, int]:
-    """Return the planned bytes of the categories that the ledger has.
+    """Return the planned bytes of the given categories.
 
-    Without gradients that leave `.grad` during backward: no sample is taken at their peak.
+    Gradients that are copied out of `.grad` during backward are left out, since the samples of the
+    memory are unlikely to catch their peak.
     """
     plan = predict(specs, training)
     leaves = training.streams and training.reduces
@@ -147,7 +152,9 @@ def _predicted(
 
 
 def _achieved_gb_per_s(nbytes: int, profile: RankProfile) -> float | None:
-    """Return the bandwidth of rank 0's updates: their traffic over the sum of the buckets' medians.
+    """Return the bandwidth of a rank's updates in 1e9 bytes a second, None if it has none.
+
+    It is the traffic of an update over the sum of the buckets' median times.
 
     Args:
         nbytes: traffic of one update on the host, 0 if all updates run on a device.

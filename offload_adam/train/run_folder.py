@@ -1,4 +1,4 @@
-"""The folder of a run: its files, which never mix the records of two runs, and its lock.
+"""The folder of a run: its files, and the lock that keeps two runs from mixing them.
 
 <run.dir>/<run.name>/config.yaml, metrics.jsonl, lock, checkpoints/step-<n>/
 """
@@ -28,10 +28,14 @@ METRICS_NAME = "metrics.jsonl"
 LOCK_NAME = "lock"
 
 LEASE_S = 30.0
-"""Seconds without a refresh after which the lock of a process on another host is taken over."""
+"""Seconds without a refresh after which the lock of a process on another host is taken over.
 
-_REFRESHES = 10  # per lease, so that a second start is rejected after a tenth of the lease
-_POLL_S = 0.1
+A live process that pauses for longer, such as in a hung network file system, loses its folder. A
+start after a crash on another host waits this long.
+"""
+# Per lease. A second start is rejected at the owner's next refresh, so after a tenth of the lease.
+_REFRESHES = 10
+_POLL_S = 0.1  # between looks at the lock file: short beside the 3 s between two refreshes
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -48,26 +52,27 @@ def require_writable(config: RunConfig) -> None:
     folder = run_folder(config)
     present = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
-        # Create the missing part of the path in a temporary folder next to the real place: only
-        # the file system knows whether it allows that.
+        # Create the missing part of the path in a temporary folder next to its real place. Only a
+        # try shows whether the file system allows it.
         with tempfile.TemporaryDirectory(prefix=".offload-adam-", dir=present) as place:
             (place / folder.relative_to(present)).mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError.at(
-            "run.dir", f"{folder} cannot be written to ({error}): choose a writable folder"
+            "run.dir", f"{folder} cannot be written to ({reason}): choose a writable folder"
         ) from error
 
 
 def open_run_folder(config: RunConfig, last_step: int) -> TextIO:
-    """Create the folder, write the resolved configuration to it, and open the file of records.
+    """Create the folder, write the whole configuration to it, and open the file of records.
 
     Args:
-        last_step: the last step of the checkpoint that the run resumes from. Records after it are
-            dropped, since the run repeats these steps. 0 if the run begins: then files of an
+        last_step: the step of the checkpoint that the run resumes from. Records of later steps are
+            dropped, since the run repeats these steps. If 0, a new run begins, and files of an
             earlier run are renamed to `metrics-<n>.jsonl` and `config-<n>.yaml`.
 
     Returns:
-        The file to append records to. It writes each line at once, so that a killed run keeps them.
+        The file to append records to. It is line-buffered, so that a killed run keeps its records.
     """
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +88,7 @@ def open_run_folder(config: RunConfig, last_step: int) -> TextIO:
 
 
 def _step_of(line: str) -> float:
-    """Return the step of a record; infinity for a truncated line, so that it is dropped."""
+    """Return the step of a record. It is infinity for a truncated line, which is then dropped."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -103,11 +108,12 @@ def _rename_earlier_files(folder: Path) -> None:
 
 @contextmanager
 def locked_run_folder(config: RunConfig) -> Iterator[Callable[[], None]]:
-    """Hold the lock of the run's folder on rank 0; other ranks do nothing.
+    """Hold the lock of the run's folder on rank 0. Other ranks do nothing.
 
-    The lock is a file that its owner refreshes, so it needs no `flock`. It is taken over from a
-    dead process of this host at once, and from a process of another host or container after
-    `LEASE_S` seconds without a refresh.
+    The lock is a file whose modification time its owner refreshes, so it also works on file systems
+    without `flock`. If the owner is a dead process of this host, the lock is taken over at once. If
+    the owner is on another host or in another container, this takes `LEASE_S` seconds without a
+    refresh.
 
     Yields:
         A function that raises `RunFolderLostError` once another job has taken the folder over.
@@ -125,7 +131,7 @@ def locked_run_folder(config: RunConfig) -> Iterator[Callable[[], None]]:
         lease_duration=LEASE_S,
         heartbeat_interval=LEASE_S / _REFRESHES,
         on_compromise=lambda loss: logger.warning(
-            "Lost the lock %s (%s): another run may start in this folder",
+            "Lost the lock %s (%s). Another run may start in this folder, and would end this one",
             loss.lock_file,
             loss.reason,
         ),
@@ -141,7 +147,10 @@ def locked_run_folder(config: RunConfig) -> Iterator[Callable[[], None]]:
 
 
 def _acquire(lock: SoftFileLease, folder: Path) -> None:
-    """Acquire the lock; raise as soon as its owner refreshes it, or after two leases."""
+    """Acquire the lock; raise an error as soon as its owner refreshes it, or after two leases.
+
+    After one lease without a refresh, `acquire` takes the lock over. The second lease is a margin.
+    """
     began, first_seen = time.monotonic(), None
     while True:
         try:
@@ -151,7 +160,8 @@ def _acquire(lock: SoftFileLease, folder: Path) -> None:
             pass
         except OSError as error:
             place = folder / LOCK_NAME
-            raise ConfigError.at("run.dir", f"{place} cannot be created: {error}") from error
+            reason = error.strerror or error
+            raise ConfigError.at("run.dir", f"{place} cannot be created: {reason}") from error
         with suppress(FileNotFoundError):
             refreshed = (folder / LOCK_NAME).stat().st_mtime_ns
             first_seen = refreshed if first_seen is None else first_seen
@@ -171,12 +181,15 @@ def _owner_of(lock: SoftFileLease) -> str:
 
 def _require_held(lock: SoftFileLease, folder: Path) -> None:
     """Raise an error if another process owns the lock now."""
-    for _ in range(2):  # a rejected start may exchange the file for a moment, so look twice
+    # Look twice: while another start checks whether the lock is stale, the file is not ours for a
+    # moment.
+    for _ in range(2):
         owner = lock.owner
         if owner is None or owner.token == lock.token:
             return
         time.sleep(_POLL_S)
     raise RunFolderLostError(
         f"{folder} was taken over by {_owner_of(lock)}, because this process did not refresh its "
-        f"lock for {LEASE_S:.0f} s. This run ends, so that two runs do not mix their files."
+        f"lock for {LEASE_S:.0f} s. This run ends, so that two runs do not mix their files. To "
+        "continue it, wait until the other run has ended, and start it again."
     )

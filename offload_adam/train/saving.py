@@ -1,4 +1,4 @@
-"""The job's checkpoints: written during training, pruned, and loaded at the next start."""
+"""The job's checkpoints: written during training, pruned, and loaded when a run resumes."""
 
 from __future__ import annotations
 
@@ -52,30 +52,30 @@ MAY_CHANGE = (
     "observe.",
     "checkpoint.",
 )
-"""Keys that a resumed run may change; a dot at the end stands for a whole section."""
+"""Prefixes of the keys that a resumed run may change; one with a dot at its end is a section."""
 
 
 class CheckpointSaver:
     """Writes the checkpoints of one job to `<run folder>/checkpoints/step-<n>`.
 
-    With `checkpoint.mode: async` training goes on while a checkpoint is written, except for the
+    With `checkpoint.mode: async`, training continues while a checkpoint is written, except for the
     last one. If the next checkpoint is due before that, the training thread waits. A checkpoint
-    that cannot be written is logged and counted; with `checkpoint.required` its CheckpointError,
-    PeerError or OSError is raised.
+    that cannot be written is logged and counted. With `checkpoint.required`, the CheckpointError,
+    PeerError or OSError is raised instead.
 
     Args:
-        require_held: raises an error if another job has taken the run's folder over.
+        require_held: raises an error if another job has taken over the run's folder.
     """
 
     def __init__(self, job: Job, require_held: Callable[[], None]) -> None:
         self._job = job
         self._require_held = require_held
         self.totals = CheckpointTotals()
-        # The checkpoint that was begun last.
+        # The checkpoint that was started last: its step, when, and if it is still being written.
         self._step, self._start_s = 0, 0.0
         self._pending: PendingCheckpoint | None = None
-        # Checkpoints that this process has written or read completely. The lock of the run's folder
-        # keeps other runs from changing them.
+        # Checkpoints that this process has written, or has read completely without an error. The
+        # lock of the run's folder keeps other runs from changing them.
         self._whole: set[Path] = set()
         if job.resumed_from is not None:
             self._whole.add(job.resumed_from)
@@ -84,7 +84,7 @@ class CheckpointSaver:
                 self.totals.last_commit_s = job.resumed_from.stat().st_mtime
 
     def save(self, step: int, *, last: bool) -> None:
-        """Write a checkpoint of the state after this step, or start to. Collective.
+        """Write a checkpoint of the state after this step, or begin to in async mode. Collective.
 
         Args:
             last: no step follows, so commit the checkpoint before returning.
@@ -127,7 +127,7 @@ class CheckpointSaver:
         return checkpoint_path(self._job.config, self._step)
 
     def _committed(self) -> None:
-        """Count and log a committed checkpoint, and remove old ones; all on rank 0 only."""
+        """On rank 0: count and log the checkpoint just committed, and remove old ones."""
         path, pending, self._pending = self._path, self._pending, None
         if self._job.world.rank != 0:
             return
@@ -137,7 +137,7 @@ class CheckpointSaver:
         totals.num_written += 1
         totals.last_step, totals.last_commit_s = self._step, time.time()
         totals.last_duration_s = time.monotonic() - self._start_s
-        with suppress(OSError):  # the disk may vanish after the commit, which must not end the run
+        with suppress(OSError):  # a disk that fails after the commit must not end the run
             nbytes = sum(file.stat().st_size for file in path.iterdir())
             totals.nbytes += nbytes
             size = format_nbytes(nbytes)
@@ -154,9 +154,9 @@ class CheckpointSaver:
 
     @contextmanager
     def _tolerating(self) -> Iterator[None]:
-        """Skip the checkpoint if the body fails, unless it is required.
+        """Continue without the checkpoint if the body raises an error, unless it is required.
 
-        All ranks fail or succeed together: the functions called in the body make sure of that.
+        All ranks raise an error or none does: the functions called in the body ensure that.
         """
         try:
             yield
@@ -165,14 +165,16 @@ class CheckpointSaver:
         except (OSError, CheckpointError, PeerError) as error:
             self._pending = None
             self.totals.num_failed += 1
-            text = "Skipping checkpoint %s (%d so far); training goes on without it: %s"
+            text = (
+                "Cannot write checkpoint %s (%d failed so far). Training continues without it: %s"
+            )
             _tolerate(error, self._job, text, self._path, self.totals.num_failed)
 
     def _prune(self, folder: Path) -> None:
         """Remove old checkpoints, and unfinished ones of killed runs.
 
-        Only checkpoints known to be whole count for `keep_last`: a damaged one must not cause the
-        removal of an older, whole one.
+        Only checkpoints known to be intact count for `keep_last`: a damaged one must not cause the
+        removal of an older, intact one.
         """
         section = self._job.config.checkpoint
         steps = steps_in(folder)
@@ -182,8 +184,9 @@ class CheckpointSaver:
             if is_old and (section.keep_every is None or step % section.keep_every):
                 shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
         for unfinished in folder.glob(f"step-*{PARTIAL_SUFFIX}"):
-            # No other save writes to these, because this run holds the lock of the folder. Other
-            # names are left alone: the user may export a checkpoint to this folder right now.
+            # This run holds the lock of the folder and has no save in progress here, so these are
+            # from killed runs. Other names are kept: the user may be exporting a checkpoint to this
+            # folder right now.
             if _UNFINISHED.fullmatch(unfinished.name):
                 discard(unfinished)
 
@@ -191,12 +194,12 @@ class CheckpointSaver:
 def require_place(job: Job) -> None:
     """Check before the first step that all ranks write to one shared folder. Collective.
 
-    A folder that cannot be written to is only logged: the user may fix it before the first
-    checkpoint is due.
+    If the folder cannot be written to, that is only logged, unless checkpoints are required: the
+    user may fix it before the first checkpoint is due.
 
     Raises:
         CheckpointError: the ranks do not share the folder.
-        PeerError, OSError: the folder cannot be written to, and `checkpoint.required`.
+        PeerError, OSError: the folder cannot be written to, and `checkpoint.required` is set.
     """
     if job.config.checkpoint.every == 0 or job.world.world_size == 1:
         return
@@ -207,20 +210,28 @@ def require_place(job: Job) -> None:
     except PeerFailedError:
         raise
     except (OSError, PeerError) as error:
-        _tolerate(error, job, "Cannot write checkpoints to %s; training begins: %s", folder)
+        text = (
+            "Cannot write checkpoints to %s. Training starts anyway. Make the folder writable "
+            "before the first checkpoint: %s"
+        )
+        _tolerate(error, job, text, folder)
 
 
 def _tolerate(error: Exception, job: Job, text: str, *values: object) -> None:
-    """Log an error, or raise it if checkpoints are required."""
+    """Log an error, or raise it if checkpoints are required.
+
+    Args:
+        text, values: the log message and its arguments, to which the error is added.
+    """
     if job.config.checkpoint.required:
         raise error
-    # An OSError is this rank's own, others are on every rank.
+    # Log each error once: an OSError is this rank's own, but other errors are raised on all ranks.
     if isinstance(error, OSError) or job.world.rank == 0:
         logger.error(text, *values, error, exc_info=error)
 
 
 def checkpoint_path(config: RunConfig, step: int) -> Path:
-    """Return the path of the checkpoint after a step."""
+    """Return the path of the checkpoint that is written after a step."""
     return run_folder(config) / FOLDER_NAME / f"step-{step}"
 
 
@@ -231,18 +242,20 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def what_stands(config: RunConfig) -> str:
-    """Return a sentence on what is saved and what is lost if the run ends now."""
+    """Return a sentence that says which steps are lost if the run ends now."""
     newest = max(steps_in(run_folder(config) / FOLDER_NAME), default=None)
     if newest is None:
         return "there is no checkpoint: all steps of the run are lost"
-    return f"checkpoint {checkpoint_path(config, newest)} stands; the steps after it are lost"
+    path = checkpoint_path(config, newest)
+    return f"the newest checkpoint is {path}: the steps after it are lost"
 
 
 def find_checkpoint(config: RunConfig) -> Path | None:
-    """Return the checkpoint to resume from; None if the run begins at its first step.
+    """Return the checkpoint to resume from, None if the run begins at its first step.
 
-    With `checkpoint.resume: auto`, and after every restart by torchrun, this is the newest whole
-    one in the run's folder. Each is read completely, and damaged ones are skipped with a warning.
+    With `checkpoint.resume: auto`, and after every restart by torchrun, it is the newest intact
+    checkpoint in the run's folder. Checkpoints are read completely, from the newest on, and damaged
+    ones are skipped with a warning.
 
     Raises:
         ConfigError: `checkpoint.resume` is the path of a damaged or missing checkpoint.
@@ -268,10 +281,10 @@ def find_checkpoint(config: RunConfig) -> Path | None:
 
 
 def set_aside(config: RunConfig, first_step: int) -> None:
-    """Move checkpoints of this step and later ones to a new subfolder `earlier-<n>`.
+    """Move the checkpoints of `first_step` and later steps to a new subfolder `earlier-<n>`.
 
-    They are damaged or belong to another run. If they stayed, this run could not write its own,
-    and a later start would resume from them.
+    They are damaged or from an earlier run. If they stayed, this run could not write its own
+    checkpoints of these steps, and a later start would resume from them.
     """
     folder = run_folder(config) / FOLDER_NAME
     later = [step for step in steps_in(folder) if step >= first_step]
@@ -286,7 +299,12 @@ def set_aside(config: RunConfig, first_step: int) -> None:
         for step in later:
             (folder / f"step-{step}").rename(aside / f"step-{step}")
     except OSError:
-        logger.exception("Cannot move checkpoints of an earlier run (step %s) in %s", steps, folder)
+        logger.exception(
+            "Cannot move checkpoints of an earlier run (step %s) out of %s. Move or delete them: "
+            "this run cannot replace them, and a later start would resume from them.",
+            steps,
+            folder,
+        )
         return
     logger.warning(
         "Moved checkpoints of step %s, from which this run does not resume, to %s", steps, aside
@@ -294,13 +312,15 @@ def set_aside(config: RunConfig, first_step: int) -> None:
 
 
 def resume(job: Job) -> Job:
-    """Load the checkpoint to resume from, if there is one; return the job after it. Collective.
+    """Load the checkpoint to resume from, if there is one; return the job to continue. Collective.
 
     Rank 0 chooses the checkpoint. Random states are restored if the world size is that of the
-    checkpoint. Otherwise each rank keeps its state from the seed, so dropout differs.
+    checkpoint. Otherwise each rank keeps the random state of its seed, so dropout differs from that
+    of an uninterrupted run.
 
     Raises:
-        ConfigError: a key differs that may not change; the checkpoint named is damaged.
+        ConfigError: a key differs that may not change, or the path in `checkpoint.resume` has no
+            intact checkpoint of a training run.
         CheckpointError: the checkpoint is of another model.
     """
     ranks = job.optimizer.ranks
@@ -327,14 +347,14 @@ def _reject_changes(config: RunConfig, checkpoint: Path) -> None:
     """Reject a configuration that differs from the checkpoint's in a key that may not change.
 
     Raises:
-        ConfigError: naming the key and both values; or no training run wrote the checkpoint.
+        ConfigError: names the key and both values; or no training run has written the checkpoint.
     """
     extra = read_manifest(checkpoint).decoded_extra()
     if not {"step", "samples", "config", "train"} <= set(extra):
         raise ConfigError.at(
             "checkpoint.resume",
-            f"{checkpoint} was not written by a training run: load it with load_checkpoint in a "
-            "loop of your own",
+            f"{checkpoint} was not written by offload-adam train: load it with load_checkpoint in "
+            "your own training loop",
         )
     now, saved = config.model_dump(mode="json"), extra["config"]
     for section in sorted({*now, *saved}):
@@ -344,14 +364,14 @@ def _reject_changes(config: RunConfig, checkpoint: Path) -> None:
             if values.get(key) != before.get(key) and not name.startswith(MAY_CHANGE):
                 raise ConfigError.at(
                     name,
-                    f"was {json.dumps(before.get(key))} in the checkpoint, and is "
-                    f"{json.dumps(values.get(key))}: set it back, or begin a new run with "
+                    f"was {json.dumps(before.get(key))} in the checkpoint and is "
+                    f"{json.dumps(values.get(key))} now: set it back, or begin a new run with "
                     "checkpoint.resume=never and another run.name",
                 )
 
 
 def _state(job: Job) -> dict[str, Any]:
-    """Return the state of the schedule, and every rank's random state. Collective."""
+    """Return the state of the schedule and the random states of all ranks. Collective."""
     random = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode("ascii")
     every = gather_texts(job.optimizer.ranks, random)
     schedule = None if job.schedule is None else job.schedule.state_dict()
@@ -359,6 +379,7 @@ def _state(job: Job) -> dict[str, Any]:
 
 
 def _load_state(job: Job, state: dict[str, Any]) -> None:
+    """Restore what `_state` has returned."""
     if job.schedule is not None and state["schedule"] is not None:
         job.schedule.load_state_dict(state["schedule"])
     if len(state["random"]) == job.world.world_size:

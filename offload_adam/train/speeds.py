@@ -1,4 +1,4 @@
-"""Speeds of this machine: for plans, and to warn if the updates of a run are slow."""
+"""The speeds of this machine, for plans and for the warning that the updates of a run are slow."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ from offload_adam.train.records import StepRecord
 
 logger = logging.getLogger(__name__)
 
+# Traffic in bytes below which an update is not judged: it takes less than about 3 ms, so its speed
+# would be that of caches and fixed costs.
 LEAST_NBYTES = 128 * 1024 * 1024
-"""Least traffic of an update to judge, about 3 ms. Less would measure fixed costs and caches."""
-NUM_WARMUP = 2
-NUM_STEPS = 10
+NUM_WARMUP = 2  # updates that are left out, since the first ones touch memory for the first time
+NUM_STEPS = 10  # updates that are judged, by their median: a few slow ones do not count
+# Share of the memory's bandwidth below which an update counts as slow. A good one reaches 0.9. The
+# margin is for machines whose bandwidth is lower now than when doctor measured it.
 LEAST_SHARE = 0.5
+# Elements of each of the four arrays if doctor has measured nothing: 128 MB in all, about 50 ms.
 _SHORT_NUMEL = 8_000_000
-"""Elements of each array if doctor has measured nothing: 128 MB in all, about 50 ms."""
 
 
 def known_speeds(training: Training) -> Machine:
-    """Return the speeds that `offload-adam doctor` has measured.
+    """Return the speeds that `offload-adam doctor` has measured on this machine.
 
-    The network's speed counts only if it was measured with the same ranks and devices.
+    The network's speed is used only if it was measured with the same ranks and kind of device.
     """
     known = bandwidth_cache.recall()
     device = "cuda" if training.on_device else "cpu"
@@ -44,7 +47,7 @@ def known_speeds(training: Training) -> Machine:
 
 
 def measured_speeds(training: Training) -> Machine:
-    """Measure a step and, on a GPU, the bus. The network's speed is as in `known_speeds`.
+    """Measure a step and, on a GPU, the bus; take the network's speed from `known_speeds`.
 
     Raises:
         HostMemoryError: a measurement does not fit into memory.
@@ -61,11 +64,11 @@ def measured_speeds(training: Training) -> Machine:
 
 
 class UpdateSpeed:
-    """Warns once if the median update moves less than half of the memory's bandwidth.
+    """Warns once if the updates of this rank reach less than half of the memory's bandwidth.
 
     Args:
-        nbytes: traffic of one update of this rank. An update that leaves out parameters moves
-            less, and seems faster than it is.
+        nbytes: traffic of one update of all parameters on this rank. An update without some of the
+            parameters moves less, and therefore seems faster than it is.
         limit_gb_per_s: this rank's share of the memory's bandwidth.
     """
 
@@ -75,9 +78,9 @@ class UpdateSpeed:
         self._updates_ms: list[float] = []
 
     def take(self, record: StepRecord) -> None:
-        """Add the update of one step; judge all after `NUM_WARMUP + NUM_STEPS` updates."""
-        # An overlapped update is timed in the record of the next step, skipped or not. So any
-        # record with a time counts.
+        """Add the update time of one step; after `NUM_WARMUP + NUM_STEPS` updates, judge them."""
+        # An overlapped update is timed in the record of the next step, even if that is skipped. So
+        # records of skipped steps count if they have a time.
         update_ms = record.timings_ms.get("optimizer.update", 0.0)
         if update_ms <= 0.0 or len(self._updates_ms) == NUM_WARMUP + NUM_STEPS:
             return
@@ -96,10 +99,10 @@ class UpdateSpeed:
 
 
 def update_speed(job: Job) -> UpdateSpeed | None:
-    """Return what judges this rank's updates, None if they are small or no limit is known.
+    """Return the check of this rank's update speed, None if it would not be meaningful.
 
-    Updates that overlap with a forward on the same CPU are not judged either. They share cores and
-    memory with the forward, which doctor would not find.
+    That is so for small updates, if the memory's bandwidth is not known, and for updates that
+    overlap with a forward on the CPU: they share cores and memory bandwidth with the forward.
     """
     if job.world.device.type == "cpu" and job.optimizer.overlaps:
         return None
@@ -111,11 +114,11 @@ def update_speed(job: Job) -> UpdateSpeed | None:
 
 
 def limit_gb_per_s(job: Job) -> float | None:
-    """Return this rank's share of the memory bandwidth of its node, None if it is not known.
+    """Return this rank's share of its node's memory bandwidth in 1e9 bytes a second.
 
-    The bandwidth is what doctor measured with the threads of all ranks of the node. Without such a
-    measurement it is measured here, briefly. It is not known if each rank is bound to its own
-    cores: this process cannot run the threads of all ranks.
+    doctor has measured the bandwidth with the threads of all ranks of the node; if not, it is
+    measured here, in about 50 ms. None if this process cannot run that many threads, because each
+    rank is bound to its own cores, or if the arrays do not fit into memory.
     """
     local = job.world.local_world_size
     of_rank = job.config.optimizer.num_threads or threads_per_rank(
@@ -126,7 +129,7 @@ def limit_gb_per_s(job: Job) -> float | None:
 
 
 def _limit_gb_per_s(num_threads: int) -> float | None:
-    """Return the memory bandwidth with that many threads, or the next fewer that were measured."""
+    """Return the memory bandwidth with `num_threads`, or with the next fewer that were measured."""
     if num_threads > allowed_cores():
         return None
     known = bandwidth_cache.recall().memory

@@ -73,7 +73,7 @@ def test_a_second_sigterm_ends_a_run_that_hangs(
     assert "Received SIGTERM again, exiting at once in " in ended.printed
     checkpoint = tmp_path / "tiny" / "checkpoints" / "step-2"
     assert checkpoint.is_dir() == (every > 0)
-    stands = f"checkpoint {checkpoint} stands; the steps after it are lost"
+    stands = f"the newest checkpoint is {checkpoint}: the steps after it are lost"
     assert (stands if every else "there is no checkpoint: all steps") in ended.printed
     assert [record["step"] for record in ended.records] == [1, 2, 3]
 
