@@ -75,7 +75,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any] | None, list[Mistake]]:
     except UnicodeDecodeError as error:
         return None, [Mistake("", f"is not UTF-8 text: {error.reason} at byte {error.start}")]
     except yaml.YAMLError as error:
-        # PyYAML has seen only the text, and names it so.
+        # PyYAML was given the text only, and does not know the name of the file.
         problem = str(error).replace('"<unicode string>"', f'"{path}"')
         return None, [Mistake("", f"cannot be read as YAML: {problem}")]
     if isinstance(values, dict):

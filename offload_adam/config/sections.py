@@ -139,17 +139,17 @@ class CheckpointSection(Section):
     """When checkpoints are written, which are kept, and where a run resumes.
 
     A checkpoint is written every `every` steps and after the last step; 0 writes none, except if a
-    signal ends the run early. With `mode: async`, training continues while it is written: an update
-    of a bucket waits only if the bucket is neither on disk nor in the snapshot buffer yet.
+    signal ends the run early. With `mode: async`, training continues while it is written. An update
+    of a bucket then waits only if the bucket is neither on disk nor in the snapshot buffer yet.
     `snapshot_buffer_nbytes` limits the host memory of this buffer on each rank.
 
     The newest `keep_last` checkpoints are kept, and those whose step is a multiple of `keep_every`.
     If a checkpoint cannot be written, the run continues without it, unless checkpoints are
     `required`: then the run ends with an error.
 
-    `resume: auto` resumes from the newest intact checkpoint in the run's folder, `never` begins at
-    the first step, and a path resumes from the checkpoint at that path. A run that torchrun
-    restarts always resumes from its newest checkpoint.
+    `resume: auto` resumes from the newest intact checkpoint in the run's folder. `never` begins at
+    the first step. A path resumes from that checkpoint. A run that torchrun restarts always resumes
+    from its newest checkpoint.
     """
 
     every: NonNegativeInt = 0

@@ -122,8 +122,8 @@ def _by_name(files: Iterable[Path], root: Path) -> dict[str, Path]:
 def split_by_hash(names: Sequence[str], validation_fraction: float) -> tuple[list[str], list[str]]:
     """Return the training names and the validation names, in the given order.
 
-    The split of a name depends only on its hash, so it is the same on every rank and machine, and
-    stays the same when other files are added or removed. If one split would be empty, the name
+    The split of a name depends only on its hash. So it is the same on every rank and machine, also
+    after other files are added or removed. If one split would be empty, the name
     whose hash is nearest to the limit moves to it. Needs two names or more.
     """
     digests = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -44,9 +45,9 @@ from offload_adam.train.run_folder import (
 from offload_adam.train.saving import (
     CheckpointSaver,
     checkpoint_path,
-    require_place,
+    describe_lost_steps,
+    require_shared_folder,
     resume,
-    what_stands,
 )
 from offload_adam.train.speeds import update_speed
 
@@ -84,11 +85,13 @@ def run_job(config: RunConfig, console: Console | None = None) -> Outcome:
     # Above `stuck_after`, so that a hung rank is declared hung, with its name, before a collective
     # times out without one.
     timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=2 * failures.stuck_after))
+    # Left in reverse order: an error in the body first starts the time limit of the clean-up, the
+    # optimizer closes before its process groups, and the lock is released last.
     with (
         locked_run_folder(config) as require_held,
         joined_world(timeout, failures) as world,
         EndingGuard(world.ranks) as guard,
-        preemptible(world.ranks, lambda: what_stands(config)) as preemption,
+        preemptible(world.ranks, lambda: describe_lost_steps(config)) as preemption,
         _assembled(config, world, corpus, model) as (parallel_model, optimizer),
         guard.hurried(),
     ):
@@ -96,7 +99,7 @@ def run_job(config: RunConfig, console: Console | None = None) -> Outcome:
         job = Job(config, world, corpus, model, parallel_model, optimizer, schedule, preemption)
         with final(CheckpointError, ConfigError):  # a restart would raise them again
             job = resume(job)
-            require_place(job)
+            require_shared_folder(job)
         last_step = job.first_step - 1
         saver = CheckpointSaver(job, require_held)
         if last_step >= config.train.num_steps:
@@ -126,41 +129,45 @@ def prepare(config: RunConfig) -> tuple[Corpus, nn.Module]:
     """
     mistakes: list[Mistake] = []
 
-    def attempt(check: Callable[[], T]) -> T | None:
+    def collect(check: Callable[[], T]) -> T | None:
         try:
             return check()
         except ConfigError as error:
             mistakes.extend(error.mistakes)
             return None
 
-    attempt(lambda: _require_environment(config))
-    attempt(lambda: reject_missing_extras(config.observe))
+    collect(_require_environment)
+    collect(lambda: _require_one_rank_for_amsgrad(config))
+    collect(lambda: reject_missing_extras(config.observe))
     if os.environ.get("RANK", "0") == "0":
-        attempt(lambda: require_writable(config))
-    corpus = attempt(lambda: load_corpus(config.data, config.train.sequence_length))
+        collect(lambda: require_writable(config))
+    corpus = collect(lambda: load_corpus(config.data, config.train.sequence_length))
     factory = config.model.factory
     if mistakes and factory is not None:
-        attempt(lambda: find_factory(factory))
-    model = None if mistakes else attempt(lambda: build_model(config))
+        collect(lambda: find_factory(factory))
+    model = None if mistakes else collect(lambda: build_model(config))
     if corpus is None or model is None:
         raise ConfigError("configuration", mistakes)
     return corpus, model
 
 
-def _require_environment(config: RunConfig) -> None:
-    """Check torchrun's variables, and that AMSGrad runs on one rank only."""
-    mistakes = []
+def _require_environment() -> None:
+    """Check torchrun's variables."""
     try:
         World.from_environment()
     except ValueError as error:
-        mistakes.append(Mistake("environment", str(error)))
+        raise ConfigError.at("environment", str(error)) from error
+
+
+def _require_one_rank_for_amsgrad(config: RunConfig) -> None:
     key = "use_amsgrad" if isinstance(config.optimizer, AdamSection) else "amsgrad"
+    # Not from `World`, so that this mistake is also found if the environment is invalid.
     world_size = os.environ.get("WORLD_SIZE", "1")
     if getattr(config.optimizer, key) and world_size.isdecimal() and int(world_size) > 1:
-        problem = f"works on one rank only, and there are {world_size}"
-        mistakes.append(Mistake(f"optimizer.{key}", problem))
-    if mistakes:
-        raise ConfigError("environment", mistakes)
+        raise ConfigError.at(
+            f"optimizer.{key}",
+            f"works on one rank only, not on {world_size}: set it to false, or start one rank",
+        )
 
 
 @contextmanager
@@ -176,8 +183,9 @@ def _assembled(
     """
     with final(TypeError, ValueError, RankDisagreementError, HostMemoryError):
         # What must be the same on all ranks before they build the optimizer.
-        sections = config.model_dump(mode="json").items()
-        fields = [(f"{s}.{key}", repr(v)) for s, values in sections for key, v in values.items()]
+        fields: list[tuple[str, str]] = []
+        for section, values in config.model_dump(mode="json").items():
+            fields += [(f"{section}.{key}", json.dumps(value)) for key, value in values.items()]
         fields.append(("the data", corpus.description))
         require_same(world.ranks, "configuration", fields)
         parallel_model = _distributed(config, world, model)
@@ -237,7 +245,7 @@ def _train_and_report(
             metrics.write(record.to_json() + "\n")
             totals.add(record)
             if speed is not None:
-                speed.take(record)
+                speed.add(record)
             sinks.write(asdict(record))
             display.show(record)
     assert totals.last is not None, "a run has a step"

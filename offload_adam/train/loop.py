@@ -38,7 +38,7 @@ class Job:
     """The parts of a run, on one rank.
 
     parallel_model: `model`, or DistributedDataParallel around it.
-    schedule: steps the learning rate; None if Adam has a schedule of its own.
+    schedule: to step after each update; None if `optimizer` has its own.
     first_step: the first step of this process, counted from 1; above 1 if the run was resumed.
     first_sample: number of samples that all ranks together have seen before `first_step`.
     resumed_from: the checkpoint from which the run was resumed.

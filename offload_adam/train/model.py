@@ -179,8 +179,8 @@ def evaluate(model: nn.Module, tokens: ByteTokens, train: TrainSection, world: W
     same for any number of ranks.
 
     Args:
-        model: not its DistributedDataParallel wrapper, whose forward may be collective: a rank may
-            have one batch more than others.
+        model: not its DistributedDataParallel wrapper. That broadcasts buffers in its forward, and
+            some ranks may have one batch more than others.
         tokens: the validation split.
     """
     starts = evaluation_starts(tokens.size, train.sequence_length, train.eval_sequences)

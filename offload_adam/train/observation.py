@@ -130,8 +130,8 @@ class Observation:
 
         There are three reasons: training raised an exception; the ranks declared a rank dead or
         hung; or no rank made progress for `coordinator.stuck_after` seconds. The third covers hangs
-        that no rank declares: in a collective of DDP, or in a run with one rank. A rank in a
-        long-running phase, such as a compilation or a checkpoint, never counts as hung.
+        that no rank declares: in a collective of DDP, or in a run with one rank. While any rank is
+        in a long-running phase, such as a compilation or a checkpoint, no rank counts as hung.
         """
         if self.error is not None:
             return f"Training ended with {type(self.error).__name__}: {self.error}"
@@ -240,7 +240,7 @@ def opened_sinks(
         ConfigError: the server cannot listen: its port is in use, or its host unknown.
     """
     section, folder = job.config.observe, run_folder(job.config)
-    seen = Observation(job, totals, checkpoints)
+    state = Observation(job, totals, checkpoints)
     sinks = GuardedSinks()
     try:
         if section.tensorboard:
@@ -252,14 +252,14 @@ def opened_sinks(
             # Closed last, so that /healthz reports an error of the run until then.
             port, host = section.http_port, section.http_host
             try:
-                server = StatusServer(port, host, seen.status, seen.problem, seen)
+                server = StatusServer(port, host, state.status, state.problem, state)
             except OSError as error:
                 problem = f"cannot listen on {host}, port {port}: {error.strerror}"
                 raise ConfigError.at("observe.http_port", problem) from error
             sinks.add(server)
         yield sinks
     except BaseException as error:
-        seen.error = error
+        state.error = error
         raise
     finally:
         sinks.close()

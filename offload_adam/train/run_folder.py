@@ -30,12 +30,12 @@ LOCK_NAME = "lock"
 LEASE_S = 30.0
 """Seconds without a refresh after which the lock of a process on another host is taken over.
 
-A live process that pauses for longer, such as in a hung network file system, loses its folder. A
-start after a crash on another host waits this long.
+A live process that pauses for longer, such as in a hung network file system, may lose its folder to
+another start. A start after a crash on another host waits this long.
 """
 # Per lease. A second start is rejected at the owner's next refresh, so after a tenth of the lease.
 _REFRESHES = 10
-_POLL_S = 0.1  # between looks at the lock file: short beside the 3 s between two refreshes
+_POLL_S = 0.1  # between looks at the lock file; refreshes are 3 s apart
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -57,7 +57,7 @@ def require_writable(config: RunConfig) -> None:
         with tempfile.TemporaryDirectory(prefix=".offload-adam-", dir=present) as place:
             (place / folder.relative_to(present)).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError.at(
             "run.dir", f"{folder} cannot be written to ({reason}): choose a writable folder"
         ) from error
@@ -151,7 +151,7 @@ def _acquire(lock: SoftFileLease, folder: Path) -> None:
 
     After one lease without a refresh, `acquire` takes the lock over. The second lease is a margin.
     """
-    began, first_seen = time.monotonic(), None
+    began, first_refresh_ns = time.monotonic(), None
     while True:
         try:
             lock.acquire(timeout=0)
@@ -163,9 +163,9 @@ def _acquire(lock: SoftFileLease, folder: Path) -> None:
             reason = error.strerror or error
             raise ConfigError.at("run.dir", f"{place} cannot be created: {reason}") from error
         with suppress(FileNotFoundError):
-            refreshed = (folder / LOCK_NAME).stat().st_mtime_ns
-            first_seen = refreshed if first_seen is None else first_seen
-            if refreshed != first_seen or time.monotonic() - began > 2 * LEASE_S:
+            refresh_ns = (folder / LOCK_NAME).stat().st_mtime_ns
+            first_refresh_ns = refresh_ns if first_refresh_ns is None else first_refresh_ns
+            if refresh_ns != first_refresh_ns or time.monotonic() - began > 2 * LEASE_S:
                 raise ConfigError.at(
                     "run.name",
                     f"{folder} is in use by {_owner_of(lock)}: wait until that run has ended, or "
@@ -181,8 +181,8 @@ def _owner_of(lock: SoftFileLease) -> str:
 
 def _require_held(lock: SoftFileLease, folder: Path) -> None:
     """Raise an error if another process owns the lock now."""
-    # Look twice: while another start checks whether the lock is stale, the file is not ours for a
-    # moment.
+    # Look twice: while another start checks whether the lock is stale, filelock replaces the file
+    # for a moment.
     for _ in range(2):
         owner = lock.owner
         if owner is None or owner.token == lock.token:
@@ -190,6 +190,6 @@ def _require_held(lock: SoftFileLease, folder: Path) -> None:
         time.sleep(_POLL_S)
     raise RunFolderLostError(
         f"{folder} was taken over by {_owner_of(lock)}, because this process did not refresh its "
-        f"lock for {LEASE_S:.0f} s. This run ends, so that two runs do not mix their files. To "
-        "continue it, wait until the other run has ended, and start it again."
+        f"lock for {LEASE_S:.0f} s. This run ends, so that two runs do not mix their files. To run "
+        "both, start this one again with another run.name."
     )

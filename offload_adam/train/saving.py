@@ -21,7 +21,7 @@ from offload_adam.checkpoint.commit import PARTIAL_SUFFIX, discard
 from offload_adam.checkpoint.format import read_manifest
 from offload_adam.checkpoint.load import load_checkpoint, verify_checkpoint
 from offload_adam.checkpoint.save import require_shared, save_checkpoint
-from offload_adam.config import ConfigError, RunConfig
+from offload_adam.config import ConfigError, Mistake, RunConfig
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.rank_checks import gather_texts, raise_on_all_ranks
 from offload_adam.coordinator.ranks import attempt
@@ -76,9 +76,9 @@ class CheckpointSaver:
         self._pending: PendingCheckpoint | None = None
         # Checkpoints that this process has written, or has read completely without an error. The
         # lock of the run's folder keeps other runs from changing them.
-        self._whole: set[Path] = set()
+        self._intact: set[Path] = set()
         if job.resumed_from is not None:
-            self._whole.add(job.resumed_from)
+            self._intact.add(job.resumed_from)
             self.totals.last_step = job.first_step - 1
             with suppress(OSError):
                 self.totals.last_commit_s = job.resumed_from.stat().st_mtime
@@ -132,7 +132,7 @@ class CheckpointSaver:
         if self._job.world.rank != 0:
             return
         self._require_held()
-        self._whole.add(path)
+        self._intact.add(path)
         totals, size = self.totals, "unknown size"
         totals.num_written += 1
         totals.last_step, totals.last_commit_s = self._step, time.time()
@@ -178,9 +178,9 @@ class CheckpointSaver:
         """
         section = self._job.config.checkpoint
         steps = steps_in(folder)
-        whole = [step for step in steps if folder / f"step-{step}" in self._whole]
+        intact = [step for step in steps if folder / f"step-{step}" in self._intact]
         for step in steps:
-            is_old = len(whole) >= section.keep_last and step < whole[-section.keep_last]
+            is_old = len(intact) >= section.keep_last and step < intact[-section.keep_last]
             if is_old and (section.keep_every is None or step % section.keep_every):
                 shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
         for unfinished in folder.glob(f"step-*{PARTIAL_SUFFIX}"):
@@ -191,7 +191,7 @@ class CheckpointSaver:
                 discard(unfinished)
 
 
-def require_place(job: Job) -> None:
+def require_shared_folder(job: Job) -> None:
     """Check before the first step that all ranks write to one shared folder. Collective.
 
     If the folder cannot be written to, that is only logged, unless checkpoints are required: the
@@ -241,7 +241,7 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match is not None)
 
 
-def what_stands(config: RunConfig) -> str:
+def describe_lost_steps(config: RunConfig) -> str:
     """Return a sentence that says which steps are lost if the run ends now."""
     newest = max(steps_in(run_folder(config) / FOLDER_NAME), default=None)
     if newest is None:
@@ -344,10 +344,10 @@ def resume(job: Job) -> Job:
 
 
 def _reject_changes(config: RunConfig, checkpoint: Path) -> None:
-    """Reject a configuration that differs from the checkpoint's in a key that may not change.
+    """Reject a configuration that differs from the checkpoint's in keys that may not change.
 
     Raises:
-        ConfigError: names the key and both values; or no training run has written the checkpoint.
+        ConfigError: names the keys and both values; or no training run has written the checkpoint.
     """
     extra = read_manifest(checkpoint).decoded_extra()
     if not {"step", "samples", "config", "train"} <= set(extra):
@@ -356,18 +356,21 @@ def _reject_changes(config: RunConfig, checkpoint: Path) -> None:
             f"{checkpoint} was not written by offload-adam train: load it with load_checkpoint in "
             "your own training loop",
         )
+    mistakes = []
     now, saved = config.model_dump(mode="json"), extra["config"]
     for section in sorted({*now, *saved}):
         values, before = now.get(section, {}), saved.get(section, {})
         for key in sorted({*values, *before}):
             name = f"{section}.{key}"
             if values.get(key) != before.get(key) and not name.startswith(MAY_CHANGE):
-                raise ConfigError.at(
-                    name,
+                problem = (
                     f"was {json.dumps(before.get(key))} in the checkpoint and is "
                     f"{json.dumps(values.get(key))} now: set it back, or begin a new run with "
-                    "checkpoint.resume=never and another run.name",
+                    "checkpoint.resume=never and another run.name"
                 )
+                mistakes.append(Mistake(name, problem))
+    if mistakes:
+        raise ConfigError("configuration", mistakes)
 
 
 def _state(job: Job) -> dict[str, Any]:

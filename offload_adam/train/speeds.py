@@ -18,8 +18,8 @@ from offload_adam.train.records import StepRecord
 
 logger = logging.getLogger(__name__)
 
-# Traffic in bytes below which an update is not judged: it takes less than about 3 ms, so its speed
-# would be that of caches and fixed costs.
+# Traffic in bytes below which an update is not judged. It takes less than about 3 ms, which caches
+# and fixed costs dominate.
 LEAST_NBYTES = 128 * 1024 * 1024
 NUM_WARMUP = 2  # updates that are left out, since the first ones touch memory for the first time
 NUM_STEPS = 10  # updates that are judged, by their median: a few slow ones do not count
@@ -77,7 +77,7 @@ class UpdateSpeed:
         self._limit_gb_per_s = limit_gb_per_s
         self._updates_ms: list[float] = []
 
-    def take(self, record: StepRecord) -> None:
+    def add(self, record: StepRecord) -> None:
         """Add the update time of one step; after `NUM_WARMUP + NUM_STEPS` updates, judge them."""
         # An overlapped update is timed in the record of the next step, even if that is skipped. So
         # records of skipped steps count if they have a time.
@@ -101,8 +101,8 @@ class UpdateSpeed:
 def update_speed(job: Job) -> UpdateSpeed | None:
     """Return the check of this rank's update speed, None if it would not be meaningful.
 
-    That is so for small updates, if the memory's bandwidth is not known, and for updates that
-    overlap with a forward on the CPU: they share cores and memory bandwidth with the forward.
+    That is so for small updates, or if the memory's bandwidth is not known. Updates that overlap
+    with a forward on the CPU are not judged either: they share cores and memory with the forward.
     """
     if job.world.device.type == "cpu" and job.optimizer.overlaps:
         return None
@@ -116,9 +116,9 @@ def update_speed(job: Job) -> UpdateSpeed | None:
 def limit_gb_per_s(job: Job) -> float | None:
     """Return this rank's share of its node's memory bandwidth in 1e9 bytes a second.
 
-    doctor has measured the bandwidth with the threads of all ranks of the node; if not, it is
-    measured here, in about 50 ms. None if this process cannot run that many threads, because each
-    rank is bound to its own cores, or if the arrays do not fit into memory.
+    The bandwidth is what doctor measured with the threads of all ranks of the node. Without such a
+    measurement, it is measured here in about 50 ms. None if this process cannot run that many
+    threads, because each rank is bound to its own cores, or if the arrays do not fit into memory.
     """
     local = job.world.local_world_size
     of_rank = job.config.optimizer.num_threads or threads_per_rank(

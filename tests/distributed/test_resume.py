@@ -88,7 +88,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Leave a run as it was when it was cut off some steps after this checkpoint."""
+    """Turn a finished run into one that was killed some steps after this checkpoint."""
     for later in steps(folder):
         if later > step:
             shutil.rmtree(folder / "case" / "checkpoints" / f"step-{later}")
@@ -121,7 +121,7 @@ def run_on_ranks(
     world_size: int,
     train: Callable[[int, int, dict[str, Any]], Any] = train_as_a_rank,
 ) -> list[Any]:
-    """Run the job on ranks that meet as under torchrun, in a store of its agent's."""
+    """Run the job on ranks that join, as under torchrun, through a store in another process."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     agent = {
         "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -154,7 +154,7 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 def test_a_damaged_checkpoint_does_not_count_as_one_to_keep(tmp_path: Path) -> None:
-    """Three checkpoints are to be kept, and only checkpoints that are known to be whole count."""
+    """Of three checkpoints to keep, only those that are known to be intact count."""
     run(tmp_path)
     damaged = tmp_path / "case" / "checkpoints" / "step-8" / "rank-00000-of-00001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_does_not_count_as_one_to_keep(tmp_path: Path) -> N
 def test_a_checkpoint_of_another_run_is_not_taken_for_this_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mode: str
 ) -> None:
-    """Where moving it aside at the start failed, it stays; the run goes on without its own."""
+    """If it cannot be moved aside, it stays, and the run continues without its own checkpoint."""
     run(tmp_path)
     monkeypatch.setattr(saving, "set_aside", lambda *_: None)
     checkpoint = {"every": 4, "keep_last": 10, "resume": "never", "mode": mode}
@@ -211,8 +211,9 @@ def test_keys_that_may_not_change_are_named(tmp_path: Path) -> None:
     run(tmp_path)
     with pytest.raises(ConfigError, match=r"optimizer\.lr.*was 0.01 in the checkpoint and is 0.02"):
         run(tmp_path, optimizer={"lr": 0.02})
-    with pytest.raises(ConfigError, match=r"train\.batch_size"):
-        run(tmp_path, train={"batch_size": 2})
+    with pytest.raises(ConfigError) as caught:
+        run(tmp_path, optimizer={"lr": 0.02}, train={"batch_size": 2})
+    assert [m.path for m in caught.value.mistakes] == ["optimizer.lr", "train.batch_size"]
     longer = run(tmp_path, train={"num_steps": 14}, observe={"tensorboard": False})
     assert [record["step"] for record in longer] == list(range(1, 15))
 
@@ -229,7 +230,7 @@ def test_resume_never_and_by_path(tmp_path: Path) -> None:
 
 
 def test_no_run_resumes_from_a_checkpoint_of_another_run(tmp_path: Path) -> None:
-    """The other run has another seed, started anew, and was cut off before it came as far."""
+    """The other run is shorter, has another learning rate, and began anew in the same folder."""
     run(tmp_path)
     folder = tmp_path / "case" / "checkpoints"
     foreign = {step: checksums(tmp_path, step) for step in (4, 8, 12)}
@@ -286,7 +287,7 @@ def test_a_checkpoint_that_cannot_be_written(
 
 
 def test_a_background_checkpoint_is_the_same(tmp_path: Path) -> None:
-    """Written at every second step, so that many a save is still under way at the next one."""
+    """Saves every second step, so that some are still in progress when the next one is due."""
     often = {"every": 2, "keep_last": 10}
     whole = run(tmp_path / "sync", checkpoint=often)
     beside = run(tmp_path / "async", checkpoint=often | {"mode": "async"})
@@ -303,7 +304,7 @@ def test_a_background_checkpoint_is_the_same(tmp_path: Path) -> None:
 def test_a_slow_disk_is_waited_for_by_the_next_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one under way is committed first; the run's last one is there when the run has ended."""
+    """The pending checkpoint is committed first, and the last one before the run ends."""
     finish = RankFile.finish
 
     def slow(file: RankFile) -> RankEntry:
@@ -325,7 +326,7 @@ def test_a_disk_that_fills_up_during_training(
     monkeypatch: pytest.MonkeyPatch,
     required: bool,
 ) -> None:
-    """Training goes on and counts; the older checkpoint stays, and nothing is left of the new."""
+    """Training continues; the older checkpoint stays, and no file of the new one."""
     finish = RankFile.finish
 
     def full(file: RankFile) -> RankEntry:
@@ -347,7 +348,7 @@ def test_a_disk_that_fills_up_during_training(
 
 
 def train_apart(rank: int, world_size: int, sections: dict[str, Any]) -> Outcome:
-    """Run the job where its folder's name means another folder on each rank."""
+    """Run the job with a working folder, and therefore a run folder, of its own on each rank."""
     before = Path.cwd()
     os.chdir(Path(sections["run"]["dir"]) / f"disk-{rank}")
     try:
@@ -376,7 +377,7 @@ def test_a_folder_that_is_not_shared_is_found_before_the_first_step(
 def test_an_unwritable_folder_is_reported_before_the_first_step(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, required: bool
 ) -> None:
-    """Ranks that are not alone look first; here there is one, which is told of two."""
+    """The check runs only with several ranks, so this single rank is told that there are two."""
     section = {"every": 4, "required": required}
     config = RunConfig.model_validate(values(tmp_path, checkpoint=section))
     (tmp_path / "case").write_text("not a folder")
@@ -385,9 +386,9 @@ def test_an_unwritable_folder_is_reported_before_the_first_step(
     )
     if required:
         with pytest.raises(OSError, match="Not a directory"):
-            saving.require_place(job)
+            saving.require_shared_folder(job)
     else:
-        saving.require_place(job)
+        saving.require_shared_folder(job)
         assert "Cannot write checkpoints to" in caplog.text
         assert "Not a directory" in caplog.text
 

@@ -83,7 +83,7 @@ def test_a_killed_save_costs_no_more_than_that_checkpoint(
 def test_a_disk_that_is_full_on_one_rank(
     tmp_path: Path, uninterrupted: list[tuple[Any, ...]], mode: str
 ) -> None:
-    """RLIMIT_FSIZE: it takes a part of the file. Training goes on, and a line says so."""
+    """RLIMIT_FSIZE lets only a part of the file be written. Training continues, with a log line."""
     ended = run(tmp_path, "fill@write/8", *SHORT, f"--checkpoint.mode={mode}")
     assert ended.code == 0, ended.printed
     assert bits(ended) == uninterrupted
@@ -115,7 +115,7 @@ def with_mounts(*mounts: str, after: str = "true") -> tuple[str, ...]:
 def test_a_mount_that_vanishes_in_the_middle(
     tmp_path: Path, uninterrupted: list[tuple[Any, ...]], mode: str
 ) -> None:
-    """What is under it is read-only. Training goes on, and a later start from what the disk has."""
+    """The folder under the mount is read-only. Training continues; the next start has the mount."""
     disk, place = tmp_path / "disk", tmp_path / "tiny" / "checkpoints"
     disk.mkdir()
     place.mkdir(parents=True)

@@ -56,7 +56,7 @@ def test_what_cannot_be_started_ends_with_2(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_needs_one_rank_is_refused_before_the_ranks_join(
+def test_what_needs_one_rank_is_rejected_before_the_ranks_join(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The text: which files are read, how they are split, and what is said when they do not do."""
+"""The training text: which files are read, how they are split, and which errors are raised."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_names_side_does_not_depend_on_the_other_names() -> None:
 
 
 def test_the_split_is_that_of_sha256() -> None:
-    """`printf d.py | sha256sum` begins with less than 3333, a fifth of ffff; `a.py` with more."""
+    """`printf d.py | sha256sum` prints less than 3333..., a fifth of ffff...; for a.py, more."""
     _, validation = split_by_hash([f"{letter}.py" for letter in "abcdefghijklmnopqrst"], 0.2)
     assert "".join(name[0] for name in validation) == "deginoq"
 

@@ -1,4 +1,4 @@
-"""The validation loss against cutting the sequences by hand, and on one rank as on several."""
+"""The validation loss, against sequences cut by hand and on different numbers of ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make_model() -> GPT:
 
 
 def by_hand() -> float:
-    """Return the mean loss of all 200 targets: ten sequences of twenty fill the text exactly."""
+    """Return the mean loss of all 200 targets: ten sequences of twenty cover the whole text."""
     model, losses = make_model(), []
     tokens = torch.from_numpy(TOKENS.astype(np.int64))
     for start in range(0, 200, 20):

@@ -59,7 +59,7 @@ def test_the_loss_is_the_mean_over_tokens_in_fp32() -> None:
 
 
 class Fixed(nn.Module):
-    """Returns what it was given, whatever it is asked."""
+    """A model that returns `answer` for any input."""
 
     def __init__(self, answer: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which sequences are drawn: the same again, others elsewhere, evenly spread for evaluation."""
+"""The sequences drawn for training and evaluation: reproducible, distinct, and evenly spread."""
 
 from __future__ import annotations
 

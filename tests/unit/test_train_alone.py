@@ -1,4 +1,4 @@
-"""The job alone, in this process: what a run writes, what a skipped step does, and mixed ways."""
+"""The job on one rank, in this process: what a run writes, and what a skipped step does."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def test_evaluations_stand_where_they_were_asked_for(tmp_path: Path) -> None:
 
 
 class Clock:
-    """A clock on which time passes only where a test lets it: `now_s` is what it reads."""
+    """A clock that a test moves on by hand. `now_s` is its time."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
 
     def after(self, work: Callable[..., Any], spent_s: float) -> Callable[..., Any]:
-        """Return `work` as something that takes `spent_s` seconds."""
+        """Return a function that does `work` and moves the clock on by `spent_s` seconds."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             result = work(*args, **kwargs)
@@ -75,7 +75,7 @@ class Clock:
 
 
 def test_the_phases_of_a_step_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that takes time in a step lies in a phase, and none of it in two."""
+    """All time in a step belongs to exactly one phase."""
     clock = Clock()
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now_s)
     monkeypatch.setattr(loop, "sample_batch", clock.after(sample_batch, 1.0))
@@ -133,7 +133,7 @@ def test_accumulating_is_the_same_in_grad_and_on_the_host(tmp_path: Path) -> Non
 
 
 class BreaksOnce(nn.Module):
-    """A bigram table whose fifth training forward is not a number."""
+    """A bigram model whose fifth forward in training returns NaN."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ def test_a_first_step_that_fails_touches_nothing_of_an_earlier_run(
     caplog: pytest.LogCaptureFixture,
     last: int | None,
 ) -> None:
-    """Both if the run begins anew, and if it resumes before the last record."""
+    """Both if a new run begins, and if the run resumes from a step before its last record."""
     caplog.set_level(logging.INFO)
     every = 0 if last is None else last
     section = {"every": every, "resume": "auto"}

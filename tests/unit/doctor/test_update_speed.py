@@ -37,7 +37,7 @@ def record(update_ms: float, *, skipped: bool = False) -> StepRecord:
 def warnings_after(speed: UpdateSpeed, log: pytest.LogCaptureFixture, *times_ms: float) -> int:
     log.clear()
     for update_ms in times_ms:
-        speed.take(record(update_ms))
+        speed.add(record(update_ms))
     return len([one for one in log.records if "less than half" in one.getMessage()])
 
 
@@ -58,8 +58,8 @@ def test_slow_first_steps_and_single_ones_do_not_count(caplog: pytest.LogCapture
 def test_steps_without_an_update_do_not_count(caplog: pytest.LogCaptureFixture) -> None:
     speed = UpdateSpeed(10**9, 40.0)
     for _ in range(50):
-        speed.take(record(0.0, skipped=True))
-        speed.take(record(0.0))
+        speed.add(record(0.0, skipped=True))
+        speed.add(record(0.0))
     assert caplog.text == ""
     assert warnings_after(speed, caplog, *[500.0] * (NUM_WARMUP + NUM_STEPS)) == 1
 
@@ -69,8 +69,8 @@ def test_a_skipped_steps_record_may_hold_the_update_before_it(
 ) -> None:
     speed = UpdateSpeed(10**9, 40.0)
     for _ in range(NUM_WARMUP + NUM_STEPS):
-        speed.take(record(500.0, skipped=True))
-        speed.take(record(0.0))
+        speed.add(record(500.0, skipped=True))
+        speed.add(record(0.0))
     assert caplog.text.count("less than half") == 1
 
 
