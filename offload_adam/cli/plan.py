@@ -159,9 +159,9 @@ def _subject(
     if (config is None) == (params is None):
         raise ValueError("give either CONFIG or --params")
     if params is None:
-        from offload_adam.train.plan import subject_of
+        from offload_adam.train.plan import planner_inputs_of
 
-        return subject_of(
+        return planner_inputs_of(
             load_arguments([str(config), *overrides]), on_device=gpu_memory is not None
         )
     if param_dtype not in _ITEMSIZES:

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 EXIT_BAD_CONFIGURATION = 2
 EXIT_DOES_NOT_FIT = 3
 EXIT_INTERRUPTED = 128 + signal.SIGINT
+# torchrun looks for ended ranks every 0.1 s, and then ends the others.
 _WAIT_FOR_FIRST_RANK_S = 5.0
 
 ConfigArgument = Annotated[

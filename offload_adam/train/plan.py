@@ -17,7 +17,9 @@ from offload_adam.train.model import build_model
 from offload_adam.train.optimizer import offload_policy
 
 
-def subject_of(config: RunConfig, *, on_device: bool) -> tuple[list[ParameterSpec], Training]:
+def planner_inputs_of(
+    config: RunConfig, *, on_device: bool
+) -> tuple[list[ParameterSpec], Training]:
     """Return a configuration's trainable parameters, and how it trains them on one rank.
 
     The model is built on the meta device. The caller sets the world size.
