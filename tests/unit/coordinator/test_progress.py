@@ -19,13 +19,16 @@ def test_long_running_phases_of_two_threads_end_in_any_order() -> None:
             assert leave.wait(10)
 
     thread = threading.Thread(target=save)
-    with record.at("checkpoint", long_running=True):
-        thread.start()
-        assert inside.wait(10)
-    # This thread's phase ended first, and the other thread's is still open.
-    assert record.long_running
-    leave.set()
-    thread.join()
+    try:
+        with record.at("checkpoint", long_running=True):
+            thread.start()
+            assert inside.wait(10)
+        # This thread's phase ended first, and the other thread's is still open.
+        assert record.long_running
+    finally:
+        leave.set()
+        thread.join(10)
+    assert not thread.is_alive()
     assert not record.long_running
 
 
@@ -36,6 +39,8 @@ def test_a_phase_in_a_long_running_one_is_long_running() -> None:
             assert record.long_running
         assert record.long_running
     assert not record.long_running
+    with record.at("write"):
+        assert not record.long_running
 
 
 def test_an_error_keeps_the_phase_and_ends_the_exemption() -> None:
@@ -48,6 +53,11 @@ def test_an_error_keeps_the_phase_and_ends_the_exemption() -> None:
 
 def test_untracked_threads_change_neither_phase_nor_exemption() -> None:
     record = ProgressRecord()
-    with record.untracked(), record.at("checkpoint", long_running=True):
-        assert not record.long_running
-        assert record.phase == "start"
+    with record.untracked():
+        with record.untracked():
+            pass
+        with record.at("checkpoint", long_running=True):
+            assert not record.long_running
+            assert record.phase == "start"
+    with record.at("update"):
+        assert record.phase == "update"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import http.client
 import json
 import logging
+import os
+import resource
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from typing import Any
 
 import psutil
@@ -128,10 +130,16 @@ def test_only_get_and_head_are_allowed(server: StatusServer, path: str) -> None:
     for method in ("POST", "PUT", "DELETE", "OPTIONS"):
         status, headers, _ = ask(server, path, method=method)
         assert (status, headers["Allow"]) == (405, "GET, HEAD")
+    request = f"HEAD {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    # http.client ignores what follows the headers.
+    assert raw(server, request.encode()).partition(b"\r\n\r\n")[1:] == (b"\r\n\r\n", b"")
 
 
 LOOPBACK = ["localhost", "LOCALHOST:8080", "localhost.", "127.0.0.1:1", "127.1.2.3", "[::1]:80"]
-FOREIGN = ["evil.com", "127.0.0.1.evil.com", "localhost.evil.com:80", "a@localhost", "::1", "", "."]
+FOREIGN = [
+    *["evil.com", "127.0.0.1.evil.com", "localhost.evil.com:80", "a@localhost", "::1", "", "."],
+    *["localhost@evil.com", "localhost:80@evil.com", "localhost evil.com"],
+]
 
 
 def test_on_loopback_only_loopback_hosts_are_accepted(server: StatusServer) -> None:
@@ -153,6 +161,9 @@ def test_elsewhere_names_of_this_machine_and_any_address_are_accepted(
         assert (host, ask(server, "/", host=host)[0]) == (host, 200)
     for host in FOREIGN:
         assert (host, ask(server, "/", host=host)[0]) == (host, 403)
+    # A name of 0.0.0.0, which is neither an address nor a name of this machine.
+    assert ask(server, "/", host="0")[0] == 403
+    assert ask(open_server(host="0"), "/", host="0")[0] == 200
 
 
 def test_a_request_without_a_host_is_rejected(server: StatusServer) -> None:
@@ -167,10 +178,14 @@ def test_large_requests_are_rejected(server: StatusServer) -> None:
 
 
 def raw(server: StatusServer, request: bytes) -> bytes:
-    """Send bytes and return the beginning of the answer."""
+    """Send bytes and return the answer, until the server closes the connection."""
+    answer = b""
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
         client.sendall(request)
-        return client.recv(100)
+        with suppress(ConnectionResetError):  # if the server has not read the whole request
+            while received := client.recv(10_000):
+                answer += received
+    return answer
 
 
 def test_a_failing_callback_is_an_error_of_its_request_alone(
@@ -257,12 +272,42 @@ def test_clients_that_read_no_answer_are_dropped(
         assert ask(server, "/healthz")[0] == 200
 
 
+def test_a_single_request_is_answered_however_old_its_connection_is(
+    open_server: Callable[..., StatusServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "CONNECTION_S", 0.1)
+    monkeypatch.setattr(server_module, "_POLL_S", 0.05)
+
+    def slow_status() -> dict[str, Any]:
+        time.sleep(1.0)
+        return {"slow": True}
+
+    server = open_server(status=slow_status)
+    assert strict_json(ask(server, "/status")[2]) == {"last": {}, "slow": True}
+
+
+def test_descriptors_above_1023_are_served(open_server: Callable[..., StatusServer]) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip("the limit of open files is too low")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        while stack.enter_context(open(os.devnull, "rb")).fileno() < 1024:
+            pass
+        server = open_server()
+        assert ask(server, "/healthz")[0] == 200
+        server.close()
+
+
 @pytest.mark.parametrize("version", ["abc", "1.0.0.x", ""])
 def test_an_unknown_version_of_openmetrics_is_answered(
     server: StatusServer, caplog: pytest.LogCaptureFixture, version: str
 ) -> None:
     accept = f"Accept: application/openmetrics-text; version={version}\r\n".encode()
-    request = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n" + accept + b"\r\n"
+    request = (
+        b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n" + accept + b"\r\n"
+    )
     assert raw(server, request).startswith(b"HTTP/1.1 200 ")
     assert not caplog.records
 
@@ -315,11 +360,14 @@ def test_close_wakes_the_thread_before_it_may_end(
     server: StatusServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pull = server._server.pull_trigger
+    alive: list[bool] = []
 
     def pull_late() -> None:
         server._thread.join(2 * server_module._POLL_S)  # time to end, if it were told to
+        alive.append(server._thread.is_alive())
         pull()
 
     monkeypatch.setattr(server._server, "pull_trigger", pull_late)
     server.close()
+    assert alive == [True]
     assert not server._thread.is_alive()
