@@ -149,9 +149,21 @@ def test_an_error_in_yaml_has_the_name_of_the_file_and_the_line(tmp_path: Path) 
     assert f'"{tmp_path / "case.yaml"}", line 2, column 9' in problem
 
 
-@pytest.mark.parametrize("tag", ["binary", "set", "timestamp", "omap"])
-def test_types_outside_of_the_core_schema_are_rejected(tmp_path: Path, tag: str) -> None:
-    assert tag in mistakes(tmp_path, f"run: {{name: !!{tag} aGk=}}")[""]
+@pytest.mark.parametrize(
+    ("tag", "value"),
+    [
+        ("binary", "aGk="),
+        ("set", "{a: null}"),
+        ("timestamp", "2024-01-01"),
+        ("omap", "[a: 1]"),
+        ("pairs", "[a: 1]"),
+    ],
+)
+def test_types_outside_of_the_core_schema_are_rejected(
+    tmp_path: Path, tag: str, value: str
+) -> None:
+    text = f"model: {{factory: 'm:f', arguments: {{x: !!{tag} {value}}}}}"
+    assert tag in mistakes(tmp_path, text)[""]
 
 
 @pytest.mark.parametrize(
@@ -235,6 +247,7 @@ def test_arguments_of_a_factory_are_passed_as_they_are(tmp_path: Path) -> None:
         ("observe: {port: 3}", "observe.port", "observe.http_port"),
         ("checkpoint: {save_every: 3}", "checkpoint.save_every", "checkpoint.every"),
         ("data: {file: a}", "data.file", "data.path"),  # not "profile", spelled almost alike
+        ("data: {src: a}", "data.src", "data.source"),
     ],
 )
 def test_an_unknown_key_is_reported_with_the_nearest(
@@ -246,6 +259,13 @@ def test_an_unknown_key_is_reported_with_the_nearest(
 def test_the_keys_beside_an_unknown_key_with_a_dot_are_listed(tmp_path: Path) -> None:
     found = mistakes(tmp_path, "run: {'0.95)': 3}")
     assert found == {"run.0.95)": "unknown key; here you can set name, dir, seed"}
+
+
+def test_a_key_spelled_a_little_like_one_of_another_section_is_not_reported_with_it(
+    tmp_path: Path,
+) -> None:
+    problem = mistakes(tmp_path, "train: {shuffle: true}")["train.shuffle"]
+    assert problem.startswith("unknown key; here you can set ")
 
 
 def test_every_synonym_stands_for_a_key() -> None:
@@ -420,6 +440,11 @@ def test_a_duplicate_key_is_reported_with_its_lines(tmp_path: Path) -> None:
     assert "lines 2 and 4" in found["train.num_steps"]
 
 
+def test_a_duplicate_key_in_a_value_with_aliases_is_reported_once(tmp_path: Path) -> None:
+    text = "model: {factory: 'm:f', arguments: {a: &a {x: 1, x: 2}, b: *a, c: [*a, *a]}}"
+    assert set(mistakes(tmp_path, text)) == {"model.arguments.a.x"}
+
+
 @pytest.mark.parametrize(
     "override",
     ["train.num_steps=3", "--train.num_steps", "--train.=3", "--=3", "-s.k=3"],
@@ -436,9 +461,10 @@ def test_a_malformed_override_is_shown_with_the_right_form(tmp_path: Path, overr
         ("--num_steps=3", "num_steps", "unknown key; did you mean train.num_steps?"),
         ("--foo=1", "foo", "unknown key; here you can set run, model, data, train, optimizer, "),
         ("--train=1", "train", "must be a mapping of keys to values, got 1"),
+        ("--model.arguments=1", "model.arguments", "must be a mapping of keys to values, got 1"),
     ],
 )
-def test_an_override_without_a_section_gets_a_plain_answer(
+def test_an_override_of_a_section_or_without_one_gets_a_plain_answer(
     tmp_path: Path, override: str, path: str, problem: str
 ) -> None:
     assert mistakes(tmp_path, "{}", override)[path].startswith(problem)
@@ -525,6 +551,14 @@ def test_a_configuration_of_more_levels_is_rejected(
 ) -> None:
     problem = mistakes(tmp_path, text, override)[""]
     assert "nested more than 100 levels deep" in problem or "nested too deeply" in problem
+
+
+def test_of_a_long_value_the_beginning_is_shown(tmp_path: Path) -> None:
+    problem = mistakes(tmp_path, "{}", f"--train.num_steps={'x' * 500}")["train.num_steps"]
+    shown = problem.partition(", got ")[2]
+    assert shown.startswith('"xxxx')
+    assert shown.endswith("xxxx...")
+    assert len(shown) == 60
 
 
 def test_an_alias_beside_its_anchor_is_a_copy(tmp_path: Path) -> None:

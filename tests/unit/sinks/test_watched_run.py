@@ -9,6 +9,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from offload_adam.coordinator.progress import PROGRESS, PeerRecord, Process, Pro
 from offload_adam.coordinator.verdicts import Verdict
 from offload_adam.sinks import sink
 from offload_adam.sinks.server import StatusServer
+from offload_adam.step.ledger import LedgerEntry
 from offload_adam.train import loop, observation
 from offload_adam.train.model import next_token_loss
 from offload_adam.train.observation import Observation
@@ -177,10 +179,13 @@ def test_the_dashboard_draws_exactly_the_exported_metrics(
     expressions = [target["expr"] for panel in panels for target in panel.get("targets", [])]
     drawn = set(re.findall(r"offload_adam_\w+", " ".join(expressions)))
     assert drawn == watched[0][-1].names
-    asked = [variable["query"] for variable in dashboard["templating"]["list"]]
+    variables = dashboard["templating"]["list"]
+    asked = [variable["query"] for variable in variables]
     asked_names = set(re.findall(r"offload_adam_\w+", json.dumps(asked)))
     assert asked_names <= drawn
-    assert {v["name"] for v in dashboard["templating"]["list"]} == {"datasource", "run", "rank"}
+    assert {variable["name"] for variable in variables} == {"datasource", "run", "rank"}
+    shown = {v["definition"]: v["query"]["query"] for v in variables if v["type"] == "query"}
+    assert all(definition == query for definition, query in shown.items())
 
 
 def test_the_dashboards_panels_are_complete_and_do_not_overlap() -> None:
@@ -279,15 +284,19 @@ def record(rank: int, still_s: float, *, left: str | None = None, **place: Any) 
     return PeerRecord(rank, Process("node", "one", 7, 0.0), 5, progress, still_s, left)
 
 
-def observe(ranks: Ranks | None) -> Observation:
+def observe(
+    ranks: Ranks | None,
+    checkpoints: CheckpointTotals | None = None,
+    ledger: Sequence[LedgerEntry] = (),
+) -> Observation:
     """Return the observation of a job with these ranks, whose `stuck_after` is 10 s."""
     config = Stub(
         run=Stub(name="case"), train=Stub(num_steps=1), coordinator=Stub(stuck_after=10.0)
     )
     world = Stub(ranks=Stub(watch=None, failure=None) if ranks is None else ranks)
-    optimizer = Stub(memory_ledger=list)
+    optimizer = Stub(memory_ledger=lambda: iter(ledger))
     job: Any = Stub(config=config, world=world, optimizer=optimizer)
-    return Observation(job, RunTotals(1), CheckpointTotals())
+    return Observation(job, RunTotals(1), checkpoints or CheckpointTotals())
 
 
 @pytest.mark.parametrize(
@@ -296,9 +305,10 @@ def observe(ranks: Ranks | None) -> Observation:
         [record(0, 99), record(1, 9)],
         [record(0, 99, waiting=True), record(1, 99, phase="evaluation", long_running=True)],
         [record(0, 1), record(1, 99, left="")],
+        [record(0, 99, left=""), record(1, 99, left="")],
         [],
     ],
-    ids=["one moves", "one is busy for long", "one has left", "nothing is known yet"],
+    ids=["one moves", "one is busy for long", "one has left", "all left", "nothing is known yet"],
 )
 def test_a_run_is_healthy_while_a_rank_makes_progress(records: list[PeerRecord]) -> None:
     assert observe(Ranks(*records)).problem() is None
@@ -314,6 +324,13 @@ def test_a_run_without_progress_names_the_ranks_that_the_others_wait_for() -> No
     assert both is not None
     assert "rank 0 " in both
     assert "rank 1 " in both
+
+
+def test_a_rank_that_has_left_does_not_make_the_others_healthy() -> None:
+    problem = observe(Ranks(record(0, 11), record(1, 1, left="out of memory"))).problem()
+    assert problem is not None
+    assert "rank 0 " in problem
+    assert "rank 1 " not in problem
 
 
 def test_a_verdict_of_the_ranks_is_the_problem() -> None:
@@ -338,10 +355,32 @@ def test_a_single_rank_is_judged_by_its_own_progress(monkeypatch: pytest.MonkeyP
     assert alone.problem() is None
 
 
-def heartbeat_ages(watched: Observation) -> list[float]:
+def samples_of(watched: Observation, metric: str) -> list[float]:
     families = {family.name: family for family in watched.collect()}
-    samples = families["offload_adam_rank_heartbeat_age_seconds"].samples
-    return [sample.value for sample in samples]
+    return [sample.value for sample in families[f"offload_adam_{metric}"].samples]
+
+
+def heartbeat_ages(watched: Observation) -> list[float]:
+    return samples_of(watched, "rank_heartbeat_age_seconds")
+
+
+def test_checkpoints_are_exported_in_seconds_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload_adam.train.observation.time.time", lambda: 1040.0)
+    saved = CheckpointTotals(3, 1, 5000, last_step=9, last_commit_s=1000.0, last_duration_s=2.5)
+    seen = observe(Ranks(), saved)
+    assert samples_of(seen, "checkpoints_failed") == [1]
+    assert samples_of(seen, "checkpoint_written_bytes") == [5000]
+    assert samples_of(seen, "checkpoint_age_seconds") == [40]
+    assert samples_of(seen, "checkpoint_duration_seconds") == [2.5]
+
+
+def test_the_memory_of_a_category_is_that_of_all_its_buckets() -> None:
+    ledger = [
+        LedgerEntry("exp_avg", 0, "cpu", 100),
+        LedgerEntry("exp_avg", 1, "cpu", 20),
+        LedgerEntry("exp_avg", 1, "cuda:0", 3),
+    ]
+    assert sorted(samples_of(observe(Ranks(), None, ledger), "memory_bytes")) == [3, 120]
 
 
 def test_a_heartbeat_ages_until_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
