@@ -25,7 +25,7 @@ from offload_adam.cli.logs import LogFormat, configure_logging
 configure_logging(LogFormat(sys.argv[1]))
 logger = logging.getLogger("offload_adam.some.module")
 logger.debug("not shown")
-logger.info("two\\nlines, %s", '"quoted"')
+logger.info("two\\nlines \\u00e9, %s", '"quoted"')
 logger.warning("warned")
 warnings.warn("of the configuration", UserWarning)
 warnings.warn("a lone surrogate \\udc80", RuntimeWarning)
@@ -40,7 +40,7 @@ def logged(log_format: str, rank: str) -> list[str]:
     """Return the lines that the script above writes to stderr on this rank."""
     done = subprocess.run(
         [sys.executable, "-c", LOGGING, log_format],
-        env=os.environ | {"RANK": rank},
+        env=os.environ | {"RANK": rank, "PYTHONIOENCODING": "ascii:backslashreplace"},
         capture_output=True,
         text=True,
         timeout=60,
@@ -69,7 +69,7 @@ def test_each_json_line_is_one_object() -> None:
         assert time.utcoffset() is not None
         assert abs((time - before).total_seconds()) < 60
     common = {"rank": 0, "logger": "offload_adam.some.module"}
-    assert records[0] == common | {"level": "INFO", "message": 'two\nlines, "quoted"'}
+    assert records[0] == common | {"level": "INFO", "message": 'two\nlines \u00e9, "quoted"'}
     assert records[1] == common | {"level": "WARNING", "message": "warned"}
     assert records[3]["logger"] == "py.warnings"
     assert "RuntimeWarning: a lone surrogate \udc80 (<string>, line " in records[3]["message"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,14 +19,32 @@ PACKAGE = Path(offload_adam.__file__).parent
 WIDTH = 16
 
 
-def profiled(work: Callable[[], object], *, all_threads: bool) -> list[tuple[int, str]]:
-    """Return the thread and name of each of our ranges, without the prefix, sorted by start."""
+class Range(NamedTuple):
+    """A range of ours, without the prefix of its name."""
+
+    thread: int
+    name: str
+    start_us: float
+    end_us: float
+
+
+def ranges_of(work: Callable[[], object], *, all_threads: bool) -> list[Range]:
+    """Return our ranges, sorted by start."""
     config = _ExperimentalConfig(profile_all_threads=all_threads)
     with profile(activities=[ProfilerActivity.CPU], experimental_config=config) as trace:
         work()
     events = sorted(trace.events() or [], key=lambda event: event.time_range.start)
     prefix = "OffloadAdam::"
-    return [(e.thread, e.name[len(prefix) :]) for e in events if e.name.startswith(prefix)]
+    return [
+        Range(e.thread, e.name[len(prefix) :], e.time_range.start, e.time_range.end)
+        for e in events
+        if e.name.startswith(prefix)
+    ]
+
+
+def profiled(work: Callable[[], object], *, all_threads: bool) -> list[tuple[int, str]]:
+    """Return the thread and name of each of our ranges, sorted by start."""
+    return [(found.thread, found.name) for found in ranges_of(work, all_threads=all_threads)]
 
 
 class Training:
@@ -94,8 +112,9 @@ def test_a_range_and_a_recorded_span_enclose_the_same_body() -> None:
         with recorded_by(recorder), pytest.raises(ValueError, match="x"), span("norm"):
             raise ValueError("x")
 
-    names = [name for _, name in profiled(work, all_threads=False)]
-    assert names == ["update", "all_gather", "norm"]
+    update, gather, norm = ranges_of(work, all_threads=False)
+    assert (update.name, gather.name, norm.name) == ("update", "all_gather", "norm")
+    assert update.start_us <= gather.start_us <= gather.end_us <= update.end_us <= norm.start_us
     assert [found.name for found in recorder.spans()] == ["update", "gather", "norm"]
     assert list(stopwatch.elapsed_s) == ["update"]
 
