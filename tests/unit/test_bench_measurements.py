@@ -55,14 +55,19 @@ def test_a_limit_changes_no_bit(huge_pages: bool, make: Callable[..., Contender]
 def test_the_fastest_pass_is_the_limit() -> None:
     clock = FakeClock()
     slow, fast = taking("slow", clock, 1.0), taking("fast", clock, 1.0)
-    copy = taking("copy", clock, 1.0, bytes_per_param=8)
-    timings = {"slow": [5.0, 6.0, 5.0], "fast": [3.0, 4.0, 90.0], "copy": [1.2, 1.2, 1.2]}
-    name, measured = choose_limit(timings, [slow, fast], [copy], 10**6)
+    copies = [taking(name, clock, 1.0, bytes_per_param=8) for name in ("copy", "slow copy")]
+    timings = {
+        "slow": [5.0, 6.0, 5.0],
+        "fast": [3.0, 4.0, 90.0],
+        "copy": [1.2, 1.2, 1.2],
+        "slow copy": [8.0, 8.0, 8.0],
+    }
+    name, measured = choose_limit(timings, [slow, fast], copies, 10**6)
     assert (name, measured["fast"]) == ("fast", 7.0)
     assert measured["copy"] == pytest.approx(8 / 1.2)
     # 7 GB/s, against a copy at 8: under 0.9.
     with pytest.raises(DisturbedError, match=r"7\.0 GB/s, under 0\.9 of a plain copy's 8\.0"):
-        choose_limit({**timings, "copy": [1.0] * 3}, [slow, fast], [copy], 10**6)
+        choose_limit({**timings, "copy": [1.0] * 3}, [slow, fast], copies, 10**6)
 
 
 def compared(*limit_ms: float, ours: Mapping[str, float] | None = None) -> dict[str, Any]:

@@ -235,3 +235,8 @@ def test_a_condition_is_reached_if_it_holds_at_every_point_where_it_is_known() -
     assert reached([bad, good])[NAMES[0]] is False
     assert reached([good, bad])[NAMES[0]] is False
     assert reached([good])[NAMES[4]] is None
+    # Points where it does not apply change nothing.
+    slower = evaluate({**POINT, "update_ms": 130.0})
+    too_long = evaluate(with_ours(step_ms=336.0))
+    assert reached([good, slower])[NAMES[1]] is reached([slower, good])[NAMES[1]] is True
+    assert reached([too_long, slower])[NAMES[1]] is reached([slower, too_long])[NAMES[1]] is False

@@ -122,6 +122,34 @@ def test_the_file_is_safetensors(
             assert file.get_tensor(f"{part.name}@0").tobytes() == content_of(part)
 
 
+@pytest.mark.parametrize("length", range(1, 9))
+def test_the_data_begins_at_a_multiple_of_eight_bytes(tmp_path: Path, length: int) -> None:
+    write_file(tmp_path / "f", [part_of("x" * length, 10)])
+    content = (tmp_path / "f").read_bytes()
+    assert int.from_bytes(content[:8], "little") % 8 == 0
+    assert json.loads(content[8:-10]).keys() == {"x" * length + "@0"}
+
+
+def test_a_channels_last_weight_has_its_channels_in_the_last_dimension(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors")
+    weight = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    in_memory = weight.permute(0, 2, 3, 1)
+    assert in_memory.is_contiguous()
+    # All but the first "row" of channels, so that there are several boxes.
+    part = Part("w", (2, 3, 4, 5), (0, 2, 3, 1), 3, in_memory.flatten()[3:])
+    write_file(tmp_path / "f", [part])
+    found = torch.zeros(2, 4, 5, 3)
+    with safetensors.safe_open(tmp_path / "f", "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            box = file.get_tensor(name)
+            starts = map(int, name.partition("@")[2].split(","))
+            place = [slice(at, at + size) for at, size in zip(starts, box.shape, strict=True)]
+            found[tuple(place)] = box
+    expected = in_memory.clone()
+    expected[0, 0, 0] = 0.0
+    assert torch.equal(found, expected)
+
+
 def damage(path: Path, how: str) -> None:
     content = bytearray(path.read_bytes())
     if how == "truncated":
