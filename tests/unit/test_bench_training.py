@@ -49,7 +49,7 @@ from offload_adam.bench.training.measure import (
     measure,
 )
 from offload_adam.bench.training.model import Sizes, make_model, make_tokens
-from offload_adam.bench.training.results import failures, markdown
+from offload_adam.bench.training.results import Results, failures, markdown
 from offload_adam.bench.training.run import TrainBenchmarkError, measure_train
 from offload_adam.cli.app import app
 from tests.bench.conditions import evaluate, reached
@@ -165,6 +165,22 @@ def test_the_report_has_every_number_of_a_simulated_machine() -> None:
     assert "20 x 4 tokens\n\nForward F: 40 ms. Update U: 40 ms. F/U: 1. One bucket b: 25" in text
     (row,) = {line for line in text.splitlines() if LABELS[TORCHAO] in line}
     assert "not importable" in row
+
+
+def test_a_bucket_takes_its_share_of_the_updates_and_the_copy_of_its_gradients() -> None:
+    steps = Steps(steps_ms=(1.0,), updates_only_ms=40.0)
+    results = Results(
+        sizes=TINY,
+        device="cpu",
+        num_steps=1,
+        bus_down_gb_per_s=1e-5,
+        machine={},
+        batches=[(None, 1)],
+        measured={SEQUENTIAL: Measured(buckets=(30, 50), steps={1: steps})},
+    )
+    (point,) = results.report()["points"]
+    # 50 of 80 bytes of 40 ms, and 50 bytes at 10,000 a second.
+    assert point["bucket_ms"] == pytest.approx(25.0 + 5.0)
 
 
 def test_ratios_that_do_not_fit_are_not_tried() -> None:

@@ -7,12 +7,15 @@ import json
 import logging
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from offload_adam.config import RunConfig, load_config
+from offload_adam.train import console
 from offload_adam.train.console import StepDisplay, summary_table
 from offload_adam.train.records import RunTotals, StepRecord
 from offload_adam.train.run_folder import open_run_folder
@@ -89,13 +92,42 @@ def test_files_of_earlier_runs_move_aside(tmp_path: Path, caplog: pytest.LogCapt
         assert load_config(tmp_path / "x" / name).run.seed == seed
 
 
+@pytest.mark.parametrize("left", ["metrics-1.jsonl", "config-1.yaml"])
+def test_no_file_of_an_earlier_run_is_overwritten(tmp_path: Path, left: str) -> None:
+    """Also if only one of a run's two files has been kept."""
+    folder = tmp_path / "x"
+    folder.mkdir()
+    (folder / left).write_text("kept")
+    config = RunConfig.model_validate({"run": {"name": "x", "dir": str(tmp_path)}})
+    for _ in range(2):
+        open_run_folder(config, last_step=0).close()
+    assert (folder / left).read_text() == "kept"
+    moved = {"metrics-2.jsonl", "config-2.yaml"}
+    assert {path.name for path in folder.iterdir()} == {
+        left,
+        "metrics.jsonl",
+        "config.yaml",
+    } | moved
+
+
+def test_a_resumed_run_drops_the_records_of_the_steps_that_it_repeats(tmp_path: Path) -> None:
+    config = RunConfig.model_validate({"run": {"name": "x", "dir": str(tmp_path)}})
+    lines = [record(step).to_json() for step in (1, 2, 3, 4)]
+    with open_run_folder(config, last_step=0) as metrics:
+        metrics.write("\n".join([*lines, lines[0][:9]]))  # the last line is truncated
+    with open_run_folder(config, last_step=2) as metrics:
+        metrics.write(lines[2] + "\n")
+    assert (tmp_path / "x" / "metrics.jsonl").read_text().splitlines() == lines[:3]
+
+
 def test_the_summary_adds_up() -> None:
     totals = RunTotals(tokens_per_step=100)
     totals.add(record(1))
     totals.add(record(2, val_loss=1.75))
     text = io.StringIO()
-    console = Console(file=text, width=100)
-    console.print(summary_table(totals, bigram_loss=2.5, folder=Path("runs/x")))
+    Console(file=text, width=100).print(
+        summary_table(totals, bigram_loss=2.5, folder=Path("runs/x"))
+    )
     lines = text.getvalue().splitlines()
 
     def row(name: str) -> str:
@@ -120,3 +152,19 @@ def test_both_displays_show_loss_and_skips() -> None:
         assert "loss 1.2500" in text.getvalue()
         assert "validation loss 1.5000" in text.getvalue()
         assert re.search(r"step 2/3  loss nan .*  skipped\n", text.getvalue())
+
+
+def test_a_log_file_gets_the_first_and_the_last_step_and_one_every_few_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    text = io.StringIO()
+    display = StepDisplay(Console(file=text, width=200), 6)
+    for step in range(1, 7):
+        timings_ms = {"forward": 5.0, "data": 0.4, "step.norm": 3.0}
+        display.show(replace(record(step), timings_ms=timings_ms))
+        now_s[0] += 2.0
+    lines = text.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["1/6", "4/6", "6/6"]
+    assert all(line.endswith("20 ms  (forward 5)") for line in lines)
