@@ -88,10 +88,14 @@ def test_a_preempted_run_ends_with_0_and_is_resumed(tmp_path: Path, number: int)
     process = start(tmp_path, "--train.num_steps=100000")
     metrics = tmp_path / "tiny" / "metrics.jsonl"
     deadline_s = time.monotonic() + 60
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        assert process.poll() is None
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
+    try:
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+            assert process.poll() is None
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+    except AssertionError:
+        process.terminate()
+        raise
     process.send_signal(number)
     code, printed, last = end_of(process)
     step = metrics.read_text().count("\n")

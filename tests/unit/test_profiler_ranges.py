@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,19 +75,35 @@ class Training:
         self.model(torch.ones(2, WIDTH))
 
 
-def test_a_step_without_overlap_shows_its_phases_in_order() -> None:
-    training = Training(overlap=False)
+@pytest.fixture
+def make_training() -> Iterator[Callable[..., Training]]:
+    """Makes trainings whose update threads end with the test."""
+    with ExitStack() as made:
+
+        def make(**options: bool) -> Training:
+            training = Training(**options)
+            made.callback(training.optimizer.close)
+            return training
+
+        yield make
+
+
+def test_a_step_without_overlap_shows_its_phases_in_order(
+    make_training: Callable[..., Training],
+) -> None:
+    training = make_training(overlap=False)
     found = profiled(training.step, all_threads=False)
     assert [name for _, name in found] == [
         *["wait_previous", "reduce", "edits", "norm", "agree", "edits"],
         *["update", "update"],
     ]
-    training.optimizer.close()
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_update_thread_shows_if_all_threads_are_profiled(compiled: bool) -> None:
-    training = Training(overlap=True, compiled=compiled)
+def test_the_update_thread_shows_if_all_threads_are_profiled(
+    make_training: Callable[..., Training], compiled: bool
+) -> None:
+    training = make_training(overlap=True, compiled=compiled)
 
     def work() -> None:
         training.step()
@@ -100,7 +117,6 @@ def test_the_update_thread_shows_if_all_threads_are_profiled(compiled: bool) -> 
     assert training_thread != update_thread
     assert {name for thread, name in found if thread == update_thread} == {"norm", "update"}
     assert {name for thread, name in found if thread == training_thread} == ordinary
-    training.optimizer.close()
 
 
 def test_a_range_and_a_recorded_span_enclose_the_same_body() -> None:
@@ -119,15 +135,16 @@ def test_a_range_and_a_recorded_span_enclose_the_same_body() -> None:
     assert list(stopwatch.elapsed_s) == ["update"]
 
 
-def test_no_range_is_made_unless_a_profiler_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_range_is_made_unless_a_profiler_runs(
+    make_training: Callable[..., Training], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(name: str) -> None:
         raise AssertionError(f"{name} costs time although nobody profiles")
 
     monkeypatch.setattr(spans, "record_function", fail)
-    training = Training(overlap=True)
+    training = make_training(overlap=True)
     with recorded_by(SpanRecorder()):
         training.step()
-    training.optimizer.close()
 
 
 def test_a_span_of_another_name_makes_no_range() -> None:

@@ -111,7 +111,7 @@ def test_an_overlapped_update_is_timed_once_in_the_next_record_skipped_or_not(
     # The record of the first step has no time yet, and a skipped step leaves none to the next.
     assert [spent_s > 0.0 for _, spent_s in found] == [False, True, True, False, False, True]
     for _, spent_s in found:
-        assert spent_s == 0.0 or 0.06 <= spent_s < 0.6
+        assert spent_s == 0.0 or 0.06 <= spent_s < 6.0
 
 
 def test_waiting_for_a_checkpoint_does_not_count_as_update_time() -> None:

@@ -275,11 +275,12 @@ def test_clients_that_read_no_answer_are_dropped(
 def test_a_single_request_is_answered_however_old_its_connection_is(
     open_server: Callable[..., StatusServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "CONNECTION_S", 0.1)
     monkeypatch.setattr(server_module, "_POLL_S", 0.05)
 
     def slow_status() -> dict[str, Any]:
-        time.sleep(1.0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(server_module, "CONNECTION_S", 0.0)
+            time.sleep(1.0)
         return {"slow": True}
 
     server = open_server(status=slow_status)
