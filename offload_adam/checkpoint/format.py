@@ -198,10 +198,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     if not path.exists():
-        raise CheckpointError(
-            f"{folder} is not a checkpoint: it has no {MANIFEST_NAME}. Pass a folder that "
-            "save_checkpoint wrote."
-        )
+        raise CheckpointError(_describe_missing(folder))
     # Reading from a pipe could hang.
     if not path.is_file():
         raise CheckpointError(f"{path} is not a regular file. {LOAD_ANOTHER}")
@@ -212,6 +209,19 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} cannot be read: {error.strerror}. Check its permissions and the disk."
         ) from error
     return parse_manifest(text, str(path))
+
+
+def _describe_missing(folder: Path) -> str:
+    """Return what is wrong with a folder without a manifest, and what to pass instead."""
+    if not folder.is_dir():
+        problem = "is not a folder" if folder.exists() else "does not exist"
+        return f"{folder} {problem}. Pass the folder of a checkpoint."
+    problem = f"{folder} is not a checkpoint: it has no {MANIFEST_NAME}."
+    below = [*folder.glob(f"*/{MANIFEST_NAME}"), *folder.glob(f"*/*/{MANIFEST_NAME}")]
+    if below:
+        newest = max(below, key=lambda path: path.stat().st_mtime).parent
+        return f"{problem} The newest checkpoint below it is {newest}."
+    return f"{problem} Pass a folder that save_checkpoint wrote."
 
 
 def parse_manifest(text: str | bytes, origin: str) -> Manifest:

@@ -93,11 +93,13 @@ def _read_torch_pickle(
         content = torch.load(source, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(
-            f"{source} cannot be opened: {error.strerror}. Check the path and its permissions."
+            f"{source} cannot be opened: {error.strerror}. Pass a file that torch.save wrote."
         ) from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         # torch puts its reason after several lines of advice, some of it to run the file's code.
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+        # A KeyError, from bytes that are no pickle, has only a number.
+        text = "it is damaged" if isinstance(error, KeyError) else str(error)
+        reason = text.rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
         raise CheckpointError(
             f"{source} holds more than tensors and plain values, or was not written by torch.save: "
             f"{reason.rstrip('.')}. Code in a file is not run: save only the two state dicts."

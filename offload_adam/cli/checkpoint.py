@@ -67,7 +67,7 @@ def inspect(path: Folder) -> None:
     Exit codes: 0 done, 1 damaged or not a checkpoint.
     """
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from offload_adam.checkpoint.format import DTYPES, read_manifest
     from offload_adam.units import format_nbytes
@@ -75,7 +75,9 @@ def inspect(path: Folder) -> None:
     with _exit_on_error():
         manifest = read_manifest(path)
     title = f"step {manifest.step}, saved by {manifest.world_size} rank(s)"
-    table = Table("tensor", "dtype", "shape", "pieces", "size", title=title)
+    # Two names may differ at their ends only: wrap them, where rich would cut them.
+    names = Column("tensor", overflow="fold")
+    table = Table(names, "dtype", "shape", "pieces", "size", title=title)
     for name, entry in sorted(manifest.tensors.items()):
         nbytes = prod(entry.shape) * DTYPES[entry.dtype].itemsize
         shape = " x ".join(map(str, entry.shape)) or "1"

@@ -92,7 +92,7 @@ def find_factory(spec: str) -> Callable[..., Any]:
     try:
         function: Callable[..., Any] = attrgetter(function_name)(found)
     except AttributeError as error:
-        raise ConfigError.at(_KEY, f"{module_name} has no {function_name}") from error
+        raise ConfigError.at(_KEY, f"{module_name} has no function {function_name}") from error
     if not callable(function):
         raise ConfigError.at(_KEY, f"{spec} is not a function: it is a {type(function).__name__}")
     return function

@@ -254,29 +254,31 @@ def find_checkpoint(config: RunConfig) -> Path | None:
     """Return the checkpoint to resume from, None if the run begins at its first step.
 
     With `checkpoint.resume: auto`, and after every restart by torchrun, it is the newest intact
-    checkpoint in the run's folder. Checkpoints are read completely, from the newest on, and damaged
-    ones are skipped with a warning.
+    checkpoint in the run's folder. Checkpoints are read completely, from the newest on. Warnings
+    name the damaged ones, which are skipped, and say if the run begins at its first step for that.
 
     Raises:
         ConfigError: `checkpoint.resume` is the path of a damaged or missing checkpoint.
     """
     resume = config.checkpoint.resume
-    if resume == "auto" or attempt() > 0:
-        folder = run_folder(config) / FOLDER_NAME
-        for step in reversed(steps_in(folder)):
-            path = folder / f"step-{step}"
-            try:
-                verify_checkpoint(path)
-            except CheckpointError as error:
-                logger.warning("Skipping checkpoint %s: %s", path, error)
-            else:
-                return path
+    folder = run_folder(config) / FOLDER_NAME
+    steps = steps_in(folder) if resume == "auto" or attempt() > 0 else []
+    for step in reversed(steps):
+        try:
+            verify_checkpoint(folder / f"step-{step}")
+        except CheckpointError as error:  # the message has the path
+            logger.warning("Skipping checkpoint step-%d: %s", step, error)
+        else:
+            return folder / f"step-{step}"
     if resume in ("auto", "never"):
+        if steps:
+            logger.warning("Starting from the first step: no checkpoint in %s is intact", folder)
         return None
     try:
         verify_checkpoint(resume)
     except CheckpointError as error:
-        raise ConfigError.at("checkpoint.resume", str(error)) from error
+        problem = f"must be auto, never or the folder of an intact checkpoint: {error}"
+        raise ConfigError.at("checkpoint.resume", problem) from error
     return Path(resume)
 
 
@@ -307,7 +309,9 @@ def set_aside(config: RunConfig, first_step: int) -> None:
         )
         return
     logger.warning(
-        "Moved checkpoints of step %s, from which this run does not resume, to %s", steps, aside
+        "Moved the checkpoints of step(s) %s, from which this run does not resume, to %s",
+        steps,
+        aside,
     )
 
 

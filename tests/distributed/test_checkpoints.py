@@ -198,7 +198,7 @@ def test_mismatched_checkpoints_are_rejected_on_every_rank(ranks: RankPool, tmp_
         "that the model does not have",
         "object",
         "Rank(s) [1] failed in preparing a checkpoint: extra['hook'] is of type builtin_function",
-        "is not a checkpoint",
+        "does not exist",
         "has shape",
         "Loading does not cast",
     ]

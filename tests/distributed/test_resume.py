@@ -132,6 +132,29 @@ def run_on_ranks(
     return ranks.run(train, world_size, sections, env=agent)
 
 
+def test_a_start_from_the_first_step_because_all_checkpoints_are_damaged_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "case" / "checkpoints"
+    config = RunConfig.model_validate(values(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert saving.find_checkpoint(config) is None
+        assert not caplog.records
+        (folder / "step-4").mkdir(parents=True)
+        assert saving.find_checkpoint(config) is None
+    skipped, start = (record.getMessage() for record in caplog.records)
+    assert skipped.startswith(
+        f"Skipping checkpoint step-4: {folder / 'step-4'} is not a checkpoint"
+    )
+    assert start == f"Starting from the first step: no checkpoint in {folder} is intact"
+
+
+def test_a_checkpoint_to_resume_from_that_does_not_exist_is_rejected(tmp_path: Path) -> None:
+    config = RunConfig.model_validate(values(tmp_path, checkpoint={"resume": "no"}))
+    with pytest.raises(ConfigError, match=r"must be auto, never or the folder of .* no does not"):
+        saving.find_checkpoint(config)
+
+
 def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = run(tmp_path)
     folder = tmp_path / "case" / "checkpoints"
@@ -145,6 +168,7 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, caplog: pytest.LogCaptu
         found = saving.find_checkpoint(RunConfig.model_validate(values(tmp_path)))
     assert found == folder / "step-4"
     assert caplog.text.count("Skipping checkpoint") == 2
+    assert "first step" not in caplog.text
     assert bits(run(tmp_path)) == bits(whole)
     # They are out of the way, and the run has written its own.
     assert steps(tmp_path) == [4, 8, 12]

@@ -155,7 +155,7 @@ def test_a_seed_makes_the_same_model_again(own_module: str) -> None:
 @pytest.mark.parametrize(
     ("function", "problem"),
     [
-        ("missing", "has no missing"),
+        ("missing", "has no function missing"),
         ("number", "is not a function"),
         ("nothing", "must return a torch.nn.Module, got int"),
         ("frozen", "no parameter that requires a gradient"),

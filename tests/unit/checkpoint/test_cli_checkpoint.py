@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,30 @@ def test_verify_names_the_damaged_bytes(saved: Path) -> None:
     assert "is damaged between byte 0" in output
 
 
-def test_a_folder_that_is_not_a_checkpoint(tmp_path: Path) -> None:
-    for name in ("verify", "inspect"):
-        code, output = command(name, str(tmp_path))
+def test_inspect_shows_whole_names_in_a_narrow_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = torch.nn.ModuleDict({"a_long_name_" * 4: torch.nn.Linear(4, 3)})
+    save_checkpoint(tmp_path / "c", model=model, optimizer=OffloadAdam(model.parameters()))
+    monkeypatch.setenv("COLUMNS", "80")
+    _, output = command("inspect", str(tmp_path / "c"))
+    cells = "".join(line.split("│")[1].strip() for line in output.splitlines() if "│" in line)
+    assert "a_long_name_" * 4 + ".weight/exp_avg_sq" in cells
+
+
+@pytest.mark.parametrize("name", ["verify", "inspect"])
+def test_a_folder_that_is_not_a_checkpoint(saved: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    run = tmp_path / "run"
+    shutil.copytree(saved, run / "checkpoints" / "step-3")
+    for path, words in (
+        ("empty", "has no manifest.json. Pass a folder that save_checkpoint wrote."),
+        ("file", "file is not a folder."),
+        ("missing", "missing does not exist."),
+        ("run", f"The newest checkpoint below it is {run / 'checkpoints' / 'step-3'}."),
+        ("run/checkpoints", f"The newest checkpoint below it is {run / 'checkpoints' / 'step-3'}."),
+    ):
+        code, output = command(name, str(tmp_path / path))
         assert code == 1
-        assert "is not a checkpoint" in output
+        assert words in output
