@@ -52,15 +52,15 @@ def plan(
         typer.Option(help="Share of the state on the host. By default as in CONFIG, or all."),
     ] = None,
     host_bandwidth: Annotated[
-        float | None, typer.Option(metavar="GB/S", help="Bandwidth of a node's memory in a step.")
+        float | None, typer.Option(metavar="GB/s", help="Bandwidth of a node's memory in a step.")
     ] = None,
     bus_bandwidth: Annotated[
         float | None,
-        typer.Option(metavar="GB/S", help="Bandwidth of one GPU's copies in one direction."),
+        typer.Option(metavar="GB/s", help="Bandwidth of one GPU's copies in one direction."),
     ] = None,
     network_bandwidth: Annotated[
         float | None,
-        typer.Option(metavar="GB/S", help="Bandwidth at which a rank sends in collectives."),
+        typer.Option(metavar="GB/s", help="Bandwidth at which a rank sends in collectives."),
     ] = None,
     tera_flops: Annotated[
         float | None,
@@ -85,16 +85,14 @@ def plan(
 ) -> None:
     """Predict the memory of each rank, whether it fits, and the time of a step.
 
-    Nothing is allocated. The parameters of CONFIG are on a GPU with --gpu-memory
-    or if this machine has a GPU, those of --params always.
+    Nothing is allocated. The parameters of CONFIG are on a GPU with --gpu-memory or if this machine
+    has a GPU, those of --params always.
 
-    The time is predicted from bandwidths: `offload-adam doctor` has saved those
-    of this machine, --measure measures them now, and options override both.
-    With --tflops, the time includes forward and backward, and the plan shows
-    how much of the optimizer's time they do not hide.
+    The time is predicted from bandwidths: `offload-adam doctor` has saved those of this machine,
+    --measure measures them now, and options override both. With --tflops, the time includes forward
+    and backward, and the plan shows how much of the optimizer's time they do not hide.
 
-    Exit codes: 0 it fits, 2 wrong option or configuration, 3 it does not fit,
-    1 any other error.
+    Exit codes: 0 it fits, 2 wrong option or configuration, 3 it does not fit, 1 any other error.
     """
     from rich.console import Console
 

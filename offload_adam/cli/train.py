@@ -148,8 +148,11 @@ def _report(error: Exception | SystemExit, log_format: LogFormat) -> int:
     else:
         text = f"{type(error).__name__}: {error}"
         logger.error("%s", text, exc_info=error)
-    _write_error_file(text)
-    if isinstance(error, ConfigError):
+    # One line: the log has the whole text, such as the table of what does not fit.
+    first, *more = [line.strip() for line in text.splitlines()] or [""]
+    is_mistake = isinstance(error, ConfigError)
+    _write_error_file(f"{first}: {'; '.join(more)}" if is_mistake else first)
+    if is_mistake:
         return EXIT_BAD_CONFIGURATION
     return EXIT_DOES_NOT_FIT if isinstance(error, HostMemoryError) else 1
 
@@ -161,7 +164,7 @@ def _print_error(text: str, log_format: LogFormat) -> None:
         typer.echo(f"offload-adam: {text}", err=True)
 
 
-def _write_error_file(text: str) -> None:
+def _write_error_file(summary: str) -> None:
     """Write one line about an error to the file that torchrun quotes in its failure report.
 
     torch's own `record` writes a whole traceback, and writes nothing if the process exits by code.
@@ -171,9 +174,6 @@ def _write_error_file(text: str) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
         return
-    lines = text.splitlines() or [""]
-    # One line: the log has the whole text, such as the table of what does not fit.
-    summary = ": ".join(line.strip() for line in lines) if len(lines) == 2 else lines[0]
     message = {"message": summary, "extraInfo": {"timestamp": str(int(time.time()))}}
     with suppress(OSError):
         Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")

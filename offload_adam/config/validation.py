@@ -24,6 +24,8 @@ Key = tuple[str, str]
 _EXPECTED = {
     "bool_type": "must be true or false",
     "dict_type": "must be a mapping of keys to values",
+    "float_type": "must be a number",
+    "int_type": "must be an integer",
     "missing": "must be a list of two numbers",  # no second beta; all keys have defaults
     "model_type": "must be a mapping of keys to values",
     "string_too_short": "must not be empty",
@@ -41,7 +43,7 @@ _SYNONYMS = [
     set(names.split())
     for names in (
         "batch_size batch micro_batch_size local_batch_size per_device_train_batch_size",
-        "betas beta1 beta2 adam_beta1 adam_beta2",
+        "betas beta1 beta2 adam_beta1 adam_beta2 momentum",
         "dir out_dir output_dir dump_folder default_root_dir",
         "dtype precision",
         "eps epsilon adam_epsilon",
@@ -52,7 +54,7 @@ _SYNONYMS = [
         "http_port port",
         "keep_last keep_latest_k save_total_limit save_top_k",
         "lr learning_rate base_lr max_lr",
-        "max_grad_norm grad_clip max_norm clip_grad_norm gradient_clip_val",
+        "max_grad_norm clip grad_clip max_norm clip_grad_norm gradient_clip_val",
         "min_lr_ratio min_lr min_lr_factor",
         "num_heads n_head n_heads num_attention_heads heads",
         "num_layers n_layer n_layers num_hidden_layers layers depth",

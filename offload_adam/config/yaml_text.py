@@ -75,7 +75,7 @@ def write_yaml(value: Any) -> str:
 
 
 def read_yaml(text: str, path: str = "") -> tuple[Any, list[Mistake]]:
-    """Return the value of one YAML document, and a mistake for each duplicate or merge key.
+    """Return the value of one YAML document, and a mistake for each duplicate or merge key and tag.
 
     Args:
         path: dotted path of the key whose value the text is; "" for a whole file.
@@ -110,7 +110,9 @@ def _keep_text(node: yaml.Node, path: str) -> yaml.Node:
 def _mistakes_below(
     node: yaml.Node, path: str, above: frozenset[int], finished: set[int]
 ) -> Iterator[Mistake]:
-    """Yield a mistake for each duplicate or merge key below `node`; apply `_keep_text` to values.
+    """Yield a mistake for each duplicate or merge key and each unknown tag in `node`.
+
+    Applies `_keep_text` to values, and replaces unknown tags, so that the rest can be checked.
 
     Args:
         path: the dotted path of `node`.
@@ -120,6 +122,11 @@ def _mistakes_below(
     if id(node) in above:
         line = node.start_mark.line + 1
         raise yaml.YAMLError(f"the value of the anchor in line {line} contains itself")
+    if node.tag not in ConfigLoader.yaml_constructors:
+        tag, line = node.tag.replace(_TAG, "!!"), node.start_mark.line + 1
+        yield Mistake(path, f"the tag {tag} in line {line} is not supported: remove it")
+        kinds = {yaml.MappingNode: "map", yaml.SequenceNode: "seq", yaml.ScalarNode: "str"}
+        node.tag = _TAG + next(name for kind, name in kinds.items() if isinstance(node, kind))
     if isinstance(node, yaml.ScalarNode) or id(node) in finished:
         return
     above |= {id(node)}

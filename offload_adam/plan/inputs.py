@@ -138,7 +138,8 @@ def synthetic_specs(numel: int, itemsize: int) -> list[ParameterSpec]:
     """
     if not 1 <= numel <= MOST_NUMEL:
         raise ValueError(
-            f"the number of parameters must be at least 1 and at most {MOST_NUMEL:.0e}, not {numel}"
+            f"the number of parameters must be at least 1 and at most {MOST_NUMEL:.0e}, not "
+            f"{numel:.6g}"
         )
     num_parameters = min(MOST_SYNTHETIC, -(-numel // SYNTHETIC_NUMEL))
     if num_parameters < _LEAST_EQUAL:

@@ -103,6 +103,7 @@ class ShardedOptimizer(StateAccess):
         self._distributed = is_distributed(options.process_group)
         self.last_step: StepReport | None = None
         self.skipped_steps = 0
+        self._skipped_in_a_row = 0
         self.notice = Notice()
         self._warned_idle = False
         self._max_norm_once: float | None = None
@@ -315,11 +316,15 @@ class ShardedOptimizer(StateAccess):
         self._stepped(report)
         if torch_private.has_step_post_hooks(self):
             core.synchronize()  # post hooks run when this returns and may read parameters
+        in_a_row = self._skipped_in_a_row = self._skipped_in_a_row + 1 if report.skipped else 0
         if report.skipped:
             self.skipped_steps += 1
             report_skip(self)
-            if core.ranks.rank == 0:  # all ranks skip for the same reason
-                logger.warning("Skipped step (%d so far): %s", self.skipped_steps, report.reason)
+            # All ranks skip for the same reason. A run that skips every step must not fill its log:
+            # after 10 in a row, log only the 16th, 32nd, 64th and so on.
+            if core.ranks.rank == 0 and (in_a_row <= 10 or in_a_row.bit_count() == 1):
+                count = f"{self.skipped_steps} so far, {in_a_row} in a row"
+                logger.warning("Skipped step (%s): %s", count, report.reason)
         elif report.num_updated == 0 and not self._warned_idle:
             self._warned_idle = True
             if core.ranks.rank == 0:  # `num_updated` is the same on all ranks

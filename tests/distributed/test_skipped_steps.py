@@ -297,3 +297,23 @@ def warnings_of_two_bad_steps(rank: int, world_size: int) -> list[str]:
 def test_what_happens_on_all_ranks_is_logged_on_rank_0_only(ranks: RankPool) -> None:
     logged = ranks.run(warnings_of_two_bad_steps, 3)
     assert logged == [["Skipped step", "step() found no gradient on any parameter"], [], []]
+
+
+def test_of_many_skipped_steps_in_a_row_some_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = OffloadAdam([parameter])
+
+    def step(gradient: float) -> None:
+        parameter.grad = torch.full((3,), gradient)
+        optimizer.step()
+
+    for _ in range(40):
+        step(math.inf)
+    step(1.0)
+    step(math.nan)
+    optimizer.close()
+    skips = [text for text in caplog.messages if text.startswith("Skipped step")]
+    expected = [f"({n} so far, {n} in a row)" for n in (*range(1, 11), 16, 32)]
+    expected.append("(41 so far, 1 in a row)")
+    assert [text.partition("step ")[2].partition(":")[0] for text in skips] == expected
+    assert optimizer.skipped_steps == 41

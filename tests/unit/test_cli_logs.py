@@ -137,10 +137,15 @@ def test_torchruns_report_quotes_the_error_and_no_traceback(
 ) -> None:
     error_file = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(error_file))
-    assert CliRunner().invoke(app, ["train", TINY, "--train.num_stepz=3"]).exit_code == 2
+    wrong = ["--train.num_stepz=3", "--run.seed=x"]
+    assert CliRunner().invoke(app, ["train", TINY, *wrong]).exit_code == 2
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(error_file))
     report = str(ChildFailedError("offload_adam", {0: failure}))
-    assert f"traceback : {TINY}: 1 mistake: train.num_stepz: unknown key; did you" in report
+    quoted = report.partition("traceback : ")[2].partition("\n")[0]
+    assert quoted == (
+        f'{TINY}: 2 mistakes: run.seed: must be an integer, got "x"; train.num_stepz: unknown key; '
+        "did you mean train.num_steps?"
+    )
     assert "Traceback" not in report
 
 

@@ -163,7 +163,22 @@ def test_types_outside_of_the_core_schema_are_rejected(
     tmp_path: Path, tag: str, value: str
 ) -> None:
     text = f"model: {{factory: 'm:f', arguments: {{x: !!{tag} {value}}}}}"
-    assert tag in mistakes(tmp_path, text)[""]
+    problem = f"the tag !!{tag} in line 1 is not supported: remove it"
+    assert mistakes(tmp_path, text) == {"model.arguments.x": problem}
+
+
+def test_a_tag_does_not_hide_other_mistakes(tmp_path: Path) -> None:
+    text = "optimizer: {name: !!python/object:os.system x, epz: 1}\ndata: !mine {}\ndata: {}"
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, "--run.name=!!set {a}")
+    for problem in (
+        "optimizer.name: the tag !!python/object:os.system in line 1 is not supported: remove it",
+        "optimizer.epz: unknown key; did you mean optimizer.eps?",
+        "data: the tag !mine in line 2 is not supported: remove it",
+        "data: duplicate key, in lines 2 and 3",
+        "run.name: the tag !!set in line 1 is not supported: remove it",
+    ):
+        assert problem in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -567,7 +582,7 @@ def test_an_alias_beside_its_anchor_is_a_copy(tmp_path: Path) -> None:
 
 
 def test_yaml_that_would_build_objects_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+    with pytest.raises(ConfigError, match=r"apply:os\.getcwd in line 1 is not supported"):
         load(tmp_path, "run: !!python/object/apply:os.getcwd []")
 
 
