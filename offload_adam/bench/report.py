@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 _WIDEST = 17
-"""Longer cells after the first column, such as error messages, do not widen their column."""
+"""Longer cells after the first column, such as error messages, do not widen their column. The
+longest short reason, "out of GPU memory", still does."""
 
 
 def write_json(report: Mapping[str, Any], path: Path) -> None:

@@ -307,7 +307,7 @@ def _check_files(manifest: Manifest, origin: str) -> None:
         needed = -(-entry.nbytes // BLOCK_NBYTES)
         if len(entry.checksums) != needed:
             raise CheckpointError(
-                f"{origin}: {name} has {entry.nbytes} bytes and needs {needed} checksum(s), one "
+                f"{origin}: {name} has {entry.nbytes:,} bytes and needs {needed} checksum(s), one "
                 f"for each 4 MiB, but has {len(entry.checksums)}. {LOAD_ANOTHER}"
             )
 
@@ -329,10 +329,11 @@ def _check_tensor(manifest: Manifest, entry: TensorEntry) -> None:
         if file is None:
             raise ValueError(f"{piece.file!r} is not a file of the checkpoint")
         start, end = range_of_box(entry.memory_shape, piece.box)
-        last = piece.start + (end - start) * DTYPES[entry.dtype].itemsize
-        if last > file.nbytes:
+        end_byte = piece.start + (end - start) * DTYPES[entry.dtype].itemsize
+        if end_byte > file.nbytes:
             raise ValueError(
-                f"a piece exceeds the end of {piece.file}: it ends at byte {last} of {file.nbytes}"
+                f"a piece exceeds the end of {piece.file}: it ends at byte {end_byte:,} of "
+                f"{file.nbytes:,}"
             )
     # In ascending order, each range must begin where the one before it ends.
     ranges = [(start, end) for start, end, _ in sorted_pieces(entry)]

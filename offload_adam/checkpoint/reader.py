@@ -186,8 +186,8 @@ class VerifiedFile:
         """
         if not 0 <= start <= start + len(target) <= self._entry.nbytes:
             raise CheckpointError(
-                f"{self._path} has no bytes {start} to {start + len(target)}: it has "
-                f"{self._entry.nbytes}. {LOAD_ANOTHER}"
+                f"{self._path} has no bytes {start:,} to {start + len(target):,}: it has "
+                f"{self._entry.nbytes:,}. {LOAD_ANOTHER}"
             )
         done = 0
         while done < len(target):
@@ -222,10 +222,11 @@ class VerifiedFile:
             self._fill(view, start)
             if zlib.crc32(view) != self._entry.checksums[number]:
                 raise CheckpointError(
-                    f"{self._path} is damaged between byte {start} and {start + length}: its "
+                    f"{self._path} is damaged between byte {start:,} and {start + length:,}: its "
                     f"checksum is wrong. {LOAD_ANOTHER}"
                 )
-        # Only now: blocks in this dict are not verified again. The last one is used most recently.
+        # Only verified blocks, because a block in this dict is not verified again. Insertion at the
+        # end marks it as the most recently used.
         self._blocks[self._path, number] = block
         return memoryview(block)[:length]
 
@@ -237,12 +238,12 @@ class VerifiedFile:
                 count = os.preadv(self._descriptor, [view[done:]], start + done)
             except OSError as error:
                 raise CheckpointError(
-                    f"{self._path} cannot be read from byte {start + done}: {error.strerror}. "
+                    f"{self._path} cannot be read from byte {start + done:,}: {error.strerror}. "
                     "Check the disk, or load another checkpoint."
                 ) from error
             if count == 0:
                 raise CheckpointError(
-                    f"{self._path} ends at byte {start + done}, but was written with "
+                    f"{self._path} ends at byte {start + done:,}, but was written with "
                     f"{self._entry.nbytes:,} bytes. {LOAD_ANOTHER}"
                 )
             done += count

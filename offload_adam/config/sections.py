@@ -56,8 +56,8 @@ class ModelSection(Section):
 class DataSection(Section):
     """The training text, read as bytes: a named `source`, or `path`, a glob over your own files.
 
-    About `validation_fraction` of the files are used for validation only. If there is one file,
-    this fraction at its end is.
+    About `validation_fraction` of the files are used for validation only. Of a single file, this
+    fraction at its end is used for validation.
     """
 
     source: Literal["python-stdlib"] | None = None
@@ -75,10 +75,10 @@ class DataSection(Section):
 class TrainSection(Section):
     """The training loop.
 
-    `batch_size` is the number of sequences in one rank's microbatch, `sequence_length` the number
-    of tokens in each sequence, and `dtype` that of the parameters. The validation loss is computed
-    every `eval_every` steps, or only at the end if that is 0, and after the last step. All ranks
-    together use `eval_sequences` sequences for it.
+    `batch_size` is the number of sequences in one rank's microbatch, and `sequence_length` the
+    number of tokens in each. `dtype` is the dtype of the parameters. The validation loss is
+    computed every `eval_every` steps (0: never) and after the last step, over `eval_sequences`
+    sequences of all ranks together.
     """
 
     num_steps: PositiveInt = 100
@@ -102,7 +102,7 @@ class ScheduleSection(Section):
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
 
 
-# type: ignore, since mypy does not accept a base class that a function returns.
+# mypy does not accept a base class that a function returns.
 class MemorySection(keys_of("memory")):  # type: ignore[misc]
     """Where the optimizer state is stored, and which host memory is pinned."""
 
@@ -138,10 +138,10 @@ class ObserveSection(Section):
 class CheckpointSection(Section):
     """When checkpoints are written, which are kept, and where a run resumes.
 
-    A checkpoint is written every `every` steps and after the last step; 0 writes none, except if a
-    signal ends the run early. With `mode: async`, training continues while it is written. An update
-    of a bucket then waits only if the bucket is neither on disk nor in the snapshot buffer yet.
-    `snapshot_buffer_nbytes` limits the host memory of this buffer on each rank.
+    A checkpoint is written every `every` steps and after the last step. With 0, one is written only
+    if a signal ends the run early. With `mode: async`, training continues while a checkpoint is
+    written: the update of a bucket waits only until the bucket is written, or copied to the
+    snapshot buffer. `snapshot_buffer_nbytes` limits the host memory of this buffer on each rank.
 
     The newest `keep_last` checkpoints are kept, and those whose step is a multiple of `keep_every`.
     If a checkpoint cannot be written, the run continues without it, unless checkpoints are

@@ -1,4 +1,4 @@
-"""Validates a mapping as a `RunConfig`: finds all mistakes, and suggests known for unknown keys."""
+"""Validates a mapping as a `RunConfig`: finds all mistakes, and suggests the key that was meant."""
 
 from __future__ import annotations
 

@@ -65,9 +65,9 @@ def measure_bandwidth(
 def measure_step(num_threads: int, *, numel: int = STEP_NUMEL, num_steps: int = 9) -> float:
     """Return the bandwidth of an optimizer step in 1e9 bytes a second, the median over the steps.
 
-    The measured steps are those of one rank with bf16 parameters on the CPU, with clipping and
-    without streaming: they consist of norm and update. A plan predicts the time of a step as its
-    memory traffic over this bandwidth. WORLD_SIZE must be 1 or unset.
+    The measured steps of one rank with bf16 parameters on the CPU, with clipping and without
+    streaming, consist of norm and update only. A plan predicts the time of a step as its memory
+    traffic divided by this bandwidth. WORLD_SIZE must be 1 or unset.
 
     Raises:
         HostMemoryError: the state does not fit into the available memory.
@@ -103,9 +103,9 @@ def bus_gb_per_s(index: int) -> tuple[float, float]:
         arena.pin(CudaRuntime(gpu))
         host = arena.allocate(COPY_NBYTES, torch.uint8)
         device = torch.empty(COPY_NBYTES, dtype=torch.uint8, device=gpu)
-        # Without `non_blocking`, `copy_` calls cudaMemcpyAsync and then cudaStreamSynchronize, in
-        # both directions and for pinned memory, too. Nothing else is on this stream, so the host's
-        # clock needs no events.
+        # Without `non_blocking`, `copy_` calls cudaMemcpyAsync and then cudaStreamSynchronize, also
+        # for pinned memory and in both directions. Nothing else is on this stream, so the host's
+        # clock suffices.
         h2d_s = _median_s(partial(device.copy_, host))
         d2h_s = _median_s(partial(host.copy_, device))
     return COPY_NBYTES / h2d_s / 1e9, COPY_NBYTES / d2h_s / 1e9

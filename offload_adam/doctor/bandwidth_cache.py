@@ -74,7 +74,7 @@ def _path() -> Path:
 
 
 def keep(measured: Bandwidth) -> Path | None:
-    """Write the measured values into the file, and keep its values of everything else.
+    """Write the measured values into the file, whose other values stay as they are.
 
     Returns:
         The file, or None, with a warning in the log, if it cannot be written.

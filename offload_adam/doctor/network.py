@@ -118,8 +118,8 @@ def measure_network(
         ]
         for one in pending:
             one.wait(ranks)
-        # On a GPU, `one.wait` returns at once, because the lane's stream waits for the collectives.
-        # An event on that stream tells when they are over; on a CPU, it has passed already.
+        # On a GPU, `one.wait` returns at once: only the lane's stream waits for the collectives. An
+        # event on that stream completes after them. On a CPU, the collectives are over here.
         ranks.wait_until(streams.record(lane).query, pause_s=_POLL_S)
         return time.perf_counter() - start_s
 

@@ -61,8 +61,9 @@ def last_save(folder: Path, num_parameters: float | None) -> Finding:
     return Finding(
         "last save",
         f"{found}; saving {num_parameters:.2g} takes {needed_s:.0f} s, so the run would be killed",
-        f"start torchrun with --shutdown-timeout={2 * needed_s:.0f} (or set "
-        f"{_TIMEOUT_VARIABLE} to this), and let the scheduler wait as long before it kills the job",
+        f"start torchrun with --shutdown-timeout={2 * needed_s:.0f} (for the scripts in launch/ of "
+        f"the source repository, set {_TIMEOUT_VARIABLE} to this number), and let the scheduler "
+        "wait as long before it kills the job",
     )
 
 

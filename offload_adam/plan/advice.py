@@ -23,7 +23,7 @@ class Need(NamedTuple):
 
     @property
     def is_met(self) -> bool:
-        """Return whether the run fits into this memory, as far as its size is known."""
+        """Whether the run fits into this memory, as far as its size is known."""
         return self.available_nbytes is None or self.needed_nbytes <= self.available_nbytes
 
 
@@ -37,7 +37,9 @@ def needs(plan: Prediction, training: Training, machine: Machine) -> list[Need]:
 
 
 def largest_model(itemsize: int, training: Training, machine: Machine) -> int | None:
-    """Return how many parameters fit, too few by at most 0.1%; None if no memory is known.
+    """Return about how many parameters fit, None if no memory is known.
+
+    The result is below the limit by at most 0.1%, or by one parameter.
 
     Args:
         itemsize: bytes of an element of the parameters.

@@ -143,7 +143,8 @@ def synthetic_specs(numel: int, itemsize: int) -> list[ParameterSpec]:
         )
     num_parameters = min(MOST_SYNTHETIC, -(-numel // SYNTHETIC_NUMEL))
     if num_parameters < _LEAST_EQUAL:
-        # Were few parameters equal, one more would make all of them, and their buckets, smaller.
+        # If few parameters were equal, one more would make each of them, and its bucket, much
+        # smaller. From _LEAST_EQUAL on, this lowers the predicted memory by about 0.1% at most.
         whole, rest = divmod(numel, SYNTHETIC_NUMEL)
         sizes = [SYNTHETIC_NUMEL] * whole + ([rest] if rest else [])
     else:

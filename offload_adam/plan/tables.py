@@ -129,11 +129,9 @@ def _verdict(memories: Sequence[Need], training: Training) -> str:
     ]
     if exceeded:
         return f"It does not fit: {'; '.join(exceeded)}."
-    unknown = [need.memory for need in memories if need.available_nbytes is None]
-    if unknown:
-        # The command knows the memory of a host, so only that of a GPU can be missing.
-        named = " and ".join(unknown)
-        return f"It fits as far as is known, but the {named} is not known: give --gpu-memory."
+    # The command always knows the host's memory, so only the GPU's can be unknown.
+    if any(need.available_nbytes is None for need in memories):
+        return "It fits as far as is known, but the memory per GPU is not known: give --gpu-memory."
     own = " and the memory that CUDA itself uses" if training.on_device else ""
     return f"It fits, without counting activations{own}."
 

@@ -128,7 +128,7 @@ def _bucket_seconds(
 ) -> dict[Operation, float | None]:
     """Return how long each operation on a bucket takes, None where the speed is unknown.
 
-    Packing is not predicted. Updates on the device take no time.
+    Packing and updates on the device take no time. Packing on the host is a part of the update.
     """
     bucket, network = plan.bucket, machine.network
     numel = sum(placed.numel for placed in bucket.placements)  # without padding

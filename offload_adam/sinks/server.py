@@ -27,7 +27,7 @@ CONNECTION_S = 10.0
 """A connection is closed at this age, idle or not. Every answer takes less than two seconds."""
 MOST_CONNECTIONS = 32
 """Further connections wait in the kernel's queue."""
-_POLL_S = 0.5  # seconds between two checks of the connections' age; `close` does not wait for it
+_POLL_S = 0.5  # seconds between two checks of the connections' age; may delay `close` as long
 # Longest wait of `close` in seconds: half for answers in progress, each below two seconds, and half
 # to close the connections. A thread that takes longer is a daemon, and ends with the process.
 _JOIN_S = 5.0

@@ -122,9 +122,9 @@ def _by_name(files: Iterable[Path], root: Path) -> dict[str, Path]:
 def split_by_hash(names: Sequence[str], validation_fraction: float) -> tuple[list[str], list[str]]:
     """Return the training names and the validation names, in the given order.
 
-    The split of a name depends only on its hash. So it is the same on every rank and machine, also
-    after other files are added or removed. If one split would be empty, the name
-    whose hash is nearest to the limit moves to it. Needs two names or more.
+    The split of a name depends only on its hash, so it is the same on every rank and machine, and
+    stays when other files are added or removed. The only exception: if one split would be empty,
+    the name whose hash is nearest to the limit moves to it. Needs two names or more.
     """
     digests = {
         name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names
@@ -186,7 +186,11 @@ def sample_batch(
 def evaluation_starts(
     num_tokens: int, sequence_length: int, num_sequences: int
 ) -> npt.NDArray[np.int64]:
-    """Return the starts of at most `num_sequences` sequences, evenly spread, without overlap."""
+    """Return the starts of at most `num_sequences` evenly spread sequences.
+
+    No two of them have a target in common, but the last target of one may be the first input of the
+    next.
+    """
     num_sequences = min(num_sequences, (num_tokens - 1) // sequence_length)
     last_start = num_tokens - 1 - sequence_length
     return np.linspace(0, last_start, num_sequences).astype(np.int64)

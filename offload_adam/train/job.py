@@ -1,4 +1,4 @@
-"""Runs a job from its configuration to its summary: come here for the order of the parts."""
+"""Runs a job from its configuration to its summary: checks, ranks, optimizer, steps, saves."""
 
 from __future__ import annotations
 

@@ -260,7 +260,9 @@ class GPT(nn.Module):
         return self.head(self.final_norm(x))  # type: ignore[no-any-return]
 
     def _init_weights(self) -> None:
-        """Draw matrices from N(0, 0.02), and smaller those that write to the residual stream.
+        """Draw matrices from a normal distribution; biases start at zero.
+
+        Its standard deviation is 0.02, and smaller for matrices that write to the residual stream.
 
         The residual stream sums the output of two matrices per block, so their scale is divided by
         the square root of the number of these matrices, as in GPT-2.

@@ -83,6 +83,6 @@ def build_schedule(optimizer: Optimizer, config: RunConfig) -> LRScheduler | Non
     decay = CosineAnnealingLR(optimizer, decay_steps, eta_min=floor)
     if warmup_steps == 0:
         return decay
-    # 1 / (warmup_steps + 1), so that the learning rate of the first update is above zero.
+    # The learning rate of the first update must be above zero.
     warmup = LinearLR(optimizer, start_factor=1 / (warmup_steps + 1), total_iters=warmup_steps)
     return SequentialLR(optimizer, [warmup, decay], milestones=[warmup_steps])

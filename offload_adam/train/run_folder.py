@@ -33,7 +33,8 @@ LEASE_S = 30.0
 A live process that pauses for longer, such as in a hung network file system, may lose its folder to
 another start. A start after a crash on another host waits this long.
 """
-# Per lease. A second start is rejected at the owner's next refresh, so after a tenth of the lease.
+# Refreshes per lease. A second start is rejected at the owner's next refresh, so after a tenth of
+# the lease at most.
 _REFRESHES = 10
 _POLL_S = 0.1  # between looks at the lock file; refreshes are 3 s apart
 

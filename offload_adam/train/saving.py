@@ -52,7 +52,7 @@ MAY_CHANGE = (
     "observe.",
     "checkpoint.",
 )
-"""Prefixes of the keys that a resumed run may change; one with a dot at its end is a section."""
+"""Prefixes of the keys that a resumed run may change. One that ends with a dot is a section."""
 
 
 class CheckpointSaver:
@@ -166,7 +166,7 @@ class CheckpointSaver:
             self._pending = None
             self.totals.num_failed += 1
             text = (
-                "Cannot write checkpoint %s (%d failed so far). Training continues without it: %s"
+                "Cannot write checkpoint %s (%d failed so far): %s. Training continues without it"
             )
             _tolerate(error, self._job, text, self._path, self.totals.num_failed)
 
@@ -211,8 +211,8 @@ def require_shared_folder(job: Job) -> None:
         raise
     except (OSError, PeerError) as error:
         text = (
-            "Cannot write checkpoints to %s. Training starts anyway. Make the folder writable "
-            "before the first checkpoint: %s"
+            "Cannot write checkpoints to %s: %s. Training starts nevertheless. Make the folder "
+            "writable before the first checkpoint"
         )
         _tolerate(error, job, text, folder)
 
@@ -221,13 +221,13 @@ def _tolerate(error: Exception, job: Job, text: str, *values: object) -> None:
     """Log an error, or raise it if checkpoints are required.
 
     Args:
-        text, values: the log message and its arguments, to which the error is added.
+        text, values: the log message and its arguments, to which the error's text is added.
     """
     if job.config.checkpoint.required:
         raise error
     # Log each error once: an OSError is this rank's own, but other errors are raised on all ranks.
     if isinstance(error, OSError) or job.world.rank == 0:
-        logger.error(text, *values, error, exc_info=error)
+        logger.error(text, *values, str(error).removesuffix("."), exc_info=error)
 
 
 def checkpoint_path(config: RunConfig, step: int) -> Path:

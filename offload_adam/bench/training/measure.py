@@ -1,4 +1,7 @@
-"""Time the steps of one contender and record the memory that it takes, in its own process."""
+"""Time the steps of one contender and record the memory that it takes.
+
+Each contender runs in its own process, so that its memory and threads end with it.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +44,8 @@ PRECEDING = ("reduce", "norm", "agree")
 OUT_OF_MEMORY = "out of GPU memory"
 _SAMPLE_S = 0.05
 START_METHOD = "spawn"  # a forked process cannot use CUDA
-_POLL_S = 1.0
-_EXIT_S = 10.0
+_POLL_S = 1.0  # between checks that the process is alive
+_EXIT_S = 10.0  # for the process to exit after its results; then it is killed
 _DONE = None
 
 

@@ -49,7 +49,7 @@ class Results:
 
     bus_down_gb_per_s: bandwidth of D2H copies, None without a GPU.
     batches: (target ratio or None if the batch was given, number of sequences).
-    not_tried: target ratios without a batch of their own, because none fits or is small enough.
+    not_tried: target ratios that were left out: their batch does not fit, or another target has it.
     sequential: the measurement that gave U to choose the batches.
     measured: by contender, including the model alone.
     wall_s: seconds that the measurement of each contender took.

@@ -39,7 +39,7 @@ class TrainBenchmarkError(RuntimeError):
 
 
 class ModelTooLargeError(RuntimeError):
-    """The model does not fit into the GPU at FIRST_BATCHES."""
+    """The model does not fit into the GPU with the batches from which others are chosen."""
 
 
 def measure_train(
@@ -84,11 +84,11 @@ def measure_train(
 
     def measure(name: str, chosen: Sequence[int], num_left: int = 1) -> Measured:
         """Measure a contender, one of `num_left` that are not measured yet."""
-        logger.info("Measuring %s at %s sequences", name, ", ".join(map(str, chosen)))
         left_s = end_s - time.monotonic()
         limit_s = min(PROCESS_TIMEOUT_S, left_s, SHARES * left_s / num_left)
         if limit_s < LEAST_S:
             return Measured(reasons=dict.fromkeys(chosen, "no time was left"))
+        logger.info("Measuring %s at %s sequences", name, ", ".join(map(str, chosen)))
         return run(
             Task(
                 contender=name,
@@ -128,7 +128,8 @@ def _choose_batches(
     def required(name: str, batches: Sequence[int], least: int = 1) -> Measured:
         """Measure batches, of which `least` must have times unless they do not fit."""
         found = measure(name, batches)
-        failures = [reason for reason in found.reasons.values() if reason != OUT_OF_MEMORY]
+        reasons = [found.unavailable] if found.unavailable else found.reasons.values()
+        failures = [reason for reason in reasons if reason != OUT_OF_MEMORY]
         if failures and len(found.steps) < least:
             raise TrainBenchmarkError(f"{name} failed, so no batches were chosen: {failures[0]}")
         return found
@@ -157,8 +158,14 @@ def _choose_batches(
         ):
             break
     results.measured[MODEL_ALONE] = Measured(steps=alone)
-    # Of a small model, several targets may share the batch 1: the largest is nearest to its ratio.
-    targets = {batch: target for target, batch in chosen.items() if batch in alone}
+    # Several targets may share a batch, such as 1 for a small model: keep the one nearest to its
+    # ratio.
+    targets: dict[int, float] = {}
+    for target, batch in chosen.items():
+        if batch in alone:
+            ratio = (alone[batch].forward_ms or 0.0) / update_ms
+            sharing = (targets.get(batch, target), target)
+            targets[batch] = min(sharing, key=lambda each: abs(each - ratio))
     results.batches = sorted((target, batch) for batch, target in targets.items())
     tried = [target for target, _ in results.batches]
     results.not_tried = [target for target in TARGET_RATIOS if target not in tried]
