@@ -199,6 +199,35 @@ def test_a_batch_that_is_nearest_to_several_ratios_is_one_point() -> None:
     assert report["not_tried"] == [0.25, 0.5]
 
 
+def test_of_ratios_with_one_batch_the_nearest_to_the_measured_one_is_kept() -> None:
+    class SameForward(SimulatedMachine):
+        """Every batch takes 21 ms, about half of the update, so that ratios share a batch."""
+
+        def __call__(self, task: Task) -> Measured:
+            found = super().__call__(task)
+            if task.contender != MODEL_ALONE:
+                return found
+            return replace(
+                found, steps={b: replace(s, forward_ms=21.0) for b, s in found.steps.items()}
+            )
+
+    report = report_of(SameForward())
+    # 0.25 and 0.5 share one batch; 1, 2 and 4 share another.
+    assert [point["target_ratio"] for point in report["points"]] == [0.5, 1.0]
+    assert report["not_tried"] == [0.25, 2.0, 4.0]
+
+
+@pytest.mark.parametrize("missing", [MODEL_ALONE, SEQUENTIAL])
+def test_batches_cannot_be_chosen_without_the_contenders_for_it(missing: str) -> None:
+    def run(task: Task) -> Measured:
+        if task.contender == missing:
+            return Measured(unavailable="not importable")
+        return SimulatedMachine()(task)
+
+    with pytest.raises(TrainBenchmarkError, match=f"{missing} failed.*: not importable"):
+        measure_train(TINY, "cpu", run=run)
+
+
 @pytest.mark.parametrize("broken", [FSDP2, OVERLAPPED])
 def test_a_contender_that_breaks_has_the_reason_in_its_row(broken: str) -> None:
     report = report_of(SimulatedMachine(broken=broken))
