@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.options import ExecutionOptions, FailurePolicy, OffloadPolicy
 from offload_adam.params.groups import check_group, hyperparameters_of
 from offload_adam.sharded_optimizer import ShardedOptimizer
+
+logger = logging.getLogger(__name__)
 
 
 class OffloadAdam(ShardedOptimizer):
@@ -56,14 +59,19 @@ class OffloadAdam(ShardedOptimizer):
             are read from `param_groups` at each step, so schedulers work.
         betas: (b1, b2), the decay rates of the moments m and v, each in [0, 1).
         eps: added to the denominator, at least 0.
-        weight_decay: coefficient of the L2 penalty: `weight_decay * w` is added to g. See
-            `decoupled_weight_decay`.
+        weight_decay: coefficient of the L2 penalty: `weight_decay * w` is added to g, as in
+            `torch.optim.Adam`. In place of `torch.optim.AdamW` use `OffloadAdamW`, whose weight
+            decay is decoupled.
         amsgrad: replace v in the last line by the largest v so far, which costs 4 more bytes of
             state per parameter. Not supported with more than one rank.
         nesterov: replace m in the last line by `b1 * m + (1 - b1) * g`.
         maximize: maximize the objective instead of minimizing it.
         decoupled_weight_decay: subtract `lr * weight_decay * w` from w, as AdamW does, instead of
             adding weight decay to the gradient.
+        foreach, fused: without effect, since updates run in kernels of this package. True is
+            logged once.
+        capturable, differentiable: must be False or None. An update can neither be captured in a
+            CUDA graph nor be differentiated.
         max_grad_norm: clip the 2-norm of each step's gradients, over all parameters and averaged
             over the ranks, to this value. None for no clipping. Needs no extra collective, unlike
             `clip_grad_norm_`.
@@ -128,6 +136,10 @@ class OffloadAdam(ShardedOptimizer):
         *,
         nesterov: bool = False,
         maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool | None = False,
+        differentiable: bool | None = False,
+        fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         module: torch.nn.Module | None = None,
@@ -163,9 +175,19 @@ class OffloadAdam(ShardedOptimizer):
             "nesterov": nesterov,
             "maximize": maximize,
             "decoupled_weight_decay": decoupled_weight_decay,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
         }
 
         self._construct(options, lambda: self._add_groups(params, defaults))
+        chosen = [
+            name for name in ("foreach", "fused") if any(group[name] for group in self.param_groups)
+        ]
+        if chosen and self.ranks.rank == 0:
+            given = " and ".join(f"{name}=True" for name in chosen)
+            logger.info("Ignoring %s: updates run in kernels of this package", given)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_group(group)
@@ -197,6 +219,10 @@ class OffloadAdamW(OffloadAdam):
         *,
         nesterov: bool = False,
         maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool | None = False,
+        differentiable: bool | None = False,
+        fused: bool | None = None,
         max_grad_norm: float | None = None,
         module: torch.nn.Module | None = None,
         process_group: dist.ProcessGroup | None = None,
@@ -218,6 +244,10 @@ class OffloadAdamW(OffloadAdam):
             amsgrad,
             nesterov=nesterov,
             maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
             decoupled_weight_decay=True,
             max_grad_norm=max_grad_norm,
             module=module,

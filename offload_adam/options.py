@@ -17,7 +17,8 @@ import inspect
 import math
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 if TYPE_CHECKING:
@@ -82,9 +83,28 @@ class Dtype:
             raise ValueError(f"{name} must be torch.{self.name}{or_none}, not {value}")
 
 
+def is_number(value: object) -> bool:
+    """Return whether a value is a real number, of Python or NumPy. A bool is not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_integer(value: object) -> bool:
+    """Return whether a value is an integer, of Python or NumPy. A bool is not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def plain(number: Any) -> int | float:
+    """Return a real number as Python's int or float.
+
+    A stored NumPy number would get into state dicts, which `torch.load(weights_only=True)` then
+    rejects, and into arithmetic with Python's floats, which NumPy does in float32.
+    """
+    return int(number) if isinstance(number, Integral) else float(number)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Number:
-    """A number in a range, with at least one bound. A bool is rejected.
+    """A number in a range, of Python or NumPy, with at least one bound. A bool is rejected.
 
     kind: int, or float for any real number.
     above: exclusive lower bound.
@@ -102,8 +122,7 @@ class Number:
 
     def check(self, name: str, value: Any, or_none: str = "") -> None:
         """Raise TypeError for another type, ValueError for a number outside the range."""
-        types = int if self.kind is int else (int, float)
-        if isinstance(value, bool) or not isinstance(value, types):
+        if not (is_integer(value) if self.kind is int else is_number(value)):
             what = ("an int" if self.kind is int else "a number") + (self.unit and " of ")
             raise TypeError(f"{name} must be {what}{self.unit}{or_none}, not {value!r}")
         if not self._contains(value):
@@ -160,21 +179,25 @@ def options_of(policy: Any) -> Iterator[Option]:
             yield Option(item.name, item.default, *item.metadata[_DECLARED])
 
 
-def check_options(policy: Any) -> None:
-    """Check the value of every option of a policy instance.
+def check_options(policy: Any) -> Any:
+    """Check the value of every option of a policy instance, and return it with plain numbers.
 
     Raises:
         TypeError, ValueError: for the first wrong value; the message names the option.
     """
+    numbers: dict[str, int | float] = {}
     for declared in options_of(policy):
         value = getattr(policy, declared.name)
         optional = declared.default is None
         if declared.rule is not None and not (optional and value is None):
             declared.rule.check(declared.name, value, " or None" if optional else "")
+            if isinstance(declared.rule, Number):
+                numbers[declared.name] = plain(value)
+    return replace(policy, **numbers)
 
 
-def check_policy(name: str, policy: Any, kind: type) -> None:
-    """Check that `policy` is an instance of `kind` and that its options are valid.
+def check_policy(name: str, policy: Any, kind: type) -> Any:
+    """Check that `policy` is a valid instance of `kind`, and return it with plain numbers.
 
     Args:
         name: the argument's name, for the error message.
@@ -184,7 +207,7 @@ def check_policy(name: str, policy: Any, kind: type) -> None:
     """
     if not isinstance(policy, kind):
         raise TypeError(f"{name} must be {kind.__name__}(...), not {policy!r}")
-    check_options(policy)
+    return check_options(policy)
 
 
 def _documented(policy: type[C]) -> type[C]:

@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+from offload_adam.options import is_integer, is_number, plain
+
 
 class LearningRateSchedule(ABC):
     """Base class of schedules. `Adam` and `LambdaLR` also accept any callable of the step."""
@@ -34,7 +36,8 @@ class BuiltInSchedule(LearningRateSchedule):
     def to_state(self) -> dict[str, Any]:
         """Return the name and the arguments as plain values, for `schedule_from_state`."""
         arguments = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {"name": type(self).__name__, **arguments}
+        numbers = {name: plain(value) for name, value in arguments.items() if is_number(value)}
+        return {"name": type(self).__name__, **arguments, **numbers}
 
 
 def schedule_from_state(state: Mapping[str, Any]) -> BuiltInSchedule:
@@ -247,16 +250,18 @@ def _check_decay(learning_rate: float, decay_rate: float, decay_steps: int, is_s
 
 
 def _check_number(name: str, value: float, *, zero: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"{name} must be a number, not {value!r}")
-    # Not math.isfinite, which raises OverflowError for an int that no float can hold.
-    if not 0 <= value <= sys.float_info.max or (value == 0 and not zero):
+    # Not math.isfinite, which raises OverflowError for an int that no float can hold. NumPy would
+    # convert the bound to its own dtype, where it overflows.
+    number = plain(value)
+    if not 0 <= number <= sys.float_info.max or (number == 0 and not zero):
         least = "at least" if zero else "above"
         raise ValueError(f"{name} must be finite and {least} 0, not {value}")
 
 
 def _check_steps(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_integer(value):
         raise TypeError(f"{name} must be an int, not {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, not {value}")

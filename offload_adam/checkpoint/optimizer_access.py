@@ -15,13 +15,14 @@ from torch import nn
 
 from offload_adam.checkpoint.format import LOAD_ANOTHER
 from offload_adam.errors import CheckpointError
-from offload_adam.params.groups import FIXED_OPTIONS
+from offload_adam.params.groups import FIXED_OPTIONS, TORCH_OPTIONS
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.state.state_shard import check_step_count, shards_of
 from offload_adam.step.step import ShardedAdam
 
-# Not saved as options: parameters are saved by their names in the model.
-_NOT_OPTIONS = ("params", "param_names")
+# Not saved as options: parameters are saved by their names in the model, and torch's options have
+# no effect on the state.
+NOT_OPTIONS = ("params", "param_names", *TORCH_OPTIONS)
 SAME_MODEL = "Construct the model and the optimizer as they were when they were saved."
 """What to do about a checkpoint of another model or optimizer, for error messages."""
 
@@ -83,7 +84,7 @@ def plain_state(
     groups = [
         {
             "parameters": [name_of(parameter) for parameter in group["params"]],
-            "options": {k: value for k, value in group.items() if k not in _NOT_OPTIONS},
+            "options": {k: value for k, value in group.items() if k not in NOT_OPTIONS},
         }
         for group in optimizer.param_groups
     ]

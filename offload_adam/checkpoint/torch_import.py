@@ -12,13 +12,12 @@ import torch
 from offload_adam.checkpoint.commit import commit_files, partial_output
 from offload_adam.checkpoint.encoding import encode
 from offload_adam.checkpoint.format import FORMAT_VERSION, GroupEntry, Manifest, OptimizerEntry
+from offload_adam.checkpoint.optimizer_access import NOT_OPTIONS
 from offload_adam.checkpoint.rank_file import RankFile, rank_file_name
 from offload_adam.checkpoint.save import manifest_of, whole_part
 from offload_adam.errors import CheckpointError
 
 _PLANES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-# Keys of torch's groups that are not saved as options: parameters, and settings of torch's kernels.
-_NO_OPTIONS = ("params", "param_names", "foreach", "capturable", "differentiable", "fused")
 _PASS_NAMES = "Pass --names FILE, with one parameter name per line in the optimizer's order."
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _EXACT_IN_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
@@ -147,7 +146,7 @@ def _optimizer_state(
         entries = []
         for group in groups:
             _require_options(group)
-            options = {key: value for key, value in group.items() if key not in _NO_OPTIONS}
+            options = {key: value for key, value in group.items() if key not in NOT_OPTIONS}
             own = [names[packed] for packed in group["params"]]
             entries.append(GroupEntry(parameters=own, options=encode(options, "optimizer")))
             for packed, name in zip(group["params"], own, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -229,7 +230,7 @@ def _is_plain_norm(func: Any, args: Sequence[Any], kwargs: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) or (
+    return isinstance(value, Real) or (
         isinstance(value, torch.Tensor) and value.numel() == 1 and not isinstance(value, StandIn)
     )
 

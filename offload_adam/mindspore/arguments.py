@@ -29,7 +29,7 @@ def check_beta(name: str, value: object) -> float:
         raise TypeError(f"{name} must be a float, not {value!r}")
     if not 0.0 < value < 1.0:
         raise ValueError(f"{name} must lie in the open interval (0.0, 1.0), not {value}")
-    return value
+    return float(value)  # np.float64 is a float, too
 
 
 def check_eps(value: object) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from offload_adam.options import is_number
 from offload_adam.schedules import BuiltInSchedule, schedule_from_state
 
 MAX_NUM_VALUES = 10_000_000
@@ -139,7 +140,7 @@ def read_learning_rate(name: str, value: object) -> float | Dynamic:
         value = value.item()
     if callable(value):
         return Dynamic(name, value)
-    if _is_number(value):
+    if is_number(value):
         return check_amount(name, value)
     if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, set, frozenset)):
         return Dynamic(name, _read_values(name, value))
@@ -157,7 +158,7 @@ def read_weight_decay(name: str, value: object) -> float | Dynamic:
     """
     if callable(value) and not isinstance(value, torch.Tensor):
         return Dynamic(name, value)
-    if not _is_number(value):
+    if not is_number(value):
         raise TypeError(f"{name} must be a number or a callable of the step, not {value!r}")
     return check_amount(name, value)
 
@@ -168,7 +169,7 @@ def check_amount(name: str, value: Any) -> float:
     Raises:
         TypeError, ValueError: the message names the argument.
     """
-    if not _is_number(value):
+    if not is_number(value):
         raise TypeError(f"{name} must be a number, not {value!r}")
     # An int or a Fraction may be too large for a float: compare it unconverted.
     number: Any = value if isinstance(value, numbers.Rational) else float(value)
@@ -215,10 +216,6 @@ def _vector(name: str, values: torch.Tensor) -> ValueVector:
         position = int(bad[0])
         check_amount(f"{name}[{position}]", float(values[position]))  # raises an error
     return ValueVector(values)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _nothing() -> None:

@@ -10,35 +10,62 @@ from typing import Any
 import torch
 
 from offload_adam.kernels.scalars import Hyperparameters
+from offload_adam.options import is_number, plain
 
 _BOOLEANS = ("amsgrad", "nesterov", "maximize", "decoupled_weight_decay")
+_NUMBERS = ("lr", "eps", "weight_decay")
+_PLAIN = (int, float)
+
+TORCH_OPTIONS: Mapping[str, bool | None] = {
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+}
+"""Options of torch's Adam, with their defaults, that choose how torch computes an update."""
+
+_REJECTED = {
+    "capturable": "no CUDA graph can capture a step that runs on the CPU and talks to other ranks",
+    "differentiable": "autograd cannot follow an update outside of torch",
+}
 
 
-def check_group(group: Mapping[str, Any]) -> None:
-    """Check a group's hyperparameters.
+def check_group(group: dict[str, Any]) -> None:
+    """Check a group's hyperparameters, and replace numbers of NumPy by Python's.
 
     Raises:
         TypeError, ValueError: for the first wrong hyperparameter; the message names it, its value
             and the allowed values.
     """
-    lr = _number("lr", group["lr"])
-    eps = _number("eps", group["eps"])
-    weight_decay = _number("weight_decay", group["weight_decay"])
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+    for name in _NUMBERS:
+        value = as_float(name, group[name])
         if not (math.isfinite(value) and value >= 0.0):
             raise ValueError(f"{name} must be finite and at least 0, not {value}")
+        if type(group[name]) not in _PLAIN:
+            # Not `group[name] =`, which AdamGroup rejects for a value that changes with the step.
+            dict.__setitem__(group, name, _plain(group[name]))
     betas = group["betas"]
     if not isinstance(betas, Sequence) or len(betas) != 2:
         raise ValueError(f"betas must be two numbers, not {betas!r}")
     for position, beta in enumerate(betas):
-        if not 0.0 <= _number(f"betas[{position}]", beta) < 1.0:
+        if not 0.0 <= as_float(f"betas[{position}]", beta) < 1.0:
             raise ValueError(f"betas[{position}] must lie in [0, 1), not {beta}")
+    if not all(type(beta) in _PLAIN for beta in betas):
+        group["betas"] = tuple(map(_plain, betas))
     for name in _BOOLEANS:
         if not isinstance(group[name], bool):
             raise TypeError(f"{name} must be a bool, not {group[name]!r}")
     # Only groups of `Adam`, or groups loaded from its state, have this key.
     if not isinstance(group.get("epsilon_hat", False), bool):
         raise TypeError(f"epsilon_hat must be a bool, not {group['epsilon_hat']!r}")
+    for name in TORCH_OPTIONS:  # groups of `Adam` do not have these keys
+        chosen = group.get(name)
+        if chosen is not None and not isinstance(chosen, bool):
+            raise TypeError(f"{name} must be a bool or None, not {chosen!r}")
+        if chosen and name in _REJECTED:
+            raise ValueError(
+                f"{name}=True is not supported, because {_REJECTED[name]}. Leave {name} out."
+            )
 
 
 def hyperparameters_of(group: Mapping[str, Any]) -> Hyperparameters:
@@ -102,13 +129,23 @@ def _name(
     return known.get(id(parameter), f"param_groups[{group_index}]['params'][{position}]")
 
 
-def _number(name: str, value: Any) -> float:
-    """Return a number as a float; a one-element tensor counts as one, as torch allows for lr."""
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def as_float(name: str, value: Any) -> float:
+    """Return a number as a float; a one-element tensor counts as one, as torch allows for lr.
+
+    Raises:
+        TypeError: the message calls the value `name`.
+    """
+    if isinstance(value, torch.Tensor):
+        is_real = value.numel() == 1 and value.dtype != torch.bool and not value.is_complex()
+    else:
+        is_real = is_number(value)
+    if not is_real:
         raise TypeError(f"{name} must be a number, not {value!r}")
     return float(value)
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, torch.Tensor) else plain(value)
 
 
 FIXED_OPTIONS = ("amsgrad", "grad_centralization")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from typing import NamedTuple
 
@@ -38,23 +39,35 @@ class Execution(NamedTuple):
     overlaps: bool
 
 
+def checked_options(options: ExecutionOptions) -> ExecutionOptions:
+    """Check the options and those of both policies, and return them with plain numbers.
+
+    Raises:
+        TypeError, ValueError: an option is wrong; the message names it.
+    """
+    checked: ExecutionOptions = replace(
+        check_options(options),
+        offload=check_policy("offload", options.offload, OffloadPolicy),
+        failures=check_policy("failures", options.failures, FailurePolicy),
+    )
+    return checked
+
+
 def decide_execution(
     options: ExecutionOptions, *, replicated: bool = False, on_device: Sequence[bool]
 ) -> Execution:
-    """Check the options and decide how the optimizer runs.
+    """Decide how the optimizer runs, and reject options that do not fit together.
 
     Args:
+        options: from `checked_options`.
         replicated: state is stored with its parameter, whole on every rank. `module` is then used
             only for the names of parameters, not for hooks.
         on_device: for each parameter, whether it is on a device.
 
     Raises:
-        TypeError, ValueError: an option is wrong; the message names it.
+        TypeError, ValueError: the message names the option.
         RuntimeError: WORLD_SIZE > 1 and no process group is initialised.
     """
-    check_options(options)
-    check_policy("offload", options.offload, OffloadPolicy)
-    check_policy("failures", options.failures, FailurePolicy)
     world_size = world_size_of(options.process_group)
     reduces = _resolve_reduction(options, world_size) == "optimizer"
     hooked = options.module is not None and not replicated
@@ -101,17 +114,16 @@ def shared_fields(options: ExecutionOptions, execution: Execution) -> list[Field
 
 
 def usable_failures(failures: object) -> FailurePolicy:
-    """Return `failures` if it is valid, else the default.
+    """Return `failures` with plain numbers if it is valid, else the default.
 
     The ranks need a valid policy to connect, which they do before they check arguments, so that a
-    wrong argument raises on all ranks. `decide_execution` then rejects the invalid policy.
+    wrong argument raises on all ranks. `checked_options` then rejects the invalid policy.
     """
     try:
-        check_policy("failures", failures, FailurePolicy)
+        valid: FailurePolicy = check_policy("failures", failures, FailurePolicy)
     except (TypeError, ValueError):
         return FailurePolicy()
-    assert isinstance(failures, FailurePolicy)
-    return failures
+    return valid
 
 
 def check_module(module: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import weakref
@@ -32,7 +33,7 @@ from offload_adam.errors import StreamedGradientError
 from offload_adam.gradients.stand_in import StreamedGradients
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.options import ExecutionOptions, check_max_norm
-from offload_adam.params.groups import GroupWatch
+from offload_adam.params.groups import GroupWatch, as_float
 from offload_adam.params.selection import (
     Selection,
     check_parameters,
@@ -43,6 +44,7 @@ from offload_adam.params.selection import (
 from offload_adam.sharded_optimizer.compiling import never_compiled
 from offload_adam.sharded_optimizer.execution import (
     check_module,
+    checked_options,
     decide_execution,
     shared_fields,
     usable_failures,
@@ -130,6 +132,7 @@ class ShardedOptimizer(StateAccess):
                 add_groups()
                 devices = [parameter.device for parameter in self._grouped_parameters()]
                 on_device = [self._backend.is_device(device) for device in devices]
+                options = checked_options(options)
                 execution = decide_execution(options, replicated=replicated, on_device=on_device)
                 reject_unrelated(module, self.param_groups)
             self._fields = [*shared_fields(options, execution), *self._own_fields()]
@@ -335,23 +338,53 @@ class ShardedOptimizer(StateAccess):
         return loss
 
     @serialized
-    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+    def clip_grad_norm_(
+        self,
+        max_norm: float | torch.Tensor,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+    ) -> torch.Tensor:
         """Clip the global 2-norm of the next step's gradients, and return the norm. Collective.
 
         Call it after the backward and before `step`. The update applies the clip factor, so `.grad`
         keeps its values. For the next step only, `max_norm` replaces `max_grad_norm`.
 
         Args:
-            max_norm: clip to this norm, above 0; infinity only computes the norm.
+            max_norm: clip to this norm, above 0; infinity only computes the norm. A number or a
+                one-element tensor.
+            norm_type: only 2.0.
+            error_if_nonfinite: raise an error if the norm is not finite. If False, `step` skips
+                such gradients.
 
         Returns:
             0-d float64 tensor on the CPU: the norm before clipping of the gradients averaged over
             all ranks, with the loss scale divided out.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong. The other ranks raise PeerError.
+            RuntimeError: on all ranks, the norm is not finite, and `error_if_nonfinite` is True.
         """
         core = self._alive()
-        limit = check_max_norm("max_norm", max_norm)
+        limit = None
+        # Ranks that raise an error for a non-finite norm would leave the others in the next step.
+        call = (
+            "clip_grad_norm_(error_if_nonfinite=True)"
+            if error_if_nonfinite
+            else "clip_grad_norm_()"
+        )
+        inputs = replace(self._inputs(), call=call)
+        try:
+            limit = _check_clipping(max_norm, norm_type, error_if_nonfinite)
+        except (TypeError, ValueError) as error:
+            inputs = replace(inputs, failure=error)  # the other ranks wait for this one
         with torch.no_grad():
-            total_norm = core.total_norm(replace(self._inputs(), call="clip_grad_norm_()"))
+            total_norm = core.total_norm(inputs)
+        if error_if_nonfinite and not math.isfinite(total_norm):
+            raise RuntimeError(
+                f"The norm of the gradients is {total_norm}, so they cannot be clipped. Find the "
+                "cause of the non-finite gradients, or leave error_if_nonfinite out: step() then "
+                "skips them."
+            )
         self._max_norm_once = limit
         return torch.tensor(total_norm, dtype=torch.float64, device="cpu")
 
@@ -485,6 +518,24 @@ def _close_in(pid: int, resources: ExitStack) -> None:
     # for a thread that does not exist, or abort the parent's communicators.
     if os.getpid() == pid:
         resources.close()
+
+
+def _check_clipping(max_norm: object, norm_type: object, error_if_nonfinite: object) -> float:
+    """Check the arguments of `clip_grad_norm_`, and return `max_norm` as a float.
+
+    Raises:
+        TypeError, ValueError: the message names the argument.
+    """
+    if as_float("norm_type", norm_type) != 2.0:
+        raise ValueError(
+            f"norm_type must be 2.0, not {norm_type}. To clip to another norm, construct the "
+            "optimizer without module= and use torch.nn.utils.clip_grad_norm_."
+        )
+    if not isinstance(error_if_nonfinite, bool):
+        raise TypeError(f"error_if_nonfinite must be a bool, not {error_if_nonfinite!r}")
+    limit = check_max_norm("max_norm", as_float("max_norm", max_norm))
+    assert limit is not None
+    return limit
 
 
 def _norms_of(optimizer: weakref.ref[ShardedOptimizer]) -> npt.NDArray[np.float64]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import in_memory_order
-from offload_adam.params.groups import FIXED_OPTIONS
+from offload_adam.params.groups import FIXED_OPTIONS, TORCH_OPTIONS
 from offload_adam.state.state_shard import check_step_count
 
 STATE_KEY = "offload_adam"
@@ -26,9 +26,6 @@ _WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")
 _PLANES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_weight")
 _STATE_KEYS = ("step", *_PLANES)
 _GROUP_KEYS = ("lr", "betas", "eps", "weight_decay", "amsgrad")
-
-_TORCH_DEFAULTS = {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
-"""Options of torch's AdamW without a meaning here. Saved for torch to load, dropped on load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +192,12 @@ def merge_groups(
         kept = {
             key: copy.deepcopy(value)  # an lr tensor must not be shared with the saved state
             for key, value in saved_group.items()
-            if key not in ("params", "param_names", *_TORCH_DEFAULTS)
+            # How torch computed the updates does not matter here, so these options do not change.
+            if key not in ("params", "param_names", *TORCH_OPTIONS)
         }
-        check({**group, **kept})  # the completed group, before any group is modified
-        merged.append(kept)
+        completed = {**group, **kept}
+        check(completed)  # before any group is modified
+        merged.append({key: completed[key] for key in kept})  # numbers are plain now
     return merged
 
 
@@ -226,7 +225,7 @@ def pack_full(
         state[packed_ids[index]] = entry
     return {
         "state": state,
-        "param_groups": [{**_TORCH_DEFAULTS, **group} for group in groups],
+        "param_groups": [{**TORCH_OPTIONS, **group} for group in groups],
         STATE_KEY: {"master_weight": masters, **further},
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -147,6 +147,45 @@ def test_ranks_that_clip_differently_raise_an_error(ranks: RankPool) -> None:
     for outcome in ranks.run(multiply_on_one_rank, 2):
         assert outcome.error == "RankDisagreementError"
         assert "the factor of the gradients in .grad" in outcome.message
+
+
+def clip_as_one_rank_cannot(rank: int, world_size: int, streams: bool) -> list[Outcome]:
+    """Clip with a NaN, with a wrong argument, and with other arguments, on rank 1 alone."""
+    model = Weights(SHAPES)
+    optimizer = make(model, streams=streams)
+
+    def clip(*args: Any) -> Outcome:
+        model(exact_gradients(model.all, rank, world_size)).backward()
+        outcome = outcome_of(lambda: optimizer.clip_grad_norm_(*args))
+        optimizer.zero_grad()
+        return outcome
+
+    outcomes = [clip(1.0, 3.0 if rank == 1 else 2.0), clip(1.0, 2.0, rank == 1)]
+    gradients = exact_gradients(model.all, rank, world_size)
+    if rank == 1:
+        assert gradients[0] is not None
+        gradients[0][7] = math.nan
+    model(gradients).backward()
+    outcomes.append(outcome_of(lambda: optimizer.clip_grad_norm_(1.0, error_if_nonfinite=True)))
+    before = bits(model.all)
+    optimizer.step()  # of the same gradients: all ranks go on together, and skip
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.skipped
+    assert bits(model.all) == before
+    optimizer.close()
+    return outcomes
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_clipping_that_one_rank_cannot_do_raises_on_all(ranks: RankPool, streams: bool) -> None:
+    for rank, outcomes in enumerate(ranks.run(clip_as_one_rank_cannot, 2, streams)):
+        wrong, different, non_finite = outcomes
+        assert wrong.error == ("PeerError", "ValueError")[rank]
+        assert ("norm_type must be 2.0, not 3.0" in wrong.message) is (rank == 1)
+        assert different.error == "RankDisagreementError"
+        assert "clip_grad_norm_(error_if_nonfinite=True)" in different.message
+        assert non_finite.error == "RuntimeError"
+        assert "The norm of the gradients is nan" in non_finite.message
 
 
 def test_the_norm_is_that_of_the_mean_gradient_on_every_rank(ranks: RankPool) -> None:
