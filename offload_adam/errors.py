@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import sys
 import warnings
+from types import FrameType
 
 # contextlib: context managers of ours; importlib: kernels are imported late.
-_SKIPPED_PACKAGES = ("offload_adam", "torch", "contextlib", "importlib")
+_INTERNAL_PACKAGES = ("offload_adam", "torch", "contextlib", "importlib")
 
 
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
@@ -23,15 +24,17 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     # `skip_file_prefixes` needs Python 3.12.
     stacklevel = 1
     frame = sys._getframe()
-    while frame.f_back is not None and _package_of(frame.f_globals) in _SKIPPED_PACKAGES:
+    while frame.f_back is not None and is_internal(frame):
         frame = frame.f_back
         # `warnings.warn` does not count the frames of a running import either.
         stacklevel += "importlib._bootstrap" not in frame.f_code.co_filename
     warnings.warn(message, category, stacklevel=stacklevel)
 
 
-def _package_of(module_globals: dict[str, object]) -> str:
-    return str(module_globals.get("__name__")).partition(".")[0]
+def is_internal(frame: FrameType) -> bool:
+    """Return whether a frame is of this package, of torch, or of a library between the two."""
+    package, _, _ = str(frame.f_globals.get("__name__")).partition(".")
+    return package in _INTERNAL_PACKAGES
 
 
 class RankDisagreementError(RuntimeError):

@@ -49,6 +49,10 @@ class OffloadAdam(ShardedOptimizer):
             optimizer.step()
             optimizer.zero_grad()
 
+    Construct the optimizer again to start over, as in a notebook cell that runs twice: the new one
+    closes an older one of the same parameters, with a warning, right before it allocates memory. An
+    older optimizer of only some of the parameters, or of further ones, is an error.
+
     Without `module`, the optimizer does not notice if another Parameter object takes the place of
     one in the model, for example by `load_state_dict(assign=True)`. The new one is not trained.
 

@@ -8,7 +8,7 @@ import os
 import threading
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -50,7 +50,7 @@ from offload_adam.sharded_optimizer.execution import (
     usable_failures,
 )
 from offload_adam.sharded_optimizer.loss_scale import read_loss_scale, report_skip
-from offload_adam.sharded_optimizer.owners import add_owner, reject_owned
+from offload_adam.sharded_optimizer.owners import add_owner, find_older, reject_owned, take_over
 from offload_adam.sharded_optimizer.state_access import StateAccess, serialized
 from offload_adam.state.state_edits import StateEdits
 from offload_adam.state.state_shard import local_state
@@ -135,6 +135,8 @@ class ShardedOptimizer(StateAccess):
                 options = checked_options(options)
                 execution = decide_execution(options, replicated=replicated, on_device=on_device)
                 reject_unrelated(module, self.param_groups)
+                selection = self._select(0)
+                older = find_older(selection.new)
             self._fields = [*shared_fields(options, execution), *self._own_fields()]
             self.max_grad_norm = options.max_grad_norm
             self._units = options.offload.units
@@ -164,7 +166,11 @@ class ShardedOptimizer(StateAccess):
                     self._core.reduction, self._core.stream_waits.current_stream
                 )
                 resources.callback(self._hooks.remove)
-            self._build_state(self._core, 0)
+            self._require_same_parameters(selection, 0)
+            # Right before memory is allocated, so that the states of both never exist together, and
+            # an error above leaves the older optimizer open.
+            take_over(older, self._ranks)
+            self._build_state(self._core, selection, 0)
             self._own_state = self.state  # to detect that a user replaces the whole dict
             add_owner(self)
         except BaseException:
@@ -180,9 +186,7 @@ class ShardedOptimizer(StateAccess):
         if defaults["amsgrad"]:
             self._reject_distributed_amsgrad()
         torch.optim.Optimizer.__init__(self, params, defaults)
-        new = self._select(0).new
-        check_parameters(new, [])
-        reject_owned(new)
+        check_parameters(self._select(0).new, [])
 
     def _own_fields(self) -> list[Field]:
         """Return the subclass's arguments that must be the same on every rank."""
@@ -207,13 +211,15 @@ class ShardedOptimizer(StateAccess):
     def _grouped_parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
-    def _build_state(self, core: ShardedAdam, first_group: int) -> None:
-        """Allocate the state of the groups from `first_group` on, and attach hooks. Collective."""
-        selection = self._select(first_group)
-        new = selection.new
+    def _require_same_parameters(self, selection: Selection, first_group: int) -> None:
+        """Check that the ranks agree on the groups from `first_group` on. Collective."""
         groups = self.param_groups[first_group:]
         fields = [*self._fields, *describe(selection, groups, first_group=first_group)]
         require_same(self._ranks, "optimizer", fields)
+
+    def _build_state(self, core: ShardedAdam, selection: Selection, first_group: int) -> None:
+        """Allocate the state of the groups from `first_group` on, and attach hooks. Collective."""
+        new = selection.new
         self._ranks.open_data_groups(item.parameter.device.type for item in new)
         num_buckets = len(core.states)
         with torch.no_grad():
@@ -250,19 +256,21 @@ class ShardedOptimizer(StateAccess):
         num_groups = len(self.param_groups)
         try:
             with raise_on_all_ranks(self._ranks, "add_param_group"):
-                self._append_later_group(param_group)
-            self._build_state(core, num_groups)
+                selection = self._append_later_group(param_group)
+            self._require_same_parameters(selection, num_groups)
+            self._build_state(core, selection, num_groups)
         except BaseException:
             del self.param_groups[num_groups:]  # torch has already appended the rejected group
             raise
 
-    def _append_later_group(self, param_group: dict[str, Any]) -> None:
+    def _append_later_group(self, param_group: dict[str, Any]) -> Selection:
         self._check_groups_and_load_edits()
         num_groups = len(self.param_groups)
         self._append_group(param_group)
-        new = self._select(num_groups).new
-        check_parameters(new, self._alive().named_parameters())
-        reject_owned(new)
+        selection = self._select(num_groups)
+        check_parameters(selection.new, self._alive().named_parameters())
+        reject_owned(selection.new)
+        return selection
 
     def _append_group(self, param_group: dict[str, Any]) -> None:
         """Let torch fill in defaults and append one group, then check the group."""
@@ -461,6 +469,38 @@ class ShardedOptimizer(StateAccess):
             self._hooks = None
             self._state_edits = StateEdits()
             self.state.clear()
+
+    def _unfinished(self) -> tuple[tuple[str, Sequence[int]], bool]:
+        """Return the all-gathers that `close` would issue, and `ShardedAdam.is_half_applied`."""
+        core = self._alive()
+        return (self._ranks.name, core.executor.to_gather), core.is_half_applied
+
+    def _has_streamed(self) -> bool:
+        """Return whether gradients have left `.grad` since the last step."""
+        reduction = self._alive().reduction
+        return reduction.streams and reduction.has_gradients
+
+    @serialized
+    def _hand_over(self, *, joined: bool) -> None:
+        """Close this optimizer, because a newer one takes over its parameters.
+
+        Args:
+            joined: all ranks call this and issue the same all-gathers.
+        """
+        core = self._alive()
+        # The gradients that have left `.grad` are lost. So drop those of the same backward that
+        # have not, or the newer optimizer would add its gradients to these alone.
+        drops_gradients = self._has_streamed()
+        self._taken_over = True
+        try:
+            if core.executor.to_gather and not joined:
+                core.reduction.hide_stand_ins()
+                self._release()  # now `close` does not wait for ranks that do not come
+            self.close()
+        finally:
+            if drops_gradients:
+                for parameter in self._grouped_parameters():
+                    parameter.grad = None
 
     @property
     def overlaps(self) -> bool:

@@ -66,6 +66,7 @@ class StateAccess(torch.optim.Optimizer):
     _state_edits: StateEdits
     _own_state: Mapping[torch.Tensor, Any]  # `state` as constructed, to detect a replacement
     _lock: threading.RLock
+    _taken_over = False  # closed by a newer optimizer of the same parameters
 
     @abstractmethod
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -183,6 +184,11 @@ class StateAccess(torch.optim.Optimizer):
     def _alive(self) -> ShardedAdam:
         """Return the core; raise RuntimeError if the optimizer was closed."""
         if self._core is None or not self._release.alive:
+            if self._taken_over:
+                raise RuntimeError(
+                    "This optimizer has been closed, because a newer optimizer has taken over its "
+                    "parameters. Use the newer one."
+                )
             raise RuntimeError(
                 "This optimizer has been closed. Construct a new one to continue training."
             )

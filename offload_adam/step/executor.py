@@ -125,6 +125,11 @@ class Executor:
         """Whether some parameters may not be read yet."""
         return bool(self._to_use)
 
+    @property
+    def to_gather(self) -> Sequence[int]:
+        """The buckets whose all-gathers are not issued yet, in the order of all ranks."""
+        return tuple(self._to_gather)
+
     # Before the agreement.
 
     def start_copy(self, copy: GradientCopy) -> None:

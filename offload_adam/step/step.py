@@ -82,6 +82,9 @@ class ShardedAdam:
         Closing `resources` removes the model's hooks, ends the update thread and unpins memory.
         `resources` does not refer to this object, nor to the model unless it is compiled, so a
         `weakref.finalize` may hold it without keeping either alive.
+    Attributes:
+        is_half_applied: the last step was interrupted while it updated the parameters.
+
     Lifecycle: `extend` for every set of parameters, `step` any number of times.
     """
 
@@ -108,6 +111,7 @@ class ShardedAdam:
         """
         self.ranks = ranks
         self.num_steps = 0
+        self.is_half_applied = False
         self.states: list[BucketState] = []
         self._state_nbytes = 0
         self._storage = storage
@@ -391,7 +395,9 @@ class ShardedAdam:
         update_inputs = UpdateInputs(
             active, inputs.hyperparameters, decision.gradient_scale, inputs.step, inputs.lazy
         )
+        self.is_half_applied = True  # stays True if an error or Ctrl-C ends `apply` early
         self.executor.apply(self.reduction.gradients, update_inputs, stopwatch)
+        self.is_half_applied = False
         return int(active.sum())
 
     def _finish_step(self, agreement: Agreement) -> None:
