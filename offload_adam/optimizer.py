@@ -29,7 +29,7 @@ class OffloadAdam(ShardedOptimizer):
     If w has 16 bits, or is on a GPU and its state is not, its fp32 master weight is updated and
     then copied to w. Construction moves each parameter's data into a flat bucket and allocates all
     state; the Parameter objects stay the same. With more than one rank, construction, `step`,
-    `clip_grad_norm_`, `add_param_group` and `full_state_dict` are collective.
+    `clip_grad_norm_`, `add_param_group`, `full_state_dict` and `load_state_dict` are collective.
 
     There are two modes:
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 
 _KWARGS = ("use_lazy", "use_offload")
+_NAMES_IN_TORCH = {"lr": "learning_rate", "betas": "beta1 and beta2", "amsgrad": "use_amsgrad"}
 
 
 def check_flag(name: str, value: object) -> bool:
@@ -64,9 +65,14 @@ def check_kwargs(kwargs: Mapping[str, object]) -> tuple[bool, bool]:
     """
     for name in kwargs:
         if name not in _KWARGS:
+            named = (
+                f"It is called {_NAMES_IN_TORCH[name]} here"
+                if name in _NAMES_IN_TORCH
+                else "Besides its named arguments, it only accepts use_lazy and use_offload"
+            )
             raise KeyError(
-                f"Adam has no argument {name!r}. Besides its named arguments, it only accepts "
-                "use_lazy and use_offload."
+                f"Adam has no argument {name!r}. {named}. For the arguments of torch.optim.Adam, "
+                "use OffloadAdam."
             )
     lazy = check_flag("use_lazy", kwargs.get("use_lazy", False))
     offload = check_flag("use_offload", kwargs.get("use_offload", False))

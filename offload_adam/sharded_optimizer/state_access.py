@@ -253,7 +253,7 @@ class StateAccess(torch.optim.Optimizer):
 
     @serialized
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state in place, after checking all of it.
+        """Load a state in place, after checking all of it. Collective with more than one rank.
 
         Parameters are matched by name if both sides have names, else by position.
 
@@ -263,9 +263,18 @@ class StateAccess(torch.optim.Optimizer):
 
         Raises:
             TypeError, ValueError: the state is of another rank or world size, or its groups, names
-                or shapes differ; the message names them. Nothing was modified.
+                or shapes differ; the message names them. No rank modified anything.
+            PeerError: another rank raised an error of another type, for example in a hook.
         """
-        core = self._settled()
+        core = self._settled_on_all_ranks("load_state_dict")
+        with raise_on_all_ranks(self._ranks, "load_state_dict"):
+            load = self._plan_load(core, state_dict)
+        load()
+        for post_hook in load_state_dict_post_hooks(self):
+            post_hook(self)
+
+    def _plan_load(self, core: ShardedAdam, state_dict: dict[str, Any]) -> Callable[[], None]:
+        """Check a state dict, and return a function that loads it without errors."""
         state_dict = dict(state_dict)
         for pre_hook in load_state_dict_pre_hooks(self):
             changed = pre_hook(self, state_dict)
@@ -287,22 +296,25 @@ class StateAccess(torch.optim.Optimizer):
                 for copy in plan_load(*core.bucket_and_position(index), entry)
             ]
             load_further = self._plan_further_state(saved.further, entries)
+
+        def load() -> None:
             # A background checkpoint may still read the tensors that are overwritten here.
             core.external_edits.wait_for_snapshot()
-            # If the dict is from this optimizer's own `state_dict`, source and target share memory,
-            # and the copy changes nothing.
-            for target, source in copies:
-                target.copy_(source)
+            with torch.no_grad():
+                # If the dict is from this optimizer's own `state_dict`, source and target share
+                # memory, and the copy changes nothing.
+                for target, source in copies:
+                    target.copy_(source)
             # The next step must compare all values: the model may have been loaded as well, so a
             # parameter may differ from its loaded master weight.
             core.external_edits.compare_all()
-        load_further()
-        for group, merged in zip(self.param_groups, groups, strict=True):
-            # Not `group.update`: a subclass of dict, such as AdamGroup, rejects keys there that
-            # users must not set themselves.
-            dict.update(group, merged)
-        for post_hook in load_state_dict_post_hooks(self):
-            post_hook(self)
+            load_further()
+            for group, merged in zip(self.param_groups, groups, strict=True):
+                # Not `group.update`: a subclass of dict, such as AdamGroup, rejects keys there that
+                # users must not set themselves.
+                dict.update(group, merged)
+
+        return load
 
     def _trainable_ids(self) -> dict[int, int]:
         """Map a parameter's index to its id in torch's state dicts: its position in all groups."""

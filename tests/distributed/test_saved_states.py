@@ -107,18 +107,68 @@ def load_own_state(rank: int, world_size: int) -> tuple[Run, list[Outcome]]:
     return result, outcomes
 
 
+def load_what_one_rank_cannot(rank: int, world_size: int) -> tuple[list[Outcome], bool, Run]:
+    """Load a state that rank 1 alone rejects, in three ways, then go on from the right one."""
+    run = run_from_the_start(rank, world_size, NUM_BEFORE)
+    model = Model()
+    optimizer = make_optimizer(model, SCENARIO)
+    before = standing(model, optimizer)
+    foreign = {**run.local, "state": {0: {"square_avg": torch.ones(3)}}}
+    outcomes = [
+        outcome_of(lambda: optimizer.load_state_dict(foreign if rank == 1 else run.local)),
+        outcome_of(lambda: optimizer.load_state_dict({} if rank == 1 else run.local)),
+    ]
+
+    def fail(*arguments: object) -> None:
+        raise OSError("the disk is gone")
+
+    hook = optimizer.register_load_state_dict_pre_hook(fail) if rank == 1 else None
+    outcomes.append(outcome_of(lambda: optimizer.load_state_dict(run.local)))
+    if hook is not None:
+        hook.remove()
+    same = all(
+        torch.equal(value, before.local["state"][packed][key])
+        for packed, entry in standing(model, optimizer).local["state"].items()
+        for key, value in entry.items()
+    )
+    optimizer.load_state_dict(run.local)
+    model.load_state_dict(run.model)
+    advance(model, optimizer, range(NUM_BEFORE, NUM_BEFORE + NUM_AFTER), rank, world_size)
+    result = standing(model, optimizer)
+    optimizer.close()
+    return outcomes, same, result
+
+
+def test_a_state_that_one_rank_rejects_is_loaded_on_none(ranks: RankPool) -> None:
+    uninterrupted = run_from_the_start(0, 1, NUM_BEFORE + NUM_AFTER)
+    results = ranks.run(load_what_one_rank_cannot, 2)
+    assert_same(results[0][2], uninterrupted)
+    for rank, (outcomes, same, _) in enumerate(results):
+        assert same
+        foreign, empty, broken = outcomes
+        for outcome, words in (
+            (foreign, "parameter 0 has 'square_avg', which Adam and AdamW do not have"),
+            (empty, "This is not an optimizer's state dict"),
+        ):
+            assert outcome.error == "ValueError"
+            assert "Rank(s) [1] failed in load_state_dict" in outcome.message
+            assert words in outcome.message
+        assert broken.error == ("PeerError", "OSError")[rank]
+        assert "the disk is gone" in broken.message
+
+
 def test_a_ranks_own_state_goes_back_to_that_rank_alone(ranks: RankPool) -> None:
     world_size = 3
     uninterrupted = run_from_the_start(0, 1, NUM_BEFORE + NUM_AFTER)
     results = ranks.run(load_own_state, world_size)
     assert_same(results[0][0], uninterrupted)
-    for rank, (_, outcomes) in enumerate(results):
+    for _, outcomes in results:
         for outcome in outcomes:
             assert outcome.error == "ValueError"
             assert "full_state_dict()" in outcome.message
-        saved_by = f"saved by rank {(rank - 1) % world_size} of {world_size}"
-        assert saved_by in outcomes[0].message
-        assert f"into rank {rank} of {world_size}" in outcomes[0].message
+        assert "Rank(s) [0, 1, 2] failed in load_state_dict: This" in outcomes[0].message
+        assert "saved by rank 2 of 3" in outcomes[0].message  # what the first of these was given
+        assert "into rank 0 of 3" in outcomes[0].message
     alone = Model()
     optimizer = make_optimizer(alone, SCENARIO)
     outcome = outcome_of(lambda: optimizer.load_state_dict(results[1][0].local))

@@ -122,6 +122,21 @@ def test_a_wrong_argument_is_named_and_nothing_is_touched(
 
 
 @pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lr", "It is called learning_rate here. For the arguments of torch.optim.Adam, use Offl"),
+        ("betas", "It is called beta1 and beta2 here"),
+        ("amsgrad", "It is called use_amsgrad here"),
+        ("fused", "Besides .* only accepts use_lazy and use_offload. For .* use OffloadAdam"),
+    ],
+)
+def test_an_argument_of_torchs_adam_is_translated(name: str, words: str) -> None:
+    options: dict[str, Any] = {name: 0.1}
+    with pytest.raises(KeyError, match=f"Adam has no argument '{name}'. {words}"):
+        Adam([one()], **options)
+
+
+@pytest.mark.parametrize(
     ("options", "names"),
     [
         ({"use_lazy": True, "use_offload": True}, ("use_lazy", "use_offload")),
