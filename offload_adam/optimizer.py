@@ -53,6 +53,9 @@ class OffloadAdam(ShardedOptimizer):
     closes an older one of the same parameters, with a warning, right before it allocates memory. An
     older optimizer of only some of the parameters, or of further ones, is an error.
 
+    In `torch.compile`, the optimizer runs uncompiled between the graphs of a training step. So
+    `fullgraph=True` is an error, and `step()` itself waits for updates instead of the forward.
+
     Without `module`, the optimizer does not notice if another Parameter object takes the place of
     one in the model, for example by `load_state_dict(assign=True)`. The new one is not trained.
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from offload_adam.compiling import never_compiled
 from offload_adam.errors import StreamedGradientError
 from offload_adam.torch_private import (
     ATEN_FOREACH_DIV,
@@ -76,6 +77,7 @@ class StandIn(torch.Tensor):
         return _make(parameter, name, weakref.ref(parameter), source, index)
 
     @classmethod
+    @never_compiled
     def __torch_dispatch__(  # type: ignore[override]  # torch's own has mangled names
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:

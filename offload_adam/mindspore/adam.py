@@ -41,6 +41,7 @@ from offload_adam.mindspore.inspection import InspectableAdam
 from offload_adam.options import ExecutionOptions, FailurePolicy, OffloadPolicy
 from offload_adam.params.groups import check_group, hyperparameters_of
 from offload_adam.params.selection import Selection
+from offload_adam.sharded_optimizer.state_access import serialized
 from offload_adam.step.messages import StepInputs, StepReport
 
 _DYNAMIC_KEYS = ("lr", "weight_decay")
@@ -220,6 +221,7 @@ class Adam(InspectableAdam):
             # `_select` gives even numbers to the parameters with weight decay.
             warn_if_all_decay(item.group % 2 == 0 for item in self._select(0).new)
 
+    @serialized
     def __call__(self, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """Take one step with these gradients instead of those in `.grad`. Collective.
 
@@ -236,20 +238,19 @@ class Adam(InspectableAdam):
                 modified anything.
             PeerError: another rank rejected its gradients.
         """
-        with self._lock:
-            core = self._alive()
-            names = {id(parameter): name for name, parameter in core.named_parameters()}
-            parameters = self.parameters
-            named = [names.get(id(p), "(frozen)") for p in parameters]
-            with raise_on_all_ranks(self._ranks, "reading the given gradients"):
-                checked = check_given(gradients, named, parameters)
-            # A backward may have moved gradients out of .grad. The given ones replace them, so drop
-            # what the reduction and the hooks hold of that backward.
-            core.reduction.reset()
-            if self._hooks is not None:
-                self._hooks.forget()
-            with in_place_of_grad(parameters, checked):
-                self.step()
+        core = self._alive()
+        names = {id(parameter): name for name, parameter in core.named_parameters()}
+        parameters = self.parameters
+        named = [names.get(id(p), "(frozen)") for p in parameters]
+        with raise_on_all_ranks(self._ranks, "reading the given gradients"):
+            checked = check_given(gradients, named, parameters)
+        # A backward may have moved gradients out of .grad. The given ones replace them, so drop
+        # what the reduction and the hooks hold of that backward.
+        core.reduction.reset()
+        if self._hooks is not None:
+            self._hooks.forget()
+        with in_place_of_grad(parameters, checked):
+            self.step()
         return torch.tensor(True, dtype=torch.bool, device="cpu")
 
     def _append_group(self, param_group: dict[str, Any]) -> None:

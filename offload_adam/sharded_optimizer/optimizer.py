@@ -21,6 +21,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from offload_adam import torch_private
+from offload_adam.compiling import never_compiled
 from offload_adam.coordinator.agreement import Notice
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.rank_checks import Field, raise_on_all_ranks, require_same
@@ -41,7 +42,6 @@ from offload_adam.params.selection import (
     reject_unrelated,
     select_parameters,
 )
-from offload_adam.sharded_optimizer.compiling import never_compiled
 from offload_adam.sharded_optimizer.execution import (
     check_module,
     checked_options,
@@ -293,7 +293,6 @@ class ShardedOptimizer(StateAccess):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @never_compiled
     @serialized
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Reduce and clip the gradients and update the parameters. Collective.
@@ -422,6 +421,7 @@ class ShardedOptimizer(StateAccess):
             for parameter in group["params"]:
                 parameter.grad = None
 
+    @never_compiled
     def no_sync(self) -> AbstractContextManager[None]:
         """Accumulate in `.grad` during backwards inside the context, as DDP's `no_sync`.
 

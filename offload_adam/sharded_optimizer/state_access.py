@@ -11,6 +11,7 @@ from typing import Any, Never, SupportsIndex, TypeVar, cast
 
 import torch
 
+from offload_adam.compiling import never_compiled
 from offload_adam.coordinator.rank_checks import raise_on_all_ranks
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.params.groups import known_names
@@ -31,7 +32,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def serialized(method: Method) -> Method:
-    """Run a method while holding the optimizer's lock, so that calls from other threads wait.
+    """Run a method uncompiled and while holding the optimizer's lock: other threads wait.
 
     The lock is reentrant: a closure, a hook or a signal handler may call the optimizer again.
 
@@ -44,7 +45,7 @@ def serialized(method: Method) -> Method:
         with self._lock:
             return method(self, *args, **kwargs)
 
-    return cast(Method, run)
+    return cast(Method, never_compiled(run))
 
 
 class StateAccess(torch.optim.Optimizer):

@@ -70,9 +70,12 @@ class BackwardHooks:
         has_streams = self._current_stream(parameters[0].device) is not None
         self._has_streams |= has_streams
         note = self._note if has_streams else self._arrived.append
+        # If the user compiles a whole training step, torch.compile also compiles what runs during
+        # its backward(), and crashes on the memory that these hooks exchange.
+        deliver = torch.compiler.disable(self._deliver)
         for position, parameter in enumerate(parameters):
             delivers = position % every == 0 or position == len(parameters) - 1
-            hook = self._deliver if delivers else note
+            hook = deliver if delivers else note
             self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
 
     def remove(self) -> None:
@@ -138,7 +141,7 @@ class BackwardHooks:
     def _enter_task(self, task: int) -> None:
         self._last_task = task
         if task not in self._tasks:
-            queue_backward_callback(self._task_ended)
+            queue_backward_callback(torch.compiler.disable(self._task_ended))
             self._tasks.add(task)
             self._reduction.backward_began()
 

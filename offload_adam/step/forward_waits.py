@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from offload_adam.compiling import never_compiled
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import UnreadyParameterError
 from offload_adam.step.executor import Executor
@@ -323,7 +324,11 @@ class ForwardHooks:
     def _enter(self, unit: Unit) -> None:
         """Wait for the parameters that a unit's forward is about to read."""
         if torch.compiler.is_compiling():
-            return  # the compiled code contains no wait; `check` finds that none ran
+            # The compiled code contains no wait, and `check` finds that none ran. But without
+            # gradients it does not, so interrupt the compiled code for a wait.
+            if not torch.is_grad_enabled():
+                _wait_for_all(self)
+            return
         if unit.module is self._root:
             self._depth += 1
             if not torch.is_grad_enabled():
@@ -367,6 +372,11 @@ class ForwardHooks:
         if bucket not in self._waited and self._latest is not None:
             self._latest.buckets.add(bucket)
             self._waited.add(bucket)
+
+
+@never_compiled
+def _wait_for_all(hooks: ForwardHooks) -> None:
+    hooks.wait_for_all()
 
 
 class _Hook:
