@@ -74,6 +74,7 @@ def load_checkpoint(
     folder = Path(path)
     with locked(optimizer), PROGRESS.at("checkpoint", long_running=True), ExitStack() as stack:
         core = optimizer._settled_on_all_ranks("preparing to load a checkpoint")
+        optimizer._take_unfrozen()
         # All checks come first, on all ranks: an error here has modified nothing on any rank.
         with raise_on_all_ranks(optimizer.ranks, "reading a checkpoint"):
             manifest = read_manifest(folder)

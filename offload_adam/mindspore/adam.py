@@ -238,7 +238,7 @@ class Adam(InspectableAdam):
                 modified anything.
             PeerError: another rank rejected its gradients.
         """
-        core = self._alive()
+        core = self._adapt()
         names = {id(parameter): name for name, parameter in core.named_parameters()}
         parameters = self.parameters
         named = [names.get(id(p), "(frozen)") for p in parameters]

@@ -46,8 +46,11 @@ def find_older(new: Collection[NewParameter]) -> ShardedOptimizer | None:
         ValueError: another optimizer trains some of them. The message names the first of these.
     """
     owners = _owners_of(new)
-    if len(owners) == 1 and owners[0]._index_of.keys() == {item.parameter for item in new}:
-        return owners[0]
+    if len(owners) == 1:
+        given = {item.parameter for item in new}
+        # Parameters that were unfrozen since may have no state yet in the older optimizer.
+        if owners[0]._index_of.keys() <= given <= {*owners[0]._grouped_parameters()}:
+            return owners[0]
     _reject_owned(new, owners)
     return None
 

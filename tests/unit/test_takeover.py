@@ -102,6 +102,22 @@ def test_a_cell_that_runs_again_replaces_its_optimizer(first: str, second: str) 
     older.zero_grad()
 
 
+def test_parameters_may_be_unfrozen_before_a_cell_runs_again() -> None:
+    model = Weights(SHAPES)
+    model.w1.requires_grad_(False)
+    older = make(model)
+    model.w1.requires_grad_()
+    start = copies(model)
+    with pytest.warns(UserWarning, match="takes over"):
+        newer = make(model)
+    train(model, newer, range(2))
+    assert_follows_torch(model, start, range(2))
+    model.w1.requires_grad_(False)
+    with pytest.raises(ValueError, match="already trained by another"):
+        make(model)  # of only some parameters
+    older.close()
+
+
 def test_the_warning_points_at_the_users_line() -> None:
     model = Weights(SHAPES)
     older = make(model)
