@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -164,19 +164,22 @@ class VersionWatch:
         now, form = _form_of(self._parameters[position]), self._forms[position]
         return now._replace(strides=form.strides) == form
 
-    def changed(self) -> list[int]:
+    def changed(self, take_replaced: Callable[[], None]) -> list[int]:
         """Return the positions of parameters written to since `accept_versions`.
+
+        Args:
+            take_replaced: calls `put_back` for every parameter whose storage was replaced.
 
         Raises:
             ParameterReplacedError: naming a parameter whose storage or object was replaced.
         """
-        self._raced.clear()
         # 256 at a time, so that the parameters are still in the CPU's cache for the second pass.
         changed: list[int] = []
         for start in range(0, len(self._parameters), _CHUNK):
             end = start + _CHUNK
             parameters = self._parameters[start:end]
             if list(map(torch.Tensor.data_ptr, parameters)) != self._addresses[start:end]:
+                take_replaced()
                 self._reject_replaced()
             versions = list(map(version_of, parameters))
             before = self._versions[start:end]
@@ -185,6 +188,7 @@ class VersionWatch:
         for registry, key, parameter in self._registrations:
             if registry.get(key) is not parameter:
                 self._reject(self._position(parameter), "another object took its place")
+        self._raced.clear()
         return changed
 
     def reject_written(self, positions: Iterable[int]) -> None:
@@ -436,8 +440,7 @@ class ExternalEdits:
             ParameterReplacedError: naming a parameter whose object was replaced, or whose storage
                 was replaced by one of another shape, dtype or device.
         """
-        self.take_replaced()
-        changed = self._watch.changed()
+        changed = self._watch.changed(self.take_replaced)
         if self.snapshot_lock.is_open:
             since = self._watch.since_mark(changed)
             self.snapshot_lock.note_changes({self._places[index][0] for index in since})
