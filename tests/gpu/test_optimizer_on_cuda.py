@@ -69,6 +69,30 @@ def test_streaming_and_drop_in_give_the_same_bits() -> None:
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_model_moved_after_construction_trains_as_one_moved_before(streams: bool) -> None:
+    results = []
+    for moved_after in (False, True):
+        model = make_model(torch.bfloat16)
+        if moved_after:
+            model.to("cpu")
+        optimizer = OffloadAdam(model.parameters(), lr=1e-2, module=model if streams else None)
+        model.to("cuda")
+        for step in range(3):
+            torch.manual_seed(step)
+            model(torch.randn(16, 65).to("cuda", torch.bfloat16)).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            # As an evaluation on the host does.
+            optimizer.synchronize()
+            model.to("cpu").to("cuda")
+        assert optimizer.overlaps is streams
+        assert optimizer.pinned_nbytes > 0
+        results.append([parameter.detach().cpu() for parameter in model.parameters()])
+    for before, after in zip(*results, strict=True):
+        assert torch.equal(before, after)
+
+
 def test_state_is_pinned_and_a_saved_parameter_is_small() -> None:
     model = make_model(torch.bfloat16)
     optimizer = OffloadAdam(model.parameters(), module=model)
