@@ -109,15 +109,12 @@ class VersionWatch:
 
     def replaced(self) -> list[int]:
         """Return the positions of parameters whose storage was replaced."""
-        if list(map(torch.Tensor.data_ptr, self._parameters)) == self._addresses:
+        addresses = list(map(torch.Tensor.data_ptr, self._parameters))
+        if addresses == self._addresses:
+            self._raced.clear()
             return []
-        return [
-            position
-            for position, (parameter, address) in enumerate(
-                zip(self._parameters, self._addresses, strict=True)
-            )
-            if parameter.data_ptr() != address
-        ]
+        pairs = zip(addresses, self._addresses, strict=True)
+        return [position for position, (now, before) in enumerate(pairs) if now != before]
 
     def has_moved(self) -> bool:
         """Return whether a parameter now has another shape, dtype or device."""

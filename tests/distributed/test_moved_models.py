@@ -170,6 +170,27 @@ def test_a_model_cast_on_one_rank_alone_is_rejected_on_all(ranks: RankPool) -> N
         assert "the dtype of '0.weight' is torch.bfloat16" in message
 
 
+def replace_on_one(rank: int, world_size: int, differs: bool) -> str:
+    model = make_model()
+    optimizer = OffloadAdam(model.named_parameters(), gradient_reduction="optimizer")
+    step_once(model, optimizer, rank, 0)
+    if rank == 1:
+        weight = model.get_parameter("0.weight")
+        weight.data = weight.data * (2.0 if differs else 1.0)
+    try:
+        step_once(model, optimizer, rank, 1)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_data_replaced_on_one_rank_alone_must_have_the_same_values(ranks: RankPool) -> None:
+    for message in ranks.run(replace_on_one, 2, True):
+        assert message.startswith("RankDisagreementError: Parameters were modified outside")
+        assert "rank(s) [1]" in message
+    assert ranks.run(replace_on_one, 2, False) == ["", ""]
+
+
 def load_then_move(rank: int, world_size: int, cast: bool) -> tuple[str, float]:
     model = make_model()
     trained = OffloadAdam(

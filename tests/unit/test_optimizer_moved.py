@@ -84,6 +84,11 @@ def replace_by_other_strides(model: torch.nn.Module) -> None:
             parameter.data = (parameter.data * 0.5).t().contiguous().t()
 
 
+def replace_by_contiguous(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data = (parameter.data * 0.5).contiguous()
+
+
 def shrink(model: torch.nn.Module) -> None:
     with torch.no_grad():
         vector_to_parameters(
@@ -100,6 +105,7 @@ def there_and_back(model: torch.nn.Module) -> None:
 REPLACEMENTS: dict[str, Move] = {
     "data": replace_all,
     "strides": replace_by_other_strides,
+    "contiguous": replace_by_contiguous,
     "vector_to_parameters": shrink,
     "there and back": there_and_back,
     "share_memory": lambda model: model.share_memory(),
@@ -114,6 +120,8 @@ def test_other_data_is_trained_as_by_an_optimizer_that_saw_an_in_place_write(
     replacement: str, dtype: torch.dtype, before: int, streams: bool
 ) -> None:
     model, expected = make_model().to(dtype), make_model().to(dtype)
+    if replacement == "contiguous":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
     optimizer = OffloadAdam(model.parameters(), **options, module=model if streams else None)
     oracle = OffloadAdam(expected.parameters(), **options)
@@ -256,6 +264,7 @@ def test_a_parameter_that_cannot_be_trained_after_the_move_is_rejected_and_can_b
     train(model, optimizer)
     train(expected, OffloadAdam(expected.parameters(), lr=1e-2))
     assert_same(model, expected)
+    assert [int(entry["step"]) for entry in optimizer.state_dict()["state"].values()] == [3] * 6
 
 
 def test_a_model_that_is_cast_after_a_step_is_rejected_by_name() -> None:
@@ -290,6 +299,11 @@ def test_averaged_weights_can_be_swapped_in_and_out_while_updates_run() -> None:
         assert torch.equal(model(torch.ones(1, 3, 3, 3)), torch.zeros(1, 2))
         for parameter, data in zip(model.parameters(), kept, strict=True):
             parameter.data = data
+    optimizer.synchronize()
+    assert_same(model, expected)
+    for one, stepper in ((model, optimizer), (expected, oracle)):
+        replace_all(one)
+        train(one, stepper, 1)
     optimizer.synchronize()
     assert_same(model, expected)
 
