@@ -40,12 +40,14 @@ class SavedState:
     groups: the saved parameter groups.
     further: the entries under `STATE_KEY`; empty if another optimizer saved the state.
     names: names of each group's parameters, None if they were saved without names.
+    added: values that a user or a hook has put into `optimizer.state` under a text of their own.
     """
 
     state: Mapping[int, Mapping[str, Any]]
     groups: Sequence[Mapping[str, Any]]
     further: Mapping[str, Any]
     names: Sequence[Sequence[str]] | None
+    added: Mapping[str, Any]
 
     def ids_for(self, names: Sequence[Sequence[str]] | None) -> list[list[Any]]:
         """Return the saved ids of each group's parameters, in the order of this optimizer.
@@ -130,12 +132,25 @@ def read_saved(state_dict: Mapping[str, Any], world_size: int, rank: int) -> Sav
             "full_state_dict() on the old ranks, and load that here."
         )
     masters = marker.get("master_weight", {})
+    groups, every = state_dict["param_groups"], state_dict["state"]
+    listed = {saved_id for group in groups for saved_id in group["params"]}
+    added = {
+        key: value
+        for key, value in every.items()
+        if isinstance(key, str) and key not in listed and not _is_entry(value)
+    }
     state = {
         packed: {**entry, **({"master_weight": masters[packed]} if packed in masters else {})}
-        for packed, entry in state_dict["state"].items()
+        for packed, entry in every.items()
+        if packed not in added
     }
-    _reject_foreign(state, state_dict["param_groups"])
-    return SavedState(state, state_dict["param_groups"], marker, _saved_names(state_dict))
+    _reject_foreign(state, groups)
+    return SavedState(state, groups, marker, _saved_names(state_dict), added)
+
+
+def _is_entry(value: object) -> bool:
+    """Return whether a value of a saved state is that of a parameter."""
+    return isinstance(value, Mapping) and not value.keys().isdisjoint(_STATE_KEYS)
 
 
 def _reject_foreign(
@@ -166,12 +181,16 @@ def merge_groups(
     groups: Sequence[Mapping[str, Any]],
     saved: Sequence[Mapping[str, Any]],
     check: Callable[[dict[str, Any]], None],
+    *,
+    adopts_names: bool,
 ) -> list[dict[str, Any]]:
     """Return the options to set in each group: those that were saved, without `params`.
 
     Args:
         groups: the optimizer's groups, which are not modified.
         check: raises an error if a group's hyperparameters are wrong.
+        adopts_names: also return the saved names of the parameters, as torch does for an optimizer
+            without names.
 
     Raises:
         ValueError: the number of groups or of parameters differs, or one of `FIXED_OPTIONS` does.
@@ -183,6 +202,7 @@ def merge_groups(
             f"The saved state has groups of {saved_counts} parameters, but this optimizer has "
             f"groups of {counts}. Construct it with the groups that were saved."
         )
+    dropped = {"params", *_TORCH_DEFAULTS} | (set() if adopts_names else {"param_names"})
     merged = []
     for number, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
         for key in FIXED_OPTIONS:
@@ -195,7 +215,7 @@ def merge_groups(
         kept = {
             key: copy.deepcopy(value)  # an lr tensor must not be shared with the saved state
             for key, value in saved_group.items()
-            if key not in ("params", "param_names", *_TORCH_DEFAULTS)
+            if key not in dropped
         }
         check({**group, **kept})  # the completed group, before any group is modified
         merged.append(kept)
