@@ -300,13 +300,8 @@ class StateAccess(torch.optim.Optimizer):
             state_dict = state_dict if changed is None else changed
         rank, world_size = core.partition
         saved = read_saved(state_dict, world_size, rank)
+        groups = merge_groups(self.param_groups, saved.groups, self._check_group)
         names = known_names(self.param_groups, self._module)
-        groups = merge_groups(
-            self.param_groups,
-            saved.groups,
-            self._check_group,
-            adopts_names=names is None and saved.names is not None,
-        )
         saved_ids = saved.ids_for(names)
         entries = {
             self._index_of[parameter]: saved.state.get(saved_id, {})
@@ -337,6 +332,11 @@ class StateAccess(torch.optim.Optimizer):
             # Not `group.update`: a subclass of dict, such as AdamGroup, rejects keys there that
             # users must not set themselves.
             dict.update(group, merged)
+        if names is None and saved.names is not None:
+            # As torch does. The parameters of both sides are in one order, for want of names here.
+            for group, saved_group in zip(self.param_groups, saved.groups, strict=True):
+                if "param_names" in saved_group:
+                    group.setdefault("param_names", list(saved_group["param_names"]))
         for post_hook in load_state_dict_post_hooks(self):
             post_hook(self)
 

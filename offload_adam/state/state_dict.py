@@ -181,16 +181,12 @@ def merge_groups(
     groups: Sequence[Mapping[str, Any]],
     saved: Sequence[Mapping[str, Any]],
     check: Callable[[dict[str, Any]], None],
-    *,
-    adopts_names: bool,
 ) -> list[dict[str, Any]]:
     """Return the options to set in each group: those that were saved, without `params`.
 
     Args:
         groups: the optimizer's groups, which are not modified.
         check: raises an error if a group's hyperparameters are wrong.
-        adopts_names: also return the saved names of the parameters, as torch does for an optimizer
-            without names.
 
     Raises:
         ValueError: the number of groups or of parameters differs, or one of `FIXED_OPTIONS` does.
@@ -202,7 +198,6 @@ def merge_groups(
             f"The saved state has groups of {saved_counts} parameters, but this optimizer has "
             f"groups of {counts}. Construct it with the groups that were saved."
         )
-    dropped = {"params", *_TORCH_DEFAULTS} | (set() if adopts_names else {"param_names"})
     merged = []
     for number, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
         for key in FIXED_OPTIONS:
@@ -215,7 +210,7 @@ def merge_groups(
         kept = {
             key: copy.deepcopy(value)  # an lr tensor must not be shared with the saved state
             for key, value in saved_group.items()
-            if key not in dropped
+            if key not in ("params", "param_names", *_TORCH_DEFAULTS)
         }
         check({**group, **kept})  # the completed group, before any group is modified
         merged.append(kept)
