@@ -379,3 +379,116 @@ def test_zero_grad_is_torchs(name: str) -> None:
     assert not gradient.any()
     optimizer.zero_grad()
     assert model.weight.grad is None
+
+
+def set_gradients(kind: str, model: Affine) -> None:
+    generator = torch.Generator().manual_seed(2)
+    drawn = torch.randn(5, 10, generator=generator)
+    if kind == "expanded":
+        model.weight.grad, model.bias.grad = drawn[0, :5].expand(10, 5), drawn[0, :1].expand(10)
+    elif kind == "transposed":
+        model.weight.grad, model.bias.grad = drawn.T, drawn[:, 0].repeat(4)[::2]
+    elif kind == "parameters":
+        model.weight.grad = torch.nn.Parameter(drawn.T.contiguous())
+        model.bias.grad = torch.nn.Parameter(drawn[0])
+    elif kind == "shared":
+        model.weight.grad = drawn.reshape(10, 5)
+        model.bias.grad = drawn.reshape(-1)[:10]
+    else:
+        assert kind == "with a graph"
+        gradients = torch.autograd.grad(model.loss(), model.parameters, create_graph=True)
+        model.weight.grad, model.bias.grad = gradients
+
+
+@pytest.mark.parametrize("kind", ["expanded", "transposed", "parameters", "shared", "with a graph"])
+def test_gradients_of_every_kind_are_torchs(name: str, kind: str) -> None:
+    ours, theirs = Affine(), Affine()
+    optimizer, reference = make_pair(name, ours.parameters, theirs.parameters, lr=0.1)
+    for _ in range(3):
+        for model, made in ((ours, optimizer), (theirs, reference)):
+            set_gradients(kind, model)
+            made.step()
+        assert_equal(ours.parameters, theirs.parameters)
+
+
+def test_groups_edited_between_steps_are_torchs(name: str) -> None:
+    ours, theirs = Affine(), Affine()
+    later = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer, reference = make_pair(name, ours.parameters, theirs.parameters)
+    edits: list[dict[str, Any]] = [
+        {"lr": 0.5},
+        {"lr": torch.tensor(0.1)},
+        {"betas": [0.5, 0.6]},
+        {"eps": 1},
+        {"maximize": True},
+        {"weight_decay": 0.3},
+        {"decoupled_weight_decay": name == "Adam"},
+        {"mine": "a key of the user"},
+    ]
+    for number, edit in enumerate(edits):
+        for model, made, new in zip((ours, theirs), (optimizer, reference), later, strict=True):
+            made.param_groups[0].update(edit)
+            if number == 4:
+                made.add_param_group({"params": (p for p in [new]), "lr": 0.2, "mine": 1})
+            model.closure_of(made)()
+            new.grad = torch.full((3,), 0.25)
+            made.step()
+        assert_equal([*ours.parameters, later[0]], [*theirs.parameters, later[1]])
+    assert optimizer.param_groups[0]["mine"] == "a key of the user"
+    assert optimizer.param_groups[1]["mine"] == 1
+
+
+def test_edits_of_the_state_are_torchs(name: str) -> None:
+    ours, theirs = Affine(), Affine()
+    optimizer, reference = make_pair(name, ours.parameters, theirs.parameters, lr=0.1)
+    for in_place in (True, False):
+        for model, made in ((ours, optimizer), (theirs, reference)):
+            made.step(model.closure_of(made))
+            entry = made.state[model.weight]
+            if in_place:
+                entry["step"].fill_(50.0)
+                entry["exp_avg"].mul_(0.5)
+                entry["exp_avg_sq"].add_(1.0)
+            else:
+                entry["step"] = torch.tensor(3.0)
+                entry["exp_avg"] = torch.zeros(10, 5)
+                entry["exp_avg_sq"] = torch.ones(10, 5)
+            made.step(model.closure_of(made))
+        assert_equal(ours.parameters, theirs.parameters)
+    assert_equal_state(optimizer, reference)
+
+
+def test_an_optimizer_may_step_during_backward(name: str) -> None:
+    """One optimizer for each parameter, so that no gradient lives longer than its hook."""
+    ours, theirs = Affine(), Affine()
+    for model, make in ((ours, PAIRS[name]), (theirs, getattr(torch.optim, name))):
+        optimizers = {parameter: make([parameter], lr=0.1) for parameter in model.parameters}
+
+        def update(parameter: Any, optimizers: dict[Any, Any] = optimizers) -> None:
+            optimizers[parameter].step()
+            optimizers[parameter].zero_grad()
+
+        for parameter in model.parameters:
+            parameter.register_post_accumulate_grad_hook(update)
+        for _ in range(3):
+            model.loss().backward()
+        assert all(parameter.grad is None for parameter in model.parameters)
+    assert_equal(ours.parameters, theirs.parameters)
+
+
+def test_memory_moves_at_construction(name: str) -> None:
+    """Unlike in torch: what shared the old memory keeps the old values."""
+    model = Affine()
+    early = model.weight.data
+    optimizer = PAIRS[name](model.parameters, lr=0.1)
+    late = model.weight.data
+    optimizer.step(model.closure_of(optimizer))
+    assert torch.equal(early, Affine().weight)
+    assert torch.equal(late, model.weight)
+    assert not torch.equal(late, early)
+
+
+def test_it_is_an_optimizer_of_torch(name: str) -> None:
+    optimizer = PAIRS[name](Affine().parameters)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert not isinstance(optimizer, torch.optim.Adam)
