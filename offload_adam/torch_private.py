@@ -192,6 +192,16 @@ def has_step_post_hooks(optimizer: torch.optim.Optimizer) -> bool:
     return bool(optimizer._optimizer_step_post_hooks or _global_step_post_hooks)
 
 
+def state_dict_pre_hooks(optimizer: torch.optim.Optimizer) -> Iterable[Callable[..., Any]]:
+    """Return the hooks of `register_state_dict_pre_hook`, in order."""
+    return optimizer._optimizer_state_dict_pre_hooks.values()
+
+
+def state_dict_post_hooks(optimizer: torch.optim.Optimizer) -> Iterable[Callable[..., Any]]:
+    """Return the hooks of `register_state_dict_post_hook`, in order."""
+    return optimizer._optimizer_state_dict_post_hooks.values()
+
+
 def load_state_dict_pre_hooks(optimizer: torch.optim.Optimizer) -> Iterable[Callable[..., Any]]:
     """Return the hooks of `register_load_state_dict_pre_hook`, in order."""
     return optimizer._optimizer_load_state_dict_pre_hooks.values()
@@ -219,6 +229,8 @@ def _note_missing_attributes() -> None:
     for owner, name in (
         (nn.Module, "_parameters"),
         (torch.optim.Optimizer, "_optimizer_step_post_hooks"),
+        (torch.optim.Optimizer, "_optimizer_state_dict_pre_hooks"),
+        (torch.optim.Optimizer, "_optimizer_state_dict_post_hooks"),
         (torch.optim.Optimizer, "_optimizer_load_state_dict_pre_hooks"),
         (torch.optim.Optimizer, "_optimizer_load_state_dict_post_hooks"),
     ):

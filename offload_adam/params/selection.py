@@ -172,8 +172,15 @@ def check_parameters(new: Iterable[NewParameter], known: Iterable[Named]) -> Non
         TypeError, ValueError: the message names the parameter.
     """
     members = [(item.name, item.parameter) for item in new]
+    seen: set[torch.nn.Parameter] = set()
     for name, parameter in members:
         check_parameter(name, parameter)
+        if parameter in seen:
+            raise ValueError(
+                f"Parameter {name!r} is twice in its group. List it once. torch warns of this and "
+                "updates the parameter twice in each step."
+            )
+        seen.add(parameter)
     _reject_overlaps([*members, *known])
 
 

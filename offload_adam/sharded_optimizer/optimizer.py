@@ -257,7 +257,8 @@ class ShardedOptimizer(StateAccess):
             raise
         num_steps = core.num_steps
         self._core_resources.close()
-        self.state.clear()
+        for parameter in index_of:  # hooks may have put further values into `state`
+            del self.state[parameter]
         self._state_edits = StateEdits()
         self._group_watch = GroupWatch(self._module)
         self._streamed.forget()

@@ -27,7 +27,12 @@ from offload_adam.state.state_edits import StateEdits
 from offload_adam.state.state_shard import plan_load, state_shard
 from offload_adam.step.ledger import LedgerEntry
 from offload_adam.step.step import ShardedAdam
-from offload_adam.torch_private import load_state_dict_post_hooks, load_state_dict_pre_hooks
+from offload_adam.torch_private import (
+    load_state_dict_post_hooks,
+    load_state_dict_pre_hooks,
+    state_dict_post_hooks,
+    state_dict_pre_hooks,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -215,16 +220,15 @@ class StateAccess(torch.optim.Optimizer):
         any world size. `torch.save` raises an error. `load_state_dict` accepts the dict on the same
         rank of the same world size.
         """
-        saved = self.local_state_dict()
+        saved = self._local_state()
         core = self._alive()
-        if core.partition[1] == 1:
-            return saved
-        for index, packed in self._trainable_ids().items():
-            bucket, position = core.bucket_and_position(index)
-            entry = saved["state"][packed]
-            for key in bucket.planes.named(own_master=bucket.own_master):
-                entry[key] = state_shard(bucket, position, entry[key])
-        return saved
+        if core.partition[1] > 1:
+            for index, packed in self._trainable_ids().items():
+                bucket, position = core.bucket_and_position(index)
+                entry = saved["state"][packed]
+                for key in bucket.planes.named(own_master=bucket.own_master):
+                    entry[key] = state_shard(bucket, position, entry[key])
+        return self._after_hooks(saved)
 
     @serialized
     def local_state_dict(self) -> dict[str, Any]:
@@ -233,12 +237,21 @@ class StateAccess(torch.optim.Optimizer):
         Use it to write one file per rank with `torch.save`. `load_state_dict` accepts it on the
         same rank of the same world size.
         """
-        rank, world_size = self._settled().partition
-        saved = super().state_dict()
+        return self._after_hooks(self._local_state())
+
+    def _local_state(self) -> dict[str, Any]:
+        """Return the result of `local_state_dict` before its post hooks."""
+        self._alive().synchronize()
+        self._run_pre_hooks()
+        rank, world_size = self._settled().partition  # after the hooks, which may edit the state
+        ids = self._packed_ids()
         # Copy the entries: an edit of the saved dict must not change optimizer.state.
-        saved["state"] = {packed: dict(entry) for packed, entry in saved["state"].items()}
-        saved[STATE_KEY] = {"world_size": world_size, "rank": rank, **self._package_entries()}
-        return saved
+        entries = {ids[parameter]: dict(self.state[parameter]) for parameter in self._index_of}
+        return {
+            "state": {**entries, **self._added_values()},
+            "param_groups": self._packed_groups(ids),
+            STATE_KEY: {"world_size": world_size, "rank": rank, **self._package_entries()},
+        }
 
     @serialized
     def full_state_dict(self) -> dict[str, Any]:
@@ -248,6 +261,8 @@ class StateAccess(torch.optim.Optimizer):
         are under the key "offload_adam", which torch ignores. To load it into an `OffloadAdam` of
         any world size, pass it to `load_state_dict` on every rank.
         """
+        self._alive().synchronize()
+        self._run_pre_hooks()
         core = self._settled_on_all_ranks("full_state_dict")
         whole: dict[int, dict[str, torch.Tensor]] = {}
         with torch.no_grad():
@@ -255,8 +270,27 @@ class StateAccess(torch.optim.Optimizer):
                 whole.update(gather_bucket(state, self._ranks) or {})
         if self._ranks.rank != 0:
             return {}
-        groups = super().state_dict()["param_groups"]
-        return pack_full(groups, self._trainable_ids(), whole, self._package_entries())
+        groups = self._packed_groups(self._packed_ids())
+        full = pack_full(groups, self._trainable_ids(), whole, self._package_entries())
+        full["state"].update(self._added_values())
+        return self._after_hooks(full)
+
+    def _added_values(self) -> dict[Any, Any]:
+        """Return what users and hooks have put into `optimizer.state` beside the parameters."""
+        state: Mapping[Any, Any] = self.state
+        return {key: value for key, value in state.items() if key not in self._index_of}
+
+    def _run_pre_hooks(self) -> None:
+        """Run the hooks of `register_state_dict_pre_hook`."""
+        for pre_hook in state_dict_pre_hooks(self):
+            pre_hook(self)
+
+    def _after_hooks(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Return a state dict as the hooks of `register_state_dict_post_hook` leave it."""
+        for post_hook in state_dict_post_hooks(self):
+            changed = post_hook(self, saved)
+            saved = saved if changed is None else changed
+        return saved
 
     def _package_entries(self) -> dict[str, Any]:
         """Return the entries under `STATE_KEY`: the parameters' names and the subclass's state."""
@@ -295,7 +329,8 @@ class StateAccess(torch.optim.Optimizer):
         rank, world_size = core.partition
         saved = read_saved(state_dict, world_size, rank)
         groups = merge_groups(self.param_groups, saved.groups, self._check_group)
-        saved_ids = saved.ids_for(known_names(self.param_groups, self._module))
+        names = known_names(self.param_groups, self._module)
+        saved_ids = saved.ids_for(names)
         entries = {
             self._index_of[parameter]: saved.state.get(saved_id, {})
             for group, group_ids in zip(self.param_groups, saved_ids, strict=True)
@@ -323,10 +358,17 @@ class StateAccess(torch.optim.Optimizer):
             # parameter may differ from its loaded master weight.
             core.external_edits.compare_all()
             load_further()
+            state: dict[Any, Any] = self.state
+            state.update(saved.added)
             for group, merged in zip(self.param_groups, groups, strict=True):
                 # Not `group.update`: a subclass of dict, such as AdamGroup, rejects keys there that
                 # users must not set themselves.
                 dict.update(group, merged)
+            if names is None and saved.names is not None:
+                # As torch does. Without names here, the saved parameters were matched in order.
+                for group, saved_group in zip(self.param_groups, saved.groups, strict=True):
+                    if "param_names" in saved_group:
+                        group.setdefault("param_names", list(saved_group["param_names"]))
 
         return load
 
@@ -353,14 +395,25 @@ class StateAccess(torch.optim.Optimizer):
                 lost[0],
             )
 
+    def _packed_ids(self) -> dict[Any, int]:
+        """Map a parameter to its id in torch's state dicts: its first position in all groups."""
+        ids: dict[Any, int] = {}
+        every = (parameter for group in self.param_groups for parameter in group["params"])
+        for packed, parameter in enumerate(every):
+            ids.setdefault(parameter, packed)
+        return ids
+
+    def _packed_groups(self, ids: Mapping[Any, int]) -> list[dict[str, Any]]:
+        """Return the groups with ids in place of parameters."""
+        return [
+            {**group, "params": [ids[parameter] for parameter in group["params"]]}
+            for group in self.param_groups
+        ]
+
     def _trainable_ids(self) -> dict[int, int]:
-        """Map a parameter's index to its id in torch's state dicts: its position in all groups."""
-        every = [parameter for group in self.param_groups for parameter in group["params"]]
-        return {
-            self._index_of[parameter]: packed
-            for packed, parameter in enumerate(every)
-            if parameter in self._index_of
-        }
+        """Map the index of a trainable parameter to its id in torch's state dicts."""
+        ids = self._packed_ids()
+        return {index: ids[parameter] for parameter, index in self._index_of.items()}
 
     def _check_entries(self) -> None:
         """Check that `optimizer.state` still has an entry for every parameter."""

@@ -37,12 +37,14 @@ class SavedState:
     groups: the saved parameter groups.
     further: the entries under `STATE_KEY`; empty if another optimizer saved the state.
     names: names of each group's parameters, None if they were saved without names.
+    added: values that a user or a hook has put into `optimizer.state` under a text of their own.
     """
 
     state: Mapping[int, Mapping[str, Any]]
     groups: Sequence[Mapping[str, Any]]
     further: Mapping[str, Any]
     names: Sequence[Sequence[str]] | None
+    added: Mapping[str, Any]
 
     def ids_for(self, names: Sequence[Sequence[str]] | None) -> list[list[Any]]:
         """Return the saved ids of each group's parameters, in the order of this optimizer.
@@ -127,12 +129,25 @@ def read_saved(state_dict: Mapping[str, Any], world_size: int, rank: int) -> Sav
             "full_state_dict() on the old ranks, and load that here."
         )
     masters = marker.get("master_weight", {})
+    groups, every = state_dict["param_groups"], state_dict["state"]
+    listed = {saved_id for group in groups for saved_id in group["params"]}
+    added = {
+        key: value
+        for key, value in every.items()
+        if isinstance(key, str) and key not in listed and not _is_entry(value)
+    }
     state = {
         packed: {**entry, **({"master_weight": masters[packed]} if packed in masters else {})}
-        for packed, entry in state_dict["state"].items()
+        for packed, entry in every.items()
+        if packed not in added
     }
-    _reject_foreign(state, state_dict["param_groups"])
-    return SavedState(state, state_dict["param_groups"], marker, _saved_names(state_dict))
+    _reject_foreign(state, groups)
+    return SavedState(state, groups, marker, _saved_names(state_dict), added)
+
+
+def _is_entry(value: object) -> bool:
+    """Return whether a value of a saved state is that of a parameter."""
+    return isinstance(value, Mapping) and not value.keys().isdisjoint(_STATE_KEYS)
 
 
 def _reject_foreign(

@@ -31,8 +31,11 @@ class StateEdits:
         self._own[parameter] = dict(entry)
         self._tensors += entry.values()
 
-    def is_untouched(self, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> bool:
+    def is_untouched(self, state: Mapping[Any, Any]) -> bool:
         """Return whether every entry still holds the optimizer's own tensors, and no others."""
+        if len(state) != len(self._own):
+            # Hooks may add values under keys of their own, which torch saves.
+            state = {parameter: state[parameter] for parameter in self._own if parameter in state}
         # Compared in the order of insertion. If a user has only reordered the entries, `find` runs
         # for nothing.
         found = chain.from_iterable(map(_values, state.values()))

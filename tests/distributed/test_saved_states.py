@@ -174,3 +174,35 @@ def test_a_ranks_own_state_goes_back_to_that_rank_alone(ranks: RankPool) -> None
     outcome = outcome_of(lambda: optimizer.load_state_dict(results[1][0].local))
     assert "saved by rank 1 of 3" in outcome.message
     assert "into rank 0 of 1" in outcome.message
+
+
+def save_with_hooks(rank: int, world_size: int) -> list[Any]:
+    """Return what hooks of saving saw on this rank, and what is loaded of what they added."""
+    model = Model()
+    optimizer = make_optimizer(model, SCENARIO)
+    state: dict[Any, Any] = optimizer.state
+    seen: list[Any] = []
+
+    def pre(_: Any) -> None:
+        state["noted"] = rank + 10
+
+    def post(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
+        seen.append(saved["state"]["noted"])
+        return {**saved, "after": True}
+
+    optimizer.register_state_dict_pre_hook(pre)
+    optimizer.register_state_dict_post_hook(post)
+    local, full = optimizer.local_state_dict(), optimizer.full_state_dict()
+    seen.append([saved.get("after") for saved in (optimizer.state_dict(), local, full)])
+    del state["noted"]
+    optimizer.load_state_dict(local)
+    seen.append(state["noted"])
+    advance(model, optimizer, range(1), rank, world_size)
+    optimizer.close()
+    return seen
+
+
+def test_hooks_of_saving_run_on_every_rank_that_saves(ranks: RankPool) -> None:
+    first, second = ranks.run(save_with_hooks, 2)
+    assert first == [10, 10, 10, [True, True, True], 10]
+    assert second == [11, 11, [True, True, None], 11]
