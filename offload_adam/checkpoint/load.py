@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from offload_adam.checkpoint.dtypes import DTYPE_NAMES, copy_bits, equal_bits, is_lazy_view
 from offload_adam.checkpoint.format import (
-    DTYPE_NAMES,
     Manifest,
     TensorEntry,
     decoded_optimizer,
@@ -141,15 +141,23 @@ def _check(
                 )
             continue
         raise CheckpointError(f"The checkpoint has no {name!r}. {SAME_MODEL}")
-    # A saved master weight may be unused here: an fp32 parameter has one only if its state is on
-    # another device.
-    master = "/master_weight"
-    surplus = [n for n in manifest.tensors if n not in expected and not n.endswith(master)]
-    surplus = [n for n in [*surplus, *manifest.values] if n not in by_module]
+    surplus = [name for name in manifest.tensors if name not in expected]
+    surplus = [name for name in surplus if not _may_be_unused(manifest, name)]
+    surplus = [name for name in [*surplus, *manifest.values] if name not in by_module]
     if surplus:
         raise CheckpointError(
             f"The checkpoint has {surplus[0]!r}, but this model and optimizer do not. {SAME_MODEL}"
         )
+
+
+def _may_be_unused(manifest: Manifest, saved: str) -> bool:
+    """Return whether a saved tensor is state that this optimizer need not have."""
+    name, _, key = saved.removeprefix("optimizer/").rpartition("/")
+    if saved.startswith("model/"):
+        return False
+    # An fp32 parameter has a master weight only if its state is on another device. A parameter that
+    # was never updated may be frozen here.
+    return key == "master_weight" or manifest.optimizer.steps.get(name) == 0
 
 
 def _plane_name(manifest: Manifest, name: str, key: str) -> str:
@@ -260,12 +268,24 @@ def _range_reads(
 def _whole_reads(reader: CheckpointReader, name: str, target: torch.Tensor) -> Iterable[Read]:
     """Return the reads of a whole tensor.
 
-    If `target` has gaps, or its order of elements in memory has changed since the save, read and
-    copy the tensor here, and return no reads.
+    If `target` is a lazy view or has gaps, or its order of elements in memory has changed since the
+    save, read and copy the tensor here, and return no reads.
     """
     order = memory_order(target)
     flat = target.permute(order)
-    if flat.is_contiguous() and list(order) == reader.manifest.tensors[name].order:
+    is_dense = flat.is_contiguous() and not is_lazy_view(target)
+    if is_dense and list(order) == reader.manifest.tensors[name].order:
         return reader.reads(name, flat.view(-1), 0)
-    target.copy_(reader.whole(name))
+    whole = reader.whole(name)
+    part, source = target, whole
+    # torch does not write to an expanded tensor, whose elements share memory along a dimension.
+    for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            part, source = part.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+    copy_bits(part, source)
+    if part is not target and not equal_bits(target.cpu(), whole):
+        raise CheckpointError(
+            f"Elements of {name!r} share memory here (strides {target.stride()}), but have "
+            "different values in the checkpoint. Call contiguous() on this tensor of the model."
+        )
     return ()

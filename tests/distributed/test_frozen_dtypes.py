@@ -1,0 +1,58 @@
+"""Frozen tensors of every dtype go from world to world; what cannot be saved fails on all ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload_adam import OffloadAdam, begin_checkpoint, load_checkpoint, save_checkpoint
+from tests.support.ranks import RankPool
+from tests.support.reference import Outcome, outcome_of
+from tests.unit.checkpoint.test_dtypes import contents, make
+
+
+def save(rank: int, world_size: int, path: str) -> dict[str, list[Any]]:
+    model, optimizer = make(1)
+    begin_checkpoint(path, model=model, optimizer=optimizer).wait()
+    optimizer.close()
+    return contents(model)
+
+
+def load(rank: int, world_size: int, path: str) -> dict[str, list[Any]]:
+    model, optimizer = make(2 + rank)
+    load_checkpoint(path, model=model, optimizer=optimizer)
+    optimizer.close()
+    return contents(model)
+
+
+def test_every_dtype_in_other_worlds(ranks: RankPool, tmp_path: Path) -> None:
+    original = ranks.run(save, 2, str(tmp_path / "c"), timeout=60.0)[0]
+    expected = contents(make(1)[0])
+    assert original == expected
+    for world_size in (1, 2):
+        for found in ranks.run(load, world_size, str(tmp_path / "c"), timeout=60.0):
+            assert found == expected
+
+
+def reject(rank: int, world_size: int, path: str) -> list[Outcome]:
+    model = nn.Linear(2, 2)
+    model.register_buffer("table", torch.ones(2, device="meta" if rank == 1 else "cpu"))
+    optimizer = OffloadAdam(model.parameters(), gradient_reduction="optimizer")
+    outcomes = [
+        outcome_of(lambda: save_checkpoint(path, model=model, optimizer=optimizer)),
+        outcome_of(lambda: begin_checkpoint(path, model=model, optimizer=optimizer)),
+    ]
+    optimizer.close()
+    return outcomes
+
+
+def test_a_rank_that_cannot_save_a_tensor_stops_all(ranks: RankPool, tmp_path: Path) -> None:
+    found = ranks.run(reject, 2, str(tmp_path / "c"), timeout=60.0)
+    for outcome in found[0] + found[1]:
+        assert outcome.error == "CheckpointError"
+        assert "Rank(s) [1] failed in preparing a checkpoint" in outcome.message
+        assert "model/table is on the meta device" in outcome.message
+    assert list(tmp_path.iterdir()) == []
