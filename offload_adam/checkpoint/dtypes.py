@@ -6,6 +6,8 @@ quantized tensor are not among its elements.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from offload_adam.errors import CheckpointError
@@ -68,6 +70,29 @@ def is_wrapper(tensor: torch.Tensor) -> bool:
     return type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
+def parts_of(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors with memory of which a tensor consists, as of `saveable`, by their names.
+
+    A weight of torchao consists of several, such as `model/weight/qdata` and `model/weight/scale`.
+
+    Raises:
+        CheckpointError: as `saveable`.
+    """
+    if not is_wrapper(tensor) or not hasattr(tensor, "__tensor_flatten__") or _is_sharded(tensor):
+        yield name, saveable(name, tensor)
+        return
+    keys, _ = tensor.__tensor_flatten__()
+    for key in keys:
+        yield from parts_of(f"{name}/{key}", getattr(tensor, key))
+
+
+def _is_sharded(tensor: torch.Tensor) -> bool:
+    """Return whether this process may hold only a part: a DTensor."""
+    from torch.distributed.tensor import DTensor  # takes long, and a wrapper is rare
+
+    return isinstance(tensor, DTensor)
+
+
 def saveable(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor of a model as one of no subclass, over the same memory, without gradients.
 
@@ -79,7 +104,7 @@ def saveable(name: str, tensor: torch.Tensor) -> torch.Tensor:
         kind = type(tensor)
         raise CheckpointError(
             f"{name} is a {kind.__module__}.{kind.__qualname__} of dtype {tensor.dtype}, whose "
-            "elements are not in the memory of one tensor. Register the tensors that it consists "
+            "elements are not in the memory of this process. Register the tensors that it consists "
             f"of as buffers instead, or {leave_out}"
         )
     if tensor.is_meta:

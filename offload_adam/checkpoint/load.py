@@ -20,7 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload_adam.checkpoint.dtypes import DTYPE_NAMES, copy_bits, equal_bits, is_lazy_view
+from offload_adam.checkpoint.dtypes import (
+    DTYPE_NAMES,
+    copy_bits,
+    equal_bits,
+    is_lazy_view,
+    saveable,
+)
+from offload_adam.checkpoint.encoding import encode
 from offload_adam.checkpoint.format import (
     Manifest,
     TensorEntry,
@@ -218,7 +225,8 @@ def _load_modules(reader: CheckpointReader, model: nn.Module, state: ModelState)
         Whether an entry is not a live tensor, so that it may have been copied over one.
 
     Raises:
-        CheckpointError: `load_state_dict` fails, or it does not load a saved entry.
+        CheckpointError: `load_state_dict` fails, or it does not load a saved entry, and the model
+            has another value.
     """
     values = reader.manifest.decoded_values()
     for name in {*state.computed, *state.values} & reader.manifest.tensors.keys():
@@ -239,13 +247,27 @@ def _load_modules(reader: CheckpointReader, model: nn.Module, state: ModelState)
         ) from error
     unexpected = getattr(result, "unexpected_keys", ())
     not_loaded = sorted(name for name in unexpected if f"model/{name}" in values)
-    if not_loaded:
-        raise CheckpointError(
-            f"load_state_dict of the model does not load {not_loaded[0]!r}, although the model's "
-            "state dict has this entry. Add a load hook to the model."
-        )
+    current = model.state_dict(keep_vars=True) if not_loaded else {}
+    for name in not_loaded:
+        # The same value is no loss. A 4-bit layer of bitsandbytes, for example, saves its scales,
+        # but gets them by quantizing its weight.
+        if not _is_same(name, current.get(name), values[f"model/{name}"]):
+            raise CheckpointError(
+                f"load_state_dict of the model does not load {name!r}, although the model's state "
+                "dict has this entry, with another value than the checkpoint. Add a load hook to "
+                "the model, or construct it with the saved value."
+            )
     live = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     return any(id(value) not in live for value in entries.values())
+
+
+def _is_same(name: str, current: Any, saved: Any) -> bool:
+    """Return whether an entry of the state dict has the saved value; a tensor, in every bit."""
+    if not isinstance(current, torch.Tensor) or not isinstance(saved, torch.Tensor):
+        return bool(encode(current, name) == encode(saved, name))
+    if (current.dtype, current.shape) != (saved.dtype, saved.shape):
+        return False
+    return equal_bits(saveable(name, current).cpu(), saved)
 
 
 def _range_reads(

@@ -27,7 +27,7 @@ from offload_adam.checkpoint.commit import (
     remove_abandoned,
     require_new,
 )
-from offload_adam.checkpoint.dtypes import in_order, is_wrapper, saveable
+from offload_adam.checkpoint.dtypes import in_order, is_wrapper, parts_of, saveable
 from offload_adam.checkpoint.encoding import encode
 from offload_adam.checkpoint.format import (
     FORMAT_VERSION,
@@ -390,7 +390,8 @@ def sharded_parts(model: nn.Module, core: ShardedAdam) -> Iterator[Part]:
 class ModelState:
     """A model's state dict without the trained parameters, by names in the checkpoint.
 
-    whole: frozen parameters and persistent buffers; the live tensors.
+    whole: frozen parameters and persistent buffers; the live tensors. A tensor that consists of
+        several has several entries, see `dtypes.parts_of`.
     computed: tensors that a module computes for its state dict, and that `load_state_dict` restores
         it from: `get_extra_state`, an overridden `_save_to_state_dict`, state-dict hooks.
     values: like `computed`, but entries that are not tensors.
@@ -429,10 +430,10 @@ def model_state(model: nn.Module, core: ShardedAdam) -> ModelState:
         tensor = live.get(id(value), by_memory.get(memory_key(value)))
         if tensor is not None:
             first = first_names.setdefault(id(tensor), name)
-            if first != name:
+            if first == name and id(tensor) not in trained:
+                found.whole.update(parts_of(full_name, tensor))
+            elif first != name and not is_wrapper(tensor):  # no saved tensor has a wrapper's name
                 found.tied[full_name] = f"model/{first}"
-            elif id(tensor) not in trained:
-                found.whole[full_name] = saveable(full_name, tensor)
         # A hook may return a copy of a trained parameter, for example a rounded one. The parameter
         # itself is saved under this name.
         elif name not in trained_names:

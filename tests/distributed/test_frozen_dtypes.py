@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from offload_adam import OffloadAdam, begin_checkpoint, load_checkpoint, save_checkpoint
 from tests.support.ranks import RankPool
@@ -38,21 +40,26 @@ def test_every_dtype_in_other_worlds(ranks: RankPool, tmp_path: Path) -> None:
 
 
 def reject(rank: int, world_size: int, path: str) -> list[Outcome]:
+    mesh = init_device_mesh("cpu", (world_size,))
+    sharded = DTensor.from_local(torch.ones(2), mesh, [Shard(0)])
     model = nn.Linear(2, 2)
-    model.register_buffer("table", torch.ones(2, device="meta" if rank == 1 else "cpu"))
     optimizer = OffloadAdam(model.parameters(), gradient_reduction="optimizer")
-    outcomes = [
-        outcome_of(lambda: save_checkpoint(path, model=model, optimizer=optimizer)),
-        outcome_of(lambda: begin_checkpoint(path, model=model, optimizer=optimizer)),
-    ]
+    outcomes = []
+    for table in (torch.ones(2, device="meta"), sharded):
+        model.register_buffer("table", table if rank == 1 else torch.ones(2))
+        outcomes += [
+            outcome_of(lambda: save_checkpoint(path, model=model, optimizer=optimizer)),
+            outcome_of(lambda: begin_checkpoint(path, model=model, optimizer=optimizer)),
+        ]
     optimizer.close()
     return outcomes
 
 
 def test_a_rank_that_cannot_save_a_tensor_stops_all(ranks: RankPool, tmp_path: Path) -> None:
     found = ranks.run(reject, 2, str(tmp_path / "c"), timeout=60.0)
-    for outcome in found[0] + found[1]:
+    kinds = 2 * ["on the meta device"] + 2 * ["a torch.distributed.tensor.DTensor of dtype"]
+    for outcome, kind in zip(found[0] + found[1], kinds + kinds, strict=True):
         assert outcome.error == "CheckpointError"
         assert "Rank(s) [1] failed in preparing a checkpoint" in outcome.message
-        assert "model/table is on the meta device" in outcome.message
+        assert f"model/table is {kind}" in outcome.message
     assert list(tmp_path.iterdir()) == []

@@ -209,7 +209,7 @@ def test_what_torch_cannot_write_is_not_exported(tmp_path: Path, form: str) -> N
 
 
 class Wrapper(torch.Tensor):
-    """A quantized weight in two tensors, as in torchao: it has no memory of its own."""
+    """A quantized weight in two tensors, which has no memory of its own."""
 
     data_8: torch.Tensor
     scale: torch.Tensor
@@ -225,9 +225,50 @@ class Wrapper(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.aten.detach.default:
-            return Wrapper(args[0].data_8, args[0].scale)
-        real = [a.data_8.float() * a.scale if isinstance(a, Wrapper) else a for a in args]
-        return func(*real, **(kwargs or {}))
+            return cls(args[0].data_8, args[0].scale)
+        if func is torch.ops.aten.copy_.default and args[0] is args[1]:
+            return args[0]
+        raise NotImplementedError(func)
+
+
+class Flat(Wrapper):
+    """Names its two tensors to torch, as the weights of torchao do."""
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["data_8", "scale"], None
+
+
+def flat_model(seed: str) -> tuple[Any, OffloadAdam]:
+    """Return a model with two names of a frozen weight in which one of the tensors is a `Flat`."""
+    model: Any = nn.Linear(2, 2)
+    scale = Flat(tensor_of(seed, (2, 1), torch.int8), tensor_of(seed, (1,), torch.bfloat16))
+    weight = Flat(tensor_of(seed, (2, 6), torch.int8)[:, ::2], scale)
+    model.frozen = nn.Parameter(weight, requires_grad=False)
+    model.again = model.frozen
+    return model, OffloadAdam(model.parameters())
+
+
+def flat_contents(model: Any) -> list[Any]:
+    scale = model.frozen.scale
+    return [content_of(tensor) for tensor in (model.frozen.data_8, scale.data_8, scale.scale)]
+
+
+@pytest.mark.parametrize("save", [save_at_once, save_in_background])
+def test_a_subclass_of_several_tensors(save: Callable[..., None], tmp_path: Path) -> None:
+    model, optimizer = flat_model("1")
+    expected = flat_contents(model)
+    save(tmp_path / "c", model, optimizer)
+    saved = read_manifest(tmp_path / "c").tensors
+    names = ["data_8", "scale/data_8", "scale/scale"]
+    assert [n for n in saved if "frozen" in n] == [f"model/frozen/{name}" for name in names]
+    other, loaded = flat_model("2")
+    assert flat_contents(other) != expected
+    load_checkpoint(tmp_path / "c", model=other, optimizer=loaded)
+    assert flat_contents(other) == expected == flat_contents(model)
+    assert type(other.frozen) is type(model.frozen)
+    other.frozen.scale.scale = torch.ones(2, dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match="'model/frozen/scale/scale' has shape"):
+        load_checkpoint(tmp_path / "c", model=other, optimizer=loaded)
 
 
 def quantized() -> torch.Tensor:
