@@ -47,6 +47,7 @@ _MAPPINGS: dict[str, type[dict[Any, Any]]] = {
     "defaultdict": defaultdict,
 }
 _FACTORIES = {kind.__name__: kind for kind in (bool, int, float, str, tuple, list, dict, set)}
+_TENSOR_DTYPES = {str(dtype): dtype for dtype in DTYPE_NAMES}
 _ARRAY_DTYPES = {
     np.dtype(name).newbyteorder(order).str: np.dtype(name).newbyteorder(order)
     for name in ("?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16")
@@ -266,7 +267,7 @@ def _decode_bytes_io(data: str, at: int) -> io.BytesIO:
 
 
 def _decode_tensor(dtype: str, shape: list[int], data: str) -> torch.Tensor:
-    content, torch_dtype = _from_base64(data), TORCH_DTYPES[dtype]
+    content, torch_dtype = _from_base64(data), _TENSOR_DTYPES[dtype]
     if math.prod(shape) * torch_dtype.itemsize != len(content):
         raise ValueError(f"{len(content)} bytes are not a {dtype} tensor of shape {shape}")
     if not content:

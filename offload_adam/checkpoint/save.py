@@ -72,8 +72,9 @@ def save_checkpoint(
         path: the same on every rank. Nothing may exist there yet; missing parent folders are
             created.
         model: has all parameters of `optimizer`. Its whole state dict is saved, frozen parameters
-            and buffers included. Parameters keep their names in `model`, so pass `ddp.module`
-            instead of a DDP wrapper if the checkpoint is to load without DDP.
+            and buffers included: dense tensors of any dtype but quantized ones, such as
+            `torch.qint8`. Parameters keep their names in `model`, so pass `ddp.module` instead of a
+            DDP wrapper if the checkpoint is to load without DDP.
         optimizer: its groups, step counts and state are saved.
         extra: returned by `load_checkpoint`; rank 0's is saved. Any nesting of lists, tuples, sets,
             dicts, numbers, text, bytes, and of tensors and NumPy arrays of at most 1 MiB each. For

@@ -245,6 +245,7 @@ def test_any_text_is_decoded_or_rejected(data: st.DataObject) -> None:
         {TAG: "torch.Tensor", "dtype": "torch.float32", "shape": [-1, -1], "data": "AAAAAA=="},
         {TAG: "torch.Tensor", "dtype": "torch.uint8", "shape": [0, 10**30], "data": ""},
         {TAG: "torch.Tensor", "dtype": "torch.load", "shape": [], "data": ""},
+        {TAG: "torch.Tensor", "dtype": "torch.qint8", "shape": [0], "data": ""},
         {TAG: "numpy.ndarray", "dtype": "|O", "shape": [1], "data": "AAAAAAAAAAA="},
         {TAG: "numpy.generic", "dtype": "<f4", "data": "AAAAAAAAAAA="},
         {TAG: "torch.device", "value": "nowhere"},
