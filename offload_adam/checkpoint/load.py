@@ -134,7 +134,11 @@ def _check(
             # If the parameter is its own master weight, `saved` is already expected.
             expected.setdefault(saved, plane)
             _compare(manifest.tensors, saved, plane.dtype, shard.parameter.shape)
-    expected |= state.whole
+    # Tensors that shared memory in a file of torch are tied after its import, but may be two
+    # tensors of the model: buffers that are views of one table, for example.
+    expected |= {_saved_name(manifest, name): tensor for name, tensor in state.whole.items()}
+    for name, tensor in state.whole.items():
+        _compare(manifest.tensors, _saved_name(manifest, name), tensor.dtype, tensor.shape)
     for name, tensor in expected.items():
         if name.startswith("model/"):
             _compare(manifest.tensors, name, tensor.dtype, tensor.shape)
@@ -165,6 +169,11 @@ def _may_be_unused(manifest: Manifest, saved: str) -> bool:
     # An fp32 parameter has a master weight only if its state is on another device. A parameter that
     # was never updated may be frozen here.
     return key == "master_weight" or manifest.optimizer.steps.get(name) == 0
+
+
+def _saved_name(manifest: Manifest, name: str) -> str:
+    """Return the name under which a tensor of the model is saved: another one, if it is tied."""
+    return manifest.tied.get(name, name)
 
 
 def _plane_name(manifest: Manifest, name: str, key: str) -> str:
@@ -211,7 +220,7 @@ def _read_in_place(
             loaded.add(name)
             reads += _whole_reads(reader, f"model/{name}", shard.parameter.detach())
     for name, tensor in state.whole.items():
-        reads += _whole_reads(reader, name, tensor)
+        reads += _whole_reads(reader, _saved_name(reader.manifest, name), tensor)
     reader.read(reads)
 
 
