@@ -186,6 +186,32 @@ def test_frozen_tensors_that_share_memory_are_imported(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "c", model=other, optimizer=optimizer)
 
 
+def test_frozen_parameters_of_torchs_optimizer_are_imported(tmp_path: Path) -> None:
+    """Torch's file does not say what is frozen; only state without an update may be left out."""
+
+    def make_frozen() -> Any:
+        model = plain_model()
+        model[0].requires_grad_(False)
+        base = torch.arange(3, dtype=torch.int8)
+        model.register_parameter("base", nn.Parameter(base, requires_grad=False))
+        return model
+
+    model = make_frozen()
+    pickled(tmp_path / "t.pt", model, torch.optim.AdamW(model.named_parameters()))
+    how = ("import", "--format", "torch-pickle", tmp_path / "t.pt", tmp_path / "c")
+    assert command(*how)[0] == 0
+    other = make_frozen()
+    other.base.zero_()
+    optimizer = OffloadAdam(other.parameters(), decoupled_weight_decay=True)
+    load_checkpoint(tmp_path / "c", model=other, optimizer=optimizer)
+    assert_same(dict(model.state_dict()), dict(other.state_dict()))
+    optimizer.close()
+    other[1].bias.requires_grad = False
+    optimizer = OffloadAdam(other.parameters(), decoupled_weight_decay=True)
+    with pytest.raises(CheckpointError, match=r"has 'optimizer/1\.bias/exp_avg', but this model"):
+        load_checkpoint(tmp_path / "c", model=other, optimizer=optimizer)
+
+
 def test_an_import_asks_for_parameter_names_that_it_cannot_know(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     path = tmp_path / "t.pt"
