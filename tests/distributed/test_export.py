@@ -190,7 +190,7 @@ def test_frozen_parameters_of_torchs_optimizer_are_imported(tmp_path: Path) -> N
     """Torch's file does not say what is frozen; only state without an update may be left out."""
 
     def make_frozen() -> Any:
-        model = plain_model()
+        model: Any = plain_model()
         model[0].requires_grad_(False)
         base = torch.arange(3, dtype=torch.int8)
         model.register_parameter("base", nn.Parameter(base, requires_grad=False))
