@@ -152,9 +152,11 @@ def in_order(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
 
 
 def equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return whether two host tensors of the same shape and dtype are equal in every bit."""
+    """Return whether two tensors of the same shape and dtype are equal in every bit."""
     order = tuple(range(one.dim()))
-    return torch.equal(*(in_order(tensor, order).view(torch.uint8) for tensor in (one, other)))
+    # As bytes, because torch cannot copy or compare tensors of all dtypes.
+    found = (in_order(tensor, order).view(torch.uint8).cpu() for tensor in (one, other))
+    return torch.equal(*found)
 
 
 def copy_bits(target: torch.Tensor, source: torch.Tensor) -> None:

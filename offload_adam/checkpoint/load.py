@@ -276,7 +276,7 @@ def _is_same(name: str, current: Any, saved: Any) -> bool:
         return bool(encode(current, name) == encode(saved, name))
     if (current.dtype, current.shape) != (saved.dtype, saved.shape):
         return False
-    return equal_bits(saveable(name, current).cpu(), saved)
+    return equal_bits(saveable(name, current), saved)
 
 
 def _range_reads(
@@ -314,7 +314,7 @@ def _whole_reads(reader: CheckpointReader, name: str, target: torch.Tensor) -> I
         if stride == 0 and size > 1:
             part, source = part.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
     copy_bits(part, source)
-    if part is not target and not equal_bits(target.cpu(), whole):
+    if part is not target and not equal_bits(target, whole):
         raise CheckpointError(
             f"Elements of {name!r} share memory here (strides {target.stride()}), but have "
             "different values in the checkpoint. Call contiguous() on this tensor of the model."
