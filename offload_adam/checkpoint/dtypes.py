@@ -71,9 +71,10 @@ def is_wrapper(tensor: torch.Tensor) -> bool:
 
 
 def parts_of(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors with memory of which a tensor consists, as of `saveable`, by their names.
+    """Yield the tensors that a tensor of a model consists of, each with its name.
 
-    A weight of torchao consists of several, such as `model/weight/qdata` and `model/weight/scale`.
+    Most consist of one, under `name`. A weight of torchao consists of several, such as
+    `model/weight/qdata` and `model/weight/scale`. Each is a result of `saveable`.
 
     Raises:
         CheckpointError: as `saveable`.
@@ -137,7 +138,7 @@ def is_lazy_view(tensor: torch.Tensor) -> bool:
 
 
 def as_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a view in a dtype that every operation on memory supports. No lazy views."""
+    """Return a view in a dtype that torch copies on every device. `tensor` is no lazy view."""
     return tensor.view(_BITS[tensor.element_size()])
 
 
@@ -162,6 +163,6 @@ def equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 def copy_bits(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy the elements of a tensor of the same shape and dtype, with every bit."""
     if is_lazy_view(target):
-        target.copy_(source)  # has a way to write through such a view
+        target.copy_(source)  # conjugates or negates the values that it writes to memory
     else:
         as_bits(target).copy_(as_bits(source))

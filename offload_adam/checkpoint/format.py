@@ -28,7 +28,10 @@ from offload_adam.layout.budget import CHECKPOINT_BLOCK_NBYTES
 from offload_adam.state.state_shard import Box, range_of_box
 
 FORMAT_VERSION = 3
-"""Version 2 does not encode values (see encoding.py), and has no `Manifest.values`."""
+"""Version 2 does not encode values (see encoding.py), and has no `Manifest.values`.
+
+A dtype that is added to `DTYPES` needs no new version: readers reject a name that they lack.
+"""
 READABLE_VERSIONS = (2, FORMAT_VERSION)
 MANIFEST_NAME = "manifest.json"
 BLOCK_NBYTES = CHECKPOINT_BLOCK_NBYTES
