@@ -120,8 +120,10 @@ has the wrong device.
 no_torch_function: Any = _find("torch", "_C._disabled_torch_function_impl")
 """The `__torch_function__` of a subclass whose operations return plain tensors."""
 
-# A saved file names this function, and torch.load(weights_only=True) accepts only such names.
+# A saved file names these functions, and torch.load(weights_only=True) accepts only such names.
 rebuild_tensor: Callable[..., torch.Tensor] = _find("torch._utils", "_rebuild_tensor_v2")
+rebuild_untyped_tensor: Callable[..., torch.Tensor] = _find("torch._utils", "_rebuild_tensor_v3")
+"""Return a tensor of a dtype for which torch has no typed storage."""
 
 is_lazy: Callable[[object], bool] = _find("torch.nn.parameter", "is_lazy")
 """Return whether a parameter or buffer has no shape yet, before the first forward."""

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from offload_adam.checkpoint.dtypes import DTYPE_NAMES, TORCH_DTYPES, in_order
 from offload_adam.errors import CheckpointError
 
 TAG = "$type"
@@ -46,16 +47,7 @@ _MAPPINGS: dict[str, type[dict[Any, Any]]] = {
     "defaultdict": defaultdict,
 }
 _FACTORIES = {kind.__name__: kind for kind in (bool, int, float, str, tuple, list, dict, set)}
-_TORCH_DTYPES = {
-    str(dtype): dtype
-    for dtype in (
-        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-        *(torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.complex128),
-        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
-        *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
-        *(torch.float8_e8m0fnu, torch.complex32),
-    )
-}
+_TENSOR_DTYPES = {str(dtype): dtype for dtype in DTYPE_NAMES}
 _ARRAY_DTYPES = {
     np.dtype(name).newbyteorder(order).str: np.dtype(name).newbyteorder(order)
     for name in ("?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16")
@@ -136,7 +128,7 @@ def _encode(value: Any, path: _Path) -> Any:
         return {TAG: kind.__name__, "data": _to_base64(value, path)}
     if kind is io.BytesIO:
         return {TAG: "BytesIO", "data": _to_base64(value.getvalue(), path), "at": value.tell()}
-    if kind is torch.dtype and str(value) in _TORCH_DTYPES:
+    if kind is torch.dtype:
         return {TAG: "torch.dtype", "value": str(value)}
     if kind is torch.device:
         return {TAG: "torch.device", "value": str(value)}
@@ -179,19 +171,19 @@ def _encode_mapping(tag: str, value: dict[Any, Any], path: _Path) -> Any:
 
 
 def _encode_tensor(value: torch.Tensor, path: _Path) -> Any:
-    if value.layout is not torch.strided or value.is_meta or str(value.dtype) not in _TORCH_DTYPES:
+    is_dense = value.layout is torch.strided and not value.is_nested and not value.is_meta
+    if not is_dense or value.dtype not in DTYPE_NAMES:
         what = f"a tensor of {value.dtype}, {value.layout} on {value.device}"
         raise _rejected(path, what, "Save a dense tensor with data, of a dtype such as float32")
     if value.requires_grad:
         raise _rejected(path, "a tensor that requires gradients", "Save tensor.detach()")
     _require_small(value.nbytes, path)  # before a copy of any size is made
-    # A conjugate or negated view has the bytes of its base. Resolving writes out its own values.
-    flat = value.resolve_conj().resolve_neg().cpu().contiguous().view(-1)
+    flat = in_order(value, tuple(range(value.dim()))).view(torch.uint8)
     return {
         TAG: "torch.Tensor",
         "dtype": str(value.dtype),
         "shape": list(value.shape),
-        "data": _to_base64(flat.view(torch.uint8).numpy().tobytes(), path),
+        "data": _to_base64(flat.numpy(force=True).tobytes(), path),
     }
 
 
@@ -275,7 +267,7 @@ def _decode_bytes_io(data: str, at: int) -> io.BytesIO:
 
 
 def _decode_tensor(dtype: str, shape: list[int], data: str) -> torch.Tensor:
-    content, torch_dtype = _from_base64(data), _TORCH_DTYPES[dtype]
+    content, torch_dtype = _from_base64(data), _TENSOR_DTYPES[dtype]
     if math.prod(shape) * torch_dtype.itemsize != len(content):
         raise ValueError(f"{len(content)} bytes are not a {dtype} tensor of shape {shape}")
     if not content:
@@ -305,7 +297,7 @@ _DECODERS: Mapping[str, Callable[..., Any]] = {
     "bytes": lambda data: bytes(_from_base64(data)),
     "bytearray": _from_base64,
     "BytesIO": _decode_bytes_io,
-    "torch.dtype": lambda value: _TORCH_DTYPES[value],
+    "torch.dtype": lambda value: TORCH_DTYPES[value],
     "torch.device": lambda value: torch.device(value),
     "torch.Tensor": _decode_tensor,
     "numpy.ndarray": _decode_array,

@@ -16,15 +16,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from offload_adam.checkpoint.commit import partial_output, publish
 from offload_adam.checkpoint.dcp import plain_text
+from offload_adam.checkpoint.dtypes import DTYPES
 from offload_adam.checkpoint.format import (
-    DTYPES,
     Manifest,
     OptimizerEntry,
     decoded_optimizer,
     read_manifest,
 )
 from offload_adam.checkpoint.reader import CheckpointReader
-from offload_adam.checkpoint.torch_file import Streamed, write_torch_file
+from offload_adam.checkpoint.torch_file import LOADABLE_DTYPES, Streamed, write_torch_file
+from offload_adam.errors import CheckpointError
 from offload_adam.state.state_dict import pack_full
 from offload_adam.state.state_shard import (
     Box,
@@ -36,6 +37,9 @@ from offload_adam.state.state_shard import (
 )
 
 _MODEL, _OPTIMIZER = "model/", "optimizer/"
+_BITS = {torch.bits8, torch.bits16, torch.bits1x8, torch.bits2x4, torch.bits4x2}
+_DCP_DTYPES = LOADABLE_DTYPES - _BITS
+"""`dcp.save` fails for other dtypes, because it computes the size of an element by their names."""
 
 
 def export_torch(path: Path, out: Path) -> str:
@@ -50,11 +54,13 @@ def export_torch(path: Path, out: Path) -> str:
         The torch optimizer that loads the file, how it differs, and which values are left out.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or `out` exists.
+        CheckpointError: the checkpoint is damaged or has a tensor of a dtype that `torch.load` does
+            not load, or `out` exists.
         OSError: `out` cannot be written.
     """
     with partial_output(out) as partial_file, _open(path) as reader:
         manifest = reader.manifest
+        _require_dtypes(manifest, LOADABLE_DTYPES, "a file for torch.load(weights_only=True)")
         left_out: list[str] = []
         model = {name: _streamed(reader, saved) for name, saved in _model_names(manifest).items()}
         content = {
@@ -74,6 +80,17 @@ def export_torch(path: Path, out: Path) -> str:
 
 def _open(path: Path) -> closing[CheckpointReader]:
     return closing(CheckpointReader(path, read_manifest(path)))
+
+
+def _require_dtypes(manifest: Manifest, dtypes: set[torch.dtype], form: str) -> None:
+    """Check that all tensors have one of the dtypes that a format holds."""
+    for name, entry in manifest.tensors.items():
+        if DTYPES[entry.dtype] not in dtypes:
+            raise CheckpointError(
+                f"{name!r} has dtype {DTYPES[entry.dtype]}, which {form} cannot hold. Load the "
+                "checkpoint with load_checkpoint, or save it from a model that holds this tensor "
+                "as uint8."
+            )
 
 
 def _torch_state(
@@ -149,10 +166,12 @@ def export_dcp(path: Path, out: Path) -> str:
         The call that loads the folder.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or `out` exists.
+        CheckpointError: the checkpoint is damaged or has a tensor of a dtype that DCP does not
+            save, or `out` exists.
     """
     with partial_output(out) as partial_folder, _open(path) as reader:
         manifest = reader.manifest
+        _require_dtypes(manifest, _DCP_DTYPES, "a folder of torch.distributed.checkpoint")
         plain = plain_text(manifest.step, manifest.format_version, manifest.optimizer.model_dump())
         state = {
             name: {key: _lazy(reader, saved) for key, saved in planes.items()}

@@ -19,35 +19,25 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError
 
+from offload_adam.checkpoint.dtypes import DTYPES
 from offload_adam.checkpoint.encoding import decode
 from offload_adam.errors import CheckpointError
 from offload_adam.layout.budget import CHECKPOINT_BLOCK_NBYTES
 from offload_adam.state.state_shard import Box, range_of_box
 
 FORMAT_VERSION = 3
-"""Version 2 does not encode values (see encoding.py), and has no `Manifest.values`."""
+"""Version 2 does not encode values (see encoding.py), and has no `Manifest.values`.
+
+A dtype that is added to `DTYPES` needs no new version: readers reject a name that they lack.
+"""
 READABLE_VERSIONS = (2, FORMAT_VERSION)
 MANIFEST_NAME = "manifest.json"
 BLOCK_NBYTES = CHECKPOINT_BLOCK_NBYTES
 """Bytes of a file under one checksum: 4 MiB. Changing it makes saved checkpoints unreadable."""
 LOAD_ANOTHER = "Load another checkpoint."
 """What to do about a damaged checkpoint, for error messages."""
-
-DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""The dtypes of a checkpoint's tensors, by their names in safetensors."""
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _PLAIN_NAME = re.compile(r"[\w-][\w.-]*")
 StepCount = Annotated[FiniteFloat, Field(ge=0, le=2**24)]
@@ -77,6 +67,7 @@ class Piece(_Entry):
 class TensorEntry(_Entry):
     """One tensor. The boxes of its pieces list the dimensions in memory order, outermost first.
 
+    dtype: one of `DTYPES`.
     shape: the sizes of the logical dimensions.
     order: the logical dimension of each dimension in memory order.
 
@@ -319,7 +310,10 @@ def _check_tensor(manifest: Manifest, entry: TensorEntry) -> None:
         ValueError: the message is a fragment, to which the caller adds the tensor's name.
     """
     if entry.dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {entry.dtype!r}")
+        raise ValueError(
+            f"unknown dtype {entry.dtype!r}: use the versions of offload_adam and torch that wrote "
+            "it"
+        )
     if sorted(entry.order) != list(range(len(entry.shape))):
         raise ValueError(
             f"order {entry.order} is not a permutation of {len(entry.shape)} dimensions"

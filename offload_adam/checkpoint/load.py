@@ -20,8 +20,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload_adam.checkpoint.format import (
+from offload_adam.checkpoint.dtypes import (
     DTYPE_NAMES,
+    copy_bits,
+    equal_bits,
+    is_lazy_view,
+    saveable,
+)
+from offload_adam.checkpoint.encoding import encode
+from offload_adam.checkpoint.format import (
     Manifest,
     TensorEntry,
     decoded_optimizer,
@@ -128,7 +135,11 @@ def _check(
             # If the parameter is its own master weight, `saved` is already expected.
             expected.setdefault(saved, plane)
             _compare(manifest.tensors, saved, plane.dtype, shard.parameter.shape)
-    expected |= state.whole
+    # Tensors that shared memory in a file of torch are tied after its import, but may be two
+    # tensors of the model: buffers that are views of one table, for example.
+    expected |= {_saved_name(manifest, name): tensor for name, tensor in state.whole.items()}
+    for name, tensor in state.whole.items():
+        _compare(manifest.tensors, _saved_name(manifest, name), tensor.dtype, tensor.shape)
     for name, tensor in expected.items():
         if name.startswith("model/"):
             _compare(manifest.tensors, name, tensor.dtype, tensor.shape)
@@ -142,15 +153,28 @@ def _check(
                 )
             continue
         raise CheckpointError(f"The checkpoint has no {name!r}. {SAME_MODEL}")
-    # A saved master weight may be unused here: an fp32 parameter has one only if its state is on
-    # another device.
-    master = "/master_weight"
-    surplus = [n for n in manifest.tensors if n not in expected and not n.endswith(master)]
-    surplus = [n for n in [*surplus, *manifest.values] if n not in by_module]
+    surplus = [name for name in manifest.tensors if name not in expected]
+    surplus = [name for name in surplus if not _may_be_unused(manifest, name)]
+    surplus = [name for name in [*surplus, *manifest.values] if name not in by_module]
     if surplus:
         raise CheckpointError(
             f"The checkpoint has {surplus[0]!r}, but this model and optimizer do not. {SAME_MODEL}"
         )
+
+
+def _may_be_unused(manifest: Manifest, saved: str) -> bool:
+    """Return whether a saved tensor is state that this optimizer need not have."""
+    name, _, key = saved.removeprefix("optimizer/").rpartition("/")
+    if saved.startswith("model/"):
+        return False
+    # An fp32 parameter has a master weight only if its state is on another device. A parameter that
+    # was never updated may be frozen here.
+    return key == "master_weight" or manifest.optimizer.steps.get(name) == 0
+
+
+def _saved_name(manifest: Manifest, name: str) -> str:
+    """Return the name under which a tensor of the model is saved: another one, if it is tied."""
+    return manifest.tied.get(name, name)
 
 
 def _plane_name(manifest: Manifest, name: str, key: str) -> str:
@@ -197,7 +221,7 @@ def _read_in_place(
             loaded.add(name)
             reads += _whole_reads(reader, f"model/{name}", shard.parameter.detach())
     for name, tensor in state.whole.items():
-        reads += _whole_reads(reader, name, tensor)
+        reads += _whole_reads(reader, _saved_name(reader.manifest, name), tensor)
     reader.read(reads)
 
 
@@ -211,7 +235,8 @@ def _load_modules(reader: CheckpointReader, model: nn.Module, state: ModelState)
         Whether an entry is not a live tensor, so that it may have been copied over one.
 
     Raises:
-        CheckpointError: `load_state_dict` fails, or it does not load a saved entry.
+        CheckpointError: `load_state_dict` fails, or it does not load a saved entry, and the model
+            has another value.
     """
     values = reader.manifest.decoded_values()
     for name in {*state.computed, *state.values} & reader.manifest.tensors.keys():
@@ -232,13 +257,27 @@ def _load_modules(reader: CheckpointReader, model: nn.Module, state: ModelState)
         ) from error
     unexpected = getattr(result, "unexpected_keys", ())
     not_loaded = sorted(name for name in unexpected if f"model/{name}" in values)
-    if not_loaded:
-        raise CheckpointError(
-            f"load_state_dict of the model does not load {not_loaded[0]!r}, although the model's "
-            "state dict has this entry. Add a load hook to the model."
-        )
+    current = model.state_dict(keep_vars=True) if not_loaded else {}
+    for name in not_loaded:
+        # The same value is no loss. A 4-bit layer of bitsandbytes, for example, saves its scales,
+        # but gets them by quantizing its weight.
+        if not _is_same(name, current.get(name), values[f"model/{name}"]):
+            raise CheckpointError(
+                f"load_state_dict of the model does not load {name!r}, although the model's state "
+                "dict has this entry, with another value than the checkpoint. Add a load hook to "
+                "the model, or construct it with the saved value."
+            )
     live = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     return any(id(value) not in live for value in entries.values())
+
+
+def _is_same(name: str, current: Any, saved: Any) -> bool:
+    """Return whether an entry of the state dict has the saved value; a tensor, in every bit."""
+    if not isinstance(current, torch.Tensor) or not isinstance(saved, torch.Tensor):
+        return bool(encode(current, name) == encode(saved, name))
+    if (current.dtype, current.shape) != (saved.dtype, saved.shape):
+        return False
+    return equal_bits(saveable(name, current), saved)
 
 
 def _range_reads(
@@ -261,12 +300,24 @@ def _range_reads(
 def _whole_reads(reader: CheckpointReader, name: str, target: torch.Tensor) -> Iterable[Read]:
     """Return the reads of a whole tensor.
 
-    If `target` has gaps, or its order of elements in memory has changed since the save, read and
-    copy the tensor here, and return no reads.
+    If `target` is a lazy view or has gaps, or its order of elements in memory has changed since the
+    save, read and copy the tensor here, and return no reads.
     """
     order = memory_order(target)
     flat = target.permute(order)
-    if flat.is_contiguous() and list(order) == reader.manifest.tensors[name].order:
+    is_dense = flat.is_contiguous() and not is_lazy_view(target)
+    if is_dense and list(order) == reader.manifest.tensors[name].order:
         return reader.reads(name, flat.view(-1), 0)
-    target.copy_(reader.whole(name))
+    whole = reader.whole(name)
+    part, source = target, whole
+    # torch does not write to an expanded tensor, whose elements share memory along a dimension.
+    for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            part, source = part.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+    copy_bits(part, source)
+    if part is not target and not equal_bits(target, whole):
+        raise CheckpointError(
+            f"Elements of {name!r} share memory here (strides {target.stride()}), but have "
+            "different values in the checkpoint. Call contiguous() on this tensor of the model."
+        )
     return ()

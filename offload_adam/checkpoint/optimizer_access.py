@@ -129,13 +129,16 @@ def _plan(
     saved: Mapping[str, Any],
     name_of: ParameterNames,
 ) -> Callable[[], None]:
-    groups, steps = optimizer.param_groups, saved["steps"]
+    groups = optimizer.param_groups
     if len(saved["groups"]) != len(groups):
         raise ValueError(
             f"it was saved with {len(saved['groups'])} parameter group(s), but this optimizer has "
             f"{len(groups)}"
         )
     shards = {name_of(shard.parameter): shard for shard in shards_of(core.states)}
+    # A parameter without an update has no state to lose, so it may be frozen here. `import` cannot
+    # know whether such a parameter was frozen.
+    steps = {name: count for name, count in saved["steps"].items() if count or name in shards}
     _check_names("among the trained parameters", steps, shards)
     for name, count in steps.items():
         check_step_count(f"the step count of {name!r}", count)

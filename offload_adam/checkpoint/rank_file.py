@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
+from offload_adam.checkpoint.dtypes import DTYPE_NAMES, safetensors_entry
 from offload_adam.checkpoint.format import (
     BLOCK_NBYTES,
-    DTYPE_NAMES,
     FileEntry,
     Piece,
     RankEntry,
@@ -72,9 +72,10 @@ class RankFile:
             for box in boxes_of_range(memory_shape, part.start, part.start + part.data.numel()):
                 boxes[part.name].append((box, nbytes))
                 end = nbytes + prod(box.sizes) * part.data.element_size()
+                dtype, shape = safetensors_entry(part.data.dtype, list(box.sizes))
                 header[f"{part.name}@{','.join(map(str, box.offsets))}"] = {
-                    "dtype": DTYPE_NAMES[part.data.dtype],
-                    "shape": list(box.sizes),
+                    "dtype": dtype,
+                    "shape": shape,
                     "data_offsets": [nbytes, end],
                 }
                 nbytes = end
@@ -186,7 +187,8 @@ def host_bytes(data: torch.Tensor) -> Iterator[memoryview]:
     if data.device.type == "cpu":
         yield as_bytes(data)
         return
-    for piece in data.split(BLOCK_NBYTES // data.element_size()):
+    # As bytes, because torch cannot copy tensors of all dtypes.
+    for piece in data.view(torch.uint8).split(BLOCK_NBYTES):
         yield as_bytes(piece.cpu())
 
 

@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import torch
 
+from offload_adam.checkpoint.dtypes import DTYPES
 from offload_adam.checkpoint.format import (
     BLOCK_NBYTES,
-    DTYPES,
     LOAD_ANOTHER,
     FileEntry,
     Manifest,
@@ -101,9 +101,10 @@ class CheckpointReader:
         """
         # Sorted by file and byte, no block is read twice, although only few blocks stay in memory.
         for file, start, target, low, high in sorted(reads, key=itemgetter(0, 1)):
-            part = target[low:high]
+            # As bytes, because torch cannot copy tensors of all dtypes.
+            part = target[low:high].view(torch.uint8)
             # A device tensor is read through a host buffer of one block.
-            for piece in part.split(BLOCK_NBYTES // part.element_size()):
+            for piece in part.split(BLOCK_NBYTES):
                 host = piece if piece.is_cpu else torch.empty_like(piece, device="cpu")
                 self._file(file).read_into(as_bytes(host), start)
                 start += host.nbytes

@@ -27,9 +27,9 @@ from offload_adam.checkpoint.commit import (
     remove_abandoned,
     require_new,
 )
+from offload_adam.checkpoint.dtypes import in_order, is_wrapper, parts_of, saveable
 from offload_adam.checkpoint.encoding import encode
 from offload_adam.checkpoint.format import (
-    DTYPE_NAMES,
     FORMAT_VERSION,
     Manifest,
     OptimizerEntry,
@@ -72,8 +72,9 @@ def save_checkpoint(
         path: the same on every rank. Nothing may exist there yet; missing parent folders are
             created.
         model: has all parameters of `optimizer`. Its whole state dict is saved, frozen parameters
-            and buffers included. Parameters keep their names in `model`, so pass `ddp.module`
-            instead of a DDP wrapper if the checkpoint is to load without DDP.
+            and buffers included: dense tensors of any dtype but quantized ones, such as
+            `torch.qint8`. Parameters keep their names in `model`, so pass `ddp.module` instead of a
+            DDP wrapper if the checkpoint is to load without DDP.
         optimizer: its groups, step counts and state are saved.
         extra: returned by `load_checkpoint`; rank 0's is saved. Any nesting of lists, tuples, sets,
             dicts, numbers, text, bytes, and of tensors and NumPy arrays of at most 1 MiB each. For
@@ -390,7 +391,8 @@ def sharded_parts(model: nn.Module, core: ShardedAdam) -> Iterator[Part]:
 class ModelState:
     """A model's state dict without the trained parameters, by names in the checkpoint.
 
-    whole: frozen parameters and persistent buffers; the live tensors.
+    whole: frozen parameters and persistent buffers; the live tensors. A tensor that consists of
+        several has several entries, see `dtypes.parts_of`.
     computed: tensors that a module computes for its state dict, and that `load_state_dict` restores
         it from: `get_extra_state`, an overridden `_save_to_state_dict`, state-dict hooks.
     values: like `computed`, but entries that are not tensors.
@@ -407,13 +409,13 @@ def model_state(model: nn.Module, core: ShardedAdam) -> ModelState:
     """Divide a model's state dict into live tensors and computed entries.
 
     Raises:
-        CheckpointError: a tensor is lazy and not initialized yet.
+        CheckpointError: a tensor is lazy and not initialized yet, or a checkpoint cannot hold it.
     """
     trained = {id(shard.parameter) for shard in shards_of(core.states)}
     first_names = {id(p): name for name, p in model.named_parameters() if id(p) in trained}
     trained_names = {*first_names.values()}
     live = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    by_memory = {_memory(tensor): tensor for tensor in live.values()}
+    by_memory = {memory_key(tensor): tensor for tensor in live.values()}
     by_memory.pop(None, None)  # tensors without memory are not comparable
     found = ModelState({}, {}, {}, {})
     for name, value in model.state_dict(keep_vars=True).items():
@@ -426,45 +428,36 @@ def model_state(model: nn.Module, core: ShardedAdam) -> ModelState:
                 f"{name!r} of the model is not initialized. Run a forward pass first."
             )
         # A hook may have detached a live tensor: another object with the same memory.
-        tensor = live.get(id(value), by_memory.get(_memory(value)))
+        tensor = live.get(id(value), by_memory.get(memory_key(value)))
         if tensor is not None:
             first = first_names.setdefault(id(tensor), name)
-            if first != name:
+            if first == name and id(tensor) not in trained:
+                found.whole.update(parts_of(full_name, tensor))
+            elif first != name and not is_wrapper(tensor):  # no saved tensor has a wrapper's name
                 found.tied[full_name] = f"model/{first}"
-            elif id(tensor) not in trained:
-                found.whole[full_name] = tensor.detach()
         # A hook may return a copy of a trained parameter, for example a rounded one. The parameter
         # itself is saved under this name.
         elif name not in trained_names:
-            found.computed[full_name] = value.detach()
+            found.computed[full_name] = saveable(full_name, value)
     return found
 
 
-def _memory(tensor: torch.Tensor) -> tuple[object, ...] | None:
+def memory_key(tensor: torch.Tensor) -> tuple[object, ...] | None:
     """Return a key that is equal for two views of the same elements; None without memory."""
-    if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.data_ptr() == 0:
+    if is_lazy(tensor) or is_wrapper(tensor) or tensor.layout is not torch.strided:
         return None
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    if tensor.is_nested or tensor.data_ptr() == 0:
+        return None
+    # A conjugate or negated view has other values in the same memory.
+    values = (tensor.dtype, tensor.is_conj(), tensor.is_neg())
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), *values
 
 
 def whole_part(name: str, tensor: torch.Tensor) -> Part:
-    """Return a whole tensor as one part. It is copied if its elements are not contiguous.
+    """Return a tensor that is `saveable` as one part.
 
-    Raises:
-        CheckpointError: its layout or dtype cannot be saved.
+    Its values are copied if they are not contiguous in memory. They are a view if the tensor is
+    dense in any order of dimensions, such as channels_last.
     """
-    if tensor.layout is not torch.strided:
-        raise CheckpointError(
-            f"{name} has layout {tensor.layout}, but checkpoints hold only dense tensors. Convert "
-            "it with to_dense(), or leave it out of the state dict (a buffer: persistent=False)."
-        )
-    if tensor.dtype not in DTYPE_NAMES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES)
-        raise CheckpointError(
-            f"{name} has dtype {tensor.dtype}, which a checkpoint cannot hold. Convert it to one "
-            f"of {known}, or leave it out of the state dict (a buffer: persistent=False)."
-        )
-    # A view if the tensor is dense in any order of dimensions, such as channels_last.
     order = memory_order(tensor)
-    flat = tensor.permute(order).reshape(-1)
-    return Part(name, tuple(tensor.shape), order, 0, flat)
+    return Part(name, tuple(tensor.shape), order, 0, in_order(tensor, order))

@@ -26,7 +26,7 @@ from zipfile import ZipFile, ZipInfo
 import torch
 
 from offload_adam.checkpoint.rank_file import as_bytes
-from offload_adam.torch_private import rebuild_tensor
+from offload_adam.torch_private import rebuild_tensor, rebuild_untyped_tensor
 
 _FOLDER = "archive"
 _ALIGNMENT_NBYTES = 64
@@ -43,9 +43,22 @@ _STORAGES = {
     torch.float64: torch.DoubleStorage,
     torch.int64: torch.LongStorage,
     torch.int32: torch.IntStorage,
+    torch.int16: torch.ShortStorage,
+    torch.int8: torch.CharStorage,
     torch.uint8: torch.ByteStorage,
     torch.bool: torch.BoolStorage,
+    torch.complex64: torch.ComplexFloatStorage,
+    torch.complex128: torch.ComplexDoubleStorage,
 }
+_UNTYPED = {
+    *(torch.uint16, torch.uint32, torch.uint64, torch.complex32),
+    *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
+    *(torch.float8_e8m0fnu, torch.float4_e2m1fn_x2),
+    *(torch.bits8, torch.bits16, torch.bits1x8, torch.bits2x4, torch.bits4x2),
+}
+"""The dtypes without a storage class. A file has their bytes, and the dtype at the tensor."""
+LOADABLE_DTYPES = {*_STORAGES, *_UNTYPED}
+"""The dtypes that `torch.load(weights_only=True)` loads. `torch.save` rejects the others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +90,7 @@ def write_torch_file(path: Path, content: object) -> None:
 
     Raises:
         OSError: the file exists or cannot be written.
+        ValueError: a tensor has none of `LOADABLE_DTYPES`. No file is created.
 
     Source: PyTorch's notes on serialization; PKWARE, APPNOTE.TXT.
     """
@@ -129,17 +143,24 @@ class _Pickler(pickle.Pickler):
             obj = _in_memory(obj)
         if not isinstance(obj, Streamed):
             return NotImplemented
+        if obj.dtype not in LOADABLE_DTYPES:
+            raise ValueError(f"a file for torch.load cannot hold tensors of {obj.dtype}")
         # Tensors with one key get one storage, so tied weights are written once.
         storage = self.storages.setdefault(obj.key, _Storage(len(self.storages), obj))
         hooks: OrderedDict[int, Any] = OrderedDict()
         view = (storage, 0, obj.shape, obj.strides, False, hooks)
+        if obj.dtype in _UNTYPED:
+            return rebuild_untyped_tensor, (*view, obj.dtype)
         return rebuild_tensor, view
 
     def persistent_id(self, obj: Any) -> Any:
         if not isinstance(obj, _Storage):
             return None
         tensor = obj.tensor
-        return "storage", _STORAGES[tensor.dtype], str(obj.number), "cpu", tensor.numel
+        kind, size = _STORAGES.get(tensor.dtype, torch.UntypedStorage), tensor.numel
+        if tensor.dtype in _UNTYPED:  # the size in bytes
+            size *= tensor.dtype.itemsize
+        return "storage", kind, str(obj.number), "cpu", size
 
 
 class _Storage(NamedTuple):

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from offload_adam.checkpoint.commit import commit_files, partial_output
+from offload_adam.checkpoint.dtypes import saveable
 from offload_adam.checkpoint.encoding import encode
 from offload_adam.checkpoint.format import FORMAT_VERSION, GroupEntry, Manifest, OptimizerEntry
 from offload_adam.checkpoint.optimizer_access import NOT_OPTIONS
 from offload_adam.checkpoint.rank_file import RankFile, rank_file_name
-from offload_adam.checkpoint.save import manifest_of, whole_part
+from offload_adam.checkpoint.save import manifest_of, memory_key, whole_part
 from offload_adam.errors import CheckpointError
 
 _PLANES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -57,7 +58,7 @@ def import_torch_pickle(
         own = {name: value for name, value in model_tensors.items() if name not in tied}
         entry, state = _optimizer_state(optimizer, own, names)
         tensors = {f"model/{name}": value for name, value in own.items()} | state
-        parts = [whole_part(name, value) for name, value in tensors.items()]
+        parts = [whole_part(name, saveable(name, value)) for name, value in tensors.items()]
         plain = Manifest(
             format_version=FORMAT_VERSION,
             step=int(max(entry.steps.values(), default=0)),
@@ -126,10 +127,11 @@ def _tied(model: Mapping[str, torch.Tensor]) -> dict[str, str]:
     seen: dict[Any, str] = {}
     tied = {}
     for name, value in model.items():
-        place = (value.data_ptr(), value.shape, value.stride(), value.dtype)
-        if value.numel() and place in seen:
+        place = memory_key(value)
+        if place in seen:
             tied[name] = seen[place]
-        seen.setdefault(place, name)
+        elif place is not None:
+            seen[place] = name
     return tied
 
 
@@ -151,6 +153,8 @@ def _optimizer_state(
             entries.append(GroupEntry(parameters=own, options=encode(options, "optimizer")))
             for packed, name in zip(group["params"], own, strict=True):
                 saved = optimizer["state"].get(packed, {})
+                if not saved and model[name].dtype not in _EXACT_IN_FLOAT32:
+                    continue  # frozen: integers, for example, have no gradients
                 steps[name] = float(saved.get("step", 0.0))
                 tensors |= _planes(name, model[name], saved, amsgrad=bool(group["amsgrad"]))
         return OptimizerEntry(groups=entries, steps=steps, further={}), tensors

@@ -69,7 +69,8 @@ def inspect(path: Folder) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    from offload_adam.checkpoint.format import DTYPES, read_manifest
+    from offload_adam.checkpoint.dtypes import DTYPES
+    from offload_adam.checkpoint.format import read_manifest
     from offload_adam.units import format_nbytes
 
     with _exit_on_error():

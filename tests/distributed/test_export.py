@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from typer.testing import CliRunner
 
-from offload_adam import Adam, OffloadAdam, load_checkpoint, save_checkpoint
+from offload_adam import Adam, CheckpointError, OffloadAdam, load_checkpoint, save_checkpoint
 from offload_adam.checkpoint.dcp import OptimizerState
 from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.cli.app import app
@@ -156,6 +156,60 @@ def test_a_plain_adamw_is_imported(tmp_path: Path, dtype: torch.dtype, named: bo
     code, output = command(*how)
     assert code == 1
     assert "is never overwritten" in output
+
+
+def test_frozen_tensors_that_share_memory_are_imported(tmp_path: Path) -> None:
+    """torch.save keeps the sharing, so one of them is saved; the model has an object for each."""
+
+    def make_sharing(table: torch.Tensor) -> Any:
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        model[0].register_buffer("table", table.view(2, 3))
+        model[1].register_buffer("table", table.view(2, 3))
+        model[1].register_buffer("flat", table)
+        return model
+
+    model = make_sharing(torch.arange(6, dtype=torch.int8))
+    names = [name for name, _ in model.named_parameters()]
+    (tmp_path / "n").write_text("\n".join(names))
+    pickled(tmp_path / "t.pt", model, torch.optim.AdamW(model.parameters()))
+    how = ("import", "--format", "torch-pickle", tmp_path / "t.pt", tmp_path / "c")
+    assert command(*how, "--names", tmp_path / "n")[0] == 0
+    other = make_sharing(torch.zeros(6, dtype=torch.int8))
+    optimizer = OffloadAdam(other.parameters(), decoupled_weight_decay=True)
+    load_checkpoint(tmp_path / "c", model=other, optimizer=optimizer)
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    other[1].table = torch.zeros(3, 2, dtype=torch.int8)
+    with pytest.raises(
+        CheckpointError, match=r"'model/0\.table' has shape \[2, 3\].* and \[3, 2\]"
+    ):
+        load_checkpoint(tmp_path / "c", model=other, optimizer=optimizer)
+
+
+def test_frozen_parameters_of_torchs_optimizer_are_imported(tmp_path: Path) -> None:
+    """Torch's file does not say what is frozen; only state without an update may be left out."""
+
+    def make_frozen() -> Any:
+        model: Any = plain_model()
+        model[0].requires_grad_(False)
+        base = torch.arange(3, dtype=torch.int8)
+        model.register_parameter("base", nn.Parameter(base, requires_grad=False))
+        return model
+
+    model = make_frozen()
+    pickled(tmp_path / "t.pt", model, torch.optim.AdamW(model.named_parameters()))
+    how = ("import", "--format", "torch-pickle", tmp_path / "t.pt", tmp_path / "c")
+    assert command(*how)[0] == 0
+    other = make_frozen()
+    other.base.zero_()
+    optimizer = OffloadAdam(other.parameters(), decoupled_weight_decay=True)
+    load_checkpoint(tmp_path / "c", model=other, optimizer=optimizer)
+    assert_same(dict(model.state_dict()), dict(other.state_dict()))
+    optimizer.close()
+    other[1].bias.requires_grad = False
+    optimizer = OffloadAdam(other.parameters(), decoupled_weight_decay=True)
+    with pytest.raises(CheckpointError, match=r"has 'optimizer/1\.bias/exp_avg', but this model"):
+        load_checkpoint(tmp_path / "c", model=other, optimizer=optimizer)
 
 
 def test_an_import_asks_for_parameter_names_that_it_cannot_know(tmp_path: Path) -> None:

@@ -209,6 +209,8 @@ def test_operators() -> None:
     torch_private.foreach_copy(target, [torch.ones(2), torch.ones(3)])
     assert all(bool(tensor.eq(1).all()) for tensor in target)
     assert torch.zeros(2).__reduce_ex__(2)[0] is torch_private.rebuild_tensor
+    untyped = torch.zeros(2, dtype=torch.uint16)
+    assert untyped.__reduce_ex__(2)[0] is torch_private.rebuild_untyped_tensor
 
 
 def test_compiled_modules_are_told_apart() -> None:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from offload_adam import CheckpointError
+from offload_adam.checkpoint.dtypes import DTYPES
 from offload_adam.checkpoint.encoding import MAX_NBYTES, TAG, decode, encode
 from tests.unit.checkpoint.test_format import JSON, places
 
@@ -32,7 +33,10 @@ def bits(value: Any) -> Any:
     if kind is complex:
         return kind, bits(value.real), bits(value.imag)
     if kind is torch.Tensor:
-        data = value.resolve_conj().contiguous().view(-1).view(torch.uint8).tolist()
+        values = value.resolve_conj().resolve_neg()
+        if values.element_size() == 1:
+            values = values.view(torch.uint8)  # torch does not copy int4, for example
+        data = values.contiguous().view(-1).view(torch.uint8).tolist()
         return kind, value.dtype, value.shape, value.device, data
     if kind is np.ndarray or isinstance(value, np.generic):
         return kind, value.dtype.str, value.shape, value.tobytes()
@@ -119,6 +123,13 @@ def test_a_value_comes_back_as_it_was(value: Any) -> None:
         torch.tensor(0.1, dtype=torch.float64),
         torch.arange(6).view(2, 3).t(),
         torch.tensor([1 + 2j]).conj(),
+        torch.tensor([1 + 2j, 3 - 4j]).conj().imag,
+        torch.arange(8, dtype=torch.uint8).view(DTYPES["int4"]).view(2, 4).t(),
+        torch.arange(8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)[::2],
+        torch.arange(8, dtype=torch.uint8).view(torch.bits16),
+        torch.arange(8, dtype=torch.uint8).view(torch.complex32),
+        [torch.qint8, DTYPES["int4"], torch.complex32],
+        torch.ones(1).expand(3),
         np.asfortranarray(np.arange(6).reshape(2, 3)),
         np.float32("nan"),
         defaultdict(None, {1: 2}),
@@ -169,6 +180,7 @@ LOOP.append(LOOP)
         (torch.nn.Parameter(torch.ones(1)), "is of type Parameter"),
         (torch.ones(1, requires_grad=True), r"tensor\.detach"),
         (torch.ones(1).to_sparse(), "sparse_coo"),
+        (torch.nested.nested_tensor([torch.ones(1)], layout=torch.jagged), "NestedTensor"),
         (torch.ones(1, device="meta"), "meta"),
         (torch.zeros(MAX_NBYTES + 1, dtype=torch.uint8), "1,048,577 bytes .* buffer of the model"),
         (bytes(MAX_NBYTES + 1), "1,048,577 bytes"),
@@ -233,6 +245,7 @@ def test_any_text_is_decoded_or_rejected(data: st.DataObject) -> None:
         {TAG: "torch.Tensor", "dtype": "torch.float32", "shape": [-1, -1], "data": "AAAAAA=="},
         {TAG: "torch.Tensor", "dtype": "torch.uint8", "shape": [0, 10**30], "data": ""},
         {TAG: "torch.Tensor", "dtype": "torch.load", "shape": [], "data": ""},
+        {TAG: "torch.Tensor", "dtype": "torch.qint8", "shape": [0], "data": ""},
         {TAG: "numpy.ndarray", "dtype": "|O", "shape": [1], "data": "AAAAAAAAAAA="},
         {TAG: "numpy.generic", "dtype": "<f4", "data": "AAAAAAAAAAA="},
         {TAG: "torch.device", "value": "nowhere"},

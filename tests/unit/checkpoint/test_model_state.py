@@ -250,12 +250,33 @@ def test_the_layers_must_save_the_same_entries(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has 'model/1\._extra_state', but this model"):
         load_checkpoint(tmp_path / "with", model=without, optimizer=second)
     assert all(map(torch.equal, before, without.parameters()))
-    without.register_state_dict_post_hook(
-        lambda module, state, prefix, _: state.update({prefix + "version": 3})
+
+
+@pytest.mark.parametrize(
+    ("saved", "other"),
+    [
+        (3, 4),
+        (torch.tensor([1.0, torch.nan]), torch.tensor([2.0, torch.nan])),
+        (torch.ones(2), torch.ones(2, dtype=torch.float64)),
+        (torch.ones(2), torch.ones(1, 2)),
+        (torch.ones(2), [1.0, 1.0]),
+    ],
+    ids=str,
+)
+def test_an_entry_that_no_module_loads_must_have_the_saved_value(
+    saved: Any, other: Any, tmp_path: Path
+) -> None:
+    """As the scales of a 4-bit layer of bitsandbytes, which come from quantizing its weight."""
+    model, optimizer = make(nn.Linear)
+    entry = {"scale": saved}
+    model.register_state_dict_post_hook(
+        lambda module, state, prefix, _: state.update({prefix + "scale": entry["scale"]})
     )
-    save_checkpoint(tmp_path / "c", model=without, optimizer=second)
-    with pytest.raises(CheckpointError, match="does not load 'version'"):
-        load_checkpoint(tmp_path / "c", model=without, optimizer=second)
+    save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
+    load_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
+    entry["scale"] = other
+    with pytest.raises(CheckpointError, match=r"does not load 'scale'.* with another value"):
+        load_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
 
 
 def test_a_checkpoint_of_format_2_leaves_such_state_and_says_so(

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from offload_adam.checkpoint import torch_file
+from offload_adam.checkpoint.dtypes import DTYPES, equal_bits
 from offload_adam.checkpoint.rank_file import as_bytes
-from offload_adam.checkpoint.torch_file import Streamed, write_torch_file
+from offload_adam.checkpoint.torch_file import LOADABLE_DTYPES, Streamed, write_torch_file
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -30,7 +31,13 @@ def tensors() -> dict[str, torch.Tensor]:
         "bool": real > 0,
         "scalar": torch.tensor(3.5),
         "empty": torch.empty(0, 4),
+        **{str(dtype): of_dtype(dtype) for dtype in sorted(LOADABLE_DTYPES, key=str)},
     }
+
+
+def of_dtype(dtype: torch.dtype) -> torch.Tensor:
+    content = torch.arange(96, dtype=torch.uint8)
+    return (content % 2 if dtype is torch.bool else content).view(dtype).view(2, -1)
 
 
 def content_of(make: Callable[[str, torch.Tensor], Any]) -> dict[str, Any]:
@@ -62,7 +69,7 @@ def records(path: Path) -> dict[str, bytes]:
 def assert_is_what_was_saved(found: Any, expected: Any) -> None:
     if isinstance(expected, torch.Tensor):
         assert (found.dtype, found.stride()) == (expected.dtype, expected.stride())
-        assert torch.equal(found, expected)
+        assert equal_bits(found, expected)
     elif isinstance(expected, dict):
         assert list(found) == list(expected)
         for key, value in expected.items():
@@ -98,6 +105,18 @@ def test_torch_loads_it(
     reader: Any = torch._C.PyTorchFileReader(str(path))
     offsets = [reader.get_record_offset(name) for name in reader.get_all_records()]
     assert [offset % 64 for offset in offsets] == [0] * len(offsets)
+
+
+def test_a_dtype_that_torch_cannot_save_is_rejected(tmp_path: Path) -> None:
+    others = {*DTYPES.values()} - LOADABLE_DTYPES
+    assert DTYPES["int4"] in others
+    for dtype in others:
+        tensor = of_dtype(dtype)
+        with pytest.raises(ValueError, match=f"cannot hold tensors of {dtype}"):
+            write_torch_file(tmp_path / "t.pt", {"a": tensor})
+        with pytest.raises(KeyError, match="is not recognized"):
+            torch.save(tensor, tmp_path / "torchs.pt")
+    assert not (tmp_path / "t.pt").exists()
 
 
 def test_a_file_is_never_written_over(tmp_path: Path) -> None:
