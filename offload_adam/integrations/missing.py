@@ -1,0 +1,23 @@
+"""The error if a library of the extra `integrations` is not installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def explain_missing(library: str) -> Iterator[None]:
+    """Name the extra to install if the body's import of `library` fails.
+
+    Raises:
+        ImportError: `library` is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != library:
+            raise  # a broken installation: its own message names the missing module
+        raise ImportError(
+            f"{library} is not installed. Run: pip install 'offload-adam[integrations]'"
+        ) from error
