@@ -13,9 +13,11 @@ import torch
 
 from offload_adam.coordinator.rank_checks import raise_on_all_ranks
 from offload_adam.coordinator.ranks import RankGroup
+from offload_adam.errors import CheckpointError
 from offload_adam.params.groups import known_names
 from offload_adam.state.state_dict import (
     STATE_KEY,
+    StateReference,
     gather_bucket,
     merge_groups,
     pack_full,
@@ -66,6 +68,11 @@ class StateAccess(torch.optim.Optimizer):
     _state_edits: StateEdits
     _own_state: Mapping[torch.Tensor, Any]  # `state` as constructed, to detect a replacement
     _lock: threading.RLock
+
+    # For tools that save rank 0's state_dict() in a file of their own; see `integrations`.
+    _given_reference: StateReference | None = None  # for the next state_dict() before a step
+    _loaded_reference: StateReference | None = None  # loaded, but its folder is not read yet
+    _read_reference: Callable[[], object] | None = None  # reads that folder, once
 
     @abstractmethod
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -180,6 +187,22 @@ class StateAccess(torch.optim.Optimizer):
             self._load_state_edits(core)
         return core
 
+    def _check_state_is_read(self) -> None:
+        """Check that no loaded reference waits for the state that it stands for.
+
+        Raises:
+            CheckpointError: the message names the integrations that read the state.
+        """
+        reference = self._loaded_reference
+        if reference is not None:
+            raise CheckpointError(
+                "The file that was loaded into this optimizer only refers to its state, which was "
+                f"saved in a folder in {reference.parent}, and nothing has read that folder. With "
+                "Trainer, pass OffloadAdamCallback() in callbacks=; with Accelerate, call "
+                "keep_state_sharded(accelerator) before load_state(). Both are in "
+                "offload_adam.integrations."
+            )
+
     def _alive(self) -> ShardedAdam:
         """Return the core; raise RuntimeError if the optimizer was closed."""
         if self._core is None or not self._release.alive:
@@ -197,6 +220,9 @@ class StateAccess(torch.optim.Optimizer):
         any world size. `torch.save` raises an error. `load_state_dict` accepts the dict on the same
         rank of the same world size.
         """
+        reference, self._given_reference = self._given_reference, None
+        if reference is not None:
+            return reference.as_state_dict()
         saved = self.local_state_dict()
         core = self._alive()
         if core.partition[1] == 1:
@@ -215,6 +241,7 @@ class StateAccess(torch.optim.Optimizer):
         Use it to write one file per rank with `torch.save`. `load_state_dict` accepts it on the
         same rank of the same world size.
         """
+        self._check_state_is_read()
         rank, world_size = self._settled().partition
         saved = super().state_dict()
         # Copy the entries: an edit of the saved dict must not change optimizer.state.
@@ -230,6 +257,7 @@ class StateAccess(torch.optim.Optimizer):
         are under the key "offload_adam", which torch ignores. To load it into an `OffloadAdam` of
         any world size, pass it to `load_state_dict` on every rank.
         """
+        self._check_state_is_read()  # the same on every rank, as all have loaded the file
         core = self._settled_on_all_ranks("full_state_dict")
         whole: dict[int, dict[str, torch.Tensor]] = {}
         with torch.no_grad():
@@ -264,6 +292,10 @@ class StateAccess(torch.optim.Optimizer):
         for pre_hook in load_state_dict_pre_hooks(self):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        reference = StateReference.of(state_dict)
+        if reference is not None:
+            self._load_reference(reference)
+            return
         rank, world_size = core.partition
         saved = read_saved(state_dict, world_size, rank)
         groups = merge_groups(self.param_groups, saved.groups, self._check_group)
@@ -295,8 +327,16 @@ class StateAccess(torch.optim.Optimizer):
             # Not `group.update`: a subclass of dict, such as AdamGroup, rejects keys there that
             # users must not set themselves.
             dict.update(group, merged)
+        self._loaded_reference = None
         for post_hook in load_state_dict_post_hooks(self):
             post_hook(self)
+
+    def _load_reference(self, reference: StateReference) -> None:
+        """Read the state of a reference, now or when an integration knows its folder."""
+        self._loaded_reference = reference
+        read, self._read_reference = self._read_reference, None
+        if read is not None:
+            read()
 
     def _trainable_ids(self) -> dict[int, int]:
         """Map a parameter's index to its id in torch's state dicts: its position in all groups."""

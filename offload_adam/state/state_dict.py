@@ -32,6 +32,29 @@ _TORCH_DEFAULTS = {"foreach": None, "capturable": False, "differentiable": False
 
 
 @dataclass(frozen=True, slots=True)
+class StateReference:
+    """What a state dict holds in place of state that is saved in a folder of its own.
+
+    label: random text that is also in the folder, so that a reference never loads another save.
+    parent: absolute path of the folder's parent at the time of the save.
+    """
+
+    label: str
+    parent: str
+
+    def as_state_dict(self) -> dict[str, Any]:
+        """Return a state dict that any optimizer but ours rejects: it has no groups."""
+        entry = {"label": self.label, "parent": self.parent}
+        return {"state": {}, "param_groups": [], STATE_KEY: {"saved_apart": entry}}
+
+    @classmethod
+    def of(cls, state_dict: Mapping[str, Any]) -> StateReference | None:
+        """Return the reference that a state dict holds, or None if it holds state."""
+        entry = state_dict.get(STATE_KEY, {}).get("saved_apart")
+        return None if entry is None else cls(str(entry["label"]), str(entry["parent"]))
+
+
+@dataclass(frozen=True, slots=True)
 class SavedState:
     """A state dict after `read_saved` has checked it.
 
