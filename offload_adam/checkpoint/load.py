@@ -1,6 +1,6 @@
 """Loads a checkpoint into a model and an optimizer, in any world size.
 
-load_checkpoint
+load_checkpoint, load_optimizer_state
     read_manifest, _check       compare names, shapes, dtypes and groups; modify nothing
     _read_in_place              read every range directly into the state, file by file
     _load_modules               call model.load_state_dict for entries that modules compute
@@ -29,6 +29,7 @@ from offload_adam.checkpoint.dtypes import (
 )
 from offload_adam.checkpoint.encoding import encode
 from offload_adam.checkpoint.format import (
+    LOAD_ANOTHER,
     Manifest,
     TensorEntry,
     decoded_optimizer,
@@ -41,7 +42,12 @@ from offload_adam.checkpoint.optimizer_access import (
     plan_plain_state,
 )
 from offload_adam.checkpoint.reader import CheckpointReader, Read
-from offload_adam.checkpoint.save import ModelState, model_state
+from offload_adam.checkpoint.save import (
+    WEIGHTS_PREFIX,
+    ModelState,
+    model_state,
+    parameter_dtypes,
+)
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.rank_checks import raise_on_all_ranks
 from offload_adam.errors import CheckpointError
@@ -78,7 +84,32 @@ def load_checkpoint(
         device, and a whole tensor if the order of its elements in memory has changed. At most 8
         files are open at once.
     """
-    folder = Path(path)
+    return _load(Path(path), model, optimizer, label=None)
+
+
+def load_optimizer_state(
+    path: str | os.PathLike[str], *, model: nn.Module, optimizer: ShardedOptimizer, label: str
+) -> None:
+    """Load what `save_optimizer_state` saved, in any world size. Collective.
+
+    Load the model first. A master weight that does not round to its parameter is replaced by the
+    parameter's value.
+
+    Args:
+        path, model, optimizer: as in `load_checkpoint`. The model is not modified.
+        label: that of the save.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`; or the folder has another label.
+    """
+    _load(Path(path), model, optimizer, label=label)
+
+
+def _load(
+    folder: Path, model: nn.Module, optimizer: ShardedOptimizer, *, label: str | None
+) -> dict[str, Any]:
+    """Load a checkpoint, or only the optimizer's state if `label` is given."""
+    weights = label is None
     with locked(optimizer), PROGRESS.at("checkpoint", long_running=True), ExitStack() as stack:
         core = optimizer._settled_on_all_ranks("preparing to load a checkpoint")
         optimizer._take_unfrozen()
@@ -87,18 +118,23 @@ def load_checkpoint(
             manifest = read_manifest(folder)
             reader = stack.enter_context(closing(CheckpointReader(folder, manifest)))
             name_of = ParameterNames(model)
-            state = model_state(model, core)
-            _check(manifest, name_of, core, state)
+            if weights:
+                _require_weights(manifest, folder)
+                state = model_state(model, core)
+            else:
+                _check_label(manifest, folder, label)
+                state = ModelState({}, {}, {}, {})
+            _check(manifest, name_of, core, state, weights=weights)
             plain = decoded_optimizer(manifest.optimizer.model_dump(), manifest.format_version)
             load_plain = plan_plain_state(optimizer, core, plain, name_of)
         with raise_on_all_ranks(optimizer.ranks, "loading a checkpoint"), torch.no_grad():
             # A background checkpoint may still read the state that is overwritten here.
             core.external_edits.wait_for_snapshot()
-            _read_in_place(reader, name_of, core, state)
-            if _load_modules(reader, model, state):
+            _read_in_place(reader, name_of, core, state, weights=weights)
+            if weights and _load_modules(reader, model, state):
                 # A hook may return rounded copies of weights in the state dict, and load_state_dict
                 # has then copied them over the weights.
-                _read_in_place(reader, name_of, core, state)
+                _read_in_place(reader, name_of, core, state, weights=True)
             # Sync master weights with the loaded parameters, and record the version counters of
             # the parameters: the next step must not mistake the load for an edit by the user.
             core.external_edits.sync_all()
@@ -122,16 +158,56 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> Manifest:
     return manifest
 
 
+def _require_weights(manifest: Manifest, folder: Path) -> None:
+    """Check that a checkpoint was not saved by `save_optimizer_state`."""
+    if not any(name.startswith(WEIGHTS_PREFIX) for name in manifest.tensors):
+        raise CheckpointError(
+            f"{folder} holds the state of the optimizer without the model. Resume with the tool "
+            "that saved it, or pass a folder that save_checkpoint wrote."
+        )
+
+
+def _check_label(manifest: Manifest, folder: Path, label: str | None) -> None:
+    """Check that `save_optimizer_state` saved this state, with this label."""
+    saved = manifest.decoded_extra().get("label")
+    if saved != label:
+        raise CheckpointError(
+            f"{folder} holds the state of another save: its label is {saved!r}, not {label!r}. "
+            f"{LOAD_ANOTHER}"
+        )
+
+
+def _check_dtypes(manifest: Manifest, name_of: ParameterNames, core: ShardedAdam) -> None:
+    """Check that the trained parameters have the dtypes with which their state was saved."""
+    saved = manifest.decoded_extra().get("dtypes", {})
+    for name, dtype in parameter_dtypes(core, name_of).items():
+        if saved.get(name, dtype) != dtype:
+            raise CheckpointError(
+                f"{name!r} was {saved[name]} when the state was saved and is {dtype} here. Loading "
+                "does not cast: construct the model with the saved dtype."
+            )
+
+
 def _check(
-    manifest: Manifest, name_of: ParameterNames, core: ShardedAdam, state: ModelState
+    manifest: Manifest,
+    name_of: ParameterNames,
+    core: ShardedAdam,
+    state: ModelState,
+    *,
+    weights: bool,
 ) -> None:
     """Check that a checkpoint has the names, shapes and dtypes of this model and optimizer."""
     expected: dict[str, torch.Tensor] = {}
+    if not weights:
+        _check_dtypes(manifest, name_of, core)
     for shard in shards_of(core.states):
         name = name_of(shard.parameter)
-        expected[f"model/{name}"] = shard.parameter
+        if weights:
+            expected[f"model/{name}"] = shard.parameter
         for key, plane in shard.planes.items():
             saved = _plane_name(manifest, name, key)
+            if not weights and saved not in manifest.tensors and key == "master_weight":
+                continue  # the parameter was its own master weight, and the model has loaded it
             # If the parameter is its own master weight, `saved` is already expected.
             expected.setdefault(saved, plane)
             _compare(manifest.tensors, saved, plane.dtype, shard.parameter.shape)
@@ -206,7 +282,12 @@ def _compare(
 
 
 def _read_in_place(
-    reader: CheckpointReader, name_of: ParameterNames, core: ShardedAdam, state: ModelState
+    reader: CheckpointReader,
+    name_of: ParameterNames,
+    core: ShardedAdam,
+    state: ModelState,
+    *,
+    weights: bool,
 ) -> None:
     """Read parameters, optimizer state and buffers in place, in one pass over the files."""
     loaded = set()
@@ -215,8 +296,9 @@ def _read_in_place(
         name = name_of(shard.parameter)
         for key, plane in shard.planes.items():
             saved = _plane_name(reader.manifest, name, key)
-            reads += _range_reads(reader, saved, shard, plane)
-        if name not in loaded:
+            if saved in reader.manifest.tensors:  # `_check` has found what may be missing
+                reads += _range_reads(reader, saved, shard, plane)
+        if weights and name not in loaded:
             # Every rank reads whole parameters, but only its own ranges of the state.
             loaded.add(name)
             reads += _whole_reads(reader, f"model/{name}", shard.parameter.detach())

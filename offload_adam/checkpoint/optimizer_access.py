@@ -81,6 +81,7 @@ def plain_state(
 
     The caller holds the optimizer's lock.
     """
+    optimizer._check_state_is_read()
     groups = [
         {
             "parameters": [name_of(parameter) for parameter in group["params"]],
@@ -168,6 +169,7 @@ def _plan(
         for group, entry in zip(groups, saved["groups"], strict=True):
             # AdamGroup.update would reject the saved values of a dynamic lr or weight decay.
             dict.update(group, entry["options"])
+        optimizer._loaded_reference = None  # this state replaces what the reference stands for
 
     return load
 

@@ -1,6 +1,6 @@
 """Writes a checkpoint: every rank writes its own shards, and one rename commits them.
 
-save_checkpoint
+save_checkpoint, save_optimizer_state
     open_save       check the values to save; create a partial folder and this rank's file in it
     Save.write      write this rank's file (background.py writes it bucket by bucket instead)
     Save.commit     gather the ranks' entries; rank 0 writes the manifest and renames the folder
@@ -27,7 +27,7 @@ from offload_adam.checkpoint.commit import (
     remove_abandoned,
     require_new,
 )
-from offload_adam.checkpoint.dtypes import in_order, is_wrapper, parts_of, saveable
+from offload_adam.checkpoint.dtypes import DTYPE_NAMES, in_order, is_wrapper, parts_of, saveable
 from offload_adam.checkpoint.encoding import encode
 from offload_adam.checkpoint.format import (
     FORMAT_VERSION,
@@ -48,6 +48,9 @@ from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.state.state_shard import memory_order, shards_of
 from offload_adam.step.step import ShardedAdam
 from offload_adam.torch_private import is_lazy
+
+WEIGHTS_PREFIX = "model/"
+"""Begins the names of the model's tensors in a checkpoint; those of the state have another."""
 
 
 def save_checkpoint(
@@ -87,10 +90,43 @@ def save_checkpoint(
             model's state dict cannot be saved.
         OSError: on the rank where writing failed; the others raise a PeerError. No file is left.
     """
+    _save(Path(path), model, optimizer, extra, weights=True)
+
+
+def save_optimizer_state(
+    path: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    optimizer: ShardedOptimizer,
+    label: str,
+) -> None:
+    """Save the optimizer's state as `save_checkpoint` does, but without the model. Collective.
+
+    For tools that save the model themselves. `load_optimizer_state` loads it.
+
+    Args:
+        path: as in `save_checkpoint`.
+        model: gives the parameters their names.
+        label: `load_optimizer_state` checks that it is given the same text.
+
+    Raises:
+        CheckpointError, OSError: as `save_checkpoint`.
+    """
+    _save(Path(path), model, optimizer, {"label": label}, weights=False)
+
+
+def _save(
+    path: Path,
+    model: nn.Module,
+    optimizer: ShardedOptimizer,
+    extra: Mapping[str, Any] | None,
+    *,
+    weights: bool,
+) -> None:
     with locked(optimizer):
         core = optimizer._settled_on_all_ranks("preparing a checkpoint")
         with PROGRESS.at("checkpoint", long_running=True):
-            save = open_save(Path(path), model, optimizer, core, extra)
+            save = open_save(path, model, optimizer, core, extra, weights=weights)
             with save.discarding():
                 # An error on one rank ends the save on all ranks, so that none waits for it below.
                 with raise_on_all_ranks(save.ranks, "writing a checkpoint"):
@@ -105,11 +141,15 @@ def open_save(
     core: ShardedAdam,
     extra: Mapping[str, Any] | None,
     buffers: Sequence[torch.Tensor] = (),
+    *,
+    weights: bool = True,
 ) -> Save:
     """Check the values to save, and open a partial folder and this rank's file. Collective.
 
     Args:
         buffers: see `Save`.
+        weights: save the model too. If False, `extra` gets the dtypes of the trained parameters,
+            which no tensor of the checkpoint shows.
     """
     ranks = optimizer.ranks
     with raise_on_all_ranks(ranks, "preparing a checkpoint"):
@@ -118,8 +158,11 @@ def open_save(
                 "Another checkpoint is being written in the background. Wait for it first: call "
                 "its `wait`."
             )
-        plain = encode(plain_state(optimizer, core, ParameterNames(model)), "optimizer")
-        state = model_state(model, core)
+        name_of = ParameterNames(model)
+        plain = encode(plain_state(optimizer, core, name_of), "optimizer")
+        state = model_state(model, core) if weights else ModelState({}, {}, {}, {})
+        if not weights:
+            extra = {**(extra or {}), "dtypes": parameter_dtypes(core, name_of)}
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             step=core.num_steps,
@@ -137,7 +180,7 @@ def open_save(
     with _discarding(partial, ranks):
         _open_folder(target, partial, ranks)
         with raise_on_all_ranks(ranks, "opening a checkpoint's files"):
-            parts = _parts(model, core, state)
+            parts = _parts(model, core, state, weights=weights)
             save = Save(target, partial, ranks, parts, manifest, buffers)
     return save
 
@@ -359,12 +402,24 @@ def copy_bytes(part: Part, copy: Part) -> None:
         done += piece.size
 
 
-def _parts(model: nn.Module, core: ShardedAdam, state: ModelState) -> list[Part]:
+def parameter_dtypes(core: ShardedAdam, name_of: ParameterNames) -> dict[str, str]:
+    """Return the dtype of each trained parameter, by its name."""
+    return {
+        name_of(shard.parameter): DTYPE_NAMES[shard.parameter.dtype]
+        for shard in shards_of(core.states)
+    }
+
+
+def _parts(model: nn.Module, core: ShardedAdam, state: ModelState, *, weights: bool) -> list[Part]:
     """Return the tensors that this rank writes."""
     rank = core.ranks.rank
     if rank != 0 and not core.is_sharded:
         return []  # every rank has the same state
-    sharded = list(sharded_parts(model, core))
+    sharded = [
+        part
+        for part in sharded_parts(model, core)
+        if weights or not part.name.startswith(WEIGHTS_PREFIX)
+    ]
     parts = [part for part in sharded if part.data.numel()]
     if rank == 0:
         whole = state.whole | state.computed
@@ -381,7 +436,7 @@ def sharded_parts(model: nn.Module, core: ShardedAdam) -> Iterator[Part]:
     for shard in shards_of(core.states):
         name = name_of(shard.parameter)
         shape, order = tuple(shard.parameter.shape), memory_order(shard.parameter)
-        tensors = {f"model/{name}": shard.weight}
+        tensors = {WEIGHTS_PREFIX + name: shard.weight}
         tensors |= {f"optimizer/{name}/{key}": plane for key, plane in shard.planes.items()}
         for full_name, data in tensors.items():
             yield Part(full_name, shape, order, shard.start, data, shard.bucket)

@@ -486,6 +486,7 @@ class ShardedOptimizer(StateAccess):
         if self._hooks is not None:
             self._hooks.forget_arrivals()
         self._max_norm_once = None
+        self._given_reference = None  # it stands for the state before this step
         self.last_step = report
         self._stepped(report)
         if torch_private.has_step_post_hooks(self):
@@ -695,6 +696,7 @@ class ShardedOptimizer(StateAccess):
 
     def _read_inputs(self) -> StepInputs:
         """Read the groups, `grad_scale` and `found_inf`."""
+        self._check_state_is_read()
         self._check_groups_and_load_edits()
         scale = read_loss_scale(self, gradients_leave=self._hooks is not None)
         inputs = self._step_inputs()

@@ -8,6 +8,7 @@ import threading
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Never, SupportsIndex, TypeVar, cast
 
 import torch
@@ -15,9 +16,12 @@ import torch
 from offload_adam.compiling import never_compiled
 from offload_adam.coordinator.rank_checks import raise_on_all_ranks
 from offload_adam.coordinator.ranks import RankGroup
+from offload_adam.errors import CheckpointError
 from offload_adam.params.groups import known_names, names_of
 from offload_adam.state.state_dict import (
     STATE_KEY,
+    StateReference,
+    check_group_sizes,
     gather_bucket,
     merge_groups,
     pack_full,
@@ -76,6 +80,11 @@ class StateAccess(torch.optim.Optimizer):
     _own_state: Mapping[torch.Tensor, Any]  # `state` as constructed, to detect a replacement
     _lock: threading.RLock
     _taken_over = False  # closed by a newer optimizer of the same parameters
+
+    # For tools that save rank 0's state_dict() in a file of their own; see `integrations`.
+    _given_reference: StateReference | None = None  # for the next state_dict() before a step
+    _loaded_reference: StateReference | None = None  # loaded, but its folder is not read yet
+    _read_reference: Callable[[], object] | None = None  # reads that folder, once
 
     @abstractmethod
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -198,6 +207,22 @@ class StateAccess(torch.optim.Optimizer):
             self._load_state_edits(core)
         return core
 
+    def _check_state_is_read(self) -> None:
+        """Check that no loaded reference waits for the state that it stands for.
+
+        Raises:
+            CheckpointError: the message names the integrations that read the state.
+        """
+        reference = self._loaded_reference
+        if reference is not None:
+            raise CheckpointError(
+                "The file that was loaded into this optimizer only refers to its state, which was "
+                f"saved in a folder in {reference.parent}, and nothing has read that folder. With "
+                "Trainer, pass OffloadAdamCallback() in callbacks=; with Accelerate, call "
+                "keep_state_sharded(accelerator) before load_state(). Both are in "
+                "offload_adam.integrations."
+            )
+
     def _alive(self) -> ShardedAdam:
         """Return the core; raise RuntimeError if the optimizer was closed."""
         if self._core is None or not self._release.alive:
@@ -220,6 +245,9 @@ class StateAccess(torch.optim.Optimizer):
         any world size. `torch.save` raises an error. `load_state_dict` accepts the dict on the same
         rank of the same world size.
         """
+        reference, self._given_reference = self._given_reference, None
+        if reference is not None:
+            return reference.as_state_dict()
         saved = self._local_state()
         core = self._alive()
         if core.partition[1] > 1:
@@ -241,6 +269,7 @@ class StateAccess(torch.optim.Optimizer):
 
     def _local_state(self) -> dict[str, Any]:
         """Return the result of `local_state_dict` before its post hooks."""
+        self._check_state_is_read()
         self._alive().synchronize()
         self._run_pre_hooks()
         rank, world_size = self._settled().partition  # after the hooks, which may edit the state
@@ -261,6 +290,7 @@ class StateAccess(torch.optim.Optimizer):
         are under the key "offload_adam", which torch ignores. To load it into an `OffloadAdam` of
         any world size, pass it to `load_state_dict` on every rank.
         """
+        self._check_state_is_read()  # the same on every rank, as all have loaded the file
         self._alive().synchronize()
         self._run_pre_hooks()
         core = self._settled_on_all_ranks("full_state_dict")
@@ -321,11 +351,16 @@ class StateAccess(torch.optim.Optimizer):
             post_hook(self)
 
     def _plan_load(self, core: ShardedAdam, state_dict: dict[str, Any]) -> Callable[[], None]:
-        """Check a state dict, and return a function that loads it without errors."""
+        """Check a state dict, and return a function that loads it. Only that may be collective."""
         state_dict = dict(state_dict)
         for pre_hook in load_state_dict_pre_hooks(self):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        reference = StateReference.of(state_dict)
+        if reference is not None:
+            if reference.group_sizes:
+                check_group_sizes(self.param_groups, reference.group_sizes)
+            return partial(self._load_reference, reference)
         rank, world_size = core.partition
         saved = read_saved(state_dict, world_size, rank)
         groups = merge_groups(self.param_groups, saved.groups, self._check_group)
@@ -369,8 +404,16 @@ class StateAccess(torch.optim.Optimizer):
                 for group, saved_group in zip(self.param_groups, saved.groups, strict=True):
                     if "param_names" in saved_group:
                         group.setdefault("param_names", list(saved_group["param_names"]))
+            self._loaded_reference = None
 
         return load
+
+    def _load_reference(self, reference: StateReference) -> None:
+        """Read the state of a reference, now or when an integration knows its folder."""
+        self._loaded_reference = reference
+        read, self._read_reference = self._read_reference, None
+        if read is not None:
+            read()
 
     def _warn_of_frozen(
         self, saved: Mapping[Any, Mapping[str, Any]], saved_ids: Sequence[Sequence[Any]]

@@ -29,6 +29,40 @@ _GROUP_KEYS = ("lr", "betas", "eps", "weight_decay", "amsgrad")
 
 
 @dataclass(frozen=True, slots=True)
+class StateReference:
+    """What a state dict holds in place of state that is saved in a folder of its own.
+
+    label: random text that is also in the folder, so that a reference never loads another save.
+    parent: absolute path of the folder's parent at the time of the save.
+    group_sizes: numbers of parameters of the saved groups; empty if they are not to be checked.
+    """
+
+    label: str
+    parent: str
+    group_sizes: Sequence[int] = ()
+
+    def as_state_dict(self) -> dict[str, Any]:
+        """Return a state dict that any optimizer but ours rejects: it has no groups."""
+        return {
+            "state": {},
+            "param_groups": [],
+            STATE_KEY: {
+                "saved_apart": {
+                    "label": self.label,
+                    "parent": self.parent,
+                    "group_sizes": list(self.group_sizes),
+                }
+            },
+        }
+
+    @classmethod
+    def of(cls, state_dict: Mapping[str, Any]) -> StateReference | None:
+        """Return the reference that a state dict holds, or None if it holds state."""
+        entry = state_dict.get(STATE_KEY, {}).get("saved_apart")
+        return None if entry is None else cls(**entry)
+
+
+@dataclass(frozen=True, slots=True)
 class SavedState:
     """A state dict after `read_saved` has checked it.
 
@@ -174,6 +208,20 @@ def _reject_foreign(
         check_step_count(f"The saved step of parameter {packed}", entry.get("step", 0))
 
 
+def check_group_sizes(groups: Sequence[Mapping[str, Any]], saved: Sequence[int]) -> None:
+    """Check that groups have as many parameters as were saved.
+
+    Raises:
+        ValueError: the number of groups or of parameters differs.
+    """
+    sizes = [len(group["params"]) for group in groups]
+    if sizes != saved:
+        raise ValueError(
+            f"The saved state has groups of {saved} parameters, but this optimizer has "
+            f"groups of {sizes}. Construct it with the groups that were saved."
+        )
+
+
 def merge_groups(
     groups: Sequence[Mapping[str, Any]],
     saved: Sequence[Mapping[str, Any]],
@@ -188,13 +236,7 @@ def merge_groups(
     Raises:
         ValueError: the number of groups or of parameters differs, or one of `FIXED_OPTIONS` does.
     """
-    counts = [len(group["params"]) for group in groups]
-    saved_counts = [len(group["params"]) for group in saved]
-    if counts != saved_counts:
-        raise ValueError(
-            f"The saved state has groups of {saved_counts} parameters, but this optimizer has "
-            f"groups of {counts}. Construct it with the groups that were saved."
-        )
+    check_group_sizes(groups, [len(group["params"]) for group in saved])
     merged = []
     for number, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
         for key in FIXED_OPTIONS:

@@ -448,7 +448,9 @@ class StateShard(BoxTensor):
             f"state_dict() holds only {self._range()} on this rank, so a file of it would lack the "
             "state of the other ranks. Call full_state_dict() on every rank and save the result of "
             "rank 0, or use offload_adam.save_checkpoint or torch.distributed.checkpoint. To write "
-            "one file per rank, save local_state_dict()."
+            "one file per rank, save local_state_dict(). In Trainer, pass OffloadAdamCallback(); "
+            "with Accelerate, call keep_state_sharded(accelerator). Both are in "
+            "offload_adam.integrations."
         )
 
     def __repr__(self) -> str:  # type: ignore[override]

@@ -1,0 +1,110 @@
+"""`keep_state_sharded`: the complete optimizer state in `save_state` and `load_state`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload_adam.coordinator.rank_checks import raise_on_all_ranks
+from offload_adam.integrations.missing import explain_missing
+from offload_adam.integrations.saved_apart import (
+    folder_of,
+    load_apart,
+    new_label,
+    reference_to,
+    remove_others,
+    save_apart,
+    unwrapped,
+)
+from offload_adam.sharded_optimizer import ShardedOptimizer
+
+with explain_missing("accelerate"):
+    from accelerate import Accelerator
+
+
+def keep_state_sharded(accelerator: Accelerator, *optimizers: torch.optim.Optimizer) -> None:
+    """Save and load the complete state of optimizers with an Accelerator's state.
+
+        model, optimizer = accelerator.prepare(model, OffloadAdamW(model.parameters()))
+        keep_state_sharded(accelerator, optimizer)
+        accelerator.save_state("checkpoint")
+        accelerator.load_state("checkpoint")
+
+    Each rank writes and reads its own part of the state. The number of ranks may change between
+    save and load. The folder must be on a file system that all ranks share.
+
+    Call it once, on all ranks, before `save_state` and `load_state`.
+
+    Args:
+        optimizers: as given to or returned by `accelerator.prepare`.
+
+    Raises:
+        TypeError: an optimizer is not one of this package, or none is given.
+    """
+    found = [_require_offload_adam(optimizer) for optimizer in optimizers]
+    if not found:
+        raise TypeError("keep_state_sharded() needs an optimizer. Pass that of prepare().")
+    accelerator.register_save_state_pre_hook(partial(_save, accelerator, found))
+    accelerator.register_load_state_pre_hook(partial(_prepare_load, accelerator, found))
+
+
+def _require_offload_adam(optimizer: torch.optim.Optimizer) -> ShardedOptimizer:
+    bare = unwrapped(optimizer)
+    if not isinstance(bare, ShardedOptimizer):
+        raise TypeError(
+            "keep_state_sharded() supports OffloadAdam and OffloadAdamW, not "
+            f"{type(bare).__name__}. Leave it out: Accelerate saves the whole state of other "
+            "optimizers itself."
+        )
+    return bare
+
+
+def _save(
+    accelerator: Accelerator,
+    optimizers: list[ShardedOptimizer],
+    models: list[nn.Module],
+    weights: list[Any],
+    folder: str,
+) -> None:
+    """Write the state of all optimizers. Accelerate then saves references. Collective."""
+    parent = Path(folder).absolute()
+    labels = [new_label(optimizer.ranks) for optimizer in optimizers]
+    for optimizer, label in zip(optimizers, labels, strict=True):
+        save_apart(optimizer, _model_of(optimizer, models, accelerator), parent, label)
+        optimizer._given_reference = reference_to(optimizer, label, parent)
+    ranks = optimizers[0].ranks
+    with raise_on_all_ranks(ranks, "removing an older optimizer state"):
+        if ranks.rank == 0:
+            remove_others(parent, [folder_of(parent, label).name for label in labels])
+
+
+def _prepare_load(
+    accelerator: Accelerator,
+    optimizers: list[ShardedOptimizer],
+    models: list[nn.Module],
+    folder: str,
+) -> None:
+    """Let `load_state_dict` read the state from this folder when it is given a reference."""
+    for optimizer in optimizers:
+        model = _model_of(optimizer, models, accelerator)
+        parents = [Path(folder).absolute()]
+        optimizer._read_reference = partial(load_apart, optimizer, model, parents)
+
+
+def _model_of(
+    optimizer: ShardedOptimizer, models: list[nn.Module], accelerator: Accelerator
+) -> nn.Module:
+    """Return the model with all parameters of the optimizer, or a list of all models."""
+    # Without the wrapper of DDP, which is there only with several ranks.
+    bare: list[nn.Module] = [
+        accelerator.unwrap_model(model, keep_torch_compile=False) for model in models
+    ]
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for model in bare:
+        if trained <= {id(parameter) for parameter in model.parameters()}:
+            return model
+    return nn.ModuleList(bare)

@@ -1,0 +1,192 @@
+"""`OffloadAdamCallback`: saves and loads the optimizer state of a transformers Trainer.
+
+Trainer's order of events, and what the callback does:
+
+    resume     load_state_dict(optimizer.pt)   the optimizer keeps the reference in this file
+    train begin                                load the state that the reference names
+    step end   should_save is known            save the state in output_dir
+               evaluate, save the model, optimizer.pt = state_dict(), delete old checkpoints
+    save                                       move the state into the new checkpoint
+
+The state is complete before Trainer deletes an older checkpoint, so a crash at any time leaves one
+to resume from. Only with save_strategy="best" is it written afterwards.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from offload_adam.coordinator.rank_checks import raise_on_all_ranks
+from offload_adam.errors import CheckpointError
+from offload_adam.integrations.missing import explain_missing
+from offload_adam.integrations.saved_apart import (
+    folder_of,
+    load_apart,
+    new_label,
+    reference_to,
+    remove_others,
+    save_apart,
+    unwrapped,
+)
+from offload_adam.sharded_optimizer import ShardedOptimizer
+
+with explain_missing("transformers"):
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class OffloadAdamCallback(TrainerCallback):
+    """Save and load the complete optimizer state with each checkpoint of a Trainer.
+
+        trainer = Trainer(..., optimizer_cls_and_kwargs=(OffloadAdamW, {"lr": 1e-4}),
+                          callbacks=[OffloadAdamCallback()])
+        trainer.train(resume_from_checkpoint=True)
+
+    Each rank writes and reads its own part of the state. The number of ranks may change between
+    save and resume. `output_dir` must be on a file system that all ranks share.
+
+    Args:
+        checkpoint: the checkpoint to resume from. Needed only if a checkpoint was moved and
+            `args.resume_from_checkpoint` is not set, because Trainer does not tell callbacks
+            which checkpoint it resumes from.
+    """
+
+    def __init__(self, checkpoint: str | Path | None = None) -> None:
+        self._checkpoint = None if checkpoint is None else Path(checkpoint).absolute()
+        self._run = ""
+        self._saved: str | None = None  # label of the state that waits in output_dir
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Load the state if Trainer resumes.
+
+        Raises:
+            TypeError: Trainer has another optimizer.
+            ValueError: in a hyperparameter search.
+            CheckpointError: the state is not found, or cannot be loaded.
+        """
+        optimizer = _optimizer_of(given)
+        if state.is_hyper_param_search:
+            raise ValueError(
+                "OffloadAdamCallback does not support hyperparameter_search, in which Trainer does "
+                "not tell callbacks where it saves. Search without this callback, with "
+                "save_strategy='no'."
+            )
+        self._run = new_label(optimizer.ranks)
+        self._saved = None
+        reference = optimizer._loaded_reference
+        if reference is None:
+            return
+        output, checkpoint = Path(args.output_dir).absolute(), _checkpoint_folder(args, state)
+        if self._checkpoint is not None:
+            parents = [self._checkpoint]
+        else:
+            known = [args.resume_from_checkpoint] if args.resume_from_checkpoint else []
+            saved = Path(reference.parent)
+            parents = [*map(Path, known), checkpoint, output, saved, saved.parent]
+        folder = load_apart(optimizer, given["model"], parents)
+        if folder.parent == output:  # the save was interrupted
+            _move(optimizer, folder, checkpoint)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Save the state if a save follows."""
+        self._prepare(args, state, control, given)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Save the state if a save follows."""
+        self._prepare(args, state, control, given)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Move the state into the new checkpoint."""
+        optimizer = _optimizer_of(given)
+        optimizer._given_reference = None  # on ranks that have not saved it
+        if args.save_only_model:
+            return
+        label, checkpoint = self._label(state), _checkpoint_folder(args, state)
+        self._save(optimizer, given["model"], args, label)
+        _move(optimizer, folder_of(Path(args.output_dir), label), checkpoint)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Let `state_dict()` return the state again."""
+        _optimizer_of(given)._given_reference = None
+
+    def _prepare(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        given: dict[str, Any],
+    ) -> None:
+        """Give Trainer a reference to save. Save the state if it is known that Trainer will."""
+        optimizer, label = _optimizer_of(given), self._label(state)
+        optimizer._given_reference = reference_to(optimizer, label, _checkpoint_folder(args, state))
+        if control.should_save or control.should_evaluate or control.should_training_stop:
+            # Trainer reads the parameters next, partly on rank 0 alone: updates must be over.
+            optimizer.synchronize()
+        if control.should_save and not args.save_only_model:
+            self._save(optimizer, given["model"], args, label)
+
+    def _save(
+        self, optimizer: ShardedOptimizer, model: nn.Module, args: TrainingArguments, label: str
+    ) -> None:
+        """Save the state in output_dir, once for each label. Collective."""
+        # If the last step of an epoch saves, the epoch's end saves the same state again.
+        if self._saved != label:
+            save_apart(optimizer, model, Path(args.output_dir), label)
+            self._saved = label
+
+    def _label(self, state: TrainerState) -> str:
+        # The same on all ranks without a collective, because it is needed after every step.
+        return f"{self._run}-{state.global_step}"
+
+
+def _move(optimizer: ShardedOptimizer, folder: Path, checkpoint: Path) -> None:
+    """Move a saved state from output_dir into its checkpoint. Collective.
+
+    Raises:
+        CheckpointError: Trainer has not written the checkpoint.
+    """
+    with raise_on_all_ranks(optimizer.ranks, "moving the optimizer state"):
+        if optimizer.ranks.rank == 0:
+            if not checkpoint.is_dir():
+                raise CheckpointError(
+                    f"Trainer has not written {checkpoint}, into which {folder} belongs. Save "
+                    "checkpoints in output_dir."
+                )
+            if folder.exists():  # otherwise it has been moved already
+                folder.rename(checkpoint / folder.name)
+            # Of an earlier run into the same checkpoint, or of a save that did not follow.
+            remove_others(checkpoint, [folder.name])
+            remove_others(folder.parent, [])
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir).absolute() / f"checkpoint-{state.global_step}"
+
+
+def _optimizer_of(given: dict[str, Any]) -> ShardedOptimizer:
+    """Return Trainer's optimizer.
+
+    Raises:
+        TypeError: it is not one of this package.
+    """
+    optimizer = unwrapped(given["optimizer"])
+    if not isinstance(optimizer, ShardedOptimizer):
+        raise TypeError(
+            "OffloadAdamCallback needs an OffloadAdam or OffloadAdamW, but Trainer has the "
+            f"optimizer {type(optimizer).__name__}. Pass optimizer_cls_and_kwargs="
+            "(OffloadAdamW, {...}) or optimizers=(optimizer, None) to Trainer, or leave the "
+            "callback out."
+        )
+    return optimizer
