@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ class OffloadAdamStrategy(DDPStrategy):
         if not isinstance(optimizer, ShardedOptimizer):
             state: dict[str, Any] = super().optimizer_state(optimizer)
             return state
-        return StateReference(new_label(optimizer.ranks), "").as_state_dict()
+        reference = StateReference(new_label(optimizer.ranks), parent="")
+        return reference.as_state_dict(optimizer.param_groups)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
@@ -129,7 +131,7 @@ class OffloadAdamStrategy(DDPStrategy):
         kept = []
         states = checkpoint.get("optimizer_states", [])
         for number, (optimizer, state) in enumerate(zip(self.optimizers, states, strict=False)):
-            reference = StateReference.of(state)
+            reference = StateReference.of(state, optimizer.param_groups)
             if reference is None:
                 continue
             if isinstance(self.checkpoint_io, AsyncCheckpointIO):
@@ -140,7 +142,8 @@ class OffloadAdamStrategy(DDPStrategy):
                 )
             save_apart(optimizer, self.lightning_module, parent, reference.label)
             kept.append(folder_of(parent, reference.label).name)
-            states[number] = StateReference(reference.label, str(parent)).as_state_dict()
+            reference = replace(reference, parent=str(parent))
+            states[number] = reference.as_state_dict(optimizer.param_groups)
         if not kept:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return

@@ -227,7 +227,7 @@ class StateAccess(torch.optim.Optimizer):
         """
         reference, self._given_reference = self._given_reference, None
         if reference is not None:
-            return reference.as_state_dict()
+            return reference.as_state_dict(self.param_groups)
         gathered, self._gathered = self._gathered, None
         if gathered is not None and gathered[0] == self.num_steps:
             return gathered[1]
@@ -321,7 +321,7 @@ class StateAccess(torch.optim.Optimizer):
         for pre_hook in load_state_dict_pre_hooks(self):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        reference = StateReference.of(state_dict)
+        reference = StateReference.of(state_dict, self.param_groups)
         if reference is not None:
             self._load_reference(reference)
             return

@@ -42,16 +42,33 @@ class StateReference:
     label: str
     parent: str
 
-    def as_state_dict(self) -> dict[str, Any]:
-        """Return a state dict that any optimizer but ours rejects: it has no groups."""
-        entry = {"label": self.label, "parent": self.parent}
+    def as_state_dict(self, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return a state dict that any optimizer but ours rejects: it has no groups.
+
+        Args:
+            groups: of the optimizer whose state is saved.
+        """
+        sizes = [len(group["params"]) for group in groups]
+        entry = {"label": self.label, "parent": self.parent, "group_sizes": sizes}
         return {"state": {}, "param_groups": [], STATE_KEY: {"saved_apart": entry}}
 
     @classmethod
-    def of(cls, state_dict: Mapping[str, Any]) -> StateReference | None:
-        """Return the reference that a state dict holds, or None if it holds state."""
+    def of(
+        cls, state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
+    ) -> StateReference | None:
+        """Return the reference that a state dict holds, or None if it holds state.
+
+        Args:
+            groups: of the optimizer that loads it.
+
+        Raises:
+            ValueError: this optimizer has other groups than the one whose state was saved.
+        """
         entry = state_dict.get(STATE_KEY, {}).get("saved_apart")
-        return None if entry is None else cls(str(entry["label"]), str(entry["parent"]))
+        if entry is None:
+            return None
+        check_group_sizes(groups, entry["group_sizes"])
+        return cls(entry["label"], entry["parent"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +202,20 @@ def _reject_foreign(
         check_step_count(f"The saved step of parameter {packed}", entry.get("step", 0))
 
 
+def check_group_sizes(groups: Sequence[Mapping[str, Any]], saved: Sequence[int]) -> None:
+    """Check that groups have as many parameters as were saved.
+
+    Raises:
+        ValueError: the number of groups or of parameters differs.
+    """
+    sizes = [len(group["params"]) for group in groups]
+    if sizes != saved:
+        raise ValueError(
+            f"The saved state has groups of {saved} parameters, but this optimizer has "
+            f"groups of {sizes}. Construct it with the groups that were saved."
+        )
+
+
 def merge_groups(
     groups: Sequence[Mapping[str, Any]],
     saved: Sequence[Mapping[str, Any]],
@@ -199,13 +230,7 @@ def merge_groups(
     Raises:
         ValueError: the number of groups or of parameters differs, or one of `FIXED_OPTIONS` does.
     """
-    counts = [len(group["params"]) for group in groups]
-    saved_counts = [len(group["params"]) for group in saved]
-    if counts != saved_counts:
-        raise ValueError(
-            f"The saved state has groups of {saved_counts} parameters, but this optimizer has "
-            f"groups of {counts}. Construct it with the groups that were saved."
-        )
+    check_group_sizes(groups, [len(group["params"]) for group in saved])
     merged = []
     for number, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
         for key in FIXED_OPTIONS:

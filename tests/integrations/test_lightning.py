@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.io import AsyncCheckpointIO, TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from offload_adam import CheckpointError, OffloadAdamW
 from offload_adam.errors import StreamedGradientError
-from offload_adam.integrations.lightning import OffloadAdamStrategy
+from offload_adam.integrations import OffloadAdamStrategy
 from tests.support.ranks import RankError, RankPool
 
 # So that Lightning takes RANK and WORLD_SIZE, and the process group that is there.
@@ -28,25 +28,29 @@ NUM_STEPS = 6  # batches in two epochs
 # fp32 roundings of the update, of the averaged gradients, and of the clip factor.
 TOLERANCE = 3e-6
 
-MAKE = {
-    "torch": lambda module: torch.optim.AdamW(module.parameters(), lr=1e-2, eps=1e-4),
-    "drop-in": lambda module: OffloadAdamW(
-        module.parameters(), lr=1e-2, eps=1e-4, gradient_reduction="external", num_threads=1
-    ),
-    "streaming": lambda module: OffloadAdamW(
-        module.parameters(), lr=1e-2, eps=1e-4, module=module, num_threads=1
-    ),
-    "streaming, summed on the host": lambda module: OffloadAdamW(
-        module.parameters(), lr=1e-2, eps=1e-4, module=module, accumulate="host", num_threads=1
-    ),
+OPTIONS: dict[str, dict[str, Any]] = {
+    "drop-in": {"gradient_reduction": "external"},
+    "streaming": {},
+    "streaming, summed on the host": {"accumulate": "host"},
 }
+
+
+def make(kind: str, module: torch.nn.Module) -> torch.optim.Optimizer:
+    """Return an optimizer of a key of `OPTIONS`, or torch's own."""
+    if kind == "torch":
+        return torch.optim.AdamW(module.parameters(), lr=1e-2, eps=1e-4)
+    streamed = None if kind == "drop-in" else module
+    options = OPTIONS[kind]
+    return OffloadAdamW(
+        module.parameters(), lr=1e-2, eps=1e-4, module=streamed, num_threads=1, **options
+    )
 
 
 class Module(LightningModule):
     """Trains on this rank's rows of each batch, so that every world size has the same loss.
 
     Args:
-        kind: key of `MAKE`.
+        kind: as in `make`.
         manual: clip to `clip` and step every `accumulate` batches in `training_step`.
         seed: of the initial weights.
     """
@@ -93,7 +97,7 @@ class Module(LightningModule):
         return None
 
     def configure_optimizers(self) -> Any:
-        optimizer = MAKE[self.kind](self)
+        optimizer = make(self.kind, self)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
@@ -130,7 +134,9 @@ def on_ranks(
     ranks: RankPool, function: Callable[..., Any], world_size: int, *args: Any, **options: Any
 ) -> list[Any]:
     """Call the function on each rank, in an environment as of torchrun."""
-    return ranks.run(function, world_size, *args, env=UNDER_TORCHRUN, **options)
+    # The first call imports Lightning in each process.
+    options = {"timeout": 110.0, "env": UNDER_TORCHRUN, **options}
+    return ranks.run(function, world_size, *args, **options)
 
 
 def close(trainer: Any) -> None:
@@ -382,7 +388,7 @@ def test_a_failed_save_raises_on_all_ranks_and_keeps_the_old_checkpoint(
 def keep_the_best(rank: int, world_size: int, folder: Path) -> None:
     module = Module("drop-in")
     callback = save_every_epoch(folder, save_top_k=1, save_last="link", every_n_train_steps=1)
-    options = {"callbacks": [callback], "enable_checkpointing": True}
+    options: dict[str, Any] = {"callbacks": [callback], "enable_checkpointing": True}
     close(fit(module, OffloadAdamStrategy(), max_epochs=1, **options))
 
 
@@ -419,7 +425,7 @@ class TwoOptimizers(Module):
         self.log("validation", self.critic(self.net(batch)).mean(), sync_dist=True)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [MAKE[self.kind](self.net), MAKE[self.kind](self.critic)]
+        return [make(self.kind, self.net), make(self.kind, self.critic)]
 
 
 def train_two_optimizers(

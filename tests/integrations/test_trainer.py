@@ -1,0 +1,224 @@
+"""The optimizers in a transformers Trainer on one rank: equal to torch's AdamW, and resumed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import TrainerCallback
+
+from offload_adam import CheckpointError, OffloadAdamW, load_checkpoint
+from offload_adam.integrations import OffloadAdamCallback
+from tests.integrations.language_model import make_model
+from tests.integrations.trainer_runs import (
+    Recorder,
+    Run,
+    assert_close,
+    assert_equal,
+    make_trainer,
+    record,
+    train,
+)
+
+CASES = {
+    "made by Trainer": Run(),
+    "made by the caller": Run(made_by="caller"),
+    "streaming": Run("streaming", made_by="caller"),
+    "clipping": Run(arguments={"max_grad_norm": 0.2}),
+    "streaming and clipping": Run("streaming", "caller", arguments={"max_grad_norm": 0.2}),
+    "no clipping": Run(arguments={"max_grad_norm": 0.0}),
+    "accumulation": Run(accumulate=2),
+    "gradient checkpointing": Run(arguments={"activation_checkpointing": True}),
+    "autocast to bf16": Run(arguments={"bf16": True}),
+    "epochs": Run(arguments={"save_strategy": "epoch", "num_train_epochs": 1, "max_steps": -1}),
+    "cosine with warmup": Run(arguments={"lr_scheduler_type": "cosine", "warmup_steps": 2}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_equals_torch_and_resumes_to_the_same_bits(name: str, tmp_path: Path) -> None:
+    run = CASES[name]
+    ours = train(0, 1, tmp_path / "ours", run)
+    with_torch = Run("torch", run.made_by, arguments=run.arguments, accumulate=run.accumulate)
+    # Rounding to bf16 turns differences of 1e-8 into some of 1e-3.
+    tolerance = 1e-3 if run.arguments.get("bf16") else 2e-6
+    assert_close(ours, train(0, 1, tmp_path / "torch", with_torch), tolerance)
+    if name == "epochs":
+        return  # the only checkpoint is that of the end
+    resumed = train(0, 1, tmp_path / "ours", run, resume="checkpoint-3")
+    assert_equal(resumed.losses, ours.losses)
+    assert_equal(resumed.weights, ours.weights)
+    assert_equal(resumed.state, ours.state)
+
+
+def test_bf16_weights_and_dropout_resume_to_the_same_bits(tmp_path: Path) -> None:
+    run = Run(dtype=torch.bfloat16, dropout=0.2)
+    whole = train(0, 1, tmp_path, run)
+    resumed = train(0, 1, tmp_path, run, resume="checkpoint-3")
+    assert_equal(resumed.losses, whole.losses)
+    assert_equal(resumed.weights, whole.weights)
+    assert_equal(resumed.state, whole.state)
+
+
+def test_trainer_itself_saves_the_state_of_one_rank(tmp_path: Path) -> None:
+    whole = train(0, 1, tmp_path, Run(callback=False))
+    assert not states_in(tmp_path / "checkpoint-3")
+    for callback in (False, True):
+        resumed = train(0, 1, tmp_path, Run(callback=callback), resume="checkpoint-3")
+        assert_equal(resumed.weights, whole.weights)
+        assert_equal(resumed.state, whole.state)
+
+
+def test_the_state_of_torch_is_resumed(tmp_path: Path) -> None:
+    whole = train(0, 1, tmp_path, Run("torch"))
+    assert_close(train(0, 1, tmp_path, Run(), resume="checkpoint-3"), whole)
+
+
+def test_torch_rejects_a_reference(tmp_path: Path) -> None:
+    train(0, 1, tmp_path, Run())
+    with pytest.raises(ValueError, match=r"different number of parameter groups"):
+        train(0, 1, tmp_path, Run("torch"), resume="checkpoint-3")
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
+    arguments = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "best",
+        "metric_for_best_model": "loss",
+        "load_best_model_at_end": True,
+        "save_total_limit": 1,
+        "learning_rate": 0.3,
+    }
+    run = Run("streaming", options={"lr": 0.3}, arguments=arguments)
+    recorder = Recorder()
+    trainer = make_trainer(1, tmp_path, run, more=(recorder,))
+    trainer.train()
+    best = trainer.state.best_global_step
+    folder = Path(trainer.state.best_model_checkpoint)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [folder.name]
+    assert folder.name == f"checkpoint-{best}"
+    saved = safetensors.torch.load_file(folder / "model.safetensors")
+    for name, value in saved.items():
+        assert torch.equal(trainer.model.state_dict()[name], value), name
+    # From here, training goes on with the loaded weights and the state of the best step.
+    _, resumed = record(0, 1, tmp_path, run, resume=folder.name)
+    assert_equal(resumed.begun, recorder.saved[best])
+
+
+def test_only_the_model_is_saved_on_request(tmp_path: Path) -> None:
+    train(0, 1, tmp_path, Run(arguments={"save_only_model": True}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6"]
+    assert not states_in(tmp_path / "checkpoint-3")
+
+
+def test_a_checkpoint_that_is_saved_again_holds_one_state(tmp_path: Path) -> None:
+    train(0, 1, tmp_path, Run())
+    before = states_in(tmp_path / "checkpoint-6")
+    train(0, 1, tmp_path, Run(), resume="checkpoint-3")
+    after = states_in(tmp_path / "checkpoint-6")
+    assert len(before) == len(after) == 1
+    assert before != after
+
+
+class Stop(TrainerCallback):
+    """Ends training with an error, after Trainer has deleted older checkpoints."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if state.global_step == 6:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_is_killed_during_a_save_resumes(tmp_path: Path) -> None:
+    run = Run(arguments={"save_total_limit": 1, "max_steps": 9})
+    whole = train(0, 1, tmp_path / "whole", run)
+    trainer = make_trainer(1, tmp_path / "killed", run)
+    trainer.callback_handler.callbacks.insert(0, Stop())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "killed").glob("check*")] == ["checkpoint-6"]
+    assert not states_in(tmp_path / "killed" / "checkpoint-6")
+    resumed = train(0, 1, tmp_path / "killed", run, resume="checkpoint-6")
+    assert_equal(resumed.weights, whole.weights)
+    assert_equal(resumed.state, whole.state)
+    assert not states_in(tmp_path / "killed")
+
+
+def test_a_moved_checkpoint_is_found(tmp_path: Path) -> None:
+    whole = train(0, 1, tmp_path / "old", Run())
+    (tmp_path / "kept").mkdir()
+    moved = (tmp_path / "old" / "checkpoint-3").rename(tmp_path / "kept" / "good")
+    with pytest.raises(CheckpointError, match=r"which is in none of .*checkpoint-3"):
+        train(0, 1, tmp_path / "kept", Run(), resume="good")
+    named = Run(arguments={"resume_from_checkpoint": str(moved)})
+    for run in (Run(checkpoint=moved), named):
+        assert_equal(train(0, 1, tmp_path / "kept", run, resume="good").state, whole.state)
+
+
+def test_a_checkpoint_without_its_state_is_rejected(tmp_path: Path) -> None:
+    train(0, 1, tmp_path, Run())
+    shutil.rmtree(states_in(tmp_path / "checkpoint-3")[0])
+    with pytest.raises(CheckpointError, match=r"Copy a checkpoint with all of its folders"):
+        train(0, 1, tmp_path, Run(), resume="checkpoint-3")
+
+
+def test_the_state_of_another_run_is_rejected(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        train(0, 1, tmp_path / name, Run())
+    (own,) = states_in(tmp_path / "one" / "checkpoint-3")
+    (others,) = states_in(tmp_path / "other" / "checkpoint-3")
+    shutil.rmtree(own)
+    shutil.copytree(others, own.with_name(others.name))
+    with pytest.raises(CheckpointError, match=r"These folders hold the state of other saves"):
+        train(0, 1, tmp_path / "one", Run(), resume="checkpoint-3")
+    own.with_name(others.name).rename(own)
+    with pytest.raises(CheckpointError, match=r"its label is '[0-9a-f]+-3', not"):
+        train(0, 1, tmp_path / "one", Run(), resume="checkpoint-3")
+
+
+def test_a_damaged_state_is_rejected(tmp_path: Path) -> None:
+    train(0, 1, tmp_path, Run())
+    (folder,) = states_in(tmp_path / "checkpoint-3")
+    (file,) = folder.glob("rank-*")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"damaged"):
+        train(0, 1, tmp_path, Run(), resume="checkpoint-3")
+
+
+def test_other_groups_and_dtypes_are_rejected(tmp_path: Path) -> None:
+    train(0, 1, tmp_path, Run())
+    with pytest.raises(ValueError, match=r"groups of \[10, 18\] parameters, .* groups of \[28\]"):
+        train(0, 1, tmp_path, Run(made_by="caller"), resume="checkpoint-3")
+    with pytest.raises(CheckpointError, match=r"was F32 when the state was saved and is BF16"):
+        train(0, 1, tmp_path, Run(dtype=torch.bfloat16), resume="checkpoint-3")
+
+
+def test_a_resume_without_the_callback_is_rejected(tmp_path: Path) -> None:
+    train(0, 1, tmp_path, Run())
+    with pytest.raises(CheckpointError, match=r"pass OffloadAdamCallback\(\) in callbacks="):
+        train(0, 1, tmp_path, Run(callback=False), resume="checkpoint-3")
+
+
+def test_another_optimizer_is_rejected(tmp_path: Path) -> None:
+    trainer = make_trainer(1, tmp_path, Run("torch"), more=(OffloadAdamCallback(),))
+    with pytest.raises(TypeError, match=r"Trainer has the optimizer AdamW"):
+        trainer.train()
+
+
+def test_the_state_is_no_checkpoint_of_the_model(tmp_path: Path) -> None:
+    train(0, 1, tmp_path, Run())
+    (folder,) = states_in(tmp_path / "checkpoint-3")
+    model = make_model()
+    optimizer = OffloadAdamW(model.parameters())
+    with pytest.raises(CheckpointError, match=r"without the model"):
+        load_checkpoint(folder, model=model, optimizer=optimizer)
+
+
+def states_in(folder: Path) -> list[Path]:
+    return list(folder.glob("offload_adam-*"))
