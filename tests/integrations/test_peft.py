@@ -119,6 +119,7 @@ def test_only_adapters_have_state(kind: str) -> None:
 def test_a_trained_adapter_is_saved_loaded_and_merged(kind: str, tmp_path: Path) -> None:
     model = make_adapted()
     optimizer = make_optimizer(kind, model)
+    assert isinstance(optimizer, OffloadAdamW)
     train(model, optimizer)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(make_model(), tmp_path)
