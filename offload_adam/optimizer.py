@@ -25,8 +25,11 @@ class OffloadAdam(ShardedOptimizer):
 
     If w has 16 bits, or is on a GPU and its state is not, its fp32 master weight is updated and
     then copied to w. Construction moves each parameter's data into a flat bucket and allocates all
-    state; the Parameter objects stay the same. With more than one rank, construction, `step`,
-    `clip_grad_norm_`, `add_param_group` and `full_state_dict` are collective.
+    state; the Parameter objects stay the same. If you set `parameter.data`, the next step copies
+    the new values into the bucket. Until the first update, the model may also be moved, cast or
+    wrapped in DDP: the first step then lays the parameters out again. With more than one rank,
+    construction, `step`, `clip_grad_norm_`, `add_param_group`, `full_state_dict` and
+    `load_state_dict` are collective.
 
     There are two modes:
 
@@ -51,7 +54,8 @@ class OffloadAdam(ShardedOptimizer):
 
     Args:
         params: parameters, group dicts, or (name, parameter) pairs. fp32, bf16 and fp16 may be
-            mixed. Parameters with `requires_grad=False` get no state and are not updated.
+            mixed. Parameters with `requires_grad=False` get no state and are not updated. A
+            parameter that requires a gradient later gets its state at the first step with one.
         lr: learning rate, a float or a one-element tensor. `lr`, `betas`, `eps` and `weight_decay`
             are read from `param_groups` at each step, so schedulers work.
         betas: (b1, b2), the decay rates of the moments m and v, each in [0, 1).
@@ -71,8 +75,8 @@ class OffloadAdam(ShardedOptimizer):
         process_group: ranks that share the state. None for the default group.
         gradient_reduction: "optimizer": backward leaves local gradients and the optimizer averages
             them over the ranks (ZeRO-2). "external": DDP or the caller averages them (ZeRO-1). None
-            means "external" if `module` is or contains DDP, else "optimizer". Required with more
-            than one rank and no `module`.
+            means "external" if a DDP module averages them, else "optimizer". The optimizer looks
+            for DDP at construction and again before the first update.
         reduce_dtype: torch.float32 to average 16-bit gradients in fp32, for accuracy over many
             ranks at twice the traffic. None to average in the gradients' dtype.
         accumulate: how the gradients of several backwards of one step are summed. None: in `.grad`,

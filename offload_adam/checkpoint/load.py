@@ -105,6 +105,7 @@ def _load(
     weights = label is None
     with locked(optimizer), PROGRESS.at("checkpoint", long_running=True), ExitStack() as stack:
         core = optimizer._settled_on_all_ranks("preparing to load a checkpoint")
+        optimizer._take_unfrozen()
         # All checks come first, on all ranks: an error here has modified nothing on any rank.
         with raise_on_all_ranks(optimizer.ranks, "reading a checkpoint"):
             manifest = read_manifest(folder)

@@ -22,8 +22,8 @@ OpenBeta = Annotated[float, Field(gt=0, lt=1)]
 
 Name = Literal["OffloadAdam", "Adam"]
 
-# The constructors require gradient_reduction with several ranks and no `module`. A run need not set
-# it, since the job itself wraps the model in DistributedDataParallel if "external" is configured.
+# The constructors look for DistributedDataParallel if gradient_reduction is not given. In a run,
+# the job itself wraps the model in it if "external" is configured.
 ExecutionKeys = keys_of("optimizer", gradient_reduction="optimizer")
 
 

@@ -2,8 +2,8 @@
 
 The float64 message is a table with one row for each rank, and one number for each parameter:
 
-    rank 0   squares  non_finite  found_inf  ...  saved  unseen     filled by rank 0, else 0
-    rank 1   squares  non_finite  found_inf  ...  saved  unseen     filled by rank 1, else 0
+    rank 0   squares  non_finite  found_inf  ...  unseen  unfrozen  filled by rank 0, else 0
+    rank 1   squares  non_finite  found_inf  ...  unseen  unfrozen  filled by rank 1, else 0
     counts   present[0]  present[1]  ...                            1 from each rank with a gradient
 """
 
@@ -29,8 +29,9 @@ from offload_adam.coordinator.ranks import RankGroup
     _STOP,
     _SAVED,
     _UNSEEN,
-) = range(12)
-_NUM_FINDINGS = 12
+    _UNFROZEN,
+) = range(13)
+_NUM_FINDINGS = 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class Findings:
     unseen: parameters differ from their masters, but no version counter changed.
     failed: this rank raises an error after the all-reduce.
     late: gradients were set by hand after their bucket's reduction had started.
+    unfrozen: a parameter without state, frozen so far, has a gradient.
     settings: checksum below 2**53 of this rank's hyperparameters.
     step: the number of this step, from 1 on.
     present: (num_parameters,) bool, which parameters have a gradient on this rank.
@@ -71,6 +73,7 @@ class Findings:
     unseen: bool
     failed: bool
     late: bool
+    unfrozen: bool
     settings: int
     step: int
     notice: Notice
@@ -96,6 +99,7 @@ class Agreement:
     unseen: bool
     failed_ranks: tuple[int, ...]
     late: bool
+    unfrozen: bool
     settings: tuple[int, ...]
     steps: tuple[int, ...]
     notice: Notice
@@ -103,7 +107,7 @@ class Agreement:
 
 
 def agree(ranks: RankGroup, findings: Findings) -> Agreement:
-    """Exchange findings in one all-reduce: 12 float64 per rank and 1 per parameter. Collective."""
+    """Exchange findings in one all-reduce: 13 float64 per rank and 1 per parameter. Collective."""
     world_size = ranks.world_size
     message = torch.zeros(
         world_size * _NUM_FINDINGS + findings.present.numel(), dtype=torch.float64, device="cpu"
@@ -122,6 +126,7 @@ def agree(ranks: RankGroup, findings: Findings) -> Agreement:
     own[_UNSEEN] = float(findings.unseen)
     own[_FAILED] = float(findings.failed)
     own[_LATE] = float(findings.late)
+    own[_UNFROZEN] = float(findings.unfrozen)
     own[_SETTINGS] = float(findings.settings)
     own[_STEP] = float(findings.step)
     own[_STOP] = float(findings.notice.stop)
@@ -133,7 +138,7 @@ def agree(ranks: RankGroup, findings: Findings) -> Agreement:
 
 
 def _read(table: torch.Tensor, present: torch.Tensor) -> Agreement:
-    """Return the agreement from the reduced table (world_size, 12)."""
+    """Return the agreement from the reduced table (world_size, 13)."""
     rows = table.tolist()
     non_finite = any(row[_NON_FINITE] for row in rows)
     return Agreement(
@@ -145,6 +150,7 @@ def _read(table: torch.Tensor, present: torch.Tensor) -> Agreement:
         unseen=any(row[_UNSEEN] for row in rows),
         failed_ranks=tuple(rank for rank, row in enumerate(rows) if row[_FAILED]),
         late=any(row[_LATE] for row in rows),
+        unfrozen=any(row[_UNFROZEN] for row in rows),
         settings=tuple(int(row[_SETTINGS]) for row in rows),
         steps=tuple(int(row[_STEP]) for row in rows),
         notice=Notice(

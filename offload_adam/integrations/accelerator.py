@@ -15,12 +15,12 @@ from offload_adam.integrations.saved_apart import (
     folder_of,
     load_apart,
     new_label,
+    reference_to,
     remove_others,
     save_apart,
     unwrapped,
 )
 from offload_adam.sharded_optimizer import ShardedOptimizer
-from offload_adam.state.state_dict import StateReference
 
 with explain_missing("accelerate"):
     from accelerate import Accelerator
@@ -75,7 +75,7 @@ def _save(
     labels = [new_label(optimizer.ranks) for optimizer in optimizers]
     for optimizer, label in zip(optimizers, labels, strict=True):
         save_apart(optimizer, _model_of(optimizer, models, accelerator), parent, label)
-        optimizer._given_reference = StateReference(label, str(parent))
+        optimizer._given_reference = reference_to(optimizer, label, parent)
     ranks = optimizers[0].ranks
     with raise_on_all_ranks(ranks, "removing an older optimizer state"):
         if ranks.rank == 0:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from offload_adam.integrations.saved_apart import (
     folder_of,
     load_apart,
     new_label,
+    reference_to,
     remove_others,
     save_apart,
 )
@@ -90,19 +90,18 @@ class OffloadAdamStrategy(DDPStrategy):
             dist.broadcast(tensor.detach(), 0)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
-        """Construct the optimizers; when streaming, check that they average the gradients.
+        """Construct the optimizers; when streaming, check that they stream.
 
         Raises:
-            ValueError: an optimizer does not average the gradients.
+            ValueError: an optimizer does not average the gradients during backward.
         """
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers if self._streaming else ():
-            if not (
-                isinstance(optimizer, ShardedOptimizer)
-                and ("gradient_reduction", "optimizer") in optimizer._fields
-            ):
+            # An optimizer that averages in step() is rejected too: Lightning would clip the
+            # gradients of each rank before.
+            if not isinstance(optimizer, ShardedOptimizer) or optimizer._hooks is None:
                 raise ValueError(
-                    f"{type(optimizer).__name__} does not average the gradients over the ranks, "
+                    f"{type(optimizer).__name__} does not average the gradients during backward, "
                     "and streaming=True does not use DDP. In configure_optimizers, return an "
                     "OffloadAdamW(..., module=self) without gradient_reduction='external', or "
                     "pass streaming=False."
@@ -113,8 +112,8 @@ class OffloadAdamStrategy(DDPStrategy):
         if not isinstance(optimizer, ShardedOptimizer):
             state: dict[str, Any] = super().optimizer_state(optimizer)
             return state
-        reference = StateReference(new_label(optimizer.ranks), parent="")
-        return reference.as_state_dict(optimizer.param_groups)
+        # `save_checkpoint` knows the folder.
+        return reference_to(optimizer, new_label(optimizer.ranks), Path()).as_state_dict()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
@@ -131,7 +130,7 @@ class OffloadAdamStrategy(DDPStrategy):
         kept = []
         states = checkpoint.get("optimizer_states", [])
         for number, (optimizer, state) in enumerate(zip(self.optimizers, states, strict=False)):
-            reference = StateReference.of(state, optimizer.param_groups)
+            reference = StateReference.of(state)
             if reference is None:
                 continue
             if isinstance(self.checkpoint_io, AsyncCheckpointIO):
@@ -142,8 +141,7 @@ class OffloadAdamStrategy(DDPStrategy):
                 )
             save_apart(optimizer, self.lightning_module, parent, reference.label)
             kept.append(folder_of(parent, reference.label).name)
-            reference = replace(reference, parent=str(parent))
-            states[number] = reference.as_state_dict(optimizer.param_groups)
+            states[number] = reference_to(optimizer, reference.label, parent).as_state_dict()
         if not kept:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return

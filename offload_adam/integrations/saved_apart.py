@@ -1,6 +1,6 @@
 """Save the state in a folder beside a tool's own file of the optimizer, and load it again.
 
-    optimizer._given_reference = StateReference(label, parent)
+    optimizer._given_reference = reference_to(optimizer, label, parent)
     the tool saves optimizer.state_dict(), which is the reference
     save_apart(optimizer, model, parent, label)      every rank writes its part of the state
 
@@ -25,6 +25,7 @@ from offload_adam.coordinator.rank_checks import gather_texts, raise_on_all_rank
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import CheckpointError
 from offload_adam.sharded_optimizer import ShardedOptimizer
+from offload_adam.state.state_dict import StateReference
 
 _PREFIX = "offload_adam-"
 
@@ -44,6 +45,12 @@ def unwrapped(optimizer: object) -> object:
     while not isinstance(optimizer, ShardedOptimizer) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def reference_to(optimizer: ShardedOptimizer, label: str, parent: Path) -> StateReference:
+    """Return the reference to a state that is saved in a folder of its own in `parent`."""
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    return StateReference(label, str(parent), sizes)
 
 
 def save_apart(optimizer: ShardedOptimizer, model: nn.Module, parent: Path, label: str) -> None:

@@ -26,12 +26,12 @@ from offload_adam.integrations.saved_apart import (
     folder_of,
     load_apart,
     new_label,
+    reference_to,
     remove_others,
     save_apart,
     unwrapped,
 )
 from offload_adam.sharded_optimizer import ShardedOptimizer
-from offload_adam.state.state_dict import StateReference
 
 with explain_missing("transformers"):
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -130,7 +130,7 @@ class OffloadAdamCallback(TrainerCallback):
     ) -> None:
         """Give Trainer a reference to save. Save the state if it is known that Trainer will."""
         optimizer, label = _optimizer_of(given), self._label(state)
-        optimizer._given_reference = StateReference(label, str(_checkpoint_folder(args, state)))
+        optimizer._given_reference = reference_to(optimizer, label, _checkpoint_folder(args, state))
         if control.should_save or control.should_evaluate or control.should_training_stop:
             # Trainer reads the parameters next, partly on rank 0 alone: updates must be over.
             optimizer.synchronize()

@@ -237,7 +237,7 @@ class Adam(InspectableAdam):
             PeerError: another rank rejected its gradients.
         """
         with self._lock:
-            core = self._alive()
+            core = self._adapt()
             names = {id(parameter): name for name, parameter in core.named_parameters()}
             parameters = self.parameters
             named = [names.get(id(p), "(frozen)") for p in parameters]

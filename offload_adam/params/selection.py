@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -135,22 +135,24 @@ def select_parameters(
     groups: Sequence[Mapping[str, Any]],
     module: torch.nn.Module | None,
     *,
-    first_index: int,
+    known: Collection[torch.Tensor],
     first_group: int,
 ) -> Selection:
     """Separate the trainable parameters of these groups from the frozen ones.
 
     Args:
         module: gives names to the parameters; None to use their positions.
-        first_index: index of the first new parameter in the optimizer.
+        known: parameters that already have state, to leave out.
         first_group: index of the first of `groups` in `param_groups`.
     """
     selection = Selection([], [])
     names = names_of(groups, module, first_group=first_group)
     for number, (group, group_names) in enumerate(zip(groups, names, strict=True), first_group):
         for name, parameter in zip(group_names, group["params"], strict=True):
+            if parameter in known:
+                continue
             if parameter.requires_grad:
-                index = first_index + len(selection.new)
+                index = len(known) + len(selection.new)
                 centralized = group.get("grad_centralization", False) and parameter.dim() > 1
                 selection.new.append(
                     NewParameter(index, name, parameter, number, group["amsgrad"], centralized)

@@ -21,6 +21,7 @@ from offload_adam.options import (
     options_of,
     resolve_overlap,
 )
+from offload_adam.sharded_optimizer.ddp import averaged_by_ddp
 from offload_adam.version import __version__
 
 
@@ -37,15 +38,25 @@ class Execution(NamedTuple):
     streams: bool
     overlaps: bool
 
+    @property
+    def is_external(self) -> bool:
+        """Whether DDP or the caller averages gradients over several ranks."""
+        return not self.policy.reduces and self.policy.world_size > 1
+
 
 def decide_execution(
-    options: ExecutionOptions, *, replicated: bool = False, on_device: Sequence[bool]
+    options: ExecutionOptions,
+    *,
+    replicated: bool = False,
+    parameters: Sequence[torch.nn.Parameter] = (),
+    on_device: Sequence[bool],
 ) -> Execution:
     """Check the options and decide how the optimizer runs.
 
     Args:
         replicated: state is stored with its parameter, whole on every rank. `module` is then used
             only for the names of parameters, not for hooks.
+        parameters: all parameters, to look for a DDP module that averages their gradients.
         on_device: for each parameter, whether it is on a device.
 
     Raises:
@@ -56,7 +67,8 @@ def decide_execution(
     check_policy("offload", options.offload, OffloadPolicy)
     check_policy("failures", options.failures, FailurePolicy)
     world_size = world_size_of(options.process_group)
-    reduces = _resolve_reduction(options, world_size) == "optimizer"
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    reduces = _resolve_reduction(options, trained, world_size) == "optimizer"
     hooked = options.module is not None and not replicated
     streams = hooked and reduces
     _check_needs_of_hooks(options, hooked=hooked, streams=streams)
@@ -120,11 +132,13 @@ def check_module(module: object) -> None:
         raise TypeError(f"module must be a torch.nn.Module or None, not {module!r}")
 
 
-def _resolve_reduction(options: ExecutionOptions, world_size: int) -> str:
+def _resolve_reduction(
+    options: ExecutionOptions, trained: Sequence[torch.nn.Parameter], world_size: int
+) -> str:
     """Return who averages the gradients over the ranks: "optimizer" or "external".
 
     Raises:
-        ValueError: `gradient_reduction` conflicts with DDP, or is missing where it is required.
+        ValueError: `gradient_reduction` conflicts with DDP, or DDP averages only some gradients.
     """
     given, module = options.gradient_reduction, options.module
     has_ddp = module is not None and any(
@@ -137,12 +151,8 @@ def _resolve_reduction(options: ExecutionOptions, world_size: int) -> str:
         )
     if given is not None:
         return given
-    if module is None and world_size > 1:
-        raise ValueError(
-            "gradient_reduction must be given with more than one rank and no module=. Pass "
-            "'optimizer' to let this optimizer average the gradients, 'external' if DDP or your "
-            "own code averages them."
-        )
+    if not has_ddp and world_size > 1:
+        has_ddp = averaged_by_ddp(trained)
     return "external" if has_ddp else "optimizer"
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -20,7 +21,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from offload_adam import torch_private
-from offload_adam.coordinator.agreement import Notice
+from offload_adam.coordinator.agreement import Notice, largest_on_any_rank
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.rank_checks import Field, raise_on_all_ranks, require_same
 from offload_adam.coordinator.ranks import (
@@ -31,6 +32,7 @@ from offload_adam.coordinator.ranks import (
 from offload_adam.errors import StreamedGradientError
 from offload_adam.gradients.stand_in import StreamedGradients
 from offload_adam.kernels.scalars import Hyperparameters
+from offload_adam.layout.state_plan import plan_state
 from offload_adam.options import ExecutionOptions, check_max_norm
 from offload_adam.params.groups import GroupWatch
 from offload_adam.params.selection import (
@@ -41,7 +43,9 @@ from offload_adam.params.selection import (
     select_parameters,
 )
 from offload_adam.sharded_optimizer.compiling import never_compiled
+from offload_adam.sharded_optimizer.ddp import check_averaged, is_in_ddp
 from offload_adam.sharded_optimizer.execution import (
+    Execution,
     check_module,
     decide_execution,
     shared_fields,
@@ -51,11 +55,12 @@ from offload_adam.sharded_optimizer.loss_scale import read_loss_scale, report_sk
 from offload_adam.sharded_optimizer.owners import add_owner, reject_owned
 from offload_adam.sharded_optimizer.state_access import StateAccess, serialized
 from offload_adam.state.state_edits import StateEdits, StateEntry
-from offload_adam.state.state_shard import local_state
+from offload_adam.state.state_shard import local_state, plan_load
 from offload_adam.step.backward_hooks import BackwardHooks
 from offload_adam.step.build import Backend, Storage
 from offload_adam.step.messages import StepInputs, StepReport
 from offload_adam.step.step import ShardedAdam
+from offload_adam.units import format_nbytes
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +115,9 @@ class ShardedOptimizer(StateAccess):
         # A weak reference: stand-ins in `.grad` must not keep a dropped optimizer and its state
         # alive.
         self._streamed = StreamedGradients(partial(_norms_of, weakref.ref(self)))
+        self._options = options
+        self._replicated = replicated
+        self._accepts_sparse = accepts_sparse
         self._module = module
         self._group_watch = GroupWatch(module)
         self._state_edits = StateEdits()
@@ -120,6 +128,12 @@ class ShardedOptimizer(StateAccess):
         self._ranks = open_rank_group(options.process_group, usable_failures(options.failures))
         resources = ExitStack()
         resources.callback(self._ranks.release)
+        # What belongs to the layout: `_rebuild` closes it, and fills it again.
+        self._core_resources = ExitStack()
+        resources.callback(self._core_resources.close)
+        # Callbacks run in reverse order. After a peer has failed, collectives must be aborted
+        # before the core's resources close the update thread, which may be waiting for one.
+        resources.callback(self._ranks.abort_devices)
         # `finalize` also runs at exit, before the interpreter clears its modules. A process group
         # that is destroyed after that aborts the process.
         self._release = weakref.finalize(self, _close_in, os.getpid(), resources)
@@ -128,45 +142,157 @@ class ShardedOptimizer(StateAccess):
             with raise_on_all_ranks(self._ranks, "construction"):
                 check_module(module)
                 add_groups()
-                devices = [parameter.device for parameter in self._grouped_parameters()]
-                on_device = [self._backend.is_device(device) for device in devices]
-                execution = decide_execution(options, replicated=replicated, on_device=on_device)
+                execution = self._decide_execution()
                 reject_unrelated(module, self.param_groups)
-            self._fields = [*shared_fields(options, execution), *self._own_fields()]
             self.max_grad_norm = options.max_grad_norm
-            self._units = options.offload.units
-            policy, streams, overlaps = execution
-            # Replicated state is updated on its device, without copies to or from the host.
-            # Memory that the runtime of one device page-locks is page-locked for all devices.
-            copied = [] if policy.replicated else list(compress(devices, on_device))
-            runtime = self._backend.make_runtime(copied[0]) if copied else None
-            self._core = ShardedAdam(
-                self._ranks,
-                Storage(policy, self._backend, runtime, options.offload),
-                num_threads=options.num_threads,
-                on_device=any(on_device),
-                module=module,
-                overlaps=overlaps,
-                accepts_sparse=accepts_sparse,
-                streamed=self._streamed if streams else None,
-            )
-            # Callbacks run in reverse order: the hooks are removed first. After a peer has failed,
-            # collectives must be aborted before `core.resources` closes the update thread, which
-            # may be waiting for a collective.
-            resources.callback(self._core.resources.close)
-            resources.callback(self._core.snapshot_lock.stop_reader)
-            resources.callback(self._ranks.abort_devices)
-            if streams:
-                self._hooks = BackwardHooks(
-                    self._core.reduction, self._core.stream_waits.current_stream
-                )
-                resources.callback(self._hooks.remove)
-            self._build_state(self._core, 0)
             self._own_state = self.state  # to detect that a user replaces the whole dict
+            self._build(execution)
             add_owner(self)
         except BaseException:
             self._release()
             raise
+
+    def _decide_execution(self) -> Execution:
+        """Check the options, and decide from them and the parameters how to run."""
+        parameters = self._grouped_parameters()
+        return decide_execution(
+            self._options,
+            replicated=self._replicated,
+            parameters=parameters,
+            on_device=[self._backend.is_device(parameter.device) for parameter in parameters],
+        )
+
+    def _build(self, execution: Execution) -> None:
+        """Construct the core, attach hooks, and allocate the state of all groups. Collective."""
+        options = self._options
+        self._execution = execution
+        self._fields = [*shared_fields(options, execution), *self._own_fields()]
+        policy, streams, overlaps = execution
+        devices = [parameter.device for parameter in self._grouped_parameters()]
+        on_device = list(map(self._backend.is_device, devices))
+        # Replicated state is updated on its device, without copies to or from the host.
+        # Memory that the runtime of one device page-locks is page-locked for all devices.
+        copied = [] if policy.replicated else list(compress(devices, on_device))
+        runtime = self._backend.make_runtime(copied[0]) if copied else None
+        this = weakref.ref(self)  # what the finalizer holds must not keep the optimizer alive
+        core = ShardedAdam(
+            self._ranks,
+            Storage(policy, self._backend, runtime, options.offload),
+            num_threads=options.num_threads,
+            on_device=any(on_device),
+            module=self._module,
+            overlaps=overlaps,
+            unfreeze=partial(_unfreeze, this),
+            accepts_sparse=self._accepts_sparse,
+            streamed=self._streamed if streams else None,
+        )
+        self._core = core
+        self._core_resources.callback(core.resources.close)
+        self._core_resources.callback(core.snapshot_lock.stop_reader)
+        if streams:
+            self._hooks = BackwardHooks(
+                core.reduction, core.stream_waits.current_stream, partial(_is_outdated, this)
+            )
+            self._core_resources.callback(self._hooks.remove)
+        self._build_state(core, self._select(0), 0)
+
+    def _adapt(self) -> ShardedAdam:
+        """Return the core, rebuilt if the model was moved, cast or wrapped since. Collective.
+
+        Many training tools call `model.to()` or wrap the model in DDP after the optimizer was
+        constructed. Until the first update, the optimizer follows.
+        """
+        core = self._alive()
+        if not core.has_updated and largest_on_any_rank(self._ranks, int(self._is_outdated())):
+            self._rebuild(core)
+        return self._alive()
+
+    def _is_outdated(self) -> bool:
+        """Return whether the layout or who averages gradients no longer fits the model."""
+        core = self._core
+        if core is None or core.has_updated:
+            return False
+        if core.external_edits.has_moved():
+            return True
+        undecided = self._options.gradient_reduction is None and self._execution.policy.averages
+        return undecided and is_in_ddp(list(self._index_of))
+
+    def _rebuild(self, core: ShardedAdam) -> None:
+        """Lay the parameters out as they are now, and keep state that was loaded. Collective.
+
+        Raises:
+            TypeError, ValueError: a parameter can no longer be optimized, or loaded state cannot be
+                kept. The optimizer is unchanged.
+        """
+        core.synchronize()
+        core.snapshot_lock.wait_until_all_free()
+        index_of, self._index_of = self._index_of, {}
+        try:
+            with raise_on_all_ranks(self._ranks, "preparing the first step"):
+                if core.reduction.streams and core.reduction.has_gradients:
+                    raise ValueError(
+                        "The model was moved between backward() and the first step(). Move it "
+                        "before the first forward, or call zero_grad() first."
+                    )
+                selection = self._select(0)
+                check_parameters(selection.new, [])
+                execution = self._decide_execution()
+                loaded = self._loaded_entries(core, index_of)
+                if loaded:
+                    self._check_same_ranges(core, execution, selection)
+        except BaseException:
+            self._index_of = index_of
+            raise
+        num_steps = core.num_steps
+        self._core_resources.close()
+        self.state.clear()
+        self._state_edits = StateEdits()
+        self._group_watch = GroupWatch(self._module)
+        self._streamed.forget()
+        self._core = self._hooks = None
+        del core
+        gc.collect()  # the memory of the old state is free before the new state is allocated
+        try:
+            self._build(execution)
+            core = self._alive()
+            with torch.no_grad():
+                for parameter, entry in loaded.items():
+                    place = core.bucket_and_position(self._index_of[parameter])
+                    for target, source in plan_load(*place, entry):
+                        target.copy_(source)
+            core.num_steps = num_steps
+            core.external_edits.compare_all()
+        except BaseException:
+            self._release()
+            raise
+
+    def _loaded_entries(
+        self, core: ShardedAdam, index_of: Mapping[torch.nn.Parameter, int]
+    ) -> dict[torch.nn.Parameter, dict[str, torch.Tensor]]:
+        """Return the state that was loaded since construction, by parameter."""
+        entries = {
+            parameter: local_state(*core.bucket_and_position(index))
+            for parameter, index in index_of.items()
+        }
+        return {
+            parameter: entry
+            for parameter, entry in entries.items()
+            if any(bool(value.any()) for key, value in entry.items() if key != "master_weight")
+        }
+
+    def _check_same_ranges(
+        self, core: ShardedAdam, execution: Execution, selection: Selection
+    ) -> None:
+        """Check that this rank's ranges of parameters would be the same after a rebuild."""
+        storage = Storage(execution.policy, self._backend)
+        plans = plan_state(list(map(storage.spec_of, selection.new)), execution.policy)
+        before = [(state.layout.numel, state.layout.placements) for state in core.states]
+        after = [(plan.bucket.numel, plan.bucket.placements) for plan in plans]
+        if before != after:
+            raise ValueError(
+                "The model was moved or cast after optimizer state was loaded, which changes the "
+                "ranks' shards of the state. Move the model first, then load the state."
+            )
 
     @abstractmethod
     def _hyperparameters(self) -> list[Hyperparameters]:
@@ -193,20 +319,23 @@ class ShardedOptimizer(StateAccess):
         """Hook for subclasses, called after each step and each skipped step."""
 
     def _select(self, first_group: int) -> Selection:
-        """Return the parameters of the groups from `first_group` on."""
+        """Return the parameters without state in the groups from `first_group` on."""
         return select_parameters(
             self.param_groups[first_group:],
             self._module,
-            first_index=len(self._index_of),
+            known=self._index_of,
             first_group=first_group,
         )
 
     def _grouped_parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
-    def _build_state(self, core: ShardedAdam, first_group: int) -> None:
-        """Allocate the state of the groups from `first_group` on, and attach hooks. Collective."""
-        selection = self._select(first_group)
+    def _build_state(self, core: ShardedAdam, selection: Selection, first_group: int) -> None:
+        """Allocate the state of new parameters, and attach hooks. Collective.
+
+        Args:
+            first_group: index of the first new group.
+        """
         new = selection.new
         groups = self.param_groups[first_group:]
         fields = [*self._fields, *describe(selection, groups, first_group=first_group)]
@@ -225,8 +354,36 @@ class ShardedOptimizer(StateAccess):
             for state in core.states[num_buckets:]:
                 self._hooks.attach(state.parameters)
         if core.overlaps and self._module is not None:
-            core.hook_forward(self._module, self._units)
-        self._group_watch.extend(self.param_groups[first_group:])
+            core.hook_forward(self._module, self._options.offload.units)
+        self._group_watch.extend(groups)
+
+    def _unfreeze(self) -> None:
+        """Allocate state for parameters that require gradients by now. Collective."""
+        core = self._alive()
+        with raise_on_all_ranks(self._ranks, "taking in unfrozen parameters"):
+            selection = Selection(self._select(0).new, [])
+            check_parameters(selection.new, core.named_parameters())
+            reject_owned(selection.new)
+        members = [(item.name, item.parameter) for item in selection.new]
+        if self._execution.is_external:
+            require_same(self._ranks, "optimizer", describe(selection, [], first_group=0))
+            check_averaged(self._ranks, members)
+        before = core.host_nbytes
+        self._build_state(core, selection, len(self.param_groups))
+        nbytes = sum(core.host_nbytes.values()) - sum(before.values())
+        if self._ranks.rank == 0:
+            logger.info(
+                "Allocated %s of host memory for %d parameter(s) that require gradients since "
+                "construction, such as %r",
+                format_nbytes(nbytes),
+                len(members),
+                members[0][0],
+            )
+
+    def _take_unfrozen(self) -> None:
+        """Allocate state for parameters that require gradients by now, if any. Collective."""
+        if largest_on_any_rank(self._ranks, len(self._select(0).new)) > 0:
+            self._unfreeze()
 
     @serialized
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -241,7 +398,7 @@ class ShardedOptimizer(StateAccess):
         if self._core is None and self._release.alive:
             self._append_group(param_group)
             return
-        core = self._alive()
+        core = self._adapt()
         # Not inside the `with` below: a body must not issue collectives, and `synchronize` may
         # issue all-gathers.
         core.synchronize()
@@ -249,7 +406,7 @@ class ShardedOptimizer(StateAccess):
         try:
             with raise_on_all_ranks(self._ranks, "add_param_group"):
                 self._append_later_group(param_group)
-            self._build_state(core, num_groups)
+            self._build_state(core, self._select(num_groups), num_groups)
         except BaseException:
             del self.param_groups[num_groups:]  # torch has already appended the rejected group
             raise
@@ -301,11 +458,13 @@ class ShardedOptimizer(StateAccess):
             RankDisagreementError: the ranks differ in groups or gradients of this step.
             PeerError: another rank raised an error, died or hung.
         """
-        core = self._alive()
+        core = self._adapt()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not core.has_updated and self._execution.is_external:
+            check_averaged(self._ranks, core.named_parameters())
         with torch.no_grad():
             report = core.step(self._inputs())
         # The step has read the gradients of incomplete buckets itself, so gradients that arrived
@@ -350,7 +509,7 @@ class ShardedOptimizer(StateAccess):
             0-d float64 tensor on the CPU: the norm before clipping of the gradients averaged over
             all ranks, with the loss scale divided out.
         """
-        core = self._alive()
+        core = self._adapt()
         limit = check_max_norm("max_norm", max_norm)
         with torch.no_grad():
             total_norm = core.total_norm(replace(self._inputs(), call="clip_grad_norm_()"))
@@ -488,6 +647,19 @@ def _close_in(pid: int, resources: ExitStack) -> None:
     # for a thread that does not exist, or abort the parent's communicators.
     if os.getpid() == pid:
         resources.close()
+
+
+def _unfreeze(optimizer: weakref.ref[ShardedOptimizer]) -> None:
+    """Call `_unfreeze` of an optimizer that is taking a step. Collective."""
+    alive = optimizer()
+    assert alive is not None
+    alive._unfreeze()
+
+
+def _is_outdated(optimizer: weakref.ref[ShardedOptimizer]) -> bool:
+    """Return whether the optimizer exists and will be rebuilt at its first step."""
+    alive = optimizer()
+    return alive is not None and alive._is_outdated()
 
 
 def _norms_of(optimizer: weakref.ref[ShardedOptimizer]) -> npt.NDArray[np.float64]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Never, SupportsIndex, TypeVar, cast
 
 import torch
@@ -14,10 +15,11 @@ import torch
 from offload_adam.coordinator.rank_checks import raise_on_all_ranks
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import CheckpointError
-from offload_adam.params.groups import known_names
+from offload_adam.params.groups import known_names, names_of
 from offload_adam.state.state_dict import (
     STATE_KEY,
     StateReference,
+    check_group_sizes,
     gather_bucket,
     merge_groups,
     pack_full,
@@ -28,6 +30,8 @@ from offload_adam.state.state_shard import plan_load, state_shard
 from offload_adam.step.ledger import LedgerEntry
 from offload_adam.step.step import ShardedAdam
 from offload_adam.torch_private import load_state_dict_post_hooks, load_state_dict_pre_hooks
+
+logger = logging.getLogger(__name__)
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -80,6 +84,14 @@ class StateAccess(torch.optim.Optimizer):
     @abstractmethod
     def _check_group(self, group: dict[str, Any]) -> None:
         """Check a completed group's hyperparameters; an error names the argument."""
+
+    @abstractmethod
+    def _adapt(self) -> ShardedAdam:
+        """Return the core, after it has followed changes of the model. Collective."""
+
+    @abstractmethod
+    def _take_unfrozen(self) -> None:
+        """Allocate state for parameters that were unfrozen. Collective."""
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Never:
         """Reject `copy.copy`, `copy.deepcopy` and pickling.
@@ -182,7 +194,7 @@ class StateAccess(torch.optim.Optimizer):
         Args:
             phase: the calling method, for the error message.
         """
-        core = self._alive()
+        core = self._adapt()
         # Not inside the `with`: its body must not issue collectives, and `synchronize` may issue
         # all-gathers.
         core.synchronize()
@@ -227,7 +239,7 @@ class StateAccess(torch.optim.Optimizer):
         """
         reference, self._given_reference = self._given_reference, None
         if reference is not None:
-            return reference.as_state_dict(self.param_groups)
+            return reference.as_state_dict()
         gathered, self._gathered = self._gathered, None
         if gathered is not None and gathered[0] == self.num_steps:
             return gathered[1]
@@ -316,12 +328,13 @@ class StateAccess(torch.optim.Optimizer):
             TypeError, ValueError: the state is of another rank or world size, or its groups, names
                 or shapes differ; the message names them. Nothing was modified.
         """
-        core = self._settled()
+        self._take_unfrozen()
+        core = self._settled_on_all_ranks("load_state_dict")
         state_dict = dict(state_dict)
         for pre_hook in load_state_dict_pre_hooks(self):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        reference = StateReference.of(state_dict, self.param_groups)
+        reference = StateReference.of(state_dict)
         if reference is not None:
             self._load_reference(reference)
             return
@@ -335,6 +348,7 @@ class StateAccess(torch.optim.Optimizer):
             for parameter, saved_id in zip(group["params"], group_ids, strict=True)
             if parameter in self._index_of
         }
+        self._warn_of_frozen(saved.state, saved_ids)
         with torch.no_grad():
             copies = [
                 copy
@@ -361,11 +375,40 @@ class StateAccess(torch.optim.Optimizer):
             post_hook(self)
 
     def _load_reference(self, reference: StateReference) -> None:
-        """Read the state of a reference, now or when an integration knows its folder."""
+        """Read the state of a reference, now or when an integration knows its folder.
+
+        Raises:
+            ValueError: the state is of other groups.
+        """
+        if reference.group_sizes:
+            check_group_sizes(self.param_groups, reference.group_sizes)
         self._loaded_reference = reference
         read, self._read_reference = self._read_reference, None
         if read is not None:
             read()
+
+    def _warn_of_frozen(
+        self, saved: Mapping[Any, Mapping[str, Any]], saved_ids: Sequence[Sequence[Any]]
+    ) -> None:
+        """Warn that the saved state of frozen parameters is not loaded, if there is any."""
+        names = names_of(self.param_groups, self._module)
+        lost = [
+            name
+            for group, group_ids, group_names in zip(
+                self.param_groups, saved_ids, names, strict=True
+            )
+            for parameter, saved_id, name in zip(
+                group["params"], group_ids, group_names, strict=True
+            )
+            if parameter not in self._index_of and saved.get(saved_id)
+        ]
+        if lost and self._ranks.rank == 0:
+            logger.warning(
+                "The saved state of %d frozen parameter(s), such as %r, is not loaded. To keep it, "
+                "call requires_grad_() on them before you load.",
+                len(lost),
+                lost[0],
+            )
 
     def _trainable_ids(self) -> dict[int, int]:
         """Map a parameter's index to its id in torch's state dicts: its position in all groups."""

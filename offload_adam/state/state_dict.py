@@ -37,38 +37,32 @@ class StateReference:
 
     label: random text that is also in the folder, so that a reference never loads another save.
     parent: absolute path of the folder's parent at the time of the save.
+    group_sizes: numbers of parameters of the saved groups; empty if they are not to be checked.
     """
 
     label: str
     parent: str
+    group_sizes: Sequence[int] = ()
 
-    def as_state_dict(self, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return a state dict that any optimizer but ours rejects: it has no groups.
-
-        Args:
-            groups: of the optimizer whose state is saved.
-        """
-        sizes = [len(group["params"]) for group in groups]
-        entry = {"label": self.label, "parent": self.parent, "group_sizes": sizes}
-        return {"state": {}, "param_groups": [], STATE_KEY: {"saved_apart": entry}}
+    def as_state_dict(self) -> dict[str, Any]:
+        """Return a state dict that any optimizer but ours rejects: it has no groups."""
+        return {
+            "state": {},
+            "param_groups": [],
+            STATE_KEY: {
+                "saved_apart": {
+                    "label": self.label,
+                    "parent": self.parent,
+                    "group_sizes": list(self.group_sizes),
+                }
+            },
+        }
 
     @classmethod
-    def of(
-        cls, state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
-    ) -> StateReference | None:
-        """Return the reference that a state dict holds, or None if it holds state.
-
-        Args:
-            groups: of the optimizer that loads it.
-
-        Raises:
-            ValueError: this optimizer has other groups than the one whose state was saved.
-        """
+    def of(cls, state_dict: Mapping[str, Any]) -> StateReference | None:
+        """Return the reference that a state dict holds, or None if it holds state."""
         entry = state_dict.get(STATE_KEY, {}).get("saved_apart")
-        if entry is None:
-            return None
-        check_group_sizes(groups, entry["group_sizes"])
-        return cls(entry["label"], entry["parent"])
+        return None if entry is None else cls(**entry)
 
 
 @dataclass(frozen=True, slots=True)

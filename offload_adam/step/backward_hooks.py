@@ -44,15 +44,20 @@ class BackwardHooks:
         self,
         reduction: GradientReduction,
         current_stream: Callable[[torch.device], Hashable],
+        is_outdated: Callable[[], bool] = lambda: False,
     ) -> None:
         """Construct without hooks.
 
         Args:
             reduction: receives the gradients.
             current_stream: returns a device's current stream, None for host memory.
+            is_outdated: whether the next step will lay the parameters out anew. Gradients then stay
+                in `.grad`, where that step reads them.
         """
         self._reduction = reduction
         self._current_stream = current_stream
+        self._is_outdated = is_outdated
+        self._holds = False  # gradients of the running backward stay in `.grad`
         self._has_streams = False
         self._stream: Hashable = None  # the gradients in `_arrived` were written on it
         self._handles: list[RemovableHandle] = []
@@ -117,6 +122,9 @@ class BackwardHooks:
             task = current_graph_task()
             if task != self._last_task:
                 self._enter_task(task)
+            if self._holds:
+                self._arrived.clear()
+                return
             if self._has_streams:
                 self._enter_stream(self._current_stream(parameter.device))
             self._arrived.append(parameter)
@@ -137,7 +145,8 @@ class BackwardHooks:
 
     def _enter_task(self, task: int) -> None:
         self._last_task = task
-        if task not in self._tasks:
+        self._holds = self._is_outdated()
+        if not self._holds and task not in self._tasks:
             queue_backward_callback(self._task_ended)
             self._tasks.add(task)
             self._reduction.backward_began()

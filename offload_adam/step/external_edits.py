@@ -6,6 +6,7 @@ import logging
 import weakref
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import ParameterReplacedError, UnreadyParameterError
 from offload_adam.layout.flat import BLOCK_NUMEL
 from offload_adam.params.bucket import BucketState
-from offload_adam.params.elements import in_memory_order
+from offload_adam.params.elements import in_memory_order, with_own_storage
 from offload_adam.params.selection import NewParameter
 from offload_adam.step.snapshot_lock import SnapshotLock
 from offload_adam.torch_private import (
@@ -40,6 +41,9 @@ class VersionWatch:
     storage. With a module, also finds another object in the parameter's place. Does not find writes
     through `.data` or NumPy, which bump no version counter: `ExternalEdits` finds those by value.
 
+    Replaced storage is what `parameter.data = x`, `module.to()` and `share_memory()` leave. If the
+    new values fit, `put_back` copies them to the parameter's place in its bucket.
+
     Cost: reads two attributes of each parameter before a step, and one after it.
     """
 
@@ -50,6 +54,8 @@ class VersionWatch:
         self._names: list[str] = []
         self._parameters: list[torch.nn.Parameter] = []
         self._addresses: list[int] = []
+        self._forms: list[_Form] = []
+        self._raced: set[int] = set()  # their storage was replaced while their update ran
         self._versions: list[int] = []
         self._marked: list[int] = []
         self._registrations: list[Registration] = []
@@ -59,6 +65,7 @@ class VersionWatch:
         self._names += names
         self._parameters += parameters
         self._addresses += [parameter.data_ptr() for parameter in parameters]
+        self._forms += map(_form_of, parameters)
         self._versions += map(version_of, parameters)
         module = None if self._module is None else self._module()
         if module is not None:
@@ -100,12 +107,70 @@ class VersionWatch:
         for position in positions:
             self._versions[position] = version_of(self._parameters[position])
 
+    def replaced(self) -> list[int]:
+        """Return the positions of parameters whose storage was replaced."""
+        if list(map(torch.Tensor.data_ptr, self._parameters)) == self._addresses:
+            return []
+        return [
+            position
+            for position, (parameter, address) in enumerate(
+                zip(self._parameters, self._addresses, strict=True)
+            )
+            if parameter.data_ptr() != address
+        ]
+
+    def has_moved(self) -> bool:
+        """Return whether a parameter now has another shape, dtype or device."""
+        return any(not self._fits(position) for position in self.replaced())
+
+    def put_back(self, position: int, home: torch.Tensor) -> bool:
+        """Copy a replaced parameter's values to its bucket, and make it a view of the bucket again.
+
+        The parameter then counts as written to, unless the values are the same: one rank alone may
+        move its model to the host and back, to save it.
+
+        Args:
+            home: (numel,) the parameter's elements in its bucket.
+
+        Returns:
+            False if the values do not fit, because of another shape, dtype or device. Nothing was
+            modified.
+
+        Raises:
+            UnreadyParameterError: the storage was replaced while the parameter's update was
+                running, so the new values may be older than the update.
+        """
+        if not self._fits(position):
+            return False
+        if position in self._raced:
+            raise self._unready(position)
+        parameter, form = self._parameters[position], self._forms[position]
+        if parameter.device.type == "cpu" and parameter.is_shared():
+            logger.warning(
+                "Parameter %r was moved to shared memory, where other processes will not see its "
+                "updates: the optimizer has moved it back to its bucket. Send the weights after "
+                "each step instead.",
+                self._names[position],
+            )
+        view = with_own_storage(home).as_strided(form.shape, form.strides)
+        given = torch.empty_like(view).copy_(parameter.data)
+        if not torch.equal(_bits(given), _bits(view)):
+            view.copy_(given)
+            self._versions[position] = -1  # no counter has this value
+        parameter.data = view
+        return True
+
+    def _fits(self, position: int) -> bool:
+        now, form = _form_of(self._parameters[position]), self._forms[position]
+        return now._replace(strides=form.strides) == form
+
     def changed(self) -> list[int]:
         """Return the positions of parameters written to since `accept_versions`.
 
         Raises:
             ParameterReplacedError: naming a parameter whose storage or object was replaced.
         """
+        self._raced.clear()
         # 256 at a time, so that the parameters are still in the CPU's cache for the second pass.
         changed: list[int] = []
         for start in range(0, len(self._parameters), _CHUNK):
@@ -129,12 +194,19 @@ class VersionWatch:
             UnreadyParameterError: naming a parameter written to since `accept_versions`.
         """
         for position in positions:
-            if version_of(self._parameters[position]) != self._versions[position]:
-                raise UnreadyParameterError(
-                    f"Parameter {self._names[position]!r} was modified while its update was "
-                    "running, which has overwritten the modified values. Call synchronize() on the "
-                    "optimizer before you modify weights."
-                )
+            parameter = self._parameters[position]
+            if version_of(parameter) != self._versions[position]:
+                raise self._unready(position)
+            if parameter.data_ptr() != self._addresses[position]:
+                # No error yet: a caller that swaps in averaged weights puts the storage back later.
+                self._raced.add(position)
+
+    def _unready(self, position: int) -> UnreadyParameterError:
+        return UnreadyParameterError(
+            f"Parameter {self._names[position]!r} was modified while its update was running, so "
+            "the modification or the update is lost. Call synchronize() on the optimizer before "
+            "you modify weights."
+        )
 
     def checksum(self, positions: Sequence[int]) -> int:
         """Return a checksum of these positions and their parameters' values, 0 if there are none.
@@ -154,17 +226,40 @@ class VersionWatch:
         return next(i for i, known in enumerate(self._parameters) if known is parameter)
 
     def _reject_replaced(self) -> None:
-        for position, address in enumerate(self._addresses):
-            if self._parameters[position].data_ptr() != address:
-                self._reject(position, "its storage was replaced")
+        for position in self.replaced():
+            now, form = _form_of(self._parameters[position]), self._forms[position]
+            self._reject(
+                position,
+                f"its storage was replaced by {now} after the first step, which updated {form}",
+            )
 
     def _reject(self, position: int, what: str) -> None:
         raise ParameterReplacedError(
             f"Parameter {self._names[position]!r} is no longer the tensor that this optimizer "
-            f"updates: {what}. Move or cast the model (.to, .half) and load with assign=True "
-            "before you construct the optimizer, or construct a new one. To modify weights "
-            "in-place, use copy_() under no_grad."
+            f"updates: {what}. Move or cast the model (.to, .half) before the first step, load "
+            "with assign=True before you construct the optimizer, or construct a new one."
         )
+
+
+class _Form(NamedTuple):
+    """The properties of a parameter's data that its place in a bucket depends on."""
+
+    kind: type[torch.Tensor]
+    layout: torch.layout
+    dtype: torch.dtype
+    device: torch.device
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def __str__(self) -> str:
+        kind = "" if self.kind is torch.Tensor else f"{self.kind.__name__} of "
+        return f"{kind}{self.dtype} {list(self.shape)} on {self.device}"
+
+
+def _form_of(parameter: torch.nn.Parameter) -> _Form:
+    data = parameter.data  # without the class Parameter, but still with a tensor subclass
+    strides = data.stride() if data.layout is torch.strided else ()
+    return _Form(type(data), data.layout, data.dtype, data.device, tuple(data.shape), strides)
 
 
 def _registrations(
@@ -338,13 +433,34 @@ class ExternalEdits:
         Invalidates an open snapshot that may not have read all of them before they were modified.
 
         Raises:
-            ParameterReplacedError: naming a parameter whose storage or object was replaced.
+            ParameterReplacedError: naming a parameter whose object was replaced, or whose storage
+                was replaced by one of another shape, dtype or device.
         """
+        self.take_replaced()
         changed = self._watch.changed()
         if self.snapshot_lock.is_open:
             since = self._watch.since_mark(changed)
             self.snapshot_lock.note_changes({self._places[index][0] for index in since})
         return changed
+
+    def take_replaced(self) -> None:
+        """Copy the values of parameters whose storage was replaced to their buckets, if they fit.
+
+        These parameters are then views of their buckets again, and count as modified.
+        """
+        replaced = self._watch.replaced()
+        if replaced:
+            # The bucket still holds the values that an open snapshot has to read.
+            self.snapshot_lock.wait_until_all_free()
+        for index in replaced:
+            bucket, position = self._places[index]
+            state = self._states[bucket]
+            placed = state.layout.placements[position]
+            self._watch.put_back(index, state.flat[placed.start : placed.end])
+
+    def has_moved(self) -> bool:
+        """Return whether the shape, dtype or device of a parameter has changed."""
+        return self._watch.has_moved()
 
     def find_unseen(self, changed: Sequence[int]) -> list[int]:
         """Return parameters that were written through `.data` or NumPy; may miss some.

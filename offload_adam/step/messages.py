@@ -272,19 +272,22 @@ def reject_partly_multiplied(
             )
 
 
-def reject_unfrozen(frozen: Sequence[Named]) -> None:
-    """Raise an error if a parameter without state has a gradient.
+def find_unfrozen(frozen: Sequence[Named]) -> bool:
+    """Return whether a parameter without state requires a gradient and has one.
 
     Raises:
-        ValueError: naming the parameter.
+        ValueError: naming a parameter that has a gradient but does not require one.
     """
+    found = False
     for name, parameter in frozen:
         if gradient_of(parameter) is not None:
-            raise ValueError(
-                f"Parameter {name!r} has a gradient but no state: it did not require a gradient "
-                "when the optimizer was constructed. Construct the optimizer before you freeze it, "
-                "or leave it out and pass it to add_param_group() when you unfreeze it."
-            )
+            if not parameter.requires_grad:
+                raise ValueError(
+                    f"Parameter {name!r} has a gradient but no state, because it is frozen. Call "
+                    "requires_grad_() on it to train it, or set its .grad to None."
+                )
+            found = True
+    return found
 
 
 def _changed(checksums: Sequence[int]) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -40,10 +40,10 @@ from offload_adam.step.messages import (
     StepReport,
     UpdateInputs,
     decide,
+    find_unfrozen,
     reject_disagreement,
     reject_partial_presence,
     reject_partly_multiplied,
-    reject_unfrozen,
 )
 from offload_adam.step.reducer import GradientReduction
 from offload_adam.step.snapshot_lock import SnapshotLock
@@ -62,6 +62,7 @@ class _LocalFindings:
     present: (num parameters,) bool, the parameters with a gradient on this rank.
     failure: this rank's error. It is raised after the agreement has reported it to all ranks.
     late: the user set a `.grad` after the reduction of its bucket had started.
+    unfrozen: a parameter without state requires and has a gradient.
     changed: indices of parameters that the user edited, found by their version counters.
     unseen: indices of parameters that the user edited without moving the version counter.
     sum_of_squares: of this rank's gradients, in float64; not finite if a gradient is not.
@@ -70,6 +71,7 @@ class _LocalFindings:
     present: npt.NDArray[np.bool_]
     failure: Exception | None = None
     late: bool = False
+    unfrozen: bool = False
     changed: list[int] = field(default_factory=list)
     unseen: list[int] = field(default_factory=list)
     sum_of_squares: float = 0.0
@@ -94,6 +96,7 @@ class ShardedAdam:
         on_device: bool = False,
         module: torch.nn.Module | None,
         overlaps: bool,
+        unfreeze: Callable[[], None],
         accepts_sparse: bool = False,
         streamed: StreamedGradients | None = None,
     ) -> None:
@@ -104,6 +107,8 @@ class ShardedAdam:
             num_threads, on_device: see `plan_threads`.
             module: the model, to find parameters that the user replaces by other objects.
             overlaps: run updates on the update thread; `step` returns before they have finished.
+            unfreeze: calls `extend` for the frozen parameters that now require a gradient.
+                Collective. It must not keep the optimizer alive.
             accepts_sparse, streamed: see `GradientReduction`.
         """
         self.ranks = ranks
@@ -116,6 +121,8 @@ class ShardedAdam:
         self._on_device = on_device
         self._places: list[tuple[int, int]] = []  # by parameter: its bucket, its position there
         self._frozen: list[Named] = []
+        self._unfreeze = unfreeze
+        self.has_updated = False  # a step has updated parameters
         self._names: list[str] = []
         self._parameters: list[torch.nn.Parameter] = []
         self._absence = AbsenceWatch(self._names, self._parameters)
@@ -182,7 +189,7 @@ class ShardedAdam:
         Collective.
 
         Args:
-            frozen: parameters without state; a step with a gradient of one of them raises an error.
+            frozen: parameters without state, until a step finds a gradient of one of them.
 
         Raises:
             HostMemoryError: memory is short; the optimizer is unchanged.
@@ -223,6 +230,8 @@ class ShardedAdam:
             for state in states
         ]
         self.states += states
+        unfrozen = {id(item.parameter) for item in new}
+        self._frozen = [item for item in self._frozen if id(item[1]) not in unfrozen]
         self._frozen += frozen
         self._state_nbytes += arena.nbytes
         self._names += [item.name for item in new]
@@ -300,6 +309,7 @@ class ShardedAdam:
         self.stream_waits.block_until_over(Operation.COPY_H2D)
         self.stream_waits.block_until_over(Operation.GATHER)
         self.executor.forget_streams()
+        self.external_edits.take_replaced()
 
     @property
     def partition(self) -> tuple[int, int]:
@@ -384,6 +394,7 @@ class ShardedAdam:
             How many parameters are updated: those with a gradient on any rank.
         """
         active = agreement.present_counts.numpy() > 0
+        self.has_updated = True
         with span("edits"):
             self.external_edits.sync(changed)
         # Before the updates write to the parameters; `bump_versions` explains why.
@@ -469,6 +480,13 @@ class ShardedAdam:
         """
         found = self._find(inputs, failure, stopwatch)
         agreement = self._exchange(inputs, found, stopwatch)
+        if agreement.unfrozen and not agreement.failed_ranks:
+            # On some rank a parameter that was frozen so far has a gradient. Allocate its state,
+            # reduce its gradient, and repeat the agreement.
+            self._unfreeze()
+            failure = self._reduce(inputs, stopwatch)
+            found = self._find(inputs, failure, stopwatch)
+            agreement = self._exchange(inputs, found, stopwatch)
         if agreement.late and not agreement.failed_ranks:
             # On some rank the user set a `.grad` after its bucket was reduced. Reduce all buckets
             # again, with these gradients added, and repeat the agreement.
@@ -500,7 +518,7 @@ class ShardedAdam:
         if failure is not None:
             return found
         try:
-            reject_unfrozen(self._frozen)
+            found.unfrozen = find_unfrozen(self._frozen)
             found.late = self.reduction.has_late_gradients()
             with span("edits"):
                 found.changed = self.external_edits.find()
@@ -532,6 +550,7 @@ class ShardedAdam:
             unseen=bool(found.unseen),
             failed=found.failure is not None,
             late=found.late,
+            unfrozen=found.unfrozen,
             settings=inputs.checksum(),
             step=self.num_steps + 1,
             notice=inputs.notice,

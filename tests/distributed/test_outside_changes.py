@@ -189,7 +189,7 @@ Mistake = Callable[[Weights, OffloadAdam], Callable[[], None]]
 
 def replace_storage(model: Weights, optimizer: OffloadAdam) -> Callable[[], None]:
     ours = model.w1.data
-    model.w1.data = ours.clone()
+    model.w1.data = ours.bfloat16()
 
     def mend() -> None:
         model.w1.data = ours
@@ -282,8 +282,8 @@ def make_mistakes(rank: int, world_size: int, streams: bool) -> list[Mended]:
         optimizer = make(model, streams=streams)
         train_step(model, optimizer, rank, 0)
         model(exact_gradients(model.all, 10 + rank, 4)).backward()
-        before = bits(model.all)
         mend = mistake(model, optimizer) if rank == 1 else None
+        before = bits(model.all)
         outcome = outcome_of(optimizer.step)
         unchanged = bits(model.all) == before
         if mend is not None:

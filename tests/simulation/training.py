@@ -213,6 +213,7 @@ def make_core(
         num_threads=1,
         module=None,
         overlaps=overlaps,
+        unfreeze=lambda: None,
         streamed=StreamedGradients(lambda: np.zeros(0)),
     )
     if slots is not None:
