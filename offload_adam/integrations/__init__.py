@@ -1,7 +1,8 @@
-"""Train with the optimizers of this package in Trainer and Accelerate.
+"""Train with the optimizers of this package in Trainer, Accelerate and Lightning.
 
 OffloadAdamCallback   saves and loads the complete optimizer state in a Trainer    --> trainer
 keep_state_sharded    the same in an Accelerator's save_state and load_state       --> accelerator
+OffloadAdamStrategy   the same in Lightning, and streaming on several ranks        --> lightning
 saved_apart           the state in a folder of its own, beside the tool's own file
 missing               the error if a library is not installed
 
@@ -22,12 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from offload_adam.integrations.accelerator import keep_state_sharded
+    from offload_adam.integrations.lightning import OffloadAdamStrategy
     from offload_adam.integrations.trainer import OffloadAdamCallback
 
-__all__ = ["OffloadAdamCallback", "keep_state_sharded"]
+__all__ = ["OffloadAdamCallback", "OffloadAdamStrategy", "keep_state_sharded"]
 
 _MODULE_OF = {
     "OffloadAdamCallback": "offload_adam.integrations.trainer",
+    "OffloadAdamStrategy": "offload_adam.integrations.lightning",
     "keep_state_sharded": "offload_adam.integrations.accelerator",
 }
 

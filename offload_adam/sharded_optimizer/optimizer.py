@@ -56,7 +56,7 @@ from offload_adam.sharded_optimizer.execution import (
 from offload_adam.sharded_optimizer.loss_scale import read_loss_scale, report_skip
 from offload_adam.sharded_optimizer.owners import add_owner, find_older, reject_owned, take_over
 from offload_adam.sharded_optimizer.state_access import StateAccess, serialized
-from offload_adam.state.state_edits import StateEdits
+from offload_adam.state.state_edits import StateEdits, StateEntry
 from offload_adam.state.state_shard import local_state, plan_load
 from offload_adam.step.backward_hooks import BackwardHooks
 from offload_adam.step.build import Backend, Storage
@@ -357,10 +357,11 @@ class ShardedOptimizer(StateAccess):
         num_buckets = len(core.states)
         with torch.no_grad():
             core.extend(new, selection.frozen)
+        wait_for_snapshot = weakref.WeakMethod(core.external_edits.wait_for_snapshot)
         for item in new:
             self._index_of[item.parameter] = item.index
             entry = local_state(*core.bucket_and_position(item.index))
-            self.state[item.parameter] = entry
+            self.state[item.parameter] = StateEntry(entry, wait_for_snapshot)
             self._state_edits.add(item.parameter, entry)
         if self._hooks is not None:
             for state in core.states[num_buckets:]:

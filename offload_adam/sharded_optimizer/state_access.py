@@ -86,6 +86,9 @@ class StateAccess(torch.optim.Optimizer):
     _loaded_reference: StateReference | None = None  # loaded, but its folder is not read yet
     _read_reference: Callable[[], object] | None = None  # reads that folder, once
 
+    # What `consolidate_state_dict` has gathered, after how many steps.
+    _gathered: tuple[int, dict[str, Any]] | None = None
+
     @abstractmethod
     def _check_group(self, group: dict[str, Any]) -> None:
         """Check a completed group's hyperparameters; an error names the argument."""
@@ -219,8 +222,8 @@ class StateAccess(torch.optim.Optimizer):
                 "The file that was loaded into this optimizer only refers to its state, which was "
                 f"saved in a folder in {reference.parent}, and nothing has read that folder. With "
                 "Trainer, pass OffloadAdamCallback() in callbacks=; with Accelerate, call "
-                "keep_state_sharded(accelerator) before load_state(). Both are in "
-                "offload_adam.integrations."
+                "keep_state_sharded(accelerator) before load_state(); with Lightning, pass "
+                "strategy=OffloadAdamStrategy(). All are in offload_adam.integrations."
             )
 
     def _alive(self) -> ShardedAdam:
@@ -244,10 +247,15 @@ class StateAccess(torch.optim.Optimizer):
         shape and this rank's elements. `torch.distributed.checkpoint` saves it, and loads it with
         any world size. `torch.save` raises an error. `load_state_dict` accepts the dict on the same
         rank of the same world size.
+
+        On rank 0, the first call after `consolidate_state_dict` returns the whole state.
         """
         reference, self._given_reference = self._given_reference, None
         if reference is not None:
             return reference.as_state_dict()
+        gathered, self._gathered = self._gathered, None
+        if gathered is not None and gathered[0] == self.num_steps:
+            return gathered[1]  # `full_state_dict` has run the hooks
         saved = self._local_state()
         core = self._alive()
         if core.partition[1] > 1:
@@ -321,6 +329,27 @@ class StateAccess(torch.optim.Optimizer):
             changed = post_hook(self, saved)
             saved = saved if changed is None else changed
         return saved
+
+    @serialized
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Gather the state, so that rank 0's next `state_dict()` returns all of it. Collective.
+
+        Tools such as Lightning call this before they save, as for `ZeroRedundancyOptimizer`. The
+        dict is that of `full_state_dict`. After a step, `state_dict()` no longer returns it.
+
+        Args:
+            to: the rank that gathers the state; only 0 is supported.
+
+        Raises:
+            ValueError: `to` is not 0.
+
+        Cost: the whole state in the host memory of rank 0, until its `state_dict()` is dropped.
+        """
+        if to != 0:
+            raise ValueError(f"to must be 0, because the state is gathered on rank 0, not {to!r}")
+        if self._alive().partition[1] > 1:  # else `state_dict` has all of it, without copies
+            full = self.full_state_dict()
+            self._gathered = (self.num_steps, full) if self._ranks.rank == 0 else None
 
     def _package_entries(self) -> dict[str, Any]:
         """Return the entries under `STATE_KEY`: the parameters' names and the subclass's state."""

@@ -1,17 +1,65 @@
-"""`StateEdits`: find tensors that users assigned in `optimizer.state`, by identity."""
+"""Tensors that users assign in `optimizer.state`: `StateEdits` finds them, by identity."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from itertools import chain
 from operator import is_, methodcaller
-from typing import Any
+from typing import Any, SupportsIndex
+from weakref import WeakMethod
 
 import torch
 
 from offload_adam.state.state_shard import check_step_count
 
 _values = methodcaller("values")
+
+
+class StateEntry(dict[str, Any]):
+    """A parameter's entry in `optimizer.state`, whose state stays on its device.
+
+    Lightning, and scripts after `load_state_dict`, move all state to the parameters' device, where
+    it may not fit:
+
+        entry[key] = entry[key].to(device)
+
+    So the entry copies such a tensor into the optimizer's own at once and does not keep it. Other
+    assignments are found by `StateEdits`.
+
+    Args:
+        entry: the optimizer's own tensors.
+        wait_for_snapshot: waits until no background checkpoint reads the tensors.
+    """
+
+    __slots__ = ("_wait_for_snapshot",)
+
+    def __init__(
+        self, entry: Mapping[str, torch.Tensor], wait_for_snapshot: WeakMethod[Callable[[], None]]
+    ) -> None:
+        super().__init__(entry)
+        self._wait_for_snapshot = wait_for_snapshot
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type, tuple[dict[str, Any]]]:
+        """Copy and pickle as an OrderedDict, which `torch.load` accepts with `weights_only`."""
+        return OrderedDict, (dict(self),)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        own = self.get(key)
+        if (
+            key != "step"  # its value is checked first, at the next step
+            and isinstance(own, torch.Tensor)
+            and isinstance(value, torch.Tensor)
+            and value.device != own.device
+            and value.shape == own.shape
+        ):
+            wait = self._wait_for_snapshot()
+            if wait is not None:
+                wait()
+            with torch.no_grad():
+                own.copy_(value)
+        else:
+            super().__setitem__(key, value)
 
 
 class StateEdits:

@@ -186,3 +186,39 @@ def test_one_ranks_part_is_never_pickled(ranks: RankPool) -> None:
         for outcome in outcomes:
             assert outcome.error == "TypeError", outcomes
             assert "Call full_state_dict() on every rank" in outcome.message
+
+
+def consolidate(rank: int, world_size: int) -> tuple[list[Any], list[str], list[str]]:
+    """Return what state_dict() returns after `consolidate_state_dict`, and then again."""
+    model, optimizer = make("bf16", seed=1)
+    train(model, optimizer, 0, 3)
+    full = optimizer.full_state_dict()
+    optimizer.consolidate_state_dict()
+    found = [optimizer.state_dict(), optimizer.state_dict()]
+    optimizer.consolidate_state_dict(to=0)
+    train(model, optimizer, 3, 4)
+    found.append(optimizer.state_dict())
+    kinds = [type(each["state"][0]["exp_avg"]).__name__ for each in found]
+    errors = []
+    try:
+        optimizer.consolidate_state_dict(to=1)
+    except ValueError as error:
+        errors.append(str(error))
+    buffer = io.BytesIO()
+    torch.save(found[0], buffer) if kinds[0] == "Tensor" else None
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True) if kinds[0] == "Tensor" else {}
+    optimizer.close()
+    return [saved, full], kinds, errors
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_consolidating_gives_rank_0_the_whole_state_once(ranks: RankPool, world_size: int) -> None:
+    """As Lightning does before it saves rank 0's state_dict()."""
+    results = ranks.run(consolidate, world_size)
+    for rank, ((saved, full), kinds, errors) in enumerate(results):
+        sharded = "StateShard" if world_size > 1 else "Tensor"
+        assert kinds == ["Tensor" if rank == 0 else sharded, sharded, sharded]
+        assert errors == ["to must be 0, because the state is gathered on rank 0, not 1"]
+        if rank == 0 and world_size > 1:
+            assert_same(saved, full)

@@ -114,3 +114,19 @@ def test_a_non_finite_gradient_changes_no_bit() -> None:
     assert optimizer.last_step.non_finite == ("2.weight",)
     for parameter, expected in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter, expected)
+
+
+def test_state_that_is_moved_to_the_gpu_stays_in_host_memory() -> None:
+    """As Lightning moves it, when it has constructed the optimizer."""
+    model = make_model(torch.bfloat16)
+    optimizer = OffloadAdam(model.parameters(), module=model)
+    weight = model.get_parameter("0.weight")
+    before = torch.cuda.memory_allocated()
+    for entry in optimizer.state.values():
+        for key, value in entry.items():
+            if key != "step":
+                entry[key] = value.to("cuda")
+        assert all(value.device.type == "cpu" for value in entry.values())
+    assert torch.cuda.memory_allocated() == before
+    optimizer.state[weight]["exp_avg"] = torch.full_like(weight, 0.5, dtype=torch.float32)
+    assert optimizer.state_dict()["state"][0]["exp_avg"].eq(0.5).all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -306,6 +307,47 @@ def test_tensors_put_into_the_state_are_used(dtype: torch.dtype, before_step: bo
     assert_same_state(replaced.state_dict(), written.state_dict())
     assert_same_state(replaced.full_state_dict(), written.full_state_dict())
     assert bits(replaced) == bits(written)
+
+
+class OnAnotherDevice(torch.Tensor):
+    """A tensor that says it is on another device."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda")
+
+
+def test_state_cannot_be_moved_to_another_device() -> None:
+    """Lightning moves the state of every optimizer to the GPU, where it may not fit."""
+    optimizer, written = OffloadAdam(make_parameters()), OffloadAdam(make_parameters())
+    for each in (optimizer, written):
+        train(each, range(2))
+    first, *_ = optimizer.state
+    for entry in optimizer.state.values():
+        own = dict(entry)
+        for key, value in list(entry.items()):
+            if key != "step":
+                entry[key] = value.clone().as_subclass(OnAnotherDevice)
+        assert all(entry[key] is own[key] for key in own)
+    optimizer.state[first]["exp_avg"] = torch.full((3, 5), 0.5).as_subclass(OnAnotherDevice)
+    written.state[written.param_groups[0]["params"][0]]["exp_avg"].fill_(0.5)
+    assert_same_state(optimizer.state_dict(), written.state_dict())
+    # A tensor of another shape is kept, and reported by the step.
+    optimizer.state[first]["exp_avg"] = torch.full((5,), 0.5).as_subclass(OnAnotherDevice)
+    with pytest.raises(ValueError, match=r"exp_avg of parameter .*shape"):
+        train(optimizer, range(2, 3))
+
+
+def test_entries_are_copied_and_saved_as_ordered_dicts() -> None:
+    optimizer = OffloadAdam(make_parameters())
+    entry = optimizer.state[optimizer.param_groups[0]["params"][0]]
+    buffer = io.BytesIO()
+    torch.save(entry, buffer)
+    buffer.seek(0)
+    for copied in (torch.load(buffer, weights_only=True), copy.deepcopy(entry), copy.copy(entry)):
+        assert type(copied) is OrderedDict
+        assert copied.keys() == entry.keys()
+        assert torch.equal(copied["master_weight"], entry["master_weight"])
 
 
 def assert_same_state(found: dict[str, Any], expected: dict[str, Any]) -> None:
