@@ -94,11 +94,14 @@ class OffloadAdam(ShardedOptimizer):
             for DDP at construction and again before the first update.
         reduce_dtype: torch.float32 to average 16-bit gradients in fp32, for accuracy over many
             ranks at twice the traffic. None to average in the gradients' dtype.
-        accumulate: how the gradients of several backwards of one step are summed. None: in `.grad`,
-            and the sum is reduced once; in streaming mode, wrap all backwards but the last in
-            `no_sync()`. "host", in streaming mode only: each backward's gradients are reduced,
-            copied and added to fp32 gradient shards on the host. No gradients stay in `.grad`, but
-            each backward costs a reduction and a copy. A shard takes 4 bytes per element.
+        accumulate: how the gradients of several backwards of one step are summed in streaming mode.
+            Otherwise they accumulate in `.grad`. "auto": the first step with a further backward
+            allocates fp32 memory for the sums, and logs its bytes. Each backward's gradients are
+            reduced, copied and added there: no gradients stay in `.grad`, but each backward costs a
+            reduction and a copy. With `no_sync()` around all backwards but the last, the sum in
+            `.grad` is reduced once, and no memory is allocated. "host": the same sums, in gradient
+            shards of 4 bytes per element that are allocated at construction. "error": a further
+            backward raises a ValueError. None means "auto".
         overlap: return from `step()` before the updates finish. The forward of each unit of
             `module` (see `OffloadPolicy.units`) then waits for the unit's own parameters. Call
             `synchronize()` before reading parameters in any other way. None means True if `module`
@@ -157,7 +160,7 @@ class OffloadAdam(ShardedOptimizer):
         process_group: dist.ProcessGroup | None = None,
         gradient_reduction: str | None = None,
         reduce_dtype: torch.dtype | None = None,
-        accumulate: str | None = None,
+        accumulate: str | None = "auto",
         overlap: bool | None = None,
         state_dtype: torch.dtype | None = None,
         num_threads: int | None = None,
@@ -239,7 +242,7 @@ class OffloadAdamW(OffloadAdam):
         process_group: dist.ProcessGroup | None = None,
         gradient_reduction: str | None = None,
         reduce_dtype: torch.dtype | None = None,
-        accumulate: str | None = None,
+        accumulate: str | None = "auto",
         overlap: bool | None = None,
         state_dtype: torch.dtype | None = None,
         num_threads: int | None = None,

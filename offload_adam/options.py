@@ -371,11 +371,12 @@ class ExecutionOptions:
         None, Dtype("float32", "fp32"), "Dtype of the state: torch.float32, which None also means."
     )
     accumulate: str | None = option(
-        None,
-        Choice(("host", None)),
-        "How the gradients of several microbatches are summed. 'host' reduces and copies the "
-        "gradients of every microbatch, and sums them in fp32 on the host. By default they are "
-        "summed in `.grad`, and the sum is reduced once.",
+        "auto",
+        Choice(("auto", "host", "error", None)),
+        "What a further backward of one step does if gradients leave `.grad` during backward. "
+        "'auto' and 'host' reduce and copy its gradients too, and sum them in fp32: 'host' "
+        "allocates memory for the sums at construction, 'auto' at the first such backward. 'error' "
+        "raises. Backwards inside `no_sync()` are summed in `.grad`, and the sum is reduced once.",
         key="optimizer.accumulate",
         shared=True,
     )

@@ -29,10 +29,11 @@ def find_conflicts(config: RunConfig) -> Iterator[tuple[str, str, str]]:
     if optimizer.overlap and not optimizer.streams:
         problem = "since otherwise no forward waits for its parameters"
         yield _needs("overlap", streaming, "true", problem)
-    if optimizer.accumulate is not None and not optimizer.streams:
+    needs_streams = optimizer.accumulate in ("host", "error")
+    if needs_streams and not optimizer.streams:
         problem = "since otherwise gradients stay in .grad until step()"
         yield _needs("accumulate", streaming, "true", problem)
-    if optimizer.accumulate is not None and optimizer.gradient_reduction == "external":
+    if needs_streams and optimizer.gradient_reduction == "external":
         problem = "since DistributedDataParallel accumulates in .grad"
         yield _needs("accumulate", "gradient_reduction", "optimizer", problem)
     if isinstance(optimizer, AdamSection):

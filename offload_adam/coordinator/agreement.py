@@ -2,8 +2,8 @@
 
 The float64 message is a table with one row for each rank, and one number for each parameter:
 
-    rank 0   squares  non_finite  found_inf  ...  unseen  unfrozen  filled by rank 0, else 0
-    rank 1   squares  non_finite  found_inf  ...  unseen  unfrozen  filled by rank 1, else 0
+    rank 0   squares  non_finite  found_inf  ...  ahead  unfrozen   filled by rank 0, else 0
+    rank 1   squares  non_finite  found_inf  ...  ahead  unfrozen   filled by rank 1, else 0
     counts   present[0]  present[1]  ...                            1 from each rank with a gradient
 """
 
@@ -29,9 +29,10 @@ from offload_adam.coordinator.ranks import RankGroup
     _STOP,
     _SAVED,
     _UNSEEN,
+    _AHEAD,
     _UNFROZEN,
-) = range(13)
-_NUM_FINDINGS = 13
+) = range(14)
+_NUM_FINDINGS = 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ class Findings:
     unseen: parameters differ from their masters, but no version counter changed.
     failed: this rank raises an error after the all-reduce.
     late: gradients were set by hand after their bucket's reduction had started.
+    ahead: this rank has reduced several backwards, and other ranks may have reduced fewer. Its sum
+        of squares is not known yet.
     unfrozen: a parameter without state, frozen so far, has a gradient.
     settings: checksum below 2**53 of this rank's hyperparameters.
     step: the number of this step, from 1 on.
@@ -73,6 +76,7 @@ class Findings:
     unseen: bool
     failed: bool
     late: bool
+    ahead: bool
     unfrozen: bool
     settings: int
     step: int
@@ -99,6 +103,7 @@ class Agreement:
     unseen: bool
     failed_ranks: tuple[int, ...]
     late: bool
+    ahead: bool
     unfrozen: bool
     settings: tuple[int, ...]
     steps: tuple[int, ...]
@@ -107,7 +112,7 @@ class Agreement:
 
 
 def agree(ranks: RankGroup, findings: Findings) -> Agreement:
-    """Exchange findings in one all-reduce: 13 float64 per rank and 1 per parameter. Collective."""
+    """Exchange findings in one all-reduce: 14 float64 per rank and 1 per parameter. Collective."""
     world_size = ranks.world_size
     message = torch.zeros(
         world_size * _NUM_FINDINGS + findings.present.numel(), dtype=torch.float64, device="cpu"
@@ -126,6 +131,7 @@ def agree(ranks: RankGroup, findings: Findings) -> Agreement:
     own[_UNSEEN] = float(findings.unseen)
     own[_FAILED] = float(findings.failed)
     own[_LATE] = float(findings.late)
+    own[_AHEAD] = float(findings.ahead)
     own[_UNFROZEN] = float(findings.unfrozen)
     own[_SETTINGS] = float(findings.settings)
     own[_STEP] = float(findings.step)
@@ -138,7 +144,7 @@ def agree(ranks: RankGroup, findings: Findings) -> Agreement:
 
 
 def _read(table: torch.Tensor, present: torch.Tensor) -> Agreement:
-    """Return the agreement from the reduced table (world_size, 13)."""
+    """Return the agreement from the reduced table (world_size, 14)."""
     rows = table.tolist()
     non_finite = any(row[_NON_FINITE] for row in rows)
     return Agreement(
@@ -150,6 +156,7 @@ def _read(table: torch.Tensor, present: torch.Tensor) -> Agreement:
         unseen=any(row[_UNSEEN] for row in rows),
         failed_ranks=tuple(rank for rank, row in enumerate(rows) if row[_FAILED]),
         late=any(row[_LATE] for row in rows),
+        ahead=any(row[_AHEAD] for row in rows),
         unfrozen=any(row[_UNFROZEN] for row in rows),
         settings=tuple(int(row[_SETTINGS]) for row in rows),
         steps=tuple(int(row[_STEP]) for row in rows),

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from filelock import FileLock, Timeout
 
 from offload_adam.coordinator.progress import Process
 from offload_adam.coordinator.rank_checks import gather_texts
@@ -21,6 +25,7 @@ logger = logging.getLogger(__name__)
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 # Version 1 of control groups reports "no limit" as about 2**63. No machine has 2**60 bytes.
 _UNLIMITED_NBYTES = 1 << 60
+_LOCK_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,43 @@ def check_node_memory(
         raise HostMemoryError(message)
     if ranks.rank == 0:  # the needs were gathered, so all ranks name the same node
         logger.warning("%s", message)
+
+
+@contextmanager
+def reserved_memory(nbytes: int, what: str, *, allow_overcommit: bool) -> Iterator[None]:
+    """Check that this rank's memory fits into the node, and allocate it in the body.
+
+    For memory that is allocated where a collective is impossible. Ranks of one node check one after
+    another, so that each sees what the ranks before it have allocated. If they cannot lock a file
+    in the folder for temporary files, they check without a lock.
+
+    Args:
+        nbytes: bytes that the body maps and commits.
+        what: what the memory is for, for the error message.
+        allow_overcommit: log a warning instead of raising.
+
+    Raises:
+        HostMemoryError: less than `nbytes` are available.
+    """
+    name = f"offload_adam-{os.getuid()}.lock"
+    lock = FileLock(Path(tempfile.gettempdir()) / name, timeout=_LOCK_TIMEOUT_S)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock)
+        except (OSError, NotImplementedError, Timeout) as error:
+            logger.warning("Checking the memory of this node without a lock: %s", error)
+        available_nbytes, limit = available_memory()
+        if nbytes > available_nbytes:
+            message = (
+                f"The {what} need {format_nbytes(nbytes)} of host memory on this rank, but only "
+                f"{format_nbytes(available_nbytes)} are available ({limit}). Run all but the last "
+                "backward of a step inside no_sync(), or use more nodes. To allocate it "
+                "nevertheless, set allow_overcommit=True (memory.allow_overcommit)."
+            )
+            if not allow_overcommit:
+                raise HostMemoryError(message)
+            logger.warning("%s", message)
+        yield
 
 
 def _needs(ranks: RankGroup, nbytes: Mapping[str, int]) -> list[NodeNeed]:

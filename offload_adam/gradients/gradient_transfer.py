@@ -2,12 +2,15 @@
 
 .grad --pack--> slot --reduce--> pieces --D2H copy--> shard                 copied straight
                                                 `---> host buffer --fold--> shard
+
+If an accumulator sums several backwards of a step, the fold adds to it instead of to the shard. A
+shard that receives direct copies is then the host buffer of its bucket.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -58,6 +61,8 @@ class GradientCopy:
     is_direct: the D2H copy writes into the shard itself.
     is_issued: the D2H copy was issued.
     host_buffer: the buffer that the D2H copy writes into if it is not direct.
+    accumulator: (shard_numel,) float32 that replaces the shard as the target, for a further
+        backward of the step; None to write to the shard.
     """
 
     state: BucketState
@@ -69,6 +74,7 @@ class GradientCopy:
     is_direct: bool = False
     is_issued: bool = False
     host_buffer: torch.Tensor | None = None
+    accumulator: torch.Tensor | None = None
 
 
 class GradientTransfer:
@@ -115,6 +121,8 @@ class GradientTransfer:
         self._buffers: dict[torch.dtype, list[torch.Tensor]] = {}
         self._arenas: dict[torch.dtype, HostArena] = {}
         self._num_begun = 0
+        # Buckets whose gradient shard a D2H copy writes, until this copy is finished.
+        self._filling: set[int] = set()
 
     @property
     def host_nbytes(self) -> int:
@@ -139,7 +147,7 @@ class GradientTransfer:
                 self._rings.reserve_reduction(
                     bucket.bucket_key, slot, state.gradient_dtype, state.device, bucket.numel
                 )
-            elif plan.gradient.averaged:
+            if plan.gradient.averaged:  # with a ring, only gradients that are added use the pool
                 self.slots.reserve(bucket.numel, state.gradient_dtype, state.device)
             if plan.is_offloaded and not plan.copies_directly:
                 self._fit_buffers(state.gradient_dtype, bucket.shard_numel, self._make_arena)
@@ -151,6 +159,7 @@ class GradientTransfer:
         gradients: BucketGradients,
         *,
         adds: bool,
+        accumulator: torch.Tensor | None = None,
     ) -> GradientCopy:
         """Pack a bucket's gradients into a slot, and start their mean if ranks average them.
 
@@ -158,9 +167,11 @@ class GradientTransfer:
             tensors: the gradient of each parameter. None for a missing one, packed as zeros.
             gradients: receives the shard in `finish_copy`.
             adds: add to the shard instead of overwriting it.
+            accumulator: see `GradientCopy`.
         """
         number = state.layout.index
-        slot, pooled = self._acquire_slot(state)
+        # The host empties a slot whose gradients it adds. A ring would reuse the slot too early.
+        slot, pooled = self._acquire_slot(state, from_ring=accumulator is None)
         sources, targets, holes = [], [], []
         for placed, tensor in zip(state.layout.placements, tensors, strict=True):
             part = slot[placed.start : placed.end]
@@ -178,22 +189,30 @@ class GradientTransfer:
 
         with span("pack", number):
             # The compute stream first waits for the D2H copy of the previous bucket in this slot of
-            # the ring, which still reads it.
-            self._stream_waits.run(Operation.PACK, number, pack, reads=sources, writes=[slot])
+            # the ring, which still reads it. A slot of the pool is free, and a wait could block
+            # backward until other ranks run as many backwards.
+            self._stream_waits.run(
+                Operation.PACK, number, pack, reads=sources, writes=[slot], waits=pooled is None
+            )
         if not state.plan.gradient.averaged:
-            return GradientCopy(state, gradients, [Piece(slot, 0, adds)], complete=True)
+            pieces = [Piece(slot, 0, adds)]
+            return GradientCopy(state, gradients, pieces, complete=True, accumulator=accumulator)
         # The collective reads the slot, so its stream waits until the compute stream has packed it.
         self._stream_waits.wait_before(Operation.REDUCE, number)
         streams = self._stream_waits.streams_of(number)
         pending = self._collectives.mean(streams, slot, state.layout.shard_bounds(state.rank))
         self._stream_waits.record(Operation.REDUCE, number)
         pieces = [Piece(pending.shard, 0, adds)]
-        return GradientCopy(state, gradients, pieces, True, pending, pooled)
+        return GradientCopy(
+            state, gradients, pieces, True, pending, pooled, accumulator=accumulator
+        )
 
-    def _acquire_slot(self, state: BucketState) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _acquire_slot(
+        self, state: BucketState, *, from_ring: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return memory to pack a bucket into, and the same memory again if the pool owns it."""
         bucket = state.layout
-        if state.plan.uses_ring:
+        if state.plan.uses_ring and from_ring:
             slot_number = self._stream_waits.schedule.reduce_slots[bucket.index]
             return self._rings.reduction_slot(bucket.bucket_key, slot_number, bucket.numel), None
         slot = self.slots.acquire(bucket.numel, state.gradient_dtype, state.device)
@@ -209,12 +228,15 @@ class GradientTransfer:
         state: BucketState,
         tensors: Sequence[torch.Tensor | None],
         gradients: BucketGradients,
+        *,
+        accumulator: torch.Tensor | None = None,
     ) -> GradientCopy | None:
         """Return the copy of this rank's segments of gradients that are not packed, if any.
 
         Args:
             tensors: the gradient of each parameter, None for a missing one.
             gradients: parameters that are already `dense` there are added to the shard.
+            accumulator: see `GradientCopy`.
         """
         pieces = []
         for position, parameter_start, shard_start, numel in state.segments.each:
@@ -228,10 +250,12 @@ class GradientTransfer:
         # event now, after backward has written the gradients.
         written = Operation.PACK if state.plan.packs else Operation.GRADIENT
         self._stream_waits.record(written, state.layout.index)
-        return GradientCopy(state, gradients, pieces, complete=False)
+        return GradientCopy(state, gradients, pieces, complete=False, accumulator=accumulator)
 
     def start_direct_copy(self, copy: GradientCopy) -> None:
         """Issue the D2H copy if it can write into the shard itself. Never blocks the host."""
+        if copy.accumulator is not None:
+            return  # the shard may still hold the gradients of an earlier backward
         state = copy.state
         shard = state.planes.gradient_shard
         assert shard is not None
@@ -270,7 +294,9 @@ class GradientTransfer:
     def start_buffered_copy(self, copy: GradientCopy) -> None:
         """Issue the D2H copy into a host buffer, unless it was issued or is direct.
 
-        Does not wait, unless the buffer is not page-locked: CUDA then blocks the calling thread.
+        Does nothing if the buffer is the bucket's shard and an earlier copy to it is not finished:
+        `finish_copy` then issues the copy. Does not wait, unless the buffer is not page-locked:
+        CUDA then blocks the calling thread.
 
         Threads: one thread starts and finishes all copies, in order. It starts at most one copy
         ahead of the one that it finishes, because there are two buffers.
@@ -280,6 +306,16 @@ class GradientTransfer:
         dtypes = {piece.source.dtype for piece in copy.pieces}
         # Gradients of several dtypes go through one buffer: fp32 holds each 16-bit value exactly.
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        shard = copy.state.planes.gradient_shard
+        if copy.accumulator is not None and copy.state.plan.copies_directly:
+            # Of all host memory for this bucket only the shard is page-locked.
+            assert shard is not None
+            if shard.dtype == dtype:
+                if copy.state.layout.index not in self._filling:
+                    self._move_to_accumulator(copy)
+                    copy.host_buffer = shard
+                    self._issue(copy, shard)
+                return
         # `allocate` made no buffer for gradients of another dtype, such as those set by hand. The
         # new one is not page-locked: pinning memory while a collective runs may deadlock in CUDA.
         self._fit_buffers(dtype, copy.state.layout.shard_numel, HostArena)
@@ -288,22 +324,30 @@ class GradientTransfer:
         self._issue(copy, copy.host_buffer)
 
     def finish_copy(self, copy: GradientCopy) -> None:
-        """Wait until the gradients are in the shard, and hand it to `copy.gradients`."""
+        """Wait until the gradients are in the shard or added, and hand it to `copy.gradients`."""
         state = copy.state
         number = state.layout.index
-        shard = state.planes.gradient_shard
-        assert shard is not None
-        if copy.pending is not None:
-            with span("reduce", number):
-                copy.pending.wait(self._ranks)
-        with span("D2H copy", number):
-            self.start_buffered_copy(copy)
-            # Wait for the D2H copy, or for the reduction if there is no such copy. For a shard on
-            # the host this thread waits, for a shard on a device only the compute stream.
-            self._stream_waits.wait_before(Operation.SUM_SQUARES, number)
-            if not copy.is_direct:
-                self._fold(copy, shard)
-        copy.gradients.set_shard(shard, complete=copy.complete)
+        target = copy.accumulator if copy.accumulator is not None else state.planes.gradient_shard
+        assert target is not None
+        try:
+            if copy.pending is not None:
+                with span("reduce", number):
+                    copy.pending.wait(self._ranks)
+            with span("D2H copy", number):
+                self.start_buffered_copy(copy)
+                # Wait for the D2H copy, or for the reduction if there is no such copy. For a shard
+                # on the host this thread waits, for one on a device only the compute stream.
+                self._stream_waits.wait_before(Operation.SUM_SQUARES, number)
+                if not copy.is_direct:
+                    self._move_to_accumulator(copy)
+                    buffer = copy.host_buffer
+                    pieces = copy.pieces
+                    if buffer is not None:
+                        pieces = [piece._replace(source=piece.of(buffer)) for piece in pieces]
+                    self._fold(state, pieces, target)
+        finally:
+            self._filling.discard(number)
+        copy.gradients.set_shard(target, complete=copy.complete)
         # Only now is the slot free: the fold above reads it. On a device the fold may still be
         # running, but the next pack into the slot comes after it on the compute stream.
         if copy.pooled_slot is not None:
@@ -313,6 +357,8 @@ class GradientTransfer:
     def _issue(self, copy: GradientCopy, target: torch.Tensor) -> None:
         """Copy the pieces to their ranges of `target` on the D2H stream."""
         number = copy.state.layout.index
+        if target is copy.state.planes.gradient_shard:
+            self._filling.add(number)
         pieces = list(copy.pieces)
 
         def issue() -> None:
@@ -324,14 +370,22 @@ class GradientTransfer:
         self._stream_waits.run(Operation.COPY_D2H, number, issue, reads=sources, writes=[target])
         copy.is_issued = True
 
-    def _fold(self, copy: GradientCopy, shard: torch.Tensor) -> None:
-        """Cast or add the pieces to the shard, from the host buffer if they were copied to one."""
-        pieces = list(copy.pieces)
-        if copy.state.plan.location.is_host:
+    def _move_to_accumulator(self, copy: GradientCopy) -> None:
+        """Copy the gradients of earlier backwards to the accumulator, unless they are there."""
+        gradients, accumulator = copy.gradients, copy.accumulator
+        if accumulator is not None and gradients.shard is not accumulator:
+            parts = gradients.held_parts(copy.state)
+            pieces = [Piece(source, start, adds=False) for source, start in parts]
+            self._fold(copy.state, pieces, accumulator)
+            gradients.move_to(accumulator)
+
+    def _fold(self, state: BucketState, pieces: Iterable[Piece], shard: torch.Tensor) -> None:
+        """Cast the pieces into their ranges of a shard or an accumulator, or add them."""
+        pieces = list(pieces)  # the caller clears its list before the compute stream runs `fold`
+        if state.plan.location.is_host:
             assert self.fold is not None
             for piece in pieces:
-                source = piece.source if copy.host_buffer is None else piece.of(copy.host_buffer)
-                self.fold(piece.of(shard), source, adds=piece.adds)
+                self.fold(piece.of(shard), piece.source, adds=piece.adds)
             return
 
         def fold() -> None:
@@ -339,7 +393,7 @@ class GradientTransfer:
                 part = piece.of(shard)
                 part.add_(piece.source) if piece.adds else part.copy_(piece.source)
 
-        streams = self._stream_waits.streams_of(copy.state.layout.index)
+        streams = self._stream_waits.streams_of(state.layout.index)
         sources = [piece.source for piece in pieces]
         streams.launch(Lane.COMPUTE, fold, reads=sources, writes=[shard])
 

@@ -54,12 +54,18 @@ class BucketGradients:
     def __init__(self, state: BucketState) -> None:
         self.dense = np.zeros(len(state.parameters), dtype=np.bool_)
         self._held: list[LocalGradients] = []
+        self._is_held = np.zeros(len(state.parameters), dtype=np.bool_)
         self._addresses = np.zeros(len(state.parameters), dtype=np.int64)
         self._shard: torch.Tensor | None = None
         self._complete = False
         self.squares: float | None = None
         self.local_rows: dict[int, GradientRows] = {}
         self.rows: dict[int, GradientRows] = {}
+
+    @property
+    def shard(self) -> torch.Tensor | None:
+        """The flat tensor that holds this rank's shard, None if autograd's tensors are held."""
+        return self._shard
 
     @property
     def present(self) -> npt.NDArray[np.bool_]:
@@ -73,7 +79,11 @@ class BucketGradients:
     @property
     def readable(self) -> npt.NDArray[np.bool_]:
         """Which parameters have a dense gradient to read, here or as zeros of a reduced shard."""
-        return np.ones_like(self.dense) if self._complete else self.dense
+        if self._complete:
+            return np.ones_like(self.dense)
+        # A hook marks a gradient of a further backward as dense before its values arrive. In a
+        # shard its segment exists, and the result is computed again once they have arrived.
+        return self._is_held if self._shard is None else self.dense
 
     def add_local(self, found: LocalGradients) -> None:
         """Hold these dense gradients until the step ends, besides those of other parameters."""
@@ -81,6 +91,7 @@ class BucketGradients:
         arrived = np.array([tensor is not None for tensor in found.tensors], dtype=np.bool_)
         self.squares = None  # computed from the earlier gradients
         self._held.append(found)
+        self._is_held |= arrived
         self._addresses[arrived] = addresses[arrived]
         self.dense |= arrived
 
@@ -135,6 +146,26 @@ class BucketGradients:
     def mark_present(self, present: npt.NDArray[np.bool_]) -> None:
         """Record which parameters had a dense gradient on this rank when the bucket was sent."""
         self.dense |= present
+
+    def held_parts(self, state: BucketState) -> Iterator[tuple[torch.Tensor, int]]:
+        """Yield this rank's dense gradients so far: (1-d tensor, its start in the shard)."""
+        if self._shard is not None:
+            yield self._shard, 0
+        for found in self._held:
+            for position, parameter_start, shard_start, numel in state.segments.each:
+                gradient = found.tensors[position]
+                if gradient is not None:
+                    flat = in_memory_order(gradient)
+                    yield flat[parameter_start : parameter_start + numel], shard_start
+
+    def move_to(self, accumulator: torch.Tensor) -> None:
+        """Read gradients from a tensor into which all `held_parts` were copied, and drop them.
+
+        Args:
+            accumulator: (shard_numel,) float32.
+        """
+        self._held.clear()
+        self.set_shard(accumulator, complete=self._complete)
 
     def set_shard(self, shard: torch.Tensor, *, complete: bool) -> None:
         """Read gradients from this rank's shard from now on.

@@ -48,6 +48,7 @@ class Category:
     PARAMETERS = "parameters"
     GRADIENTS = "gradients"
     GRADIENT_SHARDS = "gradient shards"
+    ACCUMULATORS = "accumulated gradients"  # sums of several backwards, taken at the first of them
     STATE = "state"  # all planes in host memory together
     SLOTS = "slots"  # into which gradients are packed, and in which they are averaged
     STAGING = "staging"  # buffers of copies between host and device
@@ -71,6 +72,11 @@ def plane_nbytes(plan: StatePlan) -> dict[str, int]:
         Category.GRADIENT_SHARDS: plan.gradient.shard_itemsize,
     }
     return {name: plan.bucket.shard_numel * size for name, size in itemsizes.items() if size}
+
+
+def accumulator_nbytes(plan: StatePlan) -> int:
+    """Return the bytes that sums of several backwards take besides one rank's gradient shard."""
+    return plan.bucket.shard_numel * plan.accumulator_itemsize
 
 
 def saved_nbytes(plan: StatePlan) -> int:

@@ -72,6 +72,8 @@ class StatePolicy:
         `resolve_bucket_nbytes`.
     reduces: this package averages the gradients over the ranks.
     accumulates: several backwards of a step are summed in the gradient shard, in fp32.
+    accumulates_later: without `accumulates`, the first step with several backwards takes memory
+        for their sums, see `StatePlan.accumulator_itemsize`.
     reduces_in_fp32: 16-bit gradients are averaged in fp32.
     streams: gradients are moved out of `.grad` during backward.
     replicated: state is stored on its parameter's device, whole on every rank.
@@ -83,6 +85,7 @@ class StatePolicy:
     bucket_nbytes: int | None = None
     reduces: bool = True
     accumulates: bool = False
+    accumulates_later: bool = False
     reduces_in_fp32: bool = False
     streams: bool = False
     replicated: bool = False
@@ -98,6 +101,7 @@ class StatePolicy:
         world_size: int,
         reduces: bool,
         accumulates: bool,
+        accumulates_later: bool,
         reduces_in_fp32: bool,
         streams: bool,
         replicated: bool,
@@ -108,6 +112,7 @@ class StatePolicy:
             bucket_nbytes=offload.bucket_nbytes,
             reduces=reduces,
             accumulates=accumulates,
+            accumulates_later=accumulates_later,
             reduces_in_fp32=reduces_in_fp32,
             streams=streams,
             replicated=replicated,
@@ -206,6 +211,16 @@ class StatePlan:
             and not gradient.accumulates
             and gradient.itemsize == gradient.shard_itemsize
         )
+
+    @property
+    def accumulator_itemsize(self) -> int:
+        """Bytes per element that sums of several backwards take besides the gradient shard.
+
+        It is 0 if the shard itself can hold the sums. A shard that receives direct copies cannot:
+        the copy of a further backward would overwrite the gradients of earlier ones.
+        """
+        adds_in_shard = self.gradient.shard_itemsize == FLOAT32_NBYTES and not self.copies_directly
+        return 0 if adds_in_shard else FLOAT32_NBYTES
 
     @property
     def uses_ring(self) -> bool:

@@ -94,7 +94,7 @@ class Adam(InspectableAdam):
             also moved to the host during backward, as in the streaming mode of `OffloadAdam`.
         max_grad_norm, process_group, gradient_reduction, reduce_dtype, state_dtype, accumulate,
             overlap, num_threads, offload, failures: as for `OffloadAdam`. Without `use_offload`,
-            `accumulate`, `overlap` and `OffloadPolicy.units` cannot be set.
+            `accumulate`, `overlap` and `OffloadPolicy.units` must have their defaults.
         **kwargs: `use_lazy` (default False): a sparse gradient updates only the rows that it
             touches. `use_offload` (default False): store the state sharded in host memory, instead
             of whole on every rank and on the parameter's device. It needs less GPU memory, but
@@ -130,7 +130,7 @@ class Adam(InspectableAdam):
         gradient_reduction: str | None = None,
         reduce_dtype: torch.dtype | None = None,
         state_dtype: torch.dtype | None = None,
-        accumulate: str | None = None,
+        accumulate: str | None = "auto",
         overlap: bool | None = None,
         num_threads: int | None = None,
         offload: OffloadPolicy = OffloadPolicy(),

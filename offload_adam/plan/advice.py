@@ -109,7 +109,10 @@ def _changes(
     if not training.streams:
         yield "optimizer.streaming: true", specs, replace(training, streams=True)
     if training.accumulates:
-        yield "optimizer.accumulate: null", specs, replace(training, accumulates=False)
+        yield "optimizer.accumulate: auto", specs, replace(training, accumulates=False)
+    elif training.policy.streams and not training.accumulates_later:
+        later = replace(training, accumulates_later=True)
+        yield "several backwards a step outside no_sync()", specs, later
     if training.reduce_fp32:
         yield "optimizer.reduce_dtype: null", specs, replace(training, reduce_fp32=False)
     if training.replicated:
@@ -120,7 +123,13 @@ def _changes(
         yield "memory.offload_fraction: 0.5", specs, training.with_offload(offload_fraction=0.5)
     if training.world_size > 1 and not training.replicated:
         if training.reduces:  # another library averages in `.grad`, in its dtype
-            external = replace(training, reduces=False, accumulates=False, reduce_fp32=False)
+            external = replace(
+                training,
+                reduces=False,
+                accumulates=False,
+                accumulates_later=False,
+                reduce_fp32=False,
+            )
             yield "optimizer.gradient_reduction: external", specs, external
         else:
             yield "optimizer.gradient_reduction: optimizer", specs, replace(training, reduces=True)

@@ -30,6 +30,8 @@ class Training:
     reduces: the optimizer averages the gradients over the ranks; if not, another library does.
     overlap: the optimizer's argument of this name.
     accumulates: several backwards of a step add up in the gradient shards, in fp32.
+    accumulates_later: without `accumulates`, a step runs several backwards outside `no_sync()`. The
+        optimizer then takes memory for their sums.
     reduce_fp32: 16-bit gradients are averaged in fp32.
     replicated: every rank stores all state, where its parameters are.
     offload: where state is stored, the bucket size, what is pinned, and the snapshot buffer.
@@ -44,6 +46,7 @@ class Training:
     reduces: bool = True
     overlap: bool | None = None
     accumulates: bool = False
+    accumulates_later: bool = False
     reduce_fp32: bool = False
     amsgrad: bool = False
     replicated: bool = False
@@ -73,13 +76,15 @@ class Training:
     @property
     def policy(self) -> StatePolicy:
         """Return the policy that the optimizer would use for these options and this world."""
+        streams = self.streams and self.reduces and not self.replicated
         return StatePolicy.from_options(
             self.offload,
             world_size=self.world_size,
             reduces=self.reduces,
             accumulates=self.accumulates,
+            accumulates_later=self.accumulates_later and streams,
             reduces_in_fp32=self.reduce_fp32,
-            streams=self.streams and self.reduces and not self.replicated,
+            streams=streams,
             replicated=self.replicated,
         )
 

@@ -14,6 +14,7 @@ from offload_adam.layout.budget import (
     NUM_SLOTS_IN_FLIGHT,
     NUM_STAGING_SLOTS,
     Category,
+    accumulator_nbytes,
     block_sums_nbytes,
     plane_nbytes,
     snapshot_buffer_nbytes,
@@ -60,9 +61,9 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
     side[Category.PARAMETERS] = sum(bucket.numel * bucket.itemsize for bucket in buckets)
     side[Category.GRADIENTS] = _gradients(plans, training)
     for plan in plans:
-        (host if plan.location.is_host else device).update(plane_nbytes(plan))
+        (host if plan.location.is_host else device).update(_shard_nbytes(plan, training))
     host[Category.BLOCK_SUMS] = block_sums_nbytes([p.bucket for p in plans if p.location.is_host])
-    side[Category.SLOTS] = _slots(plans)
+    side[Category.SLOTS] = _slots(plans, training)
     host[Category.STAGING] = ring_nbytes(
         [plan for plan in reversed(plans) if plan.stages_parameters],
         lambda plan: plan.bucket.shard_numel * plan.bucket.itemsize,
@@ -85,28 +86,41 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
     return Prediction(dict(+host), dict(+device), len(plans))
 
 
+def _shard_nbytes(plan: StatePlan, training: Training) -> dict[str, int]:
+    """Return the bytes of one rank's shard of one bucket by category."""
+    nbytes = plane_nbytes(plan)
+    if training.policy.accumulates_later:
+        nbytes[Category.ACCUMULATORS] = accumulator_nbytes(plan)
+    return nbytes
+
+
 def _gradients(plans: Sequence[StatePlan], training: Training) -> int:
     """Return the bytes of `.grad` at its peak.
 
     Gradients that are read in place, or averaged by another library, stay until the update. Others
     are freed during backward, bucket by bucket.
     """
+    later = training.policy.accumulates_later
     freed = training.streams and training.reduces and not training.replicated
     sizes = [plan.bucket.numel * plan.bucket.itemsize for plan in plans]
     have_shards = all(plan.gradient.shard_itemsize > 0 for plan in plans)
     if not (freed and have_shards):
         return sum(sizes)
-    # One bucket is being computed. Without packing, `.grad` lives until the host has its copy.
-    waits = any(plan.is_offloaded and not plan.packs for plan in plans)
+    # One bucket is being computed. Without packing, `.grad` lives until the host has its copy. In a
+    # further backward of a step, one rank does not pack.
+    packs = [plan.packs and not (later and not plan.gradient.averaged) for plan in plans]
+    waits = any(p.is_offloaded and not packed for p, packed in zip(plans, packs, strict=True))
     num_buckets = NUM_FOLDS_IN_FLIGHT + 2 if waits else 1
     return min(sum(sizes), num_buckets * max(sizes, default=0))
 
 
-def _slots(plans: Sequence[StatePlan]) -> int:
+def _slots(plans: Sequence[StatePlan], training: Training) -> int:
     """Return the bytes of the slots in which gradients are packed: of rings and of a pool."""
     in_ring = [plan for plan in plans if plan.uses_ring]
     rings = ring_nbytes(in_ring, _slot_nbytes, num_slots=NUM_REDUCE_SLOTS)
-    pooled = [plan for plan in plans if plan.gradient.averaged and not plan.uses_ring]
+    # Gradients that are added to those of an earlier backward never use a ring.
+    later = training.policy.accumulates_later
+    pooled = [plan for plan in plans if plan.gradient.averaged and (later or not plan.uses_ring)]
     # Buckets that the host casts or accumulates may all have a slot: none waits for a free one.
     num_folded = sum(plan.is_offloaded for plan in pooled)
     in_flight = num_folded + min(len(pooled) - num_folded, NUM_SLOTS_IN_FLIGHT)

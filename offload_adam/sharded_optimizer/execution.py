@@ -89,7 +89,8 @@ def decide_execution(
         options.offload,
         world_size=world_size,
         reduces=reduces,
-        accumulates=options.accumulate is not None,
+        accumulates=options.accumulate == "host",
+        accumulates_later=options.accumulate in ("auto", None) and streams,
         reduces_in_fp32=options.reduce_dtype is not None,
         streams=streams,
         replicated=replicated,
@@ -175,11 +176,12 @@ def _check_needs_of_hooks(options: ExecutionOptions, *, hooked: bool, streams: b
         hooked: hooks on the forward of `module` can wait for its parameters.
         streams: gradients are moved out of `.grad` during backward.
     """
-    if options.accumulate is not None and not streams:
+    if options.accumulate in ("host", "error") and not streams:
         raise ValueError(
-            "accumulate='host' needs module= and gradient_reduction='optimizer', because it sums "
-            "gradients that are moved to the host during backward. Pass both (and use_offload=True "
-            "to Adam), or leave accumulate out: gradients then accumulate in .grad."
+            f"accumulate={options.accumulate!r} needs module= and gradient_reduction='optimizer', "
+            "because it applies to gradients that are moved out of .grad during backward. Pass "
+            "both (and use_offload=True to Adam), or leave accumulate out: gradients then "
+            "accumulate in .grad."
         )
     units = options.offload.units
     if not hooked and (options.overlap or units is not None):

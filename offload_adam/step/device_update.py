@@ -241,6 +241,9 @@ class DeviceUpdate:
     of this rank's shard.
     """
 
+    def compile_for_accumulator(self, state: BucketState) -> None:
+        """Do nothing: torch's operations read any dtype."""
+
     def allocate_for(self, state: BucketState, gradients: BucketGradients, *, lazy: bool) -> None:
         """Do nothing: torch's caching allocator provides the temporaries."""
 

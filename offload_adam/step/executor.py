@@ -337,6 +337,9 @@ class Executor:
         current stream waits, not the host.
         """
         self._bound_backlog()
+        self._wait_for_buckets(buckets)
+
+    def _wait_for_buckets(self, buckets: Collection[int]) -> None:
         self._wait_on_other_streams(buckets)
         if not self._to_use:
             return
@@ -415,7 +418,9 @@ class Executor:
         Raises:
             Exception: the error of an update.
         """
-        self.wait_for_buckets(list(self._to_use))
+        # Without a bound on the backlog: in `step()` other ranks may send their part of a further
+        # backward only after this rank has told them of it.
+        self._wait_for_buckets(list(self._to_use))
         assert not self._to_gather, "every bucket to gather is also in `_to_use`"
         self._updates.clear()
 

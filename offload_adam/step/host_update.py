@@ -100,6 +100,13 @@ class HostUpdate:
             if state.layout.num_blocks > self._block_sums.size:
                 self._block_sums = np.zeros(state.layout.num_blocks, dtype=np.float64)
 
+    def compile_for_accumulator(self, state: BucketState) -> None:
+        """Compile the kernels that write and read this bucket's accumulator, which is float32."""
+        self._norm.compile_kernel(FloatFormat.FLOAT32)
+        self._compile_update(state, FloatFormat.FLOAT32)
+        if state.plan.is_offloaded:  # torch adds gradients that are already in host memory
+            self._compile_fold(torch.float32, state.gradient_dtype)
+
     def allocate_for(self, state: BucketState, gradients: BucketGradients, *, lazy: bool) -> None:
         """Compile kernels and allocate memory for this step's sparse gradients."""
         if gradients.rows and lazy:

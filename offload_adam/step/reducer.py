@@ -18,6 +18,7 @@ from offload_adam.gradients.segments import BucketGradients
 from offload_adam.gradients.stand_in import StreamedGradients, gradient_of
 from offload_adam.layout.state_plan import StatePolicy
 from offload_adam.params.bucket import BucketState
+from offload_adam.step.accumulators import Accumulators
 from offload_adam.step.executor import Executor
 from offload_adam.transfer.stream_waits import StreamWaits
 
@@ -41,20 +42,27 @@ class GradientReduction:
     of the backward the remaining buckets are sent, with zeros for missing gradients. Without hooks,
     `finish` sends all buckets inside `step()`.
 
-    A round sends each bucket once. A step has one round, for its one reduced backward. With
-    `policy.accumulates`, each further backward is another round that adds to the gradient shard in
-    fp32. Gradients that the user sets too late for their bucket are another round, too.
+    A round sends each bucket once, and each reduced backward of a step is a round. A further
+    backward is added in fp32: to the gradient shard with `policy.accumulates`, else to memory that
+    `accumulators` takes then. Gradients that the user sets too late for their bucket are another
+    round, too.
+
+    Ranks may run different numbers of backwards. A rank that runs several for the first time is
+    `is_ahead` until the agreement has told the other ranks: only then do they send zeros for the
+    missing rounds. From then on all ranks exchange their numbers of rounds in each step.
 
     Owns: this step's `BucketGradients`.
     Lifecycle: `reset` after each step, and from `zero_grad`.
 
     Args:
         policy: says whether gradients are averaged here (if not, those in `.grad` are final), and
-            whether later backwards add to earlier ones.
+            whether the gradient shards are planned for the sums of several backwards.
         states: all buckets; this list grows with `add_param_group`.
         stream_waits: orders the streams on which gradients are written.
         transfer: packs and reduces a bucket's gradients.
         executor: copies the reduced gradients to the gradient shard.
+        accumulators: takes memory for such sums later. None: a second backward is an error, unless
+            the shards are planned for it.
         accepts_sparse: gradients may be sparse.
         streamed: lets torch's functions work on the stand-ins that `.grad` holds after a gradient
             has left during backward. None: gradients stay in `.grad` until the step.
@@ -69,6 +77,7 @@ class GradientReduction:
         transfer: GradientTransfer,
         executor: Executor,
         *,
+        accumulators: Accumulators | None = None,
         accepts_sparse: bool = False,
         streamed: StreamedGradients | None = None,
     ) -> None:
@@ -76,8 +85,15 @@ class GradientReduction:
         self._ranks = ranks
         self._averages = policy.averages
         self.streams = streamed is not None
-        self._accumulates = policy.accumulates
+        self._plans_sums = policy.accumulates
+        self._accumulators = accumulators
         self._rows = RowExchange(ranks) if accepts_sparse and self._averages else None
+        # Whether all ranks compare their numbers of rounds in each step, a small collective. With
+        # sparse gradients they do so from the start: the exchange of rows needs all rounds.
+        self._compares_rounds = self._averages and (
+            policy.accumulates or (accumulators is not None and self._rows is not None)
+        )
+        self.is_ahead = False  # this rank has run several rounds, which other ranks may not know
         self._accepts_sparse = accepts_sparse
         self._states = states
         self._stream_waits = stream_waits
@@ -120,8 +136,9 @@ class GradientReduction:
             stream: the stream that wrote the gradients, None in host memory.
 
         Raises:
-            ValueError: a second reduced backward (or a parameter shared by reentrant checkpoints),
-                without memory to accumulate gradients.
+            ValueError: a second reduced backward (or a parameter shared by reentrant checkpoints)
+                with `accumulate="error"`.
+            HostMemoryError: host memory is short for the sums of several backwards.
         """
         if not self._begun:
             # Wait for the previous step: its updates may still read the gradient shards that this
@@ -213,16 +230,41 @@ class GradientReduction:
         if self._rows is not None and not self.streams:
             failure = self._rows.read_ahead(self._states, self._readers)
         failure = self._send_rest() or failure
-        if self._accumulates and self._averages:
+        if self.is_ahead:
+            # Do not wait: other ranks may send their part of these rounds only after the agreement.
+            return failure
+        if self._compares_rounds:
             # Ranks may have run different numbers of backwards. Those with fewer send zeros, since
             # their peers wait for every bucket of every round.
             most = largest_on_any_rank(self._ranks, self._num_rounds)
+            if self._num_rounds < most:
+                failure = failure or self._try_to_allocate()
             while self._num_rounds < most:
                 self._open_round()
                 failure = self._send_rest() or failure
         self._executor.finish_copies(wait=True)
         rows_failure = self._finish_rows()
         return failure or rows_failure
+
+    def catch_up(self) -> Exception | None:
+        """Finish a step in which some rank `is_ahead`; return this rank's first error.
+
+        Collective: all ranks call this after the agreement has told them.
+        """
+        self._compares_rounds, self.is_ahead = True, False
+        return self.finish()
+
+    def _try_to_allocate(self) -> Exception | None:
+        """Take the memory for sums of several backwards, or return the error.
+
+        After an error this rank still sends its rounds, which its peers wait for.
+        """
+        try:
+            if self._accumulators is not None:
+                self._accumulators.allocate()
+        except Exception as error:
+            return error
+        return None
 
     def _finish_rows(self) -> Exception | None:
         """Average sparse gradients, unless the user has done so; return this rank's first error."""
@@ -296,6 +338,7 @@ class GradientReduction:
             reader.forget()
         self._stream_waits.forget_gradients()
         self._begun = self._hidden = False
+        self.is_ahead = False
         self._next = 0
         self._num_rounds = 0
         if self._streamed is not None:
@@ -319,19 +362,22 @@ class GradientReduction:
         """Open another round for a gradient whose bucket was already sent in this one.
 
         Raises:
-            ValueError: gradients do not accumulate.
+            ValueError: with `accumulate="error"`.
+            HostMemoryError: host memory is short for the sums.
         """
-        if self._accumulates:
-            self.backward_ended()
-            self._open_round()
-            self._hide_from_backward()
-            return
-        name = self._states[number].names[position]
-        raise ValueError(
-            f"The gradient of parameter {name!r} has already been reduced in this step, and this "
-            "backward produced another one. Run all but the last backward of a step inside "
-            "no_sync(), or construct the optimizer with accumulate='host'."
-        )
+        if self._accumulators is not None:
+            self._accumulators.allocate()
+        elif not self._plans_sums:
+            name = self._states[number].names[position]
+            raise ValueError(
+                f"The gradient of parameter {name!r} has already been reduced in this step, and "
+                "this backward produced another one. Run all but the last backward of a step "
+                "inside no_sync(), or construct the optimizer with accumulate='auto'."
+            )
+        self.backward_ended()
+        self._open_round()
+        self.is_ahead = self._averages and not self._compares_rounds
+        self._hide_from_backward()
 
     def _send_rest(self) -> Exception | None:
         """Send every bucket that was not sent yet, and return this rank's first error."""
@@ -345,9 +391,22 @@ class GradientReduction:
             # shard, but a slot of a ring may be reused before the host has read it. 2. A gradient
             # that stays in `.grad` is in memory twice while a slot holds it, so fill one slot at a
             # time.
-            late = self._num_rounds > 0 and not self._accumulates
+            late = self._num_rounds > 0 and not self._can_add
             self._executor.finish_copies(wait=late or not self.streams)
         return failure
+
+    @property
+    def _can_add(self) -> bool:
+        """Whether there is memory for the sums of several backwards."""
+        if self._accumulators is not None:
+            return self._accumulators.are_allocated
+        return self._plans_sums
+
+    def _accumulator(self, number: int) -> torch.Tensor | None:
+        """Return the accumulator of a bucket in a further round, None to use its shard."""
+        if self._num_rounds == 0 or self._accumulators is None:
+            return None
+        return self._accumulators.tensors.get(number)
 
     @torch.no_grad()
     def _send_next(self) -> None:
@@ -373,7 +432,7 @@ class GradientReduction:
             self._streamed.gradients_moved()
         if self._averages:
             self._start_reduction(state, found.tensors)
-        elif state.planes.gradient_shard is None:
+        elif state.planes.gradient_shard is None and self._accumulator(number) is None:
             gradients.add_local(found)
             self._executor.sum_local(number, gradients)
         else:
@@ -410,8 +469,13 @@ class GradientReduction:
         if state.layout.numel == 0 or idle:
             self._transfer.skip_pack(state)
             return
-        adds = self._num_rounds > 0
-        copy = self._transfer.pack(state, gradients, self.gradients[number], adds=adds)
+        copy = self._transfer.pack(
+            state,
+            gradients,
+            self.gradients[number],
+            adds=self._num_rounds > 0,
+            accumulator=self._accumulator(number),
+        )
         self._executor.start_copy(copy)
 
     def _copy_alone(self, state: BucketState, gradients: list[torch.Tensor | None]) -> None:
@@ -424,7 +488,8 @@ class GradientReduction:
         if packs and present.any():
             copy: GradientCopy | None = self._transfer.pack(state, gradients, given, adds=False)
         else:
-            copy = self._transfer.take_segments(state, gradients, given)
+            accumulator = self._accumulator(state.layout.index)
+            copy = self._transfer.take_segments(state, gradients, given, accumulator=accumulator)
         given.mark_present(present)
         if copy is not None:
             self._executor.start_copy(copy)

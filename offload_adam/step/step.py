@@ -27,6 +27,7 @@ from offload_adam.params.bucket import BucketState
 from offload_adam.params.selection import Named, NewParameter
 from offload_adam.spans import Stopwatch, span
 from offload_adam.step.absence import AbsenceWatch
+from offload_adam.step.accumulators import Accumulators
 from offload_adam.step.build import Storage, build_states
 from offload_adam.step.device_update import DeviceUpdate
 from offload_adam.step.executor import Executor
@@ -171,13 +172,22 @@ class ShardedAdam:
         )
         self.stream_waits.wait_for_update = self.executor.wait_for_update
         self.resources.callback(_release, self.executor, self.arenas)
+        policy = storage.policy
+        self._accumulators = Accumulators(
+            ranks,
+            self.states,
+            self._updates,
+            self.arenas,
+            allow_overcommit=storage.offload.allow_overcommit,
+        )
         self.reduction = GradientReduction(
             ranks,
-            storage.policy,
+            policy,
             self.states,
             self.stream_waits,
             self.transfer,
             self.executor,
+            accumulators=self._accumulators if policy.accumulates_later else None,
             accepts_sparse=accepts_sparse,
             streamed=streamed,
         )
@@ -269,6 +279,7 @@ class ShardedAdam:
             update |= self._host_update.nbytes
         return {
             Category.STATE: self._state_nbytes,
+            Category.ACCUMULATORS: self._accumulators.host_nbytes,
             Category.STAGING: self._rings.staging_nbytes + self.transfer.host_nbytes,
             Category.SNAPSHOT_BUFFER: self.snapshot_lock.buffer_nbytes,
             **update,
@@ -277,7 +288,12 @@ class ShardedAdam:
     def ledger(self) -> list[LedgerEntry]:
         """Return every allocation of this rank, on the host and on devices."""
         entries = [entry for state in self.states for entry in bucket_entries(state)]
-        shared = {k: n for k, n in self.host_nbytes.items() if k != Category.STATE}
+        entries += [
+            LedgerEntry(Category.ACCUMULATORS, bucket, str(tensor.device), tensor.nbytes)
+            for bucket, tensor in self._accumulators.tensors.items()
+        ]
+        of_buckets = (Category.STATE, Category.ACCUMULATORS)
+        shared = {k: n for k, n in self.host_nbytes.items() if k not in of_buckets}
         entries += [LedgerEntry(name, None, "cpu", nbytes) for name, nbytes in shared.items()]
         slots = self.transfer.slot_nbytes.items()
         entries += [
@@ -486,6 +502,14 @@ class ShardedAdam:
         """
         found = self._find(inputs, failure, stopwatch)
         agreement = self._exchange(inputs, found, stopwatch)
+        if agreement.ahead:
+            # Some rank has run several backwards for the first time. Also after an error on some
+            # rank, all ranks send the same rounds, since their peers wait for every bucket.
+            with stopwatch.span("reduce"):
+                rest = self.reduction.catch_up()
+            failure = failure or rest
+            found = self._find(inputs, failure, stopwatch)
+            agreement = self._exchange(inputs, found, stopwatch)
         if agreement.unfrozen and not agreement.failed_ranks:
             # On some rank a parameter that was frozen so far has a gradient. Allocate its state,
             # reduce its gradient, and repeat the agreement.
@@ -521,7 +545,7 @@ class ShardedAdam:
             failure: this rank's error so far. If there is one, nothing is examined.
         """
         found = _LocalFindings(np.zeros(len(self._parameters), dtype=np.bool_), failure)
-        if failure is not None:
+        if failure is not None or self.reduction.is_ahead:  # gradients are not in the shards yet
             return found
         try:
             found.unfrozen = find_unfrozen(self._frozen)
@@ -556,6 +580,7 @@ class ShardedAdam:
             unseen=bool(found.unseen),
             failed=found.failure is not None,
             late=found.late,
+            ahead=self.reduction.is_ahead,
             unfrozen=found.unfrozen,
             settings=inputs.checksum(),
             step=self.num_steps + 1,

@@ -149,7 +149,7 @@ def _accumulate_gradients(job: Job, step: int, watch: Stopwatch) -> torch.Tensor
     for microbatch in range(num_microbatches):
         is_last = microbatch == num_microbatches - 1
         with ExitStack() as stack:
-            if not is_last and section.accumulate is None:
+            if not is_last and section.accumulate != "host":
                 stack.enter_context(job.optimizer.no_sync())
                 if isinstance(job.parallel_model, DistributedDataParallel):
                     stack.enter_context(job.parallel_model.no_sync())

@@ -59,7 +59,7 @@ def training_of(config: RunConfig, on_device: bool) -> Training:
         streams=section.streams,
         reduces=section.gradient_reduction == "optimizer",
         overlap=section.overlap,
-        accumulates=section.accumulate is not None,
+        accumulates=section.accumulate == "host",
         reduce_fp32=section.reduce_dtype is not None,
         amsgrad=section.use_amsgrad if isinstance(section, AdamSection) else section.amsgrad,
         offload=offload_policy(config),

@@ -113,14 +113,17 @@ class StreamWaits:
         *,
         reads: Iterable[torch.Tensor] = (),
         writes: Iterable[torch.Tensor] = (),
+        waits: bool = True,
     ) -> None:
         """Issue a task on its lane, after the tasks that it waits for, and record an event.
 
         Args:
             action: issues the work.
             reads, writes: the tensors that the work touches; see `Streams.launch`.
+            waits: False if what the task waits for does not apply this time.
         """
-        self.wait_before(operation, bucket)
+        if waits:
+            self.wait_before(operation, bucket)
         self.streams_of(bucket).launch(operation.lane, action, reads=reads, writes=writes)
         self.record(operation, bucket)
 

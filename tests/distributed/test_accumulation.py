@@ -39,7 +39,7 @@ def values_in(optimizer: OffloadAdam) -> list[float]:
 
 def run_a_second_backward(rank: int, world_size: int) -> tuple[Outcome, list[float]]:
     model = Weights(SHAPES)
-    optimizer = make(model, module=model)
+    optimizer = make(model, module=model, accumulate="error")
     model(filled(model, 1.0)).backward()
     outcome = outcome_of(model(filled(model, 1.0)).backward)
     optimizer.zero_grad()
@@ -50,13 +50,15 @@ def run_a_second_backward(rank: int, world_size: int) -> tuple[Outcome, list[flo
     return result
 
 
-def test_a_second_reduced_backward_without_accumulate_names_both_remedies(ranks: RankPool) -> None:
+def test_a_second_reduced_backward_with_accumulate_error_names_both_remedies(
+    ranks: RankPool,
+) -> None:
     results = ranks.run(run_a_second_backward, 2)
     for outcome, _ in results:
         assert outcome.error == "ValueError"
         assert "has already been reduced in this step" in outcome.message
         assert "no_sync()" in outcome.message
-        assert "accumulate='host'" in outcome.message
+        assert "accumulate='auto'" in outcome.message
     assert results[0][1] == [1.0]
 
 

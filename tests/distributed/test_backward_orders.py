@@ -336,11 +336,12 @@ def test_reentrant_checkpoints_end_their_backwards_without_ending_the_outer_one(
 
 
 def test_a_parameter_shared_across_reentrant_checkpoints_is_named_or_added(ranks: RankPool) -> None:
-    for outcome, _ in ranks.run(train_checkpointed, 2, True, {}):
+    for outcome, _ in ranks.run(train_checkpointed, 2, True, {"accumulate": "error"}):
         assert outcome.error == "ValueError"
         assert "'blocks.1.weight' has already been reduced in this step" in outcome.message
-        assert "accumulate='host'" in outcome.message
-    outcome, found = ranks.run(train_checkpointed, 2, True, {"accumulate": "host"})[0]
-    assert outcome == Outcome("", "")
-    for mean, expected in zip(found, plain_mean(True, 1, 2), strict=True):
-        assert torch.allclose(mean.double(), expected, rtol=0.0, atol=1e-6)
+        assert "accumulate='auto'" in outcome.message
+    for options in ({}, {"accumulate": "host"}):
+        outcome, found = ranks.run(train_checkpointed, 2, True, options)[0]
+        assert outcome == Outcome("", "")
+        for mean, expected in zip(found, plain_mean(True, 1, 2), strict=True):
+            assert torch.allclose(mean.double(), expected, rtol=0.0, atol=1e-6)

@@ -121,7 +121,7 @@ def test_a_mistake_on_one_rank_is_an_error_on_all(ranks: RankPool) -> None:
         "reduce_dtype must be torch.float32 or None",
         "max_grad_norm must be above 0",
         AMSGRAD,
-        "accumulate must be 'host' or None, not 'disk'",
+        "accumulate must be one of 'auto', 'host', 'error', None, not 'disk'",
         "gradient_reduction must be 'optimizer' or 'external', not 'nobody'",
         "Parameter",
         "betas[1] must lie in [0, 1), not 1.5",

@@ -53,6 +53,7 @@ class Case:
     side_layers: tuple[int, ...] = ()
     pin: Pin = "all"
     accumulates: bool = False
+    accumulates_later: bool = False
     reduces_in_fp32: bool = False
     offload_fraction: float = 1.0
     overlaps: bool = True
@@ -125,6 +126,7 @@ _RANGES: dict[str, st.SearchStrategy[Any]] = {
     "num_staging_slots": st.sampled_from([2, 1]),
     "offload_fraction": st.sampled_from([1.0, 0.5]),
     "accumulates": st.sampled_from([False, False, False, True]),
+    "accumulates_later": st.sampled_from([False, True]),
     "reduces_in_fp32": st.sampled_from([False, False, True]),
     "max_norm": st.sampled_from([None, 0.5, 20.0]),
     "seed": st.integers(0, 1 << 20),
@@ -146,7 +148,8 @@ def cases(
     layers = draw(st.lists(st.lists(parameters, min_size=1, max_size=2), min_size=4, max_size=7))
     world_size = world_size or draw(st.integers(1, 4))
     options = fixed | {name: draw(_RANGES[name]) for name in _RANGES if name not in fixed}
-    steps = st.lists(_steps(len(layers), options["accumulates"]), min_size=2, max_size=3)
+    accumulates = options["accumulates"] or options["accumulates_later"]
+    steps = st.lists(_steps(len(layers), accumulates), min_size=2, max_size=3)
     if options["on_device"] and "side_layers" not in options:
         options["side_layers"] = draw(st.sampled_from([(), (), tuple(range(0, 7, 2))]))
     return Case(

@@ -61,6 +61,8 @@ class Mirrors(RankGroup):
         rows = tensor[: self.world_size * agreement._NUM_FINDINGS].view(self.world_size, -1)
         own = rows[self.rank].clone()
         rows[:] = own
+        if own[agreement._AHEAD]:
+            return  # a second agreement with the same step's norm follows
         peers = [rank for rank in range(self.world_size) if rank != self.rank]
         rows[peers, agreement._NON_FINITE] = float(self._skips[self.num_agreed])
         rows[peers, agreement._SQUARES] = 0.0

@@ -181,6 +181,7 @@ def make_policy(case: Case, world_size: int, offload_fraction: float) -> StatePo
         world_size=world_size,
         bucket_nbytes=case.bucket_nbytes,
         accumulates=case.accumulates,
+        accumulates_later=case.accumulates_later and not case.accumulates,
         reduces_in_fp32=case.reduces_in_fp32,
         streams=True,
         offload_fraction=offload_fraction,

@@ -46,7 +46,11 @@ from offload_adam.errors import HostMemoryError
         ({"num_threads": 1.5}, TypeError, "num_threads must be an int"),
         ({"reduce_dtype": torch.float16}, ValueError, "reduce_dtype must be torch.float32 or None"),
         ({"state_dtype": torch.bfloat16}, ValueError, "state_dtype must be torch.float32"),
-        ({"accumulate": "device"}, ValueError, "accumulate must be 'host' or None"),
+        (
+            {"accumulate": "device"},
+            ValueError,
+            "accumulate must be one of 'auto', 'host', 'error', None",
+        ),
         ({"accumulate": "host"}, ValueError, "needs module="),
         ({"module": 5}, TypeError, "module must be a torch.nn.Module or None, not 5"),
         (
