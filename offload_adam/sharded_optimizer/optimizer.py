@@ -208,14 +208,25 @@ class ShardedOptimizer(StateAccess):
         close_older()
         self._build_state(core, selection, 0)
 
-    def _adapt(self) -> ShardedAdam:
+    def _adapt(self, *, reduces: bool = False) -> ShardedAdam:
         """Return the core, rebuilt if the model was moved, cast or wrapped since. Collective.
 
         Many training tools call `model.to()` or wrap the model in DDP after the optimizer was
         constructed. Until the first update, the optimizer follows.
+
+        Args:
+            reduces: the caller is about to finish the reduction of the gradients.
         """
         core = self._alive()
-        if not core.has_updated and largest_on_any_rank(self._ranks, int(self._is_outdated())):
+        if core.has_updated:
+            return core
+        outdated = self._is_outdated()
+        if reduces and core.reduction.streams and not outdated:
+            # Do not wait for the other ranks here: the backward of one may wait for the buckets
+            # that this rank has yet to send. If only other ranks have moved their models, they
+            # time out.
+            return core
+        if largest_on_any_rank(self._ranks, int(outdated)):
             self._rebuild(core)
         return self._alive()
 
@@ -473,7 +484,7 @@ class ShardedOptimizer(StateAccess):
             RankDisagreementError: the ranks differ in groups or gradients of this step.
             PeerError: another rank raised an error, died or hung.
         """
-        core = self._adapt()
+        core = self._adapt(reduces=True)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -537,7 +548,7 @@ class ShardedOptimizer(StateAccess):
             TypeError, ValueError: an argument is wrong. The other ranks raise PeerError.
             RuntimeError: on all ranks, the norm is not finite, and `error_if_nonfinite` is True.
         """
-        core = self._adapt()
+        core = self._adapt(reduces=True)
         limit = None
         # Ranks that raise an error for a non-finite norm would leave the others in the next step.
         call = (
@@ -565,7 +576,7 @@ class ShardedOptimizer(StateAccess):
     def _gradient_norms(self) -> npt.NDArray[np.float64]:
         """Return the norm of each parameter's gradient. Collective."""
         # As `step`, in which other ranks may be by mistake: all ranks then compare their calls.
-        core = self._adapt()
+        core = self._adapt(reduces=True)
         inputs = replace(self._inputs(), call="the norm of a gradient in .grad")
         with torch.no_grad():
             return core.norms(inputs)

@@ -62,6 +62,9 @@ def test_torch_loads_an_export(ranks: RankPool, kind: str, tmp_path: Path) -> No
     offload.load_state_dict(content["optimizer"])
     found = whole_state(other, offload)
     assert_same(original["full"]["state"], found["full"]["state"])
+    # An optimizer without names takes over those of the state that it loads, as torch's does.
+    names = found["full"]["offload_adam"].pop("param_names")
+    assert names == [group["param_names"] for group in content["optimizer"]["param_groups"]]
     assert_same(original["full"]["offload_adam"], found["full"]["offload_adam"])
     for parameter in trained:
         parameter.grad = torch.ones_like(parameter)

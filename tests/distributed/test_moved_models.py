@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from offload_adam import OffloadAdam
+from offload_adam import FailurePolicy, OffloadAdam
 from tests.support.ranks import RankPool
 
 LR = 1e-2
@@ -168,6 +168,27 @@ def test_a_model_cast_on_one_rank_alone_is_rejected_on_all(ranks: RankPool) -> N
     for message in ranks.run(cast_on_one, 2):
         assert message.startswith("RankDisagreementError: Rank(s) [1] have a different optimizer")
         assert "the dtype of '0.weight' is torch.bfloat16" in message
+
+
+def cast_on_one_while_streaming(rank: int, world_size: int) -> str:
+    model = make_model()
+    optimizer = OffloadAdam(
+        model.named_parameters(), module=model, failures=FailurePolicy(stuck_after=3.0)
+    )
+    if rank == 1:
+        model.to(torch.bfloat16)
+    try:
+        step_once(model, optimizer, rank, 0)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_a_model_cast_on_one_rank_alone_while_streaming_ends_in_bounded_time(
+    own_ranks: RankPool,
+) -> None:
+    for message in own_ranks.run(cast_on_one_while_streaming, 2, timeout=40.0):
+        assert message.startswith("PeerFailedError")
 
 
 def replace_on_one(rank: int, world_size: int, differs: bool) -> str:
