@@ -364,11 +364,16 @@ def _reject_changes(config: RunConfig, checkpoint: Path) -> None:
     now, saved = config.model_dump(mode="json"), extra["config"]
     for section in sorted({*now, *saved}):
         values, before = now.get(section, {}), saved.get(section, {})
+        # null means the default, and so does a key that the checkpoint's version did not have.
+        defaults: dict[str, Any] = {}
+        if section in now:
+            defaults = type(getattr(config, section)).model_construct().model_dump(mode="json")
         for key in sorted({*values, *before}):
             name = f"{section}.{key}"
-            if values.get(key) != before.get(key) and not name.startswith(MAY_CHANGE):
+            was = defaults.get(key) if before.get(key) is None else before[key]
+            if values.get(key) != was and not name.startswith(MAY_CHANGE):
                 problem = (
-                    f"was {json.dumps(before.get(key))} in the checkpoint and is "
+                    f"was {json.dumps(was)} in the checkpoint and is "
                     f"{json.dumps(values.get(key))} now: set it back, or begin a new run with "
                     "checkpoint.resume=never and another run.name"
                 )

@@ -126,10 +126,10 @@ _RANGES: dict[str, st.SearchStrategy[Any]] = {
     "num_staging_slots": st.sampled_from([2, 1]),
     "offload_fraction": st.sampled_from([1.0, 0.5]),
     "accumulates": st.sampled_from([False, False, False, True]),
-    "accumulates_later": st.sampled_from([False, True]),
     "reduces_in_fp32": st.sampled_from([False, False, True]),
     "max_norm": st.sampled_from([None, 0.5, 20.0]),
     "seed": st.integers(0, 1 << 20),
+    "accumulates_later": st.sampled_from([False, False, True]),
 }
 
 

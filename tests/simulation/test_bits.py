@@ -19,7 +19,7 @@ from tests.simulation.simulation import Simulation
 from tests.simulation.training import reference_of
 from tests.simulation.waits import Kind, kinds_of
 
-NUM_EXAMPLES = 3
+NUM_EXAMPLES = 4
 NUM_REUSING = 2
 """At least this many of the examples must have a ring in which buckets share a slot."""
 

@@ -206,7 +206,7 @@ def test_a_bug_is_found(bug: Callable[[Simulation, Patch], None], case: Case) ->
 
 def gathers_of_needed_buckets_first(simulation: Simulation, patch: Patch) -> None:
     executor = simulation.core.executor
-    wait = executor.wait_for_buckets
+    wait = executor._wait_for_buckets
 
     def hasty(buckets: Collection[int]) -> None:
         for number in buckets:
@@ -215,7 +215,7 @@ def gathers_of_needed_buckets_first(simulation: Simulation, patch: Patch) -> Non
                 executor._to_gather.appendleft(number)
         wait(buckets)
 
-    patch.setattr(executor, "wait_for_buckets", hasty)
+    patch.setattr(executor, "_wait_for_buckets", hasty)
 
 
 def updates_in_backward_order(simulation: Simulation, patch: Patch) -> None:
