@@ -22,12 +22,14 @@ class SegmentTable:
     """Segments of one gradient format: addresses of gradients and offsets of their state.
 
     addresses, starts, numels: (num segments,) int64, see `kernels.adam.update`.
+    sum_starts: (num segments,) int64, see `kernels.norm.block_sums`.
     positions: (num segments,) int64, position in the bucket of each segment's parameter.
     """
 
     gradient_format: FloatFormat
     addresses: npt.NDArray[np.int64]
     starts: npt.NDArray[np.int64]
+    sum_starts: npt.NDArray[np.int64]
     numels: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
 
@@ -233,7 +235,13 @@ def _table(
 ) -> Iterator[SegmentTable]:
     """Yield the table of the chosen segments, if there are any."""
     segments = state.segments
-    columns = [addresses, segments.shard_starts, segments.numels, segments.positions]
+    columns = [
+        addresses,
+        segments.shard_starts,
+        segments.sum_starts,
+        segments.numels,
+        segments.positions,
+    ]
     if not chosen.all():
         columns = [column[chosen] for column in columns]
     if columns[0].size > 0:

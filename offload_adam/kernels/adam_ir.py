@@ -269,7 +269,7 @@ def _emit_range(
 def _emit_lead(builder: Any, param_out: Any, numel: Any) -> Any:
     """Emit the number of elements before the first aligned vector of `param_out`.
 
-    It is 0 in an optimizer's own memory, where parameters start at whole blocks.
+    It is 0 in an optimizer's own memory, where parameters start at whole vectors.
     """
     if param_out is None:
         return _constant(0)

@@ -33,7 +33,13 @@ def _build() -> Any:
     fingerprint = source_fingerprint()
 
     def sum_segments(
-        tag: Any, addresses: Any, starts: Any, numels: Any, work_starts: Any, sums: Any, pieces: Any
+        tag: Any,
+        addresses: Any,
+        sum_starts: Any,
+        numels: Any,
+        work_starts: Any,
+        sums: Any,
+        pieces: Any,
     ) -> int:
         total = work_starts[work_starts.size - 1]
         for piece in numba.prange(pieces):
@@ -47,7 +53,7 @@ def _build() -> Any:
                 high = min(skipped + blocks * BLOCK_NUMEL, numels[segment])
                 pointer = pointer_to(addresses[segment], tag)
                 gradient = numba.carray(pointer, high)[skipped:]
-                sum_range(gradient, sums, (starts[segment] + skipped) // BLOCK_NUMEL)
+                sum_range(gradient, sums, sum_starts[segment] + skipped // BLOCK_NUMEL)
                 position += blocks
                 segment += 1
         return fingerprint
@@ -61,12 +67,12 @@ _sum_segments = _build()
 def block_sums(
     gradient_format: FloatFormat,
     addresses: npt.NDArray[np.int64],
-    starts: npt.NDArray[np.int64],
+    sum_starts: npt.NDArray[np.int64],
     numels: npt.NDArray[np.int64],
     sums: npt.NDArray[np.float64],
     num_pieces: int,
 ) -> None:
-    """Write the sum of squares of every 128-element block of the segments.
+    """Write the sum of squares of every 128 elements of each segment.
 
     A block's sum is non-finite exactly if one of its elements is: the square of the largest float32
     is far below the largest float64. Bit-identical for any `num_pieces` and alignment.
@@ -74,9 +80,9 @@ def block_sums(
     Args:
         gradient_format: format of all gradients of the table.
         addresses: (n,) address of each segment's first gradient element.
-        starts: (n,) offset of each segment in the shard, a multiple of 128.
+        sum_starts: (n,) index in `sums` of each segment's first sum.
         numels: (n,) number of elements of each segment.
-        sums: float64, one for each block of the shard; blocks outside all segments keep their sums.
+        sums: float64; those of no segment in the table keep their values.
         num_pieces: number of threads that share the work.
 
     Cost: reads the gradient once, and writes 1/16 byte per element.
@@ -86,7 +92,7 @@ def block_sums(
     work_starts = np.zeros(blocks.size + 1, dtype=np.int64)
     np.cumsum(blocks, out=work_starts[1:])
     _sum_segments(
-        gradient_format.dtype_tag(), addresses, starts, numels, work_starts, sums, num_pieces
+        gradient_format.dtype_tag(), addresses, sum_starts, numels, work_starts, sums, num_pieces
     )
 
 

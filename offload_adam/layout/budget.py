@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from offload_adam.layout.flat import BLOCK_NUMEL, Bucket
+from offload_adam.layout.flat import Bucket
 from offload_adam.layout.state_plan import FLOAT32_NBYTES, StatePlan
 
 BLOCK_SUM_NBYTES = 8  # float64
@@ -130,6 +130,5 @@ def _gradient_itemsize(plan: StatePlan) -> int:
 
 
 def block_sums_nbytes(buckets: Sequence[Bucket]) -> int:
-    """Return the bytes of the array of block sums that all buckets share: 8 per block of 128."""
-    largest = max((bucket.shard_numel for bucket in buckets), default=0)
-    return largest // BLOCK_NUMEL * BLOCK_SUM_NBYTES
+    """Return the bytes of the array of block sums that all buckets share."""
+    return max((bucket.num_sums for bucket in buckets), default=0) * BLOCK_SUM_NBYTES

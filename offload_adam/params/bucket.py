@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from offload_adam.layout.flat import Bucket, Segment
+from offload_adam.layout.flat import BLOCK_NUMEL, Bucket, Segment
 from offload_adam.layout.state_plan import StatePlan
 from offload_adam.memory.arena import HostArena, padded_nbytes
 from offload_adam.memory.planes import StatePlanes, gradient_dtype
@@ -32,7 +32,7 @@ def flatten_parameters(bucket: Bucket, parameters: Sequence[torch.nn.Parameter])
     for placed, parameter in zip(bucket.placements, parameters, strict=True):
         if placed.numel > 0:
             # With its own storage: `torch.save` of one parameter would write the whole bucket.
-            view = in_shape_of(with_own_storage(flat[placed.start : placed.end]), parameter)
+            view = with_own_storage(in_shape_of(flat[placed.start : placed.end], parameter))
             view.copy_(parameter.data)
             # Through `.data`: references in the model stay valid, and each parameter keeps its own
             # version counter, which views of one tensor would share.
@@ -50,20 +50,28 @@ def _allocate(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Ten
 
 @dataclass(frozen=True, slots=True)
 class ShardSegments:
-    """The segments of one shard, as tuples and as int64 columns of shape (num segments,)."""
+    """The segments of one shard, as tuples and as int64 columns of shape (num segments,).
+
+    sum_starts: index of each segment's first block sum, if the sums of all segments are in one
+        array.
+    """
 
     each: tuple[Segment, ...]
     positions: npt.NDArray[np.int64]
     parameter_starts: npt.NDArray[np.int64]
     shard_starts: npt.NDArray[np.int64]
     numels: npt.NDArray[np.int64]
+    sum_starts: npt.NDArray[np.int64]
 
     @classmethod
     def of_shard(cls, bucket: Bucket, rank: int) -> ShardSegments:
         """Return the segments of `rank`'s shard."""
         each = bucket.segments(rank)
-        columns = np.array(each, dtype=np.int64).reshape(-1, len(Segment._fields)).T
-        return cls(each, *(np.ascontiguousarray(column) for column in columns))
+        rows = np.array(each, dtype=np.int64).reshape(-1, len(Segment._fields))
+        columns = [np.ascontiguousarray(column) for column in rows.T]
+        blocks = -(-columns[-1] // BLOCK_NUMEL)
+        columns.append(np.cumsum(blocks) - blocks)
+        return cls(each, *columns)
 
     def select(self, chosen: npt.NDArray[np.bool_]) -> list[Segment]:
         """Return the segments of chosen parameters.

@@ -15,10 +15,12 @@ Worked example: a parameter of shape (2, 3), whose element at [i, j] is called i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.utils.dlpack import to_dlpack
 
 from offload_adam.kernels.formats import FloatFormat
 
@@ -38,6 +40,8 @@ def bits_of(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
 
 def memory_strides(tensor: torch.Tensor) -> tuple[int, ...]:
     """Return a parameter's strides in its bucket: its own if it has no gaps, else contiguous."""
+    if tensor.is_contiguous():
+        return tensor.stride()
     order = sorted(range(tensor.dim()), key=lambda dim: (tensor.stride(dim), tensor.shape[dim]))
     expected = 1
     for dim in order:
@@ -58,12 +62,16 @@ def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def with_own_storage(part: torch.Tensor) -> torch.Tensor:
-    """Return a tensor over the same memory, whose storage has only these elements.
+    """Return a tensor like `part` over the same memory, whose storage has only these elements.
 
     `torch.save` and `copy.deepcopy` handle whole storages, and so touch no other parameters.
     """
-    with torch.cuda.device_of(part):  # DLPack exports from the current device only
-        return torch.from_dlpack(part)
+    # DLPack exports from the current device only.
+    on_device = torch.cuda.device_of(part) if part.is_cuda else nullcontext()
+    with on_device:
+        # `from_dlpack(part)` does the same, but asks the tensor for its device and stream first,
+        # which takes several times as long.
+        return torch.from_dlpack(to_dlpack(part))
 
 
 def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
@@ -72,5 +80,7 @@ def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def in_shape_of(flat: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Return a view of flat elements in a parameter's shape: the inverse of `in_memory_order`."""
+    """Return flat elements in a parameter's shape, as a view: the inverse of `in_memory_order`."""
+    if parameter.dim() == 1:
+        return flat
     return flat.as_strided(parameter.shape, memory_strides(parameter))

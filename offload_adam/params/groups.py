@@ -96,13 +96,7 @@ def names_of(
         first_group: index of the first group in `param_groups`.
     """
     known = {} if module is None else {id(p): name for name, p in module.named_parameters()}
-    return [
-        [
-            _name(group, known, group_index, position, parameter)
-            for position, parameter in enumerate(group["params"])
-        ]
-        for group_index, group in enumerate(groups, first_group)
-    ]
+    return [_names(group, known, number) for number, group in enumerate(groups, first_group)]
 
 
 def known_names(
@@ -117,16 +111,14 @@ def known_names(
     return names if len(every) == len({*every}) else None
 
 
-def _name(
-    group: Mapping[str, Any],
-    known: Mapping[int, str],
-    group_index: int,
-    position: int,
-    parameter: torch.Tensor,
-) -> str:
+def _names(group: Mapping[str, Any], known: Mapping[int, str], number: int) -> list[str]:
+    parameters = group["params"]
     if "param_names" in group:
-        return str(group["param_names"][position])
-    return known.get(id(parameter), f"param_groups[{group_index}]['params'][{position}]")
+        return [str(name) for name, _ in zip(group["param_names"], parameters, strict=True)]
+    return [
+        known.get(id(parameter)) or f"param_groups[{number}]['params'][{position}]"
+        for position, parameter in enumerate(parameters)
+    ]
 
 
 def as_float(name: str, value: Any) -> float:

@@ -66,8 +66,9 @@ def check_parameter(name: str, parameter: torch.Tensor) -> None:
             f"Parameter {name!r} is on device {str(data.device)!r}, but only CPU and CUDA are "
             "supported. Materialise and move the model before you construct the optimizer."
         )
-    if any(
-        stride == 0 and size > 1 for size, stride in zip(data.shape, data.stride(), strict=True)
+    strides = data.stride()
+    if 0 in strides and any(
+        stride == 0 and size > 1 for size, stride in zip(data.shape, strides, strict=True)
     ):
         raise ValueError(
             f"Parameter {name!r} is expanded, so its elements share memory. Use a .clone() of it "
@@ -94,10 +95,10 @@ def _reject_overlaps(members: Iterable[Named]) -> None:
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     """Return the range [first, end) of addresses that a tensor spans."""
-    last = sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum([(size - 1) * stride for size, stride in steps])
+    first = tensor.data_ptr()
+    return first, first + (last + 1) * tensor.element_size()
 
 
 @dataclass(frozen=True, slots=True)

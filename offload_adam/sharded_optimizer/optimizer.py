@@ -354,8 +354,9 @@ class ShardedOptimizer(StateAccess):
     def _require_same_parameters(self, selection: Selection, first_group: int) -> None:
         """Check that the ranks agree on the groups from `first_group` on. Collective."""
         groups = self.param_groups[first_group:]
-        fields = [*self._fields, *describe(selection, groups, first_group=first_group)]
-        require_same(self._ranks, "optimizer", fields)
+        if self._ranks.world_size > 1:  # the fields of many parameters take long to describe
+            fields = [*self._fields, *describe(selection, groups, first_group=first_group)]
+            require_same(self._ranks, "optimizer", fields)
 
     def _build_state(self, core: ShardedAdam, selection: Selection, first_group: int) -> None:
         """Allocate the state of new parameters, and attach hooks. Collective.

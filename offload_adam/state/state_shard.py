@@ -12,7 +12,6 @@ shape (4, 5), range [3, 17)     . . . X X     box 1: row 0, columns 3 to 4
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, Never, SupportsIndex
 
@@ -132,8 +131,7 @@ def local_range(state: BucketState, position: int) -> tuple[int, int]:
     return start - placed.start, end - placed.start
 
 
-@dataclass(frozen=True, slots=True)
-class ParameterShard:
+class ParameterShard(NamedTuple):
     """This rank's range of one parameter and its state, in memory order.
 
     bucket: index of the parameter's bucket.
@@ -155,26 +153,27 @@ class ParameterShard:
 def shards_of(states: Iterable[BucketState]) -> Iterator[ParameterShard]:
     """Yield this rank's range of every parameter, bucket by bucket; a range may be empty."""
     for state in states:
-        yield from _shards_of_bucket(state)
+        for position, parameter in enumerate(state.parameters):
+            part = _slice_of(state, position)
+            planes = state.planes.named(own_master=state.own_master)
+            yield ParameterShard(
+                parameter,
+                state.layout.index,
+                *local_range(state, position),
+                state.shard[part],
+                {key: plane[part] for key, plane in planes.items()},
+                state.step_counts[position],
+            )
 
 
-def _shards_of_bucket(state: BucketState) -> Iterator[ParameterShard]:
+def _slice_of(state: BucketState, position: int) -> slice:
+    """Return where `local_range` is in this rank's shard."""
+    start, end = local_range(state, position)
+    if start == end:  # it may be outside the shard, where its offset would be negative
+        return slice(0, 0)
     low, _ = state.layout.shard_bounds(state.rank)
-    for position, parameter in enumerate(state.parameters):
-        start, end = local_range(state, position)
-        # An empty range may be outside the shard, where its offset would be negative.
-        offset = state.layout.placements[position].start + start - low if end > start else 0
-        part = slice(offset, offset + end - start)
-        planes = state.planes.named(own_master=state.own_master)
-        yield ParameterShard(
-            parameter,
-            state.layout.index,
-            start,
-            end,
-            state.shard[part],
-            {key: plane[part] for key, plane in planes.items()},
-            state.step_counts[position],
-        )
+    offset = state.layout.placements[position].start + start - low
+    return slice(offset, offset + end - start)
 
 
 def local_state(state: BucketState, position: int) -> dict[str, torch.Tensor]:
@@ -183,25 +182,19 @@ def local_state(state: BucketState, position: int) -> dict[str, torch.Tensor]:
     With one rank, every tensor has the parameter's shape and strides. With more, it is the 1-d
     range `local_range`, which may be empty.
     """
-    entry = {"step": state.step_counts[position]}
-    for key, plane in state.planes.named(own_master=state.own_master).items():
-        entry[key] = _view(state, position, plane)
-    return entry
+    # With their own storages, because `torch.save` writes whole storages: here all of the plane.
+    parts = {key: with_own_storage(part) for key, part in _parts_of(state, position).items()}
+    return {"step": state.step_counts[position], **parts}
 
 
-def _view(state: BucketState, position: int, plane: torch.Tensor) -> torch.Tensor:
-    start, end = local_range(state, position)
+def _parts_of(state: BucketState, position: int) -> dict[str, torch.Tensor]:
+    """Return the planes' parts for `local_state`, as views of the planes."""
+    part = _slice_of(state, position)
+    planes = state.planes.named(own_master=state.own_master)
+    if state.layout.world_size > 1:
+        return {key: plane[part] for key, plane in planes.items()}
     parameter = state.parameters[position]
-    if start == end:  # no memory to view: the parameter is empty or outside this shard
-        whole = state.layout.world_size == 1
-        return torch.empty(parameter.shape if whole else 0, dtype=plane.dtype, device=plane.device)
-    low, _ = state.layout.shard_bounds(state.rank)
-    offset = state.layout.placements[position].start + start - low
-    # With its own storage, because `torch.save` writes whole storages: here all of the plane.
-    part = with_own_storage(plane[offset : offset + end - start])
-    if state.layout.world_size == 1:
-        return in_shape_of(part, parameter)
-    return part
+    return {key: in_shape_of(plane[part], parameter) for key, plane in planes.items()}
 
 
 def state_shard(state: BucketState, position: int, local: torch.Tensor) -> StateShard:
@@ -229,7 +222,8 @@ def plan_load(
         ValueError: a tensor has another shape; the message names the parameter.
     """
     copies = []
-    for key, target in local_state(state, position).items():
+    targets = {"step": state.step_counts[position], **_parts_of(state, position)}
+    for key, target in targets.items():
         value = saved.get(key)
         if value is None:
             if key != "master_weight":

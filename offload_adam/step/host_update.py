@@ -26,7 +26,7 @@ from offload_adam.kernels import threads
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.scalars import scalar_row
 from offload_adam.layout.budget import Category
-from offload_adam.layout.flat import BLOCK_NUMEL, Segment
+from offload_adam.layout.flat import Segment
 from offload_adam.layout.state_plan import FLOAT32_NBYTES
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import FORMATS, bits_of
@@ -97,8 +97,8 @@ class HostUpdate:
             if state.plan.stages_parameters and state.dtype == torch.float32:
                 self._compile_fold(torch.float32, torch.float32)
             self._allocate_whole(state, state.centralized)
-            if state.layout.num_blocks > self._block_sums.size:
-                self._block_sums = np.zeros(state.layout.num_blocks, dtype=np.float64)
+            if state.layout.num_sums > self._block_sums.size:
+                self._block_sums = np.zeros(state.layout.num_sums, dtype=np.float64)
 
     def compile_for_accumulator(self, state: BucketState) -> None:
         """Compile the kernels that write and read this bucket's accumulator, which is float32."""
@@ -171,24 +171,24 @@ class HostUpdate:
         self, state: BucketState, gradients: BucketGradients
     ) -> npt.NDArray[np.int64]:
         """Return the positions of the bucket's parameters with a non-finite gradient."""
-        blocks = np.flatnonzero(~np.isfinite(self._sum_blocks(state, gradients)))
-        return np.unique(_positions_of(state, blocks))
+        found = np.flatnonzero(~np.isfinite(self._sum_blocks(state, gradients)))
+        return np.unique(_positions_of(state, found))
 
     def _sum_blocks(
         self, state: BucketState, gradients: BucketGradients
     ) -> npt.NDArray[np.float64]:
-        """Return the sum of squares of each block of the shard, 0 for blocks without gradient.
+        """Return the sum of squares of each block of each segment, 0 for those without gradient.
 
         The result is valid until the next call, which overwrites it.
         """
-        sums = self._block_sums[: state.layout.num_blocks]
+        sums = self._block_sums[: state.layout.num_sums]
         sums.fill(0.0)
         for table in gradients.tables(state, gradients.readable):
             with _launching:
                 self._norm.block_sums(
                     table.gradient_format,
                     table.addresses,
-                    table.starts,
+                    table.sum_starts,
                     table.numels,
                     sums,
                     self._use_threads(int(table.numels.sum())),
@@ -267,7 +267,7 @@ class HostUpdate:
         if isinstance(gradient, GradientRows):
             self._update_rows(state, segment, gradient, scalars, param_out)
             return
-        columns = (gradient.data_ptr(), segment.shard_start, segment.numel, segment.position)
+        columns = (gradient.data_ptr(), segment.shard_start, 0, segment.numel, segment.position)
         table = SegmentTable(
             FloatFormat.FLOAT32, *(np.array([column], dtype=np.int64) for column in columns)
         )
@@ -305,9 +305,9 @@ class HostUpdate:
         return num_pieces
 
 
-def _positions_of(state: BucketState, blocks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the position of the parameter that each block of the shard belongs to."""
-    segments = np.searchsorted(state.segments.shard_starts, blocks * BLOCK_NUMEL, side="right")
+def _positions_of(state: BucketState, sums: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the position of the parameter that each block sum belongs to, given its index."""
+    segments = np.searchsorted(state.segments.sum_starts, sums, side="right")
     positions: npt.NDArray[np.int64] = state.segments.positions[segments - 1]
     return positions
 

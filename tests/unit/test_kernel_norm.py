@@ -32,7 +32,7 @@ def block_sums(
     norm.block_sums(
         gradient_format,
         np.array([segment.gradient.ctypes.data for segment in segments], dtype=np.int64),
-        np.array([segment.start for segment in segments], dtype=np.int64),
+        np.array([segment.start // 128 for segment in segments], dtype=np.int64),
         np.array([segment.gradient.size for segment in segments], dtype=np.int64),
         sums,
         num_pieces,

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offload_adam.layout import flat
 from offload_adam.layout.flat import BLOCK_NUMEL, Bucket, ParameterSpec, plan_buckets
 from offload_adam.layout.schedule import Operation, Task, plan_schedule
 from offload_adam.layout.state_plan import StateLocation, StatePlan
+from offload_adam.params.bucket import ShardSegments
 from tests.support.plans import equal_plans, offloaded
 
 SPECS = st.lists(
-    st.tuples(st.integers(0, 5000), st.sampled_from([("bfloat16@cpu", 2), ("float32@cpu", 4)])),
+    st.tuples(
+        st.one_of(st.integers(0, 5000), st.integers(0, 130)),
+        st.sampled_from([("bfloat16@cpu", 2), ("float32@cpu", 4)]),
+    ),
     max_size=30,
 ).map(
     lambda drawn: [
@@ -22,6 +29,14 @@ SPECS = st.lists(
         for index, (numel, (family, itemsize)) in enumerate(drawn)
     ]
 )
+"""Half of the parameters are smaller than a block."""
+
+
+@pytest.fixture(scope="module", params=[0, 1000], ids=["packed", "aligned"], autouse=True)
+def pack_from(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Let small parameters share blocks, or not."""
+    with patch.object(flat, "PACK_FROM", request.param):
+        yield request.param
 
 
 @settings(max_examples=150)
@@ -64,7 +79,7 @@ def _check_shard(bucket: Bucket, rank: int, covered: dict[int, list[tuple[int, i
 @settings(max_examples=100)
 @given(specs=SPECS, bucket_nbytes=st.integers(1, 60_000))
 def test_buckets_hold_one_family_in_backward_order_within_their_size(
-    specs: list[ParameterSpec], bucket_nbytes: int
+    pack_from: int, specs: list[ParameterSpec], bucket_nbytes: int
 ) -> None:
     buckets = plan_buckets(specs, world_size=3, bucket_nbytes=bucket_nbytes)
     families = {spec.index: spec.bucket_key for spec in specs}
@@ -75,8 +90,15 @@ def test_buckets_hold_one_family_in_backward_order_within_their_size(
         assert members == sorted(members, reverse=True)
         completed.append(members[-1])
         assert len(members) == 1 or bucket.placements[-1].end * bucket.itemsize <= bucket_nbytes
+        end = 0
         for placed in bucket.placements:
-            assert placed.start % BLOCK_NUMEL == 0
+            small = placed.numel < BLOCK_NUMEL and pack_from == 0
+            assert placed.start % (16 if small else BLOCK_NUMEL) == 0
+            last = max(placed.end - 1, placed.start)
+            assert not small or placed.start // BLOCK_NUMEL == last // BLOCK_NUMEL
+            # No earlier place was free.
+            assert placed.start - end < (16 if placed.start % BLOCK_NUMEL else BLOCK_NUMEL)
+            end = placed.end
     assert completed == sorted(completed, reverse=True)
 
 
@@ -88,6 +110,29 @@ def test_padding_is_bounded(specs: list[ParameterSpec], world_size: int) -> None
         numel = sum(placed.numel for placed in bucket.placements)
         bound = (BLOCK_NUMEL - 1) * len(bucket.placements) + BLOCK_NUMEL * world_size
         assert numel <= bucket.numel < numel + bound
+
+
+@settings(max_examples=60)
+@given(specs=SPECS, world_size=st.integers(1, 8))
+def test_there_are_enough_block_sums_for_every_shard(
+    specs: list[ParameterSpec], world_size: int
+) -> None:
+    for bucket in plan_buckets(specs, world_size=world_size, bucket_nbytes=20_000):
+        largest = 0
+        for rank in range(world_size):
+            segments = ShardSegments.of_shard(bucket, rank)
+            blocks = [-(-segment.numel // BLOCK_NUMEL) for segment in segments.each]
+            assert segments.sum_starts.tolist() == [sum(blocks[:i]) for i in range(len(blocks))]
+            largest = max(largest, sum(blocks))
+        assert largest <= bucket.num_sums
+        if all(placed.numel >= BLOCK_NUMEL for placed in bucket.placements):
+            assert bucket.num_sums == bucket.shard_numel // BLOCK_NUMEL
+
+
+def test_tiny_parameters_take_16_elements_each() -> None:
+    tiny = [ParameterSpec(index, 3, 4, "f") for index in range(10_000)]
+    (bucket,) = plan_buckets(tiny, world_size=1, bucket_nbytes=2**20)
+    assert (bucket.numel, bucket.num_sums) == (16 * 10_000, 10_000)
 
 
 def test_a_parameter_larger_than_a_bucket_has_its_own() -> None:

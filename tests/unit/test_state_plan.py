@@ -48,6 +48,16 @@ def test_the_worked_example_of_the_layout() -> None:
     assert parts == [[(0, 0, 130), (1, 0, 128)], [(1, 128, 172), (2, 0, 100)]]
 
 
+def test_the_worked_example_of_parameters_that_share_a_block() -> None:
+    numels = (*[5] * 1000, 20, 3, 300)
+    specs = [ParameterSpec(i, numel, 4, "f") for i, numel in enumerate(numels)]
+    (bucket,) = plan_buckets(specs, world_size=1, bucket_nbytes=10**6)
+    expected = (Placement(1002, 0, 300), Placement(1001, 304, 307), Placement(1000, 320, 340))
+    assert bucket.placements[:3] == expected
+    (bucket,) = plan_buckets(specs[3:], world_size=1, bucket_nbytes=10**6)
+    assert bucket.placements[1] == Placement(1001, 384, 387)  # 999 are not enough
+
+
 @pytest.mark.parametrize(
     ("policy", "itemsize", "location", "master", "shard"),
     [
@@ -151,10 +161,11 @@ def test_a_layout_that_cannot_be_right_is_rejected() -> None:
     (bucket,) = plan_buckets(specs, world_size=2, bucket_nbytes=10**6)
     first, second = bucket.placements
     for placements in (
-        (first, replace(second, start=100)),  # not aligned, and over the first one's padding
+        (first, second._replace(start=100)),  # not aligned, and over the first one's padding
         (second, first),  # out of order
-        (first, replace(second, start=256, end=356)),  # a hole
-        (replace(first, end=-1), second),
+        (first, second._replace(start=256, end=356)),  # a hole
+        (first, second._replace(start=100, end=120)),  # not aligned to a vector
+        (first._replace(end=-1), second),
     ):
         with pytest.raises(ValueError, match="must start at"):
             replace(bucket, placements=placements)
