@@ -204,7 +204,7 @@ def test_a_dropped_optimizer_leaves_what_an_update_still_uses(
         held_up.optimizer = None
         gc.collect()
     assert held_up.runtime.nbytes == held_up.pinned_nbytes
-    assert "2.00 KiB of them pinned, until the process ends" in caplog.text
+    assert "4.00 KiB of them pinned, until the process ends" in caplog.text
     held_up.may_go_on.set()
     gc.collect()
     assert held_up.runtime.nbytes == held_up.pinned_nbytes
