@@ -60,8 +60,12 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
     side = device if training.on_device else host
     side[Category.PARAMETERS] = sum(bucket.numel * bucket.itemsize for bucket in buckets)
     side[Category.GRADIENTS] = _gradients(plans, training)
+    sums_later = training.policy.accumulates_later
     for plan in plans:
-        (host if plan.location.is_host else device).update(_shard_nbytes(plan, training))
+        place = host if plan.location.is_host else device
+        place.update(plane_nbytes(plan))
+        if sums_later:
+            place[Category.ACCUMULATORS] += accumulator_nbytes(plan)
     host[Category.BLOCK_SUMS] = block_sums_nbytes([p.bucket for p in plans if p.location.is_host])
     side[Category.SLOTS] = _slots(plans, training)
     host[Category.STAGING] = ring_nbytes(
@@ -84,14 +88,6 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
         # Parameters on a device are written through a buffer; host memory is written in place.
         host[Category.CHECKPOINT_WRITER] = CHECKPOINT_BLOCK_NBYTES
     return Prediction(dict(+host), dict(+device), len(plans))
-
-
-def _shard_nbytes(plan: StatePlan, training: Training) -> dict[str, int]:
-    """Return the bytes of one rank's shard of one bucket by category."""
-    nbytes = plane_nbytes(plan)
-    if training.policy.accumulates_later:
-        nbytes[Category.ACCUMULATORS] = accumulator_nbytes(plan)
-    return nbytes
 
 
 def _gradients(plans: Sequence[StatePlan], training: Training) -> int:
