@@ -134,11 +134,13 @@ class Bucket:
     def __post_init__(self) -> None:
         end = 0
         for placed in self.placements:
-            starts = {align(end), start_after(end, placed.numel, packs=True)}
-            if placed.start not in starts or placed.numel < 0:
+            start, packed = align(end), placed.start
+            if packed != start:  # in a block with the parameter before
+                packed = start_after(end, placed.numel, packs=True)
+            if placed.start not in (start, packed) or placed.numel < 0:
                 raise ValueError(
-                    f"In bucket {self.index}, {placed} must start at "
-                    f"{' or '.join(map(str, sorted(starts)))} and must not end before its start."
+                    f"In bucket {self.index}, {placed} must start at {start} or {packed}, and must "
+                    "not end before its start."
                 )
             end = placed.end
         expected = align(end, BLOCK_NUMEL * self.world_size)

@@ -191,9 +191,13 @@ def test_a_bandwidth_is_measured_when_asked_for(
 
 
 def test_the_whole_command_plans_large_worlds_at_once() -> None:
-    """4,096 ranks and 1e12 parameters, imports included: under 2 s of CPU time and 500 MiB."""
+    """4,096 ranks and 1e12 parameters, imports included: about a second, and under 500 MiB.
+
+    The CPU time is compared with that of a loop beside it, since machines differ and are shared:
+    the plan takes about 1.4 times as long as the loop.
+    """
     code = (
-        "import resource, sys; from offload_adam.cli.app import app; sys.argv[1:] = "
+        "import resource, sys, time; from offload_adam.cli.app import app; sys.argv[1:] = "
         "'plan --params=1e12 --world-size=4096 --local-world-size=8 --gpu-memory=80GiB "
         "--host-memory=2TiB --host-bandwidth=400 --bus-bandwidth=50 "
         "--network-bandwidth=50'.split()\n"
@@ -202,20 +206,23 @@ def test_the_whole_command_plans_large_worlds_at_once() -> None:
         "used = resource.getrusage(resource.RUSAGE_SELF)\n"
         # Not ru_maxrss: a child inherits that of its parent, which is a whole test run.
         "peak = next(l for l in open('/proc/self/status') if l.startswith('VmHWM'))\n"
-        "print('USED', used.ru_utime + used.ru_stime, peak.split()[1])"
+        "table, start = {}, time.process_time()\n"
+        "for number in range(3_000_000): table[number % 1000] = (number, str(number))\n"
+        "loop = time.process_time() - start\n"
+        "print('USED', (used.ru_utime + used.ru_stime) / loop, peak.split()[1])"
     )
-    seconds: list[float] = []
-    while len(seconds) < 3:  # the best of three: other processes slow it down
+    ratios: list[float] = []
+    while len(ratios) < 3:  # the best of three: other processes slow it down
         ran = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=90
         )
         assert ran.returncode == 0, ran.stderr
-        _, used_s, kibibytes = ran.stdout.splitlines()[-1].split()
+        _, ratio, kibibytes = ran.stdout.splitlines()[-1].split()
         assert int(kibibytes) < 500 * 1024
-        seconds.append(float(used_s))
-        if seconds[-1] < 2.0:
+        ratios.append(float(ratio))
+        if ratios[-1] < 3.0:
             return
-    pytest.fail(f"seconds of a core: {seconds}")
+    pytest.fail(f"CPU times of the plan, in those of the loop: {ratios}")
 
 
 def test_the_largest_model_needs_a_known_memory() -> None:
