@@ -12,6 +12,7 @@ Every rank reads and writes only its own part of the state, and any world size c
 
 from __future__ import annotations
 
+import re
 import shutil
 import uuid
 from collections.abc import Collection, Sequence
@@ -28,6 +29,7 @@ from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.state.state_dict import StateReference
 
 _PREFIX = "offload_adam-"
+_NAME = re.compile(rf"{_PREFIX}[0-9a-f]{{32}}(-\d+)?")  # with the step in a Trainer
 
 
 def new_label(ranks: RankGroup) -> str:
@@ -106,5 +108,6 @@ def _find(label: str, parents: Sequence[Path]) -> Path:
 def remove_others(parent: Path, kept: Collection[str]) -> None:
     """Remove the states of earlier saves from a folder, except those with the names `kept`."""
     for path in parent.glob(f"{_PREFIX}*"):
-        if path.name not in kept:
+        # The parent may be any folder of the user, with other things whose names begin so.
+        if _NAME.fullmatch(path.name) and path.name not in kept:
             shutil.rmtree(path, ignore_errors=True)

@@ -211,6 +211,14 @@ def test_another_optimizer_is_rejected(tmp_path: Path) -> None:
         trainer.train()
 
 
+def test_folders_of_the_user_stay(tmp_path: Path) -> None:
+    names = ["offload_adam-tries", "offload_adam-", f"offload_adam-{'0' * 32}-tries"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    train(0, 1, tmp_path, Run())
+    assert sorted(states_in(tmp_path)) == sorted(tmp_path / name for name in names)
+
+
 def test_the_state_is_no_checkpoint_of_the_model(tmp_path: Path) -> None:
     train(0, 1, tmp_path, Run())
     (folder,) = states_in(tmp_path / "checkpoint-3")
