@@ -125,6 +125,22 @@ rebuild_tensor: Callable[..., torch.Tensor] = _find("torch._utils", "_rebuild_te
 rebuild_untyped_tensor: Callable[..., torch.Tensor] = _find("torch._utils", "_rebuild_tensor_v3")
 """Return a tensor of a dtype for which torch has no typed storage."""
 
+StorageWeakRef: Any = _find("torch.multiprocessing.reductions", "StorageWeakRef")
+"""A reference to a storage that does not keep it alive. torch's storages accept no `weakref.ref`.
+
+Used to find out whether something else still refers to a parameter's data that were replaced.
+"""
+
+_storage_from_weak: Callable[[int], torch.UntypedStorage | None] = _find(
+    "torch", "UntypedStorage._new_with_weak_ptr"
+)
+
+
+def live_storage(reference: Any) -> torch.UntypedStorage | None:
+    """Return the storage of a `StorageWeakRef`, None if it no longer exists."""
+    return _storage_from_weak(reference.cdata)
+
+
 is_lazy: Callable[[object], bool] = _find("torch.nn.parameter", "is_lazy")
 """Return whether a parameter or buffer has no shape yet, before the first forward."""
 

@@ -55,6 +55,7 @@ def begin_checkpoint(
             with save.discarding():
                 # A forward may modify these tensors without waiting, so they are written first.
                 with raise_on_all_ranks(save.ranks, "writing a checkpoint"):
+                    core.external_edits.reject_replaced()
                     save.write_whole()
                 # From here on, updates wait for buckets that the thread has not read.
                 core.external_edits.lock_snapshot(save.buckets)

@@ -130,6 +130,7 @@ def _load(
         with raise_on_all_ranks(optimizer.ranks, "loading a checkpoint"), torch.no_grad():
             # A background checkpoint may still read the state that is overwritten here.
             core.external_edits.wait_for_snapshot()
+            core.external_edits.reject_replaced()
             _read_in_place(reader, name_of, core, state, weights=weights)
             if weights and _load_modules(reader, model, state):
                 # A hook may return rounded copies of weights in the state dict, and load_state_dict

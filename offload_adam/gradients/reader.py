@@ -49,9 +49,9 @@ class GradientReader:
         self._names = list(names)
         self._parameters = list(parameters)
         self._numels = [parameter.numel() for parameter in parameters]
-        # Where each parameter is in its bucket, and the order of its elements there.
-        self._homes = [(parameter.data_ptr(), parameter.stride()) for parameter in parameters]
-        self._all_contiguous = all(parameter.is_contiguous() for parameter in parameters)
+        self._strides = [parameter.stride() for parameter in parameters]
+        self._are_contiguous = [parameter.is_contiguous() for parameter in parameters]
+        self._all_contiguous = all(self._are_contiguous)
         self._on_cuda = parameters[0].is_cuda
         self._has_taken = False
         self._taken: list[torch.Tensor | None] = [None] * len(self._parameters)
@@ -219,14 +219,12 @@ class GradientReader:
         # The imaginary part of a conjugate is a lazily negated view: torch negates when it reads,
         # but the kernels read the memory.
         gradient = gradient.resolve_neg()
-        address, strides = self._homes[position]
-        if parameter.data_ptr() == address:
-            strides = parameter.stride()
-        # Otherwise the user has replaced the parameter's data, perhaps by data with other strides.
-        # The step copies its values back to the bucket, in the bucket's order.
+        # Not `parameter.stride()`: the user may have replaced the parameter's data by others with
+        # other strides. The step copies their values to the bucket, in the bucket's order.
+        strides = self._strides[position]
         if gradient.stride() == strides:
             return gradient
-        if gradient.is_contiguous() and parameter.is_contiguous() and strides == parameter.stride():
+        if gradient.is_contiguous() and self._are_contiguous[position]:
             return gradient  # only the strides of dimensions of size 1 differ, which have no effect
         ordered = torch.empty_strided(
             parameter.shape, strides, dtype=gradient.dtype, device=gradient.device

@@ -76,8 +76,12 @@ def check_parameter(name: str, parameter: torch.Tensor) -> None:
         )
 
 
-def _reject_overlaps(members: Iterable[Named]) -> None:
-    """Reject distinct parameters that overlap in memory. One parameter used twice is allowed."""
+def reject_overlaps(members: Iterable[Named]) -> None:
+    """Reject distinct parameters that overlap in memory. One parameter used twice is allowed.
+
+    Raises:
+        ValueError: the message names both.
+    """
     # Two parameters over the same memory would move to different parts of a bucket, so they would
     # silently no longer be tied.
     extents = sorted(
@@ -182,7 +186,7 @@ def check_parameters(new: Iterable[NewParameter], known: Iterable[Named]) -> Non
                 "updates the parameter twice in each step."
             )
         seen.add(parameter)
-    _reject_overlaps([*members, *known])
+    reject_overlaps([*members, *known])
 
 
 def reject_unrelated(module: torch.nn.Module | None, groups: Sequence[Mapping[str, Any]]) -> None:

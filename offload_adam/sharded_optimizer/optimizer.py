@@ -9,7 +9,7 @@ import os
 import threading
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -249,7 +249,7 @@ class ShardedOptimizer(StateAccess):
         """
         core.synchronize()
         core.snapshot_lock.wait_until_all_free()
-        index_of, self._index_of = self._index_of, {}
+        index_of = self._index_of
         try:
             with raise_on_all_ranks(self._ranks, "preparing the first step"):
                 if core.reduction.streams and core.reduction.has_gradients:
@@ -257,10 +257,12 @@ class ShardedOptimizer(StateAccess):
                         "The model was moved between backward() and the first step(). Move it "
                         "before the first forward, or call zero_grad() first."
                     )
+                self._load_state_edits(core)
+                loaded = self._loaded_entries(core)
+                self._index_of = {}
                 selection = self._select(0)
                 check_parameters(selection.new, [])
                 execution = self._decide_execution()
-                loaded = self._loaded_entries(core, index_of)
                 if loaded:
                     self._check_same_ranges(core, execution, selection)
         except BaseException:
@@ -290,12 +292,12 @@ class ShardedOptimizer(StateAccess):
             raise
 
     def _loaded_entries(
-        self, core: ShardedAdam, index_of: Mapping[torch.nn.Parameter, int]
+        self, core: ShardedAdam
     ) -> dict[torch.nn.Parameter, dict[str, torch.Tensor]]:
         """Return the state that was loaded since construction, by parameter."""
         entries = {
             parameter: local_state(*core.bucket_and_position(index))
-            for parameter, index in index_of.items()
+            for parameter, index in self._index_of.items()
         }
         return {
             parameter: entry
@@ -709,6 +711,8 @@ class ShardedOptimizer(StateAccess):
 
     def _read_inputs(self) -> StepInputs:
         """Read the groups, `grad_scale` and `found_inf`."""
+        if self._hooks is not None:
+            self._hooks.deliver_rest()
         self._check_state_is_read()
         self._check_groups_and_load_edits()
         scale = read_loss_scale(self, gradients_leave=self._hooks is not None)

@@ -156,11 +156,14 @@ def shards_of(states: Iterable[BucketState]) -> Iterator[ParameterShard]:
         for position, parameter in enumerate(state.parameters):
             part = _slice_of(state, position)
             planes = state.planes.named(own_master=state.own_master)
+            start, end = local_range(state, position)
             yield ParameterShard(
                 parameter,
                 state.layout.index,
-                *local_range(state, position),
-                state.shard[part],
+                start,
+                end,
+                # Not of `state.shard`: averaged weights may be swapped in.
+                in_memory_order(parameter.detach())[start:end],
                 {key: plane[part] for key, plane in planes.items()},
                 state.step_counts[position],
             )

@@ -29,7 +29,7 @@ class BackwardHooks:
     In a bucket of many small parameters, most hooks only append the parameter to a list: ten
     thousand calls of the reduction would take longer than the update. Every sixteenth parameter,
     and the last one in backward order, delivers the list. The end of the backward delivers the
-    rest. If a backward runs no delivering hook, `step()` reads its gradients from `.grad`.
+    rest. If a backward runs no delivering hook, `step()` calls `deliver_rest`.
 
     On a device, the list is also delivered when autograd changes the stream on which it writes
     gradients: all gradients of one delivery were written on one stream.
@@ -90,6 +90,18 @@ class BackwardHooks:
         self._handles.clear()
         self.forget()
 
+    def deliver_rest(self) -> None:
+        """Deliver the gradients of a backward that ran no delivering hook.
+
+        Raises:
+            ValueError: `.grad` was set to None before this backward; see `backward_began`.
+            ValueError, HostMemoryError: as `GradientReduction.gradients_ready`.
+        """
+        with self._lock:
+            if self._arrived and not self._is_outdated():
+                self._reduction.backward_began()
+                self._pass_on()
+
     def forget_arrivals(self) -> None:
         """Forget undelivered arrivals: `step()` has read these gradients from `.grad`."""
         self._arrived.clear()
@@ -103,13 +115,13 @@ class BackwardHooks:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Report no gradients of backwards in the body, which stay in `.grad`; see `no_sync`."""
-        before = self._enabled
+        before, arrived = self._enabled, self._arrived[:]
         self._enabled = False
         try:
             yield
         finally:
             self._enabled = before
-            self._arrived.clear()
+            self._arrived[:] = arrived
 
     def _note(self, parameter: torch.Tensor) -> None:
         with self._lock:

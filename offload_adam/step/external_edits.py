@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,11 +17,13 @@ from offload_adam.errors import ParameterReplacedError, UnreadyParameterError
 from offload_adam.layout.flat import BLOCK_NUMEL
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import in_memory_order, with_own_storage
-from offload_adam.params.selection import NewParameter
+from offload_adam.params.selection import NewParameter, reject_overlaps
 from offload_adam.step.snapshot_lock import SnapshotLock
 from offload_adam.torch_private import (
     NO_GRAPH_TASK,
+    StorageWeakRef,
     current_graph_task,
+    live_storage,
     registered_parameters,
     version_of,
 )
@@ -35,16 +37,18 @@ _CHUNK = 256
 
 
 class VersionWatch:
-    """Compares each parameter's version counter and address with those after the last update.
+    """Compares each parameter's version counter and place with those after the last update.
 
     Finds in-place writes under no_grad, `load_state_dict`, writes of other optimizers, and replaced
-    storage. With a module, also finds another object in the parameter's place. Does not find writes
+    data. With a module, also finds another object in the parameter's place. Does not find writes
     through `.data` or NumPy, which bump no version counter: `ExternalEdits` finds those by value.
 
-    Replaced storage is what `parameter.data = x`, `module.to()` and `share_memory()` leave. If the
-    new values fit, `put_back` copies them to the parameter's place in its bucket.
+    Replaced data are what `parameter.data = x`, `module.to()` and `share_memory()` leave. If the
+    new values fit, `put_back` copies them to the parameter's place in its bucket. This overwrites
+    the data from before. So it does not happen while something else refers to these: loops that
+    swap averaged weights in (`backup = parameter.data`) put them back later.
 
-    Cost: reads two attributes of each parameter before a step, and one after it.
+    Cost: reads four attributes of each parameter before a step, and one after it.
     """
 
     def __init__(self, module: torch.nn.Module | None) -> None:
@@ -53,9 +57,14 @@ class VersionWatch:
         self._module = None if module is None else weakref.ref(module)
         self._names: list[str] = []
         self._parameters: list[torch.nn.Parameter] = []
+        # A parameter is in its place if its address, strides and size are these. They follow from
+        # the place and `_forms`, and are here because each step compares those of all parameters.
         self._addresses: list[int] = []
+        self._strides: list[tuple[int, ...]] = []
+        self._numels: list[int] = []
         self._forms: list[_Form] = []
-        self._raced: set[int] = set()  # their storage was replaced while their update ran
+        self._storages: list[StorageWeakRef] = []
+        self._raced: set[int] = set()  # their data were replaced while their update ran
         self._versions: list[int] = []
         self._marked: list[int] = []
         self._registrations: list[Registration] = []
@@ -64,8 +73,11 @@ class VersionWatch:
         """Watch more parameters; their present values count as unmodified."""
         self._names += names
         self._parameters += parameters
-        self._addresses += [parameter.data_ptr() for parameter in parameters]
+        self._addresses += map(torch.Tensor.data_ptr, parameters)
+        self._strides += map(torch.Tensor.stride, parameters)
+        self._numels += map(torch.Tensor.numel, parameters)
         self._forms += map(_form_of, parameters)
+        self._storages += [StorageWeakRef(p.untyped_storage()) for p in parameters]
         self._versions += map(version_of, parameters)
         module = None if self._module is None else self._module()
         if module is not None:
@@ -108,85 +120,153 @@ class VersionWatch:
             self._versions[position] = version_of(self._parameters[position])
 
     def replaced(self) -> list[int]:
-        """Return the positions of parameters whose storage was replaced."""
-        addresses = list(map(torch.Tensor.data_ptr, self._parameters))
-        if addresses == self._addresses:
+        """Return the positions of parameters whose data were replaced."""
+        if self._are_in_place(0, len(self._parameters)):
             self._raced.clear()
             return []
-        pairs = zip(addresses, self._addresses, strict=True)
-        return [position for position, (now, before) in enumerate(pairs) if now != before]
+        return [p for p in range(len(self._parameters)) if not self._are_in_place(p, p + 1)]
+
+    def _are_in_place(self, start: int, end: int) -> bool:
+        # The strides, too, because of `weight.data = weight.data.t()`.
+        parameters = self._parameters[start:end]
+        return (
+            list(map(torch.Tensor.data_ptr, parameters)) == self._addresses[start:end]
+            and list(map(torch.Tensor.stride, parameters)) == self._strides[start:end]
+            and list(map(torch.Tensor.numel, parameters)) == self._numels[start:end]
+        )
 
     def has_moved(self) -> bool:
         """Return whether a parameter now has another shape, dtype or device."""
         return any(not self._fits(position) for position in self.replaced())
 
-    def put_back(self, position: int, home: torch.Tensor) -> bool:
-        """Copy a replaced parameter's values to its bucket, and make it a view of the bucket again.
+    def put_back(self, homes: Mapping[int, torch.Tensor]) -> None:
+        """Copy replaced parameters' values to their buckets, and make them views of these again.
 
-        The parameter then counts as written to, unless the values are the same: one rank alone may
-        move its model to the host and back, to save it.
+        These parameters then count as written to, unless the values are the same: one rank alone
+        may move its model to the host and back, to save it.
+
+        A parameter stays as it is if its values do not fit, because of another shape, dtype or
+        device; or if something else still refers to its data from before.
 
         Args:
-            home: (numel,) the parameter's elements in its bucket.
-
-        Returns:
-            False if the values do not fit, because of another shape, dtype or device. Nothing was
-            modified.
+            homes: (numel,) each, the elements in the bucket of each position in `replaced`.
 
         Raises:
-            UnreadyParameterError: the storage was replaced while the parameter's update was
-                running, so the new values may be older than the update.
+            UnreadyParameterError: the data were replaced while the parameter's update was running,
+                so the new values may be older than the update.
+            ValueError: two parameters overlap in memory. The optimizer cannot tie them.
         """
-        if not self._fits(position):
-            return False
-        if position in self._raced:
-            raise self._unready(position)
-        parameter, form = self._parameters[position], self._forms[position]
-        if parameter.device.type == "cpu" and parameter.is_shared():
-            logger.warning(
-                "Parameter %r was moved to shared memory, where other processes will not see its "
-                "updates: the optimizer has moved it back to its bucket. Send the weights after "
-                "each step instead.",
-                self._names[position],
-            )
-        view = with_own_storage(home).as_strided(form.shape, form.strides)
-        given = torch.empty_like(view).copy_(parameter.data)
-        if not torch.equal(_bits(given), _bits(view)):
-            view.copy_(given)
-            self._versions[position] = -1  # no counter has this value
-        parameter.data = view
-        return True
+        fitting = [position for position in homes if self._fits(position)]
+        for position in fitting:
+            if position in self._raced:
+                raise self._unready(position)
+        known = set(range(len(self._parameters))).difference(homes).union(fitting)
+        reject_overlaps((self._names[position], self._parameters[position]) for position in known)
+        addresses = set(self._addresses)
+        given = {position: self._given(position, addresses) for position in fitting}
+        for position in fitting:
+            form = self._forms[position]
+            view = with_own_storage(homes[position]).as_strided(form.shape, form.strides)
+            self._parameters[position].data = view
+        for position, data in given.items():
+            parameter = self._parameters[position]
+            view = parameter.data
+            ordered = torch.empty_like(view).copy_(data)
+            if self._is_held(position):
+                # With the strides of its place, by which checkpoints read it.
+                parameter.data = data if data.stride() == view.stride() else ordered
+                continue
+            self._storages[position] = StorageWeakRef(parameter.untyped_storage())
+            if data.device.type == "cpu" and data.is_shared():
+                logger.warning(
+                    "Parameter %r was moved to shared memory, where other processes will not see "
+                    "its updates: the optimizer has moved it back to its bucket. Send the weights "
+                    "after each step instead.",
+                    self._names[position],
+                )
+            if not torch.equal(_bits(ordered), _bits(view)):
+                view.copy_(ordered)
+                self._versions[position] = -1  # no counter has this value
+
+    def _given(self, position: int, addresses: Collection[int]) -> torch.Tensor:
+        """Return a parameter's replaced data, as a copy if they are a view of a place in a bucket.
+
+        For example, two parameters may have exchanged their data.
+        """
+        data = self._parameters[position].data
+        return data.clone() if data.untyped_storage().data_ptr() in addresses else data
+
+    def _is_held(self, position: int) -> bool:
+        """Return whether something refers to the data that a replaced parameter had before."""
+        storage = live_storage(self._storages[position])
+        # `share_memory()` moves a storage: it no longer is in the bucket.
+        return storage is not None and storage.data_ptr() == self._addresses[position]
 
     def _fits(self, position: int) -> bool:
         now, form = _form_of(self._parameters[position]), self._forms[position]
         return now._replace(strides=form.strides) == form
 
-    def changed(self, take_replaced: Callable[[], None]) -> list[int]:
+    def changed(self, take_replaced: Callable[[], None], *, rejects: bool) -> list[int]:
         """Return the positions of parameters written to since `accept_versions`.
 
         Args:
-            take_replaced: calls `put_back` for every parameter whose storage was replaced.
-
-        Raises:
-            ParameterReplacedError: naming a parameter whose storage or object was replaced.
+            take_replaced: calls `put_back` for the parameters whose data were replaced.
+            rejects: then check that all are in their places, as `reject_replaced`.
         """
         # 256 at a time, so that the parameters are still in the CPU's cache for the second pass.
         changed: list[int] = []
         for start in range(0, len(self._parameters), _CHUNK):
             end = start + _CHUNK
-            parameters = self._parameters[start:end]
-            if list(map(torch.Tensor.data_ptr, parameters)) != self._addresses[start:end]:
+            if not self._are_in_place(start, end):
                 take_replaced()
-                self._reject_replaced()
-            versions = list(map(version_of, parameters))
+                if rejects:
+                    self._reject_data()
+            versions = list(map(version_of, self._parameters[start:end]))
             before = self._versions[start:end]
             if versions != before:
                 changed += [start + i for i, v in enumerate(versions) if v != before[i]]
-        for registry, key, parameter in self._registrations:
-            if registry.get(key) is not parameter:
-                self._reject(self._position(parameter), "another object took its place")
+        if rejects:
+            self._reject_objects()
         self._raced.clear()
         return changed
+
+    def reject_replaced(self) -> None:
+        """Check that all parameters are in their places.
+
+        Raises:
+            ParameterReplacedError: naming a parameter whose data or object was replaced.
+        """
+        self._reject_data()
+        self._reject_objects()
+
+    def _reject_data(self) -> None:
+        for position in self.replaced():
+            now, form = _form_of(self._parameters[position]), self._forms[position]
+            if not self._fits(position):
+                self._reject(position, f"its data are {now} by now, not {form}")
+            raise ParameterReplacedError(
+                f"Parameter {self._names[position]!r} was given other data, while its data from "
+                "before are still in use: by a backup of the weights (backup = parameter.data), or "
+                "by a graph of a forward that had no backward. An update would overwrite them. Put "
+                "them back first, or let the backup be a clone()."
+            )
+
+    def _reject_objects(self) -> None:
+        for registry, key, parameter in self._registrations:
+            if registry.get(key) is not parameter:
+                self._find_again()
+                break
+
+    def _find_again(self) -> None:
+        """Look for the parameters under other names, such as those of torch.nn.utils.prune."""
+        module = None if self._module is None else self._module()
+        assert module is not None, "it has registered the parameters"
+        found = _registrations(module, self._parameters)
+        still = {id(parameter) for _, _, parameter in found}
+        for _, _, parameter in self._registrations:
+            if id(parameter) not in still:
+                self._reject(self._position(parameter), "another object took its place")
+        self._registrations = found
 
     def reject_written(self, positions: Iterable[int]) -> None:
         """Raise an error if the user wrote to a parameter during its update, which overwrote it.
@@ -199,7 +279,7 @@ class VersionWatch:
             if version_of(parameter) != self._versions[position]:
                 raise self._unready(position)
             if parameter.data_ptr() != self._addresses[position]:
-                # No error yet: a caller that swaps in averaged weights puts the storage back later.
+                # No error yet: a caller that swaps in averaged weights puts the data back later.
                 self._raced.add(position)
 
     def _unready(self, position: int) -> UnreadyParameterError:
@@ -225,14 +305,6 @@ class VersionWatch:
 
     def _position(self, parameter: torch.nn.Parameter) -> int:
         return next(i for i, known in enumerate(self._parameters) if known is parameter)
-
-    def _reject_replaced(self) -> None:
-        for position in self.replaced():
-            now, form = _form_of(self._parameters[position]), self._forms[position]
-            self._reject(
-                position,
-                f"its storage was replaced by {now} after the first step, which updated {form}",
-            )
 
     def _reject(self, position: int, what: str) -> None:
         raise ParameterReplacedError(
@@ -428,35 +500,45 @@ class ExternalEdits:
         self._is_first = True
         self._num_thorough = _FIRST_STEPS
 
-    def find(self) -> list[int]:
+    def find(self, *, rejects: bool = True) -> list[int]:
         """Return the parameters whose version counter moved since the last step.
 
         Invalidates an open snapshot that may not have read all of them before they were modified.
 
-        Raises:
-            ParameterReplacedError: naming a parameter whose object was replaced, or whose storage
-                was replaced by one of another shape, dtype or device.
+        Args:
+            rejects: raise an error as `reject_replaced`.
         """
-        changed = self._watch.changed(self.take_replaced)
+        changed = self._watch.changed(self.take_replaced, rejects=rejects)
         if self.snapshot_lock.is_open:
             since = self._watch.since_mark(changed)
             self.snapshot_lock.note_changes({self._places[index][0] for index in since})
         return changed
 
-    def take_replaced(self) -> None:
-        """Copy the values of parameters whose storage was replaced to their buckets, if they fit.
+    def reject_replaced(self) -> None:
+        """Check, after `take_replaced` or `find`, that all parameters are views of their buckets.
 
-        These parameters are then views of their buckets again, and count as modified.
+        Raises:
+            ParameterReplacedError: naming a parameter whose object or data were replaced.
+        """
+        self._watch.reject_replaced()
+
+    def take_replaced(self) -> None:
+        """Copy the values of parameters whose data were replaced to their buckets, if possible.
+
+        These parameters are then views of their buckets again, and count as modified. See
+        `VersionWatch.put_back`.
         """
         replaced = self._watch.replaced()
         if replaced:
             # The bucket still holds the values that an open snapshot has to read.
             self.snapshot_lock.wait_until_all_free()
-        for index in replaced:
-            bucket, position = self._places[index]
-            state = self._states[bucket]
-            placed = state.layout.placements[position]
-            self._watch.put_back(index, state.flat[placed.start : placed.end])
+            self._watch.put_back({index: self._home_of(index) for index in replaced})
+
+    def _home_of(self, index: int) -> torch.Tensor:
+        bucket, position = self._places[index]
+        state = self._states[bucket]
+        placed = state.layout.placements[position]
+        return state.flat[placed.start : placed.end]
 
     def has_moved(self) -> bool:
         """Return whether the shape, dtype or device of a parameter has changed."""
@@ -574,5 +656,5 @@ class ExternalEdits:
     def wait_for_snapshot(self) -> None:
         """Wait until the reader has released all buckets; check for external edits before."""
         if self.snapshot_lock.is_open:
-            self.find()
+            self.find(rejects=False)
             self.snapshot_lock.wait_until_all_free()

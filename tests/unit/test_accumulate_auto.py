@@ -216,3 +216,43 @@ def test_none_means_auto() -> None:
     assert train(0, 1, BF16, {**options, "accumulate": None}, steps=steps) == train(
         0, 1, BF16, options, steps=steps
     )
+
+
+@pytest.mark.parametrize("accumulate", ["auto", "host", "error"])
+def test_a_backward_may_reach_any_one_of_many_parameters(accumulate: str) -> None:
+    """A bucket of more than 64 parameters, in which most hooks do not deliver their gradients."""
+
+    def make_model() -> torch.nn.ParameterList:
+        generator = torch.Generator().manual_seed(1)
+        return torch.nn.ParameterList([torch.randn(3, generator=generator) for _ in range(70)])
+
+    for reached in (0, 1, 7, 40, 69):
+        model, expected = make_model(), make_model().double()
+        optimizer = OffloadAdam(
+            model.named_parameters(), module=model, accumulate=accumulate, eps=1e-3
+        )
+        oracle = torch.optim.Adam(expected.parameters(), foreach=False, eps=1e-3)
+        for one in (model, expected):
+            torch.stack([parameter.square().sum() for parameter in one]).sum().backward()
+        expected[reached].sum().backward()
+
+        def reach(
+            weight: torch.nn.Parameter = model[reached], optimizer: OffloadAdam = optimizer
+        ) -> None:
+            weight.sum().backward()
+            optimizer.clip_grad_norm_(1e6)
+
+        if accumulate == "error":
+            with pytest.raises(ValueError, match=rf"'{reached}'.*no_sync\(\)"):
+                reach()
+            continue
+        reach()
+        for one, stepper in ((model, optimizer), (expected, oracle)):
+            stepper.step()
+            stepper.zero_grad()
+            # A step whose only backward reaches this parameter.
+            one[reached].square().sum().backward()
+            stepper.step()
+        for ours, theirs in zip(model, expected, strict=True):
+            assert (ours - theirs).abs().max() < 1e-6
+        optimizer.close()

@@ -299,6 +299,7 @@ def test_averaged_weights_can_be_swapped_in_and_out_while_updates_run() -> None:
         assert torch.equal(model(torch.ones(1, 3, 3, 3)), torch.zeros(1, 2))
         for parameter, data in zip(model.parameters(), kept, strict=True):
             parameter.data = data
+    del kept, data
     optimizer.synchronize()
     assert_same(model, expected)
     for one, stepper in ((model, optimizer), (expected, oracle)):

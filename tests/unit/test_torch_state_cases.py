@@ -175,6 +175,19 @@ def test_state_is_never_empty(name: str) -> None:
             assert [set(entry) for entry in optimizer.state.values()] == [keys, keys]
 
 
+def test_a_state_dict_shares_memory_from_the_start(name: str) -> None:
+    model = Affine()
+    optimizer = PAIRS[name](model.parameters)
+    shared = optimizer.state_dict()["state"]
+    copied = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, 2)
+    assert [int(entry["step"]) for entry in shared.values()] == [2, 2]
+    assert all(bool(entry["exp_avg"].any()) for entry in shared.values())
+    optimizer.load_state_dict(copied)
+    for entry in optimizer.state_dict()["state"].values():
+        assert not any(bool(value.any()) for value in entry.values())
+
+
 @pytest.mark.parametrize("save", ["state_dict", "local_state_dict", "full_state_dict"])
 def test_hooks_of_saving_see_and_change_what_is_saved(name: str, save: str) -> None:
     """In torch's order: a value that a pre-hook adds to `state` is in what a post-hook gets."""
