@@ -98,7 +98,7 @@ class BackwardHooks:
             ValueError, HostMemoryError: as `GradientReduction.gradients_ready`.
         """
         with self._lock:
-            if self._arrived and not self._is_outdated():
+            if self._arrived:
                 self._reduction.backward_began()
                 self._pass_on()
 

@@ -256,3 +256,26 @@ def test_a_backward_may_reach_any_one_of_many_parameters(accumulate: str) -> Non
         for ours, theirs in zip(model, expected, strict=True):
             assert (ours - theirs).abs().max() < 1e-6
         optimizer.close()
+
+
+def test_a_backward_to_few_parameters_is_kept_by_no_sync_and_rejected_after_zero_grad() -> None:
+    model = torch.nn.ParameterList([torch.ones(3) for _ in range(70)])
+    optimizer = OffloadAdam(model.named_parameters(), module=model, betas=(0.0, 0.9))
+
+    def run() -> None:
+        torch.stack([parameter.sum() for parameter in model]).sum().backward()
+        model[7].sum().backward()
+
+    run()
+    with optimizer.no_sync():
+        pass
+    optimizer.step()
+    for position, parameter in enumerate(model):
+        expected = torch.full((3,), 2.0 if position == 7 else 1.0)
+        assert torch.equal(optimizer.state[parameter]["exp_avg"], expected)
+    optimizer.zero_grad()
+    torch.stack([parameter.sum() for parameter in model]).sum().backward()
+    model.zero_grad()
+    model[7].sum().backward()
+    with pytest.raises(ValueError, match=r"was set to None, but its gradient has already left"):
+        optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from offload_adam import (
     load_checkpoint,
     save_checkpoint,
 )
+from offload_adam.checkpoint.save import Save
 
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3}
 
@@ -126,6 +128,33 @@ def test_averages_swapped_in_and_out_leave_every_bit(
             assert torch.equal(parameter, value)
 
 
+def test_averages_may_have_other_strides_and_follow_other_new_data(tmp_path: Path) -> None:
+    model, expected = make_parameters(), make_parameters()
+    optimizer = OffloadAdamW(model.parameters(), **OPTIONS)
+    oracle = OffloadAdamW(expected.parameters(), **OPTIONS)
+    for one, stepper in ((model, optimizer), (expected, oracle)):
+        train(one, stepper)
+        for parameter in one.parameters():
+            parameter.data = parameter.data * 0.5
+        train(one, stepper)
+    averages = Averages(model)
+    averages.shadow = [shadow.t().contiguous().t() for shadow in averages.shadow]
+    averages.shadow[0] += 1
+    averages.swap_in()
+    save_checkpoint(tmp_path / "saved", model=model, optimizer=optimizer)
+    averages.restore()
+    assert_same(model, expected)
+    again = make_parameters()
+    load_checkpoint(
+        tmp_path / "saved", model=again, optimizer=OffloadAdamW(again.parameters(), **OPTIONS)
+    )
+    for parameter, shadow in zip(again.parameters(), averages.shadow, strict=True):
+        assert torch.equal(parameter, shadow)
+    train(model, optimizer)
+    train(expected, oracle)
+    assert_same(model, expected)
+
+
 def test_nothing_is_overwritten_while_averages_are_in(tmp_path: Path) -> None:
     model, expected = make_parameters(), make_parameters()
     optimizer = OffloadAdamW(model.parameters(), **OPTIONS)
@@ -153,15 +182,27 @@ def test_nothing_is_overwritten_while_averages_are_in(tmp_path: Path) -> None:
     assert_same(model, expected)
 
 
-def test_a_checkpoint_in_the_background_outlasts_averages(tmp_path: Path) -> None:
+def test_a_checkpoint_in_the_background_outlasts_averages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write = threading.Event()
+    write_bucket = Save.write_bucket
+
+    def write_later(self: Save, *arguments: Any) -> None:
+        assert may_write.wait(60)
+        write_bucket(self, *arguments)
+
+    monkeypatch.setattr(Save, "write_bucket", write_later)
     model, expected = make_parameters(torch.bfloat16), make_parameters(torch.bfloat16)
     optimizer = OffloadAdamW(model.parameters(), **OPTIONS)
     train(model, optimizer)
     train(expected, OffloadAdamW(expected.parameters(), **OPTIONS))
     averages = Averages(model)
+    averages.shadow[0] += 1
     pending = begin_checkpoint(tmp_path / "saved", model=model, optimizer=optimizer)
     averages.swap_in()
-    optimizer.state_dict()
+    threading.Timer(0.2, may_write.set).start()
+    optimizer.load_state_dict(optimizer.full_state_dict())  # waits until it is written
     averages.restore()
     pending.wait()
     again = make_parameters(torch.bfloat16)
@@ -214,11 +255,10 @@ def test_other_views_of_the_same_memory_are_rejected_after_the_first_step() -> N
     train(model, optimizer, 1)
     for data, shape in ((model[1].data.view(2, 8), "2, 8"), (model[1].data[:2], "2, 4")):
         before, model[1].data = model[1].data, data
-        model[1].grad = torch.ones_like(model[1])
-        with pytest.raises((ParameterReplacedError, ValueError), match=rf"\[{shape}\]|8 elements"):
+        model[0].grad = torch.ones(4, 4)
+        with pytest.raises(ParameterReplacedError, match=rf"\[{shape}\] on cpu by now"):
             optimizer.step()
         model[1].data = before
-        optimizer.zero_grad()
     train(model, optimizer, 1)
 
 
