@@ -145,11 +145,11 @@ def test_averages_may_have_other_strides_and_follow_other_new_data(tmp_path: Pat
     averages.restore()
     assert_same(model, expected)
     again = make_parameters()
-    load_checkpoint(
-        tmp_path / "saved", model=again, optimizer=OffloadAdamW(again.parameters(), **OPTIONS)
-    )
-    for parameter, shadow in zip(again.parameters(), averages.shadow, strict=True):
+    resumed = OffloadAdamW(again.parameters(), **OPTIONS)
+    load_checkpoint(tmp_path / "saved", model=again, optimizer=resumed)
+    for parameter, shadow, like in zip(again, averages.shadow, model, strict=True):
         assert torch.equal(parameter, shadow)
+        assert torch.equal(resumed.state[parameter]["exp_avg"], optimizer.state[like]["exp_avg"])
     train(model, optimizer)
     train(expected, oracle)
     assert_same(model, expected)
