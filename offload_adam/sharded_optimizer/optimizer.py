@@ -147,7 +147,7 @@ class ShardedOptimizer(StateAccess):
                 self._options = options = checked_options(options)
                 execution = self._decide_execution()
                 reject_unrelated(module, self.param_groups)
-                older = find_older(self._select(0).new)
+                older = find_older(self._select(0))
             self.max_grad_norm = options.max_grad_norm
             self._own_state = self.state  # to detect that a user replaces the whole dict
             self._build(execution, partial(take_over, older, self._ranks))

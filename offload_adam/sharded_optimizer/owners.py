@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from offload_adam.coordinator.rank_checks import gather_texts, raise_on_all_ranks
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import is_internal, warn_user
-from offload_adam.params.selection import NewParameter
+from offload_adam.params.selection import NewParameter, Selection
 
 if TYPE_CHECKING:
     from offload_adam.sharded_optimizer.optimizer import ShardedOptimizer
@@ -39,19 +39,20 @@ def reject_owned(new: Collection[NewParameter]) -> None:
     _reject_owned(new, _owners_of(new))
 
 
-def find_older(new: Collection[NewParameter]) -> ShardedOptimizer | None:
+def find_older(selection: Selection) -> ShardedOptimizer | None:
     """Return the open optimizer of exactly these parameters, which the new one may take over.
 
     Raises:
         ValueError: another optimizer trains some of them. The message names the first of these.
     """
-    owners = _owners_of(new)
+    owners = _owners_of(selection.new)
     if len(owners) == 1:
-        given = {item.parameter for item in new}
-        # Parameters that were unfrozen since may have no state yet in the older optimizer.
-        if owners[0]._index_of.keys() <= given <= {*owners[0]._grouped_parameters()}:
+        trained = {item.parameter for item in selection.new}
+        given = trained.union(parameter for _, parameter in selection.frozen)
+        # Parameters may have been frozen and unfrozen since. The latter may have no state yet.
+        if owners[0]._index_of.keys() <= given and trained <= {*owners[0]._grouped_parameters()}:
             return owners[0]
-    _reject_owned(new, owners)
+    _reject_owned(selection.new, owners)
     return None
 
 

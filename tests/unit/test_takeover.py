@@ -102,7 +102,7 @@ def test_a_cell_that_runs_again_replaces_its_optimizer(first: str, second: str) 
     older.zero_grad()
 
 
-def test_parameters_may_be_unfrozen_before_a_cell_runs_again() -> None:
+def test_parameters_may_be_unfrozen_and_frozen_before_a_cell_runs_again() -> None:
     model = Weights(SHAPES)
     model.w1.requires_grad_(False)
     older = make(model)
@@ -113,8 +113,24 @@ def test_parameters_may_be_unfrozen_before_a_cell_runs_again() -> None:
     train(model, newer, range(2))
     assert_follows_torch(model, start, range(2))
     model.w1.requires_grad_(False)
+    frozen = model.w1.detach().clone()
     with pytest.raises(ValueError, match="already trained by another"):
-        make(model)  # of only some parameters
+        OffloadAdam([w for w in model.all if w.requires_grad])  # without the frozen one
+    start = copies(model)
+    with pytest.warns(UserWarning, match="takes over"):
+        newest = make(model)
+    gradients = [exact_gradients(model.all, seed, 1) for seed in range(2)]
+    for given in gradients:
+        for weight, gradient in zip(model.all, given, strict=True):
+            weight.grad = gradient if weight.requires_grad else None
+        newest.step()
+    assert torch.equal(model.w1, frozen)
+    expected = adam_in_float64(start, gradients, lr=LR)
+    for weight, value in zip(model.all, expected, strict=True):
+        if weight.requires_grad:
+            torch.testing.assert_close(weight.detach().double(), value, rtol=0.0, atol=1e-6)
+    with pytest.raises(RuntimeError, match="has been closed"):
+        newer.step()
     older.close()
 
 
