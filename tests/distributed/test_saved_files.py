@@ -76,7 +76,12 @@ def load_and_go_on(
 def assert_close(found: Any, expected: Any, where: str = "") -> None:
     """Compare what later steps give; another processor rounds a gradient otherwise."""
     if isinstance(expected, torch.Tensor):
-        torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-5, msg=where)
+        # A bf16 gradient is a sum of terms that are each rounded to 2**-9 of their size. Where they
+        # cancel, the error is a few percent of the tensor's largest element.
+        largest = float(expected.abs().max()) if expected.numel() else 0.0
+        torch.testing.assert_close(
+            found, expected, rtol=2e-2, atol=max(1e-5, 0.05 * largest), msg=where
+        )
     elif isinstance(expected, dict):
         assert found.keys() == expected.keys(), where
         for key, value in expected.items():
