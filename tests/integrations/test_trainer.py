@@ -21,6 +21,7 @@ from tests.integrations.trainer_runs import (
     assert_equal,
     make_trainer,
     record,
+    result_of,
     train,
 )
 
@@ -126,26 +127,90 @@ def test_a_checkpoint_that_is_saved_again_holds_one_state(tmp_path: Path) -> Non
 
 
 class Stop(TrainerCallback):
-    """Ends training with an error, after Trainer has deleted older checkpoints."""
+    """Ends training with an error in an event of step 6.
 
-    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    Args:
+        event: a method of TrainerCallback. "on_save" comes after Trainer has written checkpoint-6
+            and has deleted older ones.
+    """
+
+    def __init__(self, event: str) -> None:
+        setattr(self, event, self._stop)
+
+    def _stop(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if state.global_step == 6:
             raise KeyboardInterrupt
+
+
+def kill(folder: Path, run: Run, event: str, *, first: bool = True) -> None:
+    """Train until the event of step 6, where this package's callback is called later."""
+    trainer = make_trainer(1, folder, run)
+    trainer.callback_handler.callbacks.insert(0 if first else 99, Stop(event))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
 
 
 def test_a_run_that_is_killed_during_a_save_resumes(tmp_path: Path) -> None:
     run = Run(arguments={"save_total_limit": 1, "max_steps": 9})
     whole = train(0, 1, tmp_path / "whole", run)
-    trainer = make_trainer(1, tmp_path / "killed", run)
-    trainer.callback_handler.callbacks.insert(0, Stop())
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
+    kill(tmp_path / "killed", run, "on_save")
     assert [path.name for path in (tmp_path / "killed").glob("check*")] == ["checkpoint-6"]
     assert not states_in(tmp_path / "killed" / "checkpoint-6")
+    last = str(tmp_path / "killed" / "checkpoint-6")
+    trainer = make_trainer(1, tmp_path / "elsewhere", run)
+    trainer.train(resume_from_checkpoint=last)
+    for resumed in (
+        result_of(trainer),
+        train(0, 1, tmp_path / "killed", run, resume="checkpoint-6"),
+    ):
+        assert_equal(resumed.weights, whole.weights)
+        assert_equal(resumed.state, whole.state)
+    assert not pending_in(tmp_path / "killed")
+
+
+def test_a_later_run_keeps_the_state_of_a_killed_one(tmp_path: Path) -> None:
+    run = Run(arguments={"max_steps": 9})
+    whole = train(0, 1, tmp_path / "whole", run)
+    kill(tmp_path / "killed", run, "on_save")
+    # It saves checkpoints of other steps.
+    other = Run(arguments={"max_steps": 5, "save_steps": 1})
+    train(0, 1, tmp_path / "killed", other, resume="checkpoint-3")
     resumed = train(0, 1, tmp_path / "killed", run, resume="checkpoint-6")
     assert_equal(resumed.weights, whole.weights)
     assert_equal(resumed.state, whole.state)
-    assert not states_in(tmp_path / "killed")
+
+
+def test_a_killed_run_whose_checkpoint_was_renamed_resumes(tmp_path: Path) -> None:
+    run = Run(arguments={"max_steps": 9})
+    whole = train(0, 1, tmp_path / "whole", run)
+    kill(tmp_path / "killed", run, "on_save")
+    (tmp_path / "killed" / "checkpoint-6").rename(tmp_path / "killed" / "good")
+    for _ in range(2):  # the first one saves a checkpoint
+        resumed = train(0, 1, tmp_path / "killed", run, resume="good")
+        assert_equal(resumed.state, whole.state)
+
+
+def test_states_without_a_checkpoint_are_removed(tmp_path: Path) -> None:
+    kill(tmp_path, Run(), "on_step_end", first=False)
+    (state,) = pending_in(tmp_path)
+    state.rename(state.with_name(f"{state.name}.0-0-0.partial"))
+    kill(tmp_path, Run(), "on_step_end", first=False)
+    assert [path.suffix for path in pending_in(tmp_path)] == [""]
+    (tmp_path / "checkpoint-3").rename(tmp_path / "kept")
+    train(0, 1, tmp_path, Run(arguments={"save_strategy": "no"}))
+    assert not pending_in(tmp_path)
+
+
+class Cancel(TrainerCallback):
+    """Cancels the save of step 3."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        control.should_save &= state.global_step != 3
+
+
+def test_the_state_of_a_cancelled_save_is_removed(tmp_path: Path) -> None:
+    make_trainer(1, tmp_path, Run(), more=(Cancel(),)).train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
 
 
 def test_a_moved_checkpoint_is_found(tmp_path: Path) -> None:
@@ -230,3 +295,7 @@ def test_the_state_is_no_checkpoint_of_the_model(tmp_path: Path) -> None:
 
 def states_in(folder: Path) -> list[Path]:
     return list(folder.glob("offload_adam-*"))
+
+
+def pending_in(folder: Path) -> list[Path]:
+    return list(folder.glob("_offload_adam_pending/*"))
