@@ -96,7 +96,11 @@ class OffloadAdamCallback(TrainerCallback):
             saved,
             saved.parent / _PENDING,  # of a run that was interrupted, in another output_dir
         ]
-        load_apart(optimizer, given["model"], parents)
+        remedy = (
+            "If the checkpoint was moved or renamed, pass its path to the callback: "
+            "OffloadAdamCallback(checkpoint=path)."
+        )
+        load_apart(optimizer, given["model"], parents, remedy)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any

@@ -114,7 +114,7 @@ def test_a_state_dict_after_a_save_holds_the_state(tmp_path: Path) -> None:
 
 def test_a_load_without_the_hooks_is_rejected(tmp_path: Path) -> None:
     loop(0, 1, tmp_path, Loop())
-    with pytest.raises(CheckpointError, match=r"call keep_state_sharded\(accelerator"):
+    with pytest.raises(CheckpointError, match=r"call keep_state_sharded\(accelerator, optimizer\)"):
         loop(0, 1, tmp_path, Loop(sharded=False), resume=True)
 
 
@@ -137,7 +137,7 @@ def test_a_lost_or_foreign_state_is_rejected(tmp_path: Path) -> None:
     (own,) = (tmp_path / "one").glob("offload_adam-*")
     (others,) = (tmp_path / "other").glob("offload_adam-*")
     shutil.rmtree(own)
-    with pytest.raises(CheckpointError, match=r"which is in none of"):
+    with pytest.raises(CheckpointError, match=r"in none of .* resume from the copy\.$"):
         loop(0, 1, tmp_path / "one", Loop(), resume=True)
     shutil.copytree(others, own)
     with pytest.raises(CheckpointError, match=r"holds the state of another save"):
