@@ -79,6 +79,13 @@ def test_the_state_of_torch_is_resumed(tmp_path: Path) -> None:
     assert_close(train(0, 1, tmp_path, Run(), resume="checkpoint-3"), whole)
 
 
+def test_torch_resumes_the_full_state_of_a_resumed_run(tmp_path: Path) -> None:
+    whole = train(0, 1, tmp_path, Run())
+    _, recorder = record(0, 1, tmp_path, Run(), resume="checkpoint-3")
+    torch.save(recorder.begun, tmp_path / "checkpoint-3" / "optimizer.pt")
+    assert_close(train(0, 1, tmp_path, Run("torch"), resume="checkpoint-3"), whole)
+
+
 def test_torch_rejects_a_reference(tmp_path: Path) -> None:
     train(0, 1, tmp_path, Run())
     with pytest.raises(ValueError, match=r"different number of parameter groups"):
