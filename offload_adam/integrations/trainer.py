@@ -61,7 +61,7 @@ class OffloadAdamCallback(TrainerCallback):
 
     def __init__(self, checkpoint: str | Path | None = None) -> None:
         self._checkpoint = None if checkpoint is None else Path(checkpoint).absolute()
-        self._run = ""
+        self._run = ""  # begins the labels of all states of one `train()`
         self._saved: str | None = None  # label of the state that was saved last
 
     def on_train_begin(
@@ -82,7 +82,6 @@ class OffloadAdamCallback(TrainerCallback):
                 "save_strategy='no'."
             )
         self._run = new_label(optimizer.ranks)
-        self._saved = None
         reference = optimizer._loaded_reference
         label = None if reference is None else reference.label
         _settle(optimizer, Path(args.output_dir).absolute(), label)

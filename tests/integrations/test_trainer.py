@@ -24,6 +24,7 @@ from tests.integrations.trainer_runs import (
     result_of,
     train,
 )
+from tests.unit.overlap.lazy_worker import Lazy
 
 CASES = {
     "made by Trainer": Run(),
@@ -122,6 +123,47 @@ def test_only_the_model_is_saved_on_request(tmp_path: Path) -> None:
     train(0, 1, tmp_path, Run(arguments={"save_only_model": True}))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6"]
     assert not states_in(tmp_path / "checkpoint-3")
+
+
+class Reader(TrainerCallback):
+    """Reads the optimizer and the parameters in an event."""
+
+    def __init__(self, event: str) -> None:
+        self.states: list[dict[str, Any]] = []
+        self.parameters: dict[str, torch.Tensor] = {}
+        setattr(self, event, self._read)
+
+    def _read(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.states.append(given["optimizer"].state_dict())
+        named = given["model"].named_parameters()
+        self.parameters = {name: parameter.detach().clone() for name, parameter in named}
+
+
+@pytest.mark.parametrize(
+    ("event", "arguments"),
+    [("on_save", {"save_only_model": True}), ("on_train_end", {"save_strategy": "no"})],
+)
+def test_state_dict_holds_the_state_when_nothing_is_saved(
+    event: str, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    reader = Reader(event)
+    trainer = make_trainer(1, tmp_path, Run(arguments=arguments), more=(reader,))
+    trainer.train()
+    expected = trainer.optimizer.optimizer.full_state_dict()["state"]
+    for found in (reader.states[-1], trainer.optimizer.state_dict()):
+        assert found["state"].keys() == expected.keys()
+
+
+def test_updates_are_over_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OffloadAdamW, "_backend", Lazy._backend)
+    run = Run("streaming", "caller", {"overlap": True}, {"save_strategy": "no"})
+    trainer = make_trainer(1, tmp_path, run)
+    reader = Reader("on_train_end")
+    trainer.callback_handler.callbacks.insert(0, reader)
+    trainer.train()
+    expected = trainer.model.state_dict()  # waits for updates
+    for name, found in reader.parameters.items():
+        assert torch.equal(found, expected[name]), name
 
 
 def test_a_checkpoint_that_is_saved_again_holds_one_state(tmp_path: Path) -> None:
@@ -230,6 +272,15 @@ def test_a_moved_checkpoint_is_found(tmp_path: Path) -> None:
     named = Run(arguments={"resume_from_checkpoint": str(moved)})
     for run in (Run(checkpoint=moved), named):
         assert_equal(train(0, 1, tmp_path / "kept", run, resume="good").state, whole.state)
+
+
+def test_a_run_resumes_in_another_output_dir_and_after_this_was_moved(tmp_path: Path) -> None:
+    whole = train(0, 1, tmp_path / "old", Run())
+    trainer = make_trainer(1, tmp_path / "other", Run())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "old" / "checkpoint-3"))
+    assert_equal(result_of(trainer).state, whole.state)
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert_equal(train(0, 1, tmp_path / "new", Run(), resume="checkpoint-3").state, whole.state)
 
 
 def test_a_checkpoint_without_its_state_is_rejected(tmp_path: Path) -> None:
