@@ -20,6 +20,7 @@ from pathlib import Path
 
 from torch import nn
 
+from offload_adam.checkpoint.commit import PARTIAL_SUFFIX
 from offload_adam.checkpoint.load import load_optimizer_state
 from offload_adam.checkpoint.save import save_optimizer_state
 from offload_adam.coordinator.rank_checks import gather_texts, raise_on_all_ranks
@@ -29,7 +30,8 @@ from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.state.state_dict import StateReference
 
 _PREFIX = "offload_adam-"
-_NAME = re.compile(rf"{_PREFIX}[0-9a-f]{{32}}(-\d+)?")  # with the step in a Trainer
+# With the step in a Trainer, and with more if the save was killed.
+_NAME = re.compile(rf"{_PREFIX}[0-9a-f]{{32}}(-\d+)?(\..+{re.escape(PARTIAL_SUFFIX)})?")
 
 
 def new_label(ranks: RankGroup) -> str:

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from offload_adam import CheckpointError, OffloadAdamW
+from offload_adam.checkpoint.commit import partial_name
 from offload_adam.integrations import keep_state_sharded
 from tests.integrations.accelerate_runs import Loop, loop
 from tests.integrations.language_model import forget_accelerator, make_model
@@ -99,6 +100,13 @@ def test_two_models_with_two_optimizers(tmp_path: Path) -> None:
     accelerator.load_state(str(tmp_path))
     for optimizer, expected in zip(optimizers, saved, strict=True):
         assert_equal(optimizer.full_state_dict(), expected)
+
+
+def test_a_save_removes_what_a_killed_one_has_written(tmp_path: Path) -> None:
+    killed = tmp_path / partial_name(f"offload_adam-{'0' * 32}")
+    killed.mkdir()
+    loop(0, 1, tmp_path, Loop())
+    assert not killed.exists()
 
 
 def test_a_model_without_an_optimizer_may_be_absent_when_the_state_is_loaded(
