@@ -250,7 +250,7 @@ def is_distributed(process_group: dist.ProcessGroup | None) -> bool:
     """Return whether the launcher, the default group or `process_group` has several ranks."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return True
-    if not _is_initialized():
+    if not is_initialized():
         return False
     if dist.get_world_size() > 1:
         return True
@@ -264,7 +264,7 @@ def world_size_of(process_group: dist.ProcessGroup | None) -> int:
         RuntimeError: a launcher started several ranks, but no group is initialized, so every rank
             would train its own model.
     """
-    if not _is_initialized():
+    if not is_initialized():
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched > 1:
             raise RuntimeError(
@@ -289,7 +289,7 @@ def open_rank_group(
         ValueError: this process is not in `process_group`.
         PeerFailedError: naming the ranks that did not call this function in time.
     """
-    if not _is_initialized() or dist.get_world_size(process_group) == 1:
+    if not is_initialized() or dist.get_world_size(process_group) == 1:
         return RankGroup()
     if dist.get_world_size(process_group) < 1:
         raise ValueError(
@@ -372,7 +372,8 @@ def _leak(groups: Iterable[dist.ProcessGroup]) -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
-def _is_initialized() -> bool:
+def is_initialized() -> bool:
+    """Return whether there is a default process group."""
     return dist.is_available() and dist.is_initialized()
 
 

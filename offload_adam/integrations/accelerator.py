@@ -74,7 +74,7 @@ def _save(
     parent = Path(folder).absolute()
     labels = [new_label(optimizer.ranks) for optimizer in optimizers]
     for optimizer, label in zip(optimizers, labels, strict=True):
-        save_apart(optimizer, _model_of(optimizer, models, accelerator), parent, label)
+        save_apart(optimizer, _bare(accelerator, models), parent, label)
         optimizer._given_reference = reference_to(optimizer, label, parent)
     ranks = optimizers[0].ranks
     with raise_on_all_ranks(ranks, "removing an older optimizer state"):
@@ -90,21 +90,13 @@ def _prepare_load(
 ) -> None:
     """Let `load_state_dict` read the state from this folder when it is given a reference."""
     for optimizer in optimizers:
-        model = _model_of(optimizer, models, accelerator)
         parents = [Path(folder).absolute()]
-        optimizer._read_reference = partial(load_apart, optimizer, model, parents)
+        bare = _bare(accelerator, models)
+        optimizer._read_reference = partial(load_apart, optimizer, bare, parents)
 
 
-def _model_of(
-    optimizer: ShardedOptimizer, models: list[nn.Module], accelerator: Accelerator
-) -> nn.Module:
-    """Return the model with all parameters of the optimizer, or a list of all models."""
-    # Without the wrapper of DDP, which is there only with several ranks.
-    bare: list[nn.Module] = [
+def _bare(accelerator: Accelerator, models: list[nn.Module]) -> nn.ModuleList:
+    """Return all models, without the wrapper of DDP, which they have only with several ranks."""
+    return nn.ModuleList(
         accelerator.unwrap_model(model, keep_torch_compile=False) for model in models
-    ]
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for model in bare:
-        if trained <= {id(parameter) for parameter in model.parameters()}:
-            return model
-    return nn.ModuleList(bare)
+    )

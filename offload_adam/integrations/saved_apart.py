@@ -20,6 +20,7 @@ from pathlib import Path
 
 from torch import nn
 
+from offload_adam.checkpoint.commit import PARTIAL_SUFFIX
 from offload_adam.checkpoint.load import load_optimizer_state
 from offload_adam.checkpoint.save import save_optimizer_state
 from offload_adam.coordinator.rank_checks import gather_texts, raise_on_all_ranks
@@ -29,7 +30,8 @@ from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.state.state_dict import StateReference
 
 _PREFIX = "offload_adam-"
-_NAME = re.compile(rf"{_PREFIX}[0-9a-f]{{32}}(-\d+)?")  # with the step in a Trainer
+# With the step in a Trainer, and with more if the save was killed.
+_NAME = re.compile(rf"{_PREFIX}[0-9a-f]{{32}}(-\d+)?(\..+{re.escape(PARTIAL_SUFFIX)})?")
 
 
 def new_label(ranks: RankGroup) -> str:
@@ -69,15 +71,15 @@ def save_apart(optimizer: ShardedOptimizer, model: nn.Module, parent: Path, labe
     save_optimizer_state(path, model=model, optimizer=optimizer, label=label)
 
 
-def load_apart(optimizer: ShardedOptimizer, model: nn.Module, parents: Sequence[Path]) -> Path:
+def load_apart(
+    optimizer: ShardedOptimizer, model: nn.Module, parents: Sequence[Path], remedy: str = ""
+) -> None:
     """Load the state of the reference that `load_state_dict` has loaded. Collective.
 
     Args:
         model: as in `save_apart`. It has been loaded already.
         parents: folders to search, in this order.
-
-    Returns:
-        The folder that held the state.
+        remedy: what else to do if no folder has the state, for the error message.
 
     Raises:
         CheckpointError: on every rank. No folder has the state, or it cannot be loaded. The
@@ -86,12 +88,11 @@ def load_apart(optimizer: ShardedOptimizer, model: nn.Module, parents: Sequence[
     reference = optimizer._loaded_reference
     assert reference is not None, "load_state_dict has loaded a reference"
     with raise_on_all_ranks(optimizer.ranks, "looking for the optimizer state"):
-        folder = _find(reference.label, list(dict.fromkeys(parents)))
+        folder = _find(reference.label, list(dict.fromkeys(parents)), remedy)
     load_optimizer_state(folder, model=model, optimizer=optimizer, label=reference.label)
-    return folder
 
 
-def _find(label: str, parents: Sequence[Path]) -> Path:
+def _find(label: str, parents: Sequence[Path], remedy: str) -> Path:
     for parent in parents:
         folder = folder_of(parent, label)
         if folder.is_dir():
@@ -101,7 +102,7 @@ def _find(label: str, parents: Sequence[Path]) -> Path:
     raise CheckpointError(
         f"The optimizer state is in a folder named {_PREFIX}{label}, which is in none of "
         f"{', '.join(map(str, parents))}.{hint} Copy a checkpoint with all of its folders, and "
-        "resume from the copy."
+        f"resume from the copy. {remedy}".rstrip()
     )
 
 

@@ -3,8 +3,9 @@
 Trainer's order of events, and what the callback does:
 
     resume     load_state_dict(optimizer.pt)   the optimizer keeps the reference in this file
-    train begin                                load the state that the reference names
-    step end   should_save is known            save the state in output_dir
+    train begin                                move pending states of a run that was interrupted
+                                               load the state that the reference names
+    step end   should_save is known            save the state in a folder for pending states
                evaluate, save the model, optimizer.pt = state_dict(), delete old checkpoints
     save                                       move the state into the new checkpoint
 
@@ -14,6 +15,8 @@ to resume from. Only with save_strategy="best" is it written afterwards.
 
 from __future__ import annotations
 
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,9 @@ from offload_adam.sharded_optimizer import ShardedOptimizer
 with explain_missing("transformers"):
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+# In output_dir. Trainer does not upload names that begin with an underscore to the Hub.
+_PENDING = "_offload_adam_pending"
+
 
 class OffloadAdamCallback(TrainerCallback):
     """Save and load the complete optimizer state with each checkpoint of a Trainer.
@@ -55,8 +61,8 @@ class OffloadAdamCallback(TrainerCallback):
 
     def __init__(self, checkpoint: str | Path | None = None) -> None:
         self._checkpoint = None if checkpoint is None else Path(checkpoint).absolute()
-        self._run = ""
-        self._saved: str | None = None  # label of the state that waits in output_dir
+        self._run = ""  # begins the labels of all states of one `train()`
+        self._saved: str | None = None  # label of the state that was saved last
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -76,20 +82,24 @@ class OffloadAdamCallback(TrainerCallback):
                 "save_strategy='no'."
             )
         self._run = new_label(optimizer.ranks)
-        self._saved = None
         reference = optimizer._loaded_reference
+        label = None if reference is None else reference.label
+        _settle(optimizer, Path(args.output_dir).absolute(), label)
         if reference is None:
             return
-        output, checkpoint = Path(args.output_dir).absolute(), _checkpoint_folder(args, state)
-        if self._checkpoint is not None:
-            parents = [self._checkpoint]
-        else:
-            known = [args.resume_from_checkpoint] if args.resume_from_checkpoint else []
-            saved = Path(reference.parent)
-            parents = [*map(Path, known), checkpoint, output, saved, saved.parent]
-        folder = load_apart(optimizer, given["model"], parents)
-        if folder.parent == output:  # the save was interrupted
-            _move(optimizer, folder, checkpoint)
+        given_paths = [self._checkpoint, args.resume_from_checkpoint]
+        saved = Path(reference.parent)
+        parents = [
+            *(Path(str(path)).absolute() for path in given_paths if path),
+            _checkpoint_folder(args, state),
+            saved,
+            saved.parent / _PENDING,  # of a run that was interrupted, in another output_dir
+        ]
+        remedy = (
+            "If the checkpoint was moved or renamed, pass its path to the callback: "
+            "OffloadAdamCallback(checkpoint=path)."
+        )
+        load_apart(optimizer, given["model"], parents, remedy)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -113,7 +123,7 @@ class OffloadAdamCallback(TrainerCallback):
             return
         label, checkpoint = self._label(state), _checkpoint_folder(args, state)
         self._save(optimizer, given["model"], args, label)
-        _move(optimizer, folder_of(Path(args.output_dir), label), checkpoint)
+        _move(optimizer, folder_of(Path(args.output_dir) / _PENDING, label), checkpoint)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -140,10 +150,10 @@ class OffloadAdamCallback(TrainerCallback):
     def _save(
         self, optimizer: ShardedOptimizer, model: nn.Module, args: TrainingArguments, label: str
     ) -> None:
-        """Save the state in output_dir, once for each label. Collective."""
+        """Save the state in the folder for pending states, once for each label. Collective."""
         # If the last step of an epoch saves, the epoch's end saves the same state again.
         if self._saved != label:
-            save_apart(optimizer, model, Path(args.output_dir), label)
+            save_apart(optimizer, model, Path(args.output_dir) / _PENDING, label)
             self._saved = label
 
     def _label(self, state: TrainerState) -> str:
@@ -152,7 +162,7 @@ class OffloadAdamCallback(TrainerCallback):
 
 
 def _move(optimizer: ShardedOptimizer, folder: Path, checkpoint: Path) -> None:
-    """Move a saved state from output_dir into its checkpoint. Collective.
+    """Move a pending state into its checkpoint. Collective.
 
     Raises:
         CheckpointError: Trainer has not written the checkpoint.
@@ -166,9 +176,33 @@ def _move(optimizer: ShardedOptimizer, folder: Path, checkpoint: Path) -> None:
                 )
             if folder.exists():  # otherwise it has been moved already
                 folder.rename(checkpoint / folder.name)
-            # Of an earlier run into the same checkpoint, or of a save that did not follow.
-            remove_others(checkpoint, [folder.name])
-            remove_others(folder.parent, [])
+            remove_others(checkpoint, [folder.name])  # of an earlier run into the same checkpoint
+            run, _, _ = folder.name.rpartition("-")
+            for unused in folder.parent.glob(f"{run}-*"):  # another callback cancelled the save
+                shutil.rmtree(unused, ignore_errors=True)
+            with suppress(OSError):  # not empty: see `_settle`
+                folder.parent.rmdir()
+
+
+def _settle(optimizer: ShardedOptimizer, output: Path, label: str | None) -> None:
+    """Move what an interrupted run left pending into its checkpoints. Collective.
+
+    The run may have ended after Trainer wrote a checkpoint that needs a pending state. If there is
+    no checkpoint of this step, nothing needs the state, and it is removed.
+
+    Args:
+        label: of the state to load, which is kept: its checkpoint may have been renamed.
+    """
+    with raise_on_all_ranks(optimizer.ranks, "moving the optimizer state"):
+        if optimizer.ranks.rank == 0:
+            for folder in (output / _PENDING).glob("*"):
+                _, _, step = folder.name.rpartition("-")
+                checkpoint = output / f"checkpoint-{step}"
+                if checkpoint.is_dir():
+                    # Beside the state of an earlier run, if Trainer has not replaced optimizer.pt.
+                    folder.rename(checkpoint / folder.name)
+                elif label is None or folder != folder_of(output / _PENDING, label):
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from offload_adam.coordinator.ranks import RankGroup
+from offload_adam.coordinator.ranks import RankGroup, is_initialized
 from offload_adam.errors import RankDisagreementError
 from offload_adam.params.selection import Named
 
@@ -48,6 +48,8 @@ def is_in_ddp(parameters: Sequence[torch.nn.Parameter]) -> bool:
 
 def _ddp_parameters() -> set[int]:
     """Return the ids of all parameters whose gradients a DDP module averages."""
+    if not is_initialized():  # DDP needs a process group
+        return set()
     # DDP leaves no trace on a parameter: its hooks are in C++. `type`, because `isinstance` may run
     # code of objects that pretend to have another class.
     modules = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]

@@ -44,6 +44,12 @@ class Execution(NamedTuple):
         """Whether DDP or the caller averages gradients over several ranks."""
         return not self.policy.reduces and self.policy.world_size > 1
 
+    @property
+    def conflicts_with_ddp(self) -> bool:
+        """Whether a `DistributedDataParallel` over the parameters needs another execution."""
+        # DDP reads gradients from `.grad` even if there is only one rank.
+        return self.policy.averages or self.streams
+
 
 def checked_options(options: ExecutionOptions) -> ExecutionOptions:
     """Check the options and those of both policies, and return them with plain numbers.
@@ -81,8 +87,10 @@ def decide_execution(
     """
     world_size = world_size_of(options.process_group)
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    reduces = _resolve_reduction(options, trained, world_size) == "optimizer"
     hooked = options.module is not None and not replicated
+    # With one rank and gradients in `.grad`, it does not matter whether DDP averages them.
+    searches = world_size > 1 or hooked
+    reduces = _resolve_reduction(options, trained, searches=searches) == "optimizer"
     streams = hooked and reduces
     _check_needs_of_hooks(options, hooked=hooked, streams=streams)
     policy = StatePolicy.from_options(
@@ -146,9 +154,12 @@ def check_module(module: object) -> None:
 
 
 def _resolve_reduction(
-    options: ExecutionOptions, trained: Sequence[torch.nn.Parameter], world_size: int
+    options: ExecutionOptions, trained: Sequence[torch.nn.Parameter], *, searches: bool
 ) -> str:
     """Return who averages the gradients over the ranks: "optimizer" or "external".
+
+    Args:
+        searches: look for a DDP module that `module` does not contain.
 
     Raises:
         ValueError: `gradient_reduction` conflicts with DDP, or DDP averages only some gradients.
@@ -164,7 +175,7 @@ def _resolve_reduction(
         )
     if given is not None:
         return given
-    if not has_ddp and world_size > 1:
+    if not has_ddp and searches:
         has_ddp = averaged_by_ddp(trained)
     return "external" if has_ddp else "optimizer"
 

@@ -237,7 +237,7 @@ class ShardedOptimizer(StateAccess):
             return False
         if core.external_edits.has_moved():
             return True
-        undecided = self._options.gradient_reduction is None and self._execution.policy.averages
+        undecided = self._options.gradient_reduction is None and self._execution.conflicts_with_ddp
         return undecided and is_in_ddp(list(self._index_of))
 
     def _rebuild(self, core: ShardedAdam) -> None:

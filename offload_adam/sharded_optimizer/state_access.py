@@ -222,8 +222,8 @@ class StateAccess(torch.optim.Optimizer):
                 "The file that was loaded into this optimizer only refers to its state, which was "
                 f"saved in a folder in {reference.parent}, and nothing has read that folder. With "
                 "Trainer, pass OffloadAdamCallback() in callbacks=; with Accelerate, call "
-                "keep_state_sharded(accelerator) before load_state(); with Lightning, pass "
-                "strategy=OffloadAdamStrategy(). All are in offload_adam.integrations."
+                "keep_state_sharded(accelerator, optimizer) before load_state(); with Lightning, "
+                "pass strategy=OffloadAdamStrategy(). All are in offload_adam.integrations."
             )
 
     def _alive(self) -> ShardedAdam:

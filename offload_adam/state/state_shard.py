@@ -263,8 +263,9 @@ def _part_of(
     if isinstance(value, StateShard) and value.shape == parameter.shape:
         start, end = local_range(state, position)
         if not value.has_range_of(memory_order(parameter), start, end):
+            needed = _describe(start, end, parameter.numel())
             raise ValueError(
-                f"The saved {what} is {value!r}, but this rank needs elements [{start}, {end}). "
+                f"The saved {what} is {value!r}, but this rank needs {needed}. "
                 "Load it through torch.distributed.checkpoint, or load a full_state_dict()."
             )
         return value.to_local()
@@ -285,6 +286,13 @@ def _part_of(
             f"{tuple(parameter.shape)}. Load a state that was saved for this model."
         )
     return value
+
+
+def _describe(start: int, end: int, numel: int) -> str:
+    """Describe the elements [start, end) of a tensor for an error message."""
+    if start == end:
+        return f"none of {numel} elements"
+    return f"elements [{start}, {end}) of {numel}"
 
 
 class BoxSource(NamedTuple):
@@ -442,11 +450,12 @@ class StateShard(BoxTensor):
             TypeError: always; the message names the ways to save the state of all ranks.
         """
         raise TypeError(
-            f"state_dict() holds only {self._range()} on this rank, so a file of it would lack the "
-            "state of the other ranks. Call full_state_dict() on every rank and save the result of "
-            "rank 0, or use offload_adam.save_checkpoint or torch.distributed.checkpoint. To write "
-            "one file per rank, save local_state_dict(). In Trainer, pass OffloadAdamCallback(); "
-            "with Accelerate, call keep_state_sharded(accelerator). Both are in "
+            "state_dict() holds only this rank's part of the state (of this tensor "
+            f"{self._range()}), so a file of it would lack the state of the other ranks. Call "
+            "full_state_dict() on every rank and save the result of rank 0, or use "
+            "offload_adam.save_checkpoint or torch.distributed.checkpoint. To write one file per "
+            "rank, save local_state_dict(). In Trainer, pass OffloadAdamCallback(); with "
+            "Accelerate, call keep_state_sharded(accelerator, optimizer). Both are in "
             "offload_adam.integrations."
         )
 
@@ -462,7 +471,7 @@ class StateShard(BoxTensor):
 
     def _range(self) -> str:
         end = self._start + self._local.numel()
-        return f"elements [{self._start}, {end}) of {self.shape.numel()}"
+        return _describe(self._start, end, self.shape.numel())
 
     def _with(self, local: torch.Tensor) -> StateShard:
         return StateShard(self.shape, self._order, self._start, local)

@@ -54,7 +54,7 @@ def distance(model: torch.nn.Module, expected: list[torch.Tensor]) -> float:
 
 def train_without_saying_who_averages(
     rank: int, world_size: int, wraps: str, streams: bool
-) -> tuple[float, str]:
+) -> tuple[float, bool]:
     model = make_model()
     wrapped: torch.nn.Module = DistributedDataParallel(model) if wraps == "before" else model
     optimizer = OffloadAdam(
@@ -64,18 +64,21 @@ def train_without_saying_who_averages(
         wrapped = DistributedDataParallel(model)
     for step in range(3):
         step_once(wrapped, optimizer, rank, step)
-    who = "external" if optimizer._execution.is_external else "optimizer"
+    averages = optimizer._execution.policy.reduces
     result = distance(model, oracle(world_size, None, 3))
     optimizer.close()
-    return result, who
+    return result, averages
 
 
-@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize(("world_size", "streams"), [(2, False), (2, True), (1, True)])
 @pytest.mark.parametrize("wraps", ["before", "after", "never"])
-def test_who_averages_is_found_out(ranks: RankPool, wraps: str, streams: bool) -> None:
-    for error, who in ranks.run(train_without_saying_who_averages, 2, wraps, streams):
+def test_who_averages_is_found_out(
+    ranks: RankPool, wraps: str, world_size: int, streams: bool
+) -> None:
+    results = ranks.run(train_without_saying_who_averages, world_size, wraps, streams)
+    for error, averages in results:
         assert error < 1e-6
-        assert who == ("optimizer" if wraps == "never" else "external")
+        assert averages == (wraps == "never")
 
 
 def wrap_a_part(rank: int, world_size: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 from offload_adam import OffloadAdam
-from offload_adam.state.state_shard import shards_of
+from offload_adam.state.state_shard import StateShard, shards_of
 from tests.distributed.test_checkpoints import assert_same, make, train, whole_state
 from tests.support.ranks import RankPool
 from tests.support.reference import Outcome, outcome_of
@@ -186,6 +187,16 @@ def test_one_ranks_part_is_never_pickled(ranks: RankPool) -> None:
         for outcome in outcomes:
             assert outcome.error == "TypeError", outcomes
             assert "Call full_state_dict() on every rank" in outcome.message
+
+
+@pytest.mark.parametrize(
+    ("numel", "expected"), [(3, "elements [0, 3) of 8"), (0, "none of 8 elements")]
+)
+def test_messages_say_what_a_rank_holds(numel: int, expected: str) -> None:
+    shard = StateShard((4, 2), (0, 1), 0, torch.zeros(numel))
+    assert repr(shard) == f"StateShard({expected}, shape=[4, 2])"
+    with pytest.raises(TypeError, match=re.escape(f"(of this tensor {expected})")):
+        torch.save(shard, io.BytesIO())
 
 
 def consolidate(rank: int, world_size: int) -> tuple[list[Any], list[str], list[str]]:

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from offload_adam import CheckpointError, OffloadAdamW
+from offload_adam.checkpoint.commit import partial_name
 from offload_adam.integrations import keep_state_sharded
 from tests.integrations.accelerate_runs import Loop, loop
 from tests.integrations.language_model import forget_accelerator, make_model
@@ -101,6 +102,34 @@ def test_two_models_with_two_optimizers(tmp_path: Path) -> None:
         assert_equal(optimizer.full_state_dict(), expected)
 
 
+def test_a_save_removes_what_a_killed_one_has_written(tmp_path: Path) -> None:
+    killed = tmp_path / partial_name(f"offload_adam-{'0' * 32}")
+    killed.mkdir()
+    loop(0, 1, tmp_path, Loop())
+    assert not killed.exists()
+
+
+def test_a_model_without_an_optimizer_may_be_absent_when_the_state_is_loaded(
+    tmp_path: Path,
+) -> None:
+    states = []
+    for others in ([torch.nn.Linear(2, 2)], []):
+        forget_accelerator()
+        accelerator = Accelerator(cpu=True)
+        model = torch.nn.Linear(3, 2)
+        optimizer = OffloadAdamW(model.parameters())
+        accelerator.prepare(model, optimizer, *others)
+        keep_state_sharded(accelerator, optimizer)
+        if others:
+            model(torch.ones(5, 3)).square().mean().backward()
+            optimizer.step()
+            accelerator.save_state(str(tmp_path))
+        else:
+            accelerator.load_state(str(tmp_path))
+        states.append(optimizer.full_state_dict())
+    assert_equal(states[1], states[0])
+
+
 def test_a_state_dict_after_a_save_holds_the_state(tmp_path: Path) -> None:
     forget_accelerator()
     accelerator = Accelerator(cpu=True)
@@ -114,7 +143,8 @@ def test_a_state_dict_after_a_save_holds_the_state(tmp_path: Path) -> None:
 
 def test_a_load_without_the_hooks_is_rejected(tmp_path: Path) -> None:
     loop(0, 1, tmp_path, Loop())
-    with pytest.raises(CheckpointError, match=r"call keep_state_sharded\(accelerator"):
+    expected = rf"in a folder in {tmp_path}, .* call keep_state_sharded\(accelerator, optimizer\)"
+    with pytest.raises(CheckpointError, match=expected):
         loop(0, 1, tmp_path, Loop(sharded=False), resume=True)
 
 
@@ -137,7 +167,7 @@ def test_a_lost_or_foreign_state_is_rejected(tmp_path: Path) -> None:
     (own,) = (tmp_path / "one").glob("offload_adam-*")
     (others,) = (tmp_path / "other").glob("offload_adam-*")
     shutil.rmtree(own)
-    with pytest.raises(CheckpointError, match=r"which is in none of"):
+    with pytest.raises(CheckpointError, match=r"in none of .* resume from the copy\.$"):
         loop(0, 1, tmp_path / "one", Loop(), resume=True)
     shutil.copytree(others, own)
     with pytest.raises(CheckpointError, match=r"holds the state of another save"):

@@ -226,6 +226,23 @@ def test_training_on_two_ranks_equals_adamw_in_ddp(ranks: RankPool, variant: str
         )
 
 
+def train_with_module_in_ddp(rank: int, world_size: int, folder: Path) -> list[Run]:
+    """Train with AdamW, then with `module=` in DDP, which one device also uses."""
+    options = {"gradient_clip_val": 0.3}
+    strategies = ["ddp", OffloadAdamStrategy()]
+    runs = [train("torch", "ddp", options)]
+    runs += [train("streaming", strategy, options) for strategy in strategies]
+    train_and_save(rank, world_size, "streaming", OffloadAdamStrategy(), folder, 1)
+    return [*runs, train_and_save(rank, world_size, "streaming", OffloadAdamStrategy(), folder, 2)]
+
+
+def test_ddp_on_one_device_keeps_gradients_in_grad(ranks: RankPool, tmp_path: Path) -> None:
+    ((expected, *found, resumed),) = on_ranks(ranks, train_with_module_in_ddp, 1, tmp_path)
+    for run in found:
+        assert_close(run, expected)
+    assert_close(resumed, train("torch"), slice(3, None))
+
+
 def test_clipping_by_value_works_only_without_streaming() -> None:
     options = {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}
     expected = train("torch", "auto", options)

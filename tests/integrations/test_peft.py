@@ -79,12 +79,14 @@ def weights_of(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
-def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_close(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float = TOLERANCE
+) -> None:
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
         assert found[name].dtype == weight.dtype
         if "lora" in name:
-            assert torch.allclose(found[name], weight, rtol=0.0, atol=TOLERANCE), name
+            assert torch.allclose(found[name], weight, rtol=0.0, atol=atol), name
         else:  # frozen
             assert torch.equal(found[name], weight), name
 
@@ -98,8 +100,12 @@ def test_training_adapters_equals_adamw(
     reference = make_adapted(dtype, recompute)
     expected = train(reference, make_optimizer("torch", reference))
     model = make_adapted(dtype, recompute)
-    assert train(model, make_optimizer(kind, model)) == pytest.approx(expected, abs=1e-5)
-    assert_close(weights_of(model), weights_of(reference))
+    losses = train(model, make_optimizer(kind, model))
+    # Rounding to bf16 in the forward turns differences of 1e-8 into some of 1e-3, which
+    # depends on the CPU.
+    tolerance = TOLERANCE if dtype is torch.float32 else 1e-3
+    assert losses == pytest.approx(expected, abs=max(tolerance, 1e-5))
+    assert_close(weights_of(model), weights_of(reference), tolerance)
 
 
 @pytest.mark.parametrize("kind", ["drop-in", "streaming"])

@@ -21,8 +21,10 @@ from tests.integrations.trainer_runs import (
     assert_equal,
     make_trainer,
     record,
+    result_of,
     train,
 )
+from tests.unit.overlap.lazy_worker import Lazy
 
 CASES = {
     "made by Trainer": Run(),
@@ -78,6 +80,13 @@ def test_the_state_of_torch_is_resumed(tmp_path: Path) -> None:
     assert_close(train(0, 1, tmp_path, Run(), resume="checkpoint-3"), whole)
 
 
+def test_torch_resumes_the_full_state_of_a_resumed_run(tmp_path: Path) -> None:
+    whole = train(0, 1, tmp_path, Run())
+    _, recorder = record(0, 1, tmp_path, Run(), resume="checkpoint-3")
+    torch.save(recorder.begun, tmp_path / "checkpoint-3" / "optimizer.pt")
+    assert_close(train(0, 1, tmp_path, Run("torch"), resume="checkpoint-3"), whole)
+
+
 def test_torch_rejects_a_reference(tmp_path: Path) -> None:
     train(0, 1, tmp_path, Run())
     with pytest.raises(ValueError, match=r"different number of parameter groups"):
@@ -116,6 +125,47 @@ def test_only_the_model_is_saved_on_request(tmp_path: Path) -> None:
     assert not states_in(tmp_path / "checkpoint-3")
 
 
+class Reader(TrainerCallback):
+    """Reads the optimizer and the parameters in an event."""
+
+    def __init__(self, event: str) -> None:
+        self.states: list[dict[str, Any]] = []
+        self.parameters: dict[str, torch.Tensor] = {}
+        setattr(self, event, self._read)
+
+    def _read(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.states.append(given["optimizer"].state_dict())
+        named = given["model"].named_parameters()
+        self.parameters = {name: parameter.detach().clone() for name, parameter in named}
+
+
+@pytest.mark.parametrize(
+    ("event", "arguments"),
+    [("on_save", {"save_only_model": True}), ("on_train_end", {"save_strategy": "no"})],
+)
+def test_state_dict_holds_the_state_when_nothing_is_saved(
+    event: str, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    reader = Reader(event)
+    trainer = make_trainer(1, tmp_path, Run(arguments=arguments), more=(reader,))
+    trainer.train()
+    expected = trainer.optimizer.optimizer.full_state_dict()["state"]
+    for found in (reader.states[-1], trainer.optimizer.state_dict()):
+        assert found["state"].keys() == expected.keys()
+
+
+def test_updates_are_over_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OffloadAdamW, "_backend", Lazy._backend)
+    run = Run("streaming", "caller", {"overlap": True}, {"save_strategy": "no"})
+    trainer = make_trainer(1, tmp_path, run)
+    reader = Reader("on_train_end")
+    trainer.callback_handler.callbacks.insert(0, reader)
+    trainer.train()
+    expected = trainer.model.state_dict()  # waits for updates
+    for name, found in reader.parameters.items():
+        assert torch.equal(found, expected[name]), name
+
+
 def test_a_checkpoint_that_is_saved_again_holds_one_state(tmp_path: Path) -> None:
     train(0, 1, tmp_path, Run())
     before = states_in(tmp_path / "checkpoint-6")
@@ -126,37 +176,111 @@ def test_a_checkpoint_that_is_saved_again_holds_one_state(tmp_path: Path) -> Non
 
 
 class Stop(TrainerCallback):
-    """Ends training with an error, after Trainer has deleted older checkpoints."""
+    """Ends training with an error in an event of step 6.
 
-    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    Args:
+        event: a method of TrainerCallback. "on_save" comes after Trainer has written checkpoint-6
+            and has deleted older ones.
+    """
+
+    def __init__(self, event: str) -> None:
+        setattr(self, event, self._stop)
+
+    def _stop(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if state.global_step == 6:
             raise KeyboardInterrupt
+
+
+def kill(folder: Path, run: Run, event: str, *, first: bool = True) -> None:
+    """Train until the event of step 6, where this package's callback is called later."""
+    trainer = make_trainer(1, folder, run)
+    trainer.callback_handler.callbacks.insert(0 if first else 99, Stop(event))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
 
 
 def test_a_run_that_is_killed_during_a_save_resumes(tmp_path: Path) -> None:
     run = Run(arguments={"save_total_limit": 1, "max_steps": 9})
     whole = train(0, 1, tmp_path / "whole", run)
-    trainer = make_trainer(1, tmp_path / "killed", run)
-    trainer.callback_handler.callbacks.insert(0, Stop())
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
+    kill(tmp_path / "killed", run, "on_save")
     assert [path.name for path in (tmp_path / "killed").glob("check*")] == ["checkpoint-6"]
     assert not states_in(tmp_path / "killed" / "checkpoint-6")
+    last = str(tmp_path / "killed" / "checkpoint-6")
+    trainer = make_trainer(1, tmp_path / "elsewhere", run)
+    trainer.train(resume_from_checkpoint=last)
+    for resumed in (
+        result_of(trainer),
+        train(0, 1, tmp_path / "killed", run, resume="checkpoint-6"),
+    ):
+        assert_equal(resumed.weights, whole.weights)
+        assert_equal(resumed.state, whole.state)
+    assert not pending_in(tmp_path / "killed")
+
+
+def test_a_later_run_keeps_the_state_of_a_killed_one(tmp_path: Path) -> None:
+    run = Run(arguments={"max_steps": 9})
+    whole = train(0, 1, tmp_path / "whole", run)
+    kill(tmp_path / "killed", run, "on_save")
+    # It saves checkpoints of other steps.
+    other = Run(arguments={"max_steps": 5, "save_steps": 1})
+    train(0, 1, tmp_path / "killed", other, resume="checkpoint-3")
     resumed = train(0, 1, tmp_path / "killed", run, resume="checkpoint-6")
     assert_equal(resumed.weights, whole.weights)
     assert_equal(resumed.state, whole.state)
-    assert not states_in(tmp_path / "killed")
+
+
+def test_a_killed_run_whose_checkpoint_was_renamed_resumes(tmp_path: Path) -> None:
+    run = Run(arguments={"max_steps": 9})
+    whole = train(0, 1, tmp_path / "whole", run)
+    kill(tmp_path / "killed", run, "on_save")
+    (tmp_path / "killed" / "checkpoint-6").rename(tmp_path / "killed" / "good")
+    for _ in range(2):  # the first one saves a checkpoint
+        resumed = train(0, 1, tmp_path / "killed", run, resume="good")
+        assert_equal(resumed.state, whole.state)
+
+
+def test_states_without_a_checkpoint_are_removed(tmp_path: Path) -> None:
+    kill(tmp_path, Run(), "on_step_end", first=False)
+    (state,) = pending_in(tmp_path)
+    state.rename(state.with_name(f"{state.name}.0-0-0.partial"))
+    kill(tmp_path, Run(), "on_step_end", first=False)
+    assert [path.suffix for path in pending_in(tmp_path)] == [""]
+    (tmp_path / "checkpoint-3").rename(tmp_path / "kept")
+    train(0, 1, tmp_path, Run(arguments={"save_strategy": "no"}))
+    assert not pending_in(tmp_path)
+
+
+class Cancel(TrainerCallback):
+    """Cancels the save of step 3."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        control.should_save &= state.global_step != 3
+
+
+def test_the_state_of_a_cancelled_save_is_removed(tmp_path: Path) -> None:
+    make_trainer(1, tmp_path, Run(), more=(Cancel(),)).train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
 
 
 def test_a_moved_checkpoint_is_found(tmp_path: Path) -> None:
     whole = train(0, 1, tmp_path / "old", Run())
     (tmp_path / "kept").mkdir()
     moved = (tmp_path / "old" / "checkpoint-3").rename(tmp_path / "kept" / "good")
-    with pytest.raises(CheckpointError, match=r"which is in none of .*checkpoint-3"):
+    expected = r"none of .*checkpoint-3.* OffloadAdamCallback\(checkpoint=path\)"
+    with pytest.raises(CheckpointError, match=expected):
         train(0, 1, tmp_path / "kept", Run(), resume="good")
     named = Run(arguments={"resume_from_checkpoint": str(moved)})
     for run in (Run(checkpoint=moved), named):
         assert_equal(train(0, 1, tmp_path / "kept", run, resume="good").state, whole.state)
+
+
+def test_a_run_resumes_in_another_output_dir_and_after_this_was_moved(tmp_path: Path) -> None:
+    whole = train(0, 1, tmp_path / "old", Run())
+    trainer = make_trainer(1, tmp_path / "other", Run())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "old" / "checkpoint-3"))
+    assert_equal(result_of(trainer).state, whole.state)
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert_equal(train(0, 1, tmp_path / "new", Run(), resume="checkpoint-3").state, whole.state)
 
 
 def test_a_checkpoint_without_its_state_is_rejected(tmp_path: Path) -> None:
@@ -230,3 +354,7 @@ def test_the_state_is_no_checkpoint_of_the_model(tmp_path: Path) -> None:
 
 def states_in(folder: Path) -> list[Path]:
     return list(folder.glob("offload_adam-*"))
+
+
+def pending_in(folder: Path) -> list[Path]:
+    return list(folder.glob("_offload_adam_pending/*"))
