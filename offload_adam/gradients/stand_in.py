@@ -39,8 +39,8 @@ _LOSS_SCALE = (
 class StandIn(torch.Tensor):
     """A gradient without storage: it shows that its parameter had a gradient, and has no values.
 
-    It has the parameter's shape, strides, dtype and device. The next backward replaces it. It
-    supports the two operations of `torch.nn.utils.clip_grad_norm_`:
+    It has the parameter's shape, strides and device, and the dtype of its gradients. The next
+    backward replaces it. It supports the two operations of `torch.nn.utils.clip_grad_norm_`:
 
     - Its 2-norm is the norm of the gradient averaged over all ranks. Collective.
     - Multiplying it in place by a number multiplies the gradient in the next update.
@@ -74,7 +74,9 @@ class StandIn(torch.Tensor):
             source: computes norms and multiplies gradients; None to reject both.
             index: index of the parameter in the optimizer, for `source`.
         """
-        return _make(parameter, name, weakref.ref(parameter), source, index)
+        # torch rejects a `.grad` of another dtype. None accepts any.
+        dtype = parameter.grad_dtype
+        return _make(parameter, name, weakref.ref(parameter), source, index, dtype)
 
     @classmethod
     @never_compiled
