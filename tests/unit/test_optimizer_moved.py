@@ -20,6 +20,7 @@ from offload_adam import (
     save_checkpoint,
 )
 from offload_adam.gradients.stand_in import StandIn
+from offload_adam.torch_private import make_wrapper_subclass, no_torch_function
 from tests.unit.overlap.lazy_worker import LazyOffloading
 
 Move = Callable[[torch.nn.Module], object]
@@ -483,3 +484,35 @@ def test_checkpoints_and_state_dicts_load_into_an_optimizer_made_before_unfreezi
             resumed.load_state_dict(optimizer_state)
         train(again, resumed)
         assert_same(again, model)
+
+
+class Quantized(torch.Tensor):
+    """A tensor of the shape and dtype of an fp32 parameter, without its memory."""
+
+    @staticmethod
+    def __new__(cls, like: torch.Tensor) -> Quantized:
+        made = make_wrapper_subclass(cls, like.shape, strides=like.stride(), dtype=like.dtype)
+        assert isinstance(made, Quantized)
+        return made
+
+    __torch_function__ = no_torch_function
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own has mangled names
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0])
+        plain = [torch.zeros(a.shape) if isinstance(a, Quantized) else a for a in args]
+        return func(*plain, **(kwargs or {}))
+
+
+def test_a_parameter_that_is_swapped_for_another_kind_of_tensor_is_rejected() -> None:
+    model = make_model()
+    optimizer = OffloadAdam(model.named_parameters())
+    train(model, optimizer, 1)
+    weight = model.hidden.weight
+    torch.utils.swap_tensors(weight, torch.nn.Parameter(Quantized(weight)))
+    weight.grad = torch.ones(5, 16)
+    with pytest.raises(ParameterReplacedError, match=r"'hidden.weight'.* by Quantized of"):
+        optimizer.step()
