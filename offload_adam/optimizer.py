@@ -125,7 +125,9 @@ class OffloadAdam(ShardedOptimizer):
         of ranks: 4 each for master weight, exp_avg and exp_avg_sq, and 2 for the gradient. Buffers
         add a few buckets. `offload-adam plan` predicts the memory of a run.
     Owns: process groups, hooks on the parameters, and host memory. `close` releases all three.
-    Threads: calls from several threads run one after another.
+    Threads: calls from several threads run one after another. `synchronize` and the state dicts may
+        be called beside a forward or backward of another thread. With several ranks, they are
+        collective, so call them from the thread that trains, in the same order on every rank.
 
     Raises:
         TypeError, ValueError: an argument or a parameter cannot be used. Nothing was allocated.

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 _missing: list[str] = []
 
@@ -88,12 +89,29 @@ current_autograd_node: Callable[[], torch.autograd.graph.Node | None] = _find(
 """Return the autograd node that this thread runs, None outside of a backward and at its end."""
 
 
-def is_accumulating_gradient() -> bool:
-    """Return whether the current operation is autograd's own addition to `.grad`."""
-    node = current_autograd_node()
+def accumulating_parameter() -> torch.Tensor | None:
+    """Return the parameter to whose `.grad` autograd is adding right now, None if to none."""
+    node: Any = current_autograd_node()
     # If torch renames this node, a second backward that adds to a streamed gradient's stand-in
     # raises StreamedGradientError.
-    return node is not None and node.name() == "torch::autograd::AccumulateGrad"
+    if node is None or node.name() != "torch::autograd::AccumulateGrad":
+        return None
+    parameter: torch.Tensor = node.variable
+    return parameter
+
+
+def add_gradient_hook(
+    parameter: torch.Tensor, hook: Callable[[torch.Tensor], None]
+) -> RemovableHandle:
+    """Call a hook after autograd has written `.grad`, also after `torch.utils.swap_tensors`.
+
+    `module.to()` swaps parameters after `set_swap_module_params_on_conversion(True)`. The parameter
+    then keeps torch's dict of hooks, but autograd runs none of them, nor those that are added.
+    """
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)
+    # The assignment lets autograd run the hooks of this dict again.
+    parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
+    return handle
 
 
 # --- Tensors. Without these, constructing an optimizer raises an error.
@@ -241,6 +259,7 @@ def _note_missing_attributes() -> None:
     """Note for `check` the attributes that the functions above read from objects."""
     _find("torch", "Tensor._version")
     _find("torch", "Tensor._base")
+    _find("torch", "Tensor._post_accumulate_grad_hooks")
     _find("torch.nn", "Module._compiled_call_impl")
     _find("torch.amp", "GradScaler._found_inf_per_device")
     # Constructors set these attributes, so the class has only their annotations.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from numbers import Real
 from typing import Any
@@ -18,7 +17,7 @@ from offload_adam.torch_private import (
     ATEN_FOREACH_MUL,
     ATEN_FOREACH_NORM,
     ATEN_TO_COPY,
-    is_accumulating_gradient,
+    accumulating_parameter,
     make_wrapper_subclass,
     no_torch_function,
     version_of,
@@ -39,22 +38,23 @@ _LOSS_SCALE = (
 class StandIn(torch.Tensor):
     """A gradient without storage: it shows that its parameter had a gradient, and has no values.
 
-    It has the parameter's shape, strides, dtype and device. The next backward replaces it. It
-    supports the two operations of `torch.nn.utils.clip_grad_norm_`:
+    It has the parameter's shape, strides and device, and the dtype of its gradients. The next
+    backward replaces it. It supports the two operations of `torch.nn.utils.clip_grad_norm_`:
 
     - Its 2-norm is the norm of the gradient averaged over all ranks. Collective.
     - Multiplying it in place by a number multiplies the gradient in the next update.
 
     Every other operation raises `StreamedGradientError`.
 
-    Owns: nothing. It keeps neither the parameter nor the optimizer alive.
+    Owns: nothing. It keeps neither the parameter nor the optimizer alive. It has no weak reference
+        to the parameter either: `torch.utils.swap_tensors`, which `module.to()` may call, rejects
+        tensors that have one.
     """
 
     # torch's default would convert results of operations to this class.
     __torch_function__ = no_torch_function
 
     _name: str
-    _parameter: weakref.ref[torch.Tensor]
     _source: StreamedGradients | None
     _index: int
     _is_copy: bool
@@ -74,7 +74,9 @@ class StandIn(torch.Tensor):
             source: computes norms and multiplies gradients; None to reject both.
             index: index of the parameter in the optimizer, for `source`.
         """
-        return _make(parameter, name, weakref.ref(parameter), source, index)
+        # torch rejects a `.grad` of another dtype. None accepts any.
+        dtype = parameter.grad_dtype
+        return _make(parameter, name, source, index, dtype)
 
     @classmethod
     @never_compiled
@@ -88,10 +90,15 @@ class StandIn(torch.Tensor):
                 return first._other(is_copy=first._is_copy)
             if func is ATEN_TO_COPY:  # module.to() converts .grad too
                 return first._other(kwargs.get("dtype"), kwargs.get("device"), is_copy=True)
-            if func is _aten.add_.Tensor and is_accumulating_gradient():
-                return first._replace(args[1])
-            if func is _aten.add.Tensor and is_accumulating_gradient():
-                return args[1].clone()  # create_graph=True: autograd puts the result into .grad
+            if func in (_aten.add_.Tensor, _aten.add.Tensor):
+                parameter = accumulating_parameter()
+                if parameter is not None and parameter.grad is first:
+                    # Clone, because autograd may share this gradient with other parameters.
+                    gradient = args[1].clone()
+                    if func is _aten.add.Tensor:  # create_graph=True: autograd puts it into .grad
+                        return gradient
+                    parameter.grad = gradient  # autograd ignores the result
+                    return first
             if first._source is not None and _is_plain_norm(func, args, kwargs):
                 return first._norm(first._source)
             # Multiplying a copy (of `.to()` or deepcopy) must not change the gradient.
@@ -136,21 +143,12 @@ class StandIn(torch.Tensor):
         *,
         is_copy: bool,
     ) -> StandIn:
-        made = _make(self, self._name, self._parameter, self._source, self._index, dtype, device)
+        made = _make(self, self._name, self._source, self._index, dtype, device)
         made._is_copy = is_copy
         return made
 
     def _norm(self, source: StreamedGradients) -> torch.Tensor:
         return torch.tensor(source.norm(self._index), dtype=torch.float32, device=self.device)
-
-    def _replace(self, gradient: torch.Tensor) -> StandIn:
-        """Replace the stand-in in `.grad` by the gradient of another backward."""
-        parameter = self._parameter()
-        assert parameter is not None, "autograd holds it"
-        # Autograd adds to `.grad` in place and ignores the result, so assign `.grad` here. Clone,
-        # because autograd may share this gradient with other parameters.
-        parameter.grad = gradient.clone()
-        return self
 
     def _error(self, operation: str) -> StreamedGradientError:
         remedy = _LOSS_SCALE if operation.startswith("_amp_") else _CLIP
@@ -186,7 +184,6 @@ def gradient_of(parameter: torch.Tensor) -> torch.Tensor | None:
 def _make(
     like: torch.Tensor,
     name: str,
-    parameter: weakref.ref[torch.Tensor],
     source: StreamedGradients | None,
     index: int,
     dtype: torch.dtype | None = None,
@@ -201,7 +198,6 @@ def _make(
     )
     assert isinstance(made, StandIn)
     made._name = name
-    made._parameter = parameter
     made._source = source
     made._index = index
     made._is_copy = False

@@ -48,8 +48,9 @@ def serialized(method: Method) -> Method:
 
     The lock is reentrant: a closure, a hook or a signal handler may call the optimizer again.
 
-    Threads: only threads that call the optimizer take the lock. Gradient hooks, the update thread
-    and the thread that writes a checkpoint must not take it: its holder waits for them.
+    Threads: only threads that call the optimizer take the lock. Forward and gradient hooks, the
+    update thread and the thread that writes a checkpoint must not take it: its holder waits for
+    them. The executor lets forward hooks and methods wait for updates at the same time.
     """
 
     @functools.wraps(method)

@@ -73,11 +73,8 @@ class Accumulators:
         """
         if self.are_allocated:
             return
-        needing = [
-            state
-            for state in self._states[self._num_buckets :]
-            if state.plan.accumulator_itemsize and state.layout.shard_numel > 0
-        ]
+        new = self._states[self._num_buckets :]
+        needing = [state for state in new if accumulator_nbytes(state.plan) > 0]
         with PROGRESS.at("allocation of gradient accumulators", long_running=True):
             for state in needing:
                 self._updates[state.layout.index].compile_for_accumulator(state)

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from offload_adam.step.reducer import GradientReduction
 from offload_adam.torch_private import (
     NO_GRAPH_TASK,
+    add_gradient_hook,
     current_autograd_node,
     current_graph_task,
     queue_backward_callback,
@@ -81,7 +82,7 @@ class BackwardHooks:
         for position, parameter in enumerate(parameters):
             delivers = position % every == 0 or position == len(parameters) - 1
             hook = deliver if delivers else note
-            self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+            self._handles.append(add_gradient_hook(parameter, hook))
 
     def remove(self) -> None:
         """Remove all hooks. Idempotent."""

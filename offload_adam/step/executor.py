@@ -83,6 +83,10 @@ class Executor:
     The results have the same bits with and without a worker.
 
     Owns: the worker, and the lists of copies, updates and all-gathers to wait for.
+    Threads: several threads may wait for updates at once: forward hooks and, with the optimizer's
+        lock, its methods. Hooks must not take that lock, whose holder may run a closure that waits
+        for a forward in another thread. The executor's own lock is held only while updates are
+        started or waited for. Neither the worker nor the thread that reads a checkpoint takes it.
     """
 
     def __init__(
@@ -117,6 +121,7 @@ class Executor:
         self._to_gather: deque[int] = deque()  # in forward order
         self._to_use: dict[int, int] = {}  # buckets not waited for yet: their forward positions
         self._used_on: dict[int, set[Hashable]] = {}  # the streams that have waited for a bucket
+        self._lock = threading.RLock()  # for the last four; reentrant, for signal handlers
         self._pid = os.getpid()
         _notice_exit()
 
@@ -286,6 +291,12 @@ class Executor:
         Args:
             stopwatch: times the work of the calling thread.
         """
+        with self._lock:
+            self._apply(gradients, inputs, stopwatch)
+
+    def _apply(
+        self, gradients: Sequence[BucketGradients], inputs: UpdateInputs, stopwatch: Stopwatch
+    ) -> None:
         self._tasks.record_last_read()
         to_launch: list[Callable[[Stopwatch], None]] = []
         for position, number in enumerate(self._tasks.stream_waits.schedule.forward_order):
@@ -317,6 +328,7 @@ class Executor:
         if self._worker is None:
             for number in list(self._to_use):
                 self._wait_for_bucket(number, stopwatch)
+                del self._to_use[number]
 
     def _skip_update(self, state: BucketState) -> None:
         """Record an H2D event for a bucket without an update; its slot's next user waits for it."""
@@ -331,7 +343,7 @@ class Executor:
             skip()
 
     def wait_for_buckets(self, buckets: Collection[int]) -> None:
-        """Wait until these buckets' parameters may be read. Called by the training thread.
+        """Wait until these buckets' parameters may be read.
 
         The host waits for updates on the worker. For issued copies and all-gathers on a device, the
         current stream waits, not the host.
@@ -340,23 +352,33 @@ class Executor:
         self._wait_for_buckets(buckets)
 
     def _wait_for_buckets(self, buckets: Collection[int]) -> None:
+        if self._to_use:
+            self._wait_for_updates([number for number in buckets if number in self._to_use])
+        # Last, because another thread may have waited for some of them, on its own stream.
         self._wait_on_other_streams(buckets)
-        if not self._to_use:
-            return
-        needed = [number for number in buckets if number in self._to_use]
+
+    def _wait_for_updates(self, needed: Sequence[int]) -> None:
         if not needed:
             return
         self._reject_forked()
         # Before any wait: the update itself may wait until the capture has ended, a deadlock.
         self._tasks.stream_waits.streams_of(needed[0]).reject_capture()
-        with self._stopwatch.span("update wait"):
-            last = max(self._to_use[number] for number in needed)
-            while self._to_gather and self._to_use[self._to_gather[0]] <= last:
-                self._gather_next(self._stopwatch)
-            for number in sorted(needed, key=self._to_use.__getitem__):
-                self._wait_for_bucket(number, self._stopwatch)
-                self._on_waited(number)
-        self._gather_ahead(self._stopwatch)
+        with self._lock:
+            # Another thread may have waited for some of them while this one waited for the lock.
+            positions = {n: self._to_use[n] for n in needed if n in self._to_use}
+            with self._stopwatch.span("update wait"):
+                last = max(positions.values(), default=-1)
+                while self._to_gather and self._to_use[self._to_gather[0]] <= last:
+                    self._gather_next(self._stopwatch)
+                for number in sorted(positions, key=positions.__getitem__):
+                    self._wait_for_bucket(number, self._stopwatch)
+                    try:
+                        self._on_waited(number)
+                    finally:
+                        # Last: from here on, other threads read the parameters without the lock.
+                        # Already gone if a signal handler has waited for the bucket meanwhile.
+                        self._to_use.pop(number, None)
+            self._gather_ahead(self._stopwatch)
 
     def _wait_on_other_streams(self, buckets: Collection[int]) -> None:
         """Let the current stream wait for buckets for which only other streams have waited.
@@ -388,7 +410,6 @@ class Executor:
     def _wait_for_bucket(self, number: int, stopwatch: Stopwatch) -> None:
         """Wait for a bucket's parameters, and record the stream that has waited."""
         self._tasks.wait_for_parameters(number, stopwatch)
-        del self._to_use[number]
         stream = self._tasks.stream_waits.streams_of(number).current()
         if stream is not None:
             self._used_on[number] = {stream}
@@ -421,8 +442,10 @@ class Executor:
         # Without a bound on the backlog: in `step()` other ranks may send their part of a further
         # backward only after this rank has told them of it.
         self._wait_for_buckets(list(self._to_use))
-        assert not self._to_gather, "every bucket to gather is also in `_to_use`"
-        self._updates.clear()
+        with self._lock:
+            if not self._to_use:  # else another thread has started the next step's updates
+                assert not self._to_gather, "every bucket to gather is also in `_to_use`"
+                self._updates.clear()
 
     def close(self) -> bool:
         """Let the worker finish its jobs and end; return whether it has ended. Idempotent."""

@@ -335,3 +335,23 @@ def test_a_disk_too_full_for_the_header_leaves_no_files(
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer)
+
+
+def test_data_that_are_replaced_wait_for_the_bytes_of_one_step(tmp_path: Path, held: Held) -> None:
+    model, optimizer = make("fp32", seed=1)
+    train(model, optimizer, 0, 3)
+    save_checkpoint(tmp_path / "plain", model=model, optimizer=optimizer)
+    pending = begin_checkpoint(tmp_path / "beside", model=model, optimizer=optimizer)
+    assert held.reached.wait(WAIT_S)
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 0.5
+    expected = [parameter.detach().clone() for parameter in model.parameters()]
+    settle = threading.Thread(target=optimizer.synchronize)
+    settle.start()
+    settle.join(0.1)  # it must not write to buckets that are not read yet
+    held.go.set()
+    settle.join(WAIT_S)
+    assert not settle.is_alive()
+    pending.wait()
+    assert files(tmp_path / "beside") == files(tmp_path / "plain")
+    assert all(map(torch.equal, expected, model.parameters()))

@@ -363,3 +363,26 @@ def test_a_layer_unfrozen_on_one_rank_alone_is_rejected_on_all(ranks: RankPool) 
     for message in ranks.run(unfreeze_on_one, 2):
         assert message.startswith("RankDisagreementError: Rank(s) [1] have a different optimizer")
         assert "the number of trainable parameters is 2, but 0 on rank 0" in message
+
+
+def ignore_in_ddp(rank: int, world_size: int, ignores: bool) -> str:
+    model: Any = make_model()
+    if ignores:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["0.weight"])
+    wrapped = DistributedDataParallel(model)
+    try:
+        OffloadAdam(model.named_parameters()).close()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    assert wrapped is not None
+    return ""
+
+
+@pytest.mark.parametrize("ignores", [False, True])
+def test_parameters_that_ddp_ignores_are_not_averaged(ranks: RankPool, ignores: bool) -> None:
+    for message in ranks.run(ignore_in_ddp, 2, ignores):
+        if ignores:
+            assert message.startswith("ValueError: DistributedDataParallel averages the gradients")
+            assert "of 3 of 4 parameters, but not of one of shape (40, 6)" in message
+        else:
+            assert message == ""

@@ -10,7 +10,15 @@ import torch
 
 from offload_adam import OffloadAdam, OffloadPolicy
 from tests.support.ranks import RankPool
-from tests.support.reference import Outcome, Weights, bits, exact_gradients, outcome_of
+from tests.support.reference import (
+    Outcome,
+    Weights,
+    adam_in_float64,
+    bits,
+    exact_gradients,
+    mean_of,
+    outcome_of,
+)
 from tests.support.scenario import Offloading
 
 SHAPES: list[tuple[int, ...]] = [(40, 5), (300,), ()]
@@ -361,3 +369,32 @@ def test_a_sparse_gradient_on_one_rank_is_named_and_no_rank_hangs(
     assert first[1].error == "PeerError"
     assert "rank(s) [1]" in first[1].message.lower()
     assert first[3] == second[3] != first[2]
+
+
+def move_on_one(rank: int, world_size: int, how: str, streams: bool) -> float:
+    """Move the model of rank 1 alone; return the distance to torch's Adam in float64."""
+    model = Weights(SHAPES)
+    optimizer = make(model, streams=streams)
+    start = [parameter.detach().clone() for parameter in model.all]
+    for seed in range(3):
+        if seed > 0 and rank == 1:
+            if how == "shared memory":
+                model.share_memory()
+            else:
+                model.double().float()
+        train_step(model, optimizer, rank, seed)
+    means = [
+        mean_of([exact_gradients(start, 10 * seed + r, 4) for r in range(world_size)])
+        for seed in range(3)
+    ]
+    expected = adam_in_float64(start, means, lr=1e-2)
+    optimizer.close()
+    pairs = zip(model.all, expected, strict=True)
+    return max(float((one.double() - other).abs().max()) for one, other in pairs)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("how", ["shared memory", "there and back"])
+def test_one_rank_alone_may_move_its_model(ranks: RankPool, how: str, streams: bool) -> None:
+    for error in ranks.run(move_on_one, 2, how, streams):
+        assert error < 1e-6

@@ -197,6 +197,18 @@ def test_gradients_set_by_hand_take_no_memory() -> None:
     optimizer.close()
 
 
+def test_parameters_without_elements_take_no_memory(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "offload_adam")
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(0, 4))])
+    optimizer = OffloadAdam(model.parameters(), module=model)
+    before = optimizer.memory_ledger()
+    for _ in range(3):
+        model[0].square().sum().backward()
+    optimizer.step()
+    assert optimizer.memory_ledger() == before
+    assert "several backwards" not in caplog.text
+
+
 def test_the_models_zero_grad_between_backwards_is_an_error() -> None:
     model = Weights(SHAPES)
     optimizer = make(model, on_device=False, offload={})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from offload_adam import (
     load_checkpoint,
     save_checkpoint,
 )
+from offload_adam.gradients.stand_in import StandIn
+from offload_adam.torch_private import make_wrapper_subclass, no_torch_function
 from tests.unit.overlap.lazy_worker import LazyOffloading
 
 Move = Callable[[torch.nn.Module], object]
@@ -148,6 +150,48 @@ def test_other_data_of_an_fp32_model_is_trained_as_by_torch() -> None:
         train(one, stepper)
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         assert (ours - theirs).abs().max() < 1e-5
+
+
+@pytest.fixture
+def _swaps() -> Iterator[None]:
+    """Let `module.to()` swap parameters, which torch cannot where a weak reference exists."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("_swaps")
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("before", [0, 2])
+def test_swapped_parameters_are_trained_as_by_torch(before: int, streams: bool) -> None:
+    model, expected = make_model(), make_model().double()
+    optimizer = OffloadAdam(
+        model.parameters(), lr=1e-2, eps=1e-3, module=model if streams else None
+    )
+    oracle = torch.optim.Adam(expected.parameters(), lr=1e-2, eps=1e-3, foreach=False)
+    train(model, optimizer, before)
+    train(expected, oracle, before)
+    model.to(torch.bfloat16).to(torch.float32)
+    with torch.no_grad():
+        for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+            theirs.copy_(ours)
+    train(model, optimizer)
+    train(expected, oracle)
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        assert (ours - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.usefixtures("_swaps")
+def test_gradients_stream_after_a_swap_to_another_dtype() -> None:
+    model, expected = make_model(), make_model().to(torch.bfloat16)
+    optimizer = OffloadAdam(model.parameters(), lr=1e-2, module=model)
+    model.to(torch.bfloat16)
+    train(model, optimizer)
+    oracle = OffloadAdam(expected.parameters(), lr=1e-2)
+    train(expected, oracle)
+    assert_same(model, expected)
+    model(torch.ones(1, 3, 3, 3, dtype=torch.bfloat16)).float().sum().backward()
+    assert {type(parameter.grad) for parameter in model.parameters()} == {StandIn}
 
 
 def test_synchronize_and_state_dicts_put_other_data_back() -> None:
@@ -441,3 +485,35 @@ def test_checkpoints_and_state_dicts_load_into_an_optimizer_made_before_unfreezi
             resumed.load_state_dict(optimizer_state)
         train(again, resumed)
         assert_same(again, model)
+
+
+class Quantized(torch.Tensor):
+    """A tensor of the shape and dtype of an fp32 parameter, without its memory."""
+
+    @staticmethod
+    def __new__(cls, like: torch.Tensor) -> Quantized:
+        made = make_wrapper_subclass(cls, like.shape, strides=like.stride(), dtype=like.dtype)
+        assert isinstance(made, Quantized)
+        return made
+
+    __torch_function__ = no_torch_function
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own has mangled names
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0])
+        plain = [torch.zeros(a.shape) if isinstance(a, Quantized) else a for a in args]
+        return func(*plain, **(kwargs or {}))
+
+
+def test_a_parameter_that_is_swapped_for_another_kind_of_tensor_is_rejected() -> None:
+    model = make_model()
+    optimizer = OffloadAdam(model.named_parameters())
+    train(model, optimizer, 1)
+    weight = model.hidden.weight
+    torch.utils.swap_tensors(weight, torch.nn.Parameter(Quantized(weight)))
+    weight.grad = torch.ones(5, 16)
+    with pytest.raises(ParameterReplacedError, match=r"'hidden.weight'.* by Quantized of"):
+        optimizer.step()

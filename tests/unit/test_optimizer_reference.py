@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from offload_adam import OffloadAdam, OffloadAdamW, OffloadPolicy
+from offload_adam.gradients.stand_in import StandIn
 from tests.support.scenario import Offloading
 
 SHAPES = [(3, 5), (), (130,), (0, 4), (1,), (7, 64), (2, 3, 4, 5)]
@@ -100,6 +101,54 @@ def test_offload_adamw_matches_torchs_adamw_in_float64(
         oracle.step()
         for parameter, reference in zip(parameters, references, strict=True):
             _assert_close(optimizer, oracle, parameter, reference, 1e-2, step + 1)
+
+
+class Product(torch.autograd.Function):
+    """The sum of weight * gradient, with an fp32 gradient for weights of any dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradient)
+        return (weight.float() * gradient).sum()
+
+    @staticmethod
+    def backward(ctx: Any, outer: torch.Tensor) -> Any:
+        return ctx.saved_tensors[0] * outer, None
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("is_set_late", [False, True])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.float16, None], ids=str)
+def test_gradients_of_another_dtype_match_torch_in_float64(
+    grad_dtype: torch.dtype | None, is_set_late: bool, streams: bool
+) -> None:
+    parameters = make_parameters(torch.bfloat16)
+    references = [torch.nn.Parameter(p.detach().double()) for p in parameters]
+    model = torch.nn.ParameterList(parameters)
+
+    def allow() -> None:
+        for parameter in parameters:
+            parameter.grad_dtype = grad_dtype
+
+    if not is_set_late:
+        allow()
+    optimizer = OffloadAdam(parameters, lr=1e-2, module=model if streams else None)
+    if is_set_late:
+        allow()
+    oracle = torch.optim.Adam(references, lr=1e-2, foreach=False)
+    generator = torch.Generator().manual_seed(5)
+    for step in range(NUM_STEPS):
+        for parameter, reference in zip(parameters, references, strict=True):
+            gradient = torch.randn(parameter.shape, generator=generator)
+            product: Any = Product
+            product.apply(parameter, gradient).backward()
+            assert (type(parameter.grad) is StandIn) is streams
+            reference.grad = gradient.to(grad_dtype or torch.float32).double()
+        optimizer.step()
+        oracle.step()
+        for parameter, reference in zip(parameters, references, strict=True):
+            _assert_close(optimizer, oracle, parameter, reference, 1e-2, step + 1)
+        optimizer.zero_grad()
 
 
 def test_offload_adamw_has_the_arguments_of_offload_adam() -> None:

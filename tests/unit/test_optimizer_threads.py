@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,17 @@ import pytest
 import torch
 from torch import nn
 
-from offload_adam import Adam, OffloadAdam, OffloadPolicy, load_checkpoint, save_checkpoint
+from offload_adam import (
+    Adam,
+    OffloadAdam,
+    OffloadAdamW,
+    OffloadPolicy,
+    load_checkpoint,
+    save_checkpoint,
+)
+from offload_adam.step.build import Backend
+from offload_adam.step.external_edits import ExternalEdits
+from offload_adam.step.update_thread import Ticket, UpdateThread
 
 WAIT_S = 60.0
 NUM_STEPS = 40
@@ -145,3 +158,145 @@ def test_a_closure_may_call_the_optimizer() -> None:
 
     run_together(lambda: optimizer.step(closure))
     assert optimizer.num_steps == 1
+
+
+class SlowUpdates(UpdateThread):
+    """Takes so long for each job that several threads come to wait for the same one."""
+
+    def submit(self, what: str, job: Callable[[], None]) -> Ticket:
+        def run() -> None:
+            time.sleep(0.002)
+            job()
+
+        return super().submit(what, run)
+
+
+class Overlapped(OffloadAdamW):
+    """Its updates run slowly, beside the next forward."""
+
+    _backend = Backend(make_worker=SlowUpdates)
+
+
+def overlapped() -> tuple[nn.Module, OffloadAdamW, Callable[[int], None]]:
+    """Return a model of eight buckets, its optimizer, and a check of its weights after some steps.
+
+    The check trains a copy with torch's AdamW in float64.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(8)))
+    reference = copy.deepcopy(model).double()
+    optimizer = Overlapped(
+        model.parameters(),
+        lr=0.01,
+        eps=1e-3,
+        module=model,
+        overlap=True,
+        offload=OffloadPolicy(bucket_nbytes=1024),
+    )
+
+    def check(num_steps: int) -> None:
+        optimizer.synchronize()
+        torch_adamw = torch.optim.AdamW(reference.parameters(), lr=0.01, eps=1e-3)
+        for number in range(num_steps):
+            torch_adamw.zero_grad()
+            loss(reference, number).backward()
+            torch_adamw.step()
+        for ours, expected in zip(model.parameters(), reference.parameters(), strict=True):
+            assert (ours - expected).abs().max() < 1e-6
+
+    return model, optimizer, check
+
+
+def loss(model: nn.Module, step: int) -> torch.Tensor:
+    data = torch.randn(4, 16, generator=torch.Generator().manual_seed(step))
+    result: torch.Tensor = model(data.to(next(model.parameters()).dtype)).square().mean()
+    return result
+
+
+CALLS: dict[str, Callable[[nn.Module, OffloadAdamW], object]] = {
+    "synchronize": lambda _, optimizer: optimizer.synchronize(),
+    "state_dict": lambda _, optimizer: optimizer.state_dict(),
+    "full_state_dict": lambda _, optimizer: optimizer.full_state_dict(),
+    "model.state_dict": lambda model, _: model.state_dict(),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_run_beside_the_forwards_of_another_thread(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after_update = ExternalEdits.after_update
+
+    def slowly(edits: ExternalEdits, bucket: int) -> None:
+        # A forward that reads the bucket before its version is bumped has an error in backward.
+        time.sleep(0.001)
+        after_update(edits, bucket)
+
+    monkeypatch.setattr(ExternalEdits, "after_update", slowly)
+    model, optimizer, check = overlapped()
+    is_over = threading.Event()
+
+    def train() -> None:
+        try:
+            for number in range(8):
+                time.sleep(number * 0.002)  # the other thread has waited for some of the buckets
+                loss(model, number).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        finally:
+            is_over.set()
+
+    def call() -> None:
+        while not is_over.is_set():
+            CALLS[name](model, optimizer)
+
+    run_together(train, call)
+    check(8)
+
+
+def test_a_closure_may_run_its_forward_in_another_thread() -> None:
+    model, optimizer, check = overlapped()
+    for number in range(3):
+
+        def closure(number: int = number) -> float:
+            optimizer.zero_grad()
+            losses: list[torch.Tensor] = []
+            # It waits for the last step's updates, while this thread holds the optimizer's lock.
+            run_together(lambda: losses.append(loss(model, number)))
+            losses[0].backward()
+            return losses[0].item()
+
+        run_together(lambda closure=closure: optimizer.step(closure))  # type: ignore[misc]
+    check(3)
+
+
+def test_a_signal_handler_may_synchronize_while_a_forward_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, optimizer, check = overlapped()
+    num_handled = 0
+
+    def handle(*_: object) -> None:
+        nonlocal num_handled
+        num_handled += 1
+        optimizer.synchronize()
+
+    wait = Ticket.wait
+
+    def interrupted(ticket: Ticket, timeout_s: float) -> bool:
+        if timeout_s > 0 and num_handled == 0:
+            signal.raise_signal(signal.SIGUSR1)
+        return wait(ticket, timeout_s)
+
+    loss(model, 0).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        monkeypatch.setattr(Ticket, "wait", interrupted)
+        loss(model, 1).backward()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    optimizer.step()
+    check(2)
+    assert num_handled == 1

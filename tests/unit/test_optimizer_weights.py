@@ -448,3 +448,41 @@ def test_parameters_that_never_have_a_gradient_are_named_once(
     assert train(9) == []
     (message,) = train(10)
     assert "for parameter(s) 'weight', 'new': they" in message
+
+
+def test_an_edit_of_one_of_many_parameters_is_followed() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(500)]
+    references = [torch.nn.Parameter(p.detach().double()) for p in parameters]
+    optimizer = OffloadAdam(parameters, lr=1e-2)
+    oracle = torch.optim.Adam(references, lr=1e-2, foreach=False)
+    for step in range(6):
+        if step == 4:
+            with torch.no_grad():
+                parameters[400].fill_(0.5)
+                references[400].fill_(0.5)
+        for parameter, reference in zip(parameters, references, strict=True):
+            parameter.grad = torch.full_like(parameter, step - 2.5)
+            reference.grad = torch.full_like(reference, step - 2.5)
+        optimizer.step()
+        oracle.step()
+    for parameter, reference in zip(parameters, references, strict=True):
+        assert (optimizer.state[parameter]["master_weight"] - reference).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("block", range(5))
+def test_a_write_through_data_to_one_element_is_found_in_a_few_steps(block: int) -> None:
+    """A sample has one block in five of this parameter, which no update overwrites."""
+    still = torch.nn.Parameter(torch.zeros(128 * 700, dtype=torch.bfloat16))
+    moving = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    optimizer = OffloadAdam([still, moving])
+
+    def step() -> None:
+        moving.grad = torch.ones_like(moving)
+        optimizer.step()
+
+    for _ in range(3):
+        step()
+    still.data[128 * block + 5] = 1.0
+    for _ in range(10):
+        step()
+    assert torch.equal(optimizer.state[still]["master_weight"], still.detach().float())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import linecache
 import sys
 import warnings
@@ -321,3 +322,22 @@ def test_an_update_that_fails_is_reported_by_the_newer_optimizer(
     newer = make(model)
     train(model, newer, range(2))
     assert_follows_torch(model, start, range(2))
+
+
+def test_a_dropped_optimizer_of_some_parameters_is_no_obstacle() -> None:
+    model = Weights(SHAPES)
+    older = OffloadAdam(model.all[:2], lr=LR)
+    train(model, older, range(1))
+    older.itself = older  # type: ignore[attr-defined]  # so that only a collection frees it
+    dropped = weakref.ref(older)
+    gc.disable()
+    try:
+        del older
+        assert dropped() is not None
+        start = copies(model)
+        newer = make(model)
+    finally:
+        gc.enable()
+    assert dropped() is None
+    train(model, newer, range(3))
+    assert_follows_torch(model, start, range(3))

@@ -187,6 +187,41 @@ def test_two_backwards_have_two_numbers() -> None:
     assert len(set(tasks)) == 2
 
 
+def test_the_parameter_whose_gradient_is_added_is_known() -> None:
+    found: list[torch.Tensor | None] = []
+    weight = torch.ones(1, requires_grad=True)
+    weight.register_post_accumulate_grad_hook(
+        lambda _: found.append(torch_private.accumulating_parameter())
+    )
+    weight.register_hook(lambda _: found.append(torch_private.accumulating_parameter()))
+    product = weight * 2
+    product.register_hook(lambda _: found.append(torch_private.accumulating_parameter()))
+    product.sum().backward()
+    assert [parameter is weight for parameter in found] == [False, True, True]
+    assert found[0] is None
+    assert torch_private.accumulating_parameter() is None
+
+
+def test_gradient_hooks_run_for_a_parameter_that_was_swapped() -> None:
+    found: list[str] = []
+    weight, other = (nn.Parameter(torch.full((1,), value)) for value in (1.0, 3.0))
+    torch_private.add_gradient_hook(weight, lambda _: found.append("first"))
+    (weight * 2).sum().backward()
+    assert found == ["first"]
+    weight.grad = None
+    torch.utils.swap_tensors(weight, other)
+    (weight * weight).sum().backward()
+    assert found == ["first"], "torch runs these hooks itself: remove our own way"
+    handle = torch_private.add_gradient_hook(weight, lambda _: found.append("second"))
+    (weight * weight).sum().backward()
+    assert found == ["first", "first", "second"]
+    assert weight.grad is not None
+    assert weight.grad.item() == 12.0
+    handle.remove()
+    (weight * weight).sum().backward()
+    assert found[3:] == ["first"]
+
+
 def test_versions_and_bases() -> None:
     tensor = torch.zeros(4)
     before = torch_private.version_of(tensor)
