@@ -281,6 +281,8 @@ class ShardedOptimizer(StateAccess):
         try:
             self._build(execution)
             core = self._alive()
+            if core.forward_hooks is not None:
+                core.forward_hooks.follow_rebuild()
             with torch.no_grad():
                 for parameter, entry in loaded.items():
                     place = core.bucket_and_position(self._index_of[parameter])

@@ -210,6 +210,7 @@ class ForwardHooks:
         self._is_traced = False
         self._has_overlapped = False
         self._was_pending = False
+        self._forward_unseen = False
 
     def attach(self, bucket_of: BucketOf) -> None:
         """Put hooks on the model, instead of earlier ones. No update may be running.
@@ -271,10 +272,19 @@ class ForwardHooks:
         self._leave_tracing()
         self._depth = 0
 
+    def follow_rebuild(self) -> None:
+        """Accept the gradients of a forward that ran before these hooks were put on the model.
+
+        It shows nothing about later forwards. So the coming step waits for all its updates.
+        """
+        self._forward_unseen = True
+
     def step_ended(self) -> None:
         """Note whether `step()` has left updates running. Waits for the buckets of `_always`."""
-        if self._executor.is_pending and self._always:
-            self._executor.wait_for_buckets(self._always)
+        needed = set(self._bucket_of.values()) if self._forward_unseen else self._always
+        self._forward_unseen = False
+        if self._executor.is_pending and needed:
+            self._executor.wait_for_buckets(needed)
         self._was_pending = self._executor.is_pending
         self._has_overlapped |= self._was_pending
         self._waited = set(self._always)
@@ -299,7 +309,7 @@ class ForwardHooks:
             UnreadyParameterError: a forward may have read parameters before their update.
         """
         missed = sorted(set(with_gradient) - self._waited)
-        if not missed:
+        if not missed or self._forward_unseen:
             return
         if self._was_pending:
             raise UnreadyParameterError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,38 @@ def test_the_order_of_trainers_calls_works_with_clipping_and_closures() -> None:
 
         stepper.step(closure)
     assert_same(model, expected)
+
+
+@pytest.mark.parametrize("overlapped_before", [False, True])
+def test_updates_overlap_after_a_model_was_cast(
+    overlapped_before: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, expected = make_model(), cast(make_model())
+    optimizer = OffloadAdam(model.parameters(), lr=1e-2, module=model, overlap=overlapped_before)
+    # As without a choice, when the model is moved to a GPU.
+    optimizer._options = replace(optimizer._options, overlap=True)
+    cast(model)
+    oracle = OffloadAdam(expected.parameters(), lr=1e-2)
+    for step in range(3):
+        train(model, optimizer, 1)
+        train(expected, oracle, 1)
+        # The first forward ran without the hooks of the new layout.
+        assert optimizer._alive().executor.is_pending == (step > 0)
+    optimizer.synchronize()
+    assert_same(model, expected)
+    assert "From now on" not in caplog.text
+
+
+def test_reads_that_skip_hooks_are_found_after_a_cast(caplog: pytest.LogCaptureFixture) -> None:
+    model, expected = make_model(), cast(make_model())
+    optimizer = LazyOffloading(model.parameters(), lr=1e-2, module=model, overlap=True)
+    cast(model)
+    oracle = OffloadAdam(expected.parameters(), lr=1e-2)
+    train_exactly(model, optimizer, 4)
+    train_exactly(expected, oracle, 4)
+    optimizer.synchronize()
+    assert_same(model, expected)
+    assert caplog.text.count("From now on, step() itself waits") == 1
 
 
 def test_state_that_was_loaded_before_the_move_is_kept() -> None:
