@@ -174,7 +174,11 @@ def test_the_update_vectorises(gradient_format: FloatFormat) -> None:
     assert vector_instructions(assembly, "vsqrtps") > 0
     assert vector_instructions(assembly, "vdivps") > 0
     assert vector_instructions(assembly, r"vfn?madd\d+ps") >= 5
-    assert vector_instructions(assembly, "vmovnt(ps|dq)") > 0
+    # For some processors (Zen 4), LLVM rounds and stores in one instruction of AVX-512, which is
+    # never nontemporal.
+    assert vector_instructions(assembly, "vmovnt(ps|dq)") or re.search(
+        r"\bvpmovdw\s+%zmm\d+, -?\d*\(%r", assembly
+    )
 
 
 @pytest.mark.skipif(not has_avx2, reason="looks for AVX2's instructions")

@@ -548,5 +548,5 @@ def test_a_parameter_that_is_swapped_for_another_kind_of_tensor_is_rejected() ->
     weight = model.hidden.weight
     torch.utils.swap_tensors(weight, torch.nn.Parameter(Quantized(weight)))
     weight.grad = torch.ones(5, 16)
-    with pytest.raises(ParameterReplacedError, match=r"'hidden.weight'.* by Quantized of"):
+    with pytest.raises(ParameterReplacedError, match=r"'hidden.weight'.* data are Quantized of"):
         optimizer.step()
