@@ -582,7 +582,17 @@ class ShardedOptimizer(StateAccess):
         """Return the norm of each parameter's gradient. Collective."""
         # As `step`, in which other ranks may be by mistake: all ranks then compare their calls.
         core = self._adapt(reduces=True)
-        inputs = replace(self._inputs(), call="the norm of a gradient in .grad")
+        if self._hooks is not None and self._hooks.has_undelivered:
+            # Torch's function has already read these gradients, as if they were the whole sum.
+            error = StreamedGradientError(
+                "The last backward reached only few parameters of a large bucket, whose gradients "
+                "are not yet added to those of earlier backwards. Clip with max_grad_norm= or "
+                "optimizer.clip_grad_norm_() instead of torch's function."
+            )
+            inputs = StepInputs(hyperparameters=[], failure=error)
+        else:
+            inputs = self._inputs()
+        inputs = replace(inputs, call="the norm of a gradient in .grad")
         with torch.no_grad():
             return core.norms(inputs)
 
@@ -611,11 +621,17 @@ class ShardedOptimizer(StateAccess):
 
         The next backward outside adds to these gradients and reduces the sum. Without streaming,
         backwards accumulate in `.grad` anyway, and the context has no effect.
+
+        Raises:
+            ValueError: `.grad` was set to None after its gradient had left it in this step.
         """
         if self._hooks is None:
             return nullcontext()
         reduction = self._alive().reduction
-        if not reduction.has_gradients:
+        if reduction.has_gradients:
+            # Backwards in the context refill `.grad`, and the next one outside would not see this.
+            reduction.backward_began()
+        else:
             # Stand-ins of the last step are still in `.grad` if the caller did not zero it. Remove
             # them, so that autograd stores gradients there.
             reduction.hide_stand_ins()

@@ -91,6 +91,11 @@ class BackwardHooks:
         self._handles.clear()
         self.forget()
 
+    @property
+    def has_undelivered(self) -> bool:
+        """Whether a backward ran no delivering hook, so that its gradients are still in `.grad`."""
+        return bool(self._arrived)
+
     def deliver_rest(self) -> None:
         """Deliver the gradients of a backward that ran no delivering hook.
 

@@ -8,7 +8,8 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Protocol
@@ -153,7 +154,7 @@ class Executor:
         self._copy_jobs.append(self._submit(what, partial(self._advance, copy)))
         self._may_have_unfinished |= self._transfer.goes_through_buffer(copy)
         while self._waits_for_host_alone(copy) and len(self._copy_jobs) > NUM_FOLDS_IN_FLIGHT:
-            self._await(self._copy_jobs.popleft(), "reduce")
+            self._await_copy()
 
     def _waits_for_host_alone(self, copy: GradientCopy) -> bool:
         """Return whether a copy waits for this process's own host alone, and for no other rank."""
@@ -210,7 +211,7 @@ class Executor:
             what = "the last gradient copy"
             self._copy_jobs.append(self._submit(what, partial(self._advance, None)))
         while wait and self._copy_jobs:
-            self._await(self._copy_jobs.popleft(), "reduce", needs_peers=True)
+            self._await_copy(needs_peers=True)
         self._finish_own_copies(wait=wait)
 
     def _finish_own_copies(self, *, wait: bool) -> None:
@@ -405,7 +406,7 @@ class Executor:
         # With several ranks, hooks of a backward must not wait for other ranks. So the next forward
         # waits, if several backwards accumulate on the host faster than it adds them.
         while len(self._copy_jobs) > 2 * len(self._tasks.states):
-            self._await(self._copy_jobs.popleft(), "reduce", needs_peers=True)
+            self._await_copy(needs_peers=True)
 
     def _wait_for_bucket(self, number: int, stopwatch: Stopwatch) -> None:
         """Wait for a bucket's parameters, and record the stream that has waited."""
@@ -468,7 +469,8 @@ class Executor:
         if self._worker is None:
             job()
         else:
-            self._await(self._submit(f"the {phase}", job), phase)
+            with self._kept(self._submit(f"the {phase}", job)) as submitted:
+                self._await(submitted, phase)
 
     def _runs_on_worker(self, state: BucketState) -> bool:
         """Return whether the worker, not the calling thread, copies and updates this bucket."""
@@ -488,6 +490,23 @@ class Executor:
         job = self._updates.get(task.bucket)
         if job is not None:
             self._await(job, "update", bucket=task.bucket)
+
+    def _await_copy(self, *, needs_peers: bool = False) -> None:
+        """Wait for the oldest job in `_copy_jobs`."""
+        with self._kept(self._copy_jobs.popleft()) as job:
+            self._await(job, "reduce", needs_peers=needs_peers)
+
+    @contextmanager
+    def _kept(self, job: Job) -> Iterator[Job]:
+        """Put a job into `_copy_jobs` if an error, such as KeyboardInterrupt, ends its wait.
+
+        The job still reads gradients, so `zero_grad()` must wait for it before it frees them.
+        """
+        try:
+            yield job
+        finally:
+            if not job.is_over():
+                self._copy_jobs.appendleft(job)
 
     def _await(
         self, job: Job, phase: str, *, bucket: int | None = None, needs_peers: bool = False

@@ -246,9 +246,10 @@ class VersionWatch:
                 self._reject(position, f"its data are {now} by now, not {form}")
             raise ParameterReplacedError(
                 f"Parameter {self._names[position]!r} was given other data, while its data from "
-                "before are still in use: by a backup of the weights (backup = parameter.data), or "
-                "by a graph of a forward that had no backward. An update would overwrite them. Put "
-                "them back first, or let the backup be a clone()."
+                "before are still in use, and an update would overwrite them. They are in a backup "
+                "that is no copy (of parameter.data, detach(), numpy() or state_dict()), or in the "
+                "graph of a forward that had no backward. Put them back or drop them first, or "
+                "let the backup be a clone()."
             )
 
     def _reject_objects(self) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from offload_adam import HostMemoryError, OffloadAdam, OffloadPolicy
 from offload_adam.coordinator import node_memory
+from offload_adam.errors import StreamedGradientError
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.params.selection import bucket_key_of
 from offload_adam.plan.inputs import Training
@@ -291,3 +292,23 @@ def test_a_backward_to_few_parameters_is_kept_by_no_sync_and_rejected_after_zero
     model[7].sum().backward()
     with pytest.raises(ValueError, match=r"was set to None, but its gradient has already left"):
         optimizer.step()
+
+
+def test_torchs_clipping_is_rejected_after_a_backward_to_few_parameters() -> None:
+    model = torch.nn.ParameterList([torch.ones(3) for _ in range(70)])
+    optimizer = OffloadAdam(model.named_parameters(), module=model, betas=(0.0, 0.9))
+    torch.stack([parameter.sum() for parameter in model]).sum().backward()
+    model[7].sum().backward()
+    with pytest.raises(StreamedGradientError, match=r"optimizer.clip_grad_norm_\(\)"):
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    norm = optimizer.clip_grad_norm_(1.0)
+    assert norm == pytest.approx((3 * 69 + 3 * 4) ** 0.5)
+
+
+def test_no_sync_finds_gradients_that_were_set_to_none() -> None:
+    model = torch.nn.ParameterList([torch.ones(3) for _ in range(2)])
+    optimizer = OffloadAdam(model.named_parameters(), module=model)
+    torch.stack([parameter.sum() for parameter in model]).sum().backward()
+    model.zero_grad()
+    with pytest.raises(ValueError, match=r"was set to None, but its gradient has already left"):
+        optimizer.no_sync()

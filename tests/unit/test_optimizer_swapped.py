@@ -249,6 +249,18 @@ def test_views_of_parameters_as_new_data_are_trained_as_by_torch(
         assert (ours["exp_avg"] - theirs["exp_avg"]).abs().max() < 1e-5
 
 
+def test_new_data_are_copied() -> None:
+    model, expected = make_parameters(), make_parameters().double()
+    optimizer = OffloadAdamW(model.parameters(), **OPTIONS)
+    oracle = torch.optim.AdamW(expected.parameters(), **OPTIONS, foreach=False)
+    given = torch.ones(4, 4)
+    for one, stepper, data in ((model, optimizer, given), (expected, oracle, given.double())):
+        one[1].data = data
+        train(one, stepper)
+    assert_close(model, expected)
+    assert torch.equal(given, torch.ones(4, 4))
+
+
 def test_other_views_of_the_same_memory_are_rejected_after_the_first_step() -> None:
     model = make_parameters()
     optimizer = OffloadAdamW(model.parameters(), **OPTIONS)
