@@ -90,7 +90,7 @@ def test_slow_collectives_ask_for_rarer_ones(tmp_path: Path) -> None:
 def test_a_slow_rank_is_named_and_what_it_is_slow_in(tmp_path: Path) -> None:
     train(tmp_path, "forward@1")
     sentence = finding(tmp_path / "tiny")
-    assert re.search(r"on other ranks: \d+% on waiting for ranks that come later, ", sentence)
+    assert re.search(r"on other ranks: \d+% on waiting for late ranks, ", sentence)
     late = re.search(
         r"\. Rank 1, on \S+, comes ([\d.]+) ms later than the others: its forward takes", sentence
     )
