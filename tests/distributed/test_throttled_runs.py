@@ -92,7 +92,7 @@ def test_a_slow_rank_is_named_and_what_it_is_slow_in(tmp_path: Path) -> None:
     sentence = finding(tmp_path / "tiny")
     assert re.search(r"on other ranks: \d+% on waiting for late ranks, ", sentence)
     late = re.search(
-        r"\. Rank 1, on \S+, comes ([\d.]+) ms later than the others: its forward takes", sentence
+        r"Rank 1 on \S+ is ([\d.]+) ms later than other ranks: its forward takes", sentence
     )
     assert late is not None
     # Two microbatches a step, of 150 ms more each.
