@@ -126,7 +126,7 @@ class OffloadAdam(ShardedOptimizer):
         add a few buckets. `offload-adam plan` predicts the memory of a run.
     Owns: process groups, hooks on the parameters, and host memory. `close` releases all three.
     Threads: calls from several threads run one after another. `synchronize` and the state dicts may
-        be called beside a forward or backward of another thread. With several ranks, they are
+        be called while another thread runs a forward or backward. With several ranks, they are
         collective, so call them from the thread that trains, in the same order on every rank.
 
     Raises:

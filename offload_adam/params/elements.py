@@ -38,6 +38,11 @@ def bits_of(tensor: torch.Tensor) -> npt.NDArray[np.generic]:
     return tensor.detach().numpy().view(bits_dtype)
 
 
+def as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bits of a tensor of one of `FORMATS`, to compare: NaN equals itself, 0 not -0."""
+    return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+
+
 def memory_strides(tensor: torch.Tensor) -> tuple[int, ...]:
     """Return a parameter's strides in its bucket: its own if it has no gaps, else contiguous."""
     if tensor.is_contiguous():

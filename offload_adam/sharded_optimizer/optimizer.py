@@ -282,7 +282,7 @@ class ShardedOptimizer(StateAccess):
             self._build(execution)
             core = self._alive()
             if core.forward_hooks is not None:
-                core.forward_hooks.follow_rebuild()
+                core.forward_hooks.accept_earlier_forward()
             with torch.no_grad():
                 for parameter, entry in loaded.items():
                     place = core.bucket_and_position(self._index_of[parameter])

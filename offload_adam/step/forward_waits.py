@@ -272,7 +272,7 @@ class ForwardHooks:
         self._leave_tracing()
         self._depth = 0
 
-    def follow_rebuild(self) -> None:
+    def accept_earlier_forward(self) -> None:
         """Accept the gradients of a forward that ran before these hooks were put on the model.
 
         It shows nothing about later forwards. So the coming step waits for all its updates.
