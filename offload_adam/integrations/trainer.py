@@ -199,7 +199,7 @@ def _settle(optimizer: ShardedOptimizer, output: Path, label: str | None) -> Non
                 _, _, step = folder.name.rpartition("-")
                 checkpoint = output / f"checkpoint-{step}"
                 if checkpoint.is_dir():
-                    # Trainer may not have replaced optimizer.pt, which then needs another state: keep both.
+                    # optimizer.pt there may still refer to another state: keep both.
                     folder.rename(checkpoint / folder.name)
                 elif label is None or folder != folder_of(output / _PENDING, label):
                     shutil.rmtree(folder, ignore_errors=True)
