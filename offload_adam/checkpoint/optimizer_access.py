@@ -47,9 +47,10 @@ def locked(optimizer: ShardedOptimizer) -> AbstractContextManager[object]:
     While a thread holds the lock, other threads that call a method of the optimizer wait.
 
     Raises:
-        TypeError: the optimizer is not one of this package.
+        TypeError: the optimizer is not one of this package, or its parameters are sharded.
     """
     check_optimizer(optimizer)
+    optimizer._alive().reject_sharded("A checkpoint of this package")
     return optimizer._lock
 
 

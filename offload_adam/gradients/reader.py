@@ -7,6 +7,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
+from offload_adam.fsdp_private import is_dtensor, local_gradient, local_of
 from offload_adam.gradients.sparse import GradientRows, read_rows
 from offload_adam.gradients.stand_in import StandIn, StreamedGradients, gradient_of
 from offload_adam.params.elements import FORMATS
@@ -31,6 +32,8 @@ class LocalGradients(NamedTuple):
 class GradientReader:
     """Reads the gradients of one bucket's parameters in their memory order.
 
+    For a DTensor, it reads this rank's part of the gradient.
+
     Args:
         accepts_sparse: read sparse gradients as rows instead of rejecting them.
 
@@ -48,11 +51,13 @@ class GradientReader:
         self._accepts_sparse = accepts_sparse
         self._names = list(names)
         self._parameters = list(parameters)
-        self._numels = [parameter.numel() for parameter in parameters]
-        self._strides = [parameter.stride() for parameter in parameters]
-        self._are_contiguous = [parameter.is_contiguous() for parameter in parameters]
+        local = list(map(local_of, parameters))
+        self._numels = [tensor.numel() for tensor in local]
+        self._strides = [tensor.stride() for tensor in local]
+        self._are_contiguous = [tensor.is_contiguous() for tensor in local]
         self._all_contiguous = all(self._are_contiguous)
-        self._on_cuda = parameters[0].is_cuda
+        self._on_cuda = local[0].is_cuda
+        self._are_parts = is_dtensor(parameters[0])  # as all of the bucket
         self._has_taken = False
         self._taken: list[torch.Tensor | None] = [None] * len(self._parameters)
         self._addresses = [0] * len(self._parameters)
@@ -77,7 +82,7 @@ class GradientReader:
         Gradients that must be checked or copied are left for `read`. A second gradient before
         `read` is added to the first, as autograd adds in `.grad`.
         """
-        if not self._all_contiguous:
+        if not self._all_contiguous or self._are_parts:
             return
         self._has_taken = True
         taken, stand_ins, numels = self._taken, self.stand_ins, self._numels
@@ -114,6 +119,8 @@ class GradientReader:
         Args:
             keep: do not modify `.grad`. Otherwise a stand-in replaces each gradient that was read.
 
+        Collective if a DTensor's gradient is placed otherwise than its parameter.
+
         Raises:
             ValueError: a gradient is sparse, complex or on another device; the message names the
                 parameter. `.grad` was not modified.
@@ -125,6 +132,8 @@ class GradientReader:
             gradient = gradient_of(self._parameters[position])
             if gradient is None:
                 continue
+            if self._are_parts:
+                gradient = local_gradient(gradient, self._parameters[position])
             if not self._is_plain(gradient, self._numels[position]):
                 if gradient.is_sparse and self._accepts_sparse:
                     rows[position] = self._rows_of(position, gradient)
@@ -202,7 +211,7 @@ class GradientReader:
 
     def _conform(self, position: int, gradient: torch.Tensor) -> torch.Tensor:
         """Check a gradient, and return it in its parameter's memory order, as a copy if needed."""
-        parameter = self._parameters[position]
+        parameter = local_of(self._parameters[position])
         if parameter.numel() != self._numels[position]:
             raise ValueError(
                 f"Parameter {self._names[position]!r} has {parameter.numel()} elements, but had "
@@ -255,7 +264,7 @@ class GradientReader:
                 f"The gradient of parameter {name!r} has dtype {gradient.dtype}. Supported are "
                 "float32, bfloat16 and float16."
             )
-        parameter = self._parameters[position]
+        parameter = local_of(self._parameters[position])
         raise ValueError(
             f"The gradient of parameter {name!r} has shape {tuple(gradient.shape)} on "
             f"{gradient.device}, but the parameter has shape {tuple(parameter.shape)} on "

@@ -12,6 +12,7 @@ import torch
 
 from offload_adam.compiling import never_compiled
 from offload_adam.errors import StreamedGradientError
+from offload_adam.fsdp_private import local_of
 from offload_adam.torch_private import (
     ATEN_FOREACH_DIV,
     ATEN_FOREACH_MUL,
@@ -179,6 +180,12 @@ def gradient_of(parameter: torch.Tensor) -> torch.Tensor | None:
     """Return `.grad`, or None if it is a stand-in."""
     gradient = parameter.grad
     return None if type(gradient) is StandIn else gradient
+
+
+def local_gradient_of(parameter: torch.Tensor) -> torch.Tensor | None:
+    """Return this rank's part of `.grad`, or None if it is a stand-in."""
+    gradient = gradient_of(parameter)
+    return None if gradient is None else local_of(gradient)
 
 
 def _make(

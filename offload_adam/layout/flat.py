@@ -70,6 +70,7 @@ class ParameterSpec:
     bucket_key: equal for all parameters of a bucket; it encodes dtype, device and `amsgrad`.
     amsgrad: the state includes the largest second moment so far.
     on_device: the parameter is not in host memory.
+    padded_numel: elements to reserve for the parameter, if more than `numel`.
     """
 
     index: int
@@ -78,14 +79,20 @@ class ParameterSpec:
     bucket_key: str
     amsgrad: bool = False
     on_device: bool = False
+    padded_numel: int = 0
 
 
 class Placement(NamedTuple):
-    """The range of one parameter in its bucket: elements [start, end)."""
+    """The range of one parameter in its bucket: elements [start, end).
+
+    reserved_end: elements [end, reserved_end) belong to the parameter's memory, but are no elements
+        of it. 0 if there are none.
+    """
 
     parameter: int
     start: int
     end: int
+    reserved_end: int = 0
 
     @property
     def numel(self) -> int:
@@ -136,13 +143,13 @@ class Bucket:
         for placed in self.placements:
             start, packed = align(end), placed.start
             if packed != start:  # in a block with the parameter before
-                packed = start_after(end, placed.numel, packs=True)
+                packed = start_after(end, _end_of(placed) - placed.start, packs=True)
             if placed.start not in (start, packed) or placed.numel < 0:
                 raise ValueError(
                     f"In bucket {self.index}, {placed} must start at {start} or {packed}, and must "
                     "not end before its start."
                 )
-            end = placed.end
+            end = _end_of(placed)
         expected = align(end, BLOCK_NUMEL * self.world_size)
         if self.numel != expected:
             raise ValueError(
@@ -191,6 +198,10 @@ def blocks_of(numel: int) -> int:
     return align(numel) // BLOCK_NUMEL
 
 
+def _end_of(placed: Placement) -> int:
+    return max(placed.end, placed.reserved_end)
+
+
 def start_after(end: int, numel: int, *, packs: bool) -> int:
     """Return where a parameter of `numel` elements starts, after one that ends at `end`.
 
@@ -224,12 +235,14 @@ def plan_buckets(
     packs = sum(spec.numel < BLOCK_NUMEL for spec in specs) >= PACK_FROM
     for spec in reversed(specs):
         group = open_groups.get(spec.bucket_key)
-        start = start_after(group[-1].end, spec.numel, packs=packs) if group else 0
-        if group is None or align(start + spec.numel) * spec.itemsize > bucket_nbytes:
+        numel = max(spec.numel, spec.padded_numel)
+        start = start_after(_end_of(group[-1]), numel, packs=packs) if group else 0
+        if group is None or align(start + numel) * spec.itemsize > bucket_nbytes:
             group = open_groups[spec.bucket_key] = []
             groups.append((spec, group))
             start = 0
-        group.append(Placement(spec.index, start, start + spec.numel))
+        reserved_end = start + numel if numel > spec.numel else 0
+        group.append(Placement(spec.index, start, start + spec.numel, reserved_end))
     # Backward completes a bucket with the gradient of the parameter that comes first in the
     # forward: the last one in the group.
     position = {spec.index: place for place, spec in enumerate(specs)}
@@ -239,7 +252,7 @@ def plan_buckets(
             first_index + offset,
             spec.bucket_key,
             spec.itemsize,
-            align(placements[-1].end, BLOCK_NUMEL * world_size),
+            align(_end_of(placements[-1]), BLOCK_NUMEL * world_size),
             world_size,
             tuple(placements),
             amsgrad=spec.amsgrad,

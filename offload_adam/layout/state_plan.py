@@ -77,6 +77,8 @@ class StatePolicy:
     reduces_in_fp32: 16-bit gradients are averaged in fp32.
     streams: gradients are moved out of `.grad` during backward.
     replicated: state is stored on its parameter's device, whole on every rank.
+    sharded: parameters are sharded over the ranks, by FSDP2 or tensor parallelism. Each rank stores
+        the state of its own parts.
     offload_fraction: minimum fraction of the elements on a device whose state is on the host.
     pins_state, pins_staging: host state, and staging buffers, are page-locked.
     """
@@ -89,6 +91,7 @@ class StatePolicy:
     reduces_in_fp32: bool = False
     streams: bool = False
     replicated: bool = False
+    sharded: bool = False
     offload_fraction: float = 1.0
     pins_state: bool = True
     pins_staging: bool = True
@@ -105,6 +108,7 @@ class StatePolicy:
         reduces_in_fp32: bool,
         streams: bool,
         replicated: bool,
+        sharded: bool = False,
     ) -> StatePolicy:
         """Return the policy for these options."""
         return cls(
@@ -116,6 +120,7 @@ class StatePolicy:
             reduces_in_fp32=reduces_in_fp32,
             streams=streams,
             replicated=replicated,
+            sharded=sharded,
             offload_fraction=offload.offload_fraction,
             pins_state=offload.pin == "all",
             pins_staging=offload.pin != "none",
@@ -124,7 +129,7 @@ class StatePolicy:
     @property
     def num_shards(self) -> int:
         """Number of ranks that share a bucket's state."""
-        return 1 if self.replicated else self.world_size
+        return 1 if self.replicated or self.sharded else self.world_size
 
     @property
     def averages(self) -> bool:

@@ -9,34 +9,45 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from offload_adam.fsdp_private import is_dtensor, replace_local
 from offload_adam.layout.flat import BLOCK_NUMEL, Bucket, Segment
 from offload_adam.layout.state_plan import StatePlan
 from offload_adam.memory.arena import HostArena, padded_nbytes
 from offload_adam.memory.planes import StatePlanes, gradient_dtype
 from offload_adam.params.elements import in_shape_of, with_own_storage
+from offload_adam.params.local_shard import LocalShard
+from offload_adam.params.selection import NewParameter
 
 
-def flatten_parameters(bucket: Bucket, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+def flatten_parameters(bucket: Bucket, items: Sequence[NewParameter]) -> torch.Tensor:
     """Move the parameters of one bucket into one flat tensor, and return it.
 
     Each Parameter object stays the same. Its data becomes a view of its part of the flat tensor.
+    For a DTensor, the local tensor becomes one, and FSDP2 gathers from there.
 
     Args:
-        parameters: in the order of the bucket's placements; all of one dtype and device.
+        items: in the order of the bucket's placements; all of one dtype and device.
 
     Returns:
         (bucket.numel,) on the parameters' device, zero in the padding.
     """
-    first = parameters[0]
+    first = items[0].local
     flat = _allocate(bucket.numel, first.dtype, first.device)
-    for placed, parameter in zip(bucket.placements, parameters, strict=True):
-        if placed.numel > 0:
+    for placed, item in zip(bucket.placements, items, strict=True):
+        parameter = item.parameter
+        if item.shard is not None and item.shard.record is not None:
+            reserved_end = max(placed.end, placed.reserved_end)
+            item.shard.record.move_to(with_own_storage(flat[placed.start : reserved_end]))
+        elif placed.numel > 0:
             # With its own storage: `torch.save` of one parameter would write the whole bucket.
-            view = with_own_storage(in_shape_of(flat[placed.start : placed.end], parameter))
-            view.copy_(parameter.data)
+            view = with_own_storage(in_shape_of(flat[placed.start : placed.end], item.local))
+            view.copy_(item.local.detach())
             # Through `.data`: references in the model stay valid, and each parameter keeps its own
             # version counter, which views of one tensor would share.
-            parameter.data = view
+            if is_dtensor(parameter):
+                replace_local(parameter, view)
+            else:
+                parameter.data = view
     return flat
 
 
@@ -99,6 +110,10 @@ class BucketState:
     centralized: (num parameters,) bool, whether the mean over all dimensions but the first is
         subtracted from a parameter's gradients.
     segments: the parts of parameters in this rank's shard.
+    counted: this rank adds its shard to global sums. False if other ranks have the same elements,
+        and one of them adds these.
+    local_shard: how FSDP2 or tensor parallelism has sharded the first of the bucket's parameters,
+        and in what matters here all of them; None if no parameter of the optimizer is sharded.
 
     Lifecycle: constructed once. Tensors are modified in place and never replaced.
     """
@@ -115,6 +130,8 @@ class BucketState:
     step_counts: torch.Tensor
     centralized: npt.NDArray[np.bool_]
     segments: ShardSegments
+    counted: bool
+    local_shard: LocalShard | None = None
 
     @property
     def layout(self) -> Bucket:

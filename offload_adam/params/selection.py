@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 
+from offload_adam.fsdp_private import is_dtensor, local_of, placement_of
 from offload_adam.params.elements import FORMATS, memory_strides
 from offload_adam.params.groups import hyperparameters_of, names_of
+from offload_adam.params.local_shard import LocalShard
 from offload_adam.torch_private import PARTITIONER_MARKS, is_lazy
 
 _DEVICES = ("cpu", "cuda")
@@ -27,8 +29,8 @@ def check_parameter(name: str, parameter: torch.Tensor) -> None:
     """Check that a parameter can be optimized. Error messages call it `name`.
 
     Raises:
-        TypeError: it is a tensor subclass such as DTensor, or one rank's part of a parameter from
-            FSDP1 or DeepSpeed ZeRO-3.
+        TypeError: it is a tensor subclass other than DTensor, or one rank's part of a parameter
+            from FSDP1 or DeepSpeed ZeRO-3.
         ValueError: it is not initialised yet, was created in inference mode, is sparse, is not
             fp32, bf16 or fp16, is not on CPU or CUDA, or its elements share memory.
     """
@@ -46,10 +48,11 @@ def check_parameter(name: str, parameter: torch.Tensor) -> None:
         if hasattr(parameter, mark):
             raise TypeError(
                 f"Parameter {name!r} belongs to {partitioner}, which shards parameters over the "
-                "ranks. Wrap the model in DistributedDataParallel instead, or do not wrap it: this "
-                "optimizer shards its state either way."
+                "ranks. Shard the model with FSDP2 (fully_shard) instead, wrap it in "
+                "DistributedDataParallel, or do not wrap it: this optimizer shards its state."
             )
-    data = parameter.data  # without the class Parameter, but still with a tensor subclass
+    # Without the class Parameter, but still with a tensor subclass.
+    data = local_of(parameter) if is_dtensor(parameter) else parameter.data
     if type(data) is not torch.Tensor:
         raise TypeError(
             f"Parameter {name!r} is a {type(data).__name__}. Only plain tensors are supported."
@@ -85,9 +88,9 @@ def reject_overlaps(members: Iterable[Named]) -> None:
     # Two parameters over the same memory would move to different parts of a bucket, so they would
     # silently no longer be tied.
     extents = sorted(
-        (str(parameter.device), *_extent(parameter), name)
-        for name, parameter in members
-        if parameter.numel() > 0
+        (str(tensor.device), *_extent(tensor), name)
+        for name, tensor in ((name, local_of(parameter)) for name, parameter in members)
+        if tensor.numel() > 0
     )
     for (device, _, end, name), (next_device, start, _, next_name) in pairwise(extents):
         if device == next_device and start < end:
@@ -113,6 +116,7 @@ class NewParameter:
     group: index of its hyperparameters in `StepInputs.hyperparameters`. This is the index of its
         parameter group, unless the optimizer has several sets of hyperparameters for one group.
     centralized: the mean over all dimensions but the first is subtracted from its gradients.
+    shard: this rank's part of it, if parameters of the optimizer are sharded over the ranks.
     """
 
     index: int
@@ -121,11 +125,25 @@ class NewParameter:
     group: int
     amsgrad: bool
     centralized: bool = False
+    shard: LocalShard | None = None
+
+    @property
+    def local(self) -> torch.Tensor:
+        """The elements of the parameter that this rank has, as a plain tensor."""
+        return local_of(self.parameter)
+
+    @property
+    def is_the_same_on_all_ranks(self) -> bool:
+        """Whether all ranks have the whole parameter."""
+        return not is_dtensor(self.parameter) and not (self.shard and self.shard.is_distinct)
 
     @property
     def bucket_key(self) -> str:
         """A key that all parameters of one bucket share: dtype, device and planes of state."""
-        return bucket_key_of(self.parameter) + ("+amsgrad" if self.amsgrad else "")
+        key = bucket_key_of(self.local) + ("+amsgrad" if self.amsgrad else "")
+        if self.shard is None:
+            return key
+        return f"{key}, {self.shard.key}, {'part' if is_dtensor(self.parameter) else 'whole'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +160,7 @@ def select_parameters(
     *,
     known: Collection[torch.Tensor],
     first_group: int,
+    shard_of: Callable[[str, torch.Tensor, Any], LocalShard] | None = None,
 ) -> Selection:
     """Separate the trainable parameters of these groups from the frozen ones.
 
@@ -149,6 +168,7 @@ def select_parameters(
         module: gives names to the parameters; None to use their positions.
         known: parameters that already have state, to leave out.
         first_group: index of the first of `groups` in `param_groups`.
+        shard_of: `ShardedModel.shard_of`, None if no parameter is sharded.
     """
     selection = Selection([], [])
     names = names_of(groups, module, first_group=first_group)
@@ -159,8 +179,10 @@ def select_parameters(
             if parameter.requires_grad:
                 index = len(known) + len(selection.new)
                 centralized = group.get("grad_centralization", False) and parameter.dim() > 1
+                shard = shard_of and shard_of(name, parameter, group.get("replicas"))
+                amsgrad = group["amsgrad"]
                 selection.new.append(
-                    NewParameter(index, name, parameter, number, group["amsgrad"], centralized)
+                    NewParameter(index, name, parameter, number, amsgrad, centralized, shard)
                 )
             else:
                 selection.frozen.append((name, parameter))
@@ -221,11 +243,12 @@ def describe(
             (f"the shape of {item.name!r}", str(tuple(parameter.shape))),
             (f"the dtype of {item.name!r}", str(parameter.dtype)),
             # Not the device: each rank has its own GPU.
-            (f"the device type of {item.name!r}", parameter.device.type),
+            (f"the device type of {item.name!r}", item.local.device.type),
             # A shard is a range in memory order, so other strides would mix up elements.
             (f"the strides of {item.name!r}", str(memory_strides(parameter))),
             (f"the group of {item.name!r}", str(item.group)),
             (f"the centralization of {item.name!r}", str(item.centralized)),
+            (f"the placement of {item.name!r}", placement_of(parameter)),
         ]
     for number, group in enumerate(groups, first_group):
         values = asdict(hyperparameters_of(group)) | {"amsgrad": group["amsgrad"]}

@@ -41,14 +41,15 @@ class Execution(NamedTuple):
 
     @property
     def is_external(self) -> bool:
-        """Whether DDP or the caller averages gradients over several ranks."""
-        return not self.policy.reduces and self.policy.world_size > 1
+        """Whether DDP or the caller averages whole gradients over several ranks."""
+        policy = self.policy
+        return not (policy.reduces or policy.sharded) and policy.world_size > 1
 
     @property
     def conflicts_with_ddp(self) -> bool:
         """Whether a `DistributedDataParallel` over the parameters needs another execution."""
         # DDP reads gradients from `.grad` even if there is only one rank.
-        return self.policy.averages or self.streams
+        return (self.policy.averages or self.streams) and not self.policy.sharded
 
 
 def checked_options(options: ExecutionOptions) -> ExecutionOptions:
@@ -69,6 +70,7 @@ def decide_execution(
     options: ExecutionOptions,
     *,
     replicated: bool = False,
+    sharded: bool = False,
     parameters: Sequence[torch.nn.Parameter] = (),
     on_device: Sequence[bool],
 ) -> Execution:
@@ -78,6 +80,7 @@ def decide_execution(
         options: from `checked_options`.
         replicated: state is stored with its parameter, whole on every rank. `module` is then used
             only for the names of parameters, not for hooks.
+        sharded: FSDP2 or tensor parallelism has sharded some parameters, and reduces gradients.
         parameters: all parameters, to look for a DDP module that averages their gradients.
         on_device: for each parameter, whether it is on a device.
 
@@ -90,8 +93,12 @@ def decide_execution(
     hooked = options.module is not None and not replicated
     # With one rank and gradients in `.grad`, it does not matter whether DDP averages them.
     searches = world_size > 1 or hooked
-    reduces = _resolve_reduction(options, trained, searches=searches) == "optimizer"
-    streams = hooked and reduces
+    if sharded:
+        _check_sharded(options, replicated=replicated)
+        reduces = False
+    else:
+        reduces = _resolve_reduction(options, trained, searches=searches) == "optimizer"
+    streams = hooked and (reduces or sharded)
     _check_needs_of_hooks(options, hooked=hooked, streams=streams)
     policy = StatePolicy.from_options(
         options.offload,
@@ -102,10 +109,11 @@ def decide_execution(
         reduces_in_fp32=options.reduce_dtype is not None,
         streams=streams,
         replicated=replicated,
+        sharded=sharded,
     )
     _warn_of_fraction_without_effect(policy, any(on_device))
     overlaps = resolve_overlap(
-        options.overlap, hooked=hooked, reduces=reduces, on_device=all(on_device)
+        options.overlap, hooked=hooked, reduces=streams, on_device=all(on_device)
     )
     if options.overlap and not overlaps:
         warn_user(
@@ -178,6 +186,25 @@ def _resolve_reduction(
     if not has_ddp and searches:
         has_ddp = averaged_by_ddp(trained)
     return "external" if has_ddp else "optimizer"
+
+
+def _check_sharded(options: ExecutionOptions, *, replicated: bool) -> None:
+    """Reject options that do not apply to parameters that are sharded already."""
+    if replicated:
+        raise ValueError(
+            "Sharded parameters (DTensors) need use_offload=True, or OffloadAdam: each rank then "
+            "keeps the state of its own parts in host memory."
+        )
+    if options.gradient_reduction == "optimizer":
+        raise ValueError(
+            "gradient_reduction='optimizer' does not work with sharded parameters, because FSDP2 "
+            "averages their gradients. Leave gradient_reduction out."
+        )
+    if options.reduce_dtype is not None:
+        raise ValueError(
+            "reduce_dtype has no effect on sharded parameters, because FSDP2 averages their "
+            "gradients. Pass MixedPrecisionPolicy(reduce_dtype=...) to fully_shard() instead."
+        )
 
 
 def _check_needs_of_hooks(options: ExecutionOptions, *, hooked: bool, streams: bool) -> None:

@@ -32,11 +32,13 @@ from offload_adam.coordinator.ranks import (
     open_rank_group,
 )
 from offload_adam.errors import StreamedGradientError
+from offload_adam.fsdp_private import is_dtensor, local_of
 from offload_adam.gradients.stand_in import StreamedGradients
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.layout.state_plan import plan_state
 from offload_adam.options import ExecutionOptions, check_max_norm
 from offload_adam.params.groups import GroupWatch, as_float
+from offload_adam.params.local_shard import ShardedModel, reject_gathered
 from offload_adam.params.selection import (
     Selection,
     check_parameters,
@@ -123,6 +125,7 @@ class ShardedOptimizer(StateAccess):
         self._module = module
         self._group_watch = GroupWatch(module)
         self._state_edits = StateEdits()
+        self._sharded: ShardedModel | None = None
         self._core: ShardedAdam | None = None
         self._hooks: BackwardHooks | None = None
         self._index_of: dict[torch.nn.Parameter, int] = {}
@@ -162,9 +165,18 @@ class ShardedOptimizer(StateAccess):
         return decide_execution(
             self._options,
             replicated=self._replicated,
+            sharded=self._sharded is not None,
             parameters=parameters,
-            on_device=[self._backend.is_device(parameter.device) for parameter in parameters],
+            on_device=[self._backend.is_device(local_of(p).device) for p in parameters],
         )
+
+    def _find_shards(self) -> None:
+        """Look for parameters that FSDP2 or tensor parallelism has sharded."""
+        parameters = self._grouped_parameters()
+        reject_gathered(parameters)
+        if any(map(is_dtensor, parameters)):
+            self._sharded = self._sharded or ShardedModel(self._ranks)
+            self._sharded.find(parameters)
 
     def _build(self, execution: Execution, close_older: Callable[[], None] = lambda: None) -> None:
         """Construct the core, attach hooks, and allocate the state of all groups. Collective.
@@ -177,7 +189,7 @@ class ShardedOptimizer(StateAccess):
         self._execution = execution
         self._fields = [*shared_fields(options, execution), *self._own_fields()]
         policy, streams, overlaps = execution
-        devices = [parameter.device for parameter in self._grouped_parameters()]
+        devices = [local_of(parameter).device for parameter in self._grouped_parameters()]
         on_device = list(map(self._backend.is_device, devices))
         # Replicated state is updated on its device, without copies to or from the host.
         # Memory that the runtime of one device page-locks is page-locked for all devices.
@@ -194,6 +206,7 @@ class ShardedOptimizer(StateAccess):
             unfreeze=partial(_unfreeze, this),
             accepts_sparse=self._accepts_sparse,
             streamed=self._streamed if streams else None,
+            sharded=self._sharded,
         )
         self._core = core
         self._core_resources.callback(core.resources.close)
@@ -330,6 +343,7 @@ class ShardedOptimizer(StateAccess):
         if defaults["amsgrad"]:
             self._reject_distributed_amsgrad()
         torch.optim.Optimizer.__init__(self, params, defaults)
+        self._find_shards()
         check_parameters(self._select(0).new, [])
 
     def _own_fields(self) -> list[Field]:
@@ -350,6 +364,7 @@ class ShardedOptimizer(StateAccess):
             self._module,
             known=self._index_of,
             first_group=first_group,
+            shard_of=None if self._sharded is None else self._sharded.shard_of,
         )
 
     def _grouped_parameters(self) -> list[torch.nn.Parameter]:
@@ -369,7 +384,7 @@ class ShardedOptimizer(StateAccess):
             first_group: index of the first new group.
         """
         new = selection.new
-        self._ranks.open_data_groups(item.parameter.device.type for item in new)
+        self._ranks.open_data_groups(item.local.device.type for item in new)
         num_buckets = len(core.states)
         with torch.no_grad():
             core.extend(new, selection.frozen)
@@ -381,9 +396,14 @@ class ShardedOptimizer(StateAccess):
             self._state_edits.add(item.parameter, entry)
         if self._hooks is not None:
             for state in core.states[num_buckets:]:
-                self._hooks.attach(state.parameters)
+                # FSDP2 copies gradients to the host without waiting, unless there are hooks.
+                record = None if state.local_shard is None else state.local_shard.record
+                if record is None or not record.is_offloaded:
+                    self._hooks.attach(state.parameters)
         if core.overlaps and self._module is not None:
             core.hook_forward(self._module, self._options.offload.units)
+        if self._hooks is not None:
+            core.hook_unshard(self._hooks.unit_begins)
         self._group_watch.extend(self.param_groups[first_group:])
 
     def _unfreeze(self) -> None:
@@ -446,6 +466,7 @@ class ShardedOptimizer(StateAccess):
         self._check_groups_and_load_edits()
         num_groups = len(self.param_groups)
         self._append_group(param_group)
+        self._find_shards()
         selection = self._select(num_groups)
         check_parameters(selection.new, self._alive().named_parameters())
         reject_owned(selection.new)

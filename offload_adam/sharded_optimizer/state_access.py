@@ -300,6 +300,7 @@ class StateAccess(torch.optim.Optimizer):
         any world size, pass it to `load_state_dict` on every rank.
         """
         self._check_state_is_read()  # the same on every rank, as all have loaded the file
+        self._alive().reject_sharded("full_state_dict()")
         self._alive().synchronize()
         self._run_pre_hooks()
         core = self._settled_on_all_ranks("full_state_dict")

@@ -17,6 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Never, SupportsIndex
 
 import torch
 
+from offload_adam.fsdp_private import (
+    as_dtensor,
+    is_dtensor,
+    local_of,
+    part_of_whole,
+    placement_of,
+)
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import in_memory_order, in_shape_of, with_own_storage
 from offload_adam.torch_private import ATEN_TO_COPY, make_wrapper_subclass
@@ -183,10 +190,14 @@ def local_state(state: BucketState, position: int) -> dict[str, torch.Tensor]:
     """Return torch's keys with views of this rank's state of one parameter.
 
     With one rank, every tensor has the parameter's shape and strides. With more, it is the 1-d
-    range `local_range`, which may be empty.
+    range `local_range`, which may be empty. The state of a DTensor is a DTensor that is placed as
+    the parameter.
     """
     # With their own storages, because `torch.save` writes whole storages: here all of the plane.
     parts = {key: with_own_storage(part) for key, part in _parts_of(state, position).items()}
+    parameter = state.parameters[position]
+    if is_dtensor(parameter):
+        parts = {key: as_dtensor(part, parameter) for key, part in parts.items()}
     return {"step": state.step_counts[position], **parts}
 
 
@@ -196,7 +207,7 @@ def _parts_of(state: BucketState, position: int) -> dict[str, torch.Tensor]:
     planes = state.planes.named(own_master=state.own_master)
     if state.layout.world_size > 1:
         return {key: plane[part] for key, plane in planes.items()}
-    parameter = state.parameters[position]
+    parameter = local_of(state.parameters[position])
     return {key: in_shape_of(plane[part], parameter) for key, plane in planes.items()}
 
 
@@ -260,6 +271,8 @@ def _part_of(
 ) -> torch.Tensor:
     """Return the part of a saved tensor that `target` holds."""
     parameter = state.parameters[position]
+    if is_dtensor(parameter):
+        return _part_of_dtensor(parameter, what, value)
     if isinstance(value, StateShard) and value.shape == parameter.shape:
         start, end = local_range(state, position)
         if not value.has_range_of(memory_order(parameter), start, end):
@@ -286,6 +299,23 @@ def _part_of(
             f"{tuple(parameter.shape)}. Load a state that was saved for this model."
         )
     return value
+
+
+def _part_of_dtensor(parameter: torch.Tensor, what: str, value: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of the saved state of a parameter that is a DTensor."""
+    if value.shape != parameter.shape:
+        raise ValueError(
+            f"The saved {what} has shape {tuple(value.shape)} instead of "
+            f"{tuple(parameter.shape)}. Load a state that was saved for this model."
+        )
+    if not is_dtensor(value):
+        return part_of_whole(value, parameter)
+    if placement_of(value) != placement_of(parameter):
+        raise ValueError(
+            f"The saved {what} is placed as {placement_of(value)}, but the parameter as "
+            f"{placement_of(parameter)}. Load it through torch.distributed.checkpoint."
+        )
+    return local_of(value)
 
 
 def _describe(start: int, end: int, numel: int) -> str:

@@ -94,17 +94,18 @@ class Storage:
 
     def partition_of(self, ranks: RankGroup) -> tuple[int, int]:
         """Return this rank's index among the ranks that shard the state, and their number."""
-        return (0, 1) if self.policy.replicated else (ranks.rank, ranks.world_size)
+        return (0, 1) if self.policy.num_shards == 1 else (ranks.rank, ranks.world_size)
 
     def spec_of(self, item: NewParameter) -> ParameterSpec:
         """Return the sizes of a parameter, from which the layout plans its bucket."""
         return ParameterSpec(
             item.index,
-            item.parameter.numel(),
-            item.parameter.element_size(),
+            item.local.numel(),
+            item.local.element_size(),
             item.bucket_key,
             amsgrad=item.amsgrad,
-            on_device=self.backend.is_device(item.parameter.device),
+            on_device=self.backend.is_device(item.local.device),
+            padded_numel=0 if item.shard is None else item.shard.padded_numel,
         )
 
 
@@ -132,7 +133,8 @@ def build_states(
 ) -> Built:
     """Put parameters into buckets, and allocate and fill the buckets' state. Collective.
 
-    Broadcasts the parameters of rank 0 to all ranks, as DistributedDataParallel does.
+    Broadcasts the parameters of rank 0 to all ranks, as DistributedDataParallel does, but not those
+    that are sharded.
 
     Args:
         first_bucket: index of the first new bucket.
@@ -174,7 +176,7 @@ def build_states(
     for plan in plans:
         items = [by_index[placed.parameter] for placed in plan.bucket.placements]
         states.append(_build(plan, items, arena, ranks, storage))
-    for device in dict.fromkeys(item.parameter.device for item in new):
+    for device in dict.fromkeys(item.local.device for item in new):
         if storage.backend.is_device(device):
             # The parameters were copied into flat buckets. Few later tensors fit their old blocks
             # in torch's cache, so return these blocks to the driver.
@@ -192,8 +194,8 @@ def _build(
     """Flatten one bucket's parameters and fill its master weights from them."""
     bucket = plan.bucket
     parameters = [item.parameter for item in items]
-    flat = flatten_parameters(bucket, parameters)
-    if bucket.numel > 0:
+    flat = flatten_parameters(bucket, items)
+    if bucket.numel > 0 and items[0].is_the_same_on_all_ranks:
         ranks.broadcast_data(flat)
     rank, _ = storage.partition_of(ranks)
     low, high = bucket.shard_bounds(rank)
@@ -211,4 +213,13 @@ def _build(
         step_counts=torch.zeros(len(items), dtype=torch.float32, device="cpu"),
         centralized=np.array([item.centralized for item in items], dtype=np.bool_),
         segments=ShardSegments.of_shard(bucket, rank),
+        counted=_is_counted(items[0], ranks, storage.policy),
+        local_shard=items[0].shard,
     )
+
+
+def _is_counted(item: NewParameter, ranks: RankGroup, policy: StatePolicy) -> bool:
+    """Return whether this rank adds the elements of an item's bucket to global sums."""
+    if item.shard is not None:
+        return item.shard.counted
+    return ranks.rank == 0 or not policy.replicated

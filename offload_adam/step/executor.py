@@ -246,8 +246,8 @@ class Executor:
         too_many = len(copies) >= NUM_SLOTS_IN_FLIGHT
         return too_many and self._transfer.waits_on_stream_alone(copies[0])
 
-    def sum_of_squares(self, gradients: Sequence[BucketGradients]) -> float:
-        """Return this rank's sum of squares in float64."""
+    def sums_of_squares(self, gradients: Sequence[BucketGradients]) -> list[float]:
+        """Return the sum of squares of each bucket's gradients on this rank, in float64."""
         if self._worker is not None:
             # First the buckets on a device: this thread waits for the device while the worker still
             # finishes copies.
@@ -257,12 +257,7 @@ class Executor:
             self.run_on_worker(
                 "norm", lambda: [self._tasks.sum_of_squares(n, gradients[n]) for n in on_host]
             )
-        # One fixed order of addition, whatever the order in which the buckets' sums were computed,
-        # makes the result deterministic.
-        total = 0.0
-        for number, given in enumerate(gradients):
-            total += self._tasks.sum_of_squares(number, given)
-        return total
+        return [self._tasks.sum_of_squares(number, given) for number, given in enumerate(gradients)]
 
     def non_finite_indices(self, gradients: Sequence[BucketGradients]) -> npt.NDArray[np.int64]:
         """Return the indices of parameters with a non-finite gradient in this rank's shard."""

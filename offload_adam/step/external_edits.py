@@ -160,7 +160,7 @@ class ExternalEdits:
 
     def extend(self, new: Sequence[NewParameter]) -> None:
         """Watch more parameters; their present values count as unmodified."""
-        self._watch.extend([item.name for item in new], [item.parameter for item in new])
+        self._watch.extend(new)
         self.compare_all()
 
     def compare_all(self) -> None:

@@ -308,7 +308,8 @@ class ForwardHooks:
         Raises:
             UnreadyParameterError: a forward may have read parameters before their update.
         """
-        missed = sorted(set(with_gradient) - self._waited)
+        own = set(self._bucket_of.values())  # FSDP2 waits for its buckets itself
+        missed = sorted(own.intersection(with_gradient) - self._waited)
         if not missed or self._forward_unseen:
             return
         if self._was_pending:
@@ -333,6 +334,8 @@ class ForwardHooks:
 
     def _enter(self, unit: Unit) -> None:
         """Wait for the parameters that a unit's forward is about to read."""
+        if not self._bucket_of:
+            return
         if torch.compiler.is_compiling():
             # The compiled code contains no wait, and `check` finds that none ran. But without
             # gradients it does not, so interrupt the compiled code for a wait.

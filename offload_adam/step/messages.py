@@ -239,13 +239,19 @@ def reject_disagreement(
         )
 
 
-def reject_partial_presence(agreement: Agreement, world_size: int, names: Sequence[str]) -> None:
+def reject_partial_presence(
+    agreement: Agreement, world_size: int, names: Sequence[str], distinct: Sequence[int] = ()
+) -> None:
     """Raise an error if a gradient is on some ranks only, although the user has averaged it.
+
+    Args:
+        distinct: indices of parameters that are others on other ranks.
 
     Raises:
         RankDisagreementError: naming the first such parameter.
     """
-    counts = agreement.present_counts
+    counts = agreement.present_counts.clone()
+    counts[list(distinct)] = 0
     partial = torch.nonzero((counts > 0) & (counts < world_size)).flatten().tolist()
     if partial:
         raise RankDisagreementError(

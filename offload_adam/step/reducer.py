@@ -15,7 +15,11 @@ from offload_adam.gradients.gradient_transfer import GradientCopy, GradientTrans
 from offload_adam.gradients.reader import GradientReader, LocalGradients
 from offload_adam.gradients.row_exchange import RowExchange
 from offload_adam.gradients.segments import BucketGradients
-from offload_adam.gradients.stand_in import StreamedGradients, gradient_of
+from offload_adam.gradients.stand_in import (
+    StreamedGradients,
+    gradient_of,
+    local_gradient_of,
+)
 from offload_adam.layout.state_plan import StatePolicy
 from offload_adam.params.bucket import BucketState
 from offload_adam.step.accumulators import Accumulators
@@ -214,6 +218,17 @@ class GradientReduction:
             if name is not None:
                 raise ValueError(_EMPTIED.format(name))
 
+    def hide_from_unit(self) -> None:
+        """Empty every `.grad` that holds a stand-in, before FSDP2 adds to it.
+
+        Raises:
+            ValueError: as `backward_began`.
+        """
+        if self._shows_stand_ins:
+            self.backward_began()
+            self.hide_stand_ins()
+            self._hidden = self.has_gradients
+
     def backward_ended(self) -> None:
         """Send the incomplete buckets too, so that all ranks issue the same collectives."""
         while self._next < len(self._states):
@@ -313,7 +328,7 @@ class GradientReduction:
                             "to keep them in .grad."
                         )
                     late = True
-                elif parameter.grad is None and left[position]:
+                elif parameter.grad is None and left[position] and not self._hidden:
                     raise ValueError(_EMPTIED.format(state.names[position]))
         return late
 
@@ -453,7 +468,7 @@ class GradientReduction:
             self._stream_waits.gradients_written(number, current)
 
     def _wait_for_gradients(self, number: int) -> None:
-        gradients = map(gradient_of, self._states[number].parameters)
+        gradients = map(local_gradient_of, self._states[number].parameters)
         self._stream_waits.wait_for_gradients(number, gradients)
 
     def _read(self, state: BucketState) -> LocalGradients:

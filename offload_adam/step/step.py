@@ -24,6 +24,7 @@ from offload_adam.layout.budget import Category
 from offload_adam.layout.schedule import Operation, plan_schedule
 from offload_adam.memory.arena import HostArena, close_all, leave_all
 from offload_adam.params.bucket import BucketState
+from offload_adam.params.local_shard import ShardedModel
 from offload_adam.params.selection import Named, NewParameter
 from offload_adam.spans import Stopwatch, span
 from offload_adam.step.absence import AbsenceWatch
@@ -48,6 +49,7 @@ from offload_adam.step.messages import (
 )
 from offload_adam.step.reducer import GradientReduction
 from offload_adam.step.snapshot_lock import SnapshotLock
+from offload_adam.step.unshard_waits import UnshardWaits
 from offload_adam.step.update_tasks import BucketUpdate, UpdateTasks
 from offload_adam.transfer.slots import Rings
 from offload_adam.transfer.stream_waits import StreamWaits
@@ -103,6 +105,7 @@ class ShardedAdam:
         unfreeze: Callable[[], None],
         accepts_sparse: bool = False,
         streamed: StreamedGradients | None = None,
+        sharded: ShardedModel | None = None,
     ) -> None:
         """Construct an optimizer without parameters.
 
@@ -114,6 +117,7 @@ class ShardedAdam:
             unfreeze: calls `extend` for the frozen parameters that now require a gradient.
                 Collective. It must not keep the optimizer alive.
             accepts_sparse, streamed: see `GradientReduction`.
+            sharded: the groups of FSDP2, None if no parameter is sharded.
         """
         self.ranks = ranks
         self.num_steps = 0
@@ -192,6 +196,8 @@ class ShardedAdam:
             streamed=streamed,
         )
         self.forward_hooks: ForwardHooks | None = None
+        self._unshard_waits: UnshardWaits | None = None
+        self._sharded = sharded
 
     def extend(
         self,
@@ -313,7 +319,39 @@ class ShardedAdam:
             self.forward_hooks = ForwardHooks(self.ranks, module, self.executor, units)
             self.resources.callback(self.forward_hooks.removals.close)
         places = zip(self._parameters, self._places, strict=True)
-        self.forward_hooks.attach({parameter: bucket for parameter, (bucket, _) in places})
+        self.forward_hooks.attach(
+            {
+                parameter: bucket
+                for parameter, (bucket, _) in places
+                if not self._is_gathered(self.states[bucket])
+            }
+        )
+
+    def hook_unshard(self, before_backward: Callable[[], None]) -> None:
+        """Let FSDP2 wait for a group's updates before it gathers the group's parameters.
+
+        Args:
+            before_backward: see `UnshardWaits`.
+        """
+        if self._sharded is None:
+            return
+        if self._unshard_waits is None:
+            self._unshard_waits = UnshardWaits(self.executor, before_backward)
+            self.resources.callback(self._unshard_waits.removals.close)
+        self._unshard_waits.attach(
+            {
+                group: [
+                    state.layout.index
+                    for state in self.states
+                    if state.local_shard is not None and state.local_shard.unit == number
+                ]
+                for number, group in enumerate(self._sharded.units)
+            }
+        )
+
+    def _is_gathered(self, state: BucketState) -> bool:
+        """Return whether FSDP2 gathers the parameters of a bucket."""
+        return state.local_shard is not None and state.local_shard.record is not None
 
     def synchronize(self) -> None:
         """Block until all parameters and all state hold the result of the last step.
@@ -340,6 +378,19 @@ class ShardedAdam:
     def is_sharded(self) -> bool:
         """Whether each rank holds a part of the state; if not, each holds all of it."""
         return not self._storage.policy.replicated
+
+    def reject_sharded(self, what: str) -> None:
+        """Raise an error if parameters are sharded by FSDP2 or tensor parallelism.
+
+        Raises:
+            TypeError: naming the call `what`, and torch's functions that save such state.
+        """
+        if self._sharded is not None:
+            raise TypeError(
+                f"{what} does not support parameters that FSDP2 or tensor parallelism has sharded. "
+                "Use get_optimizer_state_dict() and set_optimizer_state_dict() of "
+                "torch.distributed.checkpoint.state_dict, with dcp.save() and dcp.load()."
+            )
 
     @property
     def pinned_nbytes(self) -> int:
@@ -413,7 +464,11 @@ class ShardedAdam:
         Returns:
             How many parameters are updated: those with a gradient on any rank.
         """
-        active = agreement.present_counts.numpy() > 0
+        present = agreement.present_counts.numpy() > 0
+        active = present.copy()
+        for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
+            if state.local_shard is not None and state.local_shard.is_distinct:
+                active[state.indices] = gradients.present  # other ranks have other parameters
         self.has_updated = True
         with span("edits"):
             self.external_edits.sync(changed)
@@ -425,7 +480,7 @@ class ShardedAdam:
         self.is_half_applied = True  # stays True if an error or Ctrl-C ends `apply` early
         self.executor.apply(self.reduction.gradients, update_inputs, stopwatch)
         self.is_half_applied = False
-        return int(active.sum())
+        return int(present.sum())
 
     def _finish_step(self, agreement: Agreement) -> None:
         """Prepare for the next backward and forward."""
@@ -460,16 +515,13 @@ class ShardedAdam:
 
         def add_dense(*, on_host: bool) -> None:
             for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
-                if state.plan.location.is_host is on_host:
+                if state.counted and state.plan.location.is_host is on_host:
                     update = self._updates[state.layout.index]
                     found = update.squares_by_position(state, gradients)
                     squares[state.indices] += found
 
-        # Rank 0 alone counts gradients that every rank holds whole: those of replicated state, and
-        # sparse ones.
-        if self.ranks.rank == 0 or self.is_sharded:
-            add_dense(on_host=False)
-            self.executor.run_on_worker("norms", lambda: add_dense(on_host=True))
+        add_dense(on_host=False)
+        self.executor.run_on_worker("norms", lambda: add_dense(on_host=True))
         if self.ranks.rank == 0:
             for state, gradients in zip(self.states, self.reduction.gradients, strict=True):
                 for position, square in gradients.rows_squares().items():
@@ -533,7 +585,13 @@ class ShardedAdam:
         changed_names = [self._names[index] for index in changed]
         reject_disagreement(agreement, self.ranks, inputs, changed_names)
         if not self._storage.policy.reduces:
-            reject_partial_presence(agreement, self.ranks.world_size, self._names)
+            distinct = [
+                index
+                for state in self.states
+                if state.local_shard is not None and state.local_shard.is_distinct
+                for index in state.indices.tolist()
+            ]
+            reject_partial_presence(agreement, self.ranks.world_size, self._names, distinct)
         return agreement, changed
 
     def _find(
@@ -548,6 +606,9 @@ class ShardedAdam:
         if failure is not None or self.reduction.is_ahead:  # gradients are not in the shards yet
             return found
         try:
+            if self._sharded is not None:
+                # A module that is gathered now would not gather its updated parameters.
+                self._sharded.reshard()
             found.unfrozen = find_unfrozen(self._frozen)
             found.late = self.reduction.has_late_gradients()
             with span("edits"):
@@ -629,17 +690,20 @@ class ShardedAdam:
     def _sum_of_squares(self) -> float:
         """Return this rank's part of the global sum; not finite if one of its gradients is not.
 
-        Rank 0 alone counts the gradients that every rank holds whole: sparse gradients, and all
-        gradients if the state is replicated.
+        One rank alone counts gradients that several ranks hold; see `BucketState.counted`. Rank 0
+        counts sparse gradients.
         """
         gradients = self.reduction.gradients
-        dense = self.executor.sum_of_squares(gradients)
+        dense = self.executor.sums_of_squares(gradients)
         rows = sum(map(BucketGradients.rows_sum_of_squares, gradients))
-        if not math.isfinite(dense + rows):
+        if not math.isfinite(sum(dense) + rows):
             return math.nan
-        if self.ranks.rank == 0:
-            return dense + rows
-        return dense if self.is_sharded else 0.0
+        # One fixed order of addition, whatever the order in which the sums were computed, makes the
+        # result deterministic.
+        counted = sum(
+            (found for found, state in zip(dense, self.states, strict=True) if state.counted), 0.0
+        )
+        return counted + rows if self.ranks.rank == 0 else counted
 
     def _names_of_non_finite(self, agreement: Agreement) -> tuple[str, ...]:
         """Return the parameters with a non-finite gradient on any rank.

@@ -13,8 +13,9 @@ import numpy.typing as npt
 import torch
 
 from offload_adam.errors import ParameterReplacedError, UnreadyParameterError
+from offload_adam.fsdp_private import FsdpParameter, is_dtensor, local_of
 from offload_adam.params.elements import as_integers, in_memory_order, with_own_storage
-from offload_adam.params.selection import reject_overlaps
+from offload_adam.params.selection import NewParameter, reject_overlaps
 from offload_adam.torch_private import (
     StorageWeakRef,
     live_storage,
@@ -42,6 +43,9 @@ class VersionWatch:
     the data from before. So it does not happen while something else refers to these: loops that
     swap averaged weights in (`backup = parameter.data`) put them back later.
 
+    A DTensor is watched by its local tensor, which it must keep. Its version is the sum of its own
+    counter, which operations on the DTensor bump, and that of the local tensor.
+
     Cost: reads four attributes of each parameter before a step, and one after it.
     """
 
@@ -62,28 +66,60 @@ class VersionWatch:
         self._versions: list[int] = []
         self._marked: list[int] = []
         self._registrations: list[Registration] = []
+        self._has_parts = False  # some parameters are DTensors
+        self._differ: set[int] = set()  # positions of those that differ between ranks
+        self._records: dict[int, FsdpParameter] = {}  # by position
 
-    def extend(self, names: Sequence[str], parameters: Sequence[torch.nn.Parameter]) -> None:
+    def extend(self, new: Sequence[NewParameter]) -> None:
         """Watch more parameters; their present values count as unmodified."""
-        self._names += names
+        first = len(self._parameters)
+        parameters = [item.parameter for item in new]
+        tensors = [item.local for item in new]
+        self._names += [item.name for item in new]
         self._parameters += parameters
-        self._addresses += map(torch.Tensor.data_ptr, parameters)
-        self._strides += map(torch.Tensor.stride, parameters)
-        self._numels += map(torch.Tensor.numel, parameters)
+        self._has_parts |= any(map(is_dtensor, parameters))
+        for position, item in enumerate(new, first):
+            if not item.is_the_same_on_all_ranks:
+                self._differ.add(position)
+            if item.shard is not None and item.shard.record is not None:
+                self._records[position] = item.shard.record
+        self._addresses += map(torch.Tensor.data_ptr, tensors)
+        self._strides += map(torch.Tensor.stride, tensors)
+        self._numels += map(torch.Tensor.numel, tensors)
         self._forms += map(_form_of, parameters)
-        self._storages += [StorageWeakRef(p.untyped_storage()) for p in parameters]
-        self._versions += map(version_of, parameters)
+        self._storages += [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
+        self._versions += self._versions_of(parameters)
         module = None if self._module is None else self._module()
         if module is not None:
-            self._registrations += _registrations(module, parameters)
+            # A module of FSDP2 shows other objects while it is gathered.
+            own = [
+                p for position, p in enumerate(parameters, first) if position not in self._records
+            ]
+            self._registrations += _registrations(module, own)
+
+    def _tensors(self, parameters: Sequence[torch.nn.Parameter]) -> Sequence[torch.Tensor]:
+        """Return the tensors that hold the elements of parameters on this rank."""
+        return list(map(local_of, parameters)) if self._has_parts else parameters
+
+    def _versions_of(self, parameters: Sequence[torch.nn.Parameter]) -> list[int]:
+        versions = list(map(version_of, parameters))
+        if self._has_parts:
+            local = map(version_of, self._tensors(parameters))
+            versions = [own + inner for own, inner in zip(versions, local, strict=True)]
+        return versions
+
+    def _bump(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        torch.autograd.graph.increment_version(parameters)
+        if self._has_parts:
+            torch.autograd.graph.increment_version(self._tensors(parameters))
 
     def accept_versions(self) -> None:
         """Treat the present values of all parameters as unmodified."""
-        self._versions = list(map(version_of, self._parameters))
+        self._versions = self._versions_of(self._parameters)
 
     def mark(self) -> None:
         """Remember the present version counters, for `since_mark`."""
-        self._marked = list(map(version_of, self._parameters))
+        self._marked = self._versions_of(self._parameters)
 
     def since_mark(self, changed: Sequence[int]) -> list[int]:
         """Return the positions in `changed` of parameters that were written to after `mark`."""
@@ -91,7 +127,7 @@ class VersionWatch:
         return [
             position
             for position in changed
-            if position >= known or version_of(self._parameters[position]) != self._marked[position]
+            if position >= known or self._version_at(position) != self._marked[position]
         ]
 
     def count_writes(self, written: npt.NDArray[np.bool_]) -> None:
@@ -104,14 +140,17 @@ class VersionWatch:
             parameters = self._parameters
         else:
             parameters = [self._parameters[position] for position in np.flatnonzero(written)]
-        torch.autograd.graph.increment_version(parameters)
+        self._bump(parameters)
         self.accept_versions()
 
     def bump_again(self, positions: Sequence[int]) -> None:
         """Bump the version counters of these parameters once more, and accept them."""
-        torch.autograd.graph.increment_version([self._parameters[p] for p in positions])
+        self._bump([self._parameters[p] for p in positions])
         for position in positions:
-            self._versions[position] = version_of(self._parameters[position])
+            self._versions[position] = self._version_at(position)
+
+    def _version_at(self, position: int) -> int:
+        return self._versions_of(self._parameters[position : position + 1])[0]
 
     def replaced(self) -> list[int]:
         """Return the positions of parameters whose data were replaced."""
@@ -122,11 +161,11 @@ class VersionWatch:
 
     def _are_in_place(self, start: int, end: int) -> bool:
         # The strides, too, because of `weight.data = weight.data.t()`.
-        parameters = self._parameters[start:end]
+        tensors = self._tensors(self._parameters[start:end])
         return (
-            list(map(torch.Tensor.data_ptr, parameters)) == self._addresses[start:end]
-            and list(map(torch.Tensor.stride, parameters)) == self._strides[start:end]
-            and list(map(torch.Tensor.numel, parameters)) == self._numels[start:end]
+            list(map(torch.Tensor.data_ptr, tensors)) == self._addresses[start:end]
+            and list(map(torch.Tensor.stride, tensors)) == self._strides[start:end]
+            and list(map(torch.Tensor.numel, tensors)) == self._numels[start:end]
         )
 
     def has_moved(self) -> bool:
@@ -198,6 +237,8 @@ class VersionWatch:
         return storage is not None and storage.data_ptr() == self._addresses[position]
 
     def _fits(self, position: int) -> bool:
+        if is_dtensor(self._parameters[position]):
+            return False
         now, form = _form_of(self._parameters[position]), self._forms[position]
         return now._replace(strides=form.strides) == form
 
@@ -216,7 +257,7 @@ class VersionWatch:
                 take_replaced()
                 if rejects:
                     self._reject_data()
-            versions = list(map(version_of, self._parameters[start:end]))
+            versions = self._versions_of(self._parameters[start:end])
             before = self._versions[start:end]
             if versions != before:
                 changed += [start + i for i, v in enumerate(versions) if v != before[i]]
@@ -237,6 +278,8 @@ class VersionWatch:
     def _reject_data(self) -> None:
         for position in self.replaced():
             now, form = _form_of(self._parameters[position]), self._forms[position]
+            if now == form and not self._fits(position):
+                self._reject(position, "its local tensor was replaced by another one")
             if not self._fits(position):
                 self._reject(position, f"its data are {now} by now, not {form}")
             raise ParameterReplacedError(
@@ -248,6 +291,11 @@ class VersionWatch:
             )
 
     def _reject_objects(self) -> None:
+        for position, record in self._records.items():
+            if record.sharded is not None and record.sharded is not self._parameters[position]:
+                self._reject(position, "FSDP2 has another parameter in its place")
+            if not record.is_gathered_from_local:
+                self._reject(position, "FSDP2 gathers it from other memory")
         for registry, key, parameter in self._registrations:
             if registry.get(key) is not parameter:
                 self._find_again()
@@ -272,9 +320,9 @@ class VersionWatch:
         """
         for position in positions:
             parameter = self._parameters[position]
-            if version_of(parameter) != self._versions[position]:
+            if self._version_at(position) != self._versions[position]:
                 raise self._unready(position)
-            if parameter.data_ptr() != self._addresses[position]:
+            if local_of(parameter).data_ptr() != self._addresses[position]:
                 # No error yet: a caller that swaps in averaged weights puts the data back later.
                 self._raced.add(position)
 
@@ -288,12 +336,15 @@ class VersionWatch:
     def checksum(self, positions: Sequence[int]) -> int:
         """Return a checksum of these positions and their parameters' values, 0 if there are none.
 
-        It is below 2**53, so that float64 holds it exactly in the agreement.
+        It is below 2**53, so that float64 holds it exactly in the agreement. Values that differ
+        between ranks anyway, those of shards, are left out.
         """
         if not positions:
             return 0
         checksum = zlib.crc32(np.asarray(positions, dtype=np.int64).tobytes())
         for position in positions:
+            if position in self._differ:
+                continue
             data = self._parameters[position].detach().cpu()
             flat = in_memory_order(data) if data.numel() else data.flatten()
             checksum = zlib.crc32(flat.view(torch.uint8).numpy().data, checksum)
@@ -326,7 +377,8 @@ class _Form(NamedTuple):
 
 
 def _form_of(parameter: torch.nn.Parameter) -> _Form:
-    data = parameter.data  # without the class Parameter, but still with a tensor subclass
+    # Without the class Parameter, but still with a tensor subclass.
+    data = local_of(parameter) if is_dtensor(parameter) else parameter.data
     strides = data.stride() if data.layout is torch.strided else ()
     return _Form(type(data), data.layout, data.dtype, data.device, tuple(data.shape), strides)
 

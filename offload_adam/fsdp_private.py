@@ -1,0 +1,322 @@
+"""Every private name of DTensor and FSDP2 (`fully_shard`) that this package uses.
+
+FSDP2 has no public way to find the memory that it gathers from, or to wait before it gathers. The
+names were tested with torch 2.11 and 2.13.
+
+    FSDPParamGroup     the parameters that one `fully_shard` call gathers together
+    FSDPParam          one of them: its DTensor, and `_sharded_param_data`, the memory that is
+                       gathered. It is the local tensor with FSDP2's padding.
+
+Importing DTensor takes half a second, so this file looks for it among the imported modules: without
+an import there are no DTensors.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+_NEEDED = (
+    ("unshard", "wait_for_unshard", "reshard"),
+    ("fsdp_params", "modules", "_training_state", "_sharded_state", "_all_gather_result"),
+    ("_sharded_param_data", "sharded_param", "padded_sharded_param_size", "fsdp_placement"),
+)
+
+
+def _imported(module: str, name: str) -> Any:
+    """Return an object of a module of torch, None if nothing has imported the module."""
+    return getattr(sys.modules.get(module), name, None)
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Return whether a tensor is a DTensor, which FSDP2 or tensor parallelism has sharded."""
+    dtensor = _imported("torch.distributed.tensor", "DTensor")
+    return dtensor is not None and isinstance(tensor, dtensor)
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a DTensor without a copy; a plain tensor is returned as it is.
+
+    Unlike `to_local()`, it returns the tensor itself, with its own version counter, and no view.
+    """
+    if not is_dtensor(tensor):
+        return tensor
+    held: Any = tensor
+    local: torch.Tensor = held._local_tensor
+    return local
+
+
+def placement_of(tensor: torch.Tensor) -> str:
+    """Return how a DTensor is placed and the sizes of its mesh as text, "whole" if it is none."""
+    if not is_dtensor(tensor):
+        return "whole"
+    held: Any = tensor
+    return f"{held.placements} on {list(held.device_mesh.shape)} ranks"
+
+
+def replace_local(parameter: torch.Tensor, local: torch.Tensor) -> None:
+    """Let a DTensor that FSDP2 does not manage have another local tensor."""
+    held: Any = parameter
+    held._local_tensor = local
+
+
+def as_dtensor(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return a DTensor with the mesh, placements and shape of `like`, whose local part is `local`.
+
+    Args:
+        local: on any device. `DTensor.from_local` would move it to the device of the mesh.
+    """
+    given: Any = like
+    spec_type = type(given._spec)
+    meta = given._spec.tensor_meta._replace(dtype=local.dtype)
+    spec = spec_type(given.device_mesh, given.placements, tensor_meta=meta)
+    made: torch.Tensor = type(given)(local, spec, requires_grad=False)
+    return made
+
+
+def local_gradient(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a gradient, as the parameter is placed.
+
+    Collective if the gradient is placed otherwise: that of a parameter with a copy on each rank may
+    be a sum whose terms are on the ranks.
+    """
+    if not is_dtensor(gradient):
+        return gradient
+    given, owner = _as_any(gradient), _as_any(parameter)
+    if given.placements != owner.placements:
+        given = given.redistribute(owner.device_mesh, owner.placements)
+    local: torch.Tensor = given.to_local()
+    return local
+
+
+def part_of_whole(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a tensor that every rank has whole. Not collective.
+
+    Args:
+        whole: of the shape of the DTensor `parameter`.
+    """
+    owner = _as_any(parameter)
+    distribute = _imported("torch.distributed.tensor", "distribute_tensor")
+    part = whole
+    for dim, size in enumerate(whole.shape):
+        if not any(placed.is_shard(dim) or _is_strided(placed, dim) for placed in owner.placements):
+            continue
+        # Which indices this rank has: by distributing the indices themselves.
+        placements = [_along_one_dim(placed, dim) for placed in owner.placements]
+        indices = torch.arange(size, dtype=torch.int64, device=owner.device_mesh.device_type)
+        own = distribute(indices, owner.device_mesh, placements, src_data_rank=None)
+        part = part.index_select(dim, own.to_local().to(whole.device))
+    return part
+
+
+def _is_strided(placed: Any, dim: int) -> bool:
+    return type(placed).__name__ == "_StridedShard" and placed.dim == dim
+
+
+def _along_one_dim(placed: Any, dim: int) -> Any:
+    """Return a placement of a tensor as that of a 1-d tensor of the indices along `dim`."""
+    replicate = _imported("torch.distributed.tensor", "Replicate")
+    if _is_strided(placed, dim):
+        return type(placed)(0, split_factor=placed.split_factor)
+    shard = _imported("torch.distributed.tensor", "Shard")
+    return shard(0) if placed.is_shard(dim) else replicate()
+
+
+def _as_any(value: Any) -> Any:
+    return value
+
+
+class FsdpParameter:
+    """FSDP2's record of one parameter: where the memory is that it gathers."""
+
+    def __init__(self, record: Any) -> None:
+        self._record = weakref.ref(record)  # the record refers to the model
+
+    @property
+    def sharded(self) -> torch.Tensor | None:
+        """The DTensor that the model has for the parameter now; None if the model is gone."""
+        record = self._record()
+        found: torch.Tensor | None = None if record is None else record.sharded_param
+        return found
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether `CPUOffloadPolicy` keeps the parameter in host memory."""
+        record = self._record()
+        return record is not None and bool(record.offload_to_cpu)
+
+    @property
+    def padded_numel(self) -> int:
+        """Elements that FSDP2 gathers from this rank, with its padding."""
+        record = self._record()
+        assert record is not None
+        return int(torch.Size(record.padded_sharded_param_size).numel())
+
+    @property
+    def is_gathered_from_local(self) -> bool:
+        """Whether FSDP2 gathers the parameter from the memory of its local tensor."""
+        record = self._record()
+        if record is None:
+            return True
+        gathered, local = record._sharded_param_data, record.sharded_param._local_tensor
+        # Of the storages: an empty part has no address of its own.
+        return bool(gathered.untyped_storage().data_ptr() == local.untyped_storage().data_ptr())
+
+    def move_to(self, memory: torch.Tensor) -> None:
+        """Let FSDP2 gather from `memory`, to which the present values are copied.
+
+        Args:
+            memory: (padded_numel,) with a storage of its own.
+        """
+        record = self._record()
+        assert record is not None
+        parameter = record.sharded_param
+        local = parameter._local_tensor
+        dim = record.fsdp_placement.dim
+        length = local.size(dim) if local.numel() > 0 else 0
+        view = memory.view(record.padded_sharded_param_size).narrow(dim, 0, length)
+        view.copy_(local)
+        record._sharded_param_data = memory
+        parameter._local_tensor = view
+
+
+class FsdpGroup:
+    """The parameters that one `fully_shard` call gathers together."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = weakref.ref(group)  # the group refers to the model
+        self.parameters = [FsdpParameter(record) for record in group.fsdp_params]
+
+    def __eq__(self, other: object) -> bool:
+        """Compare the groups of FSDP2."""
+        return isinstance(other, FsdpGroup) and self._group == other._group
+
+    def __hash__(self) -> int:
+        """Hash by the group of FSDP2."""
+        return hash(self._group)
+
+    @property
+    def lacks(self) -> str | None:
+        """A name that this package needs and this version of FSDP2 lacks, None if none."""
+        group = self._group()
+        assert group is not None
+        of_group, of_instance, of_record = _NEEDED
+        missing = [name for name in (*of_group, *of_instance) if not hasattr(group, name)]
+        missing += [n for n in of_record for r in group.fsdp_params[:1] if not hasattr(r, n)]
+        return missing[0] if missing else None
+
+    @property
+    def replicates(self) -> bool:
+        """Whether this is torch's `replicate()`, which shards nothing."""
+        group = self._group()
+        return group is not None and not hasattr(group.mesh_info, "shard_mesh_size")
+
+    @property
+    def reshards_to_other_mesh(self) -> bool:
+        """Whether `reshard_after_forward` is a number of ranks other than that of the mesh."""
+        group = self._group()
+        return group is not None and bool(group._use_post_forward_mesh)
+
+    @property
+    def in_backward(self) -> bool:
+        """Whether FSDP2 is preparing this group for its part of the backward."""
+        group = self._group()
+        return group is not None and bool(group._training_state.name == "PRE_BACKWARD")
+
+    def gathered_parameters(self) -> list[torch.Tensor]:
+        """Return the plain parameters that the model has while this group is gathered."""
+        group = self._group()
+        if group is None or not group.is_unsharded:
+            return []
+        return [record._unsharded_param for record in group.fsdp_params]
+
+    def reshard(self) -> None:
+        """Drop what was gathered, so that the next use gathers the updated parameters.
+
+        An evaluation between backward and step, or `set_reshard_after_backward(False)`, leaves a
+        group gathered. An explicit `unshard(async_op=True)` may be pending.
+        """
+        group = self._group()
+        if group is None:
+            return
+        if group._all_gather_result is not None:
+            group.wait_for_unshard()
+        if not group.is_sharded:
+            group.reshard()
+
+    def call_before_unshard(self, action: Callable[[bool], None]) -> Callable[[], None]:
+        """Call `action` before each gather of this group; return a function that ends this.
+
+        Every gather goes through the group's `unshard`: the forward, the backward, prefetches and
+        calls by the user.
+
+        Args:
+            action: its argument is False if the group is gathered already, so that nothing will be
+                read. The streams that will read are current on their devices.
+        """
+        group = self._group()
+        assert group is not None
+        # The wrapper of another optimizer, if any. Not a bound method, which keeps the model alive.
+        before = vars(group).get("unshard")
+        owner = self._group
+        is_active = True
+
+        def unshard(async_op: bool = False) -> None:
+            current = owner()
+            assert current is not None
+            if is_active:
+                reads = not (current.is_unsharded or current._all_gather_result is not None)
+                for stream in _reading_streams(current, async_op):
+                    with stream:
+                        action(reads)
+            if before is None:
+                type(current).unshard(current, async_op)
+            else:
+                before(async_op)
+
+        def end() -> None:
+            nonlocal is_active
+            is_active = False
+            current = owner()
+            if current is not None and vars(current).get("unshard") is unshard:
+                if before is None:
+                    del current.unshard
+                else:
+                    current.unshard = before
+
+        group.unshard = unshard
+        return end
+
+
+def _reading_streams(group: Any, async_op: bool) -> Iterator[AbstractContextManager[Any]]:
+    """Yield, as contexts in which they are current, the streams on which a gather reads."""
+    if group.device.type == "cpu":
+        yield nullcontext()
+        return
+    mesh_info = group.mesh_info
+    if mesh_info.shard_mesh_size == 1:  # `wait_for_unshard` copies on the current stream
+        yield nullcontext()
+        return
+    context = group.comm_ctx
+    copy_in, _ = context.get_all_gather_streams(async_op, group._training_state)
+    yield group.device_handle.stream(copy_in)
+
+
+def fsdp_groups() -> list[FsdpGroup]:
+    """Return the groups of all models of this process that `fully_shard` has sharded."""
+    states = _imported("torch.distributed._composable_state", "_module_state_mapping") or {}
+    found: dict[int, FsdpGroup] = {}
+    for reference in list(states.values()):
+        state = reference() if isinstance(reference, weakref.ref) else reference
+        groups: Sequence[Any] = getattr(state, "_fsdp_param_groups", None) or [
+            getattr(state, "_fsdp_param_group", None)  # before torch 2.12
+        ]
+        for group in groups:
+            if group is not None and hasattr(group, "fsdp_params") and id(group) not in found:
+                found[id(group)] = FsdpGroup(group)
+    return list(found.values())

@@ -1,0 +1,177 @@
+"""Parameters that FSDP2 or tensor parallelism has sharded: this rank's part of each.
+
+Such a parameter is a DTensor. The optimizer keeps the state of this rank's part only, and other
+ranks have equal parts where a dimension of the mesh replicates:
+
+    mesh              placements               copies of a part   counted in the global norm on
+    4 ranks           Shard(0)                 1                  every rank
+    2 x 2 (HSDP)      Replicate(), Shard(0)    2                  the ranks of the first row
+    2 (of 4 ranks)    Shard(0)                 1 or 2             the group's option "replicas" says
+
+On a mesh of only some ranks, the parts of the other meshes may be copies of the same parameter, or
+those of another parameter, such as another expert. Nothing in a DTensor tells them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from offload_adam.coordinator.ranks import RankGroup
+from offload_adam.fsdp_private import FsdpGroup, FsdpParameter, fsdp_groups, is_dtensor
+
+REPLICAS = ("copies", "distinct")
+"""Values of a parameter group's option "replicas"."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LocalShard:
+    """How this rank's part of one parameter is stored, and whether it counts.
+
+    record: of FSDP2, which gathers the parameter; None if FSDP2 does not manage it.
+    unit: index of the parameter's group in `ShardedModel.units`, -1 if FSDP2 does not manage it.
+    counted: this rank adds these elements to global sums, such as the gradient norm.
+    is_distinct: each mesh has a parameter of its own under this name, such as an expert.
+    """
+
+    record: FsdpParameter | None
+    unit: int
+    counted: bool
+    is_distinct: bool
+
+    @property
+    def key(self) -> str:
+        """Equal for all parameters that may share a bucket."""
+        kind = "distinct" if self.is_distinct else "copies"
+        return f"unit {self.unit}, {kind}, {'counted' if self.counted else 'not counted'}"
+
+    @property
+    def padded_numel(self) -> int:
+        """Elements that FSDP2 gathers from this rank, with its padding; 0 if it does not."""
+        return 0 if self.record is None else self.record.padded_numel
+
+
+class ShardedModel:
+    """The FSDP2 groups that hold the parameters of one optimizer.
+
+    Attributes:
+        units: the groups that hold a trained parameter.
+
+    Lifecycle: `find` before parameters are selected.
+    """
+
+    def __init__(self, ranks: RankGroup) -> None:
+        self._ranks = ranks
+        self.units: list[FsdpGroup] = []
+        self._places: dict[int, tuple[int, FsdpParameter]] = {}
+
+    def find(self, parameters: Collection[torch.Tensor]) -> None:
+        """Look for the groups of these parameters, and drop what they have gathered.
+
+        Raises:
+            ValueError, RuntimeError: a group is of a kind that is not supported.
+        """
+        own = {id(parameter) for parameter in parameters}
+        for group in fsdp_groups():
+            if any(id(record.sharded) in own for record in group.parameters):
+                _check_group(group)
+                group.reshard()
+                if group not in self.units:
+                    self.units.append(group)
+        self._places = {
+            id(record.sharded): (number, record)
+            for number, group in enumerate(self.units)
+            for record in group.parameters
+        }
+
+    def reshard(self) -> None:
+        """Drop what any group has gathered, so that no forward reads old parameters."""
+        for group in self.units:
+            group.reshard()
+
+    def shard_of(self, name: str, parameter: torch.Tensor, replicas: Any) -> LocalShard:
+        """Return where this rank's part of a parameter is.
+
+        Args:
+            replicas: the parameter group's option; None if it has none.
+
+        Raises:
+            ValueError: the mesh has ranks that the optimizer lacks, or has only some of its ranks,
+                and `replicas` is not one of `REPLICAS`. The message names the parameter.
+        """
+        if replicas is not None and replicas not in REPLICAS:
+            raise ValueError(
+                f"replicas of the group of parameter {name!r} must be 'copies' or 'distinct', not "
+                f"{replicas!r}"
+            )
+        unit, record = self._places.get(id(parameter), (-1, None))
+        is_distinct = replicas == "distinct"
+        if not is_dtensor(parameter):
+            counted = is_distinct or self._ranks.rank == 0
+            return LocalShard(record, unit, counted, is_distinct)
+        mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+        members = mesh.mesh.flatten().tolist()
+        self._check_mesh(name, members, replicas)
+        placements: Sequence[Any] = parameter.placements  # type: ignore[attr-defined]
+        where = mesh.get_coordinate()
+        counted = all(
+            not placed.is_replicate() or index == 0
+            for placed, index in zip(placements, where, strict=True)
+        )
+        # One of the meshes with copies has the first rank of the optimizer.
+        if not is_distinct:
+            counted = counted and self._ranks.global_ranks[0] in members
+        return LocalShard(record, unit, counted, is_distinct)
+
+    def _check_mesh(self, name: str, members: Sequence[int], replicas: Any) -> None:
+        outside = sorted({*members} - {*self._ranks.global_ranks})
+        if outside:
+            raise ValueError(
+                f"Parameter {name!r} is sharded over the ranks {members}, but process_group lacks "
+                f"{outside}. Pass a process group with all of them, or leave process_group out."
+            )
+        if len(members) < self._ranks.world_size and replicas is None:
+            raise ValueError(
+                f"Parameter {name!r} is sharded over {len(members)} of {self._ranks.world_size} "
+                "ranks. Put such parameters into a group of their own, and say what the other "
+                "ranks have: {'params': ..., 'replicas': 'copies'} for copies of the same "
+                "parameters, or 'distinct' for other ones, such as other experts."
+            )
+
+
+def _check_group(group: FsdpGroup) -> None:
+    """Reject groups whose parameters cannot be updated in place."""
+    if group.lacks is not None:
+        raise RuntimeError(
+            f"torch {torch.__version__} has another FSDP2, which lacks {group.lacks!r}. Install "
+            "torch 2.11 or 2.13, with which this version was tested."
+        )
+    if group.replicates:
+        raise ValueError(
+            "The model was wrapped by torch's replicate(), which is not supported. Wrap it in "
+            "DistributedDataParallel, or use fully_shard() with a mesh of two dimensions."
+        )
+    if group.reshards_to_other_mesh:
+        raise ValueError(
+            "fully_shard(reshard_after_forward=<number>) is not supported, because the backward "
+            "then reads copies of the parameters. Pass True or False."
+        )
+
+
+def reject_gathered(parameters: Collection[torch.Tensor]) -> None:
+    """Reject the plain parameters that a module of FSDP2 shows while it is gathered.
+
+    Raises:
+        ValueError: one of them is among `parameters`.
+    """
+    gathered = {id(plain) for group in fsdp_groups() for plain in group.gathered_parameters()}
+    for parameter in parameters:
+        if id(parameter) in gathered:
+            raise ValueError(
+                f"A parameter of shape {tuple(parameter.shape)} is what FSDP2 has gathered for a "
+                "forward, and updates of it would be lost. Call model.reshard() on the root before "
+                "you pass model.parameters() to the optimizer."
+            )

@@ -1,0 +1,201 @@
+"""Models that FSDP2 shards: updates during the next forward, held to waiting and to float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from offload_adam import OffloadPolicy
+from tests.support import fsdp2
+from tests.support.fsdp2 import (
+    Model,
+    Run,
+    batch_of,
+    delayed_updates,
+    largest_difference,
+    loss_of,
+    make_model,
+    shard,
+    train,
+    train_plain,
+)
+from tests.support.ranks import RankPool
+
+NUM_STEPS = 20
+DELAY_S = 0.002
+BF16 = torch.bfloat16
+OFFLOADED = {"offload_policy": CPUOffloadPolicy(pin_memory=False)}
+
+
+def evaluate(model: Model) -> float:
+    """Evaluate between backward and step, which leaves the root gathered."""
+    with torch.no_grad():
+        return loss_of(model, batch_of(999, dist.get_rank())).item()
+
+
+def shard_in_pairs(model: Model) -> Model:
+    first, second, last = model.blocks
+    fully_shard([first, second])
+    fully_shard(last)
+    fully_shard(model)
+    return model
+
+
+def shard_by_layer(model: Model) -> Model:
+    """Shard the layers of a block, and then the block, which keeps its norm alone."""
+    for block in model.blocks:
+        assert isinstance(block, fsdp2.Block)
+        fully_shard(block.first)
+        fully_shard(block.second)
+        fully_shard(block)
+    fully_shard(model)
+    return model
+
+
+def prefetch(model: Model) -> Model:
+    """Let each layer gather the next one while it computes."""
+    shard(model)
+    first, second, last = model.blocks
+    first.set_modules_to_forward_prefetch([second, last])  # type: ignore[operator]
+    second.set_modules_to_forward_prefetch([last])  # type: ignore[operator]
+    return model
+
+
+def unshard_early(model: Model) -> Model:
+    """Gather a late layer as soon as the forward begins."""
+    shard(model)
+    late = model.blocks[2]
+    model.embedding.register_forward_pre_hook(
+        lambda *_: late.unshard(async_op=True) and None  # type: ignore[operator]
+    )
+    return model
+
+
+def compile_layers(model: Model) -> Model:
+    for block in model.blocks:
+        block.compile(backend="eager")
+    return shard(model)
+
+
+def freeze_some(model: Model) -> Model:
+    model.blocks[1].requires_grad_(False)
+    model.embedding.requires_grad_(False)
+    return shard(model)
+
+
+Column = tuple[Callable[[], Model], dict[str, Any]]
+
+COLUMNS: dict[str, Column] = {
+    "base": (lambda: shard(make_model()), {}),
+    "an evaluation before step": (lambda: shard(make_model()), {"before_step": evaluate}),
+    "no reshard after forward": (lambda: shard(make_model(), reshard_after_forward=False), {}),
+    "activation checkpointing": (lambda: shard(make_model(recomputes=True)), {}),
+    "groups of layers": (lambda: shard_in_pairs(make_model()), {}),
+    "children first": (lambda: shard_by_layer(make_model()), {}),
+    "weights in host memory": (lambda: shard(make_model(), **OFFLOADED), {}),
+    "compiled layers": (lambda: compile_layers(make_model()), {}),
+    "forward prefetch": (lambda: prefetch(make_model()), {}),
+    "an early unshard": (lambda: unshard_early(make_model()), {}),
+    "bf16 forward": (
+        lambda: shard(make_model(), mp_policy=MixedPrecisionPolicy(param_dtype=BF16)),
+        {},
+    ),
+    "bf16 shards": (lambda: shard(make_model(BF16)), {}),
+    "bf16 shards in host memory": (lambda: shard(make_model(BF16), **OFFLOADED), {}),
+    "tied": (lambda: shard(make_model(ties=True)), {}),
+    "frozen": (lambda: freeze_some(make_model()), {}),
+    "two backwards": (lambda: shard(make_model()), {"num_backwards": 2}),
+    "two backwards in host memory": (
+        lambda: shard(make_model(), **OFFLOADED),
+        {"num_backwards": 2},
+    ),
+    "small buckets": (
+        lambda: shard(make_model()),
+        {"offload": OffloadPolicy(bucket_nbytes=512)},
+    ),
+}
+
+
+def train_in_columns(rank: int, world_size: int, names: list[str]) -> list[tuple[str, Run, Run]]:
+    runs = []
+    for name in names:
+        make, options = COLUMNS[name]
+        waiting = train(make(), num_steps=NUM_STEPS, module=False, **options)
+        with delayed_updates(DELAY_S):
+            overlapped = train(make(), num_steps=NUM_STEPS, **options)
+        runs.append((name, waiting, overlapped))
+    return runs
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_late_updates_change_nothing(ranks: RankPool, world_size: int) -> None:
+    names = list(COLUMNS) if world_size == 2 else ["base", "an evaluation before step", "tied"]
+    for runs in ranks.run(train_in_columns, world_size, names, timeout=100.0):
+        for name, waiting, overlapped in runs:
+            assert overlapped.equals(waiting), name
+
+
+EXACT: dict[str, tuple[Callable[[], Model], dict[str, Any], dict[str, Any]]] = {
+    "base": (lambda: shard(make_model()), {}, {}),
+    "waits": (lambda: shard(make_model()), {"overlap": False}, {}),
+    "no module": (lambda: shard(make_model()), {"module": False}, {}),
+    "two backwards": (lambda: shard(make_model()), {"num_backwards": 2}, {}),
+    "two backwards, no module": (
+        lambda: shard(make_model()),
+        {"num_backwards": 2, "module": False},
+        {},
+    ),
+    "weights in host memory": (lambda: shard(make_model(), **OFFLOADED), {}, {}),
+    "tied": (lambda: shard(make_model(ties=True)), {}, {"ties": True}),
+    "by column": (lambda: shard_by_column(make_model()), {}, {}),
+}
+
+
+def shard_by_column(model: Model) -> Model:
+    """Shard the weights of one layer along their second dimension."""
+    fully_shard(
+        model.gate, shard_placement_fn=lambda p: Shard(p.dim() - 1) if p.dim() > 1 else None
+    )
+    return shard(model)
+
+
+def train_exactly(rank: int, world_size: int) -> list[tuple[str, float]]:
+    found = []
+    for name, (make, options, of_model) in EXACT.items():
+        run = train(make(), num_steps=5, **options)
+        num_backwards = options.get("num_backwards", 1)
+        exact = train_plain(
+            make_model(**of_model), world_size, num_steps=5, num_backwards=num_backwards, rank=rank
+        )
+        found.append((name, largest_difference(run, exact)))
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_training_matches_one_process_in_float64(ranks: RankPool, world_size: int) -> None:
+    for found in ranks.run(train_exactly, world_size, timeout=100.0):
+        for name, difference in found:
+            # Five steps of fp32 gradients, whose errors of some 1e-7 move a weight by as much.
+            assert difference < 2e-6, name
+
+
+def train_hybrid(rank: int, world_size: int) -> tuple[bool, float]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    waiting = train(shard(make_model(), mesh=mesh), num_steps=NUM_STEPS, module=False)
+    with delayed_updates(DELAY_S):
+        overlapped = train(shard(make_model(), mesh=mesh), num_steps=NUM_STEPS)
+    exact = train_plain(make_model(), world_size, num_steps=NUM_STEPS, rank=rank)
+    return overlapped.equals(waiting), largest_difference(overlapped, exact)
+
+
+def test_hybrid_sharding_matches_one_process(ranks: RankPool) -> None:
+    for equal, difference in ranks.run(train_hybrid, 4):
+        assert equal
+        assert difference < 5e-6  # 20 steps
