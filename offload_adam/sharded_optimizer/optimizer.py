@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import os
@@ -32,13 +31,12 @@ from offload_adam.coordinator.ranks import (
     open_rank_group,
 )
 from offload_adam.errors import StreamedGradientError
-from offload_adam.fsdp_private import is_dtensor, local_of
+from offload_adam.fsdp_private import local_of
 from offload_adam.gradients.stand_in import StreamedGradients
 from offload_adam.kernels.scalars import Hyperparameters
-from offload_adam.layout.state_plan import plan_state
 from offload_adam.options import ExecutionOptions, check_max_norm
 from offload_adam.params.groups import GroupWatch, as_float
-from offload_adam.params.local_shard import ShardedModel, reject_gathered
+from offload_adam.params.local_shard import ShardedModel
 from offload_adam.params.selection import (
     Selection,
     check_parameters,
@@ -46,7 +44,7 @@ from offload_adam.params.selection import (
     reject_unrelated,
     select_parameters,
 )
-from offload_adam.sharded_optimizer.ddp import check_averaged, is_in_ddp
+from offload_adam.sharded_optimizer.ddp import check_averaged
 from offload_adam.sharded_optimizer.execution import (
     Execution,
     check_module,
@@ -55,11 +53,12 @@ from offload_adam.sharded_optimizer.execution import (
     shared_fields,
     usable_failures,
 )
+from offload_adam.sharded_optimizer.follows_model import FollowsModel
 from offload_adam.sharded_optimizer.loss_scale import read_loss_scale, report_skip
 from offload_adam.sharded_optimizer.owners import add_owner, find_older, reject_owned, take_over
-from offload_adam.sharded_optimizer.state_access import StateAccess, serialized
+from offload_adam.sharded_optimizer.state_access import serialized
 from offload_adam.state.state_edits import StateEdits, StateEntry
-from offload_adam.state.state_shard import local_state, plan_load
+from offload_adam.state.state_shard import local_state
 from offload_adam.step.backward_hooks import BackwardHooks
 from offload_adam.step.build import Backend, Storage
 from offload_adam.step.messages import StepInputs, StepReport
@@ -69,10 +68,10 @@ from offload_adam.units import format_nbytes
 logger = logging.getLogger(__name__)
 
 
-class ShardedOptimizer(StateAccess):
+class ShardedOptimizer(FollowsModel):
     """A `torch.optim.Optimizer` over a `ShardedAdam`: the base of the public optimizers.
 
-    It adds construction, groups, hooks and the step to `StateAccess`. A subclass checks its own
+    It adds construction, groups, hooks and the step to `FollowsModel`. A subclass checks its own
     arguments and groups, and returns each group's hyperparameters. A subclass may save more state.
 
     Owns: process groups, hooks on the parameters, and host memory. `close` releases all three.
@@ -170,14 +169,6 @@ class ShardedOptimizer(StateAccess):
             on_device=[self._backend.is_device(local_of(p).device) for p in parameters],
         )
 
-    def _find_shards(self) -> None:
-        """Look for parameters that FSDP2 or tensor parallelism has sharded."""
-        parameters = self._grouped_parameters()
-        reject_gathered(parameters)
-        if any(map(is_dtensor, parameters)):
-            self._sharded = self._sharded or ShardedModel(self._ranks)
-            self._sharded.find(parameters)
-
     def _build(self, execution: Execution, close_older: Callable[[], None] = lambda: None) -> None:
         """Construct the core, attach hooks, and allocate the state of all groups. Collective.
 
@@ -220,119 +211,6 @@ class ShardedOptimizer(StateAccess):
         self._require_same_parameters(selection, 0)
         close_older()
         self._build_state(core, selection, 0)
-
-    def _adapt(self, *, reduces: bool = False) -> ShardedAdam:
-        """Return the core, rebuilt if the model was moved, cast or wrapped since. Collective.
-
-        Many training tools call `model.to()` or wrap the model in DDP after the optimizer was
-        constructed. Until the first update, the optimizer follows.
-
-        Args:
-            reduces: the caller is about to finish the reduction of the gradients.
-        """
-        core = self._alive()
-        if core.has_updated:
-            return core
-        outdated = self._is_outdated()
-        if reduces and core.reduction.streams and not outdated:
-            # Do not wait for the other ranks here: the backward of one may wait for the buckets
-            # that this rank has yet to send. If only other ranks have moved their models, they
-            # time out.
-            return core
-        if largest_on_any_rank(self._ranks, int(outdated)):
-            self._rebuild(core)
-        return self._alive()
-
-    def _is_outdated(self) -> bool:
-        """Return whether the layout or who averages gradients no longer fits the model."""
-        core = self._core
-        if core is None or core.has_updated:
-            return False
-        if core.external_edits.has_moved():
-            return True
-        undecided = self._options.gradient_reduction is None and self._execution.conflicts_with_ddp
-        return undecided and is_in_ddp(list(self._index_of))
-
-    def _rebuild(self, core: ShardedAdam) -> None:
-        """Lay the parameters out as they are now, and keep state that was loaded. Collective.
-
-        Raises:
-            TypeError, ValueError: a parameter can no longer be optimized, or loaded state cannot be
-                kept. The optimizer is unchanged.
-        """
-        core.synchronize()
-        core.snapshot_lock.wait_until_all_free()
-        index_of = self._index_of
-        try:
-            with raise_on_all_ranks(self._ranks, "preparing the first step"):
-                if core.reduction.streams and core.reduction.has_gradients:
-                    raise ValueError(
-                        "The model was moved between backward() and the first step(). Move it "
-                        "before the first forward, or call zero_grad() first."
-                    )
-                self._load_state_edits(core)
-                loaded = self._loaded_entries(core)
-                self._index_of = {}
-                selection = self._select(0)
-                check_parameters(selection.new, [])
-                execution = self._decide_execution()
-                if loaded:
-                    self._check_same_ranges(core, execution, selection)
-        except BaseException:
-            self._index_of = index_of
-            raise
-        num_steps = core.num_steps
-        self._core_resources.close()
-        for parameter in index_of:  # hooks may have put further values into `state`
-            del self.state[parameter]
-        self._state_edits = StateEdits()
-        self._group_watch = GroupWatch(self._module)
-        self._streamed.forget()
-        self._core = self._hooks = None
-        del core
-        gc.collect()  # the memory of the old state is free before the new state is allocated
-        try:
-            self._build(execution)
-            core = self._alive()
-            if core.forward_hooks is not None:
-                core.forward_hooks.accept_earlier_forward()
-            with torch.no_grad():
-                for parameter, entry in loaded.items():
-                    place = core.bucket_and_position(self._index_of[parameter])
-                    for target, source in plan_load(*place, entry):
-                        target.copy_(source)
-            core.num_steps = num_steps
-        except BaseException:
-            self._release()
-            raise
-
-    def _loaded_entries(
-        self, core: ShardedAdam
-    ) -> dict[torch.nn.Parameter, dict[str, torch.Tensor]]:
-        """Return the state that was loaded since construction, by parameter."""
-        entries = {
-            parameter: local_state(*core.bucket_and_position(index))
-            for parameter, index in self._index_of.items()
-        }
-        return {
-            parameter: entry
-            for parameter, entry in entries.items()
-            if any(bool(value.any()) for key, value in entry.items() if key != "master_weight")
-        }
-
-    def _check_same_ranges(
-        self, core: ShardedAdam, execution: Execution, selection: Selection
-    ) -> None:
-        """Check that this rank's ranges of parameters would be the same after a rebuild."""
-        storage = Storage(execution.policy, self._backend)
-        plans = plan_state(list(map(storage.spec_of, selection.new)), execution.policy)
-        before = [(state.layout.numel, state.layout.placements) for state in core.states]
-        after = [(plan.bucket.numel, plan.bucket.placements) for plan in plans]
-        if before != after:
-            raise ValueError(
-                "The model was moved or cast after optimizer state was loaded, which changes the "
-                "ranks' shards of the state. Move the model first, then load the state."
-            )
 
     @abstractmethod
     def _hyperparameters(self) -> list[Hyperparameters]:
