@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -143,6 +143,11 @@ class FsdpParameter:
         record = self._record()
         found: torch.Tensor | None = None if record is None else record.sharded_param
         return found
+
+    @property
+    def number(self) -> int | None:
+        """Number that the plain parameter has as well, None before torch 2.12."""
+        return getattr(self._record(), "_orig_param_uid", None)
 
     @property
     def is_offloaded(self) -> bool:
@@ -305,6 +310,25 @@ def _reading_streams(group: Any, async_op: bool) -> Iterator[AbstractContextMana
     context = group.comm_ctx
     copy_in, _ = context.get_all_gather_streams(async_op, group._training_state)
     yield group.device_handle.stream(copy_in)
+
+
+def sharded_since(parameters: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Return the DTensors into which `fully_shard` has turned plain parameters, by their ids.
+
+    Before torch 2.12, FSDP2 does not remember which parameter was which, and the result is empty.
+    """
+    numbers = {
+        parameter._fsdp_orig_uid: id(parameter)
+        for parameter in parameters
+        if hasattr(parameter, "_fsdp_orig_uid") and not is_dtensor(parameter)
+    }
+    found = {}
+    for group in fsdp_groups() if numbers else ():
+        for record in group.parameters:
+            sharded, number = record.sharded, record.number
+            if sharded is not None and number in numbers:
+                found[numbers[number]] = sharded
+    return found
 
 
 def fsdp_groups() -> list[FsdpGroup]:

@@ -106,6 +106,9 @@ class OffloadAdam(ShardedOptimizer):
             `module` (see `OffloadPolicy.units`) then waits for the unit's own parameters. Call
             `synchronize()` before reading parameters in any other way. None means True if `module`
             is given and all parameters are on a GPU.
+        defer: allocate the state in the first `step()` (or when state is loaded), not here. For a
+            model that is sharded later, or is on the meta device still. Until then `.grad` holds
+            the gradients. True by itself if an `Accelerator` is to shard the model with FSDP2.
         state_dtype: dtype of the state. Only torch.float32 is supported, which None also means.
         num_threads: CPU threads of this rank's update. None for the allowed cores divided by the
             ranks of this node, minus one if parameters are on a GPU: the thread that launches
@@ -164,6 +167,7 @@ class OffloadAdam(ShardedOptimizer):
         reduce_dtype: torch.dtype | None = None,
         accumulate: str | None = "auto",
         overlap: bool | None = None,
+        defer: bool = False,
         state_dtype: torch.dtype | None = None,
         num_threads: int | None = None,
         offload: OffloadPolicy = OffloadPolicy(),
@@ -177,6 +181,7 @@ class OffloadAdam(ShardedOptimizer):
             max_grad_norm=max_grad_norm,
             accumulate=accumulate,
             overlap=overlap,
+            defer=defer,
             state_dtype=state_dtype,
             num_threads=num_threads,
             offload=offload,
@@ -246,6 +251,7 @@ class OffloadAdamW(OffloadAdam):
         reduce_dtype: torch.dtype | None = None,
         accumulate: str | None = "auto",
         overlap: bool | None = None,
+        defer: bool = False,
         state_dtype: torch.dtype | None = None,
         num_threads: int | None = None,
         offload: OffloadPolicy = OffloadPolicy(),
@@ -272,6 +278,7 @@ class OffloadAdamW(OffloadAdam):
             reduce_dtype=reduce_dtype,
             accumulate=accumulate,
             overlap=overlap,
+            defer=defer,
             state_dtype=state_dtype,
             num_threads=num_threads,
             offload=offload,

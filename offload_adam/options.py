@@ -394,6 +394,12 @@ class ExecutionOptions:
         "default true if all parameters are on a GPU.",
         key="optimizer.overlap",
     )
+    defer: bool = option(
+        False,
+        Flag(),
+        "Allocate no state before the first step. Set it if the model is sharded, or gets its "
+        "values, after the optimizer is constructed.",
+    )
     offload: OffloadPolicy = OffloadPolicy()
     failures: FailurePolicy = FailurePolicy()
 

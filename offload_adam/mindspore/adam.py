@@ -93,8 +93,9 @@ class Adam(InspectableAdam):
         module: the model. It gives the parameters their names. With `use_offload`, gradients are
             also moved to the host during backward, as in the streaming mode of `OffloadAdam`.
         max_grad_norm, process_group, gradient_reduction, reduce_dtype, state_dtype, accumulate,
-            overlap, num_threads, offload, failures: as for `OffloadAdam`. Without `use_offload`,
-            `accumulate`, `overlap` and `OffloadPolicy.units` must have their defaults.
+            overlap, defer, num_threads, offload, failures: as for `OffloadAdam`. Without
+            `use_offload`, `accumulate`, `overlap` and `OffloadPolicy.units` must have their
+            defaults.
         **kwargs: `use_lazy` (default False): a sparse gradient updates only the rows that it
             touches. `use_offload` (default False): store the state sharded in host memory, instead
             of whole on every rank and on the parameter's device. It needs less GPU memory, but
@@ -132,6 +133,7 @@ class Adam(InspectableAdam):
         state_dtype: torch.dtype | None = None,
         accumulate: str | None = "auto",
         overlap: bool | None = None,
+        defer: bool = False,
         num_threads: int | None = None,
         offload: OffloadPolicy = OffloadPolicy(),
         failures: FailurePolicy = FailurePolicy(),
@@ -147,6 +149,7 @@ class Adam(InspectableAdam):
             max_grad_norm=max_grad_norm,
             accumulate=accumulate,
             overlap=overlap,
+            defer=defer,
             num_threads=num_threads,
             offload=offload,
             failures=failures,

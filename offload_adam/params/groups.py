@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from operator import is_
 from typing import Any
@@ -97,6 +98,15 @@ def names_of(
     """
     known = {} if module is None else {id(p): name for name, p in module.named_parameters()}
     return [_names(group, known, number) for number, group in enumerate(groups, first_group)]
+
+
+_WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")
+"""What torch.compile and activation checkpointing insert into a parameter's name."""
+
+
+def bare_name(name: str) -> str:
+    """Return a parameter's name without what torch.compile and checkpointing insert."""
+    return _WRAPPERS.sub("", name)
 
 
 def known_names(

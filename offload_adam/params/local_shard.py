@@ -14,14 +14,21 @@ those of another parameter, such as another expert. Nothing in a DTensor tells t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from offload_adam.coordinator.ranks import RankGroup
-from offload_adam.fsdp_private import FsdpGroup, FsdpParameter, fsdp_groups, is_dtensor
+from offload_adam.fsdp_private import (
+    FsdpGroup,
+    FsdpParameter,
+    fsdp_groups,
+    is_dtensor,
+    sharded_since,
+)
+from offload_adam.params.groups import bare_name
 
 REPLICAS = ("copies", "distinct")
 """Values of a parameter group's option "replicas"."""
@@ -175,3 +182,25 @@ def reject_gathered(parameters: Collection[torch.Tensor]) -> None:
                 "forward, and updates of it would be lost. Call model.reshard() on the root before "
                 "you pass model.parameters() to the optimizer."
             )
+
+
+def replacements(
+    parameters: Collection[torch.Tensor],
+    name_of: Mapping[int, str],
+    module: torch.nn.Module | None,
+) -> dict[int, torch.nn.Parameter]:
+    """Return the DTensors that have taken the places of plain parameters, by the ids of these.
+
+    Args:
+        name_of: names that the parameters had in `module`, by their ids.
+        module: the model, to find parameters that tensor parallelism has sharded, too.
+    """
+    plain = [parameter for parameter in parameters if not is_dtensor(parameter)]
+    found: dict[int, Any] = dict(sharded_since(plain))
+    if module is not None:
+        now = {bare_name(name): p for name, p in module.named_parameters(remove_duplicate=False)}
+        for parameter in plain:
+            other = now.get(bare_name(name_of.get(id(parameter), "")))
+            if other is not None and is_dtensor(other):
+                found.setdefault(id(parameter), other)
+    return found

@@ -7,6 +7,7 @@ first update the optimizer follows: its first step lays the parameters out as th
 from __future__ import annotations
 
 import gc
+import sys
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ from offload_adam.gradients.stand_in import StreamedGradients
 from offload_adam.layout.state_plan import plan_state
 from offload_adam.options import ExecutionOptions
 from offload_adam.params.groups import GroupWatch
-from offload_adam.params.local_shard import ShardedModel, reject_gathered
+from offload_adam.params.local_shard import ShardedModel, reject_gathered, replacements
 from offload_adam.params.selection import Selection, check_parameters
 from offload_adam.sharded_optimizer.ddp import is_in_ddp
 from offload_adam.sharded_optimizer.execution import Execution
@@ -30,6 +31,14 @@ from offload_adam.state.state_shard import local_state, plan_load
 from offload_adam.step.backward_hooks import BackwardHooks
 from offload_adam.step.build import Backend, Storage
 from offload_adam.step.step import ShardedAdam
+
+
+def shards_later() -> bool:
+    """Return whether an `Accelerator` of this process will shard models with FSDP2 in `prepare`."""
+    state = sys.modules.get("accelerate.state")
+    if state is None or not state.is_initialized():
+        return False
+    return bool(getattr(state.AcceleratorState(), "is_fsdp2", False))
 
 
 class FollowsModel(StateAccess):
@@ -46,6 +55,11 @@ class FollowsModel(StateAccess):
     _options: ExecutionOptions
     _sharded: ShardedModel | None
     _streamed: StreamedGradients
+    _first_names: dict[int, str]  # of the parameters at construction, by their ids
+
+    @abstractmethod
+    def _build_first(self) -> None:
+        """Check the parameters and build the core for the first time. Collective."""
 
     @abstractmethod
     def _build(self, execution: Execution, close_older: Callable[[], None] = ...) -> None:
@@ -72,14 +86,23 @@ class FollowsModel(StateAccess):
             self._sharded.find(parameters)
 
     def _adapt(self, *, reduces: bool = False) -> ShardedAdam:
-        """Return the core, rebuilt if the model was moved, cast or wrapped since. Collective.
+        """Return the core, rebuilt if the model was moved, wrapped or sharded since. Collective.
 
-        Many training tools call `model.to()` or wrap the model in DDP after the optimizer was
-        constructed. Until the first update, the optimizer follows.
+        Many training tools call `model.to()`, wrap the model in DDP or shard it after the optimizer
+        was constructed. Until the first update, the optimizer follows.
 
         Args:
             reduces: the caller is about to finish the reduction of the gradients.
         """
+        if self._is_deferred:
+            with raise_on_all_ranks(self._ranks, "preparing the first step"):
+                self._follow_sharding()
+            self._build_first()
+            self._is_deferred = False
+            core = self._alive()
+            if core.forward_hooks is not None:
+                core.forward_hooks.accept_earlier_forward()
+            return core
         core = self._alive()
         if core.has_updated:
             return core
@@ -98,10 +121,26 @@ class FollowsModel(StateAccess):
         core = self._core
         if core is None or core.has_updated:
             return False
-        if core.external_edits.has_moved():
+        if core.external_edits.has_moved() or self._is_sharded_since():
             return True
         undecided = self._options.gradient_reduction is None and self._execution.conflicts_with_ddp
         return undecided and is_in_ddp(list(self._index_of))
+
+    def _is_sharded_since(self) -> bool:
+        """Return whether DTensors have taken the place of parameters since construction."""
+        if self._sharded is not None:
+            return False
+        # Accelerate, for example, replaces the parameters in the groups.
+        parameters = self._grouped_parameters()
+        return any(map(is_dtensor, parameters)) or bool(
+            replacements(parameters, self._first_names, self._module)
+        )
+
+    def _follow_sharding(self) -> None:
+        """Put the DTensors into the groups that have taken the place of their parameters."""
+        found = replacements(self._grouped_parameters(), self._first_names, self._module)
+        for group in self.param_groups if found else ():
+            group["params"] = [found.get(id(p), p) for p in group["params"]]
 
     def _rebuild(self, core: ShardedAdam) -> None:
         """Lay the parameters out as they are now, and keep state that was loaded. Collective.
@@ -113,6 +152,7 @@ class FollowsModel(StateAccess):
         core.synchronize()
         core.snapshot_lock.wait_until_all_free()
         index_of = self._index_of
+        members = [group["params"] for group in self.param_groups]
         try:
             with raise_on_all_ranks(self._ranks, "preparing the first step"):
                 if core.reduction.streams and core.reduction.has_gradients:
@@ -122,7 +162,14 @@ class FollowsModel(StateAccess):
                     )
                 self._load_state_edits(core)
                 loaded = self._loaded_entries(core)
+                if loaded and self._is_sharded_since():
+                    raise ValueError(
+                        "The model was sharded after optimizer state was loaded. Shard the model "
+                        "first, then load the state."
+                    )
                 self._index_of = {}
+                self._follow_sharding()
+                self._find_shards()
                 selection = self._select(0)
                 check_parameters(selection.new, [])
                 execution = self._decide_execution()
@@ -130,6 +177,8 @@ class FollowsModel(StateAccess):
                     self._check_same_ranges(core, execution, selection)
         except BaseException:
             self._index_of = index_of
+            for group, before in zip(self.param_groups, members, strict=True):
+                group["params"] = before
             raise
         num_steps = core.num_steps
         self._core_resources.close()

@@ -31,11 +31,11 @@ from offload_adam.coordinator.ranks import (
     open_rank_group,
 )
 from offload_adam.errors import StreamedGradientError
-from offload_adam.fsdp_private import local_of
+from offload_adam.fsdp_private import is_dtensor, local_of
 from offload_adam.gradients.stand_in import StreamedGradients
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.options import ExecutionOptions, check_max_norm
-from offload_adam.params.groups import GroupWatch, as_float
+from offload_adam.params.groups import GroupWatch, as_float, names_of
 from offload_adam.params.local_shard import ShardedModel
 from offload_adam.params.selection import (
     Selection,
@@ -53,7 +53,7 @@ from offload_adam.sharded_optimizer.execution import (
     shared_fields,
     usable_failures,
 )
-from offload_adam.sharded_optimizer.follows_model import FollowsModel
+from offload_adam.sharded_optimizer.follows_model import FollowsModel, shards_later
 from offload_adam.sharded_optimizer.loss_scale import read_loss_scale, report_skip
 from offload_adam.sharded_optimizer.owners import add_owner, find_older, reject_owned, take_over
 from offload_adam.sharded_optimizer.state_access import serialized
@@ -125,6 +125,7 @@ class ShardedOptimizer(FollowsModel):
         self._group_watch = GroupWatch(module)
         self._state_edits = StateEdits()
         self._sharded: ShardedModel | None = None
+        self._first_names: dict[int, str] = {}
         self._core: ShardedAdam | None = None
         self._hooks: BackwardHooks | None = None
         self._index_of: dict[torch.nn.Parameter, int] = {}
@@ -147,16 +148,35 @@ class ShardedOptimizer(FollowsModel):
                 check_module(module)
                 add_groups()
                 self._options = options = checked_options(options)
-                execution = self._decide_execution()
-                reject_unrelated(module, self.param_groups)
-                older = find_older(self._select(0))
+                self._is_deferred = options.defer or self._waits_for_accelerate()
+                names = names_of(self.param_groups, module)
+                self._first_names = {
+                    id(parameter): name
+                    for group, group_names in zip(self.param_groups, names, strict=True)
+                    for parameter, name in zip(group["params"], group_names, strict=True)
+                }
             self.max_grad_norm = options.max_grad_norm
             self._own_state = self.state  # to detect that a user replaces the whole dict
-            self._build(execution, partial(take_over, older, self._ranks))
-            add_owner(self)
+            if not self._is_deferred:
+                self._build_first()
         except BaseException:
             self._release()
             raise
+
+    def _waits_for_accelerate(self) -> bool:
+        """Return whether Accelerate will shard these parameters after this constructor."""
+        return shards_later() and not any(map(is_dtensor, self._grouped_parameters()))
+
+    def _build_first(self) -> None:
+        with raise_on_all_ranks(self._ranks, "construction"):
+            self._find_shards()
+            selection = self._select(0)
+            check_parameters(selection.new, [])
+            execution = self._decide_execution()
+            reject_unrelated(self._module, self.param_groups)
+            older = find_older(selection)
+        self._build(execution, partial(take_over, older, self._ranks))
+        add_owner(self)
 
     def _decide_execution(self) -> Execution:
         """Check the options, and decide from them and the parameters how to run."""
@@ -221,8 +241,6 @@ class ShardedOptimizer(FollowsModel):
         if defaults["amsgrad"]:
             self._reject_distributed_amsgrad()
         torch.optim.Optimizer.__init__(self, params, defaults)
-        self._find_shards()
-        check_parameters(self._select(0).new, [])
 
     def _own_fields(self) -> list[Field]:
         """Return the subclass's arguments that must be the same on every rank."""
@@ -603,7 +621,11 @@ class ShardedOptimizer(FollowsModel):
 
     @property
     def overlaps(self) -> bool:
-        """Whether updates run during the next forward, after `step()` has returned."""
+        """Whether updates run during the next forward, after `step()` has returned.
+
+        Raises:
+            RuntimeError: no state is allocated yet (`defer=True`).
+        """
         return self._alive().overlaps
 
     @property

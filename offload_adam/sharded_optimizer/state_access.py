@@ -81,6 +81,7 @@ class StateAccess(torch.optim.Optimizer):
     _own_state: Mapping[torch.Tensor, Any]  # `state` as constructed, to detect a replacement
     _lock: threading.RLock
     _taken_over = False  # closed by a newer optimizer of the same parameters
+    _is_deferred = False  # no state is allocated before the first step
 
     # For tools that save rank 0's state_dict() in a file of their own; see `integrations`.
     _given_reference: StateReference | None = None  # for the next state_dict() before a step
@@ -145,7 +146,8 @@ class StateAccess(torch.optim.Optimizer):
         Raises:
             Exception: raised by an update in the update thread.
         """
-        self._settled()
+        if not self._is_deferred:
+            self._settled()
 
     @serialized
     def refresh_master(self) -> None:
@@ -235,6 +237,11 @@ class StateAccess(torch.optim.Optimizer):
                     "This optimizer has been closed, because a newer optimizer has taken over its "
                     "parameters. Use the newer one."
                 )
+            if self._is_deferred and self._release.alive:
+                raise RuntimeError(
+                    "This optimizer has no state yet: it allocates its state in the first step(), "
+                    "after the model is sharded. Call step() or load_state_dict() first."
+                )
             raise RuntimeError(
                 "This optimizer has been closed. Construct a new one to continue training."
             )
@@ -257,6 +264,10 @@ class StateAccess(torch.optim.Optimizer):
         gathered, self._gathered = self._gathered, None
         if gathered is not None and gathered[0] == self.num_steps:
             return gathered[1]  # `full_state_dict` has run the hooks
+        if self._is_deferred:
+            self._run_pre_hooks()
+            groups = self._packed_groups(self._packed_ids())
+            return self._after_hooks({"state": self._added_values(), "param_groups": groups})
         saved = self._local_state()
         core = self._alive()
         if core.partition[1] > 1:
@@ -373,6 +384,10 @@ class StateAccess(torch.optim.Optimizer):
                 or shapes differ; the message names them. No rank modified anything.
             PeerError: another rank raised an error of another type, for example in a hook.
         """
+        if self._is_deferred and not state_dict.get("state") and STATE_KEY not in state_dict:
+            self._load_groups(state_dict)
+            return
+        self._adapt()
         self._take_unfrozen()
         core = self._settled_on_all_ranks("load_state_dict")
         with raise_on_all_ranks(self._ranks, "load_state_dict"):
@@ -380,6 +395,13 @@ class StateAccess(torch.optim.Optimizer):
         load()
         for post_hook in load_state_dict_post_hooks(self):
             post_hook(self)
+
+    def _load_groups(self, state_dict: Mapping[str, Any]) -> None:
+        """Load the options of all groups, before there is state."""
+        saved = state_dict.get("param_groups", [])
+        merged = merge_groups(self.param_groups, saved, self._check_group)
+        for group, options in zip(self.param_groups, merged, strict=True):
+            dict.update(group, options)
 
     def _plan_load(self, core: ShardedAdam, state_dict: dict[str, Any]) -> Callable[[], None]:
         """Check a state dict, and return a function that loads it. Only that may be collective."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -15,14 +14,12 @@ import torch.distributed as dist
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import in_memory_order
-from offload_adam.params.groups import FIXED_OPTIONS, TORCH_OPTIONS
+from offload_adam.params.groups import FIXED_OPTIONS, TORCH_OPTIONS, bare_name
 from offload_adam.state.state_shard import check_step_count
 
 STATE_KEY = "offload_adam"
 """Key of our own entries in a state dict, such as world size and names. torch ignores it."""
 
-_WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")
-"""What torch.compile and activation checkpointing insert into a parameter's name."""
 _PLANES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_weight")
 _STATE_KEYS = ("step", *_PLANES)
 _GROUP_KEYS = ("lr", "betas", "eps", "weight_decay", "amsgrad")
@@ -117,7 +114,7 @@ class SavedState:
 
 def bare_names(names: Sequence[Sequence[str]]) -> list[list[str]]:
     """Return names without the prefixes of DDP, torch.compile and activation checkpointing."""
-    bare = [[_WRAPPERS.sub("", name) for name in group] for group in names]
+    bare = [[bare_name(name) for name in group] for group in names]
     # DDP adds "module." to every name. If some names lack it, it is an attribute of the model.
     if all(name.startswith("module.") for group in bare for name in group):
         bare = [[name.removeprefix("module.") for name in group] for group in bare]
