@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 _NEEDED = (
     ("unshard", "wait_for_unshard", "reshard"),
@@ -220,6 +221,14 @@ class FsdpGroup:
         """Whether this is torch's `replicate()`, which shards nothing."""
         group = self._group()
         return group is not None and not hasattr(group.mesh_info, "shard_mesh_size")
+
+    @property
+    def replicas(self) -> tuple[int, ...]:
+        """The ranks of the default group that have the same parts as this one; empty if none."""
+        group = self._group()
+        if group is None or not hasattr(group.mesh_info, "replicate_process_group"):
+            return ()
+        return tuple(dist.get_process_group_ranks(group.mesh_info.replicate_process_group))
 
     @property
     def reshards_to_other_mesh(self) -> bool:

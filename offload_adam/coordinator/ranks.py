@@ -50,6 +50,7 @@ class RankGroup:
     rank: this process's rank in the user's group, whose order may differ from the default group's.
     control: the gloo group, None after `release`.
     data: the group for buckets, by device type.
+    parts: groups of some of the ranks, by device type and ranks of the default group.
     global_ranks: for each rank of the user's group, its rank in the default group.
     name: the same on these ranks, and never used by another rank group.
     timeout: of every collective, as the user set it for the group.
@@ -60,6 +61,7 @@ class RankGroup:
     world_size: int = 1
     control: dist.ProcessGroup | None = None
     data: dict[str, dist.ProcessGroup] = field(default_factory=dict)
+    parts: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = field(default_factory=dict)
     global_ranks: tuple[int, ...] = (0,)
     name: str = ""
     timeout: timedelta = timedelta(minutes=30)
@@ -78,6 +80,19 @@ class RankGroup:
         for device_type in sorted(set(device_types) - set(self.data)):
             backend = "nccl" if device_type == "cuda" else "gloo"
             self.data[device_type] = _open_group(self, device_type, backend)
+
+    def open_part(self, device_type: str, members: tuple[int, ...]) -> None:
+        """Open a group of some of the ranks, if there is none yet. Collective for its members.
+
+        Args:
+            members: ranks of the default group, in the group's order.
+        """
+        if len(members) > 1 and (device_type, members) not in self.parts:
+            name = f"{self.name}/{device_type}/{members}"
+            backend = "nccl" if device_type == "cuda" else "gloo"
+            rank = members.index(self.global_ranks[self.rank])
+            group = open_group(name, members, rank, backend, self.timeout)
+            self.parts[device_type, members] = group
 
     def data_group(self, device: torch.device) -> dist.ProcessGroup:
         """Return the group for collectives on tensors of this device."""
@@ -202,15 +217,17 @@ class RankGroup:
         """
         if self.failure is None:
             return
-        for device_type, group in self.data.items():
+        of_parts = ((device_type, group) for (device_type, _), group in self.parts.items())
+        for device_type, group in (*self.data.items(), *of_parts):
             if device_type != "cpu":
                 abort_collectives(group, device_type)
 
     def release(self) -> None:
         """Close the groups. Idempotent, and safe after the default group has been destroyed."""
-        groups = [group for group in (self.control, *self.data.values()) if group is not None]
+        every = (self.control, *self.data.values(), *self.parts.values())
+        groups = [group for group in every if group is not None]
         self.control = None
-        self.data = {}
+        self.data, self.parts = {}, {}
         if self.watch is not None:
             # Before the groups close: a peer whose collective fails on the closed connection then
             # reads in the store that this rank has left.

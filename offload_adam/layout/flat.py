@@ -67,10 +67,11 @@ saved as one file for each rank of a world (`local_state_dict`) depends on where
 class ParameterSpec:
     """The properties of a parameter that determine its layout.
 
-    bucket_key: equal for all parameters of a bucket; it encodes dtype, device and `amsgrad`.
+    bucket_key: equal for all parameters of a bucket; it encodes all other fields but the numels.
     amsgrad: the state includes the largest second moment so far.
     on_device: the parameter is not in host memory.
     padded_numel: elements to reserve for the parameter, if more than `numel`.
+    num_shards: number of ranks that share the state of its bucket; 0 for the default of all.
     """
 
     index: int
@@ -80,6 +81,7 @@ class ParameterSpec:
     amsgrad: bool = False
     on_device: bool = False
     padded_numel: int = 0
+    num_shards: int = 0
 
 
 class Placement(NamedTuple):
@@ -169,9 +171,8 @@ class Bucket:
         It is the number of the shard's blocks, and one more for each parameter of the bucket that
         shares a block with an earlier one.
         """
-        covered = blocks_of(self.placements[-1].end) if self.placements else 0
-        needed = sum(blocks_of(placed.numel) for placed in self.placements)
-        return blocks_of(self.shard_numel) + needed - covered
+        sharing = sum(placed.start % BLOCK_NUMEL != 0 for placed in self.placements)
+        return blocks_of(self.shard_numel) + sharing
 
     def shard_bounds(self, rank: int) -> tuple[int, int]:
         """Return the half-open range of the bucket's elements that `rank` owns."""
@@ -224,7 +225,7 @@ def plan_buckets(
 
     Args:
         specs: parameters in forward order.
-        world_size: number of ranks that share each bucket.
+        world_size: number of ranks that share each bucket, unless its parameters say otherwise.
         bucket_nbytes: bytes of parameters at which a bucket is full.
         first_index: index of the first new bucket, after those that already exist.
     """
@@ -252,8 +253,8 @@ def plan_buckets(
             first_index + offset,
             spec.bucket_key,
             spec.itemsize,
-            align(_end_of(placements[-1]), BLOCK_NUMEL * world_size),
-            world_size,
+            align(_end_of(placements[-1]), BLOCK_NUMEL * (spec.num_shards or world_size)),
+            spec.num_shards or world_size,
             tuple(placements),
             amsgrad=spec.amsgrad,
             on_device=spec.on_device,

@@ -1,12 +1,14 @@
 """Parameters that FSDP2 or tensor parallelism has sharded: this rank's part of each.
 
-Such a parameter is a DTensor. The optimizer keeps the state of this rank's part only, and other
-ranks have equal parts where a dimension of the mesh replicates:
+Such a parameter is a DTensor. The optimizer keeps the state of this rank's part only. Where a
+dimension of the mesh replicates, other ranks have the same part. Those of HSDP divide its state,
+and gather the updated parameters. Other copies are updated on each rank, and counted on one:
 
-    mesh              placements               copies of a part   counted in the global norm on
-    4 ranks           Shard(0)                 1                  every rank
-    2 x 2 (HSDP)      Replicate(), Shard(0)    2                  the ranks of the first row
-    2 (of 4 ranks)    Shard(0)                 1 or 2             the group's option "replicas" says
+    mesh               placements               copies of a part   state    counted on
+    4 ranks            Shard(0)                 1                  whole    every rank
+    2 x 2 (HSDP)       Replicate(), Shard(0)    2                  a half   every rank, its half
+    2 ranks (TP)       Replicate()              2                  whole    the first rank
+    2 of 4 ranks       Shard(0)                 1 or 2             whole    see below
 
 On a mesh of only some ranks, the parts of the other meshes may be copies of the same parameter, or
 those of another parameter, such as another expert. Nothing in a DTensor tells them apart.
@@ -40,12 +42,14 @@ class LocalShard:
 
     record: of FSDP2, which gathers the parameter; None if FSDP2 does not manage it.
     unit: index of the parameter's group in `ShardedModel.units`, -1 if FSDP2 does not manage it.
-    counted: this rank adds these elements to global sums, such as the gradient norm.
+    replicas: the ranks of the default group that divide the state of this part, in their order.
+    counted: this rank adds its elements to global sums, such as the gradient norm.
     is_distinct: each mesh has a parameter of its own under this name, such as an expert.
     """
 
     record: FsdpParameter | None
     unit: int
+    replicas: tuple[int, ...]
     counted: bool
     is_distinct: bool
 
@@ -53,7 +57,8 @@ class LocalShard:
     def key(self) -> str:
         """Equal for all parameters that may share a bucket."""
         kind = "distinct" if self.is_distinct else "copies"
-        return f"unit {self.unit}, {kind}, {'counted' if self.counted else 'not counted'}"
+        counted = "counted" if self.counted else "not counted"
+        return f"unit {self.unit}, {kind}, {counted}, replicas {self.replicas}"
 
     @property
     def padded_numel(self) -> int:
@@ -116,22 +121,26 @@ class ShardedModel:
             )
         unit, record = self._places.get(id(parameter), (-1, None))
         is_distinct = replicas == "distinct"
+        own = self._ranks.global_ranks[self._ranks.rank]
         if not is_dtensor(parameter):
             counted = is_distinct or self._ranks.rank == 0
-            return LocalShard(record, unit, counted, is_distinct)
+            return LocalShard(record, unit, (own,), counted, is_distinct)
         mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
         members = mesh.mesh.flatten().tolist()
         self._check_mesh(name, members, replicas)
         placements: Sequence[Any] = parameter.placements  # type: ignore[attr-defined]
         where = mesh.get_coordinate()
-        counted = all(
-            not placed.is_replicate() or index == 0
-            for placed, index in zip(placements, where, strict=True)
-        )
+        dividing = (own,) if unit < 0 else self.units[unit].replicas or (own,)
+        counted = True
+        for dim, placed in enumerate(placements):
+            # The ranks along this dimension of the mesh, with the own one among them.
+            along = mesh.mesh[(*where[:dim], slice(None), *where[dim + 1 :])].tolist()
+            if placed.is_replicate() and tuple(along) != dividing:
+                counted = counted and where[dim] == 0
         # One of the meshes with copies has the first rank of the optimizer.
         if not is_distinct:
             counted = counted and self._ranks.global_ranks[0] in members
-        return LocalShard(record, unit, counted, is_distinct)
+        return LocalShard(record, unit, dividing, counted, is_distinct)
 
     def _check_mesh(self, name: str, members: Sequence[int], replicas: Any) -> None:
         outside = sorted({*members} - {*self._ranks.global_ranks})

@@ -281,6 +281,9 @@ class ShardedOptimizer(FollowsModel):
         """
         new = selection.new
         self._ranks.open_data_groups(item.local.device.type for item in new)
+        for item in new:
+            if item.shard is not None:
+                self._ranks.open_part(item.local.device.type, item.shard.replicas)
         num_buckets = len(core.states)
         with torch.no_grad():
             core.extend(new, selection.frozen)

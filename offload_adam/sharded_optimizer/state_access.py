@@ -23,6 +23,7 @@ from offload_adam.state.state_dict import (
     StateReference,
     check_group_sizes,
     gather_bucket,
+    join_replicas,
     merge_groups,
     pack_full,
     read_saved,
@@ -256,6 +257,9 @@ class StateAccess(torch.optim.Optimizer):
         any world size. `torch.save` raises an error. `load_state_dict` accepts the dict on the same
         rank of the same world size.
 
+        The state of a DTensor is a DTensor. With HSDP, ranks with the same parts divide their state
+        and gather it here: the tensors are copies, and the call is collective.
+
         On rank 0, the first call after `consolidate_state_dict` returns the whole state.
         """
         reference, self._given_reference = self._given_reference, None
@@ -270,13 +274,25 @@ class StateAccess(torch.optim.Optimizer):
             return self._after_hooks({"state": self._added_values(), "param_groups": groups})
         saved = self._local_state()
         core = self._alive()
-        if core.partition[1] > 1:
+        if core.has_sharded_parameters:
+            self._join_replicas(core, saved)
+        elif core.partition[1] > 1:
             for index, packed in self._trainable_ids().items():
                 bucket, position = core.bucket_and_position(index)
                 entry = saved["state"][packed]
                 for key in bucket.planes.named(own_master=bucket.own_master):
                     entry[key] = state_shard(bucket, position, entry[key])
         return self._after_hooks(saved)
+
+    def _join_replicas(self, core: ShardedAdam, saved: dict[str, Any]) -> None:
+        """Put DTensors in place of the ranges that ranks with the same parts divide. Collective."""
+        # The DTensors say which rank has what: the dict may go to other ranks.
+        del saved[STATE_KEY]["world_size"], saved[STATE_KEY]["rank"]
+        ids = self._trainable_ids()
+        with torch.no_grad():
+            for state in core.states:
+                for index, entry in join_replicas(state, self._ranks).items():
+                    saved["state"][ids[index]].update(entry)
 
     @serialized
     def local_state_dict(self) -> dict[str, Any]:

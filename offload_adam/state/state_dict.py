@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 
 from offload_adam.coordinator.ranks import RankGroup
+from offload_adam.fsdp_private import as_dtensor, local_of
 from offload_adam.params.bucket import BucketState
-from offload_adam.params.elements import in_memory_order
+from offload_adam.params.elements import in_memory_order, in_shape_of
 from offload_adam.params.groups import FIXED_OPTIONS, TORCH_OPTIONS, bare_name
 from offload_adam.state.state_shard import check_step_count
+from offload_adam.torch_private import all_gather
 
 STATE_KEY = "offload_adam"
 """Key of our own entries in a state dict, such as world size and names. torch ignores it."""
@@ -335,3 +337,27 @@ def _gather_plane(plane: torch.Tensor, ranks: RankGroup, num_shards: int) -> tor
     # Not a blocking gather: `ranks.wait` raises an error if a peer dies meanwhile.
     ranks.wait(dist.gather(plane, parts, dst=rank_0, group=ranks.control, async_op=True))
     return flat
+
+
+def join_replicas(state: BucketState, ranks: RankGroup) -> dict[int, dict[str, torch.Tensor]]:
+    """Gather the state of a bucket that ranks with the same parts divide. Collective for these.
+
+    Returns:
+        DTensors with torch's keys by parameter index, empty if no other rank has a part of it.
+
+    Cost: the planes of this rank's parts, in host memory.
+    """
+    shard = state.local_shard
+    if shard is None or state.layout.world_size == 1 or state.layout.numel == 0:
+        return {}
+    found: dict[int, dict[str, torch.Tensor]] = {i: {} for i in state.indices.tolist()}
+    ranks.open_part("cpu", shard.replicas)
+    group = ranks.parts["cpu", shard.replicas]
+    for key, plane in state.planes.named(own_master=state.own_master).items():
+        flat = torch.empty(state.layout.numel, dtype=plane.dtype, device="cpu")
+        ranks.wait(all_gather(flat, plane.cpu(), group=group, async_op=True))
+        for position, index in enumerate(state.indices.tolist()):
+            placed, parameter = state.layout.placements[position], state.parameters[position]
+            part = in_shape_of(flat[placed.start : placed.end].clone(), local_of(parameter))
+            found[index][key] = as_dtensor(part, parameter)
+    return found

@@ -191,12 +191,12 @@ def local_state(state: BucketState, position: int) -> dict[str, torch.Tensor]:
 
     With one rank, every tensor has the parameter's shape and strides. With more, it is the 1-d
     range `local_range`, which may be empty. The state of a DTensor is a DTensor that is placed as
-    the parameter.
+    the parameter, unless ranks with the same part of it divide the state.
     """
     # With their own storages, because `torch.save` writes whole storages: here all of the plane.
     parts = {key: with_own_storage(part) for key, part in _parts_of(state, position).items()}
     parameter = state.parameters[position]
-    if is_dtensor(parameter):
+    if is_dtensor(parameter) and state.layout.world_size == 1:
         parts = {key: as_dtensor(part, parameter) for key, part in parts.items()}
     return {"step": state.step_counts[position], **parts}
 
@@ -272,7 +272,11 @@ def _part_of(
     """Return the part of a saved tensor that `target` holds."""
     parameter = state.parameters[position]
     if is_dtensor(parameter):
-        return _part_of_dtensor(parameter, what, value)
+        part = _part_of_dtensor(parameter, what, value)
+        if state.layout.world_size == 1:
+            return part
+        start, end = local_range(state, position)
+        return part.contiguous().view(-1)[start:end]
     if isinstance(value, StateShard) and value.shape == parameter.shape:
         start, end = local_range(state, position)
         if not value.has_range_of(memory_order(parameter), start, end):

@@ -106,6 +106,7 @@ class Storage:
             amsgrad=item.amsgrad,
             on_device=self.backend.is_device(item.local.device),
             padded_numel=0 if item.shard is None else item.shard.padded_numel,
+            num_shards=0 if item.shard is None else len(item.shard.replicas),
         )
 
 
@@ -198,6 +199,8 @@ def _build(
     if bucket.numel > 0 and items[0].is_the_same_on_all_ranks:
         ranks.broadcast_data(flat)
     rank, _ = storage.partition_of(ranks)
+    if items[0].shard is not None:
+        rank = items[0].shard.replicas.index(ranks.global_ranks[ranks.rank])
     low, high = bucket.shard_bounds(rank)
     shard = flat[low:high]
     return BucketState(

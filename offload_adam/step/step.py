@@ -372,7 +372,14 @@ class ShardedAdam:
     @property
     def partition(self) -> tuple[int, int]:
         """This rank's index among the ranks that the state is sharded over, and their number."""
+        if self._sharded is not None:
+            return self.ranks.rank, self.ranks.world_size
         return self._storage.partition_of(self.ranks)
+
+    @property
+    def has_sharded_parameters(self) -> bool:
+        """Whether FSDP2 or tensor parallelism has sharded parameters."""
+        return self._sharded is not None
 
     @property
     def is_sharded(self) -> bool:

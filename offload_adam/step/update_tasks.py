@@ -174,7 +174,8 @@ class UpdateTasks:
             # match the other ranks' collectives.
             if number not in self._gathering:
                 streams = self.stream_waits.streams_of(number)
-                self._gathering[number] = self._collectives.gather(streams, state.flat)
+                members = None if state.local_shard is None else state.local_shard.replicas
+                self._gathering[number] = self._collectives.gather(streams, state.flat, members)
             self.stream_waits.record(Operation.GATHER, number)
 
     def wait_for_parameters(self, number: int, stopwatch: Stopwatch) -> None:

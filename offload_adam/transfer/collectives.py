@@ -78,14 +78,20 @@ class Collectives:
 
         return _issue(Lane.REDUCE, streams, start, buffer, shard)
 
-    def gather(self, streams: Streams, flat: torch.Tensor) -> PendingCollective:
+    def gather(
+        self, streams: Streams, flat: torch.Tensor, members: tuple[int, ...] | None = None
+    ) -> PendingCollective:
         """Start an all-gather of a bucket's parameters, in place. Collective.
 
         Args:
             flat: (numel,) the bucket; this rank has updated its own shard of it.
+            members: the ranks that share the bucket, if not all; see `RankGroup.open_part`.
         """
-        group = self._ranks.data_group(flat.device)
-        shard = flat.chunk(self._ranks.world_size)[self._ranks.rank]
+        if members is None:
+            group = self._ranks.data_group(flat.device)
+        else:
+            group = self._ranks.parts[flat.device.type, members]
+        shard = flat.chunk(group.size())[group.rank()]
 
         def start() -> Any:
             return all_gather(flat, shard, group=group, async_op=True)

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
 
-from offload_adam import OffloadPolicy
+from offload_adam import OffloadAdamW, OffloadPolicy
 from tests.support import fsdp2
 from tests.support.fsdp2 import (
     Model,
@@ -199,3 +199,66 @@ def test_hybrid_sharding_matches_one_process(ranks: RankPool) -> None:
     for equal, difference in ranks.run(train_hybrid, 4):
         assert equal
         assert difference < 5e-6  # 20 steps
+
+
+def compare_hybrid_state(rank: int, world_size: int) -> dict[str, Any]:
+    """Train with HSDP, here and with torch's AdamW, and compare states and their bytes."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    states = []
+    for cls in (OffloadAdamW, torch.optim.AdamW):
+        model = shard(make_model(), mesh=mesh)
+        optimizer = cls(model.parameters(), lr=fsdp2.LR, eps=fsdp2.EPS)
+        for step in range(2):
+            loss_of(model, batch_of(step, rank)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        states.append(optimizer)
+    ours, reference = states
+    assert isinstance(ours, OffloadAdamW)
+    saved = ours.state_dict()
+    differences = [
+        float((saved["state"][number][key].full_tensor() - value.full_tensor()).abs().max())
+        for number, entry in reference.state_dict()["state"].items()
+        for key, value in entry.items()
+        if key != "step"
+    ]
+    placed = {value["exp_avg"].placements for value in saved["state"].values()}
+    changed = {
+        **saved,
+        "state": {
+            number: {key: value * 2 for key, value in entry.items()}
+            for number, entry in saved["state"].items()
+        },
+    }
+    ours.load_state_dict(changed)
+    loaded = ours.state_dict()["state"]
+    same = all(
+        torch.equal(loaded[number][key].to_local(), 2 * value.to_local())
+        for number, entry in saved["state"].items()
+        for key, value in entry.items()
+        if key != "step"
+    )
+    other = ours.local_state_dict()
+    other["offload_adam"]["rank"] = (rank + 1) % world_size
+    with pytest.raises(ValueError, match="holds only its ranges"):
+        ours.load_state_dict(other)  # on all ranks, so that none waits
+    ours.close()
+    layer = torch.nn.Linear(256, 256, bias=False)
+    fully_shard(layer, mesh=mesh)
+    wide = OffloadAdamW(layer.parameters(), num_threads=1)
+    nbytes = wide.host_nbytes["state"]
+    wide.close()
+    return {
+        "difference": max(differences),
+        "placements": placed,
+        "bytes": nbytes,
+        "loads": same,
+    }
+
+
+def test_replicas_divide_the_state_and_join_it_to_save_it(ranks: RankPool) -> None:
+    for found in ranks.run(compare_hybrid_state, 4):
+        assert found["difference"] < 1e-6
+        assert found["placements"] == {(Replicate(), Shard(0))}
+        assert found["bytes"] == 256 * 256 // 4 * 8  # two moments of a quarter of the elements
+        assert found["loads"]

@@ -136,7 +136,9 @@ class SimulatedCollectives(Collectives):
 
         return self._issue(Lane.REDUCE, streams, scatter, buffer, buffer[part[0] : part[1]])
 
-    def gather(self, streams: Streams, flat: torch.Tensor) -> PendingCollective:
+    def gather(
+        self, streams: Streams, flat: torch.Tensor, members: tuple[int, ...] | None = None
+    ) -> PendingCollective:
         """Write the other ranks' shards into the bucket."""
         return self._issue(Lane.GATHER, streams, self._peers.fill(flat), flat, flat)
 

@@ -234,3 +234,16 @@ def test_every_wait_is_for_a_task_of_another_lane_that_comes_before(
         for waited in waits:
             assert order.index(waited) < order.index(task)
             assert waited.operation.lane is not task.operation.lane
+
+
+def test_padding_of_a_parameter_leaves_room_for_all_block_sums() -> None:
+    """Two parameters of 100 elements, each with 900 reserved; two ranks share the bucket."""
+    specs = [ParameterSpec(i, 100, 4, "key", padded_numel=900, num_shards=2) for i in range(2)]
+    (bucket,) = plan_buckets(specs, world_size=1, bucket_nbytes=10**6)
+    assert [(placed.start, placed.end) for placed in bucket.placements] == [(0, 100), (1024, 1124)]
+    assert (bucket.numel, bucket.world_size) == (2048, 2)  # 1924, in two shards of whole blocks
+    for rank in range(2):
+        assert sum(-(-part.numel // 128) for part in bucket.segments(rank)) <= bucket.num_sums
+    full = [ParameterSpec(0, 1000, 4, "key", padded_numel=9000, num_shards=2)]
+    (bucket,) = plan_buckets(full, world_size=1, bucket_nbytes=10**6)
+    assert sum(-(-part.numel // 128) for part in bucket.segments(0)) == 8 <= bucket.num_sums
