@@ -21,7 +21,13 @@ from typing import Any
 import torch
 
 from offload_adam.coordinator.ranks import RankGroup
-from offload_adam.fsdp_private import FsdpGroup, FsdpParameter, fsdp_groups, is_dtensor
+from offload_adam.fsdp_private import (
+    FsdpGroup,
+    FsdpParameter,
+    fsdp_groups,
+    is_dtensor,
+    largest_part,
+)
 
 REPLICAS = ("copies", "distinct")
 """Values of a parameter group's option "replicas"."""
@@ -35,23 +41,17 @@ class LocalShard:
     unit: index of the parameter's group in `ShardedModel.units`, -1 if FSDP2 does not manage it.
     counted: this rank adds these elements to global sums, such as the gradient norm.
     is_distinct: each mesh has a parameter of its own under this name, such as an expert.
+    key: equal for all parameters that may share a bucket. Two parameters have equal keys on all
+        ranks or on none, or the ranks would have different buckets.
+    padded_numel: the largest number of elements that any rank has, with FSDP2's padding.
     """
 
     record: FsdpParameter | None
     unit: int
     counted: bool
     is_distinct: bool
-
-    @property
-    def key(self) -> str:
-        """Equal for all parameters that may share a bucket."""
-        kind = "distinct" if self.is_distinct else "copies"
-        return f"unit {self.unit}, {kind}, {'counted' if self.counted else 'not counted'}"
-
-    @property
-    def padded_numel(self) -> int:
-        """Elements that FSDP2 gathers from this rank, with its padding; 0 if it does not."""
-        return 0 if self.record is None else self.record.padded_numel
+    key: str
+    padded_numel: int
 
 
 class ShardedModel:
@@ -109,22 +109,25 @@ class ShardedModel:
             )
         unit, record = self._places.get(id(parameter), (-1, None))
         is_distinct = replicas == "distinct"
+        key = f"unit {unit}, {'distinct' if is_distinct else 'copies'}"
         if not is_dtensor(parameter):
             counted = is_distinct or self._ranks.rank == 0
-            return LocalShard(record, unit, counted, is_distinct)
+            return LocalShard(record, unit, counted, is_distinct, key, parameter.numel())
         mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
         members = mesh.mesh.flatten().tolist()
         self._check_mesh(name, members, replicas)
         placements: Sequence[Any] = parameter.placements  # type: ignore[attr-defined]
         where = mesh.get_coordinate()
-        counted = all(
-            not placed.is_replicate() or index == 0
-            for placed, index in zip(placements, where, strict=True)
-        )
+        copied = [placed.is_replicate() for placed in placements]
+        counted = not any(index for index, copies in zip(where, copied, strict=True) if copies)
         # One of the meshes with copies has the first rank of the optimizer.
         if not is_distinct:
             counted = counted and self._ranks.global_ranks[0] in members
-        return LocalShard(record, unit, counted, is_distinct)
+        # Not `counted`, which differs between ranks. Reading a gradient may be collective, so all
+        # ranks must read in one order.
+        key = f"{key}, mesh {hash(mesh)}, copies {copied}"
+        padded_numel = largest_part(parameter) if record is None else record.padded_numel
+        return LocalShard(record, unit, counted, is_distinct, key, padded_numel)
 
     def _check_mesh(self, name: str, members: Sequence[int], replicas: Any) -> None:
         outside = sorted({*members} - {*self._ranks.global_ranks})
