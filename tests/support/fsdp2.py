@@ -119,7 +119,7 @@ def delayed_updates(seconds: float) -> Iterator[None]:
 def whole(model: nn.Module) -> list[torch.Tensor]:
     """Return all parameters of a sharded model, whole. Collective."""
     return [
-        value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+        (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
         for value in model.state_dict().values()
     ]
 
