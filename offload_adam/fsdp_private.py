@@ -13,6 +13,7 @@ an import there are no DTensors.
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -113,6 +114,16 @@ def part_of_whole(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         own = distribute(indices, owner.device_mesh, placements, src_data_rank=None)
         part = part.index_select(dim, own.to_local().to(whole.device))
     return part
+
+
+def largest_part(parameter: torch.Tensor) -> int:
+    """Return the number of elements of the largest part of a DTensor that any rank has."""
+    owner = _as_any(parameter)
+    sizes = list(owner.shape)
+    for placed, num_ranks in zip(owner.placements, owner.device_mesh.shape, strict=True):
+        if not placed.is_replicate():
+            sizes[placed.dim] = -(-sizes[placed.dim] // num_ranks)
+    return math.prod(sizes)
 
 
 def _is_strided(placed: Any, dim: int) -> bool:

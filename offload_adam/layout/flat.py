@@ -233,7 +233,7 @@ def plan_buckets(
         raise ValueError(f"{world_size=} and {bucket_nbytes=} must be at least 1")
     groups: list[tuple[ParameterSpec, list[Placement]]] = []
     open_groups: dict[str, list[Placement]] = {}
-    packs = sum(spec.numel < BLOCK_NUMEL for spec in specs) >= PACK_FROM
+    packs = sum(max(s.numel, s.padded_numel) < BLOCK_NUMEL for s in specs) >= PACK_FROM
     for spec in reversed(specs):
         group = open_groups.get(spec.bucket_key)
         numel = max(spec.numel, spec.padded_numel)

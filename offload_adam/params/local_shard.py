@@ -28,6 +28,7 @@ from offload_adam.fsdp_private import (
     FsdpParameter,
     fsdp_groups,
     is_dtensor,
+    largest_part,
     sharded_since,
 )
 from offload_adam.params.groups import bare_name
@@ -45,6 +46,9 @@ class LocalShard:
     replicas: the ranks of the default group that divide the state of this part, in their order.
     counted: this rank adds its elements to global sums, such as the gradient norm.
     is_distinct: each mesh has a parameter of its own under this name, such as an expert.
+    key: equal for all parameters that may share a bucket. Two parameters have equal keys on all
+        ranks or on none, or the ranks would have different buckets.
+    padded_numel: the largest number of elements that any rank has, with FSDP2's padding.
     """
 
     record: FsdpParameter | None
@@ -52,18 +56,8 @@ class LocalShard:
     replicas: tuple[int, ...]
     counted: bool
     is_distinct: bool
-
-    @property
-    def key(self) -> str:
-        """Equal for all parameters that may share a bucket."""
-        kind = "distinct" if self.is_distinct else "copies"
-        counted = "counted" if self.counted else "not counted"
-        return f"unit {self.unit}, {kind}, {counted}, replicas {self.replicas}"
-
-    @property
-    def padded_numel(self) -> int:
-        """Elements that FSDP2 gathers from this rank, with its padding; 0 if it does not."""
-        return 0 if self.record is None else self.record.padded_numel
+    key: str
+    padded_numel: int
 
 
 class ShardedModel:
@@ -122,25 +116,31 @@ class ShardedModel:
         unit, record = self._places.get(id(parameter), (-1, None))
         is_distinct = replicas == "distinct"
         own = self._ranks.global_ranks[self._ranks.rank]
+        key = f"unit {unit}, {'distinct' if is_distinct else 'copies'}"
         if not is_dtensor(parameter):
             counted = is_distinct or self._ranks.rank == 0
-            return LocalShard(record, unit, (own,), counted, is_distinct)
+            numel = parameter.numel()
+            return LocalShard(record, unit, (own,), counted, is_distinct, key, numel)
         mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
         members = mesh.mesh.flatten().tolist()
         self._check_mesh(name, members, replicas)
         placements: Sequence[Any] = parameter.placements  # type: ignore[attr-defined]
         where = mesh.get_coordinate()
         dividing = (own,) if unit < 0 else self.units[unit].replicas or (own,)
-        counted = True
+        copied, counted = [], True
         for dim, placed in enumerate(placements):
             # The ranks along this dimension of the mesh, with the own one among them.
             along = mesh.mesh[(*where[:dim], slice(None), *where[dim + 1 :])].tolist()
-            if placed.is_replicate() and tuple(along) != dividing:
-                counted = counted and where[dim] == 0
+            copied.append(placed.is_replicate() and tuple(along) != dividing)
+            counted = counted and not (copied[dim] and where[dim])
         # One of the meshes with copies has the first rank of the optimizer.
         if not is_distinct:
             counted = counted and self._ranks.global_ranks[0] in members
-        return LocalShard(record, unit, dividing, counted, is_distinct)
+        # Not `counted`, which differs between ranks. Reading a gradient may be collective, so all
+        # ranks must read in one order.
+        key = f"{key}, mesh {hash(mesh)}, copies {copied}, {len(dividing)} divide"
+        padded_numel = largest_part(parameter) if record is None else record.padded_numel
+        return LocalShard(record, unit, dividing, counted, is_distinct, key, padded_numel)
 
     def _check_mesh(self, name: str, members: Sequence[int], replicas: Any) -> None:
         outside = sorted({*members} - {*self._ranks.global_ranks})

@@ -27,12 +27,12 @@ _update = UpdateTasks.update
 
 
 class Block(nn.Module):
-    """A layer whose sizes divide by neither 2 nor 4, so that FSDP2 pads shards."""
+    """A layer; by default, its sizes divide by neither 2 nor 4, so that FSDP2 pads shards."""
 
-    def __init__(self, *, recomputes: bool = False) -> None:
+    def __init__(self, *, recomputes: bool = False, width: int = 33) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(16)
-        self.first, self.second = nn.Linear(16, 33), nn.Linear(33, 16)
+        self.first, self.second = nn.Linear(16, width), nn.Linear(width, 16)
         self.recomputes = recomputes
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -119,7 +119,7 @@ def delayed_updates(seconds: float) -> Iterator[None]:
 def whole(model: nn.Module) -> list[torch.Tensor]:
     """Return all parameters of a sharded model, whole. Collective."""
     return [
-        value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+        (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
         for value in model.state_dict().values()
     ]
 
