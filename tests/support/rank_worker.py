@@ -87,11 +87,21 @@ def _serve_one(connection: Connection, store: dist.Store) -> None:
         gc.freeze()
         if dist.is_initialized():
             dist.destroy_process_group()
+        _forget_meshes()
     finally:
         faulthandler.cancel_dump_traceback_later()
         os.environ.clear()
         os.environ.update(environment)
     connection.send_bytes(IDLE)
+
+
+def _forget_meshes() -> None:
+    """Clear what DTensor has cached with a mesh: the next call's mesh is equal, its groups not."""
+    if "torch.distributed.tensor" in sys.modules:  # slow to import
+        from torch.distributed.tensor import _redistribute, debug
+
+        debug._clear_sharding_prop_cache()
+        _redistribute._gen_transform_infos.cache_clear()
 
 
 def _outcome(call: Call, store: dist.Store) -> bytes:
