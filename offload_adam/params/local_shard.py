@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Never
 
 import torch
 
 from offload_adam.coordinator.ranks import RankGroup
+from offload_adam.errors import CheckpointError
 from offload_adam.fsdp_private import FsdpGroup, FsdpParameter, fsdp_groups, is_dtensor
 
 REPLICAS = ("copies", "distinct")
@@ -108,38 +109,63 @@ class ShardedModel:
                 f"{replicas!r}"
             )
         unit, record = self._places.get(id(parameter), (-1, None))
-        is_distinct = replicas == "distinct"
-        if not is_dtensor(parameter):
-            counted = is_distinct or self._ranks.rank == 0
-            return LocalShard(record, unit, counted, is_distinct)
-        mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
-        members = mesh.mesh.flatten().tolist()
-        self._check_mesh(name, members, replicas)
-        placements: Sequence[Any] = parameter.placements  # type: ignore[attr-defined]
-        where = mesh.get_coordinate()
-        counted = all(
-            not placed.is_replicate() or index == 0
-            for placed, index in zip(placements, where, strict=True)
-        )
-        # One of the meshes with copies has the first rank of the optimizer.
-        if not is_distinct:
-            counted = counted and self._ranks.global_ranks[0] in members
-        return LocalShard(record, unit, counted, is_distinct)
+        counted = is_counted(self._ranks, name, parameter, replicas)
+        return LocalShard(record, unit, counted, replicas == "distinct")
 
-    def _check_mesh(self, name: str, members: Sequence[int], replicas: Any) -> None:
-        outside = sorted({*members} - {*self._ranks.global_ranks})
-        if outside:
-            raise ValueError(
-                f"Parameter {name!r} is sharded over the ranks {members}, but process_group lacks "
-                f"{outside}. Pass a process group with all of them, or leave process_group out."
-            )
-        if len(members) < self._ranks.world_size and replicas is None:
-            raise ValueError(
-                f"Parameter {name!r} is sharded over {len(members)} of {self._ranks.world_size} "
-                "ranks. Put such parameters into a group of their own, and say what the other "
-                "ranks have: {'params': ..., 'replicas': 'copies'} for copies of the same "
-                "parameters, or 'distinct' for other ones, such as other experts."
-            )
+
+def is_counted(ranks: RankGroup, name: str, tensor: torch.Tensor, replicas: Any) -> bool:
+    """Return whether no rank before this one has the same elements of a tensor of the model.
+
+    Args:
+        ranks: the ranks of the optimizer.
+        tensor: a DTensor, or a tensor that all ranks have whole.
+        replicas: the parameter group's option; None if it has none.
+
+    Raises:
+        ValueError: the mesh has ranks that the optimizer lacks, or has only some of its ranks, and
+            `replicas` is None. The message names the tensor.
+    """
+    if not is_dtensor(tensor):
+        return replicas == "distinct" or ranks.rank == 0
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    members = mesh.mesh.flatten().tolist()
+    _check_mesh(ranks, name, members, replicas)
+    placements: Sequence[Any] = tensor.placements  # type: ignore[attr-defined]
+    counted = all(
+        not placed.is_replicate() or index == 0
+        for placed, index in zip(placements, mesh.get_coordinate(), strict=True)
+    )
+    # One of the meshes with copies has the first rank of the optimizer.
+    return counted and (replicas == "distinct" or ranks.global_ranks[0] in members)
+
+
+def _check_mesh(ranks: RankGroup, name: str, members: Sequence[int], replicas: Any) -> None:
+    outside = sorted({*members} - {*ranks.global_ranks})
+    if outside:
+        raise ValueError(
+            f"Parameter {name!r} is sharded over the ranks {members}, but process_group lacks "
+            f"{outside}. Pass a process group with all of them, or leave process_group out."
+        )
+    if len(members) < ranks.world_size and replicas is None:
+        raise ValueError(
+            f"Parameter {name!r} is sharded over {len(members)} of {ranks.world_size} "
+            "ranks. Put such parameters into a group of their own, and say what the other "
+            "ranks have: {'params': ..., 'replicas': 'copies'} for copies of the same "
+            "parameters, or 'distinct' for other ones, such as other experts."
+        )
+
+
+def reject_distinct(name: str) -> Never:
+    """Raise an error because a checkpoint cannot hold a parameter with replicas="distinct".
+
+    Raises:
+        CheckpointError: always.
+    """
+    raise CheckpointError(
+        f"{name!r} is in a group with replicas='distinct', so that ranks have different values "
+        "under one name. Save the model's state dict and local_state_dict() of each rank in a "
+        "file of its own, or shard the parameter over all ranks."
+    )
 
 
 def _check_group(group: FsdpGroup) -> None:
