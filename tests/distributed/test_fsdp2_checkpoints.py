@@ -29,6 +29,8 @@ from offload_adam import (
     save_checkpoint,
 )
 from offload_adam.checkpoint.dcp import OptimizerState
+from offload_adam.checkpoint.export import export_dcp, export_torch
+from offload_adam.checkpoint.format import flat_pieces
 from offload_adam.checkpoint.load import load_optimizer_state, verify_checkpoint
 from offload_adam.checkpoint.save import save_optimizer_state
 from tests.support.ranks import RankPool
@@ -165,6 +167,11 @@ def check(net: Net, optimizer: OffloadAdamW, expected: Values) -> None:
     ):
         assert_same(found, expected)
     assert optimizer.num_steps == NUM_STEPS
+    # What the other ranks have is not of the saved run.
+    norm = net.norm.weight
+    has_copies = isinstance(norm, DTensor) and norm.device_mesh.size() < dist.get_world_size()
+    replicas = [group.get("replicas") for group in optimizer.param_groups]
+    assert replicas == [None, "copies" if has_copies else None]
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.05]
     assert optimizer.state[net.norm.weight]["step"] == NUM_STEPS
 
@@ -228,7 +235,33 @@ def test_from_layout_to_layout_to_the_bit(
     ranks.run(pass_on, 1, dtype, folder, expected, every, ["plain"])
     ranks.run(pass_on, 4, dtype, folder, expected, [*every[3:], "plain"], of_four)
     for name in LAYOUTS:
-        verify_checkpoint(tmp_path / name)
+        manifest = verify_checkpoint(tmp_path / name)
+        cut_columns = flat_pieces(manifest.tensors["model/second.weight"]) is None
+        assert cut_columns == (name in ("tp", "columns"))
+    check_exports(tmp_path, expected)
+
+
+def check_exports(folder: Path, expected: Values) -> None:
+    """Let torch alone load exports of a checkpoint whose pieces are columns."""
+    export_torch(folder / "tp", folder / "tp.pt")
+    content = torch.load(folder / "tp.pt", weights_only=True)
+    assert_same(
+        {f"net/{name}": value for name, value in content["model"].items()},
+        {name: value for name, value in expected.items() if name.startswith("net/")},
+    )
+    export_dcp(folder / "tp", folder / "tp-dcp")
+    names = [
+        name for group in content["optimizer"]["param_groups"] for name in group["param_names"]
+    ]
+    for number, name in enumerate(names):
+        for key, value in content["optimizer"]["state"].get(number, {}).items():
+            assert torch.equal(value, expected[f"{name}/{key}"])
+            if key != "step":
+                state = {name: {key: torch.empty_like(value)}}
+                dcp.load(
+                    {"optimizer": {"state": state}}, checkpoint_id=folder / "tp-dcp", no_dist=True
+                )
+                assert torch.equal(state[name][key], value)
 
 
 def go_on(rank: int, world_size: int, folder: str, expected: Values, later: Values) -> None:
