@@ -102,17 +102,11 @@ def part_of_whole(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     Args:
         whole: of the shape of the DTensor `parameter`.
     """
-    owner = _as_any(parameter)
-    distribute = _imported("torch.distributed.tensor", "distribute_tensor")
     part = whole
-    for dim, size in enumerate(whole.shape):
-        if not any(placed.is_shard(dim) or _is_strided(placed, dim) for placed in owner.placements):
-            continue
-        # Which indices this rank has: by distributing the indices themselves.
-        placements = [_along_one_dim(placed, dim) for placed in owner.placements]
-        indices = torch.arange(size, dtype=torch.int64, device=owner.device_mesh.device_type)
-        own = distribute(indices, owner.device_mesh, placements, src_data_rank=None)
-        part = part.index_select(dim, own.to_local().to(whole.device))
+    for dim in range(whole.dim()):
+        indices = indices_of_part(parameter, dim)
+        if indices is not None:
+            part = part.index_select(dim, indices.to(whole.device))
     return part
 
 
@@ -124,6 +118,25 @@ def largest_part(parameter: torch.Tensor) -> int:
         if not placed.is_replicate():
             sizes[placed.dim] = -(-sizes[placed.dim] // num_ranks)
     return math.prod(sizes)
+
+
+def indices_of_part(parameter: torch.Tensor, dim: int) -> torch.Tensor | None:
+    """Return which indices along a dimension this rank's part of a DTensor has. Not collective.
+
+    Returns:
+        (n,) int64 on the host, in the order of the local tensor; None if the part has all.
+    """
+    owner = _as_any(parameter)
+    if not any(placed.is_shard(dim) or _is_strided(placed, dim) for placed in owner.placements):
+        return None
+    # By distributing the indices themselves.
+    distribute = _imported("torch.distributed.tensor", "distribute_tensor")
+    placements = [_along_one_dim(placed, dim) for placed in owner.placements]
+    size, device = parameter.shape[dim], owner.device_mesh.device_type
+    indices = torch.arange(size, dtype=torch.int64, device=device)
+    own = distribute(indices, owner.device_mesh, placements, src_data_rank=None)
+    local: torch.Tensor = own.to_local().cpu()
+    return local
 
 
 def _is_strided(placed: Any, dim: int) -> bool:

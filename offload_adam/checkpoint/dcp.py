@@ -26,7 +26,7 @@ from offload_adam.checkpoint.optimizer_access import (
     plan_plain_state,
 )
 from offload_adam.sharded_optimizer import ShardedOptimizer
-from offload_adam.state.state_shard import BoxTensor, memory_order, range_sources, shards_of
+from offload_adam.state.state_shard import BoxTensor, box_sources, shards_of
 
 
 class OptimizerState:
@@ -38,7 +38,7 @@ class OptimizerState:
 
     def __init__(self, model: nn.Module, optimizer: ShardedOptimizer) -> None:
         check_optimizer(optimizer)
-        self._name_of = ParameterNames(model)
+        self._model = model
         self._optimizer = optimizer
 
     def state_dict(self) -> dict[str, Any]:
@@ -52,14 +52,15 @@ class OptimizerState:
             core = self._optimizer._settled()
             # dcp.load overwrites this memory, which a background checkpoint may still read.
             core.external_edits.wait_for_snapshot()
-            plain = encode(plain_state(self._optimizer, core, self._name_of), "optimizer")
+            name_of = ParameterNames(self._model, core)
+            plain = encode(plain_state(self._optimizer, core, name_of), "optimizer")
             state: dict[str, dict[str, BoxTensor]] = {}
             for shard in shards_of(core.states):
-                shape, order = shard.parameter.shape, memory_order(shard.parameter)
-                state[self._name_of(shard.parameter)] = {
-                    key: BoxTensor(
-                        shape, plane.dtype, range_sources(shape, order, shard.start, plane)
-                    )
+                # All ranks list their boxes, counted or not: `dcp.load` reads into them, and
+                # `dcp.save` writes equal boxes once.
+                shape, order, boxes = shard.parameter.shape, shard.order, shard.boxes()
+                state[name_of(shard.parameter)] = {
+                    key: BoxTensor(shape, plane.dtype, box_sources(shape, order, boxes, plane))
                     for key, plane in shard.planes.items()
                 }
             text = plain_text(core.num_steps, FORMAT_VERSION, plain)
@@ -76,7 +77,8 @@ class OptimizerState:
         plain = decoded_optimizer(values["optimizer"], values.get("format_version", 2))
         with locked(self._optimizer):
             core = self._optimizer._settled()
-            plan_plain_state(self._optimizer, core, plain, self._name_of)()
+            name_of = ParameterNames(self._model, core)
+            plan_plain_state(self._optimizer, core, plain, name_of)()
             self._optimizer.num_steps = values["num_steps"]
             self._optimizer.refresh_master()
 

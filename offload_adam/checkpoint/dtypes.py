@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from offload_adam.errors import CheckpointError
+from offload_adam.fsdp_private import is_dtensor, local_of
 from offload_adam.torch_private import no_torch_function
 
 _IN_SAFETENSORS = {
@@ -74,24 +75,22 @@ def parts_of(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tenso
     """Yield the tensors that a tensor of a model consists of, each with its name.
 
     Most consist of one, under `name`. A weight of torchao consists of several, such as
-    `model/weight/qdata` and `model/weight/scale`. Each is a result of `saveable`.
+    `model/weight/qdata` and `model/weight/scale`. Each is a result of `saveable`, or a DTensor
+    whose local part is.
 
     Raises:
         CheckpointError: as `saveable`.
     """
-    if not is_wrapper(tensor) or not hasattr(tensor, "__tensor_flatten__") or _is_sharded(tensor):
+    if is_dtensor(tensor):
+        saveable(name, local_of(tensor))
+        yield name, tensor
+        return
+    if not is_wrapper(tensor) or not hasattr(tensor, "__tensor_flatten__"):
         yield name, saveable(name, tensor)
         return
     keys, _ = tensor.__tensor_flatten__()
     for key in keys:
         yield from parts_of(f"{name}/{key}", getattr(tensor, key))
-
-
-def _is_sharded(tensor: torch.Tensor) -> bool:
-    """Return whether this process may hold only a part: a DTensor."""
-    from torch.distributed.tensor import DTensor  # takes long, and a wrapper is rare
-
-    return isinstance(tensor, DTensor)
 
 
 def saveable(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -26,15 +26,9 @@ from offload_adam.checkpoint.format import (
 from offload_adam.checkpoint.reader import CheckpointReader
 from offload_adam.checkpoint.torch_file import LOADABLE_DTYPES, Streamed, write_torch_file
 from offload_adam.errors import CheckpointError
+from offload_adam.state.boxes import Box, inverse_order
 from offload_adam.state.state_dict import pack_full
-from offload_adam.state.state_shard import (
-    Box,
-    BoxSource,
-    BoxTensor,
-    inverse_order,
-    logical_box,
-    range_of_box,
-)
+from offload_adam.state.state_shard import BoxSource, BoxTensor
 
 _MODEL, _OPTIMIZER = "model/", "optimizer/"
 _BITS = {torch.bits8, torch.bits16, torch.bits1x8, torch.bits2x4, torch.bits4x2}
@@ -202,22 +196,11 @@ def _dcp_save(content: dict[str, Any], folder: Path) -> None:
 def _lazy(reader: CheckpointReader, saved: str) -> BoxTensor:
     """Return a saved tensor whose boxes are read when torch writes them."""
     entry = reader.manifest.tensors[saved]
-    boxes = [piece.box for piece in entry.pieces]
+    boxes = [piece.box.permuted(inverse_order(entry.order)) for piece in entry.pieces]
     if not boxes:  # an empty tensor has no pieces
-        boxes = [Box((0,) * len(entry.shape), tuple(entry.memory_shape))]
-    sources = [
-        BoxSource(logical_box(box, entry.order), partial(_read_box, reader, saved, box))
-        for box in boxes
-    ]
+        boxes = [Box((0,) * len(entry.shape), tuple(entry.shape))]
+    sources = [BoxSource(box, partial(reader.box, saved, box)) for box in boxes]
     return BoxTensor(entry.shape, DTYPES[entry.dtype], sources)
-
-
-def _read_box(reader: CheckpointReader, saved: str, box: Box) -> torch.Tensor:
-    entry = reader.manifest.tensors[saved]
-    start, end = range_of_box(entry.memory_shape, box)
-    flat = torch.empty(end - start, dtype=DTYPES[entry.dtype], device="cpu")
-    reader.fill(saved, flat, start)
-    return flat.view(box.sizes).permute(inverse_order(entry.order))
 
 
 def _model_names(manifest: Manifest) -> dict[str, str]:

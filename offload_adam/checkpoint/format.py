@@ -25,12 +25,13 @@ from offload_adam.checkpoint.dtypes import DTYPES
 from offload_adam.checkpoint.encoding import decode
 from offload_adam.errors import CheckpointError
 from offload_adam.layout.budget import CHECKPOINT_BLOCK_NBYTES
-from offload_adam.state.state_shard import Box, range_of_box
+from offload_adam.state.boxes import Box, find_fault, range_of_box
 
 FORMAT_VERSION = 3
 """Version 2 does not encode values (see encoding.py), and has no `Manifest.values`.
 
-A dtype that is added to `DTYPES` needs no new version: readers reject a name that they lack.
+A dtype that is added to `DTYPES` needs no new version: readers reject a name that they lack. Boxes
+that are not contiguous in the tensor needed none either: older readers reject them.
 """
 READABLE_VERSIONS = (2, FORMAT_VERSION)
 MANIFEST_NAME = "manifest.json"
@@ -318,20 +319,30 @@ def _check_tensor(manifest: Manifest, entry: TensorEntry) -> None:
         raise ValueError(
             f"order {entry.order} is not a permutation of {len(entry.shape)} dimensions"
         )
+    shape = entry.memory_shape
     for piece in entry.pieces:
         file = manifest.files.get(piece.file)
         if file is None:
             raise ValueError(f"{piece.file!r} is not a file of the checkpoint")
-        start, end = range_of_box(entry.memory_shape, piece.box)
-        end_byte = piece.start + (end - start) * DTYPES[entry.dtype].itemsize
+        range_of_box(shape, piece.box)
+        end_byte = piece.start + piece.box.numel * DTYPES[entry.dtype].itemsize
         if end_byte > file.nbytes:
             raise ValueError(
                 f"a piece exceeds the end of {piece.file}: it ends at byte {end_byte:,} of "
                 f"{file.nbytes:,}"
             )
+    numel = math.prod(shape)
+    pieces = flat_pieces(entry)
+    if pieces is None:
+        boxes = [piece.box for piece in entry.pieces if piece.box.numel > 0]
+        fault = find_fault(shape, boxes)
+        if fault is not None:
+            element, count = fault
+            problem = "is missing" if count == 0 else f"is in {count} pieces"
+            raise ValueError(f"element {list(element)} in memory order {problem}")
+        return
     # In ascending order, each range must begin where the one before it ends.
-    ranges = [(start, end) for start, end, _ in sorted_pieces(entry)]
-    numel = math.prod(entry.shape)
+    ranges = [(start, end) for start, end, _ in pieces]
     for (_, end), (start, _) in pairwise([(0, 0), *ranges, (numel, numel)]):
         if start > end:
             raise ValueError(f"elements {end} to {start - 1} are missing")
@@ -339,13 +350,23 @@ def _check_tensor(manifest: Manifest, entry: TensorEntry) -> None:
             raise ValueError(f"element {start} is in two pieces")
 
 
-def sorted_pieces(entry: TensorEntry) -> list[tuple[int, int, Piece]]:
+def flat_pieces(entry: TensorEntry) -> list[tuple[int, int, Piece]] | None:
     """Return (start, end, piece) of each non-empty piece in ascending order.
 
     The piece holds elements [start, end) of the tensor, counted in memory order.
+
+    Returns:
+        None if the elements of a piece are not contiguous in the tensor.
     """
-    found = [(*range_of_box(entry.memory_shape, piece.box), piece) for piece in entry.pieces]
-    return sorted((item for item in found if item[1] > item[0]), key=lambda item: item[:2])
+    found = []
+    shape = entry.memory_shape
+    for piece in entry.pieces:
+        bounds = range_of_box(shape, piece.box)
+        if bounds is None:
+            return None
+        if bounds[0] < bounds[1]:
+            found.append((*bounds, piece))
+    return sorted(found, key=lambda item: item[:2])
 
 
 def decoded_optimizer(saved: Mapping[str, Any], format_version: int) -> Any:

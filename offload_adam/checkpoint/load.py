@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,10 @@ from offload_adam.checkpoint.save import (
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.rank_checks import raise_on_all_ranks
 from offload_adam.errors import CheckpointError
+from offload_adam.fsdp_private import local_of
 from offload_adam.sharded_optimizer import ShardedOptimizer
-from offload_adam.state.state_shard import ParameterShard, memory_order, shards_of
+from offload_adam.state.boxes import Box, boxes_of_part, inverse_order, memory_order, views_of
+from offload_adam.state.state_shard import shards_of
 from offload_adam.step.step import ShardedAdam
 
 logger = logging.getLogger(__name__)
@@ -117,13 +119,13 @@ def _load(
         with raise_on_all_ranks(optimizer.ranks, "reading a checkpoint"):
             manifest = read_manifest(folder)
             reader = stack.enter_context(closing(CheckpointReader(folder, manifest)))
-            name_of = ParameterNames(model)
+            name_of = ParameterNames(model, core)
             if weights:
                 _require_weights(manifest, folder)
-                state = model_state(model, core)
+                state = model_state(model, core, optimizer.param_groups)
             else:
                 _check_label(manifest, folder, label)
-                state = ModelState({}, {}, {}, {})
+                state = ModelState()
             _check(manifest, name_of, core, state, weights=weights)
             plain = decoded_optimizer(manifest.optimizer.model_dump(), manifest.format_version)
             load_plain = plan_plain_state(optimizer, core, plain, name_of)
@@ -298,13 +300,14 @@ def _read_in_place(
         for key, plane in shard.planes.items():
             saved = _plane_name(reader.manifest, name, key)
             if saved in reader.manifest.tensors:  # `_check` has found what may be missing
-                reads += _range_reads(reader, saved, shard, plane)
+                reads += _reads(reader, saved, shard.boxes(), shard.order, plane)
         if weights and name not in loaded:
-            # Every rank reads whole parameters, but only its own ranges of the state.
+            # Every rank reads whole parameters (of a DTensor its local part), but only its own
+            # ranges of the state.
             loaded.add(name)
-            reads += _whole_reads(reader, f"model/{name}", shard.parameter.detach())
+            reads += _live_reads(reader, f"model/{name}", shard.parameter)
     for name, tensor in state.whole.items():
-        reads += _whole_reads(reader, _saved_name(reader.manifest, name), tensor)
+        reads += _live_reads(reader, _saved_name(reader.manifest, name), tensor)
     reader.read(reads)
 
 
@@ -363,35 +366,46 @@ def _is_same(name: str, current: Any, saved: Any) -> bool:
     return equal_bits(saveable(name, current), saved)
 
 
-def _range_reads(
-    reader: CheckpointReader, name: str, shard: ParameterShard, target: torch.Tensor
+def _reads(
+    reader: CheckpointReader,
+    name: str,
+    boxes: Sequence[Box],
+    order: Sequence[int],
+    target: torch.Tensor,
 ) -> Iterable[Read]:
-    """Return the reads of a shard's range.
+    """Return the reads of some boxes of a tensor.
 
-    If the parameter's order of elements in memory has changed since the save, read the range here,
-    and return no reads.
+    If the order of its elements in memory has changed since the save, read the boxes here, and
+    return no reads.
+
+    Args:
+        boxes: with their dimensions in the order `order`.
+        target: (n,) the elements of the boxes, one box after the other.
     """
-    order = memory_order(shard.parameter)
     if list(order) == reader.manifest.tensors[name].order:
-        return reader.reads(name, target, shard.start)
-    # The range is scattered over the saved order, so the whole tensor is read and permuted.
-    whole = reader.whole(name)
-    target.copy_(whole.permute(order).reshape(-1)[shard.start : shard.end])
+        return reader.reads(name, boxes, target)
+    for box, values in views_of(target, boxes):
+        saved = reader.box(name, box.permuted(inverse_order(order)))
+        copy_bits(values, saved.permute(tuple(order)))
     return ()
 
 
-def _whole_reads(reader: CheckpointReader, name: str, target: torch.Tensor) -> Iterable[Read]:
-    """Return the reads of a whole tensor.
+def _live_reads(reader: CheckpointReader, name: str, tensor: torch.Tensor) -> Iterable[Read]:
+    """Return the reads of all elements that this rank has of a tensor of the model.
 
-    If `target` is a lazy view or has gaps, or its order of elements in memory has changed since the
-    save, read and copy the tensor here, and return no reads.
+    If the tensor is a lazy view or has gaps, or the order of its elements in memory has changed
+    since the save, read and copy the elements here, and return no reads.
     """
+    # In place: FSDP2 gathers from the memory of the local tensor.
+    target = local_of(tensor).detach()
     order = memory_order(target)
+    boxes = boxes_of_part(tensor, order, 0, target.numel())
     flat = target.permute(order)
-    is_dense = flat.is_contiguous() and not is_lazy_view(target)
-    if is_dense and list(order) == reader.manifest.tensors[name].order:
-        return reader.reads(name, flat.view(-1), 0)
-    whole = reader.whole(name)
+    if flat.is_contiguous() and not is_lazy_view(target):
+        return _reads(reader, name, boxes, order, flat.view(-1))
+    values = torch.empty(target.numel(), dtype=target.dtype, device="cpu")
+    reader.read(_reads(reader, name, boxes, order, values))
+    whole = values.view(flat.shape).permute(inverse_order(order))
     part, source = target, whole
     # torch does not write to an expanded tensor, whose elements share memory along a dimension.
     for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):

@@ -20,9 +20,9 @@ from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.state.state_shard import check_step_count, shards_of
 from offload_adam.step.step import ShardedAdam
 
-# Not saved as options: parameters are saved by their names in the model, and torch's options have
-# no effect on the state.
-NOT_OPTIONS = ("params", "param_names", *TORCH_OPTIONS)
+# Not saved as options: parameters are saved by their names in the model, torch's options have no
+# effect on the state, and how parameters are sharded may differ between save and load.
+NOT_OPTIONS = ("params", "param_names", "replicas", *TORCH_OPTIONS)
 SAME_MODEL = "Construct the model and the optimizer as they were when they were saved."
 """What to do about a checkpoint of another model or optimizer, for error messages."""
 
@@ -47,17 +47,17 @@ def locked(optimizer: ShardedOptimizer) -> AbstractContextManager[object]:
     While a thread holds the lock, other threads that call a method of the optimizer wait.
 
     Raises:
-        TypeError: the optimizer is not one of this package, or its parameters are sharded.
+        TypeError: the optimizer is not one of this package.
     """
     check_optimizer(optimizer)
-    optimizer._alive().reject_sharded("A checkpoint of this package")
     return optimizer._lock
 
 
 class ParameterNames:
     """The names of a model's parameters. A tied parameter has its first name."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, core: ShardedAdam) -> None:
+        core.reshard()  # a module that FSDP2 has gathered shows other parameters
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def __call__(self, parameter: torch.Tensor) -> str:
@@ -81,8 +81,12 @@ def plain_state(
     """Return the fields of `format.OptimizerEntry`, not encoded yet.
 
     The caller holds the optimizer's lock.
+
+    Raises:
+        CheckpointError: see `_check_state_is_read` and `reject_distinct`.
     """
     optimizer._check_state_is_read()
+    core.reject_distinct(name_of)
     groups = [
         {
             "parameters": [name_of(parameter) for parameter in group["params"]],
@@ -108,8 +112,9 @@ def plan_plain_state(
 
     Raises:
         CheckpointError: parameter groups, their parameters or their fixed options differ from those
-            of this optimizer, or this optimizer rejects a saved value.
+            of this optimizer, or this optimizer rejects a saved value; or see `reject_distinct`.
     """
+    core.reject_distinct(name_of)
     try:
         return _plan(optimizer, core, saved, name_of)
     except (TypeError, ValueError) as error:

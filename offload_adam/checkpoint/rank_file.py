@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import RawIOBase
-from math import prod
 from pathlib import Path
 
 import torch
@@ -22,26 +21,26 @@ from offload_adam.checkpoint.format import (
     RankEntry,
     TensorEntry,
 )
-from offload_adam.state.state_shard import Box, boxes_of_range
+from offload_adam.state.boxes import Box
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A contiguous range of a named tensor, in the order of its elements in memory.
+    """The boxes of a named tensor that this rank writes.
 
     Boxes have the tensor's dimensions in memory order, the outermost first. Another safetensors
     reader therefore finds a channels_last weight with its channels in the last dimension.
 
     shape, order: of the whole tensor, see `format.TensorEntry`.
-    start: the first element of the range, counted in memory order.
-    data: (n,), on any device: elements [start, start + n).
+    boxes: not empty.
+    data: (n,), on any device: the elements of the boxes, one box after the other.
     bucket: the bucket whose update modifies `data`; None if no update does.
     """
 
     name: str
     shape: tuple[int, ...]
     order: tuple[int, ...]
-    start: int
+    boxes: Sequence[Box]
     data: torch.Tensor
     bucket: int | None = None
 
@@ -67,11 +66,10 @@ class RankFile:
         nbytes = 0
         for part in parts:
             boxes[part.name] = []
-            # safetensors has only rectangular tensors, so a flat range becomes a few boxes.
-            memory_shape = [part.shape[dim] for dim in part.order]
-            for box in boxes_of_range(memory_shape, part.start, part.start + part.data.numel()):
+            assert sum(box.numel for box in part.boxes) == part.data.numel()
+            for box in part.boxes:
                 boxes[part.name].append((box, nbytes))
-                end = nbytes + prod(box.sizes) * part.data.element_size()
+                end = nbytes + box.numel * part.data.element_size()
                 dtype, shape = safetensors_entry(part.data.dtype, list(box.sizes))
                 header[f"{part.name}@{','.join(map(str, box.offsets))}"] = {
                     "dtype": dtype,

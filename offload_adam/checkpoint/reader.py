@@ -10,7 +10,7 @@ import os
 import stat
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from operator import itemgetter
 from pathlib import Path
@@ -18,34 +18,46 @@ from typing import NamedTuple
 
 import torch
 
-from offload_adam.checkpoint.dtypes import DTYPES
+from offload_adam.checkpoint.dtypes import DTYPES, as_bits
 from offload_adam.checkpoint.format import (
     BLOCK_NBYTES,
     LOAD_ANOTHER,
     FileEntry,
     Manifest,
-    sorted_pieces,
+    flat_pieces,
 )
 from offload_adam.checkpoint.rank_file import as_bytes
 from offload_adam.errors import CheckpointError
-from offload_adam.state.state_shard import inverse_order
+from offload_adam.state.boxes import (
+    Box,
+    boxes_of_range,
+    inverse_order,
+    overlap,
+    range_of_box,
+    views_of,
+)
 
 # A checkpoint has one file for each rank, and many systems let a process open only 1,024.
 NUM_OPEN_FILES = 8
 # Verified blocks in memory. The pieces of one tensor are usually in one or two files.
 NUM_BLOCKS = 4
+_NUM_BLOCKS_OF_ROWS = 16
 _Blocks = OrderedDict[tuple[Path, int], bytearray]
 """Verified blocks by file and number, the least recently used one first."""
 
 
 class Read(NamedTuple):
-    """One read: from byte `start` of a file into elements [low, high) of `target`, which is 1-d."""
+    """One read of a file into a tensor.
+
+    start: byte of the first element in the file.
+    target: a view of the tensor that is filled.
+    strides: of the elements of `target` in the file, in elements; never ascending.
+    """
 
     file: str
     start: int
     target: torch.Tensor
-    low: int
-    high: int
+    strides: tuple[int, ...]
 
 
 class CheckpointReader:
@@ -79,19 +91,40 @@ class CheckpointReader:
         for name in self.manifest.files:
             self._file(name).verify()
 
-    def reads(self, name: str, target: torch.Tensor, start: int) -> Iterator[Read]:
-        """Yield the reads of elements [start, start + n) of a tensor, in its saved order.
+    def reads(self, name: str, boxes: Sequence[Box], target: torch.Tensor) -> Iterator[Read]:
+        """Yield the reads of some boxes of a tensor.
 
         Args:
-            target: (n,) of the saved dtype, on any device.
+            boxes: with their dimensions in the saved order.
+            target: (n,) of the saved dtype, on any device: the elements of the boxes, one box after
+                the other.
         """
-        itemsize, end = target.element_size(), start + target.numel()
-        for low, high, piece in sorted_pieces(self.manifest.tensors[name]):
-            # The elements of the piece that are asked for: [first, last).
-            first, last = max(low, start), min(high, end)
-            if first < last:
-                first_byte = piece.start + (first - low) * itemsize
-                yield Read(piece.file, first_byte, target, first - start, last - start)
+        entry = self.manifest.tensors[name]
+        itemsize = target.element_size()
+        pieces, ranges = flat_pieces(entry), _flat_ranges(entry.memory_shape, boxes)
+        if pieces is not None and ranges is not None:
+            for low, high, piece in pieces:
+                for start, end, place in ranges:
+                    # The elements of the piece that are asked for: [first, last).
+                    first, last = max(low, start), min(high, end)
+                    if first < last:
+                        part = target[place + first - start : place + last - start]
+                        yield Read(piece.file, piece.start + (first - low) * itemsize, part, (1,))
+            return
+        for piece in entry.pieces:
+            saved = piece.box
+            strides = [prod(saved.sizes[dim + 1 :]) for dim in range(len(saved.sizes))]
+            for box, values in views_of(target, boxes):
+                common = overlap(saved, box)
+                if common is not None:
+                    skipped = sum(
+                        (index - first) * stride
+                        for index, first, stride in zip(
+                            common.offsets, saved.offsets, strides, strict=True
+                        )
+                    )
+                    part = values[common.slices(box.offsets)]
+                    yield Read(piece.file, piece.start + skipped * itemsize, part, tuple(strides))
 
     def read(self, reads: Iterable[Read]) -> None:
         """Read all of `reads`.
@@ -100,37 +133,64 @@ class CheckpointReader:
             CheckpointError: a file is damaged or cannot be read.
         """
         # Sorted by file and byte, no block is read twice, although only few blocks stay in memory.
-        for file, start, target, low, high in sorted(reads, key=itemgetter(0, 1)):
-            # As bytes, because torch cannot copy tensors of all dtypes.
-            part = target[low:high].view(torch.uint8)
-            # A device tensor is read through a host buffer of one block.
-            for piece in part.split(BLOCK_NBYTES):
-                host = piece if piece.is_cpu else torch.empty_like(piece, device="cpu")
-                self._file(file).read_into(as_bytes(host), start)
-                start += host.nbytes
-                if host is not piece:
-                    piece.copy_(host)
+        for file, start, target, strides in sorted(reads, key=itemgetter(0, 1)):
+            # As integers, because torch cannot copy tensors of all dtypes.
+            self._read(file, start, as_bits(target), strides)
 
-    def fill(self, name: str, target: torch.Tensor, start: int) -> None:
-        """Read elements [start, start + n) of a tensor into `target`, as `reads`."""
-        self.read(self.reads(name, target, start))
+    def _read(self, file: str, start: int, target: torch.Tensor, strides: Sequence[int]) -> None:
+        """Read the elements of `target`, as described by `Read`."""
+        span = 1 + sum(
+            (size - 1) * stride for size, stride in zip(target.shape, strides, strict=True)
+        )
+        most = BLOCK_NBYTES // target.itemsize
+        if span == target.numel() and target.is_contiguous() and target.is_cpu:
+            self._file(file).read_into(as_bytes(target.view(-1)), start)
+        elif span <= most:
+            # Gaps are read, too: they are in blocks that are read and verified anyway.
+            values = torch.empty(span, dtype=target.dtype, device="cpu")
+            self._file(file).read_into(as_bytes(values), start)
+            target.copy_(values.as_strided(target.shape, strides))
+        else:
+            # In parts along the outermost dimension, as many indices at once as fit a block.
+            dim = next(dim for dim, size in enumerate(target.shape) if size > 1)
+            inner = span - (target.shape[dim] - 1) * strides[dim]
+            count = max(1, (most - inner) // strides[dim] + 1)
+            for part in target.split(count, dim):
+                self._read(file, start, part, strides)
+                start += count * strides[dim] * target.itemsize
+
+    def box(self, name: str, box: Box) -> torch.Tensor:
+        """Return a box of a tensor on the host, with the saved order of elements in memory.
+
+        Args:
+            box: with its dimensions in logical order, as those of the result.
+        """
+        entry = self.manifest.tensors[name]
+        saved = box.permuted(entry.order)
+        flat = torch.empty(box.numel, dtype=DTYPES[entry.dtype], device="cpu")
+        if box.numel > 0:
+            self.read(self.reads(name, [saved], flat))
+        return flat.view(saved.sizes).permute(inverse_order(entry.order))
+
+    def whole(self, name: str) -> torch.Tensor:
+        """Return a tensor on the host, with the saved order of its elements in memory."""
+        shape = self.manifest.tensors[name].shape
+        return self.box(name, Box((0,) * len(shape), tuple(shape)))
 
     def blocks(self, name: str) -> Iterator[memoryview]:
         """Yield the bytes of a tensor in its saved order. Each view is valid until the next one."""
         entry = self.manifest.tensors[name]
         numel, dtype = prod(entry.shape), DTYPES[entry.dtype]
-        buffer = torch.empty(min(numel, BLOCK_NBYTES // dtype.itemsize), dtype=dtype, device="cpu")
+        # Rows of a tensor whose pieces are columns are in many files. More of them at a time read
+        # each block of these files less often.
+        num_blocks = 1 if flat_pieces(entry) is not None else _NUM_BLOCKS_OF_ROWS
+        most = num_blocks * BLOCK_NBYTES // dtype.itemsize
+        buffer = torch.empty(min(numel, most), dtype=dtype, device="cpu")
         for start in range(0, numel, max(1, buffer.numel())):  # range rejects a step of 0
             part = buffer[: numel - start]
-            self.fill(name, part, start)
+            boxes = boxes_of_range(entry.memory_shape, start, start + part.numel())
+            self.read(self.reads(name, boxes, part))
             yield as_bytes(part)
-
-    def whole(self, name: str) -> torch.Tensor:
-        """Return a tensor on the host, with its logical shape and the saved order in memory."""
-        entry = self.manifest.tensors[name]
-        flat = torch.empty(prod(entry.shape), dtype=DTYPES[entry.dtype], device="cpu")
-        self.fill(name, flat, 0)
-        return flat.view(entry.memory_shape).permute(inverse_order(entry.order))
 
     def close(self) -> None:
         """Close all files. Idempotent."""
@@ -149,6 +209,28 @@ class CheckpointReader:
             self._open[name] = file
         self._open.move_to_end(name)
         return file
+
+
+def _flat_ranges(shape: Sequence[int], boxes: Sequence[Box]) -> list[tuple[int, int, int]] | None:
+    """Return (start, end, place) of the flat ranges that boxes consist of.
+
+    Elements [start, end) of a tensor begin at element `place` of the boxes' elements.
+
+    Returns:
+        None if the elements of a box are not contiguous in the tensor.
+    """
+    ranges: list[tuple[int, int, int]] = []
+    place = 0
+    for box in boxes:
+        bounds = range_of_box(shape, box)
+        if bounds is None:
+            return None
+        if ranges and ranges[-1][1] == bounds[0]:
+            ranges[-1] = (ranges[-1][0], bounds[1], ranges[-1][2])
+        else:
+            ranges.append((*bounds, place))
+        place += box.numel
+    return ranges
 
 
 class VerifiedFile:

@@ -12,7 +12,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from offload_adam.checkpoint.format import (
     FORMAT_VERSION,
     Manifest,
     OptimizerEntry,
+    Piece,
     RankEntry,
     TensorEntry,
 )
@@ -42,10 +43,13 @@ from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.rank_checks import gather_texts, raise_on_all_ranks
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import CheckpointError, PeerFailedError
+from offload_adam.fsdp_private import is_dtensor, local_of
 from offload_adam.layout.budget import ALIGNMENT_NBYTES
 from offload_adam.layout.flat import align
+from offload_adam.params.local_shard import is_counted, reject_distinct
 from offload_adam.sharded_optimizer import ShardedOptimizer
-from offload_adam.state.state_shard import memory_order, shards_of
+from offload_adam.state.boxes import boxes_of_part, inverse_order, memory_order
+from offload_adam.state.state_shard import shards_of
 from offload_adam.step.step import ShardedAdam
 from offload_adam.torch_private import is_lazy
 
@@ -158,9 +162,9 @@ def open_save(
                 "Another checkpoint is being written in the background. Wait for it first: call "
                 "its `wait`."
             )
-        name_of = ParameterNames(model)
+        name_of = ParameterNames(model, core)
         plain = encode(plain_state(optimizer, core, name_of), "optimizer")
-        state = model_state(model, core) if weights else ModelState({}, {}, {}, {})
+        state = model_state(model, core, optimizer.param_groups) if weights else ModelState()
         if not weights:
             extra = {**(extra or {}), "dtypes": parameter_dtypes(core, name_of)}
         manifest = Manifest(
@@ -357,16 +361,37 @@ class Save:
 
 
 def manifest_of(entries: Sequence[RankEntry], manifest: Manifest) -> Manifest:
-    """Return `manifest` with the tensors and files of all ranks."""
+    """Return `manifest` with the tensors and files of all ranks.
+
+    Raises:
+        CheckpointError: the elements of a tensor are in another order in memory on some ranks.
+    """
     tensors: dict[str, TensorEntry] = {}
     for entry in entries:
         for name, tensor in entry.tensors.items():
             before = tensors.get(name)
             if before is not None:
-                tensor = before.model_copy(update={"pieces": [*before.pieces, *tensor.pieces]})
+                pieces = [_reordered(name, piece, tensor, before) for piece in tensor.pieces]
+                tensor = before.model_copy(update={"pieces": [*before.pieces, *pieces]})
             tensors[name] = tensor
     files = {entry.name: entry.file for entry in entries}
     return manifest.model_copy(update={"tensors": tensors, "files": files})
+
+
+def _reordered(name: str, piece: Piece, own: TensorEntry, other: TensorEntry) -> Piece:
+    """Return a piece of one rank with its dimensions in the order of another rank."""
+    if own.order == other.order:
+        return piece
+    box = piece.box.permuted(inverse_order(own.order))
+    # Ranks may see a dimension of one index in another place among the rest.
+    orders = [[dim for dim in entry.order if box.sizes[dim] != 1] for entry in (own, other)]
+    if orders[0] != orders[1]:
+        raise CheckpointError(
+            f"{name!r} has its elements in another order in memory on some ranks. Give its local "
+            "parts the same memory format on all ranks."
+        )
+    offsets, sizes = box.permuted(other.order)
+    return piece.model_copy(update={"offsets": list(offsets), "sizes": list(sizes)})
 
 
 def _place_copies(buffers: Sequence[torch.Tensor], parts: Iterable[Part]) -> dict[str, Part]:
@@ -413,17 +438,16 @@ def parameter_dtypes(core: ShardedAdam, name_of: ParameterNames) -> dict[str, st
 def _parts(model: nn.Module, core: ShardedAdam, state: ModelState, *, weights: bool) -> list[Part]:
     """Return the tensors that this rank writes."""
     rank = core.ranks.rank
-    if rank != 0 and not core.is_sharded:
-        return []  # every rank has the same state
     sharded = [
         part
         for part in sharded_parts(model, core)
         if weights or not part.name.startswith(WEIGHTS_PREFIX)
     ]
     parts = [part for part in sharded if part.data.numel()]
+    whole = {name: tensor for name, tensor in state.whole.items() if name in state.counted}
+    parts += [whole_part(name, tensor) for name, tensor in whole.items()]
     if rank == 0:
-        whole = state.whole | state.computed
-        parts += [whole_part(name, tensor) for name, tensor in whole.items()]
+        parts += [whole_part(name, tensor) for name, tensor in state.computed.items()]
         # Every tensor must be in the manifest, also one without elements on any rank.
         names = {part.name for part in parts}
         parts += [part for part in sharded if part.name not in names]
@@ -431,15 +455,19 @@ def _parts(model: nn.Module, core: ShardedAdam, state: ModelState, *, weights: b
 
 
 def sharded_parts(model: nn.Module, core: ShardedAdam) -> Iterator[Part]:
-    """Yield this rank's ranges of all trained parameters and of their state, bucket by bucket."""
-    name_of = ParameterNames(model)
+    """Yield this rank's parts of all trained parameters and of their state, bucket by bucket.
+
+    A part that another rank writes has no elements.
+    """
+    name_of = ParameterNames(model, core)
     for shard in shards_of(core.states):
         name = name_of(shard.parameter)
-        shape, order = tuple(shard.parameter.shape), memory_order(shard.parameter)
+        shape, boxes = tuple(shard.parameter.shape), shard.boxes() if shard.counted else []
         tensors = {WEIGHTS_PREFIX + name: shard.weight}
         tensors |= {f"optimizer/{name}/{key}": plane for key, plane in shard.planes.items()}
         for full_name, data in tensors.items():
-            yield Part(full_name, shape, order, shard.start, data, shard.bucket)
+            own = data if shard.counted else data[:0]
+            yield Part(full_name, shape, shard.order, boxes, own, shard.bucket)
 
 
 @dataclass(frozen=True, slots=True)
@@ -447,33 +475,44 @@ class ModelState:
     """A model's state dict without the trained parameters, by names in the checkpoint.
 
     whole: frozen parameters and persistent buffers; the live tensors. A tensor that consists of
-        several has several entries, see `dtypes.parts_of`.
+        several has several entries, see `dtypes.parts_of`. Some may be DTensors.
+    counted: names of `whole` of which this rank saves the elements that it has.
     computed: tensors that a module computes for its state dict, and that `load_state_dict` restores
         it from: `get_extra_state`, an overridden `_save_to_state_dict`, state-dict hooks.
     values: like `computed`, but entries that are not tensors.
     tied: other names of tied tensors, each with the name under which the tensor is saved.
     """
 
-    whole: dict[str, torch.Tensor]
-    computed: dict[str, torch.Tensor]
-    values: dict[str, Any]
-    tied: dict[str, str]
+    whole: dict[str, torch.Tensor] = field(default_factory=dict)
+    counted: set[str] = field(default_factory=set)
+    computed: dict[str, torch.Tensor] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
 
 
-def model_state(model: nn.Module, core: ShardedAdam) -> ModelState:
+def model_state(
+    model: nn.Module, core: ShardedAdam, groups: Sequence[Mapping[str, Any]]
+) -> ModelState:
     """Divide a model's state dict into live tensors and computed entries.
+
+    Args:
+        groups: the optimizer's parameter groups, whose option "replicas" also applies to frozen
+            parameters.
 
     Raises:
         CheckpointError: a tensor is lazy and not initialized yet, or a checkpoint cannot hold it.
     """
+    # First, because FSDP2 then drops what it has gathered, and the model shows its DTensors.
+    entries = model.state_dict(keep_vars=True)
+    replicas = {id(p): group.get("replicas") for group in groups for p in group["params"]}
     trained = {id(shard.parameter) for shard in shards_of(core.states)}
     first_names = {id(p): name for name, p in model.named_parameters() if id(p) in trained}
     trained_names = {*first_names.values()}
     live = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     by_memory = {memory_key(tensor): tensor for tensor in live.values()}
     by_memory.pop(None, None)  # tensors without memory are not comparable
-    found = ModelState({}, {}, {}, {})
-    for name, value in model.state_dict(keep_vars=True).items():
+    found = ModelState()
+    for name, value in entries.items():
         full_name = f"model/{name}"
         if not isinstance(value, torch.Tensor):
             found.values[full_name] = value
@@ -487,8 +526,12 @@ def model_state(model: nn.Module, core: ShardedAdam) -> ModelState:
         if tensor is not None:
             first = first_names.setdefault(id(tensor), name)
             if first == name and id(tensor) not in trained:
-                found.whole.update(parts_of(full_name, tensor))
-            elif first != name and not is_wrapper(tensor):  # no saved tensor has a wrapper's name
+                parts = dict(parts_of(full_name, tensor))
+                found.whole.update(parts)
+                if _is_counted(core, name, tensor, replicas.get(id(tensor))):
+                    found.counted.update(parts)
+            # No saved tensor has the name of a wrapper that consists of several.
+            elif first != name and (is_dtensor(tensor) or not is_wrapper(tensor)):
                 found.tied[full_name] = f"model/{first}"
         # A hook may return a copy of a trained parameter, for example a rounded one. The parameter
         # itself is saved under this name.
@@ -497,8 +540,23 @@ def model_state(model: nn.Module, core: ShardedAdam) -> ModelState:
     return found
 
 
+def _is_counted(core: ShardedAdam, name: str, tensor: torch.Tensor, replicas: Any) -> bool:
+    """Return whether this rank saves its elements of a tensor that the optimizer does not train.
+
+    Raises:
+        CheckpointError: it is not known whether other ranks have the same elements, or they do not.
+    """
+    if replicas == "distinct":
+        reject_distinct(name)
+    try:
+        return is_counted(core.ranks, name, tensor, replicas)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
 def memory_key(tensor: torch.Tensor) -> tuple[object, ...] | None:
     """Return a key that is equal for two views of the same elements; None without memory."""
+    tensor = local_of(tensor)
     if is_lazy(tensor) or is_wrapper(tensor) or tensor.layout is not torch.strided:
         return None
     if tensor.is_nested or tensor.data_ptr() == 0:
@@ -509,10 +567,12 @@ def memory_key(tensor: torch.Tensor) -> tuple[object, ...] | None:
 
 
 def whole_part(name: str, tensor: torch.Tensor) -> Part:
-    """Return a tensor that is `saveable` as one part.
+    """Return this rank's elements of a tensor that is `saveable`, or of a DTensor, as one part.
 
     Its values are copied if they are not contiguous in memory. They are a view if the tensor is
     dense in any order of dimensions, such as channels_last.
     """
-    order = memory_order(tensor)
-    return Part(name, tuple(tensor.shape), order, 0, in_order(tensor, order))
+    local = local_of(tensor).detach()
+    order = memory_order(local)
+    boxes = boxes_of_part(tensor, order, 0, local.numel())
+    return Part(name, tuple(tensor.shape), order, boxes, in_order(local, order))

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Never
 
 import torch
 
 from offload_adam.coordinator.ranks import RankGroup
+from offload_adam.errors import CheckpointError
 from offload_adam.fsdp_private import (
     FsdpGroup,
     FsdpParameter,
@@ -116,46 +117,93 @@ class ShardedModel:
         unit, record = self._places.get(id(parameter), (-1, None))
         is_distinct = replicas == "distinct"
         own = self._ranks.global_ranks[self._ranks.rank]
-        key = f"unit {unit}, {'distinct' if is_distinct else 'copies'}"
-        if not is_dtensor(parameter):
-            counted = is_distinct or self._ranks.rank == 0
-            numel = parameter.numel()
-            return LocalShard(record, unit, (own,), counted, is_distinct, key, numel)
-        mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
-        members = mesh.mesh.flatten().tolist()
-        self._check_mesh(name, members, replicas)
-        placements: Sequence[Any] = parameter.placements  # type: ignore[attr-defined]
-        where = mesh.get_coordinate()
         dividing = (own,) if unit < 0 else self.units[unit].replicas or (own,)
-        copied, counted = [], True
-        for dim, placed in enumerate(placements):
-            # The ranks along this dimension of the mesh, with the own one among them.
-            along = mesh.mesh[(*where[:dim], slice(None), *where[dim + 1 :])].tolist()
-            copied.append(placed.is_replicate() and tuple(along) != dividing)
-            counted = counted and not (copied[dim] and where[dim])
-        # One of the meshes with copies has the first rank of the optimizer.
-        if not is_distinct:
-            counted = counted and self._ranks.global_ranks[0] in members
-        # Not `counted`, which differs between ranks. Reading a gradient may be collective, so all
-        # ranks must read in one order.
-        key = f"{key}, mesh {hash(mesh)}, copies {copied}, {len(dividing)} divide"
-        padded_numel = largest_part(parameter) if record is None else record.padded_numel
-        return LocalShard(record, unit, dividing, counted, is_distinct, key, padded_numel)
+        counted = is_counted(self._ranks, name, parameter, replicas, dividing)
+        key = f"unit {unit}, {'distinct' if is_distinct else 'copies'}"
+        numel = parameter.numel()
+        if is_dtensor(parameter):
+            # Not `counted`, which differs between ranks. Reading a gradient may be collective, so
+            # all ranks must read in one order.
+            mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+            copied = _copied_dims(parameter, dividing)
+            key = f"{key}, mesh {hash(mesh)}, copied {copied}, {len(dividing)} divide"
+            numel = largest_part(parameter) if record is None else record.padded_numel
+        return LocalShard(record, unit, dividing, counted, is_distinct, key, numel)
 
-    def _check_mesh(self, name: str, members: Sequence[int], replicas: Any) -> None:
-        outside = sorted({*members} - {*self._ranks.global_ranks})
-        if outside:
-            raise ValueError(
-                f"Parameter {name!r} is sharded over the ranks {members}, but process_group lacks "
-                f"{outside}. Pass a process group with all of them, or leave process_group out."
-            )
-        if len(members) < self._ranks.world_size and replicas is None:
-            raise ValueError(
-                f"Parameter {name!r} is sharded over {len(members)} of {self._ranks.world_size} "
-                "ranks. Put such parameters into a group of their own, and say what the other "
-                "ranks have: {'params': ..., 'replicas': 'copies'} for copies of the same "
-                "parameters, or 'distinct' for other ones, such as other experts."
-            )
+
+def is_counted(
+    ranks: RankGroup,
+    name: str,
+    tensor: torch.Tensor,
+    replicas: Any,
+    dividing: tuple[int, ...] = (),
+) -> bool:
+    """Return whether no rank before this one counts the same elements of a tensor of the model.
+
+    Args:
+        ranks: the ranks of the optimizer.
+        tensor: a DTensor, or a tensor that all ranks have whole.
+        replicas: the parameter group's option; None if it has none.
+        dividing: ranks with copies of which each counts other elements.
+
+    Raises:
+        ValueError: the mesh has ranks that the optimizer lacks, or has only some of its ranks, and
+            `replicas` is None. The message names the tensor.
+    """
+    if not is_dtensor(tensor):
+        return replicas == "distinct" or ranks.rank == 0
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    members = mesh.mesh.flatten().tolist()
+    _check_mesh(ranks, name, members, replicas)
+    copied = _copied_dims(tensor, dividing)
+    counted = not any(i for i, copies in zip(mesh.get_coordinate(), copied, strict=True) if copies)
+    # One of the meshes with copies has the first rank of the optimizer.
+    return counted and (replicas == "distinct" or ranks.global_ranks[0] in members)
+
+
+def _copied_dims(tensor: torch.Tensor, dividing: tuple[int, ...]) -> list[bool]:
+    """Return for each dimension of a DTensor's mesh whether ranks along it have copies.
+
+    Args:
+        dividing: the ranks along a dimension that does not count, because they divide the state.
+    """
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    placements: Sequence[Any] = tensor.placements  # type: ignore[attr-defined]
+    where = mesh.get_coordinate()
+    copied = []
+    for dim, placed in enumerate(placements):
+        along = mesh.mesh[(*where[:dim], slice(None), *where[dim + 1 :])].tolist()
+        copied.append(placed.is_replicate() and tuple(along) != dividing)
+    return copied
+
+
+def _check_mesh(ranks: RankGroup, name: str, members: Sequence[int], replicas: Any) -> None:
+    outside = sorted({*members} - {*ranks.global_ranks})
+    if outside:
+        raise ValueError(
+            f"Parameter {name!r} is sharded over the ranks {members}, but process_group lacks "
+            f"{outside}. Pass a process group with all of them, or leave process_group out."
+        )
+    if len(members) < ranks.world_size and replicas is None:
+        raise ValueError(
+            f"Parameter {name!r} is sharded over {len(members)} of {ranks.world_size} "
+            "ranks. Put such parameters into a group of their own, and say what the other "
+            "ranks have: {'params': ..., 'replicas': 'copies'} for copies of the same "
+            "parameters, or 'distinct' for other ones, such as other experts."
+        )
+
+
+def reject_distinct(name: str) -> Never:
+    """Raise an error because a checkpoint cannot hold a parameter with replicas="distinct".
+
+    Raises:
+        CheckpointError: always.
+    """
+    raise CheckpointError(
+        f"{name!r} is in a group with replicas='distinct', so that ranks have different values "
+        "under one name. Save the model's state dict and local_state_dict() of each rank in a "
+        "file of its own, or shard the parameter over all ranks."
+    )
 
 
 def _check_group(group: FsdpGroup) -> None:

@@ -23,13 +23,14 @@ from offload_adam.state.state_dict import (
     StateReference,
     check_group_sizes,
     gather_bucket,
+    gather_shards,
     join_replicas,
     merge_groups,
     pack_full,
     read_saved,
 )
 from offload_adam.state.state_edits import StateEdits
-from offload_adam.state.state_shard import plan_load, state_shard
+from offload_adam.state.state_shard import plan_load, shard_of, state_shard
 from offload_adam.step.ledger import LedgerEntry
 from offload_adam.step.step import ShardedAdam
 from offload_adam.torch_private import (
@@ -274,7 +275,7 @@ class StateAccess(torch.optim.Optimizer):
             return self._after_hooks({"state": self._added_values(), "param_groups": groups})
         saved = self._local_state()
         core = self._alive()
-        if core.has_sharded_parameters:
+        if core.has_local_shards:
             self._join_replicas(core, saved)
         elif core.partition[1] > 1:
             for index, packed in self._trainable_ids().items():
@@ -325,16 +326,25 @@ class StateAccess(torch.optim.Optimizer):
         Moments are fp32 copies in each parameter's shape. The master weights of 16-bit parameters
         are under the key "offload_adam", which torch ignores. To load it into an `OffloadAdam` of
         any world size, pass it to `load_state_dict` on every rank.
+
+        Raises:
+            CheckpointError: a parameter group has replicas="distinct".
         """
         self._check_state_is_read()  # the same on every rank, as all have loaded the file
-        self._alive().reject_sharded("full_state_dict()")
         self._alive().synchronize()
         self._run_pre_hooks()
         core = self._settled_on_all_ranks("full_state_dict")
+        core.reject_distinct()
         whole: dict[int, dict[str, torch.Tensor]] = {}
         with torch.no_grad():
-            for state in core.states:
-                whole.update(gather_bucket(state, self._ranks) or {})
+            if core.has_local_shards:
+                # In the order of indices: the ranks' buckets may differ, as their parts do.
+                places = map(core.bucket_and_position, range(len(core.named_parameters())))
+                shards = [shard_of(*place) for place in places]
+                whole.update(enumerate(gather_shards(shards, self._ranks)))
+            else:
+                for state in core.states:
+                    whole.update(gather_bucket(state, self._ranks) or {})
         if self._ranks.rank != 0:
             return {}
         groups = self._packed_groups(self._packed_ids())
@@ -376,7 +386,9 @@ class StateAccess(torch.optim.Optimizer):
         """
         if to != 0:
             raise ValueError(f"to must be 0, because the state is gathered on rank 0, not {to!r}")
-        if self._alive().partition[1] > 1:  # else `state_dict` has all of it, without copies
+        core = self._alive()
+        # Else `state_dict` has all of it, without copies.
+        if core.partition[1] > 1 or core.has_local_shards:
             full = self.full_state_dict()
             self._gathered = (self.num_steps, full) if self._ranks.rank == 0 else None
 

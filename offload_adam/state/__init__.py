@@ -1,5 +1,6 @@
 """The optimizer state in the forms that callers save and load.
 
+boxes        the parts of a tensor that ranks hold and files contain
 state_shard  one rank's range of each parameter's state, as plain tensors and for DCP; start here
 state_dict   the state dicts of `OffloadAdam` and of torch
 state_edits  tensors that users assign in `optimizer.state`

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -11,12 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from offload_adam.coordinator.rank_checks import gather_texts
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.fsdp_private import as_dtensor, local_of
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import in_memory_order, in_shape_of
 from offload_adam.params.groups import FIXED_OPTIONS, TORCH_OPTIONS, bare_name
-from offload_adam.state.state_shard import check_step_count
+from offload_adam.state.boxes import Box, views_of
+from offload_adam.state.state_shard import ParameterShard, check_step_count
 from offload_adam.torch_private import all_gather
 
 STATE_KEY = "offload_adam"
@@ -248,8 +251,9 @@ def merge_groups(
         kept = {
             key: copy.deepcopy(value)  # an lr tensor must not be shared with the saved state
             for key, value in saved_group.items()
-            # How torch computed the updates does not matter here, so these options do not change.
-            if key not in ("params", "param_names", *TORCH_OPTIONS)
+            # How torch computed the updates and how parameters were sharded does not matter here,
+            # so these options do not change.
+            if key not in ("params", "param_names", "replicas", *TORCH_OPTIONS)
         }
         completed = {**group, **kept}
         check(completed)  # before any group is modified
@@ -318,6 +322,70 @@ def gather_bucket(
     return whole if ranks.rank == 0 else None
 
 
+def gather_shards(
+    shards: Sequence[ParameterShard], ranks: RankGroup
+) -> list[dict[str, torch.Tensor]]:
+    """Gather the whole state of parameters that are sharded, one tensor at a time. Collective.
+
+    Args:
+        shards: this rank's, in the same order of parameters on every rank.
+
+    Returns:
+        On rank 0, for each parameter, fp32 copies in its shape, with torch's keys. [] on others.
+
+    Cost: on rank 0, the largest part of a tensor for each rank, in addition to the result.
+    """
+    own = [(shard.order, shard.boxes() if shard.counted else []) for shard in shards]
+    of_ranks = list(map(json.loads, gather_texts(ranks, json.dumps(own))))
+    whole: list[dict[str, torch.Tensor]] = []
+    for number, shard in enumerate(shards):
+        orders, lists = zip(*(places[number] for places in of_ranks), strict=True)
+        boxes = [[Box(tuple(offsets), tuple(sizes)) for offsets, sizes in each] for each in lists]
+        numels = [sum(box.numel for box in each) for each in boxes]
+        whole.append({"step": shard.step.clone()})
+        for key, plane in shard.planes.items():
+            parts = _gather_parts(plane, numels, ranks)
+            if ranks.rank != 0:
+                continue
+            value = torch.empty(shard.parameter.shape, dtype=plane.dtype, device="cpu")
+            assert sum(numels) == value.numel(), "each element is counted on one rank"
+            for order, each, part in zip(orders, boxes, parts, strict=True):
+                in_order = value.permute(order)
+                for box, elements in views_of(part, each):
+                    in_order[box.slices()] = elements
+            whole[-1][key] = value
+    return whole if ranks.rank == 0 else []
+
+
+def _gather_parts(
+    plane: torch.Tensor, numels: Sequence[int], ranks: RankGroup
+) -> list[torch.Tensor]:
+    """Return each rank's part of a tensor, on the host of rank 0; [] on other ranks.
+
+    Args:
+        plane: this rank's part, which is ignored if it is not counted.
+        numels: by rank, the elements of its part; 0 if it is not counted.
+    """
+    own = plane[: numels[ranks.rank]].cpu()  # the control group only supports host memory
+    longest = max(numels[1:], default=0)
+    if longest == 0:  # rank 0 has all of it
+        return [own, *(own[:0] for _ in numels[1:])] if ranks.rank == 0 else []
+    # A gather needs tensors of one size, so each part is padded to that of the longest.
+    longest = max(longest, numels[0])
+    padded = torch.zeros(longest, dtype=plane.dtype, device="cpu")
+    padded[: own.numel()] = own
+    parts = [torch.empty_like(padded) for _ in numels] if ranks.rank == 0 else None
+    _gather(padded, parts, ranks)
+    return [part[:numel] for part, numel in zip(parts or [], numels, strict=False)]
+
+
+def _gather(tensor: torch.Tensor, parts: list[torch.Tensor] | None, ranks: RankGroup) -> None:
+    """Gather host tensors of one size into `parts` on rank 0, where these are not None."""
+    # Not a blocking gather: `ranks.wait` raises an error if a peer dies meanwhile.
+    rank_0 = ranks.global_ranks[0]
+    ranks.wait(dist.gather(tensor, parts, dst=rank_0, group=ranks.control, async_op=True))
+
+
 def _gather_plane(plane: torch.Tensor, ranks: RankGroup, num_shards: int) -> torch.Tensor | None:
     """Return all ranks' shards of one plane, concatenated, on rank 0; None on other ranks.
 
@@ -333,9 +401,7 @@ def _gather_plane(plane: torch.Tensor, ranks: RankGroup, num_shards: int) -> tor
     if ranks.rank == 0:
         flat = torch.empty(plane.numel() * ranks.world_size, dtype=plane.dtype, device="cpu")
         parts = list(flat.chunk(ranks.world_size))
-    rank_0 = ranks.global_ranks[0]
-    # Not a blocking gather: `ranks.wait` raises an error if a peer dies meanwhile.
-    ranks.wait(dist.gather(plane, parts, dst=rank_0, group=ranks.control, async_op=True))
+    _gather(plane, parts, ranks)
     return flat
 
 

@@ -1,18 +1,12 @@
 """One rank's part of each parameter's state, as plain tensors and for distributed checkpoints.
 
-A rank owns a range of a parameter's elements in memory order. `torch.distributed.checkpoint` (DCP)
-needs N-d boxes, so the range is cut into boxes whose elements are contiguous in memory:
-
-shape (4, 5), range [3, 17)     . . . X X     box 1: row 0, columns 3 to 4
-                                X X X X X     box 2: rows 1 to 2
-                                X X X X X
-                                X X . . .     box 3: row 3, columns 0 to 1
+A rank owns a range of a parameter's elements in memory order, or of the local part of a DTensor.
+Files and `torch.distributed.checkpoint` (DCP) get it as boxes, see boxes.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, Never, SupportsIndex
 
 import torch
@@ -26,6 +20,14 @@ from offload_adam.fsdp_private import (
 )
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import in_memory_order, in_shape_of, with_own_storage
+from offload_adam.state.boxes import (
+    Box,
+    boxes_of_part,
+    boxes_of_range,
+    inverse_order,
+    memory_order,
+    views_of,
+)
 from offload_adam.torch_private import ATEN_TO_COPY, make_wrapper_subclass
 
 if TYPE_CHECKING:  # importing DCP takes seconds, so only the methods that DCP calls import it
@@ -44,92 +46,11 @@ _LOCAL_OPERATIONS = {
 """Operations that are applied to the elements of a `StateShard` and return a `StateShard`."""
 
 
-class Box(NamedTuple):
-    """A block of a tensor: the index of its first element, and its sizes."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-
-def boxes_of_range(shape: Sequence[int], start: int, end: int) -> list[Box]:
-    """Cut elements [start, end) of a row-major tensor into boxes, in order.
-
-    There are at most 2 * ndim - 1 boxes. The elements of each are contiguous in the flat tensor.
-    """
-    if start >= end:
-        return []
-    if not shape:
-        return [Box((), ())]
-    row = prod(shape[1:])
-    first, last = start // row, -(-end // row)
-    if row == 1 or (start == first * row and end == last * row):
-        zeros = (0,) * (len(shape) - 1)
-        return [Box((first, *zeros), (last - first, *shape[1:]))]
-    if last - first == 1:
-        return _in_row(shape, first, start - first * row, end - first * row)
-    boxes: list[Box] = []
-    if start > first * row:
-        boxes += _in_row(shape, first, start - first * row, row)
-        first += 1
-    whole = end // row
-    if whole > first:
-        boxes += boxes_of_range(shape, first * row, whole * row)
-    if end > whole * row:
-        boxes += _in_row(shape, whole, 0, end - whole * row)
-    return boxes
-
-
-def _in_row(shape: Sequence[int], index: int, start: int, end: int) -> list[Box]:
-    """Cut elements [start, end) of the slice `index` along the first dimension."""
-    return [
-        Box((index, *box.offsets), (1, *box.sizes)) for box in boxes_of_range(shape[1:], start, end)
-    ]
-
-
-def range_of_box(shape: Sequence[int], box: Box) -> tuple[int, int]:
-    """Return the flat range [start, end) of a box.
-
-    Raises:
-        ValueError: the box exceeds the tensor, or its elements are not contiguous. The message is a
-            fragment, to which the caller adds the name of the tensor.
-    """
-    if not len(shape) == len(box.offsets) == len(box.sizes):
-        raise ValueError(
-            f"{box} and a tensor of {list(shape)} differ in their number of dimensions"
-        )
-    start, stride, is_partial = 0, 1, False
-    for size, offset, extent in zip(
-        reversed(shape), reversed(box.offsets), reversed(box.sizes), strict=True
-    ):
-        if offset < 0 or extent < 0 or offset + extent > size:
-            raise ValueError(f"{box} exceeds a tensor of {list(shape)}")
-        # If the box covers a dimension only in part, every outer dimension must have one index.
-        if is_partial and extent > 1:
-            raise ValueError(f"{box} is not a contiguous part of a tensor of {list(shape)}")
-        is_partial = is_partial or extent != size
-        start += offset * stride
-        stride *= size
-    return start, start + prod(box.sizes)
-
-
-def logical_box(box: Box, order: Sequence[int]) -> Box:
-    """Return a box with its dimensions permuted from memory order to logical order."""
-    inverse = inverse_order(order)
-    return Box(tuple(box.offsets[i] for i in inverse), tuple(box.sizes[i] for i in inverse))
-
-
-def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Return a dense tensor's dimensions in memory order, the outermost first."""
-    return tuple(sorted(range(tensor.dim()), key=lambda dim: (-tensor.stride()[dim], dim)))
-
-
-def inverse_order(order: Sequence[int]) -> list[int]:
-    """Return the permutation from memory order back to logical order."""
-    return [order.index(dim) for dim in range(len(order))]
-
-
 def local_range(state: BucketState, position: int) -> tuple[int, int]:
-    """Return the range [start, end) of a parameter, in memory order, that this rank owns."""
+    """Return the range [start, end) of a parameter, in memory order, that this rank owns.
+
+    Of a DTensor, it counts the elements of the local part.
+    """
     low, high = state.layout.shard_bounds(state.rank)
     placed = state.layout.placements[position]
     # Clamped, so that a parameter outside this shard has an empty range inside the parameter.
@@ -142,7 +63,8 @@ class ParameterShard(NamedTuple):
     """This rank's range of one parameter and its state, in memory order.
 
     bucket: index of the parameter's bucket.
-    start, end: this rank owns elements [start, end).
+    counted: False if another rank has the same elements, and saves them.
+    start, end: this rank owns elements [start, end) of the parameter, or of a DTensor's local part.
     weight: (end - start,) view of the parameter, in its dtype, on its device.
     planes: (end - start,) float32 views of the state, by torch's keys.
     step: 0-d view of the step count.
@@ -150,30 +72,46 @@ class ParameterShard(NamedTuple):
 
     parameter: torch.nn.Parameter
     bucket: int
+    counted: bool
     start: int
     end: int
     weight: torch.Tensor
     planes: Mapping[str, torch.Tensor]
     step: torch.Tensor
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The dimensions in memory order, the outermost first."""
+        return memory_order(local_of(self.parameter))
+
+    def boxes(self) -> list[Box]:
+        """Return the boxes of the whole parameter that the range consists of, in memory order."""
+        return boxes_of_part(self.parameter, self.order, self.start, self.end)
+
 
 def shards_of(states: Iterable[BucketState]) -> Iterator[ParameterShard]:
     """Yield this rank's range of every parameter, bucket by bucket; a range may be empty."""
     for state in states:
-        for position, parameter in enumerate(state.parameters):
-            part = _slice_of(state, position)
-            planes = state.planes.named(own_master=state.own_master)
-            start, end = local_range(state, position)
-            yield ParameterShard(
-                parameter,
-                state.layout.index,
-                start,
-                end,
-                # Not of `state.shard`: averaged weights may be swapped in.
-                in_memory_order(parameter.detach())[start:end],
-                {key: plane[part] for key, plane in planes.items()},
-                state.step_counts[position],
-            )
+        for position in range(len(state.parameters)):
+            yield shard_of(state, position)
+
+
+def shard_of(state: BucketState, position: int) -> ParameterShard:
+    """Return this rank's range of one parameter, which may be empty."""
+    parameter, part = state.parameters[position], _slice_of(state, position)
+    planes = state.planes.named(own_master=state.own_master)
+    start, end = local_range(state, position)
+    return ParameterShard(
+        parameter,
+        state.layout.index,
+        state.counted,
+        start,
+        end,
+        # Not of `state.shard`: averaged weights may be swapped in.
+        in_memory_order(local_of(parameter).detach())[start:end],
+        {key: plane[part] for key, plane in planes.items()},
+        state.step_counts[position],
+    )
 
 
 def _slice_of(state: BucketState, position: int) -> slice:
@@ -408,24 +346,23 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
 
 
-def range_sources(
-    shape: Sequence[int], order: Sequence[int], start: int, local: torch.Tensor
+def box_sources(
+    shape: Sequence[int], order: Sequence[int], boxes: Sequence[Box], local: torch.Tensor
 ) -> list[BoxSource]:
-    """Return the boxes of one rank's range of a tensor, as views of `local`.
+    """Return one rank's boxes of a tensor, as views of `local`.
 
     Args:
         shape: of the whole tensor.
         order: dimensions in memory order, the outermost first.
-        start: index in memory order of the first element of `local`.
-        local: (n,) elements [start, start + n).
+        boxes: with their dimensions in memory order.
+        local: (n,) elements of the boxes, one box after the other.
     """
-    shape, sources, done = torch.Size(shape), [], 0
-    for box in boxes_of_range([shape[dim] for dim in order], start, start + local.numel()):
-        numel = torch.Size(box.sizes).numel()
-        view = local[done : done + numel].view(box.sizes).permute(inverse_order(order))
-        # The bound method `view.detach` returns a new tensor over the same memory on each call.
-        sources.append(BoxSource(logical_box(box, order), view.detach))
-        done += numel
+    shape, inverse = torch.Size(shape), inverse_order(order)
+    # The bound method `detach` of a view returns a new tensor over the same memory on each call.
+    sources = [
+        BoxSource(box.permuted(inverse), view.permute(inverse).detach)
+        for box, view in views_of(local, boxes)
+    ]
     if shape.numel() == 0:  # one empty box, since DCP does not save a tensor without boxes
         none = Box((0,) * len(shape), tuple(shape))
         sources.append(BoxSource(none, local.view(shape).detach))
@@ -500,7 +437,10 @@ class StateShard(BoxTensor):
     def _boxes(self) -> dict[tuple[int, ...], BoxSource]:
         # Not cached: dcp.async_save copies the tensor's attributes, and cached boxes would still be
         # views of the optimizer's memory, which the next step modifies.
-        sources = range_sources(self.shape, self._order, self._start, self._local)
+        memory_shape = [self.shape[dim] for dim in self._order]
+        end = self._start + self._local.numel()
+        boxes = boxes_of_range(memory_shape, self._start, end)
+        sources = box_sources(self.shape, self._order, boxes, self._local)
         return {source.box.offsets: source for source in sources}
 
     def _range(self) -> str:

@@ -24,7 +24,7 @@ from offload_adam.layout.budget import Category
 from offload_adam.layout.schedule import Operation, plan_schedule
 from offload_adam.memory.arena import HostArena, close_all, leave_all
 from offload_adam.params.bucket import BucketState
-from offload_adam.params.local_shard import ShardedModel
+from offload_adam.params.local_shard import ShardedModel, reject_distinct
 from offload_adam.params.selection import Named, NewParameter
 from offload_adam.spans import Stopwatch, span
 from offload_adam.step.absence import AbsenceWatch
@@ -377,27 +377,27 @@ class ShardedAdam:
         return self._storage.partition_of(self.ranks)
 
     @property
-    def has_sharded_parameters(self) -> bool:
-        """Whether FSDP2 or tensor parallelism has sharded parameters."""
+    def has_local_shards(self) -> bool:
+        """Whether FSDP2 or tensor parallelism has sharded some of the parameters."""
         return self._sharded is not None
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether each rank holds a part of the state; if not, each holds all of it."""
-        return not self._storage.policy.replicated
+    def reshard(self) -> None:
+        """Drop what FSDP2 has gathered, so that the model shows the sharded parameters."""
+        if self._sharded is not None:
+            self._sharded.reshard()
 
-    def reject_sharded(self, what: str) -> None:
-        """Raise an error if parameters are sharded by FSDP2 or tensor parallelism.
+    def reject_distinct(self, name_of: Callable[[torch.Tensor], str] | None = None) -> None:
+        """Raise an error if ranks have different parameters under one name.
+
+        Args:
+            name_of: returns a parameter's name; None to use the optimizer's names.
 
         Raises:
-            TypeError: naming the call `what`, and torch's functions that save such state.
+            CheckpointError: naming a parameter.
         """
-        if self._sharded is not None:
-            raise TypeError(
-                f"{what} does not support parameters that FSDP2 or tensor parallelism has sharded. "
-                "Use get_optimizer_state_dict() and set_optimizer_state_dict() of "
-                "torch.distributed.checkpoint.state_dict, with dcp.save() and dcp.load()."
-            )
+        for state in self.states:
+            if state.local_shard is not None and state.local_shard.is_distinct:
+                reject_distinct(name_of(state.parameters[0]) if name_of else state.names[0])
 
     @property
     def pinned_nbytes(self) -> int:
@@ -613,9 +613,7 @@ class ShardedAdam:
         if failure is not None or self.reduction.is_ahead:  # gradients are not in the shards yet
             return found
         try:
-            if self._sharded is not None:
-                # A module that is gathered now would not gather its updated parameters.
-                self._sharded.reshard()
+            self.reshard()  # a module that is gathered now would not gather its updated parameters
             found.unfrozen = find_unfrozen(self._frozen)
             found.late = self.reduction.has_late_gradients()
             with span("edits"):

@@ -34,7 +34,7 @@ from offload_adam.checkpoint.format import (
 from offload_adam.checkpoint.rank_file import Part, RankFile
 from offload_adam.checkpoint.reader import VerifiedFile
 from offload_adam.errors import CheckpointError
-from offload_adam.state.state_shard import Box, boxes_of_range, range_of_box
+from offload_adam.state.boxes import Box, boxes_of_range, range_of_box
 
 shapes = st.lists(st.integers(1, 5), max_size=4)
 
@@ -58,20 +58,34 @@ def test_boxes_are_few_contiguous_and_cover_the_range_once(
     assert found == list(range(start, end))
 
 
-@pytest.mark.parametrize(
-    ("offsets", "sizes"), [((0, 1), (2, 2)), ((0, 0), (5, 4)), ((0, 3), (1, 2)), ((0,), (1,))]
-)
-def test_a_box_that_is_no_contiguous_part_is_rejected(
+@pytest.mark.parametrize(("offsets", "sizes"), [((0, 0), (5, 4)), ((0, 3), (1, 2)), ((0,), (1,))])
+def test_a_box_outside_of_the_tensor_is_rejected(
     offsets: tuple[int, ...], sizes: tuple[int, ...]
 ) -> None:
     with pytest.raises(ValueError, match="Box"):
         range_of_box((4, 4), Box(offsets, sizes))
 
 
+@pytest.mark.parametrize(
+    ("offsets", "sizes", "expected"),
+    [
+        ((0, 1), (2, 2), None),
+        ((0, 0), (2, 3), None),
+        ((1, 1), (1, 2), (5, 7)),
+        ((1, 0), (2, 4), (4, 12)),
+        ((1, 1), (3, 0), (5, 5)),
+    ],
+)
+def test_a_box_whose_elements_are_not_contiguous_is_no_range(
+    offsets: tuple[int, ...], sizes: tuple[int, ...], expected: tuple[int, int] | None
+) -> None:
+    assert range_of_box((4, 4), Box(offsets, sizes)) == expected
+
+
 def part_of(name: str, count: int) -> Part:
     """Return `count` random bytes."""
     content = torch.from_numpy(np.random.default_rng(count).integers(0, 256, count, np.uint8))
-    return Part(name, (count,), (0,), 0, content)
+    return Part(name, (count,), (0,), boxes_of_range([count], 0, count), content)
 
 
 def content_of(part: Part) -> bytes:
@@ -136,7 +150,8 @@ def test_a_channels_last_weight_has_its_channels_in_the_last_dimension(tmp_path:
     in_memory = weight.permute(0, 2, 3, 1)
     assert in_memory.is_contiguous()
     # All but the first "row" of channels, so that there are several boxes.
-    part = Part("w", (2, 3, 4, 5), (0, 2, 3, 1), 3, in_memory.flatten()[3:])
+    boxes = boxes_of_range(in_memory.shape, 3, weight.numel())
+    part = Part("w", (2, 3, 4, 5), (0, 2, 3, 1), boxes, in_memory.flatten()[3:])
     write_file(tmp_path / "f", [part])
     found = torch.zeros(2, 4, 5, 3)
     with safetensors.safe_open(tmp_path / "f", "pt") as file:
@@ -185,12 +200,14 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from offload_adam.checkpoint.rank_file import Part, RankFile
+from offload_adam.state.boxes import Box
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 try:
     count = 3 * 2**19
-    part = Part("a", (count,), (0,), 0, torch.zeros(count, dtype=torch.uint8))
+    zeros = torch.zeros(count, dtype=torch.uint8)
+    part = Part("a", (count,), (0,), [Box((0,), (count,))], zeros)
     RankFile(Path(sys.argv[1]), "f", [part]).write([part])
 except OSError as error:
     sys.exit(error.errno)
@@ -214,7 +231,7 @@ def test_a_file_that_loses_bytes_while_it_is_written_is_an_error(tmp_path: Path)
 
 
 def test_nothing_is_read_past_the_end(tmp_path: Path) -> None:
-    entry = write_file(tmp_path / "f", [Part("a", (0, 3), (0, 1), 0, torch.zeros(0))]).file
+    entry = write_file(tmp_path / "f", [Part("a", (0, 3), (0, 1), [], torch.zeros(0))]).file
     with closing(VerifiedFile(tmp_path, "f", entry)) as file:
         file.read_into(memoryview(bytearray(1)), entry.nbytes - 1)
         with pytest.raises(CheckpointError, match="has no bytes"):

@@ -23,6 +23,7 @@ from offload_adam.checkpoint.rank_file import Part, RankFile, rank_file_name
 from offload_adam.checkpoint.reader import NUM_OPEN_FILES, VerifiedFile
 from offload_adam.checkpoint.save import manifest_of, sharded_parts
 from offload_adam.errors import CheckpointError
+from offload_adam.state.boxes import boxes_of_range
 
 NUM_RANKS = 48
 
@@ -43,7 +44,8 @@ def cut(part: Part, rank: int) -> Part:
     """Return the range of a part that one of many ranks would own."""
     numel = part.data.numel()
     low, high = rank * numel // NUM_RANKS, (rank + 1) * numel // NUM_RANKS
-    return replace(part, start=low, data=part.data[low:high])
+    boxes = boxes_of_range([part.shape[dim] for dim in part.order], low, high)
+    return replace(part, boxes=boxes, data=part.data[low:high])
 
 
 def write_file(folder: Path, rank: int, parts: list[Part]) -> RankEntry:
@@ -67,7 +69,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Te
         optimizer.step()
     parts = list(sharded_parts(model, optimizer._settled()))
     entries = [write_file(partial, rank, parts) for rank in range(NUM_RANKS)]
-    plain = encode(plain_state(optimizer, optimizer._settled(), ParameterNames(model)), "optimizer")
+    core = optimizer._settled()
+    plain = encode(plain_state(optimizer, core, ParameterNames(model, core)), "optimizer")
     written = Manifest(
         format_version=FORMAT_VERSION,
         step=optimizer.num_steps,

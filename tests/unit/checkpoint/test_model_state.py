@@ -192,7 +192,7 @@ def test_a_module_with_its_own_state_dict(kind: type[nn.Linear], how: str, tmp_p
 def test_live_tensors_are_read_in_place_under_any_name_that_a_hook_gives_them() -> None:
     """Copies would double the memory of the frozen weights."""
     model, optimizer = make(Renamed)
-    state = model_state(model, optimizer._settled())
+    state = model_state(model, optimizer._settled(), optimizer.param_groups)
     assert state.computed == {}
     assert state.whole["model/1.factor"].data_ptr() == model[1].scale.data_ptr()
     assert state.tied == {"model/1.kernel": "model/1.weight"}
