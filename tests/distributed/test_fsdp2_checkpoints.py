@@ -135,6 +135,7 @@ def values_of(net: Net, optimizer: OffloadAdamW) -> Values:
     full = optimizer.full_state_dict()
     masters = full.get("offload_adam", {}).get("master_weight", {})
     is_plain = not any(isinstance(member, DTensor) for member in members)
+    saved = {} if is_plain else optimizer.state_dict()["state"]
     for number, member in enumerate(members):
         entry = {**full["state"].get(number, {})} if full else {}
         if number in masters:
@@ -143,8 +144,7 @@ def values_of(net: Net, optimizer: OffloadAdamW) -> Values:
         gathered = {f"{name}/{key}": value for key, value in entry.items()}
         if not is_plain and member.requires_grad:
             # torch's own gather; that of the optimizer must be the same, on rank 0 alone.
-            state = optimizer.state[member]
-            by_torch = {f"{name}/{key}": whole(value) for key, value in state.items()}
+            by_torch = {f"{name}/{key}": whole(value) for key, value in saved[number].items()}
             assert bool(full) == (dist.get_rank() == 0)
             if full:
                 assert_same(gathered, by_torch)
