@@ -157,13 +157,16 @@ def writable(text: str) -> Path:
     return path
 
 
+def _reject_threads(num_threads: int) -> None:
+    if num_threads > (cores := allowed_cores()):
+        raise argparse.ArgumentTypeError(
+            f"--threads: {num_threads} is more than the {cores} core(s) that this process may use"
+        )
+
+
 def _compare(options: argparse.Namespace) -> None:
     """Run `bench kernel` or `bench step`."""
-    if options.threads > (cores := allowed_cores()):
-        raise argparse.ArgumentTypeError(
-            f"--threads: {options.threads} is more than the {cores} core(s) that this process may "
-            "use"
-        )
+    _reject_threads(options.threads)
     # A peer with its own OpenMP runtime reads this variable when it is loaded, and has no other
     # setting.
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
@@ -177,6 +180,7 @@ def _fsdp2(options: argparse.Namespace) -> None:
         raise argparse.ArgumentTypeError(f"--ranks: there are only {num_gpus} GPU(s)")
     sizes = sizes_of(options.numel, options.num_layers, options.dtype)
     num_threads = options.threads or max(1, allowed_cores() // options.ranks)
+    _reject_threads(num_threads)
     try:
         _show(
             lambda: measure_fsdp2(sizes, options.ranks, num_threads, options.repeats), options.json

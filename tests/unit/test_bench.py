@@ -204,6 +204,7 @@ def test_the_command_prints_a_table_and_writes_a_file(
         (["kernel", "--numel", "0"], "--numel"),
         (["step", "--threads", "0"], "--threads"),
         (["step", "--threads", str(allowed_cores() + 1)], "more than the"),
+        (["fsdp2", "--threads", str(allowed_cores() + 1)], "more than the"),
         (["step", "--json", "/proc/missing/a.json"], "there is no folder"),
         (["kernel", "--json", "/"], "cannot be written"),
         (["fsdp2", "--dtype", "fp16"], "--dtype"),
