@@ -8,9 +8,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from offload_adam.bench.fsdp2 import DTYPES, Fsdp2BenchmarkError, measure_fsdp2, sizes_of
 from offload_adam.bench.kernel import measure_kernel
 from offload_adam.bench.report import comparison, write_json
 from offload_adam.bench.step import measure_step
@@ -28,13 +30,16 @@ from offload_adam.kernels.threads import allowed_cores
 
 EXIT_DOES_NOT_FIT = 3
 LEAST_PAIRS = 7
+NUM_CPU_RANKS = 2
 KERNEL = "Compare the Adam update alone, in fp32."
 STEP = "Compare whole steps on the CPU: bf16 gradient, clipping, AdamW, bf16 parameter."
+FSDP2 = "Compare clipping and the step on a model that FSDP2 shards into host memory."
 TRAIN = "Compare training steps of this package, plain AdamW and other offload optimizers."
 CHOICE = (
     "Without --batches, chooses batches whose forward takes 0.25 to 4 times as long as the "
     f"optimizer's update. Contenders: {', '.join(CONTENDERS)}."
 )
+ROUNDS = "timed rounds, each with all contenders; default: %(default)s"
 EXIT_CODES = (
     "Exit codes: 0 done, 2 a wrong option, 3 not enough memory, 1 anything else, such as a "
     "contender that failed or had no time."
@@ -54,7 +59,11 @@ def main(
     for name, text in (("kernel", KERNEL), ("step", STEP)):
         command = commands.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
         command.set_defaults(run=_compare, work=name, parser=command)
+        _add_numel_option(command)
         _add_compare_options(command)
+    command = commands.add_parser("fsdp2", help=FSDP2, description=FSDP2, epilog=EXIT_CODES)
+    command.set_defaults(run=_fsdp2, parser=command)
+    _add_fsdp2_options(command)
     command = commands.add_parser(
         "train", help=TRAIN, description=f"{TRAIN} {CHOICE}", epilog=EXIT_CODES
     )
@@ -68,18 +77,30 @@ def main(
         options.parser.error(str(error))
 
 
+def _add_numel_option(parser: argparse.ArgumentParser) -> None:
+    number = "number of parameters; default: %(default)s"
+    parser.add_argument("--numel", type=at_least(1), default=64_000_000, help=number)
+
+
 def _add_compare_options(parser: argparse.ArgumentParser) -> None:
     add, cores = parser.add_argument, allowed_cores()
-    add(
-        "--numel",
-        type=at_least(1),
-        default=64_000_000,
-        help="number of parameters; default: %(default)s",
-    )
     threads = "threads of every contender; default: all allowed cores"
     add("--threads", type=at_least(1), default=cores, help=threads)
-    rounds = "timed rounds, each with all contenders; default: %(default)s"
-    add("--pairs", type=at_least(LEAST_PAIRS), default=LEAST_PAIRS, help=rounds)
+    add("--pairs", type=at_least(LEAST_PAIRS), default=LEAST_PAIRS, help=ROUNDS)
+    add("--json", type=writable, help="write the full report here")
+
+
+def _add_fsdp2_options(parser: argparse.ArgumentParser) -> None:
+    add, num_gpus = parser.add_argument, torch.cuda.device_count()
+    _add_numel_option(parser)
+    add("--num-layers", type=at_least(1), default=8, help="number of blocks; default: %(default)s")
+    shards = "dtype of the shards, and of the state of torch's AdamW; default: %(default)s"
+    add("--dtype", choices=tuple(DTYPES), default="bf16", help=shards)
+    ranks = "processes, one for each GPU if there are any; default: %(default)s"
+    add("--ranks", type=at_least(1), default=num_gpus or NUM_CPU_RANKS, help=ranks)
+    threads = "threads of each rank; default: the allowed cores divided by the ranks"
+    add("--threads", type=at_least(1), help=threads)
+    add("--repeats", type=at_least(LEAST_PAIRS), default=LEAST_PAIRS, help=ROUNDS)
     add("--json", type=writable, help="write the full report here")
 
 
@@ -136,26 +157,49 @@ def writable(text: str) -> Path:
     return path
 
 
+def _reject_threads(num_threads: int) -> None:
+    if num_threads > (cores := allowed_cores()):
+        raise argparse.ArgumentTypeError(
+            f"--threads: {num_threads} is more than the {cores} core(s) that this process may use"
+        )
+
+
 def _compare(options: argparse.Namespace) -> None:
     """Run `bench kernel` or `bench step`."""
-    if options.threads > (cores := allowed_cores()):
-        raise argparse.ArgumentTypeError(
-            f"--threads: {options.threads} is more than the {cores} core(s) that this process may "
-            "use"
-        )
+    _reject_threads(options.threads)
     # A peer with its own OpenMP runtime reads this variable when it is loaded, and has no other
     # setting.
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     measure = measure_kernel if options.work == "kernel" else measure_step
+    _show(lambda: measure(options.numel, options.threads, options.pairs), options.json)
+
+
+def _fsdp2(options: argparse.Namespace) -> None:
+    """Run `bench fsdp2`."""
+    if 0 < (num_gpus := torch.cuda.device_count()) < options.ranks:
+        raise argparse.ArgumentTypeError(f"--ranks: there are only {num_gpus} GPU(s)")
+    sizes = sizes_of(options.numel, options.num_layers, options.dtype)
+    num_threads = options.threads or max(1, allowed_cores() // options.ranks)
+    _reject_threads(num_threads)
     try:
-        report = measure(options.numel, options.threads, options.pairs)
+        _show(
+            lambda: measure_fsdp2(sizes, options.ranks, num_threads, options.repeats), options.json
+        )
+    except Fsdp2BenchmarkError as error:
+        sys.exit(f"offload-adam: {error}")
+
+
+def _show(measure: Callable[[], dict[str, Any]], path: Path | None) -> None:
+    """Measure, print the table, and write the report to `path` if it is given."""
+    try:
+        report = measure()
     except HostMemoryError as error:
         print(f"offload-adam: {error}", file=sys.stderr)
         sys.exit(EXIT_DOES_NOT_FIT)
     print("\n".join(comparison(report)))
-    if options.json is not None:
-        write_json(report, options.json)
-        print(f"Wrote {options.json}")
+    if path is not None:
+        write_json(report, path)
+        print(f"Wrote {path}")
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -1,8 +1,8 @@
 """Time contenders in turns in one process, and compare each with this package.
 
-`bench kernel` and `bench step` make a list of contenders for `compare`; the measurements in
-tests/bench of the source repository call `interleave`. `bench train` runs each contender in its own
-process instead.
+`bench kernel`, `bench step` and, on each rank, `bench fsdp2` make a list of contenders for
+`compare`; the measurements in tests/bench of the source repository call `interleave`. `bench train`
+runs each contender in its own process instead.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from offload_adam.kernels import threads
 from offload_adam.units import format_nbytes
 
 Clock = Callable[[], float]
+Timings = dict[str, list[float]]  # milliseconds of each round, by contender
 Result = dict[str, Any]  # the times of one contender; DEFINITIONS explains the keys
 
 OURS = "offload_adam"
@@ -78,14 +79,14 @@ def prepare_machine(nbytes: int, num_threads: int) -> dict[str, Any]:
 
 def interleave(
     contenders: Sequence[Contender], num_rounds: int, *, clock: Clock = time.perf_counter
-) -> dict[str, list[float]]:
+) -> Timings:
     """Run all contenders once in each round, and return their milliseconds by name.
 
     A change of the machine's speed then affects all contenders alike. Every second round runs in
     reverse order, so that no contender always follows the same other one. Warmup rounds are not
     returned.
     """
-    timings: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    timings: Timings = {contender.name: [] for contender in contenders}
     if len(timings) != len(contenders):
         raise AssertionError("Two contenders have the same name.")
     for number in range(WARMUP_ROUNDS + num_rounds):
@@ -162,6 +163,7 @@ def compare(
     left_out: Mapping[str, str],
     definitions: Mapping[str, str],
     best: Mapping[str, Sequence[str]] | None = None,
+    combine: Callable[[Timings], Timings] = lambda timings: timings,
 ) -> dict[str, Any]:
     """Time contenders, this package first, and return the report, a JSON object.
 
@@ -169,9 +171,10 @@ def compare(
         left_out: why a contender is not among them, by name.
         definitions: what this benchmark's own entries mean, by name.
         best: variants by name; the fastest variant is added under this name after this package.
+        combine: combines the timings of all ranks.
     """
     with torch.no_grad():
-        timings = interleave(contenders, num_pairs)
+        timings = combine(interleave(contenders, num_pairs))
     ours, *others = summarize(timings, contenders, numel)
     bests = [best_of(name, variants, others) for name, variants in (best or {}).items()]
     return {

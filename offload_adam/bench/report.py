@@ -38,9 +38,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def comparison(report: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the report of `bench kernel` or `bench step` as lines of text."""
-    yield from heading(report, f"{report['numel']:,} parameters")
+    """Yield the report of `bench kernel`, `bench step` or `bench fsdp2` as lines of text."""
+    ranks = (
+        f" of {report['dtype']} on {report['num_ranks']} rank(s)" if "num_ranks" in report else ""
+    )
+    yield from heading(report, f"{report['numel']:,} parameters{ranks}")
     yield from comparison_table(report["results"])
+    for result in report["results"]:
+        if (meaning := report["definitions"].get(result["name"])) is not None:
+            yield f"{result['name']}: {meaning}."
     yield ""
     for name, reason in report["left_out"].items():
         yield f"Left out: {name} ({reason})."

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from offload_adam.bench import __main__ as bench_main
 from offload_adam.bench import kernel, machine, step
+from offload_adam.bench.fsdp2 import Fsdp2BenchmarkError
 from offload_adam.bench.harness import (
     OURS,
     WARMUP_ROUNDS,
@@ -203,8 +204,10 @@ def test_the_command_prints_a_table_and_writes_a_file(
         (["kernel", "--numel", "0"], "--numel"),
         (["step", "--threads", "0"], "--threads"),
         (["step", "--threads", str(allowed_cores() + 1)], "more than the"),
+        (["fsdp2", "--threads", str(allowed_cores() + 1)], "more than the"),
         (["step", "--json", "/proc/missing/a.json"], "there is no folder"),
         (["kernel", "--json", "/"], "cannot be written"),
+        (["fsdp2", "--dtype", "fp16"], "--dtype"),
     ],
 )
 def test_a_wrong_option_ends_with_2_before_anything_is_measured(
@@ -216,7 +219,7 @@ def test_a_wrong_option_ends_with_2_before_anything_is_measured(
     def measured(*_: object) -> None:
         raise AssertionError("measured in spite of a wrong option")
 
-    for name in ("kernel", "step"):
+    for name in ("kernel", "step", "fsdp2"):
         monkeypatch.setattr(bench_main, f"measure_{name}", measured)
     code, output = run(*arguments)
     assert code == 2, output
@@ -231,6 +234,16 @@ def test_a_measurement_that_does_not_fit_says_so(
 
     monkeypatch.setattr(bench_main, "measure_kernel", fail)
     assert run("kernel") == (3, "offload-adam: needs 3 TiB\n")
+
+
+def test_a_rank_that_fails_ends_the_command_with_1(
+    run: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise Fsdp2BenchmarkError("rank 1 failed")
+
+    monkeypatch.setattr(bench_main, "measure_fsdp2", fail)
+    assert run("fsdp2") == (1, "offload-adam: rank 1 failed\n")
 
 
 def test_an_installed_package_has_a_version_but_no_commit() -> None:
