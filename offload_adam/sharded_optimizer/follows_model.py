@@ -16,7 +16,7 @@ import torch
 
 from offload_adam.coordinator.agreement import largest_on_any_rank
 from offload_adam.coordinator.rank_checks import raise_on_all_ranks
-from offload_adam.fsdp_private import is_dtensor
+from offload_adam.fsdp_private import fsdp_groups, is_dtensor
 from offload_adam.gradients.stand_in import StreamedGradients
 from offload_adam.layout.state_plan import plan_state
 from offload_adam.options import ExecutionOptions
@@ -135,6 +135,20 @@ class FollowsModel(StateAccess):
         return any(map(is_dtensor, parameters)) or bool(
             replacements(parameters, self._first_names, self._module)
         )
+
+    def _reject_lost_parameters(self) -> None:
+        """Raise an error if FSDP2 has sharded a model, and no parameter has a gradient.
+
+        Raises:
+            ValueError: the model was most likely sharded after the optimizer was constructed, and
+                this torch does not tell which parameter became which.
+        """
+        if self._sharded is None and fsdp_groups():
+            raise ValueError(
+                "step() found no gradient, and fully_shard() has sharded a model of this process: "
+                "its new parameters are not those of this optimizer. Construct the optimizer after "
+                "fully_shard(), or pass module=model."
+            )
 
     def _follow_sharding(self) -> None:
         """Put the DTensors into the groups that have taken the place of their parameters."""

@@ -439,6 +439,8 @@ class ShardedOptimizer(FollowsModel):
                 logger.warning("Skipped step (%s): %s", count, report.reason)
         elif report.num_updated == 0 and not self._warned_idle:
             self._warned_idle = True
+            if core.num_steps == 1:
+                self._reject_lost_parameters()
             if core.ranks.rank == 0:  # `num_updated` is the same on all ranks
                 logger.warning(
                     "step() found no gradient on any parameter. Call backward() first, and check "

@@ -154,7 +154,8 @@ class Case(NamedTuple):
 CASES: dict[str, Case] = {
     "fsdp": Case(make_fsdp, lambda rank: rank, make_model),
     "hsdp": Case(make_hybrid, lambda rank: rank, make_model),
-    "tp": Case(make_tp, lambda rank: 0, Parallel),
+    # Before torch 2.12, its function takes a part of a sum for the whole gradient.
+    "tp": Case(make_tp, lambda rank: 0, Parallel, is_torch_right=torch.__version__ >= "2.12"),
     "tp of layers": Case(make_tp_of_layers, lambda rank: 0, Parallel, is_torch_right=False),
     "tp and fsdp": Case(make_tp_with_fsdp, lambda rank: rank // 2, Parallel),
     "experts": Case(
