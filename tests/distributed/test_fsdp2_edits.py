@@ -195,6 +195,25 @@ def test_a_step_moves_both_version_counters(ranks: RankPool) -> None:
             assert "modified by an inplace operation" in of_local
 
 
+def write_during_update(rank: int, world_size: int) -> list[str]:
+    found = []
+    for write in (of_dtensors, of_local_tensors):
+        model = shard(make_model())
+        optimizer = make_optimizer(model)
+        with delayed_updates(0.05):
+            take_step(model, optimizer, number=0)
+            write(model)
+            found.append(error_of(optimizer.synchronize))
+            error_of(optimizer.close)
+    return found
+
+
+def test_a_write_during_the_update_is_rejected(ranks: RankPool) -> None:
+    for found in ranks.run(write_during_update, 2):
+        for error in found:
+            assert re.match("UnreadyParameterError: Parameter '.*' was modified while", error)
+
+
 def replace_local(model: Any) -> None:
     model.head.weight._local_tensor = local_of(model.head.weight).clone()
 
