@@ -299,36 +299,47 @@ class FsdpGroup:
         """
         group = self._group()
         assert group is not None
-        # The wrapper of another optimizer, if any. Not a bound method, which keeps the model alive.
-        before = vars(group).get("unshard")
         owner = self._group
-        is_active = True
-
-        def unshard(async_op: bool = False) -> None:
-            current = owner()
-            assert current is not None
-            if is_active:
-                reads = not (current.is_unsharded or current._all_gather_result is not None)
-                for stream in _reading_streams(current, async_op):
-                    with stream:
-                        action(reads)
-            if before is None:
-                type(current).unshard(current, async_op)
-            else:
-                before(async_op)
+        wrapper = vars(group).get("unshard")
+        if not isinstance(wrapper, _Unshard):  # it is that of another optimizer otherwise
+            wrapper = group.unshard = _Unshard(group, wrapper)
+        wrapper.actions.append(action)
 
         def end() -> None:
-            nonlocal is_active
-            is_active = False
+            wrapper.actions.remove(action)
             current = owner()
-            if current is not None and vars(current).get("unshard") is unshard:
-                if before is None:
-                    del current.unshard
-                else:
-                    current.unshard = before
+            if not wrapper.actions and current is not None and wrapper is current.unshard:
+                del current.unshard
+                if wrapper.before is not None:
+                    current.unshard = wrapper.before
 
-        group.unshard = unshard
         return end
+
+
+class _Unshard:
+    """Takes the place of a group's `unshard`: first calls the actions of all optimizers.
+
+    Args:
+        before: what another library has put in that place; None if nothing.
+    """
+
+    def __init__(self, group: Any, before: Callable[[bool], None] | None) -> None:
+        self._group = weakref.ref(group)  # a bound method would keep the model alive
+        self.before = before
+        self.actions: list[Callable[[bool], None]] = []
+
+    def __call__(self, async_op: bool = False) -> None:
+        group = self._group()
+        assert group is not None
+        reads = not (group.is_unsharded or group._all_gather_result is not None)
+        for stream in _reading_streams(group, async_op):
+            with stream:
+                for action in self.actions:
+                    action(reads)
+        if self.before is None:
+            type(group).unshard(group, async_op)
+        else:
+            self.before(async_op)
 
 
 def _reading_streams(group: Any, async_op: bool) -> Iterator[AbstractContextManager[Any]]:
