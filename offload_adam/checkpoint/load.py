@@ -63,7 +63,7 @@ logger = logging.getLogger(__name__)
 def load_checkpoint(
     path: str | os.PathLike[str], *, model: nn.Module, optimizer: ShardedOptimizer
 ) -> dict[str, Any]:
-    """Load a checkpoint of `save_checkpoint`, saved in any world size. Collective.
+    """Load a checkpoint of `save_checkpoint`, saved in any world size and sharding. Collective.
 
     Names, shapes, dtypes and groups are compared before anything is modified. Nothing is cast.
     Every block is verified and read directly into the state. Then `model.load_state_dict` runs with

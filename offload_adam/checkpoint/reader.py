@@ -111,12 +111,13 @@ class CheckpointReader:
                         part = target[place + first - start : place + last - start]
                         yield Read(piece.file, piece.start + (first - low) * itemsize, part, (1,))
             return
+        parts = views_of(target, boxes)
         for piece in entry.pieces:
             saved = piece.box
-            strides = [prod(saved.sizes[dim + 1 :]) for dim in range(len(saved.sizes))]
-            for box, values in views_of(target, boxes):
+            for box, values in parts:
                 common = overlap(saved, box)
                 if common is not None:
+                    strides = [prod(saved.sizes[dim + 1 :]) for dim in range(len(saved.sizes))]
                     skipped = sum(
                         (index - first) * stride
                         for index, first, stride in zip(

@@ -80,8 +80,9 @@ def save_checkpoint(
             created.
         model: has all parameters of `optimizer`. Its whole state dict is saved, frozen parameters
             and buffers included: dense tensors of any dtype but quantized ones, such as
-            `torch.qint8`. Parameters keep their names in `model`, so pass `ddp.module` instead of a
-            DDP wrapper if the checkpoint is to load without DDP.
+            `torch.qint8`, plain or sharded by FSDP2 and tensor parallelism. Parameters keep their
+            names in `model`, so pass `ddp.module` instead of a DDP wrapper if the checkpoint is to
+            load without DDP.
         optimizer: its groups, step counts and state are saved.
         extra: returned by `load_checkpoint`; rank 0's is saved. Any nesting of lists, tuples, sets,
             dicts, numbers, text, bytes, and of tensors and NumPy arrays of at most 1 MiB each. For
@@ -90,8 +91,8 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: on every rank. The path exists, at the beginning or at the rename; the
-            ranks do not share the folder; or a value in `extra`, in the parameter groups or in the
-            model's state dict cannot be saved.
+            ranks do not share the folder; a value in `extra`, in the parameter groups or in the
+            model's state dict cannot be saved; or a parameter group has replicas="distinct".
         OSError: on the rank where writing failed; the others raise a PeerError. No file is left.
     """
     _save(Path(path), model, optimizer, extra, weights=True)
@@ -504,7 +505,9 @@ def model_state(
     """
     # First, because FSDP2 then drops what it has gathered, and the model shows its DTensors.
     entries = model.state_dict(keep_vars=True)
-    replicas = {id(p): group.get("replicas") for group in groups for p in group["params"]}
+    # A buffer is in no group: the other ranks have copies, as of buffers that are not sharded.
+    replicas: dict[int, Any] = {id(buffer): "copies" for buffer in model.buffers()}
+    replicas |= {id(p): group.get("replicas") for group in groups for p in group["params"]}
     trained = {id(shard.parameter) for shard in shards_of(core.states)}
     first_names = {id(p): name for name, p in model.named_parameters() if id(p) in trained}
     trained_names = {*first_names.values()}

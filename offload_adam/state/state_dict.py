@@ -342,13 +342,14 @@ def gather_shards(
         orders, lists = zip(*(places[number] for places in of_ranks), strict=True)
         boxes = [[Box(tuple(offsets), tuple(sizes)) for offsets, sizes in each] for each in lists]
         numels = [sum(box.numel for box in each) for each in boxes]
+        # On all ranks, so that none waits for rank 0 below.
+        assert sum(numels) == shard.parameter.numel(), "each element is counted on one rank"
         whole.append({"step": shard.step.clone()})
         for key, plane in shard.planes.items():
             parts = _gather_parts(plane, numels, ranks)
             if ranks.rank != 0:
                 continue
             value = torch.empty(shard.parameter.shape, dtype=plane.dtype, device="cpu")
-            assert sum(numels) == value.numel(), "each element is counted on one rank"
             for order, each, part in zip(orders, boxes, parts, strict=True):
                 in_order = value.permute(order)
                 for box, elements in views_of(part, each):
