@@ -55,7 +55,8 @@ def check_parameter(name: str, parameter: torch.Tensor) -> None:
     data = local_of(parameter) if is_dtensor(parameter) else parameter.data
     if type(data) is not torch.Tensor:
         raise TypeError(
-            f"Parameter {name!r} is a {type(data).__name__}. Only plain tensors are supported."
+            f"Parameter {name!r} is a {type(data).__name__}. Only plain tensors are supported, and "
+            "DTensors of them: keep the parameter as fp32 or bf16."
         )
     if data.layout is not torch.strided:
         raise ValueError(
