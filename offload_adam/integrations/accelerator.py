@@ -13,6 +13,7 @@ from offload_adam.coordinator.rank_checks import raise_on_all_ranks
 from offload_adam.integrations.missing import explain_missing
 from offload_adam.integrations.saved_apart import (
     folder_of,
+    is_sharded,
     load_apart,
     new_label,
     reference_to,
@@ -37,7 +38,8 @@ def keep_state_sharded(accelerator: Accelerator, *optimizers: torch.optim.Optimi
     Each rank writes and reads its own part of the state. The number of ranks may change between
     save and load. The folder must be on a file system that all ranks share.
 
-    Call it once, on all ranks, before `save_state` and `load_state`.
+    Call it once, on all ranks, before `save_state` and `load_state`. With FSDP2 it has no effect,
+    because Accelerate then saves and loads the complete state itself.
 
     Args:
         optimizers: as given to or returned by `accelerator.prepare`.
@@ -71,6 +73,9 @@ def _save(
     folder: str,
 ) -> None:
     """Write the state of all optimizers. Accelerate then saves references. Collective."""
+    optimizers = [optimizer for optimizer in optimizers if not is_sharded(optimizer)]
+    if not optimizers:
+        return
     parent = Path(folder).absolute()
     labels = [new_label(optimizer.ranks) for optimizer in optimizers]
     for optimizer, label in zip(optimizers, labels, strict=True):

@@ -26,12 +26,21 @@ from offload_adam.checkpoint.save import save_optimizer_state
 from offload_adam.coordinator.rank_checks import gather_texts, raise_on_all_ranks
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import CheckpointError
+from offload_adam.fsdp_private import is_dtensor
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.state.state_dict import StateReference
 
 _PREFIX = "offload_adam-"
 # With the step in a Trainer, and with more if the save was killed.
 _NAME = re.compile(rf"{_PREFIX}[0-9a-f]{{32}}(-\d+)?(\..+{re.escape(PARTIAL_SUFFIX)})?")
+
+
+def is_sharded(optimizer: ShardedOptimizer) -> bool:
+    """Return whether FSDP2 or tensor parallelism has sharded parameters of the optimizer.
+
+    Their state consists of DTensors, which the tools save and load completely themselves.
+    """
+    return any(is_dtensor(p) for group in optimizer.param_groups for p in group["params"])
 
 
 def new_label(ranks: RankGroup) -> str:

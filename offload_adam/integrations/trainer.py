@@ -27,6 +27,7 @@ from offload_adam.errors import CheckpointError
 from offload_adam.integrations.missing import explain_missing
 from offload_adam.integrations.saved_apart import (
     folder_of,
+    is_sharded,
     load_apart,
     new_label,
     reference_to,
@@ -51,7 +52,8 @@ class OffloadAdamCallback(TrainerCallback):
         trainer.train(resume_from_checkpoint=True)
 
     Each rank writes and reads its own part of the state. The number of ranks may change between
-    save and resume. `output_dir` must be on a file system that all ranks share.
+    save and resume. `output_dir` must be on a file system that all ranks share. With FSDP2 the
+    callback has no effect, because Trainer then saves and loads the complete state itself.
 
     Args:
         checkpoint: the checkpoint to resume from. Needed only if a checkpoint was moved and
@@ -63,6 +65,7 @@ class OffloadAdamCallback(TrainerCallback):
         self._checkpoint = None if checkpoint is None else Path(checkpoint).absolute()
         self._run = ""  # begins the labels of all states of one `train()`
         self._saved: str | None = None  # label of the state that was saved last
+        self._has_effect = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -81,6 +84,9 @@ class OffloadAdamCallback(TrainerCallback):
                 "not tell callbacks where it saves. Search without this callback, with "
                 "save_strategy='no'."
             )
+        self._has_effect = not is_sharded(optimizer)
+        if not self._has_effect:
+            return
         self._run = new_label(optimizer.ranks)
         reference = optimizer._loaded_reference
         label = None if reference is None else reference.label
@@ -119,7 +125,7 @@ class OffloadAdamCallback(TrainerCallback):
         """Move the state into the new checkpoint."""
         optimizer = _optimizer_of(given)
         optimizer._given_reference = None  # on ranks that have not saved it
-        if args.save_only_model:
+        if args.save_only_model or not self._has_effect:
             return
         label, checkpoint = self._label(state), _checkpoint_folder(args, state)
         self._save(optimizer, given["model"], args, label)
@@ -140,6 +146,8 @@ class OffloadAdamCallback(TrainerCallback):
     ) -> None:
         """Give Trainer a reference to save. Save the state if it is known that Trainer will."""
         optimizer, label = _optimizer_of(given), self._label(state)
+        if not self._has_effect:
+            return
         optimizer._given_reference = reference_to(optimizer, label, _checkpoint_folder(args, state))
         if control.should_save or control.should_evaluate or control.should_training_stop:
             # Trainer reads the parameters next, partly on rank 0 alone: updates must be over.
