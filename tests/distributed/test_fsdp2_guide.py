@@ -1,0 +1,29 @@
+"""The guide in docs/fsdp2.md runs as it is printed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+DOCUMENT = Path(__file__).parents[2] / "docs/fsdp2.md"
+
+
+def test_the_guide_runs_on_two_ranks(tmp_path: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text("utf-8"), re.M | re.S)
+    assert len(blocks) == 3
+    (tmp_path / "guide.py").write_text("\n".join(blocks), encoding="utf-8")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "guide.py"]
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    losses = [float(text) for text in done.stdout.split()]
+    assert len(losses) == 3
+    assert losses[2] < losses[1] < 1.0  # the last run goes on from the second one
