@@ -87,6 +87,11 @@ def _serve_one(connection: Connection, store: dist.Store) -> None:
         gc.freeze()
         if dist.is_initialized():
             dist.destroy_process_group()
+        # DTensor finds what it has cached for an equal mesh, whose groups no longer exist.
+        if "torch.distributed.tensor" in sys.modules:
+            from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+            _clear_sharding_prop_cache()
     finally:
         faulthandler.cancel_dump_traceback_later()
         os.environ.clear()
