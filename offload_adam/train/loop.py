@@ -87,7 +87,7 @@ def run_steps(job: Job, saver: CheckpointSaver) -> Iterator[StepRecord]:
         with span(STEP, step):
             record = _run_step(job, step)
         if step == train.num_steps or (train.eval_every and step % train.eval_every == 0):
-            with PROGRESS.at("evaluation"), span("evaluation"):
+            with PROGRESS.at("evaluation"), span("evaluation"), job.world.ranks.naming_failures():
                 val_loss = evaluate(job.model, job.corpus.validation, train, job.world)
             record = dataclasses.replace(record, val_loss=val_loss)
         # Before the checkpoint, so that every step of a committed checkpoint has its record.
@@ -108,7 +108,8 @@ def _run_step(job: Job, step: int) -> StepRecord:
     start_s = time.perf_counter()
     watch = Stopwatch()
     PROGRESS.begin_step(job.optimizer.num_steps + 1)
-    loss = _accumulate_gradients(job, step, watch)
+    with job.world.ranks.naming_failures():
+        loss = _accumulate_gradients(job, step, watch)
     job.optimizer.notice = Notice(stop=job.preemption.is_requested)
     with watch.span("step"):
         job.optimizer.step()
