@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from offload_adam.config import ConfigError
+from offload_adam.config import ConfigError, RunConfig
 from offload_adam.config.sections import ModelSizes, ParallelSection, TrainSection
 from offload_adam.coordinator.ranks import open_rank_group
 from offload_adam.coordinator.startup import World
 from offload_adam.fsdp_private import is_dtensor
+from offload_adam.layout.budget import Category
+from offload_adam.plan.prediction import predict
+from offload_adam.step.ledger import by_category
 from offload_adam.train.model import GPT, evaluate
+from offload_adam.train.optimizer import build_optimizer
 from offload_adam.train.parallel import _units, shard_model
+from offload_adam.train.plan import specs_of, training_of_job
 from tests.support.jobs import run_on_ranks
 from tests.support.ranks import RankPool
 from tests.support.torchrun import ROOT, run_two_ranks
@@ -166,6 +172,27 @@ def test_an_evaluation_leaves_the_model_sharded(ranks: RankPool) -> None:
     for loss, is_sharded in ranks.run(evaluate_sharded, 4):
         assert loss == pytest.approx(by_hand(), rel=1e-6)
         assert is_sharded
+
+
+def compare_state_with_plan(rank: int, world_size: int) -> list[tuple[int, int]]:
+    ranks = open_rank_group(None)
+    world = World(rank, world_size, rank, world_size, ranks)
+    config = RunConfig(parallel=ParallelSection())
+    model = make_model()
+    shard_model(ParallelSection(), world, model)
+    optimizer = build_optimizer(config, model)
+    job: Any = SimpleNamespace(config=config, world=world)
+    planned = predict(specs_of(model), training_of_job(job)).host
+    held = by_category(optimizer.memory_ledger())
+    optimizer.close()
+    ranks.release()
+    return [(planned[name], held[name]) for name in ("exp_avg", Category.PARAMETERS)]
+
+
+def test_a_profile_compares_with_the_state_of_the_shards(ranks: RankPool) -> None:
+    for found in ranks.run(compare_state_with_plan, 2):
+        for planned, held in found:
+            assert planned == held > 0
 
 
 def reject(rank: int, world_size: int, shares: str) -> str:
