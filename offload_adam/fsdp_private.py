@@ -61,6 +61,12 @@ def placement_of(tensor: torch.Tensor) -> str:
     return f"{held.placements} on {list(held.device_mesh.shape)} ranks"
 
 
+def num_sharing(tensor: torch.Tensor) -> int:
+    """Return the number of ranks of a DTensor's mesh, 0 for a plain tensor."""
+    held: Any = tensor
+    return int(held.device_mesh.size()) if is_dtensor(tensor) else 0
+
+
 def replace_local(parameter: torch.Tensor, local: torch.Tensor) -> None:
     """Let a DTensor that FSDP2 does not manage have another local tensor."""
     held: Any = parameter

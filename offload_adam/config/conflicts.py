@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from offload_adam.config.optimizer_sections import AdamSection
-from offload_adam.config.sections import RunConfig, ScheduleSection
+from offload_adam.config.sections import ParallelSection, RunConfig, ScheduleSection
 
 
 def find_conflicts(config: RunConfig) -> Iterator[tuple[str, str, str]]:
@@ -33,16 +33,42 @@ def find_conflicts(config: RunConfig) -> Iterator[tuple[str, str, str]]:
     if needs_streams and not optimizer.streams:
         problem = "since otherwise gradients stay in .grad until step()"
         yield _needs("accumulate", streaming, "true", problem)
-    if needs_streams and optimizer.gradient_reduction == "external":
+    external = optimizer.gradient_reduction == "external" and config.parallel is None
+    if needs_streams and external:
         problem = "since DistributedDataParallel accumulates in .grad"
         yield _needs("accumulate", "gradient_reduction", "optimizer", problem)
     if isinstance(optimizer, AdamSection):
         yield from _adam_conflicts(optimizer, config.schedule)
+    if config.parallel is not None:
+        yield from _parallel_conflicts(config, config.parallel)
 
 
 def _needs(key: str, other: str, value: str, reason: str) -> tuple[str, str, str]:
     """Return the conflict of `optimizer.<key>`, which needs `optimizer.<other>` to be `value`."""
     return f"optimizer.{key}", f"optimizer.{other}", f"needs optimizer.{other}: {value}, {reason}"
+
+
+def _parallel_conflicts(
+    config: RunConfig, parallel: ParallelSection
+) -> Iterator[tuple[str, str, str]]:
+    sizes, optimizer = config.model.sizes, config.optimizer
+    if optimizer.reduce_dtype is not None:
+        problem = "has no effect, since FSDP2 averages the gradients: set parallel.reduce_dtype"
+        yield "optimizer.reduce_dtype", "parallel", problem
+    if isinstance(optimizer, AdamSection) and not optimizer.use_offload:
+        problem = "since each rank then keeps the state of its shards in host memory"
+        yield "parallel", "optimizer.use_offload", f"needs optimizer.use_offload: true, {problem}"
+    if parallel.tensor == 1:
+        return
+    if sizes is None:
+        problem = "divides only the built-in model: set it to 1, which leaves more ranks to shard"
+        yield "parallel.tensor", "model.factory", f"{problem} your own model"
+    elif sizes.num_heads % parallel.tensor:
+        problem = f"must divide model.sizes.num_heads ({sizes.num_heads}), got {parallel.tensor}"
+        yield "parallel.tensor", "model.sizes.num_heads", f"{problem}: change one of them"
+    if isinstance(optimizer, AdamSection):
+        problem = "above 1 needs optimizer.name: OffloadAdam, since Adam has no groups for copies"
+        yield "parallel.tensor", "optimizer.name", f"{problem} of parameters"
 
 
 def _adam_conflicts(adam: AdamSection, schedule: ScheduleSection) -> Iterator[tuple[str, str, str]]:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from offload_adam.config.mistakes import ConfigError, Mistake
-from offload_adam.config.sections import RunConfig
+from offload_adam.config.sections import COMPLETE, RunConfig
 from offload_adam.config.validation import validate
 from offload_adam.config.yaml_text import read_yaml, write_yaml
 
@@ -152,15 +152,19 @@ def dump_config(config: RunConfig) -> str:
 
 
 def explain_config(config: RunConfig) -> str:
-    """Return the text of `dump_config` with a comment above each section and documented key."""
+    """Return the text of `dump_config` with a comment above each section and documented key.
+
+    A section that the configuration lacks is commented out.
+    """
     lines: list[str] = []
-    for name, values in config.model_dump(mode="json").items():
-        section = type(getattr(config, name))
-        lines += ["", *_comment(cleandoc(section.__doc__ or "")), f"{name}:"]
-        for key, value in values.items():
-            description = _comment(section.model_fields[key].description or "")
+    for name, complete in COMPLETE:
+        section = getattr(config, name) or complete
+        mark = "# " if getattr(config, name) is None else ""
+        lines += ["", *_comment(cleandoc(section.__doc__ or "")), f"{mark}{name}:"]
+        for key, value in section.model_dump(mode="json").items():
+            description = _comment(type(section).model_fields[key].description or "")
             text = write_yaml({key: value}).splitlines()
-            lines += [f"  {line}" for line in (*description, *text)]
+            lines += [f"{mark}  {line}" for line in (*description, *text)]
     return "\n".join([*lines[1:], ""])
 
 

@@ -90,6 +90,32 @@ class TrainSection(Section):
     eval_sequences: PositiveInt = 256
 
 
+class ParallelSection(Section):
+    """Shards the parameters over the ranks, with FSDP2 and tensor parallelism.
+
+    Without this section, each rank has all parameters, and only the optimizer state is sharded.
+
+    The run needs `replicate * shard * tensor` ranks. There are `replicate` copies of the
+    parameters, each sharded over `shard` ranks, by default all that remain. `tensor` ranks divide
+    the heads and the MLP of each block of the built-in GPT, and train on the same sequences. FSDP2
+    averages the gradients, so `optimizer.gradient_reduction` does not apply.
+
+    With `offload_weights`, the shards are in host memory, and each block is copied to the GPU when
+    it is used. With `reshard_after_forward: false`, a block stays gathered until its backward,
+    which saves an all-gather and takes more memory. Parameters are gathered and used in
+    `param_dtype`, and gradients are averaged in `reduce_dtype`. By default, these are the dtype of
+    the parameters and `param_dtype`.
+    """
+
+    shard: PositiveInt | None = None
+    replicate: PositiveInt = 1
+    tensor: PositiveInt = 1
+    offload_weights: bool = False
+    reshard_after_forward: bool = True
+    param_dtype: Literal["fp32", "bf16"] | None = None
+    reduce_dtype: Literal["fp32", "bf16"] | None = None
+
+
 class ScheduleSection(Section):
     """The learning rate: linear warmup for `warmup_steps`, then cosine decay to a minimum.
 
@@ -167,12 +193,16 @@ class CheckpointSection(Section):
 
 
 class RunConfig(Section):
-    """The configuration of a run. Each field is a section of the YAML file."""
+    """The configuration of a run. Each field is a section of the YAML file.
+
+    A section that is None has no defaults, but turns something on if it is given, even if empty.
+    """
 
     run: RunSection = RunSection()
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
+    parallel: ParallelSection | None = None
     optimizer: OptimizerSection = OffloadAdamSection()
     schedule: ScheduleSection = ScheduleSection()
     memory: MemorySection = MemorySection()
@@ -182,9 +212,12 @@ class RunConfig(Section):
     observe: ObserveSection = ObserveSection()
 
 
+COMPLETE = RunConfig(parallel=ParallelSection())
+"""The defaults of every section, also of those that a configuration may lack."""
+
 TEXT_KEYS = frozenset(
     f"{name}.{key}"
-    for name, section in RunConfig()
+    for name, section in COMPLETE
     for key, field in type(section).model_fields.items()
     if field.annotation in (str, str | None)
 )

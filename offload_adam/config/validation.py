@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from offload_adam.config.conflicts import find_conflicts
 from offload_adam.config.mistakes import Mistake
-from offload_adam.config.sections import FACTORY_PATTERN, NAME_PATTERN, RunConfig
+from offload_adam.config.sections import COMPLETE, FACTORY_PATTERN, NAME_PATTERN, RunConfig
 
 Key = tuple[str, str]
 """The dotted path of a section, "" for the top level, and the name of a key in it."""
@@ -173,8 +173,8 @@ def _spelled_like(name: str, keys: Sequence[Key], cutoff: float) -> list[Key]:
 def _known_keys(tag: str) -> tuple[Key, ...]:
     """Return all keys of a configuration with this optimizer, sections included."""
     # A dump of the defaults has every key.
-    config = RunConfig.model_validate({"optimizer": {"name": tag}})
-    return tuple(_walk(config.model_dump(), ""))
+    optimizer = RunConfig.model_validate({"optimizer": {"name": tag}}).optimizer
+    return tuple(_walk(COMPLETE.model_copy(update={"optimizer": optimizer}).model_dump(), ""))
 
 
 def _walk(values: dict[str, Any], section: str) -> Iterator[Key]:

@@ -8,8 +8,8 @@ import itertools
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -153,6 +153,22 @@ class RankGroup:
         """
         if self.watch is not None:
             self.watch.raise_failure()
+
+    @contextmanager
+    def naming_failures(self) -> Iterator[None]:
+        """Name the failed peer if a collective of torch itself fails in the body.
+
+        Raises:
+            PeerFailedError: in place of the error of DDP's or FSDP2's collective.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            # gloo raises a plain RuntimeError, as a mistake in the user's model may.
+            is_collective = isinstance(error, dist.DistError) or "/gloo/" in str(error)
+            if self.watch is None or not is_collective:
+                raise
+            raise self.watch.explain(error) from error
 
     def all_reduce(self, tensor: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
         """Reduce a host tensor over the ranks, in place. Collective."""

@@ -35,6 +35,8 @@ class World:
     """Rank and world size of this process; without torchrun it is rank 0 of 1.
 
     ranks: for the job's own collectives, with a watch over the peers inside `joined_world`.
+    ranks_per_batch: number of consecutive ranks that train on the same batch, by tensor
+        parallelism.
     """
 
     rank: int = 0
@@ -42,6 +44,7 @@ class World:
     local_rank: int = 0
     local_world_size: int = 1
     ranks: RankGroup = field(default_factory=RankGroup, compare=False)
+    ranks_per_batch: int = 1
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
@@ -66,6 +69,16 @@ class World:
         )
 
     @property
+    def data_rank(self) -> int:
+        """Index of this rank's batch among those of all ranks."""
+        return self.rank // self.ranks_per_batch
+
+    @property
+    def data_world_size(self) -> int:
+        """Number of different batches that the ranks train on at a time."""
+        return self.world_size // self.ranks_per_batch
+
+    @property
     def device(self) -> torch.device:
         """The device of this rank's model: a GPU, or the CPU if no GPU is visible.
 
@@ -79,15 +92,17 @@ class World:
 
 @contextmanager
 def joined_world(
-    timeout: timedelta = COLLECTIVE_TIMEOUT, failures: FailurePolicy = FailurePolicy()
+    timeout: timedelta = COLLECTIVE_TIMEOUT,
+    failures: FailurePolicy = FailurePolicy(),
+    *,
+    opens_alone: bool = False,
 ) -> Iterator[World]:
     """Open the default process group for the body, and destroy all groups after it.
-
-    Without torchrun it opens nothing.
 
     Args:
         timeout: of every collective of the default group.
         failures: time limits after which a peer counts as failed.
+        opens_alone: without torchrun, open a group of this process alone. Otherwise open nothing.
 
     Lifecycle: close all objects that hold a process group (an optimizer) inside the body. An object
         that outlives the groups aborts the process at exit.
@@ -100,11 +115,14 @@ def joined_world(
     world = World.from_environment()
     if world.device.type == "cuda":
         _use_own_gpu(world)
-    if "WORLD_SIZE" not in os.environ:
+    if "WORLD_SIZE" in os.environ:
+        end_with_parent()
+        _open_default_group(world, timeout, failures)
+    elif opens_alone:
+        _init_default_group(world, dist.HashStore(), timeout)
+    else:
         yield world
         return
-    end_with_parent()
-    _open_default_group(world, timeout, failures)
     try:
         ranks = open_rank_group(None, failures)
         try:
@@ -185,8 +203,7 @@ def _open_default_group(world: World, timeout: timedelta, failures: FailurePolic
     # read the addresses of the previous attempt.
     store = dist.PrefixStore(f"attempt-{attempt()}", store)
     meeting = dist.PrefixStore("meeting", store)
-    on_cuda = world.device.type == "cuda"
-    if on_cuda:
+    if world.device.type == "cuda":
         # Before the roll call: when it returns, every rank has claimed its GPU.
         _claim_gpu(meeting, world)
     meeting.set(f"rank/{world.rank}", Process.own().host)
@@ -194,6 +211,11 @@ def _open_default_group(world: World, timeout: timedelta, failures: FailurePolic
     roll_call(meeting, world.rank, tuple(range(world.world_size)), join_timeout, "join the run")
     if meeting.check([_SHARED_GPU]):
         raise RuntimeError(meeting.get(_SHARED_GPU).decode())
+    _init_default_group(world, store, timeout)
+
+
+def _init_default_group(world: World, store: dist.Store, timeout: timedelta) -> None:
+    on_cuda = world.device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
         store=store,

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from itertools import chain
 from typing import NamedTuple, TextIO, TypeVar
@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from offload_adam.config import ConfigError, Mistake, RunConfig
+from offload_adam.config.mesh import mesh_sizes
 from offload_adam.config.optimizer_sections import AdamSection
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.rank_checks import require_same
@@ -81,15 +82,11 @@ def run_job(config: RunConfig, console: Console | None = None) -> Outcome:
             raise it, because it hangs in a collective of DDP or of the user, the process exits.
     """
     corpus, model = prepare(config)
-    failures = failure_policy(config)
-    # Above `stuck_after`, so that a hung rank is declared hung, with its name, before a collective
-    # times out without one.
-    timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=2 * failures.stuck_after))
     # Left in reverse order: an error in the body first starts the time limit of the clean-up, the
     # optimizer closes before its process groups, and the lock is released last.
     with (
         locked_run_folder(config) as require_held,
-        joined_world(timeout, failures) as world,
+        _joined(config) as world,
         EndingGuard(world.ranks) as guard,
         preemptible(world.ranks, lambda: describe_lost_steps(config)) as preemption,
         _assembled(config, world, corpus, model) as (parallel_model, optimizer),
@@ -119,6 +116,18 @@ def run_job(config: RunConfig, console: Console | None = None) -> Outcome:
         return Outcome(last_step, preempted, checkpoint_path(config, last_step).is_dir())
 
 
+@contextmanager
+def _joined(config: RunConfig) -> Iterator[World]:
+    """Join the ranks for the body."""
+    failures, parallel = failure_policy(config), config.parallel
+    # Above `stuck_after`, so that a hung rank is declared hung, with its name, before a collective
+    # times out without one.
+    timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=2 * failures.stuck_after))
+    # FSDP2 needs a process group also on one rank.
+    with joined_world(timeout, failures, opens_alone=parallel is not None) as world:
+        yield world if parallel is None else replace(world, ranks_per_batch=parallel.tensor)
+
+
 def prepare(config: RunConfig) -> tuple[Corpus, nn.Module]:
     """Make all checks that need no other rank; return the data, and the model on the CPU.
 
@@ -138,6 +147,7 @@ def prepare(config: RunConfig) -> tuple[Corpus, nn.Module]:
 
     collect(_require_environment)
     collect(lambda: _require_one_rank_for_amsgrad(config))
+    collect(lambda: _require_ranks_of_mesh(config))
     collect(lambda: reject_missing_extras(config.observe))
     if os.environ.get("RANK", "0") == "0":
         collect(lambda: require_writable(config))
@@ -170,6 +180,12 @@ def _require_one_rank_for_amsgrad(config: RunConfig) -> None:
         )
 
 
+def _require_ranks_of_mesh(config: RunConfig) -> None:
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if config.parallel is not None and world_size.isdecimal() and int(world_size) > 0:
+        mesh_sizes(config.parallel, int(world_size))
+
+
 @contextmanager
 def _assembled(
     config: RunConfig, world: World, corpus: Corpus, model: nn.Module
@@ -179,13 +195,15 @@ def _assembled(
     Errors during construction are final: a restart would raise them again.
 
     Yields:
-        The model, in DistributedDataParallel if that averages the gradients, and the optimizer.
+        The model, sharded, or in DistributedDataParallel if that averages the gradients; and the
+        optimizer.
     """
     with final(TypeError, ValueError, RankDisagreementError, HostMemoryError):
         # What must be the same on all ranks before they build the optimizer.
         fields: list[tuple[str, str]] = []
         for section, values in config.model_dump(mode="json").items():
-            fields += [(f"{section}.{key}", json.dumps(value)) for key, value in values.items()]
+            present = values or {}  # a section may be absent
+            fields += [(f"{section}.{key}", json.dumps(value)) for key, value in present.items()]
         fields.append(("the data", corpus.description))
         require_same(world.ranks, "configuration", fields)
         parallel_model = _distributed(config, world, model)
@@ -198,16 +216,27 @@ def _assembled(
 
 
 def _distributed(config: RunConfig, world: World, model: nn.Module) -> nn.Module:
-    """Move the model with rank 0's weights to this rank's device; wrap it in DDP if configured."""
-    model = model.to(world.device)
+    """Move the model with rank 0's weights to this rank's device; shard or wrap it if configured.
+
+    Raises:
+        ConfigError: the model cannot be sharded.
+    """
+    if config.parallel is None:
+        model = model.to(world.device)
     if world.world_size > 1:
         # A user's factory may ignore the seed, so ranks may have different weights.
         for tensor in chain(model.parameters(), model.buffers()):
             received = tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
             world.ranks.broadcast(received)
             tensor.detach().copy_(received)
-    # Another seed for each rank: their dropout must differ.
-    torch.manual_seed(config.run.seed + world.rank)
+    # Another seed for each batch: their dropout must differ.
+    torch.manual_seed(config.run.seed + world.data_rank)
+    if config.parallel is not None:
+        from offload_adam.train.parallel import shard_model  # with FSDP2, which takes a second
+
+        # From host memory, layer by layer: the whole model may not fit into a GPU.
+        shard_model(config.parallel, world, model)
+        return model
     if config.optimizer.gradient_reduction == "external" and world.world_size > 1:
         return DistributedDataParallel(model)
     return model

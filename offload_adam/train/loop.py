@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 class Job:
     """The parts of a run, on one rank.
 
+    model: sharded by FSDP2 if the configuration has a section `parallel`.
     parallel_model: `model`, or DistributedDataParallel around it.
     schedule: to step after each update; None if `optimizer` has its own.
     first_step: the first step of this process, counted from 1; above 1 if the run was resumed.
@@ -60,7 +61,7 @@ class Job:
     def samples_per_step(self) -> int:
         """The sequences that all ranks together train on in one step."""
         train = self.config.train
-        return train.batch_size * train.gradient_accumulation_steps * self.world.world_size
+        return train.batch_size * train.gradient_accumulation_steps * self.world.data_world_size
 
     def samples_before(self, step: int) -> int:
         """Return the samples that all ranks together have seen before a step.
@@ -86,7 +87,7 @@ def run_steps(job: Job, saver: CheckpointSaver) -> Iterator[StepRecord]:
         with span(STEP, step):
             record = _run_step(job, step)
         if step == train.num_steps or (train.eval_every and step % train.eval_every == 0):
-            with PROGRESS.at("evaluation"), span("evaluation"):
+            with PROGRESS.at("evaluation"), span("evaluation"), job.world.ranks.naming_failures():
                 val_loss = evaluate(job.model, job.corpus.validation, train, job.world)
             record = dataclasses.replace(record, val_loss=val_loss)
         # Before the checkpoint, so that every step of a committed checkpoint has its record.
@@ -107,7 +108,8 @@ def _run_step(job: Job, step: int) -> StepRecord:
     start_s = time.perf_counter()
     watch = Stopwatch()
     PROGRESS.begin_step(job.optimizer.num_steps + 1)
-    loss = _accumulate_gradients(job, step, watch)
+    with job.world.ranks.naming_failures():
+        loss = _accumulate_gradients(job, step, watch)
     job.optimizer.notice = Notice(stop=job.preemption.is_requested)
     with watch.span("step"):
         job.optimizer.step()
@@ -141,6 +143,8 @@ def _accumulate_gradients(job: Job, step: int, watch: Stopwatch) -> torch.Tensor
     """Run forward and backward of all microbatches; return their mean loss, 0-d.
 
     Gradients are reduced in the last backward only, or in every backward if `accumulate` is "host".
+    FSDP2 always reduces them in every backward, because their sum has the size of the whole model
+    before. It sums the shards in `.grad`.
     """
     num_microbatches = job.config.train.gradient_accumulation_steps
     section = job.config.optimizer
@@ -164,9 +168,9 @@ def _accumulate_gradients(job: Job, step: int, watch: Stopwatch) -> torch.Tensor
 
 
 def _next_batch(job: Job, step: int, microbatch: int) -> Batch:
-    """Return this rank's batch. Samples of a step are numbered by microbatch, then by rank."""
+    """Return this rank's batch. Samples of a step are numbered by microbatch, then by data rank."""
     train, world = job.config.train, job.world
-    number = microbatch * world.world_size + world.rank
+    number = microbatch * world.data_world_size + world.data_rank
     first = job.samples_before(step) + number * train.batch_size
     seed = job.config.run.seed
     tokens = job.corpus.training

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Any
 
@@ -19,6 +19,7 @@ from offload_adam.config import ConfigError, Mistake, RunConfig
 from offload_adam.config.sections import ModelSection, ModelSizes, TrainSection
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.startup import World
+from offload_adam.fsdp_private import fsdp_groups
 from offload_adam.torch_private import is_lazy
 from offload_adam.train.data import (
     VOCABULARY_SIZE,
@@ -30,7 +31,7 @@ from offload_adam.train.data import (
 
 _KEY = "model.factory"
 _INIT_STD = 0.02  # GPT-2's
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build_model(config: RunConfig) -> nn.Module:
@@ -52,7 +53,7 @@ def build_model(config: RunConfig) -> nn.Module:
             "the model has no parameter that requires a gradient: set requires_grad on those that "
             "are to be trained",
         )
-    return model.to(_DTYPES[config.train.dtype])
+    return model.to(DTYPES[config.train.dtype])
 
 
 def _call_factory(section: ModelSection) -> nn.Module:
@@ -176,7 +177,8 @@ def evaluate(model: nn.Module, tokens: ByteTokens, train: TrainSection, world: W
     """Return the mean loss in nats a token over `eval_sequences` sequences. Collective.
 
     The sequences are distributed over the ranks, and the mean is over those of all ranks. It is the
-    same for any number of ranks.
+    same for any number of ranks. Each rank runs the same number of forwards, because that of a
+    sharded model is collective.
 
     Args:
         model: not its DistributedDataParallel wrapper. That broadcasts buffers in its forward, and
@@ -184,20 +186,30 @@ def evaluate(model: nn.Module, tokens: ByteTokens, train: TrainSection, world: W
         tokens: the validation split.
     """
     starts = evaluation_starts(tokens.size, train.sequence_length, train.eval_sequences)
-    own = starts[world.rank :: world.world_size]
+    own = starts[world.data_rank :: world.data_world_size]
+    most = -(-len(starts) // world.data_world_size)  # sequences of a rank
     total = torch.zeros(2, dtype=torch.float64, device="cpu")  # sum of losses, number of sequences
     was_training = model.training
     model.eval()
-    for first in range(0, len(own), train.batch_size):
+    for first in range(0, most, train.batch_size):
         chosen = own[first : first + train.batch_size]
-        batch = cut_batch(tokens, chosen, train.sequence_length).to(world.device)
+        used = chosen if len(chosen) > 0 else starts[:1]
+        batch = cut_batch(tokens, used, train.sequence_length).to(world.device)
         loss = next_token_loss(model, batch)
-        total[0] += loss.item() * len(chosen)
-        total[1] += len(chosen)
+        if len(chosen) > 0:
+            total[0] += loss.item() * len(chosen)
+            total[1] += len(chosen)
         PROGRESS.move()  # so that peers do not declare this rank hung during a long evaluation
+    # Without a backward, FSDP2 keeps the root gathered. The model would show whole parameters to a
+    # checkpoint.
+    for group in fsdp_groups():
+        group.reshard()
     model.train(was_training)
     world.ranks.all_reduce(total)
     return float(total[0] / total[1])
+
+
+_PROJECTIONS = ("query", "key", "value")
 
 
 class Attention(nn.Module):
@@ -205,15 +217,33 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.head_width = width // num_heads
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        heads = self.query_key_value(x).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each (batch, heads, time, head width)
+        # Each (batch, heads, time, head width). Tensor parallelism gives a rank some heads only.
+        query, key, value = (
+            part.unflatten(-1, (-1, self.head_width)).transpose(1, 2) for part in self._project(x)
+        )
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.output(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def split_projection(self) -> None:
+        """Store the weights of query, key and value apart, so that a rank can have some heads.
+
+        A third of the rows of `query_key_value` is not a whole number of heads of each.
+        """
+        for name, rows in zip(_PROJECTIONS, self.query_key_value.weight.chunk(3), strict=True):
+            layer = nn.Linear(rows.shape[1], rows.shape[0], bias=False, device="meta")
+            layer.weight = nn.Parameter(rows.detach().clone())
+            setattr(self, name, layer)
+        del self.query_key_value
+
+    def _project(self, x: torch.Tensor) -> Iterable[torch.Tensor]:
+        if hasattr(self, "query_key_value"):
+            return self.query_key_value(x).chunk(3, dim=-1)  # type: ignore[no-any-return]
+        return [getattr(self, name)(x) for name in _PROJECTIONS]
 
 
 class Block(nn.Module):

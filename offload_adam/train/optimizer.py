@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 from offload_adam.config import RunConfig
 from offload_adam.config.declared import read_options
 from offload_adam.config.optimizer_sections import AdamSection, ExecutionKeys
+from offload_adam.fsdp_private import num_sharing
 from offload_adam.mindspore.adam import Adam
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.options import ExecutionOptions, FailurePolicy, OffloadPolicy
@@ -26,6 +27,8 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> OffloadAdam | Adam:
     # that both optimizers have.
     own = type(section).model_fields.keys() - ExecutionKeys.model_fields.keys() - {"name"}
     arguments = {key: getattr(section, key) for key in own} | read_options(config, ExecutionOptions)
+    if config.parallel is not None:
+        arguments["gradient_reduction"] = None  # FSDP2 averages them
     arguments["reduce_dtype"] = torch.float32 if section.reduce_dtype else None
     arguments |= {"offload": offload_policy(config), "failures": failure_policy(config)}
     if isinstance(section, AdamSection):
@@ -55,15 +58,20 @@ def decay_groups(model: nn.Module, weight_decay: float) -> Iterator[dict[str, An
 
     Tensors with two or more dimensions get the weight decay; biases and norms get none.
 
+    Tensor parallelism divides only some parameters. The others are sharded over fewer ranks, of
+    which there are several sets with the same parameters, and have groups of their own.
+
     Source: common practice since Brown et al., "Language Models are Few-Shot Learners" (2020).
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trainable if parameter.dim() >= 2]
-    others = [parameter for parameter in trainable if parameter.dim() < 2]
-    if matrices:
-        yield {"params": matrices, "weight_decay": weight_decay}
-    if others:
-        yield {"params": others, "weight_decay": 0.0}
+    most = max(map(num_sharing, trainable))
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in trainable:
+        key = (num_sharing(parameter) < most, parameter.dim() < 2)
+        groups.setdefault(key, []).append(parameter)
+    for (has_copies, is_vector), parameters in sorted(groups.items()):
+        group = {"params": parameters, "weight_decay": 0.0 if is_vector else weight_decay}
+        yield group | ({"replicas": "copies"} if has_copies else {})
 
 
 def build_schedule(optimizer: Optimizer, config: RunConfig) -> LRScheduler | None:

@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from offload_adam.config import RunConfig
+from offload_adam.config import ConfigError, RunConfig
 from offload_adam.config.optimizer_sections import AdamSection
+from offload_adam.fsdp_private import local_of
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.params.selection import bucket_key_of
 from offload_adam.plan.inputs import Training
@@ -28,16 +29,25 @@ def planner_inputs_of(
         on_device: plan for a GPU even if none is visible.
 
     Raises:
-        ConfigError: the model cannot be built.
+        ConfigError: the model cannot be built, or is to be sharded.
     """
+    if config.parallel is not None:
+        raise ConfigError.at(
+            "parallel",
+            "offload-adam plan does not know the memory of sharded parameters yet: remove the "
+            "section, or add --parallel=null, to plan for a whole model on each rank",
+        )
     with torch.device("meta"):
         model = build_model(config)
     return specs_of(model), training_of(config, on_device or torch.cuda.is_available())
 
 
 def specs_of(model: nn.Module) -> list[ParameterSpec]:
-    """Return the sizes and bucket keys of a model's trainable parameters."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Return the sizes and bucket keys of a model's trainable parameters.
+
+    Of a sharded model, those of this rank's shards.
+    """
+    trainable = [local_of(parameter) for parameter in model.parameters() if parameter.requires_grad]
     return [
         ParameterSpec(i, p.numel(), p.element_size(), bucket_key_of(p))
         for i, p in enumerate(trainable)
@@ -46,8 +56,12 @@ def specs_of(model: nn.Module) -> list[ParameterSpec]:
 
 def training_of_job(job: Job) -> Training:
     """Return how a job trains, with its world size."""
-    training = training_of(job.config, job.world.device.type == "cuda")
-    world = job.world
+    world, parallel = job.world, job.config.parallel
+    training = training_of(job.config, world.device.type == "cuda")
+    if parallel is not None:
+        # Each rank updates its own shards, as a run of one rank. FSDP2 sends all that is sent.
+        on_device = training.on_device and not parallel.offload_weights
+        return replace(training, on_device=on_device, reduces=False)
     return replace(training, world_size=world.world_size, local_world_size=world.local_world_size)
 
 

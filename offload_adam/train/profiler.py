@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from offload_adam.config.optimizer_sections import AdamSection
 from offload_adam.errors import MissingExtraError
-from offload_adam.gradients.stand_in import gradient_of
+from offload_adam.gradients.stand_in import local_gradient_of
 from offload_adam.kernels.threads import threads_per_rank
 from offload_adam.layout.budget import Category
 from offload_adam.layout.flat import ParameterSpec
@@ -62,7 +62,7 @@ def profiled_job(job: Job) -> Iterator[None]:
 def _gradients(job: Job) -> Iterator[LedgerEntry]:
     """Yield the bytes of each gradient in `.grad`. The optimizer's ledger has all others."""
     for parameter in job.model.parameters():
-        gradient = gradient_of(parameter)
+        gradient = local_gradient_of(parameter)
         nbytes = 0 if gradient is None or gradient.is_sparse else gradient.nbytes
         yield LedgerEntry(Category.GRADIENTS, None, str(parameter.device), nbytes)
 

@@ -22,6 +22,7 @@ from offload_adam.checkpoint.format import read_manifest
 from offload_adam.checkpoint.load import load_checkpoint, verify_checkpoint
 from offload_adam.checkpoint.save import require_shared, save_checkpoint
 from offload_adam.config import ConfigError, Mistake, RunConfig
+from offload_adam.config.sections import COMPLETE
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.rank_checks import gather_texts, raise_on_all_ranks
 from offload_adam.coordinator.ranks import attempt
@@ -46,6 +47,10 @@ MAY_CHANGE = (
     "optimizer.num_threads",
     "optimizer.bucket_nbytes",
     "optimizer.overlap",
+    "parallel.shard",
+    "parallel.replicate",
+    "parallel.offload_weights",
+    "parallel.reshard_after_forward",
     "memory.",
     "coordinator.",
     "profile.",
@@ -363,19 +368,24 @@ def _reject_changes(config: RunConfig, checkpoint: Path) -> None:
     mistakes = []
     now, saved = config.model_dump(mode="json"), extra["config"]
     for section in sorted({*now, *saved}):
-        values, before = now.get(section, {}), saved.get(section, {})
-        # null means the default, and so does a key that the checkpoint's version did not have.
+        values, before = now.get(section) or {}, saved.get(section) or {}
+        # null means the default, and so does a key that the checkpoint's version did not have. A
+        # section may be absent.
         defaults: dict[str, Any] = {}
         if section in now:
-            defaults = type(getattr(config, section)).model_construct().model_dump(mode="json")
+            kind = type(getattr(config, section) or getattr(COMPLETE, section))
+            defaults = kind.model_construct().model_dump(mode="json")
         for key in sorted({*values, *before}):
             name = f"{section}.{key}"
-            was = defaults.get(key) if before.get(key) is None else before[key]
-            if values.get(key) != was and not name.startswith(MAY_CHANGE):
+            was, becomes = (
+                defaults.get(key) if found.get(key) is None else found[key]
+                for found in (before, values)
+            )
+            if becomes != was and not name.startswith(MAY_CHANGE):
                 problem = (
-                    f"was {json.dumps(was)} in the checkpoint and is "
-                    f"{json.dumps(values.get(key))} now: set it back, or begin a new run with "
-                    "checkpoint.resume=never and another run.name"
+                    f"was {json.dumps(was)} in the checkpoint and is {json.dumps(becomes)} now: "
+                    "set it back, or begin a new run with checkpoint.resume=never and another "
+                    "run.name"
                 )
                 mistakes.append(Mistake(name, problem))
     if mistakes:

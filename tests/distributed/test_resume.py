@@ -10,14 +10,11 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
 from rich.console import Console
 
 from offload_adam.checkpoint.format import RankEntry, read_manifest
@@ -29,6 +26,7 @@ from offload_adam.coordinator.startup import World
 from offload_adam.errors import CheckpointError
 from offload_adam.train import saving
 from offload_adam.train.job import run_job
+from tests.support.jobs import run_on_ranks, train_as_a_rank
 from tests.support.ranks import RankPool
 from tests.support.reference import Outcome, outcome_of
 from tests.unit.test_train_alone import SMALL
@@ -61,6 +59,10 @@ def values(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
         chosen[name] = section if replaces else chosen.get(name, {}) | section
     chosen["run"] = {"name": "case", "dir": str(folder)} | chosen.get("run", {})
     return chosen
+
+
+def on_ranks(folder: Path) -> dict[str, Any]:
+    return values(folder, optimizer={"lr": 0.01, "num_threads": 1})
 
 
 def run(folder: Path, **sections: dict[str, Any]) -> list[dict[str, Any]]:
@@ -107,29 +109,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, kind: str) -> No
     assert steps(tmp_path / "again") == [4, 8, 12]
     for step in (8, 12):
         assert checksums(tmp_path / "again", step) == checksums(tmp_path / "whole", step)
-
-
-def train_as_a_rank(rank: int, world_size: int, sections: dict[str, Any]) -> None:
-    dist.destroy_process_group()  # the job opens its own
-    run_job(RunConfig.model_validate(sections), Console(file=io.StringIO()))
-    torch.set_num_threads(1)  # as the pool has it
-
-
-def run_on_ranks(
-    ranks: RankPool,
-    folder: Path,
-    world_size: int,
-    train: Callable[[int, int, dict[str, Any]], Any] = train_as_a_rank,
-) -> list[Any]:
-    """Run the job on ranks that join, as under torchrun, through a store in another process."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    agent = {
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-    }
-    sections = values(folder, optimizer={"lr": 0.01, "num_threads": 1})
-    return ranks.run(train, world_size, sections, env=agent)
 
 
 def test_a_start_from_the_first_step_because_all_checkpoints_are_damaged_is_a_warning(
@@ -390,7 +369,7 @@ def test_a_folder_that_is_not_shared_is_found_before_the_first_step(
 ) -> None:
     for rank in range(2):
         (tmp_path / f"disk-{rank}").mkdir()
-    found = run_on_ranks(ranks, tmp_path, 2, train_apart)
+    found = run_on_ranks(ranks, 2, on_ranks(tmp_path), train_apart)
     assert [outcome.error for outcome in found] == ["CheckpointError"] * 2
     for outcome in found:
         assert "Rank(s) [1] failed in looking for rank 0's folder: runs/case is not shared" in (
@@ -429,11 +408,11 @@ def test_leftovers_of_killed_runs_are_removed(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_a_run_resumes_in_another_world_size(ranks: RankPool, tmp_path: Path) -> None:
-    run_on_ranks(ranks, tmp_path, 2)
+    run_on_ranks(ranks, 2, on_ranks(tmp_path))
     two = checksums(tmp_path, 12)
     assert len(two) == 2
     forget_after(tmp_path, 8)
-    run_on_ranks(ranks, tmp_path, 2)
+    run_on_ranks(ranks, 2, on_ranks(tmp_path))
     assert checksums(tmp_path, 12) == two
     forget_after(tmp_path, 4)
     run(tmp_path)

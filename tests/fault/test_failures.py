@@ -26,6 +26,17 @@ def test_a_killed_rank_is_named_and_ends_the_run(tmp_path: Path, place: str) -> 
     assert [record["step"] for record in ended.records] in ([1, 2], [1, 2, 3])
 
 
+@pytest.mark.parametrize("override", ["optimizer.gradient_reduction=external", "parallel={}"])
+def test_a_killed_rank_is_named_where_torchs_own_collective_fails(
+    tmp_path: Path, override: str
+) -> None:
+    ended = run(tmp_path, "kill@forward", f"--{override}")
+    assert ended.code == 1
+    assert ended.took_s < BOUND_S
+    assert "offload-adam: Rank 1 is dead: process " in ended.printed
+    assert "offload_adam/" not in ended.printed  # no traceback of ours
+
+
 def test_a_stopped_rank_is_dead_to_the_others(tmp_path: Path) -> None:
     ended = run(tmp_path, "stop@forward")
     assert ended.code == 1

@@ -67,6 +67,17 @@ def test_what_needs_one_rank_is_rejected_before_the_ranks_join(
     assert "optimizer.amsgrad: works on one rank only" in output
 
 
+def test_ranks_that_are_not_those_of_the_mesh_are_rejected_before_they_join(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in (ALONE | {"WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    code, output = train(TINY, "--parallel.shard=3")
+    assert code == 2
+    assert "parallel: replicate 1 * shard 3 * tensor 1 is 3, but this run has 2" in output
+
+
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 

@@ -17,7 +17,9 @@ from offload_adam.config import (
     explain_config,
     load_config,
 )
+from offload_adam.config.mesh import mesh_sizes
 from offload_adam.config.optimizer_sections import AdamSection, OffloadAdamSection
+from offload_adam.config.sections import ParallelSection
 from offload_adam.config.validation import _SYNONYMS, _known_keys
 from offload_adam.options import ExecutionOptions, FailurePolicy, OffloadPolicy, options_of
 
@@ -329,6 +331,10 @@ def test_anything_but_two_betas_says_what_is_expected(tmp_path: Path, value: str
         ("memory.pin", "maybe"),
         ("memory.pin", "true"),
         ("memory.offload_fraction", "1.5"),
+        ("parallel", "true"),
+        ("parallel.shard", "0"),
+        ("parallel.tensor", "null"),
+        ("parallel.param_dtype", "fp16"),
     ],
 )
 def test_a_value_out_of_range_or_of_another_type_is_rejected(
@@ -354,10 +360,69 @@ def test_the_path_of_a_beta_out_of_range_has_its_index(tmp_path: Path) -> None:
         ("optimizer: {accumulate: host, gradient_reduction: external}", "optimizer.accumulate"),
         ("optimizer: {overlap: true, streaming: false}", "optimizer.overlap"),
         ("optimizer: {name: Adam, learning_rate: 0.1, overlap: true}", "optimizer.overlap"),
+        ("parallel: {}\noptimizer: {name: Adam}", "parallel"),
+        ("parallel: {}\noptimizer: {reduce_dtype: fp32}", "optimizer.reduce_dtype"),
+        ("parallel: {tensor: 3}", "parallel.tensor"),
+        ("parallel: {tensor: 2}\nmodel: {factory: 'm:f'}", "parallel.tensor"),
+        ("parallel: {tensor: 2}\noptimizer: {name: Adam, use_offload: true}", "parallel.tensor"),
     ],
 )
 def test_keys_that_contradict_each_other_are_rejected(tmp_path: Path, text: str, path: str) -> None:
     assert set(mistakes(tmp_path, text)) == {path}
+
+
+def test_an_absent_section_is_commented_out_and_differs_from_an_empty_one(tmp_path: Path) -> None:
+    absent, empty = load(tmp_path, "{}"), load(tmp_path, "parallel: {}")
+    assert absent.parallel is None
+    assert empty.parallel == ParallelSection()
+    assert "\n# parallel:\n#   shard: null\n" in explain_config(absent)
+    assert "\nparallel:\n  shard: null\n" in explain_config(empty)
+    assert load(tmp_path, "{}", "--parallel.tensor=2").parallel == ParallelSection(tensor=2)
+    assert load(tmp_path, "parallel: {}", "--parallel=null").parallel is None
+
+
+@pytest.mark.parametrize(
+    ("world_size", "given", "sizes"),
+    [
+        (1, {}, (1, 1, 1)),
+        (8, {}, (1, 8, 1)),
+        (8, {"replicate": 2, "tensor": 2}, (2, 2, 2)),
+        (8, {"shard": 4, "replicate": 2}, (2, 4, 1)),
+        (2, {"tensor": 2}, (1, 1, 2)),
+    ],
+)
+def test_the_ranks_that_remain_share_the_shards(
+    world_size: int, given: dict[str, int], sizes: tuple[int, ...]
+) -> None:
+    assert mesh_sizes(ParallelSection.model_validate(given), world_size) == sizes
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (
+            {"shard": 4},
+            "replicate 1 * shard 4 * tensor 1 is 4, but this run has 6 rank(s): set parallel.shard "
+            "to 6, or start 4 rank(s) with torchrun",
+        ),
+        (
+            {"shard": 2, "tensor": 4},
+            "replicate 1 * shard 2 * tensor 4 is 8, but this run has 6 rank(s): change one of "
+            "them, or start 8 rank(s) with torchrun",
+        ),
+        (
+            {"replicate": 2, "tensor": 2},
+            "replicate 2 * tensor 2 is 4, which does not divide the 6 rank(s) of this run: change "
+            "one of them, or start a multiple of 4 ranks",
+        ),
+    ],
+)
+def test_sizes_that_do_not_multiply_to_the_ranks_are_rejected(
+    given: dict[str, int], problem: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        mesh_sizes(ParallelSection.model_validate(given), 6)
+    assert caught.value.mistakes == (("parallel", problem),)
 
 
 ADAM = "optimizer: {name: Adam, use_offload: true, learning_rate: 1e-2}"
@@ -474,7 +539,11 @@ def test_a_malformed_override_is_shown_with_the_right_form(tmp_path: Path, overr
     ("override", "path", "problem"),
     [
         ("--num_steps=3", "num_steps", "unknown key; did you mean train.num_steps?"),
-        ("--foo=1", "foo", "unknown key; here you can set run, model, data, train, optimizer, "),
+        (
+            "--foo=1",
+            "foo",
+            "unknown key; here you can set run, model, data, train, parallel, optimizer, ",
+        ),
         ("--train=1", "train", "must be a mapping of keys to values, got 1"),
         ("--model.arguments=1", "model.arguments", "must be a mapping of keys to values, got 1"),
     ],

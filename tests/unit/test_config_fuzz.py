@@ -11,9 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from offload_adam.config import ConfigError, RunConfig, dump_config, load_config
+from offload_adam.config.sections import COMPLETE
 
 SECTIONS = sorted(RunConfig.model_fields)
-KEYS = sorted({key for section in RunConfig().model_dump().values() for key in section})
+KEYS = sorted({key for section in COMPLETE.model_dump().values() for key in section})
 PLAIN: st.SearchStrategy[Any] = (
     st.none()
     | st.booleans()

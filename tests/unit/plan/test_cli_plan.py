@@ -124,6 +124,13 @@ def test_a_wrong_option_exits_with_2(arguments: tuple[str, ...], words: str) -> 
     assert words in output
 
 
+def test_sharded_parameters_are_not_planned() -> None:
+    code, output = plan(CONFIG, "--parallel={}")
+    assert code == 2
+    assert "parallel: offload-adam plan does not know" in output
+    assert plan(CONFIG, "--parallel={}", "--parallel=null")[0] == 0
+
+
 def test_options_say_what_they_would_save() -> None:
     training = Training(world_size=2, accumulates=True, reduce_fp32=True, amsgrad=True)
     found = {o.setting: o for o in options(synthetic_specs(10**9, 4), training)}
