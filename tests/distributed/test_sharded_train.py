@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -214,3 +215,30 @@ def test_a_parameter_that_would_be_sharded_twice_is_rejected_by_name(
 ) -> None:
     for text in ranks.run(reject, 2, shares):
         assert f"parallel: {names} are one parameter" in text
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "resumed"),
+    [
+        (2, {}, {}),
+        (2, {}, None),
+        (2, {}, {"replicate": 2, "offload_weights": True}),
+        (4, {"tensor": 2}, {"tensor": 2}),
+    ],
+)
+def test_a_killed_sharded_run_is_resumed_under_any_sharding(
+    ranks: RankPool,
+    tmp_path: Path,
+    world_size: int,
+    parallel: dict[str, Any],
+    resumed: dict[str, Any] | None,
+) -> None:
+    checkpoint = {"every": 5, "keep_last": 5}
+    whole = train(ranks, tmp_path, world_size, parallel=parallel, checkpoint=checkpoint)
+    shutil.rmtree(tmp_path / "case" / "checkpoints" / "step-10")
+    again = train(ranks, tmp_path, world_size, parallel=resumed, checkpoint=checkpoint)
+    assert again[:5] == whole[:5]  # the records of before
+    if resumed == parallel:
+        assert again == whole
+    for one, other in zip(again, whole, strict=True):
+        assert one == pytest.approx(other, rel=2e-5)
