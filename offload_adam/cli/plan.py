@@ -110,7 +110,11 @@ def plan(
         for option, file in (("--json", json_file), ("--timeline", timeline_file)):
             if file is not None and not file.absolute().parent.is_dir():
                 raise ValueError(f"{option} {file}: there is no folder {file.absolute().parent}")
-        specs, training = _subject(config, overrides or [], params, param_dtype, gpu_memory)
+        if world_size < 1:
+            raise ValueError(f"world_size must be at least 1, not {world_size}")
+        specs, training = _subject(
+            config, overrides or [], params, param_dtype, gpu_memory, world_size
+        )
         training = replace(
             training,
             world_size=world_size,
@@ -150,6 +154,7 @@ def _subject(
     params: float | None,
     param_dtype: str,
     gpu_memory: str | None,
+    world_size: int,
 ) -> tuple[list[ParameterSpec], Training]:
     """Return the parameters and how they are trained, from CONFIG or from --params."""
     from offload_adam.plan.inputs import Training, synthetic_specs
@@ -160,7 +165,9 @@ def _subject(
         from offload_adam.train.plan import planner_inputs_of
 
         return planner_inputs_of(
-            load_arguments([str(config), *overrides]), on_device=gpu_memory is not None
+            load_arguments([str(config), *overrides]),
+            on_device=gpu_memory is not None,
+            world_size=world_size,
         )
     if param_dtype not in _ITEMSIZES:
         raise ValueError(f"--param-dtype must be fp32, bf16 or fp16, not {param_dtype!r}")

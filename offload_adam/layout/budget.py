@@ -56,6 +56,7 @@ class Category:
     PREPARED = "prepared"  # centralized and sparse gradients in the kernel's form
     SNAPSHOT_BUFFER = "snapshot buffer"  # copies for a checkpoint in the background
     CHECKPOINT_WRITER = "checkpoint writer"
+    GATHERED = "gathered by FSDP2"  # layers, and gradients that it averages
 
 
 def plane_nbytes(plan: StatePlan) -> dict[str, int]:

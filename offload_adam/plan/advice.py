@@ -121,7 +121,7 @@ def _changes(
         yield "without amsgrad", specs, replace(training, amsgrad=False)
     if training.on_device and not training.replicated and training.offload.offload_fraction > 0.5:
         yield "memory.offload_fraction: 0.5", specs, training.with_offload(offload_fraction=0.5)
-    if training.world_size > 1 and not training.replicated:
+    if training.world_size > 1 and not (training.replicated or training.sharded):
         if training.reduces:  # another library averages in `.grad`, in its dtype
             external = replace(
                 training,
@@ -136,4 +136,5 @@ def _changes(
     half_nbytes = max(1, resolve_bucket_nbytes(specs, training.policy) // 2)
     smaller = training.with_offload(bucket_nbytes=half_nbytes)
     yield f"optimizer.bucket_nbytes: {half_nbytes}", specs, smaller
-    yield "twice as many ranks", specs, replace(training, world_size=2 * training.world_size)
+    if not training.sharded:  # the parts of more ranks would be smaller
+        yield "twice as many ranks", specs, replace(training, world_size=2 * training.world_size)

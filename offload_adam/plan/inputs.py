@@ -34,6 +34,10 @@ class Training:
         optimizer then takes memory for their sums.
     reduce_fp32: 16-bit gradients are averaged in fp32.
     replicated: every rank stores all state, where its parameters are.
+    sharded: FSDP2 shards the parameters and averages the gradients. The planned parameters are
+        then the parts of one rank.
+    gathered_nbytes: of the layers that FSDP2 has gathered and the gradients that it averages.
+    gathers_on_device: the layers are gathered on a GPU, also if the parts are on the host.
     offload: where state is stored, the bucket size, what is pinned, and the snapshot buffer.
     saves: checkpoints are written.
     num_tokens: tokens of one rank in a step, over all microbatches; None if unknown.
@@ -50,6 +54,9 @@ class Training:
     reduce_fp32: bool = False
     amsgrad: bool = False
     replicated: bool = False
+    sharded: bool = False
+    gathered_nbytes: int = 0
+    gathers_on_device: bool = False
     offload: OffloadPolicy = OffloadPolicy()
     saves: bool = False
     num_tokens: int | None = None
@@ -69,14 +76,15 @@ class Training:
     def overlaps(self) -> bool:
         """Return whether updates run during the next forward."""
         hooked = self.streams and not self.replicated
+        reduces = self.reduces or self.sharded
         return resolve_overlap(
-            self.overlap, hooked=hooked, reduces=self.reduces, on_device=self.on_device
+            self.overlap, hooked=hooked, reduces=reduces, on_device=self.on_device
         )
 
     @property
     def policy(self) -> StatePolicy:
         """Return the policy that the optimizer would use for these options and this world."""
-        streams = self.streams and self.reduces and not self.replicated
+        streams = self.streams and (self.reduces or self.sharded) and not self.replicated
         return StatePolicy.from_options(
             self.offload,
             world_size=self.world_size,
@@ -86,6 +94,7 @@ class Training:
             reduces_in_fp32=self.reduce_fp32,
             streams=streams,
             replicated=self.replicated,
+            sharded=self.sharded,
         )
 
     def with_offload(self, **options: Any) -> Training:
@@ -104,6 +113,8 @@ class Training:
                     spec.bucket_key,
                     amsgrad=self.amsgrad,
                     on_device=self.on_device,
+                    padded_numel=spec.padded_numel,
+                    num_shards=spec.num_shards,
                 )
                 for spec in specs
             ],

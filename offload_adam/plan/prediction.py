@@ -87,6 +87,8 @@ def predict(specs: Sequence[ParameterSpec], training: Training) -> Prediction:
     if training.on_device and training.saves:
         # Parameters on a device are written through a buffer; host memory is written in place.
         host[Category.CHECKPOINT_WRITER] = CHECKPOINT_BLOCK_NBYTES
+    gathering = device if training.gathers_on_device else host
+    gathering[Category.GATHERED] += training.gathered_nbytes
     return Prediction(dict(+host), dict(+device), len(plans))
 
 
@@ -97,7 +99,7 @@ def _gradients(plans: Sequence[StatePlan], training: Training) -> int:
     are freed during backward, bucket by bucket.
     """
     later = training.policy.accumulates_later
-    freed = training.streams and training.reduces and not training.replicated
+    freed = training.policy.streams
     sizes = [plan.bucket.numel * plan.bucket.itemsize for plan in plans]
     have_shards = all(plan.gradient.shard_itemsize > 0 for plan in plans)
     if not (freed and have_shards):

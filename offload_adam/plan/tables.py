@@ -37,7 +37,9 @@ def plan_run(
     plan = predict(specs, training)
     timing = predict_time(specs, training, machine)
     changes = list(options(specs, training))
-    largest = largest_model(max(spec.itemsize for spec in specs), training, machine)
+    largest = None  # of sharded parameters, only the parts of one rank are known here
+    if not training.sharded:
+        largest = largest_model(max(spec.itemsize for spec in specs), training, machine)
     memories = needs(plan, training, machine)
     fits = all(need.is_met for need in memories)
     values: dict[str, Any] = {

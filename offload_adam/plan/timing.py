@@ -109,7 +109,7 @@ def update_nbytes(specs: Sequence[ParameterSpec], training: Training) -> int:
 
 def _doubts(specs: Sequence[ParameterSpec], training: Training) -> Iterator[str]:
     """Yield how the run differs from those whose predicted times tests compare with real ones."""
-    shards = 1 if training.replicated else training.world_size
+    shards = training.policy.num_shards
     on_node = total_numel(specs) * training.local_world_size // shards
     least, most = COMPARED_NUMEL
     if not least <= on_node <= most:
@@ -177,14 +177,13 @@ def _memory_nbytes(plan: StatePlan, training: Training) -> tuple[int, int]:
 def _sent_nbytes(plan: StatePlan, training: Training) -> tuple[float, float]:
     """Return the bytes that a rank sends to average a bucket's gradients, and to gather it."""
     bucket, world_size = plan.bucket, training.world_size
-    mean = gather = 0.0
+    mean = 0.0
     if _averages(training):
         # A reduce-scatter is one pass around the ring. An all-reduce is two: gloo, on CPUs, has no
         # fast reduce-scatter, and replicated state needs the whole average but no all-gather.
         passes = ALL_REDUCE_PASSES if training.replicated or not training.on_device else 1
         mean = passes * pass_nbytes(bucket.numel * plan.gradient.itemsize, world_size)
-    if not training.replicated:
-        gather = pass_nbytes(bucket.numel * bucket.itemsize, world_size)
+    gather = pass_nbytes(bucket.numel * bucket.itemsize, bucket.world_size)
     return mean, gather
 
 

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
     parallelize_module,
@@ -35,6 +36,16 @@ from offload_adam.config.mesh import mesh_sizes
 from offload_adam.config.sections import ParallelSection
 from offload_adam.coordinator.startup import World
 from offload_adam.train.model import DTYPES, GPT, Block
+
+_STYLES: dict[str, type[ColwiseParallel] | type[RowwiseParallel]] = {
+    "attention.query": ColwiseParallel,
+    "attention.key": ColwiseParallel,
+    "attention.value": ColwiseParallel,
+    "attention.output": RowwiseParallel,
+    "mlp_input": ColwiseParallel,
+    "mlp_output": RowwiseParallel,
+}
+"""How tensor parallelism splits the layers of a block: by the rows or columns of a weight."""
 
 
 def shard_model(section: ParallelSection, world: World, model: nn.Module) -> None:
@@ -51,7 +62,7 @@ def shard_model(section: ParallelSection, world: World, model: nn.Module) -> Non
     mesh = init_device_mesh(
         world.device.type, tuple(used.values()), mesh_dim_names=tuple(used.keys())
     )
-    units = list(dict.fromkeys(_units(model)))
+    units = list(dict.fromkeys(units_of(model)))
     _reject_shared(model, units)
     if "tensor" in used:
         assert isinstance(model, GPT), "the configuration rejects other models"
@@ -74,7 +85,7 @@ def shard_model(section: ParallelSection, world: World, model: nn.Module) -> Non
         raise ConfigError.at("parallel", f"FSDP2 cannot shard the model: {error}") from error
 
 
-def _units(module: nn.Module, *, listed: bool = False) -> Iterator[nn.Module]:
+def units_of(module: nn.Module, *, listed: bool = False) -> Iterator[nn.Module]:
     """Yield what FSDP2 gathers at a time: the children of ModuleLists that have parameters.
 
     Containers in a ModuleList have no forward, so their children are yielded instead.
@@ -82,7 +93,7 @@ def _units(module: nn.Module, *, listed: bool = False) -> Iterator[nn.Module]:
     for child in module.children():
         is_list = isinstance(child, nn.ModuleList)
         if is_list or not listed or isinstance(child, nn.ModuleDict):
-            yield from _units(child, listed=listed or is_list)
+            yield from units_of(child, listed=listed or is_list)
         elif any(True for _ in child.parameters()):
             yield child
 
@@ -117,17 +128,34 @@ def _divide_blocks(model: GPT, mesh: DeviceMesh) -> None:
     for block in model.blocks:
         assert isinstance(block, Block)
         block.attention.split_projection()
-        plan = {
+        plan: dict[str, ParallelStyle] = {
             # One DTensor for the three projections, whose input gradients are then summed once.
             "attention": PrepareModuleInput(
                 input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),)
             ),
-            "attention.query": ColwiseParallel(),
-            "attention.key": ColwiseParallel(),
-            "attention.value": ColwiseParallel(),
-            "attention.output": RowwiseParallel(),
-            "mlp_input": ColwiseParallel(),
-            "mlp_output": RowwiseParallel(),
+            **{name: style() for name, style in _STYLES.items()},
         }
         # All ranks have the same values already, so none is sent.
         parallelize_module(block, mesh, plan, src_data_rank=None)
+
+
+def split_dims(model: nn.Module, num_parts: int) -> dict[nn.Parameter, int]:
+    """Return the dimension along which tensor parallelism splits each parameter that it splits.
+
+    Splits the projections of the built-in model first, as `shard_model` does.
+
+    Args:
+        num_parts: ranks that share a block; the result is empty for 1.
+    """
+    found: dict[nn.Parameter, int] = {}
+    for block in model.blocks if isinstance(model, GPT) and num_parts > 1 else ():
+        assert isinstance(block, Block)
+        block.attention.split_projection()
+        for name, module in block.named_modules():
+            style = _STYLES.get(name)
+            if isinstance(module, nn.Linear) and style is not None:
+                assert isinstance(module.weight, nn.Parameter)
+                found[module.weight] = 0 if style is ColwiseParallel else 1
+                if style is ColwiseParallel and module.bias is not None:
+                    found[module.bias] = 0
+    return found

@@ -2,44 +2,92 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from offload_adam.config import ConfigError, RunConfig
+from offload_adam.config import RunConfig
+from offload_adam.config.mesh import mesh_sizes
 from offload_adam.config.optimizer_sections import AdamSection
+from offload_adam.config.sections import ParallelSection
 from offload_adam.fsdp_private import local_of
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.params.selection import bucket_key_of
 from offload_adam.plan.inputs import Training
 from offload_adam.train.loop import Job
-from offload_adam.train.model import build_model
+from offload_adam.train.model import DTYPES, build_model
 from offload_adam.train.optimizer import offload_policy
 
 
 def planner_inputs_of(
-    config: RunConfig, *, on_device: bool
+    config: RunConfig, *, on_device: bool, world_size: int
 ) -> tuple[list[ParameterSpec], Training]:
     """Return a configuration's trainable parameters, and how it trains them on one rank.
 
-    The model is built on the meta device. The caller sets the world size.
+    The model is built on the meta device. The caller sets the world size of the result.
 
     Args:
         on_device: plan for a GPU even if none is visible.
+        world_size: number of ranks, over which the section `parallel` shards the model.
 
     Raises:
-        ConfigError: the model cannot be built, or is to be sharded.
+        ConfigError: the model cannot be built, or not be sharded over these ranks.
     """
-    if config.parallel is not None:
-        raise ConfigError.at(
-            "parallel",
-            "offload-adam plan does not know the memory of sharded parameters yet: remove the "
-            "section, or add --parallel=null, to plan for a whole model on each rank",
-        )
     with torch.device("meta"):
         model = build_model(config)
-    return specs_of(model), training_of(config, on_device or torch.cuda.is_available())
+    training = training_of(config, on_device or torch.cuda.is_available())
+    if config.parallel is None:
+        return specs_of(model), training
+    return sharded_inputs(model, config.parallel, training, world_size)
+
+
+def sharded_inputs(
+    model: nn.Module, section: ParallelSection, training: Training, world_size: int
+) -> tuple[list[ParameterSpec], Training]:
+    """Return the sizes of rank 0's parts of a model that is not sharded yet, and how it trains.
+
+    Rank 0 has the largest parts. The bytes of gathered layers are an estimate: those of the root
+    and of two units, and the gradients of one unit, which FSDP2 copies once to average them.
+    """
+    sizes = mesh_sizes(section, world_size)
+    # FSDP2 takes a second to import, so only a plan with this section imports it.
+    from offload_adam.train.parallel import split_dims, units_of
+
+    split = split_dims(model, sizes.tensor)
+    unit_of = {
+        parameter: number
+        for number, unit in enumerate(dict.fromkeys(units_of(model)))
+        for parameter in unit.parameters()
+    }
+    specs: list[ParameterSpec] = []
+    gathered: Counter[int] = Counter()
+    for parameter in model.parameters():
+        unit = unit_of.get(parameter, -1)
+        shape, dim = list(parameter.shape), split.get(parameter)
+        if dim is not None:
+            shape[dim] //= sizes.tensor
+        computed = DTYPES[section.param_dtype] if section.param_dtype else parameter.dtype
+        gathered[unit] += math.prod(shape) * computed.itemsize
+        shape[0] = -(-shape[0] // sizes.shard)
+        if parameter.requires_grad:
+            # As `LocalShard.key`: parameters share a bucket if the same ranks have copies of them.
+            key = f"{bucket_key_of(parameter)}, unit {unit}, {'whole' if dim is None else 'split'}"
+            numel, itemsize = math.prod(shape), parameter.element_size()
+            spec = ParameterSpec(len(specs), numel, itemsize, key, num_shards=sizes.replicate)
+            specs.append(spec)
+    root = gathered.pop(-1, 0)
+    largest = max(gathered.values(), default=root)
+    return specs, replace(
+        training,
+        on_device=training.on_device and not section.offload_weights,
+        sharded=True,
+        reduces=False,
+        gathered_nbytes=root + 4 * largest,
+        gathers_on_device=training.on_device,
+    )
 
 
 def specs_of(model: nn.Module) -> list[ParameterSpec]:
@@ -61,7 +109,7 @@ def training_of_job(job: Job) -> Training:
     if parallel is not None:
         # Each rank updates its own shards, as a run of one rank. FSDP2 sends all that is sent.
         on_device = training.on_device and not parallel.offload_weights
-        return replace(training, on_device=on_device, reduces=False)
+        return replace(training, on_device=on_device, sharded=True, reduces=False)
     return replace(training, world_size=world.world_size, local_world_size=world.local_world_size)
 
 

@@ -22,8 +22,13 @@ from offload_adam.plan.prediction import predict
 from offload_adam.step.ledger import by_category
 from offload_adam.train.model import GPT, evaluate
 from offload_adam.train.optimizer import build_optimizer
-from offload_adam.train.parallel import _units, shard_model
-from offload_adam.train.plan import specs_of, training_of_job
+from offload_adam.train.parallel import shard_model, units_of
+from offload_adam.train.plan import (
+    sharded_inputs,
+    specs_of,
+    training_of,
+    training_of_job,
+)
 from tests.support.jobs import run_on_ranks
 from tests.support.ranks import RankPool
 from tests.support.torchrun import ROOT, run_two_ranks
@@ -137,10 +142,10 @@ def test_other_dtypes_stay_near(ranks: RankPool, tmp_path: Path) -> None:
 def test_layers_with_parameters_are_the_units_of_a_user_model() -> None:
     model = Nested()
     names = {module: name for name, module in model.named_modules()}
-    found = [names[unit] for unit in _units(model)]
+    found = [names[unit] for unit in units_of(model)]
     assert found == ["layers.0", "layers.2.0", "layers.2.1"]
     gpt = GPT(ModelSizes(num_layers=2, width=16, num_heads=2), max_length=4)
-    assert list(_units(gpt)) == list(gpt.blocks)
+    assert list(units_of(gpt)) == list(gpt.blocks)
 
 
 @pytest.mark.slow
@@ -175,25 +180,51 @@ def test_an_evaluation_leaves_the_model_sharded(ranks: RankPool) -> None:
         assert is_sharded
 
 
-def compare_state_with_plan(rank: int, world_size: int) -> list[tuple[int, int]]:
+def compare_state_with_plan(
+    rank: int, world_size: int, sections: list[dict[str, Any]]
+) -> list[tuple[str, str, int, int]]:
+    """Return the bytes of each category, as planned before sharding and as held after it."""
     ranks = open_rank_group(None)
     world = World(rank, world_size, rank, world_size, ranks)
-    config = RunConfig(parallel=ParallelSection())
-    model = make_model()
-    shard_model(ParallelSection(), world, model)
-    optimizer = build_optimizer(config, model)
-    job: Any = SimpleNamespace(config=config, world=world)
-    planned = predict(specs_of(model), training_of_job(job)).host
-    held = by_category(optimizer.memory_ledger())
-    optimizer.close()
+    found = []
+    for given in sections:
+        section = ParallelSection(**given)
+        config = RunConfig(parallel=section)
+        training = training_of(config, on_device=False)
+        specs, training = sharded_inputs(wide_model(), section, training, world_size)
+        planned = predict(specs, training).host
+        model = wide_model()
+        shard_model(section, world, model)
+        optimizer = build_optimizer(config, model)
+        held = by_category(optimizer.memory_ledger())
+        found += [
+            (str(given), name, planned[name], held[name])
+            for name in ("exp_avg", "exp_avg_sq", Category.PARAMETERS)
+        ]
+        if given == {}:  # a profile plans with the parts of this rank
+            job: Any = SimpleNamespace(config=config, world=world)
+            of_job = predict(specs_of(model), training_of_job(job)).host
+            found.append(("job", "exp_avg", of_job["exp_avg"], held["exp_avg"]))
+        optimizer.close()
     ranks.release()
-    return [(planned[name], held[name]) for name in ("exp_avg", Category.PARAMETERS)]
+    return found
 
 
-def test_a_profile_compares_with_the_state_of_the_shards(ranks: RankPool) -> None:
-    for found in ranks.run(compare_state_with_plan, 2):
-        for planned, held in found:
-            assert planned == held > 0
+def wide_model() -> GPT:
+    torch.manual_seed(1)
+    return GPT(ModelSizes(num_layers=2, width=64, num_heads=4), 16)
+
+
+def test_the_plan_is_what_the_optimizer_allocates(ranks: RankPool) -> None:
+    sections: list[dict[str, Any]] = [
+        {},
+        {"replicate": 2},
+        {"tensor": 2},
+        {"offload_weights": True},
+    ]
+    for found in ranks.run(compare_state_with_plan, 4, sections):
+        for section, name, planned, held in found:
+            assert planned == pytest.approx(held, rel=0.02), (section, name)
 
 
 def reject(rank: int, world_size: int, shares: str) -> str:

@@ -124,11 +124,34 @@ def test_a_wrong_option_exits_with_2(arguments: tuple[str, ...], words: str) -> 
     assert words in output
 
 
-def test_sharded_parameters_are_not_planned() -> None:
-    code, output = plan(CONFIG, "--parallel={}")
+WIDE = ("--model.sizes.width=256", "--model.sizes.num_heads=4")
+
+
+def test_the_plan_of_sharded_parameters_is_that_of_one_rank(tmp_path: Path) -> None:
+    plans = {}
+    for name, given in {
+        "whole": ("--world-size=1",),
+        "sharded": ("--world-size=4", "--parallel={}"),
+        "replicas": ("--world-size=4", "--parallel.replicate=2"),
+        "on the host": ("--world-size=4", "--parallel.offload_weights=true", "--gpu-memory=80GiB"),
+    }.items():
+        file = tmp_path / f"{name}.json"
+        code, output = plan(CONFIG, *WIDE, *given, f"--json={file}")
+        assert code == 0, output
+        plans[name] = json.loads(file.read_text())["bytes_per_rank"]
+    # A part has whole rows, and each parameter whole blocks of 128 elements.
+    share = plans["whole"]["host"]["exp_avg"] / 4
+    assert share <= plans["sharded"]["host"]["exp_avg"] < 1.05 * share
+    assert share <= plans["replicas"]["host"]["exp_avg"] < 1.05 * share  # replicas divide it
+    assert plans["replicas"]["host"]["parameters"] > 1.9 * plans["sharded"]["host"]["parameters"]
+    assert "parameters" not in plans["on the host"]["device"]
+    assert plans["on the host"]["device"]["gathered by FSDP2"] > 0
+
+
+def test_a_mesh_that_does_not_fit_the_ranks_is_not_planned() -> None:
+    code, output = plan(CONFIG, "--world-size=3", "--parallel.replicate=2")
     assert code == 2
-    assert "parallel: offload-adam plan does not know" in output
-    assert plan(CONFIG, "--parallel={}", "--parallel=null")[0] == 0
+    assert "does not divide the 3 rank(s)" in output
 
 
 def test_options_say_what_they_would_save() -> None:
