@@ -67,7 +67,9 @@ saved as one file for each rank of a world (`local_state_dict`) depends on where
 class ParameterSpec:
     """The properties of a parameter that determine its layout.
 
-    bucket_key: equal for all parameters of a bucket; it encodes all other fields but the numels.
+    bucket_key: equal for all parameters of a bucket; it encodes dtype, device and `amsgrad`.
+    unit: equal for all parameters of a bucket, too: what FSDP2 gathers at a time, for example.
+        Buckets of several units share slots.
     amsgrad: the state includes the largest second moment so far.
     on_device: the parameter is not in host memory.
     padded_numel: elements to reserve for the parameter, if more than `numel`.
@@ -80,6 +82,7 @@ class ParameterSpec:
     bucket_key: str
     amsgrad: bool = False
     on_device: bool = False
+    unit: str = ""
     padded_numel: int = 0
     num_shards: int = 0
 
@@ -232,14 +235,14 @@ def plan_buckets(
     if world_size < 1 or bucket_nbytes < 1:
         raise ValueError(f"{world_size=} and {bucket_nbytes=} must be at least 1")
     groups: list[tuple[ParameterSpec, list[Placement]]] = []
-    open_groups: dict[str, list[Placement]] = {}
+    open_groups: dict[tuple[str, str], list[Placement]] = {}
     packs = sum(max(s.numel, s.padded_numel) < BLOCK_NUMEL for s in specs) >= PACK_FROM
     for spec in reversed(specs):
-        group = open_groups.get(spec.bucket_key)
+        group = open_groups.get((spec.bucket_key, spec.unit))
         numel = max(spec.numel, spec.padded_numel)
         start = start_after(_end_of(group[-1]), numel, packs=packs) if group else 0
         if group is None or align(start + numel) * spec.itemsize > bucket_nbytes:
-            group = open_groups[spec.bucket_key] = []
+            group = open_groups[spec.bucket_key, spec.unit] = []
             groups.append((spec, group))
             start = 0
         reserved_end = start + numel if numel > spec.numel else 0

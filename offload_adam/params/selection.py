@@ -141,10 +141,14 @@ class NewParameter:
     @property
     def bucket_key(self) -> str:
         """A key that all parameters of one bucket share: dtype, device and planes of state."""
-        key = bucket_key_of(self.local) + ("+amsgrad" if self.amsgrad else "")
+        return bucket_key_of(self.local) + ("+amsgrad" if self.amsgrad else "")
+
+    @property
+    def unit(self) -> str:
+        """What else all parameters of one bucket share, if parameters are sharded over ranks."""
         if self.shard is None:
-            return key
-        return f"{key}, {self.shard.key}, {'part' if is_dtensor(self.parameter) else 'whole'}"
+            return ""
+        return f"{self.shard.key}, {'part' if is_dtensor(self.parameter) else 'whole'}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,7 @@ class Training:
                     spec.bucket_key,
                     amsgrad=self.amsgrad,
                     on_device=self.on_device,
+                    unit=spec.unit,
                     padded_numel=spec.padded_numel,
                     num_shards=spec.num_shards,
                 )

@@ -105,6 +105,7 @@ class Storage:
             item.bucket_key,
             amsgrad=item.amsgrad,
             on_device=self.backend.is_device(item.local.device),
+            unit=item.unit,
             padded_numel=0 if item.shard is None else item.shard.padded_numel,
             num_shards=0 if item.shard is None else len(item.shard.replicas),
         )

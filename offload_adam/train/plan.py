@@ -74,10 +74,16 @@ def sharded_inputs(
         shape[0] = -(-shape[0] // sizes.shard)
         if parameter.requires_grad:
             # As `LocalShard.key`: parameters share a bucket if the same ranks have copies of them.
-            key = f"{bucket_key_of(parameter)}, unit {unit}, {'whole' if dim is None else 'split'}"
-            numel, itemsize = math.prod(shape), parameter.element_size()
-            spec = ParameterSpec(len(specs), numel, itemsize, key, num_shards=sizes.replicate)
-            specs.append(spec)
+            specs.append(
+                ParameterSpec(
+                    len(specs),
+                    math.prod(shape),
+                    parameter.element_size(),
+                    bucket_key_of(parameter),
+                    unit=f"{unit}, {'whole' if dim is None else 'split'}",
+                    num_shards=sizes.replicate,
+                )
+            )
     root = gathered.pop(-1, 0)
     largest = max(gathered.values(), default=root)
     return specs, replace(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from offload_adam.layout import flat
 from offload_adam.layout.flat import BLOCK_NUMEL, Bucket, ParameterSpec, plan_buckets
 from offload_adam.layout.schedule import Operation, Task, plan_schedule
-from offload_adam.layout.state_plan import StateLocation, StatePlan
+from offload_adam.layout.state_plan import StateLocation, StatePlan, StatePolicy, plan_state
 from offload_adam.params.bucket import ShardSegments
 from tests.support.plans import equal_plans, offloaded
 
@@ -247,3 +247,12 @@ def test_padding_of_a_parameter_leaves_room_for_all_block_sums() -> None:
     full = [ParameterSpec(0, 1000, 4, "key", padded_numel=9000, num_shards=2)]
     (bucket,) = plan_buckets(full, world_size=1, bucket_nbytes=10**6)
     assert sum(-(-part.numel // 128) for part in bucket.segments(0)) == 8 <= bucket.num_sums
+
+
+def test_units_have_buckets_of_their_own_and_share_slots() -> None:
+    specs = [ParameterSpec(i, 1000, 2, "key", on_device=True, unit=str(i // 2)) for i in range(8)]
+    plans = plan_state(specs, StatePolicy(sharded=True, streams=True, reduces=False))
+    assert [len(plan.bucket.placements) for plan in plans] == [2, 2, 2, 2]
+    schedule = plan_schedule(plans, num_reduce_slots=3, num_staging_slots=2)
+    assert schedule.reduce_slots == {0: 0, 1: 1, 2: 2, 3: 0}
+    assert schedule.staging_slots == {3: 0, 2: 1, 1: 0, 0: 1}
