@@ -383,6 +383,21 @@ def reject(rank: int, world_size: int, folder: str) -> None:
         optimizer.close()
 
 
+def snapshot_buffer(rank: int, world_size: int) -> int:
+    net = Net()
+    hybrid(net)
+    offload = OffloadPolicy(snapshot_buffer_nbytes=2**20)
+    optimizer = OffloadAdamW(net.parameters(), lr=0.1, offload=offload)
+    nbytes = optimizer.host_nbytes["snapshot buffer"]
+    optimizer.close()
+    return nbytes
+
+
+def test_ranks_with_copies_have_no_snapshot_buffer(ranks: RankPool) -> None:
+    found = ranks.run(snapshot_buffer, 4)
+    assert [nbytes > 0 for nbytes in found] == [True, True, False, False]
+
+
 def test_state_by_every_function(ranks: RankPool, tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         folder = tmp_path / str(dtype)
