@@ -251,7 +251,7 @@ def nbytes_of_state(optimizer: Any) -> int:
     planes = ("parameters", "master_weight", "exp_avg", "exp_avg_sq")
     entries = [entry for entry in optimizer.memory_ledger() if entry.category in planes]
     assert len(entries) > 3
-    _, world_size = optimizer._alive().partition
+    world_size = optimizer._alive().partition[1]
     return sum(e.nbytes // (world_size if e.category == "parameters" else 1) for e in entries)
 
 
