@@ -296,11 +296,11 @@ def _read_in_place(
     loaded = set()
     reads: list[Read] = []
     for shard in shards_of(core.states):
-        name = name_of(shard.parameter)
+        name, boxes = name_of(shard.parameter), shard.boxes()
         for key, plane in shard.planes.items():
             saved = _plane_name(reader.manifest, name, key)
             if saved in reader.manifest.tensors:  # `_check` has found what may be missing
-                reads += _reads(reader, saved, shard.boxes(), shard.order, plane)
+                reads += _reads(reader, saved, boxes, shard.order, plane)
         if weights and name not in loaded:
             # Every rank reads whole parameters (of a DTensor its local part), but only its own
             # ranges of the state.

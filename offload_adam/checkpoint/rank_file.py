@@ -32,7 +32,7 @@ class Part:
     reader therefore finds a channels_last weight with its channels in the last dimension.
 
     shape, order: of the whole tensor, see `format.TensorEntry`.
-    boxes: not empty.
+    boxes: in the order of the file, each with elements; none if this rank has no elements.
     data: (n,), on any device: the elements of the boxes, one box after the other.
     bucket: the bucket whose update modifies `data`; None if no update does.
     """

@@ -365,13 +365,19 @@ def manifest_of(entries: Sequence[RankEntry], manifest: Manifest) -> Manifest:
     """Return `manifest` with the tensors and files of all ranks.
 
     Raises:
-        CheckpointError: the elements of a tensor are in another order in memory on some ranks.
+        CheckpointError: a tensor has another shape, dtype or order in memory on some ranks.
     """
     tensors: dict[str, TensorEntry] = {}
     for entry in entries:
         for name, tensor in entry.tensors.items():
             before = tensors.get(name)
             if before is not None:
+                if (before.dtype, before.shape) != (tensor.dtype, tensor.shape):
+                    raise CheckpointError(
+                        f"{name!r} is {before.dtype} {before.shape} on some ranks and "
+                        f"{tensor.dtype} {tensor.shape} on others. Construct the same model on all "
+                        "ranks."
+                    )
                 pieces = [_reordered(name, piece, tensor, before) for piece in tensor.pieces]
                 tensor = before.model_copy(update={"pieces": [*before.pieces, *pieces]})
             tensors[name] = tensor

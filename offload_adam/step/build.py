@@ -154,9 +154,14 @@ def build_states(
             of_planes = plane_nbytes(plan)
             parts += of_planes.values()
             needed.update(of_planes)
-    if storage.policy.replicated and ranks.rank != 0:
-        buffer_nbytes = 0  # rank 0 alone writes replicated state
-    buffer_nbytes = snapshot_buffer_nbytes(plans, buffer_nbytes)
+    by_index = {item.index: item for item in new}
+    # A rank does not write state of which another one has a copy.
+    written = [
+        plan
+        for plan in plans
+        if _is_counted(by_index[plan.bucket.placements[0].parameter], ranks, storage.policy)
+    ]
+    buffer_nbytes = snapshot_buffer_nbytes(written, buffer_nbytes)
     if buffer_nbytes > 0:
         needed[Category.SNAPSHOT_BUFFER] = buffer_nbytes
     check_node_memory(ranks, needed, allow_overcommit=storage.offload.allow_overcommit)
@@ -173,7 +178,6 @@ def build_states(
         )
     if arena.pinned_nbytes == 0:  # not asked for, or failed: the plan must not rely on it
         plans = tuple(replace(plan, pinned=False) for plan in plans)
-    by_index = {item.index: item for item in new}
     states = []
     for plan in plans:
         items = [by_index[placed.parameter] for placed in plan.bucket.placements]

@@ -48,6 +48,7 @@ class Net(nn.Module):
         self.embedding = nn.Embedding(10, 8).requires_grad_(False)
         self.first, self.second = nn.Linear(8, 22), nn.Linear(22, 8)
         self.norm = nn.LayerNorm(8)
+        self.conv = nn.Conv2d(3, 4, 2)
         self.head = nn.Linear(8, 3)
         self.register_buffer("scale", torch.rand(8))
         self.first.register_buffer("offset", torch.rand(3))  # a DTensor, too, if `first` is one
@@ -56,7 +57,8 @@ class Net(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         hidden = self.embedding(tokens)
         hidden = hidden + self.second(torch.tanh(self.first(hidden).clone()))
-        result: torch.Tensor = self.head(self.norm(hidden) * self.scale)
+        images = self.conv(hidden[:, None].expand(-1, 3, -1, -1)).clone()
+        result: torch.Tensor = self.head(self.norm(hidden) * self.scale) + images.mean()
         return result.clone()
 
 
@@ -87,11 +89,12 @@ def tensor_parallel(net: Net) -> None:
 def hybrid(net: Net) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     fully_shard(net.second, mesh=mesh)
-    fully_shard(net, mesh=mesh)
+    fully_shard(net, mesh=mesh, ignored_params={net.norm.bias})  # stays a plain parameter
 
 
 def plain(net: Net) -> None:
-    pass
+    """Shard nothing, but keep the convolution's weight in another order."""
+    net.conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def make(
@@ -285,10 +288,10 @@ def go_on(rank: int, world_size: int, folder: str, expected: Values, later: Valu
     net, optimizer = make(fsdp, torch.float32, seed=2, overlaps=True)
     # An evaluation leaves the root gathered, from which FSDP2 would read old values.
     with torch.no_grad():
-        before = net(torch.arange(10))
+        before = net(torch.arange(10).view(2, 5))
     load_checkpoint(Path(folder, "fsdp 4"), model=net, optimizer=optimizer)
     with torch.no_grad():
-        assert not torch.equal(net(torch.arange(10)), before)
+        assert not torch.equal(net(torch.arange(10).view(2, 5)), before)
     path = Path(folder, "background")
     pending = begin_checkpoint(path, model=net, optimizer=optimizer, extra={"a": 1})
     train(net, optimizer, NUM_STEPS, NUM_STEPS + 2)
@@ -378,6 +381,21 @@ def reject(rank: int, world_size: int, folder: str) -> None:
                 with pytest.raises(CheckpointError, match=words):
                     call()
         optimizer.close()
+
+
+def snapshot_buffer(rank: int, world_size: int) -> int:
+    net = Net()
+    hybrid(net)
+    offload = OffloadPolicy(snapshot_buffer_nbytes=2**20)
+    optimizer = OffloadAdamW(net.parameters(), lr=0.1, offload=offload)
+    nbytes = optimizer.host_nbytes["snapshot buffer"]
+    optimizer.close()
+    return nbytes
+
+
+def test_ranks_with_copies_have_no_snapshot_buffer(ranks: RankPool) -> None:
+    found = ranks.run(snapshot_buffer, 4)
+    assert [nbytes > 0 for nbytes in found] == [True, True, False, False]
 
 
 def test_state_by_every_function(ranks: RankPool, tmp_path: Path) -> None:
