@@ -52,6 +52,11 @@ class OffloadAdam(ShardedOptimizer):
             optimizer.step()
             optimizer.zero_grad()
 
+    Parameters may be sharded over the ranks by FSDP2 (`fully_shard`), HSDP or tensor parallelism.
+    Each rank then keeps and updates the state of its own parts, and `state` has DTensors. FSDP2
+    averages the gradients; with `module` they leave `.grad` during backward, and FSDP2 waits for
+    the updates of each layer before it gathers the layer. See docs/fsdp2.md.
+
     Construct the optimizer again to start over, as in a notebook cell that runs twice: the new one
     closes an older one of the same parameters, with a warning, right before it allocates memory. An
     older optimizer of only some of the parameters, or of further ones, is an error.
@@ -64,7 +69,9 @@ class OffloadAdam(ShardedOptimizer):
 
     Args:
         params: parameters, group dicts, or (name, parameter) pairs. fp32, bf16 and fp16 may be
-            mixed. Parameters with `requires_grad=False` get no state and are not updated. A
+            mixed. A group of DTensors on a mesh of only some ranks needs the option "replicas":
+            "copies" if the other ranks have copies of them, "distinct" if they have other ones,
+            such as other experts. Parameters with `requires_grad=False` get no state and are not updated. A
             parameter that requires a gradient later gets its state at the first step with one.
         lr: learning rate, a float or a one-element tensor. `lr`, `betas`, `eps` and `weight_decay`
             are read from `param_groups` at each step, so schedulers work.
