@@ -71,8 +71,9 @@ class OffloadAdam(ShardedOptimizer):
         params: parameters, group dicts, or (name, parameter) pairs. fp32, bf16 and fp16 may be
             mixed. A group of DTensors on a mesh of only some ranks needs the option "replicas":
             "copies" if the other ranks have copies of them, "distinct" if they have other ones,
-            such as other experts. Parameters with `requires_grad=False` get no state and are not updated. A
-            parameter that requires a gradient later gets its state at the first step with one.
+            such as other experts. Parameters with `requires_grad=False` get no state and are not
+            updated. A parameter that requires a gradient later gets its state at the first step
+            with one.
         lr: learning rate, a float or a one-element tensor. `lr`, `betas`, `eps` and `weight_decay`
             are read from `param_groups` at each step, so schedulers work.
         betas: (b1, b2), the decay rates of the moments m and v, each in [0, 1).
