@@ -51,6 +51,31 @@ def test_the_loss_curve_is_unchanged_after_any_failure(
         assert verify_checkpoint(folder / f"step-{step}").step == step
 
 
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ("--parallel={}",),
+        ("--parallel.offload_weights=true", "--optimizer.overlap=true", "--checkpoint.mode=async"),
+    ],
+)
+@pytest.mark.parametrize("fault", ["kill@forward", "kill@update"])
+def test_a_sharded_run_that_is_killed_resumes_with_the_same_losses(
+    tmp_path: Path, fault: str, parallel: tuple[str, ...]
+) -> None:
+    """With FSDP2, whose collectives fail on the ranks that are left."""
+    folders = [tmp_path / name for name in ("whole", "killed")]
+    for folder in folders:
+        folder.mkdir()
+    whole = run(folders[0], "", *SHORT, *parallel)
+    assert whole.code == 0, whole.printed
+    options = ("--max-restarts=1",)
+    ended = run(folders[1], f"{fault}/7", *SHORT, *parallel, options=options)
+    assert ended.code == 0, ended.printed
+    assert "fault on rank 1: " in ended.printed
+    assert "step-4 at step 4" in ended.printed
+    assert bits(ended) == bits(whole)
+
+
 @pytest.mark.parametrize("mode", ["sync", "async"])
 @pytest.mark.parametrize(
     ("place", "newest"),
