@@ -23,11 +23,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_NEEDED = (
-    ("unshard", "wait_for_unshard", "reshard"),
-    ("fsdp_params", "modules", "_training_state", "_sharded_state", "_all_gather_result"),
-    ("_sharded_param_data", "sharded_param", "padded_sharded_param_size", "fsdp_placement"),
-)
+# Without these names of a record, the parameters of FSDP2 are rejected.
+_OF_MEMORY = ("_sharded_param_data", "sharded_param", "padded_sharded_param_size", "fsdp_placement")
+# Without these names of a group, nothing can wait before a gather: `step()` itself waits.
+_OF_WAITS = ("unshard", "_training_state", "_all_gather_result", "is_unsharded")
 
 
 def _imported(module: str, name: str) -> Any:
@@ -241,10 +240,14 @@ class FsdpGroup:
         """A name that this package needs and this version of FSDP2 lacks, None if none."""
         group = self._group()
         assert group is not None
-        of_group, of_instance, of_record = _NEEDED
-        missing = [name for name in (*of_group, *of_instance) if not hasattr(group, name)]
-        missing += [n for n in of_record for r in group.fsdp_params[:1] if not hasattr(r, n)]
+        missing = [n for n in _OF_MEMORY for r in group.fsdp_params[:1] if not hasattr(r, n)]
         return missing[0] if missing else None
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether `call_before_unshard` works with this version of FSDP2."""
+        group = self._group()
+        return group is None or all(hasattr(group, name) for name in _OF_WAITS)
 
     @property
     def replicates(self) -> bool:
@@ -275,7 +278,7 @@ class FsdpGroup:
     def gathered_parameters(self) -> list[torch.Tensor]:
         """Return the plain parameters that the model has while this group is gathered."""
         group = self._group()
-        if group is None or not group.is_unsharded:
+        if group is None or not getattr(group, "is_unsharded", False):
             return []
         return [record._unsharded_param for record in group.fsdp_params]
 
@@ -288,9 +291,9 @@ class FsdpGroup:
         group = self._group()
         if group is None:
             return
-        if group._all_gather_result is not None:
+        if getattr(group, "_all_gather_result", None) is not None:
             group.wait_for_unshard()
-        if not group.is_sharded:
+        if not getattr(group, "is_sharded", False):
             group.reshard()
 
     def call_before_unshard(self, action: Callable[[bool], None]) -> Callable[[], None]:

@@ -94,6 +94,11 @@ class ShardedModel:
             for record in group.parameters
         }
 
+    @property
+    def can_wait(self) -> bool:
+        """Whether FSDP2 can be made to wait before it gathers parameters."""
+        return all(group.can_wait for group in self.units)
+
     def reshard(self) -> None:
         """Drop what any group has gathered, so that no forward reads old parameters."""
         for group in self.units:

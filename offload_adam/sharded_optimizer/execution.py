@@ -22,6 +22,7 @@ from offload_adam.options import (
     options_of,
     resolve_overlap,
 )
+from offload_adam.params.local_shard import ShardedModel
 from offload_adam.sharded_optimizer.ddp import averaged_by_ddp
 from offload_adam.version import __version__
 
@@ -70,7 +71,7 @@ def decide_execution(
     options: ExecutionOptions,
     *,
     replicated: bool = False,
-    sharded: bool = False,
+    sharded: ShardedModel | None = None,
     parameters: Sequence[torch.nn.Parameter] = (),
     on_device: Sequence[bool],
 ) -> Execution:
@@ -81,6 +82,7 @@ def decide_execution(
         replicated: state is stored with its parameter, whole on every rank. `module` is then used
             only for the names of parameters, not for hooks.
         sharded: FSDP2 or tensor parallelism has sharded some parameters, and reduces gradients.
+            None if neither has.
         parameters: all parameters, to look for a DDP module that averages their gradients.
         on_device: for each parameter, whether it is on a device.
 
@@ -93,12 +95,13 @@ def decide_execution(
     hooked = options.module is not None and not replicated
     # With one rank and gradients in `.grad`, it does not matter whether DDP averages them.
     searches = world_size > 1 or hooked
-    if sharded:
+    can_wait = sharded is None or sharded.can_wait
+    if sharded is not None:
         _check_sharded(options, replicated=replicated)
         reduces = False
     else:
         reduces = _resolve_reduction(options, trained, searches=searches) == "optimizer"
-    streams = hooked and (reduces or sharded)
+    streams = hooked and (reduces or (sharded is not None and can_wait))
     _check_needs_of_hooks(options, hooked=hooked, streams=streams)
     policy = StatePolicy.from_options(
         options.offload,
@@ -109,13 +112,18 @@ def decide_execution(
         reduces_in_fp32=options.reduce_dtype is not None,
         streams=streams,
         replicated=replicated,
-        sharded=sharded,
+        sharded=sharded is not None,
     )
     _warn_of_fraction_without_effect(policy, any(on_device))
     overlaps = resolve_overlap(
-        options.overlap, hooked=hooked, reduces=streams, on_device=all(on_device)
+        options.overlap, hooked=hooked and can_wait, reduces=streams, on_device=all(on_device)
     )
-    if options.overlap and not overlaps:
+    if hooked and not can_wait:
+        warn_user(
+            f"step() waits for all updates, because torch {torch.__version__} has another FSDP2, "
+            "in which nothing can wait before parameters are gathered. Install torch 2.11 or 2.13."
+        )
+    elif options.overlap and not overlaps:
         warn_user(
             "overlap=True has no effect, because DDP or the caller averages gradients in host "
             "memory. Pass gradient_reduction='optimizer' to let the optimizer average them."

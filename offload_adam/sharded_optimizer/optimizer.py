@@ -184,7 +184,7 @@ class ShardedOptimizer(FollowsModel):
         return decide_execution(
             self._options,
             replicated=self._replicated,
-            sharded=self._sharded is not None,
+            sharded=self._sharded,
             parameters=parameters,
             on_device=[self._backend.is_device(local_of(p).device) for p in parameters],
         )

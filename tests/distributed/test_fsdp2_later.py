@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from offload_adam import OffloadAdam, OffloadAdamW
+from offload_adam import OffloadAdam, OffloadAdamW, fsdp_private
 from tests.support.fsdp2 import (
     EPS,
     LR,
@@ -231,3 +233,26 @@ def test_a_deferred_optimizer_needs_no_sharding() -> None:
     assert torch.equal(entry["exp_avg"], reference.state[expected]["exp_avg"])
     optimizer.close()
     loaded.close()
+
+
+def train_with_another_fsdp2(rank: int, world_size: int) -> tuple[list[str], float, bool]:
+    """Train where FSDP2 has another name for what the waits need."""
+    exact = train_plain(make_model(), world_size, num_steps=NUM_STEPS, rank=rank)
+    model = shard(make_model())
+    with (
+        mock.patch.object(fsdp_private, "_OF_WAITS", ("renamed",)),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        optimizer = make_optimizer(model, module=model, overlap=True)
+    told = [str(warning.message) for warning in caught if "FSDP2" in str(warning.message)]
+    overlaps = optimizer.overlaps
+    return told, largest_difference(steps(model, optimizer, rank), exact), overlaps
+
+
+def test_another_fsdp2_makes_the_step_wait(ranks: RankPool) -> None:
+    for told, difference, overlaps in ranks.run(train_with_another_fsdp2, 2):
+        assert len(told) == 1
+        assert "step() waits for all updates" in told[0]
+        assert difference < 2e-6
+        assert not overlaps
