@@ -385,9 +385,11 @@ def reject(rank: int, world_size: int, folder: str) -> None:
 
 def snapshot_buffer(rank: int, world_size: int) -> int:
     net = Net()
-    hybrid(net)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("other", "shard"))
+    fully_shard(net, mesh=mesh["shard"])
     offload = OffloadPolicy(snapshot_buffer_nbytes=2**20)
-    optimizer = OffloadAdamW(net.parameters(), lr=0.1, offload=offload)
+    group = {"params": list(net.parameters()), "replicas": "copies"}
+    optimizer = OffloadAdamW([group], lr=0.1, offload=offload)
     nbytes = optimizer.host_nbytes["snapshot buffer"]
     optimizer.close()
     return nbytes
