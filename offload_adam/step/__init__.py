@@ -10,6 +10,7 @@ host_update      the update of state in host memory
 device_update    the update of state on a device
 messages         inputs, decision, report and errors of a step
 forward_waits    forward hooks: each unit of a model waits for its own buckets
+unshard_waits    FSDP2 waits for a unit's buckets before it gathers the unit
 external_edits   finds weights that the user modified, and syncs their master weights
 version_watch    parameters that were written in place, or whose data or object were replaced
 snapshot_lock    makes updates wait for a background checkpoint that still reads the state
