@@ -26,7 +26,14 @@ import torch.distributed as dist
 _NEEDED = (
     ("unshard", "wait_for_unshard", "reshard"),
     ("fsdp_params", "modules", "_training_state", "_sharded_state", "_all_gather_result"),
-    ("_sharded_param_data", "sharded_param", "padded_sharded_param_size", "fsdp_placement"),
+    (
+        "_sharded_param_data",
+        "sharded_param",
+        "padded_sharded_param_size",
+        "fsdp_placement",
+        "offload_to_cpu",
+        "pin_memory",
+    ),
 )
 
 
@@ -211,6 +218,9 @@ class FsdpParameter:
         length = local.size(dim) if local.numel() > 0 else 0
         view = memory.view(record.padded_sharded_param_size).narrow(dim, 0, length)
         view.copy_(local)
+        # `memory` is not page-locked. FSDP2 would put a page-locked copy in the place of the local
+        # tensor. In torch 2.11 it also calls hooks before the gradient's D2H copy is complete.
+        record.pin_memory = False
         record._sharded_param_data = memory
         parameter._local_tensor = view
 
