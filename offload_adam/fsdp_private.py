@@ -24,7 +24,13 @@ import torch
 import torch.distributed as dist
 
 # Without these names of a record, the parameters of FSDP2 are rejected.
-_OF_MEMORY = ("_sharded_param_data", "sharded_param", "padded_sharded_param_size", "fsdp_placement")
+_OF_MEMORY = (
+    "_sharded_param_data",
+    "sharded_param",
+    "padded_sharded_param_size",
+    "fsdp_placement",
+    "pin_memory",
+)
 # Without these names of a group, nothing can wait before a gather: `step()` itself waits.
 _OF_WAITS = ("unshard", "_training_state", "_all_gather_result", "is_unsharded")
 
@@ -216,6 +222,9 @@ class FsdpParameter:
         length = local.size(dim) if local.numel() > 0 else 0
         view = memory.view(record.padded_sharded_param_size).narrow(dim, 0, length)
         view.copy_(local)
+        # `memory` is not page-locked. FSDP2 would put a page-locked copy in the place of the local
+        # tensor. In torch 2.11 it also calls hooks before the gradient's D2H copy is complete.
+        record.pin_memory = False
         record._sharded_param_data = memory
         parameter._local_tensor = view
 

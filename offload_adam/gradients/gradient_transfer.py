@@ -195,7 +195,10 @@ class GradientTransfer:
                 Operation.PACK, number, pack, reads=sources, writes=[slot], waits=pooled is None
             )
         if not state.plan.gradient.averaged:
-            pieces = [Piece(slot, 0, adds)]
+            # Only this rank's part: FSDP2 has averaged the gradients on all replicas of HSDP, which
+            # divide the state.
+            low, high = state.layout.shard_bounds(state.rank)
+            pieces = [Piece(slot[low:high], 0, adds)]
             return GradientCopy(state, gradients, pieces, complete=True, accumulator=accumulator)
         # The collective reads the slot, so its stream waits until the compute stream has packed it.
         self._stream_waits.wait_before(Operation.REDUCE, number)

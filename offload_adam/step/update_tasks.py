@@ -145,12 +145,15 @@ class UpdateTasks:
         """Copy the updated parameters of this shard to the device."""
         number = state.layout.index
         source = state.planes.master_weight if param_out is None else param_out
-        if param_out is None and state.plan.stages_parameters:
+        runs = _runs(state, active)
+        # Without runs, this step may have had no D2H copy for which the host waited: an H2D copy of
+        # the previous step may still read the slot.
+        if runs and param_out is None and state.plan.stages_parameters:
             # The master is not page-locked: CUDA would block this thread for the whole H2D copy.
             source = self.stage(state)
 
         def copy() -> None:
-            for start, end in _runs(state, active):
+            for start, end in runs:
                 state.shard[start:end].copy_(source[start:end], non_blocking=True)
 
         # The H2D stream first waits for RELEASE: the model may still read the old parameters.
@@ -189,8 +192,11 @@ class UpdateTasks:
 
 
 def _runs(state: BucketState, active: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """Return the (start, end) of each active parameter in the shard; one run if all are active."""
-    if active.all():
+    """Return the (start, end) of each active parameter in the shard; one run if all are active.
+
+    A shard that is only padding has no runs.
+    """
+    if active.all() and state.segments.each:
         return [(0, state.layout.shard_numel)]
     segments = state.segments.select(active)
     return [(segment.shard_start, segment.shard_start + segment.numel) for segment in segments]

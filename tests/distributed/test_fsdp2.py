@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -199,6 +200,25 @@ def test_hybrid_sharding_matches_one_process(ranks: RankPool) -> None:
     for equal, difference in ranks.run(train_hybrid, 4):
         assert equal
         assert difference < 5e-6  # 20 steps
+
+
+def train_page_locked(rank: int, world_size: int) -> bool:
+    """Train with FSDP2's default of page-locked memory, which needs a GPU, on copies instead."""
+
+    def visit(model: Model) -> None:
+        model.float()  # FSDP2 page-locks memory that is not
+
+    exact = train(shard(make_model(), **OFFLOADED), num_steps=3, before_step=visit)
+    with (
+        mock.patch.object(torch.Tensor, "pin_memory", torch.Tensor.clone),
+        mock.patch.object(torch.Tensor, "is_pinned", return_value=False),
+    ):
+        model = shard(make_model(), offload_policy=CPUOffloadPolicy())
+        return train(model, num_steps=3, before_step=visit).equals(exact)
+
+
+def test_memory_that_fsdp2_would_page_lock_stays_in_place(ranks: RankPool) -> None:
+    assert all(ranks.run(train_page_locked, 2))
 
 
 def compare_hybrid_state(rank: int, world_size: int) -> dict[str, Any]:

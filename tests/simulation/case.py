@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -40,6 +40,8 @@ class Case:
     layers: for each layer its parameters, as (number of elements, name of the dtype).
     on_device: parameters are on the simulated device, else in host memory.
     side_layers: layers that run on a second stream of the device.
+    sharding: each layer is a unit that FSDP2 gathers. With "HSDP", the ranks divide its state.
+    reshards: FSDP2 gathers a unit again for the backward.
     """
 
     layers: tuple[tuple[tuple[int, str], ...], ...]
@@ -51,6 +53,8 @@ class Case:
     num_staging_slots: int = 2
     on_device: bool = True
     side_layers: tuple[int, ...] = ()
+    sharding: Literal["none", "FSDP2", "HSDP"] = "none"
+    reshards: bool = True
     pin: Pin = "all"
     accumulates: bool = False
     accumulates_later: bool = False
@@ -150,7 +154,9 @@ def cases(
     options = fixed | {name: draw(_RANGES[name]) for name in _RANGES if name not in fixed}
     accumulates = options["accumulates"] or options["accumulates_later"]
     steps = st.lists(_steps(len(layers), accumulates), min_size=2, max_size=3)
-    if options["on_device"] and "side_layers" not in options:
+    if "sharding" in options:
+        options["reshards"] = draw(st.booleans())
+    elif options["on_device"] and "side_layers" not in options:
         options["side_layers"] = draw(st.sampled_from([(), (), tuple(range(0, 7, 2))]))
     return Case(
         layers=tuple(map(tuple, layers)),

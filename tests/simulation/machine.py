@@ -26,14 +26,21 @@ UPDATE = "update thread"
 
 
 class Side(Enum):
-    """A second stream on which the model runs some of its layers."""
+    """Streams of the model and of FSDP2 besides COMPUTE.
+
+    COMPUTE: runs some of the model's layers.
+    COPY_IN, ALL_GATHER, SCATTER: see `tests.simulation.fsdp2`.
+    """
 
     COMPUTE = "side compute"
+    COPY_IN = "copy-in"
+    ALL_GATHER = "all-gather"
+    SCATTER = "reduce-scatter"
 
 
 Stream = Lane | Side
 LANES = (Lane.COMPUTE, Lane.REDUCE, Lane.D2H, Lane.H2D, Lane.GATHER)
-STREAMS: tuple[Stream, ...] = (*LANES, Side.COMPUTE)
+STREAMS: tuple[Stream, ...] = (*LANES, *Side)
 ACTORS = (TRAINING, UPDATE, *(stream.value for stream in STREAMS))
 
 

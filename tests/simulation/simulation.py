@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -23,6 +23,7 @@ from tests.simulation.backend import (
 )
 from tests.simulation.case import Case
 from tests.simulation.detector import Detector, Race
+from tests.simulation.fsdp2 import Units
 from tests.simulation.machine import ACTORS, Machine, Side
 from tests.simulation.memory import GradientMemory, SimulatedSlots
 from tests.simulation.outcome import Outcome, Read, state_of
@@ -109,6 +110,9 @@ class Simulation:
         self.parameters = case.weights()
         self._index = {id(parameter): i for i, parameter in enumerate(self.parameters)}
         self._ranks = Mirrors(case, reference)
+        self._units = (
+            None if case.sharding == "none" else Units(case, self.machine, self.launch_read)
+        )
         backend = Backend(
             is_device=lambda _: case.on_device,
             make_runtime=StandInRuntime,
@@ -128,8 +132,11 @@ class Simulation:
             overlaps=case.overlaps,
             offload_fraction=case.offload_fraction if case.on_device else 1.0,
             slots=SimulatedSlots(
-                self.machine, on_device=case.on_device, two_streams=bool(case.side_layers)
+                self.machine,
+                on_device=case.on_device,
+                two_streams=bool(case.side_layers) or case.sharding != "none",
             ),
+            units=self._units,
         )
         if reference.updated_on_device is not None:
             states = {i: self.core.bucket_and_position(i)[0] for i in range(len(self.parameters))}
@@ -155,7 +162,7 @@ class Simulation:
 
     def run(self) -> list[str]:
         """Train; return a description of each mistake found, races first."""
-        self.outcome.reports = train(self._case, self.core, self.parameters, self)
+        self.outcome.reports = train(self._case, self.core, self.parameters, self, self._units)
         self.core.executor.close()
         self.machine.drain()
         self.outcome.state = state_of(self.core)
@@ -191,20 +198,27 @@ class Simulation:
 
     def read(self, buckets: Sequence[BucketState], what: str) -> None:
         """Read parameters; with a device, on COMPUTE at a later virtual time."""
-        step = self._num_steps
-
-        def look() -> None:
-            for state in buckets:
-                for parameter in state.parameters:
-                    index = self._index[id(parameter)]
-                    self.outcome.reads.append(Read(step, index, parameter.detach().clone()))
-
         flats = [state.flat for state in buckets]
         if self._case.on_device:
-            self.machine.launch(self.machine.current_stream, look, what, reads=flats)
+            self.launch_read(buckets, flats, what)
         else:
             self.machine.touch(what, reads=flats)
-            look()
+            self._look(buckets, flats, self._num_steps)
+
+    def launch_read(
+        self, buckets: Sequence[BucketState], flats: Sequence[torch.Tensor], what: str
+    ) -> None:
+        """Read buckets, or copies of them, on the current stream at a later virtual time."""
+        look = partial(self._look, buckets, flats, self._num_steps)
+        self.machine.launch(self.machine.current_stream, look, what, reads=flats)
+
+    def _look(
+        self, buckets: Sequence[BucketState], flats: Sequence[torch.Tensor], step: int
+    ) -> None:
+        for state, flat in zip(buckets, flats, strict=True):
+            for placed, parameter in zip(state.layout.placements, state.parameters, strict=True):
+                values = flat[placed.start : placed.end].clone()
+                self.outcome.reads.append(Read(step, self._index[id(parameter)], values))
 
     def gradient(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Return a tensor that holds the values, on a device once COMPUTE has written them."""

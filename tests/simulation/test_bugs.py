@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from offload_adam import fsdp_private
 from offload_adam.layout.schedule import Lane, Operation, Schedule, Task
 from offload_adam.spans import Stopwatch
 from tests.simulation.backend import SimulatedStreams
@@ -27,6 +29,16 @@ SIDE = simple_case(6, "bf16", bucket_nbytes=1600, side_layers=SIDE_LAYERS)
 SIDE_TWO = simple_case(6, "bf16", bucket_nbytes=1600, side_layers=SIDE_LAYERS, world_size=2)
 SIDE_DEVICE_STATE = simple_case(
     6, "bf16", bucket_nbytes=1600, side_layers=SIDE_LAYERS, world_size=2, offload_fraction=0.0
+)
+FSDP2 = simple_case(4, "bf16", world_size=2, sharding="FSDP2")
+FSDP2_ALONE = simple_case(4, "bf16", sharding="FSDP2")
+HSDP = simple_case(4, "bf16", world_size=2, rank=1, sharding="HSDP")
+# The layers run in reverse, so that each one gathers again the one that ran before.
+FSDP2_UNUSED = replace(FSDP2, steps=(Step(((3, 2, 1, 0),), True, None, False),) * 3)
+# FSDP2 waits for gradients only at the end of a step's last backward. The first one leaves buckets
+# incomplete.
+FSDP2_ROUNDS = replace(
+    FSDP2, steps=(Step(((0, 1), (0, 1, 2, 3)), False, None, False),) * 3, accumulates_later=True
 )
 # The second step skips the buckets between 0 and 5: only an event for skipped buckets tells when
 # their slots are free.
@@ -170,6 +182,22 @@ def load_while_copies_read_the_state(simulation: Simulation, patch: Patch) -> No
     patch.setattr(simulation.core.stream_waits, "block_until_over", lambda operation: None)
 
 
+def gathers_that_do_not_wait(simulation: Simulation, patch: Patch) -> None:
+    patch.setattr(simulation.core.executor, "wait_for_buckets", lambda buckets: None)
+
+
+def compute_waits_instead_of_the_copy_in(simulation: Simulation, patch: Patch) -> None:
+    patch.setattr(fsdp_private, "_reading_streams", lambda group, async_op: [nullcontext()])
+
+
+def unused_gathers_not_waited_for(simulation: Simulation, patch: Patch) -> None:
+    patch.setattr(simulation.core, "reshard", lambda: None)
+
+
+def streams_of_gradients_not_recorded(simulation: Simulation, patch: Patch) -> None:
+    patch.setattr(simulation.core.stream_waits, "gradients_written", lambda *_: None)
+
+
 BUGS: list[tuple[Callable[[Simulation, Patch], None], Case]] = [
     (one_staging_slot_for_all, ALONE),
     (one_reduction_slot_for_all, TWO),
@@ -189,6 +217,16 @@ BUGS: list[tuple[Callable[[Simulation, Patch], None], Case]] = [
     (slot_used_by_two_streams_at_once, replace(SIDE_DEVICE_STATE, bucket_nbytes=100)),
     (parameters_not_waited_for_on_other_streams, SIDE),
     (load_while_copies_read_the_state, ALONE_FP32),
+    (gathers_that_do_not_wait, FSDP2),
+    (gathers_that_do_not_wait, FSDP2_ALONE),
+    (gathers_that_do_not_wait, HSDP),
+    (compute_waits_instead_of_the_copy_in, FSDP2),
+    (compute_waits_instead_of_the_copy_in, HSDP),
+    (unused_gathers_not_waited_for, FSDP2_UNUSED),
+    (streams_of_gradients_not_recorded, FSDP2_ROUNDS),
+    (gradients_freed_to_another_stream_before_they_are_read, FSDP2),
+    (release_at_the_end_of_backward, FSDP2),
+    (update_without_a_wait, FSDP2),
 ]
 
 

@@ -23,6 +23,8 @@ ON_DEVICE = {
     "alone through a buffer": simple_case(3, "bf16", pin="staging"),
     "fp32 staging": simple_case(4, "fp32", pin="staging"),
     "half of the state on the device": simple_case(4, "bf16", offload_fraction=0.5),
+    "FSDP2": simple_case(4, "bf16", world_size=2, sharding="FSDP2", num_reduce_slots=2),
+    "HSDP": simple_case(4, "bf16", world_size=2, sharding="HSDP", num_reduce_slots=2),
     "state on the device": simple_case(3, "bf16", world_size=2, offload_fraction=0.0),
 }
 ON_HOST = {

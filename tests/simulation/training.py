@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ from offload_adam.step.messages import StepInputs
 from offload_adam.step.step import ShardedAdam
 from offload_adam.transfer.slots import SlotPool
 from tests.simulation.case import Case
+from tests.simulation.fsdp2 import Units
 from tests.simulation.outcome import Outcome, state_of
 from tests.support.devices import HOST_AS_DEVICE
 
@@ -63,21 +65,33 @@ class Device(Protocol):
         ...
 
 
-def train(case: Case, core: ShardedAdam, parameters: list[torch.nn.Parameter], on: Device) -> Any:
-    """Run all steps of a case; return their reports."""
+def train(
+    case: Case,
+    core: ShardedAdam,
+    parameters: list[torch.nn.Parameter],
+    on: Device,
+    units: Units | None = None,
+) -> Any:
+    """Run all steps of a case; return their reports.
+
+    Args:
+        units: gather the parameters; None if each layer waits for its own.
+    """
     reports = []
     for number, step in enumerate(case.steps):
         for _ in range(2 if step.drops else 1):
             core.reduction.reset()
             for round_, layers in enumerate(step.rounds):
                 with on.both_streams():
-                    _forward(case, core, on, layers)
+                    _forward(case, core, on, layers, units)
                 with on.both_streams():
-                    _backward(case, core, parameters, on, layers, (number, round_))
+                    _backward(case, core, parameters, on, layers, (number, round_), units)
+                if units is not None and round_ == len(step.rounds) - 1:
+                    units.finalize_backward()
                 core.reduction.backward_ended()
         if step.evaluates:
             with on.both_streams():
-                _forward(case, core, on, step.rounds[0])
+                _forward(case, core, on, step.rounds[0], units)
         with torch.no_grad():
             report = core.step(StepInputs([HYPER], max_norm=case.max_norm))
         reports.append((report.skipped, report.clip_factor))
@@ -94,7 +108,12 @@ def _buckets(core: ShardedAdam, parameters: Sequence[int]) -> list[BucketState]:
     )
 
 
-def _forward(case: Case, core: ShardedAdam, on: Device, layers: Sequence[int]) -> None:
+def _forward(
+    case: Case, core: ShardedAdam, on: Device, layers: Sequence[int], units: Units | None
+) -> None:
+    if units is not None:
+        units.forward(layers)
+        return
     for layer in layers:
         on.enter(layer)
         used = _buckets(core, case.members(layer))
@@ -109,17 +128,20 @@ def _backward(
     on: Device,
     layers: Sequence[int],
     place: tuple[int, int],
+    units: Units | None,
 ) -> None:
     for layer in reversed(layers):
         on.enter(layer)
-        for index in reversed(case.members(layer)):
-            values = case.gradient(*place, index)
-            gradient = on.gradient(f"the gradient of parameter {index}", values)
-            parameters[index].grad = gradient
-            del gradient
-            stream = core.stream_waits.current_stream(parameters[index].device)
-            core.reduction.gradients_ready([parameters[index]], stream)
-        on.read(_buckets(core, case.members(layer)), f"backward of layer {layer}")
+        with nullcontext() if units is None else units.backward_of(layer):
+            for index in reversed(case.members(layer)):
+                values = case.gradient(*place, index)
+                gradient = on.gradient(f"the gradient of parameter {index}", values)
+                parameters[index].grad = gradient
+                del gradient
+                stream = core.stream_waits.current_stream(parameters[index].device)
+                core.reduction.gradients_ready([parameters[index]], stream)
+        if units is None:
+            on.read(_buckets(core, case.members(layer)), f"backward of layer {layer}")
 
 
 class _Host:
@@ -150,7 +172,8 @@ class _Host:
 
 
 def reference_of(case: Case) -> Outcome:
-    """Run a case with one rank in host memory, without overlap."""
+    """Run a case with one rank in host memory, without overlap and FSDP2."""
+    case = replace(case, sharding="none")
     outcome = _plain(case, offload_fraction=1.0)
     if case.on_device and case.offload_fraction < 1.0:
         outcome.updated_on_device = _plain(case, offload_fraction=0.0)
@@ -179,6 +202,8 @@ def make_policy(case: Case, world_size: int, offload_fraction: float) -> StatePo
     """Return where the case stores state."""
     return StatePolicy(
         world_size=world_size,
+        reduces=case.sharding == "none",
+        sharded=case.sharding != "none",
         bucket_nbytes=case.bucket_nbytes,
         accumulates=case.accumulates,
         accumulates_later=case.accumulates_later and not case.accumulates,
@@ -199,11 +224,13 @@ def make_core(
     overlaps: bool,
     offload_fraction: float,
     slots: SlotPool | None = None,
+    units: Units | None = None,
 ) -> ShardedAdam:
     """Return a `ShardedAdam` with these parameters.
 
     Args:
         slots: replaces the pool of slots in which gradients are averaged; None for the usual one.
+        units: gather the parameters; None if each layer waits for its own.
     """
     policy = make_policy(case, ranks.world_size, offload_fraction)
     device = parameters[0].device
@@ -216,13 +243,23 @@ def make_core(
         overlaps=overlaps,
         unfreeze=lambda: None,
         streamed=StreamedGradients(lambda: np.zeros(0)),
+        sharded=None if units is None else units.model,
     )
     if slots is not None:
         core.transfer.slots = slots
     new = [
-        NewParameter(i, f"p{i}", parameter, group=0, amsgrad=False)
+        NewParameter(
+            i,
+            f"p{i}",
+            parameter,
+            group=0,
+            amsgrad=False,
+            shard=None if units is None else units.shard_of(i, ranks),
+        )
         for i, parameter in enumerate(parameters)
     ]
     with torch.no_grad():
         core.extend(new)
+    if units is not None:
+        units.attach(core)
     return core

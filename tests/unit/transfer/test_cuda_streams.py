@@ -348,7 +348,8 @@ def test_a_collective_on_a_device_is_waited_for_by_its_lane_and_not_by_the_host(
     monkeypatch.setattr(collectives, "all_gather", issue("all-gather"))
     monkeypatch.setattr(dist, "all_reduce", issue("all-reduce"))
     monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
-    monkeypatch.setattr(RankGroup, "data_group", lambda self, device: None)
+    members = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
+    monkeypatch.setattr(RankGroup, "data_group", lambda self, device: members)
 
     class OnDevice(torch.Tensor):
         """A host tensor whose `is_cuda` is True."""
