@@ -46,6 +46,12 @@ def is_dtensor(tensor: object) -> bool:
     return dtensor is not None and isinstance(tensor, dtensor)
 
 
+def dtensor_type() -> type | None:
+    """Return the class DTensor, None if nothing has imported it."""
+    found: type | None = _imported("torch.distributed.tensor", "DTensor")
+    return found
+
+
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a DTensor without a copy; a plain tensor is returned as it is.
 
@@ -278,12 +284,6 @@ class FsdpGroup:
         group = self._group()
         return group is not None and bool(group._use_post_forward_mesh)
 
-    @property
-    def in_backward(self) -> bool:
-        """Whether FSDP2 is preparing this group for its part of the backward."""
-        group = self._group()
-        return group is not None and bool(group._training_state.name == "PRE_BACKWARD")
-
     def gathered_parameters(self) -> list[torch.Tensor]:
         """Return the plain parameters that the model has while this group is gathered."""
         group = self._group()
@@ -305,15 +305,15 @@ class FsdpGroup:
         if not getattr(group, "is_sharded", False):
             group.reshard()
 
-    def call_before_unshard(self, action: Callable[[bool], None]) -> Callable[[], None]:
+    def call_before_unshard(self, action: Callable[[], None]) -> Callable[[], None]:
         """Call `action` before each gather of this group; return a function that ends this.
 
         Every gather goes through the group's `unshard`: the forward, the backward, prefetches and
         calls by the user.
 
         Args:
-            action: its argument is False if the group is gathered already, so that nothing will be
-                read. The streams that will read are current on their devices.
+            action: called while the streams that will read are current on their devices. Not called
+                if the group is gathered already, so that nothing will be read.
         """
         group = self._group()
         assert group is not None
@@ -344,16 +344,16 @@ class _Unshard:
     def __init__(self, group: Any, before: Callable[[bool], None] | None) -> None:
         self._group = weakref.ref(group)  # a bound method would keep the model alive
         self.before = before
-        self.actions: list[Callable[[bool], None]] = []
+        self.actions: list[Callable[[], None]] = []
 
     def __call__(self, async_op: bool = False) -> None:
         group = self._group()
         assert group is not None
         reads = not (group.is_unsharded or group._all_gather_result is not None)
-        for stream in _reading_streams(group, async_op):
+        for stream in _reading_streams(group, async_op) if reads else ():
             with stream:
                 for action in self.actions:
-                    action(reads)
+                    action()
         if self.before is None:
             type(group).unshard(group, async_op)
         else:

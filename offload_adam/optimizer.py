@@ -42,7 +42,8 @@ class OffloadAdam(ShardedOptimizer):
       reduced and copied to the host during backward. `.grad` then holds stand-ins: tensors with a
       shape but without values. `torch.nn.utils.clip_grad_norm_` works on them: call it on all ranks
       and for all parameters. Stand-ins support only a 2-norm and an in-place multiplication by a
-      number; other operations raise `StreamedGradientError`.
+      number; other operations raise `StreamedGradientError`. `step()` uses the gradients up, so
+      they do not add up over steps without `zero_grad()`.
 
     For example, in streaming mode:
 

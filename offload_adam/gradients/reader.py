@@ -9,7 +9,12 @@ import torch
 
 from offload_adam.fsdp_private import is_dtensor, local_gradient, local_of
 from offload_adam.gradients.sparse import GradientRows, read_rows
-from offload_adam.gradients.stand_in import StandIn, StreamedGradients, gradient_of
+from offload_adam.gradients.stand_in import (
+    ShardStandIn,
+    StandIn,
+    StreamedGradients,
+    gradient_of,
+)
 from offload_adam.params.elements import FORMATS
 
 
@@ -70,11 +75,21 @@ class GradientReader:
             source: computes norms of the gradients, and multiplies them.
             indices: index of each of these parameters in the optimizer, for `source`.
         """
-        rows = zip(self._names, self._parameters, indices, strict=True)
         self._source, self._indices = source, indices
-        self.stand_ins = [
-            StandIn(name, parameter, source, index) for name, parameter, index in rows
-        ]
+        self.stand_ins = list(map(self._make_stand_in, range(len(self._parameters))))
+
+    def _make_stand_in(self, position: int) -> StandIn:
+        kind = ShardStandIn if self._are_parts else StandIn
+        name, parameter = self._names[position], self._parameters[position]
+        return kind(name, parameter, self._source, self._indices[position])
+
+    @property
+    def has_added(self) -> bool:
+        """Whether FSDP2 has added a gradient to a stand-in, which was not read yet."""
+        if not self._are_parts:
+            return False
+        gradients = (parameter.grad for parameter in self._parameters)
+        return any(isinstance(found, StandIn) and found.added is not None for found in gradients)
 
     def take(self, positions: Sequence[int]) -> None:
         """Take gradients out of `.grad` right after backward wrote them, while they are in cache.
@@ -92,7 +107,7 @@ class GradientReader:
             # The same as `_is_plain`, inlined: a call costs more than the checks.
             if (
                 gradient is None
-                or type(gradient) is StandIn
+                or isinstance(gradient, StandIn)
                 or gradient.layout is not torch.strided
                 or gradient.dtype not in FORMATS
                 or not gradient.is_contiguous()
@@ -154,6 +169,9 @@ class GradientReader:
 
     def forget(self) -> None:
         """Drop gradients that were taken but not read, for example after `read` has raised."""
+        for stand_in in self.stand_ins if self._are_parts else ():
+            if stand_in is not None:
+                stand_in.added = None
         if self._has_taken:
             self._has_taken = False
             self._taken[:] = [None] * len(self._taken)
@@ -176,7 +194,7 @@ class GradientReader:
     def hide_stand_ins(self) -> None:
         """Set `.grad` to None if it is a stand-in, so that autograd stores its gradient there."""
         for parameter in self._parameters:
-            if type(parameter.grad) is StandIn:
+            if isinstance(parameter.grad, StandIn) and parameter.grad.added is None:
                 parameter.grad = None
 
     def show_stand_ins(self, positions: Iterable[int]) -> None:
@@ -186,15 +204,18 @@ class GradientReader:
                 self._leave_stand_in(position)
 
     def _leave_stand_in(self, position: int) -> None:
+        stand_in = self.stand_ins[position]
+        if stand_in is not None:
+            stand_in.added = None  # it was read
         try:
-            self._parameters[position].grad = self.stand_ins[position]
+            self._parameters[position].grad = stand_in
         except RuntimeError:
             self._remake_stand_in(position)
 
     def _remake_stand_in(self, position: int) -> None:
         """Replace a stand-in that no longer fits: module.to() may have changed the parameter."""
         parameter = self._parameters[position]
-        stand_in = StandIn(self._names[position], parameter, self._source, self._indices[position])
+        stand_in = self._make_stand_in(position)
         self.stand_ins[position] = parameter.grad = stand_in
 
     def _is_plain(self, gradient: torch.Tensor, numel: int) -> bool:

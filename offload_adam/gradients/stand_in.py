@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,19 +12,22 @@ import torch
 
 from offload_adam.compiling import never_compiled
 from offload_adam.errors import StreamedGradientError
-from offload_adam.fsdp_private import local_of
+from offload_adam.fsdp_private import dtensor_type, local_of
 from offload_adam.torch_private import (
     ATEN_FOREACH_DIV,
     ATEN_FOREACH_MUL,
     ATEN_FOREACH_NORM,
     ATEN_TO_COPY,
+    NO_GRAPH_TASK,
     accumulating_parameter,
+    current_graph_task,
     make_wrapper_subclass,
     no_torch_function,
     version_of,
 )
 
 _aten = torch.ops.aten
+S = TypeVar("S", bound="StandIn")
 
 _CLIP = (
     "Clip to a 2-norm, with max_grad_norm=, optimizer.clip_grad_norm_() or torch's own function, "
@@ -59,6 +62,8 @@ class StandIn(torch.Tensor):
     _source: StreamedGradients | None
     _index: int
     _is_copy: bool
+    added: torch.Tensor | None = None
+    """Of a `ShardStandIn`: this rank's part of a gradient that FSDP2 has added since."""
 
     @staticmethod
     def __new__(
@@ -77,7 +82,7 @@ class StandIn(torch.Tensor):
         """
         # torch rejects a `.grad` of another dtype. None accepts any.
         dtype = parameter.grad_dtype
-        return _make(parameter, name, source, index, dtype)
+        return _make(cls, parameter, name, source, index, dtype)
 
     @classmethod
     @never_compiled
@@ -144,7 +149,7 @@ class StandIn(torch.Tensor):
         *,
         is_copy: bool,
     ) -> StandIn:
-        made = _make(self, self._name, self._source, self._index, dtype, device)
+        made = _make(type(self), self, self._name, self._source, self._index, dtype, device)
         made._is_copy = is_copy
         return made
 
@@ -177,9 +182,9 @@ for _method in (
 
 
 def gradient_of(parameter: torch.Tensor) -> torch.Tensor | None:
-    """Return `.grad`, or None if it is a stand-in."""
+    """Return `.grad`; of a stand-in, what was added to it since, None if nothing was."""
     gradient = parameter.grad
-    return None if type(gradient) is StandIn else gradient
+    return gradient.added if isinstance(gradient, StandIn) else gradient
 
 
 def local_gradient_of(parameter: torch.Tensor) -> torch.Tensor | None:
@@ -188,22 +193,63 @@ def local_gradient_of(parameter: torch.Tensor) -> torch.Tensor | None:
     return None if gradient is None else local_of(gradient)
 
 
+class ShardStandIn(StandIn):
+    """The stand-in of a DTensor's gradient.
+
+    FSDP2 adds a further gradient to the local tensor of the one in `.grad`. The stand-in holds what
+    is added, until it is read.
+    """
+
+    @property
+    def __class__(self) -> type:
+        """Pass for a DTensor while a backward runs, for which FSDP2 asks before it adds."""
+        # Not at other times: torch 2.11 would take operations on it for those of a DTensor.
+        if current_graph_task() == NO_GRAPH_TASK:
+            return ShardStandIn
+        return dtensor_type() or ShardStandIn
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        """Change the class, as `torch.utils.swap_tensors` does when a module is moved."""
+        object.__dict__["__class__"].__set__(self, kind)
+
+    @property
+    def _local_tensor(self) -> torch.Tensor | _Nothing:
+        return _Nothing() if self.added is None else self.added
+
+    @_local_tensor.setter
+    def _local_tensor(self, sum: torch.Tensor) -> None:
+        self.added = sum
+
+
+class _Nothing:
+    """The local tensor of a stand-in to which nothing was added yet."""
+
+    def __iadd__(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+for _method in ("to_local", "full_tensor", "redistribute"):
+    setattr(ShardStandIn, _method, _reject(_method))
+
+
 def _make(
+    kind: type[S],
     like: torch.Tensor,
     name: str,
     source: StreamedGradients | None,
     index: int,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
-) -> StandIn:
+) -> S:
     made = make_wrapper_subclass(
-        StandIn,
+        kind,
         like.shape,
         strides=like.stride(),
         dtype=dtype or like.dtype,
         device=device or like.device,
     )
-    assert isinstance(made, StandIn)
+    assert isinstance(made, kind)
     made._name = name
     made._source = source
     made._index = index

@@ -301,8 +301,7 @@ class ShardedOptimizer(FollowsModel):
                     self._hooks.attach(state.parameters)
         if core.overlaps and self._module is not None:
             core.hook_forward(self._module, self._options.offload.units)
-        if self._hooks is not None:
-            core.hook_unshard(self._hooks.unit_begins)
+            core.hook_unshard()
         self._group_watch.extend(self.param_groups[first_group:])
 
     def _unfreeze(self) -> None:

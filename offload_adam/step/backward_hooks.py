@@ -96,17 +96,6 @@ class BackwardHooks:
         """Whether a backward ran no delivering hook, so that its gradients are still in `.grad`."""
         return bool(self._arrived)
 
-    def unit_begins(self) -> None:
-        """Empty every `.grad` that holds a stand-in, before FSDP2 adds to one in a backward.
-
-        Raises:
-            ValueError: `.grad` was set to None before this backward; see `backward_began`.
-        """
-        with self._lock:
-            # The stand-ins of a running backward are in the units that it has finished.
-            if not self._tasks:
-                self._reduction.hide_from_unit()
-
     def deliver_rest(self) -> None:
         """Deliver the gradients of a backward that ran no delivering hook.
 

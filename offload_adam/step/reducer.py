@@ -218,17 +218,6 @@ class GradientReduction:
             if name is not None:
                 raise ValueError(_EMPTIED.format(name))
 
-    def hide_from_unit(self) -> None:
-        """Empty every `.grad` that holds a stand-in, before FSDP2 adds to it.
-
-        Raises:
-            ValueError: as `backward_began`.
-        """
-        if self._shows_stand_ins:
-            self.backward_began()
-            self.hide_stand_ins()
-            self._hidden = self.has_gradients
-
     def backward_ended(self) -> None:
         """Send the incomplete buckets too, so that all ranks issue the same collectives."""
         while self._next < len(self._states):
@@ -315,7 +304,8 @@ class GradientReduction:
                 pairs = zip(expected, left, strict=True)
                 expected = [stand_in if has_left else None for stand_in, has_left in pairs]
             # The usual case, without a loop in Python: every `.grad` is as this package left it.
-            if all(map(is_, map(_grad, state.parameters), expected)):
+            reader = self._readers[state.layout.index]
+            if all(map(is_, map(_grad, state.parameters), expected)) and not reader.has_added:
                 continue
             present = gradients.present
             for position, parameter in enumerate(state.parameters):
@@ -328,7 +318,7 @@ class GradientReduction:
                             "to keep them in .grad."
                         )
                     late = True
-                elif parameter.grad is None and left[position] and not self._hidden:
+                elif parameter.grad is None and left[position]:
                     raise ValueError(_EMPTIED.format(state.names[position]))
         return late
 

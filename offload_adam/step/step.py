@@ -327,16 +327,12 @@ class ShardedAdam:
             }
         )
 
-    def hook_unshard(self, before_backward: Callable[[], None]) -> None:
-        """Let FSDP2 wait for a group's updates before it gathers the group's parameters.
-
-        Args:
-            before_backward: see `UnshardWaits`.
-        """
+    def hook_unshard(self) -> None:
+        """Let FSDP2 wait for a group's updates before it gathers the group's parameters."""
         if self._sharded is None:
             return
         if self._unshard_waits is None:
-            self._unshard_waits = UnshardWaits(self.executor, before_backward)
+            self._unshard_waits = UnshardWaits(self.executor)
             self.resources.callback(self._unshard_waits.removals.close)
         self._unshard_waits.attach(
             {

@@ -10,7 +10,7 @@ updates, and the stream that reads the parameters waits for their H2D copies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 
 from offload_adam.fsdp_private import FsdpGroup
@@ -22,15 +22,10 @@ class UnshardWaits:
 
     Owns: a wrapper of each group's `unshard`. Closing `removals` removes the wrappers; it does not
         keep the model alive.
-
-    Args:
-        before_backward: called when FSDP2 prepares a group for its part of the backward, before it
-            adds to any `.grad`.
     """
 
-    def __init__(self, executor: Executor, before_backward: Callable[[], None]) -> None:
+    def __init__(self, executor: Executor) -> None:
         self._executor = executor
-        self._before_backward = before_backward
         self.removals = ExitStack()
 
     def attach(self, buckets_of: Mapping[FsdpGroup, Collection[int]]) -> None:
@@ -44,10 +39,7 @@ class UnshardWaits:
             self._attach_to(group, buckets)
 
     def _attach_to(self, group: FsdpGroup, buckets: Collection[int]) -> None:
-        def wait(reads: bool) -> None:
-            if group.in_backward:
-                self._before_backward()
-            if reads:
-                self._executor.wait_for_buckets(buckets)
+        def wait() -> None:
+            self._executor.wait_for_buckets(buckets)
 
         self.removals.callback(group.call_before_unshard(wait))

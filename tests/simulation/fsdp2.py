@@ -190,7 +190,7 @@ class Units:
         for state in core.states:
             assert state.local_shard is not None
             self._units[state.local_shard.unit].buckets.append(state)
-        core.hook_unshard(lambda: None)
+        core.hook_unshard()
 
     # The device handle of FSDP2.
 
