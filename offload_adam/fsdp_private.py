@@ -42,7 +42,7 @@ def _imported(module: str, name: str) -> Any:
 
 def is_dtensor(tensor: object) -> bool:
     """Return whether a tensor is a DTensor, which FSDP2 or tensor parallelism has sharded."""
-    dtensor = _imported("torch.distributed.tensor", "DTensor")
+    dtensor = dtensor_type()
     return dtensor is not None and isinstance(tensor, dtensor)
 
 
@@ -263,6 +263,12 @@ class FsdpGroup:
         """Whether `call_before_unshard` works with this version of FSDP2."""
         group = self._group()
         return group is None or all(hasattr(group, name) for name in _OF_WAITS)
+
+    @property
+    def computes_on_device(self) -> bool:
+        """Whether layers compute on a device, also if `CPUOffloadPolicy` keeps them on the host."""
+        group = self._group()
+        return group is not None and bool(group.device.type != "cpu")
 
     @property
     def replicates(self) -> bool:

@@ -114,7 +114,7 @@ class OffloadAdam(ShardedOptimizer):
         overlap: return from `step()` before the updates finish. The forward of each unit of
             `module` (see `OffloadPolicy.units`) then waits for the unit's own parameters. Call
             `synchronize()` before reading parameters in any other way. None means True if `module`
-            is given and all parameters are on a GPU.
+            is given and all parameters are on a GPU, or FSDP2 copies them there.
         defer: allocate the state in the first `step()` (or when state is loaded), not here. For a
             model that is sharded later, or is on the meta device still. Until then `.grad` holds
             the gradients. True by itself if an `Accelerator` is to shard the model with FSDP2.

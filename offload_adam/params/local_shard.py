@@ -99,6 +99,11 @@ class ShardedModel:
         """Whether FSDP2 can be made to wait before it gathers parameters."""
         return all(group.can_wait for group in self.units)
 
+    @property
+    def computes_on_device(self) -> bool:
+        """Whether all layers that FSDP2 gathers compute on a device."""
+        return bool(self.units) and all(group.computes_on_device for group in self.units)
+
     def reshard(self) -> None:
         """Drop what any group has gathered, so that no forward reads old parameters."""
         for group in self.units:

@@ -116,7 +116,10 @@ def decide_execution(
     )
     _warn_of_fraction_without_effect(policy, any(on_device))
     overlaps = resolve_overlap(
-        options.overlap, hooked=hooked and can_wait, reduces=streams, on_device=all(on_device)
+        options.overlap,
+        hooked=hooked and can_wait,
+        reduces=streams,
+        on_device=all(on_device) or (sharded is not None and sharded.computes_on_device),
     )
     if hooked and not can_wait:
         warn_user(

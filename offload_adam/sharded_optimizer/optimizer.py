@@ -211,7 +211,7 @@ class ShardedOptimizer(FollowsModel):
             self._ranks,
             Storage(policy, self._backend, runtime, options.offload),
             num_threads=options.num_threads,
-            on_device=any(on_device),
+            on_device=any(on_device) or bool(self._sharded and self._sharded.computes_on_device),
             module=self._module,
             overlaps=overlaps,
             unfreeze=partial(_unfreeze, this),

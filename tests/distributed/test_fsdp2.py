@@ -135,10 +135,21 @@ def train_in_columns(rank: int, world_size: int, names: list[str]) -> list[tuple
     return runs
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_late_updates_change_nothing(ranks: RankPool, world_size: int) -> None:
-    names = list(COLUMNS) if world_size == 2 else ["base", "an evaluation before step", "tied"]
-    for runs in ranks.run(train_in_columns, world_size, names, timeout=100.0):
+SOME = ["base", "an evaluation before step", "tied"]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "names"),
+    [
+        (1, SOME),
+        (2, list(COLUMNS)),
+        (4, SOME),
+        pytest.param(4, list(COLUMNS), marks=pytest.mark.slow),
+    ],
+    ids=["1", "2", "4", "4-all"],
+)
+def test_late_updates_change_nothing(ranks: RankPool, world_size: int, names: list[str]) -> None:
+    for runs in ranks.run(train_in_columns, world_size, names, timeout=150.0):
         for name, waiting, overlapped in runs:
             assert overlapped.equals(waiting), name
 

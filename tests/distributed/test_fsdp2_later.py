@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -19,6 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from offload_adam import OffloadAdam, OffloadAdamW, fsdp_private
+from offload_adam.fsdp_private import FsdpGroup
 from tests.support.fsdp2 import (
     EPS,
     LR,
@@ -256,3 +258,19 @@ def test_another_fsdp2_makes_the_step_wait(ranks: RankPool) -> None:
         assert "step() waits for all updates" in told[0]
         assert difference < 2e-6
         assert not overlaps
+
+
+def overlaps_by_default(rank: int, world_size: int) -> list[bool]:
+    """Whether updates overlap where FSDP2 keeps weights on the host: on a CPU, and on a GPU."""
+    found = []
+    for on_device in (False, True):
+        model = shard(make_model(), offload_policy=CPUOffloadPolicy(pin_memory=False))
+        with mock.patch.object(FsdpGroup, "computes_on_device", on_device):
+            optimizer = make_optimizer(model, module=model)
+        found.append(optimizer.overlaps)
+        optimizer.close()
+    return found
+
+
+def test_weights_on_the_host_of_a_gpu_overlap_by_default(ranks: RankPool) -> None:
+    assert ranks.run(overlaps_by_default, 2) == [[False, True]] * 2
