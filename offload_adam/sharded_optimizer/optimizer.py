@@ -264,7 +264,8 @@ class ShardedOptimizer(FollowsModel):
         )
 
     def _grouped_parameters(self) -> list[torch.nn.Parameter]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
+        # A group that has lost its key is reported by the group watch.
+        return [p for group in self.param_groups for p in group.get("params", ())]
 
     def _require_same_parameters(self, selection: Selection, first_group: int) -> None:
         """Check that the ranks agree on the groups from `first_group` on. Collective."""
