@@ -238,8 +238,9 @@ class FsdpParameter:
 class FsdpGroup:
     """The parameters that one `fully_shard` call gathers together."""
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, state: Any) -> None:
         self._group = weakref.ref(group)  # the group refers to the model
+        self._state = weakref.ref(state)
         self.parameters = [FsdpParameter(record) for record in group.fsdp_params]
 
     def __eq__(self, other: object) -> bool:
@@ -269,6 +270,15 @@ class FsdpGroup:
         """Whether layers compute on a device, also if `CPUOffloadPolicy` keeps them on the host."""
         group = self._group()
         return group is not None and bool(group.device.type != "cpu")
+
+    @property
+    def streams_and_tree(self) -> tuple[int, int]:
+        """Identities of the streams on which the group is gathered, and of its tree of modules.
+
+        Before the first forward, each module is a tree with streams of its own.
+        """
+        state = self._state()
+        return id(getattr(state, "_comm_ctx", state)), id(getattr(state, "_state_ctx", state))
 
     @property
     def replicates(self) -> bool:
@@ -410,5 +420,5 @@ def fsdp_groups() -> list[FsdpGroup]:
         ]
         for group in groups:
             if group is not None and hasattr(group, "fsdp_params") and id(group) not in found:
-                found[id(group)] = FsdpGroup(group)
+                found[id(group)] = FsdpGroup(group, state)
     return list(found.values())

@@ -88,6 +88,15 @@ class ShardedModel:
                 group.reshard()
                 if group not in self.units:
                     self.units.append(group)
+        trees: dict[int, set[int]] = {}
+        for streams, tree in (group.streams_and_tree for group in self.units):
+            trees.setdefault(streams, set()).add(tree)
+        if any(len(sharing) > 1 for sharing in trees.values()):
+            raise ValueError(
+                "share_comm_ctx() lets several models, such as the stages of a pipeline, share the "
+                "streams on which FSDP2 gathers, so that one would wait for the updates of "
+                "another. Construct one optimizer for each of them."
+            )
         self._places = {
             id(record.sharded): (number, record)
             for number, group in enumerate(self.units)

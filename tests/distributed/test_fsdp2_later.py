@@ -274,3 +274,29 @@ def overlaps_by_default(rank: int, world_size: int) -> list[bool]:
 
 def test_weights_on_the_host_of_a_gpu_overlap_by_default(ranks: RankPool) -> None:
     assert ranks.run(overlaps_by_default, 2) == [[False, True]] * 2
+
+
+def share_streams(rank: int, world_size: int) -> list[str]:
+    """Construct optimizers for two stages of a pipeline that share FSDP2's streams."""
+    found = []
+    for shares in (False, True):
+        stages: list[Any] = [shard(make_model()) for _ in range(2)]
+        if shares:
+            torch.distributed.fsdp.share_comm_ctx(stages)
+        for given in ([*stages], [stages[0]], [stages[1]]):
+            try:
+                parameters = [p for stage in given for p in stage.parameters()]
+                OffloadAdamW(parameters, num_threads=1).close()
+                found.append("")
+            except ValueError as error:
+                found.append(str(error))
+    return found
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.distributed.fsdp, "share_comm_ctx"), reason="this torch has no share_comm_ctx"
+)
+def test_stages_that_share_streams_need_an_optimizer_each(ranks: RankPool) -> None:
+    for found in ranks.run(share_streams, 2):
+        assert "one optimizer for each" in found[3]
+        assert found[:3] + found[4:] == [""] * 5

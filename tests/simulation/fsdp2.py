@@ -169,7 +169,7 @@ class Units:
             Unit(number, self, is_alone=case.world_size == 1) for number in range(len(case.layers))
         ]
         self.model = ShardedModel(RankGroup())
-        self.model.units = [FsdpGroup(unit) for unit in self._units]
+        self.model.units = [FsdpGroup(unit, unit) for unit in self._units]
 
     def shard_of(self, parameter: int, ranks: RankGroup) -> LocalShard:
         """Return how a parameter is sharded."""
