@@ -188,7 +188,7 @@ def gradient_of(parameter: torch.Tensor) -> torch.Tensor | None:
 
 
 def local_gradient_of(parameter: torch.Tensor) -> torch.Tensor | None:
-    """Return this rank's part of `.grad`, or None if it is a stand-in."""
+    """Return this rank's part of `gradient_of(parameter)`."""
     gradient = gradient_of(parameter)
     return None if gradient is None else local_of(gradient)
 
@@ -218,8 +218,8 @@ class ShardStandIn(StandIn):
         return _Nothing() if self.added is None else self.added
 
     @_local_tensor.setter
-    def _local_tensor(self, sum: torch.Tensor) -> None:
-        self.added = sum
+    def _local_tensor(self, total: torch.Tensor) -> None:
+        self.added = total
 
 
 class _Nothing:

@@ -104,6 +104,11 @@ class Placement(NamedTuple):
         """Elements of the parameter, without its padding."""
         return self.end - self.start
 
+    @property
+    def memory_end(self) -> int:
+        """End of the parameter's memory: its elements, and what is reserved after them."""
+        return max(self.end, self.reserved_end)
+
 
 class Segment(NamedTuple):
     """The part of one parameter in one rank's shard.
@@ -148,13 +153,13 @@ class Bucket:
         for placed in self.placements:
             start, packed = align(end), placed.start
             if packed != start:  # in a block with the parameter before
-                packed = start_after(end, _end_of(placed) - placed.start, packs=True)
+                packed = start_after(end, placed.memory_end - placed.start, packs=True)
             if placed.start not in (start, packed) or placed.numel < 0:
                 raise ValueError(
                     f"In bucket {self.index}, {placed} must start at {start} or {packed}, and must "
                     "not end before its start."
                 )
-            end = _end_of(placed)
+            end = placed.memory_end
         expected = align(end, BLOCK_NUMEL * self.world_size)
         if self.numel != expected:
             raise ValueError(
@@ -202,10 +207,6 @@ def blocks_of(numel: int) -> int:
     return align(numel) // BLOCK_NUMEL
 
 
-def _end_of(placed: Placement) -> int:
-    return max(placed.end, placed.reserved_end)
-
-
 def start_after(end: int, numel: int, *, packs: bool) -> int:
     """Return where a parameter of `numel` elements starts, after one that ends at `end`.
 
@@ -240,7 +241,7 @@ def plan_buckets(
     for spec in reversed(specs):
         group = open_groups.get((spec.bucket_key, spec.unit))
         numel = max(spec.numel, spec.padded_numel)
-        start = start_after(_end_of(group[-1]), numel, packs=packs) if group else 0
+        start = start_after(group[-1].memory_end, numel, packs=packs) if group else 0
         if group is None or align(start + numel) * spec.itemsize > bucket_nbytes:
             group = open_groups[spec.bucket_key, spec.unit] = []
             groups.append((spec, group))
@@ -256,7 +257,7 @@ def plan_buckets(
             first_index + offset,
             spec.bucket_key,
             spec.itemsize,
-            align(_end_of(placements[-1]), BLOCK_NUMEL * (spec.num_shards or world_size)),
+            align(placements[-1].memory_end, BLOCK_NUMEL * (spec.num_shards or world_size)),
             spec.num_shards or world_size,
             tuple(placements),
             amsgrad=spec.amsgrad,

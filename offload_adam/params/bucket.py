@@ -36,8 +36,8 @@ def flatten_parameters(bucket: Bucket, items: Sequence[NewParameter]) -> torch.T
     for placed, item in zip(bucket.placements, items, strict=True):
         parameter = item.parameter
         if item.shard is not None and item.shard.record is not None:
-            reserved_end = max(placed.end, placed.reserved_end)
-            item.shard.record.move_to(with_own_storage(flat[placed.start : reserved_end]))
+            memory = flat[placed.start : placed.memory_end]
+            item.shard.record.move_to(with_own_storage(memory))
         elif placed.numel > 0:
             # With its own storage: `torch.save` of one parameter would write the whole bucket.
             view = with_own_storage(in_shape_of(flat[placed.start : placed.end], item.local))
