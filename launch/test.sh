@@ -5,7 +5,7 @@ set -euo pipefail
 
 # shellcheck source=launch/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
-prepare_environment runtime test report watch integrations
+prepare_environment runtime test fuzz report watch integrations
 
 markers="not slow and not fault and not browser and not peers"
 if [[ "${1:-}" == --all ]]; then

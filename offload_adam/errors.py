@@ -9,6 +9,8 @@ import sys
 import warnings
 from types import FrameType
 
+from offload_adam.printable import MAX_MESSAGE_LENGTH, printable
+
 # contextlib: context managers of ours; importlib: kernels are imported late.
 _INTERNAL_PACKAGES = ("offload_adam", "torch", "contextlib", "importlib")
 
@@ -87,7 +89,13 @@ class NotRetriedError(RuntimeError):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, or is unreadable, damaged or of another model."""
+    """A checkpoint cannot be written, or is unreadable, damaged or of another model.
+
+    The message may quote a file of unknown origin, so it is made printable and short.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message, MAX_MESSAGE_LENGTH))
 
 
 class RunFolderLostError(RuntimeError):

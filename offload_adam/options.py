@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, get_args
+
+from offload_adam.printable import show
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +56,7 @@ class Flag:
     def check(self, name: str, value: Any, or_none: str = "") -> None:
         """Raise TypeError if `value` is not a bool."""
         if not isinstance(value, bool):
-            raise TypeError(f"{name} must be a bool{or_none}, not {value!r}")
+            raise TypeError(f"{name} must be a bool{or_none}, not {show(value)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ class Choice:
         if value not in self.values:
             named = [repr(known) for known in self.values]
             allowed = " or ".join(named) if len(named) < 3 else f"one of {', '.join(named)}"
-            raise ValueError(f"{name} must be {allowed}, not {value!r}")
+            raise ValueError(f"{name} must be {allowed}, not {show(value)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,18 +127,19 @@ class Number:
         """Raise TypeError for another type, ValueError for a number outside the range."""
         if not (is_integer(value) if self.kind is int else is_number(value)):
             what = ("an int" if self.kind is int else "a number") + (self.unit and " of ")
-            raise TypeError(f"{name} must be {what}{self.unit}{or_none}, not {value!r}")
+            raise TypeError(f"{name} must be {what}{self.unit}{or_none}, not {show(value)}")
         if not self._contains(value):
-            raise ValueError(f"{name} must {self._range}, not {value}")
+            raise ValueError(f"{name} must {self._range}, not {show(value)}")
 
     def _contains(self, value: float) -> bool:
-        # Comparisons only, no conversion: a Python int may be too large for a float. Every
-        # comparison with NaN is False, so NaN is rejected by the bound that is always given.
+        # No conversion: a Python int may be too large for a float. Every comparison with NaN is
+        # False, so NaN is rejected by the bound that is always given.
         return (
             (self.above is None or value > self.above)
             and (self.least is None or value >= self.least)
             and (self.most is None or value <= self.most)
             and not (self.finite and value == math.inf)
+            and not (self.kind is float and is_integer(value) and value > sys.float_info.max)
         )
 
     @property
@@ -206,7 +210,7 @@ def check_policy(name: str, policy: Any, kind: type) -> Any:
         TypeError, ValueError: the message names the argument or the option.
     """
     if not isinstance(policy, kind):
-        raise TypeError(f"{name} must be {kind.__name__}(...), not {policy!r}")
+        raise TypeError(f"{name} must be {kind.__name__}(...), not {show(policy)}")
     return check_options(policy)
 
 

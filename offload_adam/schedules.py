@@ -19,6 +19,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from offload_adam.options import is_integer, is_number, plain
+from offload_adam.printable import show
 
 
 class LearningRateSchedule(ABC):
@@ -251,22 +252,22 @@ def _check_decay(learning_rate: float, decay_rate: float, decay_steps: int, is_s
 
 def _check_number(name: str, value: float, *, zero: bool = False) -> None:
     if not is_number(value):
-        raise TypeError(f"{name} must be a number, not {value!r}")
+        raise TypeError(f"{name} must be a number, not {show(value)}")
     # Not math.isfinite, which raises OverflowError for an int that no float can hold. NumPy would
     # convert the bound to its own dtype, where it overflows.
     number = plain(value)
     if not 0 <= number <= sys.float_info.max or (number == 0 and not zero):
         least = "at least" if zero else "above"
-        raise ValueError(f"{name} must be finite and {least} 0, not {value}")
+        raise ValueError(f"{name} must be finite and {least} 0, not {show(value)}")
 
 
 def _check_steps(name: str, value: int) -> None:
     if not is_integer(value):
-        raise TypeError(f"{name} must be an int, not {value!r}")
+        raise TypeError(f"{name} must be an int, not {show(value)}")
     if value < 1:
-        raise ValueError(f"{name} must be at least 1, not {value}")
+        raise ValueError(f"{name} must be at least 1, not {show(value)}")
 
 
 def _check_flag(name: str, value: bool) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, not {value!r}")
+        raise TypeError(f"{name} must be a bool, not {show(value)}")

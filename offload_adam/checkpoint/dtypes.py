@@ -42,6 +42,9 @@ TORCH_DTYPES = {
 }
 """All dtypes of this torch by their text, such as "torch.float32"."""
 
+MAX_DIMS = 64
+"""Dimensions of a tensor. Most operations of torch allow no more."""
+
 _QUANTIZED = ("qint8", "qint32", "quint8", "quint4x2", "quint2x4")
 DTYPES = {name: getattr(torch, own) for name, own in _IN_SAFETENSORS.items()} | {
     # Not in safetensors, or with a shape that counts two elements a byte (float4_e2m1fn_x2).
@@ -123,6 +126,11 @@ def saveable(name: str, tensor: torch.Tensor) -> torch.Tensor:
         raise CheckpointError(
             f"{name} has layout {layout}, but checkpoints hold only dense tensors. Convert it "
             f"with to_dense(), or {leave_out}"
+        )
+    if tensor.dim() > MAX_DIMS:
+        raise CheckpointError(
+            f"{name} has {tensor.dim()} dimensions, but checkpoints hold at most {MAX_DIMS}. "
+            f"Reshape it, or {leave_out}"
         )
     # A subclass such as bitsandbytes' Params4bit may override functions of torch.
     plain: torch.Tensor = no_torch_function(

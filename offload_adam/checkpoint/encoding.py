@@ -18,6 +18,7 @@ import math
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,13 @@ import torch
 
 from offload_adam.checkpoint.dtypes import DTYPE_NAMES, TORCH_DTYPES, in_order
 from offload_adam.errors import CheckpointError
+from offload_adam.printable import show
 
 TAG = "$type"
 MAX_NBYTES = 1024 * 1024
 """Limit of one tensor, array or bytes object: larger ones would make the manifest slow to parse."""
+MAX_TEXT_NBYTES = 64 * 1024 * 1024
+"""Limit of one encoded value, estimated. A value that is in several places counts several times."""
 # A level takes up to 3 Python frames to decode, and Python allows 1,000 frames by default.
 _MAX_DEPTH = 50
 # 1,234 digits. Python converts at most 4,300 digits (14,284 bits) from or to text by default.
@@ -71,8 +75,53 @@ def encode(value: object, name: str) -> Any:
 
     Raises:
         CheckpointError: the value, or one inside it, cannot be encoded; the message names its path.
+            Or it is too large or nested too deeply, see `check_size`.
     """
+    check_size(value, name)
     return _encode(value, (name,))
+
+
+def check_size(value: object, name: str) -> None:
+    """Check that a value has at most `_MAX_DEPTH` levels and `MAX_TEXT_NBYTES` as text.
+
+    The time is proportional to the memory that the value takes: a list that holds another one
+    several times, and so on for some levels, may be small in memory and enormous as text.
+
+    Raises:
+        CheckpointError: it is nested more deeply, contains itself, or is larger.
+    """
+    nbytes = _text_nbytes(value, 1, name, {})
+    if nbytes > MAX_TEXT_NBYTES:
+        raise CheckpointError(
+            f"{name} would take about {nbytes:,} bytes in the manifest, more than the limit of "
+            f"{MAX_TEXT_NBYTES:,}. Register larger data as a buffer of the model."
+        )
+
+
+def _text_nbytes(value: object, level: int, name: str, known: dict[int, int]) -> int:
+    """Return about how many bytes a value takes as text.
+
+    Args:
+        known: the result by the id of each container that has been walked.
+    """
+    if level > _MAX_DEPTH:
+        raise CheckpointError(
+            f"{name} has more than {_MAX_DEPTH} levels of nesting, or contains itself. Nest its "
+            "values less deeply."
+        )
+    if isinstance(value, (str, bytes, bytearray)):
+        return len(value)
+    if isinstance(value, torch.Tensor):
+        # A larger one is rejected by itself, with its place.
+        return min(value.numel() * value.element_size(), MAX_NBYTES)
+    if isinstance(value, np.ndarray):
+        return min(value.nbytes, MAX_NBYTES)
+    if not isinstance(value, (list, tuple, set, frozenset, dict)):
+        return 8
+    if id(value) not in known:
+        inner = chain(value.keys(), value.values()) if isinstance(value, dict) else value
+        known[id(value)] = 8 + sum(_text_nbytes(item, level + 1, name, known) for item in inner)
+    return known[id(value)]
 
 
 def decode(value: Any, name: str) -> Any:
@@ -96,11 +145,6 @@ def decode(value: Any, name: str) -> Any:
 def _encode(value: Any, path: _Path) -> Any:
     # Compared with `is`, not isinstance: a bool is an int, and a subclass would lose its type.
     kind = type(value)
-    if len(path) > _MAX_DEPTH:
-        raise CheckpointError(
-            f"{path[0]} has more than {_MAX_DEPTH} levels of nesting, or contains itself. Nest its "
-            "values less deeply."
-        )
     if value is None or kind is bool:
         return value
     if kind is int:
@@ -144,7 +188,7 @@ def _encode(value: Any, path: _Path) -> Any:
 
 
 def _rejected(path: _Path, what: str, remedy: str) -> CheckpointError:
-    where = str(path[0]) + "".join(f"[{key!r}]" for key in path[1:])
+    where = str(path[0]) + "".join(f"[{show(key)}]" for key in path[1:])
     return CheckpointError(f"{where} is {what}, which a checkpoint cannot hold. {remedy}.")
 
 
@@ -230,7 +274,7 @@ def _decode(value: Any) -> Any:
     fields = dict(value)
     tag = fields.pop(TAG)
     if tag not in _DECODERS:
-        raise ValueError(f"unknown type {tag!r}")
+        raise ValueError(f"unknown type {show(tag)}")
     # A wrong field raises a TypeError, which `decode` replaces.
     return _DECODERS[tag](**fields)
 

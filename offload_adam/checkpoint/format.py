@@ -19,12 +19,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from offload_adam.checkpoint.dtypes import DTYPES
+from offload_adam.checkpoint.dtypes import DTYPES, MAX_DIMS
 from offload_adam.checkpoint.encoding import decode
 from offload_adam.errors import CheckpointError
 from offload_adam.layout.budget import CHECKPOINT_BLOCK_NBYTES
+from offload_adam.printable import show
 from offload_adam.state.boxes import Box, find_fault, range_of_box
 
 FORMAT_VERSION = 3
@@ -40,9 +41,17 @@ BLOCK_NBYTES = CHECKPOINT_BLOCK_NBYTES
 LOAD_ANOTHER = "Load another checkpoint."
 """What to do about a damaged checkpoint, for error messages."""
 
+MAX_MANIFEST_NBYTES = 256 * 1024 * 1024
+"""Largest manifest. That of 10**12 parameters in fp32 has 40 MB, most of them checksums."""
+
 _PLAIN_NAME = re.compile(r"[\w-][\w.-]*")
-StepCount = Annotated[FiniteFloat, Field(ge=0, le=2**24)]
+StepCount = Annotated[FiniteFloat, Field(ge=0, le=2**24, multiple_of=1)]
 """Step counts are float32, as in torch: larger integers are not exact."""
+
+
+# torch, files and memory count elements and bytes in 64 bits.
+Natural = Annotated[int, Field(ge=0, lt=2**63)]
+Dims = Annotated[list[Natural], Field(max_length=MAX_DIMS)]
 
 
 class _Entry(BaseModel):
@@ -54,10 +63,10 @@ class _Entry(BaseModel):
 class Piece(_Entry):
     """A box of a tensor. Its elements are contiguous in `file`, from byte `start`."""
 
-    offsets: list[NonNegativeInt]
-    sizes: list[NonNegativeInt]
+    offsets: Dims
+    sizes: Dims
     file: str
-    start: NonNegativeInt
+    start: Natural
 
     @property
     def box(self) -> Box:
@@ -77,8 +86,8 @@ class TensorEntry(_Entry):
     """
 
     dtype: str
-    shape: list[NonNegativeInt]
-    order: list[NonNegativeInt]
+    shape: Dims
+    order: Dims
     pieces: list[Piece]
 
     @property
@@ -90,8 +99,8 @@ class TensorEntry(_Entry):
 class FileEntry(_Entry):
     """One file: its length in bytes, and the CRC-32 of each block of 4 MiB."""
 
-    nbytes: NonNegativeInt
-    checksums: list[NonNegativeInt]
+    nbytes: Natural
+    checksums: list[Natural]
 
 
 class RankEntry(_Entry):
@@ -129,9 +138,9 @@ class Manifest(_Entry):
     extra: the argument of `save_checkpoint`, encoded.
     """
 
-    format_version: NonNegativeInt
-    step: NonNegativeInt
-    world_size: NonNegativeInt
+    format_version: Natural
+    step: Natural
+    world_size: Natural
     tensors: dict[str, TensorEntry]
     files: dict[str, FileEntry]
     optimizer: OptimizerEntry
@@ -195,7 +204,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise CheckpointError(f"{path} is not a regular file. {LOAD_ANOTHER}")
     try:
-        text = path.read_bytes()
+        with path.open("rb") as file:
+            text = file.read(MAX_MANIFEST_NBYTES + 1)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read: {error.strerror}. Check its permissions and the disk."
@@ -225,6 +235,11 @@ def parse_manifest(text: str | bytes, origin: str) -> Manifest:
     Raises:
         CheckpointError: as `read_manifest`.
     """
+    if len(text) > MAX_MANIFEST_NBYTES:
+        raise CheckpointError(
+            f"{origin} has more than {MAX_MANIFEST_NBYTES:,} bytes, the limit of a manifest. Move "
+            "large values out of extra and of the model's extra state, or load another checkpoint."
+        )
     values = _unsealed(text, origin)
     # The version comes before the fields, which differ between versions.
     version = values.get("format_version") if isinstance(values, dict) else None
@@ -246,12 +261,18 @@ def parse_manifest(text: str | bytes, origin: str) -> Manifest:
     try:
         manifest.decoded_values()
         manifest.decoded_extra()
+        decoded_optimizer(manifest.optimizer.model_dump(), manifest.format_version)
     except CheckpointError as error:
         raise CheckpointError(f"{origin}: {error}") from error
     _check_files(manifest, origin)
+    used = dict.fromkeys(manifest.files, 0)
     for name, entry in manifest.tensors.items():
         try:
             _check_tensor(manifest, entry)
+            for piece in entry.pieces:
+                used[piece.file] += piece.box.numel * DTYPES[entry.dtype].itemsize
+                if used[piece.file] > manifest.files[piece.file].nbytes:
+                    raise ValueError(f"it shares bytes of {piece.file} with other tensors")
         except ValueError as error:
             raise CheckpointError(
                 f"{origin}: tensor {name!r}: {str(error).rstrip('.')}. {LOAD_ANOTHER}"
@@ -320,6 +341,9 @@ def _check_tensor(manifest: Manifest, entry: TensorEntry) -> None:
             f"order {entry.order} is not a permutation of {len(entry.shape)} dimensions"
         )
     shape = entry.memory_shape
+    # torch computes strides also for tensors without elements, and they must not overflow.
+    if math.prod(max(size, 1) for size in shape) * DTYPES[entry.dtype].itemsize >= 2**63:
+        raise ValueError(f"no memory can hold a tensor of {shape}")
     for piece in entry.pieces:
         file = manifest.files.get(piece.file)
         if file is None:
@@ -380,7 +404,14 @@ def decoded_optimizer(saved: Mapping[str, Any], format_version: int) -> Any:
         CheckpointError: `saved` cannot be decoded.
     """
     if format_version > 2:
-        return decode(saved, "the saved optimizer")
+        found = decode(saved, "the saved optimizer")
+        for options in (found["further"], *(group["options"] for group in found["groups"])):
+            if type(options) is not dict:
+                raise CheckpointError(
+                    f"The saved options of the optimizer must be dicts, not {show(options)}. "
+                    f"{LOAD_ANOTHER}"
+                )
+        return found
     # Version 2 did not encode values, so `betas`, the only tuple, was saved as a list.
     groups = []
     for group in saved["groups"]:

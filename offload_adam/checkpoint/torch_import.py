@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,22 @@ import torch
 
 from offload_adam.checkpoint.commit import commit_files, partial_output
 from offload_adam.checkpoint.dtypes import saveable
-from offload_adam.checkpoint.encoding import encode
+from offload_adam.checkpoint.encoding import check_size, encode
 from offload_adam.checkpoint.format import FORMAT_VERSION, GroupEntry, Manifest, OptimizerEntry
 from offload_adam.checkpoint.optimizer_access import NOT_OPTIONS
 from offload_adam.checkpoint.rank_file import RankFile, rank_file_name
 from offload_adam.checkpoint.save import manifest_of, memory_key, whole_part
 from offload_adam.errors import CheckpointError
+from offload_adam.params.groups import check_group
+from offload_adam.printable import show
 
 _PLANES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _PASS_NAMES = "Pass --names FILE, with one parameter name per line in the optimizer's order."
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_DEFAULTS = {"nesterov": False, "maximize": False, "decoupled_weight_decay": False}
+# Bytes of weights that a file of torch may stand for: tensors may be views of the same memory.
+_MAX_GROWTH = 4  # per byte of the file
+_MIN_GROWTH_NBYTES = 64 * 1024 * 1024  # for expanded buffers such as masks
 _EXACT_IN_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -48,11 +56,15 @@ def import_torch_pickle(
 
     Raises:
         CheckpointError: the file is not such a file, holds more than tensors and plain values, or
-            `target` exists.
+            a value that `load_checkpoint` would reject; or `target` exists.
+
+    Cost: time and memory in proportion to the file, whatever it holds.
     """
     with partial_output(target) as folder:
         model, optimizer = _read_torch_pickle(source, model_key, optimizer_key)
-        model_tensors = {name: v for name, v in model.items() if isinstance(v, torch.Tensor)}
+        model_tensors = _model_tensors(
+            model, _MIN_GROWTH_NBYTES + _MAX_GROWTH * source.stat().st_size
+        )
         # A checkpoint stores a tied tensor only once, under its first name.
         tied = _tied(model_tensors)
         own = {name: value for name, value in model_tensors.items() if name not in tied}
@@ -89,17 +101,24 @@ def _read_torch_pickle(
     Raises:
         CheckpointError: as `import_torch_pickle`.
     """
+    if source.exists() and not source.is_file():
+        raise CheckpointError(f"{source} is not a regular file. Pass a file that torch.save wrote.")
     try:
+        _require_stored(source)
         content = torch.load(source, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(
             f"{source} cannot be opened: {error.strerror}. Pass a file that torch.save wrote."
         ) from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch does not document its errors: damaged bytes raise any type
         # torch puts its reason after several lines of advice, some of it to run the file's code.
-        # A KeyError, from bytes that are no pickle, has only a number.
-        text = "it is damaged" if isinstance(error, KeyError) else str(error)
+        explained = isinstance(error, (pickle.UnpicklingError, RuntimeError, EOFError, ValueError))
+        text = str(error) if explained else f"it is damaged ({type(error).__name__})"
         reason = text.rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+        if source.stat().st_size == 0:
+            reason = "it is empty"
         raise CheckpointError(
             f"{source} holds more than tensors and plain values, or was not written by torch.save: "
             f"{reason.rstrip('.')}. Code in a file is not run: save only the two state dicts."
@@ -108,7 +127,7 @@ def _read_torch_pickle(
         if not isinstance(content, dict) or not isinstance(content.get(key), Mapping):
             has = f"a {type(content).__name__}"
             if isinstance(content, dict):
-                has = f"the keys {', '.join(sorted(map(repr, content)))}"
+                has = f"the keys {', '.join(sorted(map(show, islice(content, 20))))}"
             raise CheckpointError(
                 f"{source} has no state dict under {key!r}: it holds {has}. Name the keys with "
                 "--model-key and --optimizer-key."
@@ -120,6 +139,59 @@ def _read_torch_pickle(
             "--optimizer-key the key of a dict that has 'state' and 'param_groups'."
         )
     return model, optimizer
+
+
+def _require_stored(source: Path) -> None:
+    """Check that no part of a zip file is compressed: a few bytes could stand for many gigabytes.
+
+    Raises:
+        CheckpointError: the parts together are larger than the file. torch.save compresses nothing.
+    """
+    try:
+        with zipfile.ZipFile(source) as archive:
+            nbytes = sum(record.file_size for record in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        return  # an earlier format of torch, or damaged: torch.load finds out
+    if nbytes > source.stat().st_size:
+        raise CheckpointError(
+            f"{source} holds compressed parts, which torch.save does not write: {nbytes:,} bytes "
+            "in a smaller file. Load it in a place that you trust, and save it anew."
+        )
+
+
+def _model_tensors(model: Mapping[Any, Any], limit: int) -> dict[str, torch.Tensor]:
+    """Return the tensors in a model's state dict.
+
+    Args:
+        limit: bytes of all tensors together. Tensors of a file may be views of the same memory, so
+            that copies of them could take far more than the file.
+
+    Raises:
+        CheckpointError: a name is not text, a checkpoint cannot hold a tensor, or they are larger.
+    """
+    found: dict[str, torch.Tensor] = {}
+    seen: set[Any] = set()
+    nbytes = 0
+    for name, value in model.items():
+        if not isinstance(name, str):
+            raise CheckpointError(
+                f"The model's state dict has the key {show(name)}, which is not text. Save "
+                "model.state_dict() of a torch.nn.Module."
+            )
+        if not isinstance(value, torch.Tensor):
+            continue
+        tensor = found[name] = saveable(name, value)
+        place = memory_key(tensor)
+        if place not in seen:
+            nbytes += tensor.numel() * tensor.element_size()
+        seen.add(place)
+        if nbytes > limit:
+            raise CheckpointError(
+                f"{name!r} repeats elements, or is one of many views of the same memory: the "
+                f"tensors up to it would take {nbytes:,} bytes. Save copies (tensor.clone()) of "
+                "what belongs to the model."
+            )
+    return found
 
 
 def _tied(model: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -140,15 +212,17 @@ def _optimizer_state(
 ) -> tuple[OptimizerEntry, dict[str, torch.Tensor]]:
     """Return the optimizer's entry in the manifest, and its tensors by their saved names."""
     try:
+        check_size(optimizer["param_groups"], "param_groups")
         groups = list(optimizer["param_groups"])
         ids = [packed for group in groups for packed in group["params"]]
+        if len({*ids}) < len(ids):
+            raise ValueError("a parameter is in two places of param_groups")
         names = dict(zip(ids, _names(groups, len(ids), model, given), strict=True))
         tensors: dict[str, torch.Tensor] = {}
         steps: dict[str, float] = {}
         entries = []
         for group in groups:
-            _require_options(group)
-            options = {key: value for key, value in group.items() if key not in NOT_OPTIONS}
+            options = _options(group)
             own = [names[packed] for packed in group["params"]]
             entries.append(GroupEntry(parameters=own, options=encode(options, "optimizer")))
             for packed, name in zip(group["params"], own, strict=True):
@@ -204,12 +278,20 @@ def _names(
     return names
 
 
-def _require_options(group: Mapping[str, Any]) -> None:
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a parameter group that a checkpoint has.
+
+    Raises:
+        CheckpointError: an option is missing, or `load_checkpoint` would reject its value.
+    """
     for key in ("lr", "betas", "eps", "weight_decay", "amsgrad"):
         if key not in group:
             raise CheckpointError(
                 f"A parameter group has no {key!r}. Import a file of torch's Adam or AdamW."
             )
+    options = {key: value for key, value in group.items() if key not in NOT_OPTIONS}
+    check_group({**_DEFAULTS, **options})
+    return options
 
 
 def _planes(
@@ -221,6 +303,7 @@ def _planes(
         value = saved.get(key)
         if value is None:
             value = torch.zeros_like(weight, dtype=torch.float32)
+        value = saveable(f"{key} of {name!r}", value)
         if value.shape != weight.shape or value.dtype not in _EXACT_IN_FLOAT32:
             raise CheckpointError(
                 f"{key} of {name!r} is {value.dtype} of shape {list(value.shape)}, but must be "
@@ -228,6 +311,11 @@ def _planes(
                 "model and optimizer of the same run."
             )
         planes[key] = value
+    if weight.dtype not in _EXACT_IN_FLOAT32:
+        raise CheckpointError(
+            f"{name!r} has dtype {weight.dtype} and state of Adam, but a float32 master weight "
+            "holds only float32, bfloat16 and float16 exactly. Convert the model, and save it anew."
+        )
     if weight.dtype != torch.float32:
         planes["master_weight"] = weight
     return {f"optimizer/{name}/{key}": value.float() for key, value in planes.items()}

@@ -68,9 +68,11 @@ def inspect(path: Folder) -> None:
     """
     from rich.console import Console
     from rich.table import Column, Table
+    from rich.text import Text
 
     from offload_adam.checkpoint.dtypes import DTYPES
     from offload_adam.checkpoint.format import read_manifest
+    from offload_adam.printable import MAX_MESSAGE_LENGTH, printable
     from offload_adam.units import format_nbytes
 
     with _exit_on_error():
@@ -82,13 +84,17 @@ def inspect(path: Folder) -> None:
     for name, entry in sorted(manifest.tensors.items()):
         nbytes = prod(entry.shape) * DTYPES[entry.dtype].itemsize
         shape = " x ".join(map(str, entry.shape)) or "1"
-        table.add_row(name, entry.dtype, shape, str(len(entry.pieces)), format_nbytes(nbytes))
+        # As Text, since rich would read [bold] in a string as markup.
+        table.add_row(
+            Text(printable(name)), entry.dtype, shape, str(len(entry.pieces)), format_nbytes(nbytes)
+        )
     for name, value in sorted(manifest.decoded_values().items()):
-        table.add_row(name, f"({type(value).__name__})", "", "", "")
+        table.add_row(Text(printable(name)), f"({type(value).__name__})", "", "", "")
     console = Console()
     console.print(table)
     if extra := manifest.decoded_extra():
-        console.print(f"extra: {', '.join(map(str, extra))}", markup=False)
+        listed = printable(", ".join(map(str, extra)), MAX_MESSAGE_LENGTH)
+        console.print(f"extra: {listed}", markup=False)
 
 
 @checkpoint_app.command("export")
@@ -108,10 +114,11 @@ def export(
     Exit codes: 0 done, 1 failed, without a partial OUT.
     """
     from offload_adam.checkpoint.export import export_dcp, export_torch
+    from offload_adam.printable import MAX_MESSAGE_LENGTH, printable
 
     with _exit_on_error():
         loaded_by = (export_torch if form is ExportForm.TORCH else export_dcp)(path, out)
-    typer.echo(f"Wrote {out} for {loaded_by}")
+    typer.echo(printable(f"Wrote {out} for {loaded_by}", MAX_MESSAGE_LENGTH))
 
 
 @checkpoint_app.command("import")

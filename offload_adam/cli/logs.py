@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TextIO
 
+from offload_adam.printable import printable
+
 _TEXT = "%(asctime)s %(levelname)-7s rank %(rank)s %(name)s: %(message)s"
 
 
@@ -44,6 +46,13 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(values)
 
 
+class _TextFormatter(logging.Formatter):
+    """Escapes control characters, which a name of a file could bring into the log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def configure_logging(log_format: LogFormat) -> None:
     """Write log records and Python warnings to stderr.
 
@@ -60,7 +69,7 @@ def configure_logging(log_format: LogFormat) -> None:
     if log_format == LogFormat.JSON:
         handler.setFormatter(JsonFormatter(rank))
     else:
-        handler.setFormatter(logging.Formatter(_TEXT, "%Y-%m-%d %H:%M:%S", defaults={"rank": rank}))
+        handler.setFormatter(_TextFormatter(_TEXT, "%Y-%m-%d %H:%M:%S", defaults={"rank": rank}))
     logging.basicConfig(handlers=[handler])
     logging.getLogger("offload_adam").setLevel(logging.INFO if rank == "0" else logging.WARNING)
     # logging.captureWarnings would log two lines for each warning, the second of source code.

@@ -19,6 +19,21 @@ from offload_adam.options import (
     options_of,
 )
 
+MAX_COUNT = 2**24
+"""Largest number of steps and of other things that are counted.
+
+Optimizers count steps in float32, as torch does, where larger integers are not exact.
+"""
+MAX_NBYTES = 2**63 - 1
+"""Largest number of bytes: torch and files count them in 64 bits."""
+TEXT_PATTERN = r"^[^\x00-\x1f\x7f]*$"
+
+Count = Annotated[int, Field(gt=0, le=MAX_COUNT)]
+CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Nbytes = Annotated[int, Field(ge=0, le=MAX_NBYTES)]
+Text = Annotated[str, Field(min_length=1, max_length=4096, pattern=TEXT_PATTERN)]
+"""A path or a name: 4,096 bytes is the limit of Linux for a path."""
+
 
 class Section(BaseModel):
     """Base class of a section of the YAML file. Unknown keys and wrong types are mistakes."""
@@ -61,7 +76,8 @@ def _type_of(option: Option, default: Any) -> Any:
         case Dtype(short=short):
             kind = Literal[short]
         case Number() as rule:
-            kind = Annotated[rule.kind, Field(gt=rule.above, ge=rule.least, le=rule.most)]
+            most = MAX_NBYTES if rule.most is None and rule.kind is int else rule.most
+            kind = Annotated[rule.kind, Field(gt=rule.above, ge=rule.least, le=most)]
         case _:
             raise TypeError(f"Option {option.name} has the key {option.key} but no rule. Add one.")
     if default is None:

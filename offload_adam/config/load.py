@@ -14,7 +14,8 @@ import yaml
 from offload_adam.config.mistakes import ConfigError, Mistake
 from offload_adam.config.sections import COMPLETE, RunConfig
 from offload_adam.config.validation import validate
-from offload_adam.config.yaml_text import read_yaml, write_yaml
+from offload_adam.config.yaml_text import MAX_NBYTES, read_yaml, write_yaml
+from offload_adam.printable import show
 
 _OVERRIDE = re.compile(r"--(?P<path>[\w-]+(?:\.[\w-]+)*)=(?P<value>.*)", re.DOTALL)
 # pydantic cannot dump a configuration of more than 255 levels, and most walks over one recurse.
@@ -67,13 +68,19 @@ def _read_file(path: Path) -> tuple[dict[str, Any] | None, list[Mistake]]:
     None with a mistake if the file cannot be read or parsed.
     """
     try:
-        values, mistakes = read_yaml(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MAX_NBYTES + 1)
+        if len(content) > MAX_NBYTES:
+            return None, [Mistake("", f"is larger than {MAX_NBYTES:,} bytes: is it a YAML file?")]
+        values, mistakes = read_yaml(content.decode("utf-8"))
     except FileNotFoundError:
         return None, [Mistake("", "file not found")]
     except OSError as error:
         return None, [Mistake("", f"cannot be read: {error.strerror}")]
     except UnicodeDecodeError as error:
         return None, [Mistake("", f"is not UTF-8 text: {error.reason} at byte {error.start}")]
+    except ValueError as error:  # a NUL character in the path
+        return None, [Mistake("", f"cannot be read: {error}")]
     except yaml.YAMLError as error:
         # PyYAML was given the text only, and does not know the name of the file.
         problem = str(error).replace('"<unicode string>"', f'"{path}"')
@@ -93,7 +100,7 @@ def _parse_overrides(arguments: Sequence[str]) -> tuple[list[tuple[str, Any]], l
     for argument in arguments:
         match = _OVERRIDE.fullmatch(argument)
         if match is None:
-            problem = f"cannot parse {argument!r}: write --section.key=value without spaces"
+            problem = f"cannot parse {show(argument)}: write --section.key=value without spaces"
             mistakes.append(Mistake("", problem))
             continue
         path, value = match.groups()

@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from offload_adam.printable import printable
+
+MAX_SHOWN = 50
+"""Mistakes in the message of one error."""
+_MAX_LENGTH = 500  # of one mistake in characters
+
 
 class Mistake(NamedTuple):
     """One mistake in a configuration.
@@ -17,7 +23,8 @@ class Mistake(NamedTuple):
     problem: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.problem}" if self.path else self.problem
+        text = f"{self.path}: {self.problem}" if self.path else self.problem
+        return printable(text, _MAX_LENGTH)
 
 
 class ConfigError(ValueError):
@@ -30,7 +37,10 @@ class ConfigError(ValueError):
     def __init__(self, origin: str, mistakes: Sequence[Mistake]) -> None:
         self.mistakes = tuple(mistakes)
         count = "1 mistake" if len(self.mistakes) == 1 else f"{len(self.mistakes)} mistakes"
-        lines = [f"{origin}: {count}", *(f"  {mistake}" for mistake in self.mistakes)]
+        lines = [f"{printable(origin)}: {count}"]
+        lines += [f"  {mistake}" for mistake in self.mistakes[:MAX_SHOWN]]
+        if len(self.mistakes) > MAX_SHOWN:
+            lines.append(f"  ... and {len(self.mistakes) - MAX_SHOWN} more")
         super().__init__("\n".join(lines))
 
     @classmethod

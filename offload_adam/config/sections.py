@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from offload_adam.config.declared import Section, keys_of
+from offload_adam.config.declared import Count, CountOrZero, Nbytes, Section, Text, keys_of
 from offload_adam.config.optimizer_sections import OffloadAdamSection, OptimizerSection
 
 NAME_PATTERN = r"^\w[\w.-]*$"
@@ -20,17 +20,17 @@ FACTORY_PATTERN = r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*$"
 class RunSection(Section):
     """The folder of the run, `<dir>/<name>/`, and the seed of weights, data and dropout."""
 
-    name: str = Field(default="run", pattern=NAME_PATTERN)
-    dir: str = Field(default="runs", min_length=1)
+    name: str = Field(default="run", pattern=NAME_PATTERN, max_length=200)
+    dir: Text = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
 class ModelSizes(Section):
     """Sizes of the built-in byte-level GPT. `width` is the size of the residual stream."""
 
-    num_layers: PositiveInt = 4
-    width: PositiveInt = 128
-    num_heads: PositiveInt = 4
+    num_layers: Annotated[int, Field(gt=0, le=1024)] = 4
+    width: Annotated[int, Field(gt=0, le=2**20)] = 128
+    num_heads: Annotated[int, Field(gt=0, le=2**20)] = 4
     tied_head: bool = True
 
 
@@ -42,7 +42,7 @@ class ModelSection(Section):
     """
 
     sizes: ModelSizes | None = None
-    factory: str | None = Field(default=None, pattern=FACTORY_PATTERN)
+    factory: str | None = Field(default=None, pattern=FACTORY_PATTERN, max_length=4096)
     arguments: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -61,7 +61,7 @@ class DataSection(Section):
     """
 
     source: Literal["python-stdlib"] | None = None
-    path: str | None = Field(default=None, min_length=1)
+    path: Text | None = None
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
     @model_validator(mode="before")
@@ -81,13 +81,13 @@ class TrainSection(Section):
     sequences of all ranks together.
     """
 
-    num_steps: PositiveInt = 100
-    batch_size: PositiveInt = 8
-    sequence_length: PositiveInt = 128
-    gradient_accumulation_steps: PositiveInt = 1
+    num_steps: Count = 100
+    batch_size: Count = 8
+    sequence_length: Count = 128
+    gradient_accumulation_steps: Count = 1
     dtype: Literal["fp32", "bf16"] = "fp32"
-    eval_every: NonNegativeInt = 0
-    eval_sequences: PositiveInt = 256
+    eval_every: CountOrZero = 0
+    eval_sequences: Count = 256
 
 
 class ParallelSection(Section):
@@ -107,9 +107,9 @@ class ParallelSection(Section):
     the parameters and `param_dtype`.
     """
 
-    shard: PositiveInt | None = None
-    replicate: PositiveInt = 1
-    tensor: PositiveInt = 1
+    shard: Count | None = None
+    replicate: Count = 1
+    tensor: Count = 1
     offload_weights: bool = False
     reshard_after_forward: bool = True
     param_dtype: Literal["fp32", "bf16"] | None = None
@@ -124,7 +124,7 @@ class ScheduleSection(Section):
     shorter than its warmup has no decay.
     """
 
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: CountOrZero = 0
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
 
 
@@ -145,7 +145,7 @@ class ProfileSection(Section):
     """
 
     enabled: bool = False
-    interval_ms: Annotated[float, Field(ge=1)] = 100.0
+    interval_ms: Annotated[float, Field(ge=1, le=86_400_000)] = 100.0
 
 
 class ObserveSection(Section):
@@ -156,9 +156,9 @@ class ObserveSection(Section):
     """
 
     http_port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    http_host: str = Field(default="127.0.0.1", min_length=1)
+    http_host: Text = "127.0.0.1"
     tensorboard: bool = False
-    wandb_project: str | None = Field(default=None, min_length=1)
+    wandb_project: Text | None = None
 
 
 class CheckpointSection(Section):
@@ -178,13 +178,13 @@ class CheckpointSection(Section):
     from its newest checkpoint.
     """
 
-    every: NonNegativeInt = 0
+    every: CountOrZero = 0
     mode: Literal["sync", "async"] = "sync"
-    snapshot_buffer_nbytes: NonNegativeInt = 256 * 1024 * 1024
-    keep_last: PositiveInt = 2
-    keep_every: PositiveInt | None = None
+    snapshot_buffer_nbytes: Nbytes = 256 * 1024 * 1024
+    keep_last: Count = 2
+    keep_every: Count | None = None
     required: bool = False
-    resume: str = Field(default="auto", min_length=1)
+    resume: Text = "auto"
 
     @property
     def used_buffer_nbytes(self) -> int:
@@ -219,6 +219,6 @@ TEXT_KEYS = frozenset(
     f"{name}.{key}"
     for name, section in COMPLETE
     for key, field in type(section).model_fields.items()
-    if field.annotation in (str, str | None)
+    if field.annotation in (str, str | None, Text | None)
 )
 """Dotted paths of the keys whose value may be any text, even text that looks like a number."""

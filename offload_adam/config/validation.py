@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from offload_adam.config.conflicts import find_conflicts
-from offload_adam.config.mistakes import Mistake
+from offload_adam.config.declared import TEXT_PATTERN
+from offload_adam.config.mistakes import MAX_SHOWN, Mistake
 from offload_adam.config.sections import COMPLETE, FACTORY_PATTERN, NAME_PATTERN, RunConfig
 
 Key = tuple[str, str]
@@ -35,6 +36,7 @@ _EXPECTED = {
 }
 _PATTERNS = {
     FACTORY_PATTERN: "must have the form package.module:function",
+    TEXT_PATTERN: "must not contain control characters",
     NAME_PATTERN: "must have only letters, digits and . _ -, and not begin with . or -",
 }
 # Each set has the names of one setting: ours, and those of PyTorch, transformers, torchtitan,
@@ -77,10 +79,13 @@ def validate(values: dict[str, Any]) -> tuple[RunConfig | None, list[Mistake]]:
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        mistakes = list(dict.fromkeys(map(_mistake_of, error.errors())))
+        details = error.errors()
+        # To find the key that was meant takes a while, so only for those that are shown.
+        mistakes = list(dict.fromkeys(map(_mistake_of, details[:MAX_SHOWN])))
+        mistakes += [Mistake(_path(detail), detail["msg"]) for detail in details[MAX_SHOWN:]]
         # Conflicts can only be found in a valid configuration, so defaults replace invalid values.
         values = copy.deepcopy(values)
-        for detail in error.errors():
+        for detail in details:
             _remove(values, _location(detail))
         try:
             config = RunConfig.model_validate(values)
@@ -101,7 +106,7 @@ def _mistake_of(detail: ErrorDetails) -> Mistake:
     if kind == "invalid_key" or location[-1] == "[key]":  # such as 3, in a section or `arguments`
         path = ".".join(str(part) for part in location if part != "[key]")
         return Mistake(path, "this key is not text: put it in quotes")
-    path = ".".join(map(str, location[:-1] if kind == "missing" else location))
+    path = _path(detail)
     if kind == "extra_forbidden":
         tag = str(detail["loc"][1]) if location[0] == "optimizer" else "OffloadAdam"
         # Not split from `path`: the unknown key may have a dot in it.
@@ -109,8 +114,15 @@ def _mistake_of(detail: ErrorDetails) -> Mistake:
         return Mistake(path, _unknown_key(parent, name, tag))
     problem = _EXPECTED.get(kind) or _PATTERNS.get(detail.get("ctx", {}).get("pattern", ""))
     if problem is None:
-        problem = detail["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        problem = detail["msg"].removeprefix("Value error, ")
+        problem = problem.replace("Input should", "must").replace("String should", "must")
     return Mistake(path, f"{problem}, got {_shown(detail['input'])}")
+
+
+def _path(detail: ErrorDetails) -> str:
+    """Return the dotted path of the key with the error."""
+    location = _location(detail)
+    return ".".join(map(str, location[:-1] if detail["type"] == "missing" else location))
 
 
 def _location(detail: ErrorDetails) -> tuple[int | str, ...]:

@@ -23,7 +23,14 @@ import yaml
 from offload_adam.config.mistakes import Mistake
 from offload_adam.config.sections import TEXT_KEYS
 
+MAX_NBYTES = 2**20
+"""Largest file in bytes."""
+MAX_VALUES = 100_000
+"""Most values in a document. An alias counts as often as the values that it repeats: ten lines of
+aliases to lists of aliases could otherwise stand for billions of values."""
+
 _TAG = "tag:yaml.org,2002:"
+_TOO_MANY = f"it has more than {MAX_VALUES:,} values, counting those that aliases (*) repeat"
 _NUMBERS = (f"{_TAG}bool", f"{_TAG}int", f"{_TAG}float")
 # An unquoted scalar has the first of these types whose pattern matches all of it, else it is text.
 _CORE_SCHEMA = {
@@ -36,7 +43,20 @@ _CORE_SCHEMA = {
 
 
 class ConfigLoader(yaml.SafeLoader):
-    """PyYAML's safe loader with the types of YAML 1.2's core schema and no others."""
+    """PyYAML's safe loader with the types of YAML 1.2's core schema and no others.
+
+    It stops at the value after `MAX_VALUES`.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._num_nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._num_nodes += 1
+        if self._num_nodes > MAX_VALUES:
+            raise yaml.YAMLError(_TOO_MANY)
+        return super().compose_node(parent, index)
 
 
 class ConfigDumper(yaml.SafeDumper):
@@ -81,7 +101,8 @@ def read_yaml(text: str, path: str = "") -> tuple[Any, list[Mistake]]:
         path: dotted path of the key whose value the text is; "" for a whole file.
 
     Raises:
-        yaml.YAMLError: the text is not YAML, or a value in it contains itself.
+        yaml.YAMLError: the text is not YAML, a value in it contains itself, or it has more than
+            `MAX_VALUES` values.
     """
     loader = ConfigLoader(text)
     try:
@@ -90,6 +111,8 @@ def read_yaml(text: str, path: str = "") -> tuple[Any, list[Mistake]]:
             return None, []
         root = _keep_text(root, path)
         mistakes = list(_mistakes_below(root, path, frozenset(), set()))
+        if _count_values(root, {}) > MAX_VALUES:
+            raise yaml.YAMLError(_TOO_MANY)
         return loader.construct_document(root), mistakes
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
@@ -147,3 +170,18 @@ def _mistakes_below(
             node.value[index] = (key, _keep_text(value, here))
         yield from _mistakes_below(value, here, above, finished)
     finished.add(id(node))
+
+
+def _count_values(node: yaml.Node, counted: dict[int, int]) -> int:
+    """Return the number of values in `node`, which does not contain itself.
+
+    Args:
+        counted: number of values by the id of the node, for nodes that aliases repeat.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in counted:
+        is_mapping = isinstance(node, yaml.MappingNode)
+        inner = (n for pair in node.value for n in pair) if is_mapping else node.value
+        counted[id(node)] = 1 + sum(_count_values(value, counted) for value in inner)
+    return counted[id(node)]

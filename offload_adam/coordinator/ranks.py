@@ -23,6 +23,7 @@ from offload_adam.coordinator.verdicts import Verdict
 from offload_adam.coordinator.waiting import SLICE_S, wait_until
 from offload_adam.coordinator.watchdog import PeerWatch, roll_call
 from offload_adam.options import FailurePolicy
+from offload_adam.printable import show
 from offload_adam.torch_private import (
     abort_collectives,
     connect_to_default_store,
@@ -274,8 +275,9 @@ def check_process_group(process_group: object) -> None:
     ):
         return
     raise TypeError(
-        f"process_group must be a torch.distributed.ProcessGroup or None, not {process_group!r}. "
-        "Pass the result of torch.distributed.new_group(), or None for the default group."
+        "process_group must be a torch.distributed.ProcessGroup or None, not "
+        f"{show(process_group)}. Pass the result of torch.distributed.new_group(), or None for "
+        "the default group."
     )
 
 

@@ -19,6 +19,7 @@ from offload_adam.coordinator.ranks import RankGroup, attempt, open_rank_group
 from offload_adam.coordinator.watchdog import roll_call
 from offload_adam.errors import NotRetriedError
 from offload_adam.options import FailurePolicy
+from offload_adam.printable import show
 from offload_adam.torch_private import default_store, store_without_prefixes
 
 _MARK = "offload_adam/not_retried"  # prefix of the store's key for an error that is final
@@ -153,7 +154,7 @@ def _problems_of(environment: Mapping[str, str]) -> Iterator[str]:
     if missing:
         yield f"WORLD_SIZE is in the environment, but {', '.join(missing)} is not set, or is empty"
     given = {name: environment[name] for name in _NUMBERS if environment.get(name)}
-    wrong = [f"{name}={value!r}" for name, value in given.items() if not value.isdecimal()]
+    wrong = [f"{name}={show(value)}" for name, value in given.items() if not value.isdecimal()]
     if wrong:
         yield f"{', '.join(wrong)} is not a whole number"
     elif not missing and int(given["RANK"]) >= int(given["WORLD_SIZE"]):

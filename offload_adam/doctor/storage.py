@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from offload_adam.doctor.finding import Finding
+from offload_adam.printable import show
 from offload_adam.units import format_nbytes
 
 CHECKPOINT_NBYTES = 16
@@ -47,7 +48,7 @@ def last_save(folder: Path, num_parameters: float | None) -> Finding:
     try:
         timeout_s = float(timeout)
     except ValueError:
-        found = f"{_TIMEOUT_VARIABLE} is {timeout!r}, which is not a number"
+        found = f"{_TIMEOUT_VARIABLE} is {show(timeout)}, which is not a number"
         return Finding("last save", found, "set it to a number of seconds")
     gb_per_s = write_gb_per_s(_existing(folder))
     most = gb_per_s * 1e9 * timeout_s / CHECKPOINT_NBYTES

@@ -41,6 +41,7 @@ from offload_adam.mindspore.inspection import InspectableAdam
 from offload_adam.options import ExecutionOptions, FailurePolicy, OffloadPolicy
 from offload_adam.params.groups import check_group, hyperparameters_of
 from offload_adam.params.selection import Selection
+from offload_adam.printable import show
 from offload_adam.sharded_optimizer.state_access import serialized
 from offload_adam.step.messages import StepInputs, StepReport
 
@@ -338,7 +339,9 @@ class Adam(InspectableAdam):
         global_step = further["global_step"]
         # It comes from a file, so it may be of any type.
         if not isinstance(global_step, int) or global_step < 0:
-            raise ValueError(f"The saved global_step is {global_step!r}, not a number of steps.")
+            raise ValueError(
+                f"The saved global_step is {show(global_step)}, not a number of steps."
+            )
 
         def load() -> None:
             self._global_step = global_step

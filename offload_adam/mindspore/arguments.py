@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 
+from offload_adam.printable import show
+
 _KWARGS = ("use_lazy", "use_offload")
 _NAMES_IN_TORCH = {"lr": "learning_rate", "betas": "beta1 and beta2", "amsgrad": "use_amsgrad"}
 
@@ -16,7 +18,7 @@ def check_flag(name: str, value: object) -> bool:
         TypeError: the message names the argument.
     """
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, not {value!r}")
+        raise TypeError(f"{name} must be a bool, not {show(value)}")
     return value
 
 
@@ -27,7 +29,7 @@ def check_beta(name: str, value: object) -> float:
         TypeError, ValueError: the message names the argument.
     """
     if not isinstance(value, float):
-        raise TypeError(f"{name} must be a float, not {value!r}")
+        raise TypeError(f"{name} must be a float, not {show(value)}")
     if not 0.0 < value < 1.0:
         raise ValueError(f"{name} must lie in the open interval (0.0, 1.0), not {value}")
     return float(value)  # np.float64 is a float, too
@@ -40,7 +42,7 @@ def check_eps(value: object) -> float:
         TypeError, ValueError: the message names the argument.
     """
     if not isinstance(value, float):
-        raise TypeError(f"eps must be a float, not {value!r}")
+        raise TypeError(f"eps must be a float, not {show(value)}")
     return _positive("eps", value)
 
 
@@ -51,7 +53,7 @@ def check_loss_scale(value: object) -> float:
         TypeError, ValueError: the message names the argument.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"loss_scale must be a number, not {value!r}")
+        raise TypeError(f"loss_scale must be a number, not {show(value)}")
     return _positive("loss_scale", value)
 
 
@@ -100,5 +102,5 @@ def check_amsgrad(*, amsgrad: bool, lazy: bool, offload: bool) -> None:
 def _positive(name: str, value: float) -> float:
     # Not math.isfinite, which raises OverflowError for an int that no float can hold.
     if not 0.0 < value <= sys.float_info.max:
-        raise ValueError(f"{name} must be finite and above 0, not {value}")
+        raise ValueError(f"{name} must be finite and above 0, not {show(value)}")
     return float(value)

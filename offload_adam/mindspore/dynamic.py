@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from offload_adam.options import is_number
+from offload_adam.printable import show
 from offload_adam.schedules import BuiltInSchedule, schedule_from_state
 
 MAX_NUM_VALUES = 10_000_000
@@ -122,8 +123,8 @@ def load_dynamic(
     function: Any = present.function
     if not hasattr(function, "load_state_dict"):
         raise ValueError(
-            f"The saved {name} has state, but {function!r} has no load_state_dict(). Construct the "
-            "optimizer with the same callable as when it was saved."
+            f"The saved {name} has state, but {show(function)} has no load_state_dict(). Construct "
+            "the optimizer with the same callable as when it was saved."
         )
     return present, lambda: function.load_state_dict(saved["callable"])
 
@@ -146,7 +147,7 @@ def read_learning_rate(name: str, value: object) -> float | Dynamic:
         return Dynamic(name, _read_values(name, value))
     raise TypeError(
         f"{name} must be a number, a tensor, an iterable with one number per step, or a callable "
-        f"of the step, not {value!r}"
+        f"of the step, not {show(value)}"
     )
 
 
@@ -159,7 +160,7 @@ def read_weight_decay(name: str, value: object) -> float | Dynamic:
     if callable(value) and not isinstance(value, torch.Tensor):
         return Dynamic(name, value)
     if not is_number(value):
-        raise TypeError(f"{name} must be a number or a callable of the step, not {value!r}")
+        raise TypeError(f"{name} must be a number or a callable of the step, not {show(value)}")
     return check_amount(name, value)
 
 
@@ -170,11 +171,11 @@ def check_amount(name: str, value: Any) -> float:
         TypeError, ValueError: the message names the argument.
     """
     if not is_number(value):
-        raise TypeError(f"{name} must be a number, not {value!r}")
+        raise TypeError(f"{name} must be a number, not {show(value)}")
     # An int or a Fraction may be too large for a float: compare it unconverted.
     number: Any = value if isinstance(value, numbers.Rational) else float(value)
     if not 0.0 <= number <= sys.float_info.max:
-        raise ValueError(f"{name} must be finite and at least 0, not {value}")
+        raise ValueError(f"{name} must be finite and at least 0, not {show(value)}")
     return float(number)
 
 

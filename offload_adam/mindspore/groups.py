@@ -11,6 +11,7 @@ import torch
 from offload_adam.errors import warn_user
 from offload_adam.mindspore.arguments import check_flag
 from offload_adam.mindspore.dynamic import Dynamic, read_learning_rate, read_weight_decay
+from offload_adam.printable import show
 
 _KEYS = ("params", "lr", "weight_decay", "grad_centralization", "order_params")
 
@@ -50,8 +51,9 @@ class AdamGroup(dict[str, Any]):
     def _reject_dynamic(self, key: str, value: Any) -> None:
         if key in self.dynamic and self.get(key, value) != value:
             raise ValueError(
-                f"{key} of this group changes with the step and cannot be set to {value!r}. To let "
-                "a torch scheduler or your code set it, construct Adam with a fixed number for it."
+                f"{key} of this group changes with the step and cannot be set to {show(value)}. To "
+                "let a torch scheduler or your code set it, construct Adam with a fixed number for "
+                "it."
             )
 
     def values_at(self, step: int) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from offload_adam.mindspore.groups import AdamGroup
+from offload_adam.printable import show
 from offload_adam.sharded_optimizer import ShardedOptimizer
 
 
@@ -94,7 +95,7 @@ class InspectableAdam(ShardedOptimizer):
         if isinstance(param, torch.Tensor):
             return self._rate_of(param, rates)
         if not isinstance(param, (list, tuple)):
-            raise TypeError(f"param must be a parameter or a list of them, not {param!r}")
+            raise TypeError(f"param must be a parameter or a list of them, not {show(param)}")
         for position, item in enumerate(param):
             if not isinstance(item, torch.Tensor):
                 raise TypeError(
@@ -130,9 +131,9 @@ class InspectableAdam(ShardedOptimizer):
     @target.setter
     def target(self, value: str) -> None:
         if not isinstance(value, str):
-            raise TypeError(f"target must be a str, not {value!r}")
+            raise TypeError(f"target must be a str, not {show(value)}")
         if value != "CPU":
-            raise ValueError(f"target must be 'CPU', not {value!r}")
+            raise ValueError(f"target must be 'CPU', not {show(value)}")
         if self.target != "CPU":
             raise ValueError(
                 "target cannot be set to 'CPU', because parameters and state are on a GPU. "

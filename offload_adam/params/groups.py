@@ -12,6 +12,7 @@ import torch
 
 from offload_adam.kernels.scalars import Hyperparameters
 from offload_adam.options import is_number, plain
+from offload_adam.printable import show
 
 _BOOLEANS = ("amsgrad", "nesterov", "maximize", "decoupled_weight_decay")
 _NUMBERS = ("lr", "eps", "weight_decay")
@@ -47,7 +48,7 @@ def check_group(group: dict[str, Any]) -> None:
             dict.__setitem__(group, name, _plain(group[name]))
     betas = group["betas"]
     if not isinstance(betas, Sequence) or len(betas) != 2:
-        raise ValueError(f"betas must be two numbers, not {betas!r}")
+        raise ValueError(f"betas must be two numbers, not {show(betas)}")
     for position, beta in enumerate(betas):
         if not 0.0 <= as_float(f"betas[{position}]", beta) < 1.0:
             raise ValueError(f"betas[{position}] must lie in [0, 1), not {beta}")
@@ -55,14 +56,14 @@ def check_group(group: dict[str, Any]) -> None:
         group["betas"] = tuple(map(_plain, betas))
     for name in _BOOLEANS:
         if not isinstance(group[name], bool):
-            raise TypeError(f"{name} must be a bool, not {group[name]!r}")
+            raise TypeError(f"{name} must be a bool, not {show(group[name])}")
     # Only groups of `Adam`, or groups loaded from its state, have this key.
     if not isinstance(group.get("epsilon_hat", False), bool):
-        raise TypeError(f"epsilon_hat must be a bool, not {group['epsilon_hat']!r}")
+        raise TypeError(f"epsilon_hat must be a bool, not {show(group['epsilon_hat'])}")
     for name in TORCH_OPTIONS:  # groups of `Adam` do not have these keys
         chosen = group.get(name)
         if chosen is not None and not isinstance(chosen, bool):
-            raise TypeError(f"{name} must be a bool or None, not {chosen!r}")
+            raise TypeError(f"{name} must be a bool or None, not {show(chosen)}")
         if chosen and name in _REJECTED:
             raise ValueError(
                 f"{name}=True is not supported, because {_REJECTED[name]}. Leave {name} out."
@@ -142,8 +143,13 @@ def as_float(name: str, value: Any) -> float:
     else:
         is_real = is_number(value)
     if not is_real:
-        raise TypeError(f"{name} must be a number, not {value!r}")
-    return float(value)
+        raise TypeError(f"{name} must be a number, not {show(value)}")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} is too large for a float: {show(value)}") from error
+    except RuntimeError as error:  # a tensor without values, or of a dtype without numbers
+        raise TypeError(f"{name} must be a number, not {show(value)}") from error
 
 
 def _plain(value: Any) -> Any:
@@ -247,9 +253,9 @@ class GroupWatch:
         for key, made_with in self._options[number].items():
             if options[key] != made_with:
                 raise ValueError(
-                    f"param_groups[{number}][{key!r}] was changed to {options[key]!r}, but its "
-                    f"state was allocated for {made_with!r}. Set it back, or construct a new "
-                    f"optimizer with {key}={options[key]!r}."
+                    f"param_groups[{number}][{key!r}] was changed to {show(options[key])}, but its "
+                    f"state was allocated for {show(made_with)}. Set it back, or construct a new "
+                    f"optimizer with {key}={show(options[key])}."
                 )
 
 

@@ -23,6 +23,7 @@ from offload_adam.options import (
     resolve_overlap,
 )
 from offload_adam.params.local_shard import ShardedModel
+from offload_adam.printable import show
 from offload_adam.sharded_optimizer.ddp import averaged_by_ddp
 from offload_adam.version import __version__
 
@@ -169,7 +170,7 @@ def usable_failures(failures: object) -> FailurePolicy:
 def check_module(module: object) -> None:
     """Check that `module` is an nn.Module or None."""
     if module is not None and not isinstance(module, torch.nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module or None, not {module!r}")
+        raise TypeError(f"module must be a torch.nn.Module or None, not {show(module)}")
 
 
 def _resolve_reduction(
@@ -242,7 +243,7 @@ def _check_needs_of_hooks(options: ExecutionOptions, *, hooked: bool, streams: b
         )
     for unit in units or ():
         if not isinstance(unit, torch.nn.Module):
-            raise TypeError(f"units must be submodules of module=, not {unit!r}")
+            raise TypeError(f"units must be submodules of module=, not {show(unit)}")
 
 
 def _warn_of_fraction_without_effect(policy: StatePolicy, on_device: bool) -> None:

@@ -44,6 +44,7 @@ from offload_adam.params.selection import (
     reject_unrelated,
     select_parameters,
 )
+from offload_adam.printable import show
 from offload_adam.sharded_optimizer.ddp import check_averaged
 from offload_adam.sharded_optimizer.execution import (
     Execution,
@@ -701,7 +702,7 @@ def _check_clipping(max_norm: object, norm_type: object, error_if_nonfinite: obj
             "optimizer without module= and use torch.nn.utils.clip_grad_norm_."
         )
     if not isinstance(error_if_nonfinite, bool):
-        raise TypeError(f"error_if_nonfinite must be a bool, not {error_if_nonfinite!r}")
+        raise TypeError(f"error_if_nonfinite must be a bool, not {show(error_if_nonfinite)}")
     limit = check_max_norm("max_norm", as_float("max_norm", max_norm))
     assert limit is not None
     return limit

@@ -18,6 +18,7 @@ from offload_adam.coordinator.rank_checks import raise_on_all_ranks
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import CheckpointError
 from offload_adam.params.groups import known_names, names_of
+from offload_adam.printable import show
 from offload_adam.state.state_dict import (
     STATE_KEY,
     StateReference,
@@ -385,7 +386,9 @@ class StateAccess(torch.optim.Optimizer):
         Cost: the whole state in the host memory of rank 0, until its `state_dict()` is dropped.
         """
         if to != 0:
-            raise ValueError(f"to must be 0, because the state is gathered on rank 0, not {to!r}")
+            raise ValueError(
+                f"to must be 0, because the state is gathered on rank 0, not {show(to)}"
+            )
         core = self._alive()
         # Else `state_dict` has all of it, without copies.
         if core.partition[1] > 1 or core.has_local_shards:

@@ -11,6 +11,7 @@ from weakref import WeakMethod
 
 import torch
 
+from offload_adam.printable import show
 from offload_adam.state.state_shard import check_step_count
 
 _values = methodcaller("values")
@@ -108,7 +109,7 @@ class StateEdits:
                 if key == "step":
                     check_step_count("The step in optimizer.state", value)
                 elif not isinstance(value, torch.Tensor):
-                    raise TypeError(f"{key} in optimizer.state must be a tensor, not {value!r}")
+                    raise TypeError(f"{key} in optimizer.state must be a tensor, not {show(value)}")
             yield parameter, found
 
     def restore(self, state: Mapping[torch.Tensor, MutableMapping[str, Any]]) -> None:

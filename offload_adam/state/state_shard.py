@@ -20,6 +20,7 @@ from offload_adam.fsdp_private import (
 )
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import in_memory_order, in_shape_of, with_own_storage
+from offload_adam.printable import show
 from offload_adam.state.boxes import (
     Box,
     boxes_of_part,
@@ -220,7 +221,7 @@ def _part_of(
         if not value.has_range_of(memory_order(parameter), start, end):
             needed = _describe(start, end, parameter.numel())
             raise ValueError(
-                f"The saved {what} is {value!r}, but this rank needs {needed}. "
+                f"The saved {what} is {show(value)}, but this rank needs {needed}. "
                 "Load it through torch.distributed.checkpoint, or load a full_state_dict()."
             )
         return value.to_local()

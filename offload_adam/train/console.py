@@ -108,5 +108,5 @@ def summary_table(totals: RunTotals, bigram_loss: float, folder: Path) -> Table:
         share = total_ms / totals.total_ms
         table.add_row(phase, f"{total_ms / totals.num_steps:.2f} ms a step  {share:4.0%}")
     table.add_section()
-    table.add_row("run folder", str(folder))
+    table.add_row("run folder", Text(str(folder)))  # rich reads [name] in a string as markup
     return table

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,7 +22,7 @@ from offload_adam.config import (
 )
 from offload_adam.config.mesh import mesh_sizes
 from offload_adam.config.optimizer_sections import AdamSection, OffloadAdamSection
-from offload_adam.config.sections import ParallelSection
+from offload_adam.config.sections import COMPLETE, TEXT_KEYS, ParallelSection
 from offload_adam.config.validation import _SYNONYMS, _known_keys
 from offload_adam.options import ExecutionOptions, FailurePolicy, OffloadPolicy, options_of
 
@@ -658,3 +661,98 @@ def test_yaml_that_would_build_objects_is_rejected(tmp_path: Path) -> None:
 def test_the_configuration_is_read_without_torch() -> None:
     script = "import sys, offload_adam.config; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def nested_aliases(levels: int) -> str:
+    """Return a few lines in which the last list stands for 9**levels values."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    for level in range(1, levels):
+        aliases = ", ".join([f"*a{level - 1}"] * 9)
+        lines.append(f"a{level}: &a{level} [{aliases}]")
+    return "\n".join([*lines, f"train: {{num_steps: *a{levels - 1}}}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (nested_aliases(9), "more than 100,000 values, counting those that aliases"),
+        (nested_aliases(300), "more than 100,000 values, counting those that aliases"),
+        ("a: [" + "1, " * 100_001 + "]", "more than 100,000 values"),
+        ("a: " + "x" * 2**20, "is larger than 1,048,576 bytes"),
+    ],
+    ids=["aliases", "many aliases", "list", "file"],
+)
+def test_a_file_that_stands_for_too_much_is_rejected_at_once(
+    tmp_path: Path, text: str, problem: str
+) -> None:
+    began = time.monotonic()
+    found = mistakes(tmp_path, text)
+    assert time.monotonic() - began < 20
+    assert problem in found[""]
+
+
+def test_an_endless_file_is_not_read_to_its_end() -> None:
+    with pytest.raises(ConfigError, match="is larger than 1,048,576 bytes"):
+        load_config("/dev/zero")
+
+
+def test_aliases_that_do_not_multiply_are_read(tmp_path: Path) -> None:
+    config = load(tmp_path, "train: &t {num_steps: 3}\nmodel: {factory: 'a:b', arguments: {x: *t}}")
+    assert config.train.num_steps == 3
+    assert config.model.arguments == {"x": {"num_steps": 3}}
+
+
+def test_thousands_of_mistakes_are_found_at_once_and_the_first_are_shown(tmp_path: Path) -> None:
+    keys = [f"k{number}: 1" for number in range(20_000)]
+    overrides = [f"--train.k{number}=1" for number in range(20_000)]
+    path = tmp_path / "case.yaml"
+    path.write_text("\n".join(keys))
+    began = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    assert time.monotonic() - began < 30
+    assert len(caught.value.mistakes) == 40_000
+    assert len(str(caught.value)) < 10_000
+    assert str(caught.value).endswith("... and 39950 more")
+
+
+@pytest.mark.parametrize(
+    "path", [f"{name}.{key}" for name, section in COMPLETE for key in type(section).model_fields]
+)
+def test_no_key_accepts_a_number_beyond_its_use(tmp_path: Path, path: str) -> None:
+    """Neither torch, nor files, nor a process can count that far."""
+    messages = []
+    for number in ("4" + "0" * 30, "1" + "0" * 400, "1" + "0" * 4000, "1e400", ".inf", ".nan"):
+        try:
+            value: Any = load(tmp_path, "{}", f"--{path}={number}")
+        except ConfigError as error:
+            messages.append(str(error))
+            continue
+        for key in path.split("."):
+            value = getattr(value, key)
+        # A name may be any text, and a learning rate or a limit any finite float.
+        assert isinstance(value, str) or (isinstance(value, float) and math.isfinite(value))
+    assert all(len(message) < 1500 for message in messages)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(key for key in TEXT_KEYS if key not in ("run.name", "model.factory"))
+)
+def test_text_has_no_control_characters_and_an_end(tmp_path: Path, path: str) -> None:
+    section, key = path.split(".")
+    for text in ("a\0b", "a\x1b[2Jb", "a\nb"):
+        found = mistakes(tmp_path, yaml.safe_dump({section: {key: text}}))
+        assert found[path].startswith("must not contain control characters, got "), found
+    assert (
+        "at most 4096 characters" in mistakes(tmp_path, f"{section}: {{{key}: {'x' * 4097}}}")[path]
+    )
+
+
+def test_names_in_a_message_are_escaped(tmp_path: Path) -> None:
+    path = tmp_path / "case.yaml"
+    path.write_text(yaml.safe_dump({"\x1b[2J": 1, "run": {"na\x9bme": 1}}))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    lines = str(caught.value).split("\n")
+    assert all(line.isprintable() for line in lines)
+    assert any(line.startswith("  \\x1b[2J: unknown key") for line in lines)

@@ -275,3 +275,19 @@ def test_a_bool_that_is_neither_0_nor_1_becomes_1() -> None:
     )
     assert found[0].view(torch.uint8).item() == 1
     assert found[1].view(np.uint8).item() == 1
+
+
+def test_a_small_value_that_is_enormous_as_text_is_rejected_at_once() -> None:
+    value: Any = [1, 2]
+    for _ in range(40):
+        value = [value, value]
+    with pytest.raises(CheckpointError, match=r"x would take about [0-9,]+ bytes in the manifest"):
+        encode({"a": value}, "x")
+    text = "a" * 2**20
+    assert encode([text] * 60, "x") == [text] * 60
+    with pytest.raises(CheckpointError, match="limit of 67,108,864"):
+        encode([text] * 65, "x")
+    loop: list[Any] = []
+    loop += [loop, loop]
+    with pytest.raises(CheckpointError, match="contains itself"):
+        encode(loop, "x")

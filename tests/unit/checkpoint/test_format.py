@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import closing
 from math import prod
 from pathlib import Path
@@ -29,11 +30,13 @@ from offload_adam.checkpoint.format import (
     RankEntry,
     TensorEntry,
     parse_manifest,
+    read_manifest,
     sealed,
 )
 from offload_adam.checkpoint.rank_file import Part, RankFile
 from offload_adam.checkpoint.reader import VerifiedFile
 from offload_adam.errors import CheckpointError
+from offload_adam.printable import MAX_MESSAGE_LENGTH
 from offload_adam.state.boxes import Box, boxes_of_range, range_of_box
 
 shapes = st.lists(st.integers(1, 5), max_size=4)
@@ -316,7 +319,34 @@ def test_a_changed_digit_of_a_manifest_is_seen(old: str, new: str) -> None:
             {"tensors__w__pieces__1__sizes": [2, 2]},
             r"tensor of \[2, 3\]\. Load another checkpoint\.$",
         ),
-        ({"tensors__w__pieces__0__start": 10**30}, "exceeds"),
+        ({"tensors__w__pieces__0__start": 10**12}, "exceeds"),
+        ({"tensors__w__pieces__0__start": 10**30}, "less than 9223372036854775808"),
+        ({"optimizer__steps__w": 1.5}, "steps.*multiple of 1"),
+        ({"tensors__w__shape": [1] * 65}, "shape: List should have at most 64 items"),
+        ({"tensors__w__shape": [2**70, 0]}, "less than 9223372036854775808"),
+        (
+            {"tensors__w__shape": [2**62, 2**62, 0], "tensors__w__order": [0, 1, 2]},
+            "no memory can hold a tensor of",
+        ),
+        (
+            {
+                "tensors__x": {
+                    "dtype": "U8",
+                    "shape": [101],
+                    "order": [0],
+                    "pieces": [{"offsets": [0], "sizes": [101], "file": "r0", "start": 0}],
+                }
+            },
+            "'x': it shares bytes of r0 with other tensors",
+        ),
+        (
+            {"optimizer__further": {"$type": "tuple", "items": []}},
+            r"options of the optimizer must be dicts, not \(\)",
+        ),
+        (
+            {"optimizer__groups__0__options": {"$type": "bytes", "data": "AA=="}},
+            r"options of the optimizer must be dicts, not b'\\x00'",
+        ),
         ({"tensors__w__pieces__0__file": "r9"}, "is not a file of the checkpoint"),
         ({"tensors__w__pieces__0__file": "../r0"}, "is not a file of the checkpoint"),
         ({"tensors__w__dtype": "F128"}, "unknown dtype"),
@@ -383,3 +413,27 @@ def test_any_manifest_is_read_or_rejected(data: st.DataObject) -> None:
 def test_any_bytes_are_rejected(content: bytes) -> None:
     with pytest.raises(CheckpointError):
         parse_manifest(content, "m")
+
+
+def test_a_manifest_of_many_dimensions_or_bytes_is_rejected_at_once(tmp_path: Path) -> None:
+    values = manifest()
+    values["tensors"]["w"] |= {"shape": [1] * 20_000, "order": list(range(20_000))}
+    text = sealed(values)
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match="at most 64 items"):
+        parse_manifest(text, "m")
+    assert time.monotonic() - began < 5
+    with (tmp_path / "manifest.json").open("wb") as file:
+        file.truncate(2**40)  # without a block on the disk
+    with pytest.raises(CheckpointError, match="has more than 268,435,456 bytes"):
+        read_manifest(tmp_path)
+
+
+def test_a_message_about_a_manifest_is_printable_and_short() -> None:
+    name = "\x1b[2J" * 200_000
+    values = manifest()
+    values["tensors"][name] = values["tensors"].pop("w") | {"dtype": name}
+    with pytest.raises(CheckpointError) as caught:
+        parse_manifest(sealed(values), "m")
+    assert len(str(caught.value)) <= MAX_MESSAGE_LENGTH
+    assert str(caught.value).isprintable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from typer.testing import CliRunner
 
 from offload_adam import (
     Adam,
@@ -20,10 +22,25 @@ from offload_adam import (
     load_checkpoint,
     save_checkpoint,
 )
+from offload_adam.checkpoint.encoding import TAG
+from offload_adam.checkpoint.export import export_dcp, export_torch
 from offload_adam.checkpoint.format import MANIFEST_NAME, sealed
 from offload_adam.checkpoint.torch_import import import_torch_pickle
+from offload_adam.cli.app import app
 from offload_adam.schedules import CosineDecayLR
 from tests.unit.checkpoint.test_format import JSON, places
+
+HOSTILE = st.sampled_from(
+    [
+        *(2**24 + 1, 2**53, 2**62, 2**63, 2**70, 10**400, -1, -0.0, 1.5, 1e308),
+        *("../x", "\x1b[31m", "[/red]", "model/weight", "F64", "I4", "bits8", "x" * 3000),
+        *([1] * 65, [2**62, 0], [0, 2**70], [2**62, 2**62, 0], ["weight", "weight"]),
+        {TAG: "tuple", "items": []},
+        {TAG: "float", "value": "inf"},
+        {TAG: "torch.Tensor", "dtype": "torch.float32", "shape": [2**62, 0], "data": ""},
+        {TAG: "torch.device", "value": "cuda:99999"},
+    ]
+)
 
 
 class Saved:
@@ -92,7 +109,9 @@ def _same(content: bytes, original: bytes) -> bool:
 
 @settings(max_examples=100)
 @given(st.data())
-def test_any_sealed_manifest_is_loaded_or_rejected(saved: Saved, data: st.DataObject) -> None:
+def test_any_sealed_manifest_is_loaded_or_rejected(
+    saved: Saved, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     """Replaces any part of a manifest, and seals it with the correct checksum."""
     values = json.loads(saved.files[MANIFEST_NAME])
     del values["sha256"]
@@ -101,11 +120,58 @@ def test_any_sealed_manifest_is_loaded_or_rejected(saved: Saved, data: st.DataOb
         at = values
         for key in path:
             at = at[key]
-        at[last] = data.draw(JSON | st.floats(allow_nan=False, allow_infinity=False))
+        at[last] = data.draw(JSON | HOSTILE | st.floats(allow_nan=False, allow_infinity=False))
     (saved.folder / MANIFEST_NAME).write_text(sealed(values))
     saved.load()
+    export_to(tmp_path_factory.mktemp("export"), saved.folder)
     saved.restore()
     assert saved.load()
+
+
+def export_to(folder: Path, checkpoint: Path) -> None:
+    """Show and export a checkpoint, in both formats. Any error but CheckpointError fails."""
+    result = CliRunner().invoke(app, ["checkpoint", "inspect", str(checkpoint)])
+    assert result.exit_code in (0, 1), result.exception
+    assert "\x1b" not in result.output
+    with suppress(CheckpointError):
+        export_torch(checkpoint, folder / "t.pt")
+    with suppress(CheckpointError):
+        export_dcp(checkpoint, folder / "dcp")
+
+
+def _bomb() -> list[Any]:
+    value: list[Any] = [1]
+    for _ in range(40):
+        value = [value, value]
+    return value
+
+
+# Of the shape of the weight where they have it. Made for each example, since few can be copied.
+ODD_TENSORS: list[Callable[[], torch.Tensor]] = [
+    lambda: torch.zeros(3, 2),
+    lambda: torch.zeros(3, 2).to_sparse(),
+    lambda: torch.zeros(3, 2).to_sparse_csr(),
+    lambda: torch.zeros(3, 2, device="meta"),
+    lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.strided),
+    lambda: torch.zeros(2, 3).t(),
+    lambda: torch.zeros(3, 4)[:, ::2],
+    lambda: torch.zeros(1).expand(3, 2),
+    lambda: torch.zeros(1).expand(10**12),
+    lambda: torch.zeros(3, 2, dtype=torch.complex64).conj(),
+    lambda: torch.zeros(3, 2, dtype=torch.float64),
+    lambda: torch.zeros(3, 2, dtype=torch.int64),
+    lambda: torch.zeros(3, 2, dtype=torch.uint8).view(torch.bits8),
+    lambda: torch.zeros(3, 2).to(torch.float8_e4m3fn),
+    lambda: torch.zeros(3, 2, requires_grad=True),
+    lambda: torch.zeros([1] * 70),
+    lambda: torch.tensor(float("nan")),
+    lambda: torch.tensor(1e30),
+    lambda: torch.tensor(1.5),
+]
+ODD_VALUES: list[Any] = [
+    *(10**400, 2**70, -1, True, None, 5, "a" * 3000, "\x1b[31m", "\ud800", (0.9,), (0.9, 1.0)),
+    *([0, 0], [1, 0], ["weight", "weight"], {1, 2}, b"x", torch.float32, _bomb()),
+]
 
 
 @settings(max_examples=100)
@@ -123,7 +189,8 @@ def test_any_pickled_file_is_imported_or_rejected(
     at = content
     for key in path:
         at = at[key]
-    at[last] = data.draw(JSON | st.floats() | st.builds(torch.zeros, st.just((3, 2))))
+    odd = st.sampled_from(ODD_TENSORS).map(lambda make: make())
+    at[last] = data.draw(JSON | st.floats() | odd | st.sampled_from(ODD_VALUES))
     torch.save(content, folder / "t.pt")
     with suppress(CheckpointError):
         import_torch_pickle(folder / "t.pt", folder / "c")
