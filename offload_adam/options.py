@@ -33,6 +33,9 @@ C = TypeVar("C")
 Pin = Literal["all", "staging", "none"]
 """Page-locked host memory: state and staging buffers, staging buffers only, or none."""
 
+MAX_STEP_COUNT = 2**24
+"""Largest number of steps: optimizers count in float32, as torch does."""
+
 _DECLARED = "offload_adam option"  # key in the metadata of a dataclass field
 
 

@@ -17,7 +17,12 @@ from typing import Any
 from torch import nn
 
 from offload_adam.checkpoint.encoding import encode
-from offload_adam.checkpoint.format import FORMAT_VERSION, decoded_optimizer
+from offload_adam.checkpoint.format import (
+    FORMAT_VERSION,
+    PlainState,
+    decoded_optimizer,
+    validated,
+)
 from offload_adam.checkpoint.optimizer_access import (
     ParameterNames,
     check_optimizer,
@@ -25,6 +30,8 @@ from offload_adam.checkpoint.optimizer_access import (
     plain_state,
     plan_plain_state,
 )
+from offload_adam.errors import CheckpointError
+from offload_adam.printable import show
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.state.state_shard import BoxTensor, box_sources, shards_of
 
@@ -70,17 +77,31 @@ class OptimizerState:
         """Load all state except tensors, which `dcp.load` has already read in place.
 
         Raises:
-            CheckpointError: parameter groups or parameters differ from those of this optimizer.
+            CheckpointError: parameter groups or parameters differ from those of this optimizer, or
+                the state is damaged.
         """
-        values = json.loads(state_dict["plain"])
-        # Files written in format 2 do not name a version.
-        plain = decoded_optimizer(values["optimizer"], values.get("format_version", 2))
+        saved = _read_plain(state_dict)
+        plain = decoded_optimizer(saved.optimizer.model_dump(), saved.format_version)
         with locked(self._optimizer):
             core = self._optimizer._settled()
             name_of = ParameterNames(self._model, core)
             plan_plain_state(self._optimizer, core, plain, name_of)()
-            self._optimizer.num_steps = values["num_steps"]
+            self._optimizer.num_steps = saved.num_steps
             self._optimizer.refresh_master()
+
+
+def _read_plain(state_dict: Mapping[str, Any]) -> PlainState:
+    text = state_dict.get("plain")
+    if not isinstance(text, str):
+        raise CheckpointError(
+            f"The saved optimizer has no text under 'plain', but {show(text)}. Load a folder that "
+            "was saved with OptimizerState."
+        )
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"The saved optimizer is not valid JSON: {error}.") from error
+    return validated(PlainState, values, "The saved optimizer")
 
 
 def plain_text(num_steps: int, format_version: int, plain: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
@@ -25,6 +25,7 @@ from offload_adam.checkpoint.dtypes import DTYPES, MAX_DIMS
 from offload_adam.checkpoint.encoding import decode
 from offload_adam.errors import CheckpointError
 from offload_adam.layout.budget import CHECKPOINT_BLOCK_NBYTES
+from offload_adam.options import MAX_STEP_COUNT
 from offload_adam.printable import show
 from offload_adam.state.boxes import Box, find_fault, range_of_box
 
@@ -45,10 +46,11 @@ MAX_MANIFEST_NBYTES = 256 * 1024 * 1024
 """Largest manifest. That of 10**12 parameters in fp32 has 40 MB, most of them checksums."""
 
 _PLAIN_NAME = re.compile(r"[\w-][\w.-]*")
-StepCount = Annotated[FiniteFloat, Field(ge=0, le=2**24, multiple_of=1)]
-"""Step counts are float32, as in torch: larger integers are not exact."""
+NumSteps = Annotated[int, Field(ge=0, le=2**53)]
+StepCount = Annotated[FiniteFloat, Field(ge=0, le=MAX_STEP_COUNT, multiple_of=1)]
 
 
+E = TypeVar("E", bound=BaseModel)
 # torch, files and memory count elements and bytes in 64 bits.
 Natural = Annotated[int, Field(ge=0, lt=2**63)]
 Dims = Annotated[list[Natural], Field(max_length=MAX_DIMS)]
@@ -130,6 +132,14 @@ class OptimizerEntry(_Entry):
     further: dict[str, Any]
 
 
+class PlainState(_Entry):
+    """The state of an optimizer except tensors, as `torch.distributed.checkpoint` saves it."""
+
+    format_version: Natural = 2  # which version 2 did not name
+    num_steps: NumSteps
+    optimizer: OptimizerEntry
+
+
 class Manifest(_Entry):
     """Everything in a checkpoint except the bytes of the tensors.
 
@@ -139,7 +149,7 @@ class Manifest(_Entry):
     """
 
     format_version: Natural
-    step: Natural
+    step: NumSteps
     world_size: Natural
     tensors: dict[str, TensorEntry]
     files: dict[str, FileEntry]
@@ -240,23 +250,7 @@ def parse_manifest(text: str | bytes, origin: str) -> Manifest:
             f"{origin} has more than {MAX_MANIFEST_NBYTES:,} bytes, the limit of a manifest. Move "
             "large values out of extra and of the model's extra state, or load another checkpoint."
         )
-    values = _unsealed(text, origin)
-    # The version comes before the fields, which differ between versions.
-    version = values.get("format_version") if isinstance(values, dict) else None
-    if isinstance(version, int) and version not in READABLE_VERSIONS:
-        other = " or a newer one" if version > FORMAT_VERSION else ""
-        raise CheckpointError(
-            f"{origin} has format version {version}, but this version of offload_adam reads only "
-            f"{' and '.join(map(str, READABLE_VERSIONS))}. Use the version that wrote it{other}."
-        )
-    try:
-        manifest = Manifest.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(
-            f"{origin}: {where or 'the manifest'}: {first['msg']}. {LOAD_ANOTHER}"
-        ) from error
+    manifest = validated(Manifest, _unsealed(text, origin), origin)
     # Decode once now: load_checkpoint must not find invalid values after it has modified the state.
     try:
         manifest.decoded_values()
@@ -284,6 +278,31 @@ def parse_manifest(text: str | bytes, origin: str) -> Manifest:
         if alias in manifest.tensors:
             raise CheckpointError(f"{listed}, but is itself a saved tensor. {LOAD_ANOTHER}")
     return manifest
+
+
+def validated(kind: type[E], values: Any, origin: str) -> E:
+    """Return an entry with a field `format_version`, from its values in a file.
+
+    Raises:
+        CheckpointError: the version is unknown, or a field is missing, unknown or invalid.
+    """
+    # The version comes before the fields, which differ between versions.
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if isinstance(version, int) and version not in READABLE_VERSIONS:
+        other = " or a newer one" if version > FORMAT_VERSION else ""
+        raise CheckpointError(
+            f"{origin} has format version {show(version)}, but this version of offload_adam reads "
+            f"only {' and '.join(map(str, READABLE_VERSIONS))}. Use the version that wrote it"
+            f"{other}."
+        )
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(
+            f"{origin}: {where or 'the whole'}: {first['msg']}. {LOAD_ANOTHER}"
+        ) from error
 
 
 def _unsealed(text: str | bytes, origin: str) -> Any:

@@ -16,6 +16,7 @@ from torch import nn
 from offload_adam.checkpoint.format import LOAD_ANOTHER
 from offload_adam.errors import CheckpointError
 from offload_adam.params.groups import FIXED_OPTIONS, TORCH_OPTIONS
+from offload_adam.printable import show
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.state.state_shard import check_step_count, shards_of
 from offload_adam.step.step import ShardedAdam
@@ -155,9 +156,9 @@ def _plan(
         options = entry["options"]
         for key in FIXED_OPTIONS:
             was, now = options.get(key, False), group.get(key, False)
-            if was != now:
+            if was is not now:  # both are bools; a tensor in a damaged file does not compare as one
                 raise ValueError(
-                    f"group {number} was saved with {key}={was}, but has {key}={now} in this "
+                    f"group {number} was saved with {key}={show(was)}, but has {key}={now} in this "
                     "optimizer"
                 )
         # Check all options together: one may be valid only with the saved values of others.

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from offload_adam.options import (
+    MAX_STEP_COUNT,
     Choice,
     Dtype,
     ExecutionOptions,
@@ -19,17 +20,13 @@ from offload_adam.options import (
     options_of,
 )
 
-MAX_COUNT = 2**24
-"""Largest number of steps and of other things that are counted.
-
-Optimizers count steps in float32, as torch does, where larger integers are not exact.
-"""
 MAX_NBYTES = 2**63 - 1
 """Largest number of bytes: torch and files count them in 64 bits."""
 TEXT_PATTERN = r"^[^\x00-\x1f\x7f]*$"
 
-Count = Annotated[int, Field(gt=0, le=MAX_COUNT)]
-CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+# Also of what is not steps: nobody needs more layers, ranks or checkpoints.
+Count = Annotated[int, Field(gt=0, le=MAX_STEP_COUNT)]
+CountOrZero = Annotated[int, Field(ge=0, le=MAX_STEP_COUNT)]
 Nbytes = Annotated[int, Field(ge=0, le=MAX_NBYTES)]
 Text = Annotated[str, Field(min_length=1, max_length=4096, pattern=TEXT_PATTERN)]
 """A path or a name: 4,096 bytes is the limit of Linux for a path."""

@@ -18,6 +18,7 @@ from offload_adam.fsdp_private import as_dtensor, local_of
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import in_memory_order, in_shape_of
 from offload_adam.params.groups import FIXED_OPTIONS, TORCH_OPTIONS, bare_name
+from offload_adam.printable import show
 from offload_adam.state.boxes import Box, views_of
 from offload_adam.state.state_shard import ParameterShard, check_step_count
 from offload_adam.torch_private import all_gather
@@ -59,9 +60,25 @@ class StateReference:
 
     @classmethod
     def of(cls, state_dict: Mapping[str, Any]) -> StateReference | None:
-        """Return the reference that a state dict holds, or None if it holds state."""
-        entry = state_dict.get(STATE_KEY, {}).get("saved_apart")
-        return None if entry is None else cls(**entry)
+        """Return the reference that a state dict holds, or None if it holds state.
+
+        Raises:
+            ValueError: it holds something else in the place of a reference.
+        """
+        marker = state_dict.get(STATE_KEY)
+        entry = marker.get("saved_apart") if isinstance(marker, Mapping) else None
+        if entry is None:
+            return None
+        try:
+            found = cls(**entry)
+        except TypeError:
+            found = None
+        if found is None or not all(isinstance(v, str) for v in (found.label, found.parent)):
+            raise ValueError(
+                f"The state dict refers to a folder in an unknown way: {show(entry)}. Load a state "
+                "dict that this package has saved."
+            )
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +114,8 @@ class SavedState:
         unlisted = sorted({*self.state} - {*chain(*ids)}, key=str)
         if unlisted:
             raise ValueError(
-                f"The saved state has entries that no group lists: {unlisted[:5]}. Check whether a "
-                "conversion changed its keys, for example from numbers to text."
+                f"The saved state has entries that no group lists: {show(unlisted[:5])}. Check "
+                "whether a conversion changed its keys, for example from numbers to text."
             )
         if names is None or self.names is None:
             return ids
@@ -152,11 +169,7 @@ def read_saved(state_dict: Mapping[str, Any], world_size: int, rank: int) -> Sav
         ValueError: it is not a state dict, it has the ranges of another rank or world size, or it
             is not the state of an Adam or AdamW.
     """
-    if "state" not in state_dict or "param_groups" not in state_dict:
-        raise ValueError(
-            "This is not an optimizer's state dict: it needs 'state' and 'param_groups'. Pass the "
-            "result of state_dict(), local_state_dict() or full_state_dict()."
-        )
+    _check_structure(state_dict)
     marker = state_dict.get(STATE_KEY, {})
     if "world_size" in marker and (marker["world_size"], marker["rank"]) != (world_size, rank):
         raise ValueError(
@@ -172,6 +185,11 @@ def read_saved(state_dict: Mapping[str, Any], world_size: int, rank: int) -> Sav
         for key, value in every.items()
         if isinstance(key, str) and key not in listed and not _is_entry(value)
     }
+    for packed, entry in every.items():
+        if packed not in added and not isinstance(entry, Mapping):
+            raise TypeError(
+                f"The saved state of parameter {show(packed)} must be a dict, not {show(entry)}."
+            )
     state = {
         packed: {**entry, **({"master_weight": masters[packed]} if packed in masters else {})}
         for packed, entry in every.items()
@@ -179,6 +197,26 @@ def read_saved(state_dict: Mapping[str, Any], world_size: int, rank: int) -> Sav
     }
     _reject_foreign(state, groups)
     return SavedState(state, groups, marker, _saved_names(state_dict), added)
+
+
+def _check_structure(state_dict: Mapping[str, Any]) -> None:
+    """Check that a state dict consists of mappings and lists as torch's."""
+    groups = state_dict.get("param_groups")
+    marker = state_dict.get(STATE_KEY, {})
+    is_valid = (
+        isinstance(state_dict.get("state"), Mapping)
+        and isinstance(groups, Sequence)
+        and all(isinstance(group, Mapping) for group in groups)
+        and all(isinstance(group.get("params"), Sequence) for group in groups)
+        and isinstance(marker, Mapping)
+        and isinstance(marker.get("master_weight", {}), Mapping)
+    )
+    if not is_valid:
+        raise ValueError(
+            "This is not an optimizer's state dict: it needs 'state', a dict, and 'param_groups', "
+            "a list of dicts with 'params'. Pass the result of state_dict(), local_state_dict() or "
+            "full_state_dict()."
+        )
 
 
 def _is_entry(value: object) -> bool:
@@ -243,10 +281,11 @@ def merge_groups(
     for number, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
         for key in FIXED_OPTIONS:
             made_with = group.get(key, False)
-            if saved_group.get(key, made_with) != made_with:
+            # By identity: both are bools, and a tensor would not compare as one.
+            if saved_group.get(key, made_with) is not made_with:
                 raise ValueError(
-                    f"Group {number} was saved with {key}={saved_group[key]}, but this optimizer "
-                    f"has {key}={made_with}. Construct it with the saved value."
+                    f"Group {number} was saved with {key}={show(saved_group[key])}, but this "
+                    f"optimizer has {key}={made_with}. Construct it with the saved value."
                 )
         kept = {
             key: copy.deepcopy(value)  # an lr tensor must not be shared with the saved state

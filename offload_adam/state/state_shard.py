@@ -6,6 +6,7 @@ Files and `torch.distributed.checkpoint` (DCP) get it as boxes, see boxes.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Never, SupportsIndex
 
@@ -18,6 +19,7 @@ from offload_adam.fsdp_private import (
     part_of_whole,
     placement_of,
 )
+from offload_adam.options import MAX_STEP_COUNT
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import in_memory_order, in_shape_of, with_own_storage
 from offload_adam.printable import show
@@ -45,6 +47,8 @@ _LOCAL_OPERATIONS = {
     _aten.zeros_like.default,
 }
 """Operations that are applied to the elements of a `StateShard` and return a `StateShard`."""
+
+_LOADABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def local_range(state: BucketState, position: int) -> tuple[int, int]:
@@ -165,20 +169,29 @@ def plan_load(
     Args:
         saved: the keys of `local_state`, with tensors of the parameter's whole shape (from any
             world size, or from torch's Adam) or of this rank's range. Missing moments are loaded as
-            zeros, since torch creates them at the first step. Without a saved master weight, the
-            current one stays; the next step replaces it if the parameter is not its rounded value.
+            zeros if no step was counted, since torch creates them at the first step. Without a
+            saved master weight, the current one stays; the next step replaces it if the parameter
+            is not its rounded value.
 
     Returns:
         (target, source) pairs.
 
     Raises:
-        ValueError: a tensor has another shape; the message names the parameter.
+        TypeError, ValueError: a tensor has another shape, or float32 cannot hold its values; the
+            message names the parameter.
     """
     copies = []
+    num_updates = float(saved.get("step", 0))
     targets = {"step": state.step_counts[position], **_parts_of(state, position)}
     for key, target in targets.items():
-        value = saved.get(key)
-        if value is None:
+        value: Any = saved.get(key)
+        what = f"{key} of parameter {state.names[position]!r}"
+        if key not in saved:
+            if key not in ("step", "master_weight") and num_updates > 0:
+                raise ValueError(
+                    f"The saved state has no {what}, but counts {num_updates:.0f} update(s). Load "
+                    "a complete state."
+                )
             if key != "master_weight":
                 # A 0-d zero: `copy_` broadcasts it, so no memory of the target's size is needed.
                 copies.append((target, torch.zeros((), dtype=target.dtype, device=target.device)))
@@ -186,9 +199,27 @@ def plan_load(
             count = torch.tensor(float(value), dtype=target.dtype, device=target.device)
             copies.append((target, count))
         else:
-            what = f"{key} of parameter {state.names[position]!r}"
+            _check_values(what, value)
             copies.append((target, _part_of(state, position, what, value, target)))
     return copies
+
+
+def _check_values(what: str, value: object) -> None:
+    """Check that a saved tensor holds numbers that float32 can hold, rounded at most."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"The saved {what} must be a tensor, not {show(value)}.")
+    local = local_of(value)
+    is_dense = local.layout is torch.strided and not local.is_nested and not local.is_quantized
+    if local.is_meta or not is_dense or value.dtype not in _LOADABLE:
+        raise ValueError(
+            f"The saved {what} is a tensor of {value.dtype}, {local.layout} on {local.device}, but "
+            "must be a dense one of float32, bfloat16, float16 or float64 with values. Convert it, "
+            "or load a state that Adam or AdamW has saved."
+        )
+    if value.dtype == torch.float64 and not torch.equal(local.isinf(), local.float().isinf()):
+        raise ValueError(
+            f"The saved {what} has values beyond the range of float32, in which the state is kept."
+        )
 
 
 def check_step_count(what: str, value: Any) -> None:
@@ -200,9 +231,15 @@ def check_step_count(what: str, value: Any) -> None:
     Raises:
         ValueError: it is not such a number.
     """
-    count = float(value)
-    if not (count >= 0.0 and count.is_integer()):
-        raise ValueError(f"{what} must be a whole number of updates, not {count}")
+    try:
+        count = float(value)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError):  # such as a tensor on meta
+        count = math.nan
+    if not (0 <= count <= MAX_STEP_COUNT and count.is_integer()):
+        raise ValueError(
+            f"{what} must be a whole number of updates of at most {MAX_STEP_COUNT:,}, not "
+            f"{show(value)}"
+        )
 
 
 def _part_of(

@@ -205,7 +205,7 @@ def test_a_step_that_is_no_count_is_refused(count: float) -> None:
     before = bits(optimizer)
     saved = copy.deepcopy(optimizer.full_state_dict())
     saved["state"][1]["step"] = torch.tensor(count)
-    words = f"step of parameter 1 must be a whole number of updates, not {count}"
+    words = r"step of parameter 1 must be a whole number of updates of at most 16,777,216, not "
     with pytest.raises(ValueError, match=words):
         optimizer.load_state_dict(saved)
     assert bits(optimizer) == before
@@ -374,3 +374,105 @@ def test_entries_that_no_group_lists_are_rejected() -> None:
     saved["state"] = {str(packed): entry for packed, entry in saved["state"].items()}
     with pytest.raises(ValueError, match=r"entries that no group lists: \['0', '1', '2'"):
         optimizer.load_state_dict(saved)
+
+
+SHAPE = (7, 5)
+ODD_PLANES: list[tuple[Any, str]] = [
+    (lambda: torch.zeros(SHAPE).to_sparse(), "torch.float32, torch.sparse_coo on cpu"),
+    (lambda: torch.zeros(SHAPE).to_sparse_csr(), "torch.float32, torch.sparse_csr on cpu"),
+    (lambda: torch.zeros(SHAPE, device="meta"), "on meta"),
+    (lambda: torch.zeros(SHAPE, dtype=torch.bool), "tensor of torch.bool"),
+    (lambda: torch.zeros(SHAPE, dtype=torch.int64), "tensor of torch.int64"),
+    (lambda: torch.zeros(SHAPE, dtype=torch.complex64), "tensor of torch.complex64"),
+    (lambda: torch.zeros(SHAPE).to(torch.float8_e4m3fn), "tensor of torch.float8_e4m3fn"),
+    (lambda: torch.zeros(SHAPE, dtype=torch.uint8).view(torch.bits8), "tensor of torch.bits8"),
+    (lambda: torch.quantize_per_tensor(torch.zeros(SHAPE), 1.0, 0, torch.qint8), "torch.qint8"),
+    (lambda: torch.full(SHAPE, 1e300, dtype=torch.float64), "beyond the range of float32"),
+    (lambda: None, "must be a tensor, not None"),
+    (lambda: 3.0, "must be a tensor, not 3.0"),
+    (lambda: [0.0] * 10**6, r"must be a tensor, not \[0.0, "),
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about prototypes of layouts
+@pytest.mark.parametrize(("make", "words"), ODD_PLANES, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+def test_values_that_are_no_state_are_rejected_before_anything_is_loaded(
+    make: Any, words: str, key: str
+) -> None:
+    """The last parameter is at fault: those before it must not be loaded either."""
+    optimizer = OffloadAdam(torch.nn.Parameter(torch.ones(SHAPE)) for _ in range(3))
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.full_state_dict())
+    for entry in saved["state"].values():
+        entry["exp_avg"] += 1.0
+    saved["param_groups"][0]["lr"] = 0.5
+    saved["state"][2][key] = make()
+    before = bits(optimizer)
+    with pytest.raises((TypeError, ValueError), match=words) as caught:
+        optimizer.load_state_dict(saved)
+    assert len(str(caught.value)) < 500
+    assert f"{key} of parameter " in str(caught.value)
+    assert bits(optimizer) == before
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_missing_moments_are_zeros_only_before_the_first_update() -> None:
+    optimizer = OffloadAdam([torch.nn.Parameter(torch.ones(SHAPE))])
+    saved = copy.deepcopy(optimizer.full_state_dict())
+    del saved["state"][0]["exp_avg"]
+    optimizer.load_state_dict(saved)
+    saved["state"][0]["step"] += 5
+    with pytest.raises(ValueError, match=r"has no exp_avg of parameter .*counts 5 update\(s\)"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_state_of_other_float_dtypes_is_rounded_once(dtype: torch.dtype) -> None:
+    optimizer = OffloadAdam([torch.nn.Parameter(torch.ones(SHAPE))])
+    saved = copy.deepcopy(optimizer.full_state_dict())
+    values = torch.randn(SHAPE, dtype=torch.float64).to(dtype)
+    values[0, 0] = float("inf")
+    saved["state"][0] |= {"exp_avg": values, "step": torch.tensor(3.0)}
+    optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.full_state_dict()["state"][0]["exp_avg"], values.float())
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("state", [], "not an optimizer's state dict"),
+        ("state", None, "not an optimizer's state dict"),
+        ("state.0", 5, "state of parameter 0 must be a dict, not 5"),
+        ("state.0.step", 10**400, "step of parameter 0 must be a whole number"),
+        ("state.0.step", 2**24 + 1, "at most 16,777,216, not 16777217"),
+        ("state.0.step", torch.tensor(1.0, device="meta"), "step of parameter 0 must be"),
+        ("state.0.step", torch.tensor(1j), "step of parameter 0 must be"),
+        ("state.0.step", "x", "step of parameter 0 must be a whole number .*not 'x'"),
+        ("param_groups", {}, "not an optimizer's state dict"),
+        ("param_groups", [5], "not an optimizer's state dict"),
+        ("param_groups.0.params", 5, "not an optimizer's state dict"),
+        ("param_groups.0.amsgrad", torch.zeros(2), "amsgrad=tensor"),
+        ("param_groups.0.lr", 10**400, "lr is too large for a float"),
+        ("param_groups.0.lr", "x" * 10**6, "lr must be a number, not 'xxx"),
+        ("param_groups.0.lr", torch.tensor(1.0, device="meta"), "lr must be a number"),
+        ("param_groups.0.betas", (10**400, 0.9), r"betas\[0\] is too large"),
+        ("offload_adam", None, "not an optimizer's state dict"),
+        ("offload_adam", {"saved_apart": 5}, "refers to a folder in an unknown way: 5"),
+        ("offload_adam", {"saved_apart": {"label": 1, "parent": "/"}}, "unknown way"),
+    ],
+)
+def test_a_state_dict_of_another_form_is_rejected(path: str, value: Any, words: str) -> None:
+    optimizer = OffloadAdam(make_parameters())
+    train(optimizer, range(1))
+    before = bits(optimizer)
+    saved = copy.deepcopy(optimizer.full_state_dict())
+    *keys, last = [int(key) if key.isdigit() else key for key in path.split(".")]
+    at: Any = saved
+    for key in keys:
+        at = at[key]
+    at[last] = value
+    with pytest.raises((TypeError, ValueError), match=words) as caught:
+        optimizer.load_state_dict(saved)
+    assert len(str(caught.value)) < 500
+    assert bits(optimizer) == before
