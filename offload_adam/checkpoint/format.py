@@ -208,12 +208,12 @@ def read_manifest(folder: Path) -> Manifest:
             message names the invalid entry.
     """
     path = folder / MANIFEST_NAME
-    if not path.exists():
-        raise CheckpointError(_describe_missing(folder))
-    # Reading from a pipe could hang.
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a regular file. {LOAD_ANOTHER}")
     try:
+        if not path.exists():
+            raise CheckpointError(_describe_missing(folder))
+        # Reading from a pipe could hang.
+        if not path.is_file():
+            raise CheckpointError(f"{path} is not a regular file. {LOAD_ANOTHER}")
         with path.open("rb") as file:
             text = file.read(MAX_MANIFEST_NBYTES + 1)
     except OSError as error:

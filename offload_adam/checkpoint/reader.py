@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import zlib
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
@@ -24,6 +25,7 @@ from offload_adam.checkpoint.format import (
     LOAD_ANOTHER,
     FileEntry,
     Manifest,
+    Piece,
     flat_pieces,
 )
 from offload_adam.checkpoint.rank_file import as_bytes
@@ -73,6 +75,7 @@ class CheckpointReader:
         self.manifest = manifest
         self._folder = folder
         self._blocks = _Blocks()
+        self._flat: tuple[str | None, list[tuple[int, int, Piece]] | None] = (None, None)
         self._open: OrderedDict[str, VerifiedFile] = OrderedDict()
         try:
             # Open each file once, so that a missing file is an error before anything is loaded.
@@ -101,15 +104,19 @@ class CheckpointReader:
         """
         entry = self.manifest.tensors[name]
         itemsize = target.element_size()
-        pieces, ranges = flat_pieces(entry), _flat_ranges(entry.memory_shape, boxes)
+        pieces, ranges = self._flat_pieces(name), _flat_ranges(entry.memory_shape, boxes)
         if pieces is not None and ranges is not None:
-            for low, high, piece in pieces:
-                for start, end, place in ranges:
+            for start, end, place in ranges:
+                # Pieces are in ascending order, so those before `start` need not be looked at.
+                number = max(0, bisect_right(pieces, start, key=itemgetter(0)) - 1)
+                while number < len(pieces) and pieces[number][0] < end:
+                    low, high, piece = pieces[number]
                     # The elements of the piece that are asked for: [first, last).
                     first, last = max(low, start), min(high, end)
                     if first < last:
                         part = target[place + first - start : place + last - start]
                         yield Read(piece.file, piece.start + (first - low) * itemsize, part, (1,))
+                    number += 1
             return
         parts = views_of(target, boxes)
         for piece in entry.pieces:
@@ -160,6 +167,13 @@ class CheckpointReader:
                 self._read(file, start, part, strides)
                 start += count * strides[dim] * target.itemsize
 
+    def piece(self, name: str, piece: Piece) -> torch.Tensor:
+        """Return a piece of a tensor on the host, with the saved order of elements in memory."""
+        entry = self.manifest.tensors[name]
+        flat = torch.empty(piece.box.numel, dtype=DTYPES[entry.dtype], device="cpu")
+        self.read([Read(piece.file, piece.start, flat, (1,))])
+        return flat.view(piece.box.sizes).permute(inverse_order(entry.order))
+
     def box(self, name: str, box: Box) -> torch.Tensor:
         """Return a box of a tensor on the host, with the saved order of elements in memory.
 
@@ -184,7 +198,7 @@ class CheckpointReader:
         numel, dtype = prod(entry.shape), DTYPES[entry.dtype]
         # Rows of a tensor whose pieces are columns are in many files. More of them at a time read
         # each block of these files less often.
-        num_blocks = 1 if flat_pieces(entry) is not None else _NUM_BLOCKS_OF_ROWS
+        num_blocks = 1 if self._flat_pieces(name) is not None else _NUM_BLOCKS_OF_ROWS
         most = num_blocks * BLOCK_NBYTES // dtype.itemsize
         buffer = torch.empty(min(numel, most), dtype=dtype, device="cpu")
         for start in range(0, numel, max(1, buffer.numel())):  # range rejects a step of 0
@@ -198,6 +212,12 @@ class CheckpointReader:
         for file in self._open.values():
             file.close()
         self._open.clear()
+
+    def _flat_pieces(self, name: str) -> list[tuple[int, int, Piece]] | None:
+        """Return `flat_pieces` of a tensor. They are computed once for all reads in sequence."""
+        if self._flat[0] != name:
+            self._flat = name, flat_pieces(self.manifest.tensors[name])
+        return self._flat[1]
 
     def _file(self, name: str) -> VerifiedFile:
         """Return an open file; close the least recently used one if too many are open."""

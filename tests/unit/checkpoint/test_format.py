@@ -429,6 +429,11 @@ def test_a_manifest_of_many_dimensions_or_bytes_is_rejected_at_once(tmp_path: Pa
         read_manifest(tmp_path)
 
 
+def test_a_name_that_no_file_can_have_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read: File name too long"):
+        read_manifest(tmp_path / ("x" * 300))
+
+
 def test_a_message_about_a_manifest_is_printable_and_short() -> None:
     name = "\x1b[2J" * 200_000
     values = manifest()

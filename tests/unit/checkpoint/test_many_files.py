@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from offload_adam import OffloadAdam, OffloadPolicy, load_checkpoint
+from offload_adam import OffloadAdam, OffloadPolicy, load_checkpoint, save_checkpoint
 from offload_adam.checkpoint.commit import commit_files
 from offload_adam.checkpoint.encoding import encode
-from offload_adam.checkpoint.format import FORMAT_VERSION, Manifest, OptimizerEntry, RankEntry
+from offload_adam.checkpoint.export import export_dcp, export_torch
+from offload_adam.checkpoint.format import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    Manifest,
+    OptimizerEntry,
+    RankEntry,
+    sealed,
+)
 from offload_adam.checkpoint.load import verify_checkpoint
 from offload_adam.checkpoint.optimizer_access import ParameterNames, plain_state
 from offload_adam.checkpoint.rank_file import Part, RankFile, rank_file_name
 from offload_adam.checkpoint.reader import NUM_OPEN_FILES, VerifiedFile
 from offload_adam.checkpoint.save import manifest_of, sharded_parts
+from offload_adam.checkpoint.torch_file import write_torch_file
 from offload_adam.errors import CheckpointError
 from offload_adam.state.boxes import boxes_of_range
 
@@ -186,3 +200,44 @@ def test_a_process_may_open_fewer_files_than_there_are(
     exported = torch.load(tmp_path / "t.pt", weights_only=True)["model"]
     names = [name for name, _ in make(seed=2)[0].named_parameters()]
     assert all(torch.equal(exported[n], t) for n, t in zip(names, expected[-4:], strict=True))
+
+
+def test_many_pieces_are_exported_in_linear_time(tmp_path: Path) -> None:
+    """Each of 4,000 elements is a piece of its own: searching all for each one takes a minute."""
+    model = nn.Linear(2, 2)
+    model.register_buffer("table", torch.arange(4000, dtype=torch.int32))
+    save_checkpoint(tmp_path / "c", model=model, optimizer=OffloadAdam(model.parameters()))
+    values = json.loads((tmp_path / "c" / MANIFEST_NAME).read_text())
+    del values["sha256"]
+    entry = values["tensors"]["model/table"]
+    (piece,) = entry["pieces"]
+    entry["pieces"] = [
+        {**piece, "offsets": [index], "sizes": [1], "start": piece["start"] + 4 * index}
+        for index in range(4000)
+    ]
+    (tmp_path / "c" / MANIFEST_NAME).write_text(sealed(values))
+    began = time.monotonic()
+    export_torch(tmp_path / "c", tmp_path / "t.pt")
+    export_dcp(tmp_path / "c", tmp_path / "dcp")
+    assert time.monotonic() - began < 20
+    found = torch.load(tmp_path / "t.pt", weights_only=True)["model"]["table"]
+    assert torch.equal(found, torch.arange(4000, dtype=torch.int32))
+    target = {"model": {"table": torch.zeros(4000, dtype=torch.int32)}}
+    dcp.load(target, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert torch.equal(target["model"]["table"], found)
+
+
+def test_many_values_are_exported_at_once(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    numbers = {f"k{number}": number for number in range(3000)}
+    extra = {"first": np.arange(3), **numbers, "last": np.arange(3)}
+    optimizer = OffloadAdam(model.parameters())
+    save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer, extra=extra)
+    place = "offload_adam.checkpoint.export.write_torch_file"
+    with mock.patch(place, wraps=write_torch_file) as written:
+        described = export_torch(tmp_path / "c", tmp_path / "c.pt")
+    assert written.call_count < 60
+    assert "without extra['first'], extra['last']" in described
+    found = torch.load(tmp_path / "c.pt", weights_only=True)["extra"]
+    assert found == numbers
+    assert list(found) == list(numbers)
