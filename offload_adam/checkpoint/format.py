@@ -211,8 +211,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         if not path.exists():
             raise CheckpointError(_describe_missing(folder))
-        # Reading from a pipe could hang.
-        if not path.is_file():
+        # As the files of ranks: a link could lead out of the folder, and reading a pipe could hang.
+        if path.is_symlink() or not path.is_file():
             raise CheckpointError(f"{path} is not a regular file. {LOAD_ANOTHER}")
         with path.open("rb") as file:
             text = file.read(MAX_MANIFEST_NBYTES + 1)

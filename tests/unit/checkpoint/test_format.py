@@ -429,6 +429,14 @@ def test_a_manifest_of_many_dimensions_or_bytes_is_rejected_at_once(tmp_path: Pa
         read_manifest(tmp_path)
 
 
+def test_a_link_in_place_of_a_manifest_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "m").write_text(sealed(manifest()))
+    (tmp_path / "manifest.json").symlink_to(tmp_path / "real" / "m")
+    with pytest.raises(CheckpointError, match="is not a regular file"):
+        read_manifest(tmp_path)
+
+
 def test_a_name_that_no_file_can_have_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read: File name too long"):
         read_manifest(tmp_path / ("x" * 300))
