@@ -33,6 +33,7 @@ try:
     1 / 0
 except ZeroDivisionError:
     logger.exception("divided")
+logger.info("a folder \\x1b[2J\\x9b")
 """
 
 
@@ -58,7 +59,8 @@ def test_each_text_line_has_time_level_rank_and_logger() -> None:
     assert re.match(rf"{time} WARNING rank 0 py\.warnings: UserWarning: of the", lines[3])
     assert re.match(rf"{time} WARNING rank 0 py\.warnings: RuntimeWarning: a lone", lines[4])
     assert re.fullmatch(rf"{time} ERROR   rank 0 offload_adam\.some\.module: divided", lines[5])
-    assert lines[-1] == "ZeroDivisionError: division by zero"
+    assert lines[-2] == "ZeroDivisionError: division by zero"
+    assert lines[-1].endswith(r"a folder \x1b[2J\x9b")
 
 
 def test_each_json_line_is_one_object() -> None:

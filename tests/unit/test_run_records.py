@@ -126,7 +126,7 @@ def test_the_summary_adds_up() -> None:
     totals.add(record(2, val_loss=1.75))
     text = io.StringIO()
     Console(file=text, width=100).print(
-        summary_table(totals, bigram_loss=2.5, folder=Path("runs/x"))
+        summary_table(totals, bigram_loss=2.5, folder=Path("runs/x[/red]"))
     )
     lines = text.getvalue().splitlines()
 
@@ -138,7 +138,7 @@ def test_the_summary_adds_up() -> None:
     assert "2 (0)" in row("steps (")
     assert "5,000 tokens/s" in row("throughput")  # 200 tokens in 40 ms
     assert "15.00 ms a step   75%" in row("│ step ")
-    assert "runs/x" in row("run folder")
+    assert "runs/x[/red] " in row("run folder")  # not read as markup
 
 
 def test_both_displays_show_loss_and_skips() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from offload_adam import OffloadAdam, save_checkpoint
+from offload_adam.checkpoint.format import MANIFEST_NAME, sealed
 from offload_adam.cli.app import app
 
 
@@ -32,6 +34,27 @@ def test_inspect_lists_the_contents(saved: Path) -> None:
     assert "saved by 1 rank(s)" in output
     for words in ("model/weight", "optimizer/bias/exp_avg", "3 x 4", "48 B"):
         assert words in output
+
+
+@pytest.mark.parametrize(
+    "name", ["[/red]", "[bold]x[/bold]", "\x1b[2J", "\x9b2J", "\u202e", "a\nb"]
+)
+def test_inspect_shows_any_name_as_it_is_and_harmless(
+    saved: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = json.loads((saved / MANIFEST_NAME).read_text())
+    del values["sha256"]
+    values["tensors"][f"model/{name}"] = {"dtype": "U8", "shape": [0], "order": [0], "pieces": []}
+    values["values"] = {f"model/value{name}": 1}
+    values["extra"] = {f"extra{name}": 1}
+    (saved / MANIFEST_NAME).write_text(sealed(values))
+    monkeypatch.setenv("COLUMNS", "200")
+    code, output = command("inspect", str(saved))
+    assert code == 0
+    shown = name if name.isprintable() or "\n" in name else name.encode("unicode_escape").decode()
+    for prefix in ("model/", "value", "extra"):
+        assert prefix + shown.split("\n")[0] in output
+    assert output.replace("\n", "").isprintable()
 
 
 def test_verify_names_the_damaged_bytes(saved: Path) -> None:
