@@ -19,6 +19,7 @@ from offload_adam.config import (
     dump_config,
     explain_config,
     load_config,
+    yaml_text,
 )
 from offload_adam.config.mesh import mesh_sizes
 from offload_adam.config.optimizer_sections import AdamSection, OffloadAdamSection
@@ -689,6 +690,14 @@ def test_a_file_that_stands_for_too_much_is_rejected_at_once(
     found = mistakes(tmp_path, text)
     assert time.monotonic() - began < 20
     assert problem in found[""]
+
+
+def test_reading_stops_at_the_first_value_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So what follows, here a syntax error, is not even looked at."""
+    monkeypatch.setattr(yaml_text, "MAX_VALUES", 10)
+    assert yaml_text.read_yaml("[1, 2, 3, 4, 5, 6, 7, 8, 9]")[0] == list(range(1, 10))
+    with pytest.raises(yaml.YAMLError, match="more than 100,000 values"):
+        yaml_text.read_yaml("[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, }")
 
 
 def test_an_endless_file_is_not_read_to_its_end() -> None:
