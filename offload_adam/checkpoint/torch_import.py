@@ -68,6 +68,8 @@ def import_torch_pickle(
         # A checkpoint stores a tied tensor only once, under its first name.
         tied = _tied(model_tensors)
         own = {name: value for name, value in model_tensors.items() if name not in tied}
+        values = {name: value for name, value in model.items() if name not in model_tensors}
+        check_size(values, "the state dict of the model")  # together, as one may be in all
         entry, state = _optimizer_state(optimizer, own, names)
         tensors = {f"model/{name}": value for name, value in own.items()} | state
         parts = [whole_part(name, saveable(name, value)) for name, value in tensors.items()]
@@ -79,11 +81,7 @@ def import_torch_pickle(
             files={},
             optimizer=entry,
             tied={f"model/{name}": f"model/{first}" for name, first in tied.items()},
-            values={
-                f"model/{name}": encode(value, name)
-                for name, value in model.items()
-                if name not in model_tensors
-            },
+            values={f"model/{name}": encode(value, name) for name, value in values.items()},
             extra={},
         )
         folder.mkdir(parents=True)

@@ -84,7 +84,11 @@ def bomb() -> list[Any]:
         (set_option("params", [0, 0]), "a parameter is in two places of param_groups"),
         (set_option("params", 5), "no valid state"),
         (add_entry(1, torch.ones(2)), "the key 1, which is not text"),
-        (add_entry("table", bomb()), "table would take about"),
+        (add_entry("table", bomb()), "state dict of the model would take about"),
+        (
+            lambda found: found["model"].update(dict.fromkeys(map(str, range(100)), "x" * 2**20)),
+            "state dict of the model would take about",
+        ),
         (add_entry("table", 10**5000), "Unsupported operand"),  # by torch
     ],
 )
