@@ -48,10 +48,13 @@ def partial_name(name: str) -> str:
 def partial_output(out: Path) -> Iterator[Path]:
     """Yield a path to write to. The body publishes it as `out`; after an error it is removed.
 
+    Missing parent folders of `out` are created.
+
     Raises:
         CheckpointError: `out` exists.
     """
     require_new(out)
+    make_folder(out.parent)
     remove_abandoned(out)
     partial = out.with_name(partial_name(out.name))
     try:
@@ -88,16 +91,26 @@ def commit_files(partial: Path, target: Path, manifest: Manifest) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    # A rename may reach the disk before the data. So the files and their names are flushed first:
-    # after a power failure, a folder without `.partial` in its name is complete.
-    flush_folder(partial)
     publish(partial, target)
-    flush_folder(target.parent)  # makes the rename itself durable
 
 
-def flush_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk. fsync of a file does not flush its name."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def make_folder(folder: Path) -> None:
+    """Create a folder and its missing parents, and flush their names to the disk.
+
+    Otherwise a power failure could remove the folder together with its checkpoints.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Flush a file's content, or the names in a folder, to the disk.
+
+    fsync of a file does not flush its name.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -105,11 +118,18 @@ def flush_folder(folder: Path) -> None:
 
 
 def publish(partial: Path, target: Path) -> None:
-    """Rename a complete file or folder to its target.
+    """Rename a complete file or folder to its target, and flush the new name to the disk.
+
+    Args:
+        partial: its files must be flushed; the names in a folder need not be.
 
     Raises:
         CheckpointError: the target exists, since another process has written it in the meantime.
     """
+    # A rename may reach the disk before the data. So the files and their names are flushed first:
+    # after a power failure, a folder without `.partial` in its name is complete.
+    if partial.is_dir():
+        flush(partial)
     try:
         _rename(partial, target)
     except OSError as error:
@@ -121,6 +141,7 @@ def publish(partial: Path, target: Path) -> None:
             "discarded: give each job its own path."
         ) from error
     _in_progress.discard(partial.name)
+    flush(target.parent)  # makes the rename itself durable
 
 
 def _rename(partial: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from offload_adam.checkpoint.commit import partial_output, publish
+from offload_adam.checkpoint.commit import flush, partial_output, publish
 from offload_adam.checkpoint.dcp import plain_text
 from offload_adam.checkpoint.dtypes import DTYPES
 from offload_adam.checkpoint.format import (
@@ -187,6 +187,9 @@ def export_dcp(path: Path, out: Path) -> str:
             "optimizer": {"state": state, "plain": plain},
         }
         _dcp_save(content, partial_folder)
+        # torch 2.13 calls fsync on `.metadata` before it writes its own buffer to the file.
+        for file in partial_folder.iterdir():
+            flush(file)
         publish(partial_folder, out)
     return 'dcp.load({"model": model.state_dict(), "optimizer": OptimizerState(model, optimizer)})'
 

@@ -23,6 +23,7 @@ from torch import nn
 from offload_adam.checkpoint.commit import (
     commit_files,
     discard,
+    make_folder,
     partial_name,
     remove_abandoned,
     require_new,
@@ -214,7 +215,7 @@ def require_shared(folder: Path, ranks: RankGroup) -> None:
     path = folder / f"token-{gather_texts(ranks, uuid.uuid4().hex)[0]}"
     with raise_on_all_ranks(ranks, "opening a checkpoint"):
         if ranks.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             path.touch()
     # The first block has ended on every rank, so the file exists by now.
     with raise_on_all_ranks(ranks, "looking for rank 0's folder"):
@@ -235,7 +236,8 @@ def _open_folder(target: Path, partial: Path, ranks: RankGroup) -> None:
         if ranks.rank == 0:
             # Free the disk space of killed saves before this save needs it.
             remove_abandoned(target)
-            partial.mkdir(parents=True)
+            make_folder(target.parent)
+            partial.mkdir()
     require_shared(partial, ranks)
 
 

@@ -84,7 +84,7 @@ def import_torch_pickle(
             values={f"model/{name}": encode(value, name) for name, value in values.items()},
             extra={},
         )
-        folder.mkdir(parents=True)
+        folder.mkdir()
         file = RankFile(folder, rank_file_name(0, 1), parts)
         file.write(parts)
         commit_files(folder, target, manifest_of([file.finish()], plain))

@@ -18,6 +18,7 @@ from typing import TextIO
 
 from filelock import SoftFileLease, Timeout
 
+from offload_adam.checkpoint.commit import make_folder
 from offload_adam.config import ConfigError, RunConfig, dump_config
 from offload_adam.errors import RunFolderLostError
 
@@ -76,7 +77,7 @@ def open_run_folder(config: RunConfig, last_step: int) -> TextIO:
         The file to append records to. It is line-buffered, so that a killed run keeps its records.
     """
     folder = run_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / METRICS_NAME
     if last_step == 0:
         _rename_earlier_files(folder)
@@ -126,7 +127,7 @@ def locked_run_folder(config: RunConfig) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     folder = run_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock = SoftFileLease(
         folder / LOCK_NAME,
         lease_duration=LEASE_S,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from offload_adam.checkpoint.background import PendingCheckpoint, begin_checkpoint
-from offload_adam.checkpoint.commit import PARTIAL_SUFFIX, discard
+from offload_adam.checkpoint.commit import PARTIAL_SUFFIX, discard, flush
 from offload_adam.checkpoint.format import read_manifest
 from offload_adam.checkpoint.load import load_checkpoint, verify_checkpoint
 from offload_adam.checkpoint.save import require_shared, save_checkpoint
@@ -305,6 +305,8 @@ def set_aside(config: RunConfig, first_step: int) -> None:
         aside.mkdir()
         for step in later:
             (folder / f"step-{step}").rename(aside / f"step-{step}")
+        # The next save makes the removal from `folder` durable. The new names must be so before.
+        flush(aside)
     except OSError:
         logger.exception(
             "Cannot move checkpoints of an earlier run (step %s) out of %s. Move or delete them: "

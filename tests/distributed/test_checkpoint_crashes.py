@@ -40,8 +40,8 @@ elif where == "before the manifest":
 elif where == "before the rename":
     Path.rename = killed
 elif where == "after the rename":
-    flush = commit.flush_folder
-    commit.flush_folder = lambda path: flush(path) if path.suffix else killed()
+    flush = commit.flush
+    commit.flush = lambda path: flush(path) if path.suffix else killed()
 model = torch.nn.Linear(40, 30)
 optimizer = OffloadAdam(model.parameters(), lr=0.1)
 model(torch.ones(2, 40)).sum().backward()
