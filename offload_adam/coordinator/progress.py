@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -166,6 +166,18 @@ class Process:
             return True
         except psutil.Error:  # such as a process of another user: its heartbeats decide
             return False
+
+    def resume(self, seen_from: Process) -> None:
+        """Send SIGCONT if the process is on this machine; changes nothing unless it is stopped.
+
+        A process that a debugger has stopped stays stopped.
+        """
+        if self.machine != seen_from.machine:
+            return
+        with suppress(psutil.Error):
+            process = psutil.Process(self.pid)
+            if process.create_time() == self.born:
+                process.resume()
 
 
 @dataclass(frozen=True, slots=True)

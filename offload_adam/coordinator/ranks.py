@@ -100,7 +100,7 @@ class RankGroup:
         return self.data[device.type]
 
     def wait(self, work: dist.Work | None, *, on_device: bool = False) -> None:
-        """Wait for a collective, and raise an error if a peer fails during the wait.
+        """Wait for a collective, and raise an error if a peer has failed by the end of the wait.
 
         A wait for a collective on host memory is cut into slices of `SLICE_S`. A wait shorter than
         a slice costs no more than `work.wait()`. A collective on a device is polled.
@@ -122,6 +122,8 @@ class RankGroup:
             self._unfinished.discard(work)
         finally:
             PROGRESS.wait(False)
+        # A stopped rank that is continued after its verdict may complete the collective.
+        self.raise_failure()
 
     def wait_until(
         self,

@@ -166,8 +166,19 @@ class PeerWatch:
             verdict = Verdict.from_json(written)
         except (RuntimeError, ValueError) as error:
             logger.debug("Could not write the verdict: %s", error)  # this rank ends all the same
+        self._accept(verdict)
+
+    def _accept(self, verdict: Verdict) -> None:
+        """Take a verdict as final, and continue its ranks that are stopped on this machine.
+
+        A continued rank reads the verdict and ends by itself. A stopped one would not receive
+        torchrun's SIGTERM, and torchrun would kill it only 30 s later.
+        """
         self._verdict = verdict
         self._has_verdict.set()
+        for rank, global_rank in enumerate(self._global_ranks):
+            if global_rank in verdict.ranks:
+                self._read(rank).process.resume(self._process)
 
     def _error(self, verdict: Verdict) -> PeerFailedError:
         rank = self._global_ranks[self._rank]
@@ -225,8 +236,7 @@ class PeerWatch:
         if self._verdict is not None:
             return
         if self._store.check([_VERDICT]):
-            self._verdict = Verdict.from_json(self._store.get(_VERDICT))
-            self._has_verdict.set()
+            self._accept(Verdict.from_json(self._store.get(_VERDICT)))
             return
         waited_s = time.monotonic() - self._moved_s if PROGRESS.waiting else 0.0
         if self._collective_error is not None or waited_s > _SUSPECT_AFTER_S:

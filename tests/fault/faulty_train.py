@@ -22,7 +22,7 @@ import psutil
 import torch
 
 from offload_adam.cli.app import main
-from offload_adam.coordinator import agreement, startup
+from offload_adam.coordinator import agreement, progress, startup
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.transfer import collectives
 
@@ -46,7 +46,7 @@ class Fault:
         print(f"fault on rank {RANK}: {self._action} in {PROGRESS.phase}", flush=True)
         if self._action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        elif self._action == "stop":
+        elif self._action in ("stop", "vanish"):
             os.kill(os.getpid(), signal.SIGSTOP)
         elif self._action == "hang":
             time.sleep(300)
@@ -153,6 +153,9 @@ def install_in_save(action: str, place: str, step: int) -> None:
 
 def install(action: str, place: str, step: int) -> None:
     """Install the fault."""
+    if action == "vanish":
+        # Ranks on different machines cannot continue each other.
+        progress._machine = lambda: f"machine of rank {RANK}"
     if action == "differ":
         differ(place)
     elif action in ("nan", "inf"):

@@ -102,7 +102,7 @@ def run(
 ) -> Ended:
     """Run the tiny job with a fault to its end, and return how long it took after the fault."""
     process = start(folder, fault, *overrides, ranks=ranks, options=options, within=within)
-    if fault.partition("@")[0] in ("kill", "stop", "hang", "raise"):
+    if fault.partition("@")[0] in ("kill", "stop", "vanish", "hang", "raise"):
         wait_for(folder, "fault on rank", process)
     return finish(folder, process)
 

@@ -73,7 +73,7 @@ def test_a_signal_to_the_survivors_of_a_failure_is_no_preemption(tmp_path: Path)
     os.kill(worker(tmp_path, 0).pid, signal.SIGTERM)
     ended = finish(tmp_path, process)
     assert ended.code == 1
-    assert ended.took_s < 45  # of these, torchrun gives the stopped one 30
+    assert ended.took_s < 25  # torchrun alone would give the stopped one 30
     assert "Received SIGTERM, and rank(s) [1] did not answer within 5 s" in ended.printed
     assert "preempted" not in ended.printed
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import subprocess
+import sys
 import threading
+import time
+from typing import Any
 
+import psutil
 import pytest
 
-from offload_adam.coordinator.progress import ProgressRecord
+from offload_adam.coordinator.progress import Process, ProgressRecord
 
 
 def test_long_running_phases_of_two_threads_end_in_any_order() -> None:
@@ -61,3 +67,43 @@ def test_untracked_threads_change_neither_phase_nor_exemption() -> None:
             assert record.phase == "start"
     with record.at("update"):
         assert record.phase == "update"
+
+
+STOPPED = """
+import ctypes, os, signal, sys
+if "traced" in sys.argv:
+    assert ctypes.CDLL(None).ptrace(0, 0, 0, 0) == 0  # the parent becomes the debugger
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+@pytest.mark.parametrize(
+    ("traced", "change", "resumes"),
+    [
+        ("", {}, True),
+        ("", {"born": 1.0}, False),  # another process that has the same id
+        ("", {"machine": "another"}, False),
+        ("traced", {}, False),
+    ],
+)
+def test_only_a_stopped_process_itself_is_resumed(
+    traced: str, change: dict[str, Any], resumes: bool
+) -> None:
+    child = subprocess.Popen([sys.executable, "-c", STOPPED, traced])
+    try:
+        seen = psutil.Process(child.pid)
+        deadline_s = time.monotonic() + 10
+        while seen.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        own = Process.own()
+        process = dataclasses.replace(own, pid=child.pid, born=seen.create_time())
+        dataclasses.replace(process, **change).resume(own)
+        if resumes:
+            assert child.wait(10) == 0
+        else:
+            time.sleep(0.2)
+            assert seen.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    finally:
+        child.kill()
+        child.wait(10)
