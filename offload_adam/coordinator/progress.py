@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -141,7 +142,7 @@ class Process:
     """A process on a machine.
 
     machine: boot id of the kernel and pid namespace; `pid` is valid only within them.
-    born: creation time in seconds since the epoch. It tells apart processes that reuse a pid.
+    born: start time, in clock ticks since boot on Linux. It tells apart processes that reuse a pid.
     """
 
     host: str
@@ -152,32 +153,47 @@ class Process:
     @classmethod
     def own(cls) -> Process:
         """Return this process."""
-        return cls(socket.gethostname(), _machine(), os.getpid(), psutil.Process().create_time())
+        return cls.of(os.getpid())
+
+    @classmethod
+    def of(cls, pid: int) -> Process:
+        """Return a process of this machine."""
+        return cls(socket.gethostname(), _machine(), pid, _state_and_start(pid)[1])
 
     def is_gone(self, seen_from: Process) -> bool:
         """Return whether the process has certainly ended; False on another machine."""
         if self.machine != seen_from.machine:
             return False
         try:
-            process = psutil.Process(self.pid)
-            # A zombie has ended, but its parent has not read its exit code yet.
-            return process.create_time() != self.born or process.status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
+            state, born = _state_and_start(self.pid)
+        except (ProcessLookupError, psutil.NoSuchProcess):
             return True
-        except psutil.Error:  # such as a process of another user: its heartbeats decide
+        except (OSError, psutil.Error):  # such as a process of another user: its heartbeats decide
             return False
+        # A zombie has ended, but its parent has not read its exit code yet.
+        return born != self.born or state in ("Z", psutil.STATUS_ZOMBIE)
 
     def resume(self, seen_from: Process) -> None:
         """Send SIGCONT if the process is on this machine; changes nothing unless it is stopped.
 
         A process that a debugger has stopped stays stopped.
         """
-        if self.machine != seen_from.machine:
-            return
-        with suppress(psutil.Error):
-            process = psutil.Process(self.pid)
-            if process.create_time() == self.born:
-                process.resume()
+        if not self.is_gone(seen_from) and self.machine == seen_from.machine:
+            with suppress(OSError):  # it has ended just now
+                os.kill(self.pid, signal.SIGCONT)
+
+
+def _state_and_start(pid: int) -> tuple[str, float]:
+    """Return the state and the start time of a process of this machine."""
+    # psutil adds the time of the boot, which changes when the wall clock is set.
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:  # it has ended, or this is not Linux
+        process = psutil.Process(pid)
+        return process.status(), process.create_time()
+    # The name of the program, in parentheses, may contain any character. See proc_pid_stat(5).
+    state, *rest = fields.rpartition(")")[2].split()
+    return state, int(rest[18])
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,6 +130,7 @@ class StatusServer:
     def _run(self) -> None:
         from waitress import wasyncore
 
+        opened_s: dict[Any, float] = {}  # waitress counts age by the wall clock, which may be set
         while not self._closing.is_set():
             # poll(2), not select(2): a training process may have file descriptors above 1023.
             wasyncore.loop(timeout=_POLL_S, use_poll=True, map=self._channels, count=1)
@@ -137,9 +138,11 @@ class StatusServer:
             # thousands of requests at once, would keep its connection without limit. A single
             # request is answered first. Setting `will_close` is not enough: it takes effect once
             # the socket is writable, so a client that reads no answer would block its thread.
-            oldest_s = time.time() - CONNECTION_S
-            for channel in list(self._server.active_channels.values()):
-                if channel.creation_time < oldest_s and len(channel.requests) != 1:
+            now_s = time.monotonic()
+            channels = list(self._server.active_channels.values())
+            opened_s = {channel: opened_s.get(channel, now_s) for channel in channels}
+            for channel, since_s in opened_s.items():
+                if now_s - since_s > CONNECTION_S and len(channel.requests) != 1:
                     channel.handle_close()
         self._server.task_dispatcher.shutdown(timeout=_JOIN_S / 2)
         wasyncore.close_all(self._channels, ignore_all=True)

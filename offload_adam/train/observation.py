@@ -183,7 +183,7 @@ class Observation:
         yield "checkpoints_failed_total", saved.num_failed
         yield "checkpoint_written_bytes_total", saved.nbytes
         commit_s = saved.last_commit_s
-        yield "checkpoint_age_seconds", None if commit_s is None else time.time() - commit_s
+        yield "checkpoint_age_seconds", None if commit_s is None else time.monotonic() - commit_s
         yield "checkpoint_duration_seconds", saved.last_duration_s
 
     def _of_ranks(self) -> Iterator[tuple[str, Samples]]:

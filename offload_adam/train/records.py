@@ -79,7 +79,7 @@ class CheckpointTotals:
     nbytes: size of the committed checkpoints, files of all ranks together.
     last_step: step of the newest checkpoint. If the run was resumed, this is first the checkpoint
         that was loaded.
-    last_commit_s: when the newest checkpoint was committed, as a `time.time()`.
+    last_commit_s: when the newest checkpoint was committed, as a `time.monotonic()`.
     last_duration_s: seconds from the start to the commit of the newest checkpoint, None before this
         process has written one. Training steps during a background write are included.
     """

@@ -86,7 +86,8 @@ class CheckpointSaver:
             self._intact.add(job.resumed_from)
             self.totals.last_step = job.first_step - 1
             with suppress(OSError):
-                self.totals.last_commit_s = job.resumed_from.stat().st_mtime
+                age_s = time.time() - job.resumed_from.stat().st_mtime
+                self.totals.last_commit_s = time.monotonic() - age_s
 
     def save(self, step: int, *, last: bool) -> None:
         """Write a checkpoint of the state after this step, or begin to in async mode. Collective.
@@ -140,7 +141,7 @@ class CheckpointSaver:
         self._intact.add(path)
         totals, size = self.totals, "unknown size"
         totals.num_written += 1
-        totals.last_step, totals.last_commit_s = self._step, time.time()
+        totals.last_step, totals.last_commit_s = self._step, time.monotonic()
         totals.last_duration_s = time.monotonic() - self._start_s
         with suppress(OSError):  # a disk that fails after the commit must not end the run
             nbytes = sum(file.stat().st_size for file in path.iterdir())

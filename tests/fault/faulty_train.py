@@ -59,6 +59,16 @@ class Fault:
             (folder,) = (word.partition("=")[2] for word in sys.argv if "--run.dir=" in word)
             place = f"{folder}/tiny/checkpoints"
             subprocess.run(["umount", "--lazy", place], check=True, timeout=20)
+        elif self._action == "clock":
+            set_clock(-10_000 if RANK == "1" else 10_000)
+
+
+def set_clock(by_s: int) -> None:
+    """Shift the wall clock of this process, and what psutil derives from it."""
+    clock, clock_ns, boot = time.time, time.time_ns, psutil._pslinux.boot_time
+    time.time = lambda: clock() + by_s
+    time.time_ns = lambda: clock_ns() + by_s * 10**9
+    psutil._pslinux.boot_time = lambda: boot() + by_s
 
 
 def before(owner: Any, name: str, fault: Callable[[], None]) -> None:
@@ -164,6 +174,12 @@ def install(action: str, place: str, step: int) -> None:
         lack_memory()
     elif action == "take":
         take_memory()
+    elif action == "clock":
+        before(
+            importlib.import_module("offload_adam.train.loop"),
+            "next_token_loss",
+            Fault(action, step, RANK),
+        )
     elif place in ("write", "written", "commit", "rename", "committed"):
         install_in_save(action, place, step)
     elif place == "start":

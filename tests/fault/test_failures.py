@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -139,3 +141,20 @@ def test_a_non_finite_value_on_one_rank_skips_the_step_on_all(tmp_path: Path, va
     assert ended.code == 0, ended.printed
     assert [record["skipped"] for record in ended.records] == [False, False, True] + [False] * 3
     assert ended.records[2]["non_finite"]
+
+
+def test_a_clock_that_is_set_ends_no_run(tmp_path: Path) -> None:
+    """Back by hours on one rank, forwards on the other, and between two runs."""
+    options = ("--checkpoint.every=100", "--checkpoint.mode=async", "--train.eval_every=0")
+    ended = run(tmp_path, "clock@forward", "--train.num_steps=200", *options)
+    assert ended.code == 0, ended.printed
+    assert ended.printed.count("fault on rank") == 2
+    for number, path in enumerate((tmp_path / "tiny").rglob("*")):
+        time_s = time.time() + 10_000 * (number % 3 - 1)
+        os.utime(path, (time_s, time_s))
+    checkpoints = tmp_path / "tiny" / "checkpoints"
+    os.utime(checkpoints / "step-200", (0, 0))
+    ended = run(tmp_path, "", "--train.num_steps=210", *options)
+    assert ended.code == 0, ended.printed
+    assert "step-200 at step 200" in ended.printed
+    assert [record["step"] for record in ended.records] == list(range(1, 211))

@@ -81,7 +81,7 @@ os.kill(os.getpid(), signal.SIGSTOP)
     ("traced", "change", "resumes"),
     [
         ("", {}, True),
-        ("", {"born": 1.0}, False),  # another process that has the same id
+        ("", {"born": 1}, False),  # another process that has the same id
         ("", {"machine": "another"}, False),
         ("traced", {}, False),
     ],
@@ -96,9 +96,7 @@ def test_only_a_stopped_process_itself_is_resumed(
         while seen.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
             assert time.monotonic() < deadline_s
             time.sleep(0.01)
-        own = Process.own()
-        process = dataclasses.replace(own, pid=child.pid, born=seen.create_time())
-        dataclasses.replace(process, **change).resume(own)
+        dataclasses.replace(Process.of(child.pid), **change).resume(Process.own())
         if resumes:
             assert child.wait(10) == 0
         else:

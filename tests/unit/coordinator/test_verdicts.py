@@ -11,7 +11,7 @@ import psutil
 from offload_adam.coordinator.progress import PeerRecord, Process, ProgressRecord
 from offload_adam.coordinator.verdicts import Verdict, hung_verdict, late_verdict
 
-HERE = Process("a", "one", 1, 0.0)
+HERE = Process("a", "one", 1, 0)
 
 
 def record(
@@ -77,7 +77,7 @@ def test_a_process_is_gone_when_it_has_ended_or_its_pid_is_anothers() -> None:
     assert not own.is_gone(own)
     assert replace(own, born=own.born - 1).is_gone(own)
     child = subprocess.Popen([sys.executable, "-c", ""])
-    theirs = replace(own, pid=child.pid, born=psutil.Process(child.pid).create_time())
+    theirs = Process.of(child.pid)
     assert child.stdout is None
     while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
         pass

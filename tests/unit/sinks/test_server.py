@@ -206,9 +206,11 @@ def test_a_port_that_is_taken_is_an_error(server: StatusServer) -> None:
         StatusServer(server.port, "127.0.0.1", dict)
 
 
+@pytest.mark.parametrize("set_back_s", [0, 10_000])
 def test_a_client_that_sends_byte_by_byte_is_dropped(
-    open_server: Callable[..., StatusServer], monkeypatch: pytest.MonkeyPatch
+    open_server: Callable[..., StatusServer], monkeypatch: pytest.MonkeyPatch, set_back_s: int
 ) -> None:
+    """Also if the machine's clock is set back meanwhile."""
     monkeypatch.setattr(server_module, "CONNECTION_S", 1.0)
     server = open_server()
     began_s = time.monotonic()
@@ -216,6 +218,11 @@ def test_a_client_that_sends_byte_by_byte_is_dropped(
         client.settimeout(0.05)
         ended = False
         client.sendall(b"GET /status HTTP/1.1\r\nX: ")
+        while not server._server.active_channels:
+            assert time.monotonic() - began_s < 15, "the connection is not accepted"
+            time.sleep(0.01)
+        clock = time.time
+        monkeypatch.setattr(time, "time", lambda: clock() - set_back_s)
         while not ended:
             assert time.monotonic() - began_s < 15, "the connection is still open"
             try:

@@ -281,7 +281,7 @@ class Stub:
 
 def record(rank: int, still_s: float, *, left: str | None = None, **place: Any) -> PeerRecord:
     progress = ProgressRecord(step=3, **{"phase": "forward", **place})
-    return PeerRecord(rank, Process("node", "one", 7, 0.0), 5, progress, still_s, left)
+    return PeerRecord(rank, Process("node", "one", 7, 0), 5, progress, still_s, left)
 
 
 def observe(
@@ -365,7 +365,7 @@ def heartbeat_ages(watched: Observation) -> list[float]:
 
 
 def test_checkpoints_are_exported_in_seconds_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offload_adam.train.observation.time.time", lambda: 1040.0)
+    monkeypatch.setattr("offload_adam.train.observation.time.monotonic", lambda: 1040.0)
     saved = CheckpointTotals(3, 1, 5000, last_step=9, last_commit_s=1000.0, last_duration_s=2.5)
     seen = observe(Ranks(), saved)
     assert samples_of(seen, "checkpoints_failed") == [1]
