@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,29 @@ def jit(function: Callable[..., Any], **options: Any) -> Any:
     # continues during a kernel; parallel loops release the GIL in any case. fastmath stays off,
     # because it lets LLVM assume that no value is NaN.
     options = {"error_model": "numpy", "nogil": True, **options}
-    try:
-        return numba.njit(function, cache=True, **options)
-    except RuntimeError:  # Numba found no writable cache folder
-        warn_user(
-            "No cache folder for compiled kernels is writable, so every process compiles them "
-            "again. Set NUMBA_CACHE_DIR to a writable folder.",
-            RuntimeWarning,
-        )
-        return numba.njit(function, **options)
+    if _may_cache():
+        # Raised if Numba found no writable cache folder.
+        with suppress(RuntimeError):
+            return numba.njit(function, cache=True, **options)
+    warn_user(
+        "No cache folder for compiled kernels is writable, so every process compiles them again. "
+        "Set NUMBA_CACHE_DIR to a writable folder.",
+        RuntimeWarning,
+    )
+    return numba.njit(function, **options)
+
+
+def _may_cache() -> bool:
+    """Return False where Numba would cache in a folder named "~" below the current folder.
+
+    Numba does so for a user without a home folder, unless it finds another folder first.
+    """
+    return bool(
+        os.path.expanduser("~") != "~"
+        or numba.config.CACHE_DIR
+        or os.environ.get("XDG_CACHE_HOME")
+        or os.access(Path(__file__).parent, os.W_OK)
+    )
 
 
 def jit_inlined(function: Callable[..., Any]) -> Any:

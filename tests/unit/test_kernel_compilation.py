@@ -42,6 +42,23 @@ def test_without_any_cache_folder_a_kernel_warns_and_runs(monkeypatch: pytest.Mo
     assert kernel(3.0) == 6.0
 
 
+def test_without_a_home_folder_nothing_is_cached_in_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numba would create a folder named "~" there. A checkout or package is read-only here."""
+    monkeypatch.setattr(compilation, "__file__", str(tmp_path / "missing" / "compilation.py"))
+    monkeypatch.setattr("numba.core.config.CACHE_DIR", "")
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [caching.UserWideCacheLocator])
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "~")  # as expanduser returns it where there is none
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(RuntimeWarning, match="NUMBA_CACHE_DIR"):
+        kernel = compilation.jit(double)
+    compilation.compile_now(kernel, (3.0,), "double")
+    assert kernel(3.0) == 6.0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_warning_during_an_import_points_at_the_users_line() -> None:
     output = run_python(
         """
