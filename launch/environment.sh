@@ -34,11 +34,12 @@ find_python() {
 
 # An environment cannot be moved, because its scripts name their interpreter in full. So its path is
 # kept in the file made-at, which is written last: an interrupted creation is started again.
+has_venv() {
+  "$VENV/bin/python" -c '' 2>/dev/null && [[ "$(cat -- "$VENV/made-at" 2>/dev/null)" == "$VENV" ]]
+}
+
 make_venv() {
   local python
-  if "$VENV/bin/python" -c '' 2>/dev/null && [[ "$(cat -- "$VENV/made-at" 2>/dev/null)" == "$VENV" ]]; then
-    return
-  fi
   python="$(find_python)"
   printf 'creating %s with %s\n' "$VENV" "$("$python" --version)"
   "$python" -m venv --clear "$VENV"
@@ -54,26 +55,57 @@ print(hashlib.sha256(content).hexdigest())
 ' "$ROOT/pyproject.toml" "$ROOT/launch/constraints.txt"
 }
 
-# Each extra has a stamp, written after its install. A second run compares the stamps and installs
-# nothing; an interrupted install is repeated. The package is editable: edits take effect at once.
-prepare_environment() {
-  local wanted extra extras="" names=""
-  make_venv
-  wanted="$(fingerprint)"
+# Prints those of the extras that are not installed. Each extra has a stamp, written after its install.
+missing_extras() {
+  local wanted="" extra
+  ! has_venv || wanted="$(fingerprint)"
   for extra in "$@"; do
-    if [[ "$(cat -- "$VENV/installed-$extra" 2>/dev/null)" != "$wanted" ]]; then
-      names="$names $extra"
-      [[ "$extra" == runtime ]] || extras="$extras,$extra"
-    fi
+    [[ -n "$wanted" && "$(cat -- "$VENV/installed-$extra" 2>/dev/null)" == "$wanted" ]] || printf '%s ' "$extra"
   done
-  [[ -n "$names" ]] || return 0
+}
 
-  printf 'installing offload-adam (%s) into %s\n' "${names# }" "$VENV"
+# A second run installs nothing and writes nothing; an interrupted install is repeated.
+prepare_environment() {
+  [[ -n "$(missing_extras "$@")" ]] || return 0
+  [[ -w "$ROOT" ]] || fail "$ROOT is not writable, so nothing can be installed into $VENV; run this script once where it is writable"
+  # Of two first runs at once, the second one waits. The lock is on this file, so that none is left
+  # behind. Children inherit it: an install that outlives its killed script still holds it.
+  (
+    lock_environment
+    install "$@"
+  ) 9>>"$ROOT/launch/environment.sh"
+}
+
+lock_environment() {
+  if ! command -v flock >/dev/null || flock --nonblock 9; then
+    return
+  fi
+  printf 'waiting for another process that installs into %s\n' "$VENV"
+  flock 9 || printf 'warning: no lock on this file system; start only one script at once\n' >&2
+}
+
+# The package is editable: edits take effect at once.
+install() {
+  local names name extras="" info wanted
+  has_venv || make_venv
+  names="$(missing_extras "$@")"
+  [[ -n "$names" ]] || return 0
+  for name in $names; do
+    [[ "$name" == runtime ]] || extras="$extras,$name"
+  done
+  # pip writes INSTALLER after the files of a package. It takes a package without it, whose install
+  # was interrupted, for complete.
+  for info in "$VENV"/lib/python*/site-packages/*.dist-info; do
+    [[ -e "$info/INSTALLER" ]] || rm -rf -- "$info"
+  done
+
+  printf 'installing offload-adam (%s) into %s\n' "${names% }" "$VENV"
   # The build backend first: without build isolation pip uses this one, pinned like the rest.
   pip_install setuptools
   pip_install --no-build-isolation --editable "$ROOT${extras:+[${extras#,}]}"
-  for extra in $names; do
-    printf '%s\n' "$wanted" >"$VENV/installed-$extra"
+  wanted="$(fingerprint)"
+  for name in $names; do
+    printf '%s\n' "$wanted" >"$VENV/installed-$name"
   done
 }
 

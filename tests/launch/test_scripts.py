@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -30,7 +33,10 @@ case "$*" in
     cp "$0" "$folder/bin/python"
     cp "$0" "$folder/bin/torchrun"
     ;;
-  *"pip install"*) exit "${{PIP_STATUS:-0}}" ;;
+  *"pip install"*)
+    sleep "${{PIP_S:-0}}"
+    exit "${{PIP_STATUS:-0}}"
+    ;;
 esac
 """
 
@@ -56,8 +62,27 @@ class Checkout:
     ) -> subprocess.CompletedProcess[str]:
         """Run a launch script from another folder and return what it printed."""
         self.asked.write_text("")
-        return subprocess.run(
-            ["bash", self.root / "launch" / script, *arguments],
+        process = self.start(script, *arguments, env=env)
+        try:
+            printed, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(script, process.returncode, printed, errors)
+
+    def start(
+        self,
+        script: str,
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        within: Sequence[str] = (),
+    ) -> subprocess.Popen[str]:
+        """Start a launch script.
+
+        Args:
+            within: the words of a command that runs the one that follows them.
+        """
+        return subprocess.Popen(
+            [*within, "bash", self.root / "launch" / script, *arguments],
             cwd=self._elsewhere,
             env={
                 "PATH": f"{self._stand_ins}:/usr/bin:/bin",
@@ -65,10 +90,10 @@ class Checkout:
                 **(env or {}),
             },
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=60,
-            check=False,
+            start_new_session=True,
         )
 
     def installs(self) -> list[str]:
@@ -125,6 +150,69 @@ def test_a_failed_install_is_done_again(checkout: Checkout) -> None:
     assert checkout.run("quickstart.sh", env={"PIP_STATUS": "1"}).returncode != 0
     assert checkout.run("quickstart.sh").returncode == 0
     assert len(checkout.installs()) == 2
+
+
+def test_of_two_first_runs_at_once_one_installs(checkout: Checkout) -> None:
+    processes = [checkout.start("quickstart.sh", env={"PIP_S": "0.5"}) for _ in range(2)]
+    try:
+        outputs = [process.communicate(timeout=30)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0]
+    assert len(checkout.installs()) == 2
+    assert sum("waiting for another process that installs" in text for text in outputs) == 1
+    assert all("--nproc-per-node=2" in text for text in outputs)
+
+
+def test_a_killed_install_is_done_again(checkout: Checkout) -> None:
+    killed = checkout.start("quickstart.sh", env={"PIP_S": "30"})
+    try:
+        deadline_s = time.monotonic() + 20
+        while not checkout.asked.exists() or "pip install" not in checkout.asked.read_text():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+    finally:
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.communicate(timeout=30)
+    assert checkout.run("quickstart.sh").returncode == 0
+    assert len(checkout.installs()) == 2
+
+
+def test_a_package_whose_install_was_interrupted_is_installed_again(checkout: Checkout) -> None:
+    """With METADATA, pip takes a package for installed, though its scripts come later."""
+    checkout.run("quickstart.sh", env={"PIP_STATUS": "1"})
+    packages = checkout.root / ".venv" / "lib" / "python3.11" / "site-packages"
+    for name, files in {"whole": ("METADATA", "INSTALLER"), "half": ("METADATA",)}.items():
+        folder = packages / f"{name}-1.0.dist-info"
+        folder.mkdir(parents=True)
+        for file in files:
+            (folder / file).touch()
+    assert checkout.run("quickstart.sh").returncode == 0
+    assert [path.name for path in packages.iterdir()] == ["whole-1.0.dist-info"]
+
+
+def test_a_read_only_checkout_is_said_and_runs_once_it_is_complete(checkout: Checkout) -> None:
+    namespace = ("unshare", "--user", "--map-root-user", "--mount")
+    if subprocess.run([*namespace, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no user namespaces here")
+    mount = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+    within = (*namespace, "sh", "-ec", mount, str(checkout.root))
+    outcomes = []
+    for _ in range(2):
+        process = checkout.start("quickstart.sh", within=within)
+        try:
+            outcomes.append((*process.communicate(timeout=30), process.returncode))
+        finally:
+            process.kill()
+        checkout.run("quickstart.sh")  # installs
+    (_, error, code), (printed, _, later_code) = outcomes
+    assert (code, later_code) == (1, 0)
+    assert error == (
+        f"quickstart.sh: {checkout.root} is not writable, so nothing can be installed into "
+        f"{checkout.root}/.venv; run this script once where it is writable\n"
+    )
+    assert "--nproc-per-node=2" in printed
 
 
 def test_a_moved_checkout_gets_a_new_environment(checkout: Checkout) -> None:
