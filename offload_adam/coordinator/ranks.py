@@ -97,6 +97,7 @@ class RankGroup:
 
     def data_group(self, device: torch.device) -> dist.ProcessGroup:
         """Return the group for collectives on tensors of this device."""
+        self._require_open()
         return self.data[device.type]
 
     def wait(self, work: dist.Work | None, *, on_device: bool = False) -> None:
@@ -193,13 +194,18 @@ class RankGroup:
             self.wait(dist.broadcast(tensor, source, group=self._open_control(), async_op=True))
 
     def _open_control(self) -> dist.ProcessGroup:
-        """Return the control group; raise an error if it is closed."""
-        if self.control is None:  # torch would take None as the default group
+        """Return the control group."""
+        self._require_open()
+        assert self.control is not None  # torch would take None as the default group
+        return self.control
+
+    def _require_open(self) -> None:
+        # `destroy_process_group` destroys our groups, too.
+        if self.control is None or not dist.is_initialized():
             raise RuntimeError(
                 "The process groups of this optimizer are closed. Construct a new optimizer to "
                 "continue training."
             )
-        return self.control
 
     def _is_over(self, work: dist.Work, on_device: bool) -> bool:
         """Return whether a collective is complete, after at most one slice on host memory.

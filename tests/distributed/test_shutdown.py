@@ -70,6 +70,8 @@ def drop_and_start_again(rank: int, world_size: int, store: str) -> list[torch.T
         assert parameter.grad is not None
         assert torch.equal(parameter.grad, gradient)
     dist.destroy_process_group()
+    outcome = outcome_of(kept.step)
+    assert "The process groups of this optimizer are closed. Construct a new" in outcome.message
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     kept.close()
     assert outcome_of(kept.step).error == "RuntimeError"
