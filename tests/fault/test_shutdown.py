@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -48,6 +51,27 @@ def test_a_signal_to_one_rank_ends_all_after_one_step(
     resumed = run(tmp_path, "", f"--train.num_steps={last + 2}", ranks=2)
     assert resumed.code == 0, resumed.printed
     assert [record["step"] for record in resumed.records] == list(range(1, last + 3))
+
+
+def test_slow_clients_of_the_status_server_do_not_delay_the_end(tmp_path: Path) -> None:
+    """Idle ones, half a request, many requests whose answers nobody reads, and too many of each."""
+    process = start(tmp_path, "", LONG, "--observe.http_port=0")
+    wait_for_steps(tmp_path, process)
+    found = re.search(r"http://127\.0\.0\.1:(\d+)", (tmp_path / "printed").read_text())
+    assert found is not None
+    request = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n"
+    with ExitStack() as opened:
+        for sent in (b"", request, (request + b"\r\n") * 200) * 16:
+            client = opened.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.settimeout(5)
+            client.connect(("127.0.0.1", int(found[1])))
+            client.sendall(sent)
+        worker(tmp_path, 0).send_signal(signal.SIGTERM)
+        ended = finish(tmp_path, process)
+    assert ended.code == 0, ended.printed
+    assert ended.took_s < 15
+    assert "preempted: ended after step " in ended.printed
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
