@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from offload_adam.checkpoint.load import verify_checkpoint
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(200)]
 
@@ -80,6 +83,32 @@ def test_the_exit_code_is_that_of_the_rank_that_failed_first(
     found = launched.describe_failure(ChildFailedError("offload_adam", failures))
     assert found[0] == code
     assert sentence in found[1]
+
+
+@pytest.mark.fault
+def test_two_jobs_at_once_do_not_disturb_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They compile the same kernels into one cache, which is empty, and share /tmp."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "kernels"))
+    names = ("one", "two")
+    processes = [
+        start(tmp_path, f"--run.name={name}", "--train.num_steps=4", "--checkpoint.every=2")
+        for name in names
+    ]
+    try:
+        ends = [end_of(process) for process in processes]
+    finally:
+        for process in processes:
+            process.terminate()
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    losses = []
+    for name in names:
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+        assert verify_checkpoint(tmp_path / name / "checkpoints" / "step-4").step == 4
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4
 
 
 @pytest.mark.fault
