@@ -95,6 +95,16 @@ def test_an_unwritable_folder_is_a_warning_in_the_log(
     assert bandwidth_cache.recall() == Bandwidth()
 
 
+def test_without_a_home_folder_nothing_is_saved(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "~")  # as expanduser returns it where there is none
+    assert bandwidth_cache.keep(Bandwidth({1: 20.0})) is None
+    assert "Cannot save the measured bandwidth" in caplog.text
+    assert bandwidth_cache.recall() == Bandwidth()
+
+
 def test_a_step_counts_every_byte_that_it_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bandwidth, "_median_s", lambda *_, **__: 0.5)
     # 24 of state, 2 twice of gradient, 2 of parameter, for 8 times 1,024 elements.
