@@ -90,6 +90,7 @@ install() {
   has_venv || make_venv
   names="$(missing_extras "$@")"
   [[ -n "$names" ]] || return 0
+  wanted="$(fingerprint)"
   for name in $names; do
     [[ "$name" == runtime ]] || extras="$extras,$name"
   done
@@ -103,7 +104,6 @@ install() {
   # The build backend first: without build isolation pip uses this one, pinned like the rest.
   pip_install setuptools
   pip_install --no-build-isolation --editable "$ROOT${extras:+[${extras#,}]}"
-  wanted="$(fingerprint)"
   for name in $names; do
     printf '%s\n' "$wanted" >"$VENV/installed-$name"
   done
