@@ -29,6 +29,8 @@ PARTIAL_SUFFIX = ".partial"
 _OWNER = re.compile(r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}" + re.escape(PARTIAL_SUFFIX))
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
 """Errors of file systems without hard links."""
+_NO_FLUSH = (errno.EINVAL, errno.EACCES)
+"""Errors of file systems that cannot flush a folder, and of folders that may only be written to."""
 
 _in_progress: set[str] = set()
 """Names of the partial files and folders that this process is writing."""
@@ -106,15 +108,19 @@ def make_folder(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Flush a file's content, or the names in a folder, to the disk.
+    """Flush a file's content, or the names in a folder, to the disk, where that is possible.
 
     fsync of a file does not flush its name.
     """
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FLUSH:
+            raise
 
 
 def publish(partial: Path, target: Path) -> None:

@@ -6,8 +6,11 @@ has returned for it; a name in a folder, once fsync has returned for the folder.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +118,24 @@ def test_an_import_to_new_folders_survives(tmp_path: Path, monkeypatch: pytest.M
     out = tmp_path / "new" / "imports" / "out"
     import_torch_pickle(tmp_path / "pickled.pt", out)
     disk.assert_durable(out)
+
+
+@pytest.mark.parametrize(("number", "is_saved"), [(errno.EINVAL, True), (errno.EIO, False)])
+def test_only_a_failing_disk_ends_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, is_saved: bool
+) -> None:
+    """Some file systems cannot flush folders at all, and say EINVAL."""
+    fsync = os.fsync
+
+    def failing(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, "of the test")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with nullcontext() if is_saved else pytest.raises(OSError, match="of the test"):
+        save(tmp_path / "new" / "step-1")
+    assert (tmp_path / "new" / "step-1").exists() == is_saved
 
 
 def test_checkpoints_of_a_new_run_survive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
