@@ -109,7 +109,7 @@ def test_state_that_does_not_fit_is_rejected_with_its_table(tmp_path: Path) -> N
     assert "exitcode  : 3 " in ended.printed
     assert "The optimizer state of rank(s) [0, 1] does not fit into the memory of " in ended.printed
     assert ended.records == []
-    assert ended.printed.count("  together ") == 1  # said once
+    assert ended.printed.count("  total ") == 1  # said once
     allowed = tmp_path / "allowed"
     allowed.mkdir()
     ended = run(allowed, "lack@memory", "--memory.allow_overcommit=true", "--train.num_steps=2")
