@@ -98,7 +98,8 @@ def test_a_signal_to_the_survivors_of_a_failure_is_no_preemption(tmp_path: Path)
     ended = finish(tmp_path, process)
     assert ended.code == 1
     assert ended.took_s < 25  # torchrun alone would give the stopped one 30
-    assert "Received SIGTERM, and rank(s) [1] did not answer within 5 s" in ended.printed
+    # Rank 0 or rank 2, which received "a signal to another rank", may write the verdict.
+    assert ", and rank(s) [1] did not answer within 5 s" in ended.printed
     assert "preempted" not in ended.printed
 
 
