@@ -132,7 +132,7 @@ def test_a_second_run_installs_nothing(checkout: Checkout) -> None:
     checkout.run("quickstart.sh")
     assert checkout.installs() == []
     checkout.run("test.sh")
-    assert checkout.installs() == ["setuptools", f"{editable}[test,watch,integrations]"]
+    assert checkout.installs() == ["setuptools", f"{editable}[test,fuzz,watch,integrations]"]
     checkout.run("quickstart.sh")
     assert checkout.installs() == []
 
