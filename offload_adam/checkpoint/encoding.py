@@ -90,7 +90,7 @@ def check_size(value: object, name: str) -> None:
     Raises:
         CheckpointError: it is nested more deeply, contains itself, or is larger.
     """
-    nbytes = _text_nbytes(value, 1, name, {})
+    nbytes, _ = _measure(value, 1, name, {})
     if nbytes > MAX_TEXT_NBYTES:
         raise CheckpointError(
             f"{name} would take about {nbytes:,} bytes in the manifest, more than the limit of "
@@ -98,30 +98,36 @@ def check_size(value: object, name: str) -> None:
         )
 
 
-def _text_nbytes(value: object, level: int, name: str, known: dict[int, int]) -> int:
-    """Return about how many bytes a value takes as text.
+def _measure(
+    value: object, level: int, name: str, known: dict[int, tuple[int, int]]
+) -> tuple[int, int]:
+    """Return about how many bytes a value takes as text, and how many levels it has.
 
     Args:
-        known: the result by the id of each container that has been walked.
+        level: of the value itself, from 1.
+        known: the result by the id of each container that has been measured.
     """
-    if level > _MAX_DEPTH:
+    nbytes, height = 8, 1
+    if isinstance(value, (str, bytes, bytearray)):
+        nbytes = len(value)
+    elif isinstance(value, torch.Tensor):
+        # A larger one is rejected by itself, with its place.
+        nbytes = min(value.numel() * value.element_size(), MAX_NBYTES)
+    elif isinstance(value, np.ndarray):
+        nbytes = min(value.nbytes, MAX_NBYTES)
+    elif id(value) in known:
+        nbytes, height = known[id(value)]
+    elif isinstance(value, (list, tuple, set, frozenset, dict)) and level <= _MAX_DEPTH:
+        for item in chain(value.keys(), value.values()) if isinstance(value, dict) else value:
+            item_nbytes, item_height = _measure(item, level + 1, name, known)
+            nbytes, height = nbytes + item_nbytes, max(height, 1 + item_height)
+        known[id(value)] = nbytes, height
+    if level + height - 1 > _MAX_DEPTH:
         raise CheckpointError(
             f"{name} has more than {_MAX_DEPTH} levels of nesting, or contains itself. Nest its "
             "values less deeply."
         )
-    if isinstance(value, (str, bytes, bytearray)):
-        return len(value)
-    if isinstance(value, torch.Tensor):
-        # A larger one is rejected by itself, with its place.
-        return min(value.numel() * value.element_size(), MAX_NBYTES)
-    if isinstance(value, np.ndarray):
-        return min(value.nbytes, MAX_NBYTES)
-    if not isinstance(value, (list, tuple, set, frozenset, dict)):
-        return 8
-    if id(value) not in known:
-        inner = chain(value.keys(), value.values()) if isinstance(value, dict) else value
-        known[id(value)] = 8 + sum(_text_nbytes(item, level + 1, name, known) for item in inner)
-    return known[id(value)]
+    return nbytes, height
 
 
 def decode(value: Any, name: str) -> Any:

@@ -287,6 +287,11 @@ def test_a_small_value_that_is_enormous_as_text_is_rejected_at_once() -> None:
     assert encode([text] * 60, "x") == [text] * 60
     with pytest.raises(CheckpointError, match="limit of 67,108,864"):
         encode([text] * 65, "x")
+    deep: list[Any] = []
+    lists = [deep := [deep] for _ in range(2000)]  # each holds the one before, and comes after it
+    with pytest.raises(CheckpointError, match="more than 50 levels"):
+        encode(lists, "x")
+    assert encode(lists[:48], "x") == lists[:48]
     loop: list[Any] = []
     loop += [loop, loop]
     with pytest.raises(CheckpointError, match="contains itself"):
