@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from offload_adam.bench.fsdp2 import DTYPES, Fsdp2BenchmarkError, measure_fsdp2, sizes_of
 from offload_adam.bench.kernel import measure_kernel
-from offload_adam.bench.report import comparison, write_json
+from offload_adam.bench.report import comparison, partial_path, write_json
 from offload_adam.bench.step import measure_step
 from offload_adam.bench.training.contenders import CONTENDERS
 from offload_adam.bench.training.model import add_size_options, read_sizes
@@ -27,9 +27,12 @@ from offload_adam.bench.training.run import (
 )
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import allowed_cores
+from offload_adam.printable import printable
 
 EXIT_DOES_NOT_FIT = 3
 LEAST_PAIRS = 7
+MOST = 10**15
+MAX_SHOWN = 200
 NUM_CPU_RANKS = 2
 KERNEL = "Compare the Adam update alone, in fp32."
 STEP = "Compare whole steps on the CPU: bf16 gradient, clipping, AdamW, bf16 parameter."
@@ -120,11 +123,15 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Return a function that reads a whole number of at least `least`."""
+    """Return a function that reads a whole number from `least` to MOST."""
 
     def read(text: str) -> int:
-        if not text.strip().isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a number of at least {least}, not {text}")
+        is_short = text.strip().isdecimal() and len(text) <= len(str(MOST))
+        if not is_short or not least <= int(text) <= MOST:
+            raise argparse.ArgumentTypeError(
+                f"must be a number of at least {least} and at most {MOST:,}, not "
+                f"{printable(text, MAX_SHOWN)}"
+            )
         return int(text)
 
     return read
@@ -148,13 +155,36 @@ def contender_names(text: str) -> tuple[str, ...]:
 
 
 def writable(text: str) -> Path:
-    """Reject a file that cannot be written, before minutes of measuring."""
+    """Reject a file that cannot be written, before minutes of measuring.
+
+    Only a regular file may exist already: `write_json` replaces it, which would destroy a device.
+    """
     path = Path(text)
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{path} cannot be written")
+    if not os.path.isdir(path.parent):
+        raise argparse.ArgumentTypeError(
+            f"there is no folder {printable(str(path.parent), MAX_SHOWN)}"
+        )
+    try:
+        if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+            raise argparse.ArgumentTypeError(f"{path} cannot be written")
+        # Only a try shows whether the file system accepts the name.
+        partial_path(path).touch()
+        partial_path(path).unlink()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"{printable(text, MAX_SHOWN)} cannot be written: {error.strerror}"
+        ) from error
     return path
+
+
+def _write(report: Mapping[str, Any], path: Path | None) -> None:
+    """Write the report if a file is given for it."""
+    if path is None:
+        return
+    try:
+        write_json(report, path)
+    except OSError as error:
+        sys.exit(f"offload-adam: {path} cannot be written: {error.strerror}. Free space there.")
 
 
 def _reject_threads(num_threads: int) -> None:
@@ -197,8 +227,8 @@ def _show(measure: Callable[[], dict[str, Any]], path: Path | None) -> None:
         print(f"offload-adam: {error}", file=sys.stderr)
         sys.exit(EXIT_DOES_NOT_FIT)
     print("\n".join(comparison(report)))
+    _write(report, path)
     if path is not None:
-        write_json(report, path)
         print(f"Wrote {path}")
 
 
@@ -213,7 +243,7 @@ def _train(options: argparse.Namespace) -> None:
             largest_batch=options.largest_batch,
             contenders=options.contenders,
             time_limit_s=options.time_limit,
-            keep=lambda report: None if options.json is None else write_json(report, options.json),
+            keep=lambda report: _write(report, options.json),
         )
     except ModelTooLargeError as error:
         raise argparse.ArgumentTypeError(str(error)) from error

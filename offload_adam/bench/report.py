@@ -14,9 +14,14 @@ longest short reason, "out of GPU memory", still does."""
 
 def write_json(report: Mapping[str, Any], path: Path) -> None:
     """Write the report through a temporary file: a killed process leaves the previous file."""
-    partial = path.with_name(path.name + ".part")
+    partial = partial_path(path)
     partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def partial_path(path: Path) -> Path:
+    """Return the path of the temporary file of `write_json`."""
+    return path.with_name(path.name + ".part")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

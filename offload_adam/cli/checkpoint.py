@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-EXIT_FAILED = 1
+from offload_adam.cli.output import fail
 
 checkpoint_app = typer.Typer(
     help="Verify, inspect, export and import checkpoints.", no_args_is_help=True
@@ -42,8 +42,7 @@ def _exit_on_error() -> Iterator[None]:
     try:
         yield
     except (CheckpointError, OSError) as error:
-        typer.echo(f"offload-adam: {error}", err=True)
-        raise typer.Exit(EXIT_FAILED) from None
+        fail(error)
 
 
 @checkpoint_app.command("verify")
@@ -94,7 +93,8 @@ def inspect(path: Folder) -> None:
     console.print(table)
     if extra := manifest.decoded_extra():
         listed = printable(", ".join(map(str, extra)), MAX_MESSAGE_LENGTH)
-        console.print(f"extra: {listed}", markup=False)
+        # Highlighting takes minutes for a name of a megabyte.
+        console.print(f"extra: {listed}", markup=False, highlight=False)
 
 
 @checkpoint_app.command("export")

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from offload_adam.cli.train import EXIT_BAD_CONFIGURATION, OverridesArgument, load_arguments
+from offload_adam.cli.output import EXIT_BAD_CONFIGURATION, fail
+from offload_adam.cli.train import OverridesArgument, load_arguments
 
 
 def config(
@@ -25,6 +26,5 @@ def config(
     try:
         loaded = RunConfig() if config is None else load_arguments([config, *(overrides or [])])
     except ConfigError as error:
-        typer.echo(f"offload-adam: {error}", err=True)
-        raise typer.Exit(EXIT_BAD_CONFIGURATION) from None
+        fail(error, EXIT_BAD_CONFIGURATION)
     typer.echo(explain_config(loaded), nl=False)

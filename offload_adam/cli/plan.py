@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +10,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from offload_adam.cli.train import (
+from offload_adam.cli.output import (
     EXIT_BAD_CONFIGURATION,
-    EXIT_DOES_NOT_FIT,
-    OverridesArgument,
-    load_arguments,
+    fail,
+    require_folder_of,
+    write_text,
 )
+from offload_adam.cli.train import EXIT_DOES_NOT_FIT, OverridesArgument, load_arguments
+from offload_adam.printable import show
 
 if TYPE_CHECKING:
     from offload_adam.layout.flat import ParameterSpec
     from offload_adam.plan.inputs import Machine, Training
 
+# GB/s or TFLOPS: far beyond all hardware, so that no predicted time overflows.
+_LEAST_SPEED, _MOST_SPEED = 1e-6, 10**9
 _ITEMSIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -97,6 +100,9 @@ def plan(
     from rich.console import Console
 
     from offload_adam.config import ConfigError
+    from offload_adam.config.declared import MAX_NBYTES
+    from offload_adam.options import MAX_STEP_COUNT
+    from offload_adam.plan.inputs import MOST_NUMEL
     from offload_adam.plan.tables import plan_run
     from offload_adam.plan.timing import predict_overlap
 
@@ -106,12 +112,20 @@ def plan(
         "--network-bandwidth": network_bandwidth,
         "--tflops": tera_flops,
     }
+    require_folder_of(json_file, "--json")
+    require_folder_of(timeline_file, "--timeline")
     try:
-        for option, file in (("--json", json_file), ("--timeline", timeline_file)):
-            if file is not None and not file.absolute().parent.is_dir():
-                raise ValueError(f"{option} {file}: there is no folder {file.absolute().parent}")
-        if world_size < 1:
-            raise ValueError(f"world_size must be at least 1, not {world_size}")
+        for option, value, least, most in (
+            ("--params", params, 1, MOST_NUMEL),
+            ("--world-size", world_size, 1, MAX_STEP_COUNT),
+            ("--local-world-size", local_world_size, 1, MAX_STEP_COUNT),
+            ("--tokens", tokens, 1, MAX_NBYTES),
+            *((option, speed, _LEAST_SPEED, _MOST_SPEED) for option, speed in speeds.items()),
+        ):
+            if value is not None and not least <= value <= most:  # also if it is NaN
+                raise ValueError(
+                    f"{option} must be at least {least:,} and at most {most:,}, not {show(value)}"
+                )
         specs, training = _subject(
             config, overrides or [], params, param_dtype, gpu_memory, world_size
         )
@@ -134,16 +148,15 @@ def plan(
                 "--host-bandwidth, --bus-bandwidth, and for several ranks --network-bandwidth"
             )
     except (ConfigError, ValueError) as error:
-        typer.echo(f"offload-adam: {error}", err=True)
-        raise typer.Exit(EXIT_BAD_CONFIGURATION) from None
+        fail(error, EXIT_BAD_CONFIGURATION)
     if timeline_file is not None and timeline is not None:
-        timeline_file.write_text(timeline.draw(), encoding="utf-8")
+        write_text(timeline_file, timeline.draw(), "--timeline")
     values, parts = plan_run(specs, training, machine, timeline)
     console = Console()
     for part in parts:
         console.print(part)
     if json_file is not None:
-        json_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(values, indent=2) + "\n", "--json")
     if not values["fits"]:
         raise typer.Exit(EXIT_DOES_NOT_FIT)
 
@@ -170,9 +183,7 @@ def _subject(
             world_size=world_size,
         )
     if param_dtype not in _ITEMSIZES:
-        raise ValueError(f"--param-dtype must be fp32, bf16 or fp16, not {param_dtype!r}")
-    if not math.isfinite(params):
-        raise ValueError(f"--params must be a finite number, not {params}")
+        raise ValueError(f"--param-dtype must be fp32, bf16 or fp16, not {show(param_dtype)}")
     return synthetic_specs(int(params), _ITEMSIZES[param_dtype]), Training(saves=True)
 
 
@@ -192,14 +203,11 @@ def _machine(
         given: speeds by option, None where the option is absent.
 
     Raises:
-        ValueError: a speed or a size is impossible.
+        ValueError: a size is impossible.
     """
     from offload_adam.layout.ring import RingSpeed
     from offload_adam.plan.inputs import Machine, Source
 
-    for option, value in given.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{option} must be above 0 and finite, not {value}")
     is_other = gpu_memory is not None or host_memory is not None
     if measure and is_other:
         raise ValueError(
@@ -238,19 +246,23 @@ def parse_nbytes(text: str) -> int:
     """Return the bytes of a size such as '80GiB', '512 GB' or '1e9'.
 
     Raises:
-        ValueError: the text is not a number of at least 0 with a unit that pydantic knows, or none.
+        ValueError: the text is not a number of at least 0 with a unit that pydantic knows, or none;
+            or it has more than 63 bits.
     """
     from pydantic import ByteSize, TypeAdapter
+
+    from offload_adam.config.declared import MAX_NBYTES
 
     try:
         try:
             nbytes = float(text)
         except ValueError:
             nbytes = float(TypeAdapter(ByteSize).validate_python(text))
-        if not 0 <= nbytes < math.inf:
+        if not 0 <= nbytes <= MAX_NBYTES:
             raise ValueError
     except ValueError:
         raise ValueError(
-            f"{text!r} is not a size: give a number and a unit, such as 80GiB or 512GB"
+            f"{show(text)} is not a size below 2**63 bytes: give a number and a unit, such as "
+            "80GiB or 512GB"
         ) from None
     return int(nbytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -207,6 +208,11 @@ def test_the_command_prints_a_table_and_writes_a_file(
         (["fsdp2", "--threads", str(allowed_cores() + 1)], "more than the"),
         (["step", "--json", "/proc/missing/a.json"], "there is no folder"),
         (["kernel", "--json", "/"], "cannot be written"),
+        (["kernel", "--json", "/dev/full"], "cannot be written"),
+        (["kernel", "--json", 5000 * "x"], "cannot be written: File name too long"),
+        (["step", "--json", 5000 * "x" + "/x"], "there is no folder"),
+        (["kernel", "--numel", 5000 * "1"], "--numel: must be a number of at least 1"),
+        (["kernel", "--numel", "1" + 400 * "0"], "--numel: must be a number of at least 1"),
         (["fsdp2", "--dtype", "fp16"], "--dtype"),
     ],
 )
@@ -234,6 +240,20 @@ def test_a_measurement_that_does_not_fit_says_so(
 
     monkeypatch.setattr(bench_main, "measure_kernel", fail)
     assert run("kernel") == (3, "offload-adam: needs 3 TiB\n")
+
+
+def test_a_report_that_cannot_be_written_ends_with_1(
+    run: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(bench_main, "write_json", fail)
+    path = tmp_path / "x.json"
+    code, output = run("kernel", "--numel", "2000", "--threads", "1", "--json", str(path))
+    assert code == 1, output
+    assert f"{path} cannot be written: No space left on device" in output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_rank_that_fails_ends_the_command_with_1(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from itertools import pairwise
@@ -101,19 +102,28 @@ def test_bandwidths_give_times_that_are_marked_as_rough(tmp_path: Path) -> None:
     [
         ((), "give either CONFIG or --params"),
         ((CONFIG, "--params=1e9"), "give either CONFIG or --params"),
-        (("--params=0",), "at least 1"),
-        (("--params=nan",), "finite"),
-        (("--params=inf",), "finite"),
-        (("--params=1e30",), "at most 1e+15"),
+        (("--params=0",), "--params must be at least 1"),
+        (("--params=nan",), "not nan"),
+        (("--params=inf",), "not inf"),
+        (("--params=1e30",), "at most 1,000,000,000,000,000, not 1e+30"),
         (("--params=1e9", "--json=missing/folder/x.json"), "there is no folder"),
         (("--params=1e9", "--measure", "--gpu-memory=80GiB"), "measures this machine"),
-        (("--params=1e9", "--network-bandwidth=inf"), "finite"),
+        (("--params=1e9", "--network-bandwidth=inf"), "--network-bandwidth must be at least"),
+        (("--params=1e9", "--tflops=nan", "--tokens=5"), "--tflops must be at least"),
+        (("--params=1e9", f"--tokens=1{400 * '0'}"), "--tokens must be at least 1"),
+        (("--params=1e9", f"--world-size=1{400 * '0'}"), "--world-size must be at least 1"),
+        (("--params=1e9", f"--host-memory=1{100_000 * '0'}"), "is not a size below 2**63"),
+        (("--params=1e9", "--gpu-memory=1e300TB"), "is not a size below 2**63"),
+        (("--params=1e9", f"--param-dtype={100_000 * 'x'}"), "fp32, bf16 or fp16"),
+        (("--params=1e9", "--offload-fraction=nan"), "offload_fraction must lie in [0, 1]"),
+        (("--params=1e9", f"--json={5000 * 'x'}/x.json"), "there is no folder"),
         (("--params=1e9", "--param-dtype=fp8"), "fp32, bf16 or fp16"),
         (("--params=1e9", "--gpu-memory=80 bananas"), "is not a size"),
         (("--params=1e9", "--host-memory=-1GiB"), "is not a size"),
-        (("--params=1e9", "--world-size=0"), "world_size must be at least 1"),
+        (("--params=1e9", "--world-size=0"), "--world-size must be at least 1"),
+        (("--params=1e9", "--local-world-size=-1"), "--local-world-size must be at least 1"),
         (("--params=1e9", "--world-size=6", "--local-world-size=4"), "multiple of local_world"),
-        (("--params=1e9", "--host-bandwidth=0"), "above 0"),
+        (("--params=1e9", "--host-bandwidth=0"), "must be at least 1e-06"),
         ((CONFIG, "--train.num_stepz=3"), "did you mean train.num_steps"),
         (("missing.yaml",), "file not found"),
     ],
@@ -122,6 +132,34 @@ def test_a_wrong_option_exits_with_2(arguments: tuple[str, ...], words: str) -> 
     code, output = plan(*arguments)
     assert code == 2, output
     assert words in output
+    assert len(output) < 4200
+
+
+def test_the_largest_and_slowest_run_is_planned(tmp_path: Path) -> None:
+    slow = [f"--{name}=1e-6" for name in ("host-bandwidth", "bus-bandwidth", "network-bandwidth")]
+    huge = ["--params=1e12", f"--world-size={2**24}", f"--tokens={2**63 - 1}", "--tflops=1e-6"]
+    values = planned(tmp_path, *huge, *slow, *MACHINE, f"--timeline={tmp_path / 'timeline'}")
+    assert all(0 < seconds < math.inf for seconds in values["seconds"].values())
+    assert (tmp_path / "timeline").stat().st_size > 0
+
+
+@pytest.mark.parametrize("option", ["--json", "--timeline"])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (".", "Is a directory"),
+        ("/dev/full", "No space left on device"),
+        (5000 * "x", "File name too long"),
+    ],
+)
+def test_a_file_that_cannot_be_written_exits_with_1(
+    option: str, name: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    speeds = ("--host-bandwidth=100", "--bus-bandwidth=20", "--tflops=100", "--tokens=10")
+    code, output = plan("--params=1e9", *MACHINE, *speeds, f"{option}={name}")
+    assert code == 1, output
+    assert f"cannot be written: {reason}. Name another file." in output
 
 
 WIDE = ("--model.sizes.width=256", "--model.sizes.num_heads=4")
