@@ -10,7 +10,14 @@ from typing import Annotated
 
 import typer
 
-EXIT_FAILED = 1
+from offload_adam.cli.output import (
+    EXIT_BAD_CONFIGURATION,
+    EXIT_FAILED,
+    fail,
+    require_folder_of,
+    write_text,
+)
+from offload_adam.coordinator.launcher import launched
 
 
 def doctor(
@@ -50,22 +57,26 @@ def doctor(
     compares its own speed with them, and `offload-adam plan` predicts the time
     of a step from them.
 
-    Exit codes: 0 no check failed, 1 some check failed, 2 wrong option.
+    Exit codes: 0 no check failed, 1 some check failed or --json cannot be written, 2 wrong option
+    or environment.
     """
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        folder_name = json_file.absolute().parent
-        raise typer.BadParameter(f"there is no folder {folder_name}", param_hint="--json")
+    require_folder_of(json_file, "--json")
     import torch
     from rich.console import Console
 
+    from offload_adam.coordinator.startup import World
     from offload_adam.doctor.examination import examine
     from offload_adam.doctor.finding import findings_table, summary, worst
     from offload_adam.doctor.network import look_at_network
 
+    try:
+        World.from_environment()
+    except ValueError as error:
+        fail(error, EXIT_BAD_CONFIGURATION)
     network = look_at_network() if measure else None
     if network is not None:
         os.environ["WORLD_SIZE"] = "1"  # the ranks have parted: this process may now step alone
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if launched("LOCAL_RANK") != 0:
         return  # one rank of each node runs the other checks: the ranks would disturb each other
     num_ranks = local_world_size or max(1, torch.cuda.device_count())
     findings, bandwidth = examine(
@@ -86,6 +97,6 @@ def doctor(
             "step_gb_per_s": bandwidth.step,
             "network": None if network is None else asdict(network),
         }
-        json_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(values, indent=2) + "\n", "--json")
     if status == "failed":
         raise typer.Exit(EXIT_FAILED)

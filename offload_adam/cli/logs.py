@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import warnings
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TextIO
 
+from offload_adam.coordinator.launcher import launched
 from offload_adam.printable import printable
 
 _TEXT = "%(asctime)s %(levelname)-7s rank %(rank)s %(name)s: %(message)s"
@@ -28,9 +28,9 @@ class JsonFormatter(logging.Formatter):
     Keys: time, level, rank, logger, message, and exception with the traceback of an error.
     """
 
-    def __init__(self, rank: str) -> None:
+    def __init__(self, rank: int) -> None:
         super().__init__()
-        self._rank = int(rank) if rank.isdecimal() else rank
+        self._rank = rank
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC)
@@ -64,14 +64,14 @@ def configure_logging(log_format: LogFormat) -> None:
     Only commands call this: the library itself configures no logging. If the root logger has
     handlers already, they are kept and no handler is added.
     """
-    rank = _rank()
+    rank = launched("RANK")
     handler = logging.StreamHandler()
     if log_format == LogFormat.JSON:
         handler.setFormatter(JsonFormatter(rank))
     else:
         handler.setFormatter(_TextFormatter(_TEXT, "%Y-%m-%d %H:%M:%S", defaults={"rank": rank}))
     logging.basicConfig(handlers=[handler])
-    logging.getLogger("offload_adam").setLevel(logging.INFO if rank == "0" else logging.WARNING)
+    logging.getLogger("offload_adam").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     # logging.captureWarnings would log two lines for each warning, the second of source code.
     warnings.showwarning = _log_warning
 
@@ -84,10 +84,6 @@ def _log_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    if _rank() == "0" or issubclass(category, RuntimeWarning):
+    if launched("RANK") == 0 or issubclass(category, RuntimeWarning):
         logger = logging.getLogger("py.warnings")
         logger.warning("%s: %s (%s, line %d)", category.__name__, message, filename, lineno)
-
-
-def _rank() -> str:
-    return os.environ.get("RANK", "0")

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from offload_adam.cli.logs import LogFormat, configure_logging
+from offload_adam.cli.output import EXIT_BAD_CONFIGURATION
+from offload_adam.coordinator.launcher import launched
 from offload_adam.errors import (
     CheckpointError,
     HostMemoryError,
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EXIT_BAD_CONFIGURATION = 2
 EXIT_DOES_NOT_FIT = 3
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 # torchrun looks for ended ranks every 0.1 s, and then ends the others.
@@ -87,7 +88,7 @@ def run_to_exit_code(arguments: list[str], log_format: LogFormat) -> None:
     try:
         _run(load_arguments(arguments))
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if launched("RANK") == 0:
             _print_error("interrupted; the metrics written so far are kept", log_format)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     # SystemExit: rich raises it, without a message, if the reader of stdout has gone; and a user's
@@ -120,8 +121,11 @@ def _run(config: RunConfig) -> None:
 
     outcome = run_job(config)
     path = os.environ.get("OFFLOAD_ADAM_OUTCOME_FILE")
-    if path and os.environ.get("LOCAL_RANK", "0") == "0":
-        Path(path).write_text(json.dumps(outcome._asdict()), encoding="utf-8")
+    if path and launched("LOCAL_RANK") == 0:
+        try:
+            Path(path).write_text(json.dumps(outcome._asdict()), encoding="utf-8")
+        except OSError as error:  # the run itself has succeeded
+            logger.warning("Cannot write OFFLOAD_ADAM_OUTCOME_FILE: %s", error)
 
 
 def _report(error: Exception | SystemExit, log_format: LogFormat) -> int:
@@ -136,7 +140,7 @@ def _report(error: Exception | SystemExit, log_format: LogFormat) -> int:
         RankDisagreementError,
         RunFolderLostError,
     )
-    if isinstance(error, on_all_ranks) and os.environ.get("LOCAL_RANK", "0") != "0":
+    if isinstance(error, on_all_ranks) and launched("LOCAL_RANK") != 0:
         # Local rank 0 prints the same error and exits, and torchrun then ends this rank by SIGTERM.
         # If that does not happen, this rank prints the error itself.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

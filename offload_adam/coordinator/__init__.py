@@ -1,5 +1,6 @@
 """The control plane: how ranks start, agree, detect failed peers, and exit.
 
+launcher     rank and world size that torchrun's environment variables give
 startup      join the ranks that torchrun started; errors that a restart cannot fix
 ranks        RankGroup: rank, size, our process groups, and waits for collectives
 rank_checks  raise an error on all ranks; compare settings over ranks

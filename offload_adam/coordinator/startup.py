@@ -14,6 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from offload_adam.coordinator.launcher import launched, whole_number
 from offload_adam.coordinator.progress import Process
 from offload_adam.coordinator.ranks import RankGroup, attempt, open_rank_group
 from offload_adam.coordinator.watchdog import roll_call
@@ -54,19 +55,17 @@ class World:
         Raises:
             ValueError: naming the missing or invalid variables.
         """
-        if "WORLD_SIZE" not in environment:
-            return cls()
-        problems = list(_problems_of(environment))
+        problems = list(_problems_of(environment)) if "WORLD_SIZE" in environment else []
         if problems:
             raise ValueError(
                 f"{'; '.join(problems)}. Start the ranks with torchrun, which sets all of these "
                 "in the environment, or unset WORLD_SIZE to run one process alone."
             )
         return cls(
-            rank=int(environment["RANK"]),
-            world_size=int(environment["WORLD_SIZE"]),
-            local_rank=int(environment.get("LOCAL_RANK") or 0),
-            local_world_size=int(environment.get("LOCAL_WORLD_SIZE") or 1),
+            rank=launched("RANK", environment),
+            world_size=launched("WORLD_SIZE", environment),
+            local_rank=launched("LOCAL_RANK", environment),
+            local_world_size=launched("LOCAL_WORLD_SIZE", environment),
         )
 
     @property
@@ -154,11 +153,14 @@ def _problems_of(environment: Mapping[str, str]) -> Iterator[str]:
     if missing:
         yield f"WORLD_SIZE is in the environment, but {', '.join(missing)} is not set, or is empty"
     given = {name: environment[name] for name in _NUMBERS if environment.get(name)}
-    wrong = [f"{name}={show(value)}" for name, value in given.items() if not value.isdecimal()]
+    numbers = {name: whole_number(value) for name, value in given.items()}
+    wrong = [f"{name}={show(given[name])}" for name, number in numbers.items() if number is None]
     if wrong:
-        yield f"{', '.join(wrong)} is not a whole number"
+        yield f"{', '.join(wrong)} is not a whole number below 2**31"
     elif not missing and int(given["RANK"]) >= int(given["WORLD_SIZE"]):
         yield f"RANK={given['RANK']} must be below WORLD_SIZE={given['WORLD_SIZE']}"
+    if numbers.get("LOCAL_WORLD_SIZE") == 0:
+        yield "LOCAL_WORLD_SIZE=0 must be at least 1"
 
 
 def _use_own_gpu(world: World) -> None:

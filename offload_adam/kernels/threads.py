@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from offload_adam.coordinator.launcher import launched
 from offload_adam.errors import warn_user
 
 logger = logging.getLogger(__name__)
@@ -39,10 +40,10 @@ def cores_per_rank(local_world_size: int | None = None) -> int:
     wrong for several ranks, so both are ignored.
 
     Args:
-        local_world_size: ranks on this node; None means LOCAL_WORLD_SIZE, or 1 if it is unset.
+        local_world_size: ranks on this node; None means that of the launcher.
     """
     if local_world_size is None:
-        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        local_world_size = launched("LOCAL_WORLD_SIZE")
     own = allowed_cores()
     shared = own
     if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
@@ -20,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from offload_adam.config import ConfigError, Mistake, RunConfig
 from offload_adam.config.mesh import mesh_sizes
 from offload_adam.config.optimizer_sections import AdamSection
+from offload_adam.coordinator.launcher import launched
 from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.rank_checks import require_same
 from offload_adam.coordinator.shutdown import EndingGuard, preemptible
@@ -149,7 +149,7 @@ def prepare(config: RunConfig) -> tuple[Corpus, nn.Module]:
     collect(lambda: _require_one_rank_for_amsgrad(config))
     collect(lambda: _require_ranks_of_mesh(config))
     collect(lambda: reject_missing_extras(config.observe))
-    if os.environ.get("RANK", "0") == "0":
+    if launched("RANK") == 0:
         collect(lambda: require_writable(config))
     corpus = collect(lambda: load_corpus(config.data, config.train.sequence_length))
     factory = config.model.factory
@@ -172,8 +172,8 @@ def _require_environment() -> None:
 def _require_one_rank_for_amsgrad(config: RunConfig) -> None:
     key = "use_amsgrad" if isinstance(config.optimizer, AdamSection) else "amsgrad"
     # Not from `World`, so that this mistake is also found if the environment is invalid.
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if getattr(config.optimizer, key) and world_size.isdecimal() and int(world_size) > 1:
+    world_size = launched("WORLD_SIZE")
+    if getattr(config.optimizer, key) and world_size > 1:
         raise ConfigError.at(
             f"optimizer.{key}",
             f"works on one rank only, not on {world_size}: set it to false, or start one rank",
@@ -181,9 +181,9 @@ def _require_one_rank_for_amsgrad(config: RunConfig) -> None:
 
 
 def _require_ranks_of_mesh(config: RunConfig) -> None:
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if config.parallel is not None and world_size.isdecimal() and int(world_size) > 0:
-        mesh_sizes(config.parallel, int(world_size))
+    world_size = launched("WORLD_SIZE")
+    if config.parallel is not None and world_size > 0:
+        mesh_sizes(config.parallel, world_size)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from filelock import SoftFileLease, Timeout
 
 from offload_adam.checkpoint.commit import make_folder
 from offload_adam.config import ConfigError, RunConfig, dump_config
+from offload_adam.coordinator.launcher import launched
 from offload_adam.errors import RunFolderLostError
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ def locked_run_folder(config: RunConfig) -> Iterator[Callable[[], None]]:
     Raises:
         ConfigError: another process holds the lock; names its host and process id.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if launched("RANK") != 0:
         yield lambda: None
         return
     folder = run_folder(config)

@@ -41,7 +41,8 @@ def logged(log_format: str, rank: str) -> list[str]:
     """Return the lines that the script above writes to stderr on this rank."""
     done = subprocess.run(
         [sys.executable, "-c", LOGGING, log_format],
-        env=os.environ | {"RANK": rank, "PYTHONIOENCODING": "ascii:backslashreplace"},
+        env=os.environ
+        | {"RANK": rank, "WORLD_SIZE": "4", "PYTHONIOENCODING": "ascii:backslashreplace"},
         capture_output=True,
         text=True,
         timeout=60,

@@ -168,12 +168,34 @@ def test_a_factory_is_not_called_for_a_run_that_cannot_begin(
 
 
 def test_the_first_rank_of_a_node_speaks_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     for local_rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         assert train("missing.yaml")[0] == 2
     assert slept == [5.0]
+
+
+@pytest.mark.parametrize("local_rank", ["1", "x"])
+def test_a_local_rank_without_a_launcher_delays_no_error(
+    local_rank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sleep(_: float) -> None:
+        raise AssertionError("waits for another rank")
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert train("missing.yaml")[0] == 2
+
+
+def test_an_outcome_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OFFLOAD_ADAM_OUTCOME_FILE", str(tmp_path / "missing" / "file"))
+    code, output = train(TINY, f"--run.dir={tmp_path}", "--train.num_steps=1")
+    assert code == 0, output
+    assert "Cannot write OFFLOAD_ADAM_OUTCOME_FILE" in caplog.text
 
 
 @pytest.mark.parametrize("code", [0, 7])

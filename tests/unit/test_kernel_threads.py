@@ -93,6 +93,7 @@ def test_ranks_share_the_cores_whatever_torchrun_says(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(threads, "allowed_cores", lambda pid=0: 8)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "16")
     if local_world_size is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world_size)
     assert threads.cores_per_rank() == share

@@ -54,7 +54,8 @@ def start_holder(folder: Path, lease_s: float = 3.0) -> subprocess.Popen[str]:
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "LEASE_S", 3.0)
-    monkeypatch.delenv("RANK", raising=False)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def test_a_second_job_is_rejected_and_a_dead_ones_lock_taken_over(
@@ -158,10 +159,20 @@ def test_a_job_whose_folder_was_taken_over_ends(
 
 
 def test_only_rank_0_holds_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     with locked_run_folder(config(tmp_path)) as require_held:
         require_held()
         assert not (tmp_path / "case").exists()
+
+
+@pytest.mark.parametrize("rank", ["5", "-1", "x"])
+def test_a_rank_without_a_launcher_does_not_count(
+    rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    with locked_run_folder(config(tmp_path)):
+        assert (tmp_path / "case" / "lock").is_file()
 
 
 def test_a_lock_that_cannot_be_made_is_a_mistake_of_the_configuration(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from offload_adam.coordinator import startup
+from offload_adam.coordinator.launcher import launched
 from offload_adam.coordinator.startup import World, joined_world
 from offload_adam.options import FailurePolicy
 
@@ -37,7 +38,20 @@ def test_the_place_is_read_from_torchruns_variables() -> None:
 
 
 def test_a_rank_without_a_world_is_a_process_alone() -> None:
-    assert World.from_environment({"RANK": "5", "LOCAL_RANK": "1"}) == World(0, 1, 0, 1)
+    alone = {"RANK": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
+    assert World.from_environment(alone) == World(0, 1, 0, 1)
+    assert launched("LOCAL_WORLD_SIZE", alone) == 1
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "1.0", "2147483648", "9" * 5000])
+def test_an_invalid_number_counts_as_absent_and_is_rejected(text: str) -> None:
+    values = {"RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
+    assert launched("RANK", values | {"RANK": text}) == 0
+    with pytest.raises(ValueError, match="RANK") as error:
+        World.from_environment(values | {"RANK": text})
+    assert len(str(error.value)) < 500
+    with pytest.raises(ValueError, match="LOCAL_WORLD_SIZE=0 must be at least 1"):
+        World.from_environment(values | {"LOCAL_WORLD_SIZE": "0"})
 
 
 @dataclass

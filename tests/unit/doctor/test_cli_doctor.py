@@ -73,8 +73,27 @@ def test_a_wrong_number_of_ranks_exits_with_2(told: str, monkeypatch: pytest.Mon
 
 
 def test_only_local_rank_0_prints(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert doctor() == (0, "")
+    launched = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (launched | {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    assert doctor("--no-measure") == (0, "")
+
+
+@pytest.mark.parametrize("local_rank", ["1", "x"])
+def test_a_local_rank_without_a_launcher_does_not_count(
+    local_rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert "local ranks" in doctor("--no-measure", f"--dir={tmp_path}")[1]
+
+
+def test_an_environment_that_no_launcher_makes_exits_with_2(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    code, output = doctor("--no-measure")
+    assert code == 2
+    assert "WORLD_SIZE='x' is not a whole number" in output
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
