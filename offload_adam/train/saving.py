@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from offload_adam.checkpoint.background import PendingCheckpoint, begin_checkpoint
 from offload_adam.checkpoint.commit import PARTIAL_SUFFIX, discard, flush
-from offload_adam.checkpoint.format import read_manifest
 from offload_adam.checkpoint.load import load_checkpoint, verify_checkpoint
 from offload_adam.checkpoint.save import require_shared, save_checkpoint
 from offload_adam.config import ConfigError, Mistake, RunConfig
@@ -27,16 +23,18 @@ from offload_adam.coordinator.progress import PROGRESS
 from offload_adam.coordinator.rank_checks import gather_texts, raise_on_all_ranks
 from offload_adam.coordinator.ranks import attempt
 from offload_adam.errors import CheckpointError, PeerError, PeerFailedError
+from offload_adam.options import MAX_STEP_COUNT
 from offload_adam.train.loop import Job
 from offload_adam.train.records import CheckpointTotals
 from offload_adam.train.run_folder import run_folder
+from offload_adam.train.run_state import describe_state, read_state, restore_state
 from offload_adam.units import format_nbytes
 
 logger = logging.getLogger(__name__)
 
 FOLDER_NAME = "checkpoints"
-_STEP_NAME = re.compile(r"step-(\d+)")
-_UNFINISHED = re.compile(r"step-\d+(\.[0-9a-f-]+)?" + re.escape(PARTIAL_SUFFIX))
+_STEP = r"step-([1-9][0-9]{0,7})"  # at most MAX_STEP_COUNT
+_UNFINISHED = re.compile(_STEP + r"(\.[0-9a-f-]+)?" + re.escape(PARTIAL_SUFFIX))
 
 MAY_CHANGE = (
     "run.dir",
@@ -104,12 +102,7 @@ class CheckpointSaver:
         job = self._job
         self._step, self._start_s = step, time.monotonic()
         with self._tolerating():
-            extra = {
-                "step": step,
-                "samples": job.samples_before(step + 1),
-                "config": job.config.model_dump(mode="json"),
-                "train": _state(job),
-            }
+            extra = describe_state(job, step)
             if job.config.checkpoint.mode == "async" and not last:
                 self._pending = begin_checkpoint(
                     self._path, model=job.model, optimizer=job.optimizer, extra=extra
@@ -242,9 +235,10 @@ def checkpoint_path(config: RunConfig, step: int) -> Path:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Return the steps of the committed checkpoints in a folder, sorted."""
-    matches = (_STEP_NAME.fullmatch(path.name) for path in folder.glob("step-*") if path.is_dir())
-    return sorted(int(match[1]) for match in matches if match is not None)
+    """Return the sorted steps of the checkpoints in a folder, by the names that a run gives."""
+    matches = (re.fullmatch(_STEP, path.name) for path in folder.glob("step-*") if path.is_dir())
+    steps = (int(match[1]) for match in matches if match is not None)
+    return sorted(step for step in steps if step <= MAX_STEP_COUNT)
 
 
 def describe_lost_steps(config: RunConfig) -> str:
@@ -333,7 +327,8 @@ def resume(job: Job) -> Job:
     Raises:
         ConfigError: a key differs that may not change, or the path in `checkpoint.resume` has no
             intact checkpoint of a training run.
-        CheckpointError: the checkpoint is of another model.
+        CheckpointError: the checkpoint is of another model, or its state of the run is invalid. The
+            latter is found before anything is modified.
     """
     ranks = job.optimizer.ranks
     with PROGRESS.at("checkpoint", long_running=True):
@@ -345,31 +340,25 @@ def resume(job: Job) -> Job:
             set_aside(job.config, job.first_step)
         return job
     path = Path(found)
-    _reject_changes(job.config, path)
-    extra = load_checkpoint(path, model=job.model, optimizer=job.optimizer)
-    _load_state(job, extra["train"])
-    step: int = extra["step"]
+    state = read_state(job, path)
+    _reject_changes(job.config, state.config)
+    load_checkpoint(path, model=job.model, optimizer=job.optimizer)
+    restore_state(job, state)
+    first_step = state.step + 1
     if job.world.rank == 0:
-        logger.info("Resuming from %s at step %d", path, step)
-        set_aside(job.config, step + 1)
-    return replace(job, first_step=step + 1, first_sample=extra["samples"], resumed_from=path)
+        logger.info("Resuming from %s at step %d", path, state.step)
+        set_aside(job.config, first_step)
+    return replace(job, first_step=first_step, first_sample=state.samples, resumed_from=path)
 
 
-def _reject_changes(config: RunConfig, checkpoint: Path) -> None:
-    """Reject a configuration that differs from the checkpoint's in keys that may not change.
+def _reject_changes(config: RunConfig, saved: Mapping[str, Mapping[str, Any] | None]) -> None:
+    """Reject a configuration that differs from the saved one in keys that may not change.
 
     Raises:
-        ConfigError: names the keys and both values; or no training run has written the checkpoint.
+        ConfigError: names the keys and both values.
     """
-    extra = read_manifest(checkpoint).decoded_extra()
-    if not {"step", "samples", "config", "train"} <= set(extra):
-        raise ConfigError.at(
-            "checkpoint.resume",
-            f"{checkpoint} was not written by offload-adam train: load it with load_checkpoint in "
-            "your own training loop",
-        )
     mistakes = []
-    now, saved = config.model_dump(mode="json"), extra["config"]
+    now = config.model_dump(mode="json")
     for section in sorted({*now, *saved}):
         values, before = now.get(section) or {}, saved.get(section) or {}
         # null means the default, and so does a key that the checkpoint's version did not have. A
@@ -393,20 +382,3 @@ def _reject_changes(config: RunConfig, checkpoint: Path) -> None:
                 mistakes.append(Mistake(name, problem))
     if mistakes:
         raise ConfigError("configuration", mistakes)
-
-
-def _state(job: Job) -> dict[str, Any]:
-    """Return the state of the schedule and the random states of all ranks. Collective."""
-    random = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode("ascii")
-    every = gather_texts(job.optimizer.ranks, random)
-    schedule = None if job.schedule is None else job.schedule.state_dict()
-    return {"schedule": schedule, "random": every}
-
-
-def _load_state(job: Job, state: dict[str, Any]) -> None:
-    """Restore what `_state` has returned."""
-    if job.schedule is not None and state["schedule"] is not None:
-        job.schedule.load_state_dict(state["schedule"])
-    if len(state["random"]) == job.world.world_size:
-        content = bytearray(base64.b64decode(state["random"][job.world.rank]))
-        torch.set_rng_state(torch.frombuffer(content, dtype=torch.uint8))

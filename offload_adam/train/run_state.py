@@ -1,0 +1,146 @@
+"""The state of a run besides model and optimizer, which is in the `extra` of a checkpoint."""
+
+from __future__ import annotations
+
+import base64
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from offload_adam.checkpoint.format import LOAD_ANOTHER, read_manifest
+from offload_adam.config import ConfigError
+from offload_adam.coordinator.rank_checks import gather_texts
+from offload_adam.errors import CheckpointError
+from offload_adam.options import MAX_STEP_COUNT
+from offload_adam.train.loop import Job
+
+
+class _Entry(BaseModel):
+    """Base of the entries of `extra`. Later versions may add fields; no type is converted."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Train(_Entry):
+    schedule: dict[str, Any] | None
+    random: list[str]
+
+
+class _Extra(_Entry):
+    step: Annotated[int, Field(ge=1, le=MAX_STEP_COUNT)]
+    samples: Annotated[int, Field(ge=0, lt=2**63)]
+    config: dict[str, dict[str, JsonValue] | None]
+    train: _Train
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The state of a run after `step`.
+
+    samples: number of samples that all ranks together have seen.
+    config: section -> key -> value, None for an absent section.
+    schedule: state of the schedule, None if the optimizer has its own.
+    random: torch's random state of each rank, uint8.
+    """
+
+    step: int
+    samples: int
+    config: dict[str, dict[str, JsonValue] | None]
+    schedule: dict[str, Any] | None
+    random: list[torch.Tensor]
+
+
+def describe_state(job: Job, step: int) -> dict[str, Any]:
+    """Return the `extra` of a checkpoint after a step. Collective."""
+    random = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode("ascii")
+    every = gather_texts(job.optimizer.ranks, random)
+    schedule = None if job.schedule is None else job.schedule.state_dict()
+    return {
+        "step": step,
+        "samples": job.samples_before(step + 1),
+        "config": job.config.model_dump(mode="json"),
+        "train": {"schedule": schedule, "random": every},
+    }
+
+
+def read_state(job: Job, checkpoint: Path) -> RunState:
+    """Read and check the state that `describe_state` returned. Modifies nothing.
+
+    Raises:
+        ConfigError: no training run has written the checkpoint.
+        CheckpointError: the state is invalid.
+    """
+    manifest = read_manifest(checkpoint)
+    values = manifest.decoded_extra()
+    if not set(_Extra.model_fields) <= set(values):
+        raise ConfigError.at(
+            "checkpoint.resume",
+            f"{checkpoint} was not written by offload-adam train: load it with load_checkpoint in "
+            "your own training loop",
+        )
+    where = "extra"
+    try:
+        extra = _Extra.model_validate(values)
+        where = "extra.train.schedule"
+        own = None if job.schedule is None else job.schedule.state_dict()
+        schedule = _like(own, extra.train.schedule)
+        where = "extra.train.random"
+        if len(extra.train.random) != manifest.world_size:
+            raise ValueError(f"must have {manifest.world_size} states, one for each rank")
+        random = [_random_state(text) for text in extra.train.random]
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, (where, *first["loc"])))
+        raise CheckpointError(f"{checkpoint}: {place}: {first['msg']}. {LOAD_ANOTHER}") from error
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint}: {where}: {error}. {LOAD_ANOTHER}") from error
+    return RunState(extra.step, extra.samples, extra.config, schedule, random)
+
+
+def restore_state(job: Job, state: RunState) -> None:
+    """Restore the schedule, and the random state if the world size is that of the checkpoint."""
+    if job.schedule is not None and state.schedule is not None:
+        job.schedule.load_state_dict(state.schedule)
+    if len(state.random) == job.world.world_size:
+        torch.set_rng_state(state.random[job.world.rank])
+
+
+def _random_state(text: str) -> torch.Tensor:
+    """Return the random state in a base64 text.
+
+    Raises:
+        ValueError, RuntimeError: the text has no state that torch accepts.
+    """
+    content = list(base64.b64decode(text))
+    state = torch.tensor(content, dtype=torch.uint8, device="cpu")
+    torch.Generator().set_state(state)  # checks it
+    return state
+
+
+def _like(own: Any, saved: Any) -> Any:
+    """Return the saved state of a schedule, with the entries that the new schedule's state has.
+
+    `load_state_dict` checks nothing: an unknown entry could replace a method. Other versions of
+    torch save other entries, so unknown ones are skipped, and missing ones stay as they are.
+
+    Raises:
+        ValueError: a type or a number cannot be that of this schedule.
+    """
+    if type(saved) is not type(own):
+        raise ValueError(f"must be of type {type(own).__name__}, not {type(saved).__name__}")
+    if isinstance(own, dict):
+        if "last_epoch" in own and "last_epoch" not in saved:
+            raise ValueError("last_epoch is missing")
+        return {key: _like(own[key], saved.get(key, own[key])) for key in own}
+    if isinstance(own, list):
+        return [_like(*pair) for pair in zip(own, saved, strict=True)]
+    # last_epoch is -1 before the first step of a schedule. Other counts may be divisors.
+    if type(own) is int and not min(own, 1) <= saved <= MAX_STEP_COUNT:
+        raise ValueError("a count is out of range")
+    if type(own) is float and not math.isfinite(saved):
+        raise ValueError("a number is not finite")
+    return saved
