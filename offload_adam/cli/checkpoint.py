@@ -13,6 +13,9 @@ import typer
 
 from offload_adam.cli.output import fail
 
+MAX_NAMES_NBYTES = 64 * 1024 * 1024
+"""Largest file for --names: a million names of 64 bytes."""
+
 checkpoint_app = typer.Typer(
     help="Verify, inspect, export and import checkpoints.", no_args_is_help=True
 )
@@ -85,16 +88,21 @@ def inspect(path: Folder) -> None:
         shape = " x ".join(map(str, entry.shape)) or "1"
         # As Text, since rich would read [bold] in a string as markup.
         table.add_row(
-            Text(printable(name)), entry.dtype, shape, str(len(entry.pieces)), format_nbytes(nbytes)
+            Text(printable(name, MAX_MESSAGE_LENGTH)),
+            entry.dtype,
+            shape,
+            str(len(entry.pieces)),
+            format_nbytes(nbytes),
         )
     for name, value in sorted(manifest.decoded_values().items()):
-        table.add_row(Text(printable(name)), f"({type(value).__name__})", "", "", "")
+        table.add_row(
+            Text(printable(name, MAX_MESSAGE_LENGTH)), f"({type(value).__name__})", "", "", ""
+        )
     console = Console()
     console.print(table)
     if extra := manifest.decoded_extra():
         listed = printable(", ".join(map(str, extra)), MAX_MESSAGE_LENGTH)
-        # Highlighting takes minutes for a name of a megabyte.
-        console.print(f"extra: {listed}", markup=False, highlight=False)
+        console.print(f"extra: {listed}", markup=False)
 
 
 @checkpoint_app.command("export")
@@ -165,10 +173,12 @@ def import_(
 
 def _read_names(path: Path) -> list[str]:
     from offload_adam.errors import CheckpointError
+    from offload_adam.files import read_regular_file
 
     try:
-        return path.read_text(encoding="utf-8").split()
-    except UnicodeDecodeError as error:
+        return read_regular_file(path, MAX_NAMES_NBYTES).decode("utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise CheckpointError(
-            f"{path} is not UTF-8 text. Pass a text file with one parameter name per line."
+            f"{path} cannot be read: {reason}. Pass a text file with one parameter name per line."
         ) from error

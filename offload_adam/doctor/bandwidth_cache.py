@@ -11,10 +11,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from offload_adam.files import read_regular_file
 from offload_adam.kernels.threads import allowed_cores
 from offload_adam.layout.ring import RingSpeed
+from offload_adam.printable import show
 
 logger = logging.getLogger(__name__)
+
+_MAX_NBYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,7 @@ def keep(measured: Bandwidth) -> Path | None:
 def recall() -> Bandwidth:
     """Return the bandwidths in the file, empty if it is missing, damaged or of another machine."""
     try:
-        values: Any = json.loads(_path().read_text(encoding="utf-8"))
+        values: Any = json.loads(read_regular_file(_path(), _MAX_NBYTES))
         if values["machine"] != _machine():
             return Bandwidth()
         memory, step = values["memory_gb_per_s"], values["step_gb_per_s"]
@@ -112,18 +116,18 @@ def recall() -> Bandwidth:
         bus, entries = values.get("bus_gb_per_s"), values.get("network_gb_per_s", [])
         network = {}
         for entry in entries:
-            ranks = Ranks(**{key.name: entry[key.name] for key in fields(Ranks)})
-            network[ranks] = RingSpeed(
+            network[_ranks(entry)] = RingSpeed(
                 **{key.name: _speed(entry[key.name]) for key in fields(RingSpeed)}
             )
         return Bandwidth(
-            memory={int(count): _speed(value) for count, value in memory.items()},
+            memory={_count(int(count)): _speed(value) for count, value in memory.items()},
             step=None if step is None else _speed(step),
             network=network,
             bus=None if bus is None else _speed(bus),
         )
+    # RuntimeError includes RecursionError, of deeply nested lists.
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        logger.debug("Found no measured bandwidths: %s: %s", type(error).__name__, error)
+        logger.debug("Found no measured bandwidths: %s: %s", type(error).__name__, show(error))
         return Bandwidth()
 
 
@@ -133,9 +137,32 @@ def _speed(value: Any) -> float:
     Raises:
         ValueError: the speed is impossible: zero, negative, huge or NaN.
     """
-    if not 0 < float(value) < 1e9:
-        raise ValueError(f"{value} GB/s is impossible")
+    if type(value) not in (int, float) or not 0 < value < 1e9:
+        raise ValueError(f"{show(value)} GB/s is impossible")
     return float(value)
+
+
+def _count(value: Any) -> int:
+    """Return a number of threads or ranks.
+
+    Raises:
+        ValueError: the number is impossible.
+    """
+    if type(value) is not int or not 1 <= value < 2**31:
+        raise ValueError(f"{show(value)} is not a number of threads or ranks")
+    return value
+
+
+def _ranks(entry: Any) -> Ranks:
+    """Return the ranks of an entry.
+
+    Raises:
+        ValueError: the entry describes no ranks.
+    """
+    backend, device = entry["backend"], entry["device"]
+    if not (isinstance(backend, str) and isinstance(device, str)):
+        raise ValueError(f"{show(entry)} describes no ranks")
+    return Ranks(_count(entry["world_size"]), _count(entry["local_world_size"]), backend, device)
 
 
 def _machine() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 session    records spans and memory samples on every rank, and collects them on rank 0; start here
 sampler    thread that samples the memory
+json_lines reads metrics.jsonl and memory.jsonl
 profile    one rank's spans and samples, and `trace.json`
 phases     resource and color of each span
 lateness   divides waits for a collective into waits for a late rank and the transfer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import socket
 import time
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from offload_adam.profiling.json_lines import read_objects
 from offload_adam.profiling.profile import RankProfile, write_trace
 from offload_adam.profiling.sampler import Ledger, MemorySampler
 from offload_adam.spans import SpanRecorder, recorded_by
@@ -60,7 +60,7 @@ def profiled(
     with recorded_by(recorder), sampler:
         yield recorder
     logger.info("Sampling the memory took %.3f s of CPU time", sampler.busy_s)
-    samples = [json.loads(line) for line in memory.read_text(encoding="utf-8").splitlines()]
+    samples = [sample for _, sample in read_objects(memory, "time_ns", "rss", "ledger")]
     peaks: dict[str, int] = {}
     for sample in samples:
         for category, nbytes in sample["ledger"].items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from offload_adam.plan.inputs import Training
 from offload_adam.plan.prediction import predict
 from offload_adam.plan.timing import predict_time, update_nbytes
 from offload_adam.profiling.diagnosis import Diagnosis, RunFacts, diagnose
+from offload_adam.profiling.json_lines import read_objects
 from offload_adam.profiling.peak import peaks_of
 from offload_adam.profiling.phases import Resource
 from offload_adam.profiling.profile import RankProfile
@@ -99,7 +99,7 @@ def facts_of(job: Job) -> RunFacts:
 
 def _inputs(job: Job, profiles: Sequence[RankProfile], found: Diagnosis | None) -> ReportInputs:
     metrics = run_folder(job.config) / METRICS_NAME
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    records = [record for _, record in read_objects(metrics, "step", "loss", "skipped")]
     section = job.config.optimizer
     title = f"Profile of {job.config.run.name}: {section.name} on {job.world.world_size} rank(s)"
     specs, training = specs_of(job.model), training_of_job(job)

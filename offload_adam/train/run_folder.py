@@ -5,16 +5,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from filelock import SoftFileLease, Timeout
 
@@ -22,6 +20,7 @@ from offload_adam.checkpoint.commit import make_folder
 from offload_adam.config import ConfigError, RunConfig, dump_config
 from offload_adam.coordinator.launcher import launched
 from offload_adam.errors import RunFolderLostError
+from offload_adam.profiling.json_lines import read_objects
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +70,9 @@ def open_run_folder(config: RunConfig, last_step: int) -> TextIO:
 
     Args:
         last_step: the step of the checkpoint that the run resumes from. Records of later steps are
-            dropped, since the run repeats these steps. If 0, a new run begins, and files of an
-            earlier run are renamed to `metrics-<n>.jsonl` and `config-<n>.yaml`.
+            dropped, since the run repeats these steps, and so are damaged lines. If 0, a new run
+            begins, and files of an earlier run are renamed to `metrics-<n>.jsonl` and
+            `config-<n>.yaml`.
 
     Returns:
         The file to append records to. It is line-buffered, so that a killed run keeps its records.
@@ -83,19 +83,26 @@ def open_run_folder(config: RunConfig, last_step: int) -> TextIO:
     if last_step == 0:
         _rename_earlier_files(folder)
     else:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        kept = [line for line in lines if _step_of(line) <= last_step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    (folder / CONFIG_NAME).write_text(dump_config(config), encoding="utf-8")
+        kept = [line for line, record in read_objects(path, "step") if _is_kept(record, last_step)]
+        _replace(path, b"".join(line.strip() + b"\n" for line in kept))
+    _replace(folder / CONFIG_NAME, dump_config(config).encode())
     return path.open("a", encoding="utf-8", buffering=1)
 
 
-def _step_of(line: str) -> float:
-    """Return the step of a record. It is infinity for a truncated line, which is then dropped."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+def _is_kept(record: Mapping[str, Any], last_step: int) -> bool:
+    """Return whether a record is of one of the steps up to `last_step`."""
+    step = record["step"]
+    return type(step) is int and 1 <= step <= last_step
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file under another name and rename it: a killed process leaves the previous file.
+
+    A pipe or a device of this name, which could block the run, is replaced too.
+    """
+    partial = path.with_name(f"{path.name}.part")
+    partial.write_bytes(content)
+    partial.replace(path)
 
 
 def _rename_earlier_files(folder: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import math
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from offload_adam.config import RunConfig, load_config
+from offload_adam.profiling.json_lines import read_objects
 from offload_adam.train import console
 from offload_adam.train.console import StepDisplay, summary_table
 from offload_adam.train.records import RunTotals, StepRecord
@@ -118,6 +120,53 @@ def test_a_resumed_run_drops_the_records_of_the_steps_that_it_repeats(tmp_path: 
     with open_run_folder(config, last_step=2) as metrics:
         metrics.write(lines[2] + "\n")
     assert (tmp_path / "x" / "metrics.jsonl").read_text().splitlines() == lines[:3]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"step": 1' + b"0" * 400 + b"}",
+        b'{"step": 1' + b"0" * 5000 + b"}",
+        b'{"step": 1e999}',
+        b'{"step": NaN}',
+        b'{"step": -5}',
+        b'{"step": "1"}',
+        b'{"loss": 1.0}',
+        b"[" * 200_000,
+        b"[1]",
+        b"\xff\xfe",
+        b"",
+    ],
+)
+def test_a_resumed_run_drops_damaged_lines(tmp_path: Path, damage: bytes) -> None:
+    config = RunConfig.model_validate({"run": {"name": "x", "dir": str(tmp_path)}})
+    lines = [record(step).to_json() for step in (1, 2)]
+    path = tmp_path / "x" / "metrics.jsonl"
+    open_run_folder(config, last_step=0).close()
+    path.write_bytes(b"\n".join([lines[0].encode(), damage, lines[1].encode()]))
+    open_run_folder(config, last_step=2).close()
+    assert path.read_text().splitlines() == lines
+    assert {file.name for file in path.parent.iterdir()} == {"metrics.jsonl", "config.yaml"}
+
+
+@pytest.mark.timeout(30)
+def test_a_resumed_run_replaces_pipes(tmp_path: Path) -> None:
+    """To open a pipe would block the run."""
+    config = RunConfig.model_validate({"run": {"name": "x", "dir": str(tmp_path)}})
+    (tmp_path / "x").mkdir()
+    for name in ("metrics.jsonl", "config.yaml"):
+        os.mkfifo(tmp_path / "x" / name)
+    open_run_folder(config, last_step=2).close()
+    assert (tmp_path / "x" / "metrics.jsonl").read_bytes() == b""
+    assert load_config(tmp_path / "x" / "config.yaml") == config
+
+
+def test_damaged_lines_and_lines_that_lack_a_key_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    assert list(read_objects(path)) == []
+    path.write_bytes(b'{"a": 1, "b": 2}\n{"a": 3}\n\xff\n' + b"[" * 200_000 + b"\n{\n5\n")
+    assert [values for _, values in read_objects(path, "a", "b")] == [{"a": 1, "b": 2}]
+    assert [values["a"] for _, values in read_objects(path, "a")] == [1, 3]
 
 
 def test_the_summary_adds_up() -> None:

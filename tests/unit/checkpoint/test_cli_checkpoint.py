@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from offload_adam import OffloadAdam, save_checkpoint
 from offload_adam.checkpoint.format import MANIFEST_NAME, sealed
+from offload_adam.cli import checkpoint as cli_checkpoint
 from offload_adam.cli.app import app
 
 
@@ -68,6 +70,61 @@ def test_verify_names_the_damaged_bytes(saved: Path) -> None:
     code, output = command("verify", str(saved))
     assert code == 1
     assert "is damaged between byte 0" in output
+
+
+def test_inspect_shortens_long_names(tmp_path: Path) -> None:
+    """Unlimited, a name of a megabyte takes seconds to print."""
+    model = torch.nn.ModuleDict({1_000_000 * "x": torch.nn.Linear(4, 3)})
+    extra = {"y1=[" * 250_000: 1}
+    optimizer = OffloadAdam(model.parameters())
+    save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer, extra=extra)
+    code, output = command("inspect", str(tmp_path / "c"))
+    assert code == 0
+    assert "extra:" in output
+    assert len(output) < 100_000
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("kind", ["pipe", "device", "large", "binary", "missing"])
+def test_names_are_read_from_a_text_file_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(cli_checkpoint, "MAX_NAMES_NBYTES", 1000)
+    path = Path("/dev/zero") if kind == "device" else tmp_path / "names"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind in ("large", "binary"):
+        path.write_bytes(1001 * b"x" if kind == "large" else b"\xff")
+    code, output = command(
+        *("import", "--format=torch-pickle", f"--names={path}"),
+        *(str(tmp_path / "no.pt"), str(tmp_path / "out")),
+    )
+    reason = {
+        "pipe": "not a regular file",
+        "device": "not a regular file",
+        "large": "larger than 1,000 bytes",
+        "binary": "not UTF-8 text",
+        "missing": "No such file or directory",
+    }
+    assert code == 1
+    assert output == (
+        f"offload-adam: {path} cannot be read: {reason[kind]}. Pass a text file with one parameter "
+        "name per line.\n"
+    )
+
+
+def test_a_long_name_is_not_quoted_whole(tmp_path: Path) -> None:
+    model = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.Adam(model.parameters())
+    values = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(values, tmp_path / "file.pt")
+    (tmp_path / "names").write_text("weight\n" + 1_000_000 * "x")
+    code, output = command(
+        *("import", "--format=torch-pickle", f"--names={tmp_path / 'names'}"),
+        *(str(tmp_path / "file.pt"), str(tmp_path / "out")),
+    )
+    assert code == 1
+    assert len(output) < 4200
 
 
 def test_inspect_shows_whole_names_in_a_narrow_terminal(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from offload_adam.doctor import bandwidth, bandwidth_cache
-from offload_adam.doctor.bandwidth_cache import Bandwidth
+from offload_adam.doctor.bandwidth_cache import Bandwidth, Ranks
 from offload_adam.kernels.probe import pass_over
+from offload_adam.layout.ring import RingSpeed
 
 
 def test_a_pass_does_not_change_its_arrays() -> None:
@@ -84,6 +87,59 @@ def test_a_damaged_file_is_ignored(cache_home: Path, damage: str) -> None:
 def test_a_file_with_an_impossible_value_is_ignored(cache_home: Path, value: float) -> None:
     bandwidth_cache.keep(Bandwidth({1: value, 4: 8.0}))
     assert bandwidth_cache.recall() == Bandwidth()
+
+
+RANKS: dict[str, Any] = {"world_size": 2, "local_world_size": 2, "backend": "gloo", "device": "cpu"}
+SPEED: dict[str, Any] = {"mean_16bit": 1.0, "mean_32bit": 2.0, "gather": 3.0}
+
+
+def test_the_speeds_of_a_network_read_back(cache_home: Path) -> None:
+    network = {Ranks(**RANKS): RingSpeed(**SPEED)}
+    bandwidth_cache.keep(Bandwidth(network=network))
+    assert bandwidth_cache.recall() == Bandwidth(network=network)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step_gb_per_s": 10**400},
+        {"step_gb_per_s": "1"},
+        {"bus_gb_per_s": True},
+        {"memory_gb_per_s": {"1": 10**400}},
+        {"memory_gb_per_s": {"-1": 1.0}},
+        {"memory_gb_per_s": {"1" * 5000: 1.0}},
+        {"network_gb_per_s": 5},
+        {"network_gb_per_s": [RANKS | SPEED | {"local_world_size": 0}]},
+        {"network_gb_per_s": [RANKS | SPEED | {"world_size": "x"}]},
+        {"network_gb_per_s": [RANKS | SPEED | {"world_size": 10**400}]},
+        {"network_gb_per_s": [RANKS | SPEED | {"backend": ["gloo"]}]},
+        {"network_gb_per_s": [RANKS | SPEED | {"device": 5}]},
+        {"network_gb_per_s": [RANKS | SPEED | {"gather": 10**400}]},
+    ],
+)
+def test_a_file_with_an_invalid_value_is_ignored(cache_home: Path, change: dict[str, Any]) -> None:
+    path = bandwidth_cache.keep(Bandwidth({1: 20.0}))
+    assert path is not None
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert bandwidth_cache.recall() == Bandwidth()
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("kind", ["pipe", "device", "large", "deep"])
+def test_a_file_that_could_be_read_without_end_is_ignored(cache_home: Path, kind: str) -> None:
+    path = bandwidth_cache.keep(Bandwidth({1: 20.0}))
+    assert path is not None
+    saved = path.read_text()
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_text(saved + " " * 2**20 if kind == "large" else "[" * 200_000)
+    assert bandwidth_cache.recall() == Bandwidth()
+    assert bandwidth_cache.keep(Bandwidth({1: 30.0})) == path
+    assert bandwidth_cache.recall() == Bandwidth({1: 30.0})
 
 
 def test_an_unwritable_folder_is_a_warning_in_the_log(
