@@ -26,7 +26,7 @@ from offload_adam.bench.training.run import (
     measure_train,
 )
 from offload_adam.errors import HostMemoryError
-from offload_adam.kernels.threads import allowed_cores
+from offload_adam.kernels.threads import ThreadSettingsError, allowed_cores
 from offload_adam.printable import printable
 
 EXIT_DOES_NOT_FIT = 3
@@ -76,7 +76,7 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     try:
         options.run(options)
-    except argparse.ArgumentTypeError as error:
+    except (argparse.ArgumentTypeError, ThreadSettingsError) as error:
         options.parser.error(str(error))
 
 

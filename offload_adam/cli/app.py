@@ -11,8 +11,10 @@ from offload_adam.cli.bench import bench
 from offload_adam.cli.checkpoint import checkpoint_app
 from offload_adam.cli.config import config
 from offload_adam.cli.doctor import doctor
+from offload_adam.cli.output import EXIT_BAD_CONFIGURATION, fail
 from offload_adam.cli.plan import plan
 from offload_adam.cli.train import profile, train
+from offload_adam.kernels.threads import ThreadSettingsError, require_number_of_threads
 
 app = typer.Typer(
     name="offload-adam",
@@ -57,3 +59,7 @@ def _options(
     ] = False,
 ) -> None:
     """Train with an Adam optimizer whose state is sharded over the ranks in host memory."""
+    try:
+        require_number_of_threads()
+    except ThreadSettingsError as error:
+        fail(error, EXIT_BAD_CONFIGURATION)

@@ -7,8 +7,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from offload_adam.coordinator.launcher import launched
+from offload_adam.coordinator.launcher import launched, whole_number
 from offload_adam.errors import warn_user
+from offload_adam.printable import show
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +144,24 @@ def _cores(cpulist: Path) -> set[int]:
     return cores
 
 
+class ThreadSettingsError(ValueError):
+    """Numba cannot start its threads as set in the environment; the message names the variables."""
+
+
+def require_number_of_threads() -> None:
+    """Check NUMBA_NUM_THREADS, without an import of Numba, which only warns about some mistakes.
+
+    Raises:
+        ThreadSettingsError: it is not a number of at least 1.
+    """
+    text = os.environ.get("NUMBA_NUM_THREADS", "1")
+    if not whole_number(text):
+        raise ThreadSettingsError(
+            f"NUMBA_NUM_THREADS={show(text)} must be a whole number of at least 1. Correct or "
+            "unset this variable."
+        )
+
+
 def select_threading_layer() -> str:
     """Start Numba's threads and return the name of the threading layer that they run on.
 
@@ -150,16 +169,25 @@ def select_threading_layer() -> str:
     layer that already runs. Warns if only `workqueue` is available.
 
     Raises:
-        ValueError: no layer that the user has set can be loaded.
+        ThreadSettingsError: no layer that the user has set can be loaded.
     """
     import numba
+
+    require_number_of_threads()
 
     if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
         # OpenMP first, because it accepts launches from several threads. `workqueue` is part of
         # Numba, but aborts the process if two threads launch kernels at the same time.
         numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
-    # Numba loads a layer at its first launch, or at this call.
-    numba.get_num_threads()
+    try:
+        numba.get_num_threads()  # loads the layer, as the first launch would
+    except ValueError as error:
+        names = ("NUMBA_THREADING_LAYER", "NUMBA_THREADING_LAYER_PRIORITY")
+        given = [f"{name}={show(os.environ[name])}" for name in names if name in os.environ]
+        raise ThreadSettingsError(
+            f"Numba cannot start its threads with {' and '.join(given) or 'the default layer'}: "
+            f"{' '.join(str(error).split())} Unset the variable, or install the layer."
+        ) from error
     layer = str(numba.threading_layer())
     if layer == "workqueue":
         warn_user(

@@ -63,6 +63,7 @@ class StatusServer:
 
     Raises:
         OSError: the port is taken, or `host` is no name or address of this machine.
+        UnicodeError: `host` cannot be a name, since a part between two dots is empty or too long.
     """
 
     def __init__(

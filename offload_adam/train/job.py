@@ -25,7 +25,7 @@ from offload_adam.coordinator.rank_checks import require_same
 from offload_adam.coordinator.shutdown import EndingGuard, preemptible
 from offload_adam.coordinator.startup import COLLECTIVE_TIMEOUT, World, final, joined_world
 from offload_adam.errors import CheckpointError, HostMemoryError, RankDisagreementError
-from offload_adam.kernels.threads import cores_per_rank
+from offload_adam.kernels.threads import ThreadSettingsError, cores_per_rank
 from offload_adam.mindspore.adam import Adam
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.sinks.sink import reject_missing_extras
@@ -197,6 +197,9 @@ def _assembled(
     Yields:
         The model, sharded, or in DistributedDataParallel if that averages the gradients; and the
         optimizer.
+
+    Raises:
+        ConfigError: Numba cannot start its threads as set in the environment.
     """
     with final(TypeError, ValueError, RankDisagreementError, HostMemoryError):
         # What must be the same on all ranks before they build the optimizer.
@@ -207,7 +210,10 @@ def _assembled(
         fields.append(("the data", corpus.description))
         require_same(world.ranks, "configuration", fields)
         parallel_model = _distributed(config, world, model)
-        optimizer = build_optimizer(config, parallel_model)
+        try:
+            optimizer = build_optimizer(config, parallel_model)
+        except ThreadSettingsError as error:
+            raise ConfigError.at("environment", str(error)) from error
     with closing(optimizer):
         # After the optimizer is built: Numba then starts its OpenMP threads, which also sets
         # torch's number of threads.

@@ -17,6 +17,7 @@ import torch
 
 from offload_adam.config import ConfigError
 from offload_adam.coordinator.progress import PROGRESS, PeerRecord, Process
+from offload_adam.printable import show
 from offload_adam.sinks.server import StatusServer
 from offload_adam.sinks.sink import GuardedSinks
 from offload_adam.sinks.trackers import TensorBoardSink, WandbSink
@@ -253,6 +254,9 @@ def opened_sinks(
             port, host = section.http_port, section.http_host
             try:
                 server = StatusServer(port, host, state.status, state.problem, state)
+            except UnicodeError as error:  # the name cannot be encoded for DNS
+                problem = f"{show(host)} is not the name or the address of a host"
+                raise ConfigError.at("observe.http_host", problem) from error
             except OSError as error:
                 problem = f"cannot listen on {host}, port {port}: {error.strerror}"
                 raise ConfigError.at("observe.http_port", problem) from error

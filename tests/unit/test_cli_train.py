@@ -177,6 +177,35 @@ def test_the_first_rank_of_a_node_speaks_first(monkeypatch: pytest.MonkeyPatch) 
     assert slept == [5.0]
 
 
+@pytest.mark.parametrize(
+    ("variable", "problem"),
+    [
+        ("NUMBA_NUM_THREADS=-1", "NUMBA_NUM_THREADS='-1' must be a whole number of at least 1"),
+        ("NUMBA_NUM_THREADS=0", "NUMBA_NUM_THREADS='0' must be a whole number of at least 1"),
+        ("NUMBA_NUM_THREADS=x", "NUMBA_NUM_THREADS='x' must be a whole number of at least 1"),
+        ("NUMBA_THREADING_LAYER=x", "threads with NUMBA_THREADING_LAYER='x': The threading layer"),
+        ("NUMBA_THREADING_LAYER_PRIORITY=x", "threads with NUMBA_THREADING_LAYER_PRIORITY='x'"),
+    ],
+)
+def test_threads_that_numba_cannot_start_end_with_2(
+    variable: str, problem: str, tmp_path: Path
+) -> None:
+    """In a process of its own: Numba reads its variables once."""
+    name, _, value = variable.partition("=")
+    done = subprocess.run(
+        [sys.executable, "-m", "offload_adam", "train", TINY, f"--run.dir={tmp_path}"],
+        env=os.environ | {name: value},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert problem in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("local_rank", ["1", "x"])
 def test_a_local_rank_without_a_launcher_delays_no_error(
     local_rank: str, monkeypatch: pytest.MonkeyPatch

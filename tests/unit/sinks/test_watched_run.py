@@ -432,6 +432,12 @@ def test_a_server_that_cannot_listen_is_a_mistake(tmp_path: Path) -> None:
         run(tmp_path, train=STEPS, observe=unknown)
 
 
+@pytest.mark.parametrize("host", [".", "é..x", "..", 300 * "x"])
+def test_a_host_that_cannot_be_a_name_is_a_mistake(tmp_path: Path, host: str) -> None:
+    with pytest.raises(ConfigError, match=r"observe\.http_host: '.*' is not the name or the addr"):
+        run(tmp_path, train=STEPS, observe={"http_port": 0, "http_host": host})
+
+
 def test_a_run_without_sinks_needs_no_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
