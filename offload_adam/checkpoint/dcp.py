@@ -22,6 +22,7 @@ from offload_adam.checkpoint.format import (
     PlainState,
     decoded_optimizer,
     validated,
+    without_repetition,
 )
 from offload_adam.checkpoint.optimizer_access import (
     ParameterNames,
@@ -98,7 +99,7 @@ def _read_plain(state_dict: Mapping[str, Any]) -> PlainState:
             "was saved with OptimizerState."
         )
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=without_repetition)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"The saved optimizer is not valid JSON: {error}.") from error
     return validated(PlainState, values, "The saved optimizer")

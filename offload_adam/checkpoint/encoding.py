@@ -19,6 +19,7 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -107,14 +108,17 @@ def _measure(
         level: of the value itself, from 1.
         known: the result by the id of each container that has been measured.
     """
-    nbytes, height = 8, 1
-    if isinstance(value, (str, bytes, bytearray)):
-        nbytes = len(value)
+    nbytes, height = (8 if isinstance(value, (int, float, NoneType)) else 64), 1
+    if isinstance(value, str):
+        # JSON escapes other characters, mostly by six bytes.
+        nbytes = 8 + len(value) * (1 if value.isascii() and value.isprintable() else 6)
+    elif isinstance(value, (bytes, bytearray)):
+        nbytes += 4 * len(value) // 3
     elif isinstance(value, torch.Tensor):
         # A larger one is rejected by itself, with its place.
-        nbytes = min(value.numel() * value.element_size(), MAX_NBYTES)
+        nbytes += 4 * min(value.numel() * value.element_size(), MAX_NBYTES) // 3
     elif isinstance(value, np.ndarray):
-        nbytes = min(value.nbytes, MAX_NBYTES)
+        nbytes += 4 * min(value.nbytes, MAX_NBYTES) // 3
     elif id(value) in known:
         nbytes, height = known[id(value)]
     elif isinstance(value, (list, tuple, set, frozenset, dict)) and level <= _MAX_DEPTH:
@@ -286,14 +290,25 @@ def _decode(value: Any) -> Any:
 
 
 def _decode_sequence(make: Callable[[list[Any]], Any], /, items: list[Any]) -> Any:
-    return make([_decode(inner) for inner in items])
+    found = [_decode(inner) for inner in items]
+    if make in (set, frozenset):
+        _require_few_collisions(found)
+    return make(found)
+
+
+def _require_few_collisions(keys: Sequence[Any]) -> None:
+    """Reject keys that were chosen to have equal hashes: a dict of them takes quadratic time."""
+    if len(keys) > 1000 and len({hash(key) for key in keys}) < len(keys) / 2:
+        raise ValueError("most keys have equal hashes")
 
 
 def _decode_mapping(
     kind: type[dict[Any, Any]], /, pairs: Sequence[tuple[Any, Any]], factory: str | None = None
 ) -> Any:
     found = kind()
-    found.update({_decode(key): _decode(inner) for key, inner in pairs})
+    keys = [_decode(key) for key, _ in pairs]
+    _require_few_collisions(keys)
+    found.update({key: _decode(inner) for key, (_, inner) in zip(keys, pairs, strict=True)})
     if len(found) < len(pairs):
         raise ValueError("duplicate key")
     if factory is not None:

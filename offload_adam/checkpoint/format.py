@@ -53,6 +53,9 @@ StepCount = Annotated[FiniteFloat, Field(ge=0, le=MAX_STEP_COUNT, multiple_of=1)
 E = TypeVar("E", bound=BaseModel)
 # torch, files and memory count elements and bytes in 64 bits.
 Natural = Annotated[int, Field(ge=0, lt=2**63)]
+# The first invalid item of a list is reported. A million of them would take gigabytes.
+T = TypeVar("T")
+FailFastList = Annotated[list[T], Field(fail_fast=True)]
 Dims = Annotated[list[Natural], Field(max_length=MAX_DIMS)]
 
 
@@ -90,7 +93,7 @@ class TensorEntry(_Entry):
     dtype: str
     shape: Dims
     order: Dims
-    pieces: list[Piece]
+    pieces: FailFastList[Piece]
 
     @property
     def memory_shape(self) -> list[int]:
@@ -102,7 +105,7 @@ class FileEntry(_Entry):
     """One file: its length in bytes, and the CRC-32 of each block of 4 MiB."""
 
     nbytes: Natural
-    checksums: list[Natural]
+    checksums: FailFastList[Natural]
 
 
 class RankEntry(_Entry):
@@ -116,7 +119,7 @@ class RankEntry(_Entry):
 class GroupEntry(_Entry):
     """One parameter group: the names of its parameters, and its options, encoded."""
 
-    parameters: list[str]
+    parameters: FailFastList[str]
     options: dict[str, Any]
 
 
@@ -308,7 +311,7 @@ def validated(kind: type[E], values: Any, origin: str) -> E:
 def _unsealed(text: str | bytes, origin: str) -> Any:
     """Return the values of a sealed text, without their digest. They may still be of any type."""
     try:
-        values = json.loads(text, object_pairs_hook=_without_repetition)
+        values = json.loads(text, object_pairs_hook=without_repetition)
         # Compare before any field is checked: a message about a damaged field would mislead.
         if isinstance(values, dict):
             digest = values.pop("sha256", None)
@@ -319,7 +322,7 @@ def _unsealed(text: str | bytes, origin: str) -> Any:
     return values
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the pairs of a JSON object as a dict; reject duplicate keys."""
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -153,7 +153,7 @@ def _plan(
     for number, (group, entry) in enumerate(zip(groups, saved["groups"], strict=True)):
         names = {name_of(parameter) for parameter in group["params"]}
         _check_names(f"in group {number}", entry["parameters"], names)
-        options = entry["options"]
+        options = _options_of(entry)
         for key in FIXED_OPTIONS:
             was, now = options.get(key, False), group.get(key, False)
             if was is not now:  # both are bools; a tensor in a damaged file does not compare as one
@@ -175,10 +175,15 @@ def _plan(
         load_further()
         for group, entry in zip(groups, saved["groups"], strict=True):
             # AdamGroup.update would reject the saved values of a dynamic lr or weight decay.
-            dict.update(group, entry["options"])
+            dict.update(group, _options_of(entry))
         optimizer._loaded_reference = None  # this state replaces what the reference stands for
 
     return load
+
+
+def _options_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a saved group, without those that no save of ours writes."""
+    return {key: value for key, value in entry["options"].items() if key not in NOT_OPTIONS}
 
 
 def _check_names(where: str, saved: Iterable[str], here: Collection[str]) -> None:

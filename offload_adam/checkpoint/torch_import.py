@@ -25,6 +25,7 @@ from offload_adam.printable import show
 _PLANES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 _PASS_NAMES = "Pass --names FILE, with one parameter name per line in the optimizer's order."
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_ZIP_MAGIC = b"PK\x03\x04"  # by which torch.load recognises a zip file
 _DEFAULTS = {"nesterov": False, "maximize": False, "decoupled_weight_decay": False}
 # Bytes of weights that a file of torch may stand for: tensors may be views of the same memory.
 _MAX_GROWTH = 4  # per byte of the file
@@ -143,13 +144,18 @@ def _require_stored(source: Path) -> None:
     """Check that no part of a zip file is compressed: a few bytes could stand for many gigabytes.
 
     Raises:
-        CheckpointError: the parts together are larger than the file. torch.save compresses nothing.
+        CheckpointError: the parts together are larger than the file, since torch.save compresses
+            nothing, or the zip file is damaged.
     """
+    with source.open("rb") as file:
+        if file.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:
+            return  # an earlier format of torch
     try:
         with zipfile.ZipFile(source) as archive:
             nbytes = sum(record.file_size for record in archive.infolist())
-    except (zipfile.BadZipFile, NotImplementedError, ValueError):
-        return  # an earlier format of torch, or damaged: torch.load finds out
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        # torch may read it nevertheless, so it could hold compressed parts.
+        raise CheckpointError(f"{source} is damaged ({error}). Save it anew.") from error
     if nbytes > source.stat().st_size:
         raise CheckpointError(
             f"{source} holds compressed parts, which torch.save does not write: {nbytes:,} bytes "
@@ -227,6 +233,7 @@ def _optimizer_state(
                 saved = optimizer["state"].get(packed, {})
                 if not saved and model[name].dtype not in _EXACT_IN_FLOAT32:
                     continue  # frozen: integers, for example, have no gradients
+                _check_entry(name, saved, amsgrad=bool(group["amsgrad"]))
                 steps[name] = float(saved.get("step", 0.0))
                 tensors |= _planes(name, model[name], saved, amsgrad=bool(group["amsgrad"]))
         return OptimizerEntry(groups=entries, steps=steps, further={}), tensors
@@ -290,6 +297,18 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     options = {key: value for key, value in group.items() if key not in NOT_OPTIONS}
     check_group({**_DEFAULTS, **options})
     return options
+
+
+def _check_entry(name: str, saved: Mapping[str, Any], *, amsgrad: bool) -> None:
+    """Check that the state of a parameter has the keys of Adam, all of them once it was updated."""
+    planes = _PLANES if amsgrad else _PLANES[:2]
+    unknown = [key for key in saved if key not in ("step", *_PLANES)]
+    missing = [key for key in planes if key not in saved] if saved.get("step") else []
+    if unknown or missing:
+        raise CheckpointError(
+            f"The state of {name!r} has {show(unknown[0]) if unknown else f'no {missing[0]!r}'}, "
+            "unlike that of torch's Adam and AdamW. Import a file of one of these."
+        )
 
 
 def _planes(

@@ -74,7 +74,7 @@ def inspect(path: Folder) -> None:
 
     from offload_adam.checkpoint.dtypes import DTYPES
     from offload_adam.checkpoint.format import read_manifest
-    from offload_adam.printable import MAX_MESSAGE_LENGTH, printable
+    from offload_adam.printable import MAX_MESSAGE_LENGTH, printable, show
     from offload_adam.units import format_nbytes
 
     with _exit_on_error():
@@ -101,7 +101,10 @@ def inspect(path: Folder) -> None:
     console = Console()
     console.print(table)
     if extra := manifest.decoded_extra():
-        listed = printable(", ".join(map(str, extra)), MAX_MESSAGE_LENGTH)
+        # The keys of a damaged checkpoint may be of any type.
+        keys: list[object] = list(extra)
+        listed = ", ".join(key if isinstance(key, str) else show(key) for key in keys)
+        listed = printable(listed, MAX_MESSAGE_LENGTH)
         console.print(f"extra: {listed}", markup=False)
 
 

@@ -23,8 +23,9 @@ class Mistake(NamedTuple):
     problem: str
 
     def __str__(self) -> str:
-        text = f"{self.path}: {self.problem}" if self.path else self.problem
-        return printable(text, _MAX_LENGTH)
+        # A key with a line break in it must not look like another mistake.
+        path = self.path.replace("\n", "\\n")
+        return printable(f"{path}: {self.problem}" if path else self.problem, _MAX_LENGTH)
 
 
 class ConfigError(ValueError):
@@ -37,7 +38,7 @@ class ConfigError(ValueError):
     def __init__(self, origin: str, mistakes: Sequence[Mistake]) -> None:
         self.mistakes = tuple(mistakes)
         count = "1 mistake" if len(self.mistakes) == 1 else f"{len(self.mistakes)} mistakes"
-        lines = [f"{printable(origin)}: {count}"]
+        lines = [f"{printable(origin, _MAX_LENGTH)}: {count}"]
         lines += [f"  {mistake}" for mistake in self.mistakes[:MAX_SHOWN]]
         if len(self.mistakes) > MAX_SHOWN:
             lines.append(f"  ... and {len(self.mistakes) - MAX_SHOWN} more")

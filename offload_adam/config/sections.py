@@ -20,7 +20,7 @@ FACTORY_PATTERN = r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*$"
 class RunSection(Section):
     """The folder of the run, `<dir>/<name>/`, and the seed of weights, data and dropout."""
 
-    name: str = Field(default="run", pattern=NAME_PATTERN, max_length=200)
+    name: str = Field(default="run", pattern=NAME_PATTERN, max_length=255)
     dir: Text = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 

@@ -23,11 +23,14 @@ import yaml
 from offload_adam.config.mistakes import Mistake
 from offload_adam.config.sections import TEXT_KEYS
 
-MAX_NBYTES = 2**20
-"""Largest file in bytes."""
-MAX_VALUES = 100_000
+MAX_NBYTES = 4 * 2**20
+"""Largest file in bytes: enough for `MAX_VALUES` values, as `write_yaml` writes them."""
+MAX_VALUES = 200_000
 """Most values in a document. An alias counts as often as the values that it repeats: ten lines of
-aliases to lists of aliases could otherwise stand for billions of values."""
+aliases to lists of aliases could otherwise stand for billions of values. A text counts as one more
+value for each `_VALUE_LENGTH` characters."""
+_VALUE_LENGTH = 20
+_MAX_PATH_LENGTH = 500
 
 _TAG = "tag:yaml.org,2002:"
 _TOO_MANY = f"it has more than {MAX_VALUES:,} values, counting those that aliases (*) repeat"
@@ -156,12 +159,15 @@ def _mistakes_below(
     first_lines: dict[str, int] = {}
     for index, item in enumerate(node.value):
         key, value = item if isinstance(node, yaml.MappingNode) else (None, item)
-        name = str(index if key is None else key.value)
-        here = f"{path}.{name}".lstrip(".")
+        # The value of a key that is a list or a mapping is a tree of nodes, with aliases.
+        is_plain = key is None or isinstance(key, yaml.ScalarNode)
+        name = str(index if key is None else key.value) if is_plain else "?"
+        # Cut, since a long key could otherwise be in the path of each of many mistakes.
+        here = f"{path}.{name}".lstrip(".")[:_MAX_PATH_LENGTH]
         if key is not None:
             yield from _mistakes_below(key, here, above, finished)
             line = key.start_mark.line + 1
-            if name in first_lines:
+            if is_plain and name in first_lines:
                 yield Mistake(here, f"duplicate key, in lines {first_lines[name]} and {line}")
             if name == "<<" and key.style is None:
                 problem = "which YAML 1.2 does not have: write the merged keys out"
@@ -179,7 +185,7 @@ def _count_values(node: yaml.Node, counted: dict[int, int]) -> int:
         counted: number of values by the id of the node, for nodes that aliases repeat.
     """
     if isinstance(node, yaml.ScalarNode):
-        return 1
+        return 1 + len(node.value) // _VALUE_LENGTH
     if id(node) not in counted:
         is_mapping = isinstance(node, yaml.MappingNode)
         inner = (n for pair in node.value for n in pair) if is_mapping else node.value

@@ -178,8 +178,11 @@ class Process:
 
         A process that a debugger has stopped stays stopped.
         """
-        if not self.is_gone(seen_from) and self.machine == seen_from.machine:
-            with suppress(OSError):  # it has ended just now
+        if self.machine != seen_from.machine:
+            return
+        # Only if the start time can be read, so that no other process with its id is continued.
+        with suppress(OSError, psutil.Error):
+            if _state_and_start(self.pid)[1] == self.born:
                 os.kill(self.pid, signal.SIGCONT)
 
 

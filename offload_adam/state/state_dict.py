@@ -210,6 +210,7 @@ def _check_structure(state_dict: Mapping[str, Any]) -> None:
         and all(isinstance(group.get("params"), Sequence) for group in groups)
         and isinstance(marker, Mapping)
         and isinstance(marker.get("master_weight", {}), Mapping)
+        and ("world_size" in marker) == ("rank" in marker)
     )
     if not is_valid:
         raise ValueError(

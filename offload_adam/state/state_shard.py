@@ -232,7 +232,7 @@ def check_step_count(what: str, value: Any) -> None:
         ValueError: it is not such a number.
     """
     try:
-        count = float(value)
+        count = math.nan if isinstance(value, str) else float(value)
     except (ArithmeticError, RuntimeError, TypeError, ValueError):  # such as a tensor on meta
         count = math.nan
     if not (0 <= count <= MAX_STEP_COUNT and count.is_integer()):

@@ -673,15 +673,22 @@ def nested_aliases(levels: int) -> str:
     return "\n".join([*lines, f"train: {{num_steps: *a{levels - 1}}}"])
 
 
+TEXTS = "t: &t " + "x" * 20_000 + "\ntrain: {num_steps: [" + "*t, " * 20_000 + "]}"
+LONG_KEY = "? " + "k" * 100_000 + "\n: [" + "!a x, " * 50_000 + "]"
+LIST_KEY = nested_aliases(7).replace("train: {num_steps: ", "? ").replace("*a6}", "*a6\n: 1")
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (nested_aliases(9), "more than 100,000 values, counting those that aliases"),
-        (nested_aliases(300), "more than 100,000 values, counting those that aliases"),
-        ("a: [" + "1, " * 100_001 + "]", "more than 100,000 values"),
-        ("a: " + "x" * 2**20, "is larger than 1,048,576 bytes"),
+        (TEXTS, "more than 200,000 values, counting those that aliases"),
+        (LIST_KEY, "more than 200,000 values, counting those that aliases"),
+        (nested_aliases(9), "more than 200,000 values, counting those that aliases"),
+        (nested_aliases(300), "more than 200,000 values, counting those that aliases"),
+        ("a: [" + "1, " * 200_001 + "]", "more than 200,000 values"),
+        ("a: " + "x" * 2**22, "is larger than 4,194,304 bytes"),
     ],
-    ids=["aliases", "many aliases", "list", "file"],
+    ids=["texts", "key", "aliases", "many aliases", "list", "file"],
 )
 def test_a_file_that_stands_for_too_much_is_rejected_at_once(
     tmp_path: Path, text: str, problem: str
@@ -692,16 +699,45 @@ def test_a_file_that_stands_for_too_much_is_rejected_at_once(
     assert problem in found[""]
 
 
+def test_a_long_key_is_not_repeated_in_each_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "case.yaml"
+    path.write_text(LONG_KEY)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert len(caught.value.mistakes) > 50_000
+    assert sum(len(mistake.path) for mistake in caught.value.mistakes[:50_000]) < 30_000_000
+
+
+def test_a_list_of_learning_rates_is_written_and_read_back(tmp_path: Path) -> None:
+    rates = [1e-4 + step * 1.2345678e-9 for step in range(100_000)]
+    text = yaml.safe_dump({"optimizer": {"name": "Adam", "learning_rate": rates}})
+    config = load(tmp_path, text)
+    assert isinstance(config.optimizer, AdamSection)
+    assert config.optimizer.learning_rate == rates
+    assert load(tmp_path, dump_config(config)) == config
+
+
+def test_a_key_with_a_line_break_looks_like_no_other_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "case.yaml"
+    path.write_text(yaml.safe_dump({"a\n  train.num_steps: forged": 1}))
+    with pytest.raises(ConfigError) as caught:
+        load_config("x" * 1000 + str(path))
+    assert len(str(caught.value)) < 600
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert len(str(caught.value).split("\n")) == 2
+
+
 def test_reading_stops_at_the_first_value_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """So what follows, here a syntax error, is not even looked at."""
     monkeypatch.setattr(yaml_text, "MAX_VALUES", 10)
     assert yaml_text.read_yaml("[1, 2, 3, 4, 5, 6, 7, 8, 9]")[0] == list(range(1, 10))
-    with pytest.raises(yaml.YAMLError, match="more than 100,000 values"):
+    with pytest.raises(yaml.YAMLError, match="more than 200,000 values"):
         yaml_text.read_yaml("[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, }")
 
 
 def test_an_endless_file_is_not_read_to_its_end() -> None:
-    with pytest.raises(ConfigError, match="is larger than 1,048,576 bytes"):
+    with pytest.raises(ConfigError, match="is larger than 4,194,304 bytes"):
         load_config("/dev/zero")
 
 

@@ -457,6 +457,8 @@ def test_state_of_other_float_dtypes_is_rounded_once(dtype: torch.dtype) -> None
         ("param_groups.0.lr", "x" * 10**6, "lr must be a number, not 'xxx"),
         ("param_groups.0.lr", torch.tensor(1.0, device="meta"), "lr must be a number"),
         ("param_groups.0.betas", (10**400, 0.9), r"betas\[0\] is too large"),
+        ("state.0.step", "3", "must be a whole number .*not '3'"),
+        ("offload_adam", {"world_size": 1}, "not an optimizer's state dict"),
         ("offload_adam", None, "not an optimizer's state dict"),
         ("offload_adam", {"saved_apart": 5}, "refers to a folder in an unknown way: 5"),
         ("offload_adam", {"saved_apart": {"label": 1, "parent": "/"}}, "unknown way"),

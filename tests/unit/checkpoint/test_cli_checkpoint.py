@@ -59,6 +59,17 @@ def test_inspect_shows_any_name_as_it_is_and_harmless(
     assert output.replace("\n", "").isprintable()
 
 
+def test_inspect_shows_keys_of_any_type(saved: Path) -> None:
+    values = json.loads((saved / MANIFEST_NAME).read_text())
+    del values["sha256"]
+    tensor = {"$type": "torch.Tensor", "dtype": "torch.bits8", "shape": [1], "data": "AA=="}
+    values["extra"] = {"$type": "dict", "pairs": [[tensor, 1], [5, 2], ["epoch", 3]]}
+    (saved / MANIFEST_NAME).write_text(sealed(values))
+    code, output = command("inspect", str(saved))
+    assert code == 0
+    assert output.rstrip().endswith(", 5, epoch")
+
+
 def test_verify_names_the_damaged_bytes(saved: Path) -> None:
     code, output = command("verify", str(saved))
     assert code == 0

@@ -51,6 +51,7 @@ def change(path: str, value: Any) -> Any:
         (change("optimizer/steps/weight", 0.5), "optimizer.steps.weight"),
         (change("optimizer/groups/0/options/lr", 10**400), "lr is too large for a float"),
         (change("optimizer/groups/0/options/amsgrad", 1), "amsgrad=1"),
+        (lambda text: text.replace('{"format', '{"num_steps": 3, "format', 1), "duplicate key"),
         (
             change(
                 "optimizer/groups/0/options/amsgrad",
@@ -73,3 +74,21 @@ def test_a_damaged_text_is_rejected_and_changes_nothing(damage: Any, words: str)
     assert len(str(caught.value)) < 1000
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert optimizer.num_steps == 0
+
+
+def test_options_that_are_none_are_not_loaded() -> None:
+    """`params` among the options would replace the parameters of the group."""
+    model = nn.Linear(2, 3)
+    optimizer = OffloadAdam(model.parameters(), lr=0.25)
+    state = OptimizerState(model, optimizer)
+    saved = state.state_dict()
+    for key in ("params", "param_names", "replicas"):
+        saved["plain"] = change(f"optimizer/groups/0/options/{key}", [5])(saved["plain"])
+    saved["plain"] = change("optimizer/groups/0/options/lr", 0.5)(saved["plain"])
+    state.load_state_dict(saved)
+    (group,) = optimizer.param_groups
+    assert group["lr"] == 0.5
+    assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters()]
+    assert "param_names" not in group
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()

@@ -8,6 +8,7 @@ import json
 import math
 import random
 import struct
+import time
 from collections import Counter, OrderedDict, UserDict, defaultdict, namedtuple
 from contextlib import suppress
 from typing import Any
@@ -283,6 +284,9 @@ def test_a_small_value_that_is_enormous_as_text_is_rejected_at_once() -> None:
         value = [value, value]
     with pytest.raises(CheckpointError, match=r"x would take about [0-9,]+ bytes in the manifest"):
         encode({"a": value}, "x")
+    for small in ("", torch.empty(0), torch.float32, b"", (), "\x00" * 10):
+        with pytest.raises(CheckpointError, match="would take about"):
+            encode([[[small] * 300] * 300] * 300, "x")
     text = "a" * 2**20
     assert encode([text] * 60, "x") == [text] * 60
     with pytest.raises(CheckpointError, match="limit of 67,108,864"):
@@ -296,3 +300,20 @@ def test_a_small_value_that_is_enormous_as_text_is_rejected_at_once() -> None:
     loop += [loop, loop]
     with pytest.raises(CheckpointError, match="contains itself"):
         encode(loop, "x")
+
+
+@pytest.mark.parametrize("kind", [set, frozenset, dict])
+def test_keys_of_equal_hashes_are_rejected_at_once(kind: Any) -> None:
+    """60,000 of them took 19 s."""
+    keys = [number * (2**61 - 1) for number in range(60_000)]
+    encoded = (
+        {TAG: "dict", "pairs": [[key, 1] for key in keys]}
+        if kind is dict
+        else {TAG: kind.__name__, "items": keys}
+    )
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match="most keys have equal hashes"):
+        decode(encoded, "x")
+    assert time.monotonic() - began < 5
+    many = set(range(100_000)) | {str(number) for number in range(1000)}
+    assert decode(encode(many, "x"), "x") == many

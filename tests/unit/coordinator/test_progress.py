@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import subprocess
 import sys
 import threading
@@ -12,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from offload_adam.coordinator import progress
 from offload_adam.coordinator.progress import Process, ProgressRecord
 
 
@@ -105,3 +108,21 @@ def test_only_a_stopped_process_itself_is_resumed(
     finally:
         child.kill()
         child.wait(10)
+
+
+def test_a_process_that_cannot_be_identified_is_not_resumed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such as for lack of file descriptors: another process may have its id by now."""
+    process = Process.own()
+    sent: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, signal: sent.append(pid))
+    process.resume(process)
+    assert sent == [process.pid]
+
+    def fail(pid: int) -> tuple[str, float]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(progress, "_state_and_start", fail)
+    process.resume(process)
+    assert sent == [process.pid]
