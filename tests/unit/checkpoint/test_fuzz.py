@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -40,7 +41,7 @@ HOSTILE = st.sampled_from(
         {TAG: "torch.Tensor", "dtype": "torch.float32", "shape": [2**62, 0], "data": ""},
         {TAG: "torch.device", "value": "cuda:99999"},
     ]
-)
+).map(copy.deepcopy)  # later changes must not modify the values above
 
 
 class Saved:
@@ -190,7 +191,7 @@ def test_any_pickled_file_is_imported_or_rejected(
     for key in path:
         at = at[key]
     odd = st.sampled_from(ODD_TENSORS).map(lambda make: make())
-    at[last] = data.draw(JSON | st.floats() | odd | st.sampled_from(ODD_VALUES))
+    at[last] = data.draw(JSON | st.floats() | odd | st.sampled_from(ODD_VALUES).map(copy.deepcopy))
     torch.save(content, folder / "t.pt")
     with suppress(CheckpointError):
         import_torch_pickle(folder / "t.pt", folder / "c")
