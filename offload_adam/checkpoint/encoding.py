@@ -297,7 +297,7 @@ def _decode_sequence(make: Callable[[list[Any]], Any], /, items: list[Any]) -> A
 
 
 def _require_few_collisions(keys: Sequence[Any]) -> None:
-    """Reject keys that were chosen to have equal hashes: a dict of them takes quadratic time."""
+    """Reject many keys with equal hashes, since constructing a dict or set takes quadratic time."""
     if len(keys) > 1000 and len({hash(key) for key in keys}) < len(keys) / 2:
         raise ValueError("most keys have equal hashes")
 

@@ -304,7 +304,7 @@ def validated(kind: type[E], values: Any, origin: str) -> E:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(
-            f"{origin}: {where or 'the whole'}: {first['msg']}. {LOAD_ANOTHER}"
+            f"{origin}: {where or 'its content'}: {first['msg']}. {LOAD_ANOTHER}"
         ) from error
 
 
@@ -363,7 +363,7 @@ def _check_tensor(manifest: Manifest, entry: TensorEntry) -> None:
             f"order {entry.order} is not a permutation of {len(entry.shape)} dimensions"
         )
     shape = entry.memory_shape
-    # torch computes strides also for tensors without elements, and they must not overflow.
+    # torch also computes the strides of tensors without elements, and these must not overflow.
     if math.prod(max(size, 1) for size in shape) * DTYPES[entry.dtype].itemsize >= 2**63:
         raise ValueError(f"no memory can hold a tensor of {shape}")
     for piece in entry.pieces:

@@ -182,7 +182,10 @@ def _plan(
 
 
 def _options_of(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a saved group, without those that no save of ours writes."""
+    """Return the options of a saved group.
+
+    Keys such as `params`, which only a damaged checkpoint has here, are left out.
+    """
     return {key: value for key, value in entry["options"].items() if key not in NOT_OPTIONS}
 
 

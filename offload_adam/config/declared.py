@@ -24,7 +24,7 @@ MAX_NBYTES = 2**63 - 1
 """Largest number of bytes: torch and files count them in 64 bits."""
 TEXT_PATTERN = r"^[^\x00-\x1f\x7f]*$"
 
-# Also of what is not steps: nobody needs more layers, ranks or checkpoints.
+# The largest number of steps also limits ranks, sequences and checkpoints: no run needs more.
 Count = Annotated[int, Field(gt=0, le=MAX_STEP_COUNT)]
 CountOrZero = Annotated[int, Field(ge=0, le=MAX_STEP_COUNT)]
 Nbytes = Annotated[int, Field(ge=0, le=MAX_NBYTES)]

@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
 
 from offload_adam.checkpoint.format import (
     BLOCK_NBYTES,
@@ -450,3 +451,16 @@ def test_a_message_about_a_manifest_is_printable_and_short() -> None:
         parse_manifest(sealed(values), "m")
     assert len(str(caught.value)) <= MAX_MESSAGE_LENGTH
     assert str(caught.value).isprintable()
+
+
+def test_of_many_invalid_items_only_the_first_is_reported() -> None:
+    """Pydantic keeps a kilobyte for each error."""
+    cases: list[tuple[type[BaseModel], dict[str, Any]]] = [
+        (FileEntry, {"nbytes": 1, "checksums": [-1] * 1000}),
+        (GroupEntry, {"parameters": [1] * 1000, "options": {}}),
+        (TensorEntry, {"dtype": "F32", "shape": [], "order": [], "pieces": [1] * 1000}),
+    ]
+    for kind, values in cases:
+        with pytest.raises(ValidationError) as caught:
+            kind.model_validate(values)
+        assert caught.value.error_count() == 1
