@@ -159,8 +159,8 @@ def _mistakes_below(
     first_lines: dict[str, int] = {}
     for index, item in enumerate(node.value):
         key, value = item if isinstance(node, yaml.MappingNode) else (None, item)
-        # If a key is a list or a mapping, `key.value` holds nodes. Their text would repeat everything
-        # that aliases in them stand for, so the path has "?" instead.
+        # If a key is a list or a mapping, `key.value` holds nodes. Their text would repeat all that
+        # aliases in them stand for, so the path has "?" instead.
         is_plain = key is None or isinstance(key, yaml.ScalarNode)
         name = str(index if key is None else key.value) if is_plain else "?"
         # Cut, since a long key could otherwise be in the path of each of many mistakes.
