@@ -287,6 +287,8 @@ def test_a_small_value_that_is_enormous_as_text_is_rejected_at_once() -> None:
     for small in ("", torch.empty(0), torch.float32, b"", (), "\x00" * 10):
         with pytest.raises(CheckpointError, match="would take about"):
             encode([[[small] * 300] * 300] * 300, "x")
+    with pytest.raises(CheckpointError, match="would take about"):
+        encode(["\x00" * 2**20] * 12, "x")  # six characters each
     text = "a" * 2**20
     assert encode([text] * 60, "x") == [text] * 60
     with pytest.raises(CheckpointError, match="limit of 67,108,864"):
