@@ -14,6 +14,8 @@ from offload_adam.kernels import adam, fold, norm, sparse
 from offload_adam.kernels.formats import FloatFormat
 
 PARAM_FORMATS = (None, FloatFormat.BFLOAT16, FloatFormat.FLOAT16)
+LOW_PRECISION = ((None, True), (None, False), (FloatFormat.FLOAT16, False))
+"""With bfloat16 moments: the format of the parameter, and whether the master weight is split."""
 
 
 def compile_updates() -> None:
@@ -22,6 +24,8 @@ def compile_updates() -> None:
         FloatFormat, PARAM_FORMATS, (False, True)
     ):
         adam.compile_kernel(source, param_format, amsgrad)
+    for source, (param_format, is_split) in itertools.product(FloatFormat, LOW_PRECISION):
+        adam.compile_kernel(source, param_format, False, FloatFormat.BFLOAT16, is_split)
 
 
 def compile_others() -> None:
@@ -30,6 +34,8 @@ def compile_others() -> None:
         norm.compile_kernel(source)
     for source, param_format in itertools.product(FloatFormat, PARAM_FORMATS):
         sparse.compile_kernel(source, param_format)
+    for param_format, is_split in LOW_PRECISION:
+        sparse.compile_kernel(FloatFormat.FLOAT32, param_format, FloatFormat.BFLOAT16, is_split)
     for target, source in itertools.product(FloatFormat, FloatFormat):
         fold.compile_kernel(target, source)
 

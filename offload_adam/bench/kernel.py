@@ -56,12 +56,14 @@ def offload_update(planes: Planes, num_threads: int) -> Contender:
             np.array([0, planes.numel], dtype=np.int64),
             np.zeros(1, dtype=np.int64),
             scalar_row(ADAMW, num_steps, 1.0)[None],
-            planes.master_weight.numpy(),
-            planes.exp_avg.numpy(),
-            planes.exp_avg_sq.numpy(),
-            None,
-            None,
-            num_threads,
+            master=planes.master_weight.numpy(),
+            remainder=None,
+            exp_avg=planes.exp_avg.numpy(),
+            exp_avg_sq=planes.exp_avg_sq.numpy(),
+            max_exp_avg_sq=None,
+            param_out=None,
+            places=None,
+            num_pieces=num_threads,
         )
 
     return Contender(OURS, run, BYTES_PER_PARAM)

@@ -1,8 +1,12 @@
 """The arithmetic on the host: the fused Adam update, block sums of squares, and their threads.
 
 adam             the update of a table of segments; start here
-adam_ir          its loop over elements as LLVM IR: a software pipeline over vectors
-adam_plain       the same loop in Python, with the same bits
+adam_ir          loop over float32 state as LLVM IR: a software pipeline over vectors
+adam_bf16_ir     loop over bfloat16 state as LLVM IR: blocks of 128 elements
+adam_formula     the arithmetic of both IR loops
+adam_plain       both loops in Python, with the same bits
+random_bits      random bits for stochastic rounding, from a key and an element's index
+random_keys      keys of the random bits, from a parameter's name and step count
 sparse           the update of the rows of a table that have a gradient
 norm             block sums of squares
 scalars          hyperparameters and the scalars of one update

@@ -34,7 +34,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from offload_adam.kernels import scalars as at
+from offload_adam.kernels.adam_formula import Formula, is_plain, load_scalars
 from offload_adam.kernels.ir_vectors import Vectors
 from offload_adam.kernels.numba_private import (
     alloca_once_value,
@@ -74,21 +74,7 @@ class _Arrays(NamedTuple):
 
 
 class _Stages:
-    """The four stages of the update of one vector; each passes its results to the next.
-
-    `adam_plain.update_range` is the same arithmetic in Python: change both.
-
-    A `plain` update has neither L2 nor Nesterov, and omits their multiplications.
-
-    The direction is the numerator of the update, before it is divided: the first moment, or
-    Nesterov's combination of the first moment and the gradient.
-
-    A stored moment below 2**-126 counts as 0. Denormal arithmetic is up to a hundred times slower
-    on some processors, and with any `eps` above 1e-12 the weight is the same.
-
-    A second moment that overflows float32, after a gradient above about 1e20, stays infinite, and
-    its weight no longer changes. torch does the same, because its quotient is then 0.
-    """
+    """The four stages of the update of one vector; each passes its results to the next."""
 
     def __init__(
         self,
@@ -99,42 +85,25 @@ class _Stages:
         arrays: _Arrays,
         elements: _Arrays,
     ) -> None:
-        self._builder = builder
-        self._plain = plain
         self._vectors = Vectors(builder, lanes)
-        self._scalars = [self._vectors.splat(scalar) for scalar in scalars]
+        self._formula = Formula(self._vectors, plain, scalars)
         self._arrays = arrays
         self._elements = elements
 
     def moments(self, i: Any) -> tuple[Any, Any]:
         """Update the moments; return the direction and the second moment for its denominator."""
-        b, v, s = self._builder, self._vectors, self._scalars
-        gradient = v.load(self._arrays.gradient, i, self._elements.gradient)
-        if self._plain:
-            g = b.fmul(s[at.GRADIENT_SCALE], gradient)
-        else:
-            w = v.load(self._arrays.master, i, types.float32)
-            g = v.fma(s[at.GRADIENT_SCALE], gradient, b.fmul(s[at.L2], w))
-        m = v.flush_tiny(v.load(self._arrays.exp_avg, i, types.float32))
-        # beta1 is the sum of two float32, see `scalar_row`.
-        fresh = b.fmul(s[at.ONE_MINUS_BETA1], g)
-        m = v.fma(s[at.BETA1], m, v.fma(s[at.BETA1_REST], m, fresh))
-        v.store(m, self._arrays.exp_avg, i, types.float32)
-        before = v.flush_tiny(v.load(self._arrays.exp_avg_sq, i, types.float32))
-        fresh = b.fmul(b.fmul(s[at.ONE_MINUS_BETA2], g), g)
-        second = v.fma(s[at.BETA2], before, v.fma(s[at.BETA2_REST], before, fresh))
-        # BETA2_REST may be negative or 0. With an infinite moment the sum would be NaN.
-        second = v.where_infinite(before, before, second)
-        v.store(second, self._arrays.exp_avg_sq, i, types.float32)
-        if self._arrays.max_exp_avg_sq is not None:
-            largest = v.flush_tiny(v.load(self._arrays.max_exp_avg_sq, i, types.float32))
-            second = v.larger(second, largest)
-            v.store(second, self._arrays.max_exp_avg_sq, i, types.float32)
-        if not self._plain:
-            m = v.fma(s[at.MOMENT], m, b.fmul(s[at.FRESH], g))
-        # If scaling or decay overflows the gradient, both moments are infinite, and their quotient
-        # would be NaN.
-        return v.where_infinite(second, v.zeros(), m), second
+        v, formula, arrays = self._vectors, self._formula, self._arrays
+        gradient = v.load(arrays.gradient, i, self._elements.gradient)
+        weight = None if formula.plain else v.load(arrays.master, i, types.float32)
+        g = formula.gradient(gradient, weight)
+        m = formula.exp_avg(v.load_moment(arrays.exp_avg, i, types.float32), g)
+        v.store(m, arrays.exp_avg, i, types.float32)
+        second = formula.exp_avg_sq(v.load_moment(arrays.exp_avg_sq, i, types.float32), g)
+        v.store(second, arrays.exp_avg_sq, i, types.float32)
+        if arrays.max_exp_avg_sq is not None:
+            second = v.larger(second, v.load_moment(arrays.max_exp_avg_sq, i, types.float32))
+            v.store(second, arrays.max_exp_avg_sq, i, types.float32)
+        return formula.direction(m, g, second), second
 
     def root(self, direction: Any, second: Any) -> tuple[Any, Any]:
         """Return the direction and the root of the second moment."""
@@ -142,10 +111,7 @@ class _Stages:
 
     def quotient(self, direction: Any, root: Any) -> tuple[Any]:
         """Return the direction divided by its denominator."""
-        # `weight` multiplies by the step size after this division. Before it, the product of the
-        # step size and a small moment would be denormal.
-        scale, eps = self._scalars[at.DENOMINATOR_SCALE], self._scalars[at.EPS]
-        return (self._builder.fdiv(direction, self._vectors.fma(scale, root, eps)),)
+        return (self._formula.quotient(direction, root),)
 
     def weight(self, i: Any, quotient: Any, *, nontemporal: bool = False) -> None:
         """Update the master weight, and write the 16-bit parameter if there is one.
@@ -154,10 +120,8 @@ class _Stages:
             nontemporal: bypass the caches for the parameter; its address must then be aligned to
                 16 elements.
         """
-        b, v, s = self._builder, self._vectors, self._scalars
-        w = v.load(self._arrays.master, i, types.float32)
-        step = b.fmul(s[at.STEP_SIZE], quotient)
-        w = b.fsub(w, v.fma(s[at.DECAY], w, step))
+        v = self._vectors
+        w = self._formula.weight(v.load(self._arrays.master, i, types.float32), quotient)
         v.store(w, self._arrays.master, i, types.float32)
         if self._arrays.param_out is not None:
             store = v.store_nontemporal if nontemporal else v.store
@@ -188,10 +152,7 @@ def adam_ir(
         ]
         arrays = _Arrays(*(None if struct is None else struct.data for struct in structs))
         row = array_struct(context, builder, scalars, arguments[-1]).data
-        values = [
-            builder.load(builder.gep(row, [ir.Constant(_INTP, place)]))
-            for place in range(at.NUM_SCALARS)
-        ]
+        values = load_scalars(builder, row)
 
         def emit(plain: bool) -> None:
             def stages(lanes: int) -> _Stages:
@@ -200,7 +161,7 @@ def adam_ir(
             _emit_range(builder, stages, arrays, structs[0].nitems)
 
         # Two copies of the loop, so that the test runs once for a range and not for each element.
-        with builder.if_else(_is_plain(builder, values)) as (then, otherwise):
+        with builder.if_else(is_plain(builder, values)) as (then, otherwise):
             with then:
                 emit(True)
             with otherwise:
@@ -213,24 +174,20 @@ def adam_ir(
 def update_range(
     gradient: Any,
     master: Any,
+    remainder: Any,
     exp_avg: Any,
     exp_avg_sq: Any,
     max_exp_avg_sq: Any,
     param_out: Any,
+    key: Any,
+    index: Any,
     scalars: Any,
 ) -> None:
-    """Update one range of elements; all arrays are contiguous and have its length."""
+    """Update one range of elements, see `adam_plain.update_range`; all state is float32.
+
+    `remainder` is None. `key` and `index` are not used, because no value is rounded stochastically.
+    """
     adam_ir(gradient, master, exp_avg, exp_avg_sq, max_exp_avg_sq, param_out, scalars)
-
-
-def _is_plain(builder: Any, scalars: list[Any]) -> Any:
-    """Emit the test for an update with neither L2 nor Nesterov."""
-    usual = {at.L2: 0.0, at.MOMENT: 1.0, at.FRESH: 0.0}
-    plain = ir.Constant(ir.IntType(1), 1)
-    for place, value in usual.items():
-        same = builder.fcmp_ordered("==", scalars[place], ir.Constant(ir.FloatType(), value))
-        plain = builder.and_(plain, same)
-    return plain
 
 
 @intrinsic

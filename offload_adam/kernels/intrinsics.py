@@ -12,7 +12,14 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from offload_adam.kernels.ir_vectors import F32, I16, I32, Vectors
+from offload_adam.kernels.ir_vectors import (
+    F32,
+    I16,
+    I32,
+    Vectors,
+    emit_prefetch,
+    emit_prefetches,
+)
 from offload_adam.kernels.numba_private import (
     array_struct,
     get_or_insert_function,
@@ -22,9 +29,6 @@ from offload_adam.kernels.numba_private import (
 from offload_adam.layout.flat import BLOCK_NUMEL
 
 _F64 = ir.DoubleType()
-
-LINE_NBYTES = 64
-"""Bytes of a cache line."""
 
 _LANES = 16  # fixed, because the number of lanes decides the order of additions and so the bits
 # Distance from the block that is summed to the block that is prefetched: two blocks of fp32. Nearer
@@ -56,7 +60,7 @@ def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = array_struct(context, builder, array, arguments[0]).data
-        _emit_prefetch(builder, builder.gep(data, [arguments[1]]), for_writing=True)
+        emit_prefetch(builder, builder.gep(data, [arguments[1]]), for_writing=True)
         return no_value(context)
 
     return types.void(array, types.int64), codegen
@@ -77,6 +81,22 @@ def _window(array: Any, low: Any, high: Any) -> Any:
         return array[low:high]
 
     return absent if isinstance(array, types.NoneType) else present
+
+
+def row_of(table: Any, number: Any) -> Any:
+    """Return table[number], or None if `table` is None in this specialisation."""
+    return None if table is None else table[number]
+
+
+@overload(row_of)
+def _row_of(table: Any, number: Any) -> Any:
+    def absent(table: Any, number: Any) -> Any:
+        return None
+
+    def present(table: Any, number: Any) -> Any:
+        return table[number]
+
+    return absent if isinstance(table, types.NoneType) else present
 
 
 @intrinsic
@@ -117,6 +137,61 @@ def round_for(typingctx: Any, array: Any, value: Any) -> Any:
         return Vectors(builder, 1).round(arguments[1], array.dtype)
 
     return array.dtype(array, types.float32), codegen
+
+
+@intrinsic
+def round_randomly(typingctx: Any, array: Any, value: Any, random: Any) -> Any:
+    """Return a float32 as an element of the array: as the bits of a bfloat16, or unchanged.
+
+    Args:
+        array: uint16, the bits of bfloat16, or float32.
+        random: uint32 in [0, 2**16), for stochastic rounding to bfloat16.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, value, random = arguments
+        if array.dtype == types.float32:
+            return value
+        vectors = Vectors(builder, 1)
+        return vectors.upper_half(vectors.stochastic(value, random))
+
+    return array.dtype(array, types.float32, types.uint32), codegen
+
+
+@intrinsic
+def bfloat16_of(typingctx: Any, value: Any) -> Any:
+    """Return the bfloat16 bits of a split float32, see `Vectors.split`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vectors = Vectors(builder, 1)
+        upper, _ = vectors.split(arguments[0])
+        return vectors.upper_half(upper)
+
+    return types.uint16(types.float32), codegen
+
+
+@intrinsic
+def remainder_of(typingctx: Any, value: Any) -> Any:
+    """Return the int16 remainder of a split float32, see `Vectors.split`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vectors = Vectors(builder, 1)
+        _, lower = vectors.split(arguments[0])
+        return vectors.lower_half(lower)
+
+    return types.int16(types.float32), codegen
+
+
+@intrinsic
+def join(typingctx: Any, upper: Any, remainder: Any) -> Any:
+    """Return the float32 of a bfloat16 and a remainder, see `Vectors.join`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        upper, remainder = arguments
+        upper = builder.shl(builder.zext(upper, I32), _constant(16))
+        return Vectors(builder, 1).join(upper, builder.sext(remainder, I32))
+
+    return types.float32(types.uint16, types.int16), codegen
 
 
 @intrinsic
@@ -165,19 +240,13 @@ def _prefetch_block(builder: Any, block: Any, element: Any) -> None:
     """Emit prefetches for the lines of a later block; invalid addresses are ignored."""
     # The processor's own prefetcher stops at the end of a page, and gradients are in 4 KiB pages.
     itemsize = element.bitwidth // 8
-    for nbytes in range(0, BLOCK_NUMEL * itemsize, LINE_NBYTES):
-        line = builder.gep(block, [_constant((_PREFETCH_NBYTES + nbytes) // itemsize)])
-        _emit_prefetch(builder, line, for_writing=False)
-
-
-def _emit_prefetch(builder: Any, address: Any, *, for_writing: bool) -> None:
-    """Emit a prefetch of the cache line at an address."""
-    byte = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
-    function = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    keep_close, is_data = _constant(3), _constant(1)
-    address = builder.bitcast(address, byte)
-    builder.call(function, [address, _constant(int(for_writing)), keep_close, is_data])
+    emit_prefetches(
+        builder,
+        block,
+        itemsize=itemsize,
+        start_nbytes=_PREFETCH_NBYTES,
+        nbytes=BLOCK_NUMEL * itemsize,
+    )
 
 
 def _load_block(builder: Any, block: Any, element: Any) -> Iterator[Any]:

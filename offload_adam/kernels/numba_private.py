@@ -14,6 +14,12 @@ from typing import Any
 
 from numba.core import cgutils
 
+alloca_once = cgutils.alloca_once
+"""Allocate a stack slot in the function's entry block.
+
+Checked with 0.68.1. If it is missing, importing a kernel raises AttributeError.
+"""
+
 alloca_once_value = cgutils.alloca_once_value
 """Allocate a stack slot in the function's entry block, and store a value in it.
 

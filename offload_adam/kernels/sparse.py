@@ -12,11 +12,20 @@ import numba
 import numpy as np
 
 from offload_adam.kernels import scalars as at
-from offload_adam.kernels.adam import ElementArray, Float32Array, Int64Array, update_range
+from offload_adam.kernels.adam import (
+    ElementArray,
+    Float32Array,
+    Int16Array,
+    Int64Array,
+    describe_formats,
+    state_tags,
+    update_range,
+)
 from offload_adam.kernels.adam_ir import finish_stores
 from offload_adam.kernels.compilation import compile_now, jit, source_fingerprint
 from offload_adam.kernels.formats import FloatFormat
-from offload_adam.kernels.intrinsics import LINE_NBYTES, prefetch, window
+from offload_adam.kernels.intrinsics import prefetch, window
+from offload_adam.kernels.ir_vectors import LINE_NBYTES
 
 # Rows to prefetch ahead. They can be anywhere in the table, so no hardware prefetcher finds them.
 _ROWS_AHEAD = 4
@@ -34,9 +43,11 @@ def _build() -> Any:
         width: Any,
         scalars: Any,
         master: Any,
+        remainder: Any,
         exp_avg: Any,
         exp_avg_sq: Any,
         param_out: Any,
+        place: Any,
         num_pieces: Any,
     ) -> int:
         for piece in numba.prange(num_pieces):
@@ -47,6 +58,8 @@ def _build() -> Any:
                     ahead = rows[touched + _ROWS_AHEAD] * width
                     for position in range(ahead, ahead + min(width, _PREFETCH_NUMEL), _LINE_NUMEL):
                         prefetch(master, position)
+                        if remainder is not None:
+                            prefetch(remainder, position)
                         prefetch(exp_avg, position)
                         prefetch(exp_avg_sq, position)
                 low = rows[touched] * width
@@ -54,10 +67,13 @@ def _build() -> Any:
                 update_range(
                     values[touched * width : (touched + 1) * width],
                     master[low:high],
+                    window(remainder, low, high),
                     exp_avg[low:high],
                     exp_avg_sq[low:high],
                     None,
                     window(param_out, low, high),
+                    place,
+                    low,
                     scalars,
                 )
             finish_stores()
@@ -75,10 +91,12 @@ def update_rows(
     values: ElementArray,
     width: int,
     scalars: Float32Array,
-    master: Float32Array,
-    exp_avg: Float32Array,
-    exp_avg_sq: Float32Array,
+    master: ElementArray,
+    remainder: Int16Array | None,
+    exp_avg: ElementArray,
+    exp_avg_sq: ElementArray,
     param_out: ElementArray | None,
+    place: Int64Array | None,
     num_pieces: int,
 ) -> None:
     """Apply one Adam update to the touched rows of a table of n rows; no other row changes.
@@ -93,10 +111,13 @@ def update_rows(
         values: (k, width) contiguous, the rows' gradient as `gradient_format.bits_dtype`.
         width: elements in a row.
         scalars: (NUM_SCALARS,) float32, see `scalar_row`.
-        master: (n * width,) float32 weights, updated in place.
-        exp_avg, exp_avg_sq: (n * width,) float32 moments, updated in place.
+        master: (n * width,) weights, updated in place; their format is one of `adam.update`.
+        remainder: (n * width,) updated in place; None if `master` is float32.
+        exp_avg, exp_avg_sq: (n * width,) moments, updated in place.
         param_out: (n * width,) the 16-bit parameter, written in its own format; None if `master` is
             the parameter.
+        place: (5,) int64, a row of `places` of `adam.update`; None for float32 moments. Its
+            local_start is that of row 0 of the table.
         num_pieces: number of threads that share the work.
 
     Cost: for an element of a touched row what `update` costs, and nothing for the other rows.
@@ -108,26 +129,39 @@ def update_rows(
         width,
         scalars,
         master,
+        remainder,
         exp_avg,
         exp_avg_sq,
         param_out,
+        place,
         num_pieces,
     )
 
 
-def compile_kernel(gradient_format: FloatFormat, param_format: FloatFormat | None) -> None:
-    """Compile, or load from the disk cache, the specialisation that `update_rows` will need."""
-    state = np.zeros(0, dtype=np.float32)
+def compile_kernel(
+    gradient_format: FloatFormat,
+    param_format: FloatFormat | None,
+    moment_format: FloatFormat = FloatFormat.FLOAT32,
+    split_master: bool = False,
+) -> None:
+    """Compile, or load from the disk cache, the specialisation that `update_rows` will need.
+
+    Args:
+        gradient_format, param_format, moment_format, split_master: see `adam.compile_kernel`.
+    """
+    master, remainder, moments = state_tags(moment_format, split_master)
     arguments = (
         np.zeros(0, dtype=np.int64),
         gradient_format.dtype_tag(),
         1,
         np.zeros(at.NUM_SCALARS, dtype=np.float32),
-        state,
-        state,
-        state,
+        master,
+        remainder,
+        moments,
+        moments,
         None if param_format is None else param_format.dtype_tag(),
+        None if moment_format is FloatFormat.FLOAT32 else np.zeros(5, dtype=np.int64),
         1,
     )
-    target = "the master itself" if param_format is None else param_format.value
-    compile_now(_update_touched, arguments, f"row update ({gradient_format.value} -> {target})")
+    formats = describe_formats(gradient_format, param_format, moment_format, split_master)
+    compile_now(_update_touched, arguments, f"row update ({formats})")

@@ -243,10 +243,12 @@ class HostUpdate:
                 rows,
                 scalars,
                 _float32(planes.master_weight),
+                None,
                 _float32(planes.exp_avg),
                 _float32(planes.exp_avg_sq),
                 None if largest is None else _float32(largest),
                 None if param_out is None else bits_of(param_out),
+                None,
                 self._use_threads(int(table.numels.sum())),
             )
 
@@ -291,9 +293,11 @@ class HostUpdate:
                 touched.values.shape[1],
                 scalars,
                 _float32(segment.of(planes.master_weight)),
+                None,
                 _float32(segment.of(planes.exp_avg)),
                 _float32(segment.of(planes.exp_avg_sq)),
                 None if param_out is None else bits_of(segment.of(param_out)),
+                None,
                 self._use_threads(touched.values.numel()),
             )
 

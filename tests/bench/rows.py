@@ -54,11 +54,13 @@ def lazy_updates(planes: Planes, width: int, num_touched: int, num_threads: int)
                 values,
                 width,
                 scalar_row(ADAMW, num_steps, 1.0),
-                planes.master_weight.numpy(),
-                planes.exp_avg.numpy(),
-                planes.exp_avg_sq.numpy(),
-                None,
-                num_threads,
+                master=planes.master_weight.numpy(),
+                remainder=None,
+                exp_avg=planes.exp_avg.numpy(),
+                exp_avg_sq=planes.exp_avg_sq.numpy(),
+                param_out=None,
+                place=None,
+                num_pieces=num_threads,
             )
 
     return Contender(LAZY, update, prepare=draw)

@@ -15,6 +15,9 @@ from offload_adam.kernels.scalars import Hyperparameters, scalar_row
 from tests.support.kernel_reference import Float64Array, ReferenceState, carry
 
 CarriedArray = npt.NDArray[np.generic]
+KEY = -0x123456789ABCDEF1
+"""Key of the random bits where a test needs only one; its sign bit is set."""
+
 UNIT = 2.0**-24
 """Half an ulp of a float32 relative to the value: the largest error of one rounding."""
 
@@ -55,23 +58,28 @@ MODES = {
 
 @dataclass
 class HostState:
-    """The flat arrays that the kernel updates in place, over all parameters of a shard."""
+    """The flat arrays that the kernel updates in place, over all parameters of a shard.
 
-    master: npt.NDArray[np.float32]
-    exp_avg: npt.NDArray[np.float32]
-    exp_avg_sq: npt.NDArray[np.float32]
+    They are float32; or the moments are bfloat16 (uint16), and the master may be split.
+    """
+
+    master: npt.NDArray[Any]
+    exp_avg: npt.NDArray[Any]
+    exp_avg_sq: npt.NDArray[Any]
     max_exp_avg_sq: npt.NDArray[np.float32] | None = None
     param_out: CarriedArray | None = None
+    remainder: npt.NDArray[Any] | None = None
 
     def copied(self, offset: int = 0) -> HostState:
         """Return a copy whose arrays begin `offset` elements into their buffers."""
-        largest, param_out = self.max_exp_avg_sq, self.param_out
+        largest, param_out, remainder = self.max_exp_avg_sq, self.param_out, self.remainder
         return HostState(
             displaced(self.master, offset),
             displaced(self.exp_avg, offset),
             displaced(self.exp_avg_sq, offset),
             None if largest is None else displaced(largest, offset),
             None if param_out is None else displaced(param_out, offset),
+            None if remainder is None else displaced(remainder, offset),
         )
 
     def bits(self) -> bytes:
@@ -115,18 +123,39 @@ def random_state(
     )
 
 
+def low_precision_state(
+    rng: np.random.Generator, numel: int, *, split: bool, param_format: FloatFormat | None = None
+) -> HostState:
+    """Return state as `random_state` does, with bfloat16 moments and maybe a split master."""
+    state = random_state(rng, numel, param_format)
+    state.exp_avg = carry(state.exp_avg, FloatFormat.BFLOAT16)
+    state.exp_avg_sq = carry(state.exp_avg_sq, FloatFormat.BFLOAT16)
+    if split:
+        state.master = carry(state.master, FloatFormat.BFLOAT16)
+        state.remainder = rng.integers(-(2**15), 2**15, numel).astype(np.int16)
+    return state
+
+
 @dataclass
 class Segment:
-    """A run of gradient elements, where it lies in the shard, and its row of scalars."""
+    """A run of gradient elements, where it lies in the shard, and its row of scalars.
+
+    place: its row of `places` for bfloat16 moments. By default the whole shard is one parameter.
+    """
 
     gradient: CarriedArray
     start: int
     row: int = 0
+    place: tuple[int, int, int, int, int] | None = None
 
     @property
     def end(self) -> int:
         """Return the offset behind the last element."""
         return self.start + self.gradient.size
+
+    def place_in_parameter(self) -> tuple[int, int, int, int, int]:
+        """Return `place`, or its default."""
+        return self.place or (KEY, 0, 1 << 40, 1 << 40, self.start)
 
 
 def random_segments(
@@ -171,12 +200,22 @@ def run_update(
         np.array([segment.row for segment in segments], dtype=np.int64),
         scalars,
         state.master,
+        state.remainder,
         state.exp_avg,
         state.exp_avg_sq,
         state.max_exp_avg_sq,
         state.param_out,
+        places_of(state, segments),
         num_pieces,
     )
+
+
+def places_of(state: HostState, segments: Sequence[Segment]) -> npt.NDArray[np.int64] | None:
+    """Return the segments' `places`, or None for float32 moments."""
+    if state.exp_avg.dtype == np.float32:
+        return None
+    places = [segment.place_in_parameter() for segment in segments]
+    return np.array(places, dtype=np.int64).reshape(-1, 5)
 
 
 def rows(*updates: tuple[Hyperparameters, int, float]) -> npt.NDArray[np.float32]:

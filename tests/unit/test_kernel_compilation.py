@@ -16,7 +16,7 @@ import pytest
 from filelock import FileLock
 from numba.core import caching
 
-from offload_adam.kernels import adam, adam_plain, compilation, fold, norm
+from offload_adam.kernels import adam, adam_bf16_ir, adam_plain, compilation, fold, norm
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.intrinsics import block_sum_of_squares
 from tests.unit.kernel_subprocess import CHECKOUT, ONE_UPDATE, run_python
@@ -171,14 +171,15 @@ has_avx2 = platform.machine() == "x86_64" and all(
 )
 
 
-def assembly_of(update_range: Any, gradient_format: FloatFormat) -> str:
-    """Return the assembly of an element loop that writes bfloat16 parameters.
+def assembly_of(update_range: Any, gradient_format: FloatFormat, place: tuple[Any, ...]) -> str:
+    """Return the assembly of an element loop on float32 state that writes bfloat16 parameters.
 
     It is compiled here, because Numba has no assembly of a kernel from its cache.
     """
     state, param_out = np.zeros(0, dtype=np.float32), FloatFormat.BFLOAT16.dtype_tag()
     kernel = compilation.jit_inlined(update_range)
-    arguments = (gradient_format.dtype_tag(), state, state, state, None, param_out, state)
+    gradient = gradient_format.dtype_tag()
+    arguments = (gradient, state, None, state, state, None, param_out, *place, state)
     compilation.compile_now(kernel, arguments, "update")
     (assembly,) = kernel.inspect_asm().values()
     return str(assembly)
@@ -187,7 +188,7 @@ def assembly_of(update_range: Any, gradient_format: FloatFormat) -> str:
 @pytest.mark.skipif(not has_avx2, reason="looks for AVX2's instructions")
 @pytest.mark.parametrize("gradient_format", FloatFormat)
 def test_the_update_vectorises(gradient_format: FloatFormat) -> None:
-    assembly = assembly_of(adam.update_range.py_func, gradient_format)
+    assembly = assembly_of(adam.update_range.py_func, gradient_format, (None, 0))
     assert vector_instructions(assembly, "vsqrtps") > 0
     assert vector_instructions(assembly, "vdivps") > 0
     assert vector_instructions(assembly, r"vfn?madd\d+ps") >= 5
@@ -200,10 +201,25 @@ def test_the_update_vectorises(gradient_format: FloatFormat) -> None:
 
 @pytest.mark.skipif(not has_avx2, reason="looks for AVX2's instructions")
 def test_the_plain_update_vectorises() -> None:
-    assembly = assembly_of(adam_plain.update_range, FloatFormat.BFLOAT16)
+    assembly = assembly_of(adam_plain.update_range, FloatFormat.BFLOAT16, (0, 0))
     assert vector_instructions(assembly, "vsqrtps") > 0
     assert vector_instructions(assembly, "vdivps") > 0
     assert vector_instructions(assembly, r"vfn?madd\d+ps") >= 5
+
+
+@pytest.mark.skipif(not has_avx2, reason="looks for AVX2's instructions")
+@pytest.mark.parametrize("is_split", [True, False])
+def test_the_update_of_bfloat16_state_vectorises(is_split: bool) -> None:
+    kernel = compilation.jit_inlined(adam_bf16_ir.update_range)
+    half, single = FloatFormat.BFLOAT16.dtype_tag(), FloatFormat.FLOAT32.dtype_tag()
+    master, remainder = (half, np.zeros(0, dtype=np.int16)) if is_split else (single, None)
+    arguments = (half, master, remainder, half, half, None, None, 0, 0, single)
+    compilation.compile_now(kernel, arguments, "update")
+    (assembly,) = kernel.inspect_asm().values()
+    assert vector_instructions(assembly, "vdivps") >= 16
+    assert vector_instructions(assembly, "vpmulld") >= 8
+    # Only partial blocks call functions, to copy them; libm has none of the arithmetic.
+    assert not re.search(r"\b(fmaf?|sqrtf?)\b", assembly)
 
 
 def _first_block_sum(gradient: Any) -> Any:

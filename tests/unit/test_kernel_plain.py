@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offload_adam.kernels import adam, adam_ir, adam_plain, sparse
+from offload_adam.kernels import adam, adam_bf16_ir, adam_ir, adam_plain, sparse
 from offload_adam.kernels.adam import Float32Array
 from offload_adam.kernels.compilation import jit_inlined
 from offload_adam.kernels.formats import FloatFormat
@@ -55,10 +55,13 @@ def updated_by_plain(before: HostState, gradient: CarriedArray, scalars: Float32
     plain_range(
         gradient,
         after.master,
+        None,
         after.exp_avg,
         after.exp_avg_sq,
         after.max_exp_avg_sq,
         after.param_out,
+        0,
+        0,
         scalars,
     )
     return after
@@ -127,7 +130,9 @@ def test_the_architecture_decides(
 
 def test_the_dense_and_the_sparse_kernel_share_the_chosen_loop() -> None:
     chosen = adam_ir if adam_ir.supports_ir() else adam_plain
-    assert adam.update_range.py_func is chosen.update_range
+    assert adam._float32_range.py_func is chosen.update_range
+    chosen = adam_bf16_ir if adam_ir.supports_ir() else adam_plain
+    assert adam._bfloat16_range.py_func is chosen.update_range
     assert vars(sparse)["update_range"] is adam.update_range
 
 
@@ -137,7 +142,7 @@ def test_the_plain_loop_updates_a_table_where_it_is_chosen(tmp_path: Path) -> No
         "from offload_adam.kernels import adam_ir\n"
         "adam_ir.supports_ir = lambda: False\n"
         + ONE_UPDATE
-        + "run_one_update(); print(adam.update_range.py_func.__module__, weight[0])",
+        + "run_one_update(); print(adam._float32_range.py_func.__module__, weight[0])",
         NUMBA_CACHE_DIR=str(tmp_path),
     ).split()
     assert chosen == "offload_adam.kernels.adam_plain"

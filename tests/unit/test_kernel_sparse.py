@@ -62,9 +62,11 @@ def run_rows(
         values.shape[1],
         scalar_row(hyper, STEP, SCALE),
         state.master,
+        None,
         state.exp_avg,
         state.exp_avg_sq,
         state.param_out,
+        None,
         num_pieces,
     )
 
