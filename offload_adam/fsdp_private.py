@@ -88,11 +88,21 @@ def as_dtensor(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return a DTensor with the mesh, placements and shape of `like`, whose local part is `local`.
 
     Args:
-        local: on any device. `DTensor.from_local` would move it to the device of the mesh.
+        local: on any device. `DTensor.from_local` would move it to the device of the mesh. It may
+            have further dimensions at its end, or lack the last ones of `like`.
     """
     given: Any = like
     spec_type = type(given._spec)
-    meta = given._spec.tensor_meta._replace(dtype=local.dtype)
+    shared = min(local.dim(), like.dim())
+    shape = (*like.shape[:shared], *local.shape[shared:])
+    # Elements of the last dimensions for each element of the others: before, and now.
+    before, now = math.prod(like.shape[shared:]), math.prod(shape[shared:])
+    strides = [stride // before * now for stride in like.stride()[:shared]]
+    meta = given._spec.tensor_meta._replace(
+        dtype=local.dtype,
+        shape=torch.Size(shape),
+        stride=(*strides, *local.stride()[shared:]),
+    )
     spec = spec_type(given.device_mesh, given.placements, tensor_meta=meta)
     made: torch.Tensor = type(given)(local, spec, requires_grad=False)
     return made

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.optim.optimizer import ParamsT
 
 from offload_adam.kernels.scalars import Hyperparameters
-from offload_adam.options import ExecutionOptions, FailurePolicy, OffloadPolicy
+from offload_adam.options import ExecutionOptions, FailurePolicy, OffloadPolicy, StateFormat
 from offload_adam.params.groups import check_group, hyperparameters_of
 from offload_adam.sharded_optimizer import ShardedOptimizer
 
@@ -118,7 +118,11 @@ class OffloadAdam(ShardedOptimizer):
         defer: allocate the state in the first `step()` (or when state is loaded), not here. For a
             model that is sharded later, or is on the meta device still. Until then `.grad` holds
             the gradients. True by itself if an `Accelerator` is to shard the model with FSDP2.
-        state_dtype: dtype of the state. Only torch.float32 is supported, which None also means.
+        state_format: "fp32", or "bf16" for less memory: moments are bfloat16, rounded
+            stochastically. A bf16 parameter and 16 more bits are its exact fp32 master weight. The
+            state of tensors with fewer than two dimensions stays in fp32. A group's own
+            "state_format" applies to all of its parameters. "bf16" needs amsgrad=False and state in
+            host memory.
         num_threads: CPU threads of this rank's update. None for the allowed cores divided by the
             ranks of this node, minus one if parameters are on a GPU: the thread that launches
             kernels needs it.
@@ -134,8 +138,10 @@ class OffloadAdam(ShardedOptimizer):
             for each step. Set it if you scale the loss yourself.
 
     Cost: for bf16 parameters on a GPU, 14 bytes of host memory per parameter, divided by the number
-        of ranks: 4 each for master weight, exp_avg and exp_avg_sq, and 2 for the gradient. Buffers
-        add a few buckets. `offload-adam plan` predicts the memory of a run.
+        of ranks: 4 each for master weight, exp_avg and exp_avg_sq, and 2 for the gradient. With
+        `state_format="bf16"` 10 bytes: 2 each for the parameter, the rest of its master weight,
+        exp_avg, exp_avg_sq and the gradient. Buffers add a few buckets. `offload-adam plan`
+        predicts the memory of a run.
     Owns: process groups, hooks on the parameters, and host memory. `close` releases all three.
     Threads: calls from several threads run one after another. `synchronize` and the state dicts may
         be called while another thread runs a forward or backward. With several ranks, they are
@@ -177,7 +183,7 @@ class OffloadAdam(ShardedOptimizer):
         accumulate: str | None = "auto",
         overlap: bool | None = None,
         defer: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_format: StateFormat = "fp32",
         num_threads: int | None = None,
         offload: OffloadPolicy = OffloadPolicy(),
         failures: FailurePolicy = FailurePolicy(),
@@ -191,7 +197,7 @@ class OffloadAdam(ShardedOptimizer):
             accumulate=accumulate,
             overlap=overlap,
             defer=defer,
-            state_dtype=state_dtype,
+            state_format=state_format,
             num_threads=num_threads,
             offload=offload,
             failures=failures,
@@ -261,7 +267,7 @@ class OffloadAdamW(OffloadAdam):
         accumulate: str | None = "auto",
         overlap: bool | None = None,
         defer: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_format: StateFormat = "fp32",
         num_threads: int | None = None,
         offload: OffloadPolicy = OffloadPolicy(),
         failures: FailurePolicy = FailurePolicy(),
@@ -288,7 +294,7 @@ class OffloadAdamW(OffloadAdam):
             accumulate=accumulate,
             overlap=overlap,
             defer=defer,
-            state_dtype=state_dtype,
+            state_format=state_format,
             num_threads=num_threads,
             offload=offload,
             failures=failures,

@@ -33,6 +33,9 @@ C = TypeVar("C")
 Pin = Literal["all", "staging", "none"]
 """Page-locked host memory: state and staging buffers, staging buffers only, or none."""
 
+StateFormat = Literal["fp32", "bf16"]
+"""Format of the state, the most exact first: float32 or bfloat16, see docs/state_formats.md."""
+
 MAX_STEP_COUNT = 2**24
 """Largest number of steps: optimizers count in float32, as torch does."""
 
@@ -328,6 +331,7 @@ class FailurePolicy:
         return min(1.0, self.dead_after / 5)
 
 
+STATE_FORMAT = Choice(get_args(StateFormat))
 _MAX_NORM = Number(above=0)  # infinity clips nothing
 
 
@@ -374,8 +378,15 @@ class ExecutionOptions:
         key="optimizer.reduce_dtype",
         shared=True,
     )
-    state_dtype: torch.dtype | None = option(
-        None, Dtype("float32", "fp32"), "Dtype of the state: torch.float32, which None also means."
+    state_format: StateFormat = option(
+        "fp32",
+        STATE_FORMAT,
+        "Format of the state. 'bf16' takes less memory: moments are bfloat16, rounded "
+        "stochastically. A bf16 parameter and 16 more bits are its exact fp32 master weight. The "
+        "state of tensors with fewer than two dimensions stays in fp32. A parameter group's own "
+        "`state_format` applies to all of its parameters.",
+        key="optimizer.state_format",
+        shared=True,
     )
     accumulate: str | None = option(
         "auto",

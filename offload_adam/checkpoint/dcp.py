@@ -86,6 +86,15 @@ class OptimizerState:
         with locked(self._optimizer):
             core = self._optimizer._settled()
             name_of = ParameterNames(self._model, core)
+            for shard in shards_of(core.states):
+                name = name_of(shard.parameter)
+                saved_format = saved.optimizer.format_of(name)
+                if saved_format != shard.state_format:
+                    raise CheckpointError(
+                        f"The state of {name!r} was saved with state_format={saved_format!r}, but "
+                        f"this optimizer stores it with {shard.state_format!r}. Construct the "
+                        "optimizer with the saved format."
+                    )
             plan_plain_state(self._optimizer, core, plain, name_of)()
             self._optimizer.num_steps = saved.num_steps
             self._optimizer.refresh_master()

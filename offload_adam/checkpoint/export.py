@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,9 +24,11 @@ from offload_adam.checkpoint.format import (
     decoded_optimizer,
     read_manifest,
 )
+from offload_adam.checkpoint.rank_file import as_bytes
 from offload_adam.checkpoint.reader import CheckpointReader
 from offload_adam.checkpoint.torch_file import LOADABLE_DTYPES, Streamed, write_torch_file
 from offload_adam.errors import CheckpointError
+from offload_adam.memory.split_master import join
 from offload_adam.printable import show
 from offload_adam.state.boxes import Box, inverse_order
 from offload_adam.state.state_dict import pack_full
@@ -105,7 +108,7 @@ def _torch_state(
         packed: {
             # A float32 tensor, as torch's optimizers save it.
             "step": torch.tensor(manifest.optimizer.steps[name], dtype=torch.float32, device="cpu"),
-            **{key: _streamed(reader, saved) for key, saved in planes[name].items()},
+            **_streamed_planes(reader, planes[name], _MODEL + name),
         }
         for packed, name in enumerate(names)
         if name in planes
@@ -113,6 +116,47 @@ def _torch_state(
     packed_ids = {packed: packed for packed in whole}
     further = _loadable("optimizer", plain["further"], left_out)
     return pack_full(groups, packed_ids, whole, further)
+
+
+def _streamed_planes(
+    reader: CheckpointReader, planes: Mapping[str, str], weight: str
+) -> dict[str, Streamed]:
+    """Return the tensors of a parameter's state in fp32, by torch's keys.
+
+    Args:
+        planes: names of the saved tensors, by torch's keys.
+        weight: name of the saved parameter.
+    """
+    found = {}
+    for key, saved in planes.items():
+        streamed = _streamed(reader, saved)
+        if key != "master_remainder":
+            if streamed.dtype == torch.bfloat16:
+                blocks = partial(_widened, reader, saved)
+                streamed = replace(streamed, dtype=torch.float32, blocks=blocks)
+            found[key] = streamed
+        elif weight in reader.manifest.tensors:  # otherwise the model was saved separately
+            blocks = partial(_joined, reader, weight, saved)
+            found["master_weight"] = replace(streamed, dtype=torch.float32, blocks=blocks)
+    return found
+
+
+def _widened(reader: CheckpointReader, saved: str) -> Iterator[memoryview]:
+    """Yield the blocks of a bfloat16 tensor in fp32."""
+    for block in reader.blocks(saved):
+        yield as_bytes(torch.frombuffer(block, dtype=torch.bfloat16).float())
+
+
+def _joined(reader: CheckpointReader, weight: str, remainder: str) -> Iterator[memoryview]:
+    """Yield the blocks of split master weights in fp32."""
+    # Both tensors have the same element order and size, so their blocks match.
+    for high, low in zip(reader.blocks(weight), reader.blocks(remainder), strict=True):
+        yield as_bytes(
+            join(
+                torch.frombuffer(high, dtype=torch.bfloat16),
+                torch.frombuffer(low, dtype=torch.int16),
+            )
+        )
 
 
 def _streamed(reader: CheckpointReader, saved: str) -> Streamed:

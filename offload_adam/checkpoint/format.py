@@ -19,13 +19,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from offload_adam.checkpoint.dtypes import DTYPES, MAX_DIMS
 from offload_adam.checkpoint.encoding import decode
 from offload_adam.errors import CheckpointError
 from offload_adam.layout.budget import CHECKPOINT_BLOCK_NBYTES
-from offload_adam.options import MAX_STEP_COUNT
+from offload_adam.options import MAX_STEP_COUNT, StateFormat
 from offload_adam.printable import show
 from offload_adam.state.boxes import Box, find_fault, range_of_box
 
@@ -128,11 +136,25 @@ class OptimizerEntry(_Entry):
 
     steps: number of updates of each trained parameter, by its name.
     further: state of the optimizer's subclass, encoded.
+    formats: format of each parameter's state, by its name. Parameters with fp32 state are omitted.
     """
 
     groups: list[GroupEntry]
     steps: dict[str, StepCount]
     further: dict[str, Any]
+    formats: dict[str, StateFormat] = {}
+
+    def format_of(self, name: str) -> StateFormat:
+        """Return the format in which the state of a parameter was saved."""
+        return self.formats.get(name, "fp32")
+
+    @model_serializer(mode="wrap")
+    def _serialized(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the entry, without `formats` if it is empty: earlier versions reject the key."""
+        values: dict[str, Any] = serialize(self)
+        if not self.formats:
+            values.pop("formats", None)
+        return values
 
 
 class PlainState(_Entry):

@@ -3,6 +3,7 @@
 load_checkpoint, load_optimizer_state
     read_manifest, _check       compare names, shapes, dtypes and groups; modify nothing
     _read_in_place              read every range directly into the state, file by file
+    _convert                    read and convert state that was saved in another format
     _load_modules               call model.load_state_dict for entries that modules compute
     load_plain                  load groups, step counts and other values that are not tensors
 """
@@ -54,25 +55,38 @@ from offload_adam.errors import CheckpointError
 from offload_adam.fsdp_private import local_of
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.state.boxes import Box, boxes_of_part, inverse_order, memory_order, views_of
-from offload_adam.state.state_shard import shards_of
+from offload_adam.state.state_dict import reject_other_format
+from offload_adam.state.state_shard import (
+    OTHER_MASTER_KEY,
+    ParameterShard,
+    convert_master,
+    shards_of,
+)
 from offload_adam.step.step import ShardedAdam
 
 logger = logging.getLogger(__name__)
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str], *, model: nn.Module, optimizer: ShardedOptimizer
+    path: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    optimizer: ShardedOptimizer,
+    convert: bool = False,
 ) -> dict[str, Any]:
     """Load a checkpoint of `save_checkpoint`, saved in any world size and sharding. Collective.
 
-    Names, shapes, dtypes and groups are compared before anything is modified. Nothing is cast.
-    Every block is verified and read directly into the state. Then `model.load_state_dict` runs with
-    the tensors and with the entries that modules add to a state dict (`get_extra_state`, hooks).
+    Names, shapes, dtypes and groups are compared before anything is modified. Nothing is cast,
+    except that fp32 moments are rounded to nearest if the optimizer has bf16 state. Every block is
+    verified and read directly into the state. Then `model.load_state_dict` runs with the tensors
+    and with the entries that modules add to a state dict (`get_extra_state`, hooks).
 
     Args:
         path: a checkpoint, the same on every rank.
         model, optimizer: constructed with the names, shapes, dtypes and groups that were saved.
             Both are modified in place.
+        convert: also load bf16 state into an optimizer with fp32 state, which is otherwise an
+            error.
 
     Returns:
         The saved `extra`, with its tensors on the host.
@@ -83,10 +97,11 @@ def load_checkpoint(
             After other errors nothing is modified.
 
     Cost: beyond the state, a rank needs 4 blocks of 4 MiB of host memory, one more if state is on a
-        device, and a whole tensor if the order of its elements in memory has changed. At most 8
-        files are open at once.
+        device, and a whole tensor if the order of its elements in memory has changed. State of
+        another format needs a few temporary copies of one parameter's plane. At most 8 files are
+        open at once.
     """
-    return _load(Path(path), model, optimizer, label=None)
+    return _load(Path(path), model, optimizer, label=None, convert=convert)
 
 
 def load_optimizer_state(
@@ -104,11 +119,16 @@ def load_optimizer_state(
     Raises:
         CheckpointError: as `load_checkpoint`; or the folder has another label.
     """
-    _load(Path(path), model, optimizer, label=label)
+    _load(Path(path), model, optimizer, label=label, convert=False)
 
 
 def _load(
-    folder: Path, model: nn.Module, optimizer: ShardedOptimizer, *, label: str | None
+    folder: Path,
+    model: nn.Module,
+    optimizer: ShardedOptimizer,
+    *,
+    label: str | None,
+    convert: bool,
 ) -> dict[str, Any]:
     """Load a checkpoint, or only the optimizer's state if `label` is given."""
     weights = label is None
@@ -126,6 +146,8 @@ def _load(
             else:
                 _check_label(manifest, folder, label)
                 state = ModelState()
+            if not convert:
+                _reject_other_formats(manifest, name_of, core, can_convert=weights)
             _check(manifest, name_of, core, state, weights=weights)
             plain = decoded_optimizer(manifest.optimizer.model_dump(), manifest.format_version)
             load_plain = plan_plain_state(optimizer, core, plain, name_of)
@@ -138,6 +160,7 @@ def _load(
                 # A hook may return rounded copies of weights in the state dict, and load_state_dict
                 # has then copied them over the weights.
                 _read_in_place(reader, name_of, core, state, weights=True)
+            _convert(reader, name_of, core)
             # Sync master weights with the loaded parameters, and record the version counters of
             # the parameters: the next step must not mistake the load for an edit by the user.
             core.external_edits.sync_all()
@@ -207,13 +230,13 @@ def _check(
         name = name_of(shard.parameter)
         if weights:
             expected[f"model/{name}"] = shard.parameter
-        for key, plane in shard.planes.items():
+        for key, dtype in _saved_dtypes(manifest, name, shard).items():
             saved = _plane_name(manifest, name, key)
             if not weights and saved not in manifest.tensors and key == "master_weight":
                 continue  # the parameter was its own master weight, and the model has loaded it
             # If the parameter is its own master weight, `saved` is already expected.
-            expected.setdefault(saved, plane)
-            _compare(manifest.tensors, saved, plane.dtype, shard.parameter.shape)
+            expected.setdefault(saved, shard.parameter)
+            _compare(manifest.tensors, saved, dtype, shard.parameter.shape)
     # Tensors that shared memory in a file of torch are tied after its import, but may be two
     # tensors of the model: buffers that are views of one table, for example.
     expected |= {_saved_name(manifest, name): tensor for name, tensor in state.whole.items()}
@@ -239,6 +262,38 @@ def _check(
         raise CheckpointError(
             f"The checkpoint has {surplus[0]!r}, but this model and optimizer do not. {SAME_MODEL}"
         )
+
+
+def _reject_other_formats(
+    manifest: Manifest, name_of: ParameterNames, core: ShardedAdam, *, can_convert: bool
+) -> None:
+    """Reject bf16 state for parameters whose state has another format here.
+
+    Raises:
+        CheckpointError: the message names the parameter.
+    """
+    for shard in shards_of(core.states):
+        name = name_of(shard.parameter)
+        try:
+            saved = manifest.optimizer.format_of(name)
+            reject_other_format(name, saved, shard.state_format, can_convert=can_convert)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+
+
+def _saved_dtypes(manifest: Manifest, name: str, shard: ParameterShard) -> dict[str, torch.dtype]:
+    """Return the dtype of each plane to read for a parameter, by key, as it was saved."""
+    own = {key: plane.dtype for key, plane in shard.planes.items()}
+    saved = manifest.optimizer.format_of(name)
+    if saved == shard.state_format:
+        return own
+    moment = torch.bfloat16 if saved == "bf16" else torch.float32
+    dtypes = {key: moment for key in own if key not in OTHER_MASTER_KEY}
+    if saved == "bf16" and shard.parameter.dtype == torch.bfloat16:
+        return dtypes | {"master_remainder": torch.int16}
+    # A master weight is missing if the fp32 parameter is its own master weight.
+    has_master = shard.parameter.dtype != torch.float32 or "master_weight" in own
+    return dtypes | ({"master_weight": torch.float32} if has_master else {})
 
 
 def _may_be_unused(manifest: Manifest, saved: str) -> bool:
@@ -297,7 +352,8 @@ def _read_in_place(
     reads: list[Read] = []
     for shard in shards_of(core.states):
         name, boxes = name_of(shard.parameter), shard.boxes()
-        for key, plane in shard.planes.items():
+        is_same = reader.manifest.optimizer.format_of(name) == shard.state_format
+        for key, plane in shard.planes.items() if is_same else ():
             saved = _plane_name(reader.manifest, name, key)
             if saved in reader.manifest.tensors:  # `_check` has found what may be missing
                 reads += _reads(reader, saved, boxes, shard.order, plane)
@@ -309,6 +365,30 @@ def _read_in_place(
     for name, tensor in state.whole.items():
         reads += _live_reads(reader, _saved_name(reader.manifest, name), tensor)
     reader.read(reads)
+
+
+def _convert(reader: CheckpointReader, name_of: ParameterNames, core: ShardedAdam) -> None:
+    """Read state that was saved in another format, and convert it.
+
+    Call it after the parameters are loaded: a split master weight depends on its parameter.
+    """
+    manifest = reader.manifest
+    for shard in shards_of(core.states):
+        name = name_of(shard.parameter)
+        if manifest.optimizer.format_of(name) == shard.state_format:
+            continue
+        numel = shard.end - shard.start
+        for key, dtype in _saved_dtypes(manifest, name, shard).items():
+            saved = _plane_name(manifest, name, key)
+            if saved not in manifest.tensors:
+                continue
+            values = torch.empty(numel, dtype=dtype, device="cpu")
+            reader.read(_reads(reader, saved, shard.boxes(), shard.order, values))
+            if key in shard.planes:
+                shard.planes[key].copy_(values)
+            else:
+                other = OTHER_MASTER_KEY[key]
+                shard.planes[other].copy_(convert_master(other, values, shard.weight))
 
 
 def _load_modules(reader: CheckpointReader, model: nn.Module, state: ModelState) -> bool:

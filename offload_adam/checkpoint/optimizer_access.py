@@ -15,15 +15,12 @@ from torch import nn
 
 from offload_adam.checkpoint.format import LOAD_ANOTHER
 from offload_adam.errors import CheckpointError
-from offload_adam.params.groups import FIXED_OPTIONS, TORCH_OPTIONS
+from offload_adam.params.groups import FIXED_OPTIONS, LOCAL_OPTIONS
 from offload_adam.printable import show
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.state.state_shard import check_step_count, shards_of
 from offload_adam.step.step import ShardedAdam
 
-# Not saved as options: parameters are saved by their names in the model, torch's options have no
-# effect on the state, and how parameters are sharded may differ between save and load.
-NOT_OPTIONS = ("params", "param_names", "replicas", *TORCH_OPTIONS)
 SAME_MODEL = "Construct the model and the optimizer as they were when they were saved."
 """What to do about a checkpoint of another model or optimizer, for error messages."""
 
@@ -91,13 +88,20 @@ def plain_state(
     groups = [
         {
             "parameters": [name_of(parameter) for parameter in group["params"]],
-            "options": {k: value for k, value in group.items() if k not in NOT_OPTIONS},
+            "options": {k: value for k, value in group.items() if k not in LOCAL_OPTIONS},
         }
         for group in optimizer.param_groups
     ]
-    shards = shards_of(core.states)
-    steps = {name_of(shard.parameter): float(shard.step) for shard in shards}
-    return {"groups": groups, "steps": steps, "further": optimizer._further_state()}
+    steps, formats = {}, {}
+    for shard in shards_of(core.states):
+        name = name_of(shard.parameter)
+        steps[name] = float(shard.step)
+        if shard.state_format != "fp32":
+            formats[name] = shard.state_format
+    further = optimizer._further_state()
+    # Earlier versions reject the key `formats`, so it is omitted if all state is fp32.
+    tags = {"formats": formats} if formats else {}
+    return {"groups": groups, "steps": steps, "further": further, **tags}
 
 
 def plan_plain_state(
@@ -186,7 +190,7 @@ def _options_of(entry: Mapping[str, Any]) -> dict[str, Any]:
 
     Keys such as `params`, which only a damaged checkpoint has here, are left out.
     """
-    return {key: value for key, value in entry["options"].items() if key not in NOT_OPTIONS}
+    return {key: value for key, value in entry["options"].items() if key not in LOCAL_OPTIONS}
 
 
 def _check_names(where: str, saved: Iterable[str], here: Collection[str]) -> None:

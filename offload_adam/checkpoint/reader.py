@@ -43,6 +43,7 @@ from offload_adam.state.boxes import (
 NUM_OPEN_FILES = 8
 # Verified blocks in memory. The pieces of one tensor are usually in one or two files.
 NUM_BLOCKS = 4
+_NUM_FLAT = 2  # tensors that are read in turns: a parameter and the remainder of its master
 _NUM_BLOCKS_OF_ROWS = 16
 _Blocks = OrderedDict[tuple[Path, int], bytearray]
 """Verified blocks by file and number, the least recently used one first."""
@@ -75,7 +76,7 @@ class CheckpointReader:
         self.manifest = manifest
         self._folder = folder
         self._blocks = _Blocks()
-        self._flat: tuple[str | None, list[tuple[int, int, Piece]] | None] = (None, None)
+        self._flat: OrderedDict[str, list[tuple[int, int, Piece]] | None] = OrderedDict()
         self._open: OrderedDict[str, VerifiedFile] = OrderedDict()
         try:
             # Open each file once, so that a missing file is an error before anything is loaded.
@@ -215,9 +216,11 @@ class CheckpointReader:
 
     def _flat_pieces(self, name: str) -> list[tuple[int, int, Piece]] | None:
         """Return `flat_pieces` of a tensor. They are computed once for all reads in sequence."""
-        if self._flat[0] != name:
-            self._flat = name, flat_pieces(self.manifest.tensors[name])
-        return self._flat[1]
+        if name not in self._flat:
+            if len(self._flat) == _NUM_FLAT:
+                self._flat.popitem(last=False)
+            self._flat[name] = flat_pieces(self.manifest.tensors[name])
+        return self._flat[name]
 
     def _file(self, name: str) -> VerifiedFile:
         """Return an open file; close the least recently used one if too many are open."""

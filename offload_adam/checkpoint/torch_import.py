@@ -15,11 +15,10 @@ from offload_adam.checkpoint.commit import commit_files, partial_output
 from offload_adam.checkpoint.dtypes import saveable
 from offload_adam.checkpoint.encoding import check_size, encode
 from offload_adam.checkpoint.format import FORMAT_VERSION, GroupEntry, Manifest, OptimizerEntry
-from offload_adam.checkpoint.optimizer_access import NOT_OPTIONS
 from offload_adam.checkpoint.rank_file import RankFile, rank_file_name
 from offload_adam.checkpoint.save import manifest_of, memory_key, whole_part
 from offload_adam.errors import CheckpointError
-from offload_adam.params.groups import check_group
+from offload_adam.params.groups import LOCAL_OPTIONS, check_group
 from offload_adam.printable import show
 
 _PLANES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -294,7 +293,7 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
             raise CheckpointError(
                 f"A parameter group has no {key!r}. Import a file of torch's Adam or AdamW."
             )
-    options = {key: value for key, value in group.items() if key not in NOT_OPTIONS}
+    options = {key: value for key, value in group.items() if key not in LOCAL_OPTIONS}
     check_group({**_DEFAULTS, **options})
     return options
 

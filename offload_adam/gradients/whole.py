@@ -60,7 +60,7 @@ def prepare_gradient(
 
     Source: Yong et al., "Gradient Centralization" (2020).
     """
-    weight = segment.of(state.planes.master_weight)
+    weight = state.planes.master_of(segment)
     entries = gradients.rows.get(segment.position)
     if entries is not None:
         if state.layout.world_size == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from offload_adam.layout.flat import Bucket
-from offload_adam.layout.state_plan import FLOAT32_NBYTES, StatePlan
+from offload_adam.layout.state_plan import StatePlan
 
 BLOCK_SUM_NBYTES = 8  # float64
 NUM_STAGING_SLOTS = 2
@@ -67,6 +67,7 @@ def plane_nbytes(plan: StatePlan) -> dict[str, int]:
     state = plan.state
     itemsizes = {
         "master_weight": state.master_weight,
+        "master_remainder": state.master_remainder,
         "exp_avg": state.exp_avg,
         "exp_avg_sq": state.exp_avg_sq,
         "max_exp_avg_sq": state.max_exp_avg_sq,
@@ -85,7 +86,7 @@ def saved_nbytes(plan: StatePlan) -> int:
 
     They are its parameters and planes of state, including padding.
     """
-    return plan.bucket.shard_numel * (plan.bucket.itemsize + plan.state.itemsize)
+    return plan.bucket.shard_numel * (plan.bucket.itemsize + plan.state.saved)
 
 
 def snapshot_buffer_nbytes(plans: Sequence[StatePlan], limit_nbytes: int) -> int:
@@ -100,8 +101,9 @@ def snapshot_buffer_nbytes(plans: Sequence[StatePlan], limit_nbytes: int) -> int
 def traffic_nbytes(plan: StatePlan) -> int:
     """Return the bytes that the norm and the update of one rank's shard of a bucket read and write.
 
-    Both read the gradient. The update reads and writes each plane of state, and an fp32 parameter
-    that is its own master weight. It writes a 16-bit parameter.
+    Both read the gradient. The update reads and writes each plane of state. It also reads and
+    writes a parameter that is its own master weight, or the high half of it. Any other parameter is
+    only written.
     """
     return update_traffic_nbytes(plan) + plan.bucket.shard_numel * _gradient_itemsize(plan)
 
@@ -110,7 +112,7 @@ def update_traffic_nbytes(plan: StatePlan) -> int:
     """Return the bytes that the update alone reads and writes."""
     bucket, state = plan.bucket, plan.state
     own_master = 0 if state.master_weight else bucket.itemsize
-    param_out = 0 if bucket.itemsize == FLOAT32_NBYTES else bucket.itemsize
+    param_out = bucket.itemsize if plan.writes_parameters else 0
     itemsize = _gradient_itemsize(plan) + 2 * (state.itemsize + own_master) + param_out
     return bucket.shard_numel * itemsize
 

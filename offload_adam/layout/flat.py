@@ -67,13 +67,15 @@ saved as one file for each rank of a world (`local_state_dict`) depends on where
 class ParameterSpec:
     """The properties of a parameter that determine its layout.
 
-    bucket_key: equal for all parameters of a bucket; it encodes dtype, device and `amsgrad`.
+    bucket_key: equal for all parameters of a bucket; it encodes dtype, device and planes of state.
     unit: equal for all parameters of a bucket, too: what FSDP2 gathers at a time, for example.
         Buckets of several units share slots.
     amsgrad: the state includes the largest second moment so far.
     on_device: the parameter is not in host memory.
     padded_numel: elements to reserve for the parameter, if more than `numel`.
     num_shards: number of ranks that share the state of its bucket; 0 for the default of all.
+    has_bf16_moments: moments are bfloat16 instead of float32.
+    splits_master: the parameter is the high half of its own master weight.
     """
 
     index: int
@@ -85,6 +87,8 @@ class ParameterSpec:
     unit: str = ""
     padded_numel: int = 0
     num_shards: int = 0
+    has_bf16_moments: bool = False
+    splits_master: bool = False
 
 
 class Placement(NamedTuple):
@@ -147,6 +151,8 @@ class Bucket:
     placements: tuple[Placement, ...]
     amsgrad: bool = False
     on_device: bool = False
+    has_bf16_moments: bool = False
+    splits_master: bool = False
 
     def __post_init__(self) -> None:
         end = 0
@@ -262,6 +268,8 @@ def plan_buckets(
             tuple(placements),
             amsgrad=spec.amsgrad,
             on_device=spec.on_device,
+            has_bf16_moments=spec.has_bf16_moments,
+            splits_master=spec.splits_master,
         )
         for offset, (spec, placements) in enumerate(groups)
     )

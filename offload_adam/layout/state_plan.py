@@ -30,6 +30,7 @@ from offload_adam.layout.flat import Bucket, ParameterSpec, plan_buckets
 from offload_adam.options import OffloadPolicy
 
 FLOAT32_NBYTES = 4
+BFLOAT16_NBYTES = 2
 
 # The default bucket size balances two costs of a step whose updates take longer than the forward.
 # Assume 8 ranks on a node with 400 GB/s of host memory, an update that moves 28 bytes for each bf16
@@ -138,23 +139,37 @@ class StatePolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class StateFormat:
+class PlaneSizes:
     """Bytes per element of each plane of state; 0 for a plane that does not exist.
 
-    master_weight: 0 if the parameter is fp32 and on the device of its state, because it is its own
-        master weight.
+    master_weight: 4 for fp32. 2 for the high half of a split master weight, if the parameter is on
+        another device than its state. 0 if the parameter itself is the master weight or its high
+        half.
+    master_remainder: 2 for the low half of a split master weight.
     max_exp_avg_sq: only with amsgrad.
     """
 
     master_weight: int
+    master_remainder: int
     exp_avg: int
     exp_avg_sq: int
     max_exp_avg_sq: int
 
     @property
+    def moments(self) -> int:
+        """Bytes per element of the moments together."""
+        return self.exp_avg + self.exp_avg_sq + self.max_exp_avg_sq
+
+    @property
     def itemsize(self) -> int:
         """Bytes per element of all planes together."""
-        return self.master_weight + self.exp_avg + self.exp_avg_sq + self.max_exp_avg_sq
+        return self.master_weight + self.master_remainder + self.moments
+
+    @property
+    def saved(self) -> int:
+        """Bytes per element of the planes in a checkpoint, which omits copies of parameters."""
+        master = self.master_remainder or self.master_weight
+        return master + self.moments
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +201,7 @@ class StatePlan:
 
     bucket: Bucket
     location: StateLocation
-    state: StateFormat
+    state: PlaneSizes
     gradient: GradientPlan
     pinned: bool
     pins_staging: bool
@@ -249,13 +264,22 @@ class StatePlan:
     def stages_parameters(self) -> bool:
         """Whether the H2D copy of updated parameters reads from a staging slot.
 
-        The kernel writes 16-bit parameters into the slot. For fp32 parameters, the H2D copy reads
-        the master weight itself, unless only the slot is page-locked: the master weight is then
-        copied into the slot first.
+        If the kernel writes 16-bit parameters, it writes them into the slot. Otherwise the H2D copy
+        reads the master weight, or its high half. If only the slot is page-locked, the master
+        weight is copied into the slot first.
         """
         # A copy from memory that is not page-locked would block the thread that issues it.
-        is_16bit = self.bucket.itemsize < FLOAT32_NBYTES
-        return self.is_offloaded and (is_16bit or (self.pins_staging and not self.pinned))
+        return self.is_offloaded and (
+            self.writes_parameters or (self.pins_staging and not self.pinned)
+        )
+
+    @property
+    def writes_parameters(self) -> bool:
+        """Whether the kernel writes 16-bit parameters in addition to their master weights.
+
+        False for fp32 parameters, and for parameters that are the high halves of master weights.
+        """
+        return self.bucket.itemsize < FLOAT32_NBYTES and not self.bucket.splits_master
 
 
 def plan_state(
@@ -268,6 +292,9 @@ def plan_state(
     Args:
         specs: parameters in forward order.
         first_index: index of the first new bucket, after those that already exist.
+
+    Raises:
+        ValueError: bf16 state would be stored on a device.
     """
     buckets = plan_buckets(
         specs,
@@ -279,13 +306,12 @@ def plan_state(
     plans = []
     for bucket in buckets:
         location = _location_of(bucket, policy, bucket.index in on_device)
-        own_master = bucket.itemsize == FLOAT32_NBYTES and location is not StateLocation.OFFLOADED
-        state = StateFormat(
-            master_weight=0 if own_master else FLOAT32_NBYTES,
-            exp_avg=FLOAT32_NBYTES,
-            exp_avg_sq=FLOAT32_NBYTES,
-            max_exp_avg_sq=FLOAT32_NBYTES if bucket.amsgrad else 0,
-        )
+        if bucket.has_bf16_moments and not location.is_host:
+            raise ValueError(
+                "state_format='bf16' needs state in host memory, where the kernels update it. Pass "
+                "offload_fraction=1 (and use_offload=True to Adam), or state_format='fp32'."
+            )
+        state = _plane_sizes(bucket, location)
         gradient = _gradient_plan(bucket, location, policy)
         pinned = policy.pins_state and location.is_host
         plans.append(StatePlan(bucket, location, state, gradient, pinned, policy.pins_staging))
@@ -339,6 +365,33 @@ def _location_of(bucket: Bucket, policy: StatePolicy, stays: bool) -> StateLocat
     if policy.replicated:
         return StateLocation.REPLICATED
     return StateLocation.DEVICE if stays else StateLocation.OFFLOADED
+
+
+def _plane_sizes(bucket: Bucket, location: StateLocation) -> PlaneSizes:
+    """Return the bytes per element of each plane of a bucket's state.
+
+    state format, parameter     master_weight   master_remainder   each moment
+    fp32, 16-bit parameter      4               0                  4
+    fp32, fp32 parameter        own             0                  4
+    bf16, bf16 parameter        own             2                  2
+    bf16, fp16 parameter        4               0                  2
+    bf16, fp32 parameter        own             0                  2
+
+    "own": the parameter is the master weight, or its high half. The size is then 0, or that of the
+    parameter if it is on a device and its state in host memory, which then has a copy of it.
+    """
+    moment = BFLOAT16_NBYTES if bucket.has_bf16_moments else FLOAT32_NBYTES
+    if bucket.splits_master or bucket.itemsize == FLOAT32_NBYTES:
+        master = bucket.itemsize if location is StateLocation.OFFLOADED else 0
+    else:
+        master = FLOAT32_NBYTES
+    return PlaneSizes(
+        master_weight=master,
+        master_remainder=BFLOAT16_NBYTES if bucket.splits_master else 0,
+        exp_avg=moment,
+        exp_avg_sq=moment,
+        max_exp_avg_sq=moment if bucket.amsgrad else 0,
+    )
 
 
 def _gradient_plan(bucket: Bucket, location: StateLocation, policy: StatePolicy) -> GradientPlan:

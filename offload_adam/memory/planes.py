@@ -6,37 +6,52 @@ from dataclasses import dataclass
 
 import torch
 
+from offload_adam.layout.flat import Segment
 from offload_adam.layout.state_plan import StatePlan
 from offload_adam.memory.arena import HostArena
+from offload_adam.memory.split_master import join
 
 
 @dataclass(frozen=True, slots=True)
 class StatePlanes:
     """This rank's Adam state of one bucket; every tensor is flat and `shard_numel` long.
 
-    master_weight: float32. If the plan has no such plane, the parameter's own shard.
-    exp_avg, exp_avg_sq: float32.
+    master_weight: float32; or bfloat16, the high half of a split master weight. If the plan has no
+        such plane, the parameter's own shard.
+    master_remainder: int16, the low half of a split master weight; None if it is not split.
+    exp_avg, exp_avg_sq: float32 or bfloat16.
     max_exp_avg_sq: float32, None without amsgrad.
     gradient_shard: the reduced gradient, None if the kernel reads `.grad` itself.
     """
 
     master_weight: torch.Tensor
+    master_remainder: torch.Tensor | None
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
     max_exp_avg_sq: torch.Tensor | None
     gradient_shard: torch.Tensor | None
+
+    def master_of(self, segment: Segment) -> torch.Tensor:
+        """Return a segment's float32 master weights, (numel,): a view, or a copy if split."""
+        master = segment.of(self.master_weight)
+        if self.master_remainder is None:
+            return master
+        return join(master, segment.of(self.master_remainder))
 
     def named(self, *, own_master: bool) -> dict[str, torch.Tensor]:
         """Return the planes that belong to the optimizer's state, by torch's keys.
 
         Args:
             own_master: the parameter is its own master weight, so there is no entry for it. The
-                parameter is saved with the model, and a second copy might differ.
+                parameter is saved with the model, and a second copy might differ. For the same
+                reason the high half of a split master weight has no entry.
         """
         planes = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         if self.max_exp_avg_sq is not None:
             planes["max_exp_avg_sq"] = self.max_exp_avg_sq
-        if not own_master:
+        if self.master_remainder is not None:
+            planes["master_remainder"] = self.master_remainder
+        elif not own_master:
             planes["master_weight"] = self.master_weight
         return planes
 
@@ -55,11 +70,14 @@ def allocate_planes(plan: StatePlan, arena: HostArena, shard: torch.Tensor) -> S
             return arena.allocate(plan.bucket.shard_numel, dtype)
         return torch.zeros(plan.bucket.shard_numel, dtype=dtype, device=shard.device)
 
+    master = torch.bfloat16 if plan.bucket.splits_master else torch.float32
+    moment = torch.bfloat16 if plan.bucket.has_bf16_moments else torch.float32
     planes = StatePlanes(
-        master_weight=allocate(torch.float32) if plan.state.master_weight else shard,
-        exp_avg=allocate(torch.float32),
-        exp_avg_sq=allocate(torch.float32),
-        max_exp_avg_sq=allocate(torch.float32) if plan.state.max_exp_avg_sq else None,
+        master_weight=allocate(master) if plan.state.master_weight else shard,
+        master_remainder=allocate(torch.int16) if plan.state.master_remainder else None,
+        exp_avg=allocate(moment),
+        exp_avg_sq=allocate(moment),
+        max_exp_avg_sq=allocate(moment) if plan.state.max_exp_avg_sq else None,
         gradient_shard=(
             allocate(gradient_dtype(shard.dtype, plan.gradient.shard_itemsize))
             if plan.gradient.shard_itemsize

@@ -38,7 +38,7 @@ from offload_adam.mindspore.groups import (
     reject_unequal_lengths,
 )
 from offload_adam.mindspore.inspection import InspectableAdam
-from offload_adam.options import ExecutionOptions, FailurePolicy, OffloadPolicy
+from offload_adam.options import ExecutionOptions, FailurePolicy, OffloadPolicy, StateFormat
 from offload_adam.params.groups import check_group, hyperparameters_of
 from offload_adam.params.selection import Selection
 from offload_adam.printable import show
@@ -93,7 +93,7 @@ class Adam(InspectableAdam):
         decay_norms: apply weight decay to the norm layers of `module` too.
         module: the model. It gives the parameters their names. With `use_offload`, gradients are
             also moved to the host during backward, as in the streaming mode of `OffloadAdam`.
-        max_grad_norm, process_group, gradient_reduction, reduce_dtype, state_dtype, accumulate,
+        max_grad_norm, process_group, gradient_reduction, reduce_dtype, state_format, accumulate,
             overlap, defer, num_threads, offload, failures: as for `OffloadAdam`. Without
             `use_offload`, `accumulate`, `overlap` and `OffloadPolicy.units` must have their
             defaults.
@@ -131,7 +131,7 @@ class Adam(InspectableAdam):
         process_group: dist.ProcessGroup | None = None,
         gradient_reduction: str | None = None,
         reduce_dtype: torch.dtype | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_format: StateFormat = "fp32",
         accumulate: str | None = "auto",
         overlap: bool | None = None,
         defer: bool = False,
@@ -146,7 +146,7 @@ class Adam(InspectableAdam):
             process_group=process_group,
             gradient_reduction=gradient_reduction,
             reduce_dtype=reduce_dtype,
-            state_dtype=state_dtype,
+            state_format=state_format,
             max_grad_norm=max_grad_norm,
             accumulate=accumulate,
             overlap=overlap,

@@ -10,11 +10,15 @@ import numpy.typing as npt
 import torch
 
 from offload_adam.fsdp_private import is_dtensor, replace_local
+from offload_adam.kernels import random_keys as at
 from offload_adam.layout.flat import BLOCK_NUMEL, Bucket, Segment
 from offload_adam.layout.state_plan import StatePlan
 from offload_adam.memory.arena import HostArena, padded_nbytes
 from offload_adam.memory.planes import StatePlanes, gradient_dtype
+from offload_adam.options import StateFormat
+from offload_adam.params.element_index import element_index
 from offload_adam.params.elements import in_shape_of, with_own_storage
+from offload_adam.params.groups import bare_name
 from offload_adam.params.local_shard import LocalShard
 from offload_adam.params.selection import NewParameter
 
@@ -93,6 +97,26 @@ class ShardSegments:
         return [self.each[row] for row in np.flatnonzero(chosen[self.positions]).tolist()]
 
 
+def rounding_places(
+    items: Sequence[NewParameter], segments: ShardSegments
+) -> npt.NDArray[np.int64]:
+    """Return `BucketState.places` of parameters with bf16 state.
+
+    Args:
+        items: the parameters of one bucket.
+        segments: the parts of these parameters in this rank's shard.
+    """
+    places = np.zeros((len(items), at.NUM_COLUMNS), dtype=np.int64)
+    for position, item in enumerate(items):
+        # DistributedDataParallel adds a prefix, which must not change the random bits.
+        name = bare_name(item.name).removeprefix("module.")
+        places[position, at.KEY] = at.name_key(name).astype(np.int64)
+        places[position, [at.FIRST, at.RUN, at.PITCH]] = element_index(item.parameter)
+    # A parameter has at most one segment in a shard.
+    places[segments.positions, at.LOCAL_START] = segments.parameter_starts
+    return places
+
+
 @dataclass(frozen=True, eq=False)
 class BucketState:
     """One rank's part of one bucket.
@@ -110,6 +134,8 @@ class BucketState:
     centralized: (num parameters,) bool, whether the mean over all dimensions but the first is
         subtracted from a parameter's gradients.
     segments: the parts of parameters in this rank's shard.
+    places: (num parameters, 5) int64, see `kernels.adam.update`, but the key is `name_key`, which
+        does not depend on the step; None for fp32 state.
     counted: this rank adds its shard to global sums. False if other ranks have the same elements,
         and one of them adds these.
     local_shard: how FSDP2 or tensor parallelism has sharded the first of the bucket's parameters,
@@ -130,6 +156,7 @@ class BucketState:
     step_counts: torch.Tensor
     centralized: npt.NDArray[np.bool_]
     segments: ShardSegments
+    places: npt.NDArray[np.int64] | None
     counted: bool
     local_shard: LocalShard | None = None
 
@@ -140,8 +167,13 @@ class BucketState:
 
     @property
     def own_master(self) -> bool:
-        """Whether the parameters are their own master weights; then they are fp32."""
+        """Whether the parameters are their own master weights, or the high halves of them."""
         return self.plan.state.master_weight == 0
+
+    @property
+    def state_format(self) -> StateFormat:
+        """The format of the state."""
+        return "bf16" if self.layout.has_bf16_moments else "fp32"
 
     @property
     def gradient_dtype(self) -> torch.dtype:

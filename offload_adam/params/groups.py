@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from offload_adam.kernels.scalars import Hyperparameters
-from offload_adam.options import is_number, plain
+from offload_adam.options import STATE_FORMAT, is_number, plain
 from offload_adam.printable import show
 
 _BOOLEANS = ("amsgrad", "nesterov", "maximize", "decoupled_weight_decay")
@@ -60,6 +60,8 @@ def check_group(group: dict[str, Any]) -> None:
     # Only groups of `Adam`, or groups loaded from its state, have this key.
     if not isinstance(group.get("epsilon_hat", False), bool):
         raise TypeError(f"epsilon_hat must be a bool, not {show(group['epsilon_hat'])}")
+    if group.get("state_format") is not None:
+        STATE_FORMAT.check("state_format", group["state_format"])
     for name in TORCH_OPTIONS:  # groups of `Adam` do not have these keys
         chosen = group.get(name)
         if chosen is not None and not isinstance(chosen, bool):
@@ -157,7 +159,12 @@ def _plain(value: Any) -> Any:
 
 
 FIXED_OPTIONS = ("amsgrad", "grad_centralization")
-"""Options that determine the allocated state or how gradients are read. They cannot change."""
+"""Options that determine the allocated state or how gradients are read. They cannot change after
+construction, or between save and load."""
+
+LOCAL_OPTIONS = ("params", "param_names", "replicas", "state_format", *TORCH_OPTIONS)
+"""Keys that are not loaded from a saved group. Parameters are saved by name. Sharding and state
+format may differ between save and load. torch's options have no effect on the state."""
 
 
 class GroupWatch:
@@ -167,7 +174,7 @@ class GroupWatch:
 
     - parameters that were added to a group, removed, replaced or moved to another group;
     - groups that were added without `add_param_group`, or removed;
-    - changes of the options in `FIXED_OPTIONS`, and wrong hyperparameters.
+    - changes of `state_format` and of the options in `FIXED_OPTIONS`, and wrong hyperparameters.
 
     Reordering the parameters of a group is allowed.
 
@@ -260,5 +267,6 @@ class GroupWatch:
 
 
 def _fixed_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    # Only groups of `Adam` have grad_centralization.
-    return {key: group.get(key, False) for key in FIXED_OPTIONS}
+    # Only groups of `Adam` have grad_centralization. state_format is optional in a group.
+    fixed = {key: group.get(key, False) for key in FIXED_OPTIONS}
+    return {**fixed, "state_format": group.get("state_format")}

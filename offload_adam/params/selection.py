@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from offload_adam.fsdp_private import is_dtensor, local_of, placement_of
+from offload_adam.options import StateFormat
 from offload_adam.params.elements import FORMATS, memory_strides
 from offload_adam.params.groups import hyperparameters_of, names_of
 from offload_adam.params.local_shard import LocalShard
@@ -114,6 +115,7 @@ class NewParameter:
     """A trainable parameter for which the optimizer will allocate state.
 
     index: index among all trainable parameters of the optimizer.
+    state_format: the format of its state.
     group: index of its hyperparameters in `StepInputs.hyperparameters`. This is the index of its
         parameter group, unless the optimizer has several sets of hyperparameters for one group.
     centralized: the mean over all dimensions but the first is subtracted from its gradients.
@@ -125,6 +127,7 @@ class NewParameter:
     parameter: torch.nn.Parameter
     group: int
     amsgrad: bool
+    state_format: StateFormat = "fp32"
     centralized: bool = False
     shard: LocalShard | None = None
 
@@ -141,7 +144,18 @@ class NewParameter:
     @property
     def bucket_key(self) -> str:
         """A key that all parameters of one bucket share: dtype, device and planes of state."""
-        return bucket_key_of(self.local) + ("+amsgrad" if self.amsgrad else "")
+        planes = "+bf16 state" if self.has_bf16_moments else "+amsgrad" if self.amsgrad else ""
+        return bucket_key_of(self.local) + planes
+
+    @property
+    def has_bf16_moments(self) -> bool:
+        """Whether its moments are bfloat16."""
+        return self.state_format == "bf16"
+
+    @property
+    def splits_master(self) -> bool:
+        """Whether the parameter is the high half of its own master weight."""
+        return self.state_format == "bf16" and self.parameter.dtype == torch.bfloat16
 
     @property
     def unit(self) -> str:
@@ -165,6 +179,7 @@ def select_parameters(
     *,
     known: Collection[torch.Tensor],
     first_group: int,
+    state_format: StateFormat = "fp32",
     shard_of: Callable[[str, torch.Tensor, Any], LocalShard] | None = None,
 ) -> Selection:
     """Separate the trainable parameters of these groups from the frozen ones.
@@ -173,6 +188,8 @@ def select_parameters(
         module: gives names to the parameters; None to use their positions.
         known: parameters that already have state, to leave out.
         first_group: index of the first of `groups` in `param_groups`.
+        state_format: the format for tensors with two or more dimensions in groups without their own
+            `state_format`.
         shard_of: `ShardedModel.shard_of`, None if no parameter is sharded.
     """
     selection = Selection([], [])
@@ -185,16 +202,34 @@ def select_parameters(
                 index = len(known) + len(selection.new)
                 centralized = group.get("grad_centralization", False) and parameter.dim() > 1
                 shard = shard_of and shard_of(name, parameter, group.get("replicas"))
-                amsgrad = group["amsgrad"]
+                default = state_format if follows_state_format(parameter) else "fp32"
                 selection.new.append(
-                    NewParameter(index, name, parameter, number, amsgrad, centralized, shard)
+                    NewParameter(
+                        index,
+                        name,
+                        parameter,
+                        number,
+                        amsgrad=group["amsgrad"],
+                        state_format=group.get("state_format") or default,
+                        centralized=centralized,
+                        shard=shard,
+                    )
                 )
             else:
                 selection.frozen.append((name, parameter))
     return selection
 
 
-def check_parameters(new: Iterable[NewParameter], known: Iterable[Named]) -> None:
+def follows_state_format(parameter: torch.Tensor) -> bool:
+    """Return whether the optimizer's `state_format` applies to a parameter.
+
+    A group's own `state_format` applies to all of its parameters.
+    """
+    # Biases and norms have few elements, and training is sensitive to their precision.
+    return not is_lazy(parameter) and parameter.dim() > 1
+
+
+def check_parameters(new: Sequence[NewParameter], known: Iterable[Named]) -> None:
     """Check that parameters can be optimized and do not overlap in memory.
 
     Args:
@@ -205,6 +240,13 @@ def check_parameters(new: Iterable[NewParameter], known: Iterable[Named]) -> Non
     """
     members = [(item.name, item.parameter) for item in new]
     seen: set[torch.nn.Parameter] = set()
+    for item in new:
+        if item.amsgrad and item.state_format != "fp32":
+            raise ValueError(
+                f"Parameter {item.name!r} has amsgrad=True and state_format={item.state_format!r}, "
+                "but the largest second moment needs fp32. Pass amsgrad=False or "
+                "state_format='fp32'."
+            )
     for name, parameter in members:
         check_parameter(name, parameter)
         if parameter in seen:
@@ -252,6 +294,7 @@ def describe(
             # A shard is a range in memory order, so other strides would mix up elements.
             (f"the strides of {item.name!r}", str(memory_strides(parameter))),
             (f"the group of {item.name!r}", str(item.group)),
+            (f"the state format of {item.name!r}", item.state_format),
             (f"the centralization of {item.name!r}", str(item.centralized)),
             (f"the placement of {item.name!r}", placement_of(parameter)),
         ]

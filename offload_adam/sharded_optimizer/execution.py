@@ -104,6 +104,8 @@ def decide_execution(
         reduces = _resolve_reduction(options, trained, searches=searches) == "optimizer"
     streams = hooked and (reduces or (sharded is not None and can_wait))
     _check_needs_of_hooks(options, hooked=hooked, streams=streams)
+    if options.state_format != "fp32" and any(on_device):
+        _check_low_precision(options, replicated=replicated)
     policy = StatePolicy.from_options(
         options.offload,
         world_size=world_size,
@@ -244,6 +246,20 @@ def _check_needs_of_hooks(options: ExecutionOptions, *, hooked: bool, streams: b
     for unit in units or ():
         if not isinstance(unit, torch.nn.Module):
             raise TypeError(f"units must be submodules of module=, not {show(unit)}")
+
+
+def _check_low_precision(options: ExecutionOptions, *, replicated: bool) -> None:
+    """Reject options that would store bf16 state on a device.
+
+    Raises:
+        ValueError: the message has the option to change.
+    """
+    if replicated or options.offload.offload_fraction < 1.0:
+        remedy = "use_offload=True" if replicated else "offload_fraction=1"
+        raise ValueError(
+            f"state_format={options.state_format!r} needs state in host memory, where the kernels "
+            f"update it. Pass {remedy}, or state_format='fp32'."
+        )
 
 
 def _warn_of_fraction_without_effect(policy: StatePolicy, on_device: bool) -> None:

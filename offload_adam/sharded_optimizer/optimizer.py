@@ -261,6 +261,7 @@ class ShardedOptimizer(FollowsModel):
             self._module,
             known=self._index_of,
             first_group=first_group,
+            state_format=self._options.state_format,
             shard_of=None if self._sharded is None else self._sharded.shard_of,
         )
 

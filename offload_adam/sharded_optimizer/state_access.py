@@ -17,9 +17,11 @@ from offload_adam.compiling import never_compiled
 from offload_adam.coordinator.rank_checks import raise_on_all_ranks
 from offload_adam.coordinator.ranks import RankGroup
 from offload_adam.errors import CheckpointError
+from offload_adam.options import StateFormat
 from offload_adam.params.groups import known_names, names_of
 from offload_adam.printable import show
 from offload_adam.state.state_dict import (
+    FORMATS_KEY,
     STATE_KEY,
     StateReference,
     check_group_sizes,
@@ -29,6 +31,7 @@ from offload_adam.state.state_dict import (
     merge_groups,
     pack_full,
     read_saved,
+    reject_other_format,
 )
 from offload_adam.state.state_edits import StateEdits
 from offload_adam.state.state_shard import plan_load, shard_of, state_shard
@@ -317,8 +320,24 @@ class StateAccess(torch.optim.Optimizer):
         return {
             "state": {**entries, **self._added_values()},
             "param_groups": self._packed_groups(ids),
-            STATE_KEY: {"world_size": world_size, "rank": rank, **self._package_entries()},
+            STATE_KEY: {
+                "world_size": world_size,
+                "rank": rank,
+                **self._formats(),
+                **self._package_entries(),
+            },
         }
+
+    def _formats(self) -> dict[str, dict[int, StateFormat]]:
+        """Return the state dict entry for parameters without fp32 state; {} if there are none."""
+        ids = self._trainable_ids()
+        formats: dict[int, StateFormat] = {
+            ids[index]: state.state_format
+            for state in self._alive().states
+            if state.state_format != "fp32"
+            for index in state.indices.tolist()
+        }
+        return {FORMATS_KEY: formats} if formats else {}
 
     @serialized
     def full_state_dict(self) -> dict[str, Any]:
@@ -401,18 +420,22 @@ class StateAccess(torch.optim.Optimizer):
         return {**({} if names is None else {"param_names": names}), **self._further_state()}
 
     @serialized
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, convert: bool = False) -> None:
         """Load a state in place, after checking all of it. Collective with more than one rank.
 
-        Parameters are matched by name if both sides have names, else by position.
+        Parameters are matched by name if both sides have names, else by position. fp32 moments
+        are rounded to nearest if this optimizer has bf16 state.
 
         Args:
             state_dict: from `state_dict`, `local_state_dict` or `full_state_dict`, or from torch's
                 Adam or AdamW.
+            convert: also load bf16 state into fp32 state, which is otherwise an error. Load the
+                model first: its parameters are parts of the master weights.
 
         Raises:
             TypeError, ValueError: the state is of another rank or world size, or its groups, names
-                or shapes differ; the message names them. No rank modified anything.
+                or shapes differ, or it is bf16 state that needs `convert`. The message names the
+                difference. No rank modified anything.
             PeerError: another rank raised an error of another type, for example in a hook.
         """
         if self._is_deferred and not state_dict.get("state") and STATE_KEY not in state_dict:
@@ -422,7 +445,7 @@ class StateAccess(torch.optim.Optimizer):
         self._take_unfrozen()
         core = self._settled_on_all_ranks("load_state_dict")
         with raise_on_all_ranks(self._ranks, "load_state_dict"):
-            load = self._plan_load(core, state_dict)
+            load = self._plan_load(core, state_dict, convert=convert)
         load()
         for post_hook in load_state_dict_post_hooks(self):
             post_hook(self)
@@ -434,7 +457,9 @@ class StateAccess(torch.optim.Optimizer):
         for group, options in zip(self.param_groups, merged, strict=True):
             dict.update(group, options)
 
-    def _plan_load(self, core: ShardedAdam, state_dict: dict[str, Any]) -> Callable[[], None]:
+    def _plan_load(
+        self, core: ShardedAdam, state_dict: dict[str, Any], *, convert: bool
+    ) -> Callable[[], None]:
         """Check a state dict, and return a function that loads it. Only that may be collective."""
         state_dict = dict(state_dict)
         for pre_hook in load_state_dict_pre_hooks(self):
@@ -456,6 +481,8 @@ class StateAccess(torch.optim.Optimizer):
             for parameter, saved_id in zip(group["params"], group_ids, strict=True)
             if parameter in self._index_of
         }
+        if not convert:
+            self._reject_other_formats(core, saved.formats, saved_ids)
         self._warn_of_frozen(saved.state, saved_ids)
         with torch.no_grad():
             copies = [
@@ -491,6 +518,29 @@ class StateAccess(torch.optim.Optimizer):
             self._loaded_reference = None
 
         return load
+
+    def _reject_other_formats(
+        self,
+        core: ShardedAdam,
+        formats: Mapping[Any, str],
+        saved_ids: Sequence[Sequence[Any]],
+    ) -> None:
+        """Reject bf16 state for parameters whose state has another format here.
+
+        Args:
+            formats: `SavedState.formats`.
+            saved_ids: saved ids of each group's parameters.
+
+        Raises:
+            ValueError: the message names the parameter.
+        """
+        for group, group_ids in zip(self.param_groups, saved_ids, strict=True):
+            for parameter, saved_id in zip(group["params"], group_ids, strict=True):
+                saved = formats.get(saved_id, "fp32")
+                if saved == "fp32" or parameter not in self._index_of:
+                    continue
+                bucket, position = core.bucket_and_position(self._index_of[parameter])
+                reject_other_format(bucket.names[position], saved, bucket.state_format)
 
     def _load_reference(self, reference: StateReference) -> None:
         """Read the state of a reference, now or when an integration knows its folder."""

@@ -14,19 +14,28 @@ import torch.distributed as dist
 
 from offload_adam.coordinator.rank_checks import gather_texts
 from offload_adam.coordinator.ranks import RankGroup
-from offload_adam.fsdp_private import as_dtensor, local_of
+from offload_adam.fsdp_private import local_of
+from offload_adam.options import STATE_FORMAT
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import in_memory_order, in_shape_of
-from offload_adam.params.groups import FIXED_OPTIONS, TORCH_OPTIONS, bare_name
+from offload_adam.params.groups import (
+    FIXED_OPTIONS,
+    LOCAL_OPTIONS,
+    TORCH_OPTIONS,
+    bare_name,
+)
 from offload_adam.printable import show
 from offload_adam.state.boxes import Box, views_of
-from offload_adam.state.state_shard import ParameterShard, check_step_count
+from offload_adam.state.state_shard import ParameterShard, check_step_count, decoded, placed_as
 from offload_adam.torch_private import all_gather
 
 STATE_KEY = "offload_adam"
 """Key of our own entries in a state dict, such as world size and names. torch ignores it."""
 
-_PLANES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_weight")
+FORMATS_KEY = "state_formats"
+"""Key under `STATE_KEY`: format of each parameter's state, by packed id; fp32 is omitted."""
+
+_PLANES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_weight", "master_remainder")
 _STATE_KEYS = ("step", *_PLANES)
 _GROUP_KEYS = ("lr", "betas", "eps", "weight_decay", "amsgrad")
 
@@ -91,6 +100,7 @@ class SavedState:
     further: the entries under `STATE_KEY`; empty if another optimizer saved the state.
     names: names of each group's parameters, None if they were saved without names.
     added: values that a user or a hook has put into `optimizer.state` under a text of their own.
+    formats: format of each parameter's state, by packed id; parameters with fp32 state are omitted.
     """
 
     state: Mapping[int, Mapping[str, Any]]
@@ -98,6 +108,7 @@ class SavedState:
     further: Mapping[str, Any]
     names: Sequence[Sequence[str]] | None
     added: Mapping[str, Any]
+    formats: Mapping[int, str]
 
     def ids_for(self, names: Sequence[Sequence[str]] | None) -> list[list[Any]]:
         """Return the saved ids of each group's parameters, in the order of this optimizer.
@@ -166,8 +177,8 @@ def read_saved(state_dict: Mapping[str, Any], world_size: int, rank: int) -> Sav
     """Read and check a state dict.
 
     Raises:
-        ValueError: it is not a state dict, it has the ranges of another rank or world size, or it
-            is not the state of an Adam or AdamW.
+        ValueError: it is not a state dict, it has the ranges of another rank or world size, it is
+            not the state of an Adam or AdamW, or it has an unknown format.
     """
     _check_structure(state_dict)
     marker = state_dict.get(STATE_KEY, {})
@@ -196,7 +207,12 @@ def read_saved(state_dict: Mapping[str, Any], world_size: int, rank: int) -> Sav
         if packed not in added
     }
     _reject_foreign(state, groups)
-    return SavedState(state, groups, marker, _saved_names(state_dict), added)
+    # torch's state dict functions drop the entries under `STATE_KEY`, but keep the planes.
+    formats = {packed: "bf16" for packed, entry in state.items() if "master_remainder" in entry}
+    formats |= marker.get(FORMATS_KEY, {})
+    for packed, stored in formats.items():
+        STATE_FORMAT.check(f"The saved state_format of parameter {show(packed)}", stored)
+    return SavedState(state, groups, marker, _saved_names(state_dict), added, formats)
 
 
 def _check_structure(state_dict: Mapping[str, Any]) -> None:
@@ -209,7 +225,7 @@ def _check_structure(state_dict: Mapping[str, Any]) -> None:
         and all(isinstance(group, Mapping) for group in groups)
         and all(isinstance(group.get("params"), Sequence) for group in groups)
         and isinstance(marker, Mapping)
-        and isinstance(marker.get("master_weight", {}), Mapping)
+        and all(isinstance(marker.get(key, {}), Mapping) for key in ("master_weight", FORMATS_KEY))
         and ("world_size" in marker) == ("rank" in marker)
     )
     if not is_valid:
@@ -247,6 +263,27 @@ def _reject_foreign(
                     "not have. Load a state that was saved by Adam, AdamW or this optimizer."
                 )
         check_step_count(f"The saved step of parameter {packed}", entry.get("step", 0))
+
+
+def reject_other_format(name: str, saved: str, own: str, *, can_convert: bool = True) -> None:
+    """Reject bf16 state if this optimizer stores it in another format.
+
+    Args:
+        name: the parameter's name, for the message.
+        saved: format of the saved state.
+        own: format of the state in this optimizer.
+        can_convert: the caller has an argument `convert`.
+
+    Raises:
+        ValueError: the formats differ, and the saved one is not "fp32".
+    """
+    if saved not in ("fp32", own):
+        convert = ", or pass convert=True to convert it" if can_convert else ""
+        raise ValueError(
+            f"The state of parameter {name!r} was saved with state_format={show(saved)}, but this "
+            f"optimizer stores it with {own!r}. Construct the optimizer with the saved "
+            f"format{convert}."
+        )
 
 
 def check_group_sizes(groups: Sequence[Mapping[str, Any]], saved: Sequence[int]) -> None:
@@ -291,9 +328,7 @@ def merge_groups(
         kept = {
             key: copy.deepcopy(value)  # an lr tensor must not be shared with the saved state
             for key, value in saved_group.items()
-            # How torch computed the updates and how parameters were sharded does not matter here,
-            # so these options do not change.
-            if key not in ("params", "param_names", "replicas", *TORCH_OPTIONS)
+            if key not in LOCAL_OPTIONS
         }
         completed = {**group, **kept}
         check(completed)  # before any group is modified
@@ -346,7 +381,7 @@ def gather_bucket(
         for position, index in enumerate(state.indices.tolist())
     }
     planes = state.planes.named(own_master=state.own_master)
-    for key, plane in planes.items():
+    for key, plane in decoded(planes, state.planes.master_weight):
         flat = _gather_plane(plane, ranks, state.layout.world_size)
         if flat is None:
             continue
@@ -385,7 +420,7 @@ def gather_shards(
         # On all ranks, so that none waits for rank 0 below.
         assert sum(numels) == shard.parameter.numel(), "each element is counted on one rank"
         whole.append({"step": shard.step.clone()})
-        for key, plane in shard.planes.items():
+        for key, plane in decoded(shard.planes, shard.high):
             parts = _gather_parts(plane, numels, ranks)
             if ranks.rank != 0:
                 continue
@@ -462,9 +497,11 @@ def join_replicas(state: BucketState, ranks: RankGroup) -> dict[int, dict[str, t
     group = ranks.parts["cpu", shard.replicas]
     for key, plane in state.planes.named(own_master=state.own_master).items():
         flat = torch.empty(state.layout.numel, dtype=plane.dtype, device="cpu")
-        ranks.wait(all_gather(flat, plane.cpu(), group=group, async_op=True))
+        # As bytes: gloo has no collectives for int16.
+        sent = plane.cpu().view(torch.uint8)
+        ranks.wait(all_gather(flat.view(torch.uint8), sent, group=group, async_op=True))
         for position, index in enumerate(state.indices.tolist()):
             placed, parameter = state.layout.placements[position], state.parameters[position]
             part = in_shape_of(flat[placed.start : placed.end].clone(), local_of(parameter))
-            found[index][key] = as_dtensor(part, parameter)
+            found[index][key] = placed_as(parameter, part)
     return found

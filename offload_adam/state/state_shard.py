@@ -19,7 +19,14 @@ from offload_adam.fsdp_private import (
     part_of_whole,
     placement_of,
 )
-from offload_adam.options import MAX_STEP_COUNT
+from offload_adam.memory.split_master import (
+    from_bytes,
+    join,
+    join_to_even,
+    remainder_of,
+    to_bytes,
+)
+from offload_adam.options import MAX_STEP_COUNT, StateFormat
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import in_memory_order, in_shape_of, with_own_storage
 from offload_adam.printable import show
@@ -71,7 +78,9 @@ class ParameterShard(NamedTuple):
     counted: False if another rank has the same elements, and saves them.
     start, end: this rank owns elements [start, end) of the parameter, or of a DTensor's local part.
     weight: (end - start,) view of the parameter, in its dtype, on its device.
-    planes: (end - start,) float32 views of the state, by torch's keys.
+    planes: (end - start,) views of the state, by torch's keys.
+    high: (end - start,) view of the high halves of split master weights; None if they are not
+        split.
     step: 0-d view of the step count.
     """
 
@@ -82,7 +91,13 @@ class ParameterShard(NamedTuple):
     end: int
     weight: torch.Tensor
     planes: Mapping[str, torch.Tensor]
+    high: torch.Tensor | None
     step: torch.Tensor
+
+    @property
+    def state_format(self) -> StateFormat:
+        """The format of the state."""
+        return "bf16" if self.planes["exp_avg"].dtype == torch.bfloat16 else "fp32"
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -92,6 +107,23 @@ class ParameterShard(NamedTuple):
     def boxes(self) -> list[Box]:
         """Return the boxes of the whole parameter that the range consists of, in memory order."""
         return boxes_of_part(self.parameter, self.order, self.start, self.end)
+
+
+def decoded(
+    planes: Mapping[str, torch.Tensor], high: torch.Tensor | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the planes of a state in float32, by torch's keys: views, or copies if converted.
+
+    Args:
+        planes: of one length, by torch's keys.
+        high: high halves of split master weights, of the same length; None if not split.
+    """
+    for key, plane in planes.items():
+        if key == "master_remainder":
+            assert high is not None
+            yield "master_weight", join(high, plane)
+        else:
+            yield key, plane.float()
 
 
 def shards_of(states: Iterable[BucketState]) -> Iterator[ParameterShard]:
@@ -105,6 +137,7 @@ def shard_of(state: BucketState, position: int) -> ParameterShard:
     """Return this rank's range of one parameter, which may be empty."""
     parameter, part = state.parameters[position], _slice_of(state, position)
     planes = state.planes.named(own_master=state.own_master)
+    is_split = state.planes.master_remainder is not None
     start, end = local_range(state, position)
     return ParameterShard(
         parameter,
@@ -115,6 +148,7 @@ def shard_of(state: BucketState, position: int) -> ParameterShard:
         # Not of `state.shard`: averaged weights may be swapped in.
         in_memory_order(local_of(parameter).detach())[start:end],
         {key: plane[part] for key, plane in planes.items()},
+        state.planes.master_weight[part] if is_split else None,
         state.step_counts[position],
     )
 
@@ -134,14 +168,35 @@ def local_state(state: BucketState, position: int) -> dict[str, torch.Tensor]:
 
     With one rank, every tensor has the parameter's shape and strides. With more, it is the 1-d
     range `local_range`, which may be empty. The state of a DTensor is a DTensor that is placed as
-    the parameter, unless ranks with the same part of it divide the state.
+    the parameter, unless ranks with the same part of it divide the state. Remainders of master
+    weights are then bytes, see `placed_as`.
     """
     # With their own storages, because `torch.save` writes whole storages: here all of the plane.
     parts = {key: with_own_storage(part) for key, part in _parts_of(state, position).items()}
     parameter = state.parameters[position]
     if is_dtensor(parameter) and state.layout.world_size == 1:
-        parts = {key: as_dtensor(part, parameter) for key, part in parts.items()}
+        parts = {key: placed_as(parameter, part) for key, part in parts.items()}
     return {"step": state.step_counts[position], **parts}
+
+
+def placed_as(parameter: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """Return a part of a parameter's state as a DTensor that is placed as the parameter.
+
+    int16 becomes uint8 with one more dimension: torch can then gather and broadcast it.
+    """
+    return as_dtensor(to_bytes(part) if part.dtype == torch.int16 else part, parameter)
+
+
+def _without_bytes(value: Any) -> Any:
+    """Return saved remainders as int16 if they are bytes, as `placed_as` makes them."""
+    if (
+        not isinstance(value, torch.Tensor)
+        or value.dtype != torch.uint8
+        or value.shape[-1:] != (2,)
+    ):
+        return value
+    remainder = from_bytes(local_of(value))
+    return as_dtensor(remainder, value) if is_dtensor(value) else remainder
 
 
 def _parts_of(state: BucketState, position: int) -> dict[str, torch.Tensor]:
@@ -171,7 +226,8 @@ def plan_load(
             world size, or from torch's Adam) or of this rank's range. Missing moments are loaded as
             zeros if no step was counted, since torch creates them at the first step. Without a
             saved master weight, the current one stays; the next step replaces it if the parameter
-            is not its rounded value.
+            is not its rounded value. A split master weight takes the parameter's value.
+            Moments are rounded to nearest if they were saved in fp32 and are stored in bf16.
 
     Returns:
         (target, source) pairs.
@@ -184,10 +240,14 @@ def plan_load(
     num_updates = float(saved.get("step", 0))
     targets = {"step": state.step_counts[position], **_parts_of(state, position)}
     for key, target in targets.items():
-        value: Any = saved.get(key)
+        value: Any = _without_bytes(saved.get(key)) if key == "master_remainder" else saved.get(key)
         what = f"{key} of parameter {state.names[position]!r}"
-        if key not in saved:
-            if key not in ("step", "master_weight") and num_updates > 0:
+        other = OTHER_MASTER_KEY.get(key)
+        if key not in saved and other is not None and other in saved:
+            found = _without_bytes(saved[other])
+            copies.append((target, _converted_master(state, position, key, found, target)))
+        elif key not in saved:
+            if key not in ("step", *OTHER_MASTER_KEY) and num_updates > 0:
                 raise ValueError(
                     f"The saved state has no {what}, but counts {num_updates:.0f} update(s). Load "
                     "a complete state."
@@ -199,22 +259,71 @@ def plan_load(
             count = torch.tensor(float(value), dtype=target.dtype, device=target.device)
             copies.append((target, count))
         else:
-            _check_values(what, value)
+            _check_values(what, value, _dtypes_of(key))
             copies.append((target, _part_of(state, position, what, value, target)))
     return copies
 
 
-def _check_values(what: str, value: object) -> None:
-    """Check that a saved tensor holds numbers that float32 can hold, rounded at most."""
+OTHER_MASTER_KEY = {
+    "master_weight": "master_remainder",
+    "master_remainder": "master_weight",
+}
+"""The two keys of a master weight, each with the other one: in fp32, or the low half of it."""
+
+
+def _dtypes_of(key: str) -> tuple[torch.dtype, ...]:
+    return (torch.int16,) if key == "master_remainder" else _LOADABLE
+
+
+def _converted_master(
+    state: BucketState, position: int, key: str, value: Any, target: torch.Tensor
+) -> torch.Tensor:
+    """Check a master weight that was saved under the other key, and convert it to `key`."""
+    saved_key = OTHER_MASTER_KEY[key]
+    what = f"{saved_key} of parameter {state.names[position]!r}"
+    _check_values(what, value, _dtypes_of(saved_key))
+    part = _part_of(state, position, what, value, target)
+    weight = shard_of(state, position).weight
+    if state.layout.world_size == 1:
+        weight = in_shape_of(weight, local_of(state.parameters[position]))
+    return convert_master(key, part, weight)
+
+
+def convert_master(key: str, saved: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Convert a master weight that was saved under the other key of `OTHER_MASTER_KEY`.
+
+    Args:
+        key: key of the result.
+        saved: int16 remainders for "master_weight", else master weights of a floating dtype.
+        weight: parameters of the same shape. For "master_weight", they must be loaded already.
+
+    Returns:
+        int16 remainders or float32 master weights, on the host.
+    """
+    saved, weight = saved.cpu(), weight.cpu()
+    if key == "master_remainder":
+        return remainder_of(saved.float(), weight)
+    # A remainder has no meaning for a parameter that is not bfloat16.
+    return join_to_even(weight, saved) if weight.dtype == torch.bfloat16 else weight.float()
+
+
+def _check_values(what: str, value: object, dtypes: Sequence[torch.dtype]) -> None:
+    """Check that a saved tensor is dense, has one of `dtypes`, and does not overflow float32.
+
+    Raises:
+        TypeError, ValueError: the message names the tensor by `what`.
+    """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"The saved {what} must be a tensor, not {show(value)}.")
     local = local_of(value)
     is_dense = local.layout is torch.strided and not local.is_nested and not local.is_quantized
-    if local.is_meta or not is_dense or value.dtype not in _LOADABLE:
+    if local.is_meta or not is_dense or value.dtype not in dtypes:
+        *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        wanted = f"{', '.join(others)} or {last}" if others else last
         raise ValueError(
             f"The saved {what} is a tensor of {value.dtype}, {local.layout} on {local.device}, but "
-            "must be a dense one of float32, bfloat16, float16 or float64 with values. Convert it, "
-            "or load a state that Adam or AdamW has saved."
+            f"must be a dense one of {wanted} with values. Convert it, or load a state that Adam "
+            "or AdamW has saved."
         )
     if value.dtype == torch.float64 and not torch.equal(local.isinf(), local.float().isinf()):
         raise ValueError(

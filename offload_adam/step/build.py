@@ -26,7 +26,12 @@ from offload_adam.memory.arena import HostArena, Touch, arena_nbytes
 from offload_adam.memory.pinning import CudaRuntime, cuda_runtime
 from offload_adam.memory.planes import allocate_planes
 from offload_adam.options import OffloadPolicy
-from offload_adam.params.bucket import BucketState, ShardSegments, flatten_parameters
+from offload_adam.params.bucket import (
+    BucketState,
+    ShardSegments,
+    flatten_parameters,
+    rounding_places,
+)
 from offload_adam.params.selection import NewParameter
 from offload_adam.step.executor import Worker
 from offload_adam.step.update_thread import UpdateThread
@@ -108,6 +113,8 @@ class Storage:
             unit=item.unit,
             padded_numel=0 if item.shard is None else item.shard.padded_numel,
             num_shards=0 if item.shard is None else len(item.shard.replicas),
+            has_bf16_moments=item.has_bf16_moments,
+            splits_master=item.splits_master,
         )
 
 
@@ -208,6 +215,7 @@ def _build(
         rank = items[0].shard.replicas.index(ranks.global_ranks[ranks.rank])
     low, high = bucket.shard_bounds(rank)
     shard = flat[low:high]
+    segments = ShardSegments.of_shard(bucket, rank)
     return BucketState(
         plan=plan,
         rank=rank,
@@ -220,7 +228,8 @@ def _build(
         planes=allocate_planes(plan, arena, shard),
         step_counts=torch.zeros(len(items), dtype=torch.float32, device="cpu"),
         centralized=np.array([item.centralized for item in items], dtype=np.bool_),
-        segments=ShardSegments.of_shard(bucket, rank),
+        segments=segments,
+        places=rounding_places(items, segments) if bucket.has_bf16_moments else None,
         counted=_is_counted(items[0], ranks, storage.policy),
         local_shard=items[0].shard,
     )

@@ -37,6 +37,7 @@ def sync_master(state: BucketState, positions: Collection[int]) -> None:
 
     Master elements that do so keep their low bits. After a `clamp_`, these are the elements that
     were not clamped; after loading the weights that were saved with the optimizer, all elements.
+    Split master weights always keep their remainders, see `memory.split_master`.
 
     Args:
         positions: of the modified parameters in the bucket.
@@ -45,7 +46,7 @@ def sync_master(state: BucketState, positions: Collection[int]) -> None:
         if position in positions:
             for part, given in _pieces(master, parameter):
                 differs = _differs(part, given)
-                part[differs] = given[differs].float()
+                part[differs] = given[differs].to(part.dtype)
 
 
 def differing(state: BucketState) -> list[int]:

@@ -24,6 +24,7 @@ from offload_adam.gradients.whole import (
 )
 from offload_adam.kernels import threads
 from offload_adam.kernels.formats import FloatFormat
+from offload_adam.kernels.random_keys import KEY, segment_keys
 from offload_adam.kernels.scalars import scalar_row
 from offload_adam.layout.budget import Category
 from offload_adam.layout.flat import Segment
@@ -110,7 +111,9 @@ class HostUpdate:
     def allocate_for(self, state: BucketState, gradients: BucketGradients, *, lazy: bool) -> None:
         """Compile kernels and allocate memory for this step's sparse gradients."""
         if gradients.rows and lazy:
-            self._sparse.compile_kernel(FloatFormat.FLOAT32, _param_format(state))
+            self._sparse.compile_kernel(
+                FloatFormat.FLOAT32, _param_format(state), **_kernel_formats(state)
+            )
         elif gradients.rows:
             self._allocate_whole(state, needs_preparation(state, gradients))
 
@@ -134,7 +137,9 @@ class HostUpdate:
 
     def _compile_update(self, state: BucketState, gradient_format: FloatFormat) -> None:
         amsgrad = state.planes.max_exp_avg_sq is not None
-        self._adam.compile_kernel(gradient_format, _param_format(state), amsgrad)
+        self._adam.compile_kernel(
+            gradient_format, _param_format(state), amsgrad, **_kernel_formats(state)
+        )
 
     def fold(self, shard: torch.Tensor, source: torch.Tensor, *, adds: bool) -> None:
         """Copy gradients to a part of a gradient shard, or add them, with the same bits as torch.
@@ -213,11 +218,12 @@ class HostUpdate:
         prepared = active & needs_preparation(state, gradients)
         plain = active & ~prepared
         rows, scalars = inputs.scalar_rows(state, counts, plain)
+        places = _places_at(state, counts)
         for table in gradients.tables(state, plain):
-            self._launch(state, table, rows[table.positions], scalars, param_out)
+            self._launch(state, table, rows[table.positions], scalars, places, param_out)
         for segment in state.segments.select(prepared):
             step = int(counts[segment.position])
-            self._update_prepared(state, gradients, segment, step, inputs, param_out)
+            self._update_prepared(state, gradients, segment, step, inputs, places, param_out)
 
     def _launch(
         self,
@@ -225,15 +231,17 @@ class HostUpdate:
         table: SegmentTable,
         rows: npt.NDArray[np.int64],
         scalars: npt.NDArray[np.float32],
+        places: npt.NDArray[np.int64] | None,
         param_out: torch.Tensor | None,
     ) -> None:
         """Update the table's segments in one launch.
 
         Args:
             rows: (num segments,) the row of `scalars` that each segment uses.
+            places: (num parameters, 5) from `_places_at`.
         """
         planes = state.planes
-        largest = planes.max_exp_avg_sq
+        largest, remainder = planes.max_exp_avg_sq, planes.master_remainder
         with _launching:
             self._adam.update(
                 table.gradient_format,
@@ -242,13 +250,13 @@ class HostUpdate:
                 table.work_starts(),
                 rows,
                 scalars,
-                _float32(planes.master_weight),
-                None,
-                _float32(planes.exp_avg),
-                _float32(planes.exp_avg_sq),
-                None if largest is None else _float32(largest),
+                bits_of(planes.master_weight),
+                None if remainder is None else remainder.numpy(),
+                bits_of(planes.exp_avg),
+                bits_of(planes.exp_avg_sq),
+                None if largest is None else largest.numpy(),
                 None if param_out is None else bits_of(param_out),
-                None,
+                None if places is None else places[table.positions],
                 self._use_threads(int(table.numels.sum())),
             )
 
@@ -259,6 +267,7 @@ class HostUpdate:
         segment: Segment,
         step: int,
         inputs: UpdateInputs,
+        places: npt.NDArray[np.int64] | None,
         param_out: torch.Tensor | None,
     ) -> None:
         """Update this rank's part of one parameter with a centralized or sparse gradient."""
@@ -267,13 +276,14 @@ class HostUpdate:
         gradient = prepare_gradient(state, gradients, segment, how, lazy=inputs.lazy, out=out)
         scalars = scalar_row(hyper, step, 1.0)  # the preparation has scaled the gradient
         if isinstance(gradient, GradientRows):
-            self._update_rows(state, segment, gradient, scalars, param_out)
+            self._update_rows(state, segment, gradient, scalars, places, param_out)
             return
         columns = (gradient.data_ptr(), segment.shard_start, 0, segment.numel, segment.position)
         table = SegmentTable(
             FloatFormat.FLOAT32, *(np.array([column], dtype=np.int64) for column in columns)
         )
-        self._launch(state, table, np.zeros(1, dtype=np.int64), scalars[None], param_out)
+        rows = np.zeros(1, dtype=np.int64)
+        self._launch(state, table, rows, scalars[None], places, param_out)
 
     def _update_rows(
         self,
@@ -281,10 +291,11 @@ class HostUpdate:
         segment: Segment,
         touched: GradientRows,
         scalars: npt.NDArray[np.float32],
+        places: npt.NDArray[np.int64] | None,
         param_out: torch.Tensor | None,
     ) -> None:
         """Update rows of a parameter that this rank holds whole; `touched` has no duplicates."""
-        planes = state.planes
+        planes, remainder = state.planes, state.planes.master_remainder
         with _launching:
             self._sparse.update_rows(
                 FloatFormat.FLOAT32,
@@ -292,12 +303,12 @@ class HostUpdate:
                 touched.values.contiguous().numpy(),
                 touched.values.shape[1],
                 scalars,
-                _float32(segment.of(planes.master_weight)),
-                None,
-                _float32(segment.of(planes.exp_avg)),
-                _float32(segment.of(planes.exp_avg_sq)),
+                bits_of(segment.of(planes.master_weight)),
+                None if remainder is None else segment.of(remainder).numpy(),
+                bits_of(segment.of(planes.exp_avg)),
+                bits_of(segment.of(planes.exp_avg_sq)),
                 None if param_out is None else bits_of(segment.of(param_out)),
-                None,
+                None if places is None else places[segment.position],
                 self._use_threads(touched.values.numel()),
             )
 
@@ -317,10 +328,26 @@ def _positions_of(state: BucketState, sums: npt.NDArray[np.int64]) -> npt.NDArra
 
 
 def _param_format(state: BucketState) -> FloatFormat | None:
-    """Return the format in which the kernel writes the parameter, None for an fp32 one."""
-    return None if state.dtype == torch.float32 else FORMATS[state.dtype]
+    """Return the format of `param_out`, None if the kernel does not write a separate parameter."""
+    return FORMATS[state.dtype] if state.plan.writes_parameters else None
 
 
-def _float32(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = tensor.detach().numpy()
-    return array
+def _kernel_formats(state: BucketState) -> dict[str, Any]:
+    """Return the arguments of `compile_kernel` for the format of the state."""
+    return {
+        "moment_format": FORMATS[state.planes.exp_avg.dtype],
+        "split_master": state.planes.master_remainder is not None,
+    }
+
+
+def _places_at(state: BucketState, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
+    """Return a copy of `BucketState.places` with the keys of this step, None for fp32 state.
+
+    Args:
+        counts: (num parameters,) int64 step counts, including this step.
+    """
+    if state.places is None:
+        return None
+    places = state.places.copy()
+    places[:, KEY] = segment_keys(places[:, KEY].view(np.uint64), counts)
+    return places

@@ -29,6 +29,9 @@ def bucket_entries(state: BucketState) -> Iterator[LedgerEntry]:
     index = state.layout.index
     yield LedgerEntry(Category.PARAMETERS, index, str(state.device), state.flat.nbytes)
     planes = state.planes.named(own_master=state.own_master)
+    # `named` omits the copy of a parameter that is the high half of a split master weight.
+    if not state.own_master:
+        planes["master_weight"] = state.planes.master_weight
     if state.planes.gradient_shard is not None:
         planes[Category.GRADIENT_SHARDS] = state.planes.gradient_shard
     for category, plane in planes.items():

@@ -122,8 +122,8 @@ class UpdateTasks:
                 self._snapshot_lock.wait_until_free(number)
 
     def _param_out(self, state: BucketState) -> torch.Tensor | None:
-        """Return where the kernel writes 16-bit parameters, None for an fp32 bucket."""
-        if state.dtype == torch.float32:
+        """Return the tensor for updated 16-bit parameters, None if the kernel writes none."""
+        if not state.plan.writes_parameters:
             return None
         return self._staging_slot(state) if state.plan.is_offloaded else state.shard
 
@@ -133,7 +133,7 @@ class UpdateTasks:
         return self._rings.staging_slot(state.layout.bucket_key, slot, state.layout.shard_numel)
 
     def stage(self, state: BucketState) -> torch.Tensor:
-        """Copy a shard's fp32 parameters to its staging slot, on this thread; return the slot."""
+        """Copy a shard's master weights, or high halves, to its staging slot; return the slot."""
         slot, update = self._staging_slot(state), self.updates[state.layout.index]
         assert not isinstance(update, DeviceUpdate)
         update.fold(slot, state.planes.master_weight, adds=False)

@@ -57,6 +57,9 @@ MAY_CHANGE = (
 )
 """Prefixes of the keys that a resumed run may change. One that ends with a dot is a section."""
 
+# A key that a resumed run may change from this saved value: `load_checkpoint` rounds fp32 state.
+_MAY_CHANGE_FROM = ("optimizer.state_format", "fp32")
+
 
 class CheckpointSaver:
     """Writes the checkpoints of one job to `<run folder>/checkpoints/step-<n>`.
@@ -373,7 +376,8 @@ def _reject_changes(config: RunConfig, saved: Mapping[str, Mapping[str, Any] | N
                 defaults.get(key) if found.get(key) is None else found[key]
                 for found in (before, values)
             )
-            if becomes != was and not name.startswith(MAY_CHANGE):
+            may_change = name.startswith(MAY_CHANGE) or (name, was) == _MAY_CHANGE_FROM
+            if becomes != was and not may_change:
                 problem = (
                     f"was {json.dumps(was)} in the checkpoint and is {json.dumps(becomes)} now: "
                     "set it back, or begin a new run with checkpoint.resume=never and another "

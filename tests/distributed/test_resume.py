@@ -221,6 +221,19 @@ def test_keys_that_may_not_change_are_named(tmp_path: Path) -> None:
     assert [record["step"] for record in longer] == list(range(1, 15))
 
 
+def test_a_run_may_change_to_bf16_state_but_not_back(tmp_path: Path) -> None:
+    whole = run(tmp_path)
+    low = {"lr": 0.01, "state_format": "bf16"}
+    longer = SMALL["train"] | {"num_steps": 16}
+    resumed = run(tmp_path, optimizer=low, train=longer)
+    assert bits(resumed)[:12] == bits(whole)
+    assert [record["step"] for record in resumed] == list(range(1, 17))
+    saved = read_manifest(tmp_path / "case" / "checkpoints" / "step-16").optimizer.formats
+    assert set(saved.values()) == {"bf16"}
+    with pytest.raises(ConfigError, match=r"state_format.*was \"bf16\" .* and is \"fp32\" now"):
+        run(tmp_path, train=longer)
+
+
 def test_resume_never_and_by_path(tmp_path: Path) -> None:
     whole = run(tmp_path / "a")
     source = tmp_path / "a" / "case" / "checkpoints" / "step-8"

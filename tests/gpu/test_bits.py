@@ -42,6 +42,18 @@ def test_every_option_gives_the_bits_of_the_cpu(
     optimizer.close()
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("pin", ["all", "staging"])
+def test_bf16_state_has_the_bits_of_the_cpu(overlap: bool, pin: str) -> None:
+    results = []
+    for device, overlaps in (("cpu", False), ("cuda", overlap)):
+        model, optimizer = make(device, overlap=overlaps, state_format="bf16", pin=pin)
+        train(model, optimizer, range(NUM_STEPS), device)
+        results.append(bits(model, optimizer))
+        optimizer.close()
+    assert_same_bits(*results)
+
+
 def test_state_on_the_host_and_on_the_gpu_follows_the_cpu(
     expected: list[dict[str, torch.Tensor]],
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from hypothesis import strategies as st
 
-from offload_adam.options import Pin
+from offload_adam.options import Pin, StateFormat
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -60,6 +60,7 @@ class Case:
     accumulates_later: bool = False
     reduces_in_fp32: bool = False
     offload_fraction: float = 1.0
+    state_format: StateFormat = "fp32"
     overlaps: bool = True
     max_norm: float | None = None
     seed: int = 0

@@ -63,7 +63,11 @@ def state_of(core: ShardedAdam) -> dict[StateKey, torch.Tensor]:
     """Return copies of all state: for each segment its planes, and for each parameter its count."""
     found: dict[StateKey, torch.Tensor] = {}
     for state in core.states:
-        planes = {**state.planes.named(own_master=False), "step": state.step_counts}
+        planes = {
+            **state.planes.named(own_master=False),
+            "master_weight": state.planes.master_weight,  # the high half, too
+            "step": state.step_counts,
+        }
         for segment in state.layout.segments(state.rank):
             index = int(state.indices[segment.position])
             for name, plane in planes.items():

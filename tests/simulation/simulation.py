@@ -252,6 +252,8 @@ class Simulation:
         for state in buckets:
             if state.plan.location.is_host:
                 planes = state.planes.named(own_master=state.own_master)
+                if not state.own_master:
+                    planes["master_weight"] = state.planes.master_weight
                 name = f"a load into bucket {state.layout.index}"
                 self.machine.touch(name, writes=planes.values())
 

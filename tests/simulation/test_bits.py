@@ -28,6 +28,7 @@ PLACES = list(product(("fp32", "bf16", "mixed"), ("all", "staging", "none"), (1,
 
 STAGING: Kind = (Operation.UPDATE, Operation.COPY_H2D)
 REDUCTION: Kind = (Operation.PACK, Operation.COPY_D2H)
+LOW_PRECISION: dict[str, Any] = {"state_format": "bf16", "offload_fraction": 1.0}
 OTHER_OPTIONS: dict[str, dict[str, Any]] = {
     "fp16": {"dtype": "fp16"},
     "host": {"on_device": False},
@@ -38,6 +39,10 @@ OTHER_OPTIONS: dict[str, dict[str, Any]] = {
     "FSDP2 of device state": {"sharding": "FSDP2", "offload_fraction": 0.0},
     "FSDP2 from host memory": {"sharding": "FSDP2", "on_device": False},
     "HSDP": {"sharding": "HSDP", "world_size": 2},
+    "low precision, accumulated": LOW_PRECISION | {"accumulates": True},
+    "low precision, host": LOW_PRECISION | {"on_device": False},
+    "low precision, sequential": LOW_PRECISION | {"overlaps": False},
+    "low precision, HSDP": LOW_PRECISION | {"sharding": "HSDP", "world_size": 2},
 }
 
 
@@ -76,6 +81,17 @@ def test_the_bits_are_those_of_the_sequential_host(dtype: str, pin: Pin, world_s
     fixed = {"dtype": dtype, "pin": pin, "world_size": world_size}
     rings = run_some(number, **fixed, on_device=True, overlaps=True)
     assert rings[STAGING] >= (NUM_REUSING if dtype != "fp32" or pin == "staging" else 0)
+    assert rings[REDUCTION] >= (NUM_REUSING if world_size > 1 and pin == "all" else 0)
+
+
+@pytest.mark.parametrize(
+    ("pin", "world_size"), [("all", 1), ("all", 2), ("staging", 1), ("none", 2)]
+)
+def test_the_bits_of_state_in_low_precision(pin: Pin, world_size: int) -> None:
+    fixed = {"dtype": "all", "pin": pin, "world_size": world_size}
+    rings = run_some(world_size, **fixed, **LOW_PRECISION, on_device=True, overlaps=True)
+    # The H2D copy of a bf16 parameter reads the high half of its master weight, which is pinned.
+    assert rings[STAGING] >= (NUM_REUSING if pin != "all" else 0)
     assert rings[REDUCTION] >= (NUM_REUSING if world_size > 1 and pin == "all" else 0)
 
 

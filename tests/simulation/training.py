@@ -254,6 +254,7 @@ def make_core(
             parameter,
             group=0,
             amsgrad=False,
+            state_format=case.state_format,
             shard=None if units is None else units.shard_of(i, ranks),
         )
         for i, parameter in enumerate(parameters)

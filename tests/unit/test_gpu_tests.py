@@ -98,10 +98,13 @@ def test_a_timeline_sorts_the_events_of_a_profiler() -> None:
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_simulated_offloading_gives_the_bits_of_plain_steps(overlap: bool) -> None:
+@pytest.mark.parametrize("state_format", ["fp32", "bf16"])
+def test_simulated_offloading_gives_the_bits_of_plain_steps(
+    overlap: bool, state_format: str
+) -> None:
     results = []
     for kind, overlapped in ((OffloadAdam, False), (Offloading, overlap)):
-        model, optimizer = make("cpu", kind, overlap=overlapped)
+        model, optimizer = make("cpu", kind, overlap=overlapped, state_format=state_format)
         train(model, optimizer, range(3), "cpu")
         assert optimizer.last_step is not None
         assert optimizer.last_step.clip_factor < 1.0

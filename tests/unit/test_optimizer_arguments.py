@@ -45,7 +45,8 @@ from offload_adam.errors import HostMemoryError
         ({"pin": "all"}, TypeError, "unexpected keyword argument 'pin'"),
         ({"num_threads": 1.5}, TypeError, "num_threads must be an int"),
         ({"reduce_dtype": torch.float16}, ValueError, "reduce_dtype must be torch.float32 or None"),
-        ({"state_dtype": torch.bfloat16}, ValueError, "state_dtype must be torch.float32"),
+        ({"state_format": "int4"}, ValueError, "state_format must be 'fp32' or 'bf16', not 'int4'"),
+        ({"state_format": None}, ValueError, "state_format must be 'fp32' or 'bf16', not None"),
         (
             {"accumulate": "device"},
             ValueError,
