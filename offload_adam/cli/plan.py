@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -21,6 +21,7 @@ from offload_adam.printable import show
 
 if TYPE_CHECKING:
     from offload_adam.layout.flat import ParameterSpec
+    from offload_adam.options import StateFormat
     from offload_adam.plan.inputs import Machine, Training
 
 # GB/s or TFLOPS: far beyond all hardware, so that no predicted time overflows.
@@ -50,6 +51,13 @@ def plan(
         str | None,
         typer.Option(metavar="SIZE", help="Memory of one node. By default that available here."),
     ] = None,
+    state_format: Annotated[
+        str | None,
+        typer.Option(help="Format of the state: fp32 or bf16. By default as in CONFIG, or fp32."),
+    ] = None,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Plan with the most exact state format that fits.")
+    ] = False,
     offload_fraction: Annotated[
         float | None,
         typer.Option(help="Share of the state on the host. By default as in CONFIG, or all."),
@@ -101,7 +109,8 @@ def plan(
 
     from offload_adam.config import ConfigError
     from offload_adam.config.declared import MAX_NBYTES
-    from offload_adam.options import MAX_STEP_COUNT
+    from offload_adam.options import MAX_STEP_COUNT, STATE_FORMAT
+    from offload_adam.plan.advice import most_exact_fit
     from offload_adam.plan.inputs import MOST_NUMEL
     from offload_adam.plan.tables import plan_run
     from offload_adam.plan.timing import predict_overlap
@@ -137,8 +146,16 @@ def plan(
         )
         if offload_fraction is not None:
             training = training.with_offload(offload_fraction=offload_fraction)
+        if state_format is not None:
+            if fit:
+                raise ValueError("give either --state-format or --fit")
+            STATE_FORMAT.check("--state-format", state_format)
+            training = replace(training, state_format=cast("StateFormat", state_format))
         if tera_flops is not None and training.num_tokens is None:
             raise ValueError("--tflops needs --tokens, the tokens of a rank in one step")
+        if fit:
+            memory = _machine(training, speeds, gpu_memory, host_memory, measure=False)
+            training = most_exact_fit(specs, training, memory)
         machine = _machine(training, speeds, gpu_memory, host_memory, measure=measure)
         timeline = predict_overlap(specs, training, machine)
         if timeline_file is not None and timeline is None:
@@ -153,6 +170,9 @@ def plan(
         write_text(timeline_file, timeline.draw(), "--timeline")
     values, parts = plan_run(specs, training, machine, timeline)
     console = Console()
+    if fit:
+        which = "most exact format that fits" if values["fits"] else "smallest format"
+        console.print(f"Planning with state_format {training.state_format!r}, the {which}.")
     for part in parts:
         console.print(part)
     if json_file is not None:
@@ -184,7 +204,9 @@ def _subject(
         )
     if param_dtype not in _ITEMSIZES:
         raise ValueError(f"--param-dtype must be fp32, bf16 or fp16, not {show(param_dtype)}")
-    return synthetic_specs(int(params), _ITEMSIZES[param_dtype]), Training(saves=True)
+    itemsize, splits_master = _ITEMSIZES[param_dtype], param_dtype == "bf16"
+    specs = synthetic_specs(int(params), itemsize, splits_master=splits_master)
+    return specs, Training(saves=True)
 
 
 def _machine(

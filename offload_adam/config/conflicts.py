@@ -37,6 +37,8 @@ def find_conflicts(config: RunConfig) -> Iterator[tuple[str, str, str]]:
     if needs_streams and external:
         problem = "since DistributedDataParallel accumulates in .grad"
         yield _needs("accumulate", "gradient_reduction", "optimizer", problem)
+    if optimizer.state_format != "fp32":
+        yield from _low_precision_conflicts(config)
     if isinstance(optimizer, AdamSection):
         yield from _adam_conflicts(optimizer, config.schedule)
     if config.parallel is not None:
@@ -46,6 +48,22 @@ def find_conflicts(config: RunConfig) -> Iterator[tuple[str, str, str]]:
 def _needs(key: str, other: str, value: str, reason: str) -> tuple[str, str, str]:
     """Return the conflict of `optimizer.<key>`, which needs `optimizer.<other>` to be `value`."""
     return f"optimizer.{key}", f"optimizer.{other}", f"needs optimizer.{other}: {value}, {reason}"
+
+
+def _low_precision_conflicts(config: RunConfig) -> Iterator[tuple[str, str, str]]:
+    """Yield the options that bf16 state cannot be combined with."""
+    optimizer = config.optimizer
+    is_mindspore = isinstance(optimizer, AdamSection)
+    amsgrad = "use_amsgrad" if is_mindspore else "amsgrad"
+    if getattr(optimizer, amsgrad):
+        problem = "since the largest second moment needs fp32"
+        yield _needs("state_format", amsgrad, "false", problem)
+    on_device = "since state in low precision is updated in host memory"
+    if is_mindspore and not optimizer.streams:
+        yield _needs("state_format", "use_offload", "true", on_device)
+    if config.memory.offload_fraction < 1.0:
+        key = "memory.offload_fraction"
+        yield "optimizer.state_format", key, f"needs {key}: 1.0, {on_device}"
 
 
 def _parallel_conflicts(

@@ -18,6 +18,7 @@ from offload_adam.layout.state_plan import StatePolicy, plan_state
 from offload_adam.memory.arena import HostArena, padded_nbytes
 from offload_adam.memory.pinning import CudaRuntime
 from offload_adam.optimizer import OffloadAdam
+from offload_adam.options import StateFormat
 
 NUM_STREAMS = 4
 # Four arrays of 128 MB do not fit into the caches that cores share. Their size is not a power of
@@ -62,7 +63,13 @@ def measure_bandwidth(
     return {count: gb_per_s(count) for count in thread_counts}
 
 
-def measure_step(num_threads: int, *, numel: int = STEP_NUMEL, num_steps: int = 9) -> float:
+def measure_step(
+    num_threads: int,
+    *,
+    state_format: StateFormat = "fp32",
+    numel: int = STEP_NUMEL,
+    num_steps: int = 9,
+) -> float:
     """Return the bandwidth of an optimizer step in 1e9 bytes a second, the median over the steps.
 
     The measured steps of one rank with bf16 parameters on the CPU, with clipping and without
@@ -79,9 +86,14 @@ def measure_step(num_threads: int, *, numel: int = STEP_NUMEL, num_steps: int = 
     ]
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 0.01)
-    with closing(OffloadAdam(parameters, max_grad_norm=1.0, num_threads=num_threads)) as optimizer:
+    group = {"params": parameters, "state_format": state_format}
+    with closing(OffloadAdam([group], max_grad_norm=1.0, num_threads=num_threads)) as optimizer:
         step_s = _median_s(optimizer.step, num_steps, num_warmup=2)
-    specs = [ParameterSpec(i, parameter_numel, 2, "bf16") for i in range(NUM_PARAMETERS)]
+    is_low = state_format == "bf16"
+    specs = [
+        ParameterSpec(i, parameter_numel, 2, "bf16", has_bf16_moments=is_low, splits_master=is_low)
+        for i in range(NUM_PARAMETERS)
+    ]
     step_nbytes = sum(traffic_nbytes(plan) for plan in plan_state(specs, StatePolicy()))
     return step_nbytes / step_s / 1e9
 

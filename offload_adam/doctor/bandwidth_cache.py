@@ -55,15 +55,17 @@ class Bandwidth:
     """Measured bandwidths in 1e9 bytes a second; empty or None where nothing was measured.
 
     memory: bandwidth of host memory, by number of threads.
-    step: bandwidth of an optimizer step with the threads of all ranks of a node.
+    step: bandwidth of an optimizer step with fp32 state and the threads of all ranks of a node.
     network: speeds of the collectives, by the ranks that they were measured with.
     bus: bandwidth of the slowest GPU's copies, in their slower direction.
+    step_bf16: bandwidth of the same step with bf16 state.
     """
 
     memory: Mapping[int, float] = field(default_factory=dict)
     step: float | None = None
     network: Mapping[Ranks, RingSpeed] = field(default_factory=dict)
     bus: float | None = None
+    step_bf16: float | None = None
 
 
 def _path() -> Path:
@@ -89,6 +91,7 @@ def keep(measured: Bandwidth) -> Path | None:
         "machine": _machine(),
         "memory_gb_per_s": measured.memory or known.memory,
         "step_gb_per_s": measured.step or known.step,
+        "step_bf16_gb_per_s": measured.step_bf16 or known.step_bf16,
         "bus_gb_per_s": measured.bus or known.bus,
         "network_gb_per_s": [{**asdict(ranks), **asdict(networks[ranks])} for ranks in networks],
     }
@@ -112,7 +115,8 @@ def recall() -> Bandwidth:
         if values["machine"] != _machine():
             return Bandwidth()
         memory, step = values["memory_gb_per_s"], values["step_gb_per_s"]
-        # Files of earlier versions have neither bus nor network.
+        # Files of earlier versions lack some values.
+        step_bf16 = values.get("step_bf16_gb_per_s")
         bus, entries = values.get("bus_gb_per_s"), values.get("network_gb_per_s", [])
         network = {}
         for entry in entries:
@@ -122,6 +126,7 @@ def recall() -> Bandwidth:
         return Bandwidth(
             memory={_count(int(count)): _speed(value) for count, value in memory.items()},
             step=None if step is None else _speed(step),
+            step_bf16=None if step_bf16 is None else _speed(step_bf16),
             network=network,
             bus=None if bus is None else _speed(bus),
         )

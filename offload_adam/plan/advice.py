@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.state_plan import resolve_bucket_nbytes
+from offload_adam.options import StateFormat
 from offload_adam.plan.inputs import MOST_NUMEL, Machine, Training, synthetic_specs
 from offload_adam.plan.prediction import Prediction, predict
 
@@ -36,17 +37,21 @@ def needs(plan: Prediction, training: Training, machine: Machine) -> list[Need]:
     return found
 
 
-def largest_model(itemsize: int, training: Training, machine: Machine) -> int | None:
+def largest_model(
+    itemsize: int, training: Training, machine: Machine, *, splits_master: bool | None = None
+) -> int | None:
     """Return about how many parameters fit, None if no memory is known.
 
     The result is below the limit by at most 0.1%, or by one parameter.
 
     Args:
         itemsize: bytes of an element of the parameters.
+        splits_master: see `synthetic_specs`.
     """
 
     def needs_of(numel: int) -> list[Need]:
-        return needs(predict(synthetic_specs(numel, itemsize), training), training, machine)
+        specs = synthetic_specs(numel, itemsize, splits_master=splits_master)
+        return needs(predict(specs, training), training, machine)
 
     def fits(numel: int) -> bool:
         return all(need.is_met for need in needs_of(numel))
@@ -87,6 +92,18 @@ class Option:
     device: int
 
 
+def most_exact_fit(
+    specs: Sequence[ParameterSpec], training: Training, machine: Machine
+) -> Training:
+    """Return `training` with the most exact state format that fits, or else the smallest one."""
+    formats = get_args(StateFormat) if training.allows_low_precision else ("fp32",)
+    for state_format in formats:
+        chosen = replace(training, state_format=state_format)
+        if all(need.is_met for need in needs(predict(specs, chosen), chosen, machine)):
+            break
+    return chosen
+
+
 def options(specs: Sequence[ParameterSpec], training: Training) -> Iterator[Option]:
     """Yield the settings that would change the memory of a rank."""
     now = predict(specs, training)
@@ -103,7 +120,13 @@ def _changes(
     """Yield each setting that could change the memory, with its changed inputs."""
     if any(spec.itemsize == 4 for spec in specs):
         halves = [
-            replace(spec, itemsize=2, bucket_key=f"{spec.bucket_key} halved") for spec in specs
+            replace(
+                spec,
+                itemsize=2,
+                bucket_key=f"{spec.bucket_key} halved",
+                splits_master=spec.has_bf16_moments,
+            )
+            for spec in specs
         ]
         yield "train.dtype: bf16", halves, training
     if not training.streams:
@@ -117,9 +140,12 @@ def _changes(
         yield "optimizer.reduce_dtype: null", specs, replace(training, reduce_fp32=False)
     if training.replicated:
         yield "optimizer.use_offload: true", specs, replace(training, replicated=False)
+    if training.state_format == "fp32" and training.allows_low_precision:
+        yield "optimizer.state_format: bf16", specs, replace(training, state_format="bf16")
     if training.amsgrad:
         yield "without amsgrad", specs, replace(training, amsgrad=False)
-    if training.on_device and not training.replicated and training.offload.offload_fraction > 0.5:
+    can_stay = training.on_device and not training.replicated and training.state_format == "fp32"
+    if can_stay and training.offload.offload_fraction > 0.5:
         yield "memory.offload_fraction: 0.5", specs, training.with_offload(offload_fraction=0.5)
     if training.world_size > 1 and not (training.replicated or training.sharded):
         if training.reduces:  # another library averages in `.grad`, in its dtype

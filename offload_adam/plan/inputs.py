@@ -10,7 +10,7 @@ from typing import Any
 from offload_adam.layout.flat import ParameterSpec
 from offload_adam.layout.ring import RingSpeed
 from offload_adam.layout.state_plan import StatePlan, StatePolicy, plan_state
-from offload_adam.options import OffloadPolicy, check_options, resolve_overlap
+from offload_adam.options import OffloadPolicy, StateFormat, check_options, resolve_overlap
 
 SYNTHETIC_NUMEL = 50_000_000
 """Elements of a parameter of a model of which only the size is known."""
@@ -33,6 +33,7 @@ class Training:
     accumulates_later: without `accumulates`, a step runs several backwards outside `no_sync()`. The
         optimizer then takes memory for their sums.
     reduce_fp32: 16-bit gradients are averaged in fp32.
+    state_format: the format of the state of tensors with two or more dimensions.
     replicated: every rank stores all state, where its parameters are.
     sharded: FSDP2 shards the parameters and averages the gradients. The planned parameters are
         then the parts of one rank.
@@ -53,6 +54,7 @@ class Training:
     accumulates_later: bool = False
     reduce_fp32: bool = False
     amsgrad: bool = False
+    state_format: StateFormat = "fp32"
     replicated: bool = False
     sharded: bool = False
     gathered_nbytes: int = 0
@@ -71,6 +73,17 @@ class Training:
                 f"world_size ({self.world_size}) must be a multiple of local_world_size "
                 f"({self.local_world_size})"
             )
+        if self.state_format != "fp32" and not self.allows_low_precision:
+            raise ValueError(
+                f"state_format {self.state_format!r} needs state in host memory and no amsgrad: "
+                "remove amsgrad, offload_fraction and use_offload: false"
+            )
+
+    @property
+    def allows_low_precision(self) -> bool:
+        """Whether the other settings allow bf16 state."""
+        offloads = self.offload.offload_fraction == 1.0 and not self.replicated
+        return (offloads or not self.on_device) and not self.amsgrad
 
     @property
     def overlaps(self) -> bool:
@@ -102,7 +115,13 @@ class Training:
         return replace(self, offload=replace(self.offload, **options))
 
     def plan(self, specs: Sequence[ParameterSpec]) -> tuple[StatePlan, ...]:
-        """Return how the optimizer would store the state of these parameters."""
+        """Return how the optimizer would store the state of these parameters.
+
+        Args:
+            specs: parameters, with `has_bf16_moments` and `splits_master` for bf16 state. If
+                `state_format` is "fp32", these two are ignored.
+        """
+        is_low = self.state_format != "fp32"
         return plan_state(
             [
                 # Not `replace`, which takes several times as long: there may be 1e5 of them.
@@ -110,12 +129,14 @@ class Training:
                     spec.index,
                     spec.numel,
                     spec.itemsize,
-                    spec.bucket_key,
+                    spec.bucket_key + ("+bf16 state" if is_low and spec.has_bf16_moments else ""),
                     amsgrad=self.amsgrad,
                     on_device=self.on_device,
                     unit=spec.unit,
                     padded_numel=spec.padded_numel,
                     num_shards=spec.num_shards,
+                    has_bf16_moments=is_low and spec.has_bf16_moments,
+                    splits_master=is_low and spec.splits_master,
                 )
                 for spec in specs
             ],
@@ -136,8 +157,8 @@ class Machine:
     """The memory and the speeds of one node; None where unknown.
 
     host_nbytes, device_nbytes: memory that a run may use, of the node and of one GPU.
-    host_gb_per_s: bandwidth of an optimizer step with the threads of all ranks of a node, in 1e9
-        bytes read and written a second.
+    host_gb_per_s: bandwidth of an optimizer step in the planned state format, with the threads of
+        all ranks of a node, in 1e9 bytes read and written a second.
     bus_gb_per_s: bandwidth of one GPU's copies in one direction.
     network: bandwidth at which a rank sends in collectives.
     tera_flops: speed of one rank's forward and backward, in 1e12 operations a second.
@@ -158,8 +179,13 @@ class Machine:
         return self.sources.get(resource, Source.GIVEN)
 
 
-def synthetic_specs(numel: int, itemsize: int) -> list[ParameterSpec]:
+def synthetic_specs(
+    numel: int, itemsize: int, *, splits_master: bool | None = None
+) -> list[ParameterSpec]:
     """Return parameters with `numel` elements together, for a model of which nothing else is known.
+
+    Args:
+        splits_master: see `ParameterSpec`. None assumes that 16-bit parameters are bfloat16.
 
     Raises:
         ValueError: `numel` is not between 1 and MOST_NUMEL.
@@ -180,7 +206,13 @@ def synthetic_specs(numel: int, itemsize: int) -> list[ParameterSpec]:
         # than all others, and all slots with it: slots have the size of the largest bucket.
         smaller, num_larger = divmod(numel, num_parameters)
         sizes = [smaller + 1] * num_larger + [smaller] * (num_parameters - num_larger)
-    return [ParameterSpec(i, size, itemsize, f"{itemsize} bytes") for i, size in enumerate(sizes)]
+    splits = itemsize == 2 if splits_master is None else splits_master
+    return [
+        ParameterSpec(
+            i, size, itemsize, f"{itemsize} bytes", has_bf16_moments=True, splits_master=splits
+        )
+        for i, size in enumerate(sizes)
+    ]
 
 
 def total_numel(specs: Sequence[ParameterSpec]) -> int:

@@ -39,7 +39,10 @@ def plan_run(
     changes = list(options(specs, training))
     largest = None  # of sharded parameters, only the parts of one rank are known here
     if not training.sharded:
-        largest = largest_model(max(spec.itemsize for spec in specs), training, machine)
+        widest = max(specs, key=lambda spec: spec.itemsize)
+        largest = largest_model(
+            widest.itemsize, training, machine, splits_master=widest.splits_master
+        )
     memories = needs(plan, training, machine)
     fits = all(need.is_met for need in memories)
     values: dict[str, Any] = {

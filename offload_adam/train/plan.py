@@ -15,7 +15,7 @@ from offload_adam.config.optimizer_sections import AdamSection
 from offload_adam.config.sections import ParallelSection
 from offload_adam.fsdp_private import local_of
 from offload_adam.layout.flat import ParameterSpec
-from offload_adam.params.selection import bucket_key_of
+from offload_adam.params.selection import bucket_key_of, follows_state_format
 from offload_adam.plan.inputs import Training
 from offload_adam.train.loop import Job
 from offload_adam.train.model import DTYPES, build_model
@@ -82,6 +82,8 @@ def sharded_inputs(
                     bucket_key_of(parameter),
                     unit=f"{unit}, {'whole' if dim is None else 'split'}",
                     num_shards=sizes.replicate,
+                    has_bf16_moments=follows_state_format(parameter),
+                    splits_master=_splits_master(parameter),
                 )
             )
     root = gathered.pop(-1, 0)
@@ -97,15 +99,27 @@ def sharded_inputs(
 
 
 def specs_of(model: nn.Module) -> list[ParameterSpec]:
-    """Return the sizes and bucket keys of a model's trainable parameters.
+    """Return the sizes and bucket keys of a model's trainable parameters, for `Training.plan`.
 
     Of a sharded model, those of this rank's shards.
     """
     trainable = [local_of(parameter) for parameter in model.parameters() if parameter.requires_grad]
     return [
-        ParameterSpec(i, p.numel(), p.element_size(), bucket_key_of(p))
+        ParameterSpec(
+            i,
+            p.numel(),
+            p.element_size(),
+            bucket_key_of(p),
+            has_bf16_moments=follows_state_format(p),
+            splits_master=_splits_master(p),
+        )
         for i, p in enumerate(trainable)
     ]
+
+
+def _splits_master(parameter: torch.Tensor) -> bool:
+    """Return whether a run with state_format="bf16" splits the parameter's master weight."""
+    return follows_state_format(parameter) and parameter.dtype == torch.bfloat16
 
 
 def training_of_job(job: Job) -> Training:
@@ -129,6 +143,7 @@ def training_of(config: RunConfig, on_device: bool) -> Training:
         overlap=section.overlap,
         accumulates=section.accumulate == "host",
         reduce_fp32=section.reduce_dtype is not None,
+        state_format=section.state_format,
         amsgrad=section.use_amsgrad if isinstance(section, AdamSection) else section.amsgrad,
         offload=offload_policy(config),
         replicated=isinstance(section, AdamSection) and not section.streams,

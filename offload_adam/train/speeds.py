@@ -39,7 +39,7 @@ def known_speeds(training: Training) -> Machine:
     device = "cuda" if training.on_device else "cpu"
     ranks = bandwidth_cache.ranks_like(training.world_size, training.local_world_size, device)
     return Machine(
-        host_gb_per_s=known.step,
+        host_gb_per_s=known.step if training.state_format == "fp32" else known.step_bf16,
         bus_gb_per_s=known.bus,
         network=known.network.get(ranks),
         sources=dict.fromkeys(("update", "bus", "network"), Source.KEPT),
@@ -56,7 +56,8 @@ def measured_speeds(training: Training) -> Machine:
     return replace(
         known,
         host_gb_per_s=measure_step(
-            threads_per_node(training.local_world_size, on_device=training.on_device)
+            threads_per_node(training.local_world_size, on_device=training.on_device),
+            state_format=training.state_format,
         ),
         bus_gb_per_s=min(bus_gb_per_s(0)) if training.on_device else None,
         sources={**known.sources, "update": Source.MEASURED, "bus": Source.MEASURED},

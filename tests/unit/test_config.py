@@ -367,6 +367,12 @@ def test_the_path_of_a_beta_out_of_range_has_its_index(tmp_path: Path) -> None:
         ("optimizer: {name: Adam, learning_rate: 0.1, overlap: true}", "optimizer.overlap"),
         ("parallel: {}\noptimizer: {name: Adam}", "parallel"),
         ("parallel: {}\noptimizer: {reduce_dtype: fp32}", "optimizer.reduce_dtype"),
+        ("optimizer: {state_format: bf16, amsgrad: true}", "optimizer.state_format"),
+        ("optimizer: {name: Adam, state_format: bf16}", "optimizer.state_format"),
+        (
+            "optimizer: {state_format: bf16}\nmemory: {offload_fraction: 0.5}",
+            "optimizer.state_format",
+        ),
         ("parallel: {tensor: 3}", "parallel.tensor"),
         ("parallel: {tensor: 2}\nmodel: {factory: 'm:f'}", "parallel.tensor"),
         ("parallel: {tensor: 2}\noptimizer: {name: Adam, use_offload: true}", "parallel.tensor"),
@@ -470,6 +476,7 @@ def test_a_learning_rate_has_three_forms_that_survive_writing(tmp_path: Path, ra
         ("optimizer.streaming=true", "optimizer.streaming"),
         ("optimizer.use_lazy=true", "optimizer.use_lazy"),
         ("optimizer.use_amsgrad=true", "optimizer.use_amsgrad"),
+        ("optimizer.state_format=int4", "optimizer.state_format"),
     ],
 )
 def test_mistakes_in_the_arguments_of_adam_have_their_path(

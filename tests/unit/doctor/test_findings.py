@@ -67,10 +67,10 @@ def test_more_ranks_than_cores_are_a_warning(monkeypatch: pytest.MonkeyPatch) ->
 def test_with_a_gpu_each_rank_leaves_one_core_free(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    measured: list[int] = []
+    measured: list[tuple[int, str]] = []
 
-    def measure_step(num_threads: int) -> float:
-        measured.append(num_threads)
+    def measure_step(num_threads: int, state_format: str = "fp32") -> float:
+        measured.append((num_threads, state_format))
         return 1.0
 
     monkeypatch.setattr(threads, "allowed_cores", lambda pid=0: 8)
@@ -90,7 +90,8 @@ def test_with_a_gpu_each_rank_leaves_one_core_free(
     ]
     for on_device in (True, False):
         speeds.measured_speeds(Training(world_size=2, local_world_size=2, on_device=on_device))
-    assert measured == [6, 6, 8]  # by doctor, and for a plan of each kind
+    # By doctor, and for a plan of each kind.
+    assert measured == [(6, "fp32"), (6, "bf16"), (6, "fp32"), (8, "fp32")]
 
 
 @pytest.mark.parametrize(

@@ -252,10 +252,78 @@ def test_a_bandwidth_that_doctor_saved_is_used(
 def test_a_bandwidth_is_measured_when_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speeds, "measure_step", lambda _: 33.0)
-    values = planned(tmp_path, CONFIG, "--measure")
-    assert values["machine"]["host_gb_per_s"] == 33.0
-    assert values["machine"]["sources"]["update"] == "measured now"
+    measured = {"fp32": 33.0, "bf16": 30.0}
+    monkeypatch.setattr(speeds, "measure_step", lambda _, state_format: measured[state_format])
+    for state_format, speed in measured.items():
+        values = planned(tmp_path, CONFIG, "--measure", f"--state-format={state_format}")
+        assert values["machine"]["host_gb_per_s"] == speed
+        assert values["machine"]["sources"]["update"] == "measured now"
+
+
+def test_a_speed_that_doctor_measured_is_that_of_the_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    bandwidth_cache.keep(bandwidth_cache.Bandwidth(step=40.0, step_bf16=36.0))
+    # A later measurement of something else keeps both.
+    bandwidth_cache.keep(bandwidth_cache.Bandwidth(bus=20.0))
+    seconds = {}
+    for state_format, speed in {"fp32": 40.0, "bf16": 36.0}.items():
+        values = planned(tmp_path, CONFIG, f"--state-format={state_format}")
+        assert values["machine"]["host_gb_per_s"] == speed
+        seconds[state_format] = values["seconds"]["update"]
+    assert 0.5 < seconds["bf16"] / seconds["fp32"] < 1.0
+
+
+def test_state_in_bf16_takes_ten_bytes_a_parameter(tmp_path: Path) -> None:
+    arguments = ("--params=13e9", "--world-size=4", *MACHINE, "--state-format=bf16")
+    values = planned(tmp_path, *arguments)
+    host = values["bytes_per_rank"]["host"]
+    for plane in ("master_weight", "master_remainder", "exp_avg", "exp_avg_sq", "gradient shards"):
+        assert host[plane] == pytest.approx(2 * 13e9 / 4, rel=0.01), plane
+    assert values["training"]["state_format"] == "bf16"
+    # 2 bytes each on a GPU: the GPUs are full first.
+    assert values["largest_model"] == pytest.approx(80 * GIB / 2, rel=0.02)
+    values = planned(tmp_path, *arguments, "--gpu-memory=800GiB")
+    assert values["largest_model"] == pytest.approx(512 * GIB / 10, rel=0.02)
+
+
+def test_bf16_state_is_among_the_settings_that_save_memory() -> None:
+    code, output = plan("--params=13e9", *MACHINE)
+    assert code == 0
+    assert "optimizer.state_format: bf16" in output
+    _, output = plan("--params=13e9", *MACHINE, "--state-format=bf16")
+    assert "optimizer.state_format" not in output
+
+
+@pytest.mark.parametrize(
+    ("memory", "state_format", "code"),
+    [("200GiB", "fp32", 0), ("150GiB", "bf16", 0), ("100GiB", "bf16", 3)],
+)
+def test_the_most_exact_format_that_fits(memory: str, state_format: str, code: int) -> None:
+    """13e9 parameters need 14 bytes each, or 10."""
+    found, output = plan("--params=13e9", "--gpu-memory=80GiB", f"--host-memory={memory}", "--fit")
+    assert found == code
+    assert f"Planning with state_format '{state_format}'" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--state-format=int4",), "--state-format must be 'fp32' or 'bf16', not 'int4'"),
+        (("--state-format=bf16", "--fit"), "give either --state-format or --fit"),
+        (("--state-format=bf16", "--offload-fraction=0.5"), "needs state in host memory"),
+    ],
+)
+def test_formats_that_cannot_be_planned(arguments: tuple[str, ...], expected: str) -> None:
+    code, output = plan("--params=1e9", *MACHINE, *arguments)
+    assert code == 2
+    assert expected in " ".join(output.split())
+
+
+def test_a_plan_without_a_choice_is_in_fp32() -> None:
+    _, output = plan("--params=13e9", *MACHINE, "--offload-fraction=0.5", "--fit")
+    assert "Planning with state_format 'fp32'" in output
 
 
 def test_the_whole_command_plans_large_worlds_at_once() -> None:
