@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -27,6 +27,7 @@ from offload_adam.bench.training.run import (
 )
 from offload_adam.errors import HostMemoryError
 from offload_adam.kernels.threads import ThreadSettingsError, allowed_cores
+from offload_adam.options import StateFormat
 from offload_adam.printable import printable
 
 EXIT_DOES_NOT_FIT = 3
@@ -64,6 +65,10 @@ def main(
         command.set_defaults(run=_compare, work=name, parser=command)
         _add_numel_option(command)
         _add_compare_options(command)
+        if name == "step":
+            stored = "format of this package's state; default: %(default)s"
+            formats = get_args(StateFormat)
+            command.add_argument("--state-format", choices=formats, default="fp32", help=stored)
     command = commands.add_parser("fsdp2", help=FSDP2, description=FSDP2, epilog=EXIT_CODES)
     command.set_defaults(run=_fsdp2, parser=command)
     _add_fsdp2_options(command)
@@ -200,8 +205,11 @@ def _compare(options: argparse.Namespace) -> None:
     # A peer with its own OpenMP runtime reads this variable when it is loaded, and has no other
     # setting.
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    measure = measure_kernel if options.work == "kernel" else measure_step
-    _show(lambda: measure(options.numel, options.threads, options.pairs), options.json)
+    sizes = options.numel, options.threads, options.pairs
+    if options.work == "kernel":
+        _show(lambda: measure_kernel(*sizes), options.json)
+    else:
+        _show(lambda: measure_step(*sizes, options.state_format), options.json)
 
 
 def _fsdp2(options: argparse.Namespace) -> None:

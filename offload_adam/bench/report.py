@@ -53,6 +53,13 @@ def comparison(report: Mapping[str, Any]) -> Iterator[str]:
         if (meaning := report["definitions"].get(result["name"])) is not None:
             yield f"{result['name']}: {meaning}."
     yield ""
+    for name, rate in report.get("updates_per_s_and_core", {}).items():
+        threads = report["machine"]["num_threads"]
+        floor_ms = report["numel"] / rate / threads * 1e3
+        yield (
+            f"{name}: one core updates {rate / 1e9:.2f} G parameters/s in its cache, so "
+            f"{threads} core(s) need at least {floor_ms:.1f} ms for the arithmetic of the update."
+        )
     for name, reason in report["left_out"].items():
         yield f"Left out: {name} ({reason})."
     yield machine_line(report["machine"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from offload_adam.bench.arithmetic import updates_per_s
 from offload_adam.bench.harness import OURS, Contender, compare, prepare_machine
 from offload_adam.bench.peers import (
     MAX_GRAD_NORM,
@@ -19,12 +20,15 @@ from offload_adam.bench.peers import (
     torch_fused,
 )
 from offload_adam.bench.planes import Planes, allocate, fill_with_noise, make_planes
+from offload_adam.kernels.adam_ir import supports_ir
 from offload_adam.optimizer import OffloadAdam
+from offload_adam.options import StateFormat
 
+OURS_IN_FP32 = f"{OURS}_fp32_state"
 CLIPPED, SCALED = "torch_clip_grad_norm", "torch_grad_scale"
-OURS_BYTES_PER_PARAM = 2 + 2 + 24 + 2
-"""The gradient is read twice, for the norm and for the update; the fp32 state is read and written;
-the parameter is written."""
+OURS_BYTES_PER_PARAM = {"fp32": 2 + 2 + 24 + 2, "bf16": 2 + 2 + 16}
+"""By state format. The gradient is read twice, for the norm and for the update. State is read and
+written. The parameter is written. With bf16 state it is also read, as half of its master weight."""
 _NORM_EPS = 1e-6  # clip_grad_norm_ adds it to the norm before it divides by the norm
 
 
@@ -56,22 +60,39 @@ def step_tensors(numel: int, huge_pages: bool) -> StepTensors:
     return StepTensors(gradient, parameter, planes)
 
 
-def measure_step(numel: int, num_threads: int, num_pairs: int) -> dict[str, Any]:
+def measure_step(
+    numel: int, num_threads: int, num_pairs: int, state_format: StateFormat = "fp32"
+) -> dict[str, Any]:
     """Return the report of `bench step`, a JSON object.
+
+    Args:
+        state_format: format of this package's state. Unless it is "fp32", the report also has a
+            step with fp32 state.
 
     Raises:
         HostMemoryError: the node does not have enough memory available.
     """
+    formats: dict[str, StateFormat] = {OURS: state_format}
+    if state_format != "fp32":
+        formats[OURS_IN_FP32] = "fp32"
     # The peers' tensors; our state, and our parameter twice while it moves into its bucket.
-    machine = prepare_machine((16 + 4 + 12 + 4) * numel, num_threads)
+    machine = prepare_machine((16 + 4 + (12 + 4) * len(formats)) * numel, num_threads)
+    arithmetic = {name: updates_per_s(stored) for name, stored in formats.items() if supports_ir()}
     tensors = step_tensors(numel, huge_pages=False)
     peers, left_out = available_peers(tensors.planes)
     contenders = [
-        Contender(OURS, offload_adam(tensors, num_threads).step, OURS_BYTES_PER_PARAM),
+        *(
+            Contender(
+                name,
+                offload_adam(tensors, num_threads, stored).step,
+                OURS_BYTES_PER_PARAM[stored],
+            )
+            for name, stored in formats.items()
+        ),
         *torch_steps(tensors),
         *(clipped_step(name, optimizer, tensors) for name, optimizer in peers.items()),
     ]
-    return compare(
+    report = compare(
         "step",
         contenders,
         numel=numel,
@@ -80,17 +101,24 @@ def measure_step(numel: int, num_threads: int, num_pairs: int) -> dict[str, Any]
         left_out=left_out,
         best={"torch_fused": (CLIPPED, SCALED)},
         definitions={
+            OURS: f"state_format={state_format!r}",
+            OURS_IN_FP32: "the same with fp32 state",
             "torch_fused": f"the faster of {CLIPPED} and {SCALED}",
             CLIPPED: "gradient converted to fp32, clip_grad_norm_, fused AdamW, rounded to bf16",
-            SCALED: "the same, but the clip factor goes to fused AdamW as grad_scale",
+            SCALED: "clip_grad_norm_ replaced by a grad_scale that fused AdamW applies",
         },
     )
+    return report | {"state_format": state_format, "updates_per_s_and_core": arithmetic}
 
 
-def offload_adam(tensors: StepTensors, num_threads: int) -> OffloadAdam:
+def offload_adam(
+    tensors: StepTensors, num_threads: int, state_format: StateFormat = "fp32"
+) -> OffloadAdam:
     """Return this package's optimizer over a copy of the parameter, with the shared gradient."""
     parameter = torch.nn.Parameter(tensors.parameter.clone())
-    optimizer = OffloadAdam([parameter], **OUR_SETTINGS, num_threads=num_threads)
+    # The parameter is a vector, to which only a group's own format applies.
+    group = {"params": [parameter], "state_format": state_format}
+    optimizer = OffloadAdam([group], **OUR_SETTINGS, num_threads=num_threads)
     parameter.grad = tensors.gradient
     return optimizer
 

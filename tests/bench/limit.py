@@ -136,7 +136,7 @@ def measure_limit(
     else:
         optimizer = offload_adam(ordinary, num_threads)
         contenders = [
-            Contender(OURS, optimizer.step, OURS_BYTES_PER_PARAM),
+            Contender(OURS, optimizer.step, OURS_BYTES_PER_PARAM["fp32"]),
             *torch_steps(ordinary),
             blocked_step("torch_fused_blocked", ordinary),
             *torch_steps(huge, "_huge_pages"),
@@ -244,7 +244,7 @@ def blocked_step(name: str, tensors: StepTensors, block_numel: int = 1 << 20) ->
             )
             parameter.copy_(master)
 
-    return Contender(name, run, OURS_BYTES_PER_PARAM)
+    return Contender(name, run, OURS_BYTES_PER_PARAM["fp32"])
 
 
 def with_torch_fused(results: Sequence[Result]) -> list[Result]:

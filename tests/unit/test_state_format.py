@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -164,6 +165,15 @@ def test_an_update_of_equal_state_computes_the_masters_of_fp32_state(
         for key in ("exp_avg", "exp_avg_sq"):  # one of the two neighbours
             stored, exact = ours.state[one][key].float(), reference.state[other][key]
             assert ((stored - exact).abs() <= exact.abs() * 2**-7).all()
+
+
+def test_the_example_of_the_documentation_runs() -> None:
+    path = Path(__file__).parents[2] / "docs" / "state_formats.md"
+    (example,) = re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    stored = [names["optimizer"].state[p]["exp_avg"].dtype for p in names["model"].parameters()]
+    assert stored == [FP32, BF16, FP32, FP32, FP32]  # table; weight and bias; weight and bias
 
 
 def test_a_bf16_parameter_is_its_rounded_master() -> None:
