@@ -29,7 +29,7 @@ from tests.support.fsdp2 import (
 )
 from tests.support.ranks import RankPool
 
-NUM_STEPS = 20
+NUM_STEPS = 12
 DELAY_S = 0.002
 BF16 = torch.bfloat16
 OFFLOADED = {"offload_policy": CPUOffloadPolicy(pin_memory=False)}
