@@ -57,11 +57,14 @@ def test_a_loop_equals_torch_and_resumes_to_the_same_bits(
     assert_equal(results[-1][0].weights, results[0][0].weights)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "state_format"),
+    [(torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.bfloat16, "bf16")],
+)
 def test_two_ranks_load_what_one_rank_saved_and_the_reverse(
-    dtype: torch.dtype, ranks: RankPool, tmp_path: Path
+    dtype: torch.dtype, state_format: str, ranks: RankPool, tmp_path: Path
 ) -> None:
-    run = Loop(dtype=dtype, max_norm=0.2)
+    run = Loop(dtype=dtype, max_norm=0.2, options={"state_format": state_format})
     tolerance = 2e-6 if dtype is torch.float32 else 2e-2
     alone, saved = loop(0, 1, tmp_path / "one", run)
     (resumed, loaded), _ = ranks.run(loop, 2, tmp_path / "one", run, True, env=ENVIRONMENT)

@@ -57,8 +57,13 @@ def test_a_run_equals_torch_and_resumes_to_the_same_bits(name: str, tmp_path: Pa
     assert_equal(resumed.state, ours.state)
 
 
-def test_bf16_weights_and_dropout_resume_to_the_same_bits(tmp_path: Path) -> None:
-    run = Run(dtype=torch.bfloat16, dropout=0.2)
+@pytest.mark.parametrize("state_format", ["fp32", "bf16"])
+@pytest.mark.parametrize("callback", [True, False])
+def test_bf16_weights_and_dropout_resume_to_the_same_bits(
+    tmp_path: Path, state_format: str, callback: bool
+) -> None:
+    options = {"state_format": state_format}
+    run = Run(dtype=torch.bfloat16, dropout=0.2, callback=callback, options=options)
     whole = train(0, 1, tmp_path, run)
     resumed = train(0, 1, tmp_path, run, resume="checkpoint-3")
     assert_equal(resumed.losses, whole.losses)
