@@ -89,15 +89,16 @@ def as_dtensor(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
     Args:
         local: on any device. `DTensor.from_local` would move it to the device of the mesh. It may
-            have further dimensions at its end, or lack the last ones of `like`.
+            have more dimensions than `like` at its end, or fewer; the result then has its last
+            dimensions instead of those of `like`.
     """
     given: Any = like
     spec_type = type(given._spec)
     shared = min(local.dim(), like.dim())
     shape = (*like.shape[:shared], *local.shape[shared:])
-    # Elements of the last dimensions for each element of the others: before, and now.
-    before, now = math.prod(like.shape[shared:]), math.prod(shape[shared:])
-    strides = [stride // before * now for stride in like.stride()[:shared]]
+    # The strides of the shared dimensions count the elements of the others.
+    old_size, new_size = math.prod(like.shape[shared:]), math.prod(shape[shared:])
+    strides = [stride // old_size * new_size for stride in like.stride()[:shared]]
     meta = given._spec.tensor_meta._replace(
         dtype=local.dtype,
         shape=torch.Size(shape),

@@ -20,7 +20,6 @@ from offload_adam.bench.peers import (
     torch_fused,
 )
 from offload_adam.bench.planes import Planes, allocate, fill_with_noise, make_planes
-from offload_adam.kernels.adam_ir import supports_ir
 from offload_adam.optimizer import OffloadAdam
 from offload_adam.options import StateFormat
 
@@ -77,7 +76,7 @@ def measure_step(
         formats[OURS_IN_FP32] = "fp32"
     # The peers' tensors; our state, and our parameter twice while it moves into its bucket.
     machine = prepare_machine((16 + 4 + (12 + 4) * len(formats)) * numel, num_threads)
-    arithmetic = {name: updates_per_s(stored) for name, stored in formats.items() if supports_ir()}
+    arithmetic = {name: updates_per_s(stored) for name, stored in formats.items()}
     tensors = step_tensors(numel, huge_pages=False)
     peers, left_out = available_peers(tensors.planes)
     contenders = [

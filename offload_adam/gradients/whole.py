@@ -15,6 +15,7 @@ import torch
 from offload_adam.gradients.segments import BucketGradients
 from offload_adam.gradients.sparse import GradientRows, sum_duplicates
 from offload_adam.layout.flat import Segment
+from offload_adam.memory.planes import StatePlanes
 from offload_adam.params.bucket import BucketState
 from offload_adam.params.elements import in_shape_of
 
@@ -60,23 +61,27 @@ def prepare_gradient(
 
     Source: Yong et al., "Gradient Centralization" (2020).
     """
-    weight = state.planes.master_of(segment)
+    planes = state.planes
     entries = gradients.rows.get(segment.position)
     if entries is not None:
         if state.layout.world_size == 1:
-            entries = _prepare_whole_rows(entries, weight, how)
+            entries = _prepare_whole_rows(entries, planes, segment, how)
         else:
             # A shard may begin or end inside a row, so its elements become rows of width 1.
-            entries = _prepare_rows(entries, weight, segment, how)
+            entries = _prepare_rows(entries, planes, segment, how)
         if lazy:
             return sum_duplicates(entries)
-    out = torch.empty_like(weight) if out is None else out
+    if out is None:
+        device = planes.master_weight.device
+        out = torch.empty(segment.numel, dtype=torch.float32, device=device)
     if entries is not None:
         table = out.zero_().view(-1, entries.values.shape[1])
         table.index_put_((entries.rows,), entries.values, accumulate=True)
         return out
     dense = gradients.segment_gradient(state, segment)
-    out.copy_(dense).mul_(how.scale).add_(weight, alpha=how.weight_decay)
+    out.copy_(dense).mul_(how.scale)
+    if how.weight_decay != 0:  # split master weights have to be joined first
+        out.add_(planes.master_of(segment), alpha=how.weight_decay)
     if how.centralized:
         parameter = state.parameters[segment.position]
         shaped = in_shape_of(out, parameter)
@@ -87,14 +92,11 @@ def prepare_gradient(
 
 
 def _prepare_rows(
-    entries: GradientRows, weight: torch.Tensor, segment: Segment, how: Preparation
+    entries: GradientRows, planes: StatePlanes, segment: Segment, how: Preparation
 ) -> GradientRows:
     """Return a segment's elements of sparse entries, as rows of width 1, with weight decay.
 
     Weight decay is added once per entry, so several times to a repeated row.
-
-    Args:
-        weight: (segment.numel,) float32.
 
     Returns:
         Rows are offsets in the segment, with repetitions.
@@ -104,21 +106,18 @@ def _prepare_rows(
     offsets = (rows[:, None] * values.shape[1] + columns - segment.parameter_start).flatten()
     inside = (offsets >= 0) & (offsets < segment.numel)
     offsets = offsets[inside]
-    scaled = values.flatten()[inside].float() * how.scale
-    return GradientRows(offsets, scaled.add_(weight[offsets], alpha=how.weight_decay)[:, None])
+    scaled = values.flatten()[inside].float()[:, None] * how.scale
+    scaled.add_(planes.master_of(segment, offsets), alpha=how.weight_decay)
+    return GradientRows(offsets, scaled)
 
 
 def _prepare_whole_rows(
-    entries: GradientRows, weight: torch.Tensor, how: Preparation
+    entries: GradientRows, planes: StatePlanes, segment: Segment, how: Preparation
 ) -> GradientRows:
-    """Return sparse entries of a whole parameter, with weight decay, and centralized.
-
-    Args:
-        weight: float32, all of the parameter's elements.
-    """
+    """Return sparse entries of a whole parameter, with weight decay, and centralized."""
     rows, values = entries
     decayed = values.float() * how.scale
-    decayed.add_(weight.view(-1, values.shape[1])[rows], alpha=how.weight_decay)
+    decayed.add_(planes.master_of(segment, rows, values.shape[1]), alpha=how.weight_decay)
     if how.centralized:
         decayed.sub_(decayed.mean(dim=1, keepdim=True, dtype=torch.float64))
     return GradientRows(rows, decayed)

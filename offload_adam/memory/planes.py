@@ -31,12 +31,26 @@ class StatePlanes:
     max_exp_avg_sq: torch.Tensor | None
     gradient_shard: torch.Tensor | None
 
-    def master_of(self, segment: Segment) -> torch.Tensor:
-        """Return a segment's float32 master weights, (numel,): a view, or a copy if split."""
-        master = segment.of(self.master_weight)
+    def master_of(
+        self, segment: Segment, rows: torch.Tensor | None = None, width: int = 1
+    ) -> torch.Tensor:
+        """Return a segment's float32 master weights.
+
+        Args:
+            rows: (k,) int64, row numbers in the segment. None for all of its elements.
+            width: elements of a row.
+
+        Returns:
+            (k, width), or (numel,) without `rows`. A copy if `rows` is given or weights are split.
+        """
+
+        def take(plane: torch.Tensor) -> torch.Tensor:
+            part = segment.of(plane)
+            return part if rows is None else part.view(-1, width)[rows]
+
         if self.master_remainder is None:
-            return master
-        return join(master, segment.of(self.master_remainder))
+            return take(self.master_weight)
+        return join(take(self.master_weight), take(self.master_remainder))
 
     def named(self, *, own_master: bool) -> dict[str, torch.Tensor]:
         """Return the planes that belong to the optimizer's state, by torch's keys.

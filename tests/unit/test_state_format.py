@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from offload_adam import OffloadAdam, OffloadAdamW, OffloadPolicy, mindspore
+from offload_adam.memory import planes
 from offload_adam.memory.split_master import join
 from tests.support.devices import HOST_AS_DEVICE
 
@@ -419,6 +420,24 @@ def test_mindspore_adam() -> None:
     optimizer = mindspore.Adam(list(model.named_parameters()), state_format="bf16")
     train(model, optimizer, range(2))
     assert optimizer.state[model.get_parameter("weight")]["exp_avg"].dtype == BF16
+
+
+def test_a_sparse_step_joins_only_the_touched_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table may have many more rows than a step touches."""
+    joined: list[int] = []
+
+    def counted(high: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
+        joined.append(high.numel())
+        return join(high, remainder)
+
+    monkeypatch.setattr(planes, "join", counted)
+    table = nn.Embedding(1000, 8, sparse=True, dtype=BF16)
+    optimizer = mindspore.Adam(
+        [("weight", table.weight)], state_format="bf16", use_lazy=True, weight_decay=0.1
+    )
+    table(torch.tensor([3, 7, 7])).float().sum().backward()
+    optimizer.step()
+    assert joined == [3 * 8]
 
 
 @pytest.mark.parametrize("lazy", [False, True])
