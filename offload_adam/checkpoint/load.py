@@ -55,13 +55,9 @@ from offload_adam.errors import CheckpointError
 from offload_adam.fsdp_private import local_of
 from offload_adam.sharded_optimizer import ShardedOptimizer
 from offload_adam.state.boxes import Box, boxes_of_part, inverse_order, memory_order, views_of
+from offload_adam.state.load_plan import OTHER_MASTER_KEY, convert_master
 from offload_adam.state.state_dict import reject_other_format
-from offload_adam.state.state_shard import (
-    OTHER_MASTER_KEY,
-    ParameterShard,
-    convert_master,
-    shards_of,
-)
+from offload_adam.state.state_shard import ParameterShard, shards_of
 from offload_adam.step.step import ShardedAdam
 
 logger = logging.getLogger(__name__)

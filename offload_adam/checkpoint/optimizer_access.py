@@ -18,7 +18,8 @@ from offload_adam.errors import CheckpointError
 from offload_adam.params.groups import FIXED_OPTIONS, LOCAL_OPTIONS
 from offload_adam.printable import show
 from offload_adam.sharded_optimizer import ShardedOptimizer
-from offload_adam.state.state_shard import check_step_count, shards_of
+from offload_adam.state.load_plan import check_step_count
+from offload_adam.state.state_shard import shards_of
 from offload_adam.step.step import ShardedAdam
 
 SAME_MODEL = "Construct the model and the optimizer as they were when they were saved."

@@ -26,8 +26,9 @@ from offload_adam.params.selection import Selection, check_parameters
 from offload_adam.sharded_optimizer.ddp import is_in_ddp
 from offload_adam.sharded_optimizer.execution import Execution
 from offload_adam.sharded_optimizer.state_access import StateAccess
+from offload_adam.state.load_plan import plan_load
 from offload_adam.state.state_edits import StateEdits
-from offload_adam.state.state_shard import local_state, plan_load
+from offload_adam.state.state_shard import local_state
 from offload_adam.step.backward_hooks import BackwardHooks
 from offload_adam.step.build import Backend, Storage
 from offload_adam.step.step import ShardedAdam

@@ -20,6 +20,7 @@ from offload_adam.errors import CheckpointError
 from offload_adam.options import StateFormat
 from offload_adam.params.groups import known_names, names_of
 from offload_adam.printable import show
+from offload_adam.state.load_plan import plan_load
 from offload_adam.state.state_dict import (
     FORMATS_KEY,
     STATE_KEY,
@@ -34,7 +35,7 @@ from offload_adam.state.state_dict import (
     reject_other_format,
 )
 from offload_adam.state.state_edits import StateEdits
-from offload_adam.state.state_shard import plan_load, shard_of, state_shard
+from offload_adam.state.state_shard import shard_of, state_shard
 from offload_adam.step.ledger import LedgerEntry
 from offload_adam.step.step import ShardedAdam
 from offload_adam.torch_private import (

@@ -26,7 +26,8 @@ from offload_adam.params.groups import (
 )
 from offload_adam.printable import show
 from offload_adam.state.boxes import Box, views_of
-from offload_adam.state.state_shard import ParameterShard, check_step_count, decoded, placed_as
+from offload_adam.state.load_plan import check_step_count
+from offload_adam.state.state_shard import ParameterShard, decoded, placed_as
 from offload_adam.torch_private import all_gather
 
 STATE_KEY = "offload_adam"

@@ -12,7 +12,7 @@ from weakref import WeakMethod
 import torch
 
 from offload_adam.printable import show
-from offload_adam.state.state_shard import check_step_count
+from offload_adam.state.load_plan import check_step_count
 
 _values = methodcaller("values")
 
