@@ -24,7 +24,13 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from offload_adam.kernels.adam_formula import Formula, is_plain, load_scalars
+from offload_adam.kernels.adam_formula import (
+    Formula,
+    addresses_of,
+    element_of,
+    emit_both,
+    load_scalars,
+)
 from offload_adam.kernels.ir_vectors import PairVectors, emit_prefetches
 from offload_adam.kernels.numba_private import (
     alloca_once,
@@ -134,32 +140,22 @@ def adam_bf16_ir(
 ) -> Any:
     """Update one range of elements, see `update_range`."""
     given = (gradient, master, remainder, exp_avg, exp_avg_sq, param_out)
-    elements = _Arrays(
-        *(None if isinstance(kind, types.NoneType) else kind.dtype for kind in given)
-    )
+    elements = _Arrays(*map(element_of, given))
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        structs: list[Any] = [
-            None if element is None else array_struct(context, builder, kind, argument)
-            for element, kind, argument in zip(elements, given, arguments, strict=False)
-        ]
-        arrays = _Arrays(*(None if struct is None else struct.data for struct in structs))
+        arrays = _Arrays(*addresses_of(context, builder, given, arguments))
         key, index = arguments[len(given) : len(given) + 2]
-        values = load_scalars(builder, array_struct(context, builder, scalars, arguments[-1]).data)
+        numel = array_struct(context, builder, gradient, arguments[0]).nitems
+        values = load_scalars(context, builder, scalars, arguments[-1])
         kinds = [None if one is None else llvm_type(context, one) for one in elements]
         # Allocated outside of loops: stack memory is freed only when the function returns.
         stack = _Arrays(*(None if kind is None else _stack_block(builder, kind) for kind in kinds))
 
         def emit(plain: bool) -> None:
             block = _Block(builder, plain, values, elements)
-            _emit_spans(builder, block, arrays, stack, structs[0].nitems, key, index)
+            _emit_spans(builder, block, arrays, stack, numel, key, index)
 
-        # Two copies of the loop, so that the test runs once for a range and not for each element.
-        with builder.if_else(is_plain(builder, values)) as (then, otherwise):
-            with then:
-                emit(True)
-            with otherwise:
-                emit(False)
+        emit_both(builder, values, emit)
         return no_value(context)
 
     return types.void(*given, types.int64, types.int64, scalars), codegen

@@ -1,4 +1,6 @@
-"""The formula of the Adam update as vector instructions, without loads and stores.
+"""What the IR kernels share: the formula of the update as vector instructions, and its arguments.
+
+`Formula` has no loads and stores, which depend on the format of the state.
 
 `adam_plain` is the same arithmetic in Python: change both. Both compute the same bits, because each
 states where a multiply-add is fused.
@@ -6,12 +8,15 @@ states where a multiply-add is fused.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
+from numba import types
 
 from offload_adam.kernels import scalars as at
 from offload_adam.kernels.ir_vectors import Vectors
+from offload_adam.kernels.numba_private import array_struct
 
 
 class Formula:
@@ -83,7 +88,55 @@ class Formula:
         return b.fsub(before, self._vectors.fma(s[at.DECAY], before, step))
 
 
-def is_plain(builder: Any, scalars: list[Any]) -> Any:
+def element_of(kind: Any) -> Any:
+    """Return the type of an array's elements, None for an array that is absent."""
+    return None if isinstance(kind, types.NoneType) else kind.dtype
+
+
+def addresses_of(
+    context: Any, builder: Any, kinds: Sequence[Any], arguments: Sequence[Any]
+) -> list[Any]:
+    """Return the addresses of arrays, None for each that is absent.
+
+    Args:
+        kinds: types of the arrays.
+        arguments: their values, in the same order; further values are ignored.
+    """
+    return [
+        None if element_of(kind) is None else array_struct(context, builder, kind, argument).data
+        for kind, argument in zip(kinds, arguments, strict=False)
+    ]
+
+
+def load_scalars(context: Any, builder: Any, kind: Any, row: Any) -> list[Any]:
+    """Emit the loads of a row of scalars, before the loop over elements.
+
+    Args:
+        kind, row: type and value of the array.
+    """
+    data = array_struct(context, builder, kind, row).data
+    return [
+        builder.load(builder.gep(data, [ir.Constant(ir.IntType(64), place)]))
+        for place in range(at.NUM_SCALARS)
+    ]
+
+
+def emit_both(builder: Any, scalars: list[Any], emit: Callable[[bool], None]) -> None:
+    """Emit a loop twice, for a `plain` update and for others.
+
+    So the test runs once for a range and not for each element.
+
+    Args:
+        emit: emits the loop; its argument is `Formula.plain`.
+    """
+    with builder.if_else(_is_plain(builder, scalars)) as (then, otherwise):
+        with then:
+            emit(True)
+        with otherwise:
+            emit(False)
+
+
+def _is_plain(builder: Any, scalars: list[Any]) -> Any:
     """Emit the test for an update with neither L2 nor Nesterov."""
     usual = {at.L2: 0.0, at.MOMENT: 1.0, at.FRESH: 0.0}
     plain = ir.Constant(ir.IntType(1), 1)
@@ -91,11 +144,3 @@ def is_plain(builder: Any, scalars: list[Any]) -> Any:
         same = builder.fcmp_ordered("==", scalars[place], ir.Constant(ir.FloatType(), value))
         plain = builder.and_(plain, same)
     return plain
-
-
-def load_scalars(builder: Any, row: Any) -> list[Any]:
-    """Emit the loads of a row of scalars, before the loop over elements."""
-    return [
-        builder.load(builder.gep(row, [ir.Constant(ir.IntType(64), place)]))
-        for place in range(at.NUM_SCALARS)
-    ]

@@ -34,7 +34,13 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from offload_adam.kernels.adam_formula import Formula, is_plain, load_scalars
+from offload_adam.kernels.adam_formula import (
+    Formula,
+    addresses_of,
+    element_of,
+    emit_both,
+    load_scalars,
+)
 from offload_adam.kernels.ir_vectors import Vectors
 from offload_adam.kernels.numba_private import (
     alloca_once_value,
@@ -141,31 +147,20 @@ def adam_ir(
 ) -> Any:
     """Update one range of elements; all arrays are contiguous and have its length."""
     given = (gradient, master, exp_avg, exp_avg_sq, max_exp_avg_sq, param_out)
-    elements = _Arrays(
-        *(None if isinstance(kind, types.NoneType) else kind.dtype for kind in given)
-    )
+    elements = _Arrays(*map(element_of, given))
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        structs: list[Any] = [
-            None if element is None else array_struct(context, builder, kind, argument)
-            for element, kind, argument in zip(elements, given, arguments, strict=False)
-        ]
-        arrays = _Arrays(*(None if struct is None else struct.data for struct in structs))
-        row = array_struct(context, builder, scalars, arguments[-1]).data
-        values = load_scalars(builder, row)
+        arrays = _Arrays(*addresses_of(context, builder, given, arguments))
+        numel = array_struct(context, builder, gradient, arguments[0]).nitems
+        values = load_scalars(context, builder, scalars, arguments[-1])
 
         def emit(plain: bool) -> None:
             def stages(lanes: int) -> _Stages:
                 return _Stages(builder, lanes, plain, values, arrays, elements)
 
-            _emit_range(builder, stages, arrays, structs[0].nitems)
+            _emit_range(builder, stages, arrays, numel)
 
-        # Two copies of the loop, so that the test runs once for a range and not for each element.
-        with builder.if_else(is_plain(builder, values)) as (then, otherwise):
-            with then:
-                emit(True)
-            with otherwise:
-                emit(False)
+        emit_both(builder, values, emit)
         return no_value(context)
 
     return types.void(*given, scalars), codegen

@@ -26,6 +26,7 @@ from offload_adam.kernels.compilation import compile_now, jit, source_fingerprin
 from offload_adam.kernels.formats import FloatFormat
 from offload_adam.kernels.intrinsics import prefetch, window
 from offload_adam.kernels.ir_vectors import LINE_NBYTES
+from offload_adam.kernels.random_keys import NUM_COLUMNS
 
 # Rows to prefetch ahead. They can be anywhere in the table, so no hardware prefetcher finds them.
 _ROWS_AHEAD = 4
@@ -160,7 +161,7 @@ def compile_kernel(
         moments,
         moments,
         None if param_format is None else param_format.dtype_tag(),
-        None if moment_format is FloatFormat.FLOAT32 else np.zeros(5, dtype=np.int64),
+        None if moment_format is FloatFormat.FLOAT32 else np.zeros(NUM_COLUMNS, dtype=np.int64),
         1,
     )
     formats = describe_formats(gradient_format, param_format, moment_format, split_master)
