@@ -220,7 +220,9 @@ def test_state_saved_apart_is_rounded_or_rejected(tmp_path: Path) -> None:
         assert torch.equal(master_of(loaded, same), master_of(optimizer, one))
     save_optimizer_state(tmp_path / "d", model=other, optimizer=loaded, label="a")
     before = everything(net, optimizer)
-    with pytest.raises(CheckpointError, match="was saved with state_format='bf16'"):
+    # Tools call this function, and have no argument `convert` for it.
+    expected = r"was saved with state_format='bf16'.* the optimizer with the saved format\.$"
+    with pytest.raises(CheckpointError, match=expected):
         load_optimizer_state(tmp_path / "d", model=net, optimizer=optimizer, label="a")
     assert_same(everything(net, optimizer), before)
 
